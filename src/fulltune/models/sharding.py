@@ -23,21 +23,30 @@ _FREED = "free_full_weight"
 
 
 class Units(Record):
-    """Parameters that FSDP2 puts together at a time. Each is counted once, where it is put together first."""
+    """Parameters that FSDP2 puts together at a time. A tied head counts again: transformers 5.24 ties it when all is
+    shared out, and FSDP2 goes on putting both together."""
 
     root: int
-    """Outside of all units, and a head tied to the embeddings: put together once, and whole from the forward to the end
-    of the backward pass."""
+    """Outside of all units, and embeddings that a head is tied to: whole from the forward to the end of the backward
+    pass."""
     kept: int
     """Of units that stay whole from their forward to their own backward pass: a language model's head."""
+    freed: int
+    """Of all units that are whole in their own passes alone."""
     block: int
-    """Of the largest repeated block: whole in its own passes alone, so put together twice."""
+    """Of the largest repeated block, which is freed."""
     apart: int
-    """Of the largest other unit of that kind: the embeddings of newer classes; 0: there is none."""
+    """Of the largest other unit that is freed: the embeddings of newer classes; 0: there is none."""
 
-    def gathered(self, num_parameters: int) -> int:
-        """Of a model with so many parameters, those that are put together for a forward and a backward pass."""
-        return 2 * num_parameters - self.root - self.kept
+    @property
+    def gathered(self) -> int:
+        """Put together in a forward and a backward pass."""
+        return self.root + self.kept + 2 * self.freed
+
+    @property
+    def reduced(self) -> int:
+        """Of which gradients are sent."""
+        return self.root + self.kept + self.freed
 
 
 def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -> Any:
@@ -91,22 +100,23 @@ def units_of(model: Any) -> Units:
     styles: dict[str, str] = model._expand_parallel_plan(rules)
     # Inner modules before those around them, those that are freed first: as transformers 5.24 shares them out.
     order = sorted(styles, key=lambda name: (styles[name] != _FREED, -name.count(".")))
-    seen: set[int] = set()
+    seen: set[str] = set()
     sizes: dict[str, int] = {}
     for name in [*order, ""]:
-        own = {id(one): one.numel() for one in model.get_submodule(name).parameters() if id(one) not in seen}
+        inside = model.get_submodule(name).named_parameters(prefix=name, remove_duplicate=False)
+        own = {path: one.numel() for path, one in inside if path not in seen}
         sizes[name] = sum(own.values())
         seen |= own.keys()
-    repeated = tuple(path.removesuffix("*") for path in blocks)
     freed = [name for name in order if styles[name] == _FREED]
     kept = [name for name in order if styles[name] != _FREED]
-    # A head that is tied to the embeddings makes one unit with them, and they have no input whose gradient would end
-    # its backward pass: it is whole as long as the root.
+    repeated = tuple(path.removesuffix("*") for path in blocks)
+    # Embeddings have no input with a gradient, which would end their backward pass.
     is_tied = any(model.get_submodule(name) is model.get_input_embeddings() for name in kept)
     size_of_kept = sum(sizes[name] for name in kept)
     return Units(
         root=sizes[""] + (size_of_kept if is_tied else 0),
         kept=0 if is_tied else size_of_kept,
+        freed=sum(sizes[name] for name in freed),
         block=max((sizes[name] for name in freed if name.startswith(repeated)), default=0),
         apart=max((sizes[name] for name in freed if not name.startswith(repeated)), default=0),
     )

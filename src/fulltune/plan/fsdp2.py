@@ -8,7 +8,7 @@ for a while (`models.sharding.Units`; u is a unit's number of parameters, 4 byte
 | root: what is in no unit | its weights all the time, its gradients from when they come to the end |
 | forward | a unit's weights, and what they were received in until the next unit has come: 2 u |
 | backward | its weights and gradients, the next unit as received, the gradients of the one before as sent: 4 u |
-| after a unit's backward | its gradients, the same as they are sent, the next unit as received: 3 u; gloo's copy: u |
+| after a unit's backward | its gradients, the same as they are sent (gloo: three times), the next unit: 3 u or 5 u |
 
 Read from torch 2.13 (`torch/distributed/fsdp/_fully_shard`: `foreach_all_gather`, `FSDPParamGroup.wait_for_unshard`,
 `_backward_prefetch`, `post_backward`, `foreach_reduce`) and its gloo backend, which also receives into a copy; held
@@ -20,6 +20,7 @@ autograd keeps such a copy of each weight from the forward to the backward pass,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fulltune.footprint.records import Footprint, Kind
@@ -33,6 +34,8 @@ FILE_BYTES, MOST_FILES = 2**24, 64
 """As `train.shared_state` writes a checkpoint: two copies of a file's tensors are in memory for a moment."""
 TENSORS_OF_BLOCK = 3
 """A block's largest tensor is at most about so much of it: of BERT's 7.1 M parameters 2.4 M."""
+SENT = {"cpu": 3, "cuda": 1}
+"""Buffers for gradients that are sent: FSDP2's own, with gloo the backend's copy and its scratch as well."""
 _VALUE = 4
 """Bytes of a weight, and of its gradient."""
 
@@ -43,7 +46,7 @@ def units_of(shapes: Shapes) -> Units:
         return shapes.units
     vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
     block = (shapes.num_parameters - vocabulary) // max(1, shapes.num_layers)
-    return Units(root=vocabulary, kept=0, block=block, apart=0)
+    return Units(root=vocabulary, kept=0, freed=shapes.num_parameters - vocabulary, block=block, apart=0)
 
 
 @dataclass(frozen=True)
@@ -110,39 +113,39 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
 def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units, device: str) -> list[_Held]:
     """What is held at each traced moment that may be the highest, and when gradients are sent between them."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
-    rows, accumulates = memory.train_sequences(footprint, settings), settings.gradient_accumulation_steps > 1
-    gloo, all_gradients = device == "cpu", _VALUE * shapes.num_parameters
+    rows, all_gradients = memory.train_sequences(footprint, settings), _VALUE * shapes.num_parameters
+    before = float(settings.gradient_accumulation_steps > 1)  # parts that earlier micro batches left
+    copies = SENT[device]
     traced = [
         (one.place, memory.in_pieces(one.bytes(rows, settings.longest_tokens), shapes, settings, device, 0))
         for one in variant.first
     ]
-    # What the head leaves in the root: a tied embedding's first gradient.
-    left = max((one["gradients"] for place, one in traced if place == "backward head"), default=0) // _VALUE
-    left = 0 if units.kept else min(units.root, left)
+    # What the head leaves in the root: that of a vocabulary, where there are logits.
+    head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0) // _VALUE
+    head = shapes.vocab_size * shapes.hidden_size if any(one["logits"] for _, one in traced) else head
+    left = 0 if units.kept else min(units.root, head)
     found: list[_Held] = []
     for place, passing in traced:
-        reduced = 1.0 if accumulates else min(1.0, passing["gradients"] / all_gradients)
-        without = passing | {"gradients": 0}
+        reduced = max(before, min(1.0, passing["gradients"] / all_gradients))
+        without, no_logits = passing | {"gradients": 0}, passing | {"gradients": 0, "logits": 0}
         if place.startswith("forward"):
-            found.append(_Held(without, float(accumulates), *_forward(units, place)))
+            found.append(_Held(without, before, *_forward(units, place)))
         elif place.endswith("below"):
-            twice = max(0, passing["gradients"] - all_gradients) // _VALUE  # a tied embedding's, before they are summed
-            gradients = (units.root, twice, units.apart)
-            found.append(_Held(without, 1.0, (units.root, units.apart), gradients, (units.block,)))
+            both = (units.root, units.apart)
+            found.append(_Held(without, 1.0, both, both, (units.block,)))
         elif place == "backward head":
             whole = (units.kept or left,)
-            found.append(_Held(without, float(accumulates), (units.root, units.kept), whole, (units.block,)))
+            found.append(_Held(without, before, (units.root, units.kept), whole, (units.block,)))
         else:
-            found.append(_block(without, reduced, units, left))
+            found += _block(without, reduced, units, left, copies)
         if place in ("backward head", "forward loss"):  # then the last block, whose activations all are there still
-            no_logits, copies = without | {"logits": 0}, (units.kept,) * (1 + gloo)
-            found.append(_block(no_logits, float(accumulates), units, left, units.kept))
-            found.append(_Held(no_logits, float(accumulates), (units.root,), (units.kept,), (*copies, units.block)))
+            found += _block(no_logits, before, units, left, copies)
+            sent = (units.kept,) * copies
+            found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*sent, units.block)))
     nothing: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
     # Embeddings, which have no input with a gradient, are reduced at the very end.
-    sent = (units.root,) * (1 + gloo)
-    found.append(_Held(nothing, 1.0, (units.apart,), (units.root, units.apart), sent))
-    found.append(_Held(nothing, 1.0, (), (units.apart,), (units.apart,) * (1 + gloo)))
+    found.append(_Held(nothing, 1.0, (units.apart,), (units.root, units.apart), (units.root,) * copies))
+    found.append(_Held(nothing, 1.0, (), (units.apart,), (units.apart,) * copies))
     part = -(-footprint.largest_tensor // settings.num_processes)
     update = memory.scratch(footprint.model_copy(update={"largest_tensor": part}), settings)
     found.append(_Held(nothing | {"buffers": update}, 1.0))
@@ -159,9 +162,11 @@ def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...]
     return ((root, kept), (), (kept,)) if kept > block and "after" in place else ((root, block), (), (block, block))
 
 
-def _block(passing: dict[Kind, int], reduced: float, units: Units, left: int, sent: int = 0) -> _Held:
-    """The backward pass of a block: `sent` parameters had the unit before it, or as many as a block."""
-    return _Held(passing, reduced, (units.root, units.block), (left, units.block), (units.block, sent or units.block))
+def _block(passing: dict[Kind, int], reduced: float, units: Units, left: int, copies: int) -> Iterator[_Held]:
+    """A block's backward pass, and its gradients on their way."""
+    gradients, block = (left, units.block), units.block
+    yield _Held(passing, reduced, (units.root, block), gradients, (block, block))
+    yield _Held(passing, reduced, (units.root,), gradients, (*(block,) * copies, block))
 
 
 def _kinds(held: _Held, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
