@@ -27,8 +27,9 @@ class Units(Record):
     shared out, and FSDP2 goes on putting both together."""
 
     root: int
-    """Outside of all units, and embeddings that a head is tied to: whole from the forward to the end of the backward
-    pass."""
+    """Outside of all units: whole from the forward to the end of the backward pass."""
+    tied: int
+    """Of a unit that embeddings make with the last norm where a head is tied to them: whole as long as the root."""
     kept: int
     """Of units that stay whole from their forward to their own backward pass: a language model's head."""
     freed: int
@@ -41,12 +42,12 @@ class Units(Record):
     @property
     def gathered(self) -> int:
         """Put together in a forward and a backward pass."""
-        return self.root + self.kept + 2 * self.freed
+        return self.root + self.tied + self.kept + 2 * self.freed
 
     @property
     def reduced(self) -> int:
         """Of which gradients are sent."""
-        return self.root + self.kept + self.freed
+        return self.root + self.tied + self.kept + self.freed
 
 
 def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -> Any:
@@ -114,7 +115,8 @@ def units_of(model: Any) -> Units:
     is_tied = any(model.get_submodule(name) is model.get_input_embeddings() for name in kept)
     size_of_kept = sum(sizes[name] for name in kept)
     return Units(
-        root=sizes[""] + (size_of_kept if is_tied else 0),
+        root=sizes[""],
+        tied=size_of_kept if is_tied else 0,
         kept=0 if is_tied else size_of_kept,
         freed=sum(sizes[name] for name in freed),
         block=max((sizes[name] for name in freed if name.startswith(repeated)), default=0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import (
@@ -65,15 +65,11 @@ def fit(
     metric = resolve.metric(recipe, summary, reasons)
     rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
-    try:
+    with placing.explaining(workload, fleet, own_loss, why):
         chosen, on_disk = _fitting(basis, summary, own_loss, reasons)
-    except DoesNotFitError as error:
-        raise placing.explained(error, workload, fleet, own_loss, why) from None
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
-    logging_steps = max(1, steps.total // 200)
-    why = "about 200 log lines" if logging_steps > 1 else "every step of a short run"
-    logging_steps = reasons.add("train.logging_steps", train.logging_steps, logging_steps, why)
+    logging_steps = resolve.logging_steps(recipe, steps, reasons)
     watched = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
     resolve.caveats(footprint, reasons)

@@ -46,7 +46,7 @@ def units_of(shapes: Shapes) -> Units:
         return shapes.units
     vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
     block = (shapes.num_parameters - vocabulary) // max(1, shapes.num_layers)
-    return Units(root=vocabulary, kept=0, freed=shapes.num_parameters - vocabulary, block=block, apart=0)
+    return Units(root=vocabulary, tied=0, kept=0, freed=shapes.num_parameters - vocabulary, block=block, apart=0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     kinds["buffers"] += beyond
     scoring = memory.scoring(shapes, footprint, settings, device)
     # A model without a gradient keeps its last units whole until they are freed.
-    whole = _VALUE * (units.root + units.kept + 2 * max(units.block, units.apart) + (units.block if on_cpu else 0))
+    whole = _VALUE * (
+        units.root + units.tied + units.kept + 2 * max(units.block, units.apart) + (units.block if on_cpu else 0)
+    )
     file = max(min(kept, FILE_BYTES), kept // MOST_FILES)
     together = _VALUE * (shapes.num_parameters + 2 * footprint.largest_tensor) if on_cpu else 0
     phases: dict[Phase, int] = {
@@ -131,21 +133,22 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
         if place.startswith("forward"):
             found.append(_Held(without, before, *_forward(units, place)))
         elif place.endswith("below"):
-            both = (units.root, units.apart)
-            found.append(_Held(without, 1.0, both, both, (units.block,)))
+            whole = (units.root, units.tied, units.apart)
+            found.append(_Held(without, 1.0, whole, whole, (units.block,)))
         elif place == "backward head":
-            whole = (units.kept or left,)
-            found.append(_Held(without, before, (units.root, units.kept), whole, (units.block,)))
+            tensors, whole = (units.root, units.tied, units.kept), (units.kept or left,)
+            found.append(_Held(without, before, tensors, whole, (units.block,)))
         else:
             found += _block(without, reduced, units, left, copies)
         if place in ("backward head", "forward loss"):  # then the last block, whose activations all are there still
             found += _block(no_logits, before, units, left, copies)
             sent = (units.kept,) * copies
-            found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*sent, units.block)))
+            found.append(_Held(no_logits, before, (units.root, units.tied), (units.kept,), (*sent, units.block)))
     nothing: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
-    # Embeddings, which have no input with a gradient, are reduced at the very end.
-    found.append(_Held(nothing, 1.0, (units.apart,), (units.root, units.apart), (units.root,) * copies))
-    found.append(_Held(nothing, 1.0, (), (units.apart,), (units.apart,) * copies))
+    # Embeddings, which have no input with a gradient, are reduced at the very end: the root first, then unit by unit.
+    last = [units.root, units.tied, units.apart]
+    while last:
+        found.append(_Held(nothing, 1.0, tuple(last[1:]), tuple(last), (last.pop(0),) * copies))
     part = -(-footprint.largest_tensor // settings.num_processes)
     update = memory.scratch(footprint.model_copy(update={"largest_tensor": part}), settings)
     found.append(_Held(nothing | {"buffers": update}, 1.0))
@@ -154,19 +157,19 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
 
 def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Whole weights, gradients and buffers."""
-    root, kept, block, apart = units.root, units.kept, units.block, units.apart
+    root, kept, block, apart = (units.root, units.tied), units.kept, units.block, units.apart
     if "before" in place:
-        return (root, apart), (), (root, apart)
+        return (*root, apart), (), (*root, apart)
     if place.endswith("loss"):
-        return (root, kept), (), ()
-    return ((root, kept), (), (kept,)) if kept > block and "after" in place else ((root, block), (), (block, block))
+        return (*root, kept), (), ()
+    return ((*root, kept), (), (kept,)) if kept > block and "after" in place else ((*root, block), (), (block, block))
 
 
 def _block(passing: dict[Kind, int], reduced: float, units: Units, left: int, copies: int) -> Iterator[_Held]:
     """A block's backward pass, and its gradients on their way."""
-    gradients, block = (left, units.block), units.block
-    yield _Held(passing, reduced, (units.root, block), gradients, (block, block))
-    yield _Held(passing, reduced, (units.root,), gradients, (*(block,) * copies, block))
+    root, block = (units.root, units.tied), units.block
+    yield _Held(passing, reduced, (*root, block), (left, block), (block, block))
+    yield _Held(passing, reduced, root, (left, block), (*(block,) * copies, block))
 
 
 def _kinds(held: _Held, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:

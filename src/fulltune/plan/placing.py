@@ -7,6 +7,8 @@ itself: it computes in other types, and has to be installed.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -24,7 +26,7 @@ Whole = Literal["ddp", "fsdp2"]
 
 
 @dataclass(frozen=True)
-class _Tried:
+class Least:
     """A placement, and the least that it needs."""
 
     peak: int
@@ -57,7 +59,7 @@ def settle(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
     return with_placement(recipe, placement), why
 
 
-def decided(ddp: _Tried, fsdp2: _Tried | None, against: str = "") -> tuple[Whole, str]:
+def decided(ddp: Least, fsdp2: Least | None, against: str = "") -> tuple[Whole, str]:
     """Which of the two, and why.
 
     Args:
@@ -78,7 +80,7 @@ def decided(ddp: _Tried, fsdp2: _Tried | None, against: str = "") -> tuple[Whole
     return ("fsdp2" if fsdp2.peak < ddp.other_peak else "ddp"), both
 
 
-def _tried(workload: Workload, fleet: Fleet, placement: Whole, own_loss: bool) -> _Tried:
+def _tried(workload: Workload, fleet: Fleet, placement: Whole, own_loss: bool) -> Least:
     recipe = with_placement(workload.recipe, placement)
     basis = basis_of(replace(workload, recipe=recipe), fleet, own_loss=own_loss)
     limits = basis.budget.for_rows(workload.summary.rows_per_epoch)
@@ -86,7 +88,7 @@ def _tried(workload: Workload, fleet: Fleet, placement: Whole, own_loss: bool) -
         choose.smallest(recipe, basis.start, basis.rows_per_process, limits, same_numbers=same).memory.peak
         for same in (True, False)
     )
-    return _Tried(exact, other, limits.available_bytes)
+    return Least(exact, other, limits.available_bytes)
 
 
 def obstacle(recipe: Recipe, shapes: Shapes) -> str:
@@ -101,25 +103,35 @@ def obstacle(recipe: Recipe, shapes: Shapes) -> str:
     return "" if shapes.units is not None else "this model has no repeated blocks"
 
 
-def explained(error: DoesNotFitError, workload: Workload, fleet: Fleet, own_loss: bool, why: str) -> DoesNotFitError:
-    """The refusal with what both placements need where one was chosen, and FSDP2 as a way out of a given ddp.
+@contextlib.contextmanager
+def explaining(workload: Workload, fleet: Fleet, own_loss: bool, why: str) -> Iterator[None]:
+    """Give a refusal what both placements need where one was chosen, and FSDP2 as a way out of a given ddp.
 
     Args:
-        error: The refusal.
         workload: Recipe, model and data.
         fleet: The hardware.
         own_loss: The user gave `compute_loss`.
         why: The placement was chosen; empty: it was given.
+
+    Raises:
+        DoesNotFitError: The refusal.
     """
-    first, *ways = error.problems
+    try:
+        yield
+    except DoesNotFitError as error:
+        raise DoesNotFitError(_explained(error.problems, workload, fleet, own_loss, why)) from None
+
+
+def _explained(problems: Sequence[str], workload: Workload, fleet: Fleet, own_loss: bool, why: str) -> list[str]:
+    first, *ways = problems
     recipe = workload.recipe
     if why and recipe.train.num_processes > 1:
         first += f" ({PLACEMENT}: {why})"
     if recipe.train.placement != "ddp" or obstacle(recipe, workload.shapes):
-        return DoesNotFitError([first, *ways])
+        return [first, *ways]
     left_open = recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": "auto"})})
     ddp, fsdp2 = (_tried(replace(workload, recipe=left_open), fleet, one, own_loss) for one in get_args(Whole))
     if fsdp2.peak <= fsdp2.available:
         way = ways_out.way({PLACEMENT: "fsdp2"}, ddp.peak - fsdp2.peak, True, "more is sent between the processes")
         ways = [*ways_out.in_lines([way]), *ways]
-    return DoesNotFitError([first, *ways])
+    return [first, *ways]

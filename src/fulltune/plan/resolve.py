@@ -197,6 +197,12 @@ def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, reasons: Reasons)
     return epochs, math.ceil(epochs * steps_per_epoch)
 
 
+def logging_steps(recipe: Recipe, steps: Steps, reasons: Reasons) -> int:
+    chosen = max(1, steps.total // 200)
+    why = "about 200 log lines" if chosen > 1 else "every step of a short run"
+    return int(reasons.add("train.logging_steps", recipe.train.logging_steps, chosen, why))
+
+
 def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
     """The learning rate; that of the task's head is noted, where there is one beside other trained values."""
     method = recipe.method
