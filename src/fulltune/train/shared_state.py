@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 FOLDER = "shared"
 """In a checkpoint, of one whose tensors were shared out."""
 WHOLE = "model.safetensors"
+FILE_BYTES, MOST_FILES = 2**24, 64
+"""Least bytes of a file, and most files of a process: each is put together in memory, twice (torch 2.13's writer and
+safetensors), which of all tensors at once would be twice the process's part of weights and optimizer state."""
 _WEIGHTS = "weights."
 
 
@@ -43,8 +46,21 @@ def save(model: Any, others: Mapping[str, torch.Tensor], checkpoint: Path, train
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-    writer = HuggingFaceStorageWriter(str(checkpoint / FOLDER), save_distributed=True)
-    save_parts({**_weights(model, trained_only), **others}, storage_writer=writer)
+    state = {**_weights(model, trained_only), **others}
+    writer = HuggingFaceStorageWriter(str(checkpoint / FOLDER), _files(state), save_distributed=True)
+    save_parts(state, storage_writer=writer)
+
+
+def _files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Which file each tensor is written into, the first being 1: as many as keep the files small."""
+    sizes = {name: sharding.local(values).nbytes for name, values in state.items()}
+    most = max(FILE_BYTES, sum(sizes.values()) // MOST_FILES)
+    number, size, found = 1, 0, dict[str, int]()
+    for name, mine in sizes.items():
+        if size and size + mine > most:
+            number, size = number + 1, 0
+        found[name], size = number, size + mine
+    return found
 
 
 def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> None:
