@@ -38,6 +38,9 @@ TENSORS_OF_BLOCK = 3
 """A block's largest tensor is at most about so much of it: of BERT's 7.1 M parameters 2.4 M."""
 SENT = {"cpu": 3, "cuda": 1}
 """Buffers for gradients that are sent: FSDP2's own, with gloo the backend's copy and its scratch as well."""
+SHARING_BYTES = 64 * 2**20
+"""On a CPU: FSDP2's and gloo's own, and the gaps that their short-lived buffers leave in the heap. Chosen on the Llama
+cells of `bench/memory_per_rank.py`; the others are scored. What NCCL takes of a GPU is not known here."""
 _VALUE = 4
 """Bytes of a weight, and of its gradient."""
 
@@ -85,7 +88,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     kinds = max((_kinds(one, *parts) for one in moments), key=lambda one: sum(one.values()))
     kept, heap = parts[0] + parts[1], 0.0
     around = round(memory.STATE_SHARE * kept) if on_cpu else 0
-    base = memory.FIRST_CALLS_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
+    base = memory.FIRST_CALLS_BYTES + SHARING_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
     beyond = base + around
     if on_cpu:
         split = [_small_and_large(one, parts[2], units, footprint, shapes, settings) for one in moments]
@@ -94,7 +97,8 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     kinds["buffers"] += beyond
     scoring = memory.scoring(shapes, footprint, settings, device)
     # A model without a gradient keeps its last units whole until they are freed.
-    whole = _VALUE * (units.root + units.kept + 2 * max(units.block, units.apart) + (units.block if on_cpu else 0))
+    passing = (2 + on_cpu) * max(units.block, units.apart)
+    whole = _VALUE * (units.root + units.kept + passing)
     file = max(min(kept, FILE_BYTES), kept // MOST_FILES)
     together = min(_VALUE * shapes.num_parameters, MODEL_FILE_BYTES) + 2 * _VALUE * footprint.largest_tensor
     together = together if on_cpu else 0

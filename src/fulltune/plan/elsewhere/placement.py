@@ -109,7 +109,7 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
 def _shared_layouts(basis: Basis, plain: dict[str, Any], many: bool) -> Iterator[_Layout]:
     """With DeepSpeed, or in the host's memory."""
     # DeepSpeed updates by itself, and needs whole logits.
-    plain = plain | {"train.optimizer_in_backward": False}
+    plain = plain | {"train.optimizer_in_backward": False, PLACEMENT: "auto"}
     if basis.recipe.train.chunked_loss:
         plain |= {"train.chunked_loss": None}
 
