@@ -123,7 +123,8 @@ def load(model: Any, engine: Any, checkpoint: Path, ordered: list[str], weights_
     missing = {*parameters, *(name for name in buffers if name in kept)}
     steps: dict[str, float] = {}
     is_parted = shared_state.is_in(checkpoint)
-    for key, value in _parts(checkpoint, weights_only) if is_parted else _wholes(model, checkpoint, ordered):
+    optimizer = [] if weights_only else ordered
+    for key, value in _parts(checkpoint, weights_only) if is_parted else _wholes(model, checkpoint, optimizer):
         if key.startswith(shared_state.WEIGHTS):
             name = key.removeprefix(shared_state.WEIGHTS)
             one = parameters[name] if name in parameters else buffers.get(name)
@@ -135,7 +136,7 @@ def load(model: Any, engine: Any, checkpoint: Path, ordered: list[str], weights_
         name, _, kind = key.removeprefix(shared_state.OPTIMIZER).rpartition(".")
         if kind == "step":
             steps[name] = float(value)
-        elif kind in MOMENTS and not weights_only:
+        elif kind in MOMENTS:
             _put(parameters[name], value, kind)
     if missing:
         raise SetupError(f"{checkpoint}: does not hold the model's tensors: {min(missing)} ({len(missing)} such)")
@@ -237,7 +238,7 @@ def _parts(checkpoint: Path, weights_only: bool) -> Iterator[tuple[str, torch.Te
 
 
 def _wholes(model: Any, checkpoint: Path, ordered: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of `model.safetensors` and `optimizer.pt`."""
+    """Tensors of `model.safetensors`, and of `optimizer.pt` where names are given."""
     from transformers.integrations import deepspeed as theirs
 
     known = theirs._hf_deepspeed_config_weak_ref
@@ -252,6 +253,8 @@ def _wholes(model: Any, checkpoint: Path, ordered: list[str]) -> Iterator[tuple[
     kept = loaded.state_dict().keys()
     for name, one in [*shapes.items(), *((name, one) for name, one in loaded.named_buffers() if name in kept)]:
         yield f"{shared_state.WEIGHTS}{name}", one.detach()
+    if not ordered:
+        return
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["state"]
     for index, values in saved.items():
         name = ordered[index]

@@ -16,6 +16,8 @@ _OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
 _OF_OPTIMIZER = "*_optim_states.pt"
 """Parts of the optimizer's state: one for each process."""
 
+_BACK = "set what it was written with, or start a new run (--fresh)"
+
 
 def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
     """Why the recipe cannot go on from a checkpoint, with what to do; None when it can."""
@@ -23,10 +25,8 @@ def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
     wants = deepspeed.keeps_own_files(recipe) if deepspeed.wanted(recipe) else ""
     latest = checkpoint / LATEST
     if not latest.exists():
-        if not wants:
-            return None
         told = f"is not in DeepSpeed's own form, which {wants} needs to go on"
-        return f"{checkpoint}: {told}; set what it was written with, or start a new run (--fresh)"
+        return f"{checkpoint}: {told}; {_BACK}" if wants else None
     parts = checkpoint / latest.read_text(encoding="utf-8").strip()
     processes = len(list(parts.glob(_OF_OPTIMIZER)))
     stage = 3 if list(parts.glob(_OF_WEIGHTS)) else 2
@@ -38,5 +38,4 @@ def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
         found, expected = f"train.num_processes: {recipe.train.num_processes}", f"{processes}, which wrote it"
     else:
         return None
-    back = f"train.placement: zero{stage} and train.num_processes: {processes}"
-    return f"{checkpoint}: goes on with {found}, expected {expected}; set {back}, or start a new run (--fresh)"
+    return f"{checkpoint}: goes on with {found}, expected {expected}; {_BACK}"
