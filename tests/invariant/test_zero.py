@@ -224,7 +224,8 @@ def test_run_goes_on_in_other_placements(
         assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
         expected, found = runs.final_weights(alone), runs.final_weights(folder)
         for name, values in expected.items():
-            torch.testing.assert_close(found[name], values, rtol=1e-3, atol=5e-5)
+            if not name.endswith("key.bias"):  # its gradient is rounding alone: softmax forgets it
+                torch.testing.assert_close(found[name], values, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3-offload"])
