@@ -192,6 +192,21 @@ def test_placement_gives_the_curve_of_one_process_and_a_plain_model(
     assert total / len(rows) == pytest.approx(scored, abs=1e-5)
 
 
+def test_engine_goes_on_bit_for_bit_and_in_another_within_rounding(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "tests.invariant.zero_engine", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
+
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 9
+    for one in found:
+        assert (one["loaded"], one["weights"]) == (0.0, 0.0), one
+        assert one["trained"] <= (0.0 if one["before"] == one["after"] else 1e-6), one
+
+
 def placed_in(folder: Path, alone: Path, placement: str, processes: int) -> Path:
     train = {**TRAIN, "placement": placement, "num_processes": processes}
     data = tiny.write_jsonl(alone / "placed.jsonl", tiny.topic_rows(50))
