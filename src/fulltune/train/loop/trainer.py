@@ -317,9 +317,10 @@ class FullTrainer(Guarded, Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             self.optimizer = self._make_optimizer(model)
-            names = {parameter: name for name, parameter in model.named_parameters()}
-            groups = cast("Any", self.optimizer).param_groups
-            self._ordered = [names[parameter] for group in groups for parameter in group["params"]]
+            if self.is_deepspeed_enabled:
+                names = {parameter: name for name, parameter in model.named_parameters()}
+                groups = cast("Any", self.optimizer).param_groups
+                self._ordered = [names[parameter] for group in groups for parameter in group["params"]]
             self.in_backward = self.optimizer if isinstance(self.optimizer, InBackward) else None
         return self.optimizer
 
