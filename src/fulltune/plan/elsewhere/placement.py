@@ -212,7 +212,7 @@ def _short(basis: Basis, kinds: dict[MemoryKind, int], host: int, on_disk: int) 
     if host:
         missing["host"] = host - fleet.machine.memory_available_bytes
     if on_disk and fleet.disk_bytes is not None:
-        # DeepSpeed's checkpoints and two models lie there as well.
+        # DeepSpeed's own checkpoints and two models lie there as well.
         parameters = basis.shapes.num_parameters
         checkpoints = disk.need(basis.recipe, parameters, basis.start).num_checkpoints
         missing["disk"] = on_disk + (checkpoints * disk.DEEPSPEED_BYTES + 8) * parameters - fleet.disk_bytes
