@@ -162,36 +162,45 @@ def written(folder: Path, stage: int, processes: int) -> Path:
     return parts.parent
 
 
+NVME = {"placement": "zero3", "num_processes": 2, "offload": "nvme:/disk"}
+
+
 @pytest.mark.parametrize(
     ("stage", "train", "problem"),
     [
-        (2, {"placement": "zero2", "num_processes": 2}, None),
-        (3, {"placement": "zero3", "num_processes": 2, "offload": "all"}, None),
-        (2, {"extra": {"deepspeed": ZERO2}, "num_processes": 2}, None),
-        (2, {"num_processes": 2}, "goes on with train.placement: auto, expected DeepSpeed, which wrote it"),
+        (3, NVME, None),
+        (2, {"placement": "zero2", "num_processes": 2, "optim": "adagrad"}, None),
+        (2, {"extra": {"deepspeed": {"zero_optimization": {"stage": 0}}}, "num_processes": 2}, None),
         (
             3,
-            {"placement": "zero2", "num_processes": 2},
-            "goes on with train.placement: zero2, expected ZeRO's stage 3, as written",
+            {**NVME, "offload": "all"},
+            "goes on with train.placement: zero3, expected DeepSpeed's settings that wrote it",
         ),
-        (3, {"placement": "zero3"}, "goes on with train.num_processes: 1, expected 2, which wrote it"),
+        (2, {"num_processes": 2}, "goes on with train.placement: auto, expected DeepSpeed's settings that wrote it"),
+        (2, NVME, "goes on with train.placement: zero3, expected ZeRO's stage 1 or 2, as written"),
+        (3, {**NVME, "num_processes": 1}, "goes on with train.num_processes: 1, expected 2, which wrote it"),
     ],
 )
-def test_checkpoint_of_deepspeed_needs_the_same_placement_and_processes(
+def test_checkpoint_in_deepspeeds_own_form_needs_the_same_stage_and_processes(
     tmp_path: Path, stage: int, train: dict[str, Any], problem: str | None
 ) -> None:
     checkpoint = written(tmp_path, stage, 2)
-    back = f"set train.placement: zero{stage} and train.num_processes: 2, or start a new run (--fresh)"
+    back = "set what it was written with, or start a new run (--fresh)"
     expected = None if problem is None else f"{checkpoint}: {problem}; {back}"
     assert zero_checkpoint.misfit(checkpoint, recipe(**train)) == expected
 
 
-def test_plain_checkpoint_is_not_deepspeeds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", ["auto", "fsdp2", "zero2", "zero3"])
+def test_other_checkpoint_goes_on_with_any_placement(tmp_path: Path, placement: str) -> None:
     (tmp_path / "checkpoint-6").mkdir()
-    assert zero_checkpoint.misfit(tmp_path / "checkpoint-6", recipe()) is None
-    problem = zero_checkpoint.misfit(tmp_path / "checkpoint-6", recipe(placement="zero3"))
+    assert zero_checkpoint.misfit(tmp_path / "checkpoint-6", recipe(placement=placement, num_processes=2)) is None
+
+
+def test_other_checkpoint_does_not_go_on_with_nvme(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-6").mkdir()
+    problem = zero_checkpoint.misfit(tmp_path / "checkpoint-6", recipe(**NVME))
     assert problem is not None
-    assert "was not written by DeepSpeed, which train.placement: zero3 needs to go on" in problem
+    assert "is not in DeepSpeed's own form, which offloading to NVMe needs to go on" in problem
 
 
 def test_run_goes_on_only_where_deepspeed_is(
@@ -218,7 +227,7 @@ def test_checkpoint_of_another_placement_is_refused_before_an_attempt(tmp_path: 
         plan = pipeline.make_plan(first, summary)
     checkpoint = written(first.folder / "checkpoints" / plan.trial, 3, 2)
     checkpoints.seal(checkpoint)
-    with pytest.raises(SetupError, match="expected DeepSpeed, which wrote it"):
+    with pytest.raises(SetupError, match="expected DeepSpeed's settings that wrote it"):
         pipeline.train_trial(first, plan, summary)
     assert not (first.folder / "attempts").exists()
     shutil.rmtree(first.folder)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fulltune.models import checkpoint_head
+from fulltune.errors import SetupError
+from fulltune.models import checkpoint_head, sharding
 from fulltune.models.base import Base
 from fulltune.models.files import reading
+from fulltune.models.sharding import Units
 from fulltune.records.base import Record
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class Shapes(Record):
     """The checkpoint brings a head for this task's labels, as far as its config tells."""
     plain_logits: bool = True
     """By its config, nothing scales or caps logits after the head; the check before step 1 tries it."""
+    units: Units | None = None
+    """What FSDP2 would put together at a time; None: the model has no repeated blocks, or is not trained as a whole."""
 
 
 def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[Any], object] | None = None) -> Shapes:
@@ -76,7 +80,15 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
         can_recompute=bool(model.supports_gradient_checkpointing),
         head_is_kept=head.order is not None,
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
+        units=_units(model) if apply is None else None,
     )
+
+
+def _units(model: Any) -> Units | None:
+    try:
+        return sharding.units_of(model)
+    except SetupError:
+        return None
 
 
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
+from fulltune.records.base import Record
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,33 @@ if TYPE_CHECKING:
 
 _FREED = "free_full_weight"
 """transformers' word: whole during the block's own pass alone."""
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+"""Of a layer, in the path of a module."""
+
+
+class Units(Record):
+    """Parameters that FSDP2 puts together at a time; one with several names lies in the root, once."""
+
+    root: int
+    """Outside of all units: whole from the forward to the end of the backward pass."""
+    kept: int
+    """Of units that stay whole from their forward to their own backward pass: a language model's head."""
+    freed: int
+    """Of all units that are whole in their own passes alone."""
+    block: int
+    """Of the largest repeated block, which is freed."""
+    apart: int
+    """Of the largest other unit that is freed: the embeddings of newer classes; 0: there is none."""
+
+    @property
+    def gathered(self) -> int:
+        """Put together in a forward and a backward pass."""
+        return self.root + self.kept + 2 * self.freed
+
+    @property
+    def reduced(self) -> int:
+        """Of which gradients are sent."""
+        return self.root + self.kept + self.freed
 
 
 def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -> tuple[Any, Any]:
@@ -96,6 +125,38 @@ def blocks_of(model: Any) -> dict[str, str]:
             "weights) to share out one by one; take ddp, or zero3"
         )
     return {f"{path}.*": _FREED for path in paths}
+
+
+def units_of(model: Any) -> Units:
+    """The units of a model, by transformers' own plan and `blocks_of`.
+
+    Args:
+        model: Of the class that is trained; its names are tied, its tensors need no values.
+
+    Raises:
+        SetupError: When it has no repeated blocks.
+    """
+    blocks = blocks_of(model)
+    rules = without_shared(model, (model.fsdp_plan or {}) | blocks)
+    found = {path: rules.get(_NUMBER.sub(".*", path)) for path, _ in model.named_modules()}
+    styles = {path: style for path, style in found.items() if style is not None}
+    # Inner modules before those around them, those that are freed first: as transformers 5.24 shares them out.
+    order = sorted(styles, key=lambda name: (styles[name] != _FREED, -name.count(".")))
+    seen: set[int] = set()
+    sizes: dict[str, int] = {}
+    for name in [*order, ""]:
+        own = {id(one): one.numel() for one in model.get_submodule(name).parameters() if id(one) not in seen}
+        sizes[name] = sum(own.values())
+        seen |= own.keys()
+    freed = [name for name in order if styles[name] == _FREED]
+    repeated = tuple(path.removesuffix("*") for path in blocks)
+    return Units(
+        root=sizes[""],
+        kept=sum(sizes[name] for name in order if styles[name] != _FREED),
+        freed=sum(sizes[name] for name in freed),
+        block=max((sizes[name] for name in freed if name.startswith(repeated)), default=0),
+        apart=max((sizes[name] for name in freed if not name.startswith(repeated)), default=0),
+    )
 
 
 def is_shared(model: Any) -> bool:

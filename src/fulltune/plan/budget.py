@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import memory, sharded
+from fulltune.plan import fsdp2, memory, sharded
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryKind, MemoryNeed, Phase
@@ -107,6 +107,8 @@ class Needs:
             shared: What is shared out; None: each process holds everything.
             per_parameter: Bytes of weights, gradients and optimizer where the state is shared out on GPUs.
         """
+        if shared is not None and shared.engine == "fsdp2":
+            return fsdp2.need(self.shapes, self.footprint, settings, self.device)
         if shared is not None:
             on_gpus = self.device == "cuda"
             return self._on_gpus(settings, shared, per_parameter) if on_gpus else self._on_cpu(settings, shared)

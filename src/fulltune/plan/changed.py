@@ -11,7 +11,7 @@ from fulltune.errors import RecipeError
 from fulltune.plan import budget, disk, memory, time
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.memory import MemorySettings
-from fulltune.recipe.fields import Recipe, with_attention
+from fulltune.recipe.fields import Recipe, with_attention, with_placement
 from fulltune.recipe.rules import OWN_OPTIMIZERS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemoryNeed, Plan
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PLACING = (
     *("num_processes", "placement", "device", "micro_batch_size", "gradient_accumulation_steps", "eval_batch_size"),
-    *("activation_checkpointing", "chunked_loss", "available_bytes", "memory", "disk", "time"),
+    *("activation_checkpointing", "chunked_loss", "available_bytes", "memory", "traffic", "disk", "time"),
 )
 """What follows from where things lie, and changes no result."""
 
@@ -77,6 +77,7 @@ def placed_anew(plan: Plan, anew: Plan) -> Plan:
 
 def budget_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine) -> MemoryBudget:
     """The memory budget of a plan whose precision or attention may be another than the recipe's."""
+    recipe = with_placement(recipe, changed.placement)
     block = recipe.train.model_copy(update={"precision": changed.precision})
     same = with_attention(recipe.model_copy(update={"train": block}), changed.attn_implementation)
     traced = model.footprint(same, changed.device, changed.precision)
@@ -94,7 +95,7 @@ def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int) -
     Raises:
         DoesNotFitError: When the disk is too small for them.
     """
-    settings = memory_settings_of(plan, summary)
+    settings, recipe = memory_settings_of(plan, summary), with_placement(recipe, plan.placement)
     found = disk.need(recipe, plan.num_parameters, settings)
     disk.refuse_what_cannot_fit(recipe, plan.num_parameters, settings, free_bytes)
     state = memory.state_of(plan.num_parameters, settings)

@@ -78,15 +78,28 @@ def fastest(options: Sequence[T], speeds: Sequence[float | None]) -> T:
     return next(one for one, speed in zip(options, speeds, strict=True) if (speed or 0.0) >= least)
 
 
-def smallest(recipe: Recipe, start: MemorySettings, rows_per_process: int, budget: MemoryBudget) -> Option:
+def smallest(
+    recipe: Recipe,
+    start: MemorySettings,
+    rows_per_process: int,
+    budget: MemoryBudget,
+    same_numbers: bool = False,
+) -> Option:
     """The settings that need least: what to say when nothing fits.
 
     With accumulation the gradients of earlier passes stay beside the next pass and its copy of the weights in 16 bits,
     so the smallest micro batch does not always need least.
+
+    Args:
+        recipe: What is given is not changed.
+        start: Everything else about the settings, with no lever taken.
+        rows_per_process: Share of the global batch of one process.
+        budget: What settings need.
+        same_numbers: Without the levers that change the result.
     """
     found = [
         _with_eval_batch(recipe, settings, 0, budget)
-        for numbers in _with_levers(recipe, start, same_result=False)
+        for numbers in ([start] if same_numbers else _with_levers(recipe, start, same_result=False))
         for settings in candidates(recipe, numbers, rows_per_process)
     ]
     return min(found, key=lambda one: (one.memory.peak, one.memory.phases["step"], one.settings.micro_batch_size))

@@ -15,7 +15,9 @@ from fulltune.system import deepspeed, sharing
 from fulltune.text import format_bytes
 
 DEEPSPEED_BYTES = 20
-"""A parameter in DeepSpeed's checkpoints: weights and moments (12), its copy of the model (4), the Trainer's (4)."""
+"""A parameter in checkpoints in DeepSpeed's own form: weights and moments (12), two copies of the model (8)."""
+COMMON_BYTES = 12
+"""A parameter in the other checkpoints of its runs: weights and moments."""
 
 SMALL_FILES_BYTES = 16 * 2**20
 """In each checkpoint and in the model's folder beside the tensors: a tokenizer of 1 MB (30,000 words) to 17 MB (128,000
@@ -28,7 +30,9 @@ def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskN
     run that is stopped in between writes one checkpoint more."""
     state = memory.state_of(num_parameters, settings)
     weights = memory.num_trained(num_parameters, settings) * memory.BYTES[memory.trained_dtype(settings)]
-    one = num_parameters * DEEPSPEED_BYTES if deepspeed.wanted(recipe) else weights + state.optimizer
+    one = weights + state.optimizer
+    if deepspeed.wanted(recipe):
+        one = num_parameters * (DEEPSPEED_BYTES if deepspeed.keeps_own_files(recipe) else COMMON_BYTES)
     return DiskNeed(
         one_checkpoint=one + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, choose, command_time, disk, memory, resolve, time, watching
+from fulltune.plan import (
+    budget,
+    choose,
+    command_time,
+    disk,
+    memory,
+    placing,
+    resolve,
+    time,
+    traffic,
+    watching,
+)
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
@@ -47,18 +58,18 @@ def fit(
         RecipeError: When settings contradict each other or the machine.
         DoesNotFitError: When memory or disk are too small, with ways out.
     """
-    train, reasons = recipe.train, Reasons()
-    basis = basis_of(Workload(recipe, shapes, lambda dtype: footprint, summary), fleet, reasons, own_loss)
-    steps, placement = basis.steps, resolve.placement(recipe, fleet.machine, reasons)
+    workload, reasons = Workload(recipe, shapes, lambda dtype: footprint, summary), Reasons()
+    recipe, why = placing.settle(workload, fleet, own_loss)
+    train, basis = recipe.train, basis_of(replace(workload, recipe=recipe), fleet, reasons, own_loss)
+    steps, placement = basis.steps, resolve.placement(recipe, why, reasons)
     metric = resolve.metric(recipe, summary, reasons)
     rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
-    chosen, on_disk = _fitting(basis, summary, own_loss, reasons)
+    with placing.explaining(workload, fleet, own_loss, why):
+        chosen, on_disk = _fitting(basis, summary, own_loss, reasons)
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
-    logging_steps = max(1, steps.total // 200)
-    why = "about 200 log lines" if logging_steps > 1 else "every step of a short run"
-    logging_steps = reasons.add("train.logging_steps", train.logging_steps, logging_steps, why)
+    logging_steps = resolve.logging_steps(recipe, steps, reasons)
     watched = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
     resolve.caveats(footprint, reasons)
@@ -95,6 +106,7 @@ def fit(
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
         available_bytes=basis.budget.available_bytes,
         memory=chosen.memory,
+        traffic=traffic.of(shapes, used, basis.shared) if used.num_processes > 1 else None,
         disk=on_disk,
         settings=tuple(reasons.settings),
     )

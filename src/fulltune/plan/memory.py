@@ -84,12 +84,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     kinds["buffers"] += beyond + around
     if settings.num_processes > 1:  # DistributedDataParallel sends gradients from buckets of its own
         kinds["buffers"] += state.gradients
-    rows = settings.eval_batch_size * footprint.sequences_per_row
-    scored = [
-        _in_pieces(one.bytes(rows, settings.longest_tokens), shapes, settings, device, 0)
-        for one in footprint.evaluation[settings.precision]
-    ]
-    passing = max(scored, key=lambda one: sum(one.values()))
+    passing = scoring(shapes, footprint, settings, device)
     base = CUDA_CONTEXT_BYTES if device == "cuda" else FIRST_CALLS_BYTES
     # Weights of another type than the file's are made beside it; for a GPU both are in the host's memory.
     read = 4 * shapes.num_parameters if settings.weights_dtype == "bf16" and on_cpu else 0
@@ -106,6 +101,14 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     if settings.num_trained is not None:  # a checkpoint holds only what is trained
         phases["resuming"] = state.weights + state.gradients + state.optimizer + base
     return MemoryNeed(kinds=kinds, phases=phases)
+
+
+def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> dict[Kind, int]:
+    """What a forward pass of an eval batch holds at its highest."""
+    rows = settings.eval_batch_size * footprint.sequences_per_row
+    moments = footprint.evaluation[settings.precision]
+    held = [in_pieces(one.bytes(rows, settings.longest_tokens), shapes, settings, device, 0) for one in moments]
+    return max(held, key=lambda one: sum(one.values()))
 
 
 def train_sequences(footprint: Footprint, settings: MemorySettings) -> int:
@@ -141,12 +144,22 @@ def _beyond_tensors(
         gradients -= round(small_share * min(gradients, size * trained))
         small = sum(kinds.values()) - kinds["weights"] - kinds["optimizer"] - logits - gradients
         parts.append(((1 + HELD_SHARE) * small, logits, gradients))
-    heap = max(small for small, _, _ in parts)
-    block = footprint.largest_tensor * size
-    held = max(heap - _reused(heap - small, large, block) + logits + large for small, logits, large in parts)
+    heap, held = resident(parts, footprint.largest_tensor * size)
     highest = max(sum(kinds.values()) for kinds in moments)
     state = moments[0]["weights"] + moments[0]["optimizer"]
     return FIRST_CALLS_BYTES + max(0, state + round(held) - highest), round(heap / (1 + HELD_SHARE))
+
+
+def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
+    """What a process on a CPU holds of tensors that come and go, at its highest: what its heap keeps, and all of it.
+
+    Args:
+        moments: Bytes of small blocks with their gaps, of large ones, and of large ones that find room on the heap.
+        block_bytes: Of the largest block of the last kind.
+    """
+    heap = max(small for small, _, _ in moments)
+    held = max(heap - _reused(heap - small, fits, block_bytes) + large + fits for small, large, fits in moments)
+    return heap, held
 
 
 def _reused(free: float, large: int, block: int) -> int:
@@ -174,13 +187,13 @@ def _moments(
             continue
         for moment in moments:
             kinds = moment.bytes(rows, settings.longest_tokens)
-            kinds = _in_pieces(kinds, shapes, settings, device, already)
+            kinds = in_pieces(kinds, shapes, settings, device, already)
             if settings.optimizer_in_backward:  # each gradient goes as soon as it came
                 kinds["gradients"] = min(kinds["gradients"], footprint.largest_tensor * BYTES[settings.weights_dtype])
             found.append(_together(held, kinds))
     if not settings.optimizer_in_backward:
-        scratch = _scratch(footprint, settings)
-        update: dict[Kind, int] = {"gradients": state.gradients, "activations": 0, "logits": 0, "buffers": scratch}
+        buffers = scratch(footprint, settings)
+        update: dict[Kind, int] = {"gradients": state.gradients, "activations": 0, "logits": 0, "buffers": buffers}
         found.append(_together(held, update))
     return found
 
@@ -192,7 +205,7 @@ def _together(held: Mapping[MemoryKind, int], passing: Mapping[Kind, int]) -> di
     return found
 
 
-def _in_pieces(
+def in_pieces(
     kinds: dict[Kind, int], shapes: Shapes, settings: MemorySettings, device: str, gradients_before: int
 ) -> dict[Kind, int]:
     """With a chunked loss: the logits of a piece, and the head's gradient, which is made with them."""
@@ -209,7 +222,7 @@ def _in_pieces(
     return {**kinds, "logits": min(kinds["logits"], piece), "gradients": min(gradients, most)}
 
 
-def _scratch(footprint: Footprint, settings: MemorySettings) -> int:
+def scratch(footprint: Footprint, settings: MemorySettings) -> int:
     """What the optimizer holds while it updates the largest tensor."""
     values = footprint.largest_tensor
     match settings.optim:

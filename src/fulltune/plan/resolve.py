@@ -50,11 +50,11 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     return device
 
 
-def placement(recipe: Recipe, machine: Machine, reasons: Reasons) -> Any:
-    """Where weights, gradients and state lie: as the recipe says, or whole in each process.
+def refuse_fsdp2_beside_gpus(recipe: Recipe, machine: Machine) -> None:
+    """Refuse FSDP2 on the processor of a machine that has GPUs: transformers would take those.
 
     Raises:
-        RecipeError: When this machine cannot do it.
+        RecipeError: Naming both settings.
     """
     train = recipe.train
     if train.placement == "fsdp2" and train.device == "cpu" and machine.gpus:
@@ -62,10 +62,20 @@ def placement(recipe: Recipe, machine: Machine, reasons: Reasons) -> Any:
             "train.placement: fsdp2 takes the GPUs of a machine that has some, but train.device is cpu; set device: "
             "cuda, or placement: ddp"
         )
-    if train.extra.get("deepspeed") is not None:
+
+
+def placement(recipe: Recipe, why: str, reasons: Reasons) -> Any:
+    """Where weights, gradients and state lie.
+
+    Args:
+        recipe: With its placement, be it given or chosen: see `placing`.
+        why: It was chosen; empty: given.
+        reasons: Where it is written.
+    """
+    if recipe.train.extra.get("deepspeed") is not None:
         return "deepspeed"
-    chosen, why = ("single", "one process") if train.num_processes == 1 else ("ddp", "it fits in each process")
-    return reasons.add("train.placement", None if train.placement == "auto" else train.placement, chosen, why)
+    found = recipe.train.placement
+    return reasons.add("train.placement", None if why else found, found, why)
 
 
 def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:
@@ -199,6 +209,12 @@ def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, reasons: Reasons)
     epochs, why = defaults.num_train_epochs(recipe.task, rows)
     epochs = float(reasons.add("train.num_train_epochs", train.num_train_epochs, epochs, why))
     return epochs, math.ceil(epochs * steps_per_epoch)
+
+
+def logging_steps(recipe: Recipe, steps: Steps, reasons: Reasons) -> int:
+    chosen = max(1, steps.total // 200)
+    why = "about 200 log lines" if chosen > 1 else "every step of a short run"
+    return int(reasons.add("train.logging_steps", recipe.train.logging_steps, chosen, why))
 
 
 def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:

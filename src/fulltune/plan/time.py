@@ -18,8 +18,7 @@ Seconds of a step: the longest of three that overlap, and two that follow:
   takes, and 5 ms a step for the loop around it (usual figures, not measured by us);
 - the link to the host: bf16 weights in, once forward and once backward for each micro batch, gradients out: each
   device moves its share;
-- the other devices: (N - 1) / N x bytes of each collective; all-reduce counts twice, weights that are shared out are
-  gathered forward and backward for each micro batch;
+- the other devices: what each of them sends, see `traffic`;
 - then the optimizer, which reads and writes its state once and is bound by memory: 36 bytes a parameter for AdamW in
   fp32 (weight, gradient and both moments read, three of them written, and two passes of clipping over the gradients),
   or on the host 28 (fp32 moments and weights, bf16 gradients and weights) at the bandwidth of its memory; a fixed 5.8 s
@@ -40,6 +39,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.forgetting.budget import MOST_REPLAYED, MOST_ROWS, NUM_POINTS, TOKENS_READ
 from fulltune.models.shapes import Shapes
+from fulltune.plan import traffic
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.tasks import FACTS
@@ -181,14 +181,8 @@ def step_seconds(
     gpu = fleet.gpu_model
     if gpu is None:
         return parts
-    # Only what has gradients is sent to other devices and updated.
-    moved = trained * (devices - 1) / devices
     peers, link = (rate * 1e9 * LINK_SHARE for rate in (gpu.peer_gb_per_second, gpu.link_gb_per_second))
-    if shared is None or shared.stage == 2:
-        width = 4 if shared is None and settings.weights_dtype == "fp32" else 2
-        parts["other devices"] = 2 * width * moved / peers
-    else:
-        parts["other devices"] = (2 * 2 + 2) * moved * accumulation / peers
+    parts["other devices"] = traffic.of(shapes, settings, shared).of_step(accumulation) / peers
     if shared is not None and shared.offload_optimizer:
         weights_in = 2 * 2 * accumulation if shared.offload_weights else 2
         parts["host link"] = (weights_in + 2 * accumulation) * trained / devices / link

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from fulltune.plan.dotted import WHERE, in_yaml
+from fulltune.plan.dotted import PLACEMENT, WHERE, in_yaml
 from fulltune.plan.levers import LEVERS, Lever
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
@@ -51,6 +51,10 @@ def of_memory(
         # After what leaves the result as it is, before what changes its numbers.
         fastest = max(others, key=lambda one: one.tokens_per_second or 0.0)
         found.insert(mild, _as_way_out(fastest, now))
+        # What needs no other library, and computes in the same types.
+        own = next((one for one in others if one.settings.get(PLACEMENT) == "fsdp2" and one is not fastest), None)
+        if own is not None:
+            found.insert(mild, _as_way_out(own, now))
     least = LEAST_SHARE * (now - budget_bytes)
     found = [way for way in found if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
     enough = [way for way in found if way.enough]

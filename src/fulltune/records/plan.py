@@ -62,6 +62,19 @@ class MemoryNeed(Record):
         return max(self.kinds, key=lambda kind: self.kinds[kind])
 
 
+class Traffic(Record):
+    """Bytes that each process of a training sends to the others."""
+
+    each_pass: int
+    """For each micro batch."""
+    each_step: int
+    """Once in an optimizer step, whatever the number of micro batches."""
+
+    def of_step(self, passes: int) -> int:
+        """Of an optimizer step of so many micro batches."""
+        return passes * self.each_pass + self.each_step
+
+
 class DiskNeed(Record):
     """Bytes of a run on disk at its fullest."""
 
@@ -204,9 +217,16 @@ class Plan(Record):
     available_bytes: int | None = None
     """What one process could take when the plan was made; None: a plan of an earlier version."""
     memory: MemoryNeed | None = None
+    traffic: Traffic | None = None
+    """None: a single process, or a plan of an earlier version."""
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
     settings: tuple[Setting, ...]
+
+    @property
+    def sent_bytes(self) -> int:
+        """By each process to the others in an optimizer step."""
+        return 0 if self.traffic is None else self.traffic.of_step(self.gradient_accumulation_steps)
 
     @property
     def model_folder(self) -> str:

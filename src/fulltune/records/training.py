@@ -72,6 +72,8 @@ class Outcome(Record):
     """Most that the training process held: of the host, with a GPU reserved on it."""
     memory_growth_bytes: int = 0
     """The same beyond what it held before the model was loaded: what `Plan.memory` predicts."""
+    growth_of_processes: tuple[int, ...] = ()
+    """The same of each process, of the others up to the end of the training; empty: there is one, or it ended early."""
     phase: Phase | None = None
     """What it was doing when it ended."""
     trouble_since: int | None = None

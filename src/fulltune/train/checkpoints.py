@@ -155,8 +155,6 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
     Raises:
         SetupError: When the tensors are not those of the model.
     """
-    import torch
-
     if shared_state.is_in(checkpoint):
         shared_state.load_weights(model, checkpoint, trained_only)
         return
@@ -165,13 +163,25 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
 
         load_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
         return
-    keywords = {"config": model.config, "dtype": model.dtype, "use_safetensors": True, "output_loading_info": True}
+    found = loaded(model, checkpoint, model.dtype)
+    sharding.free(model)
+    model.load_state_dict(found.state_dict())
+
+
+def loaded(model: Any, checkpoint: Path, dtype: Any) -> Any:
+    """A checkpoint's model, shared out as this one is.
+
+    Raises:
+        SetupError: When the tensors are not those of the model.
+    """
+    import torch
+
+    keywords = {"config": model.config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if sharding.is_shared(model):
         keywords["distributed_config"] = model.config.distributed_config
     with torch.random.fork_rng(devices=[]):
-        loaded, info = type(model).from_pretrained(checkpoint, **keywords)
+        found, info = type(model).from_pretrained(checkpoint, **keywords)
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
         raise SetupError(f"{checkpoint}: does not hold the model's tensors: {wrong[0]} ({len(wrong)} such tensors)")
-    sharding.free(model)
-    model.load_state_dict(loaded.state_dict())
+    return found

@@ -2,13 +2,13 @@
 
 The files are safetensors, by tensor and offset (`torch.distributed.checkpoint`), under the names of the model's
 parameters: `weights.NAME`, and of the optimizer (`optim/shared.py`) `optimizer.NAME.exp_avg`. Each reader takes what it
-holds itself; one that holds whole tensors reads whole ones. What processes with whole tensors write is the Trainer's:
-`model.safetensors` and `optimizer.pt`.
+holds itself; one that holds whole tensors reads whole ones. DeepSpeed's processes write whole tensors there
+(`optim/zero.py`). What others with whole tensors write is the Trainer's: `model.safetensors` and `optimizer.pt`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 FOLDER = "shared"
 """In a checkpoint, of one whose tensors were shared out."""
 WHOLE = "model.safetensors"
-_WEIGHTS = "weights."
+FILE_BYTES, MOST_FILES = 2**24, 64
+"""Least bytes of a file, and most files of a process: each is put together in memory, twice (torch 2.13's writer and
+safetensors), which of all tensors at once would be twice the process's part of weights and optimizer state."""
+WEIGHTS = "weights."
+OPTIMIZER = "optimizer."
+"""Before a parameter's name, and `.step` or another kind after it."""
+_WHOLE_BYTES = 2 * 2**30
+"""Of a file with whole tensors."""
 
 
 def is_in(checkpoint: Path) -> bool:
@@ -43,8 +50,21 @@ def save(model: Any, others: Mapping[str, torch.Tensor], checkpoint: Path, train
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-    writer = HuggingFaceStorageWriter(str(checkpoint / FOLDER), save_distributed=True)
-    save_parts({**_weights(model, trained_only), **others}, storage_writer=writer)
+    state = {**_weights(model, trained_only), **others}
+    writer = HuggingFaceStorageWriter(str(checkpoint / FOLDER), _files(state), save_distributed=True)
+    save_parts(state, storage_writer=writer)
+
+
+def _files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Which file each tensor is written into, the first being 1: as many as keep the files small."""
+    sizes = {name: sharding.local(values).nbytes for name, values in state.items()}
+    most = max(FILE_BYTES, sum(sizes.values()) // MOST_FILES)
+    number, size, found = 1, 0, dict[str, int]()
+    for name, mine in sizes.items():
+        if size and size + mine > most:
+            number, size = number + 1, 0
+        found[name], size = number, size + mine
+    return found
 
 
 def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> None:
@@ -54,10 +74,10 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
         SetupError: When the tensors are not those of the model.
     """
     state = _weights(model, trained_only)
-    known = {name: size for name, (size, _) in kinds(checkpoint).items() if name.startswith(_WEIGHTS)}
+    known = {name: size for name, (size, _) in kinds(checkpoint).items() if name.startswith(WEIGHTS)}
     wrong = sorted(known.keys() ^ state.keys()) or [name for name, one in state.items() if one.shape != known[name]]
     if wrong:
-        named = wrong[0].removeprefix(_WEIGHTS)
+        named = wrong[0].removeprefix(WEIGHTS)
         raise SetupError(f"{checkpoint}: does not hold the model's tensors: {named} ({len(wrong)} such tensors)")
     read(state, checkpoint)
 
@@ -83,41 +103,61 @@ def kinds(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def write_whole(model: Any, folder: Path, most_bytes: int = 2 * 2**30) -> None:
-    """Write a shared-out model's weights as plain safetensors with an index, as `save_pretrained` does: the first
-    process puts one file's tensors together at a time, so no process ever holds all of them.
+def write_whole(model: Any, folder: Path, most_bytes: int = _WHOLE_BYTES) -> None:
+    """Write a shared-out model's weights as plain safetensors; all processes call it.
 
     Args:
-        model: All processes call it.
+        model: Its weights are shared out.
         folder: Of the finished model; there, in the first process.
+        most_bytes: Of a file, unless one tensor is larger.
+    """
+    tensors = {name.removeprefix(WEIGHTS): one for name, one in _weights(model, trained_only=False).items()}
+    sizes = {name: one.numel() * one.element_size() for name, one in tensors.items()}
+    write_by_file(sizes, lambda name: sharding.whole(tensors[name]), folder, most_bytes)
+
+
+def write_by_file(
+    sizes: Mapping[str, int], whole: Callable[[str], torch.Tensor], folder: Path, most_bytes: int = _WHOLE_BYTES
+) -> None:
+    """Write plain safetensors with an index, as `save_pretrained` does: the first process puts one file's tensors
+    together at a time, so no process ever holds all of them.
+
+    Args:
+        sizes: Name to bytes.
+        whole: Gives a tensor by its name; all processes call it, in the same order.
+        folder: There, in the first process.
         most_bytes: Of a file, unless one tensor is larger.
     """
     from safetensors.torch import save_file
 
-    tensors = {name.removeprefix(_WEIGHTS): one for name, one in _weights(model, trained_only=False).items()}
-    files: list[list[str]] = [[]]
-    held = 0
-    for name, one in tensors.items():
-        size = one.numel() * one.element_size()
-        if files[-1] and held + size > most_bytes:
-            files.append([])
-            held = 0
-        files[-1].append(name)
-        held += size
+    files = in_files(sizes, most_bytes)
     index: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         called = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else WHOLE
         index |= dict.fromkeys(names, called)
         together = {}
         for name in names:
-            one = sharding.whole(tensors[name])
+            one = whole(name)
             if is_first():
                 together[name] = one.cpu().contiguous()
         if is_first():
             save_file(together, folder / called, metadata={"format": "pt"})
     if is_first() and len(files) > 1:
-        size = sum(one.numel() * one.element_size() for one in tensors.values())
-        write_json(folder / f"{WHOLE}.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+        total = {"total_size": sum(sizes.values())}
+        write_json(folder / f"{WHOLE}.index.json", {"metadata": total, "weight_map": index})
+
+
+def in_files(sizes: Mapping[str, int], most_bytes: int = _WHOLE_BYTES) -> list[list[str]]:
+    """Names by file, in order, so that a file has no more bytes unless one tensor has."""
+    files: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if files[-1] and held + size > most_bytes:
+            files.append([])
+            held = 0
+        files[-1].append(name)
+        held += size
+    return files
 
 
 def is_first() -> bool:
@@ -152,4 +192,4 @@ def _weights(model: Any, trained_only: bool) -> dict[str, torch.Tensor]:
     if not trained_only:
         kept = model.state_dict().keys()
         found |= {name: one for name, one in model.named_buffers() if name in kept}
-    return {f"{_WEIGHTS}{name}": one.detach() for name, one in found.items()}
+    return {f"{WEIGHTS}{name}": one.detach() for name, one in found.items()}

@@ -156,6 +156,8 @@ def _memory(survey: Survey, plan: Plan) -> Iterator[Any]:
         free = survey.disk_free_bytes
         room = "free space not given" if free is None else f"{format_bytes(free)} free"
         yield f"[dim]disk:[/dim] {parts} = {format_bytes(disk.total)}; {room}"
+    if sent := words.sent(plan):
+        yield f"[dim]traffic:[/dim] {sent}"
 
 
 def _placements(survey: Survey) -> Table:

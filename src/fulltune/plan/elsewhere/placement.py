@@ -7,7 +7,7 @@ Bytes per parameter (P parameters, N devices):
 | all on each device | what `memory.need` says | - |
 | ZeRO-2 | 2 P weights + (4 + 12) P / N | - |
 | ZeRO-3 | 18 P / N + what is gathered | - |
-| FSDP2 (accelerate keeps weights, gradients and moments in fp32) | 16 P / N + what is gathered | - |
+| FSDP2 (weights, gradients and moments in fp32) | 16 P / N + what is gathered: see `plan.fsdp2` | - |
 | ZeRO-2, optimizer on the host | 2 P | 16 P |
 | ZeRO-3, all on the host | what is gathered | 18 P |
 | FSDP2, all on the host | what is gathered | 16 P |
@@ -98,14 +98,18 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
             narrow["train.precision"] = "bf16"
         yield _Layout(f"{each}, bf16 weights", narrow, weights_dtype="bf16", optim=optim)
         yield _Layout(f"{each}, bf16 + 8-bit", narrow | small, weights_dtype="bf16", optim="adamw_8bit")
-    if gpus and basis.start.num_trained is None:  # DeepSpeed is there for full fine-tuning only
+    if basis.start.num_trained is not None:  # sharing out is there for full fine-tuning only
+        return
+    if many and basis.shapes.units is not None:
+        yield _Layout("FSDP2", plain | {PLACEMENT: "fsdp2"}, shared=Sharing(3, False, False, engine="fsdp2"))
+    if gpus:
         yield from _shared_layouts(basis, plain, many)
 
 
 def _shared_layouts(basis: Basis, plain: dict[str, Any], many: bool) -> Iterator[_Layout]:
-    """With DeepSpeed or FSDP2."""
+    """With DeepSpeed, or in the host's memory."""
     # DeepSpeed updates by itself, and needs whole logits.
-    plain = plain | {"train.optimizer_in_backward": False}
+    plain = plain | {"train.optimizer_in_backward": False, PLACEMENT: "auto"}
     if basis.recipe.train.chunked_loss:
         plain |= {"train.chunked_loss": None}
 
@@ -116,7 +120,6 @@ def _shared_layouts(basis: Basis, plain: dict[str, Any], many: bool) -> Iterator
     if many:
         yield _Layout("ZeRO-2", zero(2), shared=Sharing(2, False, False))
         yield _Layout("ZeRO-3", zero(3), shared=Sharing(3, False, False))
-        yield _Layout("FSDP2", {}, runs=False, shared=Sharing(3, False, False), per_parameter=sharded.FSDP2)
     yield _Layout("ZeRO-2, optimizer on host", zero(2, "optimizer"), shared=Sharing(2, True, False))
     yield _Layout("FSDP2, all on host", {}, runs=False, shared=Sharing(3, True, True), per_parameter=sharded.FSDP2)
     yield _Layout("ZeRO-3, all on host", zero(3, "all"), shared=Sharing(3, True, True))
@@ -146,6 +149,7 @@ def _start(basis: Basis, layout: _Layout) -> MemorySettings:
     """The settings that the layout fixes; its micro batch and checkpointing are still to be chosen."""
     start, alone = basis.start, layout.shared is None
     plain = with_settings(basis.recipe, {name: _DEFAULTS[name] for name in WHERE})
+    in_pieces = alone or (layout.shared is not None and layout.shared.engine == "fsdp2")
     narrow = layout.weights_dtype == "bf16"
     return replace(
         start,
@@ -153,7 +157,7 @@ def _start(basis: Basis, layout: _Layout) -> MemorySettings:
         precision="bf16" if narrow else start.precision,
         optim=layout.optim,
         bf16_rounding=_rounding(basis) if narrow else None,
-        chunked_loss=alone and takes_pieces(plain, start.plain_logits),
+        chunked_loss=in_pieces and takes_pieces(plain, start.plain_logits),
         optimizer_in_backward=alone and basis.num_devices == 1 and start.optimizer_in_backward,
         num_processes=basis.num_devices,
     )
@@ -208,7 +212,7 @@ def _short(basis: Basis, kinds: dict[MemoryKind, int], host: int, on_disk: int) 
     if host:
         missing["host"] = host - fleet.machine.memory_available_bytes
     if on_disk and fleet.disk_bytes is not None:
-        # DeepSpeed's checkpoints and two models lie there as well.
+        # DeepSpeed's own checkpoints and two models lie there as well.
         parameters = basis.shapes.num_parameters
         checkpoints = disk.need(basis.recipe, parameters, basis.start).num_checkpoints
         missing["disk"] = on_disk + (checkpoints * disk.DEEPSPEED_BYTES + 8) * parameters - fleet.disk_bytes

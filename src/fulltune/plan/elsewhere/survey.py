@@ -15,7 +15,7 @@ from fulltune.plan.fit import fit, with_time
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.reasons import Reasons
 from fulltune.plan.workload import Basis, Workload, basis_of
-from fulltune.recipe.fields import Recipe
+from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.survey import Placement, Survey, WayOut
 from fulltune.system import sharing
@@ -199,7 +199,7 @@ def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
 
 def _own(recipe: Recipe, plan: Plan, placements: Sequence[Placement]) -> str:
     """Name of the placement that a plan has; empty for one that the table does not list."""
-    shared = sharing.of(recipe)
+    shared = sharing.of(with_placement(recipe, plan.placement))
     for one in placements:
         changed = with_settings(recipe, one.settings)
         if not one.runs or sharing.of(changed) != shared:

@@ -11,9 +11,9 @@ from typing import Any
 
 from fulltune.files import write_text
 from fulltune.records.forgetting import Preserved
-from fulltune.records.plan import MemoryKind
+from fulltune.records.plan import MemoryKind, Plan
 from fulltune.records.scores import Estimate
-from fulltune.text import format_metric, format_number, format_percent, is_share
+from fulltune.text import format_bytes, format_metric, format_number, format_percent, is_share
 
 # Text from data may hold terminal escapes, NUL (invalid in HTML), halves of a character that UTF-8 cannot write, or
 # marks that reverse the text around it: show them by code instead of obeying them. Newline and tab stay.
@@ -42,6 +42,17 @@ def interval(name: str, estimate: Estimate) -> str:
 def estimate(name: str, value: Estimate) -> str:
     """`92.1% [90.4%, 93.6%]`."""
     return f"{format_metric(name, value.value)} {interval(name, value)}"
+
+
+def sent(plan: Plan) -> str:
+    """What each process sends to the others, by the plan's arithmetic; empty for a single one."""
+    if plan.traffic is None:
+        return ""
+    passes = plan.gradient_accumulation_steps
+    each = f", {format_bytes(plan.traffic.each_pass)} of it for each of {passes} micro batches"
+    each = each if passes > 1 and plan.traffic.each_pass else ""
+    sum_of_step = format_bytes(plan.sent_bytes)
+    return f"each of {plan.num_processes} processes sends {sum_of_step} a step ({plan.placement}{each})"
 
 
 def at_the_peak(kinds: Mapping[MemoryKind, int]) -> str:

@@ -34,7 +34,9 @@ def _kinds(plan: Plan) -> list[Block]:
         (row,),
         numeric=frozenset(range(len(row))),
     )
-    return [table, Paragraph(f"{words.at_the_peak(need.kinds)}.")]
+    sent = words.sent(plan)
+    sent = f" {sent[0].upper()}{sent[1:]}: by arithmetic, not measured." if sent else ""
+    return [table, Paragraph(f"{words.at_the_peak(need.kinds)}.{sent}")]
 
 
 def _comparison(view: RunView, plan: Plan) -> list[Block]:
@@ -49,7 +51,8 @@ def _comparison(view: RunView, plan: Plan) -> list[Block]:
     rows: list[Row] = []
     if plan.memory or outcome.memory_growth_bytes:
         planned = plan.memory.peak if plan.memory else 0
-        rows.append(_row(_MEMORY, planned, outcome.dry_run_growth_bytes, outcome.memory_growth_bytes, format_bytes))
+        actual = max((outcome.memory_growth_bytes, *outcome.growth_of_processes))
+        rows.append(_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
     if outcome.forecast or time:
         planned_seconds = time.total_seconds if time else 0.0
         forecast = outcome.forecast.total_seconds if outcome.forecast else 0.0

@@ -134,8 +134,10 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     }
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
-    # The Trainer cannot save an optimizer whose state FSDP2 shares out: `FullTrainer` does.
-    values["save_only_model"] = plan.placement == "fsdp2"
+    # The Trainer cannot save an optimizer whose state FSDP2 shares out, nor DeepSpeed's in a form that others read:
+    # `FullTrainer` does.
+    common = deepspeed.wanted(recipe) and not deepspeed.keeps_own_files(recipe)
+    values["save_only_model"] = plan.placement == "fsdp2" or common
     extra = as_arguments(train.extra)
     if plan.torch_compile:
         extra["torch_compile"] = True

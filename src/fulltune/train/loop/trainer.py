@@ -2,8 +2,8 @@
 
 Overridden are `training_step`, `compute_loss` and `_get_grad_norm` (`guarded_step.py`), and here `compute_loss`,
 `_clip_grad_norm`, `get_train_dataloader`, `_get_num_items_in_batch`, `_load_from_checkpoint`, `_save_checkpoint`,
-`_save`, `_load_optimizer_and_scheduler`, `_defer_fsdp_gradient_reduction`, `evaluate`, `create_optimizer` and
-`floating_point_ops`. The loop, the schedule of the rate, logging and the
+`_save`, `save_model`, `_prepare_for_training`, `_load_optimizer_and_scheduler`, `_defer_fsdp_gradient_reduction`,
+`evaluate`, `create_optimizer` and `floating_point_ops`. The loop, the schedule of the rate, logging and the
 choice of the best step stay theirs.
 """
 
@@ -33,7 +33,7 @@ from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged
-from fulltune.train.optim import optimizers, shared
+from fulltune.train.optim import optimizers, shared, zero
 from fulltune.train.optim.groups import parameter_groups
 from fulltune.train.optim.in_backward import InBackward
 
@@ -133,6 +133,11 @@ class FullTrainer(Guarded, Trainer):
         """FSDP2 shares out the model."""
         return sharding.is_shared(self.model)
 
+    @property
+    def in_common_form(self) -> bool:
+        """Its checkpoints have what processes share out in the form that every placement reads."""
+        return self.is_shared or (self.is_deepspeed_enabled and self.args.save_only_model)
+
     def on_skip(self, step: int, judged: Judged) -> None:
         self._on_skip(step, judged.reason, self.sampler.rows_of(step))
 
@@ -205,16 +210,29 @@ class FullTrainer(Guarded, Trainer):
         checkpoints.load_weights(self.model, Path(resume_from_checkpoint), self.trained_only)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (self.is_shared or shared_state.is_in(Path(checkpoint))):
+        if checkpoint is None or not (self.in_common_form or shared_state.is_in(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         # Theirs refuses what was shared out (transformers 5.24).
         optimizer: Any = self.optimizer
-        shared.load(self.model, optimizer.optimizer, Path(checkpoint))
+        if not self.is_deepspeed_enabled:
+            shared.load(self.model, optimizer.optimizer, Path(checkpoint))
         schedule: Any = self.lr_scheduler
         schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        theirs = None if self.is_deepspeed_enabled and self.in_common_form else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, theirs)
+        if resume_from_checkpoint is not None and theirs is None:  # theirs reads DeepSpeed's own files alone
+            self.load_into_engine(Path(resume_from_checkpoint))
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def load_into_engine(self, checkpoint: Path, weights_only: bool = False) -> None:
+        """Put a checkpoint of any placement into DeepSpeed's engine."""
+        zero.load(self.model, self.model_wrapped, checkpoint, self._ordered, weights_only)
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
@@ -225,7 +243,7 @@ class FullTrainer(Guarded, Trainer):
         with self._journal.during("saving"):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            if self.is_shared:
+            if self.in_common_form:
                 self._save_shared(folder)
             if self.args.should_save:
                 guard = self.seen.as_json() | {"left_evaluation": self.left_evaluation}
@@ -238,19 +256,26 @@ class FullTrainer(Guarded, Trainer):
                         np.save(folder / name, start)
 
     def _save_shared(self, folder: Path) -> None:
-        """What the Trainer leaves out of a checkpoint where FSDP2 shares out the model."""
+        """What the Trainer leaves out of a checkpoint where processes share out the model."""
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        shared_state.save(self.model, shared.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
+        if self.is_deepspeed_enabled:
+            zero.save(self.model, self.model_wrapped, folder)
+        else:
+            shared_state.save(self.model, shared.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
         if self.args.should_save:
             torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.is_shared:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.in_common_form:  # theirs would put the whole model together in one process
             Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # `_save_shared` fills it
-        elif not self.trained_only:
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.trained_only:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
@@ -290,7 +315,12 @@ class FullTrainer(Guarded, Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = self._make_optimizer(self.model if model is None else model)
+            model = self.model if model is None else model
+            self.optimizer = self._make_optimizer(model)
+            if self.is_deepspeed_enabled:
+                names = {parameter: name for name, parameter in model.named_parameters()}
+                groups = cast("Any", self.optimizer).param_groups
+                self._ordered = [names[parameter] for group in groups for parameter in group["params"]]
             self.in_backward = self.optimizer if isinstance(self.optimizer, InBackward) else None
         return self.optimizer
 

@@ -10,8 +10,7 @@ import torch
 from fulltune.models import sharding
 from fulltune.train import shared_state
 from fulltune.train.optim.optimizers import AdamW, in_fp32
-
-_OPTIMIZER = "optimizer."
+from fulltune.train.shared_state import OPTIMIZER
 
 
 def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -26,7 +25,7 @@ def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Te
     for name, parameter in model.named_parameters():
         for kind, value in _of_one(optimizer, parameter).items():
             # A number of steps has no axis, and a file of parts tells them by their offsets.
-            found[f"{_OPTIMIZER}{name}.{kind}"] = value.reshape(1) if value.dim() == 0 else value
+            found[f"{OPTIMIZER}{name}.{kind}"] = value.reshape(1) if value.dim() == 0 else value
     return found
 
 
@@ -78,14 +77,14 @@ def _from_parts(model: Any, checkpoint: Path) -> dict[str, dict[str, torch.Tenso
     """By parameter and kind, what this process needs: a moment of a 16-bit weight may be fp32."""
     known, state = shared_state.kinds(checkpoint), dict[str, torch.Tensor]()
     for name, parameter in model.named_parameters():
-        for key in (key for key in known if key.startswith(f"{_OPTIMIZER}{name}.")):
-            if "." not in key.removeprefix(f"{_OPTIMIZER}{name}."):
+        for key in (key for key in known if key.startswith(f"{OPTIMIZER}{name}.")):
+            if "." not in key.removeprefix(f"{OPTIMIZER}{name}."):
                 size, dtype = known[key]
                 is_like = size == parameter.shape
                 state[key] = torch.empty_like(parameter.detach(), dtype=dtype) if is_like else torch.empty(size)
     shared_state.read(state, checkpoint)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
-        name, _, kind = key.removeprefix(_OPTIMIZER).rpartition(".")
+        name, _, kind = key.removeprefix(OPTIMIZER).rpartition(".")
         found.setdefault(name, {})[kind] = value.reshape(()) if kind == "step" else value
     return found

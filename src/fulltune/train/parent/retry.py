@@ -127,7 +127,7 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
         saved: The step at which the attempt before was stopped, and which it usually saved; 0: none.
 
     Raises:
-        SetupError: The checkpoint is DeepSpeed's, of another placement or number of processes, or it is not.
+        SetupError: The checkpoint is in DeepSpeed's own form, of another stage or number of processes, or it is not.
     """
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, passed_over = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])

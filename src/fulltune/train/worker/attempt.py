@@ -24,7 +24,7 @@ from fulltune.train.loop.guards import ended_high, ended_worse, nothing_learned,
 from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.request import Request
 from fulltune.train.run_time import CHECKS
-from fulltune.train.worker import weights
+from fulltune.train.worker import distributed, weights
 from fulltune.train.worker.against_start import NothingLeft
 from fulltune.train.worker.best import keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
@@ -84,6 +84,9 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
         initial = weights.InitialWeights(attempt.trainer.model, attempt.initial_weights, sharing is not None)
     state, optimizer = _fit(attempt)
     journal.at_rest()
+    observed = attempt.observed
+    if request.plan.num_processes > 1 and observed.meter is not None:
+        observed.growth_of_processes = distributed.gathered(observed.meter.growth_bytes())
     _judge_end(attempt, state)
     journal.at("saving")
     if initial is None:  # the first process saves and reports

@@ -29,6 +29,13 @@ def from_first(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def gathered(number: int) -> tuple[int, ...]:
+    """The number of each process, in all of them."""
+    from accelerate.utils import gather_object
+
+    return tuple(gather_object([number]))
+
+
 def summed(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Each name's two counts, added up over all processes: the same in each."""
     from accelerate.utils import gather_object

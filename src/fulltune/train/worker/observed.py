@@ -21,6 +21,8 @@ class Observed:
     dry_run_growth_bytes: int = 0
     dry_run_loss: float | None = None
     disk_bytes: int = 0
+    growth_of_processes: tuple[int, ...] = ()
+    """Of each process at the end of the training."""
 
     def measure(self, device: str, problem_type: str) -> None:
         """Count memory from now on; what the first evaluation would import is imported before."""
@@ -39,5 +41,7 @@ class Observed:
         fields = {name: value for name, value in vars(self).items() if name != "meter"}
         if self.meter is not None:
             fields["peak_memory_bytes"] = self.meter.peak_bytes()
-            fields["memory_growth_bytes"] = self.meter.growth_bytes()
+            growth = fields["memory_growth_bytes"] = self.meter.growth_bytes()
+            if self.growth_of_processes:  # the first process saves the model after that
+                fields["growth_of_processes"] = (growth, *self.growth_of_processes[1:])
         return fields

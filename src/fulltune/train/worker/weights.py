@@ -24,7 +24,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.training import Moved
 from fulltune.tasks import Target, causal_lm
 from fulltune.train import checkpoints, shared_state
-from fulltune.train.optim import shared
+from fulltune.train.optim import shared, zero
 from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.request import Request
 from fulltune.train.worker import distributed
@@ -33,20 +33,9 @@ from fulltune.train.worker import distributed
 def held(parameter: Any) -> torch.Tensor:
     """The parameter's values on the CPU: in its shape, or with FSDP2 this process's part of them. In half precision
     those of DeepSpeed's fp32 copy, which is what is trained."""
-    if _is_in_engine(parameter):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter).cpu()
-    if not hasattr(parameter, "ds_id"):
-        return sharding.local(parameter.detach()).cpu()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):  # stage 3 before the optimizer exists
-        return parameter.detach().cpu().clone()
-
-
-def _is_in_engine(parameter: Any) -> bool:
-    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
+    if zero.is_in_engine(parameter) or hasattr(parameter, "ds_id"):
+        return zero.whole(parameter).cpu()
+    return sharding.local(parameter.detach()).cpu()
 
 
 def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
@@ -57,25 +46,19 @@ def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
     """
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # accelerate's and DeepSpeed's wrappers
-    if _is_in_engine(parameter):
-        from deepspeed.utils import safe_get_full_optimizer_state
-
+    if zero.is_in_engine(parameter):
         if not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return None
-        return safe_get_full_optimizer_state(parameter, "exp_avg_sq").cpu()
+        return zero.moment(parameter, "exp_avg_sq").cpu()
     optimizer = getattr(optimizer, "behind", optimizer)
     own = isinstance(optimizer, AdamW)
     second = optimizer.second_moment(parameter) if own else optimizer.state.get(parameter, {}).get("exp_avg_sq")
     return None if second is None else sharding.local(second).cpu()
 
 
-def _link_all_groups(optimizer: Any) -> None:
-    """DeepSpeed 0.19.8 (stages 1 and 2) looks for moments after the first group's first step, when the second group
-    has none yet: look again. Delete this when it does so itself."""
+def _link(optimizer: Any) -> None:
     while optimizer is not None:
-        if hasattr(optimizer, "_hp_optimizer_states_linked"):
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
+        zero.link(optimizer)
         optimizer = getattr(optimizer, "optimizer", None)
 
 
@@ -107,7 +90,7 @@ class InitialWeights:
         Processes that have the weights before count; where all take part, they are told the sums.
         """
         sharding.free(model)
-        _link_all_groups(optimizer)
+        _link(optimizer)
         counts: dict[str, tuple[int, int]] = {}  # values that received a gradient, and how many of them moved
         for name, parameter in methods.trained(model).items():
             second = second_moment(parameter, optimizer)
@@ -152,7 +135,7 @@ def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
     # Which tensors received a gradient was seen by the attempt before; only optimizers without second moments ask.
     trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
     if trainer.is_deepspeed_enabled:
-        # Only its engine can read its checkpoints; transformers has no public way to make one without training.
+        # Only its engine holds what is read; transformers has no public way to make one without training.
         trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
         return trainer.optimizer
     checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)

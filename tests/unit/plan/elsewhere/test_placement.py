@@ -14,6 +14,7 @@ from fulltune.records.survey import Placement
 from tests.unit.plan import sizes
 
 P = sizes.LLAMA.num_parameters
+BLOCK = 202_383_360  # parameters
 ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 GIB = 2**30
 
@@ -50,7 +51,13 @@ def test_state_on_one_device_in_bytes_a_parameter(name: str, bytes_per_parameter
 
 @pytest.mark.parametrize(
     ("name", "bytes_per_parameter"),
-    [("8 copies, AdamW fp32", 16.0), ("ZeRO-2", 2 + 16 / 8), ("ZeRO-3", 18 / 8), ("FSDP2", 16 / 8)],
+    [
+        ("8 copies, AdamW fp32", 16.0),
+        ("ZeRO-2", 2 + 16 / 8),
+        ("ZeRO-3", 18 / 8),
+        # A block's gradients are whole, and the others' parts.
+        ("FSDP2", 16 / 8 + 4 * BLOCK / P),
+    ],
 )
 def test_state_on_each_of_eight_devices_in_bytes_a_parameter(name: str, bytes_per_parameter: float) -> None:
     assert state(table("8x H100")[name]) / P == pytest.approx(bytes_per_parameter, rel=0.01)
@@ -133,8 +140,8 @@ def test_methods_that_train_little_have_only_placements_that_they_can_have(hardw
 
 def test_what_is_not_built_is_said() -> None:
     rows = table("2x H100")
-    assert {name for name, one in rows.items() if not one.runs} == {"FSDP2", "FSDP2, all on host"}
-    assert rows["FSDP2"].how == placement.NOT_BUILT
+    assert {name for name, one in rows.items() if not one.runs} == {"FSDP2, all on host"}
+    assert rows["FSDP2, all on host"].how == placement.NOT_BUILT
 
 
 @pytest.mark.parametrize(
@@ -157,6 +164,9 @@ def test_what_is_not_built_is_said() -> None:
         ),
         ({"placement": "zero3", "offload": "all"}, {}, "ZeRO-2", "train.placement: zero2, train.offload: none"),
         ({"placement": "zero3", "offload": "all"}, {}, "ZeRO-3, all on host", "as the recipe is"),
+        ({}, {}, "FSDP2", "train.placement: fsdp2"),
+        ({"placement": "fsdp2"}, {}, "FSDP2", "as the recipe is"),
+        ({"placement": "fsdp2"}, {}, "2 copies, AdamW fp32", "train.placement: auto"),
         ({"optim": "adamw_8bit"}, {}, "2 copies, 8-bit AdamW", "as the recipe is"),
         ({"optim": "adamw_8bit"}, {}, "2 copies, AdamW fp32", "train.optim: adamw_torch_fused"),
         ({}, {"weights_dtype": "bf16"}, "2 copies, AdamW fp32", "model.weights_dtype: fp32"),
@@ -246,7 +256,7 @@ def test_chunked_loss_is_only_without_deepspeed(where: dict[str, Any]) -> None:
     rows = table("8x H100", sizes.llama(tokens=2048, train={"global_batch_size": 64, "num_processes": 8, **train}))
     whole = 8 * 2048 * 10 * sizes.LLAMA.vocab_size
     for name, one in rows.items():
-        assert (one.kinds["logits"] == whole) == ("ZeRO" in name or "FSDP" in name)
+        assert (one.kinds["logits"] == whole) == ("ZeRO" in name or "host" in name)
         assert one.kinds["logits"] <= whole
 
 

@@ -62,8 +62,8 @@ def test_7b_on_eight_of_every_gpu_fits_or_has_ways_out(gpu: gpus.GpuModel) -> No
     ("hardware", "placement"),
     [
         ("1x MI325X", "one device, AdamW fp32"),
-        ("8x A100-80GB", "ZeRO-2"),
-        ("4x A100-80GB", "ZeRO-2"),
+        ("8x A100-80GB", "FSDP2"),
+        ("4x A100-80GB", "FSDP2"),
         ("1x RTX 4090, 256GB host", "ZeRO-2, optimizer on host"),
     ],
 )
@@ -433,14 +433,14 @@ def test_no_more_than_eight_devices_are_proposed() -> None:
 def test_plain_ways_take_deepspeed_out_of_the_recipe(hardware: str, where: dict[str, Any], without: str) -> None:
     found, plan = planned(hardware, sizes.llama(train={"global_batch_size": 64, **where}))
     assert (plan is not None) == found.fits
-    plain = [one for one in found.placements if "ZeRO" not in one.name and one.runs]
+    plain = [one for one in found.placements if not one.name.startswith(("ZeRO", "FSDP2")) and one.runs]
     assert all(without in one.how for one in plain)
     assert all("adamw_8bit" not in way.change or without in way.change for way in found.ways_out)
 
 
 def test_plan_for_other_hardware_says_what_the_recipe_lacks() -> None:
     found, _ = planned("8x A100-80GB")
-    assert found.settings == {"train.num_processes": 8, "train.placement": "zero2"}
+    assert found.settings == {"train.num_processes": 8}  # with these the plan finds FSDP2 by itself
     found, _ = planned("1x A100-80GB", sizes.bert())
     assert found.settings == {}
 
@@ -456,6 +456,14 @@ def test_placement_that_the_recipe_lacks_is_a_way_out_here() -> None:
     assert found.ways_out[0].enough
 
 
+def test_given_copies_that_do_not_fit_are_told_to_be_shared_out() -> None:
+    train = {"global_batch_size": 64, "num_processes": 8, "placement": "ddp", "optim": "adamw_torch_fused"}
+    here = gpus.parse("8x L40S").model_copy(update={"here": True})
+    found, plan = survey(sizes.llama(train=train), here, Wishes())
+    assert plan is None
+    assert any(way.settings.get("train.placement") == "fsdp2" and way.enough for way in found.ways_out)
+
+
 def test_several_devices_share_the_state_rather_than_round_it() -> None:
     # Two copies with 8-bit moments would fit.
     task = sizes.llama(train={"global_batch_size": 4, "optim": "adamw_8bit"})
@@ -464,7 +472,7 @@ def test_several_devices_share_the_state_rather_than_round_it() -> None:
     assert found.placement == "2 copies, 8-bit AdamW"
     found, plan = planned("2x H100-NVL, 64GB host", sizes.llama(train={"global_batch_size": 4}))
     assert plan is not None
-    assert (found.placement, plan.optim) == ("ZeRO-2", "adamw_torch_fused")
+    assert (found.placement, plan.optim) == ("FSDP2", "adamw_torch_fused")
 
 
 def test_disk_is_offloaded_to_only_with_the_recipes_path() -> None:

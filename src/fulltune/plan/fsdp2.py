@@ -1,0 +1,208 @@
+"""Bytes of one process when FSDP2 shares weights, gradients and AdamW's moments out over N of them.
+
+Between steps each process holds an N-th of everything: 16 P / N bytes with AdamW in fp32. In a step *units* are whole
+for a while (`models.sharding.Units`; u is a unit's number of parameters, 4 bytes each):
+
+| when | whole |
+|---|---|
+| root: what is in no unit | its weights all the time, its gradients from when they come to the end |
+| forward | a unit's weights, and what they were received in until the next unit has come: 2 u |
+| backward | its weights and gradients, the next unit as received, the gradients of the one before as sent: 4 u |
+| after a unit's backward | its gradients, the same as they are sent (gloo: three times), the next unit: 3 u or 5 u |
+
+Read from torch 2.13 (`torch/distributed/fsdp/_fully_shard`: `foreach_all_gather`, `FSDPParamGroup.wait_for_unshard`,
+`_backward_prefetch`, `post_backward`, `foreach_reduce`) and its gloo backend, which also receives into a copy; held
+against measurements by `bench/memory_per_rank.py`. Gradients are reduced at each micro batch, so that accumulation
+holds parts alone. Activations, logits and autocast's copies of the weights in 16 bits are those of one process:
+autograd keeps such a copy of each weight from the forward to the backward pass, so that bf16 computations add up to
+2 P bytes that no number of processes makes smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fulltune.footprint.records import Footprint, Kind
+from fulltune.models.shapes import Shapes
+from fulltune.models.sharding import Units
+from fulltune.plan import memory
+from fulltune.plan.memory import MemorySettings
+from fulltune.records.plan import MemoryKind, MemoryNeed, Phase
+
+MODEL_FILE_BYTES = 2 * 2**30
+"""Of a file of the finished model (`train/shared_state.py`), unless one tensor is larger."""
+FILE_BYTES, MOST_FILES = 2**24, 64
+"""As `train.shared_state` writes a checkpoint: two copies of a file's tensors are in memory for a moment."""
+TENSORS_OF_BLOCK = 3
+"""A block's largest tensor is at most about so much of it: of BERT's 7.1 M parameters 2.4 M."""
+SENT = {"cpu": 3, "cuda": 1}
+"""Buffers for gradients that are sent: FSDP2's own, with gloo the backend's copy and its scratch as well."""
+SHARING_BYTES = 64 * 2**20
+"""On a CPU: FSDP2's and gloo's own, and the gaps that their short-lived buffers leave in the heap. Chosen on the Llama
+cells of `bench/memory_per_rank.py`; the others are scored. What NCCL takes of a GPU is not known here."""
+_VALUE = 4
+"""Bytes of a weight, and of its gradient."""
+
+
+def units_of(shapes: Shapes) -> Units:
+    """The model's own units; by a rule, blocks of one size and a vocabulary outside of them, where none are known."""
+    if shapes.units is not None:
+        return shapes.units
+    vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
+    block = (shapes.num_parameters - vocabulary) // max(1, shapes.num_layers)
+    return Units(root=vocabulary, kept=0, freed=shapes.num_parameters - vocabulary, block=block, apart=0)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What one process holds at a moment, besides its parts of weights and moments."""
+
+    passing: dict[Kind, int]
+    """As in one process; its gradients are left out."""
+    reduced: float
+    """Share of the gradients of which this process has its part."""
+    tensors: tuple[int, ...] = ()
+    """Parameters of units whose weights are whole."""
+    gradients: tuple[int, ...] = ()
+    """The same of gradients."""
+    flat: tuple[int, ...] = ()
+    """Parameters in each buffer that is sent or received."""
+
+
+def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> MemoryNeed:
+    """What one process needs on its device, beyond what the libraries themselves take.
+
+    Args:
+        shapes: The model's sizes.
+        footprint: The model's memory as traced.
+        settings: The settings; `num_processes` of them share.
+        device: `cpu` or `cuda`.
+    """
+    on_cpu = device == "cpu"
+    settings = replace(settings, precision=footprint.traced(settings.precision))
+    state = memory.state_of(shapes.num_parameters, settings)
+    parts = [-(-size // settings.num_processes) for size in (state.weights, state.optimizer, state.gradients)]
+    units = units_of(shapes)
+    moments = _moments(shapes, footprint, settings, units, device)
+    kinds = max((_kinds(one, *parts) for one in moments), key=lambda one: sum(one.values()))
+    kept, heap = parts[0] + parts[1], 0.0
+    around = round(memory.STATE_SHARE * kept) if on_cpu else 0
+    base = memory.FIRST_CALLS_BYTES + SHARING_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
+    beyond = base + around
+    if on_cpu:
+        split = [_small_and_large(one, parts[2], units, footprint, shapes, settings) for one in moments]
+        heap, held = memory.resident(split, _VALUE * footprint.largest_tensor)
+        beyond += max(0, kept + round(held) - sum(kinds.values()))
+    kinds["buffers"] += beyond
+    scoring = memory.scoring(shapes, footprint, settings, device)
+    # A model without a gradient keeps its last units whole until they are freed.
+    passing = (2 + on_cpu) * max(units.block, units.apart)
+    whole = _VALUE * (units.root + units.kept + passing)
+    file = max(min(kept, FILE_BYTES), kept // MOST_FILES)
+    together = min(_VALUE * shapes.num_parameters, MODEL_FILE_BYTES) + 2 * _VALUE * footprint.largest_tensor
+    together = together if on_cpu else 0
+    phases: dict[Phase, int] = {
+        "loading": parts[0] + base,
+        "step": sum(kinds.values()),
+        "evaluation": kept + around + sum(scoring.values()) + whole + base,
+        # Checkpoints are written file by file, and so is the finished model, by the first process.
+        "saving": kept + base + around + max(round(heap / (1 + memory.HELD_SHARE)) + 2 * file, together),
+        "resuming": kept + base,
+    }
+    return MemoryNeed(kinds=kinds, phases=phases)
+
+
+# ---- the moments of a step ---------------------------------------------------------------------------------------
+
+
+def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units, device: str) -> list[_Held]:
+    """What is held at each traced moment that may be the highest, and when gradients are sent between them."""
+    variant = footprint.variant(settings.precision, settings.activation_checkpointing)
+    rows, all_gradients = memory.train_sequences(footprint, settings), _VALUE * shapes.num_parameters
+    before = float(settings.gradient_accumulation_steps > 1)  # parts that earlier micro batches left
+    copies = SENT[device]
+    traced = [
+        (one.place, memory.in_pieces(one.bytes(rows, settings.longest_tokens), shapes, settings, device, 0))
+        for one in variant.first
+    ]
+    # What the head leaves in the root: that of a vocabulary, where there are logits.
+    head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0) // _VALUE
+    head = shapes.vocab_size * shapes.hidden_size if any(one["logits"] for _, one in traced) else head
+    left = 0 if units.kept else min(units.root, head)
+    found: list[_Held] = []
+    for place, passing in traced:
+        reduced = max(before, min(1.0, passing["gradients"] / all_gradients))
+        without, no_logits = passing | {"gradients": 0}, passing | {"gradients": 0, "logits": 0}
+        if place.startswith("forward"):
+            found.append(_Held(without, before, *_forward(units, place)))
+        elif place.endswith("below"):
+            whole = (units.root, units.apart)
+            found.append(_Held(without, 1.0, whole, whole, (units.block,)))
+        elif place == "backward head":
+            tensors = (units.root, units.kept)
+            found.append(_Held(without, before, tensors, (units.kept or left,), (units.block,)))
+        else:
+            found += _block(without, reduced, units, left, copies)
+        if place in ("backward head", "forward loss"):  # then the last block, whose activations all are there still
+            found += _block(no_logits, before, units, left, copies)
+            sent = (units.kept,) * copies
+            found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*sent, units.block)))
+    nothing: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
+    # Embeddings, which have no input with a gradient, are reduced at the very end: the root first, then unit by unit.
+    last = [units.root, units.apart]
+    while last:
+        found.append(_Held(nothing, 1.0, tuple(last[1:]), tuple(last), (last.pop(0),) * copies))
+    part = -(-footprint.largest_tensor // settings.num_processes)
+    update = memory.scratch(footprint.model_copy(update={"largest_tensor": part}), settings)
+    found.append(_Held(nothing | {"buffers": update}, 1.0))
+    return found
+
+
+def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Whole weights, gradients and buffers."""
+    root, kept, block, apart = (units.root,), units.kept, units.block, units.apart
+    if "before" in place:
+        return (*root, apart), (), (*root, apart)
+    if place.endswith("loss"):
+        return (*root, kept), (), ()
+    return ((*root, kept), (), (kept,)) if kept > block and "after" in place else ((*root, block), (), (block, block))
+
+
+def _block(passing: dict[Kind, int], reduced: float, units: Units, left: int, copies: int) -> Iterator[_Held]:
+    """A block's backward pass, and its gradients on their way."""
+    root, block = (units.root,), units.block
+    yield _Held(passing, reduced, (*root, block), (left, block), (block, block))
+    yield _Held(passing, reduced, root, (left, block), (*(block,) * copies, block))
+
+
+def _kinds(held: _Held, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
+    """By kind, with this process's parts."""
+    around = held.passing["buffers"] + _VALUE * (sum(held.tensors) + sum(held.flat))
+    return {
+        "weights": weights,
+        "gradients": round(held.reduced * gradients) + _VALUE * sum(held.gradients),
+        "optimizer": optimizer,
+        "activations": held.passing["activations"],
+        "logits": held.passing["logits"],
+        "buffers": around,
+    }
+
+
+def _small_and_large(
+    held: _Held, part: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
+) -> tuple[float, int, int]:
+    """Bytes in small blocks, with the gaps between them, and in large ones: see `memory.resident`."""
+    tokens = memory.train_sequences(footprint, settings) * settings.longest_tokens
+    if settings.chunked_loss:
+        tokens = min(tokens, memory.CHUNK_TOKENS["cpu"])
+    pieces = [(held.passing["logits"], _VALUE * tokens * shapes.vocab_size)]
+    pieces += [(_VALUE * one, _VALUE * one) for one in held.flat]
+    pieces.append((round(held.reduced * part), _VALUE * units.block // settings.num_processes))
+    for one in (*held.tensors, *held.gradients):
+        largest = one // TENSORS_OF_BLOCK if one == units.block else min(one, footprint.largest_tensor)
+        pieces.append((_VALUE * one, _VALUE * largest))
+    large = sum(size for size, block in pieces if block >= memory.SMALL_BYTES)
+    small = sum(size for size, block in pieces if block < memory.SMALL_BYTES)
+    small += held.passing["activations"] + held.passing["buffers"]
+    return (1 + memory.HELD_SHARE) * small, large, 0

@@ -1,0 +1,264 @@
+"""What DeepSpeed's ZeRO holds, in the form of checkpoints that every placement reads: see `shared_state`.
+
+DeepSpeed's own checkpoints go on only at the same stage and in as many processes. Here weights and moments are put
+together tensor by tensor, and cut anew for the engine that goes on. All processes call these functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fulltune import files
+from fulltune.errors import SetupError
+from fulltune.train import checkpoints, shared_state
+from fulltune.train.optim.optimizers import in_fp32
+
+LOSS_SCALE = "loss_scale.json"
+"""Of fp16: how DeepSpeed scales the loss."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_in_engine(parameter: Any) -> bool:
+    """Whether DeepSpeed trains an fp32 copy of it."""
+    return bool(parameter.requires_grad) and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"))
+
+
+def whole(parameter: Any) -> torch.Tensor:
+    """The parameter's values in its shape; in half precision those of DeepSpeed's fp32 copy, which is what is
+    trained."""
+    import deepspeed
+
+    if is_in_engine(parameter):
+        return deepspeed.utils.safe_get_full_fp32_param(parameter)
+    with deepspeed.zero.GatheredParameters([parameter]):  # frozen, or stage 3 before the optimizer exists
+        return parameter.detach().clone()
+
+
+def moment(parameter: Any, kind: str) -> torch.Tensor:
+    """One of AdamW's two moments, in the parameter's shape."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    return safe_get_full_optimizer_state(parameter, kind)
+
+
+def link(zero: Any) -> None:
+    """DeepSpeed 0.19.8 (stages 1 and 2) looks for moments after the first group's first step, when the second group
+    has none yet: look again. Delete this when it does so itself.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+    """
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def save(model: Any, engine: Any, checkpoint: Path) -> None:
+    """Write a checkpoint's tensors: the first process has those of one file at a time, the others of one tensor.
+
+    Args:
+        model: The engine's.
+        engine: DeepSpeed's, stage 1, 2 or 3.
+        checkpoint: A folder that is there, in the first process.
+    """
+    zero = engine.optimizer
+    steps = {
+        parameter: float(state["step"])
+        for flat, parameters in _flats(zero)
+        if (state := zero.optimizer.state.get(flat))
+        for parameter in parameters
+    }
+    if steps:
+        link(zero)
+    making: dict[str, Callable[[], torch.Tensor]] = {}
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        size = 4 * getattr(parameter, "ds_numel", parameter.numel())
+        making[f"{shared_state.WEIGHTS}{name}"] = partial(whole, parameter)
+        sizes[f"{shared_state.WEIGHTS}{name}"] = size
+        if parameter in steps:
+            called = f"{shared_state.OPTIMIZER}{name}."
+            making |= {f"{called}{kind}": partial(moment, parameter, kind) for kind in MOMENTS}
+            making[f"{called}step"] = partial(torch.tensor, [steps[parameter]])
+            sizes |= {f"{called}{kind}": size for kind in MOMENTS} | {f"{called}step": 4}
+    kept = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            making[f"{shared_state.WEIGHTS}{name}"] = partial(buffer.detach().clone)
+            sizes[f"{shared_state.WEIGHTS}{name}"] = buffer.numel() * buffer.element_size()
+    folder = checkpoint / shared_state.FOLDER
+    folder.mkdir(exist_ok=True, parents=True)
+    shared_state.write_by_file(sizes, lambda name: making[name](), folder)
+    if (scaler := getattr(zero, "loss_scaler", None)) is not None and scaler.dynamic and shared_state.is_first():
+        numbers = {name: value for name, value in vars(scaler).items() if type(value) in (int, float)}
+        files.write_json(checkpoint / LOSS_SCALE, numbers)
+
+
+def load(model: Any, engine: Any, checkpoint: Path, ordered: list[str], weights_only: bool = False) -> None:
+    """Put a checkpoint of any placement into an engine.
+
+    Args:
+        model: The engine's.
+        engine: DeepSpeed's, stage 1, 2 or 3.
+        checkpoint: Without files of DeepSpeed's own.
+        ordered: Names of what is trained, in the order of the optimizer's groups: a whole optimizer's file has numbers.
+        weights_only: Leave moments and steps as they are.
+
+    Raises:
+        SetupError: When the tensors are not those of the model.
+    """
+    zero = engine.optimizer
+    if hasattr(zero, "checkpoint_event_prologue"):
+        zero.checkpoint_event_prologue()  # stage 3 takes back what is whole between steps
+    if not weights_only:
+        _make_room(zero)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    kept = model.state_dict().keys()
+    missing = {*parameters, *(name for name in buffers if name in kept)}
+    steps: dict[str, float] = {}
+    is_parted = shared_state.is_in(checkpoint)
+    optimizer = [] if weights_only else ordered
+    for key, value in _parts(checkpoint, weights_only) if is_parted else _wholes(model, checkpoint, optimizer):
+        if key.startswith(shared_state.WEIGHTS):
+            name = key.removeprefix(shared_state.WEIGHTS)
+            one = parameters[name] if name in parameters else buffers.get(name)
+            if one is None or value.shape != getattr(one, "ds_shape", one.shape):
+                raise SetupError(f"{checkpoint}: does not hold the model's tensors: {name}")
+            _put(one, value, None)
+            missing.discard(name)
+            continue
+        name, _, kind = key.removeprefix(shared_state.OPTIMIZER).rpartition(".")
+        if kind == "step":
+            steps[name] = float(value)
+        elif kind in MOMENTS:
+            _put(parameters[name], value, kind)
+    if missing:
+        raise SetupError(f"{checkpoint}: does not hold the model's tensors: {min(missing)} ({len(missing)} such)")
+    if not weights_only:
+        _set_steps(zero, {parameters[name]: step for name, step in steps.items()})
+        _set_loss_scale(zero, checkpoint)
+    _compute_with(zero)
+
+
+def _flats(zero: Any) -> list[tuple[torch.Tensor, list[Any]]]:
+    """This process's parts of the fp32 weights, as its optimizer has them, each with the parameters it is of."""
+    if _is_stage_3(zero):
+        return list(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True))
+    return list(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True))
+
+
+def _is_stage_3(zero: Any) -> bool:
+    return hasattr(zero, "fp32_partitioned_groups_flat")
+
+
+def _make_room(zero: Any) -> None:
+    """Moments of 0: optimizers make theirs only in the first step."""
+    for flat, _ in _flats(zero):
+        zero.optimizer.state[flat] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+    link(zero)
+
+
+def _set_steps(zero: Any, steps: dict[Any, float]) -> None:
+    """All parameters of a part have one number; without any, the optimizer begins."""
+    base = zero.optimizer
+    if not steps:
+        base.state.clear()
+        return
+    group = base.param_groups[0]
+    for flat, parameters in _flats(zero):
+        # A tensor that has not had a gradient yet counts none in other placements; here it counts with its part.
+        step = max(steps.get(parameter, 0.0) for parameter in parameters)
+        device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+        # DeepSpeed's own AdamW for the host counts in whole numbers.
+        is_torch = isinstance(base, torch.optim.Adam | torch.optim.AdamW)
+        base.state[flat]["step"] = torch.tensor(step, device=device) if is_torch else int(step)
+
+
+def _set_loss_scale(zero: Any, checkpoint: Path) -> None:
+    scaler = getattr(zero, "loss_scaler", None)
+    if scaler is None or not scaler.dynamic:
+        return
+    if (checkpoint / LOSS_SCALE).exists():
+        vars(scaler).update(json.loads((checkpoint / LOSS_SCALE).read_text(encoding="utf-8")))
+    elif (checkpoint / "scaler.pt").exists():  # of the Trainer without DeepSpeed
+        scaler.cur_scale = torch.load(checkpoint / "scaler.pt", weights_only=True)["scale"]
+
+
+def _put(one: Any, value: torch.Tensor, kind: str | None) -> None:
+    """Whole values into a tensor, or into one of its moments."""
+    import deepspeed
+
+    if not is_in_engine(one):
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([one], modifier_rank=0):
+            one.copy_(value)
+    elif hasattr(one, "ds_id"):
+        # Its own way for whole values (DeepSpeed 0.19.8) fails where they cannot be shared out evenly.
+        size = one.partition_numel()
+        rank = torch.distributed.get_rank(one.ds_process_group)
+        held = value.flatten()[rank * size : (rank + 1) * size].to(torch.float32)
+        held = torch.nn.functional.pad(held, (0, size - len(held)))
+        if kind is None:
+            deepspeed.utils.safe_set_local_fp32_param(one, held)
+        else:
+            deepspeed.utils.safe_set_local_optimizer_state(one, held, kind)
+    elif kind is None:
+        deepspeed.utils.safe_set_full_fp32_param(one, value.to(torch.float32))
+    else:
+        deepspeed.utils.safe_set_full_optimizer_state(one, value.to(torch.float32), kind)
+
+
+def _compute_with(zero: Any) -> None:
+    """The weights that passes compute with follow from the fp32 ones."""
+    if not _is_stage_3(zero):
+        zero.update_lp_params()
+        return
+    for number in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(number)
+    zero.checkpoint_event_epilogue()
+
+
+def _parts(checkpoint: Path, weights_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole tensors of the files, with those of about one file in memory."""
+    known = shared_state.kinds(checkpoint)
+    wanted = {
+        name: size.numel() * dtype.itemsize
+        for name, (size, dtype) in known.items()
+        if not weights_only or name.startswith(shared_state.WEIGHTS)
+    }
+    for names in shared_state.in_files(wanted):
+        state = {name: torch.empty(known[name][0], dtype=known[name][1]) for name in names}
+        shared_state.read(state, checkpoint)
+        yield from state.items()
+
+
+def _wholes(model: Any, checkpoint: Path, ordered: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of `model.safetensors`, and of `optimizer.pt` where names are given."""
+    from transformers.integrations import deepspeed as theirs
+
+    known = theirs._hf_deepspeed_config_weak_ref
+    config = None if known is None else known()
+    theirs.unset_hf_deepspeed_config()  # or stage 3 would share out, in half precision, what is only read
+    try:
+        loaded = checkpoints.loaded(model, checkpoint, torch.float32)
+    finally:
+        if config is not None:
+            theirs.set_hf_deepspeed_config(config)
+    shapes = dict(loaded.named_parameters())
+    kept = loaded.state_dict().keys()
+    for name, one in [*shapes.items(), *((name, one) for name, one in loaded.named_buffers() if name in kept)]:
+        yield f"{shared_state.WEIGHTS}{name}", one.detach()
+    if not ordered:
+        return
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["state"]
+    for index, values in saved.items():
+        name = ordered[index]
+        if values["exp_avg"].shape != shapes[name].shape:  # as an optimizer of ours keeps it
+            values = in_fp32(values, shapes[name].shape)
+        for kind in (*MOMENTS, "step"):
+            yield f"{shared_state.OPTIMIZER}{name}.{kind}", values[kind]

@@ -1,0 +1,112 @@
+"""The memory of a process that shares a model out with FSDP2, against arithmetic by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fulltune.footprint.records import Footprint, Moment, Variant
+from fulltune.models.shapes import Shapes
+from fulltune.models.sharding import Units
+from fulltune.plan import fsdp2, memory
+from fulltune.plan.memory import MemorySettings
+
+M = 10**6
+ROOT, BLOCK, NUM_BLOCKS = 100 * M, 50 * M, 10
+P = ROOT + NUM_BLOCKS * BLOCK
+SHAPES = Shapes(
+    model_type="bert",
+    is_decoder=False,
+    num_parameters=P,
+    num_tensors=100,
+    num_layers=NUM_BLOCKS,
+    hidden_size=1000,
+    vocab_size=90_000,
+    position_limit=None,
+    units=Units(root=ROOT, kept=0, freed=NUM_BLOCKS * BLOCK, block=BLOCK, apart=0),
+)
+SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=100, num_processes=4)
+
+
+def footprint(activations: float, place: str = "backward 0:first", gradients: float = 0.0) -> Footprint:
+    """So many bytes of activations a token, at that one moment."""
+    zero = (0.0,) * 6
+    moment = Moment(
+        place=place,
+        coefficients={
+            "gradients": (gradients, 0, 0, 0, 0, 0),
+            "activations": (0, 0, activations, 0, 0, 0),
+            "logits": zero,
+            "buffers": zero,
+        },
+    )
+    variants = [
+        Variant(precision="fp32", activation_checkpointing=again, first=(moment,), later=(moment,))
+        for again in (False, True)
+    ]
+    return Footprint(
+        largest_tensor=90 * M,
+        factored_values=1,
+        sequences_per_row=1,
+        variants=tuple(variants),
+        evaluation={"fp32": (moment,)},
+        flops_per_token=1.0,
+        attention_flops_per_pair=0.0,
+    )
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_state_is_shared_out_and_a_block_is_whole_on_a_gpu(processes: int) -> None:
+    settings = replace(SETTINGS, num_processes=processes)
+    found = fsdp2.need(SHAPES, footprint(20 * M), settings, "cuda")
+
+    part = 4 * P // processes
+    assert (found.kinds["weights"], found.kinds["optimizer"]) == (part, 2 * part)
+    assert found.kinds["activations"] == 100 * 20 * M
+    # No gradient has been reduced yet, and one block's are whole.
+    assert found.kinds["gradients"] == 4 * BLOCK
+    # The root's weights and the block's, the next block as it was received, the gradients of the one before.
+    assert found.kinds["buffers"] == 4 * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
+
+
+def test_accumulation_holds_parts_of_gradients_alone() -> None:
+    one, more = (
+        fsdp2.need(SHAPES, footprint(20 * M), replace(SETTINGS, gradient_accumulation_steps=passes), "cuda").kinds
+        for passes in (1, 16)
+    )
+    assert more["gradients"] - one["gradients"] == 4 * P // SETTINGS.num_processes
+    assert {**more, "gradients": 0} == {**one, "gradients": 0}
+
+
+def test_root_is_sent_when_nothing_else_is_left() -> None:
+    found = fsdp2.need(SHAPES, footprint(0), SETTINGS, "cuda")
+    # Its gradients as they are and as they are sent; those of the blocks are parts.
+    assert found.kinds["gradients"] == 4 * P // 4 + 4 * ROOT
+    assert found.kinds["buffers"] == 4 * ROOT + memory.CUDA_CONTEXT_BYTES
+    on_cpu = fsdp2.need(SHAPES, footprint(0), SETTINGS, "cpu")
+    beyond = memory.FIRST_CALLS_BYTES + fsdp2.SHARING_BYTES + round(memory.STATE_SHARE * 12 * P / 4)
+    assert on_cpu.kinds["buffers"] == pytest.approx(3 * 4 * ROOT + beyond, rel=0.01)
+
+
+def test_finished_model_is_put_together_in_the_hosts_memory() -> None:
+    on_cpu, on_gpu = (fsdp2.need(SHAPES, footprint(0), SETTINGS, device).phases for device in ("cpu", "cuda"))
+    assert on_cpu["saving"] > 12 * P / 4 + 4 * P
+    assert on_gpu["saving"] < 12 * P / 4 + 0.2 * P + memory.CUDA_CONTEXT_BYTES
+
+
+def test_peak_of_one_process_falls_towards_what_is_whole() -> None:
+    peaks = [
+        fsdp2.need(SHAPES, footprint(M), replace(SETTINGS, num_processes=count), "cuda").phases["step"]
+        for count in (2, 4, 8, 10**6)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    whole = 4 * (ROOT + 4 * BLOCK) + 100 * M
+    assert peaks[-1] == pytest.approx(whole + memory.CUDA_CONTEXT_BYTES, rel=0.01)
+
+
+def test_units_by_a_rule_where_none_are_known() -> None:
+    found = fsdp2.units_of(SHAPES.model_copy(update={"units": None}))
+    assert found.root == 90 * M
+    assert found.block == (P - 90 * M) // NUM_BLOCKS
+    assert found.reduced == P

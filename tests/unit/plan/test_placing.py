@@ -1,0 +1,116 @@
+"""Which placement several processes get when the recipe leaves it open, and what is said when none fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fulltune.errors import DoesNotFitError
+from fulltune.plan import gpus, placing
+from fulltune.plan.fit import fit
+from fulltune.plan.placing import Least, decided
+from fulltune.records.plan import Plan
+from tests.unit.plan import sizes
+from tests.unit.plan.sizes import GIB
+
+
+def least(same: float, other: float | None = None, available: float = 6.0) -> Least:
+    """In GiB."""
+    return Least(int(same * GIB), int((same if other is None else other) * GIB), int(available * GIB))
+
+
+@pytest.mark.parametrize(
+    ("ddp", "fsdp2", "against", "placement", "why"),
+    [
+        (least(5), None, "", "ddp", "it fits in each process"),
+        (least(5), least(1), "", "ddp", "it fits in each process"),
+        (least(9.1), least(4), "", "fsdp2", "ddp needs 9.1 GiB in each process, 6 GiB are free"),
+        (
+            least(9.1, 5),
+            least(7),
+            "",
+            "ddp",
+            "ddp needs 9.1 GiB in each process, 6 GiB are free, fsdp2 needs 7 GiB; it fits with other numbers",
+        ),
+        (least(9.1, 8), least(7), "", "fsdp2", "ddp needs 9.1 GiB in each process, 6 GiB are free, fsdp2 needs 7 GiB"),
+        (least(9.1, 6.5), least(7), "", "ddp", "ddp needs 9.1 GiB in each process, 6 GiB are free, fsdp2 needs 7 GiB"),
+        (
+            least(9.1),
+            None,
+            "this model has no repeated blocks",
+            "ddp",
+            "ddp needs 9.1 GiB in each process, 6 GiB are free; fsdp2 is not possible: this model has no",
+        ),
+    ],
+)
+def test_decision(ddp: Least, fsdp2: Least | None, against: str, placement: str, why: str) -> None:
+    found, reason = decided(ddp, fsdp2, against)
+    assert found == placement
+    assert reason.startswith(why)
+
+
+def planned(hardware: str, **train: Any) -> Plan:
+    task = sizes.llama(train={"global_batch_size": 64, **train})
+    return fit(task.recipe, task.shapes, task.footprint("fp32"), task.summary, gpus.parse(hardware))
+
+
+@pytest.mark.parametrize(
+    ("hardware", "train", "placement", "reason"),
+    [
+        ("1x MI325X", {}, "single", "one process"),
+        ("2x MI325X", {"num_processes": 2}, "ddp", "it fits in each process"),
+        ("8x A100-80GB", {"num_processes": 8}, "fsdp2", "ddp needs "),
+        ("8x A100-80GB", {"num_processes": 8, "placement": "fsdp2"}, "fsdp2", "from the recipe"),
+        ("2x MI325X", {"num_processes": 2, "placement": "fsdp2"}, "fsdp2", "from the recipe"),
+        ("8x A100-80GB", {"num_processes": 8, "placement": "zero3"}, "zero3", "from the recipe"),
+        # Its moments in 8 bits are fulltune's own, which FSDP2 does not share out.
+        ("2x H100-NVL", {"num_processes": 2, "optim": "adamw_8bit"}, "ddp", "it fits in each process"),
+    ],
+)
+def test_placement_of_a_7b_model(hardware: str, train: dict[str, Any], placement: str, reason: str) -> None:
+    plan = planned(hardware, **train)
+    assert plan.placement == placement
+    setting = next(one for one in plan.settings if one.name == "train.placement")
+    assert setting.value == placement
+    assert setting.reason.startswith(reason)
+    assert setting.chosen == (reason != "from the recipe")
+    assert (plan.traffic is None) == (plan.num_processes == 1)
+    if placement == "fsdp2":
+        assert plan.optim == "adamw_torch_fused"
+
+
+def test_given_ddp_that_does_not_fit_has_fsdp2_as_its_way_out() -> None:
+    with pytest.raises(DoesNotFitError) as refusal:
+        planned("8x L40S", num_processes=8, placement="ddp", optim="adamw_torch_fused")
+    assert refusal.value.problems[1].startswith("enough: train.placement: fsdp2: frees ")
+
+
+def test_where_neither_fits_both_needs_are_named() -> None:
+    with pytest.raises(DoesNotFitError) as refusal:
+        planned("2x L4", num_processes=2)
+    problem, *ways = refusal.value.problems
+    assert "(train.placement: ddp needs " in problem
+    assert ", fsdp2 needs " in problem
+    assert ways
+
+
+@pytest.mark.parametrize(
+    ("blocks", "against"),
+    [
+        ({}, ""),
+        ({"train": {"optim": "adamw_8bit"}}, "fp32 weights and moments"),
+        ({"model": {"name": "m", "weights_dtype": "bf16"}}, "fp32 weights and moments"),
+        ({"preserve": {"budget": "1%"}}, ""),
+    ],
+)
+def test_what_stands_against_it(blocks: dict[str, Any], against: str) -> None:
+    task = sizes.llama(**blocks)
+    assert against in placing.obstacle(task.recipe, task.shapes)
+    assert bool(against) == bool(placing.obstacle(task.recipe, task.shapes))
+
+
+def test_a_model_without_blocks_or_of_a_method_that_trains_little_is_not_shared_out() -> None:
+    task = sizes.llama()
+    assert "blocks" in placing.obstacle(task.recipe, task.shapes.model_copy(update={"units": None}))
+    assert "full" in placing.obstacle(task.recipe, task.shapes.model_copy(update={"num_trained": 1}))
