@@ -4,9 +4,9 @@
 
 Each cell is a whole attempt through the command line: torchrun with gloo, weights read from safetensors, checks,
 dry-run step, three optimizer steps, an evaluation, a checkpoint, the finished model. Models have 30 to 60 M parameters
-of random weights, so that what the libraries take does not drown theirs. Predicted is the peak of the run's own plan,
-measured the growth of each process's resident memory from before the weights are read: that of the first one to its
-end, with the finished model that it puts together, that of the others to the end of the training.
+of random weights, so that what the libraries take does not drown theirs. Predicted is the peak by the plan's
+arithmetic, measured the growth of each process's resident memory from before the weights are read: that of the first
+one to its end, with the finished model that it puts together, that of the others to the end of the training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fulltune.records.plan import MemoryNeed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +44,8 @@ MODELS = (
 PLACES = (("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4))
 
 
-def measure(cell: Cell, placement: str, processes: int, folder: Path) -> dict[str, Any]:
-    """Train the cell; returns the plan's memory and the growth of each process, in bytes."""
+def write_recipe(cell: Cell, placement: str, processes: int, folder: Path, **train: Any) -> Path:
+    """A model of random weights, rows and a recipe, in an empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = _save_model(cell, folder / "model")
@@ -50,7 +53,7 @@ def measure(cell: Cell, placement: str, processes: int, folder: Path) -> dict[st
     for name, number in (("train", STEPS * batch), ("eval", 4), ("test", 4)):
         lines = [json.dumps(_row(cell, number_of)) for number_of in range(number)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    train = {"device": "cpu", "max_steps": STEPS, "micro_batch_size": cell.rows, "global_batch_size": batch}
+    train |= {"device": "cpu", "max_steps": STEPS, "micro_batch_size": cell.rows, "global_batch_size": batch}
     train |= {"num_processes": processes, "placement": placement, "oversubscribe": True, "precision": cell.precision}
     train |= {"activation_checkpointing": cell.checkpointing, "chunked_loss": cell.chunked}
     recipe = {
@@ -64,20 +67,49 @@ def measure(cell: Cell, placement: str, processes: int, folder: Path) -> dict[st
     if cell.task == "text-classification":
         recipe["method"] = {"head_init": "random"}
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    run = folder / "run"
-    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(folder / "recipe.yaml"), "--run-folder", str(run)]
-    paths = os.pathsep.join((str(ROOT / "src"), os.environ.get("PYTHONPATH", "")))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return folder / "recipe.yaml"
+
+
+def environment() -> dict[str, str]:
+    """Variables of a process that is started: one thread, and the code beside this script."""
+    paths = os.pathsep.join((str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+
+
+def measure(cell: Cell, placement: str, processes: int, folder: Path) -> dict[str, Any]:
+    """Train the cell; returns what its plan is made of, and the growth of each process, in bytes."""
+    recipe, run = write_recipe(cell, placement, processes, folder), folder / "run"
+    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
         logs = "".join(path.read_text(encoding="utf-8") for path in run.glob("attempts/*/log.txt"))
         return {"error": (done.stderr + logs)[-3000:]}
-    plan = json.loads((run / "plan" / "full.json").read_text(encoding="utf-8"))
     outcome = json.loads(next(run.glob("attempts/*/outcome.json")).read_text(encoding="utf-8"))
     sizes = {name: json.loads((run / "plan" / f"{name}.json").read_text("utf-8")) for name in ("shapes", "footprint")}
     shutil.rmtree(folder)
     growths = outcome["growth_of_processes"] or [outcome["memory_growth_bytes"]]
-    return {"memory": plan["memory"], "growths": growths, "dry_run": outcome["dry_run_growth_bytes"], **sizes}
+    return {"growths": growths, "dry_run": outcome["dry_run_growth_bytes"], **sizes}
+
+
+def predict(one: dict[str, Any]) -> MemoryNeed:
+    """What a plan says of a recorded cell now."""
+    from fulltune.footprint.records import Footprint
+    from fulltune.models.shapes import Shapes
+    from fulltune.plan import fsdp2, memory
+
+    cell = Cell(**one["cell"])
+    settings = memory.MemorySettings(
+        micro_batch_size=cell.rows,
+        longest_tokens=cell.length,
+        gradient_accumulation_steps=cell.accumulation,
+        precision=cell.precision,
+        activation_checkpointing=cell.checkpointing,
+        chunked_loss=cell.chunked,
+        eval_batch_size=cell.rows,
+        num_processes=one["processes"],
+    )
+    need = fsdp2.need if one["placement"] == "fsdp2" else memory.need
+    return need(Shapes.model_validate(one["shapes"]), Footprint.model_validate(one["footprint"]), settings, "cpu")
 
 
 def key_of(cell: Cell, placement: str, processes: int) -> str:
@@ -93,7 +125,7 @@ def show(records: dict[str, dict[str, Any]]) -> None:
         if "error" in one:
             print(f"{head}  {one['error'][-300:]}")
             continue
-        peak, growths = max(one["memory"]["phases"].values()), one["growths"]
+        peak, growths = predict(one).peak, one["growths"]
         error = peak / max(growths) - 1
         errors.setdefault(one["placement"], []).append(error)
         measured = " ".join(f"{growth / 1e6:,.0f}" for growth in growths)

@@ -15,6 +15,7 @@ import numpy as np
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.methods import virtual_tokens_of
 from fulltune.methods.head import output_layer_of
+from fulltune.models import sharding
 from fulltune.tasks import LENGTH, Predictions, Target, Task, seq2seq
 from fulltune.tasks.padding import mask, padded
 
@@ -65,7 +66,8 @@ def run_rows(
         batch = _on_device(model, model_batch(model, task, [rows[i] for i in positions], pad_token_id))
         labels = batch.pop("labels")
         selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
-        with autocast(model.device.type, precision), selecting, whole_numbers(model, target):
+        casting = autocast(model.device.type, precision, keeps_weights=not sharding.is_shared(model))
+        with casting, selecting, whole_numbers(model, target):
             logits = logits_of(model(**batch))
         reduced = task.reduce(logits, labels, target)
         return {name: part if isinstance(part, np.ndarray) else part.cpu().numpy() for name, part in reduced.items()}
@@ -180,13 +182,14 @@ def generate(
     return answers
 
 
-def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Computations in a smaller type; weights keep theirs."""
+def autocast(device_type: str, precision: str, keeps_weights: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Computations in a smaller type; weights keep theirs, and their copies are kept until it is left."""
     import torch
 
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device_type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device_type, dtype=dtype, cache_enabled=keeps_weights)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ Read from torch 2.13 (`torch/distributed/fsdp/_fully_shard`: `foreach_all_gather
 against measurements by `bench/memory_per_rank.py`. Gradients are reduced at each micro batch, so that accumulation
 holds parts alone. Activations, logits and autocast's copies of the weights in 16 bits are those of one process:
 autograd keeps such a copy of each weight from the forward to the backward pass, so that bf16 computations add up to
-2 P bytes that no number of processes makes smaller.
+2 P bytes that no number of processes makes smaller, unless activations are recomputed: then they are those of a block.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
         beyond += max(0, kept + round(held) - sum(kinds.values()))
     kinds["buffers"] += beyond
     scoring = memory.scoring(shapes, footprint, settings, device)
+    # Copies in 16 bits are of the unit that is whole.
+    scoring["buffers"] = min(scoring["buffers"], 2 * max(units.block, units.kept, units.root))
     # A model without a gradient keeps its last units whole until they are freed.
     passing = (2 + on_cpu) * max(units.block, units.apart)
     whole = _VALUE * (units.root + units.kept + passing)
@@ -196,13 +198,14 @@ def _small_and_large(
     tokens = memory.train_sequences(footprint, settings) * settings.longest_tokens
     if settings.chunked_loss:
         tokens = min(tokens, memory.CHUNK_TOKENS["cpu"])
-    pieces = [(held.passing["logits"], _VALUE * tokens * shapes.vocab_size)]
-    pieces += [(_VALUE * one, _VALUE * one) for one in held.flat]
+    logits = held.passing["logits"]
+    logits_are_large = _VALUE * tokens * shapes.vocab_size >= memory.SMALL_BYTES
+    pieces = [(_VALUE * one, _VALUE * one) for one in held.flat]
     pieces.append((round(held.reduced * part), _VALUE * units.block // settings.num_processes))
     for one in (*held.tensors, *held.gradients):
         largest = one // TENSORS_OF_BLOCK if one == units.block else min(one, footprint.largest_tensor)
         pieces.append((_VALUE * one, _VALUE * largest))
     large = sum(size for size, block in pieces if block >= memory.SMALL_BYTES)
     small = sum(size for size, block in pieces if block < memory.SMALL_BYTES)
-    small += held.passing["activations"] + held.passing["buffers"]
-    return (1 + memory.HELD_SHARE) * small, large, 0
+    small += held.passing["activations"] + held.passing["buffers"] + (0 if logits_are_large else logits)
+    return (1 + memory.HELD_SHARE) * small, logits if logits_are_large else 0, large

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import AutocastKwargs, broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
@@ -116,6 +116,10 @@ class FullTrainer(Guarded, Trainer):
             mixed,
         )
         self._plan = plan
+        if self.is_shared:
+            # Its cache would hold a copy in 16 bits of each weight until the forward pass ends, and the unit is put
+            # together anew for its backward pass in any case.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.skips = skips
         self._on_skip, self._on_repeat = on_skip, on_repeat
         self.passes_per_row = plan.passes_per_row
