@@ -99,8 +99,8 @@ def _trained(folder: Path, case: Case, method: Mapping[str, Any]) -> Done:
     seen: dict[str, Any] = {}
     kept = InitialWeights.__init__
 
-    def remember(self: InitialWeights, model: Any, path: Path | None) -> None:
-        kept(self, model, path)
+    def remember(self: InitialWeights, model: Any, path: Path | None, together: bool = False) -> None:
+        kept(self, model, path, together)
         state = {name: one.detach().clone() for name, one in model.named_parameters()}
         seen.update(model=model, before=state, kept=set(load_file(path)) if path else set())
 
