@@ -179,15 +179,11 @@ def test_command_has_the_users_settings_and_the_placements() -> None:
     assert result.code == 0, result.err
     words = shlex.split(json.loads(result.out)["survey"]["command"])
     assert words[:3] == ["fulltune", "run", str(SEVEN_B)]
-    assert words[3::2] == ["--set"] * 4
-    assert words[4::2] == [
-        "train.max_grad_norm=0.5",
-        "train.num_processes=8",
-        "train.extra.deepspeed={zero_optimization: {stage: 2}}",
-        "train.seed=1",
-    ]
+    assert words[3::2] == ["--set"] * 3
+    # With eight processes a run finds FSDP2 by itself.
+    assert words[4::2] == ["train.max_grad_norm=0.5", "train.num_processes=8", "train.seed=1"]
     again = load_recipe(SEVEN_B, words[4::2])
-    assert again.train.extra == {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    assert (again.train.num_processes, again.train.placement) == (8, "auto")
 
 
 @pytest.mark.long
