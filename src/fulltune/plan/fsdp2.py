@@ -140,8 +140,8 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             whole = (units.root, units.tied, units.apart)
             found.append(_Held(without, 1.0, whole, whole, (units.block,)))
         elif place == "backward head":
-            tensors, whole = (units.root, units.tied, units.kept), (units.kept or left,)
-            found.append(_Held(without, before, tensors, whole, (units.block,)))
+            tensors = (units.root, units.tied, units.kept)
+            found.append(_Held(without, before, tensors, (units.kept or left,), (units.block,)))
         else:
             found += _block(without, reduced, units, left, copies)
         if place in ("backward head", "forward loss"):  # then the last block, whose activations all are there still
