@@ -95,6 +95,7 @@ def work(file: Path) -> None:
             count("all-reduce", bucket.buffer())
             return allreduce_hook(state, bucket)
 
+        hook.__annotations__ = {"bucket": torch.distributed.GradBucket}  # the type itself is asked for, not its name
         self.register_comm_hook(None, hook)
 
     def training_step(self: Any, *rest: Any, **keywords: Any) -> Any:

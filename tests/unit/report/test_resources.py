@@ -18,6 +18,7 @@ from fulltune.records.plan import (
     Plan,
     TimeNeed,
     TimePart,
+    Traffic,
 )
 from fulltune.records.run import Command
 from fulltune.report.format.blocks import Paragraph, Section, Table
@@ -80,6 +81,15 @@ def test_plan_dry_run_and_actual_stand_side_by_side_with_their_errors(tmp_path: 
         TIME: ("2 min 30 s", "1 min 35 s", "1 min 40 s", "+50%", "-5%"),
         "disk": ("5 GiB", "-", "4 GiB", "+25%", "-"),
     }
+
+
+def test_memory_of_several_processes_is_that_of_the_largest_and_what_they_send_is_said(tmp_path: Path) -> None:
+    made = planned(num_processes=2, placement="fsdp2", traffic=Traffic(each_pass=3 * GIB, each_step=0))
+    found = section(tmp_path, made, growth_of_processes=(520 * MIB, 600 * MIB))
+    assert found is not None
+    texts = [block.text for block in found.blocks if isinstance(block, Paragraph)]
+    assert any("Each of 2 processes sends 6 GiB a step (fsdp2, 3 GiB of it" in text for text in texts)
+    assert comparison(found)["memory of the training process, beyond the libraries"][2] == "600 MiB"
 
 
 def test_memory_at_the_peak_is_shown_by_kind(tmp_path: Path) -> None:

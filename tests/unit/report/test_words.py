@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import pytest
 
+from fulltune.records.plan import Traffic
 from fulltune.records.scores import Calibration
 from fulltune.report.format import words
 from fulltune.report.run.about_scores import calibration_in_words
+from tests import plans
+
+
+@pytest.mark.parametrize(
+    ("traffic", "passes", "said"),
+    [
+        (None, 1, ""),
+        (Traffic(each_pass=0, each_step=2**30), 4, "each of 2 processes sends 1 GiB a step (fsdp2)"),
+        (Traffic(each_pass=2**30, each_step=0), 1, "each of 2 processes sends 1 GiB a step (fsdp2)"),
+        (
+            Traffic(each_pass=2**30, each_step=2**30),
+            3,
+            "each of 2 processes sends 4 GiB a step (fsdp2, 1 GiB of it for each of 3 micro batches)",
+        ),
+    ],
+)
+def test_what_processes_send_is_a_line(traffic: Traffic | None, passes: int, said: str) -> None:
+    made = plans.plan(traffic=traffic, num_processes=2, placement="fsdp2", gradient_accumulation_steps=passes)
+    assert words.sent(made) == said
 
 
 def test_harmless_control_and_direction_marks_are_shown_by_code() -> None:
