@@ -78,6 +78,7 @@ def test_its_model_is_a_plain_one(one: Curve, shared: Curve, folder: Path) -> No
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_stopped_and_continued_it_is_the_same_bit_by_bit(shared: Curve, folder: Path) -> None:
     step = placed.stop_at(folder / "stopped", FAMILIES["encoder"], SHARED, STOP, **FEW)
     assert STOP <= step < 16
