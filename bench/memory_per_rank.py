@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
+# The benches are no installed package: they are found by the path that was set above.
 from bench.memory_prediction import TIED, Cell, _cell, _row, _save_model  # noqa: E402
 
 STEPS = 3

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,19 @@ TRAIN: dict[str, Any] = {
     **{"max_steps": 50, "global_batch_size": 8, "micro_batch_size": 2, "logging_steps": 1, "warmup_steps": 0},
     **{"eval_strategy": "steps", "eval_steps": 10, "save_steps": 4, "hang_timeout": "3m"},
 }
+
+
+def run_example(name: str, folder: Path) -> None:
+    """An example's settings, with a tiny model and few steps, from the command line to the report in `folder/run`."""
+    model = tiny.save_model(folder / "model", "bert")
+    example = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
+    command = [sys.executable, "-m", "fulltune.cli.app", "run", str(example), "--run-folder", str(folder / "run")]
+    changes = {"model": model, "train.num_train_epochs": 1, "evaluate.bootstrap_samples": 100}
+    command += [part for setting, value in changes.items() for part in ("--set", f"{setting}={value}")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "report.md").exists()
+    assert len(runs.events(folder, "train")) == 5
 
 
 @dataclass(frozen=True)

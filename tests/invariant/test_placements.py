@@ -4,8 +4,6 @@ from one to the other."""
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from transformers import AutoModelForSequenceClassification
 
 from fulltune.records.forgetting import Preserved
 from fulltune.system.hardware import num_cores
-from tests import tiny
 from tests.invariant import placed
 from tests.invariant.placed import FAMILIES, MODELS, Curve, Place
 from tests.invariant.test_same_curve import losses
@@ -180,15 +177,4 @@ def test_budget_for_forgetting_chooses_the_same_point(name: str, tmp_path: Path)
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_example_runs_from_rows_to_report(name: str, tmp_path: Path) -> None:
-    """Its settings, with a tiny model and few steps."""
-    model = tiny.save_model(tmp_path / "model", "bert")
-    example = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
-    command = [sys.executable, "-m", "fulltune.cli.app", "run", str(example), "--run-folder", str(tmp_path / "run")]
-    changes = {"model": model, "train.num_train_epochs": 1, "evaluate.bootstrap_samples": 100}
-    command += [part for setting, value in changes.items() for part in ("--set", f"{setting}={value}")]
-
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "report.md").exists()
-    assert len(runs.events(tmp_path, "train")) == 5
+    placed.run_example(name, tmp_path)

@@ -21,6 +21,7 @@ from fulltune.inference.store import Rows
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from tests import tiny
+from tests.invariant import placed
 from tests.invariant.test_same_curve import NO_DROPOUT, RANDOM, losses
 from tests.train import runs
 
@@ -244,16 +245,5 @@ def test_run_goes_on_in_other_placements(
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3-offload"])
-def test_example_runs_from_rows_to_report(tmp_path: Path, name: str) -> None:
-    """Its settings, with a tiny model and few steps."""
-    model = tiny.save_model(tmp_path / "model", "bert")
-    example = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
-    command = [sys.executable, "-m", "fulltune.cli.app", "run", str(example), "--run-folder", str(tmp_path / "run")]
-    changes = {"model": model, "train.num_train_epochs": 1, "evaluate.bootstrap_samples": 100}
-    command += [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
-
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "report.md").exists()
-    assert len(steps_of(tmp_path)) == 5
+def test_example_runs_from_rows_to_report(name: str, tmp_path: Path) -> None:
+    placed.run_example(name, tmp_path)

@@ -170,11 +170,17 @@ def test_required_settings_missing_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_fingerprint_ignores_name_and_output_only() -> None:
+def test_fingerprint_ignores_what_does_not_shape_the_result() -> None:
     values = {"model": "m", "task": "causal-lm", "data": {"train": "a"}}
     first = Recipe.model_validate(values).fingerprint()
     assert Recipe.model_validate({**values, "name": "n", "output": "o"}).fingerprint() == first
     assert Recipe.model_validate({**values, "train": {"seed": 1}}).fingerprint() != first
+    several = {"train": {"num_processes": 2, "placement": "fsdp2"}}
+    assert Recipe.model_validate({**values, **several}).fingerprint() == first
+    # A comparison tells memory and time of its runs, too.
+    compared = {**values, "methods": ["full", "lora"]}
+    before = Recipe.model_validate(compared).fingerprint()
+    assert Recipe.model_validate({**compared, **several}).fingerprint() != before
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,9 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
     kept = [one for one in overrides if not one.startswith("train.seed=")]
     update = {"command": command("run", [*kept, *planned, "train.seed=1"])}
-    # What is shared out is for full fine-tuning only, and without that there is nothing to compare with.
-    is_shared = recipe.train.shared_by or survey.settings.get(PLACEMENT, "auto") != "auto"
-    if not survey.full_fits or is_shared:
+    # DeepSpeed is for full fine-tuning only, and without that there is nothing to compare with.
+    with_deepspeed = recipe.train.deepspeed_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
+    if not survey.full_fits or with_deepspeed:
         return survey.model_copy(update={**update, "comparison": ""})
     other = recipe.method.kind if recipe.method.kind in ("adapter", "prompt") else "lora"
     # A recipe that names one method cannot be given several beside it.

@@ -98,8 +98,9 @@ class Recipe(Block):
     def shaping(self) -> dict[str, Any]:
         """All settings that shape a run."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
-        # Of the machine, not of the result.
-        for name in ("notice", "hang_timeout", "num_processes", "placement", "offload", "oversubscribe"):
+        # Of the machine, not of the result; but several runs are compared in memory and time as well.
+        placing = () if self.methods or self.is_searched else ("num_processes", "placement", "offload", "oversubscribe")
+        for name in ("notice", "hang_timeout", *placing):
             del settings["train"][name]
         settings["compare"]["budget"] = settings["search"]["budget"] = None  # more time goes on with the same one
         return settings

@@ -98,7 +98,7 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
             narrow["train.precision"] = "bf16"
         yield _Layout(f"{each}, bf16 weights", narrow, weights_dtype="bf16", optim=optim)
         yield _Layout(f"{each}, bf16 + 8-bit", narrow | small, weights_dtype="bf16", optim="adamw_8bit")
-    if basis.start.num_trained is not None:  # sharing out is there for full fine-tuning only
+    if basis.start.num_trained is not None:  # sharing out is planned for full fine-tuning only
         return
     if many and basis.shapes.units is not None:
         yield _Layout("FSDP2", plain | {PLACEMENT: "fsdp2"}, shared=Sharing(3, False, False, engine="fsdp2"))

@@ -236,7 +236,8 @@ class FullTrainer(Guarded, Trainer):
 
     def load_into_engine(self, checkpoint: Path, weights_only: bool = False) -> None:
         """Put a checkpoint of any placement into DeepSpeed's engine."""
-        zero.load(self.model, self.model_wrapped, checkpoint, self._ordered, weights_only)
+        config = cast("Any", self.args).hf_deepspeed_config
+        zero.load(self.model, self.model_wrapped, checkpoint, self._ordered, weights_only, config)
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:

@@ -75,13 +75,12 @@ def _placed(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def _from_parts(model: Any, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
     """By parameter and kind, what this process needs: a moment of a 16-bit weight may be fp32."""
-    known, state = shared_state.kinds(checkpoint), dict[str, torch.Tensor]()
-    for name, parameter in model.named_parameters():
-        for key in (key for key in known if key.startswith(f"{OPTIMIZER}{name}.")):
-            if "." not in key.removeprefix(f"{OPTIMIZER}{name}."):
-                size, dtype = known[key]
-                is_like = size == parameter.shape
-                state[key] = torch.empty_like(parameter.detach(), dtype=dtype) if is_like else torch.empty(size)
+    parameters, state = dict(model.named_parameters()), dict[str, torch.Tensor]()
+    for key, (size, dtype) in shared_state.kinds(checkpoint).items():
+        if key.startswith(OPTIMIZER):
+            parameter = parameters[key.removeprefix(OPTIMIZER).rpartition(".")[0]].detach()
+            is_like = size == parameter.shape
+            state[key] = torch.empty_like(parameter, dtype=dtype) if is_like else torch.empty(size)
     shared_state.read(state, checkpoint)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in state.items():

@@ -100,7 +100,9 @@ def save(model: Any, engine: Any, checkpoint: Path) -> None:
         files.write_json(checkpoint / LOSS_SCALE, numbers)
 
 
-def load(model: Any, engine: Any, checkpoint: Path, ordered: list[str], weights_only: bool = False) -> None:
+def load(
+    model: Any, engine: Any, checkpoint: Path, ordered: list[str], weights_only: bool = False, config: Any = None
+) -> None:
     """Put a checkpoint of any placement into an engine.
 
     Args:
@@ -109,6 +111,7 @@ def load(model: Any, engine: Any, checkpoint: Path, ordered: list[str], weights_
         checkpoint: Without files of DeepSpeed's own.
         ordered: Names of what is trained, in the order of the optimizer's groups: a whole optimizer's file has numbers.
         weights_only: Leave moments and steps as they are.
+        config: What transformers was told of DeepSpeed; None: nothing.
 
     Raises:
         SetupError: When the tensors are not those of the model.
@@ -124,7 +127,7 @@ def load(model: Any, engine: Any, checkpoint: Path, ordered: list[str], weights_
     steps: dict[str, float] = {}
     is_parted = shared_state.is_in(checkpoint)
     optimizer = [] if weights_only else ordered
-    for key, value in _parts(checkpoint, weights_only) if is_parted else _wholes(model, checkpoint, optimizer):
+    for key, value in _parts(checkpoint, weights_only) if is_parted else _wholes(model, checkpoint, optimizer, config):
         if key.startswith(shared_state.WEIGHTS):
             name = key.removeprefix(shared_state.WEIGHTS)
             one = parameters[name] if name in parameters else buffers.get(name)
@@ -237,12 +240,10 @@ def _parts(checkpoint: Path, weights_only: bool) -> Iterator[tuple[str, torch.Te
         yield from state.items()
 
 
-def _wholes(model: Any, checkpoint: Path, ordered: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _wholes(model: Any, checkpoint: Path, ordered: list[str], config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of `model.safetensors`, and of `optimizer.pt` where names are given."""
     from transformers.integrations import deepspeed as theirs
 
-    known = theirs._hf_deepspeed_config_weak_ref
-    config = None if known is None else known()
     theirs.unset_hf_deepspeed_config()  # or stage 3 would share out, in half precision, what is only read
     try:
         loaded = checkpoints.loaded(model, checkpoint, torch.float32)

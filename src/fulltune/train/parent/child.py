@@ -127,10 +127,8 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     elif about_memory:
         status, reason = "out_of_memory", f"the training process ended with code {code}: {about_memory[-1]}"
     elif killed:
-        status, reason = (
-            "killed",
-            f"{_killed_one(request, tail)} was killed (SIGKILL), most often because memory ran out",
-        )
+        one = _killed_one(request, tail)
+        status, reason = "killed", f"{one} was killed (SIGKILL), most often because memory ran out"
     else:
         status, reason = "crashed", f"the training process ended with code {code} and left no outcome"
     return Outcome(

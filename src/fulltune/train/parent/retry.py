@@ -22,7 +22,7 @@ from fulltune.train.parent.memory_fallbacks import Need
 from fulltune.train.parent.next_attempt import NextAttempt, next_attempt, no_way_out, unknown
 from fulltune.train.parent.roll_back import roll_back
 from fulltune.train.parent.spawn import Starter, in_new_process
-from fulltune.train.request import INITIAL_WEIGHTS, Request, attempt_folders, number_in
+from fulltune.train.request import Request, attempt_folders, number_in
 
 
 def train(
@@ -160,7 +160,8 @@ def _tidy(folder: Path, trial: str) -> None:
     with contextlib.suppress(OSError):  # not empty, or gone
         (folder / "checkpoints" / trial).rmdir()
     for attempt in attempt_folders(folder, trial):
-        (attempt / INITIAL_WEIGHTS).unlink(missing_ok=True)
+        for left in attempt.glob("*.safetensors"):  # of a process that was killed
+            left.unlink()
 
 
 def outcomes(folder: Path, trial: str) -> list[Outcome]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fulltune.models import sharding
+
 _PLAIN = (bool, int, float, str, torch.Tensor)
 
 
@@ -61,10 +63,10 @@ def same_buffers(model: Any) -> Iterator[None]:
 
 
 def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
-    """Of those parameters, of any shape, that have one. With a rate of 0 a finite gradient moves nothing; 0 times
-    infinity is not a number.
+    """Of those parameters, of any shape, that have one, or of this process's parts of them. With a rate of 0 a finite
+    gradient moves nothing; 0 times infinity is not a number.
 
     NaN goes through both numbers of `aminmax`, which cost no copy of the gradient, as `isfinite` would.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and parameter.grad.numel()]
-    return all(bool(torch.stack(gradient.aminmax()).isfinite().all()) for gradient in gradients)
+    gradients = [sharding.local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    return all(bool(torch.stack(one.aminmax()).isfinite().all()) for one in gradients if one.numel())

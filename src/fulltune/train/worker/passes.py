@@ -63,13 +63,18 @@ class Passes:
         """Clip and update, as at the end of a step: the seconds. With a rate of 0 finite gradients move nothing; others
         would, and are left to the guard of step 1."""
         model = self.trainer.model
-        if self.plan.optimizer_in_backward or not gradients_are_finite(model.parameters()):
+        if self.plan.optimizer_in_backward or not self._are_finite(model):
             return 0.0
         began = self._now()
         if self.trainer.args.max_grad_norm:
             self.trainer._clip_grad_norm(model)
         self.optimizer.step()
         return self._since(began)
+
+    def _are_finite(self, model: Any) -> bool:
+        """Of gradients that are shared out those of all processes: they step together."""
+        finite = gradients_are_finite(model.parameters())
+        return all(distributed.gathered(int(finite))) if self.trainer.is_shared else finite
 
     def score(self, positions: Positions) -> float:
         """These eval rows as an evaluation takes them: the seconds."""
