@@ -154,10 +154,10 @@ def test_lora_is_a_way_out_that_can_be_followed_and_leaves_full_out() -> None:
 def test_folder_that_only_a_person_knows_is_to_be_filled_in() -> None:
     refused = seven_b("--for", "1x RTX 4090, 64GB host")
     assert "..." not in refused.out
-    (line,) = (line for line in refused.out.splitlines() if "nvme_path: " in line)
-    assert "nvme_path: FOLDER-ON-YOUR-NVME-DISK" in line
-    setting = shlex.split(line.partition("--set ")[2])[0]
-    result = seven_b("--for", "1x RTX 4090, 64GB host", "--set", setting)
+    (line,) = (line for line in refused.out.splitlines() if "train.offload=nvme:" in line)
+    _, *flags = shlex.split(line)
+    assert "train.offload=nvme:FOLDER-ON-YOUR-NVME-DISK" in flags
+    result = seven_b("--for", "1x RTX 4090, 64GB host", *flags)
     assert result.code == 0, result.err
 
 

@@ -186,7 +186,7 @@ def _verdict(one: Placement, chosen: bool) -> str:
         return "[yellow]not built yet[/yellow]"
     if chosen:
         return "[green]chosen[/green]"
-    return "[yellow]needs nvme_path[/yellow]" if one.needs else "fits"
+    return "[yellow]needs a folder[/yellow]" if one.needs else "fits"
 
 
 def _legend(survey: Survey) -> str:
