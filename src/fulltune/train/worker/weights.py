@@ -66,37 +66,37 @@ class InitialWeights:
 
     Args:
         model: The model.
-        path: The file, with FSDP2 of this process's parts; None in processes that only help to put tensors together.
-        together: All processes make one, and compare together; otherwise the first one alone.
+        path: This process's file.
+        together: All processes make one, with FSDP2 of what they hold, with DeepSpeed of what they count, and compare
+            together; otherwise the first one alone.
     """
 
-    def __init__(self, model: Any, path: Path | None, together: bool = False) -> None:
+    def __init__(self, model: Any, path: Path, together: bool = False) -> None:
         sharding.free(model)
         self.path, self._together = path, together
         tensors = {}
-        for name, parameter in methods.trained(model).items():
+        for number, (name, parameter) in enumerate(methods.trained(model).items()):
             values = held(parameter)
-            if path is not None:
+            if self._counts(number, parameter) or sharding.is_shared(model):
                 tensors[name] = values.contiguous()
-        if path is not None:
-            save_file(tensors, path)
+        save_file(tensors, path)
 
     def moved(self, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Moved:
         """Compare with the present weights.
 
         A value counts as having received a gradient when AdamW's second moment is positive, so that embedding rows of
         unused tokens are left out; with optimizers that have none, all values of a tensor with a gradient count.
-        Processes that have the weights before count; where all take part, they are told the sums.
+        Where all processes take part, they are told the sums.
         """
         sharding.free(model)
         _link(optimizer)
         counts: dict[str, tuple[int, int]] = {}  # values that received a gradient, and how many of them moved
-        for name, parameter in methods.trained(model).items():
+        for number, (name, parameter) in enumerate(methods.trained(model).items()):
             second = second_moment(parameter, optimizer)
             if second is None and name not in with_gradient:
                 continue
             now = held(parameter)
-            if self.path is None or not self._counts(parameter):
+            if not self._counts(number, parameter):
                 continue
             changed = now != self._before(name).to(now.dtype)
             touched = changed.new_ones(changed.shape) if second is None else second > 0
@@ -114,10 +114,12 @@ class InitialWeights:
             unmoved_tensors=tuple(unmoved[:20]),
         )
 
-    def _counts(self, parameter: Any) -> bool:
-        """Whether this process counts it: what several hold whole the first one counts alone."""
-        in_parts = hasattr(parameter, "placements")
-        return in_parts or not self._together or torch.distributed.get_rank() == 0
+    def _counts(self, number: int, parameter: Any) -> bool:
+        """Whether this process counts a parameter: of what all have whole, if only one after the other, they take
+        turns, so that none keeps the whole model."""
+        if not self._together or hasattr(parameter, "placements"):
+            return True
+        return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
 
     def _before(self, name: str) -> torch.Tensor:
         """A tensor as it was. The file is opened anew for each, or all of it would stay in memory."""
@@ -125,8 +127,7 @@ class InitialWeights:
             return file.get_tensor(name)
 
     def delete(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def give_one_type(model: Any) -> None:
