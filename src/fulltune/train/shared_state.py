@@ -167,11 +167,17 @@ def is_first() -> bool:
     return torch.distributed.get_rank() == 0
 
 
-def put_together(model: Any) -> dict[str, torch.Tensor]:
+def put_together(model: Any, whole: Callable[[Any], torch.Tensor] = sharding.whole) -> dict[str, torch.Tensor]:
     """The whole tensors of a shared-out model on the first process's host, tensor by tensor; nothing in the others.
 
     Names that are tied have the same tensor, as in the model: it is saved once.
+
+    Args:
+        model: Its weights are shared out.
+        whole: Gives one of its tensors whole; all processes call it.
     """
+    import torch
+
     sharding.free(model)
     found: dict[str, torch.Tensor] = {}
     first_name: dict[int, str] = {}
@@ -179,9 +185,10 @@ def put_together(model: Any) -> dict[str, torch.Tensor]:
         if (tied := first_name.setdefault(id(values), name)) != name:
             found |= {name: found[tied]} if is_first() else {}
             continue
-        one = sharding.whole(values.detach())
+        with torch.no_grad():
+            one = whole(values)
         if is_first():
-            found[name] = one.cpu()
+            found[name] = one.detach().cpu()
     return found
 
 

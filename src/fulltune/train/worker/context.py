@@ -79,17 +79,14 @@ class AttemptContext:
         return self.journal.path is not None
 
     @property
-    def initial_weights(self) -> Path | None:
-        """Where this process keeps what it trains as it was before step 1; None: the first one keeps it for all."""
-        sharing = self.sharing
-        if self.is_main or sharing is None or sharing.engine == "deepspeed":
-            return self.request.initial_weights if self.is_main else None
+    def initial_weights(self) -> Path:
+        """Where this process keeps what it trains as it was before step 1."""
         return self.request.initial_weights_of(self.trainer.args.process_index)
 
     @property
     def trained_weights(self) -> Path:
         """The same of those after training."""
-        return self.request.trained_weights_of(0 if self.is_main else self.trainer.args.process_index)
+        return self.request.trained_weights_of(self.trainer.args.process_index)
 
     def agreed(self, value: Any) -> Any:
         """What the first process has, where all take part in what follows."""

@@ -90,7 +90,9 @@ def load_for_training(
     before_method(model, base.processor)
     copied = names_of(model, recipe.task, recipe.method.arm) if recipe.method.kind in ("lora", "peft") else ()
     with sharding.whole_while_copied(model, copied):
-        return methods.apply(model, recipe.method, recipe.task), base.processor
+        applied = methods.apply(model, recipe.method, recipe.task)
+    weights.give_one_type(model)
+    return applied, base.processor
 
 
 def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
