@@ -91,6 +91,9 @@ def work(engine: str, dtype: str, folder: Path) -> None:
         torch.distributed.barrier()
 
     settings: dict[str, Any] = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    if engine == "zero3":  # what is loaded is asked for in fp32, and DeepSpeed computes in bf16
+        settings["bf16"] = {"enabled": dtype == "bf16"}
+        dtype = "fp32"
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"), use_cpu=True, deepspeed=settings if engine == "zero3" else None
     )
