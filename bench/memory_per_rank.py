@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 # The benches are no installed package: they are found by the path that was set above.
 from bench.memory_prediction import TIED, Cell, _cell, _row, _save_model  # noqa: E402
+
 from fulltune.system.sharing import Sharing  # noqa: E402
 
 STEPS = 3

@@ -100,7 +100,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     passing = (2 + on_cpu) * max(units.block, units.apart)
     whole = units.root + units.kept + passing
     file = max(min(kept, FILE_BYTES), kept // MOST_FILES)
-    # A tensor of the finished model is put together: whole, with gloo what it was received in as well, its part as sent.
+    # A tensor of the finished model is put together: whole, with gloo also as received, and its part as sent.
     together = (1 + on_cpu) * largest + largest // settings.num_processes
     phases: dict[Phase, int] = {
         "loading": parts[0] + base,
