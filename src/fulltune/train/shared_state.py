@@ -165,7 +165,7 @@ def _write(path: Path, names: list[str], whole: Callable[[str], torch.Tensor]) -
         for name in names:
             one = whole(name).detach().cpu().contiguous()
             begin = file.tell() - 8 - room
-            file.write(memoryview(one.flatten().view(torch.uint8).numpy()))
+            file.write(one.flatten().view(torch.uint8).numpy().data)
             offsets = [begin, file.tell() - 8 - room]
             table[name] = {"dtype": _in_files(one.dtype), "shape": list(one.shape), "data_offsets": offsets}
         text = json.dumps(table).encode()
