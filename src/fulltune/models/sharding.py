@@ -56,13 +56,20 @@ def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -
     `DistributedConfig`.
 
     Raises:
-        SetupError: When the model has no repeated blocks.
+        SetupError: When the model has no repeated blocks, or running statistics, which each process would have its own
+            of.
     """
     import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
     from transformers.distributed.configuration_utils import DistributedConfig
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = auto_class.from_config(copy.deepcopy(config))
+    if any(isinstance(one, _BatchNorm) for one in model.modules()):
+        raise SetupError(
+            f"train.placement: fsdp2: {type(model).__name__} has running statistics (batch normalization), which are "
+            "not shared out; take ddp"
+        )
     # transformers 5.24 gives every model a plan of `embed_tokens`, `layers.*` and `norm`, whether it has modules of
     # these names or not: without its blocks BERT, GPT-2 or T5 would be put together as a whole in each pass.
     own = model.fsdp_plan or {}

@@ -53,6 +53,11 @@ class Request(Record):
         return self._of_part(self.initial_weights, rank)
 
     @property
+    def all_initial_weights(self) -> list[Path]:
+        """Of all processes' parts, those that are there."""
+        return sorted(self.folder.glob(f"{Path(INITIAL_WEIGHTS).stem}*.safetensors"))
+
+    @property
     def trained_weights(self) -> Path:
         """Those after training, while a point between them and the initial ones is chosen."""
         return self.folder / "trained.safetensors"

@@ -86,13 +86,14 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
 
 
 def read(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
-    """Fill these tensors; where no processes were started, by this one alone."""
-    import torch
+    """Fill these tensors. Where they are shared out all processes read together; whole ones each reads alone, as one
+    may that goes on while the others are done."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(checkpoint / FOLDER))
-    load(dict(state), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    together = any(hasattr(one, "placements") for one in state.values())
+    load(dict(state), storage_reader=reader, no_dist=not together)
 
 
 def kinds(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

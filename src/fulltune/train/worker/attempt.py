@@ -104,7 +104,7 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     weights.save_model(attempt.applied, trainer.processing_class, request, attempt.summary, attempt.is_main)
     if not attempt.is_main:
         return {}
-    attempt.observed.disk(request.checkpoints, request.initial_weights, request.model_folder)
+    attempt.observed.disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
     return {
         "reason": "early stopping" if state.global_step < attempt.plan.total_steps else "all steps done",
         "steps": state.global_step,

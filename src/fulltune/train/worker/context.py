@@ -52,7 +52,7 @@ class AttemptContext:
     applied: methods.Applied = field(init=False)
     drifting: Drifting = field(init=False)
     base_weights: str | None = None
-    """Tells the pretrained weights from others; None: they are shared out among the processes."""
+    """Tells the pretrained weights from others; None: a process has only a part of them, or they are not known yet."""
     frozen_head: FrozenHead | None = None
     """Of another task that the budget for forgetting holds for, in the first process."""
     head: Head | None = None
@@ -90,7 +90,7 @@ class AttemptContext:
 
     def agreed(self, value: Any) -> Any:
         """What the first process has, where all take part in what follows."""
-        return distributed.from_first(value) if self.trainer.is_shared else value
+        return value if self.sharing is None else distributed.from_first(value)
 
     @property
     def data(self) -> Path:

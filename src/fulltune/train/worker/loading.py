@@ -300,7 +300,7 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
     seals = Seals(
         request.checkpoints,
         attempt.recipe.train.save_total_limit,
-        lambda: observed.disk(request.checkpoints, request.initial_weights),
+        lambda: observed.disk(request.checkpoints, *request.all_initial_weights),
         attempt.journal,
     )
     # A loss of the user's own may rise for good reasons.

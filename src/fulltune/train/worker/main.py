@@ -86,6 +86,8 @@ _FULL_DISK = ("No space left", "PytorchStreamWriter failed", "enforce fail at in
 
 def meaning_of(error: BaseException) -> tuple[OutcomeStatus, str]:
     """What an exception means for the next attempt."""
+    if failures := getattr(error, "failures", None):  # torch's `CheckpointException`: of each process, and a traceback
+        return meaning_of(next(iter(failures.values()))[0])
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if isinstance(error, Spiked):

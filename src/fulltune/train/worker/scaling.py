@@ -90,7 +90,7 @@ def _ends_with(attempt: AttemptContext, layer: torch.nn.Linear, rows: Rows) -> b
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(model.device.type, attempt.plan.precision):
+        with torch.no_grad(), autocast(model, attempt.plan.precision):
             logits = model(**batch).logits
     finally:
         model.train(was_training)
