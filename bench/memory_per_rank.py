@@ -33,6 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 # The benches are no installed package: they are found by the path that was set above.
 from bench.memory_prediction import TIED, Cell, _cell, _row, _save_model  # noqa: E402
 
+from fulltune.system.sharing import Sharing  # noqa: E402
+
 STEPS = 3
 MODELS = (
     _cell("llama", "llama", (512, 8, 16000), (4, 128)),
@@ -42,7 +44,24 @@ MODELS = (
     _cell("bert-bf16-accumulation", "bert", (768, 5, 20000), (4, 128), precision="bf16", accumulation=2),
     _cell("gpt2", "gpt2", (512, 9, 24000), (2, 128)),
 )
-PLACES = (("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4))
+NARROW = {"weights_dtype": "bf16", "precision": "bf16"}
+OTHER_TYPES = (
+    _cell("llama-8bit", "llama", (512, 10, 24000), (4, 128), optim="adamw_8bit"),
+    _cell("bert-adamw-bf16", "bert", (512, 10, 30000), (4, 128), optim="adamw_bf16"),
+    _cell("llama-bf16-weights", "llama", (768, 8, 24000), (4, 128), optim="adamw_bf16", **NARROW),
+    _cell("bert-bf16-weights-8bit", "bert", (768, 8, 30000), (4, 128), optim="adamw_8bit", **NARROW),
+)
+"""Weights or moments of other types, which DeepSpeed does not have."""
+GROUND = _cell("ground", "llama", (64, 2, 1000), (2, 16))
+"""So small that what it takes is the libraries': no error is given for it."""
+PLACES = (("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("zero2", 2), ("zero3", 2))
+
+
+SHARED = {
+    "fsdp2": Sharing(3, False, False, engine="fsdp2"),
+    "zero2": Sharing(2, False, False),
+    "zero3": Sharing(3, False, False),
+}
 
 
 def write_recipe(cell: Cell, placement: str, processes: int, folder: Path, **train: Any) -> Path:
@@ -57,8 +76,9 @@ def write_recipe(cell: Cell, placement: str, processes: int, folder: Path, **tra
     train |= {"device": "cpu", "max_steps": STEPS, "micro_batch_size": cell.rows, "global_batch_size": batch}
     train |= {"num_processes": processes, "placement": placement, "oversubscribe": True, "precision": cell.precision}
     train |= {"activation_checkpointing": cell.checkpointing, "chunked_loss": cell.chunked}
+    train |= {"optim": cell.optim} if cell.optim else {}
     recipe = {
-        "model": {"name": str(model)},
+        "model": {"name": str(model), "weights_dtype": cell.weights_dtype},
         "task": cell.task,
         "data": {name: f"{name}.jsonl" for name in ("train", "eval", "test")} | {"max_length": cell.length},
         "train": train,
@@ -96,7 +116,8 @@ def predict(one: dict[str, Any]) -> MemoryNeed:
     """What a plan says of a recorded cell now."""
     from fulltune.footprint.records import Footprint
     from fulltune.models.shapes import Shapes
-    from fulltune.plan import fsdp2, memory
+    from fulltune.plan import memory
+    from fulltune.plan.budget import Needs
 
     cell = Cell(**one["cell"])
     settings = memory.MemorySettings(
@@ -104,13 +125,15 @@ def predict(one: dict[str, Any]) -> MemoryNeed:
         longest_tokens=cell.length,
         gradient_accumulation_steps=cell.accumulation,
         precision=cell.precision,
+        weights_dtype=cell.weights_dtype,
+        optim=cell.optim or "adamw_torch_fused",
         activation_checkpointing=cell.checkpointing,
         chunked_loss=cell.chunked,
         eval_batch_size=cell.rows,
         num_processes=one["processes"],
     )
-    need = fsdp2.need if one["placement"] == "fsdp2" else memory.need
-    return need(Shapes.model_validate(one["shapes"]), Footprint.model_validate(one["footprint"]), settings, "cpu")
+    sizes = Shapes.model_validate(one["shapes"]), Footprint.model_validate(one["footprint"])
+    return Needs(*sizes, cell.weights_dtype, "cpu").of(settings, SHARED.get(one["placement"]))
 
 
 def key_of(cell: Cell, placement: str, processes: int) -> str:
@@ -128,14 +151,16 @@ def show(records: dict[str, dict[str, Any]]) -> None:
             continue
         peak, growths = predict(one).peak, one["growths"]
         error = peak / max(growths) - 1
-        errors.setdefault(one["placement"], []).append(error)
+        if one["cell"]["name"] != GROUND.name:
+            errors.setdefault(one["placement"], []).append(error)
         measured = " ".join(f"{growth / 1e6:,.0f}" for growth in growths)
         parameters = one["shapes"]["num_parameters"] / 1e6
         print(f"{head}{parameters:>5.0f}{peak / 1e6:>10,.0f}  {measured}  {error:+.1%}")
     for placement, found in errors.items():
         within, median = sum(abs(error) <= 0.1 for error in found), statistics.median(map(abs, found))
         spread = f"{min(found):+.1%} to {max(found):+.1%}"
-        print(f"{placement}: {within} of {len(found)} within 10 %, median {median:.1%}, {spread}")
+        below = sum(error < 0 for error in found)
+        print(f"{placement}: {within} of {len(found)} within 10 %, {below} below, median {median:.1%}, {spread}")
 
 
 def main() -> None:
@@ -151,10 +176,11 @@ def main() -> None:
     known: dict[str, dict[str, Any]] = {}
     if path.exists():
         known = {one["key"]: one for one in map(json.loads, path.open(encoding="utf-8"))}
-    for cell in MODELS:
+    for cell in (GROUND, *MODELS, *OTHER_TYPES):
         for placement, processes in PLACES:
             key = key_of(cell, placement, processes)
             left_out = chosen.only is not None and cell.name not in chosen.only
+            left_out = left_out or (cell in OTHER_TYPES and placement in ("zero2", "zero3"))
             left_out = left_out or (chosen.places is not None and f"{placement}:{processes}" not in chosen.places)
             if key in known or chosen.show or left_out:
                 continue

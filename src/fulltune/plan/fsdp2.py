@@ -1,7 +1,7 @@
 """Bytes of one process when FSDP2 shares weights, gradients and AdamW's moments out over N of them.
 
 Between steps each process holds an N-th of everything: 16 P / N bytes with AdamW in fp32. In a step *units* are whole
-for a while (`models.sharding.Units`; u is a unit's number of parameters, 4 bytes each):
+for a while, in the weights' type (`models.sharding.Units`; u is a unit's weights):
 
 | when | whole |
 |---|---|
@@ -30,8 +30,6 @@ from fulltune.plan import memory
 from fulltune.plan.memory import MemorySettings
 from fulltune.records.plan import MemoryKind, MemoryNeed, Phase
 
-MODEL_FILE_BYTES = 2 * 2**30
-"""Of a file of the finished model (`train/shared_state.py`), unless one tensor is larger."""
 FILE_BYTES, MOST_FILES = 2**24, 64
 """As `train.shared_state` writes a checkpoint: two copies of a file's tensors are in memory for a moment."""
 TENSORS_OF_BLOCK = 3
@@ -41,8 +39,6 @@ SENT = {"cpu": 3, "cuda": 1}
 SHARING_BYTES = 64 * 2**20
 """On a CPU: FSDP2's and gloo's own, and the gaps that their short-lived buffers leave in the heap. Chosen on the Llama
 cells of `bench/memory_per_rank.py`; the others are scored. What NCCL takes of a GPU is not known here."""
-_VALUE = 4
-"""Bytes of a weight, and of its gradient."""
 
 
 def units_of(shapes: Shapes) -> Units:
@@ -63,11 +59,11 @@ class _Held:
     reduced: float
     """Share of the gradients of which this process has its part."""
     tensors: tuple[int, ...] = ()
-    """Parameters of units whose weights are whole."""
+    """Bytes of units whose weights are whole."""
     gradients: tuple[int, ...] = ()
     """The same of gradients."""
     flat: tuple[int, ...] = ()
-    """Parameters in each buffer that is sent or received."""
+    """Bytes of each buffer that is sent or received."""
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> MemoryNeed:
@@ -83,7 +79,9 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     settings = replace(settings, precision=footprint.traced(settings.precision))
     state = memory.state_of(shapes.num_parameters, settings)
     parts = [-(-size // settings.num_processes) for size in (state.weights, state.optimizer, state.gradients)]
-    units = units_of(shapes)
+    value = memory.BYTES[settings.weights_dtype]
+    units = Units(**{kind: value * count for kind, count in units_of(shapes).model_dump().items()})  # in bytes
+    largest = value * footprint.largest_tensor
     moments = _moments(shapes, footprint, settings, units, device)
     kinds = max((_kinds(one, *parts) for one in moments), key=lambda one: sum(one.values()))
     kept, heap = parts[0] + parts[1], 0.0
@@ -92,24 +90,24 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     beyond = base + around
     if on_cpu:
         split = [_small_and_large(one, parts[2], units, footprint, shapes, settings) for one in moments]
-        heap, held = memory.resident(split, _VALUE * footprint.largest_tensor)
+        heap, held = memory.resident(split, largest)
         beyond += max(0, kept + round(held) - sum(kinds.values()))
     kinds["buffers"] += beyond
     scoring = memory.scoring(shapes, footprint, settings, device)
     # Copies in 16 bits are of the unit that is whole.
-    scoring["buffers"] = min(scoring["buffers"], 2 * max(units.block, units.kept, units.root))
+    scoring["buffers"] = min(scoring["buffers"], max(units.block, units.kept, units.root) // 2)
     # A model without a gradient keeps its last units whole until they are freed.
     passing = (2 + on_cpu) * max(units.block, units.apart)
-    whole = _VALUE * (units.root + units.kept + passing)
+    whole = units.root + units.kept + passing
     file = max(min(kept, FILE_BYTES), kept // MOST_FILES)
-    together = min(_VALUE * shapes.num_parameters, MODEL_FILE_BYTES) + 2 * _VALUE * footprint.largest_tensor
-    together = together if on_cpu else 0
+    # A tensor of the finished model is put together: whole, with gloo also as received, and its part as sent.
+    together = (1 + on_cpu) * largest + largest // settings.num_processes
     phases: dict[Phase, int] = {
         "loading": parts[0] + base,
         "step": sum(kinds.values()),
         "evaluation": kept + around + sum(scoring.values()) + whole + base,
-        # Checkpoints are written file by file, and so is the finished model, by the first process.
-        "saving": kept + base + around + max(round(heap / (1 + memory.HELD_SHARE)) + 2 * file, together),
+        # Checkpoints are written file by file, the finished model tensor by tensor, by the first process.
+        "saving": kept + base + around + round(heap / (1 + memory.HELD_SHARE)) + max(2 * file, together),
         "resuming": kept + base,
     }
     return MemoryNeed(kinds=kinds, phases=phases)
@@ -121,7 +119,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
 def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units, device: str) -> list[_Held]:
     """What is held at each traced moment that may be the highest, and when gradients are sent between them."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
-    rows, all_gradients = memory.train_sequences(footprint, settings), _VALUE * shapes.num_parameters
+    rows, value = memory.train_sequences(footprint, settings), memory.BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # parts that earlier micro batches left
     copies = SENT[device]
     traced = [
@@ -129,12 +127,12 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
         for one in variant.first
     ]
     # What the head leaves in the root: that of a vocabulary, where there are logits.
-    head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0) // _VALUE
-    head = shapes.vocab_size * shapes.hidden_size if any(one["logits"] for _, one in traced) else head
+    head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0)
+    head = value * shapes.vocab_size * shapes.hidden_size if any(one["logits"] for _, one in traced) else head
     left = 0 if units.kept else min(units.root, head)
     found: list[_Held] = []
     for place, passing in traced:
-        reduced = max(before, min(1.0, passing["gradients"] / all_gradients))
+        reduced = max(before, min(1.0, passing["gradients"] / (value * shapes.num_parameters)))
         without, no_logits = passing | {"gradients": 0}, passing | {"gradients": 0, "logits": 0}
         if place.startswith("forward"):
             found.append(_Held(without, before, *_forward(units, place)))
@@ -145,9 +143,9 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             tensors = (units.root, units.kept)
             found.append(_Held(without, before, tensors, (units.kept or left,), (units.block,)))
         else:
-            found += _block(without, reduced, units, left, copies)
+            found += _block(without, reduced, units, left, copies, units.block)
         if place in ("backward head", "forward loss"):  # then the last block, whose activations all are there still
-            found += _block(no_logits, before, units, left, copies)
+            found += _block(no_logits, before, units, left, copies, units.kept or units.block)
             sent = (units.kept,) * copies
             found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*sent, units.block)))
     nothing: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
@@ -171,19 +169,21 @@ def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...]
     return ((*root, kept), (), (kept,)) if kept > block and "after" in place else ((*root, block), (), (block, block))
 
 
-def _block(passing: dict[Kind, int], reduced: float, units: Units, left: int, copies: int) -> Iterator[_Held]:
-    """A block's backward pass, and its gradients on their way."""
+def _block(
+    passing: dict[Kind, int], reduced: float, units: Units, left: int, copies: int, before: int
+) -> Iterator[_Held]:
+    """A block's backward pass, and its gradients on their way; what the unit before was sent in stays until then."""
     root, block = (units.root,), units.block
-    yield _Held(passing, reduced, (*root, block), (left, block), (block, block))
+    yield _Held(passing, reduced, (*root, block), (left, block), (block, before))
     yield _Held(passing, reduced, root, (left, block), (*(block,) * copies, block))
 
 
 def _kinds(held: _Held, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
     """By kind, with this process's parts."""
-    around = held.passing["buffers"] + _VALUE * (sum(held.tensors) + sum(held.flat))
+    around = held.passing["buffers"] + sum(held.tensors) + sum(held.flat)
     return {
         "weights": weights,
-        "gradients": round(held.reduced * gradients) + _VALUE * sum(held.gradients),
+        "gradients": round(held.reduced * gradients) + sum(held.gradients),
         "optimizer": optimizer,
         "activations": held.passing["activations"],
         "logits": held.passing["logits"],
@@ -199,12 +199,12 @@ def _small_and_large(
     if settings.chunked_loss:
         tokens = min(tokens, memory.CHUNK_TOKENS["cpu"])
     logits = held.passing["logits"]
-    logits_are_large = _VALUE * tokens * shapes.vocab_size >= memory.SMALL_BYTES
-    pieces = [(_VALUE * one, _VALUE * one) for one in held.flat]
-    pieces.append((round(held.reduced * part), _VALUE * units.block // settings.num_processes))
+    logits_are_large = 4 * tokens * shapes.vocab_size >= memory.SMALL_BYTES
+    pieces = [(one, one) for one in held.flat]
+    pieces.append((round(held.reduced * part), units.block // settings.num_processes))
+    most = memory.BYTES[settings.weights_dtype] * footprint.largest_tensor
     for one in (*held.tensors, *held.gradients):
-        largest = one // TENSORS_OF_BLOCK if one == units.block else min(one, footprint.largest_tensor)
-        pieces.append((_VALUE * one, _VALUE * largest))
+        pieces.append((one, one // TENSORS_OF_BLOCK if one == units.block else min(one, most)))
     large = sum(size for size, block in pieces if block >= memory.SMALL_BYTES)
     small = sum(size for size, block in pieces if block < memory.SMALL_BYTES)
     small += held.passing["activations"] + held.passing["buffers"] + (0 if logits_are_large else logits)

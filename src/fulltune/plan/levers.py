@@ -62,8 +62,6 @@ class Lever:
     """What stands against it, beyond what holds for all levers; empty: nothing."""
     with_deepspeed: str = ""
     """Why it cannot go with DeepSpeed; empty: it can."""
-    with_fsdp2: str = ""
-    """The same of FSDP2."""
     needs: Callable[[Recipe, Now], str] = _nothing
     """Other settings that would have to change with it; empty when it can be had at once."""
     done: str = ""
@@ -101,8 +99,6 @@ class Lever:
             return "already on"
         if self.with_deepspeed and deepspeed.wanted(recipe):
             return self.with_deepspeed
-        if self.with_fsdp2 and "fsdp2" in (recipe.train.placement, getattr(now, "placement", "")):
-            return self.with_fsdp2
         if problem := self.unless(recipe, now):
             return problem
         return "" if self.apply(recipe, now) else "it is the smallest already"
@@ -269,7 +265,6 @@ LEVERS = (
         costs="moments of 8 bits",
         changes={"optim": "adamw_8bit"},
         with_deepspeed="DeepSpeed shares out the optimizer",
-        with_fsdp2="with FSDP2 it works, but is not planned yet",
         done="AdamW's states in 8 bits (train.optim: adamw_8bit), which changes the result a little",
         frees=("optimizer",),
         same_result=False,
@@ -285,7 +280,6 @@ LEVERS = (
         changes=_NARROW,
         unless=_no_narrow_weights,
         with_deepspeed="DeepSpeed keeps weights in fp32",
-        with_fsdp2="with FSDP2 they work, but are not planned yet",
         frees=("weights", "gradients", "optimizer"),
         same_result=False,
         way_out=True,
@@ -298,7 +292,6 @@ LEVERS = (
         changes=_NARROW | {"optim": "adamw_8bit"},
         unless=_no_narrow_weights,
         with_deepspeed="DeepSpeed keeps weights in fp32",
-        with_fsdp2="with FSDP2 they work, but are not planned yet",
         same_result=False,
         way_out=True,
     ),

@@ -19,7 +19,6 @@ from fulltune.plan.dotted import PLACEMENT
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.workload import Workload, basis_of
 from fulltune.recipe.fields import Recipe, with_placement
-from fulltune.recipe.rules import OWN_OPTIMIZERS
 from fulltune.text import format_bytes
 
 Whole = Literal["ddp", "fsdp2"]
@@ -94,11 +93,8 @@ def _tried(workload: Workload, fleet: Fleet, placement: Whole, own_loss: bool) -
 
 def obstacle(recipe: Recipe, shapes: Shapes) -> str:
     """Why FSDP2 is not taken without asking; empty when it may be."""
-    train = recipe.train
     if shapes.num_trained is not None:
         return "its memory is planned for full fine-tuning alone"
-    if train.optim in OWN_OPTIMIZERS or recipe.model.weights_dtype == "bf16":
-        return "its memory is planned for fp32 weights and moments alone"
     return "" if shapes.units is not None else "this model has no repeated blocks"
 
 

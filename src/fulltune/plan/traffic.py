@@ -8,7 +8,7 @@ for clusters of workstations"). P trained parameters, A micro batches of a step;
 |---|---|
 | ddp | 2 x 4 P, whatever A: gradients are summed at the last micro batch |
 | fsdp2 | A x 4 (3 P - W): gathered for the forward and again for the backward pass but for W, which stays whole between
-  them; gradients are reduced and scattered |
+  them; gradients are reduced and scattered; of bf16 weights half |
 | zero2 | A x 2 P gradients + 2 P weights once, in 16 bits |
 | zero3 | A x 3 x 2 P: weights forward and backward, gradients |
 
@@ -42,7 +42,7 @@ def of(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> Traf
         each_step = 2 * memory.BYTES[memory.trained_dtype(settings)] * trained
     elif shared.engine == "fsdp2":
         units = fsdp2.units_of(shapes)
-        each_pass = 4 * (units.gathered + units.reduced)
+        each_pass = memory.BYTES[settings.weights_dtype] * (units.gathered + units.reduced)
     elif shared.stage == 3:
         each_pass = narrow * (2 * shapes.num_parameters + trained)
     else:  # stage 1 sums gradients like stage 2, but once a step

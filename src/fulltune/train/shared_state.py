@@ -8,6 +8,7 @@ holds itself; one that holds whole tensors reads whole ones. DeepSpeed's process
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ OPTIMIZER = "optimizer."
 """Before a parameter's name, and `.step` or another kind after it."""
 _WHOLE_BYTES = 2 * 2**30
 """Of a file with whole tensors."""
+_ROOM = 256
+"""Bytes in a file's table beside a tensor's name: its type, its shape and where it lies."""
 
 
 def is_in(checkpoint: Path) -> bool:
@@ -119,8 +122,8 @@ def write_whole(model: Any, folder: Path, most_bytes: int = _WHOLE_BYTES) -> Non
 def write_by_file(
     sizes: Mapping[str, int], whole: Callable[[str], torch.Tensor], folder: Path, most_bytes: int = _WHOLE_BYTES
 ) -> None:
-    """Write plain safetensors with an index, as `save_pretrained` does: the first process puts one file's tensors
-    together at a time, so no process ever holds all of them.
+    """Write plain safetensors with an index, as `save_pretrained` does, tensor by tensor: no process ever holds more
+    than one of them whole.
 
     Args:
         sizes: Name to bytes.
@@ -128,23 +131,55 @@ def write_by_file(
         folder: There, in the first process.
         most_bytes: Of a file, unless one tensor is larger.
     """
-    from safetensors.torch import save_file
-
     files = in_files(sizes, most_bytes)
     index: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         called = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else WHOLE
         index |= dict.fromkeys(names, called)
-        together = {}
-        for name in names:
-            one = whole(name)
-            if is_first():
-                together[name] = one.cpu().contiguous()
+        # Each tensor begins at a multiple of its values' size, as readers that map the file need: those whose sizes
+        # are multiples of 8 bytes come first.
+        ordered = sorted(names, key=lambda name: -min(8, sizes[name] & -sizes[name] or 8))
         if is_first():
-            save_file(together, folder / called, metadata={"format": "pt"})
+            _write(folder / called, ordered, whole)
+        else:
+            for name in ordered:
+                whole(name)
     if is_first() and len(files) > 1:
         total = {"total_size": sum(sizes.values())}
         write_json(folder / f"{WHOLE}.index.json", {"metadata": total, "weight_map": index})
+
+
+def _write(path: Path, names: list[str], whole: Callable[[str], torch.Tensor]) -> None:
+    """A file of safetensors, written as its tensors come: `safetensors` 0.8 writes only what is all in memory.
+
+    It is a table of the tensors, in JSON, behind its own length in 8 bytes, and their values one after the other. The
+    table is known last, so it gets room, which is filled up with blanks.
+    """
+    import torch
+
+    room = 64 + sum(len(json.dumps(name)) + _ROOM for name in names)
+    room += -room % 8
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    with path.open("wb") as file:
+        file.write(room.to_bytes(8, "little") + b" " * room)
+        for name in names:
+            one = whole(name).detach().cpu().contiguous()
+            begin = file.tell() - 8 - room
+            file.write(one.flatten().view(torch.uint8).numpy().data)
+            offsets = [begin, file.tell() - 8 - room]
+            table[name] = {"dtype": _in_files(one.dtype), "shape": list(one.shape), "data_offsets": offsets}
+        text = json.dumps(table).encode()
+        assert len(text) <= room
+        file.seek(8)
+        file.write(text)
+
+
+def _in_files(dtype: torch.dtype) -> str:
+    """What a type is called in safetensors: asked of a file without values, which is its table alone."""
+    import torch
+    from safetensors.torch import save
+
+    return str(json.loads(save({"one": torch.empty(0, dtype=dtype)})[8:])["one"]["dtype"])
 
 
 def in_files(sizes: Mapping[str, int], most_bytes: int = _WHOLE_BYTES) -> list[list[str]]:

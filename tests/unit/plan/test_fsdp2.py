@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -89,10 +90,40 @@ def test_root_is_sent_when_nothing_else_is_left() -> None:
     assert on_cpu.kinds["buffers"] == pytest.approx(3 * 4 * ROOT + beyond, rel=0.01)
 
 
-def test_finished_model_is_put_together_in_the_hosts_memory() -> None:
+def test_one_tensor_of_the_finished_model_is_put_together_at_a_time() -> None:
     on_cpu, on_gpu = (fsdp2.need(SHAPES, footprint(0), SETTINGS, device).phases for device in ("cpu", "cuda"))
-    assert on_cpu["saving"] > 12 * P / 4 + 4 * P
-    assert on_gpu["saving"] < 12 * P / 4 + 0.2 * P + memory.CUDA_CONTEXT_BYTES
+    largest = 4 * 90 * M
+    assert on_gpu["saving"] == 12 * P / 4 + largest * (1 + 1 / 4) + memory.CUDA_CONTEXT_BYTES
+    assert on_cpu["saving"] > 12 * P / 4 + largest * (2 + 1 / 4)
+    assert on_cpu["saving"] < 12 * P / 4 + 4 * P
+
+
+@pytest.mark.parametrize(
+    ("types", "weights", "optimizer"),
+    [
+        ({"optim": "adamw_bf16"}, 4, 4),
+        ({"optim": "adamw_8bit"}, 4, 2 * (1 + 4 / 128)),
+        ({"optim": "adamw_bf16", "weights_dtype": "bf16", "precision": "bf16"}, 2, 4),
+        ({"optim": "adamw_bf16", "weights_dtype": "bf16", "bf16_rounding": "kahan"}, 2, 6),
+    ],
+)
+def test_other_types_of_weights_and_moments(types: dict[str, Any], weights: int, optimizer: float) -> None:
+    settings = replace(SETTINGS, **types | {"precision": "fp32"})
+    found = fsdp2.need(SHAPES, footprint(20 * M), settings, "cuda")
+    assert found.kinds["weights"] == weights * P / 4
+    assert found.kinds["optimizer"] == pytest.approx(optimizer * P / 4)
+    # What is gathered and sent has the weights' type.
+    assert found.kinds["gradients"] == weights * BLOCK
+    assert found.kinds["buffers"] == weights * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
+
+
+def test_what_the_head_is_sent_in_stays_during_the_first_blocks_backward() -> None:
+    head = 75 * M
+    units = Units(root=0, kept=head, freed=P - head, block=BLOCK, apart=0)
+    found = fsdp2.need(SHAPES.model_copy(update={"units": units}), footprint(20 * M, "forward loss"), SETTINGS, "cuda")
+    # The block's weights, the next block as it was received, the head's gradients as they were sent.
+    assert found.kinds["gradients"] == 4 * BLOCK
+    assert found.kinds["buffers"] == 4 * (2 * BLOCK + head) + memory.CUDA_CONTEXT_BYTES
 
 
 def test_peak_of_one_process_falls_towards_what_is_whole() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fulltune.train import shared_state
 
@@ -31,3 +34,32 @@ def test_whole_tensors_are_read_as_parts_are(tmp_path: Path, monkeypatch: pytest
     found = {name: torch.empty_like(one) for name, one in tensors.items()}
     shared_state.read(found, tmp_path)
     assert all(torch.equal(found[name], one) for name, one in tensors.items())
+
+
+def test_a_file_is_written_as_its_tensors_come_and_read_by_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_state, "is_first", lambda: True)
+    tensors = {
+        "odd": torch.tensor([True, False, True]),
+        "weight": torch.randn(3, 5),
+        "transposed": torch.randn(4, 6).T,
+        "narrow": torch.randn(7).to(torch.bfloat16),
+        "positions \u00e9": torch.arange(9),
+        "none": torch.empty(0, 4),
+        "scalar": torch.tensor(2.5),
+    }
+    sizes = {name: one.numel() * one.element_size() for name, one in tensors.items()}
+
+    shared_state.write_by_file(sizes, tensors.__getitem__, tmp_path)
+
+    found = load_file(tmp_path / shared_state.WHOLE)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in tensors.items())
+    with safe_open(tmp_path / shared_state.WHOLE, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers reads no file without
+    raw = (tmp_path / shared_state.WHOLE).read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8:begin])
+    for name, one in tensors.items():
+        assert (begin + table[name]["data_offsets"][0]) % one.element_size() == 0

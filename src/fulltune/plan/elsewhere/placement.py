@@ -7,7 +7,8 @@ Bytes per parameter (P parameters, N devices):
 | all on each device | what `memory.need` says | - |
 | ZeRO-2 | 2 P weights + (4 + 12) P / N | - |
 | ZeRO-3 | 18 P / N + what is gathered | - |
-| FSDP2 (weights, gradients and moments in fp32) | 16 P / N + what is gathered: see `plan.fsdp2` | - |
+| FSDP2 (weights, gradients and moments in fp32) | 16 P / N, with 8-bit AdamW 10 P / N, + what is gathered: see
+  `plan.fsdp2` | - |
 | ZeRO-2, optimizer on the host | 2 P | 16 P |
 | ZeRO-3, all on the host | what is gathered | 18 P |
 | FSDP2, all on the host | what is gathered | 16 P |
@@ -101,7 +102,9 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
     if basis.start.num_trained is not None:  # sharing out is planned for full fine-tuning only
         return
     if many and basis.shapes.units is not None:
-        yield _Layout("FSDP2", plain | {PLACEMENT: "fsdp2"}, shared=Sharing(3, False, False, engine="fsdp2"))
+        parts, shared = plain | {PLACEMENT: "fsdp2"}, Sharing(3, False, False, engine="fsdp2")
+        yield _Layout("FSDP2", parts, shared=shared)
+        yield _Layout("FSDP2, 8-bit AdamW", parts | small, optim="adamw_8bit", shared=shared)
     if gpus:
         yield from _shared_layouts(basis, plain, many)
 

@@ -205,7 +205,8 @@ def _own(recipe: Recipe, plan: Plan, placements: Sequence[Placement]) -> str:
         if not one.runs or sharing.of(changed) != shared:
             continue
         optim, _ = resolve.optimizer(changed, Reasons())
-        if shared is not None or (optim == plan.optim and changed.model.weights_dtype == plan.weights_dtype):
+        in_deepspeed = shared is not None and shared.engine == "deepspeed"
+        if in_deepspeed or (optim == plan.optim and changed.model.weights_dtype == plan.weights_dtype):
             return one.name
     return ""
 
