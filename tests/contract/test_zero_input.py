@@ -203,6 +203,18 @@ def test_other_checkpoint_does_not_go_on_with_nvme(tmp_path: Path) -> None:
     assert "is not in DeepSpeed's own form, which offloading to NVMe needs to go on" in problem
 
 
+def test_checkpoint_of_an_optimizer_on_a_disk_is_not_continued(tmp_path: Path) -> None:
+    """DeepSpeed's own reading of it loses AdamW's moments."""
+    checkpoint = written(tmp_path, 3, 2)
+    (checkpoint / "global_step6" / zero_checkpoint.ON_DISK).mkdir()
+    problem = zero_checkpoint.misfit(checkpoint, recipe(**NVME))
+    assert problem is not None
+    assert (
+        "which DeepSpeed does not read back whole; start a new run (--fresh), which can be continued with offload: all"
+        in problem
+    )
+
+
 def test_run_goes_on_only_where_deepspeed_is(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

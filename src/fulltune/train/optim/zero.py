@@ -86,7 +86,7 @@ def put_together(model: Any) -> None:
 
 
 def save(model: Any, engine: Any, checkpoint: Path, trained_only: bool = False) -> None:
-    """Write a checkpoint's tensors: the first process has those of one file at a time, the others of one tensor.
+    """Write a checkpoint's tensors, one after the other.
 
     Args:
         model: The engine's.
@@ -131,8 +131,11 @@ def _tensors(model: Any, trained_only: bool = False) -> dict[str, torch.Tensor]:
 
 
 def _sizes(tensors: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of the whole tensors."""
-    return {name: max(4, one.element_size()) * getattr(one, "ds_numel", one.numel()) for name, one in tensors.items()}
+    """Bytes of what `whole` gives."""
+    return {
+        name: (4 if one.is_floating_point() else one.element_size()) * getattr(one, "ds_numel", one.numel())
+        for name, one in tensors.items()
+    }
 
 
 def load(
