@@ -116,7 +116,7 @@ def test_folder_of_an_nvme_disk_is_found_beside_the_recipe(tmp_path: Path, tiny_
     result = planned(tmp_path, tiny_encoder, placement="zero3", offload="nvme:fast")
     assert result.code == 0, result.err
     kept = json.loads((tmp_path / "run" / "plan" / "full.deepspeed.json").read_text(encoding="utf-8"))
-    place = {"device": "nvme", "nvme_path": str(tmp_path / "fast")}
+    place = {"device": "nvme", "nvme_path": str(tmp_path / "fast" / "run-full-seed42")}
     assert [kept["zero_optimization"][f"offload_{what}"] for what in ("optimizer", "param")] == [place, place]
 
 
