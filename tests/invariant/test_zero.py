@@ -221,11 +221,11 @@ ALL_SHARED: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_pe
 
 
 @pytest.mark.parametrize(
-    "train",
-    [{"placement": "zero2"}, {"placement": "auto", "extra": {"deepspeed": ALL_SHARED}}],
-    ids=["zero2", "zero3"],
+    ("method", "train"),
+    [("lora", {"placement": "zero2"})]
+    + [(method, {"placement": "auto", "extra": {"deepspeed": ALL_SHARED}}) for method in ("lora", "adapter", "prompt")],
+    ids=["lora-zero2", "lora-zero3", "adapter-zero3", "prompt-zero3"],
 )
-@pytest.mark.parametrize("method", ["lora", "adapter", "prompt", "head"])
 def test_methods_that_train_little_are_those_of_one_process(method: str, train: dict[str, Any], tmp_path: Path) -> None:
     """The weights that stay as they were are shared out; what is saved is small and whole."""
     few: dict[str, Any] = {"max_steps": 16, "eval_steps": 8}
