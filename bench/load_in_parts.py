@@ -120,9 +120,8 @@ def work(engine: str, dtype: str, folder: Path) -> None:
         say("the finished model")
         shared_state.write_whole(model, folder / "finished")
     else:
-        sizes = {name: one.ds_numel * one.element_size() for name, one in parameters.items()}
         say("the finished model")
-        shared_state.write_by_file(sizes, lambda name: zero.whole(parameters[name]), folder / "finished")
+        zero.write_whole(model, folder / "finished")
     say("done")
 
 

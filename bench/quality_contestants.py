@@ -377,7 +377,7 @@ def word_states(point: Point, split: str) -> list[np.ndarray]:
         chosen = order[start : start + SCORED_TOGETHER]
         batch = point.scoring.task.collate([rows[i] for i in chosen], tokenizer.pad_token_id)
         labels = batch.pop("labels")
-        with torch.no_grad(), autocast("cpu", point.precision):
+        with torch.no_grad(), autocast(model, point.precision):
             hidden = F.normalize(body(**batch).last_hidden_state.float(), dim=-1)
         for place, states, mask in zip(chosen, hidden, labels != -100, strict=True):
             found[place] = states[mask].numpy()

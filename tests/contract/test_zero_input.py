@@ -116,7 +116,7 @@ def test_folder_of_an_nvme_disk_is_found_beside_the_recipe(tmp_path: Path, tiny_
     result = planned(tmp_path, tiny_encoder, placement="zero3", offload="nvme:fast")
     assert result.code == 0, result.err
     kept = json.loads((tmp_path / "run" / "plan" / "full.deepspeed.json").read_text(encoding="utf-8"))
-    place = {"device": "nvme", "nvme_path": str(tmp_path / "fast")}
+    place = {"device": "nvme", "nvme_path": str(tmp_path / "fast" / "run-full-seed42")}
     assert [kept["zero_optimization"][f"offload_{what}"] for what in ("optimizer", "param")] == [place, place]
 
 
@@ -201,6 +201,18 @@ def test_other_checkpoint_does_not_go_on_with_nvme(tmp_path: Path) -> None:
     problem = zero_checkpoint.misfit(tmp_path / "checkpoint-6", recipe(**NVME))
     assert problem is not None
     assert "is not in DeepSpeed's own form, which offloading to NVMe needs to go on" in problem
+
+
+def test_checkpoint_of_an_optimizer_on_a_disk_is_not_continued(tmp_path: Path) -> None:
+    """DeepSpeed's own reading of it loses AdamW's moments."""
+    checkpoint = written(tmp_path, 3, 2)
+    (checkpoint / "global_step6" / zero_checkpoint.ON_DISK).mkdir()
+    problem = zero_checkpoint.misfit(checkpoint, recipe(**NVME))
+    assert problem is not None
+    assert (
+        "which DeepSpeed does not read back whole; start a new run (--fresh), which can be continued with offload: all"
+        in problem
+    )
 
 
 def test_run_goes_on_only_where_deepspeed_is(

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from fulltune.inference.store import Rows
 from fulltune.records.training import Outcome
@@ -121,7 +123,7 @@ def test_offloaded_run_that_is_stopped_and_continued_gives_the_curve_of_one_proc
     assert two.moved.num_tensors_moved == one.moved.num_tensors_moved
     assert two.moved.share == pytest.approx(one.moved.share, abs=0.01)
     assert {check.name: check.passed for check in two.checks}["dry-run step"]
-    # Whole tensors under the model's own names, in a folder that needs no DeepSpeed.
+    # Whole tensors under the model's own names, each once, in a folder that needs no DeepSpeed.
     expected, found = runs.final_weights(tmp_path / "one"), runs.final_weights(folder)
     assert set(found) == set(expected)
     for name, values in expected.items():
@@ -191,6 +193,64 @@ def test_placement_gives_the_curve_of_one_process_and_a_plain_model(
     best = Outcome.load(sorted(run.glob("attempts/*"))[-1] / "outcome.json").best_step
     scored = next(event["metrics"]["loss"] for event in runs.events(tmp_path, "eval") if event["step"] == best)
     assert total / len(rows) == pytest.approx(scored, abs=1e-5)
+
+
+@pytest.mark.parametrize("place", ["zero2:2", "zero3:2"])
+def test_tied_tensor_is_saved_once(place: str, tmp_path: Path) -> None:
+    """T5 has its embeddings under four names."""
+    few: dict[str, Any] = {"max_steps": 8, "eval_steps": 8}
+    family = placed.FAMILIES["encoder-decoder"]
+    with runs.in_this_process():
+        placed.train(tmp_path / "one", family, placed.Place("single"), **few)
+    placed.train(tmp_path / "shared", family, placed.Place(place), **few)
+    one, shared = placed.read(tmp_path / "one"), placed.read(tmp_path / "shared")
+    found = placed.differences(one, shared)  # of the same tensors
+    assert found.loss <= 1e-5
+    paths = [tmp_path / name / "run" / "models" / "full" for name in ("one", "shared")]
+    assert sorted(path.name for path in paths[0].iterdir()) == sorted(path.name for path in paths[1].iterdir())
+    ids = torch.tensor([[7, 30, 41, 1]])
+    with torch.no_grad():
+        first, second = (
+            AutoModelForSeq2SeqLM.from_pretrained(path)(input_ids=ids, decoder_input_ids=ids).logits for path in paths
+        )
+    torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
+
+
+ALL_SHARED: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+"""Stage 3 with no tensor left whole."""
+
+
+@pytest.mark.parametrize(
+    "train",
+    [{"placement": "zero2"}, {"placement": "auto", "extra": {"deepspeed": ALL_SHARED}}],
+    ids=["zero2", "zero3"],
+)
+@pytest.mark.parametrize("method", ["lora", "adapter", "prompt", "head"])
+def test_methods_that_train_little_are_those_of_one_process(method: str, train: dict[str, Any], tmp_path: Path) -> None:
+    """The weights that stay as they were are shared out; what is saved is small and whole."""
+    few: dict[str, Any] = {"max_steps": 16, "eval_steps": 8}
+    family = placed.FAMILIES["encoder"]
+    values = {**family.blocks["method"], "kind": method}
+    family = replace(family, blocks={**family.blocks, "method": values})
+    with runs.in_this_process():
+        placed.train(tmp_path / "one", family, placed.Place("single"), **few)
+    place, changes = placed.Place("ddp:2"), {**few, **train}
+
+    step = placed.stop_at(tmp_path / "shared", family, place, 6, **changes)
+    assert placed.continued_from(tmp_path / "shared", family, place, **changes) == step
+
+    one, shared = (losses(tmp_path / name) for name in ("one", "shared"))
+    assert len(set(one)) == 16
+    assert shared == pytest.approx(one, abs=1e-5)
+    expected, found = (
+        load_file(next((tmp_path / name / "run" / "models").glob("*")) / "adapter_model.safetensors")
+        for name in ("one", "shared")
+    )
+    assert found.keys() == expected.keys()
+    for name, values_of in expected.items():
+        torch.testing.assert_close(
+            found[name], values_of, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_engine_goes_on_bit_for_bit_and_in_another_within_rounding(tmp_path: Path) -> None:

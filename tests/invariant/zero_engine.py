@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from safetensors.torch import load_file
 
 from fulltune.train.optim import zero
 
@@ -81,8 +82,13 @@ def main(folder: Path) -> None:
         model, engine, _ = built(kind)
         train(engine, 0, 3, kind[1])
         zero.save(model, engine, folder / str(number))
+        (folder / f"{number}-finished").mkdir(exist_ok=True)
+        zero.write_whole(model, folder / f"{number}-finished")
         torch.distributed.barrier()
         then = values(model)
+        written = load_file(folder / f"{number}-finished" / "model.safetensors")
+        for name, one in model.named_parameters():
+            assert torch.equal(written[name], zero.whole(one)), name
         train(engine, 3, 5, kind[1])
         saved[kind] = folder / str(number), then, values(model)
     for before, after in (*zip(KINDS, KINDS, strict=True), *OTHERS):

@@ -8,10 +8,12 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any, Literal
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fulltune import pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
@@ -591,6 +593,7 @@ def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path,
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/1"), "disk_full"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 102848 vs 102736"), "disk_full"),
+        (CheckpointException("load", {1: (MemoryError(), StackSummary())}), "out_of_memory"),
         (GuardStop("the loss is nan"), "stopped_by_guard"),
         (KeyboardInterrupt(), "interrupted"),
         (RecipeError("no"), "refused"),

@@ -27,6 +27,10 @@ STATE = StateBytes(weights=400, gradients=401, optimizer=800)
         ({"placement": "zero2", "offload": "all"}, ["offload: 'all' needs placement: zero3, found zero2"]),
         ({"placement": "zero2", "offload": "nvme:/disk"}, ["needs placement: zero3, found zero2"]),
         ({"placement": "fsdp2", "num_processes": 2, "offload": "all"}, ["needs placement: zero3, found fsdp2"]),
+        (
+            {"placement": "fsdp2", "num_processes": 2, "optim": "adafactor"},
+            ["optim: 'adafactor' needs whole tensors, which placement: fsdp2 shares out; able are adamw_8bit, "],
+        ),
         ({"placement": "zero3", "extra": {"deepspeed": {}}}, ["placement and extra.deepspeed both say where"]),
         (
             {"placement": "ddp", "offload": "all", "extra": {"deepspeed": {}}},

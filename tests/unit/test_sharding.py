@@ -120,6 +120,19 @@ def test_model_without_blocks_is_refused() -> None:
         sharding.blocks_of(torch.nn.Linear(2, 2))
 
 
+def test_running_statistics_are_refused() -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(transformers.ResNetConfig())
+    with pytest.raises(SetupError, match=r"ResNetForImageClassification has running statistics .* take ddp"):
+        sharding.blocks_of(model)
+
+
+def test_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "OLDEST", (99, 1))
+    with pytest.raises(SetupError, match=r"fsdp2 needs transformers 99\.1 or newer, found 5\."):
+        sharding.shared_over(CLASSES, transformers.BertConfig(**_TWO), 2)
+
+
 def test_model_that_is_not_shared_out_is_left_alone() -> None:
     model = torch.nn.Linear(3, 2)
     sharding.free(model)

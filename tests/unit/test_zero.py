@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
+from transformers import BertConfig
 
+from fulltune import methods
 from fulltune.errors import RecipeError
+from fulltune.plan import sharded
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
+from fulltune.recipe.methods import Method
 from fulltune.records.plan import StateBytes
 from fulltune.system import deepspeed, sharing
 from fulltune.system.sharing import Sharing
@@ -141,10 +146,35 @@ def test_bytes_on_device_and_host_with_two_processes(shared: Sharing, device_byt
     assert 2 * sum(shared.parts_at("host", STATE, 2).values()) == host_bytes
 
 
+def test_what_stays_as_it_was_has_no_gradients_and_no_optimizer_state() -> None:
+    assert sharded.state(100, sharded.DEEPSPEED, 10) == StateBytes(weights=200, gradients=40, optimizer=120)
+    assert sharded.state(100, sharded.DEEPSPEED) == StateBytes(weights=200, gradients=400, optimizer=1200)
+
+
 def test_what_goes_to_an_nvme_disk_is_read_from_the_settings() -> None:
     places = {"offload_optimizer": {"device": "nvme", "nvme_path": "/n"}, "offload_param": {"device": "cpu"}}
     found = sharing.of(recipe({"zero_optimization": {"stage": 3, **places}}))
     assert found == Sharing(3, True, True, optimizer_on_disk=True, weights_on_disk=False)
+
+
+METHODS: Any = TypeAdapter(Method)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "expected"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "lora", ""),
+        ({"zero_optimization": {"stage": 3}}, "adapter", ""),
+        ({"zero_optimization": {"stage": 2}}, "peft", ""),
+        ({"zero_optimization": {"stage": 3}}, "peft", "PEFT may read weights, which train.extra.deepspeed shares out"),
+        ({"zero_optimization": {"stage": 0}}, "lora", "not with zero_optimization.stage: 0"),
+    ],
+)
+def test_methods_that_cannot_run_inside_deepspeed_are_refused(settings: Any, kind: str, expected: str) -> None:
+    method = METHODS.validate_python({"kind": kind} | ({"type": "IA3"} if kind == "peft" else {}))
+    found = methods.problems(recipe(settings), BertConfig(), method)
+    assert len(found) == bool(expected)
+    assert expected in "".join(found)
 
 
 def _on_disk(path: Any) -> Recipe:

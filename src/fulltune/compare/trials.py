@@ -133,7 +133,7 @@ def clear(context: Context, trial: Trial) -> None:
     """Delete weights of a trial that came to nothing."""
     for folder in ("models", "checkpoints"):
         shutil.rmtree(context.folder / folder / trial.name, ignore_errors=True)
-    for initial in (context.folder / "attempts").glob(f"{trial.name}-*/initial.safetensors"):
+    for initial in (context.folder / "attempts").glob(f"{trial.name}-*/initial*.safetensors"):
         initial.unlink()
 
 

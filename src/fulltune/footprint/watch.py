@@ -281,7 +281,7 @@ def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, tr
     if case.task.FACTS is seq2seq.FACTS:
         inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, labels)
     selecting = contextlib.nullcontext() if head is None else head.only(labels)
-    with autocast("cpu", "fp32" if case.weights_dtype == "bf16" else case.precision), selecting:
+    with autocast(model, "fp32" if case.weights_dtype == "bf16" else case.precision), selecting:
         logits = logits_of(model(**inputs)).float()
     watch.place = "forward loss"
     loss = case.task.loss(logits, labels, case.target, LossSettings())

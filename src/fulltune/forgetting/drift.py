@@ -98,7 +98,7 @@ class GenericText:
         try:
             for positions in batches(order, self.batch):
                 between()
-                with torch.no_grad(), autocast(model.device.type, self.precision):
+                with torch.no_grad(), autocast(model, self.precision):
                     states = self.states(model, positions)
                 directions = F.normalize(states.double(), dim=-1).cpu().numpy()
                 found.update(zip(positions, directions, strict=True))

@@ -66,8 +66,7 @@ def run_rows(
         batch = _on_device(model, model_batch(model, task, [rows[i] for i in positions], pad_token_id))
         labels = batch.pop("labels")
         selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
-        casting = autocast(model.device.type, precision, keeps_weights=not sharding.is_shared(model))
-        with casting, selecting, whole_numbers(model, target):
+        with autocast(model, precision), selecting, whole_numbers(model, target):
             logits = logits_of(model(**batch))
         reduced = task.reduce(logits, labels, target)
         return {name: part if isinstance(part, np.ndarray) else part.cpu().numpy() for name, part in reduced.items()}
@@ -168,7 +167,7 @@ def generate(
             ids, attention = padded(chosen, tokenizer.pad_token_id), mask(chosen)
         else:
             ids, attention = padded([row[::-1] for row in chosen], tokenizer.pad_token_id).flip(1), mask(chosen).flip(1)
-        with torch.no_grad(), autocast(model.device.type, precision):
+        with torch.no_grad(), autocast(model, precision):
             made: torch.Tensor = model.generate(  # type: ignore[operator]  # a method of a mixin
                 input_ids=ids.to(model.device),
                 attention_mask=attention.to(model.device),
@@ -182,14 +181,17 @@ def generate(
     return answers
 
 
-def autocast(device_type: str, precision: str, keeps_weights: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """Computations in a smaller type; weights keep theirs, and their copies are kept until it is left."""
+def autocast(model: Any, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """A model's computations in a smaller type; its weights keep theirs.
+
+    Copies of them are kept until it is left, but for weights that are shared out: those would be kept whole.
+    """
     import torch
 
     if precision == "fp32":
         return contextlib.nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device_type, dtype=dtype, cache_enabled=keeps_weights)
+    return torch.autocast(model.device.type, dtype=dtype, cache_enabled=not sharding.is_shared(model))
 
 
 @contextlib.contextmanager

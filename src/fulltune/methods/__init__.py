@@ -15,6 +15,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm, Method, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
+from fulltune.system import deepspeed, sharing
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -126,6 +127,18 @@ def check(recipe: Recipe, config: PretrainedConfig) -> None:
         raise RecipeError(found)
 
 
+def _beside_deepspeed(recipe: Recipe, kind: str) -> list[str]:
+    """Why a method that trains few parameters cannot run inside DeepSpeed."""
+    if not deepspeed.wanted(recipe):
+        return []
+    by, shared = recipe.train.deepspeed_by, sharing.of(recipe)
+    if what := deepspeed.keeps_own_files(recipe):
+        return [f"not with {what}, whose checkpoints DeepSpeed writes itself, with all weights; remove it"]
+    if kind == "peft" and shared is not None and shared.stage == 3:
+        return [f"PEFT may read weights, which {by} shares out; take lora, or train.placement: zero2"]
+    return []
+
+
 def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]:
     """Why a method cannot do the recipe's task, as far as the model's config tells; empty when it can."""
     from fulltune.methods import injected
@@ -147,6 +160,6 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
         found.append("torch.compile may leave out the hooks it works by; remove train.extra.torch_compile")
     if method.kind == "peft":
         found += injected.problems(method)
-    if method.kind not in ("full", "base") and (by := recipe.train.deepspeed_by):
-        found.append(f"{by} is here for full fine-tuning only, yet; remove it")
+    if method.kind not in ("full", "base"):
+        found += _beside_deepspeed(recipe, method.kind)
     return [f"method {method.arm}: {line}" for line in found]

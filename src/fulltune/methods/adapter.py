@@ -67,7 +67,7 @@ def put_into(model: Any, method: AdapterMethod, heads: tuple[str, ...]) -> None:
         )
     for _, module in found:
         weight = module.weight
-        size = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]  # GPT-2's Conv1D is transposed
+        size = module.out_features if isinstance(module, nn.Linear) else module.nf  # GPT-2's Conv1D
         added = Bottleneck(size, max(1, size // method.reduction_factor), method.non_linearity)
         module.add_module("adapter", added.to(weight.device))
         module.register_forward_hook(_adapted)

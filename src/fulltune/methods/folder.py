@@ -48,7 +48,11 @@ def save(applied: Applied, folder: Path, task: TaskName, base: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it did not look for the vocabulary's size on the Hub
             # Frozen weights that are shared out stay so: PEFT would ask all processes for them.
-            state = {name: one for name, one in applied.outer.state_dict().items() if not hasattr(one, "placements")}
+            state = {
+                name: one.detach()
+                for name, one in applied.outer.state_dict(keep_vars=True).items()
+                if not hasattr(one, "placements") and not hasattr(one, "ds_id")
+            }
             applied.outer.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
         (folder / "README.md").unlink(missing_ok=True)  # an empty form; ours is written with the report
     else:

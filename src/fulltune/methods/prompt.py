@@ -17,6 +17,7 @@ from torch import nn
 
 from fulltune.errors import RecipeError
 from fulltune.methods import PROMPT_MODULE
+from fulltune.models.checkpoint_head import put_together
 from fulltune.models.sharding import whole
 from fulltune.recipe.methods import PromptMethod
 from fulltune.recipe.tasks import TaskName
@@ -29,11 +30,18 @@ class Prompt(nn.Module):
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
+        self.size = len(weight)
         self.weight = nn.Parameter(weight)
         self.waiting = False
         """The next call of the embeddings has virtual tokens in front."""
         self.in_front = False
         """This pass has them; one that goes on from a cache has not."""
+
+    def forward(self, found: torch.Tensor) -> torch.Tensor:
+        """Embeddings `found[rows, tokens, size]` with the vectors in place of the first ones. DeepSpeed puts weights
+        together for the module that is called with them."""
+        ahead = self.weight.to(found.dtype).expand(len(found), -1, -1)
+        return torch.cat((ahead, found[:, self.size :]), dim=1)
 
 
 def put_before(model: Any, method: PromptMethod, task: TaskName) -> None:
@@ -66,7 +74,8 @@ def put_before(model: Any, method: PromptMethod, task: TaskName) -> None:
         if not prompt.waiting:
             return found
         prompt.waiting = False
-        return torch.cat((prompt.weight.to(found.dtype).expand(len(found), -1, -1), found[:, size:]), dim=1)
+        changed: torch.Tensor = prompt(found)
+        return changed
 
     body.register_forward_pre_hook(before_body, with_kwargs=True)
     embeddings.register_forward_hook(after_embeddings)
@@ -112,11 +121,12 @@ def _embeddings(module: Any) -> Any:
 
 def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
     """Vectors of tokens drawn from the vocabulary, or random numbers of their spread: float32 [tokens, size]."""
-    weight, size = whole(embeddings.weight.detach()), method.num_virtual_tokens
-    if method.init == "vocabulary":
-        return weight[torch.randint(0, len(weight), (size,), device=weight.device)].float()
-    spread = weight.float().std()
-    return torch.randn(size, weight.shape[1], device=weight.device) * spread
+    with put_together([embeddings.weight]):
+        weight, size = whole(embeddings.weight.detach()), method.num_virtual_tokens
+        if method.init == "vocabulary":
+            return weight[torch.randint(0, len(weight), (size,), device=weight.device)].float()
+        spread = weight.float().std()
+        return torch.randn(size, weight.shape[1], device=weight.device) * spread
 
 
 def _with_virtual(given: dict[str, Any], size: int, filler: int, prompt: Prompt) -> dict[str, Any]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _FREED = "free_full_weight"
 """transformers' word: whole during the block's own pass alone."""
+OLDEST = (5, 24)
+"""Version of transformers whose own FSDP2 does all that a run needs."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 """Of a layer, in the path of a module."""
 
@@ -56,11 +58,17 @@ def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -
     `DistributedConfig`.
 
     Raises:
-        SetupError: When the model has no repeated blocks.
+        SetupError: When transformers is too old, or as for `blocks_of`.
     """
     import torch
+    import transformers
     from transformers.distributed.configuration_utils import DistributedConfig
 
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise SetupError(
+            f"train.placement: fsdp2 needs transformers {needed} or newer, found {transformers.__version__}"
+        )
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = auto_class.from_config(copy.deepcopy(config))
     # transformers 5.24 gives every model a plan of `embed_tokens`, `layers.*` and `norm`, whether it has modules of
@@ -110,10 +118,16 @@ def blocks_of(model: Any) -> dict[str, str]:
     """A plan of a model's repeated blocks, such as `bert.encoder.layer.*`: the outermost lists of modules.
 
     Raises:
-        SetupError: When there are none.
+        SetupError: When there are none, or running statistics, which each process would have its own of.
     """
     import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
 
+    if any(isinstance(one, _BatchNorm) for one in model.modules()):
+        raise SetupError(
+            f"train.placement: fsdp2: {type(model).__name__} has running statistics (batch normalization), which are "
+            "not shared out; take ddp"
+        )
     paths: list[str] = []
     for path, module in model.named_modules():
         has_weights = isinstance(module, torch.nn.ModuleList) and any(True for _ in module.parameters())
@@ -134,7 +148,7 @@ def units_of(model: Any) -> Units:
         model: Of the class that is trained; its names are tied, its tensors need no values.
 
     Raises:
-        SetupError: When it has no repeated blocks.
+        SetupError: As for `blocks_of`.
     """
     blocks = blocks_of(model)
     rules = without_shared(model, (model.fsdp_plan or {}) | blocks)

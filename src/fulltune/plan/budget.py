@@ -75,7 +75,8 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
     shared = sharing.of(recipe)
     if shared is None or not machine.gpus:
         return
-    on_host = sharded.host_bytes(shared, shapes.num_parameters, recipe.train.num_processes)
+    processes, trained = recipe.train.num_processes, shapes.num_trained
+    on_host = sharded.host_bytes(shared, shapes.num_parameters, processes, num_trained=trained)
     if on_host > machine.memory_available_bytes:
         raise DoesNotFitError(
             f"{recipe.train.deepspeed_by}: what is offloaded needs {format_bytes(on_host)}, but "
@@ -127,8 +128,9 @@ class Needs:
         kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
         scoring = sum(sharded.scoring(self.footprint, precision, settings).values())
         phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + scoring}
-        host = sharded.host_bytes(shared, self.shapes.num_parameters, processes, per_parameter) // processes
-        return MemoryNeed(kinds=kinds, phases=phases, host=host)
+        parameters, trained = self.shapes.num_parameters, self.shapes.num_trained
+        host = sharded.host_bytes(shared, parameters, processes, per_parameter, trained)
+        return MemoryNeed(kinds=kinds, phases=phases, host=host // processes)
 
     def _on_cpu(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
         """What is offloaded stays in the same memory; gradients are whole in DeepSpeed's buckets."""

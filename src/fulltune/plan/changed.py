@@ -5,14 +5,15 @@ goes on with another placement or another number of processes.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
 from fulltune.plan import budget, disk, memory, time
 from fulltune.plan.budget import MemoryBudget
+from fulltune.plan.levers import SETTING_OF
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe, with_attention, with_placement
-from fulltune.recipe.rules import OWN_OPTIMIZERS
+from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system.hardware import Machine
@@ -22,23 +23,25 @@ if TYPE_CHECKING:
 
 
 _PLACING = (
-    *("num_processes", "placement", "device", "micro_batch_size", "gradient_accumulation_steps", "eval_batch_size"),
-    *("activation_checkpointing", "chunked_loss", "available_bytes", "memory", "traffic", "disk", "time"),
+    *("num_processes", "placement", "offload", "device", "micro_batch_size", "gradient_accumulation_steps"),
+    *("eval_batch_size", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state", "traffic"),
+    *("disk", "time"),
 )
 """What follows from where things lie, and changes no result."""
 
 
 def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
-    """Whether a run can go on by this plan: the recipe asks for no other placement or number of processes."""
+    """Whether a run can go on by this plan: the recipe asks for no other placement, offload or number of processes."""
     train = recipe.train
     placement = "deepspeed" if train.extra.get("deepspeed") is not None else train.placement
-    return plan.num_processes == train.num_processes and placement in ("auto", plan.placement)
+    same = (plan.num_processes, plan.offload) == (train.num_processes, train.offload)
+    return same and placement in ("auto", plan.placement)
 
 
 def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
     """The recipe of a run that goes on elsewhere: its steps have the rows that they had until now.
 
-    Left open, a global batch follows from the number of processes.
+    Left open, a global batch follows from the number of processes, precision and optimizer from what fits.
 
     Raises:
         RecipeError: When so many processes cannot share such a step, or not this optimizer.
@@ -58,7 +61,10 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
         )
     if problems:
         raise RecipeError(problems)
-    return recipe.model_copy(update={"train": train.model_copy(update={"global_batch_size": rows})})
+    same: dict[str, Any] = {"global_batch_size": rows, "precision": plan.precision}
+    if plan.optim in OWN_OPTIMIZERS:  # the others are the recipe's, or what is usual
+        same["optim"] = plan.optim
+    return recipe.model_copy(update={"train": train.model_copy(update=same)})
 
 
 def placed_anew(plan: Plan, anew: Plan) -> Plan:
@@ -68,7 +74,7 @@ def placed_anew(plan: Plan, anew: Plan) -> Plan:
         plan: What the run has done until now.
         anew: Of the recipe as it is now.
     """
-    names = {f"train.{name}" for name in _PLACING} | {"evaluate.batch_size"}
+    names = {SETTING_OF.get(name, f"train.{name}") for name in _PLACING} | {"train.oversubscribe"}
     settings = {setting.name: setting for setting in plan.settings}
     settings |= {setting.name: setting for setting in anew.settings if setting.name in names}
     placing = {name: getattr(anew, name) for name in _PLACING}

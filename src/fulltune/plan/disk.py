@@ -19,6 +19,9 @@ DEEPSPEED_BYTES = 20
 COMMON_BYTES = 12
 """A parameter in the other checkpoints of its runs: weights and moments."""
 
+MOMENTS_BYTES = 8
+"""A parameter's two moments in fp32."""
+
 SMALL_FILES_BYTES = 16 * 2**20
 """In each checkpoint and in the model's folder beside the tensors: a tokenizer of 1 MB (30,000 words) to 17 MB (128,000
 words), config, random state, log."""
@@ -31,6 +34,8 @@ def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskN
     state = memory.state_of(num_parameters, settings)
     weights = memory.num_trained(num_parameters, settings) * memory.BYTES[memory.trained_dtype(settings)]
     one = weights + state.optimizer
+    if recipe.train.placement == "fsdp2":  # moments are in fp32 there, however they are kept
+        one = weights + max(state.optimizer, MOMENTS_BYTES * memory.num_trained(num_parameters, settings))
     if deepspeed.wanted(recipe):
         one = num_parameters * (DEEPSPEED_BYTES if deepspeed.keeps_own_files(recipe) else COMMON_BYTES)
     return DiskNeed(

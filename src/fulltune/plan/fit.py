@@ -76,7 +76,7 @@ def fit(
     used = chosen.settings
     same = {one.name: getattr(used, one.name) for one in fields(MemorySettings) if one.name in Plan.model_fields}
     plan = Plan(
-        **same | watched | {"plain_logits": shapes.plain_logits},
+        **same | watched | {"plain_logits": shapes.plain_logits, "offload": train.offload},
         trial=f"{recipe.method.arm}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
         method=recipe.method.arm,

@@ -19,6 +19,8 @@ from fulltune.plan.dotted import PLACEMENT
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.workload import Workload, basis_of
 from fulltune.recipe.fields import Recipe, with_placement
+from fulltune.recipe.training import SHARED_OUT
+from fulltune.system.hardware import Machine
 from fulltune.text import format_bytes
 
 Whole = Literal["ddp", "fsdp2"]
@@ -53,7 +55,7 @@ def settle(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
     if recipe.train.num_processes == 1:
         return with_placement(recipe, "single"), "one process"
     ddp = _tried(workload, fleet, "ddp", own_loss)
-    against = obstacle(recipe, workload.shapes)
+    against = obstacle(recipe, workload.shapes, fleet.machine)
     fsdp2 = None if against or ddp.peak <= ddp.available else _tried(workload, fleet, "fsdp2", own_loss)
     placement, why = decided(ddp, fsdp2, against)
     return with_placement(recipe, placement), why
@@ -91,8 +93,13 @@ def _tried(workload: Workload, fleet: Fleet, placement: Whole, own_loss: bool) -
     return Least(exact, other, limits.available_bytes)
 
 
-def obstacle(recipe: Recipe, shapes: Shapes) -> str:
+def obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str:
     """Why FSDP2 is not taken without asking; empty when it may be."""
+    train = recipe.train
+    if train.device == "cpu" and machine.gpus:
+        return "it would take the GPUs"
+    if train.optim not in (None, *SHARED_OUT):
+        return f"{train.optim} needs whole tensors"
     if shapes.num_trained is not None:
         return "its memory is planned for full fine-tuning alone"
     return "" if shapes.units is not None else "this model has no repeated blocks"
@@ -122,7 +129,7 @@ def _explained(problems: Sequence[str], workload: Workload, fleet: Fleet, own_lo
     recipe = workload.recipe
     if why and recipe.train.num_processes > 1:
         first += f" ({PLACEMENT}: {why})"
-    if recipe.train.placement != "ddp" or obstacle(recipe, workload.shapes):
+    if recipe.train.placement != "ddp" or obstacle(recipe, workload.shapes, fleet.machine):
         return [first, *ways]
     left_open = recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": "auto"})})
     ddp, fsdp2 = (_tried(replace(workload, recipe=left_open), fleet, one, own_loss) for one in get_args(Whole))

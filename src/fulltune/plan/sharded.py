@@ -24,17 +24,24 @@ NVME_HOST_BYTES = 6
 """A parameter, for buffers of ZeRO-Infinity: 30 to 60 GB are reported for 7 B."""
 
 
-def state(num_parameters: int, per_parameter: tuple[int, int, int]) -> StateBytes:
-    weights, gradients, optimizer = (size * num_parameters for size in per_parameter)
-    return StateBytes(weights=weights, gradients=gradients, optimizer=optimizer)
+def state(num_parameters: int, per_parameter: tuple[int, int, int], num_trained: int | None = None) -> StateBytes:
+    """Bytes of all of it; None: all parameters are trained."""
+    weights, gradients, optimizer = per_parameter
+    trained = num_parameters if num_trained is None else num_trained
+    return StateBytes(weights=weights * num_parameters, gradients=gradients * trained, optimizer=optimizer * trained)
 
 
 def host_bytes(
-    shared: sharing.Sharing, num_parameters: int, num_devices: int, per_parameter: tuple[int, int, int] = DEEPSPEED
+    shared: sharing.Sharing,
+    num_parameters: int,
+    num_devices: int,
+    per_parameter: tuple[int, int, int] = DEEPSPEED,
+    num_trained: int | None = None,
 ) -> int:
     """Bytes that all processes together take of the host's memory for what is offloaded."""
     buffers = NVME_HOST_BYTES * num_parameters if shared.optimizer_on_disk or shared.weights_on_disk else 0
-    each = sum(shared.parts_at("host", state(num_parameters, per_parameter), num_devices).values())
+    held = state(num_parameters, per_parameter, num_trained)
+    each = sum(shared.parts_at("host", held, num_devices).values())
     return buffers + round(HOST_BUFFERS * num_devices * each)
 
 
@@ -61,7 +68,8 @@ def kinds(
     passing: Mapping[MemoryKind, int],
 ) -> dict[MemoryKind, int]:
     """Bytes by kind on each device in a step."""
-    found = shared.parts_at("device", state(shapes.num_parameters, per_parameter), num_devices)
+    held = state(shapes.num_parameters, per_parameter, shapes.num_trained)
+    found = shared.parts_at("device", held, num_devices)
     return {**found, **passing, "buffers": _gathered(shared, per_parameter, shapes) + memory.CUDA_CONTEXT_BYTES}
 
 

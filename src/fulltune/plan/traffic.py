@@ -44,7 +44,7 @@ def of(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> Traf
         units = fsdp2.units_of(shapes)
         each_pass = memory.BYTES[settings.weights_dtype] * (units.gathered + units.reduced)
     elif shared.stage == 3:
-        each_pass = 3 * narrow * trained
+        each_pass = narrow * (2 * shapes.num_parameters + trained)
     else:  # stage 1 sums gradients like stage 2, but once a step
         gradients = narrow * trained
         each_pass, each_step = (gradients, gradients) if shared.stage == 2 else (0, 2 * gradients)

@@ -103,7 +103,7 @@ def passes(
         for positions in watched(longest_first(lengths), batch_size, lengths, watch):
             chosen = [rows[i] for i in positions]
             batch, labels = _on_device(task.collate(chosen, pad_token_id), model.device)
-            with torch.no_grad(), autocast(model.device.type, precision):
+            with torch.no_grad(), autocast(model, precision):
                 found = _of_items(see(model, layers, batch, middle), batch, labels, chosen, kind, np.asarray(positions))
                 if separators and found.mean is not None:
                     texts, means = each_alone(chosen, separators), list[Any]()

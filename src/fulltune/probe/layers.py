@@ -190,7 +190,7 @@ def after_dense(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(model.device.type, precision), contextlib.suppress(_Enough):
+        with torch.no_grad(), autocast(model, precision), contextlib.suppress(_Enough):
             model(**batch)
     except RuntimeError as error:
         if is_out_of_memory(error):

@@ -20,6 +20,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
 from fulltune.recipe.preserve import AUTO, SAMPLES, PreserveBlock
 from fulltune.recipe.tasks import FACTS, READ_BY
+from fulltune.recipe.training import OWN_OPTIMIZERS, PER_TENSOR
 from fulltune.text import did_you_mean
 
 SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
@@ -28,12 +29,6 @@ SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove 
 NO_PACKAGES = ("all", "none", "flyte")
 """Words of transformers, and the tracker that it cannot look for."""
 
-
-OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
-"""fulltune's own; transformers knows the first name too, as another one of `adamw_bnb_8bit`."""
-
-PER_TENSOR = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
-"""Optimizers that update a tensor from its own gradient and state alone: they can do it in the backward pass."""
 
 OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
 """Beginnings of optimizers that transformers gives tensors in groups of their own."""
@@ -276,10 +271,10 @@ def _bf16_updates(recipe: Recipe) -> list[str]:
     if own and train.extra.get("optim_args"):
         named = f"'{train.optim}' takes none" if train.optim else "train.optim is left out"
         problems.append(f"train.extra.optim_args: has no effect, because {named}; remove it")
-    if train.optim in OWN_OPTIMIZERS and _deepspeed(recipe):
+    if train.optim in OWN_OPTIMIZERS and recipe.train.deepspeed_by:
         problems.append(
             f"train.optim: '{train.optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an "
-            f"optimizer's state itself; remove optim, or {_deepspeed(recipe)}"
+            f"optimizer's state itself; remove optim, or {recipe.train.deepspeed_by}"
         )
     return problems
 
@@ -350,8 +345,8 @@ def _in_backward(recipe: Recipe) -> list[str]:
             f"{name}: needs train.num_processes: 1, found {train.num_processes}; tensors would be updated before the "
             "processes' gradients are put together"
         )
-    if _deepspeed(recipe):
-        problems.append(f"{name}: cannot go with {_deepspeed(recipe)}, which updates by itself; remove one of them")
+    if by := recipe.train.deepspeed_by:
+        problems.append(f"{name}: cannot go with {by}, which updates by itself; remove one of them")
     if train.precision == "fp16":
         problems.append(
             f"{name}: cannot go with train.precision: fp16, whose gradients are scaled until all are there; set bf16 "
@@ -395,15 +390,11 @@ def _whole_logits(recipe: Recipe) -> list[str]:
     reasons = []
     if not FACTS[recipe.task].writes:
         reasons.append(f"has no effect for {recipe.task}, which has no logits of tokens")
-    if _deepspeed(recipe):
-        reasons.append(f"does not go with {_deepspeed(recipe)}, which shares out the head's weights")
+    if recipe.train.deepspeed_by:
+        reasons.append(f"does not go with {recipe.train.deepspeed_by}, which shares out the head's weights")
     if recipe.train.extra.get("torch_compile"):
         reasons.append("does not go with train.extra.torch_compile, which leaves out the hooks that it needs")
     return reasons
-
-
-def _deepspeed(recipe: Recipe) -> str | None:
-    return recipe.train.deepspeed_by
 
 
 # ---- what transformers knows, without importing it -------------------------------------------------------------

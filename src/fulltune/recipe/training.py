@@ -13,6 +13,15 @@ from fulltune.text import parse_bytes, parse_seconds
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
 Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
+OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
+"""fulltune's own; transformers knows the first name too, as another one of `adamw_bnb_8bit`."""
+
+SHARED_OUT = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimizers that update parts of tensors as they would the whole ones: for FSDP2."""
+
+PER_TENSOR = (*SHARED_OUT, "adafactor")
+"""Optimizers that update a tensor from its own gradient and state alone: they can do it in the backward pass."""
+
 NVME = "nvme:"
 """Beginning of an offload to a disk; its folder follows."""
 NVME_FOLDER = "FOLDER-ON-YOUR-NVME-DISK"
@@ -155,7 +164,7 @@ class TrainBlock(Block):
     """Where weights, gradients and optimizer state lie. single: in one process; ddp: all of it in each; fsdp2: weights,
     gradients and state are shared out (PyTorch's FSDP2); zero2: gradients and state, zero3: weights too (DeepSpeed).
     auto: single for one process, ddp for several where it fits, else fsdp2 (docs/scale.md). A run goes on from its
-    checkpoints with another placement and another number of processes; after offloading to NVMe only with the same."""
+    checkpoints with another placement and another number of processes; after offloading to NVMe it starts anew."""
     offload: str = "none"
     """What is kept in the host's memory: none; optimizer (zero2, zero3: gradients and state); all (zero3: the weights
     too); or nvme:FOLDER (zero3: all of it on a disk). What is offloaded to the host of a CPU stays where it was."""
@@ -216,6 +225,11 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
     if place in ("ddp", "fsdp2") and processes == 1:
         instead = "zero2 or zero3 with an offload" if place == "fsdp2" else "single"
         problems.append(f"placement: {place} needs several processes (num_processes); of one, take {instead}")
+    if place == "fsdp2" and train.optim not in (None, *SHARED_OUT):
+        able = ", ".join(SHARED_OUT)
+        problems.append(
+            f"optim: '{train.optim}' needs whole tensors, which placement: fsdp2 shares out; able are {able}"
+        )
     folder = offload.removeprefix(NVME)
     if offload not in ("none", "optimizer", "all") and not (offload.startswith(NVME) and folder):
         problems.append(f"offload: expected none, optimizer, all or nvme:FOLDER, found '{offload}'")

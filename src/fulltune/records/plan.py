@@ -172,6 +172,8 @@ class Plan(Record):
     num_processes: int
     placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
     """Where weights, gradients and optimizer state lie; deepspeed: as the user's own file says."""
+    offload: str = "none"
+    """What of them lies in the host's memory or on a disk: `train.offload`."""
     eval_batch_size: int
     device: str
     precision: Literal["fp32", "bf16", "fp16"]

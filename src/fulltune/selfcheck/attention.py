@@ -61,7 +61,7 @@ def compare(device: Device, implementation: str, precision: str) -> Result:
     for name, given in (("unpadded", None), ("padded", mask)):
         expected = _compute(plain, ids, given)
         try:
-            with autocast(device.type, precision):
+            with autocast(model, precision):
                 found = _compute(model, ids, given)
         except RuntimeError as error:
             if not any(text in str(error) for text in _ABSENT):

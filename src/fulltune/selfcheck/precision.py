@@ -46,7 +46,7 @@ def steps(device: Device, precision: str, count: int = 20) -> Result:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     losses = []
     for _ in range(count):
-        with autocast(device.type, precision):
+        with autocast(model, precision):
             loss = model(input_ids=ids, labels=ids).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)

@@ -106,6 +106,15 @@ def nvme_path(recipe: Recipe) -> str | None:
     return next((path for path in _nvme_paths(recipe).values() if path != NVME_FOLDER), None)
 
 
+def of_run(recipe: Recipe, run_folder: Path, trial: str) -> Recipe:
+    """The recipe with a folder of the trial's own on the disk that it offloads to: DeepSpeed writes the same files for
+    every run, and deletes those that it finds."""
+    if not recipe.train.offload.startswith(NVME):
+        return recipe
+    own = f"{recipe.train.offload}/{run_folder.name}-{trial}"
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"offload": own})})
+
+
 def missing_folders(recipe: Recipe) -> list[str]:
     """Why nothing can be offloaded to the folders that the recipe names on this machine; empty when it can."""
     problems: list[str] = []

@@ -122,8 +122,11 @@ def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
 
 def save_plan_alone(folder: Path, recipe: Recipe, plan: Plan) -> None:
     """Write a plan, and the settings of DeepSpeed that it comes to, where the recipe trains with that."""
+    settings = (folder / plan.file).with_suffix(DEEPSPEED)
     if deepspeed.wanted(recipe):
-        write_json((folder / plan.file).with_suffix(DEEPSPEED), deepspeed.completed(recipe, plan))
+        write_json(settings, deepspeed.completed(deepspeed.of_run(recipe, folder, plan.trial), plan))
+    else:  # the run may have begun with it
+        settings.unlink(missing_ok=True)
     plan.save(folder / plan.file)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from fulltune.recipe.fields import Recipe, with_attention, with_placement
 from fulltune.records.base import Record
 from fulltune.records.plan import Plan
+from fulltune.system import deepspeed
 
 INITIAL_WEIGHTS = "initial.safetensors"
 
@@ -34,8 +35,12 @@ class Request(Record):
 
     @property
     def recipe_as_planned(self) -> Recipe:
-        """The recipe with the placement that was planned, and the attention that was found to be the fastest."""
-        return with_attention(with_placement(self.recipe, self.plan.placement), self.plan.attn_implementation)
+        """The recipe with the placement that was planned, a folder of its own where it offloads to a disk, and the
+        attention that was found to be the fastest."""
+        placed = deepspeed.of_run(
+            with_placement(self.recipe, self.plan.placement), Path(self.run_folder), self.plan.trial
+        )
+        return with_attention(placed, self.plan.attn_implementation)
 
     @property
     def folder(self) -> Path:
@@ -51,6 +56,11 @@ class Request(Record):
     def initial_weights_of(self, rank: int) -> Path:
         """Of one process's part, where the weights are shared out."""
         return self._of_part(self.initial_weights, rank)
+
+    @property
+    def all_initial_weights(self) -> list[Path]:
+        """Of all processes' parts, those that are there."""
+        return sorted(self.folder.glob(f"{Path(INITIAL_WEIGHTS).stem}*.safetensors"))
 
     @property
     def trained_weights(self) -> Path:

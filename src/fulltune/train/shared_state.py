@@ -86,13 +86,14 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
 
 
 def read(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
-    """Fill these tensors; where no processes were started, by this one alone."""
-    import torch
+    """Fill these tensors. Where they are shared out all processes read together; whole ones each reads alone, as one
+    may that goes on while the others are done."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(checkpoint / FOLDER))
-    load(dict(state), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    together = any(hasattr(one, "placements") for one in state.values())
+    load(dict(state), storage_reader=reader, no_dist=not together)
 
 
 def kinds(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -165,7 +166,7 @@ def _write(path: Path, names: list[str], whole: Callable[[str], torch.Tensor]) -
         for name in names:
             one = whole(name).detach().cpu().contiguous()
             begin = file.tell() - 8 - room
-            file.write(memoryview(one.flatten().view(torch.uint8).numpy()))
+            file.write(one.flatten().view(torch.uint8).numpy().data)
             offsets = [begin, file.tell() - 8 - room]
             table[name] = {"dtype": _in_files(one.dtype), "shape": list(one.shape), "data_offsets": offsets}
         text = json.dumps(table).encode()
@@ -202,11 +203,17 @@ def is_first() -> bool:
     return torch.distributed.get_rank() == 0
 
 
-def put_together(model: Any) -> dict[str, torch.Tensor]:
+def put_together(model: Any, whole: Callable[[Any], torch.Tensor] = sharding.whole) -> dict[str, torch.Tensor]:
     """The whole tensors of a shared-out model on the first process's host, tensor by tensor; nothing in the others.
 
     Names that are tied have the same tensor, as in the model: it is saved once.
+
+    Args:
+        model: Its weights are shared out.
+        whole: Gives one of its tensors whole; all processes call it.
     """
+    import torch
+
     sharding.free(model)
     found: dict[str, torch.Tensor] = {}
     first_name: dict[int, str] = {}
@@ -214,9 +221,10 @@ def put_together(model: Any) -> dict[str, torch.Tensor]:
         if (tied := first_name.setdefault(id(values), name)) != name:
             found |= {name: found[tied]} if is_first() else {}
             continue
-        one = sharding.whole(values.detach())
+        with torch.no_grad():
+            one = whole(values)
         if is_first():
-            found[name] = one.cpu()
+            found[name] = one.detach().cpu()
     return found
 
 

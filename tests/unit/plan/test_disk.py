@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fulltune.plan import changed
+from fulltune.plan import changed, disk
+from fulltune.plan.memory import MemorySettings
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Seals
@@ -74,6 +75,14 @@ def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
     for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
         recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})
         assert resolve.steps(recipe, rows, 8, Reasons()).num_saves == expected
+
+
+@pytest.mark.parametrize(("placement", "expected"), [("ddp", 6.1), ("fsdp2", 12.0)])
+def test_shared_out_moments_of_8_bits_are_in_fp32_in_a_checkpoint(placement: str, expected: float) -> None:
+    recipe = plans.recipe(train={"placement": placement, "num_processes": 2})
+    settings = MemorySettings(micro_batch_size=1, longest_tokens=64, num_processes=2, optim="adamw_8bit")
+    found = disk.need(recipe, 10**9, settings).one_checkpoint - disk.SMALL_FILES_BYTES
+    assert found / 10**9 == pytest.approx(expected, abs=0.1)
 
 
 def test_a_checkpoint_is_sealed_in_the_phase_saving(tmp_path: Path) -> None:

@@ -96,6 +96,15 @@ def test_where_neither_fits_both_needs_are_named() -> None:
 
 
 def test_a_model_without_blocks_or_of_a_method_that_trains_little_is_not_shared_out() -> None:
-    task = sizes.llama()
-    assert "blocks" in placing.obstacle(task.recipe, task.shapes.model_copy(update={"units": None}))
-    assert "full" in placing.obstacle(task.recipe, task.shapes.model_copy(update={"num_trained": 1}))
+    task, machine = sizes.llama(), gpus.parse("2x A100-80GB").machine
+    assert "blocks" in placing.obstacle(task.recipe, task.shapes.model_copy(update={"units": None}), machine)
+    assert "full" in placing.obstacle(task.recipe, task.shapes.model_copy(update={"num_trained": 1}), machine)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"), [({}, ""), ({"optim": "adafactor"}, "adafactor needs whole"), ({"device": "cpu"}, "the GPUs")]
+)
+def test_what_fsdp2_cannot_have_keeps_it_from_being_chosen(train: dict[str, Any], said: str) -> None:
+    task, machine = sizes.llama(train=train), gpus.parse("2x A100-80GB").machine
+    assert said in placing.obstacle(task.recipe, task.shapes, machine)
+    assert bool(said) == bool(placing.obstacle(task.recipe, task.shapes, machine))

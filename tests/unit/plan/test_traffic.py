@@ -31,6 +31,8 @@ SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8,
         (Sharing(3, False, False), {}, 3 * 2 * P, 0),
         (Sharing(3, True, True), {}, 3 * 2 * P, 0),
         (Sharing(3, False, False), {"precision": "fp32"}, 3 * 4 * P, 0),
+        # What stays as it was has no gradients.
+        (Sharing(3, False, False), {"num_trained": 10**6, "num_held": P}, 2 * 2 * P + 2 * 10**6, 0),
         (Sharing(1, False, False), {}, 0, 2 * 2 * P),
     ],
 )

@@ -10,7 +10,8 @@ from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe import several_runs
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.rules import NO_PACKAGES, OWN_OPTIMIZERS, as_arguments
+from fulltune.recipe.rules import NO_PACKAGES, as_arguments
+from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import Plan
 from fulltune.system import deepspeed
 

@@ -237,7 +237,7 @@ class FullTrainer(Guarded, Trainer):
     def load_into_engine(self, checkpoint: Path, weights_only: bool = False) -> None:
         """Put a checkpoint of any placement into DeepSpeed's engine."""
         config = cast("Any", self.args).hf_deepspeed_config
-        zero.load(self.model, self.model_wrapped, checkpoint, self._ordered, weights_only, config)
+        zero.load(self.model, self.model_wrapped, checkpoint, self._ordered, weights_only, self.trained_only, config)
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
@@ -265,7 +265,7 @@ class FullTrainer(Guarded, Trainer):
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
         if self.is_deepspeed_enabled:
-            zero.save(self.model, self.model_wrapped, folder)
+            zero.save(self.model, self.model_wrapped, folder, self.trained_only)
         else:
             shared_state.save(self.model, shared.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
         if self.args.should_save:

@@ -73,12 +73,13 @@ def compared(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.
         before: Name of each tensor to its values[samples].
         after: The same after the step.
     """
-    changed = sum(int((after[name] != values).sum()) for name, values in before.items())
-    sizes: dict[str, float] = {}
-    for name, values in before.items():
-        weight = float(values.float().norm())
-        if weight:
-            sizes[name] = float((after[name].float() - values.float()).norm()) / weight
+    numbers = [
+        torch.stack([(now != then).sum(), then.float().norm(), (now.float() - then.float()).norm()])
+        for now, then in ((after[name], values) for name, values in before.items())
+    ]
+    found = torch.stack(numbers).tolist()  # the host waits for the device once
+    changed = sum(count for count, *_ in found)
+    sizes = {name: update / weight for name, (_, weight, update) in zip(before, found, strict=True) if weight}
     largest = max(sizes, key=lambda name: sizes[name], default="")
     return UpdatesMeasured(
         step=step,

@@ -42,20 +42,16 @@ def load(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None
     else:
         saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["state"]
         state = {ordered[index]: values for index, values in saved.items()}
-    if not sharding.is_shared(model):
-        # By the optimizer's own way: one of ours may keep its moments in another form.
-        by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})
-        return
-    parameters = dict(model.named_parameters())
-    for name, values in state.items():
-        parameter = parameters[name]
-        if not isinstance(optimizer, AdamW):
-            optimizer.state[parameter] = {kind: _placed(one, parameter) for kind, one in values.items()}
-            continue
-        if values["exp_avg"].shape != parameter.shape:  # as one process keeps it
-            values = in_fp32(values, parameter.shape)
-        optimizer.take_over({kind: sharding.local(_placed(one, parameter)) for kind, one in values.items()}, parameter)
+    if sharding.is_shared(model):
+        parameters = dict(model.named_parameters())
+        state = {name: _parts_of(values, parameters[name]) for name, values in state.items()}
+        if isinstance(optimizer, AdamW):
+            for name, values in state.items():
+                optimizer.take_over({kind: sharding.local(one) for kind, one in values.items()}, parameters[name])
+            return
+    # By the optimizer's own way: one of ours may keep its moments in another form, others want steps on the device.
+    by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})
 
 
 def _of_one(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -66,11 +62,16 @@ def _of_one(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[s
     return {kind: one if kind == "step" else sharding.part(one, parameter) for kind, one in held.items()}
 
 
-def _placed(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Whole values of a file, or those that are placed already, as the parameter is; numbers stay as they are."""
-    if hasattr(value, "placements"):
-        return value
-    return sharding.like(value, parameter).clone() if value.shape == parameter.shape else value.clone()
+def _parts_of(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A parameter's state, whole from a file or in parts already, placed as the parameter is; numbers stay as they
+    are."""
+    if "exp_avg" in values and values["exp_avg"].shape != parameter.shape:  # of one of ours, as one process keeps it
+        values = in_fp32(values, parameter.shape)
+    placed = {}
+    for kind, one in values.items():
+        is_whole = one.shape == parameter.shape and not hasattr(one, "placements")
+        placed[kind] = sharding.like(one, parameter).clone() if is_whole else one  # not in the file's own memory
+    return placed
 
 
 def _from_parts(model: Any, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:

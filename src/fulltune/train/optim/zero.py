@@ -7,14 +7,15 @@ together tensor by tensor, and cut anew for the engine that goes on. All process
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from fulltune import files
+from fulltune import files, methods
 from fulltune.errors import SetupError
 from fulltune.train import checkpoints, shared_state
 from fulltune.train.optim.optimizers import in_fp32
@@ -30,14 +31,15 @@ def is_in_engine(parameter: Any) -> bool:
 
 
 def whole(parameter: Any) -> torch.Tensor:
-    """The parameter's values in its shape; in half precision those of DeepSpeed's fp32 copy, which is what is
-    trained."""
+    """The values of a parameter, or of a buffer, in its shape and in fp32: in half precision those of DeepSpeed's copy,
+    which is what is trained."""
     import deepspeed
 
     if is_in_engine(parameter):
         return deepspeed.utils.safe_get_full_fp32_param(parameter)
     with deepspeed.zero.GatheredParameters([parameter]):  # frozen, or stage 3 before the optimizer exists
-        return parameter.detach().clone()
+        values = parameter.detach().clone()
+    return values.float() if values.is_floating_point() else values
 
 
 def moment(parameter: Any, kind: str) -> torch.Tensor:
@@ -59,13 +61,38 @@ def link(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def save(model: Any, engine: Any, checkpoint: Path) -> None:
-    """Write a checkpoint's tensors: the first process has those of one file at a time, the others of one tensor.
+def holds(model: Any) -> bool:
+    """Whether an engine trains the model, stage 1, 2 or 3."""
+    return any(map(is_in_engine, model.parameters()))
+
+
+def write_whole(model: Any, folder: Path) -> None:
+    """Write the model's weights as plain safetensors in fp32, a tied one once; see `shared_state.write_by_file`.
+
+    Args:
+        model: The engine's.
+        folder: Of the finished model; there, in the first process.
+    """
+    tensors = _tensors(model)
+    shared_state.write_by_file(_sizes(tensors), lambda name: whole(tensors[name]), folder)
+
+
+def put_together(model: Any) -> None:
+    """Have each process hold the trained parameters whole, few as they are; the model is not trained any more."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if is_in_engine(parameter):
+                setattr(module, name, torch.nn.Parameter(whole(parameter)))
+
+
+def save(model: Any, engine: Any, checkpoint: Path, trained_only: bool = False) -> None:
+    """Write a checkpoint's tensors, one after the other.
 
     Args:
         model: The engine's.
         engine: DeepSpeed's, stage 1, 2 or 3.
         checkpoint: A folder that is there, in the first process.
+        trained_only: Leave out weights that stay as they were loaded.
     """
     zero = engine.optimizer
     steps = {
@@ -78,20 +105,15 @@ def save(model: Any, engine: Any, checkpoint: Path) -> None:
         link(zero)
     making: dict[str, Callable[[], torch.Tensor]] = {}
     sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        size = 4 * getattr(parameter, "ds_numel", parameter.numel())
-        making[f"{shared_state.WEIGHTS}{name}"] = partial(whole, parameter)
+    tensors = _tensors(model, trained_only)
+    for name, size in _sizes(tensors).items():
+        making[f"{shared_state.WEIGHTS}{name}"] = partial(whole, tensors[name])
         sizes[f"{shared_state.WEIGHTS}{name}"] = size
-        if parameter in steps:
+        if tensors[name] in steps:
             called = f"{shared_state.OPTIMIZER}{name}."
-            making |= {f"{called}{kind}": partial(moment, parameter, kind) for kind in MOMENTS}
-            making[f"{called}step"] = partial(torch.tensor, [steps[parameter]])
+            making |= {f"{called}{kind}": partial(moment, tensors[name], kind) for kind in MOMENTS}
+            making[f"{called}step"] = partial(torch.tensor, [steps[tensors[name]]])
             sizes |= {f"{called}{kind}": size for kind in MOMENTS} | {f"{called}step": 4}
-    kept = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name in kept:
-            making[f"{shared_state.WEIGHTS}{name}"] = partial(buffer.detach().clone)
-            sizes[f"{shared_state.WEIGHTS}{name}"] = buffer.numel() * buffer.element_size()
     folder = checkpoint / shared_state.FOLDER
     folder.mkdir(exist_ok=True, parents=True)
     shared_state.write_by_file(sizes, lambda name: making[name](), folder)
@@ -100,8 +122,30 @@ def save(model: Any, engine: Any, checkpoint: Path) -> None:
         files.write_json(checkpoint / LOSS_SCALE, numbers)
 
 
+def _tensors(model: Any, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    """Each parameter once, however it is tied, and the buffers that are saved."""
+    if trained_only:
+        return dict(methods.trained(model))
+    kept = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: one for name, one in model.named_buffers() if name in kept}
+
+
+def _sizes(tensors: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of what `whole` gives."""
+    return {
+        name: (4 if one.is_floating_point() else one.element_size()) * getattr(one, "ds_numel", one.numel())
+        for name, one in tensors.items()
+    }
+
+
 def load(
-    model: Any, engine: Any, checkpoint: Path, ordered: list[str], weights_only: bool = False, config: Any = None
+    model: Any,
+    engine: Any,
+    checkpoint: Path,
+    ordered: list[str],
+    weights_only: bool = False,
+    trained_only: bool = False,
+    config: Any = None,
 ) -> None:
     """Put a checkpoint of any placement into an engine.
 
@@ -111,6 +155,7 @@ def load(
         checkpoint: Without files of DeepSpeed's own.
         ordered: Names of what is trained, in the order of the optimizer's groups: a whole optimizer's file has numbers.
         weights_only: Leave moments and steps as they are.
+        trained_only: As the checkpoint was written.
         config: What transformers was told of DeepSpeed; None: nothing.
 
     Raises:
@@ -121,30 +166,31 @@ def load(
         zero.checkpoint_event_prologue()  # stage 3 takes back what is whole between steps
     if not weights_only:
         _make_room(zero)
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    kept = model.state_dict().keys()
-    missing = {*parameters, *(name for name in buffers if name in kept)}
+    tensors: dict[str, Any] = _tensors(model, trained_only)
+    missing = {*tensors}
     steps: dict[str, float] = {}
-    is_parted = shared_state.is_in(checkpoint)
-    optimizer = [] if weights_only else ordered
-    for key, value in _parts(checkpoint, weights_only) if is_parted else _wholes(model, checkpoint, optimizer, config):
+    if shared_state.is_in(checkpoint):
+        found = _parts(checkpoint, weights_only)
+    else:
+        found = _wholes(model, checkpoint, [] if weights_only else ordered, trained_only, config)
+    for key, value in found:
         if key.startswith(shared_state.WEIGHTS):
             name = key.removeprefix(shared_state.WEIGHTS)
-            one = parameters[name] if name in parameters else buffers.get(name)
+            one = tensors.get(name)
             if one is None or value.shape != getattr(one, "ds_shape", one.shape):
                 raise SetupError(f"{checkpoint}: does not hold the model's tensors: {name}")
-            _put(one, value, None)
+            put(one, value)
             missing.discard(name)
             continue
         name, _, kind = key.removeprefix(shared_state.OPTIMIZER).rpartition(".")
         if kind == "step":
             steps[name] = float(value)
         elif kind in MOMENTS:
-            _put(parameters[name], value, kind)
+            put(tensors[name], value, kind)
     if missing:
         raise SetupError(f"{checkpoint}: does not hold the model's tensors: {min(missing)} ({len(missing)} such)")
     if not weights_only:
-        _set_steps(zero, {parameters[name]: step for name, step in steps.items()})
+        _set_steps(zero, {tensors[name]: step for name, step in steps.items()})
         _set_loss_scale(zero, checkpoint)
     _compute_with(zero)
 
@@ -193,8 +239,8 @@ def _set_loss_scale(zero: Any, checkpoint: Path) -> None:
         scaler.cur_scale = torch.load(checkpoint / "scaler.pt", weights_only=True)["scale"]
 
 
-def _put(one: Any, value: torch.Tensor, kind: str | None) -> None:
-    """Whole values into a tensor, or into one of its moments."""
+def put(one: Any, value: torch.Tensor, kind: str | None = None) -> None:
+    """Whole values into a tensor, or into one of its moments; passes go on with the old ones: see `_compute_with`."""
     import deepspeed
 
     if not is_in_engine(one):
@@ -240,26 +286,29 @@ def _parts(checkpoint: Path, weights_only: bool) -> Iterator[tuple[str, torch.Te
         yield from state.items()
 
 
-def _wholes(model: Any, checkpoint: Path, ordered: list[str], config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _wholes(
+    model: Any, checkpoint: Path, ordered: list[str], trained_only: bool, config: Any
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of `model.safetensors`, and of `optimizer.pt` where names are given."""
     from transformers.integrations import deepspeed as theirs
 
-    theirs.unset_hf_deepspeed_config()  # or stage 3 would share out, in half precision, what is only read
-    try:
-        loaded = checkpoints.loaded(model, checkpoint, torch.float32)
-    finally:
-        if config is not None:
-            theirs.set_hf_deepspeed_config(config)
-    shapes = dict(loaded.named_parameters())
-    kept = loaded.state_dict().keys()
-    for name, one in [*shapes.items(), *((name, one) for name, one in loaded.named_buffers() if name in kept)]:
+    if trained_only:
+        tensors = load_file(checkpoint / shared_state.WHOLE)
+    else:
+        theirs.unset_hf_deepspeed_config()  # or stage 3 would share out, in half precision, what is only read
+        try:
+            tensors = _tensors(checkpoints.loaded(model, checkpoint, torch.float32))
+        finally:
+            if config is not None:
+                theirs.set_hf_deepspeed_config(config)
+    for name, one in tensors.items():
         yield f"{shared_state.WEIGHTS}{name}", one.detach()
     if not ordered:
         return
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["state"]
     for index, values in saved.items():
         name = ordered[index]
-        if values["exp_avg"].shape != shapes[name].shape:  # as an optimizer of ours keeps it
-            values = in_fp32(values, shapes[name].shape)
+        if values["exp_avg"].shape != tensors[name].shape:  # as an optimizer of ours keeps it
+            values = in_fp32(values, tensors[name].shape)
         for kind in (*MOMENTS, "step"):
             yield f"{shared_state.OPTIMIZER}{name}.{kind}", values[kind]

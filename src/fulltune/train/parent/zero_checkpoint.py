@@ -15,6 +15,8 @@ _OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
 """Parts of the weights, which only stage 3 shares out."""
 _OF_OPTIMIZER = "*_optim_states.pt"
 """Parts of the optimizer's state: one for each process."""
+ON_DISK = "offloaded_tensors"
+"""Beside the parts: the state of an optimizer that lies on a disk."""
 
 _BACK = "set what it was written with, or start a new run (--fresh)"
 
@@ -28,6 +30,10 @@ def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
         told = f"is not in DeepSpeed's own form, which {wants} needs to go on"
         return f"{checkpoint}: {told}; {_BACK}" if wants else None
     parts = checkpoint / latest.read_text(encoding="utf-8").strip()
+    if (parts / ON_DISK).exists():
+        # Its own reading gives AdamW moments of 0 and step 1 (0.19.8): it goes on without a word, and diverges.
+        lost = "was saved with the optimizer on a disk, which DeepSpeed does not read back whole"
+        return f"{checkpoint}: {lost}; start a new run (--fresh), which can be continued with offload: all"
     processes = len(list(parts.glob(_OF_OPTIMIZER)))
     stage = 3 if list(parts.glob(_OF_WEIGHTS)) else 2
     if shared is None or not wants:

@@ -99,15 +99,12 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     kept = keep_best(attempt, state)
     preserved = keep_within(attempt)
     recorder.phase("saving the model")
-    whole_state = weights.whole_state(trainer)
-    if not attempt.is_main and not trainer.is_shared:
-        return {}
     if attempt.scaled is not None:
-        attempt.scaled.fold(trainer.model, whole_state)
-    weights.save_model(attempt.applied, trainer.processing_class, request, attempt.summary, whole_state)
+        attempt.scaled.fold(trainer.model)
+    weights.save_model(attempt.applied, trainer.processing_class, request, attempt.summary, attempt.is_main)
     if not attempt.is_main:
         return {}
-    attempt.observed.disk(request.checkpoints, request.initial_weights, request.model_folder)
+    attempt.observed.disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
     return {
         "reason": "early stopping" if state.global_step < attempt.plan.total_steps else "all steps done",
         "steps": state.global_step,

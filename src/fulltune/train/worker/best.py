@@ -47,7 +47,7 @@ def keep_best(attempt: AttemptContext, state: Any) -> Kept:
     if as_good := _last(attempt, state):
         return as_good
     folder = attempt.request.checkpoints / f"checkpoint-{best}"
-    problem = checkpoints.flaw(folder)
+    problem = attempt.agreed(checkpoints.flaw(folder) if attempt.is_main else None)
     if problem is not None:
         warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
         attempt.journal.write("best weights lost", warning)

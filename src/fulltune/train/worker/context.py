@@ -52,7 +52,7 @@ class AttemptContext:
     applied: methods.Applied = field(init=False)
     drifting: Drifting = field(init=False)
     base_weights: str | None = None
-    """Tells the pretrained weights from others; None: they are shared out among the processes."""
+    """Tells the pretrained weights from others; None: a process has only a part of them, or they are not known yet."""
     frozen_head: FrozenHead | None = None
     """Of another task that the budget for forgetting holds for, in the first process."""
     head: Head | None = None
@@ -79,21 +79,18 @@ class AttemptContext:
         return self.journal.path is not None
 
     @property
-    def initial_weights(self) -> Path | None:
-        """Where this process keeps what it trains as it was before step 1; None: the first one keeps it for all."""
-        sharing = self.sharing
-        if self.is_main or sharing is None or sharing.engine == "deepspeed":
-            return self.request.initial_weights if self.is_main else None
+    def initial_weights(self) -> Path:
+        """Where this process keeps what it trains as it was before step 1."""
         return self.request.initial_weights_of(self.trainer.args.process_index)
 
     @property
     def trained_weights(self) -> Path:
         """The same of those after training."""
-        return self.request.trained_weights_of(0 if self.is_main else self.trainer.args.process_index)
+        return self.request.trained_weights_of(self.trainer.args.process_index)
 
     def agreed(self, value: Any) -> Any:
         """What the first process has, where all take part in what follows."""
-        return distributed.from_first(value) if self.trainer.is_shared else value
+        return value if self.sharing is None else distributed.from_first(value)
 
     @property
     def data(self) -> Path:

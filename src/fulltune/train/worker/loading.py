@@ -90,7 +90,9 @@ def load_for_training(
     before_method(model, base.processor)
     copied = names_of(model, recipe.task, recipe.method.arm) if recipe.method.kind in ("lora", "peft") else ()
     with sharding.whole_while_copied(model, copied):
-        return methods.apply(model, recipe.method, recipe.task), base.processor
+        applied = methods.apply(model, recipe.method, recipe.task)
+    weights.give_one_type(model)
+    return applied, base.processor
 
 
 def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
@@ -298,7 +300,7 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
     seals = Seals(
         request.checkpoints,
         attempt.recipe.train.save_total_limit,
-        lambda: observed.disk(request.checkpoints, request.initial_weights),
+        lambda: observed.disk(request.checkpoints, *request.all_initial_weights),
         attempt.journal,
     )
     # A loss of the user's own may rise for good reasons.

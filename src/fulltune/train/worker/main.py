@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, Spiked
+from fulltune.recipe.training import NVME
 from fulltune.records.events import Listener
 from fulltune.records.training import Outcome, OutcomeStatus
+from fulltune.system import deepspeed
 from fulltune.system.meter import life_peak_bytes
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train import checkpoints
@@ -54,6 +57,8 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         finally:
             request.initial_weights_of(rank).unlink(missing_ok=True)
             request.trained_weights_of(rank).unlink(missing_ok=True)
+            if rank == 0 and request.plan.offload.startswith(NVME):
+                shutil.rmtree(str(deepspeed.nvme_path(request.recipe_as_planned)), ignore_errors=True)
         measured = {"peak_memory_bytes": _peak_memory_bytes(), **observed.for_outcome()}
         seconds = round(time.monotonic() - started, 3)
         outcome = Outcome(trial=request.plan.trial, attempt=request.attempt, train_seconds=seconds, **ended, **measured)
@@ -86,6 +91,8 @@ _FULL_DISK = ("No space left", "PytorchStreamWriter failed", "enforce fail at in
 
 def meaning_of(error: BaseException) -> tuple[OutcomeStatus, str]:
     """What an exception means for the next attempt."""
+    if failures := getattr(error, "failures", None):  # torch's `CheckpointException`: of each process, and a traceback
+        return meaning_of(next(iter(failures.values()))[0])
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if isinstance(error, Spiked):

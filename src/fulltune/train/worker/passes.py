@@ -53,7 +53,7 @@ class Passes:
         num_items = torch.tensor(count, device=trainer.args.device)
         loss = trainer.compute_loss(self.model, batch, num_items_in_batch=num_items)
         value = float(loss.detach())
-        if math.isfinite(value):
+        if self._all(math.isfinite(value)):
             loss.backward()
             if self.plan.optimizer_in_backward:
                 self.optimizer.step()  # ends the step, whose updates have happened
@@ -63,7 +63,7 @@ class Passes:
         """Clip and update, as at the end of a step: the seconds. With a rate of 0 finite gradients move nothing; others
         would, and are left to the guard of step 1."""
         model = self.trainer.model
-        if self.plan.optimizer_in_backward or not self._are_finite(model):
+        if self.plan.optimizer_in_backward or not self._all(gradients_are_finite(model.parameters())):
             return 0.0
         began = self._now()
         if self.trainer.args.max_grad_norm:
@@ -71,9 +71,8 @@ class Passes:
         self.optimizer.step()
         return self._since(began)
 
-    def _are_finite(self, model: Any) -> bool:
-        """Of gradients that are shared out those of all processes: they step together."""
-        finite = gradients_are_finite(model.parameters())
+    def _all(self, finite: bool) -> bool:
+        """Whether it is so in all processes that share out the weights: they go on together."""
         return all(distributed.gathered(int(finite))) if self.trainer.is_shared else finite
 
     def score(self, positions: Positions) -> float:

@@ -60,7 +60,7 @@ class Replay:
         trainer.model.eval()
         for positions in batches(range(len(self.text.ids)), self.rows_per_pass):
             between()
-            with torch.no_grad(), autocast(trainer.args.device.type, self.text.precision):
+            with torch.no_grad(), autocast(trainer.model, self.text.precision):
                 logs = F.log_softmax(self._logits(trainer, positions).float(), dim=-1)
             top, ids = logs.topk(min(LIKELIEST, logs.shape[-1]), dim=-1)
             sizes = [len(self.text.ids[position]) - 1 for position in positions]
@@ -90,7 +90,7 @@ class Replay:
             passes += [(chosen[:1], 0.0)] * (most - len(passes))
         try:
             for positions, counts in passes:
-                with autocast(arguments.device.type, self.text.precision):
+                with autocast(model, self.text.precision):
                     summed = self._distance(trainer, positions)
                 loss = counts * self.weight * share * summed
                 (loss if scaler is None else scaler.scale(loss)).backward()

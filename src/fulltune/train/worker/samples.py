@@ -74,7 +74,7 @@ def _drawn(attempt: AttemptContext, tokenizer: Any, count: int, tokens: int) -> 
     )
     try:
         on_gpu = device.type == "cuda"
-        with same_randomness(on_gpu=on_gpu), torch.no_grad(), autocast(device.type, attempt.plan.precision):
+        with same_randomness(on_gpu=on_gpu), torch.no_grad(), autocast(model, attempt.plan.precision):
             torch.manual_seed(attempt.plan.seed)
             for begin in range(0, count, at_once):
                 start = torch.full((min(at_once, count - begin), 1), first, device=device)

@@ -9,7 +9,6 @@ and the weights before step 1 keep what is trained.
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from fulltune.inference.store import Rows
 from fulltune.methods import head
 from fulltune.models import output_layer, sharding
 from fulltune.records.training import Check
+from fulltune.train.optim import zero
 from fulltune.train.worker.passes import batch_of
 
 if TYPE_CHECKING:
@@ -34,21 +34,16 @@ class Scaled:
     shift: float
     factor: float
 
-    def fold(self, model: Any, state: MutableMapping[str, torch.Tensor] | None) -> None:
-        """Give the finished model the user's units.
-
-        Args:
-            model: It is changed where it is whole.
-            state: The whole weights of a model that DeepSpeed shares out, which are changed instead; None without it.
-        """
-        if not state:  # here, or put together in the first process
+    def fold(self, model: Any) -> None:
+        """Give the finished model, which takes no more passes, the user's units."""
+        parameters = dict(self.layer.named_parameters())
+        if not any(map(zero.is_in_engine, parameters.values())):
             sharding.free(model)
             output_layer.rescale(self.layer, self.shift, self.factor)
             return
-        path = next(name for name, module in model.named_modules() if module is self.layer)
-        tensors = {name: state[f"{path}.{name}"] for name, _ in self.layer.named_parameters()}
-        values = output_layer.rescaled(tensors, self.shift, self.factor)
-        state.update({f"{path}.{name}": one for name, one in values.items()})
+        tensors = {name: zero.whole(one) for name, one in parameters.items()}
+        for name, values in output_layer.rescaled(tensors, self.shift, self.factor).items():
+            zero.put(parameters[name], values)
 
 
 def settle(attempt: AttemptContext, rows: Rows) -> None:
@@ -95,7 +90,7 @@ def _ends_with(attempt: AttemptContext, layer: torch.nn.Linear, rows: Rows) -> b
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(model.device.type, attempt.plan.precision):
+        with torch.no_grad(), autocast(model, attempt.plan.precision):
             logits = model(**batch).logits
     finally:
         model.train(was_training)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,37 +66,37 @@ class InitialWeights:
 
     Args:
         model: The model.
-        path: The file, with FSDP2 of this process's parts; None in processes that only help to put tensors together.
-        together: All processes make one, and compare together; otherwise the first one alone.
+        path: This process's file.
+        together: All processes make one, with FSDP2 of what they hold, with DeepSpeed of what they count, and compare
+            together; otherwise the first one alone.
     """
 
-    def __init__(self, model: Any, path: Path | None, together: bool = False) -> None:
+    def __init__(self, model: Any, path: Path, together: bool = False) -> None:
         sharding.free(model)
         self.path, self._together = path, together
         tensors = {}
-        for name, parameter in methods.trained(model).items():
+        for number, (name, parameter) in enumerate(methods.trained(model).items()):
             values = held(parameter)
-            if path is not None:
+            if self._counts(number, parameter) or sharding.is_shared(model):
                 tensors[name] = values.contiguous()
-        if path is not None:
-            save_file(tensors, path)
+        save_file(tensors, path)
 
     def moved(self, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Moved:
         """Compare with the present weights.
 
         A value counts as having received a gradient when AdamW's second moment is positive, so that embedding rows of
         unused tokens are left out; with optimizers that have none, all values of a tensor with a gradient count.
-        Processes that have the weights before count; where all take part, they are told the sums.
+        Where all processes take part, they are told the sums.
         """
         sharding.free(model)
         _link(optimizer)
         counts: dict[str, tuple[int, int]] = {}  # values that received a gradient, and how many of them moved
-        for name, parameter in methods.trained(model).items():
+        for number, (name, parameter) in enumerate(methods.trained(model).items()):
             second = second_moment(parameter, optimizer)
             if second is None and name not in with_gradient:
                 continue
             now = held(parameter)
-            if self.path is None or not self._counts(parameter):
+            if not self._counts(number, parameter):
                 continue
             changed = now != self._before(name).to(now.dtype)
             touched = changed.new_ones(changed.shape) if second is None else second > 0
@@ -115,10 +114,12 @@ class InitialWeights:
             unmoved_tensors=tuple(unmoved[:20]),
         )
 
-    def _counts(self, parameter: Any) -> bool:
-        """Whether this process counts it: what several hold whole the first one counts alone."""
-        in_parts = hasattr(parameter, "placements")
-        return in_parts or not self._together or torch.distributed.get_rank() == 0
+    def _counts(self, number: int, parameter: Any) -> bool:
+        """Whether this process counts a parameter: of what all have whole, if only one after the other, they take
+        turns, so that none keeps the whole model."""
+        if not self._together or hasattr(parameter, "placements"):
+            return True
+        return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
 
     def _before(self, name: str) -> torch.Tensor:
         """A tensor as it was. The file is opened anew for each, or all of it would stay in memory."""
@@ -126,8 +127,16 @@ class InitialWeights:
             return file.get_tensor(name)
 
     def delete(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def give_one_type(model: Any) -> None:
+    """Have what a method added to a model that DeepSpeed's stage 3 shares out the type of the rest: its engine
+    (DeepSpeed 0.19.8) takes such a model as it is."""
+    kinds = [one.dtype for one in model.parameters() if hasattr(one, "ds_id")]
+    for one in model.parameters() if kinds else ():
+        if not hasattr(one, "ds_id"):
+            one.data = one.data.to(kinds[0])
 
 
 def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
@@ -158,54 +167,25 @@ def forget_unused_conversions(model: Any) -> None:
         model._weight_conversions = [conversion for conversion in found if conversion.was_used()]
 
 
-def whole_state(trainer: Any) -> dict[str, Any] | None:
-    """The state dict of a model whose weights are shared out, fp32 where it trains in fp32; None: `save_model` finds
-    them in the model, whole or shared out."""
-    if trainer.is_shared and trainer.trained_only:
-        sharding.put_together(trainer.model)
-        return None
-    if trainer.is_shared and not getattr(trainer.model, "_weight_conversions", None):
-        return None
-    if trainer.is_shared:  # `save_pretrained` knows the names that such tensors have in files
-        return shared_state.put_together(trainer.model)
-    if not trainer.is_deepspeed_enabled:
-        return None
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
-    if trainer.args.bf16 or trainer.args.fp16:
-        for name, parameter in trainer.model.named_parameters():
-            values = held(parameter)
-            if name in state:
-                state[name] = values
-    return state
-
-
 def save_model(
-    applied: methods.Applied,
-    tokenizer: Any,
-    request: Request,
-    summary: DataSummary,
-    state: Mapping[str, Any] | None = None,
+    applied: methods.Applied, tokenizer: Any, request: Request, summary: DataSummary, is_first: bool = True
 ) -> None:
     """Write a plain Hugging Face folder, or of a method that trains little only that; an older one is replaced only
-    when the new one is whole. Where FSDP2 shares out the weights all processes call it."""
+    when the new one is whole. Where the weights are shared out all processes call it, and the first one writes."""
     folder = request.model_folder
     part = folder.with_name(folder.name + ".part")
     recipe = request.recipe
-    # With it `save_pretrained` would ask the other processes for their parts, one by one.
-    vars(applied.model.config).pop("distributed_config", None)
-    in_parts = recipe.method.kind == "full" and state is None and sharding.is_shared(applied.model)
-    if not sharding.is_shared(applied.model) or shared_state.is_first():
+    if is_first:
         shutil.rmtree(part, ignore_errors=True)
-        if recipe.method.kind == "full":
-            applied.model.save_pretrained(part, state_dict={} if in_parts else state)
-        else:
+    if recipe.method.kind == "full":
+        _save_whole(applied.model, part, is_first)
+    else:
+        sharding.put_together(applied.model)
+        zero.put_together(applied.model)
+        if is_first:
             save(applied, part, recipe.task, applied.model.name_or_path)
-    if in_parts:
-        shared_state.write_whole(applied.model, part)
-    if sharding.is_shared(applied.model) and not shared_state.is_first():
+    if not is_first:
         return
-    if state is not None:
-        _note_type(part / "config.json", state)
     if summary.problem_type == "prompt_completion":  # trained on raw text a chat model is one still
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = causal_lm.template_as_trained(Target.of(summary), tokenizer)
@@ -233,10 +213,20 @@ def save_model(
     part.rename(folder)
 
 
-def _note_type(config: Path, state: Mapping[str, Any]) -> None:
-    """The type that was saved; transformers notes the one that DeepSpeed computes in."""
-    kinds = {str(values.dtype).removeprefix("torch.") for values in state.values() if values.is_floating_point()}
-    values = json.loads(config.read_text(encoding="utf-8"))
-    if len(kinds) == 1:
-        values["dtype"] = kinds.pop()
-    write_json(config, dict(sorted(values.items())))
+def _save_whole(model: Any, folder: Path, is_first: bool) -> None:
+    """As `save_pretrained` does, file by file where the weights are shared out: no process ever holds all of them."""
+    in_engine = zero.holds(model)
+    is_shared = in_engine or sharding.is_shared(model)
+    # `save_pretrained` knows the names that tensors have in files, where those are others.
+    in_one = is_shared and getattr(model, "_weight_conversions", None)
+    state = shared_state.put_together(model, zero.whole if in_engine else sharding.whole) if in_one else {}
+    # With it `save_pretrained` would ask the other processes for their parts, one by one.
+    vars(model.config).pop("distributed_config", None)
+    if is_first:
+        model.save_pretrained(folder, state_dict=state if is_shared else None)
+    if is_shared and not in_one:
+        (zero if in_engine else shared_state).write_whole(model, folder)
+    if is_first and in_engine:
+        # transformers notes the type that DeepSpeed computes in.
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_json(folder / "config.json", values | {"dtype": "float32"})
