@@ -86,7 +86,7 @@ def test_root_is_sent_when_nothing_else_is_left() -> None:
     assert found.kinds["gradients"] == 4 * P // 4 + 4 * ROOT
     assert found.kinds["buffers"] == 4 * ROOT + memory.CUDA_CONTEXT_BYTES
     on_cpu = fsdp2.need(SHAPES, footprint(0), SETTINGS, "cpu")
-    beyond = memory.FIRST_CALLS_BYTES + 4 * 90 * M + round(memory.STATE_SHARE * 12 * P / 4)
+    beyond = memory.FIRST_CALLS_BYTES + 2 * 4 * 90 * M // 4 + round(memory.STATE_SHARE * 12 * P / 4)
     assert on_cpu.kinds["buffers"] == pytest.approx(2 * 4 * ROOT + beyond, rel=0.01)
 
 
