@@ -28,7 +28,7 @@ from fulltune.models.shapes import Shapes
 from fulltune.models.sharding import Units
 from fulltune.plan import memory
 from fulltune.plan.memory import MemorySettings
-from fulltune.recipe.rules import OWN_OPTIMIZERS
+from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryKind, MemoryNeed, Phase
 
 FILE_BYTES, MOST_FILES = 2**24, 64
@@ -86,7 +86,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     kept, heap = parts[0] + parts[1], 0.0
     around = round(memory.STATE_SHARE * kept) if on_cpu else 0
     base = memory.FIRST_CALLS_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
-    # Weights lie in the mapped file until they are written. Measured in two processes: of a 39 M Llama 30 MiB of it stay
+    # Weights lie in the mapped file until they are written. Measured in two processes: of a 39 M Llama 30 MiB stay
     # mapped after that, of 1.1 B parameters 6 %, each time what embeddings and head have in a process.
     base += 2 * largest // settings.num_processes if on_cpu and settings.weights_dtype == "fp32" else 0
     beyond = base + around
