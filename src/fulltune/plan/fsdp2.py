@@ -8,7 +8,7 @@ for a while, in the weights' type (`models.sharding.Units`; u is a unit's weight
 | root: what is in no unit | its weights all the time, its gradients from when they come to the end |
 | forward | a unit's weights, and what they were received in until the next unit has come: 2 u |
 | backward | its weights and gradients, the next unit as received, the gradients of the one before as sent: 4 u |
-| after a unit's backward | its gradients, the same as they are sent (gloo: three times), the next unit: 3 u or 5 u |
+| after a unit's backward | its gradients, the same as they are sent (gloo: twice), the next unit: 3 u or 4 u |
 
 Read from torch 2.13 (`torch/distributed/fsdp/_fully_shard`: `foreach_all_gather`, `FSDPParamGroup.wait_for_unshard`,
 `_backward_prefetch`, `post_backward`, `foreach_reduce`) and its gloo backend, which also receives into a copy; held
@@ -28,17 +28,16 @@ from fulltune.models.shapes import Shapes
 from fulltune.models.sharding import Units
 from fulltune.plan import memory
 from fulltune.plan.memory import MemorySettings
+from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryKind, MemoryNeed, Phase
 
 FILE_BYTES, MOST_FILES = 2**24, 64
 """As `train.shared_state` writes a checkpoint: two copies of a file's tensors are in memory for a moment."""
 TENSORS_OF_BLOCK = 3
 """A block's largest tensor is at most about so much of it: of BERT's 7.1 M parameters 2.4 M."""
-SENT = {"cpu": 3, "cuda": 1}
-"""Buffers for gradients that are sent: FSDP2's own, with gloo the backend's copy and its scratch as well."""
-SHARING_BYTES = 64 * 2**20
-"""On a CPU: FSDP2's and gloo's own, and the gaps that their short-lived buffers leave in the heap. Chosen on the Llama
-cells of `bench/memory_per_rank.py`; the others are scored. What NCCL takes of a GPU is not known here."""
+SENT = {"cpu": 2, "cuda": 1}
+"""Buffers for gradients that are sent: FSDP2's own, with gloo the backend's copy as well (a reduce-scatter of 64 MiB
+over two processes takes 66 MiB more)."""
 
 
 def units_of(shapes: Shapes) -> Units:
@@ -86,7 +85,10 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     kinds = max((_kinds(one, *parts) for one in moments), key=lambda one: sum(one.values()))
     kept, heap = parts[0] + parts[1], 0.0
     around = round(memory.STATE_SHARE * kept) if on_cpu else 0
-    base = memory.FIRST_CALLS_BYTES + SHARING_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
+    base = memory.FIRST_CALLS_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
+    # Weights lie in the mapped file until they are written. Measured in two processes: of a 39 M Llama 30 MiB stay
+    # mapped after that, of 1.1 B parameters 6 %, each time what embeddings and head have in a process.
+    base += 2 * largest // settings.num_processes if on_cpu and settings.weights_dtype == "fp32" else 0
     beyond = base + around
     if on_cpu:
         split = [_small_and_large(one, parts[2], units, footprint, shapes, settings) for one in moments]
@@ -102,13 +104,15 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     file = max(min(kept, FILE_BYTES), kept // MOST_FILES)
     # A tensor of the finished model is put together: whole, with gloo also as received, and its part as sent.
     together = (1 + on_cpu) * largest + largest // settings.num_processes
+    # Checkpoints have fp32 moments, whatever the optimizer keeps: all of the part's at once (`train.optim.shared`).
+    widened = 2 * 4 * (-(-shapes.num_parameters // settings.num_processes)) if settings.optim in OWN_OPTIMIZERS else 0
     phases: dict[Phase, int] = {
         "loading": parts[0] + base,
         "step": sum(kinds.values()),
         "evaluation": kept + around + sum(scoring.values()) + whole + base,
         # Checkpoints are written file by file, the finished model tensor by tensor, by the first process.
-        "saving": kept + base + around + round(heap / (1 + memory.HELD_SHARE)) + max(2 * file, together),
-        "resuming": kept + base,
+        "saving": kept + base + around + round(heap / (1 + memory.HELD_SHARE)) + max(2 * file + widened, together),
+        "resuming": kept + base + widened,
     }
     return MemoryNeed(kinds=kinds, phases=phases)
 
@@ -199,13 +203,14 @@ def _small_and_large(
     if settings.chunked_loss:
         tokens = min(tokens, memory.CHUNK_TOKENS["cpu"])
     logits = held.passing["logits"]
-    logits_are_large = 4 * tokens * shapes.vocab_size >= memory.SMALL_BYTES
+    small_bytes = memory.small_bytes(settings)
+    logits_are_large = 4 * tokens * shapes.vocab_size >= small_bytes
     pieces = [(one, one) for one in held.flat]
     pieces.append((round(held.reduced * part), units.block // settings.num_processes))
     most = memory.BYTES[settings.weights_dtype] * footprint.largest_tensor
     for one in (*held.tensors, *held.gradients):
         pieces.append((one, one // TENSORS_OF_BLOCK if one == units.block else min(one, most)))
-    large = sum(size for size, block in pieces if block >= memory.SMALL_BYTES)
-    small = sum(size for size, block in pieces if block < memory.SMALL_BYTES)
+    large = sum(size for size, block in pieces if block >= small_bytes)
+    small = sum(size for size, block in pieces if block < small_bytes)
     small += held.passing["activations"] + held.passing["buffers"] + (0 if logits_are_large else logits)
     return (1 + memory.HELD_SHARE) * small, logits if logits_are_large else 0, large

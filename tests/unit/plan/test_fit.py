@@ -269,7 +269,11 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
             {"machine": CPU.model_copy(update={"memory_available_bytes": GB})},
             r"a step needs 1.25 GiB \(.*\) even with micro batch 1, adamw_8bit, .* there are 254 MiB of memory",
         ),
-        (DoesNotFitError, {"train": {"num_processes": 8}}, "but there are 731 MiB of memory for each of 8 processes"),
+        (
+            DoesNotFitError,
+            {"train": {"num_processes": 8, "placement": "ddp"}},
+            "but there are 731 MiB of memory for each of 8 processes",
+        ),
         (RecipeError, {"train": {"num_processes": 17}}, "17, but this machine lets us use 16 CPU core"),
         (
             RecipeError,

@@ -14,13 +14,14 @@ from typing import Any, Protocol
 from fulltune.system import deepspeed, hardware
 from fulltune.train.request import Request
 
-ALLOCATOR = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.mmap_threshold=33554432"
+_JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
 """How the C library keeps freed memory on a CPU: small pieces join their neighbours at once, so a large block finds
 room where the last one was. Activation checkpointing of a 58 M Llama peaked at 1.63 GB instead of 2.13, as fast; see
 docs/memory.md. Other C libraries do not read it."""
-ONE_HEAP = ":glibc.malloc.arena_max=1"
-"""Where several processes train: gloo's threads would each have a heap of their own that keeps what was sent from
-it. The highest of two processes of a 39 M Llama under FSDP2 peaked at 863 MB instead of 906 and 945."""
+ALLOCATOR_OF_SEVERAL = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
+"""Where several processes train, whole units and what they are sent in come and go between the activations: from 4 MiB
+on they are given back when they are freed. And gloo's threads have no heaps of their own."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 """Compiled kernels that oneDNN, and PyTorch above it, keep on a CPU: one for each shape, 1,024 by default. In bf16 a
@@ -74,7 +75,7 @@ def environment(request: Request) -> dict[str, str]:
     if request.plan.device != "cpu":
         return variables
     several = request.plan.num_processes > 1
-    variables = {"GLIBC_TUNABLES": ALLOCATOR + ONE_HEAP * several} | KERNEL_CACHES | variables
+    variables = {"GLIBC_TUNABLES": ALLOCATOR_OF_SEVERAL if several else ALLOCATOR} | KERNEL_CACHES | variables
     if several:
         # torchrun would give each process one thread, whatever the number of cores.
         variables.setdefault("OMP_NUM_THREADS", str(max(1, hardware.num_cores() // request.plan.num_processes)))
