@@ -109,7 +109,8 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     phases: dict[Phase, int] = {
         "loading": parts[0] + base,
         "step": sum(kinds.values()),
-        "evaluation": kept + around + sum(scoring.values()) + whole + base,
+        # The untouched model has no optimizer's state yet, and a linear probe of it holds its features in each process.
+        "evaluation": max(kept + around, parts[0] + settings.probe_bytes) + sum(scoring.values()) + whole + base,
         # Checkpoints are written file by file, the finished model tensor by tensor, by the first process.
         "saving": kept + base + around + round(heap / (1 + memory.HELD_SHARE)) + max(2 * file + widened, together),
         "resuming": kept + base + widened,

@@ -71,6 +71,17 @@ def test_state_is_shared_out_and_a_block_is_whole_on_a_gpu(processes: int) -> No
     assert found.kinds["buffers"] == 4 * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
 
 
+def test_features_of_a_probe_are_held_by_each_process_before_there_is_an_optimizer() -> None:
+    def evaluation(probe_bytes: int) -> int:
+        return fsdp2.need(SHAPES, footprint(20 * M), replace(SETTINGS, probe_bytes=probe_bytes), "cuda").phases[
+            "evaluation"
+        ]
+
+    state = 8 * P // 4
+    assert evaluation(state) == evaluation(0)
+    assert evaluation(state + M) == evaluation(0) + M
+
+
 def test_accumulation_holds_parts_of_gradients_alone() -> None:
     one, more = (
         fsdp2.need(SHAPES, footprint(20 * M), replace(SETTINGS, gradient_accumulation_steps=passes), "cuda").kinds
