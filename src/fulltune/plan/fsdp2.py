@@ -204,14 +204,13 @@ def _small_and_large(
     if settings.chunked_loss:
         tokens = min(tokens, memory.CHUNK_TOKENS["cpu"])
     logits = held.passing["logits"]
-    small_bytes = memory.small_bytes(settings)
-    logits_are_large = 4 * tokens * shapes.vocab_size >= small_bytes
+    logits_are_large = 4 * tokens * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES
     pieces = [(one, one) for one in held.flat]
     pieces.append((round(held.reduced * part), units.block // settings.num_processes))
     most = memory.BYTES[settings.weights_dtype] * footprint.largest_tensor
     for one in (*held.tensors, *held.gradients):
         pieces.append((one, one // TENSORS_OF_BLOCK if one == units.block else min(one, most)))
-    large = sum(size for size, block in pieces if block >= small_bytes)
-    small = sum(size for size, block in pieces if block < small_bytes)
+    large = sum(size for size, block in pieces if block >= memory.SMALL_OF_PARTS_BYTES)
+    small = sum(size for size, block in pieces if block < memory.SMALL_OF_PARTS_BYTES)
     small += held.passing["activations"] + held.passing["buffers"] + (0 if logits_are_large else logits)
     return (1 + memory.HELD_SHARE) * small, logits if logits_are_large else 0, large

@@ -58,8 +58,8 @@ STATE_SHARE = 0.08
 """The same of weights and optimizer state: their blocks come while activations and gradients lie between them."""
 SMALL_BYTES = 32 * 2**20
 """Smaller blocks lie on the C library's heap, which does not shrink; larger ones are given back when they are freed."""
-SMALL_OF_SEVERAL_BYTES = 4 * 2**20
-"""The same where several processes train: see `train.parent.spawn`."""
+SMALL_OF_PARTS_BYTES = 4 * 2**20
+"""The same with FSDP2: see `train.parent.spawn`."""
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """Context, cuBLAS workspaces and the allocator's rounding on a GPU. Taken from the literature; never measured here."""
@@ -135,10 +135,10 @@ def _beyond_tensors(
     tokens = train_sequences(footprint, settings) * settings.longest_tokens
     if settings.chunked_loss:
         tokens = min(tokens, CHUNK_TOKENS[device])
-    logits_are_large = 4 * tokens * shapes.vocab_size >= small_bytes(settings)
+    logits_are_large = 4 * tokens * shapes.vocab_size >= SMALL_BYTES
     size = BYTES[settings.weights_dtype]
     trained = num_trained(shapes.num_parameters, settings)
-    small_share = 1 - _large_share(trained, footprint, size, small_bytes(settings))
+    small_share = 1 - _large_share(trained, footprint, size)
     parts = []
     for kinds in moments:
         logits = kinds["logits"] if logits_are_large else 0
@@ -169,15 +169,10 @@ def _reused(free: float, large: int, block: int) -> int:
     return block * min(large // block, int(free / 2 / block))
 
 
-def small_bytes(settings: MemorySettings) -> int:
-    """Smaller blocks lie on the heap."""
-    return SMALL_BYTES if settings.num_processes == 1 else SMALL_OF_SEVERAL_BYTES
-
-
-def _large_share(trained: int, footprint: Footprint, size: int, small: int) -> float:
-    """Share of the gradients that lies in blocks that are not small."""
+def _large_share(trained: int, footprint: Footprint, size: int) -> float:
+    """Share of the gradients that lies in large blocks."""
     sizes = footprint.tensors or {footprint.largest_tensor: 1}
-    large = sum(values * count for values, count in sizes.items() if values * size >= small)
+    large = sum(values * count for values, count in sizes.items() if values * size >= SMALL_BYTES)
     return large / max(1, trained)
 
 
