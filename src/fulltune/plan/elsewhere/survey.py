@@ -20,7 +20,7 @@ from fulltune.records.plan import Plan, Setting
 from fulltune.records.survey import Placement, Survey, WayOut
 from fulltune.system import sharing
 
-NO_SHARING = "sharing out and offloading are for full fine-tuning only"
+NO_SHARING = "sharing out and offloading are planned for full fine-tuning alone"
 Other = Callable[[str], Workload | None]
 """From a method's kind to the same workload by it, with its usual settings; None where it cannot be."""
 
