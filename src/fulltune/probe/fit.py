@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.methods.head import names_of
-from fulltune.models.sharding import whole
+from fulltune.models.sharding import is_shared, whole
 from fulltune.probe import rivals
 from fulltune.probe.dense import DenseLayer
 from fulltune.probe.features import Features, sampled
@@ -71,14 +71,14 @@ def fit(looker: Looker, rows: Any, eval_rows: Any, with_head: bool = True) -> Fi
             layers, why_not = None, str(no)  # means may still be seen
             train = looker.features(chosen, layers)
         held_out = looker.features(held, layers) if by_eval else None
-        with _no_probe_without_memory():
+        with _no_probe_without_memory(looker.model):
             rival = rivals.best_rival(looker, train, held_out)
     except NoProbe as no:
         return Fitted(Probe(head=None, frozen=None, why_not=str(no)))
     head, values, start = None, dict[str, np.ndarray](), dict[str, np.ndarray]()
     if layers is not None and with_head:
         try:
-            with _no_probe_without_memory():
+            with _no_probe_without_memory(looker.model):
                 head, values, start = _head(looker, layers, chosen, train, held_out)
         except NoProbe as no:
             why_not = str(no)
@@ -101,12 +101,13 @@ def _width(model: Any, layers: HeadLayers | None) -> int:
 
 
 @contextlib.contextmanager
-def _no_probe_without_memory() -> Iterator[None]:
-    """What scikit-learn cannot fit in this memory is not fitted; the training itself may well fit."""
+def _no_probe_without_memory(model: Any) -> Iterator[None]:
+    """What scikit-learn cannot fit in this memory is not fitted; the training itself may well fit. Of processes that
+    share out the model none goes on alone."""
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_shared(model) or not is_out_of_memory(error):
             raise
         raise NoProbe("memory ran out while it was fitted") from error
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fulltune.inference.run import Watch
+from fulltune.models.sharding import is_shared
 from fulltune.probe.features import Features, joined, passes
 from fulltune.probe.layers import HeadLayers
 from fulltune.probe.linear import Items
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.tasks import Target, Task, task_named
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,14 @@ class Looker:
 
     def features(self, rows: Any, layers: HeadLayers | None) -> Features:
         """Of all these rows, in smaller batches when memory runs out."""
-        return with_smaller_batches(
-            "linear probe", self.batch_size, lambda size: joined(self.passes(rows, layers, size))
-        )
+        return self.within_memory(lambda size: joined(self.passes(rows, layers, size)))
+
+    def within_memory(self, run: Callable[[int], T]) -> T:
+        """Call `run` with a number of rows per batch, with fewer when memory runs out. Processes that share out the
+        weights run the same batches: one of them cannot take fewer alone, and ends the others with it."""
+        if is_shared(self.model):
+            return run(self.batch_size)
+        return with_smaller_batches("linear probe", self.batch_size, run)
 
     def items(self, features: np.ndarray, of: Features) -> Items:
         """What a classifier is fitted on."""

@@ -12,7 +12,6 @@ from fulltune.probe.layers import HeadLayers
 from fulltune.probe.linear import STRENGTHS, Items, Linear, best_space, centroids, fits, wrong
 from fulltune.probe.looker import Looker
 from fulltune.records.probe import MOST_SOLVER_BYTES, FrozenRival, Pooling, solver_bytes
-from fulltune.system.out_of_memory import with_smaller_batches
 
 
 def best_rival(looker: Looker, train: Features, held_out: Features | None) -> tuple[FrozenRival, Linear] | None:
@@ -69,4 +68,4 @@ def predicted(looker: Looker, rows: Any, rival: FrozenRival, found: Linear) -> l
             answers += zip(numbers[order].tolist(), outputs, strict=True)
         return answers
 
-    return with_smaller_batches("linear probe", looker.batch_size, run)
+    return looker.within_memory(run)
