@@ -105,7 +105,7 @@ def test_of_several_processes_the_one_that_was_killed_is_named(start: Start) -> 
     found = child.run(request, lambda event: None)
 
     assert found.status == "killed"
-    assert found.reason.startswith("training process 1 of 0 to 1 (after step 7) was killed (SIGKILL)")
+    assert found.reason.startswith("training process 1 (of 2, counted from 0; after step 7) was killed (SIGKILL)")
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def in_lines(ways: Sequence[WayOut]) -> list[str]:
         named = way.hardware or any(name not in way.change for name in way.settings)
         flags = f"; {as_flags(way)}" if named else ""
         start = "enough" if way.enough else "helps"
-        lines.append(f"{start}: {way.change}: frees {format_bytes(way.frees_bytes)} ({way.costs}){flags}")
+        costs = f" ({way.costs})" if way.costs != "nothing" else ""
+        lines.append(f"{start}: {way.change}: frees {format_bytes(way.frees_bytes)}{costs}{flags}")
     return lines
 
 

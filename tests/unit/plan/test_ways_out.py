@@ -181,7 +181,7 @@ def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayO
 def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ways_out.in_lines(of_disk(monkeypatch, 20 * GIB, 1))
     assert lines == [
-        "enough: free 36 GiB under runs, or choose another output: frees 36 GiB (nothing)",
+        "enough: free 36 GiB under runs, or choose another output: frees 36 GiB",
         "helps: train.optim: adamw_8bit: frees 24 GiB (moments of 8 bits)",
     ]
 

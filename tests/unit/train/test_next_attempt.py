@@ -169,10 +169,11 @@ def test_without_the_plans_arithmetic_the_micro_batch_is_halved() -> None:
 
 
 def test_killed_is_tried_once_as_it_was_then_taken_for_memory() -> None:
-    why = "training process 1 of 0 to 1 (after step 7) was killed (SIGKILL), most often because memory ran out"
+    one = "training process 1 (of 2, counted from 0; after step 7)"
+    why = f"{one} was killed (SIGKILL), most often because memory ran out"
     history = [outcome("killed", phase="step").model_copy(update={"reason": why})]
     first = next_attempt(recipe(), plan(), history)
-    said = "training process 1 of 0 to 1 (after step 7) was killed; going on from the last whole checkpoint"
+    said = "training process 1 (of 2, counted from 0; after step 7) was killed; going on from the last whole checkpoint"
     assert first == NextAttempt(plan(), True, said)
 
     second = next_attempt(recipe(), first.plan, [*history, outcome("killed", 2, phase="evaluation")])

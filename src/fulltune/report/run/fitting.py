@@ -116,7 +116,7 @@ _MIXED = (
 )
 _EVEN = (
     "from its first evaluation on the eval loss did not rise by a tenth, nor was it still falling while the train loss "
-    "was no lower"
+    "was not much lower"
 )
 _FEWER = "What helps: fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate."
 _MORE = "What helps: more epochs, or a search for the rate."
@@ -210,5 +210,5 @@ def _unfinished(evaluations: Sequence[Point], trained: dict[int, float]) -> str:
     if trained[end] > HARDLY * next(iter(trained.values())):
         return "the train loss hardly fell, and the eval loss was least at the end"
     if last < STILL_BETTER * half:
-        return "the eval loss was least at the last evaluation and still falling, and the train loss was no lower"
+        return "the eval loss was least at the last evaluation and still falling, and the train loss was not much lower"
     return ""

@@ -118,10 +118,8 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     if asked:
         done, saved = last_step(request.folder), last_saved(request.checkpoints)
         kept = f"step {saved:,} is saved" if saved else "there is no checkpoint yet"
-        status, reason = (
-            "interrupted",
-            f"interrupted after step {done:,}; {kept}" if done else "interrupted before step 1",
-        )
+        before = f"interrupted before step {(saved or 0) + 1:,}{f'; {kept}' if saved else ''}"
+        status, reason = "interrupted", f"interrupted after step {done:,}; {kept}" if done else before
     elif killed and killed_by_kernel:
         status, reason = "out_of_memory", "the kernel killed the training process because memory ran out"
     elif about_memory:
@@ -147,7 +145,7 @@ def _killed_one(request: Request, tail: Sequence[str]) -> str:
     if not ranks or request.plan.num_processes == 1:
         return "the training process"
     done = steps_of(request.folder, ranks[-1])
-    return f"training process {ranks[-1]} of 0 to {request.plan.num_processes - 1} (after step {done:,})"
+    return f"training process {ranks[-1]} (of {request.plan.num_processes}, counted from 0; after step {done:,})"
 
 
 @contextlib.contextmanager

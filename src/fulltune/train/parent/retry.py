@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.training import NVME
 from fulltune.records.events import AttemptFailed, Listener, PhaseBegan, Resumed, Warned
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
@@ -187,6 +188,8 @@ def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fulltune
     logged = f"{outcome.reason}; log: {request.folder / 'log.txt'}"
     match outcome.status:
         case "interrupted":
+            if request.plan.offload.startswith(NVME):
+                return InterruptedRun(f"{outcome.reason}; it cannot be continued, because its optimizer lay on a disk")
             return InterruptedRun(f"{outcome.reason}; the same command continues it")
         case "out_of_memory":
             return DoesNotFitError(no_way_out(request.recipe, request.plan, outcome, tried))

@@ -13,6 +13,7 @@ from transformers import TrainerState
 from fulltune import methods
 from fulltune.errors import Diverged, GuardStop, InterruptedRun, SetupError
 from fulltune.inference.run import Share
+from fulltune.recipe.training import NVME
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Forecast, Listener
 from fulltune.records.training import Check
@@ -78,6 +79,9 @@ def train(
 def _trained(attempt: AttemptContext) -> dict[str, Any]:
     """Train after the checks, keep the best weights, save."""
     request, recorder, journal, sharing = attempt.request, attempt.recorder, attempt.journal, attempt.sharing
+    if request.plan.offload.startswith(NVME):
+        said = "DeepSpeed cannot read back an optimizer that lies on a disk: a run that is stopped is lost"
+        recorder.warn(f"train.offload: {said}")
     initial = None
     journal.at("saving")
     if attempt.is_main or sharing is not None:
