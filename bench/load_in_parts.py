@@ -105,7 +105,8 @@ def work(engine: str, dtype: str, folder: Path) -> None:
         say(READY)
         say("loading")
 
-    base = Base.of(ModelBlock(name=str(folder / "model"), weights_dtype=dtype), "causal-lm")  # type: ignore[arg-type]
+    block = ModelBlock(name=str(folder / "model"), weights_dtype=dtype)  # type: ignore[arg-type]  # one of its types
+    base = Base.of(block, "causal-lm")
     shared_by = PROCESSES if engine == "fsdp2" else 1
     model: Any = load(base, {}, head_is_new=False, before_weights=before_weights, shared_by=shared_by)
     parameters = dict(model.named_parameters())

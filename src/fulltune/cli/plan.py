@@ -174,7 +174,7 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
     kept = [one for one in overrides if not one.startswith("train.seed=")]
     update = {"command": command("run", [*kept, *planned, "train.seed=1"])}
-    # DeepSpeed is for full fine-tuning only, and without that there is nothing to compare with.
+    # Inside DeepSpeed other methods run, but are not planned; and without full there is nothing to compare with.
     with_deepspeed = recipe.train.deepspeed_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
     if not survey.full_fits or with_deepspeed:
         return survey.model_copy(update={**update, "comparison": ""})
