@@ -72,6 +72,8 @@ def of_pairs(recipe: Recipe) -> list[str]:
     """Settings that do not go together."""
     problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe), *_rates_by_tensor(recipe)]
     problems += _preserved(recipe)
+    if recipe.train.torch_compile and (by := recipe.train.deepspeed_by):
+        problems.append(f"train.torch_compile: not yet with {by}; remove one of them")
     if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
         problems.append(SMOOTHING)
     if recipe.train.chunked_loss:
@@ -392,8 +394,6 @@ def _whole_logits(recipe: Recipe) -> list[str]:
         reasons.append(f"has no effect for {recipe.task}, which has no logits of tokens")
     if recipe.train.deepspeed_by:
         reasons.append(f"does not go with {recipe.train.deepspeed_by}, which shares out the head's weights")
-    if recipe.train.extra.get("torch_compile"):
-        reasons.append("does not go with train.extra.torch_compile, which leaves out the hooks that it needs")
     return reasons
 
 

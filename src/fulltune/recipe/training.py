@@ -124,6 +124,11 @@ class TrainBlock(Block):
     chunked_loss: bool | None = None
     """Compute a language model's logits and loss in pieces, so that they never exist as a whole. Left out: on where the
     model's head allows it, which is checked before step 1. false keeps it off."""
+    torch_compile: bool | None = None
+    """Run the model's repeated blocks compiled while training (`torch.compile`). Each kind of block is compiled before
+    step 1, which takes a minute or more and pays in long runs. What stands around the blocks stays as it is: chunked
+    loss, prompts and adapters work with it. Left out: off, and tried by `fulltune plan --measure`. Never run on a
+    GPU."""
     memory_limit: str | None = None
     """Most memory that each training process may take, such as `6GiB`: of the GPU, or without one of the host, where
     Python and its libraries are part of it (about 0.7 GiB). The plan keeps to it and the process is held to it: what

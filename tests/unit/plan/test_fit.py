@@ -332,7 +332,7 @@ def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
     ("train", "own_loss", "plain", "reason"),
     [
         ({"extra": {"deepspeed": ZERO3}}, False, True, "DeepSpeed "),
-        ({"extra": {"torch_compile": True}}, False, True, "torch.compile "),
+        ({"torch_compile": True}, False, True, ""),
         ({}, True, True, "your own loss"),
         ({}, False, False, "scales or caps its logits"),
         ({}, False, True, ""),

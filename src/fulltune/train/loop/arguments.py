@@ -140,8 +140,6 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     common = deepspeed.wanted(recipe) and not deepspeed.keeps_own_files(recipe)
     values["save_only_model"] = plan.placement == "fsdp2" or common
     extra = as_arguments(train.extra)
-    if plan.torch_compile:
-        extra["torch_compile"] = True
     if deepspeed.wanted(recipe):
         extra["deepspeed"] = deepspeed.completed(recipe, plan)
     try:

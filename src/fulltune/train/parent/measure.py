@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
+from fulltune.models.compiled import lacking
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener, PhaseBegan
@@ -107,7 +108,7 @@ def measure(
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in probes.rows])
     others = measure_candidates.attentions(recipe, best.changes, summary.packed, _has_flash(plan))
     best = measure_candidates.fastest([best, *probes.all(others)]) or best
-    compiled = probes.all(measure_candidates.compilations(recipe, best, _has_compiler(plan)))
+    compiled = probes.all(measure_candidates.compilations(recipe, best, lacking(plan.device)))
     best = measure_candidates.fastest([best, *compiled]) or best
     rows = tuple(row.model_copy(update={"taken": row is best}) for row in probes.rows)
     Measurements(available_bytes=available_bytes, rows=rows).save(folder / "plan" / "measured.json")
@@ -173,12 +174,6 @@ def _probe(recipe: Recipe, plan: Plan, folder: Path) -> Outcome:
     if outcome.status == "interrupted":
         raise InterruptedRun("interrupted while measuring; the same command measures again")
     return outcome
-
-
-def _has_compiler(plan: Plan) -> bool:
-    if plan.device == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def _has_flash(plan: Plan) -> bool:
