@@ -177,6 +177,8 @@ class Plan(Record):
     eval_batch_size: int
     device: str
     precision: Literal["fp32", "bf16", "fp16"]
+    fast_bf16: bool = True
+    """False: the GPU only emulates bf16."""
     weights_dtype: Literal["fp32", "bf16"]
     activation_checkpointing: bool
     can_recompute: bool = True
