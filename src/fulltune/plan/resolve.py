@@ -22,6 +22,8 @@ from fulltune.text import counted
 
 LEAST_BF16_SPEEDUP = 1.2
 """Below it bf16's rounding buys too little."""
+MOST_WORKERS = 8
+"""Processes that decode images for one GPU."""
 
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
@@ -162,6 +164,19 @@ def in_backward_problems(recipe: Recipe, micro_batch_size: int, accumulation: in
             "are there; set precision: fp32, or optimizer_in_backward: false"
         )
     return problems
+
+
+def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
+    """Processes that read rows ahead for each training process, where the recipe does not say how many.
+
+    Collating texts takes less than 5 % of a step, decoding a batch of images five times as long as a ViT-base's step on
+    an A100 (`bench/collation.py`). On a CPU the training needs the cores itself.
+    """
+    name = "dataloader_num_workers"
+    if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:
+        return 0
+    chosen = max(0, min(MOST_WORKERS, machine.num_cores // recipe.train.num_processes - 1))
+    return int(reasons.add(f"train.extra.{name}", None, chosen, "images are decoded beside the GPU's steps"))
 
 
 def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:

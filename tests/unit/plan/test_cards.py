@@ -13,6 +13,7 @@ from fulltune.plan.dotted import with_settings
 from fulltune.plan.elsewhere.survey import Wishes, survey
 from fulltune.plan.reasons import Reasons
 from fulltune.plan.workload import basis_of
+from fulltune.recipe.fields import Recipe
 from fulltune.system.hardware import Gpu, Machine
 from tests.unit.plan import sizes
 
@@ -112,3 +113,23 @@ def test_type_of_the_computations_is_shown_where_nothing_fits(capsys: pytest.Cap
     show(Console(width=80), found, plan)
     said = " ".join(capsys.readouterr().out.split())
     assert "computes in fp16: T4 (compute capability 7.5) has no bf16, which needs 8.0: fp16 with a scaled loss" in said
+
+
+@pytest.mark.parametrize(
+    ("task", "device", "train", "workers"),
+    [
+        ("image-classification", "cuda", {}, 7),
+        ("image-classification", "cuda", {"num_processes": 4}, 1),
+        ("image-classification", "cuda", {"num_processes": 8}, 0),
+        ("image-classification", "cuda", {"extra": {"dataloader_num_workers": 2}}, 0),
+        ("image-classification", "cpu", {}, 0),
+        ("causal-lm", "cuda", {}, 0),
+    ],
+)
+def test_images_are_decoded_beside_the_gpu(task: str, device: str, train: dict[str, Any], workers: int) -> None:
+    recipe, reasons = (
+        Recipe.model_validate({"model": "m", "task": task, "data": {"train": "a"}, "train": train}),
+        Reasons(),
+    )
+    assert resolve.loader_workers(recipe, machine(A100), device, reasons) == workers
+    assert all(setting.chosen and setting.value == workers for setting in reasons.settings)
