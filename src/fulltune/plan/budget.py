@@ -48,7 +48,11 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
     processes, limit = recipe.train.num_processes, recipe.train.memory_limit
     libraries = 0 if device == "cuda" else LIBRARIES_BYTES
     if device == "cuda":
-        available, where = machine.gpus[0].available_bytes, "of GPU memory"
+        used = machine.gpus[:processes]
+        least = min(used, key=lambda gpu: gpu.available_bytes)
+        available, where = least.available_bytes, "of GPU memory"
+        if least.available_bytes < max(gpu.available_bytes for gpu in used):
+            where += f" (GPU {used.index(least)}, {least.name}, has the least of {len(used)})"
     else:
         available = machine.memory_available_bytes // processes - libraries
         where = "of memory" if processes == 1 else f"of memory for each of {processes} processes"

@@ -71,6 +71,7 @@ def fit(
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
     logging_steps = resolve.logging_steps(recipe, steps, reasons)
     watched = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
+    workers = resolve.loader_workers(recipe, fleet.machine, basis.needs.device, reasons)
     resolve.everything_else(recipe, reasons)
     resolve.caveats(footprint, reasons)
     used = chosen.settings
@@ -92,6 +93,7 @@ def fit(
         global_batch_size=basis.global_batch_size,
         device=basis.needs.device,
         placement=placement,
+        loader_workers=workers,
         group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,

@@ -155,7 +155,7 @@ def _half_eval_batch(recipe: Recipe, now: Now) -> list[Changes]:
 
 
 def _half_precision(recipe: Recipe, now: Now) -> list[Changes]:
-    return [{"precision": "fp16" if now.precision == "fp16" else "bf16"}]
+    return [{"precision": "bf16" if now.fast_bf16 else "fp16"}]
 
 
 def _computes_in_16_bits(recipe: Recipe, now: Now) -> str:
@@ -171,7 +171,7 @@ def _no_recomputing(recipe: Recipe, now: Now) -> str:
 
 
 def _no_narrow_weights(recipe: Recipe, now: Now) -> str:
-    return "this GPU has no fast bf16" if now.precision == "fp16" else ""
+    return "" if now.fast_bf16 else "this GPU has no fast bf16"
 
 
 def _update_in_backward_needs(recipe: Recipe, now: Now) -> str:

@@ -21,6 +21,8 @@ class MemorySettings:
     """Tokens of the longest row; with several choices of the longest choice."""
     gradient_accumulation_steps: int = 1
     precision: str = "fp32"
+    fast_bf16: bool = True
+    """False: the GPU only emulates bf16."""
     weights_dtype: str = "fp32"
     optim: str = "adamw_torch_fused"
     bf16_rounding: str | None = None

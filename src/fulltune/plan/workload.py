@@ -113,6 +113,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         micro_batch_size=1,
         longest_tokens=summary.max_length,
         precision=precision,
+        fast_bf16=device == "cpu" or resolve.oldest_gpu(recipe, fleet.machine).bf16,
         weights_dtype=recipe.model.weights_dtype,
         optim=optim,
         bf16_rounding=rounding,

@@ -116,7 +116,9 @@ class TrainBlock(Block):
     seed: int = Field(default=42, ge=0)
     """Seed of a head that starts at random, of dropout and of the order of the rows."""
     precision: Precision = "auto"
-    """Type of the computations. auto: bf16 where the processor is fast at it, else fp32. fp16 needs a GPU."""
+    """Type of the computations. auto: on a GPU bf16 from compute capability 8.0 on (Ampere), fp16 with a scaled loss
+    from 7.0 on (Volta, Turing), else fp32; of several GPUs the oldest decides. On a CPU bf16 where it is faster, else
+    fp32. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: about a third more operations, far less memory. Left out: on
     where the run would not fit without, be it by the plan or because memory ran out, or where the larger micro batch
