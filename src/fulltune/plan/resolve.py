@@ -112,6 +112,35 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     return found
 
 
+FLASH = {
+    "flash_attention_2": ("8.0 or newer (Ampere)", (8, 0), (99, 0)),
+    # Hopper's own instructions, which later cards lack.
+    "flash_attention_3": ("9.x (Hopper)", (9, 0), (9, 9)),
+}
+"""Kernel to the compute capability that it needs, in words and in numbers."""
+
+
+def refuse_attention(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
+    """Refuse a kernel that the processor or the type of the computations does not allow.
+
+    Raises:
+        RecipeError: Naming the setting, what it needs, and what there is.
+    """
+    wanted = recipe.model.attn_implementation or ""
+    if wanted not in FLASH:
+        return
+    needed, least, most = FLASH[wanted]
+    if device == "cpu":
+        problem = "runs on GPUs alone; leave it out"
+    elif not least <= (oldest := oldest_gpu(recipe, machine)).capability <= most:
+        problem = f"needs a GPU of compute capability {needed}, and this is {oldest.label}; leave it out"
+    elif precision == "fp32":
+        problem = "computes in 16 bits alone, but train.precision is fp32; set bf16 or fp16, or leave it out"
+    else:
+        return
+    raise RecipeError(f"model.attn_implementation: {wanted} {problem}")
+
+
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
     """Of those that the recipe's processes take, the one with the least compute capability."""
     return min(machine.gpus[: recipe.train.num_processes], key=lambda gpu: gpu.capability)

@@ -100,6 +100,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         )
     device = resolve.device(recipe, fleet.machine, reasons)
     precision = resolve.precision(recipe, fleet.machine, device, reasons)
+    resolve.refuse_attention(recipe, fleet.machine, device, precision)
     optim, rounding = resolve.optimizer(recipe, reasons)
     global_batch = resolve.global_batch(recipe, summary, reasons)
     mixed_rows = summary.rows_per_epoch - summary.splits["train"].rows

@@ -98,12 +98,12 @@ def test_optimizer_in_backward_cannot_have_smaller_micro_batches() -> None:
 
 
 def test_attention_is_left_as_it_is_where_it_is_given_or_rows_are_packed() -> None:
-    names = [one.name for one in measure_candidates.attentions(recipe(), {}, packed=False, flash=True)]
+    names = [one.name for one in measure_candidates.attentions(recipe(), {}, False, ["flash_attention_2"])]
 
     assert names == ["attention eager", "attention flash_attention_2"]
-    assert measure_candidates.attentions(recipe(), {}, packed=True, flash=True) == []
+    assert measure_candidates.attentions(recipe(), {}, True, ["flash_attention_2"]) == []
     given = recipe(model={"name": "x", "attn_implementation": "sdpa"})
-    assert measure_candidates.attentions(given, {}, packed=False, flash=False) == []
+    assert measure_candidates.attentions(given, {}, False, []) == []
 
 
 @pytest.mark.parametrize(

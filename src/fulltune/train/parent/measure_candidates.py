@@ -81,19 +81,20 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Candidate]:
     ]
 
 
-def attentions(recipe: Recipe, best: Changes, packed: bool, flash: bool) -> list[Candidate]:
+def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]) -> list[Candidate]:
     """Other implementations of attention than transformers' own choice, sdpa.
 
     Args:
         recipe: One that names an implementation keeps it.
         best: The best so far.
         packed: Texts share rows: they were packed for this implementation.
-        flash: flash_attention_2 can be had.
+        flash: Flash attention that can be had.
     """
     if recipe.model.attn_implementation is not None or packed or FACTS[recipe.task].reads == "image":
         return []
-    names = ("eager", *(("flash_attention_2",) if flash else ()))
-    return [Candidate(f"attention {name}", "attention", {**best, "attn_implementation": name}) for name in names]
+    return [
+        Candidate(f"attention {name}", "attention", {**best, "attn_implementation": name}) for name in ("eager", *flash)
+    ]
 
 
 def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Candidate]:
