@@ -71,17 +71,15 @@ def fit(
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
     logging_steps = resolve.logging_steps(recipe, steps, reasons)
     watched = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
-    workers = resolve.loader_workers(recipe, fleet.machine, basis.needs.device, reasons)
     resolve.everything_else(recipe, reasons)
     resolve.caveats(footprint, reasons)
     used = chosen.settings
     same = {one.name: getattr(used, one.name) for one in fields(MemorySettings) if one.name in Plan.model_fields}
     plan = Plan(
-        **same | watched | {"plain_logits": shapes.plain_logits, "offload": train.offload},
+        **same | watched | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
         trial=f"{recipe.method.arm}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
         method=recipe.method.arm,
-        seed=train.seed,
         learning_rate=rate,
         head_learning_rate=recipe.method.head_learning_rate,
         head_init=basis.head_init,
@@ -93,7 +91,7 @@ def fit(
         global_batch_size=basis.global_batch_size,
         device=basis.needs.device,
         placement=placement,
-        loader_workers=workers,
+        loader_workers=resolve.loader_workers(recipe, fleet.machine, basis.needs.device, reasons),
         group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,
