@@ -170,3 +170,9 @@ def test_activations_are_not_offloaded_to_a_host_that_is_too_small_or_to_where_t
 
 def fit_on(task: Workload, fleet: gpus.Fleet) -> Plan:
     return fit(task.recipe, task.shapes, task.footprint("fp32"), task.summary, fleet)
+
+
+@pytest.mark.parametrize("given", ["fp8", "float8"])
+def test_fp8_is_refused_with_what_to_do(given: str) -> None:
+    with pytest.raises(ValueError, match=rf"found '{given}', which is not built: it takes torchao, .* set bf16, or"):
+        sizes.bert(train={"precision": given})
