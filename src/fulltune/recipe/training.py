@@ -14,9 +14,9 @@ from fulltune.text import parse_bytes, parse_seconds
 def _not_fp8(given: object) -> object:
     if given in ("fp8", "float8"):
         raise ValueError(
-            f"expected auto, bf16, fp16 or fp32, found {given!r}, which is not built: it takes torchao, a GPU of compute "
-            "capability 8.9 or more, and a compiled model to be faster than bf16; set bf16, or convert the model in a "
-            "script of yours (docs/how-do-i.md)"
+            f"expected auto, bf16, fp16 or fp32, found {given!r}, which is not built: it takes torchao, a GPU of "
+            "compute capability 8.9 or more, and a compiled model to be faster than bf16; set bf16, or convert the "
+            "model in a script of yours (docs/how-do-i.md)"
         )
     return given
 
