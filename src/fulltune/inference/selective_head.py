@@ -48,7 +48,7 @@ class SelectiveHead:
             trained: Where these are, if it is known: `TRAINED`.
             in_pieces: The output's `logits` are `chunked_loss.Pieces`.
         """
-        at = (padding.trained_tokens(self.wanted(labels)) if trained is None else trained)[0]
+        at = padding.trained_places(self.wanted(labels)) if trained is None else trained
         kept: list[torch.Tensor] = []
 
         def pick(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a token of which nothing is trained; PyTorch's losses have the same number for it."""
-TRAINED = "trained_tokens"
-"""Of a batch that is trained on, where in the flattened batch logits are needed and which token each should give:
-int64 [2, trained]. Made on the host: to find them on a device the host would wait for it."""
+TRAINED = "trained_places"
+"""Of a batch that is trained on, the places in the flattened batch whose logits are needed: int64 [trained]. Found on
+the host: to find them on a device the host would wait for it."""
 
 
 def collated(
@@ -69,13 +69,9 @@ def ragged(values: Sequence[Any]) -> np.ndarray:
     return array
 
 
-def trained_tokens(wanted: torch.Tensor) -> torch.Tensor:
+def trained_places(wanted: torch.Tensor) -> torch.Tensor:
     """`TRAINED` of `wanted[batch, tokens]`, -100 where nothing is trained."""
-    import torch
-
-    ids = wanted.flatten()
-    at = (ids != IGNORED).nonzero()[:, 0]
-    return torch.stack((at, ids[at]))
+    return (wanted.flatten() != IGNORED).nonzero()[:, 0]
 
 
 def mask(values: Sequence[Any]) -> torch.Tensor:

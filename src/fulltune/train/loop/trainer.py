@@ -27,7 +27,7 @@ from fulltune.errors import InterruptedRun
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
 from fulltune.records.plan import Plan
-from fulltune.tasks.padding import TRAINED, trained_tokens
+from fulltune.tasks.padding import TRAINED, trained_places
 from fulltune.train import checkpoints, shared_state
 from fulltune.train.journal import Journal
 from fulltune.train.loop.guarded_step import Guarded
@@ -176,11 +176,11 @@ class FullTrainer(Guarded, Trainer):
 
     def collated(self, rows: list[Any]) -> dict[str, Any]:
         """A batch on the host, as the model reads it, with what would have to be read from the device later: the
-        number of `ITEMS` in its loss, and of a selective head which tokens are `TRAINED`."""
+        number of `ITEMS` in its loss, and for a selective head which places are `TRAINED`."""
         batch = self.data_collator(rows)
         known: dict[str, Any] = {ITEMS: self.count_items(batch["labels"])}
         if self.head is not None:
-            known[TRAINED] = trained_tokens(self.head.wanted(batch["labels"]))
+            known[TRAINED] = trained_places(self.head.wanted(batch["labels"]))
         return batch | known
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -191,8 +191,8 @@ class FullTrainer(Guarded, Trainer):
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         inputs = dict(inputs)
         labels, trained = inputs["labels"], inputs.pop(TRAINED, None)
-        if trained is not None:
-            inputs["labels"] = trained[1]
+        if self.head is not None and trained is not None:
+            inputs["labels"] = self.head.wanted(labels).flatten().index_select(0, trained)
         with self.selecting(labels, trained):
             return super().compute_loss(model, inputs, *rest, **keywords)
 
