@@ -89,6 +89,19 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
         )
 
 
+def refuse_offloaded_activations(plan_need: MemoryNeed, processes: int, machine: Machine) -> None:
+    """Refuse activations in the memory of a host that is too small for them.
+
+    Raises:
+        DoesNotFitError: Naming both sizes.
+    """
+    if processes * plan_need.host > machine.memory_available_bytes:
+        raise DoesNotFitError(
+            f"train.activation_offloading: needs {format_bytes(processes * plan_need.host)} of the host's memory, but "
+            f"{format_bytes(machine.memory_available_bytes)} are free; set a smaller train.micro_batch_size"
+        )
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a process needs on its device, whatever its settings and wherever its state lies."""
@@ -112,6 +125,9 @@ class Needs:
             shared: What is shared out; None: each process holds everything.
             per_parameter: Bytes of weights, gradients and optimizer where the state is shared out on GPUs.
         """
+        if settings.activation_offloading:
+            need = self.of(replace(settings, activation_offloading=False), shared, per_parameter)
+            return memory.offloaded(need, memory.block_inputs(self.shapes, self.footprint, settings))
         if shared is not None and shared.engine == "fsdp2":
             return fsdp2.need(self.shapes, self.footprint, settings, self.device)
         if shared is not None:

@@ -198,7 +198,7 @@ def in_backward_problems(recipe: Recipe, micro_batch_size: int, accumulation: in
 def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
     """Processes that read rows ahead for each training process, where the recipe does not say how many.
 
-    Collating texts takes less than 5 % of a step, decoding a batch of images five times as long as a ViT-base's step on
+    Collating texts takes 5 % of a step at most, decoding a batch of images five times as long as a ViT-base's step on
     an A100 (`bench/collation.py`). On a CPU the training needs the cores itself.
     """
     name = "dataloader_num_workers"

@@ -181,6 +181,8 @@ class Plan(Record):
     """False: the GPU only emulates bf16."""
     weights_dtype: Literal["fp32", "bf16"]
     activation_checkpointing: bool
+    activation_offloading: bool = False
+    """What it keeps lies in the host's memory."""
     can_recompute: bool = True
     """The model offers activation checkpointing."""
     plain_logits: bool = True

@@ -155,6 +155,9 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     if plan.loader_workers:
         # What is forked needs not be pickled, and touches no GPU.
         extra |= {"dataloader_num_workers": plan.loader_workers, "dataloader_multiprocessing_context": "fork"}
+    if plan.activation_offloading:
+        name = "activation_checkpointing_kwargs"
+        extra[name] = {**(extra.get(name) or {}), "offload": True}
     if deepspeed.wanted(recipe):
         extra["deepspeed"] = deepspeed.completed(recipe, plan)
     try:
