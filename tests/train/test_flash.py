@@ -41,7 +41,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernel)
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *_, **__: None)
     monkeypatch.setattr(modeling_utils.PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
-    monkeypatch.setattr(resolve, "refuse_attention", lambda *_: None)  # there is no GPU
+    monkeypatch.setattr(resolve, "refuse_kernels", lambda *_: None)  # there is no GPU
     monkeypatch.setattr("fulltune.train.loop.arguments._KERNELS", {})
     return found
 

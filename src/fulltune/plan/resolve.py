@@ -120,12 +120,14 @@ FLASH = {
 """Kernel to the compute capability that it needs, in words and in numbers."""
 
 
-def refuse_attention(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
-    """Refuse a kernel that the processor or the type of the computations does not allow.
+def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
+    """Refuse kernels that the processor or the type of the computations does not allow.
 
     Raises:
         RecipeError: Naming the setting, what it needs, and what there is.
     """
+    if recipe.train.use_liger_kernel and device == "cpu":
+        raise RecipeError("train.use_liger_kernel: Liger's kernels run on GPUs alone; remove it")
     wanted = recipe.model.attn_implementation or ""
     if wanted not in FLASH:
         return

@@ -104,7 +104,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
             "train.activation_offloading: without a GPU everything is in the host's memory already; remove it"
         )
     precision = resolve.precision(recipe, fleet.machine, device, reasons)
-    resolve.refuse_attention(recipe, fleet.machine, device, precision)
+    resolve.refuse_kernels(recipe, fleet.machine, device, precision)
     optim, rounding = resolve.optimizer(recipe, reasons)
     global_batch = resolve.global_batch(recipe, summary, reasons)
     mixed_rows = summary.rows_per_epoch - summary.splits["train"].rows

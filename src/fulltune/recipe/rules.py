@@ -72,8 +72,6 @@ def of_pairs(recipe: Recipe) -> list[str]:
     """Settings that do not go together."""
     problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe), *_rates_by_tensor(recipe)]
     problems += _preserved(recipe)
-    if recipe.train.torch_compile and (by := recipe.train.deepspeed_by):
-        problems.append(f"train.torch_compile: not yet with {by}; remove one of them")
     if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
         problems.append(SMOOTHING)
     if recipe.train.chunked_loss:

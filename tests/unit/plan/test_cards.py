@@ -165,10 +165,10 @@ def test_an_attention_kernel_that_cannot_be_had_is_refused_with_what_it_needs(
     recipe = with_settings(sizes.bert().recipe, {"model.attn_implementation": kernel})
     there = machine(*([card] if card else []))
     if not problem:
-        resolve.refuse_attention(recipe, there, device, precision)
+        resolve.refuse_kernels(recipe, there, device, precision)
         return
     with pytest.raises(RecipeError) as caught:
-        resolve.refuse_attention(recipe, there, device, precision)
+        resolve.refuse_kernels(recipe, there, device, precision)
     assert caught.value.problems[0].startswith(f"model.attn_implementation: {kernel} ")
     assert problem in caught.value.problems[0]
 
@@ -178,7 +178,7 @@ def test_of_several_cards_the_oldest_says_which_attention_can_be_had() -> None:
         sizes.bert().recipe, {"model.attn_implementation": "flash_attention_2", "train.num_processes": 2}
     )
     with pytest.raises(RecipeError, match="this is Tesla T4"):
-        resolve.refuse_attention(recipe, machine(A100, T4), "cuda", "fp16")
+        resolve.refuse_kernels(recipe, machine(A100, T4), "cuda", "fp16")
 
 
 OFFLOADED = {"activation_checkpointing": True, "activation_offloading": True, "micro_batch_size": 1}

@@ -57,6 +57,8 @@ def _missing_packages(recipe: Recipe) -> list[str]:
     package, install = package_of(recipe.train.optim or "")
     if package and importlib.util.find_spec(package) is None:
         problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
+    if recipe.train.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        problems.append("train.use_liger_kernel: needs a package that is missing; pip install 'fulltune[liger]'")
     kernel = recipe.model.attn_implementation
     of_kernel = _KERNELS.get(kernel or "", ())
     if of_kernel and not any(map(importlib.util.find_spec, of_kernel)):

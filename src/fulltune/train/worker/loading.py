@@ -25,6 +25,7 @@ from fulltune.models import dropout, sharding
 from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head, draw, draw_again
 from fulltune.models.compiled import compile_blocks
+from fulltune.models.liger import put_kernels
 from fulltune.models.load import load
 from fulltune.models.processors import opened
 from fulltune.recipe.preserve import SAMPLES
@@ -178,8 +179,10 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
 
 
 def _make_faster(attempt: AttemptContext, model: Any) -> None:
-    """Compiled blocks, or on a CPU a dropout whose draws cannot be taken into a block's code."""
+    """Liger's kernels, compiled blocks, or on a CPU a dropout whose draws cannot be taken into a block's code."""
     plan = attempt.plan
+    if attempt.recipe.train.use_liger_kernel:
+        put_kernels(model)
     if plan.torch_compile:
         # Packed rows have one length, and images one size.
         same_sizes = attempt.summary.packed or attempt.task.FACTS.reads == "image"
