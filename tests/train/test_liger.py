@@ -45,7 +45,7 @@ def test_liger_is_given_everything_but_the_loss(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="use_liger_kernel: not yet with train.placement: zero2; remove one of them"):
+    with pytest.raises(ValueError, match=r"use_liger_kernel: not yet with train.placement: zero2; remove one of them"):
         recipe(placement="zero2")
     with pytest.raises(ValueError, match="use_liger_kernel and torch_compile both fuse the same; give one of them"):
         recipe(torch_compile=True)

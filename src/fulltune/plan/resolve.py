@@ -335,13 +335,19 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
     return int(ratio * total_steps)
 
 
-def caveats(footprint: Footprint, reasons: Reasons) -> None:
+def caveats(footprint: Footprint, reasons: Reasons, compiled: bool = False) -> None:
     """What the plan's memory rests on, where it is no trace of the model at the data's sizes."""
     if footprint.rough:
         why = f"this model cannot be traced ({footprint.rough}): by a rule of thumb; the dry-run step will tell"
         reasons.add("memory", None, "rough", why)
     if footprint.assumed:
         reasons.add("memory.inputs", None, "assumed", footprint.assumed)
+    if compiled:
+        why = (
+            "the plan's memory and time are those of blocks that are not compiled, and the compiler itself takes host "
+            "memory; the dry run measures what there is"
+        )
+        reasons.add("memory.torch_compile", None, "not counted", why)
 
 
 def notes(footprint: Footprint) -> tuple[str, ...]:

@@ -356,3 +356,12 @@ def test_every_value_has_a_reason_and_each_setting_stands_once() -> None:
     assert by_name["train.seed"].reason == "from the recipe"
     assert not by_name["train.seed"].chosen
     assert by_name["method.learning_rate"].chosen
+
+
+def test_memory_of_compiled_blocks_is_not_counted_and_the_plan_says_so() -> None:
+    plain, compiled = (planned(train={"torch_compile": on}) for on in (False, True))
+    assert compiled.torch_compile
+    assert compiled.memory == plain.memory
+    said = {setting.name: setting.value for setting in compiled.settings}
+    assert said["memory.torch_compile"] == "not counted"
+    assert "memory.torch_compile" not in {setting.name for setting in plain.settings}
