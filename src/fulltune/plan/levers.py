@@ -172,6 +172,8 @@ def _no_recomputing(recipe: Recipe, now: Now) -> str:
 
 
 def _no_activation_offloading(recipe: Recipe, now: Now) -> str:
+    if now.torch_compile:
+        return "it was never tried with torch.compile"
     if isinstance(now, Plan) and now.device == "cpu":
         return "without a GPU everything is in the host's memory"
     return "" if now.activation_checkpointing else "it moves what activation checkpointing keeps"

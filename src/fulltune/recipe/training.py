@@ -277,6 +277,8 @@ def _wrong_kernels(train: TrainBlock) -> list[str]:
     problems = []
     if train.torch_compile and (by := train.deepspeed_by):
         problems.append(f"torch_compile: not yet with {by}; remove one of them")
+    if train.torch_compile and train.activation_offloading:
+        problems.append("torch_compile: not yet with activation_offloading; remove one of them")
     if train.use_liger_kernel and (by := train.shared_by):
         problems.append(f"use_liger_kernel: not yet with {by}; remove one of them")
     if train.use_liger_kernel and train.torch_compile:
