@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -74,6 +75,8 @@ def main() -> int:
     if given.part:
         _run_part(given.part, folder, given.seconds)
         return 0
+    # A part that is running ends with this command, however it is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on"))
     seen = _looked(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "here.json").write_text(json.dumps(seen.as_json()), encoding="utf-8")
@@ -82,7 +85,10 @@ def main() -> int:
     for note in here.notes(seen):
         print("\n".join(textwrap.wrap(note, 80, initial_indent="- ", subsequent_indent="  ")))
     decisions = parts.decide(seen)
-    found = day.run(folder, seen, decisions, given.only, given.again, given.minutes, page.markdown, _say)
+    try:
+        found = day.run(folder, seen, decisions, given.only, given.again, given.minutes, page.markdown, _say)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
     results = [day.result_of(found, one.part.name, seen.key) for one in decisions if one.part.name in given.only]
     print(f"the page: {given.folder / day.PAGE}")
     return 0 if all(result is None or day.is_good(result) for result in results) else 1

@@ -25,6 +25,8 @@ from fulltune.train.parent import spawn
 ROOT = Path(__file__).resolve().parents[2]
 FILE, PAGE = "gpu_day.json", "gpu_day.md"
 FINISHED = "done"
+LEAST_SECONDS = 10
+"""With less left of the whole run no part begins."""
 Figures = Mapping[str, float | int | str | None]
 """Names with their units at the end; None: not measured."""
 
@@ -149,18 +151,16 @@ def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here)
     part = decision.part
     limit = min(60 * (part.minutes if decision.how == "card" else STAND_IN_MINUTES), seconds_left)
     base = {"part": part.name, "how": decision.how, "date": datetime.date.today().isoformat()}
-    if limit < 10:
+    if seconds_left < LEAST_SECONDS:
         return base | {"status": "not begun", "reason": f"the {MINUTES:.0f} minutes are over", "seconds": 0, "rows": []}
     rows = folder / "parts" / f"{part.name}.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
     rows.unlink(missing_ok=True)
     log = rows.with_suffix(".log")
-    command = [sys.executable, "-m", "bench.gpu_day", "--part", part.name, "--folder", str(folder)]
-    command += ["--seconds", f"{limit:.0f}"]
     began = time.monotonic()
     with log.open("w", encoding="utf-8") as out:
         child = subprocess.Popen(
-            command,
+            command_of(part.name, folder, limit),
             cwd=ROOT,
             env=environment(here, part.cards),
             stdout=out,
@@ -175,6 +175,12 @@ def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here)
             child.wait()
     seconds = round(time.monotonic() - began, 1)
     return base | {"status": status, "reason": reason, "seconds": seconds, "rows": lines_of(rows)}
+
+
+def command_of(part: str, folder: Path, seconds: float) -> list[str]:
+    """The part's own process."""
+    given = ["--part", part, "--folder", str(folder), "--seconds", f"{seconds:.0f}"]
+    return [sys.executable, "-m", "bench.gpu_day", *given]
 
 
 def _awaited(child: subprocess.Popen[bytes], limit: float, log: Path) -> tuple[str, str]:

@@ -88,7 +88,7 @@ LADDER = ("limit_bytes", "peak_bytes", "attempts", "rows_at_first", "rows_at_las
 
 
 def ladder(here: Here, folder: Path, rows: Rows) -> None:
-    """A plan that is made to believe in 32 rows at once, under a limit that is held by torch, or on a CPU by the kernel.
+    """A plan that is made to believe in 32 rows at once, under a limit that torch, or on a CPU the kernel, enforces.
 
     The attention scores of 32 rows of 512 tokens alone are above it; the run must end well with fewer rows at once.
     """
@@ -224,11 +224,11 @@ def _one_large(here: Here, shape: Cell, way: Way, plan: dict[str, Any], folder: 
     fits = plan["device_bytes"] <= LIMIT_BYTES
     figures: dict[str, Any] = dict.fromkeys(LARGE) | {
         "planned_bytes": plan["device_bytes"],
-        "planned_host_bytes": plan["host_bytes"],
+        "planned_host_bytes": plan["host_bytes"] or "-",
         "in_24_GB": "yes" if fits else "no",
     }
-    reason = _left_out(here, shape, way, plan, rows)
-    if reason:
+    reason = _left_out(here, way, plan, rows) if here.cards else ""
+    if reason or not here.cards:
         rows.add(case, figures, None, reason)
         return
     limited = {"memory_limit": LIMIT} if fits else {}
@@ -242,9 +242,8 @@ def _one_large(here: Here, shape: Cell, way: Way, plan: dict[str, Any], folder: 
     rows.add(case, figures, ok, found.get("problem") or note)
 
 
-def _left_out(here: Here, shape: Cell, way: Way, plan: dict[str, Any], rows: Rows) -> str:
-    if not here.cards:
-        return "no card" if plan["device_bytes"] <= LIMIT_BYTES else "no card; a card of 24 GB is too small"
+def _left_out(here: Here, way: Way, plan: dict[str, Any], rows: Rows) -> str:
+    """Why a row is not measured on this card; empty: it is."""
     is_zero, file = "placement" in way.settings, int(plan["file_bytes"])
     wanted = Wanted(
         "bf16",
