@@ -29,14 +29,14 @@ class Part:
 
 
 PARTS = (
-    Part("tests", "tests/gpu", "The tests that need a card.", 3, 2 * GIB),
+    Part("tests", "tests/gpu", "The tests that need a card.", 2.5, 2 * GIB),
     Part("selfcheck", "fulltune selfcheck", "Precision, kernels, resuming, compiling.", 2, GIB),
     Part("quickstart", "The quickstart", "The first command of the README, on the card.", 2, 3 * GIB),
-    Part("precision", "bf16 and fp16 against fp32", "The same training in each type, step by step.", 2.5, GIB),
+    Part("precision", "bf16 and fp16 against fp32", "The same training in each type, step by step.", 1.5, GIB),
     Part("speed", "Speed against transformers and TRL", "All in turn on the same rows and card.", 3.5, 8 * GIB, True),
     Part("memory", "Memory planned and measured", "Two whole steps of random weights.", 4, 4 * GIB, True),
     Part("ladder", "Memory that runs out", "A plan that promises too much, under a limit.", 1.5, 6 * GIB, True),
-    Part("large", "1 B to 8 B parameters", "Random weights; as on a card of 24 GB.", 4.5, 12 * GIB, True),
+    Part("large", "1 B to 8 B parameters", "Random weights; as on a card of 24 GB.", 5.5, 12 * GIB, True),
     Part("processes", "Two cards", "NCCL, and each placement against one process.", 2, 4 * GIB, True, cards=2),
 )
 MINUTES = 25.0

@@ -20,7 +20,7 @@ from bench.memory_prediction import TIED, Cell, _cell
 from fulltune.plan.memory import CUDA_CONTEXT_BYTES
 
 PLACES = (("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2))
-LARGE = _cell("llama 140 M", "llama", (576, 30, 49152), (4, 512), config=TIED, heads=9)
+LARGE = _cell("llama 150 M", "llama", (576, 30, 49152), (4, 512), config=TIED, heads=9)
 TINY = _cell("tiny llama", "llama", (64, 2, 2000), (2, 32))
 FIGURES = ("planned_bytes", "highest_bytes", "planned_error", "largest_loss_error", "tokens_per_second")
 BOUND = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}

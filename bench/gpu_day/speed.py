@@ -27,7 +27,7 @@ from bench.memory_prediction import TIED, Cell, _cell
 OURS = "fulltune"
 LEAST_REPEATS, MOST_REPEATS = 2, 5
 RACES = {
-    "llama 140 M": (
+    "llama 150 M": (
         _cell("speed-llama", "llama", (576, 30, 49152), (8, 512), config=TIED, heads=9),
         (OURS, "trainer-tuned", "trl"),
         30,
@@ -90,7 +90,7 @@ def _race(
 def _prepared(here: Here, cell: Cell, steps: int, folder: Path) -> Path:
     """A run folder with rows of many lengths, prepared and planned by fulltune."""
     device = "cuda" if here.cards else "cpu"
-    extra = {"oversubscribe": False, "chunked_loss": None, "activation_checkpointing": None}
+    extra = {"oversubscribe": False, "chunked_loss": None}
     recipe = write_recipe(
         cell, "single", 1, folder, save_random, device=device, max_steps=None, num_train_epochs=1, **extra
     )
