@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_day.here import Here
-from bench.gpu_day.parts import MINUTES, STAND_IN_MINUTES, Decision
+from bench.gpu_day.parts import STAND_IN_MINUTES, Decision
 
 from fulltune.files import append_line, lines_of, write_json, write_text
 from fulltune.selfcheck.page import without_names
@@ -152,7 +152,7 @@ def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here)
     limit = min(60 * (part.minutes if decision.how == "card" else STAND_IN_MINUTES), seconds_left)
     base = {"part": part.name, "how": decision.how, "date": datetime.date.today().isoformat()}
     if seconds_left < LEAST_SECONDS:
-        return base | {"status": "not begun", "reason": f"the {MINUTES:.0f} minutes are over", "seconds": 0, "rows": []}
+        return base | {"status": "not begun", "reason": "the minutes of this run are over", "seconds": 0, "rows": []}
     rows = folder / "parts" / f"{part.name}.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
     rows.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ def markdown(day: Mapping[str, Any]) -> str:
     results = [_result(day, part.name) for part in PARTS]
     lines = ["# fulltune gpu-day", "", _verdict(here, results), ""]
     lines += [f"- {note}." for note in notes(here)]
+    lines += [f"- Not as it should be: {said}." for said in _wrong(results)]
     lines += ["", "| here | |", "|---|---|", *_facts(here)]
     for part, result in zip(PARTS, results, strict=True):
         lines += ["", f"## {part.title}", "", f"{part.what} {_how(result)}"]
@@ -53,6 +54,13 @@ def _verdict(here: Here, results: Sequence[Mapping[str, Any]]) -> str:
     said = f"{done} of {len(results)} parts ran {where}. "
     said += f"{len(values) - missing} figures, {missing} not measured; {len(wrong)} not as they should be"
     return f"{said}. {sum(result['seconds'] for result in results) / 60:.1f} minutes."
+
+
+def _wrong(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each measurement that is not as it should be, with its part."""
+    titles = [(part.title, result["rows"]) for part, result in zip(PARTS, results, strict=True)]
+    bad = [(title, row) for title, rows in titles for row in rows if row["ok"] is False]
+    return [f"{title}, {row['case']}" + (f": {row['note']}" if row["note"] else "") for title, row in bad]
 
 
 def _facts(here: Here) -> list[str]:
