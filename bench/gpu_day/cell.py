@@ -38,7 +38,7 @@ def measured(cell: Cell, folder: Path, seconds: float, **train: Any) -> dict[str
 
     Returns:
         `planned_bytes`, `planned_host_bytes`; `growth_bytes` of what the plan foresees; on a GPU `allocated_bytes`,
-        `reserved_bytes` and `outside_bytes`; `host_bytes`, `tokens_per_second`; or `problem`.
+        `reserved_bytes` and `outside_bytes`; `host_bytes`, `tokens_per_second`; or `problem`; or `left_out`: the plan says that it does not fit here.
     """
     given = json.dumps({"cell": asdict(cell), "train": train})
     command = [sys.executable, "-m", "bench.gpu_day.cell", str(folder), given]
@@ -111,7 +111,7 @@ def _work(folder: Path, cell: Cell, train: dict[str, Any]) -> dict[str, Any]:
     try:
         plan = pipeline.run(job, "plan").plan
     except DoesNotFitError as error:
-        return {"problem": error.problems[0]}
+        return {"left_out": error.problems[0]}
     assert plan is not None
     assert plan.memory is not None
     planned = max(size for phase, size in plan.memory.phases.items() if phase in SEEN)

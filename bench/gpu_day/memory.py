@@ -66,15 +66,18 @@ def grid(here: Here, folder: Path, rows: Rows) -> None:
         _show(here, cell.name, measured(cell, folder / f"{number}", CELL_SECONDS, device=device), rows)
 
 
-def _show(here: Here, case: str, found: dict[str, Any], rows: Rows, more: str = "") -> None:
+def _show(here: Here, case: str, found: dict[str, Any], rows: Rows) -> None:
     """A row of planned and measured bytes."""
+    if "left_out" in found:
+        rows.add(case, dict.fromkeys(FIGURES), None, found["left_out"])
+        return
     problem = found.get("problem", "")
     if here.cards:
         errors = against_plan(found)
         figures = {name: found.get(name) for name in FIGURES} | errors
         error = errors["planned_error"]
         ok = False if problem else error is not None and LEAST_ERROR <= error <= MOST_ERROR
-        rows.add(case, figures, ok, "; ".join(filter(None, (problem, more))))
+        rows.add(case, figures, ok, problem)
         return
     said = problem or (
         f"on the CPU: {found['planned_bytes'] / 1e6:,.0f} MB planned, {found['growth_bytes'] / 1e6:,.0f} MB measured"
@@ -249,6 +252,9 @@ def _one_large(here: Here, shape: Cell, way: Way, plan: dict[str, Any], folder: 
     limited = {"memory_limit": LIMIT} if fits else {}
     cell = replace(shape, weights_dtype=way.weights_dtype)
     found = measured(cell, folder / "cell", LARGE_SECONDS, device="cuda", **limited, **way.settings)
+    if "left_out" in found:
+        rows.add(case, figures, None, found["left_out"])
+        return
     figures |= {name: found[name] for name in LARGE if found.get(name)}
     figures["planned_error"] = against_plan(found)["planned_error"]
     used = found.get("reserved_bytes", 0) + found.get("outside_bytes", 0)

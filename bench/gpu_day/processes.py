@@ -49,7 +49,7 @@ def two(here: Here, folder: Path, rows: Rows) -> None:
             rows.add(case, dict.fromkeys(FIGURES), False, run)
             continue
         alone = alone or run["losses"]
-        largest = max(abs(run["losses"][step] / loss - 1) for step, loss in alone.items())
+        largest = max(abs(run["losses"][step] / alone[step] - 1) for step in alone)
         figures = {name: run.get(name) for name in FIGURES} | {"largest_loss_error": largest}
         good = largest <= BOUND[precision]
         if here.cards:

@@ -60,7 +60,7 @@ def test_grid_says_why_a_cell_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
 
     def measured(one: Any, *_: Any, **__: Any) -> dict[str, Any]:
         asked.append(one.precision)
-        return {"problem": "does not fit"}
+        return {"problem": "crashed"} if one.precision == "fp16" else {"left_out": "needs 20 GiB, 14 GiB are free"}
 
     monkeypatch.setattr(memory, "measured", measured)
 
@@ -70,7 +70,9 @@ def test_grid_says_why_a_cell_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(asked) == {"fp32", "fp16"}
     found = written(rows)
     assert found["bert 110 M, bf16"]["note"] == "no bf16 (compute capability 7.5, it needs 8.0)"
-    assert (found["bert 110 M, fp32"]["ok"], found["bert 110 M, fp32"]["note"]) == (False, "does not fit")
+    small, crashed = found["bert 110 M, fp32"], found["bert 110 M, fp16"]
+    assert (small["ok"], small["note"]) == (None, "needs 20 GiB, 14 GiB are free")
+    assert (crashed["ok"], crashed["note"]) == (False, "crashed")
     assert {row["note"] for row in written(late).values()} == {"no time was left for it"}
     assert all(value is None for row in found.values() for value in row["figures"].values())
 
