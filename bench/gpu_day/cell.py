@@ -38,7 +38,8 @@ def measured(cell: Cell, folder: Path, seconds: float, **train: Any) -> dict[str
 
     Returns:
         `planned_bytes`, `planned_host_bytes`; `growth_bytes` of what the plan foresees; on a GPU `allocated_bytes`,
-        `reserved_bytes` and `outside_bytes`; `host_bytes`, `tokens_per_second`; or `problem`; or `left_out`: the plan says that it does not fit here.
+        `reserved_bytes` and `outside_bytes`; `host_bytes`, `tokens_per_second`; or `problem`;
+        or `left_out`, where the plan says that it does not fit.
     """
     given = json.dumps({"cell": asdict(cell), "train": train})
     command = [sys.executable, "-m", "bench.gpu_day.cell", str(folder), given]
