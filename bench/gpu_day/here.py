@@ -149,7 +149,7 @@ def look(folder: Path) -> Here:
     cards = tuple(map(_card, range(torch.cuda.device_count()))) if seen else ()
     return Here(
         cards=cards,
-        driver=f"ROCm {torch.version.hip}" if torch.version.hip else _driver(),
+        driver=f"ROCm {torch.version.hip}" if cards and torch.version.hip else _driver(),
         torch=torch.__version__,
         torch_cuda=torch.version.cuda or "",
         fulltune=_fulltune(),
