@@ -90,7 +90,7 @@ def _tiny_recipe(folder: Path) -> Path:
     tiny.save_bert(folder / "model")
     tiny.write_rows(folder / "rows.csv", 120)
     recipe = folder / "recipe.yaml"
-    train = {"num_train_epochs": 8, "global_batch_size": 8}
+    train = {"num_train_epochs": 4, "global_batch_size": 8}
     values = {"model": str(folder / "model"), "task": "text-classification", "data": {"train": "rows.csv"}}
     values |= {"method": {"kind": "full", "learning_rate": 5e-3}, "train": train, "output": "."}
     recipe.write_text(json.dumps(values), encoding="utf-8")
