@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart chat-example test test-fast test-long lint types docs clean
+.PHONY: quickstart chat-example test test-fast test-long gpu-day lint types docs clean
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -47,6 +47,11 @@ faults: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/clean_steps.py count runs/clean
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/kill_resume.py --kills 50
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/kill_resume.py --kills 50 --processes 2
+
+# All that needs a GPU, in at most 25 minutes, as a page; without one it runs to its end and measures nothing of a GPU.
+# Goes on where it stopped; PARTS="--again memory speed" runs these anew.
+gpu-day: $(VENV)/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.gpu_day $(PARTS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
