@@ -127,14 +127,18 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     rows, value = memory.train_sequences(footprint, settings), memory.BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # parts that earlier micro batches left
     copies = SENT[device]
+    length = settings.longest_tokens
     traced = [
-        (one.place, memory.in_pieces(one.bytes(rows, settings.longest_tokens), shapes, settings, device, 0))
+        (one.place, memory.in_pieces(one.bytes(rows, length), shapes, settings, device, rows * length, 0))
         for one in variant.first
     ]
     # What the head leaves in the root: that of a vocabulary, where there are logits.
     head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0)
     head = value * shapes.vocab_size * shapes.hidden_size if any(one["logits"] for _, one in traced) else head
     left = 0 if units.kept else min(units.root, head)
+    # A loss in pieces adds the head's gradient up in fp32, in the forward pass; in the backward pass it is that of the
+    # head, or a copy of it in the weights' type is.
+    summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
     found: list[_Held] = []
     for place, passing in traced:
         reduced = max(before, min(1.0, passing["gradients"] / (value * shapes.num_parameters)))
@@ -145,11 +149,14 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             whole = (units.root, units.apart)
             found.append(_Held(without, 1.0, whole, whole, (units.block,)))
         elif place == "backward head":
-            tensors = (units.root, units.kept)
-            found.append(_Held(without, before, tensors, (units.kept or left,), (units.block,)))
+            tensors, gradients = (units.root, units.kept), (units.kept or left, summed if value < 4 else 0)
+            found.append(_Held(no_logits if summed else without, before, tensors, gradients, (units.block,)))
         else:
             found += _block(without, reduced, units, left, copies, units.block)
-        if place in ("backward head", "forward loss"):  # then the last block, whose activations all are there still
+        if place in ("backward head", "forward loss"):
+            if summed:
+                found.append(_Held(without, before, (units.root, units.kept), (summed,)))
+            # Then the last block, whose activations all are there still
             found += _block(no_logits, before, units, left, copies, units.kept or units.block)
             sent = (units.kept,) * copies
             found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*sent, units.block)))

@@ -1,0 +1,130 @@
+"""Planned memory of each of N GPUs against torch's own tracker on a process group that does not exist.
+
+    python bench/fake_ranks.py [--set grid|others] [--only NAME ...] [--ranks N ...] [--records FILE] [--show] [--kinds]
+
+Each cell runs two training steps of one of N processes in a process of its own, on tensors without values
+(`tests/invariant/fake_ranks.py`): any number of ranks and any size of model, in seconds, on a CPU. Both figures are
+bytes of tensors: what a GPU takes beyond them is in neither. The plan was repaired while the cells of the set `grid`
+were looked at; those of the set `others` were run afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+# The benches are no installed package, nor are the tests: they are found by the path that was set above.
+from tests.invariant.fake_ranks import Cell, planned, sizes_of, tracked  # noqa: E402
+
+MIB = 2**20
+MOST_OFF, MOST_BELOW = 0.05, 0.02
+RANKS = (1, 8, 64)
+
+
+def _llama(hidden: int, layers: int, heads: int, shared_heads: int, inner: int, vocabulary: int) -> dict[str, Any]:
+    names = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    names |= {"num_key_value_heads": shared_heads, "intermediate_size": inner, "vocab_size": vocabulary}
+    return names | {"max_position_embeddings": 8192}
+
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "135M": ("llama", _llama(576, 30, 9, 3, 1536, 49152) | {"tie_word_embeddings": True}),
+    "1.1B": ("llama", _llama(2048, 22, 32, 4, 5632, 32000)),
+    "6.7B": ("llama", _llama(4096, 32, 32, 32, 11008, 32000)),
+}
+"""SmolLM2-135M, TinyLlama and Llama 2 by their configs."""
+TYPES = ({"precision": "bf16", "weights_dtype": "fp32"}, {"precision": "bf16", "weights_dtype": "bf16"})
+
+
+def grid() -> Iterator[tuple[str, Cell]]:
+    """The cells that were looked at while the plan was repaired."""
+    for name, types, recomputed, batch in itertools.product(MODELS, TYPES, (False, True), ((1, 512), (4, 1024))):
+        kind, config = MODELS[name]
+        for ranks in RANKS:
+            more = {"recomputed": recomputed, "rows": batch[0], "length": batch[1], **types}
+            if ranks == 1 and batch[0] == 1:  # as a run is on one GPU
+                yield name, Cell(kind, config, shared=False, **more)
+            yield name, Cell(kind, config, ranks=ranks, **more)
+
+
+def others() -> Iterator[tuple[str, Cell]]:
+    yield from ()
+
+
+SETS = {"grid": grid, "others": others}
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """In a process of its own, which has the libraries already."""
+    begun = time.perf_counter()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return {"tracked": pool.apply(tracked, (cell,)), "seconds": round(time.perf_counter() - begun, 1)}
+
+
+def model_of(cell: Cell) -> str:
+    """Tells models that are traced alike."""
+    return json.dumps([cell.kind, cell.config, cell.task, cell.precision, cell.weights_dtype])
+
+
+def show(known: dict[str, Any], kinds: bool) -> None:
+    """A line for each cell, and how many are within the bar."""
+    head = f"{'model':<7}{'ranks':>6} {'weights':<8}{'again':<6}{'batch':>8} {'pieces':<7}"
+    print(f"{head}{'tracked, MiB':>13}{'planned, MiB':>13}{'ratio':>8}")
+    inside = []
+    for one in known["cells"].values():
+        cell = Cell(**one["cell"])
+        need = planned(cell, known["models"][model_of(cell)])
+        total, peak = one["tracked"]["Total"], need.phases["step"]
+        ratio = peak / total
+        inside.append(1 - MOST_BELOW <= ratio <= 1 + MOST_OFF)
+        ranks = f"{cell.ranks}" if cell.shared else "whole"
+        begin = f"{one['name']:<7}{ranks:>6} {cell.weights_dtype:<8}{'yes' if cell.recomputed else 'no':<6}"
+        begin += f"{f'{cell.rows}x{cell.length}':>8} {'yes' if cell.in_pieces else 'no':<7}"
+        print(f"{begin}{total / MIB:>13,.0f}{peak / MIB:>13,.0f}{ratio:>8.3f}{'' if inside[-1] else ' *'}")
+        if kinds:
+            print("   ", {name: round(size / MIB) for name, size in one["tracked"].items()})
+            print("   ", {name: round(size / MIB) for name, size in need.kinds.items()})
+    print(f"{sum(inside)} of {len(inside)} cells at most {MOST_BELOW:.0%} below and {MOST_OFF:.0%} above")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=SETS, default="grid")
+    parser.add_argument("--only", nargs="*", default=None, help="names of models")
+    parser.add_argument("--ranks", nargs="*", type=int, default=None)
+    parser.add_argument("--records", type=Path, default=Path(tempfile.gettempdir()) / "fulltune-fake-ranks.json")
+    parser.add_argument("--show", action="store_true", help="measure nothing")
+    parser.add_argument("--kinds", action="store_true", help="of memory as well")
+    chosen = parser.parse_args()
+    known: dict[str, Any] = {"models": {}, "cells": {}}
+    if chosen.records.exists():
+        known = json.loads(chosen.records.read_text(encoding="utf-8"))
+    for name, cell in SETS[chosen.set]() if not chosen.show else ():
+        key = json.dumps(asdict(cell))
+        left_out = chosen.only is not None and name not in chosen.only
+        if key in known["cells"] or left_out or (chosen.ranks is not None and cell.ranks not in chosen.ranks):
+            continue
+        if model_of(cell) not in known["models"]:
+            known["models"][model_of(cell)] = sizes_of(cell)
+        known["cells"][key] = {"name": name, "cell": asdict(cell), **measure(cell)}
+        chosen.records.write_text(json.dumps(known), encoding="utf-8")
+        print(name, cell.ranks, known["cells"][key]["tracked"]["Total"] // MIB, known["cells"][key]["seconds"], flush=True)
+    show(known, chosen.kinds)
+
+
+if __name__ == "__main__":
+    main()
