@@ -1,9 +1,8 @@
 """What one of N processes holds in training steps, of which only one exists: its tensors have shapes and no values.
 
-`python -m tests.invariant.fake_ranks '{"kind": "llama", ...}'` runs a cell in a process of its own, as a process group
-is for good: the group is torch's `fake` one, which sends nothing, the model is shared out by the code that a run has
-(`models.sharding`, transformers), and torch's own trackers count each block of memory. Tests and `bench/fake_ranks.py`
-use it.
+`python -m tests.invariant.fake_ranks '[{"kind": "llama", ...}, ...]'` runs cells in a process of its own: its group is
+torch's `fake` one, which sends nothing, the model is shared out by the code that a run has (`models.sharding`,
+transformers), and torch's own trackers count each block of memory. Tests and `bench/fake_ranks.py` use it.
 
 Two steps as a run makes them on a GPU: loss (whole or in pieces), backward pass, clipping, fused AdamW. What is left
 out is that of a GPU alone: its context, its allocator's gaps, what NCCL and the kernels keep.
@@ -153,6 +152,7 @@ def tracked(cell: Cell) -> dict[str, int]:
         model = share_out(model)
         if cell.recomputed:
             model.activation_checkpointing_enable()
+        model.config.use_cache = False  # as the Trainer has it
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         unvalued = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
@@ -209,8 +209,12 @@ def _micro_batch(cell: Cell, case: Case, model: Any, batch: dict[str, Any]) -> N
 
 
 def main() -> None:
-    """Print what is tracked of the cell that the arguments give."""
-    print(json.dumps(tracked(Cell(**json.loads(sys.argv[1])))))
+    """Print what is tracked of the cells that the argument gives."""
+    found = []
+    for one in json.loads(sys.argv[1]):
+        found.append(tracked(Cell(**one)))
+        dist.destroy_process_group()
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
