@@ -61,8 +61,41 @@ def grid() -> Iterator[tuple[str, Cell]]:
             yield name, Cell(kind, config, ranks=ranks, **more)
 
 
+_BERT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_T5 = {"d_model": 1024, "num_layers": 24, "num_heads": 16, "d_ff": 4096, "vocab_size": 32128}
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Qwen2": ("qwen2", _llama(896, 24, 14, 2, 4864, 151936) | {"tie_word_embeddings": True}, "causal-lm"),
+    "8B": ("llama", _llama(4096, 32, 32, 8, 14336, 128256), "causal-lm"),
+    "GPT-2": ("gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}, "causal-lm"),
+    "1.1B": (*MODELS["1.1B"], "causal-lm"),
+    "BERT": ("bert", _BERT, "text-classification"),
+    "T5": ("t5", _T5, "seq2seq"),
+}
+"""Qwen2-0.5B, Llama 3 8B, GPT-2 medium, TinyLlama, BERT large and T5 large by their configs."""
+_PLAIN, _NARROW, _FP32 = {}, {"weights_dtype": "bf16"}, {"precision": "fp32"}
+_AGAIN, _WHOLE = {"recomputed": True}, {"in_pieces": False}
+UNSEEN: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
+    *(("Qwen2", 8, 2, 768, one) for one in (_PLAIN, _NARROW | _AGAIN, _WHOLE)),
+    *(("Qwen2", 64, 2, 768, one) for one in (_AGAIN, _NARROW)),
+    *(("8B", 8, 1, 2048, one) for one in (_AGAIN, _NARROW, _NARROW | _AGAIN | _WHOLE)),
+    *(("8B", 64, 1, 2048, one) for one in (_AGAIN, _NARROW | _AGAIN)),
+    *(("GPT-2", 8, 2, 512, one) for one in (_FP32 | _WHOLE, _AGAIN)),
+    ("1.1B", 8, 2, 512, _AGAIN | {"accumulation": 2}),
+    ("1.1B", 2, 3, 640, _WHOLE),
+    *(("BERT", 8, 8, 384, one) for one in (_PLAIN, _NARROW)),
+    ("BERT", 64, 8, 384, _FP32 | _AGAIN),
+    ("BERT", 2, 32, 128, _FP32),
+    *(("T5", 8, 4, 256, one) for one in (_PLAIN, _FP32 | _WHOLE)),
+    ("T5", 64, 4, 256, _AGAIN),
+)
+"""Name, ranks, rows, length and what is otherwise than in the usual cell."""
+
+
 def others() -> Iterator[tuple[str, Cell]]:
-    yield from ()
+    """Cells that nobody looked at before."""
+    for name, ranks, rows, length, more in UNSEEN:
+        kind, config, task = OTHERS[name]
+        yield name, Cell(kind, config, task, ranks, rows=rows, length=length, **more)
 
 
 SETS = {"grid": grid, "others": others}
@@ -80,14 +113,14 @@ def model_of(cell: Cell) -> str:
     return json.dumps([cell.kind, cell.config, cell.task, cell.precision, cell.weights_dtype])
 
 
-def show(known: dict[str, Any], kinds: bool) -> None:
+def show(models: dict[str, Any], cells: list[dict[str, Any]], kinds: bool) -> None:
     """A line for each cell, and how many are within the bar."""
     head = f"{'model':<7}{'ranks':>6} {'weights':<8}{'again':<6}{'batch':>8} {'pieces':<7}"
     print(f"{head}{'tracked, MiB':>13}{'planned, MiB':>13}{'ratio':>8}")
     inside = []
-    for one in known["cells"].values():
+    for one in cells:
         cell = Cell(**one["cell"])
-        need = planned(cell, known["models"][model_of(cell)])
+        need = planned(cell, models[model_of(cell)])
         total, peak = one["tracked"]["Total"], need.phases["step"]
         ratio = peak / total
         inside.append(1 - MOST_BELOW <= ratio <= 1 + MOST_OFF)
@@ -113,17 +146,17 @@ def main() -> None:
     known: dict[str, Any] = {"models": {}, "cells": {}}
     if chosen.records.exists():
         known = json.loads(chosen.records.read_text(encoding="utf-8"))
-    for name, cell in SETS[chosen.set]() if not chosen.show else ():
-        key = json.dumps(asdict(cell))
+    cells = {json.dumps(asdict(cell)): (name, cell) for name, cell in SETS[chosen.set]()}
+    for key, (name, cell) in cells.items() if not chosen.show else ():
         left_out = chosen.only is not None and name not in chosen.only
         if key in known["cells"] or left_out or (chosen.ranks is not None and cell.ranks not in chosen.ranks):
             continue
         if model_of(cell) not in known["models"]:
             known["models"][model_of(cell)] = sizes_of(cell)
-        known["cells"][key] = {"name": name, "cell": asdict(cell), **measure(cell)}
+        known["cells"][key] = found = {"name": name, "cell": asdict(cell), **measure(cell)}
         chosen.records.write_text(json.dumps(known), encoding="utf-8")
-        print(name, cell.ranks, known["cells"][key]["tracked"]["Total"] // MIB, known["cells"][key]["seconds"], flush=True)
-    show(known, chosen.kinds)
+        print(name, cell.ranks, found["tracked"]["Total"] // MIB, "MiB", found["seconds"], "s", flush=True)
+    show(known["models"], [known["cells"][key] for key in cells if key in known["cells"]], chosen.kinds)
 
 
 if __name__ == "__main__":

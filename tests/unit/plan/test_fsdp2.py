@@ -77,7 +77,9 @@ def test_state_is_shared_out_and_a_block_is_whole_on_a_gpu(processes: int) -> No
 
 
 def test_a_blocks_gradients_are_whole_when_its_activations_are_gone() -> None:
-    found = fsdp2.need(SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), replace(SETTINGS, num_processes=10**6), "cuda")
+    found = fsdp2.need(
+        SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), replace(SETTINGS, num_processes=10**6), "cuda"
+    )
     assert (found.kinds["gradients"], found.kinds["activations"]) == (4 * BLOCK, 0)
     # Blocks that differ: nothing tells how many of its gradients are there.
     other = SHAPES.units.model_copy(update={"freed": NUM_BLOCKS * BLOCK - M}) if SHAPES.units else None
@@ -114,7 +116,9 @@ def test_gradient_of_a_tied_head_lies_in_the_root_beside_a_norm_that_is_kept() -
     shapes = SHAPES.model_copy(update={"units": units, "num_parameters": P + 1000})
     moment = footprint(20 * M, "backward 0:last", 4 * (1000 + words) + 4 * BLOCK / 2)
     with_logits = moment.variants[0].first[0].model_copy(update={"place": "backward head"})
-    with_logits = with_logits.model_copy(update={"coefficients": with_logits.coefficients | {"logits": (1,) + (0,) * 5}})
+    with_logits = with_logits.model_copy(
+        update={"coefficients": with_logits.coefficients | {"logits": (1,) + (0,) * 5}}
+    )
     variant = moment.variants[0].model_copy(update={"first": (*moment.variants[0].first, with_logits)})
     found = fsdp2.need(shapes, moment.model_copy(update={"variants": (variant,)}), SETTINGS, "cuda")
     assert found.kinds["gradients"] == pytest.approx(4 * words + 4 * BLOCK / 2, abs=4000)
