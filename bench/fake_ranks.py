@@ -62,7 +62,14 @@ def grid() -> Iterator[tuple[str, Cell]]:
 
 
 _BERT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-_T5 = {"d_model": 1024, "num_layers": 24, "num_heads": 16, "d_ff": 4096, "vocab_size": 32128}
+_T5 = {
+    "d_model": 1024,
+    "num_layers": 24,
+    "num_heads": 16,
+    "d_ff": 4096,
+    "vocab_size": 32128,
+    "decoder_start_token_id": 0,
+}
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Qwen2": ("qwen2", _llama(896, 24, 14, 2, 4864, 151936) | {"tie_word_embeddings": True}, "causal-lm"),
     "8B": ("llama", _llama(4096, 32, 32, 8, 14336, 128256), "causal-lm"),
@@ -108,11 +115,6 @@ def measure(cell: Cell) -> dict[str, Any]:
         return {"tracked": pool.apply(tracked, (cell,)), "seconds": round(time.perf_counter() - begun, 1)}
 
 
-def model_of(cell: Cell) -> str:
-    """Tells models that are traced alike."""
-    return json.dumps([cell.kind, cell.config, cell.task, cell.precision, cell.weights_dtype])
-
-
 def show(models: dict[str, Any], cells: list[dict[str, Any]], kinds: bool) -> None:
     """A line for each cell, and how many are within the bar."""
     head = f"{'model':<7}{'ranks':>6} {'weights':<8}{'again':<6}{'batch':>8} {'pieces':<7}"
@@ -120,7 +122,7 @@ def show(models: dict[str, Any], cells: list[dict[str, Any]], kinds: bool) -> No
     inside = []
     for one in cells:
         cell = Cell(**one["cell"])
-        need = planned(cell, models[model_of(cell)])
+        need = planned(cell, models[cell.model])
         total, peak = one["tracked"]["Total"], need.phases["step"]
         ratio = peak / total
         inside.append(1 - MOST_BELOW <= ratio <= 1 + MOST_OFF)
@@ -151,8 +153,8 @@ def main() -> None:
         left_out = chosen.only is not None and name not in chosen.only
         if key in known["cells"] or left_out or (chosen.ranks is not None and cell.ranks not in chosen.ranks):
             continue
-        if model_of(cell) not in known["models"]:
-            known["models"][model_of(cell)] = sizes_of(cell)
+        if cell.model not in known["models"]:
+            known["models"][cell.model] = sizes_of(cell)
         known["cells"][key] = found = {"name": name, "cell": asdict(cell), **measure(cell)}
         chosen.records.write_text(json.dumps(known), encoding="utf-8")
         print(name, cell.ranks, found["tracked"]["Total"] // MIB, "MiB", found["seconds"], "s", flush=True)

@@ -32,8 +32,9 @@ from transformers.distributed.utils import TransformersDeviceMesh
 
 from fulltune.footprint import watch
 from fulltune.footprint.case import Case, batch_of, build
+from fulltune.footprint.formulas import traced
 from fulltune.footprint.records import Footprint
-from fulltune.footprint.trace import Preparing, trace
+from fulltune.footprint.trace import Preparing
 from fulltune.inference.run import autocast, logits_of
 from fulltune.models import chunked_loss, sharding
 from fulltune.models.base import Base
@@ -76,6 +77,11 @@ class Cell:
     """The loss, where the task writes."""
 
     @property
+    def model(self) -> str:
+        """Equal for cells that are traced alike."""
+        return json.dumps([self.kind, self.config, self.task, self.precision, self.weights_dtype])
+
+    @property
     def case(self) -> Case:
         """As the plan traces it for a GPU."""
         config = transformers.AutoConfig.for_model(self.kind, **self.config)
@@ -99,7 +105,7 @@ def sizes_of(cell: Cell) -> dict[str, Any]:
     """What a plan knows of the model: its shapes and its footprint, as they are kept beside a plan."""
     case = cell.case
     base = Base(ModelBlock(name="model"), cell.task, mock.Mock(), case.config)
-    return {"shapes": shapes_of(base, {}).model_dump(), "footprint": trace(case).model_dump()}
+    return {"shapes": shapes_of(base, {}).model_dump(), "footprint": traced(case).model_dump()}
 
 
 def planned(cell: Cell, sizes: dict[str, Any]) -> MemoryNeed:
