@@ -165,16 +165,22 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             flat = (units.block,) if any(made) else ()
             found.append(_Held(no_logits if summed else without, before, (units.root, units.kept), made, flat))
         else:
-            found += _block(without, ended, reduced, units, (left, now), copies, units.block)
+            flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)
+            found += _block(without, ended, reduced, units, (left, now), copies, flat)
         if place in AT_HEAD:
             if summed:
                 found.append(_Held(without, before, (units.root, units.kept), (summed,)))
             # Then the last block, whose activations all are there still, with the gradient of its first tensor.
             first = (left, units.block // TENSORS_OF_BLOCK)
-            found += _block(no_logits, ended, before, units, first, copies, units.kept or units.block)
+            flat = (units.kept or units.block, units.block)
+            found += _block(no_logits, ended, before, units, first, copies, flat)
             sent = (units.kept,) * copies
             found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*sent, units.block)))
     nothing: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
+    # The first block ends with nearly all gradients reduced, and the embeddings are put together already.
+    lowest = max(before, 1 - (units.root + units.apart + units.block) / (value * shapes.num_parameters))
+    flat = (units.block, max(units.block, units.apart))
+    found += _block(nothing, nothing, lowest, units, (left, units.block), copies, flat)
     # Embeddings, which have no input with a gradient, are reduced at the very end: the root first, then unit by unit.
     last = [units.root, units.apart]
     while last:
@@ -227,14 +233,23 @@ def _block(
     units: Units,
     gradients: tuple[int, int],
     copies: int,
-    before: int,
+    flat: tuple[int, int],
 ) -> Iterator[_Held]:
-    """A block's backward pass, its end, and its gradients on their way; what the unit before was sent in stays until
-    then."""
+    """A block's backward pass, its end, and its gradients on their way.
+
+    Args:
+        passing: What is held in it.
+        ended: What is held at its end.
+        reduced: Share of the gradients that were sent.
+        units: In bytes.
+        gradients: Of the root, and of the block while it passes.
+        copies: Of gradients that are sent.
+        flat: What the unit before was sent in, which stays until the block ends, and the next unit as received.
+    """
     root, block, whole = (units.root,), units.block, (gradients[0], units.block)
-    yield _Held(passing, reduced, (*root, block), gradients, (block, before))
-    yield _Held(ended, reduced, (*root, block), whole, (block, before))
-    yield _Held(ended, reduced, root, whole, (*(block,) * copies, block))
+    yield _Held(passing, reduced, (*root, block), gradients, flat)
+    yield _Held(ended, reduced, (*root, block), whole, flat)
+    yield _Held(ended, reduced, root, whole, (*(block,) * copies, flat[1]))
 
 
 def _kinds(held: _Held, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:

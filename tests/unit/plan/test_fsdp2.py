@@ -80,7 +80,8 @@ def test_a_blocks_gradients_are_whole_when_its_activations_are_gone() -> None:
     found = fsdp2.need(
         SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), replace(SETTINGS, num_processes=10**6), "cuda"
     )
-    assert (found.kinds["gradients"], found.kinds["activations"]) == (4 * BLOCK, 0)
+    assert found.kinds["activations"] == 0
+    assert found.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
     # Blocks that differ: nothing tells how many of its gradients are there.
     other = SHAPES.units.model_copy(update={"freed": NUM_BLOCKS * BLOCK - M}) if SHAPES.units else None
     shapes = SHAPES.model_copy(update={"units": other})
@@ -145,13 +146,25 @@ def test_accumulation_holds_parts_of_gradients_alone() -> None:
 
 
 def test_root_is_sent_when_nothing_else_is_left() -> None:
-    found = fsdp2.need(SHAPES, footprint(0), SETTINGS, "cuda")
+    root, block = 300 * M, 30 * M
+    units = Units(root=root, kept=0, freed=NUM_BLOCKS * block, block=block, apart=0)
+    shapes = SHAPES.model_copy(update={"units": units})
+    found = fsdp2.need(shapes, footprint(0), SETTINGS, "cuda")
     # Its gradients as they are and as they are sent; those of the blocks are parts.
-    assert found.kinds["gradients"] == 4 * P // 4 + 4 * ROOT
-    assert found.kinds["buffers"] == 4 * ROOT + memory.CUDA_CONTEXT_BYTES
-    on_cpu = fsdp2.need(SHAPES, footprint(0), SETTINGS, "cpu")
+    assert found.kinds["gradients"] == 4 * P // 4 + 4 * root
+    assert found.kinds["buffers"] == 4 * root + memory.CUDA_CONTEXT_BYTES
+    on_cpu = fsdp2.need(shapes, footprint(0), SETTINGS, "cpu")
     beyond = memory.FIRST_CALLS_BYTES + 2 * 4 * 90 * M // 4 + round(memory.STATE_SHARE * 12 * P / 4)
-    assert on_cpu.kinds["buffers"] == pytest.approx(2 * 4 * ROOT + beyond, rel=0.01)
+    assert on_cpu.kinds["buffers"] == pytest.approx(2 * 4 * root + beyond, rel=0.01)
+
+
+def test_first_block_ends_with_the_embeddings_put_together() -> None:
+    apart = 60 * M
+    units = Units(root=0, kept=0, freed=P, block=BLOCK, apart=apart)
+    found = fsdp2.need(SHAPES.model_copy(update={"units": units}), footprint(0), SETTINGS, "cuda")
+    # The block's weights and gradients, those of the one before as they were sent, and all others' parts.
+    assert found.kinds["gradients"] == 4 * BLOCK + 4 * (P - BLOCK - apart) // 4
+    assert found.kinds["buffers"] == 4 * (2 * BLOCK + apart) + memory.CUDA_CONTEXT_BYTES
 
 
 def test_one_tensor_of_the_finished_model_is_put_together_at_a_time() -> None:
