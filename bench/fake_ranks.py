@@ -1,6 +1,6 @@
 """Planned memory of each of N GPUs against torch's own tracker on a process group that does not exist.
 
-    python bench/fake_ranks.py [--set grid|others] [--only NAME ...] [--ranks N ...] [--records FILE] [--show] [--kinds]
+    python bench/fake_ranks.py [--set grid|whole|others] [--only NAME ...] [--ranks N ...] [--records FILE] [--show]
 
 Each cell runs two training steps of one of N processes in a process of its own, on tensors without values
 (`tests/invariant/fake_ranks.py`): any number of ranks and any size of model, in seconds, on a CPU. Both figures are
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,17 @@ TYPES = ({"precision": "bf16", "weights_dtype": "fp32"}, {"precision": "bf16", "
 
 def grid() -> Iterator[tuple[str, Cell]]:
     """The cells that were looked at while the plan was repaired."""
-    for name, types, recomputed, batch in itertools.product(MODELS, TYPES, (False, True), ((1, 512), (4, 1024))):
+    settings = itertools.product(MODELS, TYPES, (False, True), ((1, 512), (4, 1024)), RANKS)
+    for name, types, recomputed, (rows, length), ranks in settings:
         kind, config = MODELS[name]
-        for ranks in RANKS:
-            more = {"recomputed": recomputed, "rows": batch[0], "length": batch[1], **types}
-            if ranks == 1 and batch[0] == 1:  # as a run is on one GPU
-                yield name, Cell(kind, config, shared=False, **more)
-            yield name, Cell(kind, config, ranks=ranks, **more)
+        yield name, Cell(kind, config, ranks=ranks, rows=rows, length=length, recomputed=recomputed, **types)
+
+
+def whole() -> Iterator[tuple[str, Cell]]:
+    """As a run is on one GPU: not shared out."""
+    for name, one in grid():
+        if name != "6.7B" and one.ranks == 1 and one.rows == 1:
+            yield name, replace(one, shared=False)
 
 
 _BERT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -105,7 +109,7 @@ def others() -> Iterator[tuple[str, Cell]]:
         yield name, Cell(kind, config, task, ranks, rows=rows, length=length, **more)
 
 
-SETS = {"grid": grid, "others": others}
+SETS = {"grid": grid, "whole": whole, "others": others}
 
 
 def measure(cell: Cell) -> dict[str, Any]:
