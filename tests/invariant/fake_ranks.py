@@ -14,7 +14,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -25,9 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, _sharding_prop
+from torch.distributed.tensor import _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed.utils import TransformersDeviceMesh
 
 from fulltune.footprint import watch
@@ -36,6 +35,7 @@ from fulltune.footprint.formulas import traced
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import Preparing
 from fulltune.inference.run import autocast, logits_of
+from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import chunked_loss, sharding
 from fulltune.models.base import Base
 from fulltune.models.shapes import Shapes, shapes_of
@@ -47,6 +47,7 @@ from fulltune.recipe.tasks import TaskName
 from fulltune.records.plan import MemoryNeed
 from fulltune.system.sharing import Sharing
 from fulltune.tasks import LossSettings, Target, Task, seq2seq, task_named
+from fulltune.tasks.padding import TRAINED, trained_places
 
 STEPS = 2
 TARGETS = {
@@ -131,19 +132,6 @@ def planned(cell: Cell, sizes: dict[str, Any]) -> MemoryNeed:
 # ---- as tracked --------------------------------------------------------------------------------------------------
 
 
-class _WithoutValues(TorchDispatchMode):
-    """Masks pick as many places as there are trained tokens."""
-
-    def __init__(self, num_trained: int) -> None:
-        super().__init__()
-        self._num_trained = num_trained
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(one, DTensor) for one in types):
-            return NotImplemented
-        return watch.without_values(func, args, kwargs or {}, self._num_trained)
-
-
 def tracked(cell: Cell) -> dict[str, int]:
     """Bytes by the tracker's kinds at the highest moment of the steps, `Total` among them."""
     dist.init_process_group("fake", rank=0, world_size=cell.ranks, store=FakeStore())
@@ -151,8 +139,7 @@ def tracked(cell: Cell) -> dict[str, int]:
     share_out = _sharing(cell, case) if cell.shared else lambda model: model
     with torch.device("meta"):  # as the plan does it: numbers that a class computes for itself have values
         model = build(case, case.config)
-    batch = batch_of(case, cell.rows, cell.length)
-    num_trained = case.task.count_items(batch["labels"])
+    batch = _collated(case, model, cell)
     with FakeTensorMode() as mode:
         watch.onto_cpu(model)
         model = share_out(model)
@@ -172,7 +159,7 @@ def tracked(cell: Cell) -> dict[str, int]:
         # DTensor tries each operation on whole tensors in a mode that the tracker leaves out, unless it finds ours:
         # then AdamW alone "holds" four whole models.
         apart = mock.patch.object(_sharding_prop, "detect_fake_mode", return_value=None)
-        with tracker, _WithoutValues(num_trained), on_gpu, apart:
+        with tracker, on_gpu, apart:
             for _ in range(STEPS):
                 for _ in range(cell.accumulation):
                     _micro_batch(cell, case, model, unvalued)
@@ -193,23 +180,33 @@ def _sharing(cell: Cell, case: Case) -> Callable[[Any], Any]:
     return lambda model: shared.maybe_distribute_model(model, given, TransformersDeviceMesh(mesh, mesh))
 
 
+def _collated(case: Case, model: Any, cell: Cell) -> dict[str, Any]:
+    """A batch on the host, with the places of trained tokens and their labels, as `FullTrainer` finds them."""
+    batch = batch_of(case, cell.rows, cell.length)
+    if case.task.FACTS is seq2seq.FACTS:
+        batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
+    if hasattr(case.task, "wanted"):
+        wanted = case.task.wanted(batch["labels"])
+        batch[TRAINED] = trained_places(wanted)
+        batch["wanted"] = wanted.flatten().index_select(0, batch[TRAINED])
+    return batch
+
+
 def _micro_batch(cell: Cell, case: Case, model: Any, batch: dict[str, Any]) -> None:
     """As `FullTrainer` does it."""
     inputs = dict(batch)
-    labels = inputs.pop("labels")
-    if case.task.FACTS is seq2seq.FACTS:
-        inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, labels)
-    head = watch.head_of(case.task, model)
-    selecting: Any = contextlib.nullcontext()
-    if head is not None:
-        selecting = replace(head, model=model).only(labels, in_pieces=cell.in_pieces)
+    labels, trained, selecting = inputs.pop("labels"), inputs.pop(TRAINED, None), contextlib.nullcontext()
+    wanted = inputs.pop("wanted", labels)
+    if trained is not None:
+        head = SelectiveHead(model.get_output_embeddings(), case.task.wanted, model)
+        selecting = head.only(labels, trained, in_pieces=cell.in_pieces)
     with autocast(model, "fp32" if cell.weights_dtype == "bf16" else cell.precision), selecting:
         outputs = model(**inputs)
     logits = logits_of(outputs)
     del outputs
     if isinstance(logits, torch.Tensor):  # accelerate hands outputs on in float32
         logits = logits.float()
-    loss = case.task.loss(logits, labels, case.target, LossSettings())
+    loss = case.task.loss(logits, wanted, case.target, LossSettings())
     del logits
     (loss / cell.accumulation).backward()
 

@@ -122,7 +122,14 @@ class Watch(TorchDispatchMode):
         if func is _DEVICE:  # two of three calls, which make nothing
             return args[0].fake_device
         kwargs = kwargs or {}
-        out = without_values(func, args, kwargs, self.num_trained)
+        if func in _INDEXING:
+            args = (args[0], _numbered(args[1], self.num_trained), *args[2:])
+        if func is _aten.nonzero.default:
+            out = args[0].new_empty((self.num_trained, args[0].dim()), dtype=torch.int64)
+        elif func is _aten.rand.default and not args[0]:
+            out = torch.tensor(1.0)  # whether to leave out a layer (LayerDrop): the only draw whose value is asked for
+        else:
+            out = func(*args, **kwargs)
         self._count_flops(func, args, kwargs, out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -135,17 +142,6 @@ class Watch(TorchDispatchMode):
             self.story.flops += 4.0 * query.numel() * key.shape[-2]
         elif (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.story.flops += formula(*args, **kwargs, out_val=out)
-
-
-def without_values(func: Any, args: Any, kwargs: Any, num_trained: int) -> Any:
-    """An operator's result; where its size hangs on a mask's values, as if the mask picked so many places."""
-    if func in _INDEXING:
-        args = (args[0], _numbered(args[1], num_trained), *args[2:])
-    if func is _aten.nonzero.default:
-        return args[0].new_empty((num_trained, args[0].dim()), dtype=torch.int64)
-    if func is _aten.rand.default and not args[0]:
-        return torch.tensor(1.0)  # whether to leave out a layer (LayerDrop): the only draw whose value is asked for
-    return func(*args, **kwargs)
 
 
 def _numbered(indices: Any, count: int) -> Any:
@@ -278,7 +274,7 @@ def onto_cpu(model: Any) -> None:
 
 def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, training: bool) -> None:
     """As `FullTrainer` does it, the loss included."""
-    head = head_of(case.task, model)
+    head = _head(case.task, model)
     watch.place = "forward before layers"
     labels = batch.pop("labels")
     inputs = {name: tensor.clone() for name, tensor in batch.items()}
@@ -296,7 +292,6 @@ def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, tr
         watch.call_gradients(list(model.parameters()))
 
 
-def head_of(task: Task, model: Any) -> SelectiveHead | None:
-    """What picks a model's trained tokens; None where the task has none."""
+def _head(task: Task, model: Any) -> SelectiveHead | None:
     wanted, head = getattr(task, "wanted", None), model.get_output_embeddings()
     return None if wanted is None or head is None else SelectiveHead(head, wanted)
