@@ -162,12 +162,14 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             whole = (units.root, units.apart)
             found.append(_Held(without, 1.0, whole, whole, (units.block,)))
         elif place == "backward head":
-            made = (units.kept + left, summed if value < 4 else 0) if summed else (passing["gradients"],)
-            if device == "cpu" and not summed:  # as measured (`bench/memory_per_rank.py`): both at once
+            made: tuple[int, ...] = (passing["gradients"],)
+            if summed:
+                made = (units.kept + left, summed if value < 4 else 0)
+            elif device == "cpu":  # as measured (`bench/memory_per_rank.py`): both at once
                 made = (max(passing["gradients"], units.kept),)
             # The next unit is put together when the head's own backward pass begins, after that of the loss.
-            flat = (units.block,) if any(made) else ()
-            found.append(_Held(no_logits if summed else without, before, (units.root, units.kept), made, flat))
+            following = (units.block,) if any(made) else ()
+            found.append(_Held(no_logits if summed else without, before, (units.root, units.kept), made, following))
         else:
             flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)
             found += _block(without, ended, reduced, units, (left, now), copies, flat)
