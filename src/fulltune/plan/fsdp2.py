@@ -45,6 +45,9 @@ over two processes takes 66 MiB more)."""
 
 AT_HEAD = ("backward head", "forward loss")
 """Moments when all blocks' activations are there."""
+NORM_VALUES = 6
+"""fp32 numbers of a token and hidden unit in the backward pass of a block's first norm, which comes last: as
+transformers writes RMSNorm; a LayerNorm has fewer."""
 
 
 def units_of(shapes: Shapes) -> Units:
@@ -145,7 +148,7 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     # A loss in pieces adds the head's gradient up in fp32, in the forward pass; in the backward pass it is that of the
     # head, or a copy of it in the weights' type is.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
-    inner, own = _of_a_block(traced, units, shapes.num_layers, units.kept + left)
+    own, gone = _of_a_block(traced, units, shapes.num_layers, units.kept + left)
     found: list[_Held] = []
     for place, passing in traced:
         if settings.activation_checkpointing:  # autocast keeps no copies beside those that autograd saves
@@ -155,7 +158,8 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
         reduced = max(before, min(1.0, max(0, passing["gradients"] - left - now) / (value * shapes.num_parameters)))
         without, no_logits = passing | {"gradients": 0}, passing | {"gradients": 0, "logits": 0}
         # A block's gradients are all there when its activations and copies are gone.
-        ended = no_logits | {name: max(0, no_logits[name] - size) for name, size in inner.items()}
+        ended = no_logits | {name: max(0, no_logits[name] - size) for name, size in gone(place).items()}
+        ended["activations"] += NORM_VALUES * 4 * rows * length * shapes.hidden_size
         if place.startswith("forward"):
             found.append(_Held(no_logits if summed else without, before, *_forward(units, place)))
         elif place.endswith("below"):
@@ -209,8 +213,8 @@ def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...]
 
 def _of_a_block(
     traced: Sequence[tuple[str, dict[Kind, int]]], units: Units, num_layers: int, head: int
-) -> tuple[dict[Kind, int], Callable[[dict[Kind, int]], int]]:
-    """What a block's own pass holds, and how many of its gradients are there at a moment in it.
+) -> tuple[Callable[[dict[Kind, int]], int], Callable[[str], dict[Kind, int]]]:
+    """How many of a block's gradients are there at a moment in its backward pass, and what is gone at its end.
 
     Args:
         traced: Place and bytes of each moment.
@@ -221,15 +225,18 @@ def _of_a_block(
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
-    count = max(1, num_layers, of_blocks // max(1, units.block))
-    inner: dict[Kind, int] = {"activations": max(most - waiting, waiting // count), "buffers": units.block // 2}
+    share = (waiting or most) // max(1, num_layers, of_blocks // max(1, units.block))
+    passes = max(0, most - waiting) if waiting else 0  # what is recomputed, and what comes and goes
 
     def own(passing: dict[Kind, int]) -> int:
         # Only where all blocks are alike, what is there tells how far the last one is.
         alike = units.block and of_blocks % units.block == 0
         return (passing["gradients"] - head) % units.block if alike else units.block
 
-    return inner, own
+    def gone(place: str) -> dict[Kind, int]:
+        return {"activations": share + (0 if place in AT_HEAD else passes), "buffers": units.block // 2}
+
+    return own, gone
 
 
 def _block(
