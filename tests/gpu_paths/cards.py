@@ -12,6 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState
+from transformers.utils import import_utils
 
 GIB = 2**30
 
@@ -86,14 +88,22 @@ class Cards:
 
     def of(self, device: Any = None) -> Card:
         """By number, by device, or the current one."""
-        index = device if isinstance(device, int) else None if device is None else torch.device(device).index
+        index = self._index(device)
         return self.cards[self.current if index is None else index]
+
+    @staticmethod
+    def _index(device: Any) -> int | None:
+        return device if isinstance(device, int | None) else torch.device(device).index
 
     @contextlib.contextmanager
     def plugged_in(self) -> Iterator[Cards]:
         """Inside, torch sees these cards."""
         with mock.patch.multiple("torch.cuda", **self._answers()):
-            yield self
+            _forget_what_was_found()
+            try:
+                yield self
+            finally:
+                _forget_what_was_found()
 
     def _answers(self) -> dict[str, Any]:
         return {
@@ -102,7 +112,7 @@ class Cards:
             "is_bf16_supported": lambda *_, **__: self.of().major >= 8,
             "device_count": lambda: len(self.cards),
             "current_device": lambda: self.current,
-            "set_device": lambda device: setattr(self, "current", torch.device("cuda", device).index),
+            "set_device": self._go_to,
             "synchronize": self._wait,
             "get_device_properties": lambda device=None: self.of(device),
             "get_device_capability": lambda device=None: self.of(device).capability,
@@ -123,6 +133,9 @@ class Cards:
     def _free(card: Card) -> tuple[int, int]:
         return card.total_memory - card.taken_by_others - card.reserved, card.total_memory
 
+    def _go_to(self, device: Any) -> None:
+        self.current = self._index(device) or 0
+
     def _wait(self, device: Any = None) -> None:
         self.waits += 1
 
@@ -133,3 +146,11 @@ class Cards:
     def _reset(self, device: Any = None) -> None:
         card = self.of(device)
         card.peak_allocated, card.peak_reserved = card.allocated, card.reserved
+
+
+def _forget_what_was_found() -> None:
+    """accelerate and transformers ask for devices once, and remember the answer."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for function in vars(import_utils).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
