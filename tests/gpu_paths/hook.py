@@ -19,7 +19,8 @@ from tests.gpu_paths.sites import Site
 NOTE = "_note_of_gpu_paths"
 Rewrite = Callable[[Site, ast.expr], ast.expr]
 """What stands in the place of a site's expression."""
-Note = Callable[[Site], None]
+Note = Callable[[Site, bool], None]
+"""Told of a site that was executed, and whether it went the GPU's way."""
 
 DECISIONS = re.compile(r"^(is_available|is_initialized|is_out_of_memory|is_autocast_enabled|getattr)$")
 OTHERWISE = {"cuda": "cpu", "mps": "cpu", "rocm": "cuda", "nccl": "gloo", "fp16": "fp32"}
@@ -64,16 +65,15 @@ class _Rewritten(importlib.machinery.SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         def note(number: int, value: Any = None) -> Any:
-            self._note(self._sites[number])
+            self._note(self._sites[number], True)
             return value
 
         def note_if(number: int, value: Any) -> Any:
-            if bool(value):
-                self._note(self._sites[number])
+            self._note(self._sites[number], bool(value))
             return value
 
         def note_read(number: int, value: str) -> str:
-            return _Noted(value, lambda: self._note(self._sites[number]))
+            return _Noted(value, lambda: self._note(self._sites[number], True))
 
         vars(module).update({NOTE: note, f"{NOTE}_if": note_if, f"{NOTE}_read": note_read})
         super().exec_module(module)
