@@ -51,7 +51,9 @@ class Seen:
     def tests(self, site: Site) -> list[str]:
         """The tests whose business it is: of those that reach it the one that reaches least else, for a decision one
         on each side."""
-        return list(dict.fromkeys(self._closest(found[site]) for found in (self.reached, self.otherwise) if found[site]))
+        return list(
+            dict.fromkeys(self._closest(found[site]) for found in (self.reached, self.otherwise) if found[site])
+        )
 
     def _closest(self, tests: set[str]) -> str:
         width = {test: sum(test in found for found in self.reached.values()) for test in tests}
@@ -158,7 +160,9 @@ def _survivors(ways: Sequence[Way], named: Mapping[Site, Sequence[str]]) -> Iter
         code = _in_a_fork(lambda site=site, way=way: _broken(site, way, named[site]))
         said = "NOT CAUGHT" if code == 0 else "caught"
         took = f"{time.monotonic() - began:.1f} s"
-        print(f"{number}/{len(ways)} {said}: {site.name}, line {site.line}: {site.text} -> {wrong} ({took})", flush=True)
+        print(
+            f"{number}/{len(ways)} {said}: {site.name}, line {site.line}: {site.text} -> {wrong} ({took})", flush=True
+        )
         if code == 0:
             yield site, way, wrong
 

@@ -99,11 +99,11 @@ class Cards:
     def plugged_in(self) -> Iterator[Cards]:
         """Inside, torch sees these cards."""
         with mock.patch.multiple("torch.cuda", **self._answers()):
-            _forget_what_was_found()
+            forget_what_was_found()
             try:
                 yield self
             finally:
-                _forget_what_was_found()
+                forget_what_was_found()
 
     def _answers(self) -> dict[str, Any]:
         return {
@@ -148,7 +148,7 @@ class Cards:
         card.peak_allocated, card.peak_reserved = card.allocated, card.reserved
 
 
-def _forget_what_was_found() -> None:
+def forget_what_was_found() -> None:
     """accelerate and transformers ask for devices once, and remember the answer."""
     AcceleratorState._reset_state(reset_partial_state=True)
     for function in vars(import_utils).values():

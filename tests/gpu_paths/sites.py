@@ -18,7 +18,9 @@ CHIPS = ("cuda", "mps", "accelerator", "xpu")
 """Modules of torch: `torch.cuda`, also below `torch.backends` and `torch.version`."""
 WORDS = {"cuda", "mps", "rocm", "nccl", "fp16", "OutOfMemoryError"}
 """Texts by which code decides."""
-CALLS = re.compile(r"autocast|GradScaler|^(synchronize|record_stream|empty_cache|Stream|pin_memory|is_out_of_memory)$", re.I)
+CALLS = re.compile(
+    r"autocast|GradScaler|^(synchronize|record_stream|empty_cache|Stream|pin_memory|is_out_of_memory)$", re.I
+)
 VALUES = re.compile(r"pin_memory|non_blocking|expandable_segments")
 """Names of arguments and settings whose value a GPU acts upon."""
 NAMES = re.compile(r"^_?(on|has|n)_gpus?$|^_?(grad_)?scaler$|^fp16$|^OutOfMemoryError$")

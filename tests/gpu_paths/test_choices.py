@@ -70,7 +70,9 @@ def test_loader_pins_as_it_is_told(pins: bool) -> None:
 @pytest.mark.parametrize(("device", "waits"), [("cuda", 2), ("cpu", 0)])
 def test_seconds_of_a_pass_are_taken_when_the_card_is_done(device: str, waits: int, two_h100s: Cards) -> None:
     passes: Any = Passes.__new__(Passes)
-    vars(passes).update(plan=SimpleNamespace(device=device), trainer=SimpleNamespace(args=SimpleNamespace(world_size=1)))
+    vars(passes).update(
+        plan=SimpleNamespace(device=device), trainer=SimpleNamespace(args=SimpleNamespace(world_size=1))
+    )
     assert passes._since(passes._now()) >= 0
     assert two_h100s.waits == waits
 
@@ -92,9 +94,7 @@ def test_run_that_was_planned_for_a_card_does_not_go_on_without_one(tmp_path: Pa
 
 @pytest.mark.stand_in("packages that are said to be installed", card="that Triton compiles for it")
 @pytest.mark.parametrize("installed", [True, False])
-def test_compiler_is_triton_on_a_card_and_one_of_cpp_on_a_cpu(
-    installed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiler_is_triton_on_a_card_and_one_of_cpp_on_a_cpu(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = {"triton", "flash_attn"} if installed else set()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
     monkeypatch.setattr(shutil, "which", lambda name: None if installed else name)
@@ -123,9 +123,7 @@ def test_script_in_bf16_without_a_card_goes_to_the_cpu_and_pins_nothing(tmp_path
 
 
 @pytest.mark.stand_in("no card", card="-")
-def test_script_in_fp16_without_a_card_is_told_what_it_gets(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_script_in_fp16_without_a_card_is_told_what_it_gets(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     classic.TrainingArguments(str(tmp_path), fp16=True, use_cpu=True, report_to="none")
     assert ["computes in fp32" in str(one.message) for one in recwarn] == [True]
     recwarn.clear()

@@ -7,16 +7,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from accelerate import Accelerator
 
 from fulltune.inference.run import _in_float32, autocast
 from fulltune.inference.selective_head import _as_computed
+from fulltune.models import sharding
 from fulltune.models.chunked_loss import Pieces
 from fulltune.system import hardware
 from fulltune.train.loop.explain import _first_not_finite
+from fulltune.train.loop.trainer import FullTrainer
 from tests import tiny
+from tests.gpu_paths.cards import forget_what_was_found
 from tests.gpu_paths.computed import formats
+from tests.plans import plan
 from tests.train import runs
 
 TRAIN = {"precision": "bf16", "max_steps": 1, "global_batch_size": 8, "logging_steps": 1}
@@ -43,6 +50,28 @@ def weighted(**more: Any) -> Any:
 def test_products_have_the_precisions_type(precision: str, found: torch.dtype) -> None:
     with autocast(weighted(), precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == found
+
+
+@on_the_cpu
+@pytest.mark.parametrize("shared", [True, False])
+def test_copies_of_weights_that_are_shared_out_are_not_kept(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would be whole: neither by the Trainer's autocast nor by that of other passes."""
+    monkeypatch.setattr(sharding, "is_shared", lambda model: shared)
+    forget_what_was_found()
+    with autocast(weighted(), "bf16"):
+        assert torch.is_autocast_cache_enabled() != shared
+
+    def begin(trainer: Any, **keywords: Any) -> None:
+        trainer.accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        trainer.args = SimpleNamespace(per_device_train_batch_size=2, seed=1, world_size=1)
+        trainer.model, trainer.add_callback = None, lambda callback: None
+
+    monkeypatch.setattr(transformers.Trainer, "__init__", begin)
+    given: Any = {"score": None, "journal": None, "count_items": None, "lengths": np.ones(8, np.int64)}
+    trainer = FullTrainer(plan=plan(precision="bf16"), **given)
+    with trainer.accelerator.autocast():
+        assert torch.is_autocast_cache_enabled() != shared
+    forget_what_was_found()
 
 
 @on_the_cpu
@@ -159,5 +188,3 @@ def test_speed_of_bf16_is_that_of_products_in_bf16(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     assert hardware._bf16_speedup("cpu", rows=2, width=4) > 0
     assert types[:4] == [torch.float32] * 2 + [torch.bfloat16] * 2
-
-

@@ -21,7 +21,8 @@ from tests import tiny
 
 SCALE = 2.0**10
 scaled = pytest.mark.stand_in(
-    'the CPU, with torch.amp.GradScaler("cpu")', card="which kernels overflow in fp16, the fused optimizer's own skipping"
+    'the CPU, with torch.amp.GradScaler("cpu")',
+    card="which kernels overflow in fp16, the fused optimizer's own skipping",
 )
 of_deepspeed = pytest.mark.stand_in("DeepSpeed's loss scaler as an object of numbers", card="DeepSpeed in fp16")
 

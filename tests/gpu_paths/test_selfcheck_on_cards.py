@@ -227,5 +227,3 @@ def test_helper_books_what_the_plan_says() -> None:
     taken = list[int]()
     kept_in(taken.append)([torch.nn.Parameter(torch.zeros(10))]).step()
     assert taken == [memory.state_bytes(10, "fp32").total]
-
-
