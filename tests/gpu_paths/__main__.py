@@ -13,6 +13,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import io
 import os
 import pickle
 import random
@@ -140,6 +141,13 @@ def _pytest(*arguments: str, plugins: Sequence[Any] = ()) -> int:
     return int(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments], plugins=list(plugins)))
 
 
+def _warm() -> None:
+    """Import what the tests import, with a switch at each place: a fork of this process begins at once."""
+    hook.Imports(hook.switched, lambda site, gpus_way: None).install()
+    with contextlib.redirect_stdout(io.StringIO()):
+        _pytest("--collect-only", *_marked_files())
+
+
 Way = tuple[Site, int, str]
 """A place, which of its ways to be wrong, and what it reads then."""
 
@@ -155,7 +163,12 @@ def _ways() -> list[Way]:
 
 def _survivors(ways: Sequence[Way], named: Mapping[Site, Sequence[str]]) -> Iterator[Way]:
     """Those that no test named for their place catches."""
-    for number, (site, way, wrong) in enumerate(ways, start=1):
+    is_warm = False
+    # What is read when a module is imported has to be broken before that.
+    for number, (site, way, wrong) in enumerate(sorted(ways, key=lambda one: one[0].function != ""), start=1):
+        if site.function and not is_warm:
+            _warm()
+            is_warm = True
         began = time.monotonic()
         code = _in_a_fork(lambda site=site, way=way: _broken(site, way, named[site]))
         said = "NOT CAUGHT" if code == 0 else "caught"
@@ -168,15 +181,14 @@ def _survivors(ways: Sequence[Way], named: Mapping[Site, Sequence[str]]) -> Iter
 
 
 def _broken(site: Site, way: int, tests: Sequence[str]) -> int:
-    def rewrite(found: Site, node: ast.expr) -> ast.expr:
-        return hook.broken(node)[way] if found == site else node
-
-    hook.Imports(rewrite, lambda site, gpus_way: None).install()
+    hook.is_broken[:] = [(site, way)]
+    if "fulltune" not in sys.modules:
+        hook.Imports(hook.switched, lambda site, gpus_way: None).install()
     return _pytest("-x", *(str(ROOT / test) for test in tests))
 
 
 def _in_a_fork(function: Callable[[], Any]) -> Any:
-    """What it gives in a process of its own, where nothing of fulltune is imported yet; what it prints is lost.
+    """What it gives in a process of its own; what it prints is lost.
 
     A process that ends without an answer, or hangs, gives its exit code, which is not 0.
     """
@@ -184,7 +196,7 @@ def _in_a_fork(function: Callable[[], Any]) -> Any:
         answer = Path(folder) / "answer"
         child = os.fork()
         if child == 0:
-            with contextlib.suppress(BaseException), open(os.devnull, "w", encoding="utf-8") as nothing:
+            with contextlib.suppress(BaseException), Path(os.devnull).open("w", encoding="utf-8") as nothing:
                 os.dup2(nothing.fileno(), 1)
                 os.dup2(nothing.fileno(), 2)
                 answer.write_bytes(pickle.dumps(function()))

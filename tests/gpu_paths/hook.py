@@ -1,4 +1,5 @@
-"""Modules of fulltune as they are imported: with a note at each place that touches a GPU, or with one place broken.
+"""Modules of fulltune as they are imported: with a note at each place that touches a GPU, or with a switch that breaks
+it.
 
 Only in this process: what a test starts as a process of its own is neither noted nor broken.
 """
@@ -16,12 +17,14 @@ from typing import Any
 from tests.gpu_paths import sites
 from tests.gpu_paths.sites import Site
 
-NOTE = "_note_of_gpu_paths"
+NOTE, SWITCH = "_note_of_gpu_paths", "_switch_of_gpu_paths"
 Rewrite = Callable[[Site, ast.expr], ast.expr]
 """What stands in the place of a site's expression."""
 Note = Callable[[Site, bool], None]
 """Told of a site that was executed, and whether it went the GPU's way."""
 
+is_broken: list[tuple[Site, int]] = []
+"""The place that is broken now, in which of its ways; empty: none is."""
 DECISIONS = re.compile(r"^(is_available|is_initialized|is_out_of_memory|is_autocast_enabled|getattr)$")
 OTHERWISE = {"cuda": "cpu", "mps": "cpu", "rocm": "cuda", "nccl": "gloo", "fp16": "fp32"}
 """In the place of a text that chooses."""
@@ -75,7 +78,10 @@ class _Rewritten(importlib.machinery.SourceFileLoader):
         def note_read(number: int, value: str) -> str:
             return _Noted(value, lambda: self._note(self._sites[number], True))
 
-        vars(module).update({NOTE: note, f"{NOTE}_if": note_if, f"{NOTE}_read": note_read})
+        def switch(number: int) -> int | None:
+            return is_broken[0][1] if is_broken and is_broken[0][0] == self._sites[number] else None
+
+        vars(module).update({NOTE: note, f"{NOTE}_if": note_if, f"{NOTE}_read": note_read, SWITCH: switch})
         super().exec_module(module)
 
 
@@ -108,13 +114,16 @@ class _Change(ast.NodeTransformer):
         return ast.copy_location(self._rewrite(site, changed), node)
 
     def visit_match_case(self, node: ast.match_case) -> ast.match_case:
-        """A pattern cannot call anything: what it decides is noted in its block."""
+        """A pattern cannot call anything: what it decides is noted in its block, and it is broken by a guard."""
         pattern = node.pattern
+        value = pattern.value if isinstance(pattern, ast.MatchValue) else None
         self.generic_visit(node)
-        if isinstance(pattern, ast.MatchValue) and isinstance(pattern.value, ast.Call):
-            called = pattern.value
-            node.body.insert(0, ast.Expr(called))
-            pattern.value = called.args[1]
+        if isinstance(pattern, ast.MatchValue) and value is not None and pattern.value is not value:
+            changed, pattern.value = pattern.value, value
+            if isinstance(changed, ast.IfExp):
+                node.guard = _not(changed.test)
+            else:
+                node.body.insert(0, ast.Expr(changed))
         return node
 
 
@@ -125,6 +134,15 @@ def noted(site: Site, node: ast.expr) -> ast.expr:
     if not site.function and isinstance(node, ast.Constant) and isinstance(node.value, str):
         return _call(f"{NOTE}_read", site, node)
     return _call(f"{NOTE}_if" if _decides(node) else NOTE, site, node)
+
+
+def switched(site: Site, node: ast.expr) -> ast.expr:
+    """The expression, or the wrong one that `is_broken` asks for."""
+    for way, wrong in enumerate(broken(node)):
+        asked = ast.Compare(ast.Call(ast.Name(SWITCH, ast.Load()), [ast.Constant(site.number)], []), [ast.Eq()], [])
+        asked.comparators = [ast.Constant(way)]
+        node = ast.IfExp(asked, wrong, node)
+    return node
 
 
 def _call(name: str, site: Site, node: ast.expr) -> ast.Call:
@@ -158,7 +176,8 @@ def broken(node: ast.expr) -> list[ast.expr]:
         never = isinstance(node.ops[0], (ast.NotEq, ast.NotIn))
         return [ast.Constant(never), ast.Constant(not never)]
     if isinstance(node, ast.Constant):
-        return [ast.Constant(OTHERWISE.get(node.value, f"not {node.value}") if isinstance(node.value, str) else None)]
+        text = isinstance(node.value, str)
+        return [ast.Constant(OTHERWISE.get(node.value, f"not {node.value}") if text else not node.value)]
     if isinstance(node, ast.Call):
         return _broken_call(node)
     if _is_function(node):

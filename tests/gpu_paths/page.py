@@ -13,6 +13,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 BEGIN, END = "<!-- made by `make gpu-paths` -->", "<!-- end of what `make gpu-paths` made -->"
 MOST_LETTERS = 70
 INTRO = """\
+## Which lines were executed, and on what
+
 {sites} places in {functions} functions of `src` touch a GPU: what they call (`torch.cuda`, autocast, loss scaling,
 pinned memory, NCCL), and where they decide by a device or a number format. They are found in the syntax
 (`tests/gpu_paths/sites.py`), and each is executed by a test on a stand-in; a decision counts where it goes the GPU's
@@ -20,7 +22,10 @@ way. When a place is broken, a test that its row names fails: `make gpu-paths` m
 by `SEED`; `python -m tests.gpu_paths --broken all` breaks all of them in every way it knows. Arithmetic over records
 of cards (`plan/gpus.py`) touches none, and has tables of numbers in `tests/unit/plan`.
 """
-HEAD = "| function | places | what touches a GPU | tests | stand-in | what only a card can show |\n|---|---:|---|---|---|---|"
+HEAD = (
+    "| function | places | what touches a GPU | tests | stand-in | what only a card can show |\n"
+    "|---|---:|---|---|---|---|"
+)
 
 
 def table(named: Mapping[Site, Sequence[str]], markers: Mapping[str, tuple[str, str]]) -> str:

@@ -94,12 +94,10 @@ class _Finder(ast.NodeVisitor):
         self._above.pop()
 
     def visit(self, node: ast.AST) -> None:
-        if isinstance(node, ast.expr) and (place := self._place(node)) is not None:
-            if all(place is not known for known, _ in self.found):
-                self.found.append((place, self._scope))
-        for value in _valued(node):
-            if all(value is not known for known, _ in self.found):
-                self.found.append((value, self._scope))
+        place = self._place(node) if isinstance(node, ast.expr) else None
+        for found in (*_valued(node), *([] if place is None else [place])):
+            if all(found is not known for known, _ in self.found):
+                self.found.append((found, self._scope))
         super().visit(node)
 
     def _in_scope(self, node: ast.ClassDef | ast.FunctionDef) -> None:

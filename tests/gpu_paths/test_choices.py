@@ -13,6 +13,7 @@ import torch
 from accelerate.state import PartialState
 
 from fulltune import classic
+from fulltune.classic.arguments import _stay_trainable_without_gpu
 from fulltune.classic.dry_run import dry_run
 from fulltune.errors import SetupError
 from fulltune.records.plan import Plan
@@ -124,11 +125,20 @@ def test_script_in_bf16_without_a_card_goes_to_the_cpu_and_pins_nothing(tmp_path
 
 @pytest.mark.stand_in("no card", card="-")
 def test_script_in_fp16_without_a_card_is_told_what_it_gets(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    classic.TrainingArguments(str(tmp_path), fp16=True, use_cpu=True, report_to="none")
+    made = classic.TrainingArguments(str(tmp_path), fp16=True, use_cpu=True, report_to="none")
+    assert made.dataloader_pin_memory is False, "torch would warn at each loader"
     assert ["computes in fp32" in str(one.message) for one in recwarn] == [True]
     recwarn.clear()
     classic.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     assert not recwarn
+
+
+@pytest.mark.stand_in("torch.accelerator patched", card="-")
+def test_script_in_bf16_is_left_alone_on_a_device_of_another_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"bf16": True}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    _stay_trainable_without_gpu(given)
+    assert given == {"bf16": True}
 
 
 @pytest.mark.stand_in("a Trainer's parts as objects", card="DataParallel itself")

@@ -12,12 +12,15 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from transformers import BertForSequenceClassification
 
+from fulltune.footprint.watch import _micro_batch
 from fulltune.inference.run import _in_float32, autocast
 from fulltune.inference.selective_head import _as_computed
 from fulltune.models import sharding
 from fulltune.models.chunked_loss import Pieces
 from fulltune.system import hardware
+from fulltune.tasks import Target, text_classification
 from fulltune.train.loop.explain import _first_not_finite
 from fulltune.train.loop.trainer import FullTrainer
 from tests import tiny
@@ -112,6 +115,23 @@ def test_run_of_a_language_model_computes_every_pass_in_its_format(tmp_path: Pat
         "train/worker/samples.py: _drawn",
     }
     assert {name for name, types in found.items() if types != {torch.bfloat16}} == exact
+
+
+@on_the_cpu
+@pytest.mark.parametrize(("weights", "found"), [("fp32", torch.bfloat16), ("bf16", torch.float32)])
+def test_traced_pass_computes_as_the_trainer_does(weights: str, found: torch.dtype) -> None:
+    """Weights in bf16 compute in their own type, here float32: without autocast."""
+    model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer(), num_labels=2))
+    case: Any = SimpleNamespace(
+        task=text_classification,
+        weights_dtype=weights,
+        precision="bf16",
+        target=Target("single_label", {"a": 0, "b": 1}),
+    )
+    watch: Any = SimpleNamespace(place="")
+    with formats() as types:
+        _micro_batch(case, model, {"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}, watch, False)
+    assert types["footprint/watch.py: _micro_batch"] == {found}
 
 
 @on_the_cpu

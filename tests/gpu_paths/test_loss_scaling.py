@@ -1,4 +1,4 @@
-"""fp16's loss scale and what stands beside it: the guard, its repeated steps, replayed text, DeepSpeed's checkpoints."""
+"""fp16's loss scale and what is beside it: the guard, its repeated steps, replayed text, DeepSpeed's checkpoints."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 
 from fulltune.cli.show import plan as shown
 from fulltune.errors import RecipeError
-from fulltune.plan import budget, fsdp2, levers, memory, resolve, sharded
+from fulltune.plan import budget, fsdp2, gpus, levers, memory, resolve, sharded, workload
 from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe import rules
@@ -119,6 +119,14 @@ def test_table_of_memory_calls_a_card_a_device() -> None:
         return next(iter(next(iter(shown._memory(survey, plan(device=device, memory=need)))).columns[0].cells))
 
     assert (first_cell("cuda"), first_cell("cpu")) == ("device", "memory")
+
+
+def test_hardware_without_a_card_cannot_be_asked_for_one() -> None:
+    on_card, anywhere = (recipe(train={"device": device}) for device in ("cuda", "auto"))
+    with pytest.raises(RecipeError, match="'cuda' but --for names no GPU"):
+        workload.spread_over(on_card, gpus.parse("cpu"))
+    assert workload.spread_over(anywhere, gpus.parse("cpu")) == anywhere
+    assert workload.spread_over(on_card, gpus.parse("2x H100")).train.num_processes == 2
 
 
 # ---- fp16 ------------------------------------------------------------------------------------------------------------

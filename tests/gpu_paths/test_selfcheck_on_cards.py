@@ -173,7 +173,7 @@ scaled_on_the_cpu = pytest.mark.stand_in(
 
 @scaled_on_the_cpu
 def test_steps_in_fp16_scale_their_loss(monkeypatch: Patch) -> None:
-    """The scale starts where the first gradients overflow: steps are left out and the scale is halved until they fit."""
+    """The scale starts where the first gradients overflow: steps are left out, and it is halved until they fit."""
     on_the_cpu(monkeypatch)
     made = list[torch.amp.GradScaler]()
     scaler = torch.amp.GradScaler
