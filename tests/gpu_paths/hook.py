@@ -7,6 +7,7 @@ Only in this process: what a test starts as a process of its own is neither note
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.machinery
 import re
 import sys
@@ -25,7 +26,8 @@ Note = Callable[[Site, bool], None]
 
 is_broken: list[tuple[Site, int]] = []
 """The place that is broken now, in which of its ways; empty: none is."""
-DECISIONS = re.compile(r"^(is_available|is_initialized|is_out_of_memory|is_autocast_enabled|getattr)$")
+DECISIONS = re.compile(r"^(is_available|is_initialized|is_out_of_memory|is_autocast_enabled|autocast|getattr)$")
+"""What gives nothing, or a context that does nothing, where there is no GPU or the format is fp32."""
 OTHERWISE = {"cuda": "cpu", "mps": "cpu", "rocm": "cuda", "nccl": "gloo", "fp16": "fp32"}
 """In the place of a text that chooses."""
 
@@ -72,7 +74,7 @@ class _Rewritten(importlib.machinery.SourceFileLoader):
             return value
 
         def note_if(number: int, value: Any) -> Any:
-            self._note(self._sites[number], bool(value))
+            self._note(self._sites[number], bool(value) and not isinstance(value, contextlib.nullcontext))
             return value
 
         def note_read(number: int, value: str) -> str:

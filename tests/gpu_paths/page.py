@@ -20,7 +20,9 @@ pinned memory, NCCL), and where they decide by a device or a number format. They
 (`tests/gpu_paths/sites.py`), and each is executed by a test on a stand-in; a decision counts where it goes the GPU's
 way. When a place is broken, a test that its row names fails: `make gpu-paths` measures both, and breaks 20 places drawn
 by `SEED`; `python -m tests.gpu_paths --broken all` breaks all of them in every way it knows. Arithmetic over records
-of cards (`plan/gpus.py`) touches none, and has tables of numbers in `tests/unit/plan`.
+of cards (`plan/gpus.py`) touches none, and has tables of numbers in `tests/unit/plan`. Memory that runs out is also
+raised by hand at every phase of whole runs (`tests/train/test_recovery.py`), and in one of two processes
+(`tests/invariant/test_one_of_two.py`).
 """
 HEAD = (
     "| function | places | what touches a GPU | tests | stand-in | what only a card can show |\n"

@@ -158,9 +158,9 @@ def test_picked_states_have_the_type_that_the_heads_product_would_have() -> None
 @on_the_cpu
 @pytest.mark.parametrize("trained", [True, False])
 def test_chunked_loss_is_exact_inside_of_half_precision(trained: bool) -> None:
-    """Sums and logits in float32: autocast around it changes no digit, of the loss or of a gradient."""
+    """Its states have the type that they were given: autocast around it changes no digit, of the loss or a gradient."""
     draw = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(40, 16, generator=draw), torch.randn(90, 16, generator=draw)
+    hidden, weight = torch.randn(40, 16, generator=draw).half(), torch.randn(90, 16, generator=draw)
     targets = torch.randint(0, 90, (40,), generator=draw)
 
     def found(half: bool) -> list[torch.Tensor]:

@@ -111,8 +111,14 @@ def test_norm_that_deepspeed_could_not_take_is_let_pass_in_fp16_alone(fp16: bool
 
 @scaled
 def test_replayed_texts_count_as_much_as_the_rows_whose_loss_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(1, 1)
-    monkeypatch.setattr(Replay, "_distance", lambda self, trainer, positions: model.weight.sum() * len(positions))
+    model: Any = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")
+
+    def distance(replay: Replay, trainer: Any, positions: Any) -> torch.Tensor:
+        assert torch.is_autocast_enabled("cpu")
+        return model.weight.sum() * len(positions)
+
+    monkeypatch.setattr(Replay, "_distance", distance)
 
     def gradient(scaler: Any) -> float:
         trainer: Any = SimpleNamespace(
@@ -123,7 +129,7 @@ def test_replayed_texts_count_as_much_as_the_rows_whose_loss_is_scaled(monkeypat
             is_shared=False,
         )
         model.zero_grad()
-        Replay(GenericText(((1, 2),) * 4, 0, False, "fp32"), 4, 4, seed=0, weight=1.0).add_gradient(trainer)
+        Replay(GenericText(((1, 2),) * 4, 0, False, "bf16"), 4, 4, seed=0, weight=1.0).add_gradient(trainer)
         assert model.weight.grad is not None
         return float(model.weight.grad)
 

@@ -32,8 +32,9 @@ def test_cards_of_different_kinds_are_each_read(an_a100_and_a_t4: Cards) -> None
     assert (t4.name, t4.memory_bytes, t4.free_bytes, t4.bf16) == ("Tesla T4", 16 * GIB, 15 * GIB, False)
 
 
-@pytest.mark.stand_in("no card", card="-")
-def test_machine_without_a_card_has_none() -> None:
+@pytest.mark.stand_in("cards that a patched torch.cuda counts and cannot use", card="the driver itself")
+def test_cards_whose_driver_is_too_old_are_none(an_a100_and_a_t4: Cards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hardware._gpus() == ()
 
 

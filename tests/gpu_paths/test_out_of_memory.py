@@ -113,10 +113,11 @@ def test_head_that_finds_no_memory_may_be_one_that_a_probe_knows(
             self.dense, self.last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
 
         def forward(self, **batch: Any) -> Any:
+            assert torch.is_autocast_enabled("cpu")
             raise error
 
     with pytest.raises(found):
-        after_dense(Model(), HeadLayers("last", "dense"), {}, np.zeros((1, 2), np.float32), precision="fp32")
+        after_dense(Model(), HeadLayers("last", "dense"), {}, np.zeros((1, 2), np.float32), precision="bf16")
 
 
 @pytest.mark.parametrize(("error", "ends_it"), [(CardIsFull(), True), (Fault(), False)])

@@ -74,6 +74,7 @@ def test_beside_tensors_a_process_holds_what_its_device_takes(device: str, beyon
         assert found.kinds["buffers"] == memory.CUDA_CONTEXT_BYTES
     else:
         assert found.kinds["buffers"] > kept
+        assert found.kinds["buffers"] != kept + memory.CUDA_CONTEXT_BYTES
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -139,6 +140,7 @@ def test_precision_is_what_the_card_computes_fast() -> None:
     assert found(with_card("H100"), "cuda") == "bf16"
     assert found(with_card("T4"), "cuda") == "fp16"
     assert found(with_card("H100"), "cuda", "fp16") == "fp16"
+    assert found(HOST, "cpu") == found(HOST, "cpu", "fp32") == "fp32"
     with pytest.raises(RecipeError, match="fp16 is not possible on a CPU"):
         found(HOST, "cpu", "fp16")
     for wanted in ("fp16", "fp32"):
@@ -149,6 +151,7 @@ def test_precision_is_what_the_card_computes_fast() -> None:
 def test_card_without_fast_bf16_is_offered_no_narrow_weights() -> None:
     assert "one device, bf16 weights" in table("1x L4")
     assert "one device, bf16 weights" not in table("1x T4")
+    assert "one device, bf16 weights" not in table("1x L4", precision="fp16")
 
 
 @pytest.mark.parametrize(("precision", "against"), [("fp16", True), ("bf16", False), ("fp32", False)])

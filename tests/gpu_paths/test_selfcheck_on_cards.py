@@ -207,6 +207,8 @@ def test_steps_in_fp16_scale_their_loss(monkeypatch: Patch) -> None:
 def test_fp16_without_a_gpus_loss_scaling_is_not_here(device: Device) -> None:
     with pytest.raises(NotHere, match="fp16 needs a GPU"):
         precision.steps(device, "fp16")
+    if device == CPU:
+        assert "parameters moved" in precision.steps(device, "fp32", count=1).text
 
 
 @pytest.mark.stand_in("the CPU", card="the error of its kernels")

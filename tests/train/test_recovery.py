@@ -30,9 +30,6 @@ ROWS = tiny.topic_rows(64)
 TRAIN = {"num_train_epochs": 1, "logging_steps": 1, "save_steps": 2, "global_batch_size": 8, "micro_batch_size": 8}
 BLOCKS: dict[str, Any] = {"train": TRAIN, "evaluate": {"batch_size": 16}, "method": {"head_init": "random"}}
 """Results of different micro batches are compared: a head that starts from a probe makes rounding larger."""
-by_hand = pytest.mark.stand_in(
-    "torch.OutOfMemoryError raised by hand, once for each phase of a run", card="what its allocator had taken by then"
-)
 
 
 NARROW = {"initializer_range": 0.02}
@@ -132,7 +129,6 @@ def assert_same_result(one: Path, other: Path, *, exactly: bool) -> None:
     assert last_losses(one) == (losses if exactly else pytest.approx(losses, rel=1e-4))
 
 
-@by_hand
 @pytest.mark.parametrize(
     ("where", "times", "phase", "micro", "eval_batch", "from_step"),
     [
@@ -175,7 +171,6 @@ def test_run_that_ran_out_of_memory_finishes_with_the_same_result(
     assert_same_result(tmp_path, unlimited, exactly=len(set(micro)) == 1)
 
 
-@by_hand
 def test_run_that_ran_out_of_memory_while_resuming_goes_on_from_the_same_checkpoint(
     model: Path, unlimited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +321,6 @@ def test_own_loss_has_no_second_attempt_and_says_so(model: Path, tmp_path: Path)
 # ---- evaluation in the parent ----------------------------------------------------------------------------------
 
 
-@by_hand
 def test_evaluation_goes_on_with_smaller_batches_and_the_same_scores(
     model: Path, unlimited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,7 +336,6 @@ def test_evaluation_goes_on_with_smaller_batches_and_the_same_scores(
             assert one.metrics[name].value == pytest.approx(estimate.value, abs=1e-5)
 
 
-@by_hand
 def test_evaluation_that_does_not_fit_at_all_keeps_the_model(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
