@@ -30,6 +30,7 @@ SETTING_OF = {
     "optimizer_in_backward": "train.optimizer_in_backward",
     "chunked_loss": "train.chunked_loss",
     "activation_checkpointing": "train.activation_checkpointing",
+    "activation_offloading": "train.activation_offloading",
     "micro_batch_size": "train.micro_batch_size",
     "gradient_accumulation_steps": "gradient accumulation",
     "eval_batch_size": "evaluate.batch_size",
@@ -157,7 +158,7 @@ def _half_eval_batch(recipe: Recipe, now: Now) -> list[Changes]:
 
 
 def _half_precision(recipe: Recipe, now: Now) -> list[Changes]:
-    return [{"precision": "fp16" if now.precision == "fp16" else "bf16"}]
+    return [{"precision": "bf16" if now.fast_bf16 else "fp16"}]
 
 
 def _computes_in_16_bits(recipe: Recipe, now: Now) -> str:
@@ -172,8 +173,14 @@ def _no_recomputing(recipe: Recipe, now: Now) -> str:
     return "" if now.can_recompute else "this model cannot recompute its activations"
 
 
+def _no_activation_offloading(recipe: Recipe, now: Now) -> str:
+    if isinstance(now, Plan) and now.device == "cpu":
+        return "without a GPU everything is in the host's memory"
+    return "" if now.activation_checkpointing else "it moves what activation checkpointing keeps"
+
+
 def _no_narrow_weights(recipe: Recipe, now: Now) -> str:
-    return "this GPU has no fast bf16" if now.precision == "fp16" else ""
+    return "" if now.fast_bf16 else "this GPU has no fast bf16"
 
 
 def _update_in_backward_needs(recipe: Recipe, now: Now) -> str:
@@ -258,6 +265,14 @@ LEVERS = (
         way_out=True,
         fallback=("step",),
         measured="activation checkpointing",
+    ),
+    Lever(
+        name="activation offloading",
+        setting="train.activation_offloading",
+        costs="each step waits for copies to the host and back; no GPU has run it yet",
+        changes={"activation_offloading": True},
+        unless=_no_activation_offloading,
+        frees=("activations",),
     ),
     Lever(
         name="8-bit AdamW states",

@@ -185,10 +185,12 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     ("write train.label_smoothing_factor", "label_smoothing smoothing"),
     ("write train.precision", "mixed_precision amp use_amp half bfloat16 float16 fp16_opt_level"),
     ("write train.precision: fp32", "fp32 float32"),
+    ("not yet: bf16 is the narrowest type; write train.precision: bf16", "fp8 float8 enable_fp8 fp8_recipe"),
     (
         "write train.activation_checkpointing",
-        "use_gradient_checkpointing activation_offloading grad_checkpointing checkpoint_activations",
+        "use_gradient_checkpointing grad_checkpointing checkpoint_activations",
     ),
+    ("write train.activation_offloading, with train.activation_checkpointing: true", "activation_offloading"),
     ("write train.early_stopping_patience", "early_stopping patience early_stopping_rounds early_stop"),
     ("write train.eval_strategy: steps with train.eval_steps", "evaluation_strategy evals_per_epoch eval_every"),
     ("write train.save_steps", "saves_per_epoch save_every save_interval checkpoint_every"),

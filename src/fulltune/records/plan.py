@@ -177,13 +177,19 @@ class Plan(Record):
     eval_batch_size: int
     device: str
     precision: Literal["fp32", "bf16", "fp16"]
+    fast_bf16: bool = True
+    """False: the GPU only emulates bf16."""
     weights_dtype: Literal["fp32", "bf16"]
     activation_checkpointing: bool
+    activation_offloading: bool = False
+    """What it keeps lies in the host's memory."""
     can_recompute: bool = True
     """The model offers activation checkpointing."""
     plain_logits: bool = True
     """Nothing scales or caps the model's logits after its head, as far as its config says."""
     group_by_length: bool = True
+    loader_workers: int = 0
+    """Processes that read rows ahead; 0: none, or as `train.extra` says."""
     eval_steps: int
     """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
     eval_on_start: bool = True

@@ -139,6 +139,14 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     common = deepspeed.wanted(recipe) and not deepspeed.keeps_own_files(recipe)
     values["save_only_model"] = plan.placement == "fsdp2" or common
     extra = as_arguments(train.extra)
+    # Copied to the GPU while the next rows are collated: pinned memory alone would not do that.
+    extra.setdefault("accelerator_config", {"non_blocking": plan.device == "cuda"})
+    if plan.loader_workers:
+        # What is forked needs not be pickled, and touches no GPU.
+        extra |= {"dataloader_num_workers": plan.loader_workers, "dataloader_multiprocessing_context": "fork"}
+    if plan.activation_offloading:
+        name = "activation_checkpointing_kwargs"
+        extra[name] = {**(extra.get(name) or {}), "offload": True}
     if plan.torch_compile:
         extra["torch_compile"] = True
     if deepspeed.wanted(recipe):
