@@ -16,8 +16,10 @@ from pathlib import Path
 
 CHIPS = ("cuda", "mps", "accelerator", "xpu")
 """Modules of torch: `torch.cuda`, also below `torch.backends` and `torch.version`."""
-WORDS = {"cuda", "mps", "rocm", "nccl", "fp16", "OutOfMemoryError"}
-"""Texts by which code decides."""
+WORDS = re.compile(
+    r"(cuda|mps|rocm|nccl|fp16|OutOfMemoryError|expandable_segments:.*|(CUDA|HIP|NCCL|PYTORCH(_CUDA|_HIP)?)_[A-Z_]+)"
+)
+"""Texts by which code decides, and what a GPU's libraries read in the environment."""
 CALLS = re.compile(
     r"autocast|GradScaler|^(synchronize|record_stream|empty_cache|Stream|pin_memory|is_out_of_memory)$", re.I
 )
@@ -138,7 +140,7 @@ class _Finder(ast.NodeVisitor):
     def _place(self, node: ast.expr) -> ast.expr | None:
         """The expression that a node makes a place of: itself, or the comparison or chain of calls it begins."""
         above = self._above[-1] if self._above else None
-        if isinstance(node, ast.Constant) and node.value in WORDS and isinstance(node.value, str):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and WORDS.fullmatch(node.value):
             if isinstance(above, ast.Call) and _called(above) == "getattr":
                 return above
             return above if isinstance(above, ast.Compare) else node

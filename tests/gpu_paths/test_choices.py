@@ -36,6 +36,7 @@ def test_trainer_takes_one_of_two_cards_and_pins_its_rows(two_h100s: Cards, tmp_
     assert (made.device, made.n_gpu) == (torch.device("cuda", 0), 1)
     assert made.train_batch_size == made.per_device_train_batch_size
     assert (made.dataloader_pin_memory, made.bf16, made.fp16) == (True, True, False)
+    assert made.accelerator_config.non_blocking is True
     assert PartialState().device.type == "cuda"
 
 
@@ -50,6 +51,7 @@ def test_trainer_on_a_cpu_pins_nothing(tmp_path: Path) -> None:
     made = training_arguments(plans.recipe(), plans.plan(device="cpu", precision="fp32"), tmp_path)
     assert (made.device.type, made.n_gpu) == ("cpu", 0)
     assert (made.dataloader_pin_memory, made.bf16, made.fp16) == (False, False, False)
+    assert made.accelerator_config.non_blocking is False
 
 
 @pytest.mark.stand_in("the loader alone, with nothing to pin", card="that pinned rows reach the card beside its work")
@@ -60,7 +62,7 @@ def test_loader_pins_as_it_is_told(pins: bool) -> None:
     trainer: Any = SimpleNamespace(
         train_dataset=[1, 2],
         sampler=[[0], [1]],
-        data_collator=list,
+        collated=list,
         args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in (usual | {"pin_memory": pins}).items()}),
         accelerator=SimpleNamespace(prepare=lambda loader: loader),
     )
@@ -83,7 +85,7 @@ def test_run_that_was_planned_for_a_card_does_not_go_on_without_one(tmp_path: Pa
     folder = tmp_path / "run" / "plan"
     folder.mkdir(parents=True)
     without = Machine(cpu="c", num_cores=2, memory_bytes=8, memory_available_bytes=8, cpu_bf16_speedup=1.0)
-    card = Gpu.model_construct(name="NVIDIA H100", memory_bytes=8)
+    card = Gpu(name="NVIDIA H100", memory_bytes=8, capability=(9, 0))
     for device in ("cuda", "cpu"):
         plans.plan(device=device).save(folder / f"{device}.json")
     with pytest.raises(SetupError, match="planned for a GPU, and there is none here"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from fulltune.system import hardware
+from fulltune.system import allocator, hardware
 from fulltune.system.meter import Meter
 from fulltune.system.out_of_memory import is_out_of_memory, with_smaller_batches
+from fulltune.train.worker import attempt
 from fulltune.train.worker import main as worker
 from fulltune.train.worker.memory_limit import held_to
 from tests.gpu_paths.cards import GIB, Cards
@@ -116,6 +120,23 @@ def test_smaller_batch_begins_with_what_the_larger_one_left_given_back(two_h100s
             raise
 
     assert with_smaller_batches("scoring", 8, leaves) == (2, 0)
+
+
+@pytest.mark.stand_in("the attempt itself left out", card="that the allocator does as its variables say")
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
+    device: str, two_h100s: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = list[tuple[str, str]]()
+    monkeypatch.setattr(attempt, "train", lambda *given: {})
+    monkeypatch.setattr(worker, "_listen_for_signals", lambda stop: None)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    for name in allocator.NAMES[1:]:
+        monkeypatch.delenv(name, raising=False)
+    request: Any = SimpleNamespace(plan=SimpleNamespace(memory_limit_bytes=None, device=device))
+    journal: Any = SimpleNamespace(write=lambda *line: lines.append(line))
+    worker._train(request, None, journal, None, None)  # type: ignore[arg-type]
+    assert lines == ([("allocator", "PYTORCH_ALLOC_CONF=expandable_segments:True")] if device == "cuda" else [])
 
 
 @pytest.mark.stand_in("torch.OutOfMemoryError raised by hand", card="that the driver raises it")

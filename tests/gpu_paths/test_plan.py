@@ -36,7 +36,8 @@ NARROW = {"model": {"name": "m", "weights_dtype": "bf16"}}
 def with_card(name: str) -> Machine:
     """That host with a card, all but 1 GiB of which is free."""
     size = {"H100": 80 * GIB, "T4": 16 * GIB}[name]
-    card = Gpu(name=name, memory_bytes=size, bf16=name == "H100", free_bytes=size - GIB)
+    capability = {"H100": (9, 0), "T4": (7, 5)}[name]
+    card = Gpu(name=name, memory_bytes=size, capability=capability, free_bytes=size - GIB)
     return HOST.model_copy(update={"gpus": (card,)})
 
 
@@ -166,7 +167,7 @@ def test_scaled_gradients_cannot_be_updated_one_by_one(precision: str, against: 
 
 
 def test_levers_stay_in_the_format_of_a_card_without_fast_bf16() -> None:
-    old, new = plan(device="cuda", precision="fp16"), plan(device="cuda", precision="fp32")
+    old, new = (plan(device="cuda", precision="fp32", fast_bf16=fast) for fast in (False, True))
     assert levers._half_precision(recipe(), old) == [{"precision": "fp16"}]
     assert levers._half_precision(recipe(), new) == [{"precision": "bf16"}]
     assert levers._no_narrow_weights(recipe(), old) == "this GPU has no fast bf16"

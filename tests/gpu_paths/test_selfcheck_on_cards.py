@@ -50,6 +50,19 @@ def test_page_names_each_card(an_a100_and_a_t4: Cards, monkeypatch: Patch) -> No
 
 
 @named
+@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"])
+def test_page_says_which_cards_were_chosen(name: str, two_h100s: Cards, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
+    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for variable in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
+    assert "set" not in environment()
+    monkeypatch.setenv(name, "1")
+    assert environment()["set"] == f"{name}=1"
+
+
+@named
 def test_page_names_apples_device_or_none(monkeypatch: Patch) -> None:
     monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
     monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
