@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart chat-example test test-fast test-long gpu-day lint types docs clean
+.PHONY: quickstart chat-example test test-fast test-long gpu-paths gpu-day lint types docs clean
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -38,6 +38,10 @@ test-fast: $(VENV)/dev
 # Real processes that are killed, limits of memory, large cases. CI runs it as well.
 test-long: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m long
+
+# Is every place that touches a GPU executed by a test, on a stand-in, and is it noticed when it breaks? SEED draws 20.
+gpu-paths: $(VENV)/dev
+	$(BIN)/python -m tests.gpu_paths --broken 20 --seed $(or $(SEED),1)
 
 # Faults planted in whole runs, and kills at random moments: does the guard save them? Hours; FULLTUNE_BENCH_DATA has the rows.
 faults: $(VENV)/dev

@@ -6,6 +6,7 @@ import pytest
 
 from fulltune.system import allocator
 
+pytestmark = pytest.mark.stand_in("variables as a table", card="that the allocator does as they say")
 LINUX = ("Linux", "6.8.0-45-generic")
 BOTH = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 

@@ -143,7 +143,6 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
         "report_to": list(train.report_to) or "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": plan.device == "cuda",
     }
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
