@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	# A pip older than 23.1, such as Debian 12's, cannot build seqeval.
+	test -d $(VENV) || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(BIN)/pip install --quiet --editable '.[quickstart]'
 	touch $@
 
