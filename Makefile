@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart chat-example test test-fast test-long lint types docs clean
+.PHONY: quickstart chat-example test test-fast test-long lint types docs dist clean
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -59,5 +59,10 @@ types: $(VENV)/dev
 docs: $(VENV)/dev
 	$(BIN)/python docs/generate.py
 
+# The wheel and the sdist, anew.
+dist: $(VENV)/dev
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs dist
