@@ -131,15 +131,15 @@ def test_resume_in_the_middle_of_an_epoch_reads_the_remaining_rows_only(
     plain = FullTrainer.get_train_dataloader
 
     def counted(trainer: FullTrainer) -> Any:
-        collate = trainer.data_collator
+        collate = trainer.collated
 
         def counting(rows: list[Any]) -> Any:
             read.extend(row["length"] for row in rows)
             return collate(rows)
 
-        monkeypatch.setattr(trainer, "data_collator", counting)
+        monkeypatch.setattr(trainer, "collated", counting)
         loader = plain(trainer)
-        monkeypatch.setattr(trainer, "data_collator", collate)
+        monkeypatch.setattr(trainer, "collated", collate)
         return loader
 
     monkeypatch.setattr(FullTrainer, "get_train_dataloader", counted)

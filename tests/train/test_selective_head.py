@@ -12,6 +12,7 @@ import torch
 from fulltune.inference import selective_head
 from fulltune.inference.run import logits_of, run_rows
 from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq, text_classification
+from fulltune.tasks.padding import IGNORED
 from tests import tiny
 from tests.train import runs
 
@@ -171,9 +172,9 @@ def test_training_uses_it_with_activation_checkpointing_and_reports_the_check(tm
     seen: list[int] = []
 
     class Seeing(selective_head.SelectiveHead):
-        def only(self, labels: torch.Tensor, *, in_pieces: bool = False) -> Any:
-            seen.append(int(self.places(labels).sum()))
-            return super().only(labels, in_pieces=in_pieces)
+        def only(self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, in_pieces: bool = False) -> Any:
+            seen.append(int((self.wanted(labels) != IGNORED).sum()) if trained is None else len(trained))
+            return super().only(labels, trained, in_pieces=in_pieces)
 
     def verified(*given: Any) -> Any:
         head, found = plain(*given)

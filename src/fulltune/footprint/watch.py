@@ -293,5 +293,5 @@ def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, tr
 
 
 def _head(task: Task, model: Any) -> SelectiveHead | None:
-    places, head = getattr(task, "places", None), model.get_output_embeddings()
-    return None if places is None or head is None else SelectiveHead(head, places)
+    wanted, head = getattr(task, "wanted", None), model.get_output_embeddings()
+    return None if wanted is None or head is None else SelectiveHead(head, wanted)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fulltune.tasks import LossSettings, Target, Task
+from fulltune.tasks import LossSettings, Target, Task, padding
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,8 @@ class SelectiveHead:
 
     head: Any
     """The module that turns hidden states into logits."""
-    places: Callable[[torch.Tensor], torch.Tensor]
-    """From labels [batch, length] to bool [batch, length]: which logits the task uses."""
+    wanted: Callable[[torch.Tensor], torch.Tensor]
+    """From labels [batch, length] to the token that each logit should give, [batch, length]; -100: none is used."""
     model: Any = None
     """Whose head it is."""
     in_pieces: bool = False
@@ -38,22 +38,25 @@ class SelectiveHead:
     """What was found about that."""
 
     @contextlib.contextmanager
-    def only(self, labels: torch.Tensor, *, in_pieces: bool = False) -> Iterator[None]:
-        """Inside, the model's logits are those of the labels' places, row after row.
+    def only(
+        self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, in_pieces: bool = False
+    ) -> Iterator[None]:
+        """Inside, the model's logits are those that are used, row after row.
 
         Args:
             labels: [batch, length].
+            trained: Where these are, if it is known: `TRAINED`.
             in_pieces: The output's `logits` are `chunked_loss.Pieces`.
         """
-        places = self.places(labels)
+        at = padding.trained_places(self.wanted(labels)) if trained is None else trained
         kept: list[torch.Tensor] = []
 
         def pick(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
             # Anything else than hidden states of these rows is left alone: logits keep their three axes, and tasks
             # pick from them.
-            if not given or given[0].shape[:2] != places.shape:
+            if not given or given[0].shape[:2] != labels.shape:
                 return None
-            picked = given[0][places]
+            picked = given[0].flatten(0, 1).index_select(0, at)
             if not in_pieces:
                 return (picked, *given[1:])
             kept.append(_as_computed(picked))
@@ -101,10 +104,8 @@ more memory than a step with a loss in pieces."""
 
 def _shortened(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A few tokens of each row, trained ones among them."""
-    from fulltune.tasks.padding import IGNORED
-
-    trained = (batch["labels"] != IGNORED).int().argmax(dim=1)
-    start, length = max(0, int(trained.min()) - BEFORE), batch["labels"].shape[1]
+    first = (batch["labels"] != padding.IGNORED).int().argmax(dim=1)
+    start, length = max(0, int(first.min()) - BEFORE), batch["labels"].shape[1]
 
     def piece(tensor: torch.Tensor) -> torch.Tensor:
         begin = start if tensor.shape[1] == length else 0  # an encoder's tokens have a length of their own
@@ -118,34 +119,35 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
 
     Args:
         model: Its mode is put back.
-        task: One with `places` has logits for each token.
+        task: One with `wanted` has logits for each token.
         batch: A real, collated batch on the model's device, tensors [rows, length] with `labels`; a few tokens of each
             row are tried.
     """
     import torch
 
-    places = getattr(task, "places", None)
+    wanted = getattr(task, "wanted", None)
     head = model.get_output_embeddings()
-    if places is None or head is None:
-        return None, "off: the task has no logits of tokens" if places is None else "off: the model names no head"
-    selective = SelectiveHead(head, places, model)
+    if wanted is None or head is None:
+        return None, "off: the task has no logits of tokens" if wanted is None else "off: the model names no head"
+    selective = SelectiveHead(head, wanted, model)
     batch = _shortened(batch)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            whole = model(**inputs).logits[places(labels)].float()
-            with selective.only(labels):
-                picked = model(**inputs).logits.float()
-        if picked.shape != whole.shape:
-            return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
-        difference = float((picked - whole).abs().max()) if len(whole) else 0.0
-        # What another order of sums changes is some ten roundings; another place gives other logits altogether.
-        if not difference <= _few_roundings(model) * float(whole.abs().max()):
-            return None, f"off: its logits differ by {difference:.2g}"
-        in_pieces, about_pieces = _pieces_verified(selective, task, inputs, labels)
+        with _as_its_attention_can(model):
+            with torch.no_grad():
+                whole = model(**inputs).logits[wanted(labels) != padding.IGNORED].float()
+                with selective.only(labels):
+                    picked = model(**inputs).logits.float()
+            if picked.shape != whole.shape:
+                return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
+            difference = float((picked - whole).abs().max()) if len(whole) else 0.0
+            # What another order of sums changes is some ten roundings; another place gives other logits altogether.
+            if not difference <= _few_roundings(model) * float(whole.abs().max()):
+                return None, f"off: its logits differ by {difference:.2g}"
+            in_pieces, about_pieces = _pieces_verified(selective, task, inputs, labels)
     finally:
         model.train(was_training)
     same = f"the same up to {difference:.2g}" if difference else "exactly the same"
@@ -153,11 +155,22 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     return replace(selective, in_pieces=in_pieces, about_pieces=about_pieces), found
 
 
+def _as_its_attention_can(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Flash attention knows 16-bit types alone; the others are compared in the weights' own type, which tells more."""
+    import torch
+
+    if "flash" not in (getattr(model.config, "_attn_implementation", None) or ""):
+        return contextlib.nullcontext()
+    return torch.autocast(model.device.type, dtype=torch.bfloat16)  # each card with flash attention has it
+
+
 def _few_roundings(model: Any) -> float:
     """Largest difference, relative to the largest number, that another order of sums makes."""
     import torch
 
-    return float(torch.finfo(model.dtype).eps) ** 0.5
+    kind = model.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return float(torch.finfo(computed).eps) ** 0.5
 
 
 def _pieces_verified(

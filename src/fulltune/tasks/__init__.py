@@ -146,7 +146,8 @@ class Task(Protocol):
         """Loss of each item, summed: a scalar. The caller divides by the number of items.
 
         `logits[batch, ...]` is what `fulltune.inference.run.logits_of` gives: the model's `logits`, or for spans start
-        and end side by side, `logits[batch, tokens, 2]`. `labels[batch, ...]` is what `collate` made.
+        and end side by side, `logits[batch, tokens, 2]`. `labels[batch, ...]` is what `collate` made; for models that
+        write it may be what `wanted` gives for the trained tokens alone, `labels[trained]`, with as many logits.
         """
 
     def count_items(self, labels: torch.Tensor) -> int:
@@ -191,8 +192,9 @@ class ReadingTask(Task, Protocol):
 class WritingTask(Task, Protocol):
     """One whose model writes its answers."""
 
-    def places(self, labels: torch.Tensor) -> torch.Tensor:
-        """Where the logits of trained tokens stand, for `labels[batch, tokens]`: bool [batch, tokens]."""
+    def wanted(self, labels: torch.Tensor) -> torch.Tensor:
+        """The token that each logit should give, -100 where nothing is trained, for `labels[batch, tokens]`:
+        int64 [batch, tokens]."""
 
     def prompt_text(self, row: Row, target: Target) -> str:
         """What the model is asked."""

@@ -277,16 +277,16 @@ def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
     return {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": padded(positions, 0)}
 
 
-def places(labels: torch.Tensor) -> torch.Tensor:
-    """Where the logits of trained tokens of `labels[batch, tokens]` stand, one place before: bool [batch, tokens]."""
+def wanted(labels: torch.Tensor) -> torch.Tensor:
+    """The token after each one of `labels[batch, tokens]`, -100 after the last: int64 [batch, tokens]."""
     import torch.nn.functional as F
 
-    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
     """Cross entropy of the trained tokens of `labels[batch, tokens]`, summed; `logits`: see `written.summed_loss`."""
-    return written.summed_loss(logits, places(labels), labels[:, 1:], settings)
+    return written.summed_loss(logits, labels if labels.dim() == 1 else wanted(labels), settings)
 
 
 def count_items(labels: torch.Tensor) -> int:
@@ -295,5 +295,5 @@ def count_items(labels: torch.Tensor) -> int:
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """What `written.token_sums` keeps of `logits[batch, tokens, vocabulary]`, or of those of `places` only."""
-    return written.token_sums(logits, places(labels), labels[:, 1:])
+    """What `written.token_sums` keeps of `logits[batch, tokens, vocabulary]`, or of those of trained tokens only."""
+    return written.token_sums(logits, wanted(labels))

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a token of which nothing is trained; PyTorch's losses have the same number for it."""
+TRAINED = "trained_places"
+"""Of a batch that is trained on, the places in the flattened batch whose logits are needed: int64 [trained]. Found on
+the host: to find them on a device the host would wait for it."""
 
 
 def collated(
@@ -64,6 +67,11 @@ def ragged(values: Sequence[Any]) -> np.ndarray:
     for position, value in enumerate(values):
         array[position] = value
     return array
+
+
+def trained_places(wanted: torch.Tensor) -> torch.Tensor:
+    """`TRAINED` of `wanted[batch, tokens]`, -100 where nothing is trained."""
+    return (wanted.flatten() != IGNORED).nonzero()[:, 0]
 
 
 def mask(values: Sequence[Any]) -> torch.Tensor:

@@ -145,14 +145,14 @@ def decoder_input_ids(model: PreTrainedModel, labels: torch.Tensor) -> torch.Ten
     return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id or 0)
 
 
-def places(labels: torch.Tensor) -> torch.Tensor:
-    """Where the target's tokens stand in `labels[batch, target]`: bool [batch, target]."""
-    return labels != IGNORED
+def wanted(labels: torch.Tensor) -> torch.Tensor:
+    """`labels[batch, target]`: each logit should give the token in its own place."""
+    return labels
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
     """Cross entropy of the tokens in `labels[batch, target]`, summed; `logits`: see `written.summed_loss`."""
-    return written.summed_loss(logits, places(labels), labels, settings)
+    return written.summed_loss(logits, labels, settings)
 
 
 def count_items(labels: torch.Tensor) -> int:
@@ -161,8 +161,8 @@ def count_items(labels: torch.Tensor) -> int:
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """What `written.token_sums` keeps of `logits[batch, target, vocabulary]`, or of those of `places` only."""
-    return written.token_sums(logits, places(labels), labels)
+    """What `written.token_sums` keeps of `logits[batch, target, vocabulary]`, or of those of trained tokens only."""
+    return written.token_sums(logits, labels)
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:

@@ -123,8 +123,8 @@ def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[s
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
     """Cross entropy of the labelled words, summed, of `logits[batch, tokens, labels]` and `labels[batch, tokens]`."""
-    chosen = labels != IGNORED
-    return classes.row_losses(logits[chosen], labels[chosen], target, settings).sum()
+    # PyTorch's loss of a label of -100 is 0: picking the others would have the host wait for the device.
+    return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, settings).sum()
 
 
 def count_items(labels: torch.Tensor) -> int:

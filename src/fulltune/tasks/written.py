@@ -17,25 +17,28 @@ if TYPE_CHECKING:
     import torch
 
 
-def summed_loss(logits: Any, places: torch.Tensor, wanted: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+def summed_loss(logits: Any, wanted: torch.Tensor, settings: LossSettings) -> torch.Tensor:
     """Cross entropy of the trained tokens, summed: a scalar. Other places are left out before the float32 copy.
 
     Args:
-        logits: `logits[batch, tokens, vocabulary]`; or those of the places only, `logits[trained, vocabulary]`, or
-            their pieces.
-        places: Where the logits of trained tokens stand: bool [batch, tokens].
-        wanted: Ids of the trained tokens, -100 elsewhere; `wanted[batch, n]` has them in the order of the places.
+        logits: `logits[batch, tokens, vocabulary]`; or those of the trained tokens only, `logits[trained, vocabulary]`,
+            or their pieces.
+        wanted: The token that each logit should give, -100 where nothing is trained: `wanted[batch, tokens]`; or those
+            of the trained ones only, `wanted[trained]`.
         settings: Smoothing.
     """
     from fulltune.models import chunked_loss
 
-    return chunked_loss.summed_loss(_picked(logits, places), wanted[wanted != IGNORED], settings.label_smoothing)
+    if wanted.dim() == 2:
+        chosen = wanted != IGNORED
+        logits, wanted = _picked(logits, chosen), wanted[chosen]
+    return chunked_loss.summed_loss(logits, wanted, settings.label_smoothing)
 
 
-def token_sums(logits: Any, places: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
+def token_sums(logits: Any, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
     """Three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens: float64 [batch].
 
-    The arguments are those of `summed_loss`.
+    The arguments are those of `summed_loss`; `wanted[batch, tokens]`.
     """
     import torch
 
@@ -44,7 +47,7 @@ def token_sums(logits: Any, places: torch.Tensor, wanted: torch.Tensor) -> dict[
     chosen = wanted != IGNORED
     rows = chosen.nonzero()[:, 0]
     empty = torch.zeros(len(wanted), dtype=torch.float64, device=wanted.device)
-    losses, right = token_scores(_picked(logits, places), wanted[chosen])
+    losses, right = token_scores(_picked(logits, chosen), wanted[chosen])
     return {
         "nll": empty.index_add(0, rows, losses.double()),
         "tokens": chosen.sum(dim=1).double(),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fulltune.tasks.padding import IGNORED
+from fulltune.tasks.padding import IGNORED, TRAINED
 
 
 def explain(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
@@ -72,7 +72,8 @@ def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:
         return module.register_forward_hook(hook)
 
     device = next(model.parameters()).device
-    inputs = {name: one.to(device) for name, one in batch.items() if isinstance(one, torch.Tensor) and name != "labels"}
+    tensors = {name: one for name, one in batch.items() if isinstance(one, torch.Tensor)}
+    inputs = {name: one.to(device) for name, one in tensors.items() if name not in ("labels", TRAINED)}
     hooks = [look(name, module) for name, module in model.named_modules()]
     try:
         with _as_in_evaluation(model), torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -10,6 +10,7 @@ choice of the best step stay theirs.
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from fulltune.errors import InterruptedRun
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
 from fulltune.records.plan import Plan
+from fulltune.tasks.padding import TRAINED, trained_places
 from fulltune.train import checkpoints, shared_state
 from fulltune.train.journal import Journal
 from fulltune.train.loop.guarded_step import Guarded
@@ -36,6 +38,15 @@ from fulltune.train.loop.step_guard import Judged
 from fulltune.train.optim import optimizers, shared, zero
 from fulltune.train.optim.groups import parameter_groups
 from fulltune.train.optim.in_backward import InBackward
+
+ITEMS = "num_items"
+"""Of a batch, the number of items in its loss."""
+
+
+def _ignore_signals(worker: int) -> None:
+    """A stop is asked of the whole process group: rows are needed until the step is saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StoppedScoring(Exception):
@@ -155,17 +166,29 @@ class FullTrainer(Guarded, Trainer):
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
 
-    def selecting(self, labels: torch.Tensor, *, whole: bool = False) -> contextlib.AbstractContextManager[None]:
+    def selecting(
+        self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
         """Inside, the model gives only the logits that the loss uses, when it can: whole, or in pieces by the plan.
 
         Args:
             labels: labels[rows, tokens].
+            trained: Where these are, if it is known: `TRAINED`.
             whole: Whatever the plan says.
         """
         if self.head is None:
             return contextlib.nullcontext()
         in_pieces = self.head.in_pieces and self._plan.chunked_loss and not whole
-        return self.head.only(labels, in_pieces=in_pieces)
+        return self.head.only(labels, trained, in_pieces=in_pieces)
+
+    def collated(self, rows: list[Any]) -> dict[str, Any]:
+        """A batch on the host, as the model reads it, with what would have to be read from the device later: the
+        number of `ITEMS` in its loss, and for a selective head which places are `TRAINED`."""
+        batch = self.data_collator(rows)
+        known: dict[str, Any] = {ITEMS: self.count_items(batch["labels"])}
+        if self.head is not None:
+            known[TRAINED] = trained_places(self.head.wanted(batch["labels"]))
+        return batch | known
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if self.replay is not None and not self.batches:  # once a step, also when it is computed again
@@ -173,7 +196,11 @@ class FullTrainer(Guarded, Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
-        with self.selecting(inputs["labels"]):
+        inputs = dict(inputs)
+        labels, trained = inputs["labels"], inputs.pop(TRAINED, None)
+        if self.head is not None and trained is not None:
+            inputs["labels"] = self.head.wanted(labels).flatten().index_select(0, trained)
+        with self.selecting(labels, trained):
             return super().compute_loss(model, inputs, *rest, **keywords)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -194,20 +221,21 @@ class FullTrainer(Guarded, Trainer):
         loader = DataLoader(
             cast("Dataset[Any]", self.train_dataset),
             batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
+            collate_fn=self.collated,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             persistent_workers=self.args.dataloader_persistent_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
+            worker_init_fn=_ignore_signals,
         )
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         # Theirs counts every label that is not -100: each of a row's labels for multi_label, no number -100.0 for
         # regression.
-        count = torch.tensor(sum(self.count_items(batch["labels"]) for batch in batch_samples), device=device)
+        count = torch.tensor(sum(batch.pop(ITEMS) for batch in batch_samples), device=device)
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

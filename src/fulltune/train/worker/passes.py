@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
 from fulltune.records.plan import Plan
+from fulltune.train.loop.trainer import ITEMS
 from fulltune.train.worker import distributed
 from fulltune.train.worker.no_trace import gradients_are_finite
 
@@ -47,10 +49,9 @@ class Passes:
             self.optimizer.zero_grad()
         began = self._now()
         self.model.train()
-        batch = batch_of(trainer, [self.rows[i] for i in positions])
+        batch = send_to_device(trainer.collated([self.rows[i] for i in positions]), trainer.args.device)
         # All processes try the same rows, and the Trainer multiplies by their number.
-        count = trainer.count_items(batch["labels"]) * trainer.args.world_size
-        num_items = torch.tensor(count, device=trainer.args.device)
+        num_items = torch.tensor(batch.pop(ITEMS) * trainer.args.world_size, device=trainer.args.device)
         loss = trainer.compute_loss(self.model, batch, num_items_in_batch=num_items)
         value = float(loss.detach())
         if self._all(math.isfinite(value)):

@@ -116,7 +116,7 @@ class Replay:
         shown = padded([[1] * len(row) for row in chosen], 0).to(device)
         with trainer.selecting(labels, whole=True):
             logits = trainer.model(input_ids=ids, attention_mask=shown).logits
-        return logits[causal_lm.places(labels)] if logits.dim() == 3 else logits
+        return logits[causal_lm.wanted(labels) != IGNORED] if logits.dim() == 3 else logits
 
 
 def divergence(wanted: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
