@@ -123,6 +123,8 @@ def test_script_in_bf16_without_a_card_goes_to_the_cpu_and_pins_nothing(tmp_path
     with pytest.warns(UserWarning, match="the CPU computes in bf16"):
         made = classic.TrainingArguments(str(tmp_path), bf16=True, report_to="none")
     assert (made.dataloader_pin_memory, made.use_cpu, made.device.type) == (False, True, "cpu")
+    unasked = classic.TrainingArguments(str(tmp_path), report_to="none")  # transformers does it for use_cpu alone
+    assert (unasked.dataloader_pin_memory, unasked.use_cpu) == (False, False)
 
 
 @pytest.mark.stand_in("no card", card="-")
