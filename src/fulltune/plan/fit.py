@@ -72,7 +72,7 @@ def fit(
     logging_steps = resolve.logging_steps(recipe, steps, reasons)
     watched = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
-    resolve.caveats(footprint, reasons)
+    resolve.caveats(footprint, reasons, bool(train.torch_compile))
     used = chosen.settings
     same = {one.name: getattr(used, one.name) for one in fields(MemorySettings) if one.name in Plan.model_fields}
     plan = Plan(

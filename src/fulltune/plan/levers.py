@@ -36,7 +36,7 @@ SETTING_OF = {
     "eval_batch_size": "evaluate.batch_size",
     "longest_tokens": "data.max_length",
     "attn_implementation": "model.attn_implementation",
-    "torch_compile": "train.extra.torch_compile",
+    "torch_compile": "train.torch_compile",
 }
 """Field of a plan to the setting that it is."""
 SHORTEST = 128
@@ -118,7 +118,7 @@ def plain_optim(weights_dtype: str, rounding: str | None) -> str:
     return "adamw_bf16" if weights_dtype == "bf16" and rounding != "nearest" else "adamw_torch_fused"
 
 
-def whole_logits(recipe: Recipe, plain_logits: bool, compiled: bool = False, own_loss: bool = False) -> str:
+def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str:
     """What keeps a loss from being computed in pieces; empty: nothing does."""
     if not FACTS[recipe.task].writes:
         return f"{recipe.task} has no logits of tokens"
@@ -126,8 +126,6 @@ def whole_logits(recipe: Recipe, plain_logits: bool, compiled: bool = False, own
         return "your own loss (compute_loss) needs the logits as a whole"
     if deepspeed.wanted(recipe):
         return "DeepSpeed shares out the head, which a loss in pieces needs whole"
-    if compiled or recipe.train.extra.get("torch_compile"):
-        return "torch.compile leaves out the hooks that a loss in pieces needs"
     return "" if plain_logits else "this model scales or caps its logits after the head"
 
 
@@ -166,7 +164,7 @@ def _computes_in_16_bits(recipe: Recipe, now: Now) -> str:
 
 
 def _no_pieces(recipe: Recipe, now: Now) -> str:
-    return whole_logits(recipe, now.plain_logits, now.torch_compile)
+    return whole_logits(recipe, now.plain_logits)
 
 
 def _no_recomputing(recipe: Recipe, now: Now) -> str:
@@ -174,6 +172,8 @@ def _no_recomputing(recipe: Recipe, now: Now) -> str:
 
 
 def _no_activation_offloading(recipe: Recipe, now: Now) -> str:
+    if now.torch_compile:
+        return "it was never tried with torch.compile"
     if isinstance(now, Plan) and now.device == "cpu":
         return "without a GPU everything is in the host's memory"
     return "" if now.activation_checkpointing else "it moves what activation checkpointing keeps"

@@ -112,6 +112,37 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     return found
 
 
+FLASH = {
+    "flash_attention_2": ("8.0 or newer (Ampere)", (8, 0), (99, 0)),
+    # Hopper's own instructions, which later cards lack.
+    "flash_attention_3": ("9.x (Hopper)", (9, 0), (9, 9)),
+}
+"""Kernel to the compute capability that it needs, in words and in numbers."""
+
+
+def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
+    """Refuse kernels that the processor or the type of the computations does not allow.
+
+    Raises:
+        RecipeError: Naming the setting, what it needs, and what there is.
+    """
+    if recipe.train.use_liger_kernel and device == "cpu":
+        raise RecipeError("train.use_liger_kernel: Liger's kernels run on GPUs alone; remove it")
+    wanted = recipe.model.attn_implementation or ""
+    if wanted not in FLASH:
+        return
+    needed, least, most = FLASH[wanted]
+    if device == "cpu":
+        problem = "runs on GPUs alone; leave it out"
+    elif not least <= (oldest := oldest_gpu(recipe, machine)).capability <= most:
+        problem = f"needs a GPU of compute capability {needed}, and this is {oldest.label}; leave it out"
+    elif precision == "fp32":
+        problem = "computes in 16 bits alone, but train.precision is fp32; set bf16 or fp16, or leave it out"
+    else:
+        return
+    raise RecipeError(f"model.attn_implementation: {wanted} {problem}")
+
+
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
     """Of those that the recipe's processes take, the one with the least compute capability."""
     return min(machine.gpus[: recipe.train.num_processes], key=lambda gpu: gpu.capability)
@@ -304,13 +335,19 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
     return int(ratio * total_steps)
 
 
-def caveats(footprint: Footprint, reasons: Reasons) -> None:
+def caveats(footprint: Footprint, reasons: Reasons, compiled: bool = False) -> None:
     """What the plan's memory rests on, where it is no trace of the model at the data's sizes."""
     if footprint.rough:
         why = f"this model cannot be traced ({footprint.rough}): by a rule of thumb; the dry-run step will tell"
         reasons.add("memory", None, "rough", why)
     if footprint.assumed:
         reasons.add("memory.inputs", None, "assumed", footprint.assumed)
+    if compiled:
+        why = (
+            "the plan's memory and time are those of blocks that are not compiled, and the compiler itself takes host "
+            "memory; the dry run measures what there is"
+        )
+        reasons.add("memory.torch_compile", None, "not counted", why)
 
 
 def notes(footprint: Footprint) -> tuple[str, ...]:

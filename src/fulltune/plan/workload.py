@@ -104,6 +104,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
             "train.activation_offloading: without a GPU everything is in the host's memory already; remove it"
         )
     precision = resolve.precision(recipe, fleet.machine, device, reasons)
+    resolve.refuse_kernels(recipe, fleet.machine, device, precision)
     optim, rounding = resolve.optimizer(recipe, reasons)
     global_batch = resolve.global_batch(recipe, summary, reasons)
     mixed_rows = summary.rows_per_epoch - summary.splits["train"].rows
@@ -126,6 +127,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         can_recompute=shapes.can_recompute,
         plain_logits=plain_logits,
         chunked_loss=takes_pieces(recipe, plain_logits),
+        torch_compile=bool(train.torch_compile),
         optimizer_in_backward=train.optimizer_in_backward,
         passes_per_row=2 if train.r_drop else 1,
         replays=recipe.preserve.budget is not None and recipe.preserve.replay is not None,

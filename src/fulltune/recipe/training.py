@@ -141,6 +141,14 @@ class TrainBlock(Block):
     chunked_loss: bool | None = None
     """Compute a language model's logits and loss in pieces, so that they never exist as a whole. Left out: on where the
     model's head allows it, which is checked before step 1. false keeps it off."""
+    torch_compile: bool | None = None
+    """Run the model's repeated blocks compiled while training (`torch.compile`). Each kind of block is compiled before
+    step 1, which takes a minute or more and pays in long runs. What stands around the blocks stays as it is: chunked
+    loss, prompts and adapters work with it. Left out: off, and tried by `fulltune plan --measure`. Never run on a
+    GPU."""
+    use_liger_kernel: bool = False
+    """Liger's Triton kernels for norms, feed-forward parts and rotary positions (`pip install 'fulltune[liger]'`):
+    fewer activations and launches. The loss stays fulltune's own. Needs a GPU; never run on one here."""
     memory_limit: str | None = None
     """Most memory that each training process may take, such as `6GiB`: of the GPU, or without one of the host, where
     Python and its libraries are part of it (about 0.7 GiB). The plan keeps to it and the process is held to it: what
@@ -224,7 +232,7 @@ class TrainBlock(Block):
             problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
         if self.activation_offloading and not self.activation_checkpointing:
             problems.append("activation_offloading: needs activation_checkpointing: true, whose activations it keeps")
-        problems += [*_wrong_placement(self), *_wrong_weights(self.class_weights)]
+        problems += [*_wrong_placement(self), *_wrong_kernels(self), *_wrong_weights(self.class_weights)]
         if self.memory_limit is not None:
             try:
                 parse_bytes(self.memory_limit)
@@ -261,6 +269,20 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
         twice = {"placement": place != "auto", "offload": offload != "none"}
         both = "{} and extra.deepspeed both say where things lie; remove one of them"
         problems += [both.format(name) for name, given in twice.items() if given]
+    return problems
+
+
+def _wrong_kernels(train: TrainBlock) -> list[str]:
+    """What compiled blocks and Liger's kernels were never tried with."""
+    problems = []
+    if train.torch_compile and (by := train.deepspeed_by):
+        problems.append(f"torch_compile: not yet with {by}; remove one of them")
+    if train.torch_compile and train.activation_offloading:
+        problems.append("torch_compile: not yet with activation_offloading; remove one of them")
+    if train.use_liger_kernel and (by := train.shared_by):
+        problems.append(f"use_liger_kernel: not yet with {by}; remove one of them")
+    if train.use_liger_kernel and train.torch_compile:
+        problems.append("use_liger_kernel and torch_compile both fuse the same; give one of them")
     return problems
 
 

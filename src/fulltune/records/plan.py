@@ -220,7 +220,7 @@ class Plan(Record):
     attn_implementation: str | None = None
     """Chosen by measurement; None: as the recipe says."""
     torch_compile: bool = False
-    """Chosen by measurement; False: as the recipe says."""
+    """The model's repeated blocks run compiled."""
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None
     """What one process could take when the plan was made; None: a plan of an earlier version."""

@@ -27,6 +27,10 @@ FP16 = "{} has no bf16, which needs 8.0: fp16 with a scaled loss; weights stay f
 FP32 = "{} has no tensor cores: fp16 would be no faster, and rounds more"
 
 
+H100 = Gpu(name="NVIDIA H100", memory_bytes=80 * GIB, capability=(9, 0), free_bytes=79 * GIB)
+B200 = Gpu(name="NVIDIA B200", memory_bytes=180 * GIB, capability=(10, 0), free_bytes=179 * GIB)
+
+
 def machine(*cards: Gpu) -> Machine:
     return Machine(
         cpu="x",
@@ -135,6 +139,46 @@ def test_images_are_decoded_beside_the_gpu(task: str, device: str, train: dict[s
     )
     assert resolve.loader_workers(recipe, machine(A100), device, reasons) == workers
     assert all(setting.chosen and setting.value == workers for setting in reasons.settings)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "card", "device", "precision", "problem"),
+    [
+        (None, T4, "cuda", "fp32", ""),
+        ("sdpa", None, "cpu", "fp32", ""),
+        ("eager", T4, "cuda", "fp16", ""),
+        ("flash_attention_2", A100, "cuda", "bf16", ""),
+        ("flash_attention_2", A100, "cuda", "fp16", ""),
+        ("flash_attention_2", B200, "cuda", "bf16", ""),
+        ("flash_attention_2", None, "cpu", "bf16", "runs on GPUs alone; leave it out"),
+        ("flash_attention_2", A100, "cpu", "bf16", "runs on GPUs alone; leave it out"),
+        ("flash_attention_2", T4, "cuda", "fp16", "capability 8.0 or newer (Ampere), and this is Tesla T4 (compute"),
+        ("flash_attention_2", A100, "cuda", "fp32", "in 16 bits alone, but train.precision is fp32; set bf16 or fp16"),
+        ("flash_attention_3", H100, "cuda", "bf16", ""),
+        ("flash_attention_3", A100, "cuda", "bf16", "capability 9.x (Hopper), and this is NVIDIA A100 (compute"),
+        ("flash_attention_3", B200, "cuda", "bf16", "capability 9.x (Hopper), and this is NVIDIA B200 (compute"),
+    ],
+)
+def test_an_attention_kernel_that_cannot_be_had_is_refused_with_what_it_needs(
+    kernel: str | None, card: Gpu | None, device: str, precision: str, problem: str
+) -> None:
+    recipe = with_settings(sizes.bert().recipe, {"model.attn_implementation": kernel})
+    there = machine(*([card] if card else []))
+    if not problem:
+        resolve.refuse_kernels(recipe, there, device, precision)
+        return
+    with pytest.raises(RecipeError) as caught:
+        resolve.refuse_kernels(recipe, there, device, precision)
+    assert caught.value.problems[0].startswith(f"model.attn_implementation: {kernel} ")
+    assert problem in caught.value.problems[0]
+
+
+def test_of_several_cards_the_oldest_says_which_attention_can_be_had() -> None:
+    recipe = with_settings(
+        sizes.bert().recipe, {"model.attn_implementation": "flash_attention_2", "train.num_processes": 2}
+    )
+    with pytest.raises(RecipeError, match="this is Tesla T4"):
+        resolve.refuse_kernels(recipe, machine(A100, T4), "cuda", "fp16")
 
 
 OFFLOADED = {"activation_checkpointing": True, "activation_offloading": True, "micro_batch_size": 1}

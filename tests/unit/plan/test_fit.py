@@ -328,7 +328,7 @@ def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
     ("train", "own_loss", "plain", "reason"),
     [
         ({"extra": {"deepspeed": ZERO3}}, False, True, "DeepSpeed "),
-        ({"extra": {"torch_compile": True}}, False, True, "torch.compile "),
+        ({"torch_compile": True}, False, True, ""),
         ({}, True, True, "your own loss"),
         ({}, False, False, "scales or caps its logits"),
         ({}, False, True, ""),
@@ -356,3 +356,12 @@ def test_every_value_has_a_reason_and_each_setting_stands_once() -> None:
     assert by_name["train.seed"].reason == "from the recipe"
     assert not by_name["train.seed"].chosen
     assert by_name["method.learning_rate"].chosen
+
+
+def test_memory_of_compiled_blocks_is_not_counted_and_the_plan_says_so() -> None:
+    plain, compiled = (planned(train={"torch_compile": on}) for on in (False, True))
+    assert compiled.torch_compile
+    assert compiled.memory == plain.memory
+    said = {setting.name: setting.value for setting in compiled.settings}
+    assert said["memory.torch_compile"] == "not counted"
+    assert "memory.torch_compile" not in {setting.name for setting in plain.settings}

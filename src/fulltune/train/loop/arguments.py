@@ -57,6 +57,13 @@ def _missing_packages(recipe: Recipe) -> list[str]:
     package, install = package_of(recipe.train.optim or "")
     if package and importlib.util.find_spec(package) is None:
         problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
+    if recipe.train.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        problems.append("train.use_liger_kernel: needs a package that is missing; pip install 'fulltune[liger]'")
+    kernel = recipe.model.attn_implementation
+    of_kernel = _KERNELS.get(kernel or "", ())
+    if of_kernel and not any(map(importlib.util.find_spec, of_kernel)):
+        names = " or ".join(name.replace("_", "-") for name in of_kernel)
+        problems.append(f"model.attn_implementation: '{kernel}' needs a package that is missing: {names}")
     if deepspeed.wanted(recipe) and importlib.util.find_spec("deepspeed") is None:
         problems.append(f"{recipe.train.deepspeed_by}: needs DeepSpeed; pip install 'fulltune[deepspeed]'")
     return problems
@@ -84,6 +91,11 @@ _BEGINNINGS = (
     ("stable_adamw", "optimi", "torch-optimi"),
     ("ademamix", "bitsandbytes", "bitsandbytes"),
 )
+_KERNELS = {
+    "flash_attention_2": ("flash_attn", "kernels"),
+    "flash_attention_3": ("flash_attn_interface", "kernels"),
+}
+"""Attention to the modules of which it needs one; by the second, transformers takes the kernel from the Hub."""
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
 """Trackers whose package has another name."""
 
@@ -147,8 +159,6 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     if plan.activation_offloading:
         name = "activation_checkpointing_kwargs"
         extra[name] = {**(extra.get(name) or {}), "offload": True}
-    if plan.torch_compile:
-        extra["torch_compile"] = True
     if deepspeed.wanted(recipe):
         extra["deepspeed"] = deepspeed.completed(recipe, plan)
     try:

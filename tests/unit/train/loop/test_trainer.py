@@ -26,7 +26,7 @@ def test_settings_of_the_loader_are_passed_on() -> None:
     trainer: Any = SimpleNamespace(
         train_dataset=[1, 2],
         sampler=[[0], [1]],
-        data_collator=list,
+        collated=list,
         args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in options.items()}),
         accelerator=SimpleNamespace(prepare=lambda loader: loader),
     )
@@ -50,7 +50,7 @@ def test_processes_that_read_rows_go_on_when_the_run_is_told_to_stop() -> None:
     trainer: Any = SimpleNamespace(
         train_dataset=Stopped(),
         sampler=[[0, 1], [2]],
-        data_collator=list,
+        collated=list,
         args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in options.items()}),
         accelerator=SimpleNamespace(prepare=lambda loader: loader),
     )
