@@ -84,16 +84,27 @@ def measured(seconds: float, rows: Sequence[Row]) -> Timed:
     }
 
 
+def wait_for_gpu() -> None:
+    """Until what was queued is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def train_with(trainer: Any, rows: Sequence[Row]) -> Timed:
     """Time the steps of a `transformers.Trainer`."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
+            wait_for_gpu()
             self.began = time.perf_counter()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ended = time.perf_counter()
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == state.max_steps:  # earlier it would keep the next step waiting
+                wait_for_gpu()
+                self.ended = time.perf_counter()
 
     clock = Clock()
     trainer.add_callback(clock)

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,24 +65,40 @@ SHARED = {
 }
 
 
-def write_recipe(cell: Cell, placement: str, processes: int, folder: Path, **train: Any) -> Path:
-    """A model of random weights, rows and a recipe, in an empty folder."""
+def write_recipe(
+    cell: Cell,
+    placement: str,
+    processes: int,
+    folder: Path,
+    save: Callable[[Cell, Path], Path] = _save_model,
+    **train: Any,
+) -> Path:
+    """A model of random weights, rows and a recipe, in an empty folder.
+
+    Args:
+        cell: The model and how it is trained.
+        placement: Where its state lies.
+        processes: How many.
+        folder: Made anew.
+        save: Writes the model.
+        train: Further settings, or others than the usual ones.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model = _save_model(cell, folder / "model")
+    model = save(cell, folder / "model")
     batch = cell.rows * cell.accumulation * processes
     for name, number in (("train", STEPS * batch), ("eval", 4), ("test", 4)):
         lines = [json.dumps(_row(cell, number_of)) for number_of in range(number)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    train |= {"device": "cpu", "max_steps": STEPS, "micro_batch_size": cell.rows, "global_batch_size": batch}
-    train |= {"num_processes": processes, "placement": placement, "oversubscribe": True, "precision": cell.precision}
-    train |= {"activation_checkpointing": cell.checkpointing, "chunked_loss": cell.chunked}
-    train |= {"optim": cell.optim} if cell.optim else {}
+    usual = {"device": "cpu", "max_steps": STEPS, "micro_batch_size": cell.rows, "global_batch_size": batch}
+    usual |= {"num_processes": processes, "placement": placement, "oversubscribe": True, "precision": cell.precision}
+    usual |= {"activation_checkpointing": cell.checkpointing, "chunked_loss": cell.chunked}
+    usual |= {"optim": cell.optim} if cell.optim else {}
     recipe = {
         "model": {"name": str(model), "weights_dtype": cell.weights_dtype},
         "task": cell.task,
         "data": {name: f"{name}.jsonl" for name in ("train", "eval", "test")} | {"max_length": cell.length},
-        "train": train,
+        "train": usual | train,
         "evaluate": {"bootstrap_samples": 100, "generate_rows": 0, "batch_size": cell.rows, "baselines": False},
         "output": ".",
     }

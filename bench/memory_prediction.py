@@ -220,8 +220,8 @@ def prepare(cell: Cell, folder: Path) -> dict[str, Any]:
     return {"shapes": shapes, "footprint": footprint, "longest": longest}
 
 
-def _save_model(cell: Cell, folder: Path) -> Path:
-    import torch
+def _model_parts(cell: Cell) -> tuple[Any, Any, Any]:
+    """A cell's tokenizer, config, and the class that makes its model."""
     import transformers
     from tests import tiny
 
@@ -232,10 +232,16 @@ def _save_model(cell: Cell, folder: Path) -> Path:
         tokenizer = tiny.encoder_tokenizer(long, token_types=cell.kind == "bert")
     else:
         tokenizer = tiny.writer_tokenizer(cell.kind, long) if writer else tiny.decoder_tokenizer(model_max_length=long)
-    config = tiny.config(cell.kind, tokenizer, **cell.config)
-    torch.manual_seed(0)
     name = "AutoModel" if encoder else "AutoModelForSeq2SeqLM" if writer else "AutoModelForCausalLM"
-    getattr(transformers, name).from_config(config).save_pretrained(folder)
+    return tokenizer, tiny.config(cell.kind, tokenizer, **cell.config), getattr(transformers, name)
+
+
+def _save_model(cell: Cell, folder: Path) -> Path:
+    import torch
+
+    tokenizer, config, kind = _model_parts(cell)
+    torch.manual_seed(0)
+    kind.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

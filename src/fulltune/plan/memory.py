@@ -21,10 +21,13 @@ class MemorySettings:
     """Tokens of the longest row; with several choices of the longest choice."""
     gradient_accumulation_steps: int = 1
     precision: str = "fp32"
+    fast_bf16: bool = True
+    """False: the GPU only emulates bf16."""
     weights_dtype: str = "fp32"
     optim: str = "adamw_torch_fused"
     bf16_rounding: str | None = None
     activation_checkpointing: bool = False
+    activation_offloading: bool = False
     can_recompute: bool = True
     """The model offers activation checkpointing."""
     plain_logits: bool = True
@@ -103,6 +106,21 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     if settings.num_trained is not None:  # a checkpoint holds only what is trained
         phases["resuming"] = state.weights + state.gradients + state.optimizer + base
     return MemoryNeed(kinds=kinds, phases=phases)
+
+
+def block_inputs(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> int:
+    """Numbers that activation checkpointing keeps of a micro batch: what goes into each block."""
+    tokens = train_sequences(footprint, settings) * settings.longest_tokens
+    return shapes.num_layers * tokens * shapes.hidden_size
+
+
+def offloaded(need: MemoryNeed, kept: int) -> MemoryNeed:
+    """The need with so many numbers in the host's memory: counted as fp32 there, and as 16 bits that are freed here,
+    for which of both they are follows from the model's embeddings."""
+    freed = min(2 * kept, need.kinds["activations"])
+    kinds = need.kinds | {"activations": need.kinds["activations"] - freed}
+    phases = need.phases | {"step": need.phases["step"] - freed}
+    return MemoryNeed(kinds=kinds, phases=phases, host=need.host + 4 * kept)
 
 
 def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> dict[Kind, int]:

@@ -1,0 +1,102 @@
+"""Everything that needs a GPU, in one run of at most 25 minutes.
+
+    make gpu-day
+    python -m bench.gpu_day [--folder runs/gpu-day] [--again memory speed ...] [--only tests ...] [--minutes 25]
+
+Each part runs in a process of its own and is kept in FOLDER/gpu_day.json once it is finished; the same command goes on
+with those that are not. FOLDER/gpu_day.md is the page. Without a card every part runs on the CPU with tiny shapes, and
+each figure that needs a card is "not measured". Exits 1 when a part failed or something is not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+from bench.gpu_day import day, here, page, parts  # noqa: E402
+
+NAMES = [part.name for part in parts.PARTS]
+
+
+def _looked(folder: Path) -> here.Here:
+    """This machine, seen by another process: this one holds nothing of the card."""
+    command = [sys.executable, "-m", "bench.gpu_day", "--look", "--folder", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"torch could not be asked for cards:\n{done.stderr[-2000:]}")
+    return here.Here.of(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _run_part(name: str, folder: Path, seconds: float) -> None:
+    """In the part's own process."""
+    from bench.gpu_day import checks, memory, processes, speed
+
+    seen = here.Here.of(json.loads((folder / "here.json").read_text(encoding="utf-8")))
+    work = {
+        "tests": checks.tests,
+        "selfcheck": checks.selfcheck,
+        "quickstart": checks.quickstart,
+        "precision": checks.precision,
+        "speed": speed.compare,
+        "memory": memory.grid,
+        "ladder": memory.ladder,
+        "large": memory.large,
+        "processes": processes.two,
+    }[name]
+    rows = day.Rows(folder / "parts" / f"{name}.jsonl", time.monotonic() + seconds)
+    work(seen, folder / "work" / name, rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_day", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu-day"))
+    parser.add_argument("--again", nargs="+", choices=NAMES, default=[], help="run these parts again")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="run these parts alone")
+    parser.add_argument("--minutes", type=float, default=parts.MINUTES, help="after which no part begins")
+    parser.add_argument("--part", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
+    parser.add_argument("--look", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    folder = given.folder.absolute()
+    if given.look:
+        print(json.dumps(here.look(folder).as_json()))
+        return 0
+    if given.part:
+        _run_part(given.part, folder, given.seconds)
+        return 0
+    # A part that is running ends with this command, however it is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on"))
+    seen = _looked(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "here.json").write_text(json.dumps(seen.as_json()), encoding="utf-8")
+    where = ", ".join(card.name for card in seen.cards) or "no card: stand-ins on the CPU"
+    print("\n".join(textwrap.wrap(f"gpu-day on {where}; at most {given.minutes:g} minutes", 80)))
+    for note in here.notes(seen):
+        print("\n".join(textwrap.wrap(note, 80, initial_indent="- ", subsequent_indent="  ")))
+    decisions = parts.decide(seen)
+    try:
+        found = day.run(folder, seen, decisions, given.only, given.again, given.minutes, page.markdown, _say)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
+    results = [day.result_of(found, one.part.name, seen.key) for one in decisions if one.part.name in given.only]
+    print(f"the page: {given.folder / day.PAGE}")
+    return 0 if all(result is None or day.is_good(result) for result in results) else 1
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

