@@ -30,7 +30,16 @@ SHORT = {
     "8": replace(LLAMA, ranks=8),
     "8, recomputed": replace(LLAMA, ranks=8, recomputed=True),
 }
+SMOLLM2 = Cell(
+    "llama",
+    {
+        **{"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
+        **{"intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True},
+    },
+)
 LONG = {
+    "135M, 1": replace(SMOLLM2, recomputed=True),
+    "135M, 64": replace(SMOLLM2, ranks=64),
     "not shared out": replace(TIED, ranks=1, shared=False),
     "tied, 64": replace(TIED, ranks=64, recomputed=True, weights_dtype="bf16"),
     "tied, whole logits": replace(TIED, in_pieces=False),

@@ -211,7 +211,7 @@ def test_what_the_head_is_sent_in_stays_during_the_first_blocks_backward() -> No
     head = 60 * M
     units = Units(root=0, kept=head, freed=P - head, block=BLOCK, apart=0)
     found = fsdp2.need(SHAPES.model_copy(update={"units": units}), footprint(20 * M, "forward loss"), SETTINGS, "cuda")
-    # The weights of the block, the next one as received, gradients of the head as sent; those of its first tensor.
+    # The block's weights, the next block as it was received, the head's gradients as they were sent.
     assert found.kinds["gradients"] == 4 * BLOCK // fsdp2.TENSORS_OF_BLOCK
     assert found.kinds["buffers"] == 4 * (2 * BLOCK + head) + memory.CUDA_CONTEXT_BYTES
 
