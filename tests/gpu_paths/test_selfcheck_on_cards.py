@@ -50,23 +50,13 @@ def test_page_names_each_card(an_a100_and_a_t4: Cards, monkeypatch: Patch) -> No
 
 
 @named
-@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"])
-def test_page_says_which_cards_were_chosen(name: str, two_h100s: Cards, monkeypatch: Patch) -> None:
-    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
-    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for variable in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
-        monkeypatch.delenv(variable, raising=False)
-    assert "set" not in environment()
-    monkeypatch.setenv(name, "1")
-    assert environment()["set"] == f"{name}=1"
-
-
-@named
 def test_page_names_apples_device_or_none(monkeypatch: Patch) -> None:
     monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
     monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
     assert environment()["gpu"] == "torch sees none"
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
+        assert environment()["set"].endswith(f"{name}=1")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 21 * GIB)
     assert environment()["gpu"] == "Apple, 21 GiB usable"
@@ -241,9 +231,17 @@ def test_product_in_fp16_is_less_exact_than_in_fp32_and_within_its_bound() -> No
 
 
 @pytest.mark.stand_in("a device that is named, not used", card="-")
-def test_run_that_goes_on_is_not_tried_on_apples_device() -> None:
+def test_run_that_goes_on_is_not_tried_on_apples_device(monkeypatch: Patch) -> None:
     with pytest.raises(NotHere, match="CPU or a GPU"):
         training.resume(MPS)
+
+    def begins(folder: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(tiny, "save_bert", begins)
+    for device in (CPU, CUDA):
+        with pytest.raises(InterruptedError):
+            training.resume(device)
 
 
 def test_helper_books_what_the_plan_says() -> None:
