@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,13 @@ import pytest
 
 from fulltune.records.events import Event
 from fulltune.records.training import Outcome
+from fulltune.system import allocator
 from fulltune.train import checkpoints
+from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child, spawn
 from fulltune.train.request import Request
+from fulltune.train.worker import attempt
+from fulltune.train.worker import main as worker
 from tests import tiny
 from tests.plans import outcome, plan
 from tests.train import runs
@@ -145,3 +150,32 @@ def test_worker_keeps_few_kernels_unless_the_user_says_how_many(start: Start, mo
     request = start("echo $ONEDNN_PRIMITIVE_CACHE_CAPACITY $LRU_CACHE_CAPACITY")
     child.run(request, lambda event: None)
     assert (request.folder / "log.txt").read_text(encoding="utf-8") == "64 7\n"
+
+
+@pytest.mark.parametrize(("device", "given"), [("cuda", None), ("cuda", "max_split_size_mb:64"), ("cpu", None)])
+def test_segments_of_a_gpus_memory_grow_in_the_child(
+    device: str, given: str | None, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in allocator.NAMES:
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    monkeypatch.setattr(spawn.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(spawn.platform, "release", lambda: "6.8.0")
+    request = start('echo "$PYTORCH_ALLOC_CONF|$PYTORCH_CUDA_ALLOC_CONF" > $here/seen')
+    request = request.model_copy(update={"plan": plan(device=device)})
+    child.run(request, lambda event: None)
+    expected = {"cpu": "|", "cuda": "|".join(2 * [allocator.EXPANDABLE])}[device]
+    found = (request.folder / "seen").read_text(encoding="ascii").strip()
+    assert found == (expected if given is None else f"|{given}")
+
+
+def test_journal_says_how_a_gpus_memory_is_kept(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", allocator.EXPANDABLE)
+    monkeypatch.setattr(attempt, "train", lambda *_: {})
+    request = start("")
+    for device in ("cpu", "cuda"):
+        worker.run(request.model_copy(update={"plan": plan(device=device)}), Hooks())
+    lines = (request.folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    [said] = [line["detail"] for line in map(json.loads, lines) if line["event"] == "allocator"]
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in said

@@ -36,7 +36,8 @@ NARROW = {"initializer_range": 0.02}
 
 
 def no_memory() -> None:
-    raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+    """In a card's words; a CPU's are said by the real limit below."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 @pytest.fixture(scope="module")
@@ -344,9 +345,8 @@ def test_evaluation_that_does_not_fit_at_all_keeps_the_model(
         runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS)
 
     assert str(caught.value) == (
-        "scoring baseline-probe: memory ran out: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate "
-        "memory: you tried ...; no smaller batch is left; what was trained is kept: free some memory, then run the "
-        "same command again"
+        "scoring baseline-probe: memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB.; no smaller batch is "
+        "left; what was trained is kept: free some memory, then run the same command again"
     )
     monkeypatch.undo()
     assert len(runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS).scores) == 4

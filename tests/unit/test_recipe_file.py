@@ -189,6 +189,10 @@ def test_fingerprint_ignores_what_does_not_shape_the_result() -> None:
         ("train.epochs=3", "train.epochs: unknown setting; write train.num_train_epochs"),
         ("num_epochs=3", "num_epochs: unknown setting; write train.num_train_epochs"),
         ("train.bf16=true", "train.bf16: unknown setting; write train.precision: bf16"),
+        (
+            "train.enable_fp8=true",
+            "train.enable_fp8: unknown setting; not yet: bf16 is the narrowest type; write train.precision: bf16",
+        ),
         ("train.lr=1", "train.lr: unknown setting; write method.learning_rate"),
         ("output_dir=a", "output_dir: unknown setting; write output, the folder in which each run gets its own"),
         (

@@ -25,7 +25,7 @@ train:
   optim: adamw_torch_fuse
   report_to: [tensorbord]
   num_train_epochs: three
-  extra: {learning_rat: 1, torch_compile: "yes", bf16: true, neftune_noise_alpha: 1e-5}
+  extra: {learning_rat: 1, tf32: "yes", bf16: true, neftune_noise_alpha: 1e-5}
 evaluate: {metric: rougeL}
 """
 
@@ -45,7 +45,7 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
         f"{path}:8  train.extra.learning_rat: transformers.TrainingArguments has no such field; did you mean "
         "'learning_rate'?",
         f"{path}:8  train.extra.neftune_noise_alpha: expected a number, found '1e-5'; write 1.0e-05",
-        f"{path}:8  train.extra.torch_compile: expected true or false, found 'yes'",
+        f"{path}:8  train.extra.tf32: expected true or false, found 'yes'",
         f"{path}:9  evaluate.metric: 'rougeL' cannot choose a checkpoint for causal-lm; expected one of loss, "
         "perplexity, token_accuracy",
     ]

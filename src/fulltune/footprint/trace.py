@@ -30,6 +30,11 @@ from fulltune.tasks import Target, Task, task_named
 _log = logging.getLogger(__name__)
 
 
+def _traced(attention: str | None) -> str | None:
+    """sdpa in the place of flash attention: the same tensors, and it needs no GPU and no package."""
+    return "sdpa" if (attention or "").startswith("flash") else attention
+
+
 @dataclass(frozen=True)
 class PlannedModel:
     """A pretrained model with the head of a task and a method."""
@@ -84,7 +89,7 @@ class PlannedModel:
                 # Both, whatever the recipe says: the other one can be a way out.
                 checkpointing=(False, True) if self.shapes.can_recompute else (False,),
                 weights_dtype=recipe.model.weights_dtype,
-                attn_implementation=recipe.model.attn_implementation,
+                attn_implementation=_traced(recipe.model.attn_implementation),
                 packed=self.packed,
                 pixels=pixels,
             )

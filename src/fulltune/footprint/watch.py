@@ -238,7 +238,7 @@ def run(
     with torch.device("meta"):  # outside of the mode: numbers that a class computes for itself have values here
         model = build(case, config)
     with FakeTensorMode() as mode:
-        _onto_cpu(model)
+        onto_cpu(model)
         if recomputed:
             model.activation_checkpointing_enable()
         model.train(training)
@@ -254,7 +254,7 @@ def run(
     return stories
 
 
-def _onto_cpu(model: Any) -> None:
+def onto_cpu(model: Any) -> None:
     """Have all tensors of a model on `meta` say that they are on the CPU; shared ones stay shared."""
     made: dict[int, torch.Tensor] = {}
 

@@ -136,17 +136,18 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            whole = model(**inputs).logits[wanted(labels) != padding.IGNORED].float()
-            with selective.only(labels):
-                picked = model(**inputs).logits.float()
-        if picked.shape != whole.shape:
-            return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
-        difference = float((picked - whole).abs().max()) if len(whole) else 0.0
-        # What another order of sums changes is some ten roundings; another place gives other logits altogether.
-        if not difference <= _few_roundings(model) * float(whole.abs().max()):
-            return None, f"off: its logits differ by {difference:.2g}"
-        in_pieces, about_pieces = _pieces_verified(selective, task, inputs, labels)
+        with _as_its_attention_can(model):
+            with torch.no_grad():
+                whole = model(**inputs).logits[wanted(labels) != padding.IGNORED].float()
+                with selective.only(labels):
+                    picked = model(**inputs).logits.float()
+            if picked.shape != whole.shape:
+                return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
+            difference = float((picked - whole).abs().max()) if len(whole) else 0.0
+            # What another order of sums changes is some ten roundings; another place gives other logits altogether.
+            if not difference <= _few_roundings(model) * float(whole.abs().max()):
+                return None, f"off: its logits differ by {difference:.2g}"
+            in_pieces, about_pieces = _pieces_verified(selective, task, inputs, labels)
     finally:
         model.train(was_training)
     same = f"the same up to {difference:.2g}" if difference else "exactly the same"
@@ -154,11 +155,22 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     return replace(selective, in_pieces=in_pieces, about_pieces=about_pieces), found
 
 
+def _as_its_attention_can(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Flash attention knows 16-bit types alone; the others are compared in the weights' own type, which tells more."""
+    import torch
+
+    if "flash" not in (getattr(model.config, "_attn_implementation", None) or ""):
+        return contextlib.nullcontext()
+    return torch.autocast(model.device.type, dtype=torch.bfloat16)  # each card with flash attention has it
+
+
 def _few_roundings(model: Any) -> float:
     """Largest difference, relative to the largest number, that another order of sums makes."""
     import torch
 
-    return float(torch.finfo(model.dtype).eps) ** 0.5
+    kind = model.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return float(torch.finfo(computed).eps) ** 0.5
 
 
 def _pieces_verified(

@@ -156,8 +156,6 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
                 f"num_virtual_tokens: {method.num_virtual_tokens} are more than half of the {limit} tokens that the "
                 "model takes; take fewer"
             )
-    if method.kind in BY_HOOKS and recipe.train.extra.get("torch_compile"):
-        found.append("torch.compile may leave out the hooks it works by; remove train.extra.torch_compile")
     if method.kind == "peft":
         found += injected.problems(method)
     if method.kind not in ("full", "base"):

@@ -54,9 +54,10 @@ class Pieces:
         """Cross entropy of each token, float32 [tokens], and whether its logit is the highest, bool [tokens]."""
         losses = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
         right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
-        for piece, logits in _pieces(self.hidden, self.weight.detach().to(self.hidden.dtype), self.bias):
-            right[piece] = logits.argmax(dim=-1) == targets[piece]
-            losses[piece] = logits.logsumexp(dim=-1) - logits.gather(1, targets[piece, None])[:, 0]
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            for piece, logits in _pieces(self.hidden, self.weight.detach().to(self.hidden.dtype), self.bias):
+                right[piece] = logits.argmax(dim=-1) == targets[piece]
+                losses[piece] = logits.logsumexp(dim=-1) - logits.gather(1, targets[piece, None])[:, 0]
         return losses, right
 
 
@@ -127,21 +128,21 @@ class _Loss(torch.autograd.Function):
 def _pieces(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Each piece's place and its logits in float32 [rows, vocabulary]; they may be overwritten, as the next ones do."""
+    """Each piece's place and its logits in float32 [rows, vocabulary]; they may be overwritten, as the next ones do.
+    Called without autocast: `hidden` has the type that it would give."""
     rows = min(ROWS.get(hidden.device.type, ROWS_ELSEWHERE), len(hidden))
     kept = hidden.new_empty((rows, len(weight)), dtype=torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, len(hidden), rows or 1):
-            piece = slice(start, min(start + rows, len(hidden)))
-            logits = kept[: piece.stop - start]
-            if hidden.dtype == torch.float32:
-                torch.mm(hidden[piece], weight.t(), out=logits)
-            else:
-                for block in _blocks(len(weight), weight.shape[1], weight):
-                    logits[:, block] = hidden[piece] @ weight[block].t()
-            if bias is not None:
-                logits += bias.detach()
-            yield piece, logits
+    for start in range(0, len(hidden), rows or 1):
+        piece = slice(start, min(start + rows, len(hidden)))
+        logits = kept[: piece.stop - start]
+        if hidden.dtype == torch.float32:
+            torch.mm(hidden[piece], weight.t(), out=logits)
+        else:
+            for block in _blocks(len(weight), weight.shape[1], weight):
+                logits[:, block] = hidden[piece] @ weight[block].t()
+        if bias is not None:
+            logits += bias.detach()
+        yield piece, logits
 
 
 def _sum_and_gradient(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """From an image on disk to what a model reads. Pillow decodes, the model's image processor resizes and normalises.
 
 Prepared rows name the image; it is decoded each time its row is asked for, so that a hundred thousand images need no
-second copy on disk. `train.extra: {dataloader_num_workers: 4}` decodes beside the training.
+second copy on disk. On a GPU processes decode beside the training (`plan/resolve.py: loader_workers`), on a CPU with
+`train.extra: {dataloader_num_workers: 4}`.
 """
 
 from __future__ import annotations

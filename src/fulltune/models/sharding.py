@@ -120,7 +120,6 @@ def blocks_of(model: Any) -> dict[str, str]:
     Raises:
         SetupError: When there are none, or running statistics, which each process would have its own of.
     """
-    import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
     if any(isinstance(one, _BatchNorm) for one in model.modules()):
@@ -128,17 +127,25 @@ def blocks_of(model: Any) -> dict[str, str]:
             f"train.placement: fsdp2: {type(model).__name__} has running statistics (batch normalization), which are "
             "not shared out; take ddp"
         )
-    paths: list[str] = []
-    for path, module in model.named_modules():
-        has_weights = isinstance(module, torch.nn.ModuleList) and any(True for _ in module.parameters())
-        if has_weights and not any(path.startswith(f"{outer}.") for outer in paths):
-            paths.append(path)
+    paths = lists_of_blocks(model)
     if not paths:
         raise SetupError(
             f"train.placement: fsdp2: {type(model).__name__} has no repeated blocks (no torch.nn.ModuleList with "
             "weights) to share out one by one; take ddp, or zero3"
         )
     return {f"{path}.*": _FREED for path in paths}
+
+
+def lists_of_blocks(model: Any) -> list[str]:
+    """Paths of the outermost lists of modules with weights, such as `bert.encoder.layer`."""
+    import torch
+
+    paths: list[str] = []
+    for path, module in model.named_modules():
+        has_weights = isinstance(module, torch.nn.ModuleList) and any(True for _ in module.parameters())
+        if has_weights and not any(path.startswith(f"{outer}.") for outer in paths):
+            paths.append(path)
+    return paths
 
 
 def units_of(model: Any) -> Units:

@@ -48,7 +48,11 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
     processes, limit = recipe.train.num_processes, recipe.train.memory_limit
     libraries = 0 if device == "cuda" else LIBRARIES_BYTES
     if device == "cuda":
-        available, where = machine.gpus[0].available_bytes, "of GPU memory"
+        used = machine.gpus[:processes]
+        least = min(used, key=lambda gpu: gpu.available_bytes)
+        available, where = least.available_bytes, "of GPU memory"
+        if least.available_bytes < max(gpu.available_bytes for gpu in used):
+            where += f" (GPU {used.index(least)}, {least.name}, has the least of {len(used)})"
     else:
         available = machine.memory_available_bytes // processes - libraries
         where = "of memory" if processes == 1 else f"of memory for each of {processes} processes"
@@ -85,6 +89,19 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
         )
 
 
+def refuse_offloaded_activations(plan_need: MemoryNeed, processes: int, machine: Machine) -> None:
+    """Refuse activations in the memory of a host that is too small for them.
+
+    Raises:
+        DoesNotFitError: Naming both sizes.
+    """
+    if processes * plan_need.host > machine.memory_available_bytes:
+        raise DoesNotFitError(
+            f"train.activation_offloading: needs {format_bytes(processes * plan_need.host)} of the host's memory, but "
+            f"{format_bytes(machine.memory_available_bytes)} are free; set a smaller train.micro_batch_size"
+        )
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a process needs on its device, whatever its settings and wherever its state lies."""
@@ -108,6 +125,9 @@ class Needs:
             shared: What is shared out; None: each process holds everything.
             per_parameter: Bytes of weights, gradients and optimizer where the state is shared out on GPUs.
         """
+        if settings.activation_offloading:
+            need = self.of(replace(settings, activation_offloading=False), shared, per_parameter)
+            return memory.offloaded(need, memory.block_inputs(self.shapes, self.footprint, settings))
         if shared is not None and shared.engine == "fsdp2":
             return fsdp2.need(self.shapes, self.footprint, settings, self.device)
         if shared is not None:

@@ -72,15 +72,14 @@ def fit(
     logging_steps = resolve.logging_steps(recipe, steps, reasons)
     watched = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
-    resolve.caveats(footprint, reasons)
+    resolve.caveats(footprint, reasons, bool(train.torch_compile))
     used = chosen.settings
     same = {one.name: getattr(used, one.name) for one in fields(MemorySettings) if one.name in Plan.model_fields}
     plan = Plan(
-        **same | watched | {"plain_logits": shapes.plain_logits, "offload": train.offload},
+        **same | watched | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
         trial=f"{recipe.method.arm}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
         method=recipe.method.arm,
-        seed=train.seed,
         learning_rate=rate,
         head_learning_rate=recipe.method.head_learning_rate,
         head_init=basis.head_init,
@@ -92,6 +91,7 @@ def fit(
         global_batch_size=basis.global_batch_size,
         device=basis.needs.device,
         placement=placement,
+        loader_workers=resolve.loader_workers(recipe, fleet.machine, basis.needs.device, reasons),
         group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,
@@ -121,6 +121,8 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     chosen = choose.choose(recipe, basis.start, basis.rows_per_process, limits, basis.speed)
     choose.note(recipe, chosen, basis.rows_per_process, limits, own_loss, reasons)
     used = chosen.settings
+    if used.activation_offloading:
+        budget.refuse_offloaded_activations(chosen.memory, used.num_processes, fleet.machine)
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     problems = deepspeed.disagreements(recipe, *batches, used.num_processes, used.precision)
     problems += resolve.in_backward_problems(recipe, *batches, used.precision)

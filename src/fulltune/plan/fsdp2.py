@@ -10,9 +10,13 @@ for a while, in the weights' type (`models.sharding.Units`; u is a unit's weight
 | backward | its weights and gradients, the next unit as received, the gradients of the one before as sent: 4 u |
 | after a unit's backward | its gradients, the same as they are sent (gloo: twice), the next unit: 3 u or 4 u |
 
+A block's activations go while its gradients come, so that both are whole at different moments. A loss in pieces makes
+the head's gradient in the forward pass, in fp32.
+
 Read from torch 2.13 (`torch/distributed/fsdp/_fully_shard`: `foreach_all_gather`, `FSDPParamGroup.wait_for_unshard`,
 `_backward_prefetch`, `post_backward`, `foreach_reduce`) and its gloo backend, which also receives into a copy; held
-against measurements by `bench/memory_per_rank.py`. Gradients are reduced at each micro batch, so that accumulation
+against measurements by `bench/memory_per_rank.py` and, for any number of processes, against torch's own tracker by
+`bench/fake_ranks.py`. Gradients are reduced at each micro batch, so that accumulation
 holds parts alone. Activations, logits and autocast's copies of the weights in 16 bits are those of one process:
 autograd keeps such a copy of each weight from the forward to the backward pass, so that bf16 computations add up to
 2 P bytes that no number of processes makes smaller, unless activations are recomputed: then they are those of a block.
@@ -20,7 +24,7 @@ autograd keeps such a copy of each weight from the forward to the backward pass,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fulltune.footprint.records import Footprint, Kind
@@ -38,6 +42,12 @@ TENSORS_OF_BLOCK = 3
 SENT = {"cpu": 2, "cuda": 1}
 """Buffers for gradients that are sent: FSDP2's own, with gloo the backend's copy as well (a reduce-scatter of 64 MiB
 over two processes takes 66 MiB more)."""
+
+AT_HEAD = ("backward head", "forward loss")
+"""Moments when all blocks' activations are there."""
+NORM_VALUES = 6
+"""fp32 numbers of a token and hidden unit in the backward pass of a block's first norm, which comes last: as
+transformers writes RMSNorm; a LayerNorm has fewer."""
 
 
 def units_of(shapes: Shapes) -> Units:
@@ -126,34 +136,61 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
     rows, value = memory.train_sequences(footprint, settings), memory.BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # parts that earlier micro batches left
-    copies = SENT[device]
+    copies, length = SENT[device], settings.longest_tokens
     traced = [
-        (one.place, memory.in_pieces(one.bytes(rows, settings.longest_tokens), shapes, settings, device, 0))
+        (one.place, memory.in_pieces(one.bytes(rows, length), shapes, settings, device, rows * length, 0))
         for one in variant.first
     ]
     # What the head leaves in the root: that of a vocabulary, where there are logits.
     head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0)
     head = value * shapes.vocab_size * shapes.hidden_size if any(one["logits"] for _, one in traced) else head
-    left = 0 if units.kept else min(units.root, head)
+    left = 0 if units.kept > head else min(units.root, head)  # beside a tied head its norm alone is kept
+    # A loss in pieces adds the head's gradient up in fp32, in the forward pass; in the backward pass it is that of the
+    # head, or a copy of it in the weights' type is.
+    summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
+    own, gone = _of_a_block(traced, units, shapes.num_layers, units.kept + left)
     found: list[_Held] = []
     for place, passing in traced:
-        reduced = max(before, min(1.0, passing["gradients"] / (value * shapes.num_parameters)))
+        if settings.activation_checkpointing:  # autocast keeps no copies beside those that autograd saves
+            saved = units.kept + left if place in AT_HEAD else units.block
+            passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
+        now = own(passing)
+        reduced = max(before, min(1.0, max(0, passing["gradients"] - left - now) / (value * shapes.num_parameters)))
         without, no_logits = passing | {"gradients": 0}, passing | {"gradients": 0, "logits": 0}
+        # A block's gradients are all there when its activations and copies are gone.
+        ended = no_logits | {name: max(0, no_logits[name] - size) for name, size in gone(place).items()}
+        ended["activations"] += NORM_VALUES * 4 * rows * length * shapes.hidden_size
         if place.startswith("forward"):
-            found.append(_Held(without, before, *_forward(units, place)))
+            found.append(_Held(no_logits if summed else without, before, *_forward(units, place)))
         elif place.endswith("below"):
             whole = (units.root, units.apart)
             found.append(_Held(without, 1.0, whole, whole, (units.block,)))
         elif place == "backward head":
-            tensors = (units.root, units.kept)
-            found.append(_Held(without, before, tensors, (units.kept or left,), (units.block,)))
+            made: tuple[int, ...] = (passing["gradients"],)
+            if summed:
+                made = (units.kept + left, summed if value < 4 else 0)
+            elif device == "cpu":  # as measured (`bench/memory_per_rank.py`): both at once
+                made = (max(passing["gradients"], units.kept),)
+            # The next unit is put together when the head's own backward pass begins, after that of the loss.
+            following = (units.block,) if any(made) else ()
+            found.append(_Held(no_logits if summed else without, before, (units.root, units.kept), made, following))
         else:
-            found += _block(without, reduced, units, left, copies, units.block)
-        if place in ("backward head", "forward loss"):  # then the last block, whose activations all are there still
-            found += _block(no_logits, before, units, left, copies, units.kept or units.block)
+            flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)
+            found += _block(without, ended, reduced, units, (left, now), copies, flat)
+        if place in AT_HEAD:
+            if summed:
+                found.append(_Held(without, before, (units.root, units.kept), (summed,)))
+            # Then the last block, whose activations all are there still, with the gradient of its first tensor.
+            first = (left, units.block // TENSORS_OF_BLOCK)
+            flat = (units.kept or units.block, units.block)
+            found += _block(no_logits, ended, before, units, first, copies, flat)
             sent = (units.kept,) * copies
             found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*sent, units.block)))
     nothing: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
+    # The first block ends with nearly all gradients reduced, and the embeddings are put together already.
+    lowest = max(before, 1 - (units.root + units.apart + units.block) / (value * shapes.num_parameters))
+    flat = (units.block, max(units.block, units.apart))
+    found += _block(nothing, nothing, lowest, units, (left, units.block), copies, flat)
     # Embeddings, which have no input with a gradient, are reduced at the very end: the root first, then unit by unit.
     last = [units.root, units.apart]
     while last:
@@ -174,13 +211,58 @@ def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...]
     return ((*root, kept), (), (kept,)) if kept > block and "after" in place else ((*root, block), (), (block, block))
 
 
+def _of_a_block(
+    traced: Sequence[tuple[str, dict[Kind, int]]], units: Units, num_layers: int, head: int
+) -> tuple[Callable[[dict[Kind, int]], int], Callable[[str], dict[Kind, int]]]:
+    """How many of a block's gradients are there at a moment in its backward pass, and what is gone at its end.
+
+    Args:
+        traced: Place and bytes of each moment.
+        units: In bytes.
+        num_layers: Blocks may be used several times.
+        head: Gradients that are there before the first block's.
+    """
+    waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
+    most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
+    of_blocks = units.freed - units.apart
+    share = (waiting or most) // max(1, num_layers, of_blocks // max(1, units.block))
+    passes = max(0, most - waiting) if waiting else 0  # what is recomputed, and what comes and goes
+
+    def own(passing: dict[Kind, int]) -> int:
+        # Only where all blocks are alike, what is there tells how far the last one is.
+        alike = units.block and of_blocks % units.block == 0
+        return (passing["gradients"] - head) % units.block if alike else units.block
+
+    def gone(place: str) -> dict[Kind, int]:
+        return {"activations": share + (0 if place in AT_HEAD else passes), "buffers": units.block // 2}
+
+    return own, gone
+
+
 def _block(
-    passing: dict[Kind, int], reduced: float, units: Units, left: int, copies: int, before: int
+    passing: dict[Kind, int],
+    ended: dict[Kind, int],
+    reduced: float,
+    units: Units,
+    gradients: tuple[int, int],
+    copies: int,
+    flat: tuple[int, int],
 ) -> Iterator[_Held]:
-    """A block's backward pass, and its gradients on their way; what the unit before was sent in stays until then."""
-    root, block = (units.root,), units.block
-    yield _Held(passing, reduced, (*root, block), (left, block), (block, before))
-    yield _Held(passing, reduced, root, (left, block), (*(block,) * copies, block))
+    """A block's backward pass, its end, and its gradients on their way.
+
+    Args:
+        passing: What is held in it.
+        ended: What is held at its end.
+        reduced: Share of the gradients that were sent.
+        units: In bytes.
+        gradients: Of the root, and of the block while it passes.
+        copies: Of gradients that are sent.
+        flat: What the unit before was sent in, which stays until the block ends, and the next unit as received.
+    """
+    root, block, whole = (units.root,), units.block, (gradients[0], units.block)
+    yield _Held(passing, reduced, (*root, block), gradients, flat)
+    yield _Held(ended, reduced, (*root, block), whole, flat)
+    yield _Held(ended, reduced, root, whole, (*(block,) * copies, flat[1]))
 
 
 def _kinds(held: _Held, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:

@@ -2,14 +2,16 @@
 
 Figures are of the vendors' data sheets: dense 16-bit matrix products with sums in fp32 (never with sparsity), one
 direction of a link. Sources: NVIDIA data sheets and architecture white papers (Pascal to Blackwell; for GeForce the
-white papers' "FP16 with FP32 accumulate"), AWS for the A10G, AMD Instinct data sheets. A GPU whose GDDR memory
-is checked (ECC) has 15/16 of it to give.
+white papers' "FP16 with FP32 accumulate"), AWS for the A10G, AMD Instinct data sheets. Pascal has no tensor cores, and
+torch sums fp16 products in fp32 there: its rate in fp32 is given. A GPU whose GDDR memory is checked (ECC) has 15/16 of
+it to give.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from fulltune.errors import RecipeError
@@ -27,6 +29,8 @@ class GpuModel:
     """A kind of GPU."""
 
     name: str
+    capability: tuple[int, int]
+    """CUDA's compute capability; of AMD's, as torch gives it, the numbers of its architecture."""
     memory_gib: float
     tflops: float
     """Dense 16-bit matrix products, 1e12 operations a second."""
@@ -39,7 +43,6 @@ class GpuModel:
     """Memory of the host that machines with it usually have for each GPU."""
     aliases: tuple[str, ...] = ()
     desktop: bool = False
-    bf16: bool = True
     ecc: bool = False
 
     @property
@@ -59,52 +62,53 @@ class GpuModel:
 
 # fmt: off
 GPUS: tuple[GpuModel, ...] = (
-    # name, GiB, TFLOP/s, memory GB/s, link GB/s, peer GB/s, host GB a GPU, other names
-    GpuModel("B200", 180, 2250, 8000, PCIE5, 900, 256, ("B200-180GB",)),
-    GpuModel("H200", 141, 989, 4800, PCIE5, 450, 256, ("H200-141GB", "H200-SXM")),
-    GpuModel("H100-80GB", 80, 989, 3350, PCIE5, 450, 256, ("H100", "H100-SXM", "H100-SXM5-80GB", "H100-80GB-HBM3")),
-    GpuModel("H100-PCIe", 80, 756, 2000, PCIE5, 300, 128, ("H100-PCIe-80GB", "H100-80GB-PCIe")),
-    GpuModel("H100-NVL", 94, 835, 3900, PCIE5, 300, 128, ("H100-NVL-94GB",)),
-    GpuModel("A100-80GB", 80, 312, 2039, PCIE4, 300, 128, ("A100-SXM4-80GB", "A100-SXM-80GB")),
-    GpuModel("A100-40GB", 40, 312, 1555, PCIE4, 300, 128, ("A100-SXM4-40GB", "A100-SXM-40GB")),
-    GpuModel("A100-PCIe-80GB", 80, 312, 1935, PCIE4, None, 128, ("A100-80GB-PCIe",)),
-    GpuModel("A100-PCIe-40GB", 40, 312, 1555, PCIE4, None, 128, ("A100-40GB-PCIe",)),
-    GpuModel("A30", 24, 165, 933, PCIE4, 100, 64, ("A30-24GB",)),
-    GpuModel("L40S", 48, 362, 864, PCIE4, None, 128, ("L40S-48GB",), ecc=True),
-    GpuModel("L40", 48, 181, 864, PCIE4, None, 128, ("L40-48GB",), ecc=True),
-    GpuModel("L4", 24, 121, 300, PCIE4, None, 48, ("L4-24GB",), ecc=True),
-    GpuModel("A10", 24, 125, 600, PCIE4, None, 64, ("A10-24GB",), ecc=True),
-    GpuModel("A10G", 24, 70, 600, PCIE4, None, 64, ("A10G-24GB",), ecc=True),
-    GpuModel("A40", 48, 149.7, 696, PCIE4, 56, 128, ("A40-48GB",), ecc=True),
-    GpuModel("V100-32GB", 32, 125, 900, PCIE3, 150, 64, ("V100-SXM2-32GB",), bf16=False),
-    GpuModel("V100-16GB", 16, 125, 900, PCIE3, 150, 64, ("V100-SXM2-16GB",), bf16=False),
-    GpuModel("V100-PCIe-32GB", 32, 112, 900, PCIE3, None, 64, ("V100-32GB-PCIe",), bf16=False),
-    GpuModel("V100-PCIe-16GB", 16, 112, 900, PCIE3, None, 64, ("V100-16GB-PCIe",), bf16=False),
-    GpuModel("P100", 16, 21.2, 732, PCIE3, 80, 64, ("P100-16GB", "P100-SXM2-16GB", "P100-PCIe-16GB"), bf16=False),
-    GpuModel("T4", 16, 65, 320, PCIE3, None, 32, ("T4-16GB",), bf16=False, ecc=True),
-    GpuModel("RTX A6000", 48, 154.8, 768, PCIE4, 56, 128, ("A6000-48GB",), desktop=True),
-    GpuModel("RTX A5000", 24, 111.1, 768, PCIE4, 56, 64, ("A5000-24GB",), desktop=True),
-    GpuModel("RTX 6000 Ada", 48, 364, 960, PCIE4, None, 128, ("6000-Ada-48GB",), desktop=True),
-    GpuModel("RTX PRO 6000", 96, 503, 1792, PCIE5, None, 128, ("PRO 6000 Blackwell", "PRO-6000-96GB",
+    # name, capability, GiB, TFLOP/s, memory GB/s, link GB/s, peer GB/s, host GB a GPU, other names
+    GpuModel("B200", (10, 0), 180, 2250, 8000, PCIE5, 900, 256, ("B200-180GB",)),
+    GpuModel("H200", (9, 0), 141, 989, 4800, PCIE5, 450, 256, ("H200-141GB", "H200-SXM")),
+    GpuModel("H100-80GB", (9, 0), 80, 989, 3350, PCIE5, 450, 256,
+             ("H100", "H100-SXM", "H100-SXM5-80GB", "H100-80GB-HBM3")),
+    GpuModel("H100-PCIe", (9, 0), 80, 756, 2000, PCIE5, 300, 128, ("H100-PCIe-80GB", "H100-80GB-PCIe")),
+    GpuModel("H100-NVL", (9, 0), 94, 835, 3900, PCIE5, 300, 128, ("H100-NVL-94GB",)),
+    GpuModel("A100-80GB", (8, 0), 80, 312, 2039, PCIE4, 300, 128, ("A100-SXM4-80GB", "A100-SXM-80GB")),
+    GpuModel("A100-40GB", (8, 0), 40, 312, 1555, PCIE4, 300, 128, ("A100-SXM4-40GB", "A100-SXM-40GB")),
+    GpuModel("A100-PCIe-80GB", (8, 0), 80, 312, 1935, PCIE4, None, 128, ("A100-80GB-PCIe",)),
+    GpuModel("A100-PCIe-40GB", (8, 0), 40, 312, 1555, PCIE4, None, 128, ("A100-40GB-PCIe",)),
+    GpuModel("A30", (8, 0), 24, 165, 933, PCIE4, 100, 64, ("A30-24GB",)),
+    GpuModel("L40S", (8, 9), 48, 362, 864, PCIE4, None, 128, ("L40S-48GB",), ecc=True),
+    GpuModel("L40", (8, 9), 48, 181, 864, PCIE4, None, 128, ("L40-48GB",), ecc=True),
+    GpuModel("L4", (8, 9), 24, 121, 300, PCIE4, None, 48, ("L4-24GB",), ecc=True),
+    GpuModel("A10", (8, 6), 24, 125, 600, PCIE4, None, 64, ("A10-24GB",), ecc=True),
+    GpuModel("A10G", (8, 6), 24, 70, 600, PCIE4, None, 64, ("A10G-24GB",), ecc=True),
+    GpuModel("A40", (8, 6), 48, 149.7, 696, PCIE4, 56, 128, ("A40-48GB",), ecc=True),
+    GpuModel("V100-32GB", (7, 0), 32, 125, 900, PCIE3, 150, 64, ("V100-SXM2-32GB",)),
+    GpuModel("V100-16GB", (7, 0), 16, 125, 900, PCIE3, 150, 64, ("V100-SXM2-16GB",)),
+    GpuModel("V100-PCIe-32GB", (7, 0), 32, 112, 900, PCIE3, None, 64, ("V100-32GB-PCIe",)),
+    GpuModel("V100-PCIe-16GB", (7, 0), 16, 112, 900, PCIE3, None, 64, ("V100-16GB-PCIe",)),
+    GpuModel("P100", (6, 0), 16, 10.6, 732, PCIE3, 80, 64, ("P100-16GB", "P100-SXM2-16GB", "P100-PCIe-16GB")),
+    GpuModel("T4", (7, 5), 16, 65, 320, PCIE3, None, 32, ("T4-16GB",), ecc=True),
+    GpuModel("RTX A6000", (8, 6), 48, 154.8, 768, PCIE4, 56, 128, ("A6000-48GB",), desktop=True),
+    GpuModel("RTX A5000", (8, 6), 24, 111.1, 768, PCIE4, 56, 64, ("A5000-24GB",), desktop=True),
+    GpuModel("RTX 6000 Ada", (8, 9), 48, 364, 960, PCIE4, None, 128, ("6000-Ada-48GB",), desktop=True),
+    GpuModel("RTX PRO 6000", (12, 0), 96, 503, 1792, PCIE5, None, 128, ("PRO 6000 Blackwell", "PRO-6000-96GB",
              "RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell Server Edition"), desktop=True),
-    GpuModel("RTX 2080 Ti", 11, 53.8, 616, PCIE3, None, 64, ("2080-Ti-11GB",), desktop=True, bf16=False),
-    GpuModel("RTX 3060 12GB", 12, 25.5, 360, PCIE4, None, 64, ("3060",), desktop=True),
-    GpuModel("RTX 3080", 10, 59.5, 760, PCIE4, None, 64, ("3080-10GB",), desktop=True),
-    GpuModel("RTX 3090", 24, 71, 936, PCIE4, None, 64, ("3090-24GB",), desktop=True),
-    GpuModel("RTX 4060 Ti 16GB", 16, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
-    GpuModel("RTX 4060 Ti 8GB", 8, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
-    GpuModel("RTX 4070 Ti", 12, 80.2, 504, PCIE4, None, 64, ("4070-Ti-12GB",), desktop=True),
-    GpuModel("RTX 4080", 16, 97.5, 717, PCIE4, None, 64, ("4080-16GB",), desktop=True),
-    GpuModel("RTX 4090", 24, 165.2, 1008, PCIE4, None, 64, ("4090-24GB",), desktop=True),
-    GpuModel("RTX 5060 Ti 16GB", 16, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
-    GpuModel("RTX 5060 Ti 8GB", 8, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
-    GpuModel("RTX 5070 Ti", 16, 87.9, 896, PCIE5, None, 64, ("5070-Ti-16GB",), desktop=True),
-    GpuModel("RTX 5080", 16, 112.6, 960, PCIE5, None, 64, ("5080-16GB",), desktop=True),
-    GpuModel("RTX 5090", 32, 209.5, 1792, PCIE5, None, 64, ("5090-32GB",), desktop=True),
-    GpuModel("MI210", 64, 181, 1638, PCIE4, 100, 128, ("MI210-64GB",)),
-    GpuModel("MI250X", 64, 191.5, 1638, PCIE4, 100, 64, ("MI250X-64GB", "MI250X GCD")),  # one of its two dies
-    GpuModel("MI300X", 192, 1307, 5300, PCIE5, 448, 256, ("MI300X-192GB",)),
-    GpuModel("MI325X", 256, 1307, 6000, PCIE5, 448, 256, ("MI325X-256GB",)),
+    GpuModel("RTX 2080 Ti", (7, 5), 11, 53.8, 616, PCIE3, None, 64, ("2080-Ti-11GB",), desktop=True),
+    GpuModel("RTX 3060 12GB", (8, 6), 12, 25.5, 360, PCIE4, None, 64, ("3060",), desktop=True),
+    GpuModel("RTX 3080", (8, 6), 10, 59.5, 760, PCIE4, None, 64, ("3080-10GB",), desktop=True),
+    GpuModel("RTX 3090", (8, 6), 24, 71, 936, PCIE4, None, 64, ("3090-24GB",), desktop=True),
+    GpuModel("RTX 4060 Ti 16GB", (8, 9), 16, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
+    GpuModel("RTX 4060 Ti 8GB", (8, 9), 8, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
+    GpuModel("RTX 4070 Ti", (8, 9), 12, 80.2, 504, PCIE4, None, 64, ("4070-Ti-12GB",), desktop=True),
+    GpuModel("RTX 4080", (8, 9), 16, 97.5, 717, PCIE4, None, 64, ("4080-16GB",), desktop=True),
+    GpuModel("RTX 4090", (8, 9), 24, 165.2, 1008, PCIE4, None, 64, ("4090-24GB",), desktop=True),
+    GpuModel("RTX 5060 Ti 16GB", (12, 0), 16, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
+    GpuModel("RTX 5060 Ti 8GB", (12, 0), 8, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
+    GpuModel("RTX 5070 Ti", (12, 0), 16, 87.9, 896, PCIE5, None, 64, ("5070-Ti-16GB",), desktop=True),
+    GpuModel("RTX 5080", (12, 0), 16, 112.6, 960, PCIE5, None, 64, ("5080-16GB",), desktop=True),
+    GpuModel("RTX 5090", (12, 0), 32, 209.5, 1792, PCIE5, None, 64, ("5090-32GB",), desktop=True),
+    GpuModel("MI210", (9, 0), 64, 181, 1638, PCIE4, 100, 128, ("MI210-64GB",)),
+    GpuModel("MI250X", (9, 0), 64, 191.5, 1638, PCIE4, 100, 64, ("MI250X-64GB", "MI250X GCD")),  # one of its two dies
+    GpuModel("MI300X", (9, 4), 192, 1307, 5300, PCIE5, 448, 256, ("MI300X-192GB",)),
+    GpuModel("MI325X", (9, 4), 256, 1307, 6000, PCIE5, 448, 256, ("MI325X-256GB",)),
 )
 # fmt: on
 
@@ -256,7 +260,9 @@ def _fleet(model: GpuModel | None, count: int, host: int | None, disk: int | Non
     gpus: tuple[Gpu, ...] = ()
     if model is not None:
         free = model.memory_bytes - DEVICE_RESERVE
-        gpus = (Gpu(name=model.name, memory_bytes=model.memory_bytes, bf16=model.bf16, free_bytes=free),) * count
+        gpus = (
+            Gpu(name=model.name, memory_bytes=model.memory_bytes, capability=model.capability, free_bytes=free),
+        ) * count
     name = f"{count}x {model.name}" if model else f"CPU with {cores} cores"
     machine = Machine(
         cpu="not here",
@@ -312,7 +318,8 @@ def asked(fleet: Fleet) -> str:
 def here(machine: Machine, disk_free_bytes: int) -> Fleet:
     """This machine."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
-    gpus = f"{len(machine.gpus)}x {machine.gpus[0].name}, " if machine.gpus else ""
+    kinds = Counter(gpu.name for gpu in machine.gpus)
+    gpus = "".join(f"{count}x {name}, " for name, count in kinds.items())
     return Fleet(
         name=f"this machine: {gpus}{machine.num_cores} cores, {machine.memory_bytes / GIB:,.0f} GiB",
         machine=machine,

@@ -30,12 +30,13 @@ SETTING_OF = {
     "optimizer_in_backward": "train.optimizer_in_backward",
     "chunked_loss": "train.chunked_loss",
     "activation_checkpointing": "train.activation_checkpointing",
+    "activation_offloading": "train.activation_offloading",
     "micro_batch_size": "train.micro_batch_size",
     "gradient_accumulation_steps": "gradient accumulation",
     "eval_batch_size": "evaluate.batch_size",
     "longest_tokens": "data.max_length",
     "attn_implementation": "model.attn_implementation",
-    "torch_compile": "train.extra.torch_compile",
+    "torch_compile": "train.torch_compile",
 }
 """Field of a plan to the setting that it is."""
 SHORTEST = 128
@@ -117,7 +118,7 @@ def plain_optim(weights_dtype: str, rounding: str | None) -> str:
     return "adamw_bf16" if weights_dtype == "bf16" and rounding != "nearest" else "adamw_torch_fused"
 
 
-def whole_logits(recipe: Recipe, plain_logits: bool, compiled: bool = False, own_loss: bool = False) -> str:
+def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str:
     """What keeps a loss from being computed in pieces; empty: nothing does."""
     if not FACTS[recipe.task].writes:
         return f"{recipe.task} has no logits of tokens"
@@ -125,8 +126,6 @@ def whole_logits(recipe: Recipe, plain_logits: bool, compiled: bool = False, own
         return "your own loss (compute_loss) needs the logits as a whole"
     if deepspeed.wanted(recipe):
         return "DeepSpeed shares out the head, which a loss in pieces needs whole"
-    if compiled or recipe.train.extra.get("torch_compile"):
-        return "torch.compile leaves out the hooks that a loss in pieces needs"
     return "" if plain_logits else "this model scales or caps its logits after the head"
 
 
@@ -157,7 +156,7 @@ def _half_eval_batch(recipe: Recipe, now: Now) -> list[Changes]:
 
 
 def _half_precision(recipe: Recipe, now: Now) -> list[Changes]:
-    return [{"precision": "fp16" if now.precision == "fp16" else "bf16"}]
+    return [{"precision": "bf16" if now.fast_bf16 else "fp16"}]
 
 
 def _computes_in_16_bits(recipe: Recipe, now: Now) -> str:
@@ -165,15 +164,23 @@ def _computes_in_16_bits(recipe: Recipe, now: Now) -> str:
 
 
 def _no_pieces(recipe: Recipe, now: Now) -> str:
-    return whole_logits(recipe, now.plain_logits, now.torch_compile)
+    return whole_logits(recipe, now.plain_logits)
 
 
 def _no_recomputing(recipe: Recipe, now: Now) -> str:
     return "" if now.can_recompute else "this model cannot recompute its activations"
 
 
+def _no_activation_offloading(recipe: Recipe, now: Now) -> str:
+    if now.torch_compile:
+        return "it was never tried with torch.compile"
+    if isinstance(now, Plan) and now.device == "cpu":
+        return "without a GPU everything is in the host's memory"
+    return "" if now.activation_checkpointing else "it moves what activation checkpointing keeps"
+
+
 def _no_narrow_weights(recipe: Recipe, now: Now) -> str:
-    return "this GPU has no fast bf16" if now.precision == "fp16" else ""
+    return "" if now.fast_bf16 else "this GPU has no fast bf16"
 
 
 def _update_in_backward_needs(recipe: Recipe, now: Now) -> str:
@@ -258,6 +265,14 @@ LEVERS = (
         way_out=True,
         fallback=("step",),
         measured="activation checkpointing",
+    ),
+    Lever(
+        name="activation offloading",
+        setting="train.activation_offloading",
+        costs="each step waits for copies to the host and back; no GPU has run it yet",
+        changes={"activation_offloading": True},
+        unless=_no_activation_offloading,
+        frees=("activations",),
     ),
     Lever(
         name="8-bit AdamW states",

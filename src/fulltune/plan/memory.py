@@ -21,10 +21,13 @@ class MemorySettings:
     """Tokens of the longest row; with several choices of the longest choice."""
     gradient_accumulation_steps: int = 1
     precision: str = "fp32"
+    fast_bf16: bool = True
+    """False: the GPU only emulates bf16."""
     weights_dtype: str = "fp32"
     optim: str = "adamw_torch_fused"
     bf16_rounding: str | None = None
     activation_checkpointing: bool = False
+    activation_offloading: bool = False
     can_recompute: bool = True
     """The model offers activation checkpointing."""
     plain_logits: bool = True
@@ -105,11 +108,27 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     return MemoryNeed(kinds=kinds, phases=phases)
 
 
+def block_inputs(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> int:
+    """Numbers that activation checkpointing keeps of a micro batch: what goes into each block."""
+    tokens = train_sequences(footprint, settings) * settings.longest_tokens
+    return shapes.num_layers * tokens * shapes.hidden_size
+
+
+def offloaded(need: MemoryNeed, kept: int) -> MemoryNeed:
+    """The need with so many numbers in the host's memory: counted as fp32 there, and as 16 bits that are freed here,
+    for which of both they are follows from the model's embeddings."""
+    freed = min(2 * kept, need.kinds["activations"])
+    kinds = need.kinds | {"activations": need.kinds["activations"] - freed}
+    phases = need.phases | {"step": need.phases["step"] - freed}
+    return MemoryNeed(kinds=kinds, phases=phases, host=need.host + 4 * kept)
+
+
 def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> dict[Kind, int]:
     """What a forward pass of an eval batch holds at its highest."""
     rows = settings.eval_batch_size * footprint.sequences_per_row
     moments = footprint.evaluation[settings.precision]
-    held = [in_pieces(one.bytes(rows, settings.longest_tokens), shapes, settings, device, 0) for one in moments]
+    length = settings.longest_tokens
+    held = [in_pieces(one.bytes(rows, length), shapes, settings, device, rows * length, None) for one in moments]
     return max(held, key=lambda one: sum(one.values()))
 
 
@@ -189,7 +208,7 @@ def _moments(
             continue
         for moment in moments:
             kinds = moment.bytes(rows, settings.longest_tokens)
-            kinds = in_pieces(kinds, shapes, settings, device, already)
+            kinds = in_pieces(kinds, shapes, settings, device, rows * settings.longest_tokens, already)
             if settings.optimizer_in_backward:  # each gradient goes as soon as it came
                 kinds["gradients"] = min(kinds["gradients"], footprint.largest_tensor * BYTES[settings.weights_dtype])
             found.append(_together(held, kinds))
@@ -208,20 +227,39 @@ def _together(held: Mapping[MemoryKind, int], passing: Mapping[Kind, int]) -> di
 
 
 def in_pieces(
-    kinds: dict[Kind, int], shapes: Shapes, settings: MemorySettings, device: str, gradients_before: int
+    kinds: dict[Kind, int],
+    shapes: Shapes,
+    settings: MemorySettings,
+    device: str,
+    tokens: int,
+    gradients_before: int | None,
 ) -> dict[Kind, int]:
-    """With a chunked loss: the logits of a piece, and the head's gradient, which is made with them."""
+    """With a chunked loss: the logits of a piece with what is made of them, and the head's whole gradient.
+
+    Args:
+        kinds: With whole logits.
+        shapes: The model's sizes.
+        settings: The settings.
+        device: `cpu` or `cuda`.
+        tokens: That have logits.
+        gradients_before: Bytes of those that are there already; None: a forward pass alone, which makes none.
+    """
     if not settings.chunked_loss:
         return kinds
     halves = 2 if settings.precision != "fp32" else 0
-    piece = CHUNK_TOKENS[device] * shapes.vocab_size * (4 + halves)
-    head = shapes.vocab_size * shapes.hidden_size if settings.num_trained is None else 0  # else it is frozen
-    gradients = kinds["gradients"]
+    head = shapes.vocab_size * shapes.hidden_size
+    has_gradient = gradients_before is not None and settings.num_trained is None  # else the head is frozen
+    logits, gradients = 0, kinds["gradients"]
     if kinds["logits"]:
-        gradients = max(gradients, gradients_before + 4 * head)
+        logits = min(tokens, CHUNK_TOKENS[device]) * shapes.vocab_size * (4 + halves)
+        if settings.weights_dtype == "fp32":  # the head in the type of the computations, beside autocast's copy
+            logits += halves * head
+        if has_gradient and device == "cuda":  # a piece's share of its gradient; on a CPU in small blocks
+            logits += halves * head
+        gradients = max(gradients, (gradients_before or 0) + 4 * head * has_gradient)
     # A tied embedding's gradient is added to the head's in place; that of whole logits is not.
-    most = BYTES[settings.weights_dtype] * num_trained(shapes.num_parameters, settings) + 4 * head
-    return {**kinds, "logits": min(kinds["logits"], piece), "gradients": min(gradients, most)}
+    most = BYTES[settings.weights_dtype] * num_trained(shapes.num_parameters, settings) + 4 * head * has_gradient
+    return {**kinds, "logits": logits, "gradients": min(gradients, most)}
 
 
 def scratch(footprint: Footprint, settings: MemorySettings) -> int:

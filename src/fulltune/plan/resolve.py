@@ -17,11 +17,13 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Setting
 from fulltune.system import sharing
-from fulltune.system.hardware import Machine
+from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
 from fulltune.text import counted
 
 LEAST_BF16_SPEEDUP = 1.2
 """Below it bf16's rounding buys too little."""
+MOST_WORKERS = 8
+"""Processes that decode images for one GPU."""
 
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
@@ -90,20 +92,70 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
             f"train.precision: {wanted} with model.weights_dtype: bf16 would compute in bf16; set precision: bf16, or "
             "weights_dtype: fp32"
         )
+    emulated = ""
     if device == "cpu":
         ratio = machine.cpu_bf16_speedup
         reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
         chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
         reason += "; weights stay fp32" if chosen == "bf16" else f"; it needs {LEAST_BF16_SPEEDUP} to be taken"
     else:
-        chosen, reason = (
-            ("bf16", "this GPU computes bf16; weights stay fp32")
-            if machine.gpus[0].bf16
-            else ("fp16", "this GPU has no fast bf16; the loss is scaled")
-        )
+        oldest = oldest_gpu(recipe, machine)
+        chosen, reason = _precision_of(oldest)
+        if len({gpu.capability for gpu in machine.gpus[: recipe.train.num_processes]}) > 1:
+            reason += "; the other GPUs could do more, but all compute alike"
+        emulated = "" if oldest.bf16 else f"; {oldest.label} emulates it, slowly"
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
-        chosen, reason = "bf16", "the weights are bf16 (model.weights_dtype)"
-    return reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason)
+        chosen, reason = "bf16", f"the weights are bf16 (model.weights_dtype){emulated}"
+    found = reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason)
+    if wanted == "bf16" and emulated:
+        reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": FROM_RECIPE + emulated})
+    return found
+
+
+FLASH = {
+    "flash_attention_2": ("8.0 or newer (Ampere)", (8, 0), (99, 0)),
+    # Hopper's own instructions, which later cards lack.
+    "flash_attention_3": ("9.x (Hopper)", (9, 0), (9, 9)),
+}
+"""Kernel to the compute capability that it needs, in words and in numbers."""
+
+
+def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
+    """Refuse kernels that the processor or the type of the computations does not allow.
+
+    Raises:
+        RecipeError: Naming the setting, what it needs, and what there is.
+    """
+    if recipe.train.use_liger_kernel and device == "cpu":
+        raise RecipeError("train.use_liger_kernel: Liger's kernels run on GPUs alone; remove it")
+    wanted = recipe.model.attn_implementation or ""
+    if wanted not in FLASH:
+        return
+    needed, least, most = FLASH[wanted]
+    if device == "cpu":
+        problem = "runs on GPUs alone; leave it out"
+    elif not least <= (oldest := oldest_gpu(recipe, machine)).capability <= most:
+        problem = f"needs a GPU of compute capability {needed}, and this is {oldest.label}; leave it out"
+    elif precision == "fp32":
+        problem = "computes in 16 bits alone, but train.precision is fp32; set bf16 or fp16, or leave it out"
+    else:
+        return
+    raise RecipeError(f"model.attn_implementation: {wanted} {problem}")
+
+
+def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
+    """Of those that the recipe's processes take, the one with the least compute capability."""
+    return min(machine.gpus[: recipe.train.num_processes], key=lambda gpu: gpu.capability)
+
+
+def _precision_of(gpu: Gpu) -> tuple[str, str]:
+    """What a GPU is fast at, and why."""
+    if gpu.bf16:
+        return "bf16", f"{gpu.label} computes bf16; weights stay fp32"
+    if gpu.capability >= TENSOR_CORES_FROM:
+        needs = "{}.{}".format(*BF16_FROM)
+        return "fp16", f"{gpu.label} has no bf16, which needs {needs}: fp16 with a scaled loss; weights stay fp32"
+    return "fp32", f"{gpu.label} has no tensor cores: fp16 would be no faster, and rounds more"
 
 
 def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
@@ -143,6 +195,19 @@ def in_backward_problems(recipe: Recipe, micro_batch_size: int, accumulation: in
             "are there; set precision: fp32, or optimizer_in_backward: false"
         )
     return problems
+
+
+def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
+    """Processes that read rows ahead for each training process, where the recipe does not say how many.
+
+    Collating texts takes 5 % of a step at most, decoding a batch of images five times as long as a ViT-base's step on
+    an A100 (`bench/collation.py`). On a CPU the training needs the cores itself.
+    """
+    name = "dataloader_num_workers"
+    if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:
+        return 0
+    chosen = max(0, min(MOST_WORKERS, machine.num_cores // recipe.train.num_processes - 1))
+    return int(reasons.add(f"train.extra.{name}", None, chosen, "images are decoded beside the GPU's steps"))
 
 
 def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
@@ -270,13 +335,19 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
     return int(ratio * total_steps)
 
 
-def caveats(footprint: Footprint, reasons: Reasons) -> None:
+def caveats(footprint: Footprint, reasons: Reasons, compiled: bool = False) -> None:
     """What the plan's memory rests on, where it is no trace of the model at the data's sizes."""
     if footprint.rough:
         why = f"this model cannot be traced ({footprint.rough}): by a rule of thumb; the dry-run step will tell"
         reasons.add("memory", None, "rough", why)
     if footprint.assumed:
         reasons.add("memory.inputs", None, "assumed", footprint.assumed)
+    if compiled:
+        why = (
+            "the plan's memory and time are those of blocks that are not compiled, and the compiler itself takes host "
+            "memory; the dry run measures what there is"
+        )
+        reasons.add("memory.torch_compile", None, "not counted", why)
 
 
 def notes(footprint: Footprint) -> tuple[str, ...]:

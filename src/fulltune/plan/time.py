@@ -46,12 +46,14 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.system import sharing
+from fulltune.system.hardware import TENSOR_CORES_FROM
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))
 """Least hidden size, share of the data sheet's rate."""
 GPU_FP32_SHARE = 1 / 8
-"""fp32 on a GPU without TF32, against 16-bit: 1/16 on an A100, 1/8 on a V100, 1/2 on an RTX 4090."""
+"""fp32 on a GPU without TF32, against 16-bit: 1/16 on an A100, 1/8 on a V100, 1/2 on an RTX 4090. Without tensor cores
+both are the same."""
 LINK_SHARE = 0.8
 LAUNCH_SECONDS, LOOP_SECONDS = 0.002, 0.005
 UPDATE_BYTES, HOST_UPDATE_BYTES = 36, 28
@@ -142,7 +144,8 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
         if fleet.gpu_model is None:
             return None
         share = next(share for least, share in GPU_UTILISATION if hidden_size >= least)
-        return fleet.gpu_model.tflops * 1e12 * share * (GPU_FP32_SHARE if precision == "fp32" else 1.0)
+        slower = precision == "fp32" and fleet.gpu_model.capability >= TENSOR_CORES_FROM
+        return fleet.gpu_model.tflops * 1e12 * share * (GPU_FP32_SHARE if slower else 1.0)
     if not fleet.machine.cpu_flops:
         return None
     speedup = fleet.machine.cpu_bf16_speedup if precision == "bf16" else 1.0
@@ -183,6 +186,9 @@ def step_seconds(
         return parts
     peers, link = (rate * 1e9 * LINK_SHARE for rate in (gpu.peer_gb_per_second, gpu.link_gb_per_second))
     parts["other devices"] = traffic.of(shapes, settings, shared).of_step(accumulation) / peers
+    if settings.activation_offloading:  # out and in again, 16 bits each, on the stream that computes
+        tokens = rows * settings.passes_per_row / devices * work.tokens_per_row
+        parts["computing"] += 2 * 2 * shapes.num_layers * tokens * shapes.hidden_size / link
     if shared is not None and shared.offload_optimizer:
         weights_in = 2 * 2 * accumulation if shared.offload_weights else 2
         parts["host link"] = (weights_in + 2 * accumulation) * trained / devices / link

@@ -99,7 +99,12 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
             f"train.activation_checkpointing: true, but {shapes.model_type} cannot recompute its activations; remove it"
         )
     device = resolve.device(recipe, fleet.machine, reasons)
+    if train.activation_offloading and device == "cpu":
+        raise RecipeError(
+            "train.activation_offloading: without a GPU everything is in the host's memory already; remove it"
+        )
     precision = resolve.precision(recipe, fleet.machine, device, reasons)
+    resolve.refuse_kernels(recipe, fleet.machine, device, precision)
     optim, rounding = resolve.optimizer(recipe, reasons)
     global_batch = resolve.global_batch(recipe, summary, reasons)
     mixed_rows = summary.rows_per_epoch - summary.splits["train"].rows
@@ -113,13 +118,16 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         micro_batch_size=1,
         longest_tokens=summary.max_length,
         precision=precision,
+        fast_bf16=device == "cpu" or resolve.oldest_gpu(recipe, fleet.machine).bf16,
         weights_dtype=recipe.model.weights_dtype,
         optim=optim,
         bf16_rounding=rounding,
         activation_checkpointing=bool(train.activation_checkpointing),
+        activation_offloading=train.activation_offloading,
         can_recompute=shapes.can_recompute,
         plain_logits=plain_logits,
         chunked_loss=takes_pieces(recipe, plain_logits),
+        torch_compile=bool(train.torch_compile),
         optimizer_in_backward=train.optimizer_in_backward,
         passes_per_row=2 if train.r_drop else 1,
         replays=recipe.preserve.budget is not None and recipe.preserve.replay is not None,

@@ -42,6 +42,9 @@ PINNED: Mapping[str, str] = {
     "logging_first_step": "it is always on",
     "disable_tqdm": "it is always on: fulltune has its own display",
     "dataloader_pin_memory": "it is on with a GPU",
+    "liger_kernel_config": "write train.use_liger_kernel: true; all kernels but those of the loss are taken",
+    "torch_compile_backend": "write train.torch_compile: true; inductor compiles",
+    "torch_compile_mode": "write train.torch_compile: true; the mode is torch's default",
     "ddp_backend": "gloo is used on a CPU, else transformers' choice",
     "fsdp": "write train.placement: fsdp2",
 }
@@ -185,10 +188,12 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     ("write train.label_smoothing_factor", "label_smoothing smoothing"),
     ("write train.precision", "mixed_precision amp use_amp half bfloat16 float16 fp16_opt_level"),
     ("write train.precision: fp32", "fp32 float32"),
+    ("not yet: bf16 is the narrowest type; write train.precision: bf16", "fp8 float8 enable_fp8 fp8_recipe"),
     (
         "write train.activation_checkpointing",
-        "use_gradient_checkpointing activation_offloading grad_checkpointing checkpoint_activations",
+        "use_gradient_checkpointing grad_checkpointing checkpoint_activations",
     ),
+    ("write train.activation_offloading, with train.activation_checkpointing: true", "activation_offloading"),
     ("write train.early_stopping_patience", "early_stopping patience early_stopping_rounds early_stop"),
     ("write train.eval_strategy: steps with train.eval_steps", "evaluation_strategy evals_per_epoch eval_every"),
     ("write train.save_steps", "saves_per_epoch save_every save_interval checkpoint_every"),
@@ -233,7 +238,12 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
         "tensor_parallel_size tensor_parallel tp_size pipeline_parallel_size context_parallel_size",
     ),
     ("write train.extra.dataloader_num_workers", "num_workers workers preprocessing_num_workers dataset_num_proc"),
-    ("write train.extra.torch_compile: true", "compile"),
+    (
+        "write train.use_liger_kernel: true; the loss is computed in pieces already (train.chunked_loss)",
+        "liger liger_kernel use_liger enable_liger_kernel liger_rope liger_rms_norm liger_glu_activation liger_swiglu "
+        "liger_fused_linear_cross_entropy",
+    ),
+    ("write train.torch_compile: true", "compile use_compile compile_model"),
     ("write train.extra.neftune_noise_alpha", "noise_alpha neftune neftune_alpha"),
     ("write train.class_weights, such as balanced", "class_weight weights label_weights weighted_loss pos_weight"),
     (

@@ -22,8 +22,10 @@ class ModelBlock(Block):
     that are smaller than bf16's spacing still arrive."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Sets every dropout probability in the model's config; left out, the config's own values stay."""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """Attention kernel; left out, transformers chooses."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
+    """Attention kernel; left out, transformers chooses, mostly sdpa. flash_attention_2 is the package flash-attn and
+    needs a GPU from compute capability 8.0 on (Ampere), flash_attention_3 one of 9.0 (Hopper); both compute in 16 bits
+    alone, with weights in fp32 as well. Neither was ever run here."""
     trust_remote_code: bool = False
     """Runs Python files that come with the model. They can do anything your account can do: read them first."""
     allow_pickled_weights: bool = False

@@ -392,8 +392,6 @@ def _whole_logits(recipe: Recipe) -> list[str]:
         reasons.append(f"has no effect for {recipe.task}, which has no logits of tokens")
     if recipe.train.deepspeed_by:
         reasons.append(f"does not go with {recipe.train.deepspeed_by}, which shares out the head's weights")
-    if recipe.train.extra.get("torch_compile"):
-        reasons.append("does not go with train.extra.torch_compile, which leaves out the hooks that it needs")
     return reasons
 
 

@@ -10,7 +10,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from fulltune.recipe.block import Block
 from fulltune.text import parse_bytes, parse_seconds
 
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+def _not_fp8(given: object) -> object:
+    if given in ("fp8", "float8"):
+        raise ValueError(
+            f"expected auto, bf16, fp16 or fp32, found {given!r}, which is not built: it takes torchao, a GPU of "
+            "compute capability 8.9 or more, and a compiled model to be faster than bf16; set bf16, or convert the "
+            "model in a script of yours (docs/how-do-i.md)"
+        )
+    return given
+
+
+Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_not_fp8)]
 Interval = Literal["epoch", "steps"]
 Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
 OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
@@ -116,14 +127,28 @@ class TrainBlock(Block):
     seed: int = Field(default=42, ge=0)
     """Seed of a head that starts at random, of dropout and of the order of the rows."""
     precision: Precision = "auto"
-    """Type of the computations. auto: bf16 where the processor is fast at it, else fp32. fp16 needs a GPU."""
+    """Type of the computations. auto: on a GPU bf16 from compute capability 8.0 on (Ampere), fp16 with a scaled loss
+    from 7.0 on (Volta, Turing), else fp32; of several GPUs the oldest decides. On a CPU bf16 where it is faster, else
+    fp32. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: about a third more operations, far less memory. Left out: on
     where the run would not fit without, be it by the plan or because memory ran out, or where the larger micro batch
     that it makes room for is faster. false keeps it off."""
+    activation_offloading: bool = False
+    """Keep what activation checkpointing keeps, the input of each block, in the host's memory (`offload` of
+    transformers 5.24): worth it with long rows, of which that is layers x tokens x width. Each step waits for the
+    copies. Needs a GPU and `activation_checkpointing: true`. No GPU has run it yet, so the plan never takes it."""
     chunked_loss: bool | None = None
     """Compute a language model's logits and loss in pieces, so that they never exist as a whole. Left out: on where the
     model's head allows it, which is checked before step 1. false keeps it off."""
+    torch_compile: bool | None = None
+    """Run the model's repeated blocks compiled while training (`torch.compile`). Each kind of block is compiled before
+    step 1, which takes a minute or more and pays in long runs. What stands around the blocks stays as it is: chunked
+    loss, prompts and adapters work with it. Left out: off, and tried by `fulltune plan --measure`. Never run on a
+    GPU."""
+    use_liger_kernel: bool = False
+    """Liger's Triton kernels for norms, feed-forward parts and rotary positions (`pip install 'fulltune[liger]'`):
+    fewer activations and launches. The loss stays fulltune's own. Needs a GPU; never run on one here."""
     memory_limit: str | None = None
     """Most memory that each training process may take, such as `6GiB`: of the GPU, or without one of the host, where
     Python and its libraries are part of it (about 0.7 GiB). The plan keeps to it and the process is held to it: what
@@ -205,7 +230,9 @@ class TrainBlock(Block):
             factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
             named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)
             problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
-        problems += [*_wrong_placement(self), *_wrong_weights(self.class_weights)]
+        if self.activation_offloading and not self.activation_checkpointing:
+            problems.append("activation_offloading: needs activation_checkpointing: true, whose activations it keeps")
+        problems += [*_wrong_placement(self), *_wrong_kernels(self), *_wrong_weights(self.class_weights)]
         if self.memory_limit is not None:
             try:
                 parse_bytes(self.memory_limit)
@@ -242,6 +269,20 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
         twice = {"placement": place != "auto", "offload": offload != "none"}
         both = "{} and extra.deepspeed both say where things lie; remove one of them"
         problems += [both.format(name) for name, given in twice.items() if given]
+    return problems
+
+
+def _wrong_kernels(train: TrainBlock) -> list[str]:
+    """What compiled blocks and Liger's kernels were never tried with."""
+    problems = []
+    if train.torch_compile and (by := train.deepspeed_by):
+        problems.append(f"torch_compile: not yet with {by}; remove one of them")
+    if train.torch_compile and train.activation_offloading:
+        problems.append("torch_compile: not yet with activation_offloading; remove one of them")
+    if train.use_liger_kernel and (by := train.shared_by):
+        problems.append(f"use_liger_kernel: not yet with {by}; remove one of them")
+    if train.use_liger_kernel and train.torch_compile:
+        problems.append("use_liger_kernel and torch_compile both fuse the same; give one of them")
     return problems
 
 

@@ -177,13 +177,19 @@ class Plan(Record):
     eval_batch_size: int
     device: str
     precision: Literal["fp32", "bf16", "fp16"]
+    fast_bf16: bool = True
+    """False: the GPU only emulates bf16."""
     weights_dtype: Literal["fp32", "bf16"]
     activation_checkpointing: bool
+    activation_offloading: bool = False
+    """What it keeps lies in the host's memory."""
     can_recompute: bool = True
     """The model offers activation checkpointing."""
     plain_logits: bool = True
     """Nothing scales or caps the model's logits after its head, as far as its config says."""
     group_by_length: bool = True
+    loader_workers: int = 0
+    """Processes that read rows ahead; 0: none, or as `train.extra` says."""
     eval_steps: int
     """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
     eval_on_start: bool = True
@@ -214,7 +220,7 @@ class Plan(Record):
     attn_implementation: str | None = None
     """Chosen by measurement; None: as the recipe says."""
     torch_compile: bool = False
-    """Chosen by measurement; False: as the recipe says."""
+    """The model's repeated blocks run compiled."""
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None
     """What one process could take when the plan was made; None: a plan of an earlier version."""

@@ -109,6 +109,8 @@ class Survey(Record):
     """What one process may take."""
     on_cpu: bool = False
     """That is the host's memory."""
+    computes: str = ""
+    """The type of the computations, and why."""
     time: TimeNeed | None = None
     price: float | None = None
     """Of the whole run."""

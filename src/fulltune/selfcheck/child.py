@@ -30,6 +30,7 @@ def all_reduce(device: str) -> dict[str, Any] | None:
 
 def compiled(device: str) -> dict[str, Any]:
     """Loss and gradients of a compiled model against the plain one, or why it cannot be compiled."""
+    from fulltune.models.compiled import compile_blocks
     from fulltune.selfcheck import tiny
     from fulltune.selfcheck.precision import relative_error
 
@@ -37,7 +38,8 @@ def compiled(device: str) -> dict[str, Any]:
     plain, plain_gradients = tiny.backward(model, input_ids=ids, labels=ids)
     started = time.monotonic()
     try:
-        found, gradients = tiny.backward(torch.compile(model), input_ids=ids, labels=ids)
+        compile_blocks(model.train(), device)
+        found, gradients = tiny.backward(model, input_ids=ids, labels=ids)
     except Exception as error:  # whatever a compiler may say: it is the answer
         # Its first line only names the backend.
         said = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]

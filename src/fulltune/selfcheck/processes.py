@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from fulltune.models.compiled import lacking
 from fulltune.selfcheck.devices import Device, NotHere, Result
 
 CHILD = "fulltune.selfcheck.child"
@@ -34,9 +34,9 @@ def all_reduce(device: Device) -> Result:
 
 
 def compiled(device: Device) -> Result:
-    """`torch.compile` of a tiny model: loss and gradients as without."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise NotHere("no C++ compiler (g++ or clang++)")
+    """`torch.compile` of a tiny model's block: loss and gradients as without."""
+    if device.type != "mps" and (missing := lacking(device.type)):
+        raise NotHere(f"no {missing}")
     try:
         answer = _ask(["-m", CHILD, "compile", device.type], COMPILE_SECONDS)
     except subprocess.TimeoutExpired:

@@ -21,15 +21,31 @@ _MEASURED = "FULLTUNE_BF16_SPEEDUP"
 _RATES = "FULLTUNE_CPU_RATES"
 """The same for the speeds of `cpu_rates`, in GFLOP/s and GB/s."""
 
+BF16_FROM, TENSOR_CORES_FROM = (8, 0), (7, 0)
+"""Compute capabilities (Ampere, Volta). Without tensor cores fp16 is no faster than fp32: torch adds up its products in
+fp32 (cuBLAS's COMPUTE_32F), also on a P100, whose plain fp16 would be fast, and on 6.1, where that has 1/64 of the
+rate."""
+
 
 class Gpu(Record):
     """A CUDA device."""
 
     name: str
     memory_bytes: int
-    bf16: bool
+    capability: tuple[int, int]
+    """CUDA's compute capability; of AMD's, as torch gives it, the numbers of its architecture."""
     free_bytes: int | None = None
     """What other programs leave of it, a snapshot; None: of a card that is not here."""
+
+    @property
+    def bf16(self) -> bool:
+        """It computes in bf16; cards before Ampere emulate that slowly."""
+        return self.capability >= BF16_FROM
+
+    @property
+    def label(self) -> str:
+        """`Tesla T4 (compute capability 7.5)`."""
+        return "{} (compute capability {}.{})".format(self.name, *self.capability)
 
     @property
     def available_bytes(self) -> int:
@@ -46,6 +62,7 @@ class Machine(Record):
     cpu_bf16_speedup: float
     """How many times as fast as in fp32 the CPU trains in bf16, measured; without bf16 instructions far below 1."""
     gpus: tuple[Gpu, ...] = ()
+    """In torch's order: a process of a training takes the one of its number."""
     cpu_flops: float = 0.0
     """Floating-point operations a second of matrix products in fp32, measured; 0: not known."""
     memory_bytes_per_second: float = 0.0
@@ -178,9 +195,9 @@ def _gpus() -> tuple[Gpu, ...]:
         (torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)[0])
         for index in range(torch.cuda.device_count())
     ]
-    # bf16 needs compute capability 8.0 (Ampere); older cards emulate it slowly.
     return tuple(
-        Gpu(name=gpu.name, memory_bytes=gpu.total_memory, bf16=gpu.major >= 8, free_bytes=free) for gpu, free in found
+        Gpu(name=gpu.name, memory_bytes=gpu.total_memory, capability=(gpu.major, gpu.minor), free_bytes=free)
+        for gpu, free in found
     )
 
 

@@ -118,8 +118,8 @@ def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) ->
         batch_size = batch_size // 2
         gc.collect()
         torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if torch is not None:
+            torch.cuda.empty_cache()  # does nothing where no card is in use
         _log.warning("%s: memory ran out; going on with %d rows in a batch", what, batch_size)
 
 

@@ -23,6 +23,7 @@ from tests.unit.plan.sizes import BERT
 
 GB = 10**9
 CPU = Machine(cpu="x", num_cores=16, memory_bytes=16 * GB, memory_available_bytes=12 * GB, cpu_bf16_speedup=1.1)
+CARD = Gpu(name="g", memory_bytes=80 * GB, capability=(8, 0))
 ZERO3 = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
 
 
@@ -219,9 +220,8 @@ def test_batch_that_processes_cannot_share_is_refused() -> None:
     [
         ({}, {}, {}, "fp32"),
         ({"cpu_bf16_speedup": 3.1}, {}, {}, "bf16"),
-        ({"gpus": (Gpu(name="a", memory_bytes=24 * GB, bf16=True),)}, {}, {}, "bf16"),
-        ({"gpus": (Gpu(name="a", memory_bytes=24 * GB, bf16=False),)}, {}, {}, "fp16"),
-        ({"gpus": (Gpu(name="a", memory_bytes=24 * GB, bf16=True),)}, {}, {"device": "cpu"}, "fp32"),
+        ({"gpus": (CARD,)}, {}, {}, "bf16"),
+        ({"gpus": (CARD,)}, {}, {"device": "cpu"}, "fp32"),
         ({}, {"weights_dtype": "bf16"}, {}, "bf16"),
         ({"cpu_bf16_speedup": 3.1}, {}, {"precision": "fp32"}, "fp32"),
     ],
@@ -283,9 +283,7 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
         (
             DoesNotFitError,
             {
-                "machine": CPU.model_copy(
-                    update={"memory_available_bytes": GB, "gpus": (Gpu(name="g", memory_bytes=80 * GB, bf16=True),)}
-                ),
+                "machine": CPU.model_copy(update={"memory_available_bytes": GB, "gpus": (CARD,)}),
                 "train": {"extra": {"deepspeed": ZERO3}},
             },
             "what is offloaded needs 2.25 GiB, but 954 MiB of the host's memory",
@@ -293,9 +291,7 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
         (
             DoesNotFitError,
             {
-                "machine": CPU.model_copy(
-                    update={"memory_available_bytes": GB, "gpus": (Gpu(name="g", memory_bytes=80 * GB, bf16=True),)}
-                ),
+                "machine": CPU.model_copy(update={"memory_available_bytes": GB, "gpus": (CARD,)}),
                 "train": {"placement": "zero3", "offload": "all"},
             },
             "train.placement: zero3: what is offloaded needs 2.25 GiB, but 954 MiB of the host's memory",
@@ -332,7 +328,7 @@ def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
     ("train", "own_loss", "plain", "reason"),
     [
         ({"extra": {"deepspeed": ZERO3}}, False, True, "DeepSpeed "),
-        ({"extra": {"torch_compile": True}}, False, True, "torch.compile "),
+        ({"torch_compile": True}, False, True, ""),
         ({}, True, True, "your own loss"),
         ({}, False, False, "scales or caps its logits"),
         ({}, False, True, ""),
@@ -360,3 +356,12 @@ def test_every_value_has_a_reason_and_each_setting_stands_once() -> None:
     assert by_name["train.seed"].reason == "from the recipe"
     assert not by_name["train.seed"].chosen
     assert by_name["method.learning_rate"].chosen
+
+
+def test_memory_of_compiled_blocks_is_not_counted_and_the_plan_says_so() -> None:
+    plain, compiled = (planned(train={"torch_compile": on}) for on in (False, True))
+    assert compiled.torch_compile
+    assert compiled.memory == plain.memory
+    said = {setting.name: setting.value for setting in compiled.settings}
+    assert said["memory.torch_compile"] == "not counted"
+    assert "memory.torch_compile" not in {setting.name for setting in plain.settings}

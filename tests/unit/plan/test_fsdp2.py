@@ -16,6 +16,8 @@ from fulltune.plan.memory import MemorySettings
 M = 10**6
 ROOT, BLOCK, NUM_BLOCKS = 100 * M, 50 * M, 10
 P = ROOT + NUM_BLOCKS * BLOCK
+NORM = fsdp2.NORM_VALUES * 4 * 100 * 1000
+"""Bytes of 100 tokens of 1,000 numbers."""
 SHAPES = Shapes(
     model_type="bert",
     is_decoder=False,
@@ -30,16 +32,21 @@ SHAPES = Shapes(
 SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=100, num_processes=4)
 
 
-def footprint(activations: float, place: str = "backward 0:first", gradients: float = 0.0) -> Footprint:
-    """So many bytes of activations a token, at that one moment."""
-    zero = (0.0,) * 6
+def footprint(
+    activations: float,
+    place: str = "backward 0:last",
+    gradients: float = 0.0,
+    logits: float = 0.0,
+    buffers: float = 0.0,
+) -> Footprint:
+    """So many bytes of activations and logits a token, at that one moment."""
     moment = Moment(
         place=place,
         coefficients={
             "gradients": (gradients, 0, 0, 0, 0, 0),
             "activations": (0, 0, activations, 0, 0, 0),
-            "logits": zero,
-            "buffers": zero,
+            "logits": (0, 0, logits, 0, 0, 0),
+            "buffers": (buffers, 0, 0, 0, 0, 0),
         },
     )
     variants = [
@@ -60,15 +67,65 @@ def footprint(activations: float, place: str = "backward 0:first", gradients: fl
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_state_is_shared_out_and_a_block_is_whole_on_a_gpu(processes: int) -> None:
     settings = replace(SETTINGS, num_processes=processes)
-    found = fsdp2.need(SHAPES, footprint(20 * M), settings, "cuda")
+    found = fsdp2.need(SHAPES, footprint(20 * M, gradients=4 * BLOCK / 2), settings, "cuda")
 
     part = 4 * P // processes
     assert (found.kinds["weights"], found.kinds["optimizer"]) == (part, 2 * part)
     assert found.kinds["activations"] == 100 * 20 * M
-    # No gradient has been reduced yet, and one block's are whole.
-    assert found.kinds["gradients"] == 4 * BLOCK
+    # No gradient has been reduced yet, and half of one block's are there.
+    assert found.kinds["gradients"] == 4 * BLOCK / 2
     # The root's weights and the block's, the next block as it was received, the gradients of the one before.
     assert found.kinds["buffers"] == 4 * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
+
+
+def test_a_blocks_gradients_are_whole_when_its_activations_are_gone() -> None:
+    found = fsdp2.need(
+        SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), replace(SETTINGS, num_processes=10**6), "cuda"
+    )
+    # Its share is gone, and its first norm's backward pass holds some numbers of each token.
+    assert found.kinds["activations"] == 100 * M / 2 * (1 - 1 / NUM_BLOCKS) + NORM
+    assert found.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
+    # Blocks that differ: nothing tells how many of its gradients are there.
+    other = SHAPES.units.model_copy(update={"freed": NUM_BLOCKS * BLOCK - M}) if SHAPES.units else None
+    shapes = SHAPES.model_copy(update={"units": other})
+    found = fsdp2.need(shapes, footprint(20 * M, gradients=4 * BLOCK / 2), SETTINGS, "cuda")
+    assert (found.kinds["gradients"], found.kinds["activations"]) == (4 * BLOCK, 100 * 20 * M)
+
+
+def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> None:
+    words, hidden = SHAPES.vocab_size, SHAPES.hidden_size
+    units = Units(root=0, kept=words * hidden + 1, freed=P - words * hidden - 1, block=BLOCK, apart=0)
+    shapes, settings = SHAPES.model_copy(update={"units": units}), replace(SETTINGS, longest_tokens=1000)
+    for dtype, value in (("fp32", 4), ("bf16", 2)):
+        chunked = replace(settings, weights_dtype=dtype, chunked_loss=True)
+        found = fsdp2.need(shapes, footprint(20 * M, "backward head", 0, 1), chunked, "cuda")
+        # Summed up in fp32, whatever the weights are.
+        assert found.kinds["logits"] == 1000 * words * 4
+        assert found.kinds["gradients"] == 4 * words * hidden
+        assert found.kinds["buffers"] == value * units.kept + memory.CUDA_CONTEXT_BYTES
+
+
+def test_recomputed_activations_keep_copies_of_a_block_alone() -> None:
+    moment = footprint(20 * M, "forward 0:last", buffers=2 * P)
+    kept, again = (
+        fsdp2.need(SHAPES, moment, replace(SETTINGS, activation_checkpointing=one), "cuda").kinds["buffers"]
+        for one in (False, True)
+    )
+    assert kept - again == 2 * P - 2 * BLOCK
+
+
+def test_gradient_of_a_tied_head_lies_in_the_root_beside_a_norm_that_is_kept() -> None:
+    words = SHAPES.vocab_size * SHAPES.hidden_size
+    units = Units(root=ROOT, kept=1000, freed=NUM_BLOCKS * BLOCK, block=BLOCK, apart=0)
+    shapes = SHAPES.model_copy(update={"units": units, "num_parameters": P + 1000})
+    moment = footprint(20 * M, "backward 0:last", 4 * (1000 + words) + 4 * BLOCK / 2)
+    with_logits = moment.variants[0].first[0].model_copy(update={"place": "backward head"})
+    with_logits = with_logits.model_copy(
+        update={"coefficients": with_logits.coefficients | {"logits": (1,) + (0,) * 5}}
+    )
+    variant = moment.variants[0].model_copy(update={"first": (*moment.variants[0].first, with_logits)})
+    found = fsdp2.need(shapes, moment.model_copy(update={"variants": (variant,)}), SETTINGS, "cuda")
+    assert found.kinds["gradients"] == pytest.approx(4 * words + 4 * BLOCK / 2, abs=4000)
 
 
 def test_features_of_a_probe_are_held_by_each_process_before_there_is_an_optimizer() -> None:
@@ -92,13 +149,25 @@ def test_accumulation_holds_parts_of_gradients_alone() -> None:
 
 
 def test_root_is_sent_when_nothing_else_is_left() -> None:
-    found = fsdp2.need(SHAPES, footprint(0), SETTINGS, "cuda")
+    root, block = 300 * M, 30 * M
+    units = Units(root=root, kept=0, freed=NUM_BLOCKS * block, block=block, apart=0)
+    shapes = SHAPES.model_copy(update={"units": units})
+    found = fsdp2.need(shapes, footprint(0), SETTINGS, "cuda")
     # Its gradients as they are and as they are sent; those of the blocks are parts.
-    assert found.kinds["gradients"] == 4 * P // 4 + 4 * ROOT
-    assert found.kinds["buffers"] == 4 * ROOT + memory.CUDA_CONTEXT_BYTES
-    on_cpu = fsdp2.need(SHAPES, footprint(0), SETTINGS, "cpu")
+    assert found.kinds["gradients"] == 4 * P // 4 + 4 * root
+    assert found.kinds["buffers"] == 4 * root + memory.CUDA_CONTEXT_BYTES
+    on_cpu = fsdp2.need(shapes, footprint(0), SETTINGS, "cpu")
     beyond = memory.FIRST_CALLS_BYTES + 2 * 4 * 90 * M // 4 + round(memory.STATE_SHARE * 12 * P / 4)
-    assert on_cpu.kinds["buffers"] == pytest.approx(2 * 4 * ROOT + beyond, rel=0.01)
+    assert on_cpu.kinds["buffers"] == pytest.approx(2 * 4 * root + beyond, rel=0.01)
+
+
+def test_first_block_ends_with_the_embeddings_put_together() -> None:
+    apart = 60 * M
+    units = Units(root=0, kept=0, freed=P, block=BLOCK, apart=apart)
+    found = fsdp2.need(SHAPES.model_copy(update={"units": units}), footprint(0), SETTINGS, "cuda")
+    # The block's weights and gradients, those of the one before as they were sent, and all others' parts.
+    assert found.kinds["gradients"] == 4 * BLOCK + 4 * (P - BLOCK - apart) // 4
+    assert found.kinds["buffers"] == 4 * (2 * BLOCK + apart) + memory.CUDA_CONTEXT_BYTES
 
 
 def test_one_tensor_of_the_finished_model_is_put_together_at_a_time() -> None:
@@ -120,11 +189,11 @@ def test_one_tensor_of_the_finished_model_is_put_together_at_a_time() -> None:
 )
 def test_other_types_of_weights_and_moments(types: dict[str, Any], weights: int, optimizer: float) -> None:
     settings = replace(SETTINGS, **types | {"precision": "fp32"})
-    found = fsdp2.need(SHAPES, footprint(20 * M), settings, "cuda")
+    found = fsdp2.need(SHAPES, footprint(20 * M, gradients=weights * BLOCK / 2), settings, "cuda")
     assert found.kinds["weights"] == weights * P / 4
     assert found.kinds["optimizer"] == pytest.approx(optimizer * P / 4)
     # What is gathered and sent has the weights' type.
-    assert found.kinds["gradients"] == weights * BLOCK
+    assert found.kinds["gradients"] == weights * BLOCK / 2
     assert found.kinds["buffers"] == weights * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
 
 
@@ -139,11 +208,11 @@ def test_checkpoints_have_moments_in_fp32() -> None:
 
 
 def test_what_the_head_is_sent_in_stays_during_the_first_blocks_backward() -> None:
-    head = 75 * M
+    head = 60 * M
     units = Units(root=0, kept=head, freed=P - head, block=BLOCK, apart=0)
     found = fsdp2.need(SHAPES.model_copy(update={"units": units}), footprint(20 * M, "forward loss"), SETTINGS, "cuda")
     # The block's weights, the next block as it was received, the head's gradients as they were sent.
-    assert found.kinds["gradients"] == 4 * BLOCK
+    assert found.kinds["gradients"] == 4 * BLOCK // fsdp2.TENSORS_OF_BLOCK
     assert found.kinds["buffers"] == 4 * (2 * BLOCK + head) + memory.CUDA_CONTEXT_BYTES
 
 
@@ -153,7 +222,7 @@ def test_peak_of_one_process_falls_towards_what_is_whole() -> None:
         for count in (2, 4, 8, 10**6)
     ]
     assert peaks == sorted(peaks, reverse=True)
-    whole = 4 * (ROOT + 4 * BLOCK) + 100 * M
+    whole = 4 * (ROOT + 4 * BLOCK) + 100 * M * (1 - 1 / NUM_BLOCKS) + NORM
     assert peaks[-1] == pytest.approx(whole + memory.CUDA_CONTEXT_BYTES, rel=0.01)
 
 

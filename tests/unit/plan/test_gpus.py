@@ -144,7 +144,7 @@ def test_least_host_leaves_what_is_needed(needed: int) -> None:
 
 
 def test_this_machine_is_a_fleet() -> None:
-    gpu = Gpu(name="NVIDIA L4", memory_bytes=22 * GIB, bf16=True, free_bytes=20 * GIB)
+    gpu = Gpu(name="NVIDIA L4", memory_bytes=22 * GIB, capability=(8, 9), free_bytes=20 * GIB)
     machine = Machine(
         cpu="x",
         num_cores=8,
@@ -161,7 +161,7 @@ def test_this_machine_is_a_fleet() -> None:
 
 @pytest.mark.parametrize(("memory_gib", "name"), [(7.6, "RTX 4060 Ti 8GB"), (15.6, "RTX 4060 Ti 16GB")])
 def test_size_of_a_gpu_here_is_told_by_its_memory(memory_gib: float, name: str) -> None:
-    gpu = Gpu(name="NVIDIA GeForce RTX 4060 Ti", memory_bytes=int(memory_gib * GIB), bf16=True, free_bytes=GIB)
+    gpu = Gpu(name="NVIDIA GeForce RTX 4060 Ti", memory_bytes=int(memory_gib * GIB), capability=(8, 9), free_bytes=GIB)
     machine = Machine(
         cpu="x", num_cores=8, memory_bytes=GIB, memory_available_bytes=GIB, cpu_bf16_speedup=1.0, gpus=(gpu,)
     )

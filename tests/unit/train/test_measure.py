@@ -98,31 +98,31 @@ def test_optimizer_in_backward_cannot_have_smaller_micro_batches() -> None:
 
 
 def test_attention_is_left_as_it_is_where_it_is_given_or_rows_are_packed() -> None:
-    names = [one.name for one in measure_candidates.attentions(recipe(), {}, packed=False, flash=True)]
+    names = [one.name for one in measure_candidates.attentions(recipe(), {}, False, ["flash_attention_2"])]
 
     assert names == ["attention eager", "attention flash_attention_2"]
-    assert measure_candidates.attentions(recipe(), {}, packed=True, flash=True) == []
+    assert measure_candidates.attentions(recipe(), {}, True, ["flash_attention_2"]) == []
     given = recipe(model={"name": "x", "attn_implementation": "sdpa"})
-    assert measure_candidates.attentions(given, {}, packed=False, flash=False) == []
+    assert measure_candidates.attentions(given, {}, False, []) == []
 
 
 @pytest.mark.parametrize(
-    ("seconds", "compiler", "problem"),
+    ("seconds", "lacking", "problem"),
     [
-        (3600.0, True, ""),
-        (3600.0, False, "not tried: there is no compiler here (g++ or clang++ on a CPU, triton on a GPU)"),
-        (59.0, True, "not tried: the run takes 59 s, and compiling costs a minute or two"),
+        (3600.0, "", ""),
+        (3600.0, "C++ compiler", "not tried: there is no C++ compiler here"),
+        (59.0, "", "not tried: the run takes 59 s, and compiling costs a minute or two"),
     ],
 )
-def test_compiling_is_tried_where_it_can_pay(seconds: float, compiler: bool, problem: str) -> None:
-    (found,) = measure_candidates.compilations(recipe(), row("best", seconds, precision="bf16"), compiler)
+def test_compiling_is_tried_where_it_can_pay(seconds: float, lacking: str, problem: str) -> None:
+    (found,) = measure_candidates.compilations(
+        recipe(), row("best", seconds, precision="bf16", chunked_loss=True), lacking
+    )
 
     assert found.problem == problem
-    assert found.changes == {"precision": "bf16", "torch_compile": True}
-    assert (
-        measure_candidates.compilations(recipe(train={"extra": {"torch_compile": True}}), row("best", seconds), True)
-        == []
-    )
+    assert found.changes == {"precision": "bf16", "chunked_loss": True, "torch_compile": True}
+    for train in ({"torch_compile": False}, {"placement": "zero2"}):
+        assert measure_candidates.compilations(recipe(train=train), row("best", seconds), lacking) == []
 
 
 # ---- what is taken ---------------------------------------------------------------------------------------------

@@ -130,6 +130,8 @@ def _found(survey: Survey) -> list[tuple[str, str]]:
         ("hardware", survey.hardware),
         ("free", free),
     ]
+    if not survey.fits:  # else it stands among the settings
+        rows.append(("computes in", survey.computes))
     return [*rows, ("assumed", "; ".join(survey.assumed))] if survey.assumed else rows
 
 

@@ -91,7 +91,7 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
     small = {"train.optim": "adamw_8bit"}
     yield _Layout(f"{each}, AdamW fp32", plain)
     yield _Layout(f"{each}, 8-bit AdamW", plain | small, optim="adamw_8bit")
-    if basis.start.precision != "fp16" and (not gpus or gpus[0].bf16):
+    if basis.start.precision != "fp16" and basis.start.fast_bf16:
         optim = plain_optim("bf16", _rounding(basis))
         narrow = {name: value for name, value in plain.items() if name != "train.bf16_rounding"}
         narrow |= {"model.weights_dtype": "bf16", "train.optim": optim}

@@ -71,7 +71,8 @@ def survey(
     Returns:
         The survey, and a plan for the recipe's own placement, else for the best other one; None when nothing fits.
     """
-    basis = basis_of(workload, fleet)
+    reasons = Reasons()
+    basis = basis_of(workload, fleet, reasons)
     placements = placement.table(basis)
     found = _planned(workload, fleet, placements) if planned is None else _PlacedPlan(planned)
     methods = _methods(workload, fleet, not isinstance(found, DoesNotFitError), other)
@@ -79,7 +80,8 @@ def survey(
     if isinstance(found, DoesNotFitError):
         problem, ways = _ways_out(workload, basis, placements, found.problems[0], methods.lora)
         notes = (problem, *resolve.notes(basis.needs.footprint))
-        return seen.model_copy(update={"ways_out": ways, "notes": notes}), None
+        [computes] = [f"{one.value}: {one.reason}" for one in reasons.settings if one.name == "train.precision"]
+        return seen.model_copy(update={"ways_out": ways, "notes": notes, "computes": computes}), None
     plan, settings = found.plan, found.settings
     if workload.spread:
         settings = {"train.num_processes": plan.num_processes, **settings}
@@ -260,8 +262,10 @@ def _needs_narrow_weights(workload: Workload, fleet: Fleet) -> bool:
     recipe, devices = workload.recipe, fleet.machine.gpus
     if workload.shapes.num_trained is None or given(recipe, "model.weights_dtype") is not None:
         return False
-    may_be = recipe.train.precision in ("auto", "bf16") and bool(devices) and devices[0].bf16
-    return may_be and 4 * workload.shapes.num_parameters > devices[0].available_bytes
+    if recipe.train.precision not in ("auto", "bf16") or not devices:
+        return False
+    too_large = 4 * workload.shapes.num_parameters > devices[0].available_bytes
+    return too_large and resolve.oldest_gpu(recipe, fleet.machine).bf16
 
 
 # ---- ways out --------------------------------------------------------------------------------------------------

@@ -57,6 +57,13 @@ def _missing_packages(recipe: Recipe) -> list[str]:
     package, install = package_of(recipe.train.optim or "")
     if package and importlib.util.find_spec(package) is None:
         problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
+    if recipe.train.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        problems.append("train.use_liger_kernel: needs a package that is missing; pip install 'fulltune[liger]'")
+    kernel = recipe.model.attn_implementation
+    of_kernel = _KERNELS.get(kernel or "", ())
+    if of_kernel and not any(map(importlib.util.find_spec, of_kernel)):
+        names = " or ".join(name.replace("_", "-") for name in of_kernel)
+        problems.append(f"model.attn_implementation: '{kernel}' needs a package that is missing: {names}")
     if deepspeed.wanted(recipe) and importlib.util.find_spec("deepspeed") is None:
         problems.append(f"{recipe.train.deepspeed_by}: needs DeepSpeed; pip install 'fulltune[deepspeed]'")
     return problems
@@ -84,6 +91,11 @@ _BEGINNINGS = (
     ("stable_adamw", "optimi", "torch-optimi"),
     ("ademamix", "bitsandbytes", "bitsandbytes"),
 )
+_KERNELS = {
+    "flash_attention_2": ("flash_attn", "kernels"),
+    "flash_attention_3": ("flash_attn_interface", "kernels"),
+}
+"""Attention to the modules of which it needs one; by the second, transformers takes the kernel from the Hub."""
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
 """Trackers whose package has another name."""
 
@@ -131,7 +143,6 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
         "report_to": list(train.report_to) or "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": plan.device == "cuda",
     }
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
@@ -140,8 +151,14 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     common = deepspeed.wanted(recipe) and not deepspeed.keeps_own_files(recipe)
     values["save_only_model"] = plan.placement == "fsdp2" or common
     extra = as_arguments(train.extra)
-    if plan.torch_compile:
-        extra["torch_compile"] = True
+    # Copied to the GPU while the next rows are collated: pinned memory alone would not do that.
+    extra.setdefault("accelerator_config", {"non_blocking": plan.device == "cuda"})
+    if plan.loader_workers:
+        # What is forked needs not be pickled, and touches no GPU.
+        extra |= {"dataloader_num_workers": plan.loader_workers, "dataloader_multiprocessing_context": "fork"}
+    if plan.activation_offloading:
+        name = "activation_checkpointing_kwargs"
+        extra[name] = {**(extra.get(name) or {}), "offload": True}
     if deepspeed.wanted(recipe):
         extra["deepspeed"] = deepspeed.completed(recipe, plan)
     try:

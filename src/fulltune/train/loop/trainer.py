@@ -10,6 +10,7 @@ choice of the best step stay theirs.
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,12 @@ from fulltune.train.optim.in_backward import InBackward
 
 ITEMS = "num_items"
 """Of a batch, the number of items in its loss."""
+
+
+def _ignore_signals(worker: int) -> None:
+    """A stop is asked of the whole process group: rows are needed until the step is saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StoppedScoring(Exception):
@@ -221,6 +228,7 @@ class FullTrainer(Guarded, Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
+            worker_init_fn=_ignore_signals,
         )
         return self.accelerator.prepare(loader)
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
+from fulltune.models.compiled import lacking
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener, PhaseBegan
@@ -105,9 +107,9 @@ def measure(
     best = measure_candidates.fastest([*([best] if best else []), *probes.all(batches)])
     if best is None:
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in probes.rows])
-    others = measure_candidates.attentions(recipe, best.changes, summary.packed, _has_flash(plan))
+    others = measure_candidates.attentions(recipe, best.changes, summary.packed, _flash(plan, best.changes))
     best = measure_candidates.fastest([best, *probes.all(others)]) or best
-    compiled = probes.all(measure_candidates.compilations(recipe, best, _has_compiler(plan)))
+    compiled = probes.all(measure_candidates.compilations(recipe, best, lacking(plan.device)))
     best = measure_candidates.fastest([best, *compiled]) or best
     rows = tuple(row.model_copy(update={"taken": row is best}) for row in probes.rows)
     Measurements(available_bytes=available_bytes, rows=rows).save(folder / "plan" / "measured.json")
@@ -175,11 +177,10 @@ def _probe(recipe: Recipe, plan: Plan, folder: Path) -> Outcome:
     return outcome
 
 
-def _has_compiler(plan: Plan) -> bool:
-    if plan.device == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-
-
-def _has_flash(plan: Plan) -> bool:
-    return plan.device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+def _flash(plan: Plan, changes: Mapping[str, Any]) -> list[str]:
+    """Flash attention that is installed and may work here; a card that a kernel was not made for says so itself."""
+    halves = changes.get("precision", plan.precision) != "fp32"
+    if plan.device != "cuda" or not plan.fast_bf16 or not halves:
+        return []
+    modules = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+    return [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fulltune import methods
 from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, plain_optim
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
@@ -82,33 +81,38 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Candidate]:
     ]
 
 
-def attentions(recipe: Recipe, best: Changes, packed: bool, flash: bool) -> list[Candidate]:
+def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]) -> list[Candidate]:
     """Other implementations of attention than transformers' own choice, sdpa.
 
     Args:
         recipe: One that names an implementation keeps it.
         best: The best so far.
         packed: Texts share rows: they were packed for this implementation.
-        flash: flash_attention_2 can be had.
+        flash: Flash attention that can be had.
     """
     if recipe.model.attn_implementation is not None or packed or FACTS[recipe.task].reads == "image":
         return []
-    names = ("eager", *(("flash_attention_2",) if flash else ()))
-    return [Candidate(f"attention {name}", "attention", {**best, "attn_implementation": name}) for name in names]
+    return [
+        Candidate(f"attention {name}", "attention", {**best, "attn_implementation": name}) for name in ("eager", *flash)
+    ]
 
 
-def compilations(recipe: Recipe, best: Measured, compiler: bool) -> list[Candidate]:
-    """torch.compile, where it can be had and can pay."""
-    if "torch_compile" in recipe.train.extra or recipe.method.kind in methods.BY_HOOKS:
+def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Candidate]:
+    """torch.compile, where it can be had and can pay.
+
+    Args:
+        recipe: One that says whether to compile keeps it.
+        best: The best so far.
+        lacking: What is missing here to compile; empty: nothing.
+    """
+    if recipe.train.torch_compile is not None or recipe.train.deepspeed_by:
         return []
     problem = ""
-    if not compiler:
-        problem = "not tried: there is no compiler here (g++ or clang++ on a CPU, triton on a GPU)"
+    if lacking:
+        problem = f"not tried: there is no {lacking} here"
     elif best.train_seconds < LEAST_SECONDS_TO_COMPILE:
         problem = f"not tried: the run takes {best.train_seconds:,.0f} s, and compiling costs a minute or two"
-    # A compiled model has no hooks: see `checks.py`.
-    whole = {"chunked_loss": False} if "chunked_loss" in best.changes else {}
-    return [Candidate("torch.compile", "compile", {**best.changes, **whole, "torch_compile": True}, problem)]
+    return [Candidate("torch.compile", "compile", {**best.changes, "torch_compile": True}, problem)]
 
 
 def fastest(rows: Sequence[Measured]) -> Measured | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fulltune.system import deepspeed, hardware
+from fulltune.system import allocator, deepspeed, hardware
 from fulltune.train.request import Request
 
 _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
@@ -74,9 +75,9 @@ def environment(request: Request) -> dict[str, str]:
     # A file in the user's folder that has a library's name must not take its place.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
     if request.plan.device != "cpu":
-        return variables
-    allocator = ALLOCATOR_OF_PARTS if request.plan.placement == "fsdp2" else ALLOCATOR
-    variables = {"GLIBC_TUNABLES": allocator} | KERNEL_CACHES | variables
+        return variables | allocator.of_a_gpu(variables, platform.system(), platform.release())
+    tunables = ALLOCATOR_OF_PARTS if request.plan.placement == "fsdp2" else ALLOCATOR
+    variables = {"GLIBC_TUNABLES": tunables} | KERNEL_CACHES | variables
     if request.plan.num_processes > 1:
         # torchrun would give each process one thread, whatever the number of cores.
         variables.setdefault("OMP_NUM_THREADS", str(max(1, hardware.num_cores() // request.plan.num_processes)))

@@ -133,8 +133,6 @@ def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Che
         result = "off: DeepSpeed shares out the model"
     elif own_loss:  # it is given all logits
         result = "off: compute_loss is your own"
-    elif trainer.args.torch_compile:
-        result = "off: with torch.compile hooks are left out"
     else:
         batch = batch_of(trainer, [rows[i] for i in by_length(rows)[-2:]])
         trainer.head, result = selective_head.verified(trainer.model, task, batch)

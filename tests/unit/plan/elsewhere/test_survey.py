@@ -38,7 +38,6 @@ def test_encoder_is_planned_for_every_gpu(gpu: gpus.GpuModel) -> None:
     assert plan is not None
     assert plan.time is not None
     assert (plan.device, plan.num_processes, plan.optim) == ("cuda", 2, "adamw_torch_fused")
-    assert plan.precision == ("bf16" if gpu.bf16 else "fp16")
     assert found.placement == "2 copies, AdamW fp32"
     assert plan.global_batch_size == plan.micro_batch_size * plan.gradient_accumulation_steps * 2
 

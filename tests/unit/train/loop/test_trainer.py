@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from torch.utils.data import DataLoader, Dataset
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
@@ -21,13 +26,56 @@ def test_settings_of_the_loader_are_passed_on() -> None:
     trainer: Any = SimpleNamespace(
         train_dataset=[1, 2],
         sampler=[[0], [1]],
-        data_collator=list,
+        collated=list,
         args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in options.items()}),
         accelerator=SimpleNamespace(prepare=lambda loader: loader),
     )
     loader = FullTrainer.get_train_dataloader(trainer)
     assert {name: getattr(loader, name) for name in given} == given
     assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
+class Stopped(Dataset[int]):
+    """Its worker is told to stop at each row, as the whole process group is."""
+
+    def __getitem__(self, number: int) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return number
+
+
+def test_processes_that_read_rows_go_on_when_the_run_is_told_to_stop() -> None:
+    names = ("num_workers", "prefetch_factor", "persistent_workers", "in_order", "pin_memory")
+    options = dict(zip(names, (1, 2, False, True, False), strict=True)) | {"multiprocessing_context": "fork"}
+    trainer: Any = SimpleNamespace(
+        train_dataset=Stopped(),
+        sampler=[[0, 1], [2]],
+        collated=list,
+        args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in options.items()}),
+        accelerator=SimpleNamespace(prepare=lambda loader: loader),
+    )
+    assert list(FullTrainer.get_train_dataloader(trainer)) == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize(("device", "given"), [("cuda", {}), ("cuda", {"non_blocking": False}), ("cpu", {})])
+def test_batches_are_copied_to_a_gpu_beside_its_work(device: str, given: dict[str, bool], tmp_path: Path) -> None:
+    train = {"extra": {"accelerator_config": given}} if given else {}
+    recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": "t"}, "train": train})
+    arguments = training_arguments(recipe, plan(precision="fp32", device=device), tmp_path)
+    trainer = transformers.Trainer(
+        model=torch.nn.Linear(1, 1), args=arguments, train_dataset=Stopped(), eval_dataset=Stopped()
+    )
+    on = device == "cuda" and not given
+    assert arguments.dataloader_pin_memory == (device == "cuda")
+    assert trainer.accelerator.dataloader_config.non_blocking == on
+    loader: Any = trainer.accelerator.prepare(DataLoader([1, 2]))
+    assert loader._non_blocking == on
+
+
+def test_processes_of_the_plan_read_rows_ahead(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"model": "m", "task": "image-classification", "data": {"train": "t"}})
+    made = training_arguments(recipe, plan(precision="fp32", device="cuda", loader_workers=3), tmp_path)
+    assert (made.dataloader_num_workers, made.dataloader_multiprocessing_context) == (3, "fork")
 
 
 def test_settings_that_need_workers_are_refused_without() -> None:

@@ -49,7 +49,6 @@ def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40
     """The forecast of a run of 40 steps, each of one pass, with two evaluations of one batch."""
     batches = [list(range(8 * step, 8 * step + 8)) for step in range(40)]
     trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(torch_compile=False),
         model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace())),
         sampler=SimpleNamespace(passes=lambda first, last: [[batch] for batch in batches[first:last]]),
     )

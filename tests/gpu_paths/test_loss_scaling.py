@@ -1,0 +1,184 @@
+"""fp16's loss scale and what is beside it: the guard, its repeated steps, replayed text, DeepSpeed's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import BertForSequenceClassification
+
+import fulltune
+from fulltune.forgetting.drift import GenericText
+from fulltune.train import shared_state
+from fulltune.train.loop.step_guard import StepMemory
+from fulltune.train.optim import zero
+from fulltune.train.worker.replay import Replay
+from tests import tiny
+
+SCALE = 2.0**10
+scaled = pytest.mark.stand_in(
+    'the CPU, with torch.amp.GradScaler("cpu")',
+    card="which kernels overflow in fp16, the fused optimizer's own skipping",
+)
+of_deepspeed = pytest.mark.stand_in("DeepSpeed's loss scaler as an object of numbers", card="DeepSpeed in fp16")
+
+
+class Overflows(fulltune.Guarded, transformers.Trainer):
+    """The gradients of its second step are infinite."""
+
+    calls = 0
+
+    def compute_loss(self, *given: Any, **named: Any) -> Any:
+        self.calls += 1
+        loss = super().compute_loss(*given, **named)
+        assert isinstance(loss, torch.Tensor)
+        if self.state.global_step == 1:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+
+def trainer_of(folder: Path) -> Overflows:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer(), num_labels=2))
+    rows = [{"input_ids": [2, 10 + number, 3], "labels": number % 2} for number in range(32)]
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=3, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+    )
+    trainer = Overflows(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.repeats = True
+    return trainer
+
+
+def weights_by_step(trainer: Overflows) -> list[torch.Tensor]:
+    seen = list[torch.Tensor]()
+
+    class Looks(transformers.TrainerCallback):
+        def on_step_end(self, *given: Any, model: Any = None, **named: Any) -> None:
+            seen.append(torch.cat([one.detach().flatten() for one in model.parameters()]).clone())
+
+    trainer.add_callback(Looks())
+    trainer.train()
+    return seen
+
+
+@scaled
+def test_step_that_overflows_is_left_to_the_scaler(tmp_path: Path) -> None:
+    """It halves its scale and takes no step; the guard neither skips it nor has it computed again, and goes on."""
+    trainer = trainer_of(tmp_path)
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    first, second, third = weights_by_step(trainer)
+    assert trainer.calls == 3
+    assert trainer.seen.skipped == ()
+    assert scaler.get_scale() == SCALE / 2
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+@pytest.mark.stand_in("the CPU, without a scaler", card="-")
+def test_same_step_without_a_scaler_is_computed_again_and_skipped(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    first, second, _ = weights_by_step(trainer)
+    assert trainer.calls == 4
+    assert trainer.seen.skipped == (2,)
+    assert torch.equal(first, second)
+
+
+@scaled
+@pytest.mark.parametrize("repeats", [True, False])
+def test_step_with_scaled_gradients_cannot_be_computed_again(repeats: bool, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.repeats = repeats
+    assert trainer._can_repeat == repeats
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert not trainer._can_repeat
+
+
+@of_deepspeed
+@pytest.mark.parametrize(("fp16", "action"), [(True, "go on"), (False, "stop")])
+def test_norm_that_deepspeed_could_not_take_is_let_pass_in_fp16_alone(fp16: bool, action: str) -> None:
+    trainer: Any = Overflows.__new__(Overflows)
+    trainer.args = SimpleNamespace(device="cpu", fp16=fp16)
+    trainer.accelerator = SimpleNamespace(num_processes=1)
+    trainer.state, trainer.is_deepspeed_enabled = transformers.TrainerState(global_step=7), True
+    trainer.seen = StepMemory(skipped=(5, 6, 7))
+    judged, _, _ = trainer._look(torch.tensor(1.0), torch.tensor(-1.0))
+    assert judged.action == action
+
+
+@scaled
+def test_replayed_texts_count_as_much_as_the_rows_whose_loss_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")
+
+    def distance(replay: Replay, trainer: Any, positions: Any) -> torch.Tensor:
+        assert torch.is_autocast_enabled("cpu")
+        return model.weight.sum() * len(positions)
+
+    monkeypatch.setattr(Replay, "_distance", distance)
+
+    def gradient(scaler: Any) -> float:
+        trainer: Any = SimpleNamespace(
+            model=model,
+            args=SimpleNamespace(process_index=0, world_size=1),
+            accelerator=SimpleNamespace(scaler=scaler),
+            state=SimpleNamespace(global_step=0),
+            is_shared=False,
+        )
+        model.zero_grad()
+        Replay(GenericText(((1, 2),) * 4, 0, False, "bf16"), 4, 4, seed=0, weight=1.0).add_gradient(trainer)
+        assert model.weight.grad is not None
+        return float(model.weight.grad)
+
+    assert gradient(torch.amp.GradScaler("cpu", init_scale=SCALE)) == SCALE * gradient(None) != 0
+
+
+class Scaler:
+    """As DeepSpeed's, numbers and all."""
+
+    def __init__(self, scale: float, dynamic: bool) -> None:
+        self.cur_scale, self.cur_iter, self.dynamic, self.raises = scale, 3, dynamic, True
+
+
+@pytest.fixture
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_state, "is_first", lambda: True)
+
+
+def engine(scaler: Scaler | None) -> Any:
+    parts = {"single_partition_of_fp32_groups": [], "bit16_groups": [], "optimizer": SimpleNamespace(state={})}
+    return SimpleNamespace(optimizer=SimpleNamespace(**parts, **({} if scaler is None else {"loss_scaler": scaler})))
+
+
+@of_deepspeed
+@pytest.mark.usefixtures("_one_process")
+def test_loss_scale_of_deepspeed_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    zero.save(torch.nn.Identity(), engine(Scaler(4096.0, dynamic=True)), tmp_path)
+    again = Scaler(65536.0, dynamic=True)
+    again.cur_iter = 0
+    zero._set_loss_scale(engine(again).optimizer, tmp_path)
+    assert (again.cur_scale, again.cur_iter) == (4096.0, 3)
+    assert again.raises is True, "what is no number is the engine's own"
+    fixed = Scaler(128.0, dynamic=False)
+    zero._set_loss_scale(engine(fixed).optimizer, tmp_path)
+    assert fixed.cur_scale == 128.0
+    zero._set_loss_scale(engine(None).optimizer, tmp_path)
+
+
+@of_deepspeed
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("scaler", [None, Scaler(128.0, dynamic=False)])
+def test_loss_scale_that_stays_is_not_written(scaler: Scaler | None, tmp_path: Path) -> None:
+    zero.save(torch.nn.Identity(), engine(scaler), tmp_path)
+    assert not (tmp_path / zero.LOSS_SCALE).exists()
+
+
+@of_deepspeed
+def test_loss_scale_of_a_run_without_deepspeed_goes_on_in_it(tmp_path: Path) -> None:
+    torch.save(torch.amp.GradScaler("cpu", init_scale=SCALE).state_dict(), tmp_path / "scaler.pt")
+    scaler = Scaler(65536.0, dynamic=True)
+    zero._set_loss_scale(engine(scaler).optimizer, tmp_path)
+    assert scaler.cur_scale == SCALE

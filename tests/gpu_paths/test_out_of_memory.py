@@ -1,0 +1,143 @@
+"""Memory that runs out on a card is told from every other error wherever errors are caught: with each it goes its own
+way. Whole runs, phase by phase, are in `tests/train/test_recovery.py`; one of two processes in
+`tests/invariant/test_one_of_two.py`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from fulltune.data.judge import Reader
+from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.evaluate import _as_what_does_not_fit
+from fulltune.methods.injected import put_into
+from fulltune.probe.fit import _no_probe_without_memory
+from fulltune.probe.layers import HeadLayers, NoProbe, after_dense
+from fulltune.recipe.methods import LoraMethod
+from fulltune.system.out_of_memory import with_smaller_batches
+from fulltune.train.worker import main as worker
+from fulltune.train.worker.drifting import Drifting
+
+pytestmark = pytest.mark.stand_in(
+    "torch.OutOfMemoryError raised by hand", card="that the driver raises it, and what its allocator had taken by then"
+)
+Raise = Callable[..., Any]
+
+
+class CardIsFull(torch.OutOfMemoryError):
+    """In no words that are known: its kind says it."""
+
+
+CardIsFull.__name__ = "OutOfMemoryError"
+
+
+class Fault(RuntimeError):
+    """Any other."""
+
+
+def raising(error: BaseException) -> Raise:
+    def act(*given: Any, **named: Any) -> Any:
+        raise error
+
+    return act
+
+
+def test_attempt_is_planned_anew_with_less() -> None:
+    assert worker.meaning_of(CardIsFull())[0] == "out_of_memory"
+    assert worker.meaning_of(Fault())[0] == "error"
+
+
+def test_batches_become_smaller_for_memory_alone() -> None:
+    def run(error: BaseException) -> Raise:
+        def smaller(rows: int) -> int:
+            if rows > 1:
+                raise error
+            return rows
+
+        return smaller
+
+    assert with_smaller_batches("scoring", 4, run(CardIsFull())) == 1
+    with pytest.raises(Fault):
+        with_smaller_batches("scoring", 4, run(Fault()))
+
+
+@pytest.mark.parametrize(("error", "found"), [(CardIsFull(), DoesNotFitError), (Fault(), Fault)])
+def test_scores_that_do_not_fit_say_what_to_do(error: BaseException, found: type[BaseException]) -> None:
+    with pytest.raises(found), _as_what_does_not_fit("scoring test"):
+        raise error
+
+
+@pytest.mark.parametrize(("error", "found"), [(CardIsFull(), NoProbe), (Fault(), Fault)])
+def test_probe_that_does_not_fit_is_left_out(error: BaseException, found: type[BaseException]) -> None:
+    with pytest.raises(found), _no_probe_without_memory(torch.nn.Linear(1, 1)):
+        raise error
+
+
+@pytest.mark.parametrize(("error", "found"), [(CardIsFull(), NoProbe), (Fault(), Fault)])
+def test_rows_that_cannot_be_read_for_want_of_memory_are_not_judged(
+    error: BaseException, found: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    reader: Any = Reader.__new__(Reader)
+    vars(reader).update(folder=tmp_path, base=SimpleNamespace(processor=None))
+    monkeypatch.setitem(Reader._items.__globals__, "Rows", lambda folder: [])
+    monkeypatch.setitem(Reader._items.__globals__, "opened", raising(error))
+    with pytest.raises(found):
+        reader._items("train")
+
+
+@pytest.mark.parametrize(("error", "found"), [(CardIsFull(), torch.OutOfMemoryError), (Fault(), RecipeError)])
+def test_method_that_finds_no_memory_is_no_fault_of_the_recipe(
+    error: BaseException, found: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peft, "get_peft_model", raising(error))
+    with pytest.raises(found):
+        put_into(torch.nn.Linear(1, 1), LoraMethod(kind="lora"), "text-classification", ())
+
+
+@pytest.mark.parametrize(("error", "found"), [(CardIsFull(), torch.OutOfMemoryError), (Fault(), NoProbe)])
+def test_head_that_finds_no_memory_may_be_one_that_a_probe_knows(
+    error: BaseException, found: type[BaseException]
+) -> None:
+    class Model(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+
+        def forward(self, **batch: Any) -> Any:
+            assert torch.is_autocast_enabled("cpu")
+            raise error
+
+    with pytest.raises(found):
+        after_dense(Model(), HeadLayers("last", "dense"), {}, np.zeros((1, 2), np.float32), precision="bf16")
+
+
+@pytest.mark.parametrize(("error", "ends_it"), [(CardIsFull(), True), (Fault(), False)])
+def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: BaseException, ends_it: bool) -> None:
+    drifting: Any = Drifting.__new__(Drifting)
+    warnings, plan = list[str](), SimpleNamespace(preserving=None)
+    during = SimpleNamespace(during=lambda phase: contextlib.nullcontext())
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=0),
+        generic_start=None,
+        args=SimpleNamespace(world_size=1),
+        model=None,
+        head=None,
+    )
+    drifting.attempt = SimpleNamespace(trainer=trainer, plan=plan, journal=during, alive=None, between_batches=None)
+    drifting.text = SimpleNamespace(read=raising(error))
+    drifting._warn = warnings.append
+    if ends_it:
+        with pytest.raises(torch.OutOfMemoryError):
+            drifting.read()
+    else:
+        assert drifting.read() is None
+        assert "drift on generic text is not measured: Fault" in warnings[0]

@@ -1,0 +1,205 @@
+"""What a plan decides by the device and by fp16; more tables of numbers are in `tests/unit/plan`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fulltune.cli.show import plan as shown
+from fulltune.errors import RecipeError
+from fulltune.plan import budget, fsdp2, gpus, levers, memory, resolve, sharded, workload
+from fulltune.plan.memory import MemorySettings
+from fulltune.plan.reasons import Reasons
+from fulltune.recipe import rules
+from fulltune.recipe.fields import Recipe
+from fulltune.records.plan import MemoryNeed
+from fulltune.system import deepspeed
+from fulltune.system.hardware import Gpu, Machine
+from fulltune.system.sharing import Sharing
+from tests.plans import plan, recipe
+from tests.unit.plan import sizes
+from tests.unit.plan.elsewhere.test_placement import table
+
+pytestmark = pytest.mark.stand_in("records of machines and models", card="whether the bytes are right")
+GIB = 2**30
+SHAPES, FOOTPRINT = sizes.LLAMA, sizes.footprint(sizes.LLAMA)
+SETTINGS = MemorySettings(micro_batch_size=4, longest_tokens=512, eval_batch_size=4)
+HOST = Machine(
+    cpu="c", num_cores=8, memory_bytes=64 * GIB, memory_available_bytes=60 * GIB, cpu_bf16_speedup=1.0
+)  # fmt: skip
+NARROW = {"model": {"name": "m", "weights_dtype": "bf16"}}
+
+
+def with_card(name: str) -> Machine:
+    """That host with a card, all but 1 GiB of which is free."""
+    size = {"H100": 80 * GIB, "T4": 16 * GIB}[name]
+    capability = {"H100": (9, 0), "T4": (7, 5)}[name]
+    card = Gpu(name=name, memory_bytes=size, capability=capability, free_bytes=size - GIB)
+    return HOST.model_copy(update={"gpus": (card,)})
+
+
+# ---- the device, and what is free on it ------------------------------------------------------------------------------
+
+
+def test_card_is_taken_where_there_is_one() -> None:
+    def found(machine: Machine, device: str = "auto", processes: int = 1) -> str:
+        return resolve.device(recipe(train={"device": device, "num_processes": processes}), machine, Reasons())
+
+    assert [found(with_card("H100")), found(HOST), found(with_card("H100"), "cpu")] == ["cuda", "cpu", "cpu"]
+    assert found(HOST, "cpu", 4) == "cpu"
+    with pytest.raises(RecipeError, match="torch sees no GPU here"):
+        found(HOST, "cuda")
+    with pytest.raises(RecipeError, match="the number of GPUs is 1"):
+        found(with_card("H100"), processes=2)
+
+
+def test_memory_is_the_cards_alone_and_the_hosts_beside_the_libraries() -> None:
+    def found(machine: Machine, device: str, **train: Any) -> int:
+        return budget.of(recipe(train=train), SHAPES, FOOTPRINT, machine, device).available_bytes
+
+    assert found(with_card("T4"), "cuda") == 15 * GIB
+    assert found(with_card("T4"), "cuda", memory_limit="10GiB") == 10 * GIB
+    assert found(HOST, "cpu") == 60 * GIB - budget.LIBRARIES_BYTES
+    assert found(HOST, "cpu", memory_limit="10GiB") == 10 * GIB - budget.LIBRARIES_BYTES
+
+
+@pytest.mark.parametrize(("device", "beyond"), [("cuda", memory.CUDA_CONTEXT_BYTES), ("cpu", memory.FIRST_CALLS_BYTES)])
+def test_beside_tensors_a_process_holds_what_its_device_takes(device: str, beyond: int) -> None:
+    found = memory.need(SHAPES, FOOTPRINT, SETTINGS, device)
+    assert found.phases["loading"] == 4 * SHAPES.num_parameters + beyond
+    kept = round(memory.STATE_SHARE * 12 * SHAPES.num_parameters)
+    if device == "cuda":
+        assert found.kinds["buffers"] == memory.CUDA_CONTEXT_BYTES
+    else:
+        assert found.kinds["buffers"] > kept
+        assert found.kinds["buffers"] != kept + memory.CUDA_CONTEXT_BYTES
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_another_type_is_reckoned_with_what_its_device_takes(device: str) -> None:
+    needs = budget.Needs(SHAPES, FOOTPRINT, "fp32", device)
+    found = needs.of(replace(SETTINGS, weights_dtype="bf16", precision="bf16"), None).kinds["buffers"]
+    assert (found == memory.CUDA_CONTEXT_BYTES) == (device == "cuda")
+
+
+@pytest.mark.parametrize(("device", "host"), [("cuda", True), ("cpu", False)])
+def test_what_zero_offloads_lies_on_the_host_of_a_card_and_in_the_same_memory_without(device: str, host: bool) -> None:
+    needs = budget.Needs(SHAPES, FOOTPRINT, "fp32", device)
+    found = needs.of(SETTINGS, Sharing(3, True, True), (2, 2, 12))
+    assert (found.host > 10 * SHAPES.num_parameters) == host
+    assert (found.kinds["optimizer"] == 0) == host
+
+
+def test_gradients_are_sent_from_one_buffer_on_a_card_and_from_two_by_gloo() -> None:
+    settings = replace(SETTINGS, num_processes=4, activation_checkpointing=True, micro_batch_size=1, longest_tokens=8)
+    sent = {device: fsdp2.need(SHAPES, FOOTPRINT, settings, device).kinds["buffers"] for device in ("cuda", "cpu")}
+    units = fsdp2.units_of(SHAPES)
+    assert sent["cuda"] - memory.CUDA_CONTEXT_BYTES < 4 * 4 * (units.apart + 4 * units.block)
+    assert fsdp2.SENT["cuda"] < fsdp2.SENT["cpu"]
+    assert sent["cpu"] > sent["cuda"]
+
+
+def test_pieces_of_a_chunked_loss_are_those_of_a_card() -> None:
+    whole, pieces = (
+        sharded.passing(FOOTPRINT, "fp32", replace(SETTINGS, chunked_loss=chunked))["logits"]
+        for chunked in (False, True)
+    )
+    assert pieces == pytest.approx(whole * 1024 / (4 * 512))
+
+
+def test_pieces_on_a_card_have_their_share_of_the_heads_gradient_beside_them() -> None:
+    settings, head = replace(SETTINGS, chunked_loss=True, precision="bf16"), SHAPES.vocab_size * SHAPES.hidden_size
+    whole: Any = {"logits": 1, "gradients": 0}
+    pieces = {device: memory.in_pieces(whole, SHAPES, settings, device, 1, 0)["logits"] for device in ("cuda", "cpu")}
+    assert pieces["cuda"] == pieces["cpu"] + 2 * head
+
+
+def test_table_of_memory_calls_a_card_a_device() -> None:
+    placed = SimpleNamespace(name="one device", kinds={"weights": GIB}, host_bytes=0)
+    survey: Any = SimpleNamespace(
+        placement="one device", placements=(placed,), device_free_bytes=GIB, host_free_bytes=GIB
+    )
+
+    def first_cell(device: str) -> str:
+        need = MemoryNeed(kinds={"weights": GIB}, phases={"step": GIB})
+        return next(iter(next(iter(shown._memory(survey, plan(device=device, memory=need)))).columns[0].cells))
+
+    assert (first_cell("cuda"), first_cell("cpu")) == ("device", "memory")
+
+
+def test_hardware_without_a_card_cannot_be_asked_for_one() -> None:
+    on_card, anywhere = (recipe(train={"device": device}) for device in ("cuda", "auto"))
+    with pytest.raises(RecipeError, match="'cuda' but --for names no GPU"):
+        workload.spread_over(on_card, gpus.parse("cpu"))
+    assert workload.spread_over(anywhere, gpus.parse("cpu")) == anywhere
+    assert workload.spread_over(on_card, gpus.parse("2x H100")).train.num_processes == 2
+
+
+# ---- fp16 ------------------------------------------------------------------------------------------------------------
+
+
+def test_precision_is_what_the_card_computes_fast() -> None:
+    def found(machine: Machine, device: str, precision: str = "auto", **blocks: Any) -> str:
+        return str(resolve.precision(recipe(train={"precision": precision}, **blocks), machine, device, Reasons()))
+
+    assert found(with_card("H100"), "cuda") == "bf16"
+    assert found(with_card("T4"), "cuda") == "fp16"
+    assert found(with_card("H100"), "cuda", "fp16") == "fp16"
+    assert found(HOST, "cpu") == found(HOST, "cpu", "fp32") == "fp32"
+    with pytest.raises(RecipeError, match="fp16 is not possible on a CPU"):
+        found(HOST, "cpu", "fp16")
+    for wanted in ("fp16", "fp32"):
+        with pytest.raises(RecipeError, match="would compute in bf16"):
+            found(with_card("H100"), "cuda", wanted, **NARROW)
+
+
+def test_card_without_fast_bf16_is_offered_no_narrow_weights() -> None:
+    assert "one device, bf16 weights" in table("1x L4")
+    assert "one device, bf16 weights" not in table("1x T4")
+    assert "one device, bf16 weights" not in table("1x L4", precision="fp16")
+
+
+@pytest.mark.parametrize(("precision", "against"), [("fp16", True), ("bf16", False), ("fp32", False)])
+def test_scaled_gradients_cannot_be_updated_one_by_one(precision: str, against: bool) -> None:
+    given = {"max_grad_norm": 0, "optimizer_in_backward": True, "optim": "adamw_torch"}
+    problems = rules.of_pairs(recipe(train={**given, "precision": precision}))
+    assert any("cannot go with train.precision: fp16" in problem for problem in problems) == against
+    problems = resolve.in_backward_problems(recipe(train=given), 8, 1, precision)
+    assert any("cannot go with fp16" in problem for problem in problems) == against
+    said = levers._update_in_backward_needs(recipe(train={"max_grad_norm": 0}), plan(precision=precision))
+    assert (said != "") == against
+
+
+def test_levers_stay_in_the_format_of_a_card_without_fast_bf16() -> None:
+    old, new = (plan(device="cuda", precision="fp32", fast_bf16=fast) for fast in (False, True))
+    assert levers._half_precision(recipe(), old) == [{"precision": "fp16"}]
+    assert levers._half_precision(recipe(), new) == [{"precision": "bf16"}]
+    assert levers._no_narrow_weights(recipe(), old) == "this GPU has no fast bf16"
+    assert levers._no_narrow_weights(recipe(), new) == ""
+
+
+def in_engine(**settings: Any) -> Recipe:
+    extra = {"deepspeed": {"zero_optimization": {"stage": 2}, **settings}}
+    return recipe(method={"kind": "full"}, train={"extra": extra})
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_deepspeed_is_told_the_plans_format(precision: str) -> None:
+    found = deepspeed.completed(in_engine(), plan(precision=precision))
+    assert (found["fp16"]["enabled"], found["bf16"]["enabled"]) == (precision == "fp16", precision == "bf16")
+
+
+def test_block_of_deepspeed_for_fp16_is_filled_in_or_refused() -> None:
+    assert deepspeed.settings(in_engine(fp16={"initial_scale_power": 12}))["fp16"] == {
+        "initial_scale_power": 12,
+        "enabled": "auto",
+    }
+    assert deepspeed.settings(in_engine())["fp16"] == {"enabled": "auto"}
+    with pytest.raises(RecipeError) as raised:
+        deepspeed.settings(in_engine(fp16=True))
+    assert raised.value.problems == (
+        'train.extra.deepspeed: fp16: expected a block such as {"enabled": "auto"}, found true',
+    )

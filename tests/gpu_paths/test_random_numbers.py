@@ -1,0 +1,154 @@
+"""Random numbers of the cards: a trial pass, an evaluation or a repeated step leaves them as they were."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fulltune.selfcheck import tiny
+from fulltune.train.loop import guarded_step
+from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.worker import checks, dry_run, samples
+from fulltune.train.worker.no_trace import same_randomness
+from tests.gpu_paths.cards import Cards
+
+pytestmark = pytest.mark.stand_in(
+    "two H100s by a patched torch.cuda, a generator each", card="that dropout's kernels draw from these generators"
+)
+SECOND = torch.device("cuda", 1)
+
+
+def states(cards: Cards) -> list[list[int]]:
+    return [card.random.get_state().tolist() for card in cards.cards]
+
+
+def draw(cards: Cards) -> list[float]:
+    """A number of each card."""
+    return [float(torch.rand(1, generator=card.random)) for card in cards.cards]
+
+
+def test_trial_pass_puts_both_cards_back(two_h100s: Cards) -> None:
+    before = states(two_h100s)
+    with same_randomness():
+        draw(two_h100s)
+    assert states(two_h100s) == before
+
+
+def test_trial_pass_on_the_cpu_does_not_touch_the_cards(two_h100s: Cards) -> None:
+    before = states(two_h100s)
+    with same_randomness(on_gpu=False):
+        draw(two_h100s)
+    assert states(two_h100s) != before, "they were set up for nothing"
+
+
+def test_self_check_leaves_both_cards_alone(two_h100s: Cards) -> None:
+    before = states(two_h100s)
+    with tiny.seeded(3):
+        first = draw(two_h100s)
+    with tiny.seeded(3):
+        assert draw(two_h100s) == first
+    assert states(two_h100s) == before
+
+
+def test_evaluation_draws_no_number_that_training_would_miss(two_h100s: Cards) -> None:
+    trainer: Any = FullTrainer.__new__(FullTrainer)
+    trainer.args, trainer.state, trainer.control = SimpleNamespace(world_size=1), None, None
+    trainer.log = lambda metrics: None
+    trainer.callback_handler = SimpleNamespace(on_evaluate=lambda *given: None)
+    trainer._score = lambda: {"loss": draw(two_h100s)[0]}
+    before = states(two_h100s)
+
+    assert trainer.evaluate()["eval_loss"] >= 0
+
+    assert states(two_h100s) == before
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_dry_run_puts_the_cards_back_where_the_plan_uses_them(device: str, two_h100s: Cards) -> None:
+    trainer: Any = SimpleNamespace(
+        model=torch.nn.Linear(1, 1),
+        accelerator=SimpleNamespace(prepare_model=lambda model, **named: model, free_memory=lambda: None),
+        rehearsal=lambda: contextlib.nullcontext(),
+    )
+    plan: Any = SimpleNamespace(device=device, activation_checkpointing=False)
+    before = states(two_h100s)
+    with dry_run._without_trace(trainer, plan):
+        draw(two_h100s)
+    assert (states(two_h100s) == before) == (device == "cuda")
+
+
+def test_samples_are_drawn_on_the_models_card_and_leave_no_trace(two_h100s: Cards) -> None:
+    """Fake tensors: made on `cuda:0`, they refuse one from the CPU beside them."""
+    row, asked = SimpleNamespace(tolist=lambda: [1, 5, 6, 2, 0]), list[Any]()
+
+    class Model(torch.nn.Module):
+        device = torch.device("cuda", 0)
+        generation_config = None
+
+        def generate(self, start: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+            asked.append((start.device, (start + attention_mask).device, torch.is_autocast_enabled("cuda")))
+            asked.append(options["stopping_criteria"][0](start, None).device)
+            two_h100s[0].random.manual_seed(99)
+            return [row, row]
+
+    plan = SimpleNamespace(eval_batch_size=2, precision="bf16", seed=3, num_processes=1)
+    attempt: Any = SimpleNamespace(
+        trainer=SimpleNamespace(model=Model()), plan=plan, alive=lambda: None, stop=SimpleNamespace(asked=False)
+    )
+    tokenizer: Any = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    before = states(two_h100s)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert samples._drawn(attempt, tokenizer, 2, 5) == [[1, 5, 6, 2]] * 2
+    card = torch.device("cuda", 0)
+    assert asked == [(card, card, True), card]
+    assert states(two_h100s) == before
+
+
+def test_dry_run_in_deepspeeds_engine_leaves_both_cards_alone(two_h100s: Cards) -> None:
+    class Engine:
+        def train(self) -> None: ...
+
+        def __call__(self, **batch: Any) -> Any:
+            return draw(two_h100s)
+
+        def set_gradient_accumulation_boundary(self, value: bool) -> None: ...
+
+        def backward(self, loss: torch.Tensor, **named: Any) -> None: ...
+
+    trainer = SimpleNamespace(
+        model_wrapped=Engine(),
+        args=SimpleNamespace(device="cpu"),
+        data_collator=lambda rows: {"input_ids": torch.ones(2, 3), "labels": torch.ones(2)},
+        compute_loss_func=lambda outputs, labels, num_items_in_batch: torch.tensor(1.0),
+        count_items=len,
+        accelerator=SimpleNamespace(num_processes=1, reduce=lambda one, reduction: one),
+    )
+    before = states(two_h100s)
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}]
+    assert checks.dry_run_in_engine(trainer, rows, SimpleNamespace(micro_batch_size=2)).passed  # type: ignore[arg-type]
+    assert states(two_h100s) == before
+
+
+def test_step_that_is_computed_again_draws_the_same_numbers_of_its_card(two_h100s: Cards) -> None:
+    kept = guarded_step._random_state(SECOND)
+    first, here = draw(two_h100s), torch.rand(1)
+
+    guarded_step._set_random_state(kept, SECOND)
+
+    again = draw(two_h100s)
+    assert again[1] == first[1]
+    assert again[0] != first[0], "another process's card was put back"
+    assert torch.rand(1) == here
+
+
+def test_step_that_is_computed_again_on_a_cpu_asks_no_card(two_h100s: Cards) -> None:
+    kept = guarded_step._random_state(torch.device("cpu"))
+    first = draw(two_h100s)
+    guarded_step._set_random_state(kept, torch.device("cpu"))
+    assert len(kept) == 1
+    assert draw(two_h100s) != first

@@ -1,0 +1,255 @@
+"""What `fulltune selfcheck` says and asks where there are cards, of NVIDIA, AMD or Apple."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fulltune.plan import memory
+from fulltune.selfcheck import attention, child, precision, processes, tiny, training
+from fulltune.selfcheck.devices import Device, NotHere, devices, environment
+from tests.gpu_paths.cards import GIB, Cards
+
+CPU, CUDA, MPS = Device("cpu", "cpu"), Device("cuda", "cuda"), Device("mps", "mps")
+Patch = pytest.MonkeyPatch
+named = pytest.mark.stand_in("torch.cuda, torch.version and torch.mps patched", card="that the driver says so")
+small_model_on_the_cpu = pytest.mark.stand_in(
+    "two H100s by a patched torch.cuda, the model on the CPU", card="the numbers of the card's kernels"
+)
+
+
+@named
+def test_devices_of_each_maker_are_found(two_h100s: Cards, monkeypatch: Patch) -> None:
+    assert devices() == (CPU, Device("cuda", "cuda", 2))
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert devices()[1] == Device("rocm", "cuda", 2)
+
+
+@named
+def test_apples_device_is_found(monkeypatch: Patch) -> None:
+    assert devices() == (CPU,)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices() == (CPU, MPS)
+
+
+@named
+def test_page_names_each_card(an_a100_and_a_t4: Cards, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
+    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
+    found = environment()
+    assert found["gpu 0"] == "NVIDIA A100-SXM4-40GB, 40 GiB, capability 8.0, CUDA 13.0"
+    assert found["gpu 1"] == "Tesla T4, 16 GiB, capability 7.5, CUDA 13.0"
+    assert "gpu" not in found
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert environment()["gpu 1"].endswith("ROCm 6.3")
+
+
+@named
+@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"])
+def test_page_says_which_cards_were_chosen(name: str, two_h100s: Cards, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
+    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for variable in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
+    assert "set" not in environment()
+    monkeypatch.setenv(name, "1")
+    assert environment()["set"] == f"{name}=1"
+
+
+@named
+def test_page_names_apples_device_or_none(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
+    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
+    assert environment()["gpu"] == "torch sees none"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 21 * GIB)
+    assert environment()["gpu"] == "Apple, 21 GiB usable"
+
+
+def on_the_cpu(monkeypatch: Patch) -> None:
+    """Models and tokens of the self-check, whatever device is asked for."""
+    decoder, tokens = tiny.decoder, tiny.tokens
+    monkeypatch.setattr(tiny, "decoder", lambda device, **options: decoder("cpu", **options))
+    monkeypatch.setattr(tiny, "tokens", lambda device, **options: tokens("cpu", **options))
+
+
+def kept_in(take: Callable[[int], None]) -> type[torch.optim.AdamW]:
+    """AdamW whose first step says what a card would hold by then."""
+
+    class Booked(torch.optim.AdamW):
+        def step(self, *given: Any) -> Any:  # type: ignore[override]
+            count = sum(one.numel() for group in self.param_groups for one in group["params"])
+            take(memory.state_bytes(count, "fp32").total)
+
+    return Booked
+
+
+@small_model_on_the_cpu
+def test_planned_bytes_are_held_against_the_allocators(two_h100s: Cards, monkeypatch: Patch) -> None:
+    on_the_cpu(monkeypatch)
+    card = two_h100s[0]
+    card.take(50 * GIB)
+    card.free(48 * GIB)  # 2 GiB were there before, and a peak that is not this check's
+
+    def take(num_bytes: int) -> None:
+        card.take(num_bytes + 3 * GIB)
+        card.free(3 * GIB)
+
+    monkeypatch.setattr(torch.optim, "AdamW", kept_in(take))
+    passed, text = training.planned_bytes(CUDA)
+    assert passed
+    assert "(+0.0%), 3.07 GiB with activations; bound" in text
+    assert two_h100s.waits == 2, "what is still being computed is not yet allocated"
+
+
+@small_model_on_the_cpu
+def test_planned_bytes_on_apples_device_ask_its_own_allocator(monkeypatch: Patch) -> None:
+    on_the_cpu(monkeypatch)
+    held, waits = [GIB], list[int]()
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: sum(held))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append(len(held)))
+    monkeypatch.setattr(torch.optim, "AdamW", kept_in(held.append))
+    passed, text = training.planned_bytes(MPS)
+    assert passed
+    assert "(+0.0%); bound" in text
+    assert waits == [1, 2]
+
+
+@pytest.mark.stand_in("the comparison itself replaced", card="flash and cuDNN kernels")
+def test_kernels_for_16_bits_are_compared_in_16_bits_on_a_gpu(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(attention, "compare", lambda device, kind, precision: (device.type, kind, precision))
+    assert attention.sdpa(CUDA, "flash") == ("cuda", "sdpa", "bf16")
+    assert attention.sdpa(CUDA, "math") == ("cuda", "sdpa", "fp32")
+    assert attention.sdpa(CPU, "flash") == ("cpu", "sdpa", "fp32")
+
+
+@pytest.mark.stand_in("the comparison itself replaced, flash-attn said to be installed", card="flash-attn's kernels")
+def test_flash_attention_is_compared_on_a_gpu_alone(monkeypatch: Patch) -> None:
+    from transformers import utils
+
+    monkeypatch.setattr(attention, "compare", lambda device, kind, precision: (kind, precision))
+    with pytest.raises(NotHere, match="not installed"):
+        attention.flash_attention_2(CUDA)
+    monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: True)
+    assert attention.flash_attention_2(CUDA) == ("flash_attention_2", "bf16")
+    with pytest.raises(NotHere, match="needs a GPU"):
+        attention.flash_attention_2(CPU)
+
+
+@pytest.mark.stand_in("the CPU", card="the error of its kernels")
+def test_attention_in_16_bits_is_computed_in_16_bits() -> None:
+    passed, text = attention.compare(CPU, "sdpa", "bf16")
+    assert passed
+    assert float(text.split("off by ")[1].split(",")[0]) > 1e-5, "computed in fp32"
+
+
+@pytest.mark.stand_in("one process, torch.distributed replaced", card="NCCL")
+@pytest.mark.parametrize(("device", "backend", "card"), [("cuda", "nccl", 1), ("cpu", "gloo", 0)])
+def test_each_process_talks_by_its_devices_library_on_its_own_card(
+    device: str, backend: str, card: int, two_h100s: Cards, monkeypatch: Patch
+) -> None:
+    asked, full = list[Any](), torch.full
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(dist, "init_process_group", lambda kind, timeout: asked.append((kind, two_h100s.current)))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda numbers: numbers.mul_(3))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch, "full", lambda *given, device: asked.append(device) or full(*given))
+    answer = child.all_reduce(device)
+    assert asked == [(backend, card), device]
+    assert answer == {"sum": 3000.0, "expected": 3000.0}
+
+
+@pytest.mark.stand_in("the processes' answer given by hand", card="NCCL")
+def test_two_cards_are_asked_to_add_up_one_is_not(monkeypatch: Patch) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(processes, "_ask", lambda words, seconds: asked.append(words) or {"sum": 3, "expected": 3})
+    assert processes.all_reduce(Device("cuda", "cuda", 2)).passed
+    assert asked[0][-1] == "cuda"
+    assert processes.all_reduce(CPU).passed, "a CPU takes two processes"
+    for device, why in ((CUDA, "two GPUs"), (MPS, "no communication")):
+        with pytest.raises(NotHere, match=why):
+            processes.all_reduce(device)
+
+
+@pytest.mark.stand_in("the process's answer given by hand", card="that Triton compiles for it")
+def test_compiler_is_looked_for_where_torch_needs_one_of_ours(monkeypatch: Patch) -> None:
+    answer = {"loss_error": 0.0, "gradient_error": 0.0, "seconds": 1.0}
+    monkeypatch.setattr(processes, "lacking", lambda device: f"compiler for {device}")
+    monkeypatch.setattr(processes, "_ask", lambda words, seconds: answer)
+    for device in (CPU, CUDA):
+        with pytest.raises(NotHere, match=f"no compiler for {device.type}"):
+            processes.compiled(device)
+    assert processes.compiled(MPS).passed
+
+
+scaled_on_the_cpu = pytest.mark.stand_in(
+    'the CPU, with torch.amp.GradScaler("cpu")', card="fp16 kernels, and where they overflow"
+)
+
+
+@scaled_on_the_cpu
+def test_steps_in_fp16_scale_their_loss(monkeypatch: Patch) -> None:
+    """The scale starts where the first gradients overflow: steps are left out, and it is halved until they fit."""
+    on_the_cpu(monkeypatch)
+    made = list[torch.amp.GradScaler]()
+    scaler = torch.amp.GradScaler
+
+    def on_cpu(device: str, enabled: bool = True) -> torch.amp.GradScaler:
+        assert device == "cuda"
+        made.append(scaler("cpu", enabled=enabled, init_scale=2.0**24))
+        return made[-1]
+
+    types = list[torch.dtype]()
+
+    def decoder(device: str, _: Any = tiny.decoder, **options: Any) -> Any:
+        model = _(device, **options)
+        model.lm_head.register_forward_hook(lambda module, given, output: types.append(output.dtype))
+        return model
+
+    monkeypatch.setattr(tiny, "decoder", decoder)
+    monkeypatch.setattr(torch.amp, "GradScaler", on_cpu)
+    passed, text = precision.steps(CUDA, "fp16")
+    assert passed, text
+    assert set(types) == {torch.float16}
+    assert 1 < made[0].get_scale() < 2.0**24, "the scale was not adjusted to what overflowed"
+    types.clear()
+    assert precision.steps(CUDA, "fp32", count=20).passed
+    assert set(types) == {torch.float32}
+    assert not made[1].is_enabled()
+
+
+@pytest.mark.stand_in("a device that is named, not used", card="-")
+@pytest.mark.parametrize("device", [CPU, MPS])
+def test_fp16_without_a_gpus_loss_scaling_is_not_here(device: Device) -> None:
+    with pytest.raises(NotHere, match="fp16 needs a GPU"):
+        precision.steps(device, "fp16")
+    if device == CPU:
+        assert "parameters moved" in precision.steps(device, "fp32", count=1).text
+
+
+@pytest.mark.stand_in("the CPU", card="the error of its kernels")
+def test_product_in_fp16_is_less_exact_than_in_fp32_and_within_its_bound() -> None:
+    passed, text = precision.product(CPU, "fp16")
+    assert passed
+    assert float(text.split()[2].rstrip(",")) > precision.BOUNDS["fp32"]
+
+
+@pytest.mark.stand_in("a device that is named, not used", card="-")
+def test_run_that_goes_on_is_not_tried_on_apples_device() -> None:
+    with pytest.raises(NotHere, match="CPU or a GPU"):
+        training.resume(MPS)
+
+
+def test_helper_books_what_the_plan_says() -> None:
+    """What the tests above rest on: the bytes are of the parameters."""
+    taken = list[int]()
+    kept_in(taken.append)([torch.nn.Parameter(torch.zeros(10))]).step()
+    assert taken == [memory.state_bytes(10, "fp32").total]

@@ -1,0 +1,177 @@
+"""Blocks that run compiled: the curve of the model as it is, beside hooks, and few compilations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch._dynamo.utils import counters
+
+from fulltune.errors import RecipeError, SetupError
+from fulltune.models import compiled
+from fulltune.models.compiled import compile_blocks
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.rules import check
+from fulltune.train.worker import loading
+from tests import tiny
+from tests.train import runs
+from tests.train.test_selective_head import NO_DROPOUT
+
+EACH_KIND = 3
+"""Compilations of a kind of block where sizes differ: for batches with padding, without, and of a single row."""
+
+
+@pytest.fixture(autouse=True)
+def few_compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing of other tests is compiled already, and no code is generated."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(loading, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
+
+
+def train(folder: Path, model: Path, rows: Any, *, compile: bool, **blocks: Any) -> Any:
+    train = {"max_steps": 20, "logging_steps": 1, "torch_compile": compile, **blocks.pop("train", {})}
+    reached = runs.run(folder, model, rows, train=train, **blocks)
+    assert reached.outcome is not None
+    return reached.outcome
+
+
+def assert_same_curve(folder: Path, model: Path, rows: Any, **blocks: Any) -> Any:
+    """Steps, evaluations and the loss with and without; returns the compiled run's outcome."""
+    outcomes = [train(folder / str(on), model, rows, compile=on, **blocks) for on in (False, True)]
+    losses = [[event["loss"] for event in runs.events(folder / str(on), "train")] for on in (False, True)]
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][0] != losses[0][-1]
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    return outcomes[1]
+
+
+def results(outcome: Any) -> dict[str, str]:
+    return {one.name: one.result for one in outcome.checks}
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
+def test_selective_head_and_chunked_loss_stay_on_with_rows_of_all_lengths(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "compile_blocks", partial(compile_blocks, backend=backend))
+    model = tiny.save_model(tmp_path / "model", "llama")
+    rows = [row | {"completion": row["completion"] * (1 + number % 5)} for number, row in enumerate(tiny.pair_rows(23))]
+    blocks = {"task": "causal-lm", "evaluate": {"generate_rows": 2, "max_new_tokens": 3}}
+
+    outcome = assert_same_curve(tmp_path, model, rows, train={"chunked_loss": True, "micro_batch_size": 2}, **blocks)
+
+    found = results(outcome)
+    assert found["logits of trained tokens only"].startswith("yes")
+    assert found["loss in pieces"].startswith("yes")
+    assert counters["stats"]["unique_graphs"] <= EACH_KIND
+    with safe_open(tmp_path / "True" / "run" / "models" / "full" / "model.safetensors", "pt") as saved:
+        names = set(saved.keys())
+    with safe_open(model / "model.safetensors", "pt") as given:
+        assert names == set(given.keys())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["adapter", "prompt", "lora"])
+def test_methods_that_hook_into_a_model_or_its_blocks_train_the_same(tmp_path: Path, method: str) -> None:
+    model = tiny.save_model(tmp_path / "model", "llama")
+    kind = {"kind": method} | ({"num_virtual_tokens": 4} if method == "prompt" else {})
+
+    assert_same_curve(tmp_path, model, tiny.pair_rows(), task="causal-lm", method=kind)
+
+    # The first block has no gradient to send on to frozen embeddings.
+    assert counters["stats"]["unique_graphs"] <= 2 * EACH_KIND
+
+
+@pytest.mark.long
+def test_dropout_draws_the_same_again_where_blocks_are_recomputed(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    curves = []
+    for recomputed in (False, True):
+        folder = tmp_path / str(recomputed)
+        outcome = train(folder, model, tiny.topic_rows(), compile=True, train={"activation_checkpointing": recomputed})
+        assert results(outcome)["dropout"] == "torch's own, or none"
+        curves.append([event["loss"] for event in runs.events(folder, "train")])
+        assert not counters["graph_break"]
+
+    assert len(curves[0]) == 20
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.long
+def test_kinds_of_blocks_of_one_class_are_each_compiled_and_none_is_left_out(tmp_path: Path) -> None:
+    """T5's encoder and decoder, first and later blocks."""
+    model = tiny.save_model(tmp_path / "model", "t5", **NO_DROPOUT["t5"])
+    rows = [{"source": row["prompt"], "target": row["completion"]} for row in tiny.pair_rows()]
+
+    assert_same_curve(tmp_path, model, rows, task="seq2seq", evaluate={"generate_rows": 0})
+
+    assert counters["stats"]["unique_graphs"] <= 4 * EACH_KIND
+    assert counters["frames"]["total"] == counters["frames"]["ok"]
+
+
+@pytest.mark.long
+def test_generated_code_gives_the_same_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled.lacking("cpu"):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(loading, "compile_blocks", compile_blocks)
+    model = tiny.save_model(tmp_path / "model", "llama")
+
+    assert_same_curve(tmp_path, model, tiny.pair_rows(), task="causal-lm")
+
+
+def test_in_evaluation_blocks_run_as_they_are() -> None:
+    block = torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential()
+    model.add_module("blocks", torch.nn.ModuleList([block]))
+    seen: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(graph)
+        return graph.forward
+
+    assert compile_blocks(model, "cpu", backend=backend) == 1  # type: ignore[arg-type]
+    values = torch.ones(3, 2)
+    expected = block.eval()(values)
+    assert not seen
+    assert torch.equal(block.train()(values), expected)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "compilers", "problem"),
+    [
+        (torch.nn.Linear(2, 2), "/bin", "Linear has no repeated blocks .* to compile; remove the setting"),
+        (torch.nn.ModuleList([torch.nn.Linear(2, 2)]), "", r"needs a C\+\+ compiler .* which is not here"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(
+    model: Any, compilers: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: compilers or None)
+    with pytest.raises(SetupError, match=problem):
+        compile_blocks(model, "cpu")
+
+
+def test_in_deepspeed_and_as_transformers_own_it_is_refused() -> None:
+    def recipe(**train: Any) -> Recipe:
+        values = {"model": "m", "task": "causal-lm", "data": {"train": "t.csv"}, "train": train}
+        return Recipe.model_validate(values)
+
+    with pytest.raises(ValueError, match=r"torch_compile: not yet with train.placement: zero2; remove one of them"):
+        recipe(torch_compile=True, placement="zero2")
+    with pytest.raises(ValueError, match="torch_compile: not yet with activation_offloading; remove one of them"):
+        recipe(torch_compile=True, activation_offloading=True, activation_checkpointing=True)
+    with pytest.raises(RecipeError, match=r"torch_compile: is a setting of its own; write it as train.torch_compile"):
+        check(recipe(extra={"torch_compile": True}))
+    with pytest.raises(RecipeError, match=r"torch_compile_mode: cannot be set here; write train.torch_compile: true"):
+        check(recipe(extra={"torch_compile_mode": "max-autotune"}))

@@ -1,0 +1,222 @@
+"""What follows from the GPUs that a run takes: the type of its computations, its memory, what saves memory on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fulltune.cli.show.plan import show
+from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.plan import fit, gpus, resolve
+from fulltune.plan.dotted import with_settings
+from fulltune.plan.elsewhere.survey import Wishes, survey
+from fulltune.plan.reasons import Reasons
+from fulltune.plan.workload import Workload, basis_of
+from fulltune.recipe.fields import Recipe
+from fulltune.records.plan import Plan
+from fulltune.system.hardware import Gpu, Machine
+from tests.unit.plan import sizes
+
+GIB = 2**30
+A100 = Gpu(name="NVIDIA A100", memory_bytes=80 * GIB, capability=(8, 0), free_bytes=79 * GIB)
+T4 = Gpu(name="Tesla T4", memory_bytes=15 * GIB, capability=(7, 5), free_bytes=14 * GIB)
+BF16 = "{} computes bf16; weights stay fp32"
+FP16 = "{} has no bf16, which needs 8.0: fp16 with a scaled loss; weights stay fp32"
+FP32 = "{} has no tensor cores: fp16 would be no faster, and rounds more"
+
+
+H100 = Gpu(name="NVIDIA H100", memory_bytes=80 * GIB, capability=(9, 0), free_bytes=79 * GIB)
+B200 = Gpu(name="NVIDIA B200", memory_bytes=180 * GIB, capability=(10, 0), free_bytes=179 * GIB)
+
+
+def machine(*cards: Gpu) -> Machine:
+    return Machine(
+        cpu="x",
+        num_cores=8,
+        memory_bytes=64 * GIB,
+        memory_available_bytes=60 * GIB,
+        cpu_bf16_speedup=1.0,
+        gpus=cards,
+    )
+
+
+def precision(there: Machine, **settings: Any) -> tuple[str, str]:
+    """It, and why."""
+    reasons = Reasons()
+    recipe = with_settings(sizes.bert().recipe, {f"train.{name}": value for name, value in settings.items()})
+    found = resolve.precision(recipe, there, "cuda", reasons)
+    [setting] = reasons.settings
+    assert setting.value == found
+    return found, setting.reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "found", "reason"),
+    [
+        ((5, 2), "fp32", FP32),
+        ((6, 0), "fp32", FP32),
+        ((6, 1), "fp32", FP32),
+        ((7, 0), "fp16", FP16),
+        ((7, 5), "fp16", FP16),
+        ((8, 0), "bf16", BF16),
+        ((8, 6), "bf16", BF16),
+        ((9, 0), "bf16", BF16),
+        ((12, 0), "bf16", BF16),
+    ],
+)
+def test_precision_follows_the_compute_capability(capability: tuple[int, int], found: str, reason: str) -> None:
+    card = A100.model_copy(update={"name": "Card", "capability": capability})
+    label = "Card (compute capability {}.{})".format(*capability)
+    assert precision(machine(card)) == (found, reason.format(label))
+
+
+@pytest.mark.parametrize("model", gpus.GPUS, ids=lambda model: model.name)
+def test_cards_that_are_not_here_are_as_they_were_sold(model: gpus.GpuModel) -> None:
+    old = {"V100": "fp16", "T4": "fp16", "RTX 2080 Ti": "fp16", "P100": "fp32"}
+    expected = next((kind for name, kind in old.items() if model.name.startswith(name)), "bf16")
+    assert precision(gpus.parse(f"1x {model.name}").machine)[0] == expected
+
+
+def test_oldest_of_the_cards_that_are_used_decides_and_the_one_with_the_least_memory() -> None:
+    mixed = machine(A100, T4)
+    assert precision(mixed)[0] == "bf16", "one process takes the first"
+    found, reason = precision(mixed, num_processes=2)
+    label = "Tesla T4 (compute capability 7.5)"
+    assert (found, reason) == ("fp16", FP16.format(label) + "; the other GPUs could do more, but all compute alike")
+    fleet = gpus.here(mixed, 10 * GIB)
+    assert fleet.name == "this machine: 1x NVIDIA A100, 1x Tesla T4, 8 cores, 64 GiB"
+    one, two = (basis_of(sizes.bert(train={"num_processes": number}), fleet).budget for number in (1, 2))
+    assert one.where == "79 GiB of GPU memory"
+    assert two.where == "14 GiB of GPU memory (GPU 1, Tesla T4, has the least of 2)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "reason"),
+    [
+        ({"precision": "bf16"}, "bf16", "from the recipe; Tesla T4 (compute capability 7.5) emulates it, slowly"),
+        ({"precision": "fp32"}, "fp32", "from the recipe"),
+        ({"precision": "fp16"}, "fp16", "from the recipe"),
+    ],
+)
+def test_given_precision_is_kept_and_said_to_be_slow(settings: dict[str, Any], found: str, reason: str) -> None:
+    assert precision(machine(T4), **settings) == (found, reason)
+    assert precision(machine(A100), **settings) == (found, "from the recipe")
+
+
+@pytest.mark.parametrize("card", ["T4", "V100-16GB", "P100"])
+@pytest.mark.parametrize("given", ["auto", "fp32"])
+def test_bf16_weights_are_no_way_out_where_bf16_is_emulated(card: str, given: str) -> None:
+    found, plan = survey(sizes.llama(train={"precision": given}), gpus.parse(f"1x {card}"), Wishes())
+    assert plan is None
+    assert not [one.name for one in found.placements if "bf16" in one.name]
+    assert not [one.change for one in found.ways_out if "bf16" in one.change]
+
+
+def test_type_of_the_computations_is_shown_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    found, plan = survey(sizes.llama(), gpus.parse("1x T4"), Wishes())
+    show(Console(width=80), found, plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "computes in fp16: T4 (compute capability 7.5) has no bf16, which needs 8.0: fp16 with a scaled loss" in said
+
+
+@pytest.mark.parametrize(
+    ("task", "device", "train", "workers"),
+    [
+        ("image-classification", "cuda", {}, 7),
+        ("image-classification", "cuda", {"num_processes": 4}, 1),
+        ("image-classification", "cuda", {"num_processes": 8}, 0),
+        ("image-classification", "cuda", {"extra": {"dataloader_num_workers": 2}}, 0),
+        ("image-classification", "cpu", {}, 0),
+        ("causal-lm", "cuda", {}, 0),
+    ],
+)
+def test_images_are_decoded_beside_the_gpu(task: str, device: str, train: dict[str, Any], workers: int) -> None:
+    recipe, reasons = (
+        Recipe.model_validate({"model": "m", "task": task, "data": {"train": "a"}, "train": train}),
+        Reasons(),
+    )
+    assert resolve.loader_workers(recipe, machine(A100), device, reasons) == workers
+    assert all(setting.chosen and setting.value == workers for setting in reasons.settings)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "card", "device", "precision", "problem"),
+    [
+        (None, T4, "cuda", "fp32", ""),
+        ("sdpa", None, "cpu", "fp32", ""),
+        ("eager", T4, "cuda", "fp16", ""),
+        ("flash_attention_2", A100, "cuda", "bf16", ""),
+        ("flash_attention_2", A100, "cuda", "fp16", ""),
+        ("flash_attention_2", B200, "cuda", "bf16", ""),
+        ("flash_attention_2", None, "cpu", "bf16", "runs on GPUs alone; leave it out"),
+        ("flash_attention_2", A100, "cpu", "bf16", "runs on GPUs alone; leave it out"),
+        ("flash_attention_2", T4, "cuda", "fp16", "capability 8.0 or newer (Ampere), and this is Tesla T4 (compute"),
+        ("flash_attention_2", A100, "cuda", "fp32", "in 16 bits alone, but train.precision is fp32; set bf16 or fp16"),
+        ("flash_attention_3", H100, "cuda", "bf16", ""),
+        ("flash_attention_3", A100, "cuda", "bf16", "capability 9.x (Hopper), and this is NVIDIA A100 (compute"),
+        ("flash_attention_3", B200, "cuda", "bf16", "capability 9.x (Hopper), and this is NVIDIA B200 (compute"),
+    ],
+)
+def test_an_attention_kernel_that_cannot_be_had_is_refused_with_what_it_needs(
+    kernel: str | None, card: Gpu | None, device: str, precision: str, problem: str
+) -> None:
+    recipe = with_settings(sizes.bert().recipe, {"model.attn_implementation": kernel})
+    there = machine(*([card] if card else []))
+    if not problem:
+        resolve.refuse_kernels(recipe, there, device, precision)
+        return
+    with pytest.raises(RecipeError) as caught:
+        resolve.refuse_kernels(recipe, there, device, precision)
+    assert caught.value.problems[0].startswith(f"model.attn_implementation: {kernel} ")
+    assert problem in caught.value.problems[0]
+
+
+def test_of_several_cards_the_oldest_says_which_attention_can_be_had() -> None:
+    recipe = with_settings(
+        sizes.bert().recipe, {"model.attn_implementation": "flash_attention_2", "train.num_processes": 2}
+    )
+    with pytest.raises(RecipeError, match="this is Tesla T4"):
+        resolve.refuse_kernels(recipe, machine(A100, T4), "cuda", "fp16")
+
+
+OFFLOADED = {"activation_checkpointing": True, "activation_offloading": True, "micro_batch_size": 1}
+
+
+def test_offloaded_activations_lie_on_the_host_and_take_the_link() -> None:
+    """Of an 8-bit 7B model, rows of 4,096 tokens: 32 layers x 4,096 tokens x 4,096 numbers, which is 2^29."""
+    fleet = gpus.parse("1x H100-80GB, 200GB host")
+    common = {"global_batch_size": 64, "optim": "adamw_8bit"}
+    plain = sizes.llama(tokens=4096, train=common | OFFLOADED | {"activation_offloading": False})
+    kept, moved = (fit_on(task, fleet) for task in (plain, sizes.llama(tokens=4096, train=common | OFFLOADED)))
+    assert (kept.activation_offloading, moved.activation_offloading) == (False, True)
+    assert kept.memory is not None
+    assert moved.memory is not None
+    assert kept.memory.kinds["activations"] - moved.memory.kinds["activations"] == 2**30
+    assert (kept.memory.host, moved.memory.host) == (0, 2**31)
+    assert kept.time is not None
+    assert moved.time is not None
+    # Twice 1 GiB for each of 64 rows, at 0.8 of 64 GB/s.
+    seconds = (moved.time.train_seconds - kept.time.train_seconds) / moved.total_steps
+    assert seconds == pytest.approx(64 * 2 * 2**30 / 51.2e9, rel=1e-3)
+
+
+def test_activations_are_not_offloaded_to_a_host_that_is_too_small_or_to_where_they_are() -> None:
+    task = sizes.bert(rows=10_000, train=OFFLOADED)
+    with pytest.raises(DoesNotFitError, match=r"train.activation_offloading: needs .* of the host's memory"):
+        fit_on(task, gpus.parse("1x T4, 1MB host"))
+    with pytest.raises(RecipeError, match=r"train.activation_offloading: without a GPU"):
+        fit_on(task, gpus.parse("cpu"))
+    with pytest.raises(ValueError, match="activation_offloading: needs activation_checkpointing: true"):
+        sizes.bert(train={"activation_offloading": True})
+
+
+def fit_on(task: Workload, fleet: gpus.Fleet) -> Plan:
+    return fit(task.recipe, task.shapes, task.footprint("fp32"), task.summary, fleet)
+
+
+@pytest.mark.parametrize("given", ["fp8", "float8"])
+def test_fp8_is_refused_with_what_to_do(given: str) -> None:
+    with pytest.raises(ValueError, match=rf"found '{given}', which is not built: it takes torchao, .* set bf16, or"):
+        sizes.bert(train={"precision": given})
