@@ -82,16 +82,17 @@ def test_dry_run_puts_the_cards_back_where_the_plan_uses_them(device: str, two_h
     assert (states(two_h100s) == before) == (device == "cuda")
 
 
-def test_samples_are_drawn_on_the_models_card_and_leave_no_trace(two_h100s: Cards) -> None:
+@pytest.mark.parametrize("card", [torch.device("cuda", 0), torch.device("cpu")], ids=["cuda", "cpu"])
+def test_samples_are_drawn_on_the_models_card_and_leave_no_trace(card: torch.device, two_h100s: Cards) -> None:
     """Fake tensors: made on `cuda:0`, they refuse one from the CPU beside them."""
     row, asked = SimpleNamespace(tolist=lambda: [1, 5, 6, 2, 0]), list[Any]()
 
     class Model(torch.nn.Module):
-        device = torch.device("cuda", 0)
+        device = card
         generation_config = None
 
         def generate(self, start: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
-            asked.append((start.device, (start + attention_mask).device, torch.is_autocast_enabled("cuda")))
+            asked.append((start.device, (start + attention_mask).device, torch.is_autocast_enabled(card.type)))
             asked.append(options["stopping_criteria"][0](start, None).device)
             two_h100s[0].random.manual_seed(99)
             return [row, row]
@@ -104,9 +105,8 @@ def test_samples_are_drawn_on_the_models_card_and_leave_no_trace(two_h100s: Card
     before = states(two_h100s)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert samples._drawn(attempt, tokenizer, 2, 5) == [[1, 5, 6, 2]] * 2
-    card = torch.device("cuda", 0)
     assert asked == [(card, card, True), card]
-    assert states(two_h100s) == before
+    assert (states(two_h100s) == before) == (card.type == "cuda"), "cards that the model is not on were set up"
 
 
 def test_dry_run_in_deepspeeds_engine_leaves_both_cards_alone(two_h100s: Cards) -> None:

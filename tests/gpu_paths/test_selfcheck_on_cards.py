@@ -203,7 +203,7 @@ def test_steps_in_fp16_scale_their_loss(monkeypatch: Patch) -> None:
     scaler = torch.amp.GradScaler
 
     def on_cpu(device: str, enabled: bool = True) -> torch.amp.GradScaler:
-        assert device == "cuda"
+        assert device == ("cuda" if enabled else "cpu")
         made.append(scaler("cpu", enabled=enabled, init_scale=2.0**24))
         return made[-1]
 
@@ -221,7 +221,7 @@ def test_steps_in_fp16_scale_their_loss(monkeypatch: Patch) -> None:
     assert set(types) == {torch.float16}
     assert 1 < made[0].get_scale() < 2.0**24, "the scale was not adjusted to what overflowed"
     types.clear()
-    assert precision.steps(CUDA, "fp32", count=20).passed
+    assert precision.steps(CPU, "fp32", count=20).passed
     assert set(types) == {torch.float32}
     assert not made[1].is_enabled()
 
@@ -231,8 +231,6 @@ def test_steps_in_fp16_scale_their_loss(monkeypatch: Patch) -> None:
 def test_fp16_without_a_gpus_loss_scaling_is_not_here(device: Device) -> None:
     with pytest.raises(NotHere, match="fp16 needs a GPU"):
         precision.steps(device, "fp16")
-    if device == CPU:
-        assert "parameters moved" in precision.steps(device, "fp32", count=1).text
 
 
 @pytest.mark.stand_in("the CPU", card="the error of its kernels")
