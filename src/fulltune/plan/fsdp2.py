@@ -153,9 +153,8 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     own, gone = _of_a_block(traced, units, shapes.num_layers, units.kept + left)
     found: list[_Held] = []
     for place, passing in traced:
-        if settings.activation_checkpointing and not place.endswith(
-            "below"
-        ):  # autocast keeps no copies beside those that autograd saves
+        # Autocast keeps no copies beside those that autograd saves.
+        if settings.activation_checkpointing and not place.endswith("below"):
             saved = units.kept + left if place in AT_HEAD else units.block
             passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
         now = own(passing)
