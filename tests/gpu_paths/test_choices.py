@@ -16,6 +16,7 @@ from fulltune import classic
 from fulltune.classic.arguments import _stay_trainable_without_gpu
 from fulltune.classic.dry_run import dry_run
 from fulltune.errors import SetupError
+from fulltune.models import compiled
 from fulltune.records.plan import Plan
 from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.run_folder import plan_to_continue
@@ -98,12 +99,17 @@ def test_run_that_was_planned_for_a_card_does_not_go_on_without_one(tmp_path: Pa
 @pytest.mark.stand_in("packages that are said to be installed", card="that Triton compiles for it")
 @pytest.mark.parametrize("installed", [True, False])
 def test_compiler_is_triton_on_a_card_and_one_of_cpp_on_a_cpu(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    packages = {"triton", "flash_attn"} if installed else set()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
     monkeypatch.setattr(shutil, "which", lambda name: None if installed else name)
-    on_card, on_cpu = plans.plan(device="cuda"), plans.plan(device="cpu")
-    assert (measure._has_compiler(on_card), measure._has_compiler(on_cpu)) == (installed, not installed)
-    assert (measure._has_flash(on_card), measure._has_flash(on_cpu)) == (installed, False)
+    assert (compiled.lacking("cuda") == "", compiled.lacking("cpu") == "") == (installed, not installed)
+
+
+@pytest.mark.stand_in("packages that are said to be installed", card="flash-attn's kernels")
+def test_flash_attention_is_tried_on_a_card_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    on_card, on_cpu = (plans.plan(device=device, precision="bf16") for device in ("cuda", "cpu"))
+    assert measure._flash(on_card, {}) == ["flash_attention_2", "flash_attention_3"]
+    assert measure._flash(on_cpu, {}) == []
 
 
 # ---- scripts of the Trainer ------------------------------------------------------------------------------------------
@@ -123,6 +129,8 @@ def test_script_in_bf16_without_a_card_goes_to_the_cpu_and_pins_nothing(tmp_path
     with pytest.warns(UserWarning, match="the CPU computes in bf16"):
         made = classic.TrainingArguments(str(tmp_path), bf16=True, report_to="none")
     assert (made.dataloader_pin_memory, made.use_cpu, made.device.type) == (False, True, "cpu")
+    unasked = classic.TrainingArguments(str(tmp_path), report_to="none")  # transformers does it for use_cpu alone
+    assert (unasked.dataloader_pin_memory, unasked.use_cpu) == (False, False)
 
 
 @pytest.mark.stand_in("no card", card="-")

@@ -110,6 +110,13 @@ def test_pieces_of_a_chunked_loss_are_those_of_a_card() -> None:
     assert pieces == pytest.approx(whole * 1024 / (4 * 512))
 
 
+def test_pieces_on_a_card_have_their_share_of_the_heads_gradient_beside_them() -> None:
+    settings, head = replace(SETTINGS, chunked_loss=True, precision="bf16"), SHAPES.vocab_size * SHAPES.hidden_size
+    whole: Any = {"logits": 1, "gradients": 0}
+    pieces = {device: memory.in_pieces(whole, SHAPES, settings, device, 1, 0)["logits"] for device in ("cuda", "cpu")}
+    assert pieces["cuda"] == pieces["cpu"] + 2 * head
+
+
 def test_table_of_memory_calls_a_card_a_device() -> None:
     placed = SimpleNamespace(name="one device", kinds={"weights": GIB}, host_bytes=0)
     survey: Any = SimpleNamespace(

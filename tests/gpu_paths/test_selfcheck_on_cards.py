@@ -179,6 +179,17 @@ def test_two_cards_are_asked_to_add_up_one_is_not(monkeypatch: Patch) -> None:
             processes.all_reduce(device)
 
 
+@pytest.mark.stand_in("the process's answer given by hand", card="that Triton compiles for it")
+def test_compiler_is_looked_for_where_torch_needs_one_of_ours(monkeypatch: Patch) -> None:
+    answer = {"loss_error": 0.0, "gradient_error": 0.0, "seconds": 1.0}
+    monkeypatch.setattr(processes, "lacking", lambda device: f"compiler for {device}")
+    monkeypatch.setattr(processes, "_ask", lambda words, seconds: answer)
+    for device in (CPU, CUDA):
+        with pytest.raises(NotHere, match=f"no compiler for {device.type}"):
+            processes.compiled(device)
+    assert processes.compiled(MPS).passed
+
+
 scaled_on_the_cpu = pytest.mark.stand_in(
     'the CPU, with torch.amp.GradScaler("cpu")', card="fp16 kernels, and where they overflow"
 )
