@@ -126,9 +126,8 @@ def precision(here: Here, folder: Path, rows: Rows) -> None:
             losses, accuracy, skipped = _trained(here, folder / f"{kind}-{precision}", kind, precision)
             plain = plain or losses
             # A share of the curve's highest point: at its end losses are near 0.
-            largest = max(abs(losses[step] - plain[step]) for step in plain.keys() & losses.keys()) / max(
-                plain.values()
-            )
+            both = plain.keys() & losses.keys()
+            largest = max(abs(losses[step] - plain[step]) for step in both) / max(plain.values())
             figures = {"largest_loss_error": largest, "eval_accuracy_share": accuracy, "skipped": skipped}
             good = largest <= 0.25 and (accuracy >= 0.9 or not here.cards)
             if here.cards:

@@ -145,13 +145,16 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0)
     head = value * shapes.vocab_size * shapes.hidden_size if any(one["logits"] for _, one in traced) else head
     left = 0 if units.kept > head else min(units.root, head)  # beside a tied head its norm alone is kept
+    # Embeddings that are tied to it have a gradient of their own, until both are summed.
+    tied = left if any(one["logits"] for _, one in traced) else 0
     # A loss in pieces adds the head's gradient up in fp32, in the forward pass; in the backward pass it is that of the
     # head, or a copy of it in the weights' type is.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
     own, gone = _of_a_block(traced, units, shapes.num_layers, units.kept + left)
     found: list[_Held] = []
     for place, passing in traced:
-        if settings.activation_checkpointing:  # autocast keeps no copies beside those that autograd saves
+        # Autocast keeps no copies beside those that autograd saves.
+        if settings.activation_checkpointing and not place.endswith("below"):
             saved = units.kept + left if place in AT_HEAD else units.block
             passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
         now = own(passing)
@@ -163,8 +166,8 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
         if place.startswith("forward"):
             found.append(_Held(no_logits if summed else without, before, *_forward(units, place)))
         elif place.endswith("below"):
-            whole = (units.root, units.apart)
-            found.append(_Held(without, 1.0, whole, whole, (units.block,)))
+            whole, sent = (units.root, units.apart), 1 - (units.root + units.apart) / (value * shapes.num_parameters)
+            found.append(_Held(without, max(before, sent), whole, (*whole, tied), (units.block,)))
         elif place == "backward head":
             made: tuple[int, ...] = (passing["gradients"],)
             if summed:
@@ -184,8 +187,8 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             first = (left, units.block // TENSORS_OF_BLOCK)
             flat = (units.kept or units.block, units.block)
             found += _block(no_logits, ended, before, units, first, copies, flat)
-            sent = (units.kept,) * copies
-            found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*sent, units.block)))
+            flat_kept = (units.kept,) * copies
+            found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*flat_kept, units.block)))
     nothing: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
     # The first block ends with nearly all gradients reduced, and the embeddings are put together already.
     lowest = max(before, 1 - (units.root + units.apart + units.block) / (value * shapes.num_parameters))

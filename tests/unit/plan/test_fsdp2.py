@@ -128,6 +128,15 @@ def test_gradient_of_a_tied_head_lies_in_the_root_beside_a_norm_that_is_kept() -
     assert found.kinds["gradients"] == pytest.approx(4 * words + 4 * BLOCK / 2, abs=4000)
 
 
+def test_tied_embeddings_have_a_gradient_beside_the_heads_at_the_end() -> None:
+    words = SHAPES.vocab_size * SHAPES.hidden_size
+    units = Units(root=4 * ROOT, kept=1000, freed=P, block=BLOCK, apart=0)
+    shapes = SHAPES.model_copy(update={"units": units, "num_parameters": P + 4 * ROOT + 1000})
+    found = fsdp2.need(shapes, footprint(20 * M, "backward 0:below", 4 * P, logits=1), SETTINGS, "cuda")
+    parts = 4 * (P + 1000) // 4
+    assert found.kinds["gradients"] == pytest.approx(parts + 4 * 4 * ROOT + 4 * words, abs=4000)
+
+
 def test_features_of_a_probe_are_held_by_each_process_before_there_is_an_optimizer() -> None:
     def evaluation(probe_bytes: int) -> int:
         return fsdp2.need(SHAPES, footprint(20 * M), replace(SETTINGS, probe_bytes=probe_bytes), "cuda").phases[
