@@ -61,14 +61,19 @@ def main() -> int:
         prog="python -m bench.gpu_day", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu-day"))
-    parser.add_argument("--again", nargs="+", choices=NAMES, default=[], help="run these parts again")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="run these parts alone")
+    described = f"of {', '.join(NAMES)}"
+    parser.add_argument("--again", nargs="+", metavar="PART", choices=NAMES, default=[], help=f"again, {described}")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=NAMES, default=NAMES, help=f"alone, {described}")
     parser.add_argument("--minutes", type=float, default=parts.MINUTES, help="after which no part begins")
     parser.add_argument("--part", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
     parser.add_argument("--look", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     folder = given.folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        parser.error(f"--folder: {given.folder} is a file; name a folder")
+    if not 0 <= given.minutes < float("inf"):
+        parser.error(f"--minutes: expected a number of 0 or more, found {given.minutes:g}")
     if given.look:
         print(json.dumps(here.look(folder).as_json()))
         return 0

@@ -61,11 +61,19 @@ def empty_day() -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """What earlier runs finished; an empty day where there is none, or half a file."""
-    try:
-        return json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """What earlier runs finished; an empty day where there is none. A file that is none of ours is put aside."""
+    path = folder / FILE
+    if not path.exists():
         return empty_day()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("results"), dict):
+            return found
+    except ValueError:
+        pass
+    aside = path.replace(path.with_suffix(".broken"))
+    print(f"{path} cannot be read; it is kept as {aside.name}, and every part runs again")
+    return empty_day()
 
 
 def result_of(day: Mapping[str, Any], part: str, key: str) -> dict[str, Any] | None:

@@ -35,8 +35,8 @@ NARROW = {"model": {"name": "m", "weights_dtype": "bf16"}}
 
 def with_card(name: str) -> Machine:
     """That host with a card, all but 1 GiB of which is free."""
-    size = {"H100": 80 * GIB, "T4": 16 * GIB}[name]
-    capability = {"H100": (9, 0), "T4": (7, 5)}[name]
+    size = {"H100": 80 * GIB, "T4": 16 * GIB, "P100": 16 * GIB}[name]
+    capability = {"H100": (9, 0), "T4": (7, 5), "P100": (6, 0)}[name]
     card = Gpu(name=name, memory_bytes=size, capability=capability, free_bytes=size - GIB)
     return HOST.model_copy(update={"gpus": (card,)})
 
@@ -139,6 +139,15 @@ def test_hardware_without_a_card_cannot_be_asked_for_one() -> None:
 
 
 # ---- fp16 ------------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_that_triton_makes_are_refused_on_cards_that_it_does_not_know() -> None:
+    for name in ("torch_compile", "use_liger_kernel"):
+        asked = recipe(train={name: True})
+        resolve.refuse_kernels(asked, with_card("T4"), "cuda", "fp16")
+        with pytest.raises(RecipeError, match=rf"train\.{name}: Triton needs .* 7\.0 .* this is P100"):
+            resolve.refuse_kernels(asked, with_card("P100"), "cuda", "fp32")
+    resolve.refuse_kernels(recipe(train={"torch_compile": True}), HOST, "cpu", "fp32")
 
 
 def test_precision_is_what_the_card_computes_fast() -> None:

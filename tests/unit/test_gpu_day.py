@@ -329,5 +329,7 @@ def test_a_day_without_a_card_runs_to_its_end_and_measures_nothing_of_a_gpu(tmp_
         if value is not None
     }
     assert measured <= {"planned_bytes", "planned_host_bytes", "in_24_GB"}, "arithmetic needs no card, all else does"
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    *lines, page_at = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert page_at.startswith("the page: ")
     assert again.stdout.count("done before") == len(parts.PARTS)

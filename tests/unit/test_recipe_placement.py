@@ -21,9 +21,9 @@ STATE = StateBytes(weights=400, gradients=401, optimizer=800)
         ({"placement": "single", "num_processes": 2}, ["placement: single, but num_processes is 2; set 1"]),
         (
             {"placement": "ddp"},
-            ["placement: ddp needs several processes, num_processes: 2 or more; of one, take single"],
+            ["placement: ddp needs several processes, num_processes: 2 or more; with one process take single"],
         ),
-        ({"placement": "fsdp2"}, ["of one, take zero2 or zero3 with an offload"]),
+        ({"placement": "fsdp2"}, ["with one process take zero2 or zero3 with an offload"]),
         ({"offload": "cpu"}, ["offload: expected none, optimizer, all or nvme:FOLDER, found 'cpu'"]),
         ({"placement": "zero3", "offload": "nvme:"}, ["found 'nvme:'"]),
         ({"offload": "optimizer"}, ["offload: 'optimizer' needs placement: zero2 or zero3, found auto"]),

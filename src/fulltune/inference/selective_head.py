@@ -136,7 +136,7 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     was_training = model.training
     model.eval()
     try:
-        with _as_its_attention_can(model):
+        with as_its_attention_can(model):
             with torch.no_grad():
                 whole = model(**inputs).logits[wanted(labels) != padding.IGNORED].float()
                 with selective.only(labels):
@@ -155,12 +155,13 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     return replace(selective, in_pieces=in_pieces, about_pieces=about_pieces), found
 
 
-def _as_its_attention_can(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Flash attention knows 16-bit types alone; the others are compared in the weights' own type, which tells more."""
+def as_its_attention_can(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Flash attention knows 16-bit types alone; the others compute in the weights' own type, which tells more."""
     import torch
 
-    if "flash" not in (getattr(model.config, "_attn_implementation", None) or ""):
-        return contextlib.nullcontext()
+    config = getattr(model, "config", None)
+    if "flash" not in (getattr(config, "_attn_implementation", None) or ""):
+        return torch.autocast(model.device.type, enabled=False)
     return torch.autocast(model.device.type, dtype=torch.bfloat16)  # each card with flash attention has it
 
 

@@ -127,7 +127,9 @@ class Needs:
         """
         if settings.activation_offloading:
             need = self.of(replace(settings, activation_offloading=False), shared, per_parameter)
-            return memory.offloaded(need, memory.block_inputs(self.shapes, self.footprint, settings))
+            kept = memory.block_inputs(self.shapes, self.footprint, settings)
+            trained = memory.num_trained(self.shapes.num_parameters, settings)
+            return memory.offloaded(need, kept, memory.BYTES[memory.trained_dtype(settings)] * trained)
         if shared is not None and shared.engine == "fsdp2":
             return fsdp2.need(self.shapes, self.footprint, settings, self.device)
         if shared is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _PLACING = (
     *("num_processes", "placement", "offload", "device", "micro_batch_size", "gradient_accumulation_steps"),
     *("eval_batch_size", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state", "traffic"),
-    *("disk", "time"),
+    *("disk", "time", "loader_workers", "activation_offloading", "fast_bf16"),
 )
 """What follows from where things lie, and changes no result."""
 

@@ -114,13 +114,26 @@ def block_inputs(shapes: Shapes, footprint: Footprint, settings: MemorySettings)
     return shapes.num_layers * tokens * shapes.hidden_size
 
 
-def offloaded(need: MemoryNeed, kept: int) -> MemoryNeed:
+def offloaded(need: MemoryNeed, kept: int, gradients: int) -> MemoryNeed:
     """The need with so many numbers in the host's memory: counted as fp32 there, and as 16 bits that are freed here,
-    for which of both they are follows from the model's embeddings."""
+    for which of both they are follows from the model's embeddings.
+
+    In the backward pass the inputs of blocks would go while gradients come; without the former the peak is later, with
+    gradients that its moment did not have.
+
+    Args:
+        need: Without offloading.
+        kept: Numbers that are moved.
+        gradients: Bytes of all gradients.
+    """
     freed = min(2 * kept, need.kinds["activations"])
-    kinds = need.kinds | {"activations": need.kinds["activations"] - freed}
-    phases = need.phases | {"step": need.phases["step"] - freed}
-    return MemoryNeed(kinds=kinds, phases=phases, host=need.host + 4 * kept)
+    later = min(freed, max(0, gradients - need.kinds["gradients"]))
+    moved: dict[MemoryKind, int] = {
+        "activations": need.kinds["activations"] - freed,
+        "gradients": need.kinds["gradients"] + later,
+    }
+    phases = need.phases | {"step": need.phases["step"] - freed + later}
+    return MemoryNeed(kinds=need.kinds | moved, phases=phases, host=need.host + 4 * kept)
 
 
 def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> dict[Kind, int]:

@@ -100,6 +100,8 @@ def obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str:
         return "it would take the GPUs"
     if train.optim not in (None, *SHARED_OUT):
         return f"{train.optim} needs whole tensors"
+    if train.use_liger_kernel:
+        return "Liger's kernels were never tried with it"
     if shapes.num_trained is not None:
         return "its memory is planned for full fine-tuning alone"
     return "" if shapes.units is not None else "this model has no repeated blocks"

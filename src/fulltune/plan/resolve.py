@@ -18,11 +18,13 @@ from fulltune.records.data import DataSummary
 from fulltune.records.plan import Setting
 from fulltune.system import sharing
 from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
-from fulltune.text import counted
+from fulltune.text import counted, format_bytes
 
 LEAST_BF16_SPEEDUP = 1.2
 """Below it bf16's rounding buys too little."""
 MOST_WORKERS = 8
+LEAST_SHARED_BYTES = 2**30
+"""32 images of 224 x 224 pixels are 19 MB; of each process two batches wait."""
 """Processes that decode images for one GPU."""
 
 
@@ -101,7 +103,7 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     else:
         oldest = oldest_gpu(recipe, machine)
         chosen, reason = _precision_of(oldest)
-        if len({gpu.capability for gpu in machine.gpus[: recipe.train.num_processes]}) > 1:
+        if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.num_processes]}) > 1:
             reason += "; the other GPUs could do more, but all compute alike"
         emulated = "" if oldest.bf16 else f"; {oldest.label} emulates it, slowly"
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
@@ -114,8 +116,8 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
 
 FLASH = {
     "flash_attention_2": ("8.0 or newer (Ampere)", (8, 0), (99, 0)),
-    # Hopper's own instructions, which later cards lack.
-    "flash_attention_3": ("9.x (Hopper)", (9, 0), (9, 9)),
+    # As transformers 5.24 has it; made for Hopper, whose instructions later cards lack.
+    "flash_attention_3": ("8.0 to 9.x (Ampere to Hopper)", (8, 0), (9, 9)),
 }
 """Kernel to the compute capability that it needs, in words and in numbers."""
 
@@ -128,6 +130,14 @@ def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str
     """
     if recipe.train.use_liger_kernel and device == "cpu":
         raise RecipeError("train.use_liger_kernel: Liger's kernels run on GPUs alone; remove it")
+    for name in ("torch_compile", "use_liger_kernel"):
+        if getattr(recipe.train, name) and device == "cuda":
+            oldest = oldest_gpu(recipe, machine)
+            if oldest.capability < TENSOR_CORES_FROM:
+                raise RecipeError(
+                    f"train.{name}: Triton needs a GPU of compute capability 7.0 or newer (Volta), and this is "
+                    f"{oldest.label}; remove it"
+                )
     wanted = recipe.model.attn_implementation or ""
     if wanted not in FLASH:
         return
@@ -207,7 +217,11 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
     if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:
         return 0
     chosen = max(0, min(MOST_WORKERS, machine.num_cores // recipe.train.num_processes - 1))
-    return int(reasons.add(f"train.extra.{name}", None, chosen, "images are decoded beside the GPU's steps"))
+    reason, shared = "images are decoded beside the GPU's steps", machine.shared_memory_bytes
+    if shared is not None and shared < LEAST_SHARED_BYTES:
+        chosen, needed = 0, format_bytes(LEAST_SHARED_BYTES)
+        reason = f"shared memory (/dev/shm) has {format_bytes(shared)}; give a container {needed} (--shm-size)"
+    return int(reasons.add(f"train.extra.{name}", None, chosen, reason))
 
 
 def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:

@@ -233,10 +233,11 @@ def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_workers(recipe: Recipe) -> list[str]:
-    if recipe.train.extra.get("dataloader_num_workers"):
-        return []
+    if workers := recipe.train.extra.get("dataloader_num_workers"):
+        low = isinstance(workers, int) and workers < 0
+        return [f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}"] if low else []
     return [
-        f"train.extra.{name}: has no effect without train.extra.dataloader_num_workers above 0"
+        f"train.extra.{name}: needs train.extra.dataloader_num_workers above 0; set it as well"
         for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
         if recipe.train.extra.get(name)
     ]

@@ -251,7 +251,9 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
         problems.append(f"placement: single, but num_processes is {processes}; set 1, or another placement")
     if place in ("ddp", "fsdp2") and processes == 1:
         instead = "zero2 or zero3 with an offload" if place == "fsdp2" else "single"
-        problems.append(f"placement: {place} needs several processes, num_processes: 2 or more; of one, take {instead}")
+        problems.append(
+            f"placement: {place} needs several processes, num_processes: 2 or more; with one process take {instead}"
+        )
     if place == "fsdp2" and train.optim not in (None, *SHARED_OUT):
         able = ", ".join(SHARED_OUT)
         problems.append(

@@ -67,6 +67,8 @@ class Machine(Record):
     """Floating-point operations a second of matrix products in fp32, measured; 0: not known."""
     memory_bytes_per_second: float = 0.0
     """Read and written by a copy in the host's memory, measured; 0: not known."""
+    shared_memory_bytes: int | None = None
+    """Free in /dev/shm, through which processes hand over tensors; None: not known."""
 
 
 def here() -> Machine:
@@ -82,6 +84,7 @@ def here() -> Machine:
         gpus=_gpus(),
         cpu_flops=flops,
         memory_bytes_per_second=copied,
+        shared_memory_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
     )
 
 

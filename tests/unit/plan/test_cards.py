@@ -85,11 +85,20 @@ def test_oldest_of_the_cards_that_are_used_decides_and_the_one_with_the_least_me
     found, reason = precision(mixed, num_processes=2)
     label = "Tesla T4 (compute capability 7.5)"
     assert (found, reason) == ("fp16", FP16.format(label) + "; the other GPUs could do more, but all compute alike")
+    assert "could do more" not in precision(machine(A100, H100), num_processes=2)[1]
     fleet = gpus.here(mixed, 10 * GIB)
     assert fleet.name == "this machine: 1x NVIDIA A100, 1x Tesla T4, 8 cores, 64 GiB"
     one, two = (basis_of(sizes.bert(train={"num_processes": number}), fleet).budget for number in (1, 2))
     assert one.where == "79 GiB of GPU memory"
     assert two.where == "14 GiB of GPU memory (GPU 1, Tesla T4, has the least of 2)"
+
+
+def test_few_bytes_of_shared_memory_leave_images_to_the_training_process() -> None:
+    asked = Recipe.model_validate({"model": "m", "task": "image-classification", "data": {"train": "t"}})
+    for free, expected in ((2**26, 0), (2**31, 7), (None, 7)):
+        reasons, here = Reasons(), machine(A100).model_copy(update={"num_cores": 8, "shared_memory_bytes": free})
+        assert resolve.loader_workers(asked, here, "cuda", reasons) == expected
+        assert ("shared memory (/dev/shm) has 64 MiB" in reasons.settings[0].reason) == (expected == 0)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +164,14 @@ def test_images_are_decoded_beside_the_gpu(task: str, device: str, train: dict[s
         ("flash_attention_2", T4, "cuda", "fp16", "capability 8.0 or newer (Ampere), and this is Tesla T4 (compute"),
         ("flash_attention_2", A100, "cuda", "fp32", "in 16 bits alone, but train.precision is fp32; set bf16 or fp16"),
         ("flash_attention_3", H100, "cuda", "bf16", ""),
-        ("flash_attention_3", A100, "cuda", "bf16", "capability 9.x (Hopper), and this is NVIDIA A100 (compute"),
-        ("flash_attention_3", B200, "cuda", "bf16", "capability 9.x (Hopper), and this is NVIDIA B200 (compute"),
+        ("flash_attention_3", T4, "cuda", "fp16", "capability 8.0 to 9.x (Ampere to Hopper), and this is Tesla T4"),
+        (
+            "flash_attention_3",
+            B200,
+            "cuda",
+            "bf16",
+            "capability 8.0 to 9.x (Ampere to Hopper), and this is NVIDIA B200",
+        ),
     ],
 )
 def test_an_attention_kernel_that_cannot_be_had_is_refused_with_what_it_needs(

@@ -101,11 +101,12 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
         yield _Layout(f"{each}, bf16 + 8-bit", narrow | small, weights_dtype="bf16", optim="adamw_8bit")
     if basis.start.num_trained is not None:  # sharing out is planned for full fine-tuning only
         return
-    if many and basis.shapes.units is not None:
+    train = basis.recipe.train  # what no placement may be taken with is refused by the recipe's own rules
+    if many and basis.shapes.units is not None and not train.use_liger_kernel:
         parts, shared = plain | {PLACEMENT: "fsdp2"}, Sharing(3, False, False, engine="fsdp2")
         yield _Layout("FSDP2", parts, shared=shared)
         yield _Layout("FSDP2, 8-bit AdamW", parts | small, optim="adamw_8bit", shared=shared)
-    if gpus:
+    if gpus and not (train.use_liger_kernel or train.torch_compile):
         yield from _shared_layouts(basis, plain, many)
 
 

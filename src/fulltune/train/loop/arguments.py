@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from fulltune.recipe.rules import NO_PACKAGES, as_arguments
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import Plan
 from fulltune.system import deepspeed
+from fulltune.text import near_names
 
 
 def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
@@ -29,6 +32,7 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
         SetupError: When a package is missing.
     """
     problems = [*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe), *several_runs.problems_of(recipe)]
+    problems += _wrong_accelerator(recipe.train.extra.get("accelerator_config"))
     if deepspeed.wanted(recipe):
         try:
             deepspeed.settings(recipe)
@@ -40,6 +44,23 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     missing = _missing_packages(recipe) if runs_here else []
     if missing:
         raise SetupError(missing)
+
+
+def _wrong_accelerator(given: Any) -> list[str]:
+    """What is wrong with `accelerator_config`, a mapping or a file with one."""
+    setting = "train.extra.accelerator_config"
+    if given is None or isinstance(given, str):
+        return []
+    if not isinstance(given, dict):
+        return [f"{setting}: expected a mapping or a JSON file, found {given!r}"]
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    known = [field.name for field in fields(AcceleratorConfig)]
+    return [
+        f"{setting}.{name}: unknown; expected one of {', '.join(near_names(str(name), known) or known)}"
+        for name in given
+        if name not in known
+    ]
 
 
 def _missing_packages(recipe: Recipe) -> list[str]:
@@ -152,10 +173,13 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     values["save_only_model"] = plan.placement == "fsdp2" or common
     extra = as_arguments(train.extra)
     # Copied to the GPU while the next rows are collated: pinned memory alone would not do that.
-    extra.setdefault("accelerator_config", {"non_blocking": plan.device == "cuda"})
+    if not isinstance(config := extra.get("accelerator_config") or {}, str):  # else a file of the user's
+        extra["accelerator_config"] = {"non_blocking": plan.device == "cuda", **config}
     if plan.loader_workers:
+        extra["dataloader_num_workers"] = plan.loader_workers
+    if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
         # What is forked needs not be pickled, and touches no GPU.
-        extra |= {"dataloader_num_workers": plan.loader_workers, "dataloader_multiprocessing_context": "fork"}
+        extra.setdefault("dataloader_multiprocessing_context", "fork")
     if plan.activation_offloading:
         name = "activation_checkpointing_kwargs"
         extra[name] = {**(extra.get(name) or {}), "offload": True}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fulltune.inference.selective_head import as_its_attention_can
 from fulltune.tasks.padding import IGNORED, TRAINED
 
 
@@ -76,7 +77,7 @@ def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:
     inputs = {name: one.to(device) for name, one in tensors.items() if name not in ("labels", TRAINED)}
     hooks = [look(name, module) for name, module in model.named_modules()]
     try:
-        with _as_in_evaluation(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with _as_in_evaluation(model), torch.no_grad(), as_its_attention_can(model):
             model(**inputs)
     finally:
         for hook in hooks:

@@ -10,7 +10,7 @@ choice of the best step stay theirs.
 from __future__ import annotations
 
 import contextlib
-import signal
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +43,11 @@ ITEMS = "num_items"
 """Of a batch, the number of items in its loss."""
 
 
-def _ignore_signals(worker: int) -> None:
-    """A stop is asked of the whole process group: rows are needed until the step is saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _out_of_the_group(worker: int) -> None:
+    """A stop is asked of the whole process group, and rows are needed until the step is saved. A loader's process ends
+    when its parent does or asks it to."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 class StoppedScoring(Exception):
@@ -228,14 +229,15 @@ class FullTrainer(Guarded, Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_out_of_the_group,
         )
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         # Theirs counts every label that is not -100: each of a row's labels for multi_label, no number -100.0 for
         # regression.
-        count = torch.tensor(sum(batch.pop(ITEMS) for batch in batch_samples), device=device)
+        # Filled there: a number that is copied has the host wait until the device has come so far.
+        count = torch.full((), sum(batch.pop(ITEMS) for batch in batch_samples), dtype=torch.int64, device=device)
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -105,7 +105,8 @@ def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Candidate
         best: The best so far.
         lacking: What is missing here to compile; empty: nothing.
     """
-    if recipe.train.torch_compile is not None or recipe.train.deepspeed_by:
+    train = recipe.train
+    if train.torch_compile is not None or train.deepspeed_by or train.use_liger_kernel or train.activation_offloading:
         return []
     problem = ""
     if lacking:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,26 +36,25 @@ def test_settings_of_the_loader_are_passed_on() -> None:
     assert loader.multiprocessing_context.get_start_method() == "spawn"
 
 
-class Stopped(Dataset[int]):
-    """Its worker is told to stop at each row, as the whole process group is."""
+class Grouped(Dataset[int]):
+    """Each row is the process group of the process that reads it."""
 
     def __getitem__(self, number: int) -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        return number
+        return os.getpgrp()
 
 
-def test_processes_that_read_rows_go_on_when_the_run_is_told_to_stop() -> None:
+def test_processes_that_read_rows_are_not_told_to_stop_with_the_group() -> None:
     names = ("num_workers", "prefetch_factor", "persistent_workers", "in_order", "pin_memory")
     options = dict(zip(names, (1, 2, False, True, False), strict=True)) | {"multiprocessing_context": "fork"}
     trainer: Any = SimpleNamespace(
-        train_dataset=Stopped(),
+        train_dataset=Grouped(),
         sampler=[[0, 1], [2]],
         collated=list,
         args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in options.items()}),
         accelerator=SimpleNamespace(prepare=lambda loader: loader),
     )
-    assert list(FullTrainer.get_train_dataloader(trainer)) == [[0, 1], [2]]
+    [group] = {group for rows in FullTrainer.get_train_dataloader(trainer) for group in rows}
+    assert group != os.getpgrp()
 
 
 @pytest.mark.parametrize(("device", "given"), [("cuda", {}), ("cuda", {"non_blocking": False}), ("cpu", {})])
@@ -63,7 +63,7 @@ def test_batches_are_copied_to_a_gpu_beside_its_work(device: str, given: dict[st
     recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": "t"}, "train": train})
     arguments = training_arguments(recipe, plan(precision="fp32", device=device), tmp_path)
     trainer = transformers.Trainer(
-        model=torch.nn.Linear(1, 1), args=arguments, train_dataset=Stopped(), eval_dataset=Stopped()
+        model=torch.nn.Linear(1, 1), args=arguments, train_dataset=Grouped(), eval_dataset=Grouped()
     )
     on = device == "cuda" and not given
     assert arguments.dataloader_pin_memory == (device == "cuda")
@@ -90,6 +90,35 @@ def test_settings_that_need_workers_are_refused_without() -> None:
         check_extra(recipe(dataloader_persistent_workers=True, dataloader_prefetch_factor=4))
     assert len(caught.value.problems) == 2
     assert all("dataloader_num_workers above 0" in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers: expected 0 or more, found -1"),
+        ({"accelerator_config": 3}, "accelerator_config: expected a mapping or a JSON file, found 3"),
+        (
+            {"accelerator_config": {"non_blockng": False}},
+            "accelerator_config.non_blockng: unknown; expected one of",
+        ),
+    ],
+)
+def test_wrong_settings_of_the_loader_are_refused_before_the_data(extra: dict[str, Any], problem: str) -> None:
+    values = {"model": "m", "task": "causal-lm", "data": {"train": "t"}, "train": {"extra": extra}}
+    with pytest.raises(RecipeError, match=rf"train\.extra\.{problem}"):
+        check_extra(Recipe.model_validate(values))
+
+
+def test_process_with_loaders_that_stay_ends() -> None:
+    """It asks them to end with a signal, which is one that a stop of the group sends, too."""
+    code = (
+        "import sys; from torch.utils.data import DataLoader;"
+        "from fulltune.train.loop.trainer import _out_of_the_group;"
+        "loader = DataLoader(range(4), num_workers=1, persistent_workers=True, multiprocessing_context='fork',"
+        "worker_init_fn=_out_of_the_group); print(len(list(loader))); sys.kept = iter(loader)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
 
 
 def test_extra_values_reach_transformers_as_it_takes_them(tmp_path: Path) -> None:
