@@ -159,10 +159,10 @@ def as_its_attention_can(model: Any) -> contextlib.AbstractContextManager[Any]:
     """Flash attention knows 16-bit types alone; the others compute in the weights' own type, which tells more."""
     import torch
 
-    config = getattr(model, "config", None)
+    config, kind = getattr(model, "config", None), next(model.parameters()).device.type
     if "flash" not in (getattr(config, "_attn_implementation", None) or ""):
-        return torch.autocast(model.device.type, enabled=False)
-    return torch.autocast(model.device.type, dtype=torch.bfloat16)  # each card with flash attention has it
+        return torch.autocast(kind, enabled=False)
+    return torch.autocast(kind, dtype=torch.bfloat16)  # each card with flash attention has it
 
 
 def _few_roundings(model: Any) -> float:
