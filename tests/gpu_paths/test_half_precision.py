@@ -161,7 +161,7 @@ def test_picked_states_have_the_type_that_the_heads_product_would_have() -> None
 )
 def test_head_is_tried_in_the_types_that_its_attention_knows(attention: str | None, computed: torch.dtype) -> None:
     model = weighted(config=SimpleNamespace(_attn_implementation=attention), dtype=torch.float32)
-    with as_its_attention_can(model):
+    with as_its_attention_can(model, "cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == computed
         assert _few_roundings(model) == torch.finfo(computed).eps ** 0.5
 

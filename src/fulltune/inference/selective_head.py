@@ -136,7 +136,7 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     was_training = model.training
     model.eval()
     try:
-        with as_its_attention_can(model):
+        with as_its_attention_can(model, model.device.type):
             with torch.no_grad():
                 whole = model(**inputs).logits[wanted(labels) != padding.IGNORED].float()
                 with selective.only(labels):
@@ -155,12 +155,16 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     return replace(selective, in_pieces=in_pieces, about_pieces=about_pieces), found
 
 
-def as_its_attention_can(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Flash attention knows 16-bit types alone; the others compute in the weights' own type, which tells more."""
+def as_its_attention_can(model: Any, kind: str) -> contextlib.AbstractContextManager[Any]:
+    """Flash attention knows 16-bit types alone; the others compute in the weights' own type, which tells more.
+
+    Args:
+        model: Whose attention it is.
+        kind: Of its device, such as `cuda`.
+    """
     import torch
 
-    config, kind = getattr(model, "config", None), next(model.parameters()).device.type
-    if "flash" not in (getattr(config, "_attn_implementation", None) or ""):
+    if "flash" not in (getattr(getattr(model, "config", None), "_attn_implementation", None) or ""):
         return torch.autocast(kind, enabled=False)
     return torch.autocast(kind, dtype=torch.bfloat16)  # each card with flash attention has it
 

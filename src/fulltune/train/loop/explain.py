@@ -77,7 +77,7 @@ def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:
     inputs = {name: one.to(device) for name, one in tensors.items() if name not in ("labels", TRAINED)}
     hooks = [look(name, module) for name, module in model.named_modules()]
     try:
-        with _as_in_evaluation(model), torch.no_grad(), as_its_attention_can(model):
+        with _as_in_evaluation(model), torch.no_grad(), as_its_attention_can(model, device.type):
             model(**inputs)
     finally:
         for hook in hooks:
