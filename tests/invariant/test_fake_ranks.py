@@ -65,6 +65,7 @@ def beyond(cells: dict[str, Cell], found: dict[str, int]) -> dict[str, float]:
     return {name: ratio for name, ratio in ratios.items() if not 1 - MOST_BELOW <= ratio <= 1 + MOST_OFF}
 
 
+@pytest.mark.long
 def test_plan_of_one_and_of_eight_is_within_the_bar() -> None:
     found = totals(SHORT)
     assert found["8, recomputed"] < found["8"] < found["1"]
