@@ -69,7 +69,7 @@ def load(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict) and isinstance(found.get("results"), dict):
             return found
-    except ValueError:
+    except ValueError:  # half a file, which is put aside like one of another form
         pass
     aside = path.replace(path.with_suffix(".broken"))
     print(f"{path} cannot be read; it is kept as {aside.name}, and every part runs again")

@@ -23,9 +23,9 @@ from fulltune.text import counted, format_bytes
 LEAST_BF16_SPEEDUP = 1.2
 """Below it bf16's rounding buys too little."""
 MOST_WORKERS = 8
-LEAST_SHARED_BYTES = 2**30
-"""32 images of 224 x 224 pixels are 19 MB; of each process two batches wait."""
 """Processes that decode images for one GPU."""
+LEAST_SHARED_BYTES = 2**30
+"""For one GPU: 32 images of 224 x 224 pixels are 19 MB, and two such batches of each process wait."""
 
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
@@ -218,8 +218,9 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
         return 0
     chosen = max(0, min(MOST_WORKERS, machine.num_cores // recipe.train.num_processes - 1))
     reason, shared = "images are decoded beside the GPU's steps", machine.shared_memory_bytes
-    if shared is not None and shared < LEAST_SHARED_BYTES:
-        chosen, needed = 0, format_bytes(LEAST_SHARED_BYTES)
+    least = LEAST_SHARED_BYTES * recipe.train.num_processes
+    if shared is not None and shared < least:
+        chosen, needed = 0, format_bytes(least)
         reason = f"shared memory (/dev/shm) has {format_bytes(shared)}; give a container {needed} (--shm-size)"
     return int(reasons.add(f"train.extra.{name}", None, chosen, reason))
 
