@@ -92,13 +92,13 @@ class _Noted(str):
 
     def __new__(cls, value: str, note: Callable[[], None]) -> _Noted:
         made = super().__new__(cls, value)
-        made.note = note  # type: ignore[attr-defined]
+        made.note = note  # type: ignore[attr-defined]  # set on their loader
         return made
 
     def __eq__(self, other: object) -> bool:
         equal = str.__eq__(self, other) is True
         if equal:
-            self.note()  # type: ignore[attr-defined]
+            self.note()  # type: ignore[attr-defined]  # set above
         return equal
 
     __hash__ = str.__hash__

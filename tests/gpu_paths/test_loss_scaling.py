@@ -48,7 +48,7 @@ def trainer_of(folder: Path) -> Overflows:
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=3, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
     )
-    trainer = Overflows(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer = Overflows(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]  # a list will do
     trainer.repeats = True
     return trainer
 

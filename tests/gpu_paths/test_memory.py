@@ -135,7 +135,7 @@ def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
         monkeypatch.delenv(name, raising=False)
     request: Any = SimpleNamespace(plan=SimpleNamespace(memory_limit_bytes=None, device=device))
     journal: Any = SimpleNamespace(write=lambda *line: lines.append(line))
-    worker._train(request, None, journal, None, None)  # type: ignore[arg-type]
+    worker._train(request, None, journal, None, None)  # type: ignore[arg-type]  # not reached
     assert lines == ([("allocator", "PYTORCH_ALLOC_CONF=expandable_segments:True")] if device == "cuda" else [])
 
 

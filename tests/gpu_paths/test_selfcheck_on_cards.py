@@ -73,7 +73,7 @@ def kept_in(take: Callable[[int], None]) -> type[torch.optim.AdamW]:
     """AdamW whose first step says what a card would hold by then."""
 
     class Booked(torch.optim.AdamW):
-        def step(self, *given: Any) -> Any:  # type: ignore[override]
+        def step(self, *given: Any) -> Any:  # type: ignore[override]  # counts
             count = sum(one.numel() for group in self.param_groups for one in group["params"])
             take(memory.state_bytes(count, "fp32").total)
 

@@ -28,7 +28,7 @@ def recipe(**train: Any) -> Recipe:
 def test_liger_is_given_everything_but_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     known = ModuleType("liger_kernel.transformers.monkey_patch")
-    known.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]
+    known.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]  # a stand-in for theirs
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, known.__name__, known)
@@ -50,7 +50,7 @@ def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="use_liger_kernel and torch_compile both fuse the same; give one of them"):
         recipe(torch_compile=True)
     with pytest.raises(RecipeError, match="Liger's kernels run on GPUs alone; remove it"):
-        resolve.refuse_kernels(recipe(), SimpleNamespace(gpus=()), "cpu", "bf16")  # type: ignore[arg-type]
+        resolve.refuse_kernels(recipe(), SimpleNamespace(gpus=()), "cpu", "bf16")  # type: ignore[arg-type]  # has no card
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"needs a package that is missing; pip install 'fulltune\[liger\]'"):
         arguments.check_extra(recipe())
