@@ -23,6 +23,12 @@ STATE = StateBytes(weights=400, gradients=401, optimizer=800)
             {"placement": "ddp"},
             ["placement: ddp needs several processes, num_processes: 2 or more; with one process take single"],
         ),
+        ({"num_machines": 2, "num_processes": 3}, ["num_machines: 2 cannot have as many each of num_processes: 3"]),
+        ({"num_machines": 2}, ["set for example num_processes: 2"]),
+        (
+            {"num_machines": 2, "num_processes": 2, "placement": "zero3", "offload": "nvme:/disk"},
+            ["offload: 'nvme:/disk' not yet over several machines"],
+        ),
         ({"placement": "fsdp2"}, ["with one process take zero2 or zero3 with an offload"]),
         ({"offload": "cpu"}, ["offload: expected none, optimizer, all or nvme:FOLDER, found 'cpu'"]),
         ({"placement": "zero3", "offload": "nvme:"}, ["found 'nvme:'"]),
@@ -88,3 +94,12 @@ def test_each_process_has_a_part_rounded_up() -> None:
 )
 def test_setting_that_shares_out_is_named(train: dict[str, Any], expected: str | None) -> None:
     assert plans.recipe(train=train).train.shared_by == expected
+
+
+def test_a_machine_has_its_share_of_the_processes() -> None:
+    assert plans.recipe(train={"num_machines": 4, "num_processes": 32}).train.processes_per_machine == 8
+
+
+def test_machines_are_of_the_place_and_not_of_the_result() -> None:
+    alone = plans.recipe(train={"num_processes": 2})
+    assert plans.recipe(train={"num_processes": 2, "num_machines": 2}).fingerprint() == alone.fingerprint()

@@ -216,6 +216,7 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
         "do_train do_eval do_predict do_test stage",
     ),
     ("write train.num_processes", "gpus num_gpus n_gpu n_gpus world_size nproc_per_node num_devices devices"),
+    ("write train.num_machines, and all their processes in train.num_processes", "nnodes num_nodes n_nodes nodes"),
     ("write train.device", "no_cuda cuda accelerator device_map"),
     (
         "write train.placement: single, ddp, fsdp2, zero2 or zero3",

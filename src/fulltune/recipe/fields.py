@@ -99,7 +99,8 @@ class Recipe(Block):
         """All settings that shape a run."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         # Of the machine, not of the result; but several runs are compared in memory and time as well.
-        placing = () if self.methods or self.is_searched else ("num_processes", "placement", "offload", "oversubscribe")
+        placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
+        placing = () if self.methods or self.is_searched else placing
         for name in ("notice", "hang_timeout", *placing):
             del settings["train"][name]
         settings["compare"]["budget"] = settings["search"]["budget"] = None  # more time goes on with the same one

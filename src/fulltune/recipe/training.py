@@ -184,7 +184,9 @@ class TrainBlock(Block):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. auto: CUDA when there is a GPU, else CPU."""
     num_processes: int = Field(default=1, ge=1)
-    """Processes that share each global batch: one per GPU, or several on CPU (gloo)."""
+    """Processes that share each global batch, over all machines: one per GPU, or several on CPU (gloo)."""
+    num_machines: int = Field(default=1, ge=1)
+    """Machines that the processes are spread over evenly, with a folder that all of them see (docs/scale.md)."""
     placement: Placement = "auto"
     """Where weights, gradients and optimizer state lie. single: in one process; ddp: all of it in each; fsdp2: weights,
     gradients and state are shared out (PyTorch's FSDP2); zero2: gradients and state, zero3: weights too (DeepSpeed).
@@ -205,6 +207,11 @@ class TrainBlock(Block):
         if self.extra.get("deepspeed") is not None:
             return "train.extra.deepspeed"
         return f"train.placement: {self.placement}" if self.placement in ("zero2", "zero3") else None
+
+    @property
+    def processes_per_machine(self) -> int:
+        """Each has as many."""
+        return self.num_processes // self.num_machines
 
     @property
     def shared_by(self) -> str | None:
@@ -244,9 +251,17 @@ class TrainBlock(Block):
 
 
 def _wrong_placement(train: TrainBlock) -> list[str]:
-    """What `placement`, `offload` and `num_processes` say against each other."""
+    """What `placement`, `offload`, `num_processes` and `num_machines` say against each other."""
     place, offload, processes = train.placement, train.offload, train.num_processes
     problems = []
+    if processes % train.num_machines:
+        least = -(-processes // train.num_machines) * train.num_machines
+        problems.append(
+            f"num_machines: {train.num_machines} cannot have as many each of num_processes: {processes}, which counts "
+            f"those of all machines; set for example num_processes: {least}"
+        )
+    if train.num_machines > 1 and offload.startswith(NVME):
+        problems.append(f"offload: '{offload}' not yet over several machines, whose disks differ; set num_machines: 1")
     if place == "single" and processes > 1:
         problems.append(f"placement: single, but num_processes is {processes}; set 1, or another placement")
     if place in ("ddp", "fsdp2") and processes == 1:
