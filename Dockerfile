@@ -8,7 +8,8 @@ FROM ${BASE}
 
 # What torch.compile and DeepSpeed compile with at run time is needed in the image, too.
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends g++ python3-dev python3-venv tini \
+    && apt-get clean \
     && rm -rf /var/lib/apt/lists/*
 
 # A layer of its own: a change of fulltune does not download torch again.
@@ -27,5 +28,10 @@ RUN useradd --create-home fulltune && chmod 1777 /home/fulltune && install --dir
 ENV HOME=/home/fulltune USER=fulltune PATH=/opt/fulltune/bin:$PATH
 USER fulltune
 WORKDIR /data
-ENTRYPOINT ["fulltune"]
+# The first process of a container gets no signal that it does not handle, and inherits processes whose parent has ended:
+# tini is it, without --init as well; -s, so that with --init it does not warn that it is the second one.
+ENTRYPOINT ["tini", "-s", "--", "fulltune"]
 CMD ["quickstart"]
+LABEL org.opencontainers.image.title="fulltune" \
+    org.opencontainers.image.description="Fine-tune every parameter of a pretrained model, safely, and prove with numbers whether it was worth it." \
+    org.opencontainers.image.licenses="Apache-2.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import traceback
 from collections import Counter
@@ -61,6 +62,7 @@ def fulltune(*arguments: object, stdin: str = "") -> Result:
     out, err = StringIO(), StringIO()
     code: object = 0
     argv = ["fulltune", *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with (
         mock.patch.object(sys, "argv", argv),
         mock.patch.object(sys, "stdin", StringIO(stdin)),
@@ -74,4 +76,7 @@ def fulltune(*arguments: object, stdin: str = "") -> Result:
         except BaseException:
             code = 1
             traceback.print_exc()
+        finally:  # a command takes signals as the one of its process
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return Result(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())

@@ -1025,9 +1025,13 @@ def test_disk_full_while_writing_is_refused(case: Case, monkeypatch: pytest.Monk
 # ---- interruption ----------------------------------------------------------------------------------------------
 
 
-def test_interrupt_while_reading_data_is_resumable(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_while_reading_data_is_resumable(
+    number: signal.Signals, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+        time.sleep(10)
 
     monkeypatch.setattr(data_stage, "prepare", interrupted)
     refused(case.data(CSV), INTERRUPTED, "interrupted; the same command continues it")

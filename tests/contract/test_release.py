@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -108,10 +109,13 @@ def test_container_is_built_from_what_is_copied_into_it(built: Path, tmp_path: P
     assert any(f'"{root}[${{EXTRAS}}]"' in rest for rest in given("RUN"))
 
 
-def test_extras_of_the_container_exist() -> None:
+def test_container_has_all_extras_but_those_that_the_page_names() -> None:
     extras = set(arguments()["EXTRAS"].split(","))
-    assert "quickstart" in extras
-    assert extras <= set(PROJECT["optional-dependencies"]) - {"dev"}
+    left_out = re.search(r"without (.+?) \|$", PAGE, flags=re.MULTILINE)
+    assert left_out is not None
+    named = set(re.findall(r"`(\w+)`", left_out[1]))
+    assert extras | named == set(PROJECT["optional-dependencies"]) - {"dev"}
+    assert not extras & named
 
 
 def test_container_takes_the_torch_that_fulltune_needs() -> None:
@@ -126,10 +130,18 @@ def test_container_runs_as_a_user_that_is_not_root() -> None:
     assert dict(part.split("=", 1) for rest in given("ENV") for part in rest.split())["HOME"] == f"/home/{user}"
 
 
-def test_container_starts_a_command_of_fulltune() -> None:
-    assert given("ENTRYPOINT") == ['["fulltune"]']
-    (words,) = [re.findall(r'"([^"]+)"', rest) for rest in given("CMD")]
+def test_container_starts_a_command_of_fulltune_that_signals_reach() -> None:
+    (entry,) = map(json.loads, given("ENTRYPOINT"))
+    (words,) = map(json.loads, given("CMD"))
+    assert entry == ["tini", "-s", "--", *PROJECT["scripts"]]
+    assert any(re.search(r"\bapt-get install\b[^&]* tini\b", rest) for rest in given("RUN"))
     assert words[0] in typer.main.get_group(app).commands
+
+
+def test_labels_of_the_container_are_those_of_the_package() -> None:
+    (labels,) = [dict(part.split("=", 1) for part in shlex.split(rest)) for rest in given("LABEL")]
+    about = {"title": PROJECT["name"], "description": PROJECT["description"], "licenses": PROJECT["license"]}
+    assert labels == {f"org.opencontainers.image.{name}": text for name, text in about.items()}
 
 
 def test_container_names_no_server_but_that_of_torch() -> None:

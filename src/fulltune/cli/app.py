@@ -422,6 +422,8 @@ def main() -> None:
     """Entry of the `fulltune` command: run, and turn our errors into words and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
+    # As Ctrl-C, outside a training as well: as a container's first process it would not even be ended by the signal.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(standalone_mode=True)
     except FulltuneError as error:
