@@ -1,0 +1,164 @@
+"""A PyTorchJob (Kubeflow's Training Operator, v1) and a TrainJob (Kubeflow Trainer, v2), on a shared claim."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fulltune.launch.job import PORT, LaunchedJob, Manifest
+from fulltune.launch.settings import KubernetesSettings
+from fulltune.launch.yaml_text import as_yaml
+from fulltune.text import parse_seconds
+
+_POD = r"""cd {folder} || exit 2
+{setup}child=
+trap 'kill -s TERM "$child" 2>/dev/null' TERM INT
+# What the operator says to torchrun is not for the torchrun that fulltune starts itself.
+{rendezvous}unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
+unset PET_NNODES PET_NODE_RANK PET_NPROC_PER_NODE PET_MASTER_ADDR PET_MASTER_PORT
+unset PET_RDZV_BACKEND PET_RDZV_ENDPOINT PET_RDZV_ID PET_RDZV_CONF PET_MAX_RESTARTS
+{command} &
+child=$!
+wait "$child"
+code=$?
+# A signal ends the wait, not the run.
+while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
+{ending}exit "$code"
+"""
+_RETRYABLE = r"""# Interrupted and saved. The policy ExitCode takes 1 to 127 for final and 138 for "once more".
+if [ "$code" -eq 75 ]; then exit 138; fi
+"""
+
+
+def manifests(job: LaunchedJob, settings: KubernetesSettings) -> list[Manifest]:
+    """The files: one job in each."""
+    wanted = [settings.job] if settings.job else ["pytorchjob", "trainjob"]
+    made = {"pytorchjob": _pytorch_job, "trainjob": _train_job}
+    submit = ("kubectl", "apply", *(("--namespace", settings.namespace) if settings.namespace else ()), "--filename")
+    return [
+        Manifest(f"{kind}.yaml", f"# {job.comment}\n{as_yaml(made[kind](job, settings))}", submit) for kind in wanted
+    ]
+
+
+def _script(job: LaunchedJob, settings: KubernetesSettings, rank: str, host: str, ending: str) -> str:
+    """What a pod runs.
+
+    Args:
+        job: What to run.
+        settings: Where.
+        rank: The variable with this machine's number.
+        host: Variables with the first machine's name and port.
+        ending: What to make of the exit code.
+    """
+    folder = settings.folder or settings.mount
+    command = shlex.join([*job.words(f"{folder.rstrip('/')}/{job.file.name}"), *job.waits(settings)])
+    several = job.num_machines > 1
+    text = _POD.format(
+        folder=shlex.quote(folder),
+        setup=f"{settings.setup}\n" if settings.setup else "",
+        rendezvous=f'rank="${{{rank}}}" rendezvous="{host}"\n' if several else "",
+        command=command + (' --machine-rank "$rank" --rendezvous "$rendezvous"' if several else ""),
+        ending=ending,
+    )
+    # Kubernetes itself would replace $(NAME); $$ stands for a $.
+    return re.sub(r"\$(?=[$(])", "$$", text)
+
+
+def _resources(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]:
+    asked = {name: value for name, value in (("cpu", settings.cpu), ("memory", settings.memory)) if value}
+    gpus = job.gpus if settings.gpus_per_node is None else settings.gpus_per_node
+    limits = {settings.gpu_resource: str(gpus)} if gpus else {}
+    found = {"requests": {**asked, **limits}, "limits": limits}
+    return {name: values for name, values in found.items() if values}
+
+
+def _volumes(settings: KubernetesSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Volumes of a pod, and where they stand in its container."""
+    shared = {"name": "shared", "persistentVolumeClaim": {"claimName": settings.claim}}
+    shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shm}}
+    mounts = [{"name": "shared", "mountPath": settings.mount}, {"name": "shm", "mountPath": "/dev/shm"}]
+    return [shared, shm], mounts
+
+
+def _pod(settings: KubernetesSettings) -> dict[str, Any]:
+    """What both kinds of jobs say of a pod, beside its container."""
+    found: dict[str, Any] = {
+        "serviceAccountName": settings.service_account,
+        "imagePullSecrets": [{"name": settings.pull_secret}] if settings.pull_secret else None,
+        "nodeSelector": settings.node_selector,
+        "tolerations": [{"key": key, "operator": "Exists"} for key in settings.tolerations],
+        "volumes": _volumes(settings)[0],
+        "terminationGracePeriodSeconds": round(parse_seconds(settings.notice)),
+    }
+    return _given(found)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value not in (None, {}, [])}
+
+
+def _metadata(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]:
+    labels = {"kueue.x-k8s.io/queue-name": settings.queue} if settings.queue else None
+    return _given({"name": job.name(settings), "namespace": settings.namespace, "labels": labels})
+
+
+def _shell(script: str) -> Sequence[str]:
+    return ["/bin/sh", "-c", script]
+
+
+def _pytorch_job(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]:
+    container = {
+        "name": "pytorch",  # the operator looks for this name
+        "image": settings.image,
+        "command": _shell(_script(job, settings, "RANK", "${MASTER_ADDR}:${MASTER_PORT}", _RETRYABLE)),
+        "ports": [{"name": "pytorchjob-port", "containerPort": PORT}],
+        "resources": _resources(job, settings),
+        "volumeMounts": _volumes(settings)[1],
+    }
+
+    def replicas(number: int) -> dict[str, Any]:
+        # Istio's sidecar would keep a pod alive that is done.
+        metadata = {"annotations": {"sidecar.istio.io/inject": "false"}}
+        template = {"metadata": metadata, "spec": {"containers": [_given(container)], **_pod(settings)}}
+        return {"replicas": number, "restartPolicy": "ExitCode", "template": template}
+
+    kinds = {"Master": replicas(1), **({"Worker": replicas(job.num_machines - 1)} if job.num_machines > 1 else {})}
+    policy = {"cleanPodPolicy": "Running", "backoffLimit": settings.backoff_limit}
+    policy["suspend"] = True if settings.queue else None
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": _metadata(job, settings),
+        "spec": {"runPolicy": _given(policy), "pytorchReplicaSpecs": kinds},
+    }
+
+
+def _train_job(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]:
+    trainer = {
+        "image": settings.image,
+        "command": _shell(_script(job, settings, "PET_NODE_RANK", "${PET_MASTER_ADDR}:${PET_MASTER_PORT}", "")),
+        "numNodes": job.num_machines,
+        "numProcPerNode": job.processes,
+        "resourcesPerNode": _resources(job, settings),
+    }
+    pod = {"containers": [{"name": "node", "volumeMounts": _volumes(settings)[1]}], **_pod(settings)}
+    replicated = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+    patch = {
+        "manager": "fulltune/launch",
+        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}},
+    }
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": _metadata(job, settings),
+        "spec": _given(
+            {
+                "runtimeRef": {"name": settings.runtime, "kind": settings.runtime_kind},
+                "suspend": True if settings.queue else None,
+                "trainer": _given(trainer),
+                "runtimePatches": [patch],
+            }
+        ),
+    }
