@@ -32,7 +32,9 @@ With = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="File or folder to write. Default: beside the recipe.", metavar="FILE|FOLDER"),
+    typer.Option(
+        "--output", "-o", help="Folder, or file with an ending. Default: beside the recipe.", metavar="FILE|FOLDER"
+    ),
 ]
 
 

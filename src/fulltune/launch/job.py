@@ -81,7 +81,8 @@ class LaunchedJob:
     def name(self, settings: LauncherSettings) -> str:
         """Of the job, of characters that all launchers take."""
         wanted = settings.name or self.recipe.name or self.file.stem
-        return re.sub(r"[^a-z0-9]+", "-", wanted.lower()).strip("-")[:40].strip("-") or "fulltune"
+        plain = re.sub(r"[^a-z0-9]+", "-", wanted.lower()).strip("-")[:40].strip("-")
+        return plain if plain[:1].isalpha() else f"fulltune-{plain}".strip("-")
 
     def waits(self, settings: LauncherSettings) -> list[str]:
         """What only several machines have in common."""

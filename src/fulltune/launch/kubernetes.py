@@ -69,7 +69,9 @@ def _script(job: LaunchedJob, settings: KubernetesSettings, rank: str, host: str
 def _resources(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]:
     asked = {name: value for name, value in (("cpu", settings.cpu), ("memory", settings.memory)) if value}
     gpus = job.gpus if settings.gpus_per_node is None else settings.gpus_per_node
-    limits = {settings.gpu_resource: str(gpus)} if gpus else {}
+    amds = job.hardware is not None and job.hardware.gpu is not None and job.hardware.gpu.name.startswith("MI")
+    resource = settings.gpu_resource or ("amd.com/gpu" if amds else "nvidia.com/gpu")
+    limits = {resource: str(gpus)} if gpus else {}
     found = {"requests": {**asked, **limits}, "limits": limits}
     return {name: values for name, values in found.items() if values}
 

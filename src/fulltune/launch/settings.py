@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -37,6 +38,16 @@ def _slurm_time(given: str) -> str:
     return given
 
 
+def _sbatch_options(given: str) -> str:
+    try:
+        words = shlex.split(given)
+    except ValueError:  # a quote that does not end
+        words = [""]
+    if not all(re.fullmatch(r"--[a-z][a-z-]*(=.*)?", word) for word in words):
+        raise ValueError(f"expected options such as --mail-type=END, each with its value behind '=', found '{given}'")
+    return given
+
+
 def _absolute(given: str) -> str:
     if not given.startswith("/"):
         raise ValueError(f"expected a whole path, such as /shared/project, found '{given}'")
@@ -48,6 +59,7 @@ def _home_or_absolute(given: str) -> str:
 
 
 SlurmTime = Annotated[str, AfterValidator(_slurm_time)]
+SbatchOptions = Annotated[str, AfterValidator(_sbatch_options)]
 Absolute = Annotated[str, AfterValidator(_absolute)]
 HomeOrAbsolute = Annotated[str, AfterValidator(_home_or_absolute)]
 Pairs = Annotated[dict[str, str], BeforeValidator(_pairs)]
@@ -126,7 +138,7 @@ class SlurmSettings(LauncherSettings):
     """Generic resources in the cluster's own words, such as `gpu:a100:8`, instead of `gpus_per_node`."""
     comment: str | None = None
     """Any text."""
-    options: str | None = None
+    options: SbatchOptions | None = None
     """Further options of sbatch as they are: `--mail-type=END --licenses=x:1`."""
     notice: Duration = "2m"
     """How long before the time limit the run is told to save."""
@@ -153,8 +165,8 @@ class KubernetesSettings(LauncherSettings):
     """Left out: kubectl's own."""
     gpus_per_node: int | None = Field(default=None, ge=0)
     """GPUs of each pod. Left out: one for each training process, none where `train.device` is cpu."""
-    gpu_resource: str = "nvidia.com/gpu"
-    """What the cluster calls a GPU; `amd.com/gpu` for AMD's."""
+    gpu_resource: str | None = None
+    """What the cluster calls a GPU. Left out: `nvidia.com/gpu`, or `amd.com/gpu` where `--for` names one of AMD's."""
     cpu: str | None = None
     """Cores that each pod asks for, such as `32`."""
     memory: str | None = None

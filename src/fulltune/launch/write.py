@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ def submit(written: Written, say: Callable[[str], None]) -> None:
     if written.command[0] == "bash":
         if shutil.which("ssh") is None:
             raise SetupError(f"--submit: there is no 'ssh' here; install it, then: {written.by_hand}")
+        sys.stdout.flush()
         os.execv(program, written.command)
     child = subprocess.Popen(
         written.command,
