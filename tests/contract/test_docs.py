@@ -122,7 +122,7 @@ def test_commands_and_options_exist(page: Path) -> None:
     unknown = [
         f"{verb} {option}"
         for verb, rest in used
-        for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)
+        for option in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest)
         if option not in OPTIONS[verb]
     ]
     assert not unknown

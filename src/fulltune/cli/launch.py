@@ -53,7 +53,7 @@ def launch(
 ) -> None:
     """Write the job that runs a recipe on one or several machines: for ssh, Slurm, Kubernetes or SkyPilot."""
     from fulltune.launch import write as writing
-    from fulltune.launch.job import elsewhere, job_of
+    from fulltune.launch.job import job_of
 
     chosen = [name for name, is_given in (("ssh", ssh), ("slurm", slurm), ("k8s", k8s), ("sky", sky)) if is_given]
     if len(chosen) != 1:
@@ -69,10 +69,8 @@ def launch(
     out.print(f"{counted(job.num_machines, 'machine')}{each}", soft_wrap=True)
     for one in written:
         out.print(f"wrote {escape(str(one.path))}; submit it: {escape(one.by_hand)}", soft_wrap=True)
-    if chosen[0] in ("k8s", "sky") and (absent := list(elsewhere(job))):
-        out.print(
-            f"not in the recipe's folder, so the machines must have it at: {escape(listed(absent))}", soft_wrap=True
-        )
+    for note in manifests[0].notes:
+        out.print(escape(note), soft_wrap=True)
     if submit:
         writing.submit(written[0], lambda line: err.print(escape(line), soft_wrap=True))
 

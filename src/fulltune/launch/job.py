@@ -16,6 +16,7 @@ from fulltune.plan.elsewhere.machines import machines_in
 from fulltune.plan.gpus import GpuModel
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
+from fulltune.text import listed
 
 PORT = 29500
 """Of the rendezvous, where nothing else is said."""
@@ -104,6 +105,8 @@ class Manifest:
     text: str
     submit: tuple[str, ...]
     """The command that submits it, without its path."""
+    notes: tuple[str, ...] = ()
+    """What a person has to see to beside it."""
 
 
 def job_of(file: Path, overrides: Sequence[str], hardware: str | None, typed: Sequence[str]) -> LaunchedJob:
@@ -136,9 +139,16 @@ def _hardware_of(words: str) -> Hardware:
     return Hardware(num_machines, fleet.num_devices, fleet.gpu_model)
 
 
-def elsewhere(job: LaunchedJob) -> Iterator[str]:
-    """Paths of the recipe that do not lie in its folder, so that machines with other paths may lack them."""
-    recipe, folder = job.recipe, os.path.realpath(job.file.parent)
+def notes_of(job: LaunchedJob, folder: Path) -> tuple[str, ...]:
+    """That machines which get only this folder lack what the recipe names outside of it."""
+    absent = list(_outside(job, folder))
+    said = f"not in {folder}, so see that the machines have it, too: {listed(absent)}"
+    return (said,) if absent else ()
+
+
+def _outside(job: LaunchedJob, folder: Path) -> Iterator[str]:
+    """Paths of the recipe that do not lie in a folder."""
+    recipe, folder = job.recipe, Path(os.path.realpath(folder))
     data, keep = recipe.data, recipe.preserve
     named = [one if isinstance(one, str) else one.path for one in data.entries]
     named += [data.eval, data.test, data.patch, data.chat_template, keep.probe, keep.replay, keep.task]  # type: ignore[list-item]  # None is left out below

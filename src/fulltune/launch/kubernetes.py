@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fulltune.launch.job import PORT, LaunchedJob, Manifest
+from fulltune.launch.job import PORT, LaunchedJob, Manifest, notes_of
 from fulltune.launch.settings import KubernetesSettings
 from fulltune.launch.yaml_text import as_yaml
 from fulltune.text import parse_seconds
@@ -37,8 +37,10 @@ def manifests(job: LaunchedJob, settings: KubernetesSettings) -> list[Manifest]:
     wanted = [settings.job] if settings.job else ["pytorchjob", "trainjob"]
     made = {"pytorchjob": _pytorch_job, "trainjob": _train_job}
     submit = ("kubectl", "apply", *(("--namespace", settings.namespace) if settings.namespace else ()), "--filename")
+    notes = notes_of(job, job.file.parent)
     return [
-        Manifest(f"{kind}.yaml", f"# {job.comment}\n{as_yaml(made[kind](job, settings))}", submit) for kind in wanted
+        Manifest(f"{kind}.yaml", f"# {job.comment}\n{as_yaml(made[kind](job, settings))}", submit, notes)
+        for kind in wanted
     ]
 
 
@@ -107,7 +109,7 @@ def _metadata(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]:
 
 
 def _shell(script: str) -> Sequence[str]:
-    return ["/bin/sh", "-c", script]
+    return ["/bin/bash", "-c", script]
 
 
 def _pytorch_job(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]:

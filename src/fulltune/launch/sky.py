@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import SetupError
-from fulltune.launch.job import PORT, LaunchedJob, Manifest
+from fulltune.launch.job import PORT, LaunchedJob, Manifest, notes_of
 from fulltune.launch.settings import SkySettings
 from fulltune.launch.yaml_text import as_yaml
 
@@ -58,7 +58,8 @@ def manifest(job: LaunchedJob, settings: SkySettings) -> Manifest:
     if settings.volume:
         task["volumes"] = {settings.mount: settings.volume}
     text = as_yaml({name: value for name, value in task.items() if value is not None})
-    return Manifest("sky.yaml", f"# {job.comment}\n{text}", ("sky", "jobs", "launch", "--yes", "--detach-run"))
+    submit = ("sky", "jobs", "launch", "--yes", "--detach-run")
+    return Manifest("sky.yaml", f"# {job.comment}\n{text}", submit, notes_of(job, Path(workdir)))
 
 
 def _given_output(job: LaunchedJob) -> bool:

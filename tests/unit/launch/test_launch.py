@@ -134,8 +134,13 @@ def test_rented_machines_write_into_what_they_share(place: Place) -> None:
 def test_what_is_not_in_the_recipes_folder_is_named_for_machines_elsewhere(place: Place, tmp_path: Path) -> None:
     rows = tmp_path / "elsewhere.csv"
     said = place.launch(*PODS, "--set", f"data.train={rows}")
-    assert f"the machines must have it at: {rows}\n" in said.out
-    assert "must have it" not in place.launch(*PODS, "--force").out
+    assert f"not in {place.work}, so see that the machines have it, too: {rows}\n" in said.out
+    assert "not in" not in place.launch(*PODS, "--force").out
+    more = ("--set", "train.device=cpu", "--set", f"data.train={rows}")
+    assert f"not in {place.work}" in place.launch(*SKY, *more).out
+    above = place.launch(*SKY, *more, "--with", f"workdir={tmp_path}", "--force")
+    assert "not in" not in above.out
+    assert "run work/recipe.yaml --set" in of(place.written("sky.yaml"))["run"]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------

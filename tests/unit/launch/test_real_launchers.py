@@ -132,6 +132,27 @@ def test_ssh_signal_to_the_whole_group_has_all_machines_save(
     assert nasty.events().count("TERM 0") == 1
 
 
+def test_ssh_submitted_is_the_job_and_its_code_that_of_the_first_machine(nasty: Place, server: Server) -> None:
+    machines(nasty, server, "127.0.0.1", "localhost")
+    nasty.codes(0, 5)
+    nasty.hold(1)
+    given = (f"port={server.port}", f"identity={server.key}", f"setup=export PATH={nasty.programs}:$PATH")
+    words = [
+        sys.executable,
+        "-m",
+        "fulltune.cli.app",
+        "launch",
+        nasty.recipe,
+        "--ssh",
+        nasty.notes.with_name("hosts.txt"),
+    ]
+    words += [word for one in given for word in ("--with", one)]
+    done = nasty.shell(*words, "--force", "--submit")
+    assert done.returncode == 5, done.stderr
+    assert done.stdout.startswith("2 machines, 1 process each\nwrote ")
+    assert "machine 0, 127.0.0.1: ended with code 5" in done.stderr
+
+
 # ---- Slurm -----------------------------------------------------------------------------------------------------
 
 CONFIG = """\

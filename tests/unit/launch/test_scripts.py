@@ -236,7 +236,7 @@ def pod_script(place: Place, kind: str) -> str:
         command = job["spec"]["trainer"]["command"]
     else:
         command = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["command"]
-    assert command[:2] == ["/bin/sh", "-c"]
+    assert command[:2] == ["/bin/bash", "-c"]
     return re.sub(r"\$(\$|\([^)]*\))", lambda found: "$" if found[1] == "$" else "REPLACED", command[2])
 
 
@@ -252,7 +252,7 @@ def test_pod_takes_number_and_rendezvous_from_the_operator(
     tmp_path: Path, kind: str, variables: dict[str, str], rendezvous: str
 ) -> None:
     place = Place(tmp_path, "it's $(HOME) $$ x.yaml", "a $(touch HURT) b")
-    done = place.shell("sh", "-c", pod_script(place, kind), more=variables)
+    done = place.shell("bash", "-c", pod_script(place, kind), more=variables)
     assert done.returncode == 0, done.stderr
     whole = ["run", str(place.recipe), *SETTINGS, "--machine-rank", "1", "--rendezvous", rendezvous]
     assert place.called(1) == [str(place.work), *whole]
@@ -267,14 +267,14 @@ def test_pod_takes_number_and_rendezvous_from_the_operator(
 def test_pod_ends_with_a_code_that_its_job_understands(tmp_path: Path, kind: str, code: int, expected: int) -> None:
     place = Place(tmp_path)
     place.codes(1, code)
-    assert place.shell("sh", "-c", pod_script(place, kind), more={**V1, **V2}).returncode == expected
+    assert place.shell("bash", "-c", pod_script(place, kind), more={**V1, **V2}).returncode == expected
 
 
 def test_pod_that_is_told_to_stop_passes_it_on_and_waits(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.hold(1)
     script = pod_script(place, "pytorchjob")
-    child = subprocess.Popen(["sh", "-c", script], env={**place.environment, **V1}, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(["bash", "-c", script], env={**place.environment, **V1}, stdout=subprocess.DEVNULL)
     try:
         until(lambda: "start 1" in place.events())
         child.send_signal(signal.SIGTERM)
