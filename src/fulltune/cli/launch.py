@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Hosts = Annotated[
     Path | None,
-    typer.Option("--ssh", help="A script that starts all over ssh; a file with user@host:port, one a line.", metavar="HOSTS"),
+    typer.Option(
+        "--ssh", help="A script that starts all over ssh; a file with user@host:port, one a line.", metavar="HOSTS"
+    ),
 ]
 Submit = Annotated[bool, typer.Option("--submit", help="Submit it, too: sbatch, kubectl, sky; ssh: run it.")]
 For = Annotated[

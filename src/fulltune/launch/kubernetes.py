@@ -12,6 +12,7 @@ from fulltune.launch.settings import KubernetesSettings
 from fulltune.launch.yaml_text import as_yaml
 from fulltune.text import parse_seconds
 
+_OPERATOR, _TRAINER = "kubeflow.org/v1", "trainer.kubeflow.org/v1alpha1"
 _POD = r"""cd {folder} || exit 2
 {setup}child=
 trap 'kill -s TERM "$child" 2>/dev/null' TERM INT
@@ -39,7 +40,7 @@ def manifests(job: LaunchedJob, settings: KubernetesSettings) -> list[Manifest]:
     submit = ("kubectl", "apply", *(("--namespace", settings.namespace) if settings.namespace else ()), "--filename")
     notes = notes_of(job, job.file.parent)
     return [
-        Manifest(f"{kind}.yaml", f"# {job.comment}\n{as_yaml(made[kind](job, settings))}", submit, notes)
+        Manifest(f"{kind}.yaml", f"# {job.comment}\n{as_yaml(*made[kind](job, settings))}", submit, notes)
         for kind in wanted
     ]
 
@@ -112,7 +113,7 @@ def _shell(script: str) -> Sequence[str]:
     return ["/bin/bash", "-c", script]
 
 
-def _pytorch_job(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]:
+def _pytorch_job(job: LaunchedJob, settings: KubernetesSettings) -> list[dict[str, Any]]:
     container = {
         "name": "pytorch",  # the operator looks for this name
         "image": settings.image,
@@ -131,15 +132,11 @@ def _pytorch_job(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, An
     kinds = {"Master": replicas(1), **({"Worker": replicas(job.num_machines - 1)} if job.num_machines > 1 else {})}
     policy = {"cleanPodPolicy": "Running", "backoffLimit": settings.backoff_limit}
     policy["suspend"] = True if settings.queue else None
-    return {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
-        "metadata": _metadata(job, settings),
-        "spec": {"runPolicy": _given(policy), "pytorchReplicaSpecs": kinds},
-    }
+    spec = {"runPolicy": _given(policy), "pytorchReplicaSpecs": kinds}
+    return [{"apiVersion": _OPERATOR, "kind": "PyTorchJob", "metadata": _metadata(job, settings), "spec": spec}]
 
 
-def _train_job(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]:
+def _train_job(job: LaunchedJob, settings: KubernetesSettings) -> list[dict[str, Any]]:
     trainer = {
         "image": settings.image,
         "command": _shell(_script(job, settings, "PET_NODE_RANK", "${PET_MASTER_ADDR}:${PET_MASTER_PORT}", "")),
@@ -147,22 +144,47 @@ def _train_job(job: LaunchedJob, settings: KubernetesSettings) -> dict[str, Any]
         "numProcPerNode": job.processes,
         "resourcesPerNode": _resources(job, settings),
     }
-    pod = {"containers": [{"name": "node", "volumeMounts": _volumes(settings)[1]}], **_pod(settings)}
+    node = {"name": "node", "volumeMounts": _volumes(settings)[1]}
+    reference = {"name": settings.runtime, "kind": settings.runtime_kind}
+    patches, runtimes = [_runtime_patch(settings, node)], []
+    if settings.own_runtime:
+        reference = {"name": job.name(settings), "kind": "TrainingRuntime"}
+        patches, runtimes = [], [_runtime(job, settings, {**node, "image": settings.image})]
+    spec = {
+        "runtimeRef": reference,
+        "suspend": True if settings.queue else None,
+        "trainer": _given(trainer),
+        "runtimePatches": patches,
+    }
+    made = {"apiVersion": _TRAINER, "kind": "TrainJob", "metadata": _metadata(job, settings), "spec": _given(spec)}
+    return [*runtimes, made]
+
+
+def _runtime_patch(settings: KubernetesSettings, node: Mapping[str, Any]) -> dict[str, Any]:
+    """What a TrainJob may change of a runtime that is there."""
+    pod = {"containers": [node], **_pod(settings)}
     replicated = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
-    patch = {
-        "manager": "fulltune/launch",
-        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}},
+    spec = {"template": {"spec": {"replicatedJobs": [replicated]}}}
+    return {"manager": "fulltune/launch", "trainingRuntimeSpec": spec}
+
+
+def _runtime(job: LaunchedJob, settings: KubernetesSettings, node: Mapping[str, Any]) -> dict[str, Any]:
+    """A runtime that tells refusals from interruptions."""
+    refused = {"containerName": "node", "operator": "In", "values": [2, 3, 4, 5]}
+    moved = {"type": "DisruptionTarget", "status": "True"}
+    rules = [
+        {"action": "FailJob", "onExitCodes": refused},
+        # A pod that had to make room is not counted.
+        {"action": "Ignore", "onPodConditions": [moved]},
+    ]
+    pods = {
+        "backoffLimit": 100 if settings.backoff_limit is None else settings.backoff_limit,
+        "podFailurePolicy": {"rules": rules},
+        "template": {"spec": {"restartPolicy": "Never", "containers": [node], **_pod(settings)}},
     }
-    return {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": _metadata(job, settings),
-        "spec": _given(
-            {
-                "runtimeRef": {"name": settings.runtime, "kind": settings.runtime_kind},
-                "suspend": True if settings.queue else None,
-                "trainer": _given(trainer),
-                "runtimePatches": [patch],
-            }
-        ),
-    }
+    step = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
+    replicated = {"name": "node", "template": {"metadata": step, "spec": pods}}
+    policy = {"numNodes": job.num_machines, "torch": {}}
+    spec = {"mlPolicy": policy, "template": {"spec": {"replicatedJobs": [replicated]}}}
+    named = {name: value for name, value in _metadata(job, settings).items() if name != "labels"}
+    return {"apiVersion": _TRAINER, "kind": "TrainingRuntime", "metadata": named, "spec": spec}

@@ -189,8 +189,11 @@ class KubernetesSettings(LauncherSettings):
     """TrainJob: the training runtime, whose pods have a container `node`."""
     runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = "ClusterTrainingRuntime"
     """TrainJob: the cluster's, or one of the namespace."""
+    own_runtime: bool = False
+    """TrainJob: write a runtime of its own into the file, whose pods do not start again after a refusal."""
     backoff_limit: int | None = Field(default=None, ge=0)
-    """PyTorchJob: restarts until it has failed. Left out: no limit. (Kubeflow 1.9 counts them only in part.)"""
+    """Restarts until the job has failed: of a PyTorchJob (left out: no limit; Kubeflow 1.9 counts them only in part),
+    or of a TrainJob with `own_runtime` (left out: 100)."""
 
 
 class SkySettings(LauncherSettings):

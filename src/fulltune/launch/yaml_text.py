@@ -21,6 +21,6 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _BlockDumper.add_representer(str, _text)
 
 
-def as_yaml(value: Any) -> str:
-    """The value; whatever stands in its texts stays in them."""
-    return yaml.dump(value, Dumper=_BlockDumper, sort_keys=False, allow_unicode=True, width=120)
+def as_yaml(*values: Any) -> str:
+    """The values, a document each; whatever stands in their texts stays in them."""
+    return yaml.dump_all(values, Dumper=_BlockDumper, sort_keys=False, allow_unicode=True, width=120)

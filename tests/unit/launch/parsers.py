@@ -40,10 +40,17 @@ def sky_task(values):
     return values
 
 
-READERS = {"PyTorchJob": pytorch_job, "TrainJob": train_job}
+def runtime(values):
+    """As `kubeflow-trainer-api` reads a TrainingRuntime."""
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
+
+    return json.loads(json.dumps(TrainerV1alpha1TrainingRuntime.from_dict(values).to_dict(), default=str))
+
+
+READERS = {"PyTorchJob": pytorch_job, "TrainJob": train_job, "TrainingRuntime": runtime}
 
 for path in sys.argv[1:]:
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    read = READERS.get(values.get("kind"), sky_task)(values)
-    assert read == values, f"{path}: {read} is not {values}"
-    print(f"{path}: read by {READERS.get(values.get('kind'), sky_task).__name__}")
+    for values in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")):
+        read = READERS.get(values.get("kind"), sky_task)(values)
+        assert read == values, f"{path}: {read} is not {values}"
+        print(f"{path}: read by {READERS.get(values.get('kind'), sky_task).__name__}")

@@ -118,6 +118,19 @@ def test_pods_share_a_claim_and_have_time_to_save(place: Place) -> None:
     assert other["spec"]["runtimeRef"] == {"name": "torch-distributed", "kind": "ClusterTrainingRuntime"}
 
 
+def test_runtime_of_its_own_tells_refusals_from_interruptions(place: Place) -> None:
+    assert place.launch(*PODS, "--with", "own_runtime=true", "--with", "backoff_limit=7").code == 0
+    runtime, job = yaml.safe_load_all(place.written("trainjob.yaml").read_text(encoding="utf-8"))
+    assert job["spec"]["runtimeRef"] == {"name": runtime["metadata"]["name"], "kind": runtime["kind"]}
+    assert "runtimePatches" not in job["spec"]
+    [replicated] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pods = replicated["template"]["spec"]
+    assert (pods["backoffLimit"], pods["template"]["spec"]["restartPolicy"]) == (7, "Never")
+    assert pods["podFailurePolicy"]["rules"][0]["action"] == "FailJob"
+    assert pods["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 3, 4, 5]
+    assert pods["template"]["spec"]["volumes"][0]["persistentVolumeClaim"] == {"claimName": "ours"}
+
+
 def test_rented_machines_write_into_what_they_share(place: Place) -> None:
     more = ("--set", "train.device=cpu", "--with", "use_spot=true")
     assert place.launch(*SKY, *more).code == 0

@@ -327,6 +327,10 @@ def test_manifests_are_read_by_their_own_packages(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for reader in ("pytorch_job", "train_job", "sky_task"):
         assert f"read by {reader}\n" in done.stdout
+    more = [word for one in (*pods, "own_runtime=true", "job=trainjob") for word in ("--with", one)]
+    assert place.launch("--k8s", *more, *every, "--force").code == 0
+    done = parsed(files[1])
+    assert [line.rpartition(" ")[2] for line in done.stdout.splitlines()[-2:]] == ["runtime", "train_job"], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -335,6 +339,7 @@ def test_manifests_are_read_by_their_own_packages(tmp_path: Path) -> None:
         ("--k8s", "pytorchjob.yaml", "cleanPodPolicy", "cleanPodPolicies"),
         ("--k8s", "trainjob.yaml", "numNodes", "num_Nodes"),
         ("--k8s", "trainjob.yaml", "claimName", "claim"),
+        ("--k8s", "trainjob.yaml", "onExitCodes", "onExitCode"),
         ("--sky", "sky.yaml", "job_recovery", "job_recoveries"),
     ],
 )
@@ -342,7 +347,10 @@ def test_parsers_notice_a_field_that_there_is_not(
     tmp_path: Path, option: str, ending: str, before: str, after: str
 ) -> None:
     place = Place(tmp_path)
-    given = {"--k8s": ("image=i", "claim=c"), "--sky": ("bucket=s3://b", "setup=true")}[option]
+    given = {
+        "--k8s": ("image=i", "claim=c", f"own_runtime={before == 'onExitCodes'}"),
+        "--sky": ("bucket=s3://b", "setup=true"),
+    }[option]
     assert place.launch(option, *(word for one in given for word in ("--with", one))).code == 0
     path = place.written(ending)
     assert parsed(path).returncode == 0
