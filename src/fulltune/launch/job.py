@@ -125,7 +125,10 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None, typed: Se
         if (name := one.partition("=")[0].strip()) in ("train.num_machines", "train.num_processes"):
             problems.append(f"--for: says how many machines and processes; remove --set {name}, or --for")
     if file.is_dir():
-        problems.append(f"{file}: is a folder, expected a recipe; a run folder's settings are fixed for one machine")
+        problems.append(f"{file}: is a folder, expected a recipe (YAML)")
+    for word in dict.fromkeys((*typed, str(file))):
+        if (shown := word.encode("utf-8", "backslashreplace").decode()) != word:
+            problems.append(f"launch: {shown} is not UTF-8, which manifests are; rename what is called so")
     if problems:
         raise RecipeError(problems)
     whole = (*overrides, *(found.overrides if found else ()))

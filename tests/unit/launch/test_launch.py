@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,18 @@ def test_hosts_that_are_wrong_or_too_few_are_refused(place: Place, hosts: Path) 
 def test_run_folder_is_refused(tmp_path: Path) -> None:
     said = fulltune("launch", tmp_path, "--slurm")
     assert (said.code, said.problems[0].split(",")[0]) == (2, f"{tmp_path}: is a folder")
+
+
+def test_name_that_is_not_utf_8_is_refused(place: Place) -> None:
+    other = place.recipe.with_name(os.fsdecode(b"\xff.yaml"))
+    place.recipe.rename(other)
+    place.recipe = other
+    said = place.launch("--slurm")
+    assert said.code == 2
+    assert said.problems == [
+        "launch: " + str(other).encode(errors="backslashreplace").decode() + " is not UTF-8, which "
+        "manifests are; rename what is called so"
+    ]
 
 
 def test_file_that_is_there_is_kept_unless_forced(place: Place, tmp_path: Path) -> None:
