@@ -179,7 +179,7 @@ def test_ssh_trains_a_model_on_two_machines_is_told_to_save_and_goes_on(
     assert child.wait(120) == 75, (place.notes / "said").read_text()
     done = subprocess.run(words, env=place.environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
-    [run] = place.work.glob("runs/[!.]*")
+    [run] = place.work.glob("runs/recipe-*")
     assert (run / "report.md").exists()
     assert len(json.loads((run / "machines.json").read_text())["machines"]) == 2
 
