@@ -29,3 +29,8 @@ def test_count_in_front_of_a_count_is_of_machines(words: str, found: tuple[int, 
 def test_no_machine_is_refused() -> None:
     with pytest.raises(RecipeError, match="'0x 8x A100' has no machine"):
         machines_in("0x 8x A100")
+
+
+def test_three_counts_are_refused() -> None:
+    with pytest.raises(RecipeError, match="'2x 4x 8x A100' has too many counts"):
+        machines_in("2x 4x 8x A100")

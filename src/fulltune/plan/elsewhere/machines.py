@@ -1,4 +1,4 @@
-"""Several machines in what follows `--for`: `4x 8x A100-80GB` is four machines of eight GPUs each."""
+"""Several machines as a person writes them: `4x 8x A100-80GB` are four of eight GPUs."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ import re
 
 from fulltune.errors import RecipeError
 
-_MACHINES = re.compile(r"\s*(\d+)\s*[x×*]\s*(\d+\s*[x×*].*)", re.IGNORECASE | re.DOTALL)
-"""A count in front of another count."""
+_COUNT = r"\s*(\d+)\s*[x×*]\s*"
 
 
 def machines_in(words: str) -> tuple[int, str]:
-    """How many machines are meant, and what each of them has.
+    """How many machines, and the words for one of them: a count before that of the GPUs; without it 1.
 
-    `fulltune plan --for` and `fulltune launch --for` both read their words with this; what is left is for
-    `plan.gpus.parse`. One count alone is of GPUs: `8x A100-80GB` is one machine. Four machines without a GPU are
-    `4x 1x cpu`.
-
-    Args:
-        words: As given after `--for`.
-
-    Returns:
-        The number of machines, and the words without it: `(4, "8x A100-80GB")`.
+    `fulltune plan --for` and `fulltune launch --for` read their words with it; what is left is for `plan.gpus.parse`.
 
     Raises:
-        RecipeError: For no machine at all.
+        RecipeError: When there are no machines, or three counts.
     """
-    found = _MACHINES.fullmatch(words)
+    found = re.match(f"{_COUNT}(?={_COUNT})", words, re.IGNORECASE)
     if found is None:
         return 1, words
-    if int(found[1]) == 0:
-        raise RecipeError(f"--for: '{words}' has no machine; write 1x or more in front, or leave it out")
-    return int(found[1]), found[2]
+    number, rest = int(found[1]), words[found.end() :]
+    first = words.partition(",")[0].strip()
+    if re.match(f"{_COUNT}{_COUNT}", rest, re.IGNORECASE):
+        raise RecipeError(f"--for: '{first}' has too many counts; write machines, then GPUs of each: 4x 8x A100-80GB")
+    if number == 0:
+        raise RecipeError(f"--for: '{first}' has no machine; write 1x or more")
+    return number, rest
