@@ -42,7 +42,7 @@ def sound(script: Path) -> None:
     assert found.returncode == 0, found.stdout
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen"
@@ -278,7 +278,7 @@ def test_pod_that_is_told_to_stop_passes_it_on_and_waits(tmp_path: Path) -> None
     try:
         until(lambda: "start 1" in place.events())
         child.send_signal(signal.SIGTERM)
-        assert child.wait(20) == 138
+        assert child.wait(60) == 138
         assert "TERM 1" in place.events()
     finally:
         child.kill()
