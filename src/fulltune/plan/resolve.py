@@ -40,18 +40,32 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     if wanted == "cuda" and not machine.gpus:
         raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
     found = "cuda" if machine.gpus else "cpu"
-    count = len(machine.gpus)
+    count, machines = len(machine.gpus), recipe.train.num_machines
     reason = f"{counted(count, 'GPU')} found" if count else "no GPU found"
+    reason += f" on each of {machines} machines" if machines > 1 else ""
+    reason += f"; they are not alike ({machine.differs}): planned for the least" if machine.differs else ""
     device = str(reasons.add("train.device", None if wanted == "auto" else wanted, found, reason))
-    if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
-        raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but the number of GPUs is {count}")
-    too_many = device == "cpu" and recipe.train.num_processes > machine.num_cores
-    if too_many and not recipe.train.oversubscribe:
-        raise RecipeError(
-            f"train.num_processes: {recipe.train.num_processes}, but this machine lets us use {machine.num_cores} "
-            f"CPU core(s); set at most {machine.num_cores}, or train.oversubscribe: true to try it all the same"
-        )
+    _refuse_too_many(recipe, machine, device)
     return device
+
+
+def _refuse_too_many(recipe: Recipe, machine: Machine, device: str) -> None:
+    """Refuse more processes than a machine has GPUs, or cores."""
+    train, count, cores = recipe.train, len(machine.gpus), machine.num_cores
+    asked, most = f"train.num_processes: {train.num_processes}", ""
+    if train.num_machines > 1:
+        each = f"{train.processes_per_machine} on each of {train.num_machines} machines"
+        asked, most = f"{asked}, which are {each}", f" ({cores} on each machine)"
+    unlike = f"; the machines are not alike: {machine.differs}" if machine.differs else ""
+    if device == "cuda" and train.processes_per_machine > count:
+        there = " there" if train.num_machines > 1 else ""
+        raise RecipeError(f"{asked}, but the number of GPUs{there} is {count}{unlike}")
+    if device == "cpu" and train.processes_per_machine > cores and not train.oversubscribe:
+        here = "that lets" if train.num_machines > 1 else "this machine lets"
+        raise RecipeError(
+            f"{asked}, but {here} us use {cores} CPU core(s){unlike}; set at most {cores * train.num_machines}{most}, "
+            "or train.oversubscribe: true to try it all the same"
+        )
 
 
 def refuse_fsdp2_beside_gpus(recipe: Recipe, machine: Machine) -> None:
@@ -103,7 +117,7 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     else:
         oldest = oldest_gpu(recipe, machine)
         chosen, reason = _precision_of(oldest)
-        if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.num_processes]}) > 1:
+        if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
             reason += "; the other GPUs could do more, but all compute alike"
         emulated = "" if oldest.bf16 else f"; {oldest.label} emulates it, slowly"
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
@@ -155,7 +169,7 @@ def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str
 
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
     """Of those that the recipe's processes take, the one with the least compute capability."""
-    return min(machine.gpus[: recipe.train.num_processes], key=lambda gpu: gpu.capability)
+    return min(machine.gpus[: recipe.train.processes_per_machine], key=lambda gpu: gpu.capability)
 
 
 def _precision_of(gpu: Gpu) -> tuple[str, str]:
@@ -216,9 +230,9 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
     name = "dataloader_num_workers"
     if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:
         return 0
-    chosen = max(0, min(MOST_WORKERS, machine.num_cores // recipe.train.num_processes - 1))
+    chosen = max(0, min(MOST_WORKERS, machine.num_cores // recipe.train.processes_per_machine - 1))
     reason, shared = "images are decoded beside the GPU's steps", machine.shared_memory_bytes
-    least = LEAST_SHARED_BYTES * recipe.train.num_processes
+    least = LEAST_SHARED_BYTES * recipe.train.processes_per_machine
     if shared is not None and shared < least:
         chosen, needed = 0, format_bytes(least)
         reason = f"shared memory (/dev/shm) has {format_bytes(shared)}; give a container {needed} (--shm-size)"

@@ -80,7 +80,7 @@ def environment(request: Request) -> dict[str, str]:
     variables = {"GLIBC_TUNABLES": tunables} | KERNEL_CACHES | variables
     if request.plan.num_processes > 1:
         # torchrun would give each process one thread, whatever the number of cores.
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, hardware.num_cores() // request.plan.num_processes)))
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, hardware.num_cores() // request.plan.processes_per_machine)))
     if deepspeed.wanted(request.recipe):
         variables["DS_ACCELERATOR"] = "cpu"
     return variables
