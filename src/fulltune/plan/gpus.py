@@ -124,6 +124,7 @@ DEVICE_RESERVE = 2**29
 USUAL_NETWORK = 12.5
 """GB/s between machines where nothing is said, 100 Gb/s: what an a2-highgpu-8g or a g5.48xlarge has. A p4d.24xlarge has
 400 Gb/s, a DGX A100 1,600, a DGX H100 3,200."""
+NETWORK_ASSUMED = f"{8 * USUAL_NETWORK:.0f} Gb/s from each machine to the others"
 
 
 class Fleet(Record):
@@ -328,7 +329,7 @@ def _fleet(model: GpuModel | None, count: int, said: _Said) -> Fleet:
             Gpu(name=model.name, memory_bytes=model.memory_bytes, capability=model.capability, free_bytes=free),
         ) * count
     if machines > 1:
-        assumed += network_assumed(said.network)
+        assumed += [] if said.network else [f"{NETWORK_ASSUMED} (--for takes '400Gb network')"]
     machine = Machine(
         cpu="not here",
         num_cores=cores,
@@ -356,12 +357,6 @@ def _fleet(model: GpuModel | None, count: int, said: _Said) -> Fleet:
         assumed=tuple(assumed),
         host_is_given=not any("host memory" in one for one in assumed),
     )
-
-
-def network_assumed(given: float | None) -> list[str]:
-    """What a plan for several machines says of their network, where nobody did."""
-    found = f"{8 * USUAL_NETWORK:.0f} Gb/s from each machine to the others"
-    return [] if given else [f"{found} (--for takes '400Gb network')"]
 
 
 def with_count(fleet: Fleet, count: int) -> Fleet:
@@ -431,7 +426,7 @@ def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1) -> Fleet
         name=f"{named} {gpus}{machine.num_cores} cores, {machine.memory_bytes / GIB:,.0f} GiB",
         machine=machine,
         num_machines=num_machines,
-        assumed=tuple(network_assumed(None)) if several else (),
+        assumed=(NETWORK_ASSUMED,) if several else (),
         gpu_model=model,
         disk_bytes=disk_free_bytes,
         host_memory_gb_per_second=machine.memory_bytes_per_second / 1e9 or (200.0 if machine.gpus else 20.0),

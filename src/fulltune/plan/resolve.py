@@ -61,7 +61,7 @@ def _refuse_too_many(recipe: Recipe, machine: Machine, device: str) -> None:
         there = " there" if train.num_machines > 1 else ""
         raise RecipeError(f"{asked}, but the number of GPUs{there} is {count}{unlike}")
     if device == "cpu" and train.processes_per_machine > cores and not train.oversubscribe:
-        here = "that lets" if train.num_machines > 1 else "this machine lets"
+        here = "each lets" if train.num_machines > 1 else "this machine lets"
         raise RecipeError(
             f"{asked}, but {here} us use {cores} CPU core(s){unlike}; set at most {cores * train.num_machines}{most}, "
             "or train.oversubscribe: true to try it all the same"
@@ -108,7 +108,7 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
             f"train.precision: {wanted} with model.weights_dtype: bf16 would compute in bf16; set precision: bf16, or "
             "weights_dtype: fp32"
         )
-    emulated = ""
+    doubt = ""
     if device == "cpu":
         ratio = machine.cpu_bf16_speedup
         reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
@@ -119,13 +119,20 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
         chosen, reason = _precision_of(oldest)
         if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
             reason += "; the other GPUs could do more, but all compute alike"
-        emulated = "" if oldest.bf16 else f"; {oldest.label} emulates it, slowly"
+        doubt = _doubt_of(wanted, oldest)
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
-        chosen, reason = "bf16", f"the weights are bf16 (model.weights_dtype){emulated}"
+        chosen, reason = "bf16", f"the weights are bf16 (model.weights_dtype){doubt}"
     found = reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason)
-    if wanted == "bf16" and emulated:
-        reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": FROM_RECIPE + emulated})
+    if wanted != "auto" and doubt:
+        reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": FROM_RECIPE + doubt})
     return found
+
+
+def _doubt_of(wanted: str, oldest: Gpu) -> str:
+    """What speaks against a type that was asked for, or that bf16 weights ask for; empty where nothing does."""
+    if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
+        return f"; {oldest.label} has no tensor cores: no faster than fp32, and rounds more"
+    return f"; {oldest.label} emulates it, slowly" if wanted in ("bf16", "auto") and not oldest.bf16 else ""
 
 
 FLASH = {

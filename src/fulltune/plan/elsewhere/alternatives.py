@@ -115,11 +115,12 @@ def instead(
     fleet, chosen = basis.fleet, next((one for one in placements if one.name == name), None)
     if chosen is None or not chosen.tokens_per_second:
         return
-    speed = chosen.tokens_per_second
+    speed = best = chosen.tokens_per_second
     others = sorted((one for one in placements if automatic(one) and one.name != name), key=preference)
     faster = next((one for one in others if _speed(one) > _NOTABLY_FASTER * speed), None)
     if faster is not None:
-        effect = f"{_speed(faster) / speed:.2f} times as fast"
+        best = _speed(faster)
+        effect = f"{best / speed:.2f} times as fast"
         yield Alternative(kind="faster", change=f"{faster.name} ({faster.how})", effect=effect)
     if larger := _larger_host(basis):
         host, one = larger
@@ -129,11 +130,17 @@ def instead(
     if not fleet.machine.gpus:
         yield from _with_a_gpu(workload, plan)
     elif fleet.gpu_model is not None and not fleet.here:
-        yield from _with_other_counts(basis, speed)
+        yield from _with_other_counts(basis, speed, best)
 
 
-def _with_other_counts(basis: Basis, speed: float) -> Iterator[Alternative]:
-    """Twice as many devices, where they pay in time; half as many, where they pay in money."""
+def _with_other_counts(basis: Basis, speed: float, best: float) -> Iterator[Alternative]:
+    """Twice as many devices, where they pay in time; half as many, where they pay in money.
+
+    Args:
+        basis: What the chosen plan is judged by.
+        speed: Of that plan.
+        best: Of the fastest one on the same devices, beside which others have to pay.
+    """
     now = basis.num_devices
     for other in (_twice(basis), _half(basis)):
         fitting = _fitting(basis, other, other.num_devices) if other else []
@@ -143,7 +150,8 @@ def _with_other_counts(basis: Basis, speed: float) -> Iterator[Alternative]:
         fewer = count < now
         ratio = speed / (fitting[0].tokens_per_second or 1.0)
         hours = ratio * count / now
-        if hours <= 0.97 if fewer else ratio <= 0.95:
+        pays = best / speed * (hours if fewer else ratio)
+        if pays <= (0.97 if fewer else 0.95):
             change = f"{_devices(other)}, {fitting[0].name}"
             effect = f"{ratio:.2f} x the time, {hours:.2f} x the device hours"
             yield Alternative(kind="cheaper" if fewer else "faster", change=change, effect=effect)
