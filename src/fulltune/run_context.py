@@ -16,8 +16,11 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener, PhaseBegan
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system import hardware
+from fulltune.system.hardware import Machine
+from fulltune.system.machines import Place
 from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
+from fulltune.train.parent.machines import MachineGroup
 
 if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
@@ -37,6 +40,10 @@ class Run:
     began: float | None = None
     """When the command or call that does the whole line began: seconds since 1970; None: single stages are called."""
 
+    place: Place | None = None
+    """Which of several machines this one is; None: there is only one."""
+    group: MachineGroup | None = None
+    """All of them, while the line runs."""
     is_trial: bool = False
     """Of a search, whose choice the test rows play no part in: that they are scored is not noted."""
 
@@ -67,11 +74,29 @@ class Run:
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
         """The memory of a plan that is changed after it was made; the model is looked at when that is asked."""
         model = cache(lambda: self.model(summary))
-        return lambda changed: plan.need_of(changed, self.recipe, model(), hardware.here(), summary)
+        return lambda changed: plan.need_of(changed, self.recipe, model(), self.machine, summary)
+
+    @property
+    def machine(self) -> Machine:
+        """What training can count on: this machine, or the least of several."""
+        return hardware.here() if self.group is None else self.group.weakest
 
     def phase(self, name: str) -> None:
         """Tell the listener what begins."""
         self.listener(PhaseBegan(name=name))
+
+    def refuse_one_of_several_machines(self) -> None:
+        """What trains on one machine cannot train a recipe of several.
+
+        Raises:
+            RecipeError: When the other machines are not there.
+        """
+        count = self.recipe.train.num_machines
+        if count > 1 and self.place is None:
+            raise RecipeError(
+                f"train.num_machines: {count}, and this command would train on one machine; start 'fulltune run' on "
+                "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set num_machines: 1"
+            )
 
     def refuse_several_methods(self) -> None:
         """A run trains one method.

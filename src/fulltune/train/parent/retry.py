@@ -191,6 +191,8 @@ def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fulltune
             if request.plan.offload.startswith(NVME):
                 return InterruptedRun(f"{outcome.reason}; it cannot be continued, because its optimizer lay on a disk")
             return InterruptedRun(f"{outcome.reason}; the same command continues it")
+        case "lost":
+            return InterruptedRun(f"{outcome.reason}; the same command on all machines continues it")
         case "out_of_memory":
             return DoesNotFitError(no_way_out(request.recipe, request.plan, outcome, tried))
         case "disk_full":
