@@ -174,10 +174,12 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
 
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
     kept = [one for one in overrides if not one.startswith("train.seed=")]
-    update = {"command": command("run", [*kept, *planned, "train.seed=1"])}
+    on_each = " --machine-rank RANK --rendezvous HOST" if survey.num_machines > 1 else ""
+    update = {"command": command("run", [*kept, *planned, "train.seed=1"]) + on_each}
     # Inside DeepSpeed other methods run, but are not planned; and without full there is nothing to compare with.
     with_deepspeed = recipe.train.deepspeed_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
-    if not survey.full_fits or with_deepspeed:
+    # And each method of a comparison trains on one machine.
+    if not survey.full_fits or with_deepspeed or on_each:
         return survey.model_copy(update={**update, "comparison": ""})
     other = recipe.method.kind if recipe.method.kind in ("adapter", "prompt") else "lora"
     # A recipe that names one method cannot be given several beside it.

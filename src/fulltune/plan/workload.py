@@ -211,12 +211,16 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> Recipe:
 def _refuse_other_machines(recipe: Recipe, fleet: Fleet) -> None:
     """Refuse a recipe whose machines are not those of the hardware that is named."""
     asked, named = given(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
+    one = gpus.asked(gpus.with_machines(fleet, 1))
     if asked not in (None, fleet.num_machines):
         words = gpus.asked(fleet.model_copy(update={"num_machines": asked}))
         raise RecipeError(
             f'{NUM_MACHINES}: {asked}, but --for names {named}; write --for "{words}", or add '
             f"--set {NUM_MACHINES}={fleet.num_machines} --set {NUM_PROCESSES}={fleet.num_devices}"
         )
+    if fleet.num_machines > 1 and (recipe.methods or recipe.is_searched):
+        several = "a comparison" if recipe.methods else "a search"
+        raise RecipeError(f'--for: {several} runs on one machine, but {named} are named; write --for "{one}"')
     processes = recipe.train.num_processes
     if given(recipe, NUM_PROCESSES) is not None and processes % fleet.num_machines:
         raise RecipeError(

@@ -292,6 +292,20 @@ def test_machines_that_are_not_the_recipes_are_refused(hardware: str, train: dic
     assert problem in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "several"),
+    [
+        ({"methods": ["full", "lora"]}, "a comparison"),
+        ({"search": {"train.num_train_epochs": [1, 2]}}, "a search"),
+    ],
+)
+def test_several_runs_stay_on_one_machine(blocks: dict[str, Any], several: str) -> None:
+    recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": "a"}, **blocks})
+    with pytest.raises(RecipeError, match=f'{several} runs on one machine, but 2 machines are named; .*"8x L4"'):
+        workload.spread_over(recipe, machines.fleet_of("2x 8x L4"))
+    assert workload.spread_over(recipe, machines.fleet_of("1x 8x L4")).train.num_processes == 8
+
+
 def test_given_processes_stay_and_are_spread() -> None:
     task = sizes.llama(train={"global_batch_size": 64, "num_processes": 16})
     fleet = machines.fleet_of("2x 8x A100-80GB")

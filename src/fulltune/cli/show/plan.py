@@ -301,8 +301,12 @@ def _what_next(survey: Survey, plan: Plan | None) -> Iterator[Text]:
             yield _dim(f"(first put '{survey.comparison_first}' in place of 'method' in the recipe)")
         yield CommandText(survey.comparison)
     elif survey.full_fits:
-        yield _dim("to decide on your own rows: fulltune compare, on a placement without DeepSpeed")
+        where = "one machine" if survey.num_machines > 1 else "a placement without DeepSpeed"
+        yield _dim(f"to decide on your own rows: fulltune compare, on {where}")
     else:
         yield _dim("full fine-tuning does not fit here: there is nothing to compare with")
     yield _dim("to run this plan with another seed")
+    if survey.num_machines > 1:
+        machines = f"on each of the {survey.num_machines} machines"
+        yield _dim(f"({machines}, in a folder that all see; RANK counts them from 0, HOST is 0's name)")
     yield CommandText(survey.command)
