@@ -27,7 +27,6 @@ from fulltune.train.loop.arguments import check_extra
 from fulltune.train.parent.machines import gathered
 from fulltune.train.parent.measure import measure as fastest_here
 from fulltune.train.parent.retry import train
-from fulltune.train.parent.spawn import in_new_process
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
@@ -47,8 +46,6 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     if until not in ("data", "plan"):
         job.refuse_several_methods()
     job = job if job.began else replace(job, began=time.time())
-    if until not in ("data", "plan"):
-        job.refuse_one_of_several_machines()
     with run_folder.writing(job.folder), run_folder.locked(job.folder), on_all_machines(job) as job:
         # The ways out of what does not fit are looked up in the folder.
         with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
@@ -190,7 +187,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
 
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     """Replace what was chosen by what is fastest here, measured; the rows of the table lie beside the plan."""
-    job.refuse_one_of_several_machines()
+    if job.recipe.train.num_machines > 1:
+        raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
     available = plan.budget_of(trial, job.recipe, job.model(summary), hardware.here()).available_bytes
     trial = fastest_here(job.recipe, trial, summary, job.folder, job.hooks, available, job.need(summary), job.listener)
     trial = plan.on_disk(job.recipe, trial, summary, hardware.disk_free_bytes(job.folder))
@@ -207,8 +205,7 @@ def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
     """
     if job.recipe.is_searched:
         raise RecipeError("search: is a line of its own, and this is one run; call fulltune.run, or name the settings")
-    start = in_new_process if job.group is None else job.group.start
-    return train(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary), start)
+    return train(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary), job.start)
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:

@@ -21,6 +21,7 @@ from fulltune.system.machines import Place
 from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent.machines import MachineGroup
+from fulltune.train.parent.spawn import Starter, in_new_process
 
 if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
@@ -85,18 +86,10 @@ class Run:
         """Tell the listener what begins."""
         self.listener(PhaseBegan(name=name))
 
-    def refuse_one_of_several_machines(self) -> None:
-        """What trains on one machine cannot train a recipe of several.
-
-        Raises:
-            RecipeError: When the other machines are not there.
-        """
-        count = self.recipe.train.num_machines
-        if count > 1 and self.place is None:
-            raise RecipeError(
-                f"train.num_machines: {count}, and this command would train on one machine; start 'fulltune run' on "
-                "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set num_machines: 1"
-            )
+    @property
+    def start(self) -> Starter:
+        """How training processes are started."""
+        return in_new_process if self.group is None else self.group.start
 
     def refuse_several_methods(self) -> None:
         """A run trains one method.

@@ -51,6 +51,7 @@ def test_two_machines_train_what_one_process_does(place: str, one: Curve, tmp_pa
         assert_whole(job, one)
     used = MachinesUsed.load(tmp_path / "run" / "machines.json")
     assert [machine.rank for machine in used.machines] == [0, 1]
+    assert sorted(machine.ranks for machine in used.machines) == [(0,), (1,)]
     (attempt,) = (tmp_path / "run" / "attempts").iterdir()
     assert (attempt / "log-machine1.txt").exists()
     assert {path.name for path in attempt.glob("rank-*.json")} == {"rank-0.json", "rank-1.json"}
@@ -111,7 +112,7 @@ def test_machines_without_shared_storage_say_so(tmp_path: Path) -> None:
         assert job.wait_for() == [2, 2]
     finally:
         job.end()
-    assert "machine 1 of 2 machines not seen for 4 s" in job.said(0)
+    assert "machine 1 (2 in all) not heard of for 4 s" in job.said(0)
     assert "machine 0 was not heard of for 4 s" in job.said(1)
     for rank in (0, 1):
         assert "'output' must lie on storage that all machines share" in job.said(rank)

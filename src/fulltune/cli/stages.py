@@ -51,13 +51,13 @@ def join(
         FulltuneError: With machine 0's exit code, when its command failed.
         RecipeError: What the command line says does not go with `train.num_machines`.
     """
-    if rank is None and rendezvous is None:
-        return None
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import place_of
 
     recipe = run_folder.recipe_of(target) if target.is_dir() else load_recipe(target, overrides or [])
+    if rank is None and rendezvous is None and target.is_dir():
+        return None  # refused when something is left to train
     place = place_of(recipe, rank, rendezvous, wait)
     if place is None or place.rank == 0:
         return place

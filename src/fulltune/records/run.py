@@ -40,6 +40,8 @@ class MachineUsed(Record):
     num_cores: int
     memory_bytes: int
     devices: tuple[str, ...]
+    ranks: tuple[int, ...] = ()
+    """Of the training processes that ran there in the last attempt; torchrun deals them out."""
 
 
 class MachinesUsed(Record):
@@ -50,7 +52,7 @@ class MachinesUsed(Record):
 
 
 class RankUsed(Record):
-    """On which of several machines a training process of an attempt ran; torchrun deals the ranks out."""
+    """On which of several machines a training process of an attempt runs."""
 
     rank: int
     machine: int

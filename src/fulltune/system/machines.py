@@ -74,6 +74,8 @@ def place_of(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str
             "--machine-rank, --rendezvous: are for several machines, and train.num_machines is 1; leave them out, or "
             "set train.num_machines"
         )
+    if rank is None and rendezvous is None:
+        raise RecipeError(without_the_others(recipe))
     problems = []
     if rank is None or not 0 <= rank < machines:
         found = "it is missing" if rank is None else f"found {rank}"
@@ -96,6 +98,14 @@ def place_of(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str
     return Place(rank, host, port, seconds)
 
 
+def without_the_others(recipe: Recipe) -> str:
+    """Why a command that was given no place among the machines of a recipe cannot train."""
+    return (
+        f"train.num_machines: {recipe.train.num_machines}, and this command would train on one machine; start it on "
+        "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set train.num_machines=1"
+    )
+
+
 def _host_and_port(given: str) -> tuple[str, int]:
     """Of `node0`, `node0:29500` or `[fd00::1]:29500`."""
     host, _, port = given.rpartition(":") if not given.startswith("[") else given[1:].partition("]")
@@ -111,14 +121,23 @@ def _host_and_port(given: str) -> tuple[str, int]:
 
 
 def own_address(place: Place) -> str:
-    """The address under which the others reach this machine: of the interface that leads to machine 0."""
-    if place.rank == 0:
-        return place.host
-    for family, kind, protocol, _, address in socket.getaddrinfo(place.host, place.port, type=socket.SOCK_DGRAM):
-        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # of a datagram socket: nothing is sent
-            return str(probe.getsockname()[0])
-    raise SetupError(f"--rendezvous: {place.host} cannot be reached from this machine ({socket.gethostname()})")
+    """The address under which the others reach this machine: of the interface that leads to machine 0.
+
+    Raises:
+        SetupError: When none does.
+    """
+    problem = ""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(place.host, place.port, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)  # of a datagram socket: nothing is sent
+                return place.host if place.rank == 0 else str(probe.getsockname()[0])
+    except OSError as error:
+        problem = f" ({error.strerror})"
+    raise SetupError(
+        f"--rendezvous: {place.host} is not known on {socket.gethostname()}, or there is no way to it{problem}; give a "
+        "name or an address of machine 0 that all machines know"
+    )
 
 
 # ---- what they write -------------------------------------------------------------------------------------------
@@ -316,7 +335,7 @@ class SignOfLife(Generic[Told]):
                 self.tell()
 
 
-class Watched(Generic[Told]):
+class HeardFrom(Generic[Told]):
     """Another machine's file, and for how long it has said nothing new, by this machine's clock.
 
     Args:

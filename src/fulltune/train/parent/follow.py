@@ -11,7 +11,7 @@ from typing import Any
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.system import hardware, machines
-from fulltune.system.machines import Leader, Member, Part, Place, SignOfLife, Started, Watched
+from fulltune.system.machines import HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
 from fulltune.system.out_of_memory import kernel_kills
 from fulltune.text import format_seconds
 from fulltune.train.parent import spawn
@@ -32,8 +32,9 @@ def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
         SetupError: When machine 0 was not heard of in time.
         InterruptedRun: When it is heard of no more, or this machine's command was told to stop before it trained.
     """
+    machines.own_address(place)  # refused now, and not when the first attempt begins
     phase("looking at this machine and the recipe's files")
-    leader = Watched(place.file_of(recipe, 0), Leader)
+    leader = HeardFrom(place.file_of(recipe, 0), Leader)
     own = machines.member(recipe, place.rank, hardware.here())
     phase(f"waiting for machine 0 ({place.rendezvous})")
     with machines.telling(place.file_of(recipe, place.rank), own) as sign, _Follower(place, sign, phase) as follower:
@@ -53,7 +54,7 @@ def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _why_no_leader(place: Place, leader: Watched[Leader]) -> str:
+def _why_no_leader(place: Place, leader: HeardFrom[Leader]) -> str:
     return (
         f"machine 0 was not heard of for {format_seconds(round(place.wait_seconds))}: it writes {leader.path} every "
         f"{machines.BEAT_SECONDS:g} s. Either the command was not started there (--machine-rank 0, the same "

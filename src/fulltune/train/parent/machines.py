@@ -17,11 +17,11 @@ from typing import Any
 
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import MachinesUsed, MachineUsed
+from fulltune.records.run import MachinesUsed, MachineUsed, RankUsed
 from fulltune.records.training import LostPart
 from fulltune.system import hardware, machines
 from fulltune.system.hardware import Machine
-from fulltune.system.machines import Ended, Leader, Member, Part, Place, SignOfLife, Started, Watched
+from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
 from fulltune.text import format_seconds, listed
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
@@ -52,7 +52,7 @@ class MachineGroup:
         self.place, self._recipe, self._folder, self._phase = place, recipe, run_folder, phase
         self._token = uuid.uuid4().hex
         self.own = machines.member(recipe, 0, machine, self._token)
-        self._others = [Watched(place.file_of(recipe, rank), Member) for rank in range(1, recipe.train.num_machines)]
+        self._others = [HeardFrom(place.file_of(recipe, rank), Member) for rank in range(1, recipe.train.num_machines)]
         self._sign = SignOfLife(place.file_of(recipe, 0), Leader(token=self._token, host=self.own.host))
 
     @property
@@ -79,7 +79,7 @@ class MachineGroup:
             if not missing:
                 return
             if missing != said:
-                self._phase(f"waiting for {_named(missing)} of {len(self._others) + 1} machines")
+                self._phase(f"waiting for {_named(missing)} ({len(self._others) + 1} in all)")
                 said = missing
             if time.monotonic() > until:
                 raise SetupError(self._why_missing(missing))
@@ -96,8 +96,9 @@ class MachineGroup:
             raise SetupError(problems)
         self.keep()
 
-    def keep(self) -> None:
-        """Write down which machines take part, for the report."""
+    def keep(self, attempt: Path | None = None) -> None:
+        """Write down which machines take part, for the report; with the ranks that they had in an attempt."""
+        ranks = [] if attempt is None else [RankUsed.load(file) for file in attempt.glob("rank-*.json")]
         used = [
             MachineUsed(
                 rank=one.rank,
@@ -106,6 +107,7 @@ class MachineGroup:
                 num_cores=one.machine.num_cores,
                 memory_bytes=one.machine.memory_bytes,
                 devices=tuple(gpu.name for gpu in one.machine.gpus),
+                ranks=tuple(sorted(of.rank for of in ranks if of.machine == one.rank)),
             )
             for one in self.members
         ]
@@ -121,7 +123,6 @@ class MachineGroup:
             self.wait_for_all()
         except SetupError as error:
             raise InterruptedRun([*error.problems, "the same command on all machines continues the run"]) from None
-        self.keep()
         started = Started(id=f"{self._token[:8]}-{request.folder.name}", request=str(request.folder / "request.json"))
         instances = {one.rank: one.instance for one in self.members[1:]}
         child = spawn.in_new_process(request, log, meeting(self.place, started.id))
@@ -156,7 +157,7 @@ class MachineGroup:
         silent = format_seconds(round(watched.silent_seconds))
         return LostPart(rank=rank, host=watched.told.host, reason=f"gave no sign of life for {silent}")
 
-    def _answers(self, one: Watched[Member]) -> bool:
+    def _answers(self, one: HeardFrom[Member]) -> bool:
         told = one.look()
         return told is not None and told.token == self._token and one.silent_seconds < 4 * machines.BEAT_SECONDS
 
@@ -164,7 +165,7 @@ class MachineGroup:
         known = {rank: one.told.host for rank, one in enumerate(self._others, start=1) if one.told is not None}
         hosts = "".join(f"; machine {rank} was {known[rank]}" for rank in missing if rank in known)
         return (
-            f"{_named(missing)} of {len(self._others) + 1} machines not seen for "
+            f"{_named(missing)} ({len(self._others) + 1} in all) not heard of for "
             f"{format_seconds(round(self.place.wait_seconds))}{hosts}. Either the command was not started there, or "
             f"{self._sign.path.parent} is not the same folder there: 'output' must lie on storage that all machines "
             "share. What the command says on those machines tells which"
@@ -187,6 +188,7 @@ def gathered(
     if place is None:
         yield None
         return
+    machines.own_address(place)  # refused now, and not when the first attempt begins
     phase("looking at this machine and the recipe's files")
     group = MachineGroup(place, recipe, run_folder, hardware.here(), phase)
     try:
@@ -241,6 +243,7 @@ class _OnAllMachines:
             part = self._ended.get(rank) or self._group.silent_for(rank, _SILENT_SECONDS)
             if isinstance(part, LostPart):  # beside the outcomes, for `child.py`, which says what happened
                 part.save(part.file_in(self._request.folder))
+        self._group.keep(self._request.folder)
         return code
 
     def _look(self) -> None:
