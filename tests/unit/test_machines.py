@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fulltune.errors import FulltuneError, InterruptedRun, RecipeError, SetupError
@@ -32,7 +33,9 @@ def several(output: Path, machines: int = 2) -> Recipe:
 
 
 def member(recipe: Recipe, rank: int, **changes: Any) -> Member:
-    return machines.member(recipe, rank, MACHINE).model_copy(update={"host": f"host{rank}", **changes})
+    return machines.member(recipe, Place(rank, "127.0.0.1", 29500, 1.0), MACHINE).model_copy(
+        update={"host": f"host{rank}", **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,9 +86,9 @@ def test_one_machine_has_no_place() -> None:
 
 
 def test_address_is_that_of_the_way_to_machine_0() -> None:
-    assert machines.own_address(Place(1, "127.0.0.1", 9, 1.0)) == "127.0.0.1"
+    assert machines.own_address("127.0.0.1", 9) == "127.0.0.1"
     with pytest.raises(SetupError, match=r"no-such-host\.invalid is not known"):
-        machines.own_address(Place(0, "no-such-host.invalid", 9, 1.0))
+        machines.own_address("no-such-host.invalid", 9)
 
 
 def test_machines_must_have_versions_settings_and_files_in_common(tmp_path: Path) -> None:
@@ -343,7 +346,7 @@ def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
     recipe = plans.recipe(output=str(tmp_path), train={"num_machines": 2, "num_processes": 16})
     plan = plans.plan().model_copy(update={"num_processes": 16})
     request = Request(run_folder=str(tmp_path), recipe=recipe, plan=plan, attempt=1, checkpoint=None, parent_pid=None)
-    meeting = group_of.meeting(Place(0, "127.0.0.1", 70, 600.0), "token-1")
+    meeting = group_of.meeting(Place(0, "127.0.0.1", 70, 600.0), "token-1", "127.0.0.1")
     command = spawn.command(request, tmp_path / "request.json", meeting)
     for expected in (
         "--nnodes=2",
@@ -355,3 +358,6 @@ def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
         "--local-addr=127.0.0.1",
     ):
         assert expected in command
+    variables = spawn.of_machine(meeting)
+    assert variables["FULLTUNE_MACHINE"] == "0"
+    assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[variables["GLOO_SOCKET_IFNAME"]]}

@@ -120,22 +120,28 @@ def _host_and_port(given: str) -> tuple[str, int]:
     return host, int(port or DEFAULT_PORT)
 
 
-def own_address(place: Place) -> str:
-    """The address under which the others reach this machine: of the interface that leads to machine 0.
+def own_address(host: str, port: int) -> str:
+    """This machine's address as another one sees it: of the interface that leads there.
+
+    Its own name would not do: many machines take that for the loopback.
+
+    Args:
+        host: Name or address of the other machine.
+        port: Any.
 
     Raises:
-        SetupError: When none does.
+        SetupError: When no interface leads there.
     """
     problem = ""
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(place.host, place.port, type=socket.SOCK_DGRAM):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind, protocol) as probe:
                 probe.connect(address)  # of a datagram socket: nothing is sent
-                return place.host if place.rank == 0 else str(probe.getsockname()[0])
+                return str(probe.getsockname()[0])
     except OSError as error:
         problem = f" ({error.strerror})"
     raise SetupError(
-        f"--rendezvous: {place.host} is not known on {socket.gethostname()}, or there is no way to it{problem}; give a "
+        f"--rendezvous: {host} is not known on {socket.gethostname()}, or there is no way to it{problem}; give a "
         "name or an address of machine 0 that all machines know"
     )
 
@@ -188,6 +194,8 @@ class Member(Record):
     instance: str
     """Of its command: a machine that was restarted is another one for the attempt at hand."""
     host: str
+    address: str
+    """Under which the others reach it."""
     versions: dict[str, str]
     settings: dict[str, str]
     files: dict[str, str]
@@ -200,15 +208,16 @@ class Member(Record):
         return f"machine {self.rank} ({self.host})"
 
 
-def member(recipe: Recipe, rank: int, machine: Machine, token: str = "") -> Member:
+def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> Member:
     """This machine, as the others are told of it."""
     return Member(
-        rank=rank,
+        rank=place.rank,
         token=token,
         instance=uuid.uuid4().hex,
         host=socket.gethostname(),
+        address=own_address(place.host, place.port),
         versions=_versions(recipe),
-        settings=_flat(recipe.model_dump(mode="json", exclude={"notice"})),
+        settings=_flat(recipe.model_dump(mode="json")),
         files={str(path): _content(path) for path in _paths(recipe)},
         machine=machine,
     )

@@ -32,10 +32,9 @@ def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
         SetupError: When machine 0 was not heard of in time.
         InterruptedRun: When it is heard of no more, or this machine's command was told to stop before it trained.
     """
-    machines.own_address(place)  # refused now, and not when the first attempt begins
     phase("looking at this machine and the recipe's files")
     leader = HeardFrom(place.file_of(recipe, 0), Leader)
-    own = machines.member(recipe, place.rank, hardware.here())
+    own = machines.member(recipe, place, hardware.here())
     phase(f"waiting for machine 0 ({place.rendezvous})")
     with machines.telling(place.file_of(recipe, place.rank), own) as sign, _Follower(place, sign, phase) as follower:
         until = time.monotonic() + place.wait_seconds
@@ -136,4 +135,4 @@ class _Follower:
         self._phase(f"taking part in attempt {request.attempt} of {request.plan.trial} (log: {path.parent})")
         self._attempt, self._kills, self._folder = started.id, kernel_kills(), path.parent
         log = path.with_name(f"log-machine{self._place.rank}.txt")
-        self._child = spawn.in_new_process(request, log, meeting(self._place, started.id))
+        self._child = spawn.in_new_process(request, log, meeting(self._place, started.id, self._sign.record.address))

@@ -51,7 +51,7 @@ class MachineGroup:
     ) -> None:
         self.place, self._recipe, self._folder, self._phase = place, recipe, run_folder, phase
         self._token = uuid.uuid4().hex
-        self.own = machines.member(recipe, 0, machine, self._token)
+        self.own = machines.member(recipe, place, machine, self._token)
         self._others = [HeardFrom(place.file_of(recipe, rank), Member) for rank in range(1, recipe.train.num_machines)]
         self._sign = SignOfLife(place.file_of(recipe, 0), Leader(token=self._token, host=self.own.host))
 
@@ -125,7 +125,9 @@ class MachineGroup:
             raise InterruptedRun([*error.problems, "the same command on all machines continues the run"]) from None
         started = Started(id=f"{self._token[:8]}-{request.folder.name}", request=str(request.folder / "request.json"))
         instances = {one.rank: one.instance for one in self.members[1:]}
-        child = spawn.in_new_process(request, log, meeting(self.place, started.id))
+        # Machine 0 may know itself as the loopback: what leads to another machine counts.
+        address = machines.own_address(self.members[1].address, self.place.port)
+        child = spawn.in_new_process(request, log, meeting(self.place, started.id, address))
         self._sign.tell(attempt=started)
         return _OnAllMachines(child, self, request, started.id, instances)
 
@@ -188,7 +190,6 @@ def gathered(
     if place is None:
         yield None
         return
-    machines.own_address(place)  # refused now, and not when the first attempt begins
     phase("looking at this machine and the recipe's files")
     group = MachineGroup(place, recipe, run_folder, hardware.here(), phase)
     try:
@@ -253,7 +254,7 @@ class _OnAllMachines:
                 self._ended[rank] = part
 
 
-def meeting(place: Place, attempt: str) -> spawn.Meeting:
-    """Where this machine's torchrun finds the others'."""
+def meeting(place: Place, attempt: str, address: str) -> spawn.Meeting:
+    """Where this machine's torchrun finds the others', and they find it."""
     conf = f"is_host={int(place.rank == 0)},join_timeout={max(60, round(place.wait_seconds))}"
-    return spawn.Meeting(place.rank, place.rendezvous, attempt, conf, machines.own_address(place))
+    return spawn.Meeting(place.rank, place.rendezvous, attempt, conf, address)

@@ -73,7 +73,7 @@ def in_new_process(request: Request, log: Path, meeting: Meeting | None = None) 
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=environment(request) | ({} if meeting is None else {MACHINE: str(meeting.machine), **_PREFIX}),
+            env=environment(request) | (of_machine(meeting) if meeting else {}),
         )
 
 
@@ -109,6 +109,21 @@ def environment(request: Request) -> dict[str, str]:
         variables.setdefault("OMP_NUM_THREADS", str(threads))
     if deepspeed.wanted(request.recipe):
         variables["DS_ACCELERATOR"] = "cpu"
+    return variables
+
+
+def of_machine(meeting: Meeting) -> dict[str, str]:
+    """The further variables of a worker on one of several machines.
+
+    Gloo would take the interface of the host's name, which on many machines is the loopback.
+    """
+    import psutil
+
+    variables = {MACHINE: str(meeting.machine), **_PREFIX}
+    addresses = psutil.net_if_addrs()
+    interface = next((name for name, its in addresses.items() if meeting.address in {one.address for one in its}), None)
+    if interface is not None:
+        variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     return variables
 
 
