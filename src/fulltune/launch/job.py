@@ -11,8 +11,7 @@ from pathlib import Path
 
 from fulltune.errors import RecipeError
 from fulltune.launch.settings import LauncherSettings
-from fulltune.plan import gpus
-from fulltune.plan.elsewhere.machines import machines_in
+from fulltune.plan.elsewhere.machines import fleet_of
 from fulltune.plan.gpus import GpuModel
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -137,9 +136,8 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None, typed: Se
 
 
 def _hardware_of(words: str) -> Hardware:
-    num_machines, each = machines_in(words)
-    fleet = gpus.parse(each)
-    return Hardware(num_machines, fleet.num_devices, fleet.gpu_model)
+    fleet = fleet_of(words)
+    return Hardware(fleet.num_machines, fleet.num_devices // fleet.num_machines, fleet.gpu_model)
 
 
 def notes_of(job: LaunchedJob, folder: Path) -> tuple[str, ...]:

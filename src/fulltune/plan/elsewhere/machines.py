@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 from fulltune.errors import RecipeError
+from fulltune.plan import gpus
+from fulltune.plan.gpus import Fleet
 
 _COUNT = r"\s*(\d+)\s*[x×*]\s*"
 
 
 def machines_in(words: str) -> tuple[int, str]:
     """How many machines, and the words for one of them: a count before that of the GPUs; without it 1.
-
-    `fulltune plan --for` and `fulltune launch --for` read their words with it; what is left is for `plan.gpus.parse`.
 
     Raises:
         RecipeError: When there are no machines, or three counts.
@@ -27,3 +27,13 @@ def machines_in(words: str) -> tuple[int, str]:
     if number == 0:
         raise RecipeError(f"--for: '{first}' has no machine; write 1x or more")
     return number, rest
+
+
+def fleet_of(words: str) -> Fleet:
+    """The hardware that `--for` names.
+
+    Raises:
+        RecipeError: Naming every part that cannot be read.
+    """
+    number, rest = machines_in(words)
+    return gpus.parse(rest, number)
