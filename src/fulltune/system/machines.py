@@ -217,7 +217,7 @@ def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> M
         host=socket.gethostname(),
         address=own_address(place.host, place.port),
         versions=_versions(recipe),
-        settings=_flat(recipe.model_dump(mode="json", exclude={"notice"})),
+        settings=_flat(recipe.model_dump(mode="json")),
         files={str(path): _content(path) for path in _paths(recipe)},
         machine=machine,
     )
