@@ -1035,6 +1035,8 @@ def test_interrupt_while_reading_data_is_resumable(
 
     monkeypatch.setattr(data_stage, "prepare", interrupted)
     refused(case.data(CSV), INTERRUPTED, "interrupted; the same command continues it")
+    monkeypatch.setattr("fulltune.recipe.file.load_recipe", interrupted)
+    refused(case.data(CSV), INTERRUPTED, "interrupted; the same command goes on or starts anew")
 
 
 @pytest.mark.long

@@ -438,8 +438,10 @@ def main() -> None:
         for problem in error.problems:
             err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("[yellow]interrupted; the same command continues it[/yellow]")
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != 130:  # into which Typer turns Ctrl-C
+            raise
+        err.print("[yellow]interrupted; the same command goes on or starts anew[/yellow]")
         sys.exit(InterruptedRun.exit_code)
 
 
