@@ -426,8 +426,7 @@ def main() -> None:
     """Entry of the `fulltune` command: run, and turn our errors into words and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
-    # As Ctrl-C, outside a training as well: as a container's first process it would not even be ended by the signal.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, stages.end_when_told)
     try:
         app(standalone_mode=True)
     except FulltuneError as error:
@@ -438,10 +437,8 @@ def main() -> None:
         for problem in error.problems:
             err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, SystemExit) and ended.code != 130:  # into which Typer turns Ctrl-C
-            raise
-        err.print("[yellow]interrupted; the same command goes on or starts anew[/yellow]")
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted; the same command continues it[/yellow]")
         sys.exit(InterruptedRun.exit_code)
 
 

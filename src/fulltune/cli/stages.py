@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 # No emoji: `a.csv:100:` would lose its line.
 err = Console(stderr=True, highlight=False, emoji=False)
 out = Console(highlight=False, emoji=False)
+
+
+def end_when_told(number: int, frame: object) -> None:
+    """SIGTERM outside the training ends the command at once, as SIGKILL would, but says that it can go on.
+
+    The first process of a container would not be ended by the signal itself. An exception would not do: where PyTorch
+    calls Python it is lost, or ends the process with SIGABRT.
+    """
+    os.write(2, b"told to stop; the same command goes on or starts anew\n")
+    os._exit(InterruptedRun.exit_code)
 
 
 def go(
