@@ -78,8 +78,9 @@ def fit(recipe: Path, folder: Path) -> None:
     from fulltune.lightning import prepare
 
     class Steps(L.Callback):
-        losses: list[float] = []
-        at: list[float] = []
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+            self.at: list[float] = []
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step > len(self.at):

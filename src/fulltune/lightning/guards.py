@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from fulltune import methods
 from fulltune.errors import Diverged, GuardStop, Spiked
-from fulltune.lightning.settings import holds_whole
+from fulltune.lightning.settings import holds_whole, strategy_of
 from fulltune.train.loop import step_guard
 from fulltune.train.loop.guarded_step import rows_in
 from fulltune.train.loop.guards import diverged, ended_high, nothing_learned
@@ -34,8 +34,8 @@ from fulltune.train.worker.weights import InitialWeights
 _log = logging.getLogger(__name__)
 
 
-def _names(strategy: Any) -> list[str]:
-    return [kind.__name__ for kind in type(strategy).__mro__]
+def _holds_whole(strategy: Any) -> bool:
+    return holds_whole(strategy_of([kind.__name__ for kind in type(strategy).__mro__]))
 
 
 class StepGuard(Callback):
@@ -81,7 +81,7 @@ class StepGuard(Callback):
         step = trainer.global_step + 1
         judged, loss, norm = self._judge(trainer, pl_module, optimizer, step)
         self.seen, self.loss = judged.seen, None
-        if judged.action == "skip" and not holds_whole(_names(trainer.strategy)):
+        if judged.action == "skip" and not _holds_whole(trainer.strategy):
             judged = replace(judged, action="stop", since=step)
         if judged.action == "stop":
             raise Spiked(f"step {step}, before the update: {judged.reason}", judged.since or step)
@@ -98,7 +98,7 @@ class StepGuard(Callback):
         """What becomes of a step, its loss and its norm, over all processes; the host waits for the device once."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        norm = _norm(optimizer) if holds_whole(_names(trainer.strategy)) else None
+        norm = _norm(optimizer) if _holds_whole(trainer.strategy) else None
         factor = getattr(pl_module, "extra_factor", 1.0)
         values = [self._sum, self._rows, *([] if norm is None else [norm])]
         found = torch.stack([torch.as_tensor(one, device=pl_module.device).float() for one in values])
@@ -214,7 +214,7 @@ class MovedGuard(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._first_step = trainer.global_step
-        if not holds_whole(_names(trainer.strategy)):
+        if not _holds_whole(trainer.strategy):
             _log.info("what moved is not counted: %s shares the weights out", type(trainer.strategy).__name__)
         elif trainer.is_global_zero:
             self._initial = InitialWeights(pl_module.model, self._file)

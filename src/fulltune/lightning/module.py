@@ -109,13 +109,13 @@ class FineTuningModule(L.LightningModule):
         """
         trainer = self.trainer
         problems = settings.disagreements(self.plan, trainer.world_size, trainer.accumulate_grad_batches)
-        strategy = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+        strategy = settings.strategy_of([kind.__name__ for kind in type(trainer.strategy).__mro__])
         problems += settings.wrong_in_deepspeed(self.plan, self.summary, strategy, str(trainer.precision))
         if problems:
             raise SetupError(problems)
         if said := settings.misplaced(self.plan, strategy):
             rank_zero_warn(said)
-        self.shared_out_by = "" if settings.holds_whole(strategy) else strategy[0]
+        self.shared_out_by = "" if settings.holds_whole(strategy) else strategy
 
     def on_train_start(self) -> None:
         """As in a run, all processes begin with one seed; Lightning keeps no random state, so that a training which
@@ -207,9 +207,10 @@ class FineTuningModule(L.LightningModule):
         )
         decayed = set(transformers.Trainer.get_decay_parameter_names(self, self.model))  # reads nothing of the Trainer
         groups = planned_groups(self.model, decayed, plan, train.weight_decay, heads)
-        # Of a fused one Lightning cannot clip gradients that are scaled for fp16.
-        is_fused_fp16 = plan.precision == "fp16" and plan.optim == "adamw_torch_fused"
-        name = "adamw_torch" if plan.optim in OWN_OPTIMIZERS or is_fused_fp16 else plan.optim
+        # With mixed precision Lightning 2.6.6 clips no gradients of a fused optimizer, also with bf16.
+        is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"
+        unfused = plan.optim in OWN_OPTIMIZERS or (is_mixed and plan.optim == "adamw_torch_fused")
+        name = "adamw_torch" if unfused else plan.optim
         given = SimpleNamespace(
             **{name: getattr(train, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
             **{"learning_rate": plan.learning_rate, "optim": OptimizerNames(name), "optim_args": None},

@@ -38,6 +38,7 @@ from fulltune.tasks import Target
 from fulltune.tasks.settings import class_weights
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.trainer import collated
+from fulltune.train.optim import zero
 from fulltune.train.worker import loading, scaling, weights
 from fulltune.train.worker.checks import stop_generation_at, trained_ends
 from fulltune.train.worker.context import chance
@@ -89,22 +90,23 @@ class FineTuning:
         module = self.module
         if checkpoint is not None:
             load_weights(module, Path(checkpoint))
-        elif module.shared_out_by:
+        elif module.shared_out_by and not zero.holds(module.model):
             raise SetupError(
                 f"save: {module.shared_out_by} has shared the weights out, so that no process has all of them; in a "
                 "new process, give save(folder, checkpoint=...) one with whole weights (docs/lightning.md)"
             )
-        if rank_zero_only.rank:
+        is_first = rank_zero_only.rank == 0
+        if not is_first and not zero.holds(module.model):
             return
         path, scaled = Path(folder), module.scaled
         path.parent.mkdir(parents=True, exist_ok=True)
         if scaled is not None:
             scaled.fold(module.model)
         try:
-            weights.save_model(module.applied, module.tokenizer, path, self.recipe, self.summary)
+            weights.save_model(module.applied, module.tokenizer, path, self.recipe, self.summary, is_first)
         finally:
             if scaled is not None:
-                scaled.unfold()
+                scaled.unfold(module.model)
 
 
 def load_weights(module: FineTuningModule, checkpoint: Path) -> None:

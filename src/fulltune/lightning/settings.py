@@ -122,47 +122,51 @@ def disagreements(plan: Plan, world_size: int, accumulation: int) -> list[str]:
     return problems
 
 
-PLACEMENTS = {
-    "single": ("SingleDeviceStrategy",),
-    "ddp": ("DDPStrategy",),
-    "fsdp2": ("FSDPStrategy", "ModelParallelStrategy"),
-    "zero2": ("DeepSpeedStrategy",),
-    "zero3": ("DeepSpeedStrategy",),
+STRATEGIES = {
+    "SingleDeviceStrategy": ("single",),
+    "DDPStrategy": ("ddp",),
+    "FSDPStrategy": ("fsdp2",),
+    "ModelParallelStrategy": ("fsdp2",),
+    "DeepSpeedStrategy": ("zero2", "zero3"),
 }
-"""The plan's placements, and Lightning's strategies that place alike."""
+"""Lightning's strategies, and the plan's placements that place alike."""
 
 
-def misplaced(plan: Plan, strategy: Sequence[str]) -> str | None:
-    """That the memory was planned for another strategy; None: for this one.
+def strategy_of(classes: Sequence[str]) -> str:
+    """Which of `STRATEGIES` it is; one's own by what it comes from, and any other by its name.
 
     Args:
-        plan: The plan.
-        strategy: Names of the class of the Trainer's, and of those that it comes from.
+        classes: Names of the strategy's class and of those that it comes from: DeepSpeed's comes from DDP's.
     """
-    expected = PLACEMENTS.get(plan.placement, ())
-    if set(strategy) & set(expected):
+    return next((name for name in classes if name in STRATEGIES), classes[0])
+
+
+def misplaced(plan: Plan, strategy: str) -> str | None:
+    """That the memory was planned for another strategy; None: for this one."""
+    if plan.placement in STRATEGIES.get(strategy, ()):
         return None
+    expected = " or ".join(name for name, placements in STRATEGIES.items() if plan.placement in placements)
     return (
-        f"memory is planned for train.placement: {plan.placement} ({' or '.join(expected)}), and the Trainer has "
-        f"{strategy[0]}: the plan says nothing about whether it fits"
+        f"memory is planned for train.placement: {plan.placement} ({expected}), and the Trainer has {strategy}: the "
+        "plan says nothing about whether it fits"
     )
 
 
-def holds_whole(strategy: Sequence[str]) -> bool:
-    """Whether each process has all weights and gradients, by the names of the strategy's classes."""
-    return bool({"SingleDeviceStrategy", "DDPStrategy"} & set(strategy))
+def holds_whole(strategy: str) -> bool:
+    """Whether each process has all weights and gradients."""
+    return strategy in ("SingleDeviceStrategy", "DDPStrategy")
 
 
-def wrong_in_deepspeed(plan: Plan, summary: DataSummary, strategy: Sequence[str], precision: str) -> list[str]:
+def wrong_in_deepspeed(plan: Plan, summary: DataSummary, strategy: str, precision: str) -> list[str]:
     """What DeepSpeed would get wrong without a word; empty: nothing, or another strategy.
 
     Args:
         plan: The plan.
         summary: Of the prepared data.
-        strategy: As for `misplaced`.
+        strategy: One of `STRATEGIES`.
         precision: The Trainer's.
     """
-    if "DeepSpeedStrategy" not in strategy:
+    if strategy != "DeepSpeedStrategy":
         return []
     problems = []
     if summary.problem_type == "regression" and precision != "32-true":

@@ -34,19 +34,22 @@ class Scaled:
     shift: float
     factor: float
 
-    def unfold(self) -> None:
-        """Go on learning in these units after `fold`, with the same function of a whole model."""
-        output_layer.rescale(self.layer, -self.shift / self.factor, 1 / self.factor)
-
     def fold(self, model: Any) -> None:
-        """Give the finished model, which takes no more passes, the user's units; `unfold` takes that back."""
+        """Give the finished model the user's units; who trains on takes that back by `unfold`."""
+        self._rescale(model, self.shift, self.factor)
+
+    def unfold(self, model: Any) -> None:
+        """Go on in the units that are learned."""
+        self._rescale(model, -self.shift / self.factor, 1 / self.factor)
+
+    def _rescale(self, model: Any, shift: float, factor: float) -> None:
         parameters = dict(self.layer.named_parameters())
         if not any(map(zero.is_in_engine, parameters.values())):
             sharding.free(model)
-            output_layer.rescale(self.layer, self.shift, self.factor)
+            output_layer.rescale(self.layer, shift, factor)
             return
         tensors = {name: zero.whole(one) for name, one in parameters.items()}
-        for name, values in output_layer.rescaled(tensors, self.shift, self.factor).items():
+        for name, values in output_layer.rescaled(tensors, shift, factor).items():
             zero.put(parameters[name], values)
 
 
