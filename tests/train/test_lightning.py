@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +16,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fulltune import api
-from fulltune.errors import Diverged, GuardStop, SetupError, Spiked
+from fulltune.errors import Diverged, GuardStop, RecipeError, SetupError, Spiked
+from fulltune.recipe.file import load_recipe
 from fulltune.system.hardware import num_cores
 from tests import tiny
 from tests.invariant.test_same_curve import answer_rows, label_rows, number_rows, several_label_rows
@@ -22,7 +27,7 @@ L = pytest.importorskip("lightning", reason="needs lightning; pip install 'fullt
 
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402  # after the skip
 
-from fulltune.lightning import FineTuning, StepGuard, prepare  # noqa: E402  # after the skip
+from fulltune.lightning import FineTuning, StepGuard, prepare, settings  # noqa: E402  # after the skip
 from fulltune.lightning.module import FineTuningModule  # noqa: E402  # after the skip
 
 TRAIN: dict[str, Any] = {
@@ -93,6 +98,57 @@ def test_metrics_are_monitored_and_the_best_checkpoint_is_saved_as_a_plain_folde
     assert answer["label"] in job.summary.labels
     with pytest.raises(SetupError, match="expected a file that Lightning wrote of this model"):
         job.save(tmp_path / "other", checkpoint=tmp_path / "nothing.ckpt")
+
+
+def test_what_lightning_decides_or_cannot_do_is_said_all_at_once(tmp_path: Path) -> None:
+    train = {"optim": "lomo", "extra": {"deepspeed": {}}, "save_steps": 5, "report_to": ["tensorboard"]}
+    recipe = written(tmp_path, method={"kind": "lora"}, train=train)
+    with pytest.raises(RecipeError) as refused:
+        prepare(recipe)
+    assert [problem.partition(":")[0] for problem in refused.value.problems] == [
+        *("method.kind", "train.extra", "train.optim"),
+    ]
+    assert "give DeepSpeed's settings to DeepSpeedStrategy(config=...)" in str(refused.value)
+    assert not (tmp_path / "runs").exists()
+    found = settings.warnings_of(load_recipe(recipe))
+    assert [line.partition(":")[0] for line in found] == ["train.save_steps", "train.report_to"]
+    assert "ModelCheckpoint(every_n_train_steps=...)" in found[0]
+
+
+def test_plan_and_trainer_must_cut_the_same_global_batches() -> None:
+    plan: Any = SimpleNamespace(
+        **{"num_processes": 2, "gradient_accumulation_steps": 4, "global_batch_size": 32, "micro_batch_size": 4},
+        placement="ddp",
+    )
+    assert settings.disagreements(plan, 2, 4) == []
+    problems = settings.disagreements(plan, 1, 8)
+    assert "overrides=['train.num_processes=1']" in problems[0]
+    assert "accumulate_grad_batches is 8, and the plan has 4" in problems[1]
+    assert settings.misplaced(plan, "DDPStrategy") is None
+    assert "train.placement: ddp (DDPStrategy)" in str(settings.misplaced(plan, "DeepSpeedStrategy"))
+    assert settings.strategy_of(["Mine", "DeepSpeedStrategy", "DDPStrategy"]) == "DeepSpeedStrategy"
+    assert not settings.holds_whole("DeepSpeedStrategy")
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "precision", "said"),
+    [
+        (64, "single_label", "bf16-mixed", []),
+        (64, "regression", "32-true", []),
+        (64, "regression", "bf16-mixed", ["turns the numbers to be learned into bf16 bits"]),
+        (64 + 24, "single_label", "32-true", ["an epoch's last step has fewer micro batches than 4"]),
+        (64 + 25, "single_label", "32-true", []),
+    ],
+)
+def test_what_deepspeed_would_get_wrong_is_refused(rows: int, kind: str, precision: str, said: list[str]) -> None:
+    plan: Any = SimpleNamespace(
+        **{"num_processes": 2, "gradient_accumulation_steps": 4, "global_batch_size": 32, "micro_batch_size": 4}
+    )
+    summary: Any = SimpleNamespace(splits={"train": SimpleNamespace(rows=rows)}, mixed=(), problem_type=kind)
+    found = settings.wrong_in_deepspeed(plan, summary, "DeepSpeedStrategy", precision)
+    assert len(found) == len(said)
+    assert all(words in problem for words, problem in zip(said, found, strict=True))
+    assert settings.wrong_in_deepspeed(plan, summary, "DDPStrategy", precision) == []
 
 
 CASES: dict[str, tuple[str, Callable[[], runs.Rows], dict[str, Any]]] = {
@@ -274,3 +330,43 @@ def test_two_processes_are_one_run_and_skip_together(tmp_path: Path) -> None:
     assert of_both[0] == of_both[1]
     of_both = train(Planted(lambda step, rank: (step, rank) == (4, 1), _nan))
     assert [one["skipped"] for one in of_both] == [(4,), (4,)]
+
+
+DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+@DEEPSPEED
+@pytest.mark.long
+def test_example_of_deepspeed_comes_as_far_as_lightning_lets_a_cpu(tmp_path: Path) -> None:
+    placed = {"placement": "zero3", "offload": "all"}
+    recipe = written(tmp_path, train=placed)
+    example = Path(__file__).parents[2] / "examples" / "lightning_deepspeed.py"
+    done = subprocess.run([sys.executable, example, recipe], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "The DeepSpeed strategy is only supported on CUDA GPUs but `CPUAccelerator` is used" in done.stderr
+
+
+@DEEPSPEED
+@pytest.mark.long
+@pytest.mark.parametrize("offload", [False, True], ids=["stage 3", "offloaded"])
+def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, offload: bool) -> None:
+    """With a strategy of the test's that leaves the refusal out; in a process of its own, which DeepSpeed keeps."""
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.02}
+    tiny.save_model(tmp_path / "model", "bert", **plain)
+    changes: dict[str, Any] = {"global_batch_size": 4, "eval_strategy": "epoch", "eval_steps": None, "max_steps": 8}
+    written(tmp_path, rows=label_rows()[:28], train=changes, method={"head_init": "random"})
+    steps = Steps()
+    trainer, job = fitted(tmp_path, steps)
+    assert job.summary.splits["train"].rows % 4 == 0
+    here = [sys.executable, "-m", "tests.train.lightning_on_cpu", str(tmp_path), *(["offload"] if offload else [])]
+    done = subprocess.run(here, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "deepspeed.pt")
+    assert found["losses"] == pytest.approx(steps.losses, abs=1e-5)
+    assert max(found["norms"]) == pytest.approx(
+        trainer.callbacks[0].largest_grad_norm, rel=1e-3
+    )  # no divisor is missed
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "deepspeed").state_dict()
+    for name, values in job.module.model.state_dict().items():
+        torch.testing.assert_close(saved[name], values, rtol=1e-3, atol=1e-5)
+    assert trainer.global_step == 8

@@ -154,10 +154,7 @@ class FineTuningModule(L.LightningModule):
             selecting = self.head.only(labels, trained, in_pieces=in_pieces)
             wanted = self.head.wanted(labels).flatten().index_select(0, trained)
         with selecting:
-            outputs = self.model(**batch)
-        # As in a run: only the model computes in a smaller type.
-        with torch.autocast(self.device.type, enabled=False):
-            return self.learning.loss(outputs, wanted)
+            return self.learning.loss(self.model(**batch), wanted)
 
     # ---- scoring ---------------------------------------------------------------------------------------------------
 

@@ -26,10 +26,9 @@ _TRAINERS: dict[str, str] = {
     "early_stopping_threshold": "give the Trainer EarlyStopping(**job.monitor(), min_delta=...)",
     "report_to": "give the Trainer its loggers",
     "memory_limit": "the plan keeps to it, and nothing holds the process to it",
-    "offload": "the plan counts it, and the strategy does it, such as DeepSpeedStrategy(offload_optimizer=True)",
-    "placement": "the plan counts it, and the strategy does it: give the Trainer strategy=...",
 }
-"""Settings of `train` that have no effect, or one on the plan alone, and what to do instead."""
+"""Settings of `train` that have no effect, and what to do instead. `placement` and `offload` are for the plan, which
+counts the memory: see `misplaced`."""
 
 
 def problems_of(recipe: Recipe) -> list[str]:
