@@ -50,7 +50,8 @@ def test_lightnings_step_that_overflows_is_left_to_the_scaler(tmp_path: Path) ->
     train = {"max_steps": 3, "global_batch_size": 4, "warmup_steps": 0, "eval_strategy": "steps", "eval_steps": 3}
     rows = tiny.write_csv(tmp_path / "rows.csv", label_rows())
     with runs.without_tracing():
-        job = prepare(tiny.write_recipe(tmp_path / "recipe.yaml", model, rows, train=train))
+        recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, rows, train=train, method={"head_init": "random"})
+        job = prepare(recipe)
     guard = StepGuard()
     scaler, seen = torch.amp.GradScaler("cpu", init_scale=SCALE), Overflows(guard)
     given = job.trainer_arguments() | {"precision": None, "limit_val_batches": 0, "num_sanity_val_steps": 0}
