@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from fulltune.system import hardware, run_folder
 from fulltune.system.run_folder import Reached
 from fulltune.tasks.settings import check_model, check_settings_for
 from fulltune.train.loop.arguments import check_extra
+from fulltune.train.parent.machines import gathered
 from fulltune.train.parent.measure import measure as fastest_here
 from fulltune.train.parent.retry import train
 
@@ -43,7 +46,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     if until not in ("data", "plan"):
         job.refuse_several_methods()
     job = job if job.began else replace(job, began=time.time())
-    with run_folder.writing(job.folder), run_folder.locked(job.folder):
+    with run_folder.writing(job.folder), run_folder.locked(job.folder), on_all_machines(job) as job:
         # The ways out of what does not fit are looked up in the folder.
         with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")
@@ -66,6 +69,17 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
         if until == "evaluate":
             return Reached(job.folder, summary, trial, outcome, scores)
         return Reached(job.folder, summary, trial, outcome, scores, write_report(job))
+
+
+@contextlib.contextmanager
+def on_all_machines(job: Run) -> Iterator[Run]:
+    """The same run with the machines that train it together, when the recipe names several and they are here.
+
+    Raises:
+        SetupError: When some are missing, or differ.
+    """
+    with run_folder.not_left_when_refused(job.folder), gathered(job.place, job.recipe, job.folder, job.phase) as group:
+        yield replace(job, group=group)
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
@@ -151,7 +165,7 @@ def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:
 def make_plan(job: Run, summary: DataSummary) -> Plan:
     """The plan stage: settle every number, with its reason; a resumed run keeps them, but for where things lie."""
     job.phase("planning")
-    machine = hardware.here()
+    machine = job.machine
     before = run_folder.plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
     if before is not None and plan.is_placed_as(before, job.recipe):
         trial = before
@@ -173,6 +187,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
 
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     """Replace what was chosen by what is fastest here, measured; the rows of the table lie beside the plan."""
+    if job.recipe.train.num_machines > 1:
+        raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
     available = plan.budget_of(trial, job.recipe, job.model(summary), hardware.here()).available_bytes
     trial = fastest_here(job.recipe, trial, summary, job.folder, job.hooks, available, job.need(summary), job.listener)
     trial = plan.on_disk(job.recipe, trial, summary, hardware.disk_free_bytes(job.folder))
@@ -189,7 +205,7 @@ def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
     """
     if job.recipe.is_searched:
         raise RecipeError("search: is a line of its own, and this is one run; call fulltune.run, or name the settings")
-    return train(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary))
+    return train(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary), job.start)
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:

@@ -16,8 +16,12 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener, PhaseBegan
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system import hardware
+from fulltune.system.hardware import Machine
+from fulltune.system.machines import Place
 from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
+from fulltune.train.parent.machines import MachineGroup
+from fulltune.train.parent.spawn import Starter, in_new_process
 
 if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
@@ -37,6 +41,10 @@ class Run:
     began: float | None = None
     """When the command or call that does the whole line began: seconds since 1970; None: single stages are called."""
 
+    place: Place | None = None
+    """Which of several machines this one is; None: there is only one."""
+    group: MachineGroup | None = None
+    """All of them, while the line runs."""
     is_trial: bool = False
     """Of a search, whose choice the test rows play no part in: that they are scored is not noted."""
 
@@ -67,11 +75,21 @@ class Run:
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
         """The memory of a plan that is changed after it was made; the model is looked at when that is asked."""
         model = cache(lambda: self.model(summary))
-        return lambda changed: plan.need_of(changed, self.recipe, model(), hardware.here(), summary)
+        return lambda changed: plan.need_of(changed, self.recipe, model(), self.machine, summary)
+
+    @property
+    def machine(self) -> Machine:
+        """What training can count on: this machine, or the least of several."""
+        return hardware.here() if self.group is None else self.group.weakest
 
     def phase(self, name: str) -> None:
         """Tell the listener what begins."""
         self.listener(PhaseBegan(name=name))
+
+    @property
+    def start(self) -> Starter:
+        """How training processes are started."""
+        return in_new_process if self.group is None else self.group.start
 
     def refuse_several_methods(self) -> None:
         """A run trains one method.

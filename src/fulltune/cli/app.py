@@ -103,6 +103,9 @@ def run(
     as_json: options.Json = False,
     search: options.SearchRate = False,
     budget: options.SearchBudget = None,
+    machine_rank: options.MachineRank = None,
+    rendezvous: options.Rendezvous = None,
+    wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
     """Do all stages: data, plan, train, evaluate, report. The same command continues an unfinished run."""
     from fulltune import report
@@ -112,8 +115,10 @@ def run(
     began = time.time()
     overrides = [*(set_ or []), *["method.learning_rate=search"] * search]
     overrides += [f"search.budget={budget}"] if budget is not None else []
+    place = stages.join(target, overrides, machine_rank, rendezvous, wait_for_machines)
     recipe, folder = stages.open_run(target, overrides, run_folder, fresh, "report")
-    reached = stages.finished(recipe, folder) or stages.reach(recipe, folder, "report", details=True, began=began)
+    reached = stages.finished(recipe, folder)
+    reached = reached or stages.reach(recipe, folder, "report", details=True, began=began, place=place)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
@@ -213,11 +218,15 @@ def train(
     run_folder: options.RunFolder = None,
     fresh: options.Fresh = False,
     as_json: options.Json = False,
+    machine_rank: options.MachineRank = None,
+    rendezvous: options.Rendezvous = None,
+    wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
     """Train, and leave the model in the folder models of the run."""
     from fulltune.train.run_time import run_seconds
 
-    folder, reached = stages.go("train", target, set_, run_folder, fresh)
+    place = stages.join(target, set_, machine_rank, rendezvous, wait_for_machines)
+    folder, reached = stages.go("train", target, set_, run_folder, fresh, place)
     outcome = reached.outcome
     assert outcome is not None
     if as_json:

@@ -84,6 +84,17 @@ MethodName = Annotated[
     str | None,
     typer.Option("--method", help="Which of the run's models; default: the method that the comparison recommends."),
 ]
+MachineRank = Annotated[
+    int | None,
+    typer.Option("--machine-rank", help="Of several machines the number of this one, from 0 (docs/scale.md)."),
+]
+Rendezvous = Annotated[
+    str | None,
+    typer.Option("--rendezvous", help="Where several machines meet: machine 0's name.", metavar="HOST[:PORT]"),
+]
+WaitForMachines = Annotated[
+    str, typer.Option("--wait-for-machines", help="How long machines wait for each other.", metavar="TIME")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 Column = Annotated[
     str | None,

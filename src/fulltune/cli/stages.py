@@ -21,6 +21,7 @@ from fulltune.errors import InterruptedRun, RecipeError, SetupError
 if TYPE_CHECKING:
     from fulltune.recipe.fields import Recipe
     from fulltune.run_context import Until
+    from fulltune.system.machines import Place
     from fulltune.system.run_folder import Reached
 
 # No emoji: `a.csv:100:` would lose its line.
@@ -29,11 +30,43 @@ out = Console(highlight=False, emoji=False)
 
 
 def go(
-    until: Until, target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, details: bool = True
+    until: Until,
+    target: Path,
+    overrides: list[str] | None,
+    folder: Path | None,
+    fresh: bool,
+    place: Place | None = None,
 ) -> tuple[Path, Reached]:
     """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
     recipe, found = open_run(target, overrides, folder, fresh, until)
-    return found, reach(recipe, found, until, details)
+    return found, reach(recipe, found, until, details=True, place=place)
+
+
+def join(
+    target: Path, overrides: list[str] | None, rank: int | None, rendezvous: str | None, wait: str
+) -> Place | None:
+    """Which of several machines this one is; the command of any but the first does its part here, and ends.
+
+    Raises:
+        FulltuneError: With machine 0's exit code, when its command failed.
+        RecipeError: What the command line says does not go with `train.num_machines`.
+    """
+    from fulltune.recipe.file import load_recipe
+    from fulltune.system import run_folder
+    from fulltune.system.machines import place_of
+
+    recipe = run_folder.recipe_of(target) if target.is_dir() else load_recipe(target, overrides or [])
+    if rank is None and rendezvous is None and target.is_dir():
+        return None  # refused when something is left to train
+    place = place_of(recipe, rank, rendezvous, wait)
+    if place is None or place.rank == 0:
+        return place
+    if target.is_dir() and run_folder.is_complete(target):
+        raise typer.Exit
+    from fulltune.train.parent.follow import follow
+
+    follow(place, recipe, lambda phase: err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True))
+    raise typer.Exit
 
 
 def open_run(
@@ -80,7 +113,13 @@ def finished(recipe: Recipe, folder: Path) -> Reached | None:
 
 
 def reach(
-    recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, began: float | None = None
+    recipe: Recipe,
+    folder: Path,
+    until: Until,
+    details: bool,
+    measure: bool = False,
+    began: float | None = None,
+    place: Place | None = None,
 ) -> Reached:
     """Run the pipeline; `began` is when the command did, before it imported anything: None for now."""
     from fulltune.system import run_folder
@@ -93,7 +132,7 @@ def reach(
         from fulltune.search.run import run
 
         with Display(err, details) as display:
-            return run(Run(recipe, folder, listener=display, began=began), until, measure)
+            return run(Run(recipe, folder, listener=display, began=began, place=place), until, measure)
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None

@@ -137,7 +137,7 @@ class FineTuningData(L.LightningDataModule):
         chunks: Any = _EvalBatches(Share(self._eval_rows, positions), positions[:count], size)
         return EvalLoader(DataLoader(chunks, batch_size=None, collate_fn=self._scored, **self._options()))
 
-    def _scored(self, batch: tuple[list[Any], list[int]]) -> dict[str, Any]:
+    def _scored(self, batch: Any) -> dict[str, Any]:
         rows, positions = batch
         return self._collated_for_scoring(rows) | {POSITIONS: positions}
 

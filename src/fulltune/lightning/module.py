@@ -148,7 +148,8 @@ class FineTuningModule(L.LightningModule):
     def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """Of each item, summed."""
         labels, trained = batch.pop("labels"), batch.pop(TRAINED, None)
-        wanted, selecting = labels, contextlib.nullcontext()
+        wanted = labels
+        selecting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.head is not None:
             in_pieces = self.head.in_pieces and self.plan.chunked_loss
             selecting = self.head.only(labels, trained, in_pieces=in_pieces)
@@ -208,7 +209,7 @@ class FineTuningModule(L.LightningModule):
         is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"
         unfused = plan.optim in OWN_OPTIMIZERS or (is_mixed and plan.optim == "adamw_torch_fused")
         name = "adamw_torch" if unfused else plan.optim
-        given = SimpleNamespace(
+        given: Any = SimpleNamespace(
             **{name: getattr(train, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
             **{"learning_rate": plan.learning_rate, "optim": OptimizerNames(name), "optim_args": None},
         )

@@ -100,8 +100,8 @@ class Recipe(Block):
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         # Of the machine, not of the result; but several runs are compared in memory and time as well.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
-        placing = () if self.methods or self.is_searched else placing
-        for name in ("notice", "hang_timeout", *placing):
+        several = self.methods or self.is_searched
+        for name in ("notice", "hang_timeout", *(() if several else placing)):
             del settings["train"][name]
         settings["compare"]["budget"] = settings["search"]["budget"] = None  # more time goes on with the same one
         return settings

@@ -31,6 +31,37 @@ class Environment(Record):
     commit: str | None = None
 
 
+class MachineUsed(Record):
+    """One of several machines that trained a model."""
+
+    rank: int
+    host: str
+    cpu: str
+    num_cores: int
+    memory_bytes: int
+    devices: tuple[str, ...]
+    ranks: tuple[int, ...] = ()
+    """Of the training processes that ran there in the last attempt; torchrun deals them out."""
+
+
+class MachinesUsed(Record):
+    """All of them."""
+
+    rendezvous: str
+    machines: tuple[MachineUsed, ...]
+
+
+class RankUsed(Record):
+    """On which of several machines a training process of an attempt runs."""
+
+    rank: int
+    machine: int
+
+    def save_in(self, attempt: Path) -> None:
+        """Beside the attempt's log."""
+        self.save(attempt / f"rank-{self.rank}.json")
+
+
 class Command(Record):
     """A whole `fulltune run`, from its start to its report."""
 

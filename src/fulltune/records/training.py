@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from fulltune.records.base import Record
@@ -20,6 +21,7 @@ OutcomeStatus = Literal[
     "error",
     "killed",
     "hung",
+    "lost",
     "crashed",
 ]
 
@@ -46,6 +48,21 @@ class Moved(Record):
     def share(self) -> float:
         """Share of the values that received a gradient and changed, 0 to 1."""
         return self.num_values_moved / max(1, self.num_values_with_gradient)
+
+
+class LostPart(Record):
+    """A machine's part of an attempt that could not say itself how it ended."""
+
+    rank: int
+    """Of the machine."""
+    host: str
+    reason: str
+    kind: Literal["machine", "killed", "out_of_memory"] = "machine"
+    """What was lost: the machine, or its processes."""
+
+    def file_in(self, folder: Path) -> Path:
+        """Beside the attempt's outcomes."""
+        return folder / f"lost-machine{self.rank}.json"
 
 
 class Outcome(Record):

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fulltune.errors import SetupError
@@ -86,6 +87,11 @@ def here() -> Machine:
         memory_bytes_per_second=copied,
         shared_memory_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
     )
+
+
+def weakest(found: Sequence[Machine]) -> Machine:
+    """What can be counted on, on each of several machines."""
+    return found[0]
 
 
 def bf16_speedup() -> float:

@@ -10,6 +10,8 @@ from fulltune.records.plan import Plan
 from fulltune.system import deepspeed
 
 INITIAL_WEIGHTS = "initial.safetensors"
+MACHINE = "FULLTUNE_MACHINE"
+"""Variable that tells a worker which of several machines it runs on."""
 
 
 class Request(Record):

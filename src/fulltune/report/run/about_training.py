@@ -38,6 +38,7 @@ from fulltune.text import (
     format_share,
     listed,
     ordinal,
+    ranges,
 )
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
@@ -252,4 +253,23 @@ def environment(view: RunView) -> Section | None:
     )
     packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(found.packages.items())))
     folded = Folded("package versions", (packages,))
-    return Section("environment", "Environment", (Facts(facts), *[folded] * bool(found.packages)))
+    return Section("environment", "Environment", (Facts(facts), *_machines(view), *[folded] * bool(found.packages)))
+
+
+def _machines(view: RunView) -> tuple[Table, ...]:
+    """Of several machines each, with the processes that ran on it."""
+    if view.machines is None:
+        return ()
+    rows = tuple(
+        (
+            str(one.rank),
+            Cell(one.host, foreign=True),
+            ranges(one.ranks) or "none",
+            Cell(listed(one.devices) or one.cpu, foreign=True),
+            str(one.num_cores),
+            format_bytes(one.memory_bytes),
+        )
+        for one in view.machines.machines
+    )
+    header = ("machine", "host", "ranks", "devices", "cores", "memory")
+    return (Table("Machines of the last attempt", header, rows, numeric=frozenset({4, 5})),)

@@ -138,8 +138,9 @@ def _how_to_go_on(status: str | None) -> str:
     match status:
         case None:
             return "There is no trained model in this run folder. 'fulltune run RECIPE' continues where the run ended."
-        case "interrupted" | "killed" | "crashed" | "hung":
-            return f"The run was {status}: the same 'fulltune run' command continues from the last checkpoint."
+        case "interrupted" | "killed" | "crashed" | "hung" | "lost":
+            what = "A machine was lost" if status == "lost" else f"The run was {status}"
+            return f"{what}: the same 'fulltune run' command continues from the last checkpoint."
         case "diverged" | "spiked":
             return (
                 "There is no trained model in this run folder. Read 'Training' above for what happened; most often "

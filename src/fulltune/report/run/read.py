@@ -20,7 +20,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, event_of
 from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import Plan
-from fulltune.records.run import ACCESSES, Access, Command, Environment
+from fulltune.records.run import ACCESSES, Access, Command, Environment, MachinesUsed
 from fulltune.records.scores import Scores
 from fulltune.records.search import Searched
 from fulltune.records.training import Outcome
@@ -89,6 +89,8 @@ class RunView:
     """How its settings were searched."""
     preserved: Mapping[str, Preserved] = field(default_factory=dict)
     """How each trial with a budget for forgetting kept it."""
+    machines: MachinesUsed | None = None
+    """Of a run over several machines."""
     accesses: tuple[Access, ...] = ()
     """Every time that its test rows were scored, also by other runs beside it."""
 
@@ -168,6 +170,7 @@ def read_run(folder: Path) -> RunView:
         missing=(),
         unreadable_lines=0,
         command=files.record(Command, folder / "command.json"),
+        machines=files.record(MachinesUsed, folder / "machines.json"),
         searched=files.record(Searched, folder / "search.json"),
         preserved={one.trial: one for one in files.records(Preserved, folder.glob("preserve/*.json"))},
         accesses=files.accesses(),

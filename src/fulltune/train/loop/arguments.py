@@ -188,6 +188,12 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     try:
         made = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and plan.num_processes > 1:  # they are connected here
+            raise SetupError(
+                f"train.num_processes: {plan.num_processes} processes cannot reach each other: "
+                f"{' '.join(str(error).split())}; name the network interface that leads to the other machines in "
+                "GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME too), and open their ports to each other"
+            ) from None
         raise RecipeError(f"train: transformers refuses these settings: {' '.join(str(error).split())}") from None
     if made.n_gpu > 1:
         # The Trainer would split each micro batch over all GPUs it sees (DataParallel) and scale the loss.

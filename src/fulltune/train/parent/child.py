@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune.records.events import Event, Listener, Warned, event_of
-from fulltune.records.training import Outcome, OutcomeStatus
+from fulltune.records.training import LostPart, Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.text import parse_seconds
 from fulltune.train.checkpoints import last_saved
@@ -98,7 +98,9 @@ def _written(request: Request) -> list[Outcome]:
 
 
 def _tail(request: Request) -> list[str]:
-    return (request.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+    """The last lines of the log; of several machines each has one."""
+    logs = (request.folder / "log.txt", *sorted(request.folder.glob("log-machine*.txt")))
+    return [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]]
 
 
 def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool) -> Outcome:
@@ -112,10 +114,15 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     told = next((outcome for outcome in written if outcome.status != "error"), None)
     if told is None and written and not killed and not about_memory:
         told = written[0]
-    if told is not None:
+    if told is not None and told.status != "error":
         return told
     status: OutcomeStatus
-    if asked:
+    lost = [LostPart.load(file) for file in sorted(request.folder.glob("lost-machine*.json"))]
+    if lost and not asked:
+        status, reason = _of_lost(lost[0])
+    elif told is not None:
+        return told
+    elif asked:
         done, saved = last_step(request.folder), last_saved(request.checkpoints)
         kept = f"step {saved:,} is saved" if saved else "there is no checkpoint yet"
         before = f"interrupted before step {(saved or 0) + 1:,}{f'; {kept}' if saved else ''}"
@@ -137,6 +144,20 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
         phase=phase_of(request.folder),
         log_tail=tuple(tail) if status == "crashed" else (),
     )
+
+
+def _of_lost(part: LostPart) -> tuple[OutcomeStatus, str]:
+    """What it means that a machine's part ended without a word."""
+    name = f"machine {part.rank} ({part.host})"
+    match part.kind:
+        case "out_of_memory":
+            return "out_of_memory", f"the kernel killed a training process of {name} because memory ran out"
+        case "killed":
+            return (
+                "killed",
+                f"the training processes of {name} were killed (SIGKILL), most often because memory ran out",
+            )
+    return "lost", f"{name} was lost: it {part.reason}"
 
 
 def _killed_one(request: Request, tail: Sequence[str]) -> str:

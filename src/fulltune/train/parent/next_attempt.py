@@ -14,6 +14,8 @@ from fulltune.text import format_bytes
 from fulltune.train.parent.memory_fallbacks import Fallback, Need, fallbacks, freed
 
 MOST_KILLS = 4
+MOST_LOST = 20
+"""Machines that can be taken away at any time are lost more often than processes are killed."""
 _MARK = "; memory ran out"
 _WHERE: dict[Phase | None, str] = {
     None: "",
@@ -57,10 +59,11 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
     """Choose the remedy for the last outcome, or None when there is none.
 
     Out of memory in a step: half the micro batch with the same global batch, then a chunked loss, activation
-    checkpointing, 8-bit states; in an evaluation half its batch, then 8-bit states. While loading, saving or resuming a
-    smaller batch frees nothing: once more as it was, because the shortage may pass, then 8-bit states (but in loading).
-    One that hung: once more as it was. Killed without a word, and not by the kernel: once more as it was, then treated
-    as memory, which it most often is.
+    checkpointing, 8-bit states; in an evaluation half its batch, then 8-bit states. While loading, saving or
+    resuming a smaller batch frees nothing: once more as it was, because the shortage may pass, then 8-bit states
+    (but in loading). One that hung: once more as it was. With a machine that was lost: as it was, when it is back.
+    Killed without a word, and not by the kernel: once more as it was, then treated as memory, which it most often
+    is.
 
     Args:
         recipe: What it gives is kept, except batch sizes.
@@ -71,6 +74,9 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
     last = history[-1]
     if last.status == "hung" and sum(outcome.status == "hung" for outcome in history) == 1:
         return NextAttempt(plan, resume=True, reason=f"{last.reason}; going on from the last whole checkpoint")
+    if last.status == "lost" and sum(outcome.status == "lost" for outcome in history) <= MOST_LOST:
+        reason = f"{last.reason}; going on from the last whole checkpoint when all machines are there"
+        return NextAttempt(plan, resume=True, reason=reason)
     if last.status not in ("out_of_memory", "killed"):
         return None
     kills = sum(outcome.status == "killed" for outcome in history)

@@ -8,12 +8,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
+from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.training import NVME
 from fulltune.records.events import AttemptFailed, Listener, PhaseBegan, Resumed, Warned
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
+from fulltune.system.machines import without_the_others
 from fulltune.system.run_folder import lost_weights, save_plan
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
@@ -57,18 +58,19 @@ def train(
         The outcome of the last attempt, with status `done`.
 
     Raises:
+        RecipeError: It is to be trained on several machines, and the others are not here.
         InterruptedRun: After Ctrl-C or SIGTERM; the same command continues.
         GuardStop: A guard stopped it, or the process died.
         DoesNotFitError: Memory or disk ran out and no remedy is left.
     """
     done = outcomes(folder, plan.trial)
-    model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
-    if model_folder is not None and lost_weights(folder / model_folder) is None:
+    if _is_trained(folder, done):
         _tidy(folder, plan.trial)
         return done[-1]
+    if recipe.train.num_machines > 1 and start is in_new_process:
+        raise RecipeError(without_the_others(recipe))
     (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # of a model that is no longer there
-    history: list[Outcome] = []
-    tried: list[str] = []
+    history, tried = list[Outcome](), list[str]()
     change = NextAttempt(plan, resume=True)
     while True:
         request = Request(
@@ -105,6 +107,11 @@ def train(
         if hooks.needs_this_process:
             gc.collect()  # the trainer of the attempt before, with its model
         change = following
+
+
+def _is_trained(folder: Path, done: Sequence[Outcome]) -> bool:
+    model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
+    return model_folder is not None and lost_weights(folder / model_folder) is None
 
 
 def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAttempt | None:
@@ -191,6 +198,8 @@ def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fulltune
             if request.plan.offload.startswith(NVME):
                 return InterruptedRun(f"{outcome.reason}; it cannot be continued, because its optimizer lay on a disk")
             return InterruptedRun(f"{outcome.reason}; the same command continues it")
+        case "lost":
+            return InterruptedRun(f"{outcome.reason}; the same command on all machines continues it")
         case "out_of_memory":
             return DoesNotFitError(no_way_out(request.recipe, request.plan, outcome, tried))
         case "disk_full":

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from fulltune.system import allocator, deepspeed, hardware
-from fulltune.train.request import Request
+from fulltune.train.request import MACHINE, Request
 
 _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
@@ -28,6 +29,10 @@ peaked at 745 MB instead of 1,020 to 1,100, in steps that took 15 and 23 % longe
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 """Compiled kernels that oneDNN, and PyTorch above it, keep on a CPU: one for each shape, 1,024 by default. In bf16 a
 training on texts of 57 lengths held 280 MiB of them; 64 are more than a step needs. Both have to be set."""
+
+
+_PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
+"""How lines of several processes are told apart in a machine's log; each also has files of its own."""
 
 
 class Child(Protocol):
@@ -47,27 +52,47 @@ class Starter(Protocol):
     def __call__(self, request: Request, log: Path) -> Child: ...
 
 
-def in_new_process(request: Request, log: Path) -> Child:
-    """A process, or with torchrun several, that imports everything anew."""
+@dataclass(frozen=True)
+class Meeting:
+    """Where one of several machines finds the others for an attempt: torchrun's words for it."""
+
+    machine: int
+    endpoint: str
+    id: str
+    conf: str
+    address: str
+    """Under which the others reach this machine."""
+
+
+def in_new_process(request: Request, log: Path, meeting: Meeting | None = None) -> Child:
+    """A process, or with torchrun several, that imports everything anew; of several machines this one's."""
     with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
-            command(request, request.folder / "request.json"),
+            command(request, request.folder / "request.json", meeting),
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=environment(request),
+            env=environment(request) | (of_machine(meeting) if meeting else {}),
         )
 
 
-def command(request: Request, file: Path) -> list[str]:
+def command(request: Request, file: Path, meeting: Meeting | None = None) -> list[str]:
     """The command that starts the worker, under torchrun for several processes."""
     worker = ["-m", "fulltune.train.worker.main", str(file)]
     processes = request.plan.num_processes
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    if meeting is not None:
+        train = request.recipe.train
+        together = [f"--nnodes={train.num_machines}", f"--nproc-per-node={train.processes_per_machine}"]
+        together += ["--rdzv-backend=c10d", f"--rdzv-endpoint={meeting.endpoint}", f"--rdzv-id={meeting.id}"]
+        together += [f"--rdzv-conf={meeting.conf}", f"--local-addr={meeting.address}"]
+        logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{meeting.machine}'}"]
+        return [*torchrun, *together, *logs, *worker, str(os.getpid())]
     # DeepSpeed needs torchrun's variables even for one process.
     if processes == 1 and not deepspeed.wanted(request.recipe):
         return [sys.executable, *worker]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *worker]
+    return [*torchrun, "--standalone", f"--nproc-per-node={processes}", *worker]
 
 
 def environment(request: Request) -> dict[str, str]:
@@ -80,9 +105,25 @@ def environment(request: Request) -> dict[str, str]:
     variables = {"GLIBC_TUNABLES": tunables} | KERNEL_CACHES | variables
     if request.plan.num_processes > 1:
         # torchrun would give each process one thread, whatever the number of cores.
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, hardware.num_cores() // request.plan.num_processes)))
+        threads = max(1, hardware.num_cores() // request.recipe.train.processes_per_machine)
+        variables.setdefault("OMP_NUM_THREADS", str(threads))
     if deepspeed.wanted(request.recipe):
         variables["DS_ACCELERATOR"] = "cpu"
+    return variables
+
+
+def of_machine(meeting: Meeting) -> dict[str, str]:
+    """The further variables of a worker on one of several machines.
+
+    Gloo would take the interface of the host's name, which on many machines is the loopback.
+    """
+    import psutil
+
+    variables = {MACHINE: str(meeting.machine), **_PREFIX}
+    addresses = psutil.net_if_addrs()
+    interface = next((name for name, its in addresses.items() if meeting.address in {one.address for one in its}), None)
+    if interface is not None:
+        variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     return variables
 
 

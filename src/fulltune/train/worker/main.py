@@ -23,6 +23,7 @@ from typing import Any
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, Spiked
 from fulltune.recipe.training import NVME
 from fulltune.records.events import Listener
+from fulltune.records.run import RankUsed
 from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system import allocator, deepspeed
 from fulltune.system.meter import life_peak_bytes
@@ -30,7 +31,7 @@ from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal, heartbeat_of, last_step
-from fulltune.train.request import Request
+from fulltune.train.request import MACHINE, Request
 from fulltune.train.worker.observed import Observed
 
 
@@ -164,15 +165,18 @@ def _peak_memory_bytes() -> int:
     return life_peak_bytes()
 
 
-def main(file: str) -> int:
-    """Entry of the child process."""
+def main(file: str, parent: str | None = None) -> int:
+    """Entry of the child process; on another machine than the request's writer it has a parent of its own."""
     request = Request.load(Path(file))
-    if request.parent_pid is not None:
-        _end_with_parent(request.parent_pid)
+    parent_pid = request.parent_pid if parent is None else int(parent)
+    if parent_pid is not None:
+        _end_with_parent(parent_pid)
+    if (machine := os.environ.get(MACHINE)) is not None:
+        RankUsed(rank=int(os.environ["RANK"]), machine=int(machine)).save_in(request.folder)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     outcome = run(request, Hooks())
     return 0 if outcome.status == "done" else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

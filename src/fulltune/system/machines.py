@@ -1,0 +1,386 @@
+"""Several machines that train one model: how they find each other, and what they tell each other meanwhile.
+
+They talk through a folder that all of them see. Each machine writes one file there, anew every two seconds as a sign of
+life, and reads those of the others; so nothing but machine 0's file says what is to be done, and no port is needed but
+torchrun's. `train/parent/machines.py` starts the processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from fulltune.errors import RecipeError, SetupError
+from fulltune.recipe.fields import Recipe
+from fulltune.records.base import Record
+from fulltune.system import deepspeed
+from fulltune.system.hardware import Machine
+from fulltune.system.run_folder import PACKAGES
+from fulltune.text import first_few, format_bytes, parse_seconds
+
+FOLDER = ".fulltune-machines"
+"""In the recipe's `output`; a job has a folder in it by its rendezvous."""
+DEFAULT_PORT = 29500
+"""torchrun's."""
+BEAT_SECONDS = 2.0
+GONE_SECONDS = 60.0
+"""Without a sign of life for so long a machine is taken for lost: file servers may show a change half a minute late."""
+_ENDS_BYTES = 2**20
+_WHOLE_BYTES = 64 * 2**20
+"""Of larger files the size and both ends are compared."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the machines this one is, and where all of them meet."""
+
+    rank: int
+    host: str
+    port: int
+    wait_seconds: float
+
+    @property
+    def rendezvous(self) -> str:
+        """As torchrun reads it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def file_of(self, recipe: Recipe, rank: int) -> Path:
+        """A machine's file. Not named by the recipe's settings: that these agree is found out there."""
+        return Path(recipe.output) / FOLDER / f"{self.host}-{self.port}".replace(":", "-") / f"machine-{rank}.json"
+
+
+def place_of(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> Place | None:
+    """What the command line says of this machine; None: there is only one.
+
+    Raises:
+        RecipeError: When that does not go with `train.num_machines`, naming everything that is wrong.
+    """
+    machines = recipe.train.num_machines
+    if machines == 1:
+        if rank is None and rendezvous is None:
+            return None
+        raise RecipeError(
+            "--machine-rank, --rendezvous: are for several machines, and train.num_machines is 1; leave them out, or "
+            "set train.num_machines"
+        )
+    if rank is None and rendezvous is None:
+        raise RecipeError(without_the_others(recipe))
+    problems = []
+    if rank is None or not 0 <= rank < machines:
+        found = "it is missing" if rank is None else f"found {rank}"
+        problems.append(
+            f"--machine-rank: {found}, and train.num_machines is {machines}; give each machine its number, 0 to "
+            f"{machines - 1} ('fulltune launch' writes the commands)"
+        )
+    host, port = None, 0
+    try:
+        host, port = _host_and_port(rendezvous or "")
+    except ValueError as error:
+        problems.append(f"--rendezvous: {error}; give machine 0's name and a free port of it, such as node0:29500")
+    seconds = 0.0
+    try:
+        seconds = parse_seconds(wait)
+    except ValueError as error:
+        problems.append(f"--wait-for-machines: {error}")
+    if problems or rank is None or host is None:
+        raise RecipeError(problems)
+    return Place(rank, host, port, seconds)
+
+
+def without_the_others(recipe: Recipe) -> str:
+    """Why a command that was given no place among the machines of a recipe cannot train."""
+    return (
+        f"train.num_machines: {recipe.train.num_machines}, and this command would train on one machine; start it on "
+        "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set train.num_machines=1"
+    )
+
+
+def _host_and_port(given: str) -> tuple[str, int]:
+    """Of `node0`, `node0:29500` or `[fd00::1]:29500`."""
+    host, _, port = given.rpartition(":") if not given.startswith("[") else given[1:].partition("]")
+    if given.startswith("["):
+        port = port.removeprefix(":")
+    elif not host or ":" in host:  # no port, or an IPv6 address without brackets
+        host, port = given, ""
+    if not host or any(sign in host for sign in " /\\'\"$`"):
+        raise ValueError(f"expected HOST or HOST:PORT, found '{given}'")
+    if port and not (port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"expected a port from 1 to 65535, found '{port}'")
+    return host, int(port or DEFAULT_PORT)
+
+
+def own_address(host: str, port: int) -> str:
+    """This machine's address as another one sees it: of the interface that leads there.
+
+    Its own name would not do: many machines take that for the loopback.
+
+    Args:
+        host: Name or address of the other machine.
+        port: Any.
+
+    Raises:
+        SetupError: When no interface leads there.
+    """
+    problem = ""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)  # of a datagram socket: nothing is sent
+                return str(probe.getsockname()[0])
+    except OSError as error:
+        problem = f" ({error.strerror})"
+    raise SetupError(
+        f"--rendezvous: {host} is not known on {socket.gethostname()}, or there is no way to it{problem}; give a "
+        "name or an address of machine 0 that all machines know"
+    )
+
+
+# ---- what they write -------------------------------------------------------------------------------------------
+
+
+class Started(Record):
+    """An attempt that all machines take part in."""
+
+    id: str
+    request: str
+    """Path of its file."""
+
+
+class Ended(Record):
+    """How machine 0's command ended."""
+
+    exit_code: int
+    problems: tuple[str, ...] = ()
+
+
+class Leader(Record):
+    """What machine 0 says."""
+
+    token: str
+    """Of this command: who answers with it has read this file, and can write beside it."""
+    beat: int = 0
+    host: str
+    attempt: Started | None = None
+    ended: Ended | None = None
+
+
+class Part(Record):
+    """How one machine's part of an attempt ended."""
+
+    attempt: str
+    code: int
+    """torchrun's exit code; negative: the signal that killed it."""
+    out_of_memory: bool = False
+    """The kernel killed a process meanwhile because memory ran out."""
+
+
+class Member(Record):
+    """What a machine says of itself."""
+
+    rank: int
+    token: str
+    beat: int = 0
+    instance: str
+    """Of its command: a machine that was restarted is another one for the attempt at hand."""
+    host: str
+    address: str
+    """Under which the others reach it."""
+    versions: dict[str, str]
+    settings: dict[str, str]
+    files: dict[str, str]
+    """Of the recipe's files, by path: their sizes and a hash."""
+    machine: Machine
+    part: Part | None = None
+
+    @property
+    def label(self) -> str:
+        return f"machine {self.rank} ({self.host})"
+
+
+def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> Member:
+    """This machine, as the others are told of it."""
+    return Member(
+        rank=place.rank,
+        token=token,
+        instance=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        address=own_address(place.host, place.port),
+        versions=_versions(recipe),
+        settings=_flat(recipe.model_dump(mode="json")),
+        files={str(path): _content(path) for path in _paths(recipe)},
+        machine=machine,
+    )
+
+
+def _versions(recipe: Recipe) -> dict[str, str]:
+    names = ("fulltune", *PACKAGES, *(("deepspeed",) if deepspeed.wanted(recipe) else ()))
+    found = {"Python": ".".join(map(str, sys.version_info[:3]))}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by their dotted names."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = json.dumps(value, ensure_ascii=False)
+    return found
+
+
+def _paths(recipe: Recipe) -> list[Path]:
+    """The files and folders that the recipe names; a model of the Hub is none."""
+    data, preserve = recipe.data, recipe.preserve
+    named: list[Any] = [*data.task_files, *(one.path for one in data.mixed_files)]
+    named += [data.eval, data.test, data.patch, data.chat_template, data.contamination]
+    named += [preserve.probe, preserve.replay, preserve.task, recipe.train.extra.get("deepspeed"), recipe.model.name]
+    return [Path(one) for one in named if isinstance(one, str) and Path(one).is_absolute()]
+
+
+def _content(path: Path) -> str:
+    """Size and hash of a file, or of a folder's files; of large files both ends are read."""
+    if not path.exists():
+        return "missing"
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    found, total = hashlib.blake2b(digest_size=8), 0
+    for file in files:
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as opened:
+            if size <= _WHOLE_BYTES:
+                found.update(opened.read())
+            else:
+                found.update(opened.read(_ENDS_BYTES))
+                opened.seek(-_ENDS_BYTES, 2)
+                found.update(opened.read())
+        total += size
+    return f"{format_bytes(total)}, {found.hexdigest()}"
+
+
+def differences(first: Member, others: Sequence[Member]) -> list[str]:
+    """What the machines must have in common and do not, a line for each machine and kind: a pure function."""
+    lines = []
+    for other in others:
+        versions = [
+            f"{name} {other.versions.get(name, 'none')} (machine 0: {mine})"
+            for name, mine in first.versions.items()
+            if other.versions.get(name) != mine
+        ]
+        settings = [
+            f"{name} is {other.settings.get(name, 'not set')} (machine 0: {first.settings.get(name, 'not set')})"
+            for name in sorted({*first.settings, *other.settings})
+            if other.settings.get(name) != first.settings.get(name)
+        ]
+        files = [
+            f"{path}: {other.files.get(path, 'missing')} (machine 0: {mine})"
+            for path, mine in first.files.items()
+            if other.files.get(path) != mine and not settings
+        ]
+        remedy = {"has other versions": "install the same ones on all machines"}
+        for what, found in (
+            ("has other versions", versions),
+            ("reads another recipe", settings),
+            ("sees other files", files),
+        ):
+            if found:
+                do = remedy.get(what, "give all machines the same files, in a folder that they share")
+                lines.append(f"{other.label} {what}: {first_few(found)}; {do}")
+    return lines
+
+
+# ---- signs of life ---------------------------------------------------------------------------------------------
+
+Told = TypeVar("Told", Leader, Member)
+
+
+class SignOfLife(Generic[Told]):
+    """This machine's file, written anew every two seconds until `end`.
+
+    Args:
+        path: The file.
+        record: What it says first.
+    """
+
+    def __init__(self, path: Path, record: Told) -> None:
+        self.path = path
+        self.record: Told = record
+        self._lock, self._ends = threading.Lock(), threading.Event()
+        self.tell()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def tell(self, **changes: Any) -> None:
+        """Write it at once, with these changes."""
+        with self._lock:
+            self.record = self.record.model_copy(update={**changes, "beat": self.record.beat + 1})
+            self.record.save(self.path)
+
+    def end(self) -> None:
+        """Nothing more is written."""
+        self._ends.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._ends.wait(BEAT_SECONDS):
+            # A file server that is away for a moment; while it is, the others see no sign of life.
+            with contextlib.suppress(OSError):
+                self.tell()
+
+
+class HeardFrom(Generic[Told]):
+    """Another machine's file, and for how long it has said nothing new, by this machine's clock.
+
+    Args:
+        path: The file, which may not be there yet.
+        kind: Its record's class.
+    """
+
+    def __init__(self, path: Path, kind: type[Told]) -> None:
+        self.path = path
+        self._kind: type[Told] = kind
+        self.told: Told | None = None
+        self.is_alive = False
+        """It has changed while we looked: what lies there from an earlier job does not."""
+        self._since, self._has_looked = time.monotonic(), False
+
+    def look(self) -> Told | None:
+        """What it says now."""
+        try:
+            told: Told | None = self._kind.load(self.path)
+        except OSError:  # not there, or just replaced on a file server
+            told = self.told
+        if told != self.told:
+            self.is_alive, self.told, self._since = self._has_looked, told, time.monotonic()
+        self._has_looked = True
+        return self.told
+
+    @property
+    def silent_seconds(self) -> float:
+        return time.monotonic() - self._since
+
+
+@contextlib.contextmanager
+def telling(path: Path, record: Told) -> Iterator[SignOfLife[Told]]:
+    """A sign of life for as long as the block runs."""
+    sign = SignOfLife(path, record)
+    try:
+        yield sign
+    finally:
+        sign.end()

@@ -1,0 +1,134 @@
+"""Two commands as two machines: one rendezvous, one run; machines that differ, stop, or are lost."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fulltune.records.run import MachinesUsed
+from fulltune.records.training import Outcome
+from fulltune.system.hardware import num_cores
+from tests import tiny
+from tests.invariant import placed
+from tests.invariant.placed import FAMILIES, Curve, Place
+from tests.invariant.two_machines import Job, two_machines
+from tests.train import runs
+
+pytestmark = [pytest.mark.long, pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process")]
+
+ENCODER, DDP = FAMILIES["encoder"], Place("ddp:2")
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    """The same run in one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    with runs.in_this_process():
+        placed.train(folder, ENCODER, Place("single"), max_steps=STEPS, precision="fp32")
+    return placed.read(folder)
+
+
+def assert_whole(job: Job, one: Curve) -> None:
+    """Both commands ended well, with the curve of one process."""
+    assert job.wait_for() == [0, 0], f"{job.said(0)}\n{job.said(1)}"
+    found = placed.differences(one, placed.read(job.folder))
+    assert (found.loss < 1e-4, found.score < 1e-3) == (True, True), found
+
+
+def reasons(job: Job) -> list[tuple[str, str]]:
+    """How the attempts ended."""
+    outcomes = [Outcome.load(path) for path in sorted(job.folder.glob("run/attempts/*/outcome.json"))]
+    return [(one.status, one.reason) for one in outcomes]
+
+
+@pytest.mark.parametrize("place", ["ddp:2", "fsdp2:2"])
+def test_two_machines_train_what_one_process_does(place: str, one: Curve, tmp_path: Path) -> None:
+    with two_machines(tmp_path, ENCODER, Place(place), max_steps=STEPS) as job:
+        assert_whole(job, one)
+    used = MachinesUsed.load(tmp_path / "run" / "machines.json")
+    assert [machine.rank for machine in used.machines] == [0, 1]
+    assert sorted(machine.ranks for machine in used.machines) == [(0,), (1,)]
+    (attempt,) = (tmp_path / "run" / "attempts").iterdir()
+    assert (attempt / "log-machine1.txt").exists()
+    assert {path.name for path in attempt.glob("rank-*.json")} == {"rank-0.json", "rank-1.json"}
+    for machine in (0, 1):
+        assert list(attempt.glob(f"ranks/machine-{machine}/*/attempt_0/0/stderr.log"))
+
+
+def test_run_goes_on_when_an_agent_or_a_machine_is_lost(one: Curve, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    with two_machines(tmp_path, ENCODER, DDP, max_steps=STEPS) as job:
+        job.at_step(7, draw)
+        job.agent(1).kill()
+        job.at_step(15, draw)
+        job.kill_machine(1)
+        job.start(1)  # as Slurm or Kubernetes would
+        assert_whole(job, one)
+    (first, why), (second, lost), (last, _) = reasons(job)
+    assert (first, second, last) == ("killed", "lost", "done")
+    assert "machine 1" in why
+    assert "machine 1" in lost
+
+
+def test_stopped_on_one_machine_all_save_and_the_same_commands_go_on(one: Curve, tmp_path: Path) -> None:
+    with two_machines(tmp_path, ENCODER, DDP, max_steps=STEPS) as job:
+        job.at_step(6)
+        job.ask_to_stop(1)
+        assert job.wait_for() == [75, 75], f"{job.said(0)}\n{job.said(1)}"
+        done = max(job.steps())
+        for rank in (0, 1):
+            job.start(rank)
+        assert_whole(job, one)
+    assert sorted(job.steps()) == list(range(1, STEPS + 1)), "no step was done twice"
+    assert f"step {done}" in job.said(0)
+
+
+def test_machines_that_differ_are_refused_on_all_before_step_1(tmp_path: Path) -> None:
+    job = Job(tmp_path, ENCODER, DDP)
+    job.write()
+    other = tmp_path / "other.yaml"
+    other.write_text((tmp_path / "recipe.yaml").read_text().replace("max_steps: 50", "max_steps: 49"))
+    try:
+        job.start(0)
+        job.start(1, recipe=other)
+        assert job.wait_for() == [2, 2]
+    finally:
+        job.end()
+    for rank in (0, 1):
+        assert "reads another recipe: train.max_steps is 49 (machine 0: 50)" in job.said(rank)
+    assert not (tmp_path / "run").exists()
+
+
+def test_machines_without_shared_storage_say_so(tmp_path: Path) -> None:
+    job = replace(Job(tmp_path, ENCODER, DDP), wait="4s")
+    job.write()
+    try:
+        job.start(0)
+        job.start(1, f"output={tmp_path / 'elsewhere'}")
+        assert job.wait_for() == [2, 2]
+    finally:
+        job.end()
+    assert "machine 1 (2 in all) not heard of for 4 s" in job.said(0)
+    assert "machine 0 was not heard of for 4 s" in job.said(1)
+    for rank in (0, 1):
+        assert "'output' must lie on storage that all machines share" in job.said(rank)
+
+
+def test_a_model_of_another_content_is_refused(tmp_path: Path) -> None:
+    job = Job(tmp_path, ENCODER, DDP)
+    job.write()
+    rows = tmp_path / "rows.jsonl"
+    try:
+        job.start(1)  # looks at the rows as they are now
+        while "waiting for machine 0" not in job.said(1):
+            assert job.commands[1].poll() is None
+        tiny.write_jsonl(rows, ENCODER.rows(tmp_path)[1:])
+        job.start(0)
+        assert job.wait_for() == [2, 2]
+    finally:
+        job.end()
+    assert f"sees other files: {rows}" in job.said(0).replace("\n", "")

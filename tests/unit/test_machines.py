@@ -1,0 +1,363 @@
+"""Several machines: what the command line says of one, how they find each other, and what becomes of a lost one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fulltune.errors import FulltuneError, InterruptedRun, RecipeError, SetupError
+from fulltune.recipe.fields import Recipe
+from fulltune.records.training import LostPart, Outcome
+from fulltune.system import machines
+from fulltune.system.hardware import Machine
+from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, differences, place_of
+from fulltune.train.parent import child, next_attempt, spawn
+from fulltune.train.parent import follow as following
+from fulltune.train.parent import machines as group_of
+from fulltune.train.parent.machines import gathered
+from fulltune.train.request import Request
+from tests import plans
+
+MACHINE = Machine(cpu="c", num_cores=2, memory_bytes=8, memory_available_bytes=8, cpu_bf16_speedup=1.0)
+
+
+def several(output: Path, machines: int = 2) -> Recipe:
+    return plans.recipe(output=str(output), train={"num_machines": machines, "num_processes": machines})
+
+
+def member(recipe: Recipe, rank: int, **changes: Any) -> Member:
+    return machines.member(recipe, Place(rank, "127.0.0.1", 29500, 1.0), MACHINE).model_copy(
+        update={"host": f"host{rank}", **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "host", "port", "rendezvous"),
+    [
+        ("node0", "node0", 29500, "node0:29500"),
+        ("node0:1", "node0", 1, "node0:1"),
+        ("[fd00::1]:70", "fd00::1", 70, "[fd00::1]:70"),
+        ("fd00::1", "fd00::1", 29500, "[fd00::1]:29500"),
+        ("[fd00::1]", "fd00::1", 29500, "[fd00::1]:29500"),
+    ],
+)
+def test_rendezvous_is_read_as_torchrun_reads_it(given: str, host: str, port: int, rendezvous: str) -> None:
+    place = place_of(several(Path("/o")), 1, given, "90s")
+    assert place == Place(1, host, port, 90.0)
+    assert place.rendezvous == rendezvous
+
+
+@pytest.mark.parametrize(
+    ("rank", "rendezvous", "wait", "expected"),
+    [
+        (None, None, "1m", ["train.num_machines: 2, and this command would train on one machine"]),
+        (None, "a", "1m", ["--machine-rank: it is missing, and train.num_machines is 2"]),
+        (
+            2,
+            "a:0",
+            "soon",
+            ["--machine-rank: found 2", "port from 1 to 65535, found '0'", "--wait-for-machines: 'soon'"],
+        ),
+        (0, None, "1m", ["--rendezvous: expected HOST or HOST:PORT, found ''"]),
+        (0, "a b", "1m", ["found 'a b'"]),
+        (0, "$(x)", "1m", ["found '$(x)'"]),
+    ],
+)
+def test_a_place_that_is_none_is_refused(
+    rank: int | None, rendezvous: str | None, wait: str, expected: list[str]
+) -> None:
+    with pytest.raises(RecipeError) as refused:
+        place_of(several(Path("/o")), rank, rendezvous, wait)
+    assert len(refused.value.problems) == len(expected)
+    assert all(one in problem for one, problem in zip(expected, refused.value.problems, strict=True))
+
+
+def test_one_machine_has_no_place() -> None:
+    assert place_of(plans.recipe(), None, None, "1m") is None
+    with pytest.raises(RecipeError, match=r"train\.num_machines is 1"):
+        place_of(plans.recipe(), 0, "a", "1m")
+
+
+def test_address_is_that_of_the_way_to_machine_0() -> None:
+    assert machines.own_address("127.0.0.1", 9) == "127.0.0.1"
+    with pytest.raises(SetupError, match=r"no-such-host\.invalid is not known"):
+        machines.own_address("no-such-host.invalid", 9)
+
+
+def test_machines_must_have_versions_settings_and_files_in_common(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\na,b\n")
+    recipe = plans.recipe(data={"train": str(rows)})
+    first = member(recipe, 0)
+    assert differences(first, [member(recipe, 1), member(recipe, 2)]) == []
+    other = member(recipe, 1, versions={**first.versions, "torch": "0.1"})
+    changed = member(recipe.model_copy(update={"seed_of": 1, "output": "/elsewhere"}), 2)
+    rows.write_text("text,label\na,c\n")
+    lines = differences(first, [other, changed, member(recipe, 3)])
+    assert lines[0].startswith("machine 1 (host1) has other versions: torch 0.1 (machine 0: ")
+    assert lines[1].startswith('machine 2 (host2) reads another recipe: output is "/elsewhere" (machine 0: "runs")')
+    assert lines[2].startswith(f"machine 3 (host3) sees other files: {rows}: 15 bytes, ")
+    assert len(lines) == 3
+
+
+def test_of_a_large_file_both_ends_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "_WHOLE_BYTES", 10)
+    monkeypatch.setattr(machines, "_ENDS_BYTES", 3)
+    file = tmp_path / "model" / "weights"
+    file.parent.mkdir()
+    found = []
+    for content in (b"abc" + bytes(20) + b"xyz", b"abc" + bytes(20) + b"xyy", b"abb" + bytes(20) + b"xyz", b"abc"):
+        file.write_bytes(content)
+        found.append(machines._content(file.parent))
+    assert len(set(found)) == 4
+
+
+# ---- signs of life ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life every few milliseconds, and little patience."""
+    for module, name, value in (
+        (machines, "BEAT_SECONDS", 0.02),
+        (machines, "GONE_SECONDS", 0.5),
+        (group_of, "POLL_SECONDS", 0.01),
+        (group_of, "_LAST_WORDS_SECONDS", 0.3),
+        (group_of, "_SILENT_SECONDS", 0.2),
+        (group_of, "GRACE_SECONDS", 0.1),
+    ):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(group_of.hardware, "here", lambda: MACHINE)
+
+
+@pytest.fixture
+def place() -> Place:
+    return Place(0, "127.0.0.1", 29500, 1.0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_an_earlier_job_left_is_no_sign_of_life(tmp_path: Path) -> None:
+    path = tmp_path / "machine-0.json"
+    SignOfLife(path, Leader(token="old", host="h")).end()
+    watched: HeardFrom[Leader] = HeardFrom(path, Leader)
+    assert watched.look() is not None
+    assert not watched.is_alive
+    with machines.telling(path, Leader(token="new", host="h")):
+        deadline = time.monotonic() + 10
+        while not watched.is_alive and time.monotonic() < deadline:
+            told = watched.look()
+    assert told is not None
+    assert (told.token, watched.is_alive) == ("new", True)
+
+
+@pytest.fixture
+def answering(place: Place, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """Machine 1, which answers machine 0 with its token; `changes` are told too."""
+    recipe, changes, over = several(tmp_path), {}, threading.Event()
+    sign: list[SignOfLife[Member]] = []
+
+    def answer() -> None:
+        leader: HeardFrom[Leader] = HeardFrom(place.file_of(recipe, 0), Leader)
+        while not over.wait(0.01):
+            told = leader.look()
+            if told is not None and not sign:
+                sign.append(SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=told.token, **changes)))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield changes
+    over.set()
+    thread.join()
+    for one in sign:
+        one.end()
+
+
+@pytest.mark.usefixtures("quick", "answering")
+def test_machines_find_each_other_and_are_told_how_it_ended(place: Place, tmp_path: Path) -> None:
+    recipe, said = several(tmp_path), list[str]()
+    with gathered(place, recipe, tmp_path, said.append) as group:
+        assert group is not None
+        assert [one.host for one in group.members][1:] == ["host1"]
+        assert group.weakest.num_cores == 2
+    told = Leader.load(place.file_of(recipe, 0))
+    assert told.ended == Ended(exit_code=0)
+    assert "waiting for machine 1 (2 in all)" in said
+    assert (tmp_path / "machines.json").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_machines_that_differ_are_refused_and_told_so(place: Place, answering: dict[str, Any], tmp_path: Path) -> None:
+    answering["versions"] = {}
+    recipe = several(tmp_path)
+    with (
+        pytest.raises(SetupError, match=r"machine 1 \(host1\) has other versions: Python none"),
+        gathered(place, recipe, tmp_path, lambda phase: None),
+    ):
+        raise AssertionError("it began")
+    told = Leader.load(place.file_of(recipe, 0))
+    assert told.ended is not None
+    assert told.ended.exit_code == 2
+    assert "has other versions" in told.ended.problems[0]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_machine_that_does_not_come_is_named(place: Place, tmp_path: Path) -> None:
+    recipe = several(tmp_path, machines=3)
+    with (
+        pytest.raises(SetupError, match=r"machines 1 and 2 \(3 in all\) not heard of for 0 s.*storage that all"),
+        gathered(replace(place, wait_seconds=0.1), recipe, tmp_path, lambda phase: None),
+    ):
+        raise AssertionError("it began")
+
+
+def follow_one(place: Place, recipe: Recipe) -> None:
+    following.follow(replace(place, rank=1), recipe, lambda phase: None)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("code", "problem"), [(0, ""), (3, "does not fit"), (75, "interrupted")])
+def test_others_end_as_machine_0_does(code: int, problem: str, place: Place, tmp_path: Path) -> None:
+    recipe = several(tmp_path)
+    leader = Leader(token="t", host="host0", ended=Ended(exit_code=code, problems=(problem,)))
+    with machines.telling(place.file_of(recipe, 0), leader):
+        if code == 0:
+            follow_one(place, recipe)
+            return
+        with pytest.raises(FulltuneError, match=rf"machine 0 \(host0\): {problem}") as ended:
+            follow_one(place, recipe)
+    assert ended.value.exit_code == code
+
+
+@pytest.mark.usefixtures("quick")
+def test_others_do_not_wait_for_a_machine_0_that_is_gone(place: Place, tmp_path: Path) -> None:
+    recipe = several(tmp_path)
+    sign = SignOfLife(place.file_of(recipe, 0), Leader(token="t", host="host0"))
+    threading.Timer(0.3, sign.end).start()
+    with pytest.raises(InterruptedRun, match=r"machine 0 \(host0\) gave no sign of life"):
+        follow_one(place, recipe)
+    with pytest.raises(SetupError, match="machine 0 was not heard of"):
+        follow_one(replace(place, wait_seconds=0.1), recipe)
+
+
+# ---- what is lost ----------------------------------------------------------------------------------------------
+
+
+def request_of(folder: Path, recipe: Recipe) -> Request:
+    """An attempt, with its folder."""
+    found = Request(
+        run_folder=str(folder), recipe=recipe, plan=plans.plan(), attempt=1, checkpoint=None, parent_pid=None
+    )
+    found.folder.mkdir(parents=True)
+    return found
+
+
+class Ran:
+    """Processes of an attempt that have ended with a code, or run until they are killed."""
+
+    pid, args = 0, ()
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("code", "changes", "expected"),
+    [
+        (1, {}, ()),
+        (1, {"part": Part(attempt="a", code=1)}, ()),
+        (1, {"part": Part(attempt="earlier", code=-9)}, ()),
+        (1, {"part": Part(attempt="a", code=-9)}, ("killed",)),
+        (1, {"part": Part(attempt="a", code=1, out_of_memory=True)}, ("out_of_memory",)),
+        (None, {"part": Part(attempt="a", code=1)}, ()),
+        (None, {"instance": "another"}, ("machine",)),
+        (None, {"silent": True}, ("machine",)),
+        (1, {"silent": True}, ("machine",)),
+    ],
+)
+def test_what_became_of_another_machine(
+    code: int | None,
+    changes: dict[str, Any],
+    expected: tuple[str, ...],
+    place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, ran = several(tmp_path), Ran(code)
+    monkeypatch.setattr(spawn, "end", lambda child: setattr(child, "code", -9))
+    request = request_of(tmp_path, recipe)
+    group = group_of.MachineGroup(place, recipe, tmp_path, MACHINE, lambda phase: None)
+    silent = changes.pop("silent", False)
+    sign = SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=group._token, instance="i"))
+    group.wait_for_all()
+    attempt = group_of._OnAllMachines(ran, group, request, "a", {1: "i"})
+    if silent:
+        sign.end()
+    else:
+        sign.tell(**changes)
+    assert attempt.wait() == (code or -9)
+    lost = [LostPart.load(file) for file in request.folder.glob("lost-*.json")]
+    assert tuple(one.kind for one in lost) == expected
+    sign.end()
+    group.end(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [
+        ("machine", "lost", "machine 1 (b) was lost: it gave no sign"),
+        ("killed", "killed", "the training processes of machine 1 (b) were killed"),
+        ("out_of_memory", "out_of_memory", "the kernel killed a training process of machine 1 (b)"),
+    ],
+)
+def test_a_lost_part_says_more_than_a_closed_connection(kind: Any, status: str, words: str, tmp_path: Path) -> None:
+    request = request_of(tmp_path, several(tmp_path))
+    (request.folder / "log.txt").write_text("RuntimeError: Connection closed by peer")
+    closed = Outcome(status="error", reason="Connection closed by peer", trial=request.plan.trial, attempt=1)
+    closed.save(request.folder / "outcome.json")
+    assert child._outcome(request, 1, asked=False, killed_by_kernel=False).status == "error"
+    part = LostPart(rank=1, host="b", reason="gave no sign of life", kind=kind)
+    part.save(part.file_in(request.folder))
+    found = child._outcome(request, 1, asked=False, killed_by_kernel=False)
+    assert (found.status, found.reason.startswith(words)) == (status, True), found.reason
+
+
+def test_with_a_lost_machine_the_attempt_is_made_again_as_it_was() -> None:
+    plan = plans.plan()
+    lost = Outcome(status="lost", reason="machine 1 (b) was lost", trial=plan.trial, attempt=1)
+    following = next_attempt.next_attempt(plans.recipe(), plan, [lost] * next_attempt.MOST_LOST)
+    assert following is not None
+    assert (following.plan, following.resume) == (plan, True)
+    assert next_attempt.next_attempt(plans.recipe(), plan, [lost] * (next_attempt.MOST_LOST + 1)) is None
+
+
+def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
+    recipe = plans.recipe(output=str(tmp_path), train={"num_machines": 2, "num_processes": 16})
+    plan = plans.plan().model_copy(update={"num_processes": 16})
+    request = Request(run_folder=str(tmp_path), recipe=recipe, plan=plan, attempt=1, checkpoint=None, parent_pid=None)
+    meeting = group_of.meeting(Place(0, "127.0.0.1", 70, 600.0), "token-1", "127.0.0.1")
+    command = spawn.command(request, tmp_path / "request.json", meeting)
+    for expected in (
+        "--nnodes=2",
+        "--nproc-per-node=8",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:70",
+        "--rdzv-id=token-1",
+        "--rdzv-conf=is_host=1,join_timeout=600",
+        "--local-addr=127.0.0.1",
+    ):
+        assert expected in command
+    variables = spawn.of_machine(meeting)
+    assert variables["FULLTUNE_MACHINE"] == "0"
+    assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[variables["GLOO_SOCKET_IFNAME"]]}
