@@ -160,10 +160,10 @@ def prepare(
         rank_zero_warn(line)
     usual = Path(recipe.output) / f"{recipe.name or name}-lightning-{recipe.fingerprint()[:8]}"
     folder = usual if run_folder is None else Path(run_folder)
-    with _one_after_the_other(folder):
+    with folders.writing(folder), _one_after_the_other(folder):
         folders.find_or_make(recipe, text, name, folder, fresh=False)
         job = Run(recipe, folder, listener=listener or _say)
-        with folders.writing(folder), folders.locked(folder), folders.not_left_when_refused(folder):
+        with folders.locked(folder), folders.not_left_when_refused(folder):
             summary = pipeline.prepare(job)
             plan = pipeline.make_plan(job, summary)
     return _loaded(job, plan, summary)
