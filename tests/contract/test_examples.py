@@ -19,9 +19,9 @@ from tests.train import runs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
-ELSEWHERE = ("ddp", "fsdp2", "zero2", "zero3", "zero3-offload", "plan-7b", "compare-banking77")
-"""With tests of their own: several processes (test_placements.py), three of them with DeepSpeed (test_zero.py), one has
-no weights (test_plan.py), one compares."""
+ELSEWHERE = ("ddp", "fsdp2", "zero2", "zero3", "zero3-offload", "plan-7b", "plan-70b", "compare-banking77")
+"""With tests of their own: several processes (test_placements.py), three of them with DeepSpeed (test_zero.py), two
+without weights (test_plan.py), one compares."""
 ONE_PROCESS = [path for path in RECIPES if path.stem not in ELSEWHERE]
 OWN_ROWS = {
     "chat": ("chat", 40, ()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from io import StringIO
@@ -204,6 +205,88 @@ def test_plan_is_made_for_every_card(card: str, recipe: Path) -> None:
     assert (found["device"], found["num_processes"]) == ("cuda", 2)
     assert found["time"]["source"] == "arithmetic"
     assert found["survey"]["hardware"].startswith(f"2x {card}, ")
+
+
+SCALE = EXAMPLES.parent / "docs" / "scale.md"
+ROWS_OF_SCALE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in SCALE.read_text(encoding="utf-8").splitlines()
+    if re.match(r"\| 70? B \| `", line)
+]
+
+
+def test_page_on_scale_has_its_table() -> None:
+    assert len(ROWS_OF_SCALE) >= 12
+    assert {row[0] for row in ROWS_OF_SCALE} == {"7 B", "70 B"}
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS_OF_SCALE, ids=" ".join)
+def test_page_on_scale_says_what_the_plan_says(row: list[str]) -> None:
+    model, hardware, rows, place, gib, sent, seconds, speed = row
+    recipe = EXAMPLES / ("plan-7b.yaml" if model == "7 B" else "plan-70b.yaml")
+    own = ("--set", f"train.placement={place}") if place in ("zero2", "zero3") else ()
+    options = ("--rows", 50_000, "--tokens", 512 if model == "7 B" else 2048, "--for", hardware.strip("`"), *own)
+    result = fulltune("plan", recipe, "--set", f"train.global_batch_size={rows}", *options, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    plan = Plan.model_validate({name: value for name, value in found.items() if name != "survey"})
+    assert plan.memory is not None
+    assert plan.time is not None
+    assert plan.placement == place.partition(",")[0]
+    assert ("8-bit" in place) == (plan.optim == "adamw_8bit")
+    assert ("offload" in place) == (plan.offload != "none")
+    assert plan.memory.peak / 2**30 == pytest.approx(float(gib), abs=0.06)
+    assert plan.sent_bytes / 1e9 == pytest.approx(0.0 if sent == "-" else float(sent.replace(",", "")), abs=0.6)
+    assert plan.time.train_seconds / plan.total_steps == pytest.approx(float(seconds), rel=0.05)
+    assert plan.time.tokens_per_second == pytest.approx(float(speed.replace(",", "")), abs=51)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_page_on_scale_shows_the_plan_of_70_b() -> None:
+    """Line by line, as it stands on an 80-column terminal."""
+    result = fulltune(
+        *("plan", EXAMPLES / "plan-70b.yaml", "--rows", 50_000, "--tokens", 2048, "--json"),
+        *("--for", "8x 8x H100-80GB, 3200Gb network"),
+    )
+    _, _, after = SCALE.read_text(encoding="utf-8").partition("```text\n")
+    shown_there = [line for line in after.partition("```")[0].splitlines() if line]
+    here = {line.rstrip() for line in shown(result).splitlines()}
+    assert len(shown_there) > 20
+    assert [line for line in shown_there if line not in here] == []
+
+
+def test_plan_for_several_machines_is_run_on_each(recipe: Path) -> None:
+    result = fulltune("plan", recipe, "--for", "2x 4x L4, 25Gb network", "--rows", 1000, "--tokens", 32, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert (found["num_processes"], found["num_machines"], found["survey"]["num_devices"]) == (8, 2, 8)
+    words = shlex.split(found["survey"]["command"])
+    assert words[-4:] == ["--machine-rank", "RANK", "--rendezvous", "HOST"]
+    assert words[:3] == ["fulltune", "run", str(recipe)]
+    train = load_recipe(recipe, words[4:-4:2]).train
+    assert (train.num_processes, train.num_machines, train.processes_per_machine) == (8, 2, 4)
+    assert found["survey"]["comparison"] == "", "it runs on one machine"
+    said = " ".join(shown(result).split())
+    assert "fulltune compare, on one machine" in said
+    assert "on each of the 2 machines, in a folder that all see" in said
+
+
+@pytest.mark.parametrize(
+    ("hardware", "problem"),
+    [
+        ("4x 4x 8x A100-80GB", "too many counts"),
+        ("0x 8x A100-80GB", "has no machine"),
+        ("8x A100-80GB, 400Gb network", "is between machines, but one is named"),
+    ],
+)
+def test_machines_that_cannot_be_read_are_refused(hardware: str, problem: str, recipe: Path) -> None:
+    result = fulltune("plan", recipe, "--for", hardware, "--rows", 1000, "--tokens", 32)
+    assert result.code == 2
+    assert problem in result.err
+    assert "Traceback" not in result.err
 
 
 @pytest.mark.parametrize(

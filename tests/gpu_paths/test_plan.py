@@ -165,6 +165,16 @@ def test_precision_is_what_the_card_computes_fast() -> None:
             found(with_card("H100"), "cuda", wanted, **NARROW)
 
 
+def test_fp16_that_is_no_faster_is_said_to_be_so() -> None:
+    def reason(name: str, wanted: str) -> str:
+        resolve.precision(recipe(train={"precision": wanted}), with_card(name), "cuda", reasons := Reasons())
+        return reasons.settings[0].reason
+
+    assert reason("P100", "fp16").endswith("has no tensor cores: no faster than fp32, and rounds more")
+    assert reason("T4", "fp16") == reason("P100", "fp32") == "from the recipe"
+    assert "emulates" in reason("P100", "bf16")
+
+
 def test_card_without_fast_bf16_is_offered_no_narrow_weights() -> None:
     assert "one device, bf16 weights" in table("1x L4")
     assert "one device, bf16 weights" not in table("1x T4")

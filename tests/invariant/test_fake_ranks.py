@@ -45,6 +45,7 @@ LONG = {
     "tied, whole logits": replace(TIED, in_pieces=False),
     "several micro batches": replace(TIED, accumulation=2, precision="fp32"),
     "bert": replace(BERT, task="text-classification"),
+    "bert, recomputed": replace(BERT, task="text-classification", ranks=64, recomputed=True, precision="fp32"),
     "t5": Cell("t5", T5_SIZE, task="seq2seq", ranks=8, rows=4, length=128),
 }
 

@@ -57,7 +57,8 @@ def check(options: Options) -> Checked:
     Raises:
         RecipeError: With all problems at once.
     """
-    from fulltune.plan import gpus, time
+    from fulltune.plan import time
+    from fulltune.plan.elsewhere import machines
     from fulltune.plan.elsewhere.advise import GOALS
     from fulltune.plan.elsewhere.survey import Wishes
 
@@ -70,7 +71,7 @@ def check(options: Options) -> Checked:
             problems.extend(error.problems)
             return None
 
-    fleet = read(gpus.parse, options.hardware)
+    fleet = read(machines.fleet_of, options.hardware)
     price = read(time.parse_price, options.price)
     for name, value, what in (("rows", options.rows, "train rows"), ("tokens", options.tokens, "tokens of a row")):
         if value is not None and value < 1:
@@ -173,10 +174,12 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
 
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
     kept = [one for one in overrides if not one.startswith("train.seed=")]
-    update = {"command": command("run", [*kept, *planned, "train.seed=1"])}
+    on_each = " --machine-rank RANK --rendezvous HOST" if survey.num_machines > 1 else ""
+    update = {"command": command("run", [*kept, *planned, "train.seed=1"]) + on_each}
     # Inside DeepSpeed other methods run, but are not planned; and without full there is nothing to compare with.
     with_deepspeed = recipe.train.deepspeed_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
-    if not survey.full_fits or with_deepspeed:
+    # And each method of a comparison trains on one machine.
+    if not survey.full_fits or with_deepspeed or on_each:
         return survey.model_copy(update={**update, "comparison": ""})
     other = recipe.method.kind if recipe.method.kind in ("adapter", "prompt") else "lora"
     # A recipe that names one method cannot be given several beside it.
@@ -201,8 +204,10 @@ def _survey(
     from fulltune.plan.elsewhere import survey as surveying
     from fulltune.system import hardware
 
-    fleet = checked.fleet or gpus.here(hardware.here(), hardware.disk_free_bytes(place))
+    free, machines = hardware.disk_free_bytes(place), recipe.train.num_machines
+    fleet = checked.fleet or gpus.here(hardware.here(), free, machines)
     spread = workload.spread_over(recipe, fleet)
+    followed = workload.by_hardware(recipe, spread)
     base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, weights))
 
     def of_a_model(changed: Recipe) -> workload.Workload:
@@ -214,7 +219,7 @@ def _survey(
             same = with_settings(changed, {"model.weights_dtype": weights_dtype})
             return model.footprint(same, *device_and_precision(same, fleet.machine))
 
-        return workload.Workload(changed, model.shapes, traced, summary, spread is not recipe)
+        return workload.Workload(changed, model.shapes, traced, summary, followed)
 
     def by_another_method(kind: str) -> workload.Workload | None:
         changed = _by_another_method(spread, kind, base())
@@ -224,7 +229,7 @@ def _survey(
     if fleet.here and plan is not None and all(file.exists() for file in files):
         # As this machine's plan was made from them; a plan of an earlier version lacks them.
         shapes, kept = Shapes.load(files[0]), records.Footprint.load(files[1])
-        load = workload.Workload(spread, shapes, lambda weights_dtype: kept, summary, spread is not recipe)
+        load = workload.Workload(spread, shapes, lambda weights_dtype: kept, summary, followed)
     else:
         load = of_a_model(spread)
     return surveying.survey(load, fleet, checked.wishes, plan, by_another_method)

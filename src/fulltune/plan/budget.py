@@ -45,7 +45,7 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
     Raises:
         RecipeError: When `train.memory_limit` leaves nothing beside the libraries.
     """
-    processes, limit = recipe.train.num_processes, recipe.train.memory_limit
+    processes, limit = recipe.train.processes_per_machine, recipe.train.memory_limit
     libraries = 0 if device == "cuda" else LIBRARIES_BYTES
     if device == "cuda":
         used = machine.gpus[:processes]
@@ -56,6 +56,7 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
     else:
         available = machine.memory_available_bytes // processes - libraries
         where = "of memory" if processes == 1 else f"of memory for each of {processes} processes"
+        where += " of a machine" if recipe.train.num_machines > 1 else ""
     if limit is not None:
         limited = parse_bytes(limit) - libraries
         if limited <= 0:
@@ -79,11 +80,12 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
     shared = sharing.of(recipe)
     if shared is None or not machine.gpus:
         return
-    processes, trained = recipe.train.num_processes, shapes.num_trained
-    on_host = sharded.host_bytes(shared, shapes.num_parameters, processes, num_trained=trained)
+    processes, machines = recipe.train.num_processes, recipe.train.num_machines
+    on_host = sharded.host_bytes(shared, shapes.num_parameters, processes, num_trained=shapes.num_trained) // machines
     if on_host > machine.memory_available_bytes:
+        each = f" on each of {machines} machines" if machines > 1 else ""
         raise DoesNotFitError(
-            f"{recipe.train.deepspeed_by}: what is offloaded needs {format_bytes(on_host)}, but "
+            f"{recipe.train.deepspeed_by}: what is offloaded needs {format_bytes(on_host)}{each}, but "
             f"{format_bytes(machine.memory_available_bytes)} of the host's memory are free; "
             "offload less, or take a smaller model"
         )
@@ -91,6 +93,11 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
 
 def refuse_offloaded_activations(plan_need: MemoryNeed, processes: int, machine: Machine) -> None:
     """Refuse activations in the memory of a host that is too small for them.
+
+    Args:
+        plan_need: Of one process.
+        processes: Of one machine.
+        machine: That one.
 
     Raises:
         DoesNotFitError: Naming both sizes.

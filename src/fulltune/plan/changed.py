@@ -1,5 +1,5 @@
 """A plan whose settings were changed after it was made: by measurement, because memory ran out, or because the run
-goes on with another placement or another number of processes.
+goes on with another placement or another number of processes or machines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 
 _PLACING = (
-    *("num_processes", "placement", "offload", "device", "micro_batch_size", "gradient_accumulation_steps"),
+    *(
+        "num_processes",
+        "num_machines",
+        "placement",
+        "offload",
+        "device",
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+    ),
     *("eval_batch_size", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state", "traffic"),
     *("disk", "time", "loader_workers", "activation_offloading", "fast_bf16"),
 )
@@ -31,11 +39,12 @@ _PLACING = (
 
 
 def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
-    """Whether a run can go on by this plan: the recipe asks for no other placement, offload or number of processes."""
+    """Whether a run can go on by this plan: the recipe asks for no other placement or offload, nor for other numbers
+    of processes or machines."""
     train = recipe.train
     placement = "deepspeed" if train.extra.get("deepspeed") is not None else train.placement
-    same = (plan.num_processes, plan.offload) == (train.num_processes, train.offload)
-    return same and placement in ("auto", plan.placement)
+    now = (train.num_processes, train.num_machines, train.offload)
+    return (plan.num_processes, plan.num_machines, plan.offload) == now and placement in ("auto", plan.placement)
 
 
 def as_begun(recipe: Recipe, plan: Plan) -> Recipe:

@@ -90,7 +90,7 @@ def _forward_seconds(plan: Plan, rows: int, work: Work, speeds: Speeds) -> float
 
 def _dry_run_seconds(plan: Plan, work: Work, speeds: Speeds) -> float:
     """Passes of the longest micro batch, and some more as far as they are a small part of the training."""
-    tokens = plan.micro_batch_size * (plan.num_processes if plan.device == "cpu" else 1) * work.longest
+    tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * work.longest
     passes = 1 + work.backward + plan.activation_checkpointing
     longest = passes * tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / speeds.flops
     training = plan.time.train_seconds if plan.time else 0.0

@@ -122,7 +122,7 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     choose.note(recipe, chosen, basis.rows_per_process, limits, own_loss, reasons)
     used = chosen.settings
     if used.activation_offloading:
-        budget.refuse_offloaded_activations(chosen.memory, used.num_processes, fleet.machine)
+        budget.refuse_offloaded_activations(chosen.memory, recipe.train.processes_per_machine, fleet.machine)
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     problems = deepspeed.disagreements(recipe, *batches, used.num_processes, used.precision)
     problems += resolve.in_backward_problems(recipe, *batches, used.precision)
@@ -149,7 +149,7 @@ def with_time(
     seconds, rate = basis.seconds(settings, basis.shared), time.device_flops(fleet, plan.precision, shapes.hidden_size)
     if rate is None:
         return plan
-    devices = plan.num_processes if fleet.machine.gpus else 1
+    devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
     found = time.foresee(plan, summary, work, time.together(seconds), rate * devices)
     timed = plan.model_copy(update={"time": found})
     gpu = fleet.gpu_model

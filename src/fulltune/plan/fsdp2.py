@@ -150,7 +150,8 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     # A loss in pieces adds the head's gradient up in fp32, in the forward pass; in the backward pass it is that of the
     # head, or a copy of it in the weights' type is.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
-    own, gone = _of_a_block(traced, units, shapes.num_layers, units.kept + left)
+    again = settings.activation_checkpointing
+    own, gone = _of_a_block(traced, units, shapes.num_layers, units.kept + left, again)
     found: list[_Held] = []
     for place, passing in traced:
         # Autocast keeps no copies beside those that autograd saves.
@@ -215,7 +216,7 @@ def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _of_a_block(
-    traced: Sequence[tuple[str, dict[Kind, int]]], units: Units, num_layers: int, head: int
+    traced: Sequence[tuple[str, dict[Kind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[Kind, int]], int], Callable[[str], dict[Kind, int]]]:
     """How many of a block's gradients are there at a moment in its backward pass, and what is gone at its end.
 
@@ -224,11 +225,16 @@ def _of_a_block(
         units: In bytes.
         num_layers: Blocks may be used several times.
         head: Gradients that are there before the first block's.
+        recomputed: Its activations are made for its backward pass.
     """
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
-    share = (waiting or most) // max(1, num_layers, of_blocks // max(1, units.block))
+    blocks = max(1, num_layers, of_blocks // max(1, units.block))
+    if recomputed and not waiting:  # no head to tell: from the last block to the first all the others' inputs go
+        first = max((one["activations"] for place, one in traced if place.endswith(":first")), default=most)
+        waiting = min(most, (most - first) * blocks // max(1, blocks - 1))
+    share = (waiting or most) // blocks
     passes = max(0, most - waiting) if waiting else 0  # what is recomputed, and what comes and goes
 
     def own(passing: dict[Kind, int]) -> int:

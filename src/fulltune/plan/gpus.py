@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fulltune.errors import RecipeError
 from fulltune.records.base import Record
@@ -120,16 +121,27 @@ DEVICE_RESERVE = 2**29
 """What the driver takes of a GPU: torch sees 79.2 of an A100's 80 GiB, 23.6 of an RTX 4090's 24."""
 
 
+USUAL_NETWORK = 12.5
+"""GB/s between machines where nothing is said, 100 Gb/s: what an a2-highgpu-8g or a g5.48xlarge has. A p4d.24xlarge has
+400 Gb/s, a DGX A100 1,600, a DGX H100 3,200."""
+NETWORK_ASSUMED = f"{8 * USUAL_NETWORK:.0f} Gb/s from each machine to the others"
+
+
 class Fleet(Record):
-    """Hardware to plan for: this machine's, or some that is not here."""
+    """Hardware to plan for: this machine's, or some that is not here; several machines are alike."""
 
     name: str
     """For people: `8x A100-80GB, 1024 GB host`."""
     machine: Machine
+    """One of them."""
+    num_machines: int = 1
+    network_gb_per_second: float = USUAL_NETWORK
+    """From each machine to the others, one direction."""
+    network_is_given: bool = False
     gpu_model: GpuModel | None = None
     """None on a CPU, or for a GPU that the table does not know: then no speed is foreseen."""
     disk_bytes: int | None = None
-    """Free; None: not known, so that it cannot be too little."""
+    """Free where the run folder lies, which all machines see; None: not known, so that it cannot be too little."""
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
     """What was not said and is a usual value."""
@@ -139,8 +151,8 @@ class Fleet(Record):
 
     @property
     def num_devices(self) -> int:
-        """GPUs; a CPU counts as one."""
-        return max(1, len(self.machine.gpus))
+        """GPUs of all machines; a CPU counts as one."""
+        return self.num_machines * max(1, len(self.machine.gpus))
 
 
 _VENDORS = r"nvidia|geforce|tesla|quadro|amd|instinct|radeon|rtx|gtx|generation|gpu"
@@ -202,25 +214,33 @@ _SIZE = r"(\d+(?:\.\d+)?)\s*([MGT]i?B)"
 _UNITS = {"mb": 10**6, "gb": GB, "tb": 10**12, "mib": 2**20, "gib": GIB, "tib": 2**40}
 
 
-def parse(text: str) -> Fleet:
+@dataclass(frozen=True)
+class _Said:
+    """Of hardware beside its GPUs; None: nothing was said."""
+
+    host: int | None = None
+    disk: int | None = None
+    cores: int | None = None
+    num_machines: int = 1
+    network: float | None = None
+
+
+_NETWORK = r"(?:(\d+)\s*[x×*]\s*)?(\d+(?:\.\d+)?)\s*([GT])(b(?:it)?|B)(?:/s|ps)?\s*(?:network|infiniband|ethernet)"
+"""Of each machine: `100Gb network`, `8x 400 Gbit/s InfiniBand`, `50GB/s network`."""
+
+
+def parse(text: str, num_machines: int = 1) -> Fleet:
     """Hardware as a person writes it: `8x A100-80GB`, `1x RTX 4090, 64GB host, 2TB disk`, `cpu, 16 cores, 64GB host`.
+
+    Args:
+        text: Of one machine.
+        num_machines: How many such there are; see `elsewhere.machines`. Several may have `400Gb network`.
 
     Raises:
         RecipeError: Naming every part that cannot be read.
     """
     first, *rest = (part.strip() for part in text.split(","))
-    problems: list[str] = []
-    host, disk, cores = None, None, None
-    for part in rest:
-        if size := re.fullmatch(_SIZE + r"\s*(?:of\s+)?(host|ram|memory|disk)", part, re.IGNORECASE):
-            amount = int(float(size[1]) * _UNITS[size[2].lower()])
-            host, disk = (host, amount) if size[3].lower() == "disk" else (amount, disk)
-        elif number := re.fullmatch(r"(\d+)\s*cores?", part, re.IGNORECASE):
-            cores = int(number[1])
-        else:
-            problems.append(f"--for: '{part}' cannot be read; write for example '64GB host', '2TB disk' or '16 cores'")
-    if 0 in (host, disk, cores):
-        problems.append("--for: host, disk and cores must be more than 0; leave out what is not known")
+    said, problems = _details(rest, num_machines)
     found = _COUNT.match(first)
     count, name = found.groups() if found else (None, "")
     try:
@@ -229,7 +249,46 @@ def parse(text: str) -> Fleet:
         raise RecipeError([*error.problems, *problems]) from None
     if problems:
         raise RecipeError(problems)
-    return _fleet(model, int(count or 1), host, disk, cores)
+    return _fleet(model, int(count or 1), said)
+
+
+def _details(parts: Sequence[str], num_machines: int) -> tuple[_Said, list[str]]:
+    """What is said beside the GPUs, and what cannot be read."""
+    problems: list[str] = []
+    host, disk, cores, network = None, None, None, None
+    for part in parts:
+        if size := re.fullmatch(_SIZE + r"\s*(?:of\s+)?(host|ram|memory|disk)", part, re.IGNORECASE):
+            amount = int(float(size[1]) * _UNITS[size[2].lower()])
+            host, disk = (host, amount) if size[3].lower() == "disk" else (amount, disk)
+        elif number := re.fullmatch(r"(\d+)\s*cores?", part, re.IGNORECASE):
+            cores = int(number[1])
+        elif speed := re.fullmatch(_NETWORK, part, re.IGNORECASE):
+            network, problem = _network(part, speed, num_machines)
+            problems += [problem] if problem else []
+        else:
+            others = "'2TB disk', '16 cores' or '400Gb network'" if num_machines > 1 else "'2TB disk' or '16 cores'"
+            problems.append(f"--for: '{part}' cannot be read; write for example '64GB host', {others}")
+    if 0 in (host, disk, cores, network):
+        several = num_machines > 1
+        names = "host, disk, cores and network" if several else "host, disk and cores"
+        problems.append(f"--for: {names} must be more than 0; leave out what is not known")
+    return _Said(host, disk, cores, num_machines, network), problems
+
+
+def _network(part: str, found: re.Match[str], num_machines: int) -> tuple[float | None, str]:
+    """GB/s of what a person said in bits or, with a second, in bytes; and what is wrong with it."""
+    links, amount, unit, letter = found.groups()
+    rate = float(amount) * (1000 if unit.upper() == "T" else 1) * int(links or 1)
+    if num_machines == 1:
+        return None, f"--for: '{part}' is between machines, but one is named; write how many: '4x 8x A100-80GB'"
+    if letter != "B":
+        return rate / 8, ""
+    if not re.search("/s|ps", part, re.IGNORECASE):
+        return (
+            None,
+            f"--for: '{part}' could be bits or bytes; write '{amount}{unit}b network' or '{amount}{unit}B/s network'",
+        )
+    return rate, ""
 
 
 def _named(first: str, count: str | None, name: str) -> GpuModel | None:
@@ -241,20 +300,26 @@ def _named(first: str, count: str | None, name: str) -> GpuModel | None:
     if name.lower() != "cpu":
         return find(name)
     if count is not None and int(count) > 1:
-        raise RecipeError(f"--for: '{first}': a CPU is one device; write cpu, and its cores if you know them")
+        raise RecipeError(
+            f"--for: '{first}': a CPU is one device; write cpu, and its cores if you know them, or {count}x 1x cpu for "
+            f"{count} machines"
+        )
     return None
 
 
-def _fleet(model: GpuModel | None, count: int, host: int | None, disk: int | None, cores: int | None) -> Fleet:
+def _fleet(model: GpuModel | None, count: int, said: _Said) -> Fleet:
     assumed = []
+    host, disk, cores, machines = said.host, said.disk, said.cores, said.num_machines
+    each_has = " in each machine" if machines > 1 else ""
     if host is None:
         each = model.usual_host_gb if model else 32
         host = each * GB * (count if model else 1)
-        assumed.append(f"{host / GB:,.0f} GB of host memory" + (f" ({each} GB a GPU is usual)" if model else ""))
+        usual = f" ({each} GB a GPU is usual)" if model else ""
+        assumed.append(f"{host / GB:,.0f} GB of host memory{each_has}{usual}")
     if cores is None:
         cores = 8 * count
         if model is None:
-            assumed.append(f"{cores} cores")
+            assumed.append(f"{cores} cores{each_has}")
     if model is None:
         assumed.append(f"{CPU_FLOPS_PER_CORE / GB:.0f} GFLOP/s a core in fp32, no fast bf16")
     gpus: tuple[Gpu, ...] = ()
@@ -263,7 +328,8 @@ def _fleet(model: GpuModel | None, count: int, host: int | None, disk: int | Non
         gpus = (
             Gpu(name=model.name, memory_bytes=model.memory_bytes, capability=model.capability, free_bytes=free),
         ) * count
-    name = f"{count}x {model.name}" if model else f"CPU with {cores} cores"
+    if machines > 1:
+        assumed += [] if said.network else [f"{NETWORK_ASSUMED} (--for takes '400Gb network')"]
     machine = Machine(
         cpu="not here",
         num_cores=cores,
@@ -273,9 +339,18 @@ def _fleet(model: GpuModel | None, count: int, host: int | None, disk: int | Non
         gpus=gpus,
         cpu_flops=0.0 if model else float(cores * CPU_FLOPS_PER_CORE),
     )
+    one = f"{count}x {model.name}" if model else f"CPU with {cores} cores"
+    name = f"{one}, {host / GB:,.0f} GB host"
+    if machines > 1:
+        name = f"{machines} machines, each {name}"
+        name += f", {8 * said.network:,.6g} Gb/s network" if said.network else ""
+    name += f"{', on all' if machines > 1 else ','} {disk / GB:,.0f} GB disk" if disk else ""
     return Fleet(
-        name=f"{name}, {host / GB:,.0f} GB host" + (f", {disk / GB:,.0f} GB disk" if disk else ""),
+        name=name,
         machine=machine,
+        num_machines=machines,
+        network_gb_per_second=said.network or USUAL_NETWORK,
+        network_is_given=said.network is not None,
         gpu_model=model,
         disk_bytes=disk,
         host_memory_gb_per_second=model.host_memory_gb_per_second if model else 60.0,
@@ -285,16 +360,31 @@ def _fleet(model: GpuModel | None, count: int, host: int | None, disk: int | Non
 
 
 def with_count(fleet: Fleet, count: int) -> Fleet:
-    """The same GPUs, more or fewer of them: in the host that was given, else in one of usual size for so many."""
+    """The same GPUs in one machine, more or fewer of them: in the host that was given, else in one of usual size for so
+    many."""
     assert fleet.gpu_model is not None
-    host = fleet.machine.memory_bytes if fleet.host_is_given else None
-    return _fleet(fleet.gpu_model, count, host, fleet.disk_bytes, None)
+    return _fleet(fleet.gpu_model, count, replace(_said(fleet), num_machines=1))
+
+
+def with_machines(fleet: Fleet, num_machines: int) -> Fleet:
+    """More or fewer such machines."""
+    return _fleet(fleet.gpu_model, len(fleet.machine.gpus), replace(_said(fleet), num_machines=num_machines))
 
 
 def with_host(fleet: Fleet, host_bytes: int) -> Fleet:
-    """The same in a host with other memory."""
-    assert fleet.gpu_model is not None
-    return _fleet(fleet.gpu_model, fleet.num_devices, host_bytes, fleet.disk_bytes, None)
+    """The same in a host, or hosts, with other memory."""
+    return _fleet(fleet.gpu_model, len(fleet.machine.gpus), replace(_said(fleet), host=host_bytes))
+
+
+def _said(fleet: Fleet) -> _Said:
+    """What a person said of it; of its cores only where they compute."""
+    return _Said(
+        host=fleet.machine.memory_bytes if fleet.host_is_given else None,
+        disk=fleet.disk_bytes,
+        cores=None if fleet.machine.gpus else fleet.machine.num_cores,
+        num_machines=fleet.num_machines,
+        network=fleet.network_gb_per_second if fleet.network_is_given else None,
+    )
 
 
 def least_host(needed_bytes: int) -> int:
@@ -309,20 +399,34 @@ def _left_by_others(host_bytes: int) -> int:
 
 def asked(fleet: Fleet) -> str:
     """What `--for` has to say for it."""
-    assert fleet.gpu_model is not None
-    disk = f", {fleet.disk_bytes / GB:.6g}GB disk" if fleet.disk_bytes else ""
-    host = f", {fleet.machine.memory_bytes / GB:.6g}GB host" if fleet.host_is_given else ""
-    return f"{fleet.num_devices}x {fleet.gpu_model.name}{host}{disk}"
+    one = f"{len(fleet.machine.gpus)}x {fleet.gpu_model.name}" if fleet.gpu_model else "1x cpu"
+    several = fleet.num_machines > 1
+    words = [f"{fleet.num_machines}x {one}" if several else one]
+    words += [] if fleet.gpu_model else [f"{fleet.machine.num_cores} cores"]
+    words += [f"{fleet.machine.memory_bytes / GB:.6g}GB host"] if fleet.host_is_given else []
+    words += [f"{fleet.disk_bytes / GB:.6g}GB disk"] if fleet.disk_bytes else []
+    words += [f"{8 * fleet.network_gb_per_second:.6g}Gb network"] if several and fleet.network_is_given else []
+    return ", ".join(words)
 
 
-def here(machine: Machine, disk_free_bytes: int) -> Fleet:
-    """This machine."""
+def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1) -> Fleet:
+    """This machine, and as many like it as there are.
+
+    Args:
+        machine: This one; of several that are known, the least of each (`hardware.weakest`).
+        disk_free_bytes: Where the run folder lies.
+        num_machines: How many there are.
+    """
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     kinds = Counter(gpu.name for gpu in machine.gpus)
     gpus = "".join(f"{count}x {name}, " for name, count in kinds.items())
+    several, alike = num_machines > 1, "" if machine.differs else " like this one"
+    named = f"{num_machines} machines{alike}, each" if several else "this machine:"
     return Fleet(
-        name=f"this machine: {gpus}{machine.num_cores} cores, {machine.memory_bytes / GIB:,.0f} GiB",
+        name=f"{named} {gpus}{machine.num_cores} cores, {machine.memory_bytes / GIB:,.0f} GiB",
         machine=machine,
+        num_machines=num_machines,
+        assumed=(NETWORK_ASSUMED,) if several else (),
         gpu_model=model,
         disk_bytes=disk_free_bytes,
         host_memory_gb_per_second=machine.memory_bytes_per_second / 1e9 or (200.0 if machine.gpus else 20.0),

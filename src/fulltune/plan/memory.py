@@ -41,6 +41,7 @@ class MemorySettings:
     """Generic text is replayed before a step's rows: its gradients lie there when they come."""
     eval_batch_size: int = 1
     num_processes: int = 1
+    num_machines: int = 1
     num_saves: int | None = None
     """Checkpoints that the run writes; for the disk. None: many."""
     probe_bytes: int = 0

@@ -40,18 +40,32 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     if wanted == "cuda" and not machine.gpus:
         raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
     found = "cuda" if machine.gpus else "cpu"
-    count = len(machine.gpus)
+    count, machines = len(machine.gpus), recipe.train.num_machines
     reason = f"{counted(count, 'GPU')} found" if count else "no GPU found"
+    reason += f" on each of {machines} machines" if machines > 1 else ""
+    reason += f"; they are not alike ({machine.differs}): planned for the least" if machine.differs else ""
     device = str(reasons.add("train.device", None if wanted == "auto" else wanted, found, reason))
-    if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
-        raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but the number of GPUs is {count}")
-    too_many = device == "cpu" and recipe.train.num_processes > machine.num_cores
-    if too_many and not recipe.train.oversubscribe:
-        raise RecipeError(
-            f"train.num_processes: {recipe.train.num_processes}, but this machine lets us use {machine.num_cores} "
-            f"CPU core(s); set at most {machine.num_cores}, or train.oversubscribe: true to try it all the same"
-        )
+    _refuse_too_many(recipe, machine, device)
     return device
+
+
+def _refuse_too_many(recipe: Recipe, machine: Machine, device: str) -> None:
+    """Refuse more processes than a machine has GPUs, or cores."""
+    train, count, cores = recipe.train, len(machine.gpus), machine.num_cores
+    asked, most = f"train.num_processes: {train.num_processes}", ""
+    if train.num_machines > 1:
+        each = f"{train.processes_per_machine} on each of {train.num_machines} machines"
+        asked, most = f"{asked}, which are {each}", f" ({cores} on each machine)"
+    unlike = f"; the machines are not alike: {machine.differs}" if machine.differs else ""
+    if device == "cuda" and train.processes_per_machine > count:
+        there = " there" if train.num_machines > 1 else ""
+        raise RecipeError(f"{asked}, but the number of GPUs{there} is {count}{unlike}")
+    if device == "cpu" and train.processes_per_machine > cores and not train.oversubscribe:
+        here = "each lets" if train.num_machines > 1 else "this machine lets"
+        raise RecipeError(
+            f"{asked}, but {here} us use {cores} CPU core(s){unlike}; set at most {cores * train.num_machines}{most}, "
+            "or train.oversubscribe: true to try it all the same"
+        )
 
 
 def refuse_fsdp2_beside_gpus(recipe: Recipe, machine: Machine) -> None:
@@ -94,7 +108,7 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
             f"train.precision: {wanted} with model.weights_dtype: bf16 would compute in bf16; set precision: bf16, or "
             "weights_dtype: fp32"
         )
-    emulated = ""
+    doubt = ""
     if device == "cpu":
         ratio = machine.cpu_bf16_speedup
         reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
@@ -103,15 +117,22 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     else:
         oldest = oldest_gpu(recipe, machine)
         chosen, reason = _precision_of(oldest)
-        if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.num_processes]}) > 1:
+        if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
             reason += "; the other GPUs could do more, but all compute alike"
-        emulated = "" if oldest.bf16 else f"; {oldest.label} emulates it, slowly"
+        doubt = _doubt_of(wanted, oldest)
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
-        chosen, reason = "bf16", f"the weights are bf16 (model.weights_dtype){emulated}"
+        chosen, reason = "bf16", f"the weights are bf16 (model.weights_dtype){doubt}"
     found = reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason)
-    if wanted == "bf16" and emulated:
-        reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": FROM_RECIPE + emulated})
+    if wanted != "auto" and doubt:
+        reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": FROM_RECIPE + doubt})
     return found
+
+
+def _doubt_of(wanted: str, oldest: Gpu) -> str:
+    """What speaks against a type that was asked for, or that bf16 weights ask for; empty where nothing does."""
+    if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
+        return f"; {oldest.label} has no tensor cores: no faster than fp32, and rounds more"
+    return f"; {oldest.label} emulates it, slowly" if wanted in ("bf16", "auto") and not oldest.bf16 else ""
 
 
 FLASH = {
@@ -155,7 +176,7 @@ def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str
 
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
     """Of those that the recipe's processes take, the one with the least compute capability."""
-    return min(machine.gpus[: recipe.train.num_processes], key=lambda gpu: gpu.capability)
+    return min(machine.gpus[: recipe.train.processes_per_machine], key=lambda gpu: gpu.capability)
 
 
 def _precision_of(gpu: Gpu) -> tuple[str, str]:
@@ -216,9 +237,9 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
     name = "dataloader_num_workers"
     if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:
         return 0
-    chosen = max(0, min(MOST_WORKERS, machine.num_cores // recipe.train.num_processes - 1))
+    chosen = max(0, min(MOST_WORKERS, machine.num_cores // recipe.train.processes_per_machine - 1))
     reason, shared = "images are decoded beside the GPU's steps", machine.shared_memory_bytes
-    least = LEAST_SHARED_BYTES * recipe.train.num_processes
+    least = LEAST_SHARED_BYTES * recipe.train.processes_per_machine
     if shared is not None and shared < least:
         chosen, needed = 0, format_bytes(least)
         reason = f"shared memory (/dev/shm) has {format_bytes(shared)}; give a container {needed} (--shm-size)"

@@ -12,13 +12,14 @@ a head alone no backward pass through the model. A device does a share of what i
 - GPU, half of the data sheet for models 2,048 wide and more, less for narrow ones. Not measured by us; torchtune's 8B
   on an RTX 4090 reached 0.64 of it, recomputation counted.
 
-Seconds of a step: the longest of three that overlap, and two that follow:
+Seconds of a step: the longest of four that overlap, and two that follow:
 
 - computing: operations / (devices x rate), on a GPU at least 2 ms for each layer and pass, which launching its kernels
   takes, and 5 ms a step for the loop around it (usual figures, not measured by us);
 - the link to the host: bf16 weights in, once forward and once backward for each micro batch, gradients out: each
   device moves its share;
 - the other devices: what each of them sends, see `traffic`;
+- the network between machines: as many bytes from each of them, see `traffic`; 100 Gb/s where nothing is said;
 - then the optimizer, which reads and writes its state once and is bound by memory: 36 bytes a parameter for AdamW in
   fp32 (weight, gradient and both moments read, three of them written, and two passes of clipping over the gradients),
   or on the host 28 (fp32 moments and weights, bf16 gradients and weights) at the bandwidth of its memory; a fixed 5.8 s
@@ -55,6 +56,7 @@ GPU_FP32_SHARE = 1 / 8
 """fp32 on a GPU without TF32, against 16-bit: 1/16 on an A100, 1/8 on a V100, 1/2 on an RTX 4090. Without tensor cores
 both are the same."""
 LINK_SHARE = 0.8
+NETWORK = "network between machines"
 LAUNCH_SECONDS, LOOP_SECONDS = 0.002, 0.005
 UPDATE_BYTES, HOST_UPDATE_BYTES = 36, 28
 HOST_SHARE = 0.65
@@ -170,7 +172,7 @@ def step_seconds(
         return {}
     devices, accumulation = settings.num_processes, settings.gradient_accumulation_steps
     # Processes on a CPU share its cores.
-    rate *= devices if fleet.machine.gpus else 1
+    rate *= devices if fleet.machine.gpus else settings.num_machines
     computing = work.step_flops(rows * settings.passes_per_row, settings.activation_checkpointing) / rate
     launching = LAUNCH_SECONDS * shapes.num_layers * accumulation if fleet.machine.gpus else 0.0
     trained = shapes.num_parameters if shapes.num_trained is None else shapes.num_trained
@@ -178,14 +180,17 @@ def step_seconds(
         "computing": max(computing, launching) + LOOP_SECONDS,
         "host link": 0.0,
         "other devices": 0.0,
-        "optimizer": _optimizer_seconds(trained, fleet, devices, shared),
+        NETWORK: 0.0,
+        "optimizer": _optimizer_seconds(trained, fleet, settings, shared),
         "disk": 0.0,
     }
-    gpu = fleet.gpu_model
+    sent, gpu = traffic.of(shapes, settings, shared).of_step(accumulation), fleet.gpu_model
+    if settings.num_machines > 1:
+        parts[NETWORK] = sent / (fleet.network_gb_per_second * 1e9 * LINK_SHARE)
     if gpu is None:
         return parts
     peers, link = (rate * 1e9 * LINK_SHARE for rate in (gpu.peer_gb_per_second, gpu.link_gb_per_second))
-    parts["other devices"] = traffic.of(shapes, settings, shared).of_step(accumulation) / peers
+    parts["other devices"] = sent / peers if devices > settings.num_machines else 0.0
     if settings.activation_offloading:  # out and in again, 16 bits each, on the stream that computes
         tokens = rows * settings.passes_per_row / devices * work.tokens_per_row
         parts["computing"] += 2 * 2 * shapes.num_layers * tokens * shapes.hidden_size / link
@@ -197,19 +202,19 @@ def step_seconds(
     return parts
 
 
-def _optimizer_seconds(trained: int, fleet: Fleet, devices: int, shared: sharing.Sharing | None) -> float:
+def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, shared: sharing.Sharing | None) -> float:
     host = fleet.host_memory_gb_per_second * 1e9
     if fleet.gpu_model is None:
         return UPDATE_BYTES * trained / host
     if shared is not None and shared.offload_optimizer:
-        return HOST_UPDATE_BYTES * trained / (host * HOST_SHARE)
-    held = trained / devices if shared is not None else trained
+        return HOST_UPDATE_BYTES * trained / settings.num_machines / (host * HOST_SHARE)
+    held = trained / settings.num_processes if shared is not None else trained
     return UPDATE_BYTES * held / (fleet.gpu_model.memory_gb_per_second * 1e9)
 
 
 def together(seconds: Mapping[str, float]) -> float:
     """Of a whole step: the longest of the parts that overlap, and those that follow."""
-    overlapped = max(seconds[name] for name in ("computing", "host link", "other devices"))
+    overlapped = max(seconds[name] for name in ("computing", "host link", "other devices", NETWORK))
     return overlapped + seconds["optimizer"] + seconds["disk"]
 
 

@@ -15,6 +15,11 @@ for clusters of workstations"). P trained parameters, A micro batches of a step;
 ZeRO's volumes are those of Rajbhandari et al. 2020 (arXiv 1910.02054, section 7), with gradients of each micro batch
 sent at once, as DeepSpeed does it from stage 2 on; in fp32, as on a CPU, its numbers take 4 bytes. FSDP2's are read
 from torch 2.13 and counted by `bench/traffic.py`, as are ddp's.
+
+Over several machines the ring is laid so that it enters and leaves each of them once (NCCL orders its rings by machine;
+of several rings each carries a part). Of a machine's processes all but one send to a neighbour inside it, so over each
+machine's network go, in each direction, as many bytes as each process sends. More machines hardly add to it, and a step
+waits for the slower of the two links.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from fulltune import methods
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, defaults, probing, resolve, time
+from fulltune.plan import budget, defaults, gpus, probing, resolve, time
 from fulltune.plan.budget import MemoryBudget, Needs
-from fulltune.plan.dotted import with_settings
+from fulltune.plan.dotted import given, with_settings
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.levers import whole_logits
 from fulltune.plan.memory import MemorySettings
@@ -20,6 +20,7 @@ from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.system import sharing
+from fulltune.text import counted
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Workload:
     footprint: Callable[[str], Footprint]
     """The model's memory for a type of weights; each type is traced once, in a few seconds."""
     summary: DataSummary
-    spread: bool = False
-    """The number of processes follows from the hardware."""
+    spread: tuple[str, ...] = ()
+    """Settings that follow from the hardware: see `by_hardware`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Basis:
     fleet: Fleet
     num_devices: int
     """Processes, one per device."""
+    num_machines: int
+    """That they are spread over."""
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
@@ -67,8 +70,8 @@ class Basis:
         return sharing.of(self.recipe)
 
     def on(self, fleet: Fleet, num_devices: int) -> Basis:
-        """The same with more of the same devices, or in another host."""
-        return replace(self, fleet=fleet, num_devices=num_devices)
+        """The same with more of the same devices, on more machines, or in other hosts."""
+        return replace(self, fleet=fleet, num_devices=num_devices, num_machines=fleet.num_machines)
 
     def seconds(self, settings: MemorySettings, shared: sharing.Sharing | None) -> dict[str, float]:
         """Of each part of an optimizer step; empty where the speed of the hardware is not known."""
@@ -132,6 +135,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         passes_per_row=2 if train.r_drop else 1,
         replays=recipe.preserve.budget is not None and recipe.preserve.replay is not None,
         num_processes=train.num_processes,
+        num_machines=train.num_machines,
         num_held=shapes.num_held,
         num_trained=shapes.num_trained,
         num_saves=steps.num_saves,
@@ -143,6 +147,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         shapes=shapes,
         fleet=fleet,
         num_devices=train.num_processes,
+        num_machines=train.num_machines,
         global_batch_size=global_batch,
         steps=steps,
         head_init=head_init,
@@ -166,18 +171,32 @@ def takes_pieces(recipe: Recipe, plain_logits: bool) -> bool:
     return not whole_logits(recipe, plain_logits) if given is None else given
 
 
+SPREAD = (NUM_PROCESSES, NUM_MACHINES) = ("train.num_processes", "train.num_machines")
+
+
+def by_hardware(recipe: Recipe, spread: Recipe) -> tuple[str, ...]:
+    """What `spread_over` filled in."""
+    return tuple(name for name in SPREAD if given(recipe, name) != given(spread, name))
+
+
 def spread_over(recipe: Recipe, fleet: Fleet) -> Recipe:
-    """The recipe with a process for each device of hardware that is not here, unless it says how many.
+    """The recipe with a process for each device of hardware that is not here, unless it says how many, and with its
+    machines.
 
     Raises:
-        RecipeError: When the recipe's batches cannot be shared by so many.
+        RecipeError: When the recipe's batches cannot be shared by so many, or it names other machines.
     """
     train, devices = recipe.train, fleet.num_devices
     if not fleet.here and fleet.gpu_model is not None and train.device == "cpu":
         raise RecipeError("train.device: 'cpu' but --for names a GPU; add --set train.device=auto")
     if not fleet.here and fleet.gpu_model is None and train.device == "cuda":
         raise RecipeError("train.device: 'cuda' but --for names no GPU; add --set train.device=auto")
-    if fleet.here or devices == 1 or "num_processes" in train.model_fields_set:
+    if fleet.here:
+        return recipe
+    _refuse_other_machines(recipe, fleet)
+    if fleet.num_machines > 1:
+        recipe = with_settings(recipe, {NUM_MACHINES: fleet.num_machines})
+    if devices == 1 or "num_processes" in train.model_fields_set:
         return recipe
     each = (train.micro_batch_size or 1) * devices
     if train.global_batch_size and train.global_batch_size % each:
@@ -186,4 +205,25 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> Recipe:
             f"train.global_batch_size: {train.global_batch_size} cannot be shared by {devices} devices{micro}; set a "
             f"multiple of {each}, or train.num_processes"
         )
-    return with_settings(recipe, {"train.num_processes": devices})
+    return with_settings(recipe, {NUM_PROCESSES: devices})
+
+
+def _refuse_other_machines(recipe: Recipe, fleet: Fleet) -> None:
+    """Refuse a recipe whose machines are not those of the hardware that is named."""
+    asked, named = given(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
+    one = gpus.asked(gpus.with_machines(fleet, 1))
+    if asked not in (None, fleet.num_machines):
+        words = gpus.asked(fleet.model_copy(update={"num_machines": asked}))
+        raise RecipeError(
+            f'{NUM_MACHINES}: {asked}, but --for names {named}; write --for "{words}", or add '
+            f"--set {NUM_MACHINES}={fleet.num_machines} --set {NUM_PROCESSES}={fleet.num_devices}"
+        )
+    if fleet.num_machines > 1 and (recipe.methods or recipe.is_searched):
+        several = "a comparison" if recipe.methods else "a search"
+        raise RecipeError(f'--for: {several} runs on one machine, but {named} are named; write --for "{one}"')
+    processes = recipe.train.num_processes
+    if given(recipe, NUM_PROCESSES) is not None and processes % fleet.num_machines:
+        raise RecipeError(
+            f"{NUM_PROCESSES}: {processes} cannot be spread evenly over the {named} of --for; leave it out (a process "
+            f"for each device: {fleet.num_devices}), or set a multiple of {fleet.num_machines}"
+        )

@@ -63,7 +63,7 @@ class MemoryNeed(Record):
 
 
 class Traffic(Record):
-    """Bytes that each process of a training sends to the others."""
+    """Bytes that each process of a training sends to the others; of a machine's as much goes over its network."""
 
     each_pass: int
     """For each micro batch."""
@@ -170,6 +170,9 @@ class Plan(Record):
     micro_batch_size: int
     gradient_accumulation_steps: int
     num_processes: int
+    """Over all machines."""
+    num_machines: int = 1
+    """That the processes are spread over, as many on each."""
     placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
     """Where weights, gradients and optimizer state lie; deepspeed: as the user's own file says."""
     offload: str = "none"
@@ -230,6 +233,11 @@ class Plan(Record):
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
     settings: tuple[Setting, ...]
+
+    @property
+    def processes_per_machine(self) -> int:
+        """Each has as many."""
+        return self.num_processes // self.num_machines
 
     @property
     def sent_bytes(self) -> int:

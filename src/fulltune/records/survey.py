@@ -18,7 +18,7 @@ class Placement(Record):
     """Bytes on each device, at the micro batch below."""
     device_bytes: int
     host_bytes: int
-    """Of all processes together."""
+    """Of a machine's processes together."""
     disk_bytes: int
     """For offloading; checkpoints come on top."""
     micro_batch_size: int
@@ -81,6 +81,8 @@ class Survey(Record):
     assumed: tuple[str, ...] = ()
     """What was not said about the hardware and is a usual value."""
     num_devices: int
+    """Over all machines."""
+    num_machines: int = 1
     num_parameters: int
     model_type: str
     train_rows: int
@@ -105,6 +107,7 @@ class Survey(Record):
     """Why nothing is shared out or offloaded among them."""
     disk_free_bytes: int | None = None
     host_free_bytes: int
+    """Of one machine."""
     device_free_bytes: int
     """What one process may take."""
     on_cpu: bool = False

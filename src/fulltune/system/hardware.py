@@ -16,12 +16,15 @@ from pathlib import Path
 from fulltune.errors import SetupError
 from fulltune.records.base import Record
 from fulltune.system import proc
+from fulltune.text import listed
 
 _MEASURED = "FULLTUNE_BF16_SPEEDUP"
 """Variable that keeps the measured ratio for this process and its children."""
 _RATES = "FULLTUNE_CPU_RATES"
 """The same for the speeds of `cpu_rates`, in GFLOP/s and GB/s."""
 
+ALIKE = 0.9
+"""Machines whose memory is that close are alike: what the system takes differs a little everywhere."""
 BF16_FROM, TENSOR_CORES_FROM = (8, 0), (7, 0)
 """Compute capabilities (Ampere, Volta). Without tensor cores fp16 is no faster than fp32: torch adds up its products in
 fp32 (cuBLAS's COMPUTE_32F), also on a P100, whose plain fp16 would be fast, and on 6.1, where that has 1/64 of the
@@ -70,6 +73,8 @@ class Machine(Record):
     """Read and written by a copy in the host's memory, measured; 0: not known."""
     shared_memory_bytes: int | None = None
     """Free in /dev/shm, through which processes hand over tensors; None: not known."""
+    differs: str = ""
+    """The least of several machines that are not alike: in what, such as `16 to 64 cores`."""
 
 
 def here() -> Machine:
@@ -89,9 +94,55 @@ def here() -> Machine:
     )
 
 
-def weakest(found: Sequence[Machine]) -> Machine:
-    """What can be counted on, on each of several machines."""
-    return found[0]
+def weakest(machines: Sequence[Machine]) -> Machine:
+    """What each of several machines has at least, which a plan for all of them may take.
+
+    Args:
+        machines: What they report, at least one.
+    """
+    shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
+    return Machine(
+        cpu=" / ".join(dict.fromkeys(one.cpu for one in machines)),
+        num_cores=min(one.num_cores for one in machines),
+        memory_bytes=min(one.memory_bytes for one in machines),
+        memory_available_bytes=min(one.memory_available_bytes for one in machines),
+        cpu_bf16_speedup=min(one.cpu_bf16_speedup for one in machines),
+        # As many as the poorest has: a training process of each machine takes the one of its number there.
+        gpus=tuple(_least(gpus) for gpus in zip(*(one.gpus for one in machines), strict=False)),
+        cpu_flops=min(one.cpu_flops for one in machines),
+        memory_bytes_per_second=min(one.memory_bytes_per_second for one in machines),
+        shared_memory_bytes=min(shared, default=None),
+        differs=_differences(machines),
+    )
+
+
+def _least(gpus: Sequence[Gpu]) -> Gpu:
+    """Of those of one number: the oldest one's name, the least memory."""
+    oldest = min(gpus, key=lambda gpu: (gpu.capability, gpu.memory_bytes))
+    free = [gpu.available_bytes for gpu in gpus if gpu.free_bytes is not None]
+    least = min(gpu.memory_bytes for gpu in gpus)
+    return oldest.model_copy(update={"memory_bytes": least, "free_bytes": min(free, default=None)})
+
+
+def _differences(machines: Sequence[Machine]) -> str:
+    """What a plan for the least of them should say; empty: they are alike."""
+    found = []
+    names = sorted({gpu.name for one in machines for gpu in one.gpus})
+    if len(set(map(len, (one.gpus for one in machines)))) > 1:
+        counts = [len(one.gpus) for one in machines]
+        found.append(f"{min(counts)} to {max(counts)} GPUs")
+    if len({tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}) > 1 and len(names) > 1:
+        found.append(listed(names))
+    cores = [one.num_cores for one in machines]
+    if min(cores) < max(cores):
+        found.append(f"{min(cores)} to {max(cores)} cores")
+    for what, sizes in (
+        ("memory", [one.memory_bytes for one in machines]),
+        ("free memory", [one.memory_available_bytes for one in machines]),
+    ):
+        if min(sizes) < ALIKE * max(sizes):
+            found.append(f"{min(sizes) / 2**30:,.1f} to {max(sizes) / 2**30:,.1f} GiB of {what}")
+    return ", ".join(found)
 
 
 def bf16_speedup() -> float:

@@ -114,6 +114,16 @@ def test_given_precision_is_kept_and_said_to_be_slow(settings: dict[str, Any], f
     assert precision(machine(A100), **settings) == (found, "from the recipe")
 
 
+@pytest.mark.parametrize("capability", [(6, 0), (6, 1)])
+def test_fp16_without_tensor_cores_is_kept_and_said_to_gain_nothing(capability: tuple[int, int]) -> None:
+    card = A100.model_copy(update={"name": "Card", "capability": capability})
+    label = "Card (compute capability {}.{})".format(*capability)
+    why = f"from the recipe; {label} has no tensor cores: no faster than fp32, and rounds more"
+    assert precision(machine(card), precision="fp16") == ("fp16", why)
+    assert precision(machine(card, A100), precision="fp16", num_processes=2) == ("fp16", why)
+    assert precision(machine(A100, card), precision="fp16") == ("fp16", "from the recipe"), "it is not used"
+
+
 @pytest.mark.parametrize("card", ["T4", "V100-16GB", "P100"])
 @pytest.mark.parametrize("given", ["auto", "fp32"])
 def test_bf16_weights_are_no_way_out_where_bf16_is_emulated(card: str, given: str) -> None:

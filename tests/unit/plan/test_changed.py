@@ -23,6 +23,9 @@ from tests import plans
         ({"placement": "ddp", "num_processes": 2}, {"placement": "fsdp2", "num_processes": 2}, False),
         ({"placement": "fsdp2", "num_processes": 2}, {"placement": "fsdp2", "num_processes": 4}, False),
         ({"placement": "fsdp2", "num_processes": 2}, {}, False),
+        ({"placement": "ddp", "num_processes": 2}, {"num_processes": 2, "num_machines": 2}, False),
+        ({"placement": "ddp", "num_processes": 4, "num_machines": 2}, {"num_processes": 4, "num_machines": 2}, True),
+        ({"placement": "ddp", "num_processes": 4, "num_machines": 4}, {"num_processes": 4, "num_machines": 2}, False),
         ({"placement": "zero3"}, {"placement": "zero3", "offload": "all"}, False),
         ({"placement": "zero3", "offload": "all"}, {"placement": "zero3", "offload": "all"}, True),
         ({"placement": "deepspeed"}, {"extra": {"deepspeed": {}}}, True),
@@ -52,18 +55,26 @@ def test_only_the_place_is_planned_anew() -> None:
         _setting("train.placement", "fsdp2", "given"),
         _setting("train.optim", "adamw_torch_fused", "usual"),
         _setting("evaluate.batch_size", 32, "fits"),
+        _setting("train.num_machines", 2, "given"),
     )
     anew = plans.plan(
         **{"settings": other, "learning_rate": 5e-5, "placement": "fsdp2", "num_processes": 2, "total_steps": 99},
         **{"micro_batch_size": 2, "gradient_accumulation_steps": 2, "eval_batch_size": 32, "available_bytes": 7},
-        **{"activation_checkpointing": True, "chunked_loss": True},
+        **{"activation_checkpointing": True, "chunked_loss": True, "num_machines": 2},
     )
 
     found = planning.placed_anew(begun, anew)
 
     kept = ("learning_rate", "total_steps", "optim", "rollbacks", "global_batch_size", "seed", "trial")
     assert {name: getattr(found, name) for name in kept} == {name: getattr(begun, name) for name in kept}
-    placed = ("placement", "num_processes", "micro_batch_size", "gradient_accumulation_steps", "eval_batch_size")
+    placed = (
+        "placement",
+        "num_processes",
+        "num_machines",
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+        "eval_batch_size",
+    )
     placed += ("available_bytes", "activation_checkpointing", "chunked_loss")
     assert {name: getattr(found, name) for name in placed} == {name: getattr(anew, name) for name in placed}
     assert {one.name: (one.value, one.reason) for one in found.settings} == {
@@ -71,6 +82,7 @@ def test_only_the_place_is_planned_anew() -> None:
         "train.micro_batch_size": (2, "fits in each"),
         "train.optim": ("adamw_8bit", "memory ran out"),
         "train.placement": ("fsdp2", "given"),
+        "train.num_machines": (2, "given"),
         "evaluate.batch_size": (32, "fits"),
     }
 

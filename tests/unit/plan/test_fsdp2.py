@@ -78,6 +78,22 @@ def test_state_is_shared_out_and_a_block_is_whole_on_a_gpu(processes: int) -> No
     assert found.kinds["buffers"] == 4 * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
 
 
+def test_what_an_encoder_recomputes_is_gone_when_a_block_ends() -> None:
+    """Without a language model's head, the last and the first block tell what blocks keep and what one recomputes."""
+    kept, again = 2 * M, 50 * M  # a block's input; what one makes anew
+    last, first = (
+        footprint((count * kept + again) / 100, f"backward 0:{place}", gradients=done * 4 * BLOCK + 20 * M)
+        for place, count, done in (("last", NUM_BLOCKS, 0), ("first", 1, NUM_BLOCKS - 1))
+    )
+    pairs = zip(last.variants, first.variants, strict=True)
+    both = tuple(one.model_copy(update={"first": (*one.first, *other.first)}) for one, other in pairs)
+    traced = last.model_copy(update={"variants": both})
+    settings = replace(SETTINGS, num_processes=10**6, activation_checkpointing=True)
+    found = fsdp2.need(SHAPES, traced, settings, "cuda")
+    assert found.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
+    assert found.kinds["activations"] == (NUM_BLOCKS - 1) * kept + NORM
+
+
 def test_a_blocks_gradients_are_whole_when_its_activations_are_gone() -> None:
     found = fsdp2.need(
         SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), replace(SETTINGS, num_processes=10**6), "cuda"

@@ -103,7 +103,13 @@ KNOWN = ", ".join(gpu.name for gpu in gpus.GPUS)
         ("abacus", (f"--for: unknown GPU 'abacus'; known are {KNOWN}, or cpu",)),
         ("0x H100", ("--for: '0x H100' has no GPU; write 1x or more, or cpu",)),
         ("", (f"--for: no GPU is named; known are {KNOWN}, or cpu",)),
-        ("2x cpu", ("--for: '2x cpu': a CPU is one device; write cpu, and its cores if you know them",)),
+        (
+            "2x cpu",
+            (
+                "--for: '2x cpu': a CPU is one device; write cpu, and its cores if you know them, or 2x 1x cpu for 2 "
+                "machines",
+            ),
+        ),
         (
             "H100, 3 bananas, 0GB host",
             (

@@ -29,6 +29,13 @@ def test_what_processes_send_is_a_line(traffic: Traffic | None, passes: int, sai
     assert words.sent(made) == said
 
 
+def test_what_crosses_between_machines_is_said() -> None:
+    sent = {"traffic": Traffic(each_pass=0, each_step=2**30), "num_processes": 4, "placement": "ddp"}
+    several = plans.plan(**sent, num_machines=2)
+    expected = "each of 4 processes sends 1 GiB a step, and so does each of 2 machines to the others (ddp)"
+    assert words.sent(several) == expected
+
+
 def test_harmless_control_and_direction_marks_are_shown_by_code() -> None:
     assert words.harmless("a\x1b[31m\x00\u202eb\r\nc\td é 😀👩\u200d🔬 שלום") == (
         "a⟨U+001B⟩[31m⟨U+0000⟩⟨U+202E⟩b\nc\td é 😀👩\u200d🔬 שלום"

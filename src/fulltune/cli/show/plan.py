@@ -13,6 +13,7 @@ from rich.text import Text
 from fulltune.plan.choose import DOING
 from fulltune.plan.dotted import in_yaml
 from fulltune.plan.reasons import FROM_RECIPE
+from fulltune.plan.time import NETWORK
 from fulltune.plan.ways_out import as_flags
 from fulltune.records.plan import MemoryKind, Plan, Setting
 from fulltune.records.survey import Placement, Survey
@@ -116,7 +117,8 @@ def _found(survey: Survey) -> list[tuple[str, str]]:
         held_out += f" (data.eval_fraction asks for {survey.asked_eval_rows:,}; each label gives a text)"
     mixed = f" and {survey.mixed_rows:,} mixed into each epoch" if survey.mixed_rows else ""
     # In GiB as everywhere below, and of the host also in GB, as hosts and `--for` count: 1 GiB is 1.07 GB.
-    free = f"{gib(survey.host_free_bytes)} GiB ({survey.host_free_bytes / 1e9:,.0f} GB) of the host's memory"
+    host = "each host's" if survey.num_machines > 1 else "the host's"
+    free = f"{gib(survey.host_free_bytes)} GiB ({survey.host_free_bytes / 1e9:,.0f} GB) of {host} memory"
     if not survey.on_cpu:
         free = f"{gib(survey.device_free_bytes)} GiB on each GPU, {free}"
     rows = [
@@ -192,7 +194,8 @@ def _verdict(one: Placement, chosen: bool) -> str:
 
 
 def _legend(survey: Survey) -> str:
-    legend = "GiB on each device, on the host, on disk; batch: rows a pass on each device"
+    host = "each host" if survey.num_machines > 1 else "the host"
+    legend = f"GiB on each device, on {host}, on disk; batch: rows a pass on each device"
     if any(one.activation_checkpointing and one.fits for one in survey.placements):
         legend += ", * activations recomputed"
     return f"{legend}; {survey.no_sharing}" if survey.no_sharing else legend
@@ -213,7 +216,7 @@ def _time(survey: Survey, plan: Plan) -> list[tuple[str, str]]:
             f"{plan.total_steps:,} of {counted(plan.global_batch_size, 'row')} ({batch}), {epochs}, "
             f"{count(need.tokens)} tokens",
         ),
-        ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: can be off by half)"),
+        ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: can be off by half){_bound(survey)}"),
         (
             "training",
             f"{format_seconds(need.total_seconds)}: {training}, checkpoints {format_seconds(need.save_seconds)}",
@@ -232,6 +235,12 @@ def _time(survey: Survey, plan: Plan) -> list[tuple[str, str]]:
         price = f"{survey.price:,.2f} {survey.currency}".rstrip()
         rows.append(("price", f"{price} for {f'{hours:,.1f}' if hours >= 10 else f'{hours:.2g}'} device hours"))
     return rows
+
+
+def _bound(survey: Survey) -> str:
+    """What a step over several machines waits for, where that is their network: more of it would help."""
+    placed = next((one for one in survey.placements if one.name == survey.placement), None)
+    return f"; a step waits for the {NETWORK}" if placed is not None and placed.bound_by == NETWORK else ""
 
 
 def _settings(settings: Sequence[Setting]) -> Iterator[Any]:
@@ -292,8 +301,12 @@ def _what_next(survey: Survey, plan: Plan | None) -> Iterator[Text]:
             yield _dim(f"(first put '{survey.comparison_first}' in place of 'method' in the recipe)")
         yield CommandText(survey.comparison)
     elif survey.full_fits:
-        yield _dim("to decide on your own rows: fulltune compare, on a placement without DeepSpeed")
+        where = "one machine" if survey.num_machines > 1 else "a placement without DeepSpeed"
+        yield _dim(f"to decide on your own rows: fulltune compare, on {where}")
     else:
         yield _dim("full fine-tuning does not fit here: there is nothing to compare with")
     yield _dim("to run this plan with another seed")
+    if survey.num_machines > 1:
+        machines = f"on each of the {survey.num_machines} machines"
+        yield _dim(f"({machines}, in a folder that all see; RANK counts them from 0, HOST is 0's name)")
     yield CommandText(survey.command)

@@ -10,12 +10,14 @@ from fulltune.plan.choose import Option
 from fulltune.plan.dotted import with_settings
 from fulltune.plan.elsewhere import placement
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.workload import Basis, Workload, basis_of
+from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, Basis, Workload, basis_of
 from fulltune.records.plan import Plan
 from fulltune.records.survey import Alternative, Placement, WayOut
 
 MOST_DEVICES = 8
-"""Of one machine: several machines are not planned."""
+"""Of one machine."""
+MOST_MACHINES = 8
+"""That are proposed where fewer are too small."""
 FASTER_THAN_A_CPU = ("1x L4", "1x RTX 4090", "1x H100-80GB")
 _NOTABLY_FASTER = 1.03
 
@@ -59,23 +61,37 @@ def _other_hardware(basis: Basis) -> Iterator[tuple[Fleet, Placement, str, str]]
     """More devices, and a larger host, on which something fits; each with its name and what it costs."""
     fleet = basis.fleet
     if fleet.gpu_model is not None and not fleet.here:
-        for count in (2, 4, MOST_DEVICES):
-            more = gpus.with_count(fleet, count)
-            if count > fleet.num_devices and (fitting := _fitting(basis, more, count)):
-                yield more, fitting[0], f"{count}x {fleet.gpu_model.name}, {fitting[0].name}", "more devices"
+        for more in _more_devices(fleet):
+            if fitting := _fitting(basis, more, more.num_devices):
+                costs = "more devices" if more.num_machines == fleet.num_machines else "more machines"
+                yield more, fitting[0], f"{_devices(more)}, {fitting[0].name}", costs
                 break
     if larger := _larger_host(basis):
         other, one = larger
         yield other, one, f"{_host(other)}, {one.name}", "more memory of the host"
 
 
+def _more_devices(fleet: Fleet) -> Iterator[Fleet]:
+    """Up to eight GPUs in one machine, then more machines."""
+    if fleet.num_machines == 1:
+        yield from (gpus.with_count(fleet, count) for count in (2, 4, MOST_DEVICES) if count > fleet.num_devices)
+        fleet = gpus.with_count(fleet, max(MOST_DEVICES, fleet.num_devices))
+    yield from (gpus.with_machines(fleet, count) for count in (2, 4, MOST_MACHINES) if count > fleet.num_machines)
+
+
+def _devices(fleet: Fleet) -> str:
+    """As `--for` has them: `8x A100-80GB`, `2x 8x A100-80GB`."""
+    return gpus.asked(fleet).partition(",")[0]
+
+
 def _host(fleet: Fleet) -> str:
     """By its whole memory, as it is sold and as `--for` takes it."""
-    return f"a host with {fleet.machine.memory_bytes / gpus.GB:,.0f} GB"
+    size = f"{fleet.machine.memory_bytes / gpus.GB:,.0f} GB"
+    return f"hosts with {size} each" if fleet.num_machines > 1 else f"a host with {size}"
 
 
 def _larger_host(basis: Basis) -> tuple[Fleet, Placement] | None:
-    """The smallest host for the best placement that only the host is too small for."""
+    """The smallest host for the best placement that only the host is too small for; of several machines each."""
     fleet, count = basis.fleet, basis.num_devices
     if fleet.gpu_model is None:
         return None
@@ -99,11 +115,12 @@ def instead(
     fleet, chosen = basis.fleet, next((one for one in placements if one.name == name), None)
     if chosen is None or not chosen.tokens_per_second:
         return
-    speed = chosen.tokens_per_second
+    speed = best = chosen.tokens_per_second
     others = sorted((one for one in placements if automatic(one) and one.name != name), key=preference)
     faster = next((one for one in others if _speed(one) > _NOTABLY_FASTER * speed), None)
     if faster is not None:
-        effect = f"{_speed(faster) / speed:.2f} times as fast"
+        best = _speed(faster)
+        effect = f"{best / speed:.2f} times as fast"
         yield Alternative(kind="faster", change=f"{faster.name} ({faster.how})", effect=effect)
     if larger := _larger_host(basis):
         host, one = larger
@@ -113,31 +130,57 @@ def instead(
     if not fleet.machine.gpus:
         yield from _with_a_gpu(workload, plan)
     elif fleet.gpu_model is not None and not fleet.here:
-        yield from _with_other_counts(basis, speed)
+        yield from _with_other_counts(basis, speed, best)
 
 
-def _with_other_counts(basis: Basis, speed: float) -> Iterator[Alternative]:
-    """Twice as many devices, where they pay in time; half as many, where they pay in money."""
-    fleet, now = basis.fleet, basis.num_devices
-    assert fleet.gpu_model is not None
-    for count in (2 * now, now // 2):
-        fewer = count < now
-        fitting = _fitting(basis, gpus.with_count(fleet, count), count) if 1 <= count <= MOST_DEVICES else []
-        if not fitting:
+def _with_other_counts(basis: Basis, speed: float, best: float) -> Iterator[Alternative]:
+    """Twice as many devices, where they pay in time; half as many, where they pay in money.
+
+    Args:
+        basis: What the chosen plan is judged by.
+        speed: Of that plan.
+        best: Of the fastest one on the same devices, beside which others have to pay.
+    """
+    now = basis.num_devices
+    for other in (_twice(basis), _half(basis)):
+        fitting = _fitting(basis, other, other.num_devices) if other else []
+        if other is None or not fitting:
             continue
+        count = other.num_devices
+        fewer = count < now
         ratio = speed / (fitting[0].tokens_per_second or 1.0)
         hours = ratio * count / now
-        if hours <= 0.97 if fewer else ratio <= 0.95:
-            change = f"{count}x {fleet.gpu_model.name}, {fitting[0].name}"
+        pays = best / speed * (hours if fewer else ratio)
+        if pays <= (0.97 if fewer else 0.95):
+            change = f"{_devices(other)}, {fitting[0].name}"
             effect = f"{ratio:.2f} x the time, {hours:.2f} x the device hours"
             yield Alternative(kind="cheaper" if fewer else "faster", change=change, effect=effect)
+
+
+def _twice(basis: Basis) -> Fleet | None:
+    """Twice as many devices as are used: in one machine as long as it has room for them, else in twice the machines."""
+    fleet, count = basis.fleet, 2 * basis.num_devices
+    if fleet.num_machines == 1 and count <= MOST_DEVICES:
+        return gpus.with_count(fleet, count)
+    if basis.num_devices < fleet.num_devices or 2 * fleet.num_machines > MOST_MACHINES:
+        return None
+    return gpus.with_machines(fleet, 2 * fleet.num_machines)
+
+
+def _half(basis: Basis) -> Fleet | None:
+    """Half as many: of machines where there are several."""
+    fleet = basis.fleet
+    if fleet.num_machines == 1:
+        return gpus.with_count(fleet, basis.num_devices // 2) if basis.num_devices > 1 else None
+    used_up = basis.num_devices == fleet.num_devices and fleet.num_machines % 2 == 0
+    return gpus.with_machines(fleet, fleet.num_machines // 2) if used_up else None
 
 
 def _with_a_gpu(workload: Workload, plan: Plan) -> Iterator[Alternative]:
     """What one GPU would make of a run on a CPU."""
     if plan.time is None:
         return
-    anywhere = {"train.device": "auto", "train.num_processes": 1, "train.precision": "auto"}
+    anywhere = {"train.device": "auto", NUM_PROCESSES: 1, NUM_MACHINES: 1, "train.precision": "auto"}
     moved = replace(workload, recipe=with_settings(workload.recipe, anywhere))
     for words in FASTER_THAN_A_CPU:
         fleet = gpus.parse(words)

@@ -30,7 +30,7 @@ from fulltune.plan.choose import COMFORTABLE, candidates, fastest
 from fulltune.plan.dotted import DEEPSPEED, OFFLOAD, PLACEMENT, WHERE, given, in_yaml, with_settings
 from fulltune.plan.levers import plain_optim
 from fulltune.plan.memory import MemorySettings
-from fulltune.plan.workload import Basis, takes_pieces
+from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, Basis, takes_pieces
 from fulltune.recipe.training import NVME, NVME_FOLDER
 from fulltune.records.plan import MemoryKind
 from fulltune.records.survey import Placement
@@ -41,7 +41,8 @@ from fulltune.text import format_bytes
 NOT_BUILT = "planned here; running it is not built yet"
 NEEDS_PATH = f"with the folder of an NVMe disk in {OFFLOAD}"
 _DEFAULTS = {
-    "train.num_processes": 1,
+    NUM_PROCESSES: 1,
+    NUM_MACHINES: 1,
     "model.weights_dtype": "fp32",
     "train.bf16_rounding": None,
     "train.optimizer_in_backward": False,
@@ -83,7 +84,8 @@ def planned(basis: Basis, name: str, settings: MemorySettings) -> Placement:
 def _layouts(basis: Basis) -> Iterator[_Layout]:
     gpus, many = basis.fleet.machine.gpus, basis.num_devices > 1
     each = f"{basis.num_devices} copies" if many else "one device"
-    plain = _DEFAULTS | {"train.num_processes": basis.num_devices, "train.optim": "adamw_torch_fused"}
+    spread = {NUM_PROCESSES: basis.num_devices, NUM_MACHINES: basis.num_machines}
+    plain = _DEFAULTS | spread | {"train.optim": "adamw_torch_fused"}
     if basis.recipe.train.placement == ("ddp" if many else "single"):  # the same by its name
         plain[PLACEMENT] = basis.recipe.train.placement
     if not many and basis.start.optimizer_in_backward:
@@ -127,6 +129,8 @@ def _shared_layouts(basis: Basis, plain: dict[str, Any], many: bool) -> Iterator
     yield _Layout("ZeRO-2, optimizer on host", zero(2, "optimizer"), shared=Sharing(2, True, False))
     yield _Layout("FSDP2, all on host", {}, runs=False, shared=Sharing(3, True, True), per_parameter=sharded.FSDP2)
     yield _Layout("ZeRO-3, all on host", zero(3, "all"), shared=Sharing(3, True, True))
+    if basis.num_machines > 1:  # whose disks differ: the recipe refuses it
+        return
     on_disk, needs = zero(3, NVME + (path or NVME_FOLDER)), "" if path else NEEDS_PATH
     yield _Layout("ZeRO-3, all on disk", on_disk, shared=Sharing(3, True, True, True, True), needs=needs)
 
@@ -164,6 +168,7 @@ def _start(basis: Basis, layout: _Layout) -> MemorySettings:
         chunked_loss=in_pieces and takes_pieces(plain, start.plain_logits),
         optimizer_in_backward=alone and basis.num_devices == 1 and start.optimizer_in_backward,
         num_processes=basis.num_devices,
+        num_machines=basis.num_machines,
     )
 
 
@@ -173,7 +178,8 @@ def _placed(basis: Basis, layout: _Layout, settings: MemorySettings) -> Placemen
     kinds = dict(need.kinds)
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] += max(0, need.peak - sum(kinds.values()))
-    host = sharded.host_bytes(shared, parameters, basis.num_devices, per_parameter) if shared else 0
+    on_hosts = sharded.host_bytes(shared, parameters, basis.num_devices, per_parameter) if shared else 0
+    host = -(-on_hosts // basis.num_machines)
     on_disk = sharded.disk_bytes(shared, parameters, per_parameter)
     short = _short(basis, kinds, host, on_disk)
     seconds = basis.seconds(settings, shared)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fulltune.errors import DoesNotFitError
-from fulltune.plan import disk, gpus, resolve, time
+from fulltune.plan import disk, resolve, time
 from fulltune.plan.changed import memory_settings_of
 from fulltune.plan.dotted import DEEPSPEED, given, with_settings
-from fulltune.plan.elsewhere import advise, alternatives, placement
+from fulltune.plan.elsewhere import advise, alternatives, machines, placement
 from fulltune.plan.fit import fit, with_time
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.reasons import Reasons
-from fulltune.plan.workload import Basis, Workload, basis_of
+from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.survey import Placement, Survey, WayOut
@@ -83,8 +83,8 @@ def survey(
         [computes] = [f"{one.value}: {one.reason}" for one in reasons.settings if one.name == "train.precision"]
         return seen.model_copy(update={"ways_out": ways, "notes": notes, "computes": computes}), None
     plan, settings = found.plan, found.settings
-    if workload.spread:
-        settings = {"train.num_processes": plan.num_processes, **settings}
+    numbers = {NUM_PROCESSES: plan.num_processes, NUM_MACHINES: plan.num_machines}
+    settings = {**{name: numbers[name] for name in workload.spread}, **settings}
     name = found.placement or _own(workload.recipe, plan, placements)
     used = memory_settings_of(plan, workload.summary)
     placements = tuple(_as_planned(basis, one, used, plan) if one.name == name else one for one in placements)
@@ -125,7 +125,8 @@ def _seen(
         hardware=fleet.name,
         assumed=fleet.assumed,
         # The processes of a CPU share one device.
-        num_devices=basis.num_devices if fleet.machine.gpus else 1,
+        num_devices=basis.num_devices if fleet.machine.gpus else basis.num_machines,
+        num_machines=basis.num_machines,
         num_parameters=shapes.num_parameters,
         model_type=shapes.model_type,
         train_rows=splits["train"].rows,
@@ -182,13 +183,15 @@ def _elsewhere(workload: Workload, fleet: Fleet, placements: Sequence[Placement]
 
 def _overrides(recipe: Recipe, settings: dict[str, Any]) -> bool:
     """Whether one of them has another value in the recipe: what is given is kept, and is then a way out."""
-    names = settings.keys() - {"train.num_processes"}
+    names = settings.keys() - set(SPREAD)
     return any(given(recipe, name) not in (None, settings[name]) for name in names)
 
 
 def _fitted(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
     plan = fit(recipe, workload.shapes, workload.footprint(recipe.model.weights_dtype), workload.summary, fleet)
-    return _explained(plan, {"train.num_processes"}, "one for each device") if workload.spread else plan
+    for name in workload.spread:
+        plan = _explained(plan, {name}, "one for each device" if name == NUM_PROCESSES else "from --for")
+    return plan
 
 
 def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
@@ -296,10 +299,12 @@ def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
     """The way out as the plan finds it when it is followed: memory is not all that can be short."""
     if not way.enough or not (way.hardware or way.settings) or "data.max_length" in way.settings:
         return way
-    there = gpus.parse(way.hardware) if way.hardware else fleet
+    there = machines.fleet_of(way.hardware) if way.hardware else fleet
     recipe = with_settings(workload.recipe, way.settings)
-    if way.hardware and (workload.spread or "num_processes" not in recipe.train.model_fields_set):
-        recipe = with_settings(recipe, {"train.num_processes": there.num_devices})
+    if way.hardware:
+        numbers = {NUM_PROCESSES: there.num_devices, NUM_MACHINES: there.num_machines}
+        left_open = {name for name in SPREAD if name in workload.spread or given(recipe, name) is None}
+        recipe = with_settings(recipe, {name: numbers[name] for name in left_open})
     other = replace(workload, recipe=recipe)
     placements = placement.table(basis_of(other, there))
     if not isinstance(_planned(other, there, placements), DoesNotFitError):

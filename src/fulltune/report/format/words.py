@@ -52,7 +52,8 @@ def sent(plan: Plan) -> str:
     each = f", {format_bytes(plan.traffic.each_pass)} of it for each of {passes} micro batches"
     each = each if passes > 1 and plan.traffic.each_pass else ""
     sum_of_step = format_bytes(plan.sent_bytes)
-    return f"each of {plan.num_processes} processes sends {sum_of_step} a step ({plan.placement}{each})"
+    several = f", and so does each of {plan.num_machines} machines to the others" if plan.num_machines > 1 else ""
+    return f"each of {plan.num_processes} processes sends {sum_of_step} a step{several} ({plan.placement}{each})"
 
 
 def at_the_peak(kinds: Mapping[MemoryKind, int]) -> str:

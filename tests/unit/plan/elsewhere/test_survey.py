@@ -12,6 +12,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import Moment
 from fulltune.plan import gpus, time, ways_out, workload
 from fulltune.plan.dotted import with_settings
+from fulltune.plan.elsewhere import machines
 from fulltune.plan.elsewhere.alternatives import automatic
 from fulltune.plan.elsewhere.survey import Wishes, survey
 from fulltune.plan.fit import fit
@@ -27,9 +28,11 @@ ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 def planned(
     hardware: str, task: workload.Workload | None = None, wishes: Wishes | None = None
 ) -> tuple[Survey, Plan | None]:
-    task, fleet = task or sizes.llama(), gpus.parse(hardware)
+    task, fleet = task or sizes.llama(), machines.fleet_of(hardware)
     recipe = workload.spread_over(task.recipe, fleet)
-    return survey(replace(task, recipe=recipe, spread=recipe is not task.recipe), fleet, wishes or Wishes())
+    return survey(
+        replace(task, recipe=recipe, spread=workload.by_hardware(task.recipe, recipe)), fleet, wishes or Wishes()
+    )
 
 
 @pytest.mark.parametrize("gpu", gpus.GPUS, ids=lambda gpu: gpu.name)

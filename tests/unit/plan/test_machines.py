@@ -1,0 +1,322 @@
+"""The plan of a run over several machines: what one of them has, what crosses between them, what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fulltune.cli.show.plan import show
+from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.plan import budget, gpus, resolve, time, traffic, workload
+from fulltune.plan.elsewhere import machines, placement
+from fulltune.plan.elsewhere.survey import Wishes, survey
+from fulltune.plan.memory import MemorySettings
+from fulltune.plan.reasons import Reasons
+from fulltune.recipe.fields import Recipe
+from fulltune.records.plan import MemoryNeed, Plan
+from fulltune.records.survey import Survey
+from fulltune.system.hardware import Gpu, Machine
+from fulltune.system.sharing import Sharing
+from tests.unit.plan import sizes
+
+GB, GIB = 10**9, 2**30
+CARD = Gpu(name="NVIDIA A100-SXM4-80GB", memory_bytes=80 * GIB, capability=(8, 0), free_bytes=79 * GIB)
+FSDP2 = Sharing(3, False, False, engine="fsdp2")
+
+
+def machine(gpus: int = 0, **changes: Any) -> Machine:
+    values = {"num_cores": 16, "memory_bytes": 64 * GB, "memory_available_bytes": 60 * GB, **changes}
+    return Machine(cpu="x", cpu_bf16_speedup=1.0, gpus=(CARD,) * gpus, cpu_flops=1e12, **values)
+
+
+def planned(hardware: str, task: workload.Workload | None = None) -> tuple[Survey, Plan | None]:
+    task, fleet = task or sizes.llama(), machines.fleet_of(hardware)
+    recipe = workload.spread_over(task.recipe, fleet)
+    return survey(replace(task, recipe=recipe, spread=workload.by_hardware(task.recipe, recipe)), fleet, Wishes())
+
+
+# ---- in words ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("4x 8x A100-80GB", (4, "8x A100-80GB")),
+        ("4 × 8xH100, 64GB host", (4, "8xH100, 64GB host")),
+        ("2*1x RTX 4090", (2, "1x RTX 4090")),
+        ("1x 8x L4", (1, "8x L4")),
+        ("8x A100-80GB", (1, "8x A100-80GB")),
+        ("A100-80GB", (1, "A100-80GB")),
+        ("4x 4090", (1, "4x 4090")),
+        ("2x 1x cpu, 16 cores", (2, "1x cpu, 16 cores")),
+        ("4x", (1, "4x")),
+        ("", (1, "")),
+    ],
+)
+def test_machines_stand_before_their_gpus(words: str, found: tuple[int, str]) -> None:
+    assert machines.machines_in(words) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("4x 4x 8x A100, 64GB host", "'4x 4x 8x A100' has too many counts; write machines, then GPUs of each"),
+        ("0x 8x A100-80GB", "'0x 8x A100-80GB' has no machine; write 1x or more"),
+        ("4x 0x A100-80GB", "'0x A100-80GB' has no GPU"),
+        ("2x cpu", "a CPU is one device; write cpu, and its cores if you know them, or 2x 1x cpu for 2 machines"),
+        ("8x L4, 400Gb network", "'400Gb network' is between machines, but one is named"),
+        ("2x 8x L4, 400GB network", "could be bits or bytes; write '400Gb network' or '400GB/s network'"),
+        ("2x 8x L4, 0Gb network", "host, disk, cores and network must be more than 0"),
+        ("2x 8x L4, fast network", "'fast network' cannot be read; write for example"),
+    ],
+)
+def test_what_cannot_be_read_is_named(words: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        machines.fleet_of(words)
+    assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "gigabytes"),
+    [
+        ("", 12.5),
+        (", 400Gb network", 50),
+        (", 8x 400 Gbit/s InfiniBand", 400),
+        (", 50GB/s network", 50),
+        (", 3.2 Tbps network", 400),
+        (", 25gb ethernet", 3.125),
+    ],
+)
+def test_network_in_words(words: str, gigabytes: float) -> None:
+    fleet = machines.fleet_of(f"4x 8x A100-80GB{words}")
+    assert (fleet.num_machines, fleet.num_devices, len(fleet.machine.gpus)) == (4, 32, 8)
+    assert fleet.network_gb_per_second == pytest.approx(gigabytes)
+    assert any("100 Gb/s from each machine" in one for one in fleet.assumed) == (not words)
+    assert machines.fleet_of(gpus.asked(fleet)) == fleet
+
+
+def test_more_machines_keep_what_was_said_of_one() -> None:
+    fleet = machines.fleet_of("2x 8x A100-80GB, 512GB host, 400Gb network, 9TB disk")
+    assert gpus.with_machines(fleet, 4) == machines.fleet_of("4x 8x A100-80GB, 512GB host, 400Gb network, 9TB disk")
+    assert gpus.with_host(fleet, GB).num_machines == 2
+    assert fleet.name == "2 machines, each 8x A100-80GB, 512 GB host, 400 Gb/s network, on all 9,000 GB disk"
+
+
+# ---- what one machine has ---------------------------------------------------------------------------------------
+
+
+def _recipe(processes: int, count: int, **train: Any) -> Recipe:
+    return sizes.bert(train={"num_processes": processes, "num_machines": count, **train}).recipe
+
+
+def test_processes_of_a_machine_take_its_gpus_and_its_cores() -> None:
+    reasons = Reasons()
+    assert resolve.device(_recipe(16, 2), machine(8), reasons) == "cuda"
+    assert reasons.settings[0].reason == "8 GPUs found on each of 2 machines"
+    with pytest.raises(RecipeError) as raised:
+        resolve.device(_recipe(16, 2), machine(4), Reasons())
+    assert "16, which are 8 on each of 2 machines, but the number of GPUs there is 4" in str(raised.value)
+    assert resolve.device(_recipe(32, 2), machine(), Reasons()) == "cpu"
+    with pytest.raises(RecipeError, match=r"each lets us use 16 CPU core\(s\); set at most 32 \(16 on each machine\)"):
+        resolve.device(_recipe(34, 2), machine(), Reasons())
+    poor = machine(4, differs="4 to 8 GPUs")
+    with pytest.raises(RecipeError, match="GPUs there is 4; the machines are not alike: 4 to 8 GPUs"):
+        resolve.device(_recipe(16, 2), poor, Reasons())
+    resolve.device(_recipe(8, 2), poor, reasons := Reasons())
+    assert reasons.settings[0].reason.endswith("; they are not alike (4 to 8 GPUs): planned for the least")
+
+
+def test_only_the_gpus_that_are_taken_decide() -> None:
+    old = Gpu(name="T4", memory_bytes=15 * GIB, capability=(7, 5), free_bytes=14 * GIB)
+    mixed = machine(2).model_copy(update={"gpus": (CARD, old)})
+    for processes, expected in ((2, CARD), (4, old)):
+        recipe = _recipe(processes, 2)
+        assert resolve.oldest_gpu(recipe, mixed) == expected
+        task = sizes.bert()
+        found = budget.of(recipe, task.shapes, task.footprint("fp32"), mixed, "cuda")
+        assert found.available_bytes == expected.available_bytes
+
+
+def test_memory_and_cores_are_shared_by_the_processes_of_one_machine() -> None:
+    task = sizes.bert()
+    one, two = (
+        budget.of(_recipe(processes, count), task.shapes, task.footprint("fp32"), machine(), "cpu").available_bytes
+        for processes, count in ((4, 1), (8, 2))
+    )
+    assert one == two == 60 * GB // 4 - budget.LIBRARIES_BYTES
+    images = {"model": "m", "task": "image-classification", "data": {"train": "t"}}
+    recipe = Recipe.model_validate({**images, "train": {"num_processes": 8, "num_machines": 2}})
+    assert resolve.loader_workers(recipe, machine(4), "cuda", Reasons()) == 3
+    small = machine(4, shared_memory_bytes=5 * GIB)
+    assert resolve.loader_workers(recipe, small, "cuda", Reasons()) == 3, "4 GiB are enough for 4 processes"
+
+
+def test_host_holds_its_share_of_what_is_offloaded() -> None:
+    task, there = sizes.llama(), machine(8, memory_available_bytes=80 * GB)  # 1.22 x 16 P are 131 GB
+    zero2 = {"placement": "zero2", "offload": "optimizer", "global_batch_size": 64}
+    budget.refuse_offload(_recipe(16, 2, **zero2), task.shapes, there)
+    with pytest.raises(DoesNotFitError):
+        budget.refuse_offload(_recipe(8, 1, **zero2), task.shapes, there)
+    poor = machine(8, memory_available_bytes=50 * GB)
+    with pytest.raises(DoesNotFitError, match=r"needs 61\.3 GiB on each of 2 machines"):
+        budget.refuse_offload(_recipe(16, 2, **zero2), task.shapes, poor)
+    need = MemoryNeed(kinds={}, phases={"step": 1}, host=9 * GB)
+    budget.refuse_offloaded_activations(need, _recipe(16, 2).train.processes_per_machine, there)
+    with pytest.raises(DoesNotFitError):
+        budget.refuse_offloaded_activations(need, _recipe(16, 1).train.processes_per_machine, there)
+
+
+def _rows(hardware: str, **train: Any) -> dict[str, Any]:
+    fleet = machines.fleet_of(hardware)
+    train = {"global_batch_size": 64, "num_processes": fleet.num_devices, "num_machines": fleet.num_machines, **train}
+    return {one.name: one for one in placement.table(workload.basis_of(sizes.llama(train=train), fleet))}
+
+
+def test_table_has_the_host_memory_of_each_machine_and_no_disk() -> None:
+    one, two = _rows("1x 8x A100-80GB"), _rows("2x 8x A100-80GB")
+    for name in ("ZeRO-2, optimizer on host", "ZeRO-3, all on host"):
+        assert two[name].host_bytes == pytest.approx(one[name].host_bytes / 2, rel=1e-6)
+    assert "ZeRO-3, all on disk" in one
+    assert "ZeRO-3, all on disk" not in two, "the recipe refuses it"
+
+
+# ---- between machines -------------------------------------------------------------------------------------------
+
+
+def _seconds(hardware: str, settings: MemorySettings, shared: Sharing | None = FSDP2) -> dict[str, float]:
+    fleet, task = machines.fleet_of(hardware), sizes.llama()
+    work = time.work_of(task.summary, task.footprint("fp32"), True)
+    settings = replace(settings, num_processes=fleet.num_devices, num_machines=fleet.num_machines)
+    return time.step_seconds(fleet, task.shapes, work, 64, settings, shared)
+
+
+def test_over_each_network_goes_what_each_process_sends() -> None:
+    settings = MemorySettings(micro_batch_size=1, longest_tokens=512, precision="bf16", num_processes=32)
+    sent = traffic.of(sizes.LLAMA, settings, FSDP2).of_step(1)
+    found = _seconds("4x 8x A100-80GB", settings)
+    assert found[time.NETWORK] == pytest.approx(sent / (0.8 * 12.5e9))
+    assert found["other devices"] == pytest.approx(sent / (0.8 * 300e9))
+    faster = _seconds("4x 8x A100-80GB, 400Gb network", settings)
+    assert faster[time.NETWORK] == pytest.approx(found[time.NETWORK] / 4)
+    assert time.together(found) - time.together(faster) == pytest.approx(found[time.NETWORK] * 3 / 4)
+    assert _seconds("8x A100-80GB", settings)[time.NETWORK] == 0.0
+    assert _seconds("8x 1x A100-80GB", settings)["other devices"] == 0.0, "nothing stays inside a machine"
+
+
+def test_several_machines_compute_and_update_together() -> None:
+    settings = MemorySettings(micro_batch_size=1, longest_tokens=512, precision="bf16")
+    offloaded = Sharing(2, True, False)
+    one, four = (_seconds(f"{count}x 8x A100-80GB", settings, offloaded) for count in (1, 4))
+    assert four["optimizer"] == pytest.approx(one["optimizer"] / 4), "each host updates its share"
+    alone, both = (_seconds(f"{count}x 1x cpu, 8 cores", settings, None) for count in (1, 2))
+    assert both["computing"] - 0.005 == pytest.approx((alone["computing"] - 0.005) / 2)
+    assert both[time.NETWORK] > 0.0 == alone[time.NETWORK]
+
+
+# ---- the survey -------------------------------------------------------------------------------------------------
+
+
+def test_four_machines_are_planned_with_their_settings() -> None:
+    found, plan = planned("4x 8x A100-80GB")
+    assert plan is not None
+    assert (plan.num_processes, plan.num_machines, plan.placement) == (32, 4, "fsdp2")
+    assert plan.processes_per_machine == 8
+    assert found.settings == {"train.num_processes": 32, "train.num_machines": 4}
+    assert (found.num_devices, found.num_machines) == (32, 4)
+    reasons = {one.name: one.reason for one in plan.settings if one.chosen}
+    assert reasons["train.num_processes"] == "one for each device"
+    assert reasons["train.num_machines"] == "from --for"
+
+
+def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    found, plan = planned("4x 8x A100-80GB")
+    show(Console(width=80), found, plan)
+    lines = capsys.readouterr().out.splitlines()
+    said = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 80
+    assert "4 machines, each 8x A100-80GB, 1,024 GB host" in said
+    assert "100 Gb/s from each machine to the others (--for takes '400Gb network')" in said
+    assert "of each host's memory" in said
+    assert "a step waits for the network between machines" in said
+    assert "each of 32 processes sends 72.5 GiB a step, and so does each of 4 machines to the others (fsdp2)" in said
+
+
+def test_too_few_devices_have_more_machines_as_a_way_out_that_fits() -> None:
+    found, plan = planned("8x RTX 3080, 64GB host", sizes.llama(tokens=2048))
+    assert plan is None
+    way = found.ways_out[0]
+    assert (way.hardware, way.costs) == ("2x 8x RTX 3080, 64GB host", "more machines")
+    again, plan = planned(way.hardware, sizes.llama(tokens=2048))
+    assert again.fits
+    assert plan is not None
+
+
+def test_other_numbers_of_machines_are_held_against_the_fastest_here() -> None:
+    """With a slow network twice the machines hardly help, and half of them cost half."""
+    slow, _ = planned("4x 8x A100-80GB, 10Gb network")
+    changes = [one.change for one in slow.alternatives]
+    assert not any(change.startswith("8x 8x") for change in changes)
+    assert any(change.startswith("2x 8x A100-80GB") for change in changes)
+    fast, _ = planned("2x 8x A100-80GB, 3200Gb network", sizes.llama(train={"global_batch_size": 512}))
+    assert any(one.change.startswith("4x 8x") and one.kind == "faster" for one in fast.alternatives)
+    eight, _ = planned("8x A100-80GB", sizes.llama(train={"global_batch_size": 1024}))
+    assert any(one.change.startswith("2x 8x") for one in eight.alternatives)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "train", "problem"),
+    [
+        (
+            "8x A100-80GB",
+            {"num_processes": 32, "num_machines": 4},
+            'num_machines: 4, but --for names 1 machine; write --for "4x 8x A100-80GB", or add --set '
+            "train.num_machines=1 --set train.num_processes=8",
+        ),
+        ("2x 8x L4", {"num_processes": 32, "num_machines": 4}, '--for names 2 machines; write --for "4x 8x L4"'),
+        ("2x 1x cpu, 8 cores", {"num_processes": 4, "num_machines": 4}, 'write --for "4x 1x cpu, 8 cores"'),
+        (
+            "4x 8x L4",
+            {"num_processes": 6, "global_batch_size": 12},
+            "num_processes: 6 cannot be spread evenly over the 4 machines of --for; leave it out (a process for each "
+            "device: 32), or set a multiple of 4",
+        ),
+    ],
+)
+def test_machines_that_are_not_the_recipes_are_refused(hardware: str, train: dict[str, Any], problem: str) -> None:
+    task = sizes.llama(train={"global_batch_size": 64, **train})
+    with pytest.raises(RecipeError) as raised:
+        workload.spread_over(task.recipe, machines.fleet_of(hardware))
+    assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "several"),
+    [
+        ({"methods": ["full", "lora"]}, "a comparison"),
+        ({"search": {"train.num_train_epochs": [1, 2]}}, "a search"),
+    ],
+)
+def test_several_runs_stay_on_one_machine(blocks: dict[str, Any], several: str) -> None:
+    recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": "a"}, **blocks})
+    with pytest.raises(RecipeError, match=f'{several} runs on one machine, but 2 machines are named; .*"8x L4"'):
+        workload.spread_over(recipe, machines.fleet_of("2x 8x L4"))
+    assert workload.spread_over(recipe, machines.fleet_of("1x 8x L4")).train.num_processes == 8
+
+
+def test_given_processes_stay_and_are_spread() -> None:
+    task = sizes.llama(train={"global_batch_size": 64, "num_processes": 16})
+    fleet = machines.fleet_of("2x 8x A100-80GB")
+    recipe = workload.spread_over(task.recipe, fleet)
+    assert (recipe.train.num_processes, recipe.train.num_machines) == (16, 2)
+    assert workload.by_hardware(task.recipe, recipe) == ("train.num_machines",)
+
+
+def test_machines_like_this_one_are_planned_with_a_usual_network() -> None:
+    fleet = gpus.here(machine(8), 10 * GB, num_machines=2)
+    assert fleet.name == "2 machines like this one, each 8x NVIDIA A100-SXM4-80GB, 16 cores, 60 GiB"
+    assert fleet.assumed == ("100 Gb/s from each machine to the others",)
+    unlike = gpus.here(machine(8, differs="16 to 32 cores"), 10 * GB, num_machines=2)
+    assert unlike.name.startswith("2 machines, each 8x")
