@@ -22,6 +22,12 @@ $(VENV)/dev: $(VENV)/quickstart
 	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,entities,images,search,audit,languages,tensorboard,lightning,dev]'
 	touch $@
 
+# Kubeflow's and SkyPilot's own parsers, which want other versions of packages than fulltune does.
+$(VENV)/launchers/ready: $(VENV)/quickstart
+	$(PYTHON) -m venv --upgrade-deps $(VENV)/launchers
+	$(VENV)/launchers/bin/pip install --quiet 'kubeflow-training>=1.9' 'kubeflow-trainer-api>=2.3' 'skypilot>=0.14'
+	touch $@
+
 quickstart: $(VENV)/quickstart
 	HF_HUB_OFFLINE=1 $(BIN)/fulltune quickstart
 
@@ -37,7 +43,7 @@ test-fast: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long and not slow" tests/unit tests/contract
 
 # Real processes that are killed, limits of memory, large cases. CI runs it as well.
-test-long: $(VENV)/dev
+test-long: $(VENV)/dev $(VENV)/launchers/ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m long
 
 # Is every place that touches a GPU executed by a test, on a stand-in, and is it noticed when it breaks? SEED draws 20.

@@ -17,6 +17,7 @@ import yaml
 import fulltune
 from fulltune import errors
 from fulltune.cli.app import app
+from fulltune.launch.settings import KINDS
 from fulltune.recipe.block import Block
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check
@@ -73,6 +74,14 @@ def test_recipe_page_equals_the_generated_one(generate: ModuleType) -> None:
     assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "docs/recipe.md is stale: run `make docs`"
 
 
+def test_page_of_launchers_equals_the_generated_one_and_explains_every_setting(generate: ModuleType) -> None:
+    assert generate.LAUNCH_PAGE.read_text(encoding="utf-8") == generate.launch_page(), "stale: run `make docs`"
+    for kind in KINDS.values():
+        for name, field in kind.model_fields.items():
+            assert f"- `{name}`:" in generate.launch_page()
+            assert field.description, f"{name} has no docstring"
+
+
 def test_recipe_page_names_and_explains_every_setting(generate: ModuleType) -> None:
     text = generate.page()
     for name, block in BLOCKS.items():
@@ -113,7 +122,7 @@ def test_commands_and_options_exist(page: Path) -> None:
     unknown = [
         f"{verb} {option}"
         for verb, rest in used
-        for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)
+        for option in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest)
         if option not in OPTIONS[verb]
     ]
     assert not unknown

@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("report/format", "report/run", "report/comparison", "report/__init__"),
         ("predict",),
         ("quickstart",),
+        ("launch",),
     ),
     (("run_context.py",),),
     (("pipeline.py",),),
@@ -41,7 +42,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
 """From the ground up. On a floor stand stacks, and in a stack rooms: one imports from lower floors, and from what is
 below it in its own stack, never from a stack beside it."""
 LIGHT = (
-    *("errors.py", "text.py", "files.py", "recipe", "records", "audit", "plan", "plan/elsewhere"),
+    *("errors.py", "text.py", "files.py", "recipe", "records", "audit", "plan", "plan/elsewhere", "launch"),
     *("report/format", "report/run", "report/comparison", "report/__init__"),
 )
 """Rooms that import no framework: help, errors of recipes, plans and reports answer at once."""

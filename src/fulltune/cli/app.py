@@ -16,6 +16,7 @@ import typer
 from rich.markup import escape
 
 from fulltune.cli import options, stages
+from fulltune.cli.launch import launch
 from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.text import counted, format_seconds
@@ -276,6 +277,9 @@ def compare(
         cli_compare.lint(out, err, targets, set_ or [], budget, as_json)
         return
     cli_compare.compare(out, err, targets, set_ or [], run_folder, fresh, budget, as_json)
+
+
+app.command()(launch)
 
 
 @app.command()

@@ -1,0 +1,392 @@
+"""What is written, given to real programs: OpenSSH's server on loopback, a Slurm of two nodes, the parsers of Kubeflow
+and SkyPilot. Each is skipped where it is not installed; `.ci/run` and `make test-long` install them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.unit.launch.jobs import NASTY, Place
+from tests.unit.launch.test_scripts import SETTINGS, until
+
+pytestmark = pytest.mark.long
+
+ROOT = Path(__file__).parents[3]
+PATHS = os.environ.get("PYTHONPATH", "")
+"""Where this process has fulltune from, if it is not installed."""
+SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def program(name: str) -> str:
+    found = shutil.which(name, path=SBIN)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+# ---- ssh -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Server:
+    """An sshd that lets one key in."""
+
+    port: int
+    key: Path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    sshd, folder, port = program("sshd"), tmp_path_factory.mktemp("sshd"), free_port()
+    for name in ("host", "key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    lines = [f"Port {port}", "ListenAddress 127.0.0.1", f"HostKey {folder}/host", f"PidFile {folder}/pid"]
+    lines += [f"AuthorizedKeysFile {folder}/key.pub", "StrictModes no", "PasswordAuthentication no", "UsePAM no"]
+    (folder / "config").write_text("\n".join(lines))
+    Path("/run/sshd").mkdir(exist_ok=True)
+    child = subprocess.Popen([sshd, "-D", "-f", folder / "config", "-E", folder / "log"])
+    try:
+        until(lambda: (folder / "pid").exists())
+        yield Server(port, folder / "key")
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def machines(place: Place, server: Server, *hosts: str, recipe_as_it_is: bool = False) -> Path:
+    """The script for these hosts."""
+    file = place.notes.with_name("hosts.txt")
+    file.write_text("# all of them here\n" + "".join(f"{host}\n" for host in hosts), encoding="utf-8")
+    given = (
+        f"port={server.port}",
+        f"identity={server.key}",
+        f"setup=export PATH={place.programs}:$PATH PYTHONPATH={PATHS}",
+    )
+    given += (f"rendezvous=127.0.0.1:{free_port()}",) * recipe_as_it_is
+    more = [word for one in given for word in ("--with", one)]
+    said = place.launch("--ssh", file, *(() if recipe_as_it_is else SETTINGS), *more, "--force")
+    assert said.code == 0, said.err
+    # No file of the user's is touched: keys of hosts are taken as they are.
+    ssh = shutil.which("ssh")
+    quiet = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    place.program("ssh", f'#!/bin/sh\nexec {ssh} {quiet} "$@"\n')
+    return place.written("ssh.sh")
+
+
+@pytest.fixture
+def nasty(tmp_path: Path) -> Place:
+    return Place(tmp_path, f"{NASTY}.yaml", NASTY)
+
+
+def test_ssh_starts_all_and_ends_with_0(nasty: Place, server: Server) -> None:
+    script = machines(nasty, server, "127.0.0.1", "localhost")
+    done = nasty.shell("bash", script)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        more = ["--machine-rank", str(rank), "--rendezvous", "127.0.0.1:29500"]
+        assert nasty.called(rank) == [str(nasty.work), "run", f"./{nasty.recipe.name}", *SETTINGS, *more]
+    assert not list(nasty.notes.parent.rglob("HURT"))
+
+
+def test_ssh_one_fails_and_the_other_saves(nasty: Place, server: Server) -> None:
+    script = machines(nasty, server, "127.0.0.1", "localhost")
+    nasty.codes(0, 3)
+    nasty.hold(1)
+    done = nasty.shell("bash", script)
+    assert done.returncode == 3
+    assert "TERM 1" in nasty.events()
+    assert "machine 1, localhost: ended with code 75" in done.stderr
+
+
+def test_ssh_host_that_does_not_answer_is_named_and_nothing_is_started(nasty: Place, server: Server) -> None:
+    script = machines(nasty, server, "127.0.0.1", f"localhost:{free_port()}")
+    done = nasty.shell("bash", script)
+    assert done.returncode == 2
+    assert "machine 1, localhost: does not answer: ssh: connect to host localhost port" in done.stderr
+    assert not nasty.events()
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_ssh_signal_to_the_whole_group_has_all_machines_save(
+    nasty: Place, server: Server, which: signal.Signals
+) -> None:
+    """Also where the script itself is killed, or the connection ends: then nobody waits for the code."""
+    script = machines(nasty, server, "127.0.0.1", "localhost")
+    nasty.hold(0, 1)
+    with (nasty.notes / "said").open("w") as said:
+        words = ["bash", str(script)]
+        child = subprocess.Popen(words, env=nasty.environment, stdout=said, stderr=said, start_new_session=True)
+    until(lambda: {"start 0", "start 1"} <= set(nasty.events()))
+    os.killpg(child.pid, which)
+    assert child.wait(60) == (-9 if which == signal.SIGKILL else 75)
+    until(lambda: {"TERM 0", "TERM 1"} <= set(nasty.events()))
+    assert nasty.events().count("TERM 0") == 1
+
+
+def test_ssh_submitted_is_the_job_and_its_code_that_of_the_first_machine(nasty: Place, server: Server) -> None:
+    machines(nasty, server, "127.0.0.1", "localhost")
+    nasty.codes(0, 5)
+    nasty.hold(1)
+    given = (f"port={server.port}", f"identity={server.key}", f"setup=export PATH={nasty.programs}:$PATH")
+    words = [
+        sys.executable,
+        "-m",
+        "fulltune.cli.app",
+        "launch",
+        nasty.recipe,
+        "--ssh",
+        nasty.notes.with_name("hosts.txt"),
+    ]
+    words += [word for one in given for word in ("--with", one)]
+    done = nasty.shell(*words, "--force", "--submit")
+    assert done.returncode == 5, done.stderr
+    assert done.stdout.startswith("2 machines, 1 process each\nwrote ")
+    assert "machine 0, 127.0.0.1: ended with code 5" in done.stderr
+
+
+def test_ssh_trains_a_model_on_two_machines_is_told_to_save_and_goes_on(
+    tmp_path: Path, server: Server, tiny_encoder: Path
+) -> None:
+    place = Place(tmp_path)
+    place.program("fulltune", f'#!/bin/sh\nexec {sys.executable} -m fulltune.cli.app "$@"\n')
+    tiny.write_csv(place.work / "train.csv", tiny.topic_rows(64))
+    train = {"num_machines": 2, "num_processes": 2, "max_steps": 20, "save_steps": 2, "oversubscribe": True}
+    tiny.write_recipe(place.recipe, tiny_encoder, "train.csv", train=train)
+    script = machines(place, server, "127.0.0.1", "localhost", recipe_as_it_is=True)
+    words = ["bash", str(script)]
+    with (place.notes / "said").open("w") as said:
+        child = subprocess.Popen(words, env=place.environment, stdout=said, stderr=said, start_new_session=True)
+    until(lambda: any(place.work.glob("runs/*/checkpoints/*/checkpoint-*")), 240)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(240) == 75, (place.notes / "said").read_text()
+    done = subprocess.run(words, env=place.environment, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr
+    [run] = place.work.glob("runs/recipe-*")
+    assert (run / "report.md").exists()
+    assert len(json.loads((run / "machines.json").read_text())["machines"]) == 2
+
+
+# ---- Slurm -----------------------------------------------------------------------------------------------------
+
+CONFIG = """\
+ClusterName=one
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+SchedulerParameters=sched_interval=2,requeue_delay=1,bf_interval=2
+KillWait=5
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Munge, a controller and two nodes, all here; what SLURM_CONF has to be."""
+    if os.geteuid() != 0:
+        pytest.skip("Slurm's daemons are started as root")
+    programs = {name: program(name) for name in ("munged", "slurmctld", "slurmd")}
+    # Sockets have short names.
+    folder = Path(subprocess.run(["mktemp", "-d", "/tmp/slurm.XXXX"], capture_output=True, text=True).stdout.strip())
+    folder.chmod(0o755)
+    (folder / "state").mkdir()
+    (folder / "key").write_bytes(os.urandom(1024))
+    (folder / "key").chmod(0o400)
+    config = folder / "slurm.conf"
+    ports = [free_port() for _ in range(3)]
+    config.write_text(CONFIG.format(folder=folder, host=socket.gethostname().split(".")[0], ports=ports))
+    named = {"socket": "munge.sock", "key-file": "key", "pid-file": "munge.pid", "log-file": "log", "seed-file": "seed"}
+    commands = [
+        [programs["munged"], "--foreground", "--force", *(f"--{name}={folder}/{file}" for name, file in named.items())],
+        [programs["slurmctld"], "-D", "-f", config],
+        *([programs["slurmd"], "-D", "-N", node, "-f", config] for node in ("n0", "n1")),
+    ]
+    children = []
+    try:
+        with (folder / "daemons.log").open("w") as log:
+            for command in commands:
+                children.append(subprocess.Popen(command, stdout=log, stderr=log))
+                time.sleep(1)
+        asked = ["sinfo", "--noheader", "--format=%T"]
+        environment = {**os.environ, "SLURM_CONF": str(config)}
+        until(lambda: subprocess.run(asked, env=environment, capture_output=True, text=True).stdout == "idle\n")
+        yield str(config)
+    finally:
+        for child in reversed(children):
+            child.terminate()
+            child.wait()
+        shutil.rmtree(folder)
+
+
+def job_state(place: Place, number: str) -> dict[str, str]:
+    said = place.shell("scontrol", "show", "job", number, "--oneliner", more=CLUSTER).stdout
+    return {name: value for name, _, value in (word.partition("=") for word in said.split())}
+
+
+CLUSTER: dict[str, str] = {}
+"""The variable that says where the cluster is; set by `submitted`."""
+
+
+def submitted(place: Place, config: str, *more: str) -> str:
+    """The number of a job with this script."""
+    CLUSTER["SLURM_CONF"] = config
+    usual = ("--with", "cpus_per_task=1", "--with", 'comment=it\'s "a" #c $x')
+    said = place.launch("--slurm", *SETTINGS, *usual, *more)
+    assert said.code == 0, said.err
+    done = place.shell("sbatch", "--parsable", place.written("slurm.sh"), more=CLUSTER)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_slurm_queues_an_interrupted_job_again_until_it_is_done(tmp_path: Path, cluster: str) -> None:
+    place = Place(tmp_path, f"{NASTY}.yaml", "it's $(touch HURT) %j #x")
+    for rank in (0, 1):
+        place.codes(rank, 75, 0)
+    number = submitted(place, cluster)
+    state = job_state(place, number)
+    until(lambda: job_state(place, number)["JobState"] == "COMPLETED", 180)
+    assert job_state(place, number)["Restarts"] == "1"
+    assert sorted(place.events()) == ["end 0 0", "end 0 75", "end 1 0", "end 1 75", *["start 0"] * 2, *["start 1"] * 2]
+    port = 10000 + int(number) % 20000
+    for rank in (0, 1):
+        more = ["--machine-rank", str(rank), "--rendezvous", f"n0:{port}"]
+        assert place.called(rank) == [str(place.work), "run", str(place.recipe), *SETTINGS, *more]
+    assert state["JobName"]
+    log = place.work / f"{state['JobName']}-{number}.log"
+    assert "interrupted and saved; queued again" in log.read_text(encoding="utf-8")
+    assert not list(tmp_path.rglob("HURT"))
+
+
+def test_slurm_cancelled_job_is_told_to_save_and_stays_cancelled(tmp_path: Path, cluster: str) -> None:
+    place = Place(tmp_path)
+    place.hold(0, 1)
+    number = submitted(place, cluster)
+    until(lambda: {"start 0", "start 1"} <= set(place.events()), 60)
+    place.shell("scancel", number, more=CLUSTER)
+    until(lambda: job_state(place, number)["JobState"] == "CANCELLED", 120)
+    time.sleep(3)
+    assert job_state(place, number)["JobState"] == "CANCELLED"
+    assert job_state(place, number)["Restarts"] == "0"
+    assert {"TERM 0", "TERM 1"} <= set(place.events())
+
+
+def test_slurm_refused_job_fails_and_is_not_queued_again(tmp_path: Path, cluster: str) -> None:
+    place = Place(tmp_path)
+    place.codes(0, 2)
+    place.codes(1, 2)
+    number = submitted(place, cluster)
+    until(lambda: job_state(place, number)["JobState"] == "FAILED", 120)
+    assert job_state(place, number)["ExitCode"] == "2:0"
+    assert job_state(place, number)["Restarts"] == "0"
+
+
+def test_slurm_run_is_told_to_save_before_the_time_limit(tmp_path: Path, cluster: str) -> None:
+    """Slurm looks at limits every half minute: with a limit of one, TERM comes within it."""
+    place = Place(tmp_path)
+    place.hold(0, 1)
+    number = submitted(place, cluster, "--with", "time=1", "--with", "notice=50s")
+    until(lambda: job_state(place, number).get("Restarts") == "1", 180)
+    place.shell("scancel", number, more=CLUSTER)
+    assert {"TERM 0", "TERM 1"} <= set(place.events())
+
+
+# ---- Kubernetes and SkyPilot -----------------------------------------------------------------------------------
+
+
+def parsers() -> Path:
+    """A Python with the packages of Kubeflow and SkyPilot, which want other versions than fulltune does."""
+    beside = Path(sys.prefix) / "launchers" / "bin" / "python"
+    found = Path(os.environ.get("FULLTUNE_LAUNCHERS_PYTHON", beside))
+    if not found.exists():
+        pytest.skip("no environment with kubeflow-training, kubeflow-trainer-api and skypilot; make test-long makes it")
+    return found
+
+
+def parsed(*files: Path) -> subprocess.CompletedProcess[str]:
+    words = [str(parsers()), str(Path(__file__).with_name("parsers.py")), *map(str, files)]
+    # What SkyPilot notes of itself goes into the folder, not into the user's home.
+    environment = {**os.environ, "HOME": str(files[0].parent), "PYTHONPATH": ""}
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=300)
+
+
+def test_manifests_are_read_by_their_own_packages(tmp_path: Path) -> None:
+    place = Place(tmp_path, f"{NASTY}.yaml", NASTY)
+    pods = ("image=me/it:1", "claim=c", "namespace=n", "queue=q", "node_selector=gpu=a100,zone=1", "tolerations=spot,b")
+    pods += ("service_account=s", "pull_secret=p", "cpu=8", "memory=64Gi", "backoff_limit=3", "setup=echo $(HOME) $$")
+    sky = ("bucket=s3://runs", "setup=pip install it", "infra=aws/us-east-1", "use_spot=true", "disk_size=500")
+    sky += ("image_id=docker:a:b", "cpus=32+", "memory=256+", "max_restarts_on_errors=2")
+    every = (*SETTINGS, "--set", "train.device=cuda", "--for", "4x 8x A100-80GB")
+    for option, given in (("--k8s", pods), ("--sky", sky)):
+        said = place.launch(option, *(word for one in given for word in ("--with", one)), *every)
+        assert said.code == 0, said.err
+    files = [place.written(ending) for ending in ("pytorchjob.yaml", "trainjob.yaml", "sky.yaml")]
+    done = parsed(*files)
+    assert done.returncode == 0, done.stderr
+    for reader in ("pytorch_job", "train_job", "sky_task"):
+        assert f"read by {reader}\n" in done.stdout
+    more = [word for one in (*pods, "own_runtime=true", "job=trainjob") for word in ("--with", one)]
+    assert place.launch("--k8s", *more, *every, "--force").code == 0
+    done = parsed(files[1])
+    assert done.returncode == 0, done.stderr
+    assert "read by runtime\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "ending", "before", "after"),
+    [
+        ("--k8s", "pytorchjob.yaml", "cleanPodPolicy", "cleanPodPolicies"),
+        ("--k8s", "trainjob.yaml", "numNodes", "num_Nodes"),
+        ("--k8s", "trainjob.yaml", "claimName", "claim"),
+        ("--k8s", "trainjob.yaml", "onExitCodes", "onExitCode"),
+        ("--sky", "sky.yaml", "job_recovery", "job_recoveries"),
+    ],
+)
+def test_parsers_notice_a_field_that_there_is_not(
+    tmp_path: Path, option: str, ending: str, before: str, after: str
+) -> None:
+    place = Place(tmp_path)
+    given = {
+        "--k8s": ("image=i", "claim=c", f"own_runtime={before == 'onExitCodes'}"),
+        "--sky": ("bucket=s3://b", "setup=true"),
+    }[option]
+    assert place.launch(option, *(word for one in given for word in ("--with", one))).code == 0
+    path = place.written(ending)
+    assert parsed(path).returncode == 0
+    text = path.read_text(encoding="utf-8")
+    assert before in text
+    path.write_text(text.replace(before, after), encoding="utf-8")
+    assert parsed(path).returncode != 0
