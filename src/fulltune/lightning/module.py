@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -186,7 +186,7 @@ class FineTuningModule(L.LightningModule):
 
     # ---- optimizer -------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The plan's optimizer with its groups, and its schedule."""
         optimizer = self._optimizer()
         schedule = transformers.get_scheduler(
@@ -203,7 +203,9 @@ class FineTuningModule(L.LightningModule):
         heads = (
             () if plan.head_learning_rate is None else names_of(self.model, self.recipe.task, self.recipe.method.arm)
         )
-        decayed = set(transformers.Trainer.get_decay_parameter_names(self, self.model))  # reads nothing of the Trainer
+        decayed = set(
+            transformers.Trainer.get_decay_parameter_names(cast(Any, self), self.model)
+        )  # reads nothing of it
         groups = planned_groups(self.model, decayed, plan, train.weight_decay, heads)
         # With mixed precision Lightning 2.6.6 clips no gradients of a fused optimizer, also with bf16.
         is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -95,7 +95,7 @@ class FineTuning:
                 f"save: {module.shared_out_by} has shared the weights out, so that no process has all of them; in a "
                 "new process, give save(folder, checkpoint=...) one with whole weights (docs/lightning.md)"
             )
-        is_first = rank_zero_only.rank == 0
+        is_first = cast(Any, rank_zero_only).rank == 0  # Lightning sets it
         if not is_first and not zero.holds(module.model):
             return
         path, scaled = Path(folder), module.scaled
