@@ -1,4 +1,4 @@
-"""Whether a run over two machines is the one of a single process, also when an agent, a machine or the network is lost.
+"""Whether a run over two machines is the one of a single process, also when an agent or a machine is lost.
 
     python bench/machines.py curves FOLDER [--only ddp:2 fsdp2:2]
     python bench/machines.py kill FOLDER [--what agent machine] [--times 5] [--seed 0]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +44,8 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     if until not in ("data", "plan"):
         job.refuse_several_methods()
     job = job if job.began else replace(job, began=time.time())
-    with run_folder.writing(job.folder), run_folder.locked(job.folder), on_all_machines(job) as job:
+    with run_folder.writing(job.folder), run_folder.locked(job.folder):
+        job = on_all_machines(job)
         # The ways out of what does not fit are looked up in the folder.
         with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")
@@ -71,15 +70,14 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
         return Reached(job.folder, summary, trial, outcome, scores, write_report(job))
 
 
-@contextlib.contextmanager
-def on_all_machines(job: Run) -> Iterator[Run]:
+def on_all_machines(job: Run) -> Run:
     """The same run with the machines that train it together, when the recipe names several and they are here.
 
     Raises:
         SetupError: When some are missing, or differ.
     """
-    with run_folder.not_left_when_refused(job.folder), gathered(job.place, job.recipe, job.folder, job.phase) as group:
-        yield replace(job, group=group)
+    with run_folder.not_left_when_refused(job.folder):
+        return replace(job, group=gathered(job.lead, job.recipe, job.folder, job.phase))
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
@@ -174,7 +172,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         model = job.model(summary)
         footprint = model.footprint(recipe, *plan.device_and_precision(recipe, machine))
         model.save(footprint, job.folder)
-        fleet, own_loss = plan.here(machine, hardware.disk_free_bytes(job.folder)), job.hooks.compute_loss is not None
+        free, machines = hardware.disk_free_bytes(job.folder), job.recipe.train.num_machines
+        fleet, own_loss = plan.here(machine, free, machines), job.hooks.compute_loss is not None
         started_seconds = None if job.began is None else time.time() - job.began
         trial = plan.fit(recipe, model.shapes, footprint, summary, fleet, own_loss, started_seconds)
         if before is not None:

@@ -17,10 +17,9 @@ from fulltune.records.events import Listener, PhaseBegan
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system import hardware
 from fulltune.system.hardware import Machine
-from fulltune.system.machines import Place
 from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
-from fulltune.train.parent.machines import MachineGroup
+from fulltune.train.parent.machines import Lead, MachineGroup
 from fulltune.train.parent.spawn import Starter, in_new_process
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ class Run:
     began: float | None = None
     """When the command or call that does the whole line began: seconds since 1970; None: single stages are called."""
 
-    place: Place | None = None
-    """Which of several machines this one is; None: there is only one."""
+    lead: Lead | None = None
+    """As the first of several machines: what the others follow; None: there is only one."""
     group: MachineGroup | None = None
     """All of them, while the line runs."""
     is_trial: bool = False

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("run_context.py",),),
     (("pipeline.py",),),
     (("compare", "search"), ("cleaning.py",), ("selfcheck",), ("doctor",)),
-    (("cli/show",), ("classic",)),
+    (("cli/show",), ("classic",), ("lightning",)),
     (("api.py",),),
     (("cli", "cli/__init__"),),
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,22 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.training import LostPart, Outcome
 from fulltune.system import machines
 from fulltune.system.hardware import Machine
-from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, differences, place_of
+from fulltune.system.machines import (
+    Ended,
+    HeardFrom,
+    Leader,
+    Member,
+    Part,
+    Place,
+    SignOfLife,
+    Started,
+    differences,
+    place_of,
+)
 from fulltune.train.parent import child, next_attempt, spawn
 from fulltune.train.parent import follow as following
 from fulltune.train.parent import machines as group_of
-from fulltune.train.parent.machines import gathered
+from fulltune.train.parent.machines import gathered, leading
 from fulltune.train.request import Request
 from tests import plans
 
@@ -129,9 +143,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (machines, "BEAT_SECONDS", 0.02),
         (machines, "GONE_SECONDS", 0.5),
         (group_of, "POLL_SECONDS", 0.01),
-        (group_of, "_LAST_WORDS_SECONDS", 0.3),
-        (group_of, "_SILENT_SECONDS", 0.2),
+        (group_of, "_LINGER_SECONDS", 0.2),
         (group_of, "GRACE_SECONDS", 0.1),
+        (following, "GRACE_SECONDS", 0.1),
     ):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
@@ -180,17 +194,24 @@ def answering(place: Place, tmp_path: Path) -> Iterator[dict[str, Any]]:
         one.end()
 
 
+@contextmanager
+def led(place: Place, recipe: Recipe, folder: Path) -> Iterator[None]:
+    """What machine 0's command does around a run."""
+    with leading(place, recipe) as lead:
+        gathered(lead, recipe, folder, lambda phase: None)
+        yield
+
+
 @pytest.mark.usefixtures("quick", "answering")
 def test_machines_find_each_other_and_are_told_how_it_ended(place: Place, tmp_path: Path) -> None:
-    recipe, said = several(tmp_path), list[str]()
-    with gathered(place, recipe, tmp_path, said.append) as group:
+    recipe = several(tmp_path)
+    with leading(place, recipe) as lead:
+        group = gathered(lead, recipe, tmp_path, lambda phase: None)
         assert group is not None
         assert [one.host for one in group.members][1:] == ["host1"]
         assert group.weakest.num_cores == 2
     told = Leader.load(place.file_of(recipe, 0))
     assert told.ended == Ended(exit_code=0)
-    assert "waiting for machine 1 (2 in all)" in said
-    assert (tmp_path / "machines.json").exists()
 
 
 @pytest.mark.usefixtures("quick")
@@ -199,7 +220,7 @@ def test_machines_that_differ_are_refused_and_told_so(place: Place, answering: d
     recipe = several(tmp_path)
     with (
         pytest.raises(SetupError, match=r"machine 1 \(host1\) has other versions: Python none"),
-        gathered(place, recipe, tmp_path, lambda phase: None),
+        led(place, recipe, tmp_path),
     ):
         raise AssertionError("it began")
     told = Leader.load(place.file_of(recipe, 0))
@@ -213,7 +234,7 @@ def test_a_machine_that_does_not_come_is_named(place: Place, tmp_path: Path) -> 
     recipe = several(tmp_path, machines=3)
     with (
         pytest.raises(SetupError, match=r"machines 1 and 2 \(3 in all\) not heard of for 0 s.*storage that all"),
-        gathered(replace(place, wait_seconds=0.1), recipe, tmp_path, lambda phase: None),
+        led(replace(place, wait_seconds=0.1), recipe, tmp_path),
     ):
         raise AssertionError("it began")
 
@@ -237,14 +258,74 @@ def test_others_end_as_machine_0_does(code: int, problem: str, place: Place, tmp
 
 
 @pytest.mark.usefixtures("quick")
-def test_others_do_not_wait_for_a_machine_0_that_is_gone(place: Place, tmp_path: Path) -> None:
+def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     sign = SignOfLife(place.file_of(recipe, 0), Leader(token="t", host="host0"))
     threading.Timer(0.3, sign.end).start()
-    with pytest.raises(InterruptedRun, match=r"machine 0 \(host0\) gave no sign of life"):
-        follow_one(place, recipe)
+    with pytest.raises(InterruptedRun, match=r"machine 0 \(host0\) gave no sign of life and did not come back in 0 s"):
+        follow_one(replace(place, wait_seconds=0.2), recipe)
     with pytest.raises(SetupError, match="machine 0 was not heard of"):
         follow_one(replace(place, wait_seconds=0.1), recipe)
+    told = Member.load(place.file_of(recipe, 1)).ended
+    assert told is not None
+    assert told.exit_code == 2, "machine 0 is told, should it come"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stop_is_heard_while_machine_0_is_waited_for(place: Place, tmp_path: Path) -> None:
+    recipe = several(tmp_path)
+    threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGTERM)).start()
+    began = time.monotonic()
+    with pytest.raises(InterruptedRun):
+        follow_one(replace(place, wait_seconds=60.0), recipe)
+    assert time.monotonic() - began < 30
+    told = Member.load(place.file_of(recipe, 1)).ended
+    assert told is not None
+    assert told.exit_code == 75
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_command_is_one_machine(place: Place, tmp_path: Path) -> None:
+    recipe = several(tmp_path)
+    refused = pytest.raises(SetupError, match="another command is this machine")
+    with leading(place, recipe), refused, leading(place, recipe):
+        raise AssertionError("it began")
+
+
+@pytest.mark.usefixtures("quick")
+def test_others_take_part_only_in_attempts_that_count_on_them(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, begun = several(tmp_path), list[str]()
+    request = request_of(tmp_path, recipe)
+    request.save(request.folder / "request.json")
+    path = str(request.folder / "request.json")
+
+    def start(request: Request, log: Path, meeting: spawn.Meeting) -> Ran:
+        begun.append(meeting.id)
+        return Ran(3)
+
+    monkeypatch.setattr(spawn, "in_new_process", start)
+    with machines.telling(place.file_of(recipe, 0), Leader(token="t", host="host0")) as sign:
+
+        def lead() -> None:
+            one: HeardFrom[Member] = HeardFrom(place.file_of(recipe, 1), Member)
+            for number, instances in enumerate(("another", "mine")):
+                while one.look() is None or one.told is None or one.told.token != "t":
+                    time.sleep(0.01)
+                own = one.told.instance if instances == "mine" else instances
+                sign.tell(attempt=Started(id=f"a{number}", request=path, instances=(own,)))
+                time.sleep(0.3)
+            while one.look() is None or one.told is None or one.told.part is None:
+                time.sleep(0.01)
+            assert one.told.part == Part(attempt="a1", code=3)
+            sign.tell(attempt=None, ended=Ended(exit_code=0))
+
+        thread = threading.Thread(target=lead)
+        thread.start()
+        follow_one(replace(place, wait_seconds=30.0), recipe)
+        thread.join()
+    assert begun == ["a1"]
 
 
 # ---- what is lost ----------------------------------------------------------------------------------------------
@@ -273,22 +354,25 @@ class Ran:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("code", "changes", "expected"),
+    ("code", "changes", "ends_with", "expected"),
     [
-        (1, {}, ()),
-        (1, {"part": Part(attempt="a", code=1)}, ()),
-        (1, {"part": Part(attempt="earlier", code=-9)}, ()),
-        (1, {"part": Part(attempt="a", code=-9)}, ("killed",)),
-        (1, {"part": Part(attempt="a", code=1, out_of_memory=True)}, ("out_of_memory",)),
-        (None, {"part": Part(attempt="a", code=1)}, ()),
-        (None, {"instance": "another"}, ("machine",)),
-        (None, {"silent": True}, ("machine",)),
-        (1, {"silent": True}, ("machine",)),
+        (1, {"part": Part(attempt="a", code=1)}, 1, ("failed",)),
+        (1, {"part": Part(attempt="a", code=-9)}, 1, ("killed",)),
+        (1, {"part": Part(attempt="a", code=1, out_of_memory=True)}, 1, ("out_of_memory",)),
+        (1, {"part": Part(attempt="a", code=1, was_asked=True)}, 1, ("interrupted",)),
+        (0, {"part": Part(attempt="a", code=0)}, 0, ()),
+        (None, {"part": Part(attempt="a", code=1)}, 1, ("failed",)),
+        (None, {"ended": Ended(exit_code=75)}, 1, ("interrupted",)),
+        (None, {"ended": Ended(exit_code=2)}, 1, ("machine",)),
+        (None, {"instance": "another"}, 1, ("machine",)),
+        (None, {"silent": True}, 1, ("machine",)),
+        (1, {"silent": True}, 1, ("machine",)),
     ],
 )
 def test_what_became_of_another_machine(
     code: int | None,
     changes: dict[str, Any],
+    ends_with: int,
     expected: tuple[str, ...],
     place: Place,
     tmp_path: Path,
@@ -297,20 +381,53 @@ def test_what_became_of_another_machine(
     recipe, ran = several(tmp_path), Ran(code)
     monkeypatch.setattr(spawn, "end", lambda child: setattr(child, "code", -9))
     request = request_of(tmp_path, recipe)
-    group = group_of.MachineGroup(place, recipe, tmp_path, MACHINE, lambda phase: None)
     silent = changes.pop("silent", False)
-    sign = SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=group._token, instance="i"))
-    group.wait_for_all()
-    attempt = group_of._OnAllMachines(ran, group, request, "a", {1: "i"})
-    if silent:
+    with leading(place, recipe) as lead:
+        group = group_of.MachineGroup(lead, recipe, tmp_path, MACHINE, lambda phase: None)
+        sign = SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=lead.token, instance="i"))
+        group.gather()
+        attempt = group_of._OnAllMachines(ran, group, request, "a", {1: "i"})
+        if silent:
+            sign.end()
+        else:
+            sign.tell(**changes)
+        assert attempt.wait() == ends_with
         sign.end()
-    else:
-        sign.tell(**changes)
-    assert attempt.wait() == (code or -9)
     lost = [LostPart.load(file) for file in request.folder.glob("lost-*.json")]
     assert tuple(one.kind for one in lost) == expected
-    sign.end()
-    group.end(0)
+
+
+@pytest.mark.usefixtures("quick", "answering")
+def test_an_attempt_goes_on_until_the_others_have_ended(place: Place, tmp_path: Path) -> None:
+    recipe = several(tmp_path)
+    with leading(place, recipe) as lead:
+        group = group_of.MachineGroup(lead, recipe, tmp_path, MACHINE, lambda phase: None)
+        group.gather()
+        instance = group.members[1].instance
+        attempt = group_of._OnAllMachines(Ran(0), group, request_of(tmp_path, recipe), "a", {1: instance})
+        assert attempt.poll() is None, "the first process may be there, saving the model"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_machine_that_came_back_otherwise_is_refused(
+    place: Place, answering: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = several(tmp_path)
+    monkeypatch.setattr(spawn, "in_new_process", lambda *given: pytest.fail("it began"))
+    with leading(place, recipe) as lead:
+        group = group_of.MachineGroup(lead, recipe, tmp_path, MACHINE, lambda phase: None)
+        group.gather()
+        monkeypatch.setattr(machines, "differences", lambda first, others: ["other versions"])
+        with pytest.raises(SetupError, match="other versions"):
+            group.start(request_of(tmp_path, recipe), tmp_path / "log.txt")
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        with pytest.raises(SetupError, match=r"port \d+ of this machine cannot be taken"):
+            group_of._refuse_taken(Place(0, "127.0.0.1", taken.getsockname()[1], 1.0))
 
 
 @pytest.mark.parametrize(
@@ -319,6 +436,8 @@ def test_what_became_of_another_machine(
         ("machine", "lost", "machine 1 (b) was lost: it gave no sign"),
         ("killed", "killed", "the training processes of machine 1 (b) were killed"),
         ("out_of_memory", "out_of_memory", "the kernel killed a training process of machine 1 (b)"),
+        ("interrupted", "interrupted", "interrupted before step 1"),
+        ("failed", "error", "Connection closed by peer"),
     ],
 )
 def test_a_lost_part_says_more_than_a_closed_connection(kind: Any, status: str, words: str, tmp_path: Path) -> None:
@@ -354,7 +473,7 @@ def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=127.0.0.1:70",
         "--rdzv-id=token-1",
-        "--rdzv-conf=is_host=1,join_timeout=600",
+        "--rdzv-conf=is_host=1,join_timeout=600,read_timeout=600",
         "--local-addr=127.0.0.1",
     ):
         assert expected in command

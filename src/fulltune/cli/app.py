@@ -116,10 +116,10 @@ def run(
     began = time.time()
     overrides = [*(set_ or []), *["method.learning_rate=search"] * search]
     overrides += [f"search.budget={budget}"] if budget is not None else []
-    place = stages.join(target, overrides, machine_rank, rendezvous, wait_for_machines)
-    recipe, folder = stages.open_run(target, overrides, run_folder, fresh, "report")
-    reached = stages.finished(recipe, folder)
-    reached = reached or stages.reach(recipe, folder, "report", details=True, began=began, place=place)
+    with stages.joined(target, overrides, machine_rank, rendezvous, wait_for_machines) as lead:
+        recipe, folder = stages.open_run(target, overrides, run_folder, fresh, "report")
+        reached = stages.finished(recipe, folder)
+        reached = reached or stages.reach(recipe, folder, "report", details=True, began=began, lead=lead)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
@@ -226,8 +226,8 @@ def train(
     """Train, and leave the model in the folder models of the run."""
     from fulltune.train.run_time import run_seconds
 
-    place = stages.join(target, set_, machine_rank, rendezvous, wait_for_machines)
-    folder, reached = stages.go("train", target, set_, run_folder, fresh, place)
+    with stages.joined(target, set_, machine_rank, rendezvous, wait_for_machines) as lead:
+        folder, reached = stages.go("train", target, set_, run_folder, fresh, lead)
     outcome = reached.outcome
     assert outcome is not None
     if as_json:

@@ -22,8 +22,8 @@ from fulltune.errors import InterruptedRun, RecipeError, SetupError
 if TYPE_CHECKING:
     from fulltune.recipe.fields import Recipe
     from fulltune.run_context import Until
-    from fulltune.system.machines import Place
     from fulltune.system.run_folder import Reached
+    from fulltune.train.parent.machines import Lead
 
 # No emoji: `a.csv:100:` would lose its line.
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -46,20 +46,22 @@ def go(
     overrides: list[str] | None,
     folder: Path | None,
     fresh: bool,
-    place: Place | None = None,
+    lead: Lead | None = None,
 ) -> tuple[Path, Reached]:
     """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
     recipe, found = open_run(target, overrides, folder, fresh, until)
-    return found, reach(recipe, found, until, details=True, place=place)
+    return found, reach(recipe, found, until, details=True, lead=lead)
 
 
-def join(
+@contextmanager
+def joined(
     target: Path, overrides: list[str] | None, rank: int | None, rendezvous: str | None, wait: str
-) -> Place | None:
-    """Which of several machines this one is; the command of any but the first does its part here, and ends.
+) -> Iterator[Lead | None]:
+    """The first of several machines' part is the block, of which the others are told; theirs is done here, and their
+    command ends. None: there is one machine.
 
     Raises:
-        FulltuneError: With machine 0's exit code, when its command failed.
+        FulltuneError: On the others with machine 0's exit code, when its command failed.
         RecipeError: What the command line says does not go with `train.num_machines`.
     """
     from fulltune.recipe.file import load_recipe
@@ -67,16 +69,21 @@ def join(
     from fulltune.system.machines import place_of
 
     recipe = run_folder.recipe_of(target) if target.is_dir() else load_recipe(target, overrides or [])
-    if rank is None and rendezvous is None and target.is_dir():
-        return None  # refused when something is left to train
-    place = place_of(recipe, rank, rendezvous, wait)
-    if place is None or place.rank == 0:
-        return place
-    if target.is_dir() and run_folder.is_complete(target):
-        raise typer.Exit
-    from fulltune.train.parent.follow import follow
+    alone = rank is None and rendezvous is None and target.is_dir()  # refused when something is left to train
+    place = None if alone else place_of(recipe, rank, rendezvous, wait)
+    if place is None:
+        yield None
+        return
+    with run_folder.writing(Path(recipe.output)):
+        if place.rank == 0:
+            from fulltune.train.parent.machines import leading
 
-    follow(place, recipe, lambda phase: err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True))
+            with leading(place, recipe) as lead:
+                yield lead
+            return
+        from fulltune.train.parent.follow import follow
+
+        follow(place, recipe, lambda phase: err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True))
     raise typer.Exit
 
 
@@ -130,7 +137,7 @@ def reach(
     details: bool,
     measure: bool = False,
     began: float | None = None,
-    place: Place | None = None,
+    lead: Lead | None = None,
 ) -> Reached:
     """Run the pipeline; `began` is when the command did, before it imported anything: None for now."""
     from fulltune.system import run_folder
@@ -143,7 +150,7 @@ def reach(
         from fulltune.search.run import run
 
         with Display(err, details) as display:
-            return run(Run(recipe, folder, listener=display, began=began, place=place), until, measure)
+            return run(Run(recipe, folder, listener=display, began=began, lead=lead), until, measure)
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None

@@ -14,14 +14,15 @@ from fulltune.text import parse_seconds
 
 _OPERATOR, _TRAINER = "kubeflow.org/v1", "trainer.kubeflow.org/v1alpha1"
 _POD = r"""cd {folder} || exit 2
-{setup}child=
-trap 'kill -s TERM "$child" 2>/dev/null' TERM INT
+{setup}child='' told=''
+trap 'told=1; kill -s TERM "$child" 2>/dev/null' TERM INT
 # What the operator says to torchrun is not for the torchrun that fulltune starts itself.
 {rendezvous}unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
 unset PET_NNODES PET_NODE_RANK PET_NPROC_PER_NODE PET_MASTER_ADDR PET_MASTER_PORT
 unset PET_RDZV_BACKEND PET_RDZV_ENDPOINT PET_RDZV_ID PET_RDZV_CONF PET_MAX_RESTARTS
 {command} &
 child=$!
+if [ -n "$told" ]; then kill -s TERM "$child"; fi # before its number was known
 wait "$child"
 code=$?
 # A signal ends the wait, not the run.

@@ -57,8 +57,8 @@ class LostPart(Record):
     """Of the machine."""
     host: str
     reason: str
-    kind: Literal["machine", "killed", "out_of_memory"] = "machine"
-    """What was lost: the machine, or its processes."""
+    kind: Literal["machine", "killed", "out_of_memory", "failed", "interrupted"] = "machine"
+    """What was lost: the machine, or its processes; or that its command was told to stop."""
 
     def file_in(self, folder: Path) -> Path:
         """Beside the attempt's outcomes."""

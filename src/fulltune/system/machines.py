@@ -8,8 +8,11 @@ torchrun's. `train/parent/machines.py` starts the processes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import logging
+import math
 import socket
 import sys
 import threading
@@ -29,6 +32,8 @@ from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import PACKAGES
 from fulltune.text import first_few, format_bytes, parse_seconds
 
+_log = logging.getLogger(__name__)
+
 FOLDER = ".fulltune-machines"
 """In the recipe's `output`; a job has a folder in it by its rendezvous."""
 DEFAULT_PORT = 29500
@@ -39,6 +44,8 @@ GONE_SECONDS = 60.0
 _ENDS_BYTES = 2**20
 _WHOLE_BYTES = 64 * 2**20
 """Of larger files the size and both ends are compared."""
+_MOST_READ = 1000
+"""Of a folder with more files, such as images, names and sizes are compared."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +162,12 @@ class Started(Record):
     id: str
     request: str
     """Path of its file."""
+    instances: tuple[str, ...]
+    """Of the other machines' commands: one that came later waits for the next attempt."""
 
 
 class Ended(Record):
-    """How machine 0's command ended."""
+    """How a machine's command ended."""
 
     exit_code: int
     problems: tuple[str, ...] = ()
@@ -183,6 +192,8 @@ class Part(Record):
     """torchrun's exit code; negative: the signal that killed it."""
     out_of_memory: bool = False
     """The kernel killed a process meanwhile because memory ran out."""
+    was_asked: bool = False
+    """The machine's command was told to stop."""
 
 
 class Member(Record):
@@ -202,6 +213,7 @@ class Member(Record):
     """Of the recipe's files, by path: their sizes and a hash."""
     machine: Machine
     part: Part | None = None
+    ended: Ended | None = None
 
     @property
     def label(self) -> str:
@@ -224,7 +236,7 @@ def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> M
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:
-    names = ("fulltune", *PACKAGES, *(("deepspeed",) if deepspeed.wanted(recipe) else ()))
+    names = ("fulltune", *PACKAGES, "peft", *(("deepspeed",) if deepspeed.wanted(recipe) else ()))
     found = {"Python": ".".join(map(str, sys.version_info[:3]))}
     for name in names:
         try:
@@ -255,7 +267,7 @@ def _paths(recipe: Recipe) -> list[Path]:
 
 
 def _content(path: Path) -> str:
-    """Size and hash of a file, or of a folder's files; of large files both ends are read."""
+    """Size and hash of a file, or of a folder's files; of large files both ends are read, of many none."""
     if not path.exists():
         return "missing"
     files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
@@ -263,6 +275,9 @@ def _content(path: Path) -> str:
     for file in files:
         size = file.stat().st_size
         found.update(f"{file.relative_to(path)} {size}\n".encode())
+        total += size
+        if len(files) > _MOST_READ:
+            continue
         with file.open("rb") as opened:
             if size <= _WHOLE_BYTES:
                 found.update(opened.read())
@@ -270,7 +285,6 @@ def _content(path: Path) -> str:
                 found.update(opened.read(_ENDS_BYTES))
                 opened.seek(-_ENDS_BYTES, 2)
                 found.update(opened.read())
-        total += size
     return f"{format_bytes(total)}, {found.hexdigest()}"
 
 
@@ -293,15 +307,16 @@ def differences(first: Member, others: Sequence[Member]) -> list[str]:
             for path, mine in first.files.items()
             if other.files.get(path) != mine and not settings
         ]
-        remedy = {"has other versions": "install the same ones on all machines"}
-        for what, found in (
-            ("has other versions", versions),
-            ("reads another recipe", settings),
-            ("sees other files", files),
+        mine, its = len(first.machine.gpus), len(other.machine.gpus)
+        gpus = [f"{its} (machine 0: {mine})"] if bool(mine) != bool(its) else []
+        for what, found, remedy in (
+            ("has other versions", versions, "install the same ones on all machines"),
+            ("reads another recipe", settings, "give all machines the same recipe and the same --set"),
+            ("sees other files", files, "give all machines the same files, in a folder that they share"),
+            ("has another number of GPUs", gpus, "see what nvidia-smi says there, or set train.device: cpu"),
         ):
-            if found:
-                do = remedy.get(what, "give all machines the same files, in a folder that they share")
-                lines.append(f"{other.label} {what}: {first_few(found)}; {do}")
+            if found and not (found is gpus and '"cpu"' in first.settings.get("train.device", "")):
+                lines.append(f"{other.label} {what}: {first_few(found)}; {remedy}")
     return lines
 
 
@@ -358,17 +373,24 @@ class HeardFrom(Generic[Told]):
         self.told: Told | None = None
         self.is_alive = False
         """It has changed while we looked: what lies there from an earlier job does not."""
-        self._since, self._has_looked = time.monotonic(), False
+        self.is_unreadable = False
+        """What lies there is of another version of fulltune."""
+        self._since, self._looked = time.monotonic(), -math.inf
 
     def look(self) -> Told | None:
-        """What it says now."""
+        """What it says; read anew twice for each sign of life."""
+        if time.monotonic() - self._looked < BEAT_SECONDS / 2:
+            return self.told
+        told, self.is_unreadable = self.told, False
         try:
-            told: Told | None = self._kind.load(self.path)
+            told = self._kind.load(self.path)
+        except SetupError:
+            self.is_unreadable = True
         except OSError:  # not there, or just replaced on a file server
-            told = self.told
+            pass
         if told != self.told:
-            self.is_alive, self.told, self._since = self._has_looked, told, time.monotonic()
-        self._has_looked = True
+            self.is_alive, self.told, self._since = self._looked > -math.inf, told, time.monotonic()
+        self._looked = time.monotonic()
         return self.told
 
     @property
@@ -378,9 +400,24 @@ class HeardFrom(Generic[Told]):
 
 @contextlib.contextmanager
 def telling(path: Path, record: Told) -> Iterator[SignOfLife[Told]]:
-    """A sign of life for as long as the block runs."""
-    sign = SignOfLife(path, record)
-    try:
-        yield sign
-    finally:
-        sign.end()
+    """A sign of life for as long as the block runs.
+
+    Raises:
+        SetupError: When another command gives one as the same machine.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SetupError(
+                f"{path}: another command is this machine of this rendezvous; end it, or give this job another port "
+                "in --rendezvous, and each machine a --machine-rank of its own"
+            ) from None
+        except OSError:
+            _log.warning("%s: locks are not supported here; see that no two jobs have the same --rendezvous", path)
+        sign = SignOfLife(path, record)
+        try:
+            yield sign
+        finally:
+            sign.end()

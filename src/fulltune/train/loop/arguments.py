@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fulltune.errors import RecipeError, SetupError
+from fulltune.errors import FulltuneError, RecipeError, SetupError
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe import several_runs
 from fulltune.recipe.fields import Recipe
@@ -188,14 +189,19 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     try:
         made = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and plan.num_processes > 1:  # they are connected here
-            raise SetupError(
-                f"train.num_processes: {plan.num_processes} processes cannot reach each other: "
-                f"{' '.join(str(error).split())}; name the network interface that leads to the other machines in "
-                "GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME too), and open their ports to each other"
-            ) from None
-        raise RecipeError(f"train: transformers refuses these settings: {' '.join(str(error).split())}") from None
+        raise _refused(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
     if made.n_gpu > 1:
         # The Trainer would split each micro batch over all GPUs it sees (DataParallel) and scale the loss.
         made._n_gpu = 1
     return made
+
+
+def _refused(said: str, when_running: bool, plan: Plan) -> FulltuneError:
+    """Why there are no arguments; the processes are connected where they are made."""
+    if not when_running or re.search("gloo|nccl|connect|socket", said, re.IGNORECASE) is None:
+        return RecipeError(f"train: transformers refuses these settings: {said}")
+    return SetupError(
+        f"train.num_processes: {plan.num_processes} processes cannot reach each other: {said}; of several machines "
+        "name the network interface that leads to the others in GLOO_SOCKET_IFNAME (on GPUs in NCCL_SOCKET_IFNAME, "
+        "too), and open their ports to each other"
+    )

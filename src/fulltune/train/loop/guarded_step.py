@@ -34,7 +34,8 @@ def _random_state(device: torch.device) -> list[torch.Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _rows(batch: Mapping[str, Any]) -> int:
+def rows_in(batch: Mapping[str, Any]) -> int:
+    """Of a batch: the length of its first tensor."""
     return next((len(one) for one in batch.values() if isinstance(one, torch.Tensor) and one.dim()), 0)
 
 
@@ -252,7 +253,7 @@ class Guarded:
         """What the guard says of a step, its loss and its norm, over all processes."""
         if hasattr(norm, "full_tensor"):  # sharded by FSDP2
             norm = norm.full_tensor()
-        rows = sum(_rows(batch) for batch in self.batches)
+        rows = sum(rows_in(batch) for batch in self.batches)
         values = [losses, rows] if norm is None else [losses, rows, norm]
         # A norm is the same in each process.
         loss, rows, known = ([one / self.accelerator.num_processes for one in self._summed(*values)] + [None])[:3]

@@ -36,7 +36,7 @@ from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged
 from fulltune.train.optim import optimizers, shared, zero
-from fulltune.train.optim.groups import parameter_groups
+from fulltune.train.optim.groups import planned_groups
 from fulltune.train.optim.in_backward import InBackward
 
 ITEMS = "num_items"
@@ -48,6 +48,21 @@ def _out_of_the_group(worker: int) -> None:
     when its parent does or asks it to."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
+
+
+def collated(
+    rows: list[Any],
+    collate: Callable[[list[Any]], dict[str, Any]],
+    count_items: Callable[[torch.Tensor], int],
+    head: SelectiveHead | None,
+) -> dict[str, Any]:
+    """A batch on the host, as the model reads it, with what would have to be read from the device later: the number of
+    `ITEMS` in its loss, and for a selective head which places are `TRAINED`."""
+    batch = collate(rows)
+    known: dict[str, Any] = {ITEMS: count_items(batch["labels"])}
+    if head is not None:
+        known[TRAINED] = trained_places(head.wanted(batch["labels"]))
+    return batch | known
 
 
 class StoppedScoring(Exception):
@@ -183,13 +198,8 @@ class FullTrainer(Guarded, Trainer):
         return self.head.only(labels, trained, in_pieces=in_pieces)
 
     def collated(self, rows: list[Any]) -> dict[str, Any]:
-        """A batch on the host, as the model reads it, with what would have to be read from the device later: the
-        number of `ITEMS` in its loss, and for a selective head which places are `TRAINED`."""
-        batch = self.data_collator(rows)
-        known: dict[str, Any] = {ITEMS: self.count_items(batch["labels"])}
-        if self.head is not None:
-            known[TRAINED] = trained_places(self.head.wanted(batch["labels"]))
-        return batch | known
+        """See the function of this name."""
+        return collated(rows, self.data_collator, self.count_items, self.head)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if self.replay is not None and not self.batches:  # once a step, also when it is computed again
@@ -402,18 +412,8 @@ class FullTrainer(Guarded, Trainer):
         return InBackward(optimizer, names, lambda: self.state.global_step + 1)
 
     def _groups(self, model: Any) -> list[dict[str, Any]]:
-        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        begins = tuple(f"{path}." for path in self._head_modules)
-        groups = parameter_groups(
-            list(parameters),
-            set(self.get_decay_parameter_names(model)),
-            self.args.learning_rate,
-            self._plan.layerwise_lr_decay,
-            self.args.weight_decay,
-            {name for name in parameters if name.startswith(begins)},
-            self._plan.head_learning_rate or 0.0,
-        )
-        return [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
+        decayed = set(self.get_decay_parameter_names(model))
+        return planned_groups(model, decayed, self._plan, self.args.weight_decay, self._head_modules)
 
 
 @dataclass(eq=False)

@@ -6,8 +6,36 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from fulltune.records.plan import Plan
+
 _LAYER = re.compile(r"\.(?:layers?|h|blocks?|block)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
+
+
+def planned_groups(
+    model: Any, decayed: Collection[str], plan: Plan, weight_decay: float, head_modules: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The trained parameters of a model in groups, with the plan's rates.
+
+    Args:
+        model: The model.
+        decayed: Names of the parameters that weight decay applies to.
+        plan: Has the rates.
+        weight_decay: For `decayed`.
+        head_modules: Paths of the modules that have the head's rate; empty where the plan has none.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    begins = tuple(f"{path}." for path in head_modules)
+    groups = parameter_groups(
+        list(parameters),
+        decayed,
+        plan.learning_rate,
+        plan.layerwise_lr_decay,
+        weight_decay,
+        {name for name in parameters if name.startswith(begins)},
+        plan.head_learning_rate or 0.0,
+    )
+    return [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
 
 
 def parameter_groups(

@@ -12,7 +12,7 @@ Of tensors that FSDP2 shares out each process updates its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -110,14 +110,15 @@ class AdamW(torch.optim.Optimizer):
                 raise SetupError(f"train.optim: expected weights in fp32 or bf16, found {parameter.dtype}")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # losses come from the trainer
-        """Update every tensor that has a gradient."""
-        if closure is not None:
-            raise NotImplementedError("a closure is not needed: the gradients are there")
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # any loss
+        """Update every tensor that has a gradient; a closure makes them first, as Lightning's does."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and local(parameter).numel():
                     self._update(parameter, local(parameter.grad).reshape(-1), group)
+        return loss
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         """One tensor by its gradient[values], slice by slice."""

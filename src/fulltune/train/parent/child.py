@@ -114,13 +114,14 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     told = next((outcome for outcome in written if outcome.status != "error"), None)
     if told is None and written and not killed and not about_memory:
         told = written[0]
-    if told is not None and told.status != "error":
+    if told is not None and told.status not in ("error", "refused"):
         return told
+    lost = sorted(map(LostPart.load, request.folder.glob("lost-machine*.json")), key=lambda one: _LOST.index(one.kind))
+    asked = asked or any(one.kind == "interrupted" for one in lost)
     status: OutcomeStatus
-    lost = [LostPart.load(file) for file in sorted(request.folder.glob("lost-machine*.json"))]
-    if lost and not asked:
+    if lost and not asked and (told is None or lost[0].kind != "failed"):
         status, reason = _of_lost(lost[0])
-    elif told is not None:
+    elif told is not None and not (asked and lost):
         return told
     elif asked:
         done, saved = last_step(request.folder), last_saved(request.checkpoints)
@@ -146,12 +147,18 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     )
 
 
+_LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
+"""What explains the others comes first."""
+
+
 def _of_lost(part: LostPart) -> tuple[OutcomeStatus, str]:
     """What it means that a machine's part ended without a word."""
     name = f"machine {part.rank} ({part.host})"
     match part.kind:
         case "out_of_memory":
             return "out_of_memory", f"the kernel killed a training process of {name} because memory ran out"
+        case "failed":
+            return "crashed", f"{name} has no outcome: {part.reason}"
         case "killed":
             return (
                 "killed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -11,11 +12,11 @@ from typing import Any
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.system import hardware, machines
-from fulltune.system.machines import HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
+from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
 from fulltune.system.out_of_memory import kernel_kills
 from fulltune.text import format_seconds
 from fulltune.train.parent import spawn
-from fulltune.train.parent.machines import GRACE_SECONDS, POLL_SECONDS, meeting
+from fulltune.train.parent.machines import GRACE_SECONDS, POLL_SECONDS, ended_as, meeting
 from fulltune.train.request import Request
 
 
@@ -30,35 +31,22 @@ def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
     Raises:
         FulltuneError: With machine 0's exit code, when its command failed.
         SetupError: When machine 0 was not heard of in time.
-        InterruptedRun: When it is heard of no more, or this machine's command was told to stop before it trained.
+        InterruptedRun: When it is heard of no more, or this machine's command was told to stop.
     """
     phase("looking at this machine and the recipe's files")
-    leader = HeardFrom(place.file_of(recipe, 0), Leader)
     own = machines.member(recipe, place, hardware.here())
-    phase(f"waiting for machine 0 ({place.rendezvous})")
-    with machines.telling(place.file_of(recipe, place.rank), own) as sign, _Follower(place, sign, phase) as follower:
-        until = time.monotonic() + place.wait_seconds
-        while True:
-            told = leader.look()
-            if told is not None and leader.is_alive:
-                if follower.answer(told):
-                    return
-                if leader.silent_seconds > machines.GONE_SECONDS:
-                    raise InterruptedRun(
-                        f"machine 0 ({told.host}) gave no sign of life for {format_seconds(machines.GONE_SECONDS)}; "
-                        "the same command on all machines continues the run"
-                    )
-            elif time.monotonic() > until:
-                raise SetupError(_why_no_leader(place, leader))
-            time.sleep(POLL_SECONDS)
-
-
-def _why_no_leader(place: Place, leader: HeardFrom[Leader]) -> str:
-    return (
-        f"machine 0 was not heard of for {format_seconds(round(place.wait_seconds))}: it writes {leader.path} every "
-        f"{machines.BEAT_SECONDS:g} s. Either the command was not started there (--machine-rank 0, the same "
-        "--rendezvous), or that file is not the same one here: 'output' must lie on storage that all machines share"
-    )
+    with machines.telling(place.file_of(recipe, place.rank), own) as sign:
+        ended = Ended(exit_code=1, problems=("its command ended with an error of its own; see there",))
+        try:
+            with _Follower(place, sign, phase) as follower:
+                follower.follow(HeardFrom(place.file_of(recipe, 0), Leader))
+            ended = Ended(exit_code=0)
+        except FulltuneError as error:
+            ended = Ended(exit_code=error.exit_code, problems=error.problems)
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # a full disk: what is raised already says more
+                sign.tell(ended=ended)
 
 
 class _Follower:
@@ -68,14 +56,13 @@ class _Follower:
         self._place, self._sign, self._phase = place, sign, phase
         self._child: Any = None
         self._attempt, self._kills, self._folder = "", 0, Path()
-        self._since_over: float | None = None
+        self._over_at: float | None = None
         self._asked: list[int] = []
 
     def __enter__(self) -> _Follower:
         def ask(number: int, _: object) -> None:
             self._asked.append(number)
-            if self._child is not None:
-                (spawn.ask_to_stop if len(self._asked) < 3 else spawn.end)(self._child)
+            self._pass_on()
 
         self._before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -87,52 +74,102 @@ class _Follower:
             spawn.end(self._child)
             self._child.wait()
 
-    def answer(self, told: Leader) -> bool:
+    def follow(self, leader: HeardFrom[Leader]) -> None:
+        """Until machine 0's command has ended well.
+
+        Raises:
+            FulltuneError: It has ended otherwise, is not heard of, or this command was told to stop.
+        """
+        self._phase(f"waiting for machine 0 ({self._place.rendezvous})")
+        until, host = time.monotonic() + self._place.wait_seconds, ""
+        while True:
+            told = leader.look()
+            if told is not None and leader.is_alive and leader.silent_seconds < machines.GONE_SECONDS:
+                until, host = time.monotonic() + self._place.wait_seconds, told.host
+                if self._answer(told):
+                    return
+            else:
+                self._attend(None)  # machine 0 may come back, but not to this attempt
+                if time.monotonic() > until:
+                    raise self._not_heard_of(leader, host)
+            if self._asked and self._child is None:
+                raise InterruptedRun("interrupted; the same command on all machines continues the run")
+            time.sleep(POLL_SECONDS)
+
+    def _not_heard_of(self, leader: HeardFrom[Leader], host: str) -> FulltuneError:
+        waited = format_seconds(round(self._place.wait_seconds))
+        if host:
+            return InterruptedRun(
+                f"machine 0 ({host}) gave no sign of life and did not come back in {waited}; the same command on all "
+                "machines continues the run"
+            )
+        if leader.is_unreadable:
+            return SetupError(
+                f"{leader.path}: machine 0 has another version of fulltune; install the same one on all machines"
+            )
+        return SetupError(
+            f"machine 0 was not heard of for {waited}: it writes {leader.path} every {machines.BEAT_SECONDS:g} s. "
+            "Either the command was not started there (--machine-rank 0, the same --rendezvous), or that file is not "
+            "the same one here: 'output' must lie on storage that all machines share"
+        )
+
+    def _answer(self, told: Leader) -> bool:
         """Do what is to be done now; True when machine 0's command has ended well.
 
         Raises:
             FulltuneError: When it has ended otherwise.
-            InterruptedRun: This machine's command was told to stop, and there is nothing to save.
         """
         if told.token != self._sign.record.token:
             self._sign.tell(token=told.token)
             self._phase(f"found machine 0 ({told.host}); waiting for an attempt")
-        self._attend(told)
-        if self._asked and self._child is None:
-            raise InterruptedRun("interrupted; the same command on all machines continues the run")
+        self._attend(None if told.ended is not None else told.attempt)
         if told.ended is None or self._child is not None:
             return False
         if told.ended.exit_code == 0:
             return True
-        error = FulltuneError([f"machine 0 ({told.host}): {problem}" for problem in told.ended.problems])
-        error.exit_code = told.ended.exit_code
-        raise error
+        raise ended_as(f"machine 0 ({told.host})", told.ended)
 
-    def _attend(self, told: Leader) -> None:
-        """Start, watch and end this machine's part of the attempt at hand."""
+    def _attend(self, current: Started | None) -> None:
+        """Watch this machine's part of an attempt, and end it when it is over elsewhere; or begin the one at hand."""
         if self._child is not None and (code := self._child.poll()) is not None:
+            self._child, self._over_at = None, None
             out_of_memory = code != 0 and kernel_kills() > self._kills
-            self._child, self._since_over = None, None
-            self._sign.tell(part=Part(attempt=self._attempt, code=code, out_of_memory=out_of_memory))
+            part = Part(attempt=self._attempt, code=code, out_of_memory=out_of_memory, was_asked=bool(self._asked))
+            self._sign.tell(part=part)
             self._phase("waiting for machine 0")
-        current = "" if told.attempt is None else told.attempt.id
         if self._child is not None:
-            if told.ended is not None or current != self._attempt or (self._folder / "outcome.json").exists():
-                self._since_over = self._since_over or time.monotonic()
-                if time.monotonic() - self._since_over > GRACE_SECONDS:
+            is_other = current is None or current.id != self._attempt
+            if is_other or (self._folder / "outcome.json").exists():
+                self._over_at = self._over_at or time.monotonic()
+                if time.monotonic() - self._over_at > GRACE_SECONDS:
                     spawn.end(self._child)
-        elif told.attempt is not None and current != self._attempt and told.ended is None:
-            self._begin(told.attempt)
+        elif current is not None and current.id != self._attempt and not self._asked:
+            self._begin(current)
 
     def _begin(self, started: Started) -> None:
+        if self._sign.record.instance not in started.instances:  # it began without this command
+            return
         path = Path(started.request)
         until = time.monotonic() + machines.GONE_SECONDS
         while not path.exists():
+            if self._asked:
+                return
             if time.monotonic() > until:
-                raise SetupError(f"{path}: machine 0 wrote this file, and it is not here: 'output' is not shared")
+                raise SetupError(
+                    f"{path}: machine 0 wrote this file, and it is not here: the run folder is not shared; 'output' "
+                    "and --run-folder must lie on storage that all machines share"
+                )
             time.sleep(POLL_SECONDS)
         request = Request.load(path)
         self._phase(f"taking part in attempt {request.attempt} of {request.plan.trial} (log: {path.parent})")
         self._attempt, self._kills, self._folder = started.id, kernel_kills(), path.parent
         log = path.with_name(f"log-machine{self._place.rank}.txt")
-        self._child = spawn.in_new_process(request, log, meeting(self._place, started.id, self._sign.record.address))
+        address = self._sign.record.address
+        self._child = spawn.in_new_process(request, log, meeting(self._place, started.id, address))
+        if self._asked:  # meanwhile
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Tell the processes what this command was told; the third signal ends them at once."""
+        if self._child is not None:
+            (spawn.ask_to_stop if len(self._asked) < 3 else spawn.end)(self._child)

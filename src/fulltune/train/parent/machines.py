@@ -9,16 +9,18 @@ was lost is told from processes that failed.
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.run import MachinesUsed, MachineUsed, RankUsed
-from fulltune.records.training import LostPart
+from fulltune.records.training import LostPart, Outcome
 from fulltune.system import hardware, machines
 from fulltune.system.hardware import Machine
 from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
@@ -29,76 +31,108 @@ from fulltune.train.request import Request
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0
 """When an attempt has ended on another machine: how long the processes here have to end by themselves."""
-_LAST_WORDS_SECONDS = 30.0
-"""When an attempt has failed here: how long the others have to say how it ended there."""
-_SILENT_SECONDS = 20.0
-"""A machine that has not done so by then, and gave no sign of life for so long, was lost."""
+_LINGER_SECONDS = 30.0
+"""A command that ends before all machines have answered: how long it stays to tell them."""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Machine 0's command, which the others follow."""
+
+    place: Place
+    token: str
+    sign: SignOfLife[Leader]
+
+
+@contextlib.contextmanager
+def leading(place: Place, recipe: Recipe) -> Iterator[Lead]:
+    """Machine 0's sign of life for the block; how the block ends is the others' end, too.
+
+    Raises:
+        SetupError: When another command is machine 0 of this rendezvous.
+    """
+    token = uuid.uuid4().hex
+    others = [HeardFrom(place.file_of(recipe, rank), Member) for rank in range(1, recipe.train.num_machines)]
+    with machines.telling(place.file_of(recipe, 0), Leader(token=token, host=socket.gethostname())) as sign:
+        ended = Ended(exit_code=0)
+        try:
+            yield Lead(place, token, sign)
+        except FulltuneError as error:
+            ended = Ended(exit_code=error.exit_code, problems=error.problems)
+            raise
+        except KeyboardInterrupt:
+            problem = "interrupted; the same command on all machines continues the run"
+            ended = Ended(exit_code=InterruptedRun.exit_code, problems=(problem,))
+            raise
+        except Exception as error:
+            ended = Ended(exit_code=1, problems=(f"ended with {type(error).__name__}: {error}",))
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # a full disk: what is raised already says more
+                sign.tell(ended=ended)
+                until = time.monotonic() + _LINGER_SECONDS
+                while time.monotonic() < until and not all(_has_read(one, token) for one in others):
+                    time.sleep(POLL_SECONDS)
+
+
+def _has_read(one: HeardFrom[Member], token: str) -> bool:
+    told = one.look()
+    return told is not None and told.token == token
 
 
 class MachineGroup:
     """All machines of a job, seen from machine 0.
 
     Args:
-        place: This machine's.
+        lead: Machine 0's command.
         recipe: The recipe, which all of them must have read.
         run_folder: Which machines took part is kept there.
-        machine: This machine's hardware.
+        machine: Machine 0's hardware.
         phase: Told what is waited for.
     """
 
     def __init__(
-        self, place: Place, recipe: Recipe, run_folder: Path, machine: Machine, phase: Callable[[str], None]
+        self, lead: Lead, recipe: Recipe, run_folder: Path, machine: Machine, phase: Callable[[str], None]
     ) -> None:
-        self.place, self._recipe, self._folder, self._phase = place, recipe, run_folder, phase
-        self._token = uuid.uuid4().hex
-        self.own = machines.member(recipe, place, machine, self._token)
-        self._others = [HeardFrom(place.file_of(recipe, rank), Member) for rank in range(1, recipe.train.num_machines)]
-        self._sign = SignOfLife(place.file_of(recipe, 0), Leader(token=self._token, host=self.own.host))
+        self._lead, self._folder, self._phase = lead, run_folder, phase
+        self._own = machines.member(recipe, lead.place, machine, lead.token)
+        ranks = range(1, recipe.train.num_machines)
+        self._others = {rank: HeardFrom(lead.place.file_of(recipe, rank), Member) for rank in ranks}
 
     @property
     def members(self) -> list[Member]:
         """All machines, by rank, once they have answered."""
-        return [self.own, *(one.told for one in self._others if one.told is not None)]
+        return [self._own, *(one.told for one in self._others.values() if one.told is not None)]
 
     @property
     def weakest(self) -> Machine:
         """What the plan can count on everywhere."""
         return hardware.weakest([one.machine for one in self.members])
 
-    def wait_for_all(self) -> None:
-        """Until all machines are there.
+    def gather(self) -> None:
+        """Wait until all machines are there, and refuse those that would train something else.
 
         Raises:
-            SetupError: When some are missing after the time that was given.
+            SetupError: When some are missing after the time that was given, or differ.
+            FulltuneError: When a machine's command has ended, with its exit code.
         """
-        until, said = time.monotonic() + self.place.wait_seconds, None
-        missing = list(range(1, len(self._others) + 1))
-        while True:
-            # A machine that was seen is not asked for again: a file server shows some changes late.
-            missing = [rank for rank in missing if not self._answers(self._others[rank - 1])]
-            if not missing:
-                return
+        until, said = time.monotonic() + self._lead.place.wait_seconds, None
+        missing = list(self._others)
+        # A machine that was seen is not asked for again: a file server shows some changes late.
+        while missing := [rank for rank in missing if not self._is_here(rank)]:
             if missing != said:
                 self._phase(f"waiting for {_named(missing)} ({len(self._others) + 1} in all)")
                 said = missing
             if time.monotonic() > until:
                 raise SetupError(self._why_missing(missing))
             time.sleep(POLL_SECONDS)
-
-    def check(self) -> None:
-        """Refuse machines that would train something else, and keep which ones there are.
-
-        Raises:
-            SetupError: With each difference.
-        """
         first, *others = self.members
         if problems := machines.differences(first, others):
             raise SetupError(problems)
-        self.keep()
 
-    def keep(self, attempt: Path | None = None) -> None:
-        """Write down which machines take part, for the report; with the ranks that they had in an attempt."""
-        ranks = [] if attempt is None else [RankUsed.load(file) for file in attempt.glob("rank-*.json")]
+    def keep(self, attempt: Path) -> None:
+        """Write down which machines take part in an attempt, with their ranks, for the report."""
+        ranks = [RankUsed.load(file) for file in attempt.glob("rank-*.json")]
         used = [
             MachineUsed(
                 rank=one.rank,
@@ -111,66 +145,100 @@ class MachineGroup:
             )
             for one in self.members
         ]
-        MachinesUsed(rendezvous=self.place.rendezvous, machines=tuple(used)).save(self._folder / "machines.json")
+        MachinesUsed(rendezvous=self._lead.place.rendezvous, machines=tuple(used)).save(self._folder / "machines.json")
 
     def start(self, request: Request, log: Path) -> spawn.Child:
         """A `Starter`: the attempt's processes on this machine, and word to the others that theirs are to begin.
 
         Raises:
             InterruptedRun: When a machine that was lost has not come back in time.
+            SetupError: When one that came back differs, or torchrun's port is taken.
         """
         try:
-            self.wait_for_all()
+            self.gather()
         except SetupError as error:
-            raise InterruptedRun([*error.problems, "the same command on all machines continues the run"]) from None
-        started = Started(id=f"{self._token[:8]}-{request.folder.name}", request=str(request.folder / "request.json"))
+            if not any(self._is_missing(rank) for rank in self._others):
+                raise
+            reason = f"{'; '.join(error.problems)}; the same command on all machines continues the run"
+            trial, attempt = request.plan.trial, request.attempt
+            never = Outcome(status="interrupted", reason=reason, trial=trial, attempt=attempt)
+            never.save(request.folder / "outcome.json")
+            raise InterruptedRun(reason) from None
+        _refuse_taken(self._lead.place)
         instances = {one.rank: one.instance for one in self.members[1:]}
+        started = Started(
+            id=f"{self._lead.token[:8]}-{request.folder.name}",
+            request=str((request.folder / "request.json").resolve()),
+            instances=tuple(instances.values()),
+        )
         # Machine 0 may know itself as the loopback: what leads to another machine counts.
-        address = machines.own_address(self.members[1].address, self.place.port)
-        child = spawn.in_new_process(request, log, meeting(self.place, started.id, address))
-        self._sign.tell(attempt=started)
+        address = machines.own_address(self.members[1].address, self._lead.place.port)
+        child = spawn.in_new_process(request, log, meeting(self._lead.place, started.id, address))
+        self._lead.sign.tell(attempt=started)
+        self.keep(request.folder)
         return _OnAllMachines(child, self, request, started.id, instances)
 
-    def end(self, exit_code: int, problems: Sequence[str] = ()) -> None:
-        """The last word to the others, after which nothing more is said."""
-        self._sign.tell(ended=Ended(exit_code=exit_code, problems=tuple(problems)))
-        self._sign.end()
+    def say_over(self) -> None:
+        """The attempt has ended here, and is to end on all machines."""
+        self._lead.sign.tell(attempt=None)
 
     def part_of(self, rank: int, attempt: str, instance: str) -> Part | LostPart | None:
         """How a machine's part of an attempt ended, or that the machine was lost; None: it goes on."""
-        watched = self._others[rank - 1]
-        told = watched.look()
+        told = self._others[rank].look()
         assert told is not None  # it has answered
         if told.instance != instance:
             return LostPart(rank=rank, host=told.host, reason="was started anew")
-        if told.part is None or told.part.attempt != attempt:
-            return self.silent_for(rank, machines.GONE_SECONDS)
-        if told.part.out_of_memory:
+        part = told.part if told.part is not None and told.part.attempt == attempt else None
+        if part is None and told.ended is not None:
+            kind: Any = "interrupted" if told.ended.exit_code == InterruptedRun.exit_code else "machine"
+            return LostPart(rank=rank, host=told.host, kind=kind, reason=f"ended with code {told.ended.exit_code}")
+        if part is None:
+            silent = self._others[rank].silent_seconds
+            said = f"gave no sign of life for {format_seconds(round(silent))}"
+            return LostPart(rank=rank, host=told.host, reason=said) if silent > machines.GONE_SECONDS else None
+        if part.was_asked:
+            return LostPart(rank=rank, host=told.host, kind="interrupted", reason="was told to stop")
+        if part.out_of_memory:
             return LostPart(rank=rank, host=told.host, kind="out_of_memory", reason="the kernel killed a process")
-        if told.part.code < 0:
-            return LostPart(rank=rank, host=told.host, kind="killed", reason="torchrun was killed")
-        return told.part
+        if part.code:
+            kind = "killed" if part.code < 0 else "failed"
+            return LostPart(rank=rank, host=told.host, kind=kind, reason=f"torchrun ended with code {part.code}")
+        return part
 
-    def silent_for(self, rank: int, seconds: float) -> LostPart | None:
-        """That a machine was lost, when it gave no sign of life for so long."""
-        watched = self._others[rank - 1]
-        if watched.silent_seconds < seconds or watched.told is None:
-            return None
-        silent = format_seconds(round(watched.silent_seconds))
-        return LostPart(rank=rank, host=watched.told.host, reason=f"gave no sign of life for {silent}")
+    def _is_here(self, rank: int) -> bool:
+        """It has answered this command.
 
-    def _answers(self, one: HeardFrom[Member]) -> bool:
-        told = one.look()
-        return told is not None and told.token == self._token and one.silent_seconds < 4 * machines.BEAT_SECONDS
+        Raises:
+            FulltuneError: Its command has ended.
+        """
+        if self._is_missing(rank):
+            return False
+        told = self._others[rank].told
+        if told is not None and told.ended is not None:
+            raise ended_as(told.label, told.ended)
+        return True
+
+    def _is_missing(self, rank: int) -> bool:
+        told = self._others[rank].look()
+        is_answer = told is not None and told.token == self._lead.token
+        return not is_answer or self._others[rank].silent_seconds > 4 * machines.BEAT_SECONDS
 
     def _why_missing(self, missing: Sequence[int]) -> str:
-        known = {rank: one.told.host for rank, one in enumerate(self._others, start=1) if one.told is not None}
-        hosts = "".join(f"; machine {rank} was {known[rank]}" for rank in missing if rank in known)
+        waited = format_seconds(round(self._lead.place.wait_seconds))
+        subject = f"{_named(missing)} ({len(self._others) + 1} in all)"
+        known = [
+            one.told.label
+            for rank in missing
+            if (one := self._others[rank]).told and one.told.token == self._lead.token
+        ]
+        if known:
+            return f"{listed(known)} did not come back in {waited}"
+        if any(self._others[rank].is_unreadable for rank in missing):
+            return f"{subject}: another version of fulltune is installed there; install the same one on all machines"
         return (
-            f"{_named(missing)} ({len(self._others) + 1} in all) not heard of for "
-            f"{format_seconds(round(self.place.wait_seconds))}{hosts}. Either the command was not started there, or "
-            f"{self._sign.path.parent} is not the same folder there: 'output' must lie on storage that all machines "
-            "share. What the command says on those machines tells which"
+            f"{subject} not heard of for {waited}. Either the command was not started there, with the same "
+            f"--rendezvous, or {self._lead.sign.path.parent} is not the same folder there: 'output' must lie on "
+            "storage that all machines share. What the command says on those machines tells which"
         )
 
 
@@ -178,34 +246,41 @@ def _named(ranks: Sequence[int]) -> str:
     return f"machine{'s' * (len(ranks) > 1)} {listed([str(rank) for rank in ranks])}"
 
 
-@contextlib.contextmanager
-def gathered(
-    place: Place | None, recipe: Recipe, run_folder: Path, phase: Callable[[str], None]
-) -> Iterator[MachineGroup | None]:
-    """All machines of a job, there and alike, for the block; how it ends is told to them. None: there is only one.
+def ended_as(label: str, ended: Ended) -> FulltuneError:
+    """Another machine's end as this one's."""
+    problems = [f"{label}: {problem}" for problem in ended.problems] or [f"{label}: its command has ended"]
+    if ended.exit_code == InterruptedRun.exit_code:
+        return InterruptedRun(problems)
+    error = FulltuneError(problems)
+    error.exit_code = ended.exit_code or 1
+    return error
+
+
+def _refuse_taken(place: Place) -> None:
+    """Refuse a port that torchrun could not listen on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", place.port))
+        except OSError as error:
+            raise SetupError(
+                f"--rendezvous: port {place.port} of this machine cannot be taken ({error.strerror}); end what has it, "
+                "or give all machines another one"
+            ) from None
+
+
+def gathered(lead: Lead | None, recipe: Recipe, run_folder: Path, phase: Callable[[str], None]) -> MachineGroup | None:
+    """All machines of a job, there and alike. None: there is only one.
 
     Raises:
         SetupError: When some are missing, or differ.
     """
-    if place is None:
-        yield None
-        return
+    if lead is None:
+        return None
     phase("looking at this machine and the recipe's files")
-    group = MachineGroup(place, recipe, run_folder, hardware.here(), phase)
-    try:
-        group.wait_for_all()
-        group.check()
-        yield group
-    except FulltuneError as error:
-        group.end(error.exit_code, error.problems)
-        raise
-    except KeyboardInterrupt:
-        group.end(InterruptedRun.exit_code, ("interrupted; the same command on all machines continues the run",))
-        raise
-    except BaseException as error:
-        group.end(1, (f"machine 0 ended with {type(error).__name__}: {error}",))
-        raise
-    group.end(0)
+    group = MachineGroup(lead, recipe, run_folder, hardware.here(), phase)
+    group.gather()
+    return group
 
 
 class _OnAllMachines:
@@ -217,44 +292,45 @@ class _OnAllMachines:
         self._child, self._group, self._request = child, group, request
         self._attempt, self._instances = attempt, instances
         self._ended: dict[int, Part | LostPart] = {}
-        self._failed_at: float | None = None
+        self._over_at: float | None = None
+        self._was_ended = self._is_said = False
         self.pid, self.args = child.pid, child.args
 
     def poll(self) -> int | None:
+        """The exit code, once the attempt is over on all machines: the others end their processes, or are lost."""
         code: int | None = self._child.poll()
-        if code is not None:
-            return code
-        self._look()
-        if any(isinstance(part, LostPart) for part in self._ended.values()):
-            spawn.end(self._child)
-        elif any(part.code for part in self._ended.values() if isinstance(part, Part)):
-            self._failed_at = self._failed_at or time.monotonic()
-            if time.monotonic() - self._failed_at > GRACE_SECONDS:
+        for rank in self._instances.keys() - self._ended.keys():
+            part = self._group.part_of(rank, self._attempt, self._instances[rank])
+            if part is not None:
+                self._ended[rank] = part
+        lost = [part for part in self._ended.values() if isinstance(part, LostPart)]
+        if code is None:
+            self._over_at = self._over_at or (time.monotonic() if lost else None)
+            # Nobody waits for a machine that is gone; of others' processes these here learn by themselves.
+            is_gone = any(part.kind == "machine" for part in lost)
+            if is_gone or (self._over_at is not None and time.monotonic() - self._over_at > GRACE_SECONDS):
                 spawn.end(self._child)
-        return None
+                self._was_ended = True
+            return None
+        if code and not self._is_said:
+            self._group.say_over()
+            self._is_said = True
+        if len(self._ended) < len(self._instances):
+            return None
+        return 1 if self._was_ended else code
 
     def wait(self) -> int:
         while (code := self.poll()) is None:
             time.sleep(POLL_SECONDS)
-        until = time.monotonic() + _LAST_WORDS_SECONDS
-        while code and len(self._ended) < len(self._instances) and time.monotonic() < until:
-            self._look()
-            time.sleep(POLL_SECONDS)
-        for rank in self._instances if code else ():
-            part = self._ended.get(rank) or self._group.silent_for(rank, _SILENT_SECONDS)
+        for part in self._ended.values():
             if isinstance(part, LostPart):  # beside the outcomes, for `child.py`, which says what happened
                 part.save(part.file_in(self._request.folder))
         self._group.keep(self._request.folder)
         return code
 
-    def _look(self) -> None:
-        for rank in self._instances.keys() - self._ended.keys():
-            part = self._group.part_of(rank, self._attempt, self._instances[rank])
-            if part is not None:
-                self._ended[rank] = part
-
 
 def meeting(place: Place, attempt: str, address: str) -> spawn.Meeting:
     """Where this machine's torchrun finds the others', and they find it."""
-    conf = f"is_host={int(place.rank == 0)},join_timeout={max(60, round(place.wait_seconds))}"
+    seconds = max(60, round(place.wait_seconds))
+    conf = f"is_host={int(place.rank == 0)},join_timeout={seconds},read_timeout={seconds}"
     return spawn.Meeting(place.rank, place.rendezvous, attempt, conf, address)

@@ -105,7 +105,10 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     recorder.phase("saving the model")
     if attempt.scaled is not None:
         attempt.scaled.fold(trainer.model)
-    weights.save_model(attempt.applied, trainer.processing_class, request, attempt.summary, attempt.is_main)
+    weights.save_model(
+        *(attempt.applied, trainer.processing_class, request.model_folder, request.recipe),
+        *(attempt.summary, attempt.is_main),
+    )
     if not attempt.is_main:
         return {}
     attempt.observed.disk(request.checkpoints, *request.all_initial_weights, request.model_folder)

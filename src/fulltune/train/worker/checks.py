@@ -151,14 +151,10 @@ def _loss_in_pieces(trainer: Any, about_head: str, asked: bool) -> Check:
 def _end_tokens(attempt: AttemptContext, rows: Rows) -> Check:
     """Every whole answer must end with a trained end token that survives padding and stops generation."""
     tokenizer: Any = attempt.trainer.processing_class
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    tokens, counts = np.unique(_last_trained(rows), return_counts=True)
-    last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
-    ends = {token for token in last if token in special}
-    without = sum(count for token, count in last.items() if token not in special)
+    last, ends = trained_ends(rows, tokenizer)
+    without = sum(count for token, count in last.items() if token not in ends)
     cut = attempt.summary.splits["train"].truncated_rows
-    if ends:
-        _stop_generation_at(attempt.trainer.model, ends)
+    stop_generation_at(attempt.trainer.model, ends)
     pair = [dict(rows[i]) for i in (by_length(rows)[0], by_length(rows)[-1])]
     padded = attempt.task.collate(pair, tokenizer.pad_token_id)
     survives = end_token({"labels": padded["labels"][1].tolist()}) == end_token(pair[1])
@@ -170,8 +166,18 @@ def _end_tokens(attempt: AttemptContext, rows: Rows) -> Check:
     )
 
 
-def _stop_generation_at(model: Any, ends: set[int]) -> None:
+def trained_ends(rows: Rows, tokenizer: Any) -> tuple[dict[int, int], set[int]]:
+    """The rows' last trained tokens, each with the number of such rows, and those among them that are special."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    tokens, counts = np.unique(_last_trained(rows), return_counts=True)
+    last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
+    return last, {token for token in last if token in special}
+
+
+def stop_generation_at(model: Any, ends: set[int]) -> None:
     """A chat model's turn often ends with another token than the tokenizer's end token: generation must know both."""
+    if not ends:
+        return
     present = model.generation_config.eos_token_id
     present = {present} if isinstance(present, int) else set(present or ())
     if not ends <= present:

@@ -10,6 +10,9 @@ import numpy as np
 
 from fulltune.inference.run import batches
 
+Part = tuple[list[int], dict[str, np.ndarray]]
+"""Positions of rows, and name to values[these rows, ...]."""
+
 
 def start_deepspeed(arguments: Any) -> None:
     """Let DeepSpeed know the other processes: on a CPU transformers 5.24 connects them and does not tell it."""
@@ -87,6 +90,15 @@ def put_together(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> di
     """
     from accelerate.utils import gather_object
 
-    parts = gather_object([(list(positions), {name: values[: len(positions)] for name, values in mine.items()})])
+    return merged(gather_object([part_of(mine, positions)]))
+
+
+def part_of(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> Part:
+    """What one process sends: of the rows that count, their positions and what they were reduced to."""
+    return list(positions), {name: values[: len(positions)] for name, values in mine.items()}
+
+
+def merged(parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """The parts of all processes in the order of the rows: name to values[rows, ...]."""
     place = np.argsort([position for positions, _ in parts for position in positions])
-    return {name: np.concatenate([values[name] for _, values in parts])[place] for name in mine}
+    return {name: np.concatenate([values[name] for _, values in parts])[place] for name in parts[0][1]}

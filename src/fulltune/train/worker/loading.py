@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -14,11 +14,9 @@ import transformers
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from fulltune import methods, probe
-from fulltune.errors import SetupError
 from fulltune.forgetting.budget import LANGUAGE, STATES
 from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import parts
-from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of
 from fulltune.models import dropout, sharding
@@ -28,12 +26,15 @@ from fulltune.models.compiled import compile_blocks
 from fulltune.models.liger import put_kernels
 from fulltune.models.load import load
 from fulltune.models.processors import opened
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.preserve import SAMPLES
 from fulltune.records.data import DataSummary
 from fulltune.records.events import StepSkipped
 from fulltune.records.forgetting import limit_of
+from fulltune.records.plan import Plan
+from fulltune.records.probe import Probe
 from fulltune.system import deepspeed
-from fulltune.tasks import LossSettings, Target, Task
+from fulltune.tasks import Target, Task, task_named
 from fulltune.tasks.settings import class_weights
 from fulltune.text import first_few
 from fulltune.train import checkpoints
@@ -43,11 +44,12 @@ from fulltune.train.loop.sampler import Mixed
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.loop.update_meter import MEASUREMENTS, UpdateMeter
 from fulltune.train.run_time import PROBING
-from fulltune.train.worker import distributed, extensions, mixup, r_drop, scaling, weights
+from fulltune.train.worker import distributed, extensions, scaling, weights
 from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.drifting import Drifting
 from fulltune.train.worker.frozen_head import fit_head
+from fulltune.train.worker.learning import Learning
 from fulltune.train.worker.replay import Replay
 from fulltune.train.worker.samples import samples
 from fulltune.train.worker.steering import Steering
@@ -117,39 +119,19 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         plan.num_processes if plan.placement == "fsdp2" else 1,
     )
     model = attempt.applied.model
-    _make_faster(attempt, model)
-    _, eval_rows = _rows(attempt, tokenizer)
-    rows = _with_mixed(attempt, tokenizer)
-    settings = LossSettings(recipe.train.label_smoothing_factor, class_weights(recipe, attempt.summary))
-
-    alike = recipe.train.r_drop
-    if alike and not r_drop.has_dropout(model):
-        raise SetupError(
-            "train.r_drop: compares answers under dropout, and this model has none; set model.dropout, such as 0.1"
-        )
-
-    def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = model_batch(model, task, features * plan.passes_per_row, tokenizer.pad_token_id)
-        if blends := recipe.train.mixup:
-            return mixup.mixed(batch, blends, len(target.labels), plan.seed)
-        return batch
-
-    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        """labels[rows] or [rows, tokens]; the model's logits[rows, ..., classes or vocabulary]."""
-        logits = logits_of(outputs)
-        summed = task.loss(logits, labels, attempt.target, settings)
-        if alike:
-            summed = summed + alike * r_drop.disagreement(logits)
-        return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
-
+    make_faster(model, recipe, plan, attempt.summary)
+    _, eval_rows = task_rows(attempt.data, tokenizer)
+    rows = rows_with_mixed(attempt.data, attempt.summary, tokenizer)
+    learning = Learning(recipe, plan, attempt.summary, task, model, tokenizer.pad_token_id, lambda: attempt.target)
+    learning.check()
     attempt.trainer = FullTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        data_collator=collate,
+        data_collator=learning.collate,
         processing_class=tokenizer,
-        compute_loss_func=attempt.hooks.compute_loss or compute_loss,
+        compute_loss_func=attempt.hooks.compute_loss or learning.loss,
         lengths=rows["length"],
         mixed=mixed_ranges(attempt.summary),
         plan=plan,
@@ -178,14 +160,13 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     return rows, eval_rows
 
 
-def _make_faster(attempt: AttemptContext, model: Any) -> None:
+def make_faster(model: Any, recipe: Recipe, plan: Plan, summary: DataSummary) -> None:
     """Liger's kernels, compiled blocks, or on a CPU a dropout whose draws cannot be taken into a block's code."""
-    plan = attempt.plan
-    if attempt.recipe.train.use_liger_kernel:
+    if recipe.train.use_liger_kernel:
         put_kernels(model)
     if plan.torch_compile:
         # Packed rows have one length, and images one size.
-        same_sizes = attempt.summary.packed or attempt.task.FACTS.reads == "image"
+        same_sizes = summary.packed or task_named(recipe.task).FACTS.reads == "image"
         compile_blocks(model, plan.device, dynamic=None if same_sizes else True)
     elif plan.device == "cpu":
         dropout.install(model)
@@ -223,15 +204,15 @@ def _replayed(attempt: AttemptContext, tokenizer: Any, count: int) -> GenericTex
     return replace(drifting.text_of([]), ids=tuple(found))
 
 
-def _rows(attempt: AttemptContext, tokenizer: Any) -> list[Any]:
-    """The task's prepared train and eval rows."""
-    return [opened(Rows(attempt.data / split), tokenizer) for split in ("train", "eval")]
+def task_rows(data: Path, tokenizer: Any) -> list[Any]:
+    """The task's prepared train and eval rows, from the folder of a run's data."""
+    return [opened(Rows(data / split), tokenizer) for split in ("train", "eval")]
 
 
-def _with_mixed(attempt: AttemptContext, tokenizer: Any) -> Any:
+def rows_with_mixed(data: Path, summary: DataSummary, tokenizer: Any) -> Any:
     """The rows that are trained on: the task's, and behind them those that are mixed in."""
-    folders = ["train", MIXED] if attempt.summary.mixed else ["train"]
-    return opened(Rows(*(attempt.data / folder for folder in folders)), tokenizer)
+    folders = ["train", MIXED] if summary.mixed else ["train"]
+    return opened(Rows(*(data / folder for folder in folders)), tokenizer)
 
 
 def mixed_ranges(summary: DataSummary) -> tuple[Mixed, ...]:
@@ -267,34 +248,66 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
     if _is_apart(attempt):
         return  # a config may promise a head that the weights lack, and the plan cannot know
     attempt.recorder.phase(PROBING)
-    folder = Path(request.run_folder)
+    with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
+        attempt.head_start = start_from_probe(
+            *(model, head, attempt.recipe, plan, attempt.summary),
+            *(tokenizer, Path(request.run_folder), device, task_rows(attempt.data, tokenizer)),
+        )
+    if attempt.observed.meter is not None:
+        attempt.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
+    if attempt.head_start.head is None:
+        attempt.recorder.warn(f"no linear probe ({attempt.head_start.why_not}): the head starts at random")
+
+
+def start_from_probe(
+    model: Any,
+    head: Head,
+    recipe: Recipe,
+    plan: Plan,
+    summary: DataSummary,
+    tokenizer: Any,
+    folder: Path,
+    device: torch.device,
+    rows: Sequence[Any],
+) -> Probe:
+    """Give a new head the values of the run folder's linear probe, which is fitted when it is not there; where none can
+    be fitted, random ones.
+
+    Args:
+        model: Untouched, on the host unless processes share it out.
+        head: What became of its head.
+        recipe: The recipe.
+        plan: Its plan.
+        summary: Of the prepared data.
+        tokenizer: The model's.
+        folder: The run folder.
+        device: Where rows go through the model.
+        rows: The task's train and eval rows.
+    """
+    target, together = Target.of(summary), sharding.is_shared(model)
 
     def looker() -> probe.Looker:
         draw_again(model, head, probe.SEED)
         return probe.Looker(
-            model if sharding.is_shared(model) else model.to(device),
-            attempt.recipe.task,
-            attempt.target,
+            model if together else model.to(device),
+            recipe.task,
+            target,
             tokenizer.pad_token_id,
             plan.eval_batch_size,
             plan.precision,
-            class_weights(attempt.recipe, attempt.summary),
-            probe.separators(tokenizer, attempt.target),
+            class_weights(recipe, summary),
+            probe.separators(tokenizer, target),
         )
 
-    with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
-        together = sharding.is_shared(model)
-        train_rows, eval_rows = _rows(attempt, tokenizer)
-        attempt.head_start = probe.fitted(folder, looker, train_rows, eval_rows, together=together)
+    train_rows, eval_rows = rows
+    found = probe.fitted(folder, looker, train_rows, eval_rows, together=together)
     if not together:
         model.to("cpu")  # where the method draws its values, whoever has fitted the probe
-    if attempt.observed.meter is not None:
-        attempt.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
-    if attempt.head_start.head is None:
+    if found.head is None:
         draw_again(model, head, plan.seed)
-        attempt.recorder.warn(f"no linear probe ({attempt.head_start.why_not}): the head starts at random")
     else:
-        probe.put_head(model, folder, eased=attempt.recipe.method.kind != "head")
+        probe.put_head(model, folder, eased=recipe.method.kind != "head")
+    return found
 
 
 def _say_skipped(attempt: AttemptContext, step: int, reason: str, rows: list[int]) -> None:

@@ -35,63 +35,101 @@ class Scaled:
     factor: float
 
     def fold(self, model: Any) -> None:
-        """Give the finished model, which takes no more passes, the user's units."""
+        """Give the finished model the user's units; who trains on takes that back by `unfold`."""
+        self._rescale(model, self.shift, self.factor)
+
+    def unfold(self, model: Any) -> None:
+        """Go on in the units that are learned."""
+        self._rescale(model, -self.shift / self.factor, 1 / self.factor)
+
+    def _rescale(self, model: Any, shift: float, factor: float) -> None:
         parameters = dict(self.layer.named_parameters())
         if not any(map(zero.is_in_engine, parameters.values())):
             sharding.free(model)
-            output_layer.rescale(self.layer, self.shift, self.factor)
+            output_layer.rescale(self.layer, shift, factor)
             return
         tensors = {name: zero.whole(one) for name, one in parameters.items()}
-        for name, values in output_layer.rescaled(tensors, self.shift, self.factor).items():
+        for name, values in output_layer.rescaled(tensors, shift, factor).items():
             zero.put(parameters[name], values)
 
 
 def settle(attempt: AttemptContext, rows: Rows) -> None:
-    """Have a head learn numbers in units of their spread, where that can be undone; one that gives the numbers as they
-    are, because it was kept or starts from a linear probe, is changed to them."""
+    """Have a head learn numbers in units of their spread, where that can be undone: see `scaled_head`."""
     if attempt.summary.scale is None:
         return
-    mean, spread = attempt.summary.scale
-    layer = head.output_layer_of(attempt.applied.model, 1)
-    problem = _problem(attempt, rows, layer)
+    trainer, in_engine = attempt.trainer, attempt.in_deepspeed
+    probed = attempt.head_start is not None and attempt.head_start.head is not None
+    attempt.scaled, attempt.about_scale = scaled_head(
+        attempt.applied.model,
+        attempt.summary.scale,
+        None if in_engine else batch_of(trainer, [rows[i] for i in by_length(rows)[-2:]]),
+        attempt.plan.precision,
+        gives_numbers=probed or (attempt.head is not None and attempt.head.order is not None),
+        own_loss=attempt.hooks.compute_loss is not None,
+    )
+
+
+def scaled_head(
+    model: Any,
+    scale: tuple[float, float],
+    batch: dict[str, torch.Tensor] | None,
+    precision: str,
+    *,
+    gives_numbers: bool,
+    own_loss: bool = False,
+) -> tuple[Scaled | None, str]:
+    """The last layer of a head, which from now on learns numbers in other units, and those in words; None and why not.
+
+    Args:
+        model: With the method.
+        scale: Mean and spread of the train rows' numbers.
+        batch: Two rows on the model's device, to see whether its logits are what this layer gives; None: only an engine
+            can run the model.
+        precision: Of the plan.
+        gives_numbers: The head gives the numbers as they are, because it was kept or starts from a linear probe: it is
+            changed to the new units.
+        own_loss: The loss is the user's.
+    """
+    mean, spread = scale
+    layer = head.output_layer_of(model, 1)
+    problem = _problem(model, layer, batch, precision, own_loss)
     if problem or layer is None:
-        attempt.about_scale = f"it learns the numbers as they are: {problem}"
-        return
+        return None, f"it learns the numbers as they are: {problem}"
     # Without a bias nothing can be added: what is left is their size.
     shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
-    attempt.scaled = Scaled(layer, shift, factor)
-    minus = f"(number - {shift:.6g})" if shift else "number"
-    attempt.about_scale = f"it learns {minus} / {factor:.6g}, and gives the numbers themselves when it is saved"
-    sharding.free(attempt.applied.model)
-    kept = attempt.head is not None and attempt.head.order is not None
-    probed = attempt.head_start is not None and attempt.head_start.head is not None
-    if kept or probed:  # it gives the numbers themselves
+    sharding.free(model)
+    if gives_numbers:
         output_layer.rescale(layer, -shift / factor, 1 / factor)
+    minus = f"(number - {shift:.6g})" if shift else "number"
+    return (
+        Scaled(layer, shift, factor),
+        f"it learns {minus} / {factor:.6g}, and gives the numbers themselves when it is saved",
+    )
 
 
-def _problem(attempt: AttemptContext, rows: Rows, layer: torch.nn.Linear | None) -> str | None:
+def _problem(
+    model: Any, layer: torch.nn.Linear | None, batch: dict[str, torch.Tensor] | None, precision: str, own_loss: bool
+) -> str | None:
     """Why the numbers are learned as they are."""
-    if attempt.hooks.compute_loss is not None:
+    if own_loss:
         return "compute_loss is your own"
     if layer is None or not layer.weight.requires_grad:
         return "no last layer with one output was found in the head"
-    if not attempt.in_deepspeed and not _ends_with(attempt, layer, rows):
+    if batch is not None and not _ends_with(model, layer, batch, precision):
         return "the model changes what its head's last layer gives"
     return None
 
 
-def _ends_with(attempt: AttemptContext, layer: torch.nn.Linear, rows: Rows) -> bool:
+def _ends_with(model: Any, layer: torch.nn.Linear, batch: dict[str, torch.Tensor], precision: str) -> bool:
     """Whether the model's logits are what this layer gives, for two short rows."""
-    trainer, seen = attempt.trainer, list[torch.Tensor]()
+    seen = list[torch.Tensor]()
     hook = layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
-    batch = batch_of(trainer, [rows[i] for i in by_length(rows)[-2:]])
-    del batch["labels"]
-    model: Any = trainer.model
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(model, attempt.plan.precision):
-            logits = model(**batch).logits
+        with torch.no_grad(), autocast(model, precision):
+            logits = model(**inputs).logits
     finally:
         model.train(was_training)
         hook.remove()

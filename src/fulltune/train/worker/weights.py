@@ -19,13 +19,13 @@ from fulltune import methods
 from fulltune.files import write_json
 from fulltune.methods.folder import save, share
 from fulltune.models import sharding
+from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.training import Moved
 from fulltune.tasks import Target, causal_lm
 from fulltune.train import checkpoints, shared_state
 from fulltune.train.optim import shared, zero
 from fulltune.train.optim.optimizers import AdamW
-from fulltune.train.request import Request
 from fulltune.train.worker import distributed
 
 
@@ -168,13 +168,11 @@ def forget_unused_conversions(model: Any) -> None:
 
 
 def save_model(
-    applied: methods.Applied, tokenizer: Any, request: Request, summary: DataSummary, is_first: bool = True
+    applied: methods.Applied, tokenizer: Any, folder: Path, recipe: Recipe, summary: DataSummary, is_first: bool = True
 ) -> None:
     """Write a plain Hugging Face folder, or of a method that trains little only that; an older one is replaced only
     when the new one is whole. Where the weights are shared out all processes call it, and the first one writes."""
-    folder = request.model_folder
     part = folder.with_name(folder.name + ".part")
-    recipe = request.recipe
     if is_first:
         shutil.rmtree(part, ignore_errors=True)
     if recipe.method.kind == "full":
@@ -195,11 +193,11 @@ def save_model(
         "problem_type": summary.problem_type,
         "columns": summary.columns,
         # Of tables without a header line; null: they have one.
-        "table_columns": request.recipe.data.columns,
+        "table_columns": recipe.data.columns,
         "labels": list(summary.labels),
         "joint": summary.joint,
         "num_choices": summary.num_choices,
-        "stride": request.recipe.data.stride,
+        "stride": recipe.data.stride,
         # Not that of the longest train row: another text may be longer.
         "max_length": summary.limit or summary.max_length,
     }

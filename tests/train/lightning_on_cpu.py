@@ -1,0 +1,68 @@
+"""Lightning's `DeepSpeedStrategy` on a CPU, where Lightning 2.6.6 refuses it.
+
+    python -m tests.train.lightning_on_cpu FOLDER [offload]
+
+The strategy below differs only in what asks for a GPU; optimizer, engine, accumulation and hooks are Lightning's and
+DeepSpeed's. Trains the recipe of the folder and leaves `deepspeed.pt` and the model in `deepspeed`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+from fulltune.lightning import prepare
+
+
+class OnCpu(DeepSpeedStrategy):
+    """Without the refusal; the device has a number, which DeepSpeed asks for."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu:0")
+
+    def setup_environment(self) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+class Steps(Callback):
+    """Loss and norm of each step."""
+
+    def __init__(self) -> None:
+        self.losses, self.norms = list[float](), list[float]()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step > len(self.losses):
+            self.losses.append(float(trainer.callback_metrics["train_loss"]))
+            self.norms.append(float(trainer.strategy.model.get_global_grad_norm()))
+
+
+def main(folder: Path, offload: bool) -> None:
+    job, steps = prepare(folder / "recipe.yaml", run_folder=folder / "lightning"), Steps()
+    trainer = L.Trainer(
+        **job.trainer_arguments(),
+        strategy=OnCpu(stage=3, offload_optimizer=offload, offload_parameters=offload, process_group_backend="gloo"),
+        callbacks=[*job.guards(), steps],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(job.module, datamodule=job.data)
+    torch.save({"losses": steps.losses, "norms": steps.norms}, folder / "deepspeed.pt")
+    job.save(folder / "deepspeed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "offload" in sys.argv[2:])
