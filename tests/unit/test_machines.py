@@ -285,6 +285,20 @@ def test_a_stop_is_heard_while_machine_0_is_waited_for(place: Place, tmp_path: P
 
 
 @pytest.mark.usefixtures("quick")
+def test_the_others_are_told_of_a_stop_before_machine_0_trains(place: Place, tmp_path: Path) -> None:
+    recipe, seen = several(tmp_path), list[Ended | None]()
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(Leader.load(place.file_of(recipe, 0)).ended))
+    try:
+        with leading(place, recipe):
+            signal.raise_signal(signal.SIGTERM)  # at which the command would end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (told,) = seen
+    assert told is not None
+    assert told.exit_code == 75
+
+
+@pytest.mark.usefixtures("quick")
 def test_one_command_is_one_machine(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     refused = pytest.raises(SetupError, match="another command is this machine")

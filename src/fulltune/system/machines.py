@@ -336,7 +336,8 @@ class SignOfLife(Generic[Told]):
     def __init__(self, path: Path, record: Told) -> None:
         self.path = path
         self.record: Told = record
-        self._lock, self._ends = threading.Lock(), threading.Event()
+        # A signal may have it written anew while it is written.
+        self._lock, self._ends = threading.RLock(), threading.Event()
         self.tell()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()

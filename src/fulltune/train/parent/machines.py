@@ -9,6 +9,7 @@ was lost is told from processes that failed.
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import time
 import uuid
@@ -44,6 +45,32 @@ class Lead:
     sign: SignOfLife[Leader]
 
 
+_INTERRUPTED = Ended(
+    exit_code=InterruptedRun.exit_code,
+    problems=("interrupted; the same command on all machines continues the run",),
+)
+
+
+@contextlib.contextmanager
+def _told_of_a_stop(sign: SignOfLife[Leader]) -> Iterator[None]:
+    """Have the others told of a SIGTERM that ends this command at once, outside of an attempt."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def tell(number: int, frame: Any) -> None:
+        sign.tell(ended=_INTERRUPTED)
+        if callable(before):
+            before(number, frame)
+
+    if not callable(before):  # from Python: the caller's own way
+        yield
+        return
+    signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextlib.contextmanager
 def leading(place: Place, recipe: Recipe) -> Iterator[Lead]:
     """Machine 0's sign of life for the block; how the block ends is the others' end, too.
@@ -53,7 +80,10 @@ def leading(place: Place, recipe: Recipe) -> Iterator[Lead]:
     """
     token = uuid.uuid4().hex
     others = [HeardFrom(place.file_of(recipe, rank), Member) for rank in range(1, recipe.train.num_machines)]
-    with machines.telling(place.file_of(recipe, 0), Leader(token=token, host=socket.gethostname())) as sign:
+    with (
+        machines.telling(place.file_of(recipe, 0), Leader(token=token, host=socket.gethostname())) as sign,
+        _told_of_a_stop(sign),
+    ):
         ended = Ended(exit_code=0)
         try:
             yield Lead(place, token, sign)
@@ -61,8 +91,7 @@ def leading(place: Place, recipe: Recipe) -> Iterator[Lead]:
             ended = Ended(exit_code=error.exit_code, problems=error.problems)
             raise
         except KeyboardInterrupt:
-            problem = "interrupted; the same command on all machines continues the run"
-            ended = Ended(exit_code=InterruptedRun.exit_code, problems=(problem,))
+            ended = _INTERRUPTED
             raise
         except Exception as error:
             ended = Ended(exit_code=1, problems=(f"ended with {type(error).__name__}: {error}",))
