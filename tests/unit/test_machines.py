@@ -466,6 +466,19 @@ def test_a_lost_part_says_more_than_a_closed_connection(kind: Any, status: str, 
     assert (found.status, found.reason.startswith(words)) == (status, True), found.reason
 
 
+def test_killed_here_and_failed_there_is_killed(tmp_path: Path) -> None:
+    request = request_of(tmp_path, several(tmp_path))
+    (request.folder / "log.txt").write_text("")
+    closed = Outcome(status="error", reason="Connection closed by peer", trial=request.plan.trial, attempt=1)
+    closed.save(request.folder / "outcome-rank1.json")
+    part = LostPart(rank=1, host="b", reason="torchrun ended with code 1", kind="failed")
+    part.save(part.file_in(request.folder))
+    assert child._outcome(request, -9, asked=False, killed_by_kernel=False).status == "killed"
+    (request.folder / "outcome-rank1.json").unlink()
+    crashed = child._outcome(request, 1, asked=False, killed_by_kernel=False)
+    assert (crashed.status, "machine 1 (b): torchrun ended with code 1" in crashed.reason) == ("crashed", True)
+
+
 def test_with_a_lost_machine_the_attempt_is_made_again_as_it_was() -> None:
     plan = plans.plan()
     lost = Outcome(status="lost", reason="machine 1 (b) was lost", trial=plan.trial, attempt=1)

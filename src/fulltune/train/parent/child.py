@@ -119,7 +119,7 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     lost = sorted(map(LostPart.load, request.folder.glob("lost-machine*.json")), key=lambda one: _LOST.index(one.kind))
     asked = asked or any(one.kind == "interrupted" for one in lost)
     status: OutcomeStatus
-    if lost and not asked and (told is None or lost[0].kind != "failed"):
+    if lost and not asked and lost[0].kind != "failed":
         status, reason = _of_lost(lost[0])
     elif told is not None and not (asked and lost):
         return told
@@ -136,7 +136,8 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
         one = _killed_one(request, tail)
         status, reason = "killed", f"{one} was killed (SIGKILL), most often because memory ran out"
     else:
-        status, reason = "crashed", f"the training process ended with code {code} and left no outcome"
+        elsewhere = "".join(f"; machine {one.rank} ({one.host}): {one.reason}" for one in lost)
+        status, reason = "crashed", f"the training process ended with code {code} and left no outcome{elsewhere}"
     return Outcome(
         status=status,
         reason=reason,
@@ -157,8 +158,6 @@ def _of_lost(part: LostPart) -> tuple[OutcomeStatus, str]:
     match part.kind:
         case "out_of_memory":
             return "out_of_memory", f"the kernel killed a training process of {name} because memory ran out"
-        case "failed":
-            return "crashed", f"{name} has no outcome: {part.reason}"
         case "killed":
             return (
                 "killed",
