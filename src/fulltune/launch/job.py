@@ -15,10 +15,8 @@ from fulltune.plan.elsewhere.machines import fleet_of
 from fulltune.plan.gpus import GpuModel
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
+from fulltune.recipe.paths import named_paths
 from fulltune.text import listed
-
-PORT = 29500
-"""Of the rendezvous, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +147,5 @@ def notes_of(job: LaunchedJob, folder: Path) -> tuple[str, ...]:
 
 def _outside(job: LaunchedJob, folder: Path) -> Iterator[str]:
     """Paths of the recipe that do not lie in a folder."""
-    recipe, folder = job.recipe, Path(os.path.realpath(folder))
-    data, keep = recipe.data, recipe.preserve
-    named = [one if isinstance(one, str) else one.path for one in data.entries]
-    named += [data.eval, data.test, data.patch, data.chat_template, keep.probe, keep.replay, keep.task]  # type: ignore[list-item]  # None is left out below
-    named += [recipe.model.name]
-    for path in dict.fromkeys(named):
-        if path and path.startswith("/") and not Path(path).is_relative_to(folder):
-            yield path
+    folder = Path(os.path.realpath(folder))
+    return (path for path in named_paths(job.recipe) if not Path(path).is_relative_to(folder))

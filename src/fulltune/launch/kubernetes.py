@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fulltune.launch.job import PORT, LaunchedJob, Manifest, notes_of
+from fulltune.launch.job import LaunchedJob, Manifest, notes_of
 from fulltune.launch.settings import KubernetesSettings
 from fulltune.launch.yaml_text import as_yaml
+from fulltune.system.machines import DEFAULT_PORT
 from fulltune.text import parse_seconds
 
 _OPERATOR, _TRAINER = "kubeflow.org/v1", "trainer.kubeflow.org/v1alpha1"
@@ -119,7 +120,7 @@ def _pytorch_job(job: LaunchedJob, settings: KubernetesSettings) -> list[dict[st
         "name": "pytorch",  # the operator looks for this name
         "image": settings.image,
         "command": _shell(_script(job, settings, "RANK", "${MASTER_ADDR}:${MASTER_PORT}", _RETRYABLE)),
-        "ports": [{"name": "pytorchjob-port", "containerPort": PORT}],
+        "ports": [{"name": "pytorchjob-port", "containerPort": DEFAULT_PORT}],
         "resources": _resources(job, settings),
         "volumeMounts": _volumes(settings)[1],
     }

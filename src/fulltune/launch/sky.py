@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import SetupError
-from fulltune.launch.job import PORT, LaunchedJob, Manifest, notes_of
+from fulltune.launch.job import LaunchedJob, Manifest, notes_of
 from fulltune.launch.settings import SkySettings
 from fulltune.launch.yaml_text import as_yaml
+from fulltune.system.machines import DEFAULT_PORT
 
 _NAMES = {
     "H100-80GB": "H100",
@@ -44,7 +45,7 @@ def manifest(job: LaunchedJob, settings: SkySettings) -> Manifest:
     several = job.num_machines > 1
     rank = ' --machine-rank "$SKYPILOT_NODE_RANK" --rendezvous "$rendezvous"' if several else ""
     # The first address is that of machine 0.
-    rendezvous = f'rendezvous="$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{PORT}"\n' if several else ""
+    rendezvous = f'rendezvous="$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):{DEFAULT_PORT}"\n' if several else ""
     task: dict[str, Any] = {
         "name": job.name(settings),
         "num_nodes": job.num_machines,

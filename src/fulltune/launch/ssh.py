@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from fulltune.launch.hosts import Host
-from fulltune.launch.job import PORT, LaunchedJob, Manifest
+from fulltune.launch.job import LaunchedJob, Manifest
 from fulltune.launch.settings import SshSettings
+from fulltune.system.machines import DEFAULT_PORT
 
 _SCRIPT = r"""#!/usr/bin/env bash
 # {comment}
@@ -173,4 +174,4 @@ def _target(host: Host, settings: SshSettings) -> str:
 def _rendezvous(settings: SshSettings, first: Host) -> str:
     given = settings.rendezvous or first.address
     has_port = given.rpartition(":")[2].isdigit() and (given.count(":") == 1 or "]:" in given)
-    return given if has_port else f"{given}:{PORT}"
+    return given if has_port else f"{given}:{DEFAULT_PORT}"

@@ -24,6 +24,15 @@ def _expanded(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111
 
 
+def named_paths(recipe: Recipe) -> list[str]:
+    """The files and folders that a resolved recipe names, each once; a model of the Hub is none."""
+    data, preserve = recipe.data, recipe.preserve
+    named: list[Any] = [one if isinstance(one, str) else one.path for one in data.entries]
+    named += [data.eval, data.test, data.patch, data.chat_template, data.contamination]
+    named += [preserve.probe, preserve.replay, preserve.task, recipe.train.extra.get("deepspeed"), recipe.model.name]
+    return [one for one in dict.fromkeys(map(str, named)) if Path(one).is_absolute()]
+
+
 def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     """Make the recipe's relative paths absolute; a Hub id or a `package:` name stays as it is.
 

@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.paths import named_paths
 from fulltune.records.base import Record
 from fulltune.system import deepspeed
 from fulltune.system.hardware import Machine
@@ -230,7 +231,7 @@ def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> M
         address=own_address(place.host, place.port),
         versions=_versions(recipe),
         settings=_flat(recipe.model_dump(mode="json")),
-        files={str(path): _content(path) for path in _paths(recipe)},
+        files={path: _content(Path(path)) for path in named_paths(recipe)},
         machine=machine,
     )
 
@@ -255,15 +256,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[prefix + name] = json.dumps(value, ensure_ascii=False)
     return found
-
-
-def _paths(recipe: Recipe) -> list[Path]:
-    """The files and folders that the recipe names; a model of the Hub is none."""
-    data, preserve = recipe.data, recipe.preserve
-    named: list[Any] = [*data.task_files, *(one.path for one in data.mixed_files)]
-    named += [data.eval, data.test, data.patch, data.chat_template, data.contamination]
-    named += [preserve.probe, preserve.replay, preserve.task, recipe.train.extra.get("deepspeed"), recipe.model.name]
-    return [Path(one) for one in named if isinstance(one, str) and Path(one).is_absolute()]
 
 
 def _content(path: Path) -> str:
