@@ -370,3 +370,12 @@ def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, offload: bool
     for name, values in job.module.model.state_dict().items():
         torch.testing.assert_close(saved[name], values, rtol=1e-3, atol=1e-5)
     assert trainer.global_step == 8
+
+
+def test_training_that_ends_in_its_first_epoch_is_scored_at_its_end(tmp_path: Path) -> None:
+    recipe = written(tmp_path, train={"max_steps": 2, "warmup_steps": 0, "eval_strategy": "epoch", "eval_steps": None})
+    job = prepare(recipe, "train.logging_steps=1", run_folder=tmp_path / "lightning")
+    trainer = trainer_of(job, EarlyStopping(**job.monitor()))
+    trainer.fit(job.module, datamodule=job.data)
+    assert trainer.global_step == 2
+    assert job.monitor()["monitor"] in trainer.callback_metrics

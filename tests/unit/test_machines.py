@@ -79,7 +79,7 @@ def test_rendezvous_is_read_as_torchrun_reads_it(given: str, host: str, port: in
             "soon",
             ["--machine-rank: found 2", "port from 1 to 65535, found '0'", "--wait-for-machines: 'soon'"],
         ),
-        (0, None, "1m", ["--rendezvous: expected HOST or HOST:PORT, found ''"]),
+        (0, None, "1m", ["--rendezvous: it is missing"]),
         (0, "a b", "1m", ["found 'a b'"]),
         (0, "$(x)", "1m", ["found '$(x)'"]),
     ],
@@ -301,7 +301,7 @@ def test_the_others_are_told_of_a_stop_before_machine_0_trains(place: Place, tmp
 @pytest.mark.usefixtures("quick")
 def test_one_command_is_one_machine(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    refused = pytest.raises(SetupError, match="another command is this machine")
+    refused = pytest.raises(SetupError, match="another command is running as this machine")
     with leading(place, recipe), refused, leading(place, recipe):
         raise AssertionError("it began")
 

@@ -23,8 +23,11 @@ STATE = StateBytes(weights=400, gradients=401, optimizer=800)
             {"placement": "ddp"},
             ["placement: ddp needs several processes, num_processes: 2 or more; with one process take single"],
         ),
-        ({"num_machines": 2, "num_processes": 3}, ["num_machines: 2 cannot have as many each of num_processes: 3"]),
-        ({"num_machines": 2}, ["set for example num_processes: 2"]),
+        (
+            {"num_machines": 2, "num_processes": 3},
+            ["num_processes: 3 is the total over all machines, expected a multiple of"],
+        ),
+        ({"num_machines": 2}, ["(2), such as 2"]),
         (
             {"num_machines": 2, "num_processes": 2, "placement": "zero3", "offload": "nvme:/disk"},
             ["offload: 'nvme:/disk' not yet over several machines"],

@@ -65,7 +65,7 @@ def launch(
     manifests, paths = _manifests(job, chosen[0], ssh, with_ or [], output)
     if submit and len(manifests) > 1:
         raise SetupError("--submit: which of the two? Give --with job=pytorchjob or --with job=trainjob")
-    writing.refuse_existing(paths, force)
+    writing.refuse_existing(paths, force, job)
     written = writing.write(manifests, paths)
     each = f", {counted(job.processes, 'process', 'processes')} each" if job.num_machines > 1 else ""
     out.print(f"{counted(job.num_machines, 'machine')}{each}", soft_wrap=True)

@@ -62,10 +62,15 @@ def manifest(job: LaunchedJob, settings: SlurmSettings) -> Manifest:
     """The script, with its settings as lines that sbatch reads.
 
     Raises:
-        SetupError: When GPUs are asked for twice.
+        SetupError: When GPUs are asked for twice, or the time is too short to save in.
     """
     if settings.gres is not None and settings.gpus_per_node is not None:
         raise SetupError("--with gres and --with gpus_per_node are both given; keep one")
+    if (limit := _seconds_of(settings.time)) is not None and limit <= parse_seconds(settings.notice):
+        raise SetupError(
+            f"--with time={settings.time}: is over before notice ({settings.notice}) has passed, so the run would be "
+            "told to save when it starts; give more time, or a shorter --with notice"
+        )
     folder = settings.folder or str(job.file.parent)
     several = job.num_machines > 1
     cores = _cores(job, settings)
@@ -87,6 +92,16 @@ def manifest(job: LaunchedJob, settings: SlurmSettings) -> Manifest:
         for name, value in _options(job, settings, folder, cores)
     )
     return Manifest("slurm.sh", f"#!/bin/bash\n# {job.comment}\n{options}{body}", ("sbatch",))
+
+
+def _seconds_of(time: str | None) -> int | None:
+    """A time limit as sbatch reads it: minutes, minutes:seconds, hours:minutes:seconds, or with days in front."""
+    if time is None:
+        return None
+    days, has_days, rest = time.rpartition("-")
+    numbers = [int(one) for one in rest.split(":")]
+    units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(numbers)] if not has_days else (3600, 60, 1)
+    return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
 def _cores(job: LaunchedJob, settings: SlurmSettings) -> int | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from fulltune.errors import FulltuneError, SetupError
 from fulltune.files import write_text
 from fulltune.launch.job import LaunchedJob, Manifest
+from fulltune.recipe.paths import named_paths
 from fulltune.system.run_folder import writing
 
 
@@ -49,12 +50,15 @@ def places(job: LaunchedJob, endings: Sequence[str], output: Path | None) -> lis
     return [output]
 
 
-def refuse_existing(paths: Sequence[Path], force: bool) -> None:
-    """Files of the user's are kept.
+def refuse_existing(paths: Sequence[Path], force: bool, job: LaunchedJob) -> None:
+    """Files of the user's are kept, the recipe and what it names in any case.
 
     Raises:
         SetupError: Naming each that is there.
     """
+    needed = {os.path.realpath(one) for one in (str(job.file), *named_paths(job.recipe))}
+    if kept := [path for path in paths if os.path.realpath(path) in needed]:
+        raise SetupError([f"--output: {path} is a file that the job needs; name another one" for path in kept])
     found = [path for path in paths if path.exists() and not force]
     if found:
         raise SetupError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +70,7 @@ class FineTuning:
         steps = StepGuard(finite_only=not self.recipe.train.skip_suspect_steps)
         rate = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
         readings = DivergenceGuard(steps, self.plan.logging_steps, rate, self.untrained_loss)
-        return [steps, readings, MovedGuard(steps, self.folder / "lightning-initial.safetensors")]
+        return [steps, readings, MovedGuard(steps, self.folder / f"lightning-initial-{os.getpid()}.safetensors")]
 
     def monitor(self) -> dict[str, str]:
         """Arguments of `EarlyStopping` and `ModelCheckpoint`: the eval metric that chooses, and its direction."""
@@ -146,6 +147,7 @@ def prepare(
         FulltuneError: One of its kinds: what is wrong with the recipe, the data or the memory.
     """
     folders.hide_progress_bars()
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     text, name = "", "recipe"
     if isinstance(recipe, Recipe):
         if overrides:

@@ -91,8 +91,9 @@ def trainer_arguments(recipe: Recipe, plan: Plan, root: str) -> dict[str, Any]:
     }
     if not plan.eval_steps:
         return values | {"limit_val_batches": 0}
-    if recipe.train.eval_strategy == "epoch":
+    if recipe.train.eval_strategy == "epoch" and plan.total_steps > plan.eval_steps:
         return values | {"check_val_every_n_epoch": 1}
+    # What ends inside of its first epoch is scored all the same.
     batches = plan.eval_steps * plan.gradient_accumulation_steps
     return values | {"val_check_interval": batches, "check_val_every_n_epoch": None}
 

@@ -42,7 +42,7 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     found = "cuda" if machine.gpus else "cpu"
     count, machines = len(machine.gpus), recipe.train.num_machines
     reason = f"{counted(count, 'GPU')} found" if count else "no GPU found"
-    reason += f" on each of {machines} machines" if machines > 1 else ""
+    reason += f" on {'each' if count else 'any'} of {machines} machines" if machines > 1 else ""
     reason += f"; they are not alike ({machine.differs}): planned for the least" if machine.differs else ""
     device = str(reasons.add("train.device", None if wanted == "auto" else wanted, found, reason))
     _refuse_too_many(recipe, machine, device)

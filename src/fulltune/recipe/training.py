@@ -257,8 +257,8 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
     if processes % train.num_machines:
         least = -(-processes // train.num_machines) * train.num_machines
         problems.append(
-            f"num_machines: {train.num_machines} cannot have as many each of num_processes: {processes}, which counts "
-            f"those of all machines; set for example num_processes: {least}"
+            f"num_processes: {processes} is the total over all machines, expected a multiple of num_machines "
+            f"({train.num_machines}), such as {least}"
         )
     if train.num_machines > 1 and offload.startswith(NVME):
         problems.append(f"offload: '{offload}' not yet over several machines, whose disks differ; set num_machines: 1")

@@ -95,7 +95,8 @@ def place_of(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str
     try:
         host, port = _host_and_port(rendezvous or "")
     except ValueError as error:
-        problems.append(f"--rendezvous: {error}; give machine 0's name and a free port of it, such as node0:29500")
+        why = error if rendezvous else "it is missing"
+        problems.append(f"--rendezvous: {why}; give machine 0's name and a free port of it, such as node0:29500")
     seconds = 0.0
     try:
         seconds = parse_seconds(wait)
@@ -404,8 +405,8 @@ def telling(path: Path, record: Told) -> Iterator[SignOfLife[Told]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SetupError(
-                f"{path}: another command is this machine of this rendezvous; end it, or give this job another port "
-                "in --rendezvous, and each machine a --machine-rank of its own"
+                f"{path}: another command is running as this machine of this rendezvous; end it, or give this job "
+                "another port in --rendezvous, and each machine a --machine-rank of its own"
             ) from None
         except OSError:
             _log.warning("%s: locks are not supported here; see that no two jobs have the same --rendezvous", path)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fulltune.launch.slurm import _seconds_of
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.unit.launch.jobs import Place
@@ -157,6 +158,29 @@ def test_what_is_not_in_the_recipes_folder_is_named_for_machines_elsewhere(place
     assert "run work/recipe.yaml --set" in of(place.written("sky.yaml"))["run"]
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("3", 180),
+        ("3:20", 200),
+        ("1:00:01", 3601),
+        ("1-0", 86400),
+        ("1-1:01", 90060),
+        ("1-01:01:01", 90061),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(time: str, seconds: int) -> None:
+    assert _seconds_of(time) == seconds
+
+
+def test_what_the_job_needs_is_never_replaced(place: Place) -> None:
+    before = place.recipe.read_bytes()
+    said = place.launch("--slurm", "--output", place.recipe, "--force")
+    assert said.code == 2
+    assert "is a file that the job needs" in said.err.replace("\n", " ")
+    assert place.recipe.read_bytes() == before
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------
 
 
@@ -176,7 +200,11 @@ def test_what_is_not_in_the_recipes_folder_is_named_for_machines_elsewhere(place
         ),
         (
             ("--slurm", "--set", "train.num_machines=3"),
-            "train.num_machines: 3 cannot have as many each of num_processes: 2",
+            "train.num_processes: 2 is the total over all machines",
+        ),
+        (
+            ("--slurm", "--with", "time=0:04:00", "--with", "notice=5m"),
+            "--with time=0:04:00: is over before notice (5m) has passed",
         ),
         (("--slurm", "--with", "partion=x"), "--slurm has no setting 'partion'; did you mean 'partition'?"),
         (

@@ -87,6 +87,7 @@ class _Follower:
             if told is not None and leader.is_alive and leader.silent_seconds < machines.GONE_SECONDS:
                 until, host = time.monotonic() + self._place.wait_seconds, told.host
                 if self._answer(told):
+                    self._phase("machine 0 has finished")
                     return
             else:
                 self._attend(None)  # machine 0 may come back, but not to this attempt

@@ -32,7 +32,7 @@ from fulltune.train.request import Request
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0
 """When an attempt has ended on another machine: how long the processes here have to end by themselves."""
-_LINGER_SECONDS = 30.0
+_LINGER_SECONDS = 10.0
 """A command that ends before all machines have answered: how long it stays to tell them."""
 
 
@@ -307,6 +307,7 @@ def gathered(lead: Lead | None, recipe: Recipe, run_folder: Path, phase: Callabl
     if lead is None:
         return None
     phase("looking at this machine and the recipe's files")
+    _refuse_taken(lead.place)
     group = MachineGroup(lead, recipe, run_folder, hardware.here(), phase)
     group.gather()
     return group
