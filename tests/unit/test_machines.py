@@ -466,6 +466,17 @@ def test_a_lost_part_says_more_than_a_closed_connection(kind: Any, status: str, 
     assert (found.status, found.reason.startswith(words)) == (status, True), found.reason
 
 
+@pytest.mark.parametrize(("asked", "status"), [(False, "lost"), (True, "interrupted")])
+def test_a_stop_that_nobody_asked_for_is_no_stop(asked: bool, status: str, tmp_path: Path) -> None:
+    request = request_of(tmp_path, several(tmp_path))
+    (request.folder / "log.txt").write_text("")
+    stopped = Outcome(status="interrupted", reason="on request", trial=request.plan.trial, attempt=1, steps=19)
+    stopped.save(request.folder / "outcome.json")
+    part = LostPart(rank=1, host="b", reason="torchrun ended with code 1", kind="failed")
+    part.save(part.file_in(request.folder))
+    assert child._outcome(request, 1, asked=asked, killed_by_kernel=False).status == status
+
+
 def test_killed_here_and_failed_there_is_killed(tmp_path: Path) -> None:
     request = request_of(tmp_path, several(tmp_path))
     (request.folder / "log.txt").write_text("")

@@ -114,10 +114,14 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     told = next((outcome for outcome in written if outcome.status != "error"), None)
     if told is None and written and not killed and not about_memory:
         told = written[0]
-    if told is not None and told.status not in ("error", "refused"):
-        return told
     lost = sorted(map(LostPart.load, request.folder.glob("lost-machine*.json")), key=lambda one: _LOST.index(one.kind))
     asked = asked or any(one.kind == "interrupted" for one in lost)
+    if told is not None and told.status == "interrupted" and lost and not asked:
+        # A torchrun that loses the others ends its processes by SIGTERM, which for them is a request to save and stop.
+        why = "torchrun ended on a machine, and stopped the processes of all"
+        return told.model_copy(update={"status": "lost", "reason": f"{why} after step {told.steps:,}, which is saved"})
+    if told is not None and told.status not in ("error", "refused"):
+        return told
     status: OutcomeStatus
     if lost and not asked and lost[0].kind != "failed":
         status, reason = _of_lost(lost[0])
