@@ -20,7 +20,7 @@ from tests.train import runs
 pytestmark = [pytest.mark.long, pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process")]
 
 ENCODER, DDP = FAMILIES["encoder"], Place("ddp:2")
-STEPS = 24
+STEPS = 50
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def test_run_goes_on_when_an_agent_or_a_machine_is_lost(one: Curve, tmp_path: Pa
     with two_machines(tmp_path, ENCODER, DDP, max_steps=STEPS) as job:
         job.at_step(7, draw)
         job.agent(1).kill()
-        job.at_step(15, draw)
+        job.at_first_step_of(2)
         job.kill_machine(1)
         job.start(1)  # as Slurm or Kubernetes would
         assert_whole(job, one)
-    (first, why), (second, lost), (last, _) = reasons(job)
-    assert (first, second, last) == ("killed", "lost", "done")
-    assert "machine 1" in why
+    (first, _), (second, lost), (last, _) = reasons(job)
+    assert first in ("killed", "lost"), "by what was seen first: the killed torchrun, or what it did to the others"
+    assert (second, last) == ("lost", "done")
     assert "machine 1" in lost
 
 

@@ -102,6 +102,12 @@ class Job:
         time.sleep(0 if draw is None else 0.3 * draw.random())
         return max(self.steps())
 
+    def at_first_step_of(self, attempt: int) -> None:
+        """Wait until an attempt has written a step down."""
+        while not any(self.folder.glob(f"run/attempts/*-{attempt:02d}/heartbeat")):
+            assert all(one.poll() is None for one in self.commands.values()), f"{self.said(0)}\n{self.said(1)}"
+            time.sleep(0.02)
+
     def agent(self, rank: int) -> psutil.Process:
         """torchrun's process on a machine."""
         below = psutil.Process(self.commands[rank].pid).children(recursive=True)
