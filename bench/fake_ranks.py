@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 # The benches are no installed package, nor are the tests: they are found by the path that was set above.
-from tests.invariant.fake_ranks import Cell, planned, sizes_of, tracked  # noqa: E402
+from tests.invariant.fake_ranks import Cell, planned, sizes_of, tracked  # noqa: E402  # after what it needs
 
 MIB = 2**20
 MOST_OFF, MOST_BELOW = 0.05, 0.02

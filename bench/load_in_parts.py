@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # The benches are no installed package: they are found by the path that was set above.
-from bench.memory_per_rank import environment  # noqa: E402
+from bench.memory_per_rank import environment  # noqa: E402  # after what it needs
 
 BAR = 0.75
 PROCESSES = 2

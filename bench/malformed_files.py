@@ -30,10 +30,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # The tests are no installed package: they are found by the path that was set above.
-from tests import tiny  # noqa: E402
-from tests.contract import malformed  # noqa: E402
-from tests.contract.command import fulltune  # noqa: E402
-from tests.contract.malformed import Case, Outcome  # noqa: E402
+from tests import tiny  # noqa: E402  # after what it needs
+from tests.contract import malformed  # noqa: E402  # after what it needs
+from tests.contract.command import fulltune  # noqa: E402  # after what it needs
+from tests.contract.malformed import Case, Outcome  # noqa: E402  # after what it needs
 
 ADDRESS_SPACE_BYTES = 12 * 10**9
 MOST_SECONDS = 60

@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 # The benches are no installed package: they are found by the path that was set above.
-from bench.memory_prediction import TIED, Cell, _cell, _row, _save_model  # noqa: E402
+from bench.memory_prediction import TIED, Cell, _cell, _row, _save_model  # noqa: E402  # after what it needs
 
-from fulltune.system.sharing import Sharing  # noqa: E402
+from fulltune.system.sharing import Sharing  # noqa: E402  # after what it needs
 
 STEPS = 3
 MODELS = (

@@ -24,8 +24,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "src")]
 
 # The benches are no installed package: they are found by the path that was set above.
-from bench.memory_per_rank import STEPS, environment, write_recipe  # noqa: E402
-from bench.memory_prediction import TIED, _cell  # noqa: E402
+from bench.memory_per_rank import STEPS, environment, write_recipe  # noqa: E402  # after what it needs
+from bench.memory_prediction import TIED, _cell  # noqa: E402  # after what it needs
 
 MODELS = (
     _cell("llama", "llama", (256, 4, 8000), (2, 32)),
