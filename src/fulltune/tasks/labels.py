@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -54,7 +54,7 @@ def label_values(rows: Iterable[Row], column: str, where: str) -> LabelValues:
     beyond = 0
     for row in rows:
         value = row.get(column)
-        if is_empty(value):
+        if is_empty(value) or is_infinite(value):
             continue
         key = (type(value), value) if isinstance(value, (str, int, float)) else json.dumps(value, default=str)
         if key in found:
@@ -113,11 +113,23 @@ def _several_labels(found: LabelValues, columns: Mapping[str, str], where: str) 
     column, values = columns["label"], [value for value in found.values if not is_broken_list(value)]
     labels = sorted({label for value in values for label in label_list(value)})
     if not labels:
-        raise DataError(f"{where}: no row of column '{column}' names a label")
-    if len({tuple(sorted(label_list(value))) for value in values}) == 1:
+        raise DataError(
+            f"{where}: no row of column '{column}' names a label, expected lists of names; found "
+            f"{str(found.values[0])[:60]!r}{found.at(found.values[0])}; repair these rows, or name another column"
+        )
+    if soft := [value for value in values if any(map(_is_share, _parts(value)))]:
+        raise DataError(
+            f"{where}: column '{column}' holds shares of labels ({str(soft[0])[:60]}{found.at(soft[0])}), which are "
+            "not trained; expected names: write a row's likeliest label, or the names of those that hold"
+        )
+    of_each = [label_list(value) for value in values]
+    if set(labels) <= {"0", "1"} and len({len(names) for names in of_each}) == 1:
+        raise DataError(
+            f"{where}: column '{column}' looks one-hot ({str(values[0])[:60]}{found.at(values[0])}); expected names: "
+            "write those of a row's labels, such as [a, c] for [1, 0, 1], or its one name"
+        )
+    if len({tuple(sorted(names)) for names in of_each}) == 1:
         raise DataError(f"{where}: every row has the same labels {values[0]!r}; there is nothing to learn")
-    if labels == ["0", "1"] and len({len(label_list(value)) for value in values}) == 1:
-        raise DataError(f"{where}: column '{column}' looks one-hot ({values[0]!r}); give the names of a row's labels")
     if len(labels) == 1:
         raise DataError(f"{where}: column '{column}' names only the label '{labels[0]}'; expected several")
     return Target("multi_label", columns, tuple(labels))
@@ -222,11 +234,27 @@ def _is_listed(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("[") and value.endswith("]") and parsed_list(value) is not None
 
 
+def is_infinite(value: Any) -> bool:
+    """A number without an end, as JSON's `Infinity` is read: no class, and nothing to train on."""
+    return isinstance(value, float) and math.isinf(value)
+
+
 def is_broken_list(value: Any) -> bool:
-    """A cell that begins or ends as a list and is none: half of it is lost. `a [b]` is a name."""
+    """A cell that begins or ends as a list and is none: half of it is lost; or a list in a list. `a [b]` is a name."""
     if not isinstance(value, str) or not (value.startswith("[") or (value.endswith("]") and "[" not in value)):
-        return False
-    return parsed_list(value) is None
+        return any(isinstance(part, (list, tuple, dict)) or is_infinite(part) for part in _parts(value))
+    parsed = parsed_list(value)
+    return parsed is None or is_broken_list(parsed)
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """What a list holds, also one that is written in a cell; nothing, where there is none."""
+    parsed = parsed_list(value) if isinstance(value, str) else value
+    return parsed if isinstance(parsed, (list, tuple)) else ()
+
+
+def _is_share(part: Any) -> bool:
+    return isinstance(part, float) and math.isfinite(part) and not part.is_integer()
 
 
 def parsed_list(value: str) -> list[Any] | None:

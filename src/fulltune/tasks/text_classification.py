@@ -13,7 +13,15 @@ from fulltune.records.data import Preview
 from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, usual
 from fulltune.tasks.columns import as_text, named, normalised, required, without_text
 from fulltune.tasks.labels import find_target as find_target
-from fulltune.tasks.labels import is_beyond, is_broken_list, is_empty, label_list, label_name, parsed_number
+from fulltune.tasks.labels import (
+    is_beyond,
+    is_broken_list,
+    is_empty,
+    is_infinite,
+    label_list,
+    label_name,
+    parsed_number,
+)
 from fulltune.tasks.long_texts import beginning
 from fulltune.tasks.padding import collated
 
@@ -88,11 +96,13 @@ def refuse(row: Row, target: Target) -> Refused | None:
     if value is None or (is_empty(value) and not is_list):
         return Refused("no label", f"column '{column}' is empty")
     found = f"column '{column}' holds {str(value)[:60]!r}"
+    if target.problem_type == "single_label" and is_infinite(value):
+        return Refused("no label", f"{found}, expected a class name")
     if target.problem_type == "regression" and parsed_number(value) is None:
         expected = "a number of at most 32 bits (up to 3.4e38)" if is_beyond(value) else "a number"
         return Refused("no number", f"{found}, expected {expected}")
     if is_list and is_broken_list(value):
-        return Refused("no list", f"{found}, expected a whole list")
+        return Refused("no list", f"{found}, expected a whole list of names")
     return None
 
 

@@ -245,15 +245,48 @@ def test_infinite_number_among_classes_is_named_with_its_line(tmp_path: Path, pr
         prepare(json_lines(tmp_path, rows))
 
 
+@pytest.mark.parametrize("token", ["Infinity", "-Infinity", "NaN"])
+@pytest.mark.parametrize("classes", [("a", "b", "c"), (0, 1, 2)])
+def test_json_number_without_an_end_is_no_class(
+    tmp_path: Path, prepare: Callable[..., Prepared], token: str, classes: tuple[Any, ...]
+) -> None:
+    rows = [{**row, "label": classes[number % 3]} for number, row in enumerate(ROWS)]
+    rows[7]["label"] = float(token)
+    made = prepare(json_lines(tmp_path, rows))
+    assert made.summary.labels == tuple(map(str, classes))
+    assert list(made.dropped) == ["a.jsonl:8"]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([[0.1, 0.9], [0.8, 0.2]], r"holds shares of labels \(\[0.1, 0.9\], first: a.jsonl:1\).*write a row's"),
+        (["[0.1, 0.9]", "[1, 0]"], r"holds shares of labels \(\[0.1, 0.9\], first: a.jsonl:1\).*write a row's"),
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], r"looks one-hot \(\[1, 0, 0\], first: a.jsonl:1\).*write those"),
+        ([[1.0, 0.0], [1.0, 1.0]], r"looks one-hot \(\[1.0, 0.0\], first: a.jsonl:1\).*write those"),
+        ([[["a"]], [["b"], "a"]], r"no row of column 'label' names a label, expected lists of names; found"),
+    ],
+)
+def test_lists_that_name_no_labels_are_refused(
+    tmp_path: Path, prepare: Callable[..., Prepared], values: list[Any], problem: str
+) -> None:
+    rows = [{**row, "label": values[number % len(values)]} for number, row in enumerate(ROWS)]
+    with pytest.raises(DataError, match=problem):
+        prepare(json_lines(tmp_path, rows))
+
+
 def test_times_as_labels_are_refused(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
     times = [datetime(2020, 1, 1 + number % 3) for number in range(40)]
     with pytest.raises(DataError, match=r"holds dates or times \(2020-01-01 00:00:00, first: a.parquet:1\)"):
         prepare(table(tmp_path, {**columns_of(ROWS), "label": times}))
 
 
-def test_broken_list_among_lists_of_labels_is_listed(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+@pytest.mark.parametrize("broken", ['["b"', '[["a"], "b"]', '[{"name": "a"}]', "[Infinity]"])
+def test_broken_list_among_lists_of_labels_is_listed(
+    tmp_path: Path, prepare: Callable[..., Prepared], broken: str
+) -> None:
     rows = [{**row, "label": json.dumps(["a", "b"][: 1 + number % 2])} for number, row in enumerate(ROWS)]
-    rows[7]["label"] = '["b"'
+    rows[7]["label"] = broken
     made = prepare(tiny.write_csv(tmp_path / "a.csv", rows))
     assert made.summary.problem_type == "multi_label"
     assert made.summary.labels == ("a", "b")
