@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from planted import REAL_WORKER, WORKER
 
-from fulltune.train import checkpoints
+from fulltune import files
 from fulltune.train.request import number_in
 
 Strike = Callable[[psutil.Process, Path], None]
@@ -61,7 +61,7 @@ def kill_all(command: psutil.Process, run: Path) -> None:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    whole = [path.parent for path in run.glob(f"checkpoints/*/checkpoint-*/{checkpoints.SEAL}")]
+    whole = [path.parent for path in run.glob(f"checkpoints/*/checkpoint-*/{files.SEAL}")]
     return max(whole, key=number_in)
 
 

@@ -1,16 +1,21 @@
-"""Files that are written whole: a reader sees the old one or the new one, never half of it; and files of JSON lines.
+"""Files that are written whole: a reader sees the old one or the new one, never half of it; folders with checksums; and
+files of JSON lines.
 
 Imports nothing of ours.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+SEAL = "checksums.json"
+"""The last file of a folder that is whole."""
 
 
 @contextmanager
@@ -47,6 +52,35 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def seal(folder: Path) -> None:
+    """Write the SHA-256 of each file, after all files are on the disk."""
+    sums = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != SEAL:
+            with file.open("rb") as stream:
+                sums[str(file.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
+                os.fsync(stream.fileno())
+    write_json(folder / SEAL, sums)
+
+
+def flaw(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, or None when it is whole."""
+    try:
+        sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "it was not finished"
+    except ValueError:
+        return "its list of checksums is broken"
+    for name, expected in sums.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
+                return f"{name} does not match its checksum"
+    return None
+
+
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
     """Add an entry to a file of JSON lines, in one write: processes that append at the same time do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,10 +92,14 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
         file.write((("" if whole else "\n") + json.dumps(entry) + "\n").encode())
 
 
+def entry_of(line: str | bytes) -> dict[str, Any] | None:
+    """The entry of a JSON line; None: it was cut off, or is none."""
+    with suppress(ValueError, RecursionError):
+        return found if isinstance(found := json.loads(line), dict) else None
+    return None
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """The entries of a file of JSON lines, without one that was cut off, or is none."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [entry for entry in found if isinstance(entry, dict)]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
+    return [entry for line in lines if (entry := entry_of(line)) is not None]

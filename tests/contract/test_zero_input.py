@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fulltune import files
 from fulltune.errors import SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.system import hardware
@@ -229,8 +230,6 @@ def test_run_goes_on_only_where_deepspeed_is(
 
 
 def test_checkpoint_of_another_placement_is_refused_before_an_attempt(tmp_path: Path, tiny_encoder: Path) -> None:
-    from fulltune.train import checkpoints
-
     first = runs.job(tmp_path, tiny_encoder, tiny.topic_rows(40), train={"max_steps": 2})
     with runs.in_this_process(), runs.without_tracing():
         from fulltune import pipeline
@@ -238,7 +237,7 @@ def test_checkpoint_of_another_placement_is_refused_before_an_attempt(tmp_path: 
         summary = pipeline.prepare(first)
         plan = pipeline.make_plan(first, summary)
     checkpoint = written(first.folder / "checkpoints" / plan.trial, 3, 2)
-    checkpoints.seal(checkpoint)
+    files.seal(checkpoint)
     with pytest.raises(SetupError, match="expected DeepSpeed's settings that wrote it"):
         pipeline.train_trial(first, plan, summary)
     assert not (first.folder / "attempts").exists()

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from fulltune import files
 from fulltune.records.events import Event
 from fulltune.records.training import Outcome
 from fulltune.system import allocator
-from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child, spawn
 from fulltune.train.request import Request
@@ -124,13 +124,13 @@ def test_of_several_processes_the_one_that_was_killed_is_named(start: Start) -> 
 def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
     beat: str, saved: tuple[int, ...], told: str, start: Start
 ) -> None:
-    up = """echo '{"kind": "warning", "text": "up"}' > $here/metrics.jsonl"""
+    up = """printf '{"kind": "cut\\n{"kind": "warning", "text": "up"}\\n' > $here/metrics.jsonl"""
     request = start(f"trap '' TERM\n{beat}\n{up}\nsleep 600")
     for step in (*saved, 6):
         checkpoint = request.checkpoints / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         if step in saved:
-            checkpoints.seal(checkpoint)
+            files.seal(checkpoint)
     said = []
 
     def impatient(event: Event) -> None:

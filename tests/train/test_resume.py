@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune import pipeline
+from fulltune import files, pipeline
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.inference.store import Rows
 from fulltune.records.events import Event, Resumed, Warned
@@ -121,6 +121,10 @@ def test_time_of_a_resumed_run_is_that_of_an_unbroken_one(tiny_encoder: Path, tm
     outcome.model_copy(update={"train_seconds": 100.0}).save(second / "outcome.json")
     (second / "metrics.jsonl").write_text(lines(*begun, phase(run_time.TRAINING, 25.0), trained(21, 90.0)))
     assert run_time.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
+    # Neither a line of rubbish nor one that was cut off loses the run.
+    whole = (first / "metrics.jsonl").read_bytes()
+    (first / "metrics.jsonl").write_bytes(b"\0\xff rubbish\n[1]\n" + whole[:-9])
+    assert run_time.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
 
 
 @pytest.mark.parametrize("step", [STEPS_PER_EPOCH + 2, 2 * STEPS_PER_EPOCH + 5])
@@ -213,11 +217,11 @@ def flip_a_bit(checkpoint: Path) -> None:
 
 
 def unseal(checkpoint: Path) -> None:
-    (checkpoint / checkpoints.SEAL).unlink()
+    (checkpoint / files.SEAL).unlink()
 
 
 def break_seal(checkpoint: Path) -> None:
-    os.truncate(checkpoint / checkpoints.SEAL, 20)
+    os.truncate(checkpoint / files.SEAL, 20)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +280,7 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
         best = 10 if step == 15 else 5
         (folder / checkpoints.STATE).write_text(json.dumps({"best_global_step": best}), encoding="utf-8")
         if step != 25:
-            checkpoints.seal(folder)
+            files.seal(folder)
 
     checkpoints.keep_few(tmp_path, 2, best_step=5)
 

@@ -44,13 +44,14 @@ from fulltune.data.sources import (
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
 from fulltune.data.written import DROPPED, as_line, examples, list_dropped, previews, summarise, write
 from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.files import SEAL, flaw, seal
 from fulltune.inference.store import IN_TRAIN, Rows, save_clusters, save_in_train
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitName, SplitSummary
-from fulltune.records.events import Listener, RowsPrepared
+from fulltune.records.events import Listener, RowsPrepared, Warned
 from fulltune.tasks import Target, Task
 from fulltune.text import counted, format_percent
 
@@ -106,7 +107,7 @@ def prepare(
     for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
         shutil.rmtree(abandoned)
     # What a user's function does cannot be hashed, so rows that went through one are always made anew.
-    if preprocess is None and (earlier := _earlier(folder, fingerprint)) is not None:
+    if preprocess is None and (earlier := _earlier(folder, fingerprint, listener)) is not None:
         return earlier
     cached = None
     # Rows of images are only their paths, which another run may have elsewhere.
@@ -114,7 +115,8 @@ def prepare(
         cached = cache_folder / fingerprint
         with cache.locked(cache_folder):
             # Rows kept by an earlier version do not say which test rows stand in train: a new run makes them anew.
-            if (earlier := _earlier(cached, fingerprint)) is not None and (cached / "test" / IN_TRAIN).exists():
+            earlier = _earlier(cached, fingerprint, listener)
+            if earlier is not None and (cached / "test" / IN_TRAIN).exists():
                 cache.link(cached, folder)
                 return earlier
     whole = cached or folder
@@ -127,6 +129,7 @@ def prepare(
             for name, those in files.items()
         }
         summary = _make(recipe, part, task, tokenizer, limits, sources, known, fingerprint, listener)
+        seal(part)
         if cached is None:
             cache.put(part, folder)
         else:
@@ -322,13 +325,19 @@ def _dropped(encoded: Mapping[SourceName, Encoded], also_held_out: Iterable[Drop
     return dict(numbers)
 
 
-def _earlier(folder: Path, fingerprint: str) -> DataSummary | None:
-    """The summary of rows that are there already; None when they are others or another version's."""
+def _earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
+    """The summary of rows that are there already; None when they are others, another version's or, which is said,
+    damaged. An earlier version gave them no checksums."""
     try:
         summary = DataSummary.load(folder / SUMMARY)
     except (OSError, SetupError):
         return None
-    return summary if summary.fingerprint == fingerprint else None
+    if summary.fingerprint != fingerprint:
+        return None
+    if (folder / SEAL).exists() and (damage := flaw(folder)):
+        listener(Warned(text=f"{folder}: {damage}; the rows are prepared anew from the data files"))
+        return None
+    return summary
 
 
 def _asked_note(name: SplitName, num_rows: int, few: int) -> str:

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from fulltune import files, methods
+from fulltune import methods
 from fulltune.errors import SetupError
+from fulltune.files import SEAL, flaw
 from fulltune.methods.folder import load_trained
 from fulltune.models import sharding
 from fulltune.train import shared_state
 from fulltune.train.request import number_in
 
-SEAL = "checksums.json"
 GUARD = "guard.json"
 """What the guard of single steps remembered."""
 START = "start.npy"
@@ -31,35 +30,6 @@ STATE = "trainer_state.json"
 """transformers' own."""
 WEIGHTS = "model.safetensors"
 _VALUES_SEEN = 64
-
-
-def seal(checkpoint: Path) -> None:
-    """Write the SHA-256 of each file, after all files are on the disk."""
-    sums = {}
-    for file in sorted(checkpoint.rglob("*")):
-        if file.is_file() and file.name != SEAL:
-            with file.open("rb") as stream:
-                sums[str(file.relative_to(checkpoint))] = hashlib.file_digest(stream, "sha256").hexdigest()
-                os.fsync(stream.fileno())
-    files.write_json(checkpoint / SEAL, sums)
-
-
-def flaw(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when it is whole."""
-    try:
-        sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "it was not finished"
-    except ValueError:
-        return "its list of checksums is broken"
-    for name, expected in sums.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
-                return f"{name} does not match its checksum"
-    return None
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:

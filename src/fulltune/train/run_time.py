@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from fulltune.files import lines_of
 from fulltune.records.events import Evaluated, Event, PhaseBegan, StepLogged, event_of
 from fulltune.records.training import Outcome
 from fulltune.train.request import Request, attempt_folders
@@ -37,9 +37,8 @@ def run_seconds(folder: Path, trial: str) -> float:
 
 
 def _events(attempt: Path) -> list[Event]:
-    path = attempt / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [event for line in lines if (event := event_of(json.loads(line))) is not None]
+    """What can be read of them: a process that was killed, or a full disk, may have cut a line; the report names it."""
+    return [event for line in lines_of(attempt / "metrics.jsonl") if (event := event_of(line)) is not None]
 
 
 def _phase(events: list[Event], name: str) -> float | None:

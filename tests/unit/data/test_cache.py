@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from fulltune import data
+from fulltune.files import SEAL
 from fulltune.inference.store import IN_TRAIN
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Event, RowsPrepared
+from fulltune.records.events import Event, RowsPrepared, Warned
 from fulltune.tasks import task_named
 from tests import tiny
 
@@ -137,6 +138,39 @@ def test_rows_through_a_function_are_never_taken_from_the_cache(runs: Runs) -> N
     assert not runs.cache.exists()
 
 
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(("kept", "is_linked"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_rows_that_were_damaged_are_named_and_made_anew(
+    runs: Runs, damage: Callable[[Path], None], kept: bool, is_linked: bool
+) -> None:
+    """Those of the run, of the cache where both are one file, or of the cache for another run."""
+    first = runs.prepare("one")
+    rows = runs.folder / "runs" / "one" / "data" / "train" / "rows.arrow"
+    before = rows.read_bytes()
+    if not is_linked:  # on another file system they are copies
+        rows.unlink()
+        rows.write_bytes(before)
+    damage(rows if kept else runs.cached()[0] / "train" / "rows.arrow")
+    said: list[Event] = []
+    assert runs.prepare("one" if kept else "two", listener=said.append, planned_for=first.fingerprint) == first
+    damaged = [event.text for event in said if isinstance(event, Warned)]
+    of_cache = is_linked and (damage is not Path.unlink or not kept)
+    assert runs.num_encoded == (2 if of_cache else 1)
+    assert len(damaged) == kept + of_cache
+    assert all("train/rows.arrow " in one for one in damaged)
+    assert (runs.folder / "runs" / ("one" if kept else "two") / "data" / "train" / "rows.arrow").read_bytes() == before
+
+
 def test_damaged_summary_in_the_cache_is_made_anew(runs: Runs) -> None:
     first = runs.prepare("one")
     (runs.cache / first.fingerprint / data.SUMMARY).write_text("{")
@@ -147,7 +181,8 @@ def test_damaged_summary_in_the_cache_is_made_anew(runs: Runs) -> None:
 def test_rows_that_do_not_say_which_stand_in_train_are_made_anew_for_a_new_run_alone(runs: Runs) -> None:
     first = runs.prepare("first")
     for folder in (runs.cached()[0], runs.folder / "runs" / "first" / "data"):
-        (folder / "test" / IN_TRAIN).unlink()  # prepared by an earlier version
+        for name in (f"test/{IN_TRAIN}", SEAL):  # prepared by an earlier version
+            (folder / name).unlink()
     encoded = runs.num_encoded
     assert runs.prepare("first") == first
     assert runs.num_encoded == encoded

@@ -20,7 +20,7 @@ from fulltune.report.run.read import RunView
 from fulltune.report.run.row_words import row_words
 from fulltune.report.run.usage import how_to_load, loading_code_of
 from fulltune.report.run.verdict import headline_row, judge
-from fulltune.text import counted, format_number, format_seconds, format_share
+from fulltune.text import format_number, format_seconds, format_share
 
 
 def build(view: RunView) -> Report:
@@ -95,11 +95,6 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
 
 def _missing(view: RunView) -> Section | None:
     items = [f"{part.what}: {part.why}" for part in view.missing]
-    if view.unreadable_lines:
-        lines = counted(view.unreadable_lines, "line")
-        items.append(
-            f"{lines} of a .jsonl file could not be read: a process was stopped while writing. The rest is used."
-        )
     if not items:
         return None
     lead = Paragraph("This report is made from files alone. Not shown, and why:")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fulltune.errors import SetupError
+from fulltune.files import entry_of
 from fulltune.records.base import Record
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, event_of
@@ -27,11 +28,13 @@ from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.run.history import History, merge
 from fulltune.report.run.verdict import headline_row
+from fulltune.text import first_few
 
 _AnyRecord = TypeVar("_AnyRecord", bound=Record)
 _MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
 _KINDS = ("baseline", "untouched", "trained")
 DROPPED_SHOWN = 20
+_CUT = "cannot be read: a process was stopped while writing it, or the file was damaged. The rest is used."
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,6 @@ class RunView:
     scores: tuple[Scores, ...]
     """Baselines first, then the untouched model, then trained ones; by name within a kind."""
     missing: tuple[Missing, ...]
-    unreadable_lines: int
-    """Lines of jsonl files that are not JSON, usually the last one of a killed process."""
     command: Command | None = None
     """What the whole command took; None where it was not one command."""
     searched: Searched | None = None
@@ -168,14 +169,14 @@ def read_run(folder: Path) -> RunView:
         attempts=tuple(files.attempts()),
         scores=tuple(sorted(scores, key=lambda row: (_KINDS.index(row.kind), row.name))),
         missing=(),
-        unreadable_lines=0,
         command=files.record(Command, folder / "command.json"),
         machines=files.record(MachinesUsed, folder / "machines.json"),
         searched=files.record(Searched, folder / "search.json"),
         preserved={one.trial: one for one in files.records(Preserved, folder.glob("preserve/*.json"))},
         accesses=files.accesses(),
     )
-    return replace(view, missing=(*files.damaged, *_what_is_missing(view)), unreadable_lines=files.unreadable_lines)
+    cut = [Missing(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]
+    return replace(view, missing=(*files.damaged, *cut, *_what_is_missing(view)))
 
 
 def _what_is_missing(view: RunView) -> Iterator[Missing]:
@@ -226,7 +227,8 @@ class _Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damaged: list[Missing] = []
-        self.unreadable_lines = 0
+        self.unreadable: dict[str, list[str]] = {}
+        """By file, the numbers of lines that are not JSON, usually the last one of a killed process."""
 
     def record(self, kind: type[_AnyRecord], path: Path) -> _AnyRecord | None:
         """A record; None where there is none or it cannot be read."""
@@ -248,15 +250,11 @@ class _Files:
             return
         # A process killed in mid-write can cut a character in two: replace it rather than fail.
         with path.open(encoding="utf-8", errors="replace") as file:
-            for line in filter(str.strip, file):
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    value = None
-                if isinstance(value, dict):
-                    yield value
-                else:
-                    self.unreadable_lines += 1
+            for number, line in enumerate(file, 1):
+                if (entry := entry_of(line)) is not None:
+                    yield entry
+                elif line.strip():
+                    self.unreadable.setdefault(path.relative_to(self.folder).as_posix(), []).append(str(number))
 
     def accesses(self) -> tuple[Access, ...]:
         """From the only file that lies beside the folder, for all runs there."""

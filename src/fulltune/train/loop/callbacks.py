@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from fulltune import files
 from fulltune.errors import Spiked
 from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, StepLogged, Warned
 from fulltune.train import checkpoints
@@ -150,7 +151,7 @@ class Seals(TrainerCallback):
                 torch.distributed.barrier()  # each process writes its own random state
             if not state.is_world_process_zero:
                 return
-            checkpoints.seal(self.folder / f"checkpoint-{state.global_step}")
+            files.seal(self.folder / f"checkpoint-{state.global_step}")
             self.on_seal()  # now the disk is at its fullest
             checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fulltune.files import entry_of
 from fulltune.records.events import Event, Listener, Warned, event_of
 from fulltune.records.training import LostPart, Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
@@ -221,7 +221,7 @@ def _follow(path: Path, child: spawn.Child, pulse: _Pulse, asked: Sequence[int])
                 file.seek(position)
                 while (line := file.readline()).endswith(b"\n"):
                     position += len(line)
-                    if (event := event_of(json.loads(line))) is not None:
+                    if (event := event_of(entry_of(line) or {})) is not None:
                         yield event
         if ended:
             return

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fulltune import files
 from fulltune.stats.shares import error_of_share
 from fulltune.text import counted, is_share
 from fulltune.train import checkpoints
@@ -47,7 +48,7 @@ def keep_best(attempt: AttemptContext, state: Any) -> Kept:
     if as_good := _last(attempt, state):
         return as_good
     folder = attempt.request.checkpoints / f"checkpoint-{best}"
-    problem = attempt.agreed(checkpoints.flaw(folder) if attempt.is_main else None)
+    problem = attempt.agreed(files.flaw(folder) if attempt.is_main else None)
     if problem is not None:
         warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
         attempt.journal.write("best weights lost", warning)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from fulltune import files
 from fulltune.inference.run import batches, longest_first
 from fulltune.plan.time import GENERIC_TOKENS, rows_of_points, texts_read
 from fulltune.records.plan import TimeNeed
-from fulltune.train import checkpoints
 from fulltune.train.worker.forecast import (
     Readings,
     Schedule,
@@ -207,10 +207,10 @@ def _save_seconds(passes: Passes, folder: Path) -> float:
     try:
         began = time.perf_counter()
         trainer.processing_class.save_pretrained(trial)
-        checkpoints.seal(trial)
+        files.seal(trial)
         small = time.perf_counter() - began
         save_file({"sample": sample}, trial / "sample.safetensors")
-        checkpoints.seal(trial)
+        files.seal(trial)
         seconds = time.perf_counter() - began - small
     finally:
         shutil.rmtree(trial, ignore_errors=True)
