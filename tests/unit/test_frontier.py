@@ -72,14 +72,13 @@ def straight(farthest: float, best: float = 0.9, error: float = 0.0) -> Preserve
 @pytest.mark.parametrize(
     ("first", "second", "metric", "drifts", "error", "less"),
     [
-        # One seed each: errors of the texts, as if they were independent.
-        ([straight(0.04, error=0.003)], [straight(0.02, error=0.004)], 0.9, (0.04, 0.02), 0.005, "second"),
-        ([straight(0.02, error=0.003)], [straight(0.04, error=0.004)], 0.9, (0.02, 0.04), 0.005, "first"),
-        ([straight(0.025, error=0.003)], [straight(0.02, error=0.004)], 0.9, (0.025, 0.02), 0.005, None),
+        # One seed each: errors of the texts, as if they were independent; another seed may reverse it.
+        ([straight(0.04, error=0.003)], [straight(0.02, error=0.004)], 0.9, (0.04, 0.02), 0.005, None),
         # Where one is ahead in the metric it is asked at the other's best.
         ([straight(0.04, error=0.001)], [straight(0.02, 0.7)], 0.7, (0.02, 0.02), 0.001, None),
         # Several seeds: Student's t of Welch's degrees of freedom; here about 2, so that 4.3 errors count.
         ([straight(0.040), straight(0.044)], [straight(0.02), straight(0.024)], 0.9, (0.042, 0.022), 0.0028, "second"),
+        ([straight(0.02), straight(0.024)], [straight(0.040), straight(0.044)], 0.9, (0.022, 0.042), 0.0028, "first"),
         ([straight(0.030), straight(0.034)], [straight(0.02), straight(0.024)], 0.9, (0.032, 0.022), 0.0028, None),
         # All seeds read the same texts, so their error comes on top, however many seeds there are.
         (
@@ -128,4 +127,4 @@ def test_where_smaller_is_better_the_best_metric_that_both_reach_is_the_larger_o
     found = at_equal_metric([one], [other])
     assert found is not None
     assert (found.metric, found.first, found.second) == pytest.approx((2.0, 0.1, 0.05))
-    assert found.less == "second"
+    assert found.less is None  # one seed of each

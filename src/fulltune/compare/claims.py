@@ -86,10 +86,19 @@ def _forgets_less_held(
 
 def _forgets_less(full: ArmRow, lora: ArmRow) -> Iterator[tuple[str, str, bool | None]]:
     if full.drift is not None and lora.drift is not None:
-        here = f"drift on generic text {lora.drift.value:.3g} for {lora.arm}, {full.drift.value:.3g} for full"
+        lora_drift, full_drift = (
+            f"{one.value:.3g} [{one.low:.3g}, {one.high:.3g}]" for one in (lora.drift, full.drift)
+        )
+        seeds = min(len(lora.seeds), len(full.seeds))
+        here = (
+            f"drift on generic text {lora_drift} for {lora.arm}, {full_drift} for full (over texts, "
+            f"{counted(seeds, 'seed')} of each)"
+        )
         holds = _holds(lora.drift.high < full.drift.low, lora.drift.low > full.drift.high)
         # What learned nothing has nothing to forget for.
         idle = [row.arm for row in (full, lora) if row.gain_share is None or row.gain_share <= 0]
-        if idle:
+        if seeds < 2:
+            here, holds = f"{here}, which one seed does not show", None
+        elif idle:
             here, holds = f"{here}, but {idle[0]} is not known to have learned anything", None
         yield _FORGETS_LESS, here, holds

@@ -21,7 +21,7 @@ VANISHED = 1e-3
 """Gradient norm as a share of what it was in the first steps."""
 LEAST = 8
 """Readings below which nothing is said of a curve's shape."""
-_CALIBRATE = "nothing, where only the answers count; 'fulltune run' calibrates the probabilities"
+_CALIBRATE = "'fulltune run' calibrates the probabilities; where it is open, more eval rows tell of the answers"
 EATEN = 0.5
 """Share of the values with a gradient below which updates were lost."""
 
@@ -137,7 +137,7 @@ def _curves(log: Log) -> Curves:
         metric=log.metric,
         metric_name=log.metric_name,
         greater_is_better=log.greater_is_better,
-        eval_rows=log.eval_rows or 1000,
+        eval_rows=log.eval_rows,
         epochs_per_step=log.epochs / log.steps if log.steps else 0.0,
         kept_step=log.kept_step,
         before=log.before,

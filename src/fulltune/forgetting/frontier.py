@@ -78,8 +78,8 @@ class Apart:
 
     @property
     def less(self) -> Literal["first", "second"] | None:
-        """Which one moved generic text less; None: that cannot be told."""
-        if abs(self.difference) <= self.reach * self.error:
+        """Which one moved generic text less; None: that cannot be told, never by one seed of each."""
+        if self.over == "texts" or abs(self.difference) <= self.reach * self.error:
             return None
         return "second" if self.difference > 0 else "first"
 

@@ -40,6 +40,20 @@ def test_forgetting_less_is_no_merit_of_what_learned_nothing() -> None:
     assert found(lora=0.0).here.endswith("but lora is not known to have learned anything")
 
 
+def test_forgetting_less_is_not_shown_by_one_seed_however_narrow_its_interval() -> None:
+    one = comparisons.comparison()
+    rows = tuple(row.model_copy(update={"seeds": row.seeds[:1]}) for row in one.rows)
+    several, alone = (
+        next(claim for claim in claims(given, one.decision, 100, ()) if claim.claim == "LoRA forgets less")
+        for given in (one.rows, rows)
+    )
+    drifts = [row.drift for row in one.rows if row.kind in ("full", "lora")]
+    for claim, seeds in ((several, "3 seeds of each"), (alone, "1 seed of each), which one seed does not show")):
+        assert seeds in claim.here
+        assert all(f"[{drift.low:.3g}, {drift.high:.3g}]" in claim.here for drift in drifts if drift)
+    assert (several.holds, alone.holds) == (True, None)
+
+
 def test_best_quality_is_not_decided_by_an_undecided_comparison() -> None:
     one = comparisons.undecided()
     best = one.claims[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fulltune.report.run.fitting import Curves, fitting
@@ -60,6 +62,32 @@ def test_level_of_a_loss_of_mixed_rows_says_nothing() -> None:
     assert unfinished.kind == "not known"
     assert "mixed ones included" in unfinished.sentences[1]
     assert fitting(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], is_mixed=True)).kind == "over-fitted"
+
+
+@pytest.mark.parametrize(
+    ("metric", "rows", "name", "facts"),
+    [
+        (
+            [0.6, 0.833, 0.75, 0.708],
+            24,
+            "accuracy",
+            ["at step 20 (epoch 2), 83.3%, and 70.8% at the end", "24", "15.5"],
+        ),
+        ([0.5, 0.6, 0.6, 0.6], 400, "accuracy", ["never better than at the end, 60.0%"]),
+        ([0.5, 0.6, 0.55, 0.59], 0, "accuracy", ["1,000, as is assumed,", "3.1 points"]),
+        ([0.5, 0.6, 0.6, 0.595], 24, "matthews_correlation", ["0.6, and 0.595 at the end", "up to 0.012"]),
+        ([float("nan")] * 4, 24, "accuracy", ["what that did to accuracy is not known"]),
+    ],
+)
+def test_answers_that_are_not_surely_worse_are_not_called_as_good(
+    metric: list[float], rows: int, name: str, facts: list[str]
+) -> None:
+    losses = [2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9]
+    found = fitting(curves(*losses, metric, eval_rows=rows, metric_name=name))
+    assert found.kind == "over-confident"
+    assert [fact for fact in facts if fact not in found.sentences[0]] == []
+    assert ("is open" in found.sentences[0]) == (metric[-1] < max(metric))
+    assert not re.search("did not suffer|as good", " ".join(found.sentences))
 
 
 def test_over_fitted_run_is_told_with_its_numbers() -> None:

@@ -28,6 +28,8 @@ FELL = 0.97
 """The last train loss over the one at the turn: it was still being learned."""
 ERRORS = 2.0
 """Standard errors by which a share has to fall before it is said to have fallen."""
+ASSUMED_ROWS = 1000
+"""Of eval rows, where nobody says how many there are."""
 CHANGED = 0.02
 """The same of other metrics, as a share of the best value."""
 NO_GAP = 0.9
@@ -50,6 +52,7 @@ class Curves:
     metric_name: str
     greater_is_better: bool
     eval_rows: int
+    """0: not known."""
     epochs_per_step: float = 0.0
     kept_step: int | None = None
     """Whose weights the model has."""
@@ -72,8 +75,8 @@ class Fitting:
 def fitting(curves: Curves) -> Fitting:
     """What the curves say about over- and under-fitting, in words.
 
-    `over-confident` is an over-fitted run whose answers did not suffer: its eval loss rises because wrong answers are
-    given with more certainty, while as many are right as before.
+    `over-confident` is an over-fitted run whose answers are not known to be worse: its eval loss rises because wrong
+    answers are given with more certainty. Whether as many are right as before is said, or that these rows cannot tell.
     """
     if worse := _worse_than_before(curves):
         return Fitting("got worse", 0, (worse, _LOWER))
@@ -106,8 +109,7 @@ def fitting(curves: Curves) -> Fitting:
     said = f"{said}, while the train loss still fell"
     if fell or _is_loss(curves):
         return Fitting("over-fitted", at, (f"Over-fitted: {said}.", gap, kept, _FEWER))
-    unharmed = f"Over-confident: {said}; {words.metric_name(curves.metric_name)} did not suffer. {_EXTREME}"
-    return Fitting("over-confident", at, (unharmed, gap, kept))
+    return Fitting("over-confident", at, (f"Over-confident: {said}; {_not_known_worse(curves)}.", gap, kept))
 
 
 _MIXED = (
@@ -121,7 +123,6 @@ _EVEN = (
 _FEWER = "What helps: fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate."
 _MORE = "What helps: more epochs, or a search for the rate."
 _LOWER = "What helps: a lower rate."
-_EXTREME = "The answers at the end are as good as before; their probabilities have become too extreme."
 
 
 def _place(curves: Curves, step: int) -> str:
@@ -171,7 +172,8 @@ def _worse_than_before(curves: Curves) -> str:
     name, sign = curves.metric_name, 1 if curves.greater_is_better else -1
     best = max(points, key=lambda value: sign * value)
     if is_share(name):
-        chance = ERRORS * math.hypot(*(error_of_share(value, curves.eval_rows) for value in (curves.before, best)))
+        rows = curves.eval_rows or ASSUMED_ROWS
+        chance = ERRORS * math.hypot(*(error_of_share(value, rows) for value in (curves.before, best)))
     else:
         chance = (ROSE - 1 if _is_loss(curves) else CHANGED) * abs(curves.before)
     if sign * (curves.before - best) <= chance:
@@ -188,17 +190,38 @@ def _metric_fell(curves: Curves) -> tuple[int, str] | None:
     points = [point for point in curves.metric if math.isfinite(point[1])]
     if len(points) < LEAST_EVALUATIONS or _is_loss(curves):
         return None
-    name, sign = curves.metric_name, 1 if curves.greater_is_better else -1
-    step, best = max(points, key=lambda point: sign * point[1])
-    last = points[-1][1]
-    chance = ERRORS * error_of_share(best, curves.eval_rows) if is_share(name) else CHANGED * abs(best)
-    if sign * (best - last) <= chance:
-        return None
-    before, after = (format_metric(name, value) for value in (best, last))
-    return step, (
-        f"{words.metric_name(name)} on the eval rows was best at {_place(curves, step)}, {before}, and {after} at the "
-        "end"
-    )
+    step, best, last, chance = _since_best(curves)
+    return (step, _said_since(curves, step, best, last)) if abs(best - last) > chance else None
+
+
+def _since_best(curves: Curves) -> tuple[int, float, float, float]:
+    """The step of the metric's best evaluation, its value, the last one, and how far apart chance brings them."""
+    points = [point for point in curves.metric if math.isfinite(point[1])]
+    step, best = max(points, key=lambda point: point[1] if curves.greater_is_better else -point[1])
+    is_one = is_share(curves.metric_name)
+    chance = ERRORS * error_of_share(best, curves.eval_rows or ASSUMED_ROWS) if is_one else CHANGED * abs(best)
+    return step, best, points[-1][1], chance
+
+
+def _said_since(curves: Curves, step: int, best: float, last: float) -> str:
+    before, after = (format_metric(curves.metric_name, value) for value in (best, last))
+    name = words.metric_name(curves.metric_name)
+    return f"{name} on the eval rows was best at {_place(curves, step)}, {before}, and {after} at the end"
+
+
+def _not_known_worse(curves: Curves) -> str:
+    """Not resolved is not equal: what these rows say of the answers, whose eval loss rose."""
+    name = words.metric_name(curves.metric_name)
+    if not any(math.isfinite(value) for _, value in curves.metric):
+        return f"what that did to {name} is not known"
+    step, best, last, chance = _since_best(curves)
+    if best == last:
+        better = f"{name} on the eval rows was never better than at the end, {format_metric(curves.metric_name, last)}"
+        return f"{better}, so that the probabilities have become too extreme and not more answers wrong"
+    most = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
+    rows = f"these {curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,}, as is assumed,"
+    said = _said_since(curves, step, best, last)
+    return f"{said}. Of {rows} rows a difference of up to {most} may be chance: whether answers got worse is open"
 
 
 def _unfinished(evaluations: Sequence[Point], trained: dict[int, float]) -> str:
