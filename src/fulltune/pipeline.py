@@ -173,7 +173,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         footprint = model.footprint(recipe, *plan.device_and_precision(recipe, machine))
         model.save(footprint, job.folder)
         free, machines = hardware.disk_free_bytes(job.folder), job.recipe.train.num_machines
-        fleet, own_loss = plan.here(machine, free, machines), job.hooks.compute_loss is not None
+        fleet, own_loss = plan.here(machine, free, machines, str(job.folder)), job.hooks.compute_loss is not None
         started_seconds = None if job.began is None else time.time() - job.began
         trial = plan.fit(recipe, model.shapes, footprint, summary, fleet, own_loss, started_seconds)
         if before is not None:
@@ -190,7 +190,7 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
         raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
     available = plan.budget_of(trial, job.recipe, job.model(summary), hardware.here()).available_bytes
     trial = fastest_here(job.recipe, trial, summary, job.folder, job.hooks, available, job.need(summary), job.listener)
-    trial = plan.on_disk(job.recipe, trial, summary, hardware.disk_free_bytes(job.folder))
+    trial = plan.on_disk(job.recipe, trial, summary, hardware.disk_free_bytes(job.folder), str(job.folder))
     run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
     return trial

@@ -975,18 +975,27 @@ def test_run_folder_in_use_is_refused(case: Case) -> None:
         )
 
 
-def test_disk_too_small_is_refused_before_training(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "disk_free_bytes", lambda path: 1_000_000)
-    result = case.data(CSV, command="run")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_disk_too_small_is_refused_before_training(
+    case: Case, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place to free is the one that was measured: the run folder's, not always the recipe's output."""
+    measured: list[Path] = []
+    monkeypatch.setattr(hardware, "disk_free_bytes", lambda path: measured.append(path) or 1_000_000)
+    place = case.folder / "another disk" / "run"
+    case.write(CSV)
+    result = fulltune("run", case.recipe(), *(["--run-folder", place] if elsewhere else []))
     assert result.code == NO_FIT
+    assert (measured[-1] == place) == elsewhere
     short, *ways = result.problems[-4:]
     assert re.fullmatch(
-        f"{case.folder}/runs: checkpoints and model need [\\d.]+ MiB on disk "
+        f"{re.escape(str(measured[-1]))}: checkpoints and model need [\\d.]+ MiB on disk "
         r"\(4 x [\d.]+ MiB and [\d.]+ MiB\), but 977 KiB are free",
         short,
     )
     assert re.match(
-        rf"enough: free [\d.]+ MiB under {case.folder}/runs, or choose another output: frees [\d.]+ MiB", ways[0]
+        rf"enough: free [\d.]+ MiB on the disk of {re.escape(str(measured[-1]))}, or choose another place: frees",
+        ways[0],
     )
     assert [way.split(": frees")[0] for way in ways[1:]] == [
         "helps: train.save_total_limit: 1",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,9 +50,9 @@ def raising(error: BaseException) -> Raise:
     return act
 
 
-def test_attempt_is_planned_anew_with_less() -> None:
-    assert worker.meaning_of(CardIsFull())[0] == "out_of_memory"
-    assert worker.meaning_of(Fault())[0] == "error"
+def test_attempt_is_planned_anew_with_less(tmp_path: Path) -> None:
+    assert worker.meaning_of(CardIsFull(), tmp_path)[0] == "out_of_memory"
+    assert worker.meaning_of(Fault(), tmp_path)[0] == "error"
 
 
 def test_batches_become_smaller_for_memory_alone() -> None:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fulltune import pipeline
+from fulltune import files, pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
 from fulltune.records.events import Event, StepLogged, Warned
 from fulltune.records.training import Moved, Outcome
-from fulltune.train import checkpoints
+from fulltune.system import full_disk, run_folder
 from fulltune.train.loop import callbacks
 from fulltune.train.loop.guards import (
     GuardDecision,
@@ -600,8 +600,22 @@ def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path,
         (ValueError("no"), "error"),
     ],
 )
-def test_classify_tells_what_an_exception_means(error: BaseException, status: str) -> None:
-    assert worker.meaning_of(error)[0] == status
+def test_classify_tells_what_an_exception_means(error: BaseException, status: str, tmp_path: Path) -> None:
+    assert worker.meaning_of(error, tmp_path)[0] == status
+
+
+@pytest.mark.parametrize(("free", "status"), [(4096, "disk_full"), (2**30, "error")])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("basic_ios::clear: iostream error"), OSError("100000 requested and 12272 written")],
+)
+def test_words_that_may_mean_a_full_disk_do_so_where_it_is_full(
+    error: Exception, free: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full_disk, "disk_free_bytes", lambda path: free)
+    assert worker.meaning_of(error, tmp_path)[0] == status
+    with pytest.raises(DoesNotFitError if status == "disk_full" else type(error)), run_folder.writing(tmp_path):
+        raise error
 
 
 def test_disk_full_while_saving_does_not_fit_and_leaves_earlier_checkpoints_sound(
@@ -624,7 +638,7 @@ def test_disk_full_while_saving_does_not_fit_and_leaves_earlier_checkpoints_soun
     folder = tmp_path / "run" / "checkpoints" / "full-seed42"
     # What was half written is gone, so that there is room for the outcome.
     assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
-    assert checkpoints.flaw(folder / "checkpoint-2") is None
+    assert files.flaw(folder / "checkpoint-2") is None
 
     monkeypatch.undo()
     assert runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN).outcome is not None

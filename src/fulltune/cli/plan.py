@@ -205,7 +205,7 @@ def _survey(
     from fulltune.system import hardware
 
     free, machines = hardware.disk_free_bytes(place), recipe.train.num_machines
-    fleet = checked.fleet or gpus.here(hardware.here(), free, machines)
+    fleet = checked.fleet or gpus.here(hardware.here(), free, machines, str(place))
     spread = workload.spread_over(recipe, fleet)
     followed = workload.by_hardware(recipe, spread)
     base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, weights))

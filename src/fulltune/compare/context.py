@@ -230,7 +230,7 @@ class Context:
         return recipe.model_copy(update={"preserve": free})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
-        fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder))
+        fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
         return plan.fit(recipe, shapes, traced, self.summary, fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:

@@ -104,7 +104,7 @@ def need_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine
     return budget_of(changed, recipe, model, machine).need(memory_settings_of(changed, summary))
 
 
-def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int) -> Plan:
+def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int, place: str) -> Plan:
     """The plan with the state and the disk that its settings need now.
 
     Raises:
@@ -112,7 +112,7 @@ def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int) -
     """
     settings, recipe = memory_settings_of(plan, summary), with_placement(recipe, plan.placement)
     found = disk.need(recipe, plan.num_parameters, settings)
-    disk.refuse_what_cannot_fit(recipe, plan.num_parameters, settings, free_bytes)
+    disk.refuse_what_cannot_fit(recipe, plan.num_parameters, settings, free_bytes, place)
     state = memory.state_of(plan.num_parameters, settings)
     return plan.model_copy(update={"disk": found, "state": state})
 

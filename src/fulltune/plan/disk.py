@@ -46,28 +46,39 @@ def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskN
     )
 
 
-def refuse_what_cannot_fit(recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int) -> None:
+def refuse_what_cannot_fit(
+    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, place: str
+) -> None:
     """Before step 1, not when the third checkpoint is half written.
+
+    Args:
+        recipe: The recipe.
+        num_parameters: Of the model.
+        settings: That memory and disk depend on.
+        free_bytes: On the disk of `place`.
+        place: What was measured, a folder; empty: the recipe's output.
 
     Raises:
         DoesNotFitError: Naming both sizes.
     """
     needed = need(recipe, num_parameters, settings)
     if needed.total > free_bytes:
-        lines = ways_out.in_lines(ways(recipe, num_parameters, settings, free_bytes))
-        raise DoesNotFitError([short_by(recipe, needed, free_bytes), *lines])
+        lines = ways_out.in_lines(ways(recipe, num_parameters, settings, free_bytes, place))
+        raise DoesNotFitError([short_by(recipe, needed, free_bytes, place), *lines])
 
 
-def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int) -> str:
+def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int, place: str) -> str:
     parts = f"{needed.num_checkpoints} x {format_bytes(needed.one_checkpoint)} and {format_bytes(needed.model)}"
     parts += f", {format_bytes(needed.offloaded)} offloaded" if needed.offloaded else ""
     return (
-        f"{recipe.output}: checkpoints and model need {format_bytes(needed.total)} on disk ({parts}), but "
+        f"{place or recipe.output}: checkpoints and model need {format_bytes(needed.total)} on disk ({parts}), but "
         f"{format_bytes(free_bytes)} are free"
     )
 
 
-def ways(recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int) -> tuple[WayOut, ...]:
+def ways(
+    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, place: str = ""
+) -> tuple[WayOut, ...]:
     """The nearest ways to bring the run onto its disk."""
     needed = need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
@@ -81,7 +92,7 @@ def ways(recipe: Recipe, num_parameters: int, settings: MemorySettings, free_byt
     if smaller > 0 and not deepspeed.wanted(recipe):
         found.append(({"train.optim": "adamw_8bit"}, smaller, "moments of 8 bits"))
     found.append(({}, missing, "nothing"))
-    by_hand = f"free {format_bytes(missing)} under {recipe.output}, or choose another output"
+    by_hand = f"free {format_bytes(missing)} on the disk of {place or recipe.output}, or choose another place"
     ways = [
         ways_out.way(named, freed, freed >= missing, costs, change="" if named else by_hand, where="disk")
         for named, freed, costs in found

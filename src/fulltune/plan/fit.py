@@ -129,7 +129,7 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     if problems:
         raise RecipeError(problems)
     if fleet.disk_bytes is not None:
-        disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, fleet.disk_bytes)
+        disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
     return chosen, disk.need(recipe, shapes.num_parameters, used)
 
 

@@ -142,6 +142,8 @@ class Fleet(Record):
     """None on a CPU, or for a GPU that the table does not know: then no speed is foreseen."""
     disk_bytes: int | None = None
     """Free where the run folder lies, which all machines see; None: not known, so that it cannot be too little."""
+    disk_at: str = ""
+    """The folder on whose disk that is; empty: the recipe's output."""
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
     """What was not said and is a usual value."""
@@ -409,13 +411,14 @@ def asked(fleet: Fleet) -> str:
     return ", ".join(words)
 
 
-def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1) -> Fleet:
+def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
     """This machine, and as many like it as there are.
 
     Args:
         machine: This one; of several that are known, the least of each (`hardware.weakest`).
         disk_free_bytes: Where the run folder lies.
         num_machines: How many there are.
+        disk_at: The run folder, or where it would lie.
     """
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     kinds = Counter(gpu.name for gpu in machine.gpus)
@@ -429,6 +432,7 @@ def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1) -> Fleet
         assumed=(NETWORK_ASSUMED,) if several else (),
         gpu_model=model,
         disk_bytes=disk_free_bytes,
+        disk_at=disk_at,
         host_memory_gb_per_second=machine.memory_bytes_per_second / 1e9 or (200.0 if machine.gpus else 20.0),
         here=True,
     )

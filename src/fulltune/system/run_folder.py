@@ -29,6 +29,7 @@ from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.system import deepspeed
+from fulltune.system.full_disk import is_disk_full
 from fulltune.system.hardware import Machine
 from fulltune.text import first_few
 
@@ -335,11 +336,13 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn the system's refusal to write into an error that says what to do; of other files it names the file."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if is_disk_full(error, folder):
             raise DoesNotFitError(
                 f"{folder}: the disk is full; free some space, then run the same command again"
             ) from None
+        if not isinstance(error, OSError):
+            raise
         refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
         if error.errno in refusals and not _is_about(error, folder):
             raise SetupError(

@@ -60,7 +60,7 @@ def test_planned_checkpoints_are_those_at_the_fullest_moment(
     plan = plans.plan(total_steps=total, eval_steps=between_evaluations, save_steps=between_saves)
     recipe = plans.recipe(train={"save_total_limit": limit})
 
-    planned = changed.on_disk(recipe, plan, sizes.summary("text-classification", 100, 16), 2**60).disk
+    planned = changed.on_disk(recipe, plan, sizes.summary("text-classification", 100, 16), 2**60, "").disk
 
     steps = saves(total, between_evaluations, between_saves)
     found = [most_at_once(tmp_path / str(n), steps, limit, best) for n, best in enumerate(steps)]

@@ -147,14 +147,14 @@ def test_other_placements_that_fit_are_ways_out() -> None:
             [
                 ("train.save_total_limit: 1", 12, True),
                 ("train.optim: adamw_8bit", 24, True),
-                ("free 6 GiB under runs, or choose another output", 6, True),
+                ("free 6 GiB on the disk of runs, or choose another place", 6, True),
             ],
         ),
         (
             1,
             20,
             [
-                ("free 36 GiB under runs, or choose another output", 36, True),
+                ("free 36 GiB on the disk of runs, or choose another place", 36, True),
                 ("train.optim: adamw_8bit", 24, False),
             ],
         ),
@@ -181,7 +181,7 @@ def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayO
 def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ways_out.in_lines(of_disk(monkeypatch, 20 * GIB, 1))
     assert lines == [
-        "enough: free 36 GiB under runs, or choose another output: frees 36 GiB",
+        "enough: free 36 GiB on the disk of runs, or choose another place: frees 36 GiB",
         "helps: train.optim: adamw_8bit: frees 24 GiB (moments of 8 bits)",
     ]
 

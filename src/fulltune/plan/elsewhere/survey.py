@@ -288,8 +288,8 @@ def _ways_out(
         recipe, plan = with_settings(workload.recipe, found.settings), found.plan
         settings = memory_settings_of(plan, summary)
         needed = disk.need(recipe, plan.num_parameters, settings)
-        problem = disk.short_by(recipe, needed, fleet.disk_bytes)
-        ways = [*disk.ways(recipe, plan.num_parameters, settings, fleet.disk_bytes)]
+        problem = disk.short_by(recipe, needed, fleet.disk_bytes, fleet.disk_at)
+        ways = [*disk.ways(recipe, plan.num_parameters, settings, fleet.disk_bytes, fleet.disk_at)]
         if lora is not None:
             ways.append(_as_way_out(lora, "disk", needed.total))
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))

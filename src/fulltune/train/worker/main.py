@@ -7,7 +7,6 @@ parent's process when the user gave functions of their own.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -26,6 +25,7 @@ from fulltune.records.events import Listener
 from fulltune.records.run import RankUsed
 from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system import allocator, deepspeed
+from fulltune.system.full_disk import is_disk_full
 from fulltune.system.meter import life_peak_bytes
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train import checkpoints
@@ -46,7 +46,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         try:
             ended = {"status": "done", "reason": "", **_train(request, hooks, journal, listener, observed)}
         except BaseException as error:
-            status, reason = meaning_of(error)
+            status, reason = meaning_of(error, request.folder)
             if status in ("error", "out_of_memory"):
                 with contextlib.suppress(OSError):  # the log lies on the disk that may be full
                     traceback.print_exc()
@@ -88,14 +88,10 @@ def _train(
         return attempt.train(request, hooks, journal, stop, listener, observed)
 
 
-_FULL_DISK = ("No space left", "PytorchStreamWriter failed", "enforce fail at inline_container")
-"""What torch says when a file could not be written to its end."""
-
-
-def meaning_of(error: BaseException) -> tuple[OutcomeStatus, str]:
-    """What an exception means for the next attempt."""
+def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
+    """What an exception means for the next attempt; the folder is where it wrote."""
     if failures := getattr(error, "failures", None):  # torch's `CheckpointException`: of each process, and a traceback
-        return meaning_of(next(iter(failures.values()))[0])
+        return meaning_of(next(iter(failures.values()))[0], folder)
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if isinstance(error, Spiked):
@@ -108,8 +104,7 @@ def meaning_of(error: BaseException) -> tuple[OutcomeStatus, str]:
         return "interrupted", text or "interrupted before the first checkpoint"
     if is_out_of_memory(error):
         return "out_of_memory", text[:500] or kind
-    no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if no_space or any(words in text for words in _FULL_DISK):
+    if is_disk_full(error, folder):
         return "disk_full", text[:500]
     if isinstance(error, DoesNotFitError):
         return "does_not_fit", text
