@@ -51,6 +51,42 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
     ]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        (  # of the block with the error
+            "train: {warmup_ratio: 0.1,\n  warmup_steps: 4,\n  epochs: 3}",
+            ["6  train.epochs: unknown setting", "4  train.warmup_ratio and warmup_steps are both given"],
+        ),
+        (  # of two blocks, and of the rest of a block that contradicts itself
+            "preserve: {budget: 1%, drift: false}\ntrain: {max_steps: 4, num_train_epochs: 2, optim: adam}\nnam: x",
+            [
+                "6  nam: unknown setting",
+                "5  train.max_steps and num_train_epochs are both given",
+                "5  train.optim: transformers knows no optimizer 'adam'",
+                "4  preserve.drift: false, but preserve.budget needs it",
+            ],
+        ),
+        (  # nothing is told of what was left out
+            "train: {eval_strategy: steps, eval_steps: x, optimizer_in_backward: true, max_grad_norm: y}",
+            ["4  train.eval_steps: expected", "4  train.max_grad_norm: expected"],
+        ),
+        ("data: {train: [], near_duplicates: 2}", ["4  data: given twice", "4  data.near_duplicates", "4  data.train"]),
+        ("method: {kind: lorra}\nsearch: {budget: 20m}\nmethods: x", ["4  method", "4  method.kind", "6  methods"]),
+        ("train: 5\nevaluate: {metric: rougeL}", ["4  train: expected settings", "5  evaluate.metric: 'rougeL'"]),
+    ],
+)
+def test_errors_hide_no_contradictions(tmp_path: Path, blocks: str, expected: list[str]) -> None:
+    path = tmp_path / "train" / "r.yaml"
+    path.parent.mkdir()
+    path.write_text(f"model: m\ntask: causal-lm\ndata: {{train: x.csv}}\n{blocks}\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(path)
+    found = [one.removeprefix(f"{path}:") for one in refusal.value.problems]
+    assert len(found) == len(expected), found
+    assert [one for one in expected if not any(said.startswith(one) for said in found)] == []
+
+
 def test_pairs_that_do_not_go_together_are_named_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: m\ntask: seq2seq\ndata: {train: x.csv}\ntrain:\n  optimizer_in_backward: true\n")

@@ -84,38 +84,51 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Recipe:
-    """Turn plain values into a recipe, or raise a `RecipeError` that names every problem."""
-    problems = [*_one_method_or_several(values, path, lines or {})]
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        problems += [text for item in error.errors() for text in _describe(item, path, lines or {}, values)]
-        rest = _without([item["loc"] for item in error.errors()], values)
-        found = recipe_rules.of_settings(rest) if rest is not None else []
-        raise RecipeError([*problems, *_placed(found, path, lines or {})]) from None
+    """Turn plain values into a recipe, or raise a `RecipeError` that names every problem.
+
+    What is wrong is left out and the rest is checked again, because the rules of a block are asked only where all its
+    settings can be read.
+    """
+    lines, left, lost = lines or {}, values, set[str]()
+    problems = [*_one_method_or_several(values, path, lines)]
+    while True:
+        try:
+            recipe = Recipe.model_validate(left)
+            break
+        except ValidationError as error:
+            said = [text for item in error.errors() for text in _describe(item, path, lines, values)]
+            problems += [text for text in _not_about(said, lost) if text not in problems]
+            rest, gone = _without(error.errors(), left)
+            if rest == left:  # something is missing
+                raise RecipeError(problems) from None
+            left, lost = rest, lost | gone
     found = [*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe), *several_runs.problems_of(recipe)]
-    problems += _placed(found, path, lines or {})
+    problems += _not_about(_placed(found, path, lines), lost)
     if problems:
         raise RecipeError(problems)
     return recipe
 
 
-def _without(places: Iterable[tuple[Any, ...]], values: dict[str, Any]) -> Recipe | None:
-    """What is left of a recipe without the settings at these places; None when that is no recipe."""
-    kept = copy.deepcopy(values)
-    for at in map(_without_kinds, places):
-        place: Any = kept
-        for depth, part in enumerate(at):
-            if not isinstance(place, dict) or part not in place:
-                break
-            if depth == len(at) - 1 or not isinstance(place[part], dict):
-                del place[part]
-                break
-            place = place[part]
-    try:
-        return Recipe.model_validate(kept)
-    except ValidationError:
-        return None
+def _not_about(problems: Iterable[str], lost: set[str]) -> list[str]:
+    """Those that name none of these settings, and so may not be wrong only because these were left out."""
+    return [one for one in problems if not lost & {*re.findall(r"\w+", one.partition("  ")[2])}]
+
+
+def _without(items: Iterable[Any], values: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """What is left of a recipe without what pydantic's errors are about, and the known settings that are gone."""
+    kept, gone = copy.deepcopy(values), set[str]()
+    for item in items:
+        at, block = _without_kinds(item["loc"]), kept
+        while len(at) > 1 and isinstance(block.get(at[0]), dict):
+            block, at = block[at[0]], at[1:]
+        inner, names = block.get(at[0]) if at else block, at[:1]
+        if item["type"] == "value_error" and isinstance(inner, dict):  # a rule of the block: only what it names
+            named = tuple(name for name in inner if re.search(rf"\b{re.escape(str(name))}\b", item["msg"]))
+            block, names = (inner, named) if named else (block, names)
+        for name in names:
+            block.pop(name, None)
+            gone |= {str(name)} if item["type"] != "extra_forbidden" else set()
+    return kept, gone
 
 
 def _placed(problems: Iterable[str], path: Path, lines: Lines) -> list[str]:
