@@ -68,6 +68,8 @@ GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
         (log(FALLING, *GOOD, grad_norm=points([1.0] * 27 + [NAN] * 5)), ["diverged"]),
         (log(FALLING, *GOOD, rate=1e-4, total_steps=900), ["unfinished"]),  # of a run folder without an outcome
         (log(FALLING[:8], [1.5, 1.2], [0.4, 0.5], steps=80), ["too few steps"]),
+        (log(FALLING[:8], [1.5, 0.2], [0.9, 1.0], steps=80), ["sound"]),  # nothing is left to gain
+        (log(FALLING[:8], [1.5, 1.0, 1.2, 1.3], [0.4, 0.5, 0.5, 0.6], steps=80), ["over-confident"]),
         (log(FALLING, *GOOD, outcome=outcome("disk_full")), ["disk full"]),
         (log(FALLING, *GOOD, outcome=outcome("spiked")), ["diverged"]),
         (log([1.1] + [9.0] * 30, outcome=outcome("diverged")), ["diverged"]),

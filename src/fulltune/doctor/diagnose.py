@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fulltune.doctor.log import Log
 from fulltune.report.format.plots import Point
-from fulltune.report.run.fitting import LEAST_EVALUATIONS, Curves, fitting
+from fulltune.report.run.fitting import LEAST_EVALUATIONS, Curves, at_ceiling, fitting
 from fulltune.text import counted, first_few, format_number, format_share, listed
 from fulltune.train.loop.guards import diverged, ended_high, rate_factor, without_cause
 from fulltune.train.loop.step_guard import StepMemory, judge
@@ -192,6 +192,8 @@ def _length(log: Log) -> Iterator[Diagnosis]:
     if unfinished or not losses or log.steps >= FEW_STEPS or (log.total_steps and log.steps < log.total_steps):
         return
     best = _best(log.metric, log.greater_is_better)
+    if at_ceiling(log.metric_name, log.metric) or fitting(_curves(log)).kind.startswith("over-"):
+        return
     if best is not None and best == log.metric[-1][0]:
         evidence = f"{counted(log.steps, 'step')} in all, and the eval rows were answered best at the last evaluation"
         yield Diagnosis("too few steps", evidence, "three times as many steps or epochs")

@@ -32,6 +32,7 @@ PASSED = ((100, 0.5), (200, 0.4), (300, 0.4), (400, 0.3))
 STILL = ((200, 0.5), (400, 0.5))
 
 WORSE = RunFacts("worse", 3e-4, 2.0, 400, 400, train_rows=3000, loss=FLAT, metric=STILL)
+FEW = {"verdict": "unresolved", "steps": 12, "total_steps": 12}
 LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.0001"
 
 
@@ -105,6 +106,27 @@ def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | N
         ({"loss": FALLING, "searched": frozenset({"train.num_train_epochs"})}, ["no reason"], [LONGER]),
         ({"over_fitted_from": 100, "loss": FALLING}, ["from step 100 on", "num_train_epochs=0.5"], [LONGER, LOWER]),
         ({"over_fitted_from": 100, "by_steps": True}, ["train.max_steps=100"], ["num_train_epochs"]),
+        (
+            {**FEW, "over_fitted_from": 6, "over_confident": True, "loss": FALLING},
+            ["over-confident from step 6 on", "num_train_epochs=1."],
+            ["onger"],
+        ),
+        # Nothing is left to gain: few steps, a falling loss and even over-confidence are no reason to go on.
+        (
+            {**FEW, "metric": ((6, 1.0), (12, 1.0)), "loss": FALLING, "over_fitted_from": 6, "over_confident": True},
+            ["Accuracy on the eval rows is 100.0%: nothing is left to gain", "Keep the baseline", "more test rows"],
+            ["--set"],
+        ),
+        (
+            {"metric": ((6, 0.99), (12, 0.996)), "bar": "centroid"},
+            ["99.6%", "Keep centroid, which"],
+            ["--set", "unless"],
+        ),
+        ({**FEW, "metric": ((6, 0.99), (12, 0.99))}, ["12 steps are few", "num_train_epochs=18"], ["nothing is left"]),
+        # Nothing against what the run says of itself.
+        ({**FEW, "metric": ((4, 0.5), (8, 0.7), (12, 0.6))}, ["The curves show no reason"], ["few", "onger"]),
+        ({**FEW, "metric": RISING, "eval_loss": ((6, 0.5), (12, 0.6))}, ["show no reason"], ["few", "onger"]),
+        ({**FEW, "metric": RISING, "eval_loss": ((6, 0.5), (12, 0.505))}, ["12 steps are few", "onger"], []),
         (
             {"got_worse": "Got worse: x.", "loss": FALLING},
             ["Got worse: x. Try a tenth", "learning_rate=3e-05"],

@@ -28,6 +28,8 @@ FELL = 0.97
 """The last train loss over the one at the turn: it was still being learned."""
 ERRORS = 2.0
 """Standard errors by which a share has to fall before it is said to have fallen."""
+CEILING = 0.995
+"""A share from which on next to nothing is left to gain."""
 ASSUMED_ROWS = 1000
 """Of eval rows, where nobody says how many there are."""
 CHANGED = 0.02
@@ -98,7 +100,7 @@ def fitting(curves: Curves) -> Fitting:
     if not (rose or fell):
         if curves.is_mixed:
             return Fitting("not known", None, (_MIXED, gap))
-        if not _is_faultless(curves) and (why := _unfinished(evaluations, trained)):
+        if not at_ceiling(curves.metric_name, curves.metric) and (why := _unfinished(evaluations, trained)):
             return Fitting("under-fitted", None, (f"Under-fitted: {why}.", gap, _MORE))
         return Fitting("sound", None, (f"No sign of over- or under-fitting: {_EVEN}.", gap))
     at, said = fell or (turn, f"the eval loss was least at {_place(curves, turn)}, {format_number(least)}, and rose")
@@ -138,9 +140,9 @@ def _kept(curves: Curves, turn: int) -> str:
     return f"The weights kept are {side}, step {curves.kept_step:,}."
 
 
-def _is_faultless(curves: Curves) -> bool:
-    """Every eval row was answered right at the end: more training can do no better."""
-    return is_share(curves.metric_name) and bool(curves.metric) and curves.metric[-1][1] >= 1
+def at_ceiling(metric_name: str, metric: Sequence[Point]) -> bool:
+    """All eval rows, or nearly all, were answered right at the end: more training can do no better on them."""
+    return is_share(metric_name) and bool(metric) and metric[-1][1] >= CEILING
 
 
 def _is_loss(curves: Curves) -> bool:

@@ -13,10 +13,11 @@ from fulltune.report.format.blocks import Headline
 from fulltune.report.format.plots import Point
 from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.about_training import fitting_of
+from fulltune.report.run.fitting import CHANGED, at_ceiling
 from fulltune.report.run.history import after_start
 from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import headline_row
-from fulltune.text import counted, format_number, is_share, listed
+from fulltune.report.run.verdict import headline_row, strongest_untrained
+from fulltune.text import counted, format_metric, format_number, is_share, listed
 
 _FEW_STEPS = 100
 """A pretrained model with a new head has hardly begun by then."""
@@ -68,6 +69,11 @@ class RunFacts:
     """Settings that a search has tried: it is not for a reader to try them again."""
     over_fitted_from: int | None = None
     """The step after which the eval rows were answered worse while the train rows were still learned."""
+    over_confident: bool = False
+    """Only the eval loss shows it, not the metric."""
+    eval_loss: tuple[Point, ...] = ()
+    bar: str = "the baseline"
+    """What the verdict compares with."""
     got_worse: str = ""
     """That no evaluation was as good as the one before step 1, in words; empty: one was."""
     metric_name: str = "accuracy"
@@ -98,12 +104,15 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     blind = f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'" if label else ""
     if not blind and entities and not any(entities):
         blind = "Not one entity of the test rows is found"
-    fit = fitting_of(view, row.name)
+    fit, bar = fitting_of(view, row.name), strongest_untrained(view.scores, row.main_metric, row.greater_is_better)
     tried = [view.searched.settings, *(one.settings for one in view.searched.tried)] if view.searched else []
     return RunFacts(
         verdict=headline.kind,
         searched=frozenset(name for settings in tried for name in settings),
-        over_fitted_from=fit.turn if fit.kind == "over-fitted" else None,
+        over_fitted_from=fit.turn if fit.kind in ("over-fitted", "over-confident") else None,
+        over_confident=fit.kind == "over-confident",
+        eval_loss=after_start(history.evaluation.get("loss", ())),
+        bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
         got_worse=fit.sentences[0] if fit.kind == "got worse" and fit.turn == 0 else "",
         learning_rate=plan.learning_rate,
         last_as_good=bool(outcome.kept_because),
@@ -153,6 +162,12 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
     evidence, helps = run.held_back
     if evidence:  # the curves are of a model that was not kept
         return (f"{evidence[0].upper()}{evidence[1:]}. {helps[0].upper()}{helps[1:]}.",)
+    narrower = ["More test rows narrow the interval: four times as many halve it"] * (run.verdict == "unresolved")
+    if at_ceiling(run.metric_name, run.metric) and not run.blind:
+        name, value = words.metric_name(run.metric_name), format_metric(run.metric_name, run.metric[-1][1])
+        unless = ", unless harder or more test rows show a difference" if narrower else ""
+        kept = f"Keep {run.bar}, which needs no training{unless}"
+        return (f"{name[0].upper()}{name[1:]} on the eval rows is {value}: nothing is left to gain there. {kept}.",)
     lower, higher = _rate(run, 1 / 3), _rate(run, 3)
     found = []
     grew, is_sure = _loss_grew(run.loss)
@@ -168,7 +183,8 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
         pass  # a search chose it
     elif (turn := run.over_fitted_from) is not None:
         found.append(
-            f"The run is over-fitted from step {turn:,} on (see 'Learning curves'). Stop there: {_shorter(run, turn)}"
+            f"The run is over-{'confident' if run.over_confident else 'fitted'} from step {turn:,} on (see 'Learning "
+            f"curves'). Stop there: {_shorter(run, turn)}"
         )
     elif not (is_sure or passed or run.got_worse) and (longer := _reasons_to_go_on(run)):
         found.append(f"{listed(longer)}. Train for longer: {_longer(run)}")
@@ -191,14 +207,13 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
     if not found:
         others = f"other rates, {lower} or {higher}, or " if has_free_rate else ""
         found.append(f"The curves show no reason. Try {others}more train rows than these {run.train_rows:,}")
-    if run.verdict == "unresolved":
-        found.append("More test rows narrow the interval: four times as many halve it")
-    return tuple(f"{one}." for one in found)
+    return tuple(f"{one}." for one in [*found, *narrower])
 
 
 def _reasons_to_go_on(run: RunFacts) -> list[str]:
-    """What speaks for a longer run; one that was stopped early would be stopped there again."""
-    if run.steps < run.total_steps:
+    """What speaks for a longer run; one that was stopped early would be stopped there again, and one that was better
+    before its end would get worse."""
+    if run.steps < run.total_steps or _was_better(run):
         return []
     reasons = []
     values = [value for _, value in run.loss]
@@ -245,6 +260,13 @@ def _best_long_ago(run: RunFacts) -> str:
         return ""
     name = words.metric_name(run.metric_name)
     return f"{name[0].upper()}{name[1:]} on the eval rows was best at step {step:,} and worse at the end"
+
+
+def _was_better(run: RunFacts) -> bool:
+    """The eval rows were answered better, or with a lower loss, before the end."""
+    losses = [value for _, value in run.eval_loss if math.isfinite(value)]
+    rose = bool(losses) and losses[-1] > (1 + CHANGED) * min(losses)
+    return rose or (bool(run.metric) and not run.last_as_good and _best(run)[1] != run.metric[-1][1])
 
 
 def _longer(run: RunFacts) -> str:
