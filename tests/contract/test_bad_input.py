@@ -20,6 +20,7 @@ from fulltune import data as data_stage
 from fulltune.system import hardware
 from tests import tiny
 from tests.contract.command import Result, assert_same_facts, fulltune
+from tests.train import runs
 
 RECIPE, NO_FIT, DATA, INTERRUPTED = 2, 3, 4, 75
 ROWS = tiny.topic_rows(40)
@@ -615,6 +616,30 @@ def test_model_weights_pickled_are_refused_unless_allowed(case: Case, broken_mod
     allowed = {"name": str(broken_model), "allow_pickled_weights": True}
     tiny.write_recipe(case.folder / "allowed.yaml", broken_model, "train.csv", model=allowed)
     accepted(fulltune("data", case.folder / "allowed.yaml"))
+
+
+class _Foreign:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+def test_pickle_with_foreign_code_is_refused_in_our_own_words(
+    case: Case, broken_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    (broken_model / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(2), "more": _Foreign()}, broken_model / "pytorch_model.bin")
+    monkeypatch.chdir(case.folder)
+    allowed = {"name": str(broken_model), "allow_pickled_weights": True}
+    with runs.in_this_process(), runs.without_tracing():
+        recipe = tiny.write_recipe(case.folder / "r.yaml", broken_model, case.write(CSV), model=allowed)
+        result = fulltune("run", recipe)
+    assert not (case.folder / "ran").exists()
+    assert result.code == RECIPE
+    assert f"model: {broken_model}: its pickled weights were not read" in result.err
+    assert "posix.mkdir" in result.err
+    assert "weights_only" not in result.err
 
 
 def test_model_code_is_never_run_unless_trusted(case: Case, broken_model: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -186,6 +188,13 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
     """Run one of transformers' loaders and turn its errors into one line that says what to do."""
     try:
         return read()
+    except UnpicklingError as error:  # torch's own words advise to read it without the restriction
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise SetupError(
+            f"model: {block.name}: its pickled weights were not read: they hold more than tensors "
+            f"({found[1] if found else 'not a whole pickle'}), which would run as code; take the model's safetensors, "
+            "or weights from a source that you trust"
+        ) from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:

@@ -228,7 +228,9 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
     """Make the folder this recipe's, or check that it is; True when it was already."""
     identity = folder / IDENTITY
     if identity.exists():
-        if _fingerprint(identity) != fingerprint:
+        if (its := _fingerprint(identity)) is None:
+            raise _damaged(identity)
+        if its != fingerprint:
             raise SetupError(
                 f"{folder}: belongs to a run with other settings{_differing(folder, recipe)}; name another folder, or "
                 "leave --run-folder out to start a new run"
@@ -287,9 +289,13 @@ def recipe_of(folder: Path) -> Recipe:
     try:
         return Recipe.model_validate(json.loads(identity.read_text(encoding="utf-8"))["recipe"])
     except (ValueError, KeyError, TypeError, OSError):  # pydantic's ValidationError is a ValueError
-        raise SetupError(
-            f"{identity}: is damaged or was written by another version of fulltune; start a new run from the recipe"
-        ) from None
+        raise _damaged(identity) from None
+
+
+def _damaged(identity: Path) -> SetupError:
+    return SetupError(
+        f"{identity}: is damaged or was written by another version of fulltune; start a new run from the recipe"
+    )
 
 
 def is_comparison(folder: Path) -> bool:
