@@ -19,7 +19,7 @@ $(VENV)/chat: $(VENV)/quickstart
 	touch $@
 
 $(VENV)/dev: $(VENV)/quickstart
-	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,entities,images,search,audit,languages,tensorboard,lightning,dev]'
+	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,entities,images,search,audit,languages,tensorboard,lightning,trl,dev]'
 	touch $@
 
 # Kubeflow's and SkyPilot's own parsers, which want other versions of packages than fulltune does.

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fulltune.api import job, load_predictor, run
-    from fulltune.classic import Trainer, TrainingArguments
+    from fulltune.classic import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+    from fulltune.classic.sft import SFTConfig as SFTConfig
+    from fulltune.classic.sft import SFTTrainer as SFTTrainer
     from fulltune.errors import FulltuneError
     from fulltune.pipeline import make_plan, prepare, score_baselines, score_trial, train_trial, write_report
     from fulltune.recipe.fields import Recipe
@@ -31,6 +33,10 @@ _HOMES = {
     "Guarded": "train.loop.guarded_step",
     "Trainer": "classic",
     "TrainingArguments": "classic",
+    "Seq2SeqTrainer": "classic",
+    "Seq2SeqTrainingArguments": "classic",
+    "SFTTrainer": "classic.sft",
+    "SFTConfig": "classic.sft",
     "FulltuneError": "errors",
     "prepare": "pipeline",
     "make_plan": "pipeline",
@@ -42,10 +48,13 @@ _HOMES = {
     "load_recipe": "recipe.file",
 }
 
+# Without SFTTrainer and SFTConfig: `from fulltune import *` must not need TRL.
 __all__ = [
     "FulltuneError",
     "Guarded",
     "Recipe",
+    "Seq2SeqTrainer",
+    "Seq2SeqTrainingArguments",
     "Trainer",
     "TrainingArguments",
     "job",

@@ -164,3 +164,12 @@ def test_run_folder_as_target_with_overrides_is_refused(recipe: Path) -> None:
 def test_override_changes_the_setting(recipe: Path) -> None:
     plan = json.loads(fulltune("plan", recipe, "--json", "--set", "method.learning_rate=3e-4").out)
     assert plan["learning_rate"] == 3e-4
+
+
+def test_quickstart_starts_anew_when_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr("fulltune.quickstart.recipes.write_topics", lambda folder: folder / "topics.yaml")
+    monkeypatch.setattr("fulltune.cli.app.run", lambda recipe, set_, fresh: started.append(fresh))
+    for given in ((), ("--fresh",)):
+        assert fulltune("quickstart", "--output", tmp_path, *given).code == 0
+    assert started == [False, True]

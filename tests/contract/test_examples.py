@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,16 @@ def test_classic_script_imports_only_two_names_of_ours() -> None:
         for alias in node.names
     ]
     assert ours == ["Trainer", "TrainingArguments"]
+
+
+@pytest.mark.slow
+def test_classic_script_learns_without_handing_over_tokenizer_or_collator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (EXAMPLES / "classic_script.py").read_text(encoding="utf-8")
+    assert "Trainer(model=model, args=args, train_dataset=train, eval_dataset=val)" in text
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="needs a padding token to classify and has none"):
+        made = runpy.run_path(str(EXAMPLES / "classic_script.py"))
+    assert made["trainer"].evaluate()["eval_loss"] < 0.4  # guessing has 0.69
+    assert (tmp_path / "classic-output" / "model" / "model.safetensors").exists()

@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import math
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +20,23 @@ import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
+import fulltune
 from fulltune.classic import FulltuneNotice, Trainer, TrainingArguments
 from fulltune.classic import arguments as classic_arguments
 from fulltune.classic import dry_run as classic_dry_run
 from fulltune.classic.arguments import OLD_NAMES
-from fulltune.errors import GuardStop
+from fulltune.errors import GuardStop, SetupError
+from tests import tiny
 
 SIGNAL = ("good", "bad")
 FILLER = [f"w{number}" for number in range(20)]
@@ -149,6 +161,116 @@ def test_classic_script_on_planted_signal_beats_majority_and_tells_each_change_o
     for name in old:
         assert len([text for text in told if text.startswith(name)]) == 1, (name, told)
     assert len(told) == len(old), told
+
+
+def unpadded_gpt2(tokenizer: Any, folder: Path, pad: str | None = None, kind: Any = GPT2LMHeadModel) -> Path:
+    """A folder as `gpt2` is: a language model that knows no padding token, nor does its tokenizer."""
+    tiny_model(tokenizer, kind).save_pretrained(folder)
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token=tokenizer.eos_token, pad_token=pad).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("padding", [False, "max_length"])
+def test_script_with_the_import_changed_and_nothing_else_trains_as_with_a_tokenizer(
+    padding: Any, tokenizer: Any, tmp_path: Path, caught: list[warnings.WarningMessage]
+) -> None:
+    folder = unpadded_gpt2(tokenizer, tmp_path / "gpt2")
+    cut = {"truncation": True, "max_length": 16, "padding": padding}
+    train, val = (
+        rows(tokenizer, n, seed).map(lambda row: tokenizer(row["text"], **cut)) for n, seed in ((48, 0), (24, 1))
+    )
+
+    def script(**given: Any) -> Any:
+        torch.manual_seed(0)  # the head is new
+        model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=2)
+        for param in model.parameters():
+            param.requires_grad = True
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "results"),
+            num_train_epochs=2,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=8,
+            learning_rate=5e-3,
+            weight_decay=0.01,
+            warmup_steps=2,
+            gradient_accumulation_steps=4,
+            fp16=True,
+            evaluation_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            logging_steps=1,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=val, **given)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "saved"))
+        return trainer
+
+    left_out = script()
+    told = {text.split(" ")[0] for text in notices(caught)}
+    assert told == {"the", "fp16=True:", "evaluation_strategy='epoch'", *(() if padding else ("rows",))}, notices(
+        caught
+    )
+    assert "needs a padding token to classify and has none: token 0 is taken, its end token" in "".join(notices(caught))
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").config
+    assert config.pad_token_id == tokenizer.pad_token_id
+    handed_over = script(processing_class=tokenizer)
+    assert_same_weights(weights(left_out.model), weights(handed_over.model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pad", "config", "expected"),
+    [
+        (GPT2ForSequenceClassification, None, {}, 0),  # the end token
+        (GPT2ForSequenceClassification, "w3", {}, "w3"),  # the folder's own tokenizer knows better
+        (GPT2ForSequenceClassification, None, {"eos_token_id": [2, 0]}, 2),
+        (GPT2ForSequenceClassification, None, {"eos_token_id": 50256}, None),  # not in this model's vocabulary
+        (GPT2ForSequenceClassification, "w3", {"pad_token_id": 1}, 1),
+        (GPT2LMHeadModel, "w3", {}, None),  # needs none
+    ],
+)
+def test_missing_padding_token_is_that_of_the_model_s_folder_or_its_end_token(
+    kind: Any, pad: str | None, config: dict[str, Any], expected: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = kind.from_pretrained(unpadded_gpt2(tokenizer, tmp_path / "model", pad, kind))
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET))
+    number = tokenizer.convert_tokens_to_ids(expected) if isinstance(expected, str) else expected
+    assert model.config.pad_token_id == number
+    own = transformers.DataCollatorWithPadding(tokenizer)
+    with_own = Trainer(model=kind(tiny_config(tokenizer)), args=trainer.args, data_collator=own)
+    assert with_own.data_collator is own
+    assert with_own.model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_decoder_reads_the_last_token_of_a_row_whichever_token_the_script_padded_with(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    """The folder's tokenizer pads with another token than the script's own, of which the Trainer is not told."""
+    folder = unpadded_gpt2(tokenizer, tmp_path / "model", "w3", GPT2ForSequenceClassification)
+    model = GPT2ForSequenceClassification.from_pretrained(folder).eval()
+    trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET))
+    one = tokenizer("good w1 w2")["input_ids"]
+    batch = trainer.data_collator([dict(tokenizer("good w1 w2", padding="max_length", max_length=9))])
+    torch.testing.assert_close(model(**batch).logits, model(input_ids=torch.tensor([one])).logits)
+
+
+def test_unequal_rows_of_a_language_model_are_filled_up_and_not_trained_there(tokenizer: Any, tmp_path: Path) -> None:
+    folder = unpadded_gpt2(tokenizer, tmp_path / "model")
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET))
+    batch = trainer.data_collator([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8], "labels": [8]}])
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "input_ids": [[5, 6, 7], [8, 0, 0]],
+        "labels": [[5, 6, 7], [8, -100, -100]],
+    }
+    tensors = [{"input_ids": torch.tensor([1] * n), "labels": torch.tensor(n)} for n in (2, 1)]
+    batch = trainer.data_collator(tensors)
+    assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([[1, 1], [1, 0]], [2, 1])
 
 
 def test_prediction_with_grouped_lengths_keeps_order_of_rows(tokenizer: Any, tmp_path: Path) -> None:
@@ -306,6 +428,75 @@ def test_bf16_without_gpu_trains_on_cpu_and_says_so(tmp_path: Path) -> None:
     assert args.bf16
 
 
+# ---- other Trainers -------------------------------------------------------------------------------------------------
+
+
+def test_seq2seq_script_trains_and_generates_as_with_transformers(
+    tmp_path: Path, caught: list[warnings.WarningMessage]
+) -> None:
+    tiny.save_model(tmp_path / "model", "t5", dropout_rate=0.2)
+    reads = AutoTokenizer.from_pretrained(tmp_path / "model")
+    texts = [row["text"] for row in tiny.topic_rows(8)]
+    data = Dataset.from_list([{**reads(text), "labels": reads(text[:9])["input_ids"]} for text in texts])
+    shape = {"predict_with_generate": True, "generation_max_length": 6, "per_device_train_batch_size": 4}
+    results, generated = [], []
+    for trainer_class, config_class, name in (
+        (transformers.Seq2SeqTrainer, transformers.Seq2SeqTrainingArguments, "eval_strategy"),
+        (fulltune.Seq2SeqTrainer, fulltune.Seq2SeqTrainingArguments, "evaluation_strategy"),
+    ):
+        model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+        trainer = trainer_class(
+            model=model,
+            args=config_class(str(tmp_path / "out"), num_train_epochs=1, **{name: "epoch"}, **shape, **QUIET),
+            train_dataset=data,
+            data_collator=transformers.DataCollatorForSeq2Seq(reads, model),
+            eval_dataset=data,
+            compute_metrics=lambda found: generated.append(found.predictions) or {},
+        )
+        trainer.train()
+        results.append(trainer)
+    assert_same_weights(*(weights(one.model) for one in results))
+    assert generated[0].tolist() == generated[1].tolist()
+    assert results[1].moved.share > 0.9
+    assert [text.split("=")[0] for text in notices(caught)] == ["evaluation_strategy"]
+
+
+def test_sft_script_trains_as_with_trl_and_counts_no_dry_run(
+    tmp_path: Path, caught: list[warnings.WarningMessage]
+) -> None:
+    trl = pytest.importorskip("trl", reason="needs trl; pip install 'fulltune[trl]'")
+    tiny.save_model(tmp_path / "model", "llama")
+    texts = [{"text": "the sun shines and the rain falls " * (1 + number % 3)} for number in range(16)]
+    shape = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    results = []
+    for trainer_class, config_class, given in (
+        (trl.SFTTrainer, trl.SFTConfig, {"activation_checkpointing": False, "bf16": False, "max_length": 64}),
+        (fulltune.SFTTrainer, fulltune.SFTConfig, {"gradient_checkpointing": False, "max_seq_length": 64}),
+    ):
+        args = config_class(
+            str(tmp_path), **{**QUIET, "logging_strategy": "steps", "logging_steps": 1}, **shape, **given
+        )
+        trainer = trainer_class(model=str(tmp_path / "model"), args=args, train_dataset=Dataset.from_list(texts))
+        trainer.train()
+        results.append(trainer)
+    theirs, ours = results
+    assert_same_weights(weights(theirs.model), weights(ours.model))
+    for name in ("loss", "num_tokens", "mean_token_accuracy"):
+        logged = [[one[name] for one in each.state.log_history if name in one] for each in results]
+        assert logged[0] == logged[1], name
+    assert ours.moved.share > 0.9
+    told = [text.split("=")[0] for text in notices(caught)]
+    assert told[:2] == ["gradient_checkpointing", "max_seq_length"]
+    assert told[2:] == ([] if torch.accelerator.is_available() else ["bf16"])
+
+
+def test_trl_is_asked_for_by_its_trainer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    monkeypatch.delitem(sys.modules, "fulltune.classic.sft", raising=False)
+    with pytest.raises(SetupError, match=r"pip install 'fulltune\[trl\]'"):
+        _ = fulltune.SFTTrainer
+
+
 # ---- guards ---------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +544,19 @@ def test_nan_loss_in_dry_run_stops_before_training(tokenizer: Any, tmp_path: Pat
     with pytest.raises(GuardStop, match=r"dry-run step: the loss is nan on the longest batch \(8 rows of 1\d tokens\)"):
         trainer.train()
     assert_same_weights(weights(model), before)
+
+
+def test_weights_that_a_killed_script_left_behind_are_removed_at_the_next_start(tokenizer: Any, tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left, living = (tmp_path / f"_fulltune-initial-{pid}.safetensors" for pid in (gone.pid, os.getppid()))
+    left.touch()
+    living.touch()
+    args = TrainingArguments(str(tmp_path), max_steps=1, **QUIET)
+    Trainer(
+        model=tiny_model(tokenizer), args=args, train_dataset=rows(tokenizer, 16), processing_class=tokenizer
+    ).train()
+    assert list(tmp_path.glob("_fulltune*")) == [living]
 
 
 def test_training_at_rate_zero_is_refused_because_nothing_moved(tokenizer: Any, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Scripts written for transformers 3 and 4 run on transformers 5: names that were 
 notice, and the guards of a fulltune run watch the training. The rest is Hugging Face's own.
 """
 
-from fulltune.classic.arguments import FulltuneNotice, TrainingArguments
-from fulltune.classic.trainer import Trainer
+from fulltune.classic.arguments import FulltuneNotice, Seq2SeqTrainingArguments, TrainingArguments
+from fulltune.classic.trainer import Seq2SeqTrainer, Trainer
 
-__all__ = ["FulltuneNotice", "Trainer", "TrainingArguments"]
+__all__ = ["FulltuneNotice", "Seq2SeqTrainer", "Seq2SeqTrainingArguments", "Trainer", "TrainingArguments"]

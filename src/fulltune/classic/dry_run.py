@@ -96,9 +96,9 @@ def longest(dataset: Any, how_many: int, name: str, length_name: str) -> list[in
     else:
         some = min(len(dataset), NUM_MEASURED_ROWS)
         positions = [number * len(dataset) // some for number in range(some)]  # evenly spaced
-        if positions and _row_length(dataset[positions[0]], name) is None:
+        if positions and row_length(dataset[positions[0]], name) is None:
             return list(range(min(how_many, len(dataset))))
-        lengths = [_row_length(dataset[i], name) or 0 for i in positions]
+        lengths = [row_length(dataset[i], name) or 0 for i in positions]
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")[:how_many]
     return [int(positions[i]) for i in order]
 
@@ -113,7 +113,7 @@ def _column_lengths(dataset: Any, name: str) -> list[int] | None:
     return [length or 0 for table in tables for length in pyarrow.compute.list_value_length(table[name]).to_pylist()]
 
 
-def _row_length(row: Any, name: str) -> int | None:
+def row_length(row: Any, name: str) -> int | None:
     value = row.get(name) if isinstance(row, Mapping) else None
     try:
         return None if value is None else len(value)

@@ -6,8 +6,6 @@ import functools
 import inspect
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from fulltune import methods
 from fulltune.classic.arguments import notice, signed
 from fulltune.classic.dry_run import copied, dry_run
+from fulltune.classic.padding import complete
 from fulltune.errors import GuardStop
 from fulltune.records.training import Moved
 from fulltune.train.loop.callbacks import logged
@@ -27,14 +26,16 @@ from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import diverged, ended_high, nothing_learned
 from fulltune.train.loop.step_guard import Judged
 from fulltune.train.worker.no_trace import same_randomness
-from fulltune.train.worker.weights import InitialWeights
+from fulltune.train.worker.weights import InitialWeights, own_file
 
 _log = logging.getLogger(__name__)
 
 
-_THEIRS = inspect.signature(transformers.Trainer.__init__)
-_TOKENIZER = inspect.Parameter("tokenizer", inspect.Parameter.KEYWORD_ONLY, default=None)
-_WITH_TOKENIZER = _THEIRS.replace(parameters=[*_THEIRS.parameters.values(), _TOKENIZER])
+def with_tokenizer(theirs: type) -> inspect.Signature:
+    """Of a Trainer, with the name of `processing_class` before 4.46."""
+    found = inspect.signature(theirs.__init__)  # type: ignore[misc]  # a class's own
+    tokenizer = inspect.Parameter("tokenizer", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return found.replace(parameters=[*found.parameters.values(), tokenizer])
 
 
 class Trainer(Guarded, transformers.Trainer):
@@ -65,7 +66,7 @@ class Trainer(Guarded, transformers.Trainer):
     _loss_scaling_known: bool = False
     _loss_is_mean: bool = False
 
-    @signed(_WITH_TOKENIZER)
+    @signed(with_tokenizer(transformers.Trainer))
     def __init__(self, *positional: Any, tokenizer: Any = None, **keywords: Any) -> None:
         if tokenizer is not None:
             if keywords.get("processing_class", tokenizer) is not tokenizer:
@@ -74,7 +75,7 @@ class Trainer(Guarded, transformers.Trainer):
             notice("Trainer(tokenizer=...) is now processing_class=...")
         super().__init__(*positional, **keywords)
         self._accept_old_overrides()
-        _set_pad_token_id(self.model, self.processing_class)
+        self.data_collator = complete(self.model, self.processing_class, self.data_collator)
         self.add_callback(_Guards(self))
 
     @property
@@ -88,7 +89,7 @@ class Trainer(Guarded, transformers.Trainer):
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
-        _set_pad_token_id(model, getattr(self, "processing_class", None))
+        complete(model, getattr(self, "processing_class", None), getattr(self, "data_collator", None))
         return model
 
     @signed(inspect.signature(transformers.Trainer.train))
@@ -233,18 +234,14 @@ class Trainer(Guarded, transformers.Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
+        # A name that starts with an underscore is left out when the folder is pushed to the Hub.
+        path = own_file(folder, "_fulltune-initial-")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # A name that starts with an underscore is left out when the folder is pushed to the Hub.
-            handle, name = tempfile.mkstemp(prefix="_fulltune-initial-", suffix=".safetensors", dir=folder)
-            os.close(handle)
-        except OSError as error:
-            notice(f"what training moves will not be counted: {folder} cannot be written to ({error.strerror})")
-            return
-        try:
-            self._initial = InitialWeights(self.model, Path(name))
+            self._initial = InitialWeights(self.model, path)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            Path(name).unlink(missing_ok=True)
+            if path.exists():
+                path.unlink()
             notice(f"what training moves will not be counted: the weights could not be kept in {folder} ({error})")
 
     def _count_moved(self) -> None:
@@ -272,6 +269,10 @@ class Trainer(Guarded, transformers.Trainer):
             )
 
 
+class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
+    """The same for `transformers.Seq2SeqTrainer`."""
+
+
 class _Guards(transformers.TrainerCallback):
     """Calls the guards at transformers' events."""
 
@@ -287,19 +288,6 @@ class _Guards(transformers.TrainerCallback):
 
     def on_log(self, *_: Any, **__: Any) -> None:
         self._trainer.judge_logged()
-
-
-def _set_pad_token_id(model: Any, tokenizer: Any) -> None:
-    """A decoder classifies by its last token that is no padding, so it must know the padding token."""
-    pad = getattr(getattr(tokenizer, "tokenizer", tokenizer), "pad_token_id", None)
-    config = getattr(model, "config", None)
-    if pad is None or config is None:
-        return
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for part in (config, text):
-        if getattr(part, "pad_token_id", None) is None:
-            part.pad_token_id = pad
-            _log.info("%s: pad_token_id set to %d, from the tokenizer", type(part).__name__, pad)
 
 
 def _without_argument(method: Callable[..., Any], argument: str) -> Callable[..., Any]:

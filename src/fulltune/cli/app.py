@@ -397,6 +397,7 @@ def quickstart(
     chat: Annotated[bool, typer.Option("--chat", help="A language model on chats, not a classifier.")] = False,
     output: Annotated[Path, typer.Option("--output", help="Where to put data, recipe and runs.")] = Path("runs"),
     set_: options.Overrides = None,
+    fresh: options.Fresh = False,
 ) -> None:
     """Fine-tune a real small model on real text, offline, in about two minutes."""
     from fulltune.quickstart import recipes as example
@@ -406,7 +407,7 @@ def quickstart(
         err.print("[dim]reading the docstrings of the installed packages[/dim]")
         recipe = example.write_chat(output) if chat else example.write_topics(output)
     err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
-    run(recipe, set_, fresh=False)
+    run(recipe, set_, fresh=fresh)
 
 
 @app.command()

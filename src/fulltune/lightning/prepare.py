@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +69,7 @@ class FineTuning:
         steps = StepGuard(finite_only=not self.recipe.train.skip_suspect_steps)
         rate = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
         readings = DivergenceGuard(steps, self.plan.logging_steps, rate, self.untrained_loss)
-        return [steps, readings, MovedGuard(steps, self.folder / f"lightning-initial-{os.getpid()}.safetensors")]
+        return [steps, readings, MovedGuard(steps, weights.own_file(self.folder, "lightning-initial-"))]
 
     def monitor(self) -> dict[str, str]:
         """Arguments of `EarlyStopping` and `ModelCheckpoint`: the eval metric that chooses, and its direction."""

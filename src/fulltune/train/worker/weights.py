@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -128,6 +130,15 @@ class InitialWeights:
 
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def own_file(folder: Path, prefix: str) -> Path:
+    """Where this process may keep its `InitialWeights`; what killed ones left there is removed."""
+    for left in folder.glob(f"{prefix}*.safetensors"):
+        process = left.stem.removeprefix(prefix)
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            left.unlink(missing_ok=True)
+    return folder / f"{prefix}{os.getpid()}.safetensors"
 
 
 def give_one_type(model: Any) -> None:

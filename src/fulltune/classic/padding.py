@@ -1,0 +1,100 @@
+"""What a script leaves out and its model needs: the padding token, and rows of one length."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import transformers
+
+from fulltune.classic.arguments import notice
+from fulltune.classic.dry_run import row_length
+from fulltune.tasks.padding import IGNORED, padded
+
+_log = logging.getLogger(__name__)
+
+
+class FillsUp:
+    """transformers' `default_data_collator`, for rows of unequal length too.
+
+    Args:
+        pad: The model's padding token.
+        everywhere: Put it wherever a row is masked, whichever token the script padded with: a decoder classifies by the
+            last token that is another one.
+    """
+
+    def __init__(self, pad: int, everywhere: bool) -> None:
+        self._pad, self._everywhere, self._said = pad, everywhere, False
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
+        if _are_unequal(rows, "input_ids"):
+            if not self._said:
+                notice(f"rows of unequal length are filled up with token {self._pad}: nothing says how to pad")
+            self._said = True
+            rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
+        fills = {"input_ids": self._pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
+        for name in [name for name in fills if _are_unequal(rows, name)]:
+            for row, values in zip(rows, padded([row[name] for row in rows], fills[name]), strict=True):
+                row[name] = values
+        batch = transformers.default_data_collator(rows)
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if self._everywhere and ids is not None and mask is not None and ids.shape == mask.shape:
+            batch["input_ids"] = ids.masked_fill(mask == 0, self._pad)
+        return batch
+
+
+def _are_unequal(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return len({row_length(row, name) for row in rows}) > 1
+
+
+def complete(model: Any, tokenizer: Any, collate: Any) -> Any:
+    """Tell a model its padding token, if it has none: a decoder classifies by the last token that is another one.
+
+    Args:
+        model: The model.
+        tokenizer: The script's; None: left out.
+        collate: The script's, or transformers' own choice.
+
+    Returns:
+        What makes batches: `collate`, or `FillsUp` where transformers' choice cannot pad.
+    """
+    given = _pad_of(tokenizer) if tokenizer is not None else _pad_of(getattr(collate, "tokenizer", None))
+    lacks = collate is transformers.default_data_collator or type(collate) is FillsUp
+    lacks |= type(collate) is transformers.DataCollatorWithPadding and given is None
+    config = getattr(model, "config", None)
+    if config is None or (given is None and not lacks):
+        return collate
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    pad, source = (getattr(text, "pad_token_id", None), "") if given is None else (given, "from the tokenizer")
+    if is_missing := pad is None:
+        pad, source = _found(config, text)
+    if given is not None or (is_missing and "SequenceClassification" in type(model).__name__):
+        for part in (config, text):
+            if getattr(part, "pad_token_id", None) is None:
+                part.pad_token_id = pad
+                _log.info("%s: pad_token_id set to %s, %s", type(part).__name__, pad, source)
+        if given is None and pad is not None:
+            notice(f"the model needs a padding token to classify and has none: token {pad} is taken, {source}")
+    return FillsUp(pad, is_missing) if lacks and pad is not None else collate
+
+
+def _pad_of(tokenizer: Any) -> int | None:
+    return getattr(getattr(tokenizer, "tokenizer", tokenizer), "pad_token_id", None)
+
+
+def _found(config: Any, text: Any) -> tuple[int | None, str]:
+    """The padding token of the tokenizer in the model's folder, else the end token of its config."""
+    name, found = getattr(config, "_name_or_path", ""), None
+    if name:
+        try:
+            found = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True).pad_token_id
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            _log.info("%s: no tokenizer that can be read: %s", name, error)
+    end = getattr(text, "eos_token_id", None)
+    end = end[0] if isinstance(end, Sequence) and end else end
+    for token, source in ((found, f"that of the tokenizer in {name}"), (end, "its end token")):
+        if isinstance(token, int) and 0 <= token < text.vocab_size:
+            return token, source
+    return None, ""

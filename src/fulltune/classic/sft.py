@@ -1,0 +1,46 @@
+"""TRL's `SFTTrainer` and `SFTConfig` with what `Trainer` and `TrainingArguments` have; TRL is imported here alone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+from typing import Any
+
+from fulltune.classic.arguments import OLD_NAMES_OF_SFT, OldNames, signature, signed
+from fulltune.classic.trainer import Trainer, with_tokenizer
+from fulltune.errors import SetupError
+
+if importlib.util.find_spec("trl") is None:
+    raise SetupError("fulltune.SFTTrainer: needs the package trl; pip install 'fulltune[trl]'")
+
+import trl  # after the refusal
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class SFTConfig(OldNames, trl.SFTConfig):
+    """`trl.SFTConfig` that understands the names of transformers 3 and 4: see `OldNames`."""
+
+    renamed = OLD_NAMES_OF_SFT
+
+    @signed(signature(trl.SFTConfig))
+    def __init__(self, *positional: Any, **keywords: Any) -> None:
+        super().__init__(*positional, **keywords)
+
+
+class SFTTrainer(Trainer, trl.SFTTrainer):
+    """`trl.SFTTrainer` with fulltune's guards: see `Trainer`."""
+
+    _metrics: Any
+    _total_train_tokens: Any
+    _loss_scaling_known = True  # TRL divides the loss by itself
+
+    @signed(with_tokenizer(trl.SFTTrainer))
+    def __init__(self, *positional: Any, **keywords: Any) -> None:
+        super().__init__(*positional, **keywords)
+
+    def before_first_step(self) -> None:
+        """TRL counts tokens and averages metrics over each loss it computes: that of the dry-run step is left out."""
+        kept = copy.deepcopy(self._metrics), self._total_train_tokens
+        super().before_first_step()
+        self._metrics, self._total_train_tokens = kept
