@@ -89,8 +89,9 @@ class LaunchedJob:
 
     @property
     def comment(self) -> str:
-        """The command that asked for it, in one line."""
-        return f"Written by: {' '.join(shlex.join(self.typed).split())}"
+        """The command that asked for it, in one line; YAML takes no control characters, not even here."""
+        line = " ".join(shlex.join(self.typed).split())
+        return f"Written by: {''.join(one if one.isprintable() else ascii(one)[1:-1] for one in line)}"
 
 
 @dataclass(frozen=True)

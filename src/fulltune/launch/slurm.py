@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from fulltune.errors import SetupError
 from fulltune.launch.job import LaunchedJob, Manifest
@@ -49,6 +52,11 @@ rendezvous="$first:$((10000 + SLURM_JOB_ID % 20000))"
 export rendezvous
 """
 
+_NOT_ON_PATH = (
+    "fulltune is not on the PATH here, which sbatch hands on to the job: --with setup='export PATH={}:$PATH' (or the "
+    "line that loads its environment), unless the nodes have it"
+)
+
 _TASK = r"""
 trap : TERM
 "$@"{rank}
@@ -91,7 +99,8 @@ def manifest(job: LaunchedJob, settings: SlurmSettings) -> Manifest:
         f"#SBATCH {name}{'=' * bool(value)}{shlex.quote(value) if value else ''}\n"
         for name, value in _options(job, settings, folder, cores)
     )
-    return Manifest("slurm.sh", f"#!/bin/bash\n# {job.comment}\n{options}{body}", ("sbatch",))
+    notes = () if settings.setup or shutil.which("fulltune") else (_NOT_ON_PATH.format(Path(sys.executable).parent),)
+    return Manifest("slurm.sh", f"#!/bin/bash\n# {job.comment}\n{options}{body}", ("sbatch",), notes)
 
 
 def _seconds_of(time: str | None) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,26 @@ def test_it_says_what_it_wrote_and_what_submits_it(place: Place, hosts: Path) ->
         assert f"wrote {path}; submit it: {command} {path}\n" in said.out
         assert "2 machines, 1 process each\n" in said.out
         assert path.read_text(encoding="utf-8").count("fulltune launch") == 1 or ending.endswith("sh")
+
+
+def test_control_characters_of_the_command_are_escaped_in_its_comment(place: Place) -> None:
+    file = place.work / "a\ab.yaml"
+    assert place.launch(*PODS, "--with", "job=trainjob", "--output", file).code == 0
+    text = file.read_text(encoding="utf-8")
+    assert r"/a\x07b.yaml" in text.partition("\n")[0]
+    assert list(yaml.safe_load_all(text))
+
+
+def test_command_that_is_not_on_the_path_is_said_before_it_fails_in_the_queue(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    there = Path(sys.executable).parent
+    assert f"--with setup='export PATH={there}:$PATH'" in place.launch("--slurm").out
+    setup = ("--with", f"setup=export PATH={there}:$PATH", "--force")
+    assert "PATH here" not in place.launch("--slurm", *setup).out
+    monkeypatch.setenv("PATH", f"{place.programs}:/usr/bin:/bin")
+    assert "PATH here" not in place.launch("--slurm", "--force").out
 
 
 def test_for_says_machines_processes_and_gpus(place: Place) -> None:
