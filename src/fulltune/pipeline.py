@@ -10,6 +10,7 @@ from pathlib import Path
 from fulltune import data, evaluate, methods, plan, report
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.forgetting.generic_text import check_texts
+from fulltune.models.files import check_weights
 from fulltune.probe.label_errors import JUDGED
 from fulltune.records.audit import Audit, Proofs
 from fulltune.records.data import DataSummary
@@ -51,6 +52,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
             summary = prepare(job, runs_here=until != "data")
             if until == "data":
                 return Reached(job.folder, summary)
+            run_folder.forget_old_speeds(job.folder, job.plan_path)
             trial = make_plan(job, summary)
         if measure:
             trial = measure_plan(job, trial, summary)
@@ -81,11 +83,14 @@ def on_all_machines(job: Run) -> Run:
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
-    """The data stage: read, check, split and tokenise; what only the training needs may be missing elsewhere."""
+    """The data stage: read, check, split and tokenise; what only the training needs, also the model's weights, may be
+    missing elsewhere."""
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
     job.hooks.check(job.recipe)
+    if runs_here:
+        check_weights(job.recipe.model, job.base.files)
     check_extra(job.recipe, runs_here=runs_here)
     evaluate.check_extras(job.recipe)
     check_model(job.recipe, job.base)
@@ -122,7 +127,6 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
         reads_rows: Whether the untouched model reads rows, to judge labels and to find leaks in other words and
             outliers.
     """
-    job.phase("auditing the rows")
     folder = job.folder / "data"
     has_label, has_texts = summary.problem_type in JUDGED, job.recipe.task == "text-classification"
     reader = data.Reader(job.recipe, job.base, summary, folder, job.listener)
@@ -130,6 +134,9 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
     compare = partial(data.rephrased, reader) if has_texts and reads_rows else None
     is_whole = has_texts or job.recipe.task == "image-classification"  # a row has one mean of its states
     outlie = partial(data.outliers, reader) if is_whole and reads_rows else None
+    if judge or outlie:
+        check_weights(job.recipe.model, job.base.files)
+    job.phase("auditing the rows")
 
     def progress(done: int, total: int) -> None:
         job.listener(RowsPrepared(name="auditing", done=done, total=total))

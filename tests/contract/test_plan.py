@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -77,10 +79,13 @@ def test_7b_is_planned_from_its_config_alone() -> None:
     # One setting of a command may be longer: nothing breaks inside it.
     assert all(len(line) <= 80 or "--set" in line or str(SEVEN_B) in line for line in page.splitlines())
     order = [
+        "plan\nfits   yes: full on 4x A100-80GB, 512 GB host, FSDP2, ",
+        "for the whole command; without reading and tokenising the",
+        " USD for ",
         "found",
         "6,738,415,616 parameters",
         "50,000 to train",
-        "4x A100-80GB, 512 GB host",
+        "hardware      4x A100-80GB, 512 GB host",
         "512 GB of host memory (128 GB a GPU is usual)",
         "memory of a step",
         "Each kind at the moment of a step that needs the most memory: ",
@@ -89,7 +94,6 @@ def test_7b_is_planned_from_its_config_alone() -> None:
         "4 copies, AdamW fp32",
         "ZeRO-3, all on disk",
         "\ntime\n",
-        "USD for",
         "\nchosen ",
         "train.micro_batch_size",
         "\ninstead\n",
@@ -100,6 +104,7 @@ def test_7b_is_planned_from_its_config_alone() -> None:
     places = [page.find(words) for words in order]
     assert -1 not in places, dict(zip(order, places, strict=True))
     assert places == sorted(places)
+    assert not re.search(r"et al\.|\d{4}\.\d{5}", page), "sources stand in --json and docs"
 
 
 @pytest.mark.slow
@@ -226,7 +231,10 @@ def test_page_on_scale_has_its_table() -> None:
 def test_page_on_scale_says_what_the_plan_says(row: list[str]) -> None:
     model, hardware, rows, place, gib, sent, seconds, speed = row
     recipe = EXAMPLES / ("plan-7b.yaml" if model == "7 B" else "plan-70b.yaml")
-    own = ("--set", f"train.placement={place}") if place in ("zero2", "zero3") else ()
+    counts = [int(count) for count in re.findall(r"(\d+)x", hardware)]
+    given = {"placement": place, "num_processes": math.prod(counts), "num_machines": math.prod(counts[:-1])}
+    own = [word for name, value in given.items() for word in ("--set", f"train.{name}={value}")]
+    own = own if place in ("zero2", "zero3", "fsdp2") else []
     options = ("--rows", 50_000, "--tokens", 512 if model == "7 B" else 2048, "--for", hardware.strip("`"), *own)
     result = fulltune("plan", recipe, "--set", f"train.global_batch_size={rows}", *options, "--json")
     assert result.code == 0, result.err
@@ -315,6 +323,22 @@ def test_plan_with_data_for_other_hardware_leaves_the_runs_plan_open(recipe: Pat
     assert not (tmp_path / "run" / "plan" / "full.json").exists()
     assert fulltune("plan", recipe, "--run-folder", tmp_path / "run", "--json").code == 0
     assert json.loads((tmp_path / "run" / "plan" / "full.json").read_text())["device"] == "cpu"
+
+
+def test_plan_for_other_hardware_needs_config_tokenizer_and_rows_but_no_weights(recipe: Path, tmp_path: Path) -> None:
+    model = load_recipe(recipe).model.name
+    here = tmp_path / "here"
+    shutil.copytree(model, here, ignore=shutil.ignore_patterns("*.safetensors"))
+    there = ("--run-folder", tmp_path / "run", "--set", f"model={here}")
+    planned = fulltune("plan", recipe, *there, "--for", "1x L4", "--json")
+    assert planned.code == 0, planned.err
+    whole = fulltune("plan", recipe, "--run-folder", tmp_path / "whole", "--for", "1x L4", "--json")
+    assert json.loads(planned.out)["num_parameters"] == json.loads(whole.out)["num_parameters"]
+    assert fulltune("data", recipe, *there, "--no-labels").code == 0
+    for verb in (("run",), ("plan",), ("data",)):  # the untouched model judges labels
+        refused = fulltune(*verb, recipe, *there)
+        problems = [f"model: {here}: config.json is there but no weights (*.safetensors)"]
+        assert (refused.code, refused.problems) == (2, problems)
 
 
 def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -> None:

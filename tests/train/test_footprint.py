@@ -286,10 +286,10 @@ def test_the_size_of_images_is_the_processors(tmp_path: Path) -> None:
     CONVOLUTIONS["resnet"].save_pretrained(tmp_path)
     block = ModelBlock(name=str(tmp_path))
     assumed = f"images of 224 x 224 pixels, as most models take them: {tmp_path} has no preprocessor_config.json"
-    assert Base.of(block, "image-classification", has_weights=False).image_shape == ((3, 224, 224), assumed)
+    assert Base.of(block, "image-classification", has_processor=False).image_shape == ((3, 224, 224), assumed)
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 96}, "crop_pct": 0.875}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
-    assert Base.of(block, "image-classification", has_weights=False).image_shape == ((3, 96, 96), "")
+    assert Base.of(block, "image-classification", has_processor=False).image_shape == ((3, 96, 96), "")
 
 
 def test_an_image_is_one_token_of_work() -> None:

@@ -33,9 +33,9 @@ def test_run_finds_its_model_and_reads_config_and_tokenizer_once_in_each_process
         now = here
         return outcome
 
-    def located(block: ModelBlock, weights: bool = True) -> Any:
+    def located(block: ModelBlock) -> Any:
         now[f"{Path(block.name).name}: place"] += 1
-        return files.locate(block, weights)
+        return files.locate(block)
 
     def reading(block: ModelBlock, what: str, read: Any) -> Any:
         now[f"{Path(block.name).name}: {what}"] += 1

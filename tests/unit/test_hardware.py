@@ -110,11 +110,20 @@ def test_cpu_rates_are_measured_once_and_kept_for_children(monkeypatch: pytest.M
     monkeypatch.delenv("FULLTUNE_CPU_RATES")
     measured = iter([(80.54e9, 20.11e9), (1.0, 1.0)])
     monkeypatch.setattr(hardware, "_measure_cpu_rates", lambda: next(measured))
-    assert [hardware.cpu_rates(), hardware.cpu_rates()] == [(80.5e9, 20.1e9)] * 2
-    assert os.environ["FULLTUNE_CPU_RATES"] == "80.5 20.1"
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.04, 1.0, 1.0))
+    assert [hardware.cpu_rates(), hardware.cpu_rates()] == [(80.5e9, 20.1e9, 9.0)] * 2
+    assert os.environ["FULLTUNE_CPU_RATES"] == "80.5 20.1 9.0"
+    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
+    assert hardware.cpu_rates() == (80.5e9, 20.1e9, 0.0)
 
 
-@pytest.mark.parametrize("value", ["fast", "80.5", "80.5 20.1 3", ""])
+@pytest.mark.parametrize(("load", "cores", "is_busy"), [(9.0, 2, True), (2.6, 2, False), (9.0, 16, False)])
+def test_machine_is_busy_when_others_want_its_cores(load: float, cores: int, is_busy: bool) -> None:
+    said = hardware.here().model_copy(update={"load_average": load, "num_cores": cores}).busy
+    assert said.startswith("this machine is busy (load 9 on 2 cores)") == is_busy == bool(said)
+
+
+@pytest.mark.parametrize("value", ["fast", "80.5", "80.5 20.1 3 4", ""])
 def test_cpu_rates_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("FULLTUNE_CPU_RATES", value)
     with pytest.raises(SetupError) as raised:

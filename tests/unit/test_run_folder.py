@@ -14,6 +14,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.run import Command
 from fulltune.system import run_folder
 from fulltune.system.run_folder import find_or_make, locked, not_left_when_refused
+from tests import plans
 
 
 def test_seconds_of_a_command_are_kept_where_it_did_everything(tmp_path: Path) -> None:
@@ -109,3 +110,27 @@ def test_folder_whose_recipe_is_damaged_is_not_taken_for_another_run_s(tmp_path:
     (tmp_path / "run" / "recipe.json").write_bytes(content)
     with pytest.raises(SetupError, match=f"^{tmp_path}/run/recipe.json: is damaged"):
         find_or_make(recipe, "", "x", tmp_path / "run", fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("busy", "hours", "beside", "is_kept"),
+    [
+        ("", 1, "", True),
+        ("this machine is busy", 1, "", False),
+        ("", 25, "", False),
+        ("this machine is busy", 25, "attempts", True),
+        ("this machine is busy", 25, "search", True),
+        ("this machine is busy", 25, "plan/measured.json", True),
+    ],
+)
+def test_plan_of_a_busy_machine_or_of_another_day_is_made_again_before_anything_has_begun_with_it(
+    tmp_path: Path, busy: str, hours: int, beside: str, is_kept: bool
+) -> None:
+    path = tmp_path / "plan" / "full.json"
+    path.parent.mkdir()
+    plans.plan(busy=busy).save(path)
+    os.utime(path, (time.time() - 3600 * hours,) * 2)
+    if beside:
+        (tmp_path / beside).mkdir()
+    run_folder.forget_old_speeds(tmp_path, path)
+    assert path.exists() == is_kept

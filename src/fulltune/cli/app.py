@@ -399,7 +399,7 @@ def quickstart(
     set_: options.Overrides = None,
     fresh: options.Fresh = False,
 ) -> None:
-    """Fine-tune a real small model on real text, offline, in about two minutes."""
+    """Fine-tune a real small model on real text, offline, in 2 to 5 minutes on 2 cores."""
     from fulltune.quickstart import recipes as example
     from fulltune.system.run_folder import writing
 
@@ -417,7 +417,7 @@ def selfcheck(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check what this machine decides (precision, kernels, resume ...); offline, about 1.5 minutes on 2 cores."""
+    """Check what this machine decides (precision, kernels, resume ...); offline, 0.5 to 1.5 minutes on 2 idle cores."""
     from fulltune.cli import checkups
 
     checkups.selfcheck(output, as_json)

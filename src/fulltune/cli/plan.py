@@ -118,7 +118,7 @@ def without_data(target: Path, overrides: list[str], options: Options) -> tuple[
     if recipe is None or checked is None or options.rows is None or options.tokens is None:
         raise RecipeError(problems)
     summary = _imagined(recipe, options.rows, options.tokens)
-    survey, plan = _survey(recipe, summary, checked, None, Path(recipe.output), weights=False)
+    survey, plan = _survey(recipe, summary, checked, None, Path(recipe.output), by_config=True)
     return _with_commands(survey, target, overrides, recipe).model_copy(update={"rows_prepared": False}), plan
 
 
@@ -193,7 +193,7 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
 
 
 def _survey(
-    recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, place: Path, weights: bool = True
+    recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, place: Path, by_config: bool = False
 ) -> tuple[Survey, Plan | None]:
     from fulltune.footprint import records
     from fulltune.footprint.trace import PlannedModel
@@ -208,10 +208,10 @@ def _survey(
     fleet = checked.fleet or gpus.here(hardware.here(), free, machines, str(place))
     spread = workload.spread_over(recipe, fleet)
     followed = workload.by_hardware(recipe, spread)
-    base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, weights))
+    base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, not by_config))
 
     def of_a_model(changed: Recipe) -> workload.Workload:
-        if not weights:
+        if by_config:
             _check_config(changed, base(), summary, fleet.here)
         model = PlannedModel.of(changed, base(), summary)
 

@@ -132,7 +132,7 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
     Raises:
         RecipeError: When the budget is too short for a verdict.
     """
-    base = Base.of(recipe.model, recipe.task, has_weights=False)
+    base = Base.of(recipe.model, recipe.task)
     shapes = shapes_of(base, {})
     text, expected = budget or recipe.compare.budget, None
     of_rows: dict[str, Any] = {}

@@ -56,7 +56,7 @@ class PlannedModel:
     @cached_property
     def changes(self) -> dict[str, Any]:
         """Of the model's config, by the task; none where a model is planned by its config alone."""
-        return dict(self.task.config_changes(self.target, self.base.processor)) if self.base.has_weights else {}
+        return dict(self.task.config_changes(self.target, self.base.processor)) if self.base.has_processor else {}
 
     @cached_property
     def shapes(self) -> Shapes:

@@ -30,7 +30,7 @@ class Base:
     config: PretrainedConfig
     """As it came: what is changed is a copy."""
     chat_template: str | None = None
-    has_weights: bool = True
+    has_processor: bool = True
     """False: only the config has to be there."""
 
     @classmethod
@@ -39,26 +39,26 @@ class Base:
         block: ModelBlock,
         task: TaskName = "text-classification",
         chat_template: str | None = None,
-        has_weights: bool = True,
+        has_processor: bool = True,
     ) -> Base:
-        """Find a model and read its config.
+        """Find a model and read its config; its weights are asked for by who loads them.
 
         Args:
             block: The recipe's model block, or one that names a finished model's folder.
             task: What the model is for.
             chat_template: Path of a Jinja file that replaces the tokenizer's own template.
-            has_weights: False when the config is enough: a folder may then hold nothing else.
+            has_processor: False when the config is enough: a folder may then hold nothing else.
 
         Raises:
             SetupError: When there is no such model, or it cannot be read.
         """
         from transformers import AutoConfig
 
-        files = locate(block, has_weights)
+        files = locate(block)
         config = reading(
             block, "config", lambda: AutoConfig.from_pretrained(files.name_or_path, **files.keywords(block))
         )
-        return cls(block, task, files, config, chat_template, has_weights)
+        return cls(block, task, files, config, chat_template, has_processor)
 
     @cached_property
     def processor(self) -> Any:

@@ -42,15 +42,11 @@ class ModelFiles:
         return given
 
 
-def locate(block: ModelBlock, weights: bool = True) -> ModelFiles:
-    """Turn the recipe's `model` into a place.
-
-    Args:
-        block: The recipe's model block.
-        weights: False when the config is enough: a folder may then hold nothing else.
+def locate(block: ModelBlock) -> ModelFiles:
+    """Turn the recipe's `model` into a place; its weights may be missing there: see `check_weights`.
 
     Raises:
-        SetupError: When the place does not exist, is no model, or holds only pickled weights that are not allowed.
+        SetupError: When the place does not exist, or is no model.
     """
     name = block.name
     if name.startswith("package:"):
@@ -70,7 +66,7 @@ def locate(block: ModelBlock, weights: bool = True) -> ModelFiles:
         if importlib.util.find_spec("gguf") is None:
             raise SetupError(f"model: {name}: reading GGUF needs the package 'gguf'; pip install 'fulltune[gguf]'")
         return ModelFiles(str(path.parent), gguf_file=path.name)
-    _check_folder(path, name, block, weights)
+    _check_folder(path, name)
     return ModelFiles(str(path))
 
 
@@ -132,7 +128,7 @@ def _package_path(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / inner
 
 
-def _check_folder(path: Path, name: str, block: ModelBlock, weights: bool) -> None:
+def _check_folder(path: Path, name: str) -> None:
     files = sorted(file.name for file in path.iterdir())
     if "config.json" not in files:
         ggufs = [file for file in files if file.endswith(".gguf")]
@@ -140,13 +136,23 @@ def _check_folder(path: Path, name: str, block: ModelBlock, weights: bool) -> No
             raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
         found = ", ".join(files[:5]) or "nothing"
         raise SetupError(f"model: {name}: is not a model folder: config.json is missing (found: {found})")
-    if not weights:
+
+
+def check_weights(block: ModelBlock, files: ModelFiles) -> None:
+    """What only reads rows, or plans, does without a model's weights; what loads them asks this first.
+
+    Raises:
+        SetupError: When a folder has none, one that is not whole, or only pickled ones that are not allowed.
+    """
+    if not files.is_local or files.gguf_file:
         return
-    whole = [file for file in files if file.endswith(".safetensors")]
+    folder, name = Path(files.name_or_path), block.name
+    found = sorted(file.name for file in folder.iterdir())
+    whole = [file for file in found if file.endswith(".safetensors")]
     for file in whole:
-        _check_whole(path / file, name)
+        _check_whole(folder / file, name)
     if not whole and not block.allow_pickled_weights:
-        if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
+        if any(file.endswith((".bin", ".pt", ".pth")) for file in found):
             raise SetupError(
                 f"model: {name}: holds only pickled weights, and unpickling can run foreign code; convert them to "
                 "safetensors, or set model.allow_pickled_weights: true if you trust their source"

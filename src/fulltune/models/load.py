@@ -13,7 +13,7 @@ from fulltune.errors import SetupError
 from fulltune.models import checkpoint_head, sharding
 from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head
-from fulltune.models.files import reading
+from fulltune.models.files import check_weights, reading
 from fulltune.recipe.model import ModelBlock
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def load(
         SetupError: When the weights cannot be read or leave other parameters than the head's uninitialised.
     """
     block, files = block or base.block, base.files
+    check_weights(base.block, files)
     config = base.configured(config_changes, block.dropout)
     keywords = files.keywords(block) | {"dtype": torch_dtype(block.weights_dtype), "config": config}
     if block.attn_implementation:

@@ -157,4 +157,5 @@ def with_time(
     launching = time.LAUNCH_SECONDS / 3 * shapes.num_layers  # a step has three passes
     speeds = command_time.Speeds(rate, bandwidth, launching, started_seconds)
     around = command_time.around(basis.recipe, timed, summary, work, speeds, shapes.hidden_size)
-    return timed.model_copy(update={"time": found.model_copy(update={"around": around})})
+    busy = fleet.machine.busy if plan.device == "cpu" else ""
+    return timed.model_copy(update={"time": found.model_copy(update={"around": around}), "busy": busy})

@@ -232,6 +232,8 @@ class Plan(Record):
     """None: a single process, or a plan of an earlier version."""
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
+    busy: str = ""
+    """That others worked on this machine when its speeds were measured, in words; empty: nearly none did."""
     settings: tuple[Setting, ...]
 
     @property

@@ -60,7 +60,7 @@ class WayOut(Record):
 class Alternative(Record):
     """Another plan than the chosen one."""
 
-    kind: Literal["cheaper", "faster"]
+    kind: Literal["cheaper", "faster", "cheaper and faster"]
     change: str
     effect: str
 
@@ -71,7 +71,6 @@ class Advice(Record):
     method: Literal["full fine-tuning", "LoRA", "adapters", "prompt tuning"]
     verdict: Literal["take", "try", "leave"]
     rule: str
-    evidence: str
 
 
 class Survey(Record):

@@ -16,12 +16,15 @@ from pathlib import Path
 from fulltune.errors import SetupError
 from fulltune.records.base import Record
 from fulltune.system import proc
-from fulltune.text import listed
+from fulltune.text import counted, listed
 
 _MEASURED = "FULLTUNE_BF16_SPEEDUP"
 """Variable that keeps the measured ratio for this process and its children."""
 _RATES = "FULLTUNE_CPU_RATES"
-"""The same for the speeds of `cpu_rates`, in GFLOP/s and GB/s."""
+"""The same for the speeds of `cpu_rates`, in GFLOP/s and GB/s, and for the load while they were measured."""
+BUSY = 1.5
+"""Tasks that want each core, on average of a minute: this command's own are one, and a little more where it reads rows
+in all processes. From here on others have a large part of what is measured."""
 
 ALIKE = 0.9
 """Machines whose memory is that close are alike: what the system takes differs a little everywhere."""
@@ -73,14 +76,27 @@ class Machine(Record):
     """Read and written by a copy in the host's memory, measured; 0: not known."""
     shared_memory_bytes: int | None = None
     """Free in /dev/shm, through which processes hand over tensors; None: not known."""
+    load_average: float = 0.0
+    """Tasks that wanted a core while the speeds were measured, on average of a minute."""
     differs: str = ""
     """The least of several machines that are not alike: in what, such as `16 to 64 cores`."""
+
+    @property
+    def busy(self) -> str:
+        """That others work here as well, and what that does to speeds; empty: nearly none do."""
+        if self.load_average < BUSY * self.num_cores:
+            return ""
+        cores = counted(self.num_cores, "core")
+        return (
+            f"this machine is busy (load {self.load_average:.0f} on {cores}): idle it may be several times faster, and "
+            "another precision may be chosen; where cores stay shared, one thread may be faster (OMP_NUM_THREADS=1)"
+        )
 
 
 def here() -> Machine:
     """Look at this machine. Imports torch only to ask for GPUs."""
     total, available = _memory_bytes()
-    flops, copied = cpu_rates()
+    flops, copied, load = cpu_rates()
     return Machine(
         cpu=_cpu(),
         num_cores=num_cores(),
@@ -90,6 +106,7 @@ def here() -> Machine:
         gpus=_gpus(),
         cpu_flops=flops,
         memory_bytes_per_second=copied,
+        load_average=load,
         shared_memory_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
     )
 
@@ -111,6 +128,7 @@ def weakest(machines: Sequence[Machine]) -> Machine:
         gpus=tuple(_least(gpus) for gpus in zip(*(one.gpus for one in machines), strict=False)),
         cpu_flops=min(one.cpu_flops for one in machines),
         memory_bytes_per_second=min(one.memory_bytes_per_second for one in machines),
+        load_average=max(one.load_average for one in machines),
         shared_memory_bytes=min(shared, default=None),
         differs=_differences(machines),
     )
@@ -172,22 +190,25 @@ def measure_bf16_speedup(device: str) -> float:
     return small if small < 0.5 else _bf16_speedup(device, rows=256, width=512)
 
 
-def cpu_rates() -> tuple[float, float]:
-    """Operations a second of matrix products in fp32, and bytes a second of a copy in memory (reading and writing).
+def cpu_rates() -> tuple[float, float, float]:
+    """Operations a second of matrix products in fp32, bytes a second of a copy in memory (reading and writing), and
+    the load by which other work slowed both.
 
-    Measured once, in about a quarter of a second, then kept in the environment. Other work on the machine slows both.
+    Measured once, in about a quarter of a second, then kept in the environment.
     """
     known = os.environ.get(_RATES)
     if known is None:
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         flops, copied = _measure_cpu_rates()
-        known = os.environ[_RATES] = f"{flops / 1e9:.1f} {copied / 1e9:.1f}"
+        known = os.environ[_RATES] = f"{flops / 1e9:.1f} {copied / 1e9:.1f} {load:.1f}"
     try:
-        flops, copied = (float(value) * 1e9 for value in known.split())
+        values = [float(value) for value in known.split()]
+        flops, copied, load = values if len(values) == 3 else (*values, 0.0)
     except ValueError:
         raise SetupError(
             f"{_RATES}={known}: expected GFLOP/s and GB/s such as '80.5 20.1'; unset it to measure again"
         ) from None
-    return flops, copied
+    return flops * 1e9, copied * 1e9, load
 
 
 def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -> tuple[float, float]:

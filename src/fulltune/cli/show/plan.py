@@ -26,7 +26,7 @@ MARKS = {"take": "[green]take[/green]", "try": "[yellow]try[/yellow]", "leave": 
 
 
 def show(console: Console, survey: Survey, plan: Plan | None) -> None:
-    """Everything, top down: what was found, what it needs, how long it takes, what was chosen, what else there is."""
+    """The decision, then top down: what was found, what it needs, how long it takes, what was chosen, what else."""
     for part in _parts(survey, plan):
         # A command is for copying: the terminal may break its line, nothing else.
         console.print(part, soft_wrap=isinstance(part, CommandText))
@@ -41,12 +41,14 @@ class CommandText(Text):
 
 
 def _parts(survey: Survey, plan: Plan | None) -> Iterator[Any]:
+    yield from _section("plan", _facts(_decision(survey, plan)))
     yield from _section("found", _facts(_found(survey)))
     if plan is not None:
         yield from _section(f"memory of a step, micro batch {plan.micro_batch_size}", *_memory(survey, plan))
     yield from _section("placements", _placements(survey), _dim(_legend(survey)))
     if plan is not None:
-        yield from _section("time", _facts(_time(survey, plan)) if plan.time else _NO_TIME)
+        if plan.time:
+            yield from _section("time", _facts(_time(survey, plan)))
         yield from (*_settings(plan.settings), "")
     if survey.ways_out:
         yield from (*_ways_out(survey), "")
@@ -54,7 +56,8 @@ def _parts(survey: Survey, plan: Plan | None) -> Iterator[Any]:
         yield from _section(
             "instead", _facts([(one.kind, f"{one.change}: {one.effect}") for one in survey.alternatives])
         )
-    yield Group(Text("method: where to start, not a law", style="bold"), _advice(survey))
+    title = "method: where to start, not a law (sources: docs/evidence.md)"
+    yield Group(Text(title, style="bold"), _advice(survey))
     yield from _what_next(survey, plan)
 
 
@@ -106,6 +109,25 @@ def gib(num_bytes: int) -> str:
 
 
 # ---- the parts, top down -----------------------------------------------------------------------------------------
+
+
+def _decision(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
+    if plan is None:
+        return [("fits", f"no: {'; '.join(survey.notes[:1])}")]
+    peak = f", {gib(plan.memory.peak)} of {gib(survey.device_free_bytes)} GiB" if plan.memory else ""
+    each = f" in each of {plan.num_processes} processes" if peak and plan.num_processes > 1 else ""
+    rows = [("fits", f"yes: {plan.method} on {survey.hardware}, {survey.placement or plan.placement}{peak}{each}")]
+    if (need := plan.time) is None:
+        return [*rows, ("takes", _NO_TIME)]
+    not_counted = "" if survey.rows_prepared else "; without reading and tokenising the rows"
+    rows += [("busy", plan.busy)] if plan.busy else []
+    rows.append(("takes", f"{format_seconds(need.whole_seconds)} for the whole command{not_counted}"))
+    if survey.price is not None:
+        hours = survey.num_devices * need.whole_seconds / 3600
+        price = f"{survey.price:,.2f} {survey.currency}".rstrip()
+        rows.append(("costs", f"{price} for {f'{hours:,.1f}' if hours >= 10 else f'{hours:.2g}'} device hours"))
+    fewer = next((one for one in survey.alternatives if one.kind == "cheaper and faster"), None)
+    return [*rows, ("but", f"fewer devices are faster: {fewer.change}, {fewer.effect}")] if fewer else rows
 
 
 def _found(survey: Survey) -> list[tuple[str, str]]:
@@ -227,13 +249,7 @@ def _time(survey: Survey, plan: Plan) -> list[tuple[str, str]]:
             f"{one.name} {format_seconds(one.seconds)}" + (f" ({one.basis})" if one.basis != "arithmetic" else "")
             for one in need.around
         ]
-        not_counted = "" if survey.rows_prepared else "; without reading and tokenising the rows"
         rows.append(("besides", ", ".join(parts)))
-        rows.append(("together", f"{format_seconds(need.whole_seconds)} for the whole command{not_counted}"))
-    if survey.price is not None:
-        hours = survey.num_devices * need.whole_seconds / 3600
-        price = f"{survey.price:,.2f} {survey.currency}".rstrip()
-        rows.append(("price", f"{price} for {f'{hours:,.1f}' if hours >= 10 else f'{hours:.2g}'} device hours"))
     return rows
 
 
@@ -286,7 +302,7 @@ def _advice(survey: Survey) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for one in survey.advice:
-        table.add_row(MARKS[one.verdict], one.method, Text(f"{one.rule}. ").append(one.evidence, style="dim"))
+        table.add_row(MARKS[one.verdict], one.method, Text(one.rule))
     return table
 
 

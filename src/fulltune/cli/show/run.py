@@ -205,6 +205,8 @@ class Display:
                 f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
                 f"state {format_bytes(plan.state.total)}"
             )
+            if plan.busy:
+                self.print(f"[yellow]{escape(plan.busy)}[/yellow]")
             for line in mixed_words(self.summary, plan.num_train_epochs) if self.summary else ():
                 self.print(f"mixed in: {escape(line)}")
 

@@ -1,4 +1,4 @@
-"""Which method the field would take here: rules with their evidence, never a law.
+"""Which method the field would take here: rules, whose sources stand in docs/evidence.md, never a law.
 
 With the learning rate tuned for each method, full fine-tuning and its lighter relatives come out close on small and
 medium sets, and apart on large ones and on what is far from pre-training. So a rule is where to start; a measurement on
@@ -42,12 +42,12 @@ class Situation:
     """The model's weights alone fit in 16 bits."""
 
 
-AdviceRule = tuple[Literal["take", "try", "leave"], str, str]
-"""The verdict, why, and what that rests on."""
+AdviceRule = tuple[Literal["take", "try", "leave"], str]
+"""The verdict, and why."""
 
 
 def advise(here: Situation) -> tuple[Advice, ...]:
-    """One line for each method: take, try or leave, the rule, and what it rests on. Best first."""
+    """One line for each method: take, try or leave, and the rule. Best first."""
     found = []
     methods: dict[Any, Callable[[Situation], Iterator[AdviceRule]]] = {
         "full fine-tuning": _full,
@@ -56,123 +56,72 @@ def advise(here: Situation) -> tuple[Advice, ...]:
         "prompt tuning": _prompts,
     }
     for method, rules in methods.items():
-        verdict, rule, evidence = next(rules(here))  # the first that applies
-        found.append(Advice(method=method, verdict=verdict, rule=rule, evidence=evidence))
+        verdict, rule = next(rules(here))  # the first that applies
+        found.append(Advice(method=method, verdict=verdict, rule=rule))
     return tuple(sorted(found, key=lambda one: ("take", "try", "leave").index(one.verdict)))
 
 
 def _full(here: Situation) -> Iterator[AdviceRule]:
     if not here.fits:
         where = "see the ways out" if here.own == "full" else "for its ways out see its plan: --set method=full"
-        yield "leave", f"it does not fit here; {where}", "The plan's arithmetic"
+        yield "leave", f"it does not fit here; {where}"
     if here.tasks >= MANY_TASKS:
         size = 4 * here.num_parameters / 2**30
-        yield (
-            "try",
-            f"{here.tasks} tasks would be {here.tasks} whole models of {size:,.1f} GiB; one for all is one",
-            "size of a model against that of its adapters",
-        )
+        yield "try", f"{here.tasks} tasks would be {here.tasks} whole models of {size:,.1f} GiB; one for all is one"
     if here.goal in ("knowledge", "language"):
-        yield (
-            "take",
-            f"new {here.goal} changes the weights in many directions",
-            "Biderman et al. 2024 (2405.09673): updates of 10 to 100 times LoRA's rank; MoLF 2026 (2605.07111)",
-        )
+        yield "take", f"new {here.goal} changes the weights in many directions"
     if here.goal == "updates":
-        yield (
-            "take",
-            "update after update, what low-rank updates add accumulates",
-            "Shuttleworth et al. 2025 (2410.21228): intruder dimensions grow in continual training",
-        )
+        yield "take", "update after update, what low-rank updates add accumulates"
     if not here.is_decoder and here.num_parameters < SMALL_ENCODER:
         few = here.train_rows < FEW_ROWS
-        yield (
-            "try" if few else "take",
-            "a small encoder: full is cheap" + (", but with few rows take several seeds" if few else ""),
-            "Chen et al. 2022 (2202.07962): best with medium and many rows, behind with few; on Banking77 level with "
-            "LoRA from 500 rows on where both heads start from a linear probe (docs/evidence.md)",
-        )
+        with_seeds = ", but with few rows take several seeds" if few else ""
+        yield "try" if few else "take", f"a small encoder: full is cheap{with_seeds}"
     if here.train_rows >= MANY_ROWS:
-        yield (
-            "take",
-            "100,000 rows or more, and it fits",
-            "Biderman et al. 2024 (2405.09673); Schulman et al. 2025: LoRA slows down beyond its capacity",
-        )
+        yield "take", "100,000 rows or more, and it fits"
     if here.train_rows < FEW_ROWS:
-        yield (
-            "try",
-            "few rows: train longer than usual, at a low rate, with three seeds or more",
-            "2602.11149: 128 passes over 400 samples beat one over 51,200 (long reasoning)",
-        )
-    yield (
-        "try",
-        "between 10,000 and 100,000 rows full and LoRA come out close",
-        "Schulman et al. 2025: parity on small and medium sets with each method's rate tuned",
-    )
+        yield "try", "few rows: train longer than usual, at a low rate, with three seeds or more"
+    yield "try", "between 10,000 and 100,000 rows full and LoRA come out close"
 
 
 def _lora(here: Situation) -> Iterator[AdviceRule]:
     size, either = 2 * here.num_parameters / 2**30, "" if here.fits else " either"
     where = either or " on one device"
     if not here.frozen_fits:  # only full fine-tuning can be shared out
-        yield (
-            "leave",
-            f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{where}",
-            "2 bytes a parameter; a quarter of that in 4 bits, which is not compared here",
-        )
+        yield "leave", f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{where}"
     if here.lora_fits is False:
-        yield "leave", f"it does not fit here{either}; see the ways out", "The plan's arithmetic"
+        yield "leave", f"it does not fit here{either}; see the ways out"
     if not here.fits:
         unsure = "" if here.lora_fits else ", if the activations fit as well"
         yield (
             "take",
             f"it trains where full does not fit{unsure}: its {size:,.1f} GiB of weights in 16 bits stay as they are",
-            "2 bytes a parameter against 16; two thirds of the operations, not a tenth (Schulman et al. 2025)",
         )
     if here.goal in ("knowledge", "language", "updates"):
-        yield (
-            "try",
-            f"only as the cheaper method: {here.goal} is where it falls behind",
-            "2405.09673; 2605.07111; 2410.21228",
-        )
+        yield "try", f"only as the cheaper method: {here.goal} is where it falls behind"
     if here.goal == "style":
-        yield (
-            "take",
-            "style and format need little capacity",
-            "Schulman et al. 2025; MoLF 2026 (2605.07111): level or ahead away from new facts",
-        )
+        yield "take", "style and format need little capacity"
     if here.preserve:
         yield (
             "try",
             "it forgot less at equal score on code and maths; a lower rate and old rows help full as well",
-            "Biderman et al. 2024 (2405.09673); against it 2605.06654, where full kept more for what it learned",
         )
     if here.is_decoder and here.train_rows < FEW_ROWS:
-        yield (
-            "take",
-            "few rows (below 10,000)",
-            "Schulman et al. 2025: level with full on small sets, at about ten times full's rate",
-        )
+        yield "take", "few rows (below 10,000)"
     if here.train_rows >= MANY_ROWS:
-        yield "try", "the cheaper method: all layers, rate tuned", "2602.04998: variants within 1 to 2 % once tuned"
-    yield "try", "two thirds of the operations, far less state", "Schulman et al. 2025; 2602.04998: tune its rate"
+        yield "try", "the cheaper method: all layers, rate tuned"
+    yield "try", "two thirds of the operations, far less state"
 
 
 def _adapters(here: Situation) -> Iterator[AdviceRule]:
-    evidence = "Ding et al. 2023, RoBERTa-large on GLUE: adapters 87.4, biases alone (BitFit) 86.6, prompts 77.7"
     if here.tasks >= MANY_TASKS:
-        yield "take", f"{here.tasks} tasks: one model and a small file for each", evidence
-    yield "leave", f"worth it with {MANY_TASKS} tasks or more", evidence
+        yield "take", f"{here.tasks} tasks: one model and a small file for each"
+    yield "leave", f"worth it with {MANY_TASKS} tasks or more"
 
 
 def _prompts(here: Situation) -> Iterator[AdviceRule]:
-    evidence = (
-        "Lester et al. 2021 (2104.08691); P-tuning v2 (2110.07602); Ding et al. 2023: prompts 77.7 on GLUE. PEFT's "
-        "comparison (3B, GSM8K): prompt tuning 34 % right, LoRA 48 %, full 47 %, but full in bf16 without a master "
-        "copy and at one rate"
-    )
     if here.num_parameters >= LARGE:
-        rule = "on a par with full at about 11 B parameters, with prompts in every layer in smaller models too"
-        yield "try", rule, evidence
-    rule = "far behind full below 1 B parameters, on a par at about 11 B; prompts in every layer come close to it"
-    yield "leave", rule, evidence
+        yield "try", "on a par with full at about 11 B parameters, with prompts in every layer in smaller models too"
+    yield (
+        "leave",
+        "far behind full below 1 B parameters, on a par at about 11 B; prompts in every layer come close",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from fulltune.plan import choose, gpus, ways_out
 from fulltune.plan.choose import Option
@@ -30,6 +31,11 @@ def preference(one: Placement) -> tuple[bool, float]:
 
 def _speed(one: Placement) -> float:
     return one.tokens_per_second or 0.0
+
+
+def installs(one: Placement) -> str:
+    """What it needs beside fulltune."""
+    return "; install fulltune[deepspeed]" if one.name.startswith("ZeRO") else ""
 
 
 def automatic(one: Placement) -> bool:
@@ -121,7 +127,7 @@ def instead(
     if faster is not None:
         best = _speed(faster)
         effect = f"{best / speed:.2f} times as fast"
-        yield Alternative(kind="faster", change=f"{faster.name} ({faster.how})", effect=effect)
+        yield Alternative(kind="faster", change=f"{faster.name} ({faster.how}{installs(faster)})", effect=effect)
     if larger := _larger_host(basis):
         host, one = larger
         if _speed(one) > _NOTABLY_FASTER * speed:
@@ -134,7 +140,7 @@ def instead(
 
 
 def _with_other_counts(basis: Basis, speed: float, best: float) -> Iterator[Alternative]:
-    """Twice as many devices, where they pay in time; half as many, where they pay in money.
+    """Twice as many devices, where they pay in time; fewer, where they pay in money, first those that are faster too.
 
     Args:
         basis: What the chosen plan is judged by.
@@ -142,19 +148,20 @@ def _with_other_counts(basis: Basis, speed: float, best: float) -> Iterator[Alte
         best: Of the fastest one on the same devices, beside which others have to pay.
     """
     now = basis.num_devices
-    for other in (_twice(basis), _half(basis)):
-        fitting = _fitting(basis, other, other.num_devices) if other else []
-        if other is None or not fitting:
-            continue
-        count = other.num_devices
-        fewer = count < now
-        ratio = speed / (fitting[0].tokens_per_second or 1.0)
+    tried = [(other, fitting[0]) for other in _fewer(basis) if (fitting := _fitting(basis, other, other.num_devices))]
+    # The fastest of fewer; of those as fast the largest step down.
+    fewer = sorted(tried, key=lambda one: -round(_speed(one[1]) / speed, 2))[:1]
+    twice = _twice(basis)
+    more = _fitting(basis, twice, twice.num_devices)[:1] if twice else []
+    for other, one in [*((twice, one) for one in more if twice), *fewer]:
+        count, ratio = other.num_devices, speed / (one.tokens_per_second or 1.0)
         hours = ratio * count / now
-        pays = best / speed * (hours if fewer else ratio)
-        if pays <= (0.97 if fewer else 0.95):
-            change = f"{_devices(other)}, {fitting[0].name}"
+        pays = best / speed * (hours if count < now else ratio)
+        if pays <= (0.97 if count < now else 0.95):
+            change = f"{_devices(other)}, {one.name}"
             effect = f"{ratio:.2f} x the time, {hours:.2f} x the device hours"
-            yield Alternative(kind="cheaper" if fewer else "faster", change=change, effect=effect)
+            less: Literal["cheaper", "cheaper and faster"] = "cheaper" if ratio > 0.95 else "cheaper and faster"
+            yield Alternative(kind="faster" if count > now else less, change=change, effect=effect)
 
 
 def _twice(basis: Basis) -> Fleet | None:
@@ -167,13 +174,13 @@ def _twice(basis: Basis) -> Fleet | None:
     return gpus.with_machines(fleet, 2 * fleet.num_machines)
 
 
-def _half(basis: Basis) -> Fleet | None:
-    """Half as many: of machines where there are several."""
+def _fewer(basis: Basis) -> Iterator[Fleet]:
+    """Half as many; of several machines one, two ... up to half of them: between machines the network is slow."""
     fleet = basis.fleet
-    if fleet.num_machines == 1:
-        return gpus.with_count(fleet, basis.num_devices // 2) if basis.num_devices > 1 else None
-    used_up = basis.num_devices == fleet.num_devices and fleet.num_machines % 2 == 0
-    return gpus.with_machines(fleet, fleet.num_machines // 2) if used_up else None
+    if fleet.num_machines == 1 and basis.num_devices > 1:
+        yield gpus.with_count(fleet, basis.num_devices // 2)
+    elif basis.num_devices == fleet.num_devices:
+        yield from (gpus.with_machines(fleet, 2**power) for power in range((fleet.num_machines // 2).bit_length()))
 
 
 def _with_a_gpu(workload: Workload, plan: Plan) -> Iterator[Alternative]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,6 +21,9 @@ from fulltune.records.plan import Plan, Setting
 from fulltune.records.survey import Placement, Survey, WayOut
 from fulltune.system import sharing
 
+MUCH_FASTER = 1.25
+"""From here on a placement with DeepSpeed, which has to be installed and computes in other types, is taken instead of
+one that fits without it; below it is named."""
 NO_SHARING = "sharing out and offloading are planned for full fine-tuning alone"
 Other = Callable[[str], Workload | None]
 """From a method's kind to the same workload by it, with its usual settings; None where it cannot be."""
@@ -160,15 +164,20 @@ def _planned(workload: Workload, fleet: Fleet, placements: Sequence[Placement]) 
         own = _fitted(workload, workload.recipe, fleet)
     except DoesNotFitError as error:
         return error if fleet.here else _elsewhere(workload, fleet, placements) or error
-    if fleet.here or workload.recipe.train.optim is not None or own.optim != "adamw_8bit" or own.num_processes == 1:
+    if fleet.here or own.num_processes == 1:
         return _PlacedPlan(own)
-    # Sharing out the state of several devices leaves the arithmetic as it is; 8-bit moments do not.
     exact = [one for one in placements if not (alternatives.preference(one)[0] or one.host_bytes or one.disk_bytes)]
-    return _elsewhere(workload, fleet, exact) or _PlacedPlan(own)
+    if workload.recipe.train.optim is None and own.optim == "adamw_8bit":
+        # Sharing out the state of several devices leaves the arithmetic as it is; 8-bit moments do not.
+        return _elsewhere(workload, fleet, exact) or _PlacedPlan(own)
+    speed = own.time.tokens_per_second if own.time else math.inf
+    faster = [one for one in exact if (one.tokens_per_second or 0.0) > MUCH_FASTER * speed]
+    why = f", much faster than {own.placement}, which fits as well"
+    return _elsewhere(workload, fleet, faster, why) or _PlacedPlan(own)
 
 
-def _elsewhere(workload: Workload, fleet: Fleet, placements: Sequence[Placement]) -> _PlacedPlan | None:
-    """With the best of these placements."""
+def _elsewhere(workload: Workload, fleet: Fleet, placements: Sequence[Placement], why: str = "") -> _PlacedPlan | None:
+    """With the best of these placements, and why it is not the recipe's own."""
     for one in sorted(placements, key=alternatives.preference):
         if not (alternatives.automatic(one) and one.settings) or _overrides(workload.recipe, one.settings):
             continue
@@ -177,7 +186,8 @@ def _elsewhere(workload: Workload, fleet: Fleet, placements: Sequence[Placement]
         except DoesNotFitError:  # of the ways that fit by the table, the next one
             continue
         names = {"train.extra" if name == DEEPSPEED else name for name in one.settings}
-        return _PlacedPlan(_explained(plan, names, f"placement: {one.name}"), one.name, one.settings)
+        reason = f"placement: {one.name}{why}{alternatives.installs(one)}"
+        return _PlacedPlan(_explained(plan, names, reason), one.name, one.settings)
     return None
 
 

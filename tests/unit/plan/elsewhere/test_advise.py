@@ -54,10 +54,10 @@ def test_advice_follows_from_the_situation(changes: dict[str, Any], full: str, l
 @pytest.mark.parametrize("goal", [None, *GOALS])
 @pytest.mark.parametrize("rows", [100, 20_000, 10**6])
 @pytest.mark.parametrize("shape", [DECODER, ENCODER])
-def test_every_line_has_a_rule_and_evidence_and_the_best_is_first(goal: Any, rows: int, shape: dict[str, Any]) -> None:
+def test_every_line_has_a_rule_and_the_best_is_first(goal: Any, rows: int, shape: dict[str, Any]) -> None:
     found = advise(Situation(train_rows=rows, **shape, goal=goal, tasks=7, preserve=True))
     assert len(found) == 4
-    assert all(one.rule and one.evidence for one in found)
+    assert all(one.rule for one in found)
     order = ["take", "try", "leave"]
     assert [one.verdict for one in found] == sorted((one.verdict for one in found), key=order.index)
 
@@ -74,7 +74,6 @@ def test_prompts_are_level_only_in_large_models(parameters: int, verdict: str) -
     prompts = found["prompt tuning"]
     assert prompts.verdict == verdict
     assert "at about 11 B" in prompts.rule
-    assert "full in bf16 without a master copy and at one rate" in prompts.evidence
 
 
 def test_size_of_frozen_weights_that_do_not_fit_is_said() -> None:
