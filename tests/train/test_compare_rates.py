@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from fulltune.compare import conclude, context, rate_search, rates, table_rows, 
 from fulltune.compare import run as comparing
 from fulltune.compare import seeds as whole_runs
 from fulltune.compare.seeds import SeedRuns
-from fulltune.errors import Diverged, GuardStop
+from fulltune.errors import Diverged, GuardStop, RecipeError
 from fulltune.inference import store
 from fulltune.records.comparison import Search, Trial, TrialResult, Tried
 from fulltune.records.differences import ArmStep, Look
@@ -267,7 +269,7 @@ def test_time_left_is_reckoned_with_what_trials_took_and_with_what_matters_more(
     trial = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
     line.write_time("preparation", *line.time_passed())
     assert timing.has_time(line, [trial])
-    assert not timing.has_time(line, [trial], keep=990)
+    assert not timing.has_time(line, [trial], keep=790), "a fifth of what is left is a reserve"
     # A trial of full that took 100 times as long as planned, all of it before its first step.
     first = trial.model_copy(update={"name": "full-seed42", "arm": "full"})
     result_of(first, 0.9)[2].model_copy(update={"tokens_per_second": 1e9}).save(
@@ -517,3 +519,16 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
     assert {arm: found[0].trial.learning_rate for arm, found in results.items()} == {
         arm: 1e-3 if arm in checked else 1e-2 for arm in searches
     }
+
+
+def test_start_of_a_command_and_one_whose_budget_was_refused_count(tmp_path: Path) -> None:
+    one = dataclasses.replace(job(tmp_path, METHODS), began=time.time() - 300)
+    for command in (1, 2):
+        with (
+            in_this_process(),
+            mock.patch.object(timing, "_measure", return_value=None),
+            pytest.raises(RecipeError, match=r"--budget 5m, .* of which are spent, is too short for a verdict"),
+        ):
+            comparing.run(one, "test", budget="5m")
+        spent = [(entry["what"], entry["seconds"] >= 300) for entry in files.lines_of(one.folder / context.CLOCK)]
+        assert spent == [("preparation", True)] * command

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,6 +199,7 @@ def _share_of(budget: str | None, count: int) -> str | None:
 def _run(
     err: Console, target: Path, overrides: list[str], folder: Path | None, fresh: bool, budget: str | None
 ) -> Compared:
+    began = time.time()  # before the libraries are read: that counts, too
     recipe, found = _open(err, target, overrides, folder, fresh)
     run_folder.hide_progress_bars()
     try:
@@ -205,7 +207,8 @@ def _run(
         from fulltune.run_context import Run
 
         with Display(err, details=False) as display:
-            return run(Run(recipe, found, listener=display), shlex.join(["fulltune", *sys.argv[1:]]), budget)
+            job = Run(recipe, found, listener=display, began=began)
+            return run(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
     except KeyboardInterrupt:
         raise InterruptedRun("interrupted; the same command continues it") from None
 

@@ -52,27 +52,27 @@ def run(job: Run, command: str, budget: str | None = None) -> Compared:
     Raises:
         FulltuneError: One of its kinds; the same command goes on.
     """
-    began, record = time.monotonic(), job.folder / RECORD
+    before = 0.0 if job.began is None else time.time() - job.began
+    began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         seconds = _budget_seconds(job, budget)
         comparison = Comparison.load(record) if record.exists() else None
         if comparison is not None and (why := why_finished(comparison, seconds)):
             # Its models and its table belong together: nothing is touched.
             job.listener(Said(text=why))
-        else:
-            comparison = _compare(job, command, seconds, began, comparison)
-        return Compared(comparison, job.folder, report.write_comparison(job.folder))
+            return Compared(comparison, job.folder, report.write_comparison(job.folder))
+        return _compare(job, command, seconds, began, comparison)
 
 
-def _compare(
-    job: Run, command: str, budget_seconds: float | None, began: float, known: Comparison | None
-) -> Comparison:
+def _compare(job: Run, command: str, budget_seconds: float | None, began: float, known: Comparison | None) -> Compared:
     with fork_server() as start:
         with run_folder.not_left_when_refused(job.folder):
             summary = pipeline.prepare(job)
         openings = known.openings if known else ()
         alpha_left = openings[-1].left if openings else None
         context = Context(job, summary, command, budget_seconds, start, began, alpha_left=alpha_left)
+        if context.machine.busy:
+            context.say(context.machine.busy)
         expectation = expect(context)
         if len(lines_of(job.folder / OPENINGS)) > len(openings):
             context.say("the test rows were opened: nothing more is trained")
@@ -80,7 +80,10 @@ def _compare(
         with parallel.helpers(context) as run_together:
             searches = search_all(context, expectation, run_together)
             ran = SeedRuns(context, searches, expectation, run_together).run()
-        return judge(ran)
+        found = judge(ran)
+        with context.clocked("report"):
+            cards = report.write_comparison(job.folder)
+        return Compared(found, job.folder, cards)
 
 
 def recipe_for(recipe: Recipe) -> Recipe:

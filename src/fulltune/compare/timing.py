@@ -14,7 +14,7 @@ from fulltune.files import lines_of
 from fulltune.recipe.methods import RIVALS
 from fulltune.records.comparison import Expectation, Search, Trial
 from fulltune.records.events import Designed
-from fulltune.records.plan import Plan
+from fulltune.records.plan import BASELINES, Plan
 from fulltune.text import is_share
 
 EXPECTATION = f"{FOLDER}/expectation.json"
@@ -47,11 +47,11 @@ def _settled(context: Context) -> Expectation:
     block = context.recipe.compare
     steps = context.setup(context.full.arm).plan.total_steps
     share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
-    prepared, ended = context.time_passed()
+    context.write_time("preparation", *context.time_passed())  # also of a command whose budget is refused
     if context.budget_seconds is not None and not context.kept_results():
         _measure(context, least)
     costs = costs_of(context)
-    found = design.expected(
+    return design.expected(
         costs,
         design.num_seeds(block.seeds, context.summary.splits["train"].rows),
         share,
@@ -62,11 +62,9 @@ def _settled(context: Context) -> Expectation:
         sequential=block.sequential,
         least_search_share=least,
         alpha=context.alpha,
-        spent_seconds=context.spent_seconds + prepared,
+        spent_seconds=context.spent_seconds,
         done=_done(context, costs),
     )
-    context.write_time("preparation", prepared, ended)  # not of a command whose budget was refused
-    return found
 
 
 def _measure(context: Context, share: float) -> None:
@@ -153,10 +151,12 @@ def usual(context: Context, method: Any) -> float:
 
 
 def fixed_of(context: Context) -> design.Fixed:
-    """What comes on top of the steps; baselines embed the train rows, too."""
+    """What comes on top of the steps; baselines embed the train rows, too, some more than once."""
     known, arm = pace(context), context.full.arm
-    rows = sum(one.rows for one in context.summary.splits.values())
-    verdict = known.rest * VERDICT_SECONDS + rows * _row_seconds(context, arm) * known.of(arm)
+    rows, need = sum(one.rows for one in context.summary.splits.values()), context.setup(arm).plan.time
+    planned = sum(part.seconds for part in need.around if part.name == BASELINES) if need else 0.0
+    reading = max(planned, rows * _row_seconds(context, arm))
+    verdict = known.rest * VERDICT_SECONDS + reading * known.of(arm)
     return design.Fixed(known.rest * START_SECONDS, known.rest * CHECKS_SECONDS, verdict)
 
 
@@ -208,7 +208,8 @@ def _seconds(context: Context, trials: Sequence[Trial]) -> float:
 
 
 def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:
-    """Whether these trials, as far as they are not there, what must follow, and the verdict fit into the time left.
+    """Whether these trials, as far as they are not there, what must follow, and the verdict fit into the time left, but
+    for a reserve.
 
     Args:
         context: With its budget.
@@ -219,7 +220,7 @@ def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bo
     if not asked:
         return True
     forecast = _alone(context, len(asked)) * _seconds(context, asked) + _alone(context, 2) * keep
-    return forecast + fixed_of(context).verdict <= context.seconds_left
+    return forecast + fixed_of(context).verdict <= (1 - design.RESERVE) * context.seconds_left
 
 
 def _alone(context: Context, count: int) -> float:
