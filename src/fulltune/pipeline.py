@@ -52,7 +52,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
             summary = prepare(job, runs_here=until != "data")
             if until == "data":
                 return Reached(job.folder, summary)
-            run_folder.forget_old_speeds(job.folder, job.plan_path)
+            forget_old_speeds(job.folder, job.plan_path)
             trial = make_plan(job, summary)
         if measure:
             trial = measure_plan(job, trial, summary)
@@ -165,6 +165,15 @@ def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:
     job.phase("fitting classifiers with and without each cleaning step")
     folder = job.folder / "data"
     return data.prove(folder, summary, data.Reader(job.recipe, job.base, summary, folder, job.listener))
+
+
+def forget_old_speeds(folder: Path, path: Path) -> None:
+    """Remove a plan that nothing has begun with and whose speeds are those of a busy machine, or of another day: it is
+    made again. What `--measure` chose stays."""
+    if not path.exists() or any((folder / name).exists() for name in ("attempts", "search", "plan/measured.json")):
+        return
+    if Plan.load(path).busy or time.time() - path.stat().st_mtime > 24 * 3600:
+        path.unlink()
 
 
 def make_plan(job: Run, summary: DataSummary) -> Plan:

@@ -132,5 +132,5 @@ def test_plan_of_a_busy_machine_or_of_another_day_is_made_again_before_anything_
     os.utime(path, (time.time() - 3600 * hours,) * 2)
     if beside:
         (tmp_path / beside).mkdir()
-    run_folder.forget_old_speeds(tmp_path, path)
+    pipeline.forget_old_speeds(tmp_path, path)
     assert path.exists() == is_kept

@@ -43,7 +43,6 @@ CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
 """The record of a finished comparison: where it is written first, and beside its report."""
-_OLD_SECONDS = 24 * 3600
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
@@ -99,15 +98,6 @@ def plan_to_continue(path: Path, machine: Machine) -> Plan:
     if plan.device == "cuda" and not machine.gpus:
         raise SetupError(f"{path.parents[1]}: was planned for a GPU, and there is none here; start a new run (--fresh)")
     return plan
-
-
-def forget_old_speeds(folder: Path, path: Path) -> None:
-    """Remove a plan that nothing has begun with and whose speeds are those of a busy machine, or of another day: it is
-    made again. What `--measure` chose stays."""
-    if not path.exists() or any((folder / name).exists() for name in ("attempts", "search", "plan/measured.json")):
-        return
-    if Plan.load(path).busy or time.time() - path.stat().st_mtime > _OLD_SECONDS:
-        path.unlink()
 
 
 def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
