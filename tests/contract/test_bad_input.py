@@ -175,9 +175,21 @@ def test_mixed_file_of_no_form_is_refused(chat_case: Callable[..., Result], tmp_
             CSV,
             ":1: its columns are separated by commas, expected tabs; save it with commas as .csv or with tabs as .tsv",
         ),
-        ("train.csv", CSV.encode("utf-16"), ":1: is UTF-16, expected UTF-8; save the file as UTF-8"),
-        ("train.csv", CSV.encode() * 500 + "é,food\n".encode("latin-1"), ":20501: not UTF-8; save the file as UTF-8"),
-        ("train.jsonl", '{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"), ":2: not UTF-8; save the file as UTF-8"),
+        (
+            "train.csv",
+            CSV.encode("utf-16"),
+            ":1: is UTF-16, expected UTF-8; save the file as UTF-8, or name its encoding in data.encoding",
+        ),
+        (
+            "train.csv",
+            CSV.encode() * 500 + "é,food\n".encode("latin-1"),
+            ":20501: not UTF-8; save the file as UTF-8, or name its encoding in data.encoding",
+        ),
+        (
+            "train.jsonl",
+            '{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"),
+            ":2: not UTF-8; save the file as UTF-8, or name its encoding in data.encoding",
+        ),
         (
             "train.json",
             '{"a": 1}',
@@ -371,7 +383,7 @@ def test_rows_all_the_same_text_are_refused(case: Case) -> None:
     refused(
         case.data(rows),
         DATA,
-        "train.csv: 40 rows, only 1 of them different, of 2 labels: too few for three splits of at least 2 rows (eval "
+        "train.csv: 40 rows (only 1 of them different) of 2 labels: too few for three splits of at least 2 rows (eval "
         "has 0, test has 0); give more rows of each label, at least 3 different ones, or files for eval and test",
     )
 

@@ -71,14 +71,14 @@ def test_what_hangs_crashes_or_takes_memory_is_noticed(
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         return "\n".join(result.problems)
 
-    def hangs(file: Path) -> Any:
+    def hangs(*given: Any) -> Any:
         while True:
             pass
 
-    def crashes(file: Path) -> Any:
+    def crashes(*given: Any) -> Any:
         raise ValueError("a fault")
 
-    def takes(file: Path) -> Any:
+    def takes(file: Path, encoding: str) -> Any:
         bytearray(extreme.FREE_BYTES * 2)[:] = b"x" * extreme.FREE_BYTES
         raise DataError(f"{file}:1: expected less; repair it")
 

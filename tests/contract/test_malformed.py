@@ -56,7 +56,7 @@ def test_a_reader_that_loses_rows_is_noticed(
     tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = text_tables.json_lines
-    monkeypatch.setattr(text_tables, "json_lines", lambda file: islice(whole(file), 1, None))
+    monkeypatch.setattr(text_tables, "json_lines", lambda *given: islice(whole(*given), 1, None))
     assert "rows.jsonl:1: neither used nor listed" in _complaints(
         tmp_path, given, range(3, COUNT, len(malformed.FORMS))
     )

@@ -201,3 +201,19 @@ def test_folder_of_plain_texts_is_told_how_to_name_them(tmp_path: Path) -> None:
         _written(tmp_path / name, "A text.\n")
     with pytest.raises(DataError, match=r"one by one, for example data.train: \[.*one.txt, .*two.txt\]"):
         infer(tmp_path)
+
+
+def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
+    data, recipe = tmp_path / "rows.csv", tmp_path / "recipe.yaml"
+    data.write_bytes(
+        "".join(["Text;Label\n", *(f"schöner Film {i};{'gut' * (i % 2)}x\n" for i in range(20))]).encode("cp1252")
+    )
+    with pytest.raises(DataError, match=r"rows.csv:2: not UTF-8; .*--encoding\), such as cp1252"):
+        write_recipe(data, recipe, None, False)
+    found, _ = write_recipe(data, recipe, None, False, hints_of(None, {}, None, "cp1252"))
+    assert (found.num_rows, found.target.labels) == (20, ("gutx", "x"))
+    loaded = load_recipe(recipe)
+    assert loaded.data.encoding == "cp1252"
+    assert next(find_files(loaded)["train"].rows())[1]["Text"] == "schöner Film 0"
+    with pytest.raises(SetupError, match="--encoding: expected a name such as utf-8"):
+        hints_of(None, {}, None, "cp125x2")

@@ -52,6 +52,7 @@ def init(
         str | None,
         typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME"),
     ] = None,
+    encoding: Annotated[str, typer.Option(help="Of text files, such as cp1252.")] = "utf-8",
     text: options.Column = None,
     text_pair: options.Column = None,
     label: options.Column = None,
@@ -79,7 +80,7 @@ def init(
     given |= {"messages": messages, "tools": tools, "source": source, "target": target, "question": question}
     given |= {"context": context, "answers": answers, "choices": choices, "tokens": tokens, "tags": tags}
     given |= {"image": image}
-    found, files = write_recipe(data, output, model, force, hints_of(task, given, columns))
+    found, files = write_recipe(data, output, model, force, hints_of(task, given, columns, encoding))
     if found.is_guess:
         out.print(f"{escape(found.where)}: no header line, for its first line looks like a row")
         out.print(f"columns: {escape(', '.join(found.columns or ()))}; other names: --columns NAME,NAME")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from fulltune.data.readers.read import locate
 from fulltune.data.sources import SourceRows, describe
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
-from fulltune.recipe.data import DataBlock
+from fulltune.recipe.data import UTF_8, DataBlock, codec_of
 from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
 from fulltune.system.run_folder import writing
@@ -67,16 +67,17 @@ class Hints:
     """Role (`text`, `label`, `prompt` ...) to column name."""
     columns: tuple[str, ...] | None = None
     """Names of the columns of tables without a header line."""
+    encoding: str = "utf-8"
 
 
 NO_HINTS = Hints()
 
 
-def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | None) -> Hints:
+def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | None, encoding: str = "utf-8") -> Hints:
     """What the command line says, checked.
 
     Raises:
-        SetupError: For a task that there is not, or a column that it does not read.
+        SetupError: For a task or encoding that there is not, or a column that the task does not read.
     """
     if task is not None and task not in TASKS:
         raise SetupError(f"--task: expected one of {', '.join(TASKS)}, found '{task}'")
@@ -92,7 +93,11 @@ def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | N
         raise SetupError(
             f"--columns: expected a name of its own for each column, such as text,label, found '{columns}'"
         )
-    return Hints(next((name for name in TASKS if name == task), None), named, names)
+    try:
+        codec_of(encoding)
+    except ValueError as error:
+        raise SetupError(f"--encoding: {error}") from None
+    return Hints(next((name for name in TASKS if name == task), None), named, names, encoding)
 
 
 def _option(role: str) -> str:
@@ -145,9 +150,9 @@ def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Pat
     return {split: files[0] for split, files in splits.items()}
 
 
-def _with_columns(files: SplitFiles, inferred: Inferred) -> SplitFiles:
+def _with_columns(files: SplitFiles, inferred: Inferred, encoding: str) -> SplitFiles:
     """Without held-out files that lack a column of train: official test rows often come without their labels."""
-    problems = {split: _other_columns(file, inferred) for split, file in files.held_out.items()}
+    problems = {split: _other_columns(file, inferred, encoding) for split, file in files.held_out.items()}
     return SplitFiles(
         files.train,
         {split: file for split, file in files.held_out.items() if problems[split] is None},
@@ -155,13 +160,14 @@ def _with_columns(files: SplitFiles, inferred: Inferred) -> SplitFiles:
     )
 
 
-def _other_columns(file: Path, inferred: Inferred) -> str | None:
+def _other_columns(file: Path, inferred: Inferred, encoding: str) -> str | None:
     """What a held-out file's columns lack; None: they are those of train."""
     if inferred.columns:
-        names = names_without_header(file)
+        names = names_without_header(file, encoding)
         alike = names is not None and len(names) == len(inferred.columns)
         return None if alike else f"{file.name}: has a header line, or other columns, unlike train"
-    columns = {name for _, row in islice(locate([str(file)]).rows(), _FEW) for name in row}
+    rows = replace(locate([str(file)]), encoding=encoding).rows()
+    columns = {name for _, row in islice(rows, _FEW) for name in row}
     missing = [column for column in inferred.target.columns.values() if column not in columns]
     return f"{file.name}: has no column '{missing[0]}', which train has" if missing else None
 
@@ -208,10 +214,11 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         DataError: When no task's columns are found; it lists what was looked for.
     """
     # Who names columns of the file says that it has a header.
-    guessed = None if hints.columns or hints.roles else names_without_header(paths[0])
+    encoding = codec_of(hints.encoding)
+    guessed = None if hints.columns or hints.roles else names_without_header(paths[0], encoding)
     named = hints.columns or guessed
     block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **hints.roles})
-    files = locate(tuple(map(str, paths)), columns=named)
+    files = replace(locate(tuple(map(str, paths)), columns=named), encoding=encoding)
     head = [row for _, row in islice(files.rows(), _HEAD)]
     columns = tuple(dict.fromkeys(name for row in head for name in row))
     for role, column in hints.roles.items():
@@ -307,7 +314,7 @@ def write_recipe(
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
     files = split_files(path)
     inferred = infer(*files.train, hints=hints)
-    files = _with_columns(files, inferred)
+    files = _with_columns(files, inferred, codec_of(hints.encoding))
     task, target = inferred.task, inferred.target
     chosen = model or SMALL_MODELS.get(task, SMALL_ENCODER)
     where = "" if chosen.startswith("package:") else ", from the Hub"
@@ -322,6 +329,7 @@ def write_recipe(
             else f"# {split} rows are split off train"
             for split in ("eval", "test")
         ),
+        *([f"encoding: {_yaml(hints.encoding)}"] if codec_of(hints.encoding) != UTF_8 else []),
         *([f"columns: [{names}]   # of a file without a header line"] if names else []),
         *(f"{role}: {_yaml(column)}" for role, column in target.columns.items()),
         f"# found: {_in_words(inferred)}",

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
 from fulltune.data.patch import Patched, load_patch, patched_in_words, refuse_foreign
+from fulltune.data.readers.files import state, unchanged
 from fulltune.data.readers.read import DataFiles, content_hash
 from fulltune.data.scale import far_off, scale_of
 from fulltune.data.sources import (
@@ -47,7 +48,7 @@ from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.files import SEAL, flaw, seal
 from fulltune.inference.store import IN_TRAIN, Rows, save_clusters, save_in_train
 from fulltune.models.processors import processor_identity
-from fulltune.recipe.data import DataBlock
+from fulltune.recipe.data import UTF_8, DataBlock, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitName, SplitSummary
@@ -98,6 +99,7 @@ def prepare(
         raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
     decisions = load_patch(Path(recipe.data.patch)) if recipe.data.patch else None
     files, forbidden = _find(recipe)
+    before = {file: state(file) for file in chain(forbidden, *(those.files for those in files.values()))}
     fingerprint = _fingerprint(recipe, files, forbidden, tokenizer, limits)
     if planned_for and planned_for != fingerprint:
         raise SetupError(
@@ -123,12 +125,13 @@ def prepare(
     part = whole.with_name(f"{whole.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        known = read_texts(str(recipe.data.contamination), forbidden) if forbidden else None
-        sources = {
-            name: read_rows(recipe, those, preprocess, None if decisions is None else Patched(decisions, name))
-            for name, those in files.items()
-        }
-        summary = _make(recipe, part, task, tokenizer, limits, sources, known, fingerprint, listener)
+        with unchanged(before):
+            known = read_texts(str(recipe.data.contamination), forbidden) if forbidden else None
+            sources = {
+                name: read_rows(recipe, those, preprocess, None if decisions is None else Patched(decisions, name))
+                for name, those in files.items()
+            }
+            summary = _make(recipe, part, task, tokenizer, limits, sources, known, fingerprint, listener)
         seal(part)
         if cached is None:
             cache.put(part, folder)
@@ -176,7 +179,7 @@ def _make(
     )
     encoded = _encode(job, folder, sources, targets, counts, listener)
     splits, about_splits = _split(recipe, target, encoded, sources)
-    remarks += [*about_splits, *note_on_flaws(encoded.values())]
+    remarks += [*chain(*(one.notes for one in sources.values())), *about_splits, *note_on_flaws(encoded.values())]
     remarks += patched_in_words(block.patch, (source.patched for source in sources.values()))
     train, test = splits["train"], splits["test"]
     late = late_rows(splits)
@@ -408,6 +411,7 @@ def _fingerprint(
 
     # Where they are not set, rows of a version that did not know these settings are the same ones.
     unset = {name for name in ("group", "time") if getattr(recipe.data, name) is None}
+    unset |= {"encoding"} if codec_of(recipe.data.encoding) == UTF_8 else set()
     parts = {
         "format": FORMAT,
         "tokenizers": version("tokenizers"),

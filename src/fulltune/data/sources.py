@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -14,7 +15,7 @@ from fulltune.data.readers.header import SEPARATED
 from fulltune.data.readers.read import DataFiles, PlacedRow, locate
 from fulltune.data.sampling import sample
 from fulltune.errors import DataError
-from fulltune.recipe.data import DataBlock, MixedFile
+from fulltune.recipe.data import DataBlock, MixedFile, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import PLACE, Target, Task
@@ -39,6 +40,8 @@ class SourceRows:
     """Reads them anew; see `DataFiles.rows`."""
     patched: Patched | None = None
     """What a patch does to them."""
+    notes: Mapping[str, None] = field(default_factory=dict)
+    """What reading them showed."""
 
 
 def mixed_names(recipe: Recipe) -> dict[SourceName, MixedFile]:
@@ -74,6 +77,7 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
             is_other = is_mixed(name) and not those[0].lower().endswith(tuple(SEPARATED))
             files[name] = replace(
                 locate(those, block.text_rows, None if is_other else block.columns),
+                encoding=codec_of(block.encoding),
                 image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
             )
@@ -125,13 +129,13 @@ def read_rows(
             return patch.rows(source(problems))
 
     if preprocess is None:
-        return SourceRows(files.where, rows, patched)
+        return SourceRows(files.where, rows, patched, files.notes)
     problems: list[str] = []
     # A user's function expects whole cells; a row without them is listed as it is.
     held = [(place, preprocess(row) if is_whole(row) else row) for place, row in rows(problems)]
     if problems:
         raise DataError(problems)
-    return SourceRows(files.where, lambda problems: iter(held), patched)
+    return SourceRows(files.where, lambda problems: iter(held), patched, files.notes)
 
 
 def describe(
@@ -146,14 +150,17 @@ def describe(
     counts: dict[SourceName, int] = {}
     columns: dict[SourceName, dict[str, None]] = {name: {} for name in sources}
     roles: dict[str, str] = {}
-    train, refusal = sources["train"], None
+    train, refusal, faults = sources["train"], None, Counter[str]()
 
     def usable(name: SourceName) -> Iterator[dict[str, Any]]:
         counts[name] = 0
+        faults.clear()
         for place, row in sources[name].rows(problems):
             counts[name] += 1
             columns[name].update(dict.fromkeys(row))
-            if unreadable(row, roles) is None:  # the others are listed when they are tokenised
+            if fault := unreadable(row, roles):  # is listed when the rows are tokenised
+                faults[fault] += 1
+            else:
                 yield {**row, PLACE: place}
 
     first_columns, first_rows = _head(train)
@@ -164,6 +171,8 @@ def describe(
     except DataError as error:
         # Broken files come first: what is missing may stand in them.
         refusal, roles = error, {}
+        if faults and faults.total() == counts["train"]:
+            refusal = DataError(f"{train.where}: no row can be used: {next(iter(faults))}; name another column or file")
     for name in sources:
         if name != "train" or name not in counts or problems:
             for _ in usable(name):

@@ -183,7 +183,7 @@ def _refuse_small(recipe: Recipe, train: Encoded, where: str, splits: Mapping[Sp
     if small:
         strata = _strata(train)
         different = len(np.unique(train.groups))
-        alike = f", only {different} of them different," if different < train.num_read else ""
+        alike = f" (only {different} of them different)" if different < train.num_read else ""
         # A label is shared out among the splits by itself: no fraction helps where none has a row for each of them.
         of_each = np.bincount(np.unique(np.stack([strata + 1, train.groups.view(np.int64)]), axis=1)[0])
         parts = 1 + sum(not split.is_file for split in splits.values())

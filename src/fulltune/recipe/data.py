@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -13,10 +14,25 @@ from fulltune.recipe.block import Block
 _SHARE = re.compile(r"0?\.\d+|\d+(\.\d+)? *%")
 """How other tools name a part of the train rows."""
 TextRows = Literal["auto", "line", "paragraph", "section"]
+UTF_8 = "utf-8-sig"
+"""Python's name of UTF-8 whose byte order mark is no text, where there is one."""
 
 
 _MOST = 0.999
 """Together: each epoch has all of the task's rows, and with them a thousand times as many others."""
+
+
+def codec_of(encoding: str) -> str:
+    """What text in an encoding is opened with.
+
+    Raises:
+        ValueError: When Python does not know it.
+    """
+    try:
+        "a".encode(encoding)
+    except (LookupError, ValueError):
+        raise ValueError(f"expected a name such as utf-8, cp1252 or utf-16, found '{encoding}'") from None
+    return UTF_8 if codecs.lookup(encoding).name == "utf-8" else encoding
 
 
 class MixedFile(Block):
@@ -65,6 +81,10 @@ class DataBlock(Block):
     columns: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the columns of csv and tsv files that have no header line, from left to right, such as `[text, label]`.
     Left out: the first line holds the names."""
+    encoding: str = "utf-8"
+    """How characters are written as bytes in csv, tsv, jsonl, json, txt and CoNLL files: a name that Python knows, such
+    as `cp1252` (Excel's csv in Western Europe), `latin-1`, `utf-16` or `shift_jis`. One for all files of `train`,
+    `eval` and `test`."""
     text: str | None = None
     """Column with the text (text-classification; causal-lm on raw text). Found by itself when left out, like the other
     columns."""
@@ -163,6 +183,12 @@ class DataBlock(Block):
         if not isinstance(entries, (list, tuple)):
             return entries
         return [one["path"] if isinstance(one, dict) and one.keys() == {"path"} else one for one in entries]
+
+    @field_validator("encoding")
+    @classmethod
+    def _must_be_known(cls, given: str) -> str:
+        codec_of(given)
+        return given
 
     @property
     def entries(self) -> tuple[str | MixedFile, ...]:

@@ -10,6 +10,7 @@ import tokenize
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any, TypeVar
+from unicodedata import normalize
 
 from fulltune.errors import DataError
 from fulltune.tasks import Refused, Row, Target
@@ -160,10 +161,12 @@ def named(role: str, given: str | None, columns: Sequence[str], where: str, name
         DataError: When the recipe names a column that is not there.
     """
     if given is not None:
-        if given not in columns:
+        # What looks the same is: a name from another program may stand in another normal form.
+        same = [column for column in columns if normalize("NFC", column) == normalize("NFC", given)]
+        if not same:
             hint = did_you_mean(given, columns) or f"columns here: {shown(columns)}"
             raise DataError(f"{where}: no column '{given}' (data.{role}); {hint}")
-        return given
+        return given if given in columns else same[0]
     return usual(names or USUAL_NAMES[role], columns, where)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fulltune import data
+from fulltune.errors import DataError
 from fulltune.files import SEAL
 from fulltune.inference.store import IN_TRAIN
 from fulltune.recipe.fields import Recipe
@@ -269,3 +270,78 @@ def test_stage_that_fails_leaves_nothing_half_done_and_the_earlier_rows(
         runs.prepare("one", settings={"split_seed": 3})
     assert runs.files("one") == before
     assert not list(runs.folder.rglob("*.part-*"))
+
+
+def _replace(file: Path) -> None:
+    """Another file of the same size, with its time set back."""
+    was = file.stat()
+    other = file.with_suffix(".new")
+    other.write_bytes(file.read_bytes().replace(b"rain", b"snow"))
+    other.replace(file)
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+def _append(file: Path) -> None:
+    with file.open("a") as stream:
+        stream.write("rain at the end,weather\n")
+
+
+CHANGES: dict[str, Callable[[Path], Any]] = {
+    "replaced": _replace,
+    "appended": _append,
+    "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "deleted": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("moment", ["_fingerprint", "describe", "encode"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_is_kept(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, change: str, moment: str
+) -> None:
+    module = sys.modules["fulltune.data.prepare"]
+    before = getattr(module, moment)
+
+    def then_changed(*arguments: Any) -> Any:
+        found = before(*arguments)
+        CHANGES[change](runs.file)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, moment, then_changed)
+        done = "was deleted" if change == "deleted" else "changed"
+        with pytest.raises(DataError, match=rf"train\.csv: {done} while it was read, .*; do not change it"):
+            runs.prepare("one")
+    assert not runs.cached()
+    assert not (runs.folder / "runs" / "one" / "data").exists()
+    tiny.write_csv(runs.file, ROWS)
+    runs.prepare("two")
+    assert len(runs.cached()) == 1
+
+
+def test_encoding_makes_other_rows_unless_it_is_the_usual_one(runs: Runs) -> None:
+    runs.prepare("one")
+    runs.prepare("two", settings={"encoding": "UTF8"})
+    assert len(runs.cached()) == 1
+    runs.prepare("three", settings={"encoding": "latin-1"})
+    assert len(runs.cached()) == 2
+
+
+def test_what_reading_showed_is_noted(runs: Runs) -> None:
+    lines = runs.file.read_text().splitlines()
+    lines[4], lines[7] = f'"{lines[4]}', lines[7].replace(",", '",')
+    runs.file.write_text("\n".join(lines) + "\n")
+    assert any(note.startswith("train.csv:5: 4 lines of this row look like rows") for note in runs.prepare("one").notes)
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_a_column_of_which_no_cell_can_be_read_is_named(runs: Runs, column: str) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.Table.from_pylist(ROWS)
+    cells = pa.array([b"caf\xe9 %d" % number for number in range(len(ROWS))]).view(pa.string())
+    runs.file = runs.folder / "rows.parquet"
+    parquet.write_table(table.set_column(table.schema.get_field_index(column), column, cells), runs.file)
+    with pytest.raises(DataError, match=rf"rows\.parquet: .*column '{column}' holds a text that is not UTF-8"):
+        runs.prepare("one")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fulltune.errors import DataError
 from fulltune.tasks.columns import BadCell
@@ -29,28 +31,44 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Pairs of row number, from 1, and row.
 
-    A value that Python cannot hold (a time beyond the year 9999, a text that is not UTF-8) becomes a `BadCell`. Whole
-    numbers that stand for class names, as `datasets` writes them, become these names.
+    A value that Python cannot hold (a time beyond the year 9999, a text that is not UTF-8) becomes a `BadCell`, and so
+    do those of a column that unpacks to so much that it is no data: it is not read. Whole numbers that stand for class
+    names, as `datasets` writes them, become these names.
 
     Raises:
         DataError: For a file that is damaged, cut, or has two columns of one name.
     """
     import pyarrow as pa
 
-    number = 1
+    number, packed = 1, file.stat().st_size
+    most = max(_MOST_UNPACKED_BYTES, _MOST_GROWTH * packed)
+    bomb = BadCell(
+        f"cells that unpack to over {format_bytes(most)}, in a file of {format_bytes(packed)}, expected at most "
+        f"{_MOST_GROWTH} times its size (if they are right, write the file again without compression, or as jsonl)"
+    )
+    unread: dict[str, None] = {}
     try:
-        for batch in _batches(file):
+        for batch in _batches(file, most, unread):
             titles, classes = batch.schema.names, class_names(batch.schema.metadata)
             if repeated := [title for title, count in Counter(titles).items() if count > 1]:
                 raise DataError(
                     f"{file}: column '{repeated[0]}' stands twice, expected each name once; rename or remove one"
                 )
-            columns = [_values(column, classes.get(title)) for title, column in zip(titles, batch.columns, strict=True)]
-            for cells in zip(*columns, strict=True):
-                yield number, dict(zip(titles, cells, strict=True))
-                number += 1
-    except PermissionError:
+            read = batch.select([title for title in titles if title not in unread])
+            at_once = _rows_at_once(len(batch), sum(map(_unpacked_bytes, read.columns)))
+            for start in range(0, len(batch), at_once):
+                part = read.slice(start, at_once)
+                columns = [
+                    _values(column, classes.get(title))
+                    for title, column in zip(part.schema.names, part.columns, strict=True)
+                ]
+                for cells in zip(*columns, strict=True) if columns else [()] * len(part):
+                    yield number, {**dict(zip(part.schema.names, cells, strict=True)), **dict.fromkeys(unread, bomb)}
+                    number += 1
+    except (PermissionError, FileNotFoundError):
         raise
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: a column's name is not UTF-8, expected one that is; rename the column") from None
     except (pa.ArrowException, OSError, EOFError) as error:
         after = f", after row {number - 1}" if number > 1 else ""
         text = (str(error).splitlines() or [type(error).__name__])[0]
@@ -60,44 +78,87 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
 
 
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+def _batches(file: Path, most: int, unread: dict[str, None]) -> Iterator[pa.RecordBatch]:
+    """The rows; before the first one, `unread` is given the columns that unpack to more than `most` bytes."""
     import pyarrow as pa
     from pyarrow import feather, parquet
 
     if file.suffix.lower() == ".parquet":
-        with parquet.ParquetFile(file) as parts:
-            groups = [parts.metadata.row_group(number) for number in range(parts.metadata.num_row_groups)]
-            unpacked = sum(group.total_byte_size for group in groups)
-            _refuse_bomb(file, max((group.total_byte_size for group in groups), default=0))
-            yield from parts.iter_batches(_rows_at_once(parts.metadata.num_rows, unpacked))
+        with parquet.ParquetFile(file) as parts, file.open("rb") as stream:
+            names, num_rows = parts.schema_arrow.names, parts.metadata.num_rows
+            at_once, total = _ROWS_AT_ONCE, 0
+            for name, chunks in _columns(parts.metadata, set(names)).items():
+                largest = max(_largest_cell(chunk, stream) for chunk in chunks)
+                size = sum(chunk.total_uncompressed_size for chunk in chunks)
+                few = min(_rows_at_once(num_rows, size), max(1, _MOST_UNPACKED_BYTES // (largest + 1)))
+                is_bomb = any(chunk.total_uncompressed_size > most for chunk in chunks)
+                if not is_bomb and largest * sum(chunk.num_values for chunk in chunks) > most:
+                    sizes = accumulate(batch.nbytes for batch in parts.iter_batches(few, columns=[name]))
+                    is_bomb = any(unpacked > most for unpacked in sizes)
+                if is_bomb:
+                    unread[name] = None
+                else:
+                    at_once, total = min(at_once, few), total + size
+            at_once = min(at_once, _rows_at_once(num_rows, total))
+            yield from parts.iter_batches(at_once, columns=[name for name in names if name not in unread])
         return
     with pa.memory_map(str(file)) as stream:
         if stream.read(len(_FIRST_FEATHER)) == _FIRST_FEATHER:
             yield from feather.read_table(file, memory_map=True).to_batches(_ROWS_AT_ONCE)
             return
         stream.seek(0)
+        unpacked = Counter[int]()
         for batch in _arrow_batches(stream):
-            table = pa.Table.from_batches([batch])
-            yield from table.to_batches(_rows_at_once(len(batch), batch.nbytes))
+            names = [str(name) for name in batch.schema.names]
+            unpacked.update({place: _unpacked_bytes(column) for place, column in enumerate(batch.columns)})
+            if not any(map(pa.types.is_dictionary, batch.schema.types)):
+                break  # each cell has its own bytes
+        unread |= {names[place]: None for place, size in unpacked.items() if size > most}
+        stream.seek(0)
+        yield from _arrow_batches(stream)
 
 
 def _rows_at_once(num_rows: int, num_bytes: int) -> int:
     return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * num_rows // max(1, num_bytes)))
 
 
-def _refuse_bomb(file: Path, unpacked_bytes: int) -> None:
-    """A few kilobytes can say that they are gigabytes, and be.
+def _unpacked_bytes(column: pa.Array) -> int:
+    """What its cells are together when each has its own text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    Raises:
-        DataError: For a part that unpacks to so much that it is no data.
+    if pa.types.is_dictionary(column.type):
+        with contextlib.suppress(pa.ArrowNotImplementedError):  # no texts
+            return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    return int(column.nbytes)
+
+
+def _columns(metadata: Any, names: Collection[str]) -> dict[str, list[Any]]:
+    """Each column's parts, those of all groups of rows."""
+    columns: dict[str, list[Any]] = {}
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            path = chunk.path_in_schema  # of a list: `messages.list.element`
+            columns.setdefault(path if path in names else path.split(".")[0], []).append(chunk)
+    return columns
+
+
+def _largest_cell(chunk: Any, stream: BinaryIO) -> int:
+    """The most bytes of what a file holds once and many cells have: the size of the dictionary.
+
+    It is the second number in the header of the dictionary's page (in the compact protocol of Thrift).
     """
-    packed_bytes = file.stat().st_size
-    if unpacked_bytes > max(_MOST_UNPACKED_BYTES, _MOST_GROWTH * packed_bytes):
-        raise DataError(
-            f"{file}: rows that are read together unpack to {format_bytes(unpacked_bytes)}, in a file of "
-            f"{format_bytes(packed_bytes)}; expected at most {_MOST_GROWTH} times its size: if they are right, write "
-            "the file again without compression"
-        )
+    if chunk.dictionary_page_offset is None and "DELTA_BYTE_ARRAY" not in chunk.encodings:
+        return 0
+    stream.seek(chunk.dictionary_page_offset or 0)
+    header, size = stream.read(9), 0
+    if "DELTA_BYTE_ARRAY" in chunk.encodings or header[::2][:2] != b"\x15\x15":
+        return int(chunk.total_uncompressed_size)
+    for place, byte in enumerate(header[3:]):
+        size |= (byte & 127) << 7 * place
+        if byte < 128:
+            break
+    return size >> 1
 
 
 def _arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:

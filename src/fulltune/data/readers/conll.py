@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fulltune.recipe.data import UTF_8
 from fulltune.text import counted
 
 _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 
-def rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Sentences of a file in UTF-8.
+def rows(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Sentences of a file.
 
     The first column is the word, the last one the tag; those between are not read. Columns are separated by tabs when
     the first line holds a tab, else by spaces. A blank line or a line `-DOCSTART-` ends a sentence.
@@ -24,7 +25,7 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """
     sentence: dict[str, Any] = {"tokens": [], "tags": []}
     separator, expected, first = _SPACES, 0, 0
-    with file.open(encoding="utf-8-sig") as stream:
+    with file.open(encoding=encoding) as stream:
         for line, text in enumerate(stream, start=1):
             content = text.rstrip("\r\n")
             if not content.strip(" \t") or content.startswith("-DOCSTART-"):

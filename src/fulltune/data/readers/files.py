@@ -6,16 +6,31 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fulltune.errors import DataError
-from fulltune.text import near_names
+from fulltune.text import counted, first_few, near_names
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
 """Kinds that a folder may hold for other reasons (a licence, notes): read when the recipe names the file."""
 _KINDS = ", ".join(SUFFIXES)
+_LIKE_ROWS = (
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".sqlite",
+    ".db",
+    ".pkl",
+    ".h5",
+    ".orc",
+    ".avro",
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".svg",
+)
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
@@ -88,6 +103,15 @@ def _files_in(folder: Path) -> list[Path]:
     return files
 
 
+def left_out(folder: Path, kinds: Iterable[str], taken: Sequence[Path]) -> list[str]:
+    """A note on what lies in a folder, or deeper in it, looks like rows of these kinds, and is not read."""
+    found = {file for file in folder.rglob("*") if file.suffix.lower() in {*kinds, *_LIKE_ROWS}}
+    names = [printable(file.relative_to(folder)) for file in sorted(found - {*taken})]
+    shown = [name for name in names if not name.startswith(".") and "/." not in name]
+    why = "what lies in deeper folders, or is of another kind, is not taken from a folder: name it, or move it"
+    return [f"{folder}: {counted(len(shown), 'file')} not read ({first_few(shown, 3)}): {why}"] if shown else []
+
+
 def _is_data(name: str) -> bool:
     return Path(name).suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
 
@@ -143,8 +167,37 @@ def reading(file: Path) -> Iterator[None]:
                 "file"
             )
         else:
-            raise
+            reason = error.strerror or error
+            problem = (
+                f"{path}: cannot be read ({reason}), expected a file that stays where it is; put it back, or copy it"
+            )
         raise DataError(problem) from None
+
+
+def state(file: Path) -> tuple[int, ...]:
+    """What changes of a file when it is replaced, written or cut, even where its time of change is set back."""
+    try:
+        now = file.stat()
+    except OSError:  # a link of an image that leads nowhere is listed later
+        return ()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+@contextlib.contextmanager
+def unchanged(before: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
+    """Read files that are those of an earlier `state` to the end.
+
+    Raises:
+        DataError: Naming each that is another one now, whatever else went wrong because of it.
+    """
+    try:
+        yield
+    finally:
+        if changed := [file for file, earlier in before.items() if state(file) != earlier]:
+            how = "while it was read, expected it to stay as it is; do not change it while it is read, and run again"
+            raise DataError(
+                [f"{printable(file)}: {'changed' if state(file) else 'was deleted'} {how}" for file in changed]
+            ) from None
 
 
 def printable(path: str | Path) -> str:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fulltune.recipe.data import UTF_8
 from fulltune.tasks.columns import USUAL_NAMES
 
 SEPARATED = {".csv": ",", ".tsv": "\t"}
@@ -22,14 +23,16 @@ _WORDS = 5
 
 
 @contextlib.contextmanager
-def csv_reader(file: Path, delimiter: str, *, strict: bool = False, errors: str = "strict") -> Iterator[Any]:
+def csv_reader(
+    file: Path, delimiter: str, encoding: str = UTF_8, *, strict: bool = False, errors: str = "strict"
+) -> Iterator[Any]:
     """A reader of the csv module, for cells of any length."""
     csv.field_size_limit(_LONGEST_CELL)
-    with file.open(encoding="utf-8-sig", errors=errors, newline="") as stream:
+    with file.open(encoding=encoding, errors=errors, newline="") as stream:
         yield csv.reader(stream, delimiter=delimiter, strict=strict)
 
 
-def delimiter_of(file: Path) -> str:
+def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
     """What stands between the cells of a csv or tsv file.
 
     In a csv it may be semicolons, which spreadsheets write where the comma is the decimal sign: then the first line has
@@ -39,25 +42,25 @@ def delimiter_of(file: Path) -> str:
     if usual == "\t":
         return usual
     try:
-        by_commas, by_semicolons = _first_two(file, usual), _first_two(file, ";")
+        by_commas, by_semicolons = (_first_two(file, sign, encoding) for sign in (usual, ";"))
     except csv.Error:
         return usual  # the reader says what is wrong with the file
     counts = set(by_semicolons)
     return ";" if by_commas[:1] == [1] and len(counts) == 1 and max(counts) > 1 else usual
 
 
-def _first_two(file: Path, delimiter: str) -> list[int]:
+def _first_two(file: Path, delimiter: str, encoding: str) -> list[int]:
     """The number of cells in the first two lines that are not empty."""
-    with csv_reader(file, delimiter, errors="replace") as reader:
+    with csv_reader(file, delimiter, encoding, errors="replace") as reader:
         return list(islice((len(row) for row in reader if row), 2))
 
 
-def names_without_header(file: Path) -> tuple[str, ...] | None:
+def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] | None:
     """Names for the columns of a table whose first line looks like a row; None: it has a header, or is no table."""
     if file.suffix.lower() not in SEPARATED:
         return None
     try:
-        with csv_reader(file, delimiter_of(file)) as reader:
+        with csv_reader(file, delimiter_of(file, encoding), encoding) as reader:
             first, *rows = islice(reader, _ROWS)
     except (OSError, ValueError, csv.Error):
         return None  # the reader says what is wrong with the file

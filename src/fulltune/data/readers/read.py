@@ -10,28 +10,36 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fulltune.data.readers import columnar, conll, images, plain_text, text_tables
-from fulltune.data.readers.files import data_files, reading
+from fulltune.data.readers.files import SUFFIXES, data_files, left_out, reading
 from fulltune.data.readers.header import SEPARATED
 from fulltune.errors import DataError
-from fulltune.recipe.data import TextRows
+from fulltune.recipe.data import UTF_8, TextRows
 from fulltune.text import counted
 
 PlacedRow = tuple[str, dict[str, Any]]
 _SHOWN = 5
 """Broken lines of a file that are named one by one."""
-_PACKED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-    b"PK\3\4": "zip, as office documents are, too",
+_PAGE = "a web page (HTML), as a login or an error is answered with"
+_POINTER = "a pointer of Git LFS ('git lfs pull' gives the file itself)"
+_OTHER_KINDS = {
+    b"\x1f\x8b": "packed (gzip)",
+    b"BZh": "packed (bzip2)",
+    b"\xfd7zXZ\0": "packed (xz)",
+    b"\x28\xb5\x2f\xfd": "packed (zstandard)",
+    b"PK\3\4": "packed (zip, as office documents are, too)",
+    b"SQLite format 3\0": "an SQLite database",
+    b"%PDF-": "a PDF document",
+    **dict.fromkeys((b"<!DOCTYPE html", b"<!doctype html", b"<html"), _PAGE),
+    b"version https://git-lfs.github.com/spec/": _POINTER,
 }
-"""How packed files begin, whatever their names are. No text in UTF-8 begins so but for `BZh` and `PK`."""
+"""How files of other kinds begin, whatever their names are."""
+_SAVE = "save the file as UTF-8, or name its encoding in data.encoding (init: --encoding)"
+_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,9 @@ class DataFiles:
     image_column: str | None = None
     columns: tuple[str, ...] | None = None
     """Names of a table's columns, where its first line does not give them."""
+    encoding: str = UTF_8
+    notes: dict[str, None] = field(default_factory=dict, compare=False)
+    """What reading them showed, in the order in which it did."""
 
     def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
         """Rows with the place each came from, for example `train.csv:17`.
@@ -82,12 +93,14 @@ class DataFiles:
         try:
             with reading(file):
                 for line, row in self._parsed(file):
-                    if isinstance(row, str):
+                    if isinstance(row, text_tables.Note):
+                        self.notes[f"{file.name}:{line}: {row}"] = None
+                    elif isinstance(row, str):
                         problems.append(f"{file}:{line}: {row}")
                     else:
                         yield line, row
-        except UnicodeDecodeError:
-            raise DataError(f"{file}:{_undecodable_line(file)}: not UTF-8; save the file as UTF-8") from None
+        except UnicodeError:
+            raise DataError(f"{file}:{_undecodable(file, self.encoding)}") from None
         if more := problems[_SHOWN:]:
             problems[_SHOWN:] = [f"{file}: {counted(len(more), 'more broken line')}; repair them, too"]
         if problems:
@@ -95,21 +108,23 @@ class DataFiles:
 
     def _parsed(self, file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         suffix = file.suffix.lower()
+        _refuse_other_kind(file)
         if suffix in (".parquet", ".arrow", ".feather"):
             yield from columnar.rows(file)
             return
-        _refuse_binary(file)
+        if b"\0" not in "a".encode(self.encoding):
+            _refuse_binary(file)
         match suffix:
             case ".csv" | ".tsv":
-                yield from text_tables.separated(file, self.columns)
+                yield from text_tables.separated(file, self.columns, self.encoding)
             case ".jsonl" | ".ndjson":
-                yield from text_tables.json_lines(file)
+                yield from text_tables.json_lines(file, self.encoding)
             case ".json":
-                yield from text_tables.json_list(file)
+                yield from text_tables.json_list(file, self.encoding)
             case ".txt":
-                yield from plain_text.rows(file, self.text_rows)
+                yield from plain_text.rows(file, self.text_rows, self.encoding)
             case _:
-                yield from conll.rows(file)
+                yield from conll.rows(file, self.encoding)
 
     def _whole(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Paths of images with their folder; bytes as text, as some programs write it: not of images, nor others."""
@@ -136,7 +151,9 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
         folder = Path(paths[0])
         with reading(folder):
             if images.is_image_folder(folder):
-                return DataFiles(tuple(images.files(folder)), folder.name, image_folder=folder)
+                found = images.files(folder)
+                notes = dict.fromkeys(left_out(folder, images.SUFFIXES, found))
+                return DataFiles(tuple(found), folder.name, image_folder=folder, notes=notes)
     files: list[Path] = []
     problems: list[str] = []
     for path in paths:
@@ -153,7 +170,9 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
     if problems:
         raise DataError(problems)
     where = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    return DataFiles(tuple(files), where, text_rows, columns=columns)
+    folders = [folder for folder in map(Path, paths) if folder.is_dir()]
+    notes = dict.fromkeys(note for folder in folders for note in left_out(folder, SUFFIXES, files))
+    return DataFiles(tuple(files), where, text_rows, columns=columns, notes=notes)
 
 
 def content_hash(sources: Mapping[str, DataFiles]) -> str:
@@ -177,14 +196,39 @@ def content_hash(sources: Mapping[str, DataFiles]) -> str:
     return digest.hexdigest()
 
 
-def _undecodable_line(file: Path) -> int:
-    """The first line that is not UTF-8: a decoding error counts from the start of its block, not of the file."""
+def _undecodable(file: Path, encoding: str) -> str:
+    """The first line that is in another encoding, and what to do: a decoding error counts from the start of its block,
+    not of the file."""
     with file.open("rb") as stream:
-        return next((line for line, content in enumerate(stream, start=1) if isinstance(_decoded(content), bytes)), 1)
+        lines = enumerate(stream, start=1)
+        line, content = next((one for one in lines if isinstance(_decoded(one[1], encoding), bytes)), (1, b""))
+    # Of the letters of a text in Latin script few have an accent.
+    is_latin = sum(byte > 127 for byte in content) * 5 <= len(content) and isinstance(_decoded(content, "cp1252"), str)
+    return (
+        f"{line}: not {'UTF-8' if encoding == UTF_8 else encoding}; {_SAVE}"
+        f"{', such as cp1252, in which Excel writes' if is_latin else ''}"
+    )
+
+
+def _refuse_other_kind(file: Path) -> None:
+    """Of another kind than any that a name of ours says.
+
+    Raises:
+        DataError: With the kind.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(1000)
+    kind = next((kind for sign, kind in _OTHER_KINDS.items() if start.lstrip(b" \r\n").startswith(sign)), None)
+    kind = "packed (tar)" if start[257:262] == b"ustar" else kind
+    is_sure = kind == _POINTER or (kind == _PAGE and file.suffix.lower() != ".txt") or not _is_text(start)
+    if kind and is_sure:
+        to_do = "unpack it, download what it stands for, or save its rows as csv in UTF-8, and name that"
+        raise DataError(f"{file}: is {kind}, expected rows; {to_do}")
 
 
 def _refuse_binary(file: Path) -> None:
-    """No text in UTF-8 holds NUL bytes; one in UTF-16 is half of them where its language has Latin letters.
+    """No text in UTF-8 holds NUL bytes; one in UTF-16 has them in each second place where its language has Latin
+    letters.
 
     Raises:
         DataError: With the line.
@@ -192,17 +236,11 @@ def _refuse_binary(file: Path) -> None:
     line = 1
     with file.open("rb") as stream:
         while block := stream.read(2**20):
-            start = block[:1000]
-            packed = next((kind for sign, kind in _PACKED.items() if line == 1 and start.startswith(sign)), None)
-            if packed and not _is_text(start):
-                raise DataError(
-                    f"{file}: is packed ({packed}), expected text in UTF-8; unpack it, and name what was in it"
-                )
-            if line == 1 and (
-                block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-                or (len(start) / 5 < start.count(0) < len(start))
-            ):
-                raise DataError(f"{file}:1: is UTF-16, expected UTF-8; save the file as UTF-8")
+            few, many = sorted((block[:1000:2].count(0), block[1:1000:2].count(0)))
+            is_wide = block.startswith(_MARKS) or (many > len(block[:1000]) / 5 and few < many / 4)
+            if line == 1 and is_wide:
+                kind = "UTF-32" if block.startswith(_MARKS[:2]) else "UTF-16"
+                raise DataError(f"{file}:1: is {kind}, expected UTF-8; {_SAVE}")
             place = block.find(0)
             if place >= 0:
                 line += block.count(b"\n", 0, place)
@@ -218,9 +256,9 @@ def _is_text(start: bytes) -> bool:
     return 0 not in start and isinstance(_decoded(start[: start.rfind(b"\n") + 1] or start), str)
 
 
-def _decoded(value: Any) -> Any:
-    """Bytes in UTF-8 as text; anything else as it is."""
+def _decoded(value: Any, encoding: str = "utf-8") -> Any:
+    """Bytes in this encoding as text; anything else as it is."""
     try:
-        return value.decode("utf-8") if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
+        return value.decode(encoding) if isinstance(value, bytes) else value
+    except UnicodeError:
         return value

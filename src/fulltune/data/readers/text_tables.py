@@ -14,30 +14,43 @@ from typing import Any
 
 from fulltune.data.readers.header import csv_reader, delimiter_of
 from fulltune.errors import DataError
+from fulltune.recipe.data import UTF_8
 from fulltune.tasks.columns import BadCell, fault, may_be_faulty
 from fulltune.text import counted
 
 _UNCLOSED = "a double quote is opened in this row and never closed, expected one at the cell's end; close it"
 _DOUBLED = "write a double quote inside of a quoted text twice"
+_AGAIN = "the header line stands again (were two files put one behind the other?), expected a row; remove the line"
+_JOINED = "lines of this row look like rows: if they are, remove the double quotes that open and close its cell"
+_KNOWN = 10_000
+"""Cells of ordinary rows by which such lines are told from those of a text."""
 _MARK = "a byte order mark stands before a double quote, as in files that were put one behind the other; remove it"
 _MOST_COLUMNS = 100_000
 """Each row would be kept with a million names: with more, the file is damaged or no table of texts."""
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
-def separated(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any] | str]]:
+class Note(str):
+    """What is worth knowing about a file and makes none of its rows wrong: in the place of a broken row."""
+
+
+def separated(
+    file: Path, columns: Sequence[str] | None, encoding: str = UTF_8
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Rows of a csv or tsv file.
 
     Args:
         file: The file.
         columns: Names of the columns, where the first line does not give them.
+        encoding: Of its bytes.
 
     Raises:
         DataError: When the first line is no header.
     """
-    delimiter, line = delimiter_of(file), 1
+    delimiter, line = delimiter_of(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line ends in double quotes"
-    with csv_reader(file, delimiter, strict=True) as reader:
+    known, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
+    with csv_reader(file, delimiter, encoding, strict=True) as reader:
         try:
             header, source = (columns, "data.columns") if columns else (next(reader, []), "the header")
             _check_header(file, header, delimiter)
@@ -48,14 +61,29 @@ def separated(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
                     yield line, _MARK
                 elif cells and len(cells) != len(header):
                     yield line, f"{counted(len(cells), 'cell')}, expected {len(header)} as in {source}; {remedy}"
+                elif cells and [cells[0].removeprefix("\ufeff"), *cells[1:]] == header:
+                    yield line, _AGAIN
                 elif cells:
                     yield line, dict(zip(header, cells, strict=True))
+                    if reader.line_num > line:
+                        rows = [one.split(delimiter) for one in delimiter.join(cells).split("\n") if one.strip()]
+                        joined += [(line, rows)] if {len(row) for row in rows} == {len(header)} != {1} else []
+                    elif len(known) < _KNOWN:
+                        known.update(enumerate(cells))
                 line = reader.line_num + 1
         except csv.Error as error:
             yield line, _UNCLOSED if "unexpected end of data" in str(error) else f"not valid csv: {error}; {_DOUBLED}"
+    for line, rows in joined:
+        if sum(not known.isdisjoint(enumerate(row)) for row in rows) > 1:
+            yield line, Note(f"{len(rows):,} {_JOINED}")
 
 
 def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
+    if header and (header[0].startswith("# ") or (len(header) == 1 and header[0].startswith("#"))):
+        raise DataError(
+            f"{file}:1: begins with a comment ({header[0][:40]!r}), expected a header line with column names; remove "
+            "the lines that begin with #"
+        )
     if not header:
         raise DataError(f"{file}:1: no header line, expected one with column names; write one")
     if len(header) > _MOST_COLUMNS:
@@ -81,10 +109,10 @@ def _repeated(names: Sequence[str]) -> list[str]:
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
-def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Rows of a file with an object on each line."""
     expected = "expected an object {...} on each line; repair or remove it"
-    with file.open(encoding="utf-8-sig") as stream:
+    with file.open(encoding=encoding) as stream:
         for line, text in enumerate(stream, start=1):
             if not text.strip():
                 continue
@@ -99,13 +127,13 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield line, _sound(row) if may_be_faulty(text) else row
 
 
-def json_list(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Rows of a file with a list of objects, or with an object that holds one list.
 
     Raises:
         DataError: When it is not JSON, or another value.
     """
-    text = file.read_text(encoding="utf-8-sig")
+    text = file.read_text(encoding=encoding)
     try:
         value = _from_json(text)
     except ValueError as error:

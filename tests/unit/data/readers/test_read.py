@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,8 @@ from pyarrow import feather, parquet
 
 from fulltune.data.readers.read import content_hash, locate
 from fulltune.errors import DataError
+from fulltune.recipe.data import DataBlock, codec_of
+from fulltune.tasks.columns import named
 from tests.unit.data.readers.table import read
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "é 😀", "label": "b"}]
@@ -99,3 +102,143 @@ def test_csv_with_semicolons_as_spreadsheets_write_it_is_read(tmp_path: Path) ->
     ]
     file.write_text('"a;b",c\n1;2,3\n', encoding="utf-8")
     assert read([str(file)]).rows == [{"a;b": "1;2", "c": "3"}]
+
+
+# ---- what is easily overlooked ---------------------------------------------------------------------------------
+
+
+def _refusal(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    with pytest.raises(DataError) as found:
+        list(locate([str(path)]).rows())
+    return found.value.problems[0].removeprefix(str(path))
+
+
+def _notes(path: Path) -> list[str]:
+    files = locate([str(path)])
+    list(files.rows())
+    return list(files.notes)
+
+
+@pytest.mark.parametrize("label_first", [True, False])
+@pytest.mark.parametrize(("opened", "closed"), [(0, 1), (3, 9), (0, 11)])
+@pytest.mark.parametrize("sign", [",", "\t", ";"])
+def test_rows_between_two_stray_quotes_are_noted(
+    tmp_path: Path, sign: str, opened: int, closed: int, label_first: bool
+) -> None:
+    def row(number: int) -> list[str]:
+        text = '"' * (number == opened) + f"rain number {number}" + '"' * (number == closed)
+        return [str(number % 3), text] if label_first else [text, str(number % 3)]
+
+    header = ["label", "text"] if label_first else ["text", "label"]
+    path = tmp_path / ("a.tsv" if sign == "\t" else "a.csv")
+    path.write_text("".join(sign.join(cells) + "\n" for cells in [header, *map(row, range(40))]))
+    assert [note.partition(" lines")[0] for note in _notes(path)] == [
+        f"{path.name}:{opened + 2}: {closed - opened + 1}"
+    ]
+
+
+def test_texts_of_several_lines_are_no_rows(tmp_path: Path) -> None:
+    texts = [f"Dear Ann, number {number}\nthanks, Bob\nand more, too" for number in range(20)]
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f'"{text}",{"ab"[len(text) % 2]}\n' for text in texts))
+    assert not _notes(path)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: bytes) -> None:
+    one = b"text,label\nrain,a\nsoup,b\n"
+    assert _refusal(tmp_path / "a.csv", one + mark + one).startswith(":4: the header line stands again")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a.csv".ljust(257, b"\0") + b"ustar\x0000" + bytes(800), ": is packed (tar), "),
+        (b"SQLite format 3\0" + bytes(500), ": is an SQLite database, "),
+        ("text,label\nrain,a\n".encode("utf-32"), ":1: is UTF-32, "),
+        (b"\n<!DOCTYPE html>\n<html><body>Log in</body></html>\n", ": is a web page (HTML)"),
+        (b"<html>\n<body>404, not found</body></html>\n", ": is a web page (HTML)"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n",
+            ": is a pointer of Git LFS ('git lfs pull'",
+        ),
+        (b"# of monday, by me\ntext,label\nrain,a\n", ":1: begins with a comment"),
+    ],
+)
+def test_other_kinds_of_files_are_named(tmp_path: Path, content: bytes, expected: str) -> None:
+    assert _refusal(tmp_path / "a.csv", content).startswith(expected)
+    if "LFS" in expected:
+        assert _refusal(tmp_path / "a.parquet", content).startswith(expected)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "txt", "conll"])
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-32", "utf-8"])
+def test_text_in_another_encoding_is_read_when_it_is_named(tmp_path: Path, kind: str, encoding: str) -> None:
+    content = {
+        "csv": "text;label\ncafé, schön;a\n",
+        "tsv": "text\tlabel\ncafé, schön\ta\n",
+        "jsonl": '{"text": "café, schön", "label": "a"}\n',
+        "json": '[{"text": "café, schön", "label": "a"}]',
+        "txt": "café, schön\n",
+        "conll": "café, schön\n",
+    }[kind]
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes(content.encode(encoding))
+    row = next(iter(replace(locate([str(path)]), encoding=codec_of(encoding)).rows()))[1]
+    assert "café" in (row["text"] if "text" in row else row["tokens"][0])
+    if encoding != "utf-8":
+        place = {"csv": 2, "tsv": 2}.get(kind, 1) if encoding == "cp1252" else 1
+        said = _refusal(path, path.read_bytes())
+        assert said.startswith(f":{place}: ")
+        assert "data.encoding" in said
+        assert ("cp1252" in said) == (encoding == "cp1252")
+
+
+def test_encoding_that_python_does_not_know_is_refused() -> None:
+    for name in ("cp125x2", "hex", "undefined"):
+        with pytest.raises(ValueError, match=f"expected a name such as utf-8, cp1252 or utf-16, found '{name}'"):
+            DataBlock(train="a.csv", encoding=name)
+
+
+def test_files_that_a_folder_holds_and_nobody_reads_are_noted(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv")
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "notes.txt").write_text("not data")
+    for hidden in (".git", ".cache"):
+        (tmp_path / hidden).mkdir()
+        write(tmp_path / hidden / "b.csv")
+    assert not _notes(tmp_path)
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more" / "b.csv")
+    (tmp_path / "c.xlsx").write_bytes(b"PK")
+    assert [note.partition(": what")[0] for note in _notes(tmp_path)] == [
+        f"{tmp_path}: 2 files not read (c.xlsx, more/b.csv)"
+    ]
+
+
+def test_images_that_nobody_reads_are_noted(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/2.png", "dog/old/3.png", "cat/4.heic", "cat/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [note.partition(": what")[0] for note in _notes(tmp_path)] == [
+        f"{tmp_path}: 2 files not read (cat/4.heic, dog/old/3.png)"
+    ]
+
+
+def test_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    for kind in ("csv", "parquet"):
+        path = write(tmp_path / f"a.{kind}")
+        files = locate([str(path)])
+        path.unlink()
+        with pytest.raises(DataError, match=rf"a\.{kind}: cannot be read \(No such file or directory\)"):
+            list(files.rows())
+
+
+def test_columns_of_parquet_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet")
+    assert _refusal(path, path.read_bytes().replace(b"label", b"lab\xe9l")).startswith(": a column's name is not UTF-8")
+
+
+def test_a_column_in_another_normal_form_is_found() -> None:
+    assert named("text", "t\u00e9xt", ["te\u0301xt", "label"], "a.csv") == "te\u0301xt"

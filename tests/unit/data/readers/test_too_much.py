@@ -22,6 +22,7 @@ from fulltune.errors import DataError
 from fulltune.tasks import long_texts
 from fulltune.tasks.columns import MOST_NESTED, fault, shown, windows
 from fulltune.tasks.long_texts import beginning
+from fulltune.text import format_bytes
 from tests import tiny
 
 ROWS = b"text,label\nrain,weather\nsoup,food\n"
@@ -115,16 +116,36 @@ def test_large_rows_are_read_few_at_a_time(num_rows: int, num_bytes: int, expect
     assert columnar._rows_at_once(num_rows, num_bytes) == expected
 
 
-def test_parquet_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
+BOMBS = {
+    "one text": {"compression": "zstd", "use_dictionary": False},
+    "a dictionary": {},
+    "common beginnings": {"use_dictionary": False, "column_encoding": {"note": "DELTA_BYTE_ARRAY"}},
+    "feather": None,
+}
 
-    path = tmp_path / "rows.parquet"
-    parquet.write_table(pa.table({"text": ["rain " * 400_000]}), path, compression="zstd", use_dictionary=False)
-    assert len(list(columnar.rows(path))) == 1
+
+@pytest.mark.parametrize("how", BOMBS)
+def test_a_column_that_unpacks_to_too_much_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    import pyarrow as pa
+    from pyarrow import feather, parquet
+
+    notes = pa.array(["rain " * 40_000 + end for end in "ab"]).take(pa.array([0, 1] * 20))
+    table = pa.table({"text": [str(i) for i in range(40)], "note": notes, "lists": [[{"a": "b"}]] * 40})
+    path = tmp_path / ("rows.feather" if how == "feather" else "rows.parquet")
+    if how == "feather":
+        table = table.set_column(1, "note", table["note"].dictionary_encode())
+        feather.write_feather(table, path)
+    else:
+        parquet.write_table(table, path, **{"compression": "none"} | BOMBS[how])
+    assert [row["note"][-2:] for _, row in columnar.rows(path)] == [" a", " b"] * 20
     monkeypatch.setattr(columnar, "_MOST_UNPACKED_BYTES", 1_000_000)
-    with pytest.raises(DataError, match=r"rows\.parquet: rows .* unpack to 1\.91 MiB.*without compression"):
-        list(columnar.rows(path))
+    monkeypatch.setattr(columnar, "_MOST_GROWTH", 2)
+    rows = [row for _, row in columnar.rows(path)]
+    assert [(row["text"], row["lists"]) for row in rows] == [(str(i), [{"a": "b"}]) for i in range(40)]
+    limit = format_bytes(max(1_000_000, 2 * path.stat().st_size))
+    assert {str(row["note"]).partition(" in a file")[0] for row in rows} == {f"<cells that unpack to over {limit},"}
 
 
 @pytest.mark.parametrize("kind", ["file", "stream"])
