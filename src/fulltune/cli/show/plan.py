@@ -231,6 +231,7 @@ def _time(survey: Survey, plan: Plan) -> list[tuple[str, str]]:
     assert need is not None
     batch = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} x {plan.num_processes}"
     epochs = f"{plan.num_train_epochs:g} {'epoch' if plan.num_train_epochs == 1 else 'epochs'}"
+    doubt = "from a busy machine, see above" if plan.busy else "can be off by half"
     training = f"steps {format_seconds(need.train_seconds)}, evaluations {format_seconds(need.eval_seconds)}"
     rows = [
         (
@@ -238,7 +239,7 @@ def _time(survey: Survey, plan: Plan) -> list[tuple[str, str]]:
             f"{plan.total_steps:,} of {counted(plan.global_batch_size, 'row')} ({batch}), {epochs}, "
             f"{count(need.tokens)} tokens",
         ),
-        ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: can be off by half){_bound(survey)}"),
+        ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: {doubt}){_bound(survey)}"),
         (
             "training",
             f"{format_seconds(need.total_seconds)}: {training}, checkpoints {format_seconds(need.save_seconds)}",

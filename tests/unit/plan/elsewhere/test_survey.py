@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from fulltune.cli.show.plan import show
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Moment
 from fulltune.plan import gpus, time, ways_out, workload
@@ -601,3 +603,17 @@ def test_what_the_recipe_gives_is_not_overridden_by_a_placement() -> None:
     assert _overrides(given(train=mine), {"train.extra.deepspeed": None})
     assert _overrides(given(train={"placement": "zero3"}), {"train.placement": "zero2"})
     assert _overrides(given(train={"placement": "zero3"}), {"train.placement": "auto"})
+
+
+def test_busy_machine_is_said_before_its_times(capsys: pytest.CaptureFixture[str]) -> None:
+    fleet = machines.fleet_of("cpu, 2 cores, 64GB host")
+    busy = fleet.model_copy(update={"machine": fleet.machine.model_copy(update={"load_average": 9.0})})
+    found, plan = survey(sizes.bert(), busy, Wishes())
+    show(Console(width=80), found, plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.index("busy this machine is busy (load 9 on 2 cores)") < said.index("takes ")
+    assert "(arithmetic: from a busy machine, see above)" in said
+    _, idle = survey(sizes.bert(), fleet, Wishes())
+    assert plan is not None
+    assert idle is not None
+    assert bool(plan.busy) > bool(idle.busy)
