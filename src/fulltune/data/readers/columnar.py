@@ -93,7 +93,9 @@ def _batches(file: Path, most: int, unread: dict[str, None]) -> Iterator[pa.Reco
                 few = min(_rows_at_once(num_rows, size), max(1, _MOST_UNPACKED_BYTES // (largest + 1)))
                 is_bomb = any(chunk.total_uncompressed_size > most for chunk in chunks)
                 if not is_bomb and largest * sum(chunk.num_values for chunk in chunks) > most:
-                    sizes = accumulate(batch.nbytes for batch in parts.iter_batches(few, columns=[name]))
+                    sizes = accumulate(
+                        _unpacked_bytes(part.column(0)) for part in parts.iter_batches(few, columns=[name])
+                    )
                     is_bomb = any(unpacked > most for unpacked in sizes)
                 if is_bomb:
                     unread[name] = None
