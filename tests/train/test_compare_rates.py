@@ -531,4 +531,4 @@ def test_start_of_a_command_and_one_whose_budget_was_refused_count(tmp_path: Pat
         ):
             comparing.run(one, "test", budget="5m")
         spent = [(entry["what"], entry["seconds"] >= 300) for entry in files.lines_of(one.folder / context.CLOCK)]
-        assert spent == [("preparation", True)] * command
+        assert spent == [("preparation", True), ("design", False)] * command

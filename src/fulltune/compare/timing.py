@@ -47,10 +47,11 @@ def _settled(context: Context) -> Expectation:
     block = context.recipe.compare
     steps = context.setup(context.full.arm).plan.total_steps
     share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
-    context.write_time("preparation", *context.time_passed())  # also of a command whose budget is refused
+    context.write_time("preparation", *context.time_passed())
     if context.budget_seconds is not None and not context.kept_results():
         _measure(context, least)
     costs = costs_of(context)
+    context.write_time("design", *context.time_passed())  # also of a command whose budget is refused
     return design.expected(
         costs,
         design.num_seeds(block.seeds, context.summary.splits["train"].rows),
