@@ -314,6 +314,7 @@ def test_plan_with_data_here_is_the_runs_plan_and_keeps_the_survey(recipe: Path,
     assert (survey.train_rows, survey.eval_rows, survey.num_devices) == (32, 4, 1)
     assert survey.hardware.startswith("this machine: ")
     assert survey.placement == "one device, AdamW fp32"
+    assert "without train.seed: in this run folder" in shown(result)
 
 
 def test_plan_with_data_for_other_hardware_leaves_the_runs_plan_open(recipe: Path, tmp_path: Path) -> None:

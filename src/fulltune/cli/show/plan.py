@@ -322,7 +322,8 @@ def _what_next(survey: Survey, plan: Plan | None) -> Iterator[Text]:
         yield _dim(f"to decide on your own rows: fulltune compare, on {where}")
     else:
         yield _dim("full fine-tuning does not fit here: there is nothing to compare with")
-    yield _dim("to run this plan with another seed")
+    here = " (without train.seed: in this run folder)" if survey.rows_prepared and not survey.settings else ""
+    yield _dim(f"to run this plan with another seed{here}")
     if survey.num_machines > 1:
         machines = f"on each of the {survey.num_machines} machines"
         yield _dim(f"({machines}, in a folder that all see; RANK counts them from 0, HOST is 0's name)")
