@@ -86,14 +86,10 @@ def _forgets_less_held(
 
 def _forgets_less(full: ArmRow, lora: ArmRow) -> Iterator[tuple[str, str, bool | None]]:
     if full.drift is not None and lora.drift is not None:
-        lora_drift, full_drift = (
-            f"{one.value:.3g} [{one.low:.3g}, {one.high:.3g}]" for one in (lora.drift, full.drift)
-        )
+        both = ((lora.drift, lora.arm), (full.drift, "full"))
+        drifts = ", ".join(f"{one.value:.3g} [{one.low:.3g}, {one.high:.3g}] for {arm}" for one, arm in both)
         seeds = min(len(lora.seeds), len(full.seeds))
-        here = (
-            f"drift on generic text {lora_drift} for {lora.arm}, {full_drift} for full (over texts, "
-            f"{counted(seeds, 'seed')} of each)"
-        )
+        here = f"drift on generic text {drifts} (over texts, {counted(seeds, 'seed')} of each)"
         holds = _holds(lora.drift.high < full.drift.low, lora.drift.low > full.drift.high)
         # What learned nothing has nothing to forget for.
         idle = [row.arm for row in (full, lora) if row.gain_share is None or row.gain_share <= 0]

@@ -260,7 +260,7 @@ def _because(one: Difference, write: Writer) -> str:
     elif one.equivalent:
         answer = "equal within the margin"
     elif one.not_worse:
-        answer = f"{one.arm} is equal or better"
+        answer = f"{one.arm} is not worse by the margin"
     else:
         answer = "not decided"
     return f"{in_words(one, write)}: {answer}"

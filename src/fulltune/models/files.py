@@ -196,11 +196,8 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
         return read()
     except UnpicklingError as error:  # torch's own words advise to read it without the restriction
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise SetupError(
-            f"model: {block.name}: its pickled weights were not read: they hold more than tensors "
-            f"({found[1] if found else 'not a whole pickle'}), which would run as code; take the model's safetensors, "
-            "or weights from a source that you trust"
-        ) from None
+        why = f"they hold more than tensors ({found[1]}), which would run as code" if found else "they are damaged"
+        raise SetupError(f"model: {block.name}: its pickled weights were not read: {why}; take safetensors") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:

@@ -49,14 +49,8 @@ def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskN
 def refuse_what_cannot_fit(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, place: str
 ) -> None:
-    """Before step 1, not when the third checkpoint is half written.
-
-    Args:
-        recipe: The recipe.
-        num_parameters: Of the model.
-        settings: That memory and disk depend on.
-        free_bytes: On the disk of `place`.
-        place: What was measured, a folder; empty: the recipe's output.
+    """Before step 1, not when the third checkpoint is half written. `place` is what was measured, a folder; empty: the
+    recipe's output.
 
     Raises:
         DoesNotFitError: Naming both sizes.

@@ -228,9 +228,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
     """Make the folder this recipe's, or check that it is; True when it was already."""
     identity = folder / IDENTITY
     if identity.exists():
-        if (its := _fingerprint(identity)) is None:
-            raise _damaged(identity)
-        if its != fingerprint:
+        if _fingerprint(identity) != fingerprint:
             raise SetupError(
                 f"{folder}: belongs to a run with other settings{_differing(folder, recipe)}; name another folder, or "
                 "leave --run-folder out to start a new run"
@@ -251,11 +249,12 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
 
 
 def _differing(folder: Path, recipe: Recipe) -> str:
-    """In which settings a folder's recipe is another one, in brackets; empty: it cannot be read, or in none of them."""
-    try:
-        before, now = recipe_of(folder).shaping(), recipe.shaping()
-    except SetupError:
-        return ""
+    """In which settings a folder's recipe is another one, in brackets; empty: in none of them.
+
+    Raises:
+        SetupError: When it is damaged.
+    """
+    before, now = recipe_of(folder).shaping(), recipe.shaping()
     found = []
     for block in now:
         one, other = before.get(block), now[block]
@@ -289,13 +288,9 @@ def recipe_of(folder: Path) -> Recipe:
     try:
         return Recipe.model_validate(json.loads(identity.read_text(encoding="utf-8"))["recipe"])
     except (ValueError, KeyError, TypeError, OSError):  # pydantic's ValidationError is a ValueError
-        raise _damaged(identity) from None
-
-
-def _damaged(identity: Path) -> SetupError:
-    return SetupError(
-        f"{identity}: is damaged or was written by another version of fulltune; start a new run from the recipe"
-    )
+        raise SetupError(
+            f"{identity}: is damaged or was written by another version of fulltune; start a new run from the recipe"
+        ) from None
 
 
 def is_comparison(folder: Path) -> bool:

@@ -49,6 +49,7 @@ def curves(train: list[float], held_out: list[float], metric: list[float] | None
         (curves([2.6, 1.8, 1.7, 1.6], [2.0, 1.8, 1.7, 1.6], [0.2, 0.3, 0.4, 0.5], before=0.54), "under-fitted", None),
         (curves([2.0, 1.0, 0.9, 0.8], [2.0, 1.9, 1.95, 1.9], before=1.2), "got worse", 0),
         (curves([2.0, 1.0, 0.4, 0.1], [1.5, float("nan"), 1.5, float("nan")]), "not known", None),
+        (curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [float("nan")] * 4), "over-fitted", 20),
     ],
 )
 def test_kind_follows_from_the_curves(given: Curves, kind: str, turn: int | None) -> None:
@@ -73,10 +74,9 @@ def test_level_of_a_loss_of_mixed_rows_says_nothing() -> None:
             "accuracy",
             ["at step 20 (epoch 2), 83.3%, and 70.8% at the end", "24", "15.5"],
         ),
-        ([0.5, 0.6, 0.6, 0.6], 400, "accuracy", ["never better than at the end, 60.0%"]),
+        ([0.5, 0.6, 0.6, 0.6], 400, "accuracy", ["60.0%, and 60.0% at the end", "not more answers wrong"]),
         ([0.5, 0.6, 0.55, 0.59], 0, "accuracy", ["1,000, as is assumed,", "3.1 points"]),
         ([0.5, 0.6, 0.6, 0.595], 24, "matthews_correlation", ["0.6, and 0.595 at the end", "up to 0.012"]),
-        ([float("nan")] * 4, 24, "accuracy", ["what that did to accuracy is not known"]),
     ],
 )
 def test_answers_that_are_not_surely_worse_are_not_called_as_good(

@@ -109,7 +109,7 @@ def fitting(curves: Curves) -> Fitting:
         worse = f"Got worse: {said}, and the train loss did not fall meanwhile, either."
         return Fitting("got worse", at, (worse, gap, kept, _LOWER))
     said = f"{said}, while the train loss still fell"
-    if fell or _is_loss(curves):
+    if fell or _is_loss(curves) or not any(math.isfinite(value) for _, value in curves.metric):
         return Fitting("over-fitted", at, (f"Over-fitted: {said}.", gap, kept, _FEWER))
     return Fitting("over-confident", at, (f"Over-confident: {said}; {_not_known_worse(curves)}.", gap, kept))
 
@@ -189,40 +189,31 @@ def _worse_than_before(curves: Curves) -> str:
 
 def _metric_fell(curves: Curves) -> tuple[int, str] | None:
     """The best evaluation and what was lost since, where that is more than chance; None: nothing was."""
-    points = [point for point in curves.metric if math.isfinite(point[1])]
-    if len(points) < LEAST_EVALUATIONS or _is_loss(curves):
+    if sum(math.isfinite(value) for _, value in curves.metric) < LEAST_EVALUATIONS or _is_loss(curves):
         return None
-    step, best, last, chance = _since_best(curves)
-    return (step, _said_since(curves, step, best, last)) if abs(best - last) > chance else None
+    step, said, lost, chance = _since_best(curves)
+    return (step, said) if lost > chance else None
 
 
-def _since_best(curves: Curves) -> tuple[int, float, float, float]:
-    """The step of the metric's best evaluation, its value, the last one, and how far apart chance brings them."""
+def _since_best(curves: Curves) -> tuple[int, str, float, float]:
+    """The step of the metric's best evaluation, it and the last one in words, what was lost, what chance may take."""
     points = [point for point in curves.metric if math.isfinite(point[1])]
-    step, best = max(points, key=lambda point: point[1] if curves.greater_is_better else -point[1])
-    is_one = is_share(curves.metric_name)
-    chance = ERRORS * error_of_share(best, curves.eval_rows or ASSUMED_ROWS) if is_one else CHANGED * abs(best)
-    return step, best, points[-1][1], chance
-
-
-def _said_since(curves: Curves, step: int, best: float, last: float) -> str:
-    before, after = (format_metric(curves.metric_name, value) for value in (best, last))
-    name = words.metric_name(curves.metric_name)
-    return f"{name} on the eval rows was best at {_place(curves, step)}, {before}, and {after} at the end"
+    name, sign = curves.metric_name, 1 if curves.greater_is_better else -1
+    step, best = max(points, key=lambda point: sign * point[1])
+    last, rows = points[-1][1], curves.eval_rows or ASSUMED_ROWS
+    chance = ERRORS * error_of_share(best, rows) if is_share(name) else CHANGED * abs(best)
+    before, after = (format_metric(name, value) for value in (best, last))
+    said = f"{words.metric_name(name)} on the eval rows was best at {_place(curves, step)}, {before}, and {after}"
+    return step, f"{said} at the end", sign * (best - last), chance
 
 
 def _not_known_worse(curves: Curves) -> str:
-    """Not resolved is not equal: what these rows say of the answers, whose eval loss rose."""
-    name = words.metric_name(curves.metric_name)
-    if not any(math.isfinite(value) for _, value in curves.metric):
-        return f"what that did to {name} is not known"
-    step, best, last, chance = _since_best(curves)
-    if best == last:
-        better = f"{name} on the eval rows was never better than at the end, {format_metric(curves.metric_name, last)}"
-        return f"{better}, so that the probabilities have become too extreme and not more answers wrong"
+    """What the eval rows say of the answers while their loss rose: not resolved is not equal."""
+    _, said, lost, chance = _since_best(curves)
+    if not lost:
+        return f"{said}: the probabilities have become too extreme, and not more answers wrong"
     most = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
     rows = f"these {curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,}, as is assumed,"
-    said = _said_since(curves, step, best, last)
     return f"{said}. Of {rows} rows a difference of up to {most} may be chance: whether answers got worse is open"
 
 
