@@ -53,7 +53,7 @@ def test_drift_begins_at_nothing_and_grows(unbroken: Path) -> None:
 def test_report_has_the_curve_and_a_sentence(unbroken: Path) -> None:
     report = (unbroken / "run" / "report.md").read_text(encoding="utf-8")
     section = report.split("## Forgetting")[1].split("\n## ")[0]
-    assert "Hidden states of generic text have turned by" in section
+    assert "Hidden states of generic text have changed by" in section
     assert "generic texts (preserve.probe: docstrings of Python's standard library)" in section
     assert "drift" not in report.split("## Learning curves")[1].split("\n## ")[0]
 
@@ -178,7 +178,7 @@ def test_probe_that_holds_nothing_is_refused_before_training(
         ([(0, 0.0), (50, 0.03), (100, 0.04)], {50: 0.004}, 50, True, "3.0% less likely by step 50 (0.03 ± 0.004"),
         ([(0, 0.0), (100, 0.04)], {100: 0.03}, 100, True, "has not moved as far as can be told"),
         ([(0, 0.0), (100, -0.04)], {100: 0.004}, 100, True, "got more likely by step 100"),
-        ([(0, 0.0), (100, 0.2)], {100: 0.01}, 100, False, "have turned by 0.2 ± 0.01 (1 - cosine"),
+        ([(0, 0.0), (100, 0.2)], {100: 0.01}, 100, False, "have changed by 0.2 ± 0.01 (1 - cosine"),
         ([(0, math.nan)], {}, None, True, "none of its values was finite"),
     ],
 )

@@ -139,7 +139,7 @@ def test_verdict_in_words() -> None:
     points = [point(0, 0, 0.5), point(0.5, 0.01, 0.7), point(1, 0.05, 0.9)]
     passed = verdict(record(points[1], points, at(0.012, 0.001)))
     assert passed.startswith(
-        "Forgetting, budget 2.0%: PASS: generic text turned by 1.20% (1 - cosine; with 95% certainty"
+        "Forgetting, budget 2.0%: PASS: generic text changed by 1.20% (1 - cosine; with 95% certainty"
     )
     assert "at most 1.36%), on 100 texts that nothing had read before" in passed
     assert "50.0% of the trained model's gain" in passed

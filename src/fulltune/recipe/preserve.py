@@ -40,7 +40,7 @@ class PreserveBlock(Block):
 
     drift: bool = True
     """At each evaluation, measure how far the model has moved away on generic text: for language models by how much
-    its loss rose, for others how far its hidden states have turned. Costs about 1 % of the training, more of a very
+    its loss rose, for others how far its hidden states have changed. Costs about 1 % of the training, more of a very
     short one: at least 8 texts are read."""
     probe: str | None = None
     """A text file of what the model could do before: one text a line, or paragraphs. Left out: docstrings of Python's

@@ -177,8 +177,8 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
     markdown, html = cards(
         tmp_path, comparisons.comparison(findings=(comparisons.finding(),), openings=comparisons.openings(2))
     )
-    assert "**The sealed test rows were opened 2 times. 1 unfair setting: see Fairness.**" in markdown
-    assert "test rows opened 2 times: 2026-11-24T16:12:03+01:00 by ada@lab" in Page(html).text
+    assert "**The sealed test rows were used for a verdict 2 times. 1 unfair setting: see Fairness.**" in markdown
+    assert "test rows used for a verdict 2 times: 2026-11-24T16:12:03+01:00 by ada@lab" in Page(html).text
 
 
 def test_marks_few_rows_are_named() -> None:

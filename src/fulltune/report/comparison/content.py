@@ -250,7 +250,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
             f"{comparison.train_rows:,} to train{mixed}, {comparison.eval_rows:,} to choose rates and checkpoints, "
             f"{comparison.test_rows:,} to test; data {comparison.data_fingerprint[:12]}",
         ),
-        ("test rows opened", opened if openings else "not noted"),
+        ("test rows used for a verdict", opened if openings else "not noted"),
         ("took", f"{took}; {comparison.device}, {cores}{parallel}"),
         ("all seeds", fixed),
         ("could find", _could_find(comparison)),

@@ -192,7 +192,7 @@ def warning(comparison: Comparison) -> str:
     counts = ((unfair, "unfair setting"), (len(found) - unfair, "note"))
     parts = [counted(count, noun) for count, noun in counts if count]
     opened = len({(one.trials, one.alpha) for one in comparison.openings})  # the same trials again show nothing new
-    again = f"The sealed test rows were opened {opened} times. " if opened > 1 else ""
+    again = f"The sealed test rows were used for a verdict {opened} times. " if opened > 1 else ""
     return f"{again}{listed(parts)}: see Fairness." if parts else ""
 
 

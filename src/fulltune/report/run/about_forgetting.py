@@ -46,7 +46,7 @@ def _of(view: RunView, trial: str) -> list[Block]:
         return []
     writes = view.summary.problem_type in LANGUAGE_MODELS
     kept = outcome.best_step if outcome else None
-    title = "rise of the loss on generic text" if writes else "turn of the hidden states on generic text"
+    title = "rise of the loss on generic text" if writes else "change of the hidden states on generic text"
     figures = [Figure(learning_curve(title, points, "drift", kept), title, curve_in_words(points, "drift", kept))]
     errors = dict(history.evaluation.get("drift_error", ()))
     moved = in_words(points, errors, kept, writes)
@@ -96,7 +96,7 @@ def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | N
     if writes:
         share = format_percent(-math.expm1(-value))
         return f"A token of generic text got {share} less likely by step {step:,} ({_size(value, error, True)}){when}."
-    return f"Hidden states of generic text have turned by {_size(value, error, False)} by step {step:,}{when}."
+    return f"Hidden states of generic text have changed by {_size(value, error, False)} by step {step:,}{when}."
 
 
 def _size(value: float, error: float, writes: bool) -> str:
@@ -130,7 +130,7 @@ def verdict(found: Preserved) -> str:
         what += f" (with 95% certainty at {most} {_likelier(sealed.upper)})"
     else:
         by, upper = (words.as_share(one, False) for one in (sealed.measured.drift, sealed.upper))
-        what = f"generic text turned by {by} (1 - cosine; with 95% certainty at most {upper})"
+        what = f"generic text changed by {by} (1 - cosine; with 95% certainty at most {upper})"
     kept = f"{what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
     kept += _of_sealed_rows(sealed)
     if found.task_says_little:
