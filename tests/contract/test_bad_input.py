@@ -737,7 +737,7 @@ def test_recipe_problems_are_all_named_with_lines(case: Case) -> None:
     refused(
         case.text(
             "model: x\ntask: txt-classification\ndata:\n  train: a.csv\n  max_token: 5\n  eval_fraction: 0.9\n"
-            "train:\n  num_train_epochs: many\n  max_length: 9\n  report_to: wandb\n  global_batch_size: 10\n"
+            "train:\n  num_train_epochs: many\n  max_length: 9\n  report_to: 3\n  global_batch_size: 10\n"
         ),
         RECIPE,
         f"{here}:2  task: expected 'text-classification', 'token-classification', 'question-answering', "
@@ -746,7 +746,7 @@ def test_recipe_problems_are_all_named_with_lines(case: Case) -> None:
         f"{here}:6  data.eval_fraction: expected less than 0.5, found 0.9",
         f"{here}:5  data.max_token: unknown setting; write data.max_length",
         f"{here}:8  train.num_train_epochs: expected number, found 'many'",
-        f"{here}:10  train.report_to: expected a list, found 'wandb'; write [wandb]",
+        f"{here}:10  train.report_to: expected a list, found 3; write [3]",
         f"{here}:9  train.max_length: unknown setting; did you mean 'data.max_length'?",
     )
 

@@ -16,7 +16,7 @@ from fulltune.cli.app import app
 from fulltune.cli.init import _yaml
 from fulltune.recipe.file import load_recipe
 from tests import tiny
-from tests.contract.command import fulltune
+from tests.contract.command import assert_same_facts, fulltune
 
 VERBS = [str(command.name or getattr(command.callback, "__name__", "")) for command in app.registered_commands]
 
@@ -27,6 +27,23 @@ def test_help_lists_every_verb() -> None:
     listed = re.findall(r"^│ (\w+) ", result.out, re.MULTILINE)
     assert [name for name in listed if name in VERBS] == VERBS
     assert len(VERBS) >= 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("export runs/a", "'python llama.cpp/convert_hf_to_gguf.py RUN/models/full'"),
+        ("export runs/a", "'optimum-cli export onnx --model RUN/models/full onnx'"),
+        ("run tickets.csv", "'fulltune init tickets.csv'"),
+        ("init stanfordnlp/imdb", "'hf download stanfordnlp/imdb --repo-type dataset --local-dir imdb'"),
+    ],
+)
+def test_what_was_meant_is_answered(
+    arguments: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tickets.csv").write_text("text,label\na,b\n", encoding="utf-8")
+    assert_same_facts(fulltune(*arguments.split()).problems, [problem])
 
 
 @pytest.mark.parametrize("verb", VERBS)

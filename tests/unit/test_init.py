@@ -174,6 +174,10 @@ def _typed(verdict: object, number: int) -> dict[str, object]:
             [{"mr": f"name[{number}]", "ref": f"It is {number}."} for number in range(40)],
             "--prompt mr --completion ref",
         ),
+        (
+            [{"one": f"A man is in {n}", "two": f"One man sits in {n}", "same": n % 2} for n in range(40)],
+            "--text one --text-pair two --label same",
+        ),
         ([{"body": f"It is {number}."} for number in range(40)], "--text body"),
     ],
 )
@@ -184,6 +188,96 @@ def test_columns_without_usual_names_are_proposed_as_the_rows_suggest(
     with pytest.raises(DataError) as refusal:
         infer(data)
     assert str(refusal.value).endswith(f"for example: {example}")
+
+
+def _rows(folder: Path, **cells: str | list[object]) -> Path:
+    rows = [
+        {name: cell[n % len(cell)] if isinstance(cell, list) else f"{cell} {n}" for name, cell in cells.items()}
+        for n in range(40)
+    ]
+    return _written(folder / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("cells", "roles", "unused"),
+    [
+        (
+            {"instruction": "Translate it", "input": "I have apples", "output": "Ich habe", "id": "x"},
+            {"prompt": "instruction", "input": "input", "completion": "output"},
+            "id",
+        ),
+        ({"text": "a fine film to see", "label": ["a", "b"], "title": "A film", "stars": [1]}, {}, "title, stars"),
+        (
+            {"premise": "it is so", "hypothesis": "it may be so", "label": ["a", "b"], "why": "they say it is so"},
+            {},
+            "why",
+        ),
+        ({"text": "a fine film to see", "label": ["a", "b"]}, {}, ""),
+    ],
+)
+def test_columns_that_are_not_used_are_named(
+    tmp_path: Path, cells: dict[str, str | list[object]], roles: dict[str, str], unused: str
+) -> None:
+    found, _ = write_recipe(_rows(tmp_path, **cells), tmp_path / "recipe.yaml", None, False)
+    assert found.unused == unused
+    assert (f"\n  # columns not used: {unused}\n" in (tmp_path / "recipe.yaml").read_text()) == bool(unused)
+    assert not roles or dict(found.target.columns) == roles
+
+
+STS: dict[str, str | list[object]] = {"a": "A man plays music", "b": "Somebody plays a song", "score": [0.5, 3.2]}
+
+
+@pytest.mark.parametrize(
+    ("cells", "block", "problem"),
+    [
+        (STS, {}, r"'a' and 'b' both hold texts.*data.text: a, with data.text_pair: b .*--text a --text-pair b\)"),
+        ({**STS, "a": "A short one here"}, {}, r"data.text: a, with data.text_pair: b .*"),
+        (
+            {"question": "Who has made it", "passage": "It was made by them", "response": "By them"},
+            {},
+            r"data.prompt: question, with data.input: passage .*--prompt question --input passage\)",
+        ),
+        (
+            {"source": "A text to read", "target": "To read", "about": "What it is about"},
+            {},
+            r"write data.source: source \(init: --source source\)",
+        ),
+        (STS, {"text": "a"}, None),
+        (STS, {"text": "a", "text_pair": "b"}, None),
+    ],
+)
+def test_second_column_of_texts_is_asked_about(
+    tmp_path: Path, cells: dict[str, str | list[object]], block: dict[str, str], problem: str | None
+) -> None:
+    data = _rows(tmp_path, **cells)
+    if problem is None:
+        assert infer(data, hints=Hints(roles=block)).unused == ("" if "text_pair" in block else "b")
+        return
+    with pytest.raises(DataError, match=problem):
+        infer(data)
+    task = {"a": "text-classification", "question": "causal-lm"}.get(next(iter(cells)), "seq2seq")
+    recipe = Recipe.model_validate({"model": "m", "task": task, "data": {"train": str(data)}})
+    given = {"train": read_rows(recipe, find_files(recipe)["train"], None)}
+    with pytest.raises(DataError, match=problem):
+        describe(recipe.data, task_named(recipe.task), given)
+
+
+@pytest.mark.parametrize(
+    ("cells", "role"),
+    [
+        ({"prompt": "Who is it", "chosen": "It is she", "rejected": "No idea", "score": [1, 2]}, "completion"),
+        ({"Chosen": "It is she", "Rejected": "No idea"}, "text"),
+        ({"chosen": [[{"role": "assistant", "content": "I"}]], "rejected": [[]], "prompt": "Who is it"}, "messages"),
+    ],
+)
+def test_preferences_are_refused_with_what_trains_on_them(
+    tmp_path: Path, cells: dict[str, str | list[object]], role: str
+) -> None:
+    data, chosen = _rows(tmp_path, **cells), next(name for name in cells if name.lower() == "chosen")
+    with pytest.raises(DataError, match=rf"DPOTrainer.*data.completion: {chosen}, .* \(init: --completion {chosen}\)"):
+        infer(data)
+    found = infer(data, hints=hints_of("causal-lm", {role: chosen}, None))
+    assert (found.target.columns[role], "ejected" in found.unused) == (chosen, True)
 
 
 def test_no_recipe_is_written_where_no_row_could_be_used(tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.text import counted, format_seconds
 
+EXPORT = (
+    "export: there is no such command, and none is needed: RUN/models/full is a Hugging Face folder. GGUF: 'python "
+    "llama.cpp/convert_hf_to_gguf.py RUN/models/full'; ONNX: 'optimum-cli export onnx --model RUN/models/full onnx'"
+)
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -57,6 +61,7 @@ def init(
     text_pair: options.Column = None,
     label: options.Column = None,
     prompt: options.Column = None,
+    input: options.Column = None,
     completion: options.Column = None,
     messages: options.Column = None,
     tools: options.Column = None,
@@ -74,25 +79,15 @@ def init(
 
     Columns with usual names are found; others are named: --prompt mr --completion ref.
     """
-    from fulltune.cli.init import hints_of, write_recipe
+    from fulltune.cli.init import hints_of, lines, write_recipe
 
-    given = {"text": text, "text_pair": text_pair, "label": label, "prompt": prompt, "completion": completion}
-    given |= {"messages": messages, "tools": tools, "source": source, "target": target, "question": question}
-    given |= {"context": context, "answers": answers, "choices": choices, "tokens": tokens, "tags": tags}
-    given |= {"image": image}
+    given = {"text": text, "text_pair": text_pair, "label": label, "prompt": prompt, "input": input}
+    given |= {"completion": completion, "messages": messages, "tools": tools, "source": source, "target": target}
+    given |= {"question": question, "context": context, "answers": answers, "choices": choices, "tokens": tokens}
+    given |= {"tags": tags, "image": image}
     found, files = write_recipe(data, output, model, force, hints_of(task, given, columns, encoding))
-    if found.is_guess:
-        out.print(f"{escape(found.where)}: no header line, for its first line looks like a row")
-        out.print(f"columns: {escape(', '.join(found.columns or ()))}; other names: --columns NAME,NAME")
-        out.print("if it is a header: name a column of it, such as --label NAME")
-    labels = f", {counted(len(found.target.labels), 'label')}" if found.target.labels else ""
-    kind = f"{found.task} ({found.target.problem_type.replace('_', ' ')}{labels})"
-    out.print(f"train: {escape(found.where)}: {counted(found.num_rows, 'row')}, {kind}")
-    for split in ("eval", "test"):
-        file = files.held_out.get(split)
-        out.print(f"{split}:  {escape(file.name) if file else 'rows are split off train'}")
-    for reason in files.unused:
-        out.print(f"not used: {escape(reason)}")
+    for line in lines(found, files):
+        out.print(escape(line))
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)
 
 
@@ -430,6 +425,8 @@ def main() -> None:
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     signal.signal(signal.SIGTERM, stages.end_when_told)
     try:
+        if sys.argv[1:2] == ["export"]:
+            raise SetupError(EXPORT)
         app(standalone_mode=True)
     except FulltuneError as error:
         colour = "yellow" if isinstance(error, InterruptedRun) else "red"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +17,7 @@ from fulltune.data.readers.files import data_files
 from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.images import is_image_folder
 from fulltune.data.readers.read import locate
-from fulltune.data.sources import SourceRows, describe
+from fulltune.data.sources import SourceRows, describe, unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
 from fulltune.recipe.data import UTF_8, DataBlock, codec_of
@@ -24,7 +25,8 @@ from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target, task_named
-from fulltune.tasks.columns import shown, unreadable
+from fulltune.tasks.causal_lm import refuse_preferences
+from fulltune.tasks.columns import second_text, shown, unreadable
 from fulltune.text import counted
 
 TASKS = get_args(TaskName)
@@ -187,6 +189,8 @@ class Inferred:
     """Of tables without a header line."""
     is_guess: bool = False
     """That there is none, and these names."""
+    unused: str = ""
+    """Columns that play no role, in words."""
 
 
 FORMS: tuple[tuple[TaskName, str], ...] = (
@@ -221,6 +225,8 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     files = replace(locate(tuple(map(str, paths)), columns=named), encoding=encoding)
     head = [row for _, row in islice(files.rows(), _HEAD)]
     columns = tuple(dict.fromkeys(name for row in head for name in row))
+    if not hints.roles:
+        refuse_preferences(columns, files.where)
     for role, column in hints.roles.items():
         if column not in columns:
             raise DataError(f"{files.where}: no column '{column}' (--{_option(role)}); columns here: {shown(columns)}")
@@ -238,7 +244,9 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         if unfit := _unfit(task, target, head[:_FEW]):
             refusals.append(DataError(f"{files.where}: {unfit}"))
             continue
-        return Inferred(task, target, files.where, counts["train"], named, is_guess=guessed is not None)
+        rest = unused_columns(block, target.columns, SourceRows(files.where, files.rows))
+        unused = " ".join(shown(rest).split())
+        return Inferred(task, target, files.where, counts["train"], named, guessed is not None, unused)
     if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
     hinted = " and ".join(f"--{_option(role)} {column}" for role, column in hints.roles.items())
@@ -285,7 +293,10 @@ def _example(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str:
     labels = [name for name, count in kinds.items() if 1 < count <= len(head) // _ROWS_OF_A_LABEL]
     if labels:
         # A name says more than a number, and a flag or a rating beside it is no reason to pass it over.
-        return f"--text {text} --label {min(labels, key=lambda name: (name not in texts, kinds[name]))}"
+        label = min(labels, key=lambda name: (name not in texts, kinds[name]))
+        two = second_text(text, {"text": text, "label": label}, columns, head)
+        halves = sorted((text, two), key=columns.index) if two else [text]
+        return f"--text {' --text-pair '.join(halves)} --label {label}"
     longest = sorted(texts, key=lambda name: -texts[name])[:2]
     pair = sorted(longest, key=columns.index) if len(longest) == 2 else (columns[0], columns[-1])
     return f"--prompt {pair[0]} --completion {pair[1]}"
@@ -332,6 +343,7 @@ def write_recipe(
         *([f"encoding: {_yaml(hints.encoding)}"] if codec_of(hints.encoding) != UTF_8 else []),
         *([f"columns: [{names}]   # of a file without a header line"] if names else []),
         *(f"{role}: {_yaml(column)}" for role, column in target.columns.items()),
+        *[f"# columns not used: {inferred.unused}"] * bool(inferred.unused),
         f"# found: {_in_words(inferred)}",
     ]
     text = TEMPLATE.format(
@@ -345,6 +357,26 @@ def write_recipe(
     with writing(recipe):
         write_text(recipe, text)
     return inferred, files
+
+
+def lines(found: Inferred, files: SplitFiles) -> list[str]:
+    """What was found, for the terminal."""
+    labels = f", {counted(len(found.target.labels), 'label')}" if found.target.labels else ""
+    said = [
+        f"{found.where}: no header line, for its first line looks like a row",
+        f"columns: {', '.join(found.columns or ())}; other names: --columns NAME,NAME",
+        "if it is a header: name a column of it, such as --label NAME",
+    ] * found.is_guess
+    kind = f"{found.task} ({found.target.problem_type.replace('_', ' ')}{labels})"
+    said.append(f"train: {found.where}: {counted(found.num_rows, 'row')}, {kind}")
+    for split in ("eval", "test"):
+        file = files.held_out.get(split)
+        said.append(f"{split}:  {file.name if file else 'rows are split off train'}")
+    said += [f"not used: {reason}" for reason in files.unused]
+    said += [f"columns not used: {found.unused}"] * bool(found.unused)
+    if found.task == "token-classification" and find_spec("seqeval") is None:
+        said.append("first: pip install 'fulltune[entities]', which scores entities")
+    return said
 
 
 def _in_words(inferred: Inferred) -> str:

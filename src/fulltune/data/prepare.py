@@ -41,6 +41,7 @@ from fulltune.data.sources import (
     is_mixed,
     read_rows,
     targets_of,
+    unused_columns,
 )
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
 from fulltune.data.written import DROPPED, as_line, examples, list_dropped, previews, summarise, write
@@ -54,13 +55,14 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitName, SplitSummary
 from fulltune.records.events import Listener, RowsPrepared, Warned
 from fulltune.tasks import Target, Task
+from fulltune.tasks.columns import shown
 from fulltune.text import counted, format_percent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
-FORMAT = 7
+FORMAT = 8
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
 
@@ -240,6 +242,8 @@ def _split(
     own = join_near({name: whole for name, whole in encoded.items() if not is_mixed(name)}, block.near_duplicates)
     splits = assign(recipe, join_values(own), sources)
     remarks = [*notes_apart(block, splits), *notes(splits, target, block.near_duplicates < 1)]
+    unused = unused_columns(block, target.columns, sources["train"])
+    remarks += [f"columns not used: {shown(unused)}"] * bool(unused)
     if target.labels:
         refuse_new_labels(block, splits)
         remarks += unmeasured(splits["train"], splits["test"])

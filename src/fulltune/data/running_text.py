@@ -9,7 +9,7 @@ from fulltune.audit import OF_ANSWERS, OF_TEXTS, Flaw, TextCheck, flaws, missing
 from fulltune.tasks import Row
 from fulltune.tasks.columns import as_text
 
-_READ = ("text", "text_pair", "prompt", "source", "question", "context", "messages", "tokens")
+_READ = ("text", "text_pair", "prompt", "input", "source", "question", "context", "messages", "tokens")
 _WRITTEN = ("completion", "target", "messages")
 """Roles of columns with running text: what a model reads, and what it learns to write. Of a conversation the latter are
 the assistant's turns."""

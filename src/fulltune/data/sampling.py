@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +14,14 @@ def draw(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
 
 
-def sample(count: int, most: int, seed: int) -> np.ndarray:
-    """`most` of `count` positions, at random, in their old order: int64."""
-    drawn = np.fromiter((draw(seed, str(position)) for position in range(count)), np.uint64, count)
-    return np.sort(np.argsort(drawn, kind="stable")[:most])
+def sample(labels: Sequence[Sequence[str]], most: int, seed: int) -> list[int]:
+    """`most` rows, at random, by their positions in the old order; of each label three at least, or two or one where
+    that is too many, so that it can be trained on and scored. `labels` has those of each row."""
+    drawn = np.fromiter((draw(seed, str(position)) for position in range(len(labels))), np.uint64, len(labels))
+    of_each = min(3, most // max(1, len({label for of_row in labels for label in of_row})))
+    counts, wanted, others = Counter[str](), list[int](), list[int]()
+    for position in np.argsort(drawn, kind="stable").tolist():
+        is_wanted = any(counts[label] < of_each for label in labels[position])
+        (wanted if is_wanted else others).append(position)
+        counts.update(labels[position])
+    return sorted([*wanted, *others][:most])

@@ -18,8 +18,9 @@ from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock, MixedFile, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.tasks import PLACE, Target, Task
-from fulltune.tasks.columns import USUAL_NAMES, is_whole, shown, unreadable, windows
+from fulltune.tasks import PLACE, Target, Task, task_named
+from fulltune.tasks.columns import USUAL_NAMES, is_whole, second_text, shown, unreadable, windows
+from fulltune.tasks.question_answering import IMPOSSIBLE
 from fulltune.text import did_you_mean
 
 Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
@@ -115,9 +116,10 @@ def read_rows(
     """Rows of files as the recipe wants them: at most `max_rows`, patched, each through `preprocess`."""
     rows = files.rows
     most = recipe.data.max_rows
-    count = sum(1 for _ in files.rows([])) if most else 0
-    if most and count > most:
-        wanted = set(sample(count, most, recipe.data.split_seed).tolist())
+    if most and len(labels := _labels(recipe, files)) > most:
+        if (different := len({label for of_row in labels for label in of_row})) > most:
+            raise DataError(f"{files.where}: {different} labels, and data.max_rows keeps only {most} rows; raise it")
+        wanted = set(sample(labels, most, recipe.data.split_seed))
 
         def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
             return (placed for number, placed in enumerate(files.rows(problems)) if number in wanted)
@@ -136,6 +138,20 @@ def read_rows(
     if problems:
         raise DataError(problems)
     return SourceRows(files.where, lambda problems: iter(held), patched, files.notes)
+
+
+def _labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
+    """The labels of each row; none where the task has none, or where `describe` will say why they cannot be read."""
+    task = task_named(recipe.task)
+    try:
+        target, _ = describe(recipe.data, task, {"train": SourceRows(files.where, files.rows)})
+    except DataError:
+        return [[] for _ in files.rows([])]
+
+    def can_use(row: dict[str, Any]) -> bool:
+        return bool(target.labels) and not unreadable(row, target.columns) and not task.refuse(row, target)
+
+    return [task.row_labels(row, target) if can_use(row) else [] for _, row in files.rows([])]
 
 
 def describe(
@@ -166,6 +182,7 @@ def describe(
     first_columns, first_rows = _head(train)
     try:
         roles = task.find_columns(_for_roles(block, first_columns), first_rows, block, train.where)
+        _refuse_second_text(block, roles, first_columns, first_rows, train.where)
         _refuse_row_as_header(roles, first_rows, train.where)
         target = task.find_target(usable("train"), roles, block, train.where)
     except DataError as error:
@@ -269,6 +286,37 @@ def _head(source: SourceRows) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     for _ in rest:  # for their columns
         pass
     return tuple(columns), head
+
+
+def unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRows) -> list[str]:
+    """Columns that play no role; those that appear only far down are not looked for."""
+    return [name for name in _head(source)[0] if name not in {*roles.values(), block.group, block.time, IMPOSSIBLE}]
+
+
+def _refuse_second_text(
+    block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Mapping[str, Any]], where: str
+) -> None:
+    """Of two columns with texts, none of which the recipe names, one would be dropped that may be half of the task.
+
+    Raises:
+        DataError: With what to write to read both, or one.
+    """
+    role = next((role for role in _READ_WITH if role in roles), "")
+    # A raw text has no other half, and who names what is read has decided.
+    if not role or _READ_WITH[role] in roles or len(roles) == 1 or getattr(block, role) is not None:
+        return
+    if (second := second_text(roles[role], roles, _for_roles(block, columns), rows)) is not None:
+        one, two = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
+        beside = _READ_WITH[role].replace("_", "-")
+        raise DataError(
+            f"{where}: columns '{one}' and '{two}' both hold texts, and one would not be read; write data.{role}: {one}"
+            + (f", with data.{_READ_WITH[role]}: {two} to read both" if beside else "")
+            + f" (init: --{role} {one}{f' --{beside} {two}' if beside else ''})"
+        )
+
+
+_READ_WITH = {"text": "text_pair", "prompt": "input", "source": ""}
+"""Role of a column that is read to that of one that is read with it, where there is one."""
 
 
 def _refuse_row_as_header(roles: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ def decode(path: str, content: bytes) -> Any:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are refused
     try:
         # Who opens a pipe waits for whoever writes into it, and some devices never end.
         if not content and Path(path).exists() and not Path(path).is_file():

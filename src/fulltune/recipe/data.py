@@ -118,6 +118,9 @@ class DataBlock(Block):
     """Column with the path or the bytes of an image (image-classification); not needed for a folder per class."""
     prompt: str | None = None
     """Column with the prompt (causal-lm); not trained."""
+    input: str | None = None
+    """Column with what an instruction is about (causal-lm): put after the prompt, behind a blank line, in rows where it
+    is not empty. Found by itself, as `input` or `context`, beside a prompt called `instruction`."""
     completion: str | None = None
     """Column with the answer (causal-lm); trained."""
     messages: str | None = None
@@ -173,7 +176,8 @@ class DataBlock(Block):
     """File of decisions about single rows, as `fulltune data --review` writes it: which are dropped, and in which a
     text or label is replaced. Each is known by a hash of all its columns; a patch for other rows is refused."""
     max_rows: int | None = Field(default=None, ge=10)
-    """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
+    """Use only so many rows of each file, drawn at random with `split_seed`, up to three of each label first: for a
+    quick try."""
 
     @field_validator("train", mode="before")
     @classmethod

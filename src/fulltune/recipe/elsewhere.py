@@ -90,6 +90,7 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     ("write data.text", "text_column text_field dataset_text_field field_text text_col"),
     ("write data.label", "label_column label_col target_column label_field field_label"),
     ("write data.prompt", "prompt_column prompt_field field_instruction instruction instruction_column"),
+    ("write data.input", "field_input input_column"),
     ("write data.completion", "completion_column response response_column field_output answer_column"),
     ("write data.messages", "messages_column field_messages conversation conversations conversation_column"),
     (
@@ -129,7 +130,11 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     (
         "leave it out: prompts are never trained, answers always are",
         "train_on_inputs train_on_input train_on_prompt train_on_responses_only train_on_completions_only "
-        "completion_only_loss assistant_only_loss mask_prompt mask_history mask_inputs",
+        "completion_only_loss assistant_only_loss mask_prompt mask_inputs",
+    ),
+    (
+        "not yet as a setting: all answers are trained but those of messages with weight: 0, so write that into them",
+        "mask_history train_on_last_turn_only last_turn_only",
     ),
     # method
     ("write method.learning_rate", "lr base_lr max_lr peak_lr init_lr body_lr body_learning_rate"),

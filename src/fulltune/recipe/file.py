@@ -50,6 +50,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: no such file; write one with 'fulltune init DATA'")
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder, expected a recipe file (YAML)")
+    if path.suffix.lower() in _DATA:
+        raise RecipeError(f"{path}: is data, expected a recipe; write one with 'fulltune init {path}'")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -197,6 +199,7 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
             yield f"{where}  {name}: expected {expected}, found {found}{_share(given)}"
 
 
+_DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio", ".txt")
 _IN_WORDS = {"integer": "whole number", "string": "text"}
 """What pydantic calls otherwise than docs/recipe.md does."""
 

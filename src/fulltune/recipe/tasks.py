@@ -144,7 +144,7 @@ FACTS: Mapping[str, TaskFacts] = {
     "causal-lm": TaskFacts(
         auto_class="AutoModelForCausalLM",
         hub="text-generation",
-        data=("text", "prompt", "completion", "messages", "tools", "chat_template"),
+        data=("text", "prompt", "input", "completion", "messages", "tools", "chat_template"),
         choosing=dict.fromkeys(("text", "prompt_completion", "chat"), _OF_TOKENS),
         other_metrics=_OF_ANSWERS,
         usual_type="prompt_completion",

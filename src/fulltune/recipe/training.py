@@ -178,7 +178,7 @@ class TrainBlock(Block):
     """How much better counts as better."""
     logging_steps: int | None = Field(default=None, ge=1)
     """Steps between two lines of `metrics.jsonl`. Left out: about 200 lines over the run."""
-    report_to: tuple[str, ...] = ()
+    report_to: Annotated[tuple[str, ...], BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)] = ()
     """Trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio` ... TensorBoard's files lie in
     `RUN/tensorboard`, unless the environment variable `TENSORBOARD_LOGGING_DIR` names another folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

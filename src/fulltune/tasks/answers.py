@@ -46,10 +46,8 @@ def accepted(cell: Any, context: str) -> list[Answer]:
 
 def _parsed(cell: Any) -> Any:
     """A csv cell can hold a list or an object as JSON, or as Python writes it."""
-    if hasattr(cell, "tolist"):
-        cell = cell.tolist()
     if not isinstance(cell, str) or cell.strip()[:1] + cell.strip()[-1:] not in ("[]", "{}"):
-        return cell
+        return cell.tolist() if hasattr(cell, "tolist") else cell
     parsed = literal(cell)
     return cell if parsed is None else parsed
 

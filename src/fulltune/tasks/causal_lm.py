@@ -13,7 +13,8 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
 from fulltune.tasks import Encoded, Example, LossSettings, Refused, Row, Target, chat, usual, written
-from fulltune.tasks.columns import as_text, named, normalised, required, without_text
+from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_text, required, without_text
+from fulltune.tasks.columns import usual as usual_name
 from fulltune.tasks.long_texts import PART_CHARACTERS, token_ids
 from fulltune.tasks.padding import IGNORED, collated, padded
 
@@ -41,13 +42,31 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     if len(given) > 1:
         raise DataError(f"{where}: {' and '.join(given)} are both given; keep one form")
     form = given[0] if given else None
+    if form is None:
+        refuse_preferences(columns, where)
     messages = named("messages", data.messages, columns, where) if form in (None, "data.messages") else None
     if messages is not None:
         tools = named("tools", data.tools, columns, where)
         return {"messages": messages} | ({"tools": tools} if tools else {})
     if form == "data.text" or (form is None and _only_text(columns, where)):
         return {"text": required("text", data.text or "text", columns, where)}
-    return usual.find_columns(("prompt", "completion"), columns, sample, data, where)
+    found = usual.find_columns(("prompt", "completion"), columns, sample, data, where)
+    if data.input is not None or (data.prompt is None and found["prompt"].lower().strip() == "instruction"):
+        rest = [column for column in columns if column not in found.values()]
+        if (about := named("input", data.input, rest, where)) is not None:
+            return {"prompt": found["prompt"], "input": about, "completion": found["completion"]}
+    return found
+
+
+def refuse_preferences(columns: Sequence[str], where: str) -> None:
+    """Raises a `DataError` for rows with a better and a worse answer, of which one would be dropped in silence."""
+    chosen, rejected = (usual_name((name,), columns, where) for name in ("chosen", "rejected"))
+    if chosen and rejected:
+        raise DataError(
+            f"{where}: columns '{chosen}' and '{rejected}' hold preferences, which are not trained here yet (TRL's "
+            f"DPOTrainer does that); to train on the chosen answers alone write data.completion: {chosen}, or where "
+            f"they are whole conversations data.messages or data.text: {chosen} (init: --completion {chosen})"
+        )
 
 
 def _only_text(columns: Sequence[str], where: str) -> bool:
@@ -62,7 +81,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     glued = False
     for number, row in enumerate(rows):
         if "prompt" in columns and not glued and number < 200:
-            one, two = as_text(row.get(columns["prompt"])), as_text(row.get(columns["completion"]))
+            one, two = prompt_text(row, Target("prompt_completion", columns)), as_text(row.get(columns["completion"]))
             glued = bool(one and two) and not one[-1].isspace() and not two[0].isspace()
     if "messages" in columns:
         return Target("chat", columns)
@@ -74,14 +93,15 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 def refuse(row: Row, target: Target) -> Refused | None:
     """Rows without text or answer are dropped, and what is not a conversation."""
     if target.problem_type != "chat":
-        return without_text(row, target, *target.columns)
+        refused = without_text(row, target, *(role for role in target.columns if role != "input"))
+        return refused or (not_text(row, target, "input") if "input" in target.columns else None)
     try:
         messages = chat.clean(row.get(target.columns["messages"]))
     except DataError as error:
         return Refused("no conversation", str(error))
-    said = [message for message in messages if message["role"] == "assistant"]
-    if not any(as_text(message.get("content")).strip() or message.get("tool_calls") for message in said):
-        return Refused("no answer", "no assistant message with content or tool calls")
+    said = [message for message in messages if chat.is_trained(message)]
+    if not any(not is_blank(message["content"]) or message.get("tool_calls") for message in said):
+        return Refused("no answer", "no assistant message with content or tool calls, and a weight other than 0")
     return None
 
 
@@ -109,7 +129,9 @@ def group_key(row: Row, target: Target) -> str:
 def prompt_text(row: Row, target: Target) -> str:
     """What the model is asked, as text."""
     if target.problem_type != "chat":
-        return as_text(row.get(target.columns["prompt" if "prompt" in target.columns else "text"]))
+        asked = as_text(row.get(target.columns["prompt" if "prompt" in target.columns else "text"]))
+        more = as_text(row.get(target.columns["input"])) if "input" in target.columns else ""
+        return asked if is_blank(more) else f"{asked}\n\n{more}"
     return "\n".join(as_text(message["content"]) for message in _question(row, target))
 
 
@@ -118,14 +140,14 @@ def answer_text(row: Row, target: Target) -> str:
     if target.problem_type == "prompt_completion":
         return as_text(row.get(target.columns["completion"])).strip()
     messages = chat.clean(row[target.columns["messages"]])
-    last = [message for message in messages if message["role"] == "assistant"][-1]
+    last = [message for message in messages if chat.is_trained(message)][-1]
     return as_text(last.get("content") or last.get("tool_calls")).strip()
 
 
 def _question(row: Row, target: Target) -> list[dict[str, Any]]:
-    """The messages before the last assistant message."""
+    """The messages before the last assistant message that is trained."""
     messages = chat.clean(row[target.columns["messages"]])
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    last = max((i for i, message in enumerate(messages) if chat.is_trained(message)), default=len(messages))
     return messages[:last]
 
 
@@ -144,7 +166,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
     for row in rows:
         if target.problem_type == "chat":
             try:
-                masked = chat.encode(tokenizer, chat.clean(row[target.columns["messages"]]), _tools(row, target))
+                messages, tools = chat.clean(row[target.columns["messages"]]), _tools(row, target)
+                masked = chat.encode(tokenizer, messages, tools, max_length)
             except chat.TemplateRefusal as error:
                 refused = Refused("refused by the chat template", str(error))
                 encoded.append([Example({"input_ids": [], "labels": []}, 0, refused=refused)])
@@ -178,7 +201,7 @@ def _tools(row: Row, target: Target) -> Any:
 
 def _encode_pair(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase) -> chat.Masked:
     """Prompt and completion tokenised apart, exactly as they are when the model answers; the end token is trained."""
-    asked = prompt_ids(as_text(row.get(target.columns["prompt"])) + target.joint, tokenizer)
+    asked = prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     said = tokenizer(as_text(row.get(target.columns["completion"])), add_special_tokens=False, verbose=False)
     answer = list(said["input_ids"])
     if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:

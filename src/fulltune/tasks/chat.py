@@ -6,13 +6,12 @@ Without them the conversation is rendered up to before and up to after each assi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DataError, SetupError
-from fulltune.tasks.columns import fault, may_be_faulty
+from fulltune.tasks.columns import literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +26,7 @@ class TemplateRefusal(DataError):
 Masked = tuple[list[int], list[bool]]
 """Token ids and, for each, whether it is trained."""
 
+_ALL, _MANY_TURNS = 2**62, 20
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
@@ -40,7 +40,7 @@ def clean(messages: Any) -> list[dict[str, Any]]:
     """
     messages = parsed(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
-        raise DataError(f"expected a list of messages {{role, content}}, found {type(messages).__name__}")
+        raise DataError(f"expected a list of messages {{role, content}}, found {str(messages)[:60]!r}")
     cleaned = []
     for message in messages:
         kept = {key: value for key, value in message.items() if value is not None}
@@ -49,6 +49,10 @@ def clean(messages: Any) -> list[dict[str, Any]]:
             kept = {"role": _SHAREGPT_ROLES.get(role, role), "content": kept["value"]}
         if "role" not in kept:
             raise DataError("a message has no 'role'")
+        if not isinstance(kept["role"], str):
+            raise DataError(f"a message has the role {kept['role']!r}, expected a word")
+        if kept.get("weight", 1) not in (0, 1):
+            raise DataError(f"a message of '{kept['role']}' has weight {kept['weight']!r}, expected 0 or 1")
         if "content" not in kept and "tool_calls" not in kept:
             raise DataError(f"a message of '{kept['role']}' has neither 'content' nor 'tool_calls'")
         cleaned.append({"content": "", **kept, **_words_and_calls(kept)})
@@ -56,14 +60,9 @@ def clean(messages: Any) -> list[dict[str, Any]]:
 
 
 def parsed(value: Any) -> Any:
-    """Lists and objects come as JSON text where the file has no type for them (csv), or another for each row."""
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return value if may_be_faulty(value) and fault(found) else found
-    return value
+    """Lists and objects come as text where the file has no type for them (csv), or another for each row."""
+    found = literal(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
+    return value if found is None else found
 
 
 def _words_and_calls(message: Message) -> dict[str, Any]:
@@ -88,19 +87,33 @@ def _words_and_calls(message: Message) -> dict[str, Any]:
     return changed
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None) -> list[Masked]:
-    """Tokens and mask of a conversation.
+def is_trained(message: Message) -> bool:
+    """The assistant says it, and not with weight 0, by which OpenAI's format leaves a message out."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None, most: int = _ALL
+) -> list[Masked]:
+    """Tokens and mask of a conversation; turns that lie beyond `most` tokens may be left untrained.
 
     Returns:
         One masked sequence. Several, one per assistant turn, when the template rewrites earlier turns (as those that
         drop old reasoning do): no single rendering then shows every turn as the model will see it.
     """
-    if has_generation_marks(tokenizer):
+    if has_generation_marks(tokenizer) and all(message.get("weight") != 0 for message in messages):
         got = _applied(tokenizer, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return [(list(got["input_ids"]), [bool(value) for value in got["assistant_masks"]])]
     whole = render(tokenizer, messages, tools)
-    turns = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = [_span(tokenizer, messages, turn, tools) for turn in turns]
+    turns = [position for position, message in enumerate(messages) if is_trained(message)]
+    starts = [start for start, _ in _tokens(tokenizer, whole)[1]] if len(turns) > _MANY_TURNS else []
+    seen = starts[most] if most < len(starts) else len(whole)
+    spans: list[tuple[int, str]] = []
+    for turn in turns:
+        # Each turn costs a rendering of all before it.
+        if spans and len(spans[-1][1]) > seen and all(whole.startswith(text) for _, text in spans):
+            break
+        spans.append(_span(tokenizer, messages, turn, tools))
     if all(whole.startswith(text) for _, text in spans):
         return [_mask(tokenizer, whole, [(start, len(text)) for start, text in spans])]
     return [_mask(tokenizer, text, [(start, len(text))]) for start, text in spans]
@@ -169,8 +182,14 @@ def _mask(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[i
     end, as a rule) belongs to the next turn's opening: the model never has to produce it.
     """
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    trained = [
-        any(start <= begin < end for start, end in spans) and begin < stop for begin, stop in encoded["offset_mapping"]
-    ]
-    return list(encoded["input_ids"]), trained
+    ids, places = _tokens(tokenizer, text)
+    is_said = [False] * len(text)
+    for start, end in spans:
+        is_said[start:end] = [True] * (end - start)
+    return ids, [begin < stop and is_said[begin] for begin, stop in places]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens, and where each begins and ends."""
+    got = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(got["input_ids"]), got["offset_mapping"]

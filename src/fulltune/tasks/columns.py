@@ -40,6 +40,7 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     ),
     "messages": ("messages", "conversation", "conversations", "chat", "dialogue"),
     "prompt": ("prompt", "question", "instruction", "input", "query"),
+    "input": ("input", "context"),
     "completion": ("completion", "answer", "response", "output", "chosen", "target"),
     "tools": ("tools",),
     "context": ("context", "passage", "paragraph", "document"),
@@ -193,13 +194,30 @@ def shown(columns: Iterable[str]) -> str:
 def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
     """Why a row that needs text in these roles cannot be used, or None."""
     for role in roles:
-        column = target.columns[role]
-        value = row.get(column)
-        if isinstance(value, (list, tuple, dict)):
-            return Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
-        if is_blank(as_text(value)):
-            return Refused(f"no {role}", f"column '{column}' is empty")
+        if refused := not_text(row, target, role):
+            return refused
+        if is_blank(as_text(row.get(target.columns[role]))):
+            return Refused(f"no {role}", f"column '{target.columns[role]}' is empty")
     return None
+
+
+def not_text(row: Row, target: Target, role: str) -> Refused | None:
+    """Why a row whose text in this role may be empty cannot be used, or None."""
+    is_text = not isinstance(row.get(column := target.columns[role]), (list, tuple, dict))
+    return None if is_text else Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
+
+
+def second_text(read: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
+    """A column that no role has and that holds texts like those of the column that is read: several words in each,
+    few of them twice, together at least half as long."""
+    texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
+
+    def is_like(cells: Sequence[str]) -> bool:
+        words = sum(sum(map(str.isalpha, cell.split())) for cell in cells)
+        is_long = 2 * sum(map(len, cells)) >= sum(map(len, texts.get(read, ())))
+        return is_long and words > 2 * len(cells) < 4 * len(set(cells))
+
+    return next((name for name, cells in texts.items() if name not in roles.values() and is_like(cells)), None)
 
 
 def as_text(value: object) -> str:

@@ -113,20 +113,15 @@ def _several_labels(found: LabelValues, columns: Mapping[str, str], where: str) 
     column, values = columns["label"], [value for value in found.values if not is_broken_list(value)]
     labels = sorted({label for value in values for label in label_list(value)})
     if not labels:
-        raise DataError(
-            f"{where}: no row of column '{column}' names a label, expected lists of names; found "
-            f"{str(found.values[0])[:60]!r}{found.at(found.values[0])}; repair these rows, or name another column"
-        )
-    if soft := [value for value in values if any(map(_is_share, _parts(value)))]:
-        raise DataError(
-            f"{where}: column '{column}' holds shares of labels ({str(soft[0])[:60]}{found.at(soft[0])}), which are "
-            "not trained; expected names: write a row's likeliest label, or the names of those that hold"
-        )
+        first = found.values[0]
+        raise DataError(f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{found.at(first)}")
     of_each = [label_list(value) for value in values]
-    if set(labels) <= {"0", "1"} and len({len(names) for names in of_each}) == 1:
+    soft = [value for value in values if any(isinstance(part, float) and part % 1 > 0 for part in _parts(value))]
+    if soft or (set(labels) <= {"0", "1"} and len(set(map(len, of_each))) == 1):
+        first = (soft or values)[0]
         raise DataError(
-            f"{where}: column '{column}' looks one-hot ({str(values[0])[:60]}{found.at(values[0])}); expected names: "
-            "write those of a row's labels, such as [a, c] for [1, 0, 1], or its one name"
+            f"{where}: column '{column}' holds a number for each label, soft or one-hot ({str(first)[:60]}"
+            f"{found.at(first)}); expected names: write those of the labels that hold, such as [a, c] for [1, 0, 1]"
         )
     if len({tuple(sorted(names)) for names in of_each}) == 1:
         raise DataError(f"{where}: every row has the same labels {values[0]!r}; there is nothing to learn")
@@ -251,10 +246,6 @@ def _parts(value: Any) -> Sequence[Any]:
     """What a list holds, also one that is written in a cell; nothing, where there is none."""
     parsed = parsed_list(value) if isinstance(value, str) else value
     return parsed if isinstance(parsed, (list, tuple)) else ()
-
-
-def _is_share(part: Any) -> bool:
-    return isinstance(part, float) and math.isfinite(part) and not part.is_integer()
 
 
 def parsed_list(value: str) -> list[Any] | None:

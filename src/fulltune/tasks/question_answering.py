@@ -36,6 +36,8 @@ STARTS, ENDS = "starts", "ends"
 """Features beside those of the model: each token's first character in the context and the one after its last; -1
 outside of the context [tokens]."""
 collate = partial(collated, left_out=(STARTS, ENDS))
+IMPOSSIBLE = "is_impossible"
+"""The column by which SQuAD 2 says that a question has no answer, beside answers that are only plausible."""
 ONLY_FOR_TEST_ROWS = (STARTS, ENDS)
 """What only answers as texts need: it would be half of the train rows' bytes."""
 START, END, FIRST, LAST, TOKENS = range(5)
@@ -83,7 +85,10 @@ refuse_question = refuse
 
 
 def answers_of(row: Row, target: Target) -> list[tuple[str, int]]:
-    """The accepted answers with their places in the context; the first one is trained."""
+    """The accepted answers with their places in the context; the first one is trained. SQuAD's impossible questions
+    have none, whatever stands there."""
+    if str(row.get(IMPOSSIBLE)).lower() == "true":
+        return []
     return accepted(row.get(target.columns["answers"]), context_of(row, target))
 
 

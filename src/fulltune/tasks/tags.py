@@ -56,7 +56,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
     found, tags = _cells(row, target.columns)
     for name, role, cell in zip(names, ("tokens", "tags"), (found, tags), strict=True):
         if cell is None:
-            return Refused(f"no {role}", f"column '{name}' holds {type(row.get(name)).__name__}, expected a list")
+            return Refused(f"no {role}", f"column '{name}' holds {str(row.get(name))[:60]!r}, expected a list of words")
         if is_blank("".join(cell)):
             return Refused(f"no {role}", f"column '{name}' is empty")
     assert found is not None

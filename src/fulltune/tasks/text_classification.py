@@ -10,18 +10,8 @@ from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, usual
-from fulltune.tasks.columns import as_text, named, normalised, required, without_text
-from fulltune.tasks.labels import find_target as find_target
-from fulltune.tasks.labels import (
-    is_beyond,
-    is_broken_list,
-    is_empty,
-    is_infinite,
-    label_list,
-    label_name,
-    parsed_number,
-)
+from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, labels, usual
+from fulltune.tasks.columns import as_text, named, normalised, not_text, required, without_text
 from fulltune.tasks.long_texts import beginning
 from fulltune.tasks.padding import collated
 
@@ -34,6 +24,7 @@ check_model = partial(
     "SEQUENCE_CLASSIFICATION",
     "cannot classify texts; take an encoder (BERT-like) or a decoder (GPT-like)",
 )
+find_target = labels.find_target
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, worst, answers = classes.metrics, classes.worst, classes.answers
 as_question = classes.with_label
@@ -88,20 +79,20 @@ def refuse(row: Row, target: Target) -> Refused | None:
     if (pair := target.columns.get("text_pair")) is not None:
         if row.get(pair) is None:  # one that is empty is a text
             return Refused("no text", f"column '{pair}' is missing")
-        if isinstance(row[pair], (list, tuple, dict)):
-            return Refused("no text", f"column '{pair}' holds a list or an object, not text")
+        if refused := not_text(row, target, "text_pair"):
+            return Refused("no text", refused.reason)
     column = target.columns["label"]
     value = row.get(column)
     is_list = target.problem_type == "multi_label"  # an empty list says that no label holds
-    if value is None or (is_empty(value) and not is_list):
+    if value is None or (labels.is_empty(value) and not is_list):
         return Refused("no label", f"column '{column}' is empty")
     found = f"column '{column}' holds {str(value)[:60]!r}"
-    if target.problem_type == "single_label" and is_infinite(value):
+    if target.problem_type == "single_label" and labels.is_infinite(value):
         return Refused("no label", f"{found}, expected a class name")
-    if target.problem_type == "regression" and parsed_number(value) is None:
-        expected = "a number of at most 32 bits (up to 3.4e38)" if is_beyond(value) else "a number"
+    if target.problem_type == "regression" and labels.parsed_number(value) is None:
+        expected = "a number of at most 32 bits (up to 3.4e38)" if labels.is_beyond(value) else "a number"
         return Refused("no number", f"{found}, expected {expected}")
-    if is_list and is_broken_list(value):
+    if is_list and labels.is_broken_list(value):
         return Refused("no list", f"{found}, expected a whole list of names")
     return None
 
@@ -114,7 +105,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
     value = row.get(target.columns["label"])
     if target.problem_type == "regression":
         return []
-    return sorted(set(label_list(value))) if target.problem_type == "multi_label" else [label_name(value)]
+    return sorted(set(labels.label_list(value))) if target.problem_type == "multi_label" else [labels.label_name(value)]
 
 
 def group_key(row: Row, target: Target) -> str:
@@ -151,7 +142,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
 
 def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float]:
     if target.problem_type == "regression":
-        number = parsed_number(row[target.columns["label"]])
+        number = labels.parsed_number(row[target.columns["label"]])
         assert number is not None, "refuse() leaves out rows without a number"
         return number
     names = row_labels(row, target)

@@ -26,7 +26,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.paths import resolve_paths
 from fulltune.records.data import DataSummary
 from fulltune.system.run_folder import writing
-from fulltune.tasks import PLACE, task_named
+from fulltune.tasks import PLACE, Target, question_answering, task_named
 from tests import tiny
 from tests.unit.data.readers.table import read
 
@@ -260,11 +260,11 @@ def test_json_number_without_an_end_is_no_class(
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ([[0.1, 0.9], [0.8, 0.2]], r"holds shares of labels \(\[0.1, 0.9\], first: a.jsonl:1\).*write a row's"),
-        (["[0.1, 0.9]", "[1, 0]"], r"holds shares of labels \(\[0.1, 0.9\], first: a.jsonl:1\).*write a row's"),
-        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], r"looks one-hot \(\[1, 0, 0\], first: a.jsonl:1\).*write those"),
-        ([[1.0, 0.0], [1.0, 1.0]], r"looks one-hot \(\[1.0, 0.0\], first: a.jsonl:1\).*write those"),
-        ([[["a"]], [["b"], "a"]], r"no row of column 'label' names a label, expected lists of names; found"),
+        ([[0.1, 0.9], [0.8, 0.2]], r"soft or one-hot \(\[0.1, 0.9\], first: a.jsonl:1\).*write those"),
+        (["[0.1, 0.9]", "[1, 0]"], r"soft or one-hot \(\[0.1, 0.9\], first: a.jsonl:1\).*write those"),
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], r"soft or one-hot \(\[1, 0, 0\], first: a.jsonl:1\).*write those"),
+        ([[1.0, 0.0], [1.0, 1.0]], r"soft or one-hot \(\[1.0, 0.0\], first: a.jsonl:1\).*write those"),
+        ([[["a"]], [["b"], "a"]], r"no row of column 'label' names a label: .*first: a.jsonl:1"),
     ],
 )
 def test_lists_that_name_no_labels_are_refused(
@@ -273,6 +273,32 @@ def test_lists_that_name_no_labels_are_refused(
     rows = [{**row, "label": values[number % len(values)]} for number, row in enumerate(ROWS)]
     with pytest.raises(DataError, match=problem):
         prepare(json_lines(tmp_path, rows))
+
+
+def test_few_rows_of_a_file_have_every_label(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    labels = [f"l{number % 12 if number < 36 else 0}" for number in range(200)]
+    path = json_lines(tmp_path, [{"text": f"a text {n} to read", "label": label} for n, label in enumerate(labels)])
+    made = prepare(path, max_rows=40)
+    assert len(made.rows) == 40
+    assert len(made.summary.labels) == len(made.summary.splits["train"].label_counts) == 12
+    with pytest.raises(DataError, match=r"a.jsonl: 12 labels, and data.max_rows keeps only 11 rows; raise it"):
+        prepare(path, max_rows=11)
+
+
+def test_questions_as_squad_publishes_them_are_read(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    def question(number: int) -> dict[str, Any]:
+        answers = [{"text": f"smith {number}", "answer_start": 10}] if number % 8 else []
+        return {"question": "by whom ?", "id": f"q{number}", "answers": answers, "is_impossible": number % 4 == 0}
+
+    passages = [{"context": f"made by a smith {n} .", "qas": [question(n), question(n)]} for n in range(40)]
+    articles = [{"title": "a", "paragraphs": passages[:25]}, {"title": "b", "paragraphs": passages[25:]}]
+    (tmp_path / "a.json").write_text(json.dumps({"version": "v2.0", "data": articles}), encoding="utf-8")
+    made = prepare(tmp_path / "a.json", task="question-answering")
+    assert (len(made.rows), made.dropped) == (80, {})
+    assert "columns not used: id" in made.summary.notes
+    target = Target.of(made.summary)
+    answered = [bool(question_answering.answers_of(row, target)) for row in made.rows.values()]
+    assert answered.count(True) == 60
 
 
 def test_times_as_labels_are_refused(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:

@@ -90,7 +90,18 @@ def test_split_large_data_holds_out_at_most_the_cap() -> None:
 
 
 def test_sample_keeps_order_and_is_repeatable() -> None:
-    chosen = sample(1000, 50, 7).tolist()
-    assert chosen == sorted(set(chosen)) == sample(1000, 50, 7).tolist()
+    rows = [list[str]()] * 1000
+    chosen = sample(rows, 50, 7)
+    assert chosen == sorted(set(chosen)) == sample(rows, 50, 7)
     assert len(chosen) == 50
-    assert chosen != sample(1000, 50, 8).tolist()
+    assert chosen != sample(rows, 50, 8)
+
+
+@pytest.mark.parametrize(("most", "least"), [(20, 1), (45, 2), (60, 3), (200, 3)])
+def test_sample_keeps_every_label(most: int, least: int) -> None:
+    labels = [[f"l{number}"] for number in range(20) for _ in range(3 + 40 * (number < 5))]
+    chosen = sample(labels, most, 7)
+    counts = Counter(labels[position][0] for position in chosen)
+    assert (len(chosen), len(counts), min(counts.values()) >= least) == (most, 20, True)
+    more = sample([*labels, ["l0"], ["l7"]], most, 7)
+    assert len(set(chosen) & set(more)) >= most - 4

@@ -90,8 +90,13 @@ def test_generation_prompt_ends_where_training_begins() -> None:
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ("hello", "expected a list of messages {role, content}, found str"),
-        ([1], "expected a list of messages {role, content}, found list"),
+        ("hello", "expected a list of messages {role, content}, found 'hello'"),
+        ([1], "expected a list of messages {role, content}, found '[1]'"),
+        ([{"role": 1, "content": "x"}], "a message has the role 1, expected a word"),
+        (
+            [{"role": "user", "content": "x", "weight": 0.5}],
+            "a message of 'user' has weight 0.5, expected 0 or 1",
+        ),
         ([{"content": "x"}], "a message has no 'role'"),
         ([{"role": "user"}], "a message of 'user' has neither 'content' nor 'tool_calls'"),
         ([{"role": "user", "content": {"a": 1}}], "a message of 'user' holds an object, not text"),
@@ -102,6 +107,39 @@ def test_messages_that_are_none_are_refused(messages: Any, problem: str) -> None
     with pytest.raises(DataError) as caught:
         chat.clean(messages)
     assert str(caught.value) == problem
+
+
+@pytest.mark.parametrize("template", [tiny.CHATML, tiny.MARKED], ids=["rendered prefixes", "generation marks"])
+def test_answers_of_weight_0_are_read_and_not_trained(template: str) -> None:
+    told = [{**message, "weight": int(message["content"] == "it is 42")} for message in TALK]
+    assert trained(template, told) == [["it is 42<|im_end|>"]]
+    row, target = {"m": [{**TALK[1]}, {**TALK[2], "weight": 0}]}, Target("chat", {"messages": "m"})
+    assert (refused := causal_lm.refuse(row, target)) is not None
+    assert (refused.check, "weight other than 0" in refused.reason) == ("no answer", True)
+
+
+def test_answer_without_width_is_none() -> None:
+    row = {"m": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "\u200b "}]}
+    refused = causal_lm.refuse(row, Target("chat", {"messages": "m"}))
+    assert refused is not None
+    assert refused.check == "no answer"
+
+
+@pytest.mark.parametrize("template", [tiny.CHATML, tiny.REWRITING])
+def test_turns_beyond_the_longest_row_are_not_rendered(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = [{"role": ("user", "assistant")[n % 2], "content": f"<think>a</think>it is {n}"} for n in range(120)]
+    tokenizer, rendered = tiny.decoder_tokenizer(template), list[int]()
+    whole = chat.encode(tokenizer, talk)
+    render = chat.render
+
+    def counted(tokenizer: Any, messages: Any, *args: Any, **options: Any) -> str:
+        rendered.append(len(messages))
+        return render(tokenizer, messages, *args, **options)
+
+    monkeypatch.setattr(chat, "render", counted)
+    found = chat.encode(tokenizer, talk, None, 300)
+    assert [(ids[:300], mask[:300]) for ids, mask in found] == [(ids[:300], mask[:300]) for ids, mask in whole]
+    assert (len(rendered) < 60) == (template == tiny.CHATML)
 
 
 def test_messages_of_sharegpt_are_translated() -> None:

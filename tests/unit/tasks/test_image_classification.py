@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,17 @@ def test_image_that_cannot_be_decoded_is_refused_with_its_reason(tmp_path: Path,
         assert said in refused.reason
         assert name in refused.reason
     assert encoded({"image": b"no image"}, reader).refused.reason.startswith("8 bytes: cannot be decoded")
+
+
+def test_large_image_is_read_without_a_warning(
+    tmp_path: Path, reader: ImageReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert encoded({"image": str(tmp_path / "large.png")}, reader).refused is None
+    assert not warned
 
 
 @pytest.mark.parametrize(

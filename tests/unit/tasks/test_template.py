@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import Target, causal_lm
 from tests import tiny
 
@@ -32,3 +33,16 @@ def test_template_renders_a_message_as_the_prompt_that_was_trained(joint: str, b
 def test_a_tokenizer_that_opens_otherwise_gets_no_template(encoder_tokenizer: Any) -> None:
     pairs = Target("prompt_completion", {"prompt": "p", "completion": "c"})
     assert causal_lm.template_as_trained(pairs, encoder_tokenizer) is None  # opens with [CLS], which is no bos token
+
+
+@pytest.mark.parametrize(
+    ("about", "asked"), [("two apples", "Translate.\n\ntwo apples\n"), (" ", "Translate.\n"), (None, "Translate.\n")]
+)
+def test_what_an_instruction_is_about_stands_behind_it(about: str | None, asked: str) -> None:
+    columns, tokenizer = {"prompt": "instruction", "input": "input", "completion": "output"}, tiny.decoder_tokenizer()
+    row = {"instruction": "Translate.", "input": about, "output": "zwei"}
+    target = causal_lm.find_target([row], columns, DataBlock(train="a.csv"), "a.csv")
+    assert causal_lm.refuse(row, target) is None
+    assert tokenizer.decode(causal_lm.generation_ids(row, target, tokenizer)) == asked
+    example = causal_lm.encode([row], target, tokenizer, 100)[0][0]
+    assert tokenizer.decode(example.features["input_ids"]).startswith(f"{asked}zwei")

@@ -130,9 +130,9 @@ def test_rows_without_any_entity_are_refused() -> None:
     ("cells", "check", "reason"),
     [
         (("a b c", "O O"), "counts differ", "3 tokens and 2 tags; expected one tag for each token"),
-        ((None, "O O"), "no tokens", "column 'tokens' holds NoneType, expected a list"),
+        ((None, "O O"), "no tokens", "column 'tokens' holds 'None', expected a list of words"),
         (([], []), "no tokens", "column 'tokens' is empty"),
-        ((["a"], {"x": 1}), "no tags", "column 'tags' holds dict, expected a list"),
+        ((["a"], {"x": 1}), "no tags", "column 'tags' holds \"{'x': 1}\", expected a list of words"),
         ((["a"], ["PER"]), "not BIO", "tag 'PER', expected O, B-TYPE or I-TYPE"),
         ((["a"], [3]), "not BIO", "tag '3', expected O, B-TYPE or I-TYPE"),
     ],

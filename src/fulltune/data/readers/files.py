@@ -62,6 +62,11 @@ def _no_such_file(path: Path) -> str:
     if path.is_symlink():
         return f"{path}: is a link that leads nowhere, expected a file; repair it, or name the file itself"
     parent = path.parent
+    if len(path.parts) == 2 and not path.suffix and not parent.exists():
+        return (
+            f"{path}: no such file; a data set of the Hub is not read by name: 'hf download {path} --repo-type dataset "
+            f"--local-dir {path.name}', and give the file"
+        )
     names = [file.name for file in parent.iterdir() if file.suffix in SUFFIXES] if parent.is_dir() else []
     near = near_names(path.name, names, cutoff=0.5) or sorted(names)[:4]
     hint = f" (in that folder: {', '.join(map(printable, near))})" if near else ""

@@ -150,11 +150,20 @@ def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str
     if not isinstance(value, list):
         raise DataError(f"{file}: found {type(value).__name__}, {expected}")
     is_doubtful = may_be_faulty(text)
-    for number, row in enumerate(value, start=1):
+    for number, row in enumerate(_questions(value), start=1):
         if isinstance(row, dict):
             yield number, _sound(row) if is_doubtful else row
         else:
             yield number, f"found {type(row).__name__} in the list, {expected}"
+
+
+def _questions(articles: list[Any]) -> list[Any]:
+    """Each question with its passage, of a file as SQuAD publishes it; any other list as it is."""
+    try:
+        passages = [passage for article in articles for passage in article["paragraphs"]]
+        return [{"context": passage["context"], **question} for passage in passages for question in passage["qas"]]
+    except (KeyError, TypeError):
+        return articles
 
 
 def _from_json(text: str) -> Any:
