@@ -71,8 +71,8 @@ def _compare(job: Run, command: str, budget_seconds: float | None, began: float,
         openings = known.openings if known else ()
         alpha_left = openings[-1].left if openings else None
         context = Context(job, summary, command, budget_seconds, start, began, alpha_left=alpha_left)
-        if context.machine.busy:
-            context.say(context.machine.busy)
+        if busy := context.setup(context.full.arm).plan.busy:
+            context.say(busy)
         expectation = expect(context)
         if len(lines_of(job.folder / OPENINGS)) > len(openings):
             context.say("the test rows were opened: nothing more is trained")
