@@ -58,12 +58,10 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             at_once = _rows_at_once(len(batch), sum(map(_unpacked_bytes, read.columns)))
             for start in range(0, len(batch), at_once):
                 part = read.slice(start, at_once)
-                columns = [
-                    _values(column, classes.get(title))
-                    for title, column in zip(part.schema.names, part.columns, strict=True)
-                ]
-                for cells in zip(*columns, strict=True) if columns else [()] * len(part):
-                    yield number, {**dict(zip(part.schema.names, cells, strict=True)), **dict.fromkeys(unread, bomb)}
+                columns = {title: _values(part.column(title), classes.get(title)) for title in part.schema.names}
+                columns |= {title: [bomb] * len(part) for title in unread}
+                for cells in zip(*columns.values(), strict=True):
+                    yield number, dict(zip(columns, cells, strict=True))
                     number += 1
     except (PermissionError, FileNotFoundError):
         raise
@@ -91,13 +89,11 @@ def _batches(file: Path, most: int, unread: dict[str, None]) -> Iterator[pa.Reco
                 largest = max(_largest_cell(chunk, stream) for chunk in chunks)
                 size = sum(chunk.total_uncompressed_size for chunk in chunks)
                 few = min(_rows_at_once(num_rows, size), max(1, _MOST_UNPACKED_BYTES // (largest + 1)))
-                is_bomb = any(chunk.total_uncompressed_size > most for chunk in chunks)
-                if not is_bomb and largest * sum(chunk.num_values for chunk in chunks) > most:
-                    sizes = accumulate(
-                        _unpacked_bytes(part.column(0)) for part in parts.iter_batches(few, columns=[name])
-                    )
-                    is_bomb = any(unpacked > most for unpacked in sizes)
-                if is_bomb:
+                sizes = (_unpacked_bytes(part.column(0)) for part in parts.iter_batches(few, columns=[name]))
+                is_doubtful = largest * sum(chunk.num_values for chunk in chunks) > most
+                if max(chunk.total_uncompressed_size for chunk in chunks) > most or (
+                    is_doubtful and any(unpacked > most for unpacked in accumulate(sizes))
+                ):
                     unread[name] = None
                 else:
                     at_once, total = min(at_once, few), total + size

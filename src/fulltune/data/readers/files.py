@@ -16,6 +16,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", 
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
 """Kinds that a folder may hold for other reasons (a licence, notes): read when the recipe names the file."""
 _KINDS = ", ".join(SUFFIXES)
+_ABOUT_ROWS = {"state.json", "dataset_info.json"}
 _LIKE_ROWS = (
     ".xlsx",
     ".xls",
@@ -83,7 +84,7 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder}: is a folder of several data sets ({', '.join(splits)}), expected one; name them one by one, "
             f"for example data.train: {folder / first}"
         )
-    if {"state.json", "dataset_info.json"} <= names:  # what Dataset.save_to_disk writes: the rest is about the rows
+    if names >= _ABOUT_ROWS:  # what Dataset.save_to_disk writes: the rest is about the rows
         listed = [file for file in listed if file.suffix.lower() != ".json"]
     files = [file for file in listed if file.suffix.lower() in SUFFIXES]
     if not files and (by_name := [file for file in listed if file.suffix.lower() in ONLY_BY_NAME]):
@@ -111,10 +112,15 @@ def _files_in(folder: Path) -> list[Path]:
 def left_out(folder: Path, kinds: Iterable[str], taken: Sequence[Path]) -> list[str]:
     """A note on what lies in a folder, or deeper in it, looks like rows of these kinds, and is not read."""
     found = {file for file in folder.rglob("*") if file.suffix.lower() in {*kinds, *_LIKE_ROWS}}
-    names = [printable(file.relative_to(folder)) for file in sorted(found - {*taken})]
+    others = sorted(file for file in found - {*taken} if file.name not in _ABOUT_ROWS)
+    names = [printable(file.relative_to(folder)) for file in others]
     shown = [name for name in names if not name.startswith(".") and "/." not in name]
     why = "what lies in deeper folders, or is of another kind, is not taken from a folder: name it, or move it"
-    return [f"{folder}: {counted(len(shown), 'file')} not read ({first_few(shown, 3)}): {why}"] if shown else []
+    return (
+        [f"{folder}: {counted(len(shown), 'file')} left out of its rows ({first_few(shown, 3)}): {why}"]
+        if shown
+        else []
+    )
 
 
 def _is_data(name: str) -> bool:

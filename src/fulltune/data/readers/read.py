@@ -220,8 +220,7 @@ def _refuse_other_kind(file: Path) -> None:
         start = stream.read(1000)
     kind = next((kind for sign, kind in _OTHER_KINDS.items() if start.lstrip(b" \r\n").startswith(sign)), None)
     kind = "packed (tar)" if start[257:262] == b"ustar" else kind
-    is_sure = kind == _POINTER or (kind == _PAGE and file.suffix.lower() != ".txt") or not _is_text(start)
-    if kind and is_sure:
+    if kind and (kind == _POINTER or (kind == _PAGE and file.suffix.lower() != ".txt") or not _is_text(start)):
         to_do = "unpack it, download what it stands for, or save its rows as csv in UTF-8, and name that"
         raise DataError(f"{file}: is {kind}, expected rows; {to_do}")
 

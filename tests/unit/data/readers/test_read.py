@@ -208,12 +208,14 @@ def test_files_that_a_folder_holds_and_nobody_reads_are_noted(tmp_path: Path) ->
     for hidden in (".git", ".cache"):
         (tmp_path / hidden).mkdir()
         write(tmp_path / hidden / "b.csv")
+    for name in ("state.json", "dataset_info.json"):  # of `Dataset.save_to_disk`
+        (tmp_path / name).write_text("{}")
     assert not _notes(tmp_path)
     (tmp_path / "more").mkdir()
     write(tmp_path / "more" / "b.csv")
     (tmp_path / "c.xlsx").write_bytes(b"PK")
     assert [note.partition(": what")[0] for note in _notes(tmp_path)] == [
-        f"{tmp_path}: 2 files not read (c.xlsx, more/b.csv)"
+        f"{tmp_path}: 2 files left out of its rows (c.xlsx, more/b.csv)"
     ]
 
 
@@ -222,7 +224,7 @@ def test_images_that_nobody_reads_are_noted(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert [note.partition(": what")[0] for note in _notes(tmp_path)] == [
-        f"{tmp_path}: 2 files not read (cat/4.heic, dog/old/3.png)"
+        f"{tmp_path}: 2 files left out of its rows (cat/4.heic, dog/old/3.png)"
     ]
 
 
