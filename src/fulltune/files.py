@@ -19,32 +19,41 @@ SEAL = "checksums.json"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     """A name to write to, `<path>.part`, that takes the place of `path` when the block ends well and is removed else.
 
     Args:
         path: The file; folders above it are made.
+        private: Its owner alone may read it: it holds or quotes rows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
+        if private:
+            make_private(part)
         yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def make_private(path: Path) -> None:
+    """Make an empty file that its owner alone may read, also once something is written into it."""
+    path.unlink(missing_ok=True)
+    path.touch(0o600)
+
+
+def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
     """Write a file whole; it is on the disk, not only in the system's memory, before it takes its name."""
-    with replacing(path) as part, part.open("wb") as file:
+    with replacing(path, private) as part, part.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, private: bool = False) -> None:
     """Write a text file (UTF-8) whole."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), private)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from pathlib import Path
 
 import pytest
 
+from fulltune.audit.personal import passes_luhn, passes_mod_97
 from fulltune.records.audit import Audit, Proofs
 from tests import tiny
 from tests.contract.command import fulltune
@@ -214,3 +216,100 @@ def test_rows_of_the_highest_loss_are_listed_by_the_trained_model(tmp_path: Path
     assert (run / "data" / "issues.jsonl").read_bytes() == again
     result = fulltune("data", str(run), "--accept", "high loss")
     assert "claims nothing" in result.err
+
+
+def private_texts() -> dict[str, tuple[str, str]]:
+    """By kind what must stand nowhere, and a text with it; put together here, so that no file holds a key."""
+    drawn = random.Random(1)
+    letters = "".join(chr(65 + at) + chr(97 + at) for at in range(26)) + "23456789"
+
+    def some(count: int, of: str = letters) -> str:
+        return "".join(drawn.choices(of, k=count))
+
+    def encoded(value: object) -> str:
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+    def card() -> str:
+        start = "453" + some(12, "23456789")
+        return start + next(one for one in "0123456789" if passes_luhn(start + one))
+
+    def account() -> str:
+        number = some(18, "23456789")
+        return next(f"DE{at:02}{number}" for at in range(2, 99) if passes_mod_97(f"DE{at:02}{number}"))
+
+    block = f"{some(64)}\n{some(64)}\n{some(40)}"
+    token = f"{encoded({'alg': 'HS256'})}.{encoded({'sub': some(12)})}.{some(43)}"
+    kinds = {
+        "AWS id": ("AK" + "IA" + some(16, "ABCDEFGHJKLMNP234567"), "{}"),
+        "AWS secret": (some(40), "aws_secret_access_" + "key = {}"),
+        "GitHub": ("gh" + "p_" + some(36), "{}"),
+        "Stripe": ("sk_" + "live_" + some(24), "{}"),
+        "OpenAI": ("sk" + "-proj-A2" + some(46), "{}"),
+        "Slack": ("xox" + f"b-{some(12, '23456789')}-{some(24)}", "{}"),
+        "Google": ("AI" + "za" + some(35), "{}"),
+        "private key": (block, "-----BEGIN RSA PRIVATE" + " KEY-----\n{}\n-----END RSA PRIVATE" + " KEY-----"),
+        "address": ("x7" + some(14), "postgres://app:{}@db.mail-of-jane.net/shop"),
+        "JSON web token": (token, "{}"),
+        "bearer": ("a2" + some(38), "Authorization: Bearer {}"),
+        "e-mail": (f"jane.{some(8)}@mail-of-jane.net", "{}"),
+        "card": (card(), "{}"),
+        "IBAN": (account(), "{}"),
+        "phone": (f"+49 30 {some(8, '23456789')}", "{}"),
+    }
+    return {
+        kind: (value, f"my line {some(5)} is {around.format(value)} thanks") for kind, (value, around) in kinds.items()
+    }
+
+
+FAULTS = (
+    "{} <b>bold</b>",
+    "the cafÃ© {}",
+    "<p>cafÃ© {} nobody\u200b sees</p>",
+    "{0} {0}",
+    "as an AI language model I cannot {} help",
+    "{} dear {{name}} <|im_start|>",
+)
+
+
+@pytest.mark.slow
+def test_what_is_private_stands_in_no_file_of_an_audit_but_the_rows(tiny_encoder: Path, tmp_path: Path) -> None:
+    found, rows = private_texts(), noisy_rows(240, 20)
+    for at, (_, text) in enumerate(found.values()):
+        said = [fault.format(text) for fault in FAULTS]
+        said += [said[0], f"{said[0]} now", text[: len(text) // 2] + "\u200b" + text[len(text) // 2 :] + " split"]
+        rows += [{"text": one, "label": ("animals", "numbers")[(at + place) % 2]} for place, one in enumerate(said)]
+    rows += [{"text": text, "label": ""} for _, text in found.values()][:8]  # is dropped, and listed
+    data = tiny.write_csv(tmp_path / "rows.csv", rows)
+    recipe, run = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data), tmp_path / "run"
+    asked = ["data", str(recipe), "--run-folder", str(run)]
+    said = []
+    for more in ([], ["--accept", "markup", "--accept", "broken encoding"], ["--review"]):
+        result = fulltune(*asked, *more)
+        assert result.code == 0, result.err
+        said += [result.out, result.err]
+    files = [path for path in run.rglob("*") if path.is_file() and path.suffix not in (".arrow", ".npy")]
+    files.append(tmp_path / "recipe.patch.jsonl")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files} | {"terminal": " ".join(said)}
+    assert {"data.html", "data.md", "issues.jsonl", "audit.json", "dropped.jsonl", "summary.json"} <= texts.keys()
+    shown = [
+        (kind, name)
+        for kind, (value, _) in found.items()
+        for name, text in texts.items()
+        if value[len(value) // 4 : -len(value) // 4] in text.replace("\\n", "\n").replace("\u200b", "")
+    ]
+    assert shown == []
+    assert {check.check for check in Audit.load(run / "data" / "audit.json").checks} >= {
+        *("secret", "personal data", "phone number", "markup", "broken encoding", "control characters", "near leak"),
+        *("repetition", "placeholder", "chat tokens"),
+    }
+    # What was accepted is applied: the repaired text, with what is private masked.
+    patched = fulltune("data", str(recipe), "--run-folder", str(tmp_path / "again"), f"--set=data.patch={files[-1]}")
+    assert patched.code == 0, patched.err
+    before, after = (
+        {one.check: one.rows for one in Audit.load(folder / "data" / "audit.json").checks}
+        for folder in (run, tmp_path / "again")
+    )
+    assert after["markup"] < before["markup"] / 2
+    assert after["secret"] < before["secret"]
+    private = [run / "data.html", run / "data.md", files[-1], *(run / "data").rglob("*.json*"), *run.rglob("*.arrow")]
+    assert {oct(path.stat().st_mode & 0o777) for path in private} == {"0o600"}

@@ -26,3 +26,14 @@ def test_writing_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         raise OSError("disk full")
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
+
+
+def test_what_is_private_is_its_owners_alone_from_the_first_byte_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    files.write_text(path, "anyone")
+    assert path.stat().st_mode & 0o077
+    with files.replacing(path, private=True) as part:
+        assert part.stat().st_mode & 0o777 == 0o600
+        part.write_text("rows")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text() == "rows"

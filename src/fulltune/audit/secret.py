@@ -20,32 +20,14 @@ from collections.abc import Callable, Iterator
 from fulltune.audit.flaw import Flaw, Hit, redacted
 
 _SERVICES = {
-    "ya29.": r"[\w-]{60,}",
-    "dop_v1_": "[a-f0-9]{64}",
-    "shp": "(?:at|ca|pa|ss)_[a-f0-9]{32}",
-    "sq0": r"[a-z]{3}-[\w-]{22,43}",
-    "dapi": "[a-f0-9]{32}",
-    "ntn_": "[A-Za-z0-9]{46}",
-    "lin_api_": "[A-Za-z0-9]{40}",
-    "figd_": r"[\w-]{40,}",
-    "dckr_pat_": r"[\w-]{27,}",
-    "glsa_": "[A-Za-z0-9]{32}_[a-f0-9]{8}",
-    "hvs.": r"[\w-]{24,}",
-    "sbp_": "[a-f0-9]{40}",
-    "PMAK-": "[a-f0-9]{24}-[a-f0-9]{34}",
-    "NRAK-": "[A-Z0-9]{27}",
-    "gsk_": "[A-Za-z0-9]{52}",
-    "xai-": "[A-Za-z0-9]{80}",
-    "r8_": "[A-Za-z0-9]{37}",
-    "pplx-": "[A-Za-z0-9]{48}",
-    "tvly-": "[A-Za-z0-9-]{32,}",
-    "sntry": r"[su]_[\w+/=-]{60,}",
-    "lsv2_": "(?:pt|sk)_[a-f0-9]{32}_[a-f0-9]{10}",
-    "ATATT3": r"[\w=-]{60,}",
-    "AGE-SECRET-KEY-1": "[A-Z0-9]{58}",
-    "EAA": "[A-Za-z0-9]{100,}",
-    "key-": "[a-f0-9]{32}",
-    "SK": "[a-f0-9]{32}",
+    **{"ya29.": r"[\w-]{60,}", "dop_v1_": "[a-f0-9]{64}", "shp": "(?:at|ca|pa|ss)_[a-f0-9]{32}"},
+    **{"sq0": r"[a-z]{3}-[\w-]{22,43}", "dapi": "[a-f0-9]{32}", "ntn_": "[A-Za-z0-9]{46}"},
+    **{"lin_api_": "[A-Za-z0-9]{40}", "figd_": r"[\w-]{40,}", "dckr_pat_": r"[\w-]{27,}"},
+    **{"glsa_": "[A-Za-z0-9]{32}_[a-f0-9]{8}", "hvs.": r"[\w-]{24,}", "sbp_": "[a-f0-9]{40}"},
+    **{"PMAK-": "[a-f0-9]{24}-[a-f0-9]{34}", "NRAK-": "[A-Z0-9]{27}", "gsk_": "[A-Za-z0-9]{52}"},
+    **{"xai-": "[A-Za-z0-9]{80}", "r8_": "[A-Za-z0-9]{37}", "pplx-": "[A-Za-z0-9]{48}", "tvly-": "[A-Za-z0-9-]{32,}"},
+    **{"sntry": r"[su]_[\w+/=-]{60,}", "lsv2_": "(?:pt|sk)_[a-f0-9]{32}_[a-f0-9]{10}", "ATATT3": r"[\w=-]{60,}"},
+    **{"AGE-SECRET-KEY-1": "[A-Z0-9]{58}", "EAA": "[A-Za-z0-9]{100,}", "key-": "[a-f0-9]{32}", "SK": "[a-f0-9]{32}"},
 }
 """Google, DigitalOcean, Shopify, Square, Databricks, Notion, Linear, Figma, Docker, Grafana, Vault, Supabase, Postman,
 New Relic, Groq, xAI, Replicate, Perplexity, Tavily, Sentry, LangSmith, Atlassian, age, Facebook, Mailgun, Twilio."""
@@ -102,7 +84,7 @@ _SAID = re.compile(r"\b(?:password|passcode|passwort|pwd) (?:is|ist) [\"'`]?([^\
 _HEADER = re.compile(r"\b(?:Bearer|Basic) ([\w+/=.~-]{20,1000})")
 _NOT_GIVEN = re.compile(
     r"example|sample|dummy|test|your|change|placeholder|redacted|xxx|\*{3}|\.{3}|…|1234|abcd|abc.?123|_token_|\$\{|\{\{|^\$|^\{|^<|^%|\[|[()]"
-    r"|://|^pass(?:word)?$|^secret$",
+    r"|://|^(?:pass(?:w(?:or)?d)?|pwd|secret|tiger)$",
     re.IGNORECASE,
 )
 _LEAST_BITS = 3.0
@@ -147,14 +129,7 @@ def _real(name: str, value: str) -> bool:
 
 
 def _given(value: str) -> bool:
-    return not _NOT_GIVEN.search(value) and value.lower() not in (
-        "password",
-        "pass",
-        "passwd",
-        "pwd",
-        "secret",
-        "tiger",
-    )
+    return not _NOT_GIVEN.search(value)
 
 
 def _random(value: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
 from fulltune.audit import content, encoding, leftovers, personal
 from fulltune.audit.flaw import Flaw, TextCheck
@@ -27,6 +29,9 @@ OF_TEXTS: tuple[TextCheck, ...] = tuple(check for check in _CHECKS if check != "
 """What can be wrong with a text that a model reads."""
 OF_ANSWERS: tuple[TextCheck, ...] = tuple(check for check in _CHECKS if check != "no words")
 """With one that it learns to write: `42` is an answer, and a refusal is a bad one."""
+_PRIVATE: tuple[TextCheck, ...] = ("secret", "personal data", "phone number")
+_UNCOVERING: tuple[TextCheck, ...] = ("broken encoding", "control characters", "markup")
+"""Repairs that may make a secret whole: of one with a zero-width space or a tag inside."""
 
 
 def missing() -> dict[TextCheck, str]:
@@ -34,8 +39,31 @@ def missing() -> dict[TextCheck, str]:
     return {} if personal.knows_phone_numbers() else {"phone number": "audit"}
 
 
+def masked_text(text: str) -> str:
+    """A text as it may be shown or listed, before it is shortened: without secrets, personal data, phone numbers."""
+    private = [check for check in _PRIVATE if check not in missing()]
+    shown = repaired(text, private)
+    whole = repaired(shown, _UNCOVERING)
+    hidden = repaired(whole, private)
+    return shown if hidden == whole else hidden
+
+
+def masked_cells(cell: Any) -> Any:
+    """A row, or a cell of one, with all its texts as `masked_text` has them."""
+    if isinstance(cell, dict):
+        return {name: masked_cells(inner) for name, inner in cell.items()}
+    if isinstance(cell, (list, tuple)):
+        return list(map(masked_cells, cell))
+    return masked_text(cell) if isinstance(cell, str) else cell
+
+
+def found_by(text: str, checks: Collection[TextCheck]) -> list[TextCheck]:
+    """The checks that find something in a text."""
+    return [check for check in checks if _CHECKS[check](text) is not None]
+
+
 def flaws(text: str, checks: Collection[TextCheck] = OF_TEXTS) -> list[Flaw]:
-    """What is wrong with a text, one entry a check.
+    """What is wrong with a text, one entry a check: as it may be shown, in its reason and in what is proposed.
 
     Args:
         text: As it stands in its row.
@@ -44,7 +72,16 @@ def flaws(text: str, checks: Collection[TextCheck] = OF_TEXTS) -> list[Flaw]:
     Raises:
         SetupError: When a check's package is missing; `missing` tells beforehand.
     """
-    return [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
+    found = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
+    masked = masked_text(text) if found else ""
+    return [_shown(flaw, masked) for flaw in found]
+
+
+def _shown(flaw: Flaw, masked: str) -> Flaw:
+    """A flaw without what is private elsewhere in its text: a reason may quote it, and a repair keeps it."""
+    again = flaw if flaw.check in _PRIVATE else _CHECKS[flaw.check](masked)
+    reason = again.reason if again is not None else "in what is masked"
+    return replace(flaw, reason=reason, fixed=flaw.fixed and masked_text(flaw.fixed))
 
 
 def repaired(text: str, checks: Collection[TextCheck]) -> str:

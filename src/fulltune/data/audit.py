@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fulltune.audit import missing, repaired
+from fulltune.audit import masked_text, missing
 from fulltune.audit.language import knows_languages
 from fulltune.data.audited_rows import (
     CHAT_FAULT,
@@ -33,7 +33,6 @@ from fulltune.data.outliers import NEIGHBOURS, FarRows
 from fulltune.data.patch import load_patch
 from fulltune.data.repeated import CONFLICT, DUPLICATE, LEAK, LEAKS, NEAR_LEAK, PARAPHRASE, in_other_words, repeated
 from fulltune.data.rephrased import ComparedTexts
-from fulltune.data.running_text import private
 from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.probe.label_errors import JUDGED, Suspected
@@ -47,7 +46,7 @@ from fulltune.text import counted
 
 LABEL, DOUBT, OUTLIER = "label error", "doubtful label", "outlier"
 NOT_ASKED = "left out by --no-labels"
-VERSION = 2
+VERSION = 3
 """Of the checks: raised when they find other rows, so that an audit by earlier ones is made anew."""
 _EXAMPLES = 10
 _SHOWN = 3
@@ -196,7 +195,7 @@ def by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
 def save_issues(folder: Path, issues: list[RowIssue]) -> None:
     """Bring what was found into the order of `load_issues`, and write it."""
     issues.sort(key=lambda one: (one.check, -one.score))
-    with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
+    with replacing(folder / ISSUES, private=True) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
 
 
@@ -283,7 +282,7 @@ def _proposed(target: Target, row: Row, found: Suspected, parts: Sequence[int]) 
     if target.problem_type == "tags":
         words, tags = words_and_tags(row, target.columns)
         for place, other, much in zip(places, found.other[parts].tolist(), points, strict=True):
-            word = repaired(words[place], private())
+            word = masked_text(words[place])
             said.append(f"word {place + 1} '{word}' is {tags[place]}, {target.labels[other]} is likelier, {much}")
             tags[place] = target.labels[other]
         cell, tags = row[target.columns["tags"]], strict(tags)

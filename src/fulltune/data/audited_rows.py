@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.audit import Flaw, missing, repaired
+from fulltune.audit import Flaw, flaws, masked_text, missing
 from fulltune.audit.conversation import chat_faults
 from fulltune.audit.flaw import listed
+from fulltune.audit.texts import masked_cells
 from fulltune.data.languages import OTHER_LANGUAGE, Heard, listen, strangers
 from fulltune.data.near import signatures
 from fulltune.data.patch import Decisions, Patched, load_patch, numbered
-from fulltune.data.running_text import PARTS, cells, checks_of, flawed, private
+from fulltune.data.running_text import PARTS, cells, checks_of
 from fulltune.data.sampling import draw
 from fulltune.data.sources import find_files, read_rows
 from fulltune.inference.store import row_id, texts
@@ -82,7 +83,7 @@ class AuditedRows:
     def beginning(self, row: Row, most: int) -> str:
         """How a row's texts begin, on one line, with what must not be shown masked."""
         texts = (cell for part in PARTS for _, cell in cells(row, self.target.columns, part))
-        return " | ".join(" ".join(repaired(text, private()).split()) for text in texts)[:most]
+        return " | ".join(" ".join(masked_text(text).split()) for text in texts)[:most]
 
     def source_of(self, split: SplitName) -> str:
         """Whose file a split's rows stand in."""
@@ -146,8 +147,9 @@ def look(rows: AuditedRows, total: int, progress: Progress) -> SeenRows:
             seen.keys.append(draw(0, key))
             seen.wholes.append(hash(rows.whole(row, key)))
             seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
-            found = flawed(row, rows.target.columns, checks)
-            seen.issues += [_flawed(rows, split, row, column, flaw) for column, flaw in found]
+            for part, of in checks.items():
+                for column, text in cells(row, rows.target.columns, part):
+                    seen.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(text, of)]
             if "messages" in rows.target.columns:
                 seen.issues += _chat_issues(rows, split, row)
             listen(seen.heard, row, rows.target.columns, split)
@@ -191,15 +193,17 @@ def next_number(times: Counter[tuple[str, str]], row: tuple[str, str], dropped: 
 def _chat_issues(rows: AuditedRows, split: SplitName, row: Row) -> list[RowIssue]:
     columns = rows.target.columns
     tools = chat.parsed(row.get(columns["tools"])) if "tools" in columns else None
-    found = chat_faults(chat.clean(row[columns["messages"]]), tools)
-    return [rows.issue(CHAT_FAULT, split, row, listed(found), score=float(len(found)))] if found else []
+    turns = chat.clean(row[columns["messages"]])
+    if not chat_faults(turns, tools):
+        return []
+    found = chat_faults(masked_cells(turns), tools)
+    return [rows.issue(CHAT_FAULT, split, row, listed(found), score=float(len(found)))]
 
 
 def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
     # A turn of a conversation is no cell that could be replaced.
     repairable = flaw.fixed is not None and isinstance(row[column], str)
-    fixed = repaired(row[column], private()) if repairable and flaw.check in private() else flaw.fixed
-    remedy = Remedy(action="replace", column=column, value=fixed) if repairable else None
+    remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
     return rows.issue(flaw.check, split, row, f"column '{column}': {flaw.reason}", remedy)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
+from fulltune.audit import masked_text
 from fulltune.data.encode import NEW_LABEL, DropTally, Encoded
 from fulltune.data.marks import problems_of
 from fulltune.data.sources import SourceName, SourceRows
@@ -78,7 +79,7 @@ def _too_many(dropped: DropTally, allowed: Collection[str], num_rows: int, where
     by_check = ", ".join(f"{count} x {check}" for check, count in counts.most_common())
     return [
         f"{where}: {total:,} of {counted(num_rows, 'row')} cannot be used ({by_check}); first: {first.place}, "
-        f"{first.reason}. {remedy}"
+        f"{masked_text(first.reason)}. {remedy}"
     ]
 
 

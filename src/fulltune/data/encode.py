@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fulltune.audit.texts import found_by, masked_cells
 from fulltune.data.contamination import KnownTexts, holds_one
 from fulltune.data.groups import joined_by_value
 from fulltune.data.marks import Found, marks_of
 from fulltune.data.near import joined, signatures
 from fulltune.data.readers.read import PlacedRow
-from fulltune.data.running_text import CHEAP, LOOKED_AT, checks_of, flawed
+from fulltune.data.running_text import CHEAP, LOOKED_AT, cells, checks_of
 from fulltune.data.sampling import draw
 from fulltune.errors import SetupError
 from fulltune.inference.store import RowWriter, record_batch, words
@@ -184,6 +185,8 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         if refused is None:
             usable.append((place, row))
         else:
+            if not problem:  # asked again, for a reason that quotes nothing private
+                refused = task.refuse(masked_cells(row), job.target) or refused
             dropped["unusable"].append(Dropped(job.split, place, refused.check, refused.reason, dict(row)))
     examples: list[Example] = []
     row_of: list[int] = []
@@ -250,7 +253,8 @@ def _flaws(job: Job, rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
     found, columns = Counter[str](), job.target.columns
     checks = checks_of(columns, CHEAP)
     for row in rows:
-        found.update({flaw.check for _, flaw in flawed(row, columns, checks, LOOKED_AT)})
+        of_parts = ((text, of) for part, of in checks.items() for _, text in cells(row, columns, part))
+        found.update({check for text, of in of_parts for check in found_by(text[:LOOKED_AT], of)})
     return found
 
 

@@ -45,7 +45,7 @@ def list_losses(
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     dropped = {key for key, one in decided.items() if one.remedy.action == "drop"}
     times, issues = Counter[tuple[str, str]](), [one for one in load_issues(folder) if one.check != HIGH_LOSS]
-    with replacing(folder / LOSSES) as part, part.open("w", encoding="utf-8") as file:
+    with replacing(folder / LOSSES, private=True) as part, part.open("w", encoding="utf-8") as file:
         for split, (counts, said) in losses.items():
             found, listed = _of_rows(folder / split, counts, said), list[RowIssue]()
             ordered = sorted(range(len(found)), key=lambda at: -found[at][0])

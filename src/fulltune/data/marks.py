@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from fulltune.audit import masked_text
 from fulltune.data.readers.read import PlacedRow
 from fulltune.data.sampling import draw
 from fulltune.recipe.data import DataBlock
@@ -84,7 +85,8 @@ def marks_of(
                 kind, times[number] = time_of(cell)
                 found.add("kind of time", kind, [place])
             except ValueError as error:
-                shown = place if str(error) == _EMPTY or isinstance(cell, BadCell) else f"{place}: {str(cell)[:40]!r}"
+                told = f"{place}: {masked_text(str(cell))[:40]!r}"
+                shown = place if str(error) == _EMPTY or isinstance(cell, BadCell) else told
                 found.add("time", str(error), [shown])
     return Marks(values, times, found)
 

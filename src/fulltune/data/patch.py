@@ -79,7 +79,7 @@ def _is_cell(value: Any) -> bool:
 
 def save_patch(path: Path, decisions: Iterable[RowDecision]) -> None:
     """Write decisions, a line each."""
-    write_text(path, "".join(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in decisions))
+    write_text(path, "".join(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in decisions), private=True)
 
 
 @dataclass

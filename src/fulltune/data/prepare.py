@@ -46,7 +46,7 @@ from fulltune.data.sources import (
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
 from fulltune.data.written import DROPPED, as_line, examples, list_dropped, previews, summarise, write
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.files import SEAL, flaw, seal
+from fulltune.files import SEAL, flaw, make_private, seal
 from fulltune.inference.store import IN_TRAIN, Rows, save_clusters, save_in_train
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.data import UTF_8, DataBlock, codec_of
@@ -294,6 +294,7 @@ def _encode(
     encoded: dict[SourceName, Encoded] = {}
     total, told = sum(counts.values()), 0.0
     folder.mkdir(parents=True)
+    make_private(folder / DROPPED)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
 
         def drop(item: Dropped) -> None:

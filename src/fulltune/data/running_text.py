@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
-from fulltune.audit import OF_ANSWERS, OF_TEXTS, Flaw, TextCheck, flaws, missing
+from fulltune.audit import OF_ANSWERS, OF_TEXTS, TextCheck
 from fulltune.tasks import Row
 from fulltune.tasks.columns import as_text
 
@@ -16,14 +16,8 @@ the assistant's turns."""
 Part = Literal["read", "written"]
 _ROLES: dict[Part, tuple[str, ...]] = {"read": _READ, "written": _WRITTEN}
 _CHECKS: dict[Part, tuple[TextCheck, ...]] = {"read": OF_TEXTS, "written": OF_ANSWERS}
-_PRIVATE: tuple[TextCheck, ...] = ("secret", "personal data", "phone number")
 CHEAP: tuple[TextCheck, ...] = (
-    "broken encoding",
-    "control characters",
-    "markup",
-    "placeholder",
-    "chat tokens",
-    "refusal",
+    *("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal"),
 )
 """Made on each row of each run: together they take 15 % of the tokenising of short texts, and a third of it with
 `refusal`, which answers alone get."""
@@ -32,12 +26,6 @@ CHEAP: tuple[TextCheck, ...] = (
 LOOKED_AT = 100_000
 """Characters of a text in each run: a check takes several times their memory."""
 PARTS: tuple[Part, ...] = ("read", "written")
-
-
-def private() -> tuple[TextCheck, ...]:
-    """Checks whose finds are never shown."""
-    absent = missing()
-    return tuple(check for check in _PRIVATE if check not in absent)
 
 
 def checks_of(columns: Mapping[str, str], wanted: Collection[str] | None = None) -> dict[Part, list[TextCheck]]:
@@ -94,12 +82,3 @@ def _said(one: object) -> str:
     if not isinstance(one, dict):
         return as_text(one)
     return as_text(one.get("value") if one.get("content") is None else one["content"])
-
-
-def flawed(
-    row: Row, columns: Mapping[str, str], checks: Mapping[Part, Sequence[TextCheck]], most_characters: int | None = None
-) -> Iterator[tuple[str, Flaw]]:
-    """What is wrong with a row's texts, or with so many characters of each, and in which column."""
-    for part, of in checks.items():
-        for column, text in cells(row, columns, part):
-            yield from ((column, flaw) for flaw in flaws(text[:most_characters], of))

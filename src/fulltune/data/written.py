@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.audit import flaws
+from fulltune.audit.texts import masked_cells, masked_text
 from fulltune.data.encode import Dropped, Encoded
-from fulltune.data.running_text import private
 from fulltune.data.split import Split
 from fulltune.inference.store import WORDS, Rows, RowWriter, batches, readable, texts
 from fulltune.records.data import Preview, SplitSummary
@@ -29,7 +28,8 @@ _LOOKED_AT = 200
 
 def as_line(item: Dropped) -> str:
     """A dropped row as it is listed."""
-    return json.dumps(asdict(item), ensure_ascii=False, default=readable) + "\n"
+    plain = json.loads(json.dumps(asdict(item), default=readable))
+    return json.dumps(masked_cells(plain), ensure_ascii=False) + "\n"
 
 
 def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
@@ -120,6 +120,6 @@ def previews(folder: Path, task: Task, target: Target, tokenizer: Any, span: ran
         plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
         preview = task.preview(plain, target, tokenizer)
         told = "".join(segment.text for segment in preview.segments)
-        if not any(flaws(text, private()) for text in (json.dumps(words, ensure_ascii=False, default=readable), told)):
+        if all(masked_text(text) == text for text in (json.dumps(words, ensure_ascii=False, default=readable), told)):
             found.append(preview)
     return tuple(found)

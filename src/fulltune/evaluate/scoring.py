@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from fulltune.audit.texts import masked_cells
 from fulltune.errors import SetupError
 from fulltune.inference.run import Watch, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
@@ -20,7 +21,7 @@ from fulltune.models.processors import opened
 from fulltune.recipe.fields import Recipe
 from fulltune.records.events import Listener, RowsRead
 from fulltune.records.plan import Plan
-from fulltune.records.scores import Scores, Unseen
+from fulltune.records.scores import Answer, Scores, Unseen
 from fulltune.stats.bootstrap import Resampled, resample
 from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.tasks import Predictions, Target, Task
@@ -138,6 +139,8 @@ class Scoring:
     ) -> Scored:
         """The record of a contestant, with the intervals of its metrics."""
         confidence = self.recipe.evaluate.confidence
+        for name in fields.keys() & {"worst", "answers"}:
+            fields[name] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[name])
         scores = Scores(
             name=name,
             kind=kind,

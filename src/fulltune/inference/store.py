@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune.files import make_private
 from fulltune.tasks import PLACE
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class RowWriter:
         import pyarrow as pa
 
         if self._writer is None:
+            make_private(self.path)
             self._file = pa.OSFile(str(self.path), "wb")
             self._writer = pa.ipc.new_stream(self._file, batch.schema)
         self._waiting.append(batch)

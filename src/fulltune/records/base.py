@@ -22,8 +22,8 @@ class Record(BaseModel):
     )
 
     def save(self, path: Path) -> None:
-        """Write the record as JSON; a reader sees the old file or the new one, never half of it."""
-        write_text(path, self.model_dump_json(indent=2) + "\n")
+        """Write the record as JSON for its owner alone; a reader sees the old file or the new one, never a part."""
+        write_text(path, self.model_dump_json(indent=2) + "\n", private=True)
 
     def __repr__(self) -> str:
         """One line: what is not as usual, nested records by their names; `model_dump()` gives everything."""

@@ -53,9 +53,9 @@ def write(folder: Path) -> Path:
     """
     folder = Path(folder)
     report = build(read_run(folder))
-    write_harmless(folder / "report.md", markdown(report))
+    write_harmless(folder / "report.md", markdown(report), private=True)
     target = folder / "report.html"
-    write_harmless(target, page(report))
+    write_harmless(target, page(report), private=True)
     return target
 
 

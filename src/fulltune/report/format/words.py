@@ -89,9 +89,9 @@ def one_line(text: str) -> str:
     return " ".join(harmless(text).split())
 
 
-def write_harmless(path: Path, text: str) -> None:
+def write_harmless(path: Path, text: str, private: bool = False) -> None:
     """Write a file whole and `harmless`: every file of a report passes through here, so no text can slip past it."""
-    write_text(path, harmless(text))
+    write_text(path, harmless(text), private)
 
 
 def clipped(text: str, limit: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fulltune.audit import TextCheck, repaired
+from fulltune.audit import masked_text
 from fulltune.records.data import DataSummary, Segment, SplitSummary
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -26,8 +26,6 @@ _PREVIEWS = 5
 _LABELS_OPEN = 12
 _TEXT_LIMIT = 1500
 _CELL_LIMIT = 300
-_MASKED: tuple[TextCheck, ...] = ("secret", "personal data")
-"""Checks whose finds are shown nowhere, also of rows that were dropped for them."""
 
 
 def data(view: RunView) -> Section | None:
@@ -135,8 +133,7 @@ def _dropped(view: RunView, summary: DataSummary) -> list[Block]:
     if view.dropped:
         columns = ("split", "row", "check", "reason")
         rows = tuple(
-            tuple(foreign(repaired(str(row.get(key, "-")), _MASKED), _CELL_LIMIT) for key in columns)
-            for row in view.dropped
+            tuple(foreign(masked_text(str(row.get(key, "-"))), _CELL_LIMIT) for key in columns) for row in view.dropped
         )
         title = f"the first {len(rows)} of {counted(sum(summary.dropped.values()), 'dropped row')}"
         blocks.append(Folded(title, (Table("From data/dropped.jsonl, which has all of them", columns, rows),)))

@@ -89,8 +89,8 @@ def write_data_page(folder: Path) -> Path:
     """
     view, audit = read_run(folder), Audit.load(folder / "data" / AUDIT)
     report = build(view, audit, proofs_of(folder, audit))
-    write_harmless(folder / "data.md", markdown(report))
-    write_harmless(folder / PAGE, page(report))
+    write_harmless(folder / "data.md", markdown(report), private=True)
+    write_harmless(folder / PAGE, page(report), private=True)
     return folder / PAGE
 
 
