@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from fulltune.cleaning import _compared, _EvalRows, _leaves_enough
-from fulltune.data.prove import CleaningStep, cleaning_steps
-from fulltune.records.audit import Proof, Proofs, Remedy, RowIssue
+from fulltune.data.prove import CleaningStep, cleaning_steps, refuse_prove
+from fulltune.data.prove import _compared as compared_by_classifiers
+from fulltune.errors import SetupError
+from fulltune.probe.linear import MIDDLE, Items
+from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.report.run.data_page import about_proofs
+from fulltune.report.run.data_page import about_labels, about_proofs
 from fulltune.stats.row_scores import Measure
 
 DROP = Remedy(action="drop")
@@ -135,3 +138,79 @@ def test_steps_that_were_not_tried_are_said() -> None:
     proofs = Proofs(fingerprint="f", eval_rows=9, times=3, proofs=(), left_out=("markup, 60 rows left out",))
     assert "Not tried, for too few rows or too many: markup, 60 rows left out." in about_proofs(proofs)
     assert "Not tried" not in about_proofs(proofs.model_copy(update={"left_out": ()}))
+
+
+@pytest.mark.parametrize(
+    ("train", "source", "said"),
+    [
+        (387, "split off a.csv", "or --set data.eval_fraction=0.13"),
+        (60, "split off a.csv", None),  # so large a part does not exist
+        (387, "file eval.csv", None),
+    ],
+)
+def test_too_few_eval_rows_are_refused_with_a_part_that_is_enough(train: int, source: str, said: str | None) -> None:
+    def split(rows: int) -> SplitSummary:
+        return SplitSummary(
+            rows=rows,
+            tokens=1,
+            trained_tokens=1,
+            truncated_rows=0,
+            dropped_rows=0,
+            length_percentiles={},
+            label_counts={},
+        )
+
+    summary = DataSummary.model_construct(
+        problem_type="single_label",
+        splits={"train": split(train), "eval": split(43), "test": split(43)},
+        sources={"eval": source},
+    )
+    with pytest.raises(SetupError, match="--prove: 43 eval rows tell nothing, expected 50") as refused:
+        refuse_prove(summary)
+    assert ("data.eval_fraction" in str(refused.value)) == (said is not None)
+    assert said is None or said in str(refused.value)
+
+
+def test_no_row_that_differs_is_no_proof_that_none_would() -> None:
+    drawn = np.random.default_rng(0)
+
+    def rows(count: int) -> Items:
+        labels = np.arange(count) % 2
+        features = np.column_stack([10.0 * labels - 5, drawn.normal(size=count)]).astype(np.float32)
+        return Items("single_label", features, labels, np.arange(count), 2)
+
+    def without_the_first(step: CleaningStep) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(200) > 0, np.arange(200) % 2
+
+    [step] = cleaning_steps([issue("markup", "1")])
+    [proof] = compared_by_classifiers(rows(200), rows(86), [step], without_the_first, MIDDLE, [])
+    assert proof.difference == 0
+    assert -3.7 / 86 < proof.low < -2.5 / 86
+    assert 2.5 / 86 < proof.high < 3.7 / 86
+
+
+@pytest.mark.parametrize(
+    ("suspects", "precision", "said"),
+    [
+        (2, 1.0, "of the 2 suspects between 0 and 2 are wrong: they are too few to tell"),
+        (60, 0.8, "of the 60 suspects about 80% are wrong, by the same measure (between 39 and 57)"),
+    ],
+)
+def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
+    suspects: int, precision: float, said: str
+) -> None:
+    found = LabelErrors(
+        judged_rows=192,
+        of_rows=192,
+        agree=0.9,
+        suspects=suspects,
+        doubtful=0,
+        planted=50,
+        recall=0.9,
+        precision=precision,
+        wrong=5.0,
+    )
+    told = about_labels(found)
+    assert said in told
+    assert "45 of these would be among the suspects" in told
+    assert ("and in all about" in told) == (suspects == 60)

@@ -9,6 +9,7 @@ not compared: without them scores fall because they were flattered.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from scipy.stats import norm
 
 from fulltune.data.audit import load_issues
 from fulltune.data.judge import Reader
@@ -28,11 +30,13 @@ from fulltune.probe.layers import NoProbe
 from fulltune.probe.linear import Items, best, fits, wrong
 from fulltune.records.audit import HIGH_LOSS, PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
+from fulltune.stats.intervals import SURPRISES
 from fulltune.text import counted
 
 TIMES, LEFT_OUT = 5, 0.2
 """How often so large a part of the train rows is left out."""
 LEAST_EVAL_ROWS = 50
+_MOST_SHARE = 0.5
 _RESAMPLES = 1000
 Action = Literal["drop", "replace"]
 ALPHA = 0.05
@@ -50,10 +54,14 @@ def refuse_prove(summary: DataSummary) -> None:
             "--prove: these rows have no single label each, and only by such can cleaning be compared in seconds; "
             "compare it by trainings instead: --trainings 3"
         )
-    if summary.splits["eval"].rows < LEAST_EVAL_ROWS:
+    if (count := summary.splits["eval"].rows) < LEAST_EVAL_ROWS:
+        # A tenth more than needed: groups are not split, and labels are kept in proportion.
+        share = math.ceil(110 * LEAST_EVAL_ROWS / (summary.splits["train"].rows + count)) / 100
+        is_file = summary.sources.get("eval", "").startswith("file ")
+        larger = "" if is_file or share >= _MOST_SHARE else f", or --set data.eval_fraction={share:.2f}"
         raise SetupError(
-            f"--prove: {summary.splits['eval'].rows} eval rows tell nothing, expected {LEAST_EVAL_ROWS} at least; give "
-            "more, in a file (data.eval) or as a larger part of the train rows (data.eval_fraction)"
+            f"--prove: {count} eval rows tell nothing, expected {LEAST_EVAL_ROWS} at least; give more, in a file "
+            f"(data.eval){larger}"
         )
 
 
@@ -191,14 +199,16 @@ def _compared(
             continue
         moved = after - before
         low, high = np.quantile(moved[samples].mean(axis=1), [tails, 1 - tails])
+        # No row that differs among these does not prove that none would among others.
+        unseen = float(norm.isf(tails)) * math.sqrt(SURPRISES) / len(before)
         yield Proof(
             check=step.check,
             action=step.action,
             rows=int((~kept).sum() if step.action == "drop" else (labels != train.labels).sum()),
             before=float(before.mean()),
             difference=float(moved.mean()),
-            low=float(low),
-            high=float(high),
+            low=float(moved.mean() - math.hypot(moved.mean() - low, unseen)),
+            high=float(moved.mean() + math.hypot(high - moved.mean(), unseen)),
         )
 
 

@@ -102,7 +102,8 @@ def suspected(items: Items) -> Suspected:
     found = _in_two_rounds(items)
     margins, other = margins_of(found, labels)
     planted = _planted(items, found, margins)
-    if not len(planted):
+    chance = float(((counts / len(labels)) ** 2).sum())
+    if not len(planted) or (margins > 0).mean() < chance + 2 * math.sqrt(chance / len(labels)):
         raise NoProbe("the untouched model's features do not tell the classes apart")
     cut, recall, precision, wrong = calibrated(margins, planted)
     return Suspected(margins, other, cut, len(planted), recall, precision, wrong)

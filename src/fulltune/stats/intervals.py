@@ -25,7 +25,7 @@ from scipy.special import ndtr
 from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import Drawn, Resampled
 
-_SURPRISES = 2.0
+SURPRISES = 2.0
 """Rows that disagree beyond those seen: 0 of 20 rows that differ do not prove that two models are equal. With none
 seen, the interval is about 3 / rows, the rule of three."""
 _BISECTIONS = 60
@@ -202,7 +202,7 @@ def _uncertain(
     # Few clusters tell little about the spread of clusters, too.
     stretch = np.sqrt(_unbiased(num_clusters) / _chi_squared(chance, max(1, num_clusters - 1), len(centres)))
     centres = estimate + (centres - estimate) * stretch
-    surprise = _SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
+    surprise = SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
     found = variance_of_mean(known) / _chi_squared(chance, degrees_of_mean(known), len(centres))
     beyond = np.maximum(0.0, found - variance_of_mean(known, by_rows=True))
     return Uncertain(

@@ -74,6 +74,14 @@ def test_features_that_tell_nothing_are_refused() -> None:
         suspected(rows)
 
 
+def test_classifiers_that_agree_by_chance_alone_judge_nothing() -> None:
+    drawn = np.random.default_rng(1)
+    features = drawn.normal(size=(300, 2)).astype(np.float32)
+    rows = Items("single_label", features, drawn.integers(0, 3, 300), np.arange(300), 3)
+    with pytest.raises(NoProbe, match="do not tell the classes apart"):
+        suspected(rows)
+
+
 def test_cut_is_where_the_planted_errors_say_that_enough_suspects_are_wrong() -> None:
     # 100 errors as the planted ones are, among 900 right labels of which some are doubtful.
     planted = np.linspace(-1, -0.2, 200)

@@ -37,11 +37,13 @@ from fulltune.report.format.markdown import markdown
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run import about_data
 from fulltune.report.run.read import RunView, read_run
+from fulltune.stats.shares import error_of_share
 from fulltune.text import counted, format_metric, format_percent, format_share, is_share, listed
 
 PAGE = "data.html"
 _CELL = 160
-_NEARLY_ALL = 0.95
+_FEW_SUSPECTS = 20
+"""Of so few, the best of many margins may be a matter of luck: rows without any wrong label have as many."""
 _MOST_LANGUAGES = 6
 _LEAST_SHARE = 0.001
 """Of all rows, for a language to have a line of its own."""
@@ -61,6 +63,7 @@ _ABOUT = {
     "where many rows ask the same, they are like that; and it hardly sees that words changed places.",
     "leak": "Train rows whose text is scored on, too. The scores flatter the model: leave these rows out of train.",
     "conflicting labels": "Train rows with the same text and different labels: at most one of them can be learned.",
+    "class names": "Rows of a class that is perhaps another one: the names differ in capitals, blanks, form or look.",
     "broken encoding": "Text that was read in the wrong encoding once ('Ã©' for 'é'); the repair is shown.",
     "control characters": "Characters that nobody sees (NUL, zero-width, direction marks) and that tokenizers do.",
     "empty": "Texts without anything to read.",
@@ -187,11 +190,15 @@ def about_labels(found: LabelErrors) -> str:
     doubt = doubt if found.doubtful else ""
     if not found.suspects:
         return f"{told} By that measure no suspicion would be right for three rows in four, so none is raised.{doubt}"
-    # An estimate: of few suspects it easily comes to all of them.
-    right = f"about {found.precision:.0%}" if found.precision < _NEARLY_ALL else "nearly all"
+    told += f" {round(found.recall * found.planted):,} of these would be among the suspects; of the "
+    told += counted(found.suspects, "suspect")
+    if found.suspects < _FEW_SUSPECTS:
+        return f"{told} between 0 and {found.suspects} are wrong: they are too few to tell, read them.{doubt}"
+    # The estimate rests on those that lie where the surest half of the planted errors lies.
+    error = 1.96 * error_of_share(found.precision, found.suspects // 2)
+    least, most = (max(0.0, min(1.0, found.precision + one)) * found.suspects for one in (-error, error))
     return (
-        f"{told} {found.recall:.0%} of these would be among the suspects; of the "
-        f"{counted(found.suspects, 'suspect')} {right} are wrong, by the same measure, "
+        f"{told} about {found.precision:.0%} are wrong, by the same measure (between {least:,.0f} and {most:,.0f}), "
         f"and in all about {round(min(found.wrong, found.suspects / found.recall)):,} {_WRONG[found.parts]}.{doubt}"
     )
 
