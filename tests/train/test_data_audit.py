@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -283,10 +284,18 @@ def test_what_is_private_stands_in_no_file_of_an_audit_but_the_rows(tiny_encoder
     recipe, run = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data), tmp_path / "run"
     asked = ["data", str(recipe), "--run-folder", str(run)]
     said = []
-    for more in ([], ["--accept", "markup", "--accept", "broken encoding"], ["--review"]):
+    repetition = ["--accept", "repetition"]
+    for more in ([], ["--accept", "markup", "--accept", "broken encoding"], ["--review"], repetition, repetition):
         result = fulltune(*asked, *more)
         assert result.code == 0, result.err
         said += [result.out, result.err]
+    counts = [
+        re.search(r"(\d+) new decisions?; in .*: (\d+) decided, (\d+) open", out) for out in said[2::4] + said[8:9]
+    ]
+    [accepted, more, none] = [tuple(map(int, one.groups())) for one in counts if one]
+    assert accepted[0] == accepted[1] > 0 == accepted[2]
+    assert more[1] - accepted[1] == more[0] > 0 < more[2]
+    assert none == (0, more[1], more[2])
     files = [path for path in run.rglob("*") if path.is_file() and path.suffix not in (".arrow", ".npy")]
     files.append(tmp_path / "recipe.patch.jsonl")
     texts = {path.name: path.read_text(encoding="utf-8") for path in files} | {"terminal": " ".join(said)}

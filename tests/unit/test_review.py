@@ -6,11 +6,14 @@ from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from fulltune.cli import audit
 from fulltune.cli.review import accepted, decided_before, precisions, queue, review
 from fulltune.data.patch import load_patch
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
+from fulltune.records.data import DataSummary
 
 
 def issue(row: str, check: str, score: float = 0.0, change: str | None = None) -> RowIssue:
@@ -125,3 +128,31 @@ def test_of_several_proposals_for_a_row_leaving_it_out_wins_and_others_are_said_
         "secret: 1 row, as proposed",
         "1 row with another change as well: apply the patch, and run this once more",
     ]
+
+
+def test_any_other_label_can_be_given(tmp_path: Path) -> None:
+    answers = iter([None, Remedy(action="replace", column="label", value="rare")])
+    out = StringIO()
+    found = review(Console(file=out), ISSUES, tmp_path / "p.jsonl", {}, pressing("llq"), lambda: next(answers))
+    assert [(row, one.remedy.value) for (_, row), one in found.items()] == [("c", "rare")]  # the first was no answer
+    assert "[l]abel" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [(["old"], "old"), (["a new one", "a new one"], "a new one"), (["a new one", "a mew one"], None), ([""], None)],
+)
+def test_label_is_one_that_there_is_or_a_new_one_typed_twice(
+    typed: list[str], value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = DataSummary.model_construct(
+        task="text-classification", problem_type="single_label", columns={"label": "topic"}, labels=("old", "new")
+    )
+    waiting = iter(typed)
+    monkeypatch.setattr(audit.out, "input", lambda prompt: next(waiting))
+    ask = audit._relabel(summary)
+    assert ask is not None
+    found = ask()
+    assert found == (None if value is None else Remedy(action="replace", column="topic", value=value))
+    assert next(waiting, None) is None
+    assert audit._relabel(summary.model_copy(update={"problem_type": "regression"})) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fulltune.cli.stages import err, out
 from fulltune.data import load_issues, refuse_prove
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, proofs_of
+from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, proofs_of
 from fulltune.records.data import DataSummary
 from fulltune.text import counted, did_you_mean, listed
 
@@ -121,6 +121,19 @@ def show(found: Audited, as_json: bool) -> None:
         out.print(f"review:  fulltune data {escape(str(found.target))} --review", soft_wrap=True)
 
 
+def _relabel(summary: DataSummary) -> Callable[[], Remedy | None] | None:
+    """Asks for a row's label: one that there is, or a new one typed twice. None: it has none of its own in a column."""
+    if summary.problem_type != "single_label" or summary.task != "text-classification":
+        return None
+
+    def ask() -> Remedy | None:
+        value = out.input("  label: ").strip()
+        is_meant = value in summary.labels or (value and out.input("  a new label; once more: ").strip() == value)
+        return Remedy(action="replace", column=summary.columns["label"], value=value) if is_meant else None
+
+    return ask
+
+
 def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool) -> None:
     """Take what is proposed for all rows of some checks, or ask; without a terminal write down what to decide."""
     if not (review or accept):
@@ -143,18 +156,21 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
     if accept:
         decided, said = reviewing.accepted(issues, accept, before)
     else:
-        decided = reviewing.review(out, issues, file, before, keys)
+        decided = reviewing.review(out, issues, file, before, keys, _relabel(found.summary))
         said = reviewing.precisions(decided.values()) if keys is not None else []
     if decided != before:
         reviewing.save(file, decided)
     if as_json:
         stages.print_json({"decisions": len(decided), "new": len(decided) - len(before), "patch": str(file)})
         return
-    new = len(decided) - len(before)
+    is_open = {key for key, one in decided.items() if one.is_open}
     if keys is None and not accept:
-        out.print(f"{counted(new, 'row')} to decide about written to {escape(str(file))}", soft_wrap=True)
+        told = f"{counted(len(decided) - len(before), 'row')} to decide about written to {file}"
+        out.print(escape(told), soft_wrap=True)
         return
-    out.print(f"{counted(new, 'new decision')}, {len(decided):,} in {escape(str(file))}", soft_wrap=True)
+    new = sum(key not in before or before[key].is_open for key in decided.keys() - is_open)
+    told = f"{counted(new, 'new decision')}; in {file}: {len(decided) - len(is_open):,} decided, {len(is_open):,} open"
+    out.print(escape(told), soft_wrap=True)
     for line in said:
         out.print(escape(line), soft_wrap=True)
     if decided and found.recipe.data.patch is None:

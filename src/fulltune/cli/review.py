@@ -18,22 +18,13 @@ from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, format_percent
 
 FIRST = (
-    "label error",
-    "conflicting labels",
-    "doubtful label",
-    "leak",
-    "near leak",
-    "paraphrase leak",
-    "secret",
-    "personal data",
-    "phone number",
-    "outlier",
-    "duplicate",
+    *("label error", "class names", "conflicting labels", "doubtful label", "leak", "near leak", "paraphrase leak"),
+    *("secret", "personal data", "phone number", "outlier", "duplicate"),
 )
 """Checks whose rows are asked about before those of all others: what they find costs most."""
 MEASURED = 50
 """Decisions about a check that say how often it is right."""
-KEYS = "[k]eep it  [d]rop  [c]hange as proposed  [n]ot now  [u]ndo  [q]uit"
+KEYS = "[k]eep it  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
 
 
 @dataclass(frozen=True)
@@ -101,7 +92,12 @@ def _order(issue: RowIssue) -> tuple[int, str, float]:
 
 
 def review(
-    console: Console, issues: Sequence[RowIssue], patch: Path, before: Decisions, ask: Callable[[], str] | None
+    console: Console,
+    issues: Sequence[RowIssue],
+    patch: Path,
+    before: Decisions,
+    ask: Callable[[], str] | None,
+    relabel: Callable[[], Remedy | None] | None = None,
 ) -> dict[tuple[str, str], RowDecision]:
     """Ask about each row; what was decided is in the file after each key.
 
@@ -111,6 +107,7 @@ def review(
         patch: The file.
         before: What it holds already.
         ask: Gives the next key; None: there is no terminal, and all rows are written down to be decided in the file.
+        relabel: Asks for another label than what is proposed; None: the rows have not one each in a column.
     """
     decided, waiting = dict(before), queue(issues, before)
     if ask is None:
@@ -126,6 +123,8 @@ def review(
                 remedy = Remedy(action="drop")
             case "c" if one.change is not None:
                 remedy = one.change
+            case "l" if relabel is not None and (change := relabel()) is not None:
+                remedy = change
             case "n":
                 place += 1
                 continue
@@ -164,9 +163,7 @@ def accepted(
         first = next((issue for issue in wanted if issue.remedy.action == "drop"), wanted[0])
         more += first.remedy.action == "replace" and any(issue.remedy != first.remedy for issue in wanted)
         taken[first.check] += 1
-        decided[one.key] = RowDecision(
-            row=first.row, remedy=first.remedy, source=first.source, check=first.check, place=first.place
-        )
+        decided[one.key] = UnderReview((first,)).decided(first.remedy)
     said = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in taken.items()]
     if more:
         said.append(f"{counted(more, 'row')} with another change as well: apply the patch, and run this once more")
