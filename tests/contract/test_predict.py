@@ -472,3 +472,29 @@ def test_scoring_shows_rows_and_time_left_on_a_terminal_and_nothing_in_a_log() -
                 assert (task.description, task.completed, task.total) == ("scoring test rows", 0.5, 1.0)
         if not is_terminal:
             assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_cells_that_a_spreadsheet_would_compute_are_escaped_when_asked_for(tmp_path: Path) -> None:
+    notes = {"problem_type": "single_label", "labels": ["=a", "b"]}
+    texts = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\tx", "\r, x", "-5", "+1.5", "'=x", "a=b", ""]
+    answer = {"label": "=a", "probability": 0.5, "probabilities": {"=a": 0.5, "b": -0.5}}
+    new = predict_files.added(notes, ["=text"])
+    for escape in (False, True):
+        output = tmp_path / f"{escape}.csv"
+        with predict_files.into(output, ["=text"], new, {}, escape) as put:
+            for text in texts:
+                put({"=text": text}, new.cells(answer, None))
+        with output.open(encoding="utf-8", newline="") as file:
+            [header, *rows] = csv.reader(file)
+        before = "'" if escape else ""
+        assert header[0] == f"{before}=text"
+        assert [row[0] for row in rows] == [f"{before}{text}" for text in texts[:6]] + texts[6:]
+        assert rows[0][1:] == [f"{before}=a", "0.5", "0.5", "-0.5", ""]
+
+
+@pytest.mark.parametrize("more", [[], ["-o", "x.jsonl"]])
+def test_escaping_formulas_is_refused_where_there_are_no_cells(more: list[str]) -> None:
+    result = fulltune("predict", "no-run", "a text", "--escape-formulas", *more)
+    assert result.code == 2
+    assert "--escape-formulas" in result.err
+    assert "--output" in result.err

@@ -321,6 +321,7 @@ def predict(
         typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
     ] = None,
     force: options.Force = False,
+    escape_formulas: options.EscapeFormulas = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
     method: options.MethodName = None,
     with_: Annotated[
@@ -341,10 +342,10 @@ def predict(
         raise SetupError("--output takes the answers of one model: remove --with, and call it once for each")
     if by is not None and not with_:
         raise SetupError("--by tells models apart: name the others with --with")
-    if output is not None:
+    if output is not None or escape_formulas:
         from fulltune.cli.predict_files import check_output
 
-        check_output(output, force)
+        check_output(output, force, escape_formulas)
     chosen = [stages.chosen_model(run, method) for run in (run_folder, *(with_ or ()))]
     notes = folders.notes_of(chosen[0])
     what = cli_predict.asked(text or [], file, notes)
@@ -359,7 +360,7 @@ def predict(
         cli_predict.show(err, predictor, what, max_new_tokens, as_json)
         return
     with stages.bar("answering", shown=not as_json) as watch:
-        written = cli_predict.write(err, predictor, what, output, max_new_tokens, watch)
+        written = cli_predict.write(err, predictor, what, output, escape_formulas, max_new_tokens, watch)
     if as_json:
         stages.print_json(written)
     else:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
+from fulltune.audit.names import alike, alike_in_words
 from fulltune.data.readers import by_name
 from fulltune.data.readers.files import data_files
 from fulltune.data.readers.header import names_without_header
@@ -191,6 +193,8 @@ class Inferred:
     """That there is none, and these names."""
     unused: str = ""
     """Columns that play no role, in words."""
+    alike: str | None = None
+    """Classes that are perhaps meant to be one, in words."""
 
 
 FORMS: tuple[tuple[TaskName, str], ...] = (
@@ -245,8 +249,12 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
             refusals.append(DataError(f"{files.where}: {unfit}"))
             continue
         rest = unused_columns(block, target.columns, SourceRows(files.where, files.rows))
-        unused = " ".join(shown(rest).split())
-        return Inferred(task, target, files.where, counts["train"], named, guessed is not None, unused)
+        unused, told = " ".join(shown(rest).split()), None
+        if "label" in roles and alike(dict.fromkeys(target.labels, 1)):
+            whole = (row for _, row in files.rows() if unreadable(row, roles) is None)
+            of_each = (task_named(task).row_labels(row, target) for row in whole)
+            told = alike_in_words(Counter(chain.from_iterable(of_each)))
+        return Inferred(task, target, files.where, counts["train"], named, guessed is not None, unused, told)
     if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
     hinted = " and ".join(f"--{_option(role)} {column}" for role, column in hints.roles.items())
@@ -374,6 +382,7 @@ def lines(found: Inferred, files: SplitFiles) -> list[str]:
         said.append(f"{split}:  {file.name if file else 'rows are split off train'}")
     said += [f"not used: {reason}" for reason in files.unused]
     said += [f"columns not used: {found.unused}"] * bool(found.unused)
+    said += [f"note: {found.alike}"] * bool(found.alike)
     if found.task == "token-classification" and find_spec("seqeval") is None:
         said.append("first: pip install 'fulltune[entities]', which scores entities")
     return said

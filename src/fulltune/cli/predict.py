@@ -246,6 +246,7 @@ def write(
     predictor: Predictor,
     what: Asked,
     output: Path,
+    escape: bool,
     max_new_tokens: int,
     watch: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
@@ -264,7 +265,7 @@ def write(
         watch(tally.rows + done, what.total)
 
     try:
-        with files.into(output, what.columns, new, types) as put:
+        with files.into(output, what.columns, new, types, escape) as put:
             watch(0, what.total)
             for place, row, answered in _answered(predictor, what, max_new_tokens, in_window):
                 put(row, new.cells(answered.answer, tally.add(place, answered)))

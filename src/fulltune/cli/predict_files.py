@@ -18,8 +18,12 @@ from fulltune.files import replacing
 from fulltune.inference.store import readable
 from fulltune.system.run_folder import writing
 from fulltune.tasks.columns import BadCell
+from fulltune.tasks.labels import parsed_number
 
 WRITERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+SEPARATED = {".csv": ",", ".tsv": "\t"}
+_FORMULA = tuple("=+-@\t\r\n")
+"""What a spreadsheet takes for the beginning of a formula (OWASP, CSV injection)."""
 _ROWS_AT_ONCE = 1000
 # A lone surrogate, which UTF-8 does not have, becomes `\\ud800`: so JSON writes it, too.
 _ENCODING: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -27,12 +31,14 @@ Write = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 """Takes a row's own columns and the added ones."""
 
 
-def check_output(output: Path, replace: bool) -> None:
+def check_output(output: Path | None, replace: bool, escape: bool = False) -> None:
     """Refuse, before anything is read, a file that cannot or must not be written.
 
     Raises:
         SetupError: Saying which it is.
     """
+    if output is None or (escape and output.suffix.lower() not in SEPARATED):
+        raise SetupError("--escape-formulas: is about cells of csv and tsv; expected --output with such a file")
     if output.suffix.lower() not in WRITERS:
         raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected {', '.join(WRITERS)}")
     if not output.parent.is_dir():
@@ -97,7 +103,7 @@ def added(notes: Mapping[str, Any], own: Collection[str]) -> Added:
 
 
 @contextmanager
-def into(output: Path, own: Sequence[str], new: Added, types: Any) -> Iterator[Write]:
+def into(output: Path, own: Sequence[str], new: Added, types: Any, escape: bool = False) -> Iterator[Write]:
     """Write rows into a file, which has its name only when all are there.
 
     Args:
@@ -105,6 +111,7 @@ def into(output: Path, own: Sequence[str], new: Added, types: Any) -> Iterator[W
         own: The rows' own columns.
         new: The added ones.
         types: For parquet the types of the own columns, as `arrow_types` gives them.
+        escape: A cell of csv or tsv that a spreadsheet would compute begins with an apostrophe instead.
     """
     form = output.suffix.lower()
     with writing(output), replacing(output) as part:
@@ -113,22 +120,28 @@ def into(output: Path, own: Sequence[str], new: Added, types: Any) -> Iterator[W
                 yield write
             return
         with part.open("w", newline="", **_ENCODING) as stream:  # both end their lines themselves
-            delimiter = {".csv": ",", ".tsv": "\t"}.get(form)
-            yield _separated(stream, delimiter, own, new) if delimiter else _json_lines(stream)
+            delimiter = SEPARATED.get(form)
+            yield _separated(stream, delimiter, own, new, escape) if delimiter else _json_lines(stream)
 
 
-def _separated(stream: Any, delimiter: str, own: Sequence[str], new: Added) -> Write:
+def _separated(stream: Any, delimiter: str, own: Sequence[str], new: Added, escape: bool) -> Write:
     writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
-    writer.writerow([*own, *new.names])
+    put = (lambda cells: writer.writerow(map(_escaped, cells))) if escape else writer.writerow
+    put([*own, *new.names])
 
     def write(row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         cells = [_cell(row.get(name)) for name in own]
         for name in new.names:  # seven digits are more than a model's numbers hold
             value = answer[name]
             cells.append(f"{value:.7g}" if isinstance(value, float) else _cell(value))
-        writer.writerow(cells)
+        put(cells)
 
     return write
+
+
+def _escaped(cell: Any) -> Any:
+    is_formula = isinstance(cell, str) and cell.startswith(_FORMULA) and parsed_number(cell) is None
+    return f"'{cell}" if is_formula else cell
 
 
 def _cell(value: Any) -> Any:

@@ -19,10 +19,12 @@ from fulltune.audit import masked_text, missing
 from fulltune.audit.language import knows_languages
 from fulltune.data.audited_rows import (
     CHAT_FAULT,
+    CLASS_NAMES,
     SPLITS,
     AuditedRows,
     Progress,
     SeenRows,
+    in_classes_alike,
     in_other_languages,
     look,
     with_numbers,
@@ -92,7 +94,7 @@ def audit(
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task, Target.of(summary), own, recipe if summary.packed else None)
     seen = look(rows, sum(split.rows for split in summary.splits.values()), progress)
-    issues = [*seen.issues, *repeated(rows, seen), *in_other_languages(rows, seen)]
+    issues = [*seen.issues, *repeated(rows, seen), *in_classes_alike(rows, seen), *in_other_languages(rows, seen)]
     made = _made(rows, seen)
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
     if rows.has_texts and (why := not_told(seen.heard)) is not None:
@@ -146,6 +148,7 @@ def _made(rows: AuditedRows, seen: SeenRows) -> set[str]:
     further = {
         NEAR_LEAK: rows.has_texts,
         CONFLICT: bool(seen.names),
+        CLASS_NAMES: "label" in rows.target.columns and bool(seen.names),
         CHAT_FAULT: "messages" in rows.target.columns,
         OTHER_LANGUAGE: any(one.why_not() is None for one in seen.heard.values()),
     }

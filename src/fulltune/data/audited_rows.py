@@ -14,6 +14,7 @@ import numpy as np
 from fulltune.audit import Flaw, flaws, masked_text, missing
 from fulltune.audit.conversation import chat_faults
 from fulltune.audit.flaw import listed
+from fulltune.audit.names import alike
 from fulltune.audit.texts import masked_cells
 from fulltune.data.languages import OTHER_LANGUAGE, Heard, listen, strangers
 from fulltune.data.near import signatures
@@ -28,7 +29,7 @@ from fulltune.records.data import SplitName
 from fulltune.tasks import PLACE, Row, Target, Task, chat
 from fulltune.tasks.columns import as_text, normalised
 
-CHAT_FAULT = "chat fault"
+CHAT_FAULT, CLASS_NAMES = "chat fault", "class names"
 SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _TEXT = 300
 """Characters of a row that are written down."""
@@ -205,6 +206,25 @@ def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Fl
     repairable = flaw.fixed is not None and isinstance(row[column], str)
     remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
     return rows.issue(flaw.check, split, row, f"column '{column}': {flaw.reason}", remedy)
+
+
+def in_classes_alike(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
+    """Rows of a class that is perhaps meant to be a more frequent one, whose name would replace theirs."""
+    of_number, counts = Counter(seen.labels), Counter[str]()
+    for names, number in seen.names.items():
+        counts.update(dict.fromkeys(names, of_number[number]))
+    instead = {name: them[0] for them in alike(counts) for name in them[1:]}
+    issues, column = list[RowIssue](), rows.target.columns.get("label", "")
+    for split in SPLITS if instead else ():
+        for row in rows.of(split):
+            names = rows.task.row_labels(row, rows.target)
+            if column in row and (found := [one for one in names if one in instead]):
+                new = list(dict.fromkeys(instead.get(one, one) for one in names))
+                value = new if rows.target.problem_type == "multi_label" else new[0]
+                remedy = Remedy(action="replace", column=column, value=value)
+                reason = f"class {found[0]!a} is perhaps {instead[found[0]]!a}"
+                issues.append(rows.issue(CLASS_NAMES, split, row, reason, remedy))
+    return issues
 
 
 def in_other_languages(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from fulltune.audit import masked_text
+from fulltune.audit.names import alike_in_words
 from fulltune.data.encode import NEW_LABEL, DropTally, Encoded
 from fulltune.data.marks import problems_of
 from fulltune.data.sources import SourceName, SourceRows
@@ -120,7 +121,7 @@ def _why_new(block: DataBlock, name: SplitName) -> str:
 
 
 def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
-    """Few rows to choose by, and rows that stand, or share what is asked with others, twice in train or in two splits.
+    """Few rows to choose by, rows that stand twice or share what is asked with others, classes that may be one.
 
     Args:
         splits: Which rows each has.
@@ -158,6 +159,9 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
         if count := num_shared(splits[name], other):
             verb = "has" if count == 1 else "have"
             remarks.append(f"{_part(count, splits[name], name)} {verb} a {shared} that also stands in {where}")
+    of_classes = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
+    if "label" in target.columns and (told := alike_in_words(of_classes)):
+        remarks.append(told)
     return remarks
 
 
