@@ -192,7 +192,7 @@ def test_no_row_that_differs_is_no_proof_that_none_would() -> None:
 @pytest.mark.parametrize(
     ("suspects", "precision", "said"),
     [
-        (2, 1.0, "of the 2 suspects between 0 and 2 are wrong: they are too few to tell"),
+        (2, 1.0, "of the 2 suspects between 0 and 2 are wrong: too few to tell"),
         (60, 0.8, "of the 60 suspects about 80% are wrong, by the same measure (between 39 and 57)"),
     ],
 )

@@ -42,8 +42,8 @@ from fulltune.text import counted, format_metric, format_percent, format_share, 
 
 PAGE = "data.html"
 _CELL = 160
-_FEW_SUSPECTS = 20
-"""Of so few, the best of many margins may be a matter of luck: rows without any wrong label have as many."""
+_FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
+"""So few, or so small a share of the rows, have been suspected among rows without any wrong label."""
 _MOST_LANGUAGES = 6
 _LEAST_SHARE = 0.001
 """Of all rows, for a language to have a line of its own."""
@@ -192,8 +192,9 @@ def about_labels(found: LabelErrors) -> str:
         return f"{told} By that measure no suspicion would be right for three rows in four, so none is raised.{doubt}"
     told += f" {round(found.recall * found.planted):,} of these would be among the suspects; of the "
     told += counted(found.suspects, "suspect")
-    if found.suspects < _FEW_SUSPECTS:
-        return f"{told} between 0 and {found.suspects} are wrong: they are too few to tell, read them.{doubt}"
+    if found.suspects < max(_FEW_SUSPECTS, _FEW_OF_ROWS * found.judged_rows):
+        few = "too few to tell, for rows without any wrong label may have as many; read them"
+        return f"{told} between 0 and {found.suspects:,} are wrong: {few}.{doubt}"
     # The estimate rests on those that lie where the surest half of the planted errors lies.
     error = 1.96 * error_of_share(found.precision, found.suspects // 2)
     least, most = (max(0.0, min(1.0, found.precision + one)) * found.suspects for one in (-error, error))
