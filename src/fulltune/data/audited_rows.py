@@ -217,9 +217,9 @@ def in_classes_alike(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
     issues, column = list[RowIssue](), rows.target.columns.get("label", "")
     for split in SPLITS if instead else ():
         for row in rows.of(split):
-            names = rows.task.row_labels(row, rows.target)
-            if column in row and (found := [one for one in names if one in instead]):
-                new = list(dict.fromkeys(instead.get(one, one) for one in names))
+            labels = rows.task.row_labels(row, rows.target)
+            if column in row and (found := [one for one in labels if one in instead]):
+                new = list(dict.fromkeys(instead.get(one, one) for one in labels))
                 value = new if rows.target.problem_type == "multi_label" else new[0]
                 remedy = Remedy(action="replace", column=column, value=value)
                 reason = f"class {found[0]!a} is perhaps {instead[found[0]]!a}"
