@@ -526,3 +526,22 @@ def test_a_broken_list_of_issues_is_said_and_a_missing_one_made_anew(tmp_path: P
     (tmp_path / "data" / "issues.jsonl").unlink()
     _, issues = audited(tmp_path, summary)
     assert list(issues) == ["duplicate"]
+
+
+def test_rows_of_classes_that_may_be_one_are_proposed_the_most_frequent_name(tmp_path: Path) -> None:
+    rows = [{**row, "label": row["label"].title() if at % 7 < 2 else row["label"]} for at, row in enumerate(CLEAN)]
+    other = [str(at) for at, (row, old) in enumerate(zip(rows, CLEAN, strict=True), start=1) if row != old]
+    summary = prepared(tmp_path, rows)
+    assert any("perhaps meant to be one" in note and '"class names"' in note for note in summary.notes)
+    _, issues = audited(tmp_path, summary)
+    assert sorted(one.place.rpartition(":")[2] for one in issues["class names"]) == sorted(other)
+    assert {one.remedy.value for one in issues["class names"]} == {row["label"] for row in CLEAN}
+    save_patch(tmp_path / "p.jsonl", [_as_proposed(one) for one in issues["class names"]])
+    (tmp_path / "again").mkdir()
+    joined = prepared(tmp_path / "again", rows, patch=str(tmp_path / "p.jsonl"))
+    assert set(joined.labels) == {row["label"] for row in CLEAN}
+    assert audited(tmp_path / "again", joined)[1] == {}
+
+
+def _as_proposed(one: RowIssue) -> RowDecision:
+    return RowDecision(row=one.row, remedy=one.remedy, source=one.source)
