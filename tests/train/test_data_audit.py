@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.audit.personal import passes_luhn, passes_mod_97
+from fulltune.files import SEAL
 from fulltune.records.audit import Audit, Proofs
 from tests import tiny
 from tests.contract.command import fulltune
@@ -142,6 +143,19 @@ def test_without_labels_nothing_is_loaded_and_a_proof_of_other_tasks_is_refused(
     assert result.code != 0
     assert "--prove" in result.err
     assert "Traceback" not in result.err
+
+
+def test_proof_by_too_few_eval_rows_is_refused_before_the_audit(tiny_encoder: Path, tmp_path: Path) -> None:
+    data = tiny.write_csv(tmp_path / "rows.csv", noisy_rows(300, 0))
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data)
+    result = fulltune("data", str(recipe), "--run-folder", str(tmp_path / "run"), "--prove")
+    assert result.code == 2
+    assert "--prove: 30 eval rows tell nothing, expected 50" in " ".join(result.err.split())
+    assert "--set data.eval_fraction=0.21" in " ".join(result.err.split())
+    assert (tmp_path / "run" / "data" / "summary.json").exists()
+    assert not (tmp_path / "run" / "data" / "audit.json").exists()
+    enough = fulltune("data", str(recipe), "--set=data.eval_fraction=0.21", "--no-labels", "--prove")
+    assert enough.code == 0, enough.err
 
 
 @pytest.mark.long
@@ -321,4 +335,4 @@ def test_what_is_private_stands_in_no_file_of_an_audit_but_the_rows(tiny_encoder
     assert after["markup"] < before["markup"] / 2
     assert after["secret"] < before["secret"]
     private = [run / "data.html", run / "data.md", files[-1], *(run / "data").rglob("*.json*"), *run.rglob("*.arrow")]
-    assert {oct(path.stat().st_mode & 0o777) for path in private} == {"0o600"}
+    assert {path.name for path in private if path.stat().st_mode & 0o077} <= {SEAL}

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from fulltune.audit import masked_text
 from fulltune.data.sources import describe, find_files, read_rows
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.forgetting.generic_text import beginning, parts
@@ -37,8 +38,8 @@ def other_task(recipe: Recipe) -> OtherTask | None:
     if twice := [text for text, _ in found.rows if beginning(text) in replayed]:
         raise DataError(
             f"preserve.task: {file}: {counted(len(twice), 'row')} have a text that is replayed as generic text "
-            f"('{twice[0][:60]}'), so that they say nothing about forgetting; name other texts in preserve.probe or "
-            "preserve.replay"
+            f"('{masked_text(twice[0])[:60]}'), so that they say nothing about forgetting; name other texts in "
+            "preserve.probe or preserve.replay"
         )
     return found
 
