@@ -311,3 +311,13 @@ def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
     assert next(find_files(loaded)["train"].rows())[1]["Text"] == "schöner Film 0"
     with pytest.raises(SetupError, match="--encoding: expected a name such as utf-8"):
         hints_of(None, {}, None, "cp125x2")
+
+
+def test_classes_that_may_be_one_are_named_with_their_rows(tmp_path: Path) -> None:
+    rows = "".join(f"some words {at},{('Timer', 'timer', 'news')[at % 3]}\n" for at in range(30))
+    found = infer(_written(tmp_path / "rows.csv", f"text,label\n{rows}"))
+    [note] = found.notes
+    assert "'Timer' (10 rows), 'timer' (10 rows)" in note
+    assert "data.patch" in note
+    assert "news" not in note
+    assert infer(_written(tmp_path / "plain.csv", f"text,label\n{rows.replace('Timer', 'alarm')}")).notes == ()
