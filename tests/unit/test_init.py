@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fulltune.cli.init import Hints, hints_of, infer, write_recipe
+from fulltune.cli.init import Hints, SplitFiles, hints_of, infer, lines, write_recipe
 from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.read import locate
 from fulltune.data.sources import describe, find_files, read_rows
@@ -316,8 +316,8 @@ def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
 def test_classes_that_may_be_one_are_named_with_their_rows(tmp_path: Path) -> None:
     rows = "".join(f"some words {at},{('Timer', 'timer', 'news')[at % 3]}\n" for at in range(30))
     found = infer(_written(tmp_path / "rows.csv", f"text,label\n{rows}"))
-    [note] = found.notes
+    [note] = [line for line in lines(found, SplitFiles(())) if line.startswith("note: ")]
     assert "'Timer' (10 rows), 'timer' (10 rows)" in note
     assert "data.patch" in note
     assert "news" not in note
-    assert infer(_written(tmp_path / "plain.csv", f"text,label\n{rows.replace('Timer', 'alarm')}")).notes == ()
+    assert infer(_written(tmp_path / "plain.csv", f"text,label\n{rows.replace('Timer', 'alarm')}")).alike is None
