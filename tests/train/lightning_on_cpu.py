@@ -1,6 +1,6 @@
 """Lightning's `DeepSpeedStrategy` on a CPU, where Lightning 2.6.6 refuses it.
 
-    python -m tests.train.lightning_on_cpu FOLDER [offload]
+    python -m tests.train.lightning_on_cpu FOLDER PACKAGE [offload]
 
 The strategy below differs only in what asks for a GPU; optimizer, engine, accumulation and hooks are Lightning's and
 DeepSpeed's. Trains the recipe of the folder and leaves `deepspeed.pt` and the model in `deepspeed`.
@@ -9,16 +9,16 @@ DeepSpeed's. Trains the recipe of the folder and leaves `deepspeed.pt` and the m
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from fulltune.lightning import prepare
+
+L: Any = import_module(sys.argv[2])  # after fulltune, as import sorters write it
+DeepSpeedStrategy: Any = import_module(f"{L.Trainer.__module__.partition('.trainer')[0]}.strategies").DeepSpeedStrategy
 
 
 class OnCpu(DeepSpeedStrategy):
@@ -31,12 +31,11 @@ class OnCpu(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
-        reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
 
-class Steps(Callback):
+class Steps(L.Callback):
     """Loss and norm of each step."""
 
     def __init__(self) -> None:
@@ -65,4 +64,4 @@ def main(folder: Path, offload: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "offload" in sys.argv[2:])
+    main(Path(sys.argv[1]), "offload" in sys.argv[3:])

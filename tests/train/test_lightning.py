@@ -27,7 +27,7 @@ L = pytest.importorskip("lightning", reason="needs lightning; pip install 'fullt
 
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402  # after the skip
 
-from fulltune.lightning import FineTuning, StepGuard, prepare, settings  # noqa: E402  # after the skip
+from fulltune.lightning import FineTuning, StepGuard, available, prepare, settings  # noqa: E402  # after the skip
 from fulltune.lightning.module import FineTuningModule  # noqa: E402  # after the skip
 
 TRAIN: dict[str, Any] = {
@@ -149,6 +149,42 @@ def test_what_deepspeed_would_get_wrong_is_refused(rows: int, kind: str, precisi
     assert len(found) == len(said)
     assert all(words in problem for words, problem in zip(said, found, strict=True))
     assert settings.wrong_in_deepspeed(plan, summary, "DDPStrategy", precision) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ([], [], "lightning"),
+        ([], ["pytorch_lightning"], "pytorch_lightning"),  # import sorters put fulltune first
+        (["pytorch_lightning"], [], "pytorch_lightning"),
+        (["lightning"], ["pytorch_lightning"], "lightning"),
+    ],
+)
+def test_package_is_the_one_that_the_script_imports(
+    before: list[str], now: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = before[0] if before else "lightning"
+    monkeypatch.setattr(available, "_BEFORE", before)
+    monkeypatch.setattr(available, "_OURS", ours)
+    monkeypatch.setattr(available, "sys", SimpleNamespace(modules=[*before, *now, ours]))
+    assert available.imported() == expected
+
+
+@pytest.mark.slow
+def test_pytorch_lightning_trains_as_lightning_does(tmp_path: Path) -> None:
+    recipe = written(tmp_path, train={"max_steps": 2, "eval_steps": 2, "warmup_steps": 0})
+    losses = []
+    for package in (L, pytest.importorskip("pytorch_lightning")):
+        job = prepare(recipe, run_folder=tmp_path / "run", package=package.__name__)
+        assert isinstance(job.module, FineTuningModule)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        steps = Steps()
+        trainer = package.Trainer(**job.trainer_arguments(), **quiet, callbacks=[*job.guards(), steps])
+        trainer.fit(job.module, datamodule=job.data)
+        losses.append([*steps.losses, float(trainer.callback_metrics[job.monitor()["monitor"]])])
+        assert all(type(guard).__name__ != "StepGuard" or guard.seen.most_rows == 8 for guard in trainer.callbacks)
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
 
 
 CASES: dict[str, tuple[str, Callable[[], runs.Rows], dict[str, Any]]] = {
@@ -348,8 +384,8 @@ def test_example_of_deepspeed_comes_as_far_as_lightning_lets_a_cpu(tmp_path: Pat
 
 @DEEPSPEED
 @pytest.mark.long
-@pytest.mark.parametrize("offload", [False, True], ids=["stage 3", "offloaded"])
-def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, offload: bool) -> None:
+@pytest.mark.parametrize("given", ["lightning", "lightning offload", "pytorch_lightning offload"])
+def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -> None:
     """With a strategy of the test's that leaves the refusal out; in a process of its own, which DeepSpeed keeps."""
     plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.02}
     tiny.save_model(tmp_path / "model", "bert", **plain)
@@ -358,7 +394,7 @@ def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, offload: bool
     steps = Steps()
     trainer, job = fitted(tmp_path, steps)
     assert job.summary.splits["train"].rows % 4 == 0
-    here = [sys.executable, "-m", "tests.train.lightning_on_cpu", str(tmp_path), *(["offload"] if offload else [])]
+    here = [sys.executable, "-m", "tests.train.lightning_on_cpu", str(tmp_path), *given.split()]
     done = subprocess.run(here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "deepspeed.pt")

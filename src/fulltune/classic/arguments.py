@@ -8,9 +8,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -111,8 +111,6 @@ OLD_NAMES: dict[str, _Old] = {
     "use_legacy_prediction_loop": _Old(reason="there is only one prediction loop"),
     "use_mps_device": _Old(reason="Apple's GPU is used whenever there is one; use_cpu=True avoids it"),
 }
-OLD_NAMES_OF_SFT = OLD_NAMES | {"max_seq_length": _Old("max_length")}
-"""TRL's own too, of before 0.20."""
 _ALIASES_OF_TODAY = ("gradient_checkpointing", "gradient_checkpointing_kwargs")
 
 
@@ -126,68 +124,10 @@ def signed(signature: inspect.Signature) -> Callable[[_Function], _Function]:
     return sign
 
 
-def signature(theirs: type) -> inspect.Signature:
-    """Of arguments, with what is default here."""
-    found = inspect.signature(theirs.__init__)  # type: ignore[misc]  # a class's own
-    ours = found.parameters["logging_nan_inf_filter"].replace(default=False)
-    return found.replace(parameters=list({**found.parameters, ours.name: ours}.values()))
-
-
-@dataclasses.dataclass(init=False, repr=False, eq=False)
-class OldNames:
-    """Mixin before arguments of transformers or TRL, which then understand the names of transformers 3 and 4.
-
-    Args:
-        *positional: As for the class beside it.
-        **keywords: Names of today or of before (`OLD_NAMES`); each one of before gives a `FulltuneNotice`.
-
-    Raises:
-        TypeError: An unknown name, one that is given twice, or too many without a name.
-        ValueError: An old and a new name with different values, or a value that transformers refuses.
-    """
-
-    renamed: ClassVar[Mapping[str, _Old]] = OLD_NAMES
-    logging_nan_inf_filter: bool = dataclasses.field(
-        default=False,
-        # Theirs is True, which logs a loss of 0.0 while every weight is NaN.
-        metadata={"help": "Replace a loss that is not a number by an earlier one in the logs, which hides it."},
-    )
-
-    def __init__(self, *positional: Any, **keywords: Any) -> None:
-        known = {field.name: field.default for field in dataclasses.fields(self) if field.init}
-        keywords = _names_of_today(_named(positional, keywords, list(known)), known, self.renamed)
-        if keywords.get("logging_nan_inf_filter"):
-            notice(
-                "logging_nan_inf_filter=True has no effect with fulltune's Trainer: a loss that is not finite stops "
-                "the run before the update, so there is none to leave out of the logs"
-            )
-        keywords.setdefault("bf16", known["bf16"])
-        _stay_trainable_without_gpu(keywords)
-        if not torch.accelerator.is_available():
-            keywords["dataloader_pin_memory"] = False  # it has no effect, and torch warns at each loader
-        keywords.setdefault("logging_nan_inf_filter", False)
-        super().__init__(**keywords)  # type: ignore[call-arg]  # those of the class beside
-        made: Any = self
-        if made.fp16 and made.device.type == "cpu":
-            notice("fp16=True: there is no GPU here, so training computes in fp32 (as transformers does, silently)")
-
-
-@dataclasses.dataclass(init=False, repr=False, eq=False)
-class TrainingArguments(OldNames, transformers.TrainingArguments):
-    """`transformers.TrainingArguments` that understands the names of transformers 3 and 4: see `OldNames`."""
-
-    @signed(signature(transformers.TrainingArguments))
-    def __init__(self, *positional: Any, **keywords: Any) -> None:
-        super().__init__(*positional, **keywords)
-
-
-@dataclasses.dataclass(init=False, repr=False, eq=False)
-class Seq2SeqTrainingArguments(OldNames, transformers.Seq2SeqTrainingArguments):
-    """The same for `transformers.Seq2SeqTrainingArguments`."""
-
-    @signed(signature(transformers.Seq2SeqTrainingArguments))
-    def __init__(self, *positional: Any, **keywords: Any) -> None:
-        super().__init__(*positional, **keywords)
+def _their_signature() -> inspect.Signature:
+    theirs = inspect.signature(transformers.TrainingArguments.__init__)
+    ours = theirs.parameters["logging_nan_inf_filter"].replace(default=False)
+    return theirs.replace(parameters=list({**theirs.parameters, ours.name: ours}.values()))
 
 
 def _named(positional: Sequence[Any], keywords: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -200,26 +140,73 @@ def _named(positional: Sequence[Any], keywords: Mapping[str, Any], names: Sequen
     return {"output_dir": None, **given, **keywords}
 
 
-def _names_of_today(given: Mapping[str, Any], known: Collection[str], renamed: Mapping[str, _Old]) -> dict[str, Any]:
-    result = {name: value for name, value in given.items() if name in known and name not in renamed}
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class OldNames:
+    """Mixin before arguments of transformers or TRL: they understand the names of transformers 3 and 4.
+
+    Args:
+        *positional: As for the class beside it.
+        **keywords: Names of today or of before (`OLD_NAMES`); each one of before gives a `FulltuneNotice`.
+
+    Raises:
+        TypeError: An unknown name, one that is given twice, or too many without a name.
+        ValueError: An old and a new name with different values, or a value that transformers refuses.
+    """
+
+    logging_nan_inf_filter: bool = dataclasses.field(
+        default=False,
+        # Theirs is True, which logs a loss of 0.0 while every weight is NaN.
+        metadata={"help": "Replace a loss that is not a number by an earlier one in the logs, which hides it."},
+    )
+
+    @signed(_their_signature())
+    def __init__(self, *positional: Any, **keywords: Any) -> None:
+        known = [field.name for field in dataclasses.fields(self) if field.init]
+        keywords = _names_of_today(_named(positional, keywords, known), known)
+        if keywords.get("logging_nan_inf_filter"):
+            notice(
+                "logging_nan_inf_filter=True has no effect with fulltune's Trainer: a loss that is not finite stops "
+                "the run before the update, so there is none to leave out of the logs"
+            )
+        _stay_trainable_without_gpu(keywords)
+        if not torch.accelerator.is_available():
+            keywords["dataloader_pin_memory"] = False  # it has no effect, and torch warns at each loader
+        keywords.setdefault("logging_nan_inf_filter", False)
+        super().__init__(**keywords)  # type: ignore[call-arg]  # those of the class beside
+        if self.fp16 and self.device.type == "cpu":  # type: ignore[attr-defined]  # of the class beside
+            notice("fp16=True: there is no GPU here, so training computes in fp32 (as transformers does, silently)")
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class TrainingArguments(OldNames, transformers.TrainingArguments):
+    """`transformers.TrainingArguments` with `OldNames`."""
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class Seq2SeqTrainingArguments(OldNames, transformers.Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` with `OldNames`."""
+
+
+def _names_of_today(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    result = {name: value for name, value in given.items() if name in known and name not in OLD_NAMES}
     for name in given:
-        if name not in known and name not in renamed:
-            hint = did_you_mean(name, [*known, *renamed])
+        if name not in known and name not in OLD_NAMES:
+            hint = did_you_mean(name, [*known, *OLD_NAMES])
             raise TypeError(f"TrainingArguments: unknown argument {name!r}" + (f"; {hint}" if hint else ""))
-    old = {name: value for name, value in given.items() if name in renamed and value is not None}
+    old = {name: value for name, value in given.items() if name in OLD_NAMES and value is not None}
     _join_organization(old, given)
     _use_logging_dir(old, given)
     for name, value in old.items():
-        _translate(name, value, renamed[name], result)
+        _translate(name, value, result)
     if str(getattr(result.get("optim"), "value", result.get("optim"))) in ("adamw_hf", "adamw_apex_fused"):
         notice(f"optim={result['optim']!r} is gone; 'adamw_torch' is used, PyTorch's own AdamW")
         result["optim"] = "adamw_torch"
     return result
 
 
-def _translate(name: str, value: Any, old: _Old, result: dict[str, Any]) -> None:
+def _translate(name: str, value: Any, result: dict[str, Any]) -> None:
     """Put the new name of an old one into `result`."""
-    new, turn, reason = old
+    new, turn, reason = OLD_NAMES[name]
     if not new:
         notice(f"{name} is ignored: {reason}")
         return
@@ -262,14 +249,9 @@ def _use_logging_dir(old: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def _stay_trainable_without_gpu(keywords: dict[str, Any]) -> None:
-    """bf16 on a machine without a GPU: transformers refuses it unless `use_cpu` is set, and TRL asks for it unasked."""
-    has_gpu = torch.accelerator.is_available() or is_torch_bf16_gpu_available() or is_torch_xla_available()
-    if has_gpu:
-        return
+    """bf16 on a machine without a GPU: transformers refuses it unless `use_cpu` is set."""
     wanted = [name for name in ("bf16", "bf16_full_eval") if keywords.get(name)]
-    if wanted and not keywords.get("use_cpu"):
+    has_gpu = torch.accelerator.is_available() or is_torch_bf16_gpu_available() or is_torch_xla_available()
+    if wanted and not keywords.get("use_cpu") and not has_gpu:
         keywords["use_cpu"] = True
         notice(f"{wanted[0]}=True: there is no GPU here; use_cpu=True was set, and the CPU computes in bf16")
-    if keywords.get("bf16", False) is None and not keywords.get("fp16"):
-        keywords["bf16"] = False
-        notice("bf16=True, TRL's default, was left out: there is no GPU here, so training computes in fp32")

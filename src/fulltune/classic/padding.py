@@ -16,16 +16,11 @@ _log = logging.getLogger(__name__)
 
 
 class FillsUp:
-    """transformers' `default_data_collator`, for rows of unequal length too.
+    """transformers' `default_data_collator`, for rows of unequal length too; where a row is masked stands the model's
+    padding token, whichever the script padded with: a decoder classifies by the last token that is another one."""
 
-    Args:
-        pad: The model's padding token.
-        everywhere: Put it wherever a row is masked, whichever token the script padded with: a decoder classifies by the
-            last token that is another one.
-    """
-
-    def __init__(self, pad: int, everywhere: bool) -> None:
-        self._pad, self._everywhere, self._said = pad, everywhere, False
+    def __init__(self, pad: int) -> None:
+        self._pad, self._said = pad, False
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
@@ -40,7 +35,7 @@ class FillsUp:
                 row[name] = values
         batch = transformers.default_data_collator(rows)
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-        if self._everywhere and ids is not None and mask is not None and ids.shape == mask.shape:
+        if ids is not None and mask is not None and ids.shape == mask.shape:
             batch["input_ids"] = ids.masked_fill(mask == 0, self._pad)
         return batch
 
@@ -50,34 +45,24 @@ def _are_unequal(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def complete(model: Any, tokenizer: Any, collate: Any) -> Any:
-    """Tell a model its padding token, if it has none: a decoder classifies by the last token that is another one.
-
-    Args:
-        model: The model.
-        tokenizer: The script's; None: left out.
-        collate: The script's, or transformers' own choice.
-
-    Returns:
-        What makes batches: `collate`, or `FillsUp` where transformers' choice cannot pad.
-    """
-    given = _pad_of(tokenizer) if tokenizer is not None else _pad_of(getattr(collate, "tokenizer", None))
+    """Tell a model its padding token, if it has none; returns `collate`, or `FillsUp` where that cannot pad."""
+    given = _pad_of(collate if tokenizer is None else tokenizer)
     lacks = collate is transformers.default_data_collator or type(collate) is FillsUp
     lacks |= type(collate) is transformers.DataCollatorWithPadding and given is None
     config = getattr(model, "config", None)
     if config is None or (given is None and not lacks):
         return collate
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    pad, source = (getattr(text, "pad_token_id", None), "") if given is None else (given, "from the tokenizer")
+    pad, source = getattr(text, "pad_token_id", None) if given is None else given, ""
     if is_missing := pad is None:
         pad, source = _found(config, text)
     if given is not None or (is_missing and "SequenceClassification" in type(model).__name__):
         for part in (config, text):
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = pad
-                _log.info("%s: pad_token_id set to %s, %s", type(part).__name__, pad, source)
-        if given is None and pad is not None:
+        if source:
             notice(f"the model needs a padding token to classify and has none: token {pad} is taken, {source}")
-    return FillsUp(pad, is_missing) if lacks and pad is not None else collate
+    return FillsUp(pad) if lacks and pad is not None else collate
 
 
 def _pad_of(tokenizer: Any) -> int | None:
@@ -86,13 +71,11 @@ def _pad_of(tokenizer: Any) -> int | None:
 
 def _found(config: Any, text: Any) -> tuple[int | None, str]:
     """The padding token of the tokenizer in the model's folder, else the end token of its config."""
-    name, found = getattr(config, "_name_or_path", ""), None
-    if name:
-        try:
-            found = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True).pad_token_id
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            _log.info("%s: no tokenizer that can be read: %s", name, error)
-    end = getattr(text, "eos_token_id", None)
+    name, found, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True).pad_token_id if name else None
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        _log.info("%s: no tokenizer that can be read: %s", name, error)
     end = end[0] if isinstance(end, Sequence) and end else end
     for token, source in ((found, f"that of the tokenizer in {name}"), (end, "its end token")):
         if isinstance(token, int) and 0 <= token < text.vocab_size:

@@ -7,8 +7,8 @@ import dataclasses
 import importlib.util
 from typing import Any
 
-from fulltune.classic.arguments import OLD_NAMES_OF_SFT, OldNames, signature, signed
-from fulltune.classic.trainer import Trainer, with_tokenizer
+from fulltune.classic.arguments import OldNames, notice
+from fulltune.classic.trainer import Trainer
 from fulltune.errors import SetupError
 
 if importlib.util.find_spec("trl") is None:
@@ -19,12 +19,12 @@ import trl  # after the refusal
 
 @dataclasses.dataclass(init=False, repr=False, eq=False)
 class SFTConfig(OldNames, trl.SFTConfig):
-    """`trl.SFTConfig` that understands the names of transformers 3 and 4: see `OldNames`."""
+    """`trl.SFTConfig` with `OldNames`, and TRL's own name of before 0.20."""
 
-    renamed = OLD_NAMES_OF_SFT
-
-    @signed(signature(trl.SFTConfig))
     def __init__(self, *positional: Any, **keywords: Any) -> None:
+        if "max_seq_length" in keywords:
+            keywords["max_length"] = keywords.pop("max_seq_length")
+            notice(f"max_seq_length is now max_length={keywords['max_length']!r}")
         super().__init__(*positional, **keywords)
 
 
@@ -34,10 +34,6 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
     _metrics: Any
     _total_train_tokens: Any
     _loss_scaling_known = True  # TRL divides the loss by itself
-
-    @signed(with_tokenizer(trl.SFTTrainer))
-    def __init__(self, *positional: Any, **keywords: Any) -> None:
-        super().__init__(*positional, **keywords)
 
     def before_first_step(self) -> None:
         """TRL counts tokens and averages metrics over each loss it computes: that of the dry-run step is left out."""

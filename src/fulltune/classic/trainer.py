@@ -31,11 +31,9 @@ from fulltune.train.worker.weights import InitialWeights, own_file
 _log = logging.getLogger(__name__)
 
 
-def with_tokenizer(theirs: type) -> inspect.Signature:
-    """Of a Trainer, with the name of `processing_class` before 4.46."""
-    found = inspect.signature(theirs.__init__)  # type: ignore[misc]  # a class's own
-    tokenizer = inspect.Parameter("tokenizer", inspect.Parameter.KEYWORD_ONLY, default=None)
-    return found.replace(parameters=[*found.parameters.values(), tokenizer])
+_THEIRS = inspect.signature(transformers.Trainer.__init__)
+_TOKENIZER = inspect.Parameter("tokenizer", inspect.Parameter.KEYWORD_ONLY, default=None)
+_WITH_TOKENIZER = _THEIRS.replace(parameters=[*_THEIRS.parameters.values(), _TOKENIZER])
 
 
 class Trainer(Guarded, transformers.Trainer):
@@ -66,7 +64,7 @@ class Trainer(Guarded, transformers.Trainer):
     _loss_scaling_known: bool = False
     _loss_is_mean: bool = False
 
-    @signed(with_tokenizer(transformers.Trainer))
+    @signed(_WITH_TOKENIZER)
     def __init__(self, *positional: Any, tokenizer: Any = None, **keywords: Any) -> None:
         if tokenizer is not None:
             if keywords.get("processing_class", tokenizer) is not tokenizer:
@@ -270,7 +268,7 @@ class Trainer(Guarded, transformers.Trainer):
 
 
 class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
-    """The same for `transformers.Seq2SeqTrainer`."""
+    """`transformers.Seq2SeqTrainer` with fulltune's guards: see `Trainer`."""
 
 
 class _Guards(transformers.TrainerCallback):

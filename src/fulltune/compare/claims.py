@@ -10,17 +10,22 @@ from collections.abc import Iterator, Sequence
 from fulltune.compare.verdict import in_words
 from fulltune.records.comparison import ArmRow, Claim, Held
 from fulltune.records.differences import Decision
+from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.report.comparison import about_forgetting
 from fulltune.report.comparison.sentences import Writer, fine_share
 from fulltune.text import counted, format_bytes
 
 TENTH = 0.15
 """Up to here one may say "a tenth"."""
+_HALF = 0.45
+"""From here on one may say "half"."""
 _FORGETS_LESS = "LoRA forgets less"
 
 
-def claims(rows: Sequence[ArmRow], decision: Decision, train_rows: int, held: Sequence[Held]) -> tuple[Claim, ...]:
-    """One sentence for each claim that the arms of a comparison can tell something about."""
+def claims(
+    rows: Sequence[ArmRow], decision: Decision, train_rows: int, held: Sequence[Held], plan: Plan | None = None
+) -> tuple[Claim, ...]:
+    """One sentence for each claim that the arms of a comparison, or full's plan, can tell something about."""
     first = {row.kind: row for row in reversed(rows)}
     full, lora, prompt = first["full"], first.get("lora"), first.get("prompt")
     found = [("full fine-tuning gives the best quality", *_best(decision, train_rows))]
@@ -29,7 +34,20 @@ def claims(rows: Sequence[ArmRow], decision: Decision, train_rows: int, held: Se
         found += _forgets_less_held(rows, decision, held, lora) if held else _forgets_less(full, lora)
     if prompt is not None:
         found.append(("prompt tuning is weaker", *_prompt(prompt, decision)))
+    if plan is not None and plan.memory is not None and plan.weights_dtype == "fp32":
+        found.append(("fp16 saves half the memory", *_half_precision(plan.memory, plan.precision == "fp32")))
     return tuple(Claim(claim=claim, here=here, holds=holds) for claim, here, holds in found)
+
+
+def _half_precision(memory: MemoryNeed, in_fp32: bool) -> tuple[str, bool]:
+    """Of full's planned step: what mixed precision halves, and what it keeps."""
+    computed = memory.kinds.get("activations", 0) + memory.kinds.get("logits", 0)
+    total = sum(memory.kinds.values()) + (0 if in_fp32 else computed)
+    computed = computed if in_fp32 else 2 * computed
+    share = computed / 2 / max(1, total)
+    halved = f"{format_bytes(computed)} of full's {format_bytes(total)} by the plan's arithmetic"
+    here = f"weights, gradients and optimizer state stay in fp32; halved are activations and logits, {halved}"
+    return f"{here}: at most {share:.0%} less; no card has measured it", share >= _HALF
 
 
 def _holds(yes: bool, no: bool) -> bool | None:

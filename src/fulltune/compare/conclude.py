@@ -172,7 +172,7 @@ def comparison_of(
         looks=tuple(ran.looks),
         findings=lint(design),
         openings=openings,
-        claims=claims(rows, decision, summary.splits["train"].rows, held),
+        claims=claims(rows, decision, summary.splits["train"].rows, held, context.setup(context.full.arm).plan),
         drift_unit="nats per token" if summary.problem_type in LANGUAGE_MODELS else "1 - cosine",
         drift_text=context.texts[1],
         held=held,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
@@ -96,8 +95,8 @@ class EvalLoader:
         yield from self.loader
 
 
-class FineTuningData(L.LightningDataModule):
-    """The train and eval rows of a plan.
+class FineTuningData:
+    """The train and eval rows of a plan; see `based`.
 
     Args:
         rows: That are trained on.
@@ -107,6 +106,8 @@ class FineTuningData(L.LightningDataModule):
         collated: A batch of train rows.
         collated_for_scoring: A batch of eval rows.
     """
+
+    trainer: Any
 
     def __init__(
         self,
@@ -123,14 +124,14 @@ class FineTuningData(L.LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """This process's micro batches."""
-        trainer: Any = self.trainer
+        trainer = self.trainer
         own = RankBatches(self._sampler(trainer.world_size), trainer.global_rank)
         loader = DataLoader(self._rows, batch_sampler=own, collate_fn=self._collated, **self._options())
         return StepLoader(loader, own, self._plan.gradient_accumulation_steps, lambda: trainer.current_epoch)
 
     def val_dataloader(self) -> EvalLoader:
         """This process's eval rows, longest first; each process has as many batches."""
-        trainer: Any = self.trainer
+        trainer = self.trainer
         size = self._plan.eval_batch_size
         order = by_length(self._eval_rows)
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)

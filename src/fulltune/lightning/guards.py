@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from fulltune import methods
 from fulltune.errors import Diverged, GuardStop, Spiked
+from fulltune.lightning.available import Callback
 from fulltune.lightning.settings import holds_whole, strategy_of
 from fulltune.train.loop import step_guard
 from fulltune.train.loop.guarded_step import rows_in

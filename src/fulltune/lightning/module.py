@@ -7,11 +7,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-import lightning as L
 import numpy as np
 import torch
 import transformers
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers.training_args import OptimizerNames
 
 from fulltune import methods
@@ -39,8 +38,8 @@ PREFIX = "eval_"
 TRAIN_LOSS = "train_loss"
 
 
-class FineTuningModule(L.LightningModule):
-    """A model that is fully fine-tuned by a plan.
+class FineTuningModule:
+    """A model that is fully fine-tuned by a plan; see `based`.
 
     Logged are `train_loss`, the loss of each whole step over all processes, and after each validation the task's
     metrics, `eval_loss`, `eval_accuracy` ...; a schedule is followed step by step.
@@ -55,6 +54,13 @@ class FineTuningModule(L.LightningModule):
         head: Gives only the logits that the loss uses; None: gives all.
         scaled: The last layer of a head that learns numbers in other units.
     """
+
+    # What the `LightningModule` beside has.
+    trainer: Any
+    device: Any
+    log: Any
+    train: Any
+    load_state_dict: Any
 
     def __init__(
         self,

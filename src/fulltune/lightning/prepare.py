@@ -14,8 +14,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from fulltune import pipeline
 from fulltune.errors import RecipeError, SetupError
@@ -23,6 +22,7 @@ from fulltune.inference import selective_head
 from fulltune.inference.run import by_length, model_batch
 from fulltune.inference.store import Rows
 from fulltune.lightning import settings
+from fulltune.lightning.available import Callback, based, imported
 from fulltune.lightning.data import FineTuningData
 from fulltune.lightning.guards import DivergenceGuard, MovedGuard, StepGuard
 from fulltune.lightning.module import PREFIX, FineTuningModule
@@ -131,6 +131,7 @@ def prepare(
     *,
     run_folder: str | Path | None = None,
     listener: Listener | None = None,
+    package: str | None = None,
 ) -> FineTuning:
     """Prepare the rows, plan, and load the model, as a run does before it trains.
 
@@ -141,6 +142,7 @@ def prepare(
         overrides: As of `--set`, such as `train.num_processes=2`.
         run_folder: For rows and plan; default: a folder of this recipe's in `output`, the same at each call.
         listener: Called with each event; default: what begins is logged.
+        package: Whose `Trainer` will train, `lightning` or `pytorch_lightning`; default: the one that is imported.
 
     Raises:
         FulltuneError: One of its kinds: what is wrong with the recipe, the data or the memory.
@@ -167,7 +169,7 @@ def prepare(
         with folders.locked(folder), folders.not_left_when_refused(folder):
             summary = pipeline.prepare(job)
             plan = pipeline.make_plan(job, summary)
-    return _loaded(job, plan, summary)
+    return _loaded(job, plan, summary, package or imported())
 
 
 def _say(event: Event) -> None:
@@ -184,7 +186,7 @@ def _one_after_the_other(folder: Path) -> Iterator[None]:
         yield
 
 
-def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuning:
+def _loaded(job: Run, plan: Plan, summary: DataSummary, package: str) -> FineTuning:
     """The model as training starts with it, and around it what Lightning takes."""
     recipe, task, target = job.recipe, job.task, Target.of(summary)
     heads: list[Head] = []
@@ -215,10 +217,12 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuning:
     if summary.problem_type in ("prompt_completion", "chat", "source_target"):
         stop_generation_at(model, trained_ends(Rows(data / "train"), tokenizer)[1])
     head = selective_head.verified(model, task, two)[0]
-    module = FineTuningModule(applied, recipe, plan, summary, task, tokenizer, head, scaled)
+    module = based(FineTuningModule, "LightningModule", package)(
+        applied, recipe, plan, summary, task, tokenizer, head, scaled
+    )
     module.learning.check()
     untrained = chance(summary, class_weights(recipe, summary)) if heads and not kept else None
-    loaders = FineTuningData(
+    loaders = based(FineTuningData, "LightningDataModule", package)(
         rows,
         eval_rows,
         plan,

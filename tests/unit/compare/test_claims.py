@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
 from fulltune.compare.claims import claims
 from fulltune.records.comparison import Claim
+from fulltune.records.plan import MemoryNeed
 from fulltune.report.comparison.sentences import fine_share
 from tests import comparisons
 
@@ -58,3 +64,21 @@ def test_best_quality_is_not_decided_by_an_undecided_comparison() -> None:
     one = comparisons.undecided()
     best = one.claims[0]
     assert best.holds is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "activations", "share", "holds"),
+    [("fp32", 400, "20%", False), ("bf16", 200, "20%", False), ("fp16", 0, "0%", False), ("fp32", 18_000, "48%", True)],
+)
+def test_half_precision_halves_what_is_computed_and_not_what_is_kept(
+    precision: str, activations: int, share: str, holds: bool
+) -> None:
+    one = comparisons.comparison()
+    kinds = {"weights": 150, "gradients": 150, "optimizer": 300, "activations": activations, "logits": 0}
+    plan: Any = SimpleNamespace(memory=MemoryNeed(kinds=kinds, phases={}), weights_dtype="fp32", precision=precision)
+    (said,) = [found for found in claims(one.rows, one.decision, 1, (), plan) if "fp16" in found.claim]
+    assert f"at most {share} less" in said.here
+    assert "no card has measured it" in said.here
+    assert said.holds is holds
+    plan.weights_dtype = "bf16"  # half of everything indeed
+    assert claims(one.rows, one.decision, 1, (), plan) == claims(one.rows, one.decision, 1, ())
