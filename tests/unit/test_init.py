@@ -278,6 +278,9 @@ def test_preferences_are_refused_with_what_trains_on_them(
         infer(data)
     found = infer(data, hints=hints_of("causal-lm", {role: chosen}, None))
     assert (found.target.columns[role], "ejected" in found.unused) == (chosen, True)
+    if role == "completion":
+        with pytest.raises(DataError, match="hold preferences"):
+            infer(data, hints=hints_of(None, {"prompt": "prompt"}, None))
 
 
 def test_no_recipe_is_written_where_no_row_could_be_used(tmp_path: Path) -> None:

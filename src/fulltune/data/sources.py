@@ -296,11 +296,7 @@ def unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRow
 def _refuse_second_text(
     block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Mapping[str, Any]], where: str
 ) -> None:
-    """Of two columns with texts, none of which the recipe names, one would be dropped that may be half of the task.
-
-    Raises:
-        DataError: With what to write to read both, or one.
-    """
+    """Raises a `DataError` for a second column with texts where the recipe names none: it may be half of the task."""
     role = next((role for role in _READ_WITH if role in roles), "")
     # A raw text has no other half, and who names what is read has decided.
     if not role or _READ_WITH[role] in roles or len(roles) == 1 or getattr(block, role) is not None:

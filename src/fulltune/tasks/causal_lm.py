@@ -42,7 +42,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     if len(given) > 1:
         raise DataError(f"{where}: {' and '.join(given)} are both given; keep one form")
     form = given[0] if given else None
-    if form is None:
+    if form in (None, "data.prompt/completion") and data.completion is None:
         refuse_preferences(columns, where)
     messages = named("messages", data.messages, columns, where) if form in (None, "data.messages") else None
     if messages is not None:
