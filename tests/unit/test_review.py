@@ -76,6 +76,7 @@ def test_decisions_are_kept_and_not_asked_again(tmp_path: Path) -> None:
         "[k]eep",
     ):
         assert word in shown
+    assert "[l]abel" not in shown
     again, shown = asked("", patch)
     assert again == decided
     assert shown == ""

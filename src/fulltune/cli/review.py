@@ -113,9 +113,10 @@ def review(
     if ask is None:
         return decided | {one.key: one.to_decide() for one in waiting}
     place, history = 0, list[int]()
+    keys = KEYS if relabel is not None else KEYS.replace("[l]abel  ", "")
     while place < len(waiting):
         one = waiting[place]
-        _show(console, one, place, len(waiting))
+        _show(console, one, place, len(waiting), keys)
         match ask():
             case "k":
                 remedy = Remedy(action="keep")
@@ -137,7 +138,7 @@ def review(
             case "q" | "\x03" | "\x04" | "\x1b":
                 break
             case _:
-                console.print(KEYS, markup=False)
+                console.print(keys, markup=False)
                 continue
         decided[one.key] = one.decided(remedy)
         history.append(place)
@@ -170,7 +171,7 @@ def accepted(
     return decided, said
 
 
-def _show(console: Console, asked: UnderReview, place: int, count: int) -> None:
+def _show(console: Console, asked: UnderReview, place: int, count: int, keys: str) -> None:
     first = asked.issues[0]
     console.print(f"\n[bold]{place + 1:,} of {count:,}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]")
     console.print(f"  {escape(first.text)}", highlight=False)
@@ -180,7 +181,7 @@ def _show(console: Console, asked: UnderReview, place: int, count: int) -> None:
         console.print(f"  [yellow]{escape(issue.check)}[/yellow]: {escape(issue.reason)}", highlight=False)
     if asked.change is not None:
         console.print(f"  proposed: [green]{escape(could_do(asked.change))}[/green]", highlight=False)
-    keys = KEYS if asked.change is not None else KEYS.replace("[c]hange as proposed  ", "")
+    keys = keys if asked.change is not None else keys.replace("[c]hange as proposed  ", "")
     console.print(f"  {keys}", markup=False, style="dim")
 
 
