@@ -15,7 +15,7 @@ from fulltune import evaluate
 from fulltune.evaluate import classifiers, spans
 from fulltune.evaluate.scoring import Scoring
 from fulltune.inference.store import RowWriter, record_batch, save_clusters, save_in_train, words
-from fulltune.records.scores import Scores
+from fulltune.records.scores import Answer, Scores
 from fulltune.stats.bootstrap import Resampled, resample
 from fulltune.stats.intervals import paired
 from fulltune.tasks import PLACE, Target, task_named, written
@@ -153,3 +153,12 @@ def test_draws_are_saved_without_those_of_unseen_rows(tmp_path: Path) -> None:
     Resampled(0.5, np.array([0.4]), 30, 9, num_seen=10, unseen=other).save(tmp_path / "new.npz")
     found = Resampled.load(tmp_path / "new.npz")
     assert (found.value, found.num_rows, found.unseen) == (0.5, 30, None)
+
+
+def test_texts_of_mistakes_and_answers_are_kept_without_what_is_private() -> None:
+    mail = "jane.miller" + "@mail-of-jane.net"
+    row = Answer(text=f"write to {mail}", expected="yes", predicted=f"I did: {mail}")
+    given: Any = SimpleNamespace(recipe=RECIPE, plan=PLAN)
+    found = Scoring.scores(given, "full", "trained", 1, {}, worst=(row,), answers=(row,)).scores
+    for one in (*found.worst, *found.answers):
+        assert (one.text, one.expected, one.predicted) == ("write to [EMAIL]", "yes", "I did: [EMAIL]")

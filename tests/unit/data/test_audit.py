@@ -545,3 +545,14 @@ def test_rows_of_classes_that_may_be_one_are_proposed_the_most_frequent_name(tmp
 
 def _as_proposed(one: RowIssue) -> RowDecision:
     return RowDecision(row=one.row, remedy=one.remedy, source=one.source)
+
+
+def test_reason_of_a_dropped_row_quotes_no_part_of_a_secret(tmp_path: Path) -> None:
+    key = "gh" + "p_" + "qX7vR2mLp9Zt4Wb8Ks1Yd6Hn3Jc5Gf0AeuT2"
+    rows: list[dict[str, Any]] = [{"text": f"a text {at}", "label": ["a", "b"][: at % 2 + 1]} for at in range(60)]
+    rows[7]["label"] = f"[half of a list in a wrong column, with {key}"  # 60 characters of it are quoted
+    prepared(tmp_path, rows)
+    [dropped] = [json.loads(line) for line in (tmp_path / "data" / "dropped.jsonl").read_text("utf-8").splitlines()]
+    assert "half of a list" in dropped["reason"]
+    assert "[SECRET]" in dropped["row"]["label"]
+    assert key[:12] not in json.dumps(dropped)
