@@ -902,7 +902,9 @@ def _stray_quotes(draw: random.Random, folder: Path) -> Case:
     lines[first + 1] = f'"{lines[first + 1]}'
     lines[last + 1] = f'{other.text}"{sign}{other.label}'
     case.notes.append(f"{one.place}: {last - first + 1} lines of this row")
-    case.path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    end = draw.choice(("\n", "\r\n"))
+    case.rows[first].text = within.replace("\n", end)
+    case.path.write_text(end.join([*lines, ""]), encoding="utf-8", newline="")
     return case
 
 

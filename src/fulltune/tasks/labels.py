@@ -114,7 +114,10 @@ def _several_labels(found: LabelValues, columns: Mapping[str, str], where: str) 
     labels = sorted({label for value in values for label in label_list(value)})
     if not labels:
         first = found.values[0]
-        raise DataError(f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{found.at(first)}")
+        raise DataError(
+            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{found.at(first)}; write names "
+            'such as ["food", "travel"], none of them a list itself'
+        )
     of_each = [label_list(value) for value in values]
     soft = [value for value in values if any(isinstance(part, float) and part % 1 > 0 for part in _parts(value))]
     if soft or (set(labels) <= {"0", "1"} and len(set(map(len, of_each))) == 1):

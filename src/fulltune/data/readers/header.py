@@ -77,14 +77,15 @@ def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] |
 
 def _is_value(name: str, values: Sequence[str]) -> bool:
     """Whether what stands in the first line is one more value of its column."""
-    if _is_number(name):
-        return all(map(_is_number, values))
+    if is_number(name):
+        return all(map(is_number, values))
     if len(name.split()) >= _WORDS:
         return sorted(len(value.split()) for value in values)[len(values) // 2] >= _WORDS
     return bool(name) and name in values
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a cell is a number."""
     try:
         float(text)
     except ValueError:

@@ -24,7 +24,7 @@ from fulltune.text import counted
 PlacedRow = tuple[str, dict[str, Any]]
 _SHOWN = 5
 """Broken lines of a file that are named one by one."""
-_PAGE = "a web page (HTML), as a login or an error is answered with"
+_PAGE = "a web page (HTML) or XML, as a login or an error is answered with"
 _POINTER = "a pointer of Git LFS ('git lfs pull' gives the file itself)"
 _OTHER_KINDS = {
     b"\x1f\x8b": "packed (gzip)",
@@ -34,7 +34,7 @@ _OTHER_KINDS = {
     b"PK\3\4": "packed (zip, as office documents are, too)",
     b"SQLite format 3\0": "an SQLite database",
     b"%PDF-": "a PDF document",
-    **dict.fromkeys((b"<!DOCTYPE html", b"<!doctype html", b"<html"), _PAGE),
+    **dict.fromkeys((b"<!doctype html", b"<html", b"<?xml"), _PAGE),
     b"version https://git-lfs.github.com/spec/": _POINTER,
 }
 """How files of other kinds begin, whatever their names are."""
@@ -218,7 +218,9 @@ def _refuse_other_kind(file: Path) -> None:
     """
     with file.open("rb") as stream:
         start = stream.read(1000)
-    kind = next((kind for sign, kind in _OTHER_KINDS.items() if start.lstrip(b" \r\n").startswith(sign)), None)
+    kind = next(
+        (kind for sign, kind in _OTHER_KINDS.items() if start.lstrip(b" \r\n").lower().startswith(sign.lower())), None
+    )
     kind = "packed (tar)" if start[257:262] == b"ustar" else kind
     if kind and (kind == _POINTER or (kind == _PAGE and file.suffix.lower() != ".txt") or not _is_text(start)):
         to_do = "unpack it, download what it stands for, or save its rows as csv in UTF-8, and name that"

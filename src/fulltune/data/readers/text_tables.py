@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fulltune.data.readers.header import csv_reader, delimiter_of
+from fulltune.data.readers.header import csv_reader, delimiter_of, is_number
 from fulltune.errors import DataError
 from fulltune.recipe.data import UTF_8
 from fulltune.tasks.columns import BadCell, fault, may_be_faulty
@@ -66,16 +66,22 @@ def separated(
                 elif cells:
                     yield line, dict(zip(header, cells, strict=True))
                     if reader.line_num > line:
-                        rows = [one.split(delimiter) for one in delimiter.join(cells).split("\n") if one.strip()]
+                        lines = delimiter.join(cells).replace("\r\n", "\n").split("\n")
+                        rows = [[*map(_kind, one.split(delimiter))] for one in lines if one.strip()]
                         joined += [(line, rows)] if {len(row) for row in rows} == {len(header)} != {1} else []
                     elif len(known) < _KNOWN:
-                        known.update(enumerate(cells))
+                        known.update(enumerate(map(_kind, cells)))
                 line = reader.line_num + 1
         except csv.Error as error:
             yield line, _UNCLOSED if "unexpected end of data" in str(error) else f"not valid csv: {error}; {_DOUBLED}"
     for line, rows in joined:
         if sum(not known.isdisjoint(enumerate(row)) for row in rows) > 1:
             yield line, Note(f"{len(rows):,} {_JOINED}")
+
+
+def _kind(cell: str) -> str:
+    """What the cells of a column have in common: the name of a class, or being a number."""
+    return "0" if is_number(cell) else cell
 
 
 def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:

@@ -122,17 +122,19 @@ def _notes(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("label_first", [True, False])
 @pytest.mark.parametrize(("opened", "closed"), [(0, 1), (3, 9), (0, 11)])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("sign", [",", "\t", ";"])
 def test_rows_between_two_stray_quotes_are_noted(
-    tmp_path: Path, sign: str, opened: int, closed: int, label_first: bool
+    tmp_path: Path, sign: str, end: str, opened: int, closed: int, label_first: bool
 ) -> None:
     def row(number: int) -> list[str]:
         text = '"' * (number == opened) + f"rain number {number}" + '"' * (number == closed)
-        return [str(number % 3), text] if label_first else [text, str(number % 3)]
+        label = f"{number}.5" if end == "\n" else "abc"[number % 3]
+        return [label, text] if label_first else [text, label]
 
     header = ["label", "text"] if label_first else ["text", "label"]
     path = tmp_path / ("a.tsv" if sign == "\t" else "a.csv")
-    path.write_text("".join(sign.join(cells) + "\n" for cells in [header, *map(row, range(40))]))
+    path.write_text("".join(sign.join(cells) + end for cells in [header, *map(row, range(40))]), newline="")
     assert [note.partition(" lines")[0] for note in _notes(path)] == [
         f"{path.name}:{opened + 2}: {closed - opened + 1}"
     ]
@@ -158,7 +160,7 @@ def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: b
         (b"SQLite format 3\0" + bytes(500), ": is an SQLite database, "),
         ("text,label\nrain,a\n".encode("utf-32"), ":1: is UTF-32, "),
         (b"\n<!DOCTYPE html>\n<html><body>Log in</body></html>\n", ": is a web page (HTML)"),
-        (b"<html>\n<body>404, not found</body></html>\n", ": is a web page (HTML)"),
+        (b"<HTML>\n<body>404, not found</body></html>\n", ": is a web page (HTML)"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n",
             ": is a pointer of Git LFS ('git lfs pull'",
