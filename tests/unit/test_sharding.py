@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -140,3 +142,59 @@ def test_model_that_is_not_shared_out_is_left_alone() -> None:
     assert not sharding.is_shared(model)
     assert sharding.whole(model.weight) is sharding.local(model.weight) is model.weight
     assert sharding.like(values, model.weight) is values
+
+
+_TOKENS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
+
+
+class _Gathered:
+    """DeepSpeed's `GatheredParameters`, as far as it knows who is whole."""
+
+    whole: ClassVar[set[int]] = set()
+    most: ClassVar[int] = 0
+
+    def __init__(self, parameters: list[Any]) -> None:
+        self._ids = {id(one) for one in parameters}
+
+    def __enter__(self) -> None:
+        assert not self.whole & self._ids  # DeepSpeed refuses that
+        self.whole.update(self._ids)
+        _Gathered.most = max(self.most, len(self.whole))
+
+    def __exit__(self, *_: Any) -> None:
+        self.whole.difference_update(self._ids)
+
+
+@pytest.mark.parametrize("name", ["BertConfig", "DebertaV2Config", "AlbertConfig", "ModernBertConfig"])
+def test_what_deepspeed_shares_out_is_read_block_by_block(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    small |= {"vocab_size": 64, **dict.fromkeys(_TOKENS, 0), "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    model = CLASSES.from_config(getattr(transformers, name)(**small)).eval()
+    [list_of_blocks] = sharding.lists_of_blocks(model)
+    blocks = list(model.get_submodule(list_of_blocks))
+    own = [len(list(block.parameters())) for block in blocks]
+    everything = list(model.parameters())
+    monkeypatch.setattr(_Gathered, "most", 0)
+    fake: Any = ModuleType("deepspeed")
+    fake.zero = SimpleNamespace(GatheredParameters=_Gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", fake)
+    assert not sharding.runs_together(model)
+    for parameter in everything:
+        parameter.ds_id = id(parameter)
+    assert sharding.runs_together(model)
+
+    def seen_whole(module: Any, _: Any) -> None:
+        missing = [name for name, one in module.named_parameters(recurse=False) if id(one) not in _Gathered.whole]
+        assert not missing, (type(module), missing)
+
+    with torch.no_grad(), sharding.read_by_block(model):
+        hooks = [module.register_forward_pre_hook(seen_whole) for module in model.modules()]
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+        assert _Gathered.most == len(everything) - sum(own) + max(own)
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[1000]]))
+    for hook in hooks:
+        hook.remove()
+    assert not _Gathered.whole
+    model(input_ids=torch.tensor([[1, 2, 3]]))  # no hook is left
+    assert not _Gathered.whole

@@ -110,27 +110,30 @@ class GenericText:
         """Mean hidden state of each of these texts: float32 [texts, hidden]."""
         chosen = [self.ids[position] for position in positions]
         ids, shown = padded(chosen, self.pad_token_id).to(model.device), mask(chosen).to(model.device)
-        is_pair = model.config.is_encoder_decoder
-        body = model.get_encoder() if is_pair else getattr(model, model.base_model_prefix, model)
+        inner = getattr(model, "module", model)  # DeepSpeed's engine has the model inside
+        body = (
+            inner.get_encoder() if inner.config.is_encoder_decoder else getattr(inner, inner.base_model_prefix, inner)
+        )
         given = {"input_ids": ids, "attention_mask": shown}
-        outputs = _through_model(model, body, given) if sharding.is_shared(model) else body(**given)
+        outputs = _through_model(model, inner, body, given) if sharding.runs_together(model) else body(**given)
         hidden = outputs.last_hidden_state.float()
         # Virtual tokens of a prompt stand before the text.
         hidden = hidden[:, hidden.shape[1] - shown.shape[1] :]
         return (hidden * shown.unsqueeze(-1)).sum(dim=1) / shown.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _through_model(model: Any, body: Any, given: dict[str, Any]) -> Any:
-    """What the body gives in a pass of the whole model, in which alone FSDP2 puts together what lies outside of blocks.
+def _through_model(model: Any, inner: Any, body: Any, given: dict[str, Any]) -> Any:
+    """What the body gives in a pass of the whole model, in which alone what lies outside of its blocks is put together.
 
     Args:
         model: Its weights are shared out.
+        inner: The model itself, which may be inside of DeepSpeed's engine.
         body: Of the model.
         given: `input_ids[texts, tokens]` and their mask.
     """
-    if model.config.is_encoder_decoder:
+    if inner.config.is_encoder_decoder:
         given = {**given, "decoder_input_ids": given["input_ids"][:, :1]}
-    if type(model).__name__.endswith("MultipleChoice"):
+    if type(inner).__name__.endswith("MultipleChoice"):
         given = {name: one.unsqueeze(1) for name, one in given.items()}
     seen: list[Any] = []
     hook = body.register_forward_hook(lambda _, __, outputs: seen.append(outputs))

@@ -192,7 +192,7 @@ def autocast(model: Any, precision: str) -> contextlib.AbstractContextManager[An
     if precision == "fp32":
         return contextlib.nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(model.device.type, dtype=dtype, cache_enabled=not sharding.is_shared(model))
+    return torch.autocast(model.device.type, dtype=dtype, cache_enabled=not sharding.runs_together(model))
 
 
 @contextlib.contextmanager

@@ -204,8 +204,9 @@ def draw(model: PreTrainedModel, head: Head) -> None:
     import torch
 
     sharding.free(model)
-    with torch.no_grad():
-        _draw(model, {name: model.get_parameter(name) for name in head.drawn})
+    parameters = {name: model.get_parameter(name) for name in head.drawn}
+    with torch.no_grad(), put_together(list(parameters.values())):
+        _draw(model, parameters)
 
 
 def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:

@@ -185,6 +185,36 @@ def is_shared(model: Any) -> bool:
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
+def runs_together(model: Any) -> bool:
+    """Whether no process can run it alone: FSDP2 or DeepSpeed's stage 3 has shared out its weights."""
+    return is_shared(model) or any(hasattr(one, "ds_id") for one in model.parameters())
+
+
+@contextlib.contextmanager
+def read_by_block(model: Any) -> Iterator[None]:
+    """Inside, processes can run a model together whose weights DeepSpeed's stage 3 has shared out before its engine
+    exists: each repeated block is put together for its own pass, what lies outside of all blocks until the end."""
+    if is_shared(model) or not runs_together(model):
+        yield
+        return
+    import deepspeed
+
+    paths = lists_of_blocks(model)
+    inside = tuple(f"{path}." for path in paths)
+    outside = {
+        id(one): one for name, one in model.named_parameters(remove_duplicate=False) if not name.startswith(inside)
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(deepspeed.zero.GatheredParameters(list(outside.values())))
+        for block in (one for path in paths for one in model.get_submodule(path)):
+            own = deepspeed.zero.GatheredParameters([one for one in block.parameters() if id(one) not in outside])
+            before = block.register_forward_pre_hook(lambda *_, own=own: own.__enter__())
+            after = block.register_forward_hook(lambda *_, own=own: own.__exit__(None, None, None), always_call=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield
+
+
 def free(model: Any) -> None:
     """Have each process hold its own part alone: after a pass without gradients the last modules are still whole, and
     what is then read or changed is not what is trained."""

@@ -16,7 +16,7 @@ from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Setting
-from fulltune.system import sharing
+from fulltune.system import deepspeed
 from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
 from fulltune.text import counted, format_bytes
 
@@ -125,6 +125,10 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     found = reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason)
     if wanted != "auto" and doubt:
         reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": FROM_RECIPE + doubt})
+    if found != "fp32" and deepspeed.wanted(recipe):
+        last = reasons.settings[-1]
+        other = f"DeepSpeed rounds the weights of all passes to {found}, so the result is not that of other placements"
+        reasons.settings[-1] = last.model_copy(update={"reason": f"{last.reason}; {other}"})
     return found
 
 
@@ -344,15 +348,6 @@ def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Any:
                 f"{name}: {given}, but the checkpoint brings a head for these labels, which goes on; leave {name} out"
             )
         return None
-    shared = sharing.of(recipe)
-    if shared is not None and (shared.engine, shared.stage) == ("deepspeed", 3):
-        if given == "probe":
-            raise RecipeError(
-                f"{name}: probe, but {recipe.train.shared_by} shares out the weights before they can be looked at; set "
-                "random, or train.placement: zero2"
-            )
-        why = f"{recipe.train.shared_by} shares out the weights before they are looked at"
-        return reasons.add(name, given, "random", why)
     why = "a new head that starts at random drags the body away (Kumar et al. 2022)"
     return reasons.add(name, given, "probe", why)
 

@@ -97,6 +97,4 @@ def _unwatched(recipe: Recipe) -> str:
         return "images have no generic text"
     if recipe.method.kind == "head":
         return "nothing but the head moves"
-    if recipe.train.deepspeed_by is not None:
-        return "not measured with DeepSpeed"
     return ""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.methods.head import names_of
-from fulltune.models.sharding import is_shared, whole
+from fulltune.models.sharding import runs_together, whole
 from fulltune.probe import rivals
 from fulltune.probe.dense import DenseLayer
 from fulltune.probe.features import Features, sampled
@@ -107,7 +107,7 @@ def _no_probe_without_memory(model: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_shared(model) or not is_out_of_memory(error):
+        if runs_together(model) or not is_out_of_memory(error):
             raise
         raise NoProbe("memory ran out while it was fitted") from error
 

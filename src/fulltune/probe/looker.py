@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fulltune.inference.run import Watch
-from fulltune.models.sharding import is_shared
+from fulltune.models.sharding import runs_together
 from fulltune.probe.features import Features, joined, passes
 from fulltune.probe.layers import HeadLayers
 from fulltune.probe.linear import Items
@@ -74,7 +74,7 @@ class Looker:
     def within_memory(self, run: Callable[[int], T]) -> T:
         """Call `run` with a number of rows per batch, with fewer when memory runs out. Processes that share out the
         weights run the same batches: one of them cannot take fewer alone, and ends the others with it."""
-        if is_shared(self.model):
+        if runs_together(self.model):
             return run(self.batch_size)
         return with_smaller_batches("linear probe", self.batch_size, run)
 

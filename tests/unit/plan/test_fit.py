@@ -245,6 +245,20 @@ def test_precision_on_a_cpu_says_what_was_measured(ratio: float, reason: str) ->
     assert {setting.name: setting.reason for setting in plan.settings}["train.precision"] == reason
 
 
+@pytest.mark.parametrize("placement", ["single", "ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_result_another(
+    placement: str, precision: str
+) -> None:
+    processes = 1 if placement == "single" else 2
+    plan = planned(train={"placement": placement, "num_processes": processes, "precision": precision})
+    assert plan.head_init == "probe"
+    assert plan.drift_texts == planned().drift_texts > 0
+    reason = {setting.name: setting.reason for setting in plan.settings}["train.precision"]
+    rounds = "DeepSpeed rounds the weights of all passes to bf16, so the result is not that of other placements"
+    assert (rounds in reason) == (placement.startswith("zero") and precision == "bf16")
+
+
 @pytest.mark.parametrize(
     ("kind", "metric", "greater"),
     [

@@ -165,6 +165,11 @@ class FullTrainer(Guarded, Trainer):
         return sharding.is_shared(self.model)
 
     @property
+    def passing(self) -> Any:
+        """What rows go through: weights that are shared out are put together by DeepSpeed's engine."""
+        return self.model_wrapped if self.is_deepspeed_enabled else self.model
+
+    @property
     def in_common_form(self) -> bool:
         """Its checkpoints have what processes share out in the form that every placement reads."""
         return self.is_shared or (self.is_deepspeed_enabled and self.args.save_only_model)

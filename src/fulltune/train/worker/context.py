@@ -197,8 +197,7 @@ class AttemptContext:
         trainer: Any = self.trainer
         with self.journal.during("evaluation"):
             return run_rows(
-                # Weights that are shared out are put together by DeepSpeed's engine.
-                trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model,
+                trainer.passing,
                 rows,
                 self.task,
                 self.target,

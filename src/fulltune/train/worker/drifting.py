@@ -115,7 +115,7 @@ class Drifting:
         between = attempt.between_batches if leaves and trainer.args.world_size == 1 else attempt.alive
         try:
             with attempt.journal.during("evaluation"):
-                now = self.text.read(trainer.model, trainer.head, between)
+                now = self.text.read(trainer.passing, trainer.head, between)
         except StoppedScoring:
             raise
         except Exception as error:

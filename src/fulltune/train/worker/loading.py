@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -230,14 +231,9 @@ def _untouched(attempt: AttemptContext, device: torch.device, model: Any, tokeni
         transformers.set_seed(attempt.plan.seed)
         if attempt.head is not None and attempt.head.order is None:
             draw(model, attempt.head)
-    if not _is_apart(attempt):
+    if sharding.is_shared(model) or not sharding.runs_together(model):  # DeepSpeed's parts are not told from others
         attempt.base_weights = checkpoints.weights_seen(model)
     _start_head(attempt, device, model, tokenizer)
-
-
-def _is_apart(attempt: AttemptContext) -> bool:
-    """DeepSpeed has shared the weights out, and they cannot be looked at before its engine exists."""
-    return attempt.in_deepspeed and attempt.sharing is not None and attempt.sharing.stage == 3
 
 
 def _start_head(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:
@@ -245,8 +241,6 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
     request, plan, head = attempt.request, attempt.plan, attempt.head
     if plan.head_init == "random" or request.probe or head is None or head.order is not None:
         return
-    if _is_apart(attempt):
-        return  # a config may promise a head that the weights lack, and the plan cannot know
     attempt.recorder.phase(PROBING)
     with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
         attempt.head_start = start_from_probe(
@@ -284,10 +278,12 @@ def start_from_probe(
         device: Where rows go through the model.
         rows: The task's train and eval rows.
     """
-    target, together = Target.of(summary), sharding.is_shared(model)
+    target, together = Target.of(summary), sharding.runs_together(model)
+    reading = contextlib.ExitStack()
 
     def looker() -> probe.Looker:
         draw_again(model, head, probe.SEED)
+        reading.enter_context(sharding.read_by_block(model))
         return probe.Looker(
             model if together else model.to(device),
             recipe.task,
@@ -300,7 +296,8 @@ def start_from_probe(
         )
 
     train_rows, eval_rows = rows
-    found = probe.fitted(folder, looker, train_rows, eval_rows, together=together)
+    with reading:
+        found = probe.fitted(folder, looker, train_rows, eval_rows, together=together)
     if not together:
         model.to("cpu")  # where the method draws its values, whoever has fitted the probe
     if found.head is None:
