@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from fulltune.inference.run import batches
 from fulltune.train.parent import retry, spawn
 from fulltune.train.worker import distributed
+from tests import plans
 
 
 @pytest.mark.parametrize(("rows", "size", "processes"), [(10, 3, 2), (7, 2, 3), (1, 4, 2), (12, 3, 4), (5, 8, 1)])
@@ -33,6 +36,13 @@ def test_share_covers_each_row_once_in_batches_of_one_process(rows: int, size: i
 def test_process_without_a_batch_of_its_own_repeats_the_shortest_row(rows: int) -> None:
     positions, count = distributed.share(range(rows), rows, 1, 2)
     assert (list(positions), count) == ([rows - 1], 0)
+
+
+def test_workers_find_programs_that_come_with_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/only/here")
+    plan = SimpleNamespace(device="cpu", placement="zero3", num_processes=1)
+    request: Any = SimpleNamespace(plan=plan, recipe=plans.recipe(train={"placement": "zero3"}))
+    assert spawn.environment(request)["PATH"] == f"/only/here:{Path(sys.executable).parent}"
 
 
 LAUNCHER = """

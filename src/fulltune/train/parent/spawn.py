@@ -99,6 +99,8 @@ def environment(request: Request) -> dict[str, str]:
     """The worker's variables."""
     # A file in the user's folder that has a library's name must not take its place.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
+    # Ninja, with which torch compiles, comes with DeepSpeed: beside a Python that need not be in PATH.
+    variables["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(Path(sys.executable).parent)])
     if request.plan.device != "cpu":
         return variables | allocator.of_a_gpu(variables, platform.system(), platform.release())
     tunables = ALLOCATOR_OF_PARTS if request.plan.placement == "fsdp2" else ALLOCATOR
