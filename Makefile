@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart chat-example test test-fast test-long gpu-paths gpu-day lint types docs dist clean
+.PHONY: quickstart chat-example test test-fast test-long test-zero gpu-paths gpu-day lint types docs dist clean
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -28,6 +28,12 @@ $(VENV)/launchers/ready: $(VENV)/quickstart
 	$(VENV)/launchers/bin/pip install --quiet 'kubeflow-training>=1.9' 'kubeflow-trainer-api>=2.3' 'skypilot>=0.14'
 	touch $@
 
+# DeepSpeed and Liger, each with what the other tests are to run without: Triton, which only its interpreter runs here.
+$(VENV)/zero/ready: $(VENV)/quickstart
+	$(PYTHON) -m venv --upgrade-deps $(VENV)/zero
+	$(VENV)/zero/bin/pip install --quiet --editable '.[quickstart,lightning,deepspeed,liger,dev]'
+	touch $@
+
 quickstart: $(VENV)/quickstart
 	HF_HUB_OFFLINE=1 $(BIN)/fulltune quickstart
 
@@ -42,9 +48,17 @@ test: $(VENV)/dev
 test-fast: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long and not slow" tests/unit tests/contract
 
-# Real processes that are killed, limits of memory, large cases. CI runs it as well.
-test-long: $(VENV)/dev $(VENV)/launchers/ready
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m long
+# Real processes that are killed, limits of memory, large cases, ZeRO. CI runs it as well.
+test-long: $(VENV)/dev $(VENV)/launchers/ready $(VENV)/zero/ready
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "long and not zero"
+	$(MAKE) test-zero ZERO="zero and not by_hand"
+
+# ZeRO, Lightning with DeepSpeed, Liger's kernels: all cases, of which test-long runs the most telling ones. The first
+# one compiles DeepSpeed's parts for the CPU.
+ZERO ?= zero
+test-zero: $(VENV)/zero/ready
+	PATH="$$PATH:$(CURDIR)/$(VENV)/zero/bin" HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 \
+		$(VENV)/zero/bin/python -m pytest -n auto -m "$(ZERO)" tests/invariant tests/train
 
 # Is every place that touches a GPU executed by a test, on a stand-in, and is it noticed when it breaks? SEED draws 20.
 gpu-paths: $(VENV)/dev

@@ -368,11 +368,12 @@ def test_two_processes_are_one_run_and_skip_together(tmp_path: Path) -> None:
     assert [one["skipped"] for one in of_both] == [(4,), (4,)]
 
 
-DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-zero")
 
 
 @DEEPSPEED
 @pytest.mark.long
+@pytest.mark.zero
 def test_example_of_deepspeed_comes_as_far_as_lightning_lets_a_cpu(tmp_path: Path) -> None:
     placed = {"placement": "zero3", "offload": "all"}
     recipe = written(tmp_path, train=placed)
@@ -384,6 +385,7 @@ def test_example_of_deepspeed_comes_as_far_as_lightning_lets_a_cpu(tmp_path: Pat
 
 @DEEPSPEED
 @pytest.mark.long
+@pytest.mark.zero
 @pytest.mark.parametrize("given", ["lightning", "lightning offload", "pytorch_lightning offload"])
 def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -> None:
     """With a strategy of the test's that leaves the refusal out; in a process of its own, which DeepSpeed keeps."""
