@@ -476,7 +476,7 @@ def test_scoring_shows_rows_and_time_left_on_a_terminal_and_nothing_in_a_log() -
 
 def test_cells_that_a_spreadsheet_would_compute_are_escaped_when_asked_for(tmp_path: Path) -> None:
     notes = {"problem_type": "single_label", "labels": ["=a", "b"]}
-    texts = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\tx", "\r, x", "-5", "+1.5", "'=x", "a=b", ""]
+    texts = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\tx", "\rx", "-5", "+1.5", "'=x", "a=b", ""]
     answer = {"label": "=a", "probability": 0.5, "probabilities": {"=a": 0.5, "b": -0.5}}
     new = predict_files.added(notes, ["=text"])
     for escape in (False, True):

@@ -11,6 +11,7 @@ from functools import reduce
 from itertools import count, islice
 from operator import getitem
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fulltune.errors import SetupError
@@ -125,7 +126,8 @@ def into(output: Path, own: Sequence[str], new: Added, types: Any, escape: bool 
 
 
 def _separated(stream: Any, delimiter: str, own: Sequence[str], new: Added, escape: bool) -> Write:
-    writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
+    # A lone \r is put in quotes only where lines end with it: then a line's end is made \n.
+    writer = csv.writer(SimpleNamespace(write=lambda line: stream.write(f"{line[:-2]}\n")), delimiter=delimiter)
     put = (lambda cells: writer.writerow(map(_escaped, cells))) if escape else writer.writerow
     put([*own, *new.names])
 
