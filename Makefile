@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart chat-example test test-fast test-long test-zero gpu-paths gpu-day lint types docs dist clean
+.PHONY: quickstart chat-example test test-fast test-plain test-long test-zero gpu-paths gpu-day lint types docs dist clean
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -47,6 +47,10 @@ test: $(VENV)/dev
 # For those who change a line: about a minute, without what trains or traces for seconds.
 test-fast: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long and not slow" tests/unit tests/contract
+
+# The tests that compute, once more, with the plainest kernels of a CPU: what rests on last digits fails here.
+test-plain: $(VENV)/dev
+	ATEN_CPU_CAPABILITY=default HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long" tests/train tests/invariant
 
 # Real processes that are killed, limits of memory, large cases, ZeRO. CI runs it as well.
 test-long: $(VENV)/dev $(VENV)/launchers/ready $(VENV)/zero/ready

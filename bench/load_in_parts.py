@@ -35,6 +35,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The benches are no installed package: they are found by the path that was set above.
 from bench.memory_per_rank import environment  # noqa: E402  # after what it needs
 
+from fulltune.train.parent import ranks, spawn  # noqa: E402  # after what it needs
+
 BAR = 0.75
 PROCESSES = 2
 SHAPE = {
@@ -188,7 +190,7 @@ def measure(engine: str, in_file: str, dtype: str, folder: Path) -> bool:
     subprocess.run([sys.executable, __file__, "--make", long[in_file], "--folder", str(folder / "model")], check=True)
     size = (folder / "model" / "model.safetensors").stat().st_size
     whole = size * {"bf16": 2, "fp32": 4}[dtype] // {"bf16": 2, "fp32": 4}[in_file]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    launch = [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, f"--nproc-per-node={PROCESSES}"]
     command = [*launch, __file__, "--work", engine, dtype, "--folder", str(folder)]
     good = True
     for phase, found in watch(command, folder).items():

@@ -181,7 +181,7 @@ def kill(options: argparse.Namespace) -> int:
             for number in range(options.times):
                 folder = options.folder / family / f"{named(place)}-killed-{number}"
                 step = draw.randint(1, 45)
-                struck = placed.kill_one(folder, placed.FAMILIES[family], Place(place), draw, step, dropout=True)
+                [struck] = placed.kill_one(folder, placed.FAMILIES[family], Place(place), draw, step, dropout=True)
                 curve = placed.read(folder)
                 found = placed.differences(unbroken, curve)
                 same = found.none and curve.attempts == 2

@@ -18,6 +18,7 @@ import psutil
 from planted import REAL_WORKER, WORKER
 
 from fulltune import files
+from fulltune.train.parent import spawn
 from fulltune.train.request import number_in
 
 Strike = Callable[[psutil.Process, Path], None]
@@ -29,7 +30,7 @@ def ranks(command: psutil.Process) -> list[psutil.Process]:
     """The training processes, the first one first; torchrun is none of them."""
     words = ((one, one.cmdline()) for one in command.children(recursive=True))
     workers = {WORKER, REAL_WORKER}
-    found = [one for one, line in words if workers & set(line) and "torch.distributed.run" not in line]
+    found = [one for one, line in words if workers & set(line) and spawn.LAUNCHER not in line]
     return sorted(found, key=lambda one: int(one.environ().get("RANK", "0")))
 
 

@@ -27,6 +27,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from bench.memory_per_rank import STEPS, environment, write_recipe  # noqa: E402  # after what it needs
 from bench.memory_prediction import TIED, _cell  # noqa: E402  # after what it needs
 
+from fulltune.train.parent import ranks, spawn  # noqa: E402  # after what it needs
+
 MODELS = (
     _cell("llama", "llama", (256, 4, 8000), (2, 32)),
     _cell("llama-tied", "llama", (256, 4, 8000), (2, 32), config=TIED),
@@ -50,7 +52,7 @@ def counted(cell: Any, placement: str, processes: int, folder: Path) -> tuple[fl
     request.folder.mkdir(parents=True)
     request.checkpoints.mkdir(parents=True)
     request.save(folder / "request.json")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launch = [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, f"--nproc-per-node={processes}"]
     command = [*launch, __file__, "--worker", str(folder / "request.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     found = folder / "payload.json"

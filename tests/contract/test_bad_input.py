@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from fulltune import data as data_stage
+from fulltune.records.training import Outcome
 from fulltune.system import hardware
 from tests import tiny
 from tests.contract.command import Result, assert_same_facts, fulltune
@@ -1121,6 +1124,50 @@ def test_interrupt_while_training_is_resumable(case: Case) -> None:
     assert "continuing from the checkpoint of step" in again.stderr
     assert len(list(case.folder.glob("runs/recipe-*"))) == 1
     assert again.stdout.startswith("250 steps")
+
+
+IN_A_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("nohup", "processes", "code"), [(False, 1, INTERRUPTED), (False, 2, INTERRUPTED), (True, 1, 0)]
+)
+def test_a_terminal_that_is_closed_has_the_run_saved_unless_that_is_ignored(
+    nohup: bool, processes: int, code: int, case: Case
+) -> None:
+    case.write(tiny.topic_rows(64))
+    train = {
+        "max_steps": 60 if nohup else 5000,
+        "logging_steps": 1,
+        "num_processes": processes,
+        "oversubscribe": processes > hardware.num_cores(),
+    }
+    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(case.recipe(train=train))]
+    here, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, *(("/usr/bin/env", "nohup") if nohup else ()), *command],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        cwd=case.folder,
+    )
+    os.close(terminal)
+    os.set_blocking(here, False)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = "".join(file.read_text() for file in case.folder.glob("runs/*/attempts/*/metrics.jsonl"))
+        if '"step":3' in lines.replace(" ", ""):
+            break
+        with contextlib.suppress(OSError):  # nothing to read, or nobody writes there any more
+            os.read(here, 65536)
+        time.sleep(0.05)
+    os.close(here)
+    assert process.wait(300) == code
+    (outcome,) = (Outcome.load(file) for file in case.folder.glob("runs/*/attempts/*/outcome.json"))
+    assert outcome.status == ("done" if nohup else "interrupted")
 
 
 # ---- predict ---------------------------------------------------------------------------------------------------

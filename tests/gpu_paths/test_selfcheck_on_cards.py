@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from fulltune.plan import memory
 from fulltune.selfcheck import attention, child, precision, processes, tiny, training
 from fulltune.selfcheck.devices import Device, NotHere, devices, environment
+from fulltune.train.parent import spawn
 from tests.gpu_paths.cards import GIB, Cards
 
 CPU, CUDA, MPS = Device("cpu", "cpu"), Device("cuda", "cuda"), Device("mps", "mps")
@@ -249,3 +251,11 @@ def test_helper_books_what_the_plan_says() -> None:
     taken = list[int]()
     kept_in(taken.append)([torch.nn.Parameter(torch.zeros(10))]).step()
     assert taken == [memory.state_bytes(10, "fp32").total]
+
+
+@pytest.mark.stand_in("no card", card="that NCCL listens there alone")
+def test_processes_of_one_machine_are_given_its_loopback() -> None:
+    variables = spawn.on_loopback()
+    name = variables["GLOO_SOCKET_IFNAME"]
+    assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[name]}
+    assert variables["NCCL_SOCKET_IFNAME"] == f"={name}", "this one, not each whose name begins so"

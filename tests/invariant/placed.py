@@ -26,6 +26,7 @@ from fulltune.errors import InterruptedRun
 from fulltune.records.events import Listener, Resumed
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
+from fulltune.train.parent import spawn
 from tests import tiny
 from tests.invariant.test_same_curve import NO_DROPOUT, answer_rows, label_rows
 from tests.train import runs
@@ -287,8 +288,10 @@ class Killed:
     step: int
 
 
-def kill_one(folder: Path, family: Family, place: Place, draw: random.Random, step: int, **changes: Any) -> Killed:
-    """A run to its end, one of whose training processes is killed shortly after a step."""
+def kill_one(
+    folder: Path, family: Family, place: Place, draw: random.Random, *steps: int, **changes: Any
+) -> list[Killed]:
+    """A run to its end, one of whose training processes is killed shortly after each of these steps."""
     struck: list[Killed] = []
 
     def kill() -> None:
@@ -299,10 +302,10 @@ def kill_one(folder: Path, family: Family, place: Place, draw: random.Random, st
             workers[rank].kill()
             struck.append(Killed(rank, max(event["step"] for event in runs.events(folder, "train"))))
 
-    train(folder, family, place, listener=runs.at_step(step, kill), **changes)
-    if not struck:
-        raise AssertionError("no process was there to be killed")
-    return struck[0]
+    listeners = [runs.at_step(step, kill) for step in steps]
+    train(folder, family, place, listener=lambda event: [one(event) for one in listeners], **changes)
+    assert len(struck) == len(steps), "no process was there to be killed"
+    return struck
 
 
 def workers_of(parent: psutil.Process) -> Sequence[psutil.Process]:
@@ -313,4 +316,4 @@ def workers_of(parent: psutil.Process) -> Sequence[psutil.Process]:
 
 def _is_worker(process: psutil.Process) -> bool:
     line = process.cmdline()
-    return WORKER in line and "torch.distributed.run" not in line
+    return WORKER in line and spawn.LAUNCHER not in line

@@ -25,6 +25,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 from fulltune.inference.store import Rows
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
+from fulltune.train.parent import ranks, spawn
 from tests import tiny
 from tests.invariant import placed
 from tests.invariant.test_same_curve import NO_DROPOUT, RANDOM, losses
@@ -310,8 +311,8 @@ def test_methods_that_train_little_are_those_of_one_process(method: str, train: 
 
 
 def test_engine_goes_on_bit_for_bit_and_in_another_within_rounding(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "-m", "tests.invariant.zero_engine", str(tmp_path)]
+    command = [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2"]
+    command += ["-m", "tests.invariant.zero_engine", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)

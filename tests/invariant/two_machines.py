@@ -19,11 +19,12 @@ from typing import Any
 
 import psutil
 
+from fulltune.train.parent import spawn
 from tests import tiny
 from tests.invariant import placed
 from tests.invariant.placed import Family, Place
 
-AGENT = "torch.distributed.run"
+AGENT = spawn.LAUNCHER
 
 
 def free_port() -> int:
@@ -41,6 +42,7 @@ class Job:
     family: Family
     place: Place
     changes: dict[str, Any] = field(default_factory=dict)
+    host: str = "127.0.0.1"
     port: int = field(default_factory=free_port)
     wait: str = "90s"
     commands: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class Job:
     def start(self, rank: int, *settings: str, verb: str = "train", recipe: Path | None = None) -> None:
         """The command of one machine, which is not waited for."""
         command = [sys.executable, "-m", "fulltune.cli.app", verb, str(recipe or self.folder / "recipe.yaml")]
-        command += ["--machine-rank", str(rank), "--rendezvous", f"127.0.0.1:{self.port}"]
+        command += ["--machine-rank", str(rank), "--rendezvous", f"{self.host}:{self.port}"]
         command += [
             "--wait-for-machines",
             self.wait,
@@ -130,9 +132,9 @@ class Job:
 
 
 @contextmanager
-def two_machines(folder: Path, family: Family, place: Place, **changes: Any) -> Iterator[Job]:
-    """Both commands started; whatever is left of them ends with the block."""
-    job = Job(folder, family, place, changes)
+def two_machines(folder: Path, family: Family, place: Place, host: str = "127.0.0.1", **changes: Any) -> Iterator[Job]:
+    """Both commands started, on one of this machine's addresses; whatever is left of them ends with the block."""
+    job = Job(folder, family, place, changes, host)
     job.write(dropout=bool(changes.pop("dropout", False)))
     try:
         for rank in (1, 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,7 @@ def test_of_several_processes_the_one_that_was_killed_is_named(start: Start) -> 
 
     assert found.status == "killed"
     assert found.reason.startswith("training process 1 (of 2, counted from 0; after step 7) was killed (SIGKILL)")
+    assert re.search(r"with [\d.]+ .iB of memory free$", found.reason)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +137,16 @@ def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
 
     def impatient(event: Event) -> None:
         said.append(event.text)
-        for _ in range(1 if event.text == "up" else 2):
-            signal.raise_signal(signal.SIGTERM)
+        for number in [signal.SIGHUP] if event.text == "up" else [signal.SIGTERM, signal.SIGINT]:
+            signal.raise_signal(number)
 
     found = child.run(request, impatient)
 
-    assert (said[0], said[1][:13], len(said)) == ("up", "asked to stop", 2)
+    when = "after the step at hand, which it saves" if beat else "before its first step, as soon as the model is loaded"
+    assert said[0] == "up"
+    assert said[1].startswith(f"asked to stop: the training ends {when}")
+    assert said[1].endswith("a second signal changes nothing, a third ends it at once, without saving")
+    assert len(said) == 2
     assert (found.status, found.reason) == ("interrupted", f"interrupted {told}")
 
 

@@ -30,6 +30,7 @@ from fulltune.train.loop.explain import explain
 from fulltune.train.loop.guards import GuardDecision, rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.step_guard import MADE_UP_IN, StepMemory
+from fulltune.train.parent import ranks, spawn
 from fulltune.train.parent.roll_back import roll_back
 from fulltune.train.worker import attempt
 from tests import tiny
@@ -523,7 +524,7 @@ with open(f"{sys.argv[1]}/rank{arguments.process_index}.json", "w") as file:
 @pytest.mark.long
 def test_two_processes_skip_together_when_one_is_not_finite(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2"]
     subprocess.run([*command, str(tmp_path / "script.py"), str(tmp_path)], check=True, timeout=300)
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
     assert one == two, "the same steps, and the same weights"

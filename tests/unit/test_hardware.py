@@ -36,7 +36,7 @@ def test_memory_respects_the_cgroup(
     cgroup = "/sys/fs/cgroup/memory."
     files = {"/proc/meminfo": MEMINFO, cgroup + "max": limit, cgroup + "current": used, cgroup + "stat": stat}
     pretend(monkeypatch, files)
-    assert hardware._memory_bytes() == expected
+    assert hardware.memory_bytes() == expected
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_memory_respects_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatc
     unlimited = proc.resource.RLIM_INFINITY
     limits = {proc.resource.RLIMIT_DATA: 3000 * K, proc.resource.RLIMIT_AS: unlimited}
     monkeypatch.setattr(proc.resource, "getrlimit", lambda kind: (limits[kind], unlimited))
-    assert hardware._memory_bytes() == (3000 * K, 3000 * K)
+    assert hardware.memory_bytes() == (3000 * K, 3000 * K)
 
 
 def test_cpu_rates_are_measured_once_and_kept_for_children(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -508,13 +508,16 @@ def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
     for expected in (
         "--nnodes=2",
         "--nproc-per-node=8",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:70",
+        "--node-rank=0",
         "--rdzv-id=token-1",
-        "--rdzv-conf=is_host=1,join_timeout=600,read_timeout=600",
-        "--local-addr=127.0.0.1",
+        "--rdzv-conf=timeout=600",
     ):
         assert expected in command
+    assert " listen 127.0.0.1:70 " in " ".join(command)
+    other = group_of.meeting(Place(1, "node0", 70, 600.0), "token-1", "10.0.0.2")
+    assert " join node0:70 --node-rank=1 " in " ".join(spawn.command(request, tmp_path / "request.json", other))
+    first = group_of.meeting(Place(0, "node0", 70, 600.0), "token-1", "fd00::1")
+    assert first.endpoint == "[fd00::1]:70", "where the others reach it, not on all interfaces"
     variables = spawn.of_machine(meeting)
     assert variables["FULLTUNE_MACHINE"] == "0"
     assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[variables["GLOO_SOCKET_IFNAME"]]}

@@ -19,6 +19,7 @@ from fulltune.cli import options, stages
 from fulltune.cli.launch import launch
 from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
+from fulltune.system import signals
 from fulltune.text import counted, format_seconds
 
 EXPORT = (
@@ -424,7 +425,7 @@ def main() -> None:
     """Entry of the `fulltune` command: run, and turn our errors into words and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
-    signal.signal(signal.SIGTERM, stages.end_when_told)
+    signals.answer(stages.end_when_told, signals.ENDING)
     try:
         if sys.argv[1:2] == ["export"]:
             raise SetupError(EXPORT)
@@ -432,8 +433,7 @@ def main() -> None:
     except FulltuneError as error:
         colour = "yellow" if isinstance(error, InterruptedRun) else "red"
         if isinstance(error, InterruptedRun):  # another signal must not change the exit code by now
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signals.put_back(dict.fromkeys(signals.STOPPING, signal.SIG_IGN))
         for problem in error.problems:
             err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
         sys.exit(error.exit_code)

@@ -31,7 +31,7 @@ out = Console(highlight=False, emoji=False)
 
 
 def end_when_told(number: int, frame: object) -> None:
-    """SIGTERM outside the training ends the command at once, as SIGKILL would, but says that it can go on.
+    """A signal outside the training ends the command at once, as SIGKILL would, but says that it can go on.
 
     The first process of a container would not be ended by the signal itself. An exception would not do: where PyTorch
     calls Python it is lost, or ends the process with SIGABRT.

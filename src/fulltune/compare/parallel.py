@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from fulltune.records.comparison import Trial
 from fulltune.records.data import DataSummary
 from fulltune.records.events import AttemptFailed, Event, Warned
 from fulltune.run_context import Run
-from fulltune.system import hardware, run_folder
+from fulltune.system import hardware, run_folder, signals
 from fulltune.text import first_few, format_bytes
 from fulltune.train.parent.fork_server import fork_server
 from fulltune.train.parent.spawn import end_with
@@ -80,19 +79,18 @@ def _possible(context: Context) -> int:
 
 @contextlib.contextmanager
 def _terminated_in_order() -> Iterator[None]:
-    """SIGTERM ends this process by way of `helpers`, whose trials are saved, also while it only waits for them."""
+    """A signal ends this process by way of `helpers`, whose trials are saved, also while it only waits for them."""
 
     def stop(number: int, frame: object) -> None:
         raise InterruptedRun(_INTERRUPTED)
 
-    before = None
+    before = dict[int, Any]()
     with contextlib.suppress(ValueError):  # not in the main thread: the caller keeps its own handler
-        before = signal.signal(signal.SIGTERM, stop)
+        before = signals.answer(stop, signals.ENDING)
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        signals.put_back(before)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class MachineUsed(Record):
     memory_bytes: int
     devices: tuple[str, ...]
     ranks: tuple[int, ...] = ()
-    """Of the training processes that ran there in the last attempt; torchrun deals them out."""
+    """Of the training processes that ran there in the last attempt."""
 
 
 class MachinesUsed(Record):

@@ -13,6 +13,7 @@ from typing import Any
 
 from fulltune.models.compiled import lacking
 from fulltune.selfcheck.devices import Device, NotHere, Result
+from fulltune.train.parent import ranks, spawn
 
 CHILD = "fulltune.selfcheck.child"
 COMPILE_SECONDS = 60
@@ -25,7 +26,7 @@ def all_reduce(device: Device) -> Result:
         raise NotHere("torch has no communication for mps")
     if device.type == "cuda" and device.count < 2:
         raise NotHere("needs two GPUs, there is one")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", CHILD]
+    launcher = ["-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2", "-m", CHILD]
     try:
         answer = _ask([*launcher, "all-reduce", device.type], REDUCE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -55,6 +56,7 @@ def _ask(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
         RuntimeError: When it failed, with the last line it wrote.
     """
     with TemporaryDirectory(prefix="fulltune-selfcheck-", ignore_cleanup_errors=True) as cache:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
         child = subprocess.Popen(
             [sys.executable, *arguments],
             stdout=subprocess.PIPE,
@@ -62,7 +64,7 @@ def _ask(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
             stdin=subprocess.DEVNULL,
             text=True,
             # Safe path: a file in the user's folder must not stand in for a library.
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache, "PYTHONSAFEPATH": "1"},
+            env={**os.environ, **spawn.on_loopback(), **caches, "PYTHONSAFEPATH": "1"},
             start_new_session=True,
         )
         try:

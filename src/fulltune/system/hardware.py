@@ -95,7 +95,7 @@ class Machine(Record):
 
 def here() -> Machine:
     """Look at this machine. Imports torch only to ask for GPUs."""
-    total, available = _memory_bytes()
+    total, available = memory_bytes()
     flops, copied, load = cpu_rates()
     return Machine(
         cpu=_cpu(),
@@ -297,7 +297,8 @@ def num_cores() -> int:
     return cores
 
 
-def _memory_bytes() -> tuple[int, int]:
+def memory_bytes() -> tuple[int, int]:
+    """All memory that this process may use, and what of it is free; outside of Linux, where nobody says, all."""
     sizes = proc.sizes_of("/proc/meminfo")
     total = sizes.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux
     available = sizes.get("MemAvailable", total)

@@ -80,11 +80,11 @@ def test_attempts_are_in_the_order_of_their_numbers_beyond_99(tmp_path: Path) ->
 
 def test_torchrun_is_asked_through_its_workers(tmp_path: Path) -> None:
     """A launcher that dies of SIGTERM stays: only the worker, which then writes a file, gets the signal."""
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").touch()
-    (tmp_path / "torch" / "distributed").mkdir()
-    (tmp_path / "torch" / "distributed" / "__init__.py").touch()
-    (tmp_path / "torch" / "distributed" / "run.py").write_text(
+    file = tmp_path / f"{spawn.LAUNCHER.replace('.', '/')}.py"
+    file.parent.mkdir(parents=True)
+    for folder in file.parents[:3]:
+        (folder / "__init__.py").touch()
+    file.write_text(
         "import subprocess, sys\n"
         "worker = ('import signal, sys, time\\n'\n"
         "          'signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\\n'\n"
@@ -95,7 +95,7 @@ def test_torchrun_is_asked_through_its_workers(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run"], cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-m", spawn.LAUNCHER], cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True
     )
     assert launcher.stdout is not None
     assert launcher.stdout.readline() == b"up\n"

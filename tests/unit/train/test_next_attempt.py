@@ -8,7 +8,14 @@ import pytest
 
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Outcome
-from fulltune.train.parent.next_attempt import MOST_KILLS, NextAttempt, next_attempt, no_way_out, unknown
+from fulltune.train.parent.next_attempt import (
+    MOST_KILLS,
+    NextAttempt,
+    killed_too_often,
+    next_attempt,
+    no_way_out,
+    unknown,
+)
 from tests.plans import MIB, need, outcome, plan, recipe
 
 TRIED = ("micro_batch_size", "eval_batch_size", "activation_checkpointing", "chunked_loss", "optim")
@@ -168,19 +175,23 @@ def test_without_the_plans_arithmetic_the_micro_batch_is_halved() -> None:
 # ---- killed ----------------------------------------------------------------------------------------------------
 
 
-def test_killed_is_tried_once_as_it_was_then_taken_for_memory() -> None:
-    one = "training process 1 (of 2, counted from 0; after step 7)"
-    why = f"{one} was killed (SIGKILL), most often because memory ran out"
-    history = [outcome("killed", phase="step").model_copy(update={"reason": why})]
-    first = next_attempt(recipe(), plan(), history)
-    said = "training process 1 (of 2, counted from 0; after step 7) was killed; going on from the last whole checkpoint"
-    assert first == NextAttempt(plan(), True, said)
+@pytest.mark.parametrize("phase", ["loading", "step", "evaluation", "saving", "resuming"])
+def test_killed_goes_on_as_it_was_some_times_and_is_never_taken_for_memory(phase: str) -> None:
+    why = "training process 1 (of 2, counted from 0; after step 7) was killed (SIGKILL) with 15.0 GiB of memory free"
+    killed = outcome("killed", phase=phase, reason=why)
+    said = f"{why}; going on from the last whole checkpoint"
+    for kills in range(1, MOST_KILLS + 1):
+        assert next_attempt(recipe(), plan(), [killed] * kills) == NextAttempt(plan(), True, said)
+    assert next_attempt(recipe(), plan(), [killed] * (MOST_KILLS + 1)) is None
+    for fact in (why, "5 times in this command", "without a sign that memory ran out", "train.micro_batch_size"):
+        assert fact in killed_too_often(killed)
 
-    second = next_attempt(recipe(), first.plan, [*history, outcome("killed", 2, phase="evaluation")])
-    assert second is not None
-    assert (second.plan.micro_batch_size, second.plan.eval_batch_size) == (8, 8)
 
-    assert next_attempt(recipe(), plan(), [outcome("killed")] * (MOST_KILLS + 1)) is None
+def test_killed_before_does_not_make_memory_of_another_attempt_worse() -> None:
+    history = [outcome("killed", phase="saving"), outcome("out_of_memory", 2, phase="saving")]
+    change = next_attempt(recipe(), plan(), history)
+    assert change is not None
+    assert change.plan == plan(), "once more as it was, as after the first shortage"
 
 
 def test_hung_is_tried_once_as_it_was() -> None:

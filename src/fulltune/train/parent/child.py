@@ -9,14 +9,15 @@ import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fulltune.files import entry_of
 from fulltune.records.events import Event, Listener, Warned, event_of
 from fulltune.records.training import LostPart, Outcome, OutcomeStatus
+from fulltune.system import hardware, signals
 from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
-from fulltune.text import parse_seconds
+from fulltune.text import format_bytes, parse_seconds
 from fulltune.train.checkpoints import last_saved
 from fulltune.train.journal import HEARTBEAT, last_step, oldest_sign, phase_of, steps_of
 from fulltune.train.parent import spawn
@@ -38,29 +39,34 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
     limit = request.recipe.train.hang_timeout
     pulse = _Pulse(request.folder / HEARTBEAT, math.inf if limit is None else parse_seconds(limit))
     with _forwarding_signals(child) as asked:
-        for event in _follow(request.folder / "metrics.jsonl", child, pulse, asked):
+        for event in _follow(request, child, pulse, asked):
             listener(event)
     if pulse.stopped and not asked and not _written(request):
         child.wait()
         outcome = _hung(request, str(limit), time.monotonic() - began)
     else:
-        outcome = _outcome(request, child.wait(), asked=bool(asked), killed_by_kernel=kernel_kills() > kills)
+        code = child.wait()
+        by_kernel = kernel_kills() > kills
+        outcome = _outcome(request, code, asked=bool(asked), killed_by_kernel=by_kernel, free_bytes=pulse.free_bytes)
     outcome.save(request.folder / "outcome.json")
     return outcome
 
 
 @dataclass
 class _Pulse:
-    """Whether a file is still written anew, by a clock that stands still while the machine sleeps."""
+    """Whether a file is still written anew, by a clock that stands still while the machine sleeps; and free memory."""
 
     file: Path
     limit_seconds: float
     seen: int = 0
     since: float = 0.0
     stopped: bool = False
+    free_bytes: int = field(default_factory=lambda: hardware.memory_bytes()[1])
+    """Of memory, when it was last looked at."""
 
     def has_stopped(self) -> bool:
         """True once the file has not changed for so long; before there is one, nothing is asked."""
+        self.free_bytes = hardware.memory_bytes()[1]
         try:
             written = self.file.stat().st_mtime_ns
         except FileNotFoundError:
@@ -103,7 +109,7 @@ def _tail(request: Request) -> list[str]:
     return [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]]
 
 
-def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool) -> Outcome:
+def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool, free_bytes: int = 0) -> Outcome:
     """What the worker wrote, or what its exit code and its last words say."""
     written = _written(request)
     tail = _tail(request)
@@ -138,7 +144,7 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
         status, reason = "out_of_memory", f"the training process ended with code {code}: {about_memory[-1]}"
     elif killed:
         one = _killed_one(request, tail)
-        status, reason = "killed", f"{one} was killed (SIGKILL), most often because memory ran out"
+        status, reason = "killed", f"{one} was killed (SIGKILL) with {format_bytes(free_bytes)} of memory free"
     else:
         elsewhere = "".join(f"; machine {one.rank} ({one.host}): {one.reason}" for one in lost)
         status, reason = "crashed", f"the training process ended with code {code} and left no outcome{elsewhere}"
@@ -159,14 +165,10 @@ _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
 def _of_lost(part: LostPart) -> tuple[OutcomeStatus, str]:
     """What it means that a machine's part ended without a word."""
     name = f"machine {part.rank} ({part.host})"
-    match part.kind:
-        case "out_of_memory":
-            return "out_of_memory", f"the kernel killed a training process of {name} because memory ran out"
-        case "killed":
-            return (
-                "killed",
-                f"the training processes of {name} were killed (SIGKILL), most often because memory ran out",
-            )
+    if part.kind == "out_of_memory":
+        return "out_of_memory", f"the kernel killed a training process of {name} because memory ran out"
+    if part.kind == "killed":
+        return "killed", f"the training processes of {name} were killed (SIGKILL)"
     return "lost", f"{name} was lost: it {part.reason}"
 
 
@@ -181,7 +183,7 @@ def _killed_one(request: Request, tail: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM ask the worker to save and stop; the third one ends it at once. Yields the signals seen."""
+    """Signals ask the worker to save and stop; the third one ends it at once. Yields the signals seen."""
     asked: list[int] = []
 
     def forward(number: int, _: object) -> None:
@@ -192,29 +194,30 @@ def _forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
             spawn.end(child)
 
     try:
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = signals.answer(forward)
     except ValueError:  # not in the main thread: the caller keeps its own handlers
         before = {}
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signals.put_back(before)
         if child.poll() is None:
             with contextlib.suppress(ProcessLookupError):  # it ended just now
                 os.killpg(child.pid, signal.SIGTERM)
 
 
-def _follow(path: Path, child: spawn.Child, pulse: _Pulse, asked: Sequence[int]) -> Iterator[Event]:
+def _follow(request: Request, child: spawn.Child, pulse: _Pulse, asked: Sequence[int]) -> Iterator[Event]:
     """Lines of a growing file, until the child has ended and everything is read; one that hangs is ended. A signal is
     answered at once, whenever the child comes to it."""
-    position, answered = 0, False
+    path, position, answered = request.folder / "metrics.jsonl", 0, False
     while True:
         if asked and not answered:
             answered = True
-            yield Warned(
-                text="asked to stop: after the step at hand, which is saved first; a third signal ends it at once"
-            )
+            when = "before its first step, as soon as the model is loaded and checked"
+            if last_step(request.folder) or request.plan.num_processes > 1:  # several agree at the end of a step
+                when = "after the step at hand, which it saves"
+            third = "a second signal changes nothing, a third ends it at once, without saving"
+            yield Warned(text=f"asked to stop: the training ends {when}; {third}")
         ended = child.poll() is not None
         if path.exists():
             with path.open("rb") as file:

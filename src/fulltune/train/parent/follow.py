@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.system import hardware, machines
+from fulltune.system import hardware, machines, signals
 from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
 from fulltune.system.out_of_memory import kernel_kills
 from fulltune.text import format_seconds
@@ -64,12 +63,11 @@ class _Follower:
             self._asked.append(number)
             self._pass_on()
 
-        self._before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = signals.answer(ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        signals.put_back(self._before)
         if self._child is not None and self._child.poll() is None:
             spawn.end(self._child)
             self._child.wait()

@@ -1,7 +1,7 @@
 """Attempts over several machines: machine 0 starts them, the others take part.
 
 Machine 0 runs the whole line and says in its file which attempt all machines take part in (`system/machines.py`). On
-each of them torchrun starts the machine's processes, and these meet in one rendezvous (c10d). What becomes of a
+each of them torchrun starts the machine's processes, and these meet at machine 0 (`ranks.py`). What becomes of a
 machine's part stands in its own file, so an attempt ends on all of them when it has ended on one, and a machine that
 was lost is told from processes that failed.
 """
@@ -14,7 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.run import MachinesUsed, MachineUsed, RankUsed
 from fulltune.records.training import LostPart, Outcome
-from fulltune.system import hardware, machines
+from fulltune.system import hardware, machines, signals
 from fulltune.system.hardware import Machine
 from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
 from fulltune.text import format_seconds, listed
@@ -53,22 +53,19 @@ _INTERRUPTED = Ended(
 
 @contextlib.contextmanager
 def _told_of_a_stop(sign: SignOfLife[Leader]) -> Iterator[None]:
-    """Have the others told of a SIGTERM that ends this command at once, outside of an attempt."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Have the others told of a signal that ends this command at once, outside of an attempt."""
+    called: dict[int, Any] = {number: signal.getsignal(number) for number in signals.ENDING}
 
     def tell(number: int, frame: Any) -> None:
         sign.tell(ended=_INTERRUPTED)
-        if callable(before):
-            before(number, frame)
+        called[number](number, frame)
 
-    if not callable(before):  # from Python: the caller's own way
-        yield
-        return
-    signal.signal(signal.SIGTERM, tell)
+    # From Python it may be the caller's own way.
+    before = signals.answer(tell, [number for number, handler in called.items() if callable(handler)])
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signals.put_back(before)
 
 
 @contextlib.contextmanager
@@ -201,8 +198,10 @@ class MachineGroup:
             instances=tuple(instances.values()),
         )
         # Machine 0 may know itself as the loopback: what leads to another machine counts.
-        address = machines.own_address(self.members[1].address, self._lead.place.port)
-        child = spawn.in_new_process(request, log, meeting(self._lead.place, started.id, address))
+        place, address = self._lead.place, self._own.address
+        if address != place.host:
+            address = machines.own_address(self.members[1].address, place.port)
+        child = spawn.in_new_process(request, log, meeting(place, started.id, address))
         self._lead.sign.tell(attempt=started)
         self.keep(request.folder)
         return _OnAllMachines(child, self, request, started.id, instances)
@@ -360,7 +359,6 @@ class _OnAllMachines:
 
 
 def meeting(place: Place, attempt: str, address: str) -> spawn.Meeting:
-    """Where this machine's torchrun finds the others', and they find it."""
-    seconds = max(60, round(place.wait_seconds))
-    conf = f"is_host={int(place.rank == 0)},join_timeout={seconds},read_timeout={seconds}"
-    return spawn.Meeting(place.rank, place.rendezvous, attempt, conf, address)
+    """Where this machine's torchrun finds the others', and they find it: machine 0 listens on its address alone."""
+    endpoint = place.rendezvous if place.rank else replace(place, host=address).rendezvous
+    return spawn.Meeting(place.rank, endpoint, attempt, max(60, round(place.wait_seconds)), address)

@@ -62,8 +62,7 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
     checkpointing, 8-bit states; in an evaluation half its batch, then 8-bit states. While loading, saving or
     resuming a smaller batch frees nothing: once more as it was, because the shortage may pass, then 8-bit states
     (but in loading). One that hung: once more as it was. With a machine that was lost: as it was, when it is back.
-    Killed without a word, and not by the kernel: once more as it was, then treated as memory, which it most often
-    is.
+    Killed without a word, and not by the kernel: as it was, for that says nothing about memory, but not for ever.
 
     Args:
         recipe: What it gives is kept, except batch sizes.
@@ -77,15 +76,11 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
     if last.status == "lost" and sum(outcome.status == "lost" for outcome in history) <= MOST_LOST:
         reason = f"{last.reason}; going on from the last whole checkpoint when all machines are there"
         return NextAttempt(plan, resume=True, reason=reason)
-    if last.status not in ("out_of_memory", "killed"):
+    if last.status == "killed" and sum(outcome.status == "killed" for outcome in history) <= MOST_KILLS:
+        return NextAttempt(plan, resume=True, reason=f"{last.reason}; going on from the last whole checkpoint")
+    if last.status != "out_of_memory":
         return None
-    kills = sum(outcome.status == "killed" for outcome in history)
-    if last.status == "killed" and kills == 1:
-        what = last.reason.partition(" (SIGKILL)")[0]
-        return NextAttempt(plan, resume=True, reason=f"{what}; going on from the last whole checkpoint")
-    if kills > MOST_KILLS:
-        return None
-    seen = sum(outcome.status in ("out_of_memory", "killed") and outcome.phase == last.phase for outcome in history)
+    seen = sum(outcome.status == "out_of_memory" and outcome.phase == last.phase for outcome in history)
     if last.phase in ("loading", "saving", "resuming") and seen == 1:
         return NextAttempt(
             plan, True, f"{short_of(last, plan)}; retrying once unchanged, in case another process used the memory"
@@ -139,6 +134,15 @@ def _noted(before: Plan, after: Plan, fallback: Fallback, last: Outcome) -> tupl
         why = f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"
         present[name] = Setting(name=name, value=value, reason=why, chosen=True)
     return tuple(present.values())
+
+
+def killed_too_often(last: Outcome) -> str:
+    """What a person reads when something kills the training again and again."""
+    return (
+        f"{last.reason}; so it was {MOST_KILLS + 1} times in this command, without a sign that memory ran out: a "
+        "person, a scheduler or a watcher of memory (earlyoom, systemd-oomd) may do that; see to that, then the same "
+        "command goes on from the last checkpoint, or, if memory is short, with a smaller train.micro_batch_size"
+    )
 
 
 def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal
 from fulltune.train.parent import child, zero_checkpoint
 from fulltune.train.parent.memory_fallbacks import Need
-from fulltune.train.parent.next_attempt import NextAttempt, next_attempt, no_way_out, unknown
+from fulltune.train.parent.next_attempt import NextAttempt, killed_too_often, next_attempt, no_way_out, unknown
 from fulltune.train.parent.roll_back import roll_back
 from fulltune.train.parent.spawn import Starter, in_new_process
 from fulltune.train.request import Request, attempt_folders, number_in
@@ -207,7 +207,9 @@ def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fulltune
                 f"{request.run_folder}: the disk is full: {outcome.reason}; free some space, then run the same command "
                 "again"
             )
-        case "killed" | "crashed" | "hung":
+        case "killed":
+            return GuardStop(f"{killed_too_often(outcome)}; log: {request.folder / 'log.txt'}")
+        case "crashed" | "hung":
             return GuardStop([logged, *outcome.log_tail])
     if outcome.status in ("diverged", "spiked"):
         return Diverged([outcome.reason, *(f"tried: {reason}" for reason in tried)])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fulltune.system import allocator, deepspeed, hardware
+from fulltune.train.parent import ranks
 from fulltune.train.request import MACHINE, Request
 
 _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
@@ -31,6 +32,7 @@ KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": 
 training on texts of 57 lengths held 280 MiB of them; 64 are more than a step needs. Both have to be set."""
 
 
+LAUNCHER = ranks.__name__  # what starts several processes
 _PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
 """How lines of several processes are told apart in a machine's log; each also has files of its own."""
 
@@ -54,12 +56,13 @@ class Starter(Protocol):
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where one of several machines finds the others for an attempt: torchrun's words for it."""
+    """Where one of several machines finds the others for an attempt."""
 
     machine: int
     endpoint: str
+    """Of machine 0: there it listens, and the others join."""
     id: str
-    conf: str
+    wait_seconds: int
     address: str
     """Under which the others reach this machine."""
 
@@ -73,7 +76,7 @@ def in_new_process(request: Request, log: Path, meeting: Meeting | None = None) 
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=environment(request) | (of_machine(meeting) if meeting else {}),
+            env=environment(request) | (of_machine(meeting) if meeting else on_loopback()),
         )
 
 
@@ -81,18 +84,18 @@ def command(request: Request, file: Path, meeting: Meeting | None = None) -> lis
     """The command that starts the worker, under torchrun for several processes."""
     worker = ["-m", "fulltune.train.worker.main", str(file)]
     processes = request.plan.num_processes
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun = [sys.executable, "-m", LAUNCHER]
     if meeting is not None:
         train = request.recipe.train
-        together = [f"--nnodes={train.num_machines}", f"--nproc-per-node={train.processes_per_machine}"]
-        together += ["--rdzv-backend=c10d", f"--rdzv-endpoint={meeting.endpoint}", f"--rdzv-id={meeting.id}"]
-        together += [f"--rdzv-conf={meeting.conf}", f"--local-addr={meeting.address}"]
+        together = ["join" if meeting.machine else "listen", meeting.endpoint, f"--node-rank={meeting.machine}"]
+        together += [f"--nnodes={train.num_machines}", f"--nproc-per-node={train.processes_per_machine}"]
+        together += [f"--rdzv-id={meeting.id}", f"--rdzv-conf=timeout={meeting.wait_seconds}"]
         logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{meeting.machine}'}"]
         return [*torchrun, *together, *logs, *worker, str(os.getpid())]
     # DeepSpeed needs torchrun's variables even for one process.
     if processes == 1 and not deepspeed.wanted(request.recipe):
         return [sys.executable, *worker]
-    return [*torchrun, "--standalone", f"--nproc-per-node={processes}", *worker]
+    return [*torchrun, *ranks.ONE_MACHINE, f"--nproc-per-node={processes}", *worker]
 
 
 def environment(request: Request) -> dict[str, str]:
@@ -119,19 +122,27 @@ def of_machine(meeting: Meeting) -> dict[str, str]:
 
     Gloo would take the interface of the host's name, which on many machines is the loopback.
     """
-    import psutil
-
     variables = {MACHINE: str(meeting.machine), **_PREFIX}
-    addresses = psutil.net_if_addrs()
-    interface = next((name for name, its in addresses.items() if meeting.address in {one.address for one in its}), None)
-    if interface is not None:
+    if (interface := _interface_of(meeting.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     return variables
 
 
+def on_loopback() -> dict[str, str]:
+    """What keeps the processes of one machine from listening to others; a variable for several machines gives way."""
+    name = _interface_of("127.0.0.1") or "lo"
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+
+
+def _interface_of(address: str) -> str | None:
+    import psutil
+
+    return next((name for name, its in psutil.net_if_addrs().items() if address in {one.address for one in its}), None)
+
+
 def ask_to_stop(child: Child) -> None:
     """SIGTERM to the workers. torchrun itself would give them 30 seconds to save, and then kill them."""
-    launched = isinstance(child.args, Sequence) and "torch.distributed.run" in map(str, child.args)
+    launched = isinstance(child.args, Sequence) and LAUNCHER in map(str, child.args)
     workers = _below(child, recursive=False) if launched else []
     with contextlib.suppress(ProcessLookupError):
         if not workers:

@@ -24,7 +24,7 @@ from fulltune.recipe.training import NVME
 from fulltune.records.events import Listener
 from fulltune.records.run import RankUsed
 from fulltune.records.training import Outcome, OutcomeStatus
-from fulltune.system import allocator, deepspeed
+from fulltune.system import allocator, deepspeed, signals
 from fulltune.system.full_disk import is_disk_full
 from fulltune.system.meter import life_peak_bytes
 from fulltune.system.out_of_memory import is_out_of_memory
@@ -114,27 +114,25 @@ def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
 
 
 def _listen_for_signals(stop: Any) -> None:
-    """The first SIGTERM or SIGINT asks for a stop after this step."""
+    """The first signal asks for a stop after this step."""
     if threading.current_thread() is not threading.main_thread():
         return
 
     def ask(*_: object) -> None:
         stop.asked = True
 
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
+    signals.answer(ask)
 
 
 @contextlib.contextmanager
 def _signals_put_back() -> Iterator[None]:
     """In the user's own process Ctrl-C must work again after training."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in signals.STOPPING}
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            signals.put_back(before)
 
 
 def _end_with_parent(parent_pid: int) -> None:

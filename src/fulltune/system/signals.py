@@ -1,0 +1,35 @@
+"""Signals that ask a command to stop: Ctrl-C, SIGTERM, and SIGHUP, which comes when its terminal is closed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGINT, *ENDING)
+_TERMINALS = [number for number in (1, 2) if os.isatty(number)]
+
+
+def answer(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPPING) -> dict[int, Any]:
+    """Have these signals call `handler`, but for a SIGHUP that is ignored (`nohup`); gives what each called before.
+
+    Raises:
+        ValueError: Outside of the main thread.
+    """
+
+    def hung_up(number: int, frame: Any) -> None:
+        for terminal in _TERMINALS:
+            if not os.isatty(terminal):  # it was closed: each line that is shown would be an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        handler(number, frame)
+
+    heard = [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, hung_up if number == signal.SIGHUP else handler) for number in heard}
+
+
+def put_back(handlers: Mapping[int, Any]) -> None:
+    """Have signals call these."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

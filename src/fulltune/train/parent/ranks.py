@@ -1,0 +1,40 @@
+"""torchrun with a store that listens on one address alone, and holds nothing that is unpickled.
+
+`python -m fulltune.train.parent.ranks listen|join HOST:PORT ARGUMENTS OF TORCHRUN`: one machine, or machine 0 of
+several, has to `listen`. By itself torchrun's store listens on all interfaces, and with `--standalone` or
+`--rdzv-backend=c10d` it unpickles what it finds there: whoever reached the port could run code.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+ONE_MACHINE = ("listen", "127.0.0.1:0")
+"""A port of the loopback that is free."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run torchrun with its static rendezvous, in which each machine's number is given."""
+    from torch.distributed import TCPStore, run  # type: ignore[attr-defined]
+
+    for name in [name for name in os.environ if name.startswith("PET_")]:  # arguments for somebody else's torchrun
+        del os.environ[name]
+    role, endpoint, *others = arguments
+    if role == "listen":
+        name, _, given = endpoint.rpartition(":")
+        host = name.strip("[]")
+        listening = socket.create_server((host, int(given)), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        port = listening.getsockname()[1]
+        endpoint = f"{name}:{port}"
+        # torchrun's own store on this port joins the server of this one instead of starting one on all interfaces.
+        shared: Any = {"wait_for_workers": False, "multi_tenant": True, "master_listen_fd": listening.detach()}
+        _kept = TCPStore(host, port, is_master=True, **shared)
+    run.main(["--rdzv-backend=static", f"--rdzv-endpoint={endpoint}", *others])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
