@@ -19,13 +19,12 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from audit_texts import texts_of
-from evidence import HERE, data
-from paraphrases import embedded
+from evidence import HERE, MINILM, data
 
 from fulltune.data.outliers import far_out, nearest
 
@@ -37,6 +36,19 @@ RARE = 3
 DRAWN = 1500
 """Texts of each other set, drawn once, that are planted."""
 Fence = Callable[[np.ndarray], float]
+
+
+def embedded(texts: Sequence[str]) -> np.ndarray:
+    """Mean last hidden states of the untouched model, of length 1: float32 [texts, hidden]."""
+    from fulltune.forgetting.drift import GenericText
+    from fulltune.models.base import Base
+    from fulltune.models.load import load
+    from fulltune.recipe.model import ModelBlock
+
+    base = Base.of(ModelBlock(name=MINILM.removeprefix("model: ").strip()), "text-classification")
+    model = load(base, {"num_labels": 2}, head_is_new=True)
+    text = GenericText.of(list(texts), base.processor, "single_label", "fp32", 128, 32)
+    return np.asarray(text.read(model), np.float32)
 
 
 class Sets:

@@ -124,14 +124,12 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
     Args:
         job: The run.
         summary: Of its prepared rows.
-        reads_rows: Whether the untouched model reads rows, to judge labels and to find leaks in other words and
-            outliers.
+        reads_rows: Whether the untouched model reads rows, to judge labels and to find outliers.
     """
     folder = job.folder / "data"
     has_label, has_texts = summary.problem_type in JUDGED, job.recipe.task == "text-classification"
     reader = data.Reader(job.recipe, job.base, summary, folder, job.listener)
     judge = partial(data.judge, reader) if has_label and reads_rows else None
-    compare = partial(data.rephrased, reader) if has_texts and reads_rows else None
     is_whole = has_texts or job.recipe.task == "image-classification"  # a row has one mean of its states
     outlie = partial(data.outliers, reader) if is_whole and reads_rows else None
     if judge or outlie:
@@ -141,7 +139,7 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
     def progress(done: int, total: int) -> None:
         job.listener(RowsPrepared(name="auditing", done=done, total=total))
 
-    return data.audit(job.recipe, folder, summary, job.task, judge, compare, outlie, progress)
+    return data.audit(job.recipe, folder, summary, job.task, judge, outlie, progress)
 
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:

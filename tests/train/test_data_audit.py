@@ -120,16 +120,16 @@ def test_missed_entities_are_found_by_a_tiny_model(tiny_encoder: Path, tmp_path:
     assert "is likelier, by" in text
 
 
-def test_leaks_in_other_words_are_looked_for_only_with_the_model(audited: Path) -> None:
+def test_outliers_are_looked_for_only_with_the_model(audited: Path) -> None:
     found = Audit.load(audited / "run" / "data" / "audit.json")
     looked_at = {*found.clean, *found.not_run, *(one.check for one in found.checks)}
-    assert "paraphrase leak" in looked_at
+    assert "outlier" in looked_at
     recipe, folder = str(audited / "recipe.yaml"), audited / "no-labels"
     result = fulltune("data", recipe, "--run-folder", str(folder), "--no-labels")
     assert result.code == 0, result.err
     assert "reading rows with the untouched model" not in result.err
     found = Audit.load(folder / "data" / "audit.json")
-    assert found.not_run["paraphrase leak"] == found.not_run["label error"] == "left out by --no-labels"
+    assert found.not_run["outlier"] == found.not_run["label error"] == "left out by --no-labels"
 
 
 def test_without_labels_nothing_is_loaded_and_a_proof_of_other_tasks_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, format_percent
 
 FIRST = (
-    *("label error", "class names", "conflicting labels", "doubtful label", "leak", "near leak", "paraphrase leak"),
+    *("label error", "class names", "conflicting labels", "doubtful label", "leak", "near leak"),
     *("secret", "personal data", "phone number", "outlier", "duplicate"),
 )
 """Checks whose rows are asked about before those of all others: what they find costs most."""

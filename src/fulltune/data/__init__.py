@@ -10,7 +10,6 @@ from fulltune.data.outliers import outliers
 from fulltune.data.prepare import SUMMARY, prepare
 from fulltune.data.probe_rows import refuse_trained_texts
 from fulltune.data.prove import prove, refuse_prove
-from fulltune.data.rephrased import rephrased
 from fulltune.data.written import DROPPED
 
 __all__ = [
@@ -29,5 +28,4 @@ __all__ = [
     "prove",
     "refuse_prove",
     "refuse_trained_texts",
-    "rephrased",
 ]

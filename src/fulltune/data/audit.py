@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -33,8 +33,7 @@ from fulltune.data.judge import OUT_OF_MEMORY
 from fulltune.data.languages import OTHER_LANGUAGE, not_told
 from fulltune.data.outliers import NEIGHBOURS, FarRows
 from fulltune.data.patch import load_patch
-from fulltune.data.repeated import CONFLICT, DUPLICATE, LEAK, LEAKS, NEAR_LEAK, PARAPHRASE, in_other_words, repeated
-from fulltune.data.rephrased import ComparedTexts
+from fulltune.data.repeated import CONFLICT, DUPLICATE, LEAK, NEAR_LEAK, repeated
 from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.probe.label_errors import JUDGED, Suspected
@@ -57,8 +56,6 @@ Judged = tuple[np.ndarray, Suspected]
 """Positions of train rows, and what is known of their labels."""
 Judge = Callable[[], Judged | str]
 """Judges the labels of train rows; or says why they cannot be judged."""
-Compare = Callable[[], ComparedTexts | str]
-"""Compares the texts of train rows with those of held-out ones; or says why they cannot be compared."""
 Outlie = Callable[[Mapping[SplitName, np.ndarray]], FarRows | str]
 """Finds rows unlike all others, by a hash of each row's text; or says why that cannot be told."""
 
@@ -69,7 +66,6 @@ def audit(
     summary: DataSummary,
     task: Task,
     judge: Judge | None,
-    compare: Compare | None,
     outlie: Outlie | None,
     progress: Progress,
 ) -> Audit:
@@ -82,11 +78,10 @@ def audit(
         summary: Of the prepared rows.
         task: The task module.
         judge: None: labels are not to be judged, or the rows have none.
-        compare: None: the rows are no texts to classify, or are not compared.
         outlie: None: the model does not read each row as a whole, or no outliers are looked for.
         progress: Told how many rows of how many were looked at.
     """
-    given = {LABEL: judge, PARAPHRASE: compare, OUTLIER: outlie}
+    given = {LABEL: judge, OUTLIER: outlie}
     asked = {check for check, look_at in given.items() if look_at is not None}
     if (earlier := _earlier(folder, summary, asked)) is not None:
         return earlier
@@ -99,17 +94,13 @@ def audit(
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
     if rows.has_texts and (why := not_told(seen.heard)) is not None:
         not_run[OTHER_LANGUAGE] = why
-    by_model: dict[str, tuple[list[RowIssue] | None, str | None]] = {}
-    if summary.task == "text-classification":
-        by_model[PARAPHRASE] = _reworded(rows, compare, {one.place for one in issues if one.check in LEAKS})
     if summary.task in ("text-classification", "image-classification"):
-        by_model[OUTLIER] = _outlying(rows, outlie, seen)
-    for check, (found, why) in by_model.items():
+        found, why = _outlying(rows, outlie, seen)
         if found is not None:
-            made.add(check)
+            made.add(OUTLIER)
             issues += found
         if why is not None:
-            not_run[check] = why
+            not_run[OUTLIER] = why
     labels = None
     if judge is None:
         has_labels = summary.problem_type in JUDGED
@@ -216,17 +207,6 @@ def load_issues(folder: Path) -> list[RowIssue]:
 # ---- what the untouched model finds: its issues, and why not or which rows were not looked at --------------------
 
 
-def _reworded(
-    rows: AuditedRows, compare: Compare | None, leaked: Collection[str]
-) -> tuple[list[RowIssue] | None, str | None]:
-    if compare is None:
-        return None, NOT_ASKED
-    compared = compare()
-    if isinstance(compared, str):
-        return None, compared
-    return in_other_words(rows, compared.found, leaked), _not_drawn(compared.left_out)
-
-
 def _outlying(rows: AuditedRows, outlie: Outlie | None, seen: SeenRows) -> tuple[list[RowIssue] | None, str | None]:
     if outlie is None:
         return None, NOT_ASKED
@@ -245,11 +225,7 @@ def _outlying(rows: AuditedRows, outlie: Outlie | None, seen: SeenRows) -> tuple
                 f"rows in four at least {1 - far.usual:.2f}"
             )
             issues.append(rows.issue(OUTLIER, split, row, reason, score=round(distance, 4)))
-    return issues, _not_drawn(far.left_out)
-
-
-def _not_drawn(count: int) -> str | None:
-    return f"{counted(count, 'row')} that were not drawn to be read" if count else None
+    return issues, f"{counted(far.left_out, 'row')} that were not drawn to be read" if far.left_out else None
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from scipy.stats import norm
 from fulltune.data.audit import load_issues
 from fulltune.data.judge import Reader
 from fulltune.data.patch import numbered
-from fulltune.data.repeated import LEAKS
+from fulltune.data.repeated import LEAK, NEAR_LEAK
 from fulltune.errors import SetupError
 from fulltune.inference.store import row_id, texts
 from fulltune.probe.layers import NoProbe
@@ -149,7 +149,7 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
     Leaks are no such steps, nor rows of a high loss, of which nothing is claimed.
     """
     steps = []
-    for check in dict.fromkeys(one.check for one in issues if one.check not in (*LEAKS, HIGH_LOSS)):
+    for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
         # Of a row with several faults of a kind, such as in both texts of a pair, the first is taken.
         of_row = {one.key: one for one in reversed(issues) if one.check == check and one.split == "train"}
         them = list(reversed(of_row.values()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -12,14 +11,10 @@ import numpy as np
 
 from fulltune.data.audited_rows import AuditedRows, SeenRows
 from fulltune.data.near import grams, jaccard, joined
-from fulltune.data.rephrased import HELD_OUT, Rephrased
 from fulltune.records.audit import Remedy, RowIssue
-from fulltune.records.data import SplitName
-from fulltune.tasks import PLACE, Row
+from fulltune.tasks import PLACE
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
-PARAPHRASE = "paraphrase leak"
-LEAKS = (LEAK, NEAR_LEAK, PARAPHRASE)
 NEAR = 0.8
 """Share of the runs of five letters that texts have in common which are nearly the same."""
 _CANDIDATE = 0.7
@@ -152,20 +147,3 @@ def _most(counts: Counter[int]) -> int | None:
     """The label of more than half; None: there is none."""
     (best, most), *_ = counts.most_common(1)
     return best if 2 * most > counts.total() else None
-
-
-def in_other_words(rows: AuditedRows, found: Sequence[Rephrased], leaked: Collection[str]) -> list[RowIssue]:
-    """Train rows that say what a held-out row says, but for those that were found to leak already, by their places."""
-    by_position = {one.position: one for one in found}
-    chosen = [(by_position[at], row) for at, row in enumerate(rows.of("train")) if at in by_position]
-    chosen = [(one, row) for one, row in chosen if str(row[PLACE]) not in leaked]
-    wanted = {(one.split, one.held_out) for one, _ in chosen}
-    held_out: Mapping[tuple[SplitName, int], Row] = {
-        (split, at): row for split in HELD_OUT for at, row in enumerate(rows.of(split)) if (split, at) in wanted
-    }
-    issues: list[RowIssue] = []
-    for one, row in chosen:
-        other = held_out[one.split, one.held_out]
-        reason = f"the same is scored on in other words: {other[PLACE]}: '{rows.beginning(other, _QUOTED)}'"
-        issues.append(rows.issue(PARAPHRASE, "train", row, reason, score=round(one.cosine, 4)))
-    return issues

@@ -18,14 +18,13 @@ from fulltune.data.audit import load_issues
 from fulltune.data.near import grams, jaccard
 from fulltune.data.outliers import FarRows, Outlier
 from fulltune.data.patch import load_patch, numbered, save_patch
-from fulltune.data.rephrased import ComparedTexts, Rephrased
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import load_texts, row_id
 from fulltune.probe.label_errors import Suspected
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
-from fulltune.tasks import PLACE, task_named
+from fulltune.tasks import task_named
 from tests import tiny
 
 LIMITS = data.Limits(tiny.POSITIONS)
@@ -52,12 +51,12 @@ def prepared(
 
 
 def audited(
-    folder: Path, summary: DataSummary, judge: Any = None, compare: Any = None, outlie: Any = None
+    folder: Path, summary: DataSummary, judge: Any = None, outlie: Any = None
 ) -> tuple[Audit, dict[str, list[RowIssue]]]:
     """The audit, and its issues by check."""
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
     found = data.audit(
-        recipe, folder / "data", summary, task_named(recipe.task), judge, compare, outlie, lambda done, total: None
+        recipe, folder / "data", summary, task_named(recipe.task), judge, outlie, lambda done, total: None
     )
     issues: dict[str, list[RowIssue]] = {}
     for one in load_issues(folder / "data"):
@@ -136,38 +135,6 @@ def test_near_leaks_are_counted_and_not_estimated(tmp_path: Path) -> None:
     assert len(apart) >= 50
     assert {one.text for one in issues["near leak"]} == {row["text"] for row in near}
     assert all(one.score >= bound for one in issues["near leak"])
-
-
-def test_leak_in_other_words_is_listed_with_the_held_out_row_but_not_twice(tmp_path: Path) -> None:
-    labels = sorted({row["label"] for row in CLEAN})
-    held = [{"text": f"where is parcel {at} of jane@mail-of-jane.net", "label": labels[at % 2]} for at in range(8)]
-    summary = prepared(tmp_path, [*CLEAN, held[1]], eval=held[:4], test=held[4:])
-    train = load_texts(tmp_path / "data" / "train")
-    leaked = next(at for at, row in enumerate(train) if row["text"] == held[1]["text"])
-    alike = [(5, "eval", 2, 0.96), (8, "test", 3, 0.9812345), (leaked, "eval", 1, 1.0)]
-    compared = ComparedTexts(tuple(Rephrased(*one) for one in alike), 0)  # type: ignore[arg-type]
-    found, issues = audited(tmp_path, summary, None, lambda: compared)
-    assert {"leak", "paraphrase leak"} <= set(issues)
-    assert [one.row for one in issues["paraphrase leak"]] == [row_id(train[8]), row_id(train[5])]
-    first = issues["paraphrase leak"][0]
-    assert (first.split, first.score, first.remedy) == ("train", 0.9812, Remedy(action="drop"))
-    other = load_texts(tmp_path / "data" / "test")[3]
-    assert str(other[PLACE]) in first.reason
-    assert other["text"].partition(" of ")[0] in first.reason
-    assert "jane@mail" not in first.reason
-    assert "paraphrase leak" not in found.not_run
-
-
-def test_what_was_not_compared_is_said(tmp_path: Path) -> None:
-    summary = prepared(tmp_path, CLEAN)
-    found, _ = audited(tmp_path, summary, None, lambda: "no encoder")
-    assert found.not_run["paraphrase leak"] == "no encoder"
-    (tmp_path / "data" / "audit.json").unlink()
-    found, _ = audited(tmp_path, summary, None, lambda: ComparedTexts((), 7))
-    assert "7 rows" in found.not_run["paraphrase leak"]
-    (tmp_path / "data" / "audit.json").unlink()
-    found, _ = audited(tmp_path, summary)
-    assert found.not_run["paraphrase leak"] == "left out by --no-labels"
 
 
 def test_outliers_of_each_split_are_listed_the_farthest_first(tmp_path: Path) -> None:

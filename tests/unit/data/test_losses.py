@@ -29,7 +29,7 @@ def prepared(folder: Path, rows: list[dict[str, Any]], task: str = "text-classif
     tokenizer = tiny.decoder_tokenizer() if task == "causal-lm" else tiny.encoder_tokenizer()
     module = task_named(recipe.task)
     summary = data.prepare(recipe, folder / "data", module, tokenizer, data.Limits(tiny.POSITIONS))
-    data.audit(recipe, folder / "data", summary, module, None, None, None, lambda done, total: None)
+    data.audit(recipe, folder / "data", summary, module, None, None, lambda done, total: None)
     return recipe, summary
 
 
@@ -74,7 +74,7 @@ def test_another_audit_of_the_same_rows_keeps_the_list(tmp_path: Path) -> None:
     recipe, summary = prepared(tmp_path, [CLEAN[0], *CLEAN])
     _, issues = listed(tmp_path, recipe, summary, train=counts(summary.splits["train"].rows, p3=4.0))
     folder, module = tmp_path / "data", task_named(recipe.task)
-    found = data.audit(recipe, folder, summary, module, lambda: "asked now", None, None, lambda done, total: None)
+    found = data.audit(recipe, folder, summary, module, lambda: "asked now", None, lambda done, total: None)
     assert found.not_run["label error"] == "asked now"
     assert found.checks[-1].check == "high loss"
     assert [one.model_dump() for one in data.load_issues(folder) if one.check == "high loss"] == issues

@@ -59,8 +59,6 @@ _ABOUT = {
     "from, tell more. Change only what is wrong: eval rows that are left out because they are hard flatter the model.",
     "duplicate": "Train rows that stand in train before, label or answer included. They count twice while training.",
     "near leak": "Train rows whose text is nearly one that is scored on: most runs of five letters are the same.",
-    "paraphrase leak": "Train rows that the untouched model takes for a reworded eval or test row. Read some: "
-    "where many rows ask the same, they are like that; and it hardly sees that words changed places.",
     "leak": "Train rows whose text is scored on, too. The scores flatter the model: leave these rows out of train.",
     "conflicting labels": "Train rows with the same text and different labels: at most one of them can be learned.",
     "class names": "Rows of a class that is perhaps another one: the names differ in capitals, blanks, form or look.",
