@@ -9,7 +9,6 @@ Each cell is whole runs of the command line with the same rows, steps and seed, 
 - `free`: as by default, nothing done against forgetting;
 - `held`: `preserve.budget` and its replay;
 - `line`: the budget without replay, so that only scaling back is left;
-- `own`: replay of texts that the model writes itself (`preserve.replay: samples`);
 - `slow`: the same as `line` with a quarter of the learning rate;
 - `task`: as `held`, and the budget holds for the 77 intents of Banking77 as well (`preserve.task`; WNUT-17 only);
 - `pull-K`: the same as `line`, where after each update every weight goes back by K times the learning rate of the way
@@ -55,7 +54,6 @@ ARMS: dict[str, list[str]] = {
     "free": [],
     "held": ["preserve.budget={budget}"],
     "line": ["preserve.budget={budget}", "preserve.replay=null"],
-    "own": ["preserve.budget={budget}", "preserve.replay=samples"],
     "slow": ["preserve.budget={budget}", "preserve.replay=null", "method.learning_rate={slow}"],
     "task": ["preserve.budget={budget}", "preserve.task=other.yaml"],
     **{f"pull-{times}": ["preserve.budget={budget}", "preserve.replay=null"] for times in (3, 10, 30)},

@@ -98,10 +98,10 @@ def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -
 
 @on_the_cpu
 def test_run_of_a_language_model_computes_every_pass_in_its_format(tmp_path: Path) -> None:
-    """Also what it writes before step 1 and is replayed, and its answers."""
+    """Also what is replayed, and its answers."""
     model = tiny.save_model(tmp_path / "model", "llama")
     blocks: dict[str, Any] = {
-        "preserve": {"budget": "5%", "replay": "samples"},
+        "preserve": {"budget": "5%"},
         "evaluate": {"generate_rows": 2, "max_new_tokens": 2},
     }
     with formats() as found:
@@ -112,7 +112,6 @@ def test_run_of_a_language_model_computes_every_pass_in_its_format(tmp_path: Pat
         "inference/run.py: kept",
         "train/loop/guarded_step.py: compute_loss",
         "train/worker/replay.py: _logits",
-        "train/worker/samples.py: _drawn",
     }
     assert {name for name, types in found.items() if types != {torch.bfloat16}} == exact
 

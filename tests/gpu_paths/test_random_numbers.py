@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fulltune.selfcheck import tiny
 from fulltune.train.loop import guarded_step
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.worker import checks, dry_run, samples
+from fulltune.train.worker import checks, dry_run
 from fulltune.train.worker.no_trace import same_randomness
 from tests.gpu_paths.cards import Cards
 
@@ -80,33 +79,6 @@ def test_dry_run_puts_the_cards_back_where_the_plan_uses_them(device: str, two_h
     with dry_run._without_trace(trainer, plan):
         draw(two_h100s)
     assert (states(two_h100s) == before) == (device == "cuda")
-
-
-@pytest.mark.parametrize("card", [torch.device("cuda", 0), torch.device("cpu")], ids=["cuda", "cpu"])
-def test_samples_are_drawn_on_the_models_card_and_leave_no_trace(card: torch.device, two_h100s: Cards) -> None:
-    """Fake tensors: made on `cuda:0`, they refuse one from the CPU beside them."""
-    row, asked = SimpleNamespace(tolist=lambda: [1, 5, 6, 2, 0]), list[Any]()
-
-    class Model(torch.nn.Module):
-        device = card
-        generation_config = None
-
-        def generate(self, start: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
-            asked.append((start.device, (start + attention_mask).device, torch.is_autocast_enabled(card.type)))
-            asked.append(options["stopping_criteria"][0](start, None).device)
-            two_h100s[0].random.manual_seed(99)
-            return [row, row]
-
-    plan = SimpleNamespace(eval_batch_size=2, precision="bf16", seed=3, num_processes=1)
-    attempt: Any = SimpleNamespace(
-        trainer=SimpleNamespace(model=Model()), plan=plan, alive=lambda: None, stop=SimpleNamespace(asked=False)
-    )
-    tokenizer: Any = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    before = states(two_h100s)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        assert samples._drawn(attempt, tokenizer, 2, 5) == [[1, 5, 6, 2]] * 2
-    assert asked == [(card, card, True), card]
-    assert (states(two_h100s) == before) == (card.type == "cuda"), "cards that the model is not on were set up"
 
 
 def test_dry_run_in_deepspeeds_engine_leaves_both_cards_alone(two_h100s: Cards) -> None:

@@ -155,12 +155,12 @@ def test_process_that_is_killed_three_times_changes_nothing(place: str, tmp_path
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "replay"), [("encoder", {}), ("decoder", {"replay": "samples"})])
-def test_budget_for_forgetting_chooses_the_same_point(name: str, replay: dict[str, str], tmp_path: Path) -> None:
-    """Generic text is read, written by the untouched model and replayed, and the weights are scaled back, by all
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_budget_for_forgetting_chooses_the_same_point(name: str, tmp_path: Path) -> None:
+    """Generic text is read and replayed, and the weights are scaled back, by all
     processes together."""
     family = FAMILIES[name]
-    family = replace(family, blocks={**family.blocks, "preserve": {"budget": "2%", **replay}})
+    family = replace(family, blocks={**family.blocks, "preserve": {"budget": "2%"}})
     expected = in_one_process(tmp_path / "one", family, **FEW)
     placed.train(tmp_path / "shared", family, SHARED, **FEW)
     assert_near(expected, placed.read(tmp_path / "shared"))

@@ -26,7 +26,7 @@ from fulltune.recipe.file import load_recipe
 from fulltune.recipe.preserve import PreserveBlock
 from fulltune.records.forgetting import Drift, Kind, Point, Preserved, limit_of
 from fulltune.report.run.about_forgetting import verdict
-from fulltune.train.worker import samples, within_budget
+from fulltune.train.worker import within_budget
 from fulltune.train.worker.replay import Replay, divergence
 from tests import tiny
 from tests.preserved import preserved_record
@@ -235,10 +235,6 @@ def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
         ({"preserve": {"budget": "1%", "replay": "none"}}, "found 'none'; for none write null"),
         ({"preserve": {"budget": 0}}, "expected a share above 0 and below 100%"),
         ({"preserve": {"budget": "-1%"}}, "expected a share above 0 and below 100%"),
-        (
-            {"preserve": {"budget": "1%", "replay": "samples"}},
-            "preserve.replay: samples: a model for text-classification writes no texts",
-        ),
         ({"preserve": {"replay": "more.txt"}}, "preserve.replay: has no effect without preserve.budget"),
         ({"preserve": {"budget": "1%", "drift": False}}, "preserve.drift: false, but preserve.budget needs it"),
         ({"preserve": {"budget": "1%"}, "method": {"kind": "prompt"}}, "'prompt' cannot be scaled back"),
@@ -336,35 +332,6 @@ def test_suspect_step_that_is_computed_again_replays_the_same_texts(
     with faults.planted(faults.nan_gradient, {6}.__contains__, lasting=False):
         runs.run(tmp_path, tiny_encoder, ROWS, preserve={"budget": "0.3%"}, **BLOCKS)
     assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
-
-
-@pytest.mark.long
-def test_texts_that_the_untouched_model_writes_are_replayed_and_come_again_when_a_run_goes_on(
-    tiny_decoder: Path, tmp_path: Path
-) -> None:
-    blocks: dict[str, Any] = {"task": "causal-lm", "train": TRAIN, "method": {"learning_rate": 1e-3}}
-    blocks["preserve"] = {"budget": "5%", "replay": "samples"}
-    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.5), "by layer": ()}, REFINEMENTS=0)
-    few_written = mock.patch.object(samples, "MOST", 64)
-    drawn: list[tuple[list[int], ...]] = []
-    real = Replay.remember
-
-    def remember(self: Replay, *given: Any) -> None:
-        drawn.append(self.text.ids)
-        real(self, *given)
-
-    with few, few_written, mock.patch.object(Replay, "remember", remember):
-        runs.run(tmp_path / "whole", tiny_decoder, tiny.pair_rows(64), **blocks)
-        options = {"listener": runs.at_step(11, ask_to_stop)}
-        with pytest.raises(InterruptedRun):
-            runs.run(tmp_path / "stopped", tiny_decoder, tiny.pair_rows(64), options=options, **blocks)
-        runs.run(tmp_path / "stopped", tiny_decoder, tiny.pair_rows(64), **blocks)
-    assert len(drawn[0]) > 50
-    assert len(set(map(tuple, drawn[0]))) > 50
-    assert max(map(len, drawn[0])) <= 64
-    assert drawn[1] == drawn[0]
-    assert drawn[2] == drawn[0]
-    assert_same(runs.final_weights(tmp_path / "stopped"), runs.final_weights(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.long), "lora"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fulltune.errors import DataError
 from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
-from fulltune.recipe.preserve import AUTO, BUNDLED, SAMPLES, PreserveBlock
+from fulltune.recipe.preserve import AUTO, BUNDLED, PreserveBlock
 from fulltune.tasks.columns import normalised
 from fulltune.text import counted
 
@@ -105,10 +105,9 @@ def parts(block: PreserveBlock) -> Parts:
     replayed = texts[2 * each :][:MOST_REPLAYED]
     if not shares_one:
         taken = set(map(beginning, texts))
-        file = None if block.replay == SAMPLES else block.replay
-        found = generic_texts(file, MOST_REPLAYED, "preserve.replay")[0] if file else []
+        found = generic_texts(block.replay, MOST_REPLAYED, "preserve.replay")[0] if block.replay else []
         replayed = [text for text in found if beginning(text) not in taken]
-        if file and not replayed:
+        if block.replay and not replayed:
             raise DataError(f"preserve.replay: {block.replay}: holds nothing but texts of the probe; name other texts")
     return Parts(texts[:each], texts[each : 2 * each], replayed, source)
 

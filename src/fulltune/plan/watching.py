@@ -10,7 +10,6 @@ from fulltune.plan.reasons import FROM_RECIPE, Reasons
 from fulltune.plan.resolve import Steps
 from fulltune.plan.time import GENERIC_TOKENS, occasions
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.preserve import SAMPLES
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Preserving, Setting
@@ -79,8 +78,7 @@ def preserving(
     reasons.settings.append(given)
     if rows:
         often = f"every {every} steps" if every > 1 else "at each step"
-        kind = "texts of the model's own" if block.replay == SAMPLES else "generic texts"
-        why = f"{rows} {kind} replayed in each step, {share} of its tokens; weight set {often}"
+        why = f"{rows} generic texts replayed in each step, {share} of its tokens; weight set {often}"
         reasons.add("preserve.replay", None, block.replay, why)
     if block.task is not None:
         each = summary.other_task_rows // 4

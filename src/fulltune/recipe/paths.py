@@ -9,7 +9,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.preserve import AUTO, SAMPLES
+from fulltune.recipe.preserve import AUTO
 from fulltune.recipe.training import NVME, NVME_FOLDER
 
 
@@ -76,7 +76,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             update[key] = absolute(value, f"data.{key}")
     preserve = recipe.preserve
     for key in ("probe", "replay", "task"):
-        if (value := getattr(preserve, key)) not in (None, AUTO, SAMPLES):
+        if (value := getattr(preserve, key)) not in (None, AUTO):
             preserve = preserve.model_copy(update={key: absolute(value, f"preserve.{key}")})
     train = recipe.train
     if isinstance(file := train.extra.get("deepspeed"), str):

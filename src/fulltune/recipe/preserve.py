@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 from fulltune.recipe.block import Block
 from fulltune.text import parse_share
 
-AUTO, SAMPLES = "auto", "samples"
+AUTO = "auto"
 BUNDLED = "docstrings of Python's standard library"
 """Generic text that every installation has."""
 
@@ -26,7 +26,7 @@ def _a_share(value: Any) -> Any:
 def _a_file(value: Any) -> Any:
     """Other words for nothing are answered."""
     if value is False or (isinstance(value, str) and value.lower() in ("none", "no", "off", "false", "")):
-        raise ValueError(f"expected a text file, auto or samples, found '{value}'; for none write null")
+        raise ValueError(f"expected a text file or auto, found '{value}'; for none write null")
     return value
 
 
@@ -51,8 +51,8 @@ class PreserveBlock(Block):
     raised as the budget is spent; of the points between the untouched and the trained model the best one within the
     budget is kept, and certified on texts that nothing else has read. For full and lora, also in a comparison."""
     replay: Annotated[str | None, BeforeValidator(_a_file)] = AUTO
-    """Where the generic text that is replayed comes from: a text file; `auto`, a part of the probe's texts;
-    `samples`, texts that a language model writes itself before step 1. `null`: none is replayed."""
+    """Where the generic text that is replayed comes from: a text file; `auto`, a part of the probe's texts.
+    `null`: none is replayed."""
 
     task: str | None = None
     """Another task of yours that the budget holds for as well: a recipe for text-classification with one label a row,

@@ -18,7 +18,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.elsewhere import PINNED, answer
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
-from fulltune.recipe.preserve import AUTO, SAMPLES, PreserveBlock
+from fulltune.recipe.preserve import AUTO, PreserveBlock
 from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.recipe.training import OWN_OPTIMIZERS, PER_TENSOR
 from fulltune.text import did_you_mean
@@ -297,10 +297,6 @@ def _preserved(recipe: Recipe) -> list[str]:
         problems.append(f"preserve.drift: false, but {name} needs it; remove one of them")
     if recipe.task == "seq2seq":
         problems.append(f"{name}: not yet for seq2seq, of which only the encoder is measured; remove it")
-    if block.replay == SAMPLES and recipe.task != "causal-lm":
-        problems.append(
-            f"preserve.replay: samples: a model for {recipe.task} writes no texts; name a text file, or leave it out"
-        )
     if recipe.task == "causal-lm" and block.task is not None:
         problems.append(
             "preserve.task: is for models that do not write, whose hidden states a frozen head can read; what a "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -16,7 +15,6 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from fulltune import methods, probe
 from fulltune.forgetting.budget import LANGUAGE, STATES
-from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of
@@ -28,7 +26,6 @@ from fulltune.models.liger import put_kernels
 from fulltune.models.load import load
 from fulltune.models.processors import opened
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.preserve import SAMPLES
 from fulltune.records.data import DataSummary
 from fulltune.records.events import StepSkipped
 from fulltune.records.forgetting import limit_of
@@ -52,7 +49,6 @@ from fulltune.train.worker.drifting import Drifting
 from fulltune.train.worker.frozen_head import fit_head
 from fulltune.train.worker.learning import Learning
 from fulltune.train.worker.replay import Replay
-from fulltune.train.worker.samples import samples
 from fulltune.train.worker.steering import Steering
 
 _MOST_NAMED = 32
@@ -155,7 +151,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     attempt.trainer.generic_identity = attempt.drifting.identity
     attempt.trainer.base_weights = attempt.base_weights
     attempt.frozen_head = fit_head(attempt)  # before any step
-    _replay(attempt, tokenizer)
+    _replay(attempt)
     scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
     return rows, eval_rows
@@ -173,14 +169,14 @@ def make_faster(model: Any, recipe: Recipe, plan: Plan, summary: DataSummary) ->
         dropout.install(model)
 
 
-def _replay(attempt: AttemptContext, tokenizer: Any) -> None:
+def _replay(attempt: AttemptContext) -> None:
     """Train generic text along, where the plan does; the model is still the untouched one."""
     plan, trainer = attempt.plan, attempt.trainer
     if plan.preserving is None or not plan.preserving.replay_rows or attempt.request.probe:
         return
     rows = plan.preserving.replay_rows
     with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
-        text = _replayed(attempt, tokenizer, plan.total_steps * rows)
+        text = attempt.drifting.text_of(parts(attempt.recipe.preserve).replayed[: plan.total_steps * rows])
     # No more tokens at once than a micro batch has, and of a language model no more logits than are small; one text
     # where activations are recomputed, which happens in training mode alone.
     at_once = plan.micro_batch_size * attempt.summary.max_length // attempt.drifting.most_tokens
@@ -194,15 +190,6 @@ def _replay(attempt: AttemptContext, tokenizer: Any) -> None:
     with attempt.journal.during("evaluation"):
         replay.remember(trainer, attempt.alive)
     trainer.add_callback(Steering(attempt, replay, limit, weighing, plan.preserving.steer_steps))
-
-
-def _replayed(attempt: AttemptContext, tokenizer: Any, count: int) -> GenericText:
-    """At most so many texts."""
-    preserve, drifting = attempt.recipe.preserve, attempt.drifting
-    if preserve.replay != SAMPLES:
-        return drifting.text_of(parts(preserve).replayed[:count])
-    found = samples(attempt, tokenizer, count, drifting.most_tokens)
-    return replace(drifting.text_of([]), ids=tuple(found))
 
 
 def task_rows(data: Path, tokenizer: Any) -> list[Any]:
