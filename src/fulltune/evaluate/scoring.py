@@ -139,8 +139,8 @@ class Scoring:
     ) -> Scored:
         """The record of a contestant, with the intervals of its metrics."""
         confidence = self.recipe.evaluate.confidence
-        for name in fields.keys() & {"worst", "answers"}:
-            fields[name] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[name])
+        for quoting in fields.keys() & {"worst", "answers"}:
+            fields[quoting] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[quoting])
         scores = Scores(
             name=name,
             kind=kind,
