@@ -17,21 +17,8 @@ ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
 """Kinds that a folder may hold for other reasons (a licence, notes): read when the recipe names the file."""
 _KINDS = ", ".join(SUFFIXES)
 _ABOUT_ROWS = {"state.json", "dataset_info.json"}
-_LIKE_ROWS = (
-    ".xlsx",
-    ".xls",
-    ".ods",
-    ".sqlite",
-    ".db",
-    ".pkl",
-    ".h5",
-    ".orc",
-    ".avro",
-    ".heic",
-    ".heif",
-    ".jxl",
-    ".svg",
-)
+_LIKE_ROWS = (".xlsx", ".xls", ".ods", ".sqlite", ".pkl", ".h5", ".orc", ".avro", ".heic", ".heif", ".jxl", ".svg")
+"""Kinds of tables and images that nobody reads here."""
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
@@ -95,7 +82,8 @@ def _files_in(folder: Path) -> list[Path]:
     # Left alone, its rows would be missing in silence.
     packed = [file for file in listed if file.suffix.lower() in _PACKED and _is_data(file.stem)]
     if not files and not packed:
-        raise DataError(f"{folder}: no data file in this folder; expected {_KINDS}: name another folder, or a file")
+        problem = f"{folder}: no data file in this folder; expected {_KINDS}: name another folder, or a file"
+        raise DataError([problem, *left_out(folder, SUFFIXES, ())])
     problems = [_packed(file) for file in packed]
     for file in files:
         try:

@@ -221,8 +221,16 @@ def test_files_that_a_folder_holds_and_nobody_reads_are_noted(tmp_path: Path) ->
     ]
 
 
+def test_folder_whose_files_lie_deeper_names_them(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more" / "b.csv")
+    with pytest.raises(DataError, match="no data file in this folder") as found:
+        locate([str(tmp_path)])
+    assert "more/b.csv" in found.value.problems[1]
+
+
 def test_images_that_nobody_reads_are_noted(tmp_path: Path) -> None:
-    for name in ("cat/1.png", "dog/2.png", "dog/old/3.png", "cat/4.heic", "cat/notes.txt"):
+    for name in ("cat/1.png", "dog/2.png", "dog/old/3.png", "cat/4.heic", "cat/notes.txt", "Thumbs.db"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert [note.partition(": what")[0] for note in _notes(tmp_path)] == [
