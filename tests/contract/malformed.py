@@ -321,7 +321,8 @@ def _damage_text(draw: random.Random, case: Case, content: bytes, header: Sequen
         case "twice":
             return sign.join([*header[1:], header[-1]]).encode() + end.encode() + body
         case "delimiter":
-            return (";".join(header) + end + f"a;b{end}" * 40).encode()
+            # With as many semicolons as the header they would be rows.
+            return (";".join(header) + end + (";".join("abcd"[: len(header) + 1]) + end) * 40).encode()
         case "names":
             return sign.join(f"c{number}" for number, _ in enumerate(header)).encode() + end.encode() + body
         case _:
