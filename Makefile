@@ -25,7 +25,7 @@ $(VENV)/dev: $(VENV)/quickstart
 # Kubeflow's and SkyPilot's own parsers, which want other versions of packages than fulltune does.
 $(VENV)/launchers/ready: $(VENV)/quickstart
 	$(PYTHON) -m venv --upgrade-deps $(VENV)/launchers
-	$(VENV)/launchers/bin/pip install --quiet 'kubeflow-training>=1.9' 'kubeflow-trainer-api>=2.3' 'skypilot>=0.14'
+	$(VENV)/launchers/bin/pip install --quiet 'kubeflow-trainer-api>=2.3' 'skypilot>=0.14'
 	touch $@
 
 # DeepSpeed and Liger, each with what the other tests are to run without: Triton, which only its interpreter runs here.

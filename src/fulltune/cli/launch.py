@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,7 +45,7 @@ def launch(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)],
     ssh: Hosts = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="A batch script for Slurm.")] = False,
-    k8s: Annotated[bool, typer.Option("--k8s", help="A PyTorchJob and a TrainJob for Kubernetes.")] = False,
+    k8s: Annotated[bool, typer.Option("--k8s", help="A TrainJob for Kubernetes.")] = False,
     sky: Annotated[bool, typer.Option("--sky", help="A task for SkyPilot.")] = False,
     submit: Submit = False,
     hardware: For = None,
@@ -62,40 +63,36 @@ def launch(
         found = listed([f"--{name}" for name in chosen]) or "none"
         raise SetupError(f"launch: expected one of --ssh HOSTS, --slurm, --k8s and --sky, found {found}")
     job = job_of(recipe, set_ or [], hardware, ["fulltune", *sys.argv[1:]])
-    manifests, paths = _manifests(job, chosen[0], ssh, with_ or [], output)
-    if submit and len(manifests) > 1:
-        raise SetupError("--submit: which of the two? Give --with job=pytorchjob or --with job=trainjob")
-    writing.refuse_existing(paths, force, job)
-    written = writing.write(manifests, paths)
+    manifest, path = _manifest(job, chosen[0], ssh, with_ or [], output)
+    writing.refuse_existing(path, force, job)
+    command = writing.write(manifest, path)
     each = f", {counted(job.processes, 'process', 'processes')} each" if job.num_machines > 1 else ""
     out.print(f"{counted(job.num_machines, 'machine')}{each}", soft_wrap=True)
-    for one in written:
-        out.print(f"wrote {escape(str(one.path))}; submit it: {escape(one.by_hand)}", soft_wrap=True)
-    for note in manifests[0].notes:
+    out.print(f"wrote {escape(str(path))}; submit it: {escape(shlex.join(command))}", soft_wrap=True)
+    for note in manifest.notes:
         out.print(escape(note), soft_wrap=True)
     if submit:
-        writing.submit(written[0], lambda line: err.print(escape(line), soft_wrap=True))
+        writing.submit(command, lambda line: err.print(escape(line), soft_wrap=True))
 
 
-def _manifests(
+def _manifest(
     job: LaunchedJob, launcher: str, hosts: Path | None, given: list[str], output: Path | None
-) -> tuple[list[Manifest], list[Path]]:
+) -> tuple[Manifest, Path]:
     """What to write, and where."""
     from fulltune.launch import kubernetes, settings, sky, slurm, ssh
     from fulltune.launch.hosts import read_hosts
-    from fulltune.launch.write import places
+    from fulltune.launch.write import place
 
     match launcher:
         case "ssh":
             assert hosts is not None
             how = settings.read_settings(settings.SshSettings, given)
-            paths = places(job, ["ssh.sh"], output)
-            machines = read_hosts(hosts, job.num_machines)
-            return [ssh.manifest(job, how, machines, str(paths[0].absolute().with_suffix(".logs")))], paths
+            logs = str(place(job, "ssh.sh", output).absolute().with_suffix(".logs"))
+            found = ssh.manifest(job, how, read_hosts(hosts, job.num_machines), logs)
         case "slurm":
-            found = [slurm.manifest(job, settings.read_settings(settings.SlurmSettings, given))]
+            found = slurm.manifest(job, settings.read_settings(settings.SlurmSettings, given))
         case "k8s":
-            found = kubernetes.manifests(job, settings.read_settings(settings.KubernetesSettings, given))
+            found = kubernetes.manifest(job, settings.read_settings(settings.KubernetesSettings, given))
         case _:
-            found = [sky.manifest(job, settings.read_settings(settings.SkySettings, given))]
-    return found, places(job, [one.ending for one in found], output)
+            found = sky.manifest(job, settings.read_settings(settings.SkySettings, given))
+    return found, place(job, found.ending, output)

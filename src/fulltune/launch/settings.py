@@ -149,7 +149,7 @@ class SlurmSettings(LauncherSettings):
 
 
 class KubernetesSettings(LauncherSettings):
-    """A Kubernetes cluster with Kubeflow's Training Operator (PyTorchJob) or Trainer 2 (TrainJob)."""
+    """A Kubernetes cluster with Kubeflow Trainer 2."""
 
     image: str
     """Container image that has fulltune (docs/container.md)."""
@@ -159,8 +159,6 @@ class KubernetesSettings(LauncherSettings):
     """Where the claim stands in the pods."""
     folder: Absolute | None = None
     """The recipe's folder as the pods see it. Left out: `mount`."""
-    job: Literal["pytorchjob", "trainjob"] | None = None
-    """Which of the two to write. Left out: both, in a file each; `--submit` needs one."""
     namespace: str | None = None
     """Left out: kubectl's own."""
     gpus_per_node: int | None = Field(default=None, ge=0)
@@ -186,14 +184,13 @@ class KubernetesSettings(LauncherSettings):
     notice: Duration = "10m"
     """How long a pod that is told to stop may take to save (terminationGracePeriodSeconds)."""
     runtime: str = "torch-distributed"
-    """TrainJob: the training runtime, whose pods have a container `node`."""
+    """The training runtime, whose pods have a container `node`."""
     runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = "ClusterTrainingRuntime"
-    """TrainJob: the cluster's, or one of the namespace."""
+    """The cluster's, or one of the namespace."""
     own_runtime: bool = False
-    """TrainJob: write a runtime of its own into the file, whose pods do not start again after a refusal."""
-    backoff_limit: int | None = Field(default=None, ge=0)
-    """Restarts until the job has failed: of a PyTorchJob (left out: no limit; Kubeflow 1.9 counts them only in part),
-    or of a TrainJob with `own_runtime` (left out: 100)."""
+    """Write a runtime of its own into the file, whose pods do not start again after a refusal."""
+    backoff_limit: int = Field(default=100, ge=0)
+    """Restarts until the job has failed, with `own_runtime`; another runtime says so itself."""
 
 
 class SkySettings(LauncherSettings):

@@ -6,18 +6,8 @@ Kubeflow's models drop what they do not know, so what was read is written again 
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import yaml
-
-
-def pytorch_job(values):
-    """As `kubeflow-training` reads a PyTorchJob."""
-    from kubeflow.training.api_client import ApiClient
-
-    client = ApiClient()
-    answer = SimpleNamespace(data=json.dumps(values))
-    return client.sanitize_for_serialization(client.deserialize(answer, "KubeflowOrgV1PyTorchJob"))
 
 
 def train_job(values):
@@ -47,7 +37,7 @@ def runtime(values):
     return json.loads(json.dumps(TrainerV1alpha1TrainingRuntime.from_dict(values).to_dict(), default=str))
 
 
-READERS = {"PyTorchJob": pytorch_job, "TrainJob": train_job, "TrainingRuntime": runtime}
+READERS = {"TrainJob": train_job, "TrainingRuntime": runtime}
 
 for path in sys.argv[1:]:
     for values in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")):

@@ -36,16 +36,12 @@ def of(path: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def container(job: dict[str, Any], kind: str = "Master") -> dict[str, Any]:
-    return dict(job["spec"]["pytorchReplicaSpecs"][kind]["template"]["spec"]["containers"][0])
-
-
 def test_it_says_what_it_wrote_and_what_submits_it(place: Place, hosts: Path) -> None:
     for arguments, ending, command in (
         (("--slurm",), "slurm.sh", "sbatch"),
         (("--ssh", hosts), "ssh.sh", "bash"),
         (
-            (*PODS, "--with", "job=trainjob", "--with", "namespace=a b"),
+            (*PODS, "--with", "namespace=a b"),
             "trainjob.yaml",
             "kubectl apply --namespace 'a b' --filename",
         ),
@@ -61,7 +57,7 @@ def test_it_says_what_it_wrote_and_what_submits_it(place: Place, hosts: Path) ->
 
 def test_control_characters_of_the_command_are_escaped_in_its_comment(place: Place) -> None:
     file = place.work / "a\ab.yaml"
-    assert place.launch(*PODS, "--with", "job=trainjob", "--output", file).code == 0
+    assert place.launch(*PODS, "--output", file).code == 0
     text = file.read_text(encoding="utf-8")
     assert r"/a\x07b.yaml" in text.partition("\n")[0]
     assert list(yaml.safe_load_all(text))
@@ -89,10 +85,9 @@ def test_for_says_machines_processes_and_gpus(place: Place) -> None:
     assert place.launch("--slurm", "--for", "4x 8x A100-80GB", *device).code == 0
     assert "#SBATCH --gpus-per-node=8\n" in place.written("slurm.sh").read_text(encoding="utf-8")
     assert place.launch(*PODS, "--for", "2x 4x MI300X", *device).code == 0
-    job = of(place.written("pytorchjob.yaml"))
-    assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 1
-    assert container(job)["resources"]["limits"] == {"amd.com/gpu": "4"}
-    assert of(place.written("trainjob.yaml"))["spec"]["trainer"]["numProcPerNode"] == 4
+    trainer = of(place.written("trainjob.yaml"))["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
+    assert trainer["resourcesPerNode"]["limits"] == {"amd.com/gpu": "4"}
     assert place.launch(*SKY, "--for", "8x H100", *device).code == 0
     task = of(place.written("sky.yaml"))
     assert (task["num_nodes"], task["resources"]["accelerators"]) == (1, "H100:8")
@@ -106,7 +101,6 @@ def test_one_machine_needs_no_number_and_no_rendezvous(place: Place, tmp_path: P
     for path in place.recipe.parent.glob("recipe.*.*"):
         text = path.read_text(encoding="utf-8")
         assert "--rendezvous" not in text or "rendezvous=''\n" in text, path
-    assert "Worker" not in of(place.written("pytorchjob.yaml"))["spec"]["pytorchReplicaSpecs"]
 
 
 def test_comparison_is_compared_and_search_is_run_on_one_machine(place: Place, tmp_path: Path) -> None:
@@ -123,22 +117,20 @@ def test_comparison_is_compared_and_search_is_run_on_one_machine(place: Place, t
 
 
 def test_pods_share_a_claim_and_have_time_to_save(place: Place) -> None:
-    more = ("--with", "queue=q", "--with", "notice=5m", "--with", "backoff_limit=3", "--with", "memory=64Gi")
-    assert place.launch(*PODS, *more, "--with", "mount=/data").code == 0
-    job, other = of(place.written("pytorchjob.yaml")), of(place.written("trainjob.yaml"))
-    assert job["spec"]["runPolicy"] == {"cleanPodPolicy": "Running", "backoffLimit": 3, "suspend": True}
-    assert {one["restartPolicy"] for one in job["spec"]["pytorchReplicaSpecs"].values()} == {"ExitCode"}
-    [replicated] = other["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    patched = replicated["template"]["spec"]["template"]["spec"]
-    whole = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
-    for pod in (patched, whole):
-        assert pod["terminationGracePeriodSeconds"] == 300
-        assert {"name": "shared", "persistentVolumeClaim": {"claimName": "ours"}} in pod["volumes"]
-        assert {"name": "shared", "mountPath": "/data"} in pod["containers"][0]["volumeMounts"]
-        assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
-    assert container(job)["resources"] == {"requests": {"memory": "64Gi"}}
-    assert "cd /data || exit 2\n" in container(job)["command"][2]
-    assert other["spec"]["runtimeRef"] == {"name": "torch-distributed", "kind": "ClusterTrainingRuntime"}
+    more = ("--with", "queue=q", "--with", "notice=5m", "--with", "memory=64Gi", "--with", "mount=/data")
+    assert place.launch(*PODS, *more).code == 0
+    job = of(place.written("trainjob.yaml"))
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
+    assert job["spec"]["suspend"] is True
+    assert job["spec"]["runtimeRef"] == {"name": "torch-distributed", "kind": "ClusterTrainingRuntime"}
+    [replicated] = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 300
+    assert {"name": "shared", "persistentVolumeClaim": {"claimName": "ours"}} in pod["volumes"]
+    assert {"name": "shared", "mountPath": "/data"} in pod["containers"][0]["volumeMounts"]
+    assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+    assert job["spec"]["trainer"]["resourcesPerNode"] == {"requests": {"memory": "64Gi"}}
+    assert "cd /data || exit 2\n" in job["spec"]["trainer"]["command"][2]
 
 
 def test_runtime_of_its_own_tells_refusals_from_interruptions(place: Place) -> None:
@@ -234,8 +226,11 @@ def test_what_the_job_needs_is_never_replaced(place: Place) -> None:
         ),
         (("--ssh", "absent.txt"), "--ssh: absent.txt cannot be read (no such file or directory)"),
         (("--k8s",), "--with image=VALUE is missing"),
-        ((*PODS, "--submit"), "--submit: which of the two? Give --with job=pytorchjob or --with job=trainjob"),
-        ((*PODS, "--output", "one.yaml"), "--output: one.yaml is one file, but two are written"),
+        ((*PODS, "--with", "backoff_limit=3"), "--with backoff_limit: counts only with own_runtime=true"),
+        (
+            (*PODS, "--with", "own_runtime=true", "--with", "runtime=r"),
+            "--with runtime: counts only with own_runtime=false",
+        ),
         (("--sky", "--with", "bucket=s3://a"), "--sky: machines begin empty; say how they get fulltune"),
         ((*SKY[:1], *SKY[3:]), "--sky: runs would go with the machines"),
         ((*SKY, "--with", "volume=v"), "--with bucket and --with volume are both given"),

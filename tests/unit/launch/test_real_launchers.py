@@ -333,7 +333,7 @@ def parsers() -> Path:
     beside = Path(sys.prefix) / "launchers" / "bin" / "python"
     found = Path(os.environ.get("FULLTUNE_LAUNCHERS_PYTHON", beside))
     if not found.exists():
-        pytest.skip("no environment with kubeflow-training, kubeflow-trainer-api and skypilot; make test-long makes it")
+        pytest.skip("no environment with kubeflow-trainer-api and skypilot; make test-long makes it")
     return found
 
 
@@ -347,21 +347,21 @@ def parsed(*files: Path) -> subprocess.CompletedProcess[str]:
 def test_manifests_are_read_by_their_own_packages(tmp_path: Path) -> None:
     place = Place(tmp_path, f"{NASTY}.yaml", NASTY)
     pods = ("image=me/it:1", "claim=c", "namespace=n", "queue=q", "node_selector=gpu=a100,zone=1", "tolerations=spot,b")
-    pods += ("service_account=s", "pull_secret=p", "cpu=8", "memory=64Gi", "backoff_limit=3", "setup=echo $(HOME) $$")
+    pods += ("service_account=s", "pull_secret=p", "cpu=8", "memory=64Gi", "setup=echo $(HOME) $$")
     sky = ("bucket=s3://runs", "setup=pip install it", "infra=aws/us-east-1", "use_spot=true", "disk_size=500")
     sky += ("image_id=docker:a:b", "cpus=32+", "memory=256+", "max_restarts_on_errors=2")
     every = (*SETTINGS, "--set", "train.device=cuda", "--for", "4x 8x A100-80GB")
     for option, given in (("--k8s", pods), ("--sky", sky)):
         said = place.launch(option, *(word for one in given for word in ("--with", one)), *every)
         assert said.code == 0, said.err
-    files = [place.written(ending) for ending in ("pytorchjob.yaml", "trainjob.yaml", "sky.yaml")]
+    files = [place.written(ending) for ending in ("trainjob.yaml", "sky.yaml")]
     done = parsed(*files)
     assert done.returncode == 0, done.stderr
-    for reader in ("pytorch_job", "train_job", "sky_task"):
+    for reader in ("train_job", "sky_task"):
         assert f"read by {reader}\n" in done.stdout
-    more = [word for one in (*pods, "own_runtime=true", "job=trainjob") for word in ("--with", one)]
+    more = [word for one in (*pods, "own_runtime=true", "backoff_limit=3") for word in ("--with", one)]
     assert place.launch("--k8s", *more, *every, "--force").code == 0
-    done = parsed(files[1])
+    done = parsed(files[0])
     assert done.returncode == 0, done.stderr
     assert "read by runtime\n" in done.stdout
 
@@ -369,7 +369,6 @@ def test_manifests_are_read_by_their_own_packages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "ending", "before", "after"),
     [
-        ("--k8s", "pytorchjob.yaml", "cleanPodPolicy", "cleanPodPolicies"),
         ("--k8s", "trainjob.yaml", "numNodes", "num_Nodes"),
         ("--k8s", "trainjob.yaml", "claimName", "claim"),
         ("--k8s", "trainjob.yaml", "onExitCodes", "onExitCode"),

@@ -227,58 +227,43 @@ def test_ssh_tells_the_others_to_save_when_one_fails_and_ends_with_the_code_of_t
 # ---- a pod -----------------------------------------------------------------------------------------------------
 
 
-def pod_script(place: Place, kind: str) -> str:
+POD = {"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "it-node-0-0.it", "PET_MASTER_PORT": "29400"}
+
+
+def pod_script(place: Place) -> str:
     """What the container runs, after Kubernetes has replaced `$(NAME)` in it."""
     folder = ("--with", f"folder={place.work}")
     assert place.launch("--k8s", "--with", "image=i", "--with", "claim=c", *folder, *SETTINGS).code == 0
-    job = yaml.safe_load(place.written(f"{kind}.yaml").read_text(encoding="utf-8"))
-    if kind == "trainjob":
-        command = job["spec"]["trainer"]["command"]
-    else:
-        command = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["command"]
+    job = yaml.safe_load(place.written("trainjob.yaml").read_text(encoding="utf-8"))
+    command = job["spec"]["trainer"]["command"]
     assert command[:2] == ["/bin/bash", "-c"]
     return re.sub(r"\$(\$|\([^)]*\))", lambda found: "$" if found[1] == "$" else "REPLACED", command[2])
 
 
-V1 = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "it-master-0", "MASTER_PORT": "29500", "PET_NNODES": "2"}
-V2 = {"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "it-node-0-0.it", "PET_MASTER_PORT": "29400", "PET_NPROC_PER_NODE": "1"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "variables", "rendezvous"),
-    [("pytorchjob", V1, "it-master-0:29500"), ("trainjob", V2, "it-node-0-0.it:29400")],
-)
-def test_pod_takes_number_and_rendezvous_from_the_operator(
-    tmp_path: Path, kind: str, variables: dict[str, str], rendezvous: str
-) -> None:
+def test_pod_takes_number_and_rendezvous_from_the_operator(tmp_path: Path) -> None:
     place = Place(tmp_path, "it's $(HOME) $$ x.yaml", "a $(touch HURT) b")
-    done = place.shell("bash", "-c", pod_script(place, kind), more=variables)
+    done = place.shell("bash", "-c", pod_script(place), more=POD)
     assert done.returncode == 0, done.stderr
-    whole = ["run", str(place.recipe), *SETTINGS, "--machine-rank", "1", "--rendezvous", rendezvous]
+    whole = ["run", str(place.recipe), *SETTINGS, "--machine-rank", "1", "--rendezvous", "it-node-0-0.it:29400"]
     assert place.called(1) == [str(place.work), *whole]
-    left = re.findall(r"^(RANK|WORLD_SIZE|MASTER_\w+|PET_\w+)=", (place.notes / "env-1").read_text(), re.MULTILINE)
-    assert not left  # torchrun would read them
 
 
-@pytest.mark.parametrize(
-    ("kind", "code", "expected"),
-    [("pytorchjob", 75, 138), ("pytorchjob", 2, 2), ("pytorchjob", 0, 0), ("trainjob", 75, 75), ("trainjob", 5, 5)],
-)
-def test_pod_ends_with_a_code_that_its_job_understands(tmp_path: Path, kind: str, code: int, expected: int) -> None:
+@pytest.mark.parametrize("code", [75, 5])
+def test_pod_ends_with_the_code_of_the_run(tmp_path: Path, code: int) -> None:
     place = Place(tmp_path)
     place.codes(1, code)
-    assert place.shell("bash", "-c", pod_script(place, kind), more={**V1, **V2}).returncode == expected
+    assert place.shell("bash", "-c", pod_script(place), more=POD).returncode == code
 
 
 def test_pod_that_is_told_to_stop_passes_it_on_and_waits(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.hold(1)
-    script = pod_script(place, "pytorchjob")
-    child = subprocess.Popen(["bash", "-c", script], env={**place.environment, **V1}, stdout=subprocess.DEVNULL)
+    script = pod_script(place)
+    child = subprocess.Popen(["bash", "-c", script], env={**place.environment, **POD}, stdout=subprocess.DEVNULL)
     try:
         until(lambda: "start 1" in place.events())
         child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == 138
+        assert child.wait(60) == 75
         assert "TERM 1" in place.events()
     finally:
         child.kill()
