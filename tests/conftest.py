@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 # Before any test imports transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,9 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["COLUMNS"] = "120"
+# Whoever runs the tests under nohup, or behind an `&`, ignores these, and so would all that the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 from typing import Any
