@@ -12,9 +12,6 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["COLUMNS"] = "120"
-# Whoever runs the tests under nohup, or behind an `&`, ignores these, and so would all that the tests start.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,10 @@ from typing import Any
 import pytest
 
 from tests import tiny
+
+# Whoever runs the tests under nohup, or behind an `&`, ignores these, and so would all that the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
