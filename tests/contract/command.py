@@ -14,6 +14,7 @@ from io import StringIO
 from unittest import mock
 
 from fulltune.cli import app as cli
+from fulltune.system import signals
 
 FACTS = re.compile(
     r"""
@@ -62,7 +63,7 @@ def fulltune(*arguments: object, stdin: str = "") -> Result:
     out, err = StringIO(), StringIO()
     code: object = 0
     argv = ["fulltune", *map(str, arguments)]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in signals.STOPPING}
     with (
         mock.patch.object(sys, "argv", argv),
         mock.patch.object(sys, "stdin", StringIO(stdin)),
@@ -77,6 +78,5 @@ def fulltune(*arguments: object, stdin: str = "") -> Result:
             code = 1
             traceback.print_exc()
         finally:  # a command takes signals as the one of its process
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            signals.put_back(handlers)
     return Result(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())
