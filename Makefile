@@ -9,6 +9,7 @@ $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	# A pip older than 23.1, such as Debian 12's, cannot build seqeval.
 	test -d $(VENV) || $(PYTHON) -m venv --upgrade-deps $(VENV)
+	@echo "installing the packages: minutes"
 	$(BIN)/pip install --quiet --editable '.[quickstart]'
 	touch $@
 

@@ -104,7 +104,7 @@ def test_7b_is_planned_from_its_config_alone() -> None:
     places = [page.find(words) for words in order]
     assert -1 not in places, dict(zip(order, places, strict=True))
     assert places == sorted(places)
-    assert not re.search(r"et al\.|\d{4}\.\d{5}", page), "sources stand in --json and docs"
+    assert not re.search(r"et al\.|\d{4}\.\d{5}", page), "sources stand in docs"
 
 
 @pytest.mark.slow

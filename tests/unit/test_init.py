@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from fulltune.cli import init
 from fulltune.cli.init import Hints, SplitFiles, hints_of, infer, lines, write_recipe
 from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.read import locate
@@ -95,6 +96,27 @@ def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.tsv", REVIEWS)
     found = infer(data, hints=Hints(columns=("review", "stars"), roles={"label": "stars"}))
     assert (found.target.columns, found.num_rows) == ({"text": "review", "label": "stars"}, 20)
+
+
+def test_file_in_a_folder_that_is_not_there_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, said in (("data/train.csv", "no such file; give the path"), ("stanford/train", "a data set of the Hub")):
+        with pytest.raises(DataError, match=rf"{name}: .*{said}"):
+            write_recipe(Path(name), tmp_path / "recipe.yaml", None, False)
+
+
+def test_what_is_left_out_or_to_be_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    for file in ("data/rows.jsonl", "data/more/rows.jsonl"):
+        (tmp_path / file).write_text('{"tokens": ["Anna", "sleeps"], "tags": ["B-PER", "O"]}\n' * 20)
+    said = lines(*write_recipe(tmp_path / "data", tmp_path / "recipe.yaml", None, False))
+    assert [line for line in said if line.startswith("note: ") and "more/rows.jsonl" in line]
+    for spec in (None, "there"):
+        monkeypatch.setattr(init, "find_spec", lambda name, spec=spec: spec)
+        said = lines(*write_recipe(tmp_path / "data", tmp_path / "recipe.yaml", None, True))
+        assert ("first: pip install 'fulltune[entities]', which scores entities" in said) == (spec is None)
 
 
 @pytest.mark.parametrize(

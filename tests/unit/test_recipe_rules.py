@@ -73,6 +73,15 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
         ),
         ("data: {train: [], near_duplicates: 2}", ["4  data: given twice", "4  data.near_duplicates", "4  data.train"]),
         ("method: {kind: lorra}\nsearch: {budget: 20m}\nmethods: x", ["4  method", "4  method.kind", "6  methods"]),
+        (  # a block called as a setting that was left out
+            "data: {train: 5}\ntrain: {warmup_ratio: 0.1, warmup_steps: 4, epochs: 3}",
+            [
+                "4  data: given twice",
+                "4  data.train: ",
+                "5  train.epochs: unknown",
+                "5  train.warmup_ratio and warmup_",
+            ],
+        ),
         ("train: 5\nevaluate: {metric: rougeL}", ["4  train: expected settings", "5  evaluate.metric: 'rougeL'"]),
     ],
 )

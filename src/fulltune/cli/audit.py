@@ -44,7 +44,7 @@ class Wanted:
     """What is to be done beside reading the texts."""
 
     labels: bool
-    """The untouched model judges labels, and finds outliers and reworded leaks."""
+    """The untouched model judges labels, and finds outliers."""
     losses: bool
     """The trained model's loss of each row."""
     prove: bool

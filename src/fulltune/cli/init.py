@@ -195,6 +195,8 @@ class Inferred:
     """Columns that play no role, in words."""
     alike: str | None = None
     """Classes that are perhaps meant to be one, in words."""
+    notes: tuple[str, ...] = ()
+    """What reading showed."""
 
 
 FORMS: tuple[tuple[TaskName, str], ...] = (
@@ -254,7 +256,9 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
             whole = (row for _, row in files.rows() if unreadable(row, roles) is None)
             of_each = (task_named(task).row_labels(row, target) for row in whole)
             told = alike_in_words(Counter(chain.from_iterable(of_each)))
-        return Inferred(task, target, files.where, counts["train"], named, guessed is not None, unused, told)
+        return Inferred(
+            task, target, files.where, counts["train"], named, guessed is not None, unused, told, tuple(files.notes)
+        )
     if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
     hinted = " and ".join(f"--{_option(role)} {column}" for role, column in hints.roles.items())
@@ -382,7 +386,7 @@ def lines(found: Inferred, files: SplitFiles) -> list[str]:
         said.append(f"{split}:  {file.name if file else 'rows are split off train'}")
     said += [f"not used: {reason}" for reason in files.unused]
     said += [f"columns not used: {found.unused}"] * bool(found.unused)
-    said += [f"note: {found.alike}"] * bool(found.alike)
+    said += [f"note: {note}" for note in (found.alike, *found.notes) if note]
     if found.task == "token-classification" and find_spec("seqeval") is None:
         said.append("first: pip install 'fulltune[entities]', which scores entities")
     return said

@@ -29,7 +29,7 @@ JudgeLabels = Annotated[
     bool,
     typer.Option(
         "--labels/--no-labels",
-        help="Have the untouched model judge labels and find reworded leaks and outliers, or leave out what needs it.",
+        help="Have the untouched model judge labels and find outliers, or leave out what needs it.",
     ),
 ]
 Prove = Annotated[

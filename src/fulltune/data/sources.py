@@ -305,7 +305,7 @@ def _refuse_second_text(
         one, two = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
         beside = _READ_WITH[role].replace("_", "-")
         raise DataError(
-            f"{where}: columns '{one}' and '{two}' both hold texts, and one would not be read; write data.{role}: {one}"
+            f"{where}: columns '{one}' and '{two}' both hold texts, and only one is read; write data.{role}: {one}"
             + (f", with data.{_READ_WITH[role]}: {two} to read both" if beside else "")
             + f" (init: --{role} {one}{f' --{beside} {two}' if beside else ''})"
         )

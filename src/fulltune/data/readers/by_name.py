@@ -83,7 +83,7 @@ def by_split(files: Sequence[Path]) -> dict[Split | None, list[Path]]:
 def held_out_beside(train: Path) -> dict[Split, list[Path]]:
     """Files beside one named train whose names differ from its name in that word only."""
     own, splits = _read(train), dict[Split, list[Path]]()
-    for file in sorted(train.parent.iterdir()) if own.split == "train" else ():
+    for file in sorted(train.parent.iterdir()) if own.split == "train" and train.parent.is_dir() else ():
         name = _read(file)
         is_data = file.suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
         if is_data and name.rest == own.rest and name.split in ("eval", "test"):

@@ -136,8 +136,10 @@ def _columns(metadata: Any, names: Collection[str]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for chunk in map(group.column, range(group.num_columns)):
-            path = chunk.path_in_schema  # of a list: `messages.list.element`
-            columns.setdefault(path if path in names else path.split(".")[0], []).append(chunk)
+            path = chunk.path_in_schema  # of a list: `messages.list.element`; a name may hold dots, too
+            while path and path not in names:
+                path = path.rpartition(".")[0]
+            columns.setdefault(path, []).append(chunk)
     return columns
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fulltune.errors import DataError
+from fulltune.system.run_folder import IDENTITY
 from fulltune.text import counted, first_few, near_names
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
@@ -98,11 +99,16 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def left_out(folder: Path, kinds: Iterable[str], taken: Sequence[Path]) -> list[str]:
-    """A note on what lies in a folder, or deeper in it, looks like rows of these kinds, and is not read."""
-    found = {file for file in folder.rglob("*") if file.suffix.lower() in {*kinds, *_LIKE_ROWS}}
-    others = sorted(file for file in found - {*taken} if file.name not in _ABOUT_ROWS)
-    names = [printable(file.relative_to(folder)) for file in others]
-    shown = [name for name in names if not name.startswith(".") and "/." not in name]
+    """A note on what lies in a folder, or deeper in it, looks like rows of these kinds, and is not read.
+
+    Nothing hidden is named, nor what a run wrote."""
+    found = set[Path]()
+    for place, folders, names in os.walk(folder):
+        is_run = place != str(folder) and IDENTITY in names
+        folders[:] = [] if is_run else [name for name in folders if not name.startswith(".")]
+        files = [Path(place, name) for name in names if not is_run and name[0] != "." and name not in _ABOUT_ROWS]
+        found |= {file for file in files if file.suffix.lower() in {*kinds, *_LIKE_ROWS}}
+    shown = [printable(file.relative_to(folder)) for file in sorted(found - {*taken})]
     why = "what lies in deeper folders, or is of another kind, is not taken from a folder: name it, or move it"
     return (
         [f"{folder}: {counted(len(shown), 'file')} left out of its rows ({first_few(shown, 3)}): {why}"]
@@ -193,7 +199,7 @@ def unchanged(before: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
         yield
     finally:
         if changed := [file for file, earlier in before.items() if state(file) != earlier]:
-            how = "while it was read, expected it to stay as it is; do not change it while it is read, and run again"
+            how = "while it was read, expected it to stay as it is; run again when nothing writes to it"
             raise DataError(
                 [f"{printable(file)}: {'changed' if state(file) else 'was deleted'} {how}" for file in changed]
             ) from None

@@ -218,11 +218,13 @@ def _refuse_other_kind(file: Path) -> None:
     """
     with file.open("rb") as stream:
         start = stream.read(1000)
-    kind = next(
-        (kind for sign, kind in _OTHER_KINDS.items() if start.lstrip(b" \r\n").lower().startswith(sign.lower())), None
-    )
+    text = start.lstrip(b" \r\n").lower()
+    kind = next((kind for sign, kind in _OTHER_KINDS.items() if text.startswith(sign.lower())), None)
     kind = "packed (tar)" if start[257:262] == b"ustar" else kind
-    if kind and (kind == _POINTER or (kind == _PAGE and file.suffix.lower() != ".txt") or not _is_text(start)):
+    # Without a header line, the first text of a table may be a page.
+    is_row = not text.startswith(b"<!") and {*b",\t"} & {*text.split(b"\n")[0]}
+    is_page = kind == _PAGE and file.suffix.lower() != ".txt" and not is_row
+    if kind and (kind == _POINTER or is_page or not _is_text(start)):
         to_do = "unpack it, download what it stands for, or save its rows as csv in UTF-8, and name that"
         raise DataError(f"{file}: is {kind}, expected rows; {to_do}")
 

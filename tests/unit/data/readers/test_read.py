@@ -160,6 +160,7 @@ def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: b
         (b"SQLite format 3\0" + bytes(500), ": is an SQLite database, "),
         ("text,label\nrain,a\n".encode("utf-32"), ":1: is UTF-32, "),
         (b"\n<!DOCTYPE html>\n<html><body>Log in</body></html>\n", ": is a web page (HTML)"),
+        (b'<!doctype html><html><meta content="width=1, scale=1">', ": is a web page (HTML)"),
         (b"<HTML>\n<body>404, not found</body></html>\n", ": is a web page (HTML)"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n",
@@ -172,6 +173,13 @@ def test_other_kinds_of_files_are_named(tmp_path: Path, content: bytes, expected
     assert _refusal(tmp_path / "a.csv", content).startswith(expected)
     if "LFS" in expected:
         assert _refusal(tmp_path / "a.parquet", content).startswith(expected)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.csv", '<html lang="en">,b\n'), ("a.tsv", "<?xml version='1.0'?>\tb\n")])
+def test_first_text_of_a_table_may_be_a_page(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text + text.replace("en", "de"))
+    rows = list(locate([str(tmp_path / name)], columns=("text", "label")).rows())
+    assert [row["label"] for _, row in rows] == ["b", "b"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "txt", "conll"])
@@ -210,6 +218,9 @@ def test_files_that_a_folder_holds_and_nobody_reads_are_noted(tmp_path: Path) ->
     for hidden in (".git", ".cache"):
         (tmp_path / hidden).mkdir()
         write(tmp_path / hidden / "b.csv")
+    for name in ("recipe.json", "plan/full.json", "data/dropped.jsonl"):  # of a run
+        (tmp_path / "runs/r-1" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs/r-1" / name).write_text("{}")
     for name in ("state.json", "dataset_info.json"):  # of `Dataset.save_to_disk`
         (tmp_path / name).write_text("{}")
     assert not _notes(tmp_path)

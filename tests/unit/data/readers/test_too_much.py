@@ -150,6 +150,19 @@ def test_a_column_that_unpacks_to_too_much_is_not_read(
     assert {str(row["note"]).partition(" in a file")[0] for row in rows} == {f"<cells that unpack to over {limit},"}
 
 
+def test_a_list_of_too_much_whose_name_has_a_dot_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    notes = [["rain " * 40_000 + "ab"[number % 2]] for number in range(40)]
+    parquet.write_table(pa.table({"text": ["a"] * 40, "m.x": notes}), tmp_path / "rows.parquet")
+    assert [row["m.x"] for _, row in columnar.rows(tmp_path / "rows.parquet")] == notes
+    monkeypatch.setattr(columnar, "_MOST_UNPACKED_BYTES", 1_000_000)
+    monkeypatch.setattr(columnar, "_MOST_GROWTH", 2)
+    rows = [row for _, row in columnar.rows(tmp_path / "rows.parquet")]
+    assert {(row["text"], str(row["m.x"]).partition(" over")[0]) for row in rows} == {("a", "<cells that unpack to")}
+
+
 @pytest.mark.parametrize("kind", ["file", "stream"])
 def test_compressed_arrow_is_read_batch_by_batch(tmp_path: Path, kind: str) -> None:
     import pyarrow as pa
