@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
+import json
 import math
 import os
 import subprocess
@@ -34,6 +36,7 @@ import fulltune
 from fulltune.classic import FulltuneNotice, Trainer, TrainingArguments
 from fulltune.classic import arguments as classic_arguments
 from fulltune.classic import dry_run as classic_dry_run
+from fulltune.classic import trainer as classic_trainer
 from fulltune.classic.arguments import OLD_NAMES
 from fulltune.errors import GuardStop, SetupError
 from tests import tiny
@@ -244,6 +247,42 @@ def test_missing_padding_token_is_that_of_the_model_s_folder_or_its_end_token(
     with_own = Trainer(model=kind(tiny_config(tokenizer)), args=trainer.args, data_collator=own)
     assert with_own.data_collator is own
     assert with_own.model.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("source", ["", "own code"])
+def test_padding_token_is_neither_invented_nor_asked_of_code_in_the_folder(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a folder has no tokenizer, transformers 5 makes an empty one, whose padding token is any other word."""
+    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "eos_token_id": 7}
+    made = transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**sizes, **heads))
+    made.save_pretrained(tmp_path / "model")
+    model = transformers.Qwen2ForSequenceClassification.from_pretrained(tmp_path / "model")
+    if source:
+        code = f"from pathlib import Path\nPath({str(tmp_path / 'was_run')!r}).touch()\nclass Own: pass\n"
+        (tmp_path / "model" / "own.py").write_text(code)
+        own = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(own))
+        (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "own"}))
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+    Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET))
+    assert model.config.pad_token_id == 7
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_left_file_of_somebody_else_does_not_end_a_script(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: list[warnings.WarningMessage]
+) -> None:
+    def refused(*_: Any) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", "left.safetensors")
+
+    monkeypatch.setattr(classic_trainer, "own_file", refused)
+    model, args = tiny_model(tokenizer), TrainingArguments(str(tmp_path), max_steps=1, **QUIET)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(tokenizer, 8), processing_class=tokenizer)
+    trainer.train()
+    assert trainer.moved is None
+    assert "will not be counted: the weights could not be kept" in "".join(notices(caught))
 
 
 def test_decoder_reads_the_last_token_of_a_row_whichever_token_the_script_padded_with(

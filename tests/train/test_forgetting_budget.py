@@ -233,6 +233,7 @@ def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
         ({"preserve": {"budget": 2}}, "found '2'; for 2% write '2%'"),
         ({"preserve": {"budget": "1%", "replay": False}}, "found 'False'; for none write null"),
         ({"preserve": {"budget": "1%", "replay": "none"}}, "found 'none'; for none write null"),
+        ({"preserve": {"budget": "1%", "replay": "samples"}}, "found 'samples', which is gone; leave the setting out"),
         ({"preserve": {"budget": 0}}, "expected a share above 0 and below 100%"),
         ({"preserve": {"budget": "-1%"}}, "expected a share above 0 and below 100%"),
         ({"preserve": {"replay": "more.txt"}}, "preserve.replay: has no effect without preserve.budget"),

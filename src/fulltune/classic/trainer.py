@@ -231,15 +231,15 @@ class Trainer(Guarded, transformers.Trainer):
     def _keep_initial_weights(self) -> None:
         if not self.is_world_process_zero():
             return
-        folder = Path(str(self.args.output_dir))
-        # A name that starts with an underscore is left out when the folder is pushed to the Hub.
-        path = own_file(folder, "_fulltune-initial-")
+        folder, path = Path(str(self.args.output_dir)), None
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # A name that starts with an underscore is left out when the folder is pushed to the Hub.
+            path = own_file(folder, "_fulltune-initial-")
             self._initial = InitialWeights(self.model, path)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            if path.exists():
-                path.unlink()
+            if path is not None:
+                path.unlink(missing_ok=True)
             notice(f"what training moves will not be counted: the weights could not be kept in {folder} ({error})")
 
     def _count_moved(self) -> None:

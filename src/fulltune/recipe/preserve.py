@@ -24,7 +24,9 @@ def _a_share(value: Any) -> Any:
 
 
 def _a_file(value: Any) -> Any:
-    """Other words for nothing are answered."""
+    """Other words for nothing, and what there was once, are answered."""
+    if value == "samples":
+        raise ValueError("expected a text file or auto, found 'samples', which is gone; leave the setting out")
     if value is False or (isinstance(value, str) and value.lower() in ("none", "no", "off", "false", "")):
         raise ValueError(f"expected a text file or auto, found '{value}'; for none write null")
     return value
