@@ -167,12 +167,18 @@ def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: b
             ": is a pointer of Git LFS ('git lfs pull'",
         ),
         (b"# of monday, by me\ntext,label\nrain,a\n", ":1: begins with a comment"),
+        (b"#by me\ntext,label\nrain,a\n", ":1: begins with a comment"),
     ],
 )
 def test_other_kinds_of_files_are_named(tmp_path: Path, content: bytes, expected: str) -> None:
     assert _refusal(tmp_path / "a.csv", content).startswith(expected)
     if "LFS" in expected:
         assert _refusal(tmp_path / "a.parquet", content).startswith(expected)
+
+
+def test_a_column_may_be_called_by_a_number_sign(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("#id,text\n1,rain\n")
+    assert [row for _, row in locate([str(tmp_path / "a.csv")]).rows()] == [{"#id": "1", "text": "rain"}]
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.csv", '<html lang="en">,b\n'), ("a.tsv", "<?xml version='1.0'?>\tb\n")])
