@@ -46,8 +46,8 @@ from fulltune.data.sources import (
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
 from fulltune.data.written import DROPPED, as_line, examples, list_dropped, previews, summarise, write
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.files import SEAL, flaw, make_private, seal
-from fulltune.inference.store import IN_TRAIN, Rows, save_clusters, save_in_train
+from fulltune.files import flaw, make_private, seal
+from fulltune.inference.store import Rows, save_clusters, save_in_train
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.data import UTF_8, DataBlock, codec_of
 from fulltune.recipe.fields import Recipe
@@ -118,9 +118,7 @@ def prepare(
     if preprocess is None and cache_folder is not None and FACTS[recipe.task].reads == "text":
         cached = cache_folder / fingerprint
         with cache.locked(cache_folder):
-            # Rows kept by an earlier version do not say which test rows stand in train: a new run makes them anew.
-            earlier = _earlier(cached, fingerprint, listener)
-            if earlier is not None and (cached / "test" / IN_TRAIN).exists():
+            if (earlier := _earlier(cached, fingerprint, listener)) is not None:
                 cache.link(cached, folder)
                 return earlier
     whole = cached or folder
@@ -334,15 +332,14 @@ def _dropped(encoded: Mapping[SourceName, Encoded], also_held_out: Iterable[Drop
 
 
 def _earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
-    """The summary of rows that are there already; None when they are others, another version's or, which is said,
-    damaged. An earlier version gave them no checksums."""
+    """The summary of rows that are there already; None when they are others or, which is said, damaged."""
     try:
         summary = DataSummary.load(folder / SUMMARY)
     except (OSError, SetupError):
         return None
     if summary.fingerprint != fingerprint:
         return None
-    if (folder / SEAL).exists() and (damage := flaw(folder)):
+    if damage := flaw(folder):
         listener(Warned(text=f"{folder}: {damage}; the rows are prepared anew from the data files"))
         return None
     return summary

@@ -15,7 +15,6 @@ import pytest
 from fulltune import data
 from fulltune.errors import DataError
 from fulltune.files import SEAL
-from fulltune.inference.store import IN_TRAIN
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Event, RowsPrepared, Warned
@@ -179,17 +178,20 @@ def test_damaged_summary_in_the_cache_is_made_anew(runs: Runs) -> None:
     assert runs.num_encoded == 2
 
 
-def test_rows_that_do_not_say_which_stand_in_train_are_made_anew_for_a_new_run_alone(runs: Runs) -> None:
-    first = runs.prepare("first")
-    for folder in (runs.cached()[0], runs.folder / "runs" / "first" / "data"):
-        for name in (f"test/{IN_TRAIN}", SEAL):  # prepared by an earlier version
-            (folder / name).unlink()
-    encoded = runs.num_encoded
-    assert runs.prepare("first") == first
-    assert runs.num_encoded == encoded
-    assert runs.prepare("second") == first
-    assert runs.num_encoded > encoded
-    assert (runs.folder / "runs" / "second" / "data" / "test" / IN_TRAIN).exists()
+@pytest.mark.parametrize("run", ["one", "two"])
+def test_rows_without_their_checksums_are_not_trusted(runs: Runs, run: str) -> None:
+    """Those of the run, and of the cache for another one."""
+    first = runs.prepare("one")
+    own = runs.folder / "runs" / "one" / "data"
+    before = (own / "train" / "rows.arrow").read_bytes()
+    for folder in (own, runs.cached()[0]):
+        (folder / SEAL).unlink()
+    flip(own / "train" / "rows.arrow")  # one file with that of the cache
+    said: list[Event] = []
+    assert runs.prepare(run, listener=said.append) == first
+    assert any("it was not finished; the rows are prepared anew" in one.text for one in said if isinstance(one, Warned))
+    assert runs.num_encoded == 2
+    assert (runs.folder / "runs" / run / "data" / "train" / "rows.arrow").read_bytes() == before
 
 
 def test_other_file_system_gets_a_copy(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
