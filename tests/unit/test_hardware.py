@@ -111,10 +111,25 @@ def test_cpu_rates_are_measured_once_and_kept_for_children(monkeypatch: pytest.M
     measured = iter([(80.54e9, 20.11e9), (1.0, 1.0)])
     monkeypatch.setattr(hardware, "_measure_cpu_rates", lambda: next(measured))
     monkeypatch.setattr(os, "getloadavg", lambda: (9.04, 1.0, 1.0))
+    monkeypatch.setattr(hardware, "num_cores", lambda: os.cpu_count() or 1)
     assert [hardware.cpu_rates(), hardware.cpu_rates()] == [(80.5e9, 20.1e9, 9.0)] * 2
     assert os.environ["FULLTUNE_CPU_RATES"] == "80.5 20.1 9.0"
     monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
     assert hardware.cpu_rates() == (80.5e9, 20.1e9, 0.0)
+
+
+@pytest.mark.parametrize(("host", "load", "is_busy"), [(64, 48.0, False), (64, 128.0, True), (4, 9.0, True)])
+def test_a_part_of_a_computer_is_as_busy_as_the_whole(
+    monkeypatch: pytest.MonkeyPatch, host: int, load: float, is_busy: bool
+) -> None:
+    """Four cores of a container: the load is that of all tasks of the host."""
+    monkeypatch.setenv("FULLTUNE_CPU_RATES", "")
+    monkeypatch.delenv("FULLTUNE_CPU_RATES")
+    monkeypatch.setattr(hardware, "_measure_cpu_rates", lambda: (1e9, 1e9))
+    monkeypatch.setattr(hardware, "num_cores", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: host)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert bool(hardware.here().busy) == is_busy
 
 
 @pytest.mark.parametrize(("load", "cores", "is_busy"), [(9.0, 2, True), (2.6, 2, False), (9.0, 16, False)])

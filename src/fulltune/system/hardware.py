@@ -198,7 +198,9 @@ def cpu_rates() -> tuple[float, float, float]:
     """
     known = os.environ.get(_RATES)
     if known is None:
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        # The load is of the whole computer, of which a container or a CPU set may have a part.
+        share = num_cores() / (os.cpu_count() or 1)
+        load = os.getloadavg()[0] * share if hasattr(os, "getloadavg") else 0.0
         flops, copied = _measure_cpu_rates()
         known = os.environ[_RATES] = f"{flops / 1e9:.1f} {copied / 1e9:.1f} {load:.1f}"
     try:
