@@ -19,8 +19,16 @@ _MADE = (
     r"|th(?:at|is|ese|ose)|such|it)"
 )
 _NOT_ABLE = (
-    *("cannot", "can't", "can not", "unable to", "not able to"),
-    *("won't", "programmed", "decline", "will not", "not going"),
+    "cannot",
+    "can't",
+    "can not",
+    "unable to",
+    "not able to",
+    "won't",
+    "programmed",
+    "decline",
+    "will not",
+    "not going",
 )
 _PHRASES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (signs, re.compile(pattern))

@@ -44,6 +44,8 @@ def masked_text(text: str) -> str:
     private = [check for check in _PRIVATE if check not in missing()]
     shown = repaired(text, private)
     whole = repaired(shown, _UNCOVERING)
+    if whole == shown == text:
+        return text
     hidden = repaired(whole, private)
     return shown if hidden == whole else hidden
 
@@ -73,8 +75,9 @@ def flaws(text: str, checks: Collection[TextCheck] = OF_TEXTS) -> list[Flaw]:
         SetupError: When a check's package is missing; `missing` tells beforehand.
     """
     found = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
-    masked = masked_text(text) if found else ""
-    return [_shown(flaw, masked) for flaw in found]
+    masked = masked_text(text) if found else text
+    # Where nothing is masked nothing is private, nor in what a repair gives: `masked_text` has looked behind each.
+    return [_shown(flaw, masked) for flaw in found] if masked != text else found
 
 
 def _shown(flaw: Flaw, masked: str) -> Flaw:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 from fulltune import audit
-from fulltune.audit import personal
-from fulltune.audit.flaw import Hit, redacted
-from fulltune.audit.texts import _CHECKS
+from fulltune.audit import personal, texts
+from fulltune.audit.flaw import Flaw, Hit, redacted
+from fulltune.audit.texts import _CHECKS, _shown
 from fulltune.errors import SetupError
 
 KEY = "qX7" + "vR2mLp9Zt4Wb8Ks1Yd6Hn3Jc5Gf0Aeu"
@@ -516,3 +518,42 @@ def test_flaw_behind_a_hostile_beginning_is_still_found(check: audit.TextCheck, 
     found = audit.flaws(text + flaw, (check,))
     assert found
     assert found != audit.flaws(text, (check,))
+
+
+@pytest.mark.skipif(bool(audit.missing()), reason="needs phonenumbers")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A <b>good</b> day at the caf\u00c3\u00a9, {{name}}",
+        "A <b>good</b> day, {{name}}, write to john@example.com",
+        "A good day, write to jo<i></i>hn@exam\u200bple.com, {{name}}",
+        "the key is AKIAIOSF\u200bODNN7EXAMPLE, as of my last knowledge",
+    ],
+)
+def test_flaws_say_the_same_whether_or_not_anything_had_to_be_masked(text: str) -> None:
+    checks = tuple(dict.fromkeys((*audit.OF_TEXTS, *audit.OF_ANSWERS)))
+    raw = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
+    assert raw
+    assert audit.flaws(text, checks) == [_shown(flaw, audit.masked_text(text)) for flaw in raw]
+
+
+@pytest.mark.skipif(bool(audit.missing()), reason="needs phonenumbers")
+def test_a_flawed_text_that_hides_nothing_is_read_at_most_three_times_by_a_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own time, and before and behind the repairs that may uncover something."""
+    calls = Counter[str]()
+
+    def counting(check: audit.TextCheck, find: Callable[[str], Flaw | None]) -> Callable[[str], Flaw | None]:
+        def counted(text: str) -> Flaw | None:
+            calls[check] += 1
+            return find(text)
+
+        return counted
+
+    monkeypatch.setattr(texts, "_CHECKS", {check: counting(check, find) for check, find in _CHECKS.items()})
+    assert len(audit.flaws("A <b>good</b> day at the caf\u00c3\u00a9, {{name}}")) == 3
+    assert max(calls.values()) == 3
+    calls.clear()
+    assert len(audit.flaws("A good day, {{name}}")) == 1
+    assert max(calls.values()) == 2
