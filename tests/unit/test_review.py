@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from fulltune.cli import audit
-from fulltune.cli.review import accepted, decided_before, precisions, queue, review
+from fulltune.cli.review import accepted, decided_before, precisions, queue, review, save
 from fulltune.data.patch import load_patch
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
@@ -119,6 +120,36 @@ def test_what_is_proposed_for_a_check_can_be_taken_at_once(tmp_path: Path) -> No
     assert said == ["label error: 1 row, as proposed"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "check", "line"),
+    [
+        ("", "label error", "2 new decisions; in p.jsonl: 2 decided, 0 open"),
+        ("kq", "label error", "1 new decision; in p.jsonl: 2 decided, 0 open"),
+        ("kkkq", "label error", "0 new decisions; in p.jsonl: 3 decided, 0 open"),
+        (None, "markup", "1 new decision; in p.jsonl: 1 decided, 2 open"),
+    ],
+)
+def test_what_accept_took_is_told_apart_from_what_was_decided_and_is_open(
+    keys: str | None, check: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a review, and after one without a terminal, which wrote all rows down to be decided."""
+    monkeypatch.chdir(tmp_path)
+    patch, out = Path("p.jsonl"), Console(file=StringIO(), width=80)
+    save(patch, review(out, ISSUES, patch, {}, None if keys is None else pressing(keys or "q")))
+    checks = [SimpleNamespace(check=one) for one in ("label error", "markup")]
+    found = audit.Audited(
+        target=tmp_path / "r.yaml",
+        recipe=SimpleNamespace(data=SimpleNamespace(patch="p.jsonl")),  # type: ignore[arg-type]
+        folder=tmp_path,
+        summary=DataSummary.model_construct(task="text-classification", problem_type="single_label"),
+        audit=SimpleNamespace(clean=(), checks=checks, not_run={}),  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr(audit, "load_issues", lambda folder: ISSUES)
+    monkeypatch.setattr(audit, "out", Console(file=(said := StringIO()), width=80))
+    audit.decide(found, None, review=False, accept=[check], as_json=False)
+    assert said.getvalue().splitlines()[0] == line
+
+
 def test_of_several_proposals_for_a_row_leaving_it_out_wins_and_others_are_said_to_wait() -> None:
     decided, said = accepted(ISSUES, ["label error", "duplicate"], {})
     assert decided["train", "b"].remedy.action == "drop"
@@ -137,6 +168,20 @@ def test_any_other_label_can_be_given(tmp_path: Path) -> None:
     found = review(Console(file=out), ISSUES, tmp_path / "p.jsonl", {}, pressing("llq"), lambda: next(answers))
     assert [(row, one.remedy.value) for (_, row), one in found.items()] == [("c", "rare")]  # the first was no answer
     assert "[l]abel" in out.getvalue()
+
+
+@pytest.mark.parametrize("keys", ["kl", "k"])
+def test_ctrl_d_ends_a_review_as_q_does_and_keeps_what_was_decided(tmp_path: Path, keys: str) -> None:
+    """At a label, and at a key."""
+
+    def ended() -> Remedy | None:
+        raise EOFError
+
+    waiting = iter(keys)
+    press = lambda: next(waiting, None) or ended()  # noqa: E731
+    found = review(Console(file=StringIO()), ISSUES, tmp_path / "p.jsonl", {}, press, ended)
+    assert [(row, one.remedy.action) for (_, row), one in found.items()] == [("c", "keep")]
+    assert list(kept_in(tmp_path / "p.jsonl")) == ["c"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,17 @@ from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, format_percent
 
 FIRST = (
-    *("label error", "class names", "conflicting labels", "doubtful label", "leak", "near leak"),
-    *("secret", "personal data", "phone number", "outlier", "duplicate"),
+    "label error",
+    "class names",
+    "conflicting labels",
+    "doubtful label",
+    "leak",
+    "near leak",
+    "secret",
+    "personal data",
+    "phone number",
+    "outlier",
+    "duplicate",
 )
 """Checks whose rows are asked about before those of all others: what they find costs most."""
 MEASURED = 50
@@ -114,36 +124,37 @@ def review(
         return decided | {one.key: one.to_decide() for one in waiting}
     place, history = 0, list[int]()
     keys = KEYS if relabel is not None else KEYS.replace("[l]abel  ", "")
-    while place < len(waiting):
-        one = waiting[place]
-        _show(console, one, place, len(waiting), keys)
-        match ask():
-            case "k":
-                remedy = Remedy(action="keep")
-            case "d":
-                remedy = Remedy(action="drop")
-            case "c" if one.change is not None:
-                remedy = one.change
-            case "l" if relabel is not None and (change := relabel()) is not None:
-                remedy = change
-            case "n":
-                place += 1
-                continue
-            case "u":
-                if history:
-                    place = history.pop()
-                    decided.pop(waiting[place].key)
-                    save(patch, decided)
-                continue
-            case "q" | "\x03" | "\x04" | "\x1b":
-                break
-            case _:
-                console.print(keys, markup=False)
-                continue
-        decided[one.key] = one.decided(remedy)
-        history.append(place)
-        save(patch, decided)
-        place += 1
+    with suppress(EOFError):  # Ctrl-D: as q
+        while place < len(waiting):
+            one = waiting[place]
+            _show(console, one, place, len(waiting), keys)
+            match ask():
+                case "k":
+                    remedy = Remedy(action="keep")
+                case "d":
+                    remedy = Remedy(action="drop")
+                case "c" if one.change is not None:
+                    remedy = one.change
+                case "l" if relabel is not None and (change := relabel()) is not None:
+                    remedy = change
+                case "n":
+                    place += 1
+                    continue
+                case "u":
+                    if history:
+                        place = history.pop()
+                        decided.pop(waiting[place].key)
+                        save(patch, decided)
+                    continue
+                case "q" | "\x03" | "\x1b":
+                    break
+                case _:
+                    console.print(keys, markup=False)
+                    continue
+            decided[one.key] = one.decided(remedy)
+            history.append(place)
+            save(patch, decided)
+            place += 1
     return decided
 
 
