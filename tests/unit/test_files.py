@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fulltune import files
+from fulltune.errors import SetupError
+from fulltune.records.base import Record
 
 
 def test_text_and_json_are_written_into_folders_that_are_made(tmp_path: Path) -> None:
@@ -37,3 +40,16 @@ def test_what_is_private_is_its_owners_alone_from_the_first_byte_on(tmp_path: Pa
         part.write_text("rows")
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.read_text() == "rows"
+
+
+def test_record_that_another_user_keeps_is_named_and_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", forbidden)  # root may read anything
+    with pytest.raises(SetupError) as raised:
+        Record.load(tmp_path / "plan.json")
+    assert raised.value.problems == (
+        f"{tmp_path}/plan.json: may not be read (permission denied): its owner alone may read it; run the command as "
+        "that user, or have it made readable (chmod)",
+    )

@@ -43,10 +43,15 @@ class Record(BaseModel):
         """Read a record that `save` wrote.
 
         Raises:
-            SetupError: When the file is damaged or of another version of fulltune.
+            SetupError: When the file is damaged, of another version of fulltune, or another user's.
         """
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except PermissionError:
+            raise SetupError(
+                f"{path}: may not be read (permission denied): its owner alone may read it; run the command as that "
+                "user, or have it made readable (chmod)"
+            ) from None
         except ValueError:
             raise SetupError(
                 f"{path}: damaged, or written by another version of fulltune; delete it and run the command again"

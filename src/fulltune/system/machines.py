@@ -368,7 +368,7 @@ class HeardFrom(Generic[Told]):
         self.is_alive = False
         """It has changed while we looked: what lies there from an earlier job does not."""
         self.is_unreadable = False
-        """What lies there is of another version of fulltune."""
+        """What lies there is of another version of fulltune, or another user's."""
         self._since, self._looked = time.monotonic(), -math.inf
 
     def look(self) -> Told | None:

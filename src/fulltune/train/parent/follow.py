@@ -104,7 +104,7 @@ class _Follower:
             )
         if leader.is_unreadable:
             return SetupError(
-                f"{leader.path}: machine 0 has another version of fulltune; install the same one on all machines"
+                f"{leader.path}: another version of fulltune, or another user, is on machine 0; have the same on all"
             )
         return SetupError(
             f"machine 0 was not heard of for {waited}: it writes {leader.path} every {machines.BEAT_SECONDS:g} s. "

@@ -262,7 +262,7 @@ class MachineGroup:
         if known:
             return f"{listed(known)} did not come back in {waited}"
         if any(self._others[rank].is_unreadable for rank in missing):
-            return f"{subject}: another version of fulltune is installed there; install the same one on all machines"
+            return f"{subject}: another version of fulltune, or another user, is there; have the same on all machines"
         return (
             f"{subject} not heard of for {waited}. Either the command was not started there, with the same "
             f"--rendezvous, or {self._lead.sign.path.parent} is not the same folder there: 'output' must lie on "
