@@ -125,7 +125,7 @@ def test_lint_with_a_budget_says_that_test_rows_stand_in_train_and_were_opened_b
     assert "test-opened-again" not in [one.rule for one in goes_on]  # that is the one that it would go on with
     said = {one.rule: (one.level, one.what) for one in begins}
     assert said["test-opened-again"][0] == said["test-in-train"][0] == "worth knowing"
-    assert f"other comparisons opened them before ({folder.name})" in said["test-opened-again"][1]
+    assert f"other comparisons used them for a verdict before ({folder.name})" in said["test-opened-again"][1]
     assert "test rows have a text that also stands in train" in said["test-in-train"][1]
 
 

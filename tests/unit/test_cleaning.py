@@ -190,18 +190,19 @@ def test_no_row_that_differs_is_no_proof_that_none_would() -> None:
 
 
 @pytest.mark.parametrize(
-    ("suspects", "precision", "said"),
+    ("rows", "suspects", "precision", "said"),
     [
-        (2, 1.0, "of the 2 suspects between 0 and 2 are wrong: too few to tell"),
-        (60, 0.8, "of the 60 suspects about 80% are wrong, by the same measure (between 39 and 57)"),
+        (192, 2, 1.0, "of the 2 suspects between 0 and 2 are wrong: too few to tell"),
+        (100_000, 1_900, 0.8, "between 0 and 1,900 are wrong: too small a share of the rows to tell"),
+        (192, 60, 0.8, "of the 60 suspects about 80% are wrong, by the same measure (between 39 and 57)"),
     ],
 )
 def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
-    suspects: int, precision: float, said: str
+    rows: int, suspects: int, precision: float, said: str
 ) -> None:
     found = LabelErrors(
-        judged_rows=192,
-        of_rows=192,
+        judged_rows=rows,
+        of_rows=rows,
         agree=0.9,
         suspects=suspects,
         doubtful=0,

@@ -170,13 +170,14 @@ def _test_in_train(design: ComparisonDesign) -> Found:
 def _test_opened_again(design: ComparisonDesign) -> Found:
     if design.test_openings > 1:
         what = (
-            f"opened {design.test_openings} times, because the time was up before and more was given; each verdict has "
-            "a part of the permitted error only, so that together they keep the certainty"
+            f"used for a verdict {design.test_openings} times, because the time was up before and more was given; each "
+            "verdict has a part of the permitted error only, so that together they keep the certainty"
         )
         to_do = "nothing, as long as the recipe was not changed because of the earlier report"
         yield "worth knowing", "test rows", what, to_do
     if others := design.opened_by_others:
-        what = f"other comparisons opened them before ({', '.join(others)}): what those showed may have shaped this one"
+        names = ", ".join(others)
+        what = f"other comparisons used them for a verdict before ({names}): what that showed may have shaped this one"
         to_do = "take fresh test rows where the recipe was changed because of what was seen"
         yield "worth knowing", "test rows", what, to_do
 

@@ -180,7 +180,7 @@ def _certificate(found: Preserved) -> str:
     if sealed is not None and not sealed.passed and sealed.task_upper is not None:
         beyond = {"generic text": sealed.upper, "the other task": sealed.task_upper}
         label += f" ({' and '.join(what for what, upper in beyond.items() if not upper <= sealed.limit)})"
-    return f"{label} (opened {len(found.opened)} times)" if len(found.opened) > 1 else label
+    return f"{label} (sealed texts read {len(found.opened)} times)" if len(found.opened) > 1 else label
 
 
 def _upper_bounds(found: Preserved, has_task: bool) -> tuple[str, ...]:

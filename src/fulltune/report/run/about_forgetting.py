@@ -138,7 +138,7 @@ def verdict(found: Preserved) -> str:
     more = f" But {found.says_little}." if found.says_little else ""
     more += _coarse(found) if limit_for_most(found) is not None else ""
     if len(found.opened) > 1:
-        label += f" (opened {len(found.opened)} times, because the model was trained anew)"
+        label += f" (sealed texts read {len(found.opened)} times, because the model was trained anew)"
     metric = format_metric(found.metric, found.chosen.metric)
     gain, whole = found.gain_of(found.chosen), found.gain_of(trained)
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""

@@ -191,7 +191,8 @@ def about_labels(found: LabelErrors) -> str:
     told += f" {round(found.recall * found.planted):,} of these would be among the suspects; of the "
     told += counted(found.suspects, "suspect")
     if found.suspects < max(_FEW_SUSPECTS, _FEW_OF_ROWS * found.judged_rows):
-        few = "too few to tell, for rows without any wrong label may have as many; read them"
+        few = "too few" if found.suspects < _FEW_SUSPECTS else "too small a share of the rows"
+        few += " to tell, for rows without any wrong label may have as many; read them"
         return f"{told} between 0 and {found.suspects:,} are wrong: {few}.{doubt}"
     # The estimate rests on those that lie where the surest half of the planted errors lies.
     error = 1.96 * error_of_share(found.precision, found.suspects // 2)

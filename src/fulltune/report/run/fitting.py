@@ -211,7 +211,7 @@ def _not_known_worse(curves: Curves) -> str:
     """What the eval rows say of the answers while their loss rose: not resolved is not equal."""
     _, said, lost, chance = _since_best(curves)
     if not lost:
-        return f"{said}: the probabilities have become too extreme, and not more answers wrong"
+        return f"{said}: the probabilities have become too extreme, and the answers no worse by that metric"
     most = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
     rows = f"these {curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,}, as is assumed,"
     return f"{said}. Of {rows} rows a difference of up to {most} may be chance: whether answers got worse is open"
