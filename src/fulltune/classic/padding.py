@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.models.auto.tokenization_auto import AutoTokenizer, get_tokenizer_config
 
 from fulltune.classic.arguments import notice
 from fulltune.classic.dry_run import row_length
@@ -27,8 +27,7 @@ class FillsUp:
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
         if _are_unequal(rows, "input_ids"):
             if not self._said:
-                why = "no tokenizer or collator that pads was given"
-                notice(f"rows of unequal length are filled up with token {self._pad}: {why}")
+                notice(f"rows of unequal length are filled up with token {self._pad}: no tokenizer or collator pads")
             self._said = True
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         fills = {"input_ids": self._pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
@@ -76,8 +75,7 @@ def _found(config: Any, text: Any) -> tuple[int | None, str]:
     name, found, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers makes an empty one
-            load = transformers.AutoTokenizer.from_pretrained
-            found = load(name, local_files_only=True, trust_remote_code=False).pad_token_id
+            found = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False).pad_token_id
     except (OSError, ValueError, KeyError, ImportError) as error:
         _log.info("%s: no tokenizer that can be read: %s", name, error)
     end = end[0] if isinstance(end, Sequence) and end else end

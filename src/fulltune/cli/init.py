@@ -256,9 +256,8 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
             whole = (row for _, row in files.rows() if unreadable(row, roles) is None)
             of_each = (task_named(task).row_labels(row, target) for row in whole)
             told = alike_in_words(Counter(chain.from_iterable(of_each)))
-        return Inferred(
-            task, target, files.where, counts["train"], named, guessed is not None, unused, told, tuple(files.notes)
-        )
+        notes, is_guess = tuple(files.notes), guessed is not None
+        return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, told, notes)
     if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
     hinted = " and ".join(f"--{_option(role)} {column}" for role, column in hints.roles.items())

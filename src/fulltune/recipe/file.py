@@ -112,10 +112,7 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
 
 
 def _not_about(problems: Iterable[str], lost: set[str]) -> list[str]:
-    """Those that name none of these settings, and so may not be wrong only because these were left out.
-
-    A block's name before a setting's does not count: `train` may be that of `data.train`.
-    """
+    """Those that name none of these settings (a block's name is none): others may follow from what was left out."""
     return [one for one in problems if not lost & {*re.findall(r"\w+\b(?!\.\w)", one.partition("  ")[2])}]
 
 

@@ -99,9 +99,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def left_out(folder: Path, kinds: Iterable[str], taken: Sequence[Path]) -> list[str]:
-    """A note on what lies in a folder, or deeper in it, looks like rows of these kinds, and is not read.
-
-    Nothing hidden is named, nor what a run wrote."""
+    """A note on what looks like rows of these kinds in a folder or deeper, is not hidden, no run's, and not read."""
     found = set[Path]()
     for place, folders, names in os.walk(folder):
         is_run = place != str(folder) and IDENTITY in names
@@ -110,11 +108,8 @@ def left_out(folder: Path, kinds: Iterable[str], taken: Sequence[Path]) -> list[
         found |= {file for file in files if file.suffix.lower() in {*kinds, *_LIKE_ROWS}}
     shown = [printable(file.relative_to(folder)) for file in sorted(found - {*taken})]
     why = "what lies in deeper folders, or is of another kind, is not taken from a folder: name it, or move it"
-    return (
-        [f"{folder}: {counted(len(shown), 'file')} left out of its rows ({first_few(shown, 3)}): {why}"]
-        if shown
-        else []
-    )
+    said = f"{folder}: {counted(len(shown), 'file')} left out of its rows ({first_few(shown, 3)}): {why}"
+    return [said] * bool(shown)
 
 
 def _is_data(name: str) -> bool:
