@@ -26,8 +26,6 @@ CHEAP: tuple[TextCheck, ...] = (
 )
 """Made on each row of each run: together they take 15 % of the tokenising of short texts, and a third of it with
 `refusal`, which answers alone get."""
-
-
 LOOKED_AT = 100_000
 """Characters of a text in each run: a check takes several times their memory."""
 PARTS: tuple[Part, ...] = ("read", "written")

@@ -39,11 +39,8 @@ Callback: Any = import_module(_OURS).Callback
 
 def imported() -> str:
     """The package that the script imported, before this one or after it; of both `lightning`."""
-    for name in _NAMES:
-        by_us_alone = name == _OURS and name not in _BEFORE
-        if name in sys.modules and not by_us_alone:
-            return name
-    return _OURS
+    by_us_alone = {_OURS} - {*_BEFORE}
+    return next((name for name in _NAMES if name in sys.modules and name not in by_us_alone), _OURS)
 
 
 @cache
