@@ -130,7 +130,7 @@ def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: Bas
         state=SimpleNamespace(global_step=0),
         generic_start=None,
         args=SimpleNamespace(world_size=1),
-        model=None,
+        passing=None,
         head=None,
     )
     drifting.attempt = SimpleNamespace(trainer=trainer, plan=plan, journal=during, alive=None, between_batches=None)
