@@ -305,6 +305,19 @@ def test_preferences_are_refused_with_what_trains_on_them(
             infer(data, hints=hints_of(None, {"prompt": "prompt"}, None))
 
 
+def test_rejected_answers_of_whole_sentences_are_no_second_text_beside_the_chosen_ones(tmp_path: Path) -> None:
+    words = {
+        "prompt": "question of somebody",
+        "chosen": "good answer to it",
+        "rejected": "bad answer to it which is long",
+    }
+    rows = [{name: f"number {at}: the {text}" for name, text in words.items()} for at in range(40)]
+    data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    found = infer(data, hints=hints_of(None, {"completion": "chosen"}, None))
+    assert found.target.columns == {"prompt": "prompt", "completion": "chosen"}
+    assert "rejected" in found.unused
+
+
 def test_no_recipe_is_written_where_no_row_could_be_used(tmp_path: Path) -> None:
     rows = [{"mr": f"name[{number}]", "refs": ["one text", "another"]} for number in range(20)]
     data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))

@@ -298,8 +298,8 @@ def _refuse_second_text(
 ) -> None:
     """Raises a `DataError` for a second column with texts where the recipe names none: it may be half of the task."""
     role = next((role for role in _READ_WITH if role in roles), "")
-    # A raw text has no other half, and who names what is read has decided.
-    if not role or _READ_WITH[role] in roles or len(roles) == 1 or getattr(block, role) is not None:
+    # A raw text has no other half, and who names what is read, or which answers are learned, has decided.
+    if not role or _READ_WITH[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
         return
     if (second := second_text(roles[role], roles, _for_roles(block, columns), rows)) is not None:
         one, two = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)

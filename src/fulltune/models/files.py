@@ -157,7 +157,9 @@ def check_weights(block: ModelBlock, files: ModelFiles) -> None:
                 f"model: {name}: holds only pickled weights, and unpickling can run foreign code; convert them to "
                 "safetensors, or set model.allow_pickled_weights: true if you trust their source"
             )
-        raise SetupError(f"model: {name}: config.json is there but no weights (*.safetensors)")
+        raise SetupError(
+            f"model: {name}: config.json is there but no weights (*.safetensors); only plan --for needs none"
+        )
 
 
 def _check_whole(file: Path, name: str) -> None:

@@ -125,7 +125,7 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
     if own_loss:
         return "your own loss (compute_loss) needs the logits as a whole"
     if deepspeed.wanted(recipe):
-        return "DeepSpeed shares out the head, which a loss in pieces needs whole"
+        return "not tried inside DeepSpeed, whose stage 3 shards the head that a loss in pieces needs whole"
     return "" if plain_logits else "this model scales or caps its logits after the head"
 
 
