@@ -125,7 +125,7 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
     if own_loss:
         return "your own loss (compute_loss) needs the logits as a whole"
     if deepspeed.wanted(recipe):
-        return "not tried inside DeepSpeed, whose stage 3 shards the head that a loss in pieces needs whole"
+        return "DeepSpeed shards the head in stage 3, and a loss in pieces needs it whole (untried in stage 2)"
     return "" if plain_logits else "this model scales or caps its logits after the head"
 
 
