@@ -44,11 +44,13 @@ _SERVICES = {
     "ATATT3": r"[\w=-]{60,}",
     "AGE-SECRET-KEY-1": "[A-Z0-9]{58}",
     "EAA": "[A-Za-z0-9]{100,}",
+    "sk-": "(?:or-v1-|lf-)?[a-f0-9-]{32,64}",
     "key-": "[a-f0-9]{32}",
     "SK": "[a-f0-9]{32}",
 }
 """Google, DigitalOcean, Shopify, Square, Databricks, Notion, Linear, Figma, Docker, Grafana, Vault, Supabase, Postman,
-New Relic, Groq, xAI, Replicate, Perplexity, Tavily, Sentry, LangSmith, Atlassian, age, Facebook, Mailgun, Twilio."""
+New Relic, Groq, xAI, Replicate, Perplexity, Tavily, Sentry, LangSmith, Atlassian, age, Facebook, OpenRouter,
+Mailgun, Twilio."""
 _FORMATS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (name, signs, re.compile(pattern, re.DOTALL))
     for name, signs, pattern in (
@@ -87,7 +89,7 @@ _FORMATS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
 )
 """What it is, of what one must stand in the text, and how it looks."""
 _IN_URL = re.compile(
-    r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@'\"<>]{1,64}:([^\s/@,'\"<>]{3,100})@(?!localhost|[\w.-]*example\.)[\w.-]+",
+    r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@'\"<>]{0,64}:([^\s/@,'\"<>]{3,100})@(?!localhost|[\w.-]*example\.)[\w.-]+",
     re.IGNORECASE,
 )
 _KEYWORDS = ("passw", "passwd", "pwd", "secret", "token", "key", "credential", "passwort")
@@ -99,7 +101,7 @@ _ASSIGNED = re.compile(
 _LONG = re.compile(r"[\w.:+/=-]{20}")
 """All but keys in several lines are so long: hardly any word is."""
 _SAID = re.compile(r"\b(?:password|passcode|passwort|pwd) (?:is|ist) [\"'`]?([^\s\"'`,;<>]{8,100})", re.IGNORECASE)
-_HEADER = re.compile(r"\b(?:Bearer|Basic) ([\w+/=.~-]{20,1000})")
+_HEADER = re.compile(r"\b(?:[Bb]earer|Basic) ([\w+/=.~-]{20,1000})")
 _NOT_GIVEN = re.compile(
     r"example|sample|dummy|test|your|change|placeholder|redacted|xxx|\*{3}|\.{3}|…|1234|abcd|abc.?123|_token_|\$\{|\{\{|^\$|^\{|^<|^%|\[|[()]"
     r"|://|^(?:pass(?:w(?:or)?d)?|pwd|secret|tiger)$",

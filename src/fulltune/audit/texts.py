@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,12 @@ _PRIVATE: tuple[TextCheck, ...] = ("secret", "personal data", "phone number")
 _UNCOVERING: tuple[TextCheck, ...] = ("broken encoding", "control characters", "markup")
 """Repairs that may make a secret whole: of one with a zero-width space or a tag inside."""
 
+_UNSEEN = re.compile(
+    "[\u034f\u061c\u17b4\u17b5\u180b-\u180e\ufe00-\ufe0f\U0001d173-\U0001d17a]|<wbr>|<!--.*?-->|&shy;|&#8203;",
+    re.DOTALL,
+)
+"""What else nobody sees, and no check repairs, for it may be meant."""
+
 
 def missing() -> dict[TextCheck, str]:
     """Checks whose package is not installed, with the extra that brings it: leave them out of `checks`, and say so."""
@@ -43,7 +50,7 @@ def masked_text(text: str) -> str:
     """A text as it may be shown or listed, before it is shortened: without secrets, personal data, phone numbers."""
     private = [check for check in _PRIVATE if check not in missing()]
     shown = repaired(text, private)
-    whole = repaired(shown, _UNCOVERING)
+    whole = repaired(_UNSEEN.sub("", shown), _UNCOVERING)
     if whole == shown == text:
         return text
     hidden = repaired(whole, private)
@@ -53,10 +60,11 @@ def masked_text(text: str) -> str:
 def masked_cells(cell: Any) -> Any:
     """A row, or a cell of one, with all its texts as `masked_text` has them."""
     if isinstance(cell, dict):
-        return {name: masked_cells(inner) for name, inner in cell.items()}
+        return {masked_text(str(name)): masked_cells(inner) for name, inner in cell.items()}
     if isinstance(cell, (list, tuple)):
         return list(map(masked_cells, cell))
-    return masked_text(cell) if isinstance(cell, str) else cell
+    text = str(cell) if isinstance(cell, int) else cell  # a card's number may be one
+    return masked if isinstance(text, str) and (masked := masked_text(text)) != text else cell
 
 
 def found_by(text: str, checks: Collection[TextCheck]) -> list[TextCheck]:

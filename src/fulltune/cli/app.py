@@ -434,7 +434,7 @@ def main() -> None:
         colour = "yellow" if isinstance(error, InterruptedRun) else "red"
         if isinstance(error, InterruptedRun):  # another signal must not change the exit code by now
             signals.put_back(dict.fromkeys(signals.STOPPING, signal.SIG_IGN))
-        for problem in error.problems:
+        for problem in stages.shown(error):
             err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

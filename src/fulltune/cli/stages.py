@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fulltune.errors import InterruptedRun, RecipeError, SetupError
+from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError, SetupError
 
 if TYPE_CHECKING:
     from fulltune.recipe.fields import Recipe
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
 # No emoji: `a.csv:100:` would lose its line.
 err = Console(stderr=True, highlight=False, emoji=False)
 out = Console(highlight=False, emoji=False)
+
+
+def shown(error: FulltuneError) -> Iterator[str]:
+    """An error's problems without signs that steer a terminal; of rows, without what is private in them."""
+    from fulltune.audit.texts import masked_text
+
+    for problem in error.problems:
+        text = masked_text(problem) if isinstance(error, DataError) else problem
+        yield "".join(ascii(sign)[1:-1] if category(sign) in ("Cc", "Cf") and sign != "\n" else sign for sign in text)
 
 
 def end_when_told(number: int, frame: object) -> None:

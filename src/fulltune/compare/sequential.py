@@ -5,14 +5,9 @@ wins or is equal, that is the answer whatever the rest does. So only these two g
 Thall, Simon and Ellenberg 1988), and the rest waits; when full beats the leader clearly, those that one seed does not
 clearly beat as well catch up, because FULL says that it beats all.
 
-Looking several times gives several chances to be wrong, also because the sealed rows are scored with the same trained
-models as the development rows. So each look may spend a part of alpha, and the parts sum up to alpha: whatever makes
-one stop, the chance of a wrong verdict on the sealed rows stays below their sum (Bonferroni over looks), if the last
-test is made at the part of the look after which it was stopped. Late looks get most (a power family of Hwang, Shih and
-DeCani's kind), because an answer after few seeds is rarely needed unless it is very clear, and the first one nothing,
-because nothing is decided after one seed. Picking the leader has its
-price, too: the leader's seeds are those of the method that did best on the development rows. The final test counts all
-methods (Holm), which makes up for that as far as `bench/false_verdicts.py --rivals 3` can tell.
+Looking several times gives several chances to be wrong, so each look may spend a part of alpha: late ones most, the
+first one nothing. docs/statistics.md has the formula. The final test counts all methods (Holm), which makes up for
+picking the leader as far as `bench/false_verdicts.py --rivals 3` can tell.
 """
 
 from __future__ import annotations

@@ -1,19 +1,8 @@
 """Rows whose label is probably wrong, by linear classifiers on the untouched model; and how far that can be trusted.
 
-Each row is judged by a classifier that did not see it. In a second round the rows that the first one suspects
-(confident learning: Northcutt et al. 2021, arXiv 1911.00068) are left out of what the classifiers learn from. A row's
-*margin* is the probability of its label less that of the likeliest other one: far below 0, the classifier is sure of
-another label.
-
-How far below? No margin is right for all data: a classifier is wrong itself where classes overlap. So some rows are
-given a wrong label on purpose, and everything is done once more. What share of these lies below a margin is its recall.
-Hardly a right label lies where the surest quarter or half of the planted errors lie; so from the rows there follows how
-many errors there are, and from that the precision of every other margin. The largest one with `PRECISION` is taken: in
-clean rows it finds next to nothing, in noisy ones most errors.
-
-That holds for errors that happen here and there. Where two classes are mixed up again and again, the classifiers learn
-the confusion, and such rows are near the boundary: they are *doubtful*, and how often that is right only a reader can
-tell.
+How that is found out, by wrong labels that are put in on purpose, is told in docs/data.md. In a second round the rows
+that the first one suspects are left out of what the classifiers learn from (confident learning: Northcutt et al. 2021,
+arXiv 1911.00068). A row's *margin* is the probability of its label less that of the likeliest other one.
 """
 
 from __future__ import annotations

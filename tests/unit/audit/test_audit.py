@@ -11,7 +11,7 @@ import pytest
 from fulltune import audit
 from fulltune.audit import personal, texts
 from fulltune.audit.flaw import Flaw, Hit, redacted
-from fulltune.audit.texts import _CHECKS, _shown
+from fulltune.audit.texts import _CHECKS, _shown, masked_cells
 from fulltune.errors import SetupError
 
 KEY = "qX7" + "vR2mLp9Zt4Wb8Ks1Yd6Hn3Jc5Gf0Aeu"
@@ -557,3 +557,27 @@ def test_a_flawed_text_that_hides_nothing_is_read_at_most_three_times_by_a_check
     calls.clear()
     assert len(audit.flaws("A good day, {{name}}")) == 1
     assert max(calls.values()) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AK{}IAQWB5PDKHXZ7YLM2Q",
+        "sk-or-v1-" + "0a1b2c3d" * 8,
+        "redis://:p4ssW0rdQx9@cache.corp.io:6379",
+    ],
+)
+@pytest.mark.parametrize("unseen", ["", "\u061c", "\u034f", "\ufe0f", "<wbr>", "<!-- x -->", "&shy;"])
+def test_what_is_private_is_masked_whatever_hides_in_it(text: str, unseen: str) -> None:
+    whole = text.replace("{}", unseen) if "{}" in text else text + unseen
+    assert "[SECRET]" in audit.masked_text(f"see {whole} here")
+    cells = masked_cells({"anna.miller@web-of-anna.de": 4539148803436467, "n": [5, True, f"see {whole} here"]})
+    assert list(cells) == ["[EMAIL]", "n"]
+    assert cells["[EMAIL]"] == "[CARD]"
+    assert cells["n"][:2] == [5, True]
+    assert "[SECRET]" in cells["n"][2]
+
+
+def test_what_only_looks_hidden_is_kept() -> None:
+    text = "a heart \u2764\ufe0f <!-- and a note --> stays"
+    assert audit.masked_text(text) == text

@@ -91,8 +91,12 @@ def _batches(file: Path, most: int, unread: dict[str, None]) -> Iterator[pa.Reco
                 few = min(_rows_at_once(num_rows, size), max(1, _MOST_UNPACKED_BYTES // (largest + 1)))
                 sizes = (_unpacked_bytes(part.column(0)) for part in parts.iter_batches(few, columns=[name]))
                 is_doubtful = largest * sum(chunk.num_values for chunk in chunks) > most
-                if max(chunk.total_uncompressed_size for chunk in chunks) > most or (
-                    is_doubtful and any(unpacked > most for unpacked in accumulate(sizes))
+                # Each value of a list takes its place when it is read, an empty one too.
+                is_vast = 8 * sum(chunk.num_values for chunk in chunks) > most
+                if (
+                    is_vast
+                    or max(chunk.total_uncompressed_size for chunk in chunks) > most
+                    or (is_doubtful and any(unpacked > most for unpacked in accumulate(sizes)))
                 ):
                     unread[name] = None
                 else:
