@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fulltune.data import sources
-from fulltune.data.readers import columnar, images, read, text_tables
+from fulltune.data.readers import columnar, images, read
 from fulltune.errors import DataError
 from fulltune.tasks import long_texts
 from fulltune.tasks.columns import MOST_NESTED, fault, shown, windows
@@ -262,11 +262,3 @@ def test_a_cell_of_many_empty_values_is_not_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(columnar, "_MOST_UNPACKED_BYTES", 1_000_000)
     rows = [row for _, row in columnar.rows(tmp_path / "rows.parquet")]
     assert [(row["text"], str(row["many"])[:22]) for row in rows] == [(one, "<cells that unpack to ") for one in "ab"]
-
-
-def test_an_object_of_too_many_names_is_a_broken_row(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"text": "a"}\n{' + ", ".join(f'"{at}": 1' for at in range(100_001)) + "}\n", encoding="utf-8")
-    (_, whole), (line, broken) = text_tables.json_lines(file)
-    assert (whole, line) == ({"text": "a"}, 2)
-    assert "100,001 names, expected at most 100,000" in str(broken)
