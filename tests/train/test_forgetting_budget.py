@@ -444,7 +444,7 @@ def test_model_that_was_trained_anew_has_its_own_choice_and_says_that_texts_were
     assert found.trained == first.trained
     assert found.opened[:1] == first.opened
     assert len(found.opened) == 2
-    assert "opened 2 times" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "sealed texts read 2 times" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("budget_given", [None, "1%"])
