@@ -139,10 +139,10 @@ def test_what_accept_took_is_told_apart_from_what_was_decided_and_is_open(
     checks = [SimpleNamespace(check=one) for one in ("label error", "markup")]
     found = audit.Audited(
         target=tmp_path / "r.yaml",
-        recipe=SimpleNamespace(data=SimpleNamespace(patch="p.jsonl")),  # type: ignore[arg-type]
+        recipe=SimpleNamespace(data=SimpleNamespace(patch="p.jsonl")),  # type: ignore[arg-type]  # what is read of it
         folder=tmp_path,
         summary=DataSummary.model_construct(task="text-classification", problem_type="single_label"),
-        audit=SimpleNamespace(clean=(), checks=checks, not_run={}),  # type: ignore[arg-type]
+        audit=SimpleNamespace(clean=(), checks=checks, not_run={}),  # type: ignore[arg-type]  # what is read of it
     )
     monkeypatch.setattr(audit, "load_issues", lambda folder: ISSUES)
     monkeypatch.setattr(audit, "out", Console(file=(said := StringIO()), width=80))
@@ -178,7 +178,10 @@ def test_ctrl_d_ends_a_review_as_q_does_and_keeps_what_was_decided(tmp_path: Pat
         raise EOFError
 
     waiting = iter(keys)
-    press = lambda: next(waiting, None) or ended()  # noqa: E731
+
+    def press() -> str:
+        return next(waiting, None) or ended()
+
     found = review(Console(file=StringIO()), ISSUES, tmp_path / "p.jsonl", {}, press, ended)
     assert [(row, one.remedy.action) for (_, row), one in found.items()] == [("c", "keep")]
     assert list(kept_in(tmp_path / "p.jsonl")) == ["c"]

@@ -19,7 +19,7 @@ ONE_MACHINE = ("listen", "127.0.0.1:0")
 
 def main(arguments: Sequence[str]) -> None:
     """Run torchrun with its static rendezvous, in which each machine's number is given."""
-    from torch.distributed import TCPStore, run  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore, run  # type: ignore[attr-defined]  # not in its stubs
 
     for name in [name for name in os.environ if name.startswith("PET_")]:  # arguments for somebody else's torchrun
         del os.environ[name]
