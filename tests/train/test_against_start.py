@@ -91,9 +91,7 @@ def test_gain_has_the_standard_error_of_the_paired_difference() -> None:
     before[:20, 0] = 0
     now = before.copy()
     now[:10, 0], now[20:60, 0] = 1, 0
-    measure = Measure(
-        "accuracy", True, lambda kept: 0.0, lambda kept: now, lambda sums: sums[..., 0] / sums[..., 1], None
-    )
+    measure = Measure("accuracy", True, lambda kept: 0.0, lambda kept: now, lambda sums: sums[..., 0] / sums[..., 1])
     differences = now[:, 0] - before[:, 0]
 
     better, error = gain(measure, before, now)

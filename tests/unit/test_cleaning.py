@@ -63,7 +63,6 @@ def _accuracy() -> Measure:
         whole=lambda kept: float(kept["right"].mean()),
         counts=counts,
         value=lambda sums: sums[..., 0] / sums[..., 1],
-        bounds=(0.0, 1.0),
     )
 
 

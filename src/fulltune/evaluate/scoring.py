@@ -23,6 +23,7 @@ from fulltune.records.events import Listener, RowsRead
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Answer, Scores, Unseen
 from fulltune.stats.bootstrap import Resampled, resample
+from fulltune.stats.row_scores import bounds_of
 from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.tasks import Predictions, Target, Task
 from fulltune.tasks.padding import ragged
@@ -145,7 +146,7 @@ class Scoring:
             name=name,
             kind=kind,
             rows=rows,
-            metrics={metric: found.estimate(confidence) for metric, found in metrics.items()},
+            metrics={metric: found.estimate(confidence, bounds_of(metric)) for metric, found in metrics.items()},
             main_metric=self.plan.metric,
             greater_is_better=self.plan.greater_is_better,
             confidence=confidence,
@@ -153,7 +154,7 @@ class Scoring:
                 metric: Unseen(
                     left_out=one.num_seen,
                     near=self.recipe.data.near_duplicates < 1,
-                    estimate=one.unseen.estimate(confidence) if one.unseen else None,
+                    estimate=one.unseen.estimate(confidence, bounds_of(metric)) if one.unseen else None,
                 )
                 for metric, one in metrics.items()
                 if one.num_seen
@@ -192,12 +193,8 @@ class Scoring:
         return verified(model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()})[0]
 
     def load(self, model_folder: Path | None) -> tuple[Any, Any]:
-        """A model on the plan's device, and its processor.
-
-        Args:
-            model_folder: A finished model, loaded from its folder as any user would; None: the pretrained one before
-                training, for which a head that it lacks is drawn.
-        """
+        """A model on the plan's device, and its processor: a finished one, loaded from its folder as any user would;
+        None: the pretrained one before training, for which a head that it lacks is drawn."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor

@@ -31,12 +31,7 @@ _SEED = 0
 
 
 def percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The interval that leaves out as many draws below it as above it; NaN is left out.
-
-    Args:
-        draws: float64 [samples].
-        confidence: Level, for example 0.95.
-    """
+    """The interval that leaves out as many of the draws, float64 [samples], below it as above it; NaN is left out."""
     tail = (1 - confidence) / 2
     low, high = (float(np.nanquantile(draws, share)) for share in (tail, 1 - tail))
     return low, high
@@ -87,13 +82,14 @@ class Resampled:
     unseen: Resampled | None = None
     """The same without those; None: there are none, or hardly any others."""
 
-    def estimate(self, confidence: float) -> Estimate:
-        """The value with its percentile interval at this level, for example 0.95; without a single mistake down to the
-        share that so many rows leave possible."""
+    def estimate(self, confidence: float, bounds: tuple[float, float] | None = None) -> Estimate:
+        """The value with its percentile interval at this level, for example 0.95; where all rows are the same, as far
+        towards the metric's bounds as so many rows leave possible."""
         low, high = percentiles(self.draws, confidence)
-        if low == high == self.value == 1.0:
-            # No resample has a mistake that no row has (Clopper and Pearson 1934).
-            low = ((1 - confidence) / 2) ** (1 / max(1, self.num_clusters))
+        if bounds is not None and bounds[0] <= low == high == self.value <= bounds[1]:
+            # No resample has a mistake, or a right answer, that no row has (Clopper and Pearson 1934).
+            share = ((1 - confidence) / 2) ** (1 / max(1, self.num_clusters))
+            low, high = (bound + share * (self.value - bound) for bound in bounds)
         return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
 
     def save(self, path: Path) -> None:

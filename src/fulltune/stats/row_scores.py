@@ -29,7 +29,7 @@ _BOUNDS = {
     **dict.fromkeys(("mcc", "spearman", "kendall"), (-1.0, 1.0)),
     **dict.fromkeys(("chrf", "bleu"), (0.0, 100.0)),
 }
-"""Of metrics that may leave 0 to 1; None: without a bound on one side."""
+"""Of metrics that may leave 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,11 @@ class Measure:
     counts: Count | None
     """None: the metric is no function of sums, and has to be computed anew for each resample."""
     value: Value | None
-    bounds: tuple[float, float] | None
-    """Least and most; None: without."""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Least and most; None: without a bound on one side."""
+        return bounds_of(self.name)
 
     @property
     def span(self) -> float | None:
@@ -57,6 +60,11 @@ class Measure:
         return 1.0 if self.greater_is_better else -1.0
 
 
+def bounds_of(metric: str) -> tuple[float, float] | None:
+    """The least and the most that a metric can be; None: without a bound on one side."""
+    return _BOUNDS.get(metric, (0.0, 1.0))
+
+
 def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
     """How a metric of a task is resampled.
 
@@ -67,14 +75,7 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
     counts, value = _sums(task_name, target, metric).get(metric, (None, None))
-    return Measure(
-        name=metric,
-        greater_is_better=greater_is_better(metric),
-        whole=_alone(task_name, target, metric),
-        counts=counts,
-        value=value,
-        bounds=_BOUNDS.get(metric, (0.0, 1.0)),
-    )
+    return Measure(metric, greater_is_better(metric), _alone(task_name, target, metric), counts, value)
 
 
 def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:

@@ -7,6 +7,7 @@ import pytest
 
 from fulltune.stats.bootstrap import resample
 from fulltune.stats.calibration import calibrate, expected_calibration_error, fit_temperature
+from fulltune.stats.row_scores import bounds_of
 
 
 def mean(kept: dict[str, np.ndarray]) -> dict[str, float]:
@@ -30,11 +31,24 @@ def test_interval_is_about_as_wide_as_the_formula() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 1000), rel=0.1)
 
 
-@pytest.mark.parametrize(("count", "low"), [(31, 0.888), (300, 0.988)])
-def test_interval_without_a_mistake_is_clopper_and_pearsons(count: int, low: float) -> None:
-    found = resample({"right": np.ones(count)}, mean, samples=100)["mean"].estimate(0.95)
-    assert (found.value, found.high) == (1, 1)
-    assert found.low == pytest.approx(low, abs=1e-3)
+@pytest.mark.parametrize(
+    ("value", "count", "metric", "expected"),
+    [
+        (1.0, 31, "accuracy", (0.888, 1)),  # Clopper and Pearson
+        (1.0, 300, "accuracy", (0.988, 1)),
+        (0.0, 12, "exact_match", (0, 0.265)),
+        (0.5, 12, "f1", (0.368, 0.632)),
+        (0.0, 12, "chrf", (0, 26.5)),
+        (0.5, 12, "loss", (0.5, 0.5)),  # without bounds
+        (7.0, 12, "of the user's own", (7, 7)),
+    ],
+)
+def test_interval_of_rows_that_are_all_the_same_reaches_towards_the_bounds(
+    value: float, count: int, metric: str, expected: tuple[float, float]
+) -> None:
+    found = resample({"right": np.full(count, value)}, mean, samples=100)["mean"].estimate(0.95, bounds_of(metric))
+    assert found.value == value
+    assert (found.low, found.high) == pytest.approx(expected, rel=1e-2)
 
 
 def test_interval_same_seed_draws_the_same_rows() -> None:
