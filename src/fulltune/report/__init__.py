@@ -39,9 +39,6 @@ def write(folder: Path) -> Path:
 
     The run may have ended anywhere: what is missing is named in the report, with the reason.
 
-    Args:
-        folder: The run folder.
-
     Returns:
         The path of `report.html`.
 
@@ -60,11 +57,7 @@ def write(folder: Path) -> Path:
 
 
 def conclude(folder: Path) -> tuple[Headline, str, tuple[str, ...]]:
-    """The report's headline, whether the run was over- or under-fitted, and what to change where it was not worth it.
-
-    Args:
-        folder: The run folder.
-    """
+    """The report's headline, whether the run was over- or under-fitted, and what to change if it was not worth it."""
     view = read_run(Path(folder))
     headline, steps = _conclude(view)
     return headline, unfit(view), steps
@@ -88,13 +81,7 @@ def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = N
 
 
 def write_merged_card(source: Path, model_folder: Path, task: str) -> None:
-    """Write `README.md` into the folder of a merged model, from that of the model it was made of.
-
-    Args:
-        source: The folder with what was trained.
-        model_folder: The merged model's.
-        task: What the model does.
-    """
+    """Write `README.md` into the folder of a merged model, from that of the model it was made of."""
     path = Path(source) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     write_harmless(Path(model_folder) / "README.md", merged_card(text, Path(model_folder).name, task))

@@ -128,9 +128,9 @@ def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | N
         ({**FEW, "metric": RISING, "eval_loss": ((6, 0.5), (12, 0.6))}, ["show no reason"], ["few", "onger"]),
         ({**FEW, "metric": RISING, "eval_loss": ((6, 0.5), (12, 0.505))}, ["12 steps are few", "onger"], []),
         (
-            {"got_worse": "Got worse: x.", "loss": FALLING},
-            ["Got worse: x. Try a tenth", "learning_rate=3e-05"],
-            [LONGER],
+            {"got_worse": True, "loss": FALLING},
+            ["best before step 1. Try a tenth", "learning_rate=3e-05"],
+            [LONGER, "Got worse"],  # the run says that itself
         ),
         ({"blind": "All is b"}, ["All is b. Try a lower", LOWER, "learning_rate=0.0009"], [LONGER]),
         ({"blind": "All is b", "loss": FALLING}, ["All is b. The train loss", LONGER], [LOWER]),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fulltune.records.scores import Estimate, Scores
+from fulltune.records.scores import Answer, Estimate, Scores
 from fulltune.report.run.verdict import judge
 
 BASELINE = "nearest centroid"
@@ -78,6 +78,40 @@ def test_sentence_is_whole_and_brief_leaves_out_what_the_table_has(kit: SimpleNa
         "On the same 1,000 test rows, the accuracy of full-seed42 is 10.9 points higher than that of the best "
         "baseline, nearest centroid; 95% interval: 8.0 to 14.0 points higher."
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "copied", "after", "generated", "kind", "said"),
+    [
+        (0.2, 0.3, 0.4, "an answer", "better", ""),
+        (
+            0.1,
+            0.3,
+            0.2,
+            "an answer",
+            "contested",
+            "answers are no better: rougeL 0.2 [0.2, 0.2], against 0.3 [0.3, 0.3] for copy.",
+        ),
+        (0.0, 0.0, 0.0, "an answer", "better", ""),  # nothing says that they are worse
+        (0.0, 0.0, 0.0, " ", "contested", "answers are all empty: rougeL 0 [0, 0], against 0 [0, 0] for"),
+    ],
+)
+def test_loss_alone_is_not_called_better_than_answers_say(
+    kit: SimpleNamespace, before: float, copied: float, after: float, generated: str, kind: str, said: str
+) -> None:
+    untouched, trained = pair(kit, 1.2, 2.3, (-1.2, -1.05), "loss", "untouched")
+    copy = kit.scores("copy", "baseline", copied, 0.0, "rougeL")
+    answers = (Answer(text="a question", expected="an answer", predicted=generated),)
+    rows = [
+        row.model_copy(update={"metrics": row.metrics | {"rougeL": Estimate(value=value, low=value, high=value)}})
+        for row, value in ((untouched, before), (trained.model_copy(update={"answers": answers}), after))
+    ]
+    verdict = judge([*rows, copy])
+    assert verdict.kind == kind
+    assert said in verdict.sentence
+    assert said in verdict.brief
+    assert "1.1 lower" in verdict.brief
+    assert ("Better" in verdict.label) == (kind == "better")
 
 
 def test_verdict_without_a_paired_difference_claims_none(kit: SimpleNamespace) -> None:

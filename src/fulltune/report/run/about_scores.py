@@ -30,11 +30,10 @@ from fulltune.report.format.blocks import (
 from fulltune.report.format.plots import Mark, interval_plot
 from fulltune.report.run.read import RunView
 from fulltune.report.run.row_words import row_words
-from fulltune.report.run.verdict import headline_row
+from fulltune.report.run.verdict import OF_ANSWERS, headline_row
 from fulltune.text import counted, format_metric, format_number, format_percent, listed
 
 _KIND_IN_WORDS = {"baseline": "baseline", "untouched": "before training", "trained": "trained"}
-OF_ANSWERS = ("exact_match", "rougeL", "chrf", "bleu")
 _LARGEST_HEAT_TABLE = 20
 _CONFUSED_PAIRS = 20
 _ANSWERS_OPEN = 5

@@ -12,11 +12,11 @@ from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.report.format import words
 from fulltune.report.format.markdown import escaped, fenced, table
-from fulltune.report.run.about_scores import OF_ANSWERS, about_answers, calibration_in_words
+from fulltune.report.run.about_scores import about_answers, calibration_in_words
 from fulltune.report.run.read import RunView
 from fulltune.report.run.row_words import has_images, row_words
 from fulltune.report.run.usage import HOW_TO_ASK, HOW_TO_LOAD, how_to_load, loading_code, loading_code_of, method_kind
-from fulltune.report.run.verdict import judge
+from fulltune.report.run.verdict import OF_ANSWERS, judge
 from fulltune.text import counted, format_metric, format_number, format_share
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -74,8 +74,8 @@ class RunFacts:
     eval_loss: tuple[Point, ...] = ()
     bar: str = "the baseline"
     """What the verdict compares with."""
-    got_worse: str = ""
-    """That no evaluation was as good as the one before step 1, in words; empty: one was."""
+    got_worse: bool = False
+    """No evaluation was as good as the one before step 1."""
     metric_name: str = "accuracy"
     greater_is_better: bool = True
     blind: str = ""
@@ -113,7 +113,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         over_confident=fit.kind == "over-confident",
         eval_loss=after_start(history.evaluation.get("loss", ())),
         bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
-        got_worse=fit.sentences[0] if fit.kind == "got worse" and fit.turn == 0 else "",
+        got_worse=fit.kind == "got worse" and fit.turn == 0,
         learning_rate=plan.learning_rate,
         last_as_good=bool(outcome.kept_because),
         epochs=plan.num_train_epochs,
@@ -174,7 +174,7 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
     passed = _best_long_ago(run)
     has_free_rate, has_free_length = _RATE not in run.searched, not run.searched & _LENGTH
     if run.got_worse and has_free_rate:
-        found.append(f"{run.got_worse.rstrip('.')}. Try a tenth of the learning rate: {_rate(run, 1 / 10)}")
+        found.append(f"The eval rows were answered best before step 1. Try a tenth of the rate: {_rate(run, 1 / 10)}")
     elif grew and has_free_rate:
         found.append(f"{grew}. A likely cause: the learning rate is too high. Try a third of it: {lower}")
     elif passed and has_free_rate:

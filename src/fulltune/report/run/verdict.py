@@ -12,14 +12,17 @@ from fulltune.text import counted, format_number, is_share
 
 _LABELS = {
     "better": "Better than without training",
+    "contested": "Generated answers are no better",
     "worse": "Worse than without training",
     "unresolved": "Difference not resolved",
     "unpaired": "Difference not known",
     "alone": "Nothing to compare with",
     "none": "No verdict",
 }
-"""Kind of verdict to what stands above it. `unpaired`: there is no difference on the same rows. `alone`: scored, with
-nothing to compare to. `none`: the trained model was not scored."""
+"""Kind of verdict to what stands above it. `contested`: better by its loss alone. `unpaired`: there is no
+difference on the same rows. `alone`: scored, with nothing to compare to. `none`: the trained model was not scored."""
+OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu")
+"""Metrics of generated answers: the first that was computed says whether they are better."""
 _UNPAIRED = (
     "Their difference on the same rows was not measured; runs of older versions lack it. To have it, delete the run's "
     "folder 'scores', then give the run's folder to 'fulltune run'."
@@ -45,15 +48,10 @@ def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better
 
 
 def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
-    """Compare the trained model with the best row that needed no training.
+    """Compare the trained model with the best row that needed no training: `better` or `worse` only when the interval
+    of the difference on the same rows excludes 0.
 
-    Args:
-        scores: All rows, in any order.
-        why_unscored: What to say when no trained model was scored.
-
-    Returns:
-        The headline; `better` or `worse` only when the interval of the difference on the same rows excludes 0.
-        Whether two intervals overlap says little: both models are asked the same rows, easy and hard ones alike.
+    Whether two intervals overlap says little: both models are asked the same rows, easy and hard ones alike.
     """
     row = headline_row(scores)
     if row is None:
@@ -93,16 +91,33 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     than = "as" if ahead.value == 0 else "than"
     brief = f"On the same {counted(row.rows, 'test row')}, {compared} {than} that of {which}; {within}"
     ending = _ending(kind, bar)
+    answers = _answers_no_better(row, scores) if kind == "better" else ""
     return _headline(
-        kind,
-        f"{claim}. On the same rows, {compared} ({within}){ending}.",
-        f"{brief}{ending if kind == 'unresolved' else ''}.",
+        "contested" if answers else kind,
+        f"{claim}. On the same rows, {compared} ({within}){ending}.{answers}",
+        f"{brief}{ending if kind == 'unresolved' else ''}.{answers}",
         note,
     )
 
 
 def _headline(kind: str, sentence: str, brief: str = "", note: str = "") -> Headline:
     return Headline(kind, _LABELS[kind], sentence, brief or sentence, note)
+
+
+def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
+    """That generated answers are worse than without training, or all empty, in a sentence; empty: they are not, or
+    there are none."""
+    name = next((name for name in OF_ANSWERS if name in row.metrics and row.answers), "")
+    bar = strongest_untrained(scores, name, greater_is_better=True)
+    if bar is None:
+        return ""
+    mine, theirs = row.metrics[name], bar.metrics[name]
+    says_something = any(answer.predicted.strip() for answer in row.answers)
+    if mine.value > theirs.value or (mine.value == theirs.value and says_something):
+        return ""
+    them = "generated answers are no better" if says_something else "generated answers are all empty"
+    values = f"{words.metric_name(name)} {words.estimate(name, mine)}, against {words.estimate(name, theirs)}"
+    return f" But its {them}: {values} for {bar.name}."
 
 
 def _ending(kind: str, bar: Scores) -> str:
