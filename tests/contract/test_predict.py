@@ -98,6 +98,17 @@ def read(file: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ","))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"), [("null", "expected an object in { }, found null"), ("{", "is damaged (not valid JSON)")]
+)
+def test_notes_of_a_model_that_are_damaged_are_named(content: str, said: str, classifier: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "run" / "models" / "full")
+    (folder / "fulltune.json").write_text(content)
+    result = fulltune("predict", tmp_path / "run", "a text")
+    assert result.problems == [f"{folder}/fulltune.json: {said}; copy the model again, or train it again"]
+    assert result.code == 2
+
+
 # ---- files -----------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ Three sets that never mix: train; eval (best checkpoint, early stopping, tempera
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from fulltune.evaluate import untouched as of_untouched
 from fulltune.evaluate.row_losses import Losses, row_losses
 from fulltune.evaluate.scoring import Scored, Scoring, UserMetrics
 from fulltune.footprint.records import SHAPES
+from fulltune.methods.folder import NOTES, notes_of
 from fulltune.models.base import Base
 from fulltune.models.shapes import Shapes
 from fulltune.recipe.fields import Recipe, with_attention
@@ -65,17 +65,7 @@ def scoring_of(
     metrics: UserMetrics | None = None,
     listener: Listener = lambda event: None,
 ) -> Scoring:
-    """A run's rows and how they are scored.
-
-    Args:
-        recipe: The checked recipe.
-        plan: The trial's numbers.
-        summary: Of the prepared data.
-        folder: The run folder.
-        base: The model before training.
-        metrics: The user's own.
-        listener: Told how far each pass over the rows is.
-    """
+    """A run's rows and how they are scored; `metrics` are the user's own."""
     recipe = with_attention(recipe, plan.attn_implementation)
     task, target, weights = task_named(recipe.task), Target.of(summary), class_weights(recipe, summary)
     return Scoring(recipe, plan, task, target, folder / "data", base, metrics, listener, weights)
@@ -92,14 +82,6 @@ def baselines(
     """Score what costs no training, for example the majority class or the untouched language model.
 
     Results are kept in `scores/`; those that are there are not made again.
-
-    Args:
-        recipe: As for `scoring_of`, like all others.
-        plan: The trial's numbers.
-        summary: Of the prepared data.
-        folder: The run folder.
-        base: The model before training.
-        listener: Told how far each pass over the rows is.
     """
     scoring, scorer = scoring_of(recipe, plan, summary, folder, base, None, listener), _scorer(recipe.task)
 
@@ -168,13 +150,7 @@ def losses(
 def with_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
-    """Put a trained model's difference to each row that needs no training into its scores, here and on the disk.
-
-    Args:
-        folder: The run folder.
-        scores: Of the trained model, as `score` gave them.
-        difference: Of two models on the same rows; None where there is none.
-    """
+    """Put a trained model's difference to each row that needs no training into its scores, here and on the disk."""
     found = {}
     path = folder / "scores" / f"{scores.name}.json"
     mine = _resampled(path)
@@ -202,8 +178,7 @@ def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Prediction
 
 
 def _note_temperature(model_folder: Path, temperature: float) -> None:
-    path = model_folder / "fulltune.json"
-    files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"temperature": temperature})
+    files.write_json(model_folder / NOTES, notes_of(model_folder) | {"temperature": temperature})
 
 
 def _scorer(task: TaskName) -> ModuleType:

@@ -20,12 +20,8 @@ Predicted = Iterator[tuple[int, np.ndarray]]
 
 
 def baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
-    """File name to what makes it.
-
-    Args:
-        scoring: The run.
-        scorer: The task's; its `trained` scores the probe as the model's head, its `frozen` what embeddings give.
-    """
+    """File name to what makes it; the scorer's `trained` scores the probe as the model's head, its `frozen` what
+    embeddings give."""
     if scoring.plan.head_init is None:  # a head that is kept, or a run of an earlier version
         if scoring.target.problem_type == "span":
             return {}

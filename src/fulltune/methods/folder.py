@@ -6,7 +6,6 @@ folder)` reads them; heads and adapters, which PEFT has no format for, under the
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from fulltune import files
 from fulltune.errors import SetupError
 from fulltune.methods import BY_HOOKS, PROMPT_MODULE, Applied, apply, trained
 from fulltune.models.base import Base
+from fulltune.models.files import json_object
 from fulltune.models.load import load as load_model
 from fulltune.models.sharding import like
 from fulltune.recipe.methods import Method
@@ -33,14 +33,7 @@ _PROMPT = f"{PROMPT_MODULE}.weight"
 
 
 def save(applied: Applied, folder: Path, task: TaskName, base: str) -> None:
-    """Write what was trained, with the model's own config.
-
-    Args:
-        applied: The model and its method.
-        folder: Made when it is missing.
-        task: What the model does.
-        base: Folder or Hub id of the pretrained model.
-    """
+    """Write what was trained, with the model's own config; `base` is the pretrained model's folder or Hub id."""
     folder.mkdir(parents=True, exist_ok=True)
     model = applied.model
     if applied.outer is not None:
@@ -120,13 +113,7 @@ def notes_of(folder: Path) -> dict[str, Any]:
     Raises:
         SetupError: When the file is damaged.
     """
-    try:
-        found: dict[str, Any] = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-        return found
-    except ValueError:
-        raise SetupError(
-            f"{folder / NOTES}: is damaged (not valid JSON); train again, or copy the model again"
-        ) from None
+    return json_object(folder / NOTES)
 
 
 def target_of(notes: Mapping[str, Any]) -> Target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -200,7 +201,7 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"they hold more than tensors ({found[1]}), which would run as code" if found else "they are damaged"
         raise SetupError(f"model: {block.name}: its pickled weights were not read: {why}; take safetensors") from None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise SetupError(
@@ -211,4 +212,25 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
                 f"model: {block.name}: no such folder, and the Hub could not provide it (offline, or no such id); "
                 "give a folder, a .gguf file, package:NAME/PATH or an id that is in the local cache"
             ) from None
+        folder = Path(locate(block).name_or_path)
+        for file in sorted({*folder.glob("*config.json"), *folder.glob("*token*.json")}):
+            json_object(file)
+        if isinstance(error, (TypeError, AttributeError)):  # not the files' fault
+            raise
         raise SetupError(f"model: {block.name}: its {what} cannot be read: {text[:300]}") from error
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file of a model says.
+
+    Raises:
+        SetupError: When it is damaged, or holds no object.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise SetupError(f"{path}: is damaged (not valid JSON); copy the model again, or train it again") from None
+    if not isinstance(found, dict):
+        said = json.dumps(found)[:40]
+        raise SetupError(f"{path}: expected an object in {{ }}, found {said}; copy the model again, or train it again")
+    return found
