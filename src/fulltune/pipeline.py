@@ -89,12 +89,16 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
     job.hooks.check(job.recipe)
-    if runs_here:
-        check_weights(job.recipe.model, job.base.files)
+    try:
+        if runs_here:
+            check_weights(job.recipe.model, job.base.files)
+        config = job.base.config
+    except SetupError as error:
+        raise SetupError([*error.problems, *data.wrong_files(job.recipe, job.hooks.preprocess)]) from None
     check_extra(job.recipe, runs_here=runs_here)
     evaluate.check_extras(job.recipe)
     check_model(job.recipe, job.base)
-    methods.check(job.recipe, job.base.config)
+    methods.check(job.recipe, config)
     check_texts(job.recipe.preserve)
     other = data.other_task(job.recipe)
     data.refuse_trained_texts(job.recipe, other)

@@ -597,6 +597,32 @@ def test_model_folder_missing_is_refused(case: Case) -> None:
     refused(case.data(CSV, model="./nowhere"), RECIPE, f"model: {case.folder}/nowhere: no such file or folder")
 
 
+def test_model_file_and_column_that_are_missing_are_named_at_once(case: Case) -> None:
+    model = f"model: {case.folder}/nowhere: no such file or folder"
+    refused(
+        case.data(model="./nowhere"),
+        RECIPE,
+        model,
+        f"{case.folder}/train.csv: no such file; give the path of a data file",
+    )
+    result = case.data(CSV, model="./nowhere", data={"train": "train.csv", "text": "body"})
+    assert result.code == RECIPE
+    assert result.problems[0] == model
+    assert "'body'" in result.problems[1]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("content", "said"), [("[1]", "expected an object in { }, found [1]"), ("{", "is damaged (not valid JSON)")]
+)
+def test_model_file_that_is_damaged_is_named(
+    case: Case, broken_model: Path, name: str, content: str, said: str
+) -> None:
+    (broken_model / name).write_text(content)
+    problem = f"{broken_model}/{name}: {said}; copy the model again, or train it again"
+    refused(case.data(CSV, model=broken_model), RECIPE, problem)
+
+
 def test_model_folder_without_model_is_refused(case: Case) -> None:
     (case.folder / "docs").mkdir()
     (case.folder / "docs" / "readme.txt").touch()
@@ -699,7 +725,7 @@ def test_model_tokenizer_missing_is_refused(case: Case, broken_model: Path) -> N
     )
 
 
-@pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "nobody_knows"}'])
+@pytest.mark.parametrize("config", ["{}", '{"model_type": "nobody_knows"}'])
 def test_model_config_broken_is_refused(case: Case, broken_model: Path, config: str) -> None:
     (broken_model / "config.json").write_text(config)
     result = case.data(CSV, model=broken_model)

@@ -10,6 +10,7 @@ from fulltune.data.outliers import outliers
 from fulltune.data.prepare import SUMMARY, prepare
 from fulltune.data.probe_rows import refuse_trained_texts
 from fulltune.data.prove import prove, refuse_prove
+from fulltune.data.sources import wrong_files
 from fulltune.data.written import DROPPED
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "prove",
     "refuse_prove",
     "refuse_trained_texts",
+    "wrong_files",
 ]

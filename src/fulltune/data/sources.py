@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from fulltune.audit.texts import masked_text
 from fulltune.data.patch import Patched
 from fulltune.data.readers.by_name import refuse_held_out
 from fulltune.data.readers.header import SEPARATED
@@ -108,6 +109,20 @@ def _named_twice(files: Mapping[SourceName, DataFiles]) -> list[str]:
             ]
         known |= mine
     return problems
+
+
+def wrong_files(recipe: Recipe, preprocess: Preprocess | None) -> Sequence[str]:
+    """What is wrong with the recipe's files, or the columns of the first train rows: for one who repairs other things,
+    too. Empty: nothing that is seen at once."""
+    try:
+        train = find_files(recipe)["train"]
+        source = SourceRows(train.where, train.rows)
+        columns, rows = _head(source)
+        if preprocess is None:
+            task_named(recipe.task).find_columns(_for_roles(recipe.data, columns), rows, recipe.data, train.where)
+    except DataError as error:
+        return [masked_text(problem) for problem in error.problems]
+    return ()
 
 
 def read_rows(

@@ -9,6 +9,7 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -121,6 +122,12 @@ def _without(items: Iterable[Any], values: dict[str, Any]) -> tuple[dict[str, An
     kept, gone = copy.deepcopy(values), set[str]()
     for item in items:
         at, block = _without_kinds(item["loc"]), kept
+        if item["type"].startswith("union_tag") and isinstance(given := reduce(_inner, at, kept), dict):
+            # What else it says is checked as of the kind that knows most of it.
+            unknown = {kind: given.keys() - model.model_fields.keys() for kind, model in _by_kind(at[0]).items()}
+            given["kind"] = min(unknown, key=lambda kind: len(unknown[kind]))
+            gone |= {"kind", str(at[0])}
+            continue
         while len(at) > 1 and isinstance(block.get(at[0]), dict):
             block, at = block[at[0]], at[1:]
         inner, names = block.get(at[0]) if at else block, at[:1]
