@@ -1,7 +1,4 @@
-"""Write docs/recipe.md and docs/launch.md from the fields of the recipe and of clusters: `make docs`.
-
-A test compares the committed pages with these.
-"""
+"""Write docs/recipe.md from the fields of the recipe: `make docs`; a test compares the committed page with it."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from fulltune.launch.settings import KINDS, LauncherSettings
 from fulltune.plan import defaults
 from fulltune.recipe.block import Block
 from fulltune.recipe.elsewhere import PINNED
@@ -26,7 +22,6 @@ from fulltune.tasks import choices, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
 
 PAGE = Path(__file__).parent / "recipe.md"
-LAUNCH_PAGE = PAGE.with_name("launch.md")
 WIDTH = 118
 
 HEAD = """\
@@ -59,27 +54,6 @@ output: runs
   pass; a *global batch* is all rows of one step over all devices; fractions and ratios lie between 0 and 1.
 - `train` uses the names of `transformers.TrainingArguments` where there is one.
 """
-
-LAUNCH_HEAD = """\
-# Settings of clusters
-
-Written by `make docs` from `src/fulltune/launch/settings.py`: change the text there, not here. What to do
-with them, and what was run on what: [scale.md](scale.md#several-machines-what-to-write).
-
-`fulltune launch RECIPE --slurm --with partition=gpu --with time=12:00:00` gives settings of the cluster, `--with` as
-often as needed. An unknown name is refused with the nearest known one.
-"""
-
-
-def launch_page() -> str:
-    """The settings of each launcher."""
-    parts = [LAUNCH_HEAD, "## All launchers\n"]
-    parts += [_entry(name, field) for name, field in LauncherSettings.model_fields.items()]
-    for option, kind in KINDS.items():
-        own = {name: field for name, field in kind.model_fields.items() if name not in LauncherSettings.model_fields}
-        parts += [f"\n## `--{option}`\n", f"{_words(kind.__doc__)}\n"]
-        parts += [_entry(name, field) for name, field in own.items()]
-    return "\n".join(parts).rstrip() + "\n"
 
 
 def page() -> str:
@@ -271,6 +245,5 @@ def _pinned() -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    for path, text in ((PAGE, page()), (LAUNCH_PAGE, launch_page())):
-        path.write_text(text, encoding="utf-8")
-        print(f"wrote {path}")
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")

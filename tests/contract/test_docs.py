@@ -17,7 +17,6 @@ import yaml
 import fulltune
 from fulltune import errors
 from fulltune.cli.app import app
-from fulltune.launch.settings import KINDS
 from fulltune.recipe.block import Block
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check
@@ -78,14 +77,6 @@ def test_evidence_page_has_the_table_of_its_record() -> None:
 
 def test_recipe_page_equals_the_generated_one(generate: ModuleType) -> None:
     assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "docs/recipe.md is stale: run `make docs`"
-
-
-def test_page_of_launchers_equals_the_generated_one_and_explains_every_setting(generate: ModuleType) -> None:
-    assert generate.LAUNCH_PAGE.read_text(encoding="utf-8") == generate.launch_page(), "stale: run `make docs`"
-    for kind in KINDS.values():
-        for name, field in kind.model_fields.items():
-            assert f"- `{name}`:" in generate.launch_page()
-            assert field.description, f"{name} has no docstring"
 
 
 def test_recipe_page_names_and_explains_every_setting(generate: ModuleType) -> None:

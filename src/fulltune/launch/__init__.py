@@ -1,1 +1,1 @@
-"""Jobs for launchers that people run already: ssh, Slurm, Kubernetes, SkyPilot. Each module writes one kind of file."""
+"""A recipe as a job for ssh, Slurm, Kubernetes or SkyPilot: a template for each, filled in for its user to edit."""

@@ -49,12 +49,22 @@ class Place:
         path.chmod(0o755)
         return path
 
-    def launch(self, *arguments: object) -> Result:
-        return fulltune("launch", self.recipe, *arguments)
+    def launch(self, launcher: str, *arguments: object) -> Result:
+        return fulltune("launch", self.recipe, "--on", launcher, *arguments)
 
     def written(self, ending: str) -> Path:
         """What lies beside the recipe by now."""
         return self.recipe.with_name(f"{self.recipe.stem}.{ending}")
+
+    def edit(self, ending: str, *changes: tuple[str, str]) -> Path:
+        """Change lines of what was written, as its user does."""
+        path = self.written(ending)
+        text = path.read_text(encoding="utf-8")
+        for before, after in changes:
+            assert before in text
+            text = text.replace(before, after)
+        path.write_text(text, encoding="utf-8")
+        return path
 
     @property
     def environment(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ import pytest
 
 from tests import tiny
 from tests.unit.launch.jobs import NASTY, Place
-from tests.unit.launch.test_scripts import SETTINGS, until
+from tests.unit.launch.test_scripts import SETTINGS, SETUP, until
 
 pytestmark = pytest.mark.long
 
@@ -72,23 +73,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def machines(place: Place, server: Server, *hosts: str, recipe_as_it_is: bool = False) -> Path:
-    """The script for these hosts."""
-    file = place.notes.with_name("hosts.txt")
-    file.write_text("# all of them here\n" + "".join(f"{host}\n" for host in hosts), encoding="utf-8")
-    given = (
-        f"port={server.port}",
-        f"identity={server.key}",
-        f"setup=export PATH={place.programs}:$PATH PYTHONPATH={PATHS}",
-    )
-    given += (f"rendezvous=127.0.0.1:{free_port()}",) * recipe_as_it_is
-    more = [word for one in given for word in ("--with", one)]
-    said = place.launch("--ssh", file, *(() if recipe_as_it_is else SETTINGS), *more, "--force")
+    """The script for these hosts, edited as its user does."""
+    said = place.launch("ssh", *(() if recipe_as_it_is else SETTINGS))
     assert said.code == 0, said.err
+    port = free_port() if recipe_as_it_is else 29500
+    script = place.edit(
+        "ssh.sh",
+        *((f"    EDIT-HOST-{rank}\n", f"    {host}\n") for rank, host in enumerate(hosts)),
+        ("rendezvous=EDIT-HOST-0:29500", f"rendezvous=127.0.0.1:{port}"),
+        ("ssh=(ssh ", f"ssh=(ssh -i {server.key} -p {server.port} "),
+        (SETUP, f"export PATH={place.programs}:$PATH PYTHONPATH={PATHS}\n"),
+    )
     # No file of the user's is touched: keys of hosts are taken as they are.
     ssh = shutil.which("ssh")
     quiet = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
     place.program("ssh", f'#!/bin/sh\nexec {ssh} {quiet} "$@"\n')
-    return place.written("ssh.sh")
+    return script
 
 
 @pytest.fixture
@@ -117,10 +117,12 @@ def test_ssh_one_fails_and_the_other_saves(nasty: Place, server: Server) -> None
 
 
 def test_ssh_host_that_does_not_answer_is_named_and_nothing_is_started(nasty: Place, server: Server) -> None:
-    script = machines(nasty, server, "127.0.0.1", f"localhost:{free_port()}")
+    absent = f"ssh://localhost:{free_port()}"
+    script = machines(nasty, server, "127.0.0.1", absent)
+    nasty.edit("ssh.sh", (f" -p {server.port}", ""), ("    127.0.0.1\n", f"    ssh://127.0.0.1:{server.port}\n"))
     done = nasty.shell("bash", script)
     assert done.returncode == 2
-    assert "machine 1, localhost: does not answer: ssh: connect to host localhost port" in done.stderr
+    assert f"machine 1, {absent}: does not answer: ssh: connect to host localhost port" in done.stderr
     assert not nasty.events()
 
 
@@ -139,27 +141,6 @@ def test_ssh_signal_to_the_whole_group_has_all_machines_save(
     assert child.wait(60) == (-9 if which == signal.SIGKILL else 75)
     until(lambda: {"TERM 0", "TERM 1"} <= set(nasty.events()))
     assert nasty.events().count("TERM 0") == 1
-
-
-def test_ssh_submitted_is_the_job_and_its_code_that_of_the_first_machine(nasty: Place, server: Server) -> None:
-    machines(nasty, server, "127.0.0.1", "localhost")
-    nasty.codes(0, 5)
-    nasty.hold(1)
-    given = (f"port={server.port}", f"identity={server.key}", f"setup=export PATH={nasty.programs}:$PATH")
-    words = [
-        sys.executable,
-        "-m",
-        "fulltune.cli.app",
-        "launch",
-        nasty.recipe,
-        "--ssh",
-        nasty.notes.with_name("hosts.txt"),
-    ]
-    words += [word for one in given for word in ("--with", one)]
-    done = nasty.shell(*words, "--force", "--submit")
-    assert done.returncode == 5, done.stderr
-    assert done.stdout.startswith("2 machines, 1 process each\nwrote ")
-    assert "machine 0, 127.0.0.1: ended with code 5" in done.stderr
 
 
 def test_ssh_trains_a_model_on_two_machines_is_told_to_save_and_goes_on(
@@ -261,13 +242,13 @@ CLUSTER: dict[str, str] = {}
 """The variable that says where the cluster is; set by `submitted`."""
 
 
-def submitted(place: Place, config: str, *more: str) -> str:
+def submitted(place: Place, config: str, *more: tuple[str, str]) -> str:
     """The number of a job with this script."""
     CLUSTER["SLURM_CONF"] = config
-    usual = ("--with", "cpus_per_task=1", "--with", 'comment=it\'s "a" #c $x')
-    said = place.launch("--slurm", *SETTINGS, *usual, *more)
+    said = place.launch("slurm", *SETTINGS)
     assert said.code == 0, said.err
-    done = place.shell("sbatch", "--parsable", place.written("slurm.sh"), more=CLUSTER)
+    script = place.edit("slurm.sh", ("--cpus-per-task=4", "--cpus-per-task=1"), *more)
+    done = place.shell("sbatch", "--parsable", script, more=CLUSTER)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -284,7 +265,7 @@ def test_slurm_queues_an_interrupted_job_again_until_it_is_done(tmp_path: Path, 
     port = 10000 + int(number) % 20000
     for rank in (0, 1):
         more = ["--machine-rank", str(rank), "--rendezvous", f"n0:{port}"]
-        assert place.called(rank) == [str(place.work), "run", str(place.recipe), *SETTINGS, *more]
+        assert place.called(rank) == [str(place.work), "run", f"./{place.recipe.name}", *SETTINGS, *more]
     assert state["JobName"]
     log = place.work / f"{state['JobName']}-{number}.log"
     assert "interrupted and saved; queued again" in log.read_text(encoding="utf-8")
@@ -319,7 +300,7 @@ def test_slurm_run_is_told_to_save_before_the_time_limit(tmp_path: Path, cluster
     """Slurm looks at limits every half minute: with a limit of one, TERM comes within it."""
     place = Place(tmp_path)
     place.hold(0, 1)
-    number = submitted(place, cluster, "--with", "time=1", "--with", "notice=50s")
+    number = submitted(place, cluster, ("##SBATCH --time=12:00:00", "#SBATCH --time=1"), ("TERM@120", "TERM@50"))
     until(lambda: job_state(place, number).get("Restarts") == "1", 180)
     place.shell("scancel", number, more=CLUSTER)
     assert {"TERM 0", "TERM 1"} <= set(place.events())
@@ -344,49 +325,42 @@ def parsed(*files: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=300)
 
 
+BUCKET = ("s3://EDIT-BUCKET", "s3://runs")
+
+
 def test_manifests_are_read_by_their_own_packages(tmp_path: Path) -> None:
+    """Also with every line that is off taken."""
     place = Place(tmp_path, f"{NASTY}.yaml", NASTY)
-    pods = ("image=me/it:1", "claim=c", "namespace=n", "queue=q", "node_selector=gpu=a100,zone=1", "tolerations=spot,b")
-    pods += ("service_account=s", "pull_secret=p", "cpu=8", "memory=64Gi", "setup=echo $(HOME) $$")
-    sky = ("bucket=s3://runs", "setup=pip install it", "infra=aws/us-east-1", "use_spot=true", "disk_size=500")
-    sky += ("image_id=docker:a:b", "cpus=32+", "memory=256+", "max_restarts_on_errors=2")
-    every = (*SETTINGS, "--set", "train.device=cuda", "--for", "4x 8x A100-80GB")
-    for option, given in (("--k8s", pods), ("--sky", sky)):
-        said = place.launch(option, *(word for one in given for word in ("--with", one)), *every)
+    for launcher in ("kubernetes", "skypilot"):
+        said = place.launch(launcher, *SETTINGS, "--set", "train.device=cuda", "--for", "4x 8x A100-80GB")
         assert said.code == 0, said.err
-    files = [place.written(ending) for ending in ("trainjob.yaml", "sky.yaml")]
-    done = parsed(*files)
-    assert done.returncode == 0, done.stderr
-    for reader in ("train_job", "sky_task"):
-        assert f"read by {reader}\n" in done.stdout
-    more = [word for one in (*pods, "own_runtime=true", "backoff_limit=3") for word in ("--with", one)]
-    assert place.launch("--k8s", *more, *every, "--force").code == 0
-    done = parsed(files[0])
-    assert done.returncode == 0, done.stderr
-    assert "read by runtime\n" in done.stdout
+    files = [place.written("trainjob.yaml"), place.edit("sky.yaml", BUCKET)]
+    for off in (True, False):
+        for file in () if off else files:
+            text = file.read_text(encoding="utf-8")
+            taken, number = re.subn(r"^( *)# (?!edit)([A-Za-z]\w*: .*)$", r"\1\2", text, flags=re.MULTILINE)
+            assert number >= 4
+            file.write_text(taken, encoding="utf-8")
+        done = parsed(*files)
+        assert done.returncode == 0, done.stderr
+        for reader in ("runtime", "train_job", "sky_task"):
+            assert f"read by {reader}\n" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("option", "ending", "before", "after"),
+    ("launcher", "ending", "before", "after"),
     [
-        ("--k8s", "trainjob.yaml", "numNodes", "num_Nodes"),
-        ("--k8s", "trainjob.yaml", "claimName", "claim"),
-        ("--k8s", "trainjob.yaml", "onExitCodes", "onExitCode"),
-        ("--sky", "sky.yaml", "job_recovery", "job_recoveries"),
+        ("kubernetes", "trainjob.yaml", "numNodes", "num_Nodes"),
+        ("kubernetes", "trainjob.yaml", "claimName", "claim"),
+        ("kubernetes", "trainjob.yaml", "onExitCodes", "onExitCode"),
+        ("skypilot", "sky.yaml", "job_recovery", "job_recoveries"),
     ],
 )
 def test_parsers_notice_a_field_that_there_is_not(
-    tmp_path: Path, option: str, ending: str, before: str, after: str
+    tmp_path: Path, launcher: str, ending: str, before: str, after: str
 ) -> None:
     place = Place(tmp_path)
-    given = {
-        "--k8s": ("image=i", "claim=c", f"own_runtime={before == 'onExitCodes'}"),
-        "--sky": ("bucket=s3://b", "setup=true"),
-    }[option]
-    assert place.launch(option, *(word for one in given for word in ("--with", one))).code == 0
-    path = place.written(ending)
+    assert place.launch(launcher).code == 0
+    path = place.edit(ending, *((BUCKET,) if launcher == "skypilot" else ()))
     assert parsed(path).returncode == 0
-    text = path.read_text(encoding="utf-8")
-    assert before in text
-    path.write_text(text.replace(before, after), encoding="utf-8")
-    assert parsed(path).returncode != 0
+    assert parsed(place.edit(ending, (before, after))).returncode != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,11 +27,9 @@ def nasty(tmp_path: Path) -> Place:
     return Place(tmp_path, f"{NASTY}.yaml", NASTY.replace("/", ""))
 
 
-@pytest.fixture
-def hosts(tmp_path: Path) -> Path:
-    file = tmp_path / "hosts"
-    file.write_text("one\nme@two:2222\n")
-    return file
+SETUP = f'export PATH="$PATH":{shlex.quote(str(Path(sys.executable).parent))}\n'
+"""What is written in place of the user's lines before the start."""
+HOSTS = (("    EDIT-HOST-0\n", "    one\n"), ("    EDIT-HOST-1\n", "    ssh://me@two:2222\n"), ("EDIT-HOST-0:", "h:"))
 
 
 def sound(script: Path) -> None:
@@ -49,12 +48,25 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_scripts_with_nasty_names_are_sound(nasty: Place, hosts: Path) -> None:
-    setup = ("--with", "setup=export A='a b'\ntrue")
-    assert nasty.launch("--slurm", *SETTINGS, *setup, "--with", 'comment=it\'s #1 "x" $y').code == 0
-    assert nasty.launch("--ssh", hosts, *SETTINGS, *setup, "--with", "identity=a key").code == 0
-    sound(nasty.written("slurm.sh"))
-    sound(nasty.written("ssh.sh"))
+def test_scripts_with_nasty_names_are_sound(nasty: Place) -> None:
+    for launcher in ("slurm", "ssh"):
+        assert nasty.launch(launcher, *SETTINGS).code == 0
+        sound(nasty.edit(f"{launcher}.sh", (SETUP, "export A='a b'\ntrue\n")))
+
+
+def test_manifests_keep_nasty_names_whole(nasty: Place) -> None:
+    for launcher in ("kubernetes", "skypilot"):
+        assert nasty.launch(launcher, *SETTINGS).code == 0
+    command = list(yaml.safe_load_all(nasty.written("trainjob.yaml").read_text()))[1]["spec"]["trainer"]["command"]
+    words = [f"./{nasty.recipe.name}", *SETTINGS]
+    assert command[6:] == [word.replace("$(", "$$(") for word in words]
+    task = yaml.safe_load(nasty.written("sky.yaml").read_text())
+    assert task["workdir"] == str(nasty.work)
+    done = nasty.shell("bash", "-c", task["run"], more={"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "1.2.3.4\n5"})
+    assert done.returncode == 0, done.stderr
+    more = ["--set", "output=/mnt/fulltune/x", "--machine-rank", "1", "--rendezvous", "1.2.3.4:29500"]
+    assert nasty.called(1)[1:] == ["run", *words, *more]
+    assert not list(nasty.notes.parent.rglob("HURT"))
 
 
 # ---- Slurm -----------------------------------------------------------------------------------------------------
@@ -87,14 +99,15 @@ def slurm(place: Place) -> Callable[[str], subprocess.CompletedProcess[str]]:
 
 
 def test_slurm_starts_each_machine_with_its_number_and_the_first_as_rendezvous(nasty: Place) -> None:
-    assert nasty.launch("--slurm", *SETTINGS, "--with", "wait_for_machines=5m", "--with", "setup=export A=b").code == 0
-    done = slurm(nasty)()
+    assert nasty.launch("slurm", *SETTINGS).code == 0
+    nasty.edit("slurm.sh", (SETUP, "export A=b\n"))
+    done = slurm(nasty)(SLURM_CPUS_PER_TASK="4")
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         place, *words = nasty.called(rank)
         assert place == str(nasty.work)
-        more = ["--wait-for-machines", "5m", "--machine-rank", str(rank), "--rendezvous", "n1:10007"]
-        assert words == ["run", str(nasty.recipe), *SETTINGS, *more]
+        more = ["--machine-rank", str(rank), "--rendezvous", "n1:10007"]
+        assert words == ["run", f"./{nasty.recipe.name}", *SETTINGS, *more]
     assert "A=b\n" in (nasty.notes / "env-1").read_text()
     assert not (nasty.notes / "scontrol").exists()
     assert {"--kill-on-bad-exit=1", "--mpi=none", "--cpus-per-task=4"} <= set(
@@ -117,7 +130,7 @@ def test_slurm_queues_an_interrupted_job_again_and_no_other(
     tmp_path: Path, codes: tuple[int, int], state: str, restarts: str, code: int, requeued: bool
 ) -> None:
     place = Place(tmp_path)
-    assert place.launch("--slurm").code == 0
+    assert place.launch("slurm").code == 0
     for rank in (0, 1):
         place.codes(rank, codes[rank])
     done = slurm(place)(state, SLURM_RESTART_COUNT=restarts)
@@ -128,29 +141,23 @@ def test_slurm_queues_an_interrupted_job_again_and_no_other(
 
 
 def test_slurm_options_stand_in_the_lines_that_sbatch_reads(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    given = ("partition=a,b", "account=us", "time=2:00:00", "mem=0", "exclusive=true", "gres=gpu:a100:8", "notice=5m")
-    given += ("comment=two words", "options=--mail-type=END --licenses='x y'", "name=My Run!")
-    assert place.launch("--slurm", *(word for one in given for word in ("--with", one))).code == 0
-    lines = re.findall(r"^#SBATCH (.*)$", place.written("slurm.sh").read_text(), re.MULTILINE)
-    assert lines == [
+    place = Place(tmp_path, inside="it's %j")
+    assert place.launch("slurm", "--set", "name=My-Run.").code == 0
+    script = place.edit("slurm.sh", ("##SBATCH --partition=gpu", "#SBATCH --partition=a,b"))
+    options = script.read_text().partition("\ncd ")[0]
+    assert re.findall(r"^#SBATCH (.*)$", options, re.MULTILINE) == [
         "--job-name=my-run",
         "--nodes=2",
         "--ntasks-per-node=1",
-        f"--output={place.work}/my-run-%j.log",
+        f"--output={shlex.quote(f'{tmp_path}/it' + chr(39) + 's %%j/my-run-%j.log')}",
         "--open-mode=append",
         "--requeue",
-        "--signal=TERM@300",
-        "--exclusive",
+        "--cpus-per-task=4",
+        "--signal=TERM@120",
         "--partition=a,b",
-        "--account=us",
-        "--time=2:00:00",
-        "--mem=0",
-        "--gres=gpu:a100:8",
-        "--comment='two words'",
-        "--mail-type=END",
-        "--licenses='x y'",
     ]
+    # sbatch stops looking at the first command.
+    assert all(line.startswith("#") or not line for line in options.partition("\nmax_requeues")[0].splitlines())
 
 
 # ---- ssh -------------------------------------------------------------------------------------------------------
@@ -167,40 +174,31 @@ def over_ssh(place: Place) -> None:
     place.program("ssh", SSH.replace("NOTES", str(place.notes)))
 
 
-def test_ssh_starts_each_machine_with_its_number_and_the_first_as_rendezvous(nasty: Place, hosts: Path) -> None:
+def test_ssh_starts_each_machine_with_its_number_and_the_first_as_rendezvous(nasty: Place) -> None:
     over_ssh(nasty)
-    how = (
-        "--with",
-        "user=you",
-        "--with",
-        "setup=export A='a b'",
-        "--with",
-        "identity=a key",
-        "--with",
-        "rendezvous=h:7",
-    )
-    assert nasty.launch("--ssh", hosts, *SETTINGS, *how).code == 0
-    done = nasty.shell("bash", nasty.written("ssh.sh"))
+    assert nasty.launch("ssh", *SETTINGS).code == 0
+    script = nasty.edit("ssh.sh", *HOSTS, (SETUP, "export A='a b'\n"), ("BatchMode=yes", "BatchMode=yes -i 'a key'"))
+    done = nasty.shell("bash", script)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         place, *words = nasty.called(rank)
         assert place == str(nasty.work)
-        assert words == ["run", f"./{nasty.recipe.name}", *SETTINGS, "--machine-rank", str(rank), "--rendezvous", "h:7"]
+        more = ["--machine-rank", str(rank), "--rendezvous", "h:29500"]
+        assert words == ["run", f"./{nasty.recipe.name}", *SETTINGS, *more]
         assert "A=a b\n" in (nasty.notes / f"env-{rank}").read_text()
     told = (nasty.notes / "ssh").read_text()
-    assert "BatchMode=yes" in told
-    assert "-i\na key\n" in told
-    assert "--\nyou@one\n" in told
-    assert "-p\n2222\n--\nme@two\n" in told
+    assert "BatchMode=yes\n-i\na key\n" in told
+    assert "--\none\n" in told
+    assert "--\nssh://me@two:2222\n" in told
 
 
-def test_ssh_names_all_hosts_that_do_not_answer_or_lack_something_and_starts_none(tmp_path: Path, hosts: Path) -> None:
+def test_ssh_names_all_hosts_that_do_not_answer_or_lack_something_and_starts_none(tmp_path: Path) -> None:
     place = Place(tmp_path)
     over_ssh(place)
-    hosts.write_text("absent\ntwo\n")
     (place.programs / "fulltune").unlink()
-    assert place.launch("--ssh", hosts).code == 0
-    done = place.shell("bash", place.written("ssh.sh"), more={"PATH": f"{place.programs}:/usr/bin:/bin"})
+    assert place.launch("ssh").code == 0
+    script = place.edit("ssh.sh", (SETUP, ""), (HOSTS[0][0], "    absent\n"), (HOSTS[1][0], "    two\n"))
+    done = place.shell("bash", script, more={"PATH": f"{place.programs}:/usr/bin:/bin"})
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "machine 0, absent: does not answer: ssh: connect to host absent: No route to host",
@@ -209,17 +207,26 @@ def test_ssh_names_all_hosts_that_do_not_answer_or_lack_something_and_starts_non
     ]
 
 
-def test_ssh_tells_the_others_to_save_when_one_fails_and_ends_with_the_code_of_the_first(
-    tmp_path: Path, hosts: Path
-) -> None:
+def test_ssh_wants_as_many_hosts_as_machines(tmp_path: Path) -> None:
     place = Place(tmp_path)
     over_ssh(place)
-    assert place.launch("--ssh", hosts).code == 0
+    assert place.launch("ssh").code == 0
+    done = place.shell("bash", place.edit("ssh.sh", (HOSTS[1][0], "")))
+    assert done.returncode == 2
+    assert done.stderr == "1 hosts in targets=(...), expected 2 (train.num_machines); nothing was started\n"
+    assert not (place.notes / "ssh").exists()
+
+
+def test_ssh_tells_the_others_to_save_when_one_fails_and_ends_with_the_code_of_the_first(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    over_ssh(place)
+    assert place.launch("ssh").code == 0
+    place.edit("ssh.sh", *HOSTS)
     place.codes(1, 4)
     place.hold(0)
     done = place.shell("bash", place.written("ssh.sh"))
     assert done.returncode == 75
-    assert "machine 1, me@two: ended with code 4" in done.stderr
+    assert "machine 1, ssh://me@two:2222: ended with code 4" in done.stderr
     assert {"end 1 4", "TERM 0"} <= set(place.events())
     assert len(list(place.written("ssh.logs").iterdir())) == 2
 
@@ -230,21 +237,21 @@ def test_ssh_tells_the_others_to_save_when_one_fails_and_ends_with_the_code_of_t
 POD = {"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "it-node-0-0.it", "PET_MASTER_PORT": "29400"}
 
 
-def pod_script(place: Place) -> str:
+def pod_command(place: Place) -> list[str]:
     """What the container runs, after Kubernetes has replaced `$(NAME)` in it."""
-    folder = ("--with", f"folder={place.work}")
-    assert place.launch("--k8s", "--with", "image=i", "--with", "claim=c", *folder, *SETTINGS).code == 0
-    job = yaml.safe_load(place.written("trainjob.yaml").read_text(encoding="utf-8"))
+    assert place.launch("kubernetes", *SETTINGS).code == 0
+    _, job = yaml.safe_load_all(place.written("trainjob.yaml").read_text(encoding="utf-8"))
     command = job["spec"]["trainer"]["command"]
-    assert command[:2] == ["/bin/bash", "-c"]
-    return re.sub(r"\$(\$|\([^)]*\))", lambda found: "$" if found[1] == "$" else "REPLACED", command[2])
+    assert command[:4] == ["/bin/bash", "-c", command[2], "/shared"]
+    command = [re.sub(r"\$(\$|\([^)]*\))", lambda at: "$" if at[1] == "$" else "REPLACED", word) for word in command]
+    return [*command[:3], str(place.work), *command[4:]]
 
 
 def test_pod_takes_number_and_rendezvous_from_the_operator(tmp_path: Path) -> None:
     place = Place(tmp_path, "it's $(HOME) $$ x.yaml", "a $(touch HURT) b")
-    done = place.shell("bash", "-c", pod_script(place), more=POD)
+    done = place.shell(*pod_command(place), more=POD)
     assert done.returncode == 0, done.stderr
-    whole = ["run", str(place.recipe), *SETTINGS, "--machine-rank", "1", "--rendezvous", "it-node-0-0.it:29400"]
+    whole = ["run", f"./{place.recipe.name}", *SETTINGS, "--machine-rank", "1", "--rendezvous", "it-node-0-0.it:29400"]
     assert place.called(1) == [str(place.work), *whole]
 
 
@@ -252,14 +259,14 @@ def test_pod_takes_number_and_rendezvous_from_the_operator(tmp_path: Path) -> No
 def test_pod_ends_with_the_code_of_the_run(tmp_path: Path, code: int) -> None:
     place = Place(tmp_path)
     place.codes(1, code)
-    assert place.shell("bash", "-c", pod_script(place), more=POD).returncode == code
+    assert place.shell(*pod_command(place), more=POD).returncode == code
 
 
 def test_pod_that_is_told_to_stop_passes_it_on_and_waits(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.hold(1)
-    script = pod_script(place)
-    child = subprocess.Popen(["bash", "-c", script], env={**place.environment, **POD}, stdout=subprocess.DEVNULL)
+    command = pod_command(place)
+    child = subprocess.Popen(command, env={**place.environment, **POD}, stdout=subprocess.DEVNULL)
     try:
         until(lambda: "start 1" in place.events())
         child.send_signal(signal.SIGTERM)
