@@ -1,6 +1,6 @@
 """Is every place that touches a GPU executed by a test, and does a test fail when the place is broken?
 
-    python -m tests.gpu_paths                       run the tests marked `stand_in`, write the table of docs/gpu.md
+    python -m tests.gpu_paths                       run the tests marked `stand_in`
     python -m tests.gpu_paths --broken 20 --seed 1  then break 20 places, one at a time: each must be caught
     python -m tests.gpu_paths --broken all          then break every place in every way that `hook.broken` knows
 
@@ -29,7 +29,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu_paths import hook, page, sites
+from tests.gpu_paths import hook, sites
 from tests.gpu_paths.sites import Site
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,6 @@ class Seen:
     reached: dict[Site, set[str]] = field(default_factory=lambda: defaultdict(set))
     otherwise: dict[Site, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Tests in which a decision went the CPU's way."""
-    markers: dict[str, tuple[str, str]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -62,7 +61,7 @@ class Seen:
 
 
 class Watch:
-    """A plugin of pytest: which test reached which place, and what its marker says."""
+    """A plugin of pytest: which test reached which place."""
 
     def __init__(self) -> None:
         self.seen = Seen()
@@ -75,9 +74,6 @@ class Watch:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
         self._now = item.nodeid.partition("[")[0]
-        marker = item.get_closest_marker("stand_in")
-        assert marker is not None
-        self.seen.markers[self._now] = (marker.args[0], marker.kwargs["card"])
         try:
             return (yield)
         finally:
@@ -105,8 +101,6 @@ def main(arguments: Sequence[str]) -> int:
     if missing or seen.failed:
         return 1
     named = {site: seen.tests(site) for site in sites.all_sites()}
-    text = page.PAGE.read_text(encoding="utf-8") if page.PAGE.exists() else ""
-    page.PAGE.write_text(page.with_table(text, page.table(named, seen.markers)), encoding="utf-8")
     ways = _ways()
     if given.broken != "all":
         ways = random.Random(given.seed).sample(ways, min(int(given.broken), len(ways)))
