@@ -174,6 +174,16 @@ def test_mixed_file_of_no_form_is_refused(chat_case: Callable[..., Result], tmp_
             ":1: its columns are separated by tabs, expected commas; save it with commas as .csv or with tabs as .tsv",
         ),
         (
+            "train.csv",
+            CSV.replace(",", "|"),
+            ":1: its columns are separated by vertical bars, expected commas; save it with commas as .csv or with tabs",
+        ),
+        (
+            "train.csv",
+            CSV.replace(",", ";").replace("\n", "\na;b;c\n", 1),
+            ":2: 3 cells, expected 2 as in the header; put a text with semicolons or line ends in double quotes",
+        ),
+        (
             "train.tsv",
             CSV,
             ":1: its columns are separated by commas, expected tabs; save it with commas as .csv or with tabs as .tsv",

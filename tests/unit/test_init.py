@@ -209,7 +209,7 @@ def test_columns_without_usual_names_are_proposed_as_the_rows_suggest(
     data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(DataError) as refusal:
         infer(data)
-    assert str(refusal.value).endswith(f"for example: {example}")
+    assert str(refusal.value).endswith(f": {example}")
 
 
 def _rows(folder: Path, **cells: str | list[object]) -> Path:
@@ -318,6 +318,66 @@ def test_rejected_answers_of_whole_sentences_are_no_second_text_beside_the_chose
     assert "rejected" in found.unused
 
 
+FLAGS: dict[str, str | list[object]] = {"text": "a fine film", "sports": [0, 1], "tech": ["0", "1", "0"], "at": [0]}
+
+
+@pytest.mark.parametrize(
+    ("cells", "problem"),
+    [
+        (FLAGS, r"columns sports, tech hold 0 and 1 only, .*such as \[\"sports\", \"tech\"\].*--task causal-lm\)$"),
+        (
+            {"body": "a fine film", "sports": [True, False], "tech": [False, True, False]},
+            r"columns sports, tech hold .*\(one label alone: --label sports",
+        ),
+        (
+            {"id": "x", "translation": [{"en": "I am here", "de": "Ich bin hier"}]},
+            r"'translation' holds objects with the texts en, de, .*for example: --source en --target de$",
+        ),
+        (
+            {"anchor": "Who is it", "positive": "It is she", "negative": "No idea"},
+            r"'positive' and 'negative' hold triplets.*\(sentence-transformers does that\)",
+        ),
+        (
+            {"prompt": "Who is it", "completion": "It is she", "label": [True, False]},
+            r"'label' says which answers in 'completion' are good.*KTOTrainer.*\(init: --completion completion\)$",
+        ),
+        (
+            {"id": [*range(40)], "name": "Ada King"},
+            r"Only 'name' holds texts, .* to train on these alone: --text name$",
+        ),
+        ({"id": [*range(40)], "price": [1.5, 2]}, r"None of them holds texts or images"),
+        ({"name": "Ada King", "price": [n + 0.5 for n in range(40)]}, r"for example: --text name --label price$"),
+        (
+            {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]]},
+            r"none of the first rows can be used for causal-lm: no assistant message with .* a weight other than 0; ",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used_as_they_are_are_told_what_they_are(
+    tmp_path: Path, cells: dict[str, str | list[object]], problem: str
+) -> None:
+    with pytest.raises(DataError, match=problem):
+        infer(_rows(tmp_path, **cells))
+
+
+def test_user_decides_about_columns_of_0_and_1(tmp_path: Path) -> None:
+    data = _rows(tmp_path, **FLAGS)
+    with pytest.raises(DataError, match="hold 0 and 1 only"):
+        infer(data, hints=hints_of(None, {"text": "text"}, None))
+    assert infer(data, hints=hints_of("causal-lm", {}, None)).target.problem_type == "text"
+    assert infer(data, hints=hints_of(None, {"label": "tech"}, None)).target.labels == ("0", "1")
+    assert infer(_rows(tmp_path, **FLAGS, label=["a", "b"])).unused == "sports, tech, at"
+
+
+def test_judged_answers_are_trained_on_when_they_are_named(tmp_path: Path) -> None:
+    data = _rows(tmp_path, prompt="Who is it", completion="It is she", label=["True", "False"])
+    recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": str(data)}})
+    with pytest.raises(DataError, match="KTOTrainer"):
+        describe(recipe.data, task_named("causal-lm"), {"train": read_rows(recipe, find_files(recipe)["train"], None)})
+    found = infer(data, hints=hints_of(None, {"completion": "completion"}, None))
+    assert found.target.columns == {"prompt": "prompt", "completion": "completion"}
+
+
 def test_no_recipe_is_written_where_no_row_could_be_used(tmp_path: Path) -> None:
     rows = [{"mr": f"name[{number}]", "refs": ["one text", "another"]} for number in range(20)]
     data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
@@ -358,4 +418,4 @@ def test_classes_that_may_be_one_are_named_with_their_rows(tmp_path: Path) -> No
     assert "'Timer' (10 rows), 'timer' (10 rows)" in note
     assert "data.patch" in note
     assert "news" not in note
-    assert infer(_written(tmp_path / "plain.csv", f"text,label\n{rows.replace('Timer', 'alarm')}")).alike is None
+    assert infer(_written(tmp_path / "plain.csv", f"text,label\n{rows.replace('Timer', 'alarm')}")).notes == ()

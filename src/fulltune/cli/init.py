@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from fulltune.system.run_folder import writing
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.causal_lm import refuse_preferences
 from fulltune.tasks.columns import second_text, shown, unreadable
+from fulltune.tasks.labels import label_name, parsed_number
 from fulltune.text import counted
 
 TASKS = get_args(TaskName)
@@ -86,8 +88,7 @@ def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | N
     if task is not None and task not in TASKS:
         raise SetupError(f"--task: expected one of {', '.join(TASKS)}, found '{task}'")
     named = {role: column for role, column in roles.items() if column is not None}
-    unread = [role for role in named if task is not None and task not in READ_BY[role]]
-    if unread:
+    if unread := [role for role in named if task is not None and task not in READ_BY[role]]:
         raise SetupError(
             f"--{_option(unread[0])}: {task} reads no such column; it reads "
             f"{', '.join(f'--{_option(role)}' for role in roles if task in READ_BY[role])}"
@@ -129,9 +130,10 @@ def split_files(path: Path) -> SplitFiles:
     """
     if not path.is_dir():
         return SplitFiles((path,), _one_each(by_name.held_out_beside(path)))
-    if is_image_folder(path):
+    splits = by_name.split_folders(path)
+    if not splits and is_image_folder(path):
         return SplitFiles((path,))
-    splits = by_name.by_split(data_files(path))
+    splits = splits or by_name.by_split(data_files(path))
     held_out = _one_each({split: splits[split] for split in ("eval", "test") if split in splits})
     unnamed = splits.get(None, [])
     train = splits.get("train", unnamed)
@@ -154,20 +156,10 @@ def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Pat
     return {split: files[0] for split, files in splits.items()}
 
 
-def _with_columns(files: SplitFiles, inferred: Inferred, encoding: str) -> SplitFiles:
-    """Without held-out files that lack a column of train: official test rows often come without their labels."""
-    problems = {split: _other_columns(file, inferred, encoding) for split, file in files.held_out.items()}
-    return SplitFiles(
-        files.train,
-        {split: file for split, file in files.held_out.items() if problems[split] is None},
-        (*files.unused, *filter(None, problems.values())),
-    )
-
-
 def _other_columns(file: Path, inferred: Inferred, encoding: str) -> str | None:
-    """What a held-out file's columns lack; None: they are those of train."""
+    """What a held-out file's columns lack, as official test rows often come without labels; None: nothing."""
     if inferred.columns:
-        names = names_without_header(file, encoding)
+        names = names_without_header(locate([str(file)]).files[0], encoding)
         alike = names is not None and len(names) == len(inferred.columns)
         return None if alike else f"{file.name}: has a header line, or other columns, unlike train"
     rows = replace(locate([str(file)]), encoding=encoding).rows()
@@ -193,10 +185,8 @@ class Inferred:
     """That there is none, and these names."""
     unused: str = ""
     """Columns that play no role, in words."""
-    alike: str | None = None
-    """Classes that are perhaps meant to be one, in words."""
     notes: tuple[str, ...] = ()
-    """What reading showed."""
+    """Classes that are perhaps meant to be one, and what reading showed."""
 
 
 FORMS: tuple[tuple[TaskName, str], ...] = (
@@ -215,6 +205,8 @@ _HEAD = 1000
 _FEW = 100
 _ROWS_OF_A_LABEL = 10
 """A column whose values come back so often on average looks like a label."""
+_CODE = re.compile(r"[\w.:/+-]*\d[\w.:/+-]*")
+"""Numbers, dates and keys are no texts."""
 
 
 def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
@@ -232,13 +224,21 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     head = [row for _, row in islice(files.rows(), _HEAD)]
     columns = tuple(dict.fromkeys(name for row in head for name in row))
     if not hints.roles:
-        refuse_preferences(columns, files.where)
+        refuse_preferences(columns, head[:_FEW], files.where)
     for role, column in hints.roles.items():
         if column not in columns:
             raise DataError(f"{files.where}: no column '{column}' (--{_option(role)}); columns here: {shown(columns)}")
-    forms = _forms(columns, hints)
-    refusals: list[DataError] = []
+    # `target` is also a usual name of a label: beside `source` it is a text.
+    is_pair = {"source", "target"} <= {name.lower() for name in columns}
+    forms = [
+        (task, role)
+        for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq")
+        if hints.task in (None, task) and all(task in READ_BY[named] for named in hints.roles)
+    ]
+    refusals, unfit, spread = list[DataError](), list[DataError](), _spread_labels(columns, head)
     for task, role in forms:
+        if role == "text" and hints.task is None and spread:
+            continue
         try:
             roles = task_named(task).find_columns(columns, head[:_FEW], block, files.where)
             if role not in roles or not hints.roles.keys() <= roles.keys():
@@ -247,38 +247,28 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
             refusals.append(refusal)  # another form may fit
             continue
         target, counts = describe(block, task_named(task), {"train": SourceRows(files.where, files.rows)})
-        if unfit := _unfit(task, target, head[:_FEW]):
-            refusals.append(DataError(f"{files.where}: {unfit}"))
+        if problem := _unfit(task, target, head[:_FEW]):
+            unfit.append(DataError(f"{files.where}: {problem}"))
             continue
         rest = unused_columns(block, target.columns, SourceRows(files.where, files.rows))
-        unused, told = " ".join(shown(rest).split()), None
+        unused, is_guess, notes = " ".join(shown(rest).split()), guessed is not None, list[str | None]()
         if "label" in roles and alike(dict.fromkeys(target.labels, 1)):
             whole = (row for _, row in files.rows() if unreadable(row, roles) is None)
             of_each = (task_named(task).row_labels(row, target) for row in whole)
-            told = alike_in_words(Counter(chain.from_iterable(of_each)))
-        notes, is_guess = tuple(files.notes), guessed is not None
-        return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, told, notes)
-    if refusals and len({task for task, _ in forms}) == 1:
-        raise refusals[0]
+            notes.append(alike_in_words(Counter(chain.from_iterable(of_each))))
+        told = tuple(note for note in (*notes, *files.notes) if note)
+        return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, told)
+    if problem := _other_form(columns, head):
+        unfit.append(DataError(f"{files.where}: {problem}"))
+    if unfit or (refusals and len({task for task, _ in forms}) == 1):
+        raise [*unfit, *refusals][0]
     hinted = " and ".join(f"--{_option(role)} {column}" for role, column in hints.roles.items())
     raise DataError(
         f"{paths[0]}: no known form of data{f' with {hinted}' if hinted else ''}: expected columns text + label "
         "(classification), tokens + tags (entities), prompt + completion or messages (language model), question + "
         "context + answers, source + target, choices + label, image + label, or text alone; columns here: "
-        f"{shown(columns)}. Say which is which, for example: {_example(columns, head)}"
+        f"{shown(columns)}. {_example(columns, head)}"
     )
-
-
-def _forms(columns: Sequence[str], hints: Hints) -> list[tuple[TaskName, str]]:
-    """The forms to look for, of the tasks that read all columns that were named."""
-    # `target` is also a usual name of a label: beside `source` it is a text.
-    both = {"source", "target"} <= {name.lower() for name in columns}
-    first: tuple[tuple[TaskName, str], ...] = (("seq2seq", "target"),) if both else ()
-    return [
-        (task, role)
-        for task, role in (*first, *FORMS)
-        if hints.task in (None, task) and all(task in READ_BY[named] for named in hints.roles)
-    ]
 
 
 def _unfit(task: TaskName, target: Target, head: Sequence[dict[str, Any]]) -> str | None:
@@ -288,29 +278,67 @@ def _unfit(task: TaskName, target: Target, head: Sequence[dict[str, Any]]) -> st
     if not refused or len(refused) < len(readable):
         return None
     return (
-        f"none of the first rows can be used for {task}: {refused[0].reason}; name another column, or, where a cell "
-        "lists several texts, write a row for each"
+        f"none of the first rows can be used for {task}: {refused[0].reason}; repair them, name another column, or, "
+        "where a cell lists several texts, write a row for each"
+    )
+
+
+def _spread_labels(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Several columns that hold 0 and 1 only: a label each, where one column was expected to list those that hold."""
+    cells = {name: [row.get(name) for row in head] for name in columns}
+    kinds = {
+        name: {label_name(cell).lower() if isinstance(cell, (str, int, float)) else "" for cell in values}
+        for name, values in cells.items()
+    }
+    flags = [name for name, values in kinds.items() if values in ({"0", "1"}, {"true", "false"})]
+    return flags if len(flags) > 1 else []
+
+
+def _may_be_label(values: Sequence[Any]) -> bool:
+    """Few different values, or numbers with a fraction."""
+    numbers = [parsed_number(value) for value in values]
+    is_measured = None not in numbers and any(number % 1 for number in numbers if number)
+    return is_measured or 1 < len(set(map(str, values))) <= len(values) // _ROWS_OF_A_LABEL
+
+
+def _other_form(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str | None:
+    """What rows are whose form is not read, and how to write them; None: nothing known."""
+    for name in columns:
+        cell = next((cell for row in head if isinstance(cell := row.get(name), Mapping) and len(cell) > 1), {})
+        if cell and all(isinstance(part, str) for part in cell.values()):
+            one, two = list(cell)[:2]
+            return (
+                f"column '{name}' holds objects with the texts {shown(cell)}, expected a column for each; write each "
+                f"row as what its object holds, and name two of them, for example: --source {one} --target {two}"
+            )
+    if not (spread := _spread_labels(columns, head)):
+        return None
+    return (
+        f"columns {shown(spread)} hold 0 and 1 only, as labels with a column each; expected one column that lists "
+        f"those that hold, such as {json.dumps(spread[:2])}: docs/how-do-i.md shows how to write it (one label alone: "
+        f"--label {spread[0]}; the texts alone: --task causal-lm)"
     )
 
 
 def _example(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str:
-    """Options that fit the rows: the longest text, with what takes few values for a label, else with another text."""
+    """Options that fit the rows: the longest text, with what may be a label, else with another text."""
     cells = {name: [row.get(name) for row in head] for name in columns}
-    texts = {name: sum(map(len, found)) for name in columns if (found := [c for c in cells[name] if type(c) is str])}
-    if len(columns) == 1:
-        return f"--text {columns[0]}"
-    text = max(texts, key=lambda name: texts[name], default=columns[0])
-    kinds = {name: len(set(map(str, values))) for name, values in cells.items() if name != text}
-    labels = [name for name, count in kinds.items() if 1 < count <= len(head) // _ROWS_OF_A_LABEL]
-    if labels:
-        # A name says more than a number, and a flag or a rating beside it is no reason to pass it over.
-        label = min(labels, key=lambda name: (name not in texts, kinds[name]))
+    words = {name: [cell for cell in values if type(cell) is str] for name, values in cells.items()}
+    texts = {name: sum(map(len, found)) for name, found in words.items() if not all(map(_CODE.fullmatch, found))}
+    if not texts:
+        return "None of them holds texts or images, from which models learn here"
+    text, *others = sorted(texts, key=lambda name: -texts[name])
+    # A name says more than a number, and a flag or a rating beside it is no reason to pass it over.
+    labels = [name for name, values in cells.items() if name != text and _may_be_label(values)]
+    label = min(labels, key=lambda name: (name not in texts, len(set(map(str, cells[name])))), default=None)
+    if label is not None:
         two = second_text(text, {"text": text, "label": label}, columns, head)
         halves = sorted((text, two), key=columns.index) if two else [text]
-        return f"--text {' --text-pair '.join(halves)} --label {label}"
-    longest = sorted(texts, key=lambda name: -texts[name])[:2]
-    pair = sorted(longest, key=columns.index) if len(longest) == 2 else (columns[0], columns[-1])
-    return f"--prompt {pair[0]} --completion {pair[1]}"
+        return f"Say which is which, for example: --text {' --text-pair '.join(halves)} --label {label}"
+    if not others:
+        return f"Only '{text}' holds texts, and no other labels of them; to train on these alone: --text {text}"
+    one, two = sorted((text, others[0]), key=columns.index)
+    return f"Say which is which, for example: --prompt {one} --completion {two}"
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------
@@ -319,14 +347,7 @@ def _example(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str:
 def write_recipe(
     path: Path, recipe: Path, model: str | None, force: bool, hints: Hints = NO_HINTS
 ) -> tuple[Inferred, SplitFiles]:
-    """Write the recipe for a data file, or a folder of them.
-
-    Args:
-        path: The data file or folder.
-        recipe: Where to write.
-        model: The model to train; None takes a small one that suits the task.
-        force: Replace an existing recipe.
-        hints: What the user says of the files.
+    """Write the recipe for a data file, or a folder of them; without a model for a small one that suits the task.
 
     Raises:
         SetupError: When the recipe exists and `force` is not given.
@@ -336,8 +357,10 @@ def write_recipe(
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
     files = split_files(path)
     inferred = infer(*files.train, hints=hints)
-    files = _with_columns(files, inferred, codec_of(hints.encoding))
-    task, target = inferred.task, inferred.target
+    task, target, encoding = inferred.task, inferred.target, codec_of(hints.encoding)
+    problems = {split: _other_columns(file, inferred, encoding) for split, file in files.held_out.items()}
+    held_out = {split: file for split, file in files.held_out.items() if problems[split] is None}
+    files = SplitFiles(files.train, held_out, (*files.unused, *filter(None, problems.values())))
     chosen = model or SMALL_MODELS.get(task, SMALL_ENCODER)
     where = "" if chosen.startswith("package:") else ", from the Hub"
     train = [_yaml(str(file.resolve())) for file in files.train]
@@ -351,7 +374,7 @@ def write_recipe(
             else f"# {split} rows are split off train"
             for split in ("eval", "test")
         ),
-        *([f"encoding: {_yaml(hints.encoding)}"] if codec_of(hints.encoding) != UTF_8 else []),
+        *([f"encoding: {_yaml(hints.encoding)}"] if encoding != UTF_8 else []),
         *([f"columns: [{names}]   # of a file without a header line"] if names else []),
         *(f"{role}: {_yaml(column)}" for role, column in target.columns.items()),
         *[f"# columns not used: {inferred.unused}"] * bool(inferred.unused),
@@ -385,7 +408,7 @@ def lines(found: Inferred, files: SplitFiles) -> list[str]:
         said.append(f"{split}:  {file.name if file else 'rows are split off train'}")
     said += [f"not used: {reason}" for reason in files.unused]
     said += [f"columns not used: {found.unused}"] * bool(found.unused)
-    said += [f"note: {note}" for note in (found.alike, *found.notes) if note]
+    said += [f"note: {note}" for note in found.notes]
     if found.task == "token-classification" and find_spec("seqeval") is None:
         said.append("first: pip install 'fulltune[entities]', which scores entities")
     return said

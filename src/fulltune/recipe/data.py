@@ -90,7 +90,7 @@ class DataBlock(Block):
     columns."""
     text_pair: str | None = None
     """Column with a second text, for sentence pairs. Found by itself for the usual pairs of names, such as `premise`
-    and `hypothesis`, also where `text` names the first of them."""
+    and `hypothesis`, unless `text` is given: then only what is named is read."""
     label: str | None = None
     """Column with the target: a class name, a list of class names, or a number; for multiple-choice the number or the
     text of the right choice."""

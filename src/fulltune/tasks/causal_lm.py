@@ -43,7 +43,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
         raise DataError(f"{where}: {' and '.join(given)} are both given; keep one form")
     form = given[0] if given else None
     if form in (None, "data.prompt/completion") and data.completion is None:
-        refuse_preferences(columns, where)
+        refuse_preferences(columns, sample, where)
     messages = named("messages", data.messages, columns, where) if form in (None, "data.messages") else None
     if messages is not None:
         tools = named("tools", data.tools, columns, where)
@@ -58,14 +58,34 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     return found
 
 
-def refuse_preferences(columns: Sequence[str], where: str) -> None:
-    """Raises a `DataError` for rows with a better and a worse answer, of which one would be dropped in silence."""
-    chosen, rejected = (usual_name((name,), columns, where) for name in ("chosen", "rejected"))
+def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str) -> None:
+    """Raises a `DataError` for rows with a better and a worse text, or that say which answers are good: what tells them
+    apart would be dropped in silence."""
+
+    def column_of(name: str) -> str | None:
+        return usual_name((name,), columns, where)
+
+    chosen, rejected = column_of("chosen"), column_of("rejected")
     if chosen and rejected:
         raise DataError(
             f"{where}: columns '{chosen}' and '{rejected}' hold preferences, which are not trained here yet (TRL's "
             f"DPOTrainer does that); to train on the chosen answers alone write data.completion: {chosen}, or where "
             f"they are whole conversations data.messages or data.text: {chosen} (init: --completion {chosen})"
+        )
+    good, judged = column_of("label"), column_of("completion")
+    judgements = {str(row.get(good)).lower() for row in sample} if good else set[str]()
+    if judged and column_of("prompt") and judgements and judgements <= {"true", "false"}:
+        raise DataError(
+            f"{where}: column '{good}' says which answers in '{judged}' are good, and such judgements are not trained "
+            f"here (TRL's KTOTrainer does that); to train on the good answers alone keep the rows whose '{good}' is "
+            f"true, and write data.completion: {judged} (init: --completion {judged})"
+        )
+    near, far = column_of("positive"), column_of("negative")
+    if near and far and any(len(as_text(row.get(near)).split()) > 1 for row in sample):
+        raise DataError(
+            f"{where}: columns '{near}' and '{far}' hold triplets, a text that is near another one and one that is "
+            "not, which are not trained here: an embedding model learns from them (sentence-transformers does that); "
+            "to classify pairs of texts instead write a row for each pair, with columns text, text_pair and label"
         )
 
 

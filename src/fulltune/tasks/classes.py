@@ -47,13 +47,8 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor, target: Target, setti
     """Cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
 
     The error of a number is in units of the train rows' standard deviation, where that is known, whatever the logits'
-    own units are: 1 is what the mean of the train rows gets.
-
-    Args:
-        logits: `logits[batch, classes]`; of a number `logits[batch, 1]`.
-        labels: `labels[batch]`, classes or numbers; of several labels 0 or 1, `labels[batch, classes]`.
-        target: Says which of the three.
-        settings: Smoothing and weights of the classes.
+    own units are: 1 is what the mean of the train rows gets. `logits[batch, classes]`, of a number `logits[batch, 1]`;
+    `labels[batch]` are classes or numbers, of several labels 0 or 1, `labels[batch, classes]`.
     """
     import torch.nn.functional as F
 
@@ -101,10 +96,7 @@ def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> di
     hundredth of its time. A class that nothing was found of and nothing expected of is left out of the macro mean of
     single labels, and counts as 0 in that of several labels, as in scikit-learn.
 
-    Args:
-        true: Class ids [rows], a 0/1 matrix [rows, labels], or numbers [rows].
-        predicted: The same, of the model.
-        target: Says which of the three.
+    Both are class ids [rows], a 0/1 matrix [rows, labels], or numbers [rows], as the target says.
     """
     match target.problem_type:
         case "choice":

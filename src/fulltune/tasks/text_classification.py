@@ -38,10 +38,10 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     texts = [column for column in (data.text, data.text_pair) if column is not None]
     if twice := next((column for column in texts if [*texts, label].count(column) > 1), None):
         raise DataError(f"{where}: column '{twice}' has two of the roles text, text_pair and label; name another one")
-    if data.text_pair is None:
+    if data.text is None and data.text_pair is None:
         by_lower = {column.lower().strip(): column for column in rest} | {column: column for column in rest}
         for text, pair in USUAL_PAIRS:
-            if text in by_lower and pair in by_lower and data.text in (None, by_lower[text]):
+            if text in by_lower and pair in by_lower:
                 return {"text": by_lower[text], "text_pair": by_lower[pair], "label": label}
     wanted = data.text
     if wanted is None and named("text", None, rest, where) is None:

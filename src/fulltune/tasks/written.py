@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 def summed_loss(logits: Any, wanted: torch.Tensor, settings: LossSettings) -> torch.Tensor:
     """Cross entropy of the trained tokens, summed: a scalar. Other places are left out before the float32 copy.
 
-    Args:
-        logits: `logits[batch, tokens, vocabulary]`; or those of the trained tokens only, `logits[trained, vocabulary]`,
-            or their pieces.
-        wanted: The token that each logit should give, -100 where nothing is trained: `wanted[batch, tokens]`; or those
-            of the trained ones only, `wanted[trained]`.
-        settings: Smoothing.
+    `wanted[batch, tokens]` is the token that each of `logits[batch, tokens, vocabulary]` should give, -100 where
+    nothing is trained; or both are of the trained tokens only: `wanted[trained]`, `logits[trained, vocabulary]`.
     """
     from fulltune.models import chunked_loss
 

@@ -31,13 +31,6 @@ def test_usual_pairs_of_columns_are_read_together(columns: tuple[str, ...], text
     assert found["label"] == columns[-1]
 
 
-def test_first_of_a_usual_pair_is_read_with_the_second() -> None:
-    """Half of what a pair's label depends on would be left out in silence."""
-    data = DataBlock(train="rows.csv", text="question1")
-    found = text_classification.find_columns(("question1", "question2", "label"), [], data, "rows.csv")
-    assert found == {"text": "question1", "text_pair": "question2", "label": "label"}
-
-
 @pytest.mark.parametrize(
     "roles", [{"text": "label"}, {"text_pair": "label"}, {"text": "premise", "text_pair": "premise"}]
 )
@@ -47,11 +40,11 @@ def test_column_with_two_roles_is_refused(roles: dict[str, str]) -> None:
         text_classification.find_columns(("premise", "hypothesis", "label"), [], data, "rows.csv")
 
 
-def test_named_text_is_read_alone() -> None:
+@pytest.mark.parametrize("text", ["premise", "hypothesis"])
+def test_named_text_is_read_alone(text: str) -> None:
     columns = ("premise", "hypothesis", "label")
-    data = DataBlock(train="rows.csv", text="hypothesis")
-    found = text_classification.find_columns(columns, [], data, "rows.csv")
-    assert found == {"text": "hypothesis", "label": "label"}
+    found = text_classification.find_columns(columns, [], DataBlock(train="rows.csv", text=text), "rows.csv")
+    assert found == {"text": text, "label": "label"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune.data.readers.files import ONLY_BY_NAME, SUFFIXES, data_files, reading
-from fulltune.data.readers.images import is_image_folder
+from fulltune.data.readers.images import folders_in, has_images, is_image_folder
 from fulltune.errors import DataError
 from fulltune.records.data import SplitName as Split
 
@@ -80,6 +80,16 @@ def by_split(files: Sequence[Path]) -> dict[Split | None, list[Path]]:
     return splits
 
 
+def split_folders(folder: Path) -> dict[Split | None, list[Path]]:
+    """A folder's folders by the split that their names say, where it holds rows in folders `train` and others alone."""
+    listed = folder.iterdir() if folder.is_dir() else ()
+    if any(file.suffix.lower() in SUFFIXES and file.name != "dataset_dict.json" for file in listed):
+        return {}
+    splits = by_split(folders_in(folder)) if folder.is_dir() else {}
+    of_classes = any(has_images(inner) for inners in splits.values() for inner in inners)
+    return splits if {"train"} < splits.keys() - {None} and not of_classes else {}
+
+
 def held_out_beside(train: Path) -> dict[Split, list[Path]]:
     """Files beside one named train whose names differ from its name in that word only."""
     own, splits = _read(train), dict[Split, list[Path]]()
@@ -100,9 +110,10 @@ def refuse_held_out(paths: Sequence[str]) -> None:
     problems = []
     for folder in map(Path, paths):
         with reading(folder):
-            if not folder.is_dir() or is_image_folder(folder):
-                continue
-            splits = by_split(data_files(folder))
+            splits = split_folders(folder)
+            splits.pop(None, None)
+            if not splits and folder.is_dir() and not is_image_folder(folder):
+                splits = by_split(data_files(folder))
         held_out: dict[Split, list[Path]] = {split: splits.pop(split) for split in ("eval", "test") if split in splits}
         if not held_out:
             continue

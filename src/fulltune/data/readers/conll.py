@@ -17,11 +17,8 @@ def rows(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any
     """Sentences of a file.
 
     The first column is the word, the last one the tag; those between are not read. Columns are separated by tabs when
-    the first line holds a tab, else by spaces. A blank line or a line `-DOCSTART-` ends a sentence.
-
-    Yields:
-        The number of the sentence's first line, and `{"tokens": [...], "tags": [...]}`; or the number of a line, and
-        what is wrong with it.
+    the first line holds a tab, else by spaces. A blank line or a line `-DOCSTART-` ends a sentence. In place of a
+    broken line stands what is wrong with it.
     """
     sentence: dict[str, Any] = {"tokens": [], "tags": []}
     separator, expected, first = _SPACES, 0, 0

@@ -102,7 +102,7 @@ def left_out(folder: Path, kinds: Iterable[str], taken: Sequence[Path]) -> list[
     """A note on what looks like rows of these kinds in a folder or deeper, is not hidden, no run's, and not read."""
     found = set[Path]()
     for place, folders, names in os.walk(folder):
-        is_run = place != str(folder) and IDENTITY in names
+        is_run = place != str(folder) and {IDENTITY, "recipe.yaml"} <= {*names}
         folders[:] = [] if is_run else [name for name in folders if not name.startswith(".")]
         files = [Path(place, name) for name in names if not is_run and name[0] != "." and name not in _ABOUT_ROWS]
         found |= {file for file in files if file.suffix.lower() in {*kinds, *_LIKE_ROWS}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}
 _LONGEST_CELL = min(sys.maxsize, 2**31 - 1)
 """The csv module's default is 128 KiB."""
-_ROWS = 1000
+_FEW, _ROWS = 100, 1000
 _WORDS = 5
 """A cell of so many words, above others like it, is a text and no name."""
 
@@ -36,23 +37,21 @@ def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
     """What stands between the cells of a csv or tsv file.
 
     In a csv it may be semicolons, which spreadsheets write where the comma is the decimal sign: then the first line has
-    one cell by commas and several by semicolons, and so many has the next one.
+    one cell by commas and several by semicolons, and so many have most of the next ones: a few may be broken.
     """
     usual = SEPARATED[file.suffix.lower()]
     if usual == "\t":
         return usual
+    counts = []
     try:
-        by_commas, by_semicolons = (_first_two(file, sign, encoding) for sign in (usual, ";"))
+        for sign in (usual, ";"):
+            with csv_reader(file, sign, encoding, errors="replace") as reader:
+                counts.append([len(row) for row in islice(filter(None, reader), _FEW)] or [1])
     except csv.Error:
         return usual  # the reader says what is wrong with the file
-    counts = set(by_semicolons)
-    return ";" if by_commas[:1] == [1] and len(counts) == 1 and max(counts) > 1 else usual
-
-
-def _first_two(file: Path, delimiter: str, encoding: str) -> list[int]:
-    """The number of cells in the first two lines that are not empty."""
-    with csv_reader(file, delimiter, encoding, errors="replace") as reader:
-        return list(islice((len(row) for row in reader if row), 2))
+    by_commas, by_semicolons = counts
+    most = Counter(by_semicolons).most_common(1)[0][0]
+    return ";" if by_commas[0] == 1 < by_semicolons[0] == most else usual
 
 
 def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] | None:

@@ -26,8 +26,8 @@ def is_image_folder(folder: Path) -> bool:
         return False
     if any(path.suffix.lower() in DATA_SUFFIXES and not path.name.startswith(".") for path in folder.iterdir()):
         return False
-    return _has_images(folder) or any(
-        _has_images(inner) or any(map(_has_images, _folders(inner))) for inner in _folders(folder)
+    return has_images(folder) or any(
+        has_images(inner) or any(map(has_images, folders_in(inner))) for inner in folders_in(folder)
     )
 
 
@@ -38,9 +38,9 @@ def files(folder: Path) -> list[Path]:
         DataError: When the images do not lie in one folder per class.
     """
     expected = "expected one folder per class with the images in it"
-    if _has_images(folder):
+    if has_images(folder):
         raise DataError(f"{folder}: images lie directly in this folder; {expected}")
-    classes = _folders(folder)
+    classes = folders_in(folder)
     if unwritable := [
         f"{printable(inner)}: the folder's name is not UTF-8, expected the name of a class; rename the folder"
         for inner in classes
@@ -51,7 +51,7 @@ def files(folder: Path) -> list[Path]:
     images = [
         path for inner in classes for path in sorted(inner.iterdir()) if _is_image(path.name) and not path.is_dir()
     ]
-    deeper = [inner for inner in classes if not _has_images(inner) and any(map(_has_images, _folders(inner)))]
+    deeper = [inner for inner in classes if not has_images(inner) and any(map(has_images, folders_in(inner)))]
     if deeper and not images:
         names = ", ".join(inner.name for inner in deeper[:3])
         raise DataError(
@@ -60,7 +60,7 @@ def files(folder: Path) -> list[Path]:
         )
     if deeper:
         raise DataError(f"{deeper[0]}: holds folders and no image, other folders beside it hold images; {expected}")
-    if empty := [inner for inner in classes if not _has_images(inner) and inner.name != _OF_ARCHIVES] if images else []:
+    if empty := [inner for inner in classes if not has_images(inner) and inner.name != _OF_ARCHIVES] if images else []:
         raise DataError([f"{inner}: holds no image, {expected}; put some into it, or remove it" for inner in empty])
     return images
 
@@ -80,12 +80,9 @@ def columns_of(row: Mapping[str, Any], column: str | None) -> list[str]:
 
 
 def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str, Any]:
-    """A table's row whose image paths, relative to the table's folder, are whole.
+    """A table's row whose image paths, relative to its folder, are whole: of this column, or of each with a usual name.
 
-    Args:
-        row: As it stands in the table: a path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` writes it.
-        folder: Where the table lies.
-        column: The column with the image; None: each with a usual name.
+    A cell is a path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` writes it.
     """
     changed = dict(row)
     for name in columns_of(row, column):
@@ -99,11 +96,13 @@ def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str
     return changed
 
 
-def _folders(folder: Path) -> list[Path]:
+def folders_in(folder: Path) -> list[Path]:
+    """Its folders that are not hidden, sorted."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _has_images(folder: Path) -> bool:
+def has_images(folder: Path) -> bool:
+    """Whether images lie in the folder itself."""
     with os.scandir(folder) as entries:  # stops at the first one: a folder may hold a hundred thousand
         return any(_is_image(entry.name) for entry in entries)
 

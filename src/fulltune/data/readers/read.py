@@ -63,11 +63,8 @@ class DataFiles:
     def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
         """Rows with the place each came from, for example `train.csv:17`.
 
-        Args:
-            problems: Takes what is wrong with a file, and reading goes on with the next one; without it, it is raised.
-
         Raises:
-            DataError: For an empty or broken file.
+            DataError: For an empty or broken file; with `problems`, these take what is wrong and the next one is read.
         """
         if self.image_folder is not None:
             yield from images.rows(self.image_folder)
@@ -137,12 +134,7 @@ class DataFiles:
 
 
 def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> DataFiles:
-    """Find the files behind paths; nothing is read yet.
-
-    Args:
-        paths: Files and folders.
-        text_rows: What is a row in a .txt file.
-        columns: Names of the columns of tables without a header line.
+    """Find the files behind paths, with names of columns for tables without a header line; nothing is read yet.
 
     Raises:
         DataError: For each path that is missing, empty or of an unknown kind.

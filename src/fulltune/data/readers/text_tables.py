@@ -27,7 +27,7 @@ _KNOWN = 10_000
 _MARK = "a byte order mark stands before a double quote, as in files that were put one behind the other; remove it"
 _MOST_COLUMNS = 100_000
 """Each row would be kept with a million names: with more, the file is damaged or no table of texts."""
-_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
 class Note(str):
@@ -37,12 +37,7 @@ class Note(str):
 def separated(
     file: Path, columns: Sequence[str] | None, encoding: str = UTF_8
 ) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Rows of a csv or tsv file.
-
-    Args:
-        file: The file.
-        columns: Names of the columns, where the first line does not give them.
-        encoding: Of its bytes.
+    """Rows of a csv or tsv file, with names of its columns where the first line does not give them.
 
     Raises:
         DataError: When the first line is no header.

@@ -92,6 +92,34 @@ def test_files_of_a_folder_and_beside_a_file_are_found_by_name(
     assert found.held_out == {split: tmp_path / name for split, name in named if name}
 
 
+@pytest.mark.parametrize("has_mark", [False, True])
+def test_folders_named_for_splits_are_taken_as_these(tmp_path: Path, has_mark: bool) -> None:
+    for name in ("train", "validation", "test", "more"):
+        (tmp_path / name).mkdir()
+        _folder(tmp_path, f"{name}/rows.csv")
+    if has_mark:  # as DatasetDict.save_to_disk writes it
+        (tmp_path / "dataset_dict.json").write_text("{}")
+    found, files = write_recipe(tmp_path, tmp_path / "recipe.yaml", None, False)
+    data = load_recipe(tmp_path / "recipe.yaml").data
+    assert (found.num_rows, files.unused) == (20, ("more: its name says nothing of train, eval or test",))
+    assert data.train == (f"{tmp_path}/train",)
+    assert (data.eval, data.test) == (f"{tmp_path}/validation", f"{tmp_path}/test")
+    with pytest.raises(DataError, match=rf"write data.train: {tmp_path}/train, .*data.test: {tmp_path}/test$"):
+        find_files(_recipe(tmp_path))
+    if not has_mark:
+        _folder(tmp_path, "rows.csv")
+        assert split_files(tmp_path) == SplitFiles((tmp_path,))
+
+
+@pytest.mark.parametrize("inner", ["cat", ""])
+def test_folders_of_images_are_splits_only_if_they_hold_classes(tmp_path: Path, inner: str) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name / inner).mkdir(parents=True)
+        (tmp_path / name / inner / "1.png").write_bytes(b"")
+    expected = SplitFiles((tmp_path / "train",), {"test": tmp_path / "test"}) if inner else SplitFiles((tmp_path,))
+    assert split_files(tmp_path) == expected
+
+
 def test_file_that_says_nothing_beside_train_is_named(tmp_path: Path) -> None:
     found = split_files(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
     unused = ("labels.csv: its name says nothing of train, eval or test",)

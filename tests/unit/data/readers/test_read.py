@@ -224,7 +224,7 @@ def test_files_that_a_folder_holds_and_nobody_reads_are_noted(tmp_path: Path) ->
     for hidden in (".git", ".cache"):
         (tmp_path / hidden).mkdir()
         write(tmp_path / hidden / "b.csv")
-    for name in ("recipe.json", "plan/full.json", "data/dropped.jsonl"):  # of a run
+    for name in ("recipe.json", "recipe.yaml", "plan/full.json", "data/dropped.jsonl"):  # of a run
         (tmp_path / "runs/r-1" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs/r-1" / name).write_text("{}")
     for name in ("state.json", "dataset_info.json"):  # of `Dataset.save_to_disk`
@@ -232,9 +232,10 @@ def test_files_that_a_folder_holds_and_nobody_reads_are_noted(tmp_path: Path) ->
     assert not _notes(tmp_path)
     (tmp_path / "more").mkdir()
     write(tmp_path / "more" / "b.csv")
+    (tmp_path / "more" / "recipe.json").write_text('[{"text": "Peel the onions."}]')  # no run's
     (tmp_path / "c.xlsx").write_bytes(b"PK")
     assert [note.partition(": what")[0] for note in _notes(tmp_path)] == [
-        f"{tmp_path}: 2 files left out of its rows (c.xlsx, more/b.csv)"
+        f"{tmp_path}: 3 files left out of its rows (c.xlsx, more/b.csv, more/recipe.json)"
     ]
 
 
