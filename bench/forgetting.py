@@ -203,7 +203,7 @@ def unseen(model_folder: str, kind: Kind) -> np.ndarray:
         model = load(base, {"num_labels": 2}, head_is_new=True)
     else:
         model = AutoModel.from_pretrained(model_folder)
-    text = GenericText.of(sentences()[2], base.processor, "text" if writes else "tags", "fp32", 64)
+    text = GenericText.of(sentences()[2], base.processor, writes, "fp32", 64)
     return text.read(model)
 
 
@@ -221,7 +221,7 @@ def other_fall(place: Path, model_folder: str) -> OnTask:
     fitting, scored = ([row["text"] for row in rows] for rows in intents())
     labels = [[row["category"] for row in rows] for rows in intents()]
     untouched: Any = load(base, {"num_labels": 2}, head_is_new=True)
-    of_fitting, of_scored = (GenericText.of(them, base.processor, "tags", "fp32", 64) for them in (fitting, scored))
+    of_fitting, of_scored = (GenericText.of(them, base.processor, False, "fp32", 64) for them in (fitting, scored))
     head = LogisticRegression(C=30, max_iter=2000).fit(of_fitting.read(untouched), labels[0])
     place_of = {label: at for at, label in enumerate(head.classes_)}
     answers = np.array([place_of[label] for label in labels[1]])
@@ -305,7 +305,7 @@ def exhibit(folder: Path, name: str, seed: int) -> None:
         model = load(base, {}, head_is_new=False).float().eval()
         texts = {"Wikipedia": sentences()[2], "GSM8K": [f"{one['question']} {one['answer']}" for one in problems]}
         for about, them in texts.items():
-            found = GenericText.of(them, base.processor, "text", "fp32", 128).read(model)
+            found = GenericText.of(them, base.processor, True, "fp32", 128).read(model)
             moved = measured(before.setdefault(about, found), found)
             print(f"{which}: {about}: loss {found.mean():.3f}, rise {moved.drift:.3f} ± {moved.error:.3f}", flush=True)
         chats = [

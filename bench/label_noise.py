@@ -67,7 +67,7 @@ def features(folder: Path) -> tuple[list[dict[str, str]], np.ndarray]:
 
         base = Base.of(ModelBlock(name=MINILM.removeprefix("model: ").strip()), "text-classification")
         model = load(base, {"num_labels": 2}, head_is_new=True)
-        text = GenericText.of([row["text"] for row in rows], base.processor, "single_label", "fp32", 128, 32)
+        text = GenericText.of([row["text"] for row in rows], base.processor, False, "fp32", 128, 32)
         np.save(place, text.read(model).astype(np.float32))
     return rows, np.load(place)
 

@@ -47,7 +47,7 @@ def embedded(texts: Sequence[str]) -> np.ndarray:
 
     base = Base.of(ModelBlock(name=MINILM.removeprefix("model: ").strip()), "text-classification")
     model = load(base, {"num_labels": 2}, head_is_new=True)
-    text = GenericText.of(list(texts), base.processor, "single_label", "fp32", 128, 32)
+    text = GenericText.of(list(texts), base.processor, False, "fp32", 128, 32)
     return np.asarray(text.read(model), np.float32)
 
 

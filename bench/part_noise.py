@@ -95,7 +95,7 @@ def joined(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         base = Base.of(ModelBlock(name=MINILM.removeprefix("model: ").strip()), "text-classification")
         model = load(base, {"num_labels": 2}, head_is_new=True)
         texts = [" ".join(rows[one]["text"] for one in pair) for pair in pairs]
-        text = GenericText.of(texts, base.processor, "single_label", "fp32", 128, 32)
+        text = GenericText.of(texts, base.processor, False, "fp32", 128, 32)
         np.save(place, text.read(model).astype(np.float32))
     return np.load(place), labels
 

@@ -17,7 +17,7 @@ from fulltune.recipe.block import Block
 from fulltune.recipe.elsewhere import PINNED
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import BaseMethod
-from fulltune.recipe.tasks import FACTS, TaskName
+from fulltune.recipe.tasks import FACTS, FORMS, TaskName
 from fulltune.tasks import choices, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
 
@@ -231,8 +231,8 @@ def _metrics() -> Iterable[str]:
     yield "The first one is the default.\n"
     for task in typing.get_args(TaskName):
         by_metrics: dict[tuple[str, ...], list[str]] = {}
-        for kind, names in FACTS[task].choosing.items():
-            by_metrics.setdefault(names, []).append(kind)
+        for kind in FACTS[task].types:
+            by_metrics.setdefault(FORMS[kind].metrics, []).append(kind)
         for names, kinds in by_metrics.items():
             yield _item(f"- {task} ({', '.join(kinds)}): {_quoted(names)}")
     yield ""

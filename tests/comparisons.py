@@ -91,7 +91,6 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "name": "banking77-2026-11-24-1530",
         "model": "sentence-transformers/all-MiniLM-L6-v2",
         "task": "text-classification",
-        "problem_type": "single_label",
         "train_rows": 9002,
         "eval_rows": 1001,
         "test_rows": 3080,
@@ -134,7 +133,7 @@ def language(**changes: Any) -> Comparison:
         "recommended": "full",
         "headline": "Updating every parameter is worth it here: full is better than every other method by the margin.",
     }
-    found = {"model": "HuggingFaceTB/SmolLM2-135M", "task": "causal-lm", "problem_type": "chat", "name": "chat"}
+    found = {"model": "HuggingFaceTB/SmolLM2-135M", "task": "causal-lm", "name": "chat"}
     return comparison(LANGUAGE, metric="loss", **({"decision": decision} | found | changes))
 
 

@@ -30,7 +30,6 @@ from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.tasks import FACTS
 from fulltune.records.audit import TRAINED_PROOFS, Proof, Proofs
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said, without_tables
@@ -89,7 +88,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
         job.listener(Said(text=f"training {done + 1} of {total}: {step or 'rows as they are'}, seed {seed}{about}"))
         arms[arm].append(_rows_of_run(job, summary, step, seed))
     shutil.rmtree(job.folder / FOLDER / ".fulltune-cache", ignore_errors=True)
-    metric = job.recipe.evaluate.metric or FACTS[job.recipe.task].choosing[summary.problem_type][0]
+    metric = job.recipe.evaluate.metric or summary.form.metrics[0]
     measure = measure_of(job.recipe.task, Target.of(summary), metric)
     patches = [str(_patch(job, summary, step).relative_to(job.folder)) for step in steps]
     proofs, rows = _compared(measure, steps, patches, arms)

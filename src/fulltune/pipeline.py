@@ -11,7 +11,6 @@ from fulltune import data, evaluate, methods, plan, report
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.forgetting.generic_text import check_texts
 from fulltune.models.files import check_weights
-from fulltune.probe.label_errors import JUDGED
 from fulltune.records.audit import Audit, Proofs
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Planned, RowsPrepared
@@ -131,7 +130,7 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
         reads_rows: Whether the untouched model reads rows, to judge labels and to find outliers.
     """
     folder = job.folder / "data"
-    has_label, has_texts = summary.problem_type in JUDGED, job.recipe.task == "text-classification"
+    has_label, has_texts = summary.form.has_classes, job.recipe.task == "text-classification"
     reader = data.Reader(job.recipe, job.base, summary, folder, job.listener)
     judge = partial(data.judge, reader) if has_label and reads_rows else None
     is_whole = has_texts or job.recipe.task == "image-classification"  # a row has one mean of its states

@@ -448,7 +448,7 @@ def test_answers_come_in_order_while_only_a_window_of_rows_has_been_read(classif
 
 def test_memory_for_a_file_does_not_grow_with_its_rows(tmp_path: Path) -> None:
     """Without a model: what lies between the reader and the writer."""
-    notes = {"problem_type": "regression", "labels": []}
+    notes = Target("regression", {}).as_notes()
 
     def peak(num_rows: int) -> int:
         new = predict_files.added(notes, ["text"])
@@ -486,7 +486,7 @@ def test_scoring_shows_rows_and_time_left_on_a_terminal_and_nothing_in_a_log() -
 
 
 def test_cells_that_a_spreadsheet_would_compute_are_escaped_when_asked_for(tmp_path: Path) -> None:
-    notes = {"problem_type": "single_label", "labels": ["=a", "b"]}
+    notes = Target("single_label", {}, ("=a", "b")).as_notes()
     texts = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\tx", "\rx", "-5", "+1.5", "'=x", "a=b", ""]
     answer = {"label": "=a", "probability": 0.5, "probabilities": {"=a": 0.5, "b": -0.5}}
     new = predict_files.added(notes, ["=text"])

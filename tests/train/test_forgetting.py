@@ -109,9 +109,9 @@ def test_reading_generic_text_in_batches_gives_what_single_texts_give(tiny_encod
     model, tokenizer = AutoModel.from_pretrained(tiny_encoder), AutoTokenizer.from_pretrained(tiny_encoder)
     model.train()
     texts, _ = generic_texts(None, 20)
-    whole = GenericText.of(texts, tokenizer, "single_label", "fp32", 32).read(model)
+    whole = GenericText.of(texts, tokenizer, False, "fp32", 32).read(model)
     assert model.training
-    single = [GenericText.of([text], tokenizer, "single_label", "fp32", 32).read(model)[0] for text in texts]
+    single = [GenericText.of([text], tokenizer, False, "fp32", 32).read(model)[0] for text in texts]
     assert np.abs(whole - np.stack(single)).max() < 1e-5
     assert np.abs(np.linalg.norm(whole, axis=1) - 1).max() < 1e-6
     assert drift(whole, whole).max() < 1e-6

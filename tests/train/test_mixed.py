@@ -87,7 +87,7 @@ def test_conversations_with_raw_text_mixed_in_are_trained(tiny_decoder: Path, tm
         data={"train": [str(tmp_path / "rows.jsonl"), {"path": str(others), "weight": 0.2}]},
         train={"num_train_epochs": 1},
     )
-    assert reached.summary.mixed[0].problem_type == "text"
+    assert reached.summary.mixed[0].kind == "raw text"
     checks = {check.name: check for check in reached.outcome.checks}
     assert checks["answers end with a trained end token"].result.startswith("48 of 48 rows")
     assert checks["rows with trained tokens"].result.startswith(f"{48 + reached.summary.mixed[0].counts.rows} of ")

@@ -95,8 +95,8 @@ def test_mixed_sources_are_shown_with_their_share_and_how_often_their_rows_are_r
         splits={"train": split, "eval": split, "test": split},
         sources={"train": "file a", "eval": "file b", "test": "file c"},
         mixed=(
-            MixedSummary(where="few.jsonl", problem_type="chat", counts=rare, **rest),
-            MixedSummary(where="[many].txt", problem_type="text", counts=common, **rest),
+            MixedSummary(where="few.jsonl", kind="chat", counts=rare, **rest),
+            MixedSummary(where="[many].txt", kind="raw text", counts=common, **rest),
         ),
         fingerprint="x",
     )

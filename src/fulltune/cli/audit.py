@@ -123,7 +123,7 @@ def show(found: Audited, as_json: bool) -> None:
 
 def _relabel(summary: DataSummary) -> Callable[[], Remedy | None] | None:
     """Asks for a row's label: one that there is, or a new one typed twice. None: it has none of its own in a column."""
-    if summary.problem_type != "single_label" or summary.task != "text-classification":
+    if not summary.form.one_label or summary.task != "text-classification":
         return None
 
     def ask() -> Remedy | None:

@@ -24,7 +24,7 @@ from fulltune.data.sources import SourceRows, describe, unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
 from fulltune.recipe.data import UTF_8, DataBlock, codec_of
-from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
+from fulltune.recipe.tasks import READ_BY, TaskName
 from fulltune.records.data import SplitName
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target, task_named
@@ -386,7 +386,7 @@ def write_recipe(
         model=_yaml(chosen) + ("" if model else f"   # a small one to begin with{where}: any Hub id, folder or GGUF"),
         task=task,
         data="\n  ".join(data),
-        metric=FACTS[task].choosing[target.problem_type][0],
+        metric=target.form.metrics[0],
     )
     with writing(recipe):
         write_text(recipe, text)
@@ -401,7 +401,7 @@ def lines(found: Inferred, files: SplitFiles) -> list[str]:
         f"columns: {', '.join(found.columns or ())}; other names: --columns NAME,NAME",
         "if it is a header: name a column of it, such as --label NAME",
     ] * found.is_guess
-    kind = f"{found.task} ({found.target.problem_type.replace('_', ' ')}{labels})"
+    kind = f"{found.task} ({found.target.form.words}{labels})"
     said.append(f"train: {found.where}: {counted(found.num_rows, 'row')}, {kind}")
     for split in ("eval", "test"):
         file = files.held_out.get(split)
@@ -416,7 +416,7 @@ def lines(found: Inferred, files: SplitFiles) -> list[str]:
 
 def _in_words(inferred: Inferred) -> str:
     target = inferred.target
-    kind = target.problem_type.replace("_", " ")
+    kind = target.form.words
     labels = f", {counted(len(target.labels), 'label')}: {', '.join(target.labels[:5])}" if target.labels else ""
     more = " ..." if len(target.labels) > 5 else ""
     return " ".join(f"{counted(inferred.num_rows, 'row')}, {kind}{labels}{more}".split())

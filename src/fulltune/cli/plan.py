@@ -269,6 +269,8 @@ def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: b
 
 def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     """A summary of so many rows of so many tokens: what the data stage would make of them."""
+    from fulltune.tasks import Target
+
     data, given = recipe.data, recipe.data.problem_type
     length = min(tokens, data.max_length or tokens)
     held_out = {
@@ -291,17 +293,15 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
 
     splits: Any = {name: of_rows(number) for name, number in counts.items()}
     weights = [one.weight for one in data.mixed_files]
-    usual = FACTS[recipe.task].usual_type if given == "auto" else given
+    labels = ("a", "b") if recipe.task.endswith("classification") else ()
+    target = Target(FACTS[recipe.task].types[0] if given == "auto" else given, {}, labels, num_choices=choices)
     mixed = tuple(
-        MixedSummary(where="", weight=weight, rows_per_epoch=number, problem_type=usual, counts=of_rows(number))
+        MixedSummary(where="", weight=weight, rows_per_epoch=number, kind=target.form.kind, counts=of_rows(number))
         for weight, number in zip(weights, rows_per_epoch(rows, weights), strict=True)
     )
     return DataSummary(
         task=recipe.task,
-        problem_type=usual,
-        columns={},
-        labels=("a", "b") if recipe.task.endswith("classification") else (),
-        num_choices=choices,
+        **target.in_summary(),
         max_length=length,
         max_length_reason="from --tokens",
         limit=length,

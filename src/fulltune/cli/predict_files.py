@@ -18,6 +18,7 @@ from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.inference.store import readable
 from fulltune.system.run_folder import writing
+from fulltune.tasks import Target
 from fulltune.tasks.columns import BadCell
 from fulltune.tasks.labels import parsed_number
 
@@ -75,17 +76,6 @@ class Added:
         return dict(zip(self.names, [*taken, None], strict=True))
 
 
-_PARTS: Mapping[str, Sequence[tuple[str, str]]] = {
-    "single_label": (("label", "string"), ("probability", "double")),
-    "multi_label": (("labels", "list"),),
-    "regression": (("value", "double"),),
-    "choice": (("index", "int64"), ("text", "string"), ("probability", "double")),
-    "tags": (("tokens", "list"), ("tags", "list"), ("entities", "json")),
-    "span": (("answer", "string"), ("start", "int64"), ("probability", "double")),
-}
-"""Problem type to the parts of an answer and their types; models that write give an `answer` alone."""
-
-
 def added(notes: Mapping[str, Any], own: Collection[str]) -> Added:
     """The columns that answers of a model become, called `predicted_...`, or `predicted2_...` where rows have these.
 
@@ -93,10 +83,9 @@ def added(notes: Mapping[str, Any], own: Collection[str]) -> Added:
         notes: What fulltune wrote about the model.
         own: The rows' own columns.
     """
-    kind = notes["problem_type"]
-    parts = [(name, (name,), as_written) for name, as_written in _PARTS.get(kind, (("answer", "string"),))]
-    keys = {"single_label": "labels", "multi_label": "labels"}.get(kind)
-    each = range(notes["num_choices"]) if kind == "choice" else notes[keys] if keys else ()
+    target = Target.from_notes(notes)
+    parts = [(name, (name,), as_written) for name, as_written in target.form.answer]
+    each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
     chances = [(f"probability_{key}", ("probabilities", key), "double") for key in each]
     columns = (*parts, *chances, ("error", (), "string"))
     prefixes = ("predicted" if number == 1 else f"predicted{number}" for number in count(1))

@@ -24,7 +24,7 @@ from fulltune.evaluate import access, outputs
 from fulltune.evaluate.scoring import FEWEST_UNSEEN
 from fulltune.files import append_line, lines_of
 from fulltune.inference.store import clusters_of, in_train
-from fulltune.recipe.tasks import FACTS, LANGUAGE_MODELS, stands_in_train
+from fulltune.recipe.tasks import FACTS, stands_in_train
 from fulltune.records.comparison import Comparison, Held, Opening
 from fulltune.records.differences import Decision
 from fulltune.records.run import COMPARISON
@@ -157,7 +157,6 @@ def comparison_of(
         name=context.folder.name,
         model=context.recipe.model.name,
         task=context.recipe.task,
-        problem_type=summary.problem_type,
         train_rows=summary.splits["train"].rows,
         mixed_rows=summary.rows_per_epoch - summary.splits["train"].rows,
         eval_rows=summary.splits["eval"].rows,
@@ -173,7 +172,7 @@ def comparison_of(
         findings=lint(design),
         openings=openings,
         claims=claims(rows, decision, summary.splits["train"].rows, held, context.setup(context.full.arm).plan),
-        drift_unit="nats per token" if summary.problem_type in LANGUAGE_MODELS else "1 - cosine",
+        drift_unit="nats per token" if summary.form.reads_any_text else "1 - cosine",
         drift_text=context.texts[1],
         held=held,
         num_trials=len(runs) + sum(len(one.tried) + one.other_runs for one in ran.searches.values()),
@@ -214,7 +213,7 @@ def write_model_cards(ran: SeedRuns) -> None:
         drawn = draw(measure, [[test]], clusters_of(context.folder / "data" / "test"))
         low, high = percentiles(drawn.draws[0][:, 0], confidence)
         calibration = None
-        if context.summary.problem_type in evaluate.CALIBRATED:
+        if context.summary.form.is_calibrated:
             calibration = calibrate(chosen["logits"], chosen["labels"], test["logits"], test["labels"])
         scores = Scores(
             name=name,

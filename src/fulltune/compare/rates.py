@@ -102,7 +102,7 @@ def search(context: Context, method: Any, expectation: Expectation, keep: float 
 def scale_of(context: Context) -> rate_search.Scale:
     """How the eval rows measure a trial; of windows of long passages each question counts, right or wrong as one."""
     measure, num_rows = context.measure, context.summary.splits["eval"].rows
-    if context.summary.problem_type == "span":
+    if context.summary.form.has_windows:
         num_rows = len({row[PLACE] for row in texts(context.folder / "data" / "eval")})
     if context.recipe.preserve.budget is not None:
         num_rows = min(num_rows, MOST_ROWS)  # that whole runs are measured on

@@ -36,7 +36,7 @@ from fulltune.data.patch import load_patch
 from fulltune.data.repeated import CONFLICT, DUPLICATE, LEAK, NEAR_LEAK, repeated
 from fulltune.errors import SetupError
 from fulltune.files import replacing
-from fulltune.probe.label_errors import JUDGED, Suspected
+from fulltune.probe.label_errors import Suspected
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitName
@@ -103,7 +103,7 @@ def audit(
             not_run[OUTLIER] = why
     labels = None
     if judge is None:
-        has_labels = summary.problem_type in JUDGED
+        has_labels = summary.form.has_classes
         not_run[LABEL] = NOT_ASKED if has_labels else "only rows with labels or tags are judged"
     if judge is not None:
         judged = judge()
@@ -233,7 +233,7 @@ def _outlying(rows: AuditedRows, outlie: Outlie | None, seen: SeenRows) -> tuple
 
 def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: Suspected) -> list[RowIssue]:
     target, of_row, issues = rows.target, found.row_of_each, list[RowIssue]()
-    column = target.columns.get("tags" if target.problem_type == "tags" else "label")
+    column = target.columns.get("tags" if target.form.tags_words else "label")
     listed: dict[int, tuple[str, list[int]]] = {}
     for check, them in ((LABEL, found.suspects), (DOUBT, found.doubtful)):
         for at in np.flatnonzero(them).tolist():
@@ -258,7 +258,7 @@ def _proposed(target: Target, row: Row, found: Suspected, parts: Sequence[int]) 
         other = target.labels[int(found.other[parts[0]])]
         return f"'{other}' is likelier, {points[0]}", other
     places = found.places[parts].tolist()
-    if target.problem_type == "tags":
+    if target.form.tags_words:
         words, tags = words_and_tags(row, target.columns)
         for place, other, much in zip(places, found.other[parts].tolist(), points, strict=True):
             word = masked_text(words[place])
@@ -286,7 +286,7 @@ def _about_labels(target: Target, found: Suspected, of_rows: int) -> LabelErrors
     return LabelErrors(
         judged_rows=len(np.unique(of_row)),
         of_rows=of_rows,
-        parts=None if found.places is None else "words" if target.problem_type == "tags" else "labels",
+        parts=None if found.places is None else "words" if target.form.tags_words else "labels",
         agree=float((found.margins > 0).mean()),
         suspects=len(suspects),
         doubtful=len(np.setdiff1d(doubtful, suspects)),

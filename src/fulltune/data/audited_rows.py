@@ -220,7 +220,7 @@ def in_classes_alike(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
             labels = rows.task.row_labels(row, rows.target)
             if column in row and (found := [one for one in labels if one in instead]):
                 new = list(dict.fromkeys(instead.get(one, one) for one in labels))
-                value = new if rows.target.problem_type == "multi_label" else new[0]
+                value = new if rows.target.form.several_labels else new[0]
                 remedy = Remedy(action="replace", column=column, value=value)
                 reason = f"class {found[0]!a} is perhaps {instead[found[0]]!a}"
                 issues.append(rows.issue(CLASS_NAMES, split, row, reason, remedy))

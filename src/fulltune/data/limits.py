@@ -54,7 +54,7 @@ def longest_row(
     """Longest row in tokens, and why; a shorter longest row makes it smaller afterwards."""
     known = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
     model_limit = min(known, default=10**9)
-    cap = causal_lm.BLOCK_LENGTH if target.problem_type == "text" else task.FACTS.length_cap
+    cap = causal_lm.BLOCK_LENGTH if target.form.is_raw_text else task.FACTS.length_cap
     if recipe.data.max_length is not None:
         length, why = recipe.data.max_length, "from the recipe"
     elif model_limit <= cap:
@@ -86,16 +86,15 @@ def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Ta
         mixed: What the rows hold that are mixed in: a batch has either packed rows or others.
     """
     wanted = recipe.data.packing
-    if target.problem_type != "text":
+    if not target.form.is_raw_text:
         if wanted:
             raise RecipeError(
-                f"data.packing: only raw text is packed, and these rows are {target.problem_type.replace('_', ' ')}; "
-                "remove the setting"
+                f"data.packing: only raw text is packed, and these rows are {target.form.words}; remove the setting"
             )
         return False, []
     if wanted is False:
         return False, []
-    if others := {one.problem_type.replace("_", " ") for one in mixed if one.problem_type != "text"}:
+    if others := {one.form.words for one in mixed if not one.form.is_raw_text}:
         said = f"only raw text is packed, and rows of another kind are mixed in ({', '.join(sorted(others))})"
         if wanted:
             raise RecipeError(f"data.packing: {said}; remove the setting")

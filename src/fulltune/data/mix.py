@@ -73,7 +73,7 @@ def mix_in(
                 where=split.where,
                 weight=mixed_names(recipe)[name].weight,
                 rows_per_epoch=drawn[name],
-                problem_type=targets[name].problem_type,
+                kind=targets[name].form.kind,
                 counts=counts.model_copy(update={"dropped_rows": split.source.num_read - split.num_rows}),
                 previews=previews(folder / MIXED, task, targets[name], job.tokenizer, range(start, end), 1),
             )

@@ -68,8 +68,8 @@ def _labelled(file: str) -> tuple[dict[str, set[str]], dict[str, str], int]:
     other = other.model_copy(update={"data": block})
     source = read_rows(other, find_files(other)["train"], None)
     target, _ = describe(block, task, {"train": source})
-    if target.problem_type != "single_label" or "text_pair" in target.columns:
-        kind = "pairs of texts" if "text_pair" in target.columns else target.problem_type.replace("_", " ")
+    if not target.form.one_label or "text_pair" in target.columns:
+        kind = "pairs of texts" if "text_pair" in target.columns else target.form.words
         raise DataError(
             f"{source.where}: expected a text and one label in each row, found {kind} (columns "
             f"{', '.join(target.columns.values())}); name data.text and data.label of another recipe"

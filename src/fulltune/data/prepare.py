@@ -201,11 +201,7 @@ def _make(
     shrinks = not packed and not block.max_length and longest < limit
     summary = DataSummary(
         task=recipe.task,
-        problem_type=target.problem_type,
-        columns=dict(target.columns),
-        labels=target.labels,
-        joint=target.joint,
-        num_choices=target.num_choices,
+        **target.in_summary(),
         packed=packed,
         max_length=longest if shrinks else limit,
         max_length_reason="the longest row" if shrinks else reason,
@@ -366,7 +362,7 @@ def _of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float,
     """What follows from the train rows' targets: `scale` and `length_explained` of the summary, and notes."""
     whole, chosen = train.source, train.examples
     lengths = whole.lengths[chosen]
-    if target.problem_type == "regression":
+    if target.form.is_number:
         values = np.asarray(Rows(folder)["labels"])
         scale = scale_of(values, train.where, target.columns["label"])
         return scale, explained_by_value(lengths, values), far_off(values, scale)

@@ -49,7 +49,7 @@ def refuse_prove(summary: DataSummary) -> None:
     Raises:
         SetupError: When the rows have no single label each, or too few of them are eval rows.
     """
-    if summary.problem_type != "single_label":
+    if not summary.form.one_label:
         raise SetupError(
             "--prove: these rows have no single label each, and only by such can cleaning be compared in seconds; "
             "compare it by trainings instead: --trainings 3"

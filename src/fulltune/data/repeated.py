@@ -54,7 +54,7 @@ def repeated(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
         torn[position] = _most(votes[int(keys[position])]) != labels[position]
     held_out = _held_out(rows, seen, set(chain.from_iterable(alike.values())))
     names = {number: of for of, number in seen.names.items()}
-    column, is_list = rows.target.columns.get("label"), rows.target.problem_type == "multi_label"
+    column, is_list = rows.target.columns.get("label"), rows.target.form.several_labels
     issues: list[RowIssue] = []
     wanted = again | torn
     wanted[list(alike)] = True

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +25,7 @@ from fulltune.methods.folder import NOTES, notes_of
 from fulltune.models.base import Base
 from fulltune.models.shapes import Shapes
 from fulltune.recipe.fields import Recipe, with_attention
-from fulltune.recipe.tasks import TaskName
+from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.events import Listener
 from fulltune.records.plan import Plan
@@ -40,8 +41,6 @@ from fulltune.tasks.settings import class_weights
 
 UNTOUCHED = "before-training"
 """Where the scores of the model before training lie."""
-CALIBRATED = ("single_label", "choice")
-"""Kinds of problems whose probabilities get a temperature."""
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -173,7 +172,7 @@ def _resampled(path: Path) -> Resampled | None:
 
 def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
     """Write the temperature that the eval rows give into a classifier's folder; other models have none."""
-    if scoring.target.problem_type in CALIBRATED:
+    if scoring.target.form.is_calibrated:
         _note_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
 
 
@@ -182,24 +181,8 @@ def _note_temperature(model_folder: Path, temperature: float) -> None:
 
 
 def _scorer(task: TaskName) -> ModuleType:
-    """The module whose `baselines` and `trained` score a task."""
-    match task:
-        case "text-classification" | "image-classification" | "multiple-choice":
-            from fulltune.evaluate import classifiers
-
-            return classifiers
-        case "token-classification":
-            from fulltune.evaluate import tagging
-
-            return tagging
-        case "question-answering":
-            from fulltune.evaluate import spans
-
-            return spans
-        case "causal-lm" | "seq2seq":
-            from fulltune.evaluate import language
-
-            return language
+    """The module beside this one whose `baselines` and `trained` score a task."""
+    return import_module(f"fulltune.evaluate.{FACTS[task].scored_by}")
 
 
 def _kept(path: Path, make: Callable[[], Scored]) -> Scores:

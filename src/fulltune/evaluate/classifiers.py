@@ -11,7 +11,7 @@ import numpy as np
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.records.scores import Confusion
 from fulltune.stats.calibration import calibrate
-from fulltune.tasks import ReadingTask, classes, image_classification, multiple_choice
+from fulltune.tasks import ReadingTask, classes, multiple_choice
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
@@ -20,7 +20,7 @@ def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
     Choices have no classes: what costs nothing there is the usual position of the right one, and the longest choice.
     """
     made: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(majority, scoring)}
-    if scoring.target.problem_type == "choice":
+    if scoring.target.num_choices:
         made["baseline-longest"] = partial(_longest, scoring)
     return made
 
@@ -31,10 +31,11 @@ def trained(scoring: Scoring, model: Any, processor: Any) -> Scored:
     metrics = scoring.estimates(kept)
     predicted = classes.predict_labels(kept["logits"], scoring.target)
     calibration = None
-    if scoring.target.problem_type in ("single_label", "choice"):
+    if scoring.target.form.is_calibrated:
         chosen = scoring.run(model, processor, "eval")
         calibration = calibrate(chosen["logits"], chosen["labels"], kept["logits"], kept["labels"])
-    texts = [_shown(scoring, row) for row in scoring.texts]
+    task = cast(ReadingTask, scoring.task)
+    texts = [task.as_shown(row, scoring.target) for row in scoring.texts]
     return scoring.scores(
         scoring.plan.trial,
         "trained",
@@ -42,18 +43,8 @@ def trained(scoring: Scoring, model: Any, processor: Any) -> Scored:
         metrics=metrics | scoring.user_estimates(predicted, kept["labels"]),
         calibration=calibration,
         confusion=_confusion(scoring, kept["labels"], predicted),
-        worst=tuple(cast(ReadingTask, scoring.task).worst(kept, texts, scoring.target, WORST)),
+        worst=tuple(task.worst(kept, texts, scoring.target, WORST)),
     )
-
-
-def _shown(scoring: Scoring, row: dict[str, Any]) -> str:
-    """A test row as one reads it in a list of mistakes."""
-    columns = scoring.target.columns
-    if scoring.target.problem_type == "choice":
-        return multiple_choice.as_shown(row, scoring.target)
-    if "image" in columns:
-        return image_classification.short_name(row, scoring.target)
-    return " / ".join(str(row[columns[role]]) for role in ("text", "text_pair") if role in columns)
 
 
 def _label_scores(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
@@ -70,11 +61,10 @@ def majority(scoring: Scoring) -> Scored:
     """The most frequent class of train (each label's majority; the mean; the position) for every row."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
 
-    kind, train, test = scoring.target.problem_type, scoring.rows("train"), scoring.rows("test")
-    dummy = DummyRegressor() if kind == "regression" else DummyClassifier(strategy="most_frequent")
+    form, train, test = scoring.target.form, scoring.rows("train"), scoring.rows("test")
+    dummy = DummyRegressor() if form.is_number else DummyClassifier(strategy="most_frequent")
     dummy.fit(np.zeros((len(train), 1)), np.array(train["labels"]))
-    names = {"regression": "mean of train", "multi_label": "majority of each label", "choice": "most frequent position"}
-    return _label_scores(scoring, names.get(kind, "majority class"), dummy.predict(np.zeros((len(test), 1))))
+    return _label_scores(scoring, form.majority, dummy.predict(np.zeros((len(test), 1))))
 
 
 def _longest(scoring: Scoring) -> Scored:
@@ -86,13 +76,13 @@ def _longest(scoring: Scoring) -> Scored:
 def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
     """What a classifier on embeddings gives: for each row its number, and the outputs of its items [items, outputs]."""
     outputs = [values for _, values in sorted(predicted, key=lambda found: found[0])]
-    if scoring.target.problem_type == "choice":
+    if scoring.target.num_choices:
         return _label_scores(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
     return _label_scores(scoring, name, classes.predict_labels(np.concatenate(outputs), scoring.target))
 
 
 def _confusion(scoring: Scoring, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:
-    if scoring.target.problem_type != "single_label":
+    if not scoring.target.form.one_label:
         return None
     from sklearn.metrics import confusion_matrix
 

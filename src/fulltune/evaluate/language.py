@@ -14,7 +14,7 @@ from fulltune.tasks import WritingTask, written
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
     """File name to what makes it: where there is a source, its copy. (The model before training is one as well.)"""
-    if scoring.target.problem_type != "source_target" or not scoring.recipe.evaluate.generate_rows:
+    if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _copy(scoring)}
 
@@ -41,7 +41,7 @@ def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
 
 def _generated(scoring: Scoring, model: Any, tokenizer: Any, drawn: Mapping[int, Mapping[str, Any]]) -> list[str]:
     """Answers to the drawn rows."""
-    if scoring.target.problem_type == "source_target":  # one example a row: cut as it is in training
+    if "source" in scoring.target.columns:  # one example a row: cut as it is in training
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
     else:
@@ -79,7 +79,7 @@ def drawn_rows(scoring: Scoring) -> dict[int, dict[str, Any]]:
     among different prompts. The draw depends on `data.split_seed` and the prompts alone.
     """
     wanted = scoring.recipe.evaluate.generate_rows
-    if scoring.target.problem_type == "text" or not wanted:
+    if not scoring.target.form.writes_answers or not wanted:
         return {}
     rows, first = scoring.texts, dict[str, int]()
     for position, row in enumerate(rows):

@@ -53,9 +53,9 @@ def outputs(
         seconds = (time.monotonic() - began) / max(1, len(scoring.rows(split)))
     of_texts = None
     if texts and scoring.task.FACTS.reads == "text":
-        kind, precision = scoring.target.problem_type, scoring.plan.precision
+        form, precision = scoring.target.form, scoring.plan.precision
         head = scoring.selective_head(model, processor.pad_token_id, scoring.rows("eval"))
-        of_texts = GenericText.of(texts, processor, kind, precision, most_tokens).read(model, head)
+        of_texts = GenericText.of(texts, processor, form.reads_any_text, precision, most_tokens).read(model, head)
     return Outputs(kept=kept, generic=of_texts, seconds_per_row=seconds)
 
 

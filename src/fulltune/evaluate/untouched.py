@@ -23,7 +23,7 @@ def baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Sc
     """File name to what makes it; the scorer's `trained` scores the probe as the model's head, its `frozen` what
     embeddings give."""
     if scoring.plan.head_init is None:  # a head that is kept, or a run of an earlier version
-        if scoring.target.problem_type == "span":
+        if scoring.target.form.has_windows:
             return {}
         if (scoring.data.parent / "scores" / f"{FROZEN}.json").exists():  # nothing has to be fitted for it
             return {FROZEN: lambda: _frozen(scoring, scorer, _probe(scoring))}

@@ -15,7 +15,7 @@ import transformers
 
 from fulltune.models.load import torch_dtype
 from fulltune.models.pixels import PIXELS
-from fulltune.tasks import Target, Task, multiple_choice
+from fulltune.tasks import Target, Task
 
 BYTES = {"fp32": 4, "bf16": 2}
 """Of a weight."""
@@ -103,27 +103,11 @@ def cut(case: Case, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> Any
 
 def batch_of(case: Case, rows: int, length: int) -> dict[str, torch.Tensor]:
     """A real batch of full rows, collated by the task."""
-    ids = np.ones(length, np.int64)
-    target = case.target
-    row: dict[str, Any] = {"input_ids": ids, "labels": 0}
-    match target.problem_type:
-        case "multi_label":
-            row["labels"] = np.ones(len(target.labels), np.float32)
-        case "regression":
-            row["labels"] = 1.0
-        case "tags":
-            row["labels"] = np.zeros(length, np.int64)
-        case "span":
-            row["labels"] = np.array([0, 0, 0, length - 1, length])
-        case "choice":
-            row["input_ids"] = np.ones(length * target.num_choices, np.int64)
-            row[multiple_choice.CHOICE_LENGTHS] = np.full(target.num_choices, length)
-        case "text" | "prompt_completion" | "chat" | "source_target":
-            row["labels"] = ids
-            if case.packed:
-                row["position_ids"] = np.arange(length)
+    row = dict(case.task.full_row(case.target, length))
+    if case.packed:
+        row["position_ids"] = np.arange(length)
     if case.pixels is not None:
-        row = {PIXELS: np.zeros(case.pixels, np.float32), "labels": 0}
+        row[PIXELS] = np.zeros(case.pixels, np.float32)
     return case.task.collate([row] * rows, 0)
 
 

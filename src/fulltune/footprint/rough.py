@@ -37,7 +37,7 @@ def rough(case: Case, why: str) -> Footprint:
     tokens = 1 if case.pixels is None else _tokens_of_image(case, case.pixels)
     layer = hidden * tokens * (VALUES + VALUES_PER_STATE * (getattr(layered(case, case.config), "state_size", 0) or 0))
     weight = BYTES[case.weights_dtype]
-    has_logits = case.target.problem_type in ("text", "prompt_completion", "chat", "source_target")
+    has_logits = case.task.FACTS.writes
     logits = LOGITS_BYTES * vocab if has_logits else 0
     size = 4 if (case.precision, case.weights_dtype) == ("fp32", "fp32") else 2
     copies = 2 * case.num_parameters if size == 2 and weight == 4 else 0

@@ -11,7 +11,6 @@ import numpy as np
 
 from fulltune.inference.run import autocast, batches, longest_first, run_rows
 from fulltune.models import sharding
-from fulltune.recipe.tasks import LANGUAGE_MODELS, ProblemType
 from fulltune.records.forgetting import Drift
 from fulltune.tasks import LENGTH, Target, causal_lm
 from fulltune.tasks.padding import IGNORED, mask, padded
@@ -49,7 +48,7 @@ class GenericText:
         cls,
         texts: Sequence[str],
         tokenizer: Any,
-        problem_type: ProblemType,
+        is_language_model: bool,
         precision: str,
         most_tokens: int,
         batch: int = BATCH,
@@ -58,8 +57,8 @@ class GenericText:
         room."""
         ids = [tokenizer(text, truncation=True, max_length=most_tokens, verbose=False)["input_ids"] for text in texts]
         # A single token is predicted from nothing.
-        ids = [row for row in ids if len(row) > 1 or problem_type not in LANGUAGE_MODELS]
-        return cls(tuple(ids), tokenizer.pad_token_id or 0, problem_type in LANGUAGE_MODELS, precision, batch)
+        ids = [row for row in ids if len(row) > 1 or not is_language_model]
+        return cls(tuple(ids), tokenizer.pad_token_id or 0, is_language_model, precision, batch)
 
     def read(
         self, model: Any, head: SelectiveHead | None = None, between: Callable[[], None] = lambda: None

@@ -200,7 +200,7 @@ def whole_numbers(model: Any, target: Target) -> Iterator[None]:
     """Inside, the last layer of a head that gives numbers computes in float32, as long as its weights are: in bf16
     526,580 and 528,000 are the same, and fp16 ends at 65,504."""
     layer = None
-    if target.problem_type == "regression":
+    if target.form.is_number:
         layer = output_layer_of(getattr(model, "module", model), 1)  # DeepSpeed's engine has the model inside
     if layer is None:
         yield

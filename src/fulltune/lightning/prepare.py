@@ -34,14 +34,13 @@ from fulltune.records.events import Event, Listener, PhaseBegan
 from fulltune.records.plan import Plan
 from fulltune.run_context import Run
 from fulltune.system import run_folder as folders
-from fulltune.tasks import Target
+from fulltune.tasks import ReadingTask, Target
 from fulltune.tasks.settings import class_weights
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.trainer import collated
 from fulltune.train.optim import zero
 from fulltune.train.worker import loading, scaling, weights
 from fulltune.train.worker.checks import stop_generation_at, trained_ends
-from fulltune.train.worker.context import chance
 
 _log = logging.getLogger(__name__)
 
@@ -214,14 +213,16 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary, package: str) -> FineTun
         gives_numbers = kept or any(one.head is not None for one in probed)
         scaled, about = scaling.scaled_head(model, summary.scale, two, plan.precision, gives_numbers=gives_numbers)
         _log.info("head: %s", about)
-    if summary.problem_type in ("prompt_completion", "chat", "source_target"):
+    if summary.form.writes_answers:
         stop_generation_at(model, trained_ends(Rows(data / "train"), tokenizer)[1])
     head = selective_head.verified(model, task, two)[0]
     module = based(FineTuningModule, "LightningModule", package)(
         applied, recipe, plan, summary, task, tokenizer, head, scaled
     )
     module.learning.check()
-    untrained = chance(summary, class_weights(recipe, summary)) if heads and not kept else None
+    untrained = (
+        cast(ReadingTask, task).chance_loss(summary, class_weights(recipe, summary)) if heads and not kept else None
+    )
     loaders = based(FineTuningData, "LightningDataModule", package)(
         rows,
         eval_rows,

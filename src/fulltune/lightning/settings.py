@@ -169,7 +169,7 @@ def wrong_in_deepspeed(plan: Plan, summary: DataSummary, strategy: str, precisio
     if strategy != "DeepSpeedStrategy":
         return []
     problems = []
-    if summary.problem_type == "regression" and precision != "32-true":
+    if summary.form.is_number and precision != "32-true":
         problems.append(
             f"Trainer: DeepSpeedStrategy turns the numbers to be learned into {precision.partition('-')[0]} bits, in "
             "which 526,580 and 528,000 are the same; set train.precision: fp32"

@@ -118,8 +118,7 @@ def notes_of(folder: Path) -> dict[str, Any]:
 
 def target_of(notes: Mapping[str, Any]) -> Target:
     """What the model's task learned."""
-    more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
-    return Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
+    return Target.from_notes(notes)
 
 
 def processor_of(folder: Path) -> Any:

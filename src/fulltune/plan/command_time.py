@@ -30,7 +30,6 @@ BASELINE_LINES = 3
 """One without a model and two with it; or one with it, or two without."""
 LONGEST_PASSES, EXTRA_SHARE, LEAST_EXTRA, MOST_EXTRA = 2, 0.05, 0.5, 20.0
 """Of a dry run: passes of the longest micro batch; further timed passes as a share of the training, within bounds."""
-WRITES = ("prompt_completion", "chat", "source_target")
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _baseline_rows(plan: Plan, summary: DataSummary, hidden_size: int) -> Iterat
         return
     if plan.head_init != "probe":
         yield probing.rows(summary, hidden_size)
-    if summary.problem_type != "span":
+    if not summary.form.has_windows:
         yield probing.passes(summary) * _rows(summary, "test")  # for the classifier on embeddings
     if plan.head_init is not None:
         yield from _scored_rows(summary)  # with the probe as its head
@@ -117,14 +116,14 @@ def _baseline_rows(plan: Plan, summary: DataSummary, hidden_size: int) -> Iterat
 def _scored_rows(summary: DataSummary) -> Iterator[int]:
     """Rows that go through the trained one; a classifier's temperature is fitted on the eval rows."""
     yield _rows(summary, "test")
-    if summary.problem_type in ("single_label", "choice"):
+    if summary.form.is_calibrated:
         yield _rows(summary, "eval")
 
 
 def _answer_seconds(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, speeds: Speeds) -> float:
     """Of answers of full length; those that end earlier take less. Each token of a batch is a pass and reads all
     weights once."""
-    asked = min(recipe.evaluate.generate_rows, _rows(summary, "test")) if summary.problem_type in WRITES else 0
+    asked = min(recipe.evaluate.generate_rows, _rows(summary, "test")) if summary.form.writes_answers else 0
     if not asked:
         return 0.0
     tokens = recipe.evaluate.max_new_tokens

@@ -34,7 +34,7 @@ def passes(summary: DataSummary) -> int:
 def num_bytes(summary: DataSummary, width: int) -> int:
     """Beside the untouched model's weights, in the host's memory."""
     items = _items(summary, width)
-    kinds = 2 if summary.problem_type == "tags" else 3
+    kinds = 2 if summary.form.tags_words else 3
     return round(PARTS * 4 * kinds * _kept(summary, width) * items) + (_solver_bytes(summary, width) or 0)
 
 

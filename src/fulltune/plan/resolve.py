@@ -251,13 +251,11 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
 
 
 def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
-    possible = FACTS[recipe.task].choosing[summary.problem_type]
+    possible = summary.form.metrics
     wanted = recipe.evaluate.metric
     if wanted is not None and wanted not in possible:
-        raise RecipeError(wrong_metric(wanted, summary.problem_type, possible))
-    return str(
-        reasons.add("evaluate.metric", wanted, possible[0], f"usual for {summary.problem_type.replace('_', ' ')}")
-    )
+        raise RecipeError(wrong_metric(wanted, summary.form.words, possible))
+    return str(reasons.add("evaluate.metric", wanted, possible[0], f"usual for {summary.form.words}"))
 
 
 def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:

@@ -93,7 +93,7 @@ class Predictor:
     def cut_in_words(self) -> str:
         """What happens to a row that is too long."""
         words = "the words beyond are not read and get O"
-        beyond = words if self.target.problem_type == "tags" else "what is beyond is not read"
+        beyond = words if self.target.form.tags_words else "what is beyond is not read"
         return f"is longer than {self.notes['max_length']} tokens: {beyond}"
 
     def answer_each(

@@ -19,7 +19,7 @@ from fulltune.recipe.elsewhere import PINNED, answer
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
 from fulltune.recipe.preserve import AUTO, PreserveBlock
-from fulltune.recipe.tasks import FACTS, READ_BY
+from fulltune.recipe.tasks import FACTS, FORMS, READ_BY
 from fulltune.recipe.training import OWN_OPTIMIZERS, PER_TENSOR
 from fulltune.text import did_you_mean
 
@@ -80,11 +80,8 @@ def of_pairs(recipe: Recipe) -> list[str]:
 
 
 def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
-    """Why a metric is refused: `kind` is a task, or a problem type."""
-    return (
-        f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {kind.replace('_', ' ')}; expected one of "
-        f"{', '.join(possible)}"
-    )
+    """Why a metric is refused, of a task or of rows of one kind."""
+    return f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {kind}; expected one of {', '.join(possible)}"
 
 
 def _weights_without_classes(recipe: Recipe) -> list[str]:
@@ -156,12 +153,12 @@ def methods_of(recipe: Recipe) -> list[tuple[str, Arm]]:
 
 def _impossible_metric(recipe: Recipe) -> list[str]:
     """One that no kind of rows of this task has; the rest is known when the rows are read."""
-    wanted, kinds = recipe.evaluate.metric, FACTS[recipe.task].choosing
-    kind = recipe.data.problem_type
-    possible = kinds.get(kind) or tuple(dict.fromkeys(name for names in kinds.values() for name in names))
+    wanted, facts, given = recipe.evaluate.metric, FACTS[recipe.task], recipe.data.problem_type
+    form = FORMS[given] if given != "auto" and given in facts.types else None
+    possible = form.metrics if form else facts.choosing
     if wanted is None or wanted in possible:
         return []
-    return [wrong_metric(wanted, kind if kind in kinds else recipe.task, possible)]
+    return [wrong_metric(wanted, form.words if form else recipe.task, possible)]
 
 
 def _unknown_fields(recipe: Recipe) -> list[str]:

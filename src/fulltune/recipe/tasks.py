@@ -30,8 +30,6 @@ ProblemType = Literal[
     "chat",
     "source_target",
 ]
-LANGUAGE_MODELS: tuple[ProblemType, ...] = ("text", "prompt_completion", "chat")
-"""What has a loss on any text."""
 _SHARED = {
     "context": "passage",
     "prompt": "prompt",
@@ -43,9 +41,188 @@ _SHARED = {
     "image": "image",
 }
 """Role of a column to what rows of one group have in common; without any of them it is the text."""
-_CHOICES_OF_CLASSES = ("accuracy", "f1_macro", "mcc", "loss")
 _OF_TOKENS = ("loss", "perplexity", "token_accuracy")
 _OF_ANSWERS = ("exact_match", "rougeL", "chrf")
+
+
+FROM_FILE = "--file ROWS.jsonl"
+"""How a model is asked whose rows have several parts."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What holds for all rows of one problem type; whoever would ask for the type asks for one of these instead."""
+
+    name: ProblemType
+    metrics: tuple[str, ...]
+    """That can choose a checkpoint; the first is the default."""
+    kind: str
+    """The rows in words, for a report."""
+    target: str = "label"
+    """What the model shall give, in a word."""
+    label: str = "label"
+    """What is counted of each label: the tags of words mark entities."""
+    row: str = "row"
+    """What is counted: a context that is longer than the limit becomes several windows."""
+    longest: str = "longest row"
+    """What the longest number of tokens belongs to."""
+    worst: str = "Wrong test rows with the highest loss"
+    """The caption over the worst mistakes."""
+    question: str = '"a text"'
+    """What a model can be asked, as it stands behind `fulltune predict RUN`."""
+    how_to_ask: str = ""
+    """How a language model is asked, in a sentence."""
+    majority: str = "majority class"
+    """What always answering the most frequent target of the train rows is called."""
+    answer: tuple[tuple[str, str], ...] = (("answer", "string"),)
+    """The columns that an answer becomes in a file, and their types."""
+    is_number: bool = False
+    """The target is a number; the head learns it in units of the train rows' spread."""
+    is_calibrated: bool = False
+    """Each row has one right class or choice, whose probability a temperature can correct."""
+    has_classes: bool = False
+    """Rows have labels that a linear probe can judge."""
+    one_label: bool = False
+    """A row has exactly one of the labels."""
+    several_labels: bool = False
+    """A row has any number of labels."""
+    tags_words: bool = False
+    """Each word of a row has a label."""
+    row_shares: tuple[str, ...] = ()
+    """Metrics that are shares of about as many things as there are rows."""
+    has_windows: bool = False
+    """A long row becomes several examples, whose answers are one."""
+    reads_any_text: bool = False
+    """A language model: its loss on any text can be measured."""
+    is_raw_text: bool = False
+    """Texts without a question: short ones may share a row, and none has an answer."""
+    writes_answers: bool = False
+    """A question and its answer, of which only the latter is trained."""
+
+    @property
+    def labels_rows(self) -> bool:
+        """Whole rows have labels, each with a probability."""
+        return self.one_label or self.several_labels
+
+    @property
+    def words(self) -> str:
+        """The name as it is written in a sentence."""
+        return self.name.replace("_", " ")
+
+
+FORMS: Mapping[ProblemType, Form] = {
+    form.name: form
+    for form in (
+        Form(
+            "single_label",
+            ("accuracy", "f1_macro", "mcc", "loss"),
+            "single label",
+            answer=(("label", "string"), ("probability", "double")),
+            one_label=True,
+            is_calibrated=True,
+            has_classes=True,
+            row_shares=("accuracy", "f1_macro"),
+        ),
+        Form(
+            "multi_label",
+            ("f1_micro", "f1_macro", "accuracy", "loss"),
+            "multi label",
+            "labels",
+            majority="majority of each label",
+            answer=(("labels", "list"),),
+            has_classes=True,
+            several_labels=True,
+            row_shares=("f1_micro", "f1_macro", "accuracy"),
+        ),
+        Form(
+            "regression",
+            ("spearman", "kendall", "r2", "rmse", "loss"),
+            "regression",
+            "number",
+            worst="Test rows with the highest loss",
+            majority="mean of train",
+            answer=(("value", "double"),),
+            is_number=True,
+        ),
+        Form(
+            "tags",
+            ("f1", "precision", "recall", "accuracy", "loss"),
+            "words with tags",
+            "entities",
+            label="entity type",
+            worst="Test rows with the most wrong entities",
+            answer=(("tokens", "list"), ("tags", "list"), ("entities", "json")),
+            has_classes=True,
+            tags_words=True,
+            row_shares=("f1", "precision", "recall"),
+        ),
+        Form(
+            "span",
+            ("f1", "exact_match", "loss"),
+            "answers in a context",
+            "answer",
+            row="window",
+            longest="longest window",
+            worst="Wrongly answered questions with the highest loss",
+            question=FROM_FILE,
+            has_windows=True,
+            answer=(("answer", "string"), ("start", "int64"), ("probability", "double")),
+        ),
+        Form(
+            "choice",
+            ("accuracy", "loss"),
+            "multiple choice",
+            "right choice",
+            longest="longest choice",
+            question=FROM_FILE,
+            majority="most frequent position",
+            answer=(("index", "int64"), ("text", "string"), ("probability", "double")),
+            is_calibrated=True,
+            row_shares=("accuracy",),
+        ),
+        Form(
+            "text",
+            _OF_TOKENS,
+            "raw text",
+            question='"the beginning of a text"',
+            how_to_ask=(
+                "The model was trained on raw text: it continues a text from its beginning. A chat template in this "
+                "folder is that of the pretrained model, and was not trained."
+            ),
+            reads_any_text=True,
+            is_raw_text=True,
+        ),
+        Form(
+            "prompt_completion",
+            _OF_TOKENS,
+            "prompt and completion",
+            question='"a question"',
+            how_to_ask=(
+                "The model was trained on prompts and answers, without the chat template of the pretrained model. A "
+                "prompt must look as below; if this folder has a chat template, it writes a user's message in just "
+                "that form."
+            ),
+            reads_any_text=True,
+            writes_answers=True,
+        ),
+        Form(
+            "chat",
+            _OF_TOKENS,
+            "chat",
+            question='"a question"',
+            how_to_ask="The model was trained on conversations, in the form of the chat template in this folder.",
+            reads_any_text=True,
+            writes_answers=True,
+        ),
+        Form(
+            "source_target",
+            _OF_TOKENS,
+            "source and target",
+            longest="longest source or target",
+            writes_answers=True,
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +235,12 @@ class TaskFacts:
     """The task's name on the Hub: a model card's `pipeline_tag`."""
     data: tuple[str, ...]
     """The settings of `data` that not all tasks read, and that this one reads."""
-    choosing: Mapping[str, tuple[str, ...]]
-    """Problem type to the metrics that can choose a checkpoint; the first is the default."""
-    usual_type: ProblemType
-    """The problem type that a plan without rows takes for granted."""
+    types: tuple[ProblemType, ...]
+    """What its rows can be; the first one is what a plan without rows takes for granted."""
     length_cap: int
     """Upper bound of the default `max_length`, in tokens."""
+    scored_by: Literal["classifiers", "tagging", "spans", "language"]
+    """The module of `fulltune.evaluate` that scores its models and baselines."""
     other_metrics: tuple[str, ...] = ()
     """Metrics that choose nothing."""
     reads: Literal["text", "image"] = "text"
@@ -84,7 +261,12 @@ class TaskFacts:
     @property
     def metrics(self) -> tuple[str, ...]:
         """All metrics of the task."""
-        return tuple(dict.fromkeys(name for names in (*self.choosing.values(), self.other_metrics) for name in names))
+        return (*self.choosing, *self.other_metrics)
+
+    @property
+    def choosing(self) -> tuple[str, ...]:
+        """Metrics that can choose a checkpoint, of rows of any type."""
+        return tuple(dict.fromkeys(name for form in self.types for name in FORMS[form].metrics))
 
 
 FACTS: Mapping[str, TaskFacts] = {
@@ -92,13 +274,9 @@ FACTS: Mapping[str, TaskFacts] = {
         auto_class="AutoModelForSequenceClassification",
         hub="text-classification",
         data=("text", "text_pair", "label", "problem_type"),
-        choosing={
-            "single_label": _CHOICES_OF_CLASSES,
-            "multi_label": ("f1_micro", "f1_macro", "accuracy", "loss"),
-            "regression": ("spearman", "kendall", "r2", "rmse", "loss"),
-        },
-        usual_type="single_label",
+        types=("single_label", "multi_label", "regression"),
         length_cap=512,
+        scored_by="classifiers",
         has_classes=True,
         peft="SEQ_CLS",
     ),
@@ -106,10 +284,10 @@ FACTS: Mapping[str, TaskFacts] = {
         auto_class="AutoModelForTokenClassification",
         hub="token-classification",
         data=("tokens", "tags"),
-        choosing={"tags": ("f1", "precision", "recall", "accuracy", "loss")},
+        types=("tags",),
         other_metrics=("f1_macro",),
-        usual_type="tags",
         length_cap=512,
+        scored_by="tagging",
         has_classes=True,
         peft="TOKEN_CLS",
     ),
@@ -117,9 +295,9 @@ FACTS: Mapping[str, TaskFacts] = {
         auto_class="AutoModelForQuestionAnswering",
         hub="question-answering",
         data=("question", "context", "answers", "stride"),
-        choosing={"span": ("f1", "exact_match", "loss")},
-        usual_type="span",
+        types=("span",),
         length_cap=384,
+        scored_by="spans",
         peft="QUESTION_ANS",
     ),
     "multiple-choice": TaskFacts(
@@ -127,17 +305,17 @@ FACTS: Mapping[str, TaskFacts] = {
         hub="multiple-choice",
         # Choices have one problem type, like images, and refuse the others in their own words.
         data=("label", "question", "context", "choices", "problem_type"),
-        choosing={"choice": ("accuracy", "loss")},
-        usual_type="choice",
+        types=("choice",),
         length_cap=512,
+        scored_by="classifiers",
     ),
     "image-classification": TaskFacts(
         auto_class="AutoModelForImageClassification",
         hub="image-classification",
         data=("label", "image", "problem_type", "undecodable_images"),
-        choosing={"single_label": _CHOICES_OF_CLASSES},
-        usual_type="single_label",
+        types=("single_label",),
         length_cap=2**20,  # images are never cut
+        scored_by="classifiers",
         reads="image",
         has_classes=True,
     ),
@@ -145,10 +323,10 @@ FACTS: Mapping[str, TaskFacts] = {
         auto_class="AutoModelForCausalLM",
         hub="text-generation",
         data=("text", "prompt", "input", "completion", "messages", "tools", "chat_template"),
-        choosing=dict.fromkeys(("text", "prompt_completion", "chat"), _OF_TOKENS),
+        types=("prompt_completion", "text", "chat"),
         other_metrics=_OF_ANSWERS,
-        usual_type="prompt_completion",
         length_cap=2048,
+        scored_by="language",
         writes=True,
         has_forms=True,
         peft="CAUSAL_LM",
@@ -157,10 +335,10 @@ FACTS: Mapping[str, TaskFacts] = {
         auto_class="AutoModelForSeq2SeqLM",
         hub="text2text-generation",
         data=("source", "target", "source_prefix"),
-        choosing={"source_target": _OF_TOKENS},
+        types=("source_target",),
         other_metrics=(*_OF_ANSWERS, "bleu"),
-        usual_type="source_target",
         length_cap=1024,
+        scored_by="language",
         writes=True,
         peft="SEQ_2_SEQ_LM",
     ),

@@ -194,7 +194,6 @@ class Comparison(Record):
     name: str
     model: str
     task: str
-    problem_type: str
     train_rows: int
     mixed_rows: int = 0
     """What each epoch has besides."""

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from fulltune.recipe.tasks import ProblemType
+from fulltune.recipe.tasks import FORMS, Form, ProblemType
 from fulltune.records.base import Record
 from fulltune.records.forgetting import OTHER_TASK, OtherTask
 
@@ -55,8 +55,8 @@ class MixedSummary(Record):
     """Share of an epoch's rows that the recipe asks for."""
     rows_per_epoch: int
     """What that comes to."""
-    problem_type: ProblemType
-    """Of its own rows: those of causal-lm may have another form than the task's."""
+    kind: str
+    """Its rows in words: those of causal-lm may have another form than the task's."""
     counts: SplitSummary
     """All of its rows that may be drawn."""
     previews: tuple[Preview, ...] = ()
@@ -122,6 +122,11 @@ class DataSummary(Record):
         other = folder / "data" / OTHER_TASK
         rows = len(OtherTask.load(other).rows) if other.exists() else 0
         return cls.load(folder / "data" / "summary.json").model_copy(update={"other_task_rows": rows})
+
+    @property
+    def form(self) -> Form:
+        """What holds for rows of this problem type."""
+        return FORMS[self.problem_type]
 
     @property
     def rows_per_epoch(self) -> int:

@@ -17,8 +17,8 @@ import numpy as np
 
 from fulltune.files import replacing
 from fulltune.records.scores import Estimate
-from fulltune.stats.row_scores import Count, Measure, Value
-from fulltune.tasks import Predictions
+from fulltune.stats.row_scores import Measure
+from fulltune.tasks import Count, Predictions, Value
 
 SAMPLES = 10_000
 SAMPLES_ANEW = 1_000

@@ -6,14 +6,15 @@ alike), `padding` (rows as tensors), `columns` (which column plays which role).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from fulltune.recipe.data import DataBlock
-from fulltune.recipe.tasks import ProblemType, TaskFacts, TaskName
+from fulltune.recipe.tasks import FORMS, Form, ProblemType, TaskFacts, TaskName
 from fulltune.records.data import DataSummary, Preview
 from fulltune.records.scores import Answer
 
@@ -29,6 +30,10 @@ Row = Mapping[str, Any]
 """A row as read from the user's file: column name to value."""
 Predictions = Mapping[str, np.ndarray]
 """What `reduce` gave for each row, joined over all batches: name to array whose first axis is the row."""
+Count = Callable[[Predictions], np.ndarray]
+"""From what `reduce` kept to what each row contributes to a metric: float64 [rows, k]."""
+Value = Callable[[np.ndarray], np.ndarray]
+"""From the sums of these, [..., k], to the metric [...]."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class Target:
     """Shift and factor that make the number of a logit, `factor * logit + shift`: others than these while a model is
     trained whose head is not yet in the user's units (`train/worker/scaling.py`)."""
 
+    @property
+    def form(self) -> Form:
+        """What holds for rows of this problem type."""
+        return FORMS[self.problem_type]
+
     @classmethod
     def of(cls, summary: DataSummary) -> Target:
         """The target of prepared data."""
@@ -62,6 +72,26 @@ class Target:
             summary.num_choices,
             scale=summary.scale,
         )
+
+    def in_summary(self) -> dict[str, Any]:
+        """The fields of a summary of prepared data that it decides."""
+        return {
+            "problem_type": self.problem_type,
+            "columns": dict(self.columns),
+            "labels": self.labels,
+            "joint": self.joint,
+            "num_choices": self.num_choices,
+        }
+
+    def as_notes(self) -> dict[str, Any]:
+        """What a finished model's folder says of it, ready for JSON."""
+        return {**self.in_summary(), "labels": list(self.labels), "stride": self.stride}
+
+    @classmethod
+    def from_notes(cls, notes: Mapping[str, Any]) -> Target:
+        """What `as_notes` gave; folders of earlier versions lack some of it."""
+        more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
+        return cls(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
 
 @dataclass(frozen=True)
@@ -162,6 +192,13 @@ class Task(Protocol):
     def metrics(self, kept: Predictions, target: Target) -> dict[str, float]:
         """The task's metrics from what `reduce` kept."""
 
+    def sums(self, target: Target, metric: str) -> Mapping[str, tuple[Count, Value]]:
+        """The metrics that are functions of sums over rows, which a bootstrap resamples by the thousand: what a row
+        contributes, and what is made of the sums, with the same value as `metrics`."""
+
+    def full_row(self, target: Target, length: int) -> Mapping[str, Any]:
+        """The features of a row of so many tokens, without meaning: what a plan traces a model with."""
+
     def as_question(self, row: Row, target: Target) -> Row:
         """A row to be answered, with something in the place of what is not known: `encode` asks for it."""
 
@@ -187,6 +224,12 @@ class ReadingTask(Task, Protocol):
 
     def worst(self, kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
         """The rows that the model got most wrong."""
+
+    def as_shown(self, row: Row, target: Target) -> str:
+        """A row as one reads it in a list of mistakes."""
+
+    def chance_loss(self, summary: DataSummary, weights: Sequence[float] | None) -> float:
+        """The loss of guessing, in the units of `loss`; `weights` are those of the classes, in their order."""
 
 
 class WritingTask(Task, Protocol):
@@ -220,33 +263,6 @@ class LossSettings:
 
 
 def task_named(name: TaskName) -> Task:
-    """The module of a task."""
-    match name:
-        case "text-classification":
-            from fulltune.tasks import text_classification
-
-            return text_classification
-        case "token-classification":
-            from fulltune.tasks import token_classification
-
-            return token_classification
-        case "question-answering":
-            from fulltune.tasks import question_answering
-
-            return question_answering
-        case "multiple-choice":
-            from fulltune.tasks import multiple_choice
-
-            return multiple_choice
-        case "image-classification":
-            from fulltune.tasks import image_classification
-
-            return image_classification
-        case "causal-lm":
-            from fulltune.tasks import causal_lm
-
-            return causal_lm
-        case "seq2seq":
-            from fulltune.tasks import seq2seq
-
-            return seq2seq
+    """The module of a task, which has the task's name."""
+    module = import_module(f"fulltune.tasks.{name.replace('-', '_')}")
+    return cast(Task, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ BLOCK_LENGTH = 1024
 """Bound of the default `max_length` for raw text, whose texts are cut into pieces and packed, not truncated."""
 row_labels, config_changes = usual.row_labels, usual.config_changes
 metrics, score_answers = written.metrics, written.score_answers
+sums, full_row = written.sums, written.full_row
 
 # ---- columns ---------------------------------------------------------------------------------------------------
 
@@ -237,7 +239,16 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def template_as_trained(target: Target, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def with_trained_template(tokenizer: PreTrainedTokenizerBase, target: Target) -> PreTrainedTokenizerBase:
+    """The tokenizer to save with a finished model: of one that answers prompts a copy with a template that asks so."""
+    if target.problem_type != "prompt_completion":  # trained on raw text a chat model is one still
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = _template_as_trained(target, tokenizer)
+    return tokenizer
+
+
+def _template_as_trained(target: Target, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A chat template that asks as the model was trained, for what reads messages (pipelines, servers).
 
     Prompts were trained as they stand, without the template that the tokenizer came with, which would ask in a form

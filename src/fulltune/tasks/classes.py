@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune.records.data import DataSummary
 from fulltune.records.scores import Answer
-from fulltune.tasks import Encoded, LossSettings, Predictions, Row, Target
+from fulltune.tasks import Count, Encoded, LossSettings, Predictions, Row, Target, Value
+from fulltune.tasks.row_sums import ROWS, arrays, f1, f1_of_all, f1_of_present, flat, mcc, mean_of, numbers, r2, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -235,3 +239,70 @@ def with_label(row: Mapping[str, Any], target: Target) -> dict[str, Any]:
     """A row whose label is not known, with some label: checks and tokenising ask for one, no answer depends on it."""
     some: Any = {"regression": 0.0, "multi_label": []}.get(target.problem_type, (target.labels or ("",))[0])
     return {**row, target.columns["label"]: some}
+
+
+# ---- metrics as sums over rows ---------------------------------------------------------------------------------
+
+
+def _right_classes(kept: Predictions, target: Target) -> np.ndarray:
+    same = predict_labels(kept["logits"], target) == kept["labels"]
+    return np.asarray(same.all(axis=-1) if same.ndim > 1 else same)
+
+
+def _matches(kept: Predictions, target: Target) -> np.ndarray:
+    """Right, found and expected of each class: 0 or 1, [rows, classes, 3]."""
+    predicted, true = predict_labels(kept["logits"], target), kept["labels"]
+    if target.form.several_labels:
+        found, expected = predicted > 0, true > 0
+    else:
+        classes = np.arange(kept["logits"].shape[1])
+        found, expected = predicted[:, None] == classes, true[:, None] == classes
+    return numbers(found & expected, found, expected)
+
+
+def _squares(kept: Predictions) -> np.ndarray:
+    """Of numbers: squared errors, 1, targets and their squares: [rows, 4]."""
+    true, predicted = (np.asarray(values, np.float64) for values in (kept["labels"], kept["logits"][:, 0]))
+    # The mean of all rows is taken off first: a sum of squares far from 0 would lose its digits.
+    centred = true - true.mean()
+    return numbers((true - predicted) ** 2, np.ones(len(true)), centred, centred**2)
+
+
+def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
+    """Of rows with a class, several, or a number."""
+    loss: dict[str, tuple[Count, Value]] = {"loss": (arrays("loss", ROWS), ratio)}
+    if target.form.is_number:
+        return loss | {"r2": (_squares, r2), "rmse": (_squares, lambda sums: np.sqrt(ratio(sums)))}
+    right, several = partial(_right_classes, target=target), target.form.several_labels
+    found = loss | {
+        "accuracy": (mean_of(right), ratio),
+        "f1_macro": (lambda kept: flat(_matches(kept, target)), f1_of_all if several else f1_of_present),
+    }
+    if several:
+        return found | {"f1_micro": (lambda kept: _matches(kept, target).sum(axis=1), f1)}
+    return found | {"mcc": (lambda kept: flat(_matches(kept, target)), mcc)}
+
+
+# ---- guessing --------------------------------------------------------------------------------------------------
+
+
+def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
+    """The loss of logits that are all the same; of numbers that of the train rows' mean."""
+    if summary.form.is_number:
+        return 1.0
+    if summary.num_choices:
+        return math.log(summary.num_choices)
+    guess, train = math.log(2 if summary.form.several_labels else max(2, len(summary.labels))), summary.splits["train"]
+    if weights is None:
+        return guess
+    counts = [train.label_counts.get(label, 0) for label in summary.labels]
+    if summary.form.one_label:
+        return guess * sum(map(math.prod, zip(weights, counts, strict=True))) / sum(counts)
+    shares = [count / train.rows for count in counts]
+    return guess * statistics.fmean(1 + (weight - 1) * share for weight, share in zip(weights, shares, strict=True))
+
+
+def full_row(target: Target, length: int) -> dict[str, Any]:
+    """A row of so many tokens, of the first class, all labels, or the number 1."""
+    several = np.ones(len(target.labels), np.float32) if target.form.several_labels else 0
+    return {"input_ids": np.ones(length, np.int64), "labels": 1.0 if target.form.is_number else several}

@@ -35,6 +35,7 @@ row_labels = usual.row_labels
 config_changes = usual.config_changes
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, worst = classes.metrics, classes.worst
+sums, chance_loss = classes.sums, classes.chance_loss
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -184,3 +185,9 @@ def answers(
         }
         for row, (best, chances) in zip(rows, classes.calibrated(kept["logits"], temperature), strict=True)
     ]
+
+
+def full_row(target: Target, length: int) -> dict[str, Any]:
+    """A row whose choices all have so many tokens."""
+    ids = np.ones(length * target.num_choices, np.int64)
+    return {"input_ids": ids, "labels": 0, CHOICE_LENGTHS: np.full(target.num_choices, length)}

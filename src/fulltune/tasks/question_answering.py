@@ -16,12 +16,25 @@ import numpy as np
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
-from fulltune.records.data import Preview
+from fulltune.records.data import DataSummary, Preview
 from fulltune.records.scores import Answer
-from fulltune.tasks import Encoded, Example, LossSettings, Predictions, Refused, Row, Target, classes, usual
+from fulltune.tasks import (
+    Count,
+    Encoded,
+    Example,
+    LossSettings,
+    Predictions,
+    Refused,
+    Row,
+    Target,
+    Value,
+    classes,
+    usual,
+)
 from fulltune.tasks.answers import NotInContext, accepted
 from fulltune.tasks.columns import as_text, normalised, without_text
 from fulltune.tasks.padding import collated
+from fulltune.tasks.row_sums import mean_of, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -357,3 +370,18 @@ def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -
             predicted=str(kept["predicted"][position]),
             loss=float(kept["loss"][position]),
         )
+
+
+def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
+    """Each metric is a mean over questions."""
+    return {metric: (mean_of(lambda kept: row_scores(kept)[metric]), ratio)}
+
+
+def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
+    """Every token of a window is as likely as all others."""
+    return math.log(summary.max_length)
+
+
+def full_row(target: Target, length: int) -> dict[str, Any]:
+    """A window whose answer is its first token."""
+    return {"input_ids": np.ones(length, np.int64), "labels": np.array([0, 0, 0, length - 1, length])}

@@ -23,6 +23,7 @@ FACTS = recipe_tasks.FACTS["seq2seq"]
 find_columns = partial(usual.find_columns, ("source", "target"))
 collate = partial(collated, label_per_token=True)
 row_labels, config_changes, metrics = usual.row_labels, usual.config_changes, written.metrics
+sums, full_row = written.sums, written.full_row
 _LANGUAGE_CODES = {"m2m_100", "mbart", "nllb-moe", "plbart", "seamless_m4t", "seamless_m4t_v2"}
 """Models that write the language of a code which the tokenizer is told and generation must be forced to begin with."""
 

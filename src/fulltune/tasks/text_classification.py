@@ -27,8 +27,15 @@ check_model = partial(
 find_target = labels.find_target
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, worst, answers = classes.metrics, classes.worst, classes.answers
+sums, chance_loss = classes.sums, classes.chance_loss
+full_row = classes.full_row
 as_question = classes.with_label
 _WANTED: Any = {"return_attention_mask": False, "verbose": False}
+
+
+def as_shown(row: Row, target: Target) -> str:
+    """The text, or both texts of a pair."""
+    return " / ".join(str(row[target.columns[role]]) for role in ("text", "text_pair") if role in target.columns)
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:

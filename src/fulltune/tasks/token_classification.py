@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,26 @@ import numpy as np
 
 from fulltune.errors import SetupError
 from fulltune.recipe import tasks as recipe_tasks
-from fulltune.records.data import Preview
+from fulltune.records.data import DataSummary, Preview
 from fulltune.records.scores import Answer
-from fulltune.tasks import Encoded, Example, LossSettings, Predictions, Refused, Row, Target, classes, tags, usual
+from fulltune.tasks import (
+    Count,
+    Encoded,
+    Example,
+    LossSettings,
+    Predictions,
+    Refused,
+    Row,
+    Target,
+    Value,
+    classes,
+    tags,
+    usual,
+)
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.long_texts import beginning
 from fulltune.tasks.padding import IGNORED, collated, ragged
+from fulltune.tasks.row_sums import arrays, f1, f1_of_present, flat, ratio, share
 from fulltune.tasks.tags import find_target as find_target
 from fulltune.tasks.tags import refuse as refuse
 
@@ -264,3 +279,30 @@ def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -
             for name in ("gold", "predicted")
         ]
         yield Answer(text=texts[row], expected=shown[0], predicted=shown[1], loss=float(kept["nll"][row]))
+
+
+def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
+    """All metrics: those of entities from the counts of right, found and expected ones."""
+    return {
+        "f1": (_entities, f1),
+        "precision": (_entities, lambda sums: share(sums[..., 0], sums[..., 1])),
+        "recall": (_entities, lambda sums: share(sums[..., 0], sums[..., 2])),
+        "f1_macro": (lambda kept: flat(np.asarray(kept["entities"], np.float64)), f1_of_present),
+        "accuracy": (arrays("right", "words"), ratio),
+        "loss": (arrays("nll", "seen"), ratio),
+    }
+
+
+def _entities(kept: Predictions) -> np.ndarray:
+    """Right, found and expected entities of all types: [rows, 3]."""
+    return np.asarray(kept["entities"].sum(axis=1), np.float64)
+
+
+def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
+    """At most: words' tags are not counted, so the largest weight may be that of all."""
+    return math.log(max(2, len(summary.labels))) * (1.0 if weights is None else max(weights))
+
+
+def full_row(target: Target, length: int) -> dict[str, Any]:
+    """A row whose tokens all have the first tag."""
+    return {"input_ids": np.ones(length, np.int64), "labels": np.zeros(length, np.int64)}

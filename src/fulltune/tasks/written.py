@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.tasks import LossSettings, Predictions, Target
+from fulltune.tasks import Count, LossSettings, Predictions, Target, Value
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED
+from fulltune.tasks.row_sums import ROWS, arrays, per_token, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -119,3 +120,19 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
     scores = [bleu.sentence_score(one, [two]) for one, two in zip(answers, expected, strict=True)]
     counts = [[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in scores]
     return {"bleu_counts": np.array(counts, np.int64)}
+
+
+def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
+    """All metrics but BLEU, which is no function of sums over rows that one would keep."""
+    return {
+        "loss": (arrays("nll", "tokens"), per_token),
+        "perplexity": (arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(per_token(sums), 700.0))),
+        "token_accuracy": (arrays("right", "tokens"), per_token),
+        **{name: (arrays(name, ROWS), ratio) for name in ("exact_match", "rougeL", "chrf")},
+    }
+
+
+def full_row(target: Target, length: int) -> dict[str, Any]:
+    """A row of which all tokens are trained."""
+    ids = np.ones(length, np.int64)
+    return {"input_ids": ids, "labels": ids}

@@ -90,7 +90,7 @@ class Hooks:
         Raises:
             RecipeError: Naming it.
         """
-        if self.metrics is not None and summary.problem_type == "text":
+        if self.metrics is not None and summary.form.is_raw_text:
             raise RecipeError("metrics compares answers, and raw text has none; remove it, or give prompts and answers")
 
     @property

@@ -495,7 +495,7 @@ def test_table_of_answers_takes_columns_that_were_read_as_something_else(tmp_pat
     far = pa.array([2**60, 0], pa.timestamp("us"))
     given = {"text": ["a", "b"], "label": [0, 1], "raw": [b"c", b"\xff"], "when": far}
     what = cli_predict.asked([], table(tmp_path, given, known), {})
-    notes = {"problem_type": "regression"}
+    notes = Target("regression", {}).as_notes()
     new = predict_files.added(notes, what.columns)
     with predict_files.into(tmp_path / "out.parquet", what.columns, new, what.types()) as put:
         for _, row in what.placed():

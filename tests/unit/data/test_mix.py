@@ -141,7 +141,7 @@ def test_names_of_a_table_without_header_are_not_those_of_another_kind_of_file(
     recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": block})
     limits = data.Limits(tiny.POSITIONS)
     summary = data.prepare(recipe, tmp_path / "data", task_named("causal-lm"), decoder_tokenizer, limits)
-    assert [one.problem_type for one in summary.mixed] == ["chat"]
+    assert [one.kind for one in summary.mixed] == ["chat"]
 
 
 def test_label_that_the_task_lacks_is_dropped_and_listed(tmp_path: Path, encoder_tokenizer: Any) -> None:
@@ -161,9 +161,9 @@ def test_causal_lm_source_may_have_another_form(tmp_path: Path, decoder_tokenize
     forms = {"chat": tiny.chat_rows(60), "pairs": tiny.pair_rows(60), "text": TEXTS}
     others = [rows for name, rows in forms.items() if name != kind]
     summary = prepare(tmp_path, decoder_tokenizer, "causal-lm", forms[kind], *((rows, 0.2) for rows in others))
-    types = {"chat": "chat", "pairs": "prompt_completion", "text": "text"}
-    assert summary.problem_type == types.pop(kind)
-    assert [one.problem_type for one in summary.mixed] == list(types.values())
+    kinds = {"chat": "chat", "pairs": "prompt and completion", "text": "raw text"}
+    assert summary.form.kind == kinds.pop(kind)
+    assert [one.kind for one in summary.mixed] == list(kinds.values())
     rows = Rows(tmp_path / "data" / "train", tmp_path / "data" / MIXED)
     assert rows.features == ("input_ids", "labels", "length")
     assert len(rows) == summary.splits["train"].rows + sum(one.counts.rows for one in summary.mixed)
@@ -173,7 +173,7 @@ def test_causal_lm_source_may_have_another_form(tmp_path: Path, decoder_tokenize
     whole = [int((row["labels"] == -100).sum()) == 1 for row in rows]
     ends = np.cumsum([summary.splits["train"].rows, *(one.counts.rows for one in summary.mixed)])
     parts = np.split(np.array(whole), ends[:-1])
-    expected = [summary.problem_type == "text", *(one.problem_type == "text" for one in summary.mixed)]
+    expected = [summary.form.is_raw_text, *(one.kind == "raw text" for one in summary.mixed)]
     assert [bool(part.all()) for part in parts] == expected
 
 
@@ -183,7 +183,7 @@ def test_columns_that_the_recipe_names_count_where_they_are(tmp_path: Path, deco
     summary = prepare(
         tmp_path, decoder_tokenizer, "causal-lm", rows, (TEXTS, 0.1), (tiny.pair_rows(20), 0.1), **settings
     )
-    assert [one.problem_type for one in summary.mixed] == ["text", "prompt_completion"]
+    assert [one.kind for one in summary.mixed] == ["raw text", "prompt and completion"]
 
 
 def test_raw_text_beside_raw_text_is_packed_on_its_own(tmp_path: Path, decoder_tokenizer: Any) -> None:

@@ -104,7 +104,7 @@ def test_mixed_rows_lengthen_the_epochs_and_not_their_number() -> None:
         dropped_rows=0,
         length_percentiles={"p50": 50, "p95": 60, "max": 64},
     )
-    mixed = MixedSummary(where="b", weight=1 / 3, rows_per_epoch=1600, problem_type="single_label", counts=others)
+    mixed = MixedSummary(where="b", weight=1 / 3, rows_per_epoch=1600, kind="single label", counts=others)
     both = summary().model_copy(update={"mixed": (mixed,)})
     # How many generic texts are read depends on how long the training is.
     blocks = {"data": {"train": "a"}, "preserve": {"drift": False}}

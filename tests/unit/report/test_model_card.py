@@ -106,7 +106,8 @@ def test_card_of_a_language_model_says_how_to_ask(
 ) -> None:
     path = causal_lm / "data" / "summary.json"
     summary = DataSummary.load(path)
-    summary.model_copy(update={"problem_type": problem_type, "joint": joint}).save(path)
+    columns = {"messages": "messages"} if problem_type == "chat" else summary.columns
+    summary.model_copy(update={"problem_type": problem_type, "joint": joint, "columns": columns}).save(path)
     _, body = written(causal_lm)
     assert all(part in body for part in expected)
 

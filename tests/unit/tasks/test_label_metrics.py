@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,12 @@ import pytest
 from scipy import stats
 from sklearn import metrics as reference
 
+from fulltune.tasks import Target
 from fulltune.tasks.classes import label_metrics
 
 
-def target(problem_type: str) -> Any:
-    return SimpleNamespace(problem_type=problem_type)
+def target(problem_type: Any) -> Target:
+    return Target(problem_type, {})
 
 
 @pytest.mark.parametrize("classes", range(1, 7))

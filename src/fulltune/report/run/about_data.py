@@ -19,7 +19,7 @@ from fulltune.report.format.blocks import (
     foreign,
 )
 from fulltune.report.run.read import RunView
-from fulltune.report.run.row_words import has_images, has_untrained_tokens, mixed_words, row_words
+from fulltune.report.run.row_words import has_images, mixed_words, row_words
 from fulltune.text import counted, format_number
 
 _PREVIEWS = 5
@@ -88,7 +88,7 @@ def _lengths(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
     """Columns about tokens. Classifiers train rows, which the table has already."""
     if has_images(summary):
         return {}
-    trained = {"trained tokens": split.trained_tokens} if has_untrained_tokens(summary) else {}
+    trained = {"trained tokens": split.trained_tokens} if summary.form.writes_answers else {}
     at = {name: split.length_percentiles.get(key) for name, key in (("p50", "p50"), ("p95", "p95"), ("longest", "max"))}
     columns = {"tokens": split.tokens, **trained, **at, "truncated": split.truncated_rows}
     return {name: "-" if value is None else f"{value:,}" for name, value in columns.items()}
@@ -100,7 +100,8 @@ def _labels(summary: DataSummary) -> list[Block]:
     if not counts:
         return []
     # The labels of words are tags; what is counted are the entities that they mark.
-    noun, named = ("entity type", ()) if summary.problem_type == "tags" else ("label", summary.labels)
+    noun = summary.form.label
+    named = summary.labels if noun == "label" else ()
     seen = dict.fromkeys([*named, *(label for found in counts.values() for label in found)])
     order = sorted(seen, key=lambda label: tuple(-found.get(label, 0) for found in counts.values()))
     first, *others = counts.values()

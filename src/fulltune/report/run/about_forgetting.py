@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from fulltune.forgetting.budget import MOST_OF_IT, both_within, is_within, limit_for_most, texts_needed
 from fulltune.forgetting.frontier import BUDGETS, best_at
 from fulltune.recipe.preserve import BUNDLED
-from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Steered
 from fulltune.records.forgetting import Certificate, Drift, OnTask, Preserved, limit_of
 from fulltune.records.plan import Plan
@@ -44,7 +43,7 @@ def _of(view: RunView, trial: str) -> list[Block]:
     points, found = history.evaluation.get("drift", ()), view.preserved.get(trial)
     if not points or plan is None or view.summary is None:
         return []
-    writes = view.summary.problem_type in LANGUAGE_MODELS
+    writes = view.summary.form.reads_any_text
     kept = outcome.best_step if outcome else None
     title = "rise of the loss on generic text" if writes else "change of the hidden states on generic text"
     figures = [Figure(learning_curve(title, points, "drift", kept), title, curve_in_words(points, "drift", kept))]

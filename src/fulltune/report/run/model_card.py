@@ -15,7 +15,7 @@ from fulltune.report.format.markdown import escaped, fenced, table
 from fulltune.report.run.about_scores import about_answers, calibration_in_words
 from fulltune.report.run.read import RunView
 from fulltune.report.run.row_words import has_images, row_words
-from fulltune.report.run.usage import HOW_TO_ASK, HOW_TO_LOAD, how_to_load, loading_code, loading_code_of, method_kind
+from fulltune.report.run.usage import HOW_TO_LOAD, how_to_load, loading_code, loading_code_of, method_kind
 from fulltune.report.run.verdict import OF_ANSWERS, judge
 from fulltune.text import counted, format_metric, format_number, format_share
 
@@ -72,7 +72,7 @@ def merged_card(text: str, name: str, task: str) -> str:
 
 
 def _loading(view: RunView, plan: Plan | None, model_folder: Path) -> list[str]:
-    said = [HOW_TO_ASK.get(view.summary.problem_type, "") if view.summary else ""]
+    said = [view.summary.form.how_to_ask if view.summary else ""]
     said.append(how_to_load(plan) if method_kind(plan) != "full" else "")
     if code := loading_code_of(model_folder.name, view.task, view.summary, plan, view.model):
         said.append(fenced(code, "python"))

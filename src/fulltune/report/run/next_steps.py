@@ -122,7 +122,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         by_steps="train.max_steps" in given,
         method_given=any(name.startswith("method.") for name in given),
         train_rows=train.rows if train else 0,
-        labels=len(summary.labels) if summary and summary.problem_type == "single_label" else 0,
+        labels=len(summary.labels) if summary and summary.form.is_calibrated else 0,
         max_rows=given.get("data.max_rows"),
         loss=history.train.get("loss", ()),
         metric=after_start(history.evaluation.get(plan.metric, ())),

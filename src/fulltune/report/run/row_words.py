@@ -3,67 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from fulltune.recipe.tasks import ProblemType
+from fulltune.recipe.tasks import FORMS, FROM_FILE, Form
 from fulltune.records.data import DataSummary
 from fulltune.text import counted, format_percent
 
 
-@dataclass(frozen=True)
-class RowWords:
-    """The words for one problem type."""
-
-    kind: str
-    """The kind of rows."""
-    target: str = "label"
-    """What the model shall give."""
-    row: str = "row"
-    """What is counted: a context that is longer than the limit becomes several windows."""
-    longest: str = "longest row"
-    """What the longest number of tokens belongs to."""
-    worst: str = "Wrong test rows with the highest loss"
-    """The caption over the worst mistakes."""
-    question: str = '"a text"'
-    """What a model of this type can be asked, as it stands behind `fulltune predict RUN`."""
-
-
-_FILE = "--file ROWS.jsonl"
-_WORDS: dict[ProblemType, RowWords] = {
-    "regression": RowWords("regression", "number", worst="Test rows with the highest loss"),
-    "multi_label": RowWords("multi label", "labels"),
-    "tags": RowWords("words with tags", "entities", worst="Test rows with the most wrong entities"),
-    "span": RowWords(
-        "answers in a context", "answer", "window", longest="longest window",
-        worst="Wrongly answered questions with the highest loss", question=_FILE,
-    ),
-    "choice": RowWords("multiple choice", "right choice", longest="longest choice", question=_FILE),
-    "text": RowWords("raw text", question='"the beginning of a text"'),
-    "prompt_completion": RowWords("prompt and completion", question='"a question"'),
-    "chat": RowWords("chat", question='"a question"'),
-    "source_target": RowWords("source and target", longest="longest source or target"),
-}  # fmt: skip
-
-
-def row_words(summary: DataSummary | None) -> RowWords:
+def row_words(summary: DataSummary | None) -> Form:
     """The words for a run's rows; those for one label each where nothing is known."""
-    if summary is None or summary.problem_type not in _WORDS:
-        found = RowWords("single label")
-    else:
-        found = _WORDS[summary.problem_type]
+    form = summary.form if summary else FORMS["single_label"]
     if summary and has_images(summary):
-        return replace(found, kind="images", question="IMAGE.png")
-    return replace(found, question=_FILE) if summary and "text_pair" in summary.columns else found
+        return replace(form, kind="images", question="IMAGE.png")
+    return replace(form, question=FROM_FILE) if summary and "text_pair" in summary.columns else form
 
 
 def has_images(summary: DataSummary) -> bool:
     """Images are all of the same size, so that numbers of tokens say nothing."""
     return "image" in summary.columns
-
-
-def has_untrained_tokens(summary: DataSummary) -> bool:
-    """Only a part of the tokens is trained."""
-    return summary.problem_type in ("prompt_completion", "chat", "source_target")
 
 
 def mixed_words(summary: DataSummary, epochs: float | None = None, trained_shares: Sequence[float] = ()) -> list[str]:
@@ -82,8 +39,8 @@ def mixed_words(summary: DataSummary, epochs: float | None = None, trained_share
             f"{source.where}: weight {source.weight:g}, {counted(source.rows_per_epoch, 'row')} of each epoch's "
             f"{summary.rows_per_epoch:,}, {format_percent(share)} of the tokens"
         ]
-        if source.problem_type != summary.problem_type:
-            parts.append(f"its form is {_WORDS[source.problem_type].kind}")
+        if source.kind != summary.form.kind:
+            parts.append(f"its form is {source.kind}")
         if often > 1:
             in_what = "in an epoch" if epochs is None else "over the run"
             parts.append(f"each is read {often:.1f} times {in_what}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from fulltune.recipe.tasks import FACTS, ProblemType
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.report.format import words
@@ -19,18 +19,6 @@ HOW_TO_LOAD = {
     ),
 }
 """Kind of method to how its model is loaded; `peft` stands for LoRA and prompts too."""
-HOW_TO_ASK: dict[ProblemType, str] = {
-    "prompt_completion": (
-        "The model was trained on prompts and answers, without the chat template of the pretrained model. A prompt "
-        "must look as below; if this folder has a chat template, it writes a user's message in just that form."
-    ),
-    "chat": "The model was trained on conversations, in the form of the chat template in this folder.",
-    "text": (
-        "The model was trained on raw text: it continues a text from its beginning. A chat template in this folder "
-        "is that of the pretrained model, and was not trained."
-    ),
-}
-"""Problem type to how a language model is asked."""
 
 
 def method_kind(plan: Plan | None) -> str:
@@ -94,13 +82,13 @@ def loading_code(folder: str, task: str, summary: DataSummary | None, base: str 
 def _asking(summary: DataSummary) -> str:
     """Python that asks a language model in the form in which it was trained."""
     special = ""
-    if summary.problem_type == "chat":
+    if "messages" in summary.columns:
         prompt = (
             'messages = [{"role": "user", "content": "..."}]\n'
             "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)\n"
         )
         special = ", add_special_tokens=False"
-    elif summary.problem_type == "text":
+    elif summary.form.is_raw_text:
         prompt = 'prompt = "..."  # the model goes on from here\n'
     else:
         added = f" + {json.dumps(summary.joint)}" if summary.joint else ""

@@ -16,14 +16,12 @@ from typing import Any
 
 from fulltune import files
 from fulltune.stats.shares import error_of_share
-from fulltune.text import counted, is_share
+from fulltune.text import counted
 from fulltune.train import checkpoints
 from fulltune.train.worker.context import AttemptContext
 
 ERRORS = 2.0
 """Standard errors that the best metric must be ahead by."""
-COUNTED = ("single_label", "multi_label", "choice", "tags")
-"""Problems whose shares are of as many things as there are rows, or about as many entities."""
 FALLING = ("linear", "cosine", "polynomial")
 """Schedules that end near 0."""
 
@@ -75,8 +73,8 @@ def _at_end(attempt: AttemptContext, state: Any) -> Kept:
 
 def _last(attempt: AttemptContext, state: Any) -> Kept | None:
     """The last weights, when they are as good as the best ones for all that the eval rows can tell."""
-    plan, kind, rows = attempt.plan, attempt.summary.problem_type, attempt.summary.splits["eval"].rows
-    if kind not in COUNTED or not is_share(plan.metric) or (kind, plan.metric) == ("tags", "accuracy"):  # of words
+    plan, rows = attempt.plan, attempt.summary.splits["eval"].rows
+    if plan.metric not in attempt.summary.form.row_shares:
         return None
     name = f"eval_{plan.metric}"
     step, last = next((one["step"], one[name]) for one in reversed(state.log_history) if name in one)

@@ -52,7 +52,7 @@ def before_training(attempt: AttemptContext, rows: Rows) -> list[Check]:
         checks.append(scaling.check(attempt, _about_head(attempt.head, attempt.head_start)))
     if writes:
         checks.append(_trained_tokens(rows))
-    if summary.problem_type in ("prompt_completion", "chat", "source_target"):
+    if summary.form.writes_answers:
         # Of raw text that is mixed in, a piece may end where the text goes on.
         checks.append(_end_tokens(attempt, Rows(attempt.data / "train")))
     if summary.packed:

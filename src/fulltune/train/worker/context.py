@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fulltune import methods
 from fulltune.inference.run import Share, by_length, run_rows
@@ -20,7 +18,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
 from fulltune.records.training import Check
 from fulltune.system import sharing
-from fulltune.tasks import Predictions, Target, Task, task_named
+from fulltune.tasks import Predictions, ReadingTask, Target, Task, task_named
 from fulltune.tasks.settings import class_weights
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
@@ -118,7 +116,10 @@ class AttemptContext:
         measured = self.observed.dry_run_loss
         if self.head is None or self.head.order is not None:
             return measured
-        return max(measured or 0.0, chance(self.summary, class_weights(self.recipe, self.summary)))
+        return max(
+            measured or 0.0,
+            cast(ReadingTask, self.task).chance_loss(self.summary, class_weights(self.recipe, self.summary)),
+        )
 
     @property
     def highest_rate(self) -> float:
@@ -207,36 +208,3 @@ class AttemptContext:
                 head=trainer.head,
                 watch=self.between_batches,
             )
-
-
-def chance(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """The loss of guessing, in the units of `loss`.
-
-    Args:
-        summary: Of the prepared data.
-        weights: `train.class_weights`, in the order of the labels.
-    """
-    match summary.problem_type:
-        case "regression":
-            return 1.0  # what the mean of the train rows gets
-        case "multi_label":
-            return math.log(2) * _mean_weight(summary, weights)
-        case "choice":
-            return math.log(summary.num_choices)
-        case "span":
-            return math.log(summary.max_length)
-    return math.log(max(2, len(summary.labels))) * _mean_weight(summary, weights)
-
-
-def _mean_weight(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """Of the train rows; of words, whose tags are not counted, at most."""
-    if weights is None:
-        return 1.0
-    if summary.problem_type == "tags":
-        return max(weights)
-    train = summary.splits["train"]
-    counts = [train.label_counts.get(label, 0) for label in summary.labels]
-    if summary.problem_type == "single_label":
-        return sum(map(math.prod, zip(weights, counts, strict=True))) / sum(counts)
-    shares = [count / train.rows for count in counts]
-    return statistics.fmean(1 + (weight - 1) * share for weight, share in zip(weights, shares, strict=True))

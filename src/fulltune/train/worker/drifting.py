@@ -17,7 +17,6 @@ from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.preserve import BUNDLED
-from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.forgetting import OTHER_TASK, Drift, OtherTask, Preserved
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train.loop.trainer import StoppedScoring
@@ -85,10 +84,10 @@ class Drifting:
 
     def text_of(self, texts: Sequence[str]) -> GenericText:
         """Texts as the attempt's model reads them."""
-        kind, plan = self.attempt.summary.problem_type, self.attempt.plan
+        any_text, plan = self.attempt.summary.form.reads_any_text, self.attempt.plan
         # Where an evaluation ran out of memory, its batches are smaller from then on, and these with them.
-        batch = min(BATCH if kind in LANGUAGE_MODELS else STATES_BATCH, plan.eval_batch_size)
-        return GenericText.of(texts, self.tokenizer, kind, plan.precision, self.most_tokens, batch)
+        batch = min(BATCH if any_text else STATES_BATCH, plan.eval_batch_size)
+        return GenericText.of(texts, self.tokenizer, any_text, plan.precision, self.most_tokens, batch)
 
     def says_little(self, text: GenericText, first: np.ndarray) -> str:
         """Why texts say little, by what the untouched model makes of them; empty: they say enough."""

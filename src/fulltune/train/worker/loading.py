@@ -109,7 +109,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     if attempt.in_deepspeed:
         distributed.start_deepspeed(arguments)
     transformers.set_seed(plan.seed)
-    begin = partial(attempt.observed.measure, plan.device, target.problem_type)
+    begin = partial(attempt.observed.measure, plan.device, task.FACTS.writes)
     attempt.applied, tokenizer = load_for_training(
         *(recipe, task, target, begin, partial(setattr, attempt, "head")),
         partial(_untouched, attempt, arguments.device),

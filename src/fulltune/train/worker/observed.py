@@ -24,9 +24,9 @@ class Observed:
     growth_of_processes: tuple[int, ...] = ()
     """Of each process at the end of the training."""
 
-    def measure(self, device: str, problem_type: str) -> None:
+    def measure(self, device: str, writes: bool) -> None:
         """Count memory from now on; what the first evaluation would import is imported before."""
-        if problem_type in ("single_label", "multi_label", "regression", "choice"):
+        if not writes:
             for name in ("scipy.stats", "sklearn.metrics"):
                 importlib.import_module(name)
         self.meter = Meter(device)

@@ -5,10 +5,10 @@ With DeepSpeed every process has to call these functions, because putting a tens
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,20 +195,13 @@ def save_model(
             save(applied, part, recipe.task, applied.model.name_or_path)
     if not is_first:
         return
-    if summary.problem_type == "prompt_completion":  # trained on raw text a chat model is one still
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.chat_template = causal_lm.template_as_trained(Target.of(summary), tokenizer)
-    tokenizer.save_pretrained(part)
+    target = replace(Target.of(summary), stride=recipe.data.stride)
+    causal_lm.with_trained_template(tokenizer, target).save_pretrained(part)
     notes = {
         "task": summary.task,
-        "problem_type": summary.problem_type,
-        "columns": summary.columns,
+        **target.as_notes(),
         # Of tables without a header line; null: they have one.
         "table_columns": recipe.data.columns,
-        "labels": list(summary.labels),
-        "joint": summary.joint,
-        "num_choices": summary.num_choices,
-        "stride": recipe.data.stride,
         # Not that of the longest train row: another text may be longer.
         "max_length": summary.limit or summary.max_length,
     }

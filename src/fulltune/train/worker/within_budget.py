@@ -33,7 +33,6 @@ from fulltune.forgetting.drift import GenericText, measured
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import Share
 from fulltune.models import sharding
-from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Certified
 from fulltune.records.forgetting import Drift, Kind, OnTask, Point, Preserved, limit_of
 from fulltune.text import counted
@@ -139,7 +138,7 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
     texts, drifting = parts(attempt.recipe.preserve), attempt.drifting
     choosing = Watched(attempt, drifting.text_of(texts.choosing), None if task is None else task.choosing)
     sealed = Watched(attempt, drifting.text_of(texts.sealed), None if task is None else task.sealed)
-    writes = attempt.summary.problem_type in LANGUAGE_MODELS
+    writes = attempt.summary.form.reads_any_text
     limit = limit_of(plan.preserving.budget, writes)
     rows = _eval_rows(attempt)
     line.put("whole", 0.0)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fulltune.tasks import LossSettings, Target
-from fulltune.tasks.classes import row_losses
-from fulltune.train.worker.context import chance
+from fulltune.tasks import LossSettings, Target, token_classification
+from fulltune.tasks.classes import chance_loss, row_losses
 from tests.unit.tasks.test_settings import summary
 
 
@@ -22,8 +21,10 @@ def test_chance_is_the_loss_of_logits_that_are_all_the_same(kind: Any, weights: 
     classes = np.repeat([0, 1, 2], [90, 9, 1])
     labels = torch.tensor(classes if kind == "single_label" else np.eye(3, dtype=np.float32)[classes])
     losses = row_losses(torch.zeros(100, 3), labels, Target(kind, {}, data.labels), LossSettings(0.0, weights))
-    assert chance(data, weights) == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert chance_loss(data, weights) == pytest.approx(float(losses.mean()), rel=1e-4)
 
 
 def test_tags_are_not_counted_and_the_largest_weight_bounds_it() -> None:
-    assert chance(summary({"B-X": 1, "O": 9}, problem_type="tags"), (5.0, 1.0)) == pytest.approx(5 * math.log(2))
+    assert token_classification.chance_loss(
+        summary({"B-X": 1, "O": 9}, problem_type="tags"), (5.0, 1.0)
+    ) == pytest.approx(5 * math.log(2))
