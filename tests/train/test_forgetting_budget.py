@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from fulltune import pipeline
-from fulltune.doctor.diagnose import diagnose
-from fulltune.doctor.log import read_log
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
 from fulltune.forgetting import budget
 from fulltune.forgetting.drift import GenericText
@@ -25,7 +23,7 @@ from fulltune.forgetting.generic_text import generic_texts, parts
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.preserve import PreserveBlock
 from fulltune.records.forgetting import Drift, Kind, Point, Preserved, limit_of
-from fulltune.report.run.about_forgetting import verdict
+from fulltune.report.run.about_forgetting import held_back, verdict
 from fulltune.train.worker import within_budget
 from fulltune.train.worker.replay import Replay, divergence
 from tests import tiny
@@ -375,9 +373,9 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "infeasible" in report
     assert "the untouched model's" in report
-    (said,) = (one for one in diagnose(read_log(tmp_path / "run")) if one.name == "held back")
-    assert "keeps the untouched model" in said.evidence
-    assert "--set preserve.budget=" in said.advice
+    evidence, helps = held_back(found)
+    assert "keeps the untouched model" in evidence
+    assert "--set preserve.budget=" in helps
     assert runs.events(tmp_path, "steered") == []
 
 

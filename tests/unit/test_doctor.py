@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from fulltune.doctor.diagnose import diagnose
-from fulltune.doctor.log import Log, read_log
+from fulltune.doctor import Log, diagnose, read_log
 from fulltune.errors import SetupError
 from fulltune.records.training import Moved
+from fulltune.report.run.fitting import Curves
 from tests.contract.command import fulltune
-from tests.plans import outcome
+from tests.plans import outcome, plan
 
 NAN = float("nan")
 
@@ -24,23 +24,27 @@ def points(values: Sequence[float], every: int = 10) -> tuple[tuple[int, float],
     return tuple((every * (place + 1), value) for place, value in enumerate(values))
 
 
-def log(losses: Sequence[float], evals: Sequence[float] = (), metric: Sequence[float] = (), **more: Any) -> Log:
+def log(
+    losses: Sequence[float],
+    evals: Sequence[float] = (),
+    metric: Sequence[float] = (),
+    before: float | None = None,
+    **more: Any,
+) -> Log:
     """A log of so many steps; its evaluations are spread over them."""
     steps = 10 * len(losses)
     every = steps // max(1, len(evals))
-    values: dict[str, Any] = {
-        "where": Path("run"),
-        "train_loss": points(losses),
-        "eval_loss": points(evals, every),
-        "metric": points(metric, every),
-        "metric_name": "accuracy" if metric else "loss",
-        "greater_is_better": bool(metric),
-        "learning_rate": points([1e-4] * len(losses)),
-        "steps": steps,
-        "epochs": 4.0,
-        "eval_rows": 1000,
-    }
-    return Log(**{**values, **more})
+    curves = Curves(
+        train_loss=points(losses),
+        eval_loss=points(evals, every),
+        metric=points(metric, every),
+        metric_name="accuracy" if metric else "loss",
+        greater_is_better=bool(metric),
+        eval_rows=1000,
+        epochs_per_step=4 / steps,
+        before=before,
+    )
+    return Log(**{"where": Path("run"), "curves": curves, "steps": steps, "rate": 1e-4, **more})
 
 
 FALLING = [2.0 * 0.88**number for number in range(32)]
@@ -61,18 +65,17 @@ GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
             log([2.0 - 0.02 * number for number in range(32)], [1.9, 1.7, 1.5, 1.3], [0.3, 0.5, 0.6, 0.7]),
             ["under-fitted"],
         ),
-        (log(FALLING, *GOOD, skipped=(40, 44), rollbacks=(30,)), ["bad steps"]),
+        (log(FALLING, *GOOD, skipped=(40, 44)), ["bad steps"]),
+        (log(FALLING, *GOOD, plan=plan(rollbacks=(30,)), outcome=outcome("done")), ["bad steps"]),
         (log([2.3, 2.31, 2.29] * 12, *GOOD, before=0.9), ["got worse"]),  # and no higher rate is advised
         (log(FALLING, *GOOD, before=0.8), ["sound"]),
         (log(FALLING, *GOOD, grad_norm=points([NAN, 1.0] * 16)), ["sound"]),  # fp16's scaler at work
         (log(FALLING, *GOOD, grad_norm=points([1.0] * 27 + [NAN] * 5)), ["diverged"]),
-        (log(FALLING, *GOOD, rate=1e-4, total_steps=900), ["unfinished"]),  # of a run folder without an outcome
-        (log(FALLING[:8], [1.5, 1.2], [0.4, 0.5], steps=80), ["too few steps"]),
-        (log(FALLING[:8], [1.5, 0.2], [0.9, 1.0], steps=80), ["sound"]),  # nothing is left to gain
-        (log(FALLING[:8], [1.5, 1.0, 1.2, 1.3], [0.4, 0.5, 0.5, 0.6], steps=80), ["over-confident"]),
-        (log(FALLING, *GOOD, outcome=outcome("disk_full")), ["disk full"]),
-        (log(FALLING, *GOOD, outcome=outcome("spiked")), ["diverged"]),
-        (log([1.1] + [9.0] * 30, outcome=outcome("diverged")), ["diverged"]),
+        (log(FALLING, *GOOD, plan=plan()), ["unfinished"]),
+        (log(FALLING[:8], [1.5, 1.0, 1.2, 1.3], [0.4, 0.5, 0.5, 0.6]), ["over-confident"]),
+        (log(FALLING, *GOOD, plan=plan(), outcome=outcome("disk_full")), ["disk full"]),
+        (log(FALLING, *GOOD, plan=plan(), outcome=outcome("spiked")), ["diverged"]),
+        (log([1.1] + [9.0] * 30, plan=plan(), outcome=outcome("diverged")), ["diverged"]),
         (
             log(
                 FALLING,
@@ -98,22 +101,13 @@ def test_findings_of_curves(given: Log, names: list[str]) -> None:
     assert all(one.advice for one in found if one.name not in ("sound", "disk full"))
 
 
-@pytest.mark.parametrize(
-    ("rollbacks", "said"),
-    [((30,), "rolled back to step 30"), ((30, 0, 0), "rolled back 3 times, to step 30 and the beginning")],
-)
-def test_rollbacks_are_told(rollbacks: tuple[int, ...], said: str) -> None:
-    [found] = diagnose(log(FALLING, *GOOD, rollbacks=rollbacks))
-    assert found.evidence.startswith(said)
-
-
-def test_vanished_gradients_are_told_from_a_rate_that_is_too_low() -> None:
+def test_another_rate_is_a_setting_of_a_run_and_a_number_of_another_trainer() -> None:
     losses = [2.3, 2.31, 2.29] * 12
-    [low] = diagnose(log(losses, grad_norm=points([1.0] * 36)))
-    assert "a higher rate: 0.0003" in low.advice
-    [gone] = diagnose(log(losses, grad_norm=points([1.0] * 18 + [1e-5] * 18)))
-    assert "the gradients vanished" in gone.evidence
-    assert "3.3e-05" in gone.advice
+    for given, said in (
+        (log(losses), "rate: 0.0003;"),
+        (log(losses, plan=plan()), "--set method.learning_rate=0.0003;"),
+    ):
+        assert said in next(one for one in diagnose(given) if one.name == "plateau").advice
 
 
 def test_step_that_fulltune_would_have_skipped_is_named() -> None:
@@ -149,27 +143,28 @@ def test_state_of_a_trainer_is_read(where: str, chosen: float | None, tmp_path: 
     path.write_text(json.dumps(state(best_metric=chosen)))
     for place in (tmp_path, path):
         found = read_log(place)
-        assert (found.metric_name, found.greater_is_better, found.kept_step) == ("accuracy", True, 160)
-        assert (found.steps, found.total_steps, found.epochs) == (320, 320, 4.0)
+        curves = found.curves
+        assert (curves.metric_name, curves.greater_is_better, curves.kept_step) == ("accuracy", True, 160)
+        assert (found.steps, curves.epochs_per_step * found.steps) == (320, 4.0)
         assert [one.name for one in diagnose(found)] == ["over-fitted"]
     path.write_text(json.dumps(state(best_metric=0.7)))
-    assert (read_log(path).metric_name, read_log(path).greater_is_better) == ("loss", False)
+    assert (read_log(path).curves.metric_name, read_log(path).curves.greater_is_better) == ("loss", False)
 
 
 def test_newest_state_that_can_be_read_is_read_and_unknown_metrics_do_not_judge(
     tmp_path: Path,
 ) -> None:
-    for step, content in ((100, json.dumps(state())), (1000, json.dumps(state(max_steps=7))), (2000, "{")):
+    for step, content in ((100, json.dumps(state())), (1000, json.dumps(state(best_global_step=7))), (2000, "{")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
     os.utime(tmp_path / "checkpoint-100" / "trainer_state.json")
-    assert read_log(tmp_path).total_steps == 7
+    assert read_log(tmp_path).curves.kept_step == 7
     theirs = state()
     for line in theirs["log_history"]:
         if "eval_accuracy" in line:
             line["eval_entropy"] = line.pop("eval_accuracy")
     (tmp_path / "trainer_state.json").write_text(json.dumps(theirs))
-    assert read_log(tmp_path).metric_name == "loss"
+    assert read_log(tmp_path).curves.metric_name == "loss"
 
 
 @pytest.mark.parametrize(("name", "value"), [("loss", None), ("loss", "NaN"), ("grad_norm", NAN), ("loss", 1e308)])
@@ -206,7 +201,7 @@ def test_events_of_tensorboard_are_read(tmp_path: Path) -> None:
                 writer.add_scalar(tag, value, line["step"])
     writer.close()
     found = read_log(tmp_path)
-    assert (found.steps, found.metric_name) == (320, "accuracy")
+    assert (found.steps, found.curves.metric_name) == (320, "accuracy")
     assert [one.name for one in diagnose(found)] == ["over-fitted"]
 
 
@@ -216,7 +211,6 @@ def test_events_of_tensorboard_are_read(tmp_path: Path) -> None:
         ("notes.txt", "hello", "no log that is known; expected a run folder"),
         ("trainer_state.json", "{", "is not the state of a Trainer"),
         ("trainer_state.json", '{"log_history": 3}', "is not the state of a Trainer"),
-        ("trainer_state.json", '{"log_history": [], "max_steps": "abc"}', "is not the state of a Trainer"),
         ("trainer_state.json", '{"log_history": [{"eval_loss": 1, "step": 3}]}', "no train loss is in it"),
         ("train_log.jsonl", '{"iter": 1, "lm loss": 3.1}', "no log that is known"),
     ],

@@ -21,8 +21,7 @@ def doctor(place: Path, as_json: bool) -> None:
         place: Of its log.
         as_json: The findings as JSON.
     """
-    from fulltune.doctor.diagnose import diagnose
-    from fulltune.doctor.log import in_words, read_log
+    from fulltune.doctor import diagnose, in_words, read_log
 
     log = read_log(place)
     found = diagnose(log)

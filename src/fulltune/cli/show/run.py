@@ -46,7 +46,7 @@ from fulltune.report.run.row_words import has_images, mixed_words, row_words
 from fulltune.text import counted, first_few, format_bytes, format_metric, format_seconds, is_share
 
 if TYPE_CHECKING:
-    from fulltune.doctor.diagnose import Diagnosis
+    from fulltune.doctor import Diagnosis
     from fulltune.selfcheck import Page
 
 

@@ -92,22 +92,27 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
 
 def fitting_of(view: RunView, trial: str) -> Fitting:
     """Whether the trial was over- or under-fitted, from its curves."""
-    history, outcome, plan = view.history_of(trial), view.outcome_of(trial), view.plan_of(trial)
-    if plan is None or outcome is None or view.summary is None or "eval" not in view.summary.splits:
+    plan = view.plan_of(trial)
+    if plan is None or view.outcome_of(trial) is None or view.summary is None or "eval" not in view.summary.splits:
         return Fitting("not known")
-    curves = Curves(
+    return fitting(curves_of(view, trial, plan))
+
+
+def curves_of(view: RunView, trial: str, plan: Plan) -> Curves:
+    """The trial's curves, also of one that has not ended."""
+    history, outcome, summary = view.history_of(trial), view.outcome_of(trial), view.summary
+    return Curves(
         train_loss=history.train.get("loss", ()),
         eval_loss=after_start(history.evaluation.get("loss", ())),
         metric=after_start(history.evaluation.get(plan.metric, ())),
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
-        eval_rows=view.summary.splits["eval"].rows,
+        eval_rows=summary.splits["eval"].rows if summary and "eval" in summary.splits else 0,
         epochs_per_step=plan.num_train_epochs / max(1, plan.total_steps),
-        kept_step=outcome.best_step,
+        kept_step=outcome.best_step if outcome else None,
         before=before_start(history.evaluation.get(plan.metric, ())),
-        is_mixed=bool(view.summary.mixed),
+        is_mixed=bool(summary and summary.mixed),
     )
-    return fitting(curves)
 
 
 def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Block]:

@@ -1,0 +1,291 @@
+"""What went wrong in a training, by its log; its curves are judged by the guards' and the report's own functions."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fulltune.errors import SetupError
+from fulltune.records.plan import Plan
+from fulltune.records.training import Outcome
+from fulltune.report.format.plots import Point
+from fulltune.report.run.about_training import curves_of
+from fulltune.report.run.fitting import LEAST_EVALUATIONS, Curves, fitting
+from fulltune.report.run.history import after_start, before_start
+from fulltune.report.run.read import read_run
+from fulltune.text import counted, first_few, format_number, format_share
+from fulltune.train.loop.guards import diverged, ended_high, rate_factor, without_cause
+from fulltune.train.loop.step_guard import StepMemory, judge
+from fulltune.train.request import number_in
+
+STATE = "trainer_state.json"
+_GREATER_IS_BETTER = (
+    *("accuracy", "f1", "mcc", "matthews", "precision", "recall", "auc", "rouge", "bleu", "meteor", "exact_match"),
+    *("pearson", "spearman"),
+)
+"""Parts of the names of metrics that are better when larger; without one of these the eval loss judges."""
+_FLAT = 0.03
+"""Share of its beginning by which a loss has to fall to have learned something."""
+_LEAST = 8
+"""Readings below which nothing is said of a curve's shape."""
+_EATEN = 0.5
+"""Share of the values with a gradient that have to move."""
+_FEW_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Log:
+    """What was written down while training."""
+
+    where: Path
+    curves: Curves
+    steps: int
+    grad_norm: tuple[Point, ...] = ()
+    rate: float = 0.0
+    """At its highest; 0: not known."""
+    plan: Plan | None = None
+    """Of a run of fulltune; None: another Trainer's."""
+    outcome: Outcome | None = None
+    skipped: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Something that went wrong, or that nothing did."""
+
+    name: str
+    evidence: str
+    advice: str = ""
+
+
+def read_log(place: Path) -> Log:
+    """The log at a place.
+
+    Raises:
+        SetupError: There is none, or it is of a form that is not known.
+    """
+    if not place.exists():
+        raise SetupError(f"{place}: no such file or folder; expected a run folder, {STATE}, or TensorBoard's folder")
+    if place.is_dir() and any((place / name).exists() for name in ("attempts", "plan", "data/summary.json")):
+        return _of_run(place)
+    below = [path for path in place.glob(f"*/{STATE}") if path.parent.name.rpartition("-")[2].isdigit()]
+    states = [*place.glob(STATE), *sorted(below, key=lambda path: number_in(path.parent), reverse=True)]
+    if place.is_file() and place.suffix == ".json":
+        states = [place]
+    for number, path in enumerate(states, start=1):  # the latest first: one that was cut off is passed over
+        try:
+            return _of_state(path)
+        except SetupError:
+            if number == len(states):
+                raise
+    if events := sorted(place.rglob("events.out.tfevents.*")):
+        return _of_events(place, events)
+    raise SetupError(
+        f"{place}: no log that is known; expected a run folder of fulltune, transformers' {STATE} (in a checkpoint's "
+        "folder, or one with checkpoints), or a folder with TensorBoard's events"
+    )
+
+
+def _of_run(folder: Path) -> Log:
+    view = read_run(folder)
+    trial = view.main_trial
+    plan, outcome, history = view.plan_of(trial), view.outcome_of(trial), view.history_of(trial)
+    if plan is None or not history.has_points:
+        raise SetupError(
+            f"{folder}: this run has no logged step yet; train it, or see with 'fulltune report {folder}' why it ended"
+        )
+    norms = history.train.get("grad_norm", ())
+    curves = curves_of(view, trial, plan)
+    steps = max((step for step, _ in curves.train_loss), default=0)
+    return Log(folder, curves, steps, norms, plan.learning_rate, plan, outcome, history.skipped)
+
+
+def _of_state(path: Path) -> Log:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        series: dict[str, dict[int, float]] = defaultdict(dict)
+        for line in state["log_history"]:
+            for name, value in line.items():
+                if name != "step":
+                    series[name][int(line["step"])] = _number(value)
+        best, kept = state.get("best_metric"), state.get("best_global_step")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise SetupError(
+            f"{path}: is not the state of a Trainer: expected JSON with 'log_history', a list of lines with a 'step'"
+        ) from None
+    return _log(path, series, best, kept if isinstance(kept, int) else None)
+
+
+def _number(value: Any) -> float:
+    """A logged value; what is no number, such as null, is what became of one that was not finite."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return found if abs(found) < 1e100 else math.nan
+
+
+def _of_events(folder: Path, files: list[Path]) -> Log:
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        raise SetupError(
+            f"{folder}: TensorBoard's events are read by its own package; pip install 'fulltune[tensorboard]'"
+        ) from None
+    series: dict[str, dict[int, float]] = defaultdict(dict)
+    # Each start writes into a folder of its own: the steps of one are not another's.
+    newest = max(files, key=lambda file: file.stat().st_mtime).parent
+    for file in (file for file in files if file.parent == newest):
+        read = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        read.Reload()
+        for tag in read.Tags()["scalars"]:
+            name = tag.removeprefix("train/").replace("eval/", "eval_")
+            series[name] |= {event.step: float(event.value) for event in read.Scalars(tag)}
+    return _log(newest, series)
+
+
+def _log(
+    where: Path, series: Mapping[str, Mapping[int, float]], best: float | None = None, kept: int | None = None
+) -> Log:
+    """Series by transformers' names as a log; `best` is the value by which the step `kept` was chosen."""
+    points = {name: tuple(sorted(values.items())) for name, values in series.items()}
+    if "loss" not in points:
+        names = ", ".join(sorted(points)[:6]) or "nothing"
+        raise SetupError(f"{where}: no train loss is in it, a series 'loss'; found {names}")
+    # The metric is the one that chose the best step, which the state does not name; else one whose direction is known.
+    known = [name for name in points if name.startswith("eval_") and any(part in name for part in _GREATER_IS_BETTER)]
+    chose = [
+        name for name in (*known, "eval_loss") if best is not None and series.get(name, {}).get(kept or -1) == best
+    ]
+    name = next(iter([*chose, *known]), "eval_loss")
+    steps = max(step for values in points.values() for step, _ in values)
+    epochs = [value for _, value in points.get("epoch", ()) if math.isfinite(value)]
+    curves = Curves(
+        train_loss=points["loss"],
+        eval_loss=after_start(points.get("eval_loss", ())),
+        metric=after_start(points.get(name, ())),
+        metric_name=name.removeprefix("eval_"),
+        greater_is_better=name in known,
+        eval_rows=0,
+        epochs_per_step=epochs[-1] / steps if epochs and steps else 0.0,
+        kept_step=kept,
+        before=before_start(points.get(name, ())),
+    )
+    rates = [value for _, value in points.get("learning_rate", ()) if math.isfinite(value)]
+    return Log(where, curves, steps, points.get("grad_norm", ()), max(rates, default=0.0))
+
+
+def in_words(log: Log) -> str:
+    """What was read."""
+    curves = log.curves
+    evaluations = len(curves.metric or curves.eval_loss)
+    by = f", judged by {curves.metric_name} and loss" if curves.metric and curves.metric_name != "loss" else ""
+    return f"{log.where}: {counted(log.steps, 'step')}, {counted(evaluations, 'evaluation')}{by}"
+
+
+def diagnose(log: Log) -> tuple[Diagnosis, ...]:
+    """What the log tells, the gravest first; one finding that all is well where nothing is found."""
+    # What a guard has said of a run of fulltune goes first: it saw more than the curves.
+    told = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
+    height = [] if told else [*_height(log)]
+    # Of a loss that ran away nothing else is told.
+    shape = [] if height or told else [*_shape(log)]
+    found = (*_ended(log), *height, *shape, *_steps(log))
+    if found:
+        return found
+    readings, evaluations = len(log.curves.train_loss), len(log.curves.eval_loss)
+    if readings < _LEAST:
+        return (Diagnosis("too little to tell", f"{counted(readings, 'reading')} of the train loss"),)
+    unseen = "" if evaluations >= LEAST_EVALUATIONS else "; with so few evaluations over-fitting cannot be seen"
+    return (Diagnosis("sound", f"the curves show nothing that went wrong{unseen}"),)
+
+
+def _ended(log: Log) -> Iterator[Diagnosis]:
+    """How a run of fulltune ended, where it did not end well."""
+    if log.plan is None:
+        return
+    if log.outcome is None:
+        evidence = (
+            f"{log.steps:,} of {log.plan.total_steps:,} steps, and no outcome: it is still running, or was killed"
+        )
+        yield Diagnosis("unfinished", evidence, "if it was killed, the same command continues it")
+    elif log.outcome.status in ("diverged", "spiked"):
+        lower = _rate(log, rate_factor(log.plan.rollbacks) / 10)
+        yield Diagnosis("diverged", without_cause(log.outcome.reason), f"a lower rate: {lower}")
+    elif log.outcome.status != "done":
+        advice = "the same command continues it" if log.outcome.status == "interrupted" else ""
+        yield Diagnosis(log.outcome.status.replace("_", " "), log.outcome.reason, advice)
+
+
+def _height(log: Log) -> Iterator[Diagnosis]:
+    """A loss that is not finite, or that left the place where it began."""
+    lower = f"a lower rate: {_rate(log, 1 / 10)}"
+    last = log.grad_norm[-_LEAST:]
+    # Norms that are not finite now and then are fp16's scaler at work, which leaves such updates out.
+    norms = log.grad_norm if sum(not math.isfinite(value) for _, value in last) * 2 > len(last) else ()
+    series = {"train loss": log.curves.train_loss, "gradient norm": norms, "eval loss": log.curves.eval_loss}
+    for name, points in series.items():
+        if lost := [step for step, value in points if not math.isfinite(value)]:
+            evidence = f"the {name} is not finite at {counted(len(lost), 'reading')}, first at step {lost[0]:,}"
+            yield Diagnosis("diverged", evidence, f"look at the rows of that step; {lower}")
+            return
+    losses, evals = ([value for _, value in points] for points in (log.curves.train_loss, log.curves.eval_loss))
+    for judged in (diverged(losses, log.rate), ended_high(losses, evals, log.rate)):
+        if judged.action != "go on":
+            yield Diagnosis("diverged", without_cause(judged.reason), lower)
+            return
+
+
+def _shape(log: Log) -> Iterator[Diagnosis]:
+    """A model that got worse, a loss that stayed where it began, over- and under-fitting, too few steps."""
+    fit = fitting(log.curves)
+    said = " ".join(one for one in fit.sentences if one).split(": ", 1)[-1]
+    evidence, _, helps = (part.rstrip(".") for part in said.partition(" What helps: "))
+    losses = [value for _, value in log.curves.train_loss if math.isfinite(value)]
+    size = len(losses) // 4
+    began, ended = (statistics.median(part) for part in (losses[:size] or [0.0], losses[-size:] or [0.0]))
+    if fit.kind == "got worse":
+        yield Diagnosis(fit.kind, evidence, f"{helps}: {_rate(log, 1 / 10 if fit.turn == 0 else 1 / 3)}")
+    elif len(losses) >= _LEAST and 0 < (1 - _FLAT) * began < ended < (1 + _FLAT) * began:
+        evidence = (
+            f"the train loss stayed where it began: {format_number(began)}, and {format_number(ended)} at the end"
+        )
+        yield Diagnosis("plateau", evidence, f"a higher rate: {_rate(log, 3)}; are the labels those of these rows?")
+    elif fit.kind not in ("sound", "not known"):
+        calibrate = "'fulltune run' calibrates the probabilities; where it is open, more eval rows tell of the answers"
+        yield Diagnosis(fit.kind, evidence, helps or calibrate)
+
+
+def _steps(log: Log) -> Iterator[Diagnosis]:
+    """Steps that were skipped or taken back, or that would have been; updates that rounding lost."""
+    if log.skipped or (log.plan and log.plan.rollbacks):
+        rollbacks = log.plan.rollbacks if log.plan else ()
+        evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
+        yield Diagnosis("bad steps", evidence, "the journal in the report names the rows: look at them")
+    else:
+        norms, memory, suspects = dict(log.grad_norm), StepMemory(), []
+        for number, (step, loss) in enumerate(log.curves.train_loss, start=1):
+            judged = judge(memory, number, loss, norms.get(step))
+            memory = judged.seen
+            suspects += [f"{step:,}"] * (judged.action == "skip" and judged.is_finite)
+        if suspects:
+            evidence = f"loss and gradient norm were both far above the usual at step {first_few(suspects)}"
+            advice = "look at the rows of these steps; 'fulltune run' skips such steps by itself"
+            yield Diagnosis("bad rows", evidence, advice)
+    moved = log.outcome.moved if log.outcome else None
+    if moved is not None and moved.share < _EATEN:
+        evidence = f"only {format_share(moved.share)} of the values that received a gradient moved"
+        advice = "fp32 weights, --set model.weights_dtype=fp32, or --set train.bf16_rounding=stochastic"
+        yield Diagnosis("eaten updates", evidence, advice)
+
+
+def _rate(log: Log, factor: float) -> str:
+    """The setting of another rate, or that rate alone."""
+    rate = f"{float(f'{factor * log.rate:.2g}'):g}" if log.rate else f"{factor:.2g} times the rate"
+    return f"--set method.learning_rate={rate}" if log.plan else rate
