@@ -13,7 +13,7 @@ from fulltune.records.comparison import ArmRow, Comparison, Expectation, Held, O
 from fulltune.records.differences import ArmScore, ArmStep, Decision, Difference, Finding, Look
 from fulltune.records.forgetting import Drift, Point, Preserved
 from fulltune.records.scores import Estimate, Scores
-from fulltune.report.comparison.sentences import Writer
+from fulltune.report.comparison.numbers import Writer
 from tests.preserved import preserved_record
 
 HOSTILE = (

@@ -177,7 +177,7 @@ def test_card_has_the_frontiers_and_says_which_one_forgot_less(finished: tuple[P
     folder, found, _ = finished
     card = (folder / "card.md").read_text(encoding="utf-8")
     assert "## Forgetting" in card
-    assert answers(found)["lora"] in card
+    assert answers(found.rows, found.decision, found.held)["lora"] in card
     assert "| full   |   42 |" in card
     assert "by drift on generic text</title>" in (folder / "card.html").read_text(encoding="utf-8")
 

@@ -4,65 +4,64 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable, Iterable
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fulltune.cli.show import compare as display_compare
+from fulltune.cli.show.compare import expectation
 from fulltune.records.comparison import Comparison
+from fulltune.report.comparison import content
+from fulltune.report.format import terminal
+from fulltune.report.format.blocks import Block, Headline, Section
 from tests import comparisons
 
 
-def shown(comparison: Comparison) -> str:
-    console = Console(width=80, highlight=False, file=io.StringIO())
-    display_compare.verdict(console, comparison)
+def printed(parts: Iterable[Headline | Section | Block]) -> str:
+    console = Console(width=80, file=io.StringIO())
+    terminal.show(console, parts)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def shown(comparison: Comparison) -> str:
+    return printed(content.in_short(comparison))
+
+
 def expected(comparison: Comparison, metric: str, margin: float | None = 0.01, **changes: object) -> str:
-    console = Console(width=80, highlight=False, file=io.StringIO())
-    display_compare.expectation(console, comparison.expectation.model_copy(update=changes), metric, margin)
-    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    design = comparison.expectation.model_copy(update=changes)
+    return " ".join(printed([expectation(design, metric, margin)]).split())
 
 
 def test_verdict_classification_is_said_first_with_the_field_below() -> None:
-    text = shown(comparisons.comparison())
-    lines = [line.rstrip() for line in text.splitlines()]
-    assert lines[1:3] == [
-        "EQUIVALENT: take lora",
-        "Take lora: as good as full within the margin, and it trains fewer weights.",
-    ]
-    assert "> lora        4.3%  92.2% [91.3, 93.0]     +0.34 [-0.27, +0.95]      3" in lines
-    assert "> lora     99.6%  3 min 53 s  0.86×  0.68×    0.62×  3.73 MiB  0.0489" in lines
-    assert "note  fewer seeds of prompt: the verdict did not hinge on them" in lines
-    assert "does not hold  “LoRA costs a tenth of the compute”" in text
-    assert "took       45 min 12 s in all, 10.0× one full run (4 min 31 s)" in lines
-
-
-def test_verdict_language_model_writes_losses() -> None:
-    text = shown(comparisons.language())
-    assert "\nFULL\n" in text
-    assert "Smaller loss is better." in text
-    assert "1.916 [1.894, 1.938]  +0.012 [+0.006, +0.018]" in text
+    lines = [line.rstrip() for line in shown(comparisons.comparison()).splitlines()]
+    text = " ".join(" ".join(lines).split())
+    assert text.startswith("EQUIVALENT: take lora. Take lora: as good as full within the margin, and it trains fewer")
+    assert "▸ lora      973 k (4.3%)  92.2% [91.3, 93.0]     +0.34 [-0.27, +0.95]   99.6%" in lines
+    assert "▸ lora   3 min 53 s · 0.86×    2.48 k  21.1 T · 0.68×  1.17 GiB · 0.81×" in lines
+    assert "▸ lora   565 MiB · 0.62×   3.73 MiB · 0.043×  1.24 ms" in lines, "columns that do not fit stand below"
+    assert "- fewer seeds of prompt: the verdict did not hinge on them" in lines
+    assert "Does not hold: lora: 68% of the operations" in text
+    assert "took 45 min 12 s in all, 10.0× one full run (4 min 31 s)" in text
 
 
 def test_verdict_undecided_says_what_would_decide_and_what_is_unfair() -> None:
     made = comparisons.undecided(openings=comparisons.openings(3), findings=(comparisons.finding(),))
     text = " ".join(shown(made).split())
-    assert "UNDECIDED These rows and seeds do not tell the methods apart." in text
-    assert "what to do lora: would be decided by 9,240 test rows or 12 seeds per method, if the true" in text
-    assert "Unfair full: the best rate, 0.0002, is the highest that was tried" in text
-    assert "> lora" not in text
+    assert text.startswith("UNDECIDED. ")
+    assert "What to do: lora: would be decided by 9,240 test rows or 12 seeds per method, if the true" in text
+    assert "Unfair: full: the best rate, 0.0002, is the highest that was tried" in text
+    assert "▸ lora" not in text
 
 
-def test_verdict_with_a_budget_has_a_line_about_what_was_forgotten() -> None:
-    lines = [line.rstrip() for line in shown(comparisons.held()).splitlines()]
-    assert "drift  at 92.0%: full 7.91%, lora 4.40%, ±0.42%: lora less" in lines
+def test_verdict_with_a_budget_says_what_was_forgotten() -> None:
+    text = " ".join(shown(comparisons.held()).split())
+    assert "Forgetting - At accuracy 92.0% on the eval rows" in text
+    assert "full has moved generic text by 7.91%, lora by 4.40%" in text
 
 
 @pytest.mark.parametrize("made", [comparisons.comparison, comparisons.language, comparisons.held, comparisons.hostile])
-def test_verdict_fits_80_columns_and_cuts_no_cell(made: type[Comparison]) -> None:
+def test_verdict_fits_80_columns_and_cuts_no_number(made: Callable[[], Comparison]) -> None:
     text = shown(made())
     assert max(cell_len(line) for line in text.splitlines()) <= 80
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
@@ -91,11 +90,6 @@ def test_expectation_says_cost_and_what_can_be_found() -> None:
     assert "UNDECIDED" not in text
 
 
-def test_expectation_of_one_seed_says_that_it_decides_nothing() -> None:
-    text = expected(comparisons.comparison(), "accuracy", num_seeds=1, detectable=None)
-    assert "can find nothing: one seed tells nothing about the spread between seeds" in text
-
-
 def test_expectation_says_what_the_budget_took_away_and_that_the_margin_is_too_small() -> None:
     note = "2 instead of 5 seeds at most, to stay within the budget"
     text = expected(comparisons.comparison(), "accuracy", detectable=0.0234, notes=(note,), budget_seconds=60.0)
@@ -103,14 +97,18 @@ def test_expectation_says_what_the_budget_took_away_and_that_the_margin_is_too_s
     assert "margin 1 point, less than it can find: it may end UNDECIDED" in text
 
 
-def test_expectation_of_very_few_rows_says_that_nothing_can_be_found() -> None:
-    assert "can find nothing: with so few test rows and seeds" in expected(
-        comparisons.comparison(), "accuracy", detectable=1.5
-    )
-
-
-def test_expectation_of_a_loss_says_that_it_is_not_known() -> None:
-    assert "not known before seeds have been run: loss is no share of rows" in expected(comparisons.language(), "loss")
+@pytest.mark.parametrize(
+    ("made", "metric", "changes", "said"),
+    [
+        (comparisons.comparison, "accuracy", {"num_seeds": 1, "detectable": None}, "nothing: one seed tells nothing"),
+        (comparisons.comparison, "accuracy", {"detectable": 1.5}, "nothing: with so few test rows and seeds"),
+        (comparisons.language, "loss", {}, "not known before seeds have been run: loss is no share of rows"),
+    ],
+)
+def test_expectation_says_where_nothing_can_be_found(
+    made: Callable[[], Comparison], metric: str, changes: dict[str, object], said: str
+) -> None:
+    assert f"can find {said}" in expected(made(), metric, **changes)
 
 
 def test_expectation_of_a_budget_is_one_design_that_fits_into_it() -> None:

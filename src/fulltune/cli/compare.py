@@ -17,13 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from fulltune import report
-from fulltune.cli.show import compare as show
 from fulltune.cli.show.run import Display
 from fulltune.compare.many_tasks import many_tasks
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.methods import Arm
+from fulltune.report.comparison import content
+from fulltune.report.comparison.many_tasks import on_one_base
+from fulltune.report.format import terminal
 from fulltune.system import run_folder
 from fulltune.text import first_few, parse_seconds
 
@@ -82,12 +84,12 @@ def _compare_many(
     if as_json:
         typer.echo(together.model_dump_json(indent=2))
     else:
-        show.many_tasks(out, together)
+        terminal.show(out, [on_one_base(together)])
         _paths(out, files)
 
 
 def _show(out: Console, found: Compared) -> None:
-    show.verdict(out, found.comparison)
+    terminal.show(out, content.in_short(found.comparison))
     _paths(out, found.cards)
 
 

@@ -12,7 +12,7 @@ from fulltune.records.comparison import ArmRow, Claim, Held
 from fulltune.records.differences import Decision
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.report.comparison import about_forgetting
-from fulltune.report.comparison.sentences import Writer, fine_share
+from fulltune.report.comparison.numbers import Writer, fine_share
 from fulltune.text import counted, format_bytes
 
 TENTH = 0.15
@@ -98,7 +98,7 @@ def _forgets_less_held(
     rows: Sequence[ArmRow], decision: Decision, held: Sequence[Held], lora: ArmRow
 ) -> Iterator[tuple[str, str, bool | None]]:
     """A budget set how far each one moved: they are compared at the same metric."""
-    here = f"drift on generic text {about_forgetting.in_short(rows, decision, held)[lora.arm]}"
+    here = about_forgetting.answers(rows, decision, held)[lora.arm]
     yield _FORGETS_LESS, here, about_forgetting.forgets_less(rows, held, lora.arm)
 
 

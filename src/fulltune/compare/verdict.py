@@ -9,7 +9,7 @@ import numpy as np
 
 from fulltune.recipe.methods import RIVALS, VARIANT, ArmKind
 from fulltune.records.differences import ArmScore, Decision, Difference, VerdictKind
-from fulltune.report.comparison.sentences import Writer
+from fulltune.report.comparison.numbers import Writer
 from fulltune.stats.bootstrap import SAMPLES, Drawn, draw
 from fulltune.stats.intervals import (
     HolmTest,

@@ -10,7 +10,7 @@ import pytest
 from fulltune.compare.claims import claims
 from fulltune.records.comparison import Claim
 from fulltune.records.plan import MemoryNeed
-from fulltune.report.comparison.sentences import fine_share
+from fulltune.report.comparison.numbers import fine_share
 from tests import comparisons
 
 

@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from fulltune import report
-from fulltune.cli.show import compare as display_compare
 from fulltune.compare.many_tasks import many_tasks
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import ManyTasks
+from fulltune.report.comparison.many_tasks import on_one_base
+from fulltune.report.format import terminal
 from tests import comparisons
 
 
@@ -77,7 +78,7 @@ def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
     assert said in text
     assert "Full minus lora: +0.34 [" in text
     console = Console(width=80, record=True, file=(tmp_path / "out.txt").open("w", encoding="utf-8"))
-    display_compare.many_tasks(console, together())
+    terminal.show(console, [on_one_base(together())])
     shown = console.export_text()
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert said in " ".join(shown.split())

@@ -6,7 +6,7 @@ import pytest
 
 from fulltune.compare.design import why_finished
 from fulltune.records.comparison import Comparison
-from fulltune.report.comparison import sentences
+from fulltune.report.comparison import content
 from tests import comparisons
 
 
@@ -38,4 +38,4 @@ def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_
 def test_card_promises_more_time_only_where_it_would_go_on(left: float, promised: bool) -> None:
     made = ended(left)
     assert made.can_go_on is promised
-    assert any("larger --budget" in one for one in sentences.to_do(made)) is promised
+    assert ("larger --budget" in str(content.in_short(made))) is promised

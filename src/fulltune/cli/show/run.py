@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fulltune.cli.show import compare
 from fulltune.records.audit import Audit, Proofs
 from fulltune.records.data import DataSummary, Preview
 from fulltune.records.events import (
@@ -37,6 +38,7 @@ from fulltune.records.events import (
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Check
+from fulltune.report.format import terminal
 from fulltune.report.format.blocks import Headline
 from fulltune.report.format.words import metric_name
 from fulltune.report.run.about_forgetting import verdict
@@ -117,9 +119,7 @@ class Display:
             case Said(text=text):
                 self.print(escape(text))
             case Designed(expectation=expectation, metric=metric, margin=margin):
-                from fulltune.cli.show import compare as display_compare
-
-                display_compare.expectation(self.console, expectation, metric, margin)
+                terminal.show(self.console, [compare.expectation(expectation, metric, margin)])
             case Resumed(step=step):
                 self.print(f"continuing from the checkpoint of step {step}")
             case Certified(preserved=preserved):

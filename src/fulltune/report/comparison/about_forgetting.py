@@ -1,4 +1,4 @@
-"""The section about what the compared models could do before, where a budget for forgetting held them."""
+"""What the compared models could do before, where a budget for forgetting held them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from fulltune.forgetting.frontier import BUDGETS, Apart, at_equal_metric, best_a
 from fulltune.records.comparison import ArmRow, Comparison, Held
 from fulltune.records.differences import Decision
 from fulltune.records.forgetting import Preserved, limit_of
-from fulltune.report.comparison.sentences import NOTHING, Writer, full_of
+from fulltune.report.comparison.numbers import NOTHING, Writer
 from fulltune.report.format import words
-from fulltune.report.format.blocks import Bullets, Figure, Figures, Paragraph, Row, Section, Table, foreign
-from fulltune.report.format.frontiers import Frontier, frontiers_plot
+from fulltune.report.format.blocks import Bullets, Figures, Paragraph, Row, Section, Table, foreign
+from fulltune.report.format.plots import Frontier, frontiers_plot
 from fulltune.text import counted, format_percent
-
-_NAME_LETTERS = 8
-"""Of a method, in the terminal's line."""
 
 
 def section(comparison: Comparison) -> Section | None:
@@ -24,24 +21,28 @@ def section(comparison: Comparison) -> Section | None:
     if not comparison.held:
         return None
     one = comparison.held[0].preserved
-    title, texts = f"{words.metric_name(comparison.metric)} by drift on generic text", one.start.measured.texts
-    drawn = frontiers_plot(title, list(_frontiers(comparison)), one.limit, comparison.metric)
+    on_task = ""
+    if one.task is not None:
+        on_task = (
+            f" The budget held for another task as well ({words.file_name(one.task)}): drift says nothing of that one, "
+            "so a point may be kept back although its drift is within the budget."
+        )
+    about = (
+        f"All of these runs had the budget {format_percent(one.budget)}; without one, methods may move generic "
+        f"text farther. Metric and drift are those of the eval rows and of {counted(one.start.measured.texts, 'text')} "
+        f"that chose among the points ({one.text}); certificates are about texts that nothing had read before.{on_task}"
+    )
     blocks = (
-        Bullets(tuple(answers(comparison).values())),
-        Figures((Figure(drawn, title, "the table has it in numbers."),), drawn_only=True),
+        Bullets(tuple(answers(comparison.rows, comparison.decision, comparison.held).values())),
+        _plot(comparison),
         _best(comparison),
         _certificates(comparison),
-        Paragraph(
-            f"All of these runs had the budget {format_percent(one.budget)}; without one, methods may move generic "
-            f"text farther. Metric and drift are those of the eval rows and of {counted(texts, 'text')} "
-            f"that chose among the points ({one.text}); certificates are about texts that nothing had read before."
-            f"{_on_task(one)}"
-        ),
+        Paragraph(about),
     )
     return Section("forgetting", "Forgetting", blocks)
 
 
-def runs_of(rows: Sequence[ArmRow], held: Sequence[Held]) -> dict[str, list[Held]]:
+def _runs_of(rows: Sequence[ArmRow], held: Sequence[Held]) -> dict[str, list[Held]]:
     """The held runs of each method, in the order of the table."""
     found = {row.arm: [one for one in held if one.arm == row.arm] for row in rows}
     return {arm: runs for arm, runs in found.items() if runs}
@@ -52,16 +53,17 @@ def runs_of(rows: Sequence[ArmRow], held: Sequence[Held]) -> dict[str, list[Held
 
 def _pairs(rows: Sequence[ArmRow], held: Sequence[Held]) -> Iterator[tuple[str, str, Apart | None]]:
     """Full fine-tuning beside each other held method."""
-    full, runs = next((row.arm for row in rows if row.kind == "full"), None), runs_of(rows, held)
+    full, runs = next((row.arm for row in rows if row.kind == "full"), None), _runs_of(rows, held)
     for arm in runs:
         if full is not None and full in runs and arm != full:
             sides = ([one.preserved for one in runs[name]] for name in (full, arm))
             yield full, arm, at_equal_metric(*sides)
 
 
-def answers(comparison: Comparison) -> dict[str, str]:
+def answers(rows: Sequence[ArmRow], decision: Decision, held: Sequence[Held]) -> dict[str, str]:
     """Of each held method beside full: at the same metric, which one has moved generic text less?"""
-    return {arm: _answer(comparison, full, arm, found) for full, arm, found in _pairs(comparison.rows, comparison.held)}
+    write = Writer.of(decision)
+    return {arm: _answer(write, held[0].preserved.writes, full, arm, found) for full, arm, found in _pairs(rows, held)}
 
 
 def forgets_less(rows: Sequence[ArmRow], held: Sequence[Held], arm: str) -> bool | None:
@@ -70,85 +72,56 @@ def forgets_less(rows: Sequence[ArmRow], held: Sequence[Held], arm: str) -> bool
     return None if found is None or found.less is None else found.less == "second"
 
 
-def _answer(comparison: Comparison, full: str, arm: str, found: Apart | None) -> str:
-    write, writes = Writer.of(comparison.decision), comparison.held[0].preserved.writes
+def _answer(write: Writer, writes: bool, full: str, arm: str, found: Apart | None) -> str:
     if found is None:
         return (
             f"{full} and {arm} cannot be compared at the same {write.name}: a run of theirs is nowhere better than the "
             "untouched model on the eval rows."
         )
-    more, apart = (full if found.difference > 0 else arm), words.as_share(abs(found.difference), writes)
+    first, second, apart, error = (
+        words.as_share(value, writes) for value in (found.first, found.second, abs(found.difference), found.error)
+    )
     over = found.over if found.over != "texts" else "texts; the spread between seeds is not known"
     said = (
         f"At {write.name} {write.value(found.metric)} on the eval rows, the best that all runs of both reach, "
-        f"{full} has moved generic text by {words.as_share(found.first, writes)}, {arm} by "
-        f"{words.as_share(found.second, writes)}: "
-        f"{more} by {apart} more (standard error {words.as_share(found.error, writes)}, over {over})."
+        f"{full} has moved generic text by {first}, {arm} by {second}: {full if found.difference > 0 else arm} by "
+        f"{apart} more (standard error {error}, over {over}). On generic text"
     )
     match found.less:
         case "second":
-            return f"{said} On generic text {arm} forgets less here: take it where that matters."
+            return f"{said} {arm} forgets less here: take it where that matters."
         case "first":
-            return f"{said} On generic text {full} forgets less here: that is no reason to take {arm}."
-    return (
-        f"{said} On generic text no difference can be told: let the metric and the costs decide, or train more seeds."
-    )
-
-
-def in_short(rows: Sequence[ArmRow], decision: Decision, held: Sequence[Held]) -> dict[str, str]:
-    """The same in a line of at most 73 columns each, for the terminal; ±: standard error."""
-    write = Writer.of(decision)
-    return {arm: _short(write, held[0].preserved.writes, full, arm, found) for full, arm, found in _pairs(rows, held)}
-
-
-def _short(write: Writer, writes: bool, full: str, arm: str, found: Apart | None) -> str:
-    names = map(words.one_line, (full, arm))
-    first, second = (one if len(one) <= _NAME_LETTERS else f"{one[: _NAME_LETTERS - 1]}…" for one in names)
-    if found is None:
-        return f"{first}, {second}: not comparable, one is no better than untouched"
-    answer = {"first": f"{first} less", "second": f"{second} less", None: "no telling"}[found.less]
-    one, other, error = (words.as_share(value, writes) for value in (found.first, found.second, found.error))
-    return f"at {write.value(found.metric)}: {first} {one}, {second} {other}, ±{error}: {answer}"
+            return f"{said} {full} forgets less here: that is no reason to take {arm}."
+    return f"{said} no difference can be told: let the metric and the costs decide, or train more seeds."
 
 
 # ---- frontiers and certificates --------------------------------------------------------------------------------
 
 
-def _frontiers(comparison: Comparison) -> Iterator[Frontier]:
-    full = full_of(comparison)
-    for arm, runs in runs_of(comparison.rows, comparison.held).items():
-        yield Frontier(
-            name=arm,
-            is_full=full is not None and arm == full.arm,
-            filled=arm == comparison.decision.recommended,
-            points=tuple(_places(one.preserved) for one in runs),
-            best=tuple(tuple((at.measured.drift, at.metric) for at in envelope(one.preserved)) for one in runs),
-        )
-
-
-def _places(found: Preserved) -> tuple[tuple[float, float], ...]:
-    return tuple((point.measured.drift, point.metric) for point in found.points)
+def _plot(comparison: Comparison) -> Figures:
+    kinds, frontiers = {row.arm: row.kind for row in comparison.rows}, []
+    for arm, runs in _runs_of(comparison.rows, comparison.held).items():
+        points = tuple((point.measured.drift, point.metric) for one in runs for point in one.preserved.points)
+        best = tuple(tuple((at.measured.drift, at.metric) for at in envelope(one.preserved)) for one in runs)
+        taken = arm == comparison.decision.recommended
+        frontiers.append(Frontier(arm, points, best, is_full=kinds[arm] == "full", filled=taken))
+    title, limit = (
+        f"{words.metric_name(comparison.metric)} by drift on generic text",
+        comparison.held[0].preserved.limit,
+    )
+    drawn = frontiers_plot(title, frontiers, limit, comparison.metric, "the table has it in numbers.")
+    return Figures((drawn,), drawn_only=True)
 
 
 def _best(comparison: Comparison) -> Table:
     write, rows = Writer.of(comparison.decision), list[Row]()
-    for arm, runs in runs_of(comparison.rows, comparison.held).items():
+    for arm, runs in _runs_of(comparison.rows, comparison.held).items():
         found = [one.preserved for one in runs]
         at = ([best_at(one, limit_of(budget, one.writes)).metric for one in found] for budget in BUDGETS)
         rows.append((foreign(arm), *(write.value(statistics.mean(metrics)) for metrics in at)))
     header = ("method", *(f"at {format_percent(budget)}" for budget in BUDGETS))
     caption = f"Best {write.name} on the eval rows by drift, of the points that were tried; mean over seeds"
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
-
-
-def _on_task(found: Preserved) -> str:
-    """What else the budget held for, in words."""
-    if found.task is None:
-        return ""
-    return (
-        f" The budget held for another task as well ({words.file_name(found.task)}): drift says nothing of that one, "
-        "so a point may be kept back although its drift is within the budget."
-    )
 
 
 def _certificates(comparison: Comparison) -> Table:
@@ -163,7 +136,7 @@ def _certificates(comparison: Comparison) -> Table:
             words.way(one.preserved.chosen.kind, one.preserved.chosen.share),
             write.value(one.preserved.chosen.metric),
         )
-        for runs in runs_of(comparison.rows, comparison.held).values()
+        for runs in _runs_of(comparison.rows, held).values()
         for one in runs
     )
     task = ("other task, at most",) if has_task else ()

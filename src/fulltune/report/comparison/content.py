@@ -1,12 +1,14 @@
-"""What the report of a comparison says, made from its record alone."""
+"""What is said about a comparison, made from its record alone: its report, and what of it stands in the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from fulltune.records.comparison import ArmRow, Comparison, Search, Tried
-from fulltune.report.comparison import about_forgetting, sentences
-from fulltune.report.comparison.sentences import NOTHING, Writer
+from fulltune.records.comparison import ArmRow, Comparison
+from fulltune.records.differences import Decision
+from fulltune.report.comparison import about_forgetting
+from fulltune.report.comparison.how import facts, found_from, how, known
+from fulltune.report.comparison.numbers import NOTHING, Writer, fine_share, ratio, short, short_count
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -14,9 +16,7 @@ from fulltune.report.format.blocks import (
     Cell,
     Code,
     Facts,
-    Figure,
     Figures,
-    Folded,
     Headline,
     Paragraph,
     Report,
@@ -26,10 +26,12 @@ from fulltune.report.format.blocks import (
     unless_empty,
 )
 from fulltune.report.format.plots import CostPlot, Mark, cost_plot
-from fulltune.text import counted, format_bytes, format_number, format_seconds
+from fulltune.text import counted, format_bytes, format_number, format_seconds, listed
 
 _POINTER = "▸ "
 """Before the name of the recommended method."""
+_IN_TERMINAL = ("took", "all seeds")
+"""Of the facts."""
 
 
 def build(comparison: Comparison, picture: str = "") -> Report:
@@ -39,31 +41,101 @@ def build(comparison: Comparison, picture: str = "") -> Report:
         comparison: The record.
         picture: File name of the plots' picture, for Markdown.
     """
-    decision = comparison.decision
-    rows = counted(comparison.train_rows, "train row")
     sections = (
         _why(comparison),
-        _methods(comparison),
+        Section("field", "The methods", _methods(comparison)),
         _plot(comparison, picture),
         about_forgetting.section(comparison),
         _claims(comparison),
-        _fairness(comparison),
-        _how(comparison),
+        Section("fairness", "Fairness", (_fairness(comparison),)),
+        how(comparison),
         _again(comparison),
     )
+    rows = counted(comparison.train_rows, "train row")
     return Report(
         title=comparison.name,
         subtitle=f"Full fine-tuning or less? {words.file_name(comparison.model)} · {comparison.task} · {rows}",
-        headline=Headline(
-            kind=decision.verdict.lower(),
-            label=sentences.label(decision),
-            sentence=sentences.headline(comparison),
-            note=sentences.terms(comparison),
-            warning=sentences.warning(comparison),
-        ),
+        headline=_headline(comparison),
         key_figures=tuple(_key_figures(comparison)),
         sections=tuple(section for section in sections if section is not None),
     )
+
+
+def in_short(comparison: Comparison) -> list[Headline | Section | Block]:
+    """What stands in the terminal."""
+    answers = about_forgetting.answers(comparison.rows, comparison.decision, comparison.held)
+    parts = (
+        _headline(comparison),
+        _why(comparison),
+        Section("field", "The methods", _methods(comparison)),
+        unless_empty("Forgetting", [Bullets(tuple(answers.values()))] if answers else []),
+        _claims(comparison),
+        Section("fairness", "Fairness", (_fairness(comparison),)),
+        Section("how", "How it was made", (Facts(tuple(one for one in facts(comparison) if one[0] in _IN_TERMINAL)),)),
+    )
+    return [part for part in parts if part is not None]
+
+
+def label(decision: Decision) -> str:
+    """The verdict in capitals, with the method's name where it names one."""
+    name = decision.recommended
+    take = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": take {name}"}
+    return decision.verdict + take.get(decision.verdict, "")
+
+
+def _headline(comparison: Comparison) -> Headline:
+    """The verdict; before it, what trains nothing and comes near, because then little was gained."""
+    decision, write = comparison.decision, Writer.of(comparison.decision)
+    rivals = sum(one.decides for one in decision.differences)
+    together = f" for the {rivals} methods together" if rivals > 1 else ""
+    smaller = "" if comparison.greater_is_better else f" Smaller {write.name} is better."
+    terms = (
+        f"Margin: differences below {write.amount(decision.margin)} of {write.name} do not matter. Confidence: "
+        f"{_level(comparison)}{together}. Measured on {counted(decision.num_rows, 'test row')}.{smaller}"
+    )
+    sentence = f"{_near_without_training(comparison)} {decision.headline}".lstrip()
+    return Headline(decision.verdict.lower(), label(decision), sentence, note=terms, warning=_warning(comparison))
+
+
+def _near_without_training(comparison: Comparison) -> str:
+    """The strongest baseline, where the recommended method (else the best) is not above it by more than its interval.
+
+    It says what both have and claims nothing of their difference, whose interval over seeds and clusters of rows is not
+    known: a baseline is kept with resamples of single rows only.
+    """
+    known = [one for one in comparison.baselines if comparison.metric in one.metrics]
+    trained = [row for row in comparison.rows if row.seeds]
+    if not known or not trained:
+        return ""
+    sign = 1 if comparison.greater_is_better else -1
+    best = max(known, key=lambda one: sign * one.metrics[comparison.metric].value)
+    top = max(trained, key=lambda row: sign * row.metric.value)
+    row = next((one for one in trained if one.arm == comparison.decision.recommended), top)
+    value, write = best.metrics[comparison.metric].value, Writer.of(comparison.decision)
+    if sign * value >= sign * top.metric.value:
+        return f"No method here does better than {best.name}, which trains nothing and has {write.value(value)}."
+    if sign * value < min(sign * row.metric.low, sign * row.metric.high):
+        return ""
+    return (
+        f"{best.name}, which trains nothing, has {write.value(value)} on the same test rows, within the interval of "
+        f"{row.arm}, {write.estimate(row.metric)}."
+    )
+
+
+def _warning(comparison: Comparison) -> str:
+    """How many marks there are; empty: none."""
+    found = marks(comparison)
+    unfair = sum(one.startswith("Unfair") for one in found)
+    counts = ((unfair, "unfair setting"), (len(found) - unfair, "note"))
+    parts = [counted(count, noun) for count, noun in counts if count]
+    opened = len({(one.trials, one.alpha) for one in comparison.openings})  # the same trials again show nothing new
+    again = f"The sealed test rows were used for a verdict {opened} times. " if opened > 1 else ""
+    return f"{again}{listed(parts)}: see Fairness." if parts else ""
+
+
+def _level(comparison: Comparison) -> str:
+    """The confidence of its intervals: `95%`."""
+    return f"{100 * comparison.decision.confidence:g}%"
 
 
 def _key_figures(comparison: Comparison) -> list[tuple[str, str]]:
@@ -75,26 +147,42 @@ def _key_figures(comparison: Comparison) -> list[tuple[str, str]]:
         ("took", format_seconds(comparison.seconds)),
     ]
     if comparison.full_run_seconds > 0:
-        times = sentences.ratio(comparison.seconds / comparison.full_run_seconds).removesuffix("×")
+        times = ratio(comparison.seconds / comparison.full_run_seconds).removesuffix("×")
         figures.append(("cost in full runs", times))
     return figures
 
 
 def _why(comparison: Comparison) -> Section | None:
-    decision = comparison.decision
-    to_do = (f"What to do: {one}" for one in sentences.to_do(comparison))
-    items = (*decision.because, *to_do, *decision.notes)
+    """What decided, and what would decide what is open."""
+    decision, to_do = comparison.decision, list(comparison.decision.would_decide)
+    if comparison.can_go_on:
+        had = comparison.expectation.budget_seconds
+        given = f" (it had {format_seconds(had)})" if had else ""
+        more = f"give more time{given}: the same command with a larger --budget continues from these trials"
+        to_do.insert(0, more)
+    items = (*decision.because, *(f"What to do: {one}" for one in to_do), *decision.notes)
     return unless_empty("Why", [Bullets(items)] if items else [])
 
 
 # ---- the methods -----------------------------------------------------------------------------------------------
 
 
-def _methods(comparison: Comparison) -> Section:
-    blocks: list[Block] = [_quality(comparison), _cost(comparison)]
-    if waited := sentences.waited(comparison):
-        blocks.append(Bullets((waited,)))
-    return Section("field", "The methods", tuple(blocks))
+def _methods(comparison: Comparison) -> tuple[Block, ...]:
+    waiting = waited(comparison)
+    return (_quality(comparison), _cost(comparison), *[Bullets((waiting,))] * bool(waiting))
+
+
+def waited(comparison: Comparison) -> str:
+    """Which methods got fewer seeds, and why; empty when none did."""
+    decision = comparison.decision
+    names = ", ".join(row.arm for row in comparison.rows if row.waited and row.arm != decision.recommended)
+    if not names:
+        return ""
+    why = {
+        "FULL": "they were enough to show that full is better",
+        "UNDECIDED": "they waited for a clear answer about full and the best of the others",
+    }
+    return f"fewer seeds of {names}: {why.get(decision.verdict, 'the verdict did not hinge on them')}"
 
 
 def _name(row: ArmRow, comparison: Comparison) -> Cell:
@@ -104,53 +192,54 @@ def _name(row: ArmRow, comparison: Comparison) -> Cell:
 
 def _quality(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
+    behind = {one.arm: write.adjusted(one) for one in comparison.decision.differences}
     rows = []
     for row in comparison.rows:
-        updated = sentences.short_count(row.num_trainable)
+        updated = short_count(row.num_trainable)
         if row.num_trainable and row.num_parameters:
-            updated += f" ({sentences.fine_share(row.num_trainable / row.num_parameters)})"
+            updated += f" ({fine_share(row.num_trainable / row.num_parameters)})"
         on_edge = any(search.on_edge for search in comparison.searches if search.arm == row.arm)
         rows.append(
             (
                 _name(row, comparison),
                 updated,
                 write.estimate(row.metric),
-                sentences.behind_full(row, comparison),
-                NOTHING if row.gain_share is None else sentences.fine_share(row.gain_share),
+                "reference" if row.kind == "full" else behind.get(row.arm, NOTHING),
+                NOTHING if row.gain_share is None else fine_share(row.gain_share),
                 NOTHING if row.drift is None else format_number(row.drift.value),
                 NOTHING if row.learning_rate is None else f"{format_number(row.learning_rate)}{'*' * on_edge}",
                 str(len(row.seeds) or NOTHING),
             )
         )
-    level = sentences.level(comparison)
+    level = _level(comparison)
     recommended = f"{_POINTER}the recommended method. " if comparison.decision.recommended else ""
-    spread = "rows and seeds" if sentences.could_find(comparison) else "rows alone, since there is one seed"
+    spread = "rows and seeds" if known(comparison) else "rows alone, since there is one seed"
     caption = (
         f"Quality on the sealed test rows. {recommended}{write.name}: mean over seeds, with its {level} interval over "
         f"{spread}. The difference's interval holds for all deciding methods together; above 0 full is better. Drift: "
         f"{comparison.drift_unit} on generic text. *: best rate at the edge of those tried"
     )
-    metric, behind = f"{write.name} [{level}]", f"full is better by{write.unit}"
-    header = ("method", "parameters updated", metric, behind, "of full's gain", "drift", "rate", "seeds")
+    better = f"full is better by{' [points]' if write.in_points else ''}"
+    metric = f"{write.name} [{level}]"
+    header = ("method", "parameters updated", metric, better, "of full's gain", "drift", "rate", "seeds")
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
 def _cost(comparison: Comparison) -> Table:
-    full = sentences.full_of(comparison)
+    full = _full_of(comparison)
 
     def cell(row: ArmRow, field: str, write: Callable[[float], str]) -> str:
-        value = float(getattr(row, field))
+        value, whole = float(getattr(row, field)), float(getattr(full, field, 0))
         if value <= 0:
             return NOTHING
-        share = "" if row is full else sentences.to_full(row, full, field)
-        return f"{write(value)} · {share}" if share else write(value)
+        return write(value) if row is full or not whole else f"{write(value)} · {ratio(value / whole)}"
 
     rows = tuple(
         (
             _name(row, comparison),
             cell(row, "train_seconds", format_seconds),
-            sentences.short(row.tokens_per_second) if row.tokens_per_second else NOTHING,
-            cell(row, "train_flops", sentences.short),
+            short(row.tokens_per_second) if row.tokens_per_second else NOTHING,
+            cell(row, "train_flops", short),
             cell(row, "peak_memory_bytes", format_bytes),
             cell(row, "memory_growth_bytes", format_bytes),
             cell(row, "saved_bytes", format_bytes),
@@ -167,12 +256,13 @@ def _cost(comparison: Comparison) -> Table:
     return Table(caption, header, rows, frozenset(range(1, len(header))))
 
 
-# ---- the plot --------------------------------------------------------------------------------------------------
+def _full_of(comparison: Comparison) -> ArmRow | None:
+    return next((row for row in comparison.rows if row.kind == "full"), None)
 
 
 def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
     """Quality against time, and against operations where they are known."""
-    full, write = sentences.full_of(comparison), Writer.of(comparison.decision)
+    full, write = _full_of(comparison), Writer.of(comparison.decision)
     drawn = []
     for cost_name, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
         whole = getattr(full, field, 0.0)
@@ -181,7 +271,7 @@ def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
         marks = tuple(
             Mark(
                 *(row.arm, row.metric.value, row.metric.low, row.metric.high, write.value(row.metric.value)),
-                marker="s" if row.kind == "full" else "o",
+                is_full=row.kind == "full",
                 filled=row.arm == comparison.decision.recommended,
                 cost=getattr(row, field) / whole,
             )
@@ -198,130 +288,47 @@ def _plot(comparison: Comparison, picture: str) -> Section | None:
     if not found:
         return None
     legend = (
-        "Filled: the recommended method; square: full fine-tuning; the band around it: the margin. Triangles point to "
-        f"methods far off. Whiskers: {sentences.level(comparison)} intervals."
+        "Filled: the recommended method; square: full fine-tuning; the band around it: the margin. Methods far off are "
+        f"in the legend alone, with their value. Whiskers: {_level(comparison)} intervals."
     )
-    figures = tuple(Figure(cost_plot(one), one.title, one.words, file=picture) for one in found)
-    return Section("plot", "Quality against cost", (Figures(figures), Paragraph(legend)))
+    figures = Figures(tuple(map(cost_plot, found)), file=picture)
+    return Section("plot", "Quality against cost", (figures, Paragraph(legend)))
 
 
 # ---- what else -------------------------------------------------------------------------------------------------
 
 
 def _claims(comparison: Comparison) -> Section | None:
-    rows = tuple(
-        (f"“{one.claim}”", f"{sentences.held(one.holds).capitalize()}: {one.here}") for one in comparison.claims
-    )
+    became = {True: "Holds", False: "Does not hold", None: "Not decided"}
+    rows = tuple((f"“{one.claim}”", f"{became[one.holds]}: {one.here}") for one in comparison.claims)
     return unless_empty("Common claims", [Facts(rows)] if rows else [])
 
 
-def _fairness(comparison: Comparison) -> Section:
-    found = sentences.marks(comparison)
-    said: Block = Bullets(tuple(found)) if found else Paragraph("No unfair setting was found.")
-    return Section("fairness", "Fairness", (said,))
+def _fairness(comparison: Comparison) -> Block:
+    found = marks(comparison)
+    return Bullets(tuple(found)) if found else Paragraph("No unfair setting was found.")
 
 
-def _how(comparison: Comparison) -> Section:
-    blocks: list[Block] = [Facts(tuple(_facts(comparison))), _searches(comparison)]
-    if comparison.baselines:
-        blocks.append(_baselines(comparison))
-    if comparison.looks:
-        looks = tuple(
-            f"{counted(look.num_seeds, 'seed')} of at most {look.max_seeds}: {look.reason}" for look in comparison.looks
-        )
-        blocks.append(Folded("After each seed", (Bullets(looks),)))
-    if comparison.notes:
-        blocks.append(Bullets(comparison.notes))
-    blocks.append(Folded("Versions", (Facts(tuple(comparison.versions.items())),)))
-    return Section("how", "How it was made", tuple(blocks))
-
-
-def _facts(comparison: Comparison) -> list[tuple[str, str]]:
-    expected, openings = comparison.expectation, comparison.openings
-    took, fixed = sentences.spent(comparison)
-    cores = counted(comparison.cores, "core")
-    parallel = f", {comparison.side_by_side} trials side by side" if comparison.side_by_side > 1 else ""
-    times = "once" if len(openings) == 1 else f"{len(openings)} times"
-    mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
-    opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
-    facts = [
-        (
-            "rows",
-            f"{comparison.train_rows:,} to train{mixed}, {comparison.eval_rows:,} to choose rates and checkpoints, "
-            f"{comparison.test_rows:,} to test; data {comparison.data_fingerprint[:12]}",
-        ),
-        ("test rows used for a verdict", opened if openings else "not noted"),
-        ("took", f"{took}; {comparison.device}, {cores}{parallel}"),
-        ("all seeds", fixed),
-        ("could find", _could_find(comparison)),
-        ("seeds differed", _seeds_differed(comparison)),
-        ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
-        ("drift", f"{comparison.drift_unit} against the untouched model, on {comparison.drift_text}"),
-        ("started", comparison.started),
+def marks(comparison: Comparison) -> list[str]:
+    """All that a reader must know before believing the verdict, what is unfair first."""
+    said = [
+        f"{'Unfair' if one.level == 'unfair' else 'Note'}: {one.where}: {one.what}. To do: {one.to_do}."
+        for one in sorted(comparison.findings, key=lambda one: one.level != "unfair")
     ]
-    return [(name, value) for name, value in facts if value]
-
-
-def _could_find(comparison: Comparison) -> str:
-    """The differences that this comparison would have found in 8 of 10 cases."""
-    parts = []
-    expected, write = comparison.expectation, Writer.of(comparison.decision)
-    if expected.detectable is not None:
-        seeds = counted(expected.num_seeds, "seed")
-        apart = "" if expected.detectable_apart is None else ", where seeds differ by half a point"
-        parts.append(f"expected before the start, with {seeds}: {write.found_from(expected.detectable)}{apart}")
-        if expected.detectable_apart is not None:
-            parts[-1] += f", {write.found_from(expected.detectable_apart)} where by two"
-    if found := sentences.could_find(comparison):
-        parts.append(f"in the end: {found}; true differences of that size are found in 8 of 10 comparisons")
-    return "; ".join(parts)
-
-
-def _seeds_differed(comparison: Comparison) -> str:
-    """The spread between seeds, beyond what few rows make of it."""
-    write = Writer.of(comparison.decision)
-    parts = [
-        f"{one.arm} by {write.amount(one.seed_sd)}" for one in comparison.decision.scores if one.seed_sd is not None
-    ]
-    return f"{', '.join(parts)} (standard deviation)" if parts else ""
-
-
-def _searches(comparison: Comparison) -> Table:
-    write = Writer.of(comparison.decision)
-    rows = tuple(
-        (
-            foreign(one.arm),
-            _tried(one.tried, write) or NOTHING,
-            _whole(one, write) or NOTHING,
-            f"{format_number(one.chosen)}{'*' * one.on_edge}",
-            one.reason,
+    decision = comparison.decision
+    write, deciding = Writer.of(decision), known(comparison)
+    still_open = [one for one in deciding if not (one.full_better or one.arm_better or one.equivalent)]
+    if any(one.detectable > decision.margin for one in still_open):
+        said.append(
+            "Note: differences that so many test rows and seeds find in 8 of 10 cases: "
+            f"{found_from(still_open, write)}; the margin is {write.amount(decision.margin)}."
         )
-        for one in comparison.searches
-    )
-    header = ("method", "short runs", "whole runs", "chosen", "why")
-    caption = f"Learning rates with their {write.name} on the eval rows. *: a better one may lie beyond those tried"
-    return Table(caption, header, rows, frozenset({3}))
-
-
-def _whole(search: Search, write: Writer) -> str:
-    """Whole runs at different rates, and how many were given up before (diverged, or below their short run)."""
-    apart = max(0, search.other_runs - max(0, len(search.whole) - 1))
-    return " · ".join([_tried(search.whole, write)] * bool(search.whole) + [f"{apart} given up"] * bool(apart))
-
-
-def _tried(tried: Sequence[Tried], write: Writer) -> str:
-    by_rate = sorted(tried, key=lambda one: one.learning_rate)
-    return " · ".join(f"{format_number(one.learning_rate)}: {write.value(one.metric)}" for one in by_rate)
-
-
-def _baselines(comparison: Comparison) -> Table:
-    write = Writer.of(comparison.decision)
-    rows = tuple(
-        (foreign(one.name), write.estimate(one.metrics[comparison.metric]))
-        for one in comparison.baselines
-        if comparison.metric in one.metrics
-    )
-    return Table("Without training", ("baseline", write.name), rows, frozenset({1}))
+    if blind := [one.arm for one in deciding if write.in_points and one.adjusted_high - one.adjusted_low >= 1]:
+        said.append(
+            f"Note: {listed(blind)}: too few seeds to estimate the spread between seeds, so the difference's interval "
+            "covers nearly everything; add seeds."
+        )
+    return said
 
 
 def _again(comparison: Comparison) -> Section:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
-from fulltune.report.comparison import sentences
-from fulltune.report.comparison.content import build, plots
+from fulltune.report.comparison.content import build, label, plots
 from fulltune.report.format.html import page
 from fulltune.report.format.markdown import markdown
 from fulltune.report.format.plots import cost_picture
@@ -39,7 +38,7 @@ def write_comparison(folder: Path) -> tuple[Path, ...]:
     found, picture = plots(comparison), target / PICTURE
     if found:
         subtitle = f"{comparison.name}: {comparison.decision.headline}"
-        cost_picture(sentences.label(comparison.decision), subtitle, found, picture)
+        cost_picture(label(comparison.decision), subtitle, found, picture)
     else:
         picture.unlink(missing_ok=True)  # one of an earlier comparison would contradict the report
     report = build(comparison, PICTURE)

@@ -1,4 +1,4 @@
-"""What a report is made of. `run` and `comparison` build it; `markdown` and `html` print the same, so they agree."""
+"""What a report is made of: described once, printed by `html`, `markdown` and `terminal`."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption; the first column names the row."""
+    """A table; the first column names the row."""
 
     caption: str
+    """Empty: the section's title says it."""
     header: tuple[str, ...]
     rows: tuple[Row, ...]
     numeric: frozenset[int] = frozenset()
@@ -62,8 +63,6 @@ class Figure:
     svg: str
     title: str
     words: str
-    file: str = ""
-    """A picture beside the Markdown that shows the same."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,8 @@ class Figures:
     items: tuple[Figure, ...]
     drawn_only: bool = False
     """True: a table beside it has the same numbers, so Markdown leaves it out."""
+    file: str = ""
+    """A picture beside the Markdown that shows the same."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The report as plain Markdown, made to be read in a terminal: tables are padded, nothing needs to be rendered."""
+"""The report as plain Markdown, readable as it is: tables are padded."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fulltune.report.format.blocks import (
     Paragraph,
     Previews,
     Report,
+    Section,
     Table,
 )
 from fulltune.report.format.words import clipped
@@ -39,9 +40,14 @@ def markdown(report: Report) -> str:
         lines += [f"**{escaped(report.headline.warning)}**", ""]
     if report.key_figures:
         lines += [*(f"- {name}: {value}" for name, value in report.key_figures), ""]
-    for section in report.sections:
-        lines += [f"## {section.title}", "", *(line for block in section.blocks for line in _block(block))]
-    return "\n".join(lines).rstrip() + "\n"
+    body = "\n".join(section_in_markdown(section, "##") for section in report.sections)
+    return "\n".join([*lines, body]).rstrip() + "\n"
+
+
+def section_in_markdown(section: Section, level: str = "#") -> str:
+    """Print one section, as a page of its own or inside a report."""
+    lines = [f"{level} {section.title}", "", *(line for block in section.blocks for line in _block(block))]
+    return "\n".join(lines)
 
 
 def escaped(text: str) -> str:
@@ -52,13 +58,7 @@ def escaped(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
-    """A Markdown table whose columns line up in a terminal.
-
-    Args:
-        header: Column names.
-        rows: One text per column.
-        numeric: Columns that are aligned to the right.
-    """
+    """A Markdown table whose columns line up; those of `numeric` are aligned to the right."""
     cells = [[escaped(text) for text in row] for row in (header, *rows)]
     widths = [max(3, *(_columns(row[index]) for row in cells)) for index in range(len(header))]
     rule = ["-" * (width - 1) + (":" if index in numeric else "-") for index, width in enumerate(widths)]
@@ -92,8 +92,8 @@ def _block(block: Block) -> Iterator[str]:
             return
         case Figures():  # the drawings are in report.html; here is what they say
             yield from (*(f"- {escaped(figure.title)}: {escaped(figure.words)}" for figure in block.items), "")
-            for file in sorted({figure.file for figure in block.items} - {""}):
-                yield from (f"![{escaped(listed([figure.title for figure in block.items]))}]({file})", "")
+            if block.file:
+                yield from (f"![{escaped(listed([figure.title for figure in block.items]))}]({block.file})", "")
         case Code():
             yield from (fenced(block.text, block.language), "")
         case Previews():

@@ -13,18 +13,13 @@ from fulltune.files import write_text
 from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import MemoryKind, Plan
 from fulltune.records.scores import Estimate
-from fulltune.text import format_bytes, format_metric, format_number, format_percent, is_share
+from fulltune.text import format_bytes, format_metric, format_percent
 
 # Text from data may hold terminal escapes, NUL (invalid in HTML), halves of a character that UTF-8 cannot write, or
 # marks that reverse the text around it: show them by code instead of obeying them. Newline and tab stay.
 _UNSAFE = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff\\ufffe\\uffff]"
 )
-
-
-def tick(name: str, value: float) -> str:
-    """Like `format_metric`, without decimals that an axis does not need: `80%`."""
-    return f"{round(100 * value, 1):g}%" if is_share(name) else format_number(value)
 
 
 def metric_name(name: str) -> str:

@@ -14,7 +14,6 @@ from fulltune.records.plan import Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
-    Figure,
     Figures,
     Folded,
     Paragraph,
@@ -24,8 +23,7 @@ from fulltune.report.format.blocks import (
     first_open,
     unless_empty,
 )
-from fulltune.report.format.frontiers import frontier_plot
-from fulltune.report.format.plots import Point, curve_in_words, learning_curve
+from fulltune.report.format.plots import Frontier, Point, frontiers_plot, learning_curve
 from fulltune.report.run.read import RunView
 from fulltune.text import counted, format_metric, format_number, format_percent
 
@@ -46,7 +44,7 @@ def _of(view: RunView, trial: str) -> list[Block]:
     writes = view.summary.form.reads_any_text
     kept = outcome.best_step if outcome else None
     title = "rise of the loss on generic text" if writes else "change of the hidden states on generic text"
-    figures = [Figure(learning_curve(title, points, "drift", kept), title, curve_in_words(points, "drift", kept))]
+    figures = [learning_curve(title, points, "drift", kept)]
     errors = dict(history.evaluation.get("drift_error", ()))
     moved = in_words(points, errors, kept, writes)
     if found is not None and found.why:
@@ -55,10 +53,9 @@ def _of(view: RunView, trial: str) -> list[Block]:
     if found is None:
         return [*said, Figures(tuple(figures))]
     title = f"{words.metric_name(found.metric)} by drift on generic text"
-    marks = [(point.measured.drift, point.metric, point.kind) for point in found.points]
-    chosen = (found.chosen.measured.drift, found.chosen.metric)
-    drawn = frontier_plot(title, marks, chosen, found.limit, found.metric)
-    figures.append(Figure(drawn, title, " ".join(_frontier(found))))
+    tried = Frontier("tried", tuple((point.measured.drift, point.metric) for point in found.points))
+    kept_at = Frontier("kept", ((found.chosen.measured.drift, found.chosen.metric),), filled=True)
+    figures.append(frontiers_plot(title, [tried, kept_at], found.limit, found.metric, " ".join(_frontier(found))))
     steered = [event for attempt in view.attempts_of(trial) for event in attempt.events if isinstance(event, Steered)]
     said += [Paragraph(about_task(found))] if found.task is not None else []
     evidence, helps = held_back(found)

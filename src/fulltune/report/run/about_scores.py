@@ -16,7 +16,6 @@ from fulltune.report.format.blocks import (
     Exchange,
     Exchanges,
     Facts,
-    Figure,
     Figures,
     Folded,
     Paragraph,
@@ -77,15 +76,14 @@ def results(view: RunView) -> Section | None:
     marks = [
         Mark(
             *(row.name, found.value, found.low, found.high, format_metric(main, found.value)),
-            marker={"baseline": "o", "untouched": "s", "trained": "D"}[row.kind],
             filled=row.kind == "trained",
         )
         for row in view.scores
         if (found := row.metrics.get(main)) is not None
     ]
     if marks:
-        legend = f"Mark and {level} interval; circle: baseline, square: before training, diamond: trained."
-        blocks.append(Figures((Figure(interval_plot(title, marks, main), title, legend),), drawn_only=True))
+        legend = f"Mark and {level} interval; filled: trained."
+        blocks.append(Figures((interval_plot(title, marks, main, legend),), drawn_only=True))
     return Section("results", "Results on the test rows", tuple(blocks))
 
 

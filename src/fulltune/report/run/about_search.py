@@ -7,8 +7,8 @@ import math
 from fulltune.records.comparison import Search
 from fulltune.records.search import Searched, TriedSettings
 from fulltune.report.format import words
-from fulltune.report.format.blocks import Block, Cell, Figure, Figures, Paragraph, Row, Section, Table
-from fulltune.report.format.plots import rates_in_words, rates_plot
+from fulltune.report.format.blocks import Block, Cell, Figures, Paragraph, Row, Section, Table
+from fulltune.report.format.plots import rates_plot
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import bounds, difference
 from fulltune.text import counted, format_metric, format_number, format_seconds, listed
@@ -72,8 +72,7 @@ def _rates(found: Searched, search: Search) -> list[Block]:
     table = Table(f"Learning rates with their {said} on the eval rows", header, tuple(rows), frozenset({0, 1, 2}))
     series = (("short runs", short), ("whole runs", whole))
     title = f"{said} on the eval rows by learning rate"
-    figure = Figure(rates_plot(title, series, name, search.chosen), title, rates_in_words(series, name))
-    return [Figures((figure,)), table]
+    return [Figures((rates_plot(title, series, name, search.chosen),)), table]
 
 
 def _settings(found: Searched) -> Table:

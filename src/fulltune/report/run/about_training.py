@@ -14,7 +14,6 @@ from fulltune.report.format.blocks import (
     Cell,
     Code,
     Facts,
-    Figure,
     Figures,
     Folded,
     Paragraph,
@@ -24,7 +23,7 @@ from fulltune.report.format.blocks import (
     first_open,
     unless_empty,
 )
-from fulltune.report.format.plots import Point, curve_in_words, learning_curve
+from fulltune.report.format.plots import Point, learning_curve
 from fulltune.report.run.fitting import Curves, Fitting, fitting
 from fulltune.report.run.history import after_start, before_start
 from fulltune.report.run.read import RunView
@@ -69,11 +68,7 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
     if not series:
         return []
     figures = (
-        Figure(
-            learning_curve(title, points, name, step, history.restarts, history.skipped),
-            title,
-            curve_in_words(points, name, step),
-        )
+        learning_curve(title, points, name, step, history.restarts, history.skipped)
         for name, title, points, step in series
     )
     blocks: list[Block] = [Figures(tuple(figures))]

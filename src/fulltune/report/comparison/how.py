@@ -1,0 +1,134 @@
+"""How a comparison was made: its rows, its time, its searches, and what it could have found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fulltune.records.comparison import Comparison, Search, Tried
+from fulltune.records.differences import Difference
+from fulltune.report.comparison.numbers import NOTHING, Writer, ratio
+from fulltune.report.format.blocks import Block, Bullets, Facts, Folded, Section, Table, foreign
+from fulltune.text import counted, format_number, format_percent, format_seconds
+
+
+def how(comparison: Comparison) -> Section:
+    """The section: rows, time, what could be found, rates, baselines, versions."""
+    blocks: list[Block] = [Facts(tuple(facts(comparison))), _searches(comparison)]
+    if comparison.baselines:
+        write = Writer.of(comparison.decision)
+        scored = [one for one in comparison.baselines if comparison.metric in one.metrics]
+        rows = tuple((foreign(one.name), write.estimate(one.metrics[comparison.metric])) for one in scored)
+        blocks.append(Table("Without training", ("baseline", write.name), rows, frozenset({1})))
+    if comparison.looks:
+        looks = tuple(
+            f"{counted(look.num_seeds, 'seed')} of at most {look.max_seeds}: {look.reason}" for look in comparison.looks
+        )
+        blocks.append(Folded("After each seed", (Bullets(looks),)))
+    if comparison.notes:
+        blocks.append(Bullets(comparison.notes))
+    blocks.append(Folded("Versions", (Facts(tuple(comparison.versions.items())),)))
+    return Section("how", "How it was made", tuple(blocks))
+
+
+def facts(comparison: Comparison) -> list[tuple[str, str]]:
+    expected, openings = comparison.expectation, comparison.openings
+    took, fixed = spent(comparison)
+    cores = counted(comparison.cores, "core")
+    parallel = f", {comparison.side_by_side} trials side by side" if comparison.side_by_side > 1 else ""
+    times = "once" if len(openings) == 1 else f"{len(openings)} times"
+    mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
+    opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
+    write = Writer.of(comparison.decision)
+    spread = [
+        f"{one.arm} by {write.amount(one.seed_sd)}" for one in comparison.decision.scores if one.seed_sd is not None
+    ]
+    found = [
+        (
+            "rows",
+            f"{comparison.train_rows:,} to train{mixed}, {comparison.eval_rows:,} to choose rates and checkpoints, "
+            f"{comparison.test_rows:,} to test; data {comparison.data_fingerprint[:12]}",
+        ),
+        ("test rows used for a verdict", opened if openings else "not noted"),
+        ("took", f"{took}; {comparison.device}, {cores}{parallel}"),
+        ("all seeds", fixed),
+        ("could find", _could_find(comparison)),
+        ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
+        ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
+        ("drift", f"{comparison.drift_unit} against the untouched model, on {comparison.drift_text}"),
+        ("started", comparison.started),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def spent(comparison: Comparison) -> tuple[str, str]:
+    """What everything took, and what stopping early saved, in a sentence each."""
+    one, design = comparison.full_run_seconds, comparison.fixed_design_seconds
+    took, fixed = f"{format_seconds(comparison.seconds)} in all", f"{format_seconds(design)} of training"
+    if one > 0:
+        parts = comparison.full_side_by_side
+        parallel = f", with 1/{parts} of the cores" if parts > 1 else ""
+        took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)}{parallel})"
+        fixed += f", {ratio(design / one)} one full run"
+    expected = comparison.expectation
+    seeds = counted(expected.recipe_seeds or expected.num_seeds, "seed")
+    searched = ", rate searches included," if any(row.search_seconds for row in comparison.rows) else ""
+    said = f"{seeds} of every method{searched} take {fixed}"
+    saved = design - sum(row.train_seconds * len(row.seeds) + row.search_seconds for row in comparison.rows)
+    if not saved > 0.005 * design > 0:
+        return took, f"{said}; stopping early saved nothing"
+    amount, share = format_seconds(saved), format_percent(saved / design)
+    if comparison.time_was_up:
+        return took, f"{said}; the budget ended before {amount} of it ({share})"
+    return took, f"{said}; stopping early saved {amount} of it ({share})"
+
+
+def _could_find(comparison: Comparison) -> str:
+    """The differences that this comparison would have found in 8 of 10 cases."""
+    parts, expected, write = [], comparison.expectation, Writer.of(comparison.decision)
+    if expected.detectable is not None:
+        seeds = counted(expected.num_seeds, "seed")
+        apart = "" if expected.detectable_apart is None else ", where seeds differ by half a point"
+        parts.append(f"expected before the start, with {seeds}: {write.found_from(expected.detectable)}{apart}")
+        if expected.detectable_apart is not None:
+            parts[-1] += f", {write.found_from(expected.detectable_apart)} where by two"
+    if found := found_from(known(comparison), write):
+        parts.append(f"in the end: {found}; true differences of that size are found in 8 of 10 comparisons")
+    return "; ".join(parts)
+
+
+def _searches(comparison: Comparison) -> Table:
+    write = Writer.of(comparison.decision)
+    rows = tuple(
+        (
+            foreign(one.arm),
+            _tried(one.tried, write) or NOTHING,
+            _whole(one, write) or NOTHING,
+            f"{format_number(one.chosen)}{'*' * one.on_edge}",
+            one.reason,
+        )
+        for one in comparison.searches
+    )
+    header = ("method", "short runs", "whole runs", "chosen", "why")
+    caption = f"Learning rates with their {write.name} on the eval rows. *: a better one may lie beyond those tried"
+    return Table(caption, header, rows, frozenset({3}))
+
+
+def _whole(search: Search, write: Writer) -> str:
+    """Whole runs at different rates, and how many were given up before (diverged, or below their short run)."""
+    apart = max(0, search.other_runs - max(0, len(search.whole) - 1))
+    return " · ".join([_tried(search.whole, write)] * bool(search.whole) + [f"{apart} given up"] * bool(apart))
+
+
+def _tried(tried: Sequence[Tried], write: Writer) -> str:
+    by_rate = sorted(tried, key=lambda one: one.learning_rate)
+    return " · ".join(f"{format_number(one.learning_rate)}: {write.value(one.metric)}" for one in by_rate)
+
+
+def known(comparison: Comparison) -> list[Difference]:
+    """The deciding differences of which the spread between seeds is known."""
+    return [one for one in comparison.decision.differences if one.decides and one.seeds_known]
+
+
+def found_from(differences: Sequence[Difference], write: Writer) -> str:
+    """From which size on a difference to each method is found in 8 of 10 cases."""
+    return ", ".join(f"{write.found_from(one.detectable)} ({one.arm})" for one in differences)

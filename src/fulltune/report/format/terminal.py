@@ -1,0 +1,125 @@
+"""Blocks on a terminal: what is folded away in `report.html`, and drawings, are left to that page."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from rich.table import Table as Grid
+from rich.text import Text
+
+from fulltune.records.data import Segment
+from fulltune.report.format import blocks
+from fulltune.report.format.blocks import Block, Cell, Headline, Section
+from fulltune.report.format.words import clipped, one_line
+
+_CELL_LIMIT, _TEXT_LIMIT = 80, 300
+"""Letters of a text from data or a model, in a table and outside of one."""
+_NAME_WIDTH = 28
+"""Columns of text may become as narrow as this; numbers stay on one line."""
+_STYLES = {
+    **dict.fromkeys(("better", "peft", "variant", "equivalent"), "bold green"),
+    "worse": "bold red",
+    "full": "bold blue",
+}
+
+
+def show(console: Console, parts: Iterable[Headline | Section | Block]) -> None:
+    """Print them one after the other; a table wider than the terminal continues below with its other columns."""
+    for part in parts:
+        for line in _lines(part, console.width):
+            # A command is for copying: the terminal may break its line, nothing else.
+            console.print(line, soft_wrap=isinstance(part, blocks.Code), highlight=False)
+
+
+def _lines(part: Headline | Section | Block, width: int) -> Iterator[RenderableType]:
+    match part:
+        case Headline():
+            style = _STYLES.get(part.kind, "bold yellow")
+            yield Text.assemble((f"{one_line(part.label)}.", style), f" {one_line(part.sentence)}")
+            yield from (Text(one_line(text)) for text in (part.note, part.warning) if text)
+        case Section():
+            yield Text(f"\n{part.title}", style="bold")
+            for number, block in enumerate(part.blocks):
+                yield from [""] * (number > 0 and isinstance(block, blocks.Table))
+                yield from _lines(block, width)
+        case blocks.Paragraph():
+            yield Text(one_line(part.text))
+        case blocks.Bullets():
+            yield _grid([("-", item) for item in part.items], gap=1)
+        case blocks.Facts():
+            yield _grid(part.rows)
+        case blocks.Table():
+            yield from [Text(one_line(part.caption), style="dim")] * bool(part.caption)
+            yield from _tables(part, width)
+        case blocks.Code():
+            is_long = part.language == "sh" and len(part.text) > width
+            yield Text(part.text.replace(" --set ", " \\\n  --set ") if is_long else part.text)
+        case blocks.Previews():
+            yield from (_preview(segments, label) for segments, label in part.items)
+        case blocks.Exchanges():
+            for exchange in part.items:
+                yield Text(_short(exchange.asked), style="bold")
+                yield _grid([(who, _short(what)) for who, what in exchange.said])
+
+
+def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
+    """Names, and texts whose lines stand under each other."""
+    grid = Grid.grid(padding=(0, gap, 0, 0))
+    grid.add_column(max_width=_NAME_WIDTH, style="dim")
+    grid.add_column(overflow="fold")
+    for name, text in rows:
+        grid.add_row(Text(one_line(name)), Text(one_line(text)))
+    return grid
+
+
+def _tables(table: blocks.Table, width: int) -> Iterator[Grid]:
+    """Tables with as many columns as fit; each begins with the first one, which names the rows."""
+    cells = [[_cell(cell) for cell in row] for row in table.rows]
+    numbers, needed, headers = range(len(table.header)), [], []
+    for number in numbers:
+        widest = max((cell_len(row[number]) for row in cells), default=0)
+        name = one_line(table.header[number])
+        headers.append("\n".join(textwrap.wrap(name, max(widest, *map(len, name.split() or [""]), 1))))
+        widest = max(widest, *(cell_len(line) for line in headers[-1].split("\n")))
+        needed.append(widest if number in table.numeric else min(widest, _NAME_WIDTH))
+    groups: list[list[int]] = [[]]
+    for number in numbers:
+        if groups[-1] and sum(needed[one] + 2 for one in (*groups[-1], number)) - 2 > width:
+            groups.append([0])
+        groups[-1].append(number)
+    for group in groups:
+        grid = Grid(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        for number in group:
+            if number in table.numeric:
+                grid.add_column(Text(headers[number]), justify="right", no_wrap=True)
+            else:
+                grid.add_column(Text(headers[number]), overflow="fold")
+        for row in cells:
+            grid.add_row(*(Text(row[number]) for number in group))
+        yield grid
+
+
+def _cell(cell: Cell | str) -> str:
+    if isinstance(cell, str):
+        return one_line(cell)
+    return one_line(clipped(cell.text, _CELL_LIMIT) if cell.foreign else cell.text)
+
+
+def _preview(segments: Iterable[Segment], label: str | None) -> Text:
+    """A row on one line; what is trained stands in ⟦brackets⟧ and green."""
+    line = Text("  ")
+    for segment in segments:
+        text = one_line(segment.text)
+        text = text if len(text) <= 160 else f"{text[:100]} … {text[-55:]}"
+        line.append(f"⟦{text}⟧ " if segment.trained else f"{text} ", style="green" if segment.trained else "dim")
+    if label is not None:
+        line.append("→ ", style="dim")
+        line.append(f"⟦{one_line(label)}⟧", style="green")
+    return line
+
+
+def _short(text: str) -> str:
+    return one_line(text)[:_TEXT_LIMIT]
