@@ -30,7 +30,9 @@ _NOBODY = re.compile(
 _FILES = {"png", "jpg", "jpeg", "gif", "webp", "svg", "css", "js", "py", "txt"}
 """`icon@2x.png` is a file."""
 
-_IBAN = re.compile(r"(?<![A-Za-z0-9])([A-Z]{2})(\d{2}(?: ?[A-Z0-9]){11,30})")
+_BETWEEN = r"[ .\t\u00a0\u2007\u2009\u202f\u2010-\u2015\u2212-]"
+"""Blanks of all widths, dots and dashes, as they stand between groups of digits."""
+_IBAN = re.compile(rf"(?<![A-Za-z0-9])([A-Z]{{2}})(\d{{2}}(?:{_BETWEEN}?[A-Z0-9]){{11,30}})")
 _IBAN_LENGTHS = {
     **{"AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28},
     **{"CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DK": 18, "DO": 28, "EE": 20, "EG": 29, "ES": 24, "FI": 18},
@@ -44,7 +46,8 @@ _IBAN_LENGTHS = {
 """Characters of an account number by country, from the registry of ISO 13616."""
 
 _CARD = re.compile(
-    r"(?<![\w.,$€£\[-])(?<!\w\()(?:\d{15,16}|\d{4}([ .-])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{4,5})(?![\w-]|[.,]\d)"
+    rf"(?<![\w.,$€£\[-])(?<!\w\()(?:\d{{15,16}}|\d{{4}}(?:{_BETWEEN}\d{{4}}){{3}}(?:{_BETWEEN}\d{{3}})?"
+    rf"|\d{{4}}{_BETWEEN}\d{{6}}{_BETWEEN}\d{{4,5}})(?![\w-]|[.,]\d)"
 )
 _ISSUER = re.compile(
     r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
@@ -111,7 +114,7 @@ def _accounts(text: str) -> Iterator[Hit]:
     for found in _IBAN.finditer(text):
         size = _IBAN_LENGTHS.get(found[1], 0)
         # As many characters as the country has, whatever stands behind them.
-        places = [place for place in range(*found.span()) if text[place] != " "][:size]
+        places = [place for place in range(*found.span()) if text[place].isalnum()][:size]
         if not size or len(places) < size or text[places[-1] + 1 : places[-1] + 2].isalnum():
             continue
         if passes_mod_97("".join(text[place] for place in places)):

@@ -60,6 +60,11 @@ _FORMATS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
             r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
             r"(?:(?:[\w+/=\s\\:,.]|-(?!-)){40,}|(?=[^-$<{]{0,39}-----END))(?:[^-]{0,39}-----END [A-Z0-9 ]{3,40}-----)?",
         ),
+        (
+            "private key",
+            ("Private-Lines:",),
+            r"Private-Lines: \d+(?:\s|\\[rn])+(?=[\w+/=]{40})[\w+/=\s\\]+(?:-MAC: [a-f0-9]+)?",
+        ),
         ("AWS access key", ("AKIA", "ASIA"), r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"),
         ("GitHub token", ("gh", "github_pat_"), r"\b(?:gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9_]{82})\b"),
         ("GitLab token", ("gl",), r"\bgl(?:pat|dt|ft|soat|rt|ptt|cbt)-[\w-]{20,64}"),
@@ -103,7 +108,7 @@ _LONG = re.compile(r"[\w.:+/=-]{20}")
 _SAID = re.compile(r"\b(?:password|passcode|passwort|pwd) (?:is|ist) [\"'`]?([^\s\"'`,;<>]{8,100})", re.IGNORECASE)
 _HEADER = re.compile(r"\b(?:[Bb]earer|Basic) ([\w+/=.~-]{20,1000})")
 _NOT_GIVEN = re.compile(
-    r"example|sample|dummy|test|your|change|placeholder|redacted|xxx|\*{3}|\.{3}|…|1234|abcd|abc.?123|_token_|\$\{|\{\{|^\$|^\{|^<|^%|\[|[()]"
+    r"(?<![a-z])(?:example|sample|dummy|test|your|change|placeholder|redacted)|xxx|\*{3}|\.{3}|…|1234|abcd|abc.?123|_token_|\$\{|\{\{|^\$|^\{|^<|^%|\[|[()]"
     r"|://|^(?:pass(?:w(?:or)?d)?|pwd|secret|tiger)$",
     re.IGNORECASE,
 )

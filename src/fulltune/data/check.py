@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
 from fulltune.audit import masked_text
+from fulltune.audit.flaw import masked
 from fulltune.audit.names import alike_in_words
 from fulltune.data.encode import NEW_LABEL, DropTally, Encoded
 from fulltune.data.marks import problems_of
@@ -19,7 +21,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import shared_by
 from fulltune.records.data import SplitName
 from fulltune.tasks import Target
-from fulltune.text import counted
+from fulltune.text import counted, first_few
 
 MOST_DROPPED = 0.05
 """Share of a file's rows that may be unusable; more points to a wrong column or a broken export."""
@@ -27,6 +29,30 @@ UNDECODABLE_IMAGE = "undecodable image"
 FEW_EVAL_ROWS = 50
 _FEW_OF_A_CLASS = 5
 """One right answer more or less then moves its recall by 20 points or more."""
+
+
+_NEVER_NAMES = re.compile(r"\[(?:SECRET|CARD|IBAN|SSN)\]")
+"""What masks a password, a key or a number of somebody's: no class is called so for a reason."""
+
+
+def refuse_secret_names(target: Target, where: str) -> list[str]:
+    """What cannot be hidden, because names of labels and columns are read with the rows and the finished model.
+
+    Returns:
+        A note, where some of them are e-mail addresses, phone numbers or addresses of computers.
+
+    Raises:
+        DataError: When some hold a password, a key, or the number of a card, an account or a person.
+    """
+    problems, notes = list[str](), list[str]()
+    columns = (("column", name) for name in target.columns.values())
+    for kind, name in (*columns, *(("label", name) for name in target.labels)):
+        if (shown := masked_text(name)) != name:
+            (problems if _NEVER_NAMES.search(shown) else notes).append(f"{kind} {masked(name)} ({shown})")
+    told = "stand in summaries, reports and the model's config.json, where nothing masks them"
+    if problems:
+        raise DataError(f"{where}: names of labels and columns {told}: {first_few(problems)}; rename them in the file")
+    return [f"personal data in names of labels or columns, which {told}: {first_few(notes)}"] if notes else []
 
 
 def refuse_unusable(

@@ -20,9 +20,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fulltune.audit import masked_text
 from fulltune.data import cache, mix
 from fulltune.data.apart import STANDS_EARLIER, late_rows, listed_late, notes_apart, notes_on_known
-from fulltune.data.check import note_on_flaws, notes, num_shared, refuse_new_labels, refuse_unusable, unmeasured
+from fulltune.data.check import (
+    note_on_flaws,
+    notes,
+    num_shared,
+    refuse_new_labels,
+    refuse_secret_names,
+    refuse_unusable,
+    unmeasured,
+)
 from fulltune.data.contamination import KnownTexts, files_of, read_texts
 from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near, join_values
 from fulltune.data.length_share import explained_by_class, explained_by_value
@@ -78,7 +87,7 @@ def prepare(
     cache_folder: Path | None = None,
     listener: Listener = lambda event: None,
 ) -> DataSummary:
-    """Read, check, split and tokenise; write the splits and their summary.
+    """Read, check, split and tokenise; write the splits, and their summary to `summary.json`.
 
     Args:
         recipe: The checked recipe.
@@ -90,9 +99,6 @@ def prepare(
         planned_for: Fingerprint of the rows that the run's plan, checkpoints and scores belong to, when there are any.
         cache_folder: Where prepared rows are kept for other runs.
         listener: Told about progress.
-
-    Returns:
-        The summary, also written to `summary.json`.
 
     Raises:
         DataError: When the rows cannot be learned from; nothing of an earlier run is lost.
@@ -164,6 +170,7 @@ def _make(
     targets = targets_of(block, task, target, sources)
     limit, reason = longest_row(recipe, task, target, limits, tokenizer)
     packed, remarks = packing(recipe, target, limits, targets.values())
+    remarks += refuse_secret_names(target, sources["train"].where)
     job = Job(
         task=recipe.task,
         target=target,
@@ -191,7 +198,6 @@ def _make(
     remarks += notes_on_known(known, train, encoded, sources, also_held_out)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
-    by_patch = [item for source in sources.values() if source.patched for item in source.patched.dropped]
     remarks += [_asked_note(name, splits[name].num_rows, few) for name, few in asked.items()]
     scale, explained, far = _of_target(target, train, folder / "train")
     remarks += far
@@ -212,8 +218,8 @@ def _make(
         sources={
             name: f"file {split.where}" if split.is_file else _off_train(block, train) for name, split in splits.items()
         },
-        dropped=_dropped(encoded, [*also_held_out, *by_patch], int(late.sum())),
-        notes=tuple(remarks),
+        dropped=_dropped(encoded, sources, also_held_out, int(late.sum())),
+        notes=tuple(map(masked_text, remarks)),
         test_in_eval=num_shared(test, splits["eval"]) / max(1, test.num_rows),
         previews=previews(folder / "train", task, target, tokenizer, range(summaries["train"].rows), 5),
         mixed=mixed,
@@ -315,9 +321,15 @@ def _encode(
     return encoded
 
 
-def _dropped(encoded: Mapping[SourceName, Encoded], also_held_out: Iterable[Dropped], late: int) -> dict[str, int]:
+def _dropped(
+    encoded: Mapping[SourceName, Encoded],
+    sources: Mapping[SourceName, SourceRows],
+    also_held_out: Iterable[Dropped],
+    late: int,
+) -> dict[str, int]:
     """Number of rows, and of parts of rows, by the check that dropped them."""
-    numbers = Counter(item.check for item in also_held_out)
+    by_patch = (source.patched.dropped for source in sources.values() if source.patched)
+    numbers = Counter(item.check for item in chain(also_held_out, *by_patch))
     for whole in encoded.values():
         for loss, tally in whole.dropped.items():
             ending = " (part of a row)" if loss == "part" else ""

@@ -149,6 +149,8 @@ FOUND: dict[audit.TextCheck, list[str]] = {
         "gs" + "k_" + KEY + KEY[:18],
         "Authorization: Bearer " + KEY,
         "my password is " + "Sommer48!x",
+        "password: " + "c0ntest#9Latest7Q",
+        f"Encryption: none\nPrivate-Lines: 2\n{KEY * 2}\n{KEY}\nPrivate-MAC: " + "0a1b2c3d" * 5,
     ],
     "personal data": [
         "Write to jane.doe@gmail.com please",
@@ -164,6 +166,9 @@ FOUND: dict[audit.TextCheck, list[str]] = {
         "from 2a02:8109:9a80:1234:5678:9abc:def0:1234 at noon",
         "SSN: 536904399",
         "pay with 4539.1488.0343.6467",
+        "pay with 4539\u00a01488\u00a00343\u00a06467",
+        "pay with 4539-1488\u20130343 6467",
+        "DE89.3704.0044.0532.0130.00 or GB82-WEST-1234-5698-7654-32",
     ],
     "phone number": [
         "Call me on +49 30 901820",

@@ -13,6 +13,7 @@ import pytest
 
 from fulltune import data
 from fulltune.data.sources import SourceRows, describe
+from fulltune.errors import DataError
 from fulltune.inference.store import WORDS, Rows, batches, load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
@@ -233,3 +234,26 @@ def test_few_rows_are_held_while_columns_are_looked_for() -> None:
     recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": "a.jsonl"}})
     _, counts = describe(recipe.data, task, {"train": SourceRows("a", rows)})
     assert counts == {"train": 1000}
+
+
+@pytest.mark.parametrize(
+    ("label", "column"),
+    [("AKIA" + "QWERTY7ASDFG2ZXC", "text"), ("4539 1488 0343 6467", "text"), ("soup", "password: " + "Xk9#mQ2$vL")],
+)
+def test_secret_as_a_name_of_a_label_or_a_column_is_refused(
+    tmp_path: Path, encoder_tokenizer: Any, label: str, column: str
+) -> None:
+    rows = [{column: f"text {number}", "label": label if number % 2 else "rain"} for number in range(60)]
+    with pytest.raises(DataError, match=r"names of labels and columns stand in .*; rename them in the file") as refused:
+        prepare(tmp_path, rows, encoder_tokenizer, "text-classification", text=column, label="label")
+    assert not any(name in str(refused.value) for name in ("QWERTY7", "6467", "mQ2"))
+
+
+def test_address_as_a_label_is_noted_and_masked_in_notes(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = [
+        {"text": f"text {number}", "label": f"{'ab'[number % 2]}.miller@web-of-anna.de", "x@gmail.com": 1}
+        for number in range(60)
+    ]
+    notes = prepare(tmp_path, rows, encoder_tokenizer, "text-classification").notes
+    assert any("label 'a.m…' ([EMAIL]), label 'b.m…' ([EMAIL])" in note for note in notes)
+    assert not any("web-of-anna" in note or "x@gmail" in note for note in notes)

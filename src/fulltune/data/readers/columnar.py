@@ -50,6 +50,11 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         for batch in _batches(file, most, unread):
             titles, classes = batch.schema.names, class_names(batch.schema.metadata)
+            if runs := [one.name for one in batch.schema if "run_end_encoded<" in str(one.type)]:
+                raise DataError(
+                    f"{file}: column '{runs[0]}' is run-end encoded and may unpack to any size, expected plain values; "
+                    "write it again without (pyarrow.compute.run_end_decode)"
+                )
             if repeated := [title for title, count in Counter(titles).items() if count > 1]:
                 raise DataError(
                     f"{file}: column '{repeated[0]}' stands twice, expected each name once; rename or remove one"
@@ -84,6 +89,7 @@ def _batches(file: Path, most: int, unread: dict[str, None]) -> Iterator[pa.Reco
     if file.suffix.lower() == ".parquet":
         with parquet.ParquetFile(file) as parts, file.open("rb") as stream:
             names, num_rows = parts.schema_arrow.names, parts.metadata.num_rows
+            _refuse_endless(num_rows, most)
             at_once, total = _ROWS_AT_ONCE, 0
             for name, chunks in _columns(parts.metadata, set(names)).items():
                 largest = max(_largest_cell(chunk, stream) for chunk in chunks)
@@ -110,14 +116,24 @@ def _batches(file: Path, most: int, unread: dict[str, None]) -> Iterator[pa.Reco
             return
         stream.seek(0)
         unpacked = Counter[int]()
+        num_rows = 0
         for batch in _arrow_batches(stream):
+            _refuse_endless(num_rows := num_rows + len(batch), most)
             names = [str(name) for name in batch.schema.names]
             unpacked.update({place: _unpacked_bytes(column) for place, column in enumerate(batch.columns)})
-            if not any(map(pa.types.is_dictionary, batch.schema.types)):
+            if not any("dictionary<" in str(kind) or "null" in str(kind) for kind in batch.schema.types):
                 break  # each cell has its own bytes
         unread |= {names[place]: None for place, size in unpacked.items() if size > most}
         stream.seek(0)
         yield from _arrow_batches(stream)
+
+
+def _refuse_endless(num_rows: int, most: int) -> None:
+    """Empty values take no place in a file, and each takes its own when it is read."""
+    import pyarrow as pa
+
+    if 8 * num_rows > most:
+        raise pa.ArrowInvalid(f"{num_rows:,} rows that hold next to nothing")
 
 
 def _rows_at_once(num_rows: int, num_bytes: int) -> int:
@@ -132,6 +148,8 @@ def _unpacked_bytes(column: pa.Array) -> int:
     if pa.types.is_dictionary(column.type):
         with contextlib.suppress(pa.ArrowNotImplementedError):  # no texts
             return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):  # of empty values, perhaps
+        return max(int(column.nbytes), 8 * (pc.sum(pc.list_value_length(column)).as_py() or 0))
     return int(column.nbytes)
 
 

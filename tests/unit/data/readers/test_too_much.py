@@ -262,3 +262,26 @@ def test_a_cell_of_many_empty_values_is_not_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(columnar, "_MOST_UNPACKED_BYTES", 1_000_000)
     rows = [row for _, row in columnar.rows(tmp_path / "rows.parquet")]
     assert [(row["text"], str(row["many"])[:22]) for row in rows] == [(one, "<cells that unpack to ") for one in "ab"]
+
+
+def _arrow(path: Path, **columns: Any) -> None:
+    import pyarrow as pa
+
+    batch = pa.record_batch(columns)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def test_arrow_that_holds_next_to_nothing_is_not_unpacked(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    path, endless = tmp_path / "rows.arrow", 2**31 - 1
+    _arrow(path, text=pa.nulls(endless))
+    with pytest.raises(DataError, match=r"rows\.arrow: not a valid arrow file: 2,147,483,647 rows that hold next"):
+        next(columnar.rows(path))
+    _arrow(path, text=pa.RunEndEncodedArray.from_arrays(pa.array([1000], pa.int32()), pa.array(["rain " * 1000])))
+    with pytest.raises(DataError, match=r"rows\.arrow: column 'text' is run-end encoded"):
+        next(columnar.rows(path))
+    _arrow(path, text=["a"], many=pa.ListArray.from_arrays(pa.array([0, endless], pa.int32()), pa.nulls(endless)))
+    [(_, row)] = columnar.rows(path)
+    assert (row["text"], str(row["many"])[:22]) == ("a", "<cells that unpack to ")
