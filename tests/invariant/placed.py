@@ -148,12 +148,9 @@ FAMILIES = {
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 32, "share_att_key": True}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS = {
-    "roberta": Family("roberta", lambda _: label_rows(), CLASSES, NO_DROPOUT),
     "deberta": Family("DebertaV2Config", lambda _: label_rows(), CLASSES, {**NO_DROPOUT, **_DEBERTA}, save_encoder),
     "modernbert": Family("ModernBertConfig", lambda _: label_rows(), CLASSES, {}, save_encoder),
-    "gpt2": Family("gpt2", lambda _: answer_rows(), ANSWERS, _NO_DROPOUT),
     "opt": Family("opt", lambda _: answer_rows(), ANSWERS, {"dropout": 0.0}),
-    "bart": Family("bart", written_rows, WRITTEN, {"dropout": 0.0}),
     "vit": Family("vit", image_rows, IMAGES, {"initializer_range": 0.02}, save_images),
 }
 """Others than those of `FAMILIES`, whose blocks have other names or whose tensors are tied in other ways."""

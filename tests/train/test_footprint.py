@@ -97,9 +97,6 @@ def test_every_task_is_traced(task: str) -> None:
     [
         pytest.param("llama", "causal-lm", True, marks=pytest.mark.long),
         pytest.param("bert", "text-classification", False, marks=pytest.mark.long),
-        pytest.param("llama", "causal-lm", False, marks=pytest.mark.long),
-        pytest.param("bert", "text-classification", True, marks=pytest.mark.long),
-        pytest.param("t5", "seq2seq", False, marks=pytest.mark.long),
         pytest.param("t5", "seq2seq", True, marks=pytest.mark.long),
     ],
 )
