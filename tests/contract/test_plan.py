@@ -23,6 +23,7 @@ from fulltune.plan import gpus
 from fulltune.recipe.file import load_recipe
 from fulltune.records.plan import Plan
 from fulltune.records.survey import Survey
+from fulltune.report.format import terminal
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs
@@ -65,7 +66,7 @@ def shown(result: Result, width: int = 80) -> str:
     found = json.loads(result.out)
     survey = Survey.model_validate(found.pop("survey"))
     screen = Console(file=StringIO(), width=width)
-    display_plan.show(screen, survey, Plan.model_validate(found) if found else None)
+    terminal.show(screen, display_plan.sections(survey, Plan.model_validate(found) if found else None))
     return screen.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -125,7 +125,8 @@ def test_table_of_memory_calls_a_card_a_device() -> None:
 
     def first_cell(device: str) -> str:
         need = MemoryNeed(kinds={"weights": GIB}, phases={"step": GIB})
-        return next(iter(next(iter(shown._memory(survey, plan(device=device, memory=need)))).columns[0].cells))
+        [table, *_] = shown._memory(survey, plan(device=device, memory=need))
+        return str(table.rows[0][0])
 
     assert (first_cell("cuda"), first_cell("cpu")) == ("device", "memory")
 

@@ -107,7 +107,8 @@ def run(
 ) -> None:
     """Do all stages: data, plan, train, evaluate, report. The same command continues an unfinished run."""
     from fulltune import report
-    from fulltune.cli.show import run as display
+    from fulltune.report.format import terminal
+    from fulltune.report.format.blocks import Headline
     from fulltune.report.run.row_words import row_words
 
     began = time.time()
@@ -120,14 +121,10 @@ def run(
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    out.print(display.scores_table(reached.scores, reached.summary))
-    for line in display.answers(reached.scores):
-        out.print(line)
-    verdict, unfit, steps = report.conclude(folder)
-    for part in display.conclusion(verdict, unfit, steps):
-        out.print(part)
+    parts = report.in_short(folder)
+    terminal.show(out, parts)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
-    if verdict.kind != "worse":
+    if not any(isinstance(part, Headline) and part.kind == "worse" for part in parts):
         asked = row_words(reached.summary).question
         out.print(f"try it:  fulltune predict {escape(str(folder))} {asked}", soft_wrap=True)
 
@@ -177,9 +174,9 @@ def plan(
 ) -> None:
     """Settle every number, each with its reason; show memory, placements, time and what else could be done."""
     from fulltune.cli import plan as cli_plan
-    from fulltune.cli.show import measure as display_measure
     from fulltune.cli.show import plan as display_plan
     from fulltune.records.training import Measurements
+    from fulltune.report.format import terminal
 
     options = cli_plan.Options(hardware, rows, tokens, price, tasks, preserve, goal)
     if measure:
@@ -202,9 +199,9 @@ def plan(
     if as_json:
         stages.print_json(cli_plan.as_json(survey, planned, measured))
     else:
-        display_plan.show(out, survey, planned)
+        terminal.show(out, display_plan.sections(survey, planned))
         if measured is not None:
-            out.print(display_measure.table(measured))
+            terminal.show(out, [display_plan.measured(measured)])
     if planned is None:
         raise cli_plan.refusal(survey, shown=not as_json)
 
@@ -246,15 +243,13 @@ def evaluate(
 ) -> None:
     """Score the baselines and the trained model on the test rows."""
     from fulltune import report
-    from fulltune.cli.show import run as display
+    from fulltune.report.format import terminal
 
     folder, reached = stages.go("evaluate", target, set_, run_folder, fresh)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    out.print(display.scores_table(reached.scores, reached.summary))
-    for part in display.conclusion(*report.conclude(folder)):
-        out.print(part)
+    terminal.show(out, report.in_short(folder))
 
 
 @app.command()

@@ -96,7 +96,8 @@ def audited(target: Path, overrides: list[str] | None, folder: Path | None, fres
 
 def show(found: Audited, as_json: bool) -> None:
     """What the model will see, and what looks wrong."""
-    from fulltune.cli.show import run as display
+    from fulltune.report.format import terminal
+    from fulltune.report.run import about_data, data_page
 
     folder, audit = found.folder, found.audit
     if as_json:
@@ -109,13 +110,7 @@ def show(found: Audited, as_json: bool) -> None:
         }
         stages.print_json(found.summary.model_dump(mode="json") | more)
         return
-    display.show_data(out, found.summary)
-    display.show_audit(out, audit)
-    for proofs in proofs_of(folder, audit):
-        if proofs.proofs:
-            display.show_proofs(out, proofs)
-        else:
-            out.print(f"would cleaning help? No step could be compared by {proofs.by}.")
+    terminal.show(out, [*about_data.in_short(found.summary), *data_page.in_short(audit, proofs_of(folder, audit))])
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
         out.print(f"review:  fulltune data {escape(str(found.target))} --review", soft_wrap=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.markup import escape
 
 from fulltune.cli import stages
-from fulltune.cli.show import run as display
 from fulltune.cli.stages import err, out
 from fulltune.errors import SetupError
+from fulltune.report.format import terminal
+from fulltune.report.format.blocks import Facts, Table
 
 
 def doctor(place: Path, as_json: bool) -> None:
@@ -29,7 +30,8 @@ def doctor(place: Path, as_json: bool) -> None:
         stages.print_json([vars(one) for one in found])
         return
     out.print(escape(in_words(log)), soft_wrap=True)
-    out.print(display.findings(found))
+    rows = ((one.name, f"{one.evidence}{f' → {one.advice}' if one.advice else ''}") for one in found)
+    terminal.show(out, [Facts(tuple(rows))])
 
 
 def selfcheck(output: Path | None, as_json: bool) -> None:
@@ -55,7 +57,12 @@ def selfcheck(output: Path | None, as_json: bool) -> None:
     if as_json:
         stages.print_json(page.model_dump(mode="json"))
     else:
-        out.print(display.selfcheck_table(page))
+        rows = tuple(
+            (one.ran, one.device, one.status.replace("fail", "FAIL"), one.result, f"{one.seconds:.1f}")
+            for one in page.findings
+        )
+        table = Table("", ("what was run", "on", "", "result", "s"), rows, frozenset({4}))
+        terminal.show(out, [Facts(tuple(page.environment.items())), table])
         out.print(page.verdict)
         share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
         out.print(escape(share), soft_wrap=True)

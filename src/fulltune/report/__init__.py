@@ -13,18 +13,18 @@ from pathlib import Path
 from fulltune.records.scores import Scores
 from fulltune.report.comparison.many_tasks import write_tasks
 from fulltune.report.comparison.page import write_comparison
-from fulltune.report.format.blocks import Headline
+from fulltune.report.format.blocks import Block, Headline, Section
 from fulltune.report.format.html import page
 from fulltune.report.format.markdown import markdown
 from fulltune.report.format.words import write_harmless
-from fulltune.report.run.content import build, unfit
-from fulltune.report.run.content import conclude as _conclude
+from fulltune.report.run import content
+from fulltune.report.run.content import build
 from fulltune.report.run.data_page import write_data_page
 from fulltune.report.run.model_card import merged_card, model_card
 from fulltune.report.run.read import read_run
 
 __all__ = [
-    "conclude",
+    "in_short",
     "write",
     "write_comparison",
     "write_data_page",
@@ -56,11 +56,9 @@ def write(folder: Path) -> Path:
     return target
 
 
-def conclude(folder: Path) -> tuple[Headline, str, tuple[str, ...]]:
-    """The report's headline, whether the run was over- or under-fitted, and what to change if it was not worth it."""
-    view = read_run(Path(folder))
-    headline, steps = _conclude(view)
-    return headline, unfit(view), steps
+def in_short(folder: Path) -> list[Headline | Section | Block]:
+    """What of a run's report stands in the terminal at its end."""
+    return content.in_short(read_run(Path(folder)))
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fulltune.cli.show.plan import show
+from fulltune.cli.show.plan import sections
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.plan import fit, gpus, resolve
 from fulltune.plan.dotted import with_settings
@@ -16,6 +16,7 @@ from fulltune.plan.reasons import Reasons
 from fulltune.plan.workload import Workload, basis_of
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import Plan
+from fulltune.report.format import terminal
 from fulltune.system.hardware import Gpu, Machine
 from tests.unit.plan import sizes
 
@@ -135,7 +136,7 @@ def test_bf16_weights_are_no_way_out_where_bf16_is_emulated(card: str, given: st
 
 def test_type_of_the_computations_is_shown_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     found, plan = survey(sizes.llama(), gpus.parse("1x T4"), Wishes())
-    show(Console(width=80), found, plan)
+    terminal.show(Console(width=80), sections(found, plan))
     said = " ".join(capsys.readouterr().out.split())
     assert "computes in fp16: T4 (compute capability 7.5) has no bf16, which needs 8.0: fp16 with a scaled loss" in said
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fulltune.cli.show.plan import show
+from fulltune.cli.show.plan import sections
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.plan import budget, gpus, resolve, time, traffic, workload
 from fulltune.plan.elsewhere import machines, placement
@@ -18,6 +18,7 @@ from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.records.survey import Survey
+from fulltune.report.format import terminal
 from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.sharing import Sharing
 from tests.unit.plan import sizes
@@ -234,7 +235,7 @@ def test_four_machines_are_planned_with_their_settings() -> None:
 
 def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     found, plan = planned("4x 8x A100-80GB")
-    show(Console(width=80), found, plan)
+    terminal.show(Console(width=80), sections(found, plan))
     lines = capsys.readouterr().out.splitlines()
     said = " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= 80

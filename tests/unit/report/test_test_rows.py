@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fulltune import report
-from fulltune.cli.show import run as display
 from fulltune.records.data import DataSummary
 from fulltune.records.run import ACCESSES, Access
 from fulltune.records.scores import Estimate, Scores, Unseen
+from fulltune.report.format.blocks import Headline, Paragraph
 from fulltune.report.run.about_scores import scored_again, without_leaks
 from fulltune.report.run.read import read_run
 
@@ -74,7 +74,7 @@ def test_metric_without_rows_of_train_is_said_in_report_and_terminal(
     text = (classification / "report.md").read_text(encoding="utf-8")
     assert expected in text.replace("\\", "")
     assert "accuracy on unseen rows" in text
-    assert expected in map(str, display.scores_table(scores, summary).renderables)
+    assert Paragraph(expected) in report.in_short(classification)
 
 
 def test_scores_without_such_rows_are_reported_as_before(classification: Path) -> None:
@@ -106,7 +106,7 @@ def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> No
     lines = [access(name), access("other", day=1), access("of other rows", rows="s")]
     log = classification.parent / ACCESSES
     log.write_text("".join(json.dumps(one.model_dump()) + "\n" for one in lines), encoding="utf-8")
-    headline, _, _ = report.conclude(classification)
+    [headline] = [part for part in report.in_short(classification) if isinstance(part, Headline)]
     assert "scored 2 times here, the first on 2026-11-01" in headline.note
     report.write(classification)
     for page in ("report.md", "report.html"):

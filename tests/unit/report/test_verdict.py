@@ -67,16 +67,12 @@ def test_sentence_has_the_difference_and_its_bounds_in_words(
     assert said in judge(pair(kit, trained, bar, bounds, metric)).sentence
 
 
-def test_sentence_is_whole_and_brief_leaves_out_what_the_table_has(kit: SimpleNamespace) -> None:
+def test_sentence_is_whole(kit: SimpleNamespace) -> None:
     verdict = judge(pair(kit, 0.921, 0.812, (0.08, 0.14)))
     assert verdict.sentence == (
         "full-seed42 has accuracy 92.1% [85.1%, 99.1%] on 1,000 test rows, against 81.2% [74.2%, 88.2%] for the best "
         "baseline, nearest centroid. On the same rows, the accuracy of full-seed42 is 10.9 points higher "
         "(95% interval: 8.0 to 14.0 points higher)."
-    )
-    assert verdict.brief == (
-        "On the same 1,000 test rows, the accuracy of full-seed42 is 10.9 points higher than that of the best "
-        "baseline, nearest centroid; 95% interval: 8.0 to 14.0 points higher."
     )
 
 
@@ -109,8 +105,8 @@ def test_loss_alone_is_not_called_better_than_answers_say(
     verdict = judge([*rows, copy])
     assert verdict.kind == kind
     assert said in verdict.sentence
-    assert said in verdict.brief
-    assert "1.1 lower" in verdict.brief
+    assert said in verdict.sentence
+    assert "1.1 lower" in verdict.sentence
     assert ("Better" in verdict.label) == (kind == "better")
 
 
@@ -182,4 +178,4 @@ def test_verdict_on_one_group_of_rows_says_what_is_missing(kit: SimpleNamespace)
     assert verdict.kind == "unpaired"
     assert "[one group of rows]" in verdict.sentence
     assert "older versions" not in verdict.sentence
-    assert "more of them" in verdict.brief
+    assert "more of them" in verdict.sentence

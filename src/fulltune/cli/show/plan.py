@@ -1,14 +1,8 @@
-"""A plan on the terminal, in 80 columns."""
+"""A plan in blocks, for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-from rich.console import Console, Group
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from fulltune.plan.choose import DOING
 from fulltune.plan.dotted import in_yaml
@@ -17,77 +11,40 @@ from fulltune.plan.time import NETWORK
 from fulltune.plan.ways_out import as_flags
 from fulltune.records.plan import MemoryKind, Plan, Setting
 from fulltune.records.survey import Placement, Survey
+from fulltune.records.training import Measured, Measurements
 from fulltune.report.format import words
+from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Row, Section, Table
 from fulltune.text import counted, format_bytes, format_seconds
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
-WIDTH, WIDEST_VALUE = 80, 20
-MARKS = {"take": "[green]take[/green]", "try": "[yellow]try[/yellow]", "leave": "[dim]leave[/dim]"}
+WIDEST_VALUE = 20
 
 
-def show(console: Console, survey: Survey, plan: Plan | None) -> None:
+def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
     """The decision, then top down: what was found, what it needs, how long it takes, what was chosen, what else."""
-    for part in _parts(survey, plan):
-        # A command is for copying: the terminal may break its line, nothing else.
-        console.print(part, soft_wrap=isinstance(part, CommandText))
-
-
-class CommandText(Text):
-    """What is copied: on several lines where it is long, as a shell takes them; `mark` stands before it."""
-
-    def __init__(self, words: str, mark: str = "") -> None:
-        short = len(mark) + len(words) <= WIDTH
-        super().__init__(mark + (words if short else words.replace(" --set ", " \\\n  --set ")))
-
-
-def _parts(survey: Survey, plan: Plan | None) -> Iterator[Any]:
-    yield from _section("plan", _facts(_decision(survey, plan)))
-    yield from _section("found", _facts(_found(survey)))
+    yield _section("plan", Facts(tuple(_decision(survey, plan))))
+    yield _section("found", Facts(tuple(_found(survey))))
     if plan is not None:
-        yield from _section(f"memory of a step, micro batch {plan.micro_batch_size}", *_memory(survey, plan))
-    yield from _section("placements", _placements(survey), _dim(_legend(survey)))
+        yield _section(f"memory of a step, micro batch {plan.micro_batch_size}", *_memory(survey, plan))
+    yield _section("placements", _placements(survey), Paragraph(_legend(survey)))
     if plan is not None:
         if plan.time:
-            yield from _section("time", _facts(_time(survey, plan)))
-        yield from (*_settings(plan.settings), "")
+            yield _section("time", Facts(tuple(_time(survey, plan))))
+        yield _section("settings", *_settings(plan.settings))
     if survey.ways_out:
-        yield from (*_ways_out(survey), "")
+        yield _section("ways out", *_ways_out(survey))
     if survey.alternatives:
-        yield from _section(
-            "instead", _facts([(one.kind, f"{one.change}: {one.effect}") for one in survey.alternatives])
+        yield _section(
+            "instead", Facts(tuple((one.kind, f"{one.change}: {one.effect}") for one in survey.alternatives))
         )
     title = "method: where to start, not a law (sources: docs/evidence.md)"
-    yield Group(Text(title, style="bold"), _advice(survey))
-    yield from _what_next(survey, plan)
+    advice = tuple((one.verdict, one.method, one.rule) for one in survey.advice)
+    yield _section(title, Table("", ("", "method", "why"), advice))
+    yield _section("next", *_what_next(survey, plan))
 
 
-def _section(title: str, *parts: Any) -> Iterator[Group]:
-    yield Group(Text(title, style="bold"), *parts, "")
-
-
-def _dim(text: str) -> Text:
-    return Text(text, style="dim")
-
-
-def _facts(rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, escape(value))
-    return table
-
-
-def _table(names: Sequence[str], numbers: Sequence[str] = (), last: Sequence[str] = ()) -> Table:
-    """Columns of names, of numbers to the right, and of text that may take several lines."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in last:
-        table.add_column(name, overflow="fold", ratio=1)
-    return table
+def _section(title: str, *blocks: Block) -> Section:
+    return Section(title, title, blocks)
 
 
 def count(number: float) -> str:
@@ -106,9 +63,6 @@ def gib(num_bytes: int) -> str:
     if value < 1:
         return f"{value:.2f}" if value >= 0.005 else "<0.01"
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
-
-
-# ---- the parts, top down -----------------------------------------------------------------------------------------
 
 
 def _decision(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
@@ -159,60 +113,54 @@ def _found(survey: Survey) -> list[tuple[str, str]]:
     return [*rows, ("assumed", "; ".join(survey.assumed))] if survey.assumed else rows
 
 
-def _memory(survey: Survey, plan: Plan) -> Iterator[Any]:
+def _memory(survey: Survey, plan: Plan) -> list[Block]:
     placed = next((one for one in survey.placements if one.name == survey.placement), None)
     kinds = plan.memory.kinds if plan.memory else placed.kinds if placed else {}
-    table = _table(["GiB"], [*KINDS, "sum", "of"])
     sizes = [gib(kinds.get(kind, 0)) for kind in KINDS]
     each = "device" if plan.device == "cuda" else "memory"
-    table.add_row(each, *sizes, gib(sum(kinds.values())), gib(survey.device_free_bytes))
+    rows: list[Row] = [(each, *sizes, gib(sum(kinds.values())), gib(survey.device_free_bytes))]
     on_host = placed.host_bytes if placed else 0
     if on_host:
-        table.add_row("host", *[""] * len(KINDS), gib(on_host), gib(survey.host_free_bytes))
-    yield table
+        rows.append(("host", *[""] * len(KINDS), gib(on_host), gib(survey.host_free_bytes)))
+    header = ("GiB", *KINDS, "sum", "of")
+    blocks: list[Block] = [Table("", header, tuple(rows), frozenset(range(1, len(header))))]
     need, disk = plan.memory, plan.disk
     if need is not None and not on_host:
-        yield _dim(words.at_the_peak(need.kinds))
+        blocks.append(Paragraph(words.at_the_peak(need.kinds)))
     if need is not None and need.peak_phase != "step":
-        yield _dim(f"more than a step needs: {DOING[need.peak_phase]}, {format_bytes(need.peak)}")
+        blocks.append(Paragraph(f"more than a step needs: {DOING[need.peak_phase]}, {format_bytes(need.peak)}"))
+    facts = []
     if disk is not None:
         parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.one_checkpoint)}"
         parts += f" + models {format_bytes(disk.model)}"
         parts += f" + offloaded {format_bytes(disk.offloaded)}" if disk.offloaded else ""
         free = survey.disk_free_bytes
         room = "free space not given" if free is None else f"{format_bytes(free)} free"
-        yield f"[dim]disk:[/dim] {parts} = {format_bytes(disk.total)}; {room}"
+        facts.append(("disk", f"{parts} = {format_bytes(disk.total)}; {room}"))
     if sent := words.sent(plan):
-        yield f"[dim]traffic:[/dim] {sent}"
+        facts.append(("traffic", sent))
+    return [*blocks, Facts(tuple(facts))]
 
 
 def _placements(survey: Survey) -> Table:
-    table = _table(["", "placement"], ["device", "host", "disk", "batch", "tokens/s"])
-    table.add_column("", overflow="fold")
+    rows: list[Row] = []
     for one in survey.placements:
         chosen = one.name == survey.placement
         speed = count(one.tokens_per_second) if one.tokens_per_second else "?"
         micro = f"{one.micro_batch_size}{'*' if one.activation_checkpointing else ''}"
         sizes = (gib(one.device_bytes), gib(one.host_bytes), gib(one.disk_bytes))
-        table.add_row(
-            "[green]>[/green]" if chosen else "",
-            one.name,
-            *sizes,
-            *((micro, speed) if one.fits else ("", "")),
-            _verdict(one, chosen),
-            style="bold" if chosen else None if one.fits and one.runs else "dim",
-        )
-    return table
+        runs = (micro, speed) if one.fits else ("", "")
+        rows.append((f"{'▸ ' * chosen}{one.name}", *sizes, *runs, _verdict(one, chosen)))
+    header = ("placement", "device", "host", "disk", "batch", "tokens/s", "")
+    return Table("", header, tuple(rows), frozenset(range(1, len(header) - 1)))
 
 
 def _verdict(one: Placement, chosen: bool) -> str:
     if not one.fits:
-        return f"[red]{escape(one.short.replace(' GiB', ''))}[/red]"
+        return one.short.replace(" GiB", "")
     if not one.runs:
-        return "[yellow]not built yet[/yellow]"
-    if chosen:
-        return "[green]chosen[/green]"
-    return "[yellow]needs a folder[/yellow]" if one.needs else "fits"
+        return "not built yet"
+    return "chosen" if chosen else "needs a folder" if one.needs else "fits"
 
 
 def _legend(survey: Survey) -> str:
@@ -260,71 +208,85 @@ def _bound(survey: Survey) -> str:
     return f"; a step waits for the {NETWORK}" if placed is not None and placed.bound_by == NETWORK else ""
 
 
-def _settings(settings: Sequence[Setting]) -> Iterator[Any]:
-    """Those that were chosen with their reasons; the recipe's own and the defaults in a line each."""
-    table, lines = _table(["chosen", "value"], last=["why"]), []
+def _settings(settings: Sequence[Setting]) -> list[Block]:
+    """Those that were chosen with their reasons; the recipe's own and the defaults in a line."""
+    rows, long = [], []
     for one in settings:
         value = in_yaml(one.value)
         if one.reason in ("default", FROM_RECIPE):
             continue
         if len(value) <= WIDEST_VALUE:
-            table.add_row(one.name, escape(value), escape(one.reason))
+            rows.append((one.name, value, one.reason))
         else:
-            lines.append(Text(f"{one.name}: {value} ({one.reason})"))
-    yield from (table, *lines)
+            long.append(Paragraph(f"{one.name}: {value} ({one.reason})"))
     blocks = ("method", "train", "evaluate")
     named = [one for one in settings if one.reason == FROM_RECIPE and one.name.partition(".")[0] in blocks]
     given = [f"{one.name.split('.')[-1]} {in_yaml(one.value)}" for one in named if one.name != "method.kind"]
     defaults = counted(sum(one.chosen and one.reason == "default" for one in settings), "default")
     start = f"from the recipe: {', '.join(given)};" if given else "and"
-    yield _dim(f"{start} {defaults} (--json lists all)")
+    return [
+        Table("", ("chosen", "value", "why"), tuple(rows)),
+        *long,
+        Paragraph(f"{start} {defaults} (--json lists all)"),
+    ]
 
 
-def _ways_out(survey: Survey) -> Iterator[Any]:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("", no_wrap=True)
-    table.add_column("ways out", overflow="fold", ratio=1)
-    table.add_column("frees GiB", justify="right", no_wrap=True)
-    table.add_column("enough", no_wrap=True)
-    table.add_column("costs", overflow="fold", ratio=1)
-    for number, way in enumerate(survey.ways_out, 1):
-        enough = "[green]yes[/green]" if way.enough else "no"
-        table.add_row(str(number), escape(way.change), gib(way.frees_bytes), enough, escape(way.costs))
-    yield table
-    flags = {number: words for number, way in enumerate(survey.ways_out, 1) if (words := as_flags(way))}
+def _ways_out(survey: Survey) -> list[Block]:
+    rows = tuple(
+        (f"{number} {way.change}", gib(way.frees_bytes), "yes" if way.enough else "no", way.costs)
+        for number, way in enumerate(survey.ways_out, 1)
+    )
+    blocks: list[Block] = [Table("", ("change", "frees GiB", "enough", "costs"), rows, frozenset({1}))]
+    flags = {number: given for number, way in enumerate(survey.ways_out, 1) if (given := as_flags(way))}
     if flags:
-        yield _dim("to see the plan of one, add to the command (a --for takes the place of yours):")
-    yield from (CommandText(words, f"{number}  ") for number, words in flags.items())
+        said = "to see the plan of one, add to the command (a --for takes the place of yours):"
+        blocks.append(Paragraph(said))
+    return [*blocks, *(Code(f"{number}  {given}", "sh") for number, given in flags.items())]
 
 
-def _advice(survey: Survey) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for one in survey.advice:
-        table.add_row(MARKS[one.verdict], one.method, Text(one.rule))
-    return table
-
-
-def _what_next(survey: Survey, plan: Plan | None) -> Iterator[Text]:
+def _what_next(survey: Survey, plan: Plan | None) -> list[Block]:
     """The commands that measure what the advice can only guess, and that run the plan."""
     if plan is None:
-        yield _dim("nothing fits as it is: first take one of the ways out")
-        return
+        return [Paragraph("nothing fits as it is: first take one of the ways out")]
+    blocks: list[Block] = []
     if survey.comparison:
-        yield _dim("to decide on your own rows: a fair comparison, each method at its best rate")
+        blocks.append(Paragraph("to decide on your own rows: a fair comparison, each method at its best rate"))
         if survey.comparison_first:
-            yield _dim(f"(first put '{survey.comparison_first}' in place of 'method' in the recipe)")
-        yield CommandText(survey.comparison)
+            first = f"(first put '{survey.comparison_first}' in place of 'method' in the recipe)"
+            blocks.append(Paragraph(first))
+        blocks.append(Code(survey.comparison, "sh"))
     elif survey.full_fits:
         where = "one machine" if survey.num_machines > 1 else "a placement without DeepSpeed"
-        yield _dim(f"to decide on your own rows: fulltune compare, on {where}")
+        blocks.append(Paragraph(f"to decide on your own rows: fulltune compare, on {where}"))
     else:
-        yield _dim("full fine-tuning does not fit here: there is nothing to compare with")
+        blocks.append(Paragraph("full fine-tuning does not fit here: there is nothing to compare with"))
     here = " (without train.seed: in this run folder)" if survey.rows_prepared and not survey.settings else ""
-    yield _dim(f"to run this plan with another seed{here}")
+    blocks.append(Paragraph(f"to run this plan with another seed{here}"))
     if survey.num_machines > 1:
         machines = f"on each of the {survey.num_machines} machines"
-        yield _dim(f"({machines}, in a folder that all see; RANK counts them from 0, HOST is 0's name)")
-    yield CommandText(survey.command)
+        said = f"({machines}, in a folder that all see; RANK counts them from 0, HOST is 0's name)"
+        blocks.append(Paragraph(said))
+    return [*blocks, Code(survey.command, "sh")]
+
+
+def measured(found: Measurements) -> Table:
+    """Each setting's memory, speed and loss, by a step each; the loss as the difference to the first one that ran."""
+    first = next((row.loss for row in found.rows if row.loss is not None), None)
+    rows = tuple(
+        (
+            f"{'▸ ' * row.taken}{row.name}{f': {row.problem}' if row.problem else ''}",
+            format_bytes(row.peak_memory_bytes) if row.peak_memory_bytes else "–",
+            f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "–",
+            _loss(row, first),
+        )
+        for row in found.rows
+    )
+    caption = f"measured, one step each; {format_bytes(found.available_bytes)} can be used; ▸: taken"
+    return Table(caption, ("settings", "peak memory", "tokens/s", "loss"), rows, frozenset({1, 2, 3}))
+
+
+def _loss(row: Measured, first: float | None) -> str:
+    """Of another micro batch it is the loss of other rows."""
+    if row.loss is None or first is None or row.kind == "micro batch":
+        return "–"
+    return f"{row.loss:.4f}" if row.loss == first else f"{row.loss - first:+.1e}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from fulltune.records.data import Segment
 from fulltune.report.format.words import clipped, named
@@ -54,6 +54,13 @@ class Table:
     """Columns whose text is aligned to the right."""
     matrix: bool = False
     """True: a square of counts, drawn tight with upright headers."""
+
+    def only(self, columns: Collection[str]) -> Table:
+        """The table with its first column and these."""
+        places = [place for place, name in enumerate(self.header) if place == 0 or name in columns]
+        rows = tuple(tuple(row[place] for place in places) for row in self.rows)
+        numeric = frozenset(number for number, place in enumerate(places) if place in self.numeric)
+        return replace(self, header=tuple(self.header[place] for place in places), rows=rows, numeric=numeric)
 
 
 @dataclass(frozen=True)
@@ -138,8 +145,6 @@ class Headline:
     """Its colour in `report.css`: `better`, `worse`, `full`, `undecided` and so on."""
     label: str
     sentence: str
-    brief: str = ""
-    """The sentence without the figures that stand in the table above it in a terminal."""
     note: str = ""
     """Which trial it is about, or on what terms it holds."""
     warning: str = ""

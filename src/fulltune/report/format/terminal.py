@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 
@@ -17,8 +18,8 @@ from fulltune.report.format.words import clipped, one_line
 
 _CELL_LIMIT, _TEXT_LIMIT = 80, 300
 """Letters of a text from data or a model, in a table and outside of one."""
-_NAME_WIDTH = 28
-"""Columns of text may become as narrow as this; numbers stay on one line."""
+_NAME_WIDTH, _TEXT_WIDTH = 40, 28
+"""A table's names and other texts are broken from so many columns on; numbers stay on one line."""
 _STYLES = {
     **dict.fromkeys(("better", "peft", "variant", "equivalent"), "bold green"),
     "worse": "bold red",
@@ -29,22 +30,21 @@ _STYLES = {
 def show(console: Console, parts: Iterable[Headline | Section | Block]) -> None:
     """Print them one after the other; a table wider than the terminal continues below with its other columns."""
     for part in parts:
-        for line in _lines(part, console.width):
-            # A command is for copying: the terminal may break its line, nothing else.
-            console.print(line, soft_wrap=isinstance(part, blocks.Code), highlight=False)
+        if isinstance(part, Section):
+            console.print(Text(f"\n{part.title}", style="bold"))
+            show(console, part.blocks)
+        else:
+            for line in _lines(part, console.width):
+                # A command is for copying: the terminal may break its line, nothing else.
+                console.print(line, soft_wrap=isinstance(part, blocks.Code), highlight=False)
 
 
-def _lines(part: Headline | Section | Block, width: int) -> Iterator[RenderableType]:
+def _lines(part: Headline | Block, width: int) -> Iterator[RenderableType]:
     match part:
         case Headline():
             style = _STYLES.get(part.kind, "bold yellow")
-            yield Text.assemble((f"{one_line(part.label)}.", style), f" {one_line(part.sentence)}")
+            yield Text.assemble((f"\n{one_line(part.label)}.", style), f" {one_line(part.sentence)}")
             yield from (Text(one_line(text)) for text in (part.note, part.warning) if text)
-        case Section():
-            yield Text(f"\n{part.title}", style="bold")
-            for number, block in enumerate(part.blocks):
-                yield from [""] * (number > 0 and isinstance(block, blocks.Table))
-                yield from _lines(block, width)
         case blocks.Paragraph():
             yield Text(one_line(part.text))
         case blocks.Bullets():
@@ -52,11 +52,11 @@ def _lines(part: Headline | Section | Block, width: int) -> Iterator[RenderableT
         case blocks.Facts():
             yield _grid(part.rows)
         case blocks.Table():
-            yield from [Text(one_line(part.caption), style="dim")] * bool(part.caption)
+            yield from [Text(f"\n{one_line(part.caption)}", style="dim")] * bool(part.caption)
             yield from _tables(part, width)
         case blocks.Code():
             is_long = part.language == "sh" and len(part.text) > width
-            yield Text(part.text.replace(" --set ", " \\\n  --set ") if is_long else part.text)
+            yield Text(re.sub(r"(?<=\S) --set ", " \\\\\n  --set ", part.text) if is_long else part.text)
         case blocks.Previews():
             yield from (_preview(segments, label) for segments, label in part.items)
         case blocks.Exchanges():
@@ -68,7 +68,7 @@ def _lines(part: Headline | Section | Block, width: int) -> Iterator[RenderableT
 def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
     """Names, and texts whose lines stand under each other."""
     grid = Grid.grid(padding=(0, gap, 0, 0))
-    grid.add_column(max_width=_NAME_WIDTH, style="dim")
+    grid.add_column(max_width=_TEXT_WIDTH, style="dim")
     grid.add_column(overflow="fold")
     for name, text in rows:
         grid.add_row(Text(one_line(name)), Text(one_line(text)))
@@ -84,21 +84,26 @@ def _tables(table: blocks.Table, width: int) -> Iterator[Grid]:
         name = one_line(table.header[number])
         headers.append("\n".join(textwrap.wrap(name, max(widest, *map(len, name.split() or [""]), 1))))
         widest = max(widest, *(cell_len(line) for line in headers[-1].split("\n")))
-        needed.append(widest if number in table.numeric else min(widest, _NAME_WIDTH))
+        limit = _TEXT_WIDTH if number else _NAME_WIDTH
+        needed.append(widest if number in table.numeric else min(widest, limit))
     groups: list[list[int]] = [[]]
     for number in numbers:
         if groups[-1] and sum(needed[one] + 2 for one in (*groups[-1], number)) - 2 > width:
             groups.append([0])
         groups[-1].append(number)
     for group in groups:
-        grid = Grid(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-        for number in group:
+        # Gaps are columns: Rich would count one behind the last column, too.
+        grid = Grid(box=None, pad_edge=False, header_style="dim", padding=0)
+        for place, number in enumerate(group):
+            if place:
+                grid.add_column(width=2)
             if number in table.numeric:
                 grid.add_column(Text(headers[number]), justify="right", no_wrap=True)
             else:
-                grid.add_column(Text(headers[number]), overflow="fold")
+                grid.add_column(Text(headers[number]), overflow="fold", min_width=needed[number])
         for row in cells:
-            grid.add_row(*(Text(row[number]) for number in group))
+            found = [text for number in group for text in ("", Text(row[number]))]
+            grid.add_row(*found[1:])
         yield grid
 
 

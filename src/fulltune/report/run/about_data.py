@@ -35,9 +35,7 @@ def data(view: RunView) -> Section | None:
         return None
     facts = [("kind of rows", row_words(summary).kind)]
     facts += [(f"column for {role.replace('_', ' ')}", column) for role, column in summary.columns.items()]
-    if not has_images(summary):
-        longest = f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}"
-        facts.append((row_words(summary).longest, longest))
+    facts += _longest(summary)
     if summary.scale is not None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
@@ -47,6 +45,26 @@ def data(view: RunView) -> Section | None:
         blocks.append(Bullets(tuple(words.clipped(note, _TEXT_LIMIT) for note in summary.notes)))
     blocks += [*_labels(summary), *_dropped(view, summary), *_previews(summary)]
     return Section("data", "Data", tuple(blocks))
+
+
+def in_short(summary: DataSummary) -> list[Block]:
+    """What stands in the terminal once the rows are prepared."""
+    kind = f"{row_words(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
+    facts = [("kind of rows", kind)]
+    if not has_images(summary):
+        facts.append(
+            (row_words(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")
+        )
+    blocks: list[Block] = [_splits(summary), Facts(tuple(facts)), *_previews(summary)]
+    if found := [*(f"mixed in: {line}" for line in mixed_words(summary)), *summary.notes]:
+        blocks.append(Bullets(tuple(found)))
+    return blocks
+
+
+def _longest(summary: DataSummary) -> list[tuple[str, str]]:
+    if has_images(summary):
+        return []
+    return [(row_words(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]
 
 
 def _splits(summary: DataSummary) -> Table:

@@ -35,7 +35,7 @@ from fulltune.text import counted, format_metric, format_number, format_percent,
 _KIND_IN_WORDS = {"baseline": "baseline", "untouched": "before training", "trained": "trained"}
 _LARGEST_HEAT_TABLE = 20
 _CONFUSED_PAIRS = 20
-_ANSWERS_OPEN = 5
+_ANSWERS_OPEN = 3
 _MISTAKES_OPEN = 10
 _ANSWER_LIMIT = 1200
 _HARDLY = 0.05
@@ -48,6 +48,28 @@ def results(view: RunView) -> Section | None:
     """Every row with every metric, and the main metric drawn."""
     if not view.scores:
         return None
+    leading = headline_row(view.scores) or view.scores[-1]
+    main, level = leading.main_metric, _level(view)
+    title = f"{words.metric_name(main)}, {'larger' if leading.greater_is_better else 'smaller'} is better"
+    marks = [
+        Mark(
+            *(row.name, found.value, found.low, found.high, format_metric(main, found.value)),
+            filled=row.kind == "trained",
+        )
+        for row in view.scores
+        if (found := row.metrics.get(main)) is not None
+    ]
+    legend = f"Mark and {level} interval; filled: trained."
+    drawn = [Figures((interval_plot(title, marks, main, legend),), drawn_only=True)] if marks else []
+    return Section("results", "Results on the test rows", (score_table(view), *about_table(view), *drawn))
+
+
+def _level(view: RunView) -> str:
+    return " and ".join(sorted({f"{100 * row.confidence:g}%" for row in view.scores}))
+
+
+def score_table(view: RunView) -> Table:
+    """Every row with every metric, the main one first."""
     leading = headline_row(view.scores) or view.scores[-1]
     main = leading.main_metric
     names = dict.fromkeys(name for row in (leading, *view.scores) for name in row.metrics)
@@ -65,26 +87,16 @@ def results(view: RunView) -> Section | None:
         )
         for row in view.scores
     )
-    level = " and ".join(sorted({f"{100 * row.confidence:g}%" for row in view.scores}))
-    caption = f"Each metric on the test rows, with its {level} bootstrap interval in brackets"
+    caption = f"Each metric on the test rows, with its {_level(view)} bootstrap interval in brackets"
+    return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
+
+
+def about_table(view: RunView) -> list[Paragraph]:
+    """What has to be known to read the scores: leaks, groups of rows, generated answers, what was left out."""
     said = [without_leaks(view.scores, view.summary), _groups(view.scores)]
     said += [about_answers(row) for row in view.scores if row.answers and len(row.answers) < row.rows][-1:]
     said += [f"{reason[:1].upper()}{reason[1:]}." for reason in {row.left_out: 0 for row in view.scores} if reason]
-    blocks: list[Block] = [Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))]
-    blocks += [Paragraph(sentence) for sentence in said if sentence]
-    title = f"{words.metric_name(main)}, {'larger' if leading.greater_is_better else 'smaller'} is better"
-    marks = [
-        Mark(
-            *(row.name, found.value, found.low, found.high, format_metric(main, found.value)),
-            filled=row.kind == "trained",
-        )
-        for row in view.scores
-        if (found := row.metrics.get(main)) is not None
-    ]
-    if marks:
-        legend = f"Mark and {level} interval; filled: trained."
-        blocks.append(Figures((interval_plot(title, marks, main, legend),), drawn_only=True))
-    return Section("results", "Results on the test rows", tuple(blocks))
+    return [Paragraph(sentence) for sentence in said if sentence]
 
 
 def _unseen(row: Scores, metric: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from fulltune.records.events import OF_GENERIC_TEXT, UpdatesMeasured
 from fulltune.records.plan import Plan
-from fulltune.records.training import Outcome
+from fulltune.records.training import Check, Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -198,13 +199,16 @@ def _facts(outcome: Outcome, plan: Plan | None, updates: UpdatesMeasured | None)
         names = ", ".join(moved.unmoved_tensors)
         blocks.append(Paragraph(f"Received a gradient and did not change (at most 20 are named): {names}"))
     if outcome.checks:
-        rows = tuple((check.name, "passed" if check.passed else "FAILED", check.result) for check in outcome.checks)
-        blocks.append(
-            Table(f"Checks before step 1 of attempt {outcome.attempt}", ("check", "verdict", "details"), rows)
-        )
+        blocks.append(check_table(outcome.checks))
     if outcome.log_tail and outcome.status != "done":
         blocks.append(Folded("the last lines of its log", (Code("\n".join(outcome.log_tail)),)))
     return blocks
+
+
+def check_table(checks: Sequence[Check]) -> Table:
+    """What was checked before an attempt's first step."""
+    rows = tuple((check.name, "passed" if check.passed else "FAILED", check.result) for check in checks)
+    return Table("Checks before step 1", ("check", "verdict", "details"), rows)
 
 
 def _journal(view: RunView) -> list[Block]:

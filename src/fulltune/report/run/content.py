@@ -22,6 +22,9 @@ from fulltune.report.run.usage import how_to_load, loading_code_of
 from fulltune.report.run.verdict import headline_row, judge
 from fulltune.text import format_number, format_seconds, format_share
 
+_SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
+"""The first one there stands in the terminal beside the main one."""
+
 
 def build(view: RunView) -> Report:
     """Turn what is known about a run into what is said about it."""
@@ -62,11 +65,20 @@ def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     return headline, next_steps(facts) if facts else ()
 
 
-def unfit(view: RunView) -> str:
-    """That the run was over- or under-fitted, in a sentence; empty: it was not, or it is not known."""
+def in_short(view: RunView) -> list[Headline | Section | Block]:
+    """What stands in the terminal: scores, answers, the verdict, how the run fits its rows, and what to try next."""
+    headline, steps = conclude(view)
+    parts: list[Headline | Section | Block] = []
+    if view.scores:
+        table = about_scores.score_table(view)
+        second = next((name for name in _SECOND_METRICS if name in table.header[2:]), "")
+        answers = about_scores.answers(view)
+        parts += [table.only((table.header[1], second)), *about_scores.about_table(view)]
+        parts += answers.blocks if answers else ()
     row = headline_row(view.scores)
     fit = about_training.fitting_of(view, row.name) if row else None
-    return fit.sentences[0] if fit and fit.kind not in ("sound", "not known") else ""
+    unfit = [Paragraph(fit.sentences[0])] if fit and fit.kind not in ("sound", "not known") else []
+    return [*parts, headline, *unfit, *_steps(steps)]
 
 
 def _key_figures(view: RunView) -> list[tuple[str, str]]:
@@ -102,12 +114,13 @@ def _missing(view: RunView) -> Section | None:
 
 
 def _next(view: RunView, headline: Headline, steps: tuple[str, ...]) -> Section:
-    blocks: list[Block] = []
-    if steps:
-        blocks += [Paragraph("Run the same recipe again with one change at a time:"), Bullets(steps)]
     use = _use(view)
-    blocks += [Folded("how to use this model anyway", use)] if headline.kind == "worse" else use
-    return Section("next", "What to do next", tuple(blocks))
+    folded = (Folded("how to use this model anyway", use),) if headline.kind == "worse" else use
+    return Section("next", "What to do next", (*_steps(steps), *folded))
+
+
+def _steps(steps: tuple[str, ...]) -> list[Block]:
+    return [Paragraph("Run the same recipe again with one change at a time:"), Bullets(steps)] if steps else []
 
 
 def _use(view: RunView) -> tuple[Block, ...]:

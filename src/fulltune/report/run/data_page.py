@@ -125,14 +125,22 @@ def _headline(audit: Audit, rows: int) -> Headline:
     )
 
 
+def in_short(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
+    """What stands in the terminal once the rows are audited."""
+    return [part for part in (_found(audit), _cleaning(proofs)) if part is not None]
+
+
 def _found(audit: Audit) -> Section:
     total = max(1, sum(audit.rows.values()))
-    rows: tuple[Row, ...] = tuple(
-        (found.check, f"{found.rows:,}", format_share(found.rows / total)) for found in audit.checks
-    )
+    rows: list[Row] = []
+    for found in audit.checks:
+        first = found.examples[0]
+        example = foreign(f"{first.place}: {first.reason}", _CELL)
+        rows.append((found.check, f"{found.rows:,}", format_share(found.rows / total), example))
     blocks: list[Block] = []
     if rows:
-        blocks.append(Table("Rows that each check found", ("check", "rows", "of all"), rows, frozenset({1, 2})))
+        header = ("check", "rows", "of all", "for example")
+        blocks.append(Table("Rows that each check found", header, tuple(rows), frozenset({1, 2})))
     if audit.clean:
         blocks.append(Paragraph(f"Looked for, and not found: {', '.join(audit.clean)}."))
     if audit.labels is not None:
@@ -242,7 +250,10 @@ def _difference(metric: str, proof: Proof) -> str:
 
 def _cleaning(all_proofs: Sequence[Proofs]) -> Section | None:
     blocks: list[Block] = []
-    for proofs in (one for one in all_proofs if one.proofs):
+    for proofs in all_proofs:
+        if not proofs.proofs:
+            blocks.append(Paragraph(f"No step could be compared by {proofs.by}."))
+            continue
         name, points = words.metric_name(proofs.metric), " in points" if is_share(proofs.metric) else ""
         header = ("check", "its rows", "rows", name, f"difference{points}", "verdict")
         over = "eval rows" if proofs.by == "classifiers" else "eval rows and seeds"

@@ -74,34 +74,26 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     claim = f"{row.name} has {measured} on {counted(row.rows, 'test row')}"
     bar = strongest_untrained(scores, name, row.greater_is_better)
     if bar is None:
-        said = "no baseline was scored to compare it with."
-        return _headline("alone", f"{claim}; {said}", said.capitalize(), note)
+        return _headline("alone", f"{claim}; no baseline was scored to compare it with.", note)
     elsewhere = "" if bar.rows == row.rows else f" on {counted(bar.rows, 'row')}"
     which = "the model before training" if bar.kind == "untouched" else f"the best baseline, {bar.name}"
     claim = f"{claim}, against {words.estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _finite(ahead):
         said = _LONE.format(mine.lone) if mine.lone else _UNPAIRED if bar.rows == row.rows else _OTHER_ROWS
-        return _headline("unpaired", f"{claim}. {said}", said, note)
+        return _headline("unpaired", f"{claim}. {said}", note)
     kind = "better" if (ahead.value > 0) == row.greater_is_better else "worse"
     if ahead.low <= 0 <= ahead.high:
         kind = "unresolved"
     within = f"{100 * row.confidence:g}% interval: {bounds(name, ahead)}"
     compared = f"the {words.metric_name(name)} of {row.name} is {difference(name, ahead)}"
-    than = "as" if ahead.value == 0 else "than"
-    brief = f"On the same {counted(row.rows, 'test row')}, {compared} {than} that of {which}; {within}"
-    ending = _ending(kind, bar)
     answers = _answers_no_better(row, scores) if kind == "better" else ""
-    return _headline(
-        "contested" if answers else kind,
-        f"{claim}. On the same rows, {compared} ({within}){ending}.{answers}",
-        f"{brief}{ending if kind == 'unresolved' else ''}.{answers}",
-        note,
-    )
+    sentence = f"{claim}. On the same rows, {compared} ({within}){_ending(kind, bar)}.{answers}"
+    return _headline("contested" if answers else kind, sentence, note)
 
 
-def _headline(kind: str, sentence: str, brief: str = "", note: str = "") -> Headline:
-    return Headline(kind, _LABELS[kind], sentence, brief or sentence, note)
+def _headline(kind: str, sentence: str, note: str = "") -> Headline:
+    return Headline(kind, _LABELS[kind], sentence, note)
 
 
 def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fulltune.cli.show.plan import show
+from fulltune.cli.show.plan import sections
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Moment
 from fulltune.plan import gpus, time, ways_out, workload
@@ -21,6 +21,7 @@ from fulltune.plan.fit import fit
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import Plan
 from fulltune.records.survey import Survey
+from fulltune.report.format import terminal
 from fulltune.text import format_bytes
 from tests.unit.plan import sizes
 
@@ -609,7 +610,7 @@ def test_busy_machine_is_said_before_its_times(capsys: pytest.CaptureFixture[str
     fleet = machines.fleet_of("cpu, 2 cores, 64GB host")
     busy = fleet.model_copy(update={"machine": fleet.machine.model_copy(update={"load_average": 9.0})})
     found, plan = survey(sizes.bert(), busy, Wishes())
-    show(Console(width=80), found, plan)
+    terminal.show(Console(width=80), sections(found, plan))
     said = " ".join(capsys.readouterr().out.split())
     assert said.index("busy this machine is busy (load 9 on 2 cores)") < said.index("takes ")
     assert "(arithmetic: from a busy machine, see above)" in said

@@ -1,0 +1,153 @@
+"""Blocks and a run's events on the terminal, in 80 columns."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from fulltune import report
+from fulltune.cli.show import run as display
+from fulltune.records.data import DataSummary, MixedSummary, SplitSummary
+from fulltune.records.events import DataPrepared, Planned
+from fulltune.records.scores import Estimate
+from fulltune.report.format import terminal
+from fulltune.report.format.blocks import (
+    Block,
+    Bullets,
+    Code,
+    Facts,
+    Headline,
+    Paragraph,
+    Section,
+    Table,
+    foreign,
+)
+from tests import plans
+
+
+def printed(*parts: Headline | Section | Block) -> list[str]:
+    console = Console(width=80, file=io.StringIO())
+    terminal.show(console, parts)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def test_wide_table_continues_below_with_its_first_column_again() -> None:
+    header = ("model", *(f"metric {number}" for number in range(6)), "why")
+    rows = tuple((name, *["12.3% [1.2%, 23.4%]"] * 6, "a reason of many words " * 3) for name in ("one", "two"))
+    lines = printed(Table("What it is", header, rows, frozenset(range(1, 7))))
+    assert max(map(cell_len, lines)) <= 80
+    assert lines[1] == "What it is"
+    assert sum(line.startswith("model") for line in lines) == sum(line.startswith("two ") for line in lines) == 3
+    assert " ".join(lines).count("12.3% [1.2%, 23.4%]") == 12
+
+
+def test_table_names_stay_whole_and_texts_are_broken() -> None:
+    name = "logistic regression (frozen embeddings)"
+    lines = printed(Table("", ("model", "value", "why"), ((name, "0.1", "because " * 12),), frozenset({1})))
+    assert lines[1].startswith(f"{name}    0.1  because because")
+    assert max(map(cell_len, lines)) <= 80
+
+
+def test_bullets_and_facts_have_hanging_lines() -> None:
+    lines = printed(Bullets(("word " * 30,)), Facts((("name", "word " * 30),)))
+    assert lines[0].startswith("- word")
+    assert lines[1].startswith("  word")
+    assert [line[:6] for line in lines if line.startswith("name")] == ["name  "]
+    assert lines[-1].startswith("      word")
+
+
+@pytest.mark.parametrize("text", ["[bold]x[/bold]", "a\x1b[31mb", "\u202eabc", "two\nlines"])
+def test_nothing_of_a_text_is_obeyed(text: str) -> None:
+    lines = printed(Paragraph(text), Table("", ("a",), ((foreign(text),),)))
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", "".join(lines))
+    assert len(lines) == 3
+    assert "[bold]" in lines[0] or "bold" not in text
+
+
+def test_long_command_can_be_copied() -> None:
+    command = "fulltune run recipe.yaml " + " ".join(f"--set train.seed={number}" for number in range(5))
+    lines = printed(Section("next", "next", (Code(command, "sh"), Code(f"1  {command[25:]}", "sh"))))
+    assert " ".join(line.removesuffix("\\").strip() for line in lines[2:8]) == command
+    assert lines[8] == "1  --set train.seed=0 \\"
+
+
+def test_end_of_a_run_has_scores_verdict_and_what_to_try(classification: Path, kit: SimpleNamespace) -> None:
+    ahead = {"nearest centroid (frozen)": Estimate(value=-0.1, low=-0.15, high=-0.05)}
+    kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.712, differences=ahead))
+    lines = printed(*report.in_short(classification))
+    text = " ".join(" ".join(lines).split())
+    assert max(map(cell_len, lines)) <= 80
+    places = [text.index(said) for said in ("Each metric on the test rows", "Worse than without training.", "--set ")]
+    assert places == sorted(places)
+    markdown = " ".join(report.write(classification).with_name("report.md").read_text(encoding="utf-8").split())
+    assert text[places[1] :].partition(". ")[2].partition(" Run the same")[0][:200] in markdown.replace("\\", "")
+
+
+def test_end_of_a_run_with_answers_shows_what_was_said_before_and_after(causal_lm: Path) -> None:
+    text = " ".join(" ".join(printed(*report.in_short(causal_lm))).split())
+    assert re.search(r"expected .* before training untouched says .* after training trained says", text)
+
+
+def test_rows_of_a_run_that_goes_on_are_one_line() -> None:
+    split = SplitSummary(rows=1200, tokens=4, trained_tokens=4, truncated_rows=0, dropped_rows=0, length_percentiles={})
+    summary = DataSummary(
+        task="text-classification",
+        problem_type="single_label",
+        columns={},
+        max_length=8,
+        max_length_reason="",
+        splits={"train": split, "eval": split, "test": split},
+        sources={},
+        fingerprint="x",
+    )
+    console = Console(width=80, highlight=False, file=io.StringIO())
+    display.Display(console)(DataPrepared(summary=summary, is_known=True))
+    assert console.file.getvalue() == "rows as before: 1,200 train, 1,200 eval, 1,200 test\n"  # type: ignore[attr-defined]
+
+
+def test_mixed_sources_are_shown_with_their_share_and_how_often_their_rows_are_read() -> None:
+    split = SplitSummary(
+        rows=900,
+        tokens=9000,
+        trained_tokens=900,
+        truncated_rows=0,
+        dropped_rows=0,
+        length_percentiles={"p50": 10, "p95": 10, "max": 10},
+    )
+    rare = split.model_copy(update={"rows": 25, "tokens": 1000})
+    common = split.model_copy(update={"rows": 5000, "tokens": 50_000})
+    rest: dict[str, Any] = {"weight": 0.05, "rows_per_epoch": 50}
+    summary = DataSummary(
+        task="causal-lm",
+        problem_type="chat",
+        columns={},
+        max_length=10,
+        max_length_reason="",
+        splits={"train": split, "eval": split, "test": split},
+        sources={"train": "file a", "eval": "file b", "test": "file c"},
+        mixed=(
+            MixedSummary(where="few.jsonl", kind="chat", counts=rare, **rest),
+            MixedSummary(where="[many].txt", kind="raw text", counts=common, **rest),
+        ),
+        fingerprint="x",
+    )
+    console = Console(width=80, highlight=False, file=io.StringIO())
+    shown = display.Display(console)
+    shown(DataPrepared(summary=summary))
+    shown(Planned(plan=plans.plan(num_train_epochs=2.0)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all(cell_len(line) <= 80 for line in lines)
+    text = " ".join(" ".join(lines).split())
+    assert "mixed in 25 1,000 " in text
+    few = "mixed in: few.jsonl: weight 0.05, 50 rows of each epoch's 1,000, 17.4% of the tokens; each is read"
+    many = "mixed in: [many].txt: weight 0.05, 50 rows of each epoch's 1,000, 4.3% of the tokens; its form is raw text"
+    for said in (f"{few} 2.0 times in an epoch", f"{few} 4.0 times over the run", many):
+        assert said in text
+    assert f"{many}; 2.0% of its 5,000 rows are read" in text
