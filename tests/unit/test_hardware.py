@@ -156,3 +156,10 @@ def test_cpu_rates_are_measured_without_drawing_a_random_number() -> None:
     assert flops > 0
     assert copied > 0
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_bf16_that_is_hundreds_of_times_slower_is_no_speed_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1")
+    monkeypatch.delenv("FULLTUNE_BF16_SPEEDUP")
+    monkeypatch.setattr(hardware, "measure_bf16_speedup", lambda device: 0.0031)
+    assert hardware.bf16_speedup() == 0.0031

@@ -170,7 +170,7 @@ def bf16_speedup() -> float:
     """
     known = os.environ.get(_MEASURED)
     if known is None:
-        known = os.environ[_MEASURED] = f"{measure_bf16_speedup('cpu'):.2f}"
+        known = os.environ[_MEASURED] = f"{measure_bf16_speedup('cpu'):.3g}"
     try:
         return float(known)
     except ValueError:
