@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart chat-example test test-fast test-plain test-long test-zero gpu-paths gpu-day lint types docs dist clean
 
-$(VENV)/quickstart: pyproject.toml
+$(VENV)/quickstart: pyproject.toml constraints-quickstart.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	# A pip older than 23.1, such as Debian 12's, cannot build seqeval.
 	test -d $(VENV) || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	@echo "installing the packages: minutes"
-	$(BIN)/pip install --quiet --editable '.[quickstart]'
+	$(BIN)/pip install --quiet --constraint constraints-quickstart.txt --editable '.[quickstart]'
 	touch $@
 
 $(VENV)/chat: $(VENV)/quickstart
@@ -20,7 +20,7 @@ $(VENV)/chat: $(VENV)/quickstart
 	touch $@
 
 $(VENV)/dev: $(VENV)/quickstart
-	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,entities,images,search,audit,languages,tensorboard,lightning,trl,dev]'
+	$(BIN)/pip install --quiet --constraint constraints-quickstart.txt --editable '.[quickstart,text-metrics,gguf,entities,images,search,audit,languages,tensorboard,lightning,trl,dev]'
 	touch $@
 
 # Kubeflow's and SkyPilot's own parsers, which want other versions of packages than fulltune does.
