@@ -36,7 +36,6 @@ _LEAST = 8
 """Readings below which nothing is said of a curve's shape."""
 _EATEN = 0.5
 """Share of the values with a gradient that have to move."""
-_FEW_STEPS = 100
 
 
 @dataclass(frozen=True)
