@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -85,16 +84,13 @@ def quickstart(here: Here, folder: Path, rows: Rows) -> None:
 
 
 def _tiny_recipe(folder: Path) -> Path:
-    from fulltune.selfcheck import tiny
+    from tests import tiny
 
-    tiny.save_bert(folder / "model")
-    tiny.write_rows(folder / "rows.csv", 120)
-    recipe = folder / "recipe.yaml"
-    train = {"num_train_epochs": 4, "global_batch_size": 8}
-    values = {"model": str(folder / "model"), "task": "text-classification", "data": {"train": "rows.csv"}}
-    values |= {"method": {"kind": "full", "learning_rate": 5e-3}, "train": train, "output": "."}
-    recipe.write_text(json.dumps(values), encoding="utf-8")
-    return recipe
+    model = tiny.save_model(folder / "model", "bert")
+    rows = tiny.write_csv(folder / "rows.csv", tiny.topic_rows(120))
+    train = {"num_train_epochs": 4, "device": "auto", "precision": "auto"}
+    method = {"kind": "full", "learning_rate": 5e-3}
+    return tiny.write_recipe(folder / "recipe.yaml", model, rows, method=method, train=train, output=".")
 
 
 def _of_run(run: Path) -> tuple[dict[str, Any], str]:

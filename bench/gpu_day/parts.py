@@ -30,7 +30,7 @@ class Part:
 
 PARTS = (
     Part("tests", "tests/gpu", "The tests that need a card.", 2.5, 2 * GIB),
-    Part("selfcheck", "fulltune selfcheck", "Precision, attention kernels, resuming, compiling.", 2, GIB),
+    Part("selfcheck", "fulltune selfcheck", "Precision, attention kernels, memory, processes.", 2, GIB),
     Part("quickstart", "The quickstart", "The first command of the README.", 2, 3 * GIB),
     Part(
         "precision",

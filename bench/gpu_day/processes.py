@@ -30,7 +30,7 @@ BOUND = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 def two(here: Here, folder: Path, rows: Rows) -> None:
     """An all-reduce, then three steps of the same rows in each placement; one process accumulates two micro batches."""
     from fulltune.selfcheck import processes
-    from fulltune.selfcheck.devices import Device
+    from fulltune.selfcheck.page import Device
 
     fresh(folder)
     found = processes.all_reduce(Device("cuda", "cuda", 2) if here.cards else Device("cpu", "cpu"))

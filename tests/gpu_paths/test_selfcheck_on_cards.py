@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from fulltune.plan import memory
-from fulltune.selfcheck import attention, child, precision, processes, tiny, training
-from fulltune.selfcheck.devices import Device, NotHere, devices, environment
+from fulltune.selfcheck import checks, processes
+from fulltune.selfcheck.page import Device, NotHere, devices, environment
 from fulltune.train.parent import spawn
 from tests.gpu_paths.cards import GIB, Cards
 
@@ -66,9 +66,9 @@ def test_page_names_apples_device_or_none(monkeypatch: Patch) -> None:
 
 def on_the_cpu(monkeypatch: Patch) -> None:
     """Models and tokens of the self-check, whatever device is asked for."""
-    decoder, tokens = tiny.decoder, tiny.tokens
-    monkeypatch.setattr(tiny, "decoder", lambda device, **options: decoder("cpu", **options))
-    monkeypatch.setattr(tiny, "tokens", lambda device, **options: tokens("cpu", **options))
+    decoder, tokens = checks.decoder, checks.tokens
+    monkeypatch.setattr(checks, "decoder", lambda device, **options: decoder("cpu", **options))
+    monkeypatch.setattr(checks, "tokens", lambda device, **options: tokens("cpu", **options))
 
 
 def kept_in(take: Callable[[int], None]) -> type[torch.optim.AdamW]:
@@ -94,7 +94,7 @@ def test_planned_bytes_are_held_against_the_allocators(two_h100s: Cards, monkeyp
         card.free(3 * GIB)
 
     monkeypatch.setattr(torch.optim, "AdamW", kept_in(take))
-    passed, text = training.planned_bytes(CUDA)
+    passed, text = checks.planned_bytes(CUDA)
     assert passed
     assert "(+0.0%), 3.07 GiB with activations; bound" in text
     assert two_h100s.waits == 2, "what is still being computed is not yet allocated"
@@ -107,7 +107,7 @@ def test_planned_bytes_on_apples_device_ask_its_own_allocator(monkeypatch: Patch
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: sum(held))
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append(len(held)))
     monkeypatch.setattr(torch.optim, "AdamW", kept_in(held.append))
-    passed, text = training.planned_bytes(MPS)
+    passed, text = checks.planned_bytes(MPS)
     assert passed
     assert "(+0.0%); bound" in text
     assert waits == [1, 2]
@@ -115,28 +115,28 @@ def test_planned_bytes_on_apples_device_ask_its_own_allocator(monkeypatch: Patch
 
 @pytest.mark.stand_in("the comparison itself replaced", card="flash and cuDNN kernels")
 def test_kernels_for_16_bits_are_compared_in_16_bits_on_a_gpu(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(attention, "compare", lambda device, kind, precision: (device.type, kind, precision))
-    assert attention.sdpa(CUDA, "flash") == ("cuda", "sdpa", "bf16")
-    assert attention.sdpa(CUDA, "math") == ("cuda", "sdpa", "fp32")
-    assert attention.sdpa(CPU, "flash") == ("cpu", "sdpa", "fp32")
+    monkeypatch.setattr(checks, "compare", lambda device, kind, precision: (device.type, kind, precision))
+    assert checks.sdpa(CUDA, "flash") == ("cuda", "sdpa", "bf16")
+    assert checks.sdpa(CUDA, "math") == ("cuda", "sdpa", "fp32")
+    assert checks.sdpa(CPU, "flash") == ("cpu", "sdpa", "fp32")
 
 
 @pytest.mark.stand_in("the comparison itself replaced, flash-attn said to be installed", card="flash-attn's kernels")
 def test_flash_attention_is_compared_on_a_gpu_alone(monkeypatch: Patch) -> None:
     from transformers import utils
 
-    monkeypatch.setattr(attention, "compare", lambda device, kind, precision: (kind, precision))
+    monkeypatch.setattr(checks, "compare", lambda device, kind, precision: (kind, precision))
     with pytest.raises(NotHere, match="not installed"):
-        attention.flash_attention_2(CUDA)
+        checks.flash_attention_2(CUDA)
     monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: True)
-    assert attention.flash_attention_2(CUDA) == ("flash_attention_2", "bf16")
+    assert checks.flash_attention_2(CUDA) == ("flash_attention_2", "bf16")
     with pytest.raises(NotHere, match="needs a GPU"):
-        attention.flash_attention_2(CPU)
+        checks.flash_attention_2(CPU)
 
 
 @pytest.mark.stand_in("the CPU", card="the error of its kernels")
 def test_attention_in_16_bits_is_computed_in_16_bits() -> None:
-    passed, text = attention.compare(CPU, "sdpa", "bf16")
+    passed, text = checks.compare(CPU, "sdpa", "bf16")
     assert passed
     assert float(text.split("off by ")[1].split(",")[0]) > 1e-5, "computed in fp32"
 
@@ -154,32 +154,33 @@ def test_each_process_talks_by_its_devices_library_on_its_own_card(
     monkeypatch.setattr(dist, "all_reduce", lambda numbers: numbers.mul_(3))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch, "full", lambda *given, device: asked.append(device) or full(*given))
-    answer = child.all_reduce(device)
+    assert processes.add_up(device) == (3000.0, 3000.0)
     assert asked == [(backend, card), device]
-    assert answer == {"sum": 3000.0, "expected": 3000.0}
 
 
 @pytest.mark.stand_in("the processes' answer given by hand", card="NCCL")
 def test_two_cards_are_asked_to_add_up_one_is_not(monkeypatch: Patch) -> None:
     asked = list[Any]()
-    monkeypatch.setattr(processes, "_ask", lambda words, seconds: asked.append(words) or {"sum": 3, "expected": 3})
+
+    class Answers:
+        returncode = 0
+
+        def __init__(self, words: list[str], **given: Any) -> None:
+            asked.append(words)
+
+        def communicate(self, timeout: float) -> tuple[str, str]:
+            return "greetings\n[3, 3]\n", ""
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(processes.subprocess, "Popen", Answers)
     assert processes.all_reduce(Device("cuda", "cuda", 2)).passed
     assert asked[0][-1] == "cuda"
     assert processes.all_reduce(CPU).passed, "a CPU takes two processes"
     for device, why in ((CUDA, "two GPUs"), (MPS, "no communication")):
         with pytest.raises(NotHere, match=why):
             processes.all_reduce(device)
-
-
-@pytest.mark.stand_in("the process's answer given by hand", card="that Triton compiles for it")
-def test_compiler_is_looked_for_where_torch_needs_one_of_ours(monkeypatch: Patch) -> None:
-    answer = {"loss_error": 0.0, "gradient_error": 0.0, "seconds": 1.0}
-    monkeypatch.setattr(processes, "lacking", lambda device: f"compiler for {device}")
-    monkeypatch.setattr(processes, "_ask", lambda words, seconds: answer)
-    for device in (CPU, CUDA):
-        with pytest.raises(NotHere, match=f"no compiler for {device.type}"):
-            processes.compiled(device)
-    assert processes.compiled(MPS).passed
 
 
 scaled_on_the_cpu = pytest.mark.stand_in(
@@ -201,19 +202,19 @@ def test_steps_in_fp16_scale_their_loss(monkeypatch: Patch) -> None:
 
     types = list[torch.dtype]()
 
-    def decoder(device: str, _: Any = tiny.decoder, **options: Any) -> Any:
+    def decoder(device: str, _: Any = checks.decoder, **options: Any) -> Any:
         model = _(device, **options)
         model.lm_head.register_forward_hook(lambda module, given, output: types.append(output.dtype))
         return model
 
-    monkeypatch.setattr(tiny, "decoder", decoder)
+    monkeypatch.setattr(checks, "decoder", decoder)
     monkeypatch.setattr(torch.amp, "GradScaler", on_cpu)
-    passed, text = precision.steps(CUDA, "fp16")
+    passed, text = checks.steps(CUDA, "fp16")
     assert passed, text
     assert set(types) == {torch.float16}
     assert 1 < made[0].get_scale() < 2.0**24, "the scale was not adjusted to what overflowed"
     types.clear()
-    assert precision.steps(CPU, "fp32", count=20).passed
+    assert checks.steps(CPU, "fp32", count=20).passed
     assert set(types) == {torch.float32}
     assert not made[1].is_enabled()
 
@@ -222,28 +223,14 @@ def test_steps_in_fp16_scale_their_loss(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize("device", [CPU, MPS])
 def test_fp16_without_a_gpus_loss_scaling_is_not_here(device: Device) -> None:
     with pytest.raises(NotHere, match="fp16 needs a GPU"):
-        precision.steps(device, "fp16")
+        checks.steps(device, "fp16")
 
 
 @pytest.mark.stand_in("the CPU", card="the error of its kernels")
 def test_product_in_fp16_is_less_exact_than_in_fp32_and_within_its_bound() -> None:
-    passed, text = precision.product(CPU, "fp16")
+    passed, text = checks.product(CPU, "fp16")
     assert passed
-    assert float(text.split()[2].rstrip(",")) > precision.BOUNDS["fp32"]
-
-
-@pytest.mark.stand_in("a device that is named, not used", card="-")
-def test_run_that_goes_on_is_not_tried_on_apples_device(monkeypatch: Patch) -> None:
-    with pytest.raises(NotHere, match="CPU or a GPU"):
-        training.resume(MPS)
-
-    def begins(folder: Any) -> None:
-        raise InterruptedError
-
-    monkeypatch.setattr(tiny, "save_bert", begins)
-    for device in (CPU, CUDA):
-        with pytest.raises(InterruptedError):
-            training.resume(device)
+    assert float(text.split()[2].rstrip(",")) > checks.PRODUCT_BOUNDS["fp32"]
 
 
 def test_helper_books_what_the_plan_says() -> None:

@@ -16,7 +16,7 @@ from bench.gpu_day.here import Card, Here
 
 from fulltune.files import lines_of
 from fulltune.plan.memory import CUDA_CONTEXT_BYTES
-from fulltune.selfcheck.devices import Result
+from fulltune.selfcheck.page import Result
 
 GIB = 2**30
 H100 = Card("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))

@@ -1,4 +1,4 @@
-"""Checks that need processes of their own: several that talk to each other, and a compiler that may hang."""
+"""Do two processes that are started as a run's are talk to each other? Each is `python -m` this module."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from tempfile import TemporaryDirectory
-from typing import Any
+from datetime import timedelta
 
-from fulltune.models.compiled import lacking
-from fulltune.selfcheck.devices import Device, NotHere, Result
+import torch
+
+from fulltune.selfcheck.page import Device, NotHere, Result
 from fulltune.train.parent import ranks, spawn
 
-CHILD = "fulltune.selfcheck.child"
-COMPILE_SECONDS = 60
-REDUCE_SECONDS = 60
+SECONDS = 60.0
 
 
 def all_reduce(device: Device) -> Result:
@@ -26,65 +23,58 @@ def all_reduce(device: Device) -> Result:
         raise NotHere("torch has no communication for mps")
     if device.type == "cuda" and device.count < 2:
         raise NotHere("needs two GPUs, there is one")
-    launcher = ["-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2", "-m", CHILD]
+    module = "fulltune.selfcheck.processes"
+    child = subprocess.Popen(
+        [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2", "-m", module, device.type],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        # Safe path: a file in the user's folder must not stand in for a library.
+        env={**os.environ, **spawn.on_loopback(), "PYTHONSAFEPATH": "1"},
+        start_new_session=True,
+    )
     try:
-        answer = _ask([*launcher, "all-reduce", device.type], REDUCE_SECONDS)
+        out, err = child.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return Result(False, f"no answer within {REDUCE_SECONDS} seconds")
-    return Result(answer["sum"] == answer["expected"], f"sum {answer['sum']:g}, expected {answer['expected']:g}")
-
-
-def compiled(device: Device) -> Result:
-    """`torch.compile` of a tiny model's block: loss and gradients as without."""
-    if device.type != "mps" and (missing := lacking(device.type)):
-        raise NotHere(f"no {missing}")
-    try:
-        answer = _ask(["-m", CHILD, "compile", device.type], COMPILE_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise NotHere(f"compiling took more than {COMPILE_SECONDS} seconds") from None
-    if "error" in answer:
-        raise NotHere(f"torch.compile does not work: {answer['error']}")
-    error = max(answer["loss_error"], answer["gradient_error"])
-    return Result(error <= 1e-4, f"off by {error:.0e}, bound 1e-04; compiled in {answer['seconds']:.0f} s")
-
-
-def _ask(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Run Python, and read the JSON of its last line; compiled code goes into a folder that is deleted.
-
-    Raises:
-        subprocess.TimeoutExpired: When there was no answer in time; its processes are ended.
-        RuntimeError: When it failed, with the last line it wrote.
-    """
-    with TemporaryDirectory(prefix="fulltune-selfcheck-", ignore_cleanup_errors=True) as cache:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-        child = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            # Safe path: a file in the user's folder must not stand in for a library.
-            env={**os.environ, **spawn.on_loopback(), **caches, "PYTHONSAFEPATH": "1"},
-            start_new_session=True,
-        )
-        try:
-            out, err = child.communicate(timeout=seconds)
-        finally:
-            if child.poll() is None:
-                _end(child)
-    answers = [line for line in out.splitlines() if line.startswith("{")]
+        return Result(False, f"no answer within {SECONDS:g} seconds")
+    finally:
+        _end(child)
+    answers = [line for line in out.splitlines() if line.startswith("[")]
     if child.returncode != 0 or not answers:
         said = [line for line in err.splitlines() if "Error" in line] or err.splitlines() or ["nothing was written"]
         raise RuntimeError(f"ended with code {child.returncode}: {said[-1]}")
-    answer: dict[str, Any] = json.loads(answers[-1])
-    return answer
+    found, expected = json.loads(answers[-1])
+    return Result(found == expected, f"sum {found:g}, expected {expected:g}")
 
 
 def _end(child: subprocess.Popen[str]) -> None:
     """End a process and those it started: torchrun's workers are in groups of their own, so it is asked first."""
+    if child.poll() is not None:
+        return
     os.killpg(child.pid, signal.SIGTERM)
     try:
         child.wait(timeout=10)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+def add_up(device: str) -> tuple[float, float] | None:
+    """In each process: the sum of the ranks' numbers and what it has to be; only the first rank answers."""
+    import torch.distributed as dist
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Half of the parent's patience: a worker that waits for nothing ends by itself.
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=SECONDS / 2))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    numbers = torch.full((1000,), rank + 1.0, device=device)
+    dist.all_reduce(numbers)
+    answer = float(numbers.sum()), 1000.0 * size * (size + 1) / 2
+    dist.destroy_process_group()
+    return answer if rank == 0 else None
+
+
+if __name__ == "__main__" and (answer := add_up(sys.argv[1])):
+    print(json.dumps(answer), flush=True)
