@@ -214,12 +214,11 @@ def _ended(log: Log) -> Iterator[Diagnosis]:
             f"{log.steps:,} of {log.plan.total_steps:,} steps, and no outcome: it is still running, or was killed"
         )
         yield Diagnosis("unfinished", evidence, "if it was killed, the same command continues it")
-    elif log.outcome.status in ("diverged", "spiked"):
-        lower = _rate(log, rate_factor(log.plan.rollbacks) / 10)
-        yield Diagnosis("diverged", without_cause(log.outcome.reason), f"a lower rate: {lower}")
-    elif log.outcome.status != "done":
-        advice = "the same command continues it" if log.outcome.status == "interrupted" else ""
-        yield Diagnosis(log.outcome.status.replace("_", " "), log.outcome.reason, advice)
+    elif (status := log.outcome.status) != "done":
+        name = "diverged" if status == "spiked" else status.replace("_", " ")
+        lower = f"a lower rate: {_rate(log, rate_factor(log.plan.rollbacks) / 10)}"
+        advice = {"diverged": lower, "interrupted": "the same command continues it"}.get(name, "")
+        yield Diagnosis(name, without_cause(log.outcome.reason), advice)
 
 
 def _height(log: Log) -> Iterator[Diagnosis]:
