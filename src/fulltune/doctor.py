@@ -17,8 +17,7 @@ from fulltune.records.training import Outcome
 from fulltune.report.format.plots import Point
 from fulltune.report.run.about_training import curves_of
 from fulltune.report.run.fitting import LEAST_EVALUATIONS, Curves, fitting
-from fulltune.report.run.history import after_start, before_start
-from fulltune.report.run.read import read_run
+from fulltune.report.run.read import after_start, before_start, read_run
 from fulltune.text import counted, first_few, format_number, format_share
 from fulltune.train.loop.guards import diverged, ended_high, rate_factor, without_cause
 from fulltune.train.loop.step_guard import StepMemory, judge

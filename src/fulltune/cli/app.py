@@ -109,7 +109,7 @@ def run(
     from fulltune import report
     from fulltune.report.format import terminal
     from fulltune.report.format.blocks import Headline
-    from fulltune.report.run.row_words import row_words
+    from fulltune.report.run.about_data import row_words
 
     began = time.time()
     overrides = [*(set_ or []), *["method.learning_rate=search"] * search]

@@ -29,6 +29,7 @@ from fulltune.records.comparison import Comparison, Held, Opening
 from fulltune.records.differences import Decision
 from fulltune.records.run import COMPARISON
 from fulltune.records.scores import Estimate, Scores
+from fulltune.report.format import words
 from fulltune.stats.bootstrap import draw, percentiles
 from fulltune.stats.calibration import calibrate
 from fulltune.system import run_folder
@@ -86,9 +87,7 @@ def without_leaks(
     if not seen.any():
         return []
     stands = stands_in_train(context.summary.columns, context.recipe.data.near_duplicates < 1)
-    many = int(seen.sum())
-    said = f"without the {many:,} test rows" if many > 1 else "without the test row"
-    said = f"{said} whose {stands}: "
+    said = f"{words.without_rows(int(seen.sum()), stands)}: "
     if len(np.unique(clusters[~seen])) < FEWEST_UNSEEN:
         return [f"{said}nothing is known, hardly any are left"]
     unseen = [

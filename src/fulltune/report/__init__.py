@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from fulltune.errors import SetupError
+from fulltune.records.comparison import Comparison
 from fulltune.records.scores import Scores
+from fulltune.report.comparison import content as about_comparison
 from fulltune.report.comparison.many_tasks import write_tasks
-from fulltune.report.comparison.page import write_comparison
 from fulltune.report.format.blocks import Block, Headline, Section
 from fulltune.report.format.html import page
 from fulltune.report.format.markdown import markdown
+from fulltune.report.format.plots import cost_picture
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run import content
 from fulltune.report.run.content import build
@@ -32,6 +35,8 @@ __all__ = [
     "write_model_card",
     "write_tasks",
 ]
+
+RECORD, PROOF = "compare/comparison.json", "proof.json"
 
 
 def write(folder: Path) -> Path:
@@ -61,13 +66,42 @@ def in_short(folder: Path) -> list[Headline | Section | Block]:
     return content.in_short(read_run(Path(folder)))
 
 
-def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
-    """Write `README.md` beside the trained weights.
+def write_comparison(folder: Path) -> tuple[Path, ...]:
+    """Write `card.md`, `card.html`, `card.png` (where there is something to plot) and `proof.json` into the folder of a
+    finished comparison, or beside the JSON of one; returns what was written.
 
-    Args:
-        folder: The run folder.
-        model_folder: The model's folder; created when it is not there.
-        scores: Of the trial whose model it is, where they lie in no file of their own, as in a comparison.
+    Raises:
+        SetupError: If there is no comparison, or it cannot be read.
+    """
+    source = _comparison_in(Path(folder))
+    comparison = Comparison.load(source)
+    target = Path(folder) if Path(folder).is_dir() else source.parent
+    card, html, picture, proof = (target / name for name in ("card.md", "card.html", "card.png", PROOF))
+    if found := about_comparison.plots(comparison):
+        subtitle = f"{comparison.name}: {comparison.decision.headline}"
+        cost_picture(about_comparison.label(comparison.decision), subtitle, found, picture)
+    else:
+        picture.unlink(missing_ok=True)  # one of an earlier comparison would contradict the report
+    report = about_comparison.build(comparison, picture.name)
+    write_harmless(card, markdown(report))
+    write_harmless(html, page(report, "comparison.html.j2"))
+    comparison.save(proof)
+    return (card, html, *[picture] * bool(found), proof)
+
+
+def _comparison_in(folder: Path) -> Path:
+    if folder.is_file():
+        return folder
+    found = next((folder / name for name in (RECORD, PROOF) if (folder / name).is_file()), None)
+    if found is None:
+        raise SetupError(
+            f"{folder}: has no finished comparison ({RECORD} is missing); first let 'fulltune compare RECIPE' end"
+        )
+    return found
+
+
+def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
+    """Write `README.md` beside the trained weights; `scores` are the trial's where they lie in no file of their own.
 
     Raises:
         SetupError: If `folder` does not exist or is not a run folder.

@@ -22,7 +22,7 @@ from fulltune.records.plan import (
 )
 from fulltune.records.run import Command
 from fulltune.report.format.blocks import Paragraph, Section, Table
-from fulltune.report.run.about_resources import resources
+from fulltune.report.run.about_training import resources
 from fulltune.report.run.read import read_run
 from fulltune.train.run_time import CHECKS, PROBING
 from tests.unit.report.conftest import outcome, plan, save_scores, scores, write_lines

@@ -34,9 +34,9 @@ from fulltune.records.events import (
 from fulltune.records.plan import Plan
 from fulltune.report.format import terminal
 from fulltune.report.run import about_data
+from fulltune.report.run.about_data import mixed_words
 from fulltune.report.run.about_forgetting import verdict
 from fulltune.report.run.about_training import check_table
-from fulltune.report.run.row_words import mixed_words
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 _MOST_ROWS = 8

@@ -35,12 +35,7 @@ _IN_TERMINAL = ("took", "all seeds")
 
 
 def build(comparison: Comparison, picture: str = "") -> Report:
-    """Turn a comparison into what is said about it.
-
-    Args:
-        comparison: The record.
-        picture: File name of the plots' picture, for Markdown.
-    """
+    """Turn a comparison into what is said about it."""
     sections = (
         _why(comparison),
         Section("field", "The methods", _methods(comparison)),

@@ -173,10 +173,6 @@ def foreign(text: str, limit: int | None = None) -> Cell:
 
 
 def first_open(parts: Iterable[tuple[str, Sequence[Block]]]) -> list[Block]:
-    """The blocks of the first trial that has any, those of the others folded behind their names.
-
-    Args:
-        parts: Name and blocks of each trial.
-    """
+    """The blocks of the first trial that has any, those of the others folded behind their names."""
     (_, first), *others = [(name, blocks) for name, blocks in parts if blocks] or [("", ())]
     return [*first, *(Folded(f"the same for {name}", tuple(blocks)) for name, blocks in others)]

@@ -207,16 +207,8 @@ def learning_curve(
     restarts: Sequence[int] = (),
     skipped: Sequence[int] = (),
 ) -> blocks.Figure:
-    """Draw one series over the optimizer steps.
-
-    Args:
-        title: What is drawn; also the accessible name.
-        points: Step and value, in order. Values that are not finite break the line and are counted in the description.
-        metric: Name of the series; decides how values are written.
-        kept_step: Step whose weights were kept, marked with a ring and a vertical line.
-        restarts: Steps at which a later attempt took over, marked with short ticks on the axis.
-        skipped: Steps whose update was left out, marked with short ticks at the top.
-    """
+    """Draw one series over the optimizer steps: a ring at the step whose weights were kept, ticks on the axis where a
+    later attempt took over and at the top where an update was left out; values that are not finite break the line."""
     steps, values = [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
     with _new_figure(WIDTH, CURVE_HEIGHT) as figure:
         axes = figure.subplots()
@@ -309,15 +301,7 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -
 
 
 def frontiers_plot(title: str, frontiers: Sequence[Frontier], limit: float, metric: str, said: str) -> blocks.Figure:
-    """Draw a metric over the drift on generic text: how much of the task costs how much of what was.
-
-    Args:
-        title: What is drawn; also the accessible name.
-        frontiers: Methods over each other, or the points of one run.
-        limit: The budget, drawn as an upright line.
-        metric: Decides how values are written.
-        said: What the plot shows, in words.
-    """
+    """Draw a metric over the drift on generic text, of methods or of one run's points, with the budget as a line."""
     markers = itertools.cycle("o^Dv")
     with _new_figure(WIDTH, COST_HEIGHT) as figure:
         axes = figure.subplots()

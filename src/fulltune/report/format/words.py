@@ -109,6 +109,11 @@ def file_name(place: str) -> str:
     return path.name if is_local and not place.startswith("package:") else place
 
 
+def without_rows(count: int, stands: str) -> str:
+    """`without the 12 test rows whose text also stands in train`."""
+    return f"without the {f'{count:,} test rows' if count > 1 else 'test row'} whose {stands}"
+
+
 def named(text: str) -> str:
     """A label or an answer; an empty one is said to be empty."""
     return text if text.strip() else "(empty)"

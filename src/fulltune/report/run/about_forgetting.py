@@ -70,14 +70,7 @@ def _about(plan: Plan) -> str:
 
 
 def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | None, writes: bool) -> str:
-    """What a curve of the drift says, of the weights that were kept.
-
-    Args:
-        points: Step and mean drift: nats a token, or 1 - cosine.
-        errors: Step to the standard error of that mean.
-        kept: Step whose weights were kept; None: the last one.
-        writes: Whether the model is a language model.
-    """
+    """What a curve of the drift says, of the weights that were kept."""
     known = [(step, value) for step, value in points if math.isfinite(value)]
     if not known:
         return "No drift on generic text is known: none of its values was finite."

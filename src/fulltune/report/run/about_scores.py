@@ -27,9 +27,9 @@ from fulltune.report.format.blocks import (
     unless_empty,
 )
 from fulltune.report.format.plots import Mark, interval_plot
-from fulltune.report.run.read import RunView
-from fulltune.report.run.row_words import row_words
-from fulltune.report.run.verdict import OF_ANSWERS, headline_row
+from fulltune.report.run.about_data import row_words
+from fulltune.report.run.read import RunView, headline_row
+from fulltune.report.run.verdict import OF_ANSWERS
 from fulltune.text import counted, format_metric, format_number, format_percent, listed
 
 _KIND_IN_WORDS = {"baseline": "baseline", "untouched": "before training", "trained": "trained"}
@@ -112,10 +112,10 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
         return ""
     stands, many = stands_in_train(summary.columns if summary else (), found.near), found.left_out > 1
     if found.estimate is not None:
-        them = f"{found.left_out:,} test rows" if many else "test row"
+        left_out = words.without_rows(found.left_out, stands)
         name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, found.estimate)
         return (
-            f"Without the {them} whose {stands}: {name} {value} "
+            f"{left_out[0].upper()}{left_out[1:]}: {name} {value} "
             f"({format_metric(row.main_metric, whole.value)} with {'them' if many else 'it'})."
         )
     num_rows = whole.rows or row.rows

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
 from typing import Literal
 
 from fulltune.recipe.tasks import FACTS
+from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.report.format import words
 from fulltune.report.format.markdown import escaped, fenced, table
+from fulltune.report.run.about_data import has_images, row_words
 from fulltune.report.run.about_scores import about_answers, calibration_in_words
 from fulltune.report.run.read import RunView
-from fulltune.report.run.row_words import has_images, row_words
-from fulltune.report.run.usage import HOW_TO_LOAD, how_to_load, loading_code, loading_code_of, method_kind
 from fulltune.report.run.verdict import OF_ANSWERS, judge
 from fulltune.text import counted, format_metric, format_number, format_share
 
@@ -26,15 +27,7 @@ _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged m
 
 
 def model_card(view: RunView, model_folder: Path) -> str:
-    """Write the card's text.
-
-    Args:
-        view: The run.
-        model_folder: Where the model lies; tells which trial it is.
-
-    Returns:
-        Markdown with YAML front matter.
-    """
+    """Write the card's text."""
     trial = _trial_of(view, model_folder)
     plan = view.plan_of(trial)
     scores = next((row for row in view.trained if row.name == trial), None)
@@ -56,16 +49,7 @@ def model_card(view: RunView, model_folder: Path) -> str:
 
 
 def merged_card(text: str, name: str, task: str) -> str:
-    """Write the card of a merged model: that of what was trained, with how a whole model is loaded.
-
-    Args:
-        text: The card of what was trained; empty where there is none.
-        name: Of the merged model's folder.
-        task: What the model does.
-
-    Returns:
-        Markdown with YAML front matter.
-    """
+    """Write the card of a merged model: that of what was trained, with how a whole model is loaded."""
     what = "What was trained is merged into the pretrained model's own weights. " + HOW_TO_LOAD["full"]
     section = f"## How to load\n\n{what}\n\n{fenced(loading_code(name, task, None), 'python')}\n\n"
     return _LOADING.sub(lambda _: section, text or _BARE).rstrip() + "\n"
@@ -219,3 +203,87 @@ def _versions(view: RunView) -> list[str]:
     packages = [(name, found.packages[name]) for name in _PACKAGES if name in found.packages]
     rows = [("fulltune", found.fulltune), ("Python", found.python), *packages]
     return ["## Versions", table(("package", "version"), rows)]
+
+
+ONLY_OURS = ("head", "adapter")
+"""Kinds of methods whose folders only fulltune reads."""
+HOW_TO_LOAD = {
+    "full": "The model is a plain Hugging Face folder; transformers loads it without fulltune:",
+    "peft": "The folder holds what was trained, in PEFT's format; PEFT loads it around the pretrained model:",
+    **dict.fromkeys(
+        ONLY_OURS, "The folder holds what was trained; 'fulltune predict' puts it into the pretrained model."
+    ),
+}
+"""Kind of method to how its model is loaded; `peft` stands for LoRA and prompts too."""
+
+
+def method_kind(plan: Plan | None) -> str:
+    """The kind of method of a plan; its name may be another."""
+    found = (setting.value for setting in plan.settings if setting.name == "method.kind") if plan else ()
+    return str(next(iter(found), "full"))
+
+
+def how_to_load(plan: Plan | None) -> str:
+    """How a model of the plan's method is loaded, in words."""
+    return HOW_TO_LOAD.get(method_kind(plan), HOW_TO_LOAD["peft"])
+
+
+def loading_code_of(folder: str, task: str, summary: DataSummary | None, plan: Plan | None, base: str) -> str:
+    """Python that loads a trained model of any method; empty where only fulltune can load it."""
+    kind = method_kind(plan)
+    return "" if kind in ONLY_OURS else loading_code(folder, task, summary, "" if kind == "full" else base)
+
+
+def loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
+    """Python that loads a model with transformers, with PEFT around `base`; what else one must know is in comments."""
+    facts = FACTS.get(task, FACTS["text-classification"])
+    head = facts.auto_class
+    kind, name = ("AutoImageProcessor", "processor") if facts.reads == "image" else ("AutoTokenizer", "tokenizer")
+    where, pretrained = json.dumps(folder, ensure_ascii=False), json.dumps(words.file_name(base), ensure_ascii=False)
+    imports, loading = f"from transformers import {head}, {kind}", f"model = {head}.from_pretrained({where})\n"
+    if base:
+        imports = f"from peft import PeftModel\nfrom transformers import AutoConfig, {head}, {kind}"
+        if base.startswith("package:"):
+            package, _, inner = base.removeprefix("package:").partition("/")
+            imports = f"from importlib.resources import files\n\n{imports}"
+            pretrained = f"str(files({json.dumps(package)}) / {json.dumps(inner)})"
+        loading = (
+            f"base = {head}.from_pretrained({pretrained}, config=AutoConfig.from_pretrained({where}))\n"
+            f"model = PeftModel.from_pretrained(base, {where})\n"
+        )
+    loading += f"{name} = {kind}.from_pretrained({where})\n"
+    more = ""
+    if task == "token-classification":
+        # Tags are learned at the first token of each word.
+        more = (
+            'find = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")\n'
+        )
+    elif facts.reads == "image":
+        more = 'classify = pipeline("image-classification", model=model, image_processor=processor)\n'
+    elif task == "causal-lm" and summary:
+        more = _asking(summary)
+    elif task == "seq2seq" and summary and summary.joint:
+        more = f"# As in training, {json.dumps(summary.joint, ensure_ascii=False)} belongs before each text.\n"
+    return f"{imports}{', pipeline' * ('pipeline(' in more)}\n\n{loading}{more}"
+
+
+def _asking(summary: DataSummary) -> str:
+    """Python that asks a language model in the form in which it was trained."""
+    special = ""
+    if "messages" in summary.columns:
+        prompt = (
+            'messages = [{"role": "user", "content": "..."}]\n'
+            "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)\n"
+        )
+        special = ", add_special_tokens=False"
+    elif summary.form.is_raw_text:
+        prompt = 'prompt = "..."  # the model goes on from here\n'
+    else:
+        added = f" + {json.dumps(summary.joint)}" if summary.joint else ""
+        prompt = f'prompt = "..."{added}  # as in training\n'
+    return (
+        f"\n{prompt}"
+        f'ids = tokenizer(prompt, return_tensors="pt"{special}).input_ids\n'
+        "made = model.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=128, do_sample=False)\n"
+        "print(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))\n"
+    )

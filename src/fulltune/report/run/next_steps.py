@@ -14,9 +14,8 @@ from fulltune.report.format.plots import Point
 from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.about_training import fitting_of
 from fulltune.report.run.fitting import CHANGED, at_ceiling
-from fulltune.report.run.history import after_start
-from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import headline_row, strongest_untrained
+from fulltune.report.run.read import RunView, after_start, headline_row
+from fulltune.report.run.verdict import strongest_untrained
 from fulltune.text import counted, format_metric, format_number, is_share, listed
 
 _FEW_STEPS = 100

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
+from fulltune.report.run.read import headline_row
 from fulltune.text import counted, format_number, is_share
 
 _LABELS = {
@@ -29,14 +30,6 @@ _UNPAIRED = (
 )
 _LONE = "The test rows are {}: more of them, on other texts, are needed to tell a difference from chance."
 _OTHER_ROWS = "They were not scored on the same rows, so their difference is not known."
-
-
-def headline_row(scores: Sequence[Scores]) -> Scores | None:
-    """The trained row that the headline is about: the first trial by name.
-
-    Choosing the best one on the test rows would make the headline better than the truth.
-    """
-    return min((row for row in scores if row.kind == "trained"), key=lambda row: row.name, default=None)
 
 
 def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better: bool) -> Scores | None:
