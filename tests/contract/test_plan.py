@@ -460,7 +460,7 @@ def test_config_that_cannot_be_read_is_refused(recipe: Path, tmp_path: Path, con
     result = fulltune("plan", recipe, "--rows", 100, "--tokens", 10, "--set", f"model={tmp_path / 'broken'}")
     assert result.code == 2
     assert len(result.problems) == 1
-    assert result.problems[0].startswith(f"model: {tmp_path / 'broken'}")
+    assert str(tmp_path / "broken") in result.problems[0]
     assert "Traceback" not in result.err
 
 

@@ -12,7 +12,9 @@ from fulltune.cli import stages
 from fulltune.cli.stages import err, out
 from fulltune.errors import SetupError
 from fulltune.report.format import terminal
-from fulltune.report.format.blocks import Facts, Table
+from fulltune.report.format.blocks import Facts
+from fulltune.report.format.markdown import section_in_markdown
+from fulltune.report.format.words import write_harmless
 
 
 def doctor(place: Path, as_json: bool) -> None:
@@ -45,25 +47,19 @@ def selfcheck(output: Path | None, as_json: bool) -> None:
         SetupError: Something failed.
     """
     from fulltune import selfcheck as checking
-    from fulltune.files import write_text
     from fulltune.system.run_folder import writing
 
     # What libraries print must not run into the page: DeepSpeed, for one, greets on stdout when it is imported.
     with err.status("starting") as status, redirect_stdout(sys.stderr):
         page = checking.run(lambda line: status.update(escape(line)))
+    shown = checking.in_blocks(page)
     if output is not None:
         with writing(output):
-            write_text(output, checking.markdown(page))
+            write_harmless(output, section_in_markdown(shown))
     if as_json:
         stages.print_json(page.model_dump(mode="json"))
     else:
-        rows = tuple(
-            (one.ran, one.device, one.status.replace("fail", "FAIL"), one.result, f"{one.seconds:.1f}")
-            for one in page.findings
-        )
-        table = Table("", ("what was run", "on", "", "result", "s"), rows, frozenset({4}))
-        terminal.show(out, [Facts(tuple(page.environment.items())), table])
-        out.print(page.verdict)
+        terminal.show(out, [shown])
         share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
         out.print(escape(share), soft_wrap=True)
     if page.failed:

@@ -18,12 +18,12 @@ from fulltune.selfcheck.page import (
     Status,
     devices,
     environment,
-    markdown,
+    in_blocks,
     without_names,
 )
 from fulltune.system.run_folder import hide_progress_bars
 
-__all__ = ["CHECKS", "Page", "markdown", "run"]
+__all__ = ["CHECKS", "Page", "in_blocks", "run"]
 
 CHECKS: tuple[SelfCheck, ...] = (
     *(

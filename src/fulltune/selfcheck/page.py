@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fulltune.records.base import Record
+from fulltune.report.format.blocks import Facts, Paragraph, Section, Table
 from fulltune.system import hardware
 from fulltune.system.run_folder import PACKAGES
 from fulltune.text import counted, format_bytes
@@ -89,20 +90,15 @@ class Page(Record):
         return f"{passed} passed, {len(self.failed)} failed, {absent} not here; {self.seconds:.0f} seconds"
 
 
-def markdown(page: Page) -> str:
-    """The page for an issue, a chat or a file."""
-    lines = ["# fulltune selfcheck", "", f"{page.date}: {page.verdict}.", "", "| here | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in page.environment.items()]
-    lines += ["", "| device | check | what was run | status | result | seconds |", "|---|---|---|---|---|---:|"]
-    for one in page.findings:
-        status = one.status.replace("fail", "**FAIL**")
-        cells = (one.device, one.check, _cell(one.ran), status, _cell(one.result), f"{one.seconds:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def in_blocks(page: Page) -> Section:
+    """The page for an issue, a chat, a file or the terminal."""
+    rows = tuple(
+        (one.ran, one.device, one.status.replace("fail", "FAIL"), one.result, f"{one.seconds:.1f}")
+        for one in page.findings
+    )
+    header = ("what was run", "on", "status", "result", "seconds")
+    blocks = (Facts(tuple(page.environment.items())), Table("", header, rows, frozenset({4})), Paragraph(page.verdict))
+    return Section("selfcheck", f"fulltune selfcheck, {page.date}", blocks)
 
 
 def without_names(text: str, most: int = 300) -> str:

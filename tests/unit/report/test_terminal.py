@@ -55,6 +55,13 @@ def test_table_names_stay_whole_and_texts_are_broken() -> None:
     assert max(map(cell_len, lines)) <= 80
 
 
+def test_number_behind_a_long_text_is_not_cut() -> None:
+    rows = (("a name of forty columns and a bit more so", "result " * 9, "123,456.7"),)
+    lines = printed(Table("", ("what was run", "result", "seconds"), rows, frozenset({2})))
+    assert max(map(cell_len, lines)) <= 80
+    assert sum("123,456.7" in line for line in lines) == sum(line.endswith("seconds") for line in lines) == 1
+
+
 def test_bullets_and_facts_have_hanging_lines() -> None:
     lines = printed(Bullets(("word " * 30,)), Facts((("name", "word " * 30),)))
     assert lines[0].startswith("- word")

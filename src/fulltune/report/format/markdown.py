@@ -47,7 +47,7 @@ def markdown(report: Report) -> str:
 def section_in_markdown(section: Section, level: str = "#") -> str:
     """Print one section, as a page of its own or inside a report."""
     lines = [f"{level} {section.title}", "", *(line for block in section.blocks for line in _block(block))]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def escaped(text: str) -> str:
@@ -85,7 +85,7 @@ def _block(block: Block) -> Iterator[str]:
         case Facts():
             yield from (*(f"- {escaped(name)}: {escaped(value)}" for name, value in block.rows), "")
         case Table():
-            yield from (f"{escaped(block.caption)}:", "")
+            yield from (f"{escaped(block.caption)}:", "") if block.caption else ()
             yield table(block.header, [[_cell(cell) for cell in row] for row in block.rows], block.numeric)
             yield ""
         case Figures(drawn_only=True):

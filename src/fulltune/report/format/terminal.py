@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -20,6 +21,8 @@ _CELL_LIMIT, _TEXT_LIMIT = 80, 300
 """Letters of a text from data or a model, in a table and outside of one."""
 _NAME_WIDTH, _TEXT_WIDTH = 40, 28
 """A table's names and other texts are broken from so many columns on; numbers stay on one line."""
+_GAP = 2
+"""Between columns."""
 _STYLES = {
     **dict.fromkeys(("better", "peft", "variant", "equivalent"), "bold green"),
     "worse": "bold red",
@@ -78,32 +81,31 @@ def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:
 def _tables(table: blocks.Table, width: int) -> Iterator[Grid]:
     """Tables with as many columns as fit; each begins with the first one, which names the rows."""
     cells = [[_cell(cell) for cell in row] for row in table.rows]
-    numbers, needed, headers = range(len(table.header)), [], []
-    for number in numbers:
-        widest = max((cell_len(row[number]) for row in cells), default=0)
-        name = one_line(table.header[number])
-        headers.append("\n".join(textwrap.wrap(name, max(widest, *map(len, name.split() or [""]), 1))))
-        widest = max(widest, *(cell_len(line) for line in headers[-1].split("\n")))
-        limit = _TEXT_WIDTH if number else _NAME_WIDTH
-        needed.append(widest if number in table.numeric else min(widest, limit))
+    headers, widest, needed = [], [], []
+    for number, name in enumerate(map(one_line, table.header)):
+        wide = max((cell_len(row[number]) for row in cells), default=0)
+        headers.append("\n".join(textwrap.wrap(name, max(wide, *map(len, name.split() or [""]), 1))))
+        widest.append(max(wide, *map(cell_len, headers[-1].split("\n"))))
+        least = widest[-1] if number in table.numeric else _TEXT_WIDTH if number else _NAME_WIDTH
+        needed.append(min(widest[-1], least))
     groups: list[list[int]] = [[]]
-    for number in numbers:
-        if groups[-1] and sum(needed[one] + 2 for one in (*groups[-1], number)) - 2 > width:
+    for number in range(len(headers)):
+        if groups[-1] and sum(needed[one] + _GAP for one in groups[-1]) + needed[number] > width:
             groups.append([0])
         groups[-1].append(number)
     for group in groups:
         # Gaps are columns: Rich would count one behind the last column, too.
         grid = Grid(box=None, pad_edge=False, header_style="dim", padding=0)
+        left = width - sum(needed[number] + _GAP for number in group) + _GAP
         for place, number in enumerate(group):
             if place:
-                grid.add_column(width=2)
-            if number in table.numeric:
-                grid.add_column(Text(headers[number]), justify="right", no_wrap=True)
-            else:
-                grid.add_column(Text(headers[number]), overflow="fold", min_width=needed[number])
+                grid.add_column(width=_GAP)
+            more = min(max(0, left), widest[number] - needed[number])
+            left -= more
+            justify: Literal["left", "right"] = "right" if number in table.numeric else "left"
+            grid.add_column(Text(headers[number]), justify=justify, overflow="fold", width=needed[number] + more)
         for row in cells:
-            found = [text for number in group for text in ("", Text(row[number]))]
-            grid.add_row(*found[1:])
+            grid.add_row(*[text for number in group for text in ("", Text(row[number]))][1:])
         yield grid
 
 
