@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fulltune.records.forgetting import Drift, Point, Preserved
 from fulltune.records.scores import Confusion, Estimate
 from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.content import conclude
+from fulltune.report.run.fitting import Curves, Fitting
 from fulltune.report.run.next_steps import RunFacts, next_steps
 from fulltune.report.run.read import read_run
 from tests.preserved import preserved_record
@@ -31,9 +33,15 @@ RISING = ((200, 0.3), (400, 0.5))
 PASSED = ((100, 0.5), (200, 0.4), (300, 0.4), (400, 0.3))
 STILL = ((200, 0.5), (400, 0.5))
 
-WORSE = RunFacts("worse", 3e-4, 2.0, 400, 400, train_rows=3000, loss=FLAT, metric=STILL)
+WORSE = RunFacts("worse", 3e-4, 2.0, 400, 400, train_rows=3000, curves=Curves(train_loss=FLAT, metric=STILL))
 FEW = {"verdict": "unresolved", "steps": 12, "total_steps": 12}
 LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.0001"
+
+
+def but(**changes: Any) -> RunFacts:
+    """`WORSE` with other facts, of the run or of its curves."""
+    of_curves = {name: changes.pop(name) for name in Curves.__dataclass_fields__ if name in changes}
+    return replace(WORSE, curves=replace(WORSE.curves, **of_curves), **changes)
 
 
 def kept(chosen: float, *drifts: float) -> Preserved:
@@ -75,7 +83,7 @@ def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | N
     assert (evidence in said[0], helps in said[1]) == (True, True)
     assert (said == ("", "")) == (evidence == "")
     if evidence:
-        (step,) = next_steps(replace(WORSE, held_back=said, loss=GROWING))
+        (step,) = next_steps(but(held_back=said, train_loss=GROWING))
         assert helps in step
         assert "rate" not in step
 
@@ -83,37 +91,45 @@ def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | N
 @pytest.mark.parametrize(
     ("changes", "wanted", "unwanted"),
     [
-        ({"loss": FALLING}, ["still falling at the end (3.88 to", LONGER], ["learning_rate", "few"]),
-        ({"loss": KNOWN}, ["The curves show no reason"], ["still falling"]),
-        ({"loss": ROSE_AND_FELL}, ["The curves show no reason"], ["still falling"]),
+        ({"train_loss": FALLING}, ["still falling at the end (3.88 to", LONGER], ["learning_rate", "few"]),
+        ({"train_loss": KNOWN}, ["The curves show no reason"], ["still falling"]),
+        ({"train_loss": ROSE_AND_FELL}, ["The curves show no reason"], ["still falling"]),
         ({"metric": RISING}, ["Accuracy on the eval rows was still rising", LONGER], ["learning_rate"]),
         ({"metric_name": "loss", "greater_is_better": False, "metric": RISING}, [], ["still"]),
-        ({"loss": FALLING, "metric": RISING}, ["at the end", "and accuracy on the eval rows"], []),
-        ({"loss": FALLING, "by_steps": True}, ["--set train.max_steps=800"], ["num_train_epochs"]),
+        ({"train_loss": FALLING, "metric": RISING}, ["at the end", "and accuracy on the eval rows"], []),
+        ({"train_loss": FALLING, "by_steps": True}, ["--set train.max_steps=800"], ["num_train_epochs"]),
         ({"steps": 12, "total_steps": 12}, ["12 steps are few", "num_train_epochs=18"], []),  # as long as it takes
         ({"steps": 2, "total_steps": 2, "by_steps": True}, ["2 steps are few", "max_steps=20."], []),  # ten times
         ({"steps": 12, "total_steps": 400}, [], ["are few"]),  # stopped early: a longer run would stop there too
-        ({"loss": GROWING}, ["rose from", "A likely cause: the learning rate is too high", LOWER], [LONGER]),
-        ({"loss": GROWING[:15]}, ["The curves show no reason"], ["too high"]),  # three readings a quarter
-        ({"loss": UNSURE, "metric": RISING}, ["A likely cause", LOWER, "still rising", LONGER], []),
-        ({"loss": GROWING, "metric": RISING}, [LOWER], [LONGER]),
+        ({"train_loss": GROWING}, ["rose from", "A likely cause: the learning rate is too high", LOWER], [LONGER]),
+        ({"train_loss": GROWING[:15]}, ["The curves show no reason"], ["too high"]),  # three readings a quarter
+        ({"train_loss": UNSURE, "metric": RISING}, ["A likely cause", LOWER, "still rising", LONGER], []),
+        ({"train_loss": GROWING, "metric": RISING}, [LOWER], [LONGER]),
         ({"metric": PASSED}, ["was best at step 100 and worse at the end", LOWER], [LONGER]),
-        ({"metric": PASSED, "loss": FALLING}, ["was best at step 100", LOWER], [LONGER]),  # overfitting
-        ({"metric": PASSED, "last_as_good": True, "loss": FALLING}, [LONGER], ["was best", LOWER]),
+        ({"metric": PASSED, "train_loss": FALLING}, ["was best at step 100", LOWER], [LONGER]),  # overfitting
+        ({"metric": PASSED, "last_as_good": True, "train_loss": FALLING}, [LONGER], ["was best", LOWER]),
         ({"metric": tuple((step, 0.5) for step in (100, 200, 300))}, ["The curves show no reason"], ["at the end"]),
-        ({"loss": FALLING, "metric": RISING, "steps": 300}, ["The curves show no reason"], [LONGER]),
-        ({"loss": GROWING, "searched": frozenset({"method.learning_rate"})}, ["no reason. Try more train"], [LOWER]),
-        ({"loss": FALLING, "searched": frozenset({"train.num_train_epochs"})}, ["no reason"], [LONGER]),
-        ({"over_fitted_from": 100, "loss": FALLING}, ["from step 100 on", "num_train_epochs=0.5"], [LONGER, LOWER]),
-        ({"over_fitted_from": 100, "by_steps": True}, ["train.max_steps=100"], ["num_train_epochs"]),
+        ({"train_loss": FALLING, "metric": RISING, "steps": 300}, ["The curves show no reason"], [LONGER]),
         (
-            {**FEW, "over_fitted_from": 6, "over_confident": True, "loss": FALLING},
+            {"train_loss": GROWING, "searched": frozenset({"method.learning_rate"})},
+            ["no reason. Try more train"],
+            [LOWER],
+        ),
+        ({"train_loss": FALLING, "searched": frozenset({"train.num_train_epochs"})}, ["no reason"], [LONGER]),
+        (
+            {"fit": Fitting("over-fitted", 100), "train_loss": FALLING},
+            ["from step 100 on", "num_train_epochs=0.5"],
+            [LONGER, LOWER],
+        ),
+        ({"fit": Fitting("over-fitted", 100), "by_steps": True}, ["train.max_steps=100"], ["num_train_epochs"]),
+        (
+            {**FEW, "fit": Fitting("over-confident", 6), "train_loss": FALLING},
             ["over-confident from step 6 on", "num_train_epochs=1."],
             ["onger"],
         ),
         # Nothing is left to gain: few steps, a falling loss and even over-confidence are no reason to go on.
         (
-            {**FEW, "metric": ((6, 1.0), (12, 1.0)), "loss": FALLING, "over_fitted_from": 6, "over_confident": True},
+            {**FEW, "metric": ((6, 1.0), (12, 1.0)), "train_loss": FALLING, "fit": Fitting("over-confident", 6)},
             ["Accuracy on the eval rows is 100.0%: nothing is left to gain", "Keep the baseline", "more test rows"],
             ["--set"],
         ),
@@ -128,14 +144,18 @@ def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | N
         ({**FEW, "metric": RISING, "eval_loss": ((6, 0.5), (12, 0.6))}, ["show no reason"], ["few", "onger"]),
         ({**FEW, "metric": RISING, "eval_loss": ((6, 0.5), (12, 0.505))}, ["12 steps are few", "onger"], []),
         (
-            {"got_worse": True, "loss": FALLING},
+            {"fit": Fitting("got worse", 0), "train_loss": FALLING},
             ["best before step 1. Try a tenth", "learning_rate=3e-05"],
             [LONGER, "Got worse"],  # the run says that itself
         ),
         ({"blind": "All is b"}, ["All is b. Try a lower", LOWER, "learning_rate=0.0009"], [LONGER]),
-        ({"blind": "All is b", "loss": FALLING}, ["All is b. The train loss", LONGER], [LOWER]),
+        ({"blind": "All is b", "train_loss": FALLING}, ["All is b. The train loss", LONGER], [LOWER]),
         ({"blind": "All is b", "weights_may_help": True}, ["class_weights=balanced"], ["learning_rate", LONGER]),
-        ({"blind": "All is b", "weights_may_help": True, "loss": FALLING}, ["class_weights=balanced", LONGER], [LOWER]),
+        (
+            {"blind": "All is b", "weights_may_help": True, "train_loss": FALLING},
+            ["class_weights=balanced", LONGER],
+            [LOWER],
+        ),
         ({"max_rows": 200}, ["remove data.max_rows"], ["labels"]),
         ({"labels": 400, "train_rows": 800}, ["are about 2 for each of 400 labels", "Use more if there"], ["reason"]),
         ({"labels": 400, "train_rows": 800, "max_rows": 1000}, ["about 2 for", "remove data.max_rows"], ["Only"]),
@@ -143,14 +163,18 @@ def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | N
         ({}, ["The curves show no reason", LOWER, "learning_rate=0.0009", "3,000"], [LONGER]),
         ({"method_given": False}, ["--set method.kind=full --set method.learning_rate=0.0001"], []),
         ({"verdict": "unresolved"}, ["More test rows"], []),
-        ({"loss": ((10, float("nan")), (20, float("nan"))) * 3}, ["The curves show no reason"], ["nan", "not finite"]),
-        ({"loss": (), "metric": ()}, ["The curves show no reason"], []),
+        (
+            {"train_loss": ((10, float("nan")), (20, float("nan"))) * 3},
+            ["The curves show no reason"],
+            ["nan", "not finite"],
+        ),
+        ({"train_loss": (), "metric": ()}, ["The curves show no reason"], []),
     ],
 )
 def test_proposals_follow_from_what_was_seen(
     changes: dict[str, object], wanted: list[str], unwanted: list[str]
 ) -> None:
-    said = "\n".join(next_steps(replace(WORSE, **changes)))  # type: ignore[arg-type]
+    said = "\n".join(next_steps(but(**changes)))
     assert said
     for part in wanted:
         assert part in said
@@ -160,7 +184,7 @@ def test_proposals_follow_from_what_was_seen(
 
 @pytest.mark.parametrize("verdict", ["better", "alone", "none", "unpaired"])
 def test_nothing_is_proposed_where_nothing_is_known_to_be_wrong(verdict: str) -> None:
-    assert next_steps(replace(WORSE, verdict=verdict, loss=FALLING)) == ()  # type: ignore[arg-type]
+    assert next_steps(but(verdict=verdict, train_loss=FALLING)) == ()
 
 
 def test_no_more_training_is_proposed_where_every_test_row_is_right(classification: Path, kit: SimpleNamespace) -> None:
@@ -259,7 +283,7 @@ def test_noise_of_the_batches_on_a_falling_curve_is_no_sign_of_a_high_rate(noise
     falling = np.geomspace(1.0, 0.6, 24) * draw.normal(1.0, noise, 24)
     falling[0] = 0.5  # an easy first batch
     loss = tuple((10 * place, float(value)) for place, value in enumerate(falling, start=1))
-    said = " ".join(next_steps(replace(WORSE, steps=80, total_steps=80, loss=loss)))
+    said = " ".join(next_steps(but(steps=80, total_steps=80, train_loss=loss)))
     assert "rose" not in said
     assert "80 steps are few" in said
     assert LONGER in said

@@ -48,12 +48,12 @@ HARDLY = 0.97
 class Curves:
     """What was measured while training, in order of steps."""
 
-    train_loss: tuple[Point, ...]
-    eval_loss: tuple[Point, ...]
-    metric: tuple[Point, ...]
-    metric_name: str
-    greater_is_better: bool
-    eval_rows: int
+    train_loss: tuple[Point, ...] = ()
+    eval_loss: tuple[Point, ...] = ()
+    metric: tuple[Point, ...] = ()
+    metric_name: str = "accuracy"
+    greater_is_better: bool = True
+    eval_rows: int = 0
     """0: not known."""
     epochs_per_step: float = 0.0
     kept_step: int | None = None
@@ -62,6 +62,18 @@ class Curves:
     """The metric before step 1."""
     is_mixed: bool = False
     """The train loss is also of rows that are mixed in, and so of another level than the eval loss."""
+
+    @property
+    def on_eval(self) -> str:
+        """`accuracy on the eval rows`."""
+        return f"{words.metric_name(self.metric_name)} on the eval rows"
+
+    @property
+    def best(self) -> Point:
+        """The first of the best evaluations; NaN at step 0 where none is finite."""
+        sign = 1 if self.greater_is_better else -1
+        finite = [point for point in self.metric if math.isfinite(point[1])]
+        return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
 
 
 @dataclass(frozen=True)
@@ -168,11 +180,9 @@ def _at_half(trained: dict[int, float]) -> float:
 
 def _worse_than_before(curves: Curves) -> str:
     """That every evaluation is worse than the one before step 1 by more than chance, in words; empty: one is not."""
-    points = [value for _, value in curves.metric if math.isfinite(value)]
-    if curves.before is None or not math.isfinite(curves.before) or not points:
+    best, name, sign = curves.best[1], curves.metric_name, 1 if curves.greater_is_better else -1
+    if curves.before is None or not math.isfinite(curves.before) or not math.isfinite(best):
         return ""
-    name, sign = curves.metric_name, 1 if curves.greater_is_better else -1
-    best = max(points, key=lambda value: sign * value)
     if is_share(name):
         rows = curves.eval_rows or ASSUMED_ROWS
         chance = ERRORS * math.hypot(*(error_of_share(value, rows) for value in (curves.before, best)))
@@ -181,10 +191,7 @@ def _worse_than_before(curves: Curves) -> str:
     if sign * (curves.before - best) <= chance:
         return ""
     was, became = (format_metric(name, value) for value in (curves.before, best))
-    return (
-        f"Got worse: {words.metric_name(name)} on the eval rows was {was} before step 1, and never better than "
-        f"{became} afterwards."
-    )
+    return f"Got worse: {curves.on_eval} was {was} before step 1, and never better than {became} afterwards."
 
 
 def _metric_fell(curves: Curves) -> tuple[int, str] | None:
@@ -197,13 +204,13 @@ def _metric_fell(curves: Curves) -> tuple[int, str] | None:
 
 def _since_best(curves: Curves) -> tuple[int, str, float, float]:
     """The step of the metric's best evaluation, it and the last one in words, what was lost, what chance may take."""
-    points = [point for point in curves.metric if math.isfinite(point[1])]
     name, sign = curves.metric_name, 1 if curves.greater_is_better else -1
-    step, best = max(points, key=lambda point: sign * point[1])
-    last, rows = points[-1][1], curves.eval_rows or ASSUMED_ROWS
+    step, best = curves.best
+    last = [value for _, value in curves.metric if math.isfinite(value)][-1]
+    rows = curves.eval_rows or ASSUMED_ROWS
     chance = ERRORS * error_of_share(best, rows) if is_share(name) else CHANGED * abs(best)
     before, after = (format_metric(name, value) for value in (best, last))
-    said = f"{words.metric_name(name)} on the eval rows was best at {_place(curves, step)}, {before}, and {after}"
+    said = f"{curves.on_eval} was best at {_place(curves, step)}, {before}, and {after}"
     return step, f"{said} at the end", sign * (best - last), chance
 
 

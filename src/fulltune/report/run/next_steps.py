@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fulltune.records.scores import Confusion
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
 from fulltune.report.format.plots import Point
 from fulltune.report.run.about_forgetting import held_back
-from fulltune.report.run.about_training import fitting_of
-from fulltune.report.run.fitting import CHANGED, at_ceiling
-from fulltune.report.run.read import RunView, after_start, headline_row
+from fulltune.report.run.about_training import curves_of, fitting_of
+from fulltune.report.run.fitting import CHANGED, Curves, Fitting, at_ceiling
+from fulltune.report.run.read import RunView, headline_row
 from fulltune.report.run.verdict import strongest_untrained
 from fulltune.text import counted, format_metric, format_number, is_share, listed
 
@@ -58,25 +58,14 @@ class RunFacts:
     """Of rows that have one each; 0: another problem."""
     max_rows: int | None = None
     """The recipe takes no more rows than that."""
-    loss: tuple[Point, ...] = ()
-    """Of the train rows, as logged."""
-    metric: tuple[Point, ...] = ()
-    """The one that chooses the weights, on the eval rows."""
+    curves: Curves = field(default_factory=Curves)
+    fit: Fitting = field(default_factory=lambda: Fitting("not known"))
     last_as_good: bool = False
     """The eval rows do not tell the last weights from the best ones."""
     searched: frozenset[str] = frozenset()
     """Settings that a search has tried: it is not for a reader to try them again."""
-    over_fitted_from: int | None = None
-    """The step after which the eval rows were answered worse while the train rows were still learned."""
-    over_confident: bool = False
-    """Only the eval loss shows it, not the metric."""
-    eval_loss: tuple[Point, ...] = ()
     bar: str = "the baseline"
     """What the verdict compares with."""
-    got_worse: bool = False
-    """No evaluation was as good as the one before step 1."""
-    metric_name: str = "accuracy"
-    greater_is_better: bool = True
     blind: str = ""
     """That the model tells nothing apart, in words; empty: it does."""
     is_faultless: bool = False
@@ -95,7 +84,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     if row is None or plan is None or outcome is None:
         return None
     given = {setting.name: setting.value for setting in plan.settings if not setting.chosen}
-    history, summary = view.history_of(row.name), view.summary
+    summary = view.summary
     train = summary.splits.get("train") if summary else None
     main = row.metrics.get(row.main_metric)
     label, is_usual = _one_label(row.confusion) if row.confusion else ("", False)
@@ -103,16 +92,14 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     blind = f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'" if label else ""
     if not blind and entities and not any(entities):
         blind = "Not one entity of the test rows is found"
-    fit, bar = fitting_of(view, row.name), strongest_untrained(view.scores, row.main_metric, row.greater_is_better)
+    bar = strongest_untrained(view.scores, row.main_metric, row.greater_is_better)
     tried = [view.searched.settings, *(one.settings for one in view.searched.tried)] if view.searched else []
     return RunFacts(
         verdict=headline.kind,
         searched=frozenset(name for settings in tried for name in settings),
-        over_fitted_from=fit.turn if fit.kind in ("over-fitted", "over-confident") else None,
-        over_confident=fit.kind == "over-confident",
-        eval_loss=after_start(history.evaluation.get("loss", ())),
+        curves=curves_of(view, row.name, plan),
+        fit=fitting_of(view, row.name),
         bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
-        got_worse=fit.kind == "got worse" and fit.turn == 0,
         learning_rate=plan.learning_rate,
         last_as_good=bool(outcome.kept_because),
         epochs=plan.num_train_epochs,
@@ -123,10 +110,6 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         train_rows=train.rows if train else 0,
         labels=len(summary.labels) if summary and summary.form.is_calibrated else 0,
         max_rows=given.get("data.max_rows"),
-        loss=history.train.get("loss", ()),
-        metric=after_start(history.evaluation.get(plan.metric, ())),
-        metric_name=plan.metric,
-        greater_is_better=plan.greater_is_better,
         blind=blind,
         is_faultless=main is not None and is_share(row.main_metric) and main.value == 1,
         held_back=held_back(view.preserved.get(row.name)),
@@ -160,19 +143,19 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
         )
     evidence, helps = run.held_back
     if evidence:  # the curves are of a model that was not kept
-        return (f"{evidence[0].upper()}{evidence[1:]}. {helps[0].upper()}{helps[1:]}.",)
+        return (f"{_capital(evidence)}. {_capital(helps)}.",)
     narrower = ["More test rows narrow the interval: four times as many halve it"] * (run.verdict == "unresolved")
-    if at_ceiling(run.metric_name, run.metric) and not run.blind:
-        name, value = words.metric_name(run.metric_name), format_metric(run.metric_name, run.metric[-1][1])
+    if at_ceiling(run.curves.metric_name, run.curves.metric) and not run.blind:
+        value = format_metric(run.curves.metric_name, run.curves.metric[-1][1])
         unless = ", unless harder or more test rows show a difference" if narrower else ""
         kept = f"Keep {run.bar}, which needs no training{unless}"
-        return (f"{name[0].upper()}{name[1:]} on the eval rows is {value}: nothing is left to gain there. {kept}.",)
+        return (f"{_capital(run.curves.on_eval)} is {value}: nothing is left to gain there. {kept}.",)
     lower, higher = _rate(run, 1 / 3), _rate(run, 3)
     found = []
-    grew, is_sure = _loss_grew(run.loss)
-    passed = _best_long_ago(run)
+    grew, is_sure = _loss_grew(run.curves.train_loss)
+    passed, got_worse = _best_long_ago(run), run.fit.kind == "got worse" and run.fit.turn == 0
     has_free_rate, has_free_length = _RATE not in run.searched, not run.searched & _LENGTH
-    if run.got_worse and has_free_rate:
+    if got_worse and has_free_rate:
         found.append(f"The eval rows were answered best before step 1. Try a tenth of the rate: {_rate(run, 1 / 10)}")
     elif grew and has_free_rate:
         found.append(f"{grew}. A likely cause: the learning rate is too high. Try a third of it: {lower}")
@@ -180,12 +163,12 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
         found.append(f"{passed}. Try a lower rate: {lower}")
     if not has_free_length:
         pass  # a search chose it
-    elif (turn := run.over_fitted_from) is not None:
+    elif run.fit.kind in ("over-fitted", "over-confident") and (turn := run.fit.turn) is not None:
         found.append(
-            f"The run is over-{'confident' if run.over_confident else 'fitted'} from step {turn:,} on (see 'Learning "
-            f"curves'). Stop there: {_shorter(run, turn)}"
+            f"The run is {run.fit.kind} from step {turn:,} on (see 'Learning curves'). "
+            f"Stop there: {_shorter(run, turn)}"
         )
-    elif not (is_sure or passed or run.got_worse) and (longer := _reasons_to_go_on(run)):
+    elif not (is_sure or passed or got_worse) and (longer := _reasons_to_go_on(run)):
         found.append(f"{listed(longer)}. Train for longer: {_longer(run)}")
     if run.weights_may_help:
         weights = "Let rare labels count more: --set train.class_weights=balanced"
@@ -215,20 +198,18 @@ def _reasons_to_go_on(run: RunFacts) -> list[str]:
     if run.steps < run.total_steps or _was_better(run):
         return []
     reasons = []
-    values = [value for _, value in run.loss]
+    values = [value for _, value in run.curves.train_loss]
     if size := len(values) // 4:
         before, last = sum(values[-2 * size : -size]) / size, sum(values[-size:]) / size
         if before > 0 and _LEARNED * values[0] < last < min(values[0], (1 - _STILL_FALLING) * before):
             fell = f"{format_number(values[0])} to {format_number(last)}"
             reasons.append(f"the train loss was still falling at the end ({fell})")
-    if len(run.metric) > 1 and _best(run)[0] == run.metric[-1][0]:
-        way = "rising" if run.greater_is_better else "falling"
-        reasons.append(f"{words.metric_name(run.metric_name)} on the eval rows was still {way} at the last evaluation")
+    if len(run.curves.metric) > 1 and run.curves.best[0] == run.curves.metric[-1][0]:
+        way = "rising" if run.curves.greater_is_better else "falling"
+        reasons.append(f"{run.curves.on_eval} was still {way} at the last evaluation")
     if run.steps < _FEW_STEPS:
         reasons.append(f"{counted(run.steps, 'step')} are few" if run.steps > 1 else "one step is little")
-    if reasons:
-        reasons[0] = reasons[0][0].upper() + reasons[0][1:]
-    return reasons
+    return [*map(_capital, reasons[:1]), *reasons[1:]]
 
 
 def _loss_grew(loss: Sequence[Point]) -> tuple[str, bool]:
@@ -245,27 +226,24 @@ def _loss_grew(loss: Sequence[Point]) -> tuple[str, bool]:
     return f"{said} (medians of the first and last quarter)", max(values[:size]) < ended
 
 
-def _best(run: RunFacts) -> Point:
-    """The first of the best evaluations."""
-    sign = 1 if run.greater_is_better else -1
-    finite = [point for point in run.metric if math.isfinite(point[1])]
-    return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
-
-
 def _best_long_ago(run: RunFacts) -> str:
     """That the eval rows were answered best in the run's first half, and worse at its end."""
-    step, value = _best(run)
-    if run.last_as_good or len(run.metric) < 3 or 2 * step > run.metric[-1][0] or run.metric[-1][1] == value:
+    (step, value), metric = run.curves.best, run.curves.metric
+    if run.last_as_good or len(metric) < 3 or 2 * step > metric[-1][0] or metric[-1][1] == value:
         return ""
-    name = words.metric_name(run.metric_name)
-    return f"{name[0].upper()}{name[1:]} on the eval rows was best at step {step:,} and worse at the end"
+    return f"{_capital(run.curves.on_eval)} was best at step {step:,} and worse at the end"
 
 
 def _was_better(run: RunFacts) -> bool:
     """The eval rows were answered better, or with a lower loss, before the end."""
-    losses = [value for _, value in run.eval_loss if math.isfinite(value)]
+    losses = [value for _, value in run.curves.eval_loss if math.isfinite(value)]
     rose = bool(losses) and losses[-1] > (1 + CHANGED) * min(losses)
-    return rose or (bool(run.metric) and not run.last_as_good and _best(run)[1] != run.metric[-1][1])
+    metric = run.curves.metric
+    return rose or (bool(metric) and not run.last_as_good and run.curves.best[1] != metric[-1][1])
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _longer(run: RunFacts) -> str:
