@@ -13,7 +13,6 @@ from fulltune.errors import RecipeError
 from fulltune.plan import budget, fsdp2, gpus, levers, memory, resolve, sharded, workload
 from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
-from fulltune.recipe import rules
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryNeed
 from fulltune.system import deepspeed
@@ -180,17 +179,6 @@ def test_card_without_fast_bf16_is_offered_no_narrow_weights() -> None:
     assert "one device, bf16 weights" in table("1x L4")
     assert "one device, bf16 weights" not in table("1x T4")
     assert "one device, bf16 weights" not in table("1x L4", precision="fp16")
-
-
-@pytest.mark.parametrize(("precision", "against"), [("fp16", True), ("bf16", False), ("fp32", False)])
-def test_scaled_gradients_cannot_be_updated_one_by_one(precision: str, against: bool) -> None:
-    given = {"max_grad_norm": 0, "optimizer_in_backward": True, "optim": "adamw_torch"}
-    problems = rules.of_pairs(recipe(train={**given, "precision": precision}))
-    assert any("cannot go with train.precision: fp16" in problem for problem in problems) == against
-    problems = resolve.in_backward_problems(recipe(train=given), 8, 1, precision)
-    assert any("cannot go with fp16" in problem for problem in problems) == against
-    said = levers._update_in_backward_needs(recipe(train={"max_grad_norm": 0}), plan(precision=precision))
-    assert (said != "") == against
 
 
 def test_levers_stay_in_the_format_of_a_card_without_fast_bf16() -> None:

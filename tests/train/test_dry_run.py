@@ -84,7 +84,6 @@ def watched_by(watch: Watch) -> Any:
         ({}, {"precision": "bf16"}),
         ({}, {"optim": "adamw_8bit"}),
         ({}, {"optim": "adafactor"}),
-        ({}, {"optimizer_in_backward": True, "max_grad_norm": 0}),
         ({"weights_dtype": "bf16"}, {"precision": "bf16"}),
         ({"weights_dtype": "bf16"}, {"precision": "bf16", "optim": "adamw_8bit"}),
         ({"weights_dtype": "bf16"}, {"precision": "bf16", "bf16_rounding": "kahan"}),

@@ -243,7 +243,6 @@ def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
             "methods.2.kind: 'adapter' cannot be scaled back to the untouched model, which preserve.budget does; "
             "compare full and lora, or remove preserve.budget",
         ),
-        ({"preserve": {"budget": "1%"}, "train": {"optimizer_in_backward": True}}, "cannot go with train.optimizer_in"),
     ],
 )
 def test_budget_that_cannot_be_is_refused(blocks: Mapping[str, Any], said: str, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from fulltune import methods
 from fulltune.train.optim.groups import parameter_groups
-from fulltune.train.optim.in_backward import InBackward
 from fulltune.train.worker.weights import InitialWeights
 from tests import tiny
 from tests.train import runs
@@ -19,7 +18,6 @@ from tests.train import runs
 BODY, HEAD = 1e-5, 1e-2
 RATES = {"learning_rate": BODY, "head_learning_rate": HEAD}
 FIRST = {"max_steps": 1, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant", "logging_steps": 1}
-BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0.0, "micro_batch_size": 4, "global_batch_size": 4}
 FULL: dict[str, Any] = {"kind": "full"}
 
 NAMES = [
@@ -79,8 +77,6 @@ def first_step(folder: Path, model: Path, **blocks: Any) -> dict[str, float]:
     original = InitialWeights.moved
 
     def moved(self: InitialWeights, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Any:
-        behind = optimizer.optimizer
-        ways["in backward"] = float(isinstance(behind, InBackward))
         for name, parameter in methods.trained(model).items():
             ways[name] = float((parameter.detach().float() - self._before(name).float()).abs().max())
         return original(self, model, optimizer, with_gradient)
@@ -101,7 +97,6 @@ def first_step(folder: Path, model: Path, **blocks: Any) -> dict[str, float]:
         ("llama", FULL, {}),
         ("bert", FULL, {"optim": "adamw_torch"}),
         ("bert", FULL, {"optim": "adamw_bf16"}),
-        ("bert", FULL, BACKWARD),
         ("bert", {"kind": "lora"}, {}),
         ("llama", {"kind": "lora"}, {"optim": "adamw_8bit"}),
         ("bert", {"kind": "adapter"}, {}),
@@ -115,7 +110,6 @@ def test_head_moves_by_its_rate_and_everything_else_by_the_methods(
     model = tiny.save_model(tmp_path / "model", kind)
     ways = first_step(tmp_path, model, method={**method, **RATES}, train={**FIRST, **train})
 
-    assert bool(ways.pop("in backward")) == ("optimizer_in_backward" in train)
     of_head = {name: way for name, way in ways.items() if name.startswith(("classifier.", "score.", "bert.pooler."))}
     body = {name: way for name, way in ways.items() if name not in of_head}
     assert of_head

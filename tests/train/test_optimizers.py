@@ -1,5 +1,4 @@
-"""AdamW with small states and weights follows torch's; small updates arrive; each tensor can be updated in the backward
-pass; what would lose updates or cannot work is refused."""
+"""AdamW with small states and weights follows torch's; small updates arrive; what would lose updates is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Adafactor
 
 from fulltune import pipeline
-from fulltune.errors import GuardStop, RecipeError, SetupError
+from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.events import Event, Listener
 from fulltune.records.training import Outcome
@@ -22,7 +21,6 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.loop import arguments
 from fulltune.train.loop.arguments import check_extra
 from fulltune.train.optim import moments
-from fulltune.train.optim.in_backward import InBackward
 from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.request import Request
 from fulltune.train.worker import main as worker
@@ -276,121 +274,9 @@ def test_weights_in_fp16_are_refused() -> None:
         make(tensors(torch.float16))
 
 
-# ---- in the backward pass --------------------------------------------------------------------------------------
-
-
-class Tied(torch.nn.Module):
-    """An embedding whose weights are also the head."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.embedding = torch.nn.Embedding(90, 64)
-            self.layer = torch.nn.Linear(64, 64)
-        self.to(dtype)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.layer(self.embedding(ids)))
-        logits = torch.nn.functional.linear(hidden, self.embedding.weight)
-        return torch.nn.functional.cross_entropy(logits.float(), ids)
-
-
-KINDS: dict[str, tuple[Make, torch.dtype]] = {
-    "fused": (lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True), torch.float32),
-    "sgd": (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9), torch.float32),
-    "adafactor": (
-        lambda parameters: Adafactor(parameters, lr=0.01, scale_parameter=False, relative_step=False),
-        torch.float32,
-    ),
-    "8bit": (lambda parameters: AdamW(parameters, lr=0.01, moments_format="8bit"), torch.float32),
-    "8bit, bf16": (lambda parameters: AdamW(parameters, lr=0.01, moments_format="8bit"), torch.bfloat16),
-}
-
-
-def in_backward(model: torch.nn.Module, behind: torch.optim.Optimizer, step: int = 7) -> InBackward:
-    return InBackward(behind, {parameter: name for name, parameter in model.named_parameters()}, lambda: step)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_in_backward_is_the_same_as_afterwards_and_leaves_no_gradient(kind: str) -> None:
-    make_one, dtype = KINDS[kind]
-    plain, model = Tied(dtype), Tied(dtype)
-    after, during = make_one(plain.parameters()), in_backward(model, make_one(model.parameters()))
-    rates = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1 / (1 + step)) for one in (after, during)]
-    for step in range(4):
-        if step == 2:  # as a resumed run does
-            during.load_state_dict(through_a_file(during.state_dict()))
-        ids = torch.randint(0, 50, (16,), generator=torch.Generator().manual_seed(step))
-        for one, optimizer, rate in ((plain, after, rates[0]), (model, during, rates[1])):
-            one(ids).backward()
-            if one is model:
-                # Tied weights are there once: autograd sums before the hook.
-                assert sorted(during.updated) == ["embedding.weight", "layer.bias", "layer.weight"]
-                assert all(parameter.grad is None for parameter in model.parameters())
-            optimizer.step()
-            rate.step()
-            optimizer.zero_grad()
-
-    assert during.updated == []
-    for expected, found in zip(plain.parameters(), model.parameters(), strict=True):
-        assert torch.equal(expected, found)
-    assert through_a_file(during.state_dict()).keys() == after.state_dict().keys()
-    for parameter in model.parameters():
-        second = second_moment(parameter, during)
-        assert second is None or bool((second > 0).any())
-
-
-def test_gradient_in_several_parts_is_refused() -> None:
-    model = Tied(torch.float32)
-    during = in_backward(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    ids = torch.arange(8)
-    model(ids).backward()
-
-    with pytest.raises(
-        SetupError, match=r"the gradient of \w+\.\w+ comes in several parts.*optimizer_in_backward: false"
-    ):
-        model(ids).backward()
-
-    during.remove()
-    model.zero_grad()
-    model(ids).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_gradient_that_is_not_finite_stops_before_its_tensor_is_updated(value: float) -> None:
-    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    in_backward(layers, torch.optim.SGD(layers.parameters(), lr=0.1))
-    before = {name: parameter.detach().clone() for name, parameter in layers.named_parameters()}
-    hidden = layers[0](torch.ones(2, 4))
-    hidden.register_hook(lambda gradient: gradient * 0 + value)
-
-    with pytest.raises(GuardStop) as caught:
-        layers[1](hidden).sum().backward()
-
-    moved = {name for name, parameter in layers.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == {"1.weight", "1.bias"}
-    assert "is not finite at step 7, found before 0." in str(caught.value)
-    assert "2 of 4 tensors were updated before it in this step" in str(caught.value)
-    assert "the last checkpoint holds the good ones" in str(caught.value)
-
-
-def test_first_gradient_that_is_not_finite_leaves_all_weights_good() -> None:
-    layer = torch.nn.Linear(4, 4)
-    in_backward(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
-    before = [parameter.detach().clone() for parameter in layer.parameters()]
-
-    with pytest.raises(GuardStop, match=r"no tensor was updated in this step: the weights are still good"):
-        (layer(torch.ones(2, 4)).sum() * float("nan")).backward()
-
-    assert all(torch.equal(one, other) for one, other in zip(before, layer.parameters(), strict=True))
-
-
 # ---- in runs ---------------------------------------------------------------------------------------------------
 
 STEPS = {"max_steps": 3, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant", "logging_steps": 1}
-BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
 BF16 = {"weights_dtype": "bf16"}
 
 
@@ -403,9 +289,6 @@ BF16 = {"weights_dtype": "bf16"}
         (BF16, {"precision": "bf16"}, AdamW),
         (BF16, {"precision": "bf16", "optim": "adamw_8bit", "bf16_rounding": "kahan"}, AdamW),
         (BF16, {"precision": "bf16", "optim": "adafactor", "bf16_rounding": "nearest"}, Adafactor),
-        ({}, {**BACKWARD}, torch.optim.AdamW),
-        ({}, {**BACKWARD, "optim": "adafactor"}, Adafactor),
-        (BF16, {**BACKWARD, "precision": "bf16", "optim": "adamw_8bit"}, AdamW),
     ],
 )
 def test_moved_equals_requires_grad_with_each_optimizer(
@@ -430,9 +313,7 @@ def test_moved_equals_requires_grad_with_each_optimizer(
         ).outcome
 
     num_tensors, optimizer, with_gradient = seen
-    behind = getattr(optimizer.optimizer, "behind", optimizer.optimizer)
-    assert type(behind) is kind
-    assert isinstance(optimizer.optimizer, InBackward) == ("optimizer_in_backward" in train_block)
+    assert type(optimizer.optimizer) is kind
     assert outcome is not None
     assert outcome.moved is not None
     assert outcome.moved.num_tensors_moved == outcome.moved.num_tensors_with_gradient == num_tensors
@@ -440,17 +321,7 @@ def test_moved_equals_requires_grad_with_each_optimizer(
     assert outcome.moved.unmoved_tensors == ()
     logged = runs.events(tmp_path, "train")
     assert len(logged) == 3
-    assert all((line.get("grad_norm") is None) == ("optimizer_in_backward" in train_block) for line in logged)
-
-
-def test_run_in_backward_ends_with_the_same_weights(tiny_encoder: Path, tmp_path: Path) -> None:
-    block = {**STEPS, "optim": "adamw_8bit", "max_grad_norm": 0.0}
-    for name, extra in (("after", {}), ("during", BACKWARD)):
-        runs.run(tmp_path / name, tiny_encoder, tiny.topic_rows(), train={**block, **extra})
-
-    after, during = runs.final_weights(tmp_path / "after"), runs.final_weights(tmp_path / "during")
-    assert after.keys() == during.keys()
-    assert all(torch.equal(after[name], during[name]) for name in after)
+    assert all(line["grad_norm"] is not None for line in logged)
 
 
 def test_run_that_began_with_fp32_moments_goes_on_with_8_bits(tmp_path: Path) -> None:
@@ -515,38 +386,6 @@ def test_rate_per_layer_works_with_an_optimizer_of_our_own(tiny_encoder: Path, t
     assert {round(group["lr"], 6) for group in seen[0].param_groups} == {0.01, 0.005, 0.0025, 0.00125}
 
 
-class _Spoilt(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return gradient * float("inf")
-
-
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [
-        (lambda loss: loss * float("nan"), "the loss is nan at step 3, before the update: the weights are still good"),
-        (_Spoilt.apply, r"the gradient of classifier\.\w+ is not finite at step 3"),
-    ],
-)
-def test_guard_stays_sharp_in_backward(
-    broken: Callable[..., torch.Tensor], message: str, tiny_encoder: Path, tmp_path: Path
-) -> None:
-    spoilt: list[bool] = []
-
-    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-        return broken(loss) if spoilt else loss
-
-    options = {"compute_loss": compute_loss, "listener": runs.at_step(2, lambda: spoilt.append(True))}
-    train = {**STEPS, **BACKWARD, "max_rollbacks": 0}
-    with pytest.raises(GuardStop, match=message):
-        runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), train=train, options=options)
-
-
 # ---- what is refused -------------------------------------------------------------------------------------------
 
 
@@ -604,33 +443,3 @@ def test_our_optimizers_are_refused_under_deepspeed(optim: str) -> None:
         f"train.optim: '{optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an optimizer's "
         "state itself; remove optim, or train.extra.deepspeed"
     ]
-
-
-def test_all_that_optimizer_in_backward_cannot_go_with_is_named_at_once() -> None:
-    found = problems_of(
-        train={
-            "optimizer_in_backward": True,
-            "num_processes": 2,
-            "precision": "fp16",
-            "optim": "galore_adamw",
-            "extra": {"deepspeed": {"zero_optimization": {"stage": 1}}},
-        }
-    )
-
-    assert len(found) == 5
-    assert all(problem.startswith("train.optimizer_in_backward: ") for problem in found)
-    words = ("max_grad_norm: 0, found 1", "num_processes: 1, found 2", "deepspeed", "fp16", "found 'galore_adamw'")
-    assert all(word in problem for word, problem in zip(words, found, strict=True))
-    assert problems_of(train={"optimizer_in_backward": True, "max_grad_norm": 0, "optim": "adafactor"}) == []
-
-
-def test_optimizer_in_backward_with_accumulation_is_refused_by_the_plan(tiny_encoder: Path, tmp_path: Path) -> None:
-    block = {**BACKWARD, "global_batch_size": 8, "micro_batch_size": 4}
-
-    with pytest.raises(RecipeError) as caught:
-        runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), until="plan", train=block)
-
-    assert caught.value.problems == (
-        "train.optimizer_in_backward: needs a step's rows in one pass, but they come in 2 micro batches of 4 "
-        "(train.micro_batch_size); set train.global_batch_size: 4, or optimizer_in_backward: false",
-    )

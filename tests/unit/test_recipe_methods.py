@@ -78,8 +78,8 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
             "4  methods.1.train.weight_decay: expect",
         ),
         (
-            "methods: [full, {name: b, kind: full, train: {optimizer_in_backward: true}}]",
-            "4  methods.1.train.optimizer_in_backward: needs train.max_grad_norm: 0",
+            "methods: [full, {name: b, kind: full, train: {bf16_rounding: kahan}}]",
+            "4  methods.1.train.bf16_rounding: 'kahan' has no effect",
         ),
         ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: is for an arm of a comparison"),
         ("methods: [full, head]", "4  methods: names nothing to compare"),

@@ -63,10 +63,7 @@ def read(folder: Path, lines: str, overrides: tuple[str, ...] = ()) -> Recipe:
         ("search: {num_train_epochs: [2, 3]}", "4  search.num_train_epochs: unknown .*'train.num_train_epochs'"),
         ("search: {data.max_rows: [2, 3]}", "4  search.data.max_rows: only settings of 'method' and 'train'"),
         ("search: {train.num_train_epochs: [2, lots]}", "expected a valid number; found 'lots'"),
-        (
-            "search: {train.optimizer_in_backward: [true, false]}",
-            "True: train.optimizer_in_backward: needs train.max_g",
-        ),
+        ("search: {train.chunked_loss: [true, false]}", "True: train.chunked_loss: has no effect for text-class"),
         ("method: {learning_rate: search}\nsearch: {train.weight_decay: [0, 1]}", "5  search: .*which is another"),
         ("methods: [{kind: full, learning_rate: search}, lora]", "4  methods.0.learning_rate: a comparison searches"),
         ("methods: [full, lora]\nsearch: {train.weight_decay: [0, 1]}", "5  search: has no effect on a comparison"),

@@ -48,9 +48,8 @@ def problems_of(recipe: Recipe) -> list[str]:
         problems.append(f"train.extra: is for transformers' Trainer ({', '.join(train.extra)}); remove it{own}")
     if train.optim not in (None, *PER_TENSOR):
         problems.append(f"train.optim: '{train.optim}' is not built for Lightning; take one of {', '.join(PER_TENSOR)}")
-    for name in ("optimizer_in_backward", "activation_offloading"):
-        if getattr(train, name):
-            problems.append(f"train.{name}: is not built for Lightning; remove it")
+    if train.activation_offloading:
+        problems.append("train.activation_offloading: is not built for Lightning; remove it")
     return problems
 
 

@@ -182,9 +182,6 @@ class Needs:
             "optimizer": state.optimizer,
             **sharded.passing(footprint, precision, settings),
         }
-        if settings.optimizer_in_backward:  # each gradient goes as soon as it came
-            largest = footprint.largest_tensor * memory.BYTES[settings.weights_dtype]
-            kinds["gradients"] = min(kinds["gradients"], largest)
         # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
         cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
         buckets = state.gradients if settings.num_processes > 1 else 0

@@ -108,8 +108,6 @@ def smallest(
 def candidates(recipe: Recipe, start: MemorySettings, rows_per_process: int) -> list[MemorySettings]:
     """Every micro batch that the recipe allows, without and with the levers that leave the result as it is."""
     sizes = [size for size in range(rows_per_process, 0, -1) if rows_per_process % size == 0]
-    if start.optimizer_in_backward:  # it cannot accumulate
-        sizes = sizes[:1]
     if recipe.train.micro_batch_size is not None:
         sizes = [recipe.train.micro_batch_size]
     return [

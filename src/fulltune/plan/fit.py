@@ -125,7 +125,6 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
         budget.refuse_offloaded_activations(chosen.memory, recipe.train.processes_per_machine, fleet.machine)
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     problems = deepspeed.disagreements(recipe, *batches, used.num_processes, used.precision)
-    problems += resolve.in_backward_problems(recipe, *batches, used.precision)
     if problems:
         raise RecipeError(problems)
     if fleet.disk_bytes is not None:

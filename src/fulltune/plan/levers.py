@@ -27,7 +27,6 @@ SETTING_OF = {
     "weights_dtype": "model.weights_dtype",
     "bf16_rounding": "train.bf16_rounding",
     "optim": "train.optim",
-    "optimizer_in_backward": "train.optimizer_in_backward",
     "chunked_loss": "train.chunked_loss",
     "activation_checkpointing": "train.activation_checkpointing",
     "activation_offloading": "train.activation_offloading",
@@ -63,8 +62,6 @@ class Lever:
     """What stands against it, beyond what holds for all levers; empty: nothing."""
     with_deepspeed: str = ""
     """Why it cannot go with DeepSpeed; empty: it can."""
-    needs: Callable[[Recipe, Now], str] = _nothing
-    """Other settings that would have to change with it; empty when it can be had at once."""
     done: str = ""
     """What is said when it was taken: `now` is the plan before, and fields of the changes have their new values."""
     frees: tuple[MemoryKind, ...] = ()
@@ -110,7 +107,7 @@ class Lever:
             return problem
         if self.kept and (value := given(recipe, self.setting)) is not None:
             return f"the recipe says {self.setting}: {in_yaml(value)}"
-        return self.needs(recipe, now)
+        return ""
 
 
 def plain_optim(weights_dtype: str, rounding: str | None) -> str:
@@ -146,8 +143,6 @@ def _smaller_batches(recipe: Recipe, now: Now) -> list[Changes]:
 def _no_smaller_batch(recipe: Recipe, now: Now) -> str:
     if now.micro_batch_size == 1:
         return ""  # told as of every lever
-    if now.optimizer_in_backward:
-        return "train.optimizer_in_backward needs each step's rows in one pass"
     return "" if _smaller_batches(recipe, now) else f"{DEEPSPEED} gives the micro batch; write {deepspeed.AUTO!r} there"
 
 
@@ -181,11 +176,6 @@ def _no_activation_offloading(recipe: Recipe, now: Now) -> str:
 
 def _no_narrow_weights(recipe: Recipe, now: Now) -> str:
     return "" if now.fast_bf16 else "this GPU has no fast bf16"
-
-
-def _update_in_backward_needs(recipe: Recipe, now: Now) -> str:
-    alone = now.gradient_accumulation_steps == 1 and now.num_processes == 1 and now.precision != "fp16"
-    return "" if alone and recipe.train.max_grad_norm == 0 else "train.max_grad_norm: 0 and no accumulation"
 
 
 def _half_length(recipe: Recipe, now: Now) -> list[Changes]:
@@ -311,17 +301,6 @@ LEVERS = (
         way_out=True,
     ),
     Lever(
-        name="optimizer in backward",
-        setting="train.optimizer_in_backward",
-        costs="no clipping of gradients; a bad step is not skipped, the run rolls back",
-        changes={"optimizer_in_backward": True},
-        with_deepspeed="DeepSpeed updates by itself",
-        needs=_update_in_backward_needs,
-        frees=("gradients",),
-        same_result=False,
-        measured="optimizer in backward",
-    ),
-    Lever(
         name="shorter rows",
         setting="data.max_length",
         costs="longer rows are cut",
@@ -346,8 +325,7 @@ def proposal(recipe: Recipe, now: Now, kind: MemoryKind) -> str:
         if kind in lever.frees and not lever.obstacle(recipe, now):
             changes = lever.apply(recipe, now)[-1]
             value = next(value for name, value in changes.items() if SETTING_OF[name] == lever.setting)
-            needs = lever.needs(recipe, now)
-            return f"{lever.setting}: {in_yaml(value)}" + (f" (with {needs})" if needs else "")
+            return f"{lever.setting}: {in_yaml(value)}"
     if kind in ("weights", "gradients", "optimizer"):
         return "a smaller model"
     return "smaller images" if FACTS[recipe.task].reads == "image" else "a smaller data.max_length"

@@ -34,7 +34,6 @@ class MemorySettings:
     """The loss may take the logits in pieces."""
     torch_compile: bool = False
     chunked_loss: bool = False
-    optimizer_in_backward: bool = False
     passes_per_row: int = 1
     """Times that each train row goes through the model, all held together."""
     replays: bool = False
@@ -223,13 +222,10 @@ def _moments(
         for moment in moments:
             kinds = moment.bytes(rows, settings.longest_tokens)
             kinds = in_pieces(kinds, shapes, settings, device, rows * settings.longest_tokens, already)
-            if settings.optimizer_in_backward:  # each gradient goes as soon as it came
-                kinds["gradients"] = min(kinds["gradients"], footprint.largest_tensor * BYTES[settings.weights_dtype])
             found.append(_together(held, kinds))
-    if not settings.optimizer_in_backward:
-        buffers = scratch(footprint, settings)
-        update: dict[Kind, int] = {"gradients": state.gradients, "activations": 0, "logits": 0, "buffers": buffers}
-        found.append(_together(held, update))
+    buffers = scratch(footprint, settings)
+    update: dict[Kind, int] = {"gradients": state.gradients, "activations": 0, "logits": 0, "buffers": buffers}
+    found.append(_together(held, update))
     return found
 
 

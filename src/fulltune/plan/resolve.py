@@ -213,25 +213,6 @@ def _named(given: str | None, chosen: str, reason: str, reasons: Reasons) -> str
     return optim
 
 
-def in_backward_problems(recipe: Recipe, micro_batch_size: int, accumulation: int, precision: str) -> list[str]:
-    """What the plan chose that `train.optimizer_in_backward` cannot go with; the recipe alone is checked before."""
-    if not recipe.train.optimizer_in_backward:
-        return []
-    problems = []
-    if accumulation > 1:
-        problems.append(
-            f"train.optimizer_in_backward: needs a step's rows in one pass, but they come in {accumulation} micro "
-            f"batches of {micro_batch_size} (train.micro_batch_size); set train.global_batch_size: {micro_batch_size}, "
-            "or optimizer_in_backward: false"
-        )
-    if precision == "fp16":
-        problems.append(
-            "train.optimizer_in_backward: cannot go with fp16 (train.precision), whose gradients are scaled until all "
-            "are there; set precision: fp32, or optimizer_in_backward: false"
-        )
-    return problems
-
-
 def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
     """Processes that read rows ahead for each training process, where the recipe does not say how many.
 

@@ -20,7 +20,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
 from fulltune.recipe.preserve import AUTO, PreserveBlock
 from fulltune.recipe.tasks import FACTS, FORMS, READ_BY
-from fulltune.recipe.training import OWN_OPTIMIZERS, PER_TENSOR
+from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.text import did_you_mean
 
 SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
@@ -70,7 +70,7 @@ def of_settings(recipe: Recipe) -> list[str]:
 
 def of_pairs(recipe: Recipe) -> list[str]:
     """Settings that do not go together."""
-    problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe), *_rates_by_tensor(recipe)]
+    problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_rates_by_tensor(recipe)]
     problems += _preserved(recipe)
     if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
         problems.append(SMOOTHING)
@@ -300,8 +300,6 @@ def _preserved(recipe: Recipe) -> list[str]:
             "language model keeps is measured on generic text: remove it, and put texts of the other task into "
             "preserve.probe"
         )
-    if recipe.train.optimizer_in_backward:
-        problems.append(f"{name}: cannot go with train.optimizer_in_backward, which updates before generic text counts")
     if by := recipe.train.deepspeed_by:
         problems.append(f"{name}: not yet with {by}; remove one of them")
     # Beside others one may stand that moves nothing of what reads generic text: it keeps any budget.
@@ -321,37 +319,6 @@ def _preserved(recipe: Recipe) -> list[str]:
 
 SCALABLE = ("full", "lora")
 """Kinds of methods whose change of the model can be scaled."""
-
-
-def _in_backward(recipe: Recipe) -> list[str]:
-    """What `train.optimizer_in_backward` cannot go with; the plan adds accumulation, which it decides."""
-    train, name = recipe.train, "train.optimizer_in_backward"
-    if not train.optimizer_in_backward:
-        return []
-    problems = []
-    if train.max_grad_norm:
-        problems.append(
-            f"{name}: needs train.max_grad_norm: 0, found {train.max_grad_norm:g}; the norm is of all gradients, and "
-            "they are never there together"
-        )
-    if train.num_processes > 1:
-        problems.append(
-            f"{name}: needs train.num_processes: 1, found {train.num_processes}; tensors would be updated before the "
-            "processes' gradients are put together"
-        )
-    if by := recipe.train.deepspeed_by:
-        problems.append(f"{name}: cannot go with {by}, which updates by itself; remove one of them")
-    if train.precision == "fp16":
-        problems.append(
-            f"{name}: cannot go with train.precision: fp16, whose gradients are scaled until all are there; set bf16 "
-            "or fp32"
-        )
-    if train.optim is not None and train.optim not in PER_TENSOR:
-        problems.append(
-            f"{name}: needs an optimizer that treats each tensor by itself ({', '.join(PER_TENSOR)}), found "
-            f"'{train.optim}'"
-        )
-    return problems
 
 
 def _rates_by_tensor(recipe: Recipe) -> list[str]:

@@ -31,7 +31,7 @@ SHARED_OUT = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "sgd", "adagr
 """Optimizers that update parts of tensors as they would the whole ones: for FSDP2."""
 
 PER_TENSOR = (*SHARED_OUT, "adafactor")
-"""Optimizers that update a tensor from its own gradient and state alone: they can do it in the backward pass."""
+"""Optimizers that update a tensor from its own gradient and state alone."""
 
 NVME = "nvme:"
 """Beginning of an offload to a disk; its folder follows."""
@@ -89,9 +89,6 @@ class TrainBlock(Block):
     """With bf16 weights (`model.weights_dtype`): how an update smaller than their spacing arrives. stochastic (the
     default): rounded up or down at random, right on average; kahan: what was lost is kept in 2 more bytes a parameter;
     nearest: it is lost, and at usual learning rates most are."""
-    optimizer_in_backward: bool = False
-    """Update each tensor as soon as its gradient is there, and free the gradient. Needs `max_grad_norm: 0` and no
-    accumulation, because both need all gradients."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's running mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)

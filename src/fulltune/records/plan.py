@@ -213,7 +213,6 @@ class Plan(Record):
     state: StateBytes
     optim: str = "adamw_torch_fused"
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
-    optimizer_in_backward: bool = False
     chunked_loss: bool = False
     rollbacks: tuple[int, ...] = ()
     """Steps of the checkpoints that the run went back to, oldest first; 0: it began anew. From each on the rows

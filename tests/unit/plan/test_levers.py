@@ -81,9 +81,9 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the search, the ways out, what is tried after memory ran out, what is proposed then, and what is measured."""
     new = Lever(
         name="half the buffers",
-        setting="train.optimizer_in_backward",
+        setting="train.activation_offloading",
         costs="patience",
-        changes={"optimizer_in_backward": True},
+        changes={"activation_offloading": True},
         done="half the buffers",
         frees=("buffers",),
         searched=True,
@@ -95,12 +95,12 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "LEVERS", (new,))
     monkeypatch.setattr("fulltune.train.parent.memory_fallbacks.LEVERS", (new,))
 
-    assert replace(SETTINGS, micro_batch_size=1, gradient_accumulation_steps=1, optimizer_in_backward=True) in (
+    assert replace(SETTINGS, micro_batch_size=1, gradient_accumulation_steps=1, activation_offloading=True) in (
         choose.candidates(RECIPE, SETTINGS, 1)
     )
     found = ways_out.of_memory(RECIPE, SETTINGS, 999, needs_less_with(new.changes))
-    assert found[0].change == "train.optimizer_in_backward: true"
+    assert found[0].change == "train.activation_offloading: true"
     offered = fallbacks(RECIPE, PLAN, "step", lambda changes: True)
     assert [(one.name, one.changes) for one in offered] == [(new.name, new.changes)]
-    assert levers.proposal(RECIPE, PLAN, "buffers") == "train.optimizer_in_backward: true"
+    assert levers.proposal(RECIPE, PLAN, "buffers") == "train.activation_offloading: true"
     assert [row.name for row in measure_candidates.levers(RECIPE, PLAN)][1:] == ["+ half the buffers"]

@@ -37,12 +37,7 @@ def row(name: str, seconds: float, problem: str = "", **changes: Any) -> Measure
             {"precision": "fp32", "chunked_loss": True, "activation_checkpointing": False},
             ["fp32, as it is", "+ 8-bit"],
         ),
-        ("text-classification", {"max_grad_norm": 0, "optim": "adamw_torch"}, ["fp32", "+ bf16", "+ act", "+ opt"]),
-        (
-            "text-classification",
-            {"max_grad_norm": 0, "optimizer_in_backward": False, "optim": "adamw_torch"},
-            ["fp32", "+ bf16", "+ act"],
-        ),
+        ("text-classification", {"max_grad_norm": 0, "optim": "adamw_torch"}, ["fp32", "+ bf16", "+ act"]),
     ],
 )
 def test_levers_are_those_that_the_recipe_leaves_open_and_the_task_has(
@@ -89,12 +84,6 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
         assert one.changes["micro_batch_size"] * one.changes["gradient_accumulation_steps"] == 32
         assert one.changes["eval_batch_size"] == 2 * one.changes["micro_batch_size"]
         assert one.changes["precision"] == "bf16"
-
-
-def test_optimizer_in_backward_cannot_have_smaller_micro_batches() -> None:
-    planned = plan(global_batch_size=32, micro_batch_size=32, gradient_accumulation_steps=1)
-
-    assert measure_candidates.micro_batches(recipe(), planned, {"optimizer_in_backward": True}) == []
 
 
 def test_attention_is_left_as_it_is_where_it_is_given_or_rows_are_packed() -> None:

@@ -121,12 +121,6 @@ def test_micro_and_eval_batch_are_halved_also_where_the_recipe_gives_them() -> N
     assert walk(given, plan(), "evaluation")[0].plan.eval_batch_size == 8
 
 
-def test_updates_in_the_backward_pass_keep_the_micro_batch() -> None:
-    start = plan(optimizer_in_backward=True)
-
-    assert steps(walk(recipe(), start), start) == ["activation_checkpointing", "optim"]
-
-
 def deepspeed(**values: Any) -> dict[str, Any]:
     return {"extra": {"deepspeed": {"zero_optimization": {"stage": 2}, **values}}}
 

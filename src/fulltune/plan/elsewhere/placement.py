@@ -45,7 +45,6 @@ _DEFAULTS = {
     NUM_MACHINES: 1,
     "model.weights_dtype": "fp32",
     "train.bf16_rounding": None,
-    "train.optimizer_in_backward": False,
     PLACEMENT: "auto",
     OFFLOAD: "none",
     DEEPSPEED: None,
@@ -88,8 +87,6 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
     plain = _DEFAULTS | spread | {"train.optim": "adamw_torch_fused"}
     if basis.recipe.train.placement == ("ddp" if many else "single"):  # the same by its name
         plain[PLACEMENT] = basis.recipe.train.placement
-    if not many and basis.start.optimizer_in_backward:
-        plain.pop("train.optimizer_in_backward")
     small = {"train.optim": "adamw_8bit"}
     yield _Layout(f"{each}, AdamW fp32", plain)
     yield _Layout(f"{each}, 8-bit AdamW", plain | small, optim="adamw_8bit")
@@ -114,8 +111,7 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
 
 def _shared_layouts(basis: Basis, plain: dict[str, Any], many: bool) -> Iterator[_Layout]:
     """With DeepSpeed, or in the host's memory."""
-    # DeepSpeed updates by itself, and needs whole logits.
-    plain = plain | {"train.optimizer_in_backward": False, PLACEMENT: "auto"}
+    plain = plain | {PLACEMENT: "auto"}  # DeepSpeed needs whole logits
     if basis.recipe.train.chunked_loss:
         plain |= {"train.chunked_loss": None}
 
@@ -166,7 +162,6 @@ def _start(basis: Basis, layout: _Layout) -> MemorySettings:
         optim=layout.optim,
         bf16_rounding=_rounding(basis) if narrow else None,
         chunked_loss=in_pieces and takes_pieces(plain, start.plain_logits),
-        optimizer_in_backward=alone and basis.num_devices == 1 and start.optimizer_in_backward,
         num_processes=basis.num_devices,
         num_machines=basis.num_machines,
     )

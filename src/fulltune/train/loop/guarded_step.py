@@ -24,7 +24,6 @@ from fulltune.train.loop import step_guard
 from fulltune.train.loop.explain import explain
 from fulltune.train.loop.guards import WINDOW
 from fulltune.train.loop.step_guard import Judged, StepMemory
-from fulltune.train.optim.in_backward import InBackward
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +51,7 @@ class Guarded:
     norm are reduced over all of them once per optimizer step, so that all decide alike; otherwise the healthy ones
     would wait for the broken one. A step is skipped by freeing its gradients: an optimizer leaves out what has none,
     and its moments stay. DeepSpeed updates inside its backward pass: there each loss is judged before it, nothing can
-    be skipped, and a gradient norm that is not finite makes DeepSpeed itself leave the update out. With `InBackward`
-    each loss is judged before it as well, and each gradient by its hook.
+    be skipped, and a gradient norm that is not finite makes DeepSpeed itself leave the update out.
 
     With a Trainer of one's own it stands first; where trouble stays it raises `Diverged`, and what to resume from is
     the script's decision:
@@ -73,8 +71,6 @@ class Guarded:
 
     passes_per_row: int = 1
     """A batch has its rows so many times."""
-    in_backward: InBackward | None = None
-    """The optimizer, when it updates in the backward pass."""
     tokens_seen: torch.Tensor | int = 0
     tensors_with_gradient: frozenset[str] = frozenset()
     largest_grad_norm: float | None = None
@@ -153,11 +149,6 @@ class Guarded:
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called after clipping, with the norm before clipping (pinned by a contract test), before the update."""
         losses, self._losses = self._losses, 0.0
-        if self.in_backward is not None:
-            # The gradients are gone; each was judged before its tensor was updated.
-            self.tensors_with_gradient |= frozenset(self.in_backward.updated)
-            self._judge(losses, None, model)
-            return None
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
             norm = float("nan")
@@ -215,7 +206,7 @@ class Guarded:
     def _updates_in_backward(self) -> bool:
         # LOMO and the layerwise ones do so by themselves.
         its_own = any(word in str(self.args.optim).upper() for word in ("LOMO", "LAYERWISE"))
-        return its_own or self.is_deepspeed_enabled or self.in_backward is not None
+        return its_own or self.is_deepspeed_enabled
 
     def _summed(self, *values: Any) -> list[float]:
         """Over all processes; the host waits for the device once."""

@@ -37,7 +37,6 @@ from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged
 from fulltune.train.optim import optimizers, shared, zero
 from fulltune.train.optim.groups import planned_groups
-from fulltune.train.optim.in_backward import InBackward
 
 ITEMS = "num_items"
 """Of a batch, the number of items in its loss."""
@@ -371,15 +370,11 @@ class FullTrainer(Guarded, Trainer):
                 names = {parameter: name for name, parameter in model.named_parameters()}
                 groups = cast("Any", self.optimizer).param_groups
                 self._ordered = [names[parameter] for group in groups for parameter in group["params"]]
-            self.in_backward = self.optimizer if isinstance(self.optimizer, InBackward) else None
         return self.optimizer
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
         """The run's optimizer for one step that changes no weight: rate and decay are 0, everything else is as planned.
-
-        Enter it before the forward pass, because with `optimizer_in_backward` the updates happen in `loss.backward()`,
-        which then leaves no gradient and raises `Diverged` at one that is not finite: judge the loss before.
 
             with trainer.rehearsal() as optimizer:
                 loss = ...
@@ -397,8 +392,6 @@ class FullTrainer(Guarded, Trainer):
         try:
             yield optimizer
         finally:
-            if isinstance(optimizer, InBackward):
-                optimizer.remove()
             self.model.zero_grad(set_to_none=True)
 
     def _make_optimizer(self, model: Any) -> torch.optim.Optimizer:
@@ -411,10 +404,7 @@ class FullTrainer(Guarded, Trainer):
             if own is not None:
                 kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
             optimizer = kind(self._groups(model), **options)
-        if not plan.optimizer_in_backward:
-            return optimizer
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        return InBackward(optimizer, names, lambda: self.state.global_step + 1)
+        return optimizer
 
     def _groups(self, model: Any) -> list[dict[str, Any]]:
         decayed = set(self.get_decay_parameter_names(model))

@@ -60,7 +60,7 @@ def _off(field: str, plan: Plan) -> Any:
 
 def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Candidate]:
     """The two next smaller and the two next larger divisors of a process's share of the global batch."""
-    if recipe.train.micro_batch_size is not None or best.get("optimizer_in_backward", plan.optimizer_in_backward):
+    if recipe.train.micro_batch_size is not None:
         return []
     share = plan.global_batch_size // plan.num_processes
     sizes = [size for size in range(1, share + 1) if share % size == 0]

@@ -106,8 +106,6 @@ def dry_run(
 
 
 def _without_gradient(passes: Passes) -> tuple[str, ...]:
-    if passes.plan.optimizer_in_backward:  # they are gone already
-        return ()
     parameters = passes.trainer.model.named_parameters()
     return tuple(name for name, parameter in parameters if parameter.requires_grad and parameter.grad is None)
 

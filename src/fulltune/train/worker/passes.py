@@ -56,15 +56,13 @@ class Passes:
         value = float(loss.detach())
         if self._all(math.isfinite(value)):
             loss.backward()
-            if self.plan.optimizer_in_backward:
-                self.optimizer.step()  # ends the step, whose updates have happened
         return value, self._since(began)
 
     def step(self) -> float:
         """Clip and update, as at the end of a step: the seconds. With a rate of 0 finite gradients move nothing; others
         would, and are left to the guard of step 1."""
         model = self.trainer.model
-        if self.plan.optimizer_in_backward or not self._all(gradients_are_finite(model.parameters())):
+        if not self._all(gradients_are_finite(model.parameters())):
             return 0.0
         began = self._now()
         if self.trainer.args.max_grad_norm:

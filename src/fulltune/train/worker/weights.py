@@ -51,7 +51,6 @@ def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
         if not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return None
         return zero.moment(parameter, "exp_avg_sq").cpu()
-    optimizer = getattr(optimizer, "behind", optimizer)
     own = isinstance(optimizer, AdamW)
     second = optimizer.second_moment(parameter) if own else optimizer.state.get(parameter, {}).get("exp_avg_sq")
     return None if second is None else sharding.local(second).cpu()

@@ -184,12 +184,6 @@ def test_what_is_not_built_is_said() -> None:
         ({"extra": ZERO2}, {}, "2 copies, AdamW fp32", "train.extra.deepspeed: null"),
         ({"extra": ZERO2}, {}, "ZeRO-2", "as the recipe is"),
         ({"extra": ZERO2}, {}, "ZeRO-3", "train.placement: zero3, train.extra.deepspeed: null"),
-        (
-            {"optimizer_in_backward": True, "max_grad_norm": 0},
-            {},
-            "2 copies, AdamW fp32",
-            "train.optimizer_in_backward: false",
-        ),
     ],
 )
 def test_how_says_what_to_change_in_the_recipe(
@@ -271,15 +265,6 @@ def test_bf16_weights_are_rounded_as_the_recipe_says(rounding: str) -> None:
     one = table("1x H200", task)["one device, bf16 weights"]
     assert one.kinds["optimizer"] / P == (6 if rounding == "kahan" else 4)
     assert one.how == "as the recipe is"
-
-
-def test_gradients_of_an_optimizer_in_backward_are_those_of_a_tensor() -> None:
-    train = {"global_batch_size": 4, "optimizer_in_backward": True, "max_grad_norm": 0}
-    rows = table("1x H200", sizes.llama(train=train))
-    for name in ("one device, AdamW fp32", "one device, bf16 weights"):
-        assert rows[name].kinds["gradients"] < 0.05 * 4 * P
-        assert rows[name].micro_batch_size == 4
-    assert rows["ZeRO-3, all on host"].settings["train.optimizer_in_backward"] is False
 
 
 def test_folder_on_an_nvme_disk_is_the_recipes() -> None:

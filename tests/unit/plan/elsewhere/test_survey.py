@@ -528,8 +528,6 @@ def test_table_and_plan_agree_on_the_host(host: int) -> None:
 @pytest.mark.parametrize(
     ("model", "train"),
     [
-        ({}, {"optimizer_in_backward": True, "max_grad_norm": 0, "micro_batch_size": 4}),
-        ({"weights_dtype": "bf16"}, {"optimizer_in_backward": True, "max_grad_norm": 0, "micro_batch_size": 4}),
         ({"weights_dtype": "bf16"}, {"bf16_rounding": "kahan"}),
         ({"weights_dtype": "bf16"}, {"bf16_rounding": "nearest"}),
     ],
