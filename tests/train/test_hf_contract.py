@@ -79,11 +79,6 @@ class Watching(Trainer):
         self.clipped = math.sqrt(sum(float(p.grad.norm()) ** 2 for p in model.parameters() if p.grad is not None))
         return norm
 
-    def _get_learning_rate(self) -> Any:
-        self.calls.append("rate")
-        assert self.lr_scheduler.last_epoch == self.state.global_step, "the schedule has gone on"
-        return super()._get_learning_rate()
-
     def create_optimizer(self, model: Any = None) -> Any:
         optimizer = super().create_optimizer(model)
         optimizer.register_step_pre_hook(lambda *_: self.calls.append("step"))
@@ -96,7 +91,7 @@ def test_get_grad_norm_is_called_once_per_step_after_clipping_and_before_the_upd
     trainer.train()
 
     assert isinstance(trainer, Watching)
-    assert trainer.calls == ["clip", "norm", "step", "rate"] * 6  # 22 rows: 6 micro batches, 3 steps an epoch
+    assert trainer.calls == ["clip", "norm", "step"] * 6  # 22 rows: 6 micro batches, 3 steps an epoch
     norm, step = trainer.seen
     assert step == 5  # counted up only after the update: our guard says `global_step + 1`
     assert norm > 0.011
@@ -109,7 +104,7 @@ def test_get_grad_norm_is_called_without_clipping_too(tmp_path: Path) -> None:
     trainer.train()
 
     assert isinstance(trainer, Watching)
-    assert trainer.calls == ["norm", "step", "rate"] * 6
+    assert trainer.calls == ["norm", "step"] * 6
     assert trainer.clipped == pytest.approx(trainer.seen[0], rel=1e-4)
 
 

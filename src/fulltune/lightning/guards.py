@@ -92,7 +92,6 @@ class StepGuard(Callback):
         self.loss = loss
         if norm is not None and math.isfinite(norm):
             self.largest_grad_norm = max(self.largest_grad_norm or 0.0, norm)
-            _make_up(optimizer, step_guard.made_up(self.seen, step))
 
     def _judge(self, trainer: Any, pl_module: Any, optimizer: Any, step: int) -> tuple[Judged, float, float | None]:
         """What becomes of a step, its loss and its norm, over all processes; the host waits for the device once."""
@@ -113,22 +112,6 @@ def _norm(optimizer: Any) -> torch.Tensor:
     """Of all gradients, before clipping."""
     every = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
     return torch.nn.utils.get_total_norm(every)
-
-
-def _make_up(optimizer: Any, factor: float) -> None:
-    """Raise the learning rates of the coming update, where steps were skipped shortly before, and put them back."""
-    if factor == 1:
-        return
-    usual = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * factor
-
-    def put_back(*_: Any) -> None:
-        handle.remove()
-        for group, rate in zip(optimizer.param_groups, usual, strict=True):
-            group["lr"] = rate
-
-    handle = optimizer.register_step_post_hook(put_back)
 
 
 class DivergenceGuard(Callback):

@@ -94,8 +94,6 @@ class Guarded:
     """What the Trainer has added to its log for it."""
     _losses: torch.Tensor | float = 0.0
     """Sum of this step's micro batches so far."""
-    _usual_rates: Sequence[Any] = ()
-    """Learning rates of the optimizer's groups while an update has higher ones; empty: none has."""
     usual_loss: float = 0.0
     """What is logged in the place of a loss that is not finite: that of the last clean step."""
 
@@ -163,31 +161,9 @@ class Guarded:
         judged, known = self._judge(losses, norm, model)
         if judged.action == "skip":
             model.zero_grad(set_to_none=True)
-        else:
-            self._make_up()
-            if known is not None and math.isfinite(known):
-                self.largest_grad_norm = max(self.largest_grad_norm or 0.0, known)
+        elif known is not None and math.isfinite(known):
+            self.largest_grad_norm = max(self.largest_grad_norm or 0.0, known)
         return known if known is None or math.isfinite(known) else None
-
-    def _make_up(self) -> None:
-        """Raise the learning rates of this update where steps were skipped shortly before."""
-        self._usual_rates = ()
-        factor = step_guard.made_up(self.seen, self.state.global_step + 1)
-        if factor == 1:
-            return
-        self._usual_rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            if group["lr"] is not None:  # Adafactor's own
-                group["lr"] = group["lr"] * factor
-
-    def _get_learning_rate(self) -> Any:
-        """Called after the update, also one that fp16's scaler left out, and before the schedule goes on (pinned by a
-        contract test)."""
-        if self._usual_rates:
-            for group, rate in zip(self.optimizer.param_groups, self._usual_rates, strict=True):
-                group["lr"] = rate
-            self._usual_rates = ()
-        return super()._get_learning_rate()  # type: ignore[misc]  # the Trainer's
 
     def on_skip(self, step: int, judged: Judged) -> None:
         """Say that a step is skipped; its micro batches are in `batches`."""

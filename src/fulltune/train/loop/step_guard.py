@@ -38,8 +38,6 @@ MOST_IN_A_ROW = 3
 """Steps that are not finite, one after the other."""
 MOST_SKIPPED = 5
 """Skipped steps among the last `STAYS`."""
-MADE_UP_IN = 16
-"""Steps after a skipped one whose learning rates are a little higher; at most `STAYS`: then it is forgotten."""
 MAD = 1.4826
 """Makes a median absolute deviation a standard deviation, of normal values."""
 
@@ -144,17 +142,6 @@ def _not_finite(loss: float, norm: float | None) -> str:
     if not math.isfinite(loss):
         return f"loss is {loss}"
     return f"gradient norm is {norm}" if norm is not None and not math.isfinite(norm) else ""
-
-
-def made_up(seen: StepMemory, step: int) -> float:
-    """The learning rate of a step as a multiple of its schedule's: after a skipped step each of some has a little more,
-    together about as much as the update that was left out. Without that a run learns that much less.
-
-    Args:
-        seen: After the step was judged.
-        step: From 1.
-    """
-    return 1 + sum(step - MADE_UP_IN <= one < step for one in seen.skipped) / MADE_UP_IN
 
 
 def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: int = STAYS) -> Judged:

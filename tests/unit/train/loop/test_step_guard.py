@@ -11,14 +11,12 @@ import pytest
 
 from fulltune.train.loop.step_guard import (
     LEAST,
-    MADE_UP_IN,
     MOST_SKIPPED,
     STAYS,
     WINDOW,
     Judged,
     StepMemory,
     judge,
-    made_up,
 )
 
 INF, NAN = math.inf, math.nan
@@ -146,21 +144,6 @@ def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float],
         among[3:3] = [(9.0, 200.0)] * 2
         assert several(after(200), among)[-1].since == 201, "skipped steps are between them"
     assert several(after(200), [(loss, 2.0) for loss in losses], own=True)[-1].action == "go on"
-
-
-@pytest.mark.parametrize(
-    ("bad", "total"),
-    # A later step is skipped with the share that it had of an earlier one.
-    [({201}, 69), ({201, 203}, 69 - 1 / 16), ({201, 202, 230}, 69 - 1 / 16)],
-)
-def test_rates_of_skipped_steps_are_made_up_for_afterwards(bad: set[int], total: float) -> None:
-    steps = range(201, 270)
-    found = several(after(200), [(NAN if step in bad else 1.0, 2.0) for step in steps])
-    given = [made_up(one.seen, step) for one, step in zip(found, steps, strict=True) if one.action == "go on"]
-    assert sum(given) == pytest.approx(total)
-    assert max(given) <= 1 + len(bad) / 16
-    assert given[-1] == 1
-    assert MADE_UP_IN == 16 <= STAYS
 
 
 def test_skipped_steps_of_another_training_are_forgotten() -> None:
