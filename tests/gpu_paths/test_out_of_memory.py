@@ -133,7 +133,7 @@ def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: Bas
         passing=None,
         head=None,
     )
-    drifting.attempt = SimpleNamespace(trainer=trainer, plan=plan, journal=during, alive=None, between_batches=None)
+    drifting.attempt = SimpleNamespace(trainer=trainer, plan=plan, journal=during, alive=None)
     drifting.text = SimpleNamespace(read=raising(error))
     drifting._warn = warnings.append
     if ends_it:

@@ -76,13 +76,13 @@ def test_run_whose_kept_model_is_worse_stops_when_its_loss_has_not_fallen(losses
     ("notice", "seconds", "is_said"),
     [(None, 1e9, False), ("30s", 0.0, False), ("30s", 30.0, False), ("30s", 31.0, True), ("2m", 31.0, False)],
 )
-def test_notice_that_is_shorter_than_a_step_and_a_checkpoint_is_said(
-    notice: str | None, seconds: float, is_said: bool
-) -> None:
+def test_notice_that_is_shorter_than_a_stop_takes_is_said(notice: str | None, seconds: float, is_said: bool) -> None:
     said = too_short(notice, seconds)
     assert bool(said) == is_said
     if is_said:
-        assert said.startswith("train.notice: 30s is less than a step and a checkpoint take (about 31 s)")
+        assert said.startswith(
+            "train.notice: 30s is less than a step, an evaluation and a checkpoint take (about 31 s)"
+        )
 
 
 def test_gain_has_the_standard_error_of_the_paired_difference() -> None:

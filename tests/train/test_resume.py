@@ -294,17 +294,13 @@ def test_rotation_in_a_run_keeps_the_best_and_the_newest(tiny_encoder: Path, tmp
         go(tmp_path, tiny_encoder, train=train, listener=runs.at_step(14, ask_to_stop))
 
     folder = tmp_path / "run" / "checkpoints" / "full-seed42"
-    # Step 14 has an evaluation, which is left.
     state = json.loads((folder / "checkpoint-14" / "trainer_state.json").read_text(encoding="utf-8"))
     assert {number_in(path) for path in folder.iterdir()} == {14, state["best_global_step"]}
 
 
-@pytest.mark.parametrize("step", others_long((0, 5, 3 * STEPS_PER_EPOCH), 5))
-def test_evaluation_that_was_left_when_asked_to_stop_is_done_by_the_next_command(
-    step: int, unbroken: dict[str, torch.Tensor], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The metric may choose the best step by it: the run ends as if it had not been left, be it the last one."""
-    whole, plain = go(tmp_path / "whole", tiny_encoder), AttemptContext.reduced
+def ask_in_evaluation(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the evaluation after a step be in its midst when the run is asked to stop."""
+    plain = AttemptContext.reduced
 
     def asked(attempt: AttemptContext, rows: Any) -> Any:
         if attempt.trainer.is_in_train and attempt.trainer.state.global_step == step:
@@ -312,32 +308,35 @@ def test_evaluation_that_was_left_when_asked_to_stop_is_done_by_the_next_command
         return plain(attempt, rows)
 
     monkeypatch.setattr(AttemptContext, "reduced", asked)
-    where = f"in the evaluation after step {step}, which is saved" if step else "before step 1"
-    for _ in range(2 if step < 3 * STEPS_PER_EPOCH else 1):  # the second time in the evaluation that is done then
-        with pytest.raises(InterruptedRun, match=f"stopped on request {where}"):
-            go(tmp_path, tiny_encoder)
+
+
+@pytest.mark.parametrize("step", others_long((0, 5, 3 * STEPS_PER_EPOCH), 5))
+def test_evaluation_is_completed_when_asked_to_stop_and_counts_as_in_an_unbroken_run(
+    step: int, unbroken: dict[str, torch.Tensor], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metric may choose the best step by it, be it the last one; only that before step 1 is made again."""
+    whole = go(tmp_path / "whole", tiny_encoder)
+    ask_in_evaluation(step, monkeypatch)
+    where = f"after step {step}, which is saved" if step else "before step 1"
+    with pytest.raises(InterruptedRun, match=f"stopped on request {where}"):
+        go(tmp_path, tiny_encoder)
     monkeypatch.undo()
 
     again = go(tmp_path, tiny_encoder)
 
     assert (again.best_step, again.best_metric, again.steps) == (whole.best_step, whole.best_metric, whole.steps)
     assert_same(runs.final_weights(tmp_path), unbroken)
-    assert [event["step"] for event in runs.events(tmp_path, "eval")] == [0, 5, 10, 15, 20, 21]
+    assert [event["step"] for event in runs.events(tmp_path, "train")] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
+    scored = [event["step"] for event in runs.events(tmp_path, "eval")]
+    assert scored == [*([] if step else [0]), 0, 5, 10, 15, 20, 21]
 
 
-def test_evaluation_that_was_left_and_would_have_stopped_the_run_early_stops_it(
+def test_evaluation_that_ends_a_run_early_does_so_when_asked_to_stop_in_it(
     tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = {**TRAIN, "eval_steps": 3, "early_stopping_patience": 2, "early_stopping_threshold": 10.0}
-    plain = AttemptContext.reduced
-
-    def asked(attempt: AttemptContext, rows: Any) -> Any:
-        if attempt.trainer.is_in_train and attempt.trainer.state.global_step == 9:
-            ask_to_stop()
-        return plain(attempt, rows)
-
-    monkeypatch.setattr(AttemptContext, "reduced", asked)
-    with pytest.raises(InterruptedRun, match="in the evaluation after step 9"):
+    ask_in_evaluation(9, monkeypatch)
+    with pytest.raises(InterruptedRun, match="after step 9"):
         go(tmp_path, tiny_encoder, train=train)
     monkeypatch.undo()
     again = go(tmp_path, tiny_encoder, train=train)

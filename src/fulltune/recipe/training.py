@@ -108,7 +108,7 @@ class TrainBlock(Block):
     ended with its group; the run goes on once from its last checkpoint. null: never."""
     notice: Duration | None = None
     """The time between SIGTERM and the end of the machine, such as `30s`. A run that is told to stop finishes its step,
-    leaves an evaluation, and saves; with a notice it says before step 1 when that will take longer."""
+    and its evaluation where it has one, and saves; with a notice it says before step 1 when that will take longer."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the other classes or tokens."""
     r_drop: float = Field(default=0.0, ge=0)

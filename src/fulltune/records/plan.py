@@ -117,7 +117,7 @@ class TimeNeed(Record):
     source: str
     """`arithmetic`, or `dry-run step`."""
     stop_seconds: float = 0.0
-    """From a signal to a saved checkpoint: a step and a checkpoint; 0: not measured."""
+    """From a signal to a saved checkpoint, at most: a step, an evaluation and a checkpoint; 0: not measured."""
     around: tuple[TimePart, ...] = ()
     """What the command does before and after."""
 

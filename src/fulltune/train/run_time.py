@@ -11,7 +11,7 @@ from fulltune.train.request import Request, attempt_folders
 
 PROBING = "fitting a linear probe of the untouched model"
 CHECKS, TRAINING = "checking, with one dry-run step at the longest length", "training"
-SCORING, SCORING_LEFT = "scoring the eval rows before step 1", "doing the evaluation that was interrupted"
+SCORING = "scoring the eval rows before step 1"
 """Phases as they stand in `metrics.jsonl`."""
 
 
@@ -59,7 +59,7 @@ def _seconds_before(events: list[Event]) -> float:
 
 def _seconds_of_steps(events: list[Event], until: int) -> float:
     """From the start of training, or of the evaluation before it, to the last line of these steps."""
-    phases = [_phase(events, name) for name in (SCORING, SCORING_LEFT, TRAINING)]
+    phases = [_phase(events, name) for name in (SCORING, TRAINING)]
     began = next((found for found in phases if found is not None), None)
     done = [event.seconds for event in events if isinstance(event, StepLogged | Evaluated) and event.step <= until]
     return 0.0 if began is None or not done else max(0.0, done[-1] - began)

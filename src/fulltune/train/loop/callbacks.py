@@ -180,7 +180,7 @@ class AtBegin(TrainerCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """After a signal: finish the step, save, stop; all processes after the same step."""
+    """After a signal: finish the step or the evaluation, save, stop; all processes after the same step."""
 
     asked = False
 
@@ -195,6 +195,9 @@ class StopWhenAsked(TrainerCallback):
         return agreed
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.agreed(args):
+        # The evaluation before step 1 has no step to save.
+        if state.global_step and self.agreed(args):
             control.should_save = True
             control.should_training_stop = True
+
+    on_evaluate = on_step_end

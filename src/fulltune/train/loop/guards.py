@@ -227,9 +227,9 @@ def too_short(notice: str | None, stop_seconds: float) -> str:
     if notice is None or stop_seconds <= parse_seconds(notice):
         return ""
     return (
-        f"train.notice: {notice} is less than a step and a checkpoint take (about {format_seconds(stop_seconds)}): a "
-        "run that is told to stop may lose the steps since its last checkpoint; a smaller train.save_steps makes them "
-        "few"
+        f"train.notice: {notice} is less than a step, an evaluation and a checkpoint take (about "
+        f"{format_seconds(stop_seconds)}): a run that is told to stop may lose the steps since its last checkpoint; a "
+        "smaller train.save_steps makes them few"
     )
 
 

@@ -24,7 +24,6 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 
 from fulltune import files
-from fulltune.errors import InterruptedRun
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
 from fulltune.records.plan import Plan
@@ -64,10 +63,6 @@ def collated(
     return batch | known
 
 
-class StoppedScoring(Exception):
-    """The run was told to stop while the eval rows were scored."""
-
-
 class AddsGradient(Protocol):
     """Adds to each step's gradient."""
 
@@ -103,8 +98,6 @@ class FullTrainer(Guarded, Trainer):
     replay: AddsGradient | None = None
     """Generic text that is replayed."""
     repeats = True
-    left_evaluation: bool = False
-    """The evaluation of the last step that is done was left."""
     start: np.ndarray | None = None
     """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
     generic_start: np.ndarray | None = None
@@ -295,7 +288,7 @@ class FullTrainer(Guarded, Trainer):
             if self.in_common_form:
                 self._save_shared(folder)
             if self.args.should_save:
-                guard = self.seen.as_json() | {"left_evaluation": self.left_evaluation}
+                guard = self.seen.as_json()
                 guard |= {"generic_texts": self.generic_identity, "base_weights": self.base_weights}
                 if self.replay is not None:
                     guard["replay_weight"] = self.replay.weight
@@ -335,32 +328,15 @@ class FullTrainer(Guarded, Trainer):
         """Score the eval rows; draws no random number that training would miss.
 
         From these metrics transformers chooses the best step: `state.best_global_step`.
-
-        Raises:
-            InterruptedRun: Told to stop, it left the eval rows and saved the step; see `score_left`.
         """
-        try:
-            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                metrics = {f"eval_{name}": value for name, value in self._score().items()}
-        except StoppedScoring:
-            step, saved = self.state.global_step, self.left_evaluation
-            self.left_evaluation = True
-            if step and not saved:  # else it is saved already, and random numbers are not yet those of the step
-                self._save_checkpoint(self.model, None)
-                self.callback_handler.on_save(self.args, self.state, self.control)
-            where = f"in the evaluation after step {step:,}, which is saved" if step else "before step 1"
-            raise InterruptedRun(f"stopped on request {where}") from None
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            metrics = {f"eval_{name}": value for name, value in self._score().items()}
         if self.args.world_size > 1:
             # The last digits can differ between processes, and with them the decision to stop early: rank 0 decides.
             metrics = broadcast_object_list([metrics])[0]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def score_left(self) -> None:
-        """Do the evaluation that the attempt before had left."""
-        self._determine_best_metric(self.evaluate(), None)
-        self.left_evaluation = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -18,7 +18,7 @@ from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Predictions, Target
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guards import made_worse
-from fulltune.train.run_time import SCORING, SCORING_LEFT
+from fulltune.train.run_time import SCORING
 
 if TYPE_CHECKING:
     from fulltune.train.worker.context import AttemptContext
@@ -31,28 +31,15 @@ LEAST_ROWS = 30
 """Eval rows below which a standard error says little."""
 
 
-class NothingLeft(Exception):
-    """The evaluation that was left ends the run."""
-
-
 def score_first(attempt: AttemptContext) -> None:
-    """Before step 1 score the eval rows; where the run goes on, do the evaluation that was left when it was stopped.
-
-    Raises:
-        NothingLeft: By it the run stops early.
-    """
-    trainer, state = attempt.trainer, attempt.trainer.state
-    if trainer.left_evaluation:
-        attempt.recorder.phase(SCORING_LEFT)
-        trainer.score_left()
-        if attempt.early_stopping.is_over(state):
-            raise NothingLeft
-    elif not state.global_step:
-        if not attempt.plan.eval_on_start:
-            attempt.drifting.read()
-            return
-        attempt.recorder.phase(SCORING)
-        trainer.evaluate()
+    """Score the eval rows before step 1, where the plan says so; not in a run that is resumed."""
+    if attempt.trainer.state.global_step:
+        return
+    if not attempt.plan.eval_on_start:
+        attempt.drifting.read()
+        return
+    attempt.recorder.phase(SCORING)
+    attempt.trainer.evaluate()
 
 
 @dataclass(eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.request import Request
 from fulltune.train.run_time import CHECKS
 from fulltune.train.worker import distributed, weights
-from fulltune.train.worker.against_start import NothingLeft
 from fulltune.train.worker.best import keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.worker.context import AttemptContext
@@ -191,16 +189,14 @@ def _fit(attempt: AttemptContext) -> tuple[Any, Any]:
             attempt.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
             optimizer = weights.load_finished(trainer, checkpoint, attempt.plan.total_steps)
             trainer.state = state
-            if trainer.left_evaluation:
-                trainer.score_left()
             return state, optimizer
         if attempt.is_main:
             checkpoints.drop_after(request.checkpoints, request.first_step)
         attempt.journal.write("resume", f"from {checkpoint.name}")
     trainer.usual_loss = next(reversed(trainer.seen.losses), attempt.untrained_loss or 0.0)
     _stop_before_training(attempt)
-    with contextlib.suppress(NothingLeft):
-        trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
+    attempt.at_begin.append(lambda: _stop_before_training(attempt))  # asked while the eval rows were scored
+    trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
     if attempt.stop.asked:
         raise InterruptedRun(f"stopped on request after step {trainer.state.global_step:,}, which is saved")
     return trainer.state, trainer.optimizer
@@ -220,7 +216,6 @@ def _put_back(attempt: AttemptContext, checkpoint: Path) -> None:
     trainer: Any = attempt.trainer
     remembered = checkpoints.guard_state(checkpoint)
     trainer.seen = StepMemory.from_json(remembered)
-    trainer.left_evaluation = remembered["left_evaluation"]
     if remembered["base_weights"] not in (None, attempt.base_weights) and attempt.base_weights is not None:
         raise SetupError(
             f"model: {attempt.recipe.model.name}: its weights are not those that this run began with; put them "

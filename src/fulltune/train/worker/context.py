@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +23,7 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, SaveAndStopEarly, StopWhenAsked
 from fulltune.train.loop.guards import rate_factor
-from fulltune.train.loop.trainer import FullTrainer, StoppedScoring
+from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.request import Request
 from fulltune.train.worker import distributed
 from fulltune.train.worker.observed import Observed
@@ -153,45 +152,20 @@ class AttemptContext:
         return {**self.score(rows), **self.drifting.numbers()}
 
     def score(self, rows: Any) -> Mapping[str, float]:
-        """The eval metrics of the current weights; several processes share the rows.
-
-        Raises:
-            StoppedScoring: The run was told to stop.
-        """
+        """The eval metrics of the current weights; several processes share the rows."""
         arguments = self.trainer.args
         if arguments.world_size == 1:
             self.kept = self.reduced(rows)
         else:
             size, rank = self.plan.eval_batch_size, arguments.process_index
             positions, count = distributed.share(by_length(rows), size, rank, arguments.world_size)
-            mine = None
-            with contextlib.suppress(StoppedScoring):
-                mine = self.reduced(Share(rows, positions))
-            if self.leaves_scoring and self.stop.agreed(arguments):
-                raise StoppedScoring
-            assert mine is not None
-            self.kept = distributed.put_together(mine, positions[:count])
+            self.kept = distributed.put_together(self.reduced(Share(rows, positions)), positions[:count])
         return self.task.metrics(self.kept, self.target)
 
-    @property
-    def leaves_scoring(self) -> bool:
-        """An evaluation can be left when the run is told to stop; not where the processes need each other for it."""
-        return self.trainer.is_in_train and self.sharing is None
-
-    def alive(self) -> None:
+    def alive(self, *_: Any) -> None:
         """A sign of life; the dry run scores rows, too, and is not watched."""
         if self.trainer.is_in_train:
             self.journal.alive(self.trainer.state.global_step)
-
-    def between_batches(self, *_: Any) -> None:
-        """A sign of life, and the place where an evaluation is left.
-
-        Raises:
-            StoppedScoring: The run was told to stop.
-        """
-        self.alive()
-        if self.stop.asked and self.leaves_scoring:
-            raise StoppedScoring
 
     def reduced(self, rows: Any) -> Any:
         """These rows through the current weights: name to values[rows, ...], a few numbers of each row."""
@@ -206,5 +180,5 @@ class AttemptContext:
                 batch_size=self.plan.eval_batch_size,
                 precision=self.plan.precision,
                 head=trainer.head,
-                watch=self.between_batches,
+                watch=self.alive,
             )

@@ -19,7 +19,6 @@ from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.records.forgetting import OTHER_TASK, Drift, OtherTask, Preserved
 from fulltune.system.out_of_memory import is_out_of_memory
-from fulltune.train.loop.trainer import StoppedScoring
 
 if TYPE_CHECKING:
     from fulltune.train.worker.context import AttemptContext
@@ -96,27 +95,19 @@ class Drifting:
 
     def numbers(self) -> dict[str, float]:
         """`drift`, the mean over the texts, and `drift_error`, its standard error; nothing where it is not known."""
-        found = self.read(leaves=True)
+        found = self.read()
         return {} if found is None else {"drift": found.drift, "drift_error": found.error}
 
-    def read(self, *, leaves: bool = False) -> Drift | None:
-        """How far the texts have moved; None where it is not known.
-
-        Args:
-            leaves: It is part of an evaluation, which is left when the run is told to stop.
-        """
+    def read(self) -> Drift | None:
+        """How far the texts have moved; None where it is not known."""
         attempt, trainer = self.attempt, self.attempt.trainer
         is_start = trainer.state.global_step == 0
         # A checkpoint of an earlier version does not say where the model began.
         if self.text is None or (trainer.generic_start is None and not is_start):
             return None
-        # Several processes stop together, at the end of a step.
-        between = attempt.between_batches if leaves and trainer.args.world_size == 1 else attempt.alive
         try:
             with attempt.journal.during("evaluation"):
-                now = self.text.read(trainer.passing, trainer.head, between)
-        except StoppedScoring:
-            raise
+                now = self.text.read(trainer.passing, trainer.head, attempt.alive)
         except Exception as error:
             if is_out_of_memory(error) or not is_start or attempt.plan.preserving is not None:
                 raise

@@ -145,6 +145,7 @@ def forecast(schedule: Schedule, timings: Timings, quadratic: float) -> TimeNeed
     if schedule.evaluations and schedule.test_share:
         seconds = round(once * schedule.test_share, 3)
         around = (TimePart(name="scoring one model on the test rows", seconds=seconds, basis="measured"),)
+    to_stop = timings.save_seconds + (once if schedule.evaluations else 0.0)
     return TimeNeed(
         train_seconds=round(train, 3),
         eval_seconds=round(once * schedule.evaluations, 3),
@@ -152,7 +153,7 @@ def forecast(schedule: Schedule, timings: Timings, quadratic: float) -> TimeNeed
         tokens=round(tokens),
         tokens_per_second=round(tokens / train, 1) if train else 0.0,
         source="dry-run step",
-        stop_seconds=round(train / schedule.steps + timings.save_seconds, 3) if schedule.steps else 0.0,
+        stop_seconds=round(train / schedule.steps + to_stop, 3) if schedule.steps else 0.0,
         around=around,
     )
 
