@@ -103,7 +103,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     transformers.logging.disable_progress_bar()
     if attempt.in_deepspeed and attempt.sharing is not None and attempt.is_main:
         offload = attempt.sharing.offload_optimizer
-        extensions.build(plan.device == "cpu", offload, attempt.recorder.phase, attempt.journal.write)
+        extensions.build(plan.device == "cpu", offload, attempt.recorder.phase)
     # Before the model: with DeepSpeed's stage 3 its weights are shared out while they are read.
     arguments = training_arguments(recipe, plan, attempt.request.checkpoints)
     if attempt.in_deepspeed:
