@@ -374,7 +374,7 @@ def table(folder: Path) -> None:
         print(
             f"| {name} | {seed} | {arm} | {kept.limit:.4f} | {free['unseen']:.4f}, {free['test:trained']:.4f} | "
             f"{line['unseen']:.4f} ± {line['unseen_error']:.4f}, {line['test:trained']:.4f} | {cell.share:.0%} | "
-            f"{said}, at most {kept.certificate.upper:.4f} | {kept.chosen.kind} {kept.chosen.share:g} | {slower:.2f} |"
+            f"{said}, at most {kept.certificate.upper:.4f} | {kept.chosen.share:g} | {slower:.2f} |"
         )
     for key, count in sorted(counts.items()):
         print(*key, count)

@@ -168,7 +168,6 @@ def preserved(trial: str, farthest: float, best: float, start: float = 0.62, *, 
     """A run whose metric and drift rise on a line from the untouched model to these, the drift as the square."""
     points = tuple(
         Point(
-            kind="whole",
             share=share,
             measured=Drift(drift=farthest * share**2, error=0.002 * share, texts=200),
             metric=start + (best - start) * share,

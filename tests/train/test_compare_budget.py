@@ -32,7 +32,7 @@ from tests.train.small_comparisons import METHODS, job
 
 # Where the head starts best only long runs are better than the untouched model.
 LEARNS = [{**one, "head_init": "random"} for one in METHODS if isinstance(one, dict)]
-FEW_POINTS: Any = {"SHARES": {"whole": (1.0, 0.5), "by layer": ()}, "REFINEMENTS": 0}
+FEW_POINTS: Any = {"SHARES": (1.0, 0.5), "REFINEMENTS": 0}
 
 
 def held(folder: Path, budget: str = "1%", methods: list[Any] = METHODS, **blocks: Any) -> pipeline.Run:

@@ -22,7 +22,7 @@ from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import generic_texts, parts
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.preserve import PreserveBlock
-from fulltune.records.forgetting import Drift, Kind, Point, Preserved, limit_of
+from fulltune.records.forgetting import Drift, Point, Preserved, limit_of
 from fulltune.report.run.about_forgetting import held_back, verdict
 from fulltune.train.worker import within_budget
 from fulltune.train.worker.replay import Replay, divergence
@@ -89,8 +89,8 @@ def test_limit_is_what_makes_a_token_so_much_less_likely() -> None:
     assert limit_of(0.05, writes=False) == 0.05
 
 
-def point(share: float, drift: float, metric: float, kind: Kind = "whole", error: float = 0.0) -> Point:
-    return Point(kind=kind, share=share, measured=at(drift, error), metric=metric)
+def point(share: float, drift: float, metric: float, error: float = 0.0) -> Point:
+    return Point(share=share, measured=at(drift, error), metric=metric)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,6 @@ def point(share: float, drift: float, metric: float, kind: Kind = "whole", error
         ([point(0, 0, 2.0), point(0.5, 0.01, 1.5), point(1, 0.05, 1.0)], False, 0.5),
         ([point(0, 0, 0.5), point(0.4, 0.01, 0.7), point(0.5, 0.015, 0.7)], True, 0.4),  # as good, and moved less
         ([point(0, 0, 0.5), point(0.5, 0.019, 0.7, error=0.001)], True, 0.0),  # the sealed half may say no
-        ([point(0, 0, 0.5), point(0, 0.4, 0.9, "by layer"), point(0.1, 0.01, 0.6)], True, 0.1),  # no untouched model
         ([point(0, 0, np.nan), point(0.1, 0.01, 0.6)], True, 0.1),
     ],
 )
@@ -337,7 +336,7 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
     """By the untouched weights and those of a run that has all the same but the last choice."""
     blocks: dict[str, Any] = {"task": "causal-lm", "train": TRAIN, "method": {"kind": kind, "learning_rate": 1e-2}}
     rows = tiny.pair_rows(64)
-    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.4), "by layer": ()}, REFINEMENTS=0)
+    few = mock.patch.multiple(within_budget, SHARES=(1.0, 0.4), REFINEMENTS=0)
     with (
         few,
         mock.patch.object(within_budget, "best", lambda points, *_: next(one for one in points if one.share == 0.4)),
@@ -362,7 +361,7 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
 
 def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: Path, tmp_path: Path) -> None:
     preserve = {"budget": "0.0001%", "replay": None}
-    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.9), "by layer": ()}, REFINEMENTS=0)
+    few = mock.patch.multiple(within_budget, SHARES=(1.0, 0.9), REFINEMENTS=0)
     with few:
         runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve=preserve, **BLOCKS)
     found = preserved(tmp_path)

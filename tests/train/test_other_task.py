@@ -67,7 +67,7 @@ def on_task(fall: float, error: float = 0.0) -> OnTask:
 
 
 def point(share: float, drift: float, fall: float, metric: float, error: float = 0.0) -> Point:
-    return Point(kind="whole", share=share, measured=at(drift), metric=metric, task=on_task(fall, error))
+    return Point(share=share, measured=at(drift), metric=metric, task=on_task(fall, error))
 
 
 @pytest.mark.parametrize(
@@ -276,9 +276,9 @@ def test_run_goes_back_farther_where_generic_text_is_within_and_the_other_task_i
     found = preserved(held)
     by_text = budget.best([one.model_copy(update={"task": None}) for one in found.points], found.limit, False)
     assert by_text.task is None
-    kept_by_text = next(one for one in found.points if (one.kind, one.share) == (by_text.kind, by_text.share))
+    kept_by_text = next(one for one in found.points if one.share == by_text.share)
     assert not budget.both_within(kept_by_text, found.limit)
-    assert (found.chosen.kind, found.chosen.share) != (by_text.kind, by_text.share)
+    assert found.chosen.share != by_text.share
     assert budget.both_within(found.chosen, found.limit)
     assert found.start.task == OnTask(
         fall=Drift(drift=0.0, error=0.0, texts=120),

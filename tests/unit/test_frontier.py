@@ -19,7 +19,7 @@ def run(*places: Place, greater_is_better: bool = True, error: float = 0.0) -> P
     """The first place is the untouched model, the last one the trained one."""
     shares = [number / (len(places) - 1) for number in range(len(places))]
     points = tuple(
-        Point(kind="whole", share=share, measured=Drift(drift=drift, error=error, texts=100), metric=metric)
+        Point(share=share, measured=Drift(drift=drift, error=error, texts=100), metric=metric)
         for share, (drift, metric) in zip(shares, places, strict=True)
     )
     metric = "accuracy" if greater_is_better else "loss"

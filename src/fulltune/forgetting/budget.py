@@ -2,8 +2,8 @@
 
 Three means, in the order in which a run uses them. While it trains, generic text counts with a weight that rises as
 the budget is spent (dual ascent on the constraint). Afterwards the change of the weights is scaled back as far as it
-must be (Wortsman et al. 2022, arXiv 2109.01903; by layers as Wang et al. 2025, arXiv 2410.17146), by what texts say
-that were read all along. Last, the point that was chosen is measured once on texts that nothing has read before.
+must be (Wortsman et al. 2022, arXiv 2109.01903), by what texts say that were read all along. Last, the point that was
+chosen is measured once on texts that nothing has read before.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.records.forgetting import Certificate, Drift, Kind, OnTask, Point, Preserved
+from fulltune.records.forgetting import Certificate, Drift, OnTask, Point, Preserved
 
 LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
 """Texts of a run with a budget: for selection, and as many sealed ones; for replay."""
 TOKENS_READ = 12_800
 """About as many for selection, and as many sealed ones: of short texts there are more."""
-SHARES: dict[Kind, tuple[float, ...]] = {"whole": (1.0, 0.75, 0.5, 0.25), "by layer": (0.3,)}
+SHARES = (1.0, 0.75, 0.5, 0.25)
 """Points between the untouched and the trained model that are tried, besides the untouched one."""
 REFINEMENTS = 2
-"""Further points, between the largest whole share that is within the budget and the next one."""
-NUM_POINTS = 1 + sum(map(len, SHARES.values())) + REFINEMENTS
+"""Further points, between the largest share that is within the budget and the next one."""
+NUM_POINTS = 1 + len(SHARES) + REFINEMENTS
 LEAST_FURTHER = 0.01
 """Nearer to a share within the budget no further one is tried."""
 MOST_ROWS = 300

@@ -5,11 +5,9 @@ cosine. Of another task it is how much less likely the right label got.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from fulltune.records.base import Record
 
-Kind = Literal["whole", "by layer"]
 OTHER_TASK = "other_task.json"
 """In the folder of the prepared rows."""
 
@@ -67,10 +65,8 @@ class OnTask(Record):
 class Point(Record):
     """The untouched model moved a part of the way to the trained one."""
 
-    kind: Kind
-    """Every tensor by the same share; or the lowest layer by the share, and those above by more up to all of it."""
     share: float
-    """Of the way from the untouched model to the trained one; by layer that of the lowest layer."""
+    """Of the way from the untouched model to the trained one."""
     measured: Drift
     """On the selection texts."""
     metric: float
@@ -81,7 +77,7 @@ class Point(Record):
     @property
     def is_start(self) -> bool:
         """The untouched model."""
-        return (self.kind, self.share) == ("whole", 0)
+        return self.share == 0
 
 
 class Certificate(Record):
@@ -137,19 +133,18 @@ class Preserved(Record):
     @property
     def end(self) -> Point:
         """The trained model."""
-        return next(point for point in self.points if (point.kind, point.share) == ("whole", 1))
+        return next(point for point in self.points if point.share == 1)
 
     @property
     def why(self) -> str:
         """Why the kept weights are not the trained ones; empty: they are."""
-        kind, share = self.chosen.kind, self.chosen.share
-        if (kind, share) == ("whole", 1):
+        if self.chosen.share == 1:
             return ""
         if not self.is_feasible:
             return (
                 "the untouched model: no other point is within the budget for forgetting (preserve.budget) and better"
             )
-        return f"scaled back to {share:.0%} of the way ({kind}), within the budget for forgetting (preserve.budget)"
+        return f"scaled back to {self.chosen.share:.0%} of the way, within the budget for forgetting (preserve.budget)"
 
     @property
     def is_feasible(self) -> bool:

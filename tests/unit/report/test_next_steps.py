@@ -48,7 +48,7 @@ def kept(chosen: float, *drifts: float) -> Preserved:
     """Of points at a third, two thirds and the whole way, whose accuracy rises alike."""
     shares = (0.0, 1 / 3, 2 / 3, 1.0)
     points = [
-        Point(kind="whole", share=share, measured=Drift(drift=drift, error=0.001, texts=200), metric=0.2 + 0.6 * share)
+        Point(share=share, measured=Drift(drift=drift, error=0.001, texts=200), metric=0.2 + 0.6 * share)
         for share, drift in zip(shares, (0.0, *drifts), strict=True)
     ]
     chosen_one = next(one for one in points if one.share == chosen)

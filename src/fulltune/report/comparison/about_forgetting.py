@@ -133,7 +133,7 @@ def _certificates(comparison: Comparison) -> Table:
             str(one.seed),
             _certificate(one.preserved),
             *_upper_bounds(one.preserved, has_task),
-            words.way(one.preserved.chosen.kind, one.preserved.chosen.share),
+            words.way(one.preserved.chosen.share),
             write.value(one.preserved.chosen.metric),
         )
         for runs in _runs_of(comparison.rows, held).values()

@@ -130,16 +130,11 @@ def certificate(found: Preserved) -> str:
     return "PASS" if found.certificate.passed else "FAIL"
 
 
-def way(kind: str, share: float) -> str:
+def way(share: float) -> str:
     """A point between the untouched and the trained model."""
-    if (kind, share) == ("whole", 1):
-        return "the trained model"
-    if (kind, share) == ("whole", 0):
-        return "the untouched model"
-    if kind == "whole":
-        return f"{format_percent(share)} of the way from the untouched to the trained model"
-    lowest = f"{format_percent(share)} of the way" if share else "none of the way"
-    return f"{lowest} in the lowest layer, all of it in the highest"
+    if share in (0, 1):
+        return "the trained model" if share else "the untouched model"
+    return f"{format_percent(share)} of the way from the untouched to the trained model"
 
 
 def as_share(drift: float, writes: bool) -> str:

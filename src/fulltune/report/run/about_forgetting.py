@@ -132,7 +132,7 @@ def verdict(found: Preserved) -> str:
     gain, whole = found.gain_of(found.chosen), found.gain_of(trained)
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
     return (
-        f"Forgetting, budget {budget}: {label}: {kept}. Kept: {words.way(found.chosen.kind, found.chosen.share)}, "
+        f"Forgetting, budget {budget}: {label}: {kept}. Kept: {words.way(found.chosen.share)}, "
         f"{words.metric_name(found.metric)} {metric} on eval rows{share}.{more}"
     )
 
@@ -149,7 +149,7 @@ def held_back(found: Preserved | None) -> tuple[str, str]:
         return "", ""
     if (limit := limit_for_most(found)) is not None:
         share = _rounded_up(105 * (-math.expm1(-limit) if found.writes else limit))
-        kept = "the untouched model" if found.chosen.is_start else words.way(found.chosen.kind, found.chosen.share)
+        kept = "the untouched model" if found.chosen.is_start else words.way(found.chosen.share)
         return (
             f"the budget for forgetting (preserve.budget) keeps {kept}",
             f"{MOST_OF_IT:.0%} of what was learned takes a budget of about {share}: --set "
@@ -241,7 +241,7 @@ def _weights(steered: Sequence[Steered]) -> list[Block]:
 def _points(found: Preserved) -> Block:
     rows: tuple[Row, ...] = tuple(
         (
-            words.way(point.kind, point.share),
+            words.way(point.share),
             _spread(point.measured),
             *([] if point.task is None else [_spread(point.task.fall)]),
             format_metric(found.metric, point.metric),

@@ -75,20 +75,13 @@ def _by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: floa
     ]
 
 
-def depths(names: Sequence[str]) -> dict[str, int]:
-    """Name to its layer: see `layer_depth`."""
-    num_layers = max((int(found.group(1)) + 1 for name in names if (found := _LAYER.search(name))), default=0)
-    return {name: layer_depth(name, num_layers) for name in names}
-
-
 def _by_depth(
     names: Sequence[str], decayed: Collection[str], learning_rate: float, factor: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    depth_of = depths(names)
-    top = max((int(found.group(1)) + 1 for name in names if (found := _LAYER.search(name))), default=0) + 1
+    num_layers = max((int(found.group(1)) + 1 for name in names if (found := _LAYER.search(name))), default=0)
     groups: dict[tuple[int, bool], list[str]] = {}
     for name in names:
-        groups.setdefault((top - depth_of[name], name not in decayed), []).append(name)
+        groups.setdefault((num_layers + 1 - layer_depth(name, num_layers), name not in decayed), []).append(name)
     return [
         {"params": members, "lr": learning_rate * factor**below_top, "weight_decay": 0.0 if plain else weight_decay}
         for (below_top, plain), members in sorted(groups.items())

@@ -34,9 +34,8 @@ from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import Share
 from fulltune.models import sharding
 from fulltune.records.events import Certified
-from fulltune.records.forgetting import Drift, Kind, OnTask, Point, Preserved, limit_of
+from fulltune.records.forgetting import Drift, OnTask, Point, Preserved, limit_of
 from fulltune.text import counted
-from fulltune.train.optim.groups import depths
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.frozen_head import HeadRows, fallen
 from fulltune.train.worker.weights import held
@@ -56,23 +55,19 @@ class Line:
     def __init__(self, model: Any, before: Path, after: Path) -> None:
         sharding.free(model)
         self.model, self.trained, self.before, self.after = model, methods.trained(model), before, after
-        self.depths = depths(list(self.trained))
         save_file({name: held(one).contiguous() for name, one in self.trained.items()}, after)
         digest = hashlib.sha256()
         for one in self.trained.values():  # whole, so that it is the same in any number of processes
             digest.update(sharding.whole(one.detach()).cpu().flatten().view(torch.uint8).numpy().data)
         self.digest = digest.hexdigest()[:16]
 
-    def put(self, kind: Kind, share: float) -> None:
+    def put(self, share: float) -> None:
         """Move the model there. Of LoRA's two matrices the second alone is scaled, and with it their product."""
         sharding.free(self.model)
-        deepest = max(self.depths.values(), default=0)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
             for name, parameter in self.trained.items():
                 begin, end = before.get_tensor(name), after.get_tensor(name)
                 part = 1.0 if ".lora_A." in name else share
-                if kind == "by layer" and deepest and ".lora_A." not in name:
-                    part = share + (1 - share) * self.depths[name] / deepest
                 # Exactly the ends at the ends.
                 moved = end if part == 1 else begin if part == 0 else torch.lerp(begin.float(), end.float(), part)
                 sharding.local(parameter).copy_(moved.to(parameter.dtype))
@@ -125,7 +120,7 @@ def keep_within(attempt: AttemptContext) -> Preserved | None:
                 found.save(record)
             attempt.recorder.write(Certified(preserved=found))
         assert found is not None
-        line.put(found.chosen.kind, found.chosen.share)
+        line.put(found.chosen.share)
         return found
     finally:
         after.unlink(missing_ok=True)
@@ -141,22 +136,22 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
     writes = attempt.summary.form.reads_any_text
     limit = limit_of(plan.preserving.budget, writes)
     rows = _eval_rows(attempt)
-    line.put("whole", 0.0)
+    line.put(0.0)
     start = choosing.read()
 
-    def at(kind: Kind, share: float) -> Point:
+    def at(share: float) -> Point:
         # Others than the first are here only where all have a part.
         if attempt.stop.agreed(attempt.trainer.args) if attempt.trainer.is_shared else attempt.stop.asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
-        line.put(kind, share)
-        drift, fall = moved(start, start if (kind, share) == ("whole", 0.0) else choosing.read())
+        line.put(share)
+        drift, fall = moved(start, start if share == 0 else choosing.read())
         # Not `attempt.score`, in which all processes have a part: the first one is alone by now, unless the weights are
         # shared out, and then all score all rows.
         metric = float(attempt.task.metrics(attempt.reduced(rows), attempt.target)[plan.metric])
-        return Point(kind=kind, share=share, measured=drift, metric=metric, task=fall)
+        return Point(share=share, measured=drift, metric=metric, task=fall)
 
     with attempt.journal.during("evaluation"):
-        points = [at("whole", 0.0), *(at(kind, share) for kind, shares in SHARES.items() for share in shares)]
+        points = [at(share) for share in (0.0, *SHARES)]
         points += _between(points, limit, at)
         chosen = best(points, limit, plan.greater_is_better)
         certificate = None
@@ -178,7 +173,7 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
         text=texts.source,
         metric=plan.metric,
         greater_is_better=plan.greater_is_better,
-        points=tuple(sorted(points, key=lambda point: (point.kind, point.share), reverse=True)),
+        points=tuple(sorted(points, key=lambda point: point.share, reverse=True)),
         chosen=chosen,
         certificate=certificate,
         trained=line.digest,
@@ -199,24 +194,24 @@ def _eval_rows(attempt: AttemptContext) -> Any:
     return Share(rows, sorted(random.Random(attempt.recipe.data.split_seed).sample(range(count), MOST_ROWS)))
 
 
-def _between(points: list[Point], limit: float, at: Callable[[Kind, float], Point]) -> list[Point]:
-    """More points of whole shares, between the largest that is within the limit and the next one."""
+def _between(points: list[Point], limit: float, at: Callable[[float], Point]) -> list[Point]:
+    """More points, between the largest that is within the limit and the next one."""
     found: list[Point] = []
     for _ in range(REFINEMENTS):
-        whole = sorted((one for one in [*points, *found] if one.kind == "whole"), key=lambda point: point.share)
-        first = next((at for at, one in enumerate(whole) if at and not both_within(one, limit)), None)
+        tried = sorted([*points, *found], key=lambda point: point.share)
+        first = next((at for at, one in enumerate(tried) if at and not both_within(one, limit)), None)
         if first is None:
             break
-        share = crossing(whole[first - 1], whole[first], limit)
-        if share - whole[first - 1].share < LEAST_FURTHER:
+        share = crossing(tried[first - 1], tried[first], limit)
+        if share - tried[first - 1].share < LEAST_FURTHER:
             break  # the budget is used up
-        found.append(at("whole", share))
+        found.append(at(share))
     return found
 
 
 def _of_sealed(line: Line, sealed: Watched, chosen: Point) -> tuple[Drift, OnTask | None]:
     """How far the chosen point has moved on what nothing has read before."""
-    line.put("whole", 0.0)
+    line.put(0.0)
     before = sealed.read()
-    line.put(chosen.kind, chosen.share)
+    line.put(chosen.share)
     return moved(before, sealed.read())
