@@ -53,7 +53,6 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "lora-x4": {"method": {"kind": "lora", "learning_rate": 4 * RATE}},
     "lora-x10": {"method": {"kind": "lora", "learning_rate": 10 * RATE}},
     "batch-16": {"train": {"global_batch_size": 16}},
-    "r-drop-1": {"train": {"r_drop": 1.0}},
     "neftune-5": {"train": {"extra.neftune_noise_alpha": 5}},
     "smoothing-0.1": {"train": {"label_smoothing_factor": 0.1}},
     "keep-last": {"train": {"load_best_model_at_end": False}},

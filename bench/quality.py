@@ -43,7 +43,6 @@ SEARCHED = {
 CONTESTANTS = (
     *FROZEN,
     *("trainer-default", "trainer-searched", "setfit", "lora-random", "lora-probe", "fulltune", "fulltune-searched"),
-    "fulltune-r-drop",
 )
 IN_TURN = ("trainer-searched", "fulltune", "fulltune-searched", "lora-probe", "lora-random", "trainer-default")
 """At each point, after what costs no training."""
@@ -81,8 +80,8 @@ def _wnut17(rows: int) -> Wanted:
 
 
 WANTED = (
-    _banking77(500, 5, "setfit", "fulltune-r-drop"),
-    _banking77(2000, 3, "setfit", "fulltune-r-drop"),
+    _banking77(500, 5, "setfit"),
+    _banking77(2000, 3, "setfit"),
     _wnut17(1000),
     Wanted(
         *("pairs", 1500, 3, _functions("pairs"), MINILM + PAIRS, "accuracy", 5),

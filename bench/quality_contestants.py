@@ -18,7 +18,7 @@ import numpy as np
 
 FROZEN = ("frozen-logreg", "frozen-centroid", "frozen-twin")
 """What costs no training."""
-OURS = ("fulltune", "fulltune-searched", "fulltune-r-drop", "lora-random", "lora-probe")
+OURS = ("fulltune", "fulltune-searched", "lora-random", "lora-probe")
 PLAIN_BATCH, SCORED_TOGETHER = 32, 64
 NUMBERS = (-30.0, 30.0)
 """Predictions beyond these count as these."""
@@ -238,8 +238,6 @@ def our_settings(name: str, point: Point) -> dict[str, dict[str, Any]]:
     evaluate = {"metric": point.metric, "baselines": False}
     if name == "fulltune":
         return {"method": {"kind": "full"}, "evaluate": evaluate}
-    if name == "fulltune-r-drop":
-        return {"method": {"kind": "full"}, "train": {"r_drop": 1.0}, "evaluate": evaluate}
     train = {"num_train_epochs": point.epochs, "global_batch_size": PLAIN_BATCH}
     if name == "fulltune-searched":
         return {"method": {"kind": "full"}, "train": train, "evaluate": evaluate}

@@ -171,7 +171,6 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8-bit": (PLAIN, {"optim": "adamw_8bit"}),
     "bf16": ({**PLAIN, "model": {"weights_dtype": "bf16"}}, {"optim": "adamw_bf16", "precision": "bf16"}),
     "recomputed": (PLAIN, {"activation_checkpointing": True, "precision": "bf16"}),
-    "r-drop": (PLAIN, {"r_drop": 0.5}),
     "smoothed": (PLAIN, {"label_smoothing_factor": 0.1, "class_weights": "balanced"}),
     "layer by layer": ({"method": {"kind": "full", "layerwise_lr_decay": 0.9, "learning_rate": 1e-3}}, {}),
 }
@@ -181,11 +180,6 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", TASKS)
 def test_step_of_a_task_waits_once(name: str, tmp_path: Path) -> None:
     assert_known(reads_of(tmp_path / "run", TASKS[name]))
-
-
-@pytest.mark.slow
-def test_step_of_mixed_images_waits_once(tmp_path: Path) -> None:
-    assert_known(reads_of(tmp_path / "run", TASKS["images"], mixup=0.2))
 
 
 @pytest.mark.slow

@@ -16,10 +16,9 @@ from scipy.special import softmax
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from fulltune import api, pipeline, predict
-from fulltune.errors import DataError, RecipeError
+from fulltune.errors import DataError
 from fulltune.evaluate.untouched import LINEAR_PROBE
 from fulltune.system.run_folder import Reached
-from fulltune.train.worker.mixup import mixed
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs
@@ -114,7 +113,7 @@ def test_processes_that_decode_ahead_change_no_weight(tmp_path: Path) -> None:
             tmp_path / name,
             images,
             "train",
-            train={**TRAIN, "extra": {"dataloader_num_workers": workers}, "mixup": 0.2},
+            train={**TRAIN, "extra": {"dataloader_num_workers": workers}},
         )
     one, other = (runs.final_weights(tmp_path / name) for name in ("alone", "ahead"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -159,37 +158,3 @@ def test_table_with_paths_beside_it_and_parquet_with_bytes_give_the_same_rows(tm
     assert by_path.splits == by_bytes.splits
     assert by_path.columns == {"image": "file_name", "label": "label"}
     assert sum(split.rows for split in by_path.splits.values()) == 40
-
-
-def test_mixup_blends_images_and_labels_alike(tmp_path: Path) -> None:
-    batch = {"pixel_values": torch.eye(4), "labels": torch.tensor([0, 1, 2, 0])}
-    found = mixed(batch, 0.5, 3, seed=1)
-    one_hot = torch.nn.functional.one_hot(batch["labels"], 3).float()
-    # Each image is the same blend of others as its label is.
-    torch.testing.assert_close(found["labels"], found["pixel_values"] @ one_hot)
-    assert torch.equal(found["pixel_values"], mixed(batch, 0.5, 3, seed=1)["pixel_values"])
-    assert not torch.equal(found["pixel_values"], mixed(batch, 0.5, 3, seed=2)["pixel_values"])
-
-    images = tiny.write_images(tmp_path / "images", 60)
-    weights = []
-    for amount in (0.0, 0.5):
-        folder = tmp_path / f"mixup-{amount}"
-        folder.mkdir()
-        train = {"num_train_epochs": 2, "mixup": amount, "class_weights": "balanced"}
-        reached = go(folder, images, "train", train=train)
-        weights.append(load_file(reached.folder / "models" / "full" / "model.safetensors"))
-    plain, blended = weights
-    assert any(not torch.equal(plain[name], blended[name]) for name in plain)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "message"),
-    [
-        ({"task": "text-classification"}, "train.mixup: is for image-classification"),
-        ({"train": {"r_drop": 1.0}}, "train.mixup and train.r_drop: give one of them"),
-    ],
-)
-def test_mixup_where_it_cannot_be_is_refused(tmp_path: Path, blocks: dict[str, Any], message: str) -> None:
-    train = {**TRAIN, "mixup": 0.2, **blocks.pop("train", {})}
-    with pytest.raises(RecipeError, match=message):
-        go(tmp_path, tiny.write_images(tmp_path / "images", 8), train=train, **blocks)

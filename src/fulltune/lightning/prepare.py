@@ -219,7 +219,6 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary, package: str) -> FineTun
     module = based(FineTuningModule, "LightningModule", package)(
         applied, recipe, plan, summary, task, tokenizer, head, scaled
     )
-    module.learning.check()
     untrained = (
         cast(ReadingTask, task).chance_loss(summary, class_weights(recipe, summary)) if heads and not kept else None
     )

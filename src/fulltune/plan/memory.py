@@ -34,8 +34,6 @@ class MemorySettings:
     """The loss may take the logits in pieces."""
     torch_compile: bool = False
     chunked_loss: bool = False
-    passes_per_row: int = 1
-    """Times that each train row goes through the model, all held together."""
     replays: bool = False
     """Generic text is replayed before a step's rows: its gradients lie there when they come."""
     eval_batch_size: int = 1
@@ -147,7 +145,7 @@ def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings, devi
 
 def train_sequences(footprint: Footprint, settings: MemorySettings) -> int:
     """Texts of a micro batch that go through the model together."""
-    return settings.micro_batch_size * settings.passes_per_row * footprint.sequences_per_row
+    return settings.micro_batch_size * footprint.sequences_per_row
 
 
 def _beyond_tensors(

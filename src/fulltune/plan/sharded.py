@@ -93,7 +93,7 @@ def passing(footprint: Footprint, precision: str, settings: MemorySettings) -> d
         settings: The micro batch and its treatment.
     """
     moments = footprint.variant(precision, settings.activation_checkpointing).first
-    return _highest(moments, footprint, settings.micro_batch_size * settings.passes_per_row, settings)
+    return _highest(moments, footprint, settings.micro_batch_size, settings)
 
 
 def scoring(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:

@@ -173,7 +173,7 @@ def step_seconds(
     devices, accumulation = settings.num_processes, settings.gradient_accumulation_steps
     # Processes on a CPU share its cores.
     rate *= devices if fleet.machine.gpus else settings.num_machines
-    computing = work.step_flops(rows * settings.passes_per_row, settings.activation_checkpointing) / rate
+    computing = work.step_flops(rows, settings.activation_checkpointing) / rate
     launching = LAUNCH_SECONDS * shapes.num_layers * accumulation if fleet.machine.gpus else 0.0
     trained = shapes.num_parameters if shapes.num_trained is None else shapes.num_trained
     parts = {
@@ -192,7 +192,7 @@ def step_seconds(
     peers, link = (rate * 1e9 * LINK_SHARE for rate in (gpu.peer_gb_per_second, gpu.link_gb_per_second))
     parts["other devices"] = sent / peers if devices > settings.num_machines else 0.0
     if settings.activation_offloading:  # out and in again, 16 bits each, on the stream that computes
-        tokens = rows * settings.passes_per_row / devices * work.tokens_per_row
+        tokens = rows / devices * work.tokens_per_row
         parts["computing"] += 2 * 2 * shapes.num_layers * tokens * shapes.hidden_size / link
     if shared is not None and shared.offload_optimizer:
         weights_in = 2 * 2 * accumulation if shared.offload_weights else 2

@@ -131,7 +131,6 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         plain_logits=plain_logits,
         chunked_loss=takes_pieces(recipe, plain_logits),
         torch_compile=bool(train.torch_compile),
-        passes_per_row=2 if train.r_drop else 1,
         replays=recipe.preserve.budget is not None and recipe.preserve.replay is not None,
         num_processes=train.num_processes,
         num_machines=train.num_machines,

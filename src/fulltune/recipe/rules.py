@@ -57,8 +57,6 @@ def of_settings(recipe: Recipe) -> list[str]:
         *_mixed_images(recipe),
         *_compared_images(recipe),
         *_weights_without_classes(recipe),
-        *_r_drop_without_one_label(recipe),
-        *_mixup_without_images(recipe),
         *_rate_without_head(recipe),
         *_init_without_head(recipe),
         *_impossible_metric(recipe),
@@ -100,25 +98,6 @@ def _compared_images(recipe: Recipe) -> list[str]:
     if FACTS[recipe.task].reads == "text" or recipe.data.contamination is None:
         return []
     return ["data.contamination: only texts can be compared, not images; remove the setting"]
-
-
-ONE_LABEL = ("text-classification", "image-classification", "multiple-choice")
-R_DROP = "train.r_drop: is for classifiers with one label a row; remove it"
-
-
-def _r_drop_without_one_label(recipe: Recipe) -> list[str]:
-    has_one = recipe.task in ONE_LABEL and recipe.data.problem_type not in ("multi_label", "regression")
-    if has_one or not recipe.train.r_drop:
-        return []
-    return [R_DROP]
-
-
-def _mixup_without_images(recipe: Recipe) -> list[str]:
-    if not recipe.train.mixup:
-        return []
-    if recipe.task != "image-classification":
-        return ["train.mixup: is for image-classification; remove it"]
-    return ["train.mixup and train.r_drop: give one of them"] if recipe.train.r_drop else []
 
 
 def _rate_without_head(recipe: Recipe) -> list[str]:

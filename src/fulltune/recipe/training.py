@@ -111,13 +111,6 @@ class TrainBlock(Block):
     and its evaluation where it has one, and saves; with a notice it says before step 1 when that will take longer."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the other classes or tokens."""
-    r_drop: float = Field(default=0.0, ge=0)
-    """Weight of R-Drop (Liang et al. 2021) for classifiers with one label a row: each row goes through the model twice,
-    with other dropout, and how far the two answers differ is added to the loss. 1 gained a point on one tuning set and
-    nothing on the other, for twice the time of a step and of the activations' memory (docs/quality.md). 0: off."""
-    mixup: float = Field(default=0.0, ge=0)
-    """Blend each image of a micro batch with another one of it, and their labels alike (Zhang et al. 2018); the share
-    is drawn from Beta(mixup, mixup). 0.2 gained 2.6 points with 50 digits, 0.5 with 200 (docs/quality.md). 0: off."""
     class_weights: str | dict[str | int, Any] | tuple[Any, ...] | None = None
     """How much each class counts in the training loss (classification): `balanced`, so that all classes count alike
     in total, or the weight of each, such as `{rare: 5, usual: 1}`, or a list in the order of the labels."""

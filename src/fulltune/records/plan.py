@@ -217,8 +217,6 @@ class Plan(Record):
     rollbacks: tuple[int, ...] = ()
     """Steps of the checkpoints that the run went back to, oldest first; 0: it began anew. From each on the rows
     come in another order, and from each but a first one to a checkpoint the learning rate is half of what it was."""
-    passes_per_row: int = 1
-    """Times that each train row goes through the model in a step, all held together: 2 with R-Drop."""
     attn_implementation: str | None = None
     """Chosen by measurement; None: as the recipe says."""
     torch_compile: bool = False

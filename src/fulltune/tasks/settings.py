@@ -6,7 +6,7 @@ from fulltune.errors import RecipeError, SetupError
 from fulltune.models.base import Base
 from fulltune.models.files import refuse_partial
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.rules import R_DROP, SMOOTHING
+from fulltune.recipe.rules import SMOOTHING
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 
@@ -35,8 +35,6 @@ def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
     """
     if summary.problem_type == "regression" and recipe.train.label_smoothing_factor:
         raise RecipeError(SMOOTHING)
-    if summary.problem_type not in ("single_label", "choice") and recipe.train.r_drop:
-        raise RecipeError(R_DROP)
     class_weights(recipe, summary)
 
 

@@ -74,8 +74,6 @@ class Hooks:
             "compute_loss and train.label_smoothing_factor are both given; smooth in your loss": (
                 own and train.label_smoothing_factor
             ),
-            "compute_loss and train.r_drop are both given; put it into your loss": own and train.r_drop > 0,
-            "compute_loss and train.mixup are both given; your loss would get probabilities": own and train.mixup > 0,
             "compute_loss trains in this process; set train.num_processes: 1": own and train.num_processes > 1,
             f"compute_loss trains in this process; remove {recipe.train.shared_by}": own and recipe.train.shared_by,
             "metrics needs generated answers; set evaluate.generate_rows above 0": self.metrics and not answers,

@@ -69,8 +69,6 @@ class Guarded:
     _clip_grad_norm: Any
     _tr_loss: Any
 
-    passes_per_row: int = 1
-    """A batch has its rows so many times."""
     tokens_seen: torch.Tensor | int = 0
     tensors_with_gradient: frozenset[str] = frozenset()
     largest_grad_norm: float | None = None
@@ -113,9 +111,9 @@ class Guarded:
             The loss, a number.
         """
         if "attention_mask" in inputs:
-            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum() // self.passes_per_row
+            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
         elif "input_ids" in inputs:  # packed texts fill their rows
-            self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel() // self.passes_per_row
+            self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel()
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
         if not self.batches:

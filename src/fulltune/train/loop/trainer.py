@@ -141,7 +141,6 @@ class FullTrainer(Guarded, Trainer):
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.skips = skips
         self._on_skip, self._on_repeat = on_skip, on_repeat
-        self.passes_per_row = plan.passes_per_row
         self._score = score
         self._journal = journal
         self.count_items = count_items

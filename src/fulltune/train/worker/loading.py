@@ -120,7 +120,6 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     _, eval_rows = task_rows(attempt.data, tokenizer)
     rows = rows_with_mixed(attempt.data, attempt.summary, tokenizer)
     learning = Learning(recipe, plan, attempt.summary, task, model, tokenizer.pad_token_id, lambda: attempt.target)
-    learning.check()
     attempt.trainer = FullTrainer(
         model=model,
         args=arguments,
