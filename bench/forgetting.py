@@ -10,7 +10,6 @@ Each cell is whole runs of the command line with the same rows, steps and seed, 
 - `held`: `preserve.budget` and its replay;
 - `line`: the budget without replay, so that only scaling back is left;
 - `slow`: the same as `line` with a quarter of the learning rate;
-- `task`: as `held`, and the budget holds for the 77 intents of Banking77 as well (`preserve.task`; WNUT-17 only);
 - `pull-K`: the same as `line`, where after each update every weight goes back by K times the learning rate of the way
   to where it began (`pull.py`).
 
@@ -23,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import csv
 import itertools
 import json
 import os
@@ -38,10 +36,10 @@ from typing import Any
 
 import numpy as np
 from clean_steps import CLASSES, PROMPTS, RAW, TAGS, shakespeare
-from evidence import MINILM, SMOLLM, banking77, data, gsm8k, wnut17, write_csv
+from evidence import MINILM, SMOLLM, banking77, data, gsm8k, wnut17
 
 from fulltune.forgetting.drift import GenericText, measured
-from fulltune.records.forgetting import OnTask, Preserved
+from fulltune.records.forgetting import Preserved
 from fulltune.records.scores import Scores
 
 UNSEEN = 600
@@ -55,7 +53,6 @@ ARMS: dict[str, list[str]] = {
     "held": ["preserve.budget={budget}"],
     "line": ["preserve.budget={budget}", "preserve.replay=null"],
     "slow": ["preserve.budget={budget}", "preserve.replay=null", "method.learning_rate={slow}"],
-    "task": ["preserve.budget={budget}", "preserve.task=other.yaml"],
     **{f"pull-{times}": ["preserve.budget={budget}", "preserve.replay=null"] for times in (3, 10, 30)},
 }
 
@@ -77,8 +74,6 @@ class Kind:
     """How the generic texts are compared: `writes` or a problem type."""
     probe: int = 2500
     """Sentences."""
-    has_other: bool = False
-    """Whether what is lost of another task is measured: the intents of Banking77."""
 
 
 KINDS = {
@@ -86,7 +81,7 @@ KINDS = {
     "tiny-gsm8k": Kind("", GSM8K, gsm8k, 1500, 1e-3, 300, 16, "5%"),
     "tiny-shakespeare": Kind("", RAW, shakespeare, 2000, 1e-3, 300, 8, "5%"),
     "minilm-banking77": Kind(MINILM, CLASSES, banking77, 1000, 2e-4, 320, 32, "1%", "single_label"),
-    "minilm-wnut17": Kind(MINILM, TAGS, wnut17, 1000, 2e-4, 250, 32, "1%", "tags", has_other=True),
+    "minilm-wnut17": Kind(MINILM, TAGS, wnut17, 1000, 2e-4, 250, 32, "1%", "tags"),
     "smollm2-shakespeare": Kind(SMOLLM, RAW, shakespeare, 700, 2e-4, 40, 8, "5%", probe=1200),
 }
 
@@ -169,19 +164,7 @@ def prepared(folder: Path, name: str) -> Path:
         (place / "probe.txt").write_text("\n".join(sentences()[1][: kind.probe]) + "\n", encoding="utf-8")
         model = kind.model or f"model: {pretrained(folder)}\n"
         (place / "recipe.yaml").write_text(model + kind.recipe, encoding="utf-8")
-    if kind.has_other and not (place / "other.yaml").exists():
-        write_csv(place / "other.csv", intents()[0])
-        other = "task: text-classification\ndata: {train: other.csv, label: category}\n"
-        (place / "other.yaml").write_text(kind.model + other, encoding="utf-8")
     return place
-
-
-def intents() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Rows of Banking77: for the runs, and for nobody but this file."""
-    with (data() / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
-    random.Random(0).shuffle(found)
-    return found[:4000], found[4000:5000]
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------
@@ -205,31 +188,6 @@ def unseen(model_folder: str, kind: Kind) -> np.ndarray:
         model = AutoModel.from_pretrained(model_folder)
     text = GenericText.of(sentences()[2], base.processor, writes, "fp32", 64)
     return text.read(model)
-
-
-def other_fall(place: Path, model_folder: str) -> OnTask:
-    """What is lost of the intents, by a head that is fitted on the untouched model, on rows that no run has read."""
-    from sklearn.linear_model import LogisticRegression
-    from transformers import AutoModel
-
-    from fulltune.models.base import Base
-    from fulltune.models.load import load
-    from fulltune.recipe.model import ModelBlock
-    from fulltune.train.worker.frozen_head import fallen, right
-
-    base = Base.of(ModelBlock(name=_base(place)), "text-classification")
-    fitting, scored = ([row["text"] for row in rows] for rows in intents())
-    labels = [[row["category"] for row in rows] for rows in intents()]
-    untouched: Any = load(base, {"num_labels": 2}, head_is_new=True)
-    of_fitting, of_scored = (GenericText.of(them, base.processor, False, "fp32", 64) for them in (fitting, scored))
-    head = LogisticRegression(C=30, max_iter=2000).fit(of_fitting.read(untouched), labels[0])
-    place_of = {label: at for at, label in enumerate(head.classes_)}
-    answers = np.array([place_of[label] for label in labels[1]])
-    before, after = (
-        right(head.decision_function(of_scored.read(model)), answers)
-        for model in (untouched, AutoModel.from_pretrained(model_folder))
-    )
-    return fallen(before, after)
 
 
 def do(folder: Path, name: str, arm: str, seed: int) -> dict[str, Any]:
@@ -263,8 +221,6 @@ def do(folder: Path, name: str, arm: str, seed: int) -> dict[str, Any]:
         line["greater_is_better"] = scores.greater_is_better
     moved = measured(unseen(_base(place), kind), unseen(str(run / "models" / "full"), kind))
     line |= {"unseen": moved.drift, "unseen_error": moved.error}
-    if kind.has_other:
-        line["other"] = other_fall(place, str(run / "models" / "full")).model_dump()
     for record in run.glob("preserve/*.json"):
         line["preserved"] = json.loads(record.read_text(encoding="utf-8"))
     return line
@@ -378,11 +334,6 @@ def table(folder: Path) -> None:
         )
     for key, count in sorted(counts.items()):
         print(*key, count)
-    for (name, arm, seed), line in found.items():
-        if "other" in line:
-            other = OnTask.model_validate(line["other"])
-            lost = f"{other.fall.drift:.4f} ± {other.fall.error:.4f} of the right label's probability"
-            print(f"{name} {arm} {seed}, intents: lost {lost}, {other.accuracy_before:.1%} to {other.accuracy:.1%}")
     for line in found.values():
         if line["exit"]:
             print("FAILED", {key: line[key] for key in ("kind", "arm", "seed", "exit")})
@@ -406,7 +357,7 @@ def main() -> None:
             exhibit(folder, name, seed)
         return
     for seed, name, arm in itertools.product(given.seeds, given.kinds, given.arms):
-        if (name, arm, seed) in read(folder) or (arm == "task" and not KINDS[name].has_other):
+        if (name, arm, seed) in read(folder):
             continue
         line = do(folder, name, arm, seed)
         with (folder / "forgetting.jsonl").open("a", encoding="utf-8") as out:

@@ -99,8 +99,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     check_model(job.recipe, job.base)
     methods.check(job.recipe, config)
     check_texts(job.recipe.preserve)
-    other = data.other_task(job.recipe)
-    data.refuse_trained_texts(job.recipe, other)
+    data.refuse_trained_texts(job.recipe)
     summary = data.prepare(
         job.recipe,
         job.folder / "data",
@@ -112,9 +111,6 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
         cache_folder=job.folder.parent / ".fulltune-cache",
         listener=job.listener,
     )
-    if other is not None:
-        data.keep_other_task(other, job.folder)
-        summary = summary.model_copy(update={"other_task_rows": len(other.rows)})
     check_settings_for(job.recipe, summary)
     job.hooks.check_data(summary)
     job.listener(DataPrepared(summary=summary, is_known=before == path.stat().st_mtime_ns))

@@ -19,14 +19,16 @@ from fulltune.compare.rate_search import search_trial
 from fulltune.compare.rates import scale_of
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.evaluate import outputs
+from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import NUM_TEXTS, parts
 from fulltune.recipe.preserve import PreserveBlock
 from fulltune.records.comparison import Comparison, Trial, TrialResult, Tried
 from fulltune.records.data import DataSummary
-from fulltune.records.forgetting import Drift, OnTask, Point
+from fulltune.records.forgetting import Drift, Point
 from fulltune.report.comparison.about_forgetting import answers
 from fulltune.train.worker import within_budget
-from fulltune.train.worker.within_budget import Line, Watched
+from fulltune.train.worker.context import AttemptContext
+from fulltune.train.worker.within_budget import Line
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
@@ -65,9 +67,9 @@ class Seen:
 def watched() -> Iterator[Seen]:
     seen, sealed, read = Seen(), within_budget._of_sealed, outputs.outputs
 
-    def opening(line: Line, watches: Watched, chosen: Point) -> tuple[Drift, OnTask | None]:
-        seen.opened.append(watches.attempt.plan.trial)
-        return sealed(line, watches, chosen)
+    def opening(attempt: AttemptContext, line: Line, text: GenericText, chosen: Point) -> Drift:
+        seen.opened.append(attempt.plan.trial)
+        return sealed(attempt, line, text, chosen)
 
     def reading(scoring: Any, model: Any, texts: list[str], *given: Any) -> Any:
         seen.texts.append(texts)

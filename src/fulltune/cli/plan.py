@@ -160,7 +160,7 @@ def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
     paths = {"data.train": train, "data.eval": data.eval, "data.test": data.test}
     paths |= {"model.name": recipe.model.name, "output": recipe.output}
     preserve = recipe.preserve
-    paths |= {"preserve.probe": preserve.probe, "preserve.replay": preserve.replay, "preserve.task": preserve.task}
+    paths |= {"preserve.probe": preserve.probe, "preserve.replay": preserve.replay}
     moved = [f"{name}={path}" for name, path in paths.items() if path and "/" in path and path not in text]
     return file, [*overrides, *moved]
 

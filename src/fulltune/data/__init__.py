@@ -4,8 +4,6 @@ from fulltune.data.audit import audit, load_issues
 from fulltune.data.judge import Reader, judge
 from fulltune.data.limits import Limits
 from fulltune.data.losses import list_losses
-from fulltune.data.other_task import keep as keep_other_task
-from fulltune.data.other_task import other_task
 from fulltune.data.outliers import outliers
 from fulltune.data.prepare import SUMMARY, prepare
 from fulltune.data.probe_rows import refuse_trained_texts
@@ -20,10 +18,8 @@ __all__ = [
     "Reader",
     "audit",
     "judge",
-    "keep_other_task",
     "list_losses",
     "load_issues",
-    "other_task",
     "outliers",
     "prepare",
     "prove",

@@ -10,43 +10,36 @@ from fulltune.data.split import HELD_OUT
 from fulltune.errors import DataError
 from fulltune.forgetting.generic_text import beginning, generic_texts, parts
 from fulltune.recipe.fields import Recipe
-from fulltune.records.forgetting import OtherTask
 from fulltune.text import counted, first_few
 
 
-def refuse_trained_texts(recipe: Recipe, other: OtherTask | None) -> None:
-    """Refuse a probe of the user's own, and another task, whose texts are train rows; whole cells and their lines are
-    compared.
+def refuse_trained_texts(recipe: Recipe) -> None:
+    """Refuse a probe of the user's own whose texts are train rows; whole cells and their lines are compared.
 
     Raises:
         DataError: Naming the rows.
     """
-    block, measured = recipe.preserve, dict[str, set[str]]()
-    if block.probe is not None:
-        found = None if block.budget is None else parts(block)
-        texts = generic_texts(block.probe)[0] if found is None else [*found.choosing, *found.sealed]
-        measured[f"preserve.probe: {block.probe}"] = set(map(beginning, texts))
-    if other is not None:
-        measured[f"preserve.task: {other.source}"] = {beginning(text) for text, _ in other.rows}
-    if not measured:
+    block = recipe.preserve
+    if block.probe is None:
         return
-    places: dict[str, list[str]] = {name: [] for name in measured}
+    found = None if block.budget is None else parts(block)
+    texts = generic_texts(block.probe)[0] if found is None else [*found.choosing, *found.sealed]
+    measured = set(map(beginning, texts))
+    places: list[str] = []
     problems: list[str] = []
     for name, files in find_files(recipe).items():
         if name in HELD_OUT:
             continue
         for place, row in files.rows(problems):
             said = {part for cell in row.values() for text in _texts(cell) for part in _parts(text)}
-            for setting, wanted in measured.items():
-                if not said.isdisjoint(wanted):
-                    places[setting].append(str(place))
-    if refused := [
-        f"{setting}: {counted(len(those), 'row')} of data.train {'has' if len(those) == 1 else 'have'} a text of it "
-        f"({first_few(those)}); what is trained on says nothing about forgetting: remove them from one of the files"
-        for setting, those in places.items()
-        if those
-    ]:
-        raise DataError(refused)
+            if not said.isdisjoint(measured):
+                places.append(str(place))
+    if places:
+        raise DataError(
+            f"preserve.probe: {block.probe}: {counted(len(places), 'row')} of data.train "
+            f"{'has' if len(places) == 1 else 'have'} a text of it ({first_few(places)}); what is trained on says "
+            "nothing about forgetting: remove them from one of the files"
+        )
 
 
 def _texts(cell: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.records.forgetting import Certificate, Drift, OnTask, Point, Preserved
+from fulltune.records.forgetting import Certificate, Drift, Point, Preserved
 
 LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
 """Texts of a run with a budget: for selection, and as many sealed ones; for replay."""
@@ -95,17 +95,7 @@ def limit_for_most(found: Preserved) -> float | None:
     if found.gain_of(found.chosen) >= MOST_OF_IT * most:
         return None
     good = [one for one in found.points if found.gain_of(one) >= MOST_OF_IT * most]
-    return min(max(map(least_limit, _measured(one))) for one in good)
-
-
-def _measured(point: Point) -> list[Drift]:
-    """All that the budget holds for: generic text, and another task if there is one."""
-    return [point.measured] if point.task is None else [point.measured, point.task.fall]
-
-
-def both_within(point: Point, limit: float) -> bool:
-    """Whether a point may be chosen by all that the budget holds for."""
-    return all(is_within(one, limit) for one in _measured(point))
+    return min(least_limit(one.measured) for one in good)
 
 
 def crossing(inside: Point, outside: Point, limit: float) -> float:
@@ -113,7 +103,7 @@ def crossing(inside: Point, outside: Point, limit: float) -> float:
 
     Drift grows faster than the share, so that the true crossing lies behind it (method of false position).
     """
-    low, high = (max(map(least_limit, _measured(point))) - limit for point in (inside, outside))
+    low, high = (least_limit(point.measured) - limit for point in (inside, outside))
     part = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + part * (outside.share - inside.share), 3)
 
@@ -129,7 +119,7 @@ def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Poin
     """The point within the limit with the best metric; among equals the one that moved less. The untouched model is
     within any limit."""
     sign = 1 if greater_is_better else -1
-    possible = [point for point in points if point.is_start or both_within(point, limit)]
+    possible = [point for point in points if point.is_start or is_within(point.measured, limit)]
     # One whose metric is not finite is never better.
     return max(possible, key=lambda point: (_finite(sign * point.metric), -point.measured.drift))
 
@@ -138,16 +128,7 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
-def certified(measured: Drift, limit: float, task: OnTask | None = None) -> Certificate:
-    """What the sealed half says: passed where the drift, and the fall on another task where there is one, are below the
-    limit with 95 % each; that a pass is wrong about either has no larger chance than that."""
+def certified(measured: Drift, limit: float) -> Certificate:
+    """What the sealed half says: passed where the drift is below the limit with 95 %."""
     highest = upper(measured)
-    fallen = None if task is None else upper(task.fall)
-    return Certificate(
-        measured=measured,
-        limit=limit,
-        upper=highest,
-        passed=highest <= limit and (fallen is None or fallen <= limit),
-        task=task,
-        task_upper=fallen,
-    )
+    return Certificate(measured=measured, limit=limit, upper=highest, passed=highest <= limit)

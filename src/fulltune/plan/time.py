@@ -248,12 +248,12 @@ def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: floa
 
 
 def texts_read(plan: Plan, evaluations: int) -> int:
-    """Generic texts, and rows of another task, that are read without being trained on, each time counted."""
+    """Generic texts that are read without being trained on, each time counted."""
     kept = plan.preserving
     if kept is None:
         return plan.drift_texts * evaluations
-    # Selection texts, at each point, and twice the sealed ones; of another task a quarter each.
-    at_end = (NUM_POINTS + 2) * (TOKENS_READ // GENERIC_TOKENS + kept.task_rows // 4) + kept.task_rows * 3 // 4
+    # Selection texts, at each point, and twice the sealed ones.
+    at_end = (NUM_POINTS + 2) * (TOKENS_READ // GENERIC_TOKENS)
     remembered = min(MOST_REPLAYED, plan.total_steps * kept.replay_rows)
     return plan.drift_texts * (evaluations + plan.total_steps // kept.steer_steps) + at_end + remembered
 

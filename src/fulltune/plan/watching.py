@@ -80,14 +80,7 @@ def preserving(
         often = f"every {every} steps" if every > 1 else "at each step"
         why = f"{rows} generic texts replayed in each step, {share} of its tokens; weight set {often}"
         reasons.add("preserve.replay", None, block.replay, why)
-    if block.task is not None:
-        each = summary.other_task_rows // 4
-        rest = summary.other_task_rows - 2 * each
-        why = f"{rest:,} of its rows fit a head, which is then frozen; {each:,} are for selection, {each:,} sealed"
-        reasons.settings.append(
-            Setting(name="preserve.task", value=block.task, reason=f"{FROM_RECIPE}: {why}", chosen=False)
-        )
-    return Preserving(budget=block.limit, replay_rows=rows, steer_steps=every, task_rows=summary.other_task_rows)
+    return Preserving(budget=block.limit, replay_rows=rows, steer_steps=every)
 
 
 def _unwatched(recipe: Recipe) -> str:

@@ -29,7 +29,7 @@ def named_paths(recipe: Recipe) -> list[str]:
     data, preserve = recipe.data, recipe.preserve
     named: list[Any] = [one if isinstance(one, str) else one.path for one in data.entries]
     named += [data.eval, data.test, data.patch, data.chat_template, data.contamination]
-    named += [preserve.probe, preserve.replay, preserve.task, recipe.train.extra.get("deepspeed"), recipe.model.name]
+    named += [preserve.probe, preserve.replay, recipe.train.extra.get("deepspeed"), recipe.model.name]
     return [one for one in dict.fromkeys(map(str, named)) if Path(one).is_absolute()]
 
 
@@ -75,7 +75,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         if (value := getattr(data, key)) is not None:
             update[key] = absolute(value, f"data.{key}")
     preserve = recipe.preserve
-    for key in ("probe", "replay", "task"):
+    for key in ("probe", "replay"):
         if (value := getattr(preserve, key)) not in (None, AUTO):
             preserve = preserve.model_copy(update={key: absolute(value, f"preserve.{key}")})
     train = recipe.train

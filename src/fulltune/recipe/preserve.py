@@ -24,9 +24,7 @@ def _a_share(value: Any) -> Any:
 
 
 def _a_file(value: Any) -> Any:
-    """Other words for nothing, and what there was once, are answered."""
-    if value == "samples":
-        raise ValueError("expected a text file or auto, found 'samples', which is gone; leave the setting out")
+    """Other words for nothing are answered."""
     if value is False or (isinstance(value, str) and value.lower() in ("none", "no", "off", "false", "")):
         raise ValueError(f"expected a text file or auto, found '{value}'; for none write null")
     return value
@@ -55,12 +53,6 @@ class PreserveBlock(Block):
     replay: Annotated[str | None, BeforeValidator(_a_file)] = AUTO
     """Where the generic text that is replayed comes from: a text file; `auto`, a part of the probe's texts.
     `null`: none is replayed."""
-
-    task: str | None = None
-    """Another task of yours that the budget holds for as well: a recipe for text-classification with one label a row,
-    of which only `data` is read, and of that the train files. Half of its rows fit a classifier on what the untouched
-    model makes of them, which is then frozen; a quarter chooses, a quarter is sealed. The right label may get so much
-    less likely as the budget says. For models that do not write."""
 
     @property
     def limit(self) -> float | None:

@@ -264,21 +264,13 @@ def _preserved(recipe: Recipe) -> list[str]:
     if block.probe is not None and not block.drift and block.budget is None and not recipe.methods:
         return ["preserve.probe: has no effect with preserve.drift: false; remove one of them"]
     if block.budget is None:
-        given = {"replay": block.replay != AUTO, "task": block.task is not None}
-        return [
-            f"preserve.{one}: has no effect without {name}; give a budget such as 1%" for one in given if given[one]
-        ]
+        no_effect = f"preserve.replay: has no effect without {name}; give a budget such as 1%"
+        return [no_effect] if block.replay != AUTO else []
     problems = []
     if not block.drift:
         problems.append(f"preserve.drift: false, but {name} needs it; remove one of them")
     if recipe.task == "seq2seq":
         problems.append(f"{name}: not yet for seq2seq, of which only the encoder is measured; remove it")
-    if recipe.task == "causal-lm" and block.task is not None:
-        problems.append(
-            "preserve.task: is for models that do not write, whose hidden states a frozen head can read; what a "
-            "language model keeps is measured on generic text: remove it, and put texts of the other task into "
-            "preserve.probe"
-        )
     if by := recipe.train.deepspeed_by:
         problems.append(f"{name}: not yet with {by}; remove one of them")
     # Beside others one may stand that moves nothing of what reads generic text: it keeps any budget.

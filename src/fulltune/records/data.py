@@ -9,7 +9,6 @@ from pydantic import Field
 
 from fulltune.recipe.tasks import FORMS, Form, ProblemType
 from fulltune.records.base import Record
-from fulltune.records.forgetting import OTHER_TASK, OtherTask
 
 
 class Segment(Record):
@@ -109,19 +108,15 @@ class DataSummary(Record):
     """What is mixed into the train rows, in the order of the recipe; `splits` has the task's rows alone."""
     fingerprint: str
     """Hash of the files' content and of every setting that shapes the rows."""
-    other_task_rows: int = 0
-    """Rows of `preserve.task`; 0 in the file, whose prepared rows other runs share: see `of_run`."""
 
     @classmethod
     def of_run(cls, folder: Path) -> Self:
-        """What the data stage left in a run folder, with the rows of another task that lie beside it.
+        """What the data stage left in a run folder.
 
         Raises:
             SetupError: When it cannot be read.
         """
-        other = folder / "data" / OTHER_TASK
-        rows = len(OtherTask.load(other).rows) if other.exists() else 0
-        return cls.load(folder / "data" / "summary.json").model_copy(update={"other_task_rows": rows})
+        return cls.load(folder / "data" / "summary.json")
 
     @property
     def form(self) -> Form:

@@ -1,5 +1,5 @@
 """What a run with a budget for forgetting measured and chose; drift is nats a token for language models, else 1 -
-cosine. Of another task it is how much less likely the right label got.
+cosine.
 """
 
 from __future__ import annotations
@@ -7,9 +7,6 @@ from __future__ import annotations
 import math
 
 from fulltune.records.base import Record
-
-OTHER_TASK = "other_task.json"
-"""In the folder of the prepared rows."""
 
 
 def limit_of(budget: float, writes: bool) -> float:
@@ -27,41 +24,6 @@ class Drift(Record):
     texts: int
 
 
-LabelledText = tuple[str, int]
-"""A text, and the number of its label."""
-
-
-class OtherTask(Record):
-    """Rows of another task that a budget holds for as well; no text is in two of the three parts."""
-
-    source: str
-    """The recipe that names them."""
-    labels: tuple[str, ...]
-    fitting: tuple[LabelledText, ...]
-    """Fit the head, which is then frozen."""
-    choosing: tuple[LabelledText, ...]
-    """Choose among the points between the untouched and the trained model."""
-    sealed: tuple[LabelledText, ...]
-    """Read once, at the end."""
-    left_out: int
-    """Rows that were not used: without a text or a label, or with a text that has several labels."""
-
-    @property
-    def rows(self) -> tuple[LabelledText, ...]:
-        """Those of all parts."""
-        return (*self.fitting, *self.choosing, *self.sealed)
-
-
-class OnTask(Record):
-    """What the frozen head says of the rows of another task."""
-
-    fall: Drift
-    """By how much less likely the right label got, of 1; the mean over the rows."""
-    accuracy_before: float
-    """With the untouched model."""
-    accuracy: float
-
-
 class Point(Record):
     """The untouched model moved a part of the way to the trained one."""
 
@@ -71,8 +33,6 @@ class Point(Record):
     """On the selection texts."""
     metric: float
     """On the eval rows."""
-    task: OnTask | None = None
-    """On another task's selection rows; None: there is none."""
 
     @property
     def is_start(self) -> bool:
@@ -81,17 +41,13 @@ class Point(Record):
 
 
 class Certificate(Record):
-    """What the sealed texts said, and the sealed rows of another task where there is one, opened once."""
+    """What the sealed texts said, opened once."""
 
     measured: Drift
     limit: float
     upper: float
     """The true drift is below it with 95 %."""
     passed: bool
-    """Of both, where there is another task."""
-    task: OnTask | None = None
-    task_upper: float | None = None
-    """The true fall is below it with 95 %."""
 
 
 class Preserved(Record):
@@ -116,12 +72,8 @@ class Preserved(Record):
     """Tells the trained weights from those of another training in the same folder."""
     says_little: str = ""
     """Why the texts say little about what the untouched model could do; empty: they say enough."""
-    task: str | None = None
-    """The recipe of the other task."""
-    task_says_little: str = ""
-    """Why the other task tells nothing; empty: it does."""
     identity: str = ""
-    """Of all generic texts, and of the other task's rows: those of a comparison's trials are the same."""
+    """Of all generic texts: those of a comparison's trials are the same."""
     opened: tuple[str, ...]
     """When the sealed texts were opened, ISO 8601; more than once where the model was trained anew."""
 

@@ -141,8 +141,6 @@ class Preserving(Record):
     """Generic texts that are replayed in each step."""
     steer_steps: int
     """Steps between two measurements that set their weight."""
-    task_rows: int = 0
-    """Of another task that the budget holds for as well."""
 
 
 class Plan(Record):

@@ -9,9 +9,9 @@ import pytest
 
 from fulltune import report
 from fulltune.errors import SetupError
-from fulltune.forgetting.budget import best, certified
+from fulltune.forgetting.budget import best
 from fulltune.records.comparison import Comparison, Held
-from fulltune.records.forgetting import Drift, OnTask, Preserved
+from fulltune.records.forgetting import Drift, Preserved
 from fulltune.report.comparison import content, numbers
 from fulltune.report.comparison.content import plots
 from fulltune.report.comparison.how import spent
@@ -374,27 +374,6 @@ def test_point_that_is_only_as_good_as_the_untouched_model_is_kept_and_certified
     assert (found.gain_of(found.chosen), found.is_feasible, words.certificate(found)) == (0.0, True, "PASS")
     untouched = comparisons.preserved("full-seed42", 0.05, 0.9, learned=False)
     assert (untouched.is_feasible, words.certificate(untouched)) == (False, "infeasible")
-
-
-def test_held_comparison_says_whether_a_certificate_fails_for_the_other_task(tmp_path: Path) -> None:
-    texts, task = (Drift(drift=drift, error=0.001, texts=200) for drift in (0.011, 0.03))
-    runs = [comparisons.preserved(f"{arm}-seed42", 0.05, 0.9) for arm in ("full", "lora", "lora")]
-    falls = (task, task.model_copy(update={"drift": 0.002}), task)
-    drifts = (texts, texts.model_copy(update={"drift": 0.019}), texts.model_copy(update={"drift": 0.019}))
-    made = []
-    for number, (run, drift, fall) in enumerate(zip(runs, drifts, falls, strict=True)):
-        sealed = certified(drift, 0.02, OnTask(fall=fall, accuracy_before=0.9, accuracy=0.85))
-        changes = {"task": "/home/ada/sentiment.yaml", "certificate": sealed}
-        arm = run.trial.partition("-")[0]
-        made.append(Held(arm=arm, seed=42 + number, preserved=run.model_copy(update=changes)))
-    markdown, _ = cards(tmp_path, comparisons.held(held=tuple(made)))
-    kept = "40.0% of the way from the untouched to the trained model"
-    assert ["full", "42", "FAIL (the other task)", "1.26%", "3.16%", kept, "73.2%"] in cells(markdown, "full")
-    assert ["lora", "43", "FAIL (generic text)", "2.06%", "0.36%", kept, "73.2%"] in cells(markdown, "lora")
-    assert ["lora", "44", "FAIL (generic text and the other task)", "2.06%", "3.16%", kept, "73.2%"] in cells(
-        markdown, "lora"
-    )
-    assert "The budget held for another task as well (sentiment.yaml): drift says nothing of that one" in markdown
 
 
 def test_comparison_without_a_budget_has_no_such_section(tmp_path: Path) -> None:

@@ -21,16 +21,10 @@ def section(comparison: Comparison) -> Section | None:
     if not comparison.held:
         return None
     one = comparison.held[0].preserved
-    on_task = ""
-    if one.task is not None:
-        on_task = (
-            f" The budget held for another task as well ({words.file_name(one.task)}): drift says nothing of that one, "
-            "so a point may be kept back although its drift is within the budget."
-        )
     about = (
         f"All of these runs had the budget {format_percent(one.budget)}; without one, methods may move generic "
         f"text farther. Metric and drift are those of the eval rows and of {counted(one.start.measured.texts, 'text')} "
-        f"that chose among the points ({one.text}); certificates are about texts that nothing had read before.{on_task}"
+        f"that chose among the points ({one.text}); certificates are about texts that nothing had read before."
     )
     blocks = (
         Bullets(tuple(answers(comparison.rows, comparison.decision, comparison.held).values())),
@@ -125,42 +119,29 @@ def _best(comparison: Comparison) -> Table:
 
 
 def _certificates(comparison: Comparison) -> Table:
-    write, held = Writer.of(comparison.decision), comparison.held
-    has_task = any(one.preserved.task is not None for one in held)
+    write = Writer.of(comparison.decision)
     rows: tuple[Row, ...] = tuple(
         (
             foreign(one.arm),
             str(one.seed),
             _certificate(one.preserved),
-            *_upper_bounds(one.preserved, has_task),
+            _upper_bound(one.preserved),
             words.way(one.preserved.chosen.share),
             write.value(one.preserved.chosen.metric),
         )
-        for runs in _runs_of(comparison.rows, held).values()
+        for runs in _runs_of(comparison.rows, comparison.held).values()
         for one in runs
     )
-    task = ("other task, at most",) if has_task else ()
-    header = ("method", "seed", "certificate", "drift, at most", *task, "kept", write.name)
+    header = ("method", "seed", "certificate", "drift, at most", "kept", write.name)
     caption = "Certificates: the drift of what was kept, on sealed texts, is below this with 95%"
-    if has_task:
-        caption += "; so is the fall of the right label's probability, on sealed rows of the other task"
-    return Table(caption, header, rows, frozenset({1, *range(3, len(header) - 2), len(header) - 1}))
+    return Table(caption, header, rows, frozenset({1, 3, 5}))
 
 
 def _certificate(found: Preserved) -> str:
-    """PASS, or what a FAIL is about where it may be two things."""
-    sealed, label = found.certificate, words.certificate(found)
-    if sealed is not None and not sealed.passed and sealed.task_upper is not None:
-        beyond = {"generic text": sealed.upper, "the other task": sealed.task_upper}
-        label += f" ({' and '.join(what for what, upper in beyond.items() if not upper <= sealed.limit)})"
+    label = words.certificate(found)
     return f"{label} (sealed texts read {len(found.opened)} times)" if len(found.opened) > 1 else label
 
 
-def _upper_bounds(found: Preserved, has_task: bool) -> tuple[str, ...]:
-    """Of the drift, and of the fall on the other task where there is one."""
-    sealed = found.certificate
-    drift = NOTHING if sealed is None else words.as_share(sealed.upper, found.writes)
-    if not has_task:
-        return (drift,)
-    fall = None if sealed is None else sealed.task_upper
-    return drift, NOTHING if fall is None else words.as_share(max(0.0, fall), False)
+def _upper_bound(found: Preserved) -> str:
+    """Of the drift."""
+    return NOTHING if found.certificate is None else words.as_share(found.certificate.upper, found.writes)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fulltune.forgetting.budget import MOST_OF_IT, both_within, is_within, limit_for_most, texts_needed
+from fulltune.forgetting.budget import MOST_OF_IT, is_within, limit_for_most, texts_needed
 from fulltune.forgetting.frontier import BUDGETS, best_at
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.records.events import Steered
-from fulltune.records.forgetting import Certificate, Drift, OnTask, Preserved, limit_of
+from fulltune.records.forgetting import Drift, Preserved, limit_of
 from fulltune.records.plan import Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -57,7 +57,6 @@ def _of(view: RunView, trial: str) -> list[Block]:
     kept_at = Frontier("kept", ((found.chosen.measured.drift, found.chosen.metric),), filled=True)
     figures.append(frontiers_plot(title, [tried, kept_at], found.limit, found.metric, " ".join(_frontier(found))))
     steered = [event for attempt in view.attempts_of(trial) for event in attempt.events if isinstance(event, Steered)]
-    said += [Paragraph(about_task(found))] if found.task is not None else []
     evidence, helps = held_back(found)
     held = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
     return [Paragraph(f"{verdict(found)}{held}"), *said, Figures(tuple(figures)), *_weights(steered), _points(found)]
@@ -103,9 +102,7 @@ def verdict(found: Preserved) -> str:
     if sealed is None or label == words.INFEASIBLE:
         start, end = (format_metric(found.metric, point.metric) for point in (found.start, trained))
         drift = words.as_share(trained.measured.drift, found.writes)
-        if trained.task is not None:
-            drift += f" on generic text and {words.as_share(trained.task.fall.drift, False)} on the other task"
-        if both_within(trained, found.limit):
+        if is_within(trained.measured, found.limit):
             why = f"the trained model is within it ({drift}); training made the eval rows no better"
         else:
             why = f"the trained model has {drift}, and no point within the budget is better than the untouched model"
@@ -121,9 +118,6 @@ def verdict(found: Preserved) -> str:
         by, upper = (words.as_share(one, False) for one in (sealed.measured.drift, sealed.upper))
         what = f"generic text changed by {by} (1 - cosine; with 95% certainty at most {upper})"
     kept = f"{what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
-    kept += _of_sealed_rows(sealed)
-    if found.task_says_little:
-        kept += f" ({found.task_says_little})"
     more = f" But {found.says_little}." if found.says_little else ""
     more += _coarse(found) if limit_for_most(found) is not None else ""
     if len(found.opened) > 1:
@@ -167,50 +161,14 @@ def _rounded_up(percent: float) -> str:
     return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 
 
-def _of_sealed_rows(sealed: Certificate) -> str:
-    if sealed.task is None or sealed.task_upper is None:
+def _coarse(found: Preserved) -> str:
+    """With how many texts more might be kept; empty: these few are not what holds back."""
+    texts = found.chosen.measured
+    if (needed := texts_needed(texts, found.limit)) <= texts.texts:
         return ""
     return (
-        f"; of the other task {_fall(sealed.task)} (with 95% certainty it fell by at most "
-        f"{words.as_share(max(0.0, sealed.task_upper), False)}), on {counted(sealed.task.fall.texts, 'sealed row')}"
-    )
-
-
-def _fall(task: OnTask) -> str:
-    """How much less likely the right label got, of 1, as the budget."""
-    by = task.fall.drift
-    return (
-        f"the right label's probability {'rose' if by < 0 else 'fell'} by {words.as_share(abs(by), False)}, accuracy "
-        f"{format_percent(task.accuracy_before)} before and {format_percent(task.accuracy)} after"
-    )
-
-
-def about_task(found: Preserved) -> str:
-    """What the trained model has lost of the other task, and what the one that is kept."""
-    trained = found.end
-    assert trained.task is not None, "it was read at every point"
-    assert found.chosen.task is not None, "it was read at every point"
-    back = f" Of the model that is kept {_fall(found.chosen.task)}." if found.why else ""
-    return (
-        f"The other task (preserve.task: {found.task}) is scored by a head that was fitted on the untouched model and "
-        f"frozen, on {counted(trained.task.fall.texts, 'selection row')}. With the trained model "
-        f"{_fall(trained.task)}.{back}"
-    )
-
-
-def _coarse(found: Preserved) -> str:
-    """With how many texts, or rows of the other task, more might be kept; empty: these few are not what holds back."""
-    chosen, limit = found.chosen, found.limit
-    measured = [("probe", "texts in each half", chosen.measured, found.writes)]
-    # The other task holds back only where a better point has moved generic text little enough.
-    better = (point for point in found.points if found.gain_of(point) > found.gain_of(chosen))
-    if chosen.task and any(is_within(one.measured, limit) and not both_within(one, limit) for one in better):
-        measured.append(("other task", "rows in each quarter", chosen.task.fall, False))
-    return "".join(
-        f" The {what} is coarse for this budget ({counted(of.texts, unit.split()[0][:-1])}, standard error "
-        f"{words.as_share(of.error, writes)}): about {needed:,} {unit} would let more be kept."
-        for what, unit, of, writes in measured
-        if (needed := texts_needed(of, limit)) > of.texts
+        f" The probe is coarse for this budget ({counted(texts.texts, 'text')}, standard error "
+        f"{words.as_share(texts.error, found.writes)}): about {needed:,} texts in each half would let more be kept."
     )
 
 
@@ -243,12 +201,11 @@ def _points(found: Preserved) -> Block:
         (
             words.way(point.share),
             _spread(point.measured),
-            *([] if point.task is None else [_spread(point.task.fall)]),
             format_metric(found.metric, point.metric),
         )
         for point in found.points
     )
-    header = ("point", "drift", *(["fall on the other task"] if found.task else []), words.metric_name(found.metric))
+    header = ("point", "drift", words.metric_name(found.metric))
     unit = "nats a token" if found.writes else "1 - cosine"
     title = f"Points that were tried; drift in {unit} on {counted(found.start.measured.texts, 'text')}, ±: error"
     table = Table(title, header, rows, frozenset(range(1, len(header))))

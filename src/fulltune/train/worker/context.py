@@ -30,7 +30,6 @@ from fulltune.train.worker.observed import Observed
 
 if TYPE_CHECKING:
     from fulltune.train.worker.drifting import Drifting
-    from fulltune.train.worker.frozen_head import FrozenHead
     from fulltune.train.worker.scaling import Scaled
 
 
@@ -50,8 +49,6 @@ class AttemptContext:
     drifting: Drifting = field(init=False)
     base_weights: str | None = None
     """Tells the pretrained weights from others; None: a process has only a part of them, or they are not known yet."""
-    frozen_head: FrozenHead | None = None
-    """Of another task that the budget for forgetting holds for, in the first process."""
     head: Head | None = None
     """What became of the head, for tasks that may need a new one."""
     scaled: Scaled | None = None

@@ -17,7 +17,7 @@ from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.preserve import BUNDLED
-from fulltune.records.forgetting import OTHER_TASK, Drift, OtherTask, Preserved
+from fulltune.records.forgetting import Drift, Preserved
 from fulltune.system.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Drifting:
     """Where a text is cut."""
     tokenizer: Any = None
     identity: str = ""
-    """Of all generic texts of the run, and after a hyphen of the other task's rows."""
+    """Of all generic texts of the run."""
 
     @classmethod
     def of(cls, attempt: AttemptContext, model: Any, tokenizer: Any) -> Drifting:
@@ -51,9 +51,7 @@ class Drifting:
             count = max(plan.drift_texts, enough(texts, plan.drift_texts * GENERIC_TOKENS)) if found else len(texts)
             drifting.text = drifting.text_of(texts[:count])
             everything = [*found.choosing, *found.sealed, *found.replayed] if found else texts
-            drifting.identity = _digest("\0".join(everything))
-        if plan.preserving is not None and block.task is not None:
-            drifting.identity += f"-{_digest(str(OtherTask.load(attempt.data / OTHER_TASK).rows))}"
+            drifting.identity = hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
         if plan.preserving is not None:  # of a comparison, other trials may have been certified
             for file in sorted((Path(attempt.request.run_folder) / "preserve").glob("*.json")):
                 drifting.refuse_others(Preserved.load(file).identity or None)
@@ -67,11 +65,8 @@ class Drifting:
         """
         if self.text is None or identity in (None, self.identity):
             return
-        block = self.attempt.recipe.preserve
-        what, these = f"preserve.probe: {block.probe or BUNDLED}", "texts"
-        if identity is not None and identity.partition("-")[0] == self.identity.partition("-")[0]:
-            what, these = f"preserve.task: {block.task}", "rows"
-        said = f"{what}: the {these} changed since this run began, so what it measured belongs to other ones"
+        probe = self.attempt.recipe.preserve.probe or BUNDLED
+        said = f"preserve.probe: {probe}: the texts changed since this run began, so what it measured belongs to others"
         if self.attempt.plan.preserving is not None:
             raise SetupError(f"{said}; put the old file back, or start a new run (--fresh)")
         self.text = None
@@ -120,7 +115,3 @@ class Drifting:
             if why := self.says_little(self.text, now):
                 self._warn(f"generic texts: {why}")
         return measured(trainer.generic_start, now)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

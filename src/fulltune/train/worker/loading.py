@@ -46,7 +46,6 @@ from fulltune.train.worker import distributed, extensions, scaling, weights
 from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.drifting import Drifting
-from fulltune.train.worker.frozen_head import fit_head
 from fulltune.train.worker.learning import Learning
 from fulltune.train.worker.replay import Replay
 from fulltune.train.worker.steering import Steering
@@ -149,7 +148,6 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     attempt.drifting = Drifting.of(attempt, model, tokenizer)
     attempt.trainer.generic_identity = attempt.drifting.identity
     attempt.trainer.base_weights = attempt.base_weights
-    attempt.frozen_head = fit_head(attempt)  # before any step
     _replay(attempt)
     scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)

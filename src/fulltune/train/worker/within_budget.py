@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,17 @@ from fulltune.forgetting.budget import (
     REFINEMENTS,
     SHARES,
     best,
-    both_within,
     certified,
     crossing,
+    is_within,
 )
 from fulltune.forgetting.drift import GenericText, measured
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import Share
 from fulltune.models import sharding
 from fulltune.records.events import Certified
-from fulltune.records.forgetting import Drift, OnTask, Point, Preserved, limit_of
-from fulltune.text import counted
+from fulltune.records.forgetting import Drift, Point, Preserved, limit_of
 from fulltune.train.worker.context import AttemptContext
-from fulltune.train.worker.frozen_head import HeadRows, fallen
 from fulltune.train.worker.weights import held
 
 PHASE = "choosing how far to go within the budget for forgetting"
@@ -73,29 +70,9 @@ class Line:
                 sharding.local(parameter).copy_(moved.to(parameter.dtype))
 
 
-Read = tuple[np.ndarray, np.ndarray | None]
-"""What a model makes of generic texts, and of another task's rows."""
-
-
-def moved(before: Read, after: Read) -> tuple[Drift, OnTask | None]:
-    """How far both have moved."""
-    rows, now = before[1], after[1]
-    return measured(before[0], after[0]), None if rows is None or now is None else fallen(rows, now)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What a budget holds for: generic texts, and rows of another task where there is one."""
-
-    attempt: AttemptContext
-    text: GenericText
-    rows: HeadRows | None
-
-    def read(self) -> Read:
-        """What the model, as it is now, makes of both."""
-        trainer, alive = self.attempt.trainer, self.attempt.alive
-        of_text = self.text.read(trainer.model, trainer.head, alive)
-        return of_text, None if self.rows is None else self.rows.read(trainer.model, alive)
+def _read(attempt: AttemptContext, text: GenericText) -> np.ndarray:
+    """What the model, as it is now, makes of generic texts."""
+    return text.read(attempt.trainer.model, attempt.trainer.head, attempt.alive)
 
 
 def keep_within(attempt: AttemptContext) -> Preserved | None:
@@ -127,28 +104,27 @@ def keep_within(attempt: AttemptContext) -> Preserved | None:
 
 
 def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Preserved:
-    plan, task = attempt.plan, attempt.frozen_head
+    plan = attempt.plan
     assert plan.preserving is not None
     attempt.recorder.phase(PHASE)
     texts, drifting = parts(attempt.recipe.preserve), attempt.drifting
-    choosing = Watched(attempt, drifting.text_of(texts.choosing), None if task is None else task.choosing)
-    sealed = Watched(attempt, drifting.text_of(texts.sealed), None if task is None else task.sealed)
+    choosing, sealed = drifting.text_of(texts.choosing), drifting.text_of(texts.sealed)
     writes = attempt.summary.form.reads_any_text
     limit = limit_of(plan.preserving.budget, writes)
     rows = _eval_rows(attempt)
     line.put(0.0)
-    start = choosing.read()
+    start = _read(attempt, choosing)
 
     def at(share: float) -> Point:
         # Others than the first are here only where all have a part.
         if attempt.stop.agreed(attempt.trainer.args) if attempt.trainer.is_shared else attempt.stop.asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
         line.put(share)
-        drift, fall = moved(start, start if share == 0 else choosing.read())
+        drift = measured(start, start if share == 0 else _read(attempt, choosing))
         # Not `attempt.score`, in which all processes have a part: the first one is alone by now, unless the weights are
         # shared out, and then all score all rows.
         metric = float(attempt.task.metrics(attempt.reduced(rows), attempt.target)[plan.metric])
-        return Point(share=share, measured=drift, metric=metric, task=fall)
+        return Point(share=share, measured=drift, metric=metric)
 
     with attempt.journal.during("evaluation"):
         points = [at(share) for share in (0.0, *SHARES)]
@@ -157,13 +133,10 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
         certificate = None
         if not chosen.is_start:
             opened = (*opened, datetime.now().astimezone().isoformat(timespec="seconds"))
-            drift, fall = _of_sealed(line, sealed, chosen)
-            certificate = certified(drift, limit, fall)
+            certificate = certified(_of_sealed(attempt, line, sealed, chosen), limit)
     said = "infeasible; what is sealed stayed sealed"
     if certificate is not None:
-        more = f" and {counted(certificate.task.fall.texts, 'row')} of the other task" if certificate.task else ""
-        passed = "PASS" if certificate.passed else "FAIL"
-        said = f"{len(sealed.text.ids)} sealed generic texts{more} were opened: {passed}"
+        said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if certificate.passed else 'FAIL'}"
     attempt.journal.write("budget for forgetting", said)
     return Preserved(
         trial=plan.trial,
@@ -177,9 +150,7 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
         chosen=chosen,
         certificate=certificate,
         trained=line.digest,
-        says_little=drifting.says_little(choosing.text, start[0]),
-        task=None if task is None else task.source,
-        task_says_little="" if task is None else task.says_little,
+        says_little=drifting.says_little(choosing, start),
         identity=drifting.identity,
         opened=opened,
     )
@@ -199,7 +170,7 @@ def _between(points: list[Point], limit: float, at: Callable[[float], Point]) ->
     found: list[Point] = []
     for _ in range(REFINEMENTS):
         tried = sorted([*points, *found], key=lambda point: point.share)
-        first = next((at for at, one in enumerate(tried) if at and not both_within(one, limit)), None)
+        first = next((at for at, one in enumerate(tried) if at and not is_within(one.measured, limit)), None)
         if first is None:
             break
         share = crossing(tried[first - 1], tried[first], limit)
@@ -209,9 +180,9 @@ def _between(points: list[Point], limit: float, at: Callable[[float], Point]) ->
     return found
 
 
-def _of_sealed(line: Line, sealed: Watched, chosen: Point) -> tuple[Drift, OnTask | None]:
+def _of_sealed(attempt: AttemptContext, line: Line, sealed: GenericText, chosen: Point) -> Drift:
     """How far the chosen point has moved on what nothing has read before."""
     line.put(0.0)
-    before = sealed.read()
+    before = _read(attempt, sealed)
     line.put(chosen.share)
-    return moved(before, sealed.read())
+    return measured(before, _read(attempt, sealed))
