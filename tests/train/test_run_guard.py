@@ -31,7 +31,7 @@ from fulltune.train.loop.guards import GuardDecision, rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.parent import ranks, spawn
-from fulltune.train.parent.roll_back import roll_back
+from fulltune.train.parent.next_attempt import roll_back
 from fulltune.train.worker import attempt
 from tests import tiny
 from tests.cases import others_long

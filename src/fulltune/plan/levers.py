@@ -1,7 +1,7 @@
 """What saves memory: one table of what each lever needs, changes and costs.
 
 Five filter and order it: the search of a plan (`choose`), the ways out of what does not fit (`ways_out`), what is tried
-after memory ran out (`train.parent.memory_fallbacks`), what its message proposes, and what `plan --measure` tries
+after memory ran out (`train.parent.next_attempt`), what its message proposes, and what `plan --measure` tries
 (`train.parent.measure_candidates`). A new lever is one entry of `LEVERS`.
 """
 

@@ -6,5 +6,5 @@ transformers'; `loop/` what is changed of `transformers.Trainer`; `worker/` one 
 
 - One training step: `loop/guarded_step.py`.
 - Which weights are kept: `worker/best.py`.
-- What happens when memory runs out: `parent/next_attempt.py`, with what can be changed in `parent/memory_fallbacks.py`.
+- What happens when memory runs out: `parent/next_attempt.py`.
 """

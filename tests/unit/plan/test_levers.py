@@ -14,7 +14,7 @@ from fulltune.plan.levers import LEVERS, SETTING_OF, Lever
 from fulltune.plan.memory import MemorySettings
 from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan
 from fulltune.train.parent import measure_candidates
-from fulltune.train.parent.memory_fallbacks import fallbacks
+from fulltune.train.parent.next_attempt import fallbacks
 from tests import plans
 
 RECIPE = plans.recipe("causal-lm", train={"max_grad_norm": 0})
@@ -93,7 +93,7 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for module in (choose, ways_out, levers, measure_candidates):
         monkeypatch.setattr(module, "LEVERS", (new,))
-    monkeypatch.setattr("fulltune.train.parent.memory_fallbacks.LEVERS", (new,))
+    monkeypatch.setattr("fulltune.train.parent.next_attempt.LEVERS", (new,))
 
     assert replace(SETTINGS, micro_batch_size=1, gradient_accumulation_steps=1, activation_offloading=True) in (
         choose.candidates(RECIPE, SETTINGS, 1)

@@ -5,7 +5,7 @@ scores (median and median absolute deviation, of the norm's logarithm). One of t
 runs have heavy tails (ZClip's rule on norms alone calls 3 to 4 % of clean steps spikes), and a batch may be hard. An
 unusually low loss or norm is never a reason. A skipped step changes no weight and no moment, and is not counted among
 the clean ones. Trouble that persists does not come from a single batch: the weights are harmed, and the attempt ends,
-so that the next one can go back (`parent/roll_back.py`).
+so that the next one can go back (`parent/next_attempt.py: roll_back`).
 
 `bench/clean_steps.py` counts how often clean steps are called suspect, `bench/faults.py` how many faults are found.
 """

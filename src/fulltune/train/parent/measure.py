@@ -27,7 +27,7 @@ from fulltune.text import format_bytes
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child, measure_candidates
 from fulltune.train.parent.measure_candidates import Candidate
-from fulltune.train.parent.memory_fallbacks import Need
+from fulltune.train.parent.next_attempt import Need
 from fulltune.train.request import Request
 
 

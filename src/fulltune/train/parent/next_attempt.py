@@ -1,17 +1,24 @@
-"""What to try after an attempt that failed: a pure function."""
+"""What to try after an attempt that failed: pure functions.
+
+When memory ran out, what the recipe gives is kept, except batch sizes that change no result; the global batch always
+is. When the training went wrong, it goes back to the last healthy checkpoint: the same rows from the same weights
+would spike again, or not (PaLM's authors skipped 200 to 500 batches, and the same rows did no harm later), so the rows
+that follow come in another order; where the trouble comes again the rate is to blame, and is halved as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from fulltune.plan.levers import SETTING_OF, Changes, proposal
+from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, Lever, proposal
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryKind, Phase, Plan, Setting
+from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan, Setting
 from fulltune.records.training import Outcome
 from fulltune.system.out_of_memory import asked_bytes
 from fulltune.text import format_bytes
-from fulltune.train.parent.memory_fallbacks import Fallback, Need, fallbacks, freed
+from fulltune.train.loop.guards import rate_factor, without_cause
 
 MOST_KILLS = 4
 MOST_LOST = 20
@@ -39,6 +46,10 @@ _WORTH_NAMING = 2**20
 _TELLING = 64 * 2**20
 """Less growth is in the noise of the libraries, and says nothing about what would fit."""
 _NO_SECOND = "functions of your own train in this process, which allows no second attempt"
+
+
+Need = Callable[[Plan], MemoryNeed | None]
+"""The plan stage's arithmetic for a changed plan; None where it does not know."""
 
 
 @dataclass(frozen=True)
@@ -177,3 +188,85 @@ def _what_helps(recipe: Recipe, plan: Plan, last: Outcome) -> str:
     return "; ".join(
         f"{proposed} (for {', '.join(held)})" for proposed, held in list(proposals.items())[:_MOST_PROPOSALS]
     )
+
+
+# ---- back to a healthy checkpoint ------------------------------------------------------------------------------------
+
+
+def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
+    """The attempt after one that spiked; None: going back does not help, or was done often enough.
+
+    Args:
+        plan: Of the attempt that spiked.
+        most: Rollbacks allowed in all.
+        outcome: The attempt's.
+        healthy_step: Of the last checkpoint from before the trouble; 0: there is none, and the run begins anew.
+    """
+    since = outcome.trouble_since
+    if outcome.status != "spiked" or since is None or len(plan.rollbacks) >= most:
+        return None
+    if since <= 1:  # nothing was ever well
+        return None
+    rollbacks = (*plan.rollbacks, healthy_step)
+    lower = rate_factor(rollbacks)
+    at = "at the same rate" if lower == 1 else f"at {lower:g} of the planned rate ({plan.learning_rate * lower:.3g})"
+    going = f"back to the checkpoint of step {healthy_step:,}, on" if healthy_step else "starting over"
+    said = (
+        f"{without_cause(outcome.reason)}; {going} {at} with the rows in another order "
+        f"(rollback {len(rollbacks)} of at most {most})"
+    )
+    return NextAttempt(plan.model_copy(update={"rollbacks": rollbacks}), resume=healthy_step > 0, reason=said)
+
+
+# ---- when memory ran out ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """One thing that may be changed."""
+
+    name: str
+    changes: dict[str, Any] | None
+    """Fields of the plan with their new values; None: not to be had."""
+    text: str
+    """What changes; or why it is not to be had."""
+
+
+def fallbacks(recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]) -> tuple[Fallback, ...]:
+    """What helps in this part of an attempt, the mildest first.
+
+    Args:
+        recipe: What it gives is kept.
+        plan: The plan that ran out.
+        phase: Where; None is taken for a step.
+        fits: Whether the plan with these changes may be enough; the smallest micro batch is tried in any case.
+    """
+    return tuple(_fallback(lever, recipe, plan, fits) for lever in LEVERS if (phase or "step") in lever.fallback)
+
+
+def _fallback(lever: Lever, recipe: Recipe, plan: Plan, fits: Callable[[Changes], bool]) -> Fallback:
+    if refusal := lever.refusal(recipe, plan):
+        return Fallback(lever.name, None, refusal)
+    options = [_with_eval_batch(plan, changes) for changes in lever.apply(recipe, plan)]
+    changes = next((one for one in options if fits(one)), options[-1])
+    return Fallback(lever.name, changes, lever.done.format(now=plan, **changes))
+
+
+def _with_eval_batch(plan: Plan, changes: Changes) -> Changes:
+    """The eval batch falls with the micro batch: it is twice as large by default."""
+    size = changes.get("micro_batch_size")
+    if size is None:
+        return changes
+    return {**changes, "eval_batch_size": max(1, plan.eval_batch_size * size // plan.micro_batch_size)}
+
+
+def freed(before: MemoryNeed | None, after: MemoryNeed | None) -> str:
+    """`frees about 1.2 GiB (activations 1.0 GiB, logits 0.2 GiB)`; empty when the arithmetic does not say."""
+    if before is None or after is None:
+        return ""
+    parts = {kind: size - after.kinds.get(kind, 0) for kind, size in before.kinds.items()}
+    named = [
+        f"{kind} {format_bytes(size)}" for kind, size in sorted(parts.items(), key=lambda p: -p[1]) if size >= 2**19
+    ]
+    less = before.phases["step"] - after.phases["step"]
+    return f"frees about {format_bytes(less)} of a step ({', '.join(named)})" if less >= 2**19 and named else ""

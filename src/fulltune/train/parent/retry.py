@@ -20,9 +20,15 @@ from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal
 from fulltune.train.parent import child, zero_checkpoint
-from fulltune.train.parent.memory_fallbacks import Need
-from fulltune.train.parent.next_attempt import NextAttempt, killed_too_often, next_attempt, no_way_out, unknown
-from fulltune.train.parent.roll_back import roll_back
+from fulltune.train.parent.next_attempt import (
+    Need,
+    NextAttempt,
+    killed_too_often,
+    next_attempt,
+    no_way_out,
+    roll_back,
+    unknown,
+)
 from fulltune.train.parent.spawn import Starter, in_new_process
 from fulltune.train.request import Request, attempt_folders, number_in
 

@@ -42,13 +42,12 @@ from fulltune.train.loop.sampler import Mixed
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.loop.update_meter import MEASUREMENTS, UpdateMeter
 from fulltune.train.run_time import PROBING
-from fulltune.train.worker import distributed, extensions, scaling, weights
+from fulltune.train.worker import distributed, scaling, weights
 from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.drifting import Drifting
 from fulltune.train.worker.learning import Learning
-from fulltune.train.worker.replay import Replay
-from fulltune.train.worker.steering import Steering
+from fulltune.train.worker.replay import Replay, Steering
 
 _MOST_NAMED = 32
 """Rows of a skipped step."""
@@ -102,7 +101,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     transformers.logging.disable_progress_bar()
     if attempt.in_deepspeed and attempt.sharing is not None and attempt.is_main:
         offload = attempt.sharing.offload_optimizer
-        extensions.build(plan.device == "cpu", offload, attempt.recorder.phase)
+        distributed.build_extensions(plan.device == "cpu", offload, attempt.recorder.phase)
     # Before the model: with DeepSpeed's stage 3 its weights are shared out while they are read.
     arguments = training_arguments(recipe, plan, attempt.request.checkpoints)
     if attempt.in_deepspeed:

@@ -1,8 +1,8 @@
 """Generic text that is replayed, so that the model keeps what it could do before.
 
 A language model is held to the probabilities that the untouched model gave to each next token, others to the hidden
-states that it had (a distillation of the model from itself). It counts with a weight that `steering.py` sets, and adds
-to the gradient of the step's rows.
+states that it had (a distillation of the model from itself). It adds to the gradient of the step's rows, with a weight
+that is set while training goes on so that the budget for forgetting is kept.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import TrainerCallback
 
+from fulltune.forgetting.budget import Weighing, next_weight
 from fulltune.forgetting.drift import GenericText
 from fulltune.inference.run import autocast, batches
+from fulltune.records.events import Steered
 from fulltune.tasks import causal_lm
 from fulltune.tasks.padding import IGNORED, padded
 
 if TYPE_CHECKING:
     from fulltune.train.loop.trainer import FullTrainer
+    from fulltune.train.worker.context import AttemptContext
 
 LIKELIEST = 64
 """Next tokens whose probabilities are kept of the untouched model; all others count as one."""
@@ -117,6 +121,30 @@ class Replay:
         with trainer.selecting(labels, whole=True):
             logits = trainer.model(input_ids=ids, attention_mask=shown).logits
         return logits[causal_lm.wanted(labels) != IGNORED] if logits.dim() == 3 else logits
+
+
+@dataclass(eq=False)
+class Steering(TrainerCallback):
+    """Measures the drift every so many steps, and raises or lowers the weight by what it finds."""
+
+    attempt: AttemptContext
+    replay: Replay
+    limit: float
+    weighing: Weighing
+    every: int
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every or state.global_step >= self.attempt.plan.total_steps:
+            return
+        measured = self.attempt.drifting.read()
+        if measured is None:
+            return
+        schedule: Any = self.attempt.trainer.lr_scheduler
+        rate = schedule.get_last_lr()[0] / self.attempt.plan.learning_rate
+        self.replay.weight = next_weight(self.replay.weight, measured, self.limit, rate, self.weighing)
+        self.attempt.recorder.write(
+            Steered(step=state.global_step, drift=measured.drift, error=measured.error, weight=self.replay.weight)
+        )
 
 
 def divergence(wanted: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.utils import cpp_extension
 
-from fulltune.train.worker import extensions
+from fulltune.train.worker import distributed
 
 
 @pytest.mark.parametrize("is_locked", [True, False])
@@ -28,7 +28,7 @@ def test_lock_is_named_with_what_to_do(is_locked: bool, tmp_path: Path, monkeypa
     if is_locked:
         (tmp_path / "lock").touch()
 
-    extensions.build(False, True, said.append)
+    distributed.build_extensions(False, True, said.append)
 
     waiting = f"waiting for {tmp_path / 'lock'}: cpu_adam is being compiled; if nothing compiles, delete this file"
     assert said == [*([waiting] if is_locked else []), "loaded"]
