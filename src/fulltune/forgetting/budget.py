@@ -58,15 +58,7 @@ def upper(measured: Drift) -> float:
 
 
 def next_weight(weight: float, measured: Drift, limit: float, rate: float, weighing: Weighing) -> float:
-    """The weight of generic text after a measurement: higher where the drift's upper bound is above the limit.
-
-    Args:
-        weight: As it was.
-        measured: The drift.
-        limit: What may be left at the end.
-        rate: The learning rate as a share of its highest: while it is high, more drift passes again.
-        weighing: Of the kind of model.
-    """
+    """The weight of generic text after a measurement: higher where the drift's upper bound is above the limit."""
     allowed = limit * (1 + PASSING * rate)
     if not math.isfinite(upper(measured)):
         return weight

@@ -122,14 +122,7 @@ class GenericText:
 
 
 def _through_model(model: Any, inner: Any, body: Any, given: dict[str, Any]) -> Any:
-    """What the body gives in a pass of the whole model, in which alone what lies outside of its blocks is put together.
-
-    Args:
-        model: Its weights are shared out.
-        inner: The model itself, which may be inside of DeepSpeed's engine.
-        body: Of the model.
-        given: `input_ids[texts, tokens]` and their mask.
-    """
+    """The body's output in a pass through the whole model, which alone gathers what lies outside of its blocks."""
     if inner.config.is_encoder_decoder:
         given = {**given, "decoder_input_ids": given["input_ids"][:, :1]}
     if type(inner).__name__.endswith("MultipleChoice"):
@@ -147,14 +140,7 @@ NEAR_CHANCE, MOST_UNKNOWN = 0.8, 0.3
 
 
 def says_little(text: GenericText, first: np.ndarray, vocabulary: int | None, unknown_id: int | None) -> str:
-    """Why texts say little about what the untouched model could do; empty: they say enough.
-
-    Args:
-        text: The texts.
-        first: What the untouched model makes of them.
-        vocabulary: Tokens that it tells apart; None: it is not known.
-        unknown_id: The token that stands for what the tokenizer does not know.
-    """
+    """Why texts say little about what the untouched model could do; empty: they say enough."""
     told = "such texts say little about what the model could do before; name ones that it knows in preserve.probe"
     tokens = [token for ids in text.ids for token in ids]
     unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))

@@ -44,11 +44,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def weights_seen(model: Any) -> str:
-    """Tells a loaded model's pretrained weights from others, by some values of each: not those of a new head.
-
-    Args:
-        model: Of transformers, untouched.
-    """
+    """Tells a loaded model's pretrained weights from others, by some values of each: not those of a new head."""
     digest = hashlib.sha256()
     for name, values in model.base_model.named_parameters():
         flat = sharding.whole(values.detach()).reshape(-1)

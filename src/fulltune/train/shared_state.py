@@ -108,13 +108,7 @@ def kinds(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def write_whole(model: Any, folder: Path, most_bytes: int = _WHOLE_BYTES) -> None:
-    """Write a shared-out model's weights as plain safetensors; all processes call it.
-
-    Args:
-        model: Its weights are shared out.
-        folder: Of the finished model; there, in the first process.
-        most_bytes: Of a file, unless one tensor is larger.
-    """
+    """Write a shared-out model's weights as plain safetensors; all processes call it."""
     tensors = {name.removeprefix(WEIGHTS): one for name, one in _weights(model, trained_only=False).items()}
     sizes = {name: one.numel() * one.element_size() for name, one in tensors.items()}
     write_by_file(sizes, lambda name: sharding.whole(tensors[name]), folder, most_bytes)

@@ -121,14 +121,7 @@ def ended_high(
     beginning. Where losses of batches differ by factors, a beginning that is low by chance can give a false warning.
 
     MiniLM-L6 with 3 labels ended at 2e-5 to 3e-3 below its beginning of 1.10; the medians were 1.5 at 0.01, 1.8 at
-    0.03, 3.6 at 0.1, 52 at 0.9, with an accuracy of chance (docs/log.md).
-
-    Args:
-        losses: As for `diverged`.
-        eval_losses: Of each evaluation; empty where there was none.
-        learning_rate: As for `diverged`.
-        untrained: As for `diverged`.
-    """
+    0.03, 3.6 at 0.1, 52 at 0.9, with an accuracy of chance (docs/log.md)."""
     if len(losses) < _LEAST_READINGS:
         return GO_ON
     begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, len(losses) // 2) :]
@@ -182,12 +175,6 @@ def ended_worse(
 ) -> GuardDecision:
     """Judge a run that is over, and whose kept evaluation is worse than the one before step 1 by more than two standard
     errors: stop where the loss of the train rows has not fallen either, in the later half of its readings; else warn.
-
-    Args:
-        what: As for `made_worse`.
-        losses: As for `diverged`.
-        learning_rate: As for `diverged`.
-        untrained: As for `diverged`.
     """
     begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, max(1, len(losses) // 2)) :]
     now, said = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"

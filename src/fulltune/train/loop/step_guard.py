@@ -145,15 +145,7 @@ def _not_finite(loss: float, norm: float | None) -> str:
 
 
 def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: int = STAYS) -> Judged:
-    """Skip the step; stop where too many were skipped already.
-
-    Args:
-        seen: What came before.
-        step: This one.
-        reason: Why it is skipped.
-        causes: What usually causes it, besides the learning rate.
-        in_a_row: How many consecutive steps are too many.
-    """
+    """Skip the step; stop where `in_a_row` consecutive ones, or too many of the last, were skipped already."""
     skipped = (*(one for one in seen.skipped if step - STAYS < one < step), step)
     now = replace(seen, skipped=skipped)
     row = sum(one > step - in_a_row for one in skipped)

@@ -66,13 +66,7 @@ class UpdateMeter(TrainerCallback):
 
 
 def compared(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
-    """What a step did to sampled values.
-
-    Args:
-        step: Its number.
-        before: Name of each tensor to its values[samples].
-        after: The same after the step.
-    """
+    """What a step did to sampled values."""
     numbers = [
         torch.stack([(now != then).sum(), then.float().norm(), (now.float() - then.float()).norm()])
         for now, then in ((after[name], values) for name, values in before.items())

@@ -15,15 +15,7 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
 def planned_groups(
     model: Any, decayed: Collection[str], plan: Plan, weight_decay: float, head_modules: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The trained parameters of a model in groups, with the plan's rates.
-
-    Args:
-        model: The model.
-        decayed: Names of the parameters that weight decay applies to.
-        plan: Has the rates.
-        weight_decay: For `decayed`.
-        head_modules: Paths of the modules that have the head's rate; empty where the plan has none.
-    """
+    """The trained parameters of a model in groups, with the plan's rates."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     begins = tuple(f"{path}." for path in head_modules)
     groups = parameter_groups(

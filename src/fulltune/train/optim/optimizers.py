@@ -52,12 +52,7 @@ class _Buffers:
 
 
 def in_fp32(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
-    """The state of one tensor in the form that torch's AdamW has: both moments fp32, in this shape, and the step.
-
-    Args:
-        state: Of `AdamW`, in any format.
-        shape: Of the tensor, or of the part of it that the state is of.
-    """
+    """The state of one tensor in the form that torch's AdamW has: both moments fp32, in this shape, and the step."""
     count = shape.numel()
     found = {"step": state["step"]}
     for name in ("exp_avg", "exp_avg_sq"):

@@ -14,12 +14,7 @@ from fulltune.train.shared_state import OPTIMIZER
 
 
 def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The state of a shared-out model's optimizer, by parameter and kind, each tensor placed as its parameter is.
-
-    Args:
-        model: Its weights are shared out.
-        optimizer: Of the model, without a wrapper.
-    """
+    """The state of a shared-out model's optimizer, by parameter and kind, each tensor placed as its parameter is."""
     sharding.free(model)
     found: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():

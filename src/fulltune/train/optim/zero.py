@@ -51,11 +51,7 @@ def moment(parameter: Any, kind: str) -> torch.Tensor:
 
 def link(zero: Any) -> None:
     """DeepSpeed 0.19.8 (stages 1 and 2) looks for moments after the first group's first step, when the second group
-    has none yet: look again. Delete this when it does so itself.
-
-    Args:
-        zero: DeepSpeed's optimizer.
-    """
+    has none yet: look again. Delete this when it does so itself."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -67,12 +63,7 @@ def holds(model: Any) -> bool:
 
 
 def write_whole(model: Any, folder: Path) -> None:
-    """Write the model's weights as plain safetensors in fp32, a tied one once; see `shared_state.write_by_file`.
-
-    Args:
-        model: The engine's.
-        folder: Of the finished model; there, in the first process.
-    """
+    """Write the model's weights as plain safetensors in fp32, a tied one once; see `shared_state.write_by_file`."""
     tensors = _tensors(model)
     shared_state.write_by_file(_sizes(tensors), lambda name: whole(tensors[name]), folder)
 

@@ -133,14 +133,7 @@ def _taken(plan: Plan, best: Measured, probes: _Probes, need: Need) -> Plan:
 
 
 def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: int) -> Measured:
-    """The row with what a probe's outcome says.
-
-    Args:
-        row: Its name and changes.
-        outcome: How the probe ended.
-        tokens: Of all steps of the run, without padding.
-        available_bytes: What a process may take.
-    """
+    """The row with what a probe's outcome says."""
     if outcome.status == "out_of_memory":
         return row.model_copy(update={"problem": f"memory ran out: {_short(outcome.reason)}"})
     forecast = outcome.forecast

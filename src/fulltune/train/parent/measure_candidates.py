@@ -131,14 +131,7 @@ def why(best: Measured, rows: Sequence[Measured], available_bytes: int) -> str:
 
 
 def noted(settings: Sequence[Setting], plan: Plan, changes: Changes, reason: str) -> tuple[Setting, ...]:
-    """The settings with the measured values; what the recipe gave is not among the changes.
-
-    Args:
-        settings: Of the plan before.
-        plan: The plan before.
-        changes: Fields and their values.
-        reason: For all of them.
-    """
+    """The settings with the measured values; what the recipe gave is not among the changes."""
     new = {SETTING_OF[field]: value for field, value in changes.items()}
     derived = {"gradient accumulation", "evaluate.batch_size"}
     known = {setting.name for setting in settings}

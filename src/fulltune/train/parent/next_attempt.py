@@ -157,14 +157,7 @@ def killed_too_often(last: Outcome) -> str:
 
 
 def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """What a person reads when memory ran out and nothing is left to change: what was tried, what was not and why.
-
-    Args:
-        recipe: The recipe.
-        plan: The plan of the last attempt.
-        last: Its outcome.
-        tried: Reasons of this command's changes.
-    """
+    """What a person reads when memory ran out and nothing is left to change: what was tried, what was not and why."""
     lines = [f"{short_of(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
     for fallback in fallbacks(recipe, plan, last.phase, lambda changes: True):
@@ -194,14 +187,7 @@ def _what_helps(recipe: Recipe, plan: Plan, last: Outcome) -> str:
 
 
 def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
-    """The attempt after one that spiked; None: going back does not help, or was done often enough.
-
-    Args:
-        plan: Of the attempt that spiked.
-        most: Rollbacks allowed in all.
-        outcome: The attempt's.
-        healthy_step: Of the last checkpoint from before the trouble; 0: there is none, and the run begins anew.
-    """
+    """The attempt after one that spiked; None: going back does not help, or was done often enough."""
     since = outcome.trouble_since
     if outcome.status != "spiked" or since is None or len(plan.rollbacks) >= most:
         return None

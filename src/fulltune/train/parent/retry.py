@@ -134,12 +134,6 @@ def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAt
 def _with_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
     """Make the attempt's folders; returns the request with the checkpoint to go on from, if there is a sound one.
 
-    Args:
-        request: The attempt.
-        resume: Go on from a checkpoint.
-        listener: Told which one, and what is wrong with newer ones.
-        saved: The step at which the attempt before was stopped, and which it usually saved; 0: none.
-
     Raises:
         SetupError: The checkpoint is in DeepSpeed's own form, of another stage or number of processes, or it is not.
     """

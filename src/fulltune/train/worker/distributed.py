@@ -30,11 +30,6 @@ def start_deepspeed(arguments: Any) -> None:
 def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
     """Compile what is missing of DeepSpeed's extensions that a run needs; the first process does it for all.
 
-    Args:
-        on_cpu: Training runs on the CPU.
-        offload_optimizer: The optimizer runs on the CPU.
-        phase: Told what takes time.
-
     Raises:
         SetupError: When compiling fails.
     """

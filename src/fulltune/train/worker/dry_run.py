@@ -134,14 +134,7 @@ def _without_trace(trainer: Any, plan: Plan) -> Iterator[tuple[Any, Any]]:
 
 
 def check_of(batch: dict[str, Any], loss: float, began: float, passed: bool = True) -> Check:
-    """A line for the table before step 1.
-
-    Args:
-        batch: `input_ids[rows, tokens]`, or of images `pixel_values[rows, channels, height, width]`.
-        loss: Of the batch.
-        began: When it began, by `time.monotonic`.
-        passed: Whether all else was well.
-    """
+    """The dry run's line in the table of checks before step 1."""
     ids = batch.get("input_ids")
     first = next(tensor for name, tensor in batch.items() if name != "labels")
     # Without tokens it is an image: its channels, height and width.

@@ -66,15 +66,7 @@ def load_for_training(
 ) -> tuple[methods.Applied, Any]:
     """The pretrained model with the task's head and the recipe's method, and the tokenizer.
 
-    Args:
-        recipe: The checked recipe.
-        task: Of the recipe.
-        target: What the model learns.
-        before_weights: Called when the libraries are loaded.
-        on_head: Told what became of the head.
-        before_method: Called with the untouched model and its tokenizer.
-        shared_by: Processes that share the weights out with FSDP2.
-    """
+    `before_method` is called with the untouched model."""
     base = Base.of(recipe.model, recipe.task, recipe.data.chat_template)
     model = load(
         base,
@@ -248,19 +240,7 @@ def start_from_probe(
     rows: Sequence[Any],
 ) -> Probe:
     """Give a new head the values of the run folder's linear probe, which is fitted when it is not there; where none can
-    be fitted, random ones.
-
-    Args:
-        model: Untouched, on the host unless processes share it out.
-        head: What became of its head.
-        recipe: The recipe.
-        plan: Its plan.
-        summary: Of the prepared data.
-        tokenizer: The model's.
-        folder: The run folder.
-        device: Where rows go through the model.
-        rows: The task's train and eval rows.
-    """
+    be fitted, random ones."""
     target, together = Target.of(summary), sharding.runs_together(model)
     reading = contextlib.ExitStack()
 

@@ -28,11 +28,6 @@ from fulltune.text import format_bytes
 def held_to(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -> Iterator[None]:
     """Inside, taking more fails like memory that ran out. Enter it when the libraries are imported.
 
-    Args:
-        limit_bytes: The most that this process may hold; None leaves everything as it is.
-        device: `cpu` or `cuda`.
-        warn: Called with a line where the limit cannot be enforced.
-
     Raises:
         DoesNotFitError: When more than that is held already.
     """

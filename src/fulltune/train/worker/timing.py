@@ -193,12 +193,7 @@ def _quadratic(model: Any) -> float:
 
 
 def _save_seconds(passes: Passes, folder: Path) -> float:
-    """Seconds of one checkpoint with its checksums: the small files as they are, and a sample of the tensors.
-
-    Args:
-        passes: With what is saved.
-        folder: An existing folder on the same disk; nothing is left in it.
-    """
+    """Seconds of one checkpoint with its checksums: the small files as they are, and a sample of the tensors."""
     trainer, trial = passes.trainer, folder / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]
