@@ -24,7 +24,7 @@ from pathlib import Path
 
 import installed_texts
 
-from fulltune import audit
+from fulltune.audit import texts as audit
 
 CHECKS = tuple(dict.fromkeys((*audit.OF_TEXTS, *audit.OF_ANSWERS)))
 NUM_WORDS = 20

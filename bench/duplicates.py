@@ -53,11 +53,11 @@ from data_stage import MODEL, measured
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from fulltune import audit
-from fulltune.audit.language import spoken
+from fulltune.audit import texts as audit
+from fulltune.audit.languages import spoken
+from fulltune.audit.repeated import NEAR, stands_before
+from fulltune.audit.rows import AuditedRows
 from fulltune.data import near
-from fulltune.data.audited_rows import AuditedRows
-from fulltune.data.repeated import NEAR, stands_before
 from fulltune.data.sampling import draw
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import normalised

@@ -26,7 +26,7 @@ import numpy as np
 from audit_texts import texts_of
 from evidence import HERE, MINILM, data
 
-from fulltune.data.outliers import far_out, nearest
+from fulltune.audit.untouched import far_out, nearest
 
 READ = HERE / "readings" / "outliers.jsonl"
 SOURCES = ("wiki_sentences", "shakespeare", "wnut17", "gsm8k questions")

@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 from evidence import MINILM, data
 
-from fulltune.probe.label_errors import Suspected
+from fulltune.audit.labels import Suspected, suspected_parts
 from fulltune.probe.linear import Items
-from fulltune.probe.part_errors import suspected_parts
 from fulltune.tasks.tags import spans, types
 
 RATES = (0.0, 0.05, 0.1)
@@ -36,8 +35,8 @@ HEADER = (
 
 def tagged(folder: Path) -> tuple[Items, tuple[str, ...]]:
     """The words of WNUT-17's train rows, as the audit reads them."""
+    from fulltune.audit.untouched import Reader, with_shapes
     from fulltune.cli import stages
-    from fulltune.data.judge import Reader, with_shapes
     from fulltune.run_context import Run
 
     files = {"train": "wnut17train.conll", "eval": "emerging.dev.conll", "test": "emerging.test.annotated"}

@@ -30,9 +30,9 @@ from private_defects import PRIVATE
 from row_defects import EDITS, OF_CONVERSATIONS, TOOLS, conversation, jaccard
 from text_defects import OF_TEXTS
 
-from fulltune import audit
+from fulltune.audit import texts as audit
 from fulltune.audit.conversation import chat_faults
-from fulltune.audit.flaw import TextCheck
+from fulltune.audit.texts.flaw import TextCheck
 
 _ROWS = 6000
 _WHOLE = {"empty", "no words", "repetition"}

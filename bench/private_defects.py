@@ -15,7 +15,7 @@ from collections.abc import Callable
 import phonenumbers
 from text_defects import Plant, made, within
 
-from fulltune.audit.personal import passes_luhn
+from fulltune.audit.texts.private import passes_luhn
 
 Draw = random.Random
 _ALNUM, _HEX, _URL64 = (

@@ -1,10 +1,7 @@
-"""Whether cleaning helps, by trainings: whole runs with each cleaning step and without, with several seeds each.
+"""Whether cleaning helps, by trainings: whole runs with each cleaning step and without, compared on the same eval rows.
 
-    audit → a patch for each step → run it, seed after seed → compare all on the same eval rows
-
-A side branch of the line: the runs lie in a folder of their own inside the run's, and leave their patch and what they
-gave for each eval row, so that further seeds or steps take only what is not there. Where eval rows are split off the
-train file, a cleaned file gives slightly others; only those that all runs have held out are compared. The test rows are
+The runs lie in a folder inside the run's, and leave their patch and what they gave for each eval row, so that further
+seeds or steps take only what is not there. Only eval rows that all runs have held out are compared; the test rows are
 never looked at.
 """
 
@@ -23,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from fulltune import data, evaluate, pipeline
+from fulltune import evaluate, pipeline
+from fulltune.audit.prove import ALPHA, LEAST_EVAL_ROWS, CleaningStep, cleaning_steps, ids
+from fulltune.audit.stage import load_issues
 from fulltune.data.patch import load_patch, save_patch
-from fulltune.data.prove import ALPHA, LEAST_EVAL_ROWS, CleaningStep, cleaning_steps, ids
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
@@ -64,21 +62,17 @@ class _EvalRows:
 
 
 def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> Proofs:
-    """Train with and without each cleaning step, and compare on the eval rows.
+    """Train with and without each cleaning step, compare on the eval rows, and write `data/trained_proofs.json`.
 
     Args:
-        job: The run, audited; `data/trained_proofs.json` is written there. What was trained before is not made again.
+        job: The run, audited; what was trained before is not made again.
         summary: Of its prepared rows.
         seeds: Trainings of each step, and as many without any.
         checks: Those whose steps are tried; empty: all that found enough train rows, but for leaks.
-
-    Raises:
-        RecipeError: When there is nothing to try, or no rows to compare on.
-        FulltuneError: One of its kinds, where a training fails; the same command goes on.
     """
     of_data = job.folder / "data"
     steps = _worth_a_training(of_data, summary, checks)
-    left_out = [str(one) for one in cleaning_steps(data.load_issues(of_data)) if one not in steps]
+    left_out = [str(one) for one in cleaning_steps(load_issues(of_data)) if one not in steps]
     job.phase("training with and without each cleaning step")
     arms: list[list[_EvalRows]] = [[] for _ in range(1 + len(steps))]
     total, began = len(arms) * seeds, time.monotonic()
@@ -107,11 +101,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
 
 
 def refuse_trainings(recipe: Recipe, summary: DataSummary) -> None:
-    """Runs that cannot be made with one recipe, or compared on the same rows; before any rows are looked at.
-
-    Raises:
-        RecipeError: With what to change.
-    """
+    """Raises a `RecipeError` for runs that cannot be made with one recipe or compared on the same rows."""
     if recipe.is_searched or recipe.methods:
         several = "search" if recipe.is_searched else "methods"
         raise RecipeError(f"--trainings: compares runs of one method and its settings; give a recipe without {several}")
@@ -128,12 +118,8 @@ def refuse_trainings(recipe: Recipe, summary: DataSummary) -> None:
 
 
 def _worth_a_training(folder: Path, summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
-    """The steps of some checks; of all those with rows enough.
-
-    Raises:
-        RecipeError: When there is none.
-    """
-    steps = [step for step in cleaning_steps(data.load_issues(folder)) if _leaves_enough(step, summary)]
+    """The steps of some checks, or of all those with rows enough; raises a `RecipeError` when there is none."""
+    steps = [step for step in cleaning_steps(load_issues(folder)) if _leaves_enough(step, summary)]
     if checks:
         known = {step.check for step in steps}
         if unknown := [check for check in checks if check not in known]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from fulltune import data, evaluate, methods, plan, report
+from fulltune.audit import stage
+from fulltune.audit.prove import prove
+from fulltune.audit.untouched import Reader
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.forgetting.generic_text import check_texts
 from fulltune.models.files import check_weights
 from fulltune.records.audit import Audit, Proofs
 from fulltune.records.data import DataSummary
-from fulltune.records.events import DataPrepared, Planned, RowsPrepared
+from fulltune.records.events import DataPrepared, Planned
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
@@ -125,20 +127,10 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
         summary: Of its prepared rows.
         reads_rows: Whether the untouched model reads rows, to judge labels and to find outliers.
     """
-    folder = job.folder / "data"
-    has_label, has_texts = summary.form.has_classes, job.recipe.task == "text-classification"
-    reader = data.Reader(job.recipe, job.base, summary, folder, job.listener)
-    judge = partial(data.judge, reader) if has_label and reads_rows else None
-    is_whole = has_texts or job.recipe.task == "image-classification"  # a row has one mean of its states
-    outlie = partial(data.outliers, reader) if is_whole and reads_rows else None
-    if judge or outlie:
+    if reads_rows and stage.by_model(summary):
         check_weights(job.recipe.model, job.base.files)
     job.phase("auditing the rows")
-
-    def progress(done: int, total: int) -> None:
-        job.listener(RowsPrepared(name="auditing", done=done, total=total))
-
-    return data.audit(job.recipe, folder, summary, job.task, judge, outlie, progress)
+    return stage.audit(_reader(job, summary), reads_rows)
 
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:
@@ -154,14 +146,17 @@ def list_losses(job: Run, summary: DataSummary) -> Audit:
         )
     job.phase("reading train and eval rows with the trained model")
     found = evaluate.losses(job.recipe, trial, summary, job.folder, job.base, job.listener)
-    return data.list_losses(job.recipe, job.folder / "data", summary, job.task, found)
+    return stage.list_losses(job.recipe, job.folder / "data", summary, found)
 
 
 def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:
     """Whether cleaning what the audit found would help, by classifiers that take seconds."""
     job.phase("fitting classifiers with and without each cleaning step")
-    folder = job.folder / "data"
-    return data.prove(folder, summary, data.Reader(job.recipe, job.base, summary, folder, job.listener))
+    return prove(_reader(job, summary))
+
+
+def _reader(job: Run, summary: DataSummary) -> Reader:
+    return Reader(job.recipe, job.base, summary, job.folder / "data", job.listener)
 
 
 def forget_old_speeds(folder: Path, path: Path) -> None:

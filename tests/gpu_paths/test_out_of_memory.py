@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 
-from fulltune.data.judge import Reader
+from fulltune.audit.untouched import Reader
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate import _as_what_does_not_fit
 from fulltune.methods.injected import put_into

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.audit.personal import passes_luhn, passes_mod_97
+from fulltune.audit.texts.private import passes_luhn, passes_mod_97
 from fulltune.files import SEAL
 from fulltune.records.audit import Audit, Proofs
 from tests import tiny

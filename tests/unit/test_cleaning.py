@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fulltune.audit.prove import CleaningStep, cleaning_steps, refuse_prove
+from fulltune.audit.prove import _compared as compared_by_classifiers
 from fulltune.cleaning import _compared, _EvalRows, _leaves_enough
-from fulltune.data.prove import CleaningStep, cleaning_steps, refuse_prove
-from fulltune.data.prove import _compared as compared_by_classifiers
 from fulltune.errors import SetupError
 from fulltune.probe.linear import MIDDLE, Items
 from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowIssue

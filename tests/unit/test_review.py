@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from fulltune.cli import audit
-from fulltune.cli.review import accepted, decided_before, precisions, queue, review, save
+from fulltune.cli.audit import accepted, decided_before, go_through, precisions, queue, save
 from fulltune.data.patch import load_patch
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
@@ -47,7 +47,7 @@ def pressing(keys: str) -> Callable[[], str]:
 
 def asked(keys: str, patch: Path) -> tuple[dict[str, RowDecision], str]:
     out = StringIO()
-    found = review(Console(file=out, width=80), ISSUES, patch, decided_before(patch), pressing(keys))
+    found = go_through(Console(file=out, width=80), ISSUES, patch, decided_before(patch), pressing(keys))
     return {row: one for (_, row), one in found.items()}, out.getvalue()
 
 
@@ -98,7 +98,7 @@ def test_other_keys_and_changes_that_are_not_proposed_do_nothing(tmp_path: Path)
 def test_without_a_terminal_all_rows_are_written_down_to_be_decided_and_asked_about_again(tmp_path: Path) -> None:
     patch = tmp_path / "p.jsonl"
     asked("dq", patch)
-    found = review(Console(file=StringIO()), ISSUES, patch, decided_before(patch), None)
+    found = go_through(Console(file=StringIO()), ISSUES, patch, decided_before(patch), None)
     assert [one.remedy.action for one in found.values()] == ["drop", "undecided", "undecided"]  # what was decided stays
     assert [bool(one.proposed and one.text and one.reason) for one in found.values()] == [False, True, True]
     assert len(queue(ISSUES, found)) == 2
@@ -135,7 +135,7 @@ def test_what_accept_took_is_told_apart_from_what_was_decided_and_is_open(
     """After a review, and after one without a terminal, which wrote all rows down to be decided."""
     monkeypatch.chdir(tmp_path)
     patch, out = Path("p.jsonl"), Console(file=StringIO(), width=80)
-    save(patch, review(out, ISSUES, patch, {}, None if keys is None else pressing(keys or "q")))
+    save(patch, go_through(out, ISSUES, patch, {}, None if keys is None else pressing(keys or "q")))
     checks = [SimpleNamespace(check=one) for one in ("label error", "markup")]
     found = audit.Audited(
         target=tmp_path / "r.yaml",
@@ -165,7 +165,7 @@ def test_of_several_proposals_for_a_row_leaving_it_out_wins_and_others_are_said_
 def test_any_other_label_can_be_given(tmp_path: Path) -> None:
     answers = iter([None, Remedy(action="replace", column="label", value="rare")])
     out = StringIO()
-    found = review(Console(file=out), ISSUES, tmp_path / "p.jsonl", {}, pressing("llq"), lambda: next(answers))
+    found = go_through(Console(file=out), ISSUES, tmp_path / "p.jsonl", {}, pressing("llq"), lambda: next(answers))
     assert [(row, one.remedy.value) for (_, row), one in found.items()] == [("c", "rare")]  # the first was no answer
     assert "[l]abel" in out.getvalue()
 
@@ -182,7 +182,7 @@ def test_ctrl_d_ends_a_review_as_q_does_and_keeps_what_was_decided(tmp_path: Pat
     def press() -> str:
         return next(waiting, None) or ended()
 
-    found = review(Console(file=StringIO()), ISSUES, tmp_path / "p.jsonl", {}, press, ended)
+    found = go_through(Console(file=StringIO()), ISSUES, tmp_path / "p.jsonl", {}, press, ended)
     assert [(row, one.remedy.action) for (_, row), one in found.items()] == [("c", "keep")]
     assert list(kept_in(tmp_path / "p.jsonl")) == ["c"]
 

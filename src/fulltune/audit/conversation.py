@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from fulltune.audit.flaw import quoted
+from fulltune.audit.texts.flaw import quoted
 
 Turn = Mapping[str, Any]
 
@@ -18,12 +18,7 @@ _LEAST_IDENTICAL = 40
 
 
 def chat_faults(turns: Sequence[Turn], tools: Any = None) -> list[str]:
-    """What is wrong with a conversation, in words; the number of a turn counts from 1.
-
-    Args:
-        turns: Messages with `role` and `content`, both texts, and perhaps `tool_calls`, a list of objects.
-        tools: The definitions of what may be called; None: the row has none.
-    """
+    """What is wrong with a conversation, in words; turns count from 1. Without `tools` the row defines none."""
     numbered = list(enumerate(turns, start=1))
     return [*_order(numbered), *_emptiness(numbered), *_calls(numbered, _defined(tools)), *_results(numbered)]
 

@@ -1,23 +1,47 @@
-"""`fulltune data`: the rows prepared and audited, shown, and decided about."""
+"""`fulltune data`: the rows prepared and audited, shown, and decided about one by one, in a patch file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
 from rich.markup import escape
 
-from fulltune.cli import review as reviewing
+from fulltune.audit.prove import refuse_prove
+from fulltune.audit.stage import load_issues
 from fulltune.cli import stages
 from fulltune.cli.stages import err, out
-from fulltune.data import load_issues, refuse_prove
-from fulltune.errors import RecipeError
+from fulltune.data.patch import Decisions, load_patch, save_patch
+from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, proofs_of
+from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, proofs_of
 from fulltune.records.data import DataSummary
-from fulltune.text import counted, did_you_mean, listed
+from fulltune.report.run.data_page import could_do
+from fulltune.text import counted, did_you_mean, format_percent, listed
+
+FIRST = (
+    "label error",
+    "class names",
+    "conflicting labels",
+    "doubtful label",
+    "leak",
+    "near leak",
+    "secret",
+    "personal data",
+    "phone number",
+    "outlier",
+    "duplicate",
+)
+"""Checks whose rows are asked about before those of all others: what they find costs most."""
+MEASURED = 50
+"""Decisions about a check that say how often it is right."""
+KEYS = "[k]eep it  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
 
 
 @dataclass(frozen=True)
@@ -135,7 +159,7 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
         raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
     if HIGH_LOSS in accept:
         raise RecipeError(f"--accept: '{HIGH_LOSS}' claims nothing about its rows; expected --review, to read them")
-    file, keys = patch or found.patch, reviewing.keys()
+    file, ask = patch or found.patch, keys()
     issues = load_issues(found.folder / "data")
     known = {*found.audit.clean, *(one.check for one in found.audit.checks)}
     if not file.parent.is_dir():
@@ -147,19 +171,19 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
         raise RecipeError(
             f"--accept: there is no check '{check}'; {hint or f'expected one of {listed(sorted(known))}'}"
         )
-    before = reviewing.decided_before(file)
+    before = decided_before(file)
     if accept:
-        decided, said = reviewing.accepted(issues, accept, before)
+        decided, said = accepted(issues, accept, before)
     else:
-        decided = reviewing.review(out, issues, file, before, keys, _relabel(found.summary))
-        said = reviewing.precisions(decided.values()) if keys is not None else []
+        decided = go_through(out, issues, file, before, ask, _relabel(found.summary))
+        said = precisions(decided.values()) if ask is not None else []
     if decided != before:
-        reviewing.save(file, decided)
+        save(file, decided)
     if as_json:
         stages.print_json({"decisions": len(decided), "new": len(decided) - len(before), "patch": str(file)})
         return
     is_open = {key for key, one in decided.items() if one.is_open}
-    if keys is None and not accept:
+    if ask is None and not accept:
         told = f"{counted(len(decided) - len(before), 'row')} to decide about written to {file}"
         out.print(escape(told), soft_wrap=True)
         return
@@ -172,3 +196,169 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
         # As the recipe has paths: from its own folder.
         name = file.resolve() if found.target.is_dir() else os.path.relpath(file, found.target.parent)
         out.print(f"apply them by the recipe's line data.patch: {escape(str(name))}", soft_wrap=True)
+
+
+# ---- the review ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnderReview:
+    """A row that is asked about, with all that was found in it."""
+
+    issues: tuple[RowIssue, ...]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """As of its decision."""
+        return self.issues[0].key
+
+    @property
+    def change(self) -> Remedy | None:
+        """What is proposed to be changed."""
+        return next((one.remedy for one in self.issues if one.remedy.action == "replace"), None)
+
+    def to_decide(self) -> RowDecision:
+        """The line of a patch file that is to be decided about in the file."""
+        first, more = self.issues[0], {"proposed": self.change or Remedy(action="drop")}
+        reasons = "; ".join(f"{one.check}: {one.reason}" for one in self.issues)
+        open_one = first.decided(Remedy(action="undecided"))
+        return open_one.model_copy(update={"text": first.text, "reason": reasons, **more})
+
+
+def decided_before(patch: Path) -> Decisions:
+    """What a file holds already; raises a `DataError` when it is there and is no patch."""
+    return load_patch(patch, "--patch") if patch.exists() else {}
+
+
+def save(patch: Path, decided: Decisions) -> None:
+    """Write a patch file; raises a `SetupError` when it cannot be written."""
+    try:
+        save_patch(patch, decided.values())
+    except OSError as error:
+        reason = str(error.strerror or error).lower()
+        raise SetupError(f"{patch}: cannot be written ({reason}); name another file (--patch)") from None
+
+
+def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[UnderReview]:
+    """The rows to ask about, the costliest and surest first; without those that were decided already."""
+    by_row = defaultdict[tuple[str, str], list[RowIssue]](list)
+    for issue in sorted(issues, key=_order):
+        if issue.key not in decided or decided[issue.key].is_open:
+            by_row[issue.key].append(issue)
+    return [UnderReview(tuple(them)) for them in by_row.values()]
+
+
+def _order(issue: RowIssue) -> tuple[int, str, float]:
+    return FIRST.index(issue.check) if issue.check in FIRST else len(FIRST), issue.check, -issue.score
+
+
+def go_through(
+    console: Console,
+    issues: Sequence[RowIssue],
+    patch: Path,
+    before: Decisions,
+    ask: Callable[[], str] | None,
+    relabel: Callable[[], Remedy | None] | None = None,
+) -> dict[tuple[str, str], RowDecision]:
+    """Ask about each row; what was decided is in the file after each key.
+
+    Without `ask` there is no terminal, and all rows are written down to be decided in the file; without `relabel` the
+    rows have not one label each in a column.
+    """
+    decided, waiting = dict(before), queue(issues, before)
+    if ask is None:
+        return decided | {one.key: one.to_decide() for one in waiting}
+    place, history = 0, list[int]()
+    keys = KEYS if relabel is not None else KEYS.replace("[l]abel  ", "")
+    with suppress(EOFError):  # Ctrl-D: as q
+        while place < len(waiting):
+            one = waiting[place]
+            _show_row(console, one, place, len(waiting), keys)
+            match ask():
+                case "k":
+                    remedy = Remedy(action="keep")
+                case "d":
+                    remedy = Remedy(action="drop")
+                case "c" if one.change is not None:
+                    remedy = one.change
+                case "l" if relabel is not None and (change := relabel()) is not None:
+                    remedy = change
+                case "n":
+                    place += 1
+                    continue
+                case "u":
+                    if history:
+                        place = history.pop()
+                        decided.pop(waiting[place].key)
+                        save(patch, decided)
+                    continue
+                case "q" | "\x03" | "\x1b":
+                    break
+                case _:
+                    console.print(keys, markup=False)
+                    continue
+            decided[one.key] = one.issues[0].decided(remedy)
+            history.append(place)
+            save(patch, decided)
+            place += 1
+    return decided
+
+
+def accepted(
+    issues: Sequence[RowIssue], checks: Sequence[str], before: Decisions
+) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
+    """What is proposed for all rows of some checks, taken, beside what was decided before; and what to say about it."""
+    decided, taken, more = dict(before), Counter[str](), 0
+    for one in queue(issues, before):
+        wanted = [issue for issue in one.issues if issue.check in checks]
+        if not wanted:
+            continue
+        # Left out by one check, a row needs no other change.
+        first = next((issue for issue in wanted if issue.remedy.action == "drop"), wanted[0])
+        more += first.remedy.action == "replace" and any(issue.remedy != first.remedy for issue in wanted)
+        taken[first.check] += 1
+        decided[one.key] = first.decided(first.remedy)
+    said = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in taken.items()]
+    if more:
+        said.append(f"{counted(more, 'row')} with another change as well: apply the patch, and run this once more")
+    return decided, said
+
+
+def _show_row(console: Console, asked: UnderReview, place: int, count: int, keys: str) -> None:
+    first = asked.issues[0]
+    console.print(f"\n[bold]{place + 1:,} of {count:,}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]")
+    console.print(f"  {escape(first.text)}", highlight=False)
+    if first.label is not None:
+        console.print(f"  label: [bold]{escape(first.label)}[/bold]", highlight=False)
+    for issue in asked.issues:
+        console.print(f"  [yellow]{escape(issue.check)}[/yellow]: {escape(issue.reason)}", highlight=False)
+    if asked.change is not None:
+        console.print(f"  proposed: [green]{escape(could_do(asked.change))}[/green]", highlight=False)
+    keys = keys if asked.change is not None else keys.replace("[c]hange as proposed  ", "")
+    console.print(f"  {keys}", markup=False, style="dim")
+
+
+def precisions(decided: Iterable[RowDecision]) -> list[str]:
+    """How often each check was right, by what was decided about its rows: the first ones alone."""
+    from scipy.stats import binomtest
+
+    found = defaultdict[str, list[bool]](list)
+    for one in decided:
+        if one.check and not one.is_open:
+            found[one.check].append(one.remedy.action != "keep")
+    said = []
+    for check, right in found.items():
+        first = right[:MEASURED]
+        span = binomtest(sum(first), len(first)).proportion_ci(method="wilson")
+        low, high = format_percent(float(span.low)), format_percent(float(span.high))
+        said.append(f"{check}: {sum(first)} of {len(first)} rows changed or left out (95 % interval: {low} to {high})")
+    return said
+
+
+def keys() -> Callable[[], str] | None:
+    """Reads a key; None: without a terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return None
+    import typer
+
+    return typer.getchar

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import yaml
 
-from fulltune.audit.names import alike, alike_in_words
+from fulltune.audit.texts.names import alike, alike_in_words
 from fulltune.data.readers import by_name
 from fulltune.data.readers.files import data_files
 from fulltune.data.readers.header import names_without_header

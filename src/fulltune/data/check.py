@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from fulltune.audit import masked_text
-from fulltune.audit.flaw import masked
-from fulltune.audit.names import alike_in_words
+from fulltune.audit.texts import masked_text
+from fulltune.audit.texts.flaw import masked
+from fulltune.audit.texts.names import alike_in_words
 from fulltune.data.encode import NEW_LABEL, DropTally, Encoded
 from fulltune.data.marks import problems_of
 from fulltune.data.sources import SourceName, SourceRows
@@ -58,11 +58,7 @@ def refuse_secret_names(target: Target, where: str) -> list[str]:
 def refuse_unusable(
     recipe: Recipe, encoded: Mapping[SourceName, Encoded], sources: Mapping[SourceName, SourceRows]
 ) -> None:
-    """Too many rows that cannot be used, too long ones where the recipe forbids them, broken images.
-
-    Raises:
-        DataError: With all such problems.
-    """
+    """Raises a `DataError` for too many unusable rows, too long ones where that is an error, and broken images."""
     strategy = recipe.data.truncation_strategy
     # Rows that the user asked to drop, or that are mixed in only where they suit, are not held against the file.
     allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
@@ -111,11 +107,7 @@ def _too_many(dropped: DropTally, allowed: Collection[str], num_rows: int, where
 
 
 def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> None:
-    """A class that train does not have cannot be learned, so scoring it would be a silent loss.
-
-    Raises:
-        DataError: Naming each such label and its number of rows.
-    """
+    """Raises a `DataError` for classes that train lacks: they cannot be learned, and scoring them is a silent loss."""
     train = splits["train"].label_counts()
     problems = [
         f"{splits[name].where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train"
@@ -147,13 +139,7 @@ def _why_new(block: DataBlock, name: SplitName) -> str:
 
 
 def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
-    """Few rows to choose by, rows that stand twice or share what is asked with others, classes that may be one.
-
-    Args:
-        splits: Which rows each has.
-        target: Says what rows of one group share.
-        near: Texts that are nearly equal belong to one group.
-    """
+    """Few rows to choose by, rows that stand twice or share what is asked with others, classes that may be one."""
     train, dev, test = (splits[name] for name in ("train", "eval", "test"))
     remarks = []
     nearly = " (equal, or nearly so)" if near else ""

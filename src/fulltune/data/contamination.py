@@ -54,12 +54,7 @@ class KnownTexts:
     """Its first word's place there: int32 [runs]."""
 
     def hold(self, text: str, is_asked: bool) -> bool:
-        """Whether a normalised text of a row is one of these, or has much of one in common with it.
-
-        Args:
-            text: The row's.
-            is_asked: It is no answer, so that a short one counts as well.
-        """
+        """Whether a normalised text of a row (if it is no answer, also a short one) is one of these, or shares much."""
         words = text.split()
         if (is_asked and words) or len(words) >= NUM_WORDS:
             place = np.searchsorted(self.whole, number := np.uint64(draw(0, text)))
@@ -112,11 +107,7 @@ def _runs(words: list[str]) -> np.ndarray:
 
 
 def files_of(path: str) -> tuple[Path, ...]:
-    """The files behind `data.contamination`; of a folder all tables and texts in it and its folders.
-
-    Raises:
-        DataError: When there is none.
-    """
+    """The files behind `data.contamination`: in a folder all tables and texts; raises a `DataError` when none is."""
     try:
         with reading(Path(path)):
             if not Path(path).is_dir():
@@ -139,11 +130,7 @@ def files_of(path: str) -> tuple[Path, ...]:
 
 
 def read_texts(path: str, files: Iterable[Path]) -> KnownTexts:
-    """Read the texts, file by file.
-
-    Raises:
-        DataError: For each broken file, or when they hold no text.
-    """
+    """Read the texts, file by file; raises a `DataError` for each broken file, or when they hold no text."""
     known: dict[int, int] = {}
     sizes, runs, text_of, place_of = (
         array("i"),
@@ -202,14 +189,7 @@ def cell_texts(cell: Any) -> Iterator[str]:
 
 
 def holds_one(known: KnownTexts, key: str, row: Row, target: Target) -> bool:
-    """Whether a row holds one of the texts.
-
-    Args:
-        known: The texts.
-        key: The row's group key: what is asked, as a whole.
-        row: The row.
-        target: Says which columns are read.
-    """
+    """Whether a row holds one of the texts; its group key is what it asks, as a whole."""
     if "context" not in target.columns and known.hold(key, is_asked=True):
         return True
     return any(

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from fulltune.audit import masked_text
+from fulltune.audit.texts import masked_text
 from fulltune.data.readers.read import PlacedRow
 from fulltune.data.sampling import draw
 from fulltune.recipe.data import DataBlock

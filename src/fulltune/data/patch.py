@@ -32,11 +32,7 @@ Decisions = Mapping[tuple[str, str], RowDecision]
 
 
 def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:
-    """The decisions of a patch file; of several about one row the last one counts.
-
-    Raises:
-        DataError: When it cannot be read, with the first lines that are no decisions.
-    """
+    """The decisions of a patch file, the last one about a row; raises a `DataError` with the first bad lines."""
     expected = "expected a patch file, as 'fulltune data RECIPE --review' writes it"
     try:
         # Not splitlines: a text may have other signs that end a line.
@@ -145,16 +141,7 @@ def patched_in_words(path: str | None, sources: Iterable[Patched | None]) -> lis
 
 
 def refuse_foreign(path: str, sources: Sequence[Patched], is_whole: bool) -> None:
-    """A patch for other rows would do nothing, or half of what was decided.
-
-    Args:
-        path: Of the patch.
-        sources: All of them, read to their end.
-        is_whole: Whether all rows were read, and not a part drawn for a quick try.
-
-    Raises:
-        DataError: When it decides about rows that are not there, or replaces what they do not have.
-    """
+    """Raises a `DataError` for decisions about rows that are not there, if all were read, or columns that they lack."""
     decisions = sources[0].decisions
     matched = set[tuple[str, str]]().union(*(source.matched for source in sources))
     problems = [f"data.patch: {path}: {problem}" for source in sources for problem in source.problems][:_SHOWN]

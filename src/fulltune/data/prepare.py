@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fulltune.audit import masked_text
+from fulltune.audit.texts import masked_text
 from fulltune.data import cache, mix
 from fulltune.data.apart import STANDS_EARLIER, late_rows, listed_late, notes_apart, notes_on_known
 from fulltune.data.check import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
-from fulltune.audit import OF_ANSWERS, OF_TEXTS, TextCheck
+from fulltune.audit.texts import OF_ANSWERS, OF_TEXTS, TextCheck
 from fulltune.tasks import Row
 from fulltune.tasks.columns import as_text
 
@@ -32,12 +32,7 @@ PARTS: tuple[Part, ...] = ("read", "written")
 
 
 def checks_of(columns: Mapping[str, str], wanted: Collection[str] | None = None) -> dict[Part, list[TextCheck]]:
-    """The checks that are made on what is read, and on what is written, where there is any.
-
-    Args:
-        columns: Role to column.
-        wanted: Only these; None: all.
-    """
+    """The checks (all, or those wanted) that are made on what is read, and on what is written, where there is any."""
     found = {
         part: [one for one in of if wanted is None or one in wanted]
         for part, of in _CHECKS.items()

@@ -28,45 +28,20 @@ class Remedy(Record):
     value: Any = None
 
 
-class RowIssue(Record):
-    """A row that a check found, as `data/issues.jsonl` lists it. Nothing is done with it unless the user says so."""
-
-    check: str
-    split: SplitName
-    place: str
-    """File and line, as in messages."""
-    source: str = "train"
-    """Whose file it stands in: a split's, or the train file that the split was taken off."""
-    row: str
-    """`row_id` of the whole row: the same wherever it stands; of the second equal one with `-2` behind it."""
-    reason: str
-    text: str
-    """How it begins, secrets and personal data masked."""
-    label: str | None = None
-    remedy: Remedy
-    """What could be done: never that it is kept."""
-    score: float = 0.0
-    """The higher, the surer: in this order the rows of a check are reviewed."""
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """As of `RowDecision`."""
-        return self.source, self.row
-
-
 class RowDecision(Record):
     """What was decided about a row: a line of a patch file."""
 
     row: str
-    """As in `RowIssue`."""
+    """`row_id` of the whole row: the same wherever it stands; of the second equal one with `-2` behind it."""
     remedy: Remedy
     source: str = "train"
-    """As in `RowIssue`."""
+    """Whose file it stands in: a split's, or the train file that the split was taken off."""
     check: str = ""
     """What found the row."""
     place: str = ""
-    """Where it stood: for readers, like what follows."""
+    """File and line, as in messages: for readers, like what follows."""
     text: str = ""
+    """How it begins, secrets and personal data masked."""
     reason: str = ""
     proposed: Remedy | None = None
 
@@ -79,6 +54,22 @@ class RowDecision(Record):
     def key(self) -> tuple[str, str]:
         """What it is about."""
         return self.source, self.row
+
+
+class RowIssue(RowDecision):
+    """A row that a check found, as `data/issues.jsonl` lists it, with what could be done: never that it is kept.
+
+    Nothing is done with it unless the user says so.
+    """
+
+    split: SplitName
+    label: str | None = None
+    score: float = 0.0
+    """The higher, the surer: in this order the rows of a check are reviewed."""
+
+    def decided(self, remedy: Remedy) -> RowDecision:
+        """The line of a patch file."""
+        return RowDecision(row=self.row, remedy=remedy, source=self.source, check=self.check, place=self.place)
 
 
 class CheckFound(Record):
@@ -122,7 +113,7 @@ class RowLoss(Record):
     place: str
     """File and line."""
     row: str
-    """As in `RowIssue`."""
+    """As in `RowDecision`."""
     split: SplitName
     loss: float
     """Mean over its items."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fulltune.audit import masked_text
+from fulltune.audit.texts import masked_text
 from fulltune.recipe.tasks import FORMS, FROM_FILE, Form
 from fulltune.records.data import DataSummary, Segment, SplitSummary
 from fulltune.report.format import words

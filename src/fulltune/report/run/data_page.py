@@ -80,14 +80,7 @@ _ABOUT = {
 
 
 def write_data_page(folder: Path) -> Path:
-    """Write `data.md` and `data.html` into a run folder whose rows were audited.
-
-    Returns:
-        The path of `data.html`.
-
-    Raises:
-        SetupError: If the folder is no run folder, or its audit cannot be read.
-    """
+    """Write `data.md` and `data.html` into a run folder whose rows were audited; gives the path of the latter."""
     view, audit = read_run(folder), Audit.load(folder / "data" / AUDIT)
     report = build(view, audit, proofs_of(folder, audit))
     write_harmless(folder / "data.md", markdown(report), private=True)

@@ -7,24 +7,22 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fulltune.audit import content, encoding, leftovers, personal
-from fulltune.audit.flaw import Flaw, TextCheck
-from fulltune.audit.refusal import refusal
-from fulltune.audit.secret import secret
+from fulltune.audit.texts import content, leftovers, private
+from fulltune.audit.texts.flaw import Flaw, TextCheck
 
 _CHECKS: Mapping[TextCheck, Callable[[str], Flaw | None]] = {
-    "broken encoding": encoding.broken_encoding,
-    "control characters": encoding.control_characters,
+    "broken encoding": content.broken_encoding,
+    "control characters": content.control_characters,
     "empty": content.empty,
     "no words": content.no_words,
     "markup": leftovers.markup,
     "placeholder": leftovers.placeholder,
     "chat tokens": leftovers.chat_tokens,
     "repetition": content.repetition,
-    "secret": secret,
-    "personal data": personal.personal_data,
-    "phone number": personal.phone_number,
-    "refusal": refusal,
+    "secret": private.secret,
+    "personal data": private.personal_data,
+    "phone number": private.phone_number,
+    "refusal": leftovers.refusal,
 }
 OF_TEXTS: tuple[TextCheck, ...] = tuple(check for check in _CHECKS if check != "refusal")
 """What can be wrong with a text that a model reads."""
@@ -43,7 +41,7 @@ _UNSEEN = re.compile(
 
 def missing() -> dict[TextCheck, str]:
     """Checks whose package is not installed, with the extra that brings it: leave them out of `checks`, and say so."""
-    return {} if personal.knows_phone_numbers() else {"phone number": "audit"}
+    return {} if private.knows_phone_numbers() else {"phone number": "audit"}
 
 
 def masked_text(text: str) -> str:
@@ -74,10 +72,6 @@ def found_by(text: str, checks: Collection[TextCheck]) -> list[TextCheck]:
 
 def flaws(text: str, checks: Collection[TextCheck] = OF_TEXTS) -> list[Flaw]:
     """What is wrong with a text, one entry a check: as it may be shown, in its reason and in what is proposed.
-
-    Args:
-        text: As it stands in its row.
-        checks: Which to make: `OF_TEXTS`, `OF_ANSWERS`, or some of them.
 
     Raises:
         SetupError: When a check's package is missing; `missing` tells beforehand.

@@ -1,46 +1,56 @@
 """What is wrong with the rows, row by row: listed with the reason and with what could be done; nothing is changed.
 
-The prepared rows are read, so that each has its split; short texts that share a row are read from their files, without
-those that are held out. Kept of each row are two hashes, the number of its label and of each text's language;
-rows that share one of them with others are read a second time, to be written down.
+Of each row two hashes are kept, the number of its label and of each text's language; rows that share one of them with
+others are read a second time, to be written down.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from fulltune.audit import masked_text, missing
-from fulltune.audit.language import knows_languages
-from fulltune.data.audited_rows import (
+from fulltune.audit.labels import Suspected
+from fulltune.audit.languages import OTHER_LANGUAGE, knows_languages, not_told
+from fulltune.audit.repeated import CONFLICT, DUPLICATE, LEAK, NEAR_LEAK, repeated
+from fulltune.audit.rows import (
     CHAT_FAULT,
     CLASS_NAMES,
     SPLITS,
     AuditedRows,
-    Progress,
     SeenRows,
     in_classes_alike,
     in_other_languages,
     look,
+    next_number,
     with_numbers,
 )
-from fulltune.data.judge import OUT_OF_MEMORY
-from fulltune.data.languages import OTHER_LANGUAGE, not_told
-from fulltune.data.outliers import NEIGHBOURS, FarRows
-from fulltune.data.patch import load_patch
-from fulltune.data.repeated import CONFLICT, DUPLICATE, LEAK, NEAR_LEAK, repeated
+from fulltune.audit.texts import masked_text, missing
+from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, Reader, judge, outliers
+from fulltune.data.patch import load_patch, numbered
 from fulltune.errors import SetupError
 from fulltune.files import replacing
-from fulltune.probe.label_errors import Suspected
+from fulltune.inference.store import row_id, texts
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import AUDIT, HIGH_LOSS, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
+from fulltune.records.audit import (
+    AUDIT,
+    HIGH_LOSS,
+    ISSUES,
+    LOSSES,
+    Audit,
+    CheckFound,
+    LabelErrors,
+    Remedy,
+    RowIssue,
+    RowLoss,
+)
 from fulltune.records.data import DataSummary, SplitName
-from fulltune.tasks import Row, Target, Task
+from fulltune.tasks import PLACE, Row, Target, task_named
 from fulltune.tasks.labels import label_list
 from fulltune.tasks.tags import strict, words_and_tags
 from fulltune.text import counted
@@ -50,69 +60,56 @@ NOT_ASKED = "left out by --no-labels"
 VERSION = 3
 """Of the checks: raised when they find other rows, so that an audit by earlier ones is made anew."""
 _EXAMPLES = 10
+MOST_LOSSES, MOST_LOSS_SHARE = 100, 0.1
+"""Rows of a split that are listed for their loss: so many, and at most this share."""
 _SHOWN = 3
 """Words, or labels, of a row that are named one by one."""
-Judged = tuple[np.ndarray, Suspected]
-"""Positions of train rows, and what is known of their labels."""
-Judge = Callable[[], Judged | str]
-"""Judges the labels of train rows; or says why they cannot be judged."""
-Outlie = Callable[[Mapping[SplitName, np.ndarray]], FarRows | str]
-"""Finds rows unlike all others, by a hash of each row's text; or says why that cannot be told."""
 
 
-def audit(
-    recipe: Recipe,
-    folder: Path,
-    summary: DataSummary,
-    task: Task,
-    judge: Judge | None,
-    outlie: Outlie | None,
-    progress: Progress,
-) -> Audit:
-    """Look at all rows of a run.
+def by_model(summary: DataSummary) -> set[str]:
+    """Checks for which the untouched model reads the rows; outliers where it reads each row as a whole."""
+    checks = {LABEL} if summary.form.has_classes else set[str]()
+    return checks | {OUTLIER} if summary.task in ("text-classification", "image-classification") else checks
+
+
+def audit(reader: Reader, reads_rows: bool) -> Audit:
+    """Look at all rows, and write `issues.jsonl` and `audit.json` into the `data` folder; of the same rows they stay.
 
     Args:
-        recipe: The checked recipe.
-        folder: The run's `data` folder. `issues.jsonl` is written there, and `audit.json` last; where it is of the same
-            rows, nothing is looked at again.
-        summary: Of the prepared rows.
-        task: The task module.
-        judge: None: labels are not to be judged, or the rows have none.
-        outlie: None: the model does not read each row as a whole, or no outliers are looked for.
-        progress: Told how many rows of how many were looked at.
+        reader: Of the prepared rows.
+        reads_rows: Whether the untouched model reads them, to judge labels and to find outliers.
     """
-    given = {LABEL: judge, OUTLIER: outlie}
-    asked = {check for check, look_at in given.items() if look_at is not None}
+    recipe, folder, summary = reader.recipe, reader.folder, reader.summary
+    asked = by_model(summary) if reads_rows else set[str]()
     if (earlier := _earlier(folder, summary, asked)) is not None:
         return earlier
     began = time.monotonic()
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
-    rows = AuditedRows(folder, task, Target.of(summary), own, recipe if summary.packed else None)
-    seen = look(rows, sum(split.rows for split in summary.splits.values()), progress)
+    rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, recipe if summary.packed else None)
+    seen = look(rows, sum(split.rows for split in summary.splits.values()), reader.listener)
     issues = [*seen.issues, *repeated(rows, seen), *in_classes_alike(rows, seen), *in_other_languages(rows, seen)]
     made = _made(rows, seen)
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
     if rows.has_texts and (why := not_told(seen.heard)) is not None:
         not_run[OTHER_LANGUAGE] = why
-    if summary.task in ("text-classification", "image-classification"):
-        found, why = _outlying(rows, outlie, seen)
+    if OUTLIER in by_model(summary):
+        found, why = _outlying(rows, reader, seen) if reads_rows else (None, NOT_ASKED)
         if found is not None:
             made.add(OUTLIER)
             issues += found
         if why is not None:
             not_run[OUTLIER] = why
     labels = None
-    if judge is None:
-        has_labels = summary.form.has_classes
-        not_run[LABEL] = NOT_ASKED if has_labels else "only rows with labels or tags are judged"
-    if judge is not None:
-        judged = judge()
-        if isinstance(judged, str):
-            not_run[LABEL] = judged
-        else:
-            made |= {LABEL, DOUBT}
-            issues += _mislabelled(rows, *judged)
-            labels = _about_labels(rows.target, judged[1], of_rows=seen.counts["train"])
+    if LABEL not in by_model(summary):
+        not_run[LABEL] = "only rows with labels or tags are judged"
+    elif not reads_rows:
+        not_run[LABEL] = NOT_ASKED
+    elif isinstance(judged := judge(reader), str):
+        not_run[LABEL] = judged
+    else:
+        made |= {LABEL, DOUBT}
+        issues += _mislabelled(rows, *judged)
+        labels = _about_labels(rows.target, judged[1], of_rows=seen.counts["train"])
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
     found_now = [*with_numbers(rows, seen, issues, decided), *_high_losses(folder, summary)]
@@ -174,11 +171,7 @@ def _high_losses(folder: Path, summary: DataSummary) -> list[RowIssue]:
 
 
 def by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
-    """What each check found, the one that found most first; last what claims nothing.
-
-    Args:
-        issues: By check, of each the surest first.
-    """
+    """What each check found, the one that found most first; last what claims nothing. Issues are in order."""
     found = [(check, list(them)) for check, them in groupby(issues, key=lambda one: one.check)]
     return tuple(
         CheckFound(check=check, rows=len({(one.split, one.place) for one in them}), examples=tuple(them[:_EXAMPLES]))
@@ -207,18 +200,15 @@ def load_issues(folder: Path) -> list[RowIssue]:
 # ---- what the untouched model finds: its issues, and why not or which rows were not looked at --------------------
 
 
-def _outlying(rows: AuditedRows, outlie: Outlie | None, seen: SeenRows) -> tuple[list[RowIssue] | None, str | None]:
-    if outlie is None:
-        return None, NOT_ASKED
+def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows) -> tuple[list[RowIssue] | None, str | None]:
     ends = np.cumsum([seen.counts[split] for split in SPLITS])
-    far = outlie(dict(zip(SPLITS, np.split(np.array(seen.keys, np.uint64), ends[:-1]), strict=True)))
+    far = outliers(reader, dict(zip(SPLITS, np.split(np.array(seen.keys, np.uint64), ends[:-1]), strict=True)))
     if isinstance(far, str):
         return None, far
-    distances = {(one.split, one.position): one.distance for one in far.found}
     issues: list[RowIssue] = []
-    for split in dict.fromkeys(one.split for one in far.found):
-        for position, row in enumerate(rows.of(split)):
-            if (distance := distances.get((split, position))) is None:
+    for split, distances in far.distances.items():
+        for position, row in enumerate(rows.of(split) if distances else ()):
+            if (distance := distances.get(position)) is None:
                 continue
             reason = (
                 f"the {NEIGHBOURS} nearest train rows have a mean cosine of {1 - distance:.2f} with it; of three train "
@@ -295,3 +285,60 @@ def _about_labels(target: Target, found: Suspected, of_rows: int) -> LabelErrors
         precision=found.precision,
         wrong=found.wrong,
     )
+
+
+# ---- losses of the trained model -----------------------------------------------------------------------------------
+
+
+def list_losses(
+    recipe: Recipe,
+    folder: Path,
+    summary: DataSummary,
+    losses: Mapping[SplitName, tuple[np.ndarray, Sequence[str | None]]],
+) -> Audit:
+    """Write `losses.jsonl`, and put the rows of the highest loss into `issues.jsonl` and `audit.json`, without a claim.
+
+    Args:
+        recipe: The checked recipe.
+        folder: The run's `data` folder, with an audit of its rows, which share no blocks.
+        summary: Of these.
+        losses: Split to the summed loss of each example and its items, float64 [examples, 2]; and what the model
+            says, if that is a word.
+    """
+    own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
+    rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, packed=None)
+    decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
+    dropped = {key for key, one in decided.items() if one.remedy.action == "drop"}
+    times, issues = Counter[tuple[str, str]](), [one for one in load_issues(folder) if one.check != HIGH_LOSS]
+    with replacing(folder / LOSSES, private=True) as part, part.open("w", encoding="utf-8") as file:
+        for split, (counts, said) in losses.items():
+            found, listed = _of_rows(folder / split, counts, said), list[RowIssue]()
+            ordered = sorted(range(len(found)), key=lambda at: -found[at][0])
+            highest = {*ordered[: min(MOST_LOSSES, int(np.ceil(MOST_LOSS_SHARE * len(found))))]}
+            usual = float(np.median([loss for loss, _, _ in found])) if found else 0.0
+            for at, (row, (loss, items, answer)) in enumerate(zip(rows.of(split), found, strict=True)):
+                source, name = rows.source_of(split), row_id(row)
+                name = numbered(name, next_number(times, (source, name), dropped))
+                line = RowLoss(place=str(row[PLACE]), row=name, split=split, loss=loss, items=items)
+                file.write(line.model_dump_json() + "\n")
+                if at in highest and ((source, name) not in decided or decided[source, name].is_open):
+                    reason = f"loss {loss:.3g}; of half of the {split} rows at most {usual:.3g}"
+                    reason += f"; the model says '{answer}'" if answer is not None else ""
+                    issue = rows.issue(HIGH_LOSS, split, row, reason, score=loss)
+                    listed.append(issue.model_copy(update={"row": name}))
+            issues += listed
+    save_issues(folder, issues)
+    audit = Audit.load(folder / AUDIT).model_copy(update={"checks": by_check(issues)})
+    audit.save(folder / AUDIT)
+    return audit
+
+
+def _of_rows(folder: Path, counts: np.ndarray, said: Sequence[str | None]) -> list[tuple[float, int, str | None]]:
+    """Of each row of a split, which may have given several examples: mean loss, items, what the model says."""
+    found: list[tuple[float, int, str | None]] = []
+    examples = zip(texts(folder), counts, said, strict=True)
+    for _, them in groupby(examples, key=lambda one: one[0][PLACE]):
+        several = list(them)
+        total, items = np.sum([count for _, count, _ in several], axis=0)
+        found.append((float(total / max(1.0, items)), int(items), several[0][2]))
+    return found

@@ -1,9 +1,7 @@
 """Whether cleaning helps: linear classifiers on the untouched model, fitted with and without each cleaning step.
 
-They take seconds where a training takes minutes, and see the same rows. What helps them may do nothing for a trained
-model; what hurts them has little reason to help it. The eval rows are as they are: a cleaning that moves labels away
-from how these rows are labelled hurts here, as it will in use if the labels there are made in the same way. Leaks are
-not compared: without them scores fall because they were flattered.
+The eval rows stay as they are: a cleaning that moves labels away from how these are labelled hurts here, as it will in
+use. Leaks are not compared: without them scores fall because they were flattered.
 """
 
 from __future__ import annotations
@@ -20,10 +18,10 @@ from typing import Literal
 import numpy as np
 from scipy.stats import norm
 
-from fulltune.data.audit import load_issues
-from fulltune.data.judge import Reader
+from fulltune.audit.repeated import LEAK, NEAR_LEAK
+from fulltune.audit.stage import load_issues
+from fulltune.audit.untouched import Reader
 from fulltune.data.patch import numbered
-from fulltune.data.repeated import LEAK, NEAR_LEAK
 from fulltune.errors import SetupError
 from fulltune.inference.store import row_id, texts
 from fulltune.probe.layers import NoProbe
@@ -44,11 +42,7 @@ ALPHA = 0.05
 
 
 def refuse_prove(summary: DataSummary) -> None:
-    """Rows that cannot be compared in seconds.
-
-    Raises:
-        SetupError: When the rows have no single label each, or too few of them are eval rows.
-    """
+    """Raises a `SetupError` for rows without a single label each, or too few eval rows."""
     if not summary.form.one_label:
         raise SetupError(
             "--prove: these rows have no single label each, and only by such can cleaning be compared in seconds; "
@@ -65,17 +59,13 @@ def refuse_prove(summary: DataSummary) -> None:
         )
 
 
-def prove(folder: Path, summary: DataSummary, reader: Reader) -> Proofs:
-    """Fit with and without each cleaning step, and compare on the eval rows.
-
-    Args:
-        folder: The run's `data` folder, audited; `proofs.json` is written there.
-        summary: Of the prepared rows.
-        reader: Reads rows with the untouched model.
+def prove(reader: Reader) -> Proofs:
+    """Fit with and without each cleaning step, compare on the eval rows, and write `proofs.json`.
 
     Raises:
         SetupError: When nothing can be fitted.
     """
+    folder, summary = reader.folder, reader.summary
     try:
         train, positions = reader.items("train")
         held_out, _ = reader.items("eval")
@@ -130,24 +120,11 @@ class CleaningStep:
     @property
     def decisions(self) -> list[RowDecision]:
         """As lines of a patch file."""
-        drop = Remedy(action="drop")
-        return [
-            RowDecision(
-                row=one.row,
-                remedy=drop if self.action == "drop" else one.remedy,
-                source=one.source,
-                check=one.check,
-                place=one.place,
-            )
-            for one in self.issues
-        ]
+        return [one.decided(Remedy(action="drop") if self.action == "drop" else one.remedy) for one in self.issues]
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Each check's train rows dropped, and where something is proposed in place of theirs, with that.
-
-    Leaks are no such steps, nor rows of a high loss, of which nothing is claimed.
-    """
+    """Each check's train rows dropped, and where something is proposed, replaced by it; leaks and high losses aside."""
     steps = []
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
         # Of a row with several faults of a kind, such as in both texts of a pair, the first is taken.

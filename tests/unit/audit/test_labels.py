@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.probe.label_errors import DOUBT, Suspected, calibrated, suspected
+from fulltune.audit.labels import DOUBT, Suspected, calibrated, suspected
 from fulltune.probe.layers import NoProbe
 from fulltune.probe.linear import Items
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fulltune.audit import Flaw, flaws, masked_text, missing
 from fulltune.audit.conversation import chat_faults
-from fulltune.audit.flaw import listed
-from fulltune.audit.names import alike
-from fulltune.audit.texts import masked_cells
-from fulltune.data.languages import OTHER_LANGUAGE, Heard, listen, strangers
+from fulltune.audit.languages import OTHER_LANGUAGE, Heard, listen, strangers
+from fulltune.audit.texts import Flaw, flaws, masked_cells, masked_text, missing
+from fulltune.audit.texts.flaw import listed
+from fulltune.audit.texts.names import alike
 from fulltune.data.near import signatures
 from fulltune.data.patch import Decisions, Patched, load_patch, numbered
 from fulltune.data.running_text import PARTS, cells, checks_of
@@ -26,6 +25,7 @@ from fulltune.inference.store import row_id, texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Remedy, RowIssue
 from fulltune.records.data import SplitName
+from fulltune.records.events import Listener, RowsPrepared
 from fulltune.tasks import PLACE, Row, Target, Task, chat
 from fulltune.tasks.columns import as_text, normalised
 
@@ -36,7 +36,6 @@ _TEXT = 300
 _AT_ONCE = 1000
 _IN_KEY = ("image", "text", "text_pair", "prompt", "source")
 """Roles of columns whose cells a row's group key holds as a whole."""
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class SeenRows:
     """Column to its languages; empty where they cannot be told."""
 
 
-def look(rows: AuditedRows, total: int, progress: Progress) -> SeenRows:
+def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
     """All rows, once: what is wrong with their texts, and what tells them apart."""
     seen, checks = SeenRows(), checks_of(rows.target.columns, rows.checks)
     signed: list[np.ndarray] = []
@@ -155,12 +154,13 @@ def look(rows: AuditedRows, total: int, progress: Progress) -> SeenRows:
                 seen.issues += _chat_issues(rows, split, row)
             listen(seen.heard, row, rows.target.columns, split)
             if len(keys) == _AT_ONCE:
-                progress(len(seen.keys), max(total, len(seen.keys)))
+                done = len(seen.keys)
+                listener(RowsPrepared(name="auditing", done=done, total=max(total, done)))
                 signed.append(signatures(keys))
                 keys.clear()
         signed.append(signatures(keys))
         seen.counts[split] = len(seen.keys) - before
-    progress(len(seen.keys), len(seen.keys))
+    listener(RowsPrepared(name="auditing", done=len(seen.keys), total=len(seen.keys)))
     seen.signed = np.concatenate(signed)
     return seen
 

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fulltune import data
-from fulltune.data.losses import list_losses
+from fulltune.audit import stage
+from fulltune.audit.stage import list_losses
 from fulltune.data.patch import save_patch
 from fulltune.inference.store import load_texts, row_id
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit, Remedy, RowDecision
 from fulltune.records.data import DataSummary
-from fulltune.tasks import PLACE, task_named
-from tests import tiny
-
-CLEAN = [{"text": f"{row['text']} number {at}", "label": row["label"]} for at, row in enumerate(tiny.topic_rows(60))]
+from fulltune.tasks import PLACE
+from tests.unit.audit.test_stage import CLEAN, audited, prepared
 
 
-def prepared(folder: Path, rows: list[dict[str, Any]], task: str = "text-classification", **settings: Any) -> Any:
-    """The data stage and an audit over these rows."""
-    files = {"train": str(tiny.write_jsonl(folder / "rows.jsonl", rows))}
-    recipe = Recipe.model_validate({"model": "x", "task": task, "data": {**files, **settings}})
-    tokenizer = tiny.decoder_tokenizer() if task == "causal-lm" else tiny.encoder_tokenizer()
-    module = task_named(recipe.task)
-    summary = data.prepare(recipe, folder / "data", module, tokenizer, data.Limits(tiny.POSITIONS))
-    data.audit(recipe, folder / "data", summary, module, None, None, lambda done, total: None)
-    return recipe, summary
+def looked_at(folder: Path, rows: Sequence[Mapping[str, Any]], *task: str, **settings: Any) -> Any:
+    """The recipe and the summary of rows after their data stage and an audit."""
+    summary = prepared(folder, rows, *task, **settings)
+    audited(folder, summary)
+    return Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8")), summary
 
 
 def listed(folder: Path, recipe: Recipe, summary: DataSummary, **of: Any) -> tuple[Audit, list[dict[str, Any]]]:
     """What is listed for losses[examples, 2] by split, and what the model says."""
     found = {split: (counts, ["a"] * len(counts)) for split, counts in of.items()}
-    audit = list_losses(recipe, folder / "data", summary, task_named(recipe.task), found)  # type: ignore[arg-type]  # a fake
-    return audit, [one.model_dump() for one in data.load_issues(folder / "data") if one.check == "high loss"]
+    audit = list_losses(recipe, folder / "data", summary, found)  # type: ignore[arg-type]  # a fake
+    return audit, [one.model_dump() for one in stage.load_issues(folder / "data") if one.check == "high loss"]
 
 
 def counts(count: int, **high: float) -> np.ndarray:
@@ -48,7 +43,7 @@ def counts(count: int, **high: float) -> np.ndarray:
 
 
 def test_highest_losses_of_each_split_are_listed_with_what_is_usual(tmp_path: Path) -> None:
-    recipe, summary = prepared(tmp_path, CLEAN)
+    recipe, summary = looked_at(tmp_path, CLEAN)
     sizes = {split: summary.splits[split].rows for split in ("train", "eval")}
     audit, issues = listed(
         tmp_path, recipe, summary, train=counts(sizes["train"], p3=4.0, p7=5.0), eval=counts(sizes["eval"], p1=9.0)
@@ -71,17 +66,17 @@ def test_highest_losses_of_each_split_are_listed_with_what_is_usual(tmp_path: Pa
 
 
 def test_another_audit_of_the_same_rows_keeps_the_list(tmp_path: Path) -> None:
-    recipe, summary = prepared(tmp_path, [CLEAN[0], *CLEAN])
+    recipe, summary = looked_at(tmp_path, [CLEAN[0], *CLEAN])
     _, issues = listed(tmp_path, recipe, summary, train=counts(summary.splits["train"].rows, p3=4.0))
-    folder, module = tmp_path / "data", task_named(recipe.task)
-    found = data.audit(recipe, folder, summary, module, lambda: "asked now", None, lambda done, total: None)
+    folder = tmp_path / "data"
+    found, _ = audited(tmp_path, summary, lambda: "asked now")
     assert found.not_run["label error"] == "asked now"
     assert found.checks[-1].check == "high loss"
-    assert [one.model_dump() for one in data.load_issues(folder) if one.check == "high loss"] == issues
+    assert [one.model_dump() for one in stage.load_issues(folder) if one.check == "high loss"] == issues
 
 
 def test_rows_that_were_decided_about_are_not_listed_again(tmp_path: Path) -> None:
-    recipe, summary = prepared(tmp_path, CLEAN)
+    recipe, summary = looked_at(tmp_path, CLEAN)
     row = row_id(load_texts(tmp_path / "data" / "train")[3])
     save_patch(tmp_path / "patch.jsonl", [RowDecision(row=row, remedy=Remedy(action="keep"))])
     patched = recipe.model_copy(
@@ -93,7 +88,7 @@ def test_rows_that_were_decided_about_are_not_listed_again(tmp_path: Path) -> No
 
 
 def test_second_of_two_equal_rows_is_told_apart(tmp_path: Path) -> None:
-    recipe, summary = prepared(tmp_path, [CLEAN[0], *CLEAN])
+    recipe, summary = looked_at(tmp_path, [CLEAN[0], *CLEAN])
     for split in ("train", "eval"):
         rows = [row_id(row) for row in load_texts(tmp_path / "data" / split)]
         again = [at for at, row in enumerate(rows) if row in rows[:at]]
@@ -107,7 +102,7 @@ def test_second_of_two_equal_rows_is_told_apart(tmp_path: Path) -> None:
 
 def test_row_that_gave_several_examples_has_their_mean_by_token(tmp_path: Path) -> None:
     rows = [{"text": f"text {at}: " + "many words of a long text, " * (40 if at == 5 else 1)} for at in range(40)]
-    recipe, summary = prepared(tmp_path, rows, "causal-lm", packing=False)
+    recipe, summary = looked_at(tmp_path, rows, "causal-lm", packing=False)
     folder = tmp_path / "data" / "train"
     places = [str(row[PLACE]) for row in load_texts(folder)]
     long = next((one for one in places if places.count(one) > 1), None)

@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fulltune.probe.label_errors import MOST_OUTSIDE, out_of_fold
+from fulltune.audit.labels import MOST_OUTSIDE, out_of_fold, suspected_parts, word_shapes
 from fulltune.probe.layers import NoProbe
 from fulltune.probe.linear import Items
-from fulltune.probe.part_errors import suspected_parts, word_shapes
 
 WIDTH, WORDS = 16, 8
 

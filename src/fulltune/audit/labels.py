@@ -1,13 +1,15 @@
-"""Rows whose label is probably wrong, by linear classifiers on the untouched model; and how far that can be trusted.
+"""Labels that are probably wrong, by linear classifiers on the untouched model (docs/data.md: how far to trust them).
 
-How that is found out, by wrong labels that are put in on purpose, is told in docs/data.md. In a second round the rows
-that the first one suspects are left out of what the classifiers learn from (confident learning: Northcutt et al. 2021,
-arXiv 1911.00068). A row's *margin* is the probability of its label less that of the likeliest other one.
+Each label is judged by classifiers that did not see its row; its *margin* is its probability less that of the likeliest
+other one. Rows with one label each are judged in two rounds (confident learning: Northcutt et al. 2021, arXiv
+1911.00068). Of words and of several labels errors of one kind alone are claimed, since the classifiers err in one
+direction far more than in the other: an entity that was missed, and a label too many.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +17,6 @@ import numpy as np
 from fulltune.probe.layers import NoProbe
 from fulltune.probe.linear import FOLDS, MIDDLE, Items, fits
 
-JUDGED = ("single_label", "tags", "multi_label")
-"""Problems whose labels are judged: here, and in `part_errors`."""
 PRECISION = 0.75
 """Wanted of the suspects; on rows with known errors it was about that (docs/log.md)."""
 PLANTED_SHARE, PLANTED, MOST_REPEATED = 0.05, 200, 5
@@ -30,6 +30,13 @@ MOST_OUTSIDE = 5_000
 """Words with the tag O that a classifier is fitted on."""
 DOUBT = -0.5
 """Rows with a smaller margin are doubtful, and shown to be reviewed."""
+NOT_TOLD_APART = "the untouched model's features do not tell the classes apart"
+STRENGTH = 4.0
+SURE_PARTS = (0.1, 0.25)
+"""As `SURE`, but fewer: right labels of parts lie where half of the planted errors do."""
+MOST_WORDS, MOST_DECISIONS = 100_000, 400_000
+"""That are judged: words, and labels times rows; of more, those of rows drawn at random."""
+LEAST_ENTITIES = 50
 
 
 @dataclass(frozen=True)
@@ -73,14 +80,7 @@ class Suspected:
 
 
 def suspected(items: Items) -> Suspected:
-    """Judge the label of each row.
-
-    Args:
-        items: Single labels, one item a row.
-
-    Raises:
-        NoProbe: When there are too few rows, or nothing can be fitted.
-    """
+    """Judge the label of each row; raises `NoProbe` when there are too few rows, or nothing can be fitted."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < LEAST_ROWS or np.count_nonzero(counts >= LEAST_OF_A_CLASS) < 2:
@@ -93,7 +93,7 @@ def suspected(items: Items) -> Suspected:
     planted = _planted(items, found, margins)
     chance = float(((counts / len(labels)) ** 2).sum())
     if not len(planted) or (margins > 0).mean() < chance + 2 * math.sqrt(chance / len(labels)):
-        raise NoProbe("the untouched model's features do not tell the classes apart")
+        raise NoProbe(NOT_TOLD_APART)
     cut, recall, precision, wrong = calibrated(margins, planted)
     return Suspected(margins, other, cut, len(planted), recall, precision, wrong)
 
@@ -101,16 +101,8 @@ def suspected(items: Items) -> Suspected:
 def calibrated(
     margins: np.ndarray, planted: np.ndarray, sure: tuple[float, ...] = SURE
 ) -> tuple[float, float, float, float]:
-    """Where to cut, by the margins of rows and of planted errors.
-
-    Args:
-        margins: Of the rows as they are.
-        planted: Of the planted errors.
-        sure: Shares of these below margins below which right labels hardly lie.
-
-    Returns:
-        The margin, the recall and the estimated precision below it, and the estimated number of errors.
-    """
+    """Where to cut, by the margins of rows and of planted errors: the margin, recall and precision below it, and the
+    estimated number of errors."""
     margins, planted = np.sort(margins), np.sort(planted)
     wrong = max(_at_least(margins, planted, share) for share in sure)
     cuts = np.linspace(float(np.quantile(planted, sure[0])), min(0.0, float(planted[-1])), 50)[::-1]
@@ -162,19 +154,12 @@ def _in_two_rounds(items: Items) -> np.ndarray:
     first = out_of_fold(items, np.ones(len(items.labels), bool), 0)
     other = _confidently_other(first, items.labels.astype(np.int64))
     if other.mean() > MOST_OTHER:
-        raise NoProbe("the untouched model's features do not tell the classes apart")
+        raise NoProbe(NOT_TOLD_APART)
     return out_of_fold(items, ~other, 1)
 
 
 def out_of_fold(items: Items, learned: np.ndarray, seed: int, strength: float = MIDDLE) -> np.ndarray:
-    """Probabilities by classifiers that did not see the row: float64 [items, outputs].
-
-    Args:
-        items: All of them.
-        learned: Which ones may be learned from: bool [items].
-        seed: Says which rows are left out together.
-        strength: As for `fits`.
-    """
+    """Probabilities by classifiers that did not see the row, of the `learned` ones: float64 [items, outputs]."""
     _, row = np.unique(items.rows, return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(row.max() + 1) % FOLDS)[row]
     found = np.zeros((len(items.rows), items.num_outputs))
@@ -221,3 +206,106 @@ def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
     others[rows, labels] = -1.0
     other = others.argmax(axis=1)
     return probabilities[rows, labels] - others[rows, other], other
+
+
+# ---- words with tags, rows with several labels --------------------------------------------------------------------
+
+
+def suspected_parts(items: Items) -> Suspected:
+    """Judge each word's tag (the first one is O), or each label that a row has or lacks; raises as `suspected`."""
+    is_tags = items.kind == "tags"
+    if not is_tags and LEAST_ROWS * items.num_outputs > MOST_DECISIONS:
+        raise NoProbe(f"{items.num_outputs:,} labels are too many to judge each of them")
+    items = items.sampled(MOST_WORDS if is_tags else MOST_DECISIONS // items.num_outputs)
+    _refuse_parts(items)
+    margins, other = _part_margins(items)
+    rows = items.rows if is_tags else np.repeat(items.rows, items.num_outputs)
+    given = items.labels.ravel() > 0
+    claimed = ~given if is_tags else given
+    planted = _planted_parts(items, rows)
+    if np.quantile(planted, SURE_PARTS[0]) >= 0:  # hardly one is noticed
+        raise NoProbe(NOT_TOLD_APART)
+    _, row = np.unique(rows, return_inverse=True)
+    worst = np.ones(row.max() + 1)
+    np.minimum.at(worst, row[claimed], margins[claimed])
+    below, recall, precision, wrong = calibrated(_spread(worst), _spread(planted), SURE_PARTS)
+    if wrong > MOST_OTHER * len(worst):
+        raise NoProbe(NOT_TOLD_APART)
+    cut = np.where(claimed, math.tanh(below), -math.inf)
+    if is_tags:  # all of an entity, also those of its words that are less sure
+        runs = _runs((margins < 0) & claimed, rows)
+        cut[(runs >= 0) & np.isin(runs, runs[margins < cut])] = 0.0
+    return Suspected(
+        *(margins, other, cut, len(planted), recall, precision, wrong),
+        doubt=np.where(given, -math.inf, DOUBT),
+        rows=rows,
+        places=np.arange(len(rows)) - np.searchsorted(rows, rows),
+    )
+
+
+def word_shapes(words: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    """How each word is written, and its neighbours, of which a model without capitals sees nothing: [words, 21]."""
+    shapes = (
+        lambda word: word[:1].isupper(),
+        str.isupper,
+        str.islower,
+        lambda word: any(map(str.isdigit, word)),
+        lambda word: word[:1] == "@",
+        lambda word: word[:1] == "#",
+    )
+    own = np.array([[shape(word) for shape in shapes] for word in words], np.float32)
+    same = rows[1:] == rows[:-1]
+    own = np.column_stack([own, np.append(True, ~same)])  # sentences begin with a capital
+    before, after = np.zeros_like(own), np.zeros_like(own)
+    before[1:][same], after[:-1][same] = own[:-1][same], own[1:][same]
+    return np.concatenate([own, before, after], axis=1)
+
+
+def _refuse_parts(items: Items) -> None:
+    num_rows = len(np.unique(items.rows))
+    if num_rows < LEAST_ROWS:
+        raise NoProbe(f"labels cannot be judged by {num_rows:,} rows: that takes at least {LEAST_ROWS}")
+    if items.kind == "tags" and (entities := int(_runs(items.labels > 0, items.rows).max() + 1)) < LEAST_ENTITIES:
+        raise NoProbe(f"tags cannot be judged by {entities:,} entities: that takes at least {LEAST_ENTITIES}")
+
+
+def _part_margins(items: Items) -> tuple[np.ndarray, np.ndarray]:
+    """Of each word, or of each row's each label, and what is likelier: float64 and int64 [items]."""
+    chances = out_of_fold(items, np.ones(len(items.rows), bool), 0, STRENGTH)
+    if items.kind == "tags":
+        return margins_of(chances, items.labels)
+    has = items.labels.ravel() > 0
+    return np.where(has, 1, -1) * (2 * chances.ravel() - 1), (~has).astype(np.int64)
+
+
+def _planted_parts(items: Items, rows: np.ndarray) -> np.ndarray:
+    """The margins of errors that were put in, each by its worst item."""
+    is_tags, found = items.kind == "tags", list[float]()
+    entity = _runs(items.labels.ravel() > 0, rows) if is_tags else np.zeros(0)
+    count, times = planted_at_a_time(int(entity.max()) + 1 if is_tags else len(items.rows))
+    for seed in range(times):
+        drawn, labels = np.random.default_rng(seed), items.labels.copy()
+        if is_tags:  # of entities side by side all are missed
+            changed = [np.flatnonzero(entity == one) for one in drawn.choice(entity.max() + 1, count, replace=False)]
+        else:
+            lacking = np.flatnonzero((labels == 0).any(axis=1))
+            few = drawn.choice(lacking, min(count, len(lacking)), replace=False)
+            changed = [
+                np.array([row * labels.shape[1] + drawn.choice(np.flatnonzero(labels[row] == 0))]) for row in few
+            ]
+        labels.flat[np.concatenate(changed)] = 0 if is_tags else 1
+        margins, _ = _part_margins(replace(items, labels=labels))
+        found += [float(margins[them].min()) for them in changed]
+    return np.array(found)
+
+
+def _spread(margins: np.ndarray) -> np.ndarray:
+    """Those near 1 and -1 drawn apart: of a rare label nearly all are there."""
+    return np.arctanh(np.clip(margins, -1 + 1e-9, 1 - 1e-9))
+
+
+def _runs(chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """To which run of neighbours in a row each chosen item belongs, from 0; -1: it is not chosen."""
+    goes_on = chosen[1:] & chosen[:-1] & (rows[1:] == rows[:-1])
+    begins = chosen & ~np.append(False, goes_on)
+    return np.where(chosen, np.cumsum(begins) - 1, -1)

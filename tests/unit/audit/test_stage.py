@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from fulltune import data
-from fulltune.data.audit import load_issues
+from fulltune.audit import stage
+from fulltune.audit.labels import Suspected
+from fulltune.audit.stage import load_issues
+from fulltune.audit.untouched import FarRows, Reader
 from fulltune.data.near import grams, jaccard
-from fulltune.data.outliers import FarRows, Outlier
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import load_texts, row_id
-from fulltune.probe.label_errors import Suspected
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
@@ -55,9 +56,11 @@ def audited(
 ) -> tuple[Audit, dict[str, list[RowIssue]]]:
     """The audit, and its issues by check."""
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
-    found = data.audit(
-        recipe, folder / "data", summary, task_named(recipe.task), judge, outlie, lambda done, total: None
-    )
+    reader = Reader(recipe, None, summary, folder / "data", lambda event: None)  # type: ignore[arg-type]  # reads nothing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "judge", lambda reader: judge() if judge else "not asked")
+        patch.setattr(stage, "outliers", lambda reader, keys: outlie(keys) if outlie else "not asked")
+        found = stage.audit(reader, judge is not None or outlie is not None)
     issues: dict[str, list[RowIssue]] = {}
     for one in load_issues(folder / "data"):
         issues.setdefault(one.check, []).append(one)
@@ -142,7 +145,7 @@ def test_outliers_of_each_split_are_listed_the_farthest_first(tmp_path: Path) ->
 
     def outlie(keys: Any) -> FarRows:
         asked.append(keys)
-        return FarRows((Outlier("train", 2, 0.6), Outlier("train", 5, 0.81234), Outlier("test", 1, 0.7)), 0.3, 4)
+        return FarRows({"train": {2: 0.6, 5: 0.81234}, "test": {1: 0.7}}, 0.3, 4)
 
     found, issues = audited(tmp_path, summary, outlie=outlie)
     train, test = (load_texts(tmp_path / "data" / split) for split in ("train", "test"))
@@ -216,8 +219,7 @@ def test_suspected_words_are_named_and_their_row_gets_a_whole_list_of_tags(tmp_p
     assert found.labels is not None
     assert (found.labels.parts, found.labels.suspects, found.labels.doubtful) == ("words", 1, 1)
     # As a patch it gives a row that is read as before.
-    decision = RowDecision(row=error.row, remedy=error.remedy, source=error.source)
-    save_patch(tmp_path / "patch.jsonl", [decision])
+    save_patch(tmp_path / "patch.jsonl", [error.decided(error.remedy)])
     (tmp_path / "again").mkdir()
     prepared(tmp_path / "again", rows, "token-classification", patch=str(tmp_path / "patch.jsonl"))
     again = [row for split in ("train", "eval", "test") for row in load_texts(tmp_path / "again" / "data" / split)]
@@ -402,7 +404,7 @@ def test_patch_that_does_not_fit_is_refused(tmp_path: Path, write: Callable[[Pat
 
 def test_last_decision_about_a_row_counts(tmp_path: Path) -> None:
     first = decide(CLEAN[0], "drop")
-    save_patch(tmp_path / "p.jsonl", [first, replace_remedy(first, "keep")])
+    save_patch(tmp_path / "p.jsonl", [first, decide(CLEAN[0], "keep")])
     assert load_patch(tmp_path / "p.jsonl")[first.key].remedy.action == "keep"
 
 
@@ -435,10 +437,6 @@ def test_answers_of_a_conversation_are_checked_as_answers(tmp_path: Path) -> Non
     assert [one.place.rpartition(":")[2] for one in issues["refusal"]] == ["10"]
 
 
-def replace_remedy(one: RowDecision, action: str) -> RowDecision:
-    return one.model_copy(update={"remedy": Remedy.model_validate({"action": action})})
-
-
 def test_each_run_is_told_what_the_cheap_checks_found(tmp_path: Path) -> None:
     rows = [*CLEAN, {**CLEAN[0], "text": "the schÃ¶ne cafÃ© &amp; bar"}, {**CLEAN[1], "text": "see &lt;here&gt; now"}]
     [note] = [one for one in prepared(tmp_path, rows).notes if "look wrong" in one]
@@ -451,7 +449,7 @@ def test_patch_keeps_texts_with_every_sign_that_ends_a_line(tmp_path: Path) -> N
     row = {"text": "first\u2028second\u2029third\x85fourth <p>hello</p>", "label": CLEAN[0]["label"]}
     _, issues = audited(tmp_path, prepared(tmp_path, [*CLEAN, row]))
     [issue] = issues["control characters"]
-    decision = RowDecision(row=issue.row, remedy=Remedy(action="replace", column="text", value=row["text"] + "!"))
+    decision = issue.decided(Remedy(action="replace", column="text", value=row["text"] + "!"))
     save_patch(tmp_path / "p.jsonl", [decision])
     assert load_patch(tmp_path / "p.jsonl") == {decision.key: decision}
 
@@ -471,7 +469,7 @@ def test_audit_is_made_anew_when_an_extra_was_installed(tmp_path: Path, monkeypa
     seconds = (tmp_path / "data" / "audit.json").stat().st_mtime_ns
     assert audited(tmp_path, summary)[0] == first
     assert (tmp_path / "data" / "audit.json").stat().st_mtime_ns == seconds
-    monkeypatch.setattr(importlib.import_module("fulltune.data.audit"), "absent", lambda: ("audit", "languages"))
+    monkeypatch.setattr(importlib.import_module("fulltune.audit.stage"), "absent", lambda: ("audit", "languages"))
     again, _ = audited(tmp_path, summary)
     assert again.absent == ("audit", "languages") != first.absent
 
@@ -503,15 +501,11 @@ def test_rows_of_classes_that_may_be_one_are_proposed_the_most_frequent_name(tmp
     _, issues = audited(tmp_path, summary)
     assert sorted(one.place.rpartition(":")[2] for one in issues["class names"]) == sorted(other)
     assert {one.remedy.value for one in issues["class names"]} == {row["label"] for row in CLEAN}
-    save_patch(tmp_path / "p.jsonl", [_as_proposed(one) for one in issues["class names"]])
+    save_patch(tmp_path / "p.jsonl", [one.decided(one.remedy) for one in issues["class names"]])
     (tmp_path / "again").mkdir()
     joined = prepared(tmp_path / "again", rows, patch=str(tmp_path / "p.jsonl"))
     assert set(joined.labels) == {row["label"] for row in CLEAN}
     assert audited(tmp_path / "again", joined)[1] == {}
-
-
-def _as_proposed(one: RowIssue) -> RowDecision:
-    return RowDecision(row=one.row, remedy=one.remedy, source=one.source)
 
 
 def test_reason_of_a_dropped_row_quotes_no_part_of_a_secret(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.data.outliers import LEAST_TEXTS, MOST_FAR, NEIGHBOURS, SPREADS, FarRows, far_out, nearest, outliers
+from fulltune.audit.untouched import LEAST_TEXTS, MOST_FAR, NEIGHBOURS, SPREADS, FarRows, far_out, nearest, outliers
 from fulltune.probe.layers import NoProbe
 
 HIDDEN = 32
@@ -45,7 +45,7 @@ def read(keys: dict[str, np.ndarray] | None = None, drawn: Any = None, **states:
 
 def places(found: FarRows | str) -> list[tuple[str, int]]:
     assert isinstance(found, FarRows), found
-    return [(one.split, one.position) for one in found.found]
+    return [(split, position) for split, distances in found.distances.items() for position in distances]
 
 
 def test_nothing_is_listed_where_no_row_is_far() -> None:
@@ -59,7 +59,7 @@ def test_planted_rows_are_found_and_no_others() -> None:
     found = read(train=train)
     assert places(found) == [("train", 7), ("train", 100), ("train", 399)]
     assert isinstance(found, FarRows)
-    assert min(one.distance for one in found.found) > 1.5 * found.usual
+    assert min(found.distances["train"].values()) > 1.5 * found.usual
 
 
 def test_copies_of_an_odd_row_do_not_hide_it() -> None:
