@@ -57,7 +57,7 @@ def escaped(text: str) -> str:
     return text.replace("](", "]\\(")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
     """A Markdown table whose columns line up; those of `numeric` are aligned to the right."""
     cells = [[escaped(text) for text in row] for row in (header, *rows)]
     widths = [max(3, *(_columns(row[index]) for row in cells)) for index in range(len(header))]
@@ -69,7 +69,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozens
     return "\n".join(lines)
 
 
-def fenced(text: str, language: str = "") -> str:
+def _fenced(text: str, language: str = "") -> str:
     """A code block whose fence is longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -86,7 +86,7 @@ def _block(block: Block) -> Iterator[str]:
             yield from (*(f"- {escaped(name)}: {escaped(value)}" for name, value in block.rows), "")
         case Table():
             yield from (f"{escaped(block.caption)}:", "") if block.caption else ()
-            yield table(block.header, [[_cell(cell) for cell in row] for row in block.rows], block.numeric)
+            yield _table(block.header, [[_cell(cell) for cell in row] for row in block.rows], block.numeric)
             yield ""
         case Figures(drawn_only=True):
             return
@@ -95,18 +95,18 @@ def _block(block: Block) -> Iterator[str]:
             if block.file:
                 yield from (f"![{escaped(listed([figure.title for figure in block.items]))}]({block.file})", "")
         case Code():
-            yield from (fenced(block.text, block.language), "")
+            yield from (_fenced(block.text, block.language), "")
         case Previews():
             if block.some_trained:
                 yield from ("Trained tokens stand between ⟦ and ⟧.", "")
             for segments, label in block.items:
-                yield from (fenced(_segments(segments)), "")
+                yield from (_fenced(_segments(segments)), "")
                 if label is not None:
                     yield from (f"{block.target}: {escaped(label)}", "")
         case Exchanges():
             for exchange in block.items:
                 parts = [exchange.asked, *(f"[{who}]\n{what}" for who, what in exchange.said)]
-                yield from (fenced("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
+                yield from (_fenced("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
         case Folded():
             yield from (f"### {escaped(block.title)}", "")
             for inner in block.blocks:

@@ -282,20 +282,21 @@ def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
 
 def calibration(view: RunView) -> Section | None:
     """How far the probabilities can be believed."""
+    return unless_empty("Calibration", _of_each(view, calibration_of))
 
-    def shown(row: Scores) -> list[Block]:
-        found = row.calibration
-        if found is None:
-            return []
-        error = ("expected calibration error", format_number(found.expected_calibration_error))
-        facts = [("temperature", "1, not fitted"), error]
-        if not found.note:
-            scaled = format_number(found.expected_calibration_error_scaled)
-            facts = [("temperature, fitted on the eval rows", format_number(found.temperature)), error]
-            facts.append(("after dividing the logits by the temperature", scaled))
-        return [Facts(tuple(facts)), Paragraph(calibration_in_words(found))]
 
-    return unless_empty("Calibration", _of_each(view, shown))
+def calibration_of(row: Scores) -> list[Block]:
+    """The fitted temperature, the calibration error before and after, and what they say; empty: not known."""
+    found = row.calibration
+    if found is None:
+        return []
+    error = ("expected calibration error", format_number(found.expected_calibration_error))
+    facts = [("temperature", "1, not fitted"), error]
+    if not found.note:
+        scaled = format_number(found.expected_calibration_error_scaled)
+        facts = [("temperature, fitted on the eval rows", format_number(found.temperature)), error]
+        facts.append(("after dividing the logits by the temperature", scaled))
+    return [Facts(tuple(facts)), Paragraph(calibration_in_words(found))]
 
 
 def calibration_in_words(found: Calibration) -> str:

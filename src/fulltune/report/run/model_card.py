@@ -13,9 +13,10 @@ from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.report.format import words
-from fulltune.report.format.markdown import escaped, fenced, table
+from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Row, Section, Table, unless_empty
+from fulltune.report.format.markdown import escaped, section_in_markdown
 from fulltune.report.run.about_data import has_images, row_words
-from fulltune.report.run.about_scores import about_answers, calibration_in_words
+from fulltune.report.run.about_scores import about_answers, calibration_of
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import OF_ANSWERS, judge
 from fulltune.text import counted, format_metric, format_number, format_share
@@ -34,33 +35,30 @@ def model_card(view: RunView, model_folder: Path) -> str:
     trained = "all parameters fine-tuned"
     if plan and plan.num_frozen_parameters:
         trained = f"{plan.num_trainable_parameters:,} parameters trained ({escaped(plan.method)})"
-    parts = [
-        _front_matter(view, scores),
-        f"# {escaped(view.name)}",
-        f"{escaped(words.file_name(view.model))} with {trained} by fulltune, for {view.task}.",
-        *_data(view),
-        *_metrics(view, scores),
-        *(_training(view, plan) if plan else ()),
-        *_versions(view),
-        "## How to load",
-        *_loading(view, plan, model_folder),
-    ]
-    return "\n\n".join(parts) + "\n"
+    sections = (
+        _data(view),
+        _metrics(view, scores),
+        _training(view, plan),
+        _versions(view),
+        unless_empty("How to load", _loading(view, plan, model_folder)),
+    )
+    lead = f"{escaped(words.file_name(view.model))} with {trained} by fulltune, for {view.task}."
+    head = f"{_front_matter(view, scores)}\n\n# {escaped(view.name)}\n\n{lead}\n\n"
+    return head + "\n".join(section_in_markdown(one, "##") for one in sections if one is not None)
 
 
 def merged_card(text: str, name: str, task: str) -> str:
     """Write the card of a merged model: that of what was trained, with how a whole model is loaded."""
     what = "What was trained is merged into the pretrained model's own weights. " + HOW_TO_LOAD["full"]
-    section = f"## How to load\n\n{what}\n\n{fenced(loading_code(name, task, None), 'python')}\n\n"
+    blocks = (Paragraph(what), Code(loading_code(name, task, None), "python"))
+    section = section_in_markdown(Section("load", "How to load", blocks), "##") + "\n"
     return _LOADING.sub(lambda _: section, text or _BARE).rstrip() + "\n"
 
 
-def _loading(view: RunView, plan: Plan | None, model_folder: Path) -> list[str]:
-    said = [view.summary.form.how_to_ask if view.summary else ""]
-    said.append(how_to_load(plan) if method_kind(plan) != "full" else "")
-    if code := loading_code_of(model_folder.name, view.task, view.summary, plan, view.model):
-        said.append(fenced(code, "python"))
-    return [part for part in said if part]
+def _loading(view: RunView, plan: Plan | None, model_folder: Path) -> list[Block]:
+    said = [view.summary.form.how_to_ask if view.summary else "", how_to_load(plan)]
+    code = loading_code_of(model_folder.name, view.task, view.summary, plan, view.model)
+    return [*(Paragraph(one) for one in said if one), *[Code(code, "python")] * bool(code)]
 
 
 def _base_model(view: RunView) -> str | None:
@@ -120,59 +118,52 @@ def _source(view: RunView, split: Literal["train", "eval", "test"]) -> str:
     return re.sub(r"\S*[\\/](?=\S)", "", found)
 
 
-def _data(view: RunView) -> list[str]:
+def _data(view: RunView) -> Section | None:
     summary = view.summary
     if summary is None:
-        return []
-    rows: list[tuple[str, ...]] = [
+        return None
+    rows: list[Row] = [
         (split, f"{found.rows:,}", f"{found.tokens:,}", _source(view, split)) for split, found in summary.splits.items()
     ]
     rows += [
         (f"mixed in, weight {one.weight:g}", f"{one.counts.rows:,}", f"{one.counts.tokens:,}", f"file {one.where}")
         for one in summary.mixed
     ]
-    parts = ["## Data", table(("split", "rows", "tokens", "where from"), rows, frozenset({1, 2}))]
+    blocks: list[Block] = [Table("", ("split", "rows", "tokens", "where from"), tuple(rows), frozenset({1, 2}))]
     if not has_images(summary):
-        parts.append(f"{row_words(summary).longest.capitalize()}: {counted(summary.max_length, 'token')}.")
+        longest = f"{row_words(summary).longest.capitalize()}: {counted(summary.max_length, 'token')}."
+        blocks.append(Paragraph(longest))
     if summary.labels:
-        labels = ", ".join(words.named(label) for label in summary.labels)
-        parts.append(f"{counted(len(summary.labels), 'label')}: {escaped(words.clipped(labels, 2000))}")
-    return parts
+        labels = words.clipped(", ".join(words.named(label) for label in summary.labels), 2000)
+        blocks.append(Paragraph(f"{counted(len(summary.labels), 'label')}: {labels}"))
+    return unless_empty("Data", blocks)
 
 
-def _metrics(view: RunView, scores: Scores | None) -> list[str]:
+def _metrics(view: RunView, scores: Scores | None) -> Section:
     if scores is None:
-        return ["## Metrics", "This model was not scored on test rows."]
+        return Section("metrics", "Metrics", (Paragraph("This model was not scored on test rows."),))
     rows = []
     for name, found in scores.metrics.items():
         of = found.rows or (len(scores.answers) if name in OF_ANSWERS else scores.rows)
         value, interval = format_metric(name, found.value), words.interval(name, found)
         rows.append((words.metric_name(name), value, interval, f"{of:,}"))
-    level = f"{100 * scores.confidence:g}% interval"
-    untrained = [row for row in view.scores if row.kind != "trained"]
-    parts = [
-        "## Metrics",
-        f"On {counted(scores.rows, 'test row')}, which were never used for choosing:",
-        table(("metric", "value", level, "test rows"), rows, frozenset({1, 2, 3})),
-        *((about_answers(scores),) if 0 < len(scores.answers) < scores.rows else ()),
-        escaped(judge([scores, *untrained]).sentence),
-    ]
-    if fitted := scores.calibration:
-        error = format_number(fitted.expected_calibration_error)
-        divide = ""
-        if not fitted.note:
-            divide = f"divide the logits by {format_number(fitted.temperature)} (fitted on the eval rows). "
-            error = f"{error} before, {format_number(fitted.expected_calibration_error_scaled)} after"
-        parts.append(f"Calibration: {divide}{calibration_in_words(fitted)} Expected calibration error: {error}.")
-    return parts
+    caption = f"On {counted(scores.rows, 'test row')}, which were never used for choosing"
+    header = ("metric", "value", f"{100 * scores.confidence:g}% interval", "test rows")
+    drawn = [Paragraph(about_answers(scores))] if 0 < len(scores.answers) < scores.rows else []
+    verdict = judge([scores, *(row for row in view.scores if row.kind != "trained")]).sentence
+    table = Table(caption, header, tuple(rows), frozenset({1, 2, 3}))
+    return Section("metrics", "Metrics", (table, *drawn, Paragraph(verdict), *calibration_of(scores)))
 
 
-def _training(view: RunView, plan: Plan) -> list[str]:
-    facts: list[tuple[str, str]] = [
+def _training(view: RunView, plan: Plan | None) -> Section | None:
+    if plan is None:
+        return None
+    head_rate = plan.head_learning_rate
+    facts = [
         ("method", plan.method),
         ("trained parameters", f"{plan.num_trainable_parameters:,} of {plan.num_parameters:,}"),
         ("learning rate", format_number(plan.learning_rate)),
-        *_head_rate(plan),
+        *([] if head_rate is None else [("learning rate of the head", format_number(head_rate))]),
         ("layerwise learning rate decay", format_number(plan.layerwise_lr_decay)),
         ("schedule", f"{plan.lr_scheduler_type}, {counted(plan.warmup_steps, 'warm-up step')}"),
         ("epochs", format_number(plan.num_train_epochs)),
@@ -188,21 +179,15 @@ def _training(view: RunView, plan: Plan) -> list[str]:
             facts.append(("weights kept from step", f"{outcome.best_step:,}{why}"))
         if outcome.moved:
             facts.append(("parameter values that moved", format_share(outcome.moved.share)))
-    return ["## Training", table(("setting", "value"), facts)]
+    return unless_empty("Training", [Facts(tuple(facts))])
 
 
-def _head_rate(plan: Plan) -> list[tuple[str, str]]:
-    rate = plan.head_learning_rate
-    return [] if rate is None else [("learning rate of the head", format_number(rate))]
-
-
-def _versions(view: RunView) -> list[str]:
+def _versions(view: RunView) -> Section | None:
     found = view.environment
     if found is None:
-        return []
+        return None
     packages = [(name, found.packages[name]) for name in _PACKAGES if name in found.packages]
-    rows = [("fulltune", found.fulltune), ("Python", found.python), *packages]
-    return ["## Versions", table(("package", "version"), rows)]
+    return unless_empty("Versions", [Facts((("fulltune", found.fulltune), ("Python", found.python), *packages))])
 
 
 ONLY_OURS = ("head", "adapter")
