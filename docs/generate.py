@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from fulltune.plan import defaults
 from fulltune.recipe.block import Block
-from fulltune.recipe.elsewhere import PINNED
+from fulltune.recipe.elsewhere import pinned
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import BaseMethod
 from fulltune.recipe.tasks import FACTS, FORMS, TaskName
@@ -241,7 +241,7 @@ def _metrics() -> Iterable[str]:
 def _pinned() -> Iterable[str]:
     yield "## Fields that `train.extra` refuses\n"
     yield "Every other field of `transformers.TrainingArguments` is passed on. These are set by fulltune:\n"
-    yield from (_item(f"- `{name}`: {why}") for name, why in PINNED.items())
+    yield from (_item(f"- `{name}`: {why}") for name, why in pinned().items())
 
 
 if __name__ == "__main__":

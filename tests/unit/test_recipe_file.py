@@ -246,6 +246,6 @@ def test_answers_name_settings_that_exist() -> None:
         *Recipe.model_fields,
         *(f"{block}.{name}" for block in Recipe.model_fields for name in recipe_file._fields((block,))),
     }
-    for said in recipe_elsewhere.ELSEWHERE.values():
+    for said in recipe_elsewhere.answers().values():
         for name in re.findall(r"(?<![\w.])(?:model|data|method|train|evaluate|compare)\.[a-z_0-9]+", said):
             assert name in known, said

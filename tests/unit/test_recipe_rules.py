@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 
 from fulltune.errors import RecipeError
+from fulltune.recipe import elsewhere
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -202,9 +203,9 @@ def test_names_of_transformers_are_those_that_it_has() -> None:
     from transformers.training_args import OptimizerNames
 
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    assert set(recipe_rules.training_arguments()) == fields
-    assert recipe_rules.optimizers() == sorted(name.value for name in OptimizerNames)
-    assert recipe_rules.trackers() == sorted(INTEGRATION_TO_CALLBACK)
+    assert set(elsewhere.training_arguments()) == fields
+    assert elsewhere.optimizers() == sorted(name.value for name in OptimizerNames)
+    assert elsewhere.trackers() == sorted(INTEGRATION_TO_CALLBACK)
 
 
 def test_extra_values_that_transformers_takes_are_let_through_as_it_takes_them() -> None:

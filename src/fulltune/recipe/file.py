@@ -234,13 +234,13 @@ def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
     elsewhere = [other for other in _blocks() if name in _fields((other,)) and (other,) != block]
     if elsewhere:
         return f"did you mean '{elsewhere[0]}.{name}'?"
-    if name in recipe_rules.training_arguments():
+    if name in recipe_elsewhere.training_arguments():
         return f"write train.extra.{name}"
     known = sorted(_fields(block, values))
     if hint := did_you_mean(name, known):
         return hint
-    if near := near_names(name.lower(), recipe_elsewhere.ELSEWHERE, cutoff=0.85):
-        return recipe_elsewhere.ELSEWHERE[near[0]]
+    if near := near_names(name.lower(), recipe_elsewhere.answers(), cutoff=0.85):
+        return recipe_elsewhere.answers()[near[0]]
     return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/recipe.md lists those that are known"
 
 

@@ -1,21 +1,16 @@
 """What a recipe alone shows to be impossible: settings that its task does not read, names that transformers does not
 know, pairs that do not go together.
 
-No torch, no transformers: the names that transformers knows are read from its source, which takes a tenth of
-the time that importing it takes. Refused together with what does not fit the fields' types, before anything is read.
+No torch, no transformers. Refused together with what does not fit the fields' types, before anything is read.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 from collections.abc import Iterable, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fulltune.errors import RecipeError
-from fulltune.recipe.elsewhere import PINNED, answer
+from fulltune.recipe.elsewhere import answer, optimizers, pinned, trackers, training_arguments
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
 from fulltune.recipe.preserve import AUTO, PreserveBlock
@@ -143,12 +138,12 @@ def _impossible_metric(recipe: Recipe) -> list[str]:
 def _unknown_fields(recipe: Recipe) -> list[str]:
     if not recipe.train.extra:
         return []
-    known = training_arguments()
+    known, refused = training_arguments(), pinned()
     own = set(type(recipe.train).model_fields)
     problems = []
     for name, value in recipe.train.extra.items():
-        if name in PINNED:
-            problems.append(f"train.extra.{name}: cannot be set here; {PINNED[name]}")
+        if name in refused:
+            problems.append(f"train.extra.{name}: cannot be set here; {refused[name]}")
         elif name in own:
             problems.append(f"train.extra.{name}: is a setting of its own; write it as train.{name}")
         elif name not in known:
@@ -325,44 +320,3 @@ def _whole_logits(recipe: Recipe) -> list[str]:
     if recipe.train.deepspeed_by:
         reasons.append(f"does not go with {recipe.train.deepspeed_by}, which shares out the head's weights")
     return reasons
-
-
-# ---- what transformers knows, without importing it -------------------------------------------------------------
-
-
-@cache
-def training_arguments() -> Mapping[str, str]:
-    """Fields of `transformers.TrainingArguments`, and their types as they are written there."""
-    body = _class("training_args.py", "TrainingArguments").body
-    fields = [line for line in body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
-    return {line.target.id: ast.unparse(line.annotation) for line in fields if isinstance(line.target, ast.Name)}
-
-
-@cache
-def optimizers() -> list[str]:
-    """Names of optimizers."""
-    body = _class("training_args.py", "OptimizerNames").body
-    values = [line.value for line in body if isinstance(line, ast.Assign)]
-    return sorted(value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str))
-
-
-@cache
-def trackers() -> list[str]:
-    """Names of trackers."""
-    for line in _parsed("integrations/integration_utils.py").body:
-        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "INTEGRATION_TO_CALLBACK":
-            keys = line.value.keys if isinstance(line.value, ast.Dict) else []
-            return sorted(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
-    raise LookupError("transformers has no INTEGRATION_TO_CALLBACK any more")
-
-
-@cache
-def _parsed(file: str) -> ast.Module:
-    spec = importlib.util.find_spec("transformers")
-    assert spec is not None, "it is installed with fulltune"
-    assert spec.submodule_search_locations is not None, "it is a package"
-    return ast.parse((Path(next(iter(spec.submodule_search_locations))) / file).read_text(encoding="utf-8"))
-
-
-def _class(file: str, name: str) -> ast.ClassDef:
-    return next(line for line in _parsed(file).body if isinstance(line, ast.ClassDef) and line.name == name)
