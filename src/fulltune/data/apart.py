@@ -101,15 +101,7 @@ def notes_on_known(
     sources: Mapping[SourceName, SourceRows],
     lost: list[Dropped],
 ) -> list[str]:
-    """Which rows that are trained on hold a text that must not be.
-
-    Args:
-        known: These texts.
-        train: The task's rows.
-        encoded: All sources, for those that are mixed in.
-        sources: Their names in words.
-        lost: Rows of these that are left out.
-    """
+    """Notes on trained rows that hold a text of `data.contamination`."""
     if known is None:
         return []
     remarks = [_on_known(known, train.source, train.source.holds_known & train.rows, train.num_rows, "train rows")]

@@ -18,14 +18,7 @@ from fulltune.records.data import SplitName
 
 
 def split_by_time(times: np.ndarray, sides: np.ndarray, wanted: Mapping[SplitName, int]) -> dict[SplitName, np.ndarray]:
-    """The rows of each split, bool [rows]: rows of equal times are on one side, and no group is on two.
-
-    Args:
-        times: Of each row.
-        sides: The group of each row.
-        wanted: Rows of the splits that are taken off train, the newest split first. About as many are taken, as whole
-            times, and fewer rather than more; none where no boundary leaves both sides a row.
-    """
+    """The rows of each split, bool [rows], the newest of `wanted` first; no time and no group is on two sides."""
     oldest = _oldest_of_group(times, sides)
     chosen: dict[SplitName, np.ndarray] = {}
     before = np.ones(len(times), bool)

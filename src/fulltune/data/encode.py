@@ -307,19 +307,8 @@ def encode(
     progress: Callable[[int], None],
     drop: Callable[[Dropped], None],
 ) -> Encoded:
-    """Tokenise a source into `folder`.
-
-    Args:
-        job: Task, target, tokenizer, limits.
-        rows: The source, read as it is consumed.
-        num_rows: How many there are: decides whether processes are worth starting.
-        folder: Where the arrow file is written.
-        progress: Called with the number of rows done so far.
-        drop: Called with each row, or part of one, that is dropped.
-
-    Raises:
-        SetupError: When a worker process was killed, most often because memory ran out.
-    """
+    """Tokenise a source into `folder`. Raises `SetupError` when a worker process was killed, most often because memory
+    ran out."""
     numbers: dict[str, list[np.ndarray]] = {column.name: [] for column in fields(RowNumbers)}
     names: dict[str, int] = {}
     label_numbers, label_ends = array("i"), array("q", [0])

@@ -12,13 +12,6 @@ def joined_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
 
     The number of rows of a single value is what was drawn for that value, whatever their texts: rows that are added to
     it, or to others, move none of them.
-
-    Args:
-        groups: A drawn number of each row; rows with equal texts, or near ones, share one.
-        values: A drawn number of each row's value.
-
-    Returns:
-        uint64 [rows].
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -41,11 +34,6 @@ def rarest_of_group(strata: np.ndarray, names: dict[str, int], sides: np.ndarray
     """Of each row the rarest class in its group, so that a group counts for what is hardest to share out: int64 [rows].
 
     Which of a group's rows stands first says nothing, and of equally rare classes the name decides.
-
-    Args:
-        strata: Number of each row's class in `names`, or -1.
-        names: The classes.
-        sides: The group of each row.
     """
     ranks = np.zeros(len(names) + 1, np.int64)
     counts = np.bincount(strata + 1, minlength=len(names) + 1)

@@ -8,15 +8,8 @@ import numpy as np
 
 
 def explained_by_class(lengths: Sequence[int] | np.ndarray, classes: Sequence[int] | np.ndarray) -> float:
-    """Share of the variance of length that lies between classes, corrected for chance (epsilon squared, Kelley 1935).
-
-    Args:
-        lengths: Tokens of each row.
-        classes: Number of each row's class, from 0.
-
-    Returns:
-        0 (no relation; also below 0 by chance is given as 0) to 1 (the class tells the length).
-    """
+    """Share of the variance of length that lies between classes, corrected for chance (epsilon squared, Kelley
+    1935)."""
     values, numbers = np.asarray(lengths, float), np.asarray(classes)
     counts = np.bincount(numbers)
     num_groups = int((counts > 0).sum())

@@ -77,14 +77,7 @@ def longest_row(
 
 
 def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
-    """Whether texts share rows, and what is worth knowing about it.
-
-    Args:
-        recipe: The checked recipe.
-        target: What the task's rows hold.
-        limits: Of the model.
-        mixed: What the rows hold that are mixed in: a batch has either packed rows or others.
-    """
+    """Whether texts share rows, and what is worth knowing about it."""
     wanted = recipe.data.packing
     if not target.form.is_raw_text:
         if wanted:

@@ -62,15 +62,7 @@ class Marks:
 def marks_of(
     rows: Sequence[PlacedRow], group: str | None, time: str | None, seed: int, is_optional: bool = False
 ) -> Marks:
-    """Read the marks of some rows.
-
-    Args:
-        rows: Those that are kept.
-        group: Column that says whose they are.
-        time: Column that says when they came.
-        seed: Of the numbers drawn for the values.
-        is_optional: A row may be nobody's.
-    """
+    """Read the marks of some rows."""
     found, values, times = Found(), np.zeros(len(rows) if group else 0, np.uint64), np.zeros(len(rows) if time else 0)
     for number, (place, row) in enumerate(rows):
         if group:
@@ -92,11 +84,8 @@ def marks_of(
 
 
 def value_of(cell: object) -> str:
-    """What a cell of `data.group` says; spaces at its ends and the way a whole number is written do not matter.
-
-    Raises:
-        ValueError: Saying what the cell is or holds, if it is nobody's.
-    """
+    """What a cell of `data.group` says; spaces at its ends and the way a whole number is written do not matter. Raises
+    `ValueError` saying what the cell is or holds, if it is nobody's."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
     if isinstance(cell, (list, tuple, dict, bytes)):
@@ -109,11 +98,8 @@ def value_of(cell: object) -> str:
 
 
 def time_of(cell: object) -> tuple[TimeKind, float]:
-    """The kind of a time, and its place in time: seconds since 1970, of a number itself.
-
-    Raises:
-        ValueError: Saying what the cell is or holds, if it is no time.
-    """
+    """The kind of a time, and its place in time: seconds since 1970, of a number itself. Raises `ValueError` saying
+    what the cell is or holds, if it is no time."""
     if isinstance(cell, BadCell):
         raise ValueError(f"holds {cell.reason}")
     is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # not a number; pandas' not a time
@@ -160,14 +146,7 @@ def kind_of_time(found: Found) -> str:
 
 
 def problems_of(block: DataBlock, found: Found, num_rows: int, where: str) -> list[str]:
-    """What is wrong with a source's marks: a line for each kind of fault, with the first places.
-
-    Args:
-        block: Names the columns.
-        found: In the source's rows.
-        num_rows: How many they are.
-        where: The source's name.
-    """
+    """What is wrong with a source's marks: a line for each kind of fault, with the first places."""
     problems, kinds = [], []
     for (setting, what), count in found.counts.items():
         first = found.first[setting, what]

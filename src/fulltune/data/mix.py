@@ -33,24 +33,8 @@ def mix_in(
     splits: Mapping[SplitName, Split],
     packed: bool,
 ) -> tuple[tuple[MixedSummary, ...], list[Dropped]]:
-    """Write the rows of all mixed sources, source after source, beside those of the splits.
-
-    Args:
-        recipe: Has the weights.
-        folder: Where the splits lie.
-        job: How rows were tokenised.
-        encoded: All sources.
-        sources: Their names in words.
-        targets: What each holds.
-        splits: What is scored on.
-        packed: Several texts share a row.
-
-    Returns:
-        What each source has, and the rows that are left out because they are scored on; these are listed.
-
-    Raises:
-        DataError: For each source of which no row is left, or whose weight comes to no row.
-    """
+    """Write the rows of all mixed sources, source after source, beside those of the splits. Raises `DataError` for each
+    source of which no row is left, or whose weight comes to no row."""
     if not recipe.data.mixed_files:
         return (), []
     mixed, lost = _without_scored(join_near(encoded, recipe.data.near_duplicates), sources, splits, recipe.data.group)
@@ -87,14 +71,7 @@ def _without_scored(
     splits: Mapping[SplitName, Split],
     group: str | None,
 ) -> tuple[dict[SourceName, Split], list[Dropped]]:
-    """Of each mixed source the rows that are in no split to score on, and all others.
-
-    Args:
-        encoded: All sources, with the groups of all of them: the splits may know those of the task's sources only.
-        sources: Their names in words.
-        splits: What is scored on.
-        group: The column that says whose the rows are.
-    """
+    """Each mixed source's rows that are in no held-out split, and all its others."""
     scored = {
         name: encoded[name if splits[name].is_file else "train"].groups[splits[name].rows]
         for name in reversed(HELD_OUT)
@@ -140,11 +117,7 @@ def _scored_rows(
 
 
 def _drawn_rows(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
-    """Rows of each mixed source in an epoch, which has all of the task's train rows.
-
-    Raises:
-        DataError: For each weight that comes to no row.
-    """
+    """Number of rows of each mixed source in an epoch, which has all of the task's train rows."""
     files = mixed_names(recipe)
     numbers = rows_per_epoch(task_rows, [one.weight for one in files.values()])
     drawn = dict(zip(files, numbers, strict=True))

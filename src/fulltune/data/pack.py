@@ -42,15 +42,7 @@ class _Block:
 
 
 def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
-    """Put texts together into blocks of at most `max_length` tokens; no text is cut.
-
-    Args:
-        parts: Batches with `input_ids`, `labels` and words; no text is longer than `max_length`.
-        max_length: Tokens of a block.
-
-    Yields:
-        Batches of blocks with `position_ids` that begin at 0 with each text. The first text's words stand for all.
-    """
+    """Put texts together into blocks of at most `max_length` tokens; no text is cut."""
     blocks = _fill(parts, max_length)
     while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
         yield record_batch([block.features() for block in full], [block.words for block in full])

@@ -87,22 +87,8 @@ def prepare(
     cache_folder: Path | None = None,
     listener: Listener = lambda event: None,
 ) -> DataSummary:
-    """Read, check, split and tokenise; write the splits, and their summary to `summary.json`.
-
-    Args:
-        recipe: The checked recipe.
-        folder: The run's `data` folder; a summary with the same fingerprint in it is used as it is.
-        task: The task module.
-        tokenizer: The model's tokenizer, or image processor.
-        limits: Of the model.
-        preprocess: Applied to each row after reading, before anything else; such rows are held in memory.
-        planned_for: Fingerprint of the rows that the run's plan, checkpoints and scores belong to, when there are any.
-        cache_folder: Where prepared rows are kept for other runs.
-        listener: Told about progress.
-
-    Raises:
-        DataError: When the rows cannot be learned from; nothing of an earlier run is lost.
-    """
+    """Read, check, split and tokenise; write the splits and their summary. Raises `DataError` when the rows cannot be
+    learned from; nothing of an earlier run is lost."""
     if FACTS[recipe.task].reads == "image" and recipe.data.near_duplicates < 1:
         raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
     decisions = load_patch(Path(recipe.data.patch)) if recipe.data.patch else None
@@ -389,11 +375,7 @@ def _of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float,
 
 
 def _find(recipe: Recipe) -> tuple[dict[SourceName, DataFiles], tuple[Path, ...]]:
-    """The files of each source, and those of texts that must not be trained on.
-
-    Raises:
-        DataError: With what is wrong with either.
-    """
+    """The files of each source, and those of texts that must not be trained on."""
     problems: list[str] = []
     forbidden: tuple[Path, ...] = ()
     try:

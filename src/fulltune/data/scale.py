@@ -11,16 +11,8 @@ FAR = 30.0
 
 
 def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float]:
-    """Mean and standard deviation.
-
-    Args:
-        numbers: The train rows' targets, float64 [rows].
-        where: Their file.
-        column: Their column.
-
-    Raises:
-        DataError: When they are all the same, or as good as the same for numbers of 32 bits, which models give.
-    """
+    """Mean and standard deviation. Raises `DataError` when they are all the same, or as good as the same for numbers of
+    32 bits, which models give."""
     mean, spread = float(numbers.mean()), float(numbers.std())
     rows = f"{where}: all {len(numbers):,} train rows have"
     if numbers.min() == numbers.max():

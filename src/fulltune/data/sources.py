@@ -57,11 +57,8 @@ def is_mixed(name: SourceName) -> bool:
 
 
 def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
-    """The files of each source that the recipe names, train first.
-
-    Raises:
-        DataError: For every path without files, and what is wrong in the files of the other sources.
-    """
+    """The files of each source that the recipe names, train first. Raises `DataError` for every path without files, and
+    what is wrong in the files of the other sources."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.train_files()}
     if block.eval:
@@ -172,11 +169,8 @@ def _labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
 def describe(
     block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows]
 ) -> tuple[Target, dict[SourceName, int]]:
-    """Read everything once: find the train rows' columns, problem type and labels, count the rows.
-
-    Raises:
-        DataError: For every broken file; else when columns are missing or nothing can be learned.
-    """
+    """Read everything once: find the train rows' columns, problem type and labels, count the rows. Raises `DataError`
+    for every broken file; else when columns are missing or nothing can be learned."""
     problems: list[str] = []
     counts: dict[SourceName, int] = {}
     columns: dict[SourceName, dict[str, None]] = {name: {} for name in sources}
@@ -251,10 +245,7 @@ def targets_of(
     block: DataBlock, task: Task, target: Target, sources: Mapping[SourceName, SourceRows]
 ) -> dict[SourceName, Target]:
     """What each source holds: the same as the train rows, or of a mixed one a form of its own, where the task has some.
-
-    Raises:
-        DataError: For each mixed source in which no form is found.
-    """
+    Raises `DataError` for each mixed source in which no form is found."""
     targets: dict[SourceName, Target] = dict.fromkeys(sources, target)
     problems: list[str] = []
     for name, source in sources.items():

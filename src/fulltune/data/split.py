@@ -69,15 +69,6 @@ def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.nda
 
     Whole groups are chosen, so that a text and its duplicates stay on one side. Within each stratum (class) about the
     same share is chosen, at least one group where the stratum has two or more, so that each class can be measured.
-
-    Args:
-        groups: `draw` of the key that a row shares with its duplicates: uint64 [rows]. Groups are taken in the order
-            of these numbers.
-        strata: Number of each row's class [rows].
-        fraction: Share of the rows to hold out; at most 2,000 rows in all.
-
-    Returns:
-        Whether a row is held out: bool [rows].
     """
     fraction = min(fraction, MOST_HELD_OUT_ROWS / max(1, len(groups)))
     if not len(groups):
@@ -113,11 +104,8 @@ def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
 def assign(
     recipe: Recipe, encoded: Mapping[SourceName, Encoded], sources: Mapping[SourceName, SourceRows]
 ) -> dict[SplitName, Split]:
-    """The rows of each split: all of its own file, or some split off train.
-
-    Raises:
-        DataError: For a split of fewer than 2 rows, or rows that nearly all hang together.
-    """
+    """The rows of each split: all of its own file, or some split off train. Raises `DataError` for a split of fewer
+    than 2 rows, or rows that nearly all hang together."""
     train, where = encoded["train"], sources["train"].where
     splits = {
         name: Split(encoded[name], np.ones(encoded[name].num_rows, bool), sources[name].where, True)
@@ -200,11 +188,7 @@ def _refuse_small(recipe: Recipe, train: Encoded, where: str, splits: Mapping[Sp
 
 
 def _refuse_one_group(recipe: Recipe, train: Encoded, where: str, fractions: Mapping[SplitName, float]) -> None:
-    """Rows that nearly all hang together cannot be split: the ones that do not are too few to be measured on.
-
-    Raises:
-        DataError: With what makes them hang together, in numbers.
-    """
+    """Rows that nearly all hang together cannot be split: the ones that do not are too few to be measured on."""
     column, rows = recipe.data.group, train.num_rows
     asked = sum(held_out_rows(rows, fraction) for fraction in fractions.values())
     largest, others = largest_group(train.sides), rows - largest_group(train.sides)

@@ -75,13 +75,7 @@ def write(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
 
 
 def summarise(split: Split, lengths: np.ndarray, asked: int | None = None) -> SplitSummary:
-    """What is counted of a split.
-
-    Args:
-        split: Its rows.
-        lengths: Tokens of each row as it was written: several texts may share one.
-        asked: What the recipe's fraction comes to, where that is clearly less.
-    """
+    """The counts of a split; `asked` is what its fraction comes to, where it has more."""
     whole, chosen = split.source, split.examples
     ordered = np.sort(lengths)
     labels = split.label_counts(np.bincount(whole.row_of[chosen], minlength=whole.num_rows))
@@ -102,16 +96,7 @@ def summarise(split: Split, lengths: np.ndarray, asked: int | None = None) -> Sp
 
 
 def previews(folder: Path, task: Task, target: Target, tokenizer: Any, span: range, most: int) -> tuple[Preview, ...]:
-    """Some rows as the model sees them: the first ones without secrets or personal data, which are shown nowhere.
-
-    Args:
-        folder: Where the rows lie.
-        task: The task module.
-        target: What it trains towards.
-        tokenizer: The model's.
-        span: Positions of the rows to choose among.
-        most: How many to show.
-    """
+    """Some rows as the model sees them: the first ones without secrets or personal data, which are shown nowhere."""
     rows, found = Rows(folder), list[Preview]()
     for position, words in enumerate(islice(texts(folder), span.start, min(span.stop, span.start + _LOOKED_AT))):
         if len(found) == most:

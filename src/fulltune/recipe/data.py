@@ -23,11 +23,7 @@ _MOST = 0.999
 
 
 def codec_of(encoding: str) -> str:
-    """What text in an encoding is opened with.
-
-    Raises:
-        ValueError: When Python does not know it.
-    """
+    """What text in an encoding is opened with. Raises `ValueError` when Python does not know it."""
     try:
         "a".encode(encoding)
     except (LookupError, ValueError):

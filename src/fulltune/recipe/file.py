@@ -286,12 +286,7 @@ def _is_block(annotation: Any) -> bool:
 
 
 def _fields(at: tuple[str | int, ...], values: Any = None) -> dict[str, Any]:
-    """Fields known at a place of the recipe; empty inside a list or a free mapping.
-
-    Args:
-        at: The place.
-        values: The recipe's values, which say what kind a method is of; left out, the fields of all kinds.
-    """
+    """Fields known at a place of the recipe, of all methods where `values` does not say which; none in a list."""
     if at and at[0] in _UNIONS:
         place = 2 if at[0] == "methods" else 1
         if len(at) != place:

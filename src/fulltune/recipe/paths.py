@@ -34,15 +34,8 @@ def named_paths(recipe: Recipe) -> list[str]:
 
 
 def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Make the recipe's relative paths absolute; a Hub id or a `package:` name stays as it is.
-
-    Args:
-        recipe: A recipe as read from a file.
-        base: The recipe's folder.
-
-    Raises:
-        RecipeError: For each path that no file can have.
-    """
+    """Make the recipe's relative paths absolute; a Hub id or a `package:` name stays as it is. Raises `RecipeError` for
+    each path that no file can have."""
     problems: list[str] = []
 
     def absolute(path: str, setting: str) -> str:

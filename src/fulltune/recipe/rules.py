@@ -30,11 +30,7 @@ OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what the recipe alone shows to be impossible.
-
-    Raises:
-        RecipeError: Naming each such setting.
-    """
+    """Refuse what the recipe alone shows to be impossible."""
     if problems := [*of_settings(recipe), *of_pairs(recipe)]:
         raise RecipeError(problems)
 

@@ -49,10 +49,7 @@ def _on_several_machines(recipe: Recipe) -> list[str]:
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """The recipe of one run with these settings, such as `{"train.num_train_epochs": 2}`, and nothing left to search.
-
-    Raises:
-        pydantic.ValidationError: When it is none.
-    """
+    Raises `pydantic.ValidationError` when it is none."""
     values = recipe.model_dump(exclude_unset=True, exclude={"search"})
     # The method's folder is called the same in all runs, whatever differs.
     values["method"] = {**values.get("method", {"kind": "full"}), "name": recipe.method.arm}

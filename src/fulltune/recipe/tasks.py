@@ -361,10 +361,5 @@ def shared_by(columns: Collection[str]) -> str:
 
 
 def stands_in_train(columns: Collection[str], near: bool) -> str:
-    """What is the matter with a test row that leaks: `text also stands in train`.
-
-    Args:
-        columns: The roles of the rows' columns.
-        near: Texts that are nearly equal count.
-    """
+    """What is the matter with a test row that leaks: `text also stands in train`."""
     return f"{shared_by(columns)} also stands in train{' (equal, or nearly so)' if near else ''}"

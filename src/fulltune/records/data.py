@@ -111,11 +111,7 @@ class DataSummary(Record):
 
     @classmethod
     def of_run(cls, folder: Path) -> Self:
-        """What the data stage left in a run folder.
-
-        Raises:
-            SetupError: When it cannot be read.
-        """
+        """What the data stage left in a run folder. Raises `SetupError` when it cannot be read."""
         return cls.load(folder / "data" / "summary.json")
 
     @property

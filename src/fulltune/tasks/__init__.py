@@ -212,15 +212,7 @@ class ReadingTask(Task, Protocol):
     def answers(
         self, kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
     ) -> list[dict[str, Any]]:
-        """What `predict` gives for each row.
-
-        Args:
-            kept: What `reduce` kept of all examples.
-            rows: The questions.
-            encoded: What `encode` made of them.
-            target: What the model learned.
-            temperature: Divides the logits of labels and choices.
-        """
+        """What `predict` gives for each row."""
 
     def worst(self, kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
         """The rows that the model got most wrong."""

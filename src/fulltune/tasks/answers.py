@@ -19,13 +19,8 @@ class NotInContext(ValueError):
 def accepted(cell: Any, context: str) -> list[Answer]:
     """The accepted answers to a question; none when it cannot be answered from the context.
 
-    Args:
-        cell: As in SQuAD, `{"text": [...], "answer_start": [...]}` or a list of `{"text", "answer_start"}`; or a text,
-            or a list of texts, of which those that stand in the context are taken, each at its first place.
-        context: The passage.
-
-    Raises:
-        NotInContext: When an answer does not stand at its `answer_start`, or no text stands in the context.
+    The cell is as in SQuAD, `{"text": [...], "answer_start": [...]}` or a list of such objects; or it holds texts, each
+    taken at its first place in the context. Raises `NotInContext` when an answer does not stand where it should.
     """
     given = list(_parts(_parsed(cell)))
     found = []

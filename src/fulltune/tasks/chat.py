@@ -31,12 +31,10 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assist
 
 
 def clean(messages: Any) -> list[dict[str, Any]]:
-    """Messages in the form `{"role", "content", ...}`; ShareGPT's `from`/`value` is translated.
+    """Messages in the form `{"role", "content", ...}`; ShareGPT's `from`/`value` is translated. Raises `DataError` when
+    this is not a list of messages.
 
     Keys without a value are dropped: a parquet file gives every message the keys of all messages.
-
-    Raises:
-        DataError: When this is not a list of messages.
     """
     messages = parsed(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
@@ -95,12 +93,7 @@ def is_trained(message: Message) -> bool:
 def encode(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None, most: int = _ALL
 ) -> list[Masked]:
-    """Tokens and mask of a conversation; turns that lie beyond `most` tokens may be left untrained.
-
-    Returns:
-        One masked sequence. Several, one per assistant turn, when the template rewrites earlier turns (as those that
-        drop old reasoning do): no single rendering then shows every turn as the model will see it.
-    """
+    """Tokens and mask of a conversation; turns that lie beyond `most` tokens may be left untrained."""
     if has_generation_marks(tokenizer) and all(message.get("weight") != 0 for message in messages):
         got = _applied(tokenizer, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return [(list(got["input_ids"]), [bool(value) for value in got["assistant_masks"]])]
@@ -157,12 +150,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tool
 
 
 def _applied(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
-    """Apply the template.
-
-    Raises:
-        SetupError: When the template itself is broken.
-        TemplateRefusal: When it does not take this conversation.
-    """
+    """Apply the template."""
     import jinja2
 
     try:

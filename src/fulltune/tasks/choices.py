@@ -45,10 +45,7 @@ class Right:
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
     """Columns for `label`, `choices` (or `choice0`, `choice1` ...) and, where there are, `question` and `context`.
-
-    Raises:
-        DataError: For each role without a column, and when texts are left that may be the question.
-    """
+    Raises `DataError` for each role without a column, and when texts are left that may be the question."""
     found: dict[str, str] = {}
     for role in ("choices", "label", "context", "question"):
         rest = [column for column in columns if column not in found.values()]

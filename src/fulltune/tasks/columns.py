@@ -137,11 +137,8 @@ def _is_glued(text: str) -> bool:
 
 
 def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | None:
-    """The column with the first of these names that is there; upper case and spaces at its ends do not matter.
-
-    Raises:
-        DataError: When several have it.
-    """
+    """The column with the first of these names that is there; upper case and spaces at its ends do not matter. Raises
+    `DataError` when several have it."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
         if name in alike or len(alike) == 1:
@@ -156,11 +153,8 @@ def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | Non
 
 
 def named(role: str, given: str | None, columns: Sequence[str], where: str, names: Sequence[str] = ()) -> str | None:
-    """The column that the recipe names for a role, or one with a usual name (by default `USUAL_NAMES`), or None.
-
-    Raises:
-        DataError: When the recipe names a column that is not there.
-    """
+    """The column that the recipe names for a role, or one with a usual name (by default `USUAL_NAMES`), or None. Raises
+    `DataError` when the recipe names a column that is not there."""
     if given is not None:
         # What looks the same is: a name from another program may stand in another normal form.
         same = [column for column in columns if normalize("NFC", column) == normalize("NFC", given)]

@@ -45,11 +45,8 @@ class LabelValues:
 
 
 def label_values(rows: Iterable[Row], column: str, where: str) -> LabelValues:
-    """Read a label column; memory grows with the number of different values only.
-
-    Raises:
-        DataError: When there is no label at all, or there are too many different words.
-    """
+    """Read a label column; memory grows with the number of different values only. Raises `DataError` when there is no
+    label at all, or there are too many different words."""
     found: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:

@@ -26,14 +26,8 @@ def collated(
     *,
     label_per_token: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """A batch: `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `labels`, and the other lists of numbers.
-
-    Args:
-        features: Of each row.
-        pad_token_id: Fills `input_ids`; all others are filled with 0, labels of tokens with -100.
-        left_out: Features that the model does not read.
-        label_per_token: `labels[batch, tokens]`; otherwise those of `stacked_labels`.
-    """
+    """A batch: `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `labels`, and the other lists of
+    numbers."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     skipped = {LENGTH, "attention_mask", *left_out, *(() if label_per_token else ("labels",))}
     batch = {

@@ -124,13 +124,11 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenise question and context together; one example per window.
+    """Tokenise question and context together; one example per window. Raises `SetupError` when the tokenizer cannot say
+    where its tokens stand in the text.
 
     Windows overlap by the stride, by less where a long question leaves too little room for it. A row whose answer is
     whole in no window is refused: trained, it would say that there is no answer.
-
-    Raises:
-        SetupError: When the tokenizer cannot say where its tokens stand in the text.
     """
     if not tokenizer.is_fast:
         raise SetupError(
@@ -234,12 +232,7 @@ def check_model(config: PretrainedConfig) -> str | None:
 
 
 def log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Log probability of each token to be the answer's first or last one, [batch, tokens, 2]; padding has none.
-
-    Args:
-        logits: Of first and last token, `logits[batch, tokens, 2]`.
-        labels: `labels[batch, 5]`.
-    """
+    """Log probability of each token to be the answer's first or last one, [batch, tokens, 2]; padding has none."""
     import torch
 
     is_token = torch.arange(logits.shape[1], device=logits.device) < labels[:, TOKENS, None]
@@ -265,12 +258,7 @@ def _at_answer(chances: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """Keep the most probable answer of each window, from `logits[batch, tokens, 2]` and `labels[batch, 5]`.
-
-    Returns:
-        `first` and `last` token of it, its log probability `chance`, that of no answer `nowhere`, the true tokens
-        `true_first` and `true_last`, and the plain `loss`.
-    """
+    """Keep the most probable answer of each window, from `logits[batch, tokens, 2]` and `labels[batch, 5]`."""
     import torch
     import torch.nn.functional as F
 
@@ -318,18 +306,7 @@ def row_scores(kept: Predictions) -> dict[str, np.ndarray]:
 def find_answers(
     kept: Predictions, windows: Sequence[Mapping[str, Any]], questions: Sequence[Any], contexts: Sequence[str]
 ) -> dict[Any, dict[str, Any]]:
-    """The answer to each question: the most probable one of all its windows.
-
-    Args:
-        kept: What `reduce` kept of each window.
-        windows: Features of each window.
-        questions: A key of the question that each window belongs to.
-        contexts: Each window's whole context.
-
-    Returns:
-        Key to `answer`, its first character `start` in the context, and `probability` within its window. The answer is
-        empty, and `start` None, where even the window that is least sure of it has no answer more probably.
-    """
+    """The answer to each question: the most probable one of all its windows."""
     found: dict[Any, dict[str, Any]] = {}
     nowhere: dict[Any, float] = {}
     for number, (key, context) in enumerate(zip(questions, contexts, strict=True)):

@@ -12,11 +12,7 @@ from fulltune.tasks import task_named
 
 
 def check_model(recipe: Recipe, base: Base) -> None:
-    """Refuse a model that the task cannot use or that cannot be trained here.
-
-    Raises:
-        SetupError: Saying why.
-    """
+    """Refuse a model that the task cannot use or that cannot be trained here."""
     refuse_partial(base.block, base.files)
     problem = task_named(recipe.task).check_model(base.config)
     experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
@@ -28,22 +24,15 @@ def check_model(recipe: Recipe, base: Base) -> None:
 
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
-    """Refuse what makes no sense for these labels.
-
-    Raises:
-        RecipeError: Naming the setting.
-    """
+    """Refuse what makes no sense for these labels."""
     if summary.problem_type == "regression" and recipe.train.label_smoothing_factor:
         raise RecipeError(SMOOTHING)
     class_weights(recipe, summary)
 
 
 def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
-    """`train.class_weights` in the order of the labels; `balanced` makes each class count the same in total.
-
-    Raises:
-        RecipeError: When they do not match the labels.
-    """
+    """`train.class_weights` in the order of the labels; `balanced` makes each class count the same in total. Raises
+    `RecipeError` when they do not match the labels."""
     given, labels, name = recipe.train.class_weights, summary.labels, "train.class_weights"
     if given is None:
         return None

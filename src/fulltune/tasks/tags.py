@@ -112,11 +112,8 @@ def types(labels: Iterable[str]) -> list[str]:
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """`O`, then `B-` and `I-` of every entity type, sorted.
-
-    Raises:
-        DataError: When tags are numbers or not BIO, naming the first places, or when no row has an entity.
-    """
+    """`O`, then `B-` and `I-` of every entity type, sorted. Raises `DataError` when tags are numbers or not BIO, naming
+    the first places, or when no row has an entity."""
     found: set[str] = set()
     wrong: list[tuple[str, int, str]] = []
     num_rows, num_wrong, num_begun, first_begun = 0, 0, 0, ""

@@ -67,11 +67,8 @@ def row_labels(row: Row, target: Target) -> list[str]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenise word by word; the first sub-word of a word carries its label, every other token -100.
-
-    Raises:
-        SetupError: When the tokenizer cannot say which word a token belongs to.
-    """
+    """Tokenise word by word; the first sub-word of a word carries its label, every other token -100. Raises
+    `SetupError` when the tokenizer cannot say which word a token belongs to."""
     if not tokenizer.is_fast:
         raise SetupError(
             f"{type(tokenizer).__name__} cannot say which word a token belongs to (it is a slow tokenizer, without "
@@ -171,16 +168,7 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
 
 
 def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
-    """Sums that metrics are made of, from each row's labels.
-
-    Args:
-        true: For each row the labels of its words.
-        predicted: The same, predicted.
-        target: Names of the labels.
-
-    Returns:
-        `entities` [rows, types, 3]: right, predicted and expected ones; `words` and `right` words [rows].
-    """
+    """Sums that metrics are made of, from each row's labels."""
     pairs = list(zip(true, predicted, strict=True))
     place = {kind: number for number, kind in enumerate(tags.types(target.labels))}
     entities = np.zeros((len(pairs), len(place), 3), dtype=np.int32)
@@ -199,11 +187,8 @@ def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: 
 
 
 def seqeval_entities(row_tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Type, first and last word of each entity, by seqeval's default reading.
-
-    Raises:
-        SetupError: When seqeval is not installed.
-    """
+    """Type, first and last word of each entity, by seqeval's default reading. Raises `SetupError` when seqeval is not
+    installed."""
     try:
         from seqeval.metrics.sequence_labeling import get_entities
     except ImportError:

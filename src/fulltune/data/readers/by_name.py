@@ -102,11 +102,7 @@ def held_out_beside(train: Path) -> dict[Split, list[Path]]:
 
 
 def refuse_held_out(paths: Sequence[str]) -> None:
-    """A folder that is given for training must not hold rows that are named as held out.
-
-    Raises:
-        DataError: Naming the files, and what to write.
-    """
+    """A folder that is given for training must not hold rows that are named as held out."""
     problems = []
     for folder in map(Path, paths):
         with reading(folder):

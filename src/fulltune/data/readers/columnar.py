@@ -29,14 +29,12 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Pairs of row number, from 1, and row.
+    """Pairs of row number, from 1, and row. Raises `DataError` for a file that is damaged, cut, or has two columns of
+    one name.
 
     A value that Python cannot hold (a time beyond the year 9999, a text that is not UTF-8) becomes a `BadCell`, and so
     do those of a column that unpacks to so much that it is no data: it is not read. Whole numbers that stand for class
     names, as `datasets` writes them, become these names.
-
-    Raises:
-        DataError: For a file that is damaged, cut, or has two columns of one name.
     """
     import pyarrow as pa
 

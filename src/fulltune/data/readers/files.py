@@ -24,11 +24,8 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".
 
 
 def data_files(path: Path) -> list[Path]:
-    """A data file itself, or the data files in a folder, sorted.
-
-    Raises:
-        DataError: When there is none, or it is empty or of an unknown kind.
-    """
+    """A data file itself, or the data files in a folder, sorted. Raises `DataError` when there is none, or it is empty
+    or of an unknown kind."""
     _refuse_name(path)
     with reading(path):
         try:
@@ -128,11 +125,7 @@ def _mode(file: Path) -> int:
 
 
 def _refuse_no_file(file: Path, mode: int) -> None:
-    """Who opens a pipe waits for whoever writes into it, and some devices never end.
-
-    Raises:
-        DataError: For anything but a file.
-    """
+    """Who opens a pipe waits for whoever writes into it, and some devices never end."""
     if stat.S_ISDIR(mode):
         raise DataError(
             f"{file}: is a folder named as a data file, expected a file; rename it, or name its files one by one"
@@ -145,11 +138,7 @@ def _refuse_no_file(file: Path, mode: int) -> None:
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn the system's refusal to read into an error about this file.
-
-    Raises:
-        DataError: Naming the file.
-    """
+    """Turn the system's refusal to read into an error about this file. Raises `DataError` naming the file."""
     try:
         yield
     except OSError as error:
@@ -185,11 +174,8 @@ def state(file: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def unchanged(before: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
-    """Read files that are those of an earlier `state` to the end.
-
-    Raises:
-        DataError: Naming each that is another one now, whatever else went wrong because of it.
-    """
+    """Read files that are those of an earlier `state` to the end. Raises `DataError` naming each that is another one
+    now, whatever else went wrong because of it."""
     try:
         yield
     finally:

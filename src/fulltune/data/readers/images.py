@@ -32,11 +32,7 @@ def is_image_folder(folder: Path) -> bool:
 
 
 def files(folder: Path) -> list[Path]:
-    """The images of all classes, sorted.
-
-    Raises:
-        DataError: When the images do not lie in one folder per class.
-    """
+    """The images of all classes, sorted. Raises `DataError` when the images do not lie in one folder per class."""
     expected = "expected one folder per class with the images in it"
     if has_images(folder):
         raise DataError(f"{folder}: images lie directly in this folder; {expected}")

@@ -61,11 +61,8 @@ class DataFiles:
     """What reading them showed, in the order in which it did."""
 
     def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
-        """Rows with the place each came from, for example `train.csv:17`.
-
-        Raises:
-            DataError: For an empty or broken file; with `problems`, these take what is wrong and the next one is read.
-        """
+        """Rows with the place each came from, for example `train.csv:17`. Raises `DataError` for an empty or broken
+        file; with `problems`, these take what is wrong and the next one is read."""
         if self.image_folder is not None:
             yield from images.rows(self.image_folder)
             return
@@ -134,11 +131,8 @@ class DataFiles:
 
 
 def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> DataFiles:
-    """Find the files behind paths, with names of columns for tables without a header line; nothing is read yet.
-
-    Raises:
-        DataError: For each path that is missing, empty or of an unknown kind.
-    """
+    """Find the files behind paths, with names of columns for tables without a header line; nothing is read yet. Raises
+    `DataError` for each path that is missing, empty or of an unknown kind."""
     if len(paths) == 1:
         folder = Path(paths[0])
         with reading(folder):
@@ -203,11 +197,7 @@ def _undecodable(file: Path, encoding: str) -> str:
 
 
 def _refuse_other_kind(file: Path) -> None:
-    """Of another kind than any that a name of ours says.
-
-    Raises:
-        DataError: With the kind.
-    """
+    """Of another kind than any that a name of ours says."""
     with file.open("rb") as stream:
         start = stream.read(1000)
     text = start.lstrip(b" \r\n").lower()
@@ -223,11 +213,7 @@ def _refuse_other_kind(file: Path) -> None:
 
 def _refuse_binary(file: Path) -> None:
     """No text in UTF-8 holds NUL bytes; one in UTF-16 has them in each second place where its language has Latin
-    letters.
-
-    Raises:
-        DataError: With the line.
-    """
+    letters."""
     line = 1
     with file.open("rb") as stream:
         while block := stream.read(2**20):

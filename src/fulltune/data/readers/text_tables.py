@@ -37,11 +37,8 @@ class Note(str):
 def separated(
     file: Path, columns: Sequence[str] | None, encoding: str = UTF_8
 ) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Rows of a csv or tsv file, with names of its columns where the first line does not give them.
-
-    Raises:
-        DataError: When the first line is no header.
-    """
+    """Rows of a csv or tsv file, with names of its columns where the first line does not give them. Raises `DataError`
+    when the first line is no header."""
     delimiter, line = delimiter_of(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line ends in double quotes"
     known, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
@@ -129,11 +126,8 @@ def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[st
 
 
 def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Rows of a file with a list of objects, or with an object that holds one list.
-
-    Raises:
-        DataError: When it is not JSON, or another value.
-    """
+    """Rows of a file with a list of objects, or with an object that holds one list. Raises `DataError` when it is not
+    JSON, or another value."""
     text = file.read_text(encoding=encoding)
     try:
         value = _from_json(text)
