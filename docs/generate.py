@@ -18,7 +18,7 @@ from fulltune.recipe.elsewhere import pinned
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import BaseMethod
 from fulltune.recipe.tasks import FACTS, FORMS, TaskName
-from fulltune.tasks import choices, text_classification
+from fulltune.tasks import multiple_choice, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
 
 PAGE = Path(__file__).parent / "recipe.md"
@@ -216,7 +216,7 @@ def _columns() -> Iterable[str]:
     yield "\nText-classification: these are read together, any other second text only when `data.text_pair` names it:"
     yield textwrap.fill(f"{pairs}. Without a usual text column the one with the longest texts is taken.\n", WIDTH)
     yield "\nMultiple-choice looks for other names:\n"
-    for role, names in choices.NAMES.items():
+    for role, names in multiple_choice.NAMES.items():
         yield _item(f"- `data.{role}`: {_quoted(names)}")
     yield ""
 

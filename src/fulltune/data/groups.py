@@ -1,10 +1,13 @@
-"""Rows that a split must not separate because they are the same one's: a customer's, a document's (`data.group`)."""
+"""Groups of rows that stay on one side of a split: of equal texts, by `data.group`, and in time by `data.time`."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from fulltune.data.near import mixed_numbers
+from fulltune.records.data import SplitName
 
 
 def joined_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -46,3 +49,33 @@ def rarest_of_group(strata: np.ndarray, names: dict[str, int], sides: np.ndarray
     smallest = np.full(int(group.max(initial=-1)) + 1, len(order))
     np.minimum.at(smallest, group, place_of)
     return np.asarray(order[smallest[group]] - 1, np.int64)
+
+
+def split_by_time(times: np.ndarray, sides: np.ndarray, wanted: Mapping[SplitName, int]) -> dict[SplitName, np.ndarray]:
+    """The rows of each split, bool [rows], the newest of `wanted` first; no time and no group is on two sides."""
+    oldest = _oldest_of_group(times, sides)
+    chosen: dict[SplitName, np.ndarray] = {}
+    before = np.ones(len(times), bool)
+    for name, count in wanted.items():
+        start = _boundary(oldest[before], count)
+        chosen[name] = before & (oldest >= start)
+        before &= times < start
+    return {**chosen, "train": before}
+
+
+def _oldest_of_group(times: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """The time of the oldest row in each row's group: float64 [rows]."""
+    numbers, group = np.unique(sides, return_inverse=True)
+    oldest = np.full(len(numbers), np.inf)
+    np.minimum.at(oldest, group, times)
+    return oldest[group]
+
+
+def _boundary(oldest: np.ndarray, wanted: int) -> float:
+    """The time from which on about `wanted` rows are in groups that begin then; infinity: there is none."""
+    starts, counts = np.unique(oldest, return_counts=True)
+    if len(starts) < 2:
+        return np.inf
+    since = np.cumsum(counts[:0:-1])  # rows of groups that begin at the newest time, at the two newest ones ...
+    place = max(1, int(np.searchsorted(since, wanted, side="right")))
+    return float(starts[-place])

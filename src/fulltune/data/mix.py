@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fulltune.data.encode import Dropped, Encoded, Job, join_near
-from fulltune.data.pack import pack
+from fulltune.data.limits import pack
 from fulltune.data.sources import SourceName, SourceRows, is_mixed, mixed_names
 from fulltune.data.split import HELD_OUT, Split
 from fulltune.data.written import examples, kept_rows, list_dropped, previews, summarise

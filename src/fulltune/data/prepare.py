@@ -22,10 +22,14 @@ import numpy as np
 
 from fulltune.audit.texts import masked_text
 from fulltune.data import cache, mix
-from fulltune.data.apart import STANDS_EARLIER, late_rows, listed_late, notes_apart, notes_on_known
 from fulltune.data.check import (
+    STANDS_EARLIER,
+    late_rows,
+    listed_late,
     note_on_flaws,
     notes,
+    notes_apart,
+    notes_on_known,
     num_shared,
     refuse_new_labels,
     refuse_secret_names,
@@ -34,13 +38,10 @@ from fulltune.data.check import (
 )
 from fulltune.data.contamination import KnownTexts, files_of, read_texts
 from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near, join_values
-from fulltune.data.length_share import explained_by_class, explained_by_value
-from fulltune.data.limits import Limits, longest_row, packing
-from fulltune.data.pack import pack
+from fulltune.data.limits import Limits, longest_row, pack, packing
 from fulltune.data.patch import Patched, load_patch, patched_in_words, refuse_foreign
 from fulltune.data.readers.files import state, unchanged
 from fulltune.data.readers.read import DataFiles, content_hash
-from fulltune.data.scale import far_off, scale_of
 from fulltune.data.sources import (
     Preprocess,
     SourceName,
@@ -53,6 +54,7 @@ from fulltune.data.sources import (
     unused_columns,
 )
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
+from fulltune.data.targets import explained_by_class, explained_by_value, far_off, scale_of
 from fulltune.data.written import DROPPED, as_line, examples, list_dropped, previews, summarise, write
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.files import flaw, make_private, seal

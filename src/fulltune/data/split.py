@@ -9,9 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from fulltune.data.by_time import split_by_time
 from fulltune.data.encode import Encoded
-from fulltune.data.groups import rarest_of_group
+from fulltune.data.groups import rarest_of_group, split_by_time
 from fulltune.data.readers.plain_text import SECTION_CHARACTERS
 from fulltune.data.sources import SourceName, SourceRows
 from fulltune.errors import DataError

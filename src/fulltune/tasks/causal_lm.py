@@ -16,8 +16,7 @@ from fulltune.records.data import Preview, Segment
 from fulltune.tasks import Encoded, Example, LossSettings, Refused, Row, Target, chat, usual, written
 from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_text, required, without_text
 from fulltune.tasks.columns import usual as usual_name
-from fulltune.tasks.long_texts import PART_CHARACTERS, token_ids
-from fulltune.tasks.padding import IGNORED, collated, padded
+from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, collated, padded, token_ids
 
 if TYPE_CHECKING:
     import torch

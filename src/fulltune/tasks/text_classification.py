@@ -12,8 +12,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, labels, usual
 from fulltune.tasks.columns import as_text, named, normalised, not_text, required, without_text
-from fulltune.tasks.long_texts import beginning
-from fulltune.tasks.padding import collated
+from fulltune.tasks.padding import beginning, collated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

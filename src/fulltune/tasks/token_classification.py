@@ -28,8 +28,7 @@ from fulltune.tasks import (
     usual,
 )
 from fulltune.tasks.columns import normalised
-from fulltune.tasks.long_texts import beginning
-from fulltune.tasks.padding import IGNORED, collated, ragged
+from fulltune.tasks.padding import IGNORED, beginning, collated, ragged
 from fulltune.tasks.row_sums import arrays, f1, f1_of_present, flat, ratio, share
 from fulltune.tasks.tags import find_target as find_target
 from fulltune.tasks.tags import refuse as refuse

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from fulltune import data
-from fulltune.data.by_time import split_by_time
+from fulltune.data.groups import split_by_time
 from fulltune.errors import DataError, RecipeError
 from fulltune.inference.store import load_texts
 from fulltune.recipe.fields import Recipe

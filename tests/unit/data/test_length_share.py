@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fulltune.data.length_share import explained_by_class, explained_by_value
+from fulltune.data.targets import explained_by_class, explained_by_value
 from fulltune.plan.defaults import group_by_length
 
 

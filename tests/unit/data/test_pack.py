@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.data import pack as packing
-from fulltune.data.pack import pack
+from fulltune.data import limits as packing
+from fulltune.data.limits import pack
 from fulltune.inference.store import Rows, RowWriter, load_texts, record_batch, words
 
 LIMIT = 100

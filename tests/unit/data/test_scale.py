@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.data.scale import far_off, scale_of
+from fulltune.data.targets import far_off, scale_of
 from fulltune.errors import DataError
 
 

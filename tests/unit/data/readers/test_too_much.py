@@ -19,9 +19,9 @@ import pytest
 from fulltune.data import sources
 from fulltune.data.readers import columnar, images, read
 from fulltune.errors import DataError
-from fulltune.tasks import long_texts
+from fulltune.tasks import padding
 from fulltune.tasks.columns import MOST_NESTED, fault, shown, windows
-from fulltune.tasks.long_texts import beginning
+from fulltune.tasks.padding import beginning
 from fulltune.text import format_bytes
 from tests import tiny
 
@@ -219,8 +219,8 @@ def test_beginning_of_a_long_text_gives_the_same_tokens(encoder_tokenizer: Any) 
 @pytest.mark.parametrize("text", ["raininthetown", " ", "a \n b", "雨"])
 def test_text_without_a_place_to_cut_it_says_the_same(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     tokenizer = tiny.decoder_tokenizer()
-    monkeypatch.setattr(long_texts, "PART_CHARACTERS", 64)
-    assert tokenizer.decode(long_texts.token_ids(text * 50, tokenizer)) == text * 50
+    monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
+    assert tokenizer.decode(padding.token_ids(text * 50, tokenizer)) == text * 50
 
 
 @pytest.mark.parametrize("text", ["the rain  in the town \n", "é ", "雨 a  b c\n"])
@@ -230,8 +230,8 @@ def test_text_in_parts_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch, te
     if kind == "words after a space":
         tokenizer = tiny.writer_tokenizer()
     whole = list(tokenizer(text * 50)["input_ids"])
-    monkeypatch.setattr(long_texts, "PART_CHARACTERS", 64)
-    assert long_texts.token_ids(text * 50, tokenizer) == whole
+    monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
+    assert padding.token_ids(text * 50, tokenizer) == whole
 
 
 def test_long_text_that_is_short_in_tokens_or_cut_at_the_left_is_left(encoder_tokenizer: Any) -> None:

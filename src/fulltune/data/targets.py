@@ -1,6 +1,8 @@
-"""The spread of the train rows' numbers: regression is trained in units of it."""
+"""What follows from the train rows' targets: the units of numbers, and how far a target tells the length of its row."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,3 +44,24 @@ def far_off(numbers: np.ndarray, scale: tuple[float, float]) -> list[str]:
         f"{abs(farthest - mean) / spread:,.3g} standard deviations ({spread:.3g}) from the mean of the others "
         f"({mean:.3g}), which are nearly the same beside it: remove the row if it is a mistake"
     ]
+
+
+def explained_by_class(lengths: Sequence[int] | np.ndarray, classes: Sequence[int] | np.ndarray) -> float:
+    """Share of the variance of length that lies between classes, corrected for chance (epsilon squared, Kelley
+    1935)."""
+    values, numbers = np.asarray(lengths, float), np.asarray(classes)
+    counts = np.bincount(numbers)
+    num_groups = int((counts > 0).sum())
+    total = float(((values - values.mean()) ** 2).sum())
+    if total == 0 or len(values) <= num_groups:
+        return 0.0
+    means = np.bincount(numbers, weights=values) / np.maximum(counts, 1)
+    within = float(((values - means[numbers]) ** 2).sum())
+    return max(0.0, 1 - (within / (len(values) - num_groups)) / (total / (len(values) - 1)))
+
+
+def explained_by_value(lengths: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray) -> float:
+    """Squared correlation of length and a numeric target; 0 when one of them is constant."""
+    if np.ptp(lengths) == 0 or np.ptp(values) == 0:
+        return 0.0
+    return float(np.corrcoef(lengths, values)[0, 1]) ** 2
