@@ -12,13 +12,11 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from itertools import chain, pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from fulltune.audit.texts import masked_text
 from fulltune.data import cache, mix
@@ -38,7 +36,7 @@ from fulltune.data.check import (
 )
 from fulltune.data.contamination import KnownTexts, files_of, read_texts
 from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near, join_values
-from fulltune.data.limits import Limits, longest_row, pack, packing
+from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.patch import Patched, load_patch, patched_in_words, refuse_foreign
 from fulltune.data.readers.files import state, unchanged
 from fulltune.data.readers.read import DataFiles, content_hash
@@ -53,17 +51,16 @@ from fulltune.data.sources import (
     targets_of,
     unused_columns,
 )
-from fulltune.data.split import SPLITS, Split, asked_rows, assign
-from fulltune.data.targets import explained_by_class, explained_by_value, far_off, scale_of
-from fulltune.data.written import DROPPED, as_line, examples, list_dropped, previews, summarise, write
+from fulltune.data.split import Split, asked_rows, assign
+from fulltune.data.targets import of_target
+from fulltune.data.written import DROPPED, as_line, list_dropped, previews, write_splits
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.files import flaw, make_private, seal
-from fulltune.inference.store import Rows, save_clusters, save_in_train
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.data import UTF_8, DataBlock, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary, SplitName, SplitSummary
+from fulltune.records.data import DataSummary, MixedSummary, SplitName, SplitSummary
 from fulltune.records.events import Listener, RowsPrepared, Warned
 from fulltune.tasks import Target, Task
 from fulltune.tasks.columns import shown
@@ -125,7 +122,8 @@ def prepare(
                 name: read_rows(recipe, those, preprocess, None if decisions is None else Patched(decisions, name))
                 for name, those in files.items()
             }
-            summary = _make(recipe, part, task, tokenizer, limits, sources, known, fingerprint, listener)
+            work = _Work(recipe, part, task, tokenizer, limits, sources, known, listener)
+            summary = _make(work, fingerprint)
         seal(part)
         if cached is None:
             cache.put(part, folder)
@@ -139,148 +137,169 @@ def prepare(
     return summary
 
 
-def _make(
-    recipe: Recipe,
-    folder: Path,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    sources: Mapping[SourceName, SourceRows],
-    known: KnownTexts | None,
-    fingerprint: str,
-    listener: Listener,
-) -> DataSummary:
-    """The data stage itself, into an empty folder."""
-    block = recipe.data
-    target, counts = describe(block, task, sources)
+@dataclass(frozen=True)
+class _Work:
+    """What every step of making the rows reads."""
+
+    recipe: Recipe
+    folder: Path
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    limits: Limits
+    sources: Mapping[SourceName, SourceRows]
+    known: KnownTexts | None
+    listener: Listener
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What the first pass over the files showed."""
+
+    target: Target
+    targets: Mapping[SourceName, Target]
+    counts: Mapping[SourceName, int]
+    limit: int
+    reason: str
+    packed: bool
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What was written of the splits and of the rows that are mixed in."""
+
+    splits: dict[SplitName, SplitSummary]
+    mixed: tuple[MixedSummary, ...]
+    also_held_out: list[Dropped]
+    late: int
+    notes: list[str]
+
+
+def _make(work: _Work, fingerprint: str) -> DataSummary:
+    """The data stage itself, into an empty folder: describe, encode, split, write."""
+    rows = _describe(work)
+    job = _job(work, rows)
+    encoded = _encode(work, rows, job)
+    splits, notes_on_splits = _split(work, rows.target, encoded)
+    written = _write(work, rows, job, encoded, splits)
+    for whole in encoded.values():
+        shutil.rmtree(whole.folder)
+    scale, explained, far = of_target(rows.target, splits["train"], work.folder / "train")
+    packing_note = [_packing_note(splits["train"], written.splits["train"], rows.limit)] if rows.packed else []
+    longest = max(whole.longest for whole in encoded.values())
+    shrinks = not rows.packed and not work.recipe.data.max_length and longest < rows.limit
+    summary = DataSummary(
+        task=work.recipe.task,
+        **rows.target.in_summary(),
+        packed=rows.packed,
+        max_length=longest if shrinks else rows.limit,
+        max_length_reason="the longest row" if shrinks else rows.reason,
+        limit=rows.limit,
+        scale=scale,
+        length_explained=explained,
+        splits=written.splits,
+        sources={name: _origin(work.recipe.data, split) for name, split in splits.items()},
+        dropped=_dropped(encoded, work.sources, written),
+        notes=tuple(map(masked_text, [*rows.notes, *notes_on_splits, *written.notes, *far, *packing_note])),
+        test_in_eval=num_shared(splits["test"], splits["eval"]) / max(1, splits["test"].num_rows),
+        previews=previews(
+            work.folder / "train", work.task, rows.target, work.tokenizer, range(written.splits["train"].rows), 5
+        ),
+        mixed=written.mixed,
+        fingerprint=fingerprint,
+    )
+    summary.save(work.folder / SUMMARY)  # last: a folder with a summary is whole
+    return summary
+
+
+def _describe(work: _Work) -> _Described:
+    """Columns, target and numbers of rows, and how long a row may be."""
+    block, sources = work.recipe.data, work.sources
+    target, counts = describe(block, work.task, sources)
     if block.patch:
         refuse_foreign(block.patch, [one.patched for one in sources.values() if one.patched], not block.max_rows)
-    targets = targets_of(block, task, target, sources)
-    limit, reason = longest_row(recipe, task, target, limits, tokenizer)
-    packed, remarks = packing(recipe, target, limits, targets.values())
+    targets = targets_of(block, work.task, target, sources)
+    limit, reason = longest_row(work.recipe, work.task, target, work.limits, work.tokenizer)
+    packed, remarks = packing(work.recipe, target, work.limits, targets.values())
     remarks += refuse_secret_names(target, sources["train"].where)
-    job = Job(
-        task=recipe.task,
-        target=target,
-        tokenizer=tokenizer,
-        max_length=limit,
+    return _Described(target, targets, counts, limit, reason, packed, remarks)
+
+
+def _job(work: _Work, rows: _Described) -> Job:
+    """What the workers that tokenise are told, before it is made each source's own."""
+    block = work.recipe.data
+    return Job(
+        task=work.recipe.task,
+        target=rows.target,
+        tokenizer=work.tokenizer,
+        max_length=rows.limit,
         split="train",
         split_seed=block.split_seed,
         drop_truncated=block.truncation_strategy == "drop",
         signs=block.near_duplicates < 1,
         group=block.group,
         time=block.time,
-        known=known,
+        known=work.known,
     )
-    encoded = _encode(job, folder, sources, targets, counts, listener)
-    splits, about_splits = _split(recipe, target, encoded, sources)
-    remarks += [*chain(*(one.notes for one in sources.values())), *about_splits, *note_on_flaws(encoded.values())]
-    remarks += patched_in_words(block.patch, (source.patched for source in sources.values()))
-    train, test = splits["train"], splits["test"]
-    late = late_rows(splits)
-    list_dropped(folder, listed_late(block, train.source, late))
-    # Whole times, and whole groups, say themselves what they come to.
-    asked = asked_rows(recipe, splits) if target.labels and block.time is None and block.group is None else {}
-    summaries = _write_splits(folder, task, splits, asked, limit if packed else None)
-    mixed, also_held_out = mix.mix_in(recipe, folder, job, encoded, sources, targets, splits, packed)
-    remarks += notes_on_known(known, train, encoded, sources, also_held_out)
-    for whole in encoded.values():
-        shutil.rmtree(whole.folder)
-    remarks += [_asked_note(name, splits[name].num_rows, few) for name, few in asked.items()]
-    scale, explained, far = _of_target(target, train, folder / "train")
-    remarks += far
-    if packed:
-        remarks.append(_packing_note(train, summaries["train"], limit))
-    longest = max(whole.longest for whole in encoded.values())
-    shrinks = not packed and not block.max_length and longest < limit
-    summary = DataSummary(
-        task=recipe.task,
-        **target.in_summary(),
-        packed=packed,
-        max_length=longest if shrinks else limit,
-        max_length_reason="the longest row" if shrinks else reason,
-        limit=limit,
-        scale=scale,
-        length_explained=explained,
-        splits=summaries,
-        sources={
-            name: f"file {split.where}" if split.is_file else _off_train(block, train) for name, split in splits.items()
-        },
-        dropped=_dropped(encoded, sources, also_held_out, int(late.sum())),
-        notes=tuple(map(masked_text, remarks)),
-        test_in_eval=num_shared(test, splits["eval"]) / max(1, test.num_rows),
-        previews=previews(folder / "train", task, target, tokenizer, range(summaries["train"].rows), 5),
-        mixed=mixed,
-        fingerprint=fingerprint,
-    )
-    summary.save(folder / SUMMARY)  # last: a folder with a summary is whole
-    return summary
 
 
 def _split(
-    recipe: Recipe,
-    target: Target,
-    encoded: Mapping[SourceName, Encoded],
-    sources: Mapping[SourceName, SourceRows],
+    work: _Work, target: Target, encoded: Mapping[SourceName, Encoded]
 ) -> tuple[dict[SplitName, Split], list[str]]:
     """Which rows each split has, and what is worth knowing about it."""
-    block = recipe.data
-    refuse_unusable(recipe, encoded, sources)
+    block, sources = work.recipe.data, work.sources
+    refuse_unusable(work.recipe, encoded, sources)
     # What is mixed in does not change the splits.
     own = join_near({name: whole for name, whole in encoded.items() if not is_mixed(name)}, block.near_duplicates)
-    splits = assign(recipe, join_values(own), sources)
-    remarks = [*notes_apart(block, splits), *notes(splits, target, block.near_duplicates < 1)]
+    splits = assign(work.recipe, join_values(own), sources)
+    remarks = [*chain(*(one.notes for one in sources.values())), *notes_apart(block, splits)]
+    remarks += notes(splits, target, block.near_duplicates < 1)
     unused = unused_columns(block, target.columns, sources["train"])
     remarks += [f"columns not used: {shown(unused)}"] * bool(unused)
     if target.labels:
         refuse_new_labels(block, splits)
         remarks += unmeasured(splits["train"], splits["test"])
-    return splits, remarks
+    remarks += note_on_flaws(encoded.values())
+    return splits, [*remarks, *patched_in_words(block.patch, (source.patched for source in sources.values()))]
 
 
-def _off_train(block: DataBlock, train: Split) -> str:
-    """Where the rows come from that were split off, in words."""
-    if block.time is not None:
-        return f"split off {train.where} by '{block.time}'"
-    by = f" by '{block.group}'" if block.group is not None else ""
-    return f"split off {train.where}{by} (seed {block.split_seed})"
-
-
-def _write_splits(
-    folder: Path, task: Task, splits: Mapping[SplitName, Split], asked: Mapping[SplitName, int], packed_to: int | None
-) -> dict[SplitName, SplitSummary]:
-    """Each split into a folder of its own; train rows that share a row of `packed_to` tokens, where that is given."""
-    summaries: dict[SplitName, SplitSummary] = {}
-    for name in SPLITS:
-        split = splits[name]
-        if not split.examples.any():
-            raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
-        parts = examples(split, task, scored=name == "test")
-        write(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
-        if name != "train":
-            save_clusters(folder / name, split.source.sides[split.source.row_of][split.examples])
-        if name == "test":
-            groups = split.source.groups[split.source.row_of][split.examples]
-            save_in_train(folder / name, np.isin(groups, splits["train"].groups))
-        summaries[name] = summarise(split, Rows(folder / name)["length"], asked.get(name))
-    if late := int(late_rows(splits).sum()):
-        train = summaries["train"]
-        summaries["train"] = train.model_copy(update={"dropped_rows": train.dropped_rows + late})
-    return summaries
-
-
-def _encode(
+def _write(
+    work: _Work,
+    rows: _Described,
     job: Job,
-    folder: Path,
-    sources: Mapping[SourceName, SourceRows],
-    targets: Mapping[SourceName, Target],
-    counts: Mapping[SourceName, int],
-    listener: Listener,
-) -> dict[SourceName, Encoded]:
+    encoded: Mapping[SourceName, Encoded],
+    splits: Mapping[SplitName, Split],
+) -> _Written:
+    """Each split and what is mixed in into a folder of its own; rows that are in no split are listed."""
+    recipe, folder, train = work.recipe, work.folder, splits["train"]
+    of_late = late_rows(splits)
+    list_dropped(folder, listed_late(recipe.data, train.source, of_late))
+    late = int(of_late.sum())
+    # Whole times, and whole groups, say themselves what they come to.
+    plain = rows.target.labels and recipe.data.time is None and recipe.data.group is None
+    asked = asked_rows(recipe, splits) if plain else {}
+    summaries = write_splits(folder, work.task, splits, asked, rows.limit if rows.packed else None, late)
+    mixed, also_held_out = mix.mix_in(recipe, folder, job, encoded, work.sources, rows.targets, splits, rows.packed)
+    remarks = notes_on_known(work.known, train, encoded, work.sources, also_held_out)
+    remarks += [_asked_note(name, splits[name].num_rows, few) for name, few in asked.items()]
+    return _Written(summaries, mixed, also_held_out, late, remarks)
+
+
+def _origin(block: DataBlock, split: Split) -> str:
+    """Where a split's rows come from, in words."""
+    if split.is_file:
+        return f"file {split.where}"
+    if block.time is not None:
+        return f"split off {split.where} by '{block.time}'"
+    by = f" by '{block.group}'" if block.group is not None else ""
+    return f"split off {split.where}{by} (seed {block.split_seed})"
+
+
+def _encode(work: _Work, rows: _Described, job: Job) -> dict[SourceName, Encoded]:
     """Tokenise each source, and write down what is dropped. Only train has times, and only what is trained
     on may hold no known text."""
     encoded: dict[SourceName, Encoded] = {}
-    total, told = sum(counts.values()), 0.0
+    total, told, folder = sum(rows.counts.values()), 0.0, work.folder
     folder.mkdir(parents=True)
     make_private(folder / DROPPED)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
@@ -294,36 +313,33 @@ def _encode(
             now = time.monotonic()
             if now - told > _PROGRESS_SECONDS or done == total:
                 told = now
-                listener(RowsPrepared(name="tokenising", done=done, total=total))
+                work.listener(RowsPrepared(name="tokenising", done=done, total=total))
 
-        for name, source in sources.items():
+        for name, source in work.sources.items():
             is_train = name == "train"
             labels = None if is_train else frozenset(encoded["train"].names)
-            here = replace(job, split=name, target=targets[name], known_labels=labels, is_mixed=is_mixed(name))
+            here = replace(job, split=name, target=rows.targets[name], known_labels=labels, is_mixed=is_mixed(name))
             here = replace(
                 here, time=job.time if is_train else None, known=job.known if is_train or here.is_mixed else None
             )
-            encoded[name] = encode(here, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
+            encoded[name] = encode(here, source.rows(None), rows.counts[name], folder / f"{name}-whole", progress, drop)
             for item in source.patched.dropped if source.patched else ():
                 drop(item)
     return encoded
 
 
 def _dropped(
-    encoded: Mapping[SourceName, Encoded],
-    sources: Mapping[SourceName, SourceRows],
-    also_held_out: Iterable[Dropped],
-    late: int,
+    encoded: Mapping[SourceName, Encoded], sources: Mapping[SourceName, SourceRows], written: _Written
 ) -> dict[str, int]:
     """Number of rows, and of parts of rows, by the check that dropped them."""
     by_patch = (source.patched.dropped for source in sources.values() if source.patched)
-    numbers = Counter(item.check for item in chain(also_held_out, *by_patch))
+    numbers = Counter(item.check for item in chain(written.also_held_out, *by_patch))
     for whole in encoded.values():
         for loss, tally in whole.dropped.items():
             ending = " (part of a row)" if loss == "part" else ""
             numbers.update({f"{check}{ending}": count for check, count in tally.counts.items()})
-    if late:
-        numbers[STANDS_EARLIER] = late
+    if written.late:
+        numbers[STANDS_EARLIER] = written.late
     return dict(numbers)
 
 
@@ -356,24 +372,6 @@ def _packing_note(train: Split, summary: SplitSummary, limit: int) -> str:
         f"{counted(texts, 'train text')}{cut} packed into {counted(summary.rows, 'row')} of up to {limit} tokens, "
         f"{format_percent(share)} full"
     )
-
-
-def _of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float, list[str]]:
-    """What follows from the train rows' targets: `scale` and `length_explained` of the summary, and notes."""
-    whole, chosen = train.source, train.examples
-    lengths = whole.lengths[chosen]
-    if target.form.is_number:
-        values = np.asarray(Rows(folder)["labels"])
-        scale = scale_of(values, train.where, target.columns["label"])
-        return scale, explained_by_value(lengths, values), far_off(values, scale)
-    if not target.labels:
-        return None, 0.0, []
-    numbers: dict[bytes, int] = {}  # of each set of labels
-    sets = [
-        numbers.setdefault(whole.label_numbers[start:end].tobytes(), len(numbers))
-        for start, end in pairwise(whole.label_ends)
-    ]
-    return None, explained_by_class(lengths, np.array(sets)[whole.row_of[chosen]]), []
 
 
 def _find(recipe: Recipe) -> tuple[dict[SourceName, DataFiles], tuple[Path, ...]]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
+from fulltune.data.split import Split
 from fulltune.errors import DataError
+from fulltune.inference.store import Rows
+from fulltune.tasks import Target
 
 FAR = 30.0
 """Standard deviations."""
@@ -65,3 +70,21 @@ def explained_by_value(lengths: Sequence[int] | np.ndarray, values: Sequence[flo
     if np.ptp(lengths) == 0 or np.ptp(values) == 0:
         return 0.0
     return float(np.corrcoef(lengths, values)[0, 1]) ** 2
+
+
+def of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float, list[str]]:
+    """What follows from the train rows' targets: `scale` and `length_explained` of the summary, and notes."""
+    whole, chosen = train.source, train.examples
+    lengths = whole.lengths[chosen]
+    if target.form.is_number:
+        values = np.asarray(Rows(folder)["labels"])
+        scale = scale_of(values, train.where, target.columns["label"])
+        return scale, explained_by_value(lengths, values), far_off(values, scale)
+    if not target.labels:
+        return None, 0.0, []
+    numbers: dict[bytes, int] = {}  # of each set of labels
+    sets = [
+        numbers.setdefault(whole.label_numbers[start:end].tobytes(), len(numbers))
+        for start, end in pairwise(whole.label_ends)
+    ]
+    return None, explained_by_class(lengths, np.array(sets)[whole.row_of[chosen]]), []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -13,9 +13,11 @@ import numpy as np
 
 from fulltune.audit.texts import masked_cells, masked_text
 from fulltune.data.encode import Dropped, Encoded
-from fulltune.data.split import Split
-from fulltune.inference.store import WORDS, Rows, RowWriter, batches, readable, texts
-from fulltune.records.data import Preview, SplitSummary
+from fulltune.data.limits import pack
+from fulltune.data.split import SPLITS, Split
+from fulltune.errors import DataError
+from fulltune.inference.store import WORDS, Rows, RowWriter, batches, readable, save_clusters, save_in_train, texts
+from fulltune.records.data import Preview, SplitName, SplitSummary
 from fulltune.tasks import PLACE, Target, Task
 
 if TYPE_CHECKING:
@@ -93,6 +95,34 @@ def summarise(split: Split, lengths: np.ndarray, asked: int | None = None) -> Sp
         label_counts=dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))),
         asked_rows=asked,
     )
+
+
+def write_splits(
+    folder: Path,
+    task: Task,
+    splits: Mapping[SplitName, Split],
+    asked: Mapping[SplitName, int],
+    packed_to: int | None,
+    late: int,
+) -> dict[SplitName, SplitSummary]:
+    """Each split into a folder of its own; train rows that share a row of `packed_to` tokens, where that is given."""
+    summaries: dict[SplitName, SplitSummary] = {}
+    for name in SPLITS:
+        split = splits[name]
+        if not split.examples.any():
+            raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
+        parts = examples(split, task, scored=name == "test")
+        write(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
+        if name != "train":
+            save_clusters(folder / name, split.source.sides[split.source.row_of][split.examples])
+        if name == "test":
+            groups = split.source.groups[split.source.row_of][split.examples]
+            save_in_train(folder / name, np.isin(groups, splits["train"].groups))
+        summaries[name] = summarise(split, Rows(folder / name)["length"], asked.get(name))
+    if late:
+        train = summaries["train"]
+        summaries["train"] = train.model_copy(update={"dropped_rows": train.dropped_rows + late})
+    return summaries
 
 
 def previews(folder: Path, task: Task, target: Target, tokenizer: Any, span: range, most: int) -> tuple[Preview, ...]:
