@@ -109,34 +109,19 @@ def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> di
             both = true.astype(np.float64), predicted.astype(np.float64)
             return {name: metric(*both) for name, metric in NUMBER_METRICS.items()}
         case "multi_label":
-            counts = np.stack([(true * predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0)])
+            counts = numbers((true * predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0))
             return {
-                "f1_micro": float(_f1(counts.sum(axis=1))),
-                "f1_macro": float(_f1(counts).mean()),
+                "f1_micro": float(f1(counts.sum(axis=0))),
+                "f1_macro": float(f1_of_all(counts.ravel())),
                 "accuracy": float((true == predicted).all(axis=1).mean()),
             }
     classes = int(max(true.max(), predicted.max())) + 1
-    counts = np.stack(
-        [np.bincount(ids, minlength=classes).astype(np.float64) for ids in (true[true == predicted], predicted, true)]
-    )
+    counts = numbers(*(np.bincount(ids, minlength=classes) for ids in (true[true == predicted], predicted, true)))
     return {
-        "accuracy": float(counts[0].sum() / len(true)),
-        "f1_macro": float(_f1(counts[:, counts[1] + counts[2] > 0]).mean()),
-        "mcc": _matthews(*counts),
+        "accuracy": float(counts[:, 0].sum() / len(true)),
+        "f1_macro": float(f1_of_present(counts.ravel())),
+        "mcc": float(mcc(counts.ravel())),
     }
-
-
-def _f1(counts: np.ndarray) -> np.ndarray:
-    """Of right, found and expected ones, [3, ...]; 0 where there is neither."""
-    both = counts[1] + counts[2]
-    return np.divide(2 * counts[0], both, out=np.zeros(both.shape), where=both != 0)
-
-
-def _matthews(right: np.ndarray, found: np.ndarray, expected: np.ndarray) -> float:
-    """Matthews' coefficient of several classes (Gorodkin 2004), each array [classes]; 0 where only one class occurs."""
-    rows = expected.sum()
-    scale = (rows**2 - (found**2).sum()) * (rows**2 - (expected**2).sum())
-    return float((right.sum() * rows - (found * expected).sum()) / math.sqrt(scale)) if scale > 0 else 0.0
 
 
 def _r2(true: np.ndarray, predicted: np.ndarray) -> float:

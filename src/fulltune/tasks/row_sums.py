@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from fulltune.tasks import Count, Predictions
+from fulltune.tasks import Count, Predictions, Value
 
 ROWS = ""
 """In place of an array's name: 1 for each row."""
@@ -36,6 +36,11 @@ def mean_of(score: Callable[[Predictions], np.ndarray]) -> Count:
 
 def flat(matches: np.ndarray) -> np.ndarray:
     return matches.reshape(len(matches), -1)
+
+
+def over_all(sums: Mapping[str, tuple[Count, Value]], kept: Predictions) -> dict[str, float]:
+    """The metrics of all rows together."""
+    return {name: float(value(count(kept).sum(axis=0))) for name, (count, value) in sums.items()}
 
 
 # ---- what is made of the sums ----------------------------------------------------------------------------------

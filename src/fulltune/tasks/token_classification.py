@@ -29,7 +29,7 @@ from fulltune.tasks import (
 )
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED, beginning, collated, ragged
-from fulltune.tasks.row_sums import arrays, f1, f1_of_present, flat, ratio, share
+from fulltune.tasks.row_sums import arrays, f1, f1_of_present, flat, over_all, ratio, share
 from fulltune.tasks.tags import find_target as find_target
 from fulltune.tasks.tags import refuse as refuse
 
@@ -232,24 +232,7 @@ def answers(
 
 def metrics(kept: Predictions, target: Target) -> dict[str, float]:
     """Precision, recall and F1 of whole entities (over all, and the mean over types), accuracy and loss of words."""
-    per_type = kept["entities"].sum(axis=0, dtype=np.int64)
-    right, found, expected = per_type.sum(axis=0).tolist()
-    present = per_type[per_type[:, 1:].any(axis=1)]
-    values = {
-        "f1": _share(2 * right, found + expected),
-        "precision": _share(right, found),
-        "recall": _share(right, expected),
-        "f1_macro": float(np.mean(2 * present[:, 0] / present[:, 1:].sum(axis=1))) if len(present) else 0.0,
-        "accuracy": _share(int(kept["right"].sum()), int(kept["words"].sum())),
-    }
-    if "nll" in kept:
-        values["loss"] = _share(float(kept["nll"].sum()), int(kept["seen"].sum()))
-    return values
-
-
-def _share(part: float, whole: float) -> float:
-    """Nothing of nothing is 0, as in seqeval."""
-    return part / whole if whole else 0.0
+    return over_all({name: part for name, part in sums(target, "").items() if name != "loss" or "nll" in kept}, kept)
 
 
 def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:

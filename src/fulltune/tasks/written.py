@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from fulltune.tasks import Count, LossSettings, Predictions, Target, Value
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED
-from fulltune.tasks.row_sums import ROWS, arrays, per_token, ratio
+from fulltune.tasks.row_sums import ROWS, arrays, over_all, per_token, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -64,26 +63,22 @@ def metrics(kept: Predictions, target: Target) -> dict[str, float]:
     sacrebleu makes it: an order of n-grams without a match is smoothed (`exp`), so that few or short answers do not all
     get 0.
     """
-    values = {}
-    if "tokens" in kept:
-        tokens = max(1.0, float(kept["tokens"].sum()))
-        loss_per_token = float(kept["nll"].sum()) / tokens
-        values = {
-            "loss": loss_per_token,
-            "perplexity": math.exp(min(loss_per_token, 700.0)),
-            "token_accuracy": float(kept["right"].sum()) / tokens,
-        }
-    values |= {name: float(np.mean(kept[name])) for name in ("exact_match", "rougeL", "chrf") if name in kept}
+    of_tokens = "tokens" in kept
+    wanted = {
+        name: part for name, part in sums(target, "").items() if name in kept or (of_tokens and name in _OF_TOKENS)
+    }
+    values = over_all(wanted, kept)
     if "bleu_counts" in kept:
         from sacrebleu.metrics.bleu import BLEU
 
         orders = BLEU().max_ngram_order
-        sums = kept["bleu_counts"].sum(axis=0).tolist()
-        counts, totals, (written, expected) = sums[:orders], sums[orders : 2 * orders], sums[2 * orders :]
+        counted = kept["bleu_counts"].sum(axis=0).tolist()
+        counts, totals, (written, expected) = counted[:orders], counted[orders : 2 * orders], counted[2 * orders :]
         values["bleu"] = BLEU.compute_bleu(counts, totals, written, expected, smooth_method="exp").score
     return values
 
 
+_OF_TOKENS = ("loss", "perplexity", "token_accuracy")
 _PACKAGES = {"rougeL": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}
 
 
