@@ -58,7 +58,7 @@ from fulltune.audit.languages import spoken
 from fulltune.audit.repeated import NEAR, stands_before
 from fulltune.audit.rows import AuditedRows
 from fulltune.data import near
-from fulltune.data.sampling import draw
+from fulltune.data.groups import draw
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import normalised
 

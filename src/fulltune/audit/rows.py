@@ -16,10 +16,10 @@ from fulltune.audit.languages import OTHER_LANGUAGE, Heard, listen, strangers
 from fulltune.audit.texts import Flaw, flaws, masked_cells, masked_text, missing
 from fulltune.audit.texts.flaw import listed
 from fulltune.audit.texts.names import alike
+from fulltune.data.groups import draw
 from fulltune.data.near import signatures
 from fulltune.data.patch import Decisions, Patched, load_patch, numbered
 from fulltune.data.running_text import PARTS, cells, checks_of
-from fulltune.data.sampling import draw
 from fulltune.data.sources import find_files, read_rows
 from fulltune.inference.store import row_id, texts
 from fulltune.recipe.fields import Recipe

@@ -18,12 +18,11 @@ import numpy as np
 
 from fulltune.audit.texts import found_by, masked_cells
 from fulltune.data.contamination import KnownTexts, holds_one
-from fulltune.data.groups import joined_by_value
+from fulltune.data.groups import draw, joined_by_value
 from fulltune.data.marks import Found, marks_of
 from fulltune.data.near import joined, signatures
 from fulltune.data.readers.read import PlacedRow
 from fulltune.data.running_text import CHEAP, LOOKED_AT, cells, checks_of
-from fulltune.data.sampling import draw
 from fulltune.errors import SetupError
 from fulltune.inference.store import RowWriter, record_batch, words
 from fulltune.recipe.tasks import TaskName

@@ -1,8 +1,10 @@
-"""Groups of rows that stay on one side of a split: of equal texts, by `data.group`, and in time by `data.time`."""
+"""Which rows stay on one side of a split, by numbers drawn from a seed and a key, so that new rows move few others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -79,3 +81,21 @@ def _boundary(oldest: np.ndarray, wanted: int) -> float:
     since = np.cumsum(counts[:0:-1])  # rows of groups that begin at the newest time, at the two newest ones ...
     place = max(1, int(np.searchsorted(since, wanted, side="right")))
     return float(starts[-place])
+
+
+def draw(seed: int, key: str) -> int:
+    """A pseudo-random number below 2^64."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
+
+
+def sample(labels: Sequence[Sequence[str]], most: int, seed: int) -> list[int]:
+    """`most` rows, at random, by their positions in the old order; of each label three at least, or two or one where
+    that is too many, so that it can be trained on and scored. `labels` has those of each row."""
+    drawn = np.fromiter((draw(seed, str(position)) for position in range(len(labels))), np.uint64, len(labels))
+    of_each = min(3, most // max(1, len({label for of_row in labels for label in of_row})))
+    counts, wanted, others = Counter[str](), list[int](), list[int]()
+    for position in np.argsort(drawn, kind="stable").tolist():
+        is_wanted = any(counts[label] < of_each for label in labels[position])
+        (wanted if is_wanted else others).append(position)
+        counts.update(labels[position])
+    return sorted([*wanted, *others][:most])

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from fulltune.audit.texts import masked_text
+from fulltune.data.groups import draw
 from fulltune.data.readers.read import PlacedRow
-from fulltune.data.sampling import draw
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks.columns import BadCell, is_blank
 from fulltune.text import counted, listed

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from fulltune import data
-from fulltune.data.groups import joined_by_value, rarest_of_group
-from fulltune.data.sampling import draw
+from fulltune.data.groups import draw, joined_by_value, rarest_of_group
 from fulltune.errors import DataError
 from fulltune.inference.store import clusters_of, load_texts
 from fulltune.models.base import Base

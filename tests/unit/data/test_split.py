@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fulltune.data import split
-from fulltune.data.sampling import draw, sample
+from fulltune.data.groups import draw, sample
 from fulltune.data.split import MOST_HELD_OUT_ROWS
 
 

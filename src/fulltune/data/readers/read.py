@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fulltune.data.readers import columnar, conll, images, plain_text, text_tables
+from fulltune.data.readers import columnar, images, plain_text, text_tables
 from fulltune.data.readers.files import SUFFIXES, data_files, left_out, reading
 from fulltune.data.readers.header import SEPARATED
 from fulltune.errors import DataError
@@ -118,7 +118,7 @@ class DataFiles:
             case ".txt":
                 yield from plain_text.rows(file, self.text_rows, self.encoding)
             case _:
-                yield from conll.rows(file, self.encoding)
+                yield from plain_text.sentences(file, self.encoding)
 
     def _whole(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Paths of images with their folder; bytes as text, as some programs write it: not of images, nor others."""
