@@ -15,6 +15,7 @@ from fulltune.errors import RecipeError, SetupError
 from fulltune.models import liger
 from fulltune.plan import resolve
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.rules import check
 from fulltune.train.loop import arguments
 from tests import tiny
 from tests.train import runs
@@ -45,8 +46,8 @@ def test_liger_is_given_everything_but_the_loss(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"use_liger_kernel: not yet with train.placement: zero2; remove one of them"):
-        recipe(placement="zero2")
+    with pytest.raises(RecipeError, match=r"use_liger_kernel: not yet with train.placement: zero2; remove one of them"):
+        check(recipe(placement="zero2"))
     with pytest.raises(ValueError, match="use_liger_kernel and torch_compile both fuse the same; give one of them"):
         recipe(torch_compile=True)
     with pytest.raises(RecipeError, match="Liger's kernels run on GPUs alone; remove it"):

@@ -104,6 +104,36 @@ def test_pairs_that_do_not_go_together_are_named_with_their_line(tmp_path: Path)
         load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "problem"),
+    [
+        (
+            {"train": {"precision": "fp16"}},
+            "train.precision: fp16 with model.weights_dtype: bf16 would compute in bf16",
+        ),
+        (
+            {"train": {"optim": "adamw_bf16", "placement": "zero2"}},
+            "train.optim: 'adamw_bf16' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an "
+            "optimizer's state itself; remove optim, or train.placement: zero2",
+        ),
+        ({"train": {"torch_compile": True, "placement": "zero3"}}, "train.torch_compile: not yet with train.placement"),
+        ({"train": {"chunked_loss": True}}, "train.chunked_loss: has no effect for text-classification, which has no"),
+        ({"train": {"extra": {"optim_args": "a=1"}}}, "train.extra.optim_args: has no effect, because train.optim is"),
+        (
+            {"train": {"extra": {"dataloader_prefetch_factor": 2}}},
+            "train.extra.dataloader_prefetch_factor: needs train",
+        ),
+        ({"preserve": {"replay": None}}, "preserve.replay: has no effect without preserve.budget"),
+        ({"preserve": {"budget": "1%", "drift": False}}, "preserve.drift: false, but preserve.budget needs it"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_named(blocks: dict[str, dict[str, object]], problem: str) -> None:
+    model = {"name": "m", "weights_dtype": "bf16"}
+    values = {"model": model, "task": "text-classification", "data": {"train": "t.csv"}, **blocks}
+    (found,) = recipe_rules.problems_of(Recipe.model_validate(values))
+    assert found.startswith(problem)
+
+
 def test_wrong_recipe_is_refused_without_the_heavy_libraries(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(WRONG, encoding="utf-8")
@@ -135,7 +165,7 @@ except RecipeError as error:
 )
 def test_metric_must_be_one_of_the_tasks(task: str, data: dict[str, str], metric: str, problem: str | None) -> None:
     values = {"model": "m", "task": task, "data": {"train": "t.csv", **data}, "evaluate": {"metric": metric}}
-    found = recipe_rules.of_settings(Recipe.model_validate(values))
+    found = recipe_rules.problems_of(Recipe.model_validate(values))
     assert (problem is None and not found) or (problem is not None and problem in found[0])
 
 
@@ -211,9 +241,9 @@ def test_names_of_transformers_are_those_that_it_has() -> None:
 def test_extra_values_that_transformers_takes_are_let_through_as_it_takes_them() -> None:
     extra = {"run_name": 2024, "ddp_timeout": 1800.0, "dataloader_num_workers": None, "hub_model_id": None}
     values = {"model": "m", "task": "causal-lm", "data": {"train": "t.csv"}, "train": {"extra": extra}}
-    assert recipe_rules.of_settings(Recipe.model_validate(values)) == []
+    assert recipe_rules.problems_of(Recipe.model_validate(values)) == []
     taken = recipe_rules.as_arguments(extra)
     assert taken == {"run_name": "2024", "ddp_timeout": 1800, "hub_model_id": None}
     assert type(taken["ddp_timeout"]) is int
     values["train"] = {"extra": {"ddp_timeout": 1800.5, "run_name": True}}
-    assert len(recipe_rules.of_settings(Recipe.model_validate(values))) == 2
+    assert len(recipe_rules.problems_of(Recipe.model_validate(values))) == 2

@@ -103,11 +103,6 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
             "train.precision: fp16 is not possible on a CPU (it would silently train in fp32); set 'auto', 'bf16' or "
             "'fp32'"
         )
-    if recipe.model.weights_dtype == "bf16" and wanted in ("fp32", "fp16"):
-        raise RecipeError(
-            f"train.precision: {wanted} with model.weights_dtype: bf16 would compute in bf16; set precision: bf16, or "
-            "weights_dtype: fp32"
-        )
     doubt = ""
     if device == "cpu":
         ratio = machine.cpu_bf16_speedup

@@ -105,7 +105,7 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
             if rest == left:  # something is missing
                 raise RecipeError(problems) from None
             left, lost = rest, lost | gone
-    found = [*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe), *several_runs.problems_of(recipe)]
+    found = [*recipe_rules.problems_of(recipe), *several_runs.problems_of(recipe)]
     problems += _not_about(_placed(found, path, lines), lost)
     if problems:
         raise RecipeError(problems)

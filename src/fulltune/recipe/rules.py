@@ -6,38 +6,36 @@ No torch, no transformers. Refused together with what does not fit the fields' t
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.elsewhere import answer, optimizers, pinned, trackers, training_arguments
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
-from fulltune.recipe.preserve import AUTO, PreserveBlock
+from fulltune.recipe.preserve import PreserveBlock
 from fulltune.recipe.tasks import FACTS, FORMS, READ_BY
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.text import did_you_mean
 
-SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
-
-
+_EXCLUDED = Path(__file__).with_name("excluded.toml")
 NO_PACKAGES = ("all", "none", "flyte")
 """Words of transformers, and the tracker that it cannot look for."""
 
 
-OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
-"""Beginnings of optimizers that transformers gives tensors in groups of their own."""
-
-
 def check(recipe: Recipe) -> None:
     """Refuse what the recipe alone shows to be impossible."""
-    if problems := [*of_settings(recipe), *of_pairs(recipe)]:
+    if problems := problems_of(recipe):
         raise RecipeError(problems)
 
 
-def of_settings(recipe: Recipe) -> list[str]:
-    """Settings that are impossible by themselves, or for the task. One that is written out with its default value is
-    let through."""
+def problems_of(recipe: Recipe) -> list[str]:
+    """Settings that are impossible by themselves, for the task or together, each with its name first. One that is
+    written out with its default value is let through."""
     fields = type(recipe.data).model_fields
     return [
         *(
@@ -45,73 +43,62 @@ def of_settings(recipe: Recipe) -> list[str]:
             for name, tasks in READ_BY.items()
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
-        *_mixed_images(recipe),
-        *_compared_images(recipe),
-        *_weights_without_classes(recipe),
-        *_rate_without_head(recipe),
-        *_init_without_head(recipe),
+        *conflicts(recipe),
         *_impossible_metric(recipe),
         *_unknown_fields(recipe),
         *_unknown_optimizer(recipe),
         *_unknown_trackers(recipe),
+        *_impossible_rows(recipe),
+        *_vanishing_updates(recipe),
+        *_preserved(recipe),
     ]
 
 
-def of_pairs(recipe: Recipe) -> list[str]:
-    """Settings that do not go together."""
-    problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_rates_by_tensor(recipe)]
-    problems += _preserved(recipe)
-    if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
-        problems.append(SMOOTHING)
-    if recipe.train.chunked_loss:
-        problems += [f"train.chunked_loss: {reason}; remove it" for reason in _whole_logits(recipe)]
+@cache
+def _table() -> list[list[Any]]:
+    return list(tomllib.loads(_EXCLUDED.read_text(encoding="utf-8"))["excluded"])
+
+
+def conflicts(recipe: Recipe) -> list[str]:
+    """What of the table of settings that exclude each other holds for a recipe."""
+    problems = []
+    for setting, values, other, other_values, reason in _table():
+        block, _, field = setting.partition(".")
+        if block == "preserve" and FACTS[recipe.task].reads == "image":
+            continue  # all of the block is refused
+        for place, method in methods_of(recipe) if block == "method" else [(block, recipe.method)]:
+            if block == "method" and field not in type(method).model_fields:
+                continue
+            found, beside = (_value(recipe, method, name) for name in (setting, other))
+            if _is_meant(found, values) and _is_meant(beside, other_values):
+                problems.append(f"{place}.{field}: {reason.format(task=recipe.task, value=found, other=beside)}")
     return problems
+
+
+def _is_meant(value: Any, values: bool | str | list[str]) -> bool:
+    """Whether a setting's value is one that the table means: see there."""
+    if isinstance(values, bool):
+        return (value not in (None, False, 0, ())) == values
+    if isinstance(values, str):
+        return str(value) != values.removeprefix("not ")
+    return any(fnmatchcase(str(value), one) for one in values)
+
+
+def _value(recipe: Recipe, method: Arm, name: str) -> Any:
+    """What the table's dotted name stands for in a recipe."""
+    block, _, field = name.partition(".")
+    if block == "method":
+        return getattr(method, field)
+    if block == "task":
+        return getattr(FACTS[recipe.task], field) if field else recipe.task
+    if field.startswith("extra."):
+        return recipe.train.extra.get(field.removeprefix("extra."))
+    return getattr(getattr(recipe, block), field) if field else getattr(recipe, block)
 
 
 def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
     """Why a metric is refused, of a task or of rows of one kind."""
     return f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {kind}; expected one of {', '.join(possible)}"
-
-
-def _weights_without_classes(recipe: Recipe) -> list[str]:
-    if recipe.train.class_weights is None or FACTS[recipe.task].has_classes:
-        return []
-    return [f"train.class_weights: has no effect for {recipe.task}, which has no classes; remove it"]
-
-
-def _mixed_images(recipe: Recipe) -> list[str]:
-    if FACTS[recipe.task].reads == "text" or not recipe.data.mixed_files:
-        return []
-    return ["data.train: images cannot be mixed in by weight yet; name the folders without a weight"]
-
-
-def _compared_images(recipe: Recipe) -> list[str]:
-    if FACTS[recipe.task].reads == "text" or recipe.data.contamination is None:
-        return []
-    return ["data.contamination: only texts can be compared, not images; remove the setting"]
-
-
-def _rate_without_head(recipe: Recipe) -> list[str]:
-    """A rate of the head's own where there is no new head, or nothing but the head."""
-    problems = []
-    for place, method in methods_of(recipe):
-        name = f"{place}.head_learning_rate"
-        if getattr(method, "head_learning_rate", None) is None:
-            continue
-        if not FACTS[recipe.task].head_is_new:
-            problems.append(f"{name}: has no effect for {recipe.task}, which has no new head; remove it")
-        elif method.kind == "head":
-            problems.append(f"{name}: method head trains nothing but the head; write learning_rate")
-    return problems
-
-
-def _init_without_head(recipe: Recipe) -> list[str]:
-    """A start of a new head where there is none."""
-    return [
-        f"{place}.head_init: has no effect for {recipe.task}, which has no new head; remove it"
-        for place, method in methods_of(recipe)
-        if getattr(method, "head_init", None) is not None and not FACTS[recipe.task].head_is_new
-    ]
 
 
 def methods_of(recipe: Recipe) -> list[tuple[str, Arm]]:
@@ -199,17 +186,6 @@ def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _without_workers(recipe: Recipe) -> list[str]:
-    if workers := recipe.train.extra.get("dataloader_num_workers"):
-        low = isinstance(workers, int) and workers < 0
-        return [f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}"] if low else []
-    return [
-        f"train.extra.{name}: needs train.extra.dataloader_num_workers above 0; set it as well"
-        for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
-        if recipe.train.extra.get(name)
-    ]
-
-
 def _unknown_optimizer(recipe: Recipe) -> list[str]:
     optim = recipe.train.optim
     if optim is None or optim in OWN_OPTIMIZERS:
@@ -221,79 +197,8 @@ def _unknown_optimizer(recipe: Recipe) -> list[str]:
     return [f"train.optim: transformers knows no optimizer '{optim}'; {hint}"]
 
 
-def _bf16_updates(recipe: Recipe) -> list[str]:
-    """Settings that have no effect, updates that would vanish, and our optimizers under DeepSpeed."""
-    train, problems = recipe.train, []
-    own = train.optim is None or train.optim in OWN_OPTIMIZERS
-    if recipe.model.weights_dtype == "fp32" and train.bf16_rounding is not None:
-        problems.append(
-            f"train.bf16_rounding: '{train.bf16_rounding}' has no effect, because the weights are fp32; remove it, or "
-            "set model.weights_dtype: bf16"
-        )
-    if recipe.model.weights_dtype == "bf16" and not own and train.bf16_rounding != "nearest":
-        problems.append(
-            f"train.optim: '{train.optim}' rounds bf16 weights (model.weights_dtype) to nearest: updates smaller than "
-            "half of their spacing vanish, at usual learning rates most of them; set optim: adamw_bf16 or adamw_8bit, "
-            "or weights_dtype: fp32, or bf16_rounding: nearest to have it so"
-        )
-    if own and train.extra.get("optim_args"):
-        named = f"'{train.optim}' takes none" if train.optim else "train.optim is left out"
-        problems.append(f"train.extra.optim_args: has no effect, because {named}; remove it")
-    if train.optim in OWN_OPTIMIZERS and recipe.train.deepspeed_by:
-        problems.append(
-            f"train.optim: '{train.optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an "
-            f"optimizer's state itself; remove optim, or {recipe.train.deepspeed_by}"
-        )
-    return problems
-
-
-def _preserved(recipe: Recipe) -> list[str]:
-    """What a budget for forgetting cannot go with, and what has no effect without one."""
-    block, name = recipe.preserve, "preserve.budget"
-    if FACTS[recipe.task].reads == "image" and block != PreserveBlock(drift=block.drift):
-        return [f"preserve: is for tasks with text, and {recipe.task} reads images; remove it"]
-    if block.probe is not None and not block.drift and block.budget is None and not recipe.methods:
-        return ["preserve.probe: has no effect with preserve.drift: false; remove one of them"]
-    if block.budget is None:
-        no_effect = f"preserve.replay: has no effect without {name}; give a budget such as 1%"
-        return [no_effect] if block.replay != AUTO else []
-    problems = []
-    if not block.drift:
-        problems.append(f"preserve.drift: false, but {name} needs it; remove one of them")
-    if recipe.task == "seq2seq":
-        problems.append(f"{name}: not yet for seq2seq, of which only the encoder is measured; remove it")
-    if by := recipe.train.deepspeed_by:
-        problems.append(f"{name}: not yet with {by}; remove one of them")
-    # Beside others one may stand that moves nothing of what reads generic text: it keeps any budget.
-    unmoved = ("base", "head") if recipe.methods else ()
-    for place, method in methods_of(recipe):
-        if method.kind in (*SCALABLE, *unmoved):
-            continue
-        other = "compare full and lora" if recipe.methods else "take full or lora"
-        problems.append(
-            f"{place}.kind: '{method.kind}' cannot be scaled back to the untouched model, which {name} does; {other}, "
-            f"or remove {name}"
-        )
-    if recipe.is_searched:
-        problems.append(f"{name}: not yet in a search; remove it there, and give it to a single run")
-    return problems
-
-
 SCALABLE = ("full", "lora")
 """Kinds of methods whose change of the model can be scaled."""
-
-
-def _rates_by_tensor(recipe: Recipe) -> list[str]:
-    """Rates that differ between tensors, with an optimizer that puts the tensors into groups of its own."""
-    optim = recipe.train.optim or ""
-    if not optim.startswith(OWN_GROUPS):
-        return []
-    return [
-        f"{place}.{name}: cannot go with train.optim: '{optim}', which has one rate for all tensors; remove one of them"
-        for place, method in methods_of(recipe)
-        for name in ("head_learning_rate", "layerwise_lr_decay")
-        if getattr(method, name, None) not in (None, 1.0)
-    ]
 
 
 def _unknown_trackers(recipe: Recipe) -> list[str]:
@@ -308,11 +213,44 @@ def _unknown_trackers(recipe: Recipe) -> list[str]:
     ]
 
 
-def _whole_logits(recipe: Recipe) -> list[str]:
-    """Why the loss of this recipe cannot be computed in pieces."""
-    reasons = []
-    if not FACTS[recipe.task].writes:
-        reasons.append(f"has no effect for {recipe.task}, which has no logits of tokens")
-    if recipe.train.deepspeed_by:
-        reasons.append(f"does not go with {recipe.train.deepspeed_by}, which shares out the head's weights")
-    return reasons
+def _impossible_rows(recipe: Recipe) -> list[str]:
+    """Images that would be mixed in, and workers that cannot be."""
+    problems = []
+    if FACTS[recipe.task].reads == "image" and recipe.data.mixed_files:
+        problems.append("data.train: images cannot be mixed in by weight yet; name the folders without a weight")
+    workers = recipe.train.extra.get("dataloader_num_workers")
+    if isinstance(workers, int) and workers < 0:
+        problems.append(f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}")
+    return problems
+
+
+def _vanishing_updates(recipe: Recipe) -> list[str]:
+    """An optimizer that rounds bf16 weights to nearest, where that was not asked for."""
+    train = recipe.train
+    is_own = train.optim is None or train.optim in OWN_OPTIMIZERS
+    if recipe.model.weights_dtype != "bf16" or is_own or train.bf16_rounding == "nearest":
+        return []
+    return [
+        f"train.optim: '{train.optim}' rounds bf16 weights (model.weights_dtype) to nearest: updates smaller than "
+        "half of their spacing vanish, at usual learning rates most of them; set optim: adamw_bf16 or adamw_8bit, "
+        "or weights_dtype: fp32, or bf16_rounding: nearest to have it so"
+    ]
+
+
+def _preserved(recipe: Recipe) -> list[str]:
+    """What a budget for forgetting cannot go with, and what has no effect without one, beside the table."""
+    block, name = recipe.preserve, "preserve.budget"
+    if FACTS[recipe.task].reads == "image" and block != PreserveBlock(drift=block.drift):
+        return [f"preserve: is for tasks with text, and {recipe.task} reads images; remove it"]
+    if block.budget is None:
+        unread = block.probe is not None and not block.drift and not recipe.methods
+        return ["preserve.probe: has no effect with preserve.drift: false; remove one of them"] if unread else []
+    # Beside others one may stand that moves nothing of what reads generic text: it keeps any budget.
+    unmoved = ("base", "head") if recipe.methods else ()
+    other = "compare full and lora" if recipe.methods else "take full or lora"
+    return [
+        f"{place}.kind: '{method.kind}' cannot be scaled back to the untouched model, which {name} does; {other}, "
+        f"or remove {name}"
+        for place, method in methods_of(recipe)
+        if method.kind not in (*SCALABLE, *unmoved)
+    ]

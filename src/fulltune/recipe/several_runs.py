@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import SEARCH
-from fulltune.recipe.rules import methods_of, of_pairs, of_settings
+from fulltune.recipe.rules import methods_of
+from fulltune.recipe.rules import problems_of as alone
 from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.training import TrainBlock
 from fulltune.text import did_you_mean
@@ -91,8 +92,8 @@ def _in_words(error: Any, settings: Mapping[str, Any]) -> str:
 
 def _new_problems(recipe: Recipe, other: Recipe) -> list[str]:
     """Those of a run that the recipe itself does not have."""
-    before = {*of_settings(recipe), *of_pairs(recipe)}
-    return [one for one in [*of_settings(other), *of_pairs(other)] if one not in before]
+    before = alone(recipe)
+    return [one for one in alone(other) if one not in before]
 
 
 # ---- a search --------------------------------------------------------------------------------------------------

@@ -229,7 +229,9 @@ class TrainBlock(Block):
             problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
         if self.activation_offloading and not self.activation_checkpointing:
             problems.append("activation_offloading: needs activation_checkpointing: true, whose activations it keeps")
-        problems += [*_wrong_placement(self), *_wrong_kernels(self), *_wrong_weights(self.class_weights)]
+        if self.use_liger_kernel and self.torch_compile:
+            problems.append("use_liger_kernel and torch_compile both fuse the same; give one of them")
+        problems += [*_wrong_placement(self), *_wrong_weights(self.class_weights)]
         if self.memory_limit is not None:
             try:
                 parse_bytes(self.memory_limit)
@@ -276,20 +278,6 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
         twice = {"placement": place != "auto", "offload": offload != "none"}
         both = "{} and extra.deepspeed both say where things lie; remove one of them"
         problems += [both.format(name) for name, given in twice.items() if given]
-    return problems
-
-
-def _wrong_kernels(train: TrainBlock) -> list[str]:
-    """What compiled blocks and Liger's kernels were never tried with."""
-    problems = []
-    if train.torch_compile and (by := train.deepspeed_by):
-        problems.append(f"torch_compile: not yet with {by}; remove one of them")
-    if train.torch_compile and train.activation_offloading:
-        problems.append("torch_compile: not yet with activation_offloading; remove one of them")
-    if train.use_liger_kernel and (by := train.shared_by):
-        problems.append(f"use_liger_kernel: not yet with {by}; remove one of them")
-    if train.use_liger_kernel and train.torch_compile:
-        problems.append("use_liger_kernel and torch_compile both fuse the same; give one of them")
     return problems
 
 

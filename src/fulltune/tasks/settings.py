@@ -6,7 +6,7 @@ from fulltune.errors import RecipeError, SetupError
 from fulltune.models.base import Base
 from fulltune.models.files import refuse_partial
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.rules import SMOOTHING
+from fulltune.recipe.rules import conflicts
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 
@@ -25,8 +25,9 @@ def check_model(recipe: Recipe, base: Base) -> None:
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
     """Refuse what makes no sense for these labels."""
-    if summary.problem_type == "regression" and recipe.train.label_smoothing_factor:
-        raise RecipeError(SMOOTHING)
+    data = recipe.data.model_copy(update={"problem_type": summary.problem_type})
+    if problems := conflicts(recipe.model_copy(update={"data": data})):
+        raise RecipeError(problems)
     class_weights(recipe, summary)
 
 

@@ -10,7 +10,7 @@ import pytest
 from fulltune.errors import RecipeError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.rules import check, of_pairs, of_settings
+from fulltune.recipe.rules import check, problems_of
 from fulltune.recipe.tasks import READ_BY
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.tasks.settings import check_settings_for, class_weights
@@ -43,7 +43,7 @@ def test_settings_of_another_task_are_all_named() -> None:
 )
 def test_settings_of_the_task_and_defaults_pass(task: str, data: dict[str, Any]) -> None:
     given = recipe(task, **data)
-    assert [*of_settings(given), *of_pairs(given)] == []
+    assert problems_of(given) == []
 
 
 def test_every_column_belongs_to_some_task() -> None:

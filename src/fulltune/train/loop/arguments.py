@@ -32,7 +32,7 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
         RecipeError: Naming each such setting.
         SetupError: When a package is missing.
     """
-    problems = [*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe), *several_runs.problems_of(recipe)]
+    problems = [*recipe_rules.problems_of(recipe), *several_runs.problems_of(recipe)]
     problems += _wrong_accelerator(recipe.train.extra.get("accelerator_config"))
     if deepspeed.wanted(recipe):
         try:
