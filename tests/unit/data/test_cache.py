@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from fulltune import data
+from fulltune.data import written
 from fulltune.errors import DataError
 from fulltune.files import SEAL
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Event, RowsPrepared, Warned
+from fulltune.records.events import Event, Warned
 from fulltune.tasks import task_named
 from tests import tiny
 
@@ -82,14 +83,6 @@ def test_second_run_links_to_the_files_of_the_first(runs: Runs) -> None:
     }
     (kept,) = runs.cached()
     assert kept.name == first.fingerprint
-
-
-def test_second_run_is_told_no_progress(runs: Runs) -> None:
-    events: list[Event] = []
-    runs.prepare("one", listener=events.append)
-    assert events[-1] == RowsPrepared(name="tokenising", done=40, total=40)
-    runs.prepare("two", listener=events.append)
-    assert events.count(RowsPrepared(name="tokenising", done=40, total=40)) == 1
 
 
 def edit(runs: Runs) -> dict[str, Any]:
@@ -267,7 +260,7 @@ def test_stage_that_fails_leaves_nothing_half_done_and_the_earlier_rows(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "write", full)
+    monkeypatch.setattr(written, "write", full)
     with pytest.raises(OSError, match="No space left"):
         runs.prepare("one", settings={"split_seed": 3})
     assert runs.files("one") == before
@@ -329,13 +322,6 @@ def test_encoding_makes_other_rows_unless_it_is_the_usual_one(runs: Runs) -> Non
     assert len(runs.cached()) == 1
     runs.prepare("three", settings={"encoding": "latin-1"})
     assert len(runs.cached()) == 2
-
-
-def test_what_reading_showed_is_noted(runs: Runs) -> None:
-    lines = runs.file.read_text().splitlines()
-    lines[4], lines[7] = f'"{lines[4]}', lines[7].replace(",", '",')
-    runs.file.write_text("\n".join(lines) + "\n")
-    assert any(note.startswith("train.csv:5: 4 lines of this row look like rows") for note in runs.prepare("one").notes)
 
 
 @pytest.mark.parametrize("column", ["text", "label"])

@@ -14,9 +14,7 @@ from fulltune import data
 from fulltune.data.groups import draw, joined_by_value, rarest_of_group
 from fulltune.errors import DataError
 from fulltune.inference.store import clusters_of, load_texts
-from fulltune.models.base import Base
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.model import ModelBlock
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 from tests import tiny
@@ -131,20 +129,6 @@ def test_no_user_and_no_text_is_on_two_sides(tmp_path: Path, encoder_tokenizer: 
     users = [row["user"] for row in splits["test"]]
     clusters = clusters_of(tmp_path / "data" / "test").tolist()
     assert len(set(clusters)) <= len(set(users)) < len(users)
-
-
-def test_split_does_not_depend_on_the_order_and_new_rows_move_few(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    rows = user_rows(100)
-    prepare(tmp_path / "a", rows, encoder_tokenizer, group="user")
-    prepare(tmp_path / "b", rows[::-1], encoder_tokenizer, group="user")
-    a, b = (
-        {row["text"]: name for name, rows in of_splits(tmp_path / folder).items() for row in rows} for folder in "ab"
-    )
-    assert a == b
-    new = [{"text": f"new {number}", "label": "a", "user": f"u{number}"} for number in range(20)]
-    prepare(tmp_path / "c", rows + new, encoder_tokenizer, group="user")
-    c = {row["text"]: name for name, rows in of_splits(tmp_path / "c").items() for row in rows}
-    assert sum(c[text] != side for text, side in a.items()) < 0.1 * len(a)
 
 
 def test_near_texts_of_two_users_join_them(tmp_path: Path, encoder_tokenizer: Any) -> None:
@@ -271,24 +255,3 @@ def test_column_that_says_whose_rows_are_plays_no_other_role(tmp_path: Path, dec
     prepare(tmp_path, rows, decoder_tokenizer, group="chat", task="causal-lm")
     sides = Counter(chat for rows in of_splits(tmp_path).values() for chat in {row["chat"] for row in rows})
     assert set(sides.values()) == {1}
-
-
-def test_images_of_one_patient_stay_on_one_side_and_are_split_by_time(tmp_path: Path) -> None:
-    reader = Base.of(ModelBlock(name=str(tiny.save_image_model(tmp_path / "vit"))), "image-classification").processor
-    images = sorted(tiny.write_images(tmp_path / "images", 60).rglob("*.png"))
-    rows = [
-        {"image": str(path), "label": path.parent.name, "patient": number // 3, "year": 1990 + number // 2}
-        for number, path in enumerate(random.Random(0).sample(images, 60))
-    ]
-    path = tiny.write_csv(tmp_path / "train.csv", rows)
-    for folder, settings in (("group", {"group": "patient"}), ("time", {"time": "year"})):
-        block = {"train": str(path), **settings}
-        recipe = Recipe.model_validate({"model": "x", "task": "image-classification", "data": block})
-        (tmp_path / folder).mkdir()
-        data.prepare(recipe, tmp_path / folder / "data", task_named(recipe.task), reader, data.Limits(None))
-    splits = of_splits(tmp_path / "group")
-    sides = Counter(patient for rows in splits.values() for patient in {row["patient"] for row in rows})
-    assert (set(sides.values()), len(sides)) == ({1}, 20)
-    splits = of_splits(tmp_path / "time")
-    assert max(row["year"] for row in splits["train"]) < min(row["year"] for row in splits["eval"])
-    assert max(row["year"] for row in splits["eval"]) < min(row["year"] for row in splits["test"])

@@ -7,11 +7,9 @@ from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
-import numpy as np
 import pytest
 
-from fulltune.data.marks import Found, marks_of, problems_of, time_in_words, time_of, value_of
-from fulltune.recipe.data import DataBlock
+from fulltune.data.marks import Found, marks_of, time_in_words, time_of, value_of
 from fulltune.tasks.columns import BadCell
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC).timestamp()
@@ -98,37 +96,3 @@ def test_marks_are_equal_for_equal_values_and_other_for_other_seeds() -> None:
     assert one.times.tolist() == [3, 1, 2]
     none = marks_of(rows, None, None, 1)
     assert (len(none.values), len(none.times), none.found) == (0, 0, Found())
-
-
-def test_mixed_rows_may_be_nobodys() -> None:
-    marks = marks_of(placed([{"user": None}, {}, {"user": "a"}]), "user", None, 1, is_optional=True)
-    assert (marks.values == 0).tolist() == [True, True, False]
-    assert not marks.found.counts
-
-
-def test_all_faults_are_named_with_their_first_places_and_counts() -> None:
-    first = placed([{"user": "", "at": "2026-11-28"}] * 5 + [{"user": ["a"], "at": "soon"}])
-    later = [(f"b.csv:{number}", {"at": "2026-11-28 10:00" if number else None}) for number in range(2)]
-    found = Found()
-    for rows in (first, later):
-        found.take(marks_of(rows, "user", "at", 1).found)
-    block = DataBlock(train="a.csv", group="user", time="at")
-    gaps, nested, *times = problems_of(block, found, 8, "a.csv and 1 more")
-    assert gaps.startswith(
-        "a.csv and 1 more: a group column with gaps: column 'user' (data.group) is empty in 7 of 8 rows "
-        "(a.csv:2, a.csv:3, a.csv:4 and 4 more); "
-    )
-    assert "column 'user' (data.group) holds a list" in nested
-    assert "1 of 8 rows (a.csv:7)" in nested
-    assert [problem.partition("; expected")[0] for problem in times[:2]] == [
-        "a.csv and 1 more: column 'at' (data.time) holds no time in 1 of 8 rows (a.csv:7: 'soon')",
-        "a.csv and 1 more: column 'at' (data.time) is empty in 1 of 8 rows (b.csv:0)",
-    ]
-    [mixed] = times[2:]
-    assert "date in 5 rows (a.csv:2) and date-time in 1 row (b.csv:1)" in mixed
-
-
-def test_no_faults_say_nothing() -> None:
-    found = marks_of(placed([{"user": "a", "at": 1}, {"user": "b", "at": "2"}]), "user", "at", 1).found
-    assert problems_of(DataBlock(train="a.csv", group="user", time="at"), found, 2, "a.csv") == []
-    assert np.array_equal(list(found.counts.values()), [2])

@@ -126,18 +126,6 @@ def test_prepare_strategy_drop_leaves_long_rows_out(tmp_path: Path, decoder_toke
     assert summary.dropped == {"too long": 1}
 
 
-def test_prepare_unchanged_input_is_not_made_again(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    rows = tiny.topic_rows(40)
-    first = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
-    marker = tmp_path / "data" / "train" / "marker"
-    marker.touch()
-    assert prepare(tmp_path, rows, encoder_tokenizer, "text-classification") == first
-    assert marker.exists()
-    changed = prepare(tmp_path, rows, encoder_tokenizer, "text-classification", split_seed=1)
-    assert changed.fingerprint != first.fingerprint
-    assert not marker.exists()
-
-
 @pytest.mark.parametrize("labels", [2, 30])
 def test_more_held_out_rows_than_asked_for_are_told(labels: int, tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{"text": f"row {number}", "label": f"l{number % labels}"} for number in range(90)]

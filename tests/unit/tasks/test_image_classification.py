@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -272,15 +271,6 @@ def test_missing_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(processors.importlib.util, "find_spec", lambda name: None if name == "PIL" else found(name))
     with pytest.raises(SetupError, match=r"pip install 'fulltune\[images\]'"):
         _ = Base.of(ModelBlock(name=str(folder)), "image-classification").processor
-
-
-def test_content_of_a_jpeg_in_a_table_is_decoded(reader: ImageReader) -> None:
-    content = io.BytesIO()
-    Image.new("RGB", (8, 8), (0, 0, 0)).save(content, "JPEG")
-    row = {"image": {"bytes": content.getvalue(), "path": None}}
-    example = encoded(row, reader)
-    assert example.refused is None
-    assert ImageRows([dict(example.features)], reader)[0]["pixel_values"].max() < -0.9
 
 
 def test_lengths_are_known_without_decoding(tmp_path: Path, reader: ImageReader) -> None:

@@ -180,19 +180,6 @@ def test_questions_about_one_passage_stay_together() -> None:
     assert question_answering.group_key({**rows[0], "c": "sun"}, TARGET) == "sun"
 
 
-def test_collate_leaves_out_what_the_model_does_not_read() -> None:
-    rows = [{"c": CONTEXT, "q": "what?", "a": "soup"}, {"c": "sun", "q": "what?", "a": "sun"}]
-    features = [
-        {name: np.array(value) for name, value in windows(row)[0].features.items()} | {"length": 3} for row in rows
-    ]
-    batch = question_answering.collate(features, 9)
-    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
-    short = len(features[1]["input_ids"])
-    assert batch["input_ids"][1, short:].tolist() == [9] * (batch["input_ids"].shape[1] - short)
-    assert batch["attention_mask"].sum(dim=1).tolist() == [len(row["input_ids"]) for row in features]
-    assert batch["labels"].dtype == torch.int64
-
-
 @pytest.fixture
 def scored() -> tuple[torch.Tensor, torch.Tensor]:
     """Two windows of 12 and 9 tokens, the second one without an answer."""

@@ -18,7 +18,6 @@ from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from fulltune.cli.init import infer
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.data import DataBlock
-from fulltune.stats.bootstrap import resample
 from fulltune.tasks import LossSettings, Target, tags
 from fulltune.tasks import token_classification as task
 from tests import tiny
@@ -247,18 +246,6 @@ def test_byte_level_tokens_are_those_of_the_sentence(prefix: bool) -> None:
     assert task.preview(features, TARGET, tokenizer).label == "we eat bread in the town é"
 
 
-def test_roberta_tokenizer_reads_words_as_in_a_sentence() -> None:
-    from tokenizers import pre_tokenizers
-    from transformers import RobertaTokenizer
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {name: n for n, name in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *alphabet, "Ġi", "Ġin"])}
-    tokenizer = RobertaTokenizer(vocab=vocab, merges=[("Ġ", "i"), ("Ġi", "n")])
-    features = encoded(tokenizer, row(["in", "in"], ["O", "O"]))[0].features
-    assert tokenizer.convert_ids_to_tokens(features["input_ids"]) == ["<s>", "i", "n", "Ġin", "</s>"]
-    assert features["word_ids"] == [-1, 0, 0, 1, -1]
-
-
 def test_slow_tokenizer_is_refused() -> None:
     from transformers import CanineTokenizer
 
@@ -336,20 +323,6 @@ def test_metrics_are_those_of_seqeval(seed: int) -> None:
 
 def spans_of_seqeval(row_tags: list[str]) -> set[tuple[str, int, int]]:
     return {(kind, start, last + 1) for kind, start, last in task.seqeval_entities(row_tags)}
-
-
-def test_metrics_of_a_resample_are_those_of_its_sentences() -> None:
-    """The sums per row that intervals draw from give what seqeval says of the drawn sentences."""
-    logits, labels = random_batch(30, 8, seed=1)
-    kept = task.reduce(logits, labels, TARGET)
-    gold = [[TARGET.labels[i] for i in row if i >= 0] for row in labels.tolist()]
-    predicted = [[TARGET.labels[i] for i in row] for row in kept["predicted"]]
-    drawn = np.random.default_rng(0).integers(0, 30, 30)
-    found = task.metrics({name: values[drawn] for name, values in kept.items()}, TARGET)
-    assert found["f1"] == pytest.approx(f1_score([gold[i] for i in drawn], [predicted[i] for i in drawn]))
-    sums = {name: kept[name] for name in ("entities", "words", "right", "nll", "seen")}
-    estimate = resample(sums, lambda rows: task.metrics(rows, TARGET), samples=200)["f1"].estimate(0.95)
-    assert estimate.low < estimate.value < estimate.high
 
 
 def test_metrics_without_a_prediction_are_zero() -> None:
