@@ -15,7 +15,7 @@ from fulltune.recipe import elsewhere
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.recipe.tasks import FACTS, TaskName
+from fulltune.recipe.tasks import FACTS, FORMS, ProblemType, TaskName
 from fulltune.tasks import task_named
 
 WRONG = """\
@@ -222,7 +222,7 @@ def test_setting_of_the_head_that_cannot_be_is_refused_with_its_line(blocks: str
 
 
 def test_every_task_has_facts_and_a_module_with_the_same() -> None:
-    assert tuple(FACTS) == get_args(TaskName)
+    assert (tuple(FACTS), tuple(FORMS)) == (get_args(TaskName), get_args(ProblemType))
     for name in get_args(TaskName):
         assert task_named(name).FACTS is FACTS[name]
 

@@ -1,13 +1,17 @@
 """What holds for every recipe of a task, known without torch: what it reads and writes, its settings, metrics, classes.
 
-One place for recipe rules, plan and report; the task's module in `fulltune.tasks` has the same as its `FACTS`.
+One place for recipe rules, plan and report, with its table in `tasks.toml`; the task's module has the same as `FACTS`.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from pydantic import TypeAdapter
 
 TaskName = Literal[
     "text-classification",
@@ -41,12 +45,6 @@ _SHARED = {
     "image": "image",
 }
 """Role of a column to what rows of one group have in common; without any of them it is the text."""
-_OF_TOKENS = ("loss", "perplexity", "token_accuracy")
-_OF_ANSWERS = ("exact_match", "rougeL", "chrf")
-
-
-FROM_FILE = "--file ROWS.jsonl"
-"""How a model is asked whose rows have several parts."""
 
 
 @dataclass(frozen=True)
@@ -110,119 +108,12 @@ class Form:
         return self.name.replace("_", " ")
 
 
-FORMS: Mapping[ProblemType, Form] = {
-    form.name: form
-    for form in (
-        Form(
-            "single_label",
-            ("accuracy", "f1_macro", "mcc", "loss"),
-            "single label",
-            answer=(("label", "string"), ("probability", "double")),
-            one_label=True,
-            is_calibrated=True,
-            has_classes=True,
-            row_shares=("accuracy", "f1_macro"),
-        ),
-        Form(
-            "multi_label",
-            ("f1_micro", "f1_macro", "accuracy", "loss"),
-            "multi label",
-            "labels",
-            majority="majority of each label",
-            answer=(("labels", "list"),),
-            has_classes=True,
-            several_labels=True,
-            row_shares=("f1_micro", "f1_macro", "accuracy"),
-        ),
-        Form(
-            "regression",
-            ("spearman", "kendall", "r2", "rmse", "loss"),
-            "regression",
-            "number",
-            worst="Test rows with the highest loss",
-            majority="mean of train",
-            answer=(("value", "double"),),
-            is_number=True,
-        ),
-        Form(
-            "tags",
-            ("f1", "precision", "recall", "accuracy", "loss"),
-            "words with tags",
-            "entities",
-            label="entity type",
-            worst="Test rows with the most wrong entities",
-            answer=(("tokens", "list"), ("tags", "list"), ("entities", "json")),
-            has_classes=True,
-            tags_words=True,
-            row_shares=("f1", "precision", "recall"),
-        ),
-        Form(
-            "span",
-            ("f1", "exact_match", "loss"),
-            "answers in a context",
-            "answer",
-            row="window",
-            longest="longest window",
-            worst="Wrongly answered questions with the highest loss",
-            question=FROM_FILE,
-            has_windows=True,
-            answer=(("answer", "string"), ("start", "int64"), ("probability", "double")),
-        ),
-        Form(
-            "choice",
-            ("accuracy", "loss"),
-            "multiple choice",
-            "right choice",
-            longest="longest choice",
-            question=FROM_FILE,
-            majority="most frequent position",
-            answer=(("index", "int64"), ("text", "string"), ("probability", "double")),
-            is_calibrated=True,
-            row_shares=("accuracy",),
-        ),
-        Form(
-            "text",
-            _OF_TOKENS,
-            "raw text",
-            question='"the beginning of a text"',
-            how_to_ask=(
-                "The model was trained on raw text: it continues a text from its beginning. A chat template in this "
-                "folder is that of the pretrained model, and was not trained."
-            ),
-            reads_any_text=True,
-            is_raw_text=True,
-        ),
-        Form(
-            "prompt_completion",
-            _OF_TOKENS,
-            "prompt and completion",
-            question='"a question"',
-            how_to_ask=(
-                "The model was trained on prompts and answers, without the chat template of the pretrained model. A "
-                "prompt must look as below; if this folder has a chat template, it writes a user's message in just "
-                "that form."
-            ),
-            reads_any_text=True,
-            writes_answers=True,
-        ),
-        Form(
-            "chat",
-            _OF_TOKENS,
-            "chat",
-            question='"a question"',
-            how_to_ask="The model was trained on conversations, in the form of the chat template in this folder.",
-            reads_any_text=True,
-            writes_answers=True,
-        ),
-        Form(
-            "source_target",
-            _OF_TOKENS,
-            "source and target",
-            longest="longest source or target",
-            writes_answers=True,
-        ),
-    )
-}
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+FORMS: Mapping[ProblemType, Form] = TypeAdapter(dict[ProblemType, Form]).validate_python(
+    {name: {"name": name, **given} for name, given in _TABLE["forms"].items()}
+)
+FROM_FILE = FORMS["span"].question
+"""How a model is asked whose rows have several parts."""
 
 
 @dataclass(frozen=True)
@@ -269,80 +160,7 @@ class TaskFacts:
         return tuple(dict.fromkeys(name for form in self.types for name in FORMS[form].metrics))
 
 
-FACTS: Mapping[str, TaskFacts] = {
-    "text-classification": TaskFacts(
-        auto_class="AutoModelForSequenceClassification",
-        hub="text-classification",
-        data=("text", "text_pair", "label", "problem_type"),
-        types=("single_label", "multi_label", "regression"),
-        length_cap=512,
-        scored_by="classifiers",
-        has_classes=True,
-        peft="SEQ_CLS",
-    ),
-    "token-classification": TaskFacts(
-        auto_class="AutoModelForTokenClassification",
-        hub="token-classification",
-        data=("tokens", "tags"),
-        types=("tags",),
-        other_metrics=("f1_macro",),
-        length_cap=512,
-        scored_by="tagging",
-        has_classes=True,
-        peft="TOKEN_CLS",
-    ),
-    "question-answering": TaskFacts(
-        auto_class="AutoModelForQuestionAnswering",
-        hub="question-answering",
-        data=("question", "context", "answers", "stride"),
-        types=("span",),
-        length_cap=384,
-        scored_by="spans",
-        peft="QUESTION_ANS",
-    ),
-    "multiple-choice": TaskFacts(
-        auto_class="AutoModelForMultipleChoice",
-        hub="multiple-choice",
-        # Choices have one problem type, like images, and refuse the others in their own words.
-        data=("label", "question", "context", "choices", "problem_type"),
-        types=("choice",),
-        length_cap=512,
-        scored_by="classifiers",
-    ),
-    "image-classification": TaskFacts(
-        auto_class="AutoModelForImageClassification",
-        hub="image-classification",
-        data=("label", "image", "problem_type", "undecodable_images"),
-        types=("single_label",),
-        length_cap=2**20,  # images are never cut
-        scored_by="classifiers",
-        reads="image",
-        has_classes=True,
-    ),
-    "causal-lm": TaskFacts(
-        auto_class="AutoModelForCausalLM",
-        hub="text-generation",
-        data=("text", "prompt", "input", "completion", "messages", "tools", "chat_template"),
-        types=("prompt_completion", "text", "chat"),
-        other_metrics=_OF_ANSWERS,
-        length_cap=2048,
-        scored_by="language",
-        writes=True,
-        has_forms=True,
-        peft="CAUSAL_LM",
-    ),
-    "seq2seq": TaskFacts(
-        auto_class="AutoModelForSeq2SeqLM",
-        hub="text2text-generation",
-        data=("source", "target", "source_prefix"),
-        types=("source_target",),
-        other_metrics=(*_OF_ANSWERS, "bleu"),
-        length_cap=1024,
-        scored_by="language",
-        writes=True,
-        peft="SEQ_2_SEQ_LM",
-    ),
-}
+FACTS: Mapping[str, TaskFacts] = TypeAdapter(dict[str, TaskFacts]).validate_python(_TABLE["tasks"])
 READ_BY: Mapping[str, tuple[str, ...]] = {
     setting: tuple(task for task, facts in FACTS.items() if setting in facts.data)
     for setting in dict.fromkeys(setting for facts in FACTS.values() for setting in facts.data)

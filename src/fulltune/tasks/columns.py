@@ -7,8 +7,10 @@ import io
 import json
 import re
 import tokenize
+import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 from unicodedata import normalize
 
@@ -20,38 +22,8 @@ T = TypeVar("T")
 _SHOWN, _LONG_NAME = 40, 80
 
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
-    "text": ("text", "sentence", "content", "review", "comment", "question", "utterance", "query", "title", "body"),
-    "text_pair": ("text_pair", "sentence2", "hypothesis"),
-    "label": (
-        "label",
-        "labels",
-        "category",
-        "class",
-        "intent",
-        "target",
-        "sentiment",
-        "topic",
-        "tag",
-        "score",
-        "rating",
-        "gold_label",
-        "is_duplicate",
-        "similarity",
-    ),
-    "messages": ("messages", "conversation", "conversations", "chat", "dialogue"),
-    "prompt": ("prompt", "question", "instruction", "input", "query"),
-    "input": ("input", "context"),
-    "completion": ("completion", "answer", "response", "output", "chosen", "target"),
-    "tools": ("tools",),
-    "context": ("context", "passage", "paragraph", "document"),
-    "question": ("question", "query"),
-    "answers": ("answers", "answer"),
-    "source": ("source", "document", "article", "input", "text", "dialogue", "src"),
-    "target": ("target", "summary", "highlights", "output", "translation", "tgt"),
-    "image": ("image", "images", "image_path", "img", "img_path", "picture", "photo", "file_name", "filename", "path"),
-    "choices": ("choices", "options", "endings", "candidates"),
-    "tokens": ("tokens", "words"),
-    "tags": ("tags", "ner_tags", "bio_tags", "iob_tags"),
+    role: tuple(names)
+    for role, names in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()
 }
 
 
