@@ -39,14 +39,8 @@ _NEVER_NAMES = re.compile(r"\[(?:SECRET|CARD|IBAN|SSN)\]")
 
 
 def refuse_secret_names(target: Target, where: str) -> list[str]:
-    """What cannot be hidden, because names of labels and columns are read with the rows and the finished model.
-
-    Returns:
-        A note, where some of them are e-mail addresses, phone numbers or addresses of computers.
-
-    Raises:
-        DataError: When some hold a password, a key, or the number of a card, an account or a person.
-    """
+    """Refuse passwords, keys and numbers of cards, accounts or people as names of labels and columns; note addresses:
+    nothing can hide them from who reads the rows or the finished model."""
     problems, notes = list[str](), list[str]()
     columns = (("column", name) for name in target.columns.values())
     for kind, name in (*columns, *(("label", name) for name in target.labels)):

@@ -53,13 +53,10 @@ class MixedSummary(Record):
     weight: float
     """Share of an epoch's rows that the recipe asks for."""
     rows_per_epoch: int
-    """What that comes to."""
     kind: str
     """Its rows in words: those of causal-lm may have another form than the task's."""
     counts: SplitSummary
-    """All of its rows that may be drawn."""
     previews: tuple[Preview, ...] = ()
-    """A row of it as the model sees it."""
 
     @property
     def tokens_per_epoch(self) -> float:
@@ -83,7 +80,6 @@ class DataSummary(Record):
     joint: str = ""
     """Text put between prompt and completion (causal-lm), or before each source (seq2seq)."""
     num_choices: int = 0
-    """Choices of each row (multiple-choice)."""
     packed: bool = False
     """Several short texts share a row, kept apart by their position ids."""
     max_length: int
@@ -100,7 +96,6 @@ class DataSummary(Record):
     dropped: dict[str, int] = Field(default_factory=dict)
     """Reason to number of rows left out; the rows are in `data/dropped.jsonl`."""
     notes: tuple[str, ...] = ()
-    """What is worth knowing: duplicates found, labels seen in one split only ..."""
     test_in_eval: float = 0.0
     """Share of the test rows whose text, or prompt, also stands in eval."""
     previews: tuple[Preview, ...] = ()

@@ -70,7 +70,6 @@ class RowsRead(Event):
     """What is done with them."""
     done: int
     total: int | None
-    """None: not known."""
     share: float | None
     """Of the work: long rows take longer."""
 
@@ -150,7 +149,6 @@ class UpdatesMeasured(Event):
     """Size of a tensor's update to its own, the median over tensors."""
     largest_update_to_weight: float
     largest: str
-    """The tensor of the largest."""
 
 
 OF_GENERIC_TEXT = ("drift", "drift_error")
@@ -173,7 +171,6 @@ class Steered(Event):
     step: int
     drift: float
     error: float
-    """Standard error of the drift."""
     weight: float
     """From the next step on."""
 
@@ -197,7 +194,6 @@ class AttemptFailed(Event):
 
     kind = "attempt"
     reason: str
-    """What happened and what is changed."""
 
 
 class Warned(Event):

@@ -67,7 +67,6 @@ class Probe(Record):
     head: HeadStart | None
     frozen: FrozenRival | None
     why_not: str = ""
-    """Why the head has no such start."""
     train_rows: int = 0
     """Rows behind it; `of_rows` are there."""
     of_rows: int = 0

@@ -74,7 +74,6 @@ class Access(Record):
     time: str
     """ISO 8601 with time zone."""
     run: str
-    """Name of its folder."""
     trial: str
     """Method and seed of the model; or `comparison`."""
     model: str

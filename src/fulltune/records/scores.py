@@ -37,7 +37,6 @@ class Unseen(Record):
     """A metric without the test rows that share their text, prompt or passage with train rows."""
 
     left_out: int
-    """So many of its rows."""
     near: bool
     """Nearly equal ones count as shared."""
     estimate: Estimate | None

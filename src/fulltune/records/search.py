@@ -22,7 +22,6 @@ class TriedSettings(Record):
     """On the eval rows; NaN: it failed."""
     seconds: float
     problem: str = ""
-    """Why it failed."""
 
 
 class Searched(Record):
@@ -33,11 +32,9 @@ class Searched(Record):
     place: str
     """The folder in which it was trained, relative to the run folder."""
     settings: dict[str, Any]
-    """What the search chose."""
     own: dict[str, Any] = Field(default_factory=dict)
     """What the recipe, or else the plan, has for the settings that were searched."""
     reason: str
-    """Why, in words."""
     metric_name: str
     greater_is_better: bool
     eval_rows: int
@@ -48,7 +45,6 @@ class Searched(Record):
     tried: tuple[TriedSettings, ...] = ()
     """Whole runs with other settings and with the recipe's own, the best first."""
     num_combinations: int = 0
-    """Of the settings' values."""
     bought: Estimate | None = None
     """The metric on the test rows less that of the usual settings, trained with the same seed; None: they are the
     same, or were not trained."""
@@ -57,7 +53,6 @@ class Searched(Record):
     seconds: float
     """Of the whole search, the kept run included."""
     run_seconds: float
-    """Of the kept run."""
     budget_seconds: float | None = None
     time_was_up: bool = False
 

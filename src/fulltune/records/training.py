@@ -92,7 +92,6 @@ class Outcome(Record):
     growth_of_processes: tuple[int, ...] = ()
     """The same of each process, of the others up to the end of the training; empty: there is one, or it ended early."""
     phase: Phase | None = None
-    """What it was doing when it ended."""
     trouble_since: int | None = None
     """Of one that spiked: the step from which on the weights are not trusted."""
     forecast: TimeNeed | None = None
@@ -112,7 +111,6 @@ class Measured(Record):
     """One setting, tried for a step in a process of its own (`fulltune plan --measure`)."""
 
     name: str
-    """What was changed, in words."""
     kind: Literal["lever", "micro batch", "attention", "compile"]
     """Levers add up from row to row; the others each change one thing of the best so far."""
     changes: dict[str, Any]
@@ -128,7 +126,6 @@ class Measured(Record):
     problem: str = ""
     """Why it cannot be had here; empty when it ran and fits."""
     taken: bool = False
-    """The plan's final settings."""
 
 
 class Measurements(Record):
