@@ -98,8 +98,8 @@ def fit(recipe: Path, folder: Path, clock: Callable[[], float] = time.perf_count
     job, steps = prepare(recipe, run_folder=folder), Steps()
     trainer = L.Trainer(
         **job.trainer_arguments(),
-        callbacks=[*job.guards(), steps],
-        strategy="auto" if job.plan.num_processes == 1 else DDPStrategy(process_group_backend="gloo"),
+        callbacks=[steps],
+        strategy="auto" if job.module.plan.num_processes == 1 else DDPStrategy(process_group_backend="gloo"),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

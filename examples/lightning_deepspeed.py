@@ -23,7 +23,7 @@ def main(recipe: str, *overrides: str) -> None:
     trainer = L.Trainer(
         **job.trainer_arguments(),
         strategy=DeepSpeedStrategy(stage=3, offload_optimizer=True, offload_parameters=True),
-        callbacks=[*job.guards(), ModelCheckpoint(**job.monitor())],
+        callbacks=[ModelCheckpoint(**job.monitor())],
     )
     trainer.fit(job.module, datamodule=job.data)
     job.save("lightning-model")

@@ -18,17 +18,17 @@ L = pytest.importorskip("lightning", reason="needs lightning; pip install 'fullt
 from lightning.pytorch.callbacks import Callback  # noqa: E402  # after the skip
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402  # after the skip
 
-from fulltune.lightning import FineTuningData, StepGuard, prepare  # noqa: E402  # after the skip
+from fulltune.lightning import prepare  # noqa: E402  # after the skip
+from fulltune.lightning.module import TrainBatches  # noqa: E402  # after the skip
 
 SCALE = 2.0**10
 
 
 class Overflows(Callback):
-    """The gradients of the second step are infinite; sees the guard's loss and a weight after each."""
+    """The gradients of the second step are infinite; sees the weights after each."""
 
-    def __init__(self, guard: StepGuard) -> None:
-        self.guard = guard
-        self.losses, self.weights = list[float | None](), list[torch.Tensor]()
+    def __init__(self) -> None:
+        self.weights = list[torch.Tensor]()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step == 1:
@@ -36,7 +36,6 @@ class Overflows(Callback):
                 parameter.grad = torch.full_like(parameter, float("inf"))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.losses.append(self.guard.loss)
         self.weights.append(torch.cat([one.detach().flatten() for one in pl_module.parameters()]).clone())
 
 
@@ -52,30 +51,43 @@ def test_lightnings_step_that_overflows_is_left_to_the_scaler(tmp_path: Path) ->
     with runs.without_tracing():
         recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, rows, train=train, method={"head_init": "random"})
         job = prepare(recipe)
-    guard = StepGuard()
-    scaler, seen = torch.amp.GradScaler("cpu", init_scale=SCALE), Overflows(guard)
+    scaler, seen = torch.amp.GradScaler("cpu", init_scale=SCALE), Overflows()
     given = job.trainer_arguments() | {"precision": None, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     trainer = L.Trainer(
         **given,
         plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
-        callbacks=[guard, seen],
+        callbacks=[seen],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    job.module.plan = job.plan.model_copy(update={"precision": "fp16"})
+    job.module.plan = job.module.plan.model_copy(update={"precision": "fp16"})
     trainer.fit(job.module, datamodule=job.data)
 
-    assert guard.seen.skipped == ()
+    assert job.module.seen.skipped == ()
     assert scaler.get_scale() == SCALE / 2
     assert torch.equal(seen.weights[0], seen.weights[1])
     assert not torch.equal(seen.weights[1], seen.weights[2])
-    assert all(loss is not None and loss < 5 for loss in seen.losses)
+    assert max(job.module.seen.losses) < 5
 
 
 @pytest.mark.stand_in("records of machines and models", card="whether the bytes are right")
-def test_rows_for_lightning_are_pinned_where_there_is_a_card() -> None:
-    for device, pinned in (("cuda", True), ("cpu", False)):
-        plan: Any = SimpleNamespace(device=device, loader_workers=0, seed=0)
-        data = FineTuningData([], [], plan, *[lambda *_: None] * 3)  # type: ignore[arg-type,list-item]  # not called
-        assert data._options()["pin_memory"] is pinned
+def test_rows_for_lightning_are_pinned_where_there_is_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loader:
+        def __init__(self, rows: Any, pin_memory: bool, **options: Any) -> None:
+            pinned.append(pin_memory)
+
+        def __iter__(self) -> Any:
+            return iter(())
+
+    pinned = list[bool]()
+    monkeypatch.setattr("fulltune.lightning.module.DataLoader", Loader)
+    for device in ("cuda", "cpu"):
+        batches = {"global_batch_size": 4, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
+        plan = SimpleNamespace(device=device, loader_workers=0, seed=0, group_by_length=False, **batches)
+        summary = SimpleNamespace(mixed=(), splits={"train": SimpleNamespace(rows=4)})
+        parts = SimpleNamespace(rows={"length": [1] * 4}, summary=summary)
+        module: Any = SimpleNamespace(plan=plan, parts=parts, learning=None)
+        trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0)
+        assert list(TrainBatches(module, trainer)) == []
+    assert pinned == [True, False]

@@ -52,7 +52,7 @@ def main(folder: Path, offload: bool) -> None:
     trainer = L.Trainer(
         **job.trainer_arguments(),
         strategy=OnCpu(stage=3, offload_optimizer=offload, offload_parameters=offload, process_group_backend="gloo"),
-        callbacks=[*job.guards(), steps],
+        callbacks=[steps],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -16,8 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fulltune import api
-from fulltune.errors import Diverged, GuardStop, RecipeError, SetupError, Spiked
-from fulltune.recipe.file import load_recipe
+from fulltune.errors import RecipeError, SetupError, Spiked
 from fulltune.system.hardware import num_cores
 from tests import tiny
 from tests.invariant.test_same_curve import answer_rows, label_rows, number_rows, several_label_rows
@@ -27,8 +26,8 @@ L = pytest.importorskip("lightning", reason="needs lightning; pip install 'fullt
 
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402  # after the skip
 
-from fulltune.lightning import FineTuning, StepGuard, available, prepare, settings  # noqa: E402  # after the skip
-from fulltune.lightning.module import FineTuningModule  # noqa: E402  # after the skip
+from fulltune.lightning import FineTuning, FineTuningModule, prepare  # noqa: E402  # after the skip
+from fulltune.lightning.prepare import usable  # noqa: E402  # after the skip
 
 TRAIN: dict[str, Any] = {
     **{"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "logging_steps": 1, "warmup_steps": 2},
@@ -69,7 +68,7 @@ def written(folder: Path, kind: str = "bert", rows: runs.Rows | None = None, **b
 def trainer_of(job: FineTuning, *callbacks: Callback, **changes: Any) -> Any:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     given = {**job.trainer_arguments(), **quiet, "enable_model_summary": False, **changes}
-    return L.Trainer(**given, callbacks=[*job.guards(), *callbacks])
+    return L.Trainer(**given, callbacks=list(callbacks))
 
 
 def fitted(
@@ -95,79 +94,97 @@ def test_metrics_are_monitored_and_the_best_checkpoint_is_saved_as_a_plain_folde
     for name, values in loaded.state_dict().items():
         torch.testing.assert_close(values, job.module.model.state_dict()[name], rtol=0, atol=0)
     (answer,) = api.load_predictor(tmp_path / "model").predict([{"text": label_rows()[0]["text"]}])
-    assert answer["label"] in job.summary.labels
-    with pytest.raises(SetupError, match="expected a file that Lightning wrote of this model"):
-        job.save(tmp_path / "other", checkpoint=tmp_path / "nothing.ckpt")
+    assert answer["label"] in job.module.parts.summary.labels
 
 
-def test_what_lightning_decides_or_cannot_do_is_said_all_at_once(tmp_path: Path) -> None:
+def test_what_cannot_be_had_with_lightning_is_refused_all_at_once(tmp_path: Path) -> None:
     train = {"optim": "lomo", "extra": {"deepspeed": {}}, "save_steps": 5, "report_to": ["tensorboard"]}
-    recipe = written(tmp_path, method={"kind": "lora"}, train=train)
+    recipe = written(tmp_path, method={"kind": "lora"}, train={**train, "max_rollbacks": 3})
     with pytest.raises(RecipeError) as refused:
         prepare(recipe)
     assert [problem.partition(":")[0] for problem in refused.value.problems] == [
-        *("method.kind", "train.extra", "train.optim"),
+        *("train.extra", "train.save_steps", "train.report_to", "method.kind", "train.optim"),
     ]
     assert "give DeepSpeed's settings to DeepSpeedStrategy(config=...)" in str(refused.value)
+    assert "give the Trainer ModelCheckpoint(every_n_train_steps=...)" in str(refused.value)
     assert not (tmp_path / "runs").exists()
-    found = settings.warnings_of(load_recipe(recipe))
-    assert [line.partition(":")[0] for line in found] == ["train.save_steps", "train.report_to"]
-    assert "ModelCheckpoint(every_n_train_steps=...)" in found[0]
 
 
-def test_plan_and_trainer_must_cut_the_same_global_batches() -> None:
+def test_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has numbers, which 'fulltune run' alone learns"):
+        prepare(written(tmp_path, rows=number_rows(), data={"label": "score"}))
+
+
+class Strategy:
+    """In place of Lightning's, whose own refuses a CPU."""
+
+    handles_gradient_accumulation = True
+
+
+class DeepSpeedStrategy(Strategy):
+    pass
+
+
+class FSDPStrategy(Strategy):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("rows", "strategy", "world_size", "problem"),
+    [
+        (64, DeepSpeedStrategy, 2, ""),
+        (64 + 24, DeepSpeedStrategy, 2, "an epoch's last step has fewer micro batches than 4"),
+        (64 + 24, FSDPStrategy, 2, ""),
+        (64 + 25, DeepSpeedStrategy, 2, ""),
+        (64, FSDPStrategy, 1, r"overrides=\['train.num_processes=1'\]"),
+    ],
+)
+def test_trainer_must_train_the_planned_global_batches(
+    rows: int, strategy: type[Strategy], world_size: int, problem: str
+) -> None:
     plan: Any = SimpleNamespace(
         **{"num_processes": 2, "gradient_accumulation_steps": 4, "global_batch_size": 32, "micro_batch_size": 4},
         placement="ddp",
     )
-    assert settings.disagreements(plan, 2, 4) == []
-    problems = settings.disagreements(plan, 1, 8)
-    assert "overrides=['train.num_processes=1']" in problems[0]
-    assert "accumulate_grad_batches is 8, and the plan has 4" in problems[1]
-    assert settings.misplaced(plan, "DDPStrategy") is None
-    assert "train.placement: ddp (DDPStrategy)" in str(settings.misplaced(plan, "DeepSpeedStrategy"))
-    assert settings.strategy_of(["Mine", "DeepSpeedStrategy", "DDPStrategy"]) == "DeepSpeedStrategy"
-    assert not settings.holds_whole("DeepSpeedStrategy")
-
-
-@pytest.mark.parametrize(
-    ("rows", "kind", "precision", "said"),
-    [
-        (64, "single_label", "bf16-mixed", []),
-        (64, "regression", "32-true", []),
-        (64, "regression", "bf16-mixed", ["turns the numbers to be learned into bf16 bits"]),
-        (64 + 24, "single_label", "32-true", ["an epoch's last step has fewer micro batches than 4"]),
-        (64 + 25, "single_label", "32-true", []),
-    ],
-)
-def test_what_deepspeed_would_get_wrong_is_refused(rows: int, kind: str, precision: str, said: list[str]) -> None:
-    plan: Any = SimpleNamespace(
-        **{"num_processes": 2, "gradient_accumulation_steps": 4, "global_batch_size": 32, "micro_batch_size": 4}
+    summary: Any = SimpleNamespace(splits={"train": SimpleNamespace(rows=rows)}, mixed=())
+    module: Any = object.__new__(FineTuningModule)
+    module.plan, module.parts = plan, SimpleNamespace(summary=summary)
+    module.trainer = SimpleNamespace(
+        strategy=strategy(), world_size=world_size, accumulate_grad_batches=4, is_global_zero=True
     )
-    summary: Any = SimpleNamespace(splits={"train": SimpleNamespace(rows=rows)}, mixed=(), problem_type=kind)
-    found = settings.wrong_in_deepspeed(plan, summary, "DeepSpeedStrategy", precision)
-    assert len(found) == len(said)
-    assert all(words in problem for words, problem in zip(said, found, strict=True))
-    assert settings.wrong_in_deepspeed(plan, summary, "DDPStrategy", precision) == []
+    if problem:
+        with pytest.raises(SetupError, match=problem):
+            module.on_fit_start()
+        return
+    with pytest.warns(UserWarning, match=f"planned for train.placement: ddp, and the Trainer has {strategy.__name__}"):
+        module.on_fit_start()
+    assert module.sharded_by == strategy.__name__
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "expected"),
+    ("modules", "expected"),
     [
-        ([], [], "lightning"),
-        ([], ["pytorch_lightning"], "pytorch_lightning"),  # import sorters put fulltune first
-        (["pytorch_lightning"], [], "pytorch_lightning"),
-        (["lightning"], ["pytorch_lightning"], "lightning"),
+        ([], "lightning"),
+        (["pytorch_lightning"], "pytorch_lightning"),
+        (["lightning", "pytorch_lightning"], "lightning"),
     ],
 )
 def test_package_is_the_one_that_the_script_imports(
-    before: list[str], now: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+    modules: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = before[0] if before else "lightning"
-    monkeypatch.setattr(available, "_BEFORE", before)
-    monkeypatch.setattr(available, "_OURS", ours)
-    monkeypatch.setattr(available, "sys", SimpleNamespace(modules=[*before, *now, ours]))
-    assert available.imported() == expected
+    pytest.importorskip("pytorch_lightning")
+    monkeypatch.setattr("fulltune.lightning.prepare.sys", SimpleNamespace(modules=modules))
+    assert usable(None) == expected
+
+
+@pytest.mark.parametrize(("installed", "named"), [(None, "none"), ("2.4.0", r"2\.4\.0")])
+def test_missing_or_old_lightning_is_refused(
+    installed: str | None, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fulltune.lightning.prepare.find_spec", lambda name: installed)
+    monkeypatch.setattr("fulltune.lightning.prepare.version", lambda name: installed)
+    with pytest.raises(SetupError, match=rf"needs lightning 2\.5 or newer, found {named}; pip install -U 'fulltune\["):
+        usable("lightning")
 
 
 @pytest.mark.slow
@@ -179,10 +196,10 @@ def test_pytorch_lightning_trains_as_lightning_does(tmp_path: Path) -> None:
         assert isinstance(job.module, FineTuningModule)
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         steps = Steps()
-        trainer = package.Trainer(**job.trainer_arguments(), **quiet, callbacks=[*job.guards(), steps])
+        trainer = package.Trainer(**job.trainer_arguments(), **quiet, callbacks=[steps])
         trainer.fit(job.module, datamodule=job.data)
         losses.append([*steps.losses, float(trainer.callback_metrics[job.monitor()["monitor"]])])
-        assert all(type(guard).__name__ != "StepGuard" or guard.seen.most_rows == 8 for guard in trainer.callbacks)
+        assert job.module.seen.most_rows == 8
     assert len(losses[0]) == 3
     assert losses[0] == losses[1]
 
@@ -190,7 +207,6 @@ def test_pytorch_lightning_trains_as_lightning_does(tmp_path: Path) -> None:
 CASES: dict[str, tuple[str, Callable[[], runs.Rows], dict[str, Any]]] = {
     "single_label": ("bert", label_rows, {}),
     "multi_label": ("bert", several_label_rows, {"method": {"head_init": "random"}}),
-    "regression": ("bert", number_rows, {"data": {"label": "score"}}),
     "answers": ("llama", answer_rows, {"task": "causal-lm"}),
     "written": (
         "t5",
@@ -222,21 +238,8 @@ def test_curve_is_that_of_a_run(case: str, tmp_path: Path) -> None:
     (validated,) = trainer.validate(job.module, datamodule=job.data, verbose=False)
     found = {name.removeprefix("eval_"): value for name, value in validated.items()}
     names = [name for name in scores if name in found]
-    assert job.plan.metric in names
+    assert job.module.plan.metric in names
     assert [found[name] for name in names] == pytest.approx([scores[name] for name in names], abs=20 * near)
-    if job.summary.scale is not None:  # learned in other units, saved in the user's, and training may go on
-        before = job.module.model(**_inputs(job)).logits
-        job.save(tmp_path / "saved")
-        torch.testing.assert_close(job.module.model(**_inputs(job)).logits, before, rtol=1e-4, atol=1e-4)
-        saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
-        mean, spread = job.summary.scale
-        torch.testing.assert_close(saved(**_inputs(job)).logits, before * spread + mean, rtol=1e-3, atol=1e-3)
-
-
-def _inputs(job: FineTuning) -> dict[str, torch.Tensor]:
-    job.module.eval()
-    rows = job.data._eval_rows
-    return {name: one for name, one in job.module.learning.collate([rows[0], rows[1]]).items() if name != "labels"}
 
 
 class Planted(Callback):
@@ -271,11 +274,10 @@ def test_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(tmp_path: Pa
     written(tmp_path, train={"max_steps": 8})
     weights = Weights()
     with pytest.warns(UserWarning, match="step 4 is skipped: the gradient norm is nan"):
-        trainer, _ = fitted(tmp_path, Planted(lambda step, _: step == 4, _nan), weights)
+        trainer, job = fitted(tmp_path, Planted(lambda step, _: step == 4, _nan), weights)
     moved = [not torch.equal(one, other) for one, other in zip(weights.after, weights.after[1:], strict=False)]
     assert moved == [True, True, False, True, True, True, True]  # the fourth step moved nothing
-    guard = next(one for one in trainer.callbacks if isinstance(one, StepGuard))
-    assert guard.seen.skipped == (4,)
+    assert job.module.seen.skipped == (4,)
     assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr() == [0.0, 0.0]  # the schedule went on as planned
 
     weights = Weights()
@@ -291,28 +293,14 @@ def test_suspect_step_is_skipped_unless_the_recipe_says_otherwise(tmp_path: Path
         def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
             if trainer.global_step + 1 == 50:
                 loss.register_hook(lambda gradient: 50 * gradient)
-                for guard in trainer.callbacks:
-                    if isinstance(guard, StepGuard):
-                        guard._sum = guard._sum + 50.0
+                pl_module._loss = pl_module._loss + 50.0
 
     written(tmp_path, train={"max_steps": 52, "eval_steps": 52, "warmup_steps": 0}, method={"learning_rate": 1e-5})
     with pytest.warns(UserWarning, match="step 50 is skipped: gradient norm .* times the median, loss"):
         fitted(tmp_path, Wrong())
     written(tmp_path / "other", train={"max_steps": 52, "eval_steps": 52, "skip_suspect_steps": False})
-    trainer, _ = fitted(tmp_path / "other", Wrong())
-    assert all(not guard.seen.skipped for guard in trainer.callbacks if isinstance(guard, StepGuard))
-
-
-@pytest.mark.long
-def test_diverged_loss_and_a_model_that_does_not_move_stop_the_training(tmp_path: Path) -> None:
-    written(tmp_path, train={"max_steps": 60, "eval_steps": 60, "warmup_steps": 0}, method={"learning_rate": 0.9})
-    with pytest.raises(Diverged):
-        fitted(tmp_path)
-    written(tmp_path / "still", train={"max_steps": 4, "eval_steps": 4})
-    nothing = Planted(lambda step, _: True, torch.zeros_like)
-    with pytest.raises(GuardStop, match="every gradient was 0, so no parameter moved"):
-        fitted(tmp_path / "still", nothing)
-    assert not list((tmp_path / "still").rglob("lightning-initial*"))
+    _, job = fitted(tmp_path / "other", Wrong())
+    assert job.module.seen.skipped == ()
 
 
 @pytest.mark.long
@@ -323,15 +311,14 @@ def test_training_goes_on_inside_an_epoch_from_lightnings_checkpoint(tmp_path: P
     written(tmp_path)
     whole = Steps()
     fitted(tmp_path, whole)
-    epoch = prepare(tmp_path / "recipe.yaml", run_folder=tmp_path / "lightning").data
     saved = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=7, save_top_k=-1, filename="{step}")
     fitted(tmp_path, saved, enable_checkpointing=True, max_steps=9)
 
     rest = Steps()
     rest.losses = [0.0] * 7
     checkpoint = tmp_path / "checkpoints" / "step=7.ckpt"
-    trainer, _ = fitted(tmp_path, rest, fit={"ckpt_path": str(checkpoint)})
-    assert epoch is not None
+    trainer, job = fitted(tmp_path, rest, fit={"ckpt_path": str(checkpoint)})
+    assert len(job.module.seen.losses) == 20
     assert trainer.global_step == 20
     assert rest.losses[7:] == pytest.approx(whole.losses[7:], abs=1e-5)
 
@@ -349,8 +336,8 @@ def test_two_processes_are_one_run_and_skip_together(tmp_path: Path) -> None:
 
     class Written(Steps):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            guard = next(one for one in trainer.callbacks if isinstance(one, StepGuard))
-            torch.save({"losses": self.losses, "skipped": guard.seen.skipped}, tmp_path / f"of-{trainer.global_rank}")
+            found = {"losses": self.losses, "skipped": pl_module.seen.skipped}
+            torch.save(found, tmp_path / f"of-{trainer.global_rank}")
 
     def train(*callbacks: Callback) -> list[dict[str, Any]]:
         strategy = DDPStrategy(process_group_backend="gloo", start_method="fork")
@@ -395,15 +382,14 @@ def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -
     written(tmp_path, rows=label_rows()[:28], train=changes, method={"head_init": "random"})
     steps = Steps()
     trainer, job = fitted(tmp_path, steps)
-    assert job.summary.splits["train"].rows % 4 == 0
+    assert job.module.parts.summary.splits["train"].rows % 4 == 0
     here = [sys.executable, "-m", "tests.train.lightning_on_cpu", str(tmp_path), *given.split()]
     done = subprocess.run(here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "deepspeed.pt")
     assert found["losses"] == pytest.approx(steps.losses, abs=1e-5)
-    assert max(found["norms"]) == pytest.approx(
-        trainer.callbacks[0].largest_grad_norm, rel=1e-3
-    )  # no divisor is missed
+    largest = math.exp(max(job.module.seen.log_norms))
+    assert max(found["norms"]) == pytest.approx(largest, rel=1e-3)  # no divisor is missed
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "deepspeed").state_dict()
     for name, values in job.module.model.state_dict().items():
         torch.testing.assert_close(saved[name], values, rtol=1e-3, atol=1e-5)

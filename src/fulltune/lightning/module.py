@@ -1,24 +1,27 @@
-"""The model of a run as a `LightningModule`: its loss, its optimizer and schedule, and the metrics of its task."""
+"""A recipe's model as a `LightningModule`, which guards its steps, and its rows as a `LightningDataModule`.
+
+Where the strategy shards gradients so that they cannot be seen before the update (DeepSpeed, FSDP), the guard judges
+the loss alone, and what it would skip stops the training.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import replace
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
 from fulltune import methods
-from fulltune.errors import SetupError
-from fulltune.inference.run import logits_of, whole_numbers
+from fulltune.errors import SetupError, Spiked
+from fulltune.inference.run import Share, by_length, run_rows
 from fulltune.inference.selective_head import SelectiveHead
-from fulltune.lightning import settings
-from fulltune.lightning.data import POSITIONS
 from fulltune.methods.head import names_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.training import OWN_OPTIMIZERS
@@ -26,106 +29,104 @@ from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.tasks import Target, Task
 from fulltune.tasks.padding import TRAINED
-from fulltune.train.loop.trainer import ITEMS
-from fulltune.train.optim import optimizers
-from fulltune.train.optim.groups import planned_groups
-from fulltune.train.worker import distributed
+from fulltune.train.loop import step_guard
+from fulltune.train.loop.guarded_step import rows_in
+from fulltune.train.loop.sampler import GlobalBatchSampler
+from fulltune.train.loop.trainer import ITEMS, collated
+from fulltune.train.optim.groups import planned_optimizer
+from fulltune.train.worker import distributed, loading
 from fulltune.train.worker.learning import Learning
-from fulltune.train.worker.scaling import Scaled
 
 PREFIX = "eval_"
 """Before the names of the task's metrics."""
-TRAIN_LOSS = "train_loss"
+
+
+@dataclass(frozen=True)
+class FineTuningParts:
+    """What a recipe trains: its model as training starts with it, and its rows."""
+
+    recipe: Recipe
+    plan: Plan
+    summary: DataSummary
+    task: Task
+    applied: methods.Applied
+    tokenizer: Any
+    head: SelectiveHead | None
+    """Gives only the logits that the loss uses; None: gives all."""
+    rows: Any
+    eval_rows: Any
 
 
 class FineTuningModule:
-    """A model that is fully fine-tuned by a plan; see `based`.
+    """A model that is fully fine-tuned by a plan; see `prepare.based`.
 
     Logged are `train_loss`, the loss of each whole step over all processes, and after each validation the task's
     metrics, `eval_loss`, `eval_accuracy` ...; a schedule is followed step by step.
-
-    Args:
-        applied: The model, every parameter of which is trained.
-        recipe: The recipe.
-        plan: Its plan.
-        summary: Of the prepared data.
-        task: Of the recipe.
-        tokenizer: The model's.
-        head: Gives only the logits that the loss uses; None: gives all.
-        scaled: The last layer of a head that learns numbers in other units.
     """
 
     # What the `LightningModule` beside has.
     trainer: Any
     device: Any
+    global_rank: Any
     log: Any
     train: Any
     load_state_dict: Any
 
-    def __init__(
-        self,
-        applied: methods.Applied,
-        recipe: Recipe,
-        plan: Plan,
-        summary: DataSummary,
-        task: Task,
-        tokenizer: Any,
-        head: SelectiveHead | None,
-        scaled: Scaled | None,
-    ) -> None:
+    def __init__(self, parts: FineTuningParts) -> None:
         super().__init__()
-        self.model = applied.model
-        self.applied, self.tokenizer, self.head, self.scaled = applied, tokenizer, head, scaled
-        self.recipe, self.plan, self.task, self.summary = recipe, plan, task, summary
-        self.learning = Learning(recipe, plan, summary, task, self.model, tokenizer.pad_token_id, lambda: self.target)
-        self.shared_out_by = ""
-        """The strategy that shared the weights out, so that this process does not have all of them."""
+        self.parts, self.plan = parts, parts.plan
+        self.model, self.pad_token_id = parts.applied.model, parts.tokenizer.pad_token_id
+        self.target = Target.of(parts.summary)
+        settings = (parts.recipe, parts.plan, parts.summary, parts.task)
+        self.learning = Learning(*settings, self.model, self.pad_token_id, lambda: self.target)
+        self.sharded_by = ""
+        """The strategy that sharded weights and gradients, so that this process does not have all of them."""
+        self.seen = step_guard.StepMemory()
         self._items: torch.Tensor | float = 1.0
         """In the loss of the step at hand, over all processes."""
-        self._step_loss: torch.Tensor | float = 0.0
-        """This process's part of it so far."""
-        self._scores: list[distributed.Part] = []
+        self._loss: torch.Tensor | float = 0.0
+        """This process's part of that loss so far."""
+        self._rows = 0
+        self._is_whole = False
+        """The micro batch at hand is the last one of its step."""
         self.train()  # a model is loaded for evaluation, and Lightning leaves it as it finds it
 
-    @property
-    def target(self) -> Target:
-        """What is learned, with the units of the logits as they are now."""
-        target = Target.of(self.summary)
-        return target if self.scaled is None else replace(target, logit_scale=(self.scaled.shift, self.scaled.factor))
-
-    @property
-    def backward_factor(self) -> float:
-        """What a micro batch's part of the step's loss is multiplied by, because Lightning divides each by the number
-        of micro batches, and processes' gradients are averaged."""
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size * self.extra_factor
-
-    @property
-    def extra_factor(self) -> float:
-        """DeepSpeed's engine divides by the number of micro batches once more (Lightning 2.6.6, DeepSpeed 0.19.8)."""
-        twice = self.trainer.strategy.handles_gradient_accumulation
-        return float(self.trainer.accumulate_grad_batches) if twice else 1.0
-
-    # ---- training --------------------------------------------------------------------------------------------------
-
     def on_fit_start(self) -> None:
-        """Refuse a Trainer that would train other global batches than planned.
+        """Refuse a Trainer that would train other global batches than planned, or would in silence."""
+        trainer, plan, summary = self.trainer, self.plan, self.parts.summary
+        kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+        in_deepspeed = "DeepSpeedStrategy" in kinds  # it comes from DDP's
+        is_whole = not in_deepspeed and not {"SingleDeviceStrategy", "DDPStrategy"}.isdisjoint(kinds)
+        self.sharded_by = "" if is_whole else kinds[0]
+        passes, planned = trainer.accumulate_grad_batches, plan.gradient_accumulation_steps
+        if (trainer.world_size, passes) != (plan.num_processes, planned):
+            raise SetupError(
+                f"Trainer: has {trainer.world_size} process(es) with accumulate_grad_batches {passes}, and the plan "
+                f"cuts each global batch of {plan.global_batch_size} rows for {plan.num_processes} with {planned}; "
+                f"prepare(..., overrides=['train.num_processes={trainer.world_size}']), and give the Trainer "
+                "job.trainer_arguments()"
+            )
+        last = summary.splits["train"].rows + sum(source.rows_per_epoch for source in summary.mixed)
+        last %= plan.global_batch_size
+        if in_deepspeed and 0 < last <= plan.global_batch_size - plan.micro_batch_size * plan.num_processes:
+            raise SetupError(
+                f"Trainer: an epoch's last step has fewer micro batches than {passes}, and DeepSpeed would add them to "
+                "the next epoch's first step; set train.global_batch_size so that it is train.micro_batch_size times "
+                "train.num_processes"
+            )
+        if is_whole != (plan.placement in ("single", "ddp")):
+            self._warn(
+                f"memory is planned for train.placement: {plan.placement}, and the Trainer has {kinds[0]}: the plan "
+                "says nothing about whether it fits"
+            )
 
-        Raises:
-            SetupError: Saying what differs.
-        """
-        trainer = self.trainer
-        problems = settings.disagreements(self.plan, trainer.world_size, trainer.accumulate_grad_batches)
-        strategy = settings.strategy_of([kind.__name__ for kind in type(trainer.strategy).__mro__])
-        problems += settings.wrong_in_deepspeed(self.plan, self.summary, strategy, str(trainer.precision))
-        if problems:
-            raise SetupError(problems)
-        if said := settings.misplaced(self.plan, strategy):
-            rank_zero_warn(said)
-        self.shared_out_by = "" if settings.holds_whole(strategy) else strategy
+    def _warn(self, text: str) -> None:
+        if self.trainer.is_global_zero:
+            warnings.warn(text, stacklevel=2)
 
     def on_train_start(self) -> None:
-        """As in a run, all processes begin with one seed; Lightning keeps no random state, so that a training which
-        goes on draws other numbers than one that was not stopped."""
+        """As in a run, all processes begin with one seed; Lightning keeps no random state, so that a resumed training
+        draws other numbers than one that was not stopped."""
         transformers.set_seed(self.plan.seed + self.trainer.global_step)
 
     def on_train_epoch_start(self) -> None:
@@ -134,106 +135,170 @@ class FineTuningModule:
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         """The loss of a micro batch as a part of its step's, which is a mean over the items of the global batch."""
-        items = batch[ITEMS]
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            count = torch.as_tensor(items, dtype=torch.int64, device=self.device)
-            self._items = self.trainer.strategy.reduce(count, reduce_op="sum")
-            self._step_loss = 0.0
-        loss = self._loss({name: one for name, one in batch.items() if name != ITEMS}) / self._items
-        self._step_loss = self._step_loss + loss.detach().float()
-        self._log_step(batch_idx)
-        return loss * self.backward_factor
-
-    def _log_step(self, batch_idx: int) -> None:
         trainer = self.trainer
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
-            return
-        whole = self._step_loss * trainer.world_size  # each process has its part, and their mean is logged
-        self.log(TRAIN_LOSS, whole, prog_bar=True, sync_dist=trainer.world_size > 1, batch_size=1)
+        passes, processes = trainer.accumulate_grad_batches, trainer.world_size
+        batch = dict(batch)
+        items = batch.pop(ITEMS)
+        if batch_idx % passes == 0:
+            count = torch.as_tensor(items, dtype=torch.int64, device=self.device)
+            self._items = trainer.strategy.reduce(count, reduce_op="sum")
+            self._loss, self._rows = 0.0, 0
+        self._rows += rows_in(batch)
+        loss = self._summed_loss(batch) / self._items
+        self._loss = self._loss + loss.detach().float()
+        self._is_whole = (batch_idx + 1) % passes == 0 or trainer.is_last_batch
+        if self._is_whole:  # each process has its part, and their mean is logged
+            self.log("train_loss", self._loss * processes, prog_bar=True, sync_dist=processes > 1, batch_size=1)
+        # Lightning divides by the number of micro batches, and processes' gradients are averaged. DeepSpeed's engine
+        # divides by that number once more (Lightning 2.6.6, DeepSpeed 0.19.8).
+        return loss * processes * passes * (passes if trainer.strategy.handles_gradient_accumulation else 1)
 
-    def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Of each item, summed."""
-        labels, trained = batch.pop("labels"), batch.pop(TRAINED, None)
-        wanted = labels
-        selecting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self.head is not None:
-            in_pieces = self.head.in_pieces and self.plan.chunked_loss
-            selecting = self.head.only(labels, trained, in_pieces=in_pieces)
-            wanted = self.head.wanted(labels).flatten().index_select(0, trained)
-        with selecting:
+    def _summed_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        labels, trained, head = batch.pop("labels"), batch.pop(TRAINED, None), self.parts.head
+        if head is None:
+            return self.learning.loss(self.model(**batch), labels)
+        wanted = head.wanted(labels).flatten().index_select(0, trained)
+        with head.only(labels, trained, in_pieces=head.in_pieces and self.plan.chunked_loss):
             return self.learning.loss(self.model(**batch), wanted)
 
-    # ---- scoring ---------------------------------------------------------------------------------------------------
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Skip a step whose loss or gradient is not finite, or that is suspect, and raise where trouble stays."""
+        if not self._is_whole:
+            return  # DeepSpeed's strategy asks after each micro batch
+        trainer, step = self.trainer, self.trainer.global_step + 1
+        values = [self._loss * trainer.world_size, self._rows]
+        if not self.sharded_by:
+            gradients = [one.grad for group in optimizer.param_groups for one in group["params"]]
+            values.append(torch.nn.utils.get_total_norm([one for one in gradients if one is not None]))
+        own = torch.stack([torch.as_tensor(value, device=self.device).float() for value in values])
+        loss, rows, norm = [*trainer.strategy.reduce(own, reduce_op="mean").tolist(), None][:3]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaled = scaler is not None and scaler.get_scale() >= 1
+        finite_only = not self.parts.recipe.train.skip_suspect_steps
+        judged = step_guard.judge(self.seen, step, loss, norm, rows=rows, scaled=scaled, own=finite_only)
+        self.seen = judged.seen
+        if judged.action == "stop" or (judged.action == "skip" and self.sharded_by):
+            raise Spiked(f"step {step}, before the update: {judged.reason}", judged.since or step)
+        if judged.action == "skip":
+            self._warn(f"step {step} is skipped: {judged.reason}")
+            optimizer.zero_grad(set_to_none=True)  # an optimizer leaves out what has no gradient, and its moments stay
 
-    def on_validation_epoch_start(self) -> None:
-        self._scores = []
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fulltune"] = self.seen.as_json()
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Keep a few numbers of each row."""
-        positions, labels = batch.pop(POSITIONS), batch.pop("labels")
-        selecting = (
-            contextlib.nullcontext() if self.head is None else self.head.only(labels, in_pieces=self.head.in_pieces)
-        )
-        with selecting, whole_numbers(self.model, self.target):
-            logits = logits_of(self.model(**batch))
-        reduced = self.task.reduce(logits, labels, self.target)
-        kept = {name: one if isinstance(one, np.ndarray) else one.cpu().numpy() for name, one in reduced.items()}
-        self._scores.append(distributed.part_of(kept, positions))
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seen = step_guard.StepMemory.from_json(checkpoint["fulltune"])
 
-    def on_validation_epoch_end(self) -> None:
-        """The task's metrics of all processes' rows, which are the same in each."""
-        parts, self._scores = [part for part in self._scores if part[0]], []
-        if self.trainer.world_size > 1:
-            every: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(every, parts)
-            parts = [part for one in every for part in one]
-        for name, value in self.task.metrics(distributed.merged(parts), self.target).items():
-            self.log(PREFIX + name, float(value), prog_bar=name == self.plan.metric, sync_dist=True, batch_size=1)
-
-    # ---- optimizer -------------------------------------------------------------------------------------------------
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the task's metrics of all eval rows, which all processes share: the same in each."""
+        trainer, plan, parts = self.trainer, self.plan, self.parts
+        order, size = by_length(parts.eval_rows), plan.eval_batch_size
+        positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
+        rows = Share(parts.eval_rows, positions)
+        how: Any = {"batch_size": size, "precision": plan.precision, "head": parts.head}
+        reduced = run_rows(self.model, rows, parts.task, self.target, self.pad_token_id, **how)
+        scores = [distributed.part_of(reduced, positions[:count])]
+        if trainer.world_size > 1:
+            every: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(every, scores[0])
+            scores = every
+        for name, value in parts.task.metrics(distributed.merged(scores), self.target).items():
+            self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """The plan's optimizer with its groups, and its schedule."""
-        optimizer = self._optimizer()
-        schedule = transformers.get_scheduler(
-            self.plan.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=self.plan.warmup_steps,
-            num_training_steps=self.plan.total_steps,
-            scheduler_specific_kwargs=self.recipe.train.lr_scheduler_kwargs or None,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        plan, train = self.plan, self.recipe.train
-        heads = (
-            () if plan.head_learning_rate is None else names_of(self.model, self.recipe.task, self.recipe.method.arm)
-        )
-        decayed = set(
-            transformers.Trainer.get_decay_parameter_names(cast(Any, self), self.model)
-        )  # reads nothing of it
-        groups = planned_groups(self.model, decayed, plan, train.weight_decay, heads)
+        plan, recipe = self.plan, self.parts.recipe
         # With mixed precision Lightning 2.6.6 clips no gradients of a fused optimizer, also with bf16.
         is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"
         unfused = plan.optim in OWN_OPTIMIZERS or (is_mixed and plan.optim == "adamw_torch_fused")
-        name = "adamw_torch" if unfused else plan.optim
-        given: Any = SimpleNamespace(
-            **{name: getattr(train, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
-            **{"learning_rate": plan.learning_rate, "optim": OptimizerNames(name), "optim_args": None},
+        arguments = SimpleNamespace(
+            **recipe.train.model_dump(include={"adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"}),
+            learning_rate=plan.learning_rate,
+            optim=OptimizerNames("adamw_torch" if unfused else plan.optim),
+            optim_args=None,
         )
-        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(given)
-        own = optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)
-        if own is not None:
-            kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
-        if kind is torch.optim.AdamW and _is_offloaded(self.trainer.strategy):
+        heads = () if plan.head_learning_rate is None else names_of(self.model, recipe.task, recipe.method.arm)
+        kind, groups, options = planned_optimizer(self.model, plan, arguments, heads)
+        config = getattr(self.trainer.strategy, "config", None) or {}
+        if kind is torch.optim.AdamW and config.get("zero_optimization", {}).get("offload_optimizer"):
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # DeepSpeed takes no other one on the host
 
             kind, options = DeepSpeedCPUAdam, {name: options[name] for name in ("lr", "betas", "eps")}
-        return kind(groups, **options)
+        optimizer = kind(groups, **options)
+        schedule = transformers.get_scheduler(
+            plan.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=plan.warmup_steps,
+            num_training_steps=plan.total_steps,
+            scheduler_specific_kwargs=recipe.train.lr_scheduler_kwargs or None,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _is_offloaded(strategy: Any) -> bool:
-    """DeepSpeed keeps the optimizer's state on the host."""
-    config = getattr(strategy, "config", None)
-    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else {}
-    return bool(zero.get("offload_optimizer"))
+class TrainBatches:
+    """One process's micro batches; each says how many `ITEMS` the loss of its whole step has in this process.
+
+    The items of a step must be known before its first backward pass. Lightning saves and restores the place by
+    `state_dict`, so that a training resumes inside an epoch. No `DataLoader`, into which it would put its own sampler.
+    """
+
+    def __init__(self, module: FineTuningModule, trainer: Any) -> None:
+        self.module, self.trainer = module, trainer
+        plan, parts = module.plan, module.parts
+        batches = (plan.global_batch_size, plan.micro_batch_size, plan.seed, plan.group_by_length, trainer.world_size)
+        mixed = loading.mixed_ranges(parts.summary)
+        self.sampler = GlobalBatchSampler(parts.rows["length"], *batches, mixed=mixed)
+        self.given = 0
+        """Micro batches of this epoch so far."""
+        self.first = 0
+        """Micro batches that the coming epoch leaves out: they were trained on before."""
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.sampler.num_processes
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        plan, parts, learning = self.module.plan, self.module.parts, self.module.learning
+        self.sampler.set_epoch(self.trainer.current_epoch)
+        self.given, self.first = self.first, 0
+        # In turn, as accelerate gives them out.
+        own = list(islice(self.sampler, self.trainer.global_rank, None, self.sampler.num_processes))
+        loader = DataLoader(
+            parts.rows,
+            batch_sampler=own[self.given :],
+            collate_fn=lambda rows: collated(rows, learning.collate, parts.task.count_items, parts.head),
+            num_workers=plan.loader_workers,
+            multiprocessing_context="fork" if plan.loader_workers else None,
+            pin_memory=plan.device != "cpu",
+            # A loader draws a seed when it begins: not from the generator that dropout draws from.
+            generator=torch.Generator().manual_seed(plan.seed),
+        )
+        batches = iter(loader)
+        while step := list(islice(batches, plan.gradient_accumulation_steps)):
+            items = sum(batch[ITEMS] for batch in step)
+            for batch in step:
+                self.given += 1
+                yield batch | {ITEMS: items}
+
+    def state_dict(self) -> dict[str, int]:
+        """The place inside the epoch; at its end that of the next one."""
+        return {"given": self.given % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = state["given"]
+
+
+class FineTuningData:
+    """The rows of a recipe, in a run's order; see `prepare.based`."""
+
+    trainer: Any
+
+    def __init__(self, module: FineTuningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def train_dataloader(self) -> TrainBatches:
+        return TrainBatches(self.module, self.trainer)
+
+    def val_dataloader(self) -> range:
+        """One batch: the module reads all eval rows, as a run does."""
+        return range(1)

@@ -2,78 +2,142 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from fulltune import pipeline
 from fulltune.errors import RecipeError, SetupError
 from fulltune.inference import selective_head
 from fulltune.inference.run import by_length, model_batch
 from fulltune.inference.store import Rows
-from fulltune.lightning import settings
-from fulltune.lightning.available import Callback, based, imported
-from fulltune.lightning.data import FineTuningData
-from fulltune.lightning.guards import DivergenceGuard, MovedGuard, StepGuard
-from fulltune.lightning.module import PREFIX, FineTuningModule
+from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule, FineTuningParts
 from fulltune.models.checkpoint_head import Head
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
+from fulltune.recipe.training import PER_TENSOR
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Event, Listener, PhaseBegan
 from fulltune.records.plan import Plan
 from fulltune.run_context import Run
 from fulltune.system import run_folder as folders
-from fulltune.tasks import ReadingTask, Target
-from fulltune.tasks.settings import class_weights
-from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.loop.trainer import collated
+from fulltune.tasks import Target
 from fulltune.train.optim import zero
-from fulltune.train.worker import loading, scaling, weights
+from fulltune.train.worker import loading, weights
 from fulltune.train.worker.checks import stop_generation_at, trained_ends
 
-_log = logging.getLogger(__name__)
+OLDEST = (2, 5)
+"""Of Lightning: the tests pass with 2.5.0 and with 2.6.6; 2.4.0 does not restore the place inside an epoch."""
+_PACKAGES = ("lightning", "pytorch_lightning")
+PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_NO_EFFECT = {
+    "methods": "give one method of kind full, or compare by 'fulltune compare'",
+    "preserve": "generic text is read by 'fulltune run' alone",
+    "train.extra": "it is for transformers' Trainer; give DeepSpeed's settings to DeepSpeedStrategy(config=...)",
+    "train.activation_offloading": "remove it",
+    "train.max_rollbacks": "a guard that stops the training raises; resume by Trainer.fit(ckpt_path=...)",
+    "train.hang_timeout": "set the strategy's timeout, such as DDPStrategy(timeout=...)",
+    "train.notice": "give the Trainer ModelCheckpoint",
+    "train.save_steps": "give the Trainer ModelCheckpoint(every_n_train_steps=...)",
+    "train.save_total_limit": "give the Trainer ModelCheckpoint(save_top_k=...)",
+    "train.load_best_model_at_end": "give job.save(folder, checkpoint=...) the path that ModelCheckpoint calls best",
+    "train.early_stopping_patience": "give the Trainer EarlyStopping(**job.monitor(), patience=...)",
+    "train.early_stopping_threshold": "give the Trainer EarlyStopping(**job.monitor(), min_delta=...)",
+    "train.report_to": "give the Trainer its loggers",
+}
+"""Settings that have no effect under Lightning, and what to do instead."""
+
+
+def usable(package: str | None) -> str:
+    """Which Lightning, as given, imported by the script or installed: `lightning` and `pytorch_lightning` hold the same
+    code twice, and each takes its own classes only.
+
+    Raises:
+        SetupError: When it is missing or too old.
+    """
+    names = sorted(_PACKAGES, key=lambda name: name not in sys.modules)
+    name = package or next(filter(find_spec, names), _PACKAGES[0])
+    has = version(name) if find_spec(name) else "none"
+    if tuple(int(part) if part.isdigit() else 0 for part in has.split(".")[:2]) < OLDEST:
+        raise SetupError(
+            f"fulltune.lightning: needs {name} {OLDEST[0]}.{OLDEST[1]} or newer, found {has}; pip install -U "
+            "'fulltune[lightning]'"
+        )
+    return name
+
+
+@cache
+def based(ours: type, base: str, package: str) -> Any:
+    """Our class with that package's `LightningModule` or another base."""
+    return type(ours.__name__, (ours, getattr(import_module(package), base)), {"__doc__": ours.__doc__})
+
+
+def problems_of(recipe: Recipe) -> list[str]:
+    """What a recipe asks for that cannot be had with a Lightning Trainer."""
+    changed = recipe.model_dump(exclude_defaults=True)
+    changed |= {f"train.{name}": value for name, value in changed.get("train", {}).items()}
+    problems = [
+        f"{name}: has no effect under Lightning; {instead}" for name, instead in _NO_EFFECT.items() if name in changed
+    ]
+    if recipe.method.kind != "full" and not recipe.methods:
+        problems.append(f"method.kind: '{recipe.method.kind}' is not built for Lightning, full is; use 'fulltune run'")
+    if recipe.is_searched:
+        problems.append("search: is done by 'fulltune run'; give a setting in its place")
+    if recipe.train.optim not in (None, *PER_TENSOR):
+        optimizers = ", ".join(PER_TENSOR)
+        problems.append(f"train.optim: '{recipe.train.optim}' is not built for Lightning; take one of {optimizers}")
+    return problems
 
 
 @dataclass(frozen=True)
 class FineTuning:
     """A recipe, ready for a Lightning `Trainer`."""
 
-    recipe: Recipe
     folder: Path
     """The run folder: prepared rows and plan."""
-    summary: DataSummary
-    plan: Plan
     module: FineTuningModule
     data: FineTuningData
-    untrained_loss: float | None
-    """Of guessing; None: the model has learned something, and the head is not new."""
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments of `lightning.Trainer` that follow from the plan: devices, type, batches, steps, evaluations."""
-        return settings.trainer_arguments(self.recipe, self.plan, str(self.folder / "lightning"))
-
-    def guards(self) -> list[Callback]:
-        """Fresh ones, for one `Trainer`: of steps, of a loss that diverges, of a training in which nothing moved."""
-        steps = StepGuard(finite_only=not self.recipe.train.skip_suspect_steps)
-        rate = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
-        readings = DivergenceGuard(steps, self.plan.logging_steps, rate, self.untrained_loss)
-        return [steps, readings, MovedGuard(steps, weights.own_file(self.folder, "lightning-initial-"))]
+        plan, train = self.module.plan, self.module.parts.recipe.train
+        values: dict[str, Any] = {
+            "accelerator": "cpu" if plan.device == "cpu" else "gpu",
+            "devices": train.processes_per_machine,
+            "num_nodes": train.num_machines,
+            # bf16 weights compute in their own type: "bf16-true" would also turn the labels into it.
+            "precision": "32-true" if plan.weights_dtype == "bf16" else PRECISION[plan.precision],
+            "max_steps": plan.total_steps,
+            "max_epochs": -1,
+            "accumulate_grad_batches": plan.gradient_accumulation_steps,
+            "gradient_clip_val": train.max_grad_norm or None,
+            "gradient_clip_algorithm": "norm" if train.max_grad_norm else None,
+            "log_every_n_steps": plan.logging_steps,
+            "num_sanity_val_steps": 1 if plan.eval_on_start else 0,
+            "use_distributed_sampler": False,
+            "default_root_dir": str(self.folder / "lightning"),
+        }
+        if not plan.eval_steps:
+            return values | {"limit_val_batches": 0}
+        if train.eval_strategy == "epoch" and plan.total_steps > plan.eval_steps:
+            return values | {"check_val_every_n_epoch": 1}
+        # What ends inside of its first epoch is scored all the same.
+        batches = plan.eval_steps * plan.gradient_accumulation_steps
+        return values | {"val_check_interval": batches, "check_val_every_n_epoch": None}
 
     def monitor(self) -> dict[str, str]:
         """Arguments of `EarlyStopping` and `ModelCheckpoint`: the eval metric that chooses, and its direction."""
-        mode = "max" if self.plan.greater_is_better else "min"
-        return {"monitor": PREFIX + self.plan.metric, "mode": mode}
+        plan = self.module.plan
+        return {"monitor": PREFIX + plan.metric, "mode": "max" if plan.greater_is_better else "min"}
 
     def save(self, folder: str | Path, checkpoint: str | Path | None = None) -> None:
         """Write a plain Hugging Face folder, which `from_pretrained` and `fulltune predict` read; by the first process.
@@ -84,52 +148,28 @@ class FineTuning:
                 `trainer.checkpoint_callback.best_model_path`; None: as they are.
 
         Raises:
-            SetupError: When the strategy has shared the weights out, or the checkpoint is not this model's.
+            SetupError: When the strategy has sharded the weights.
         """
-        module = self.module
+        module, parts = self.module, self.module.parts
         if checkpoint is not None:
-            load_weights(module, Path(checkpoint))
-        elif module.shared_out_by and not zero.holds(module.model):
+            module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        elif module.sharded_by and not zero.holds(module.model):
             raise SetupError(
-                f"save: {module.shared_out_by} has shared the weights out, so that no process has all of them; in a "
-                "new process, give save(folder, checkpoint=...) one with whole weights (docs/lightning.md)"
+                f"save: {module.sharded_by} has sharded the weights, so that no process has all of them; in a new "
+                "process, give save(folder, checkpoint=...) one with whole weights (docs/lightning.md)"
             )
-        is_first = cast(Any, rank_zero_only).rank == 0  # Lightning sets it
+        is_first = module.global_rank == 0
         if not is_first and not zero.holds(module.model):
             return
-        path, scaled = Path(folder), module.scaled
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if scaled is not None:
-            scaled.fold(module.model)
-        try:
-            weights.save_model(module.applied, module.tokenizer, path, self.recipe, self.summary, is_first)
-        finally:
-            if scaled is not None:
-                scaled.unfold(module.model)
-
-
-def load_weights(module: FineTuningModule, checkpoint: Path) -> None:
-    """Put the weights of a checkpoint of Lightning's into the module.
-
-    Raises:
-        SetupError: When there is none, or it is of another model.
-    """
-    try:
-        found = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        module.load_state_dict(found["state_dict"])
-    except (OSError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SetupError(
-            f"{checkpoint}: expected a file that Lightning wrote of this model, with whole weights ({reason})"
-        ) from None
+        Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        weights.save_model(parts.applied, parts.tokenizer, Path(folder), parts.recipe, parts.summary, is_first)
 
 
 def prepare(
-    recipe: str | Path | Recipe,
+    recipe: str | Path,
     overrides: Sequence[str] = (),
     *,
     run_folder: str | Path | None = None,
-    listener: Listener | None = None,
     package: str | None = None,
 ) -> FineTuning:
     """Prepare the rows, plan, and load the model, as a run does before it trains.
@@ -137,110 +177,57 @@ def prepare(
     Each process of a training calls it; the first one does the work, and the others find it done.
 
     Args:
-        recipe: A file, or a recipe.
+        recipe: A file.
         overrides: As of `--set`, such as `train.num_processes=2`.
         run_folder: For rows and plan; default: a folder of this recipe's in `output`, the same at each call.
-        listener: Called with each event; default: what begins is logged.
         package: Whose `Trainer` will train, `lightning` or `pytorch_lightning`; default: the one that is imported.
 
     Raises:
         FulltuneError: One of its kinds: what is wrong with the recipe, the data or the memory.
     """
+    package = usable(package)
     folders.hide_progress_bars()
-    overrides = [overrides] if isinstance(overrides, str) else overrides
-    text, name = "", "recipe"
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise RecipeError("prepare: overrides are for a recipe's file; change the recipe instead")
-    else:
-        path = Path(recipe)
-        recipe, name = load_recipe(path, overrides), path.stem
-        text = path.read_text(encoding="utf-8")
-    if problems := settings.problems_of(recipe):
+    path = Path(recipe)
+    checked = load_recipe(path, [overrides] if isinstance(overrides, str) else overrides)
+    if problems := problems_of(checked):
         raise RecipeError(problems)
-    for line in settings.warnings_of(recipe):
-        rank_zero_warn(line)
-    usual = Path(recipe.output) / f"{recipe.name or name}-lightning-{recipe.fingerprint()[:8]}"
-    folder = usual if run_folder is None else Path(run_folder)
-    with folders.writing(folder), _one_after_the_other(folder):
-        folders.find_or_make(recipe, text, name, folder, fresh=False)
-        job = Run(recipe, folder, listener=listener or _say)
+    usual = Path(checked.output) / f"{checked.name or path.stem}-lightning-{checked.fingerprint()[:8]}"
+    folder = Path(run_folder or usual)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folders.writing(folder), (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one machine, or of a file system that knows locks, take turns
+        folders.find_or_make(checked, path.read_text(encoding="utf-8"), path.stem, folder, fresh=False)
+        job = Run(checked, folder)
         with folders.locked(folder), folders.not_left_when_refused(folder):
             summary = pipeline.prepare(job)
+            if summary.form.is_number:
+                raise RecipeError(
+                    "data.label: has numbers, which 'fulltune run' alone learns; give labels that are names"
+                )
             plan = pipeline.make_plan(job, summary)
-    return _loaded(job, plan, summary, package or imported())
+    module = based(FineTuningModule, "LightningModule", package)(_loaded(job, plan, summary))
+    return FineTuning(folder, module, based(FineTuningData, "LightningDataModule", package)(module))
 
 
-def _say(event: Event) -> None:
-    if isinstance(event, PhaseBegan):
-        rank_zero_info(f"fulltune: {event.name}")
-
-
-@contextlib.contextmanager
-def _one_after_the_other(folder: Path) -> Iterator[None]:
-    """Of several processes on one machine, or with one file system that knows locks: the others wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _loaded(job: Run, plan: Plan, summary: DataSummary, package: str) -> FineTuning:
-    """The model as training starts with it, and around it what Lightning takes."""
-    recipe, task, target = job.recipe, job.task, Target.of(summary)
-    heads: list[Head] = []
-    probed = []
-    data = job.folder / "data"
+def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuningParts:
+    """The model as training starts with it, and its rows."""
+    recipe, task, data, heads = job.recipe, job.task, job.folder / "data", list[Head]()
 
     def untouched(model: Any, tokenizer: Any) -> None:
-        head = heads[0] if heads else None
-        if plan.head_init == "random" or head is None or head.order is not None:
-            return
-        device, rows = torch.device(plan.device), loading.task_rows(data, tokenizer)
-        probed.append(loading.start_from_probe(model, head, recipe, plan, summary, tokenizer, job.folder, device, rows))
+        if plan.head_init != "random" and heads and heads[0].order is None:
+            rows, how = loading.task_rows(data, tokenizer), (recipe, plan, summary, tokenizer, job.folder)
+            loading.start_from_probe(model, heads[0], *how, torch.device(plan.device), rows)
 
     transformers.set_seed(plan.seed)
+    target = Target.of(summary)
     applied, tokenizer = loading.load_for_training(recipe, task, target, on_head=heads.append, before_method=untouched)
     model = applied.model
     loading.make_faster(model, recipe, plan, summary)
     if plan.activation_checkpointing:
         model.activation_checkpointing_enable()
     rows, eval_rows = loading.rows_with_mixed(data, summary, tokenizer), loading.task_rows(data, tokenizer)[1]
-    pad, kept = tokenizer.pad_token_id, bool(heads) and heads[0].order is not None
-    two = model_batch(model, task, [rows[i] for i in by_length(rows)[-2:]], pad)
-    scaled = None
-    if summary.scale is not None:
-        gives_numbers = kept or any(one.head is not None for one in probed)
-        scaled, about = scaling.scaled_head(model, summary.scale, two, plan.precision, gives_numbers=gives_numbers)
-        _log.info("head: %s", about)
+    two = model_batch(model, task, [rows[i] for i in by_length(rows)[-2:]], tokenizer.pad_token_id)
     if summary.form.writes_answers:
         stop_generation_at(model, trained_ends(Rows(data / "train"), tokenizer)[1])
     head = selective_head.verified(model, task, two)[0]
-    module = based(FineTuningModule, "LightningModule", package)(
-        applied, recipe, plan, summary, task, tokenizer, head, scaled
-    )
-    untrained = (
-        cast(ReadingTask, task).chance_loss(summary, class_weights(recipe, summary)) if heads and not kept else None
-    )
-    loaders = based(FineTuningData, "LightningDataModule", package)(
-        rows,
-        eval_rows,
-        plan,
-        partial(_sampler, rows["length"], plan, summary),
-        lambda given: collated(given, module.learning.collate, task.count_items, head),
-        lambda given: model_batch(model, task, given, pad),
-    )
-    return FineTuning(recipe, job.folder, summary, plan, module, loaders, untrained)
-
-
-def _sampler(lengths: Any, plan: Plan, summary: DataSummary, num_processes: int) -> GlobalBatchSampler:
-    """The order of the rows, as in a run."""
-    return GlobalBatchSampler(
-        lengths,
-        plan.global_batch_size,
-        plan.micro_batch_size,
-        plan.seed,
-        plan.group_by_length,
-        num_processes,
-        mixed=loading.mixed_ranges(summary),
-    )
+    return FineTuningParts(recipe, plan, summary, task, applied, tokenizer, head, rows, eval_rows)

@@ -35,7 +35,7 @@ from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged
 from fulltune.train.optim import optimizers, shared, zero
-from fulltune.train.optim.groups import planned_groups
+from fulltune.train.optim.groups import planned_optimizer
 
 ITEMS = "num_items"
 """Of a batch, the number of items in its loss."""
@@ -375,15 +375,9 @@ class FullTrainer(Guarded, Trainer):
         if own is None and plan.layerwise_lr_decay == 1.0 and plan.head_learning_rate is None:
             optimizer = super().create_optimizer(model)
         else:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if own is not None:
-                kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
-            optimizer = kind(self._groups(model), **options)
+            kind, groups, options = planned_optimizer(model, plan, self.args, self._head_modules)
+            optimizer = kind(groups, **options)
         return optimizer
-
-    def _groups(self, model: Any) -> list[dict[str, Any]]:
-        decayed = set(self.get_decay_parameter_names(model))
-        return planned_groups(model, decayed, self._plan, self.args.weight_decay, self._head_modules)
 
 
 @dataclass(eq=False)

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
+
+import torch
+from transformers import Trainer
 
 from fulltune.records.plan import Plan
+from fulltune.train.optim import optimizers
 
 _LAYER = re.compile(r"\.(?:layers?|h|blocks?|block)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
+
+
+def planned_optimizer(
+    model: Any, plan: Plan, arguments: Any, head_modules: Sequence[str]
+) -> tuple[type[torch.optim.Optimizer], list[dict[str, Any]], dict[str, Any]]:
+    """The plan's optimizer: its class, the model's trained parameters in groups, and its options.
+
+    Args:
+        model: The model.
+        plan: The optimizer, and how it rounds; the rates.
+        arguments: transformers' `TrainingArguments`, or what they say of an optimizer.
+        head_modules: Paths of the modules that have the head's rate; empty where the plan has none.
+    """
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if (own := optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)) is not None:
+        kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
+    decayed = set(Trainer.get_decay_parameter_names(cast("Any", None), model))  # reads nothing of a trainer
+    return kind, planned_groups(model, decayed, plan, arguments.weight_decay, head_modules), options
 
 
 def planned_groups(
