@@ -171,7 +171,6 @@ def test_example_of_a_comparison_ends_with_verdict_and_card(tmp_path: Path, mode
         "model": models["text-classification"],
         "methods": json.dumps(["base", *kinds]),
         "compare.seeds": 1,
-        "compare.side_by_side": 1,  # no further processes
         "train.num_train_epochs": "null",
         "train.max_steps": 2,
         "train.device": "cpu",

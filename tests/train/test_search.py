@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,19 +77,6 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
     before = {one.name for one in Plan.load(tmp_path / "run" / "plan" / "full.json").settings if not one.chosen}
     given = {one.name for one in settings.values() if not one.chosen}
     assert given <= before | {"method.learning_rates"}, "what only makes it a trial is nobody's setting"
-
-
-@pytest.mark.long
-def test_trials_side_by_side_find_what_they_find_one_after_the_other(
-    searched: Reached, tmp_path: Path, model: Path
-) -> None:
-    found = search(tmp_path, model, compare={"side_by_side": 2})
-    two, one = (Searched.load(each.folder / "search.json") for each in (found, searched))
-    assert two.settings == one.settings
-    requests = (found.folder / "search" / "attempts").glob("*/request.json")
-    parents = {json.loads(path.read_text(encoding="utf-8"))["parent_pid"] for path in requests}
-    assert len(parents) == 2
-    assert found.scores[-1].main_metric == searched.scores[-1].main_metric
 
 
 def test_folder_of_a_searched_run_is_a_run_folder(searched: Reached) -> None:

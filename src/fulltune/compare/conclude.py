@@ -181,8 +181,6 @@ def comparison_of(
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
         left_out=ran.left_out,
-        side_by_side=max(one.side_by_side for one in runs),
-        full_side_by_side=max(one.side_by_side for one in full),
         device=context.setup(context.full.arm).plan.device,
         started=context.started,
         data_fingerprint=summary.fingerprint,

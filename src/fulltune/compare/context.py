@@ -73,10 +73,6 @@ class Context:
     """Since when time is not yet written down."""
     passed: set[str] = field(default_factory=set)
     """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
-    keeps_time: bool = True
-    """False in a process that trains for another one."""
-    side_by_side: int = 1
-    """Trials at a time; each has its share of the cores, also one that is trained alone."""
     most_whole_runs: int = rate_search.MOST_WHOLE_RUNS
     """At different rates, of an arm."""
     finds_ceiling: bool = False
@@ -195,17 +191,13 @@ class Context:
         try:
             yield
         finally:
-            self.write_time(what, *self.time_passed())
+            self.write_time(what)
 
-    def time_passed(self) -> tuple[float, datetime]:
-        """Seconds since time was last written down, which are not to be counted twice, and when that was."""
+    def write_time(self, what: str) -> None:
+        """Write down the seconds since this was last done, so that none is counted twice."""
         seconds, self.began = time.monotonic() - self.began, time.monotonic()
-        return seconds, datetime.now().astimezone()
-
-    def write_time(self, what: str, seconds: float, ended: datetime) -> None:
-        if self.keeps_time:
-            entry = {"what": what, "seconds": round(seconds, 3), "ended": ended.isoformat(timespec="seconds")}
-            append_line(self.folder / CLOCK, entry)
+        ended = datetime.now().astimezone().isoformat(timespec="seconds")
+        append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3), "ended": ended})
 
     def setup(self, arm: str) -> ArmSetup:
         """Sizes, memory and plan of an arm; traced once."""

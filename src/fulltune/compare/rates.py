@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fulltune.compare import design, parallel, rate_search, timing
+from fulltune.compare import design, rate_search, timing
 from fulltune.compare.context import Context
 from fulltune.compare.trials import run_trial
 from fulltune.forgetting.budget import MOST_ROWS
@@ -15,7 +15,7 @@ from fulltune.tasks import PLACE
 from fulltune.text import is_share
 
 
-def search_all(context: Context, expectation: Expectation, run_together: parallel.Together) -> dict[str, Search]:
+def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
     """The rate of each arm that is trained.
 
     Full and the first rival are trained at the usual one where there is no time to search, others only with a search.
@@ -24,9 +24,6 @@ def search_all(context: Context, expectation: Expectation, run_together: paralle
     pair = [one.arm for one in methods if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     seeds = min(design.LEAST_SEEDS, expectation.num_seeds)
     keep = timing.to_come(context, dict.fromkeys((one.arm for one in methods), 0), seeds)
-    trials = [trial for one in methods for trial in grid_trials(context, one, expectation)]
-    if timing.has_time(context, trials, keep):
-        run_together(trials)
     searches: dict[str, Search] = {}
     for method in methods:
         found = search(context, method, expectation, keep)

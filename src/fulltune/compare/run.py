@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune import pipeline, report
-from fulltune.compare import parallel
 from fulltune.compare.conclude import judge
 from fulltune.compare.context import OPENINGS, RECORD, Context
 from fulltune.compare.design import why_finished
@@ -77,9 +76,7 @@ def _compare(job: Run, command: str, budget_seconds: float | None, began: float,
         if len(lines_of(job.folder / OPENINGS)) > len(openings):
             context.say("the test rows were opened: nothing more is trained")
             context.budget_seconds = 0.0
-        with parallel.helpers(context) as run_together:
-            searches = search_all(context, expectation, run_together)
-            ran = SeedRuns(context, searches, expectation, run_together).run()
+        ran = SeedRuns(context, search_all(context, expectation), expectation).run()
         found = judge(ran)
         with context.clocked("report"):
             cards = report.write_comparison(job.folder)

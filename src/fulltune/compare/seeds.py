@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fulltune.compare import design, parallel, rate_search, timing
+from fulltune.compare import design, rate_search, timing
 from fulltune.compare.context import FOLDER, OPEN, Context
 from fulltune.compare.rates import scale_of
 from fulltune.compare.sequential import WAITING_SHARE, look
@@ -40,8 +40,6 @@ class SeedRuns:
     context: Context
     searches: dict[str, Search]
     expectation: Expectation
-    run_together: parallel.Together = parallel.alone
-    """Trains several trials at a time."""
     results: Results = field(default_factory=dict)
     looks: list[Look] = field(default_factory=list)
     time_was_up: bool = False
@@ -81,12 +79,6 @@ class SeedRuns:
             Diverged: At the lowest rate that was left to try as well.
         """
         self.results[arm] = []
-        first, search = self._next_trial(arm), self.searches[arm]
-        # Which whole run is the second does not depend on how the first one ends.
-        other = rate_search.next_whole(search, {search.chosen: 0.0}, scale_of(self.context), self._may_extend(arm))
-        checks = [] if other is None else [design.final_trial(arm, other, first.seed, check=True)]
-        if timing.has_time(self.context, [first, *checks]):
-            self.run_together([first, *checks])
         while (result := self.first(self._next_trial(arm))).problems:
             self._after_divergence(result)
         self.results[arm].append(result)
@@ -103,16 +95,12 @@ class SeedRuns:
                 del self.results[late], self.searches[late]
                 continue
             if len(found) == 1:  # they go on: now their rates matter
-                checks = [one for each in arms if (one := self._next_check(each, *self.results[each]))]
-                if timing.has_time(self.context, checks, self._keep()):
-                    self.run_together(checks)
                 for each in arms:
                     self.check_rate(each, self._keep())
             trials = [self._next_trial(each) for each in arms]
             begins = bool(found) and not is_done(self.context, trials[0])
             if begins and not timing.has_time(self.context, trials):
                 return False
-            self.run_together(trials)
             self.context.say(f"{arm}: seed {len(found) + 1} of at most {most}")
             result = run_trial(self.context, trials[0]) if found else self.first(trials[0])
             if result.problems:

@@ -47,11 +47,11 @@ def _settled(context: Context) -> Expectation:
     block = context.recipe.compare
     steps = context.setup(context.full.arm).plan.total_steps
     share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
-    context.write_time("preparation", *context.time_passed())
+    context.write_time("preparation")
     if context.budget_seconds is not None and not context.kept_results():
         _measure(context, least)
     costs = costs_of(context)
-    context.write_time("design", *context.time_passed())  # also of a command whose budget is refused
+    context.write_time("design")  # also of a command whose budget is refused
     return design.expected(
         costs,
         design.num_seeds(block.seeds, context.summary.splits["train"].rows),
@@ -162,7 +162,7 @@ def fixed_of(context: Context) -> design.Fixed:
 
 
 def pace(context: Context) -> Pace:
-    """What the finished trials tell; of trials side by side each counts with its share of the time."""
+    """What the finished trials tell."""
     took: defaultdict[str, float] = defaultdict(float)
     for entry in lines_of(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
@@ -184,13 +184,13 @@ def pace(context: Context) -> Pace:
         need = made.time
         if need is None:
             continue
-        trained = share * need.tokens / one.tokens_per_second / one.side_by_side
+        trained = share * need.tokens / one.tokens_per_second
         if made.preserving is not None:
             trained *= need.total_seconds / need.train_seconds  # what chooses among points comes after the last step
         for name in (arm, ""):
             steps[name] += trained
             planned[name] += share * need.total_seconds
-        rest += max(0.0, took[one.trial.name] / one.side_by_side - trained)
+        rest += max(0.0, took[one.trial.name] - trained)
         planned_rest += START_SECONDS + (0.0 if one.trial.searches else SCORING_SECONDS)
     planned_rest += _LIBRARIES_SECONDS + CHECKS_SECONDS * len({one.trial.arm for one in known})
     return Pace({name: steps[name] / planned[name] for name in steps if planned[name] > 0}, rest / planned_rest)
@@ -220,13 +220,8 @@ def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bo
     asked = [] if context.budget_seconds is None else [one for one in trials if not is_done(context, one)]
     if not asked:
         return True
-    forecast = _alone(context, len(asked)) * _seconds(context, asked) + _alone(context, 2) * keep
-    return forecast + fixed_of(context).verdict <= (1 - design.RESERVE) * context.seconds_left
-
-
-def _alone(context: Context, count: int) -> float:
-    """How much longer so many trials take than if as many as can ran side by side."""
-    return context.side_by_side / min(context.side_by_side, count)
+    forecast = _seconds(context, asked) + keep + fixed_of(context).verdict
+    return forecast <= (1 - design.RESERVE) * context.seconds_left
 
 
 def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:

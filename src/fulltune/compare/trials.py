@@ -96,7 +96,6 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
         tokens=tokens,
         train_flops=setup.traced.train_flops_per_token * (tokens + virtual),
         saved_bytes=sum(path.stat().st_size for path in saved),
-        side_by_side=context.side_by_side,
     )
     return made, outcome, result
 

@@ -45,9 +45,6 @@ class CompareBlock(Block):
     budget: str | None = None
     """Most time that all commands on the comparison may take together, such as `30m` or `2h`. It says beforehand what
     fits; with more time later (`--budget`) an undecided comparison goes on."""
-    side_by_side: int = Field(default=1, ge=1)
-    """Trials at a time on a CPU, each with its share of the cores: with small models and short texts that is faster
-    in all, and each one's time in the table is longer. On a GPU one at a time."""
     near_duplicates: float = Field(default=0.8, gt=0, le=1)
     """Rows whose texts share so much of their 5-grams (Jaccard) stay on one side of the split. 1: only equal
     ones."""

@@ -56,8 +56,6 @@ class TrialResult(Record):
     """To answer a test row, in batches; None: not asked."""
     problems: tuple[str, ...] = ()
     """Why it diverged."""
-    side_by_side: int = 1
-    """To so many trials at a time the cores were shared out."""
 
 
 class Tried(Record):
@@ -228,10 +226,6 @@ class Comparison(Record):
     """Because of its budget there are fewer seeds or methods than the recipe allows."""
     left_out: tuple[str, ...] = ()
     """Methods of the recipe for which there was no time."""
-    side_by_side: int = 1
-    """Trials at a time, each with its share of the cores, at most."""
-    full_side_by_side: int = 1
-    """To so many the cores were shared out when full was trained."""
     device: str
     started: str
     data_fingerprint: str

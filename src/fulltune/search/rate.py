@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fulltune.compare import design, parallel, rate_search, timing
+from fulltune.compare import design, rate_search, timing
 from fulltune.compare.context import SEALED, Context
 from fulltune.compare.rates import scale_of, search_all
 from fulltune.compare.seeds import SeedRuns
@@ -67,10 +67,8 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
         )
         context.texts = _NO_TEXTS
         expectation = expected(context)
-        with parallel.helpers(context) as run_together:
-            searches = search_all(context, expectation, run_together)
-            ran = SeedRuns(context, searches, expectation, run_together)
-            kept = ran.best_rate(context.full.arm)
+        ran = SeedRuns(context, search_all(context, expectation), expectation)
+        kept = ran.best_rate(context.full.arm)
     found, scale = ran.searches[kept.trial.arm], scale_of(context)
     if not found.whole:  # there was time for one
         found = found.model_copy(update={"whole": (Tried(learning_rate=found.chosen, share=1.0, metric=kept.metric),)})

@@ -127,10 +127,6 @@ def test_waiting_methods_are_named_with_what_is_true_of_the_verdict(
 def test_card_cost_says_what_stopping_early_saved(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert "- took: 45 min 12 s in all, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
-    together, _ = cards(
-        tmp_path, comparisons.comparison().model_copy(update={"side_by_side": 2, "full_side_by_side": 2})
-    )
-    assert "one full run (4 min 31 s, with 1/2 of the cores); cpu, 2 cores, 2 trials side by side" in together
     assert (
         "5 seeds of every method, rate searches included, take 1 h 26 min of training, 19.1× one full run; stopping "
         "early saved 28 min 12 s of it (32.7%)"

@@ -34,7 +34,6 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     expected, openings = comparison.expectation, comparison.openings
     took, fixed = spent(comparison)
     cores = counted(comparison.cores, "core")
-    parallel = f", {comparison.side_by_side} trials side by side" if comparison.side_by_side > 1 else ""
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
     opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
@@ -49,7 +48,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
             f"{comparison.test_rows:,} to test; data {comparison.data_fingerprint[:12]}",
         ),
         ("test rows used for a verdict", opened if openings else "not noted"),
-        ("took", f"{took}; {comparison.device}, {cores}{parallel}"),
+        ("took", f"{took}; {comparison.device}, {cores}"),
         ("all seeds", fixed),
         ("could find", _could_find(comparison)),
         ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
@@ -65,9 +64,7 @@ def spent(comparison: Comparison) -> tuple[str, str]:
     one, design = comparison.full_run_seconds, comparison.fixed_design_seconds
     took, fixed = f"{format_seconds(comparison.seconds)} in all", f"{format_seconds(design)} of training"
     if one > 0:
-        parts = comparison.full_side_by_side
-        parallel = f", with 1/{parts} of the cores" if parts > 1 else ""
-        took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)}{parallel})"
+        took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)})"
         fixed += f", {ratio(design / one)} one full run"
     expected = comparison.expectation
     seeds = counted(expected.recipe_seeds or expected.num_seeds, "seed")
