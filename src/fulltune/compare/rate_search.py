@@ -175,22 +175,14 @@ def without_time(arm: str, rate: float, may_extend: bool) -> Search:
 
 
 def next_whole(
-    search: Search,
-    whole: Mapping[float, float],
-    scale: Scale,
-    may_extend: bool,
-    most: int = MOST_WHOLE_RUNS,
-    *,
-    alike: bool = True,
+    search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, most: int = MOST_WHOLE_RUNS
 ) -> float | None:
     """The rate that gets the next whole run; None: no more.
 
     First the usual rate, which another one has to beat in whole runs, too; where the search chose that one, the second
     best of the short trials, which flatter high rates and hardly tell rates apart where steps are few (docs/log.md).
-    From then on the next rate on the side of the better one, while it is clearly better than its neighbour, but first
-    one that lies between the two; and not a higher one that was worse even in its short trial. Where none learned
-    anything after its short trial, the next lower one. Where the search's rate diverged and was replaced, only lower
-    ones; none where it was whole runs that chose the rate that diverged.
+    From then on the next rate outwards, while the best one lies at an end and is clearly better than all others. None
+    at or above a rate that diverged, and no higher one that was worse even in its short trial.
 
     Args:
         search: The short trials, and what was chosen by them.
@@ -198,57 +190,34 @@ def next_whole(
         scale: Of the metric.
         may_extend: Rates may be tried that the recipe does not name.
         most: Whole runs.
-        alike: Short trials train as whole runs do; where only these are held to a budget for forgetting it is not asked
-            whether they learned anything after their short trials.
     """
     short = {one.learning_rate: one.metric for one in search.tried}
     if len(short) < 2 or search.whole or len(whole) >= most:
         return None
-    left = {rate: metric for rate, metric in short.items() if rate not in whole and not math.isnan(metric)}
-    usual = search.usual
-    if usual is not None and usual in left and not (search.came_apart and usual > search.chosen):
-        return usual
-    if len(whole) < 2 and not search.came_apart:
+    too_high = min((rate for rate, metric in short.items() if math.isnan(metric)), default=math.inf)
+    left = {rate: metric for rate, metric in short.items() if rate not in whole and rate < too_high}
+    if search.usual is not None and search.usual in left:
+        return search.usual
+    if len(whole) < 2:
         return best_of(left, scale, near=search.chosen) if left else None
-    best = max(whole, key=lambda rate: scale.oriented(whole[rate]))
-    learned = not alike or any(
-        scale.oriented(whole[rate]) > scale.oriented(short.get(rate, math.nan)) for rate in whole
-    )
-    if not learned and len(whole) > 1:
-        best = min(whole)
-    side = _open_side(best, whole, scale) if learned and len(whole) > 1 else -1
-    if side == 0 or (side > 0 and search.came_apart):
+    best = best_of(whole, scale)
+    if best not in (min(whole), max(whole)) or not _is_clear(best, whole, scale):
         return None
-    if (between := _between(best, whole, short)) is not None:
-        return between
-    outer = sorted((rate for rate in short if (rate - best) * side > 0), key=lambda rate: abs(rate - best))
-    if not outer:
-        return rounded(best * STEP**side) if may_extend else None
-    reached, its = short.get(best, math.nan), short[outer[0]]
-    worse = scale.oriented(its) < scale.oriented(reached) - scale.tolerance(reached)
-    return None if math.isnan(its) or (side > 0 and worse) else outer[0]
+    if best == min(whole):
+        further = max((rate for rate in left if rate < best), default=rounded(best / STEP))
+    else:
+        further = min((rate for rate in left if rate > best), default=rounded(best * STEP))
+        reached = short.get(best, math.nan)
+        if further in left and scale.oriented(left[further]) < scale.oriented(reached) - scale.tolerance(reached):
+            return None
+    return further if further in left or (may_extend and further < too_high) else None
 
 
-def _between(best: float, whole: Mapping[float, float], short: Mapping[float, float]) -> float | None:
-    """The rate next to the best one that was tried, but had no whole run although the next but one had."""
-    nearest = min((rate for rate in whole if rate != best), key=lambda rate: abs(math.log(rate / best)), default=best)
-    low, high = sorted((best, nearest))
-    inside = [rate for rate, metric in short.items() if low < rate < high and not math.isnan(metric)]
-    return min(inside, key=lambda rate: abs(math.log(rate / best)), default=None)
-
-
-def _open_side(best: float, whole: Mapping[float, float], scale: Scale) -> int:
-    """Where a still better rate may lie: 1 above, -1 below the best one, 0 nowhere.
-
-    It does where the neighbour on the other side is clearly worse, and there is none on this side.
-    """
-    lower, higher = [rate for rate in whole if rate < best], [rate for rate in whole if rate > best]
-    if bool(lower) == bool(higher):
-        return 0
-    neighbour = max(lower) if lower else min(higher)
-    ahead = scale.oriented(whole[best]) - scale.oriented(whole[neighbour])
-    clear = CLEARLY * scale.tolerance(whole[best])
-    return (1 if lower else -1) if math.isfinite(ahead) and ahead > clear else 0
+def _is_clear(best: float, whole: Mapping[float, float], scale: Scale) -> bool:
+    """Whether the whole run with the best rate is clearly better than all others, as far as they did not diverge."""
+    others = max(scale.oriented(metric) for rate, metric in whole.items() if rate != best)
+    ahead = scale.oriented(whole[best]) - others
+    return math.isfinite(ahead) and ahead > CLEARLY * scale.tolerance(whole[best])
 
 
 def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, share: float) -> Search:
@@ -258,7 +227,7 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_
     """
     chosen = choice(whole, scale, search.usual)
     rates = {one.learning_rate for one in search.tried} | set(whole)
-    on_edge = chosen in (min(rates), max(rates)) and _open_side(chosen, whole, scale) != 0
+    on_edge = chosen in (min(rates), max(rates)) and _is_clear(chosen, whole, scale)
     runs = tuple(Tried(learning_rate=rate, share=share, metric=metric) for rate, metric in whole.items())
     reason = _why(whole, chosen, scale, may_extend, "whole runs")
     return search.model_copy(update={"chosen": chosen, "whole": runs, "reason": reason, "on_edge": on_edge})
@@ -298,9 +267,13 @@ def after_divergence(search: Search) -> float | None:
 
 
 def replaced(search: Search, chosen: float, reason: str, dropped_seconds: Sequence[float] = ()) -> Search:
-    """The search with a lower rate than it found, because that one diverged."""
-    rates = {one.learning_rate for one in search.tried}
-    changes = {"chosen": chosen, "reason": reason, "on_edge": chosen <= min(rates), "came_apart": True}
+    """The search with a lower rate than it found, because that one diverged: its short trial counts no more."""
+    tried = tuple(
+        one.model_copy(update={"metric": math.nan}) if one.learning_rate == search.chosen else one
+        for one in search.tried
+    )
+    on_edge = chosen <= min(one.learning_rate for one in tried)
+    changes = {"tried": tried, "chosen": chosen, "reason": reason, "on_edge": on_edge}
     return with_dropped(search.model_copy(update=changes), dropped_seconds)
 
 

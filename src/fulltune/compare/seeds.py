@@ -274,7 +274,6 @@ class SeedRuns:
             scale_of(self.context),
             self._may_extend(arm),
             self.context.most_whole_runs,
-            alike=not self.context.is_held(arm),
         )
         return None if rate is None else design.final_trial(arm, rate, trial.seed, check=True)
 

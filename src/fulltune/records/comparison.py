@@ -78,8 +78,6 @@ class Search(Record):
     usual: float | None = None
     """Kept where the eval rows do not tell: the method's default, of given rates the nearest to it; None: there was one
     rate."""
-    came_apart: bool = False
-    """A higher rate was chosen first, and did not hold for a whole run."""
     other_runs: int = 0
     """Whole runs that count for nothing else: of other rates, and of rates that diverged."""
     other_seconds: float = 0.0
