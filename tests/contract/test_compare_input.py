@@ -5,16 +5,12 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from rich.console import Console
 
-from fulltune import pipeline
 from fulltune.cli import compare as cli_compare
-from fulltune.compare import fairness, timing
 from fulltune.compare import run as comparing
-from fulltune.compare.design import Cost, Fixed
 from fulltune.recipe.file import load_recipe
 from fulltune.system.run_folder import find_or_make
 from tests import tiny
@@ -88,45 +84,10 @@ def test_lint_that_finds_something_unfair_ends_with_code_2_and_a_clean_one_with_
     assert (clean.code, clean.out) == (0, "nothing found that would make this comparison unfair\n")
 
 
-def test_lint_with_a_budget_says_what_its_design_will_be_marked_for(tmp_path: Path) -> None:
-    path = recipe(tmp_path, ["full", "lora", "adapter", "head"])
-    costs = {arm: Cost(100, 3, arm != "head") for arm in ("full", "lora", "adapter", "head")}
-    with (
-        mock.patch.object(timing, "_measure"),
-        mock.patch.object(timing, "costs_of", return_value=costs),
-        mock.patch.object(timing, "fixed_of", return_value=Fixed(0)),
-    ):
-        rich, poor, too_poor = (fulltune("compare", path, "--lint", "--budget", time) for time in ("9h", "12m", "2m"))
-    assert [line.partition(":")[0] for line in rich.out.splitlines()] == ["worth knowing"]
-    assert "worth knowing: eval rows: 4 rows choose the learning rates, too few to tell rates apart" in rich.out
-    assert poor.code == 0, poor.out
-    assert "worth knowing: full: 2 seeds: the budget ends before the next one" in poor.out
-    assert "worth knowing: adapter, head: not trained: the budget leaves no time for it" in poor.out
-    assert "nothing found" not in poor.out
-    assert too_poor.code == 2
-    assert "--budget 2m is too short for a verdict: 2 runs each of full and lora" in " ".join(too_poor.err.split())
-    assert not [path for path in tmp_path.rglob("*") if path.name == "expectation.json"]
-
-
-@pytest.mark.slow
-def test_lint_with_a_budget_says_that_test_rows_stand_in_train_and_were_opened_by_another_comparison(
-    tmp_path: Path,
-) -> None:
-    path = recipe(tmp_path, ["full", "lora"])
-    known = tiny.write_jsonl(tmp_path / "known.jsonl", tiny.topic_rows(10))
-    other = comparing.recipe_for(load_recipe(path, [f"data.test={known}", "compare.margin=0.02"]))
-    folder, _ = find_or_make(other, "", "recipe", None, False)
-    pipeline.prepare(pipeline.Run(other, folder))
-    (folder / "compare").mkdir()
-    (folder / "compare" / "test-openings.jsonl").write_text("{}\n", encoding="utf-8")
-    recipes = [other, other.model_copy(update={"compare": other.compare.model_copy(update={"margin": 0.01})})]
-    with mock.patch.object(timing, "_measure"):
-        goes_on, begins = (fairness.lint_recipe(one, "9h") for one in recipes)
-    assert "test-opened-again" not in [one.rule for one in goes_on]  # that is the one that it would go on with
-    said = {one.rule: (one.level, one.what) for one in begins}
-    assert said["test-opened-again"][0] == said["test-in-train"][0] == "worth knowing"
-    assert f"other comparisons used them for a verdict before ({folder.name})" in said["test-opened-again"][1]
-    assert "test rows have a text that also stands in train" in said["test-in-train"][1]
+def test_lint_with_a_budget_is_refused(tmp_path: Path) -> None:
+    refused = fulltune("compare", recipe(tmp_path, ["full", "lora"]), "--lint", "--budget", "9h")
+    assert refused.code == 2
+    assert "--budget: --lint reads the recipe alone" in refused.err
 
 
 def test_comparison_that_could_go_on_with_other_settings_is_named(tmp_path: Path) -> None:

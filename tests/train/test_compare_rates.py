@@ -249,7 +249,7 @@ def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are
     line = comparing.Context(one, pipeline.prepare(one), "test")
     expectation = timing.expect(line)
     with time_for():
-        found = rates.search_all(line, expectation, lambda trials: None)
+        found = rates.search_all(line, expectation)
     assert {arm: (search.tried, search.time_was_up) for arm, search in found.items()} == {
         "full": ((), True),
         "lora": ((), True),
@@ -258,7 +258,7 @@ def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are
     with mock.patch.object(
         rates, "run_trial", lambda _, one: mock.Mock(metric=0.9 if one.learning_rate == found["full"].chosen else 0.5)
     ):
-        later = rates.search_all(line, expectation, lambda trials: None)
+        later = rates.search_all(line, expectation)
     assert {arm: (len(search.tried), search.time_was_up) for arm, search in later.items()} == dict.fromkeys(
         ("full", "lora", "adapter"), (3, False)
     )

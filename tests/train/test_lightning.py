@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from fulltune.lightning import FineTuning, FineTuningModule, prepare  # noqa: E402  # after the skip
 from fulltune.lightning.prepare import usable  # noqa: E402  # after the skip
 
+PREPARING = sys.modules["fulltune.lightning.prepare"]  # its package has a function of this name
 TRAIN: dict[str, Any] = {
     **{"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "logging_steps": 1, "warmup_steps": 2},
     **{"eval_strategy": "steps", "eval_steps": 10},
@@ -173,7 +174,7 @@ def test_package_is_the_one_that_the_script_imports(
     modules: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("pytorch_lightning")
-    monkeypatch.setattr("fulltune.lightning.prepare.sys", SimpleNamespace(modules=modules))
+    monkeypatch.setattr(PREPARING, "sys", SimpleNamespace(modules=modules))
     assert usable(None) == expected
 
 
@@ -181,8 +182,8 @@ def test_package_is_the_one_that_the_script_imports(
 def test_missing_or_old_lightning_is_refused(
     installed: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fulltune.lightning.prepare.find_spec", lambda name: installed)
-    monkeypatch.setattr("fulltune.lightning.prepare.version", lambda name: installed)
+    monkeypatch.setattr(PREPARING, "find_spec", lambda name: installed)
+    monkeypatch.setattr(PREPARING, "version", lambda name: installed)
     with pytest.raises(SetupError, match=rf"needs lightning 2\.5 or newer, found {named}; pip install -U 'fulltune\["):
         usable("lightning")
 

@@ -266,7 +266,7 @@ def compare(
     from fulltune.cli import compare as cli_compare
 
     if lint:
-        cli_compare.lint(out, err, targets, set_ or [], budget, as_json)
+        cli_compare.lint(out, targets, set_ or [], budget, as_json)
         return
     cli_compare.compare(out, err, targets, set_ or [], run_folder, fresh, budget, as_json)
 

@@ -263,27 +263,22 @@ def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
 
 
 UNFAIR = 2
-"""Exit code of a lint that found something unfair: the recipe, or its budget, is to be changed."""
+"""Exit code of a lint that found something unfair: the recipe is to be changed."""
 
 
-def lint(
-    out: Console, err: Console, targets: list[Path], overrides: list[str], budget: str | None, as_json: bool
-) -> None:
+def lint(out: Console, targets: list[Path], overrides: list[str], budget: str | None, as_json: bool) -> None:
     """Say what would make the comparisons unfair.
 
     Raises:
+        RecipeError: With a budget.
         typer.Exit: With `UNFAIR`, when something does.
     """
-    run_folder.hide_progress_bars()
-    each = _share_of(budget, len(targets))
     if budget is not None:
-        err.print(f"[dim]reading the rows and measuring ten steps, to know what fits into {budget}[/dim]")
-    recipes = {target: _recipe_of(target, overrides) for target in targets}
-    if not (budget or all(recipe.compare.budget for recipe in recipes.values())):
-        err.print("[dim]from the recipe alone; with --budget the rows are read as well[/dim]")
+        raise RecipeError("--budget: --lint reads the recipe alone; leave out one of them")
+    run_folder.hide_progress_bars()
     from fulltune.compare.fairness import lint_recipe
 
-    found = {target: lint_recipe(recipe, each) for target, recipe in recipes.items()}
+    found = {target: lint_recipe(_recipe_of(target, overrides)) for target in targets}
     if as_json:
         lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target in found for one in found[target]]
         typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from fulltune.recipe.methods import VARIANT
-from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding, Rule
+from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding
 
 FEWEST_SEEDS = 3
 FEWEST_RATES = 3
@@ -251,7 +251,7 @@ def _quantised_source(design: ComparisonDesign) -> Found:
         yield "unfair", "model", what, "take the model's original weights"
 
 
-_RULES: dict[Rule, Callable[[ComparisonDesign], Found]] = {
+_RULES: dict[str, Callable[[ComparisonDesign], Found]] = {
     "one-rate-for-all": _one_rate_for_all,
     "rate-not-searched": _rate_not_searched,
     "edge-of-grid": _edge_of_grid,

@@ -71,30 +71,11 @@ class ComparisonDesign(Record):
     """What the data stage says of test rows that stand in train as well."""
 
 
-Rule = Literal[
-    "one-rate-for-all",
-    "rate-not-searched",
-    "edge-of-grid",
-    "unequal-search",
-    "few-seeds",
-    "eval-is-test",
-    "unequal-tokens",
-    "unequal-heads",
-    "attention-only-lora",
-    "bf16-full",
-    "quantised-source",
-    "low-peft-rates",
-    "test-opened-again",
-    "left-out",
-    "few-eval-rows",
-    "test-in-train",
-]
-
-
 class Finding(Record):
     """Something that makes a comparison unfair, or that its reader must know."""
 
-    rule: Rule
+    rule: str
+    """One of those of `compare/lint.py`."""
     level: Literal["unfair", "worth knowing"]
     where: str
     """The arm, or the part of the design."""
