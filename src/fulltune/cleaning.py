@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from fulltune import evaluate, pipeline
 from fulltune.audit.prove import ALPHA, LEAST_EVAL_ROWS, CleaningStep, cleaning_steps, ids
 from fulltune.audit.stage import load_issues
+from fulltune.compare.trial_folder import changed, trial_of
 from fulltune.data.patch import load_patch, save_patch
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
@@ -30,13 +31,12 @@ from fulltune.inference.store import clusters_of
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import TRAINED_PROOFS, Proof, Proofs
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Said, without_tables
+from fulltune.records.events import Said
 from fulltune.records.plan import Plan
 from fulltune.run_context import Run
 from fulltune.stats.bootstrap import draw
 from fulltune.stats.intervals import difference, seed_spreads
 from fulltune.stats.row_scores import Measure, measure_of
-from fulltune.system import run_folder
 from fulltune.tasks import Predictions, Target
 from fulltune.text import format_seconds
 
@@ -185,11 +185,7 @@ def _job(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int, f
         patch.parent.mkdir(exist_ok=True)
         save_patch(patch, (before | {one.key: one for one in step.decisions}).values())
         changes["data"] = {"patch": str(patch)}
-    recipe = recipe.model_copy(
-        update={name: getattr(recipe, name).model_copy(update=values) for name, values in changes.items()}
-    )
-    run_folder.find_or_make(recipe, "", folder.name, folder, fresh=False)
-    return replace(job, recipe=recipe, folder=folder, listener=without_tables(job.listener), began=None)
+    return trial_of(job, changed(recipe, changes), folder)
 
 
 def _compared(

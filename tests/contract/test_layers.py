@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
     (("run_context.py",),),
     (("pipeline.py",),),
-    (("compare", "search"), ("cleaning.py",), ("selfcheck",), ("doctor.py",)),
+    (("compare", "search", "cleaning.py"), ("selfcheck",), ("doctor.py",)),
     (("cli/show",), ("classic",), ("lightning",)),
     (("api.py",),),
     (("cli", "cli/__init__"),),

@@ -268,7 +268,7 @@ def test_time_left_is_reckoned_with_what_trials_took_and_with_what_matters_more(
     one = job(tmp_path, METHODS)
     line = comparing.Context(one, pipeline.prepare(one), "test", budget_seconds=1000)
     trial = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
-    line.write_time("preparation")
+    line.clock.write("preparation")
     assert timing.has_time(line, [trial])
     assert not timing.has_time(line, [trial], keep=790), "a fifth of what is left is a reserve"
     # A trial of full that took 100 times as long as planned, all of it before its first step.

@@ -41,7 +41,7 @@ def judge(ran: SeedRuns) -> Comparison:
     context = ran.context
     context.say("opening the test rows")
     alpha = left(ran.looks, context.alpha, time_was_up=ran.lacks_time)
-    with context.clocked("verdict"):
+    with context.clock.during("verdict"):
         openings = open_test_rows(context, [one.trial.name for runs in ran.results.values() for one in runs], alpha)
         baselines = untouched(context)
         compared = arm_items(context, ran.results, SEALED, waiting(ran.looks))
@@ -175,14 +175,14 @@ def comparison_of(
         drift_text=context.texts[1],
         held=held,
         num_trials=len(runs) + sum(len(one.tried) + one.other_runs for one in ran.searches.values()),
-        seconds=round(context.spent_seconds, 1),
+        seconds=round(context.clock.spent_seconds, 1),
         full_run_seconds=round(middle(one.train_seconds for one in full), 1),
         fixed_design_seconds=round(fixed + sum(row.search_seconds for row in rows), 1),
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
         left_out=ran.left_out,
         device=context.setup(context.full.arm).plan.device,
-        started=context.started,
+        started=context.clock.started,
         data_fingerprint=summary.fingerprint,
         command=context.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},

@@ -5,19 +5,16 @@ An *arm*, as in clinical trials, is one method with its settings; a *trial* is o
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fulltune import methods, plan
 from fulltune.compare import rate_search
-from fulltune.files import append_line, lines_of
+from fulltune.compare.trial_folder import Clock, changed
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
 from fulltune.forgetting import drift
@@ -70,7 +67,7 @@ class Context:
     start: Starter = in_new_process
     """How a trial's process is started."""
     began: float = field(default_factory=time.monotonic)
-    """Since when time is not yet written down."""
+    """When the command began."""
     passed: set[str] = field(default_factory=set)
     """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
     most_whole_runs: int = rate_search.MOST_WHOLE_RUNS
@@ -159,20 +156,14 @@ class Context:
         """Of all trials so far, those of earlier commands as well."""
         return [TrialResult.load(path) for path in sorted(self.result_path("").parent.glob("*.json"))]
 
-    @property
-    def spent_seconds(self) -> float:
-        return sum(entry["seconds"] for entry in lines_of(self.folder / CLOCK))
-
-    @property
-    def started(self) -> str:
-        """When the first of these commands began; ISO 8601 with time zone."""
-        first = lines_of(self.folder / CLOCK)[0]
-        began = datetime.fromisoformat(first["ended"]) - timedelta(seconds=first["seconds"])
-        return began.isoformat(timespec="seconds")
+    @cached_property
+    def clock(self) -> Clock:
+        """Of all commands that worked on this."""
+        return Clock(self.folder / CLOCK, self.began)
 
     @property
     def seconds_left(self) -> float:
-        return math.inf if self.budget_seconds is None else self.budget_seconds - self.spent_seconds
+        return math.inf if self.budget_seconds is None else self.budget_seconds - self.clock.spent_seconds
 
     @property
     def alpha(self) -> float:
@@ -181,23 +172,6 @@ class Context:
 
     def say(self, text: str) -> None:
         self.job.listener(Said(text=text))
-
-    @contextlib.contextmanager
-    def clocked(self, what: str) -> Iterator[None]:
-        """Write down how long something took, with what came before it, over all commands that worked on this.
-
-        Of a command that was killed what it spent on its last part is missing.
-        """
-        try:
-            yield
-        finally:
-            self.write_time(what)
-
-    def write_time(self, what: str) -> None:
-        """Write down the seconds since this was last done, so that none is counted twice."""
-        seconds, self.began = time.monotonic() - self.began, time.monotonic()
-        ended = datetime.now().astimezone().isoformat(timespec="seconds")
-        append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3), "ended": ended})
 
     def setup(self, arm: str) -> ArmSetup:
         """Sizes, memory and plan of an arm; traced once."""
@@ -218,8 +192,7 @@ class Context:
         recipe = self.recipe.with_method(method)
         if self._holds(method) and not searches:
             return recipe
-        free = self.recipe.preserve.model_copy(update={"drift": False, "budget": None, "replay": AUTO})
-        return recipe.model_copy(update={"preserve": free})
+        return changed(recipe, {"preserve": {"drift": False, "budget": None, "replay": AUTO}})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
@@ -239,8 +212,7 @@ class Context:
         if trial.searches:
             changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
             changes["save_steps"] = None
-        recipe = self._recipe_of(method, searches=trial.searches)
-        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+        return changed(self._recipe_of(method, searches=trial.searches), {"train": changes})
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         """The plan of a trial, with what earlier ones of its arm changed because memory ran out."""

@@ -78,7 +78,7 @@ def _compare(job: Run, command: str, budget_seconds: float | None, began: float,
             context.budget_seconds = 0.0
         ran = SeedRuns(context, search_all(context, expectation), expectation).run()
         found = judge(ran)
-        with context.clocked("report"):
+        with context.clock.during("report"):
             cards = report.write_comparison(job.folder)
         return Compared(found, job.folder, cards)
 

@@ -47,11 +47,11 @@ def _settled(context: Context) -> Expectation:
     block = context.recipe.compare
     steps = context.setup(context.full.arm).plan.total_steps
     share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
-    context.write_time("preparation")
+    context.clock.write("preparation")
     if context.budget_seconds is not None and not context.kept_results():
         _measure(context, least)
     costs = costs_of(context)
-    context.write_time("design")  # also of a command whose budget is refused
+    context.clock.write("design")  # also of a command whose budget is refused
     return design.expected(
         costs,
         design.num_seeds(block.seeds, context.summary.splits["train"].rows),
@@ -63,7 +63,7 @@ def _settled(context: Context) -> Expectation:
         sequential=block.sequential,
         least_search_share=least,
         alpha=context.alpha,
-        spent_seconds=context.spent_seconds,
+        spent_seconds=context.clock.spent_seconds,
         done=_done(context, costs),
     )
 

@@ -6,8 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-from fulltune.data.cache import link
-from fulltune.recipe.fields import Recipe
 from fulltune.recipe.several_runs import with_settings
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.search import Searched
@@ -16,19 +14,6 @@ from fulltune.run_context import Run
 from fulltune.system import run_folder
 
 FOLDER, RECORD = "search", "search.json"
-
-
-def make(folder: Path, recipe: Recipe, data: Path) -> None:
-    """A run folder of this recipe's, with the rows that are prepared already.
-
-    Args:
-        folder: To be made, or to be gone on with.
-        recipe: Its own.
-        data: The prepared rows.
-    """
-    run_folder.find_or_make(recipe, "", folder.name, folder, fresh=False)
-    if not (folder / "data").exists():
-        link(data, folder / "data")
 
 
 def move_into_run(job: Run, found: Searched) -> None:

@@ -13,6 +13,7 @@ from fulltune.compare import design, rate_search, timing
 from fulltune.compare.context import SEALED, Context
 from fulltune.compare.rates import scale_of, search_all
 from fulltune.compare.seeds import SeedRuns
+from fulltune.compare.trial_folder import make_folder
 from fulltune.compare.trials import clear
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
@@ -23,7 +24,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
 from fulltune.records.search import Searched
 from fulltune.run_context import Run
-from fulltune.search.folder import FOLDER, make
+from fulltune.search.folder import FOLDER
 from fulltune.stats.bootstrap import resample
 from fulltune.stats.intervals import paired
 from fulltune.text import counted, format_seconds, parse_seconds, typed_seconds
@@ -53,7 +54,7 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
             "the rate, or try rates with search: {method.learning_rate: [...]}"
         )
     folder = job.folder / FOLDER
-    make(folder, job.recipe, job.folder / "data")
+    make_folder(folder, job.recipe, job.folder / "data")
     budget = job.recipe.search.budget
     with fork_server() as start:
         context = Context(
@@ -88,7 +89,7 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
         ceiling=ceiling if ceiling is not None and ceiling > found.chosen else None,
         bought=bought(context, ran, kept.trial),
         confidence=job.recipe.evaluate.confidence,
-        seconds=round(context.spent_seconds, 1),
+        seconds=round(context.clock.spent_seconds, 1),
         run_seconds=round(kept.train_seconds, 1),
         budget_seconds=context.budget_seconds,
         time_was_up=found.time_was_up,

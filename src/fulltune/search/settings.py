@@ -10,25 +10,24 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fulltune import pipeline
 from fulltune.compare.design import FORECAST_AGAIN, round_up
 from fulltune.compare.rate_search import Scale
+from fulltune.compare.trial_folder import Clock, changed, trial_of
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
-from fulltune.files import append_line, lines_of
 from fulltune.recipe.several_runs import combinations, num_combinations, why_impossible, with_settings
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Said, without_tables
+from fulltune.records.events import Said
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
 from fulltune.records.search import Searched, TriedSettings
 from fulltune.run_context import Run
-from fulltune.search.folder import FOLDER, make
+from fulltune.search.folder import FOLDER
 from fulltune.stats.bootstrap import Resampled
 from fulltune.stats.intervals import paired
 from fulltune.stats.row_scores import measure_of
@@ -66,43 +65,26 @@ class _Trials:
         name = self.name(settings)
         if (path := self.record(name)).exists():
             return TriedSettings.load(path)
-        began, metric, problem = time.monotonic(), None, ""
+        clock, metric, problem = Clock(path.with_suffix(".jsonl")), None, ""
         try:
             # What the best settings bought is asked of the usual run's weights, which do not stay on the disk.
-            reached = pipeline.run(self._job(name, settings), "train" if settings else "evaluate")
+            with clock.during(name):
+                reached = pipeline.run(self._job(name, settings), "train" if settings else "evaluate")
             assert reached.outcome is not None, "asked for"
             metric = reached.outcome.best_metric
             problem = "" if metric is not None else "its eval rows were never scored"
         except (GuardStop, DoesNotFitError) as stop:
             problem = "; ".join(stop.problems)
-        finally:  # of a command that is interrupted as well
-            append_line(self._clock(name), {"seconds": round(time.monotonic() - began, 1)})
-        seconds = sum(line["seconds"] for line in lines_of(self._clock(name)))
-        value = math.nan if metric is None else metric
+        value, seconds = math.nan if metric is None else metric, round(clock.spent_seconds, 1)
         found = TriedSettings(name=name, settings=settings, metric=value, seconds=seconds, problem=problem)
         found.save(path)
         return found
 
-    def _clock(self, name: str) -> Path:
-        return self.folder / "trials" / f"{name}.jsonl"
-
     def _job(self, name: str, settings: dict[str, Any]) -> Run:
-        recipe = with_settings(self.job.recipe, settings)
         # Going on at half the rate, it would not tell whether these settings are any good.
-        only = {"evaluate": {"baselines": False}, "train": {"max_rollbacks": 0}}
-        recipe = recipe.model_copy(
-            update={name: getattr(recipe, name).model_copy(update=values) for name, values in only.items()}
-        )
-        folder = self.folder / name
-        make(folder, recipe, self.job.folder / "data")
-        return replace(
-            self.job,
-            recipe=recipe,
-            folder=folder,
-            listener=without_tables(self.job.listener),
-            began=None,
-            is_trial=True,
-        )
+        only: dict[str, dict[str, Any]] = {"evaluate": {"baselines": False}, "train": {"max_rollbacks": 0}}
+        recipe = changed(with_settings(self.job.recipe, settings), only)
+        return trial_of(self.job, recipe, self.folder / name, self.job.folder / "data")
 
     def score(self, one: TriedSettings) -> None:
         """The test rows of a run whose weights are there."""
