@@ -96,8 +96,6 @@ class Choice:
     """Of full and the leader."""
     search_share: float
     """Of a run's steps; 0: no search."""
-    second_rates: bool = True
-    """Those that go on get a whole run at their second best rate as well."""
 
 
 def search_runs(num_rates: int) -> int:
@@ -115,7 +113,7 @@ def runs_of(costs: Mapping[str, Cost], choice: Choice, sequential: bool) -> dict
     going_on = (full, leader) if sequential and choice.seeds > 1 else choice.arms
 
     def runs(arm: str) -> int:
-        return choice.seeds + (choice.second_rates and costs[arm].num_rates > 1) if arm in going_on else 1
+        return choice.seeds + (choice.search_share > 0 and costs[arm].num_rates > 1) if arm in going_on else 1
 
     return {arm: runs(arm) for arm in choice.arms}
 
@@ -139,22 +137,20 @@ def seconds(
 # ---- what fits -------------------------------------------------------------------------------------------------
 
 
-def choices(costs: Mapping[str, Cost], seeds: int, search_share: float, least_search_share: float) -> Iterator[Choice]:
+def choices(costs: Mapping[str, Cost], seeds: int, search_share: float) -> Iterator[Choice]:
     """Designs in the order of preference, none with more seeds than the one before it.
 
-    A budget takes first the seeds beyond three, then breadth: whole runs at second rates, half of the search, methods
-    that decide nothing, other rivals, the last listed first. Then the third seed, and at last the rate search.
+    A budget takes first the seeds beyond three, then breadth: methods that decide nothing, other rivals, the last
+    listed first. Then the third seed, and at last the rate search.
     """
     everyone, deciding = tuple(costs), tuple(arm for arm, cost in costs.items() if cost.decides)
     good, fewest = min(seeds, GOOD_SEEDS), min(seeds, LEAST_SEEDS)
     for count in range(seeds, good - 1, -1):
         yield Choice(everyone, count, search_share)
-    shorter = max(search_share / 2, least_search_share)
     for count in range(good, fewest - 1, -1):
-        yield Choice(everyone, count, search_share, second_rates=False)
         for arms in (everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))):
-            yield Choice(arms, count, shorter, second_rates=False)
-    yield Choice(deciding[:2], fewest, 0.0, second_rates=False)
+            yield Choice(arms, count, search_share)
+    yield Choice(deciding[:2], fewest, 0.0)
 
 
 def expected(
@@ -167,7 +163,6 @@ def expected(
     budget_seconds: float | None = None,
     *,
     sequential: bool = True,
-    least_search_share: float = 0.0,
     alpha: float = 0.05,
     spent_seconds: float = 0.0,
     done: Done | None = None,
@@ -183,7 +178,6 @@ def expected(
         margin: Differences of the metric that do not matter; None: it is no share, so that nothing usual is known.
         budget_seconds: Most time that it may take in all.
         sequential: Methods wait as long as the verdict does not hinge on them.
-        least_search_share: With shorter trials all rates look alike.
         alpha: Chance of a wrong verdict.
         spent_seconds: Of the budget, so far.
         done: What is there.
@@ -195,7 +189,7 @@ def expected(
     def takes(choice: Choice, waits: bool = sequential) -> float:
         return seconds(costs, choice, fixed, waits, done)
 
-    ordered = list(choices(costs, seeds, search_share, least_search_share))
+    ordered = list(choices(costs, seeds, search_share))
     chosen = ordered[0]
     if budget_seconds is not None:
         planned = (1 - RESERVE) * (budget_seconds - spent_seconds)
@@ -239,10 +233,6 @@ def _notes(costs: Mapping[str, Cost], chosen: Choice, wanted: Choice) -> Iterato
     searched = any(costs[arm].num_rates > 1 for arm in chosen.arms)
     if searched and not chosen.search_share:
         yield "no rate search: each method is trained at its usual rate, which the report will mark as unfair"
-    elif searched and chosen.second_rates < wanted.second_rates:
-        yield "each method's rate comes from its short runs alone, without whole runs at a second rate"
-    if 0 < chosen.search_share < wanted.search_share:
-        yield f"a shorter rate search ({chosen.search_share:.0%} of the steps)"
     if left_out := [arm for arm in wanted.arms if arm not in chosen.arms]:
         yield f"not trained: {', '.join(left_out)}"
     if chosen.seeds == 1:

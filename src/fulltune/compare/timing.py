@@ -46,22 +46,20 @@ def _settled(context: Context) -> Expectation:
     """The design for this budget, less what is there."""
     block = context.recipe.compare
     steps = context.setup(context.full.arm).plan.total_steps
-    share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
     context.clock.write("preparation")
     if context.budget_seconds is not None and not context.kept_results():
-        _measure(context, least)
+        _measure(context, rate_search.share_of_steps(0.0, steps))
     costs = costs_of(context)
     context.clock.write("design")  # also of a command whose budget is refused
     return design.expected(
         costs,
         design.num_seeds(block.seeds, context.summary.splits["train"].rows),
-        share,
+        rate_search.share_of_steps(block.search_share, steps),
         fixed_of(context),
         context.summary.splits["test"].rows,
         block.margin if is_share(context.measure.name) else None,
         context.budget_seconds,
         sequential=block.sequential,
-        least_search_share=least,
         alpha=context.alpha,
         spent_seconds=context.clock.spent_seconds,
         done=_done(context, costs),
