@@ -13,10 +13,10 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from fulltune.plan import defaults
-from fulltune.recipe.block import Block
 from fulltune.recipe.elsewhere import pinned
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import BaseMethod
+from fulltune.recipe.model import Block
 from fulltune.recipe.tasks import FACTS, FORMS, TaskName
 from fulltune.tasks import multiple_choice, text_classification
 from fulltune.tasks.columns import USUAL_NAMES

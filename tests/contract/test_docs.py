@@ -17,9 +17,9 @@ import yaml
 import fulltune
 from fulltune import errors
 from fulltune.cli.app import app
-from fulltune.recipe.block import Block
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check
+from fulltune.recipe.model import Block
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -12,10 +12,10 @@ import torch
 
 from fulltune import api, pipeline, predict, report
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError, SetupError
+from fulltune.records.comparison import Searched
 from fulltune.records.events import Event, Said, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, Access
-from fulltune.records.search import Searched
 from fulltune.report.run.read import read_run
 from fulltune.run_context import Run
 from fulltune.search import run as searching

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from fulltune.recipe.block import Block
+from fulltune.recipe.model import Block
 
 _SHARE = re.compile(r"0?\.\d+|\d+(\.\d+)? *%")
 """How other tools name a part of the train rows."""

@@ -12,13 +12,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from fulltune.recipe.block import NAME, Block
 from fulltune.recipe.data import DataBlock
-from fulltune.recipe.evaluation import CompareBlock, EvaluateBlock
+from fulltune.recipe.evaluation import CompareBlock, EvaluateBlock, SearchBlock
 from fulltune.recipe.methods import RIVALS, VARIANT, Arm, ArmKind, FullMethod, Method
-from fulltune.recipe.model import ModelBlock
+from fulltune.recipe.model import NAME, Block, ModelBlock
 from fulltune.recipe.preserve import PreserveBlock
-from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.recipe.training import TrainBlock
 

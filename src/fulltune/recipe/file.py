@@ -20,9 +20,9 @@ from fulltune.errors import RecipeError
 from fulltune.recipe import elsewhere as recipe_elsewhere
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe import several_runs
-from fulltune.recipe.block import NAME
 from fulltune.recipe.data import MixedFile
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.model import NAME
 from fulltune.recipe.paths import resolve_paths
 from fulltune.text import did_you_mean, near_names
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fulltune.recipe.block import NAME, Block
+from fulltune.recipe.model import NAME, Block
 
 TAKEN = ("footprint", "measured", "shapes", "survey")
 """What a method must not be called: its plan would lie where the run folder's `plan` has another file."""

@@ -1,12 +1,19 @@
-"""The recipe's block `model`."""
+"""What all blocks of a recipe have in common, and its block `model`."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from fulltune.recipe.block import Block
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a run or a method may be called: it becomes the name of a folder."""
+
+
+class Block(BaseModel):
+    """Base of all blocks: frozen, unknown keys refused, the string under a field is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelBlock(Block):

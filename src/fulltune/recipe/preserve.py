@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from fulltune.recipe.block import Block
+from fulltune.recipe.model import Block
 from fulltune.text import parse_share
 
 AUTO = "auto"

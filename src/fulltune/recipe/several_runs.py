@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fulltune.recipe.evaluation import SearchBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import SEARCH
 from fulltune.recipe.rules import methods_of
 from fulltune.recipe.rules import problems_of as alone
-from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.training import TrainBlock
 from fulltune.text import did_you_mean
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fulltune.recipe.block import Block
+from fulltune.recipe.model import Block
 from fulltune.text import parse_bytes, parse_seconds
 
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from fulltune.recipe.several_runs import with_settings
+from fulltune.records.comparison import Searched
 from fulltune.records.plan import Plan, Setting
-from fulltune.records.search import Searched
 from fulltune.records.training import Outcome
 from fulltune.run_context import Run
 from fulltune.system import run_folder

@@ -18,11 +18,10 @@ from fulltune.compare.trials import clear
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
-from fulltune.records.comparison import Expectation, Trial, Tried
+from fulltune.records.comparison import Expectation, Searched, Trial, Tried
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
-from fulltune.records.search import Searched
 from fulltune.run_context import Run
 from fulltune.search.folder import FOLDER
 from fulltune.stats.bootstrap import resample

@@ -6,8 +6,7 @@ import math
 import shlex
 from dataclasses import replace
 
-from fulltune.records.comparison import Search
-from fulltune.records.search import Searched, TriedSettings
+from fulltune.records.comparison import Search, Searched, TriedSettings
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,

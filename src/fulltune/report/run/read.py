@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 from fulltune.errors import SetupError
 from fulltune.files import entry_of
 from fulltune.records.base import Record
+from fulltune.records.comparison import Searched
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, StepSkipped, UpdatesMeasured, event_of
 from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, Access, Command, Environment, MachinesUsed
 from fulltune.records.scores import Scores
-from fulltune.records.search import Searched
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.format.plots import Point
