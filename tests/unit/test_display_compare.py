@@ -10,7 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fulltune.cli.show.compare import expectation
+from fulltune.cli.show.run import expectation
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
 from fulltune.report.format import terminal

@@ -12,6 +12,7 @@ from fulltune.plan.ways_out import as_flags
 from fulltune.records.plan import MemoryKind, Plan, Setting
 from fulltune.records.survey import Placement, Survey
 from fulltune.records.training import Measured, Measurements
+from fulltune.report.comparison.numbers import short_count
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Row, Section, Table
 from fulltune.text import counted, format_bytes, format_seconds
@@ -45,14 +46,6 @@ def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
 
 def _section(title: str, *blocks: Block) -> Section:
     return Section(title, title, blocks)
-
-
-def count(number: float) -> str:
-    """`6.7 B`, `22.7 M`, `950`."""
-    for power, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= power:
-            return f"{number / power:,.1f} {letter}"
-    return f"{number:,.0f}"
 
 
 def gib(num_bytes: int) -> str:
@@ -98,7 +91,7 @@ def _found(survey: Survey) -> list[tuple[str, str]]:
     if not survey.on_cpu:
         free = f"{gib(survey.device_free_bytes)} GiB on each GPU, {free}"
     rows = [
-        ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({count(survey.num_parameters)})"),
+        ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({short_count(survey.num_parameters)})"),
         ("rows", f"{survey.train_rows:,} to train{mixed}, {held_out}"),
         (
             "tokens a row",
@@ -146,7 +139,7 @@ def _placements(survey: Survey) -> Table:
     rows: list[Row] = []
     for one in survey.placements:
         chosen = one.name == survey.placement
-        speed = count(one.tokens_per_second) if one.tokens_per_second else "?"
+        speed = short_count(one.tokens_per_second) if one.tokens_per_second else "?"
         micro = f"{one.micro_batch_size}{'*' if one.activation_checkpointing else ''}"
         sizes = (gib(one.device_bytes), gib(one.host_bytes), gib(one.disk_bytes))
         runs = (micro, speed) if one.fits else ("", "")
@@ -185,7 +178,7 @@ def _time(survey: Survey, plan: Plan) -> list[tuple[str, str]]:
         (
             "steps",
             f"{plan.total_steps:,} of {counted(plan.global_batch_size, 'row')} ({batch}), {epochs}, "
-            f"{count(need.tokens)} tokens",
+            f"{short_count(need.tokens)} tokens",
         ),
         ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: {doubt}){_bound(survey)}"),
         (

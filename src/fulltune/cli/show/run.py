@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from fulltune.cli.show import compare
+from fulltune.records.comparison import Expectation
 from fulltune.records.data import DataSummary
 from fulltune.records.events import (
     OF_GENERIC_TEXT,
@@ -32,12 +32,14 @@ from fulltune.records.events import (
     Warned,
 )
 from fulltune.records.plan import Plan
-from fulltune.report.format import terminal
+from fulltune.report.comparison.numbers import Writer
+from fulltune.report.format import terminal, words
+from fulltune.report.format.blocks import Facts, Section
 from fulltune.report.run import about_data
 from fulltune.report.run.about_data import mixed_words
 from fulltune.report.run.about_forgetting import verdict
 from fulltune.report.run.about_training import check_table
-from fulltune.text import first_few, format_bytes, format_metric, format_seconds
+from fulltune.text import counted, first_few, format_bytes, format_metric, format_seconds, is_share
 
 _MOST_ROWS = 8
 """Of a skipped step."""
@@ -105,8 +107,8 @@ class Display:
                 self._forecast(event)
             case Said(text=text):
                 self.print(escape(text))
-            case Designed(expectation=expectation, metric=metric, margin=margin):
-                terminal.show(self.console, [compare.expectation(expectation, metric, margin)])
+            case Designed(expectation=expected, metric=metric, margin=margin):
+                terminal.show(self.console, [expectation(expected, metric, margin)])
             case Resumed(step=step):
                 self.print(f"continuing from the checkpoint of step {step}")
             case Certified(preserved=preserved):
@@ -207,3 +209,46 @@ class Display:
             each = format_seconds(max(1, round(sum(scoring))))
             said = f"scoring a model on the test rows then takes about {each}, without generated answers"
             self.print(f"[dim]{said}[/dim]")
+
+
+def expectation(expected: Expectation, metric: str, margin: float | None = None) -> Section:
+    """What is compared, about how long it takes, what it can find, and what its budget left out."""
+    search, whose = "", "of each method"
+    if expected.num_search_trials:
+        search = f"{expected.num_search_trials} short ones to find the rates, more where the best is at an edge; then "
+    if expected.sequential and expected.num_seeds > 1:
+        whose = "of each method at most; clear answers need fewer"
+        if expected.budget_seconds is not None:
+            whose = f"of full and of the best of the others{', one of the rest' * (len(expected.arms) > 2)}"
+    usual, most = format_seconds(expected.seconds), format_seconds(expected.most_seconds)
+    takes = f"about {usual}" if usual == most else f"about {usual}, {most} if every method needs all seeds"
+    if expected.budget_seconds is not None:
+        given = format_seconds(expected.budget_seconds)
+        takes = f"about {usual} of the {given} given; the rest is a reserve for errors of the forecast"
+    rows = [
+        ("methods", ", ".join(expected.arms)),
+        ("trials", f"{search}{counted(expected.num_seeds, 'seed')} {whose}"),
+        ("takes", takes),
+        ("can find", _can_find(expected, metric, margin)),
+        *(("note" if expected.budget_seconds is None else "budget", note) for note in expected.notes),
+    ]
+    if margin is not None and expected.detectable is not None and expected.detectable > margin:
+        asked = Writer(metric, margin).amount(margin)
+        more = f"{asked}, less than it can find: it may end UNDECIDED; more test rows or seeds would help"
+        rows.append(("margin", more))
+    return Section("comparison", "comparison", (Facts(tuple(rows)),))
+
+
+def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
+    name = words.metric_name(metric)
+    if expected.num_seeds < 2:
+        return "nothing: one seed tells nothing about the spread between seeds"
+    if expected.detectable is None:
+        return f"not known before seeds have been run{'' if is_share(metric) else f': {name} is no share of rows'}"
+    write = Writer(metric, margin or 0.01)
+    if write.in_points and expected.detectable >= 1:
+        return "nothing: with so few test rows and seeds any difference may be chance, however large"
+    found = f"differences of {write.amount(expected.detectable)} of {name} or more if seeds differ by half a point"
+    if expected.detectable_apart is not None:
+        found += f", of {write.amount(expected.detectable_apart)} if they differ by two"
+    return f"{found} (power 80 %)"

@@ -143,5 +143,4 @@ def _certificate(found: Preserved) -> str:
 
 
 def _upper_bound(found: Preserved) -> str:
-    """Of the drift."""
     return NOTHING if found.certificate is None else words.as_share(found.certificate.upper, found.writes)

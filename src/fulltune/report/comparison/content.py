@@ -118,7 +118,6 @@ def _near_without_training(comparison: Comparison) -> str:
 
 
 def _warning(comparison: Comparison) -> str:
-    """How many marks there are; empty: none."""
     found = marks(comparison)
     unfair = sum(one.startswith("Unfair") for one in found)
     counts = ((unfair, "unfair setting"), (len(found) - unfair, "note"))

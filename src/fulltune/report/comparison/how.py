@@ -80,7 +80,6 @@ def spent(comparison: Comparison) -> tuple[str, str]:
 
 
 def _could_find(comparison: Comparison) -> str:
-    """The differences that this comparison would have found in 8 of 10 cases."""
     parts, expected, write = [], comparison.expectation, Writer.of(comparison.decision)
     if expected.detectable is not None:
         seeds = counted(expected.num_seeds, "seed")

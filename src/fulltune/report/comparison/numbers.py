@@ -106,6 +106,6 @@ def short(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def short_count(value: int) -> str:
+def short_count(value: float) -> str:
     """Parameters: as `short`, but 10⁹ of them are a billion: `6.7 B`."""
     return short(value).replace("G", "B")

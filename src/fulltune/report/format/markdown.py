@@ -58,7 +58,6 @@ def escaped(text: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
-    """A Markdown table whose columns line up; those of `numeric` are aligned to the right."""
     cells = [[escaped(text) for text in row] for row in (header, *rows)]
     widths = [max(3, *(_columns(row[index]) for row in cells)) for index in range(len(header))]
     rule = ["-" * (width - 1) + (":" if index in numeric else "-") for index, width in enumerate(widths)]

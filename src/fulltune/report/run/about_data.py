@@ -131,7 +131,6 @@ def _splits(summary: DataSummary) -> Table:
 
 
 def _mixed(view: RunView, summary: DataSummary) -> list[Block]:
-    """What is mixed into the train rows, and how much of it was trained on."""
     if not summary.mixed:
         return []
     plan, outcome = view.plan_of(view.main_trial), view.outcome_of(view.main_trial)
@@ -153,7 +152,6 @@ def _lengths(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
 
 
 def _labels(summary: DataSummary) -> list[Block]:
-    """Rows per label, most frequent in train first."""
     counts = {split: found.label_counts for split, found in summary.splits.items() if found.label_counts}
     if not counts:
         return []

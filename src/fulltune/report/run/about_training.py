@@ -261,7 +261,6 @@ def environment(view: RunView) -> Section | None:
 
 
 def _machines(view: RunView) -> tuple[Table, ...]:
-    """Of several machines each, with the processes that ran on it."""
     if view.machines is None:
         return ()
     rows = tuple(

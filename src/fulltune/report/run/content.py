@@ -205,7 +205,6 @@ def _chosen(found: Searched) -> str:
 
 
 def _bought(found: Searched) -> str:
-    """What it brought on rows that decided nothing."""
     usual = "the usual rate" if found.rate is not None else "the recipe's own settings"
     if found.bought is None:
         kept = not found.settings if found.rate is None else found.rate.chosen == found.rate.usual
@@ -219,7 +218,6 @@ def _bought(found: Searched) -> str:
 
 
 def _rates(found: Searched, search: Search) -> list[Block]:
-    """Rate against metric: short and whole runs."""
     name = found.metric_name
     short = {one.learning_rate: one.metric for one in search.tried}
     whole = {one.learning_rate: one.metric for one in search.whole}

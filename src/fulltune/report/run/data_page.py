@@ -234,7 +234,6 @@ def proof_rows(proofs: Proofs) -> list[tuple[str, str, str, str, str, str]]:
 
 
 def _difference(metric: str, proof: Proof) -> str:
-    """Of a share in points."""
     scale, decimals = (100, 1) if is_share(metric) else (1, 3)
     values = (round(scale * one, decimals) + 0.0 for one in (proof.difference, proof.low, proof.high))
     value, low, high = (f"{one:+.{decimals}f}" for one in values)

@@ -253,7 +253,6 @@ def loading_code(folder: str, task: str, summary: DataSummary | None, base: str 
 
 
 def _asking(summary: DataSummary) -> str:
-    """Python that asks a language model in the form in which it was trained."""
     special = ""
     if "messages" in summary.columns:
         prompt = (

@@ -227,7 +227,6 @@ def _loss_grew(loss: Sequence[Point]) -> tuple[str, bool]:
 
 
 def _best_long_ago(run: RunFacts) -> str:
-    """That the eval rows were answered best in the run's first half, and worse at its end."""
     (step, value), metric = run.curves.best, run.curves.metric
     if run.last_as_good or len(metric) < 3 or 2 * step > metric[-1][0] or metric[-1][1] == value:
         return ""
@@ -235,7 +234,6 @@ def _best_long_ago(run: RunFacts) -> str:
 
 
 def _was_better(run: RunFacts) -> bool:
-    """The eval rows were answered better, or with a lower loss, before the end."""
     losses = [value for _, value in run.curves.eval_loss if math.isfinite(value)]
     rose = bool(losses) and losses[-1] > (1 + CHANGED) * min(losses)
     metric = run.curves.metric
