@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -60,12 +59,6 @@ def test_sdist_has_what_the_wheel_is_built_from(built: Path) -> None:
     assert names == {f"src/{name}" for name in sources()} | beside
 
 
-def test_version_stands_in_one_place() -> None:
-    version = re.compile(rf"(?<![\d.]){re.escape(PROJECT['version'])}(?![\d.])|__version__\s*=")
-    files = [*(ROOT / "src").rglob("*.py"), ROOT / "Dockerfile", ROOT / "Makefile", *(ROOT / ".ci").iterdir()]
-    assert not [path for path in files if version.search(path.read_text(encoding="utf-8"))]
-
-
 def test_changelog_begins_with_the_version() -> None:
     newest = re.search(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None
@@ -107,47 +100,6 @@ def test_container_is_built_from_what_is_copied_into_it(built: Path, tmp_path: P
     wheel = f"{NAME}-py3-none-any.whl"
     assert packaged(tmp_path / wheel) == packaged(built / wheel)
     assert any(f'"{root}[${{EXTRAS}}]"' in rest for rest in given("RUN"))
-
-
-def test_container_has_all_extras_but_those_that_the_page_names() -> None:
-    extras = set(arguments()["EXTRAS"].split(","))
-    left_out = re.search(r"without (.+?) \|$", PAGE, flags=re.MULTILINE)
-    assert left_out is not None
-    named = set(re.findall(r"`(\w+)`", left_out[1]))
-    assert extras | named == set(PROJECT["optional-dependencies"]) - {"dev"}
-    assert not extras & named
-
-
-def test_container_takes_the_torch_that_fulltune_needs() -> None:
-    (torch,) = [text for text in PROJECT["dependencies"] if text.startswith("torch>")]
-    assert any(f'--index-url "${{TORCH_INDEX}}" "{torch}"' in rest for rest in given("RUN"))
-
-
-def test_container_runs_as_a_user_that_is_not_root() -> None:
-    *_, user = given("USER")
-    assert user not in ("root", "0")
-    assert any(re.search(rf"\buseradd\b[^&]* {user}\b", rest) for rest in given("RUN"))
-    assert dict(part.split("=", 1) for rest in given("ENV") for part in rest.split())["HOME"] == f"/home/{user}"
-
-
-def test_container_starts_a_command_of_fulltune_that_signals_reach() -> None:
-    (entry,) = map(json.loads, given("ENTRYPOINT"))
-    (words,) = map(json.loads, given("CMD"))
-    assert entry == ["tini", "-s", "--", *PROJECT["scripts"]]
-    assert any(re.search(r"\bapt-get install\b[^&]* tini\b", rest) for rest in given("RUN"))
-    assert words[0] in typer.main.get_group(app).commands
-
-
-def test_labels_of_the_container_are_those_of_the_package() -> None:
-    (labels,) = [dict(part.split("=", 1) for part in shlex.split(rest)) for rest in given("LABEL")]
-    about = {"title": PROJECT["name"], "description": PROJECT["description"], "licenses": PROJECT["license"]}
-    assert labels == {f"org.opencontainers.image.{name}": text for name, text in about.items()}
-
-
-def test_container_names_no_server_but_that_of_torch() -> None:
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    assert set(re.findall(r"https?://([^/\s]+)", text)) == {"download.pytorch.org"}
-    assert arguments()["BASE"].startswith("docker.io/library/debian:")
 
 
 def commands() -> list[list[str]]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulltune import pipeline
-from fulltune.errors import FulltuneError, RecipeError
+from fulltune.errors import RecipeError
 from fulltune.inference import selective_head
 from fulltune.inference.run import run_rows
 from fulltune.models import chunked_loss
@@ -21,7 +21,6 @@ from fulltune.models.chunked_loss import Pieces
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import check
 from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq
-from fulltune.train.hooks import Hooks
 from tests import tiny
 from tests.train import runs
 from tests.train.test_selective_head import NO_DROPOUT, batch, model_of
@@ -68,7 +67,7 @@ def pieces(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return Pieces(hidden, weight, bias, hidden[:0])
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 4, 11])
+@pytest.mark.parametrize("tokens", [0, 1, 11])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_loss_and_gradients_are_those_of_whole_logits(tokens: int, smoothing: float, with_bias: bool) -> None:
@@ -103,43 +102,6 @@ def test_in_bf16_the_error_is_that_of_whole_logits(weights: torch.dtype) -> None
     for one, other, true in zip(found, rounded, exact, strict=True):
         error, theirs = ((tensor.double() - true).norm() / true.norm() for tensor in (one, other))
         assert error <= 1.3 * theirs + 1e-6
-
-
-def test_gradients_of_several_losses_add_up_and_a_second_backward_is_an_error() -> None:
-    hidden, weight, _, targets = drawn(9)
-    weight.requires_grad_()
-    parts = [pieces(hidden[part], weight, None).loss(targets[part]) for part in (slice(0, 4), slice(4, 9))]
-    for part in parts:
-        part.backward()
-    (expected,) = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets, reduction="sum"), weight)
-
-    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        parts[0].backward()
-
-
-def test_a_weight_that_is_not_trained_gets_no_gradient() -> None:
-    hidden, weight, _, targets = drawn(9)
-    hidden.requires_grad_()
-
-    pieces(hidden, weight, None).loss(targets).backward()
-
-    assert hidden.grad is not None
-    assert weight.grad is None
-
-
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_scores_are_those_of_whole_logits(kind: torch.dtype) -> None:
-    hidden, weight, bias, targets = drawn(11)
-    logits = F.linear(hidden.to(kind), weight.to(kind)).float() + bias
-    targets[::2] = logits.argmax(dim=-1)[::2]
-
-    losses, right = chunked_loss.token_scores(pieces(hidden.to(kind), weight, bias), targets)
-    expected, hits = chunked_loss.token_scores(logits, targets)
-
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    assert right.tolist() == hits.tolist()
-    assert 0 < int(right.sum()) < len(right) or right.all()
 
 
 class Largest(TorchDispatchMode):
@@ -354,17 +316,6 @@ def test_a_run_in_pieces_is_the_run_with_whole_logits(tmp_path: Path, recomputed
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_seq2seq_run_trains_in_pieces(tmp_path: Path) -> None:
-    model = tiny.save_model(tmp_path / "model", "t5")
-    rows = [{"source": row["prompt"], "target": row["completion"]} for row in tiny.pair_rows()]
-    train = {"max_steps": 2, "chunked_loss": True}
-
-    outcome = runs.run(tmp_path, model, rows, task="seq2seq", train=train, evaluate={"generate_rows": 0}).outcome
-
-    assert outcome is not None
-    assert check_of(outcome).startswith("yes, ")
-
-
 def save_strange(folder: Path) -> Path:
     strange("Cohere", logit_scale=0.25).save_pretrained(folder)
     tiny.decoder_tokenizer().save_pretrained(folder)
@@ -383,14 +334,6 @@ def test_a_model_that_does_not_allow_it_is_trained_with_whole_logits(tmp_path: P
     assert not reached.plan.chunked_loss
     assert reached.outcome is not None
     assert "loss in pieces" not in {check.name for check in reached.outcome.checks}
-
-
-def test_and_refused_when_the_recipe_asks_for_it(tmp_path: Path) -> None:
-    model = save_strange(tmp_path / "model")
-    train = {"max_steps": 2, "chunked_loss": True}
-
-    with pytest.raises(FulltuneError, match=r"loss in pieces: off: the model changes .*; remove train.chunked_loss"):
-        runs.run(tmp_path, model, tiny.pair_rows(), task="causal-lm", train=train)
 
 
 # ---- refused up front ------------------------------------------------------------------------------------------
@@ -418,26 +361,3 @@ def test_where_it_cannot_work_it_is_refused() -> None:
     check(recipe(torch_compile=True))
     check(recipe("seq2seq"))
     check(recipe("text-classification", chunked_loss=False))
-
-
-def test_with_a_loss_of_the_users_own_it_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"compute_loss and train.chunked_loss are both given"):
-        Hooks(compute_loss=lambda *given, **named: None).check(recipe())
-
-
-def test_the_proof_before_step_1_takes_few_tokens_of_long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole logits of whole rows would need more memory than the step that they prove."""
-    seen: list[int] = []
-    real = selective_head._pieces_verified
-
-    def watch(selective: Any, task: Any, inputs: Any, labels: Any) -> tuple[bool, str]:
-        seen.append(labels.shape[1])
-        assert bool((labels != causal_lm.IGNORED).any())
-        return real(selective, task, inputs, labels)
-
-    monkeypatch.setattr(selective_head, "_pieces_verified", watch)
-    rows = [{"prompt": "word " * 20, "completion": "answer " * 10} for _ in range(40)]
-    rows = [{**row, "prompt": f"{number} {row['prompt']}"} for number, row in enumerate(rows)]
-    runs.run(tmp_path, tiny.save_model(tmp_path / "model", "gpt2"), rows, task="causal-lm", train={"max_steps": 1})
-    assert seen
-    assert max(seen) <= selective_head.TRIED

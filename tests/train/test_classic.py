@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import inspect
 import json
 import math
@@ -36,7 +35,6 @@ import fulltune
 from fulltune.classic import FulltuneNotice, Trainer, TrainingArguments
 from fulltune.classic import arguments as classic_arguments
 from fulltune.classic import dry_run as classic_dry_run
-from fulltune.classic import trainer as classic_trainer
 from fulltune.classic.arguments import OLD_NAMES
 from fulltune.errors import GuardStop, SetupError
 from tests import tiny
@@ -271,20 +269,6 @@ def test_padding_token_is_neither_invented_nor_asked_of_code_in_the_folder(
     assert not (tmp_path / "was_run").exists()
 
 
-def test_left_file_of_somebody_else_does_not_end_a_script(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: list[warnings.WarningMessage]
-) -> None:
-    def refused(*_: Any) -> Path:
-        raise PermissionError(errno.EACCES, "Permission denied", "left.safetensors")
-
-    monkeypatch.setattr(classic_trainer, "own_file", refused)
-    model, args = tiny_model(tokenizer), TrainingArguments(str(tmp_path), max_steps=1, **QUIET)
-    trainer = Trainer(model=model, args=args, train_dataset=rows(tokenizer, 8), processing_class=tokenizer)
-    trainer.train()
-    assert trainer.moved is None
-    assert "will not be counted: the weights could not be kept" in "".join(notices(caught))
-
-
 def test_decoder_reads_the_last_token_of_a_row_whichever_token_the_script_padded_with(
     tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -387,22 +371,6 @@ def test_signatures_are_those_of_transformers_with_the_tokenizer() -> None:
     assert of(Trainer.train) == of(transformers.Trainer.train)
 
 
-def test_signature_of_a_script_s_own_arguments_shows_its_fields(tmp_path: Path) -> None:
-    @dataclasses.dataclass
-    class Own(TrainingArguments):
-        extra: int = 1
-
-    assert "extra" in inspect.signature(Own).parameters
-    assert Own(str(tmp_path), use_cpu=True, extra=2).extra == 2
-
-
-def test_arguments_with_split_and_dispatch_batches_merge_them(tmp_path: Path) -> None:
-    with pytest.warns(FulltuneNotice):
-        args = TrainingArguments(str(tmp_path), use_cpu=True, split_batches=True, dispatch_batches=False)
-    assert args.accelerator_config.split_batches is True
-    assert args.accelerator_config.dispatch_batches is False
-
-
 def test_warmup_ratio_of_one_means_all_steps(tmp_path: Path) -> None:
     with pytest.warns(FulltuneNotice):
         assert TrainingArguments(str(tmp_path), use_cpu=True, warmup_ratio=1.0).get_warmup_steps(77) == 77
@@ -444,27 +412,11 @@ def test_arguments_copied_or_parsed_keep_values_without_notices(
     assert notices(caught) == []
 
 
-def test_memory_is_pinned_only_for_a_device(tmp_path: Path) -> None:
-    has_device = torch.accelerator.is_available()
-    assert TrainingArguments(str(tmp_path)).dataloader_pin_memory is has_device
-    parser = transformers.HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
-    (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
-    assert parsed.dataloader_pin_memory is has_device
-
-
 def test_logging_dir_with_tensorboard_sets_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     with pytest.warns(FulltuneNotice, match="TENSORBOARD_LOGGING_DIR"):
         TrainingArguments(str(tmp_path), use_cpu=True, logging_dir="logs", report_to=["tensorboard"])
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
-def test_bf16_without_gpu_trains_on_cpu_and_says_so(tmp_path: Path) -> None:
-    with pytest.warns(FulltuneNotice, match="bf16=True: there is no GPU"):
-        args = TrainingArguments(str(tmp_path), bf16=True)
-    assert args.use_cpu
-    assert args.bf16
 
 
 # ---- other Trainers -------------------------------------------------------------------------------------------------
@@ -611,20 +563,6 @@ def test_training_at_rate_zero_is_refused_because_nothing_moved(tokenizer: Any, 
     assert not list(tmp_path.glob("_fulltune*"))
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
-def test_zero_loss_is_told_from_one_without_gradients(optim: str, tokenizer: Any, tmp_path: Path) -> None:
-    class Zero(Trainer):
-        def compute_loss(self, *given: Any, **keywords: Any) -> Any:
-            return super().compute_loss(*given, **keywords) * 0.0
-
-    args = TrainingArguments(str(tmp_path), max_steps=2, optim=optim, **QUIET)
-    trainer = Zero(
-        model=tiny_model(tokenizer), args=args, train_dataset=rows(tokenizer, 16), processing_class=tokenizer
-    )
-    with pytest.raises(GuardStop, match="every gradient was 0, so no parameter moved"):
-        trainer.train()
-
-
 @pytest.mark.parametrize("more_steps", [0, 1])
 def test_finished_run_that_is_started_again_finishes_and_saves(
     more_steps: int, tokenizer: Any, tmp_path: Path, caught: list[warnings.WarningMessage]
@@ -643,29 +581,6 @@ def test_finished_run_that_is_started_again_finishes_and_saves(
     assert notices(caught) == []
 
 
-def test_resumed_run_whose_last_steps_move_nothing_says_so_and_ends(tokenizer: Any, tmp_path: Path) -> None:
-    saving = {**QUIET, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
-
-    def trainer(max_steps: int) -> Trainer:
-        args = TrainingArguments(str(tmp_path), max_steps=max_steps, lr_scheduler_type="constant", **saving)
-        model = tiny_model(tokenizer)
-        return Trainer(model=model, args=args, train_dataset=rows(tokenizer, 32), processing_class=tokenizer)
-
-    trainer(2).train()
-    # As at the end of a schedule: the rate of the checkpoint goes on.
-    for name in ("optimizer.pt", "scheduler.pt"):
-        state = torch.load(tmp_path / "checkpoint-2" / name, weights_only=True)
-        for group in state.get("param_groups", ()):
-            group.update(lr=1e-30, initial_lr=1e-30)
-        if "base_lrs" in state:
-            state["base_lrs"] = [1e-30] * len(state["base_lrs"])
-        torch.save(state, tmp_path / "checkpoint-2" / name)
-    again = trainer(4)
-    with pytest.warns(FulltuneNotice, match="since the checkpoint at step 2: no parameter moved"):
-        again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 4
-
-
 def test_bf16_weights_at_small_rate_give_notice_that_few_moved(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_model(tokenizer, initializer_range=1.0).to(torch.bfloat16)
     args = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-5, **QUIET)
@@ -674,7 +589,7 @@ def test_bf16_weights_at_small_rate_give_notice_that_few_moved(tokenizer: Any, t
         trainer.train()
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
 def test_dry_run_leaves_result_bit_identical(optim: str, tokenizer: Any, tmp_path: Path) -> None:
     results = []
     for dry_run in (True, False):
@@ -808,15 +723,6 @@ def test_longest_rows_are_found_for_each_kind_of_data(kind: str) -> None:
     }[kind]
     expected = [0, 1, 2] if kind == "list without lengths" else [3, 4, 1]
     assert classic_dry_run.longest(data, 3, "input_ids", "length") == expected
-
-
-def test_pad_token_of_tokenizer_is_set_on_model_that_has_none(tokenizer: Any, tmp_path: Path) -> None:
-    model = tiny_model(tokenizer)
-    assert model.config.pad_token_id is None
-    with pytest.warns(FulltuneNotice, match="processing_class"):
-        trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET), tokenizer=tokenizer)
-    assert model.config.pad_token_id == tokenizer.pad_token_id
-    assert trainer.tokenizer is tokenizer
 
 
 def test_model_init_gives_each_training_a_fresh_model_with_padding(tokenizer: Any, tmp_path: Path) -> None:

@@ -93,45 +93,6 @@ def test_patch_of_a_check_is_applied_by_the_recipe(audited: Path) -> None:
     assert after.labels.suspects < found.labels.suspects / 2
 
 
-def test_missed_entities_are_found_by_a_tiny_model(tiny_encoder: Path, tmp_path: Path) -> None:
-    drawn, rows = random.Random(0), []
-    for at in range(900):
-        tokens = drawn.choices(["cat", "dog", "one", "two"], k=5)
-        tags = ["O"] * 5
-        place, kind = drawn.randrange(5), drawn.choice(["animal", "number"])
-        tokens[place] = {"animal": "bird", "number": "three"}[kind]
-        tags[place] = f"B-{kind}" if at >= 60 else "O"
-        rows.append({"tokens": [*tokens, str(at)], "tags": [*tags, "O"]})
-    data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, task="token-classification")
-    result = fulltune("data", str(recipe), "--run-folder", str(tmp_path / "run"), "--accept", "label error")
-    assert result.code == 0, result.err
-    found = Audit.load(tmp_path / "run" / "data" / "audit.json")
-    assert found.labels is not None
-    assert found.labels.parts == "words"
-    assert found.labels.recall > 0.8
-    lines = [json.loads(line) for line in (tmp_path / "recipe.patch.jsonl").read_text(encoding="utf-8").splitlines()]
-    places = {int(line["place"].rpartition(":")[2]) - 1 for line in lines}
-    assert len(places) >= 30
-    assert len([at for at in places if at < 60]) >= 0.8 * len(places)
-    assert all(len(line["remedy"]["value"]) == 6 for line in lines)
-    text = " ".join((tmp_path / "run" / "data.md").read_text(encoding="utf-8").split())
-    assert "entities were taken away on purpose" in text
-    assert "is likelier, by" in text
-
-
-def test_outliers_are_looked_for_only_with_the_model(audited: Path) -> None:
-    found = Audit.load(audited / "run" / "data" / "audit.json")
-    looked_at = {*found.clean, *found.not_run, *(one.check for one in found.checks)}
-    assert "outlier" in looked_at
-    recipe, folder = str(audited / "recipe.yaml"), audited / "no-labels"
-    result = fulltune("data", recipe, "--run-folder", str(folder), "--no-labels")
-    assert result.code == 0, result.err
-    assert "reading rows with the untouched model" not in result.err
-    found = Audit.load(folder / "data" / "audit.json")
-    assert found.not_run["outlier"] == found.not_run["label error"] == "left out by --no-labels"
-
-
 def test_without_labels_nothing_is_loaded_and_a_proof_of_other_tasks_is_refused(tmp_path: Path) -> None:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.pair_rows(40))
     model = tiny.save_model(tmp_path / "model", "llama")
@@ -177,21 +138,6 @@ def test_trainings_compare_each_step_and_further_seeds_take_only_further_runs(au
     assert result.code == 0, result.err
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list((run / "cleaning").glob("*.npz"))) == 9
-
-
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        (["--trainings", "1"], "--trainings: found 1, expected 2 or more"),
-        (["--check", "leak"], "--check: names whose steps to train"),
-        (["--check", "leak", "--trainings", "2"], "--check: 'leak' found no train rows that cleaning could change"),
-    ],
-)
-def test_trainings_that_tell_nothing_are_refused(audited: Path, asked: list[str], said: str) -> None:
-    result = fulltune("data", str(audited / "recipe.yaml"), "--run-folder", str(audited / "run"), *asked)
-    assert result.code == 2
-    assert said in " ".join(result.err.split())
-    assert "Traceback" not in result.err
 
 
 def test_rows_of_the_highest_loss_are_listed_by_the_trained_model(tmp_path: Path, tiny_encoder: Path) -> None:

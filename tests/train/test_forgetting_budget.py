@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,13 @@ from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import generic_texts, parts
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.preserve import PreserveBlock
-from fulltune.records.forgetting import Drift, Point, Preserved, limit_of
+from fulltune.records.forgetting import Drift, Point, Preserved
 from fulltune.report.run.about_forgetting import held_back, verdict
 from fulltune.train.worker import within_budget
 from fulltune.train.worker.replay import Replay, divergence
 from tests import tiny
 from tests.preserved import preserved_record
-from tests.train import faults, runs
+from tests.train import runs
 from tests.train.test_resume import ask_to_stop, assert_same
 
 ROWS = tiny.topic_rows(64)
@@ -82,11 +80,6 @@ def test_weight_stays_between_its_bounds(weighing: budget.Weighing) -> None:
         high = budget.next_weight(high, at(1.0), 0.01, 0.0, weighing)
         low = budget.next_weight(low, at(0.0), 0.01, 0.0, weighing)
     assert (low, high) == pytest.approx((weighing.first / 0.01, weighing.most / 0.01))
-
-
-def test_limit_is_what_makes_a_token_so_much_less_likely() -> None:
-    assert np.exp(-limit_of(0.05, writes=True)) == pytest.approx(0.95)
-    assert limit_of(0.05, writes=False) == 0.05
 
 
 def point(share: float, drift: float, metric: float, error: float = 0.0) -> Point:
@@ -179,16 +172,6 @@ def test_no_text_is_in_two_parts(tmp_path: Path) -> None:
     assert parts(PreserveBlock(budget="1%", probe=str(probe))) == shared
 
 
-def test_of_short_texts_more_are_read(tmp_path: Path) -> None:
-    short, long = numbered(tmp_path / "short.txt", 3000), tmp_path / "long.txt"
-    long.write_text("".join(f"{place} " + "word " * 60 + "\n" for place in range(3000)), encoding="utf-8")
-    found = [parts(PreserveBlock(budget="1%", probe=str(file))) for file in (short, long)]
-    assert [(len(one.choosing), len(one.sealed), len(one.replayed)) for one in found] == [
-        (600, 600, 1100),
-        (200, 200, 1100),
-    ]
-
-
 def test_replayed_texts_leave_out_what_the_probe_has(tmp_path: Path) -> None:
     probe, more = numbered(tmp_path / "probe.txt", 100), numbered(tmp_path / "more.txt", 120)
     found = parts(PreserveBlock(budget="1%", probe=str(probe), replay=str(more)))
@@ -251,12 +234,6 @@ def test_budget_that_cannot_be_is_refused(blocks: Mapping[str, Any], said: str, 
     assert said in str(refused.value)
 
 
-def test_comparison_with_a_budget_may_have_methods_that_move_nothing(tmp_path: Path) -> None:
-    data = tiny.write_csv(tmp_path / "rows.csv", ROWS)
-    blocks: dict[str, Any] = {"preserve": {"budget": "1%"}, "methods": ["base", "head", "full", "lora"]}
-    assert len(load_recipe(tiny.write_recipe(tmp_path / "recipe.yaml", "model", data, **blocks)).methods) == 4
-
-
 # ---- runs ------------------------------------------------------------------------------------------------------
 
 
@@ -292,20 +269,6 @@ def test_sealed_texts_are_opened_once(held: Path, tiny_encoder: Path) -> None:
     assert_same(runs.final_weights(held), weights)
 
 
-def test_attempt_that_ends_after_the_sealed_texts_were_opened_keeps_the_certificate(
-    tiny_encoder: Path, tmp_path: Path, held: Path
-) -> None:
-    blocks = {"preserve": {"budget": "0.3%"}, **BLOCKS}
-    failing = mock.patch("fulltune.train.worker.weights.save_model", side_effect=RuntimeError("a fault"))
-    with failing, pytest.raises(FulltuneError):
-        runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
-    found = preserved(tmp_path)
-    with mock.patch.object(within_budget, "_of_sealed", side_effect=AssertionError("opened again")):
-        runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
-    assert preserved(tmp_path) == found
-    assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
-
-
 def test_weights_of_generic_text_and_replayed_rows_go_on_where_a_run_was_stopped(
     held: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
@@ -318,15 +281,6 @@ def test_weights_of_generic_text_and_replayed_rows_go_on_where_a_run_was_stopped
     assert len(steered[0]) > 5
     assert len({weight for _, weight in steered[0]}) > 3
     assert preserved(tmp_path).chosen == preserved(held).chosen
-    assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
-
-
-def test_suspect_step_that_is_computed_again_replays_the_same_texts(
-    tiny_encoder: Path, tmp_path: Path, held: Path
-) -> None:
-    """A gradient that is not finite once leaves the weights of the clean run, replayed text included."""
-    with faults.planted(faults.nan_gradient, {6}.__contains__, lasting=False):
-        runs.run(tmp_path, tiny_encoder, ROWS, preserve={"budget": "0.3%"}, **BLOCKS)
     assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
 
 
@@ -376,21 +330,6 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
     assert runs.events(tmp_path, "steered") == []
 
 
-def test_sealed_texts_that_disagree_make_it_fail(tiny_encoder: Path, tmp_path: Path) -> None:
-    """Planted: selection texts are not moved at all, sealed ones are."""
-
-    def unmoved(self: GenericText, *_: Any) -> np.ndarray:
-        return np.ones((len(self.ids), 1))
-
-    sealed = mock.patch.object(within_budget, "_of_sealed", return_value=at(0.2, 0.01))
-    with mock.patch.object(GenericText, "read", unmoved), sealed:
-        runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve={"budget": "1%", "replay": None}, **BLOCKS)
-    assert not preserved(tmp_path).certificate.passed
-    assert "budget 1.0%: FAIL" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
-    lines = (next((tmp_path / "run" / "attempts").glob("*/journal.jsonl"))).read_text(encoding="utf-8").splitlines()
-    assert any("FAIL" in json.loads(line)["detail"] for line in lines)
-
-
 def test_divergence_is_that_of_torch_where_all_tokens_are_kept_and_less_where_some_are() -> None:
     logits = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before, after = torch.log_softmax(logits[0], -1), torch.log_softmax(logits[1], -1)
@@ -420,24 +359,6 @@ def test_two_processes_replay_and_steer_as_one_does(tiny_encoder: Path, tmp_path
     for name, tensor in one[1].items():
         # A key's bias changes no attention: its gradient is rounding, which AdamW makes steps of.
         assert "key.bias" in name or torch.allclose(tensor, two[1][name], atol=1e-4), name
-
-
-@pytest.mark.long
-def test_model_that_was_trained_anew_has_its_own_choice_and_says_that_texts_were_opened_twice(
-    tiny_encoder: Path, tmp_path: Path
-) -> None:
-    blocks = {"preserve": {"budget": "0.3%"}, **BLOCKS}
-    runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
-    (file,) = (tmp_path / "run" / "preserve").glob("*.json")
-    first = Preserved.load(file)
-    first.model_copy(update={"trained": "another"}).save(file)
-    shutil.rmtree(tmp_path / "run" / "models")
-    runs.run(tmp_path, tiny_encoder, ROWS, until="report", **blocks)
-    found = preserved(tmp_path)
-    assert found.trained == first.trained
-    assert found.opened[:1] == first.opened
-    assert len(found.opened) == 2
-    assert "sealed texts read 2 times" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("budget_given", [None, "1%"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from traceback import StackSummary
@@ -50,10 +49,7 @@ INF, NAN = math.inf, math.nan
         ([2.0] * 10 + [1.6] * 20 + [2.5] * 20, "go on"),  # it had not fallen much
         ([1.2, 0.4] * 5 + [0.8, 0.2] * 5 + [1.2, 0.6] * 10, "go on"),  # as batches of a regression differ by chance
         ([1.2, 0.8] * 5 + [0.2, 0.1] * 5 + [1.6, 0.9] * 10, "stop"),
-        ([4.0] * 60, "go on"),
-        ([0.0] * 60, "go on"),  # learned by heart
         ([-1.0] * 60, "go on"),  # a loss of another kind
-        ([4.0] * 10 + [1.5] * 20, "go on"),
     ],
 )
 def test_diverged_stops_a_loss_that_fell_and_is_back_for_good(losses: list[float], action: str) -> None:
@@ -80,19 +76,14 @@ def test_loss_that_is_back_where_a_linear_probe_began_is_no_divergence() -> None
     [
         ([1.1, 1.1, 7.0] + [90.0, 40.0] * 10, None, "stop"),
         ([1.1, 1.1] + [90.0, 40.0] * 9, None, "go on"),  # 20 readings: too few
-        ([1.1, 1.1] + [90.0] * 19, None, "go on"),  # one of the last 20 is still good
         ([1.1] + [1.0] * 30 + [60.0] * 20, None, "stop"),  # later
         ([1.1] * 30 + [60.0] * 15 + [0.9] * 5, None, "go on"),  # a spike that passed
         ([1.1] * 30 + [60.0] * 19, None, "go on"),  # it may still pass
         ([1.1] + [3.0] * 30, None, "go on"),  # bad, not far away
         ([0.01] + [0.05] * 60, None, "go on"),  # trained already
-        ([0.01] + [0.9, 0.02] * 30, None, "go on"),
         ([0.01] + [1.1] * 30, None, "stop"),  # trained already, and ruined
-        ([0.5] + [2.6] * 30, None, "stop"),
         ([0.5] + [2.6] * 30, 2.4, "go on"),  # the first batch was easy by chance
-        ([10.8] + [30.0] * 30, None, "go on"),
         ([-1.0] + [30.0] * 30, None, "go on"),  # a loss of another kind
-        ([0.0] + [30.0] * 30, None, "go on"),
         ([], None, "go on"),
     ],
 )
@@ -102,216 +93,20 @@ def test_diverged_stops_a_loss_that_is_far_above_its_beginning_for_good(
     assert diverged(losses, 0.9, untrained).action == action
 
 
-CURVES: dict[float, tuple[list[float], list[float]]] = {
-    0.9: (
-        [
-            1.1,
-            1.1,
-            7.35,
-            88.9,
-            150.24,
-            144.02,
-            59.67,
-            89.84,
-            65.18,
-            274.61,
-            210.93,
-            268.13,
-            61.13,
-            114.25,
-            110.36,
-            129.57,
-            28.87,
-            135.26,
-            107.38,
-            87.51,
-            6.68,
-            60.29,
-            56.25,
-            31.67,
-            20.27,
-            65.66,
-            38.97,
-            52.21,
-            30.61,
-            30.42,
-        ],
-        [236.79, 75.23, 18.78],
-    ),
-    2e-05: (
-        [
-            1.1,
-            1.1,
-            1.09,
-            1.09,
-            1.08,
-            1.08,
-            1.07,
-            1.07,
-            1.05,
-            1.07,
-            1.05,
-            1.08,
-            1.02,
-            1.03,
-            1.02,
-            1,
-            0.99,
-            1.01,
-            1.01,
-            1.01,
-            1.02,
-            0.95,
-            0.97,
-            0.97,
-            0.99,
-            1.01,
-            0.95,
-            0.95,
-            0.97,
-            0.94,
-        ],
-        [1.05, 0.98, 0.95],
-    ),
+CURVES = {
     0.001: (
-        [
-            1.1,
-            1.1,
-            1.04,
-            0.79,
-            0.42,
-            0.17,
-            0.06,
-            0.03,
-            0.02,
-            0.01,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0.17,
-            0,
-            0,
-            0,
-            0,
-        ],
-        [0, 0, 0],
-    ),
-    0.003: (
-        [
-            1.1,
-            1.1,
-            1.05,
-            0.76,
-            0.72,
-            1.46,
-            1.05,
-            0.07,
-            0.04,
-            0.88,
-            0.22,
-            1.18,
-            1.5,
-            2.34,
-            0.38,
-            0.01,
-            0.03,
-            0.39,
-            0.38,
-            0.53,
-            0.18,
-            0.07,
-            0.18,
-            0.02,
-            0.03,
-            0.03,
-            0.01,
-            0.01,
-            0.05,
-            0.01,
-        ],
-        [0.01, 0.03, 0.01],
+        "1.1 1.1 1.04 0.79 0.42 0.17 0.06 0.03 0.02 0.01 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0.17 0 0 0 0",
+        "0 0 0",
     ),
     0.01: (
-        [
-            1.1,
-            1.1,
-            1.18,
-            1.56,
-            2.2,
-            1.38,
-            1.76,
-            1.75,
-            1.75,
-            2.45,
-            1.61,
-            2.22,
-            1.23,
-            1.87,
-            1.71,
-            1.94,
-            0.74,
-            2.47,
-            3.14,
-            2.97,
-            2.71,
-            1.17,
-            1.48,
-            1.15,
-            1.13,
-            1.05,
-            1.46,
-            1.6,
-            1.26,
-            1.94,
-        ],
-        [1.86, 2.18, 1.46],
+        "1.1 1.1 1.18 1.56 2.2 1.38 1.76 1.75 1.75 2.45 1.61 2.22 1.23 1.87 1.71 "
+        "1.94 0.74 2.47 3.14 2.97 2.71 1.17 1.48 1.15 1.13 1.05 1.46 1.6 1.26 1.94",
+        "1.86 2.18 1.46",
     ),
-    0.1: (
-        [
-            1.1,
-            1.1,
-            1.91,
-            20.96,
-            17.66,
-            10.36,
-            6.55,
-            6.53,
-            14.52,
-            17.03,
-            7.41,
-            1.55,
-            7.89,
-            18.89,
-            15.24,
-            15.62,
-            3.73,
-            9.56,
-            7.11,
-            5.79,
-            1.32,
-            4.91,
-            2.96,
-            2.44,
-            3.96,
-            3.15,
-            3.63,
-            2.1,
-            2.89,
-            1.24,
-        ],
-        [7.4, 1.87, 1.92],
+    0.9: (
+        "1.1 1.1 7.35 88.9 150.24 144.02 59.67 89.84 65.18 274.61 210.93 268.13 61.13 114.25 110.36 "
+        "129.57 28.87 135.26 107.38 87.51 6.68 60.29 56.25 31.67 20.27 65.66 38.97 52.21 30.61 30.42",
+        "236.79 75.23 18.78",
     ),
 }
 """MiniLM-L6, 240 rows with 3 labels, 30 steps of 16: rate to the loss of each step and of three evaluations."""
@@ -319,11 +114,11 @@ CURVES: dict[float, tuple[list[float], list[float]]] = {
 
 @pytest.mark.parametrize(
     ("rate", "action"),
-    [(2e-5, "go on"), (1e-3, "go on"), (3e-3, "go on"), (0.01, "warn"), (0.1, "warn"), (0.9, "stop")],
+    [(1e-3, "go on"), (0.01, "warn"), (0.9, "stop")],
 )
 @pytest.mark.parametrize("every", [1, 5])
 def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int) -> None:
-    losses, eval_losses = CURVES[rate]
+    losses, eval_losses = ([float(loss) for loss in part.split()] for part in CURVES[rate])
     logged = [losses[0]] + [sum(losses[at : at + every]) / every for at in range(0, len(losses), every)]
 
     decision = ended_high(logged if every > 1 else losses, eval_losses, rate, 1.12)
@@ -366,7 +161,6 @@ def test_ended_high_needs_a_loss_that_nothing_was_better_than(
     [
         (0, 0, False, None, "no parameter received a gradient"),
         (0, 0, True, 0.0, "every gradient was 0"),
-        (0, 0, True, None, "every gradient was 0"),
         (3, 0, True, 0.0, "every gradient was 0"),  # an optimizer without second moments
         (3, 0, True, None, "no parameter moved"),
         (3, 0, True, 1.0, "no parameter moved"),
@@ -427,7 +221,7 @@ def per_process(sampler: GlobalBatchSampler, processes: int) -> list[list[list[i
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize(("micro", "processes"), [(8, 1), (4, 1), (2, 1), (1, 1), (4, 2), (2, 2), (1, 2), (2, 4)])
+@pytest.mark.parametrize(("micro", "processes"), [(8, 1), (2, 1), (4, 2), (1, 2), (2, 4)])
 def test_global_batches_are_the_same_for_any_micro_batch_and_number_of_processes(
     micro: int, processes: int, grouped: bool
 ) -> None:
@@ -453,7 +247,7 @@ def test_global_batches_are_the_same_for_any_micro_batch_and_number_of_processes
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 200])
+@pytest.mark.parametrize("count", [1, 9, 200])
 def test_each_row_comes_once_in_an_epoch_and_epochs_differ(count: int, grouped: bool) -> None:
     sampler = GlobalBatchSampler([(number * 7) % 30 + 1 for number in range(count)], 8, 4, 1, grouped)
     epochs = []
@@ -470,12 +264,6 @@ def test_each_row_comes_once_in_an_epoch_and_epochs_differ(count: int, grouped: 
     assert [row for batch in other for row in batch] != epochs[0] or count <= 8
 
 
-def test_only_the_last_global_batch_is_smaller() -> None:
-    sizes = [len(batch) for batch in GlobalBatchSampler(LENGTHS, 8, 8, 1, True).global_batches()]
-
-    assert sizes == [8] * 10 + [3]
-
-
 def test_group_by_length_halves_the_padding() -> None:
     lengths = [(number * 7919) % 200 + 1 for number in range(640)]
 
@@ -484,9 +272,6 @@ def test_group_by_length_halves_the_padding() -> None:
         return sum(max(lengths[i] for i in batch) - lengths[row] for batch in sampler for row in batch)
 
     assert padding(True) < padding(False) / 2
-
-
-# ---- class weights ---------------------------------------------------------------------------------------------
 
 
 # ---- faults in whole runs --------------------------------------------------------------------------------------
@@ -550,14 +335,6 @@ def test_loss_that_ended_high_is_said_or_stops_the_run(
     assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == ("done" if action == "warn" else "diverged")
     assert said == (["ended high at 0.001"] if action == "warn" else [])
     assert '"ended high at 0.001"' in (tmp_path / ATTEMPT / "journal.jsonl").read_text(encoding="utf-8")
-
-
-def test_loss_of_zero_is_told_from_one_without_gradients(tiny_encoder: Path, tmp_path: Path) -> None:
-    def zero(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(outputs.logits, labels) * 0.0
-
-    with pytest.raises(GuardStop, match="every gradient was 0, so no parameter moved"):
-        runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 1}, options={"compute_loss": zero})
 
 
 def test_loss_that_is_not_finite_in_the_dry_run_stops_before_step_1(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -642,11 +419,3 @@ def test_disk_full_while_saving_does_not_fit_and_leaves_earlier_checkpoints_soun
 
     monkeypatch.undo()
     assert runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN).outcome is not None
-
-
-def test_signal_handlers_are_put_back_after_a_run_in_this_process(tiny_encoder: Path, tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-    runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 1, "warmup_steps": 0})
-
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

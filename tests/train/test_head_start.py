@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,14 +12,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fulltune import api, pipeline
-from fulltune.compare import run as comparing
-from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.errors import RecipeError
 from fulltune.evaluate.untouched import LINEAR_PROBE
-from fulltune.probe import features, rivals, run_folder
+from fulltune.probe import features, run_folder
 from fulltune.probe import fit as fitting
 from fulltune.records.events import Event, PhaseBegan
 from fulltune.records.probe import Probe
@@ -31,7 +27,6 @@ from fulltune.train.run_time import PROBING
 from tests import tiny
 from tests.cases import others_long
 from tests.train import runs
-from tests.train.small_comparisons import METHODS, job
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FEW_STEPS: dict[str, Any] = {"max_steps": 4, "group_by_length": False}
@@ -178,36 +173,6 @@ def test_few_steps_are_enough_from_a_probe_and_not_from_random(name: str, tmp_pa
     assert LINEAR_PROBE in [scores.name for scores in found["random"].scores]
 
 
-@pytest.mark.long
-def test_few_steps_are_enough_for_images(tmp_path: Path) -> None:
-    """A class is the colour of the left half."""
-    model = tiny.save_image_model(tmp_path / "model")
-    folder = tiny.write_images(tmp_path / "images", 200)
-    for number, image in enumerate(sorted(folder.glob("*/*.png"))):
-        pixels = np.asarray(Image.open(image))[:, :8]
-        kind = "red" if pixels[..., 0].mean() > pixels[..., 2].mean() else "blue"
-        place = tmp_path / "coloured" / kind / f"{number:03}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        image.rename(place)
-    values = {}
-    for start in ("probe", "random"):
-        recipe = tiny.write_recipe(
-            tmp_path / start / "recipe.yaml",
-            model,
-            tmp_path / "coloured",
-            task="image-classification",
-            method={"head_init": start, "learning_rate": RATE},
-            train=FEW_STEPS,
-            data={"test_fraction": 0.4},
-        )
-        with runs.in_this_process():
-            job = api.job(recipe, run_folder=tmp_path / start / "run", listener=lambda event: None)
-            reached = pipeline.run(job, "evaluate")
-        values[start] = row(reached, "trained").metrics["accuracy"].value
-    assert values["probe"] > 0.7, values
-    assert values["probe"] > values["random"] + 0.2, values
-
-
 # ---- every method ----------------------------------------------------------------------------------------------
 
 
@@ -241,24 +206,6 @@ def test_each_method_begins_with_the_heads_start(kind: str, tiny_encoder: Path, 
     assert started(tmp_path)["head"].startswith("new, starts from a linear probe of the untouched model (52 train rows")
 
 
-@pytest.mark.slow
-def test_trials_of_a_comparison_share_it(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS[1:], train={"max_steps": 3})
-    with runs.in_this_process(), counted() as calls:
-        comparing.run(one, "test")
-    assert len(calls) == 1
-    trials = {path.parent.name.rpartition("-")[0] for path in one.folder.glob("attempts/*/request.json")}
-    assert {"full-seed42", "full-seed43", "lora-seed42", "lora-seed43"} <= trials
-    heads = [
-        line["result"]
-        for event in runs.events(tmp_path, "checks")
-        for line in event["checks"]
-        if line["name"] == "head"
-    ]
-    assert heads
-    assert all("starts from a linear probe" in said for said in heads)
-
-
 def test_same_files_whichever_seed_fits_first(tiny_encoder: Path, tmp_path: Path) -> None:
     """Also where the pooler that was drawn is kept: trials side by side ask in any order."""
     files, bare = [], tmp_path / "bare"
@@ -285,32 +232,6 @@ def no_memory() -> None:
     raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
 
-def test_second_attempt_does_not_fit_it_again(tiny_encoder: Path, tmp_path: Path) -> None:
-    files: list[dict[str, bytes]] = []
-
-    def fail() -> None:
-        files.append(probe_files(tmp_path))
-        no_memory()
-
-    listener = runs.at_step(3, fail)
-    train = {"max_steps": 6, "logging_steps": 1, "micro_batch_size": 8, "global_batch_size": 8}
-    with counted() as calls:
-        runs.run(tmp_path, tiny_encoder, ROWS, options={"listener": listener}, train=train)
-    attempts = sorted(path.parent.name for path in (tmp_path / "run").glob("attempts/*/outcome.json"))
-    assert attempts == ["full-seed42-01", "full-seed42-02"]
-    assert len(calls) == 1
-    assert files == [probe_files(tmp_path)]
-    said = [
-        check["result"]
-        for event in runs.events(tmp_path, "checks")
-        for check in event["checks"]
-        if check["name"] == "head"
-    ]
-    assert len(said) == 2
-    assert said[0] == said[1]
-    assert Probe.load(tmp_path / "run" / "probe" / "probe.json").head is not None
-
-
 @pytest.mark.parametrize("most", [8, 1, 0])
 def test_memory_that_runs_out_while_it_is_fitted(most: int, tiny_encoder: Path, tmp_path: Path) -> None:
     """Smaller batches are tried at once; when none is left, the attempt ends as one whose evaluation does not fit."""
@@ -334,21 +255,6 @@ def test_memory_that_runs_out_while_it_is_fitted(most: int, tiny_encoder: Path, 
     if not most:
         first = Outcome.load(attempts[0])
         assert (first.status, first.phase) == ("out_of_memory", "evaluation")
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be reset")
-def test_its_memory_is_not_counted_as_that_of_the_training(tiny_encoder: Path, tmp_path: Path) -> None:
-    """Only one trial of a comparison fits it."""
-    original, size = run_folder.fit, 2**29
-
-    def fit(looker: Any, rows: Any, eval_rows: Any, with_head: bool) -> Any:
-        np.ones(size, np.uint8)
-        return original(looker, rows, eval_rows, with_head)
-
-    with mock.patch.object(run_folder, "fit", fit):
-        outcome = runs.run(tmp_path, tiny_encoder, ROWS, train=FEW_STEPS).outcome
-    assert outcome is not None
-    assert 0 < outcome.memory_growth_bytes < size
 
 
 def test_test_rows_are_out_of_reach_while_it_is_fitted(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -403,21 +309,6 @@ def test_head_that_cannot_be_seen_starts_at_random_and_says_so(start: str | None
     assert reached.outcome.status == "done"
 
 
-def test_memory_that_runs_out_in_the_solver_leaves_a_random_head(tiny_encoder: Path, tmp_path: Path) -> None:
-    """The training may fit; nothing is tried again."""
-    with mock.patch.object(rivals, "best_space", side_effect=MemoryError), counted() as calls:
-        reached = runs.run(tmp_path, tiny_encoder, ROWS, until="evaluate", train=FEW_STEPS)
-    why = "memory ran out while it was fitted"
-    assert started(tmp_path)["head"].startswith(f"new, drawn at random: {why}")
-    assert f"no linear probe ({why}): the head starts at random" in [
-        event["text"] for event in runs.events(tmp_path, "warning")
-    ]
-    assert len(calls) == 1
-    assert reached.outcome is not None
-    assert reached.outcome.status == "done"
-    assert LINEAR_PROBE not in [scores.name for scores in reached.scores]
-
-
 def test_head_that_a_config_promises_and_the_weights_lack_starts_from_a_probe(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
@@ -445,17 +336,6 @@ def save_eurobert(folder: Path) -> None:
         torch.manual_seed(0)
         EuroBertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def test_memory_that_runs_out_while_a_baseline_is_fitted(tiny_encoder: Path, tmp_path: Path) -> None:
-    def fit(looker: Any, rows: Any, eval_rows: Any, with_head: bool) -> Any:
-        no_memory()
-
-    with (
-        mock.patch.object(run_folder, "fit", fit),
-        pytest.raises(DoesNotFitError, match=r"linear probe.*what was trained is"),
-    ):
-        runs.run(tmp_path, tiny_encoder, ROWS, until="evaluate", method={"head_init": "random"}, train=FEW_STEPS)
 
 
 def test_start_of_a_head_that_is_kept_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fulltune import methods, predict
 from fulltune.errors import RecipeError, SetupError
 from fulltune.inference.run import model_batch
 from fulltune.methods import folder as folders
-from fulltune.plan import disk, memory
+from fulltune.plan import memory
 from fulltune.recipe.methods import LoraMethod, Method
 from fulltune.system.run_folder import Reached
 from fulltune.tasks import task_named
@@ -189,15 +189,6 @@ def logits(model: Any, found: Done, rows: list[dict[str, Any]]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "kind"), SOME)
-def test_logits_padded_and_unpadded_agree(done: Any, name: str, kind: str) -> None:
-    found = done(name, kind)
-    short, long = features(found)
-    alone = logits(found.model, found, [short])[0]
-    beside = logits(found.model, found, [short, long])[0]
-    torch.testing.assert_close(beside[: len(alone)] if alone.dim() > 1 else beside, alone, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(("name", "kind"), SOME)
 def test_saved_folder_loaded_gives_the_same_logits(done: Any, name: str, kind: str) -> None:
     found = done(name, kind)
     expected = logits(found.model, found, features(found))
@@ -300,26 +291,11 @@ def test_activations_recomputed_give_the_same_weights(kind: str, name: str, tmp_
         torch.testing.assert_close(found[1][key], one, atol=1e-5, rtol=1e-3)
 
 
-def test_prompt_takes_its_tokens_off_the_rows(done: Any) -> None:
-    summary = done("classifier", "prompt").reached.summary
-    assert summary.limit == tiny.POSITIONS - 20
-    assert summary.max_length <= summary.limit
-
-
 def test_prompt_generation_padded_on_the_left_equals_one_by_one(done: Any) -> None:
     loaded = predict.load(done("decoder", "prompt").folder / "run")
     rows = [{"prompt": "a town 3:"}, {"prompt": "the garden and the house by the lake 17:"}]
     together = loaded.predict(rows, max_new_tokens=6)
     assert together == [*loaded.predict(rows[:1], max_new_tokens=6), *loaded.predict(rows[1:], max_new_tokens=6)]
-
-
-def test_plan_of_few_trained_values_holds_no_gradients_of_frozen_ones(done: Any) -> None:
-    plan = done("decoder", "lora").reached.plan
-    trained, frozen = plan.num_trainable_parameters, plan.num_frozen_parameters
-    assert plan.state.weights == 4 * (trained + frozen)
-    assert plan.state.gradients == 4 * trained
-    assert plan.state.optimizer == 8 * trained
-    assert plan.disk.one_checkpoint - disk.SMALL_FILES_BYTES == 12 * trained
 
 
 @pytest.mark.long
@@ -343,28 +319,6 @@ def test_what_a_method_adds_to_bf16_weights_is_planned_as_float32_as_it_is(kind:
     assert planned.weights == sum(parameter.nbytes for parameter in model.parameters()) + 2 * in_place
     assert planned.gradients == sum(parameter.nbytes for parameter in trained) + 2 * in_place
     assert planned.optimizer == 2 * planned.gradients
-
-
-@pytest.mark.parametrize("kind", others_long(("adapter", "lora"), "adapter"))
-@pytest.mark.parametrize("name", ["classifier", "decoder"])
-def test_method_trains_on_bf16_weights_and_leaves_them(name: str, kind: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    model = tiny.save_model(tmp_path / "model", case.model)
-    block = {"name": str(model), "weights_dtype": "bf16"}
-    reached = runs.run(
-        tmp_path,
-        model,
-        case.rows,
-        model=block,
-        task=case.task,
-        method=METHODS[kind],
-        train=STEPS | {"precision": "bf16"},
-    )
-    assert reached.outcome is not None
-    assert reached.outcome.moved is not None
-    assert reached.outcome.moved.share > 0.5
-    assert reached.plan is not None
-    assert (reached.plan.weights_dtype, reached.plan.num_frozen_parameters > 0) == ("bf16", True)
 
 
 # ---- names and refusals --------------------------------------------------------------------------------------------
@@ -431,39 +385,11 @@ def test_method_that_cannot_do_it_is_refused_before_the_data_are_read(
     assert not (tmp_path / "run" / "data").exists()
 
 
-def test_prompt_before_an_image_is_refused(tmp_path: Path) -> None:
-    model = tiny.save_image_model(tmp_path / "model")
-    images = tiny.write_images(tmp_path / "images", 16)
-    recipe = tiny.write_recipe(
-        tmp_path / "recipe.yaml", model, images, task="image-classification", method={"kind": "prompt"}
-    )
-    from fulltune import api, pipeline
-
-    with pytest.raises(RecipeError) as caught:
-        pipeline.run(api.job(recipe, run_folder=tmp_path / "run"))
-    line = "method prompt: an image has no tokens to put virtual ones before; take lora, adapter or head"
-    assert list(caught.value.problems) == [line]
-
-
 def test_matrices_that_are_not_there_are_refused_before_training(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert")
     with pytest.raises(RecipeError, match="method lora-q_proj: PEFT cannot do it with BertForSequenceClassification"):
         runs.run(tmp_path, model, tiny.topic_rows(), method={"kind": "lora", "target_modules": ["q_proj"]}, train=STEPS)
     assert not (tmp_path / "run" / "attempts").exists()
-
-
-def test_model_of_another_method_is_named(done: Any) -> None:
-    run = done("classifier", "lora").folder / "run"
-    assert predict.load(run, "lora").notes["method"]["kind"] == "lora"
-    with pytest.raises(SetupError) as caught:
-        predict.load(run, "prompt")
-    assert str(caught.value) == f"{run}: no finished model of method 'prompt'; here are: lora"
-
-
-def test_lora_scale_follows_the_rank() -> None:
-    assert LoraMethod(kind="lora", rank=8).arm == "lora-r8"
-    assert LoraMethod(kind="lora", rank=8, alpha=16).arm == "lora-r8"
-    assert LoraMethod(kind="lora", alpha=16, rslora=True).arm == "lora-a16-rs"
 
 
 def test_lora_without_float32_copies_gives_the_same_numbers_under_autocast(tiny_encoder: Path) -> None:

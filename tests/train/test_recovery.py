@@ -14,7 +14,7 @@ from fulltune import pipeline
 from fulltune.errors import DoesNotFitError, InterruptedRun
 from fulltune.evaluate import scoring
 from fulltune.inference.run import run_rows
-from fulltune.records.events import AttemptFailed, Event, Listener
+from fulltune.records.events import Listener
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train import checkpoints
@@ -133,7 +133,6 @@ def assert_same_result(one: Path, other: Path, *, exactly: bool) -> None:
     ("where", "times", "phase", "micro", "eval_batch", "from_step"),
     [
         ("load", 1, "loading", [8, 8], [16, 16], [0, 0]),
-        ("dry run", 1, "step", [8, 4], [16, 8], [0, 0]),
         ("first step", 2, "step", [8, 4, 2], [16, 8, 4], [0, 0, 0]),
         ("later step", 1, "step", [8, 4], [16, 8], [0, 2]),
         ("evaluation", 2, "evaluation", [8, 8, 8], [16, 8, 4], [0, 0, 0]),
@@ -190,73 +189,7 @@ def test_run_that_ran_out_of_memory_while_resuming_goes_on_from_the_same_checkpo
     assert_same_result(tmp_path, unlimited, exactly=True)
 
 
-@pytest.mark.long
-def test_every_fallback_that_keeps_the_mathematics_gives_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A language model down to one row, recomputed, with a chunked loss: five attempts."""
-    writer = tiny.save_model(tmp_path / "model", "llama")
-    blocks: dict[str, Any] = {"task": "causal-lm", "train": {"max_steps": 4, "logging_steps": 1}}
-    runs.run(tmp_path / "whole", writer, tiny.pair_rows(), **blocks)
-
-    def start_unchunked(folder: Path) -> pipeline.Run:
-        job = runs.job(folder, writer, tiny.pair_rows(), **blocks)
-        path = folder / "run" / "plan" / "full.json"
-        with runs.in_this_process():
-            pipeline.run(job, "plan")
-        batches = {"micro_batch_size": 4, "gradient_accumulation_steps": 2}
-        Plan.load(path).model_copy(update={"chunked_loss": False, **batches}).save(path)
-        return job
-
-    monkeypatch.setattr(FullTrainer, "training_step", at_step(3, 4))
-    with runs.in_this_process():
-        pipeline.run(start_unchunked(tmp_path / "short"), "train")
-
-    plans = [request.plan for request in requests_of(tmp_path / "short")]
-    assert [(one.micro_batch_size, one.activation_checkpointing, one.chunked_loss) for one in plans] == [
-        (4, False, False),
-        (2, False, False),
-        (1, False, False),
-        (1, False, True),
-        (1, True, True),
-    ]
-    assert_same_result(tmp_path / "short", tmp_path / "whole", exactly=False)
-
-
-def test_8_bit_states_go_on_from_a_checkpoint_in_fp32(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put("save", 2, monkeypatch)
-
-    runs.run(tmp_path, model, ROWS, **BLOCKS)
-
-    asked = requests_of(tmp_path)
-    assert [request.plan.optim for request in asked] == ["adamw_torch_fused", "adamw_torch_fused", "adamw_8bit"]
-    assert asked[-1].checkpoint is not None
-    assert number_in(Path(asked[-1].checkpoint)) == 2
-    losses = last_losses(tmp_path)
-    assert sorted(losses) == list(range(1, 8))
-    assert losses[7] < losses[1]
-
-
 # ---- what is said and kept -------------------------------------------------------------------------------------
-
-
-def test_change_is_heard_journalled_and_reported(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put("evaluation", 1, monkeypatch)
-    events: list[Event] = []
-
-    runs.run(tmp_path, model, ROWS, until="report", options={"listener": events.append}, **BLOCKS)
-
-    said = [event.reason for event in events if isinstance(event, AttemptFailed)]
-    assert len(said) == 1
-    assert said[0].startswith("memory ran out in an evaluation")
-    assert said[0].endswith("; eval batch 8 instead of 16")
-    assert journal(tmp_path) == [("full-seed42-01", said[0])]
-    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8").replace("\\", "")
-    assert f"- After full-seed42-01: {said[0]}" in report.splitlines()
-    setting = next(line for line in report.splitlines() if line.startswith("| evaluate.batch_size "))
-    assert "planned 16 (from the recipe); memory ran out in an evaluation of attempt 1" in setting
 
 
 def test_changed_plan_is_kept_by_a_later_command(

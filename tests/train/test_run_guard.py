@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Container
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,12 +26,10 @@ from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
 from fulltune.train import checkpoints
 from fulltune.train.loop.explain import explain
-from fulltune.train.loop.guards import GuardDecision, rate_factor
+from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.parent import ranks, spawn
 from fulltune.train.parent.next_attempt import roll_back
-from fulltune.train.worker import attempt
 from tests import tiny
 from tests.cases import others_long
 from tests.plans import outcome, plan
@@ -248,16 +245,6 @@ def test_trouble_that_comes_again_ends_after_so_many_rollbacks_with_what_was_tri
     assert Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks == (20,)
 
 
-@pytest.mark.long
-def test_run_that_went_back_and_ended_high_all_the_same_is_no_success(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attempt, "ended_high", lambda *given: GuardDecision("warn", "the loss ended high"))
-    with pytest.raises(Diverged, match="the loss ended high") as caught:
-        run(tmp_path, model, faults.nan_gradient, range(40, 45))
-    assert any("tried: step 42" in problem for problem in caught.value.problems)
-
-
 def test_without_rollbacks_the_run_stops(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="step 33"):
         run(tmp_path, model, faults.nan_gradient, range(31, 34), train={"max_rollbacks": 0})
@@ -395,71 +382,6 @@ def test_mixin_guards_a_trainer_of_ones_own(
     assert moments[3] == moments[2] != moments[1]
     assert rates == pytest.approx([5e-5 * (8 - step) / 8 for step in range(4 if stops else 8)]), "the schedule's"
     assert all(bool(one.isfinite().all()) for one in model.parameters())
-
-
-def test_second_training_is_not_judged_by_the_first(tmp_path: Path) -> None:
-    model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer(), num_labels=2))
-    rows = [{"input_ids": [2, 10 + number, 3], "labels": number % 2} for number in range(32)]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
-    )
-    trainer = Mine(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
-    trainer.seen = easy = StepMemory(losses=(0.01,) * 64, log_norms=(-5.0,) * 64, first=1.0)
-    trainer.train()
-    assert trainer.seen.skipped == (1, 2), "what was put back before a first training counts"
-    trainer.seen = easy
-    trainer.train()
-    assert not trainer.seen.skipped
-    assert len(trainer.seen.losses) == 2
-
-
-def test_step_that_is_left_in_its_middle_leaves_nothing_behind(tmp_path: Path) -> None:
-    class Fails(Mine):
-        fails = True
-
-        def compute_loss(self, *given: Any, **named: Any) -> Any:
-            if len(self.batches) == 2 and self.fails:
-                raise RuntimeError("in the middle")
-            return super().compute_loss(*given, **named)
-
-    model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer(), num_labels=2))
-    rows = [{"input_ids": [2, 10 + number, 3], "labels": number % 2} for number in range(32)]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-        gradient_accumulation_steps=2, per_device_train_batch_size=4,
-    )  # fmt: skip
-    trainer = Fails(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="in the middle"):
-        trainer.train()
-    trainer.fails = False
-    trainer.train()
-    assert max(trainer.seen.losses) < 3, "one loss of two micro batches, not of three"
-
-
-class Alone(fulltune.Guarded):
-    """Without a training."""
-
-    def __init__(self) -> None:
-        self.state, self.is_deepspeed_enabled = transformers.TrainerState(global_step=7), False
-
-
-@pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise"])
-def test_optimizers_that_update_in_the_backward_pass_by_themselves_are_known(name: str, tmp_path: Path) -> None:
-    trainer = Alone()
-    trainer.args = transformers.TrainingArguments(str(tmp_path), optim=name, use_cpu=True)
-    assert trainer._updates_in_backward
-    trainer.args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
-    assert not trainer._updates_in_backward
-
-
-@pytest.mark.parametrize(("scale", "action"), [(65536.0, "go on"), (1.0, "go on"), (0.5, "skip")])
-def test_norm_of_fp16_is_let_pass_while_the_scale_may_be_to_blame(scale: float, action: str, tmp_path: Path) -> None:
-    trainer = Alone()
-    trainer.args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
-    scaler = SimpleNamespace(get_scale=lambda: scale)
-    trainer.accelerator = SimpleNamespace(num_processes=1, scaler=scaler)
-    judged, _, _ = trainer._look(torch.tensor(1.0), torch.tensor(NAN))
-    assert judged.action == action
 
 
 SCRIPT = """
