@@ -28,11 +28,6 @@ def problems(**blocks: Any) -> list[str]:
     return [problem.removeprefix("recipe.yaml  ") for problem in caught.value.problems]
 
 
-def test_method_left_out_is_full() -> None:
-    assert made().method.arm == "full"
-    assert made().methods == ()
-
-
 @pytest.mark.parametrize("kind", ["full", "head", "lora", "adapter", "prompt"])
 def test_method_as_a_text_is_its_kind(kind: str) -> None:
     assert made(method=kind) == made(method={"kind": kind})
@@ -66,8 +61,6 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("methods: [full, full, lora]", "4  methods: two are called 'full'"),
-        ("methods: [full, {kind: full, name: b}, lora]", "4  methods: 'b' is the same as 'full' but for its name"),
         ("methods: [full, {name: b, kind: full, train: {seed: 3}}]", "4  methods.1.train.seed: all arms"),
         (
             "methods: [full, {name: b, kind: full, train: {weight_decoy: 3}}]",
@@ -82,7 +75,6 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
             "4  methods.1.train.bf16_rounding: 'kahan' has no effect",
         ),
         ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: is for an arm of a comparison"),
-        ("methods: [full, head]", "4  methods: names nothing to compare"),
         ("methods: [full, lora]\nmethod: lora", "5  method and methods are both given"),
     ],
 )
@@ -99,12 +91,6 @@ def test_method_on_the_command_line_beside_methods_is_refused(tmp_path: Path) ->
     with pytest.raises(RecipeError, match="method and methods are both given"):
         load_recipe(path, ["method.rank=8"])
     assert load_recipe(path, ["methods=[]", "method=lora"]).method.arm == "lora"
-
-
-def test_rank_on_the_command_line_keeps_a_short_method(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: some/model\ntask: causal-lm\ndata: {train: a}\nmethod: lora\n")
-    recipe = load_recipe(tmp_path / "recipe.yaml", ["method.rank=4"])
-    assert recipe.method.arm == "lora-r4"
 
 
 KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"

@@ -10,11 +10,9 @@ import pytest
 
 from fulltune import data
 from fulltune.data.contamination import MOST_TEXTS, KnownTexts, cell_texts, files_of, read_texts
-from fulltune.errors import DataError, RecipeError
+from fulltune.errors import DataError
 from fulltune.inference.store import load_texts
-from fulltune.recipe import rules
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.file import load_recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 from fulltune.tasks.columns import normalised
@@ -49,24 +47,6 @@ def others(count: int, start: str = "w") -> str:
 )
 def test_text_that_shares_a_run_of_8_words(tmp_path: Path, text: str, is_held: bool) -> None:
     assert known(tmp_path, TEN, others(3, "x")).hold(normalised(text), is_asked=True) == is_held
-
-
-@pytest.mark.parametrize(
-    ("rest", "own", "is_held"),
-    [(8, 100, True), (9, 100, False), (100, 8, True), (100, 9, False), (60, 60, False)],
-    ids=["half of the known", "less of the known", "half of the row", "less of the row", "little of both"],
-)
-def test_run_must_cover_half_of_the_shorter_text(tmp_path: Path, rest: int, own: int, is_held: bool) -> None:
-    run = "a b c d e f g h"
-    texts = known(tmp_path, f"{run} {others(rest)}")
-    assert texts.hold(f"{others(own, 'v')} {run}", is_asked=True) == is_held
-
-
-def test_runs_that_a_longer_text_says_twice_count_once_in_the_shorter(tmp_path: Path) -> None:
-    run = "a b c d e f g h"
-    texts = known(tmp_path, f"{run} {others(16)}")
-    assert not texts.hold(" ".join([run] * 5), is_asked=True)
-    assert texts.hold(" ".join([run] * 2), is_asked=True)  # all of the row, which is shorter
 
 
 def test_runs_of_several_texts_are_not_added_up(tmp_path: Path) -> None:
@@ -189,19 +169,6 @@ def test_missing_folder_and_missing_rows_are_refused_together(tmp_path: Path) ->
         f"{tmp_path}/no.csv: no such file",
         f"data.contamination: {tmp_path}/bench: no such file",
     ]
-
-
-def test_relative_path_starts_at_the_recipe(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text("{model: x, task: causal-lm, data: {train: a.jsonl, contamination: bench}}", encoding="utf-8")
-    assert load_recipe(path).data.contamination == str(tmp_path / "bench")
-
-
-def test_images_cannot_be_compared() -> None:
-    block = {"train": "images", "contamination": "bench"}
-    recipe = Recipe.model_validate({"model": "x", "task": "image-classification", "data": block})
-    with pytest.raises(RecipeError, match=r"^data\.contamination: only texts"):
-        rules.check(recipe)
 
 
 # ---- the data stage --------------------------------------------------------------------------------------------

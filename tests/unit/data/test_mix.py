@@ -243,17 +243,6 @@ def test_file_of_a_folder_that_is_named_as_well_is_refused(tmp_path: Path, encod
             data.prepare(recipe, tmp_path / "data", task_named(recipe.task), encoder_tokenizer, data.Limits())
 
 
-def test_missing_files_are_all_named(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    train = [str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.jsonl"), "weight": 0.1}]
-    recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": {"train": train}})
-    with pytest.raises(DataError) as caught:
-        data.prepare(recipe, tmp_path / "data", task_named(recipe.task), encoder_tokenizer, data.Limits())
-    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
-        str(tmp_path / "a.jsonl"),
-        str(tmp_path / "b.jsonl"),
-    ]
-
-
 def test_other_weight_makes_other_data_and_none_keeps_the_fingerprint(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows, others = tiny.topic_rows(40), [{"text": "what else", "label": "food"}]
     found = [

@@ -52,12 +52,6 @@ def test_split_strata_keep_their_shares(seed: int) -> None:
         assert 0.2 * count - 5 <= taken[label] <= 0.2 * count + 1
 
 
-def test_split_same_seed_gives_same_rows_and_other_seed_others() -> None:
-    groups, strata = drawn(0)
-    assert split_off(groups, strata, 0.2, 1) == split_off(groups, strata, 0.2, 1)
-    assert split_off(groups, strata, 0.2, 1) != split_off(groups, strata, 0.2, 2)
-
-
 def test_split_order_of_rows_does_not_matter() -> None:
     groups = [f"g{number}" for number in range(50)]
     strata = ["a"] * 50

@@ -96,20 +96,6 @@ def test_reduce_of_tokens_gives_sums_per_row() -> None:
     assert values["perplexity"] == pytest.approx(np.exp(values["loss"]))
 
 
-def test_metrics_of_each_kind_of_target() -> None:
-    right = {"logits": np.eye(3), "labels": np.array([0, 1, 1])}
-    values = text_classification.metrics(right, SINGLE)
-    assert values["accuracy"] == pytest.approx(2 / 3)
-    multi = {"logits": np.array([[1.0, -1, -1], [1, 1, -1]]), "labels": np.array([[1, 0, 0], [1, 0, 1]])}
-    assert text_classification.metrics(multi, MULTI)["f1_micro"] == pytest.approx(2 / 3)
-    numbers = {"logits": np.array([[1.0], [2.0], [4.0]]), "labels": np.array([1.0, 2.0, 3.0])}
-    values = text_classification.metrics(numbers, NUMBER)
-    assert values["spearman"] == pytest.approx(1.0)
-    assert values["rmse"] == pytest.approx((1 / 3) ** 0.5)
-    constant = {"logits": np.zeros((3, 1)), "labels": np.array([1.0, 2.0, 3.0])}
-    assert text_classification.metrics(constant, NUMBER)["spearman"] == 0.0
-
-
 def test_worst_rows_are_the_wrong_ones_with_the_highest_loss() -> None:
     kept = {
         "logits": np.array([[5.0, 0, 0], [5, 0, 0], [9, 0, 0]]),
@@ -118,28 +104,6 @@ def test_worst_rows_are_the_wrong_ones_with_the_highest_loss() -> None:
     }
     found = list(text_classification.worst(kept, ["x", "y", "z"], SINGLE, 5))
     assert [(answer.text, answer.expected, answer.predicted) for answer in found] == [("z", "c", "a"), ("y", "b", "a")]
-
-
-def test_collate_classifier_pads_on_the_right() -> None:
-    rows = [
-        {"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1], "attention_mask": [1, 1, 1], "labels": 1, "length": 3},
-        {"input_ids": [5], "token_type_ids": [0], "attention_mask": [1], "labels": 0, "length": 1},
-    ]
-    batch = text_classification.collate(rows, 9)
-    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].dtype == torch.int64
-
-
-def test_collate_tokens_pads_labels_with_ignored() -> None:
-    rows = [
-        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]},
-        {"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [-100, 6]},
-    ]
-    batch = causal_lm.collate(rows, 6)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 6]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 6, -100]]
 
 
 @pytest.mark.parametrize(

@@ -143,12 +143,6 @@ def test_init_leaves_out_test_rows_without_labels_and_says_so(tmp_path: Path) ->
     assert "# not used: test.csv: has no column 'label', which train has" in recipe.read_text()
 
 
-def test_several_train_files_become_a_list(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    write_recipe(_folder(tmp_path, "train-0.csv", "train-1.csv"), recipe, None, False)
-    assert load_recipe(recipe).train_files() == tuple(str(tmp_path / f"train-{number}.csv") for number in (0, 1))
-
-
 def test_init_writes_no_number_that_the_plan_chooses(tmp_path: Path) -> None:
     write_recipe(_folder(tmp_path, "rows.csv") / "rows.csv", recipe := tmp_path / "recipe.yaml", None, False)
     for name in ("learning_rate", "num_train_epochs", "global_batch_size"):

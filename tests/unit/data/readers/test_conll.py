@@ -64,10 +64,3 @@ def test_broken_line_is_refused_by_its_number(tmp_path: Path, text: str, line: i
     with pytest.raises(DataError) as caught:
         read(tmp_path, text)
     assert caught.value.problems[0].startswith(f"{tmp_path}/a.conll:{line}: {problem}")
-
-
-def test_many_broken_lines_are_named_up_to_five(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        read(tmp_path, "a O\n" + "b\n" * 9)
-    assert len(caught.value.problems) == 6
-    assert caught.value.problems[-1] == f"{tmp_path}/a.conll: 4 more broken lines; repair them, too"

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from fulltune.data.readers import plain_text
-from fulltune.data.readers.read import locate
 from fulltune.recipe.data import TextRows
 
 BOOK = "\n\nOne\ntwo  \n\n \nThree\n\n\n\nFour\nfive"
@@ -62,9 +61,3 @@ def test_byte_order_mark_and_other_line_ends_are_no_text(tmp_path: Path) -> None
 def test_file_of_blank_lines_has_no_rows(tmp_path: Path) -> None:
     for kind in ("line", "paragraph", "section", "auto"):
         assert rows(tmp_path, "\n \n\n", kind) == []  # type: ignore[arg-type]
-
-
-def test_places_name_file_and_line(tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text(BOOK, encoding="utf-8")
-    source = locate([str(tmp_path / "book.txt")], "paragraph")
-    assert [place for place, _ in source.rows()] == ["book.txt:3", "book.txt:7", "book.txt:11"]
