@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -13,15 +12,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fulltune import data
 from fulltune.data.groups import split_by_time
 from fulltune.errors import DataError, RecipeError
 from fulltune.inference.store import load_texts
-from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check
 from fulltune.records.data import DataSummary
-from fulltune.tasks import task_named
-from tests import tiny
+from tests.unit.data.stage import dropped, of_splits
+from tests.unit.data.stage import prepare as prepare_rows
 
 SPLITS = ("train", "eval", "test")
 
@@ -63,6 +60,10 @@ def test_boundaries(times: list[float], sides: str, wanted: tuple[int, int], exp
 START = date(2026, 1, 1)
 
 
+def prepare(folder: Path, rows: list[dict[str, Any]] | Path, tokenizer: Any, **settings: Any) -> DataSummary:
+    return prepare_rows(folder, rows, tokenizer, **{"time": "day", **settings})
+
+
 def dated_rows(count: int = 200, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of different days, in any order; some texts come again, some users as well."""
     chance = random.Random(seed)
@@ -77,25 +78,6 @@ def dated_rows(count: int = 200, seed: int = 0) -> list[dict[str, Any]]:
     ]
     chance.shuffle(rows)
     return rows
-
-
-def prepare(folder: Path, rows: list[dict[str, Any]] | Path, tokenizer: Any, **settings: Any) -> DataSummary:
-    path = rows if isinstance(rows, Path) else tiny.write_jsonl(folder / "train.jsonl", rows)
-    for name in ("eval", "test"):
-        if isinstance(given := settings.get(name), list):
-            settings[name] = str(tiny.write_jsonl(folder / f"{name}-file.jsonl", given))
-    task = settings.pop("task", "text-classification")
-    values = {"model": "x", "task": task, "data": {"train": str(path), "time": "day", **settings}}
-    recipe = Recipe.model_validate(values)
-    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
-
-
-def of_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return {name: load_texts(folder / "data" / name) for name in SPLITS}
-
-
-def dropped(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("group", [None, "user"])

@@ -17,6 +17,7 @@ from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 from fulltune.tasks.columns import normalised
 from tests import tiny
+from tests.unit.data.stage import prepare as prepare_rows
 
 TEN = "one two three four five six seven eight nine ten"
 
@@ -175,13 +176,7 @@ def test_missing_folder_and_missing_rows_are_refused_together(tmp_path: Path) ->
 
 
 def prepare(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> DataSummary:
-    train: Any = str(tiny.write_jsonl(folder / "train.jsonl", rows))
-    if mixed := settings.pop("mixed", None):
-        train = [train, {"path": str(tiny.write_jsonl(folder / "mixed.jsonl", mixed)), "weight": 0.2}]
-    task = settings.pop("task", "text-classification")
-    block = {"train": train, "contamination": str(folder / "bench"), **settings}
-    recipe = Recipe.model_validate({"model": "x", "task": task, "data": block})
-    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
+    return prepare_rows(folder, rows, tokenizer, **{"contamination": str(folder / "bench"), **settings})
 
 
 def notes(summary: DataSummary) -> list[str]:

@@ -10,16 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune import data
 from fulltune.data.groups import draw, joined_by_value, rarest_of_group
 from fulltune.errors import DataError
 from fulltune.inference.store import clusters_of, load_texts
-from fulltune.recipe.fields import Recipe
-from fulltune.records.data import DataSummary
-from fulltune.tasks import task_named
-from tests import tiny
-
-SPLITS = ("train", "eval", "test")
+from tests.unit.data.stage import of_splits, prepare
 
 
 def drawn(names: list[str], seed: int = 0) -> np.ndarray:
@@ -96,22 +90,6 @@ def user_rows(users: int = 60, each: int = 5, seed: int = 0) -> list[dict[str, A
             rows.append({"text": text, "label": chance.choice("aab"), "user": f"u{user}"})
     chance.shuffle(rows)
     return rows
-
-
-def prepare(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> DataSummary:
-    for name in ("eval", "test"):
-        if isinstance(given := settings.get(name), list):
-            settings[name] = str(tiny.write_jsonl(folder / f"{name}-file.jsonl", given))
-    train: Any = str(tiny.write_jsonl(folder / "train.jsonl", rows))
-    if mixed := settings.pop("mixed", None):
-        train = [train, {"path": str(tiny.write_jsonl(folder / "mixed.jsonl", mixed)), "weight": 0.2}]
-    task = settings.pop("task", "text-classification")
-    recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": train, **settings}})
-    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
-
-
-def of_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return {name: load_texts(folder / "data" / name) for name in SPLITS}
 
 
 @pytest.mark.parametrize("seed", range(3))

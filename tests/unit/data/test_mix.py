@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 from tests import tiny
+from tests.unit.data.stage import dropped
 
 TEXTS = [{"text": f"a text about the number {number} " * 20} for number in range(20)]
 
@@ -37,10 +37,6 @@ def prepare(
     recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": train, **settings}})
     limits = data.Limits(tiny.POSITIONS, keeps_texts_apart=lambda: None if packs else "not here")
     return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, limits)
-
-
-def dropped(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_splits_are_those_without_mixed_rows(tmp_path: Path, encoder_tokenizer: Any) -> None:

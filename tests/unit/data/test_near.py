@@ -17,6 +17,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 from tests import tiny
+from tests.unit.data.stage import prepare
 
 WORDS = ["".join(random.Random(number).choices("abcdefghijklmnoprstuvwyz", k=3 + number % 7)) for number in range(800)]
 
@@ -119,14 +120,6 @@ def test_joined_lone_rows_keep_their_number_and_large_clusters_are_not_first() -
     assert 0.3 < (found[:20] / 2**64).mean() < 0.7
 
 
-def prepared(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> None:
-    path = tiny.write_jsonl(folder / "train.jsonl", rows)
-    recipe = Recipe.model_validate(
-        {"model": "x", "task": "text-classification", "data": {"train": str(path), **settings}}
-    )
-    data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
-
-
 def variants(count: int) -> list[dict[str, Any]]:
     chance = random.Random(3)
     rows = []
@@ -137,7 +130,7 @@ def variants(count: int) -> list[dict[str, Any]]:
 
 
 def test_prepare_near_duplicates_stay_on_one_side_and_share_a_cluster(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    prepared(tmp_path, variants(60), encoder_tokenizer, near_duplicates=0.75)
+    prepare(tmp_path, variants(60), encoder_tokenizer, near_duplicates=0.75)
     families = {}
     for name in ("train", "eval", "test"):
         folder = tmp_path / "data" / name
@@ -154,7 +147,7 @@ def test_prepare_near_duplicates_stay_on_one_side_and_share_a_cluster(tmp_path: 
 
 def test_prepare_equal_texts_alone_share_a_cluster_by_default(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{**row, "text": text} for row in variants(40) for text in (row["text"], row["text"].upper())]
-    prepared(tmp_path, rows, encoder_tokenizer)
+    prepare(tmp_path, rows, encoder_tokenizer)
     texts = [row["text"].lower() for row in load_texts(tmp_path / "data" / "test")]
     numbers = clusters_of(tmp_path / "data" / "test").tolist()
     assert len(set(zip(numbers, texts, strict=True))) == len(set(texts)) == len(set(numbers))
@@ -163,7 +156,7 @@ def test_prepare_equal_texts_alone_share_a_cluster_by_default(tmp_path: Path, en
 def test_prepare_near_duplicates_across_files_are_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = variants(60)
     test = tiny.write_jsonl(tmp_path / "test.jsonl", [row for row in rows if row["text"].endswith("now")][:30])
-    prepared(
+    prepare(
         tmp_path,
         [row for row in rows if not row["text"].endswith("now")],
         encoder_tokenizer,
@@ -189,7 +182,7 @@ def test_prepare_says_which_test_rows_stand_in_train(tmp_path: Path, encoder_tok
     file = str(tiny.write_jsonl(tmp_path / "test.jsonl", test))
     for threshold, expected in ((1.0, 9), (0.75, 15)):
         folder = tmp_path / str(threshold)
-        prepared(folder, rows, encoder_tokenizer, near_duplicates=threshold, eval_fraction=0.02, test=file)
+        prepare(folder, rows, encoder_tokenizer, near_duplicates=threshold, eval_fraction=0.02, test=file)
         stands = in_train(folder / "data" / "test")
         texts = {row["text"] for row in load_texts(folder / "data" / "train")}
         assert len(stands) == len(test)
@@ -199,7 +192,7 @@ def test_prepare_says_which_test_rows_stand_in_train(tmp_path: Path, encoder_tok
 
 
 def test_prepare_no_test_row_that_was_split_off_stands_in_train(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    prepared(tmp_path, variants(60) * 2, encoder_tokenizer)
+    prepare(tmp_path, variants(60) * 2, encoder_tokenizer)
     assert len(stands := in_train(tmp_path / "data" / "test"))
     assert not stands.any()
     (tmp_path / "data" / "test" / IN_TRAIN).unlink()  # rows of an earlier version

@@ -19,12 +19,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import Target, question_answering, task_named
 from tests import tiny
-
-
-def prepare(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, task: str, **settings: Any) -> DataSummary:
-    path = tiny.write_jsonl(folder / "train.jsonl", rows)
-    recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": str(path), **settings}})
-    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
+from tests.unit.data.stage import prepare
 
 
 def test_prepare_duplicates_stay_on_one_side(tmp_path: Path, encoder_tokenizer: Any) -> None:
