@@ -32,7 +32,9 @@ _STYLES = {
 
 def show(console: Console, parts: Iterable[Headline | Section | Block]) -> None:
     """Print them one after the other; a table wider than the terminal continues below with its other columns."""
-    for part in parts:
+    for place, part in enumerate(parts):
+        if place and isinstance(part, blocks.Table) and part.caption:
+            console.print()
         if isinstance(part, Section):
             console.print(Text(f"\n{part.title}", style="bold"))
             show(console, part.blocks)
@@ -55,7 +57,7 @@ def _lines(part: Headline | Block, width: int) -> Iterator[RenderableType]:
         case blocks.Facts():
             yield _grid(part.rows)
         case blocks.Table():
-            yield from [Text(f"\n{one_line(part.caption)}", style="dim")] * bool(part.caption)
+            yield from [Text(one_line(part.caption), style="dim")] * bool(part.caption)
             yield from _tables(part, width)
         case blocks.Code():
             is_long = part.language == "sh" and len(part.text) > width
