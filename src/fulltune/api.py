@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
@@ -16,6 +17,8 @@ from fulltune.train.hooks import Hooks
 
 if TYPE_CHECKING:
     from fulltune.predict import Predictor
+
+_Given = ParamSpec("_Given")
 
 
 def job(
@@ -64,28 +67,19 @@ def job(
     return Run(recipe, found, hooks, listener or _printing())
 
 
-def run(
-    recipe: Recipe | str | Path,
-    *,
-    run_folder: str | Path | None = None,
-    fresh: bool = False,
-    metrics: Callable[[Any, Any], Mapping[str, float]] | None = None,
-    preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    compute_loss: Callable[..., Any] | None = None,
-    class_weights: Mapping[str, float] | Sequence[float] | str | None = None,
-    listener: Listener | None = None,
-) -> Reached:
-    """Do all stages.
+def _taking_what(job: Callable[_Given, Run]) -> Callable[[Callable[..., Reached]], Callable[_Given, Reached]]:
+    """Give a function the parameters of `job`, for editors and `inspect`."""
 
-    Args:
-        recipe: A recipe, or the path of one.
-        run_folder: As for `job`, like all that follow.
-        fresh: Never continue an unfinished run.
-        metrics: `metrics(predictions, references) -> {name: value}`, called once for each resample of the rows, too.
-        preprocess: `preprocess(row) -> row`.
-        compute_loss: `compute_loss(outputs, labels, num_items_in_batch)`.
-        class_weights: By name, in the order of the labels, or `"balanced"`.
-        listener: Called with each event (`fulltune.records.events`) as it happens.
+    def sign(function: Callable[..., Reached]) -> Callable[_Given, Reached]:
+        function.__signature__ = inspect.signature(job).replace(return_annotation=Reached)  # type: ignore[attr-defined]
+        return function
+
+    return sign
+
+
+@_taking_what(job)
+def run(*recipe: Any, **settings: Any) -> Reached:
+    """Do all stages, with what `job` takes.
 
     Returns:
         The records of every stage: `folder`, `summary`, `plan`, `outcome`, `scores` (the trained model last), `report`.
@@ -97,18 +91,7 @@ def run(
         >>> result = fulltune.run("banking77.yaml", class_weights="balanced")  # doctest: +SKIP
         >>> result.scores[-1].metrics["accuracy"].value  # doctest: +SKIP
     """
-    return searching.run(
-        job(
-            recipe,
-            run_folder=run_folder,
-            fresh=fresh,
-            metrics=metrics,
-            preprocess=preprocess,
-            compute_loss=compute_loss,
-            class_weights=class_weights,
-            listener=listener,
-        )
-    )
+    return searching.run(job(*recipe, **settings))
 
 
 def load_predictor(run: str | Path, method: str | None = None) -> Predictor:

@@ -62,14 +62,7 @@ class _EvalRows:
 
 
 def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> Proofs:
-    """Train with and without each cleaning step, compare on the eval rows, and write `data/trained_proofs.json`.
-
-    Args:
-        job: The run, audited; what was trained before is not made again.
-        summary: Of its prepared rows.
-        seeds: Trainings of each step, and as many without any.
-        checks: Those whose steps are tried; empty: all that found enough train rows, but for leaks.
-    """
+    """Train with and without each step (those of `checks`, or all), compare on eval rows, write the proofs."""
     of_data = job.folder / "data"
     steps = _worth_a_training(of_data, summary, checks)
     left_out = [str(one) for one in cleaning_steps(load_issues(of_data)) if one not in steps]

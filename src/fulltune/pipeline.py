@@ -30,19 +30,7 @@ from fulltune.train.parent.retry import train
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
-    """Prepare, plan, train, evaluate and report; the same call continues an interrupted run.
-
-    Args:
-        job: The recipe, its run folder, the user's functions and who listens to progress.
-        until: The last stage to do.
-        measure: Try the plan's settings on this machine and take the fastest that fit.
-
-    Returns:
-        The records of all stages that were reached.
-
-    Raises:
-        FulltuneError: One of its kinds, each with its exit code.
-    """
+    """Prepare, plan, train, evaluate and report; the same call continues an interrupted run."""
     if until not in ("data", "plan"):
         job.refuse_several_methods()
     job = job if job.began else replace(job, began=time.time())
@@ -74,11 +62,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
 
 
 def on_all_machines(job: Run) -> Run:
-    """The same run with the machines that train it together, when the recipe names several and they are here.
-
-    Raises:
-        SetupError: When some are missing, or differ.
-    """
+    """The same run with the machines that train it together, when the recipe names several and they are here."""
     with run_folder.not_left_when_refused(job.folder):
         return replace(job, group=gathered(job.lead, job.recipe, job.folder, job.phase))
 
@@ -120,13 +104,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
 
 
 def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:
-    """What is wrong with single rows; a side branch of the line, which changes nothing.
-
-    Args:
-        job: The run.
-        summary: Of its prepared rows.
-        reads_rows: Whether the untouched model reads rows, to judge labels and to find outliers.
-    """
+    """What is wrong with single rows; with `reads_rows` the untouched model also judges labels and finds outliers."""
     if reads_rows and stage.by_model(summary):
         check_weights(job.recipe.model, job.base.files)
     job.phase("auditing the rows")
@@ -134,11 +112,7 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
 
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:
-    """The loss of each train and eval row by the run's trained model; the highest ones are added to what was found.
-
-    Raises:
-        SetupError: When there is no trained model of one method, or rows have no loss of their own.
-    """
+    """The loss of each train and eval row by the run's trained model; the highest ones are added to what was found."""
     trial = run_folder.trained_plan(job.recipe, job.folder, hardware.here())
     if summary.packed:
         raise SetupError(
@@ -205,11 +179,7 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
 
 
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
-    """The train stage: attempts under guard, until one succeeds or nothing is left to try.
-
-    Raises:
-        RecipeError: When the recipe asks for a search, which is made of several runs.
-    """
+    """The train stage: attempts under guard, until one succeeds or nothing is left to try."""
     if job.recipe.is_searched:
         raise RecipeError("search: is a line of its own, and this is one run; call fulltune.run, or name the settings")
     return train(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary), job.start)

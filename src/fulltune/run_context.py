@@ -58,11 +58,7 @@ class Run:
 
     @cached_property
     def base(self) -> Base:
-        """The pretrained model: found, its config and its processor read, once for all stages.
-
-        Raises:
-            SetupError: When there is no such model, or it cannot be read.
-        """
+        """The pretrained model: found, its config and its processor read, once for all stages."""
         return Base.of(self.recipe.model, self.recipe.task, self.recipe.data.chat_template)
 
     def model(self, summary: DataSummary) -> PlannedModel:
@@ -91,11 +87,7 @@ class Run:
         return in_new_process if self.group is None else self.group.start
 
     def refuse_several_methods(self) -> None:
-        """A run trains one method.
-
-        Raises:
-            RecipeError: When the recipe names several, to compare them.
-        """
+        """Refuse a recipe that names several methods, to compare them."""
         if self.recipe.methods:
             raise RecipeError(
                 "methods: names what to compare, and a run trains one method; use 'fulltune compare', or give one "

@@ -30,12 +30,6 @@ def dry_run(trainer: Any) -> float | None:
 
     Random numbers, buffers and the optimizer are put back. A collator or dataset with a random generator of its own
     does draw from it.
-
-    Returns:
-        The loss; None when there are no rows to try.
-
-    Raises:
-        GuardStop: The loss is not finite.
     """
     rows = _rows_for_dry_run(trainer)
     if not rows:
@@ -79,14 +73,7 @@ def _rows_for_dry_run(trainer: Any) -> list[int]:
 
 
 def longest(dataset: Any, how_many: int, name: str, length_name: str) -> list[int]:
-    """Positions of the longest rows; the first ones when rows have no length.
-
-    Args:
-        dataset: Rows by number.
-        how_many: Rows wanted.
-        name: The column whose length counts.
-        length_name: The column that holds lengths, if there is one.
-    """
+    """Positions of the longest rows; the first ones when rows have no length."""
     columns = getattr(dataset, "column_names", None) or ()
     positions: Sequence[int] = range(len(dataset))
     if length_name in columns:

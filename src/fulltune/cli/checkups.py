@@ -18,12 +18,7 @@ from fulltune.report.format.words import write_harmless
 
 
 def doctor(place: Path, as_json: bool) -> None:
-    """What went wrong in a training.
-
-    Args:
-        place: Of its log.
-        as_json: The findings as JSON.
-    """
+    """What went wrong in a training."""
     from fulltune.doctor import diagnose, in_words, read_log
 
     log = read_log(place)
@@ -37,15 +32,7 @@ def doctor(place: Path, as_json: bool) -> None:
 
 
 def selfcheck(output: Path | None, as_json: bool) -> None:
-    """What the hardware decides, run here.
-
-    Args:
-        output: The page as Markdown.
-        as_json: The page as JSON, on stdout.
-
-    Raises:
-        SetupError: Something failed.
-    """
+    """What the hardware decides, run here."""
     from fulltune import selfcheck as checking
     from fulltune.system.run_folder import writing
 

@@ -99,11 +99,7 @@ def _paths(out: Console, files: Sequence[Path]) -> None:
 
 
 def _refuse_run(folder: Path | None) -> None:
-    """Several comparisons lie in a folder that is none of them.
-
-    Raises:
-        SetupError: When it is the folder of one.
-    """
+    """Refuse the folder of a run or of one comparison: several comparisons get a folder each inside the named one."""
     if folder is not None and (folder / run_folder.IDENTITY).exists():
         what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(
@@ -113,11 +109,7 @@ def _refuse_run(folder: Path | None) -> None:
 
 
 def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
-    """The recipes by name, with methods in common, and all on one pretrained model.
-
-    Raises:
-        RecipeError: With everything that keeps them from being put together.
-    """
+    """The recipes by name, with methods in common, and all on one pretrained model."""
     recipes: dict[str, Recipe] = {}
     problems = []
     for target in targets:
@@ -157,11 +149,7 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
 
 
 def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
-    """A comparison's recipe from its file.
-
-    Raises:
-        RecipeError: With the file, when it compares nothing.
-    """
+    """A comparison's recipe from its file; refused when it compares nothing."""
     recipe = load_recipe(target, overrides)
     from fulltune.compare.run import recipe_for  # reads the libraries: an error of the recipe does not wait for it
 
@@ -187,11 +175,7 @@ def _folder_of_all(recipes: Mapping[str, Recipe]) -> Path:
 
 
 def _share_of(budget: str | None, count: int) -> str | None:
-    """Each comparison's part of the time.
-
-    Raises:
-        RecipeError: When it is no time, with what was expected.
-    """
+    """Each comparison's part of the time."""
     try:
         return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
     except ValueError as error:
@@ -267,12 +251,7 @@ UNFAIR = 2
 
 
 def lint(out: Console, targets: list[Path], overrides: list[str], budget: str | None, as_json: bool) -> None:
-    """Say what would make the comparisons unfair.
-
-    Raises:
-        RecipeError: With a budget.
-        typer.Exit: With `UNFAIR`, when something does.
-    """
+    """Say what would make the comparisons unfair; ends with `UNFAIR` when something does."""
     if budget is not None:
         raise RecipeError("--budget: --lint reads the recipe alone; leave out one of them")
     run_folder.hide_progress_bars()

@@ -80,11 +80,7 @@ NO_HINTS = Hints()
 
 
 def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | None, encoding: str = "utf-8") -> Hints:
-    """What the command line says, checked.
-
-    Raises:
-        SetupError: For a task or encoding that there is not, or a column that the task does not read.
-    """
+    """What the command line says, checked."""
     if task is not None and task not in TASKS:
         raise SetupError(f"--task: expected one of {', '.join(TASKS)}, found '{task}'")
     named = {role: column for role, column in roles.items() if column is not None}
@@ -123,11 +119,7 @@ class SplitFiles:
 
 
 def split_files(path: Path) -> SplitFiles:
-    """Which files to train on, to choose by and to report on: a folder's by their names, or a file and those beside it.
-
-    Raises:
-        DataError: When two files are named for the same held-out rows, or none is left to train on.
-    """
+    """The files to train on, choose by and report on: a folder's by their names, or a file and those beside it."""
     if not path.is_dir():
         return SplitFiles((path,), _one_each(by_name.held_out_beside(path)))
     splits = by_name.split_folders(path)
@@ -210,11 +202,7 @@ _CODE = re.compile(r"[\w.:/+-]*\d[\w.:/+-]*")
 
 
 def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
-    """Task, rows and target of data files; they are read row by row.
-
-    Raises:
-        DataError: When no task's columns are found; it lists what was looked for.
-    """
+    """Task, rows and target of data files; they are read row by row."""
     # Who names columns of the file says that it has a header.
     encoding = codec_of(hints.encoding)
     guessed = None if hints.columns or hints.roles else names_without_header(paths[0], encoding)
@@ -347,12 +335,7 @@ def _example(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str:
 def write_recipe(
     path: Path, recipe: Path, model: str | None, force: bool, hints: Hints = NO_HINTS
 ) -> tuple[Inferred, SplitFiles]:
-    """Write the recipe for a data file, or a folder of them; without a model for a small one that suits the task.
-
-    Raises:
-        SetupError: When the recipe exists and `force` is not given.
-        DataError: When the data have no known form.
-    """
+    """Write the recipe for a data file, or a folder of them; without a model for a small one that suits the task."""
     if recipe.exists() and not force:
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
     files = split_files(path)

@@ -52,11 +52,7 @@ class Checked:
 
 
 def check(options: Options) -> Checked:
-    """Understand the options.
-
-    Raises:
-        RecipeError: With all problems at once.
-    """
+    """Parse and check the options, with all problems at once."""
     from fulltune.plan import time
     from fulltune.plan.elsewhere import machines
     from fulltune.plan.elsewhere.advise import GOALS
@@ -90,11 +86,7 @@ def check(options: Options) -> Checked:
 
 
 def check_measure(options: Options) -> None:
-    """Measuring needs this machine and the real rows.
-
-    Raises:
-        RecipeError: With options that name others.
-    """
+    """Refuse options beside --measure that name other hardware or rows than those here."""
     named = (("for", options.hardware), ("rows", options.rows), ("tokens", options.tokens))
     others = " and ".join(f"--{name}" for name, value in named if value is not None)
     if others:
@@ -130,16 +122,7 @@ def is_prepared(folder: Path) -> bool:
 def with_data(
     target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
 ) -> tuple[Survey, Plan | None]:
-    """The same from prepared rows; the survey is kept in the run folder.
-
-    Args:
-        target: What the command was given.
-        overrides: Likewise, by `--set`.
-        recipe: Of the run.
-        folder: The run folder; its data are prepared.
-        checked: The options.
-        plan: This machine's plan, when there is one.
-    """
+    """A plan and its survey from prepared rows; the survey is kept in the run folder."""
     summary = DataSummary.of_run(folder)
     survey, planned = _survey(recipe, summary, checked, plan, folder)
     if target.is_dir():
@@ -320,12 +303,7 @@ def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = N
 
 
 def refusal(survey: Survey, shown: bool) -> FulltuneError:
-    """What the command ends with when nothing fits.
-
-    Args:
-        survey: Has the ways out.
-        shown: They stand on the screen already.
-    """
+    """The error of a plan that does not fit, with the ways out unless they are `shown` on the screen already."""
     from fulltune.plan.ways_out import in_lines
 
     ways = [] if shown else in_lines(survey.ways_out)

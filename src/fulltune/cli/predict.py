@@ -81,15 +81,6 @@ def asked(texts: Sequence[str], file: Path | None, notes: Mapping[str, Any]) -> 
     """What the command line names: texts, a table, a text file by lines, or else stdin.
 
     A table is read through once, so that what is broken in it shows before the model has worked for an hour.
-
-    Args:
-        texts: Texts on the command line.
-        file: A table, or a text file.
-        notes: What the model's folder says of it: a table may lack its header line, as the train file did.
-
-    Raises:
-        SetupError: When there is neither, and nobody would type it into stdin.
-        DataError: When the file cannot be read.
     """
     reads_stdin = list(texts) == [STDIN] or str(file) == STDIN
     if file is not None and not reads_stdin:
@@ -185,11 +176,7 @@ class Tally:
         return reason
 
     def say(self, err: Console, cut_in_words: str, left: str) -> None:
-        """Say what has no answer, with what is `left` in its place, and what was not read whole.
-
-        Raises:
-            DataError: When there is no answer at all.
-        """
+        """Say what has no answer, with what is `left` in its place, and what was not read whole."""
         for line in self.first:
             _warn(err, line)
         if self.without > _LISTED:
@@ -250,11 +237,7 @@ def write(
     max_new_tokens: int,
     watch: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
-    """Write each row with its answer into a file, whose name it has when all rows are there.
-
-    Returns:
-        What was written, for `--json`.
-    """
+    """Write each row with its answer into a file, which has its name when all are there; returns the counts."""
     from fulltune.cli import predict_files as files
 
     new = files.added(predictor.notes, what.columns)
@@ -281,10 +264,6 @@ def side_by_side(
 ) -> None:
     """Print answers of several models over one base: all of each row, or the one that the row's column `by` names, as
     its folder is called.
-
-    Raises:
-        SetupError: When the models do not go together.
-        DataError: When a row names none of them.
     """
     from fulltune import predict
     from fulltune.tasks.columns import windows

@@ -34,11 +34,7 @@ Write = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 
 
 def check_output(output: Path | None, replace: bool, escape: bool = False) -> None:
-    """Refuse, before anything is read, a file that cannot or must not be written.
-
-    Raises:
-        SetupError: Saying which it is.
-    """
+    """Refuse, before anything is read, a file that cannot or must not be written."""
     if output is None or (escape and output.suffix.lower() not in SEPARATED):
         raise SetupError("--escape-formulas: is about cells of csv and tsv; expected --output with such a file")
     if output.suffix.lower() not in WRITERS:
@@ -77,12 +73,7 @@ class Added:
 
 
 def added(notes: Mapping[str, Any], own: Collection[str]) -> Added:
-    """The columns that answers of a model become, called `predicted_...`, or `predicted2_...` where rows have these.
-
-    Args:
-        notes: What fulltune wrote about the model.
-        own: The rows' own columns.
-    """
+    """The columns that answers of a model become, called `predicted_...`, or `predicted2_...` where rows have these."""
     target = Target.from_notes(notes)
     parts = [(name, (name,), as_written) for name, as_written in target.form.answer]
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
@@ -94,15 +85,7 @@ def added(notes: Mapping[str, Any], own: Collection[str]) -> Added:
 
 @contextmanager
 def into(output: Path, own: Sequence[str], new: Added, types: Any, escape: bool = False) -> Iterator[Write]:
-    """Write rows into a file, which has its name only when all are there.
-
-    Args:
-        output: Its ending says the form.
-        own: The rows' own columns.
-        new: The added ones.
-        types: For parquet the types of the own columns, as `arrow_types` gives them.
-        escape: A cell of csv or tsv that a spreadsheet would compute begins with an apostrophe instead.
-    """
+    """Write rows into a file, which has its name when all are there; `types`: what `arrow_types` gives, for parquet."""
     form = output.suffix.lower()
     with writing(output), replacing(output) as part:
         if form == ".parquet":

@@ -69,10 +69,6 @@ def joined(
 ) -> Iterator[Lead | None]:
     """The first of several machines' part is the block, of which the others are told; theirs is done here, and their
     command ends. None: there is one machine.
-
-    Raises:
-        FulltuneError: On the others with machine 0's exit code, when its command failed.
-        RecipeError: What the command line says does not go with `train.num_machines`.
     """
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
@@ -100,12 +96,7 @@ def joined(
 def open_run(
     target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
 ) -> tuple[Recipe, Path]:
-    """The recipe and its run folder.
-
-    Raises:
-        RecipeError: When one method is to be trained and the recipe names several.
-        SetupError: When more than looking at the rows is asked of a comparison's folder.
-    """
+    """The recipe and its run folder."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
 

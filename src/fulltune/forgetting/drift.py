@@ -63,13 +63,7 @@ class GenericText:
     def read(
         self, model: Any, head: SelectiveHead | None = None, between: Callable[[], None] = lambda: None
     ) -> np.ndarray:
-        """What is compared of each text: float64 [texts] for language models, else [texts, hidden].
-
-        Args:
-            model: On its device; its mode is put back.
-            head: Of a language model, so that its logits are never whole; with whole ones texts go one by one.
-            between: Called between the batches.
-        """
+        """What is compared of each text: float64 [texts] for language models, else [texts, hidden]."""
         if not self.writes:
             return self._read_states(model, between)
         rows = [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], LENGTH: len(ids)} for ids in self.ids]

@@ -34,11 +34,7 @@ def best_at(found: Preserved, limit: float) -> Point:
 
 
 def drift_at(found: Preserved, metric: float) -> tuple[float, float]:
-    """The drift, and its standard error, at which a metric is reached: on straight lines between the best points.
-
-    Raises:
-        ValueError: None of the points reaches it.
-    """
+    """The drift and its standard error at which a metric is reached, by straight lines between the best points."""
     sign, before = 1 if found.greater_is_better else -1, None
     for point in envelope(found):
         if sign * point.metric >= sign * metric:
@@ -85,11 +81,7 @@ class Apart:
 
 
 def at_equal_metric(first: Sequence[Preserved], second: Sequence[Preserved]) -> Apart | None:
-    """Compare two methods' drift where both have the same metric, over their runs with different seeds.
-
-    Returns:
-        None where a run got nowhere better than the untouched model: there is nothing to compare.
-    """
+    """Two methods' drift at the same metric, over their seeds; None: a run is no better than the untouched model."""
     runs = (*first, *second)
     sign = 1 if runs[0].greater_is_better else -1
     metric = sign * min(max((sign * point.metric for point in envelope(run)), default=-math.inf) for run in runs)

@@ -37,16 +37,7 @@ _LEFT_OUT = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "tu
 def generic_texts(
     file: str | None = None, count: int = NUM_TEXTS, setting: str = "preserve.probe"
 ) -> tuple[list[str], str]:
-    """The texts, always the same ones, and where they come from.
-
-    Args:
-        file: One text a line, or paragraphs with empty lines between; None: the standard library's documentation.
-        count: At most so many.
-        setting: That names the file.
-
-    Raises:
-        DataError: When the file cannot be read or holds no text.
-    """
+    """At most `count` texts of a file (None: the standard library's documentation), always alike, and their source."""
     if file is None:
         return _in_drawn_order(_documentation(count))[:count], BUNDLED
     if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
@@ -87,11 +78,7 @@ class Parts:
 
 
 def parts(block: PreserveBlock) -> Parts:
-    """Share out the texts of a run with a budget, always alike.
-
-    Raises:
-        DataError: When a file cannot be read, or holds too few texts to certify anything.
-    """
+    """Share out the texts of a run with a budget, always alike."""
     shares_one = block.replay == AUTO
     texts, source = generic_texts(block.probe, 2 * MOST_READ + MOST_REPLAYED * shares_one)
     each = min(MOST_READ, enough(texts, TOKENS_READ), len(texts) // (3 if shares_one else 2))
@@ -121,11 +108,7 @@ def enough(texts: Sequence[str], tokens: int) -> int:
 
 
 def check_texts(block: PreserveBlock) -> None:
-    """Refuse files that cannot do before hours of training, not after.
-
-    Raises:
-        DataError: See `generic_texts` and `parts`.
-    """
+    """Refuse files that cannot do before hours of training, not after."""
     if block.budget is not None:
         parts(block)
     elif block.probe is not None:

@@ -36,13 +36,6 @@ def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> di
     """Load what LoRA, adapters, prompts or heads trained for several tasks over one base, which is in memory once.
 
     While one is loaded, a second copy of the base is in memory for a moment.
-
-    Args:
-        runs: Run folders, or model folders that fulltune wrote, by the names that they get.
-        method: Which of the runs' models; default: the only one of each, or the one that its comparison recommends.
-
-    Raises:
-        SetupError: When one is a whole model, or they are not of the same base.
     """
     found = {name: choose(run, method).folder for name, run in runs.items()}
     whole = [name for name, folder in found.items() if not folders.is_partial(folder)]
@@ -78,11 +71,7 @@ class ChosenModel:
 
 
 def choose(run: Path, method: str | None = None) -> ChosenModel:
-    """The model that is named, the only one, or the one that a comparison's verdict recommends.
-
-    Raises:
-        SetupError: When there is no such model, or several and no verdict that recommends one.
-    """
+    """The model that is named, the only one, or the one that a comparison's verdict recommends."""
     there = models_of(run)
     names = ", ".join(there)
     if method is not None:
@@ -133,11 +122,7 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_columns(columns: Collection[str], notes: Mapping[str, Any], where: str) -> None:
-    """Refuse a file that lacks a column the model reads.
-
-    Raises:
-        DataError: Naming the column.
-    """
+    """Refuse a file that lacks a column which the model reads."""
     missing = [column for column in columns_read(notes) if column not in columns]
     if missing:
         raise DataError(f"{where}: no column '{missing[0]}', which the model reads (columns here: {shown(columns)})")

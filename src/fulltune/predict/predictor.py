@@ -102,11 +102,6 @@ class Predictor:
         """Answer rows one after another, in their order; one that cannot be answered says why.
 
         Only a window of the rows is in memory; within it, rows of similar length are read together.
-
-        Args:
-            rows: As for `predict`.
-            max_new_tokens: Longest answer of a language model.
-            watch: Told how many rows of how many in the window are done.
         """
         # Models that write take long for each row: their first answers shall not wait for two thousand others.
         for window in windows(rows, _WINDOW_PROMPTS) if self.writes else windows(rows):
