@@ -45,21 +45,6 @@ def test_verdict_classification_is_said_first_with_the_field_below() -> None:
     assert "took 45 min 12 s in all, 10.0× one full run (4 min 31 s)" in text
 
 
-def test_verdict_undecided_says_what_would_decide_and_what_is_unfair() -> None:
-    made = comparisons.undecided(openings=comparisons.openings(3), findings=(comparisons.finding(),))
-    text = " ".join(shown(made).split())
-    assert text.startswith("UNDECIDED. ")
-    assert "What to do: lora: would be decided by 9,240 test rows or 12 seeds per method, if the true" in text
-    assert "Unfair: full: the best rate, 0.0002, is the highest that was tried" in text
-    assert "▸ lora" not in text
-
-
-def test_verdict_with_a_budget_says_what_was_forgotten() -> None:
-    text = " ".join(shown(comparisons.held()).split())
-    assert "Forgetting - At accuracy 92.0% on the eval rows" in text
-    assert "full has moved generic text by 7.91%, lora by 4.40%" in text
-
-
 @pytest.mark.parametrize("made", [comparisons.comparison, comparisons.language, comparisons.held, comparisons.hostile])
 def test_verdict_fits_80_columns_and_cuts_no_number(made: Callable[[], Comparison]) -> None:
     text = shown(made())

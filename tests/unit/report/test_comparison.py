@@ -64,12 +64,6 @@ def test_card_full_of_a_language_model_says_that_smaller_is_better(tmp_path: Pat
     assert "nats per token" in Page(html).text
 
 
-def test_card_peft_names_the_method(tmp_path: Path) -> None:
-    decision = {"verdict": "PEFT", "recommended": "adapter", "headline": "Take adapter: it is better than full."}
-    markdown, _ = cards(tmp_path, comparisons.comparison(decision=decision))
-    assert "**PEFT: adapter.** Take adapter: it is better than full." in markdown
-
-
 def test_card_undecided_says_what_would_decide(tmp_path: Path) -> None:
     markdown, html = cards(tmp_path, comparisons.undecided())
     for text in (markdown, Page(html).text):
@@ -299,13 +293,6 @@ def test_fine_share_keeps_two_digits(value: float, text: str) -> None:
     assert numbers.fine_share(value) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(22_743_245, "22.7 M"), (6_700_000_000, "6.7 B"), (7680, "7.68 k"), (12, "12")]
-)
-def test_short_count_is_read_at_a_glance(value: int, text: str) -> None:
-    assert numbers.short_count(value) == text
-
-
 def test_writer_has_no_minus_zero_and_no_needless_digits() -> None:
     assert Writer("accuracy", 0.01).difference(-0.00001) == "+0.00"
     assert Writer("accuracy", 0.001).difference(0.00123) == "+0.12"
@@ -370,7 +357,3 @@ def test_point_that_is_only_as_good_as_the_untouched_model_is_kept_and_certified
     assert (found.gain_of(found.chosen), found.is_feasible, words.certificate(found)) == (0.0, True, "PASS")
     untouched = comparisons.preserved("full-seed42", 0.05, 0.9, learned=False)
     assert (untouched.is_feasible, words.certificate(untouched)) == (False, "infeasible")
-
-
-def test_comparison_without_a_budget_has_no_such_section(tmp_path: Path) -> None:
-    assert "## Forgetting" not in cards(tmp_path, comparisons.comparison())[0]

@@ -146,11 +146,6 @@ def test_a_run_that_ended_early_says_so(tmp_path: Path) -> None:
     assert Paragraph("The attempt ended after 120 of 300 steps; planned times are those of all steps.") in found.blocks
 
 
-def test_a_plan_of_an_older_version_has_nothing_to_compare(tmp_path: Path) -> None:
-    nothing = {"memory_growth_bytes": 0, "dry_run_growth_bytes": 0, "disk_bytes": 0, "forecast": None}
-    assert section(tmp_path, plan(memory=None), **nothing) is None
-
-
 def test_every_planned_part_around_the_training_has_its_actual_time(tmp_path: Path) -> None:
     names = (PROBE, DRY_RUN, BASELINES, TRAINED)
     parts = tuple(TimePart(name=name, seconds=10.0, basis="arithmetic") for name in names)

@@ -92,12 +92,6 @@ def test_results_of_a_baseline_without_the_main_metric_still_begin_with_it(
     assert [cell.strip() for cell in header.split("|")[2:4]] == ["loss", "rougeL"]
 
 
-def test_results_say_for_how_many_rows_answers_were_generated(causal_lm: Path) -> None:
-    report.write(causal_lm)
-    markdown = (causal_lm / "report.md").read_text(encoding="utf-8")
-    assert "Answers were generated for 8 test rows with different prompts, drawn at random" in markdown
-
-
 @pytest.mark.parametrize(
     ("task", "parts"),
     [

@@ -244,13 +244,6 @@ def test_reports_draw_the_metric_that_chose_and_list_the_others(classification: 
     assert re.search(r"\| 59 +\| +59\.0% +\| +59\.0% +\| +0\.59 +\| +1 \|", markdown)
 
 
-def test_results_name_no_time_of_what_takes_none(classification: Path) -> None:
-    markdown, _ = both(classification)
-    results = markdown.partition("## Results")[2].partition("##")[0]
-    assert "majority class" in results
-    assert not re.search(r"\btime\b|3\.21", results)
-
-
 def test_html_every_cell_is_named_for_narrow_screens(classification: Path) -> None:
     _, html = both(classification)
     for cell in Page(html).with_tag("td"):
