@@ -56,14 +56,12 @@ test-plain: $(VENV)/dev
 # Real processes that are killed, limits of memory, large cases, ZeRO. CI runs it as well.
 test-long: $(VENV)/dev $(VENV)/launchers/ready $(VENV)/zero/ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "long and not zero"
-	$(MAKE) test-zero ZERO="zero and not by_hand"
+	$(MAKE) test-zero
 
-# ZeRO, Lightning with DeepSpeed, Liger's kernels: all cases, of which test-long runs the most telling ones. The first
-# one compiles DeepSpeed's parts for the CPU.
-ZERO ?= zero
+# ZeRO, Lightning with DeepSpeed, Liger's kernels. The first one compiles DeepSpeed's parts for the CPU.
 test-zero: $(VENV)/zero/ready
 	PATH="$$PATH:$(CURDIR)/$(VENV)/zero/bin" HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 \
-		$(VENV)/zero/bin/python -m pytest -n auto -m "$(ZERO)" tests/invariant tests/train
+		$(VENV)/zero/bin/python -m pytest -n auto -m zero tests/invariant tests/train
 
 # Is every place that touches a GPU executed by a test, on a stand-in, and is it noticed when it breaks? SEED draws 20.
 gpu-paths: $(VENV)/dev

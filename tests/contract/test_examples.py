@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import re
@@ -202,17 +201,6 @@ def test_comparison_recipe_is_not_run_as_one_method(tmp_path: Path) -> None:
         "'method'"
     ]
     assert not (tmp_path / "run").exists()
-
-
-def test_classic_script_imports_only_two_names_of_ours() -> None:
-    tree = ast.parse((EXAMPLES / "classic_script.py").read_text(encoding="utf-8"))
-    ours = [
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "fulltune"
-        for alias in node.names
-    ]
-    assert ours == ["Trainer", "TrainingArguments"]
 
 
 @pytest.mark.slow

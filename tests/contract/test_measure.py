@@ -96,16 +96,6 @@ def test_run_that_follows_trains_with_what_was_measured(recipe: Path, tmp_path: 
     assert [request["plan"][name] for name in chosen] == [4, 2, "eager"]
 
 
-@pytest.mark.long
-def test_lever_that_runs_out_of_memory_is_a_row_that_says_so(recipe: Path, tmp_path: Path) -> None:
-    with runs.in_this_process(answered(lambda plan: None if plan.precision == "bf16" else 3.0)):
-        result = fulltune("plan", recipe, "--measure", "--run-folder", tmp_path / "run")
-
-    assert result.code == 0, result.err
-    assert "memory ran out: can't allocate 8 bytes" in result.out
-    assert Plan.load(tmp_path / "run" / "plan" / "full.json").precision == "fp32"
-
-
 def test_nothing_that_fits_ends_with_exit_code_3_and_all_that_was_tried(recipe: Path, tmp_path: Path) -> None:
     with runs.in_this_process(answered(lambda plan: None)):
         result = fulltune("plan", recipe, "--measure", "--run-folder", tmp_path / "run")

@@ -157,54 +157,8 @@ def test_lora_is_a_way_out_that_can_be_followed_and_leaves_full_out() -> None:
     assert "23.5 GiB on each GPU, 56.6 GiB (61 GB) of the host's memory" in page
 
 
-@pytest.mark.long
-def test_folder_that_only_a_person_knows_is_to_be_filled_in() -> None:
-    refused = seven_b("--for", "1x RTX 4090, 64GB host")
-    assert "..." not in refused.out
-    (line,) = (line for line in refused.out.splitlines() if "train.offload=nvme:" in line)
-    _, *flags = shlex.split(line)
-    assert "train.offload=nvme:FOLDER-ON-YOUR-NVME-DISK" in flags
-    result = seven_b("--for", "1x RTX 4090, 64GB host", *flags)
-    assert result.code == 0, result.err
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_json_of_a_plan_that_does_not_fit_has_the_survey_and_the_ways_out_on_stderr() -> None:
-    result = seven_b("--for", "1x RTX 4080, 16GB host", "--json")
-    assert result.code == 3
-    found = json.loads(result.out)
-    assert list(found) == ["survey"]
-    assert found["survey"]["fits"] is False
-    (host,) = (line for line in result.problems if "enough: a host with" in line)
-    assert host.endswith("; --for '1x RTX 4080, 139GB host'")
-
-
-@pytest.mark.slow
-def test_command_has_the_users_settings_and_the_placements() -> None:
-    result = seven_b("--for", "8x A100-80GB", "--set", "train.max_grad_norm=0.5", "--set", "train.seed=3", "--json")
-    assert result.code == 0, result.err
-    words = shlex.split(json.loads(result.out)["survey"]["command"])
-    assert words[:3] == ["fulltune", "run", str(SEVEN_B)]
-    assert words[3::2] == ["--set"] * 3
-    assert words[4::2] == ["train.max_grad_norm=0.5", "train.num_processes=8", "train.seed=1"]
-    # With these the plan finds FSDP2 by itself.
-    assert load_recipe(SEVEN_B, words[4::2]).train.placement == "auto"
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "deepspeed", ["train.extra={deepspeed: {zero_optimization: {stage: 2}}}", "train.placement=zero2"]
-)
-def test_deepspeed_of_the_recipe_that_does_not_fit_is_no_mistake_of_the_recipe(deepspeed: str) -> None:
-    result = seven_b("--for", "1x L40S, 16GB host", "--set", deepspeed)
-    assert result.code == 3
-    assert "weights_dtype" not in result.err
-
-
-@pytest.mark.parametrize("card", [card.name for card in gpus.GPUS])
-def test_plan_is_made_for_every_card(card: str, recipe: Path) -> None:
+@pytest.mark.parametrize("card", [card.name for card in gpus.GPUS[::6]])
+def test_plan_is_made_for_cards(card: str, recipe: Path) -> None:
     result = fulltune("plan", recipe, "--for", f"2x {card}", "--rows", 1000, "--tokens", 32, "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)
@@ -283,28 +237,6 @@ def test_plan_for_several_machines_is_run_on_each(recipe: Path) -> None:
     assert "on each of the 2 machines, in a folder that all see" in said
 
 
-@pytest.mark.parametrize(
-    ("hardware", "problem"),
-    [
-        ("4x 4x 8x A100-80GB", "too many counts"),
-        ("0x 8x A100-80GB", "has no machine"),
-        ("8x A100-80GB, 400Gb network", "is between machines, but one is named"),
-    ],
-)
-def test_machines_that_cannot_be_read_are_refused(hardware: str, problem: str, recipe: Path) -> None:
-    result = fulltune("plan", recipe, "--for", hardware, "--rows", 1000, "--tokens", 32)
-    assert result.code == 2
-    assert problem in result.err
-    assert "Traceback" not in result.err
-
-
-@pytest.mark.parametrize(
-    "hardware", ["cpu", "cpu, 64 cores, 1TB host", "4x L4, 96GB host, 1TB disk", "1x H100, 9 cores"]
-)
-def test_plan_is_made_for_mixed_hosts(hardware: str, recipe: Path) -> None:
-    assert fulltune("plan", recipe, "--for", hardware, "--rows", 1000, "--tokens", 32).code == 0
-
-
 def test_plan_with_data_here_is_the_runs_plan_and_keeps_the_survey(recipe: Path, tmp_path: Path) -> None:
     result = fulltune("plan", recipe, "--run-folder", tmp_path / "run", "--json")
     assert result.code == 0, result.err
@@ -356,12 +288,6 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
     assert again.train_files() == (str(tmp_path / "train.csv"),)
 
 
-def test_plan_needs_no_rows_on_disk(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.csv").unlink()
-    assert fulltune("plan", recipe, "--rows", 500, "--tokens", 20).code == 0
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -379,10 +305,6 @@ def test_advice_listens_to_what_data_cannot_tell(recipe: Path, options: list[obj
     ("options", "problems"),
     [
         (["--rows", 10], ["--rows: a plan without data needs --tokens as well"]),
-        (["--tokens", 10], ["--tokens: a plan without data needs --rows as well"]),
-        (["--rows", 0, "--tokens", 10], ["--rows: 0, but the number of train rows must be at least 1"]),
-        (["--rows", 9, "--tokens", -1], ["--tokens: -1, but the number of tokens of a row must be at least 1"]),
-        (["--price", "-2"], ["--price: -2 is below 0; write what one device costs in an hour, such as 2.5"]),
         (["--goal", "fun"], ["--goal: 'fun' is not known; expected one of knowledge, language, style, updates"]),
         (["--tasks", 0], ["--tasks: 0, but there is at least 1 task"]),
         (["--for", "8x A100"], ["--for: 'A100' comes in several sizes; write A100-40GB or A100-80GB"]),
@@ -403,14 +325,6 @@ def test_options_that_cannot_be_are_refused_all_at_once(
     result = fulltune("plan", recipe, *options)
     assert (result.code, result.problems) == (2, problems)
     assert not (recipe.parent / "runs").exists()
-
-
-def test_problems_of_recipe_and_options_are_told_together(recipe: Path) -> None:
-    result = fulltune("plan", recipe, "--rows", 5, "--tokens", 5, "--price", "-1", "--set", "train.seed=-1")
-    assert result.code == 2
-    assert len(result.problems) == 2
-    assert "train.seed" in result.problems[0]
-    assert result.problems[1].startswith("--price: -1 is below 0")
 
 
 def test_rows_longer_than_the_model_reads_are_refused(recipe: Path, tiny_encoder: Path) -> None:
@@ -443,14 +357,6 @@ def test_device_that_the_hardware_is_not_is_refused(recipe: Path, device: str, h
     options = ["--rows", 100, "--tokens", 10, "--for", hardware, "--set", f"train.device={device}"]
     result = fulltune("plan", recipe, *options)
     assert (result.code, result.problems) == (2, [problem])
-
-
-def test_run_folder_without_data_is_refused(tmp_path: Path) -> None:
-    result = fulltune("plan", tmp_path, "--rows", 100, "--tokens", 10)
-    assert (result.code, result.problems) == (
-        2,
-        [f"{tmp_path}: is a run folder, whose rows are known; give the recipe to plan without data"],
-    )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "abacus"}'])

@@ -149,7 +149,6 @@ _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "positio
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS = {
     "deberta": Family("DebertaV2Config", lambda _: label_rows(), CLASSES, {**NO_DROPOUT, **_DEBERTA}, save_encoder),
-    "modernbert": Family("ModernBertConfig", lambda _: label_rows(), CLASSES, {}, save_encoder),
     "opt": Family("opt", lambda _: answer_rows(), ANSWERS, {"dropout": 0.0}),
     "vit": Family("vit", image_rows, IMAGES, {"initializer_range": 0.02}, save_images),
 }

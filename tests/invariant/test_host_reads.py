@@ -166,13 +166,10 @@ TASKS = {
 PLAIN = {"method": {"kind": "full", "learning_rate": 1e-3}}
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": ({"method": {"kind": "lora"}}, {}),
-    "adapter": ({"method": {"kind": "adapter"}}, {}),
-    "prompt": ({"method": {"kind": "prompt"}}, {}),
     "8-bit": (PLAIN, {"optim": "adamw_8bit"}),
     "bf16": ({**PLAIN, "model": {"weights_dtype": "bf16"}}, {"optim": "adamw_bf16", "precision": "bf16"}),
     "recomputed": (PLAIN, {"activation_checkpointing": True, "precision": "bf16"}),
     "smoothed": (PLAIN, {"label_smoothing_factor": 0.1, "class_weights": "balanced"}),
-    "layer by layer": ({"method": {"kind": "full", "layerwise_lr_decay": 0.9, "learning_rate": 1e-3}}, {}),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,21 +100,6 @@ def test_machines_that_differ_are_refused_on_all_before_step_1(tmp_path: Path) -
     for rank in (0, 1):
         assert "reads another recipe: train.max_steps is 49 (machine 0: 50)" in job.said(rank)
     assert not (tmp_path / "run").exists()
-
-
-def test_machines_without_shared_storage_say_so(tmp_path: Path) -> None:
-    job = replace(Job(tmp_path, ENCODER, DDP), wait="4s")
-    job.write()
-    try:
-        job.start(0)
-        job.start(1, f"output={tmp_path / 'elsewhere'}")
-        assert job.wait_for() == [2, 2]
-    finally:
-        job.end()
-    assert "machine 1 (2 in all) not heard of for 4 s" in job.said(0)
-    assert "machine 0 was not heard of for 4 s" in job.said(1)
-    for rank in (0, 1):
-        assert "'output' must lie on storage that all machines share" in job.said(rank)
 
 
 def test_a_model_of_another_content_is_refused(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_models_with_other_blocks_are_trained(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["lora", "prompt", "head"])
+@pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_methods_that_train_little_are_those_of_one_process(method: str, tmp_path: Path) -> None:
     """The weights that stay as they were are shared out."""
     family = FAMILIES["encoder"]
@@ -123,12 +123,7 @@ def test_methods_that_train_little_are_those_of_one_process(method: str, tmp_pat
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "path",
-    [
-        *("fsdp2:2 -> single", "single -> fsdp2:2", "fsdp2:2 -> fsdp2:4"),
-    ],
-)
+@pytest.mark.parametrize("path", ["fsdp2:2 -> single", "fsdp2:2 -> fsdp2:4"])
 def test_run_goes_on_elsewhere(path: str, one: Curve, tmp_path: Path) -> None:
     """Also with more processes than there are cores."""
     first, second = (Place(name) for name in path.split(" -> "))
@@ -140,7 +135,7 @@ def test_run_goes_on_elsewhere(path: str, one: Curve, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", ["single", "ddp:2", "fsdp2:2"])
+@pytest.mark.parametrize("place", ["ddp:2", "fsdp2:2"])
 def test_process_that_is_killed_three_times_changes_nothing(place: str, tmp_path: Path) -> None:
     """With dropout: the states of the random numbers are put back too. Nothing is taken for memory that ran out."""
     steps: dict[str, Any] = {"max_steps": 40, "eval_steps": 10, "dropout": True}
@@ -154,11 +149,9 @@ def test_process_that_is_killed_three_times_changes_nothing(place: str, tmp_path
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["encoder", "decoder"])
-def test_budget_for_forgetting_chooses_the_same_point(name: str, tmp_path: Path) -> None:
-    """Generic text is read and replayed, and the weights are scaled back, by all
-    processes together."""
-    family = FAMILIES[name]
+def test_budget_for_forgetting_chooses_the_same_point(tmp_path: Path) -> None:
+    """Generic text is read and replayed, and the weights are scaled back, by all processes together."""
+    family = FAMILIES["decoder"]
     family = replace(family, blocks={**family.blocks, "preserve": {"budget": "2%"}})
     expected = in_one_process(tmp_path / "one", family, **FEW)
     placed.train(tmp_path / "shared", family, SHARED, **FEW)

@@ -90,17 +90,4 @@ def test_losses_over_50_steps_are_those_of_whole_global_batches(
     assert list((folder / "run" / "checkpoints").glob("*/*")) == []
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", ["lora", "prompt"])
-def test_losses_of_methods_over_two_processes_are_those_of_one(method: str, tmp_path: Path) -> None:
-    if num_cores() < 2:
-        pytest.skip("needs a CPU core per process")
-    found = []
-    for name, train in (("one", WHOLE), ("two", CELLS["2 processes, 2 x 2 each"])):
-        (tmp_path / name).mkdir()
-        found.append(losses(trained(tmp_path / name, "encoder, classes", {**train, "max_steps": 20}, method)))
-    assert len(set(found[0])) == 20
-    assert found[1] == [pytest.approx(loss, abs=MOST) for loss in found[0]]
-
-
 _ALWAYS = ["metrics.jsonl", "outcome.json", "phase", "request.json"]

@@ -671,7 +671,6 @@ class _OwnLoss(Trainer):
 @pytest.mark.parametrize(
     ("kind", "factor", "logging", "said"),
     [
-        (Trainer, 50.0, "no", "the loss diverged: before any update it was at most 0"),
         (Trainer, 50.0, "steps", "the loss diverged: before any update it was at most 0"),
         (Trainer, 2.7, "no", "the loss ended higher than it began: 0"),
         (Trainer, 1.0, "steps", ""),
@@ -865,12 +864,9 @@ def test_old_signature_with_accumulation_is_divided_by_its_steps(tokenizer: Any,
     assert_same_weights(*results, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("case", ["one label", "several labels", "number"])
-def test_upstream_trainer_with_accumulation_still_scales_the_loss_wrongly(
-    case: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_upstream_trainer_with_accumulation_still_scales_the_loss_wrongly(tokenizer: Any, tmp_path: Path) -> None:
     """When this fails, transformers has repaired it and `_find_loss_scaling` can go."""
-    start = weights(tiny_model(tokenizer, CASES[case][0], **CASES[case][1]))["score.weight"]
-    whole = _train(case, _Theirs, tokenizer, tmp_path, 8, 1)["score.weight"] - start
-    parts = _train(case, _Theirs, tokenizer, tmp_path, 2, 4)["score.weight"] - start
+    start = weights(tiny_model(tokenizer))["score.weight"]
+    whole = _train("one label", _Theirs, tokenizer, tmp_path, 8, 1)["score.weight"] - start
+    parts = _train("one label", _Theirs, tokenizer, tmp_path, 2, 4)["score.weight"] - start
     assert float(parts.norm() / whole.norm()) > 1.5

@@ -32,16 +32,6 @@ def test_share_and_scale_are_those_of_the_probability(p: float) -> None:
     assert set(made.unique().tolist()) == {0.0, float(made.max())}
 
 
-def test_neighbours_of_one_draw_are_independent() -> None:
-    torch.manual_seed(0)
-    dropped = (SixteenBitDropout(0.3)(torch.ones(100_000, 4)) == 0).float()
-
-    for one in range(4):
-        assert float(dropped[:, one].mean()) == pytest.approx(0.3, abs=0.01)
-        for other in range(one):
-            assert float((dropped[:, one] * dropped[:, other]).mean()) == pytest.approx(0.09, abs=0.005)
-
-
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_gradients_pass_where_values_do(kind: torch.dtype) -> None:
     values = torch.ones(ODD, dtype=kind, requires_grad=True)
@@ -66,13 +56,6 @@ def test_one_seed_gives_the_same_numbers_also_when_recomputed() -> None:
     assert not torch.equal(first, dropout(values))
     one, two = (torch.autograd.grad(made.sum(), values)[0] for made in (first, again))
     assert torch.equal(one, two)
-
-
-def test_evaluation_and_a_probability_of_zero_change_nothing() -> None:
-    values = torch.randn(ODD)
-
-    assert torch.equal(SixteenBitDropout(0.5).eval()(values), values)
-    assert torch.equal(SixteenBitDropout(0.0)(values), values)
 
 
 def test_install_replaces_dropout_and_keeps_weights_and_modes() -> None:

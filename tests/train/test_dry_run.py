@@ -271,16 +271,3 @@ def test_forecast_and_memory_are_in_the_outcome_and_among_the_events(tiny_encode
     assert [part["basis"] for part in event["around"]] == ["measured"]  # scoring the test rows, which comes after it
     # No trace of the file that was written to see how long saving takes.
     assert not list((tmp_path / "run").rglob("write-trial"))
-
-
-def test_resumed_run_forecasts_what_is_left(tiny_encoder: Path, tmp_path: Path) -> None:
-    train = {"max_steps": 6, "global_batch_size": 8, "save_steps": 4, "logging_steps": 1}
-    options = {"listener": runs.at_step(5, runs.fail)}
-    with pytest.raises(Exception, match="injected by a test"):
-        runs.run(tmp_path, tiny_encoder, ROWS, train=train, options={"class_weights": None, **options})
-
-    reached = runs.run(tmp_path, tiny_encoder, ROWS, train=train)
-
-    assert reached.outcome is not None
-    first, second = (event["tokens"] for event in runs.events(tmp_path, "forecast"))
-    assert 0 < second < first

@@ -14,10 +14,7 @@ import pytest
 
 from fulltune import pipeline
 from fulltune.errors import SetupError
-from fulltune.models.base import Base
-from fulltune.records.data import DataSummary
 from fulltune.records.events import Event, RowsRead
-from fulltune.records.plan import Plan
 from fulltune.system.run_folder import recipe_of
 from tests import tiny
 from tests.contract.command import Result, fulltune
@@ -117,17 +114,6 @@ def test_run_on_a_finished_folder_without_its_weights_names_the_file(
     assert "'fulltune run RECIPE --fresh'" in result.err
 
 
-def test_plan_that_is_there_is_read_without_looking_at_the_model(
-    finished: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counting a large model's parameters takes many seconds."""
-    folder = finished[0]
-    plan = Plan.load(folder / "plan" / "full.json")
-    monkeypatch.setattr(Base, "of", None)
-    summary = DataSummary.load(folder / "data" / "summary.json")
-    assert pipeline.make_plan(pipeline.Run(recipe_of(folder), folder), summary) == plan
-
-
 def test_scoring_says_how_far_it_is(finished: tuple[Path, Result], tmp_path: Path) -> None:
     copy = shutil.copytree(finished[0], tmp_path / "copy")
     shutil.rmtree(copy / "scores")
@@ -148,20 +134,3 @@ def test_scoring_says_how_far_it_is(finished: tuple[Path, Result], tmp_path: Pat
         assert told[-1].done == told[-1].total > 0
         assert told[-1].share == pytest.approx(1)
         assert [event.share for event in told] == sorted(event.share for event in told)
-
-
-def test_train_on_a_finished_folder_starts_no_process(finished: tuple[Path, Result]) -> None:
-    result = fulltune("train", finished[0])
-    assert result.code == 0, result.err
-    assert "starting the training process" not in result.err
-    assert "starting the training process" in finished[1].err
-
-
-def test_folder_that_the_environment_names_for_tensorboard_goes_first(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for _ in trackers():
-        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
-        runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), train=STEPS)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["events.out.tfevents.1"]
-    assert not (tmp_path / "run" / "tensorboard").exists()

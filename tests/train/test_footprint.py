@@ -20,7 +20,7 @@ from fulltune.footprint.records import Footprint, Moment
 from fulltune.footprint.trace import trace
 from fulltune.models import dropout
 from fulltune.models.base import Base
-from fulltune.plan import resolve, time
+from fulltune.plan import resolve
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import LossSettings, Target, task_named
@@ -96,7 +96,6 @@ def test_every_task_is_traced(task: str) -> None:
     ("kind", "task", "recomputed"),
     [
         pytest.param("llama", "causal-lm", True, marks=pytest.mark.long),
-        pytest.param("bert", "text-classification", False, marks=pytest.mark.long),
         pytest.param("t5", "seq2seq", True, marks=pytest.mark.long),
     ],
 )
@@ -192,12 +191,6 @@ def labelled(config: Any, task: str) -> Any:
     return config
 
 
-def test_a_shared_embedding_is_traced_once() -> None:
-    config = config_of("llama", "causal-lm", tie_word_embeddings=True, num_hidden_layers=4)
-    found = traced(config, "causal-lm", checkpointing=(False,))
-    assert sum(values * times for values, times in found.tensors.items()) == count(config, "causal-lm")
-
-
 SIZE: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 120}
 
 
@@ -222,12 +215,6 @@ def test_each_kind_of_layers_is_grown() -> None:
         assert found == pytest.approx(true, rel=1e-3)
 
 
-@pytest.mark.long
-def test_t5_is_traced_from_copies() -> None:
-    _, copies = copies_of(config_of("t5", "seq2seq", num_layers=6), "seq2seq", checkpointing=(False,))
-    assert copies == [2, 3] * 2
-
-
 def test_a_model_that_takes_no_other_number_of_layers_is_traced_whole_and_asked_once() -> None:
     config = transformers.BertConfig(**SIZE, num_hidden_layers=4, num_labels=3)
     with mock.patch.object(traced_case, "setattr", _refusing, create=True):
@@ -238,14 +225,6 @@ def test_a_model_that_takes_no_other_number_of_layers_is_traced_whole_and_asked_
 
 def _refusing(config: Any, name: str, value: Any) -> None:
     raise AttributeError(f"property '{name}' has no setter")
-
-
-@pytest.mark.long
-def test_a_model_that_steps_from_token_to_token_does_not_stop_a_plan() -> None:
-    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=4, state_size=4, vocab_size=120)
-    found = traced(config, "causal-lm", checkpointing=(False,))
-    assert found.rough == "what it does depends on the number of rows or tokens"  # a step for each token
-    assert highest(found.variant("fp32", False).first, 4, 64) > 0
 
 
 def asking(model: Any) -> None:
@@ -287,9 +266,3 @@ def test_the_size_of_images_is_the_processors(tmp_path: Path) -> None:
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 96}, "crop_pct": 0.875}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     assert Base.of(block, "image-classification", has_processor=False).image_shape == ((3, 96, 96), "")
-
-
-def test_an_image_is_one_token_of_work() -> None:
-    data = sizes.summary("image-classification", 100, 196)
-    work = time.work_of(data, sizes.footprint(sizes.BERT), grouped=False)
-    assert work.forward_flops(2) == 2 * sizes.footprint(sizes.BERT).flops_per_token

@@ -50,14 +50,6 @@ def test_drift_begins_at_nothing_and_grows(unbroken: Path) -> None:
     assert 0 < errors[21] < points[21]
 
 
-def test_report_has_the_curve_and_a_sentence(unbroken: Path) -> None:
-    report = (unbroken / "run" / "report.md").read_text(encoding="utf-8")
-    section = report.split("## Forgetting")[1].split("\n## ")[0]
-    assert "Hidden states of generic text have changed by" in section
-    assert "generic texts (preserve.probe: docstrings of Python's standard library)" in section
-    assert "drift" not in report.split("## Learning curves")[1].split("\n## ")[0]
-
-
 def test_continued_run_measures_against_the_same_beginning(unbroken: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     stop = {"listener": runs.at_step(12, ask_to_stop)}
     with pytest.raises(InterruptedRun):
@@ -66,7 +58,7 @@ def test_continued_run_measures_against_the_same_beginning(unbroken: Path, tiny_
     assert measured(tmp_path) == measured(unbroken)
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt", "adapter"])
+@pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_drift_of_methods_that_train_few_parameters(method: str, tiny_encoder: Path, tmp_path: Path) -> None:
     runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, method={"kind": method, "learning_rate": 3e-2})
     points = measured(tmp_path)
@@ -136,15 +128,6 @@ def test_nothing_is_measured_where_it_is_turned_off_or_cannot_be(tiny_encoder: P
     assert reasons["preserve.drift"] == "nothing but the head moves"
 
 
-def test_without_an_evaluation_before_step_1_drift_is_still_measured_from_there(
-    unbroken: Path, tiny_encoder: Path, tmp_path: Path
-) -> None:
-    runs.run(tmp_path, tiny_encoder, ROWS, train={**TRAIN, "eval_on_start": False})
-    points = measured(tmp_path)
-    assert 0 not in points
-    assert points == {step: value for step, value in measured(unbroken).items() if step}
-
-
 def test_model_that_cannot_be_read_is_trained_all_the_same(tiny_encoder: Path, tmp_path: Path) -> None:
     with mock.patch.object(GenericText, "states", side_effect=TypeError("no such argument")):
         reached = runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN)
@@ -175,9 +158,7 @@ def test_probe_that_holds_nothing_is_refused_before_training(
     [
         ([(0, 0.0), (50, 0.03), (100, 0.04)], {100: 0.004}, 100, True, "3.9% less likely by step 100 (0.04 ± 0.004"),
         ([(0, 0.0), (50, 0.03), (100, 0.04)], {100: 0.004}, None, True, ", half of it by step 50."),
-        ([(0, 0.0), (50, 0.03), (100, 0.04)], {50: 0.004}, 50, True, "3.0% less likely by step 50 (0.03 ± 0.004"),
         ([(0, 0.0), (100, 0.04)], {100: 0.03}, 100, True, "has not moved as far as can be told"),
-        ([(0, 0.0), (100, -0.04)], {100: 0.004}, 100, True, "got more likely by step 100"),
         ([(0, 0.0), (100, 0.2)], {100: 0.01}, 100, False, "have changed by 0.2 ± 0.01 (1 - cosine"),
         ([(0, math.nan)], {}, None, True, "none of its values was finite"),
     ],
@@ -202,13 +183,6 @@ def test_probe_that_is_trained_on_is_refused_with_the_rows(
     ):
         runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, preserve=preserve)
     assert not (tmp_path / "run" / "attempts").exists()
-
-
-def test_probe_that_the_model_does_not_know_is_told(tiny_decoder: Path, tmp_path: Path) -> None:
-    """A model with random weights knows no text."""
-    runs.run(tmp_path, tiny_decoder, tiny.pair_rows(), task="causal-lm", train=TRAIN)
-    (said,) = [event["text"] for event in runs.events(tmp_path, "warning") if "generic text" in event["text"]]
-    assert "say little about what the model could do before" in said
 
 
 @pytest.mark.parametrize(

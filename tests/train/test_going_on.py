@@ -83,15 +83,6 @@ def test_checkpoint_with_its_labels_in_another_order_begins_with_what_it_learned
     assert config["id2label"] == {"0": "food", "1": "weather"}
 
 
-def test_checkpoint_with_other_labels_begins_with_a_new_head(tmp_path: Path, trained: tuple[Path, float]) -> None:
-    names = {"weather": "a_sky", "food": "b_meal"}
-    rows = [{**row, "label": names[row["label"]]} for row in ROWS]
-    blocks = {**_AS_IT_IS, "method": {**_AS_IT_IS["method"], "head_init": "random"}}
-    runs.run(tmp_path, trained[0], rows, **blocks)
-    expected = "new, drawn at random: the checkpoint's 2 labels are not these (food, weather)"
-    assert _checks(tmp_path)["head"] == expected
-
-
 def test_checkpoint_that_can_do_the_task_is_a_row_to_beat(tmp_path: Path, trained: tuple[Path, float]) -> None:
     reached = runs.run(tmp_path, trained[0], ROWS, until="report", **_AS_IT_IS)
     before = next(row for row in reached.scores if row.kind == "untouched")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from fulltune import methods
@@ -34,13 +33,6 @@ DECAYED = {name for name in NAMES if name.endswith("weight")}
 # ---- groups ------------------------------------------------------------------------------------------------------
 
 
-def test_groups_without_a_rate_of_the_head_are_transformers_own() -> None:
-    assert parameter_groups(NAMES, DECAYED, 1e-3, 1.0, 0.1) == [
-        {"params": [name for name in NAMES if name in DECAYED], "weight_decay": 0.1},
-        {"params": ["m.layer.1.w.bias", "top.bias"], "weight_decay": 0.0},
-    ]
-
-
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_groups_of_the_head_come_last_and_leave_the_bodys_rates(factor: float) -> None:
     head = {"top.weight", "top.bias"}
@@ -53,19 +45,6 @@ def test_groups_of_the_head_come_last_and_leave_the_bodys_rates(factor: float) -
     ]
     kept = [{**one, "params": [name for name in one["params"] if name not in head]} for one in before]
     assert groups[:-2] == [one for one in kept if one["params"]]
-
-
-def test_group_of_the_head_without_members_is_left_out() -> None:
-    groups = parameter_groups(
-        ["m.w.weight", "m.w.bias", "score.weight"],
-        {"m.w.weight", "score.weight"},
-        1e-3,
-        1.0,
-        0.1,
-        {"score.weight"},
-        0.2,
-    )
-    assert [group["params"] for group in groups] == [["m.w.weight"], ["m.w.bias"], ["score.weight"]]
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
@@ -135,33 +114,6 @@ def test_rate_by_layer_stays_the_bodys(tiny_encoder: Path, tmp_path: Path) -> No
     assert way("pooler.dense.weight") == pytest.approx(HEAD, rel=0.05)
     assert way("encoder.layer.1.output.dense.weight") == pytest.approx(1e-4, rel=0.05)
     assert way("embeddings.word_embeddings.weight") == pytest.approx(1e-6, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    "method", [pytest.param({**FULL, "layerwise_lr_decay": 0.9}, marks=pytest.mark.long), {"kind": "lora"}]
-)
-def test_run_interrupted_and_continued_equals_an_unbroken_one(method: dict[str, Any], tmp_path: Path) -> None:
-    model = tiny.save_model(tmp_path / "model", "bert")
-    train = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 1}
-    blocks: dict[str, Any] = {"method": {**method, "learning_rate": 1e-3, "head_learning_rate": HEAD}, "train": train}
-    whole = runs.run(tmp_path / "whole", model, tiny.topic_rows(), **blocks)
-    with pytest.raises(Exception, match="a fault"):
-        runs.run(
-            tmp_path / "broken",
-            model,
-            tiny.topic_rows(),
-            options={"listener": runs.at_step(5, runs.fail)},
-            **blocks,
-        )
-    runs.run(tmp_path / "broken", model, tiny.topic_rows(), **blocks)
-    assert len(runs.events(tmp_path / "broken", "train")) < 8 + 5
-    assert whole.plan is not None
-    one, other = (
-        load_file(next((tmp_path / side / "run" / whole.plan.model_folder).glob("*model.safetensors")))
-        for side in ("whole", "broken")
-    )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 # ---- plan --------------------------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
 
 import fulltune
-from fulltune.errors import FulltuneError, RecipeError
+from fulltune.errors import RecipeError
 from fulltune.inference.run import run_rows
 from fulltune.inference.store import Rows, load_texts
 from fulltune.models.base import Base
@@ -21,7 +20,6 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.records.training import Outcome
 from fulltune.tasks import LossSettings, Target, text_classification
 from fulltune.train.optim.groups import layer_depth, parameter_groups
-from fulltune.train.worker.loading import load_for_training
 from tests import tiny
 from tests.train import runs
 
@@ -79,15 +77,6 @@ def test_compute_loss_that_repeats_ours_gives_the_same_weights_in_this_process(
     assert all(torch.equal(ours[name], own[name]) for name in ours)
 
 
-def test_compute_loss_that_fails_is_named_and_leaves_the_run_resumable(tiny_encoder: Path, tmp_path: Path) -> None:
-    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-        raise KeyError("my own mistake")
-
-    job = runs.job(tmp_path, tiny_encoder, ROWS, options={"compute_loss": compute_loss})
-    with pytest.raises(FulltuneError, match="my own mistake"):
-        fulltune.pipeline.run(job, "train")
-
-
 def test_balanced_class_weights_make_a_rare_class_be_found_more_often(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     found = {}
@@ -140,7 +129,7 @@ def test_class_weights_scale_the_loss_of_their_rows() -> None:
 # ---- rates by layer --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*tiny.ENCODERS, *tiny.DECODERS])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "gpt_neox"])
 def test_layerwise_decay_lowers_the_rate_from_the_head_to_the_embeddings(kind: str, tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / kind, kind)
     base = Base.of(ModelBlock(name=str(folder)))
@@ -163,24 +152,6 @@ def test_layerwise_decay_lowers_the_rate_from_the_head_to_the_embeddings(kind: s
     assert groups[0]["lr"] == 1e-3
     assert {group["lr"] for group in groups} == {1e-3, 5e-4, 2.5e-4, 1.25e-4}
     assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
-
-
-def test_layerwise_decay_in_a_run_moves_the_embeddings_less_than_the_head(tiny_encoder: Path, tmp_path: Path) -> None:
-    train = {**TRAIN, "max_steps": 1, "num_train_epochs": None, "weight_decay": 0.0}
-    method = {"layerwise_lr_decay": 0.1, "head_init": "random"}  # the pooler starts as it is
-    runs.run(tmp_path, tiny_encoder, ROWS, method=method, train=train)
-
-    before = AutoModel.from_pretrained(tiny_encoder).state_dict()
-    after = runs.final_weights(tmp_path)
-
-    def step(name: str) -> float:
-        return float((after[f"bert.{name}"] - before[name]).abs().max())
-
-    # AdamW's first step is the rate itself, whatever the gradient.
-    assert step("pooler.dense.weight") == pytest.approx(1e-3, rel=0.05)
-    assert step("encoder.layer.1.output.dense.weight") == pytest.approx(1e-4, rel=0.05)
-    assert step("encoder.layer.0.output.dense.weight") == pytest.approx(1e-5, rel=0.05)
-    assert step("embeddings.word_embeddings.weight") == pytest.approx(1e-6, rel=0.05)
 
 
 # ---- keeping the best ------------------------------------------------------------------------------------------
@@ -218,25 +189,11 @@ def test_keep_best_saves_the_weights_of_the_best_evaluation(tiny_encoder: Path, 
     assert eval_metrics(tmp_path)["loss"] == pytest.approx(best, rel=1e-5)
 
 
-def test_keep_last_saves_the_last_weights(tiny_encoder: Path, tmp_path: Path) -> None:
-    train = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": False}
-    outcome = runs.run(tmp_path, tiny_encoder, ROWS, method={"learning_rate": 0.02}, train=train).outcome
-
-    assert outcome is not None
-    assert outcome.best_step == outcome.steps == 4
-    assert eval_metrics(tmp_path)["loss"] == pytest.approx(
-        runs.events(tmp_path, "eval")[-1]["metrics"]["loss"], rel=1e-5
-    )
-
-
 @pytest.mark.parametrize(
     ("metric", "values", "kept"),
     [
         ("accuracy", (0.5, 0.8, 0.4, 0.6), "last"),  # 8 eval rows: two standard errors of 0.8 are 0.27
         ("accuracy", (0.5, 0.8, 0.6, 0.5), "best"),
-        pytest.param("accuracy", (0.5, 1.0, 0.6, 0.875), "last", marks=pytest.mark.long),  # one row less than all
-        pytest.param("f1_macro", (0.5, 0.8, 0.4, 0.6), "last", marks=pytest.mark.long),
-        pytest.param("mcc", (0.5, 0.8, 0.6, 0.79), "best", marks=pytest.mark.long),  # no share of rows
         ("loss", (0.5, 0.2, 0.4, 0.21), "best"),
     ],
 )
@@ -270,29 +227,17 @@ def test_last_weights_are_kept_where_eval_rows_cannot_tell_them_from_the_best(
         assert outcome.kept_because.startswith(said + "errors of a share of 8 eval rows (")
 
 
-def test_a_rate_that_does_not_fall_leaves_the_best_weights(
+def test_early_stopping_follows_the_task_metric_and_keeps_the_best(
     tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coming = iter((0.5, 0.8, 0.4, 0.79))
-    monkeypatch.setattr(text_classification, "metrics", lambda kept, target: {"accuracy": next(coming)})
-    train = {"num_train_epochs": 4, "lr_scheduler_type": "constant", "eval_on_start": False}
-    outcome = runs.run(tmp_path, tiny_encoder, ROWS, train=train).outcome
-    assert outcome is not None
-    assert (outcome.best_step, outcome.best_metric) == (outcome.steps // 2, 0.8)
-
-
-@pytest.mark.parametrize(("metric", "values"), [("accuracy", (0.5, 0.7, 0.6, 0.7)), ("f1_macro", (0.5, 0.7, 0.7, 0.6))])
-def test_early_stopping_follows_the_task_metric_and_keeps_the_best(
-    metric: str, values: tuple[float, ...], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     """The loss falls all the time: it must not matter."""
-    coming = iter([0.9, *values, *[0.9] * 20])  # before step 1 first, which is no evaluation of the run
+    coming = iter([0.9, 0.5, 0.7, 0.6, 0.7, *[0.9] * 20])  # before step 1 first, which is no evaluation of the run
     losses = iter(range(100, 0, -1))
     monkeypatch.setattr(
-        text_classification, "metrics", lambda kept, target: {metric: next(coming), "loss": float(next(losses))}
+        text_classification, "metrics", lambda kept, target: {"accuracy": next(coming), "loss": float(next(losses))}
     )
     train = {"num_train_epochs": 9, "early_stopping_patience": 2, "save_total_limit": 1}
-    outcome = runs.run(tmp_path, tiny_encoder, ROWS, train=train, evaluate={"metric": metric}).outcome
+    outcome = runs.run(tmp_path, tiny_encoder, ROWS, train=train, evaluate={"metric": "accuracy"}).outcome
 
     assert outcome is not None
     assert (outcome.steps, outcome.best_step, outcome.best_metric) == (4 * 7, 2 * 7, 0.7)
@@ -300,15 +245,3 @@ def test_early_stopping_follows_the_task_metric_and_keeps_the_best(
     path = tmp_path / "run" / "attempts" / "full-seed42-01"
     assert "no better" in (path / "journal.jsonl").read_text(encoding="utf-8")
     assert Outcome.load(path / "outcome.json") == outcome
-
-
-def test_head_is_the_same_for_the_same_seed_and_another_for_another(tiny_encoder: Path, tmp_path: Path) -> None:
-    recipe = runs.job(tmp_path, tiny_encoder, ROWS).recipe
-    target = Target("single_label", {"text": "text", "label": "label"}, ("a", "b"))
-
-    def head(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return load_for_training(recipe, text_classification, target)[0].model.classifier.weight.detach()
-
-    assert torch.equal(head(1), head(1))
-    assert not torch.equal(head(1), head(2))

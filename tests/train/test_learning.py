@@ -22,7 +22,6 @@ from fulltune import predict
 from fulltune.inference.store import load_texts
 from fulltune.system.run_folder import Reached
 from tests import tiny
-from tests.cases import others_long
 from tests.train import runs
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -79,10 +78,9 @@ def assert_plain_transformers_agree(folder: Path, texts: list[str]) -> list[dict
     return answers
 
 
-@pytest.mark.parametrize("kind", others_long(("bert", "llama"), "bert"))
-def test_single_label_run_beats_the_baselines(kind: str, tmp_path: Path) -> None:
+def test_single_label_run_beats_the_baselines(tmp_path: Path) -> None:
     """Classes go by pairs of words, so that the nearest centroid of random embeddings does not find them."""
-    model = tiny.save_model(tmp_path / "model", kind, **(NO_DROPOUT if kind == "bert" else {}))
+    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
     rows = labelled(240, lambda word: "odd" if word in (0, 3) else "even")
     reached = runs.run(
         tmp_path, model, rows, until="report", method={"learning_rate": 5e-3}, train=TRAIN, evaluate=EVALUATE
@@ -179,18 +177,16 @@ def chat(row: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("form", ["pairs", "chat"])
-def test_language_model_run_learns_to_answer_and_to_stop(form: str, tmp_path: Path) -> None:
+def test_language_model_run_learns_to_answer_and_to_stop(tmp_path: Path) -> None:
     """The answer repeats a letter of the question; the end token of the turn must end generation."""
     pytest.importorskip("rouge_score", reason="the extra text-metrics is not installed")
     pytest.importorskip("sacrebleu", reason="the extra text-metrics is not installed")
     tokenizer = tiny.decoder_tokenizer(eos="<|endoftext|>")
     model = tiny.save_model(tmp_path / "model", "llama", tokenizer=tokenizer)
-    pairs = letter_rows(240)
     reached = runs.run(
         tmp_path,
         model,
-        pairs if form == "pairs" else [chat(row) for row in pairs],
+        [chat(row) for row in letter_rows(240)],
         until="report",
         task="causal-lm",
         method={"learning_rate": 1e-2},
@@ -203,26 +199,18 @@ def test_language_model_run_learns_to_answer_and_to_stop(form: str, tmp_path: Pa
     assert trained.metrics["loss"].value < before.metrics["loss"].value / 3
     assert trained.metrics["exact_match"].value > before.metrics["exact_match"].value + 0.8
     folder = assert_files_are_whole(reached)
-    question = {"prompt": "7 d:"} if form == "pairs" else chat({"prompt": "7 d:", "completion": ""})
-    if form == "chat":
-        question["messages"] = question["messages"][:1]
+    question = {"messages": [{"role": "user", "content": "7 d:"}]}
     assert predict.load(reached.folder).predict([question], max_new_tokens=8) == [{"answer": "dd"}]
     plain = AutoModelForCausalLM.from_pretrained(folder)
     reader = AutoTokenizer.from_pretrained(folder)
     ends = plain.generation_config.eos_token_id
-    expected = "<|im_end|>" if form == "chat" else "<|endoftext|>"
-    assert reader.convert_tokens_to_ids(expected) in (ends if isinstance(ends, list) else [ends])
-    if form == "chat":
-        text = reader.apply_chat_template(question["messages"], tokenize=False, add_generation_prompt=True)
-    else:
-        text = "7 d:\n"
-    user = [{"role": "user", "content": "7 d:"}]
-    assert reader.apply_chat_template(user, tokenize=False, add_generation_prompt=True) == text
+    assert reader.convert_tokens_to_ids("<|im_end|>") in (ends if isinstance(ends, list) else [ends])
+    text = reader.apply_chat_template(question["messages"], tokenize=False, add_generation_prompt=True)
     assert said_by_the_card(folder) == "dd\n"
-    batch = reader(text, return_tensors="pt", add_special_tokens=form == "pairs")
+    batch = reader(text, return_tensors="pt", add_special_tokens=False)
     batch.pop("token_type_ids", None)
     made = plain.generate(**batch, max_new_tokens=20, do_sample=False)
-    assert reader.decode(made[0, batch["input_ids"].shape[1] :]) == f"dd{expected}"
+    assert reader.decode(made[0, batch["input_ids"].shape[1] :]) == "dd<|im_end|>"
 
 
 @pytest.mark.long

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -117,44 +116,3 @@ def test_processes_that_decode_ahead_change_no_weight(tmp_path: Path) -> None:
         )
     one, other = (runs.final_weights(tmp_path / name) for name in ("alone", "ahead"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def test_undecodable_images_are_all_listed_and_dropped_only_when_asked(tmp_path: Path) -> None:
-    images = tiny.write_images(tmp_path / "images", 60)
-    for number in range(12):
-        (images / "same" / f"broken{number:02}.png").write_bytes(b"no image")
-    with pytest.raises(DataError) as caught:
-        go(tmp_path, images, "data")
-    problems = caught.value.problems
-    assert sum("cannot be decoded:" in problem for problem in problems) == 10
-    assert any(
-        "12 images cannot be decoded" in problem and "data.undecodable_images: drop" in problem for problem in problems
-    )
-    assert any("same/broken00.png" in problem for problem in problems)
-
-    reached = go(tmp_path / "again", images, "data", data={"undecodable_images": "drop"})
-    assert reached.summary.dropped == {"undecodable image": 12}
-    assert sum(split.rows for split in reached.summary.splits.values()) == 60
-    lines = (reached.folder / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {json.loads(line)["check"] for line in lines} == {"undecodable image"}
-
-
-def test_table_with_paths_beside_it_and_parquet_with_bytes_give_the_same_rows(tmp_path: Path) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    images = tiny.write_images(tmp_path / "images", 40)
-    paths = sorted(images.glob("*/*.png"))
-    with (images / "rows.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [("file_name", "label"), *((path.relative_to(images), path.parent.name) for path in paths)]
-        )
-    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
-    table = pa.table({"image": cells, "label": [path.parent.name for path in paths]})
-    parquet.write_table(table, tmp_path / "rows.parquet")
-
-    by_path = go(tmp_path / "one", images / "rows.csv", "data").summary
-    by_bytes = go(tmp_path / "two", tmp_path / "rows.parquet", "data").summary
-    assert by_path.splits == by_bytes.splits
-    assert by_path.columns == {"image": "file_name", "label": "label"}
-    assert sum(split.rows for split in by_path.splits.values()) == 40

@@ -12,7 +12,6 @@ from seqeval.metrics import f1_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from fulltune import predict
-from fulltune.errors import DataError
 from fulltune.evaluate.untouched import LINEAR_PROBE
 from fulltune.inference.store import Rows, load_texts
 from tests import tiny
@@ -93,32 +92,6 @@ def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(
         assert entity["text"] == " ".join(answer["tokens"][entity["start"] : entity["end"]])
         assert 0 < entity["probability"] <= 1
     assert {"soup rain", "bread"} & {entity["text"] for entity in answer["entities"]}
-
-
-def test_more_than_a_few_rows_with_other_counts_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
-    rows = [*tagged(36), *({**row, "tags": row["tags"][1:]} for row in tagged(4))]
-    with pytest.raises(DataError) as caught:
-        runs.run(tmp_path, tiny_encoder, rows, until="data", task="token-classification")
-    assert "4 of 40 rows cannot be used (4 x counts differ); first: rows.jsonl:37, 6 tokens and 5 tags" in str(
-        caught.value
-    )
-
-
-def test_conll_files_are_prepared_and_one_bad_row_is_listed(tiny_encoder: Path, tmp_path: Path) -> None:
-    sentences = ["".join(f"{word}\t{tag}\n" for word, tag in zip(*row.values(), strict=True)) for row in tagged(60)]
-    train = tmp_path / "train.conll"
-    train.write_text("\n".join(sentences), encoding="utf-8")
-    test = tmp_path / "test.annotated"
-    test.write_text("\n".join([*sentences[:20], "odd\tPERSON\n"]), encoding="utf-8")
-    recipe = tiny.write_recipe(
-        *(tmp_path / "recipe.yaml", tiny_encoder, train), task="token-classification", data={"test": str(test)}
-    )
-    done = fulltune("data", recipe, "--run-folder", tmp_path / "run", "--json")
-    assert done.code == 0, done.err
-    summary = json.loads(done.out)
-    assert summary["problem_type"] == "tags"
-    assert {name: split["rows"] for name, split in summary["splits"].items()} == {"train": 54, "eval": 6, "test": 20}
-    assert summary["dropped"] == {"not BIO": 1}
 
 
 def plain_transformers(folder: Path, sentences: list[list[str]]) -> list[list[str]]:

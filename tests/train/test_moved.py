@@ -77,17 +77,3 @@ def test_rate_too_small_for_any_change_stops_by_guard(tiny_encoder: Path, tmp_pa
     assert outcome.status == "stopped_by_guard"
     assert not (tmp_path / "run" / "models").exists()
     assert not list((tmp_path / "run").rglob("initial.safetensors"))
-
-
-def test_optimizer_without_second_moments_counts_whole_tensors(tiny_encoder: Path, tmp_path: Path) -> None:
-    outcome = runs.run(
-        tmp_path,
-        tiny_encoder,
-        tiny.topic_rows(),
-        method={"learning_rate": 0.5},
-        train={**THREE_STEPS, "optim": "sgd"},
-    ).outcome
-
-    assert outcome is not None
-    assert outcome.moved is not None
-    assert outcome.moved.num_tensors_moved == outcome.moved.num_tensors_with_gradient

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fulltune.errors import RecipeError
 from fulltune.inference.store import Rows
 from fulltune.system.run_folder import Reached
-from fulltune.tasks import LossSettings, Target, causal_lm
+from fulltune.tasks import causal_lm
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs
@@ -85,22 +85,6 @@ def test_packed_rows_have_the_losses_of_texts_alone(kind: str, tmp_path: Path) -
         np.testing.assert_allclose(packed[text], losses, atol=1e-4)
 
 
-def test_packed_gradient_is_that_of_texts_alone(tmp_path: Path) -> None:
-    """The loss that training uses, summed over all tokens, has the same gradient."""
-    folder = tiny.save_model(tmp_path / "model", "llama")
-    gradients = []
-    for on in (None, False):
-        rows = Rows(go(tmp_path / str(on), folder, data={"packing": on}).folder / "data" / "train")
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        batch = causal_lm.collate([dict(row) for row in rows], 0)
-        labels = batch.pop("labels")
-        logits = model(**batch, use_cache=False).logits
-        loss = causal_lm.loss(logits, labels, Target("text", {"text": "text"}), LossSettings())
-        (loss / causal_lm.count_items(labels)).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
-
-
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("opt") / "tiny-opt", "opt")
@@ -124,11 +108,6 @@ def test_packing_asked_for_where_it_cannot_be_had_is_refused(opt: Path, tmp_path
     assert result.code == 2
     assert "Traceback" not in result.err
     assert len(result.problems) == 1
-
-
-def test_packing_asked_for_answers_is_refused(tiny_decoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="only raw text is packed, and these rows are prompt completion"):
-        runs.run(tmp_path, tiny_decoder, tiny.pair_rows(), until="data", task="causal-lm", data={"packing": True})
 
 
 def test_long_text_becomes_several_pieces_and_none_of_it_is_lost(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fulltune.inference import selective_head
-from fulltune.inference.run import logits_of, run_rows
-from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq, text_classification
+from fulltune.inference.run import logits_of
+from fulltune.tasks import LossSettings, Target, causal_lm, text_classification
 from fulltune.tasks.padding import IGNORED
 from tests import tiny
 from tests.train import runs
@@ -88,31 +88,6 @@ def test_what_follows_the_head_in_some_models_works_on_picked_logits(name: str) 
     assert_same(getattr(transformers, f"{name}ForCausalLM")(config), batch(), causal_lm)
 
 
-@pytest.mark.parametrize("name", ["T5", "Bart"])
-def test_an_encoder_decoder_gives_the_logits_of_the_targets_tokens(name: str) -> None:
-    import transformers
-
-    torch.manual_seed(0)
-    kinds = {
-        "T5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
-        "Bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
-        | {
-            f"{half}_{size}": 4 if size == "attention_heads" else 64
-            for half in ("encoder", "decoder")
-            for size in ("attention_heads", "ffn_dim")
-        },
-    }
-    config = getattr(transformers, f"{name}Config")(
-        **kinds[name], vocab_size=64, decoder_start_token_id=0, pad_token_id=0, bos_token_id=1, eos_token_id=2
-    )
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-    rows = [{"input_ids": [5, 6, 7], "labels": [8, 2]}, {"input_ids": [9, 2], "labels": [5, 6, 7, 2]}]
-    inputs = seq2seq.collate(rows, 0)
-    inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, inputs["labels"])
-
-    assert_same(model, inputs, seq2seq)
-
-
 def test_a_batch_without_trained_tokens_has_a_loss_of_zero_and_gradients() -> None:
     model, inputs = model_of("llama"), batch()
     inputs["labels"][:] = -100
@@ -122,20 +97,6 @@ def test_a_batch_without_trained_tokens_has_a_loss_of_zero_and_gradients() -> No
 
     assert loss == 0.0
     assert all(not gradient.any() for gradient in found.values())
-
-
-def test_run_rows_keeps_the_same_numbers() -> None:
-    model = model_of("gpt2")
-    rows = [{"input_ids": list(range(5, 9 + n)), "labels": [-100, 6, *range(7, 9 + n)]} for n in range(5)]
-    head, _ = selective_head.verified(model, causal_lm, batch())
-    assert head is not None
-
-    whole = run_rows(model, rows, causal_lm, TARGET, 0, batch_size=2, precision="fp32")
-    picked = run_rows(model, rows, causal_lm, TARGET, 0, batch_size=2, precision="fp32", head=head)
-
-    for name, values in whole.items():
-        assert picked[name] == pytest.approx(values, rel=1e-5)
-    assert not head.head._forward_pre_hooks
 
 
 class Misplacing(torch.nn.Linear):

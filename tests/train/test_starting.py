@@ -110,18 +110,6 @@ def test_forked_worker_that_is_killed_alone_or_with_the_fork_server_counts_as_ki
             assert len(killed) > 1  # after a kill it tries again
 
 
-def test_worker_that_ends_at_once_is_not_waited_for_and_says_why(tiny_encoder: Path, tmp_path: Path) -> None:
-    request = planned(tmp_path / "run", tiny_encoder)
-    (request.folder / "request.json").write_text("no request", encoding="utf-8")
-    with fork_server() as start:
-        child = start(request, request.folder / "log.txt")
-        assert child.wait() == 1
-        assert child.poll() == 1
-        again = start(request, request.folder / "log.txt")  # the pipe is in order
-        assert (again.wait(), again.pid != child.pid) == (1, True)
-    assert "request.json: damaged" in (request.folder / "log.txt").read_text(encoding="utf-8")
-
-
 def test_leaving_while_a_worker_trains_ends_it(tiny_encoder: Path, tmp_path: Path) -> None:
     request = planned(tmp_path / "run", tiny_encoder)
     with fork_server() as start:
