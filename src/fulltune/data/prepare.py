@@ -1,8 +1,4 @@
-"""From the user's files to three tokenised splits that never mix, with an account of every row.
-
-The files are read twice, row by row: once to find columns and target, once to tokenise. What is kept in memory of a row
-are a few numbers, so that the number of rows is bounded by the disk.
-"""
+"""From the user's files to three tokenised splits that never mix, with an account of every row."""
 
 from __future__ import annotations
 

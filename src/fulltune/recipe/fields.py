@@ -1,8 +1,4 @@
-"""The recipe: its blocks with every setting a user can give, meaning, default and bound on each field.
-
-No torch, no transformers. A validator may refuse a value and never changes one; what is left out is filled in by the
-plan, which records why. `docs/recipe.md` is generated from the fields of all blocks.
-"""
+"""The recipe: its blocks with every setting a user can give, meaning, default and bound on each field."""
 
 from __future__ import annotations
 

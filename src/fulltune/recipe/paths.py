@@ -12,6 +12,9 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.preserve import AUTO
 from fulltune.recipe.training import NVME, NVME_FOLDER
 
+_PATHS = {"data": ("eval", "test", "patch", "chat_template", "contamination"), "preserve": ("probe", "replay")}
+"""Settings of blocks that are one path each."""
+
 
 def is_address(path: str) -> bool:
     """`https://...`, `s3://...`: nothing that a file's path begins with."""
@@ -26,10 +29,9 @@ def _expanded(path: str) -> str:
 
 def named_paths(recipe: Recipe) -> list[str]:
     """The files and folders that a resolved recipe names, each once; a model of the Hub is none."""
-    data, preserve = recipe.data, recipe.preserve
-    named: list[Any] = [one if isinstance(one, str) else one.path for one in data.entries]
-    named += [data.eval, data.test, data.patch, data.chat_template, data.contamination]
-    named += [preserve.probe, preserve.replay, recipe.train.extra.get("deepspeed"), recipe.model.name]
+    named: list[Any] = [one if isinstance(one, str) else one.path for one in recipe.data.entries]
+    named += [getattr(getattr(recipe, block), name) for block, names in _PATHS.items() for name in names]
+    named += [recipe.train.extra.get("deepspeed"), recipe.model.name]
     return [one for one in dict.fromkeys(map(str, named)) if Path(one).is_absolute()]
 
 
@@ -55,22 +57,22 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             problems.append(f"{setting}: {shown} is not UTF-8, expected a path that is; rename the file or folder")
         return path
 
-    data = recipe.data
     update: dict[str, Any] = {
         "train": tuple(
             absolute(one, "data.train")
             if isinstance(one, str)
             else one.model_copy(update={"path": absolute(one.path, "data.train")})
-            for one in data.entries
+            for one in recipe.data.entries
         )
     }
-    for key in ("eval", "test", "patch", "chat_template", "contamination"):
-        if (value := getattr(data, key)) is not None:
-            update[key] = absolute(value, f"data.{key}")
-    preserve = recipe.preserve
-    for key in ("probe", "replay"):
-        if (value := getattr(preserve, key)) not in (None, AUTO):
-            preserve = preserve.model_copy(update={key: absolute(value, f"preserve.{key}")})
+    blocks: dict[str, dict[str, Any]] = {"data": update, "preserve": {}}
+    for block, names in _PATHS.items():
+        given = {name: getattr(getattr(recipe, block), name) for name in names}
+        blocks[block] |= {
+            name: absolute(path, f"{block}.{name}")
+            for name, path in given.items()
+            if path is not None and (block, path) != ("preserve", AUTO)
+        }
     train = recipe.train
     if isinstance(file := train.extra.get("deepspeed"), str):
         train = train.model_copy(
@@ -87,12 +89,5 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     output = absolute(recipe.output, "output")
     if problems:
         raise RecipeError(problems)
-    return recipe.model_copy(
-        update={
-            "data": data.model_copy(update=update),
-            "model": model,
-            "train": train,
-            "preserve": preserve,
-            "output": output,
-        }
-    )
+    changed = {block: getattr(recipe, block).model_copy(update=paths) for block, paths in blocks.items()}
+    return recipe.model_copy(update={**changed, "model": model, "train": train, "output": output})

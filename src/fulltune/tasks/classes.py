@@ -94,14 +94,8 @@ def metrics(kept: Predictions, target: Target) -> dict[str, float]:
 
 
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
-    """The metrics that need only labels, so that baselines without probabilities have them too.
-
-    A bootstrap computes them a thousand times: those of classes come from counts, with scikit-learn's values at a
-    hundredth of its time. A class that nothing was found of and nothing expected of is left out of the macro mean of
-    single labels, and counts as 0 in that of several labels, as in scikit-learn.
-
-    Both are class ids [rows], a 0/1 matrix [rows, labels], or numbers [rows], as the target says.
-    """
+    """The metrics that need only labels, class ids [rows], a 0/1 matrix [rows, labels] or numbers [rows]: with
+    scikit-learn's values, from counts at a hundredth of its time, as a bootstrap computes them a thousand times."""
     match target.problem_type:
         case "choice":
             return {"accuracy": float(np.mean(true == predicted))}

@@ -282,11 +282,7 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
 
 
 def metrics(kept: Predictions, target: Target) -> dict[str, float]:
-    """Exact match and F1 of each window's tokens, and the loss: for choosing a checkpoint.
-
-    With `exact_match`, `f1` and `loss` columns, as `fulltune.evaluate.spans` makes them from the texts of whole
-    questions, their means.
-    """
+    """Exact match and F1 of each window's tokens, or of whole questions once `evaluate.spans` scored them, loss."""
     return {name: float(np.mean(values)) for name, values in row_scores(kept).items()}
 
 

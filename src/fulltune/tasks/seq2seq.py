@@ -64,11 +64,8 @@ def answer_text(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenise; source and target are each cut at `max_length`.
-
-    A cut source keeps its end token, as when the model answers. A cut target loses it, so that the model does not
-    learn to stop in the middle.
-    """
+    """Tokenise; source and target are each cut at `max_length`. A cut source keeps its end token, as when the model
+    answers; a cut target loses it, so that the model does not learn to stop in the middle."""
     sources = _tokenised([target.joint + prompt_text(row, target) for row in rows], tokenizer)
     written = tokenizer(text_target=[as_text(row.get(target.columns["target"])) for row in rows], verbose=False)
     encoded = []

@@ -57,12 +57,8 @@ def _picked(logits: Any, places: torch.Tensor) -> Any:
 
 
 def metrics(kept: Predictions, target: Target) -> dict[str, float]:
-    """Loss per token in nats, perplexity, accuracy of the next token; each token counts the same.
-
-    Of what `score_answers` kept, the means; BLEU is that of the whole corpus, made from the sum of the rows' counts as
-    sacrebleu makes it: an order of n-grams without a match is smoothed (`exp`), so that few or short answers do not all
-    get 0.
-    """
+    """Loss per token in nats, perplexity, accuracy of the next token, and mean scores of answers; BLEU is that of the
+    whole corpus, an order of n-grams without a match smoothed (`exp`), so that few or short answers do not get 0."""
     of_tokens = "tokens" in kept
     wanted = {
         name: part for name, part in sums(target, "").items() if name in kept or (of_tokens and name in _OF_TOKENS)
