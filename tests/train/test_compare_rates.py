@@ -20,6 +20,7 @@ from fulltune.compare import seeds as whole_runs
 from fulltune.compare.seeds import SeedRuns
 from fulltune.errors import Diverged, GuardStop, RecipeError
 from fulltune.inference import store
+from fulltune.recipe.tasks import FORMS
 from fulltune.records.comparison import Search, Trial, TrialResult, Tried
 from fulltune.records.differences import ArmStep, Look
 from fulltune.records.plan import Plan
@@ -98,9 +99,9 @@ def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path
         writer.write(store.record_batch([{"labels": 0}] * 4, [store.words(place, {"q": "x"}) for place in places]))
     line = mock.Mock(folder=tmp_path)
     line.measure.configure_mock(name="f1", greater_is_better=True)
-    line.summary = mock.Mock(splits={"eval": mock.Mock(rows=4)}, problem_type="span")
+    line.summary = mock.Mock(splits={"eval": mock.Mock(rows=4)}, form=FORMS["span"])
     assert rates.scale_of(line).eval_rows == 2
-    line.summary.problem_type = "single_label"
+    line.summary.form = FORMS["single_label"]
     assert rates.scale_of(line).eval_rows == 4
 
 
