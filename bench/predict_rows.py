@@ -93,8 +93,6 @@ def memory(folder: Path, model: Path, rows: int) -> None:
 
 
 def ours(model: Path, file: Path, output: Path) -> Callable[[], None]:
-    from rich.console import Console
-
     from fulltune import predict
     from fulltune.cli import predict as cli_predict
 
@@ -102,7 +100,7 @@ def ours(model: Path, file: Path, output: Path) -> Callable[[], None]:
 
     def run() -> None:
         what = cli_predict.asked([], file, predictor.notes)
-        cli_predict.write(Console(), predictor, what, output, 128, lambda done, total: None)
+        cli_predict.write(predictor, what, output, False, 128, lambda done, total: None)
 
     return run
 

@@ -90,12 +90,15 @@ def test_lint_with_a_budget_is_refused(tmp_path: Path) -> None:
     assert "--budget: --lint reads the recipe alone" in refused.err
 
 
-def test_comparison_that_could_go_on_with_other_settings_is_named(tmp_path: Path) -> None:
+def test_comparison_that_could_go_on_with_other_settings_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, console = recipe(tmp_path, ["full", "lora"]), Console(width=200, file=io.StringIO())
+    monkeypatch.setattr(cli_compare, "err", console)
 
     def said(*overrides: str, fresh: bool = False) -> tuple[Path, str]:
         console.file = io.StringIO()
-        _, folder = cli_compare._open(console, path, list(overrides), None, fresh)
+        _, folder = cli_compare._open(path, list(overrides), None, fresh)
         return folder, console.file.getvalue()
 
     first, told = said()

@@ -265,10 +265,11 @@ def compare(
     """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a report."""
     from fulltune.cli import compare as cli_compare
 
+    asked = cli_compare.Asked(targets, set_ or [], run_folder, fresh, budget, as_json)
     if lint:
-        cli_compare.lint(out, targets, set_ or [], budget, as_json)
-        return
-    cli_compare.compare(out, err, targets, set_ or [], run_folder, fresh, budget, as_json)
+        cli_compare.lint(asked)
+    else:
+        cli_compare.compare(asked)
 
 
 app.command()(launch)
@@ -345,18 +346,18 @@ def predict(
     chosen = [stages.chosen_model(run, method) for run in (run_folder, *(with_ or ()))]
     notes = folders.notes_of(chosen[0])
     what = cli_predict.asked(text or [], file, notes)
-    cli_predict.say_names(err, what)
+    cli_predict.say_names(what)
     if with_:
-        cli_predict.side_by_side(err, [run_folder, *with_], method, what, by, max_new_tokens, as_json)
+        cli_predict.side_by_side([run_folder, *with_], method, what, by, max_new_tokens, as_json)
         return
     if what.table is not None:
         predicting.check_columns(what.columns, notes, what.where)
     predictor = predicting.load(chosen[0])
     if output is None:
-        cli_predict.show(err, predictor, what, max_new_tokens, as_json)
+        cli_predict.show(predictor, what, max_new_tokens, as_json)
         return
     with stages.bar("answering", shown=not as_json) as watch:
-        written = cli_predict.write(err, predictor, what, output, escape_formulas, max_new_tokens, watch)
+        written = cli_predict.write(predictor, what, output, escape_formulas, max_new_tokens, watch)
     if as_json:
         stages.print_json(written)
     else:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from fulltune import report
 from fulltune.cli.show.run import Display
+from fulltune.cli.stages import err, out, print_json
 from fulltune.compare.many_tasks import many_tasks
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
@@ -33,79 +33,67 @@ if TYPE_CHECKING:
     from fulltune.compare.run import Compared
 
 
-def compare(
-    out: Console,
-    err: Console,
-    targets: list[Path],
-    overrides: list[str],
-    folder: Path | None,
-    fresh: bool,
-    budget: str | None,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says."""
+
+    targets: list[Path]
+    overrides: list[str]
+    folder: Path | None
+    fresh: bool
+    budget: str | None
+    as_json: bool
+
+
+def compare(asked: Asked) -> None:
     """Compare, or go on with it, and show the verdict; of several recipes also what they come to on one base."""
-    if len(targets) > 1:
-        _compare_many(out, err, targets, overrides, folder, fresh, budget, as_json)
+    if len(asked.targets) > 1:
+        _compare_many(asked)
         return
-    found = _run(err, targets[0], overrides, folder, fresh, _share_of(budget, 1))
-    if as_json:
+    found = _run(asked, asked.targets[0], asked.folder)
+    if asked.as_json:
         typer.echo(found.comparison.model_dump_json(indent=2))
     else:
-        _show(out, found)
+        _show(found)
 
 
-def _compare_many(
-    out: Console,
-    err: Console,
-    targets: list[Path],
-    overrides: list[str],
-    folder: Path | None,
-    fresh: bool,
-    budget: str | None,
-    as_json: bool,
-) -> None:
-    if fresh:
+def _compare_many(asked: Asked) -> None:
+    if asked.fresh:
         raise SetupError("--fresh: with several recipes name a new --run-folder instead")
-    _refuse_run(folder)
-    recipes = _of_one_base(targets, overrides)
-    each = _share_of(budget, len(targets))
-    parent = folder or _folder_of_all(recipes)
+    if asked.folder is not None and (asked.folder / run_folder.IDENTITY).exists():
+        what = "another comparison" if run_folder.is_comparison(asked.folder) else "a single run"
+        raise SetupError(
+            f"{asked.folder}: is the folder of {what}, and several recipes get a folder each inside the named one; "
+            "name another folder, or leave --run-folder out"
+        )
+    recipes = _of_one_base(asked.targets, asked.overrides)
+    parent = asked.folder or _folder_of_all(recipes)
     found = {}
-    for name, target in zip(recipes, targets, strict=True):
+    for name, target in zip(recipes, asked.targets, strict=True):
         err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
-        found[name] = _run(err, target, overrides, parent / name, False, each)
-        if not as_json:
+        found[name] = _run(asked, target, parent / name)
+        if not asked.as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
-            _show(out, found[name])
+            _show(found[name])
     folders = {name: one.folder.name for name, one in found.items()}
     together = many_tasks({name: one.comparison for name, one in found.items()}, folders)
     with run_folder.writing(parent):
         files = report.write_tasks(parent, together)
-    if as_json:
+    if asked.as_json:
         typer.echo(together.model_dump_json(indent=2))
     else:
         terminal.show(out, [on_one_base(together)])
-        _paths(out, files)
+        _show_paths(files)
 
 
-def _show(out: Console, found: Compared) -> None:
+def _show(found: Compared) -> None:
     terminal.show(out, content.in_short(found.comparison))
-    _paths(out, found.cards)
+    _show_paths(found.cards)
 
 
-def _paths(out: Console, files: Sequence[Path]) -> None:
+def _show_paths(files: Sequence[Path]) -> None:
     for path in files:
         out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
-
-
-def _refuse_run(folder: Path | None) -> None:
-    """Refuse the folder of a run or of one comparison: several comparisons get a folder each inside the named one."""
-    if folder is not None and (folder / run_folder.IDENTITY).exists():
-        what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
-        raise SetupError(
-            f"{folder}: is the folder of {what}, and several recipes get a folder each inside the named one; name "
-            "another folder, or leave --run-folder out"
-        )
 
 
 def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
@@ -182,11 +170,9 @@ def _share_of(budget: str | None, count: int) -> str | None:
         raise RecipeError(f"--budget: {error}") from None
 
 
-def _run(
-    err: Console, target: Path, overrides: list[str], folder: Path | None, fresh: bool, budget: str | None
-) -> Compared:
-    began = time.time()  # before the libraries are read: that counts, too
-    recipe, found = _open(err, target, overrides, folder, fresh)
+def _run(asked: Asked, target: Path, folder: Path | None) -> Compared:
+    began, budget = time.time(), _share_of(asked.budget, len(asked.targets))  # reading the libraries counts, too
+    recipe, found = _open(target, asked.overrides, folder, asked.fresh)
     run_folder.hide_progress_bars()
     try:
         from fulltune.compare.run import run
@@ -199,7 +185,7 @@ def _run(
         raise InterruptedRun("interrupted; the same command continues it") from None
 
 
-def _open(err: Console, target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
+def _open(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
     """The comparison's recipe and its folder."""
     if target.is_dir():
         if overrides or folder or fresh:
@@ -250,18 +236,18 @@ UNFAIR = 2
 """Exit code of a lint that found something unfair: the recipe is to be changed."""
 
 
-def lint(out: Console, targets: list[Path], overrides: list[str], budget: str | None, as_json: bool) -> None:
+def lint(asked: Asked) -> None:
     """Say what would make the comparisons unfair; ends with `UNFAIR` when something does."""
-    if budget is not None:
+    if asked.budget is not None:
         raise RecipeError("--budget: --lint reads the recipe alone; leave out one of them")
     run_folder.hide_progress_bars()
     from fulltune.compare.fairness import lint_recipe
 
-    found = {target: lint_recipe(_recipe_of(target, overrides)) for target in targets}
-    if as_json:
+    found = {target: lint_recipe(_recipe_of(target, asked.overrides)) for target in asked.targets}
+    if asked.as_json:
         lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target in found for one in found[target]]
-        typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
-    for target, several in () if as_json else found.items():
+        print_json(lines)
+    for target, several in () if asked.as_json else found.items():
         where = f"{target}: " if len(found) > 1 else ""
         said = [f"{one.level}: {one.where}: {one.what}; {one.to_do}" for one in several]
         for one in said or ["nothing found that would make this comparison unfair"]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from fulltune.cli.stages import err
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.text import counted, listed
 
@@ -175,38 +175,38 @@ class Tally:
             self.first.append(f"{place}: {reason}")
         return reason
 
-    def say(self, err: Console, cut_in_words: str, left: str) -> None:
+    def say(self, cut_in_words: str, left: str) -> None:
         """Say what has no answer, with what is `left` in its place, and what was not read whole."""
         for line in self.first:
-            _warn(err, line)
+            _warn(line)
         if self.without > _LISTED:
-            _warn(err, f"... and {self.without - _LISTED:,} more")
+            _warn(f"... and {self.without - _LISTED:,} more")
         if self.rows and self.without == self.rows:
             raise DataError(f"{self.where}: no row can be answered ({counted(self.rows, 'row')})")
         of = f"of {counted(self.rows, 'row')}"
         if self.without:
-            _warn(err, f"without an answer: {self.without:,} {of}; {left}")
+            _warn(f"without an answer: {self.without:,} {of}; {left}")
         if self.cut:
-            _warn(err, f"read in part: {self.cut:,} {of}; each {cut_in_words}")
+            _warn(f"read in part: {self.cut:,} {of}; each {cut_in_words}")
 
 
-def _warn(err: Console, line: str) -> None:
+def _warn(line: str) -> None:
     err.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
 
 
-def say_names(err: Console, what: Asked) -> None:
+def say_names(what: Asked) -> None:
     """Say how the columns of a table without a header line are called."""
     if what.named:
         said = f"{what.where}: no header line; columns as in training: {', '.join(what.named)}"
         err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
 
 
-def show(err: Console, predictor: Predictor, what: Asked, max_new_tokens: int, as_json: bool) -> None:
+def show(predictor: Predictor, what: Asked, max_new_tokens: int, as_json: bool) -> None:
     """Print an answer for each row: a line for people, or an object of JSON with the row's place."""
     tally = Tally(what.where, what.table is not None)
     for place, _, answered in _answered(predictor, what, max_new_tokens):
         typer.echo(_line(place, answered, tally.add(place, answered), as_json))
-    tally.say(err, predictor.cut_in_words(), _IN_PLACE[as_json])
+    tally.say(predictor.cut_in_words(), _IN_PLACE[as_json])
 
 
 def _answered(
@@ -229,7 +229,6 @@ def _line(place: str, answered: Answered, reason: str | None, as_json: bool, **m
 
 
 def write(
-    err: Console,
     predictor: Predictor,
     what: Asked,
     output: Path,
@@ -252,7 +251,7 @@ def write(
             watch(0, what.total)
             for place, row, answered in _answered(predictor, what, max_new_tokens, in_window):
                 put(row, new.cells(answered.answer, tally.add(place, answered)))
-            tally.say(err, predictor.cut_in_words(), f"their columns are empty, '{new.reason}' says why")
+            tally.say(predictor.cut_in_words(), f"their columns are empty, '{new.reason}' says why")
     except KeyboardInterrupt:
         raise InterruptedRun(f"interrupted: {output} was not written; the same command starts anew") from None
     counts = {"rows": tally.rows, "without_answer": tally.without, "cut": tally.cut}
@@ -260,7 +259,7 @@ def write(
 
 
 def side_by_side(
-    err: Console, runs: list[Path], method: str | None, what: Asked, by: str | None, max_new_tokens: int, as_json: bool
+    runs: list[Path], method: str | None, what: Asked, by: str | None, max_new_tokens: int, as_json: bool
 ) -> None:
     """Print answers of several models over one base: all of each row, or the one that the row's column `by` names, as
     its folder is called.
@@ -293,7 +292,7 @@ def side_by_side(
             for name, answered in answers[number]:
                 typer.echo(_line(place, answered, tally.add(place, answered), as_json, model=name))
     cut_in_words = " / ".join(dict.fromkeys(predictor.cut_in_words() for predictor in found.values()))
-    tally.say(err, cut_in_words, _IN_PLACE[as_json])
+    tally.say(cut_in_words, _IN_PLACE[as_json])
 
 
 def _check_names(what: Asked, by: str, names: list[str]) -> None:
