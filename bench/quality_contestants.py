@@ -333,13 +333,13 @@ def embeddings(point: Point, split: str) -> np.ndarray:
 
 def _means(point: Point, model: Any, tokenizer: Any, rows: Any) -> np.ndarray:
     """Mean of the last states of tokenised rows, scaled to length 1: [rows, hidden]."""
-    from fulltune.probe import Looker
+    from fulltune.probe import Extractor
 
     scoring = point.scoring
-    looker = Looker(
+    extractor = Extractor(
         model, scoring.recipe.task, scoring.target, tokenizer.pad_token_id, SCORED_TOGETHER, point.precision
     )
-    found = looker.features(rows, layers=None).mean
+    found = extractor.features(rows, layers=None).mean
     assert found is not None, "rows have a mean"
     return found
 

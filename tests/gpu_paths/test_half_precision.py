@@ -79,7 +79,7 @@ def test_copies_of_weights_that_are_shared_out_are_not_kept(shared: bool, monkey
 
 @on_the_cpu
 def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -> None:
-    """Also the drift and what is replayed, the probe that starts its head, its dense layer, the check of its scale."""
+    """Also the drift and what is replayed, the probe that starts its head, the check of its scale."""
     rows = [{"text": row["text"], "score": 100.0 + number % 7} for number, row in enumerate(tiny.topic_rows(40))]
     model = tiny.save_model(tmp_path / "model", "bert")
     blocks: dict[str, Any] = {"data": {"label": "score", "problem_type": "regression"}, "preserve": {"budget": "5%"}}
@@ -88,7 +88,6 @@ def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -
     assert set(found) == {
         "forgetting/drift.py: states",
         "inference/run.py: kept",
-        "probe/layers.py: after_dense",
         "probe/layers.py: see",
         "train/loop/guarded_step.py: compute_loss",
         "train/worker/scaling.py: _ends_with",

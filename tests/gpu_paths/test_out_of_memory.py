@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -20,7 +19,7 @@ from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate import _as_what_does_not_fit
 from fulltune.methods.injected import put_into
 from fulltune.probe.fit import _no_probe_without_memory
-from fulltune.probe.layers import HeadLayers, NoProbe, after_dense
+from fulltune.probe.linear import NoProbe
 from fulltune.recipe.methods import LoraMethod
 from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.train.worker import main as worker
@@ -100,25 +99,6 @@ def test_method_that_finds_no_memory_is_no_fault_of_the_recipe(
     monkeypatch.setattr(peft, "get_peft_model", raising(error))
     with pytest.raises(found):
         put_into(torch.nn.Linear(1, 1), LoraMethod(kind="lora"), "text-classification", ())
-
-
-@pytest.mark.parametrize(("error", "found"), [(CardIsFull(), torch.OutOfMemoryError), (Fault(), NoProbe)])
-def test_head_that_finds_no_memory_may_be_one_that_a_probe_knows(
-    error: BaseException, found: type[BaseException]
-) -> None:
-    class Model(torch.nn.Module):
-        device = torch.device("cpu")
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.dense, self.last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
-
-        def forward(self, **batch: Any) -> Any:
-            assert torch.is_autocast_enabled("cpu")
-            raise error
-
-    with pytest.raises(found):
-        after_dense(Model(), HeadLayers("last", "dense"), {}, np.zeros((1, 2), np.float32), precision="bf16")
 
 
 @pytest.mark.parametrize(("error", "ends_it"), [(CardIsFull(), True), (Fault(), False)])

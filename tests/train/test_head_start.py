@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from fulltune.errors import RecipeError
 from fulltune.evaluate.untouched import LINEAR_PROBE
-from fulltune.probe import features, run_folder
+from fulltune.probe import features
 from fulltune.probe import fit as fitting
+from fulltune.probe.layers import DenseLayer
 from fulltune.records.events import Event, PhaseBegan
 from fulltune.records.probe import Probe
 from fulltune.records.scores import Scores
@@ -128,13 +129,13 @@ def probe_files(folder: Path) -> dict[str, bytes]:
 def counted() -> Iterator[list[int]]:
     """How often a probe is fitted: the number of rows of each."""
     calls: list[int] = []
-    original = run_folder.fit
+    original = fitting.fit
 
-    def fit(looker: Any, rows: Any, eval_rows: Any, with_head: bool) -> Any:
+    def fit(extractor: Any, rows: Any, eval_rows: Any, with_head: bool) -> Any:
         calls.append(len(rows))
-        return original(looker, rows, eval_rows, with_head)
+        return original(extractor, rows, eval_rows, with_head)
 
-    with mock.patch.object(run_folder, "fit", fit):
+    with mock.patch.object(fitting, "fit", fit):
         yield calls
 
 
@@ -215,7 +216,7 @@ def test_same_files_whichever_seed_fits_first(tiny_encoder: Path, tmp_path: Path
     assert len(kept) < len(values)
     save_file(kept, bare / "model.safetensors", {"format": "pt"})
     for seed in (1, 2):
-        with mock.patch.object(fitting, "_follows", return_value=False):
+        with mock.patch.object(DenseLayer, "of", return_value=None):
             runs.run(tmp_path / str(seed), bare, ROWS, train={**STANDING, "seed": seed})
         head = Probe.load(tmp_path / str(seed) / "run" / "probe" / "probe.json").head
         assert head is not None

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fulltune.inference.run import generate, run_rows
 from fulltune.models.base import Base
 from fulltune.models.load import load
-from fulltune.probe import Looker
+from fulltune.probe import Extractor
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, causal_lm, text_classification
 from tests import tiny
@@ -95,8 +95,8 @@ def test_frozen_embeddings_alone_equal_those_in_a_padded_batch(classifier: tuple
     encoded = [dict(one[0].features) for one in text_classification.encode(rows, TARGET, tokenizer, 64)]
 
     def embed(rows: Any, batch_size: int) -> np.ndarray:
-        looker = Looker(model, "text-classification", TARGET, tokenizer.pad_token_id, batch_size, "fp32")
-        found = looker.features(rows, layers=None).mean
+        extractor = Extractor(model, "text-classification", TARGET, tokenizer.pad_token_id, batch_size, "fp32")
+        found = extractor.features(rows, layers=None).mean
         assert found is not None
         return found
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fulltune.probe.layers import NoProbe
-from fulltune.probe.linear import FOLDS, MIDDLE, Items, fits
+from fulltune.probe.linear import FOLDS, MIDDLE, Items, NoProbe, fits
 
 PRECISION = 0.75
 """Wanted of the suspects; on rows with known errors it was about that (docs/log.md)."""

@@ -24,8 +24,7 @@ from fulltune.audit.untouched import Reader
 from fulltune.data.patch import numbered
 from fulltune.errors import SetupError
 from fulltune.inference.store import row_id, texts
-from fulltune.probe.layers import NoProbe
-from fulltune.probe.linear import Items, best, fits, wrong
+from fulltune.probe.linear import Items, NoProbe, best, fits, wrong
 from fulltune.records.audit import HIGH_LOSS, PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
 from fulltune.stats.intervals import SURPRISES

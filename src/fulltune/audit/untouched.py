@@ -24,8 +24,7 @@ from fulltune.models.base import Base
 from fulltune.models.load import load
 from fulltune.models.processors import opened
 from fulltune.probe.features import sampled
-from fulltune.probe.layers import NoProbe
-from fulltune.probe.linear import Items
+from fulltune.probe.linear import Items, NoProbe
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.events import Listener, RowsRead
@@ -61,7 +60,7 @@ class Reader:
     """What was read already, or why it cannot be: several checks look at it."""
 
     @cached_property
-    def looker(self) -> probe.Looker:
+    def extractor(self) -> probe.Extractor:
         """How rows go through the model."""
         import torch
 
@@ -71,7 +70,7 @@ class Reader:
             torch.manual_seed(probe.SEED)  # what the head lacks is drawn, and not read
             changes = task.config_changes(target, self.base.processor)
             model: Any = load(self.base, changes, head_is_new=task.FACTS.head_is_new, block=self.recipe.model)
-        return probe.Looker(
+        return probe.Extractor(
             model.to(device),
             self.recipe.task,
             target,
@@ -104,11 +103,12 @@ class Reader:
     def _items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         try:
             rows = opened(Rows(self.folder / split), self.base.processor)
-            width = getattr(self.looker.model.config.get_text_config(), "hidden_size", None) or 0  # none: convolutions
-            if self.looker.kind == "tags":
+            config = self.extractor.model.config.get_text_config()
+            width = getattr(config, "hidden_size", None) or 0  # none: convolutions
+            if self.extractor.kind == "tags":
                 width = -(-width // 2)  # one vector of each word is kept, where `sampled` reckons with two
-            chosen = sampled(rows, self.looker.kind, self.looker.target.num_choices, width)
-            found = self.looker.features(chosen, None)
+            chosen = sampled(rows, self.extractor.kind, self.extractor.target.num_choices, width)
+            found = self.extractor.features(chosen, None)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -116,7 +116,7 @@ class Reader:
         if found.mean is None:
             raise NoProbe("this model gives fewer states than there are tokens")
         positions = np.array(chosen.positions if isinstance(chosen, Share) else range(len(rows)))
-        return self.looker.items(found.mean, found), positions
+        return self.extractor.items(found.mean, found), positions
 
 
 def judge(reader: Reader) -> tuple[np.ndarray, Suspected] | str:
@@ -139,7 +139,7 @@ def judge(reader: Reader) -> tuple[np.ndarray, Suspected] | str:
 
 def with_shapes(reader: Reader, items: Items, positions: np.ndarray) -> tuple[Items, list[np.ndarray]]:
     """The words, described also by how they are written; and their numbers in each row: some have no token."""
-    folder, columns, wanted = reader.folder / "train", reader.looker.target.columns, {*positions.tolist()}
+    folder, columns, wanted = reader.folder / "train", reader.extractor.target.columns, {*positions.tolist()}
     prepared = Rows(folder)
     numbers = [seen_words(prepared[position]) for position in positions.tolist()]
     sentences = (words_and_tags(row, columns)[0] for at, row in enumerate(texts(folder)) if at in wanted)

@@ -35,13 +35,13 @@ def baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Sc
     return made
 
 
-def _looker(scoring: Scoring) -> probe.Looker:
+def _extractor(scoring: Scoring) -> probe.Extractor:
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(probe.SEED)  # what the head lacks is drawn
         model, processor = scoring.load(None)
-    return probe.Looker(
+    return probe.Extractor(
         model,
         scoring.recipe.task,
         scoring.target,
@@ -58,16 +58,16 @@ def _probe(scoring: Scoring) -> Probe:
     """The run folder's; fitted here where no training needed it."""
     rows, eval_rows = (opened(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
     with_head = scoring.plan.head_init is not None
-    return probe.fitted(scoring.data.parent, lambda: _looker(scoring), rows, eval_rows, with_head)
+    return probe.fitted(scoring.data.parent, lambda: _extractor(scoring), rows, eval_rows, with_head)
 
 
 def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe) -> Scored:
     assert found.frozen is not None, "asked before"
     rival, rows = found.frozen, opened(scoring.rows("test"), scoring.base.processor)
-    looker, folder = _looker(scoring), scoring.data.parent
+    extractor, folder = _extractor(scoring), scoring.data.parent
     if found.head is not None:
-        probe.put_head(looker.model, folder)  # embeddings as they were: layers that the checkpoint lacks give some
-    predicted = probe.predicted(looker, rows, rival, probe.rival_of(folder))
+        probe.put_head(extractor.model, folder)  # embeddings as they were: layers that the checkpoint lacks give some
+    predicted = probe.predicted(extractor, rows, rival, probe.rival_of(folder))
     scored: Scored = scorer.frozen(scoring, name_of(rival, found), predicted)
     return scored
 

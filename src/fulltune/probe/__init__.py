@@ -6,9 +6,7 @@ layer before it, such as a pooler's, is kept or replaced by whichever gives the 
 model stays the plain class: only values of its head are set. Test rows are never looked at.
 """
 
-from fulltune.probe.looker import Looker
-from fulltune.probe.pairs import separators
-from fulltune.probe.rivals import predicted
-from fulltune.probe.run_folder import SEED, fitted, put_head, rival_of
+from fulltune.probe.features import Extractor, separators
+from fulltune.probe.fit import SEED, fitted, predicted, put_head, rival_of
 
-__all__ = ["SEED", "Looker", "fitted", "predicted", "put_head", "rival_of", "separators"]
+__all__ = ["SEED", "Extractor", "fitted", "predicted", "put_head", "rival_of", "separators"]

@@ -5,23 +5,27 @@ One pass over the rows, of pairs three, batch by batch; in memory stays what sci
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
-from fulltune.probe.layers import HeadLayers, NoProbe, Seen, see
-from fulltune.probe.pairs import compared, each_alone
-from fulltune.recipe.tasks import ProblemType
+from fulltune.models.sharding import runs_together
+from fulltune.probe.layers import HeadLayers, Seen, see
+from fulltune.probe.linear import Items, NoProbe
+from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import MOST_ROWS, OTHER_TOKENS, items_per_row, rows_within
-from fulltune.tasks import Task, question_answering
+from fulltune.system.out_of_memory import with_smaller_batches
+from fulltune.tasks import Target, Task, question_answering, task_named
 from fulltune.tasks.padding import IGNORED
 from fulltune.tasks.token_classification import WORD_IDS
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,94 @@ class Features:
     rows: np.ndarray
     """The row of each item [items]."""
     apart: np.ndarray | None = None
-    """`pairs.compared` of a pair's texts, each read alone, [items, 2 hidden + 1]; None: items are no pairs, or their
+    """`compared` of a pair's texts, each read alone, [items, 2 hidden + 1]; None: items are no pairs, or their
     texts are not told apart."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Runs prepared rows through the untouched model, and gives the features of their items."""
+
+    model: Any
+    """As it was loaded, on its device, before a method was applied."""
+    task_name: TaskName
+    target: Target
+    pad_token_id: int
+    batch_size: int
+    precision: str
+    class_weights: Sequence[float] | None = None
+    separators: frozenset[int] = frozenset()
+    """Around the texts of a pair; empty: rows are no pairs."""
+    watch: Watch = lambda done, total, share: None
+    middle: bool = False
+    """Whether states are those of the layer in the middle, not of the last one."""
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.task_name)
+
+    @property
+    def kind(self) -> ProblemType:
+        return self.target.problem_type
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits of an item."""
+        return {"choice": 1, "regression": 1, "span": 2}.get(self.kind, len(self.target.labels))
+
+    def features(self, rows: Any, layers: HeadLayers | None) -> Features:
+        """Of all these rows, in smaller batches when memory runs out."""
+        return self.within_memory(lambda size: joined(self.passes(rows, layers, size)))
+
+    def within_memory(self, run: Callable[[int], T]) -> T:
+        """Call `run` with a number of rows per batch, with fewer when memory runs out. Processes that shard the weights
+        run the same batches: one of them cannot take fewer alone, and ends the others with it."""
+        if runs_together(self.model):
+            return run(self.batch_size)
+        return with_smaller_batches("linear probe", self.batch_size, run)
+
+    def items(self, features: np.ndarray, of: Features) -> Items:
+        """What a classifier is fitted on."""
+        return Items(self.kind, features, of.labels, of.rows, self.num_outputs, self.class_weights)
+
+    def passes(self, rows: Any, layers: HeadLayers | None, batch_size: int, apart: bool = True) -> Iterator[Features]:
+        """The features of each batch, longest rows first; without `layers` the means alone, with `apart` also those of
+        a pair's texts, each read alone.
+
+        Raises:
+            NoProbe: When the head does not show what it reads, or a feature is not finite.
+        """
+        import torch
+
+        model, lengths = self.model, lengths_of(rows)
+        was_training = model.training
+        model.eval()
+        try:
+            for positions in watched(longest_first(lengths), batch_size, lengths, self.watch):
+                chosen = [rows[i] for i in positions]
+                batch, labels = self._collated(chosen)
+                with torch.no_grad(), autocast(model, self.precision):
+                    seen = see(model, layers, batch, self.middle)
+                    found = _of_items(seen, batch, labels, chosen, self.kind, np.asarray(positions))
+                    if apart and self.separators and found.mean is not None:
+                        found = replace(found, apart=self._apart(chosen))
+                yield found
+        finally:
+            model.train(was_training)
+
+    def _apart(self, chosen: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """How the texts of pairs differ, each read alone; no pass is larger than the pairs'."""
+        texts, means = each_alone(chosen, self.separators), list[Any]()
+        for part in (texts[: len(chosen)], texts[len(chosen) :]):
+            batch, _ = self._collated(part)
+            means.append(_mean(see(self.model, None, batch).hidden, batch))
+        return _finite(compared(*means).cpu().numpy())
+
+    def _collated(self, rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What the model reads, and the labels, which stay on the host."""
+        batch = self.task.collate(rows, self.pad_token_id)
+        labels = batch["labels"].cpu()
+        return {name: one.to(self.model.device) for name, one in batch.items() if name != "labels"}, labels
 
 
 def sampled(rows: Any, kind: ProblemType, num_choices: int, width: int, most: int = MOST_ROWS) -> Any:
@@ -60,65 +150,6 @@ def sampled(rows: Any, kind: ProblemType, num_choices: int, width: int, most: in
     if len(rows) <= most:
         return rows
     return Share(rows, np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)).tolist())
-
-
-def passes(
-    model: Any,
-    layers: HeadLayers | None,
-    rows: Any,
-    task: Task,
-    kind: ProblemType,
-    pad_token_id: int,
-    separators: frozenset[int],
-    *,
-    batch_size: int,
-    precision: str,
-    watch: Watch,
-    middle: bool = False,
-) -> Iterator[Features]:
-    """Run the rows through the model, longest first, and give the features of each batch.
-
-    Args:
-        model: As it was loaded, on its device.
-        layers: Of its head; None: only means are looked at.
-        rows: Prepared ones, with labels.
-        task: Collates them.
-        kind: The problem's type.
-        pad_token_id: Fills shorter rows.
-        separators: Around the texts of a pair; empty: they are not read apart.
-        batch_size: Rows of a pass.
-        precision: Of the computations.
-        watch: Told how far it is.
-        middle: Whether states are those of the layer in the middle, not of the last one.
-
-    Raises:
-        NoProbe: When the head does not show what it reads, or a feature is not finite.
-    """
-    import torch
-
-    lengths = lengths_of(rows)
-    was_training = model.training
-    model.eval()
-    try:
-        for positions in watched(longest_first(lengths), batch_size, lengths, watch):
-            chosen = [rows[i] for i in positions]
-            batch, labels = _on_device(task.collate(chosen, pad_token_id), model.device)
-            with torch.no_grad(), autocast(model, precision):
-                found = _of_items(see(model, layers, batch, middle), batch, labels, chosen, kind, np.asarray(positions))
-                if separators and found.mean is not None:
-                    texts, means = each_alone(chosen, separators), list[Any]()
-                    for part in (texts[: len(chosen)], texts[len(chosen) :]):  # no pass is larger than the pair's
-                        batch, _ = _on_device(task.collate(part, pad_token_id), model.device)
-                        means.append(_mean(see(model, None, batch).hidden, batch))
-                    found = replace(found, apart=_finite(compared(*means).cpu().numpy()))
-            yield found
-    finally:
-        model.train(was_training)
-
-
-def _on_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What the model reads, and the labels, which stay on the host."""
-    return {name: one.to(device) for name, one in batch.items() if name != "labels"}, batch["labels"].cpu()
 
 
 def joined(parts: Iterable[Features]) -> Features:
@@ -169,7 +200,8 @@ def _of_items(
     def items(values: torch.Tensor | None) -> np.ndarray | None:
         if values is None:
             return None
-        flat = values[picked.to(values.device)] if picked is not None else values.reshape(-1, values.shape[-1])
+        flat = values.reshape(-1, values.shape[-1])
+        flat = flat if picked is None else flat[picked.flatten().to(flat.device)]
         return _finite(flat.cpu().numpy())
 
     return Features(
@@ -231,3 +263,57 @@ def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray
         tokens.append(looked_at)
     window, token = np.concatenate(windows), np.concatenate(tokens)
     return (window, token), np.stack([token == start[window], token == end[window]], axis=1).astype(np.int64)
+
+
+# ---- the two texts of a pair, each read alone: what models of sentence embeddings compare ------------------------
+
+
+def separators(tokenizer: Any, target: Target) -> frozenset[int]:
+    """Numbers of the tokens that stand around the texts of a pair.
+
+    Returns:
+        Empty where rows are no pairs, and where these tokens do not tell the texts apart: a decoder's tokenizer may put
+        nothing between two texts.
+    """
+    if "text_pair" not in target.columns:
+        return frozenset()
+    names = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
+    found = frozenset(number for name in names if (number := getattr(tokenizer, name, None)) is not None)
+    one, other = (half["input_ids"] for half in each_alone([{**tokenizer("a", "a"), "labels": 0}], found))
+    return found if len(one) and np.array_equal(one, other) and not found.issuperset(one.tolist()) else frozenset()
+
+
+def each_alone(rows: Sequence[Mapping[str, Any]], separators: frozenset[int]) -> list[dict[str, Any]]:
+    """The first texts of all rows, then the second ones, each between the tokens that stood around the pair.
+
+    Args:
+        rows: Prepared pairs, with labels.
+        separators: As `separators` gives them. In a row in which none stands between words the second text is empty.
+    """
+    firsts: list[dict[str, Any]] = []
+    seconds: list[dict[str, Any]] = []
+    for row in rows:
+        ids = np.asarray(row["input_ids"])
+        is_word = ~np.isin(ids, tuple(separators))
+        begin, end = (int(is_word.argmax()), len(ids) - int(is_word[::-1].argmax())) if is_word.any() else (0, 0)
+        inside = is_word[begin:end]
+        border = begin + int(inside.argmin()) if not inside.all() else end
+        second = border + int(is_word[border:end].argmax()) if border < end else end
+        # Some models want as many of their last tokens in each row; without a border those of both texts stand there.
+        after = ids[end:] if border < end else ids[-1:]
+        for found, text in ((firsts, ids[begin:border]), (seconds, ids[second:end])):
+            found.append({"input_ids": np.concatenate([ids[:begin], text, after]), "labels": row["labels"]})
+    return [*firsts, *seconds]
+
+
+def compared(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Difference and product of each dimension, and the cosine: [rows, 2 hidden + 1].
+
+    Args:
+        first: Means of length 1 of first texts, [rows, hidden].
+        second: Of second texts.
+    """
+    import torch
+
+    product = first * second
+    return torch.cat([(first - second).abs(), product, product.sum(dim=1, keepdim=True)], dim=1)

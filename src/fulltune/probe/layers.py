@@ -1,114 +1,118 @@
-"""The layers of a new head: the last one, which gives the logits, and a dense one before it, such as a pooler's."""
+"""The linear layers of a new head: the last one, which gives the logits, and a dense one before it, such as a pooler.
+
+A pooler reads one position, such as the first token. What that position says of the mean over all tokens is linear to
+a large part, and found without labels: a classifier on it needs fewer rows (docs/quality.md).
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.inference.run import autocast, logits_of
+from fulltune.inference.run import logits_of
 from fulltune.methods import head as heads
-from fulltune.models import sharding
+from fulltune.models.sharding import whole
+from fulltune.probe.linear import LEAST_SPREAD, Linear, NoProbe, standard
 from fulltune.recipe.tasks import TaskName
-from fulltune.system.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
-
-class NoProbe(Exception):
-    """Why no probe can be fitted: the head then starts at random, and says so."""
+ACTIVATIONS = {"tanh": 0.0, "relu": 3.0, "gelu": 3.0, "gelu_new": 3.0, "silu": 3.0, "linear": 0.0}
+"""What transformers puts between a head's dense layer and its last one, by the names of its `ACT2FN`, and around which
+value it is nearly linear."""
+SPREAD = 0.4
+"""Of the values that a replaced dense layer gives, so that the activation after it is nearly linear."""
+_RIDGE = tuple(10.0**power for power in range(-2, 6))
+_COMPARED = 16
+"""Items on which an activation is recognised."""
 
 
 @dataclass(frozen=True)
 class HeadLayers:
-    """By their names in the model."""
+    """The linear layers of a head, by their names in the model."""
 
     last: str
-    """Linear: it gives the logits."""
+    """It gives the logits."""
     dense: str | None
-    """Linear, from the features of the body to as many; None: there is none, or more than one."""
+    """It gives as many features as it reads; None: there is none, or more than one."""
 
     @classmethod
     def of(cls, model: Any, task: TaskName, num_outputs: int) -> HeadLayers:
-        """Of a model as it was loaded.
-
-        Args:
-            model: Of a class with a head for the task.
-            task: What it is for.
-            num_outputs: Logits of an item.
+        """The layers of a loaded model whose items have `num_outputs` logits.
 
         Raises:
             NoProbe: When it has no such layers.
         """
         from torch.nn import Linear
 
-        if getattr(model, model.base_model_prefix, None) is None:
-            raise NoProbe(f"{type(model).__name__} does not tell its body from its head")
-        found = {
+        body_of(model)
+        linears = {
             f"{name}.{inner}" if inner else name: module
             for name in heads.names_of(model, task, "")
             for inner, module in model.get_submodule(name).named_modules()
             if isinstance(module, Linear)
         }
-        last = [name for name, module in found.items() if module.out_features == num_outputs]
+        last = [name for name, module in linears.items() if module.out_features == num_outputs]
         if not last:
             raise NoProbe(f"the head of {type(model).__name__} does not end in a linear layer")
-        width = found[last[-1]].in_features
+        width = linears[last[-1]].in_features
         square = [
             name
-            for name, module in found.items()
+            for name, module in linears.items()
             if name != last[-1] and module.in_features == module.out_features == width
         ]
         return cls(last[-1], square[0] if len(square) == 1 else None)
 
 
+def body_of(model: Any) -> Any:
+    """The model without its head.
+
+    Raises:
+        NoProbe: When the model does not tell them apart.
+    """
+    body = getattr(model, model.base_model_prefix, None)
+    if body is None:
+        raise NoProbe(f"{type(model).__name__} does not tell its body from its head")
+    return body
+
+
 @dataclass(frozen=True)
 class Seen:
-    """What a pass of a batch showed, float32."""
+    """What a pass of a batch showed, float32 [..., hidden]."""
 
     hidden: torch.Tensor
-    """The body's last hidden states, or those in its middle."""
+    """The body's last hidden states, or those of its middle layer."""
     last: torch.Tensor | None = None
-    """What the last layer reads for each logit, or each vector of logits: [..., hidden]; None: not looked at."""
+    """What the last layer reads for each vector of logits; None: it was not looked at."""
     dense: torch.Tensor | None = None
     """What the dense layer reads, in the same places."""
 
 
 def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor], middle: bool = False) -> Seen:
-    """Run a batch, without labels, and find out what the head reads for each of its logits.
-
-    Models pick what they read in ways of their own: the first token, the last one that is no padding, one vector for
-    each choice. In the place of the last layer's values stand therefore their numbers; what the model makes of them
-    says where its logits come from.
-
-    With `middle` the states are those of the layer in the middle, where words are told apart best.
+    """Run a batch without labels, and keep what the head's layers read; `middle`: states of the middle layer.
 
     Raises:
-        NoProbe: When the logits are no selection of the last layer's values, or the body is not to be seen.
+        NoProbe: When the logits are not those of the last layer, or the body is not to be seen.
     """
-    import torch
-
-    body = getattr(model, model.base_model_prefix, None)
-    if body is None:
-        raise NoProbe(f"{type(model).__name__} does not tell its body from its head")
-    parts = {"body": body}
+    modules = {"body": body_of(model)}
     if layers is not None:
-        parts |= {"last": model.get_submodule(layers.last)}
-        parts |= {} if layers.dense is None else {"dense": model.get_submodule(layers.dense)}
-    read: dict[str, list[torch.Tensor]] = {name: [] for name in parts}
+        modules |= {"last": model.get_submodule(layers.last)}
+        modules |= {} if layers.dense is None else {"dense": model.get_submodule(layers.dense)}
+    read: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    given: list[torch.Tensor] = []
 
-    def keep(name: str, module: Any, inputs: Any, output: Any) -> torch.Tensor | None:
-        read[name].append(output[0] if name == "body" else inputs[0])
-        if name != "last":
-            return None
-        return torch.arange(output.numel(), dtype=torch.float64, device=output.device).reshape(output.shape)
+    def keep(name: str, module: Any, inputs: Any, output: Any) -> None:
+        read[name].append((output[0] if name == "body" else inputs[0]).float())
+        if name == "last":
+            given.append(output.float())
 
-    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in parts.items()]
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
     try:
         outputs = model(**batch, output_hidden_states=True) if middle else model(**batch)
     finally:
@@ -116,94 +120,121 @@ def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
             hook.remove()
     if len(read["body"]) != 1:
         raise NoProbe(f"{type(model).__name__} does not run its body once")
-    hidden = read["body"][0].float()
+    [hidden] = read["body"]
     if middle:
-        if not (states := outputs.get("hidden_states")) or states[len(states) // 2].shape != hidden.shape:
+        states = outputs.get("hidden_states") or ()
+        if not states or states[len(states) // 2].shape != hidden.shape:
             raise NoProbe(f"{type(model).__name__} does not show what is between its layers")
         hidden = states[len(states) // 2].float()
     if layers is None:
         return Seen(hidden)
-    places = _places(logits_of(outputs), parts["last"].out_features)
-    last, dense = (_once(read.get(name, [])) for name in ("last", "dense"))
-    if places is None or last is None or not 0 <= int(places.min()) <= int(places.max()) < len(last):
+    logits = logits_of(outputs).float()
+    pick = _last_token if len(given) == 1 and given[0].numel() != logits.numel() else None
+    if len(given) != 1 or not _same(given[0] if pick is None else pick(model, batch, given[0]), logits):
         raise NoProbe(f"the logits of {type(model).__name__} are not just those of its last layer")
-    return Seen(hidden, last[places], dense[places] if dense is not None and len(dense) == len(last) else None)
+    [last], dense = read["last"], read.get("dense", [])
+    along = dense[0] if len(dense) == 1 and dense[0].shape[:-1] == last.shape[:-1] else None
+    if pick is not None:
+        last, along = pick(model, batch, last), None if along is None else pick(model, batch, along)
+    return Seen(hidden, last, along)
 
 
-def _once(read: list[torch.Tensor]) -> torch.Tensor | None:
-    """What a layer has read, float32 [items, hidden]; None: it was not called once."""
-    return read[0].float().flatten(0, -2) if len(read) == 1 else None
-
-
-def _places(numbers: torch.Tensor, num_outputs: int) -> torch.Tensor | None:
-    """Which row of the last layer's input each vector of logits comes from; None: from no single one."""
+def _last_token(model: Any, batch: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """States of each row's last token that is no padding, as transformers' decoders classify."""
     import torch
 
-    whole = numbers.round().long()
-    if not torch.equal(whole.to(numbers.dtype), numbers):
-        return None
-    if num_outputs == 1 and numbers.shape[-1] > 1:  # one for each choice
-        return whole
-    places = whole // num_outputs
-    outputs = torch.arange(num_outputs, device=numbers.device)
-    if not torch.equal(whole, places[..., :1] * num_outputs + outputs):
-        return None
-    return places[..., 0]
+    ids, pad = batch.get("input_ids"), model.config.get_text_config().pad_token_id
+    if ids is None or states.shape[:-1] != ids.shape:
+        return states
+    is_text = torch.ones_like(ids) if pad is None else ids != pad
+    at = (torch.arange(ids.shape[1], device=ids.device) * is_text).argmax(dim=1)
+    return states[torch.arange(len(ids), device=ids.device), at]
 
 
-class _Enough(Exception):
-    """Ends a pass when the last layer has its input."""
-
-
-def after_dense(
-    model: Any, layers: HeadLayers, batch: Mapping[str, torch.Tensor], values: np.ndarray, *, precision: str
-) -> np.ndarray:
-    """What the last layer reads when the dense one gives these values: an activation and more may stand between.
-
-    Args:
-        model: The model.
-        layers: With a dense one.
-        batch: Any small one; what it holds does not matter.
-        values: float32 [items, hidden].
-        precision: Of the computations.
-
-    Returns:
-        float32 [items, hidden].
-
-    Raises:
-        NoProbe: When it reads other things as well.
-    """
+def _same(given: torch.Tensor, logits: torch.Tensor) -> bool:
     import torch
 
-    dense_layer, last_layer = model.get_submodule(str(layers.dense)), model.get_submodule(layers.last)
-    read: list[torch.Tensor] = []
+    return given.numel() == logits.numel() and torch.allclose(
+        given.flatten(), logits.flatten(), rtol=0, atol=0, equal_nan=True
+    )
 
-    def given(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        tensor = torch.from_numpy(values).to(output)
-        return tensor.reshape(len(values), *[1] * (output.dim() - 2), output.shape[-1])
 
-    def enough(module: Any, inputs: Any) -> None:
-        read.append(inputs[0])
-        raise _Enough
+def numbers(parameter: Any) -> np.ndarray:
+    """A parameter's values, float32 and copied: numpy would keep FSDP2 from freeing what it has gathered."""
+    return np.asarray(whole(parameter.detach()).float().cpu().clone().numpy())
 
-    hooks = [dense_layer.register_forward_hook(given), last_layer.register_forward_pre_hook(enough)]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast(model, precision), contextlib.suppress(_Enough):
-            model(**batch)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise NoProbe(f"{layers.last} reads more than what {layers.dense} gives ({error})") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if sharding.is_shared(model):  # FSDP2 waits for the end of a pass that was left
-            with torch.no_grad():
-                model(**batch)
-        model.train(was_training)
-    flat = [one.float().flatten(0, -2) for one in read]
-    if len(flat) != 1 or len(flat[0]) != len(values):
-        raise NoProbe(f"{layers.last} does not read what {layers.dense} gives")
-    return flat[0].cpu().numpy()
+
+# ---- what a dense layer may become -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A dense layer that may be replaced."""
+
+    has_bias: bool
+    middle: float
+    """Around which value `after` is nearly linear."""
+    after: Callable[[np.ndarray], np.ndarray]
+    """What the last layer reads when this one gives these values; both [items, hidden]."""
+
+    @classmethod
+    def of(cls, model: Any, name: str, reads: np.ndarray, last: np.ndarray) -> DenseLayer | None:
+        """The layer with what stands between it and the last one; None where that is nothing transformers usually has:
+        a pooler may be there and not be read, or not alone.
+
+        Args:
+            model: The model.
+            name: Of the layer.
+            reads: What it reads, [items, hidden].
+            last: What the last layer reads, [items, hidden].
+        """
+        layer, holder = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+        norm = getattr(holder, "norm", None)
+        values = reads[:_COMPARED] @ numbers(layer.weight).T
+        values = values if layer.bias is None else values + numbers(layer.bias)
+        wanted = last[:_COMPARED]
+        errors = {name: float(np.abs(_after(name, norm, values) - wanted).max()) for name in ACTIVATIONS}
+        best = min(errors, key=lambda name: errors[name])
+        if errors[best] > 0.05 * float(np.abs(wanted).max()):  # bf16 has three digits
+            return None
+        return cls(layer.bias is not None, ACTIVATIONS[best], partial(_after, best, norm))
+
+    def options(self, reads: np.ndarray, mean: np.ndarray | None) -> dict[str, Linear]:
+        """What may take its place: the identity, scaled, or the mean over all tokens of each item, [items, hidden]."""
+        shift = self.middle if self.has_bias else 0.0
+        centre, scale = standard(reads, self.has_bias)
+        options = {"scaled": _linear(np.diag(SPREAD * scale), shift - SPREAD * scale * centre)}
+        if mean is not None and mean.shape == reads.shape:
+            options["mean"] = _towards(reads, mean, self.has_bias, shift)
+        return options
+
+
+def _after(activation: str, norm: Any, values: np.ndarray) -> np.ndarray:
+    """The activation of the values, and a layer norm of it where the head has one."""
+    import torch
+    from transformers.activations import ACT2FN
+
+    with torch.no_grad():
+        result = ACT2FN[activation](torch.from_numpy(values))
+        if isinstance(norm, torch.nn.LayerNorm):
+            weight, bias = (None if one is None else torch.from_numpy(numbers(one)) for one in (norm.weight, norm.bias))
+            result = torch.nn.functional.layer_norm(result, norm.normalized_shape, weight, bias, norm.eps)
+    return np.asarray(result.numpy())
+
+
+def _towards(reads: np.ndarray, wanted: np.ndarray, has_bias: bool, shift: float) -> Linear:
+    """The ridge regression of `wanted`, scaled to the layer's spread."""
+    from sklearn.linear_model import RidgeCV
+
+    centre, scale = standard(reads, has_bias)
+    middle = wanted.mean(axis=0) if has_bias else np.zeros(wanted.shape[1])
+    size = LEAST_SPREAD**2 * float((wanted**2).mean())
+    spread = math.sqrt(max(float(((wanted - middle) ** 2).mean()), size, 1e-30))
+    model = RidgeCV(alphas=_RIDGE, fit_intercept=False)
+    model.fit((reads - centre) * scale, (wanted - middle) * (SPREAD / spread))
+    weight = model.coef_ * scale
+    return _linear(weight, shift - weight @ centre)
+
+
+def _linear(weight: np.ndarray, bias: np.ndarray) -> Linear:
+    return Linear(weight.astype(np.float32), np.asarray(bias, np.float32))

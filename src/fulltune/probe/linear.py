@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fulltune.probe.layers import NoProbe
 from fulltune.recipe.tasks import ProblemType
 from fulltune.records.probe import MOST_SOLVER_BYTES, solver_bytes
 
@@ -33,6 +32,10 @@ _MANY_MULTIPLICATIONS = 10**9
 """Of a product of all features with all weights: one thread takes about a second for five."""
 _LEAST_CHANCE = 1e-4
 """Below it a held-out class that a part of the rows does not have would decide alone."""
+
+
+class NoProbe(Exception):
+    """Why no probe can be fitted: the head then starts at random, and says so."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,7 @@ class Items:
 
 
 def fits(items: Items, has_bias: bool = True, strengths: Sequence[float] = STRENGTHS) -> Iterator[tuple[float, Linear]]:
-    """Each strength with its classifier.
-
-    Args:
-        items: To fit on.
-        has_bias: Whether the layer that will hold it has one.
-        strengths: The most regularised first: each fit goes on from the one before.
+    """Each strength with its classifier, the most regularised first: each fit goes on from the one before.
 
     Raises:
         NoProbe: When nothing can be fitted.
@@ -96,13 +94,8 @@ def fits(items: Items, has_bias: bool = True, strengths: Sequence[float] = STREN
 
 
 def standard(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What is taken off each feature, and what it is then multiplied by, so that its spread is 1, or less where it
-    hardly varies: a classifier that magnifies such features is thrown off by the first steps of training.
-
-    Args:
-        features: features[items, hidden].
-        centred: Whether something may be taken off.
-    """
+    """What is taken off each feature if `centred`, and what it is then multiplied by, so that its spread is 1, or less
+    where it hardly varies: a classifier that magnifies such features is thrown off by the first steps of training."""
     centre = features.mean(axis=0, dtype=np.float64) if centred else np.zeros(features.shape[1])
     variance = ((features - centre) ** 2).mean(axis=0)
     size = np.median((features.astype(np.float64) ** 2).mean(axis=0))  # not the mean: few may be far larger
@@ -248,7 +241,7 @@ Measure = Callable[[Items, Linear], float]
 def best(
     items: Items, held_out: Items | None, candidates: Candidates[Key], measure: Measure, tolerance: float = 0.0
 ) -> tuple[float, Key, Linear]:
-    """Of several classifiers the one that is best on rows it did not see; fitted on all of `items`.
+    """Measure, key and classifier of the candidate that is best on rows it did not see, fitted on all of `items`.
 
     Args:
         items: Of the train rows.
@@ -256,9 +249,6 @@ def best(
         candidates: Fits them, each with a key that tells it from the others.
         measure: The less the better.
         tolerance: The first one is taken whose measure is above the least by no more than this share.
-
-    Returns:
-        The measure, the key, and the classifier.
 
     Raises:
         NoProbe: When nothing can be fitted.
@@ -297,17 +287,8 @@ def best_space(
     measure: Measure,
     tolerance: float = 0.0,
 ) -> tuple[Name, float, Any, Linear]:
-    """The features that are best at a middle strength, by some of the items, and the best classifier on them.
-
-    Args:
-        spaces: Name to items, and to held-out ones, as for `best`.
-        candidates: Fits items at strengths.
-        measure: The less the better.
-        tolerance: As for `best`.
-
-    Returns:
-        The name, the measure, the key, and the classifier.
-    """
+    """The name of the features that are best at a middle strength, by some of the items, and what `best` finds on
+    them."""
     middle = partial(candidates, strengths=(MIDDLE,))
     name = next(iter(spaces))
     if len(spaces) > 1:

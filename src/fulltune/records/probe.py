@@ -55,7 +55,7 @@ class FrozenRival(Record):
 
     pooling: Pooling
     """`mean`: over all tokens (of a word, of a choice); `head`: what the model's class reads, such as its first
-    token; `apart`: what `fulltune.probe.pairs.compared` makes of a pair's texts, each read alone."""
+    token; `apart`: what `fulltune.probe.features.compared` makes of a pair's texts, each read alone."""
     kind: Literal["logistic regression", "ridge regression", "nearest centroid"]
     loss: float
     """On held-out rows: the share that it gets wrong; of numbers the share of the variance that is left."""

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from fulltune.audit.labels import DOUBT, Suspected, calibrated, suspected
-from fulltune.probe.layers import NoProbe
-from fulltune.probe.linear import Items
+from fulltune.probe.linear import Items, NoProbe
 
 CLASSES, WIDTH = 6, 12
 

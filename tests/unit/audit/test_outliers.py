@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fulltune.audit.untouched import LEAST_TEXTS, MOST_FAR, NEIGHBOURS, SPREADS, FarRows, far_out, nearest, outliers
-from fulltune.probe.layers import NoProbe
+from fulltune.probe.linear import NoProbe
 
 HIDDEN = 32
 

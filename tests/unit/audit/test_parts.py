@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fulltune.audit.labels import MOST_OUTSIDE, out_of_fold, suspected_parts, word_shapes
-from fulltune.probe.layers import NoProbe
-from fulltune.probe.linear import Items
+from fulltune.probe.linear import Items, NoProbe
 
 WIDTH, WORDS = 16, 8
 

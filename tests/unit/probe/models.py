@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.probe import Looker
+from fulltune.probe import Extractor
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.tasks import Target
 
@@ -63,8 +63,8 @@ def target_of(kind: ProblemType) -> Target:
     return Target(kind, {}, LABELS if labelled else (), num_choices=CHOICES if kind == "choice" else 0)
 
 
-def looker_of(model: Any, task: TaskName, kind: ProblemType, **others: Any) -> Looker:
-    return Looker(model, task, target_of(kind), PAD, others.pop("batch_size", 16), "fp32", **others)
+def extractor_of(model: Any, task: TaskName, kind: ProblemType, **others: Any) -> Extractor:
+    return Extractor(model, task, target_of(kind), PAD, others.pop("batch_size", 16), "fp32", **others)
 
 
 def rows_of(kind: ProblemType, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -105,17 +105,17 @@ def image_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def logits_alone(looker: Looker, rows: Sequence[Any]) -> list[np.ndarray]:
+def logits_alone(extractor: Extractor, rows: Sequence[Any]) -> list[np.ndarray]:
     """What the plain model gives for each row, without padding: [items, outputs]."""
     import torch
 
     found = []
     for row in rows:
-        batch = looker.task.collate([row], PAD)
+        batch = extractor.task.collate([row], PAD)
         labels = batch.pop("labels")
         with torch.no_grad():
-            outputs = looker.model(**batch)
-        match looker.kind:
+            outputs = extractor.model(**batch)
+        match extractor.kind:
             case "tags":
                 found.append(outputs.logits[labels != -100].numpy())
             case "choice":

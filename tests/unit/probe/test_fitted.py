@@ -11,18 +11,18 @@ import pytest
 import torch
 import transformers
 
-from fulltune.probe import Looker, fitted, predicted, put_head, rival_of
+from fulltune.probe import Extractor, fitted, predicted, put_head, rival_of
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import Probe
-from tests.unit.probe.models import logits_alone, looker_of, model_of, rows_of
+from tests.unit.probe.models import extractor_of, logits_alone, model_of, rows_of
 
 
 def test_several_who_ask_at_once_get_the_same(tmp_path: Path) -> None:
     rows, looked, found = rows_of("single_label", 40), [], []
 
-    def look() -> Looker:
+    def look() -> Extractor:
         looked.append(threading.get_ident())
-        return looker_of(model_of("Bert", "text-classification"), "text-classification", "single_label")
+        return extractor_of(model_of("Bert", "text-classification"), "text-classification", "single_label")
 
     threads = [threading.Thread(target=lambda: found.append(fitted(tmp_path, look, rows, rows[:9]))) for _ in range(4)]
     for thread in threads:
@@ -39,14 +39,15 @@ def test_several_who_ask_at_once_get_the_same(tmp_path: Path) -> None:
 def test_one_that_broke_off_is_fitted_again(tmp_path: Path) -> None:
     rows = rows_of("single_label", 40)
 
-    def broken() -> Looker:
+    def broken() -> Extractor:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fitted(tmp_path, broken, rows, rows)
     model = model_of("Bert", "text-classification")
     assert (
-        fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows).head is not None
+        fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows).head
+        is not None
     )
 
 
@@ -58,8 +59,8 @@ def test_the_same_rows_give_the_same_bytes_and_draw_no_random_number(tmp_path: P
         np.random.seed(seed)
         model = model_of("Bert", "text-classification")
         before = torch.get_rng_state()
-        looker = looker_of(model, "text-classification", "single_label")
-        fitted(tmp_path / str(seed), lambda looker=looker: looker, rows, rows[:9])
+        extractor = extractor_of(model, "text-classification", "single_label")
+        fitted(tmp_path / str(seed), lambda extractor=extractor: extractor, rows, rows[:9])
         put_head(model, tmp_path / str(seed))
         assert torch.equal(torch.get_rng_state(), before)
         written.append((tmp_path / str(seed) / "probe" / "head.safetensors").read_bytes())
@@ -70,7 +71,7 @@ def test_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = model_of("Bert", "text-classification").train()
     before = {name: one.clone() for name, one in model.state_dict().items()}
     rows = rows_of("single_label", 40)
-    fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert model.training
@@ -94,12 +95,12 @@ def test_layers_that_the_checkpoint_lacks_are_the_same_wherever_the_start_is_tak
         {name: one for name, one in first.bert.state_dict().items() if "pooler" not in name}, False
     )
     rows, task = rows_of("single_label", 40), "text-classification"
-    probe = fitted(tmp_path, lambda: looker_of(first, "text-classification", "single_label"), rows, rows[:9])
+    probe = fitted(tmp_path, lambda: extractor_of(first, "text-classification", "single_label"), rows, rows[:9])
     assert probe.head is not None
     assert probe.head.dense is None
     for model in (first, other):
         put_head(model, tmp_path)
-    one, another = (logits_alone(looker_of(model, task, "single_label"), rows[:5]) for model in (first, other))
+    one, another = (logits_alone(extractor_of(model, task, "single_label"), rows[:5]) for model in (first, other))
     np.testing.assert_array_equal(one, another)
 
 
@@ -108,7 +109,7 @@ def test_model_is_left_as_it_was_when_a_pass_breaks_off(training: bool, tmp_path
     model = model_of("Bert", "text-classification").train(training)
     rows: list[Any] = [*rows_of("single_label", 40), {"labels": 0, "input_ids": [1000] * 3}]
     with pytest.raises(IndexError):
-        fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+        fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert model.training is training
     assert torch.is_grad_enabled()
@@ -122,7 +123,7 @@ def test_rival_answers_each_row_by_its_number(task: TaskName, kind: ProblemType,
     """In whatever batches the rows are read, and whatever the pooling; rows without an item have no answer."""
     model = model_of("Bert", task)
     rows = rows_of(kind, 40)
-    probe = fitted(tmp_path, lambda: looker_of(model, task, kind), rows, rows[:9])
+    probe = fitted(tmp_path, lambda: extractor_of(model, task, kind), rows, rows[:9])
     rival = rival_of(tmp_path)
     assert probe.frozen is not None
     if kind == "tags":
@@ -130,7 +131,7 @@ def test_rival_answers_each_row_by_its_number(task: TaskName, kind: ProblemType,
         rows[5]["word_ids"] = [-1] * len(rows[5]["word_ids"])
     found = {}
     for batch_size in (7, 1):
-        answers = predicted(looker_of(model, task, kind, batch_size=batch_size), rows, probe.frozen, rival)
+        answers = predicted(extractor_of(model, task, kind, batch_size=batch_size), rows, probe.frozen, rival)
         found[batch_size] = dict(answers)
         assert len(answers) == len(found[batch_size]) == (39 if kind == "tags" else 40)
     for number, outputs in found[7].items():

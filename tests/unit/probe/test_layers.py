@@ -13,10 +13,10 @@ from transformers import BertForSequenceClassification, FunnelConfig, FunnelForS
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fulltune.probe import fitted, put_head
-from fulltune.probe.layers import HeadLayers, NoProbe, after_dense, see
-from fulltune.probe.linear import Items, Linear, loss
+from fulltune.probe.layers import DenseLayer, HeadLayers, see
+from fulltune.probe.linear import Items, Linear, NoProbe, loss
 from fulltune.recipe.tasks import ProblemType, TaskName
-from tests.unit.probe.models import PAD, image_rows, logits_alone, looker_of, model_of, rows_of
+from tests.unit.probe.models import PAD, extractor_of, image_rows, logits_alone, model_of, rows_of
 
 CASES: list[tuple[str, TaskName, ProblemType, str, str | None]] = [
     ("Albert", "text-classification", "single_label", "classifier", "albert.pooler"),
@@ -65,16 +65,16 @@ def test_what_the_head_reads_gives_the_models_own_logits(
     model = model_of(name, task, outputs)
     layers = HeadLayers.of(model, task, outputs)
     assert layers == HeadLayers(last, dense)
-    looker = looker_of(model, task, kind)
+    extractor = extractor_of(model, task, kind)
     eval_rows = rows_for(task, kind, 200, seed=1)
 
     def compare() -> np.ndarray:
-        features = looker.features(eval_rows, layers)
+        features = extractor.features(eval_rows, layers)
         assert features.last is not None
         parameters = dict(model.named_parameters())
         bias = parameters.get(f"{last}.bias", torch.zeros(outputs))
         linear = Linear(parameters[f"{last}.weight"].detach().numpy(), bias.detach().numpy())
-        found, alone = linear(features.last), logits_alone(looker, eval_rows[:ALONE])
+        found, alone = linear(features.last), logits_alone(extractor, eval_rows[:ALONE])
         if kind == "span":  # only some of the tokens are looked at
             for row, logits in enumerate(alone):
                 start, end, *_ = eval_rows[row]["labels"]
@@ -86,20 +86,20 @@ def test_what_the_head_reads_gives_the_models_own_logits(
         np.testing.assert_allclose(found[features.rows < ALONE], np.concatenate(alone), atol=1e-4)
         if features.dense is not None:
             kept = model.get_submodule(layers.dense)(torch.from_numpy(features.dense)).detach().numpy()
-            batch = {n: one for n, one in looker.task.collate(eval_rows[:1], PAD).items() if n != "labels"}
-            after = after_dense(model, layers, batch, kept, precision="fp32")
-            np.testing.assert_allclose(after, features.last, atol=1e-5)
+            layer = DenseLayer.of(model, layers.dense, features.dense, features.last)
+            assert layer is not None
+            np.testing.assert_allclose(layer.after(kept), features.last, atol=1e-5)
         return found
 
     compare()
-    probe = fitted(tmp_path, lambda: looker, rows_for(task, kind, 60), eval_rows)
+    probe = fitted(tmp_path, lambda: extractor, rows_for(task, kind, 60), eval_rows)
     assert probe.head is not None, probe.why_not
     assert probe.why_not == ""
     assert (probe.head.dense is None) == (dense is None)
     assert probe.held_out == "eval rows"
     put_head(model, tmp_path)
     logits = compare()
-    features = looker.features(eval_rows, layers)
+    features = extractor.features(eval_rows, layers)
     given = Items(kind, logits, features.labels, features.rows, outputs)
     assert loss(given, Linear(np.eye(outputs), np.zeros(outputs))) == pytest.approx(probe.head.loss, abs=2e-3)
 
@@ -110,8 +110,8 @@ def test_the_mean_over_tokens_is_seen_without_the_head(
 ) -> None:
     outputs = OUTPUTS.get(kind, 3)
     model = model_of(name, task, outputs)
-    looker, rows = looker_of(model, task, kind), rows_for(task, kind, 20)
-    one, other = looker.features(rows, None), looker.features(rows, HeadLayers.of(model, task, outputs))
+    extractor, rows = extractor_of(model, task, kind), rows_for(task, kind, 20)
+    one, other = extractor.features(rows, None), extractor.features(rows, HeadLayers.of(model, task, outputs))
     assert one.last is None
     assert one.dense is None
     if kind == "span":
@@ -122,7 +122,7 @@ def test_the_mean_over_tokens_is_seen_without_the_head(
     np.testing.assert_allclose(one.mean, other.mean, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(one.mean, axis=1), 1, atol=1e-5)
     np.testing.assert_array_equal(one.rows, other.rows)
-    alone = looker_of(model, task, kind, batch_size=1).features(rows, None)
+    alone = extractor_of(model, task, kind, batch_size=1).features(rows, None)
     assert alone.mean is not None
     np.testing.assert_allclose(one.mean, alone.mean, atol=1e-4)
 
@@ -130,11 +130,11 @@ def test_the_mean_over_tokens_is_seen_without_the_head(
 def test_items_stand_in_the_order_of_their_rows_with_their_labels() -> None:
     model = model_of("Bert", "token-classification")
     rows = rows_of("tags", 30)
-    features = looker_of(model, "token-classification", "tags").features(rows, None)
+    features = extractor_of(model, "token-classification", "tags").features(rows, None)
     np.testing.assert_array_equal(features.labels, np.concatenate([row["tags"] for row in rows]))
     np.testing.assert_array_equal(features.rows, np.repeat(np.arange(30), [len(row["tags"]) for row in rows]))
     chosen = rows_of("choice", 30)
-    features = looker_of(model_of("Bert", "multiple-choice"), "multiple-choice", "choice").features(chosen, None)
+    features = extractor_of(model_of("Bert", "multiple-choice"), "multiple-choice", "choice").features(chosen, None)
     np.testing.assert_array_equal(features.labels.reshape(30, 4).argmax(axis=1), [row["labels"] for row in chosen])
 
 
@@ -180,13 +180,13 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
     model.classifier = head
     layers = HeadLayers.of(model, "text-classification", 3)
     rows = rows_of("single_label", 40)
-    batch = looker_of(model, "text-classification", "single_label").task.collate(rows[:4], PAD)
+    batch = extractor_of(model, "text-classification", "single_label").task.collate(rows[:4], PAD)
     del batch["labels"]
     with pytest.raises(
         NoProbe, match="the logits of BertForSequenceClassification are not just those of its last layer"
     ):
         see(model, layers, batch)
-    probe = fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is None
     assert "not just those of its last layer" in probe.why_not
     assert probe.frozen is not None
@@ -201,7 +201,7 @@ def test_other_tasks_with_a_head_that_cannot_be_seen(task: TaskName, kind: Probl
     model = model_of("Bert", task)
     name = "classifier" if kind == "choice" else "qa_outputs"
     setattr(model, name, nn.Sequential(nn.Linear(32, OUTPUTS[kind]), nn.Sigmoid()))
-    probe = fitted(tmp_path, lambda: looker_of(model, task, kind), rows_of(kind, 40), rows_of(kind, 10))
+    probe = fitted(tmp_path, lambda: extractor_of(model, task, kind), rows_of(kind, 40), rows_of(kind, 10))
     assert probe.head is None
     assert "not just those of its last layer" in probe.why_not
     assert (probe.frozen is None) == (kind == "span")
@@ -217,7 +217,7 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
     with pytest.raises(NoProbe, match="does not tell its body from its head"):
         HeadLayers.of(model, "text-classification", 3)
     rows = rows_of("single_label", 20)
-    probe = fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.frozen) == (None, None)
     assert "does not tell its body from its head" in probe.why_not
 
@@ -252,16 +252,16 @@ def test_pooler_that_the_last_layer_does_not_read_alone_is_kept(kind: Any, tmp_p
     plain = model_of("Bert", "text-classification")
     model = kind(plain.config).eval()
     model.load_state_dict(plain.state_dict())
-    looker = looker_of(model, "text-classification", "single_label")
+    extractor = extractor_of(model, "text-classification", "single_label")
     eval_rows = rows_of("single_label", 200, seed=1)
-    probe = fitted(tmp_path, lambda: looker, rows_of("single_label", 60), eval_rows)
+    probe = fitted(tmp_path, lambda: extractor, rows_of("single_label", 60), eval_rows)
     assert probe.head is not None
     assert probe.head.dense == "kept"
     put_head(model, tmp_path)
-    features = looker.features(eval_rows, HeadLayers.of(model, "text-classification", 3))
+    features = extractor.features(eval_rows, HeadLayers.of(model, "text-classification", 3))
     assert features.last is not None
     classifier = Linear(model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy())
-    assert loss(looker.items(features.last, features), classifier) == pytest.approx(probe.head.loss, abs=2e-3)
+    assert loss(extractor.items(features.last, features), classifier) == pytest.approx(probe.head.loss, abs=2e-3)
     assert torch.equal(model.bert.pooler.dense.weight, plain.bert.pooler.dense.weight)
 
 
@@ -271,7 +271,7 @@ def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
         model.bert.embeddings.word_embeddings.weight[17] = torch.nan
     rows = rows_of("single_label", 40)
     rows[7]["input_ids"][0] = 17
-    probe = fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.frozen) == (None, None)
     assert probe.why_not == "features of the untouched model are not finite"
     assert probe.in_words == "drawn at random: features of the untouched model are not finite"
@@ -282,6 +282,6 @@ def test_body_with_fewer_states_than_tokens_has_no_mean_and_still_a_probe(tmp_pa
     config = FunnelConfig(vocab_size=100, pad_token_id=PAD, **size)
     model = FunnelForSequenceClassification(config).eval()
     rows = rows_of("single_label", 40)
-    probe = fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is not None
     assert probe.frozen is None

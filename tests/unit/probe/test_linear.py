@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.probe.layers import NoProbe
 from fulltune.probe.linear import (
     FOLDS,
     MOST_COMPARED,
     Items,
     Linear,
+    NoProbe,
     best,
     best_space,
     centroids,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fulltune.probe import Looker, fitted, predicted, rival_of, separators
-from fulltune.probe.pairs import compared, each_alone
+from fulltune.probe import Extractor, fitted, predicted, rival_of, separators
+from fulltune.probe.features import compared, each_alone
 from fulltune.tasks import Target
 from tests.unit.probe.models import LABELS, PAD, model_of
 
@@ -101,17 +101,17 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
     if name != "Bert":
         rows = [{key: value for key, value in row.items() if key != "token_type_ids"} for row in rows]
 
-    def looker(around: frozenset[int]) -> Looker:
-        return Looker(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
+    def extractor(around: frozenset[int]) -> Extractor:
+        return Extractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
 
-    together = fitted(tmp_path / "together", lambda: looker(frozenset()), rows[:300], rows[300:]).frozen
-    apart = fitted(tmp_path / "apart", lambda: looker(frozenset({CLS, SEP})), rows[:300], rows[300:]).frozen
+    together = fitted(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).frozen
+    apart = fitted(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]).frozen
     assert together is not None
     assert apart is not None
     assert together.pooling != "apart"
     assert apart.pooling == "apart"
     assert apart.loss < 0.1 < together.loss
-    answers = dict(predicted(looker(frozenset({CLS, SEP})), rows[300:], apart, rival_of(tmp_path / "apart")))
+    answers = dict(predicted(extractor(frozenset({CLS, SEP})), rows[300:], apart, rival_of(tmp_path / "apart")))
     assert len(answers) == 100
     right = [answers[number][0].argmax() == row["labels"] for number, row in enumerate(rows[300:])]
     assert np.mean(right) > 0.9
@@ -123,14 +123,14 @@ def test_a_pair_with_an_empty_text_is_a_pair_wherever_it_stands(tmp_path: Path) 
     for number in (3, 303, 510):
         rows[number] = {"input_ids": np.array([CLS, 20, SEP, SEP]), "token_type_ids": [0, 0, 0, 1], "labels": 1}
 
-    def looker(batch_size: int) -> Looker:
+    def extractor(batch_size: int) -> Extractor:
         around = frozenset({CLS, SEP})
-        return Looker(model, "text-classification", TARGET, PAD, batch_size, "fp32", separators=around)
+        return Extractor(model, "text-classification", TARGET, PAD, batch_size, "fp32", separators=around)
 
-    found = fitted(tmp_path, lambda: looker(16), rows[:300], rows[300:500]).frozen
+    found = fitted(tmp_path, lambda: extractor(16), rows[:300], rows[300:500]).frozen
     assert found is not None
     assert found.pooling == "apart"
-    several, alone = (dict(predicted(looker(size), rows[500:], found, rival_of(tmp_path))) for size in (16, 1))
+    several, alone = (dict(predicted(extractor(size), rows[500:], found, rival_of(tmp_path))) for size in (16, 1))
     assert sorted(several) == sorted(alone) == list(range(20))
     for number, outputs in several.items():
         np.testing.assert_allclose(outputs, alone[number], atol=1e-3)
@@ -139,6 +139,6 @@ def test_a_pair_with_an_empty_text_is_a_pair_wherever_it_stands(tmp_path: Path) 
 def test_no_pass_has_more_rows_than_a_batch() -> None:
     model, seen = model_of("Bert", "text-classification", 2), list[int]()
     model.bert.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    looker = Looker(model, "text-classification", TARGET, PAD, 16, "fp32", separators=frozenset({CLS, SEP}))
-    assert looker.features(_pairs(40), None).apart is not None
+    extractor = Extractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=frozenset({CLS, SEP}))
+    assert extractor.features(_pairs(40), None).apart is not None
     assert max(seen) == 16

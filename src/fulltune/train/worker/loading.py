@@ -244,10 +244,10 @@ def start_from_probe(
     target, together = Target.of(summary), sharding.runs_together(model)
     reading = contextlib.ExitStack()
 
-    def looker() -> probe.Looker:
+    def extractor() -> probe.Extractor:
         draw_again(model, head, probe.SEED)
         reading.enter_context(sharding.read_by_block(model))
-        return probe.Looker(
+        return probe.Extractor(
             model if together else model.to(device),
             recipe.task,
             target,
@@ -260,7 +260,7 @@ def start_from_probe(
 
     train_rows, eval_rows = rows
     with reading:
-        found = probe.fitted(folder, looker, train_rows, eval_rows, together=together)
+        found = probe.fitted(folder, extractor, train_rows, eval_rows, together=together)
     if not together:
         model.to("cpu")  # where the method draws its values, whoever has fitted the probe
     if found.head is None:
