@@ -10,13 +10,11 @@ from fulltune.models.shapes import Shapes
 from fulltune.plan import (
     budget,
     choose,
-    command_time,
     disk,
     memory,
     placing,
     resolve,
     time,
-    traffic,
     watching,
 )
 from fulltune.plan.gpus import Fleet
@@ -106,7 +104,7 @@ def fit(
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
         available_bytes=basis.budget.available_bytes,
         memory=chosen.memory,
-        traffic=traffic.of(shapes, used, basis.shared) if used.num_processes > 1 else None,
+        traffic=time.traffic(shapes, used, basis.shared) if used.num_processes > 1 else None,
         disk=on_disk,
         settings=tuple(reasons.settings),
     )
@@ -135,26 +133,23 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
 def with_time(
     plan: Plan, basis: Basis, settings: MemorySettings, summary: DataSummary, started_seconds: float | None = None
 ) -> Plan:
-    """The plan with its time; without, where the speed of the hardware is not known.
-
-    Args:
-        plan: The settled numbers.
-        basis: What they were settled from.
-        settings: Those of the plan.
-        summary: The data stage's.
-        started_seconds: What the command has taken until now; None: nobody waits for a whole command.
-    """
-    fleet, shapes, work = basis.fleet, basis.shapes, basis.work
-    seconds, rate = basis.seconds(settings, basis.shared), time.device_flops(fleet, plan.precision, shapes.hidden_size)
-    if rate is None:
+    """The plan with its time; without, where the speed of the hardware is not known."""
+    fleet, shapes, work, gpu = basis.fleet, basis.shapes, basis.work, basis.fleet.gpu_model
+    flops = time.device_flops(fleet, plan.precision, shapes.hidden_size)
+    if flops is None:
         return plan
-    devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
-    found = time.foresee(plan, summary, work, time.together(seconds), rate * devices)
-    timed = plan.model_copy(update={"time": found})
-    gpu = fleet.gpu_model
-    bandwidth = 1e9 * (gpu.memory_gb_per_second if gpu else fleet.host_memory_gb_per_second)
-    launching = time.LAUNCH_SECONDS / 3 * shapes.num_layers  # a step has three passes
-    speeds = command_time.Speeds(rate, bandwidth, launching, started_seconds)
-    around = command_time.around(basis.recipe, timed, summary, work, speeds, shapes.hidden_size)
+    estimate = time.Estimate(
+        recipe=basis.recipe,
+        plan=plan,
+        summary=summary,
+        work=work,
+        hidden_size=shapes.hidden_size,
+        step_seconds=time.together(basis.seconds(settings, basis.shared)),
+        flops=flops,
+        devices=plan.num_processes if fleet.machine.gpus else plan.num_machines,
+        bytes_per_second=1e9 * (gpu.memory_gb_per_second if gpu else fleet.host_memory_gb_per_second),
+        pass_seconds=time.LAUNCH_SECONDS / 3 * shapes.num_layers,  # a step has three passes
+        started_seconds=started_seconds,
+    )
     busy = fleet.machine.busy if plan.device == "cpu" else ""
-    return timed.model_copy(update={"time": found.model_copy(update={"around": around}), "busy": busy})
+    return plan.model_copy(update={"time": estimate.need(), "busy": busy})

@@ -1,53 +1,25 @@
-"""How long a run takes and what it costs, by arithmetic.
-
-A step's work is counted in operations: 2 for each weight of a matrix and token in the forward pass, twice that in the
-backward pass, and once more the forward pass with recomputed activations: 6 and 8 x parameters x tokens (Kaplan et al.
-2020, arXiv 2001.08361, section 2.1), with attention on top. Half of the backward pass is for the gradients of weights,
-which frozen ones do without: LoRA takes 0.7 of full fine-tuning's operations (0.70 and 0.71 measured, docs/log.md), and
-a head alone no backward pass through the model. A device does a share of what its matrix products alone would allow:
-
-- CPU, 0.57 of the measured rate in bf16: from our runs on two cores that do 640 GFLOP/s (docs/log.md: MiniLM-L6 on
-  Banking77 at 280 examples/s is 0.58 of it, SmolLM2-135M on GSM8K at 394 tokens/s 0.57). 0.75 in fp32, where products
-  take three times as long and everything else as long as before.
-- GPU, half of the data sheet for models 2,048 wide and more, less for narrow ones. Not measured by us; torchtune's 8B
-  on an RTX 4090 reached 0.64 of it, recomputation counted.
-
-Seconds of a step: the longest of four that overlap, and two that follow:
-
-- computing: operations / (devices x rate), on a GPU at least 2 ms for each layer and pass, which launching its kernels
-  takes, and 5 ms a step for the loop around it (usual figures, not measured by us);
-- the link to the host: bf16 weights in, once forward and once backward for each micro batch, gradients out: each
-  device moves its share;
-- the other devices: what each of them sends, see `traffic`;
-- the network between machines: as many bytes from each of them, see `traffic`; 100 Gb/s where nothing is said;
-- then the optimizer, which reads and writes its state once and is bound by memory: 36 bytes a parameter for AdamW in
-  fp32 (weight, gradient and both moments read, three of them written, and two passes of clipping over the gradients),
-  or on the host 28 (fp32 moments and weights, bf16 gradients and weights) at the bandwidth of its memory; a fixed 5.8 s
-  a step was measured for 8.03 B parameters on a desktop, 28 x 8.03 GB / 5.8 s = 39 GB/s;
-- and the disk: 12 bytes a parameter read at 5 GB/s and written at 3.5 GB/s.
-
-Links are taken at 0.8 of the data sheet (25 of 32 GB/s were measured on PCIe 4, 53 of 64 on PCIe 5).
-"""
+"""How long a run takes and what it costs, by arithmetic: see docs/memory.md, "Time"."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.forgetting.budget import MOST_REPLAYED, MOST_ROWS, NUM_POINTS, TOKENS_READ
 from fulltune.models.shapes import Shapes
-from fulltune.plan import traffic
+from fulltune.plan import fsdp2, memory, probing
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.memory import MemorySettings
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.records.plan import Plan, TimeNeed
-from fulltune.system import sharing
+from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, Plan, TimeNeed, TimePart, Traffic
 from fulltune.system.hardware import TENSOR_CORES_FROM
+from fulltune.system.sharing import Sharing
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))
@@ -68,6 +40,16 @@ PADDING_GROUPED = 1.07
 DISK_BYTES_PER_SECOND = 10**9
 GENERIC_TOKENS = 48
 """Of a generic text that is read at an evaluation, on average of the bundled ones, cut at 64."""
+START_SECONDS, LOADS = 20.0, 3
+"""Two processes that import torch and transformers, where nothing was measured: 12 to 25 s on two cores. The model is
+read for the training, for the baselines and to score what was trained."""
+SECOND_SHARE, SECOND_SECONDS = 0.25, 5.0
+"""Of what the command took up to its plan, the process that trains takes so much to import the same again, from files
+that are in memory by then; at most so long, however many rows were tokenised before."""
+CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
+"""Of the checks, and of each line of the scores, whatever the rows; on one free core, more on busy ones."""
+LONGEST_PASSES = 2
+"""Of the longest micro batch in a dry run."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +92,8 @@ def backward_of(method: str, shapes: Shapes) -> float:
 
 
 def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: int = 0, backward: float = 2.0) -> Work:
-    """The work per row of prepared data.
-
-    Args:
-        summary: The data stage's summary.
-        footprint: Has the model's operations per token.
-        grouped: Rows of similar length share a batch.
-        virtual: Tokens that a prompt puts before each text.
-        backward: See `backward_of`.
-    """
+    """The work per row of prepared data; `grouped`: rows of similar length share a batch; `virtual`: tokens that a
+    prompt puts before each text; `backward`: see `backward_of`."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0, backward)
     task, longest = summary.splits["train"], summary.max_length
@@ -155,7 +130,7 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 
 
 def step_seconds(
-    fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, shared: sharing.Sharing | None
+    fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, shared: Sharing | None
 ) -> dict[str, float]:
     """Seconds of each part of an optimizer step; empty when the hardware's speed is not known.
 
@@ -165,7 +140,7 @@ def step_seconds(
         work: What a row costs.
         rows: Of a global batch.
         settings: Micro batch, precision and the like.
-        shared: What DeepSpeed or FSDP2 share out; None: each device holds everything.
+        shared: What DeepSpeed or FSDP2 shard; None: each device holds everything.
     """
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
@@ -184,7 +159,7 @@ def step_seconds(
         "optimizer": _optimizer_seconds(trained, fleet, settings, shared),
         "disk": 0.0,
     }
-    sent, gpu = traffic.of(shapes, settings, shared).of_step(accumulation), fleet.gpu_model
+    sent, gpu = traffic(shapes, settings, shared).of_step(accumulation), fleet.gpu_model
     if settings.num_machines > 1:
         parts[NETWORK] = sent / (fleet.network_gb_per_second * 1e9 * LINK_SHARE)
     if gpu is None:
@@ -202,7 +177,7 @@ def step_seconds(
     return parts
 
 
-def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, shared: sharing.Sharing | None) -> float:
+def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, shared: Sharing | None) -> float:
     host = fleet.host_memory_gb_per_second * 1e9
     if fleet.gpu_model is None:
         return UPDATE_BYTES * trained / host
@@ -218,33 +193,144 @@ def together(seconds: Mapping[str, float]) -> float:
     return overlapped + seconds["optimizer"] + seconds["disk"]
 
 
-def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: float, forward_flops: float) -> TimeNeed:
-    """The whole training with its evaluations and checkpoints; scoring the result on the test rows comes on top.
-
-    Args:
-        plan: The settled numbers.
-        summary: The data stage's summary.
-        work: What a row costs.
-        seconds_per_step: Of one optimizer step over all devices.
-        forward_flops: Operations a second of all devices together.
-    """
-    tokens = round(plan.total_steps * plan.global_batch_size * work.tokens_per_row)
-    evaluations = occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
-    rows = summary.splits["eval"].rows if "eval" in summary.splits else 0
-    generic = texts_read(plan, evaluations) * GENERIC_TOKENS / work.of_task.tokens_per_row
-    scored = evaluations * rows + rows_of_points(plan, rows) + generic
-    replayed = 0 if plan.preserving is None else plan.preserving.replay_rows
-    step_rows = plan.global_batch_size + replayed * GENERIC_TOKENS / work.tokens_per_row
-    saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
-    one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
-    return TimeNeed(
-        train_seconds=plan.total_steps * seconds_per_step * step_rows / plan.global_batch_size,
-        eval_seconds=work.of_task.forward_flops(scored) / forward_flops,
-        save_seconds=saves * one / DISK_BYTES_PER_SECOND,
-        tokens=tokens,
-        tokens_per_second=plan.global_batch_size * work.tokens_per_row / seconds_per_step,
-        source="arithmetic",
+def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> Traffic:
+    """Bytes that each process sends in an optimizer step by rings, which pass (N - 1) / N of a tensor for each gather
+    and each reduction of N processes (docs/scale.md, "Traffic"); `shared` None: each holds everything."""
+    processes, trained = settings.num_processes, memory.num_trained(shapes.num_parameters, settings)
+    narrow = 4 if settings.precision == "fp32" else 2
+    each_pass, each_step = 0, 0
+    if shared is None:
+        each_step = 2 * memory.BYTES[memory.trained_dtype(settings)] * trained
+    elif shared.engine == "fsdp2":
+        units = fsdp2.units_of(shapes)
+        each_pass = memory.BYTES[settings.weights_dtype] * (units.gathered + units.reduced)
+    elif shared.stage == 3:
+        each_pass = narrow * (2 * shapes.num_parameters + trained)
+    else:  # stage 1 sums gradients like stage 2, but once a step
+        gradients = narrow * trained
+        each_pass, each_step = (gradients, gradients) if shared.stage == 2 else (0, 2 * gradients)
+    return Traffic(
+        each_pass=each_pass * (processes - 1) // processes, each_step=each_step * (processes - 1) // processes
     )
+
+
+# ---- the whole command -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The time of a command by arithmetic: what it is made of."""
+
+    recipe: Recipe
+    plan: Plan
+    """The settled numbers."""
+    summary: DataSummary
+    work: Work
+    hidden_size: int
+    step_seconds: float
+    """Of one optimizer step over all devices."""
+    flops: float
+    """Operations a second of one device, on which scoring runs; the processes of a CPU share it."""
+    devices: int
+    bytes_per_second: float
+    """From the memory that the weights lie in."""
+    pass_seconds: float
+    """Of a forward pass, however few tokens: to call the layers, on a GPU to launch their kernels. 0.5 to 0.7 ms a
+    layer on one core (docs/log.md)."""
+    started_seconds: float | None = None
+    """What the command has taken up to its plan; None: nobody waits for a whole command."""
+
+    def need(self) -> TimeNeed:
+        """The whole training with its evaluations and checkpoints, and what the command does around it."""
+        plan, work = self.plan, self.work
+        evaluations = occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
+        rows = self._rows("eval")
+        generic = texts_read(plan, evaluations) * GENERIC_TOKENS / work.of_task.tokens_per_row
+        scored = evaluations * rows + rows_of_points(plan, rows) + generic
+        replayed = 0 if plan.preserving is None else plan.preserving.replay_rows
+        step_rows = plan.global_batch_size + replayed * GENERIC_TOKENS / work.tokens_per_row
+        saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
+        one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
+        training = plan.total_steps * self.step_seconds * step_rows / plan.global_batch_size
+        return TimeNeed(
+            train_seconds=training,
+            eval_seconds=work.of_task.forward_flops(scored) / (self.flops * self.devices),
+            save_seconds=saves * one / DISK_BYTES_PER_SECOND,
+            tokens=round(plan.total_steps * plan.global_batch_size * work.tokens_per_row),
+            tokens_per_second=plan.global_batch_size * work.tokens_per_row / self.step_seconds,
+            source="arithmetic",
+            around=tuple(self._around(training)),
+        )
+
+    def _around(self, training: float) -> Iterator[TimePart]:
+        """What comes before and after the training, in order."""
+        plan, summary = self.plan, self.summary
+        spent, basis = START_SECONDS, "rule of thumb"
+        if self.started_seconds is not None:
+            spent, basis = self.started_seconds, "measured"
+            spent += min(SECOND_SECONDS, SECOND_SHARE * spent)
+        reading = LOADS * plan.state.weights / DISK_BYTES_PER_SECOND
+        yield _part(STARTING, spent + reading, basis)
+        if plan.head_init == "probe":
+            passing = self._forward_seconds(probing.rows(summary, self.hidden_size))
+            yield _part(PROBE, passing + probing.seconds(summary, self.hidden_size))
+        yield _part(DRY_RUN, CHECKS_SECONDS + self._dry_run_seconds(training))
+        test = self._rows("test")
+        if not test:
+            return
+        # A classifier's temperature is fitted on the eval rows.
+        scored = test + (self._rows("eval") if summary.form.is_calibrated else 0)
+        answers = self._answer_seconds()
+        if self.recipe.evaluate.baselines:
+            untouched = test  # through the model as it was, for a classifier on embeddings
+            if not FACTS[summary.task].writes:
+                untouched = probing.passes(summary) * test if not summary.form.has_windows else 0
+                untouched += probing.rows(summary, self.hidden_size) if plan.head_init != "probe" else 0
+                untouched += scored if plan.head_init is not None else 0  # with the probe as its head
+            # What reads no row with a model writes no answers either.
+            passing = self._forward_seconds(untouched) + answers if untouched else 0.0
+            yield _part(BASELINES, BASELINE_LINES * SCORING_SECONDS + passing)
+        yield _part(TRAINED, SCORING_SECONDS + self._forward_seconds(scored) + answers)
+
+    def _rows(self, split: str) -> int:
+        return next((one.rows for name, one in self.summary.splits.items() if name == split), 0)
+
+    def _forward_seconds(self, rows: int) -> float:
+        """Of so many rows in batches of the evaluation."""
+        batches = -(-rows // self.plan.eval_batch_size)
+        return max(self.work.of_task.forward_flops(rows) / self.flops, batches * self.pass_seconds)
+
+    def _longest_seconds(self, tokens: float) -> float:
+        """Of a forward pass of so many tokens in rows of full length."""
+        work = self.work
+        return tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / self.flops
+
+    def _dry_run_seconds(self, training: float) -> float:
+        """Passes of the longest micro batch, and some more as far as they are a small part of the training."""
+        plan, work = self.plan, self.work
+        tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * work.longest
+        passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
+        return passes * self._longest_seconds(tokens) + further_seconds(training)
+
+    def _answer_seconds(self) -> float:
+        """Of answers of full length; those that end earlier take less. Each token of a batch is a pass and reads all
+        weights once."""
+        plan, evaluate = self.plan, self.recipe.evaluate
+        asked = min(evaluate.generate_rows, self._rows("test")) if self.summary.form.writes_answers else 0
+        tokens = evaluate.max_new_tokens
+        passes = -(-asked // plan.eval_batch_size) * tokens
+        reading = passes * memory.BYTES[plan.weights_dtype] * plan.num_parameters / self.bytes_per_second
+        return max(self._longest_seconds(asked * tokens), reading) + passes * self.pass_seconds
+
+
+def _part(name: str, seconds: float, basis: str = "arithmetic") -> TimePart:
+    return TimePart.model_validate({"name": name, "seconds": seconds, "basis": basis})
+
+
+def further_seconds(training: float) -> float:
+    """What further timed passes of a dry run may take: a twentieth of the training, at least half a second, at most
+    20."""
+    return min(20.0, max(0.5, 0.05 * training))
 
 
 def texts_read(plan: Plan, evaluations: int) -> int:

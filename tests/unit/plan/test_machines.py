@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fulltune.cli.show.plan import sections
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.plan import budget, gpus, resolve, time, traffic, workload
+from fulltune.plan import budget, gpus, resolve, time, workload
 from fulltune.plan.elsewhere import machines, placement
 from fulltune.plan.elsewhere.survey import Wishes, survey
 from fulltune.plan.memory import MemorySettings
@@ -196,7 +196,7 @@ def _seconds(hardware: str, settings: MemorySettings, shared: Sharing | None = F
 
 def test_over_each_network_goes_what_each_process_sends() -> None:
     settings = MemorySettings(micro_batch_size=1, longest_tokens=512, precision="bf16", num_processes=32)
-    sent = traffic.of(sizes.LLAMA, settings, FSDP2).of_step(1)
+    sent = time.traffic(sizes.LLAMA, settings, FSDP2).of_step(1)
     found = _seconds("4x 8x A100-80GB", settings)
     assert found[time.NETWORK] == pytest.approx(sent / (0.8 * 12.5e9))
     assert found["other devices"] == pytest.approx(sent / (0.8 * 300e9))

@@ -69,7 +69,8 @@ def test_time_of_a_run_is_the_sum_of_its_parts() -> None:
     )
     data = sizes.summary("text-classification", 800, 64)
     work = time.Work(tokens_per_row=64, longest=64, flops_per_token=1e6, attention_flops_per_pair=0)
-    need = time.foresee(plan, data, work, seconds_per_step=2.0, forward_flops=1e9)
+    recipe = plans.recipe(evaluate={"baselines": False})
+    need = time.Estimate(recipe, plan, data, work, 32, 2.0, 1e9, 1, 1e9, 0.0).need()
     assert need.train_seconds == 200
     assert need.eval_seconds == pytest.approx((1 + 4) * 1000 * 64 * 1e6 / 1e9), "one before step 1"
     # Each evaluation saves as well; the further saves fall on two of them.

@@ -21,9 +21,9 @@ from fulltune.inference.run import by_length
 from fulltune.models import sharding
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Check
+from fulltune.train.worker.forecast import timed_forecast
 from fulltune.train.worker.no_trace import same_buffers, same_randomness
 from fulltune.train.worker.passes import Passes, Positions, batch_of
-from fulltune.train.worker.timing import timed_forecast
 
 _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 """What accelerate sets on a model that it prepares."""

@@ -1,20 +1,43 @@
-"""How long the training takes, from timed passes and the lengths of all rows: pure functions.
+"""How long the training takes, from timed passes of the dry run and the lengths of all rows.
 
 The order of the rows is known before the first step, and with it how much each forward pass is padded. The seconds of
-a pass are `fixed + per_work * work`, a line through two measured passes: the longest one and one of the mean work.
-
-A process's first passes are cold: libraries are read from the disk and set up, kernels are made, memory comes page by
-page. Right after an installation that takes seconds, once. So what is multiplied by the number of passes is always read
-from a batch that has run before.
+a pass are `fixed + per_work * work`, a line through two measured passes: the longest one and one of the mean work. Each
+is measured after a first pass of the same batch, which is cold: libraries are read from the disk and set up, kernels
+are made, memory comes page by page.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from fulltune import files
+from fulltune.inference.run import batches, longest_first
+from fulltune.plan.time import GENERIC_TOKENS, further_seconds, rows_of_points, texts_read
 from fulltune.records.plan import TimeNeed, TimePart
+from fulltune.train.worker.passes import Passes, Positions
+
+MOST_COUNTED_ROWS = 200_000
+"""Of more rows than this, only the first steps are counted, and the rest taken to be like them."""
+LOOP_SECONDS = 0.002
+"""What transformers' loop and a log line cost in each step beside the passes, measured with a tiny model."""
+SAMPLE_BYTES = 2**25
+"""Written to see how fast the disk is."""
+_LEAST_TIMED_SECONDS = 0.1
+_MOST_REPEATS = 5
+
+
+# ---- pure --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -26,30 +49,9 @@ class Shape:
     """Tokens of the longest row."""
 
     def work(self, quadratic: float) -> float:
-        """In units of one token's multiplications with the weights.
-
-        Args:
-            quadratic: What attention adds for each further token of the row, see `quadratic_share`.
-        """
+        """In units of one token's multiplications with the weights; `quadratic`: what attention adds for each further
+        token of the row, see `quadratic_share`."""
         return self.rows * self.length * (1 + quadratic * self.length)
-
-
-@dataclass(frozen=True)
-class Readings:
-    """Every pass of one batch, in order."""
-
-    work: float
-    seconds: tuple[float, ...]
-
-    @property
-    def warm_seconds(self) -> float:
-        """As it will be again and again: without the first pass, where there are others."""
-        return statistics.median(self.seconds[1:] or self.seconds)
-
-    @property
-    def first_time_seconds(self) -> float:
-        """What the first pass cost more."""
-        return max(0.0, self.seconds[0] - self.warm_seconds)
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,12 @@ class Speed:
     fixed: float
     per_work: float
 
-    def seconds(self, work: float, passes: float = 1) -> float:
-        """Of passes that together have this work."""
-        return self.fixed * passes + self.per_work * work
+    def seconds(self, passes: Mapping[Shape, float], quadratic: float) -> float:
+        """Of so many passes of each shape."""
+        return self.fixed * sum(passes.values()) + self.per_work * _total_work(passes, quadratic)
+
+    def times(self, factor: float) -> Speed:
+        return Speed(factor * self.fixed, factor * self.per_work)
 
 
 @dataclass(frozen=True)
@@ -97,34 +102,25 @@ class Schedule:
     test_share: float = 0.0
     """Tokens of the test rows as a share of the eval rows'; 0: not known."""
 
-    def work(self, quadratic: float) -> float:
-        """Of all training passes."""
-        return _total_work(self.train, quadratic)
-
 
 def quadratic_share(num_layers: int, hidden_size: int, num_parameters: int) -> float:
-    """Work of attention for each token of the row, as a share of the work with the weights.
+    """Work of attention for each token of the row, as a share of the work with the weights, embeddings not counted.
 
     A token costs 2 operations per weight, and for each token that it looks at 4 per hidden unit and layer (scores and
     weighted sum): Kaplan et al. 2020, arXiv 2001.08361, table 1.
-
-    Args:
-        num_layers: Layers with attention.
-        hidden_size: Width of the model.
-        num_parameters: Without embeddings.
     """
     return 2 * num_layers * hidden_size / max(1, num_parameters)
 
 
-def speed(longest: Readings, typical: Readings | None) -> Speed:
-    """A line through both; through the origin when there is only one, or when the line would fall or start below 0."""
-    if typical is None:
-        return Speed(0.0, longest.warm_seconds / longest.work)
-    through_origin = Speed(0.0, typical.warm_seconds / typical.work)
-    if longest.work <= typical.work:
+def speed(longest: tuple[float, float], typical: tuple[float, float] | None) -> Speed:
+    """A line through both, each work and seconds; through the origin when there is only one, or when the line would
+    fall or start below 0."""
+    work, seconds = longest if typical is None else typical
+    through_origin = Speed(0.0, seconds / work)
+    if typical is None or longest[0] <= typical[0]:
         return through_origin
-    slope = (longest.warm_seconds - typical.warm_seconds) / (longest.work - typical.work)
-    fixed = typical.warm_seconds - slope * typical.work
+    slope = (longest[1] - seconds) / (longest[0] - work)
+    fixed = seconds - slope * work
     return Speed(fixed, slope) if slope > 0 and fixed >= 0 else through_origin
 
 
@@ -136,10 +132,10 @@ def times_between(first_step: int, last_step: int, *intervals: int) -> int:
 
 def forecast(schedule: Schedule, timings: Timings, quadratic: float) -> TimeNeed:
     """Seconds from the first step to the last, with evaluations and checkpoints, and of scoring the test rows."""
-    train = timings.train.seconds(schedule.work(quadratic), sum(schedule.train.values()))
+    train = timings.train.seconds(schedule.train, quadratic)
     train += timings.step_seconds * schedule.steps + timings.start_seconds
     train += timings.new_shape_seconds * len(schedule.train)
-    once = timings.evaluation.seconds(_total_work(schedule.evaluation, quadratic), sum(schedule.evaluation.values()))
+    once = timings.evaluation.seconds(schedule.evaluation, quadratic)
     tokens = schedule.num_processes * sum(shape.rows * shape.length * times for shape, times in schedule.train.items())
     around: tuple[TimePart, ...] = ()
     if schedule.evaluations and schedule.test_share:
@@ -158,10 +154,147 @@ def forecast(schedule: Schedule, timings: Timings, quadratic: float) -> TimeNeed
     )
 
 
-def extra_seconds(rough_total: float) -> float:
-    """What further timed passes may take: a twentieth of the run, at least half a second, at most 20."""
-    return min(20.0, max(0.5, 0.05 * rough_total))
-
-
 def _total_work(passes: Mapping[Shape, float], quadratic: float) -> float:
     return sum(shape.work(quadratic) * times for shape, times in passes.items())
+
+
+# ---- measured ----------------------------------------------------------------------------------------------------
+
+
+def timed_forecast(
+    passes: Passes,
+    longest: Positions,
+    seconds: tuple[float, float],
+    step_seconds: float,
+    *,
+    first_step: int,
+    test_share: float,
+    folder: Path | None,
+) -> TimeNeed:
+    """Time more passes where they cost little against the run, and add everything up.
+
+    Args:
+        passes: Runs them.
+        longest: The longest micro batch.
+        seconds: Of its first and its second pass.
+        step_seconds: Of clipping and updating.
+        first_step: The steps up to this one are done.
+        test_share: Tokens of the test rows as a share of the eval rows'.
+        folder: Where checkpoints will lie; None leaves saving out.
+    """
+    quadratic = _quadratic(passes.trainer.model)
+    schedule, shapes = _schedule(passes, first_step, test_share)
+    long, work = _shape(passes.lengths, longest).work(quadratic), _total_work(schedule.train, quadratic)
+    budget = further_seconds(seconds[1] / long * work + step_seconds * schedule.steps)
+    typical, cold = None, 0.0
+    if shapes:
+        mean = work / sum(schedule.train.values())
+        shape = min(shapes, key=lambda one: abs(one.work(quadratic) - mean))
+        # The longest pass alone says too little: its blocks go back to the system after each use and come anew, which
+        # makes its tokens up to twice as slow as those of shorter passes.
+        if 2 * seconds[1] * shape.work(quadratic) / long <= max(budget, seconds[1]):
+            keep = passes.plan.gradient_accumulation_steps > 1
+            first, warm = _repeated(lambda: passes.train(shapes[shape], keep=keep)[1], budget)
+            typical, cold = (shape.work(quadratic), warm), max(0.0, first - warm)
+    train = speed((long, seconds[1]), typical)
+    compiled = passes.plan.torch_compile  # the second shape makes it give up fixed shapes, and that is all
+    timings = Timings(
+        train=train,
+        evaluation=train.times(_forward_share(passes, train, quadratic, budget)),
+        step_seconds=step_seconds + LOOP_SECONDS,
+        # At most as much as the pass itself: a process's first passes also pay for what is done once.
+        new_shape_seconds=0.0 if compiled or typical is None else min(cold, typical[1]),
+        save_seconds=_save_seconds(passes, folder) if folder else 0.0,
+        start_seconds=max(0.0, seconds[0] - seconds[1]) + cold if compiled else 0.0,
+    )
+    return forecast(schedule, timings, quadratic)
+
+
+def _schedule(passes: Passes, first_step: int, test_share: float) -> tuple[Schedule, dict[Shape, Positions]]:
+    """What is left to do, and a micro batch of each shape."""
+    plan = passes.plan
+    steps = max(0, plan.total_steps - first_step)
+    counted = min(steps, -(-MOST_COUNTED_ROWS // plan.global_batch_size))
+    parts = [part for step in passes.trainer.sampler.passes(first_step, first_step + counted) for part in step]
+    # Several processes take the eval batches in turn.
+    evaluation = list(batches(longest_first(passes.eval_lengths), plan.eval_batch_size))[:: plan.num_processes]
+    train = _counted(passes.lengths, parts)
+    evaluations = times_between(first_step, plan.total_steps, plan.eval_steps)
+    evaluations += plan.eval_on_start and first_step == 0
+    rows = len(passes.eval_lengths)
+    more = rows_of_points(plan, rows) / max(1, rows)
+    # Of an evaluation's share of all that is read.
+    generic = Counter({Shape(1, GENERIC_TOKENS): round(texts_read(plan, evaluations) / max(1.0, evaluations + more))})
+    if plan.preserving is not None and counted:
+        train[Shape(1, GENERIC_TOKENS)] += round(counted * plan.preserving.replay_rows / plan.num_processes)
+    schedule = Schedule(
+        steps=steps,
+        train={shape: times * steps / counted for shape, times in train.items()},
+        evaluation=_counted(passes.eval_lengths, evaluation) + generic,
+        evaluations=round(evaluations + more),
+        # Also at each evaluation.
+        saves=times_between(first_step, plan.total_steps, plan.eval_steps, plan.save_steps),
+        num_processes=plan.num_processes,
+        test_share=test_share,
+    )
+    return schedule, {_shape(passes.lengths, part): part for part in parts}
+
+
+def _counted(lengths: np.ndarray, parts: Iterable[Positions]) -> Counter[Shape]:
+    return Counter(_shape(lengths, part) for part in parts)
+
+
+def _shape(lengths: np.ndarray, positions: Positions) -> Shape:
+    return Shape(len(positions), int(lengths[list(positions)].max()))
+
+
+def _forward_share(passes: Passes, train: Speed, quadratic: float, budget: float) -> float:
+    """Seconds of an evaluation's pass over those of a training pass of the same work, by the longest eval batch, which
+    must be tried; again where that costs little, because the first evaluation is cold."""
+    passes.optimizer.zero_grad()
+    longest = next(iter(batches(longest_first(passes.eval_lengths), passes.plan.eval_batch_size)))
+    seconds = passes.score(longest)
+    both = train.seconds({_shape(passes.eval_lengths, longest): 1}, quadratic)
+    if min(seconds, both) <= budget or seconds > both:
+        seconds = passes.score(longest)
+    return min(1.0, seconds / both)
+
+
+def _repeated(measure: Callable[[], float], budget: float) -> tuple[float, float]:
+    """Seconds of the first time, in which kernels are made, and the median of one or more further ones."""
+    first, others = measure(), [measure()]
+    while len(others) < _MOST_REPEATS and sum(others) < min(budget, _LEAST_TIMED_SECONDS):
+        others.append(measure())
+    return first, statistics.median(others)
+
+
+def _quadratic(model: Any) -> float:
+    """See `quadratic_share`; 0 for a model that is not made of layers of one width."""
+    config = model.config.get_text_config()
+    layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    if not isinstance(layers, int) or not isinstance(hidden, int):
+        return 0.0
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
+    return quadratic_share(layers, hidden, others)
+
+
+def _save_seconds(passes: Passes, folder: Path) -> float:
+    """Seconds of one checkpoint with its checksums: the small files as they are, and a sample of the tensors, written
+    into a folder on the same disk; nothing is left in it."""
+    trainer, trial = passes.trainer, folder / "write-trial"
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
+    states = [value for state in passes.optimizer.state.values() for value in state.values()]
+    whole = sum(tensor.nbytes for tensor in (*weights, *states) if isinstance(tensor, torch.Tensor))
+    sample = torch.rand(max(1, min(whole, SAMPLE_BYTES) // 4))
+    try:
+        began = time.perf_counter()
+        trainer.processing_class.save_pretrained(trial)
+        files.seal(trial)
+        small = time.perf_counter() - began
+        save_file({"sample": sample}, trial / "sample.safetensors")
+        files.seal(trial)
+        seconds = time.perf_counter() - began - small
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    return small + seconds * max(1.0, whole / sample.nbytes)

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
 import pytest
 
+from fulltune.plan.time import further_seconds
+from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
+from fulltune.train.worker import forecast as forecasting
 from fulltune.train.worker.forecast import (
-    Readings,
     Schedule,
     Shape,
     Speed,
     Timings,
-    extra_seconds,
     forecast,
     quadratic_share,
     speed,
+    timed_forecast,
     times_between,
 )
+from fulltune.train.worker.passes import Passes
+from tests import plans
 
 
 @pytest.mark.parametrize(
     ("longest", "typical", "expected"),
     [
-        (Readings(100, (11.0,)), Readings(50, (6.0,)), Speed(1.0, 0.1)),
-        (Readings(100, (11.0,)), None, Speed(0.0, 0.11)),
+        ((100, 11.0), (50, 6.0), Speed(1.0, 0.1)),
+        ((100, 11.0), None, Speed(0.0, 0.11)),
         # The longest one was faster, or a line through both would begin below 0: what was measured at the mean counts.
-        (Readings(100, (5.0,)), Readings(50, (6.0,)), Speed(0.0, 0.12)),
-        (Readings(100, (20.0,)), Readings(50, (5.0,)), Speed(0.0, 0.1)),
-        (Readings(50, (5.0,)), Readings(50, (6.0,)), Speed(0.0, 0.12)),
+        ((100, 5.0), (50, 6.0), Speed(0.0, 0.12)),
+        ((100, 20.0), (50, 5.0), Speed(0.0, 0.1)),
+        ((50, 5.0), (50, 6.0), Speed(0.0, 0.12)),
     ],
 )
 def test_speed_is_a_line_through_both_passes_or_through_the_origin(
-    longest: Readings, typical: Readings | None, expected: Speed
+    longest: tuple[float, float], typical: tuple[float, float] | None, expected: Speed
 ) -> None:
     found = speed(longest, typical)
 
@@ -97,7 +106,7 @@ def test_forecast_adds_up_passes_steps_evaluations_and_saves() -> None:
 
 @pytest.mark.parametrize(("total", "expected"), [(1.0, 0.5), (100.0, 5.0), (1e6, 20.0)])
 def test_extra_passes_take_a_twentieth_of_the_run_within_bounds(total: float, expected: float) -> None:
-    assert extra_seconds(total) == expected
+    assert further_seconds(total) == expected
 
 
 # ---- the sampler knows every pass ------------------------------------------------------------------------------
@@ -122,3 +131,92 @@ def test_passes_are_those_that_training_will_take(num_processes: int, grouped: b
     assert sampler.epoch == 1
     # Steps 5 to 8 go over the end of the first epoch of 6 steps.
     assert list(sampler.passes(4, 8)) == list(sampler.passes(0, 18))[4:8]
+
+
+# ---- a dry run whose first passes were cold: a script of seconds in place of a machine ----------------------------
+
+
+LENGTHS = np.array([10 + row // 8 for row in range(320)])
+"""Forty global batches of eight rows, each of another length."""
+TRAIN, FORWARD = 0.7, 0.25
+"""Seconds of a warm pass, whatever its rows."""
+
+
+class Machine:
+    """Passes that take their time."""
+
+    def __init__(self, cold_train: dict[int, float], cold_eval: dict[int, float]) -> None:
+        self.cold = {"train": cold_train, "eval": cold_eval}
+        self.passes = {"train": 0, "eval": 0}
+
+    def take(self, kind: str, seconds: float) -> float:
+        number = self.passes[kind]
+        self.passes[kind] += 1
+        return self.cold[kind].get(number, seconds)
+
+
+class Scripted(Passes):
+    """Passes whose seconds are a machine's."""
+
+    def train(self, positions: Any, *, keep: bool = False) -> tuple[float, float]:
+        return 1.0, self.rows.take("train", TRAIN)
+
+    def score(self, positions: Any) -> float:
+        return self.rows.take("eval", FORWARD)
+
+
+def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40) -> TimeNeed:
+    """The forecast of a run of 40 steps, each of one pass, with two evaluations of one batch."""
+    batches = [list(range(8 * step, 8 * step + 8)) for step in range(40)]
+    trainer: Any = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace())),
+        sampler=SimpleNamespace(passes=lambda first, last: [[batch] for batch in batches[first:last]]),
+    )
+    passes = Scripted(
+        trainer=trainer,
+        rows=machine,
+        plan=plans.plan(total_steps=total_steps, eval_steps=total_steps // 2, save_steps=total_steps // 2),
+        model=None,
+        optimizer=mock.Mock(),
+        evaluate=lambda positions: None,
+        lengths=LENGTHS,
+        eval_lengths=LENGTHS[::20],
+    )
+    seconds = (first_seconds, TRAIN)
+    return timed_forecast(passes, batches[-1], seconds, 0.1, first_step=0, test_share=0.0, folder=None)
+
+
+@pytest.mark.parametrize(
+    "cold_eval",
+    [{}, {0: 9.0}],
+)
+def test_forecast_after_cold_passes_is_that_of_warm_ones(cold_eval: dict[int, float]) -> None:
+    warm = foreseen(Machine({}, {}), first_seconds=TRAIN)
+
+    found = foreseen(Machine({}, cold_eval))
+
+    assert warm.total_seconds == pytest.approx(40 * (TRAIN + 0.1) + 2 * FORWARD, rel=0.05)
+    assert found.total_seconds == pytest.approx(warm.total_seconds, rel=0.02)
+
+
+def test_what_each_shape_costs_the_first_time_is_counted_at_most_once_more() -> None:
+    found = foreseen(Machine({0: 1.0}, {}))
+    assert found.train_seconds == pytest.approx(40 * (TRAIN + 0.1) + 40 * 0.3, rel=0.02)
+    cold = foreseen(Machine({0: 9.0}, {}))
+    assert cold.train_seconds == pytest.approx(40 * (2 * TRAIN + 0.1), rel=0.02)
+
+
+def test_a_warm_machine_is_not_asked_again() -> None:
+    machine = Machine({}, {})
+    foreseen(machine)
+
+    assert machine.passes["train"] == 2
+    assert machine.passes["eval"] <= 4
+
+
+def test_passes_that_were_counted_on_a_part_of_the_steps_stand_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasting, "MOST_COUNTED_ROWS", 40 * plans.plan().global_batch_size)
+
+    found = foreseen(Machine({}, {}), total_steps=400)
+
+    assert found.train_seconds == pytest.approx(400 * (TRAIN + 0.1), rel=0.05)
