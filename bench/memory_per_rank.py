@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fulltune.records.plan import MemoryNeed
+    from fulltune.records.plan import MemoryNeed, MemorySettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,11 +133,10 @@ def predict(one: dict[str, Any]) -> MemoryNeed:
     """What a plan says of a recorded cell now."""
     from fulltune.footprint.records import Footprint
     from fulltune.models.shapes import Shapes
-    from fulltune.plan import memory
     from fulltune.plan.budget import Needs
 
     cell = Cell(**one["cell"])
-    settings = memory.MemorySettings(
+    settings = MemorySettings(
         micro_batch_size=cell.rows,
         longest_tokens=cell.length,
         gradient_accumulation_steps=cell.accumulation,

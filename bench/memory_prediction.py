@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fulltune.records.plan import MemoryNeed
+    from fulltune.records.plan import MemoryNeed, MemorySettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -307,7 +307,7 @@ def predict(one: Mapping[str, Any]) -> MemoryNeed:
     """What fulltune's plan says of a recorded cell."""
     from fulltune.footprint.records import Footprint
     from fulltune.models.shapes import Shapes
-    from fulltune.plan.memory import MemorySettings, need
+    from fulltune.plan.memory import need
 
     cell = Cell(**one["cell"])
     levers = MemorySettings(

@@ -38,7 +38,7 @@ def plan(**changes: Any) -> Plan:
         "metric": "accuracy",
         "greater_is_better": True,
         "num_parameters": 10,
-        "num_trainable_parameters": 10,
+        "longest_tokens": 512,
         "state": StateBytes(weights=1, gradients=1, optimizer=2),
         "settings": (),
     }

@@ -172,7 +172,7 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
         raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
     available = plan.budget_of(trial, job.recipe, job.model(summary), hardware.here()).available_bytes
     trial = fastest_here(job.recipe, trial, summary, job.folder, job.hooks, available, job.need(summary), job.listener)
-    trial = plan.on_disk(job.recipe, trial, summary, hardware.disk_free_bytes(job.folder), str(job.folder))
+    trial = plan.on_disk(job.recipe, trial, hardware.disk_free_bytes(job.folder), str(job.folder))
     run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
     return trial

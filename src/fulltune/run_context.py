@@ -70,7 +70,7 @@ class Run:
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
         """The memory of a plan that is changed after it was made; the model is looked at when that is asked."""
         model = cache(lambda: self.model(summary))
-        return lambda changed: plan.need_of(changed, self.recipe, model(), self.machine, summary)
+        return lambda changed: plan.need_of(changed, self.recipe, model(), self.machine)
 
     @property
     def machine(self) -> Machine:

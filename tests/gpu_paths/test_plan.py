@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +10,9 @@ import pytest
 from fulltune.cli.show import plan as shown
 from fulltune.errors import RecipeError
 from fulltune.plan import budget, fsdp2, gpus, levers, memory, resolve, sharded, workload
-from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryNeed
+from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.system import deepspeed
 from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.sharing import Sharing
@@ -79,7 +77,7 @@ def test_beside_tensors_a_process_holds_what_its_device_takes(device: str, beyon
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_another_type_is_reckoned_with_what_its_device_takes(device: str) -> None:
     needs = budget.Needs(SHAPES, FOOTPRINT, "fp32", device)
-    found = needs.of(replace(SETTINGS, weights_dtype="bf16", precision="bf16"), None).kinds["buffers"]
+    found = needs.of(SETTINGS.changed(weights_dtype="bf16", precision="bf16"), None).kinds["buffers"]
     assert (found == memory.CUDA_CONTEXT_BYTES) == (device == "cuda")
 
 
@@ -92,7 +90,7 @@ def test_what_zero_offloads_lies_on_the_host_of_a_card_and_in_the_same_memory_wi
 
 
 def test_gradients_are_sent_from_one_buffer_on_a_card_and_from_two_by_gloo() -> None:
-    settings = replace(SETTINGS, num_processes=4, activation_checkpointing=True, micro_batch_size=1, longest_tokens=8)
+    settings = SETTINGS.changed(num_processes=4, activation_checkpointing=True, micro_batch_size=1, longest_tokens=8)
     sent = {device: fsdp2.need(SHAPES, FOOTPRINT, settings, device).kinds["buffers"] for device in ("cuda", "cpu")}
     units = fsdp2.units_of(SHAPES)
     assert sent["cuda"] - memory.CUDA_CONTEXT_BYTES < 4 * 4 * (units.apart + 4 * units.block)
@@ -102,14 +100,17 @@ def test_gradients_are_sent_from_one_buffer_on_a_card_and_from_two_by_gloo() -> 
 
 def test_pieces_of_a_chunked_loss_are_those_of_a_card() -> None:
     whole, pieces = (
-        sharded.passing(FOOTPRINT, "fp32", replace(SETTINGS, chunked_loss=chunked))["logits"]
+        sharded.passing(FOOTPRINT, "fp32", SETTINGS.changed(chunked_loss=chunked))["logits"]
         for chunked in (False, True)
     )
     assert pieces == pytest.approx(whole * 1024 / (4 * 512))
 
 
 def test_pieces_on_a_card_have_their_share_of_the_heads_gradient_beside_them() -> None:
-    settings, head = replace(SETTINGS, chunked_loss=True, precision="bf16"), SHAPES.vocab_size * SHAPES.hidden_size
+    settings, head = (
+        SETTINGS.changed(chunked_loss=True, precision="bf16"),
+        SHAPES.vocab_size * SHAPES.hidden_size,
+    )
     whole: Any = {"logits": 1, "gradients": 0}
     pieces = {device: memory.in_pieces(whole, SHAPES, settings, device, 1, 0)["logits"] for device in ("cuda", "cpu")}
     assert pieces["cuda"] == pieces["cpu"] + 2 * head

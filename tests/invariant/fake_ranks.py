@@ -44,7 +44,7 @@ from fulltune.plan.budget import Needs
 from fulltune.recipe.methods import FullMethod
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import TaskName
-from fulltune.records.plan import MemoryNeed
+from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.system.sharing import Sharing
 from fulltune.tasks import LossSettings, Target, Task, seq2seq, task_named
 from fulltune.tasks.padding import TRAINED, trained_places
@@ -111,7 +111,7 @@ def sizes_of(cell: Cell) -> dict[str, Any]:
 
 def planned(cell: Cell, sizes: dict[str, Any]) -> MemoryNeed:
     """What a plan for GPUs says of a cell, without what a GPU takes beyond tensors."""
-    settings = memory.MemorySettings(
+    settings = MemorySettings(
         micro_batch_size=cell.rows,
         longest_tokens=cell.length,
         gradient_accumulation_steps=cell.accumulation,

@@ -22,6 +22,7 @@ from fulltune.inference.run import model_batch
 from fulltune.methods import folder as folders
 from fulltune.plan import memory
 from fulltune.recipe.methods import LoraMethod, Method
+from fulltune.records.plan import MemorySettings
 from fulltune.system.run_folder import Reached
 from fulltune.tasks import task_named
 from fulltune.train.worker.weights import InitialWeights
@@ -312,7 +313,13 @@ def test_what_a_method_adds_to_bf16_weights_is_planned_as_float32_as_it_is(kind:
     methods.apply(model, TypeAdapter(Method).validate_python(METHODS[kind]), "causal-lm")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_trained = sum(parameter.numel() for parameter in trained)
-    levers = memory.MemorySettings(1, 8, weights_dtype="bf16", num_held=model.num_parameters(), num_trained=num_trained)
+    levers = MemorySettings(
+        micro_batch_size=1,
+        longest_tokens=8,
+        weights_dtype="bf16",
+        num_held=model.num_parameters(),
+        num_trained=num_trained,
+    )
     planned = memory.state_of(before, levers)
     in_place = sum(parameter.numel() for parameter in trained if parameter.dtype == torch.bfloat16)
     assert (in_place > 0) == (kind == "adapter")  # the norms; counted as float32 as well

@@ -9,9 +9,8 @@ from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import fsdp2, memory, sharded
-from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryKind, MemoryNeed, Phase
+from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 from fulltune.system import sharing
 from fulltune.system.hardware import Machine
 from fulltune.text import format_bytes, parse_bytes
@@ -34,7 +33,7 @@ class MemoryBudget:
         """The same where there are only so many rows: a larger batch is never full."""
 
         def need(settings: MemorySettings) -> MemoryNeed:
-            return self.need(replace(settings, micro_batch_size=min(settings.micro_batch_size, max(1, rows))))
+            return self.need(settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, rows))))
 
         return replace(self, need=need)
 
@@ -133,7 +132,7 @@ class Needs:
             per_parameter: Bytes of weights, gradients and optimizer where the state is shared out on GPUs.
         """
         if settings.activation_offloading:
-            need = self.of(replace(settings, activation_offloading=False), shared, per_parameter)
+            need = self.of(settings.changed(activation_offloading=False), shared, per_parameter)
             kept = memory.block_inputs(self.shapes, self.footprint, settings)
             trained = memory.num_trained(self.shapes.num_parameters, settings)
             return memory.offloaded(need, kept, memory.BYTES[memory.trained_dtype(settings)] * trained)
@@ -164,7 +163,7 @@ class Needs:
     def _on_cpu(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
         """What is offloaded stays in the same memory; gradients are whole in DeepSpeed's buckets."""
         precision = self.footprint.traced(settings.precision)
-        alone = replace(settings, precision=precision, num_processes=1)
+        alone = settings.changed(precision=precision, num_processes=1)
         whole = memory.need(self.shapes, self.footprint, alone, self.device)
         state = memory.state_of(self.shapes.num_parameters, settings)
         kinds = whole.kinds | shared.parts(state, settings.num_processes)
@@ -190,7 +189,7 @@ class Needs:
         beyond = memory.CUDA_CONTEXT_BYTES if self.device == "cuda" else held
         kinds["buffers"] = beyond + buckets + (2 * shapes.num_parameters if cast else 0)
         # Loading and going on from a checkpoint follow from the state alone.
-        like = memory.need(shapes, footprint, replace(settings, precision=precision), self.device)
+        like = memory.need(shapes, footprint, settings.changed(precision=precision), self.device)
         phases: dict[Phase, int] = {"step": sum(kinds.values())}
         phases |= {phase: like.phases[phase] for phase in ("loading", "saving", "resuming")}
         return MemoryNeed(kinds=kinds, phases=phases)

@@ -4,17 +4,14 @@ goes on with another placement or another number of processes or machines.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
-from fulltune.plan import budget, disk, memory, time
+from fulltune.plan import budget, disk, memory
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import SETTING_OF
-from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe, with_attention, with_placement
 from fulltune.recipe.training import OWN_OPTIMIZERS
-from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system.hardware import Machine
 
@@ -99,33 +96,19 @@ def budget_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machi
     return budget.of(same, model.shapes, traced, machine, changed.device)
 
 
-def need_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine, summary: DataSummary) -> MemoryNeed:
+def need_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine) -> MemoryNeed:
     """The memory that a changed plan needs."""
-    return budget_of(changed, recipe, model, machine).need(memory_settings_of(changed, summary))
+    return budget_of(changed, recipe, model, machine).need(changed)
 
 
-def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int, place: str) -> Plan:
+def on_disk(recipe: Recipe, plan: Plan, free_bytes: int, place: str) -> Plan:
     """The plan with the state and the disk that its settings need now.
 
     Raises:
         DoesNotFitError: When the disk is too small for them.
     """
-    settings, recipe = memory_settings_of(plan, summary), with_placement(recipe, plan.placement)
-    found = disk.need(recipe, plan.num_parameters, settings)
-    disk.refuse_what_cannot_fit(recipe, plan.num_parameters, settings, free_bytes, place)
-    state = memory.state_of(plan.num_parameters, settings)
+    recipe = with_placement(recipe, plan.placement)
+    found = disk.need(recipe, plan.num_parameters, plan)
+    disk.refuse_what_cannot_fit(recipe, plan.num_parameters, plan, free_bytes, place)
+    state = memory.state_of(plan.num_parameters, plan)
     return plan.model_copy(update={"disk": found, "state": state})
-
-
-def memory_settings_of(plan: Plan, summary: DataSummary) -> MemorySettings:
-    """What a plan settled about its memory."""
-    same = {one.name: getattr(plan, one.name) for one in fields(MemorySettings) if one.name in Plan.model_fields}
-    trained, frozen = plan.num_trainable_parameters, plan.num_frozen_parameters
-    return MemorySettings(
-        **same,
-        longest_tokens=summary.max_length,
-        replays=plan.preserving is not None and plan.preserving.replay_rows > 0,
-        num_held=trained + frozen if frozen else None,
-        num_trained=trained if frozen else None,
-        num_saves=time.occasions(plan.total_steps, plan.eval_steps, plan.save_steps),
-    )

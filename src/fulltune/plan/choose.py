@@ -10,11 +10,10 @@ from fulltune.errors import DoesNotFitError
 from fulltune.plan import ways_out
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import LEVERS, whole_logits
-from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.plan import MemoryNeed
+from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.text import format_bytes
 
 COMFORTABLE = 0.9
@@ -111,7 +110,7 @@ def candidates(recipe: Recipe, start: MemorySettings, rows_per_process: int) -> 
     if recipe.train.micro_batch_size is not None:
         sizes = [recipe.train.micro_batch_size]
     return [
-        replace(settings, micro_batch_size=size, gradient_accumulation_steps=max(1, rows_per_process // size))
+        settings.changed(micro_batch_size=size, gradient_accumulation_steps=max(1, rows_per_process // size))
         for settings in _with_levers(recipe, start, same_result=True)
         for size in sizes
     ]
@@ -122,7 +121,7 @@ def _with_levers(recipe: Recipe, start: MemorySettings, same_result: bool) -> li
     found = [start]
     for lever in LEVERS:
         if lever.searched and lever.same_result == same_result and not lever.refusal(recipe, start):
-            found += [replace(one, **lever.apply(recipe, one)[-1]) for one in found]
+            found += [one.changed(**lever.apply(recipe, one)[-1]) for one in found]
     return found
 
 
@@ -131,7 +130,7 @@ def _with_eval_batch(recipe: Recipe, settings: MemorySettings, most_bytes: float
     given = recipe.evaluate.batch_size
     size = given or 2 * settings.micro_batch_size
     while True:
-        tried = replace(settings, eval_batch_size=size)
+        tried = settings.changed(eval_batch_size=size)
         memory = budget.need(tried)
         if memory.phases.get("evaluation", 0) <= max(most_bytes, memory.phases["step"]) or size == 1 or given:
             return Option(tried, memory)
@@ -216,7 +215,7 @@ def _micro_batch_words(least: Option, budget: MemoryBudget) -> str:
     settings = least.settings
     words = f"micro batch {settings.micro_batch_size}"
     rows = settings.micro_batch_size * settings.gradient_accumulation_steps
-    one = budget.need(replace(settings, micro_batch_size=1, gradient_accumulation_steps=rows)).peak
+    one = budget.need(settings.changed(micro_batch_size=1, gradient_accumulation_steps=rows)).peak
     if settings.micro_batch_size == 1 or one <= least.memory.peak:
         return words
     return (

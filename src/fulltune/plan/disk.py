@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import memory, sharded, ways_out
-from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import DiskNeed
+from fulltune.records.plan import DiskNeed, MemorySettings
 from fulltune.records.survey import WayOut
 from fulltune.system import deepspeed, sharing
 from fulltune.text import format_bytes
@@ -82,7 +80,7 @@ def ways(
     if fewer and recipe.train.save_total_limit > 1:
         found.append(({"train.save_total_limit": 1}, fewer, "fewer checkpoints to go back to"))
     # Inside DeepSpeed our optimizers cannot run, so nothing is freed.
-    smaller = needed.total - need(recipe, num_parameters, replace(settings, optim="adamw_8bit")).total
+    smaller = needed.total - need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
     if smaller > 0 and not deepspeed.wanted(recipe):
         found.append(({"train.optim": "adamw_8bit"}, smaller, "moments of 8 bits"))
     found.append(({}, missing, "nothing"))

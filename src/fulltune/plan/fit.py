@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
@@ -18,7 +18,6 @@ from fulltune.plan import (
     watching,
 )
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
 from fulltune.plan.workload import Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe
@@ -72,9 +71,8 @@ def fit(
     resolve.everything_else(recipe, reasons)
     resolve.caveats(footprint, reasons, bool(train.torch_compile))
     used = chosen.settings
-    same = {one.name: getattr(used, one.name) for one in fields(MemorySettings) if one.name in Plan.model_fields}
     plan = Plan(
-        **same | watched | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
+        **dict(used) | watched | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
         trial=f"{recipe.method.arm}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
         method=recipe.method.arm,
@@ -87,7 +85,6 @@ def fit(
         warmup_steps=warmup,
         lr_scheduler_type=train.lr_scheduler_type,
         global_batch_size=basis.global_batch_size,
-        device=basis.needs.device,
         placement=placement,
         loader_workers=resolve.loader_workers(recipe, fleet.machine, basis.needs.device, reasons),
         group_by_length=basis.group_by_length,
@@ -98,8 +95,6 @@ def fit(
         metric=metric,
         greater_is_better=greater_is_better(metric),
         num_parameters=shapes.num_parameters,
-        num_trainable_parameters=memory.num_trained(shapes.num_parameters, used),
-        num_frozen_parameters=0 if used.num_trained is None else (used.num_held or 0) - used.num_trained,
         state=memory.state_of(shapes.num_parameters, used),
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
         available_bytes=basis.budget.available_bytes,
@@ -108,7 +103,7 @@ def fit(
         disk=on_disk,
         settings=tuple(reasons.settings),
     )
-    return with_time(plan, basis, used, summary, started_seconds)
+    return with_time(plan, basis, summary, started_seconds)
 
 
 def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
@@ -130,9 +125,7 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     return chosen, disk.need(recipe, shapes.num_parameters, used)
 
 
-def with_time(
-    plan: Plan, basis: Basis, settings: MemorySettings, summary: DataSummary, started_seconds: float | None = None
-) -> Plan:
+def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: float | None = None) -> Plan:
     """The plan with its time; without, where the speed of the hardware is not known."""
     fleet, shapes, work, gpu = basis.fleet, basis.shapes, basis.work, basis.fleet.gpu_model
     flops = time.device_flops(fleet, plan.precision, shapes.hidden_size)
@@ -144,7 +137,7 @@ def with_time(
         summary=summary,
         work=work,
         hidden_size=shapes.hidden_size,
-        step_seconds=time.together(basis.seconds(settings, basis.shared)),
+        step_seconds=time.together(basis.seconds(plan, basis.shared)),
         flops=flops,
         devices=plan.num_processes if fleet.machine.gpus else plan.num_machines,
         bytes_per_second=1e9 * (gpu.memory_gb_per_second if gpu else fleet.host_memory_gb_per_second),

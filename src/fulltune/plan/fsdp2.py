@@ -25,15 +25,14 @@ autograd keeps such a copy of each weight from the forward to the backward pass,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fulltune.footprint.records import Footprint, Kind
 from fulltune.models.shapes import Shapes
 from fulltune.models.sharding import Units
 from fulltune.plan import memory
-from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.training import OWN_OPTIMIZERS
-from fulltune.records.plan import MemoryKind, MemoryNeed, Phase
+from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 FILE_BYTES, MOST_FILES = 2**24, 64
 """As `train.shared_state` writes a checkpoint: two copies of a file's tensors are in memory for a moment."""
@@ -85,7 +84,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
         device: `cpu` or `cuda`.
     """
     on_cpu = device == "cpu"
-    settings = replace(settings, precision=footprint.traced(settings.precision))
+    settings = settings.changed(precision=footprint.traced(settings.precision))
     state = memory.state_of(shapes.num_parameters, settings)
     parts = [-(-size // settings.num_processes) for size in (state.weights, state.optimizer, state.gradients)]
     value = memory.BYTES[settings.weights_dtype]

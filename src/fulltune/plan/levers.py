@@ -12,16 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fulltune.plan.dotted import DEEPSPEED, OFFLOAD, PLACEMENT, given, in_yaml
-from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.plan import MemoryKind, Phase, Plan
+from fulltune.records.plan import MemoryKind, MemorySettings, Phase
 from fulltune.system import deepspeed
 
-Now = MemorySettings | Plan
-"""Settings as they are; both have the fields that levers read and change."""
 Changes = dict[str, Any]
-"""Fields of these and their new values."""
+"""Fields of memory settings (or of a plan, which has them) and their new values."""
 SETTING_OF = {
     "precision": "train.precision",
     "weights_dtype": "model.weights_dtype",
@@ -43,7 +40,7 @@ SHORTEST = 128
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
 
 
-def _nothing(recipe: Recipe, now: Now) -> str:
+def _nothing(recipe: Recipe, now: MemorySettings) -> str:
     return ""
 
 
@@ -56,9 +53,9 @@ class Lever:
     costs: str
     """What is lost by it."""
     changes: Changes = field(default_factory=dict)
-    options: Callable[[Recipe, Now], list[Changes]] | None = None
+    options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
     """In place of `changes` where they depend on what is: the mildest first."""
-    unless: Callable[[Recipe, Now], str] = _nothing
+    unless: Callable[[Recipe, MemorySettings], str] = _nothing
     """What stands against it, beyond what holds for all levers; empty: nothing."""
     with_deepspeed: str = ""
     """Why it cannot go with DeepSpeed; empty: it can."""
@@ -80,7 +77,7 @@ class Lever:
     kept: bool = True
     """What the recipe gives is not changed without asking; batch sizes are, because they change no result."""
 
-    def apply(self, recipe: Recipe, now: Now) -> list[Changes]:
+    def apply(self, recipe: Recipe, now: MemorySettings) -> list[Changes]:
         """The changes that it makes, the mildest first."""
         return [dict(self.changes)] if self.options is None else self.options(recipe, now)
 
@@ -90,7 +87,7 @@ class Lever:
         own = (self.setting, self.also)
         return {name: value for name, value in named.items() if name in own or given(recipe, name) not in (None, value)}
 
-    def obstacle(self, recipe: Recipe, now: Now) -> str:
+    def obstacle(self, recipe: Recipe, now: MemorySettings) -> str:
         """Why it cannot be had, whatever the recipe's own value of its setting; empty when it can."""
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
@@ -101,7 +98,7 @@ class Lever:
             return problem
         return "" if self.apply(recipe, now) else "it is the smallest already"
 
-    def refusal(self, recipe: Recipe, now: Now) -> str:
+    def refusal(self, recipe: Recipe, now: MemorySettings) -> str:
         """Why it is not taken without asking; empty when it may be."""
         if problem := self.obstacle(recipe, now):
             return problem
@@ -129,7 +126,7 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
 # ---- what stands against each, and what it changes ---------------------------------------------------------------
 
 
-def _smaller_batches(recipe: Recipe, now: Now) -> list[Changes]:
+def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     """Half of the micro batch (or its largest divisor), half of that, down to 1, where DeepSpeed's settings agree."""
     size, found = now.micro_batch_size, []
     while size > 1:
@@ -140,52 +137,51 @@ def _smaller_batches(recipe: Recipe, now: Now) -> list[Changes]:
     return found
 
 
-def _no_smaller_batch(recipe: Recipe, now: Now) -> str:
+def _no_smaller_batch(recipe: Recipe, now: MemorySettings) -> str:
     if now.micro_batch_size == 1:
         return ""  # told as of every lever
     return "" if _smaller_batches(recipe, now) else f"{DEEPSPEED} gives the micro batch; write {deepspeed.AUTO!r} there"
 
 
-def _half_eval_batch(recipe: Recipe, now: Now) -> list[Changes]:
+def _half_eval_batch(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     return [{"eval_batch_size": now.eval_batch_size // 2}] if now.eval_batch_size > 1 else []
 
 
-def _half_precision(recipe: Recipe, now: Now) -> list[Changes]:
+def _half_precision(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     return [{"precision": "bf16" if now.fast_bf16 else "fp16"}]
 
 
-def _computes_in_16_bits(recipe: Recipe, now: Now) -> str:
+def _computes_in_16_bits(recipe: Recipe, now: MemorySettings) -> str:
     return "the weights are of 16 bits already" if now.weights_dtype != "fp32" else ""
 
 
-def _no_pieces(recipe: Recipe, now: Now) -> str:
+def _no_pieces(recipe: Recipe, now: MemorySettings) -> str:
     return whole_logits(recipe, now.plain_logits)
 
 
-def _no_recomputing(recipe: Recipe, now: Now) -> str:
+def _no_recomputing(recipe: Recipe, now: MemorySettings) -> str:
     return "" if now.can_recompute else "this model cannot recompute its activations"
 
 
-def _no_activation_offloading(recipe: Recipe, now: Now) -> str:
+def _no_activation_offloading(recipe: Recipe, now: MemorySettings) -> str:
     if now.torch_compile:
         return "it was never tried with torch.compile"
-    if isinstance(now, Plan) and now.device == "cpu":
+    if now.device == "cpu":
         return "without a GPU everything is in the host's memory"
     return "" if now.activation_checkpointing else "it moves what activation checkpointing keeps"
 
 
-def _no_narrow_weights(recipe: Recipe, now: Now) -> str:
+def _no_narrow_weights(recipe: Recipe, now: MemorySettings) -> str:
     return "" if now.fast_bf16 else "this GPU has no fast bf16"
 
 
-def _half_length(recipe: Recipe, now: Now) -> list[Changes]:
-    assert isinstance(now, MemorySettings), "a plan's rows are cut already"
+def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     half = now.longest_tokens // 2
     return [{"longest_tokens": half}] if half >= SHORTEST else []
 
 
-def _no_offloading(recipe: Recipe, now: Now) -> str:
-    if isinstance(now, Plan) and now.device == "cpu":
+def _no_offloading(recipe: Recipe, now: MemorySettings) -> str:
+    if now.device == "cpu":
         return "without a GPU everything is in the host's memory"
     if recipe.train.extra.get("deepspeed") is not None:
         return f"set offload_optimizer and offload_param in {DEEPSPEED} yourself"
@@ -319,7 +315,7 @@ LEVERS = (
 """The mildest first."""
 
 
-def proposal(recipe: Recipe, now: Now, kind: MemoryKind) -> str:
+def proposal(recipe: Recipe, now: MemorySettings, kind: MemoryKind) -> str:
     """What would free most of a kind of tensors, as a setting with its value; else what is left to do."""
     for lever in LEVERS:
         if kind in lever.frees and not lever.obstacle(recipe, now):

@@ -3,51 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from fulltune.footprint.records import Footprint, Kind
 from fulltune.models.shapes import Shapes
-from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, StateBytes
+from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase, StateBytes
 
 BYTES = {"fp32": 4, "bf16": 2}
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """What a plan can change about its memory; fields that a plan has too are called the same."""
-
-    micro_batch_size: int
-    longest_tokens: int
-    """Tokens of the longest row; with several choices of the longest choice."""
-    gradient_accumulation_steps: int = 1
-    precision: str = "fp32"
-    fast_bf16: bool = True
-    """False: the GPU only emulates bf16."""
-    weights_dtype: str = "fp32"
-    optim: str = "adamw_torch_fused"
-    bf16_rounding: str | None = None
-    activation_checkpointing: bool = False
-    activation_offloading: bool = False
-    can_recompute: bool = True
-    """The model offers activation checkpointing."""
-    plain_logits: bool = True
-    """The loss may take the logits in pieces."""
-    torch_compile: bool = False
-    chunked_loss: bool = False
-    replays: bool = False
-    """Generic text is replayed before a step's rows: its gradients lie there when they come."""
-    eval_batch_size: int = 1
-    num_processes: int = 1
-    num_machines: int = 1
-    num_saves: int | None = None
-    """Checkpoints that the run writes; for the disk. None: many."""
-    probe_bytes: int = 0
-    """Of a linear probe of the untouched model, beside its weights; 0: none is fitted."""
-    num_held: int | None = None
-    """Parameters with what the method adds; None: it adds none."""
-    num_trained: int | None = None
-    """Parameters that are trained; None: all."""
-
 
 # ---- beyond live tensors: fitted on the calibration cells of bench/memory_prediction.py ----------------------------
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from fulltune.footprint.records import Footprint, Moment
 from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
-from fulltune.plan.memory import MemorySettings
-from fulltune.records.plan import MemoryKind, StateBytes
+from fulltune.records.plan import MemoryKind, MemorySettings, StateBytes
 from fulltune.system import sharing
 from fulltune.system.deepspeed import BUCKET_VALUES
 

@@ -13,11 +13,21 @@ from fulltune.forgetting.budget import MOST_REPLAYED, MOST_ROWS, NUM_POINTS, TOK
 from fulltune.models.shapes import Shapes
 from fulltune.plan import fsdp2, memory, probing
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, Plan, TimeNeed, TimePart, Traffic
+from fulltune.records.plan import (
+    BASELINES,
+    DRY_RUN,
+    PROBE,
+    STARTING,
+    TRAINED,
+    MemorySettings,
+    Plan,
+    TimeNeed,
+    TimePart,
+    Traffic,
+)
 from fulltune.system.hardware import TENSOR_CORES_FROM
 from fulltune.system.sharing import Sharing
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from fulltune.plan.dotted import PLACEMENT, WHERE, in_yaml
 from fulltune.plan.levers import LEVERS, Lever
-from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryNeed
+from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.records.survey import Placement, WayOut
 from fulltune.system import deepspeed
 from fulltune.text import format_bytes, listed
@@ -96,7 +94,7 @@ def _possible(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, Memo
     for lever in LEVERS:
         if lever.way_out and not lever.obstacle(recipe, now):
             changes = lever.apply(recipe, now)[-1]
-            yield lever, replace(now, **changes), lever.settings(recipe, changes)
+            yield lever, now.changed(**changes), lever.settings(recipe, changes)
 
 
 def _together(

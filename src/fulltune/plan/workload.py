@@ -15,10 +15,10 @@ from fulltune.plan.budget import MemoryBudget, Needs
 from fulltune.plan.dotted import given, with_settings
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.levers import whole_logits
-from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
+from fulltune.records.plan import MemorySettings
 from fulltune.system import sharing
 from fulltune.text import counted
 
@@ -119,6 +119,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
     plain_logits = shapes.plain_logits and not own_loss
     start = MemorySettings(
         micro_batch_size=1,
+        device=device,
         longest_tokens=summary.max_length,
         precision=precision,
         fast_bf16=device == "cpu" or resolve.oldest_gpu(recipe, fleet.machine).bf16,

@@ -5,7 +5,7 @@ Sizes are in bytes, times in seconds.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from fulltune.records.base import Record
 
@@ -143,7 +143,58 @@ class Preserving(Record):
     """Steps between two measurements that set their weight."""
 
 
-class Plan(Record):
+class MemorySettings(Record):
+    """What a plan can change about its memory."""
+
+    micro_batch_size: int
+    longest_tokens: int
+    """Tokens of the longest row; with several choices of the longest choice."""
+    gradient_accumulation_steps: int = 1
+    eval_batch_size: int = 1
+    num_processes: int = 1
+    """Over all machines."""
+    num_machines: int = 1
+    """That the processes are spread over, as many on each."""
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    fast_bf16: bool = True
+    """False: the GPU only emulates bf16."""
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    optim: str = "adamw_torch_fused"
+    bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
+    activation_checkpointing: bool = False
+    activation_offloading: bool = False
+    """What activation checkpointing keeps lies in the host's memory."""
+    can_recompute: bool = True
+    """The model offers activation checkpointing."""
+    plain_logits: bool = True
+    """Nothing scales or caps the model's logits after its head, as far as its config says, and no loss of the user's
+    needs them whole: the loss may be chunked."""
+    torch_compile: bool = False
+    """The model's repeated blocks run compiled."""
+    chunked_loss: bool = False
+    replays: bool = False
+    """Generic text is replayed before a step's rows: its gradients lie there when they come."""
+    num_saves: int | None = None
+    """Checkpoints that the run writes; for the disk. None: many."""
+    probe_bytes: int = 0
+    """Of a linear probe of the untouched model, beside its weights; 0: none is fitted."""
+    num_held: int | None = None
+    """Parameters with what the method adds; None: it adds none."""
+    num_trained: int | None = None
+    """Parameters that are trained; None: all."""
+
+    def changed(self, **values: Any) -> Self:
+        """The same settings with other values for some."""
+        return self.model_copy(update=values)
+
+    @property
+    def processes_per_machine(self) -> int:
+        """Each has as many."""
+        return self.num_processes // self.num_machines
+
+
+class Plan(MemorySettings):
     """All numbers of one trial, each with its reason in `settings`."""
 
     trial: str
@@ -165,29 +216,10 @@ class Plan(Record):
     warmup_steps: int
     lr_scheduler_type: str
     global_batch_size: int
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    num_processes: int
-    """Over all machines."""
-    num_machines: int = 1
-    """That the processes are spread over, as many on each."""
     placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
     """Where weights, gradients and optimizer state lie; deepspeed: as the user's own file says."""
     offload: str = "none"
     """What of them lies in the host's memory or on a disk: `train.offload`."""
-    eval_batch_size: int
-    device: str
-    precision: Literal["fp32", "bf16", "fp16"]
-    fast_bf16: bool = True
-    """False: the GPU only emulates bf16."""
-    weights_dtype: Literal["fp32", "bf16"]
-    activation_checkpointing: bool
-    activation_offloading: bool = False
-    """What it keeps lies in the host's memory."""
-    can_recompute: bool = True
-    """The model offers activation checkpointing."""
-    plain_logits: bool = True
-    """Nothing scales or caps the model's logits after its head, as far as its config says."""
     group_by_length: bool = True
     loader_workers: int = 0
     """Processes that read rows ahead; 0: none, or as `train.extra` says."""
@@ -205,26 +237,18 @@ class Plan(Record):
     greater_is_better: bool
     num_parameters: int
     """Of the pretrained model with the task's head."""
-    num_trainable_parameters: int
-    num_frozen_parameters: int = 0
-    """Those that stay as they are, with what the method adds for them; 0: full fine-tuning."""
     state: StateBytes
-    optim: str = "adamw_torch_fused"
-    bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
-    chunked_loss: bool = False
     rollbacks: tuple[int, ...] = ()
     """Steps of the checkpoints that the run went back to, oldest first; 0: it began anew. From each on the rows
     come in another order, and from each but a first one to a checkpoint the learning rate is half of what it was."""
     attn_implementation: str | None = None
     """Chosen by measurement; None: as the recipe says."""
-    torch_compile: bool = False
-    """The model's repeated blocks run compiled."""
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None
-    """What one process could take when the plan was made; None: a plan of an earlier version."""
+    """What one process could take when the plan was made; None: not known."""
     memory: MemoryNeed | None = None
     traffic: Traffic | None = None
-    """None: a single process, or a plan of an earlier version."""
+    """None: a single process."""
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
     busy: str = ""
@@ -232,9 +256,13 @@ class Plan(Record):
     settings: tuple[Setting, ...]
 
     @property
-    def processes_per_machine(self) -> int:
-        """Each has as many."""
-        return self.num_processes // self.num_machines
+    def num_trainable_parameters(self) -> int:
+        return self.num_parameters if self.num_trained is None else self.num_trained
+
+    @property
+    def num_frozen_parameters(self) -> int:
+        """Those that stay as they are, with what the method adds for them; 0: full fine-tuning."""
+        return 0 if self.num_trained is None else (self.num_held or self.num_parameters) - self.num_trained
 
     @property
     def sent_bytes(self) -> int:

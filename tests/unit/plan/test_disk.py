@@ -9,13 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from fulltune.plan import changed, disk
-from fulltune.plan.memory import MemorySettings
+from fulltune.plan import changed, disk, time
+from fulltune.records.plan import MemorySettings
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Seals
 from tests import plans
-from tests.unit.plan import sizes
 
 
 def saves(total: int, between_evaluations: int, between_saves: int) -> list[int]:
@@ -57,10 +56,10 @@ def most_at_once(folder: Path, steps: list[int], limit: int, best: int) -> int:
 def test_planned_checkpoints_are_those_at_the_fullest_moment(
     tmp_path: Path, total: int, between_evaluations: int, between_saves: int, limit: int, expected: int
 ) -> None:
-    plan = plans.plan(total_steps=total, eval_steps=between_evaluations, save_steps=between_saves)
+    written = time.occasions(total, between_evaluations, between_saves)
     recipe = plans.recipe(train={"save_total_limit": limit})
 
-    planned = changed.on_disk(recipe, plan, sizes.summary("text-classification", 100, 16), 2**60, "").disk
+    planned = changed.on_disk(recipe, plans.plan(num_saves=written), 2**60, "").disk
 
     steps = saves(total, between_evaluations, between_saves)
     found = [most_at_once(tmp_path / str(n), steps, limit, best) for n, best in enumerate(steps)]

@@ -13,10 +13,9 @@ from fulltune.models.shapes import Shapes
 from fulltune.plan import choose, defaults, fit, gpus
 from fulltune.plan.budget import LIBRARIES_BYTES, MemoryBudget
 from fulltune.plan.levers import whole_logits
-from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary, MixedSummary, SplitSummary
-from fulltune.records.plan import MemoryNeed, Plan
+from fulltune.records.plan import MemoryNeed, MemorySettings, Plan
 from fulltune.system.hardware import Gpu, Machine
 from tests import plans
 from tests.unit.plan.sizes import BERT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from fulltune.footprint.records import Footprint, Moment, Variant
 from fulltune.models.shapes import Shapes
 from fulltune.models.sharding import Units
 from fulltune.plan import fsdp2, memory
-from fulltune.plan.memory import MemorySettings
+from fulltune.records.plan import MemorySettings
 
 M = 10**6
 ROOT, BLOCK, NUM_BLOCKS = 100 * M, 50 * M, 10
@@ -66,7 +65,7 @@ def footprint(
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_state_is_shared_out_and_a_block_is_whole_on_a_gpu(processes: int) -> None:
-    settings = replace(SETTINGS, num_processes=processes)
+    settings = SETTINGS.changed(num_processes=processes)
     found = fsdp2.need(SHAPES, footprint(20 * M, gradients=4 * BLOCK / 2), settings, "cuda")
 
     part = 4 * P // processes
@@ -88,16 +87,14 @@ def test_what_an_encoder_recomputes_is_gone_when_a_block_ends() -> None:
     pairs = zip(last.variants, first.variants, strict=True)
     both = tuple(one.model_copy(update={"first": (*one.first, *other.first)}) for one, other in pairs)
     traced = last.model_copy(update={"variants": both})
-    settings = replace(SETTINGS, num_processes=10**6, activation_checkpointing=True)
+    settings = SETTINGS.changed(num_processes=10**6, activation_checkpointing=True)
     found = fsdp2.need(SHAPES, traced, settings, "cuda")
     assert found.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
     assert found.kinds["activations"] == (NUM_BLOCKS - 1) * kept + NORM
 
 
 def test_a_blocks_gradients_are_whole_when_its_activations_are_gone() -> None:
-    found = fsdp2.need(
-        SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), replace(SETTINGS, num_processes=10**6), "cuda"
-    )
+    found = fsdp2.need(SHAPES, footprint(M / 2, gradients=4 * BLOCK / 2), SETTINGS.changed(num_processes=10**6), "cuda")
     # Its share is gone, and its first norm's backward pass holds some numbers of each token.
     assert found.kinds["activations"] == 100 * M / 2 * (1 - 1 / NUM_BLOCKS) + NORM
     assert found.kinds["gradients"] == pytest.approx(4 * BLOCK, rel=1e-4)
@@ -111,9 +108,9 @@ def test_a_blocks_gradients_are_whole_when_its_activations_are_gone() -> None:
 def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> None:
     words, hidden = SHAPES.vocab_size, SHAPES.hidden_size
     units = Units(root=0, kept=words * hidden + 1, freed=P - words * hidden - 1, block=BLOCK, apart=0)
-    shapes, settings = SHAPES.model_copy(update={"units": units}), replace(SETTINGS, longest_tokens=1000)
+    shapes, settings = SHAPES.model_copy(update={"units": units}), SETTINGS.changed(longest_tokens=1000)
     for dtype, value in (("fp32", 4), ("bf16", 2)):
-        chunked = replace(settings, weights_dtype=dtype, chunked_loss=True)
+        chunked = settings.changed(weights_dtype=dtype, chunked_loss=True)
         found = fsdp2.need(shapes, footprint(20 * M, "backward head", 0, 1), chunked, "cuda")
         # Summed up in fp32, whatever the weights are.
         assert found.kinds["logits"] == 1000 * words * 4
@@ -124,7 +121,7 @@ def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> N
 def test_recomputed_activations_keep_copies_of_a_block_alone() -> None:
     moment = footprint(20 * M, "forward 0:last", buffers=2 * P)
     kept, again = (
-        fsdp2.need(SHAPES, moment, replace(SETTINGS, activation_checkpointing=one), "cuda").kinds["buffers"]
+        fsdp2.need(SHAPES, moment, SETTINGS.changed(activation_checkpointing=one), "cuda").kinds["buffers"]
         for one in (False, True)
     )
     assert kept - again == 2 * P - 2 * BLOCK
@@ -155,7 +152,7 @@ def test_tied_embeddings_have_a_gradient_beside_the_heads_at_the_end() -> None:
 
 def test_features_of_a_probe_are_held_by_each_process_before_there_is_an_optimizer() -> None:
     def evaluation(probe_bytes: int) -> int:
-        return fsdp2.need(SHAPES, footprint(20 * M), replace(SETTINGS, probe_bytes=probe_bytes), "cuda").phases[
+        return fsdp2.need(SHAPES, footprint(20 * M), SETTINGS.changed(probe_bytes=probe_bytes), "cuda").phases[
             "evaluation"
         ]
 
@@ -166,7 +163,7 @@ def test_features_of_a_probe_are_held_by_each_process_before_there_is_an_optimiz
 
 def test_accumulation_holds_parts_of_gradients_alone() -> None:
     one, more = (
-        fsdp2.need(SHAPES, footprint(20 * M), replace(SETTINGS, gradient_accumulation_steps=passes), "cuda").kinds
+        fsdp2.need(SHAPES, footprint(20 * M), SETTINGS.changed(gradient_accumulation_steps=passes), "cuda").kinds
         for passes in (1, 16)
     )
     assert more["gradients"] - one["gradients"] == 4 * P // SETTINGS.num_processes
@@ -213,7 +210,7 @@ def test_one_tensor_of_the_finished_model_is_put_together_at_a_time() -> None:
     ],
 )
 def test_other_types_of_weights_and_moments(types: dict[str, Any], weights: int, optimizer: float) -> None:
-    settings = replace(SETTINGS, **types | {"precision": "fp32"})
+    settings = SETTINGS.changed(**(types | {"precision": "fp32"}))
     found = fsdp2.need(SHAPES, footprint(20 * M, gradients=weights * BLOCK / 2), settings, "cuda")
     assert found.kinds["weights"] == weights * P / 4
     assert found.kinds["optimizer"] == pytest.approx(optimizer * P / 4)
@@ -224,8 +221,7 @@ def test_other_types_of_weights_and_moments(types: dict[str, Any], weights: int,
 
 def test_checkpoints_have_moments_in_fp32() -> None:
     kept, narrow = (
-        fsdp2.need(SHAPES, footprint(0), replace(SETTINGS, optim=optim), "cuda")
-        for optim in ("adafactor", "adamw_8bit")
+        fsdp2.need(SHAPES, footprint(0), SETTINGS.changed(optim=optim), "cuda") for optim in ("adafactor", "adamw_8bit")
     )
     more = narrow.kinds["optimizer"] - kept.kinds["optimizer"]
     assert narrow.phases["resuming"] - kept.phases["resuming"] == more + 8 * P / 4
@@ -243,7 +239,7 @@ def test_what_the_head_is_sent_in_stays_during_the_first_blocks_backward() -> No
 
 def test_peak_of_one_process_falls_towards_what_is_whole() -> None:
     peaks = [
-        fsdp2.need(SHAPES, footprint(M), replace(SETTINGS, num_processes=count), "cuda").phases["step"]
+        fsdp2.need(SHAPES, footprint(M), SETTINGS.changed(num_processes=count), "cuda").phases["step"]
         for count in (2, 4, 8, 10**6)
     ]
     assert peaks == sorted(peaks, reverse=True)

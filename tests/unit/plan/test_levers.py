@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -11,8 +10,7 @@ import pytest
 from fulltune.plan import choose, levers, ways_out
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import LEVERS, SETTING_OF, Lever
-from fulltune.plan.memory import MemorySettings
-from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan
+from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase, Plan
 from fulltune.train.parent import measure_candidates
 from fulltune.train.parent.next_attempt import fallbacks
 from tests import plans
@@ -95,9 +93,8 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "LEVERS", (new,))
     monkeypatch.setattr("fulltune.train.parent.next_attempt.LEVERS", (new,))
 
-    assert replace(SETTINGS, micro_batch_size=1, gradient_accumulation_steps=1, activation_offloading=True) in (
-        choose.candidates(RECIPE, SETTINGS, 1)
-    )
+    wanted = SETTINGS.changed(micro_batch_size=1, gradient_accumulation_steps=1, activation_offloading=True)
+    assert wanted in choose.candidates(RECIPE, SETTINGS, 1)
     found = ways_out.of_memory(RECIPE, SETTINGS, 999, needs_less_with(new.changes))
     assert found[0].change == "train.activation_offloading: true"
     offered = fallbacks(RECIPE, PLAN, "step", lambda changes: True)

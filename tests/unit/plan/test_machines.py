@@ -13,10 +13,9 @@ from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.plan import budget, gpus, resolve, time, workload
 from fulltune.plan.elsewhere import machines, placement
 from fulltune.plan.elsewhere.survey import Wishes, survey
-from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryNeed, Plan
+from fulltune.records.plan import MemoryNeed, MemorySettings, Plan
 from fulltune.records.survey import Survey
 from fulltune.report.format import terminal
 from fulltune.system.hardware import Gpu, Machine
@@ -190,7 +189,7 @@ def test_table_has_the_host_memory_of_each_machine_and_no_disk() -> None:
 def _seconds(hardware: str, settings: MemorySettings, shared: Sharing | None = FSDP2) -> dict[str, float]:
     fleet, task = machines.fleet_of(hardware), sizes.llama()
     work = time.work_of(task.summary, task.footprint("fp32"), True)
-    settings = replace(settings, num_processes=fleet.num_devices, num_machines=fleet.num_machines)
+    settings = settings.changed(num_processes=fleet.num_devices, num_machines=fleet.num_machines)
     return time.step_seconds(fleet, task.shapes, work, 64, settings, shared)
 
 

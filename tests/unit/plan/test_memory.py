@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from fulltune.footprint.records import Footprint, Kind, Moment, Variant
 from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
-from fulltune.plan.memory import MemorySettings, need, state_bytes
+from fulltune.plan.memory import need, state_bytes
+from fulltune.records.plan import MemorySettings
 
 ZERO = (0.0,) * 6
 SHAPES = Shapes(
@@ -103,28 +102,28 @@ def test_the_highest_moment_is_at_the_head() -> None:
 
 
 def test_a_small_batch_peaks_at_the_update() -> None:
-    found = tensors(replace(SETTINGS, micro_batch_size=1, longest_tokens=10))
+    found = tensors(SETTINGS.changed(micro_batch_size=1, longest_tokens=10))
     assert (found["gradients"], found["activations"], found["logits"]) == (4_000_000, 0, 0)
 
 
 def test_accumulation_adds_the_gradients_of_the_micro_batch_before() -> None:
-    assert tensors(replace(SETTINGS, gradient_accumulation_steps=2))["gradients"] == 4_000_000
+    assert tensors(SETTINGS.changed(gradient_accumulation_steps=2))["gradients"] == 4_000_000
 
 
 def test_generic_text_that_is_trained_along_leaves_its_gradients_as_accumulation_does() -> None:
-    assert tensors(replace(SETTINGS, replays=True)) == tensors(replace(SETTINGS, gradient_accumulation_steps=2))
-    assert tensors(replace(SETTINGS, replays=True)) != tensors(SETTINGS)
+    assert tensors(SETTINGS.changed(replays=True)) == tensors(SETTINGS.changed(gradient_accumulation_steps=2))
+    assert tensors(SETTINGS.changed(replays=True)) != tensors(SETTINGS)
 
 
 def test_a_chunked_loss_holds_a_piece_and_the_heads_gradient() -> None:
-    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, chunked_loss=True), "cpu").kinds
+    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(chunked_loss=True), "cpu").kinds
     # 256 tokens x 2,000 words x 4 bytes; 2,000 x 100 x 4 bytes.
     assert (found["logits"], found["gradients"]) == (2_048_000, 800_000)
 
 
 def test_a_chunked_loss_in_16_bits_holds_a_copy_of_the_head_and_a_pieces_share_of_its_gradient() -> None:
     kinds: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 1, "buffers": 0}
-    chunked = replace(SETTINGS, chunked_loss=True, precision="bf16")
+    chunked = SETTINGS.changed(chunked_loss=True, precision="bf16")
     words, head = SHAPES.vocab_size, SHAPES.vocab_size * SHAPES.hidden_size
     piece = 1024 * words * (4 + 2)
 
@@ -134,7 +133,7 @@ def test_a_chunked_loss_in_16_bits_holds_a_copy_of_the_head_and_a_pieces_share_o
         return memory.in_pieces(kinds, SHAPES, settings, device, tokens, before)
 
     assert of(chunked) == kinds | {"logits": piece + 2 * head + 2 * head, "gradients": 4 * head}
-    assert of(replace(chunked, weights_dtype="bf16"))["logits"] == piece + 2 * head
+    assert of(chunked.changed(weights_dtype="bf16"))["logits"] == piece + 2 * head
     assert of(chunked, "cpu")["logits"] == piece // 4 + 2 * head
     # No more tokens than there are; and a forward pass alone makes no gradients.
     assert of(chunked, tokens=1000)["logits"] == 1000 * words * (4 + 2) + 4 * head
@@ -142,12 +141,12 @@ def test_a_chunked_loss_in_16_bits_holds_a_copy_of_the_head_and_a_pieces_share_o
 
 
 def test_several_processes_have_buckets() -> None:
-    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, num_processes=2), "cuda").kinds
+    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(num_processes=2), "cuda").kinds
     assert found["buffers"] == memory.CUDA_CONTEXT_BYTES + 4_000_000
 
 
 def test_without_a_scratch_a_step_of_adafactor_is_smaller() -> None:
-    small = replace(SETTINGS, micro_batch_size=1, longest_tokens=10, optim="adafactor")
+    small = SETTINGS.changed(micro_batch_size=1, longest_tokens=10, optim="adafactor")
     assert tensors(small)["buffers"] == 3 * 4 * 200_000
 
 
@@ -168,7 +167,7 @@ def test_phases() -> None:
 def test_a_linear_probe_lies_beside_weights_alone() -> None:
     passing, base = 80_000 + 12_800_000, memory.CUDA_CONTEXT_BYTES
     for probe_bytes, kept in ((7_000_000, 12_000_000), (9_000_000, 13_000_000)):
-        found = need(SHAPES, FOOTPRINT, replace(SETTINGS, probe_bytes=probe_bytes), "cuda")
+        found = need(SHAPES, FOOTPRINT, SETTINGS.changed(probe_bytes=probe_bytes), "cuda")
         assert found.phases["evaluation"] == kept + passing + base
 
 
@@ -191,7 +190,7 @@ def test_on_a_cpu_freed_blocks_stay() -> None:
 
 def test_on_a_cpu_large_logits_come_on_top_of_what_small_blocks_left() -> None:
     # 6,400 tokens: 51 MB of logits are a large block, 64 MB of activations are taken to be small ones.
-    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, micro_batch_size=64), "cpu").kinds
+    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(micro_batch_size=64), "cpu").kinds
     assert found["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.HELD_SHARE * 64_000_000)
 
 
@@ -201,10 +200,10 @@ def test_with_a_large_gradient_the_heap_is_reused() -> None:
 
 
 def test_bf16_weights_are_made_beside_the_file() -> None:
-    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, weights_dtype="bf16"), "cpu")
+    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(weights_dtype="bf16"), "cpu")
     assert found.phases["loading"] == 2_000_000 + 4_000_000 + memory.FIRST_CALLS_BYTES
     # For a GPU both lie in the host's memory.
-    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, weights_dtype="bf16"), "cuda")
+    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(weights_dtype="bf16"), "cuda")
     assert found.phases["loading"] == 2_000_000 + memory.CUDA_CONTEXT_BYTES
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fulltune.plan import time
-from fulltune.plan.memory import MemorySettings
+from fulltune.records.plan import MemorySettings
 from fulltune.system.sharing import Sharing
 from tests.unit.plan.sizes import BERT, LLAMA
 
@@ -38,7 +37,7 @@ SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8,
 )
 @pytest.mark.parametrize("processes", [2, 8])
 def test_bytes(shared: Sharing | None, changes: dict[str, Any], each_pass: int, each_step: int, processes: int) -> None:
-    found = time.traffic(LLAMA, replace(SETTINGS, num_processes=processes, **changes), shared)
+    found = time.traffic(LLAMA, SETTINGS.changed(num_processes=processes, **changes), shared)
     share = (processes - 1) / processes
     assert found.each_pass == pytest.approx(share * each_pass)
     assert found.each_step == pytest.approx(share * each_step)
@@ -47,5 +46,5 @@ def test_bytes(shared: Sharing | None, changes: dict[str, Any], each_pass: int, 
 
 def test_root_is_put_together_once() -> None:
     assert BERT.units is not None
-    found = time.traffic(BERT, replace(SETTINGS, num_processes=2), FSDP2)
+    found = time.traffic(BERT, SETTINGS.changed(num_processes=2), FSDP2)
     assert found.each_pass == pytest.approx(4 * (3 * BERT.num_parameters - BERT.units.root) / 2)

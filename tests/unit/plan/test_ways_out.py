@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fulltune.plan import disk, gpus, ways_out
 from fulltune.plan.elsewhere import placement
-from fulltune.plan.memory import MemorySettings
 from fulltune.plan.workload import basis_of
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import DiskNeed, MemoryNeed
+from fulltune.records.plan import DiskNeed, MemoryNeed, MemorySettings
 from fulltune.records.survey import WayOut
 from tests import plans
 from tests.unit.plan import sizes
@@ -47,7 +45,7 @@ def ways(budget_gib: float, settings: MemorySettings = SETTINGS, **train: Any) -
 def test_what_frees_next_to_nothing_of_what_is_short_is_left_out(budget: float, is_told: bool) -> None:
     """6 GiB of state and eight rows of a thousandth: a batch of one row helps only where a thousandth is short."""
     small = {"longest_tokens": 1, "weights_dtype": "bf16", "optim": "adamw_8bit", "chunked_loss": True}
-    found = ways(budget, replace(SETTINGS, **small))
+    found = ways(budget, SETTINGS.changed(**small))
     assert ("train.micro_batch_size: 1" in [change for change, _, _ in found]) is is_told
 
 
@@ -76,7 +74,7 @@ def test_what_frees_next_to_nothing_of_what_is_short_is_left_out(budget: float, 
         ),
         (
             24,
-            replace(SETTINGS, micro_batch_size=1, activation_checkpointing=True),
+            SETTINGS.changed(micro_batch_size=1, activation_checkpointing=True),
             {"chunked_loss": False},
             [],
         ),
@@ -92,7 +90,7 @@ def test_ways_that_are_enough_come_first_by_harm(
 
 
 def test_ways_that_are_not_enough_alone_are_put_together() -> None:
-    found = ways(10, replace(SETTINGS, chunked_loss=True))
+    found = ways(10, SETTINGS.changed(chunked_loss=True))
     assert found[0][0] == (
         "train.micro_batch_size: 1 with train.activation_checkpointing: true, train.optim: adamw_8bit and "
         "model.weights_dtype: bf16"
@@ -102,24 +100,24 @@ def test_ways_that_are_not_enough_alone_are_put_together() -> None:
 
 
 def test_nothing_that_frees_nothing_is_named() -> None:
-    least = replace(
-        SETTINGS, micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit"
+    least = SETTINGS.changed(
+        micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit"
     )
-    names = [words for words, _, _ in ways(1, replace(least, chunked_loss=True, longest_tokens=64))]
+    names = [words for words, _, _ in ways(1, least.changed(chunked_loss=True, longest_tokens=64))]
     assert names == ["a model of at most about 179 M parameters"]
 
 
 def test_longer_rows_may_be_cut_last() -> None:
-    settings = replace(SETTINGS, micro_batch_size=1, optim="adamw_8bit", chunked_loss=True, longest_tokens=16 * 1024)
-    found = ways(7.5, replace(settings, activation_checkpointing=True, weights_dtype="bf16"))
+    settings = SETTINGS.changed(micro_batch_size=1, optim="adamw_8bit", chunked_loss=True, longest_tokens=16 * 1024)
+    found = ways(7.5, settings.changed(activation_checkpointing=True, weights_dtype="bf16"))
     assert found[0] == ("data.max_length: 8192", 1, True)
 
 
 def test_rows_cut_more_than_once_are_named_once() -> None:
-    least = replace(
-        SETTINGS, micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit"
+    least = SETTINGS.changed(
+        micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit"
     )
-    found = ways(6.3, replace(least, chunked_loss=True, longest_tokens=8 * 1024))
+    found = ways(6.3, least.changed(chunked_loss=True, longest_tokens=8 * 1024))
     assert found[0] == ("data.max_length: 2048", 0.75, True)
 
 
@@ -129,7 +127,7 @@ def test_other_placements_that_fit_are_ways_out() -> None:
     basis = basis_of(task, fleet)
     smallest = {"gradient_accumulation_steps": 64, "activation_checkpointing": True, "optim": "adamw_8bit"}
     budget, table = basis.budget, placement.table(basis)
-    least: Any = replace(basis.start, **smallest)
+    least: Any = basis.start.changed(**smallest)
     found = ways_out.of_memory(task.recipe, least, budget.available_bytes, budget.need, table)
     assert found[0].enough
     assert "on host" in found[0].change
@@ -198,7 +196,7 @@ def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_8bit_moments_free_disk_only_where_they_are_smaller(train: dict[str, Any], freed: float | None) -> None:
     recipe = plans.recipe(train={"save_total_limit": 3, **train})
-    settings = replace(SETTINGS, optim=recipe.train.optim or SETTINGS.optim)
+    settings = SETTINGS.changed(optim=recipe.train.optim or SETTINGS.optim)
     found = {way.change: way.frees_bytes for way in disk.ways(recipe, 10**9, settings, 2**30)}
     assert found.get("train.optim: adamw_8bit") == (None if freed is None else pytest.approx(freed * 10**9))
 

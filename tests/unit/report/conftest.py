@@ -87,7 +87,7 @@ def plan(trial: str = "full-seed42", task: str = "text-classification", **change
         metric="accuracy",
         greater_is_better=True,
         num_parameters=22_713_216,
-        num_trainable_parameters=22_713_216,
+        longest_tokens=512,
         state=StateBytes(weights=90_852_864, gradients=90_852_864, optimizer=181_705_728),
         memory=MemoryNeed(
             kinds={"weights": 90_852_864, "gradients": 0, "optimizer": 181_705_728, "activations": 10**8, "logits": 0},

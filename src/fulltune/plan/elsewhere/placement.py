@@ -22,17 +22,16 @@ Bytes per parameter (P parameters, N devices):
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fulltune.plan import disk, sharded, time
 from fulltune.plan.choose import COMFORTABLE, candidates, fastest
 from fulltune.plan.dotted import DEEPSPEED, OFFLOAD, PLACEMENT, WHERE, given, in_yaml, with_settings
 from fulltune.plan.levers import plain_optim
-from fulltune.plan.memory import MemorySettings
 from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, Basis, takes_pieces
 from fulltune.recipe.training import NVME, NVME_FOLDER
-from fulltune.records.plan import MemoryKind
+from fulltune.records.plan import MemoryKind, MemorySettings
 from fulltune.records.survey import Placement
 from fulltune.system.deepspeed import nvme_path
 from fulltune.system.sharing import Sharing
@@ -77,7 +76,7 @@ def planned(basis: Basis, name: str, settings: MemorySettings) -> Placement:
     layout = next(one for one in _layouts(basis) if one.name == name)
     own = _start(basis, layout)
     same = ("micro_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "eval_batch_size")
-    return _placed(basis, layout, replace(own, **{field: getattr(settings, field) for field in same}))
+    return _placed(basis, layout, own.changed(**{field: getattr(settings, field) for field in same}))
 
 
 def _layouts(basis: Basis) -> Iterator[_Layout]:
@@ -155,8 +154,7 @@ def _start(basis: Basis, layout: _Layout) -> MemorySettings:
     plain = with_settings(basis.recipe, {name: _DEFAULTS[name] for name in WHERE})
     in_pieces = alone or (layout.shared is not None and layout.shared.engine == "fsdp2")
     narrow = layout.weights_dtype == "bf16"
-    return replace(
-        start,
+    return start.changed(
         weights_dtype=layout.weights_dtype,
         precision="bf16" if narrow else start.precision,
         optim=layout.optim,

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import disk, resolve, time
-from fulltune.plan.changed import memory_settings_of
 from fulltune.plan.dotted import DEEPSPEED, given, with_settings
 from fulltune.plan.elsewhere import advise, alternatives, machines, placement
 from fulltune.plan.fit import fit, with_time
@@ -90,10 +89,9 @@ def survey(
     numbers = {NUM_PROCESSES: plan.num_processes, NUM_MACHINES: plan.num_machines}
     settings = {**{name: numbers[name] for name in workload.spread}, **settings}
     name = found.placement or _own(workload.recipe, plan, placements)
-    used = memory_settings_of(plan, workload.summary)
-    placements = tuple(_as_planned(basis, one, used, plan) if one.name == name else one for one in placements)
+    placements = tuple(_as_planned(basis, one, plan) if one.name == name else one for one in placements)
     if plan.time is None:  # it was changed when memory ran out
-        plan = with_time(plan, basis, used, workload.summary)
+        plan = with_time(plan, basis, workload.summary)
     update = {
         "fits": True,
         "placements": placements,
@@ -226,10 +224,10 @@ def _own(recipe: Recipe, plan: Plan, placements: Sequence[Placement]) -> str:
     return ""
 
 
-def _as_planned(basis: Basis, one: Placement, used: Any, plan: Plan) -> Placement:
+def _as_planned(basis: Basis, one: Placement, plan: Plan) -> Placement:
     """The row with the plan's own micro batch and checkpointing, and with its memory, which the table knows only
     roughly for other types of weights than the recipe's."""
-    row = placement.planned(basis, one.name, used)
+    row = placement.planned(basis, one.name, plan)
     if plan.memory is None:
         return row
     return row.model_copy(update={"kinds": plan.memory.kinds, "device_bytes": plan.memory.peak})
@@ -288,7 +286,7 @@ def _ways_out(
     workload: Workload, basis: Basis, placements: Sequence[Placement], problem: str, lora: _PlacedPlan | None
 ) -> tuple[str, tuple[WayOut, ...]]:
     """What is short, with the ways out: of the disk, when a larger one would do, else of memory; LoRA where it fits."""
-    fleet, summary = basis.fleet, workload.summary
+    fleet = basis.fleet
     found = _planned(workload, fleet.model_copy(update={"disk_bytes": None}), placements)
     if isinstance(found, DoesNotFitError) or fleet.disk_bytes is None:
         ways = [_tried(workload, fleet, way) for way in alternatives.ways_out_of_memory(basis, placements)]
@@ -296,10 +294,9 @@ def _ways_out(
             ways.append(_as_way_out(lora, "device", alternatives.least(basis).memory.peak))
     else:
         recipe, plan = with_settings(workload.recipe, found.settings), found.plan
-        settings = memory_settings_of(plan, summary)
-        needed = disk.need(recipe, plan.num_parameters, settings)
+        needed = disk.need(recipe, plan.num_parameters, plan)
         problem = disk.short_by(recipe, needed, fleet.disk_bytes, fleet.disk_at)
-        ways = [*disk.ways(recipe, plan.num_parameters, settings, fleet.disk_bytes, fleet.disk_at)]
+        ways = [*disk.ways(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
         if lora is not None:
             ways.append(_as_way_out(lora, "disk", needed.total))
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
