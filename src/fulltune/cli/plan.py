@@ -53,8 +53,7 @@ class Checked:
 
 def check(options: Options) -> Checked:
     """Parse and check the options, with all problems at once."""
-    from fulltune.plan import time
-    from fulltune.plan.elsewhere import machines
+    from fulltune.plan import gpus, time
     from fulltune.plan.elsewhere.advise import GOALS
     from fulltune.plan.elsewhere.survey import Wishes
 
@@ -67,7 +66,7 @@ def check(options: Options) -> Checked:
             problems.extend(error.problems)
             return None
 
-    fleet = read(machines.fleet_of, options.hardware)
+    fleet = read(gpus.parse, options.hardware)
     price = read(time.parse_price, options.price)
     for name, value, what in (("rows", options.rows, "train rows"), ("tokens", options.tokens, "tokens of a row")):
         if value is not None and value < 1:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune.errors import RecipeError
-from fulltune.plan.elsewhere.machines import fleet_of
-from fulltune.plan.gpus import Fleet
+from fulltune.plan.gpus import Fleet, parse
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 
@@ -72,7 +71,7 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None, typed: Se
     problems: list[str] = []
     fleet = None
     try:
-        fleet = None if hardware is None else fleet_of(hardware)
+        fleet = None if hardware is None else parse(hardware)
     except RecipeError as error:
         problems += error.problems
     for one in overrides if fleet else ():

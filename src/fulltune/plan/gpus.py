@@ -170,12 +170,8 @@ _BY_KEY = {_key(name): model for model in GPUS for name in (model.name, *model.a
 
 
 def gpu_model_of(name: str, memory_bytes: int | None = None) -> GpuModel | None:
-    """The kind of GPU that a driver reports by this name, or None.
-
-    Args:
-        name: Such as `NVIDIA GeForce RTX 4060 Ti`, which comes in two sizes.
-        memory_bytes: Of the GPU, which tells sizes apart; not known: the largest.
-    """
+    """The kind of GPU that a driver reports by this name, or None; its memory tells sizes apart, and where that is not
+    known it is the largest."""
     key = _key(name)
     if key in _BY_KEY:
         return _BY_KEY[key]
@@ -211,6 +207,7 @@ def _known() -> str:
     return ", ".join(model.name for model in GPUS)
 
 
+_TIMES = r"\s*(\d+)\s*[x×*]\s*"
 _COUNT = re.compile(r"^\s*(?:(\d+)\s*[x×*]\s*)?(.+?)\s*$", re.IGNORECASE)
 _SIZE = r"(\d+(?:\.\d+)?)\s*([MGT]i?B)"
 _UNITS = {"mb": 10**6, "gb": GB, "tb": 10**12, "mib": 2**20, "gib": GIB, "tib": 2**40}
@@ -231,16 +228,14 @@ _NETWORK = r"(?:(\d+)\s*[x×*]\s*)?(\d+(?:\.\d+)?)\s*([GT])(b(?:it)?|B)(?:/s|ps)
 """Of each machine: `100Gb network`, `8x 400 Gbit/s InfiniBand`, `50GB/s network`."""
 
 
-def parse(text: str, num_machines: int = 1) -> Fleet:
-    """Hardware as a person writes it: `8x A100-80GB`, `1x RTX 4090, 64GB host, 2TB disk`, `cpu, 16 cores, 64GB host`.
-
-    Args:
-        text: Of one machine.
-        num_machines: How many such there are; see `elsewhere.machines`. Several may have `400Gb network`.
+def parse(text: str) -> Fleet:
+    """Hardware as a person writes it: `8x A100-80GB`, `1x RTX 4090, 64GB host, 2TB disk`, `cpu, 16 cores, 64GB host`,
+    `4x 8x A100-80GB, 400Gb network` for four machines of eight GPUs.
 
     Raises:
         RecipeError: Naming every part that cannot be read.
     """
+    num_machines, text = machines_in(text)
     first, *rest = (part.strip() for part in text.split(","))
     said, problems = _details(rest, num_machines)
     found = _COUNT.match(first)
@@ -252,6 +247,23 @@ def parse(text: str, num_machines: int = 1) -> Fleet:
     if problems:
         raise RecipeError(problems)
     return _fleet(model, int(count or 1), said)
+
+
+def machines_in(words: str) -> tuple[int, str]:
+    """How many machines, and the words for one of them: a count before that of the GPUs; without it 1.
+
+    Raises:
+        RecipeError: When there are no machines, or three counts.
+    """
+    found = re.match(f"{_TIMES}(?={_TIMES})", words, re.IGNORECASE)
+    if found is None:
+        return 1, words
+    first, rest = words.partition(",")[0].strip(), words[found.end() :]
+    if re.match(f"{_TIMES}{_TIMES}", rest, re.IGNORECASE):
+        raise RecipeError(f"--for: '{first}' has too many counts; write machines, then GPUs of each: 4x 8x A100-80GB")
+    if int(found[1]) == 0:
+        raise RecipeError(f"--for: '{first}' has no machine; write 1x or more")
+    return int(found[1]), rest
 
 
 def _details(parts: Sequence[str], num_machines: int) -> tuple[_Said, list[str]]:
@@ -412,14 +424,8 @@ def asked(fleet: Fleet) -> str:
 
 
 def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
-    """This machine, and as many like it as there are.
-
-    Args:
-        machine: This one; of several that are known, the least of each (`hardware.weakest`).
-        disk_free_bytes: Where the run folder lies.
-        num_machines: How many there are.
-        disk_at: The run folder, or where it would lie.
-    """
+    """This machine (of several that are known the least of each: `hardware.weakest`), and as many like it as there are;
+    `disk_at` is the run folder, or where it would lie."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     kinds = Counter(gpu.name for gpu in machine.gpus)
     gpus = "".join(f"{count}x {name}, " for name, count in kinds.items())

@@ -11,7 +11,7 @@ from rich.console import Console
 from fulltune.cli.show.plan import sections
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.plan import budget, gpus, resolve, time, workload
-from fulltune.plan.elsewhere import machines, placement
+from fulltune.plan.elsewhere import placement
 from fulltune.plan.elsewhere.survey import Wishes, survey
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
@@ -33,7 +33,7 @@ def machine(gpus: int = 0, **changes: Any) -> Machine:
 
 
 def planned(hardware: str, task: workload.Workload | None = None) -> tuple[Survey, Plan | None]:
-    task, fleet = task or sizes.llama(), machines.fleet_of(hardware)
+    task, fleet = task or sizes.llama(), gpus.parse(hardware)
     recipe = workload.spread_over(task.recipe, fleet)
     return survey(replace(task, recipe=recipe, spread=workload.by_hardware(task.recipe, recipe)), fleet, Wishes())
 
@@ -57,7 +57,7 @@ def planned(hardware: str, task: workload.Workload | None = None) -> tuple[Surve
     ],
 )
 def test_machines_stand_before_their_gpus(words: str, found: tuple[int, str]) -> None:
-    assert machines.machines_in(words) == found
+    assert gpus.machines_in(words) == found
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_machines_stand_before_their_gpus(words: str, found: tuple[int, str]) ->
 )
 def test_what_cannot_be_read_is_named(words: str, problem: str) -> None:
     with pytest.raises(RecipeError) as raised:
-        machines.fleet_of(words)
+        gpus.parse(words)
     assert problem in str(raised.value)
 
 
@@ -91,16 +91,16 @@ def test_what_cannot_be_read_is_named(words: str, problem: str) -> None:
     ],
 )
 def test_network_in_words(words: str, gigabytes: float) -> None:
-    fleet = machines.fleet_of(f"4x 8x A100-80GB{words}")
+    fleet = gpus.parse(f"4x 8x A100-80GB{words}")
     assert (fleet.num_machines, fleet.num_devices, len(fleet.machine.gpus)) == (4, 32, 8)
     assert fleet.network_gb_per_second == pytest.approx(gigabytes)
     assert any("100 Gb/s from each machine" in one for one in fleet.assumed) == (not words)
-    assert machines.fleet_of(gpus.asked(fleet)) == fleet
+    assert gpus.parse(gpus.asked(fleet)) == fleet
 
 
 def test_more_machines_keep_what_was_said_of_one() -> None:
-    fleet = machines.fleet_of("2x 8x A100-80GB, 512GB host, 400Gb network, 9TB disk")
-    assert gpus.with_machines(fleet, 4) == machines.fleet_of("4x 8x A100-80GB, 512GB host, 400Gb network, 9TB disk")
+    fleet = gpus.parse("2x 8x A100-80GB, 512GB host, 400Gb network, 9TB disk")
+    assert gpus.with_machines(fleet, 4) == gpus.parse("4x 8x A100-80GB, 512GB host, 400Gb network, 9TB disk")
     assert gpus.with_host(fleet, GB).num_machines == 2
     assert fleet.name == "2 machines, each 8x A100-80GB, 512 GB host, 400 Gb/s network, on all 9,000 GB disk"
 
@@ -170,7 +170,7 @@ def test_host_holds_its_share_of_what_is_offloaded() -> None:
 
 
 def _rows(hardware: str, **train: Any) -> dict[str, Any]:
-    fleet = machines.fleet_of(hardware)
+    fleet = gpus.parse(hardware)
     train = {"global_batch_size": 64, "num_processes": fleet.num_devices, "num_machines": fleet.num_machines, **train}
     return {one.name: one for one in placement.table(workload.basis_of(sizes.llama(train=train), fleet))}
 
@@ -187,7 +187,7 @@ def test_table_has_the_host_memory_of_each_machine_and_no_disk() -> None:
 
 
 def _seconds(hardware: str, settings: MemorySettings, shared: Sharing | None = FSDP2) -> dict[str, float]:
-    fleet, task = machines.fleet_of(hardware), sizes.llama()
+    fleet, task = gpus.parse(hardware), sizes.llama()
     work = time.work_of(task.summary, task.footprint("fp32"), True)
     settings = settings.changed(num_processes=fleet.num_devices, num_machines=fleet.num_machines)
     return time.step_seconds(fleet, task.shapes, work, 64, settings, shared)
@@ -290,7 +290,7 @@ def test_other_numbers_of_machines_are_held_against_the_fastest_here() -> None:
 def test_machines_that_are_not_the_recipes_are_refused(hardware: str, train: dict[str, Any], problem: str) -> None:
     task = sizes.llama(train={"global_batch_size": 64, **train})
     with pytest.raises(RecipeError) as raised:
-        workload.spread_over(task.recipe, machines.fleet_of(hardware))
+        workload.spread_over(task.recipe, gpus.parse(hardware))
     assert problem in str(raised.value)
 
 
@@ -304,13 +304,13 @@ def test_machines_that_are_not_the_recipes_are_refused(hardware: str, train: dic
 def test_several_runs_stay_on_one_machine(blocks: dict[str, Any], several: str) -> None:
     recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": "a"}, **blocks})
     with pytest.raises(RecipeError, match=f'{several} runs on one machine, but 2 machines are named; .*"8x L4"'):
-        workload.spread_over(recipe, machines.fleet_of("2x 8x L4"))
-    assert workload.spread_over(recipe, machines.fleet_of("1x 8x L4")).train.num_processes == 8
+        workload.spread_over(recipe, gpus.parse("2x 8x L4"))
+    assert workload.spread_over(recipe, gpus.parse("1x 8x L4")).train.num_processes == 8
 
 
 def test_given_processes_stay_and_are_spread() -> None:
     task = sizes.llama(train={"global_batch_size": 64, "num_processes": 16})
-    fleet = machines.fleet_of("2x 8x A100-80GB")
+    fleet = gpus.parse("2x 8x A100-80GB")
     recipe = workload.spread_over(task.recipe, fleet)
     assert (recipe.train.num_processes, recipe.train.num_machines) == (16, 2)
     assert workload.by_hardware(task.recipe, recipe) == ("train.num_machines",)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fulltune.errors import DoesNotFitError
-from fulltune.plan import disk, resolve, time
+from fulltune.plan import choose, disk, gpus, resolve, time, ways_out
 from fulltune.plan.dotted import DEEPSPEED, given, with_settings
-from fulltune.plan.elsewhere import advise, alternatives, machines, placement
+from fulltune.plan.elsewhere import advise, placement
 from fulltune.plan.fit import fit, with_time
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.reasons import Reasons
@@ -99,7 +99,7 @@ def survey(
         "placement": name,
         "settings": settings,
         "time": plan.time,
-        "alternatives": tuple(alternatives.instead(workload, basis, placements, name, plan)),
+        "alternatives": tuple(placement.instead(workload, basis, placements, name, plan)),
     }
     if wishes.price and plan.time:
         update["price"] = wishes.price.of(seen.num_devices, plan.time.whole_seconds)
@@ -164,27 +164,27 @@ def _planned(workload: Workload, fleet: Fleet, placements: Sequence[Placement]) 
         return error if fleet.here else _elsewhere(workload, fleet, placements) or error
     if fleet.here or own.num_processes == 1:
         return _PlacedPlan(own)
-    exact = [one for one in placements if not (alternatives.preference(one)[0] or one.host_bytes or one.disk_bytes)]
+    exact = [one for one in placements if not (placement.computes_otherwise(one) or one.host_bytes or one.disk_bytes)]
     if workload.recipe.train.optim is None and own.optim == "adamw_8bit":
         # Sharing out the state of several devices leaves the arithmetic as it is; 8-bit moments do not.
         return _elsewhere(workload, fleet, exact) or _PlacedPlan(own)
     speed = own.time.tokens_per_second if own.time else math.inf
-    faster = [one for one in exact if (one.tokens_per_second or 0.0) > MUCH_FASTER * speed]
+    faster = [one for one in exact if placement.speed(one) > MUCH_FASTER * speed]
     why = f", much faster than {own.placement}, which fits as well"
     return _elsewhere(workload, fleet, faster, why) or _PlacedPlan(own)
 
 
 def _elsewhere(workload: Workload, fleet: Fleet, placements: Sequence[Placement], why: str = "") -> _PlacedPlan | None:
     """With the best of these placements, and why it is not the recipe's own."""
-    for one in sorted(placements, key=alternatives.preference):
-        if not (alternatives.automatic(one) and one.settings) or _overrides(workload.recipe, one.settings):
+    for one in placement.ranked(placements):
+        if not one.settings or _overrides(workload.recipe, one.settings):
             continue
         try:
             plan = _fitted(workload, with_settings(workload.recipe, one.settings), fleet)
         except DoesNotFitError:  # of the ways that fit by the table, the next one
             continue
         names = {"train.extra" if name == DEEPSPEED else name for name in one.settings}
-        reason = f"placement: {one.name}{why}{alternatives.installs(one)}"
+        reason = f"placement: {one.name}{why}{placement.installs(one)}"
         return _PlacedPlan(_explained(plan, names, reason), one.name, one.settings)
     return None
 
@@ -237,14 +237,7 @@ def _as_planned(basis: Basis, one: Placement, plan: Plan) -> Placement:
 
 
 def _methods(workload: Workload, fleet: Fleet, fits: bool, other: Other) -> _Methods:
-    """What the advice needs to know.
-
-    Args:
-        workload: The recipe's own.
-        fleet: The hardware.
-        fits: The recipe's own method does.
-        other: See `survey`.
-    """
+    """What the advice needs to know; `fits`: the recipe's own method does."""
     kind = workload.recipe.method.kind
     full_fits = fits if kind == "full" else _alone(other("full"), fleet) is not None
     if full_fits or kind == "lora":
@@ -289,9 +282,10 @@ def _ways_out(
     fleet = basis.fleet
     found = _planned(workload, fleet.model_copy(update={"disk_bytes": None}), placements)
     if isinstance(found, DoesNotFitError) or fleet.disk_bytes is None:
-        ways = [_tried(workload, fleet, way) for way in alternatives.ways_out_of_memory(basis, placements)]
+        least = choose.smallest(basis.recipe, basis.start, basis.rows_per_process, basis.budget)
+        ways = [_tried(workload, fleet, way) for way in _of_memory(basis, placements, least)]
         if lora is not None:
-            ways.append(_as_way_out(lora, "device", alternatives.least(basis).memory.peak))
+            ways.append(_as_way_out(lora, "device", least.memory.peak))
     else:
         recipe, plan = with_settings(workload.recipe, found.settings), found.plan
         needed = disk.need(recipe, plan.num_parameters, plan)
@@ -302,11 +296,31 @@ def _ways_out(
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 
+def _of_memory(basis: Basis, placements: Sequence[Placement], least: choose.Option) -> Sequence[WayOut]:
+    """More devices, a larger host, other settings, other placements; `least` is the recipe with the settings that need
+    least."""
+    ways = [
+        WayOut(
+            change=there.words,
+            frees_bytes=max(0, least.memory.peak - there.placement.device_bytes),
+            where="device",
+            enough=True,
+            costs=costs,
+            hardware=gpus.asked(there.fleet),
+        )
+        for there, costs in placement.larger(basis)
+    ]
+    ways += ways_out.of_memory(
+        basis.recipe, least.settings, basis.budget.available_bytes, basis.budget.need, placements
+    )
+    return ways[: ways_out.MOST]
+
+
 def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
     """The way out as the plan finds it when it is followed: memory is not all that can be short."""
     if not way.enough or not (way.hardware or way.settings) or "data.max_length" in way.settings:
         return way
-    there = machines.fleet_of(way.hardware) if way.hardware else fleet
+    there = gpus.parse(way.hardware) if way.hardware else fleet
     recipe = with_settings(workload.recipe, way.settings)
     if way.hardware:
         numbers = {NUM_PROCESSES: there.num_devices, NUM_MACHINES: there.num_machines}

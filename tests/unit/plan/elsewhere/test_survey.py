@@ -14,8 +14,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import Moment
 from fulltune.plan import gpus, time, ways_out, workload
 from fulltune.plan.dotted import with_settings
-from fulltune.plan.elsewhere import machines
-from fulltune.plan.elsewhere.alternatives import automatic
+from fulltune.plan.elsewhere.placement import ranked
 from fulltune.plan.elsewhere.survey import Wishes, survey
 from fulltune.plan.fit import fit
 from fulltune.recipe.fields import Recipe
@@ -31,7 +30,7 @@ ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 def planned(
     hardware: str, task: workload.Workload | None = None, wishes: Wishes | None = None
 ) -> tuple[Survey, Plan | None]:
-    task, fleet = task or sizes.llama(), machines.fleet_of(hardware)
+    task, fleet = task or sizes.llama(), gpus.parse(hardware)
     recipe = workload.spread_over(task.recipe, fleet)
     return survey(
         replace(task, recipe=recipe, spread=workload.by_hardware(task.recipe, recipe)), fleet, wishes or Wishes()
@@ -148,7 +147,7 @@ def test_every_way_out_that_is_followed_gives_what_it_promised(hardware: str, tr
 def test_every_placement_that_is_followed_is_as_fast_as_its_row_says(hardware: str) -> None:
     task = sizes.llama(train={"global_batch_size": 64})
     table = planned(hardware, task)[0].placements
-    followed = [one for one in table if automatic(one)]
+    followed = ranked(table)
     assert followed
     for row in followed:
         _, plan = planned(hardware, replace(task, recipe=with_settings(task.recipe, row.settings)))
@@ -605,7 +604,7 @@ def test_what_the_recipe_gives_is_not_overridden_by_a_placement() -> None:
 
 
 def test_busy_machine_is_said_before_its_times(capsys: pytest.CaptureFixture[str]) -> None:
-    fleet = machines.fleet_of("cpu, 2 cores, 64GB host")
+    fleet = gpus.parse("cpu, 2 cores, 64GB host")
     busy = fleet.model_copy(update={"machine": fleet.machine.model_copy(update={"load_average": 9.0})})
     found, plan = survey(sizes.bert(), busy, Wishes())
     terminal.show(Console(width=80), sections(found, plan))
