@@ -91,12 +91,7 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
 
 
 def refuse_offloaded_activations(plan_need: MemoryNeed, processes: int, machine: Machine) -> None:
-    """Refuse activations in the memory of a host that is too small for them.
-
-    Args:
-        plan_need: Of one process.
-        processes: Of one machine.
-        machine: That one.
+    """Refuse activations of a machine's processes that its host's memory is too small for.
 
     Raises:
         DoesNotFitError: Naming both sizes.

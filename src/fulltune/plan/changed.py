@@ -74,12 +74,8 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def placed_anew(plan: Plan, anew: Plan) -> Plan:
-    """A begun run's plan with the placement of one that was made anew; all that shapes the result stays.
-
-    Args:
-        plan: What the run has done until now.
-        anew: Of the recipe as it is now.
-    """
+    """A begun run's plan with the placement of one that was made anew of the recipe; all that shapes the result
+    stays."""
     names = {SETTING_OF.get(name, f"train.{name}") for name in _PLACING} | {"train.oversubscribe"}
     settings = {setting.name: setting for setting in plan.settings}
     settings |= {setting.name: setting for setting in anew.settings if setting.name in names}

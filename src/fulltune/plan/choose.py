@@ -46,14 +46,7 @@ def choose(recipe: Recipe, start: MemorySettings, rows_per_process: int, budget:
     """The fastest settings that fit; levers that change the result, as 8-bit moments do, only where nothing else fits.
 
     Of settings that are as fast, those that recompute nothing come first, and larger micro batches before smaller ones.
-    What the recipe gives stays.
-
-    Args:
-        recipe: What is given is not changed.
-        start: Everything else about the settings, with no lever taken.
-        rows_per_process: Share of the global batch of one process; micro batches divide it.
-        budget: What one process may take, and what settings need of it.
-        speed: How fast settings are.
+    What the recipe gives stays. `start` has everything else, with no lever taken.
 
     Raises:
         DoesNotFitError: When nothing fits, with the nearest ways out.
@@ -84,17 +77,11 @@ def smallest(
     budget: MemoryBudget,
     same_numbers: bool = False,
 ) -> Option:
-    """The settings that need least: what to say when nothing fits.
+    """The settings that need least: what to say when nothing fits; `same_numbers`: without levers that change the
+    result.
 
     With accumulation the gradients of earlier passes stay beside the next pass and its copy of the weights in 16 bits,
     so the smallest micro batch does not always need least.
-
-    Args:
-        recipe: What is given is not changed.
-        start: Everything else about the settings, with no lever taken.
-        rows_per_process: Share of the global batch of one process.
-        budget: What settings need.
-        same_numbers: Without the levers that change the result.
     """
     found = [
         _with_eval_batch(recipe, settings, 0, budget)
@@ -158,16 +145,7 @@ def _why_recomputed(chosen: Option, tried: Sequence[Option], most_bytes: float, 
 def note(
     recipe: Recipe, chosen: Option, rows_per_process: int, budget: MemoryBudget, own_loss: bool, reasons: Reasons
 ) -> None:
-    """Write down what was chosen, and why.
-
-    Args:
-        recipe: As given.
-        chosen: The settings.
-        rows_per_process: Share of the global batch of one process.
-        budget: What one process may take.
-        own_loss: The loss is the user's.
-        reasons: Where it is written.
-    """
+    """Write down what was chosen for the memory, and why."""
     train, settings, memory = recipe.train, chosen.settings, chosen.memory
     whole = settings.micro_batch_size == rows_per_process
     part = "the whole global batch fits" if whole else "the largest part of the global batch that fits"

@@ -75,14 +75,7 @@ class _Held:
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> MemoryNeed:
-    """What one process needs on its device, beyond what the libraries themselves take.
-
-    Args:
-        shapes: The model's sizes.
-        footprint: The model's memory as traced.
-        settings: The settings; `num_processes` of them share.
-        device: `cpu` or `cuda`.
-    """
+    """What one of `num_processes` processes needs on its device, beyond what the libraries themselves take."""
     on_cpu = device == "cpu"
     settings = settings.changed(precision=footprint.traced(settings.precision))
     state = memory.state_of(shapes.num_parameters, settings)

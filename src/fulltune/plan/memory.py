@@ -30,14 +30,8 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 
 
 def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> MemoryNeed:
-    """What one process needs on its device, beyond what the libraries themselves take.
-
-    Args:
-        shapes: The model's sizes.
-        footprint: The model's memory as traced; holds the precision and checkpointing of `settings`.
-        settings: The settings.
-        device: `cpu` or `cuda`.
-    """
+    """What one process needs on its device, beyond what the libraries themselves take; the footprint holds the
+    precision and checkpointing of the settings."""
     state = state_of(shapes.num_parameters, settings)
     moments = _moments(shapes, footprint, settings, state, device)
     kinds = max(moments, key=lambda one: sum(one.values())).copy()
@@ -74,16 +68,10 @@ def block_inputs(shapes: Shapes, footprint: Footprint, settings: MemorySettings)
 
 
 def offloaded(need: MemoryNeed, kept: int, gradients: int) -> MemoryNeed:
-    """The need with so many numbers in the host's memory: counted as fp32 there, and as 16 bits that are freed here,
-    for which of both they are follows from the model's embeddings.
+    """Memory after offloading `kept` activations of a model with so many bytes of gradients. Bytes on the host assume
+    fp32, those that the device frees 16 bits: which of both they are follows from the model's embeddings.
 
-    In the backward pass the inputs of blocks would go while gradients come; without the former the peak is later, with
-    gradients that its moment did not have.
-
-    Args:
-        need: Without offloading.
-        kept: Numbers that are moved.
-        gradients: Bytes of all gradients.
+    Offloading shifts the peak towards the end of the backward pass, when more gradients are alive.
     """
     freed = min(2 * kept, need.kinds["activations"])
     later = min(freed, max(0, gradients - need.kinds["gradients"]))

@@ -40,11 +40,6 @@ class Least:
 def settle(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
     """The recipe with its placement, and why it has this one; a placement that is given stays, without a reason.
 
-    Args:
-        workload: Recipe, model and data.
-        fleet: The hardware.
-        own_loss: The user gave `compute_loss`.
-
     Raises:
         RecipeError: When settings contradict each other or the machine.
     """
@@ -62,13 +57,8 @@ def settle(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
 
 
 def decided(ddp: Least, fsdp2: Least | None, against: str = "") -> tuple[Whole, str]:
-    """Which of the two, and why.
-
-    Args:
-        ddp: All of it in each process.
-        fsdp2: Shared out; None: not asked.
-        against: Why it cannot be; empty: it can.
-    """
+    """DDP or FSDP2 by the memory that each needs, and why; FSDP2 is None where `against` says why it cannot be
+    taken."""
     if ddp.peak <= ddp.available:
         return "ddp", "it fits in each process"
     short = f"ddp needs {format_bytes(ddp.peak)} in each process, {format_bytes(ddp.available)} are free"
@@ -109,13 +99,8 @@ def obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str:
 
 @contextlib.contextmanager
 def explaining(workload: Workload, fleet: Fleet, own_loss: bool, why: str) -> Iterator[None]:
-    """Give a refusal what both placements need where one was chosen, and FSDP2 as a way out of a given ddp.
-
-    Args:
-        workload: Recipe, model and data.
-        fleet: The hardware.
-        own_loss: The user gave `compute_loss`.
-        why: The placement was chosen; empty: it was given.
+    """Give a refusal what both placements need where one was chosen (`why` is not empty), and FSDP2 as a way out of a
+    given DDP.
 
     Raises:
         DoesNotFitError: The refusal.

@@ -14,12 +14,8 @@ classes took 8.5 s after the import (docs/log.md)."""
 
 
 def rows(summary: DataSummary, width: int) -> int:
-    """Rows that linear classifiers are fitted on, and judged by; pairs count twice.
-
-    Args:
-        summary: Of the prepared data.
-        width: Values of what is kept of an item: the model's hidden size.
-    """
+    """Rows that linear classifiers of the model's hidden size `width` are fitted on, and judged by; pairs count
+    twice."""
     held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0
     few = min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
     return passes(summary) * (_train_rows(summary, width) + few)

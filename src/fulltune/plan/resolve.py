@@ -83,13 +83,7 @@ def refuse_fsdp2_beside_gpus(recipe: Recipe, machine: Machine) -> None:
 
 
 def placement(recipe: Recipe, why: str, reasons: Reasons) -> Any:
-    """Where weights, gradients and state lie.
-
-    Args:
-        recipe: With its placement, be it given or chosen: see `placing`.
-        why: It was chosen; empty: given.
-        reasons: Where it is written.
-    """
+    """Where weights, gradients and state lie; `why` it was chosen is empty where the recipe gives it."""
     if recipe.train.extra.get("deepspeed") is not None:
         return "deepspeed"
     found = recipe.train.placement
@@ -265,15 +259,8 @@ class Steps:
 
 
 def steps(recipe: Recipe, rows: int, global_batch: int, reasons: Reasons, mixed_rows: int = 0) -> Steps:
-    """How long the training is, and when it evaluates and saves.
-
-    Args:
-        recipe: The checked recipe.
-        rows: The task's train rows: the usual number of epochs depends on them alone.
-        global_batch: Rows of a step.
-        reasons: Where the reasons are written.
-        mixed_rows: Rows that each epoch has besides.
-    """
+    """How long the training is, and when it evaluates and saves; the usual number of epochs depends on the task's own
+    rows alone, each epoch has the mixed ones besides."""
     per_epoch = math.ceil((rows + mixed_rows) / global_batch)
     epochs, total = _duration(recipe, rows, per_epoch, reasons)
     between = min(total, recipe.train.eval_steps or per_epoch)

@@ -84,13 +84,7 @@ def _gathered(shared: sharing.Sharing, per_parameter: tuple[int, int, int], shap
 
 
 def passing(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Activations and logits of a micro batch at their highest.
-
-    Args:
-        footprint: The model's memory.
-        precision: A traced one.
-        settings: The micro batch and its treatment.
-    """
+    """Activations and logits of a micro batch at their highest, in a traced precision."""
     moments = footprint.variant(precision, settings.activation_checkpointing).first
     return _highest(moments, footprint, settings.micro_batch_size, settings)
 

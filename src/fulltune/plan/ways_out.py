@@ -26,7 +26,8 @@ def of_memory(
     need: Callable[[MemorySettings], MemoryNeed],
     placements: Sequence[Placement] = (),
 ) -> tuple[WayOut, ...]:
-    """The nearest ways to bring a training process under its budget.
+    """The nearest ways to bring a training process under its budget, at most three: first those that are enough, by
+    harm, then those that free most.
 
     Args:
         recipe: As given.
@@ -34,9 +35,6 @@ def of_memory(
         budget_bytes: What one process may take.
         need: The arithmetic.
         placements: Other ways to place things; those that fit and run are ways out as well.
-
-    Returns:
-        At most three: first those that are enough, by harm, then those that free most.
     """
     now = need(smallest).peak
     found, mild = [], 0

@@ -84,13 +84,7 @@ class Basis:
 
 
 def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Settle what does not depend on memory, with reasons.
-
-    Args:
-        workload: Recipe, model and data.
-        fleet: The hardware.
-        reasons: Where the reasons are written.
-        own_loss: The user gave `compute_loss`, which needs whole logits.
+    """Settle what does not depend on memory, with reasons; `own_loss`: the user's loss needs whole logits.
 
     Raises:
         RecipeError: When settings contradict each other or the machine.

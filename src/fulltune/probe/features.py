@@ -136,15 +136,8 @@ class Extractor:
 
 
 def sampled(rows: Any, kind: ProblemType, num_choices: int, width: int, most: int = MOST_ROWS) -> Any:
-    """As many rows as may be looked at, drawn at random; the rows themselves where these are all.
-
-    Args:
-        rows: Prepared ones.
-        kind: What an item is follows from it.
-        num_choices: Items of a row, where it has choices.
-        width: Values of what is kept of an item.
-        most: Rows.
-    """
+    """As many rows as may be looked at, at most `most`, drawn at random; the rows themselves where these are all. An
+    item has `width` values, and a row of choices `num_choices` items."""
     words = float(lengths_of(rows).mean()) if kind == "tags" else 0.0
     most = rows_within(kind, items_per_row(kind, words, num_choices), width, most)
     if len(rows) <= most:
@@ -246,12 +239,8 @@ def _words(hidden: torch.Tensor, chosen: Sequence[Mapping[str, Any]]) -> torch.T
 
 
 def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Which tokens of each window are looked at, and whether the answer begins and ends there, [tokens, 2].
-
-    Args:
-        labels: labels[windows, 5], as `question_answering` has them.
-        positions: Numbers of the windows, from which the other tokens are drawn.
-    """
+    """Which tokens of each window are looked at, drawn by the windows' positions, and whether the answer begins and
+    ends there, [tokens, 2]."""
     start, end, first, last = (
         labels[:, getattr(question_answering, name)] for name in ("START", "END", "FIRST", "LAST")
     )
@@ -284,12 +273,8 @@ def separators(tokenizer: Any, target: Target) -> frozenset[int]:
 
 
 def each_alone(rows: Sequence[Mapping[str, Any]], separators: frozenset[int]) -> list[dict[str, Any]]:
-    """The first texts of all rows, then the second ones, each between the tokens that stood around the pair.
-
-    Args:
-        rows: Prepared pairs, with labels.
-        separators: As `separators` gives them. In a row in which none stands between words the second text is empty.
-    """
+    """The first texts of all pairs, then the second ones, each between the tokens that stood around the pair. Where no
+    separator stands between words the second text is empty."""
     firsts: list[dict[str, Any]] = []
     seconds: list[dict[str, Any]] = []
     for row in rows:
@@ -307,12 +292,7 @@ def each_alone(rows: Sequence[Mapping[str, Any]], separators: frozenset[int]) ->
 
 
 def compared(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Difference and product of each dimension, and the cosine: [rows, 2 hidden + 1].
-
-    Args:
-        first: Means of length 1 of first texts, [rows, hidden].
-        second: Of second texts.
-    """
+    """Difference and product of each dimension of two means of length 1, and their cosine: [rows, 2 hidden + 1]."""
     import torch
 
     product = first * second
