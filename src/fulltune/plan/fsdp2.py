@@ -1,26 +1,4 @@
-"""Bytes of one process when FSDP2 shares weights, gradients and AdamW's moments out over N of them.
-
-Between steps each process holds an N-th of everything: 16 P / N bytes with AdamW in fp32. In a step *units* are whole
-for a while, in the weights' type (`models.sharding.Units`; u is a unit's weights):
-
-| when | whole |
-|---|---|
-| root: what is in no unit | its weights all the time, its gradients from when they come to the end |
-| forward | a unit's weights, and what they were received in until the next unit has come: 2 u |
-| backward | its weights and gradients, the next unit as received, the gradients of the one before as sent: 4 u |
-| after a unit's backward | its gradients, the same as they are sent (gloo: twice), the next unit: 3 u or 4 u |
-
-A block's activations go while its gradients come, so that both are whole at different moments. A loss in pieces makes
-the head's gradient in the forward pass, in fp32.
-
-Read from torch 2.13 (`torch/distributed/fsdp/_fully_shard`: `foreach_all_gather`, `FSDPParamGroup.wait_for_unshard`,
-`_backward_prefetch`, `post_backward`, `foreach_reduce`) and its gloo backend, which also receives into a copy; held
-against measurements by `bench/memory_per_rank.py` and, for any number of processes, against torch's own tracker by
-`bench/fake_ranks.py`. Gradients are reduced at each micro batch, so that accumulation
-holds parts alone. Activations, logits and autocast's copies of the weights in 16 bits are those of one process:
-autograd keeps such a copy of each weight from the forward to the backward pass, so that bf16 computations add up to
-2 P bytes that no number of processes makes smaller, unless activations are recomputed: then they are those of a block.
-"""
+"""Bytes of one process when FSDP2 shards weights, gradients and AdamW's moments over N of them: see docs/memory.md."""
 
 from __future__ import annotations
 
