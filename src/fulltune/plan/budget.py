@@ -113,21 +113,10 @@ class Needs:
     """Type of the weights that were traced."""
     device: str
 
-    def of(
-        self,
-        settings: MemorySettings,
-        shared: sharing.Sharing | None,
-        per_parameter: tuple[int, int, int] = sharded.DEEPSPEED,
-    ) -> MemoryNeed:
-        """The need of settings.
-
-        Args:
-            settings: Micro batch, optimizer and so on.
-            shared: What is shared out; None: each process holds everything.
-            per_parameter: Bytes of weights, gradients and optimizer where the state is shared out on GPUs.
-        """
+    def of(self, settings: MemorySettings, shared: sharing.Sharing | None) -> MemoryNeed:
+        """The need of settings; `shared` None: each process holds everything."""
         if settings.activation_offloading:
-            need = self.of(settings.changed(activation_offloading=False), shared, per_parameter)
+            need = self.of(settings.changed(activation_offloading=False), shared)
             kept = memory.block_inputs(self.shapes, self.footprint, settings)
             trained = memory.num_trained(self.shapes.num_parameters, settings)
             return memory.offloaded(need, kept, memory.BYTES[memory.trained_dtype(settings)] * trained)
@@ -135,24 +124,22 @@ class Needs:
             return fsdp2.need(self.shapes, self.footprint, settings, self.device)
         if shared is not None:
             on_gpus = self.device == "cuda"
-            return self._on_gpus(settings, shared, per_parameter) if on_gpus else self._on_cpu(settings, shared)
+            return self._on_gpus(settings, shared) if on_gpus else self._on_cpu(settings, shared)
         precision = self.footprint.traced(settings.precision)
         if settings.weights_dtype == self.weights_dtype and settings.precision == precision:
             return memory.need(self.shapes, self.footprint, settings, self.device)
         return self._of_another_type(settings, precision)
 
-    def _on_gpus(
-        self, settings: MemorySettings, shared: sharing.Sharing, per_parameter: tuple[int, int, int]
-    ) -> MemoryNeed:
-        """The weights there are bf16, so that nothing holds a copy of them: see `elsewhere.placement`."""
+    def _on_gpus(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
+        """The weights there are bf16, so that nothing holds a copy of them."""
         precision, processes = self.footprint.traced(settings.precision), settings.num_processes
         passing = sharded.passing(self.footprint, precision, settings)
-        kinds = sharded.kinds(shared, per_parameter, self.shapes, processes, passing)
+        kinds = sharded.kinds(shared, self.shapes, processes, passing)
         kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
         scoring = sum(sharded.scoring(self.footprint, precision, settings).values())
         phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + scoring}
         parameters, trained = self.shapes.num_parameters, self.shapes.num_trained
-        host = sharded.host_bytes(shared, parameters, processes, per_parameter, trained)
+        host = sharded.host_bytes(shared, parameters, processes, trained)
         return MemoryNeed(kinds=kinds, phases=phases, host=host // processes)
 
     def _on_cpu(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:

@@ -1,4 +1,4 @@
-"""Bytes on a device when DeepSpeed or FSDP2 share weights, gradients and optimizer state out: see `placement`."""
+"""Bytes on a device when DeepSpeed shards weights, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from fulltune.system.deepspeed import BUCKET_VALUES
 
 DEEPSPEED = (2, 4, 12)
 """Bytes a parameter: bf16 weights, fp32 gradients, fp32 weights with both moments (DeepSpeed's own estimators)."""
-FSDP2 = (4, 4, 8)
-"""accelerate keeps weights, gradients and both moments in fp32."""
 LIVE_VALUES = 10**9
 """DeepSpeed's default: values of gathered weights."""
 HOST_BUFFERS = 1.22
@@ -23,34 +21,26 @@ NVME_HOST_BYTES = 6
 """A parameter, for buffers of ZeRO-Infinity: 30 to 60 GB are reported for 7 B."""
 
 
-def state(num_parameters: int, per_parameter: tuple[int, int, int], num_trained: int | None = None) -> StateBytes:
+def state(num_parameters: int, num_trained: int | None = None) -> StateBytes:
     """Bytes of all of it; None: all parameters are trained."""
-    weights, gradients, optimizer = per_parameter
+    weights, gradients, optimizer = DEEPSPEED
     trained = num_parameters if num_trained is None else num_trained
     return StateBytes(weights=weights * num_parameters, gradients=gradients * trained, optimizer=optimizer * trained)
 
 
-def host_bytes(
-    shared: sharing.Sharing,
-    num_parameters: int,
-    num_devices: int,
-    per_parameter: tuple[int, int, int] = DEEPSPEED,
-    num_trained: int | None = None,
-) -> int:
+def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trained: int | None = None) -> int:
     """Bytes that all processes together take of the host's memory for what is offloaded."""
     buffers = NVME_HOST_BYTES * num_parameters if shared.optimizer_on_disk or shared.weights_on_disk else 0
-    held = state(num_parameters, per_parameter, num_trained)
+    held = state(num_parameters, num_trained)
     each = sum(shared.parts_at("host", held, num_devices).values())
     return buffers + round(HOST_BUFFERS * num_devices * each)
 
 
-def disk_bytes(
-    shared: sharing.Sharing | None, num_parameters: int, per_parameter: tuple[int, int, int] = DEEPSPEED
-) -> int:
+def disk_bytes(shared: sharing.Sharing | None, num_parameters: int) -> int:
     """Bytes of what is offloaded to an NVMe disk."""
     if shared is None:
         return 0
-    return sum(shared.parts_at("disk", state(num_parameters, per_parameter), 1).values())
+    return sum(shared.parts_at("disk", state(num_parameters), 1).values())
 
 
 def largest_unit(shapes: Shapes) -> int:
@@ -60,23 +50,17 @@ def largest_unit(shapes: Shapes) -> int:
 
 
 def kinds(
-    shared: sharing.Sharing,
-    per_parameter: tuple[int, int, int],
-    shapes: Shapes,
-    num_devices: int,
-    passing: Mapping[MemoryKind, int],
+    shared: sharing.Sharing, shapes: Shapes, num_devices: int, passing: Mapping[MemoryKind, int]
 ) -> dict[MemoryKind, int]:
     """Bytes by kind on each device in a step."""
-    held = state(shapes.num_parameters, per_parameter, shapes.num_trained)
+    held = state(shapes.num_parameters, shapes.num_trained)
     found = shared.parts_at("device", held, num_devices)
-    return {**found, **passing, "buffers": _gathered(shared, per_parameter, shapes) + memory.CUDA_CONTEXT_BYTES}
+    return {**found, **passing, "buffers": _gathered(shared, shapes) + memory.CUDA_CONTEXT_BYTES}
 
 
-def _gathered(shared: sharing.Sharing, per_parameter: tuple[int, int, int], shapes: Shapes) -> int:
+def _gathered(shared: sharing.Sharing, shapes: Shapes) -> int:
     """Weights and gradients that are whole on a device for a moment."""
     unit, parameters = largest_unit(shapes), shapes.num_parameters
-    if per_parameter == FSDP2:  # the unit in use and the next one in bf16, and one's gradients in fp32
-        return (2 * 2 + 4) * unit
     buckets = 2 * 2 * min(parameters, BUCKET_VALUES)
     if shared.stage < 3:
         return buckets

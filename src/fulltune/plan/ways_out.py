@@ -34,7 +34,7 @@ def of_memory(
         smallest: The smallest settings that the recipe allows, which do not fit.
         budget_bytes: What one process may take.
         need: The arithmetic.
-        placements: Other ways to place things; those that fit and run are ways out as well.
+        placements: Other ways to place things; those that fit are ways out as well.
     """
     now = need(smallest).peak
     found, mild = [], 0
@@ -42,7 +42,7 @@ def of_memory(
         peak = need(changed).peak
         found.append(way(settings, now - peak, peak <= budget_bytes, lever.costs))
         mild += lever.same_result
-    others = [one for one in placements if one.fits and one.runs and one.settings.keys() & WHERE]
+    others = [one for one in placements if one.fits and one.settings.keys() & WHERE]
     if others:
         # After what leaves the result as it is, before what changes its numbers.
         fastest = max(others, key=lambda one: one.tokens_per_second or 0.0)

@@ -30,8 +30,6 @@ class Placement(Record):
     """Over all devices; None: the speed of this hardware is not known."""
     bound_by: str
     """The longest part of a step."""
-    runs: bool
-    """fulltune can run it today."""
     settings: dict[str, Any]
     """What to change in the recipe for it."""
     how: str

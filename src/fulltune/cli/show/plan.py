@@ -151,8 +151,6 @@ def _placements(survey: Survey) -> Table:
 def _verdict(one: Placement, chosen: bool) -> str:
     if not one.fits:
         return one.short.replace(" GiB", "")
-    if not one.runs:
-        return "not built yet"
     return "chosen" if chosen else "needs a folder" if one.needs else "fits"
 
 

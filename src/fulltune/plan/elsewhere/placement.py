@@ -20,7 +20,6 @@ from fulltune.system.deepspeed import nvme_path
 from fulltune.system.sharing import Sharing
 from fulltune.text import format_bytes
 
-NOT_BUILT = "planned here; running it is not built yet"
 NEEDS_PATH = f"with the folder of an NVMe disk in {OFFLOAD}"
 MOST_DEVICES, MOST_MACHINES = 8, 8
 """That are proposed: of one machine, and machines where fewer are too small."""
@@ -43,13 +42,10 @@ class _Layout:
 
     name: str
     settings: dict[str, Any]
-    runs: bool = True
     weights_dtype: str = "fp32"
     optim: str = "adamw_torch_fused"
     shared: Sharing | None = None
     """None: each device holds everything."""
-    per_parameter: tuple[int, int, int] = sharded.DEEPSPEED
-    """Bytes of weights, gradients, optimizer and fp32 weights; with `shared` only."""
     needs: str = ""
 
 
@@ -109,7 +105,6 @@ def _shared_layouts(basis: Basis, plain: dict[str, Any], many: bool) -> Iterator
         yield _Layout("ZeRO-2", zero(2), shared=Sharing(2, False, False))
         yield _Layout("ZeRO-3", zero(3), shared=Sharing(3, False, False))
     yield _Layout("ZeRO-2, optimizer on host", zero(2, "optimizer"), shared=Sharing(2, True, False))
-    yield _Layout("FSDP2, all on host", {}, runs=False, shared=Sharing(3, True, True), per_parameter=sharded.FSDP2)
     yield _Layout("ZeRO-3, all on host", zero(3, "all"), shared=Sharing(3, True, True))
     if basis.num_machines > 1:  # whose disks differ: the recipe refuses it
         return
@@ -153,14 +148,14 @@ def _start(basis: Basis, layout: _Layout) -> MemorySettings:
 
 
 def _placed(basis: Basis, layout: _Layout, settings: MemorySettings) -> Placement:
-    shared, per_parameter, parameters = layout.shared, layout.per_parameter, basis.shapes.num_parameters
-    need = basis.needs.of(settings, shared, per_parameter)
+    shared, parameters = layout.shared, basis.shapes.num_parameters
+    need = basis.needs.of(settings, shared)
     kinds = dict(need.kinds)
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] += max(0, need.peak - sum(kinds.values()))
-    on_hosts = sharded.host_bytes(shared, parameters, basis.num_devices, per_parameter) if shared else 0
+    on_hosts = sharded.host_bytes(shared, parameters, basis.num_devices) if shared else 0
     host = -(-on_hosts // basis.num_machines)
-    on_disk = sharded.disk_bytes(shared, parameters, per_parameter)
+    on_disk = sharded.disk_bytes(shared, parameters)
     short = _short(basis, kinds, host, on_disk)
     seconds = basis.seconds(settings, shared)
     tokens = basis.global_batch_size * basis.work.tokens_per_row
@@ -178,9 +173,8 @@ def _placed(basis: Basis, layout: _Layout, settings: MemorySettings) -> Placemen
         short=short,
         tokens_per_second=tokens / time.together(seconds) if seconds else None,
         bound_by=max(seconds, key=lambda name: seconds[name]) if seconds else "",
-        runs=layout.runs,
         settings=changes,
-        how=how if layout.runs else NOT_BUILT,
+        how=how,
         needs=layout.needs,
     )
 
@@ -222,9 +216,9 @@ def speed(one: Placement) -> float:
 
 
 def ranked(placements: Sequence[Placement]) -> list[Placement]:
-    """Those that fit, can be run and need nothing that only a person can say: first the ones that compute as AdamW in
+    """Those that fit and need nothing that only a person can say: first the ones that compute as AdamW in
     fp32 does, then the faster ones."""
-    automatic = (one for one in placements if one.fits and one.runs and not one.needs)
+    automatic = (one for one in placements if one.fits and not one.needs)
     return sorted(automatic, key=lambda one: (computes_otherwise(one), -speed(one)))
 
 

@@ -215,7 +215,7 @@ def _own(recipe: Recipe, plan: Plan, placements: Sequence[Placement]) -> str:
     shared = sharing.of(with_placement(recipe, plan.placement))
     for one in placements:
         changed = with_settings(recipe, one.settings)
-        if not one.runs or sharing.of(changed) != shared:
+        if sharing.of(changed) != shared:
             continue
         optim, _ = resolve.optimizer(changed, Reasons())
         in_deepspeed = shared is not None and shared.engine == "deepspeed"

@@ -54,7 +54,6 @@ def test_7b_on_eight_of_every_gpu_fits_or_has_ways_out(gpu: gpus.GpuModel) -> No
     if plan is not None:
         chosen = next(one for one in found.placements if one.name == found.placement)
         assert chosen.fits
-        assert chosen.runs
         assert found.ways_out == ()
     else:
         assert found.notes
@@ -379,7 +378,7 @@ def test_much_faster_placement_that_fits_is_taken_with_its_reason_and_fewer_devi
     found, plan = planned("4x 8x H100-80GB, 400Gb network")
     assert plan is not None
     assert (found.placement, plan.placement, found.settings["train.placement"]) == ("ZeRO-2", "zero2", "zero2")
-    speeds = {one.name: one.tokens_per_second or 0.0 for one in found.placements if one.fits and one.runs}
+    speeds = {one.name: one.tokens_per_second or 0.0 for one in found.placements if one.fits}
     assert speeds["ZeRO-2"] == max(speeds.values()) > 2 * speeds["FSDP2"]
     [reason] = [one.reason for one in plan.settings if one.name == "train.placement"]
     assert reason == "placement: ZeRO-2, much faster than fsdp2, which fits as well; install fulltune[deepspeed]"
@@ -456,7 +455,7 @@ def test_no_more_than_eight_devices_are_proposed() -> None:
 def test_plain_ways_take_deepspeed_out_of_the_recipe(hardware: str, where: dict[str, Any], without: str) -> None:
     found, plan = planned(hardware, sizes.llama(train={"global_batch_size": 64, **where}))
     assert (plan is not None) == found.fits
-    plain = [one for one in found.placements if not one.name.startswith(("ZeRO", "FSDP2")) and one.runs]
+    plain = [one for one in found.placements if not one.name.startswith(("ZeRO", "FSDP2"))]
     assert all(without in one.how for one in plain)
     assert all("adamw_8bit" not in way.change or without in way.change for way in found.ways_out)
 
