@@ -131,7 +131,7 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
     flops = time.device_flops(fleet, plan.precision, shapes.hidden_size)
     if flops is None:
         return plan
-    estimate = time.Estimate(
+    expected = time.CommandTime(
         recipe=basis.recipe,
         plan=plan,
         summary=summary,
@@ -145,4 +145,4 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
         started_seconds=started_seconds,
     )
     busy = fleet.machine.busy if plan.device == "cpu" else ""
-    return plan.model_copy(update={"time": estimate.need(), "busy": busy})
+    return plan.model_copy(update={"time": expected.need(), "busy": busy})

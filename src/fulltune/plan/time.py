@@ -228,7 +228,7 @@ def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) ->
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CommandTime:
     """The time of a command by arithmetic: what it is made of."""
 
     recipe: Recipe

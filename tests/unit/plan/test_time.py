@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.plan import gpus, time
-from fulltune.records.plan import DiskNeed
+from fulltune.records.plan import DiskNeed, MemorySettings
+from fulltune.system.sharing import Sharing
 from tests import plans
 from tests.unit.plan import sizes
+from tests.unit.plan.sizes import BERT, LLAMA
 
 
 def test_step_of_a_decoder_is_six_operations_a_parameter_and_token_eight_when_recomputed() -> None:
@@ -70,7 +74,7 @@ def test_time_of_a_run_is_the_sum_of_its_parts() -> None:
     data = sizes.summary("text-classification", 800, 64)
     work = time.Work(tokens_per_row=64, longest=64, flops_per_token=1e6, attention_flops_per_pair=0)
     recipe = plans.recipe(evaluate={"baselines": False})
-    need = time.Estimate(recipe, plan, data, work, 32, 2.0, 1e9, 1, 1e9, 0.0).need()
+    need = time.CommandTime(recipe, plan, data, work, 32, 2.0, 1e9, 1, 1e9, 0.0).need()
     assert need.train_seconds == 200
     assert need.eval_seconds == pytest.approx((1 + 4) * 1000 * 64 * 1e6 / 1e9), "one before step 1"
     # Each evaluation saves as well; the further saves fall on two of them.
@@ -106,3 +110,44 @@ def test_price_that_is_none_is_refused(text: str, problem: str) -> None:
 def test_price_of_a_run_counts_every_device() -> None:
     price = time.Price(2.0, "USD")
     assert price.of(8, 1800) == 8
+
+
+# ---- bytes that a process sends in a step, by hand -----------------------------------------------------------------
+
+P = LLAMA.num_parameters
+UNITS = LLAMA.units
+assert UNITS is not None
+FSDP2 = Sharing(3, False, False, engine="fsdp2")
+SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8, precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("shared", "changes", "each_pass", "each_step"),
+    [
+        (None, {}, 0, 2 * 4 * P),
+        (None, {"weights_dtype": "bf16"}, 0, 2 * 2 * P),
+        (None, {"num_trained": 10**6, "num_held": P}, 0, 2 * 4 * 10**6),
+        # The head is put together once, everything else twice.
+        (FSDP2, {}, 4 * (3 * P - UNITS.kept), 0),
+        (Sharing(2, False, False), {}, 2 * P, 2 * P),
+        (Sharing(3, False, False), {}, 3 * 2 * P, 0),
+        (Sharing(3, True, True), {}, 3 * 2 * P, 0),
+        (Sharing(3, False, False), {"precision": "fp32"}, 3 * 4 * P, 0),
+        # What stays as it was has no gradients.
+        (Sharing(3, False, False), {"num_trained": 10**6, "num_held": P}, 2 * 2 * P + 2 * 10**6, 0),
+        (Sharing(1, False, False), {}, 0, 2 * 2 * P),
+    ],
+)
+@pytest.mark.parametrize("processes", [2, 8])
+def test_bytes(shared: Sharing | None, changes: dict[str, Any], each_pass: int, each_step: int, processes: int) -> None:
+    found = time.traffic(LLAMA, SETTINGS.changed(num_processes=processes, **changes), shared)
+    share = (processes - 1) / processes
+    assert found.each_pass == pytest.approx(share * each_pass)
+    assert found.each_step == pytest.approx(share * each_step)
+    assert found.of_step(4) == 4 * found.each_pass + found.each_step
+
+
+def test_root_is_put_together_once() -> None:
+    assert BERT.units is not None
+    found = time.traffic(BERT, SETTINGS.changed(num_processes=2), FSDP2)
+    assert found.each_pass == pytest.approx(4 * (3 * BERT.num_parameters - BERT.units.root) / 2)

@@ -63,7 +63,7 @@ def planned(basis: Basis, name: str, settings: MemorySettings) -> Placement:
 
 
 def _layouts(basis: Basis) -> Iterator[_Layout]:
-    on_gpus, many = bool(basis.fleet.machine.gpus), basis.num_devices > 1
+    cards, many = basis.fleet.machine.gpus, basis.num_devices > 1
     each = f"{basis.num_devices} copies" if many else "one device"
     spread = {NUM_PROCESSES: basis.num_devices, NUM_MACHINES: basis.num_machines}
     plain = _DEFAULTS | spread | {"train.optim": "adamw_torch_fused"}
@@ -87,7 +87,7 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
         parts, shared = plain | {PLACEMENT: "fsdp2"}, Sharing(3, False, False, engine="fsdp2")
         yield _Layout("FSDP2", parts, shared=shared)
         yield _Layout("FSDP2, 8-bit AdamW", parts | small, optim="adamw_8bit", shared=shared)
-    if on_gpus and not (train.use_liger_kernel or train.torch_compile):
+    if cards and not (train.use_liger_kernel or train.torch_compile):
         yield from _shared_layouts(basis, plain, many)
 
 
