@@ -84,7 +84,7 @@ def test_another_type_is_reckoned_with_what_its_device_takes(device: str) -> Non
 @pytest.mark.parametrize(("device", "host"), [("cuda", True), ("cpu", False)])
 def test_what_zero_offloads_lies_on_the_host_of_a_card_and_in_the_same_memory_without(device: str, host: bool) -> None:
     needs = budget.Needs(SHAPES, FOOTPRINT, "fp32", device)
-    found = needs.of(SETTINGS, Sharing(3, True, True), (2, 2, 12))
+    found = needs.of(SETTINGS, Sharing(3, True, True))
     assert (found.host > 10 * SHAPES.num_parameters) == host
     assert (found.kinds["optimizer"] == 0) == host
 
