@@ -15,7 +15,6 @@ from pyarrow import parquet
 from fulltune import data
 from fulltune.cli import predict as cli_predict
 from fulltune.cli import predict_files
-from fulltune.cli.init import infer
 from fulltune.data.readers import images
 from fulltune.data.readers.read import content_hash, locate
 from fulltune.data.sources import find_files
@@ -105,13 +104,6 @@ def test_half_a_character_in_an_unused_column_or_name_costs_no_row(
     assert made.rows["a.jsonl:4"] == {**ROWS[3], "note": "\\ud83d", "n\\ud83d": 1}
 
 
-def test_init_makes_no_class_of_half_a_character(tmp_path: Path) -> None:
-    path = json_lines(tmp_path, [{**ROWS[0], "label": SURROGATE}, *ROWS[1:]])
-    found = infer(path)
-    assert found.target.labels == ("food", "weather")
-    assert found.num_rows == 40
-
-
 def test_deep_json_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
@@ -164,14 +156,6 @@ def test_text_that_is_not_utf8_in_a_table_is_listed(tmp_path: Path, prepare: Cal
     assert made.dropped == {"a.parquet:6": "column 'text' holds a text that is not UTF-8"}
 
 
-def test_image_bytes_of_a_table_stay_bytes(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    source = locate([str(table(tmp_path, {"image": [b"abc"], "label": [b"cat"]}))])
-    (_, row), *_ = replace(source, image_paths=True).rows()
-    assert row == {"image": b"abc", "label": "cat"}
-
-
 def test_columns_of_one_name_in_a_table_are_refused(tmp_path: Path) -> None:
     wrong = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "label", "label"])
     parquet.write_table(wrong, tmp_path / "a.parquet")
@@ -188,13 +172,6 @@ def test_class_names_that_datasets_keeps_beside_numbers_are_the_labels(
     assert made.summary.labels == ("bad", "good")
     assert made.rows["a.parquet:2"]["label"] == "good"
     assert list(made.dropped) == ["a.parquet:1"]  # -1: without a class
-
-
-def test_tags_of_classes_are_read_by_their_names(tmp_path: Path) -> None:
-    kind = {"feature": {"_type": "ClassLabel", "names": ["O", "B-PER"]}, "_type": "List"}
-    known = json.dumps({"info": {"features": {"tags": kind}}}).encode()
-    path = table(tmp_path, {"tokens": [["a", "b"]], "tags": [[0, 1]]}, {b"huggingface": known})
-    assert read([str(path)]).rows[0]["tags"] == ["O", "B-PER"]
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
@@ -331,11 +308,6 @@ def test_answer_start_that_is_no_number_leaves_the_row_out(
     assert made.dropped == {"a.jsonl:8": "answer_start is 'a', expected the number of a character"}
 
 
-def test_text_without_width_is_no_text(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
-    made = prepare(tiny.write_csv(tmp_path / "a.csv", [{**ROWS[0], "text": "\u200b \u2060"}, *ROWS[1:]]))
-    assert list(made.dropped) == ["a.csv:2"]
-
-
 # ---- columns ---------------------------------------------------------------------------------------------------
 
 
@@ -373,12 +345,6 @@ def test_csv_broken_rows_are_all_named(tmp_path: Path) -> None:
     ]
 
 
-def test_hidden_files_of_a_folder_are_no_data(tmp_path: Path) -> None:
-    tiny.write_csv(tmp_path / "a.csv", ROWS)
-    (tmp_path / "._a.csv").write_bytes(b"\0\5\x16\7")
-    assert len(read([str(tmp_path)]).rows) == 40
-
-
 def test_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests may run as root, who reads everything."""
     path = tiny.write_csv(tmp_path / "a.csv", ROWS)
@@ -399,14 +365,6 @@ def test_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_data_file_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
     table(tmp_path, columns_of(ROWS)).rename(tmp_path / "b\udce4r.parquet")
     assert "b\\xe4r.parquet: the name is not UTF-8" in refusal(tmp_path)
-
-
-def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").symlink_to(tmp_path / "gone.csv")
-    (tmp_path / "b.csv").symlink_to(tmp_path / "c.csv")
-    (tmp_path / "c.csv").symlink_to(tmp_path / "b.csv")
-    assert "a.csv: is a link that leads nowhere" in refusal(tmp_path / "a.csv")
-    assert "b.csv: is a link that leads back to itself" in refusal(tmp_path / "b.csv")
 
 
 def test_path_that_is_too_long_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
 from fulltune.inference.store import Rows, load_texts
 from fulltune.tasks import Target
-from fulltune.tasks.columns import windows
 from tests import tiny
 
 TARGET = Target("single_label", {"text": "text", "label": "label"}, ("food", "weather"))
@@ -107,12 +106,6 @@ def test_rows_dropped_are_named_with_their_places(job: Job, tmp_path: Path) -> N
     assert found.longest == max(found.lengths) <= 48
 
 
-def test_rows_truncated_are_kept_and_counted(job: Job, tmp_path: Path) -> None:
-    found = run(job, placed(ROWS), tmp_path)
-    assert not found.dropped["unfit"].counts
-    assert (sum(found.truncated), found.num_too_long, found.longest) == (1, 1, 48)
-
-
 def test_row_with_a_label_that_train_lacks_is_counted_and_not_tokenised(job: Job, tmp_path: Path) -> None:
     rows = tiny.topic_rows(6)
     rows[3]["label"] = "sport"
@@ -175,11 +168,3 @@ def test_row_of_many_lost_parts_is_written_down_once(tmp_path: Path) -> None:
     encode.encode(job, iter(placed([row])), 1, tmp_path, lambda done: None, items.append)
     assert len(items) > 10
     assert [item.row for item in items] == [row, *[{}] * (len(items) - 1)]
-
-
-@pytest.mark.parametrize(
-    "cell", ["x" * 600, ["x" * 300, "x" * 300], [{"role": "user", "content": "x" * 600}], {"text": ["x" * 600]}]
-)
-def test_large_rows_are_few_at_a_time_whatever_holds_their_text(cell: Any) -> None:
-    pieces = windows(placed([{"column": cell}] * 5), most_rows=4, most_characters=1300)
-    assert [len(piece) for piece in pieces] == [2, 2, 1]

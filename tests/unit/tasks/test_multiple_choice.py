@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fulltune.errors import DataError, RecipeError
 from fulltune.recipe.data import DataBlock
-from fulltune.tasks import LossSettings, Target, multiple_choice
+from fulltune.tasks import Target, multiple_choice
 from tests import tiny
 
 CHOICES = ["soup", "warm bread", "an apple", "rice"]
@@ -182,19 +181,6 @@ def test_same_question_with_its_choices_in_another_order_is_a_duplicate() -> Non
     target = described([row])
     other = {**row, "question": "which?", "choices": CHOICES[::-1]}
     assert multiple_choice.group_key(row, target) == multiple_choice.group_key(other, target)
-
-
-def test_loss_and_metrics_are_those_of_the_chosen_place() -> None:
-    target = Target("choice", {"choices": "choices", "label": "label"}, num_choices=2)
-    logits, labels = torch.tensor([[2.0, 0.0], [1.0, 3.0], [0.0, 1.0]]), torch.tensor([0, 1, 0])
-    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    summed = multiple_choice.loss(logits, labels, target, LossSettings())
-    torch.testing.assert_close(summed, expected.sum())
-    kept = {name: np.asarray(values) for name, values in multiple_choice.reduce(logits, labels, target).items()}
-    found = multiple_choice.metrics(kept, target)
-    assert found == pytest.approx({"accuracy": 2 / 3, "loss": float(expected.mean())})
-    [worst] = multiple_choice.worst(kept, ["one", "two", "three"], target, 5)
-    assert (worst.text, worst.expected, worst.predicted) == ("three", "(0)", "(1)")
 
 
 def test_models_that_cannot_choose_are_refused() -> None:

@@ -123,14 +123,6 @@ def test_start_token_of_a_model_that_cannot_shift_comes_from_its_config(tmp_path
     assert seq2seq.decoder_input_ids(Plain(), labels).tolist() == [[7, 4, 5], [7, 4, 5]]
 
 
-def test_smoothed_loss_is_torchs() -> None:
-    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(1))
-    labels = torch.tensor([[3, 4, -100], [1, 2, 3]])
-    found = seq2seq.loss(logits, labels, TARGET, LossSettings(0.1)) / seq2seq.count_items(labels)
-    expected = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits.reshape(-1, 7), labels.reshape(-1))
-    assert torch.isclose(found, expected)
-
-
 @pytest.mark.parametrize("kind", tiny.WRITERS)
 def test_answers_do_not_depend_on_the_batch_or_on_settings_for_other_texts(kind: str, tmp_path: Path) -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(tiny.save_model(tmp_path, kind)).eval()
