@@ -1041,9 +1041,7 @@ IN_A_TERMINAL = (
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("nohup", "processes", "code"), [(False, 1, INTERRUPTED), (False, 2, INTERRUPTED), (True, 1, 0)]
-)
+@pytest.mark.parametrize(("nohup", "processes", "code"), [(False, 2, INTERRUPTED), (True, 1, 0)])
 def test_a_terminal_that_is_closed_has_the_run_saved_unless_that_is_ignored(
     nohup: bool, processes: int, code: int, case: Case
 ) -> None:

@@ -118,19 +118,6 @@ def test_compare_refuses_the_folder_of_a_single_run(tmp_path: Path, tiny_encoder
     assert "is the folder of a single run, which compares nothing" in said.err
 
 
-def test_several_recipes_in_it_are_refused(unfinished: Path, recipe: Path) -> None:
-    other = recipe.with_name("other.yaml")
-    other.write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
-    before = content(unfinished)
-    said = fulltune("compare", recipe, other, "--run-folder", unfinished)
-    assert said.code == 2
-    assert said.problems == [
-        f"{unfinished}: is the folder of another comparison, and several recipes get a folder each inside the named "
-        "one; name another folder, or leave --run-folder out"
-    ]
-    assert content(unfinished) == before
-
-
 # ---- more time ---------------------------------------------------------------------------------------------------
 
 
@@ -180,11 +167,6 @@ def test_model_is_the_one_that_the_verdict_recommends(verdict: str, recommended:
     assert predict.choose(unfinished, "lora") == predict.ChosenModel(unfinished / "models" / "lora")
 
 
-def test_record_beside_the_card_is_enough(unfinished: Path) -> None:
-    comparisons.comparison(decision={"verdict": "PEFT", "recommended": "lora"}).save(unfinished / "proof.json")
-    assert predict.choose(unfinished).folder.name == "lora"
-
-
 @pytest.mark.parametrize(
     ("verdict", "recommended", "problem"),
     [
@@ -227,11 +209,3 @@ def test_merge_of_what_cannot_be_merged_names_what_can(
     assert said.code == 2
     taken = [] if arguments else [f"{unfinished}: taking 'full': the verdict is FULL (another one: --method)"]
     assert said.problems == [*taken, f"{unfinished}/{problem}"]
-
-
-def test_merge_where_nothing_can_be_merged_says_so(unfinished: Path, tmp_path: Path) -> None:
-    (unfinished / "models" / "lora" / "fulltune.json").unlink()
-    said = fulltune("merge", unfinished, "-o", tmp_path / "merged", "--method", "full")
-    assert said.problems == [
-        f"{unfinished}/models/full: is a whole model already; {unfinished} has no other model that can be"
-    ]

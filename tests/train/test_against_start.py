@@ -16,7 +16,7 @@ from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import gain
 from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Target
-from fulltune.train.loop.guards import ended_worse, made_worse, too_short
+from fulltune.train.loop.guards import ended_worse, made_worse
 from fulltune.train.worker.against_start import judged_by
 from tests import tiny
 from tests.train import faults, runs
@@ -36,11 +36,9 @@ BLOCKS: dict[str, Any] = {
         (2, [1.0] * 10 + [1.5] * 20, None, "stop"),
         (3, [1.0] * 30, None, "stop"),  # not fallen
         (1, [1.0] * 10 + [1.5] * 20, None, "go on"),  # once is no sign
-        (0, [1.0] * 10 + [1.5] * 20, None, "go on"),
         (2, [1.0] * 10 + [0.8] * 20, None, "go on"),  # over-fitted, if anything
         (2, [1.0] * 4 + [1.5] * 15, None, "go on"),  # hardly begun
         (2, [1.0] * 10 + [1.5] * 20, 2.0, "go on"),  # the first batch was easy
-        (2, [], None, "go on"),
     ],
 )
 def test_run_that_makes_the_model_worse_stops_when_its_loss_has_not_fallen(
@@ -69,19 +67,6 @@ def test_run_whose_kept_model_is_worse_stops_when_its_loss_has_not_fallen(losses
     found = ended_worse("accuracy is 0.1 lower (standard error 0.02)", losses, 3e-4)
     assert found.action == action
     assert found.reason.startswith("training made the model worse: accuracy is 0.1 lower (standard error 0.02) than be")
-
-
-@pytest.mark.parametrize(
-    ("notice", "seconds", "is_said"),
-    [(None, 1e9, False), ("30s", 0.0, False), ("30s", 30.0, False), ("30s", 31.0, True), ("2m", 31.0, False)],
-)
-def test_notice_that_is_shorter_than_a_stop_takes_is_said(notice: str | None, seconds: float, is_said: bool) -> None:
-    said = too_short(notice, seconds)
-    assert bool(said) == is_said
-    if is_said:
-        assert said.startswith(
-            "train.notice: 30s is less than a step, an evaluation and a checkpoint take (about 31 s)"
-        )
 
 
 def test_gain_has_the_standard_error_of_the_paired_difference() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +15,7 @@ import pytest
 from fulltune import pipeline, predict
 from fulltune.compare import fairness, timing, trials
 from fulltune.compare import run as comparing
-from fulltune.errors import DataError, InterruptedRun, RecipeError
+from fulltune.errors import InterruptedRun, RecipeError
 from fulltune.records.comparison import Comparison, Trial
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Event, Said
@@ -98,17 +97,6 @@ def test_interrupted_comparison_goes_on_and_trains_nothing_twice(finished: tuple
     assert names == ["full-seed42-01", "full-seed43-01", "lora-seed42-01", "lora-seed43-01"]
 
 
-def test_only_the_first_trial_of_a_method_in_a_command_has_a_dry_run(finished: tuple[Path, Comparison]) -> None:
-    folder, _ = finished
-    requests = {path.parent.name: json.loads(path.read_text()) for path in (folder / "attempts").glob("*/request.json")}
-    assert {name: request["dry_run"] for name, request in requests.items()} == {
-        "full-seed42-01": True,
-        "full-seed43-01": False,
-        "lora-seed42-01": True,
-        "lora-seed43-01": True,  # of the command that went on
-    }
-
-
 def test_finished_comparison_is_not_done_again(finished: tuple[Path, Comparison]) -> None:
     folder, first = finished
 
@@ -132,15 +120,6 @@ def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple
     text = (folder.parent / "merged" / "README.md").read_text(encoding="utf-8")
     assert 'from_pretrained("merged")' in text
     assert "PeftModel" not in text
-
-
-def test_finished_comparison_is_not_taken_up_by_a_larger_budget(finished: tuple[Path, Comparison]) -> None:
-    folder, found = finished
-    models = {path: path.stat().st_mtime_ns for path in (folder / "models").rglob("*.safetensors")}
-    again = pipeline.Run(recipe_of(folder), folder)
-    with mock.patch.object(comparing, "_compare", side_effect=AssertionError("it is finished")):
-        assert comparing.run(again, "fulltune compare", budget="9h").comparison == found
-    assert {path: path.stat().st_mtime_ns for path in (folder / "models").rglob("*.safetensors")} == models
 
 
 def test_record_has_each_arm_with_what_it_cost(finished: tuple[Path, Comparison]) -> None:
@@ -205,20 +184,6 @@ def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Com
     assert any(abs(value - right) < 1e-9 for value in lora.values)
 
 
-@pytest.mark.parametrize(("verdict", "arm"), [("FULL", "full"), ("EQUIVALENT", "lora")])
-def test_prediction_is_that_of_the_recommended_method_and_says_so(
-    verdict: str, arm: str, finished: tuple[Path, Comparison], tmp_path: Path
-) -> None:
-    folder, found = tmp_path / "run", finished[1]
-    shutil.copytree(finished[0], folder)
-    decision = found.decision.model_copy(update={"verdict": verdict, "recommended": arm})
-    found.model_copy(update={"decision": decision}).save(folder / "compare" / "comparison.json")
-    said, named = (fulltune("predict", folder, "the sun", "--json", *more) for more in ([], ["--method", arm]))
-    assert (said.code, said.out) == (0, named.out)
-    assert said.problems == [f"{folder}: taking '{arm}': the verdict is {verdict} (another one: --method)"]
-    assert named.problems == []
-
-
 def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Comparison]) -> None:
     folder, _ = finished
     text = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text(encoding="utf-8")
@@ -234,40 +199,7 @@ def test_models_of_other_seeds_are_deleted(finished: tuple[Path, Comparison]) ->
     assert sorted(path.name for path in (folder / "models").iterdir()) == ["full", "lora"]
 
 
-def test_time_is_counted_whole_and_from_the_first_command_on(finished: tuple[Path, Comparison]) -> None:
-    folder, found = finished
-    entries = [json.loads(line) for line in (folder / "compare" / "clock.jsonl").read_text().splitlines()]
-    # Each command writes its report last, which it cannot know the time of; a later one has it.
-    assert [entry["what"] for entry in entries][-2:] == ["verdict", "report"]
-    assert found.seconds == pytest.approx(sum(entry["seconds"] for entry in entries[:-1]), abs=0.1)
-    last = datetime.fromisoformat(entries[-1]["ended"])
-    wall = (last - datetime.fromisoformat(found.started)).total_seconds()
-    # All commands, and what lay between their trials; a slow machine takes longer for what is not counted.
-    assert 0.6 * wall <= found.seconds <= wall + 2
-
-
 # ---- the same method with other settings ------------------------------------------------------------------------
-
-
-@pytest.mark.long
-def test_other_settings_of_full_are_compared_with_its_own(tmp_path: Path) -> None:
-    given = {"kind": "full", "learning_rate": 3e-3}
-    longer = {**given, "name": "longer", "train": {"num_train_epochs": 4, "label_smoothing_factor": 0.1}}
-    one = job(tmp_path, [given, longer])
-    with in_this_process():
-        found = comparing.run(one, "test").comparison
-    assert [(row.arm, row.kind) for row in found.rows] == [("full", "full"), ("longer", "variant")]
-    steps = {
-        arm: json.loads((one.folder / f"plan/{arm}-seed42.json").read_text())["total_steps"]
-        for arm in ("full", "longer")
-    }
-    assert steps["longer"] == 2 * steps["full"]
-    request = json.loads((one.folder / "attempts" / "longer-seed42-01" / "request.json").read_text())
-    assert request["recipe"]["train"]["label_smoothing_factor"] == 0.1
-    assert found.decision.difference("longer").decides
-    assert found.decision.difference("longer").kind == "variant"
-    assert not {one.rule for one in found.findings} & {"unequal-tokens"}, "what it has otherwise is the question"
-    assert "longer" in (one.folder / "card.md").read_text(encoding="utf-8")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------
@@ -285,18 +217,3 @@ def test_other_settings_of_full_are_compared_with_its_own(tmp_path: Path) -> Non
 def test_recipe_without_a_comparison_is_refused(tmp_path: Path, methods: list[Any], problem: str) -> None:
     with pytest.raises(RecipeError, match=problem):
         job(tmp_path, methods)
-
-
-def test_lint_before_training_names_a_single_rate(tmp_path: Path) -> None:
-    recipe = job(tmp_path, METHODS).recipe
-    found = fairness.lint_recipe(recipe)
-    assert {(one.rule, one.where) for one in found} >= {("rate-not-searched", "full"), ("rate-not-searched", "lora")}
-    clean = job(tmp_path / "clean", ["base", "full", "lora"], compare={"seeds": 3})
-    assert fairness.lint_recipe(clean.recipe) == ()
-
-
-def test_generic_text_that_is_missing_is_said_before_anything_is_trained(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS, preserve={"probe": "nowhere.txt"})
-    with pytest.raises(DataError, match=r"preserve\.probe: .*nowhere\.txt: cannot be read"):
-        compare(one)
-    assert not (one.folder / "attempts").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +12,13 @@ from unittest import mock
 import pytest
 
 from fulltune import pipeline
-from fulltune.compare import design, rate_search, seeds, timing, trials
 from fulltune.compare import run as comparing
-from fulltune.compare.rate_search import search_trial
-from fulltune.compare.rates import scale_of
+from fulltune.compare import trials
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.evaluate import outputs
 from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import NUM_TEXTS, parts
-from fulltune.recipe.preserve import PreserveBlock
-from fulltune.records.comparison import Comparison, Trial, TrialResult, Tried
-from fulltune.records.data import DataSummary
+from fulltune.records.comparison import Comparison, TrialResult
 from fulltune.records.forgetting import Drift, Point
 from fulltune.report.comparison.about_forgetting import answers
 from fulltune.train.worker import within_budget
@@ -114,40 +109,6 @@ def test_comparison_of_one_seed_each_is_held_and_reads_sealed_texts_for_its_cert
     assert found.drift_text.endswith("probe.txt, selection texts of the budget")
 
 
-def result_of(trial: Trial, metric: float) -> TrialResult:
-    kind = {"device": "cpu", "precision": "fp32", "weights_dtype": "fp32"}
-    return TrialResult(trial=trial, metric=metric, train_seconds=1.0, num_parameters=1, num_trainable=1, **kind)
-
-
-def test_free_short_trials_say_nothing_about_a_held_whole_run(tmp_path: Path) -> None:
-    one = held(tmp_path)
-    summary = pipeline.prepare(one)
-    free = dataclasses.replace(one, recipe=one.recipe.model_copy(update={"preserve": PreserveBlock()}))
-    taken = []
-    for context in (comparing.Context(one, summary, "test"), comparing.Context(free, summary, "test")):
-        short = [Tried(learning_rate=rate, share=0.1, metric=metric) for rate, metric in ((1e-3, 0.8), (1e-2, 0.9))]
-        searches = {"lora": rate_search.finished("lora", short, scale_of(context), True, 1e-2)}
-        ran = seeds.SeedRuns(context, searches, mock.Mock(), results={"lora": []})
-        with mock.patch.object(seeds, "run_trial", lambda _, trial: result_of(trial, 0.3)):
-            taken.append(ran.first(design.final_trial("lora", 1e-2, 42)).trial.learning_rate)
-    assert taken == [1e-2, 1e-3]
-
-
-def test_short_trials_are_forecast_without_what_only_whole_runs_do(tmp_path: Path) -> None:
-    one = held(tmp_path)
-    context = comparing.Context(one, pipeline.prepare(one), "test")
-    short, whole = search_trial("full", 1e-3, 1.0, 42), design.final_trial("full", 1e-3, 42)
-    free, found = (context.trial_plan(trial, context.trial_recipe(trial)) for trial in (short, whole))
-    assert free.time is not None
-    assert found.time is not None
-    cost = timing.costs_of(context)["full"]
-    assert cost.steps_seconds(whole) == pytest.approx(found.time.total_seconds)
-    planned = context.setup("full").free_plan.time
-    assert planned is not None
-    assert cost.steps_seconds(short) == pytest.approx(planned.total_seconds)
-    assert free.time.total_seconds <= cost.steps_seconds(short) < cost.steps_seconds(whole)
-
-
 @pytest.mark.long
 def test_every_whole_run_is_within_the_budget_and_has_its_record(
     finished: tuple[Path, Comparison, Seen],
@@ -182,23 +143,6 @@ def test_card_has_the_frontiers_and_says_which_one_forgot_less(finished: tuple[P
     assert answers(found.rows, found.decision, found.held)["lora"] in card
     assert "| full   |   42 |" in card
     assert "by drift on generic text</title>" in (folder / "card.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.long
-def test_short_trials_are_free_and_a_rate_is_judged_by_what_was_trained(
-    finished: tuple[Path, Comparison, Seen],
-) -> None:
-    folder, found, _ = finished
-    context = comparing.Context(feasible(folder.parent), DataSummary.load(folder / "data" / "summary.json"), "test")
-    free = context.trial_recipe(search_trial("full", 1e-3, 0.1, 42)).preserve
-    assert (free.budget, free.drift) == (None, False)
-    whole = Trial(name="full-seed42", arm="full", learning_rate=3e-3, seed=42)
-    assert context.trial_recipe(whole).preserve.budget == "20%"
-    assert context.trial_plan(whole, context.trial_recipe(whole)).preserving is not None
-    result = TrialResult.load(context.result_path("full-seed42"))
-    one = next(one.preserved for one in found.held if one.preserved.trial == "full-seed42")
-    assert context.trained_metric(result) == one.end.metric
-    assert context.trained_metric(result.model_copy(update={"problems": ("diverged",), "metric": 0.0})) == 0.0
 
 
 @pytest.mark.long

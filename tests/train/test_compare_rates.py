@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,14 @@ import numpy as np
 import pytest
 
 from fulltune import files, pipeline
-from fulltune.compare import conclude, context, rate_search, rates, table_rows, timing, trials
+from fulltune.compare import conclude, rate_search, rates, timing, trials
 from fulltune.compare import run as comparing
 from fulltune.compare import seeds as whole_runs
 from fulltune.compare.seeds import SeedRuns
-from fulltune.errors import Diverged, GuardStop, RecipeError
+from fulltune.errors import Diverged, GuardStop
 from fulltune.inference import store
 from fulltune.recipe.tasks import FORMS
 from fulltune.records.comparison import Search, Trial, TrialResult, Tried
-from fulltune.records.differences import ArmStep, Look
-from fulltune.records.plan import Plan
-from fulltune.records.training import Outcome
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
@@ -70,27 +65,6 @@ def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path
     )
     assert [one.learning_rate for one in asked] == [2.5e-4, 8e-4, 2.5e-3, 7.9e-3]
     assert (found.chosen, found.on_edge) == (2.5e-3, False)
-
-
-def test_rate_of_a_search_gives_way_to_the_usual_one_where_whole_runs_do_not_tell_them_apart(tmp_path: Path) -> None:
-    # The usual rate is the third best of the short trials, and has a whole run before the second best.
-    short = {2.5e-4: 0.1, 8e-4: 0.3, 2.5e-3: 0.95, 7.9e-3: 0.8}
-    _, found = searched(tmp_path, lambda trial: short[trial.learning_rate])
-    assert found.chosen == 2.5e-3
-    one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Context(one, pipeline.prepare(one), "test")
-    searches, asked = {"lora": found}, []
-
-    def final(_: Any, trial: Trial) -> TrialResult:
-        asked.append(trial.learning_rate)
-        return result_of(trial, 0.9 if trial.learning_rate == 2.5e-3 else 0.88)[2]
-
-    with mock.patch.object(whole_runs, "run_trial", final):
-        ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=2.5e-3, seed=42))
-        ran.check_rate("lora")
-    (result,) = ran.results["lora"]
-    assert asked == [2.5e-3, 8e-4]
-    assert result.trial.learning_rate == searches["lora"].chosen == 8e-4
 
 
 def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path) -> None:
@@ -170,31 +144,6 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
     assert len([name for name, _ in asked if name.startswith("full")]) == 2
 
 
-def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
-    line = comparing.Context(one, pipeline.prepare(one), "test")
-    tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
-    searches = {"full": rate_search.without_search("full", 3e-3)}
-    searches["lora"] = Search(arm="lora", tried=tried, chosen=1e-3, reason="made up")
-    begun: list[str] = []
-
-    def trained(_: Any, trial: Trial) -> Any:
-        begun.append(trial.name)
-        if (trial.learning_rate, trial.seed) == (1e-2, 43):
-            raise Diverged("the loss diverged")
-        return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
-
-    with whole_runs_given(trained):
-        results = SeedRuns(line, searches, timing.expect(line)).run().results
-    mine = [name for name in begun if name.startswith("lora")]
-    # Its first seed is trained again: the model was deleted when the higher rate was better.
-    assert mine == ["lora-seed42", "lora-rate0.01-seed42", "lora-seed43", "lora-seed42", "lora-seed43"]
-    assert [(run.trial.seed, run.trial.learning_rate) for run in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
-    search = searches["lora"]
-    assert (search.reason, search.other_runs) == ("0.01 diverged in a whole run (seed 43)", 3)
-    assert 2.0 <= search.other_seconds < 3.0  # two runs of a second, and the time of the one that diverged
-
-
 def time_for(*names: str) -> Any:
     """As `has_time` where there is time for these trials, and for those that are done."""
 
@@ -228,23 +177,6 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
         }
 
 
-def test_time_that_is_short_goes_to_the_second_seeds_and_not_to_third_methods(tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], METHODS[2], "adapter", "head"], compare={"sequential": False})
-    line = comparing.Context(one, pipeline.prepare(one), "test")
-    searches = {arm: rate_search.without_search(arm, 1e-2) for arm in ("full", "lora", "adapter", "head")}
-    begun: list[str] = []
-
-    def trained(_: Any, trial: Trial) -> Any:
-        begun.append(trial.name)
-        return result_of(trial, 0.9)
-
-    with whole_runs_given(trained), time_for("full-seed43", "lora-seed43"):
-        ran = SeedRuns(line, searches, timing.expect(line)).run()
-    assert begun == ["full-seed42", "lora-seed42", "full-seed43", "lora-seed43"]
-    assert list(ran.results) == list(searches) == ["full", "lora"]
-    assert not ran.time_was_up  # all seeds of the recipe were run
-
-
 def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are_searched_later(tmp_path: Path) -> None:
     one = job(tmp_path, ["full", "lora", "adapter"])
     line = comparing.Context(one, pipeline.prepare(one), "test")
@@ -265,83 +197,6 @@ def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are
     )
 
 
-def test_time_left_is_reckoned_with_what_trials_took_and_with_what_matters_more(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS)
-    line = comparing.Context(one, pipeline.prepare(one), "test", budget_seconds=1000)
-    trial = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
-    line.clock.write("preparation")
-    assert timing.has_time(line, [trial])
-    assert not timing.has_time(line, [trial], keep=790), "a fifth of what is left is a reserve"
-    # A trial of full that took 100 times as long as planned, all of it before its first step.
-    first = trial.model_copy(update={"name": "full-seed42", "arm": "full"})
-    result_of(first, 0.9)[2].model_copy(update={"tokens_per_second": 1e9}).save(
-        line.folder / "compare" / "trials" / "full-seed42.json"
-    )
-    planned = timing.START_SECONDS + timing.CHECKS_SECONDS + timing.SCORING_SECONDS + timing._LIBRARIES_SECONDS
-    entry = {"what": "full-seed42", "seconds": 50 * planned, "ended": ""}
-    files.append_line(line.folder / context.CLOCK, entry)
-    assert timing.pace(line).rest == pytest.approx(50, rel=0.01)
-    assert not timing.has_time(line, [trial])
-    assert timing.to_come(line, {"full": 1, "lora": 0}, 2) > timing.to_come(line, {"full": 1, "lora": 1}, 2) > 0
-
-
-def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], "lora", "adapter", "head"])
-    line = comparing.Context(one, pipeline.prepare(one), "test")
-    tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
-    searches = {"full": rate_search.without_search("full", 3e-3)}
-    others = ("lora", "adapter", "head")
-    searches |= {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in others}
-    counts: list[dict[str, int]] = []
-    begun: list[str] = []
-
-    def trained(_: Any, trial: Trial) -> Any:
-        begun.append(trial.name)
-        metric = {"full": 0.95, "lora": 0.8, "adapter": 0.7, "head": 0.6}[trial.arm]
-        return result_of(trial, metric + (0.2 if (trial.arm, trial.learning_rate) == ("adapter", 1e-2) else 0.0))
-
-    def look(ran: SeedRuns, *, again: bool) -> Look:
-        results = ran.results
-        counts.append({arm: len(found) for arm, found in results.items()} | {"again": again})
-        wanted = {"full": 2, "lora": 2} if len(counts) == 1 else {"adapter": 2} if again else {}
-        steps = tuple(
-            ArmStep(arm=arm, decision="more" if wanted.get(arm, 0) > len(found) else "wait", seeds=wanted.get(arm, 1))
-            for arm, found in results.items()
-        )
-        enough = not any(step.decision == "more" for step in steps)
-        count = len(results["full"])
-        return Look(num_seeds=count, max_seeds=2, spent=0.01, enough=enough, reason="made up", arms=steps)
-
-    with whole_runs_given(trained), mock.patch.object(SeedRuns, "ask_eval_rows", look):
-        results = SeedRuns(line, searches, timing.expect(line)).run().results
-    assert counts == [
-        {"full": 1, "lora": 1, "adapter": 1, "head": 1, "again": False},
-        {"full": 2, "lora": 2, "adapter": 1, "head": 1, "again": False},
-        {"full": 2, "lora": 2, "adapter": 2, "head": 1, "again": True},  # better than the leader, by whole runs
-    ]
-    assert [name for name in begun if name.startswith("head")] == ["head-seed42"]  # it decides nothing
-    assert [run.trial.learning_rate for run in results["adapter"]] == [1e-2, 1e-2]
-
-
-def test_what_runs_cost_is_that_of_the_middle_one_and_not_of_a_cold_first_one(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS)
-    line = comparing.Context(one, pipeline.prepare(one), "test")
-    results = {
-        arm: [
-            result_of(Trial(name=f"{arm}-seed{seed}", arm=arm, learning_rate=1, seed=seed), 0.9)[2].model_copy(
-                update={"train_seconds": seconds}
-            )
-            for seed, seconds in ((1, 90.0), (2, 30.0), (3, 31.0))
-        ]
-        for arm in ("full", "lora")
-    }
-    searches = {arm: rate_search.without_search(arm, 1.0) for arm in results}
-    scores = [mock.Mock(arm=arm, mean=0.9, low=0.8, high=1.0, values=(0.9,) * 3) for arm in results]
-    ran = SeedRuns(line, searches, mock.Mock(), results=results)
-    found = table_rows.rows_of(ran, mock.Mock(scores=scores), ())
-    assert [one.train_seconds for one in found] == [31.0, 31.0]
-
-
 def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
     line = comparing.Context(one, pipeline.prepare(one), "test")
@@ -353,26 +208,6 @@ def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) 
             for waited in ((), ("lora",))
         ]
     assert shares == [[1.0, 1.0], [1.0, whole_runs.WAITING_SHARE]]
-
-
-def test_further_trials_begin_with_what_memory_left(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS)
-    line = comparing.Context(one, pipeline.prepare(one), "test")
-    trial = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
-    seen: list[tuple[int, int]] = []
-
-    def train(recipe: Any, planned: Plan, folder: Path, *_: Any, **__: Any) -> Outcome:
-        seen.append((planned.micro_batch_size, planned.gradient_accumulation_steps))
-        planned.model_copy(update={"micro_batch_size": 2, "gradient_accumulation_steps": 8}).save(folder / planned.file)
-        return Outcome(status="done", reason="", trial=planned.trial, attempt=2, model_folder="models/none")
-
-    for seed in (42, 43):
-        again = comparing.Context(one, line.summary, "test")  # also when it goes on later
-        with mock.patch.object(trials, "train", train), mock.patch.object(trials, "run_seconds", return_value=1.0):
-            trials.trained(again, trial.model_copy(update={"name": f"lora-seed{seed}", "seed": seed}))
-    assert seen[1] == (2, 8) != seen[0]
-    full = line.trial_plan(Trial(name="full-seed42", arm="full", learning_rate=1, seed=42), line.recipe)
-    assert (full.micro_batch_size, full.gradient_accumulation_steps) == seen[0]
 
 
 def test_going_on_keeps_the_design_and_with_another_budget_it_is_made_anew(tmp_path: Path) -> None:
@@ -482,55 +317,3 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
     assert [one.learning_rate for one in search.whole] == [1e-4, 3e-4, 1e-3, 3.2e-3]
     assert (search.chosen, search.on_edge, search.reason) == (1e-3, False, "the best of 4 whole runs")
     assert search.other_seconds > 2 * found[0].train_seconds  # that of the one that diverged as well
-
-
-@pytest.mark.parametrize(("num_seeds", "checked"), [(1, {"full", "lora", "adapter"}), (2, {"full", "lora"})])
-def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str], tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], "lora", "adapter"], compare={"seeds": num_seeds})
-    line = comparing.Context(one, pipeline.prepare(one), "test")
-    tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-3, 0.5), (1e-2, 0.8)))
-    arms = ("full", "lora", "adapter")
-    searches = {arm: Search(arm=arm, tried=tried, chosen=1e-2, reason="", on_edge=True) for arm in arms}
-    asked: list[str] = []
-
-    def final(_: Any, trial: Trial) -> TrialResult:
-        asked.append(trial.name)
-        return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else 0.91)[2]
-
-    def leader_goes_on(ran: SeedRuns, *, again: bool) -> Look:
-        counts = {arm: len(found) for arm, found in ran.results.items()}
-        more = {} if counts["full"] == num_seeds else {"full": 2, "lora": 2}
-        return Look(
-            num_seeds=counts["full"],
-            max_seeds=num_seeds,
-            spent=0.01,
-            enough=not more,
-            reason="made up",
-            arms=tuple(
-                ArmStep(arm=arm, decision="more" if arm in more else "wait", seeds=more.get(arm, count))
-                for arm, count in counts.items()
-            ),
-        )
-
-    with (
-        mock.patch.object(whole_runs, "run_trial", final),
-        mock.patch.object(SeedRuns, "ask_eval_rows", leader_goes_on),
-    ):
-        results = SeedRuns(line, searches, timing.expect(line)).run().results
-    assert {name.split("-")[0] for name in asked if "rate0.001" in name} == checked
-    assert {arm: found[0].trial.learning_rate for arm, found in results.items()} == {
-        arm: 1e-3 if arm in checked else 1e-2 for arm in searches
-    }
-
-
-def test_start_of_a_command_and_one_whose_budget_was_refused_count(tmp_path: Path) -> None:
-    one = dataclasses.replace(job(tmp_path, METHODS), began=time.time() - 300)
-    for command in (1, 2):
-        with (
-            in_this_process(),
-            mock.patch.object(timing, "_measure", return_value=None),
-            pytest.raises(RecipeError, match=r"--budget 5m, .* of which are spent, is too short for a verdict"),
-        ):
-            comparing.run(one, "test", budget="5m")
-        spent = [(entry["what"], entry["seconds"] >= 300) for entry in files.lines_of(one.folder / context.CLOCK)]
-        assert spent == [("preparation", True), ("design", False)] * command

@@ -150,43 +150,6 @@ def test_dry_run_puts_running_statistics_back(tmp_path: Path) -> None:
 # ---- its peak is that of a real step ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro", [8, 2])
-def test_second_pass_has_the_optimizers_state_and_with_accumulation_the_first_gradients(
-    micro: int, tiny_encoder: Path, tmp_path: Path
-) -> None:
-    seen: list[tuple[bool, bool]] = []
-    real = FullTrainer.compute_loss
-
-    def watch(run: Callable[[], DryRun], trainer: Any, plan: Plan) -> DryRun:
-        made: list[Any] = []
-        rehearsal = trainer.rehearsal
-
-        def kept() -> Any:
-            context = rehearsal()
-            enter = context.__enter__
-            made.append(None)
-            return mock.MagicMock(
-                __enter__=lambda _: made.__setitem__(0, enter()) or made[0],
-                __exit__=lambda _, *error: context.__exit__(*error),
-            )
-
-        def compute_loss(self: Any, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
-            state = made[0].state
-            seen.append((len(state) > 0, any(parameter.grad is not None for parameter in model.parameters())))
-            return real(self, model, inputs, *rest, **keywords)
-
-        with (
-            mock.patch.object(trainer, "rehearsal", kept),
-            mock.patch.object(FullTrainer, "compute_loss", compute_loss),
-        ):
-            return run()
-
-    with watched_by(watch):
-        runs.run(tmp_path, tiny_encoder, ROWS, train={**SHORT, "micro_batch_size": micro})
-
-    assert seen[:2] == [(False, False), (True, micro == 2)]
-
-
 def test_rows_are_the_longest_ones_of_train_and_eval(tiny_encoder: Path, tmp_path: Path) -> None:
     tried: dict[str, list[int]] = {"train": [], "eval": []}
     lengths: dict[str, Any] = {}

@@ -134,26 +134,6 @@ def test_logging_nan_inf_filter_hides_a_loss_that_is_not_a_number(filtered: bool
     assert loss == 0.0 if filtered else math.isnan(loss)
 
 
-class Epochs(TrainerCallback):
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seen.append(float(state.epoch or 0))
-
-
-def test_epoch_begin_sees_the_number_of_finished_epochs_also_when_resumed(tmp_path: Path) -> None:
-    epochs = Epochs()
-    trainer_in(tmp_path, num_train_epochs=3, save_strategy="steps", save_steps=2, callbacks=[epochs]).train()
-    assert epochs.seen == [0, 1, 2]
-
-    again = Epochs()
-    trainer = trainer_in(tmp_path, num_train_epochs=3, callbacks=[again])
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-
-    assert [int(epoch) for epoch in again.seen] == [1, 2]
-
-
 class Order(TrainerCallback):
     """Asks for a checkpoint at step 2, as `SaveAndStopEarly` does at each evaluation."""
 

@@ -13,7 +13,7 @@ import torch
 import fulltune
 from fulltune.errors import RecipeError
 from fulltune.inference.run import run_rows
-from fulltune.inference.store import Rows, load_texts
+from fulltune.inference.store import Rows
 from fulltune.models.base import Base
 from fulltune.models.load import load
 from fulltune.recipe.model import ModelBlock
@@ -49,16 +49,6 @@ def test_user_metrics_stand_beside_the_usual_ones_with_intervals(tiny_encoder: P
     assert trained.metrics["same"].value == trained.metrics["accuracy"].value
     assert trained.metrics["same"].low <= trained.metrics["same"].value <= trained.metrics["same"].high
     assert "same" in (reached.folder / "report.md").read_text(encoding="utf-8")
-
-
-def test_preprocess_changes_each_row_before_anything_else(tiny_encoder: Path, tmp_path: Path) -> None:
-    def preprocess(row: dict[str, Any]) -> dict[str, Any]:
-        return {"text": row["text"].upper(), "label": {"weather": "W", "food": "F"}[row["label"]]}
-
-    reached = runs.run(tmp_path, tiny_encoder, ROWS, until="data", options={"preprocess": preprocess})
-
-    assert reached.summary.labels == ("F", "W")
-    assert all(row["text"].isupper() or not row["text"] for row in load_texts(reached.folder / "data" / "train"))
 
 
 def test_compute_loss_that_repeats_ours_gives_the_same_weights_in_this_process(
@@ -115,15 +105,6 @@ def test_label_smoothing_is_part_of_the_training_loss_only(tiny_encoder: Path, t
         runs.run(tmp_path / name, tiny_encoder, ROWS, train={**TRAIN, "label_smoothing_factor": factor})
         first[name] = runs.final_weights(tmp_path / name)
     assert any(not torch.equal(first["plain"][key], first["smooth"][key]) for key in first["plain"])
-
-
-def test_class_weights_scale_the_loss_of_their_rows() -> None:
-    target = Target("single_label", {}, ("a", "b"))
-    logits, labels = torch.zeros(3, 2), torch.tensor([0, 1, 1])
-
-    weighted = text_classification.loss(logits, labels, target, LossSettings(class_weights=[3.0, 0.5]))
-
-    assert float(weighted) == pytest.approx((3.0 + 0.5 + 0.5) * float(np.log(2)))
 
 
 # ---- rates by layer --------------------------------------------------------------------------------------------

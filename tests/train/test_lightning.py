@@ -19,7 +19,7 @@ from fulltune import api
 from fulltune.errors import RecipeError, SetupError, Spiked
 from fulltune.system.hardware import num_cores
 from tests import tiny
-from tests.invariant.test_same_curve import answer_rows, label_rows, number_rows, several_label_rows
+from tests.invariant.test_same_curve import answer_rows, label_rows, number_rows
 from tests.train import runs
 
 L = pytest.importorskip("lightning", reason="needs lightning; pip install 'fulltune[lightning]'")
@@ -162,22 +162,6 @@ def test_trainer_must_train_the_planned_global_batches(
     assert module.sharded_by == strategy.__name__
 
 
-@pytest.mark.parametrize(
-    ("modules", "expected"),
-    [
-        ([], "lightning"),
-        (["pytorch_lightning"], "pytorch_lightning"),
-        (["lightning", "pytorch_lightning"], "lightning"),
-    ],
-)
-def test_package_is_the_one_that_the_script_imports(
-    modules: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("pytorch_lightning")
-    monkeypatch.setattr(PREPARING, "sys", SimpleNamespace(modules=modules))
-    assert usable(None) == expected
-
-
 @pytest.mark.parametrize(("installed", "named"), [(None, "none"), ("2.4.0", r"2\.4\.0")])
 def test_missing_or_old_lightning_is_refused(
     installed: str | None, named: str, monkeypatch: pytest.MonkeyPatch
@@ -207,13 +191,7 @@ def test_pytorch_lightning_trains_as_lightning_does(tmp_path: Path) -> None:
 
 CASES: dict[str, tuple[str, Callable[[], runs.Rows], dict[str, Any]]] = {
     "single_label": ("bert", label_rows, {}),
-    "multi_label": ("bert", several_label_rows, {"method": {"head_init": "random"}}),
     "answers": ("llama", answer_rows, {"task": "causal-lm"}),
-    "written": (
-        "t5",
-        lambda: [{"document": row["prompt"], "summary": row["completion"]} for row in answer_rows()],
-        {"task": "seq2seq"},
-    ),
     "own optimizer": ("bert", label_rows, {"train": {"optim": "adamw_8bit"}, "method": {"head_learning_rate": 2e-3}}),
     "bf16": ("bert", label_rows, {"train": {"precision": "bf16", "activation_checkpointing": True}}),
 }
@@ -289,22 +267,6 @@ def test_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(tmp_path: Pa
 
 
 @pytest.mark.long
-def test_suspect_step_is_skipped_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
-    class Wrong(Callback):
-        def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
-            if trainer.global_step + 1 == 50:
-                loss.register_hook(lambda gradient: 50 * gradient)
-                pl_module._loss = pl_module._loss + 50.0
-
-    written(tmp_path, train={"max_steps": 52, "eval_steps": 52, "warmup_steps": 0}, method={"learning_rate": 1e-5})
-    with pytest.warns(UserWarning, match="step 50 is skipped: gradient norm .* times the median, loss"):
-        fitted(tmp_path, Wrong())
-    written(tmp_path / "other", train={"max_steps": 52, "eval_steps": 52, "skip_suspect_steps": False})
-    _, job = fitted(tmp_path / "other", Wrong())
-    assert job.module.seen.skipped == ()
-
-
-@pytest.mark.long
 def test_training_goes_on_inside_an_epoch_from_lightnings_checkpoint(tmp_path: Path) -> None:
     """Without dropout the curve is that of one that was not stopped."""
     plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -374,7 +336,7 @@ def test_example_of_deepspeed_comes_as_far_as_lightning_lets_a_cpu(tmp_path: Pat
 @DEEPSPEED
 @pytest.mark.long
 @pytest.mark.zero
-@pytest.mark.parametrize("given", ["lightning", "lightning offload", "pytorch_lightning offload"])
+@pytest.mark.parametrize("given", ["lightning", "pytorch_lightning offload"])
 def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -> None:
     """With a strategy of the test's that leaves the refusal out; in a process of its own, which DeepSpeed keeps."""
     plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.02}

@@ -71,10 +71,12 @@ def assert_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("action", "error"),
-    [pytest.param(ask_to_stop, InterruptedRun, id="asked"), pytest.param(runs.fail, FulltuneError, id="fault")],
+    ("step", "action", "error"),
+    [
+        pytest.param(STEPS_PER_EPOCH + 3, runs.fail, FulltuneError, id="fault"),
+        pytest.param(2 * STEPS_PER_EPOCH, ask_to_stop, InterruptedRun, id="asked"),
+    ],
 )
-@pytest.mark.parametrize("step", [STEPS_PER_EPOCH + 3, 2 * STEPS_PER_EPOCH])
 def test_resume_after_a_break_gives_the_unbroken_weights(
     step: int,
     action: Callable[[], None],

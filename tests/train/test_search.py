@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune import api, pipeline, predict, report
+from fulltune import pipeline, predict, report
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError, SetupError
 from fulltune.records.comparison import Searched
 from fulltune.records.events import Event, Said, StepLogged
@@ -250,12 +250,3 @@ def test_single_stages_do_not_pass_a_search_over(tmp_path: Path, model: Path) ->
 def test_loss_from_python_cannot_be_searched_with(tmp_path: Path, model: Path) -> None:
     with pytest.raises(RecipeError, match="which a loss from Python cannot reach"):
         search(tmp_path, model, {"compute_loss": lambda outputs, labels, num_items_in_batch: outputs.loss})
-
-
-@pytest.mark.long
-def test_search_from_python(tmp_path: Path, model: Path) -> None:
-    made = search_job(tmp_path, model)
-    assert made.recipe.is_searched
-    with in_this_process():
-        found = api.run(tmp_path / "recipe.yaml", run_folder=tmp_path / "run", listener=lambda event: None)
-    assert found.scores[-1].kind == "trained"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import torch
 
 from fulltune.inference import selective_head
 from fulltune.inference.run import logits_of
-from fulltune.tasks import LossSettings, Target, causal_lm, text_classification
-from fulltune.tasks.padding import IGNORED
+from fulltune.tasks import LossSettings, Target, causal_lm
 from tests import tiny
 from tests.train import runs
 
@@ -117,42 +115,8 @@ def test_a_head_that_needs_all_places_is_found_out() -> None:
     assert "differ by" in found
 
 
-def test_a_classifier_has_none() -> None:
-    head, found = selective_head.verified(model_of("llama"), text_classification, batch())
-
-    assert head is None
-    assert found.startswith("off")
-
-
 def check_of(outcome: Any) -> str:
     return next(check.result for check in outcome.checks if check.name == "logits of trained tokens only")
-
-
-def test_training_uses_it_with_activation_checkpointing_and_reports_the_check(tmp_path: Path) -> None:
-    model = tiny.save_model(tmp_path / "model", "llama")
-    seen: list[int] = []
-
-    class Seeing(selective_head.SelectiveHead):
-        def only(self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, in_pieces: bool = False) -> Any:
-            seen.append(int((self.wanted(labels) != IGNORED).sum()) if trained is None else len(trained))
-            return super().only(labels, trained, in_pieces=in_pieces)
-
-    def verified(*given: Any) -> Any:
-        head, found = plain(*given)
-        return Seeing(**vars(head)), found
-
-    plain = selective_head.verified
-    train = {"max_steps": 3, "activation_checkpointing": True}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selective_head, "verified", verified)
-        outcome = runs.run(tmp_path, model, tiny.pair_rows(), task="causal-lm", train=train).outcome
-
-    assert outcome is not None
-    assert re.match(
-        "yes; tried on real rows: (exactly the same|the same up to .*) as with all logits$", check_of(outcome)
-    )
-    assert len(seen) > 5  # the dry run, three steps, evaluation
-    assert all(count > 0 for count in seen)
 
 
 def test_with_a_loss_of_the_users_own_all_logits_are_there(tmp_path: Path) -> None:
