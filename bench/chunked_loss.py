@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from fulltune.models.chunked_loss import Pieces
-from fulltune.system.meter import Meter
+from fulltune.system.memory import Meter
 
 TOKENS, WORDS, HIDDEN = 4096, 49152, 576
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -52,7 +52,7 @@ LOADED_LATER = 90 * MIB
 """Libraries that a worker loads while it works, and kernels that it makes: no fallback frees them."""
 HELD = """
 import torch
-from fulltune.system.meter import status_bytes
+from fulltune.system.memory import status_bytes
 from fulltune.train.worker import attempt
 torch.mm(torch.ones(512, 512), torch.ones(512, 512))
 print(status_bytes("VmData"))

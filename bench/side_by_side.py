@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fulltune import predict
 from fulltune.inference.store import load_texts
-from fulltune.system.meter import Meter
+from fulltune.system.memory import Meter
 
 
 def measured(runs: list[Path], method: str, rows: int) -> dict[str, float]:

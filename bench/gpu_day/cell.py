@@ -101,7 +101,7 @@ def _work(folder: Path, cell: Cell, train: dict[str, Any]) -> dict[str, Any]:
     """In the process of the cell."""
     from fulltune import api, pipeline
     from fulltune.errors import DoesNotFitError
-    from fulltune.system.meter import life_peak_bytes
+    from fulltune.system.memory import life_peak_bytes
     from fulltune.train.hooks import Hooks
     from fulltune.train.request import Request
     from fulltune.train.worker import main as worker

@@ -43,7 +43,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """`system/meter.py: Meter.begin`, which a change elsewhere in the file leaves alone."""
+        """`system/memory.py: Meter.begin`, which a change elsewhere in the file leaves alone."""
         return f"{path_of(self.module)}: {self.function or 'at its top'}"
 
 

@@ -16,7 +16,7 @@ from fulltune import classic
 from fulltune.classic.arguments import _stay_trainable_without_gpu
 from fulltune.classic.dry_run import dry_run
 from fulltune.errors import SetupError
-from fulltune.models import compiled
+from fulltune.models import kernels
 from fulltune.records.plan import Plan
 from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.run_folder import plan_to_continue
@@ -101,7 +101,7 @@ def test_run_that_was_planned_for_a_card_does_not_go_on_without_one(tmp_path: Pa
 def test_compiler_is_triton_on_a_card_and_one_of_cpp_on_a_cpu(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
     monkeypatch.setattr(shutil, "which", lambda name: None if installed else name)
-    assert (compiled.lacking("cuda") == "", compiled.lacking("cpu") == "") == (installed, not installed)
+    assert (kernels.lacking("cuda") == "", kernels.lacking("cpu") == "") == (installed, not installed)
 
 
 @pytest.mark.stand_in("packages that are said to be installed", card="flash-attn's kernels")

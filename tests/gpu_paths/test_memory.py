@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune.system import allocator, hardware
-from fulltune.system.meter import Meter
-from fulltune.system.out_of_memory import is_out_of_memory, with_smaller_batches
+from fulltune.system import hardware, memory
+from fulltune.system.memory import Meter, is_out_of_memory, with_smaller_batches
 from fulltune.train.worker import attempt
 from fulltune.train.worker import main as worker
 from fulltune.train.worker.memory_limit import held_to
@@ -131,7 +130,7 @@ def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
     monkeypatch.setattr(attempt, "train", lambda *given: {})
     monkeypatch.setattr(worker, "_listen_for_signals", lambda stop: None)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    for name in allocator.NAMES[1:]:
+    for name in memory.NAMES[1:]:
         monkeypatch.delenv(name, raising=False)
     request: Any = SimpleNamespace(plan=SimpleNamespace(memory_limit_bytes=None, device=device))
     journal: Any = SimpleNamespace(write=lambda *line: lines.append(line))

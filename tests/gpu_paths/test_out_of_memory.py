@@ -17,11 +17,11 @@ import torch
 from fulltune.audit.untouched import Reader
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate import _as_what_does_not_fit
-from fulltune.methods.injected import put_into
+from fulltune.methods.added import put_peft
 from fulltune.probe.fit import _no_probe_without_memory
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.methods import LoraMethod
-from fulltune.system.out_of_memory import with_smaller_batches
+from fulltune.system.memory import with_smaller_batches
 from fulltune.train.worker import main as worker
 from fulltune.train.worker.drifting import Drifting
 
@@ -98,7 +98,7 @@ def test_method_that_finds_no_memory_is_no_fault_of_the_recipe(
 ) -> None:
     monkeypatch.setattr(peft, "get_peft_model", raising(error))
     with pytest.raises(found):
-        put_into(torch.nn.Linear(1, 1), LoraMethod(kind="lora"), "text-classification", ())
+        put_peft(torch.nn.Linear(1, 1), LoraMethod(kind="lora"), "text-classification", ())
 
 
 @pytest.mark.parametrize(("error", "ends_it"), [(CardIsFull(), True), (Fault(), False)])

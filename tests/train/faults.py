@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from fulltune.system.meter import status_bytes
+from fulltune.system.memory import status_bytes
 from fulltune.tasks.padding import IGNORED
 from fulltune.train.loop.trainer import FullTrainer
 

@@ -13,7 +13,7 @@ import pytest
 from fulltune import files
 from fulltune.records.events import Event
 from fulltune.records.training import Outcome
-from fulltune.system import allocator
+from fulltune.system import memory
 from fulltune.train.parent import child, spawn
 from fulltune.train.request import Request
 from tests import tiny
@@ -157,6 +157,6 @@ def test_segments_of_a_gpus_memory_grow_in_the_child(
     request = start('echo "$PYTORCH_ALLOC_CONF|$PYTORCH_CUDA_ALLOC_CONF" > $here/seen')
     request = request.model_copy(update={"plan": plan(device=device)})
     child.run(request, lambda event: None)
-    expected = {"cpu": "|", "cuda": "|".join(2 * [allocator.EXPANDABLE])}[device]
+    expected = {"cpu": "|", "cuda": "|".join(2 * [memory.EXPANDABLE])}[device]
     found = (request.folder / "seen").read_text(encoding="ascii").strip()
     assert found == (expected if given is None else f"|{given}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -152,40 +153,60 @@ def writer_batch(model: Any) -> dict[str, torch.Tensor]:
 
 
 def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any, in_pieces: bool, bf16: bool) -> Any:
+    """Loss and gradients by all logits (no head), by picked ones, or in pieces."""
     model.zero_grad()
     given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), head.only(inputs["labels"], in_pieces=in_pieces):
+    selecting = nullcontext() if head is None else head.only(inputs["labels"], in_pieces=in_pieces)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), selecting:
         logits = model(**given).logits
     assert isinstance(logits, Pieces) == in_pieces
+    if head is not None and not in_pieces:
+        assert logits.shape[:-1] == (task.count_items(inputs["labels"]),)
     loss = task.loss(logits, inputs["labels"], TARGET, LossSettings(label_smoothing=0.1)) / 3
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16: bool = False) -> None:
+    """Picked logits, and a loss in pieces where it is possible, give what all logits give."""
     head, found = selective_head.verified(model, task, inputs)
     assert head is not None, found
-    assert head.in_pieces, head.about_pieces
-    assert head.about_pieces.startswith("yes, largest difference of the loss ")
     model.train()
-    loss, expected = gradients(model, inputs, head, task, False, bf16)
-    in_pieces, got = gradients(model, inputs, head, task, True, bf16)
+    whole, expected = gradients(model, inputs, None, task, False, bf16)
     close = 2e-2 if bf16 else 1e-5
     # The gradient of a key's bias is 0 but for rounding.
     noise = close / 20 * max(float(gradient.norm()) for gradient in expected.values())
-    torch.testing.assert_close(in_pieces, loss, rtol=close, atol=0.0)
-    assert got.keys() == expected.keys()
-    for name, gradient in expected.items():
-        difference = (got[name] - gradient).norm()
-        assert difference <= close * gradient.norm() + noise, name
+    for in_pieces in (False, True)[: 1 + head.in_pieces]:
+        loss, got = gradients(model, inputs, head, task, in_pieces, bf16)
+        torch.testing.assert_close(loss, whole, rtol=close, atol=0.0)
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (got[name] - gradient).norm() <= close * gradient.norm() + noise, name
     assert not head.head._forward_pre_hooks
     assert not model._forward_hooks
+
+
+def assert_in_pieces(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16: bool = False) -> None:
+    head, _ = selective_head.verified(model, task, inputs)
+    assert head is not None
+    assert head.in_pieces
+    assert head.about_pieces.startswith("yes, largest difference of the loss ")
+    assert_same(model, inputs, task, bf16=bf16)
+
+
+def test_a_batch_without_trained_tokens_has_a_loss_of_zero_and_gradients() -> None:
+    model, inputs = model_of("llama"), batch()
+    inputs["labels"][:] = -100
+    head, _ = selective_head.verified(model, causal_lm, batch())
+    loss, found = gradients(model, inputs, head, causal_lm, in_pieces=False, bf16=False)
+    assert loss == 0.0
+    assert all(not gradient.any() for gradient in found.values())
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", tiny.DECODERS)
 def test_decoders_have_the_same_loss_and_gradients(kind: str, bf16: bool) -> None:
-    assert_same(model_of(kind), batch(), causal_lm, bf16=bf16)
+    assert_in_pieces(model_of(kind), batch(), causal_lm, bf16=bf16)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -193,7 +214,7 @@ def test_decoders_have_the_same_loss_and_gradients(kind: str, bf16: bool) -> Non
 def test_encoder_decoders_have_the_same_loss_and_gradients(kind: str, bf16: bool) -> None:
     """A T5 scales hidden states before its head."""
     model = writer_of(kind)
-    assert_same(model, writer_batch(model), seq2seq, bf16=bf16)
+    assert_in_pieces(model, writer_batch(model), seq2seq, bf16=bf16)
 
 
 def test_tied_weights_and_a_head_with_a_bias() -> None:
@@ -204,10 +225,10 @@ def test_tied_weights_and_a_head_with_a_bias() -> None:
         tiny.config("llama", tiny.decoder_tokenizer(), tie_word_embeddings=True, initializer_range=0.2)
     )
     assert tied.lm_head.weight is tied.get_input_embeddings().weight
-    assert_same(tied, batch(), causal_lm)
+    assert_in_pieces(tied, batch(), causal_lm)
     biased = model_of("llama")
     biased.lm_head = torch.nn.Linear(32, biased.config.vocab_size)
-    assert_same(biased, batch(), causal_lm)
+    assert_in_pieces(biased, batch(), causal_lm)
 
 
 def test_a_bias_that_follows_the_head_is_added_to_the_pieces() -> None:
@@ -223,7 +244,7 @@ def test_a_bias_that_follows_the_head_is_added_to_the_pieces() -> None:
 
     assert abs(float(loss - without)) > 0.1
     model.final_logits_bias.normal_()
-    assert_same(model, inputs, seq2seq)
+    assert_in_pieces(model, inputs, seq2seq)
 
 
 def strange(name: str, **changes: Any) -> Any:
@@ -251,6 +272,7 @@ def test_models_that_change_logits_later_keep_whole_ones(name: str, changes: Any
     assert head is not None, found
     assert not head.in_pieces
     assert head.about_pieces.startswith("off: the model changes logits after its head, by up to ")
+    assert_same(model, batch(), causal_lm, bf16=kind == torch.bfloat16)
 
 
 class Scaled(torch.nn.Linear):

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch._dynamo.utils import counters
 
 from fulltune.errors import RecipeError, SetupError
-from fulltune.models import compiled
-from fulltune.models.compiled import compile_blocks
+from fulltune.models import kernels
+from fulltune.models.kernels import compile_blocks
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import check
 from fulltune.train.worker import loading
@@ -105,7 +105,7 @@ def test_dropout_draws_the_same_again_where_blocks_are_recomputed(tmp_path: Path
 
 @pytest.mark.long
 def test_generated_code_gives_the_same_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if compiled.lacking("cpu"):
+    if kernels.lacking("cpu"):
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(loading, "compile_blocks", compile_blocks)
     model = tiny.save_model(tmp_path / "model", "llama")
@@ -123,7 +123,7 @@ def test_generated_code_gives_the_same_curve(tmp_path: Path, monkeypatch: pytest
 def test_what_cannot_be_compiled_is_refused(
     model: Any, compilers: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: compilers or None)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: compilers or None)
     with pytest.raises(SetupError, match=problem):
         compile_blocks(model, "cpu")
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from fulltune.footprint import case as traced_case
+from fulltune.footprint import formulas as traced_whole
 from fulltune.footprint import watch as tracing
-from fulltune.footprint import whole as traced_whole
 from fulltune.footprint.case import Case
 from fulltune.footprint.records import Footprint, Moment
 from fulltune.footprint.trace import trace

@@ -18,7 +18,7 @@ from fulltune import files, pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
 from fulltune.records.events import Event, StepLogged, Warned
 from fulltune.records.training import Moved, Outcome
-from fulltune.system import full_disk, run_folder
+from fulltune.system import hardware, run_folder
 from fulltune.train.loop import callbacks
 from fulltune.train.loop.guards import (
     GuardDecision,
@@ -389,7 +389,7 @@ def test_classify_tells_what_an_exception_means(error: BaseException, status: st
 def test_words_that_may_mean_a_full_disk_do_so_where_it_is_full(
     error: Exception, free: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(full_disk, "disk_free_bytes", lambda path: free)
+    monkeypatch.setattr(hardware, "disk_free_bytes", lambda path: free)
     assert worker.meaning_of(error, tmp_path)[0] == status
     with pytest.raises(DoesNotFitError if status == "disk_full" else type(error)), run_folder.writing(tmp_path):
         raise error

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from fulltune import pipeline
-from fulltune.models import base, files, processors
+from fulltune.models import base, files
 from fulltune.recipe.model import ModelBlock
 from fulltune.train.hooks import Hooks
 from fulltune.train.worker import main
@@ -46,7 +46,6 @@ def test_run_finds_its_model_and_reads_config_and_tokenizer_once_in_each_process
         runs.in_this_process(attempt),
         mock.patch.object(base, "locate", located),
         mock.patch.object(base, "reading", reading),
-        mock.patch.object(processors, "reading", reading),
     ):
         assert pipeline.run(job).report
 

@@ -40,63 +40,6 @@ def model_of(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(tiny.config(kind, tiny.decoder_tokenizer(), **changes))
 
 
-def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any) -> tuple[float, dict[str, Any]]:
-    model.zero_grad()
-    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    if head is None:
-        logits = model(**given).logits
-    else:
-        with head.only(inputs["labels"]):
-            logits = model(**given).logits
-        assert logits.dim() == 2
-        assert len(logits) == task.count_items(inputs["labels"])
-    loss = task.loss(logits, inputs["labels"], TARGET, LossSettings(label_smoothing=0.1))
-    loss.backward()
-    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any) -> None:
-    head, found = selective_head.verified(model, task, inputs)
-    assert head is not None, found
-    loss, expected = gradients(model, inputs, None, task)
-    picked, got = gradients(model, inputs, head, task)
-    assert picked == pytest.approx(loss, rel=1e-5)
-    assert got.keys() == expected.keys()
-    # Of all tensors: the gradient of a key's bias is 0 but for rounding.
-    noise = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=noise)
-
-
-@pytest.mark.parametrize("kind", tiny.DECODERS)
-def test_loss_and_gradients_are_those_of_all_logits(kind: str) -> None:
-    assert_same(model_of(kind).train(), batch(), causal_lm)
-
-
-@pytest.mark.parametrize("name", ["Gemma2", "Cohere"])
-def test_what_follows_the_head_in_some_models_works_on_picked_logits(name: str) -> None:
-    """Gemma 2 caps its logits, Cohere scales them."""
-    import transformers
-
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = getattr(transformers, f"{name}Config")(
-        **size, vocab_size=64, intermediate_size=64, head_dim=8, initializer_range=0.5
-    )
-    assert_same(getattr(transformers, f"{name}ForCausalLM")(config), batch(), causal_lm)
-
-
-def test_a_batch_without_trained_tokens_has_a_loss_of_zero_and_gradients() -> None:
-    model, inputs = model_of("llama"), batch()
-    inputs["labels"][:] = -100
-    head, _ = selective_head.verified(model, causal_lm, batch())
-
-    loss, found = gradients(model, inputs, head, causal_lm)
-
-    assert loss == 0.0
-    assert all(not gradient.any() for gradient in found.values())
-
-
 class Misplacing(torch.nn.Linear):
     """A head that looks at its neighbours: picked hidden states have others."""
 

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fulltune.evaluate import access
+from fulltune.evaluate import scoring
 from fulltune.files import append_line, lines_of
 from fulltune.inference.store import RowWriter, record_batch, rows_id, words
 from fulltune.records.events import Event, Warned
@@ -27,7 +27,7 @@ def run_folder(folder: Path, rows: Sequence[dict[str, Any]] = ROWS) -> Path:
 
 def note(folder: Path, trained: int = 1, listener: Any = lambda event: None) -> None:
     outcome = Outcome(status="done", reason="all done", trial="full-seed1", attempt=1, steps=trained)
-    access.note(folder, listener, trial="full-seed1", outcome=outcome, metric="accuracy", value=0.9)
+    scoring.note_access(folder, listener, trial="full-seed1", outcome=outcome, metric="accuracy", value=0.9)
 
 
 def test_every_scoring_of_the_same_rows_is_known_to_each_run_in_whatever_order_they_stand(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.system import allocator
+from fulltune.system import memory
 
 pytestmark = pytest.mark.stand_in("variables as a table", card="that the allocator does as they say")
 LINUX = ("Linux", "6.8.0-45-generic")
@@ -25,10 +25,10 @@ BOTH = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CO
 def test_segments_grow_unless_the_user_or_the_system_says_otherwise(
     given: dict[str, str], machine: tuple[str, str], found: dict[str, str]
 ) -> None:
-    assert allocator.of_a_gpu(given, *machine) == found
+    assert memory.allocator_variables(given, *machine) == found
 
 
 def test_what_torch_reads_is_said_in_words() -> None:
-    assert allocator.in_words({"HOME": "/"}) == "torch's default"
+    assert memory.allocator_in_words({"HOME": "/"}) == "torch's default"
     said = "PYTORCH_ALLOC_CONF=expandable_segments:True, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-    assert allocator.in_words(BOTH) == said
+    assert memory.allocator_in_words(BOTH) == said

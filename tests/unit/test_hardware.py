@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from fulltune.errors import SetupError
-from fulltune.system import hardware, proc
+from fulltune.system import hardware, memory
 
 MEMINFO = "MemTotal: 16000 kB\nMemFree: 1000 kB\nMemAvailable: 8000 kB\n"
 K = 1024
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
-    monkeypatch.setattr(proc, "lines_of", lambda path: files.get(path, "").splitlines())
+    monkeypatch.setattr(memory, "lines_of", lambda path: files.get(path, "").splitlines())
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_bf16_speedup_leaves_the_random_numbers_alone() -> None:
 
 def test_memory_respects_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {"/proc/meminfo": MEMINFO})
-    unlimited = proc.resource.RLIM_INFINITY
-    limits = {proc.resource.RLIMIT_DATA: 3000 * K, proc.resource.RLIMIT_AS: unlimited}
-    monkeypatch.setattr(proc.resource, "getrlimit", lambda kind: (limits[kind], unlimited))
+    unlimited = memory.resource.RLIM_INFINITY
+    limits = {memory.resource.RLIMIT_DATA: 3000 * K, memory.resource.RLIMIT_AS: unlimited}
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (limits[kind], unlimited))
     assert hardware.memory_bytes() == (3000 * K, 3000 * K)
 
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 
 from fulltune.errors import DoesNotFitError
-from fulltune.system import out_of_memory
-from fulltune.system.out_of_memory import (
+from fulltune.system import memory
+from fulltune.system.memory import (
     asked_bytes,
     in_last_words,
     is_out_of_memory,
@@ -72,7 +72,7 @@ def test_is_out_of_memory_leaves_other_errors_alone(error: BaseException) -> Non
 
 
 def test_thread_that_cannot_start_means_memory_where_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(out_of_memory, "memory_is_limited", lambda: True)
+    monkeypatch.setattr(memory, "memory_is_limited", lambda: True)
 
     assert is_out_of_memory(RuntimeError("can't start new thread"))
     assert is_out_of_memory(SystemError("error return without exception set"))
@@ -137,7 +137,7 @@ def test_asked_bytes_reads_what_could_not_be_had(text: str, expected: int) -> No
 def test_kernel_kills_are_counted_as_near_to_the_process_as_possible(
     files: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(out_of_memory, "lines_of", lambda path: files.get(path, "").splitlines())
+    monkeypatch.setattr(memory, "lines_of", lambda path: files.get(path, "").splitlines())
 
     assert kernel_kills() == expected
 
@@ -197,8 +197,8 @@ def test_with_smaller_batches_gives_up_at_one_row_and_on_other_errors(error: typ
 
 LIMITED = """
 import torch
-from fulltune.system.meter import status_bytes
-from fulltune.system.out_of_memory import is_out_of_memory
+from fulltune.system.memory import status_bytes
+from fulltune.system.memory import is_out_of_memory
 from fulltune.train.worker.memory_limit import held_to
 
 MIB = 2**20

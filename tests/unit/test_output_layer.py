@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
-from torch import nn
 
 from fulltune import methods
 from fulltune.inference.run import run_rows
-from fulltune.methods.head import output_layer_of
+from fulltune.methods.head import output_layer_of, rescale
 from fulltune.models.base import Base
 from fulltune.models.load import load
-from fulltune.models.output_layer import linear_of, rescale
 from fulltune.recipe.methods import Method
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, text_classification
@@ -65,7 +63,6 @@ def test_layer_is_the_trained_one_of_each_method(name: str, kind: Any, tmp_path:
 def test_layer_of_another_size_or_none_is_not_found(tmp_path: Path) -> None:
     model = model_of(tmp_path, "bert")
     assert output_layer_of(model, 7) is None
-    assert linear_of(nn.Sequential(nn.Flatten()), ("0",), 1) is None
     model.base_model_prefix = ""
     assert output_layer_of(model, 1) is None
 

@@ -20,16 +20,15 @@ from fulltune import plan, probe
 from fulltune.audit.labels import Suspected, suspected, suspected_parts, word_shapes
 from fulltune.inference.run import Share
 from fulltune.inference.store import Rows, texts
-from fulltune.models.base import Base
+from fulltune.models.base import Base, opened
 from fulltune.models.load import load
-from fulltune.models.processors import opened
 from fulltune.probe.features import sampled
 from fulltune.probe.linear import Items, NoProbe
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.events import Listener, RowsRead
 from fulltune.system import hardware
-from fulltune.system.out_of_memory import is_out_of_memory
+from fulltune.system.memory import is_out_of_memory
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.tags import words_and_tags
 from fulltune.tasks.token_classification import seen_words

@@ -20,8 +20,8 @@ from fulltune.compare.sequential import Left, left
 from fulltune.compare.table_rows import middle, rows_of
 from fulltune.compare.trials import best_seed, keep
 from fulltune.compare.verdict import ArmItems, decide, of_learned
-from fulltune.evaluate import access, outputs
-from fulltune.evaluate.scoring import FEWEST_UNSEEN
+from fulltune.evaluate import outputs
+from fulltune.evaluate.scoring import FEWEST_UNSEEN, note_access
 from fulltune.files import append_line, lines_of
 from fulltune.inference.store import clusters_of, in_train
 from fulltune.recipe.tasks import FACTS, stands_in_train
@@ -59,7 +59,7 @@ def judge(ran: SeedRuns) -> Comparison:
     found = found.model_copy(update={"notes": (*found.notes, *leaks)})
     found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong
     value = next(row.metric.value for row in found.rows if row.kind == "full")
-    access.note(context.folder, context.job.listener, trial=COMPARISON, outcome=None, metric=found.metric, value=value)
+    note_access(context.folder, context.job.listener, trial=COMPARISON, outcome=None, metric=found.metric, value=value)
     write_model_cards(ran)
     return found
 

@@ -52,7 +52,7 @@ from fulltune.data.targets import of_target
 from fulltune.data.written import DROPPED, as_line, list_dropped, previews, write_splits
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.files import flaw, make_private, seal
-from fulltune.models.processors import processor_identity
+from fulltune.models.base import processor_identity
 from fulltune.recipe.data import UTF_8, DataBlock, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS

@@ -1,7 +1,4 @@
-"""The evaluate stage: the same test rows and metrics for baselines and results.
-
-Three sets that never mix: train; eval (best checkpoint, early stopping, temperature); test (these scores).
-"""
+"""The evaluate stage: the same test rows and metrics for baselines and results."""
 
 from __future__ import annotations
 
@@ -16,10 +13,9 @@ from types import ModuleType
 
 from fulltune import files
 from fulltune.errors import SetupError
-from fulltune.evaluate import access
 from fulltune.evaluate import untouched as of_untouched
-from fulltune.evaluate.row_losses import Losses, row_losses
-from fulltune.evaluate.scoring import Scored, Scoring, UserMetrics
+from fulltune.evaluate.outputs import Losses, row_losses
+from fulltune.evaluate.scoring import Scored, Scoring, UserMetrics, note_access
 from fulltune.footprint.records import SHAPES
 from fulltune.methods.folder import NOTES, notes_of
 from fulltune.models.base import Base
@@ -35,7 +31,7 @@ from fulltune.stats.bootstrap import Resampled
 from fulltune.stats.calibration import fit_temperature
 from fulltune.stats.intervals import paired
 from fulltune.stats.row_scores import measure_of
-from fulltune.system.out_of_memory import does_not_fit, is_out_of_memory
+from fulltune.system.memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named, token_classification
 from fulltune.tasks.settings import class_weights
 
@@ -47,9 +43,6 @@ def check_extras(recipe: Recipe) -> None:
     """Fail before training, not after it, when its metric needs a package that is missing.
 
     Metrics of generated answers choose nothing: those that cannot be computed are missing.
-
-    Raises:
-        SetupError: Naming the package.
     """
     if recipe.task == "token-classification":
         token_classification.seqeval_entities(["O"])
@@ -127,7 +120,7 @@ def score(
         made: Scored = _scorer(recipe.task).trained(scoring, *scoring.load(model_folder))
         if noted:
             value = made.main.value if made.main else None
-            access.note(folder, listener, trial=plan.trial, outcome=outcome, metric=plan.metric, value=value)
+            note_access(folder, listener, trial=plan.trial, outcome=outcome, metric=plan.metric, value=value)
         return made
 
     scores = _kept(path, trained)

@@ -73,11 +73,8 @@ def _task(scoring: Scoring) -> WritingTask:
 
 
 def drawn_rows(scoring: Scoring) -> dict[int, dict[str, Any]]:
-    """Position and row of the test rows for which answers are generated, in the order of the file.
-
-    Files are often sorted, and a prompt may stand there several times with other answers: the rows are drawn at random
-    among different prompts. The draw depends on `data.split_seed` and the prompts alone.
-    """
+    """Position and row of the test rows for which answers are generated, in the order of the file: drawn at random
+    among different prompts, by `data.split_seed` and the prompts alone."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}

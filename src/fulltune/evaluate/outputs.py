@@ -1,4 +1,4 @@
-"""What a model gives for each row, kept for comparisons; nothing is scored here, so that test rows stay sealed."""
+"""What a model gives for each row: kept for comparisons, which score nothing here; losses of train and eval rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import numpy as np
 from fulltune.evaluate.scoring import Scoring
 from fulltune.files import replacing
 from fulltune.forgetting.drift import GenericText
+from fulltune.records.data import SplitName
+from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Predictions
+from fulltune.tasks.classes import label_words, predict_labels
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,8 @@ def outputs(
     most_tokens: int,
     splits: Sequence[str] = ("eval", "test"),
 ) -> Outputs:
-    """Run a model over eval and test rows and over generic texts.
-
-    Args:
-        scoring: The rows and how they are run.
-        model_folder: A finished model; None: the pretrained model, with the head that training begins with.
-        texts: Generic texts; without any nothing is asked of them.
-        most_tokens: Where these are cut.
-        splits: Whose rows to run.
-    """
+    """Run a finished model (None: the pretrained one, with the head that training begins with) over the splits' rows
+    and over generic texts, which are cut at `most_tokens`."""
     model, processor = scoring.load(model_folder)
     kept: dict[str, Predictions] = {}
     seconds = 0.0
@@ -70,3 +66,26 @@ def load(path: Path) -> Predictions:
     """What `save` wrote."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
+
+
+SPLITS: tuple[SplitName, ...] = ("train", "eval")
+"""Test rows are left alone: what is decided about them by a model flatters it."""
+Losses = tuple[np.ndarray, Sequence[str | None]]
+"""Summed loss of each example and its items (1, trained tokens or words), float64 [examples, 2]; and what the model
+says; None: not in a word."""
+
+
+def row_losses(scoring: Scoring, model_folder: Path) -> dict[SplitName, Losses]:
+    """Read train and eval rows."""
+    model, processor = scoring.load(model_folder)
+    measure = measure_of(scoring.recipe.task, scoring.target, "loss")
+    assert measure.counts is not None, "a loss is a mean"
+    found: dict[SplitName, Losses] = {}
+    for split in SPLITS:
+        kept = scoring.run(model, processor, split)
+        counts = measure.counts(kept)
+        said: list[str | None] = [None] * len(counts)
+        if "logits" in kept:
+            said = [label_words(one, scoring.target) for one in predict_labels(kept["logits"], scoring.target)]
+        found[split] = counts, said
+    return found

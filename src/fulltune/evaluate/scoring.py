@@ -1,9 +1,11 @@
-"""What all contestants of a run share: rows, metrics, intervals, loading."""
+"""What all contestants of a run share: rows, metrics, intervals, loading, and the log of who scored which test rows."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,20 +13,22 @@ import numpy as np
 
 from fulltune.audit.texts import masked_cells
 from fulltune.errors import SetupError
+from fulltune.files import append_line
 from fulltune.inference.run import Watch, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
-from fulltune.inference.store import Rows, clusters_of, in_train, load_texts
+from fulltune.inference.store import Rows, clusters_of, in_train, load_texts, rows_id
 from fulltune.methods import folder
-from fulltune.models.base import Base
+from fulltune.models.base import Base, opened
 from fulltune.models.load import load
-from fulltune.models.processors import opened
 from fulltune.recipe.fields import Recipe
-from fulltune.records.events import Listener, RowsRead
+from fulltune.records.events import Listener, RowsRead, Warned
 from fulltune.records.plan import Plan
+from fulltune.records.run import ACCESSES, Access
 from fulltune.records.scores import Answer, Scores, Unseen
+from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, resample
 from fulltune.stats.row_scores import bounds_of
-from fulltune.system.out_of_memory import with_smaller_batches
+from fulltune.system.memory import with_smaller_batches
 from fulltune.tasks import Predictions, Target, Task
 from fulltune.tasks.padding import ragged
 
@@ -84,13 +88,8 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Any], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Metrics on all rows and on resamples of their clusters; the same without the rows that stand in train.
-
-        Args:
-            kept: Name to array whose first axis is the row.
-            positions: Which test rows these are; None: all of them.
-            metrics: From such arrays to numbers; None: those of the task.
-        """
+        """The task's metrics (or others) on all test rows, or those at `positions`, and on resamples of their clusters;
+        the same without the rows that stand in train."""
         clusters, seen = self.clusters(positions), _at(positions, in_train(self.data / "test"))
 
         def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
@@ -214,3 +213,25 @@ class Scoring:
 def _at(positions: Sequence[int] | None, of_rows: np.ndarray) -> np.ndarray:
     """What is known of the rows at these positions; None: of all."""
     return of_rows if positions is None else of_rows[np.asarray(positions, np.int64)]
+
+
+def note_access(
+    folder: Path, listener: Listener, *, trial: str, outcome: Outcome | None, metric: str, value: float | None
+) -> None:
+    """Log that a run folder's test rows were scored, beside it; the listener hears it if that cannot be written."""
+    folder = folder.resolve()
+    access = Access(
+        time=datetime.now().astimezone().isoformat(timespec="seconds"),
+        run=folder.name,
+        trial=trial,
+        model="" if outcome is None else hashlib.sha256(outcome.model_dump_json().encode()).hexdigest()[:16],
+        rows=rows_id(folder / "data" / "test"),
+        metric=metric,
+        value=value,
+    )
+    try:
+        append_line(folder.parent / ACCESSES, access.model_dump(mode="json"))
+    except OSError as error:
+        reason = str(error.strerror or error).lower()
+        text = f"{folder.parent / ACCESSES}: cannot be written ({reason}), so later runs will not count this scoring"
+        listener(Warned(text=text))

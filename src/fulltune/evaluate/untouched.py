@@ -10,7 +10,7 @@ import numpy as np
 
 from fulltune import probe
 from fulltune.evaluate.scoring import Scored, Scoring
-from fulltune.models.processors import opened
+from fulltune.models.base import opened
 from fulltune.records.probe import FrozenRival, Probe
 
 FROZEN = "baseline-frozen"

@@ -1,16 +1,185 @@
-"""From what was traced at a few micro batches to formulas in the number of rows and their length."""
+"""From copies of a model with few layers, traced at a few micro batches, to formulas for the whole model at any."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 
-from fulltune.footprint.case import BYTES, Case, has_tokens, of_tensors
+from fulltune.errors import RecipeError
+from fulltune.footprint.case import BYTES, Case, depths_of, has_tokens, layer_kinds, of_tensors
 from fulltune.footprint.records import KINDS, Footprint, Moment, Variant, terms
-from fulltune.footprint.whole import Cuts, Whole, points_of, whole_of
+from fulltune.footprint.watch import Story, run
+
+_log = logging.getLogger(__name__)
+
+ROWS = (2, 3)
+"""One row would let a view stand where several rows need a copy."""
+_LENGTHS = (16, 24, 40)
+"""Multiples of eight: no block is rounded up."""
+
+FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,
+    RecipeError,
+)
+"""What a model's class may raise at a config or at tensors without values: any of its own errors, torch's (kinds of
+RuntimeError) when it asks for a value, and ours of a method that cannot work on a copy with few layers. Not: memory
+that runs out, and an interruption."""
+
+
+class Changing(ValueError):
+    """A model takes other steps for other batches."""
+
+
+def points_of(case: Case) -> list[tuple[int, int]]:
+    """Rows and lengths to trace; an image has one length: 1, so that a row counts as a token."""
+    if not has_tokens(case):
+        return list(itertools.product(ROWS, (1,)))
+    windows = np.ravel(getattr(case.config, "attention_window", None) or 8)  # a row is filled up to whole windows
+    stretch = max(1, int(windows.max()) // 8)
+    return list(itertools.product(ROWS, (length * stretch for length in _LENGTHS)))
+
+
+Timeline = dict[tuple[str, int], np.ndarray]
+"""Place and number of the allocation there, to bytes alive after it by kind, float64 [4]."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What was traced, for the whole model: arrays [points, moments, kinds] and [points]."""
+
+    keys: tuple[tuple[str, int], ...]
+    alive: np.ndarray
+    flops: np.ndarray
+    shapes: tuple[tuple[int, ...], ...]
+    trained: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Cuts:
+    """Whether copies with fewer layers tell what the whole model holds; once they did not, none are made again."""
+
+    told: bool = True
+
+
+def whole_of(case: Case, cuts: Cuts, points: Sequence[tuple[int, int]], **way: Any) -> Whole:
+    """From copies with few layers where they tell it, else the model as it is."""
+    if cuts.told:
+        try:
+            found = _from_cuts(case, points, **way)
+        except FAILURES:
+            # A config may refuse another number of layers, and a class may want one of its lists to be as long.
+            _log.debug("no copies with fewer layers of %s", type(case.config).__name__, exc_info=True)
+            found = None
+        if found is not None:
+            return found
+        cuts.told = False
+    return _joined(run(case, depths_of(case), points, **way))
+
+
+def _from_cuts(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Whole | None:
+    """Trace a copy of two layers and copies with one more, and add the difference for every further layer.
+
+    None for a model whose layers differ (in size, or in what they do) without its config saying so.
+    """
+    start, growths = _copies(case)
+    base = _joined(run(case, start[0], points, kinds=start[1], **way))
+    chosen = _for_layers(points)
+    matrix, wanted = (
+        np.array([_layer_terms(*points[at]) for at in places], float) for places in (chosen, range(len(points)))
+    )
+    found = base
+    for depths, kinds, further in growths:
+        more = _joined(run(case, depths, [points[at] for at in chosen], kinds=kinds, **way))
+        if more.keys != base.keys:
+            return None
+        alive = (more.alive - base.alive[chosen]).reshape(len(chosen), -1)
+        layer, *_ = np.linalg.lstsq(matrix, np.column_stack((alive, more.flops - base.flops[chosen])), rcond=None)
+        if not np.allclose(matrix @ layer[:, :-1], alive, atol=64):
+            return None
+        added = wanted @ layer
+        found = Whole(
+            base.keys,
+            found.alive + further * added[:, :-1].reshape(found.alive.shape),
+            found.flops + further * added[:, -1],
+            found.shapes + _added(base.shapes, more.shapes) * further,
+            found.trained + _added(base.trained, more.trained) * further,
+        )
+    return found if sum(math.prod(shape) for shape in found.shapes) == case.num_parameters else None
+
+
+_Copy = tuple[dict[str, int], tuple[str, ...]]
+"""Attribute of the config to a number of layers, and what each layer is (empty when all are the same)."""
+
+
+def _copies(case: Case) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
+    """The smallest copy, and for each way to grow a copy with one layer more and how many of them the model has."""
+    depths, kinds = depths_of(case), layer_kinds(case)
+    if kinds:
+        (name,) = depths
+        first, *between, last = kinds
+        ends = Counter((first, last))
+        # Two of each where there are two: what they share then lives as long as with more of them.
+        inner = [[kind] * min(between.count(kind), max(0, 2 - ends[kind])) for kind in sorted(set(between))]
+        few = (first, *itertools.chain(*inner), last)
+        growths = [
+            ({name: len(few) + 1}, (few[0], kind, *few[1:]), kinds.count(kind) - few.count(kind))
+            for kind in sorted(set(kinds))
+        ]
+        return ({name: len(few)}, few), [growth for growth in growths if growth[2] > 0]
+    least = {name: min(depth, 2) for name, depth in depths.items()}
+    return (least, ()), [
+        ({name: 3 if depths[name] == depth else number for name, number in least.items()}, (), depth - 2)
+        for depth in sorted({depth for depth in depths.values() if depth > 2})
+    ]
+
+
+def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
+    """What a layer's memory is a sum of: its weights, its tokens, its pairs of tokens in each row and for all rows."""
+    return (1, rows * length, rows * length * length, length * length)
+
+
+def _for_layers(points: Sequence[tuple[int, int]]) -> list[int]:
+    """Positions of the points that tell those terms apart, and of one more that proves them."""
+    if len(points) <= len(ROWS):
+        return list(range(len(points)))
+    return list(range(len(_LENGTHS) + 2))
+
+
+def _added(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the tensors that a further layer brings."""
+    return tuple((Counter(more) - Counter(few)).elements())
+
+
+def _joined(stories: Sequence[Story]) -> Whole:
+    """Stories of one copy at several points, of which each has the same moments."""
+    timelines = [_timeline(story) for story in stories]
+    keys = tuple(timelines[0])
+    if any(tuple(timeline) != keys for timeline in timelines):
+        raise Changing("what it does depends on the number of rows or tokens")
+    alive = np.array([[timeline[key] for key in keys] for timeline in timelines])
+    return Whole(keys, alive, np.array([story.flops for story in stories]), stories[0].shapes, stories[0].trained)
+
+
+def _timeline(story: Story) -> Timeline:
+    """What is alive after each allocation; of layers between the first and the last nothing is kept."""
+    alive, counts, made = np.zeros(len(KINDS)), Counter[str](), {}
+    for change in story.changes:
+        kind = story.kinds.get(change.block, "activations")
+        alive[KINDS.index(kind)] += change.bytes
+        if change.bytes > 0 and not change.place.endswith(":middle"):
+            made[change.place, counts[change.place]] = alive.copy()
+            counts[change.place] += 1
+    return made
+
 
 _MANY = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
@@ -18,11 +187,7 @@ _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
 def traced(case: Case) -> Footprint:
-    """Trace a model and put what was seen into formulas.
-
-    Raises:
-        Exception: One of `whole.FAILURES`, when the model's class cannot be run without values.
-    """
+    """Trace a model and put what was seen into formulas."""
     points, cuts = points_of(case), Cuts()
     evaluated = whole_of(case, cuts, points, recomputed=False, training=False)
     variants, of_training = [], 0.0

@@ -1,9 +1,4 @@
-"""A training step's memory and work as functions of the micro batch, as it is kept on disk.
-
-What is alive at a moment is a sum of terms in the number of rows and their length, and each further layer adds the same
-to it: so the moments of the whole model, at any micro batch and length, follow by arithmetic. `docs/memory.md` shows
-one by hand.
-"""
+"""A training step's memory and work as functions of the micro batch, kept on disk; docs/memory.md has one by hand."""
 
 from __future__ import annotations
 
@@ -34,13 +29,7 @@ class Moment(Record):
     """Bytes of each kind per 1, row, token, row x length^2, length and length^2."""
 
     def bytes(self, rows: int, length: int, trained_share: float = 1.0) -> dict[Kind, int]:
-        """Bytes by kind.
-
-        Args:
-            rows: Sequences in the micro batch (rows x choices with several choices).
-            length: Tokens of the longest one.
-            trained_share: Share of the tokens that have logits.
-        """
+        """Bytes by kind, of so many sequences (rows x choices) of this length, a share of whose tokens has logits."""
         factors = terms(rows, length)
         found = {
             kind: sum(one * factor for one, factor in zip(values, factors, strict=True))

@@ -53,11 +53,7 @@ class Story:
 
 
 class Watch(TorchDispatchMode):
-    """Notes storages that come and go, each with the place that is set at that moment.
-
-    Args:
-        vocab_size: A last axis of that size means logits.
-    """
+    """Notes storages that come and go, each with the place set then; a last axis of `vocab_size` means logits."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -70,12 +66,7 @@ class Watch(TorchDispatchMode):
         super().__exit__(*failure)
 
     def begin(self, parameters: list[torch.Tensor], num_trained: int) -> None:
-        """Begin a story.
-
-        Args:
-            parameters: Weights are not counted; a copy of one in another type is a buffer.
-            num_trained: Number of places that a mask picks: masks without values cannot be counted.
-        """
+        """Begin a story."""
         self.num_trained = num_trained
         self.place = ""
         self._blocks: dict[int, tuple[int, int, Any]] = {}
@@ -220,16 +211,7 @@ def run(
     training: bool,
     kinds: Sequence[str] = (),
 ) -> list[Story]:
-    """A micro batch of training or of evaluation.
-
-    Args:
-        case: The model and its task.
-        depths: Layers of this copy: attribute of the config to number.
-        points: Rows of the micro batch and tokens of each, for each story.
-        recomputed: With activation checkpointing.
-        training: Forward and backward; else forward alone.
-        kinds: Of this copy's layers; empty: those that the model begins with.
-    """
+    """Micro batches of so many rows and tokens each, forward and in training backward, by a copy with these layers."""
     config = cut(case, depths, kinds)
     batches = [batch_of(case, *point) for point in points]
     counts = [case.task.count_items(batch["labels"]) for batch in batches]

@@ -1,8 +1,4 @@
-"""Run rows through a model and keep a few numbers each: used during training, for evaluation and for `predict`.
-
-Rows are batched by length and put back in their order; logits are reduced batch by batch, so memory does not
-grow with the number of rows.
-"""
+"""Run rows through a model and keep a few numbers each: used during training, for evaluation and for `predict`."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ Watch = Callable[[int, int, float], None]
 
 
 def unwatched(done: int, total: int, share: float) -> None:
-    """Nobody asks."""
+    """A `Watch` that does nothing."""
 
 
 def run_rows(
@@ -45,7 +41,7 @@ def run_rows(
     head: SelectiveHead | None = None,
     watch: Watch = unwatched,
 ) -> Predictions:
-    """Reduce every row's logits.
+    """What the task reduces each row's logits to, batch by batch: name to array, whose first axis is the row.
 
     Args:
         model: In evaluation or training mode; the mode is put back.
@@ -55,15 +51,14 @@ def run_rows(
         pad_token_id: Fills shorter rows on the right.
         batch_size: Rows per forward pass.
         precision: `fp32`, `bf16` or `fp16`: type of the computations.
-        head: Leaves out logits that the task does not use, and keeps the others in pieces where it can.
-        watch: Told before the first batch and after each.
-
-    Returns:
-        Name to array; the first axis is the row, in the given order.
+        head: Drops logits that the task does not use, and keeps the others in chunks where it can.
+        watch: Called before the first batch and after each.
     """
 
     def kept(positions: Sequence[int]) -> dict[str, np.ndarray]:
-        batch = _on_device(model, model_batch(model, task, [rows[i] for i in positions], pad_token_id))
+        # Not pinned: a batch's numbers are read back before the next one is made, so there is nothing to overlap.
+        batch = model_batch(model, task, [rows[i] for i in positions], pad_token_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
         selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
         with autocast(model, precision), selecting, whole_numbers(model, target):
@@ -95,11 +90,6 @@ def _longest_rows_first(
     finally:
         model.train(was_training)
     return parts, np.argsort(order)
-
-
-def _on_device(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Not pinned: a batch's numbers are read back before the next one is made, so there is nothing to overlap."""
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def model_batch(
@@ -264,14 +254,7 @@ def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def watched(order: Sequence[int], size: int, work: np.ndarray, watch: Watch) -> Iterator[Sequence[int]]:
-    """The batches of `batches`; who watches is told before the first one and after each.
-
-    Args:
-        order: Positions of the rows.
-        size: Rows of a batch.
-        work: How much each row is of the whole, in any unit [rows].
-        watch: See `Watch`.
-    """
+    """The batches of `batches`, of rows that are so much work each, in any unit [rows]; watched after each batch."""
     shares = np.cumsum(np.asarray(work, np.float64)[list(order)]) if len(order) else np.zeros(1)
     watch(0, len(order), 0.0)
     done = 0

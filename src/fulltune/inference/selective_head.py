@@ -2,11 +2,8 @@
 
 The head of a language model is a large part of its work and its logits are most of the memory, yet a prompt's logits
 are thrown away. A hook in front of the head picks the hidden states that are needed; what follows the head in some
-models (a scale, a soft cap, a bias) works on each logit alone, so the kept ones are the same. `verified` proves that on
-the real model.
-
-Where nothing but a bias follows the head, the hidden states can be kept instead, and loss and scores computed from them
-in pieces (`chunked_loss.py`); `verified` proves that as well.
+models (a scale, a soft cap, a bias) works on each logit alone, so the kept ones are the same. Where nothing but a bias
+follows the head, the loss can be computed in chunks (`chunked_loss.py`). `verified` proves both on the real model.
 """
 
 from __future__ import annotations
@@ -41,13 +38,8 @@ class SelectiveHead:
     def only(
         self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, in_pieces: bool = False
     ) -> Iterator[None]:
-        """Inside, the model's logits are those that are used, row after row.
-
-        Args:
-            labels: [batch, length].
-            trained: Where these are, if it is known: `TRAINED`.
-            in_pieces: The output's `logits` are `chunked_loss.Pieces`.
-        """
+        """Inside, the model's logits are those that `labels[batch, length]` need (at `trained`, if that is known), row
+        after row; in pieces, they are `chunked_loss.Pieces`."""
         at = padding.trained_places(self.wanted(labels)) if trained is None else trained
         kept: list[torch.Tensor] = []
 
@@ -115,14 +107,8 @@ def _shortened(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple[SelectiveHead | None, str]:
-    """The selective head of a model, when it gives the same logits, and what was found.
-
-    Args:
-        model: Its mode is put back.
-        task: One with `wanted` has logits for each token.
-        batch: A real, collated batch on the model's device, tensors [rows, length] with `labels`; a few tokens of each
-            row are tried.
-    """
+    """The selective head of a model, when it gives the same logits for a few tokens of each row of a real, collated
+    batch on the model's device, tensors [rows, length] with `labels`; and what was found."""
     import torch
 
     wanted = getattr(task, "wanted", None)
@@ -156,12 +142,7 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
 
 
 def as_its_attention_can(model: Any, kind: str) -> contextlib.AbstractContextManager[Any]:
-    """Flash attention knows 16-bit types alone; the others compute in the weights' own type, which tells more.
-
-    Args:
-        model: Whose attention it is.
-        kind: Of its device, such as `cuda`.
-    """
+    """Flash attention knows 16-bit types alone; the others compute in the weights' own type, which tells more."""
     import torch
 
     if "flash" not in (getattr(getattr(model, "config", None), "_attn_implementation", None) or ""):

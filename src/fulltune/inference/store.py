@@ -1,8 +1,4 @@
-"""Where prepared rows lie: one arrow file per split, memory-mapped, features and words side by side.
-
-The file is an Arrow stream, so `datasets.Dataset.from_file` reads it as well. Reading a row copies nothing: its lists
-are numpy views into the mapped file.
-"""
+"""Where prepared rows lie: one Arrow stream per split, memory-mapped, features and words side by side."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""How the parameters of a model are trained: all of them, or few on a frozen body.
-
-The model stays the plain Hugging Face class: LoRA and its relatives put modules into its layers, adapters and prompts
-work by hooks. What is trained is exactly what has `requires_grad`; only that is kept in checkpoints and, but for
-`full`, in the finished model's folder (`folder.py`).
-"""
+"""How the parameters of a model are trained: all of them, or few on a frozen body."""
 
 from __future__ import annotations
 
@@ -49,7 +44,7 @@ def apply(model: Any, method: Method, task: TaskName) -> Applied:
     Raises:
         RecipeError: When the method cannot work on this model.
     """
-    from fulltune.methods import adapter, head, injected, prompt
+    from fulltune.methods import added, head
 
     if method.kind == "full":
         model.requires_grad_(True)
@@ -61,22 +56,20 @@ def apply(model: Any, method: Method, task: TaskName) -> Applied:
     outer = None
     match method.kind:
         case "lora" | "peft":
-            outer = injected.put_into(model, method, task, heads)
+            outer = added.put_peft(model, method, task, heads)
         case "adapter":
-            adapter.put_into(model, method, heads)
+            added.put_adapters(model, method, heads)
         case "prompt":
-            prompt.put_before(model, method, task)
+            added.put_prompt(model, method, task)
     if outer is None:  # PEFT trains a copy of the head
-        head.train(model, heads)
+        for name in heads:
+            model.get_submodule(name).requires_grad_(True)
     head.keep_statistics(model)
     return Applied(model, method, outer)
 
 
 def without_casts(applied: Applied, autocast: bool) -> AbstractContextManager[None]:
-    """Under autocast, keep LoRA's layers from making a float32 copy of their input that autocast turns back at once.
-
-    The numbers are the same: bf16 to float32 and back loses nothing.
-    """
+    """Under autocast, keep LoRA's layers from a float32 copy of their input, which autocast turns back without loss."""
     if applied.method.kind != "lora" or not autocast:
         return nullcontext()
     from peft.helpers import disable_input_dtype_casting
@@ -129,8 +122,6 @@ def check(recipe: Recipe, config: PretrainedConfig) -> None:
 
 def _beside_deepspeed(recipe: Recipe, kind: str) -> list[str]:
     """Why a method that trains few parameters cannot run inside DeepSpeed."""
-    if not deepspeed.wanted(recipe):
-        return []
     by, shared = recipe.train.deepspeed_by, sharing.of(recipe)
     if what := deepspeed.keeps_own_files(recipe):
         return [f"not with {what}, whose checkpoints DeepSpeed writes itself, with all weights; remove it"]
@@ -141,7 +132,6 @@ def _beside_deepspeed(recipe: Recipe, kind: str) -> list[str]:
 
 def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]:
     """Why a method cannot do the recipe's task, as far as the model's config tells; empty when it can."""
-    from fulltune.methods import injected
     from fulltune.models.shapes import position_limit
 
     found = []
@@ -157,7 +147,9 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
                 "model takes; take fewer"
             )
     if method.kind == "peft":
-        found += injected.problems(method)
-    if method.kind not in ("full", "base"):
+        from fulltune.methods.added import peft_problems
+
+        found += peft_problems(method)
+    if method.kind not in ("full", "base") and deepspeed.wanted(recipe):
         found += _beside_deepspeed(recipe, method.kind)
     return [f"method {method.arm}: {line}" for line in found]

@@ -1,8 +1,4 @@
-"""The finished model's folder of a method that trains few parameters: only those, and how to put them back.
-
-LoRA, other methods of PEFT and prompts are written as PEFT writes them, so that `peft.PeftModel.from_pretrained(base,
-folder)` reads them; heads and adapters, which PEFT has no format for, under the model's own names.
-"""
+"""The finished model's folder of a method that trains few parameters: only those, as far as possible in PEFT's form."""
 
 from __future__ import annotations
 
@@ -108,11 +104,7 @@ def can_be_merged(folder: Path) -> bool:
 
 
 def notes_of(folder: Path) -> dict[str, Any]:
-    """What fulltune wrote about the model in this folder.
-
-    Raises:
-        SetupError: When the file is damaged.
-    """
+    """What fulltune wrote about the model in this folder; `SetupError` when the file is damaged."""
     return json_object(folder / NOTES)
 
 
@@ -127,16 +119,9 @@ def processor_of(folder: Path) -> Any:
 
 
 def load(folder: Path, processor: Any, base: Base | None = None, shared: dict[str, Any] | None = None) -> Applied:
-    """The pretrained model with what was trained, on the CPU.
+    """The pretrained model (default: the one in the notes) with what `save` wrote, on the CPU.
 
-    Args:
-        folder: Written by `save`, with notes and tokenizer.
-        processor: What `processor_of` reads there.
-        base: The pretrained model; default: as the notes say.
-        shared: Tensors of models that were loaded before, by name: equal ones are kept in memory once. Filled.
-
-    Raises:
-        SetupError: When the pretrained model is not there, or the tensors are not those of the method.
+    Tensors in `shared`, of models that were loaded before, are kept in memory once where they are equal; it is filled.
     """
     import torch
 
@@ -172,11 +157,7 @@ def _share(model: Any, shared: dict[str, Any]) -> None:
 
 
 def _put_back(applied: Applied, folder: Path) -> None:
-    """Strictly: a tensor too many or too few is another model's.
-
-    Raises:
-        SetupError: Naming one.
-    """
+    """Strictly: a tensor too many or too few is another model's."""
     from safetensors.torch import load_file
 
     tensors = load_file(folder / WEIGHTS)
@@ -194,11 +175,7 @@ def _put_back(applied: Applied, folder: Path) -> None:
 
 
 def load_trained(model: Any, tensors: Mapping[str, Any], where: Path) -> None:
-    """Copy values into the parameters that are trained, whose names must be exactly these.
-
-    Raises:
-        SetupError: When they are not.
-    """
+    """Copy values into the parameters that are trained, whose names must be exactly these."""
     import torch
 
     parameters = trained(model)
@@ -219,11 +196,7 @@ def _refuse_others(expected: set[str], found: set[str], where: Path) -> None:
 
 
 def merged(folder: Path, processor: Any) -> Any:
-    """The model with what was trained put into its own weights: one that needs neither fulltune nor PEFT.
-
-    Raises:
-        SetupError: When the method cannot be merged.
-    """
+    """The model with what was trained put into its own weights: one that needs neither fulltune nor PEFT."""
     applied = load(folder, processor)
     kind = applied.method.kind
     if kind == "head":
@@ -237,11 +210,7 @@ def merged(folder: Path, processor: Any) -> Any:
 
 
 def merge(folder: Path, output: Path) -> None:
-    """Write the merged model as a plain Hugging Face folder with its tokenizer and notes.
-
-    Raises:
-        SetupError: When it cannot be merged, or the folder is there already.
-    """
+    """Write the merged model as a plain Hugging Face folder with its tokenizer and notes."""
     if output.exists() and any(output.iterdir()):
         raise SetupError(f"{output}: is not empty; name a new folder")
     notes = notes_of(folder)

@@ -1,16 +1,17 @@
-"""The task's head: which modules it is made of, and training them on a frozen body."""
+"""The task's head: which modules it is made of, training them on a frozen body, and the units that it answers in."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
 from fulltune.methods import PROMPT_MODULE
-from fulltune.models import output_layer
+from fulltune.models.checkpoint_head import put_together
 from fulltune.recipe.tasks import FACTS, TaskName
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -34,9 +35,16 @@ def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:
 
 
 def output_layer_of(model: Any, num_outputs: int) -> nn.Linear | None:
-    """A new head's last linear layer of this size, before a method is applied and after; None where there is none, or
-    where the model does not tell its body from its head."""
-    return None if _body_of(model) is None else output_layer.linear_of(model, _above_body(model), num_outputs)
+    """A new head's last linear layer of this size; of a head that PEFT trains a copy of, that of the copy."""
+    from torch import nn
+
+    layer = None
+    for name in () if _body_of(model) is None else _above_body(model):
+        for path, module in model.get_submodule(name).named_modules():
+            kept_by_peft = "original_module" in path.split(".")
+            if isinstance(module, nn.Linear) and module.out_features == num_outputs and not kept_by_peft:
+                layer = module
+    return layer
 
 
 def _body_of(model: Any) -> Any:
@@ -54,11 +62,6 @@ def _has_weights(module: Any) -> bool:
     return module is not None and next(module.parameters(), None) is not None
 
 
-def train(model: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        model.get_submodule(name).requires_grad_(True)
-
-
 def keep_statistics(model: Any) -> None:
     """Have frozen batch norms use the statistics they came with: training would change what is not saved."""
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -66,9 +69,22 @@ def keep_statistics(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not any(one.requires_grad for one in module.parameters()):
             module.eval()
-            vars(module)["train"] = partial(_stay, module)
+            vars(module)["train"] = lambda mode=True, module=module: module
 
 
-def _stay(module: Any, mode: bool = True) -> Any:
-    """In place of `train`."""
-    return module
+def rescale(layer: nn.Linear, shift: float, factor: float) -> None:
+    """Have a layer give `factor` times what it gives, plus `shift`, which must be 0 where it has no bias."""
+    import torch
+
+    parameters = dict(layer.named_parameters())
+    with torch.no_grad(), put_together(list(parameters.values())):
+        for name, values in rescaled(parameters, shift, factor).items():
+            parameters[name].copy_(values)
+
+
+def rescaled(tensors: Mapping[str, torch.Tensor], shift: float, factor: float) -> dict[str, torch.Tensor]:
+    """The same for a layer's `weight[outputs, inputs]` and `bias[outputs]`, in their types."""
+    shifts = {"bias": shift}
+    return {
+        name: (values.double() * factor + shifts.get(name, 0.0)).to(values.dtype) for name, values in tensors.items()
+    }

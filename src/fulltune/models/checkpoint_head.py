@@ -1,8 +1,4 @@
-"""What becomes of a head that a checkpoint brings: kept by the names of its labels, or drawn anew.
-
-Weights are loaded by name and shape, which says nothing about what a row of a head means: a classifier with as many
-labels as the task would be kept by position, with its classes mixed up.
-"""
+"""What becomes of a head that a checkpoint brings: kept by the names of its labels, or drawn anew."""
 
 from __future__ import annotations
 
@@ -45,13 +41,7 @@ _AS_IT_IS = Head((), "")
 
 
 def expected_head(brought: PretrainedConfig, model_class: str, changes: Mapping[str, Any]) -> Head:
-    """What the configs say; whether the checkpoint's weights hold a head is known when they are loaded.
-
-    Args:
-        brought: The checkpoint's config, as it came.
-        model_class: The class that is loaded, such as `BertForSequenceClassification`.
-        changes: What the task sets on the config; its `id2label` names the labels.
-    """
+    """What the configs say; whether the checkpoint's weights hold a head is known when they are loaded."""
     if brought.architectures and model_class not in brought.architectures:
         return _MISSING
     if "id2label" not in changes:
@@ -82,17 +72,7 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has_labels: bool) -> Head:
-    """Give a loaded model the head that the configs promise; returns what it has got.
-
-    Args:
-        model: With the checkpoint's values wherever names and shapes fit.
-        missing: Parameters that the checkpoint did not have, or had in another shape: those are drawn already.
-        head: What the configs say.
-        has_labels: The task's head has rows for labels; any other is taken as it is, whatever the configs say.
-
-    Raises:
-        SetupError: When the class does not show which values belong to the labels.
-    """
+    """Give a loaded model the head that the configs promise; returns what it has got."""
     import torch
 
     above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
@@ -152,12 +132,6 @@ def _drawn(model: PreTrainedModel, module: Any, path: str, owners: Set[str]) -> 
     """A module with new values in it: itself, or of a model that is shared out one like it with whole parameters.
 
     Children come first, as transformers does it: in some models (ModernBERT) a parent draws for its children.
-
-    Args:
-        model: Knows how to draw.
-        module: One of its modules.
-        path: Of the module.
-        owners: Paths of the modules that have parameters to be drawn.
     """
     one = module
     if is_shared := sharding.is_shared(model):
@@ -195,12 +169,7 @@ def _twin(module: Any) -> Any:
 
 
 def draw(model: PreTrainedModel, head: Head) -> None:
-    """Draw what the checkpoint lacks.
-
-    Args:
-        model: As it was loaded with this head; on the CPU, unless its weights are shared out.
-        head: Of the model.
-    """
+    """Draw what the checkpoint lacks."""
     import torch
 
     sharding.free(model)

@@ -1,9 +1,6 @@
 """Dropout on the CPU with fewer random numbers: a fifth of torch's cost, which is a tenth of a small encoder's step.
 
-torch draws a number for each value, on one core. Here a 64-bit draw decides on four values, each by 16 bits, so the
-probability is a multiple of 1/65536 (0.1 becomes 0.100006), and what is kept is scaled by that one, rounded to the
-activations' type as torch's scale is. The draws come from torch's generator: seeds, checkpoints and recomputed
-activations give the same numbers as ever.
+A 64-bit draw of torch's generator decides on four values, each by 16 bits, so the probability is a multiple of 1/65536.
 """
 
 from __future__ import annotations

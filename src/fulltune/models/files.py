@@ -44,11 +44,7 @@ class ModelFiles:
 
 
 def locate(block: ModelBlock) -> ModelFiles:
-    """Turn the recipe's `model` into a place; its weights may be missing there: see `check_weights`.
-
-    Raises:
-        SetupError: When the place does not exist, or is no model.
-    """
+    """Turn the recipe's `model` into a place; its weights may be missing there: see `check_weights`."""
     name = block.name
     if name.startswith("package:"):
         path = _package_path(name)
@@ -67,7 +63,13 @@ def locate(block: ModelBlock) -> ModelFiles:
         if importlib.util.find_spec("gguf") is None:
             raise SetupError(f"model: {name}: reading GGUF needs the package 'gguf'; pip install 'fulltune[gguf]'")
         return ModelFiles(str(path.parent), gguf_file=path.name)
-    _check_folder(path, name)
+    files = sorted(file.name for file in path.iterdir())
+    if "config.json" not in files:
+        ggufs = [file for file in files if file.endswith(".gguf")]
+        if ggufs:
+            raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
+        found = ", ".join(files[:5]) or "nothing"
+        raise SetupError(f"model: {name}: is not a model folder: config.json is missing (found: {found})")
     return ModelFiles(str(path))
 
 
@@ -98,11 +100,7 @@ def _trained_in(run: Path, name: str) -> Path:
 
 
 def refuse_partial(block: ModelBlock, files: ModelFiles) -> None:
-    """What LoRA and its like left is no whole model, and training would go on with what is beside it.
-
-    Raises:
-        SetupError: When there is only such a part.
-    """
+    """What LoRA and its like left is no whole model, and training would go on with what is beside it."""
     folder = Path(files.name_or_path)
     if files.is_local and (folder / "adapter_config.json").exists():
         raise SetupError(
@@ -127,16 +125,6 @@ def _package_path(name: str) -> Path:
             f"{_ALONE.get(package, '')}{package.replace('_', '-')}"
         )
     return Path(next(iter(spec.submodule_search_locations))) / inner
-
-
-def _check_folder(path: Path, name: str) -> None:
-    files = sorted(file.name for file in path.iterdir())
-    if "config.json" not in files:
-        ggufs = [file for file in files if file.endswith(".gguf")]
-        if ggufs:
-            raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
-        found = ", ".join(files[:5]) or "nothing"
-        raise SetupError(f"model: {name}: is not a model folder: config.json is missing (found: {found})")
 
 
 def check_weights(block: ModelBlock, files: ModelFiles) -> None:
@@ -221,11 +209,7 @@ def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """What a JSON file of a model says.
-
-    Raises:
-        SetupError: When it is damaged, or holds no object.
-    """
+    """What a JSON file of a model says."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

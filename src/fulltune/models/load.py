@@ -17,7 +17,7 @@ from fulltune.models.files import check_weights, reading
 from fulltune.recipe.model import ModelBlock
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
 
@@ -32,20 +32,16 @@ def load(
     on_head: Callable[[Head], None] = lambda head: None,
     shared_by: int = 1,
 ) -> PreTrainedModel:
-    """Load the weights into a model with the task's head.
+    """Load the weights, in `weights_dtype`, into a model with the task's head, in evaluation mode.
 
     Args:
         base: The pretrained model.
         config_changes: Values set on the config, for example `id2label`.
-        head_is_new: The task's head may be missing in the checkpoint and is then drawn at random; one that is there is
-            kept where its labels have the same names.
-        block: Has the dropout, weights' type and attention to load with; None: the base's own.
+        head_is_new: A head that the checkpoint lacks, or that has other labels, is drawn at random.
+        block: Has the dropout, weights' type and attention to load with; default: the base's own.
         before_weights: Called when the libraries are loaded: what memory is taken later is the model's.
-        on_head: Told what became of the head, where it may be new.
-        shared_by: Processes that share the weights out, of which all call this; each reads its part.
-
-    Returns:
-        The model, on CPU unless its weights are shared out, in `weights_dtype`, in training mode off.
+        on_head: Called with what became of the head, where it may be new.
+        shared_by: Processes that shard the weights; all of them call this.
 
     Raises:
         SetupError: When the weights cannot be read or leave other parameters than the head's uninitialised.
@@ -61,17 +57,15 @@ def load(
     if not files.gguf_file:
         keywords["use_safetensors"] = None if block.allow_pickled_weights else True
     loader = base.model_class.from_pretrained
-    _import_code(config)
+    if (module := type(config).__module__).startswith("transformers.models."):
+        # Else the model's code would be imported, and take memory, while the weights are read.
+        importlib.import_module(module.replace(".configuration_", ".modeling_"))
     if shared_by > 1:
         shared, keywords["distributed_config"] = sharding.shared_over(base.model_class, config, shared_by)
         loader = shared.from_pretrained
     before_weights()
     with _quiet():
-        model, info = reading(
-            block,
-            "model",
-            lambda: loader(files.name_or_path, output_loading_info=True, **keywords),
-        )
+        model, info = reading(block, "model", lambda: loader(files.name_or_path, output_loading_info=True, **keywords))
     missing = _check_loaded(model, info, block, head_is_new)
     if head_is_new:
         head = checkpoint_head.expected_head(base.config, type(model).__name__, config_changes)
@@ -79,13 +73,6 @@ def load(
         on_head(replace(found, drawn=tuple(name for name, _ in model.named_parameters() if name in missing)))
     _forget_gguf(model)
     return model
-
-
-def _import_code(config: PretrainedConfig) -> None:
-    """The module of a model of transformers, which would be imported while the weights are read."""
-    module = type(config).__module__
-    if module.startswith("transformers.models."):
-        importlib.import_module(module.replace(".configuration_", ".modeling_"))
 
 
 def torch_dtype(name: str) -> Any:
@@ -96,10 +83,7 @@ def torch_dtype(name: str) -> Any:
 
 
 def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> set[str]:
-    """Refuse a model whose body was not in the checkpoint: it would silently train from random weights.
-
-    Returns the names of the parameters that were drawn at random.
-    """
+    """Names of the parameters that were drawn at random; refused where the body is one, which nobody would notice."""
     prefix = model.base_model_prefix
     missing = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}

@@ -1,8 +1,4 @@
-"""Whether a model keeps texts that share a row apart, tried on a one-layer copy with random weights.
-
-transformers builds a block-wise attention mask from position ids that begin again, when there is no attention mask; yet
-not every model uses it (OPT and BLOOM do not), and not every attention kernel.
-"""
+"""Whether a model keeps texts that share a row apart (OPT and BLOOM do not), tried on a one-layer copy."""
 
 from __future__ import annotations
 
@@ -21,12 +17,7 @@ _VOCABULARY = 1000
 
 
 def obstacle(config: PretrainedConfig, attn_implementation: str | None = None) -> str | None:
-    """Why texts in one row would see each other, or None.
-
-    Args:
-        config: Of the model; the copy has its architecture with one layer and few tokens.
-        attn_implementation: As the recipe gives it; None is transformers' choice.
-    """
+    """Why texts in one row would see each other, or None."""
     import torch
     import transformers
 

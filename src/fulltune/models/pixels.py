@@ -1,9 +1,4 @@
-"""From an image on disk to what a model reads. Pillow decodes, the model's image processor resizes and normalises.
-
-Prepared rows name the image; it is decoded each time its row is asked for, so that a hundred thousand images need no
-second copy on disk. On a GPU processes decode beside the training (`plan/resolve.py: loader_workers`), on a CPU with
-`train.extra: {dataloader_num_workers: 4}`.
-"""
+"""From an image on disk, decoded each time its row is asked for, to what a model reads."""
 
 from __future__ import annotations
 
@@ -52,11 +47,7 @@ class ImageReader:
         return channels, height, width
 
     def pixels(self, path: str, content: bytes) -> np.ndarray:
-        """float32 [channels, height, width].
-
-        Raises:
-            DataError: When the image cannot be decoded.
-        """
+        """float32 [channels, height, width]; `DataError` when the image cannot be decoded."""
         prepared = self.processor(decode(path, content), return_tensors="np")[PIXELS][0]
         return np.asarray(prepared, np.float32)
 
@@ -87,11 +78,7 @@ def where_from(value: Any) -> tuple[str, bytes]:
 
 
 def decode(path: str, content: bytes) -> Any:
-    """A whole image in RGB, turned upright.
-
-    Raises:
-        DataError: When it cannot be decoded.
-    """
+    """A whole image in RGB, turned upright."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are refused
@@ -117,11 +104,7 @@ def decode(path: str, content: bytes) -> Any:
 
 
 def _in_8_bits(image: Any) -> Any:
-    """An image whose values have 16 bits with the upper 8 of them: Pillow would cut all above 255 to white.
-
-    Raises:
-        ValueError: For values of 32 bits.
-    """
+    """An image whose values have 16 bits with the upper 8 of them: Pillow would cut all above 255 to white."""
     from PIL import Image
 
     # As old versions of Pillow open those of 16 bits.

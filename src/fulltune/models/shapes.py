@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +44,7 @@ class Shapes(Record):
 
 
 def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[Any], object] | None = None) -> Shapes:
-    """Count a model's parameters on the meta device: no weights are read, no memory is used.
-
-    Args:
-        base: The pretrained model.
-        config_changes: Values set on the config.
-        apply: Adds what a method adds and freezes what it does not train; None: everything is trained.
-    """
+    """Count a model's parameters on the meta device: no weights are read, no memory is used."""
     import torch
 
     config = base.configured(config_changes)
@@ -65,6 +60,10 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
             apply(model)
         held = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    units = None
+    if apply is None:
+        with contextlib.suppress(SetupError):  # it cannot be sharded
+            units = sharding.units_of(model)
     head = checkpoint_head.expected_head(base.config, type(model).__name__, config_changes)
     return Shapes(
         model_type=config.model_type,
@@ -80,15 +79,8 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
         can_recompute=bool(model.supports_gradient_checkpointing),
         head_is_kept=head.order is not None,
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
-        units=_units(model) if apply is None else None,
+        units=units,
     )
-
-
-def _units(model: Any) -> Units | None:
-    try:
-        return sharding.units_of(model)
-    except SetupError:
-        return None
 
 
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")

@@ -1,9 +1,4 @@
-"""Weights that the processes of a training share out with PyTorch's FSDP2, as transformers loads them.
-
-`from_pretrained` with a `DistributedConfig` builds the model without values, shares its modules out by a plan (which
-modules are put together and freed again) and reads only this process's part of each tensor. Repeated blocks that a
-model's own plan does not name are added to it.
-"""
+"""Weights that the processes of a training shard with PyTorch's FSDP2, by transformers' `DistributedConfig`."""
 
 from __future__ import annotations
 
@@ -55,11 +50,7 @@ class Units(Record):
 
 def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -> tuple[Any, Any]:
     """The class to load from, and how it is to be shared out over so many processes: transformers'
-    `DistributedConfig`.
-
-    Raises:
-        SetupError: When transformers is too old, or as for `blocks_of`.
-    """
+    `DistributedConfig`."""
     import torch
     import transformers
     from transformers.distributed.configuration_utils import DistributedConfig
@@ -97,12 +88,7 @@ def tied_first(model_class: Any) -> Any:
 
 
 def without_shared(model: Any, plan: Mapping[str, str]) -> dict[str, str]:
-    """A plan without the modules that have a tensor in common with another one: it is put together with the rest, once.
-
-    Args:
-        model: Its names are tied.
-        plan: Paths of modules, or rules such as `layers.*`.
-    """
+    """A plan without the modules that share a tensor with another one: it is gathered with the rest, once."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -115,11 +101,7 @@ def without_shared(model: Any, plan: Mapping[str, str]) -> dict[str, str]:
 
 
 def blocks_of(model: Any) -> dict[str, str]:
-    """A plan of a model's repeated blocks, such as `bert.encoder.layer.*`: the outermost lists of modules.
-
-    Raises:
-        SetupError: When there are none, or running statistics, which each process would have its own of.
-    """
+    """A plan of a model's repeated blocks, such as `bert.encoder.layer.*`: the outermost lists of modules."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     if any(isinstance(one, _BatchNorm) for one in model.modules()):
@@ -149,14 +131,7 @@ def lists_of_blocks(model: Any) -> list[str]:
 
 
 def units_of(model: Any) -> Units:
-    """The units of a model, by transformers' own plan and `blocks_of`.
-
-    Args:
-        model: Of the class that is trained; its names are tied, its tensors need no values.
-
-    Raises:
-        SetupError: As for `blocks_of`.
-    """
+    """The units of a model, by transformers' own plan and `blocks_of`."""
     blocks = blocks_of(model)
     rules = without_shared(model, (model.fsdp_plan or {}) | blocks)
     found = {path: rules.get(_NUMBER.sub(".*", path)) for path, _ in model.named_modules()}

@@ -11,7 +11,7 @@ from typing import Any, cast
 from fulltune.errors import DataError
 from fulltune.inference.run import generate, run_rows
 from fulltune.methods import folder as folders
-from fulltune.models.processors import opened
+from fulltune.models.base import opened
 from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import Encoded, Example, ReadingTask, Refused, Row, Target, Task, WritingTask, chat, task_named
 from fulltune.tasks.columns import unreadable, windows

@@ -17,7 +17,7 @@ from fulltune.probe.layers import HeadLayers, Seen, see
 from fulltune.probe.linear import Items, NoProbe
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import MOST_ROWS, OTHER_TOKENS, items_per_row, rows_within
-from fulltune.system.out_of_memory import with_smaller_batches
+from fulltune.system.memory import with_smaller_batches
 from fulltune.tasks import Target, Task, question_answering, task_named
 from fulltune.tasks.padding import IGNORED
 from fulltune.tasks.token_classification import WORD_IDS

@@ -32,7 +32,7 @@ from fulltune.records.probe import (
     Probe,
     solver_bytes,
 )
-from fulltune.system.out_of_memory import is_out_of_memory
+from fulltune.system.memory import is_out_of_memory
 
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"

@@ -1,9 +1,7 @@
-"""The bootstrap: metrics on thousands of resamples of the rows' clusters, drawn with replacement.
+"""The bootstrap: metrics on thousands of resamples of clusters of rows, drawn with replacement; docs/statistics.md.
 
-Rows of one cluster (the same text, prompt or passage, or nearly so) are right or wrong together: drawn one by one they
-would look like more evidence than they are. `resample` computes any function of the rows anew for each resample, `draw`
-most metrics from sums over clusters (`row_scores`), thousands at a time. The streams of random numbers differ, so that
-scores which were written before can still be compared with new ones. Seeds are not resampled: see `intervals`.
+`resample` computes any function of the rows anew for each resample, `draw` most metrics from sums over clusters. Their
+streams of random numbers differ, so that stored scores can still be compared with new ones.
 """
 
 from __future__ import annotations
@@ -35,11 +33,6 @@ def percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
     low, high = (float(np.nanquantile(draws, share)) for share in (tail, 1 - tail))
     return low, high
-
-
-def weights(num_clusters: int, size: int, seed: tuple[int, int]) -> np.ndarray:
-    """How often each cluster was drawn, float64 [size, clusters]."""
-    return _times(np.random.default_rng(seed), num_clusters, size).astype(np.float64)
 
 
 def _times(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
@@ -112,18 +105,8 @@ def resample(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Every metric on all rows, and computed anew on each resample.
-
-    Args:
-        kept: Name to array whose first axis is the row.
-        metrics: From such arrays to numbers.
-        samples: Number of resamples.
-        clusters: Number of the cluster that each row belongs to; None: each row is one.
-        seed: The same seed draws the same rows for every model, so that their draws can be subtracted.
-
-    Raises:
-        ValueError: When there are more or fewer rows than cluster numbers.
-    """
+    """Every metric of arrays whose first axis is the row, on all rows and computed anew on each resample of clusters
+    (default: of rows); the same seed draws the same rows for every model, so that draws can be subtracted."""
     value, num_rows = dict(metrics(kept)), len(next(iter(kept.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"{num_rows} rows with the clusters of {len(clusters)}")
@@ -138,13 +121,7 @@ def resample(
 
 
 def gain(measure: Measure, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
-    """How much better a metric that is a function of sums is now, and the standard error of this paired difference.
-
-    Args:
-        measure: With `counts` and `value`.
-        before: What each row contributed, float64 [rows, k].
-        now: The same of the same rows.
-    """
+    """How much better a metric that is a function of sums is now, and the standard error of this paired difference."""
     assert measure.value is not None
     both = np.stack([before, now], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
@@ -177,17 +154,8 @@ def draw(
     clusters: np.ndarray | None,
     samples: int = SAMPLES,
 ) -> Drawn:
-    """The metric of all trials on the same resamples, which are the same in every call.
-
-    Args:
-        measure: The metric.
-        arms: For each arm what its trials kept of the same rows.
-        clusters: Number of the cluster that each row belongs to; None: each row is one.
-        samples: Number of draws; fewer for metrics that are costly.
-
-    Raises:
-        ValueError: When trials have other numbers of rows than there are cluster numbers.
-    """
+    """The metric of each arm's trials on the same resamples of clusters (default: of rows), which are the same in every
+    call; of metrics that are costly fewer than `samples`."""
     trials = [kept for arm in arms for kept in arm]
     rows = {len(next(iter(kept.values()))) for kept in trials}
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):
@@ -219,7 +187,9 @@ def _by_sums(sums: np.ndarray, value: Value, samples: int) -> np.ndarray:
     at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []
     for start in range(0, samples, at_once):
         size = min(at_once, samples - start)
-        drawn = weights(num_clusters, size, (_SEED, start)) @ sums.reshape(num_clusters, -1)
+        drawn = _times(np.random.default_rng((_SEED, start)), num_clusters, size).astype(np.float64) @ sums.reshape(
+            num_clusters, -1
+        )
         parts.append(value(drawn.reshape(size, *of_trials)))
     return np.concatenate(parts)
 

@@ -1,7 +1,4 @@
-"""Can the probabilities be believed? Expected calibration error, and a temperature fitted on rows for choosing.
-
-Guo et al. 2017, arXiv 1706.04599: one parameter, which never changes the predicted class.
-"""
+"""Expected calibration error, and a temperature fitted on eval rows (Guo et al. 2017, arXiv 1706.04599)."""
 
 from __future__ import annotations
 
@@ -15,12 +12,7 @@ BINS = 15
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean gap between confidence and accuracy, over 15 bins with the same number of rows each.
-
-    Args:
-        logits: [rows, classes].
-        labels: Class ids [rows].
-    """
+    """Mean gap between confidence and accuracy, over 15 bins with the same number of rows each."""
     probabilities = softmax(logits, axis=-1)
     confidence = probabilities.max(axis=-1)
     right = probabilities.argmax(axis=-1) == labels
@@ -35,10 +27,6 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
     """The number that logits are divided by to make the labels most likely; between 0.05 and 20.
 
     None where every row is answered rightly: there the smallest temperature is always the most likely one.
-
-    Args:
-        logits: [rows, classes].
-        labels: Class ids [rows].
     """
     if (logits.argmax(axis=-1) == labels).all():
         return None

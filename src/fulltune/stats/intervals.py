@@ -1,16 +1,8 @@
-"""How sure a difference of two arms is, over rows and seeds. Pure functions of numbers.
+"""How sure a difference of two arms is, over rows and seeds: pure functions of numbers; docs/statistics.md says why.
 
-A difference is uncertain for two reasons. *Rows*: other rows would give other numbers; known well, from thousands of
-resamples of row clusters on which all trials are scored together. *Seeds*: other seeds would; known badly, from two to
-five runs an arm. Resampling k seeds as if they were rows underestimates their spread by (k - 1) / k and takes it for
-known, which gives too many false verdicts. So the seeds' part of a draw is not resampled but has a spread drawn from
-what k seeds tell about it: the variance found, divided by chi squared over its degrees of freedom (those of both arms,
-after Welch and Satterthwaite). It is the spread beyond what the rows alone make of equal models, and never below zero.
-A draw is then the difference on resampled rows plus a normal number with that spread: Student's t where seeds are all
-that matters, the usual bootstrap where they do not. `bench/false_verdicts.py` measures what comes of it.
-
-Seeds of two arms count as independent. In truth trials of the same seed see the same rows in the same order, so their
-difference varies a little less; with few seeds, taking them as pairs would cost more than it brings.
+A draw is the difference on resampled rows plus a normal number whose spread is drawn from what k seeds tell about the
+spread between seeds (chi squared, with the degrees of freedom of Welch and Satterthwaite): Student's t where seeds are
+all that matters, the usual bootstrap where they do not. Seeds of two arms count as independent.
 """
 
 from __future__ import annotations
@@ -65,15 +57,8 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 
 def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]:
-    """The spread of each arm; an arm with one seed is given the largest that was found among the others.
-
-    Args:
-        drawn: Metrics of all trials.
-        fixed: Arms that are not trained, so that seeds change nothing.
-
-    Returns:
-        None where nothing is known.
-    """
+    """The spread of each arm, none of a fixed one (not trained); an arm with one seed borrows the largest of the
+    others, and without any it is None."""
     found = [
         NO_SPREAD if is_fixed else _spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
@@ -153,15 +138,8 @@ class Uncertain:
 def bisect(
     is_low: Callable[[float], bool], low: float, high: float, exact: float = 0.0, offset: float = 0.0
 ) -> tuple[float, float]:
-    """Two numbers with the border between what is low and what is not between them.
-
-    Args:
-        is_low: Whether a number lies below the border.
-        low: Below it.
-        high: Not below it.
-        exact: How near the two must be, in parts of their middle plus `offset`.
-        offset: For borders near 0.
-    """
+    """Two numbers around the border between what is low and what is not, less than `exact` parts of their middle (plus
+    `offset`, for borders near 0) apart."""
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if is_low(middle) else (low, middle)
@@ -179,16 +157,8 @@ def mean_of_arm(drawn: Drawn, arm: int, spreads: Sequence[SeedSpread | None], sp
 def difference(
     drawn: Drawn, one: int, other: int, spreads: Sequence[SeedSpread | None], sign: float, span: float | None
 ) -> Uncertain:
-    """The first arm minus the second, each the mean of its seeds.
-
-    Args:
-        drawn: Metrics of all trials on the same rows.
-        one: Place of an arm.
-        other: Place of another.
-        spreads: What `seed_spreads` found.
-        sign: -1 for metrics where smaller is better.
-        span: How much the metric can differ at most; None: without bound.
-    """
+    """One arm minus another, each the mean of its seeds; `sign` is -1 where smaller is better, and `span` the most that
+    the metric can differ by."""
     centres = sign * (drawn.draws[one].mean(axis=1) - drawn.draws[other].mean(axis=1))
     estimate = sign * float(drawn.point[one].mean() - drawn.point[other].mean())
     return _uncertain(estimate, centres, [spreads[one], spreads[other]], drawn.num_clusters, span)
@@ -217,17 +187,8 @@ def _uncertain(
 
 
 def paired(one: Resampled, other: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """The first model minus the second, scored once each, with the interval of their difference over the rows.
-
-    Args:
-        one: A metric of one model.
-        other: The same metric of another one, on the same resamples of the same rows.
-        span: How much the metric can differ at most; None: without bound.
-        confidence: Level of the interval.
-
-    Returns:
-        None when they are not of the same rows, of fewer than two clusters, or have no finite value in common.
-    """
+    """A metric of one model minus another's on the same resamples, with the interval over the rows; None when they are
+    not of the same rows, of fewer than two clusters, or have no finite value in common."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (one, other)]
     if sizes[0] != sizes[1] or one.num_clusters < _LEAST_CLUSTERS:
         return None

@@ -1,8 +1,4 @@
-"""What a comparison can find, and what would decide it: with more rows, more seeds, or before it starts.
-
-Pure functions of a few variances, where `intervals` has thousands of draws; for the variances of now both say the
-same of the interval, as far as the rows' part is normal.
-"""
+"""What a comparison can find, and what would decide it (rows, seeds), by pure functions of a few variances."""
 
 from __future__ import annotations
 
@@ -74,12 +70,8 @@ class Precision:
         return math.sqrt(self.row_variance + self.seed_variance)
 
     def half_width(self, alpha: float, seen: float = 1.0) -> float:
-        """Of the two-sided interval that `Uncertain` would have, were the rows' part normal.
-
-        Args:
-            alpha: How often the interval may be wrong.
-            seen: Variance between seeds that is found, over the true one.
-        """
+        """Half the two-sided interval that `Uncertain` would have, were the rows' part normal and the variance between
+        seeds found `seen` times the true one."""
         shares, inverse = _inverse_chi_squared(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
         # What will be found lies around the true variance, which cannot be less than what the rows alone make.
@@ -88,11 +80,7 @@ class Precision:
         return _quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
 
     def luck(self, *, same_seeds: bool) -> list[float]:
-        """Variances between seeds that other rows may show, over the one here, each equally likely.
-
-        Args:
-            same_seeds: It is the same trained models; else other seeds, too.
-        """
+        """Variances between seeds that other rows may show, over the one here, each equally likely."""
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
             return [1.0]
@@ -154,17 +142,7 @@ def planned_detectable(
     alpha: float = 0.05,
     num_arms: int = 1,
 ) -> float:
-    """The difference that is called with a chance of 80 %, before anything was trained.
-
-    Args:
-        num_rows: Of the test set.
-        num_seeds: Of each arm, at least 2.
-        discordance: Share of rows on which one run of each arm disagree.
-        seed_sd: Standard deviation of the metric between seeds, beyond that of the rows.
-        margin: See the recipe.
-        alpha: How often the verdict may be wrong.
-        num_arms: Compared with full fine-tuning, beside it.
-    """
+    """The difference that is called with a chance of 80 %, before anything was trained."""
     # All of the discordance is taken for noise of single runs; it averages out over seeds.
     by_rows = discordance / num_rows / 2
     one = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
@@ -177,13 +155,6 @@ def needed(
     """How many test rows, or how many seeds of both arms, would decide, if the true difference equals the estimate.
 
     Each is more than there are; None: this alone would not.
-
-    Args:
-        uncertain: The difference.
-        num_rows: There are.
-        margin: See the recipe.
-        alpha: At which a difference is tested.
-        equivalence_alpha: At which equivalence is tested.
     """
     now, size = Precision.of(uncertain), abs(uncertain.estimate)
 

@@ -1,9 +1,4 @@
-"""A metric as sums over rows: what a bootstrap can resample by the thousand without computing it anew each time.
-
-Nearly every metric of the tasks is a function of sums over rows (right ones, losses, entities). A `Measure` says which
-numbers a row contributes and how their sums become the metric, with the same value as the task's `metrics`. Rank
-correlations and BLEU are no such functions; for them there is only `whole`, the task's `metrics` itself.
-"""
+"""Metrics as sums over rows, which a bootstrap resamples by the thousand; rank correlations and BLEU are no sums."""
 
 from __future__ import annotations
 
@@ -59,11 +54,7 @@ def bounds_of(metric: str) -> tuple[float, float] | None:
 
 
 def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
-    """How a metric of a task is resampled.
-
-    Raises:
-        SetupError: When the task has no such metric.
-    """
+    """How a metric of a task is resampled; `SetupError` when the task has no such metric."""
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")

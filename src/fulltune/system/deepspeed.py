@@ -1,8 +1,4 @@
-"""DeepSpeed's settings: made of a recipe's placement, or given in `train.extra.deepspeed`; checked, completed.
-
-DeepSpeed shares out what one process would hold alone (ZeRO): stage 1 the optimizer's state, 2 also the gradients,
-3 also the weights; offloading keeps them in the host's memory.
-"""
+"""DeepSpeed's settings: made of a recipe's placement, or given in `train.extra.deepspeed`; checked, completed."""
 
 from __future__ import annotations
 
@@ -82,9 +78,6 @@ def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """The settings with the plan's numbers: what a run is trained with, and what repeats it without fulltune.
 
     Only what transformers takes from the model's sizes stays "auto", where a file of the user's says so.
-
-    Raises:
-        RecipeError: Naming every setting that contradicts the plan, or cannot be used.
     """
     sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
     # Checked again: a file can have changed since the plan was made.

@@ -1,10 +1,8 @@
-"""What this machine has: cores, memory, disk, GPUs, and the number formats it computes fast.
-
-Memory and cores respect a container's limits (cgroup v2), which `os.cpu_count` and `/proc/meminfo` do not.
-"""
+"""What this machine has: cores, memory, disk, GPUs, and the number formats it computes fast."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import platform
@@ -13,9 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fulltune.errors import SetupError
+from fulltune.errors import FulltuneError, SetupError
 from fulltune.records.base import Record
-from fulltune.system import proc
+from fulltune.system import memory
 from fulltune.text import counted, listed
 
 _MEASURED = "FULLTUNE_BF16_SPEEDUP"
@@ -112,11 +110,7 @@ def here() -> Machine:
 
 
 def weakest(machines: Sequence[Machine]) -> Machine:
-    """What each of several machines has at least, which a plan for all of them may take.
-
-    Args:
-        machines: What they report, at least one.
-    """
+    """What each of several machines has at least, which a plan for all of them may take."""
     shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
     return Machine(
         cpu=" / ".join(dict.fromkeys(one.cpu for one in machines)),
@@ -178,11 +172,7 @@ def bf16_speedup() -> float:
 
 
 def measure_bf16_speedup(device: str) -> float:
-    """Seconds of a forward and backward pass in fp32, divided by those under bf16 autocast; under a second on a CPU.
-
-    Args:
-        device: Name of a torch device.
-    """
+    """Seconds of a forward and backward pass in fp32, divided by those under bf16 autocast; under a second on a CPU."""
     if device != "cpu":
         return _bf16_speedup(device, rows=4096, width=2048)
     small = _bf16_speedup(device, rows=64, width=128)
@@ -285,7 +275,7 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def _cpu() -> str:
-    lines = (line.partition(":") for line in proc.lines_of("/proc/cpuinfo"))
+    lines = (line.partition(":") for line in memory.lines_of("/proc/cpuinfo"))
     names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -293,7 +283,7 @@ def _cpu() -> str:
 def num_cores() -> int:
     """Cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = "".join(proc.lines_of("/sys/fs/cgroup/cpu.max")).split()
+    quota = "".join(memory.lines_of("/sys/fs/cgroup/cpu.max")).split()
     if len(quota) == 2 and quota[0] != "max":
         cores = min(cores, max(1, math.ceil(int(quota[0]) / int(quota[1]))))
     return cores
@@ -301,14 +291,28 @@ def num_cores() -> int:
 
 def memory_bytes() -> tuple[int, int]:
     """All memory that this process may use, and what of it is free; outside of Linux, where nobody says, all."""
-    sizes = proc.sizes_of("/proc/meminfo")
+    sizes = memory.sizes_of("/proc/meminfo")
     total = sizes.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux
     available = sizes.get("MemAvailable", total)
-    limit, used = ("".join(proc.lines_of(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
+    limit, used = ("".join(memory.lines_of(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
     if limit.isdigit() and used.isdigit():
         total = min(total, int(limit))
         # Page cache counts as used in a cgroup although the kernel gives it back on demand.
-        counts = dict(line.split(" ", 1) for line in proc.lines_of("/sys/fs/cgroup/memory.stat"))
+        counts = dict(line.split(" ", 1) for line in memory.lines_of("/sys/fs/cgroup/memory.stat"))
         available = min(available, int(limit) - int(used) + int(counts.get("file", 0)))
-    own = proc.limit_bytes() or total
+    own = memory.limit_bytes() or total
     return min(total, own), min(available, own)
+
+
+_SAID = ("No space left", "PytorchStreamWriter failed", "enforce fail at inline_container")
+"""What safetensors and torch say when a file could not be written to its end."""
+_MAY_SAY = ("iostream error", "requested and")
+"""What C++ and numpy say then, and elsewhere: the disk is asked, which has less than a MiB."""
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether an exception means that what it wrote found no room on the disk of this folder."""
+    text = "" if isinstance(error, FulltuneError) else str(error)
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    may_be = any(words in text for words in _MAY_SAY) and disk_free_bytes(folder) < 2**20
+    return no_room or may_be or any(words in text for words in _SAID)

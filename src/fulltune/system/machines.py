@@ -1,9 +1,5 @@
-"""Several machines that train one model: how they find each other, and what they tell each other meanwhile.
-
-They talk through a folder that all of them see. Each machine writes one file there, anew every two seconds as a sign of
-life, and reads those of the others; so nothing but machine 0's file says what is to be done, and no port is needed but
-torchrun's. `train/parent/machines.py` starts the processes.
-"""
+"""Several machines that train one model: each writes a file in a folder that all of them see, anew every two seconds as
+a heartbeat, and reads those of the others; machine 0's says what is to be done."""
 
 from __future__ import annotations
 
@@ -130,17 +126,8 @@ def _host_and_port(given: str) -> tuple[str, int]:
 
 
 def own_address(host: str, port: int) -> str:
-    """This machine's address as another one sees it: of the interface that leads there.
-
-    Its own name would not do: many machines take that for the loopback.
-
-    Args:
-        host: Name or address of the other machine.
-        port: Any.
-
-    Raises:
-        SetupError: When no interface leads there.
-    """
+    """This machine's address as the host sees it, of the interface that leads there: many machines take their own name
+    for the loopback."""
     problem = ""
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
@@ -319,12 +306,7 @@ Told = TypeVar("Told", Leader, Member)
 
 
 class SignOfLife(Generic[Told]):
-    """This machine's file, written anew every two seconds until `end`.
-
-    Args:
-        path: The file.
-        record: What it says first.
-    """
+    """This machine's file, written anew every two seconds until `end`."""
 
     def __init__(self, path: Path, record: Told) -> None:
         self.path = path
@@ -354,12 +336,7 @@ class SignOfLife(Generic[Told]):
 
 
 class HeardFrom(Generic[Told]):
-    """Another machine's file, and for how long it has said nothing new, by this machine's clock.
-
-    Args:
-        path: The file, which may not be there yet.
-        kind: Its record's class.
-    """
+    """Another machine's file, which may not be there yet, and for how long it has not changed, by this clock."""
 
     def __init__(self, path: Path, kind: type[Told]) -> None:
         self.path = path

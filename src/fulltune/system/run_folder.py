@@ -29,8 +29,7 @@ from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.system import deepspeed
-from fulltune.system.full_disk import is_disk_full
-from fulltune.system.hardware import Machine
+from fulltune.system.hardware import Machine, is_disk_full
 from fulltune.text import first_few
 
 IDENTITY = "recipe.json"
@@ -68,11 +67,7 @@ class Reached:
 
 
 def finished(recipe: Recipe, folder: Path) -> Reached | None:
-    """What a finished run left, from its files alone; None: something is left to do.
-
-    Raises:
-        SetupError: When the weights of its model are gone.
-    """
+    """What a finished run left, from its files alone; None: something is left to do."""
     plan_path, summary_path = folder / "plan" / f"{recipe.method.arm}.json", folder / "data" / "summary.json"
     if not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
         return None
@@ -89,11 +84,7 @@ def finished(recipe: Recipe, folder: Path) -> Reached | None:
 
 
 def plan_to_continue(path: Path, machine: Machine) -> Plan:
-    """The plan that a run goes on with, even when memory or cores are others now.
-
-    Raises:
-        SetupError: When it is for a GPU and there is none.
-    """
+    """The plan that a run goes on with, even when memory or cores are others now."""
     plan = Plan.load(path)
     if plan.device == "cuda" and not machine.gpus:
         raise SetupError(f"{path.parents[1]}: was planned for a GPU, and there is none here; start a new run (--fresh)")
@@ -101,11 +92,7 @@ def plan_to_continue(path: Path, machine: Machine) -> Plan:
 
 
 def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
-    """The plan of a run whose model is there.
-
-    Raises:
-        SetupError: When it is not, or the folder is a comparison's.
-    """
+    """The plan of a run whose model is there."""
     if recipe.methods:
         raise SetupError(f"{folder}: is the folder of a comparison; expected one of a run, with one trained model")
     path = folder / "plan" / f"{recipe.method.arm}.json"
@@ -134,18 +121,8 @@ def save_plan_alone(folder: Path, recipe: Recipe, plan: Plan) -> None:
 def find_or_make(
     recipe: Recipe, recipe_text: str, name: str, given: Path | None, fresh: bool, marks: str = ""
 ) -> tuple[Path, bool]:
-    """The folder of this recipe's run.
-
-    Args:
-        recipe: The checked recipe.
-        recipe_text: The user's file, kept as it is.
-        name: Beginning of a new folder's name.
-        given: A folder that the user named, instead of a new one or the newest incomplete one.
-        fresh: Never continue an incomplete run.
-        marks: Tells apart runs that differ in functions of the user's own.
-
-    Returns:
-        The folder, and whether it continues an earlier run.
+    """The folder of this recipe's run (the one that is given, else the newest incomplete one unless `fresh`, else a new
+    one), and whether it continues an earlier run; `marks` tells apart functions of the user's own.
 
     Raises:
         SetupError: When the folder belongs to another recipe or cannot be written.
@@ -163,13 +140,7 @@ def find_or_make(
 
 
 def unfinished(output: Path, fingerprint: str | None, names: str = "*") -> list[Path]:
-    """Folders of runs that can be gone on with, the newest last.
-
-    Args:
-        output: Where they lie.
-        fingerprint: Of their settings; None: whatever these are.
-        names: Pattern of the folders' names.
-    """
+    """Folders of unfinished runs with this fingerprint (None: any), the newest last."""
     known = ((path, _fingerprint(path)) for path in output.glob(f"{names}/{IDENTITY}"))
     found = [path for path, its in known if its is not None and fingerprint in (its, None)]
     found.sort(key=lambda path: path.stat().st_mtime)
@@ -192,12 +163,7 @@ def finished_at(folder: Path) -> datetime:
 
 
 def note_command(folder: Path, began: float) -> None:
-    """Keep what a whole command took until its report. One that failed, or found a plan or more of it made, is none.
-
-    Args:
-        folder: The run folder.
-        began: When the command did: seconds since 1970.
-    """
+    """Keep what a whole command took until its report. One that failed, or found a plan or more of it made, is none."""
     made = [path for one in ("plan", "attempts/*", "scores") for path in folder.glob(f"{one}/*.json")]
     is_scored = any(folder.glob("scores/*-seed*.json"))
     if is_scored and all(path.stat().st_mtime >= began for path in made):
@@ -249,11 +215,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
 
 
 def _differing(folder: Path, recipe: Recipe) -> str:
-    """In which settings a folder's recipe is another one, in brackets; empty: in none of them.
-
-    Raises:
-        SetupError: When it is damaged.
-    """
+    """In which settings a folder's recipe is another one, in brackets; empty: in none of them."""
     before, now = recipe_of(folder).shaping(), recipe.shaping()
     found = []
     for block in now:
@@ -299,21 +261,13 @@ def is_comparison(folder: Path) -> bool:
 
 
 def comparison_of(folder: Path) -> Comparison | None:
-    """What a finished comparison found; None: there is none in this folder.
-
-    Raises:
-        SetupError: When its record is damaged or of another version.
-    """
+    """What a finished comparison found; None: there is none in this folder."""
     record = next((folder / name for name in COMPARISONS if (folder / name).exists()), None)
     return None if record is None else Comparison.load(record)
 
 
 def refuse_comparison(folder: Path) -> None:
-    """A comparison's trials, models and sealed test rows are not to be touched by the commands of a single run.
-
-    Raises:
-        SetupError: When the folder is a comparison's.
-    """
+    """A comparison's trials, models and sealed test rows are not to be touched by the commands of a single run."""
     if is_comparison(folder):
         raise SetupError(
             f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' goes on with "
@@ -323,11 +277,7 @@ def refuse_comparison(folder: Path) -> None:
 
 
 def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
-    """The command line cannot continue a run that was started from Python with functions of the user's own.
-
-    Raises:
-        SetupError: When the folder is such an unfinished run.
-    """
+    """The command line cannot continue a run that was started from Python with functions of the user's own."""
     if _fingerprint(folder / IDENTITY) != recipe.fingerprint() and not is_complete(folder):
         raise SetupError(f"{folder}: was started from Python with functions of its own; continue it from there")
 
@@ -382,12 +332,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def not_left_when_refused(folder: Path, *kept_for: type[FulltuneError]) -> Iterator[None]:
-    """Remove a run folder in which nothing was done before it was refused: each recipe that is repaired starts anew.
-
-    Args:
-        folder: The run folder; what is not a run's own in it stays.
-        kept_for: Kinds of errors after which the folder is still of use.
-    """
+    """Remove what a run wrote into its folder when it is refused before anything was done, but for some kinds of
+    errors: a recipe that is repaired starts anew."""
     began = (folder / "data" / "summary.json").exists()
     try:
         yield

@@ -26,13 +26,6 @@ def losses(values: np.ndarray) -> dict[str, np.ndarray]:
 # ---- draws -----------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_a_multinomial() -> None:
-    found = bootstrap.weights(50, 4000, (0, 0))
-    assert (found.sum(axis=1) == 50).all()
-    assert found.mean() == 1
-    assert found.var(axis=0).mean() == pytest.approx(1 - 1 / 50, rel=0.02)
-
-
 def test_draw_clusters_move_together_and_widen_the_spread() -> None:
     chance = np.random.default_rng(0)
     values = np.repeat(chance.normal(size=100), 5)  # five equal rows a cluster

@@ -16,7 +16,7 @@ from fulltune.data.readers import images
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.run import Share, by_length
 from fulltune.inference.store import Rows, RowWriter, record_batch
-from fulltune.models import processors
+from fulltune.models import base
 from fulltune.models.base import Base
 from fulltune.models.load import load
 from fulltune.models.pixels import ImageReader, ImageRows, num_patches, where_from
@@ -235,7 +235,7 @@ def test_reader_of_a_saved_model_is_the_same(tmp_path: Path, reader: ImageReader
     reader.save_pretrained(tmp_path / "again")
     again = AutoImageProcessor.from_pretrained(tmp_path / "again", backend="pil")
     assert again.to_json_string() == reader.to_json_string()
-    assert processors.processor_identity(reader) == reader.to_json_string()
+    assert base.processor_identity(reader) == reader.to_json_string()
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(SetupError, match="its image processor cannot be read"):
         _ = Base.of(ModelBlock(name=str(folder)), "image-classification").processor
@@ -267,8 +267,8 @@ def test_number_of_patches_is_read_from_the_config(reader: ImageReader) -> None:
 
 def test_missing_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.save_image_model(tmp_path / "vit")
-    found = processors.importlib.util.find_spec
-    monkeypatch.setattr(processors.importlib.util, "find_spec", lambda name: None if name == "PIL" else found(name))
+    found = base.importlib.util.find_spec
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None if name == "PIL" else found(name))
     with pytest.raises(SetupError, match=r"pip install 'fulltune\[images\]'"):
         _ = Base.of(ModelBlock(name=str(folder)), "image-classification").processor
 
@@ -277,7 +277,7 @@ def test_lengths_are_known_without_decoding(tmp_path: Path, reader: ImageReader)
     rows = [{"path": f"missing{n}.png", "content": b"", "labels": n % 2, "length": 4} for n in range(3)]
     with RowWriter(tmp_path) as writer:
         writer.write(record_batch(rows, ["{}"] * 3))
-    opened = processors.opened(Rows(tmp_path), reader)
+    opened = base.opened(Rows(tmp_path), reader)
     assert by_length(opened) == [0, 1, 2]
     assert by_length(Share(opened, [2, 0])) == [0, 1]
     assert opened["labels"].tolist() == [0, 1, 0]

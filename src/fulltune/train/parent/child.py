@@ -16,7 +16,7 @@ from fulltune.files import entry_of
 from fulltune.records.events import Event, Listener, Warned, event_of
 from fulltune.records.training import LostPart, Outcome, OutcomeStatus
 from fulltune.system import hardware, signals
-from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
+from fulltune.system.memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.text import format_bytes, parse_seconds
 from fulltune.train.checkpoints import last_saved
 from fulltune.train.journal import HEARTBEAT, last_step, oldest_sign, phase_of, steps_of

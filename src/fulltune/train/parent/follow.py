@@ -12,7 +12,7 @@ from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.system import hardware, machines, signals
 from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
-from fulltune.system.out_of_memory import kernel_kills
+from fulltune.system.memory import kernel_kills
 from fulltune.text import format_seconds
 from fulltune.train.parent import spawn
 from fulltune.train.parent.machines import GRACE_SECONDS, POLL_SECONDS, ended_as, meeting

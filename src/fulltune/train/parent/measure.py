@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
-from fulltune.models.compiled import lacking
+from fulltune.models.kernels import lacking
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener, PhaseBegan

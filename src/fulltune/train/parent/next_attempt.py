@@ -16,7 +16,7 @@ from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, Lever, proposal
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan, Setting
 from fulltune.records.training import Outcome
-from fulltune.system.out_of_memory import asked_bytes
+from fulltune.system.memory import asked_bytes
 from fulltune.text import format_bytes
 from fulltune.train.loop.guards import rate_factor, without_cause
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fulltune.system import allocator, deepspeed, hardware
+from fulltune.system import deepspeed, hardware, memory
 from fulltune.train.parent import ranks
 from fulltune.train.request import MACHINE, Request
 
@@ -105,7 +105,7 @@ def environment(request: Request) -> dict[str, str]:
     # Ninja, with which torch compiles, comes with DeepSpeed: beside a Python that need not be in PATH.
     variables["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(Path(sys.executable).parent)])
     if request.plan.device != "cpu":
-        return variables | allocator.of_a_gpu(variables, platform.system(), platform.release())
+        return variables | memory.allocator_variables(variables, platform.system(), platform.release())
     tunables = ALLOCATOR_OF_PARTS if request.plan.placement == "fsdp2" else ALLOCATOR
     variables = {"GLIBC_TUNABLES": tunables} | KERNEL_CACHES | variables
     if request.plan.num_processes > 1:

@@ -18,7 +18,7 @@ from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.records.forgetting import Drift, Preserved
-from fulltune.system.out_of_memory import is_out_of_memory
+from fulltune.system.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from fulltune.train.worker.context import AttemptContext

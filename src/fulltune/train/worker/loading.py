@@ -19,12 +19,10 @@ from fulltune.forgetting.generic_text import parts
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of
 from fulltune.models import dropout, sharding
-from fulltune.models.base import Base
+from fulltune.models.base import Base, opened
 from fulltune.models.checkpoint_head import Head, draw, draw_again
-from fulltune.models.compiled import compile_blocks
-from fulltune.models.liger import put_kernels
+from fulltune.models.kernels import compile_blocks, put_kernels
 from fulltune.models.load import load
-from fulltune.models.processors import opened
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import StepSkipped

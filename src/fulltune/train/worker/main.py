@@ -24,10 +24,9 @@ from fulltune.recipe.training import NVME
 from fulltune.records.events import Listener
 from fulltune.records.run import RankUsed
 from fulltune.records.training import Outcome, OutcomeStatus
-from fulltune.system import allocator, deepspeed, signals
-from fulltune.system.full_disk import is_disk_full
-from fulltune.system.meter import life_peak_bytes
-from fulltune.system.out_of_memory import is_out_of_memory
+from fulltune.system import deepspeed, memory, signals
+from fulltune.system.hardware import is_disk_full
+from fulltune.system.memory import is_out_of_memory, life_peak_bytes
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal, heartbeat_of, last_step
@@ -83,7 +82,7 @@ def _train(
     _listen_for_signals(stop)
     limit, device = request.plan.memory_limit_bytes, request.plan.device
     if device == "cuda":
-        journal.write("allocator", allocator.in_words(os.environ))
+        journal.write("allocator", memory.allocator_in_words(os.environ))
     with memory_limit.held_to(limit, device, lambda line: journal.write("warning", line)):
         return attempt.train(request, hooks, journal, stop, listener, observed)
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fulltune.errors import DoesNotFitError
-from fulltune.system.meter import status_bytes
+from fulltune.system.memory import status_bytes
 from fulltune.text import format_bytes
 
 

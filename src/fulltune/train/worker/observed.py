@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.records.plan import TimeNeed
-from fulltune.system.meter import Meter
+from fulltune.system.memory import Meter
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 from fulltune.inference.run import autocast, by_length
 from fulltune.inference.store import Rows
 from fulltune.methods import head
-from fulltune.models import output_layer, sharding
+from fulltune.models import sharding
 from fulltune.records.training import Check
 from fulltune.train.optim import zero
 from fulltune.train.worker.passes import batch_of
@@ -46,10 +46,10 @@ class Scaled:
         parameters = dict(self.layer.named_parameters())
         if not any(map(zero.is_in_engine, parameters.values())):
             sharding.free(model)
-            output_layer.rescale(self.layer, shift, factor)
+            head.rescale(self.layer, shift, factor)
             return
         tensors = {name: zero.whole(one) for name, one in parameters.items()}
-        for name, values in output_layer.rescaled(tensors, shift, factor).items():
+        for name, values in head.rescaled(tensors, shift, factor).items():
             zero.put(parameters[name], values)
 
 
@@ -99,7 +99,7 @@ def scaled_head(
     shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
     sharding.free(model)
     if gives_numbers:
-        output_layer.rescale(layer, -shift / factor, 1 / factor)
+        head.rescale(layer, -shift / factor, 1 / factor)
     minus = f"(number - {shift:.6g})" if shift else "number"
     return (
         Scaled(layer, shift, factor),

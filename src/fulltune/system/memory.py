@@ -1,21 +1,96 @@
-"""Recognise that memory ran out, whoever says so, and go on with smaller batches where that is enough.
-
-Each library has words of its own for it, and the kernel has none: it kills.
-"""
+"""Memory: what Linux says of it, how much this process holds, that it ran out, and how torch keeps a GPU's."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
 import re
+import resource
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from fulltune.errors import DoesNotFitError
-from fulltune.system.proc import limit_bytes, lines_of
+
+
+def lines_of(path: str) -> list[str]:
+    """A file's lines; none where it is not there or may not be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def sizes_of(path: str) -> dict[str, int]:
+    """Lines such as `VmRSS:  123 kB`, in bytes by name."""
+    parts = (line.split() for line in lines_of(path))
+    return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in (part for part in parts if part[2:] == ["kB"])}
+
+
+def limit_bytes() -> int | None:
+    """Most that a process of this user may take (`ulimit -d`, `ulimit -v`); None without such a limit."""
+    kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
+    limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
+    return min(limits, default=None)
+
+
+class Meter:
+    """Measures growth from the moment it is made."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.begin()
+
+    def begin(self) -> None:
+        """Take what is held now as the ground, and forget the peak until now."""
+        self.forget_peak()
+        self.base_bytes = self.held_bytes()
+
+    def held_bytes(self) -> int:
+        if self.on_gpu:
+            import torch
+
+            return int(torch.cuda.memory_reserved())
+        return status_bytes("VmRSS") or life_peak_bytes()
+
+    def peak_bytes(self) -> int:
+        """Most that was held since `begin`."""
+        if self.on_gpu:
+            import torch
+
+            return int(torch.cuda.max_memory_reserved())
+        return status_bytes("VmHWM") or life_peak_bytes()
+
+    def growth_bytes(self) -> int:
+        """Most that was held since `begin`, beyond what was held then."""
+        return max(0, self.peak_bytes() - self.base_bytes)
+
+    def forget_peak(self) -> None:
+        """As if no more had been held than is held now."""
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError):  # not Linux, or not permitted: the peak is that of the whole life
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def status_bytes(key: str) -> int:
+    """A size of /proc/self/status; 0 where there is none."""
+    return sizes_of("/proc/self/status").get(key, 0)
+
+
+def life_peak_bytes() -> int:
+    """Most that this process has held since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -57,12 +132,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_last_words(lines: Sequence[str], limited: bool) -> bool:
-    """Whether the log of a process that ended without an outcome says that memory ran out.
-
-    Args:
-        lines: The end of its log.
-        limited: Whether its memory was limited, so that a thread that cannot start means memory.
-    """
+    """Whether the log of a process that ended without an outcome says that memory ran out."""
     text = "\n".join(lines)
     return _LAST_WORDS.search(text) is not None or (limited and _NO_THREAD.search(text) is not None)
 
@@ -101,13 +171,7 @@ def kernel_kills() -> int:
 
 
 def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) -> T:
-    """Call `run` with the batch size, and with half of it each time memory runs out; the result stays the same.
-
-    Args:
-        what: For the log, for example `scoring`.
-        batch_size: Rows per forward pass.
-        run: What to do; it starts from the beginning each time.
-    """
+    """Call `run` with the batch size, and with half of it each time memory runs out; the result stays the same."""
     while True:
         try:
             return run(batch_size)
@@ -126,3 +190,20 @@ def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) ->
 def does_not_fit(what: str, error: BaseException, ways_out: str) -> DoesNotFitError:
     """What a person reads when no batch is small enough."""
     return DoesNotFitError(f"{what}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {ways_out}")
+
+
+ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+EXPANDABLE = "expandable_segments:True"
+
+
+def allocator_variables(variables: Mapping[str, str], system: str, release: str) -> dict[str, str]:
+    """Variables for a training process on a GPU; none where they stay as they are."""
+    if system != "Linux" or "microsoft" in release.lower() or any(name in variables for name in ALLOCATOR_NAMES):
+        return {}
+    # torch 2.9 reads the second name alone, later ones the first.
+    return dict.fromkeys(ALLOCATOR_NAMES[:2], EXPANDABLE)
+
+
+def allocator_in_words(variables: Mapping[str, str]) -> str:
+    """What torch reads in them, for the journal."""
+    return ", ".join(f"{name}={variables[name]}" for name in ALLOCATOR_NAMES if name in variables) or "torch's default"

@@ -1,9 +1,4 @@
-"""torch.compile of a model's repeated blocks, each in its place.
-
-All blocks of a kind share what was compiled for the first. What is around them stays as it is: the model's class, the
-names of its tensors, and the hooks at its embeddings, its body and its head, by which prompts, the selective head and
-the loss in pieces work.
-"""
+"""Faster code in the place of a model's own: its repeated blocks compiled, and Liger's Triton kernels."""
 
 from __future__ import annotations
 
@@ -35,16 +30,6 @@ def compile_blocks(model: Any, device: str, *, backend: str = "inductor", dynami
 
     In evaluation they run as they are: generating from a cache differs from layer to layer, and would be compiled for
     each of them.
-
-    Args:
-        model: With its method's modules and hooks: what is put into a block later may be passed over.
-        device: `cpu` or `cuda`.
-        backend: As for `torch.compile`.
-        dynamic: Sizes differ from the first pass on; None: they are taken to be fixed until they differ, which makes
-            faster code where they never do, and one or two more compilations where they do.
-
-    Raises:
-        SetupError: When there are none, or no compiler.
     """
     import torch
 
@@ -66,9 +51,19 @@ def compile_blocks(model: Any, device: str, *, backend: str = "inductor", dynami
 
 def _in_training(block: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
     plain = block.forward
+    return functools.wraps(plain)(lambda *args, **named: (compiled if block.training else plain)(*args, **named))
 
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if block.training else plain)(*args, **kwargs)
 
-    return forward
+OURS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+"""Parts of Liger's that are left out."""
+
+
+def put_kernels(model: Any) -> None:
+    """Replace what Liger has kernels for, in place; the names of the weights stay."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # transformers would say it in a log alone
+        raise SetupError(f"train.use_liger_kernel: Liger has no kernels for models of type '{kind}'; remove it")
+    apply_liger_kernel(model, OURS)

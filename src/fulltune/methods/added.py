@@ -1,0 +1,298 @@
+"""What a method adds to a frozen model: Houlsby's adapters, modules of PEFT in its layers, or virtual tokens."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fulltune.errors import RecipeError
+from fulltune.methods import PROMPT_MODULE
+from fulltune.models.checkpoint_head import put_together
+from fulltune.models.sharding import whole
+from fulltune.recipe.methods import AdapterMethod, LoraMethod, PeftMethod, PromptMethod
+from fulltune.recipe.tasks import FACTS, TaskName
+from fulltune.system.memory import is_out_of_memory
+from fulltune.text import did_you_mean
+
+PROJECTIONS = (
+    *("attention.output.dense", "output.dense", "attention.dense", "ffn_output"),  # BERT, RoBERTa, ELECTRA, ALBERT
+    *("attention.out_lin", "ffn.lin2", "out_lin", "lin2"),  # DistilBERT, XLM
+    *("attn.o", "attention.o_proj", "mlp.fc2"),  # MPNet, ViT
+    *("attn.Wo", "mlp.Wo"),  # ModernBERT
+    *("attn.c_proj", "mlp.c_proj"),  # GPT-2
+    *("self_attn.o_proj", "mlp.down_proj"),  # Llama and most of today's decoders
+    *("self_attn.out_proj", "encoder_attn.out_proj", "fc2", "self_attn.dense"),  # OPT, BART, Marian, Phi
+    *("self_attention.dense", "mlp.dense_4h_to_h", "attention.dense"),  # Bloom, Falcon, GPT-NeoX
+    *("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),  # T5
+)
+"""Ends of the names of projections back to the hidden size, in layers."""
+_IN_LAYER = re.compile(r"\.\d+\.")
+STANDARD_DEVIATION = 1e-2
+"""Of the first weights, cut off at twice that: an adapter begins next to doing nothing (section 3.6 of the paper)."""
+
+
+class Bottleneck(nn.Module):
+    """Down, a non-linearity, up, and the input itself."""
+
+    def __init__(self, size: int, bottleneck: int, non_linearity: str) -> None:
+        super().__init__()
+        self.down = nn.Linear(size, bottleneck)
+        self.up = nn.Linear(bottleneck, size)
+        self.non_linearity = nn.ReLU() if non_linearity == "relu" else nn.GELU()
+        for linear in (self.down, self.up):
+            nn.init.trunc_normal_(
+                linear.weight, std=STANDARD_DEVIATION, a=-2 * STANDARD_DEVIATION, b=2 * STANDARD_DEVIATION
+            )
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden[..., size]` to [..., size]."""
+        # In its own type: weights in bf16 beside it are frozen, its own would lose small updates.
+        added = self.up(self.non_linearity(self.down(hidden.to(self.down.weight.dtype))))
+        return hidden + added.to(hidden.dtype)
+
+
+def put_adapters(model: Any, method: AdapterMethod, heads: tuple[str, ...]) -> None:
+    """Add the adapters and make them and the body's layer norms trainable."""
+    found = [(name, module) for name, module in model.named_modules() if _is_projection(name, module, heads)]
+    if not found:
+        raise RecipeError(
+            f"method {method.arm}: the projections of {type(model).__name__}'s layers are not known; take lora or full"
+        )
+    for _, module in found:
+        weight = module.weight
+        size = module.out_features if isinstance(module, nn.Linear) else module.nf  # GPT-2's Conv1D
+        added = Bottleneck(size, max(1, size // method.reduction_factor), method.non_linearity)
+        module.add_module("adapter", added.to(weight.device))
+        module.register_forward_hook(lambda module, _, hidden: module.adapter(hidden))
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and not isinstance(module, _BatchNorm) and not _is_inside(name, heads):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+
+
+def _is_projection(name: str, module: Any, heads: tuple[str, ...]) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    ends = any(name.endswith(f".{end}") for end in PROJECTIONS)
+    in_layer = _IN_LAYER.search(name) is not None and not _is_inside(name, heads)
+    return isinstance(module, (nn.Linear, Conv1D)) and ends and in_layer
+
+
+def _is_inside(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+_FROM_VALUES = "what it trains follows from the weights' values, which the plan does not read"
+UNUSABLE = {
+    **dict.fromkeys(("ADAMSS", "BOFT", "FROD", "UNILORA"), _FROM_VALUES),
+    "ADALORA": "it needs a call after each step",
+    "ADAPTION_PROMPT": "it replaces the attention of a few kinds of models",
+    "OSF": "it takes matrices apart, and trains most of them",
+    "POLY": "it needs a task's number with each row",
+    "SHADOW": "it runs a second model beside the first",
+    "SUPERTUNING": "it needs more than the model",
+    "XLORA": "it mixes adapters that are trained already",
+}
+"""Methods that are more than modules in layers."""
+_OURS = ("peft_type", "task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision")
+"""Fields of PEFT's configs that follow from the recipe."""
+
+
+def peft_problems(method: PeftMethod) -> list[str]:
+    """What is wrong with a method's type and config, as far as PEFT tells without a model."""
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = method.type.upper()
+    in_layers = {one for one, config in known.items() if not issubclass(config, PromptLearningConfig)}
+    usable = sorted(in_layers - UNUSABLE.keys())
+    if name not in known:
+        hint = did_you_mean(name, usable) or f"known here: {', '.join(usable)}"
+        return [f"type: PEFT has no '{method.type}'; {hint}"]
+    if name not in in_layers:
+        return [f"type: {name} puts tokens before the text instead of modules into layers; take 'kind: prompt'"]
+    if name in UNUSABLE:
+        return [f"type: {name} cannot be used here: {UNUSABLE[name]}; take another one"]
+    fields = set(known[name].__dataclass_fields__)
+    found = []
+    for field in method.config:
+        if field in _OURS:
+            found.append(f"config.{field}: follows from the recipe; remove it")
+        elif field not in fields:
+            hint = did_you_mean(field, sorted(fields)) or f"it has {', '.join(sorted(fields - set(_OURS)))}"
+            found.append(f"config.{field}: {name} has no such field; {hint}")
+    return found
+
+
+def put_peft(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads: tuple[str, ...]) -> Any:
+    """Put the method's modules into the model, and return PEFT's wrapper around it."""
+    from peft import LoraConfig, get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    # PEFT takes every module whose path ends with one of these names.
+    given: dict[str, Any] = {
+        "task_type": FACTS[task].peft,
+        "modules_to_save": [name.rpartition(".")[2] for name in heads] or None,
+    }
+    try:
+        if method.kind == "lora":
+            targets = method.target_modules
+            config: Any = LoraConfig(
+                r=method.rank,
+                # PEFT says `int`, and only divides it by the rank.
+                lora_alpha=2 * method.rank if method.alpha is None else method.alpha,  # type: ignore[arg-type]
+                lora_dropout=method.dropout,
+                use_rslora=method.rslora,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                **given,
+            )
+        else:
+            kinds = {kind.value: kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[method.type.upper()]](**given, **method.config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about transposed matrices and the like, which it sets right itself
+            return get_peft_model(model, config)
+    # PEFT has no error of its own: a config or a model that it cannot take ends in any of these; all are passed on.
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):  # a RuntimeError as well, and no fault of the recipe
+            raise
+        text = " ".join(str(error).split())[:300]
+        raise RecipeError(f"method {method.arm}: PEFT cannot do it with {type(model).__name__}: {text}") from error
+
+
+_TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
+
+
+class Prompt(nn.Module):
+    """The trained vectors, float32 `weight[tokens, size]`."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.size = len(weight)
+        self.weight = nn.Parameter(weight)
+        self.waiting = False
+        """The next call of the embeddings has virtual tokens in front."""
+        self.in_front = False
+        """This pass has them; one that goes on from a cache has not."""
+
+    def forward(self, found: torch.Tensor) -> torch.Tensor:
+        """Embeddings `found[rows, tokens, size]` with the vectors in place of the first ones. DeepSpeed puts weights
+        together for the module that is called with them."""
+        ahead = self.weight.to(found.dtype).expand(len(found), -1, -1)
+        return torch.cat((ahead, found[:, self.size :]), dim=1)
+
+
+def put_prompt(model: Any, method: PromptMethod, task: TaskName) -> None:
+    """Add the virtual tokens and have the model read them."""
+    from fulltune.models.shapes import is_decoder
+
+    if model.config.is_encoder_decoder:
+        body, embeddings = model.get_encoder(), _embeddings(model.get_encoder())
+    else:
+        body, embeddings = model.base_model, _embeddings(model)
+    if embeddings is None or body is model:
+        lacks = "no embeddings of tokens" if embeddings is None else "no body of its own"
+        raise RecipeError(f"method {method.arm}: {type(model).__name__} has {lacks}; take lora or adapter")
+    prompt = Prompt(_first(embeddings, method))
+    model.add_module(PROMPT_MODULE, prompt)
+    size = method.num_virtual_tokens
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    filler = 1 if pad == 0 else 0  # RoBERTa counts positions by what is not padding
+    signature = inspect.signature(body.forward)
+
+    def before_body(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = {**signature.bind_partial(*args).arguments, **kwargs}
+        return (), _with_virtual(given, size, filler, prompt)
+
+    def after_embeddings(_: Any, __: Any, found: torch.Tensor) -> torch.Tensor:
+        if not prompt.waiting:
+            return found
+        prompt.waiting = False
+        changed: torch.Tensor = prompt(found)
+        return changed
+
+    body.register_forward_pre_hook(before_body, with_kwargs=True)
+    embeddings.register_forward_hook(after_embeddings)
+    if model.config.is_encoder_decoder:
+        model.get_decoder().register_forward_pre_hook(_see_all(size), with_kwargs=True)
+    elif task in _TOKEN_TASKS or is_decoder(model.config):
+        body.register_forward_hook(_cut(size, prompt))
+
+
+def _see_all(size: int) -> Any:
+    """Have a decoder attend to the virtual positions of its encoder's states."""
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask = kwargs.get("encoder_attention_mask")
+        if mask is None:
+            return args, kwargs
+        return args, {**kwargs, "encoder_attention_mask": torch.cat((mask.new_ones((len(mask), size)), mask), dim=1)}
+
+    return hook
+
+
+def _cut(size: int, prompt: Prompt) -> Any:
+    """Take the virtual positions off the body's states."""
+
+    def hook(_: Any, __: Any, outputs: Any) -> Any:
+        if not prompt.in_front:
+            return outputs
+        if isinstance(outputs, tuple):
+            return (outputs[0][:, size:], *outputs[1:])
+        outputs.last_hidden_state = outputs.last_hidden_state[:, size:]
+        return outputs
+
+    return hook
+
+
+def _embeddings(module: Any) -> Any:
+    try:
+        found = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers' answer for a model that reads no tokens
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
+    """Vectors of tokens drawn from the vocabulary, or random numbers of their spread: float32 [tokens, size]."""
+    with put_together([embeddings.weight]):
+        weight, size = whole(embeddings.weight.detach()), method.num_virtual_tokens
+        if method.init == "vocabulary":
+            return weight[torch.randint(0, len(weight), (size,), device=weight.device)].float()
+        spread = weight.float().std()
+        return torch.randn(size, weight.shape[1], device=weight.device) * spread
+
+
+def _with_virtual(given: dict[str, Any], size: int, filler: int, prompt: Prompt) -> dict[str, Any]:
+    """The body's inputs with so many tokens more in front, or, when it goes on from a cache, behind them."""
+    cache = given.get("past_key_values")
+    begins = cache is None or not cache.get_seq_length()
+    changed = dict(given)
+
+    def ahead(tensor: torch.Tensor, value: int) -> torch.Tensor:
+        return torch.cat((tensor.new_full((*tensor.shape[:-1], size), value), tensor), dim=-1)
+
+    if given.get("attention_mask") is not None:
+        changed["attention_mask"] = ahead(given["attention_mask"], 1)
+    for name in ("position_ids", "cache_position"):
+        if given.get(name) is None:
+            continue
+        moved = given[name] + size
+        if begins:
+            first = torch.arange(size, device=moved.device, dtype=moved.dtype).expand(*moved.shape[:-1], size)
+            moved = torch.cat((first, moved), dim=-1)
+        changed[name] = moved
+    prompt.in_front = prompt.waiting = begins
+    if begins:
+        changed["input_ids"] = ahead(given["input_ids"], filler)
+        if given.get("token_type_ids") is not None:
+            changed["token_type_ids"] = ahead(given["token_type_ids"], 0)
+    return changed
