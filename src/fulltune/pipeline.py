@@ -11,6 +11,7 @@ from fulltune.audit import stage
 from fulltune.audit.prove import prove
 from fulltune.audit.untouched import Reader
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
+from fulltune.evaluate.scoring import Scoring, UserMetrics
 from fulltune.forgetting.generic_text import check_texts
 from fulltune.models.files import check_weights
 from fulltune.records.audit import Audit, Proofs
@@ -119,7 +120,7 @@ def list_losses(job: Run, summary: DataSummary) -> Audit:
             "--losses: texts share rows here, so that none has a loss of its own; train with data.packing=false"
         )
     job.phase("reading train and eval rows with the trained model")
-    found = evaluate.losses(job.recipe, trial, summary, job.folder, job.base, job.listener)
+    found = evaluate.losses(_scoring(job, trial, summary))
     return stage.list_losses(job.recipe, job.folder / "data", summary, found)
 
 
@@ -190,16 +191,17 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
     if not job.recipe.evaluate.baselines:
         return []
     job.phase("scoring the baselines")
-    return evaluate.baselines(job.recipe, trial, summary, job.folder, job.base, job.listener)
+    return evaluate.baselines(_scoring(job, trial, summary))
 
 
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
     """The trained model on the test rows."""
     job.phase("scoring the trained model")
-    return evaluate.score(
-        *(job.recipe, trial, summary, outcome, job.folder, job.base, job.hooks.metrics, job.listener),
-        noted=not job.is_trial,
-    )
+    return evaluate.score(_scoring(job, trial, summary, job.hooks.metrics), outcome, noted=not job.is_trial)
+
+
+def _scoring(job: Run, trial: Plan, summary: DataSummary, metrics: UserMetrics | None = None) -> Scoring:
+    return evaluate.scoring_of(job.recipe, trial, summary, job.folder, job.base, metrics, job.listener)
 
 
 def write_report(job: Run) -> Path:

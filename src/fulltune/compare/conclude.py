@@ -123,11 +123,11 @@ def untouched(context: Context) -> tuple[Scores, ...]:
     made, folder = context.setup(context.full.arm).plan, context.folder
     writes = FACTS[context.recipe.task].writes
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / "predictions" / "generic" / f"{BASE}.npz"
+    scoring = evaluate.scoring_of(context.recipe, made, context.summary, folder, context.job.base)
     if not (of_rows if writes else of_texts).exists():
-        scoring = evaluate.scoring_of(context.recipe, made, context.summary, folder, context.job.base)
         splits = ("eval", "test") if writes else ()
         keep(context, BASE, outputs.outputs(scoring, None, context.texts[0], context.most_tokens, splits))
-    return tuple(evaluate.baselines(context.recipe, made, context.summary, folder, context.job.base))
+    return tuple(evaluate.baselines(scoring))
 
 
 def held_runs(ran: SeedRuns) -> tuple[Held, ...]:

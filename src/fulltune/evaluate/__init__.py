@@ -63,19 +63,12 @@ def scoring_of(
     return Scoring(recipe, plan, task, target, folder / "data", base, metrics, listener, weights)
 
 
-def baselines(
-    recipe: Recipe,
-    plan: Plan,
-    summary: DataSummary,
-    folder: Path,
-    base: Base,
-    listener: Listener = lambda event: None,
-) -> list[Scores]:
+def baselines(scoring: Scoring) -> list[Scores]:
     """Score what costs no training, for example the majority class or the untouched language model.
 
     Results are kept in `scores/`; those that are there are not made again.
     """
-    scoring, scorer = scoring_of(recipe, plan, summary, folder, base, None, listener), _scorer(recipe.task)
+    scorer, folder = _scorer(scoring.recipe.task), scoring.data.parent
 
     def untouched() -> Scored:
         found: Scored = scorer.trained(scoring, *scoring.load(None))
@@ -88,55 +81,42 @@ def baselines(
             made |= of_untouched.baselines(scoring, scorer)
     shapes = folder / "plan" / SHAPES
     # The checkpoint can do the task: it is scored as it came. A comparison has it as its method `base`.
-    if not recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
+    if not scoring.recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
         made.setdefault(UNTOUCHED, untouched)
     return [_kept(folder / "scores" / f"{name}.json", make) for name, make in made.items()]
 
 
-def score(
-    recipe: Recipe,
-    plan: Plan,
-    summary: DataSummary,
-    outcome: Outcome,
-    folder: Path,
-    base: Base,
-    metrics: UserMetrics | None,
-    listener: Listener = lambda event: None,
-    noted: bool = True,
-) -> Scores:
+def score(scoring: Scoring, outcome: Outcome, noted: bool = True) -> Scores:
     """Score the trained model on the test rows; a classifier's temperature is written into its folder.
 
     Unless `noted` is False, a line beside the run folder says that these rows were scored.
     """
-    scoring = scoring_of(recipe, plan, summary, folder, base, metrics, listener)
+    plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
     model_folder = folder / outcome.model_folder
     path = folder / "scores" / f"{plan.trial}.json"
-    if metrics is not None:
+    if scoring.user_metrics is not None:
         path.unlink(missing_ok=True)  # the scores that are there may lack these metrics
 
     def trained() -> Scored:
-        made: Scored = _scorer(recipe.task).trained(scoring, *scoring.load(model_folder))
+        made: Scored = _scorer(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
         if noted:
             value = made.main.value if made.main else None
-            note_access(folder, listener, trial=plan.trial, outcome=outcome, metric=plan.metric, value=value)
+            note_access(folder, scoring.listener, trial=plan.trial, outcome=outcome, metric=plan.metric, value=value)
         return made
 
     scores = _kept(path, trained)
     if scores.calibration is not None:
         _note_temperature(model_folder, scores.calibration.temperature)
-    span = measure_of(recipe.task, scoring.target, plan.metric).span
+    span = measure_of(scoring.recipe.task, scoring.target, plan.metric).span
     return with_differences(folder, scores, partial(paired, span=span, confidence=scores.confidence))
 
 
-def losses(
-    recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base, listener: Listener
-) -> dict[SplitName, Losses]:
-    """The loss of each train and eval row by the trained model; the arguments are those of `baselines`."""
+def losses(scoring: Scoring) -> dict[SplitName, Losses]:
+    """The loss of each train and eval row by the trained model."""
     with _as_what_does_not_fit("reading rows with the trained model"):
-        scoring = scoring_of(recipe, plan, summary, folder, base, None, listener)
-        return row_losses(scoring, folder / plan.model_folder)
+        return row_losses(scoring, scoring.data.parent / scoring.plan.model_folder)
 
 
 def with_differences(
