@@ -65,11 +65,7 @@ class Place:
 
 
 def place_of(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> Place | None:
-    """What the command line says of this machine; None: there is only one.
-
-    Raises:
-        RecipeError: When that does not go with `train.num_machines`, naming everything that is wrong.
-    """
+    """What the command line says of this machine; None: there is only one."""
     machines = recipe.train.num_machines
     if machines == 1:
         if rank is None and rendezvous is None:
@@ -371,11 +367,7 @@ class HeardFrom(Generic[Told]):
 
 @contextlib.contextmanager
 def telling(path: Path, record: Told) -> Iterator[SignOfLife[Told]]:
-    """A sign of life for as long as the block runs.
-
-    Raises:
-        SetupError: When another command gives one as the same machine.
-    """
+    """A sign of life for as long as the block runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:

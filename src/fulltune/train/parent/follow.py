@@ -20,18 +20,7 @@ from fulltune.train.request import Request
 
 
 def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
-    """Take part in each attempt that machine 0 starts, until its command ends.
-
-    Args:
-        place: This machine's.
-        recipe: As this machine reads it; machine 0 refuses another one than its own.
-        phase: Told what is waited for.
-
-    Raises:
-        FulltuneError: With machine 0's exit code, when its command failed.
-        SetupError: When machine 0 was not heard of in time.
-        InterruptedRun: When it is heard of no more, or this machine's command was told to stop.
-    """
+    """Take part in each attempt that machine 0 starts, until its command ends."""
     phase("looking at this machine and the recipe's files")
     own = machines.member(recipe, place, hardware.here())
     with machines.telling(place.file_of(recipe, place.rank), own) as sign:
@@ -73,11 +62,7 @@ class _Follower:
             self._child.wait()
 
     def follow(self, leader: HeardFrom[Leader]) -> None:
-        """Until machine 0's command has ended well.
-
-        Raises:
-            FulltuneError: It has ended otherwise, is not heard of, or this command was told to stop.
-        """
+        """Until machine 0's command has ended well."""
         self._phase(f"waiting for machine 0 ({self._place.rendezvous})")
         until, host = time.monotonic() + self._place.wait_seconds, ""
         while True:
@@ -113,11 +98,7 @@ class _Follower:
         )
 
     def _answer(self, told: Leader) -> bool:
-        """Do what is to be done now; True when machine 0's command has ended well.
-
-        Raises:
-            FulltuneError: When it has ended otherwise.
-        """
+        """Do what is to be done now; True when machine 0's command has ended well."""
         if told.token != self._sign.record.token:
             self._sign.tell(token=told.token)
             self._phase(f"found machine 0 ({told.host}); waiting for an attempt")

@@ -70,11 +70,7 @@ def _told_of_a_stop(sign: SignOfLife[Leader]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leading(place: Place, recipe: Recipe) -> Iterator[Lead]:
-    """Machine 0's sign of life for the block; how the block ends is the others' end, too.
-
-    Raises:
-        SetupError: When another command is machine 0 of this rendezvous.
-    """
+    """Machine 0's sign of life for the block; how the block ends is the others' end, too."""
     token = uuid.uuid4().hex
     others = [HeardFrom(place.file_of(recipe, rank), Member) for rank in range(1, recipe.train.num_machines)]
     with (
@@ -107,15 +103,7 @@ def _has_read(one: HeardFrom[Member], token: str) -> bool:
 
 
 class MachineGroup:
-    """All machines of a job, seen from machine 0.
-
-    Args:
-        lead: Machine 0's command.
-        recipe: The recipe, which all of them must have read.
-        run_folder: Which machines took part is kept there.
-        machine: Machine 0's hardware.
-        phase: Told what is waited for.
-    """
+    """All machines of a job, seen from machine 0."""
 
     def __init__(
         self, lead: Lead, recipe: Recipe, run_folder: Path, machine: Machine, phase: Callable[[str], None]
@@ -136,12 +124,7 @@ class MachineGroup:
         return hardware.weakest([one.machine for one in self.members])
 
     def gather(self) -> None:
-        """Wait until all machines are there, and refuse those that would train something else.
-
-        Raises:
-            SetupError: When some are missing after the time that was given, or differ.
-            FulltuneError: When a machine's command has ended, with its exit code.
-        """
+        """Wait until all machines are there, and refuse those that would train something else."""
         until, said = time.monotonic() + self._lead.place.wait_seconds, None
         missing = list(self._others)
         # A machine that was seen is not asked for again: a file server shows some changes late.
@@ -174,12 +157,7 @@ class MachineGroup:
         MachinesUsed(rendezvous=self._lead.place.rendezvous, machines=tuple(used)).save(self._folder / "machines.json")
 
     def start(self, request: Request, log: Path) -> spawn.Child:
-        """A `Starter`: the attempt's processes on this machine, and word to the others that theirs are to begin.
-
-        Raises:
-            InterruptedRun: When a machine that was lost has not come back in time.
-            SetupError: When one that came back differs, or torchrun's port is taken.
-        """
+        """A `Starter`: the attempt's processes on this machine, and word to the others that theirs are to begin."""
         try:
             self.gather()
         except SetupError as error:
@@ -234,11 +212,7 @@ class MachineGroup:
         return part
 
     def _is_here(self, rank: int) -> bool:
-        """It has answered this command.
-
-        Raises:
-            FulltuneError: Its command has ended.
-        """
+        """It has answered this command."""
         if self._is_missing(rank):
             return False
         told = self._others[rank].told
@@ -298,11 +272,7 @@ def _refuse_taken(place: Place) -> None:
 
 
 def gathered(lead: Lead | None, recipe: Recipe, run_folder: Path, phase: Callable[[str], None]) -> MachineGroup | None:
-    """All machines of a job, there and alike. None: there is only one.
-
-    Raises:
-        SetupError: When some are missing, or differ.
-    """
+    """All machines of a job, there and alike. None: there is only one."""
     if lead is None:
         return None
     phase("looking at this machine and the recipe's files")
