@@ -144,17 +144,6 @@ def test_head_with_other_labels_is_drawn_anew(tmp_path: Path, kind: str) -> None
     assert not torch.equal(other.state_dict()[f"{rows}.weight"], weight)
 
 
-def test_image_head_follows_the_names(tmp_path: Path) -> None:
-    tiny.save_image_model(tmp_path)
-    names = {"id2label": {0: "same", 1: "different"}, "label2id": {"same": 0, "different": 1}}
-    saved = transformers.AutoModelForImageClassification.from_pretrained(tmp_path, **names)
-    saved.save_pretrained(tmp_path)
-    module = task_named("image-classification")
-    changes = module.config_changes(Target("single_label", {}, ("different", "same")), None)
-    model = load(Base.of(ModelBlock(name=str(tmp_path)), "image-classification"), changes, head_is_new=True)
-    assert torch.equal(model.classifier.weight, saved.classifier.weight[[1, 0]])
-
-
 def test_checkpoint_without_a_head_says_so(tiny_encoder: Path) -> None:
     _, head = _loaded(tiny_encoder, "text-classification", ("LABEL_0", "LABEL_1"))
     assert head.in_words == "new, drawn at random: the checkpoint has none for this task"
@@ -165,14 +154,6 @@ def test_finished_model_is_loaded_as_it_is(tmp_path: Path) -> None:
     base = Base.of(ModelBlock(name=str(tmp_path)))
     model = load(base, {}, head_is_new=False)
     assert torch.allclose(_answers(model), before, atol=1e-6)
-
-
-def test_shapes_see_the_config_as_it_came(tmp_path: Path) -> None:
-    _checkpoint(tmp_path, "bert", "text-classification", LABELS)
-    base = Base.of(ModelBlock(name=str(tmp_path)))
-    changes = {"id2label": {0: "a", 1: "b", 2: "c"}}
-    assert not shapes_of(base, changes).head_is_kept
-    assert base.config.id2label == dict(enumerate(LABELS))
 
 
 def test_plan_gives_a_kept_head_no_reason_of_a_new_one(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -186,21 +167,6 @@ def test_plan_gives_a_kept_head_no_reason_of_a_new_one(tmp_path: Path, tiny_enco
     assert not new
     assert "new head" in defaults.warmup_ratio("text-classification", new)[1]
     assert "new head" not in defaults.warmup_ratio("text-classification", kept)[1]
-
-
-def test_what_a_checkpoint_lacks_is_drawn_again_and_nothing_else(tiny_encoder: Path) -> None:
-    models = []
-    for seed in (0, 1):
-        model, head = _loaded(tiny_encoder, "text-classification", LABELS, seed)
-        assert {"classifier.weight", "classifier.bias"} <= set(head.drawn)
-        before = {name: one.clone() for name, one in model.state_dict().items()}
-        state = torch.get_rng_state()
-        draw_again(model, head, 7)
-        assert torch.equal(torch.get_rng_state(), state)
-        changed = {name for name, one in model.state_dict().items() if not torch.equal(one, before[name])}
-        assert "classifier.weight" in changed <= set(head.drawn)
-        models.append(model.state_dict())
-    assert all(torch.equal(one, models[1][name]) for name, one in models[0].items())
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
@@ -218,7 +184,9 @@ def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> No
     expected = {name: one.detach().clone() for name, one in model.named_parameters()}
     assert "classifier.weight" in heads[0].drawn
 
+    state = torch.get_rng_state()
     draw_again(model, heads[0], 6)
+    assert torch.equal(torch.get_rng_state(), state)
     other = {name: one.detach().clone() for name, one in model.named_parameters()}
     draw_again(model, heads[0], 5)
     again = dict(model.named_parameters())

@@ -56,14 +56,11 @@ def test_cores_respect_the_cgroup(monkeypatch: pytest.MonkeyPatch, quota: str, c
     assert hardware.num_cores() == cores
 
 
-def test_disk_of_a_path_that_does_not_exist_yet_is_its_parents(tmp_path: Path) -> None:
-    assert hardware.disk_free_bytes(tmp_path / "a" / "b") > 0
-
-
 def test_machine_is_described() -> None:
     machine = hardware.here()
     assert machine.num_cores >= 1
     assert 0 < machine.memory_available_bytes <= machine.memory_bytes
+    assert hardware.disk_free_bytes(Path("/not/there/yet")) > 0
 
 
 def test_bf16_speedup_is_measured_once_and_kept_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,14 +84,6 @@ def test_bf16_speedup_of_a_cpu_without_bf16_is_known_from_a_small_product(
 ) -> None:
     monkeypatch.setattr(hardware, "_bf16_speedup", lambda device, rows, width: small if rows == 64 else large)
     assert hardware.measure_bf16_speedup("cpu") == expected
-
-
-def test_bf16_speedup_leaves_the_random_numbers_alone() -> None:
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    assert hardware.measure_bf16_speedup("cpu") > 0
-    assert torch.equal(torch.rand(1), expected)
 
 
 def test_memory_respects_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,18 +137,10 @@ def test_cpu_rates_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPat
     )
 
 
-def test_cpu_rates_are_measured_without_drawing_a_random_number() -> None:
+def test_speeds_are_measured_without_drawing_a_random_number() -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    flops, copied = hardware._measure_cpu_rates(rows=16, width=16, megabytes=1)
-    assert flops > 0
-    assert copied > 0
+    assert min(hardware._measure_cpu_rates(rows=16, width=16, megabytes=1)) > 0
+    assert hardware.measure_bf16_speedup("cpu") > 0
     assert torch.equal(torch.rand(1), expected)
-
-
-def test_bf16_that_is_hundreds_of_times_slower_is_no_speed_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1")
-    monkeypatch.delenv("FULLTUNE_BF16_SPEEDUP")
-    monkeypatch.setattr(hardware, "measure_bf16_speedup", lambda device: 0.0031)
-    assert hardware.bf16_speedup() == 0.0031

@@ -20,6 +20,8 @@ from tests import plans
 def test_seconds_of_a_command_are_kept_where_it_did_everything(tmp_path: Path) -> None:
     began = time.time() - 5
     for place in ("attempts/full-seed42-01/request.json", "scores/full-seed42.json"):
+        run_folder.note_command(tmp_path, began)
+        assert not (tmp_path / run_folder.COMMAND).exists(), "no trained model is scored"
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).write_text("{}", encoding="utf-8")
     run_folder.note_command(tmp_path, began)
@@ -28,15 +30,6 @@ def test_seconds_of_a_command_are_kept_where_it_did_everything(tmp_path: Path) -
     # A later one found the training done.
     run_folder.note_command(tmp_path, time.time() + 60)
     assert Command.load(tmp_path / run_folder.COMMAND).seconds == seconds
-
-
-def test_command_that_found_its_plan_made_is_no_whole_one(tmp_path: Path) -> None:
-    for place in ("attempts/full-seed42-01/request.json", "scores/full-seed42.json", "plan/full.json"):
-        (tmp_path / place).parent.mkdir(parents=True)
-        (tmp_path / place).write_text("{}", encoding="utf-8")
-    os.utime(tmp_path / "plan" / "full.json", (time.time() - 60,) * 2)
-    run_folder.note_command(tmp_path, time.time() - 5)
-    assert not (tmp_path / run_folder.COMMAND).exists()
 
 
 def test_stages_that_are_called_one_by_one_are_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,14 +41,6 @@ def test_stages_that_are_called_one_by_one_are_no_command(tmp_path: Path, monkey
         (tmp_path / place).write_text("{}", encoding="utf-8")
     monkeypatch.setattr(pipeline.report, "write", lambda folder: folder / "report.html")
     pipeline.write_report(job)
-    assert not (tmp_path / run_folder.COMMAND).exists()
-
-
-def test_seconds_of_a_command_that_scored_no_trained_model_are_not_kept(tmp_path: Path) -> None:
-    attempt = tmp_path / "attempts" / "full-seed42-01"
-    attempt.mkdir(parents=True)
-    (attempt / "request.json").write_text("{}", encoding="utf-8")
-    run_folder.note_command(tmp_path, time.time() - 5)
     assert not (tmp_path / run_folder.COMMAND).exists()
 
 

@@ -51,12 +51,6 @@ def test_interval_of_rows_that_are_all_the_same_reaches_towards_the_bounds(
     assert (found.low, found.high) == pytest.approx(expected, rel=1e-2)
 
 
-def test_interval_same_seed_draws_the_same_rows() -> None:
-    kept = {"right": np.arange(50.0)}
-    one, two = (resample(kept, mean, samples=100)["mean"].draws for _ in range(2))
-    assert (one == two).all()
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 def test_temperature_of_scaled_logits_is_recovered(temperature: float) -> None:
     draw = np.random.default_rng(1)

@@ -76,16 +76,6 @@ def test_equal_models_on_rows_that_depend_on_each_other_are_seldom_told_apart() 
     assert wrong <= 10
 
 
-def test_clusters_of_one_row_are_the_rows() -> None:
-    first, second = rows(120, 7, 33, 40)
-    alone = np.random.default_rng(0).permutation(len(first))
-    of_rows = paired(accuracy(first), accuracy(second), 1.0, 0.95)
-    of_clusters = paired(grouped(first, alone, 1000), grouped(second, alone, 1000), 1.0, 0.95)
-    assert of_rows is not None
-    assert of_clusters is not None
-    assert [of_clusters.low, of_clusters.high] == pytest.approx([of_rows.low, of_rows.high], abs=0.02)
-
-
 @pytest.mark.parametrize("span", [1.0, None])
 def test_one_row_or_one_cluster_tells_nothing(span: float | None) -> None:
     one, other = np.array([0.9]), np.array([0.8])
