@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -329,17 +328,6 @@ def test_what_a_method_adds_to_bf16_weights_is_planned_as_float32_as_it_is(kind:
 
 
 # ---- names and refusals --------------------------------------------------------------------------------------------
-
-
-def test_run_of_a_named_method_lies_under_its_name(tmp_path: Path) -> None:
-    model = tiny.save_model(tmp_path / "model", "bert")
-    reached = runs.run(tmp_path, model, tiny.topic_rows(), method={"kind": "lora", "rank": 2}, train=STEPS)
-    assert reached.plan is not None
-    assert (reached.plan.method, reached.plan.trial) == ("lora-r2", "lora-r2-seed42")
-    assert (tmp_path / "run" / "plan" / "lora-r2.json").exists()
-    assert json.loads((tmp_path / "run" / "models" / "lora-r2" / "adapter_config.json").read_text())["r"] == 2
-    rate = next(one for one in reached.plan.settings if one.name == "method.learning_rate")
-    assert rate.value == 1e-3  # given by the usual recipe of the tests
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,11 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return load(base, {}, head_is_new=False).eval(), base.processor
 
 
+def encode(tokenizer: Any) -> list[dict[str, Any]]:
+    rows = [{"text": text, "label": "b"} for text in TEXTS]
+    return [dict(one[0].features) for one in text_classification.encode(rows, TARGET, tokenizer, 64)]
+
+
 def classified(model: Any, tokenizer: Any, rows: Any, batch_size: int) -> np.ndarray:
     kept = run_rows(
         model, rows, text_classification, TARGET, tokenizer.pad_token_id, batch_size=batch_size, precision="fp32"
@@ -63,8 +68,7 @@ def classified(model: Any, tokenizer: Any, rows: Any, batch_size: int) -> np.nda
 
 def test_classifier_logits_alone_equal_those_in_a_padded_batch(classifier: tuple[Any, Any]) -> None:
     model, tokenizer = classifier
-    rows = [{"text": text, "label": "b"} for text in TEXTS]
-    encoded = [dict(one[0].features) for one in text_classification.encode(rows, TARGET, tokenizer, 64)]
+    encoded = encode(tokenizer)
     assert len({len(row["input_ids"]) for row in encoded}) > 2
 
     alone = np.concatenate([classified(model, tokenizer, [row], 1) for row in encoded])
@@ -80,8 +84,7 @@ def test_classifier_logits_equal_those_of_plain_transformers(classifier: tuple[A
     tokenizer.save_pretrained(tmp_path)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     reader = AutoTokenizer.from_pretrained(tmp_path)
-    rows = [{"text": text, "label": "b"} for text in TEXTS]
-    encoded = [dict(one[0].features) for one in text_classification.encode(rows, TARGET, tokenizer, 64)]
+    encoded = encode(tokenizer)
 
     with torch.no_grad():
         expected = plain(**reader(list(TEXTS), padding=True, return_tensors="pt")).logits.numpy()
@@ -91,8 +94,7 @@ def test_classifier_logits_equal_those_of_plain_transformers(classifier: tuple[A
 
 def test_frozen_embeddings_alone_equal_those_in_a_padded_batch(classifier: tuple[Any, Any]) -> None:
     model, tokenizer = classifier
-    rows = [{"text": text, "label": "b"} for text in TEXTS]
-    encoded = [dict(one[0].features) for one in text_classification.encode(rows, TARGET, tokenizer, 64)]
+    encoded = encode(tokenizer)
 
     def embed(rows: Any, batch_size: int) -> np.ndarray:
         extractor = Extractor(model, "text-classification", TARGET, tokenizer.pad_token_id, batch_size, "fp32")
