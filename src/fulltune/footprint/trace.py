@@ -27,7 +27,8 @@ from fulltune.records.data import DataSummary
 from fulltune.tasks import Target, Task, task_named
 
 VALUES, VALUES_RECOMPUTED = 2 * 34, 2
-"""Kept per token, layer and hidden unit."""
+"""Kept per token, layer and hidden unit (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1), and as much again for
+attention in windows or blocks, which models that cannot be traced mostly have."""
 VALUES_PER_STATE = 12
 """More of them for each state of a state-space layer: six arrays of twice the hidden size."""
 LOGITS_BYTES = 3 * 4
@@ -42,7 +43,10 @@ def rough(case: Case, why: str) -> Footprint:
     shapes = _shapes(case)
     num_trained = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _sizes(case)
-    tokens = 1 if case.pixels is None else _tokens_of_image(case, case.pixels)
+    tokens = 1
+    if case.pixels is not None:
+        patches = num_patches(layered(case, case.config))
+        tokens = max(patches, math.ceil(math.prod(case.pixels[1:]) / PIXELS_OF_A_TOKEN))
     layer = hidden * tokens * (VALUES + VALUES_PER_STATE * (getattr(layered(case, case.config), "state_size", 0) or 0))
     weight = BYTES[case.weights_dtype]
     has_logits = case.task.FACTS.writes
@@ -114,12 +118,6 @@ def _sizes(case: Case) -> tuple[int, int, int]:
     widths = getattr(config, "hidden_sizes", None) or (0,)
     hidden = number("hidden_size", "d_model", "n_embd") or widths[-1]
     return layers, hidden or math.ceil(math.sqrt(case.num_parameters / 12 / layers)), number("vocab_size")
-
-
-def _tokens_of_image(case: Case, pixels: tuple[int, int, int]) -> int:
-    _, height, width = pixels
-    patches = num_patches(layered(case, case.config))
-    return max(patches, math.ceil(height * width / PIXELS_OF_A_TOKEN))
 
 
 _log = logging.getLogger(__name__)

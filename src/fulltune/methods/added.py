@@ -38,7 +38,7 @@ STANDARD_DEVIATION = 1e-2
 
 
 class Bottleneck(nn.Module):
-    """Down, a non-linearity, up, and the input itself."""
+    """Down, a non-linearity, up, and the input itself (Houlsby et al. 2019, arXiv 1902.00751); PEFT has none."""
 
     def __init__(self, size: int, bottleneck: int, non_linearity: str) -> None:
         super().__init__()
@@ -172,7 +172,10 @@ _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
 
 
 class Prompt(nn.Module):
-    """The trained vectors, float32 `weight[tokens, size]`."""
+    """The trained vectors, float32 `weight[tokens, size]` (prompt tuning, Lester et al. 2021, arXiv 2104.08691).
+
+    PEFT's own breaks on token heads, finds the wrong last token in decoders that classify, and ignores position ids.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()

@@ -197,7 +197,10 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def allocator_variables(variables: Mapping[str, str], system: str, release: str) -> dict[str, str]:
-    """Variables for a training process on a GPU; none where they stay as they are."""
+    """Variables with which torch's memory on a GPU grows in place: rows of many lengths leave gaps in fixed blocks.
+
+    None where the user has set one, on Windows, where torch has them not, and on WSL (pytorch issue 192330).
+    """
     if system != "Linux" or "microsoft" in release.lower() or any(name in variables for name in ALLOCATOR_NAMES):
         return {}
     # torch 2.9 reads the second name alone, later ones the first.
