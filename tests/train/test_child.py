@@ -148,7 +148,7 @@ def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
 def test_segments_of_a_gpus_memory_grow_in_the_child(
     device: str, given: str | None, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in allocator.NAMES:
+    for name in memory.ALLOCATOR_NAMES:
         monkeypatch.delenv(name, raising=False)
     if given is not None:
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
