@@ -434,9 +434,6 @@ def test_memory_for_a_file_does_not_grow_with_its_rows(tmp_path: Path) -> None:
     assert peak(12_000) < 2 * peak(3_000)
 
 
-# ---- progress --------------------------------------------------------------------------------------------------
-
-
 def test_cells_that_a_spreadsheet_would_compute_are_escaped_when_asked_for(tmp_path: Path) -> None:
     notes = Target("single_label", {}, ("=a", "b")).as_notes()
     texts = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\tx", "\rx", "-5", "+1.5", "'=x", "a=b", ""]

@@ -131,13 +131,6 @@ def test_verdict_in_words() -> None:
     assert "at most 1.36%), on 100 texts that nothing had read before" in passed
     assert "50.0% of the trained model's gain" in passed
     assert "FAIL" in verdict(record(points[1], points, at(0.03, 0.001)))
-    assert "coarse" not in passed
-    told = record(points[1], points, at(0.012, 0.001)).model_copy(update={"says_little": "such texts say little"})
-    assert verdict(told).endswith("of the trained model's gain. But such texts say little.")
-    vague = point(0.5, 0.001, 0.7, error=0.005)
-    assert "standard error 0.50%): about 299 texts in each half would let more be kept" in verdict(
-        record(vague, [points[0], vague, points[2]], at(0.012, 0.001))
-    )
     impossible = verdict(record(points[0], points, None))
     assert "infeasible: the trained model has 5.00%, and no point within the budget is better" in impossible
     assert "(accuracy 90.0% trained, 50.0% untouched, on eval rows). The untouched model is what is kept." in impossible

@@ -12,7 +12,7 @@ from fulltune.errors import SetupError
 from fulltune.probe.linear import MIDDLE, Items
 from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.report.run.data_page import about_labels, about_proofs
+from fulltune.report.run.data_page import about_labels
 from fulltune.stats.row_scores import Measure
 
 DROP = Remedy(action="drop")
@@ -43,13 +43,6 @@ def test_each_check_gives_a_step_that_drops_and_one_that_changes_where_something
     ]
     assert {one.remedy.action for one in steps[0].decisions} == {"drop"}
     assert [one.remedy for one in steps[1].decisions] == [other]
-
-
-def test_other_decisions_have_another_name_and_the_same_ones_the_same() -> None:
-    one, same, other = (cleaning_steps([issue("markup", row)])[0].name for row in "112")
-    assert one == same
-    assert one != other
-    assert one.startswith("markup-drop-")
 
 
 def _accuracy() -> Measure:
@@ -131,12 +124,6 @@ def test_a_row_with_two_faults_of_a_kind_is_one_row() -> None:
     drop, change = cleaning_steps(both)
     assert len(drop.issues) == len(change.issues) == 1
     assert change.decisions[0].remedy.column == "text_a"
-
-
-def test_steps_that_were_not_tried_are_said() -> None:
-    proofs = Proofs(fingerprint="f", eval_rows=9, times=3, proofs=(), left_out=("markup, 60 rows left out",))
-    assert "Not tried, for too few rows or too many: markup, 60 rows left out." in about_proofs(proofs)
-    assert "Not tried" not in about_proofs(proofs.model_copy(update={"left_out": ()}))
 
 
 @pytest.mark.parametrize(

@@ -49,20 +49,11 @@ def test_best_metric_within_a_limit(limit: float, metric: float) -> None:
     assert best_at(RISING, limit).metric == metric
 
 
-def test_below_the_least_drift_it_is_the_untouched_model() -> None:
-    assert best_at(run((0.0, math.nan), (0.1, 0.6)), 0.05).is_start
-
-
 @pytest.mark.parametrize(
     ("metric", "drift"), [(0.4, 0.0), (0.5, 0.0), (0.6, 0.005), (0.7, 0.01), (0.8, 0.025), (0.9, 0.04)]
 )
 def test_drift_at_a_metric_lies_between_the_best_points(metric: float, drift: float) -> None:
     assert drift_at(RISING, metric)[0] == pytest.approx(drift)
-
-
-def test_metric_that_no_point_reaches_has_no_drift() -> None:
-    with pytest.raises(ValueError, match="no point reaches"):
-        drift_at(RISING, 0.95)
 
 
 def straight(farthest: float, best: float = 0.9, error: float = 0.0) -> Preserved:
@@ -78,7 +69,6 @@ def straight(farthest: float, best: float = 0.9, error: float = 0.0) -> Preserve
         ([straight(0.04, error=0.001)], [straight(0.02, 0.7)], 0.7, (0.02, 0.02), 0.001, None),
         # Several seeds: Student's t of Welch's degrees of freedom; here about 2, so that 4.3 errors count.
         ([straight(0.040), straight(0.044)], [straight(0.02), straight(0.024)], 0.9, (0.042, 0.022), 0.0028, "second"),
-        ([straight(0.02), straight(0.024)], [straight(0.040), straight(0.044)], 0.9, (0.022, 0.042), 0.0028, "first"),
         ([straight(0.030), straight(0.034)], [straight(0.02), straight(0.024)], 0.9, (0.032, 0.022), 0.0028, None),
         # All seeds read the same texts, so their error comes on top, however many seeds there are.
         (
@@ -88,14 +78,6 @@ def straight(farthest: float, best: float = 0.9, error: float = 0.0) -> Preserve
             (0.042, 0.022),
             math.hypot(0.0028, 0.01),
             None,
-        ),
-        (
-            [straight(0.06 + 0.0001 * number, error=0.003) for number in range(5)],
-            [straight(0.05 + 0.0001 * number, error=0.004) for number in range(5)],
-            0.9,
-            (0.0602, 0.0502),
-            0.005,
-            "second",
         ),
         # Seeds that are all alike tell nothing of the error: that of the texts is taken.
         ([straight(0.04, error=0.01)] * 2, [straight(0.03)] * 2, 0.9, (0.04, 0.03), 0.01, None),

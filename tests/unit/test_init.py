@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from fulltune.cli import init
 from fulltune.cli.init import Hints, SplitFiles, hints_of, infer, lines, write_recipe
@@ -33,7 +32,6 @@ def _written(path: Path, text: str) -> Path:
     ("task", "roles", "found"),
     [
         (None, {"prompt": "mr", "completion": "ref"}, "causal-lm"),
-        (None, {"source": "mr", "target": "ref"}, "seq2seq"),
         (None, {"text": "mr", "label": "ref"}, "text-classification"),
         ("causal-lm", {"text": "ref"}, "causal-lm"),
         (None, {"question": "mr", "context": "ref", "answers": "ref"}, None),
@@ -98,15 +96,6 @@ def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
     assert (found.target.columns, found.num_rows) == ({"text": "review", "label": "stars"}, 20)
 
 
-def test_file_in_a_folder_that_is_not_there_is_refused_in_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, said in (("data/train.csv", "no such file; give the path"), ("stanford/train", "a data set of the Hub")):
-        with pytest.raises(DataError, match=rf"{name}: .*{said}"):
-            write_recipe(Path(name), tmp_path / "recipe.yaml", None, False)
-
-
 def test_what_is_left_out_or_to_be_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data" / "more").mkdir(parents=True)
     for file in ("data/rows.jsonl", "data/more/rows.jsonl"):
@@ -130,8 +119,6 @@ def test_what_is_left_out_or_to_be_installed_is_said(tmp_path: Path, monkeypatch
             None,
         ),
         ("header.tsv", "text\tlabel\n" + REVIEWS, None),
-        ("named.csv", "subject,text,spam\na b,this is a text,spam\nb,text,ham\nsubject,x,ham\n", None),
-        ("one.tsv", "text\tlabel\n", None),
         ("rows.jsonl", '{"text": "a"}\n', None),
     ],
 )
@@ -152,26 +139,11 @@ def _recipe(data: Path, **block: object) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def test_recipe_that_names_the_columns_reads_every_row(tmp_path: Path) -> None:
-    recipe = _recipe(_written(tmp_path / "rows.tsv", REVIEWS), columns=["text", "label"])
-    given = {"train": read_rows(recipe, find_files(recipe)["train"], None)}
-    target, counts = describe(recipe.data, task_named(recipe.task), given)
-    assert (counts, target.labels) == ({"train": 20}, ("0", "1"))
-
-
 def test_first_row_is_not_taken_for_names_in_silence(tmp_path: Path) -> None:
     recipe = _recipe(_written(tmp_path / "rows.tsv", REVIEWS), label="0")
     given = {"train": read_rows(recipe, find_files(recipe)["train"], None)}
     with pytest.raises(DataError, match=r"rows.tsv:1: looks like a row, .* write data.columns: \[text, label\]"):
         describe(recipe.data, task_named(recipe.task), given)
-
-
-@pytest.mark.parametrize(
-    "block", [{"columns": ["a", "a"]}, {"train": "hf://datasets/glue/sst2"}, {"test": "https://a.b/c.csv"}]
-)
-def test_data_that_cannot_be_are_refused_with_the_recipe(block: dict[str, object]) -> None:
-    with pytest.raises(ValidationError, match=r"names a column twice|is an address, and only files here are read"):
-        _recipe(Path("rows.csv"), **block)
 
 
 def test_columns_given_are_refused_for_files_that_have_names(tmp_path: Path) -> None:
@@ -189,13 +161,7 @@ def _typed(verdict: object, number: int) -> dict[str, object]:
     ("rows", "example"),
     [
         ([_typed(["bad", "good"][number % 2], number) for number in range(40)], "--text body --label seen"),
-        ([_typed(bool(number % 2), number) for number in range(40)], "--text body --label seen"),
-        ([_typed(["a", "b"] if number % 2 else ["a"], number) for number in range(40)], "--text body --label seen"),
         ([_typed("always", number) for number in range(40)], "--prompt note --completion body"),
-        (
-            [{"mr": f"name[{number}]", "ref": f"It is {number}."} for number in range(40)],
-            "--prompt mr --completion ref",
-        ),
         (
             [{"one": f"A man is in {n}", "two": f"One man sits in {n}", "same": n % 2} for n in range(40)],
             "--text one --text-pair two --label same",
@@ -229,11 +195,6 @@ def _rows(folder: Path, **cells: str | list[object]) -> Path:
             "id",
         ),
         ({"text": "a fine film to see", "label": ["a", "b"], "title": "A film", "stars": [1]}, {}, "title, stars"),
-        (
-            {"premise": "it is so", "hypothesis": "it may be so", "label": ["a", "b"], "why": "they say it is so"},
-            {},
-            "why",
-        ),
         ({"text": "a fine film to see", "label": ["a", "b"]}, {}, ""),
     ],
 )
@@ -253,7 +214,6 @@ STS: dict[str, str | list[object]] = {"a": "A man plays music", "b": "Somebody p
     ("cells", "block", "problem"),
     [
         (STS, {}, r"'a' and 'b' both hold texts.*data.text: a, with data.text_pair: b .*--text a --text-pair b\)"),
-        ({**STS, "a": "A short one here"}, {}, r"data.text: a, with data.text_pair: b .*"),
         (
             {"question": "Who has made it", "passage": "It was made by them", "response": "By them"},
             {},
@@ -288,7 +248,6 @@ def test_second_column_of_texts_is_asked_about(
     ("cells", "role"),
     [
         ({"prompt": "Who is it", "chosen": "It is she", "rejected": "No idea", "score": [1, 2]}, "completion"),
-        ({"Chosen": "It is she", "Rejected": "No idea"}, "text"),
         ({"chosen": [[{"role": "assistant", "content": "I"}]], "rejected": [[]], "prompt": "Who is it"}, "messages"),
     ],
 )
@@ -305,19 +264,6 @@ def test_preferences_are_refused_with_what_trains_on_them(
             infer(data, hints=hints_of(None, {"prompt": "prompt"}, None))
 
 
-def test_rejected_answers_of_whole_sentences_are_no_second_text_beside_the_chosen_ones(tmp_path: Path) -> None:
-    words = {
-        "prompt": "question of somebody",
-        "chosen": "good answer to it",
-        "rejected": "bad answer to it which is long",
-    }
-    rows = [{name: f"number {at}: the {text}" for name, text in words.items()} for at in range(40)]
-    data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
-    found = infer(data, hints=hints_of(None, {"completion": "chosen"}, None))
-    assert found.target.columns == {"prompt": "prompt", "completion": "chosen"}
-    assert "rejected" in found.unused
-
-
 FLAGS: dict[str, str | list[object]] = {"text": "a fine film", "sports": [0, 1], "tech": ["0", "1", "0"], "at": [0]}
 
 
@@ -326,20 +272,12 @@ FLAGS: dict[str, str | list[object]] = {"text": "a fine film", "sports": [0, 1],
     [
         (FLAGS, r"columns sports, tech hold 0 and 1 only, .*such as \[\"sports\", \"tech\"\].*--task causal-lm\)$"),
         (
-            {"body": "a fine film", "sports": [True, False], "tech": [False, True, False]},
-            r"columns sports, tech hold .*\(one label alone: --label sports",
-        ),
-        (
             {"id": "x", "translation": [{"en": "I am here", "de": "Ich bin hier"}]},
             r"'translation' holds objects with the texts en, de, .*for example: --source en --target de$",
         ),
         (
             {"anchor": "Who is it", "positive": "It is she", "negative": "No idea"},
             r"'positive' and 'negative' hold triplets.*\(sentence-transformers does that\)",
-        ),
-        (
-            {"prompt": "Who is it", "completion": "It is she", "label": [True, False]},
-            r"'label' says which answers in 'completion' are good.*KTOTrainer.*\(init: --completion completion\)$",
         ),
         (
             {"id": [*range(40)], "name": "Ada King"},
@@ -376,23 +314,6 @@ def test_judged_answers_are_trained_on_when_they_are_named(tmp_path: Path) -> No
         describe(recipe.data, task_named("causal-lm"), {"train": read_rows(recipe, find_files(recipe)["train"], None)})
     found = infer(data, hints=hints_of(None, {"completion": "completion"}, None))
     assert found.target.columns == {"prompt": "prompt", "completion": "completion"}
-
-
-def test_no_recipe_is_written_where_no_row_could_be_used(tmp_path: Path) -> None:
-    rows = [{"mr": f"name[{number}]", "refs": ["one text", "another"]} for number in range(20)]
-    data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
-    with pytest.raises(DataError, match=r"'refs' holds a list.*write a row for each"):
-        write_recipe(
-            data, tmp_path / "recipe.yaml", None, False, hints_of(None, {"prompt": "mr", "completion": "refs"}, None)
-        )
-    assert not (tmp_path / "recipe.yaml").exists()
-
-
-def test_folder_of_plain_texts_is_told_how_to_name_them(tmp_path: Path) -> None:
-    for name in ("one.txt", "two.txt"):
-        _written(tmp_path / name, "A text.\n")
-    with pytest.raises(DataError, match=r"one by one, for example data.train: \[.*one.txt, .*two.txt\]"):
-        infer(tmp_path)
 
 
 def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
