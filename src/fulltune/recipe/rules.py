@@ -48,7 +48,7 @@ def problems_of(recipe: Recipe) -> list[str]:
         *_unknown_fields(recipe),
         *_unknown_optimizer(recipe),
         *_unknown_trackers(recipe),
-        *_impossible_rows(recipe),
+        *_out_of_place(recipe),
         *_vanishing_updates(recipe),
         *_preserved(recipe),
     ]
@@ -213,14 +213,19 @@ def _unknown_trackers(recipe: Recipe) -> list[str]:
     ]
 
 
-def _impossible_rows(recipe: Recipe) -> list[str]:
-    """Images that would be mixed in, and workers that cannot be."""
+def _out_of_place(recipe: Recipe) -> list[str]:
+    """Images that would be mixed in, workers that cannot be, and a rate of the head's own where nothing else learns."""
     problems = []
     if FACTS[recipe.task].reads == "image" and recipe.data.mixed_files:
         problems.append("data.train: images cannot be mixed in by weight yet; name the folders without a weight")
     workers = recipe.train.extra.get("dataloader_num_workers")
     if isinstance(workers, int) and workers < 0:
         problems.append(f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}")
+    problems += [
+        f"{place}.head_learning_rate: method head trains nothing but the head; write learning_rate"
+        for place, method in methods_of(recipe)
+        if method.kind == "head" and method.head_learning_rate is not None and FACTS[recipe.task].head_is_new
+    ]
     return problems
 
 
