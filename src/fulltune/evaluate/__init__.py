@@ -40,10 +40,7 @@ UNTOUCHED = "before-training"
 
 
 def check_extras(recipe: Recipe) -> None:
-    """Fail before training, not after it, when its metric needs a package that is missing.
-
-    Metrics of generated answers choose nothing: those that cannot be computed are missing.
-    """
+    """Fail before training, not after it, when the metric that chooses a checkpoint needs a package that is missing."""
     if recipe.task == "token-classification":
         token_classification.seqeval_entities(["O"])
 
@@ -54,6 +51,7 @@ def scoring_of(
     summary: DataSummary,
     folder: Path,
     base: Base,
+    *,
     metrics: UserMetrics | None = None,
     listener: Listener = lambda event: None,
 ) -> Scoring:
@@ -64,10 +62,7 @@ def scoring_of(
 
 
 def baselines(scoring: Scoring) -> list[Scores]:
-    """Score what costs no training, for example the majority class or the untouched language model.
-
-    Results are kept in `scores/`; those that are there are not made again.
-    """
+    """Score what costs no training, such as the majority class or the untouched model, unless its scores are there."""
     scorer, folder = _scorer(scoring.recipe.task), scoring.data.parent
 
     def untouched() -> Scored:
@@ -87,10 +82,8 @@ def baselines(scoring: Scoring) -> list[Scores]:
 
 
 def score(scoring: Scoring, outcome: Outcome, noted: bool = True) -> Scores:
-    """Score the trained model on the test rows; a classifier's temperature is written into its folder.
-
-    Unless `noted` is False, a line beside the run folder says that these rows were scored.
-    """
+    """Score the trained model on the test rows, note that (unless `noted` is False), and keep a classifier's
+    temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")

@@ -15,10 +15,8 @@ from fulltune.tasks import ReadingTask, classes, multiple_choice
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """File name to what makes it: the majority class.
-
-    Choices have no classes: what costs nothing there is the usual position of the right one, and the longest choice.
-    """
+    """File name to what makes it: the majority class; of choices the usual position of the right one, and the
+    longest."""
     made: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(majority, scoring)}
     if scoring.target.num_choices:
         made["baseline-longest"] = partial(_longest, scoring)

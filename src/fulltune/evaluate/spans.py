@@ -104,10 +104,8 @@ def plain_words(text: str) -> list[str]:
 
 
 def compared(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """SQuAD's exact match and F1 of each answer, 0 to 1: the best over the accepted ones.
-
-    A question without an accepted answer is right when nothing is answered.
-    """
+    """SQuAD's exact match and F1 of each answer, 0 to 1: the best over the accepted ones; where there is none,
+    only no answer is right."""
     pairs = [
         [(plain_words(answer), plain_words(text)) for text in texts or [""]]
         for answer, texts in zip(predicted, accepted, strict=True)

@@ -86,10 +86,8 @@ def whole_of(case: Case, cuts: Cuts, points: Sequence[tuple[int, int]], **way: A
 
 
 def _from_cuts(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Whole | None:
-    """Trace a copy of two layers and copies with one more, and add the difference for every further layer.
-
-    None for a model whose layers differ (in size, or in what they do) without its config saying so.
-    """
+    """Trace a copy of two layers and copies with one more, and add the difference for every further layer; None where
+    layers differ without the config saying so."""
     start, growths = _copies(case)
     base = _joined(run(case, start[0], points, kinds=start[1], **way))
     chosen = _for_layers(points)

@@ -148,11 +148,7 @@ class PlannedModel:
 
     @cached_property
     def shapes(self) -> Shapes:
-        """The model's sizes, with what the recipe's method adds to it and trains of it.
-
-        Raises:
-            RecipeError: When the method cannot work on this model.
-        """
+        """The model's sizes, with what the recipe's method adds to it and trains of it."""
         apply = Preparing.of(self.recipe, on_cpu=False) if self.recipe.method.kind != "full" else None
         return shapes_of(self.base, self.changes, apply)
 

@@ -173,10 +173,8 @@ def generate(
 
 
 def autocast(model: Any, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """A model's computations in a smaller type; its weights keep theirs.
-
-    Copies of them are kept until it is left, but for weights that are shared out: those would be kept whole.
-    """
+    """A model's computations in a smaller type; copies of its weights are kept until it is left, unless they are
+    sharded."""
     import torch
 
     if precision == "fp32":

@@ -185,10 +185,8 @@ def _pieces_verified(
 
 
 def _changed_later(selective: SelectiveHead, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> str:
-    """What the model does to logits after its head, found by giving it some far from zero; empty when nothing.
-
-    The loss of real rows would not always tell: a soft cap at 30 hardly changes logits below 1.
-    """
+    """What the model does to logits after its head, found by giving it some far from zero, where a soft cap shows; or
+    empty."""
     import torch
 
     given: list[torch.Tensor] = []

@@ -92,10 +92,7 @@ class RowWriter:
 
 
 def batches(folder: Path) -> Iterator[pa.RecordBatch]:
-    """A split's record batches, words included, read one after another: for passes over all rows.
-
-    Not mapped: the pages of a mapped file would count as this process's memory.
-    """
+    """A split's record batches, words included, one after another; not mapped, because mapped pages count as memory."""
     import pyarrow as pa
 
     with pa.OSFile(str(folder / FILE)) as file, pa.ipc.open_stream(file) as reader:

@@ -37,13 +37,8 @@ class Applied:
 
 
 def apply(model: Any, method: Method, task: TaskName) -> Applied:
-    """Make the method's parameters trainable and all others not; a new head is trained by every method.
-
-    New parameters are drawn from torch's random state.
-
-    Raises:
-        RecipeError: When the method cannot work on this model.
-    """
+    """Make the method's parameters, drawn from torch's random state, trainable and all others not; a new head always
+    is."""
     from fulltune.methods import added, head
 
     if method.kind == "full":
@@ -110,11 +105,7 @@ def virtual_tokens_of(model: Any) -> int:
 
 
 def check(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Refuse methods that cannot do the task with this kind of model, before anything is read.
-
-    Raises:
-        RecipeError: With all that was found.
-    """
+    """Refuse methods that cannot do the task with this kind of model, before anything is read."""
     found = [line for one in compared(recipe) for line in problems(recipe, config, one)]
     if found:
         raise RecipeError(found)

@@ -16,14 +16,8 @@ if TYPE_CHECKING:
 
 
 def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:
-    """Paths of the modules above the body, in order, before a method is applied and after; empty for tasks that use the
-    pretrained head.
-
-    A pooler counts as part of the head: many checkpoints lack it, and then it is as new as the rest.
-
-    Raises:
-        RecipeError: When the model does not tell its body from its head.
-    """
+    """Paths of the modules above the body, in order, the pooler (which many checkpoints lack) among them; empty for
+    tasks that use the pretrained head."""
     if not FACTS[task].head_is_new:
         return ()
     if _body_of(model) is None:

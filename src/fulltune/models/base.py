@@ -145,11 +145,7 @@ class Base:
         chat_template: str | None = None,
         has_processor: bool = True,
     ) -> Base:
-        """Find a model, or a finished model's folder, and read its config; `load` reads its weights.
-
-        Raises:
-            SetupError: When there is no such model, or it cannot be read.
-        """
+        """Find a model, or a finished model's folder, and read its config; `load` reads its weights."""
         from transformers import AutoConfig
 
         files = locate(block)

@@ -33,10 +33,8 @@ def threshold(p: float) -> int:
 
 
 def install(model: nn.Module) -> int:
-    """Replace the model's dropout modules, which have no weights, and count them.
-
-    Dropout inside attention is part of its kernel and stays torch's.
-    """
+    """Replace the model's dropout modules and count them; dropout inside attention is part of its kernel and stays
+    torch's."""
     found = [
         (parent, name, child)
         for parent in model.modules()

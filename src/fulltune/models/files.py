@@ -128,11 +128,8 @@ def _package_path(name: str) -> Path:
 
 
 def check_weights(block: ModelBlock, files: ModelFiles) -> None:
-    """What only reads rows, or plans, does without a model's weights; what loads them asks this first.
-
-    Raises:
-        SetupError: When a folder has none, one that is not whole, or only pickled ones that are not allowed.
-    """
+    """Refuse a folder without weights, with one that is not whole, or with pickled ones that are not allowed; plans
+    need none."""
     if not files.is_local or files.gguf_file:
         return
     folder, name = Path(files.name_or_path), block.name

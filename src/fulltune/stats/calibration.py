@@ -24,10 +24,8 @@ ALL_RIGHT = "every eval row is answered rightly, so that nothing tells how sure 
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """The number that logits are divided by to make the labels most likely; between 0.05 and 20.
-
-    None where every row is answered rightly: there the smallest temperature is always the most likely one.
-    """
+    """The temperature, 0.05 to 20, that makes the labels most likely; None where every row is right, and the least
+    always wins."""
     if (logits.argmax(axis=-1) == labels).all():
         return None
 

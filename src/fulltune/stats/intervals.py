@@ -213,10 +213,8 @@ def seed_variance(arms: Sequence[SeedSpread]) -> float:
 
 
 def degrees_of_mean(arms: Sequence[SeedSpread]) -> float:
-    """Degrees of freedom of that variance (Welch and Satterthwaite).
-
-    One that was borrowed is not known any better by being used twice.
-    """
+    """Degrees of freedom of that variance (Welch and Satterthwaite); a borrowed one is not better known by being used
+    twice."""
     if any(spread.borrowed for spread in arms):
         return min(spread.degrees for spread in arms)
     # Below what the rows alone make, a variance that was found says nothing but that the seeds' part is small.

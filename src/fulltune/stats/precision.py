@@ -93,10 +93,7 @@ class Precision:
         return [float(chndtrix(share, self.degrees, apart)) * scale / most for share in shares]
 
     def detectable(self, margin: float, alpha: float) -> float:
-        """Smallest true difference that is called with a chance of 80 %, margin and certainty together.
-
-        Few seeds make the interval's width a matter of luck, which is part of that chance.
-        """
+        """Smallest true difference that is called with a chance of 80 %, of which the luck of few seeds is a part."""
         if math.isinf(self.degrees):
             return max(margin, self.half_width(alpha)) + _POWER_QUANTILE * self.standard_error
         bounds = np.array([max(margin, self.half_width(alpha, seen)) for seen in self.luck(same_seeds=False)])
@@ -152,10 +149,8 @@ def planned_detectable(
 def needed(
     uncertain: Uncertain, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """How many test rows, or how many seeds of both arms, would decide, if the true difference equals the estimate.
-
-    Each is more than there are; None: this alone would not.
-    """
+    """How many test rows, or how many seeds of both arms, would decide if the true difference equals the estimate: more
+    than there are, or None."""
     now, size = Precision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: Precision) -> bool:

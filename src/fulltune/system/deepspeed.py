@@ -37,11 +37,8 @@ def wanted(recipe: Recipe) -> bool:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's settings with everything filled in that follows from the recipe or is needed to save a whole model.
-
-    Raises:
-        RecipeError: Naming every setting that cannot be used.
-    """
+    """DeepSpeed's settings with all that follows from the recipe or that saving a whole model needs; or all problems at
+    once."""
     found = _read(given) if (given := recipe.train.extra.get("deepspeed")) is not None else _of_placement(recipe)
     problems = _problems(found, recipe)
     if problems:
@@ -75,10 +72,8 @@ def keeps_own_files(recipe: Recipe) -> str:
 
 
 def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """The settings with the plan's numbers: what a run is trained with, and what repeats it without fulltune.
-
-    Only what transformers takes from the model's sizes stays "auto", where a file of the user's says so.
-    """
+    """The settings with the plan's numbers; what transformers takes from the model's sizes stays "auto", where a file
+    says so."""
     sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
     # Checked again: a file can have changed since the plan was made.
     if problems := disagreements(recipe, *sizes):

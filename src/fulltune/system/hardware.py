@@ -158,10 +158,8 @@ def _differences(machines: Sequence[Machine]) -> str:
 
 
 def bf16_speedup() -> float:
-    """How many times as fast as in fp32 this CPU trains in bf16; measured once, then kept in the environment.
-
-    The processor's flags would not do: what counts is also the kernels that torch has for it.
-    """
+    """How many times as fast as in fp32 torch's kernels train in bf16 on this CPU; measured once, then kept in the
+    environment."""
     known = os.environ.get(_MEASURED)
     if known is None:
         known = os.environ[_MEASURED] = f"{measure_bf16_speedup('cpu'):.3g}"
@@ -181,11 +179,8 @@ def measure_bf16_speedup(device: str) -> float:
 
 
 def cpu_rates() -> tuple[float, float, float]:
-    """Operations a second of matrix products in fp32, bytes a second of a copy in memory (reading and writing), and
-    the load by which other work slowed both.
-
-    Measured once, in about a quarter of a second, then kept in the environment.
-    """
+    """Operations a second of matrix products in fp32, bytes a second of a copy in memory (reading and writing), and the
+    load that slowed both; measured once, then kept in the environment."""
     known = os.environ.get(_RATES)
     if known is None:
         # The load is of the whole computer, of which a container or a CPU set may have a part.

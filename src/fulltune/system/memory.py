@@ -151,10 +151,8 @@ def asked_bytes(text: str) -> int:
 
 
 def kernel_kills() -> int:
-    """Processes that the kernel has killed because memory ran out, in this container, else on this machine.
-
-    Counted before and after, it tells such a kill from somebody else's.
-    """
+    """Processes that the kernel has killed because memory ran out, in this container, else on this machine, until
+    now."""
     groups = dict(line.split(":", 2)[1:] for line in lines_of("/proc/self/cgroup"))
     for file in (
         f"/sys/fs/cgroup{groups.get('', '/')}/memory.events",

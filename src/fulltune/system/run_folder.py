@@ -239,11 +239,7 @@ def _fingerprint(identity: Path) -> str | None:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The checked recipe of a run folder.
-
-    Raises:
-        SetupError: When this is not a run folder.
-    """
+    """The checked recipe of a run folder; `SetupError` when this is none."""
     identity = folder / IDENTITY
     if not identity.exists():
         raise SetupError(f"{folder}: is not a run folder of fulltune ({IDENTITY} is missing)")
@@ -317,11 +313,7 @@ def _is_about(error: OSError, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this command.
-
-    Raises:
-        SetupError: When another command works in it.
-    """
+    """Hold the run folder for this command; `SetupError` when another one works in it."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -47,11 +47,7 @@ class Sharing:
 
 
 def of(recipe: Recipe) -> Sharing | None:
-    """What the recipe shares out; None: each process holds everything.
-
-    Raises:
-        RecipeError: When DeepSpeed's settings cannot be used.
-    """
+    """What the recipe shards; None: each process holds everything."""
     if recipe.train.placement == "fsdp2":
         return Sharing(3, False, False, engine="fsdp2")
     if not deepspeed.wanted(recipe):

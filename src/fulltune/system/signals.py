@@ -13,11 +13,7 @@ _TERMINALS = [number for number in (1, 2) if os.isatty(number)]
 
 
 def answer(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPPING) -> dict[int, Any]:
-    """Have these signals call `handler`, but for a SIGHUP that is ignored (`nohup`); gives what each called before.
-
-    Raises:
-        ValueError: Outside of the main thread.
-    """
+    """Have these signals call `handler`, but for a SIGHUP that is ignored (`nohup`); gives what each called before."""
 
     def hung_up(number: int, frame: Any) -> None:
         for terminal in _TERMINALS:
