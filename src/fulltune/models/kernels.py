@@ -26,8 +26,8 @@ def lacking(device: str) -> str:
 
 
 def compile_blocks(model: Any, device: str, *, backend: str = "inductor", dynamic: bool | None = None) -> int:
-    """Have the model's repeated blocks run compiled in training mode alone, and count them: a cache of generating differs
-    from layer to layer."""
+    """Have the model's repeated blocks run compiled in training mode alone, and count them; in generating, caches
+    differ from layer to layer."""
     import torch
 
     if missing := lacking(device):
