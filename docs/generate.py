@@ -18,8 +18,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import BaseMethod
 from fulltune.recipe.model import Block
 from fulltune.recipe.tasks import FACTS, FORMS, TaskName
-from fulltune.tasks import multiple_choice, text_classification
-from fulltune.tasks.columns import USUAL_NAMES
+from fulltune.tasks.columns import CHOICE_NAMES, USUAL_NAMES, USUAL_PAIRS
 
 PAGE = Path(__file__).parent / "recipe.md"
 WIDTH = 118
@@ -212,11 +211,11 @@ def _columns() -> Iterable[str]:
     for role, names in USUAL_NAMES.items():
         if role not in ("text_pair", "choices"):  # have rules of their own, below
             yield _item(f"- `data.{role}`: {_quoted(names)}")
-    pairs = ", ".join(f"`{one}` + `{two}`" for one, two in text_classification.USUAL_PAIRS)
+    pairs = ", ".join(f"`{one}` + `{two}`" for one, two in USUAL_PAIRS)
     yield "\nText-classification: these are read together, any other second text only when `data.text_pair` names it:"
     yield textwrap.fill(f"{pairs}. Without a usual text column the one with the longest texts is taken.\n", WIDTH)
     yield "\nMultiple-choice looks for other names:\n"
-    for role, names in multiple_choice.NAMES.items():
+    for role, names in CHOICE_NAMES.items():
         yield _item(f"- `data.{role}`: {_quoted(names)}")
     yield ""
 

@@ -21,10 +21,13 @@ from fulltune.text import did_you_mean, first_few
 T = TypeVar("T")
 _SHOWN, _LONG_NAME = 40, 80
 
-USUAL_NAMES: dict[str, tuple[str, ...]] = {
-    role: tuple(names)
-    for role, names in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()
-}
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+USUAL_NAMES, CHOICE_NAMES = (
+    {role: tuple(names) for role, names in _TABLE[kind].items()} for kind in ("roles", "choices")
+)
+"""Role to the usual names of its column, and the same for rows with choices."""
+USUAL_PAIRS = [(text, pair) for text, pair in _TABLE["pairs"]]
+"""Names of two columns that are read together."""
 
 
 class BadCell:

@@ -16,7 +16,7 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import LENGTH, Encoded, Example, Predictions, Refused, Row, Target, classes, usual
-from fulltune.tasks.columns import as_text, missing_column, named, normalised
+from fulltune.tasks.columns import CHOICE_NAMES, as_text, missing_column, named, normalised
 from fulltune.tasks.labels import is_empty, label_name, parsed_list
 from fulltune.tasks.padding import stacked_labels
 
@@ -192,22 +192,6 @@ def full_row(target: Target, length: int) -> dict[str, Any]:
     return {"input_ids": ids, "labels": 0, CHOICE_LENGTHS: np.full(target.num_choices, length)}
 
 
-NAMES = {
-    "choices": ("choices", "options", "endings", "candidates", "answers"),
-    "question": ("question", "query", "stem", "prompt", "goal", "sent2", "text"),
-    "context": ("context", "passage", "article", "ctx", "premise", "story", "sent1"),
-    "label": (
-        "label",
-        "answer",
-        "answerkey",
-        "answer_key",
-        "correct",
-        "gold",
-        "target",
-        "correct_answer",
-        "answer_idx",
-    ),
-}
 _STEMS = ("choice", "ending", "option", "candidate", "answer", "sol", "alternative", "")
 """Beginnings of numbered columns: `choice0`, `ending_1`, `optionA`; with none it is the letter alone."""
 
@@ -228,7 +212,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     found: dict[str, str] = {}
     for role in ("choices", "label", "context", "question"):
         rest = [column for column in columns if column not in found.values()]
-        column = named(role, getattr(data, role), rest, where, NAMES[role])
+        column = named(role, getattr(data, role), rest, where, CHOICE_NAMES[role])
         if column is not None:
             found[role] = column
         elif role == "choices":

@@ -11,7 +11,7 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, labels, usual
-from fulltune.tasks.columns import as_text, named, normalised, not_text, required, without_text
+from fulltune.tasks.columns import USUAL_PAIRS, as_text, named, normalised, not_text, required, without_text
 from fulltune.tasks.padding import beginning, collated
 
 if TYPE_CHECKING:
@@ -56,18 +56,6 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     if data.text_pair is not None:
         found["text_pair"] = required("text_pair", data.text_pair, rest, where)
     return found
-
-
-USUAL_PAIRS = (
-    ("premise", "hypothesis"),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("text_a", "text_b"),
-    ("text", "text_pair"),
-    ("query", "passage"),
-    ("question", "sentence"),
-)
-"""Names of two columns that are read together: those of GLUE and its like."""
 
 
 def _longest_text_column(columns: Sequence[str], sample: Sequence[Row]) -> str | None:
