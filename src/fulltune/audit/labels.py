@@ -1,9 +1,6 @@
 """Labels that are probably wrong, by linear classifiers on the untouched model (docs/data.md: how far to trust them).
 
-Each label is judged by classifiers that did not see its row; its *margin* is its probability less that of the likeliest
-other one. Rows with one label each are judged in two rounds (confident learning: Northcutt et al. 2021, arXiv
-1911.00068). Of words and of several labels errors of one kind alone are claimed, since the classifiers err in one
-direction far more than in the other: an entity that was missed, and a label too many.
+A label's *margin* is its probability, by classifiers that did not see its row, less that of the likeliest other one.
 """
 
 from __future__ import annotations
@@ -100,8 +97,7 @@ def suspected(items: Items) -> Suspected:
 def calibrated(
     margins: np.ndarray, planted: np.ndarray, sure: tuple[float, ...] = SURE
 ) -> tuple[float, float, float, float]:
-    """Where to cut, by the margins of rows and of planted errors: the margin, recall and precision below it, and the
-    estimated number of errors."""
+    """Where to cut, by the margins of rows and planted errors: margin, recall, precision, and estimated errors."""
     margins, planted = np.sort(margins), np.sort(planted)
     wrong = max(_at_least(margins, planted, share) for share in sure)
     cuts = np.linspace(float(np.quantile(planted, sure[0])), min(0.0, float(planted[-1])), 50)[::-1]
@@ -176,10 +172,7 @@ def out_of_fold(items: Items, learned: np.ndarray, seed: int, strength: float = 
 
 
 def _thinned(items: Items) -> tuple[Items, np.ndarray]:
-    """Words without most of those with the tag O, which tell little for their number, and what each logit then lacks.
-
-    That it is a constant of the class holds for logistic regressions: King & Zeng 2001, Political Analysis 9 (2).
-    """
+    """Words without most of those with the tag O, and what each logit then lacks (a constant: King & Zeng 2001)."""
     lacking, outside = np.zeros(items.num_outputs), np.flatnonzero(items.labels == 0)
     if items.kind != "tags" or len(outside) <= MOST_OUTSIDE:
         return items, lacking

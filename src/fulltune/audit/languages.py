@@ -1,10 +1,4 @@
-"""Languages of the texts of each column, and which rows are in one that hardly any other row is in.
-
-By py3langid 0.4 (extra `languages`: 139 languages, 0.2 to 0.3 ms a text); lingua 2.1 is no better at what is asked here
-and 27 times as slow. What must not happen is a false alarm: names, terms, menus and quotations look like another
-language to either. Hence two looks: `spoken` at each row, of which six bytes a column are kept, and `elsewhere` at the
-few rows in question, once it is known which languages are a column's own.
-"""
+"""Languages of the texts of each column, by py3langid 0.4, and rows in one that hardly any other row is in."""
 
 from __future__ import annotations
 
@@ -87,11 +81,7 @@ def spoken(text: str) -> Spoken | None:
 
 
 def elsewhere(text: str, main: Collection[str]) -> Spoken | None:
-    """The language of a text if it is surely none of its column's.
-
-    Each of its halves is likelier in another language (else it may be a quotation), and so are its words without a
-    capital letter (else it may be names).
-    """
+    """The language of a text if both halves and its uncapitalised words are likelier in it than in its column's."""
     words = _words(text, _SECOND_LOOK).split()
     found = _likeliest(" ".join(words), main) if words else None
     if found is None or found.language in main or found.confidence < SURE:

@@ -96,10 +96,7 @@ def stands_before(wholes: np.ndarray, train: np.ndarray) -> np.ndarray:
 
 
 def _scored_on(seen: SeenRows, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, list[int]]:
-    """Positions of train rows to a held-out row that is equal, or to those that may be as near as `NEAR`.
-
-    Rows of one group are near each other along a chain; what counts is whether they are near by themselves.
-    """
+    """Positions of train rows to a held-out row that is equal, or to those that are themselves as near as `NEAR`."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
         groups.setdefault(int(near[position]), []).append(position)

@@ -1,8 +1,4 @@
-"""What is wrong with the rows, row by row: listed with the reason and with what could be done; nothing is changed.
-
-Of each row two hashes are kept, the number of its label and of each text's language; rows that share one of them with
-others are read a second time, to be written down.
-"""
+"""What is wrong with the rows, row by row: listed with the reason and with what could be done; nothing is changed."""
 
 from __future__ import annotations
 
@@ -73,12 +69,7 @@ def by_model(summary: DataSummary) -> set[str]:
 
 
 def audit(reader: Reader, reads_rows: bool) -> Audit:
-    """Look at all rows, and write `issues.jsonl` and `audit.json` into the `data` folder; of the same rows they stay.
-
-    Args:
-        reader: Of the prepared rows.
-        reads_rows: Whether the untouched model reads them, to judge labels and to find outliers.
-    """
+    """Look at all prepared rows, once, and write `issues.jsonl` and `audit.json` into the `data` folder."""
     recipe, folder, summary = reader.recipe, reader.folder, reader.summary
     asked = by_model(summary) if reads_rows else set[str]()
     if (earlier := _earlier(folder, summary, asked)) is not None:
@@ -296,15 +287,7 @@ def list_losses(
     summary: DataSummary,
     losses: Mapping[SplitName, tuple[np.ndarray, Sequence[str | None]]],
 ) -> Audit:
-    """Write `losses.jsonl`, and put the rows of the highest loss into `issues.jsonl` and `audit.json`, without a claim.
-
-    Args:
-        recipe: The checked recipe.
-        folder: The run's `data` folder, with an audit of its rows, which share no blocks.
-        summary: Of these.
-        losses: Split to the summed loss of each example and its items, float64 [examples, 2]; and what the model
-            says, if that is a word.
-    """
+    """Write `losses.jsonl`, and add the rows of the highest loss to `issues.jsonl` and `audit.json`."""
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, packed=None)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}

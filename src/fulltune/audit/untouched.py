@@ -1,9 +1,6 @@
-"""Rows as the untouched model sees them: what that says about their labels, and which rows are unlike all others.
+"""Rows as the untouched model sees them: what that says about their labels, and which are outliers.
 
-A row's distance is the mean of 1 - cosine to its nearest train rows (Kuan and Mueller 2022, arXiv 2207.03061), as the
-mean hidden states have it. What lies beyond a fence far above the upper quartile is an outlier, and is then dropped
-from what others are compared with and from the fence, until nothing more is found: odd rows would hide each other
-otherwise. Rows with the same text count once, and are no neighbours of each other (docs/data-evidence.md).
+A row's distance is the mean of 1 - cosine to its nearest train rows, of its mean hidden states (arXiv 2207.03061).
 """
 
 from __future__ import annotations
@@ -84,11 +81,7 @@ class Reader:
         self.listener(RowsRead(name="reading rows with the untouched model", done=done, total=total, share=share))
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Mean hidden states and labels of a split's rows, or of some drawn at random; and their positions.
-
-        Raises:
-            NoProbe: When this model's states say nothing, or memory runs out.
-        """
+        """Mean hidden states, labels and positions of a split's rows, or of some drawn at random; raises NoProbe."""
         if split not in self._read:
             try:
                 self._read[split] = self._items(split)
@@ -199,9 +192,7 @@ def _outliers(reader: Reader, keys: Mapping[SplitName, np.ndarray]) -> FarRows:
 
 
 def far_out(states: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """The rows' distances to their nearest ones among those that are not far from the others, whether each is far, the
-    upper quartile of the distances of those that are not, and the fence. States have length 1, keys are all different.
-    """
+    """The rows' distances, whether each is far out, the upper quartile of those that are not, and the fence."""
     distances, neighbours = nearest(states, keys, states, keys)
     is_far = np.zeros(len(states), bool)
     for _ in range(_ROUNDS):
@@ -225,8 +216,7 @@ def nearest(
     count: int = NEIGHBOURS,
     rows_at_once: int = _ROWS_AT_ONCE,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of 1 - cosine to the nearest `count` of other rows, which are more, but for those with the same key, float64
-    [rows]; and their places among the others [rows, count], in no order."""
+    """Mean of 1 - cosine to the nearest `count` of the rows with other keys, float64 [rows]; and these rows' places."""
     distances, places = np.zeros(len(states)), np.zeros((len(states), count), np.int64)
     for start in range(0, len(states), rows_at_once):
         part = slice(start, start + rows_at_once)

@@ -1,7 +1,4 @@
-"""Common claims about full fine-tuning and its rivals, and what they come to on these data: pure functions.
-
-The claims in circulation are averages over other people's data; docs/evidence.md has what they came to on public data.
-"""
+"""Common claims about full fine-tuning and its rivals (docs/evidence.md), and what they come to on these data."""
 
 from __future__ import annotations
 

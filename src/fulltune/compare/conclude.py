@@ -116,10 +116,7 @@ def open_test_rows(context: Context, trials: Sequence[str], alpha: Left) -> tupl
 
 
 def untouched(context: Context) -> tuple[Scores, ...]:
-    """What costs no training: the untouched language model or the most frequent answer first, then other baselines.
-
-    A language model's rows are kept, so that it is compared like the other arms.
-    """
+    """What costs no training: the untouched language model or the most frequent answer first, then other baselines."""
     made, folder = context.setup(context.full.arm).plan, context.folder
     writes = FACTS[context.recipe.task].writes
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / "predictions" / "generic" / f"{BASE}.npz"

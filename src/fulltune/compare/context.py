@@ -1,7 +1,4 @@
-"""What the parts of a comparison share: recipe, rows, sizes and plans of each method, files.
-
-An *arm*, as in clinical trials, is one method with its settings; a *trial* is one run of it with a rate and a seed.
-"""
+"""What the parts of a comparison share: recipe, rows, and of each method (an *arm*) sizes, plans and files."""
 
 from __future__ import annotations
 
@@ -137,8 +134,7 @@ class Context:
         return Preserved.load(path) if path.exists() else None
 
     def is_held(self, arm: str) -> bool:
-        """Whether a budget for forgetting holds an arm's whole runs: they train generic text along and its short trials
-        do not, so that the metrics of the two say nothing about each other."""
+        """Whether a budget for forgetting holds an arm's whole runs, so that short trials say nothing of them."""
         return self._holds(self._method(arm))
 
     def _method(self, arm: str) -> Any:
@@ -187,8 +183,7 @@ class Context:
         return self._setups[arm]
 
     def _recipe_of(self, method: Any, *, searches: bool = False) -> Recipe:
-        """A run of a method, held to the budget for forgetting where there is one that it can be held to; else what it
-        has forgotten is measured once, of the finished model."""
+        """A method's recipe: held to the budget for forgetting if it can be, else its forgetting is measured once."""
         recipe = self.recipe.with_method(method)
         if self._holds(method) and not searches:
             return recipe

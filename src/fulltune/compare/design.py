@@ -104,10 +104,7 @@ def search_runs(num_rates: int) -> int:
 
 
 def runs_of(costs: Mapping[str, Cost], choice: Choice, sequential: bool) -> dict[str, int]:
-    """Whole runs of each arm: all seeds, or where the rest waits those of full, which is first, and one other arm.
-
-    Where those had rates to choose from the second best gets a whole run as well; that a third one does is rare.
-    """
+    """Whole runs of each arm: all seeds, or where the rest waits those of full (listed first) and of one other arm."""
     full, *rivals = (arm for arm in choice.arms if costs[arm].decides)
     leader = max(rivals, key=lambda arm: costs[arm].run_seconds, default=full)  # which it will be is not known
     going_on = (full, leader) if sequential and choice.seeds > 1 else choice.arms
@@ -138,11 +135,7 @@ def seconds(
 
 
 def choices(costs: Mapping[str, Cost], seeds: int, search_share: float) -> Iterator[Choice]:
-    """Designs in the order of preference, none with more seeds than the one before it.
-
-    A budget takes first the seeds beyond three, then breadth: methods that decide nothing, other rivals, the last
-    listed first. Then the third seed, and at last the rate search.
-    """
+    """Designs in the order of preference: seeds beyond three go first, then rivals, the third seed, the rate search."""
     everyone, deciding = tuple(costs), tuple(arm for arm, cost in costs.items() if cost.decides)
     good, fewest = min(seeds, GOOD_SEEDS), min(seeds, LEAST_SEEDS)
     for count in range(seeds, good - 1, -1):
@@ -167,24 +160,7 @@ def expected(
     spent_seconds: float = 0.0,
     done: Done | None = None,
 ) -> Expectation:
-    """The design, made to fit a budget with a reserve for what the forecast errs by.
-
-    Args:
-        costs: Of each trained arm, full first.
-        seeds: Runs of each arm at most.
-        search_share: Share of a run's steps in a search.
-        fixed: What comes on top of the steps.
-        test_rows: Rows that the verdict is made on.
-        margin: Differences of the metric that do not matter; None: it is no share, so that nothing usual is known.
-        budget_seconds: Most time that it may take in all.
-        sequential: Methods wait as long as the verdict does not hinge on them.
-        alpha: Chance of a wrong verdict.
-        spent_seconds: Of the budget, so far.
-        done: What is there.
-
-    Raises:
-        RecipeError: When not even two seeds of full and of one other method fit, with the budget that they need.
-    """
+    """The design of a comparison whose arms have these costs, full first, made to fit a budget less a reserve."""
 
     def takes(choice: Choice, waits: bool = sequential) -> float:
         return seconds(costs, choice, fixed, waits, done)
@@ -262,12 +238,7 @@ def round_up(time: float) -> float:
 
 
 def why_finished(known: Comparison, budget_seconds: float | None) -> str | None:
-    """Why a comparison that has a verdict does not go on with this budget; None: it does.
-
-    Args:
-        known: What it found.
-        budget_seconds: In all; None: no limit.
-    """
+    """Why a comparison that has a verdict does not go on with this budget (None: no limit); None: it does."""
     verdict, had = known.decision.verdict, known.expectation.budget_seconds or 0.0
     if verdict != "UNDECIDED":
         why = f"finished: the verdict is {verdict}; more time does not change it"

@@ -92,11 +92,7 @@ def _data_fingerprint(folder: Path) -> str:
 
 
 def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
-    """What would make the comparison that a recipe asks for unfair, as far as its rows and a budget play no part.
-
-    Args:
-        recipe: As `recipe_for` gives it.
-    """
+    """What would make a recipe's comparison unfair, as far as its rows and a budget play no part."""
     base = Base.of(recipe.model, recipe.task)
     shapes = shapes_of(base, {})
     seeds = recipe.compare.seeds or design.num_seeds(None, design.FEW_TRAIN_ROWS)

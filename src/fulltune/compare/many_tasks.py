@@ -13,15 +13,7 @@ from fulltune.text import is_share
 
 
 def many_tasks(comparisons: Mapping[str, Comparison], folders: Mapping[str, str]) -> ManyTasks:
-    """Put finished comparisons together.
-
-    Args:
-        comparisons: By the name of the task, all with the same pretrained model and confidence.
-        folders: Where each lies.
-
-    Raises:
-        RecipeError: When a budget left no method that all of them trained.
-    """
+    """Put finished comparisons of one pretrained model together, each by the name of its task."""
     rows = [{row.arm: row for row in one.rows} for one in comparisons.values()]
     full = next(row.arm for row in rows[0].values() if row.kind == "full")
     arms = [name for name, row in rows[0].items() if row.kind not in ("base", "full") and all(name in r for r in rows)]
@@ -70,11 +62,7 @@ def _way(name: str, rows: Sequence[ArmRow], base: int, behind: Estimate | None) 
 
 
 def _behind(arm: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Mean over the tasks, where all metrics are shares.
-
-    The tasks' rows and seeds are independent, so the squares of the half intervals add up.
-    The tasks' own intervals are taken, which hold for all methods together and after all looks.
-    """
+    """Mean over the tasks, where all metrics are shares; the squares of their independent half intervals add up."""
     found = [one.decision.difference(arm) for one in comparisons]
     if not all(is_share(one.metric) for one in comparisons) or not all(one.seeds_known for one in found):
         return None

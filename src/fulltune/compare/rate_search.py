@@ -1,12 +1,4 @@
-"""The search for an arm's learning rate: which rates to try, and what the trials say. Pure functions.
-
-It is a successive halving (Jamieson and Talwalkar 2016) in two rounds. First all rates of a logarithmic grid, for a
-small share of the steps with a whole schedule of its own; when the best one lies at an edge of the grid, the next rate
-beyond as well. Then, where the arm goes on to a second seed, whole runs: of the best two, the usual one among them, and
-on in the direction of the better one for as long as that is clearly better.
-
-Which rate is best is asked of few rows, and the winner among several is ahead by luck, too. So the usual rate is kept
-unless another one is ahead of it by more than a standard error (Breiman et al. 1984), by the same rule for all methods.
+"""The search for an arm's learning rate: successive halving on eval rows (docs/compare.md), as pure functions.
 
 `tried` and `whole` map rates to metrics on the same eval rows, of short trials and of whole runs; `may_extend` is false
 for a grid that the user gave.
@@ -113,10 +105,7 @@ def _why(tried: Mapping[float, float], chosen: float, scale: Scale, may_extend: 
 
 
 def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
-    """The next rate to try because the best one lies at an edge; None when it does not.
-
-    A rate at the edge that is only as good as its neighbour, by a standard error, says nothing of what lies beyond.
-    """
+    """The next rate to try because the best one is at an edge, and clearly better than its neighbour; else None."""
     if not may_extend or len(tried) < 2:
         return None
     rates = sorted(tried)
@@ -177,20 +166,7 @@ def without_time(arm: str, rate: float, may_extend: bool) -> Search:
 def next_whole(
     search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, most: int = MOST_WHOLE_RUNS
 ) -> float | None:
-    """The rate that gets the next whole run; None: no more.
-
-    First the usual rate, which another one has to beat in whole runs, too; where the search chose that one, the second
-    best of the short trials, which flatter high rates and hardly tell rates apart where steps are few (docs/log.md).
-    From then on the next rate outwards, while the best one lies at an end and is clearly better than all others. None
-    at or above a rate that diverged, and no higher one that was worse even in its short trial.
-
-    Args:
-        search: The short trials, and what was chosen by them.
-        whole: The metric of each rate that had a whole run.
-        scale: Of the metric.
-        may_extend: Rates may be tried that the recipe does not name.
-        most: Whole runs.
-    """
+    """The rate of the next whole run: the usual, the best, then outwards while clearly better; None: no more."""
     short = {one.learning_rate: one.metric for one in search.tried}
     if len(short) < 2 or search.whole or len(whole) >= most:
         return None
@@ -221,10 +197,7 @@ def _is_clear(best: float, whole: Mapping[float, float], scale: Scale) -> bool:
 
 
 def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, share: float) -> Search:
-    """The search's result after whole runs: the best rate, where it is clearly better than the usual one.
-
-    Of equal ones the lowest, which is the safer one.
-    """
+    """The search's result after whole runs: the usual rate, or the lowest of the best where that is clearly better."""
     chosen = choice(whole, scale, search.usual)
     rates = {one.learning_rate for one in search.tried} | set(whole)
     on_edge = chosen in (min(rates), max(rates)) and _is_clear(chosen, whole, scale)
@@ -237,10 +210,7 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_
 
 
 def slower(search: Search, metric: float, scale: Scale) -> float | None:
-    """The next lower rate that was tried, when a whole run ends below its own rate's short trial: it diverged.
-
-    None when it did not, or no lower rate was tried.
-    """
+    """The next lower rate that was tried, when a whole run ends below its own short trial (diverged); else None."""
     tried, lower = {one.learning_rate: one.metric for one in search.tried}, next_lower(search)
     reached = tried.get(search.chosen)
     if reached is None or lower is None:
@@ -255,10 +225,7 @@ def next_lower(search: Search) -> float | None:
 
 
 def after_divergence(search: Search) -> float | None:
-    """The rate to take after a whole run diverged: a lower one, tried or not; None: enough, or it was given.
-
-    The search itself went no further down than `MOST_EXTENSIONS` steps, and this does not either.
-    """
+    """The lower rate to take after a whole run diverged, tried or not; None: it was the last one, or the user's."""
     if not search.tried:
         return None
     lower = rounded(search.chosen / STEP)

@@ -16,10 +16,7 @@ from fulltune.text import is_share
 
 
 def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """The rate of each arm that is trained.
-
-    Full and the first rival are trained at the usual one where there is no time to search, others only with a search.
-    """
+    """The rate of each arm that is trained; without time to search, full and the first rival take the usual one."""
     methods = [one for one in context.trained_arms if one.arm in expectation.arms]
     pair = [one.arm for one in methods if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     seeds = min(design.LEAST_SEEDS, expectation.num_seeds)
@@ -50,17 +47,7 @@ def grid_trials(context: Context, method: Any, expectation: Expectation) -> list
 
 
 def search(context: Context, method: Any, expectation: Expectation, keep: float = 0.0) -> Search | None:
-    """Find an arm's learning rate on the eval rows.
-
-    Args:
-        context: The comparison.
-        method: Whose rate.
-        expectation: How long short trials are.
-        keep: Seconds that seeds need, which matter more than a search.
-
-    Returns:
-        None where there is no time for the search.
-    """
+    """Find an arm's rate on eval rows; None without time for it beside the `keep` seconds that seeds need."""
     path, seed = context.search_path(method.arm), context.recipe.train.seed
     if path.exists() and not (known := Search.load(path)).time_was_up:
         return known

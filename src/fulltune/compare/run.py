@@ -1,8 +1,6 @@
-"""A comparison on one screen.
+"""A comparison on one screen; all is kept in files as it comes, so that the same command resumes it.
 
-    data → rates (halving, on eval rows) → seeds (looks at eval rows) → test rows, once → verdict → report
-
-Everything is kept in files as it comes, so that the same command goes on where it was stopped.
+data → rates (halving, on eval rows) → seeds (looks at eval rows) → test rows, once → verdict → report
 """
 
 from __future__ import annotations
@@ -40,17 +38,7 @@ class Compared:
 
 
 def run(job: Run, command: str, budget: str | None = None) -> Compared:
-    """Compare the recipe's methods, or go on with it.
-
-    Args:
-        job: The recipe, as `recipe_for` gives it, in its run folder.
-        command: What was typed, for the record.
-        budget: Most time to take in all, over all commands, such as `30m`; None: what it had, or the
-            recipe's, else without limit. A comparison that ended undecided because its time was up goes on with more.
-
-    Raises:
-        FulltuneError: One of its kinds; the same command goes on.
-    """
+    """Compare the recipe's methods, or go on with it; `budget`: most time over all commands, such as `30m`."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
@@ -84,11 +72,7 @@ def _compare(job: Run, command: str, budget_seconds: float | None, began: float,
 
 
 def recipe_for(recipe: Recipe) -> Recipe:
-    """The recipe as a comparison uses it: with near-duplicates on one side of the split.
-
-    Raises:
-        RecipeError: When there is nothing to compare.
-    """
+    """The recipe as a comparison uses it, with near-duplicates on one side of the split; refuses one without rivals."""
     if not recipe.methods:
         raise RecipeError(
             "methods: names nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"

@@ -32,10 +32,7 @@ def most_seeds(expectation: Expectation) -> int:
 
 @dataclass
 class SeedRuns:
-    """Whole runs of a comparison's arms.
-
-    `searches` changes where whole runs showed that another rate is better; an arm for which there is no time leaves it.
-    """
+    """Whole runs of a comparison's arms; `searches` follows the rates, and loses an arm for which there is no time."""
 
     context: Context
     searches: dict[str, Search]
@@ -73,11 +70,7 @@ class SeedRuns:
         return self
 
     def best_rate(self, arm: str) -> TrialResult:
-        """One seed of one arm, at the best rate that whole runs show; its model is kept as `models/<arm>`.
-
-        Raises:
-            Diverged: At the lowest rate that was left to try as well.
-        """
+        """One seed of one arm, at the best rate that whole runs show; its model is kept as `models/<arm>`."""
         self.results[arm] = []
         while (result := self.first(self._next_trial(arm))).problems:
             self._after_divergence(result)
@@ -128,10 +121,7 @@ class SeedRuns:
         return timing.to_come(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _no_time(self) -> str | None:
-        """A method that has no run yet and for which there is no time beside two seeds of full and of one rival.
-
-        Full and the first rival of the recipe always get a run: without them there is nothing to compare.
-        """
+        """A method without a run for which there is no time beside two seeds of full and of the first rival."""
         context = self.context
         pair = (context.full.arm, next(arm for arm in self.results if self._kind(arm) in RIVALS))
         keep = self._keep(min(design.LEAST_SEEDS, context.recipe.compare.seeds or design.LEAST_SEEDS))
@@ -168,10 +158,7 @@ class SeedRuns:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.arm])
 
     def _before_full(self) -> dict[str, int]:
-        """FULL says that full beats all: before it may come to that, the rates of all are chosen as full's was.
-
-        Methods that waited get whole runs at other rates; one that is better by that than the leader is to catch up.
-        """
+        """Before full is said to win: choose all rivals' rates as full's was, and name one that is now to catch up."""
         context, scale = self.context, scale_of(self.context)
         kinds = ("full", *RIVALS)
         decisive = {arm: found for arm, found in self.results.items() if self._kind(arm) in kinds}
@@ -204,11 +191,7 @@ class SeedRuns:
             trial = trial.model_copy(update={"learning_rate": lower})
 
     def _after_divergence(self, result: TrialResult) -> None:
-        """Choose a lower rate for all seeds of an arm after one of its runs diverged.
-
-        Raises:
-            Diverged: Nothing lower is left to try, or the rate was given.
-        """
+        """Choose a lower rate for all seeds of an arm after one diverged; Diverged where nothing lower is left."""
         context, trial, search = self.context, result.trial, self.searches[result.trial.arm]
         lower = rate_search.after_divergence(search)
         if lower is None:
@@ -229,17 +212,7 @@ class SeedRuns:
         search.save(self.context.search_path(trial.arm))
 
     def check_rate(self, arm: str, keep: float = 0.0) -> bool:
-        """Put the best of whole runs at other rates in the place of an arm's first one.
-
-        `searches` changes in memory only: when the comparison goes on later, the same is found again from all of them.
-
-        Args:
-            arm: With at least one run.
-            keep: Seconds that other rates must leave.
-
-        Returns:
-            Whether it is another one.
-        """
+        """Take the best of whole runs at other rates for an arm, leaving `keep` seconds; whether it is another rate."""
         context, search, first = self.context, self.searches[arm], self.results[arm][0]
         runs = {search.chosen: first}
         while (check := self._next_check(arm, *runs.values())) is not None:

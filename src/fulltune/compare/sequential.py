@@ -1,13 +1,6 @@
-"""After each seed: which methods need another one, and is the answer clear? A pure function of the development rows.
+"""After each seed: which methods need another one, and is the answer clear? By the development rows.
 
-All methods get one seed. Then the verdict hinges on full fine-tuning and on the best of the others, the *leader*: if it
-wins or is equal, that is the answer whatever the rest does. So only these two go on (a design that picks the winner,
-Thall, Simon and Ellenberg 1988), and the rest waits; when full beats the leader clearly, those that one seed does not
-clearly beat as well catch up, because FULL says that it beats all.
-
-Looking several times gives several chances to be wrong, so each look may spend a part of alpha: late ones most, the
-first one nothing. docs/statistics.md has the formula. The final test counts all methods (Holm), which makes up for
-picking the leader as far as `bench/false_verdicts.py --rivals 3` can tell.
+Formulas and sources: docs/statistics.md. Full and the best of the others, the *leader*, go on; the rest waits.
 """
 
 from __future__ import annotations
@@ -49,17 +42,7 @@ the verdict after more time: the sealed rows may be opened again and again, and 
 
 
 def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
-    """Part of alpha that the look after so many seeds may spend; over 1 to `max_seeds` they sum up to alpha.
-
-    With a power of 3 and a part for the first look, too, 78.5 % of planted differences were found with the predictions
-    of real models, 3 seeds each; so it is 91 % (docs/log.md).
-
-    Args:
-        num_seeds: Of full fine-tuning and the leader.
-        max_seeds: Planned.
-        alpha: Of the whole comparison.
-        again: It is a second look, because others have caught up.
-    """
+    """The part of alpha that the look after so many seeds may spend; up to `max_seeds` the parts sum to alpha."""
     if not 1 <= num_seeds <= max_seeds:
         raise ValueError(f"look {num_seeds} of {max_seeds}")
     looks = max(1, max_seeds - 1)  # after one seed nothing is decided
@@ -79,17 +62,7 @@ class Left:
 
 
 def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> Left:
-    """What the test on the sealed rows may spend, and what remains after it.
-
-    The look that ended it says what may be spent; where nothing was looked at, all of it. Where the time was up, or
-    was too short for some methods, a part of what the looks before did not spend, so that something remains. What
-    those looks may have spent is gone, whatever came of them.
-
-    Args:
-        looks: Of this command.
-        alpha: Of this command: of the whole comparison, or what an earlier verdict left.
-        time_was_up: More time would add something.
-    """
+    """What of alpha the test on the sealed rows may spend after these looks, and what remains after it."""
     of_seeds: dict[int, float] = {}
     for one in looks:
         of_seeds.setdefault(one.num_seeds, one.spent)  # a second look after the same seeds takes no more than the first
@@ -154,20 +127,7 @@ def look(
     test_rows: int | None = None,
     samples: int = SAMPLES,
 ) -> Look:
-    """Decide about each arm after another seed.
-
-    Args:
-        arms: What each arm's trials kept of the development rows. Exactly one is `full`; it and the leader have the
-            most trials.
-        measure: The metric.
-        margin: See the recipe.
-        max_seeds: Planned for each arm.
-        again: With so many seeds of full it was looked before; since then others have caught up.
-        alpha: Chance of a wrong verdict over all looks.
-        clusters: Of the development rows.
-        test_rows: Sealed rows; by default as many as there are development rows.
-        samples: Draws of the rows.
-    """
+    """Decide about each arm after another seed; `again`: a second look with as many seeds of full."""
     (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
     counts = [len(arm.trials) for arm in arms]
     now = counts[full]
@@ -232,11 +192,7 @@ def _asked(
 
 
 def _chances(gap: Uncertain, margin: float, level: float, rows_factor: float, seeds: tuple[int, int]) -> Chances:
-    """Chances that the sealed rows give a clear answer with so many seeds of full and the arm, from what is seen now.
-
-    The trained models are the same, so what differs on the sealed rows is the rows' part; with further seeds the
-    seeds' part as well.
-    """
+    """Chances, from what is seen now, that the sealed rows give a clear answer with so many seeds of both."""
     now = Precision.of(gap)
     then = now.with_seeds(seeds).with_rows(rows_factor)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))

@@ -24,13 +24,7 @@ _SAMPLES = 2000
 
 
 def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[ArmRow, ...]:
-    """A row for each arm, the untouched model first.
-
-    Args:
-        ran: The whole runs.
-        decision: What the test rows said.
-        baselines: What costs no training; the first stands for the untouched model where that has no score.
-    """
+    """A row for each arm, the untouched model (or the first of the baselines) first."""
     context, scores, waited = ran.context, {one.arm: one for one in decision.scores}, waiting(ran.looks)
     num_parameters = context.setup(context.full.arm).plan.num_parameters
     base = _base(context, scores.get(BASE), baselines)

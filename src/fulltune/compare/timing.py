@@ -67,8 +67,7 @@ def _settled(context: Context) -> Expectation:
 
 
 def _measure(context: Context, share: float) -> None:
-    """Before a budget is planned for: a short trial of full, because arithmetic alone errs too much; most often the
-    search begins with the same one."""
+    """Measure a short trial of full before a budget is planned for, because arithmetic alone errs too much."""
     full = context.full
     trial = rate_search.search_trial(full.arm, usual(context, full), share, context.recipe.train.seed)
     context.say(f"measuring the speed here before the budget is planned: {trial.share:.0%} of a run of {trial.arm}")
@@ -76,11 +75,7 @@ def _measure(context: Context, share: float) -> None:
 
 
 def _done(context: Context, costs: Mapping[str, design.Cost]) -> design.Done:
-    """What an earlier command left.
-
-    Whole runs count that are not made again: at the rate that the search chose, and at those checked beside it. An
-    earlier search may have chosen another one.
-    """
+    """What an earlier command left: its short trials, and the whole runs that are not made again."""
     searches = {arm: Search.load(context.search_path(arm)) for arm in costs if context.search_path(arm).exists()}
     runs = dict.fromkeys(searches, 0)
     kept = [one.trial for one in context.kept_results() if one.trial.arm in searches and not one.trial.searches]
@@ -207,14 +202,7 @@ def _seconds(context: Context, trials: Sequence[Trial]) -> float:
 
 
 def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:
-    """Whether these trials, as far as they are not there, what must follow, and the verdict fit into the time left, but
-    for a reserve.
-
-    Args:
-        context: With its budget.
-        trials: That would be trained now.
-        keep: Seconds, as forecast, of what matters more.
-    """
+    """Whether trials that are not there yet, `keep` seconds, and the verdict fit into the time left less a reserve."""
     asked = [] if context.budget_seconds is None else [one for one in trials if not is_done(context, one)]
     if not asked:
         return True
@@ -223,13 +211,7 @@ def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bo
 
 
 def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Seconds, as forecast, until full and one rival have so many seeds; the dearest rival is reckoned with.
-
-    Args:
-        context: Knows the costs.
-        counts: Seeds that each arm has; arms without a run need not be named.
-        seeds: Of both.
-    """
+    """Seconds, as forecast, until full and the dearest rival have so many seeds, of which `counts` are there."""
     costs = {arm: cost for arm, cost in costs_of(context).items() if cost.decides and arm in counts}
     full, *rivals = costs
     start = fixed_of(context).start

@@ -1,7 +1,4 @@
-"""Trials: whole runs of one recipe with changes, one after the other; the same command resumes them.
-
-Those of a search among settings and of a cleaning have a run folder each; those of a comparison share one.
-"""
+"""Trials: whole runs of one recipe with changes, one after the other; the same command resumes them."""
 
 from __future__ import annotations
 
@@ -43,10 +40,7 @@ def trial_of(job: Run, recipe: Recipe, folder: Path, data: Path | None = None) -
 
 @dataclass
 class Clock:
-    """Seconds that all commands spent on trials, part by part, in a file.
-
-    Of a command that was killed what it spent on its last part is missing.
-    """
+    """Seconds that all commands spent on trials, part by part, in a file; a killed command's last part is missing."""
 
     path: Path
     began: float = field(default_factory=time.monotonic)

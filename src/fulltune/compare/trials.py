@@ -28,11 +28,7 @@ def is_done(context: Context, trial: Trial) -> bool:
 
 
 def run_trial(context: Context, trial: Trial) -> TrialResult:
-    """The result of a trial, which is trained if it is not there; that it diverged is a result, too.
-
-    Of a whole run the model stays, and what it gives for eval and test rows is kept, the test rows' part sealed. A
-    short trial is only scored.
-    """
+    """A trial's result, trained if it is not there; a whole run keeps its model and outputs, those of test sealed."""
     path = context.result_path(trial.name)
     if is_done(context, trial):
         result = TrialResult.load(path)
@@ -56,11 +52,7 @@ def run_trial(context: Context, trial: Trial) -> TrialResult:
 
 
 def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
-    """Train one trial through the train stage, under its guards.
-
-    Raises:
-        Diverged: It did.
-    """
+    """Train one trial through the train stage, under its guards; raises Diverged."""
     recipe = context.trial_recipe(trial)
     made = context.trial_plan(trial, recipe)
     run_folder.save_plan_alone(context.folder, recipe, made)

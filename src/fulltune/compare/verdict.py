@@ -57,17 +57,7 @@ def decide(
     alpha: float | None = None,
     samples: int = SAMPLES,
 ) -> Decision:
-    """Compare full fine-tuning with every other arm.
-
-    Args:
-        arms: Exactly one of the kind `full`, and at least one other.
-        measure: The metric.
-        margin: Differences below it do not matter, in units of the metric.
-        clusters: Number of each row's cluster; rows of one are resampled together.
-        confidence: Of the intervals that stand alone.
-        alpha: Chance of a wrong verdict; left out, 1 - confidence. After a sequential rule, what its last look spends.
-        samples: Draws of the rows.
-    """
+    """Compare full fine-tuning with every other arm; rows of one cluster are resampled together."""
     alpha = 1 - confidence if alpha is None else alpha
     (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
     drawn = draw(measure, [arm.trials for arm in arms], clusters, samples)
@@ -103,12 +93,7 @@ def decide(
 
 
 def of_learned(decision: Decision, untouched: Mapping[str, Sequence[int]]) -> Decision:
-    """The verdict where a budget for forgetting left runs nothing but the untouched model: that is no method to take.
-
-    Args:
-        decision: What the test rows said of what was kept.
-        untouched: Seeds of each method of which it did.
-    """
+    """The verdict where a budget for forgetting left some methods (their seeds) nothing but the untouched model."""
     if not untouched:
         return decision
     notes = tuple(

@@ -1,9 +1,4 @@
-"""Run folder to report: `report.md`, `report.html` and the model card, of a comparison `card.md` and `card.html`; made
-from the files in the folder alone.
-
-`format` knows how a page is written, `run` and `comparison` what stands on it. Light: matplotlib, PyYAML and
-huggingface_hub are imported when they are needed.
-"""
+"""The reports of a run and of a comparison, and the model card, made from the files in the folder alone."""
 
 from __future__ import annotations
 
@@ -40,19 +35,7 @@ RECORD, PROOF = "compare/comparison.json", "proof.json"
 
 
 def write(folder: Path) -> Path:
-    """Write `report.md` and `report.html` into a run folder.
-
-    The run may have ended anywhere: what is missing is named in the report, with the reason.
-
-    Returns:
-        The path of `report.html`.
-
-    Raises:
-        SetupError: If the folder does not exist or is not a run folder.
-
-    Example:
-        >>> write(Path("runs/banking77-2026-11-24-1530"))  # doctest: +SKIP
-    """
+    """Write `report.md` and `report.html` into a run folder, however the run ended; the path of `report.html`."""
     folder = Path(folder)
     report = build(read_run(folder))
     write_harmless(folder / "report.md", markdown(report), private=True)
@@ -67,12 +50,7 @@ def in_short(folder: Path) -> list[Headline | Section | Block]:
 
 
 def write_comparison(folder: Path) -> tuple[Path, ...]:
-    """Write `card.md`, `card.html`, `card.png` (where there is something to plot) and `proof.json` into the folder of a
-    finished comparison, or beside the JSON of one; returns what was written.
-
-    Raises:
-        SetupError: If there is no comparison, or it cannot be read.
-    """
+    """Write the pages, plot and `proof.json` of a finished comparison (folder or JSON file); the paths written."""
     source = _comparison_in(Path(folder))
     comparison = Comparison.load(source)
     target = Path(folder) if Path(folder).is_dir() else source.parent
@@ -101,11 +79,7 @@ def _comparison_in(folder: Path) -> Path:
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
-    """Write `README.md` beside the trained weights; `scores` are the trial's where they lie in no file of their own.
-
-    Raises:
-        SetupError: If `folder` does not exist or is not a run folder.
-    """
+    """Write the model card beside the trained weights; `scores`: the trial's, where no file of its own has them."""
     view = read_run(Path(folder))
     if scores:
         view = replace(view, scores=(*(row for row in view.scores if row.kind != "trained"), scores))

@@ -17,15 +17,7 @@ FOLDER, RECORD = "search", "search.json"
 
 
 def move_into_run(job: Run, found: Searched) -> None:
-    """Move the run that a search chose into the run folder, as if it had been trained there.
-
-    What was moved before is left alone, so that it can be called again after it was killed on its way. The plan comes
-    last: until then the run folder has that of the usual settings.
-
-    Args:
-        job: The recipe in its run folder.
-        found: What the search chose.
-    """
+    """Move the run that a search chose into the run folder, the plan last, so that a killed move goes on."""
     run, trial, arm = job.folder, job.folder / found.place, job.recipe.method.arm
     planned = Plan.load(job.plan_path)
     (run / "attempts").mkdir(exist_ok=True)

@@ -1,8 +1,4 @@
-"""The search for a run's learning rate: that of a comparison, for one method and one seed.
-
-Short trials at three rates and beyond, upwards until one is too high; whole runs of the best, the usual rate among
-them, which is kept unless another one is ahead by more than a standard error on the eval rows.
-"""
+"""The search for a run's learning rate: that of a comparison, for one method and one seed."""
 
 from __future__ import annotations
 
@@ -36,17 +32,7 @@ _NO_TEXTS: tuple[list[str], str] = ([], "")
 
 
 def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
-    """Find the rate.
-
-    Args:
-        job: The recipe in its run folder.
-        summary: Of its prepared rows.
-        planned: The plan at the usual rate.
-
-    Raises:
-        RecipeError: When the budget is too short for a search, or the loss is one from Python.
-        FulltuneError: Of a trial.
-    """
+    """Find the learning rate of a run on its eval rows, within the recipe's budget."""
     if job.hooks.compute_loss is not None:
         raise RecipeError(
             "method.learning_rate: search trains in processes of its own, which a loss from Python cannot reach; name "
@@ -109,11 +95,7 @@ def in_words(job: Run, planned: Plan) -> str:
 
 
 def expected(context: Context) -> Expectation:
-    """What the search will cost; said before it starts.
-
-    Raises:
-        RecipeError: When the budget holds less than two short trials and a whole run.
-    """
+    """What the search will cost, said before it starts; refuses a budget below two short trials and a whole run."""
     arm, block = context.full.arm, context.recipe.compare
     steps = context.setup(arm).plan.total_steps
     share = rate_search.share_of_steps(block.search_share, steps)

@@ -1,9 +1,6 @@
-"""A run whose settings are searched, on one screen.
+"""A run whose settings are searched on eval rows, on one screen; the same command resumes it.
 
-    plan → search, in a folder of its own → the best run takes the place of the run's training → evaluate → report
-
-The test rows decide nothing: every choice is made on the eval rows, and the report says what it bought on test rows.
-Everything is kept in files as it comes, so that the same command goes on where it was stopped.
+plan → search, in a folder of its own → the best run takes the place of the run's training → evaluate → report
 """
 
 from __future__ import annotations
@@ -23,16 +20,7 @@ from fulltune.system.run_folder import Reached
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
-    """The line of a run, with a search before its training where the recipe asks for one.
-
-    Args:
-        job: As for `pipeline.run`, like the others.
-        until: The last stage to do; nothing is searched before the training.
-        measure: Try the plan's settings on this machine; a search plans each of its runs anew.
-
-    Raises:
-        FulltuneError: One of its kinds; the same command goes on.
-    """
+    """The line of a run up to stage `until`, with a search before its training where the recipe asks for one."""
     if not job.recipe.is_searched:
         return pipeline.run(job, until, measure)
     if measure or (job.folder / "plan" / "measured.json").exists():

@@ -1,9 +1,4 @@
-"""The search among settings that the recipe lists: whole runs, each in a run folder of its own.
-
-Where the values make few combinations each is tried, else Optuna draws them (TPE, Bergstra et al. 2011). The recipe's
-own settings get a run, too, and are kept unless others are ahead by more than a standard error on the eval rows. Of the
-runs so far only the best one's weights stay on the disk.
-"""
+"""The search among the settings that the recipe lists: all combinations where few, else drawn by Optuna (TPE)."""
 
 from __future__ import annotations
 
@@ -99,18 +94,7 @@ class _Trials:
 
 
 def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
-    """Find the best settings.
-
-    Args:
-        job: The recipe in its run folder.
-        summary: Of its prepared rows.
-        planned: The plan with the recipe's own settings.
-
-    Raises:
-        SetupError: When Optuna is needed and missing.
-        RecipeError: When the budget is too short for two runs.
-        GuardStop: When every run failed.
-    """
+    """Find the best settings in whole runs; the recipe's own are kept unless clearly beaten on eval rows."""
     block, trials = job.recipe.search, _Trials(job, summary)
 
     def say(text: str) -> None:
@@ -163,11 +147,7 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
 
 
 def _searched(trials: _Trials, found: Sequence[TriedSettings], planned: Plan, scale: Scale) -> Searched:
-    """The record of these runs; the first had the recipe's own settings.
-
-    Raises:
-        GuardStop: When every run failed.
-    """
+    """The record of these runs, the first with the recipe's own settings; GuardStop when every run failed."""
     block = trials.job.recipe.search
     best = choice(found, scale)
     if math.isnan(best.metric):

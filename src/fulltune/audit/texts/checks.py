@@ -71,11 +71,7 @@ def found_by(text: str, checks: Collection[TextCheck]) -> list[TextCheck]:
 
 
 def flaws(text: str, checks: Collection[TextCheck] = OF_TEXTS) -> list[Flaw]:
-    """What is wrong with a text, one entry a check: as it may be shown, in its reason and in what is proposed.
-
-    Raises:
-        SetupError: When a check's package is missing; `missing` tells beforehand.
-    """
+    """What is wrong with a text, one entry a check: as it may be shown, in its reason and in what is proposed."""
     found = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
     masked = masked_text(text) if found else text
     # Where nothing is masked nothing is private, nor in what a repair gives: `masked_text` has looked behind each.

@@ -54,11 +54,7 @@ _TIMES = 5
 
 
 def repetition(text: str) -> Flaw | None:
-    """One character, word or phrase at least five times in a row, over half of the text or more than 100 words of it;
-    or a text of eight words or more twice.
-
-    Lines of dashes, tables and numbers are layout: letters alone count.
-    """
+    """A character, word or phrase repeated over most of the text or 100 words, or a text twice; letters alone count."""
     return _same_character(text) or _same_words(text)
 
 

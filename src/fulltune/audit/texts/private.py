@@ -1,9 +1,4 @@
-"""What is private in a text: passwords, keys and tokens of services, e-mail addresses, accounts, cards, phone numbers.
-
-Secrets have the formats that their issuers published, in a short table kept by hand: detect-secrets 1.5 reports any
-word of a single line, knows fewer of the present tokens, and gives no places. Nothing is asked over the network. Names
-and street addresses are not looked for: that takes a model, and its mistakes.
-"""
+"""Private data in a text: passwords, keys and tokens of services, e-mail addresses, accounts, cards, phone numbers."""
 
 from __future__ import annotations
 

@@ -46,12 +46,7 @@ _MOST_ROWS = 8
 
 
 class Display:
-    """Listens to a run's events.
-
-    Args:
-        console: Where to write; a terminal gets a live line.
-        details: Also print tables (data, checks, plan).
-    """
+    """Shows a run's events on a console, with a live line in a terminal; `details`: with tables of data and plan."""
 
     def __init__(self, console: Console, details: bool = True) -> None:
         self.console = console

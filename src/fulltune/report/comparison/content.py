@@ -93,11 +93,7 @@ def _headline(comparison: Comparison) -> Headline:
 
 
 def _near_without_training(comparison: Comparison) -> str:
-    """The strongest baseline, where the recommended method (else the best) is not above it by more than its interval.
-
-    It says what both have and claims nothing of their difference, whose interval over seeds and clusters of rows is not
-    known: a baseline is kept with resamples of single rows only.
-    """
+    """The strongest baseline, where the recommended method (else the best) is not clearly above it."""
     known = [one for one in comparison.baselines if comparison.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
     if not known or not trained:

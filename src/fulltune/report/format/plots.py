@@ -1,8 +1,4 @@
-"""The plots: drawn by matplotlib, as SVG for the page and as PNG for a comparison.
-
-matplotlib is imported when the first plot is drawn. An SVG names colours by the variables of `report.css`, so it
-follows the page into dark mode; its text stays text, in the page's font.
-"""
+"""The plots: drawn by matplotlib, as SVG in the colours of `report.css`, and as PNG for a comparison."""
 
 from __future__ import annotations
 

@@ -137,8 +137,7 @@ def _likelier(rise: float) -> str:
 
 
 def held_back(found: Preserved | None) -> tuple[str, str]:
-    """What a budget for forgetting has kept a model from, and what helps; empty where it kept most of what was
-    learned."""
+    """What a budget for forgetting has kept a model from, and what helps; empty where most of the learned was kept."""
     if found is None:
         return "", ""
     if (limit := limit_for_most(found)) is not None:

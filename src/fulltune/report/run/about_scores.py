@@ -182,10 +182,7 @@ def answers(view: RunView) -> Section | None:
 
 
 def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Exchange, ...]:
-    """Put the answers of two models to the same row side by side.
-
-    Rows are paired by their text; the same text twice is paired in order.
-    """
+    """Pair two models' answers to the same row by the row's text; the same text twice is paired in order."""
     waiting: dict[str, deque[Answer]] = defaultdict(deque)
     for answer in before:
         waiting[answer.text].append(answer)

@@ -1,11 +1,4 @@
-"""Did the run fit its train rows too well, too little, or as it should? A pure function of its curves.
-
-A run *got worse* when no evaluation is as good as the one before step 1, or when from some point on neither loss falls.
-An *over-fitted* run goes on learning its train rows while it gets worse on rows that it does not see: from some
-evaluation on the train loss falls and the eval loss rises, or the metric gets worse by more than chance explains. An
-*under-fitted* one knows its train rows no better than the others and was still getting better when it ended.
-`bench/planted_fits.py` measures how often this is right.
-"""
+"""Whether a run over-fitted, under-fitted or got worse, by its curves (`bench/planted_fits.py` checks the rules)."""
 
 from __future__ import annotations
 
@@ -87,11 +80,7 @@ class Fitting:
 
 
 def fitting(curves: Curves) -> Fitting:
-    """What the curves say about over- and under-fitting, in words.
-
-    `over-confident` is an over-fitted run whose answers are not known to be worse: its eval loss rises because wrong
-    answers are given with more certainty. Whether as many are right as before is said, or that these rows cannot tell.
-    """
+    """What the curves say about over- and under-fitting, in words; over-confident: only the eval loss rises."""
     if worse := _worse_than_before(curves):
         return Fitting("got worse", 0, (worse, _LOWER))
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
@@ -225,8 +214,7 @@ def _not_known_worse(curves: Curves) -> str:
 
 
 def _unfinished(evaluations: Sequence[Point], trained: dict[int, float]) -> str:
-    """That the run could have gone on, in words: the train rows are known no better than the others, and it was still
-    getting better, or had hardly begun; empty: it is not so."""
+    """That an under-fitted run was still getting better, or had hardly begun, in words; empty where it was not so."""
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
     if last > min(value for _, value in evaluations) or half <= 0 or trained[end] <= NO_GAP * last:
         return ""

@@ -62,10 +62,7 @@ def _loading(view: RunView, plan: Plan | None, model_folder: Path) -> list[Block
 
 
 def _base_model(view: RunView) -> str | None:
-    """The Hub id of the model that was trained; None for a folder, a file or a package.
-
-    Only the plan is asked: there a relative folder has become an absolute path, so that it cannot pass for a Hub id.
-    """
+    """The trained model's Hub id, from the plan (where folders are absolute paths); None where it has none."""
     names = (
         setting.value for plan in view.plans for setting in plan.settings if setting.name in ("model", "model.name")
     )

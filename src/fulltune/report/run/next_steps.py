@@ -130,10 +130,7 @@ def _one_label(confusion: Confusion) -> tuple[str, bool]:
 
 
 def next_steps(run: RunFacts) -> tuple[str, ...]:
-    """What to change, each with what speaks for it and the setting; empty where the model is better as it is.
-
-    Changes are named alone: made together, nobody knows which one helped.
-    """
+    """What to change, each alone with what speaks for it and the setting; empty where the model is better as it is."""
     if run.verdict not in ("worse", "unresolved"):
         return ()
     if run.is_faultless:
@@ -193,8 +190,7 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
 
 
 def _reasons_to_go_on(run: RunFacts) -> list[str]:
-    """What speaks for a longer run; one that was stopped early would be stopped there again, and one that was better
-    before its end would get worse."""
+    """What speaks for a longer run; nothing where it stopped early or was better before its end."""
     if run.steps < run.total_steps or _was_better(run):
         return []
     reasons = []
@@ -213,8 +209,7 @@ def _reasons_to_go_on(run: RunFacts) -> list[str]:
 
 
 def _loss_grew(loss: Sequence[Point]) -> tuple[str, bool]:
-    """That the train loss ended far above where it began, empty where it did not; and whether no reading of the first
-    quarter reaches the last one's median, so that it is not the batches' noise."""
+    """That the train loss ended far above where it began, else empty; and whether it is more than noise."""
     values = [value for _, value in loss]
     size = len(values) // 4
     if size < _LEAST_READINGS or not all(map(math.isfinite, values)):

@@ -1,8 +1,4 @@
-"""One frozen view of a run folder: every file that the report needs, and what is missing, with the reason.
-
-A run can end at any stage, so each file may be absent, and a killed process may leave half a line. Both are facts to
-report, not errors.
-"""
+"""One frozen view of a run folder: every file that the report needs, and what is missing, with the reason."""
 
 from __future__ import annotations
 
@@ -66,13 +62,7 @@ _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 
 
 def merge(attempts: Sequence[tuple[int | None, Sequence[Event]]]) -> History:
-    """Join the attempts of one trial into one curve.
-
-    A later attempt starts from a checkpoint (or anew), so whatever an earlier one did from that step on was thrown
-    away: those points are not part of the model's history and are dropped.
-
-    Of each attempt are given the steps that were done where it began (None: told by its first line) and its events.
-    """
+    """Join a trial's attempts (steps done at its start, events) into one curve, without what a later attempt redid."""
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts: list[int] = []
@@ -217,19 +207,12 @@ class RunView:
 
 
 def headline_row(scores: Sequence[Scores]) -> Scores | None:
-    """The trained row that the headline is about: the first trial by name.
-
-    Choosing the best one on the test rows would make the headline better than the truth.
-    """
+    """The trained row of the headline: the first trial by name, since the best by its test score would be flattered."""
     return min((row for row in scores if row.kind == "trained"), key=lambda row: row.name, default=None)
 
 
 def read_run(folder: Path) -> RunView:
-    """Read a run folder, any of whose files may be missing.
-
-    Raises:
-        SetupError: If there is no such folder, or nothing in it comes from a run.
-    """
+    """Read a run folder, any of whose files may be missing; SetupError where nothing in it comes from a run."""
     folder = Path(folder)
     if not folder.is_dir():
         raise SetupError(f"{folder}: no such run folder")

@@ -41,11 +41,7 @@ def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better
 
 
 def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
-    """Compare the trained model with the best row that needed no training: `better` or `worse` only when the interval
-    of the difference on the same rows excludes 0.
-
-    Whether two intervals overlap says little: both models are asked the same rows, easy and hard ones alike.
-    """
+    """Compare the trained model with the best row without training: better or worse only if the interval excludes 0."""
     row = headline_row(scores)
     if row is None:
         return _headline(
@@ -90,8 +86,7 @@ def _headline(kind: str, sentence: str, note: str = "") -> Headline:
 
 
 def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
-    """That generated answers are worse than without training, or all empty, in a sentence; empty: they are not, or
-    there are none."""
+    """That generated answers are worse than without training, or all empty, in a sentence; empty where they are not."""
     name = next((name for name in OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = strongest_untrained(scores, name, greater_is_better=True)
     if bar is None:
