@@ -1,8 +1,4 @@
-"""Checkpoints that can be trusted: checksums are written last, and only a checkpoint that matches them counts.
-
-Which one is the best is transformers' choice at each evaluation (`best_global_step` of the Trainer's state); after
-training `worker/best.py` puts its weights back.
-"""
+"""Checkpoints that can be trusted: checksums are written last, and only a checkpoint that matches them counts."""
 
 from __future__ import annotations
 
@@ -75,7 +71,7 @@ def last_saved(folder: Path) -> int:
 
 def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
     """Delete all but the newest `limit` whole checkpoints, the best one, and what was the best one when those were
-    saved: a run that goes back has it for its best one again. That is one checkpoint besides the `limit` at most."""
+    saved, to which a run that goes back returns."""
     found = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
     best_steps = {best_step, *map(_best_step, found[-limit:])}
     for checkpoint in found[:-limit]:
@@ -113,14 +109,8 @@ def save_trained(model: Any, checkpoint: Path) -> None:
 
 
 def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> None:
-    """Put a checkpoint's weights into the model; with `trained_only` they are those that `save_trained` wrote.
-
-    transformers 5.24 saves some models' tensors under other names than it trains them (ViT's among them), and the
-    Trainer's own loading then leaves the model as it is with a warning. Its `from_pretrained` knows the names.
-
-    Raises:
-        SetupError: When the tensors are not those of the model.
-    """
+    """Put a checkpoint's weights into the model by `from_pretrained`, which knows the names that transformers 5.24
+    saves some tensors under; with `trained_only` those that `save_trained` wrote."""
     if shared_state.is_in(checkpoint):
         shared_state.load_weights(model, checkpoint, trained_only)
         return
@@ -135,11 +125,7 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
 
 
 def loaded(model: Any, checkpoint: Path, dtype: Any) -> Any:
-    """A checkpoint's model, shared out as this one is.
-
-    Raises:
-        SetupError: When the tensors are not those of the model.
-    """
+    """A checkpoint's model, sharded as this one is; SetupError when its tensors are not those of the model."""
     import torch
 
     keywords = {"config": model.config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}

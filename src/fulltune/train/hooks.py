@@ -57,11 +57,7 @@ class Hooks:
         return "" if not given else hashlib.sha256(_described(given).encode()).hexdigest()[:16]
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse pairs of which one would be ignored.
-
-        Raises:
-            RecipeError: Naming each such pair.
-        """
+        """Refuse pairs of the user's functions and settings of which one would be ignored."""
         train, own = recipe.train, self.compute_loss is not None
         answers = not FACTS[recipe.task].writes or recipe.evaluate.generate_rows
         pairs = {
@@ -83,11 +79,7 @@ class Hooks:
             raise RecipeError(problems)
 
     def check_data(self, summary: DataSummary) -> None:
-        """Refuse what only the data show to be of no use.
-
-        Raises:
-            RecipeError: Naming it.
-        """
+        """Refuse `metrics` where the data turn out to be raw text, which has no answers."""
         if self.metrics is not None and summary.form.is_raw_text:
             raise RecipeError("metrics compares answers, and raw text has none; remove it, or give prompts and answers")
 

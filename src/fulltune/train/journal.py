@@ -46,8 +46,8 @@ def heartbeat_of(folder: Path, rank: int) -> Path:
 
 
 def oldest_sign(folder: Path, num_processes: int) -> tuple[int, int] | None:
-    """Of an attempt's processes the one that others wait for: its rank, and the steps that it had done. None: one
-    process, or not all have given a sign of life."""
+    """The rank of the process that others wait for, and the steps it had done; None with one process, or while some
+    have given no sign of life."""
     files = [heartbeat_of(folder, rank) for rank in range(num_processes)]
     if num_processes == 1 or not all(file.exists() for file in files):
         return None
@@ -57,15 +57,8 @@ def oldest_sign(folder: Path, num_processes: int) -> tuple[int, int] | None:
 
 
 class Journal:
-    """Things that happen rarely, one JSON line each: `journal.jsonl`.
-
-    Args:
-        path: The file; None in all processes but the first, which write nothing into it.
-        heartbeat: The file of this process's signs of life; None: nobody waits for them.
-
-    Attributes:
-        phase: What the attempt is doing now; running out of memory is answered by where it happened.
-    """
+    """Things that happen rarely, one JSON line each in `journal.jsonl`, with the phase an attempt is in and its signs
+    of life; without a path nothing is written."""
 
     def __init__(self, path: Path | None, heartbeat: Path | None = None) -> None:
         self.path = path

@@ -16,10 +16,9 @@ SCORING = "scoring the eval rows before step 1"
 
 
 def run_seconds(folder: Path, trial: str) -> float:
-    """Seconds from the first import of its process to the saved model, without the probe and the checks before step 1.
-
-    They are left out because only the first run of a comparison has the probe, and of a method the dry run. Where the
-    last attempt went on from a checkpoint, the steps that earlier ones did up to it count as well."""
+    """Seconds from the first import to the saved model, without the probe and the checks before step 1, which only some
+    runs of a comparison have; steps of earlier attempts up to the checkpoint that the last one resumed from count as
+    well."""
     *earlier, last = attempt_folders(folder, trial)
     seconds = Outcome.load(last / "outcome.json").train_seconds - _seconds_before(_events(last))
     until = Request.load(last / "request.json").first_step

@@ -1,10 +1,5 @@
-"""Tensors of a checkpoint whose processes shared them out: each writes its part, any number of processes reads them.
-
-The files are safetensors, by tensor and offset (`torch.distributed.checkpoint`), under the names of the model's
-parameters: `weights.NAME`, and of the optimizer (`optim/shared.py`) `optimizer.NAME.exp_avg`. Each reader takes what it
-holds itself; one that holds whole tensors reads whole ones. DeepSpeed's processes write whole tensors there
-(`optim/zero.py`). What others with whole tensors write is the Trainer's: `model.safetensors` and `optimizer.pt`.
-"""
+"""Sharded checkpoints: each process writes its part of the tensors, and any number of processes reads them
+(`torch.distributed.checkpoint`, safetensors by tensor and offset)."""
 
 from __future__ import annotations
 
@@ -42,14 +37,8 @@ def is_in(checkpoint: Path) -> bool:
 
 
 def save(model: Any, others: Mapping[str, torch.Tensor], checkpoint: Path, trained_only: bool = False) -> None:
-    """Write what each process holds; all of them call it.
-
-    Args:
-        model: Its weights are shared out.
-        others: Further tensors by name.
-        checkpoint: A folder that is there.
-        trained_only: Leave out weights that stay as they were loaded.
-    """
+    """Write each process's part of a sharded model's weights and of further tensors into an existing folder; all
+    processes call it."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
@@ -71,11 +60,8 @@ def _files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> None:
-    """Put the weights of a shared-out checkpoint into a model, whole or shared out; arguments as for `save`.
-
-    Raises:
-        SetupError: When the tensors are not those of the model.
-    """
+    """Put the weights of a sharded checkpoint into a model, whole or sharded; SetupError when they are not the
+    model's."""
     state = _weights(model, trained_only)
     known = {name: size for name, (size, _) in kinds(checkpoint).items() if name.startswith(WEIGHTS)}
     wrong = sorted(known.keys() ^ state.keys()) or [name for name, one in state.items() if one.shape != known[name]]
@@ -86,8 +72,8 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
 
 
 def read(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
-    """Fill these tensors. Where they are shared out all processes read together; whole ones each reads alone, as one
-    may that goes on while the others are done."""
+    """Fill these tensors from a sharded checkpoint: sharded ones together by all processes, whole ones by each
+    alone."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -117,15 +103,8 @@ def write_whole(model: Any, folder: Path, most_bytes: int = _WHOLE_BYTES) -> Non
 def write_by_file(
     sizes: Mapping[str, int], whole: Callable[[str], torch.Tensor], folder: Path, most_bytes: int = _WHOLE_BYTES
 ) -> None:
-    """Write plain safetensors with an index, as `save_pretrained` does, tensor by tensor: no process ever holds more
-    than one of them whole.
-
-    Args:
-        sizes: Name to bytes.
-        whole: Gives a tensor by its name; all processes call it, in the same order.
-        folder: There, in the first process.
-        most_bytes: Of a file, unless one tensor is larger.
-    """
+    """Write plain safetensors with an index, as `save_pretrained` does, while no process holds more than one tensor
+    whole; all processes call it."""
     files = in_files(sizes, most_bytes)
     index: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
@@ -145,11 +124,8 @@ def write_by_file(
 
 
 def _write(path: Path, names: list[str], whole: Callable[[str], torch.Tensor]) -> None:
-    """A file of safetensors, written as its tensors come: `safetensors` 0.8 writes only what is all in memory.
-
-    It is a table of the tensors, in JSON, behind its own length in 8 bytes, and their values one after the other. The
-    table is known last, so it gets room, which is filled up with blanks.
-    """
+    """Write a safetensors file as its tensors come, behind a table with room to spare: `safetensors` 0.8 writes only
+    what is all in memory."""
     import torch
 
     room = 64 + sum(len(json.dumps(name)) + _ROOM for name in names)
@@ -198,14 +174,8 @@ def is_first() -> bool:
 
 
 def put_together(model: Any, whole: Callable[[Any], torch.Tensor] = sharding.whole) -> dict[str, torch.Tensor]:
-    """The whole tensors of a shared-out model on the first process's host, tensor by tensor; nothing in the others.
-
-    Names that are tied have the same tensor, as in the model: it is saved once.
-
-    Args:
-        model: Its weights are shared out.
-        whole: Gives one of its tensors whole; all processes call it.
-    """
+    """Gather the whole tensors of a sharded model on the first process's host, one by one, tied ones once; nothing in
+    the others."""
     import torch
 
     sharding.free(model)

@@ -21,17 +21,8 @@ from fulltune.text import near_names
 
 
 def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
-    """Refuse what cannot be trained, before any row is read: what the recipe alone shows, settings of DeepSpeed that
-    cannot be used, packages that are missing.
-
-    Args:
-        recipe: The recipe.
-        runs_here: The packages that the settings need must be installed; False for a plan of hardware elsewhere.
-
-    Raises:
-        RecipeError: Naming each such setting.
-        SetupError: When a package is missing.
-    """
+    """Refuse what cannot be trained, before any row is read: by the recipe alone, by DeepSpeed's settings, and, if it
+    runs here, by missing packages."""
     problems = [*recipe_rules.problems_of(recipe), *several_runs.problems_of(recipe)]
     problems += _wrong_accelerator(recipe.train.extra.get("accelerator_config"))
     if deepspeed.wanted(recipe):

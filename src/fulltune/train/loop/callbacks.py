@@ -86,8 +86,7 @@ class Recorder(TrainerCallback):
 
 
 def logged(state: Any, name: str) -> list[float]:
-    """All values of one name in a Trainer's history, oldest first, without the evaluation before step 1; a resumed run
-    has the history of the one before."""
+    """All values of one name in a Trainer's history, oldest first, without the evaluation before step 1."""
     return [entry[name] for entry in state.log_history if name in entry and entry["step"]]
 
 

@@ -1,7 +1,4 @@
-"""Why a loss or a gradient was not finite: the batch is looked at, then run again with hooks, without autocast.
-
-Bad rows are told apart from numerics, and a type that is too small from values that no type holds.
-"""
+"""Why a loss or a gradient was not finite: the batch is looked at, then run again with hooks, without autocast."""
 
 from __future__ import annotations
 
@@ -16,12 +13,7 @@ from fulltune.tasks.padding import IGNORED, TRAINED
 
 
 def explain(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
-    """What the first thing is that is not finite, in words.
-
-    Args:
-        model: With the weights that the step began with; its gradients are left alone.
-        batches: The micro batches of the step, as the model gets them: `input_ids[rows, tokens]` and so on.
-    """
+    """Say in words what the first thing is that is not finite in a step's micro batches; gradients are left alone."""
     try:
         return _why(model, batches)
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out

@@ -1,10 +1,5 @@
-"""One training step: transformers' own, with a guard before its update.
-
-The loop is transformers' (`Trainer._run_epoch`, 5.24). For each micro batch it calls `training_step`, which calls
-`compute_loss` and runs the backward pass; after a global batch's last one it clips, calls `_get_grad_norm` and takes
-the optimizer's step. These three methods are overridden here, so that no loss or gradient that is not finite reaches
-the weights, and no step that `step_guard.py` suspects; what else of the Trainer differs is in `trainer.py`.
-"""
+"""One training step: transformers' own (`Trainer._run_epoch`, 5.24), with a guard between the gradient norm and the
+update."""
 
 from __future__ import annotations
 
@@ -105,11 +100,7 @@ class Guarded:
         return super().train(*positional, **keywords)  # type: ignore[misc]  # the Trainer's
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one micro batch (`input_ids[rows, tokens]`); after the last one its step is judged.
-
-        Returns:
-            The loss, a number.
-        """
+        """Forward and backward of one micro batch (`input_ids[rows, tokens]`); returns its loss, a number."""
         if "attention_mask" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
         elif "input_ids" in inputs:  # packed texts fill their rows
@@ -235,17 +226,14 @@ class Guarded:
 
     @property
     def _can_repeat(self) -> bool:
-        """Gradients can be made anew: not with fp16, where they are no longer scaled by now, and not where a first pass
-        has changed running statistics."""
+        """Whether gradients can be made anew: not with fp16, which has unscaled them, nor after batch norm has changed
+        its statistics."""
         plain = not self._updates_in_backward and getattr(self.accelerator, "scaler", None) is None
         return self.repeats and plain and not any(isinstance(one, _BatchNorm) for one in self.model.modules())
 
     def _repeat(self, model: Any) -> tuple[torch.Tensor | float, Any]:
-        """Compute the step once more from the same rows with the same random numbers; returns its loss and its norm.
-
-        What passes, such as an error of the hardware, leaves nothing behind then; what comes again lies in the rows,
-        the weights or the type.
-        """
+        """Compute the step once more from the same rows with the same random numbers, so that a passing error of the
+        hardware leaves nothing behind; returns its loss and its norm."""
         batches, items, self.batches = self.batches, self._num_items, []
         tokens, logged = self.tokens_seen, self._logged
         model.zero_grad(set_to_none=True)

@@ -26,13 +26,8 @@ GO_ON = GuardDecision("go on")
 
 
 def nothing_learned(moved: Moved, reached: bool, largest_grad_norm: float | None) -> GuardDecision:
-    """Stop when no parameter changed at all.
-
-    Args:
-        moved: With AdamW counted only where a gradient was not 0.
-        reached: Some parameter had a gradient, be it of zeros.
-        largest_grad_norm: Of all steps; None where no norm was computed.
-    """
+    """Stop when no parameter changed at all: no gradient reached one, every gradient was 0, or the rate was too
+    small."""
     if moved.num_values_moved > 0:
         return GO_ON
     if not reached:
@@ -58,27 +53,15 @@ _LEAST_READINGS = 4
 
 
 def diverged(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop a loss that does not come down again by itself: see `fell_and_rose` and `ran_away`.
-
-    Args:
-        losses: All that were logged, oldest first; the first one is of step 1, before any update, or of the first
-            steps.
-        learning_rate: At its highest, for the message.
-        untrained: Another loss before any update, that of the dry run; the larger one counts, because one batch may be
-            easy by chance.
-    """
+    """Stop a loss that does not come down again by itself, by all logged losses and the dry run's (`fell_and_rose`,
+    `ran_away`)."""
     fell = fell_and_rose(losses, learning_rate, untrained)
     return fell if fell.action == "stop" else ran_away(losses, learning_rate, untrained)
 
 
 def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop when the loss had fallen well, and is back where it began, and where guessing is, which a head that starts
-    from a linear probe begins below: Banking77, 2,000 rows, went 0.55, 0.35, 0.55 and on to 89 % accuracy.
-
-    Judged over the last `2 * WINDOW` logged losses, so that a spike that passes stops nothing. It had fallen when that
-    was no chance of a few batches, whose squared errors differ by half and more (regression). MiniLM-L6 with LoRA at
-    6.3e-3 fell from 4.3 to 1.6, spiked to 7.7, and then gave one class for the rest of the run (docs/log.md).
-    """
+    """Stop when the loss had fallen well, more than batches differ by chance, and the median of its last `2 * WINDOW`
+    readings is back where it began, and where guessing is."""
     first, now = statistics.fmean(losses[:WINDOW] or [0.0]), statistics.median(losses[-2 * WINDOW :] or [0.0])
     if len(losses) < 4 * WINDOW or first <= 0 or now < max(first, untrained or 0.0):
         return GO_ON
@@ -96,13 +79,8 @@ def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: floa
 
 
 def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop when the loss has left the place where it began, upwards and far, and no reading comes near it any more.
-
-    Over the last `2 * WINDOW` readings: their median is above three times the beginning and at least 1 above it, and
-    not one is below one and a half times the beginning. So a spike that passes stops nothing, nor does a model that is
-    trained already, whose loss of 0.01 rises to 0.05 or, now and then, to more. The beginning is one reading and not a
-    mean, because the rate does its damage within the first steps.
-    """
+    """Stop when of the last `2 * WINDOW` losses the median is above three times the beginning and at least 1 above it,
+    and not one is below one and a half times the beginning."""
     begin, last = _beginning(losses, untrained), losses[-2 * WINDOW :]
     if len(losses) <= 2 * WINDOW or not _is_far(begin, last):
         return GO_ON
@@ -112,16 +90,8 @@ def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | N
 def ended_high(
     losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a run that is over by the later half of its readings, at most `2 * WINDOW`; from 4 readings on.
-
-    Stop when they are as far above the beginning as in `ran_away`, no evaluation's loss was below it, and it is no
-    chance of a few batches: from `2 * WINDOW` readings on, or where every evaluation is far above it as well. What
-    would be saved is worse than nothing. Warn when they are that far above it otherwise; and when their median is above
-    the beginning by a quarter and by 0.1, and no evaluation was better. Where nothing was evaluated it takes twice the
-    beginning. Where losses of batches differ by factors, a beginning that is low by chance can give a false warning.
-
-    MiniLM-L6 with 3 labels ended at 2e-5 to 3e-3 below its beginning of 1.10; the medians were 1.5 at 0.01, 1.8 at
-    0.03, 3.6 at 0.1, 52 at 0.9, with an accuracy of chance (docs/log.md)."""
+    """Judge a finished run by the later half of its losses, at most `2 * WINDOW`: stop when they are surely far above
+    the beginning, warn when they are a little."""
     if len(losses) < _LEAST_READINGS:
         return GO_ON
     begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, len(losses) // 2) :]
@@ -147,19 +117,8 @@ MOST_BEHIND = 2
 def made_worse(
     behind: int, what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Stop a run that makes the model worse than it was, by the eval rows and by its own loss.
-
-    A run that is over-fitted has worse evaluations, too, but a loss that has fallen: that is for early stopping. The
-    loss is judged from `2 * WINDOW` readings on: in the first ones nothing has been learned yet.
-
-    Args:
-        behind: So many evaluations in a row, after the warm-up, were worse than the one before step 1 by more than two
-            standard errors of the paired difference.
-        what: The metric, and by how much it is worse.
-        losses: As for `diverged`.
-        learning_rate: As for `diverged`.
-        untrained: As for `diverged`.
-    """
+    """Stop a run when `behind` evaluations in a row were worse than the one before step 1 and the train loss has not
+    fallen; over-fitting, whose loss falls, is for early stopping."""
     begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * WINDOW :] or [0.0])
     if behind < MOST_BEHIND or len(losses) < 2 * WINDOW or now < begin:
         return GO_ON
@@ -173,9 +132,8 @@ def made_worse(
 def ended_worse(
     what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a run that is over, and whose kept evaluation is worse than the one before step 1 by more than two standard
-    errors: stop where the loss of the train rows has not fallen either, in the later half of its readings; else warn.
-    """
+    """Judge a finished run whose kept evaluation is worse than the one before step 1 by more than two standard errors:
+    stop where the train loss has not fallen either, else warn."""
     begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, max(1, len(losses) // 2)) :]
     now, said = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
     if len(losses) < _LEAST_READINGS or now < begin:
@@ -225,27 +183,14 @@ RATE_SHARE = 0.5
 
 
 def rate_factor(rollbacks: Sequence[int]) -> float:
-    """What the planned rate is multiplied by: a half for each rollback but a first one to a checkpoint.
-
-    Most causes pass, such as corrupted rows: then half the rate would cost more than they do (docs/guards.md). A rate
-    that is too high brings the trouble back, or leaves no step that was well.
-
-    Args:
-        rollbacks: Steps that were done where the run went on, oldest first; 0: none, it began anew.
-    """
+    """What the planned rate is multiplied by after rollbacks to these steps: a half for each but a first one to a
+    checkpoint, because most causes pass (docs/guards.md)."""
     passed = bool(rollbacks) and rollbacks[0] > 0
     return float(RATE_SHARE ** (len(rollbacks) - passed))
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
-    """True when the last `patience` evaluations brought nothing better than the best one before them.
-
-    Args:
-        values: The eval metric at each evaluation, in order.
-        greater_is_better: Direction of the metric.
-        patience: Evaluations without improvement that are tolerated.
-        threshold: How much better counts as better.
-    """
+    """True when the last `patience` evaluations brought nothing better than the best one before them."""
     best, since = None, 0
     for value in values:
         gain = 0.0 if best is None else (value - best if greater_is_better else best - value)

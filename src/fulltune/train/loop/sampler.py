@@ -47,15 +47,8 @@ class Mixed:
 
 @dataclass(eq=False)
 class GlobalBatchSampler:
-    """Yields micro batches; each run of `accumulation x processes` of them is one global batch.
-
-    With several processes accelerate gives them the micro batches in turn. The last global batch can be smaller: it is
-    spread evenly, so that all processes take the same number of micro batches and no row comes twice; only when it has
-    fewer rows than these micro batches, some rows are repeated.
-
-    The global batches depend on the seed and the epoch only. transformers' own grouped sampler draws other batches when
-    the micro batch changes, so halving it after running out of memory would change the result.
-    """
+    """Yields micro batches in an order that depends on seed and epoch alone; a smaller last global batch is spread
+    evenly over the processes, and rows repeat only where there are fewer than its micro batches."""
 
     # Names that accelerate reads. With a batch size it would fill up smaller batches with rows of the beginning.
     batch_size = None
@@ -171,10 +164,8 @@ class GlobalBatchSampler:
         return batches + ([rest] if rest else [])
 
     def passes(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
-        """For each optimizer step after `first_step`, up to `last_step`, the rows of each forward pass.
-
-        Of the micro batches that several processes take at the same time, the one with the longest row.
-        """
+        """For each optimizer step after `first_step`, up to `last_step`, the rows of each forward pass; of those that
+        processes take at the same time, the one with the longest row."""
         steps_per_epoch = self.steps_per_epoch
         epochs = copy.copy(self)
         for epoch in range(first_step // steps_per_epoch, -(-last_step // steps_per_epoch)):

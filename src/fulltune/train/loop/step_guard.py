@@ -1,14 +1,5 @@
-"""The guard of a single step: skip it, stop the attempt, or go on. Pure functions of losses and gradient norms.
-
-A step is *suspect* when its gradient norm and its loss are both far above those of the last clean steps, by robust
-scores (median and median absolute deviation, of the norm's logarithm). One of them alone is no sign: norms of clean
-runs have heavy tails (ZClip's rule on norms alone calls 3 to 4 % of clean steps spikes), and a batch may be hard. An
-unusually low loss or norm is never a reason. A skipped step changes no weight and no moment, and is not counted among
-the clean ones. Trouble that persists does not come from a single batch: the weights are harmed, and the attempt ends,
-so that the next one can go back (`parent/next_attempt.py: roll_back`).
-
-`bench/clean_steps.py` counts how often clean steps are called suspect, `bench/faults.py` how many faults are found.
-"""
+"""The guard of a single step, as pure functions of losses and gradient norms: skip it, stop the attempt, or go on
+(docs/guards.md)."""
 
 from __future__ import annotations
 
@@ -160,8 +151,7 @@ def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: in
 
 
 def _suspect(seen: StepMemory, loss: float, norm: float | None, rows: float) -> str:
-    """Why a step is suspect; empty: it is not. With few rows a mean of them is spread more widely, by the root of their
-    number, and their gradient is longer by about as much."""
+    """Why a step is suspect; empty: it is not. The loss and the norm of fewer rows may be farther off."""
     if norm is None or norm <= 0 or seen.first is None or len(seen.log_norms) < LEAST:
         return ""
     norms, losses = seen.log_norms, seen.losses[-WINDOW:]

@@ -1,11 +1,5 @@
-"""transformers' `Trainer` as a run uses it: our order of the rows, evaluation, checkpoints and optimizers.
-
-Overridden are `training_step`, `compute_loss` and `_get_grad_norm` (`guarded_step.py`), and here `compute_loss`,
-`_clip_grad_norm`, `get_train_dataloader`, `_get_num_items_in_batch`, `_load_from_checkpoint`, `_save_checkpoint`,
-`_save`, `save_model`, `_prepare_for_training`, `_load_optimizer_and_scheduler`, `_defer_fsdp_gradient_reduction`,
-`evaluate`, `create_optimizer` and `floating_point_ops`. The loop, the schedule of the rate, logging and the
-choice of the best step stay theirs.
-"""
+"""transformers' `Trainer` as a run uses it: our order of the rows, evaluation, checkpoints and optimizers; the loop,
+the schedule and the choice of the best step stay theirs."""
 
 from __future__ import annotations
 
@@ -42,8 +36,8 @@ ITEMS = "num_items"
 
 
 def _out_of_the_group(worker: int) -> None:
-    """A stop is asked of the whole process group, and rows are needed until the step is saved. A loader's process ends
-    when its parent does or asks it to."""
+    """Take a loader's process out of the process group, because a stop is asked of the whole group and rows are needed
+    until the step is saved."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
 
@@ -54,8 +48,8 @@ def collated(
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
-    """A batch on the host, as the model reads it, with what would have to be read from the device later: the number of
-    `ITEMS` in its loss, and for a selective head which places are `TRAINED`."""
+    """A batch on the host, with what would have to be read from the device later: the number of `ITEMS` in its loss,
+    and for a selective head which places are `TRAINED`."""
     batch = collate(rows)
     known: dict[str, Any] = {ITEMS: count_items(batch["labels"])}
     if head is not None:
@@ -181,13 +175,8 @@ class FullTrainer(Guarded, Trainer):
     def selecting(
         self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model gives only the logits that the loss uses, when it can: whole, or in pieces by the plan.
-
-        Args:
-            labels: labels[rows, tokens].
-            trained: Where these are, if it is known: `TRAINED`.
-            whole: Whatever the plan says.
-        """
+        """Inside, the model gives only the logits that the loss uses, when it can: chunked as the plan says, or
+        `whole`."""
         if self.head is None:
             return contextlib.nullcontext()
         in_pieces = self.head.in_pieces and self._plan.chunked_loss and not whole
@@ -324,10 +313,8 @@ class FullTrainer(Guarded, Trainer):
             cast("Any", self.processing_class).save_pretrained(folder)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score the eval rows; draws no random number that training would miss.
-
-        From these metrics transformers chooses the best step: `state.best_global_step`.
-        """
+        """Score the eval rows without drawing a random number that training would miss; transformers chooses the best
+        step by these metrics."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             metrics = {f"eval_{name}": value for name, value in self._score().items()}
         if self.args.world_size > 1:
@@ -349,15 +336,8 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
-        """The run's optimizer for one step that changes no weight: rate and decay are 0, everything else is as planned.
-
-            with trainer.rehearsal() as optimizer:
-                loss = ...
-                loss.backward()
-                optimizer.step()
-
-        Leaving it frees gradients and state. Not for DeepSpeed.
-        """
+        """The run's optimizer for one step that changes no weight, with a rate and a decay of 0; afterwards its
+        gradients and state are freed. Not for DeepSpeed."""
         sharding.free(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self._make_optimizer(self.model)

@@ -1,8 +1,5 @@
-"""How large the updates are, and whether they arrive: a few values of each trained tensor before and after a step.
-
-Weights kept in bf16 have eight bits: an update smaller than half their spacing is lost when it is rounded to nearest,
-and a run then learns little without a word. Some twenty steps of a run are measured.
-"""
+"""How large updates are and whether they survive rounding, by a few values of each trained tensor before and after a
+step."""
 
 from __future__ import annotations
 

@@ -40,16 +40,8 @@ _LEAST_SCALE = 1e-30
 
 
 class Noise:
-    """Random numbers for rounding, which depend on seed, step and place alone: a resumed run draws the same ones.
-
-    A table is drawn once, from a generator of its own; each use reads a stretch of it at a place that is mixed from the
-    numbers. Drawing anew would cost more than the whole update.
-
-    Args:
-        seed: The run's seed.
-        slice_values: Longest stretch.
-        device: Where the numbers are used.
-    """
+    """Random numbers for rounding, which depend on seed, step and place alone: stretches of a table that is drawn once,
+    because drawing anew would cost more than the whole update."""
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
         self._seed = seed
@@ -81,11 +73,7 @@ _64_BITS = 2**64 - 1
 
 
 def start(num_values: int, moments: Format, device: torch.device) -> State:
-    """Moments of 0.
-
-    Returns:
-        `exp_avg` and `exp_avg_sq` [values]; in 8 bits padded to whole groups, with `*_scale` [groups].
-    """
+    """Moments of 0: `exp_avg` and `exp_avg_sq` [values]; in 8 bits padded to whole groups, with `*_scale` [groups]."""
     if moments == "8bit" and num_values >= SMALL:
         groups = -(-num_values // GROUP)
         return {
@@ -99,10 +87,8 @@ def start(num_values: int, moments: Format, device: torch.device) -> State:
 
 
 def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: float, out: Tensor) -> Tensor:
-    """`factor` times a moment, fp32 [end - begin].
-
-    Moments kept in fp32 are multiplied in place and returned themselves; others are written into out[whole groups].
-    """
+    """`factor` times a moment, fp32 [end - begin]: fp32 moments are multiplied in place and returned themselves, others
+    are written into out[whole groups]."""
     kept = state[name]
     if kept.dtype != torch.int8:
         values = kept[begin:end]
@@ -162,11 +148,8 @@ def write(
 
 
 def round_at_random(values: Tensor, bits: Tensor) -> None:
-    """Make fp32 values[count] bf16 ones in place by bits[count], up or down with chances that are right on average.
-
-    The lower 16 bits are what bf16 lacks: random bits are added to them, then they are cut off. A value that bf16 has
-    stays as it is.
-    """
+    """Make fp32 values[count] bf16 ones in place, up or down with chances that are right on average: random bits are
+    added to the lower 16, which are then cut off."""
     values.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
 
 

@@ -193,19 +193,15 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def second_moment(self, parameter: Tensor) -> Tensor | None:
-        """The running mean of squared gradients, fp32 in the shape of what is held; None before the first update.
-
-        It is positive exactly where a gradient was seen (whose square fp32 can hold), in every format.
-        """
+        """The running mean of squared gradients, fp32 in the shape of what is held, positive exactly where a gradient
+        was seen; None before the first update."""
         state = self.state.get(parameter)
         return in_fp32(state, local(parameter).shape)["exp_avg_sq"] if state else None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over groups and state; moments in another format are converted.
-
-        torch's own would cast each tensor to the parameter's type.
-        """
+        """Take over groups and state; moments in another format are converted, where torch would cast them to the
+        parameter's type."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for group in self.param_groups:
             for key in group.keys() - _GROUP_KEYS:
@@ -217,12 +213,8 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def take_over(self, given: Mapping[str, Any], parameter: Tensor) -> None:
-        """Go on with this state of a parameter, whatever form its moments have; of one that is shared out, with that of
-        this process's part.
-
-        Raises:
-            SetupError: When it is no AdamW's.
-        """
+        """Go on with this state of a parameter, whatever form its moments have, of a sharded one with this process's
+        part; SetupError when it is no AdamW's."""
         self.state[parameter] = self._taken_over(given, parameter)
 
     def _taken_over(self, given: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:

@@ -25,10 +25,8 @@ def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Te
 
 
 def load(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Put a checkpoint's state into a new optimizer of the model; either side may be shared out.
-
-    The groups' rates are not part of it: they follow from the schedule.
-    """
+    """Put a checkpoint's state into a new optimizer of the model, sharded or not; the rates follow from the
+    schedule."""
     sharding.free(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -58,8 +56,7 @@ def _of_one(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[s
 
 
 def _parts_of(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter's state, whole from a file or in parts already, placed as the parameter is; numbers stay as they
-    are."""
+    """A parameter's state, whole or in parts, placed as the parameter is; numbers stay as they are."""
     if "exp_avg" in values and values["exp_avg"].shape != parameter.shape:  # of one of ours, as one process keeps it
         values = in_fp32(values, parameter.shape)
     placed = {}

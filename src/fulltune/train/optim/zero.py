@@ -1,8 +1,5 @@
-"""What DeepSpeed's ZeRO holds, in the form of checkpoints that every placement reads: see `shared_state`.
-
-DeepSpeed's own checkpoints go on only at the same stage and in as many processes. Here weights and moments are put
-together tensor by tensor, and cut anew for the engine that goes on. All processes call these functions.
-"""
+"""Weights and moments that DeepSpeed's ZeRO shards, in the form of checkpoints that every placement reads
+(`shared_state`); all processes call these functions."""
 
 from __future__ import annotations
 
@@ -31,8 +28,8 @@ def is_in_engine(parameter: Any) -> bool:
 
 
 def whole(parameter: Any) -> torch.Tensor:
-    """The values of a parameter, or of a buffer, in its shape and in fp32: in half precision those of DeepSpeed's copy,
-    which is what is trained."""
+    """A parameter or a buffer in its shape and in fp32: of half precision DeepSpeed's copy, which is what is
+    trained."""
     import deepspeed
 
     if is_in_engine(parameter):
@@ -77,14 +74,7 @@ def put_together(model: Any) -> None:
 
 
 def save(model: Any, engine: Any, checkpoint: Path, trained_only: bool = False) -> None:
-    """Write a checkpoint's tensors, one after the other.
-
-    Args:
-        model: The engine's.
-        engine: DeepSpeed's, stage 1, 2 or 3.
-        checkpoint: A folder that is there, in the first process.
-        trained_only: Leave out weights that stay as they were loaded.
-    """
+    """Write a checkpoint's tensors from DeepSpeed's engine (stage 1, 2 or 3), one after the other."""
     zero = engine.optimizer
     steps = {
         parameter: float(state["step"])
@@ -138,20 +128,8 @@ def load(
     trained_only: bool = False,
     config: Any = None,
 ) -> None:
-    """Put a checkpoint of any placement into an engine.
-
-    Args:
-        model: The engine's.
-        engine: DeepSpeed's, stage 1, 2 or 3.
-        checkpoint: Without files of DeepSpeed's own.
-        ordered: Names of what is trained, in the order of the optimizer's groups: a whole optimizer's file has numbers.
-        weights_only: Leave moments and steps as they are.
-        trained_only: As the checkpoint was written.
-        config: What transformers was told of DeepSpeed; None: nothing.
-
-    Raises:
-        SetupError: When the tensors are not those of the model.
-    """
+    """Put a checkpoint of any placement into DeepSpeed's engine; `ordered` names what is trained in the order of the
+    optimizer's groups, which a whole optimizer's file numbers."""
     zero = engine.optimizer
     if hasattr(zero, "checkpoint_event_prologue"):
         zero.checkpoint_event_prologue()  # stage 3 takes back what is whole between steps

@@ -27,13 +27,7 @@ _POLL_SECONDS = 0.1
 
 
 def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_new_process) -> Outcome:
-    """Start the worker, pass its lines on, and tell how it ended, whether it could write that down or not.
-
-    Args:
-        request: The attempt; its folder exists.
-        listener: Called with each line of `metrics.jsonl` as it appears.
-        start: How the worker is started.
-    """
+    """Start an attempt's worker, pass its events on, and tell how it ended, whether it could write that down or not."""
     kills, began = kernel_kills(), time.monotonic()
     child = start(request, request.folder / "log.txt")
     limit = request.recipe.train.hang_timeout
@@ -207,8 +201,8 @@ def _forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
 
 
 def _follow(request: Request, child: spawn.Child, pulse: _Pulse, asked: Sequence[int]) -> Iterator[Event]:
-    """Lines of a growing file, until the child has ended and everything is read; one that hangs is ended. A signal is
-    answered at once, whenever the child comes to it."""
+    """Events of a growing `metrics.jsonl` until the child has ended and everything is read; a child that hangs is
+    ended."""
     path, position, answered = request.folder / "metrics.jsonl", 0, False
     while True:
         if asked and not answered:

@@ -32,11 +32,8 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """A starter that forks workers where that is safe: on a CPU under Linux, with one process.
-
-    Elsewhere it starts them as `in_new_process` does: a process that has asked for a GPU cannot be forked, and macOS's
-    frameworks do not survive it.
-    """
+    """A starter that forks workers from a process with the libraries loaded where that is safe, on a CPU under Linux
+    with one process, and starts new ones elsewhere."""
     server: ForkServer | None = None
 
     def start(request: Request, log: Path) -> Child:

@@ -1,10 +1,4 @@
-"""Attempts over several machines: machine 0 starts them, the others take part.
-
-Machine 0 runs the whole line and says in its file which attempt all machines take part in (`system/machines.py`). On
-each of them torchrun starts the machine's processes, and these meet at machine 0 (`ranks.py`). What becomes of a
-machine's part stands in its own file, so an attempt ends on all of them when it has ended on one, and a machine that
-was lost is told from processes that failed.
-"""
+"""Attempts over several machines: machine 0 starts them, and an attempt that has ended on one machine ends on all."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""`fulltune plan --measure`: real steps with other settings, each in a process of its own, and the best ones taken.
-
-Levers come first, one more in each row; then, with the fastest that fits, other micro batches, other attention and
-torch.compile. A probe is an attempt that ends after its dry run, so its memory is clean and its numbers are those that
-training will have.
-"""
+"""`fulltune plan --measure`: real steps with other settings, each in a process of its own that ends after its dry run,
+and the fastest that fit taken."""
 
 from __future__ import annotations
 
@@ -69,26 +65,8 @@ def measure(
     need: Need,
     listener: Listener,
 ) -> Plan:
-    """Measure and choose.
-
-    Args:
-        recipe: What it gives is not changed.
-        plan: What was chosen without measuring.
-        summary: The data stage's summary.
-        folder: The run folder, with prepared data.
-        hooks: The user's functions.
-        available_bytes: What each process may take, the libraries not counted.
-        need: The memory of a changed plan, by the plan stage's arithmetic.
-        listener: Told of each probe as it begins.
-
-    Returns:
-        The plan with the fastest settings that fit; all that was tried is written beside it.
-
-    Raises:
-        SetupError: With what cannot be tried for a step, or when the training has begun.
-        DoesNotFitError: When nothing that was tried fits.
-        InterruptedRun: On Ctrl-C.
-    """
+    """Measure and return the plan with the fastest settings that fit, by `available_bytes` of each process; what was
+    tried is written beside the plan."""
     if hooks.needs_this_process:
         raise SetupError("measure: compute_loss cannot be handed to the processes that measure")
     if any((folder / "attempts").glob("*")):

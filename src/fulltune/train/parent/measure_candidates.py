@@ -82,14 +82,8 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Candidate]:
 
 
 def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]) -> list[Candidate]:
-    """Other implementations of attention than transformers' own choice, sdpa.
-
-    Args:
-        recipe: One that names an implementation keeps it.
-        best: The best so far.
-        packed: Texts share rows: they were packed for this implementation.
-        flash: Flash attention that can be had.
-    """
+    """Attention other than transformers' own choice, sdpa, with the flash attention that is installed; none where the
+    recipe names one or rows are packed for one."""
     if recipe.model.attn_implementation is not None or packed or FACTS[recipe.task].reads == "image":
         return []
     return [
@@ -98,13 +92,8 @@ def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]
 
 
 def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Candidate]:
-    """torch.compile, where it can be had and can pay.
-
-    Args:
-        recipe: One that says whether to compile keeps it.
-        best: The best so far.
-        lacking: What is missing here to compile; empty: nothing.
-    """
+    """torch.compile, where the recipe leaves it open and it can pay; `lacking` names what is missing here to
+    compile."""
     train = recipe.train
     if train.torch_compile is not None or train.deepspeed_by or train.use_liger_kernel or train.activation_offloading:
         return []

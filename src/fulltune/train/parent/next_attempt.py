@@ -1,10 +1,5 @@
-"""What to try after an attempt that failed: pure functions.
-
-When memory ran out, what the recipe gives is kept, except batch sizes that change no result; the global batch always
-is. When the training went wrong, it goes back to the last healthy checkpoint: the same rows from the same weights
-would spike again, or not (PaLM's authors skipped 200 to 500 batches, and the same rows did no harm later), so the rows
-that follow come in another order; where the trouble comes again the rate is to blame, and is halved as well.
-"""
+"""What to try after an attempt that failed, as pure functions: smaller where memory ran out, back to a healthy
+checkpoint where the training went wrong (docs/guards.md)."""
 
 from __future__ import annotations
 
@@ -67,20 +62,7 @@ def unknown(plan: Plan) -> None:
 
 
 def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Need = unknown) -> NextAttempt | None:
-    """Choose the remedy for the last outcome, or None when there is none.
-
-    Out of memory in a step: half the micro batch with the same global batch, then a chunked loss, activation
-    checkpointing, 8-bit states; in an evaluation half its batch, then 8-bit states. While loading, saving or
-    resuming a smaller batch frees nothing: once more as it was, because the shortage may pass, then 8-bit states
-    (but in loading). One that hung: once more as it was. With a machine that was lost: as it was, when it is back.
-    Killed without a word, and not by the kernel: as it was, for that says nothing about memory, but not for ever.
-
-    Args:
-        recipe: What it gives is kept, except batch sizes.
-        plan: The plan of the last attempt.
-        history: Outcomes of this command's attempts, oldest first.
-        need: Gives a changed plan's memory.
-    """
+    """Choose the remedy for the last outcome of this command's attempts, or None when there is none."""
     last = history[-1]
     if last.status == "hung" and sum(outcome.status == "hung" for outcome in history) == 1:
         return NextAttempt(plan, resume=True, reason=f"{last.reason}; going on from the last whole checkpoint")
@@ -219,14 +201,7 @@ class Fallback:
 
 
 def fallbacks(recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]) -> tuple[Fallback, ...]:
-    """What helps in this part of an attempt, the mildest first.
-
-    Args:
-        recipe: What it gives is kept.
-        plan: The plan that ran out.
-        phase: Where; None is taken for a step.
-        fits: Whether the plan with these changes may be enough; the smallest micro batch is tried in any case.
-    """
+    """What helps in this phase of an attempt (None: a step), the mildest first; what the recipe gives is kept."""
     return tuple(_fallback(lever, recipe, plan, fits) for lever in LEVERS if (phase or "step") in lever.fallback)
 
 

@@ -1,9 +1,5 @@
-"""torchrun with a store that listens on one address alone, and holds nothing that is unpickled.
-
-`python -m fulltune.train.parent.ranks listen|join HOST:PORT ARGUMENTS OF TORCHRUN`: one machine, or machine 0 of
-several, has to `listen`. By itself torchrun's store listens on all interfaces, and with `--standalone` or
-`--rdzv-backend=c10d` it unpickles what it finds there: whoever reached the port could run code.
-"""
+"""`python -m fulltune.train.parent.ranks listen|join HOST:PORT ARGUMENTS`: torchrun with a store that listens on one
+address alone and unpickles nothing, unlike its own (docs/scale.md)."""
 
 from __future__ import annotations
 

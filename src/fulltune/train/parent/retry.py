@@ -44,31 +44,8 @@ def train(
     dry_run: bool = True,
     most_rollbacks: int | None = None,
 ) -> Outcome:
-    """Train one trial, in as many attempts as `next_attempt` and `roll_back` allow.
-
-    A changed plan takes the place of the old one in the run folder, so that a later command does not start with what
-    ran out; its settings say what was planned first.
-
-    Args:
-        recipe: The checked recipe.
-        plan: The trial's numbers.
-        folder: The run folder, with prepared data.
-        hooks: The user's functions; `compute_loss` makes it train in this process.
-        listener: Called with each event of the attempts as it appears in `metrics.jsonl`, and with those between them.
-        need: The memory of a changed plan, by the plan stage's arithmetic.
-        start: How a worker is started.
-        dry_run: False when a trial with the same shapes has passed it: the first attempt leaves it out.
-        most_rollbacks: Instead of the recipe's.
-
-    Returns:
-        The outcome of the last attempt, with status `done`.
-
-    Raises:
-        RecipeError: It is to be trained on several machines, and the others are not here.
-        InterruptedRun: After Ctrl-C or SIGTERM; the same command continues.
-        GuardStop: A guard stopped it, or the process died.
-        DoesNotFitError: Memory or disk ran out and no remedy is left.
-    """
+    """Train one trial in as many attempts as `next_attempt` and `roll_back` allow; a changed plan takes the place of
+    the old one in the run folder. Returns the outcome of the last attempt, which is `done`."""
     done = outcomes(folder, plan.trial)
     if _is_trained(folder, done):
         _tidy(folder, plan.trial)
@@ -132,11 +109,8 @@ def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAt
 
 
 def _with_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
-    """Make the attempt's folders; returns the request with the checkpoint to go on from, if there is a sound one.
-
-    Raises:
-        SetupError: The checkpoint is in DeepSpeed's own form, of another stage or number of processes, or it is not.
-    """
+    """Make the attempt's folders, and return the request with the checkpoint to resume from, if there is a sound one;
+    SetupError when it is in DeepSpeed's own form and does not fit."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, passed_over = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := zero_checkpoint.misfit(sound, request.recipe)):
@@ -159,11 +133,8 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
 
 
 def _tidy(folder: Path, trial: str) -> None:
-    """Delete what only serves to continue; with optimizer state each checkpoint is three times the model.
-
-    Only after the outcome was written: killed between the two, a run would have to train again. What trackers wrote
-    beside the checkpoints stays.
-    """
+    """Delete what only serves to resume, each checkpoint three times the model; only after the outcome was written, or
+    a run that is killed between the two would train again."""
     checkpoints.drop_after(folder / "checkpoints" / trial, -1)
     with contextlib.suppress(OSError):  # not empty, or gone
         (folder / "checkpoints" / trial).rmdir()

@@ -1,6 +1,4 @@
-"""Is the model better than it was before step 1? The eval rows are scored once more, before the first update, and each
-later evaluation is compared with that one row by row; `loop/guards.py` decides (`made_worse`).
-"""
+"""Is the model better than before step 1? Each evaluation is compared row by row with one before the first update."""
 
 from __future__ import annotations
 
@@ -65,8 +63,8 @@ class AgainstStart(TrainerCallback):
             self._judge(measure, trainer.start, now, state)
 
     def _judge(self, measure: Measure, start: np.ndarray, now: np.ndarray, state: Any) -> None:
-        """While the rate still rises, being worse does not count yet. All processes have the same rows, and decide
-        alike."""
+        """Count evaluations in a row that are worse than before step 1, after the warm-up, and stop by `made_worse`;
+        all processes have the same rows and decide alike."""
         attempt, trainer = self.attempt, self.attempt.trainer
         better, error = gain(measure, start, now)
         is_worse = not math.isfinite(better) or better < -ERRORS * error

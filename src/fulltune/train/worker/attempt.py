@@ -42,23 +42,8 @@ def train(
     listener: Listener | None,
     observed: Observed,
 ) -> dict[str, Any]:
-    """Load, check, train, keep the best weights, save; a probe ends after the checks.
-
-    Args:
-        request: The attempt.
-        hooks: The user's functions.
-        journal: Of the attempt.
-        stop: Asked by signals.
-        listener: Called with each event.
-        observed: Filled with what is measured on the way.
-
-    Returns:
-        Fields of the outcome; nothing in all processes but the first.
-
-    Raises:
-        GuardStop: A check or a guard said no.
-        InterruptedRun: It was asked to stop; the step it stopped at is saved.
-    """
+    """Load, check, train, keep the best weights, save; returns the outcome's fields, none in all processes but the
+    first. A probe ends after the checks."""
     events = request.folder / "metrics.jsonl" if journal.path is not None else None
     recorder = Recorder(events, request.plan.total_steps, listener)
     summary = DataSummary.of_run(Path(request.run_folder))
@@ -230,8 +215,8 @@ def _put_back(attempt: AttemptContext, checkpoint: Path) -> None:
 
 
 def _judge_end(attempt: AttemptContext, state: Any) -> None:
-    """Stop, or say, when the loss ended above where it began, or what is kept is worse than before step 1; a loss of
-    the user's own may do so for good reasons."""
+    """Stop or warn when the loss ended above where it began, or what is kept is worse than before step 1; a user's own
+    loss may do so."""
     if attempt.hooks.compute_loss is not None:
         return
     losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")

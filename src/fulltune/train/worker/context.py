@@ -107,8 +107,8 @@ class AttemptContext:
 
     @property
     def untrained_loss(self) -> float | None:
-        """A loss before any update, for what judges a loss that rises: that of the dry run. A new head's is at least
-        that of chance: one that starts from a linear probe begins low, and so does a batch of similar numbers."""
+        """The dry run's loss, for what judges a loss that rises; of a new head at least that of chance, because one
+        that starts from a linear probe begins low."""
         measured = self.observed.dry_run_loss
         if self.head is None or self.head.order is not None:
             return measured

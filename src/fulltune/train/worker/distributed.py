@@ -28,11 +28,8 @@ def start_deepspeed(arguments: Any) -> None:
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
-    """Compile what is missing of DeepSpeed's extensions that a run needs; the first process does it for all.
-
-    Raises:
-        SetupError: When compiling fails.
-    """
+    """Compile what is missing of DeepSpeed's extensions that a run needs, in the first process for all; SetupError when
+    that fails."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
@@ -86,20 +83,8 @@ def summed(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
 
 
 def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) -> tuple[list[int], int]:
-    """The rows that one process scores: every n-th batch, so that each batch is what it would be in one process.
-
-    All processes get equally many batches, as weights that are shared out need: who has one too few scores the last
-    row once more.
-
-    Args:
-        order: Positions of all rows, longest first.
-        batch_size: Rows per batch.
-        rank: Number of this process.
-        num_processes: How many there are.
-
-    Returns:
-        Positions of the rows, and how many of them count.
-    """
+    """Positions of the rows that one process scores, every n-th batch, and how many count: with one batch too few the
+    last row comes once more, as sharded weights need equally many passes."""
     chunks = list(batches(order, batch_size))
     mine = chunks[rank::num_processes]
     positions = [position for chunk in mine for position in chunk]
@@ -110,15 +95,7 @@ def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) 
 
 
 def put_together(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> dict[str, np.ndarray]:
-    """What all processes reduced their rows to, in the order of the rows; the same in every process.
-
-    Args:
-        mine: Name to values[rows of this process, ...].
-        positions: Of the rows that count, the first ones.
-
-    Returns:
-        Name to values[rows, ...].
-    """
+    """What all processes reduced their rows to, by name, in the order of the rows; the same in every process."""
     from accelerate.utils import gather_object
 
     return merged(gather_object([part_of(mine, positions)]))

@@ -58,11 +58,8 @@ class Drifting:
         return drifting
 
     def refuse_others(self, identity: str | None) -> None:
-        """Compare with the texts of the checkpoint that is continued.
-
-        Raises:
-            SetupError: They are others, and a budget rests on them; without one nothing is measured any more.
-        """
+        """Refuse generic texts other than those of the resumed checkpoint where a budget rests on them; without a
+        budget drift is not measured any more."""
         if self.text is None or identity in (None, self.identity):
             return
         probe = self.attempt.recipe.preserve.probe or BUNDLED

@@ -1,8 +1,5 @@
-"""The dry run: real steps on the longest batches before step 1, which leave no trace.
-
-What does not fit fails here and not in an hour, and the timed passes say how long the run will take. The code of a real
-step runs: the Trainer's loss, the model as accelerate prepares it, the plan's optimizer, with rates of 0.
-"""
+"""The dry run: real steps on the longest batches before step 1, which leave no trace, so that what does not fit fails
+here and not in an hour."""
 
 from __future__ import annotations
 
@@ -53,22 +50,8 @@ def dry_run(
     test_share: float = 0.0,
     folder: Path | None = None,
 ) -> DryRun:
-    """Two passes with a step at the longest micro batch, an evaluation at the longest eval batch, a few timed passes.
-
-    The first pass and step create the optimizer's state, the second pass has it beside its activations, and with
-    accumulation or replay the first one's gradients too: its peak is that of a real step. Weights, buffers and random
-    state are as before, everything else is released.
-
-    Args:
-        trainer: The `FullTrainer`, before training.
-        rows: The train rows.
-        plan: The trial's numbers.
-        evaluate: Scores these eval rows, as training does it.
-        eval_lengths: Tokens of each eval row.
-        first_step: The steps up to this one are done: what is forecast is the rest.
-        test_share: Tokens of the test rows as a share of the eval rows'.
-        folder: Where checkpoints will lie, to try how fast it writes; None leaves saving out.
-    """
+    """Two passes with a step at the longest micro batch, whose peak is that of a real step, an evaluation at the
+    longest eval batch, and timed passes; afterwards all is as before."""
     began = time.monotonic()
     longest = by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None

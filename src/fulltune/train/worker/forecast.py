@@ -49,8 +49,8 @@ class Shape:
     """Tokens of the longest row."""
 
     def work(self, quadratic: float) -> float:
-        """In units of one token's multiplications with the weights; `quadratic`: what attention adds for each further
-        token of the row, see `quadratic_share`."""
+        """Work of this batch in units of one token's multiplications with the weights; `quadratic` is what attention
+        adds for each further token of the row."""
         return self.rows * self.length * (1 + quadratic * self.length)
 
 
@@ -104,17 +104,14 @@ class Schedule:
 
 
 def quadratic_share(num_layers: int, hidden_size: int, num_parameters: int) -> float:
-    """Work of attention for each token of the row, as a share of the work with the weights, embeddings not counted.
-
-    A token costs 2 operations per weight, and for each token that it looks at 4 per hidden unit and layer (scores and
-    weighted sum): Kaplan et al. 2020, arXiv 2001.08361, table 1.
-    """
+    """Work of attention for each token of the row as a share of the work with the weights, embeddings not counted
+    (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
     return 2 * num_layers * hidden_size / max(1, num_parameters)
 
 
 def speed(longest: tuple[float, float], typical: tuple[float, float] | None) -> Speed:
-    """A line through both, each work and seconds; through the origin when there is only one, or when the line would
-    fall or start below 0."""
+    """A line through two measured passes, each work and seconds; through the origin when there is only one, or the line
+    would fall or start below 0."""
     work, seconds = longest if typical is None else typical
     through_origin = Speed(0.0, seconds / work)
     if typical is None or longest[0] <= typical[0]:
@@ -171,17 +168,8 @@ def timed_forecast(
     test_share: float,
     folder: Path | None,
 ) -> TimeNeed:
-    """Time more passes where they cost little against the run, and add everything up.
-
-    Args:
-        passes: Runs them.
-        longest: The longest micro batch.
-        seconds: Of its first and its second pass.
-        step_seconds: Of clipping and updating.
-        first_step: The steps up to this one are done.
-        test_share: Tokens of the test rows as a share of the eval rows'.
-        folder: Where checkpoints will lie; None leaves saving out.
-    """
+    """Time more passes where they cost little against the run, and add everything up; `seconds` are of the longest
+    micro batch's first and second pass."""
     quadratic = _quadratic(passes.trainer.model)
     schedule, shapes = _schedule(passes, first_step, test_share)
     long, work = _shape(passes.lengths, longest).work(quadratic), _total_work(schedule.train, quadratic)
@@ -249,8 +237,8 @@ def _shape(lengths: np.ndarray, positions: Positions) -> Shape:
 
 
 def _forward_share(passes: Passes, train: Speed, quadratic: float, budget: float) -> float:
-    """Seconds of an evaluation's pass over those of a training pass of the same work, by the longest eval batch, which
-    must be tried; again where that costs little, because the first evaluation is cold."""
+    """Seconds of an evaluation's pass over those of a training pass of the same work, by the longest eval batch; again
+    where that costs little, because the first one is cold."""
     passes.optimizer.zero_grad()
     longest = next(iter(batches(longest_first(passes.eval_lengths), passes.plan.eval_batch_size)))
     seconds = passes.score(longest)
@@ -280,8 +268,8 @@ def _quadratic(model: Any) -> float:
 
 
 def _save_seconds(passes: Passes, folder: Path) -> float:
-    """Seconds of one checkpoint with its checksums: the small files as they are, and a sample of the tensors, written
-    into a folder on the same disk; nothing is left in it."""
+    """Seconds of one checkpoint with its checksums, by the small files and a sample of the tensors, of which nothing is
+    left on the disk."""
     trainer, trial = passes.trainer, folder / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]

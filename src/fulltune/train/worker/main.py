@@ -1,8 +1,5 @@
-"""One attempt: model, dry-run step, training, the weights that are kept saved, the outcome written.
-
-Run by the parent as `python -m fulltune.train.worker.main request.json` in a process group of its own, or called in the
-parent's process when the user gave functions of their own.
-"""
+"""One attempt as `python -m fulltune.train.worker.main request.json`, or in the parent's process when the user gave
+functions: trained, saved, the outcome written."""
 
 from __future__ import annotations
 

@@ -26,11 +26,8 @@ from fulltune.text import format_bytes
 
 @contextlib.contextmanager
 def held_to(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Inside, taking more fails like memory that ran out. Enter it when the libraries are imported.
-
-    Raises:
-        DoesNotFitError: When more than that is held already.
-    """
+    """Inside, taking more than the limit fails like memory that ran out; entered when the libraries are imported.
+    DoesNotFitError when more than that is held already."""
     with contextlib.ExitStack() as undo:  # also what is said about an error needs memory
         if limit_bytes is not None and device == "cuda":
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

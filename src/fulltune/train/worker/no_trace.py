@@ -17,11 +17,8 @@ _PLAIN = (bool, int, float, str, torch.Tensor)
 
 @contextlib.contextmanager
 def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
-    """Put back the state of all random generators, as if nothing had been drawn.
-
-    Args:
-        on_gpu: GPUs' as well; asking for them makes torch set them up.
-    """
+    """Put back the state of all random generators, as if nothing had been drawn; GPUs' only on request, because asking
+    for them makes torch set them up."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
@@ -33,12 +30,8 @@ def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_buffers(model: Any) -> Iterator[None]:
-    """Afterwards all buffers are as before, also those that `forward` replaced, made larger or added.
-
-    A buffer that only changed its values is filled with the old ones; any other gets a copy of what it was, on the
-    device where it is now. What a module with buffers notes about them is put back as well (plain numbers and tensors
-    among its attributes): one that remembers for how many tokens its buffer was made would not make it again.
-    """
+    """Afterwards all buffers are as before, also those that `forward` replaced, enlarged or added, and so are the plain
+    numbers and tensors that their modules note about them."""
     before = [
         (
             module,
@@ -63,10 +56,7 @@ def same_buffers(model: Any) -> Iterator[None]:
 
 
 def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
-    """Of those parameters, of any shape, that have one, or of this process's parts of them. With a rate of 0 a finite
-    gradient moves nothing; 0 times infinity is not a number.
-
-    NaN goes through both numbers of `aminmax`, which cost no copy of the gradient, as `isfinite` would.
-    """
+    """Whether all gradients of these parameters, or this process's parts of them, are finite: by `aminmax`, which NaN
+    goes through and which copies no gradient."""
     gradients = [sharding.local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     return all(bool(torch.stack(one.aminmax()).isfinite().all()) for one in gradients if one.numel())

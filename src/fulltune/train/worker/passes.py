@@ -38,12 +38,8 @@ class Passes:
     """eval_lengths[rows]."""
 
     def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
-        """Forward and backward of these rows: the loss and the seconds. A loss that is not finite is not sent back.
-
-        Args:
-            positions: The rows.
-            keep: Add to the gradients that are there.
-        """
+        """Forward and backward of these rows, added to the present gradients with `keep`: the loss and the seconds. A
+        loss that is not finite is not sent back."""
         trainer = self.trainer
         if not keep:
             self.optimizer.zero_grad()
@@ -60,7 +56,7 @@ class Passes:
 
     def step(self) -> float:
         """Clip and update, as at the end of a step: the seconds. With a rate of 0 finite gradients move nothing; others
-        would, and are left to the guard of step 1."""
+        are left to the guard of step 1."""
         model = self.trainer.model
         if not self._all(gradients_are_finite(model.parameters())):
             return 0.0

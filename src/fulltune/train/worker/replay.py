@@ -1,9 +1,5 @@
-"""Generic text that is replayed, so that the model keeps what it could do before.
-
-A language model is held to the probabilities that the untouched model gave to each next token, others to the hidden
-states that it had (a distillation of the model from itself). It adds to the gradient of the step's rows, with a weight
-that is set while training goes on so that the budget for forgetting is kept.
-"""
+"""Generic text that is replayed, so that the model keeps what it could do before: a distillation of the model from its
+untouched self, weighted to keep the budget for forgetting."""
 
 from __future__ import annotations
 
@@ -148,13 +144,8 @@ class Steering(TrainerCallback):
 
 
 def divergence(wanted: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
-    """Kullback-Leibler divergence of a model from an earlier one, in nats, summed: a scalar. What neither is told of
-    counts as one more token, so that it is at most the whole one.
-
-    Args:
-        wanted: The earlier one's log probabilities of some tokens, [places, tokens].
-        logs: The model's, of the same ones.
-    """
+    """Kullback-Leibler divergence of a model from an earlier one over some tokens' log probabilities [places, tokens],
+    the rest as one more token; in nats, summed."""
     rest, left = ((1 - one.exp().sum(dim=-1)).clamp(min=_LEAST_REST) for one in (wanted, logs))
     return (wanted.exp() * (wanted - logs)).sum() + (rest * (rest.log() - left.log())).sum()
 

@@ -78,18 +78,8 @@ def scaled_head(
     gives_numbers: bool,
     own_loss: bool = False,
 ) -> tuple[Scaled | None, str]:
-    """The last layer of a head, which from now on learns numbers in other units, and those in words; None and why not.
-
-    Args:
-        model: With the method.
-        scale: Mean and spread of the train rows' numbers.
-        batch: Two rows on the model's device, to see whether its logits are what this layer gives; None: only an engine
-            can run the model.
-        precision: Of the plan.
-        gives_numbers: The head gives the numbers as they are, because it was kept or starts from a linear probe: it is
-            changed to the new units.
-        own_loss: The loss is the user's.
-    """
+    """The last layer of a head, which from now on learns numbers in units of mean and spread, and those in words; None
+    and why not."""
     mean, spread = scale
     layer = head.output_layer_of(model, 1)
     problem = _problem(model, layer, batch, precision, own_loss)

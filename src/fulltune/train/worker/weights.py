@@ -1,7 +1,5 @@
-"""Whole weights before, during and after training, also where DeepSpeed gives each process only a part of them.
-
-With DeepSpeed every process has to call these functions, because putting a tensor together needs all of them.
-"""
+"""Whole weights before, during and after training; with DeepSpeed all processes call these functions, because putting a
+tensor together needs all of them."""
 
 from __future__ import annotations
 
@@ -32,19 +30,16 @@ from fulltune.train.worker import distributed
 
 
 def held(parameter: Any) -> torch.Tensor:
-    """The parameter's values on the CPU: in its shape, or with FSDP2 this process's part of them. In half precision
-    those of DeepSpeed's fp32 copy, which is what is trained."""
+    """A parameter's values on the CPU, with FSDP2 this process's part; of half precision DeepSpeed's fp32 copy, which
+    is what is trained."""
     if zero.is_in_engine(parameter) or hasattr(parameter, "ds_id"):
         return zero.whole(parameter).cpu()
     return sharding.local(parameter.detach()).cpu()
 
 
 def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
-    """AdamW's running mean of squared gradients on the CPU, in the shape of `held`; None with optimizers that have
-    none.
-
-    It is positive where a value has received a gradient, also where it is kept in 8 bits: see `moments`.
-    """
+    """AdamW's running mean of squared gradients on the CPU, in the shape of `held` and positive where a value has
+    received a gradient; None with optimizers that have none."""
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # accelerate's and DeepSpeed's wrappers
     if zero.is_in_engine(parameter):
@@ -63,14 +58,8 @@ def _link(optimizer: Any) -> None:
 
 
 class InitialWeights:
-    """The trained weights before step 1, on disk: a copy in memory would cost as much as the model.
-
-    Args:
-        model: The model.
-        path: This process's file.
-        together: All processes make one, with FSDP2 of what they hold, with DeepSpeed of what they count, and compare
-            together; otherwise the first one alone.
-    """
+    """The trained weights before step 1, on disk, because a copy in memory would cost as much as the model; with
+    `together` each process writes and compares its part."""
 
     def __init__(self, model: Any, path: Path, together: bool = False) -> None:
         sharding.free(model)
@@ -83,12 +72,8 @@ class InitialWeights:
         save_file(tensors, path)
 
     def moved(self, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Moved:
-        """Compare with the present weights.
-
-        A value counts as having received a gradient when AdamW's second moment is positive, so that embedding rows of
-        unused tokens are left out; with optimizers that have none, all values of a tensor with a gradient count.
-        Where all processes take part, they are told the sums.
-        """
+        """Count the values that received a gradient (a positive second moment, so that rows of unused tokens are left
+        out) and those that moved; over all processes together."""
         sharding.free(model)
         _link(optimizer)
         counts: dict[str, tuple[int, int]] = {}  # values that received a gradient, and how many of them moved
@@ -116,8 +101,8 @@ class InitialWeights:
         )
 
     def _counts(self, number: int, parameter: Any) -> bool:
-        """Whether this process counts a parameter: of what all have whole, if only one after the other, they take
-        turns, so that none keeps the whole model."""
+        """Whether this process counts a parameter: those that all have whole they take in turn, so that none keeps the
+        whole model."""
         if not self._together or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
@@ -180,8 +165,8 @@ def forget_unused_conversions(model: Any) -> None:
 def save_model(
     applied: methods.Applied, tokenizer: Any, folder: Path, recipe: Recipe, summary: DataSummary, is_first: bool = True
 ) -> None:
-    """Write a plain Hugging Face folder, or of a method that trains little only that; an older one is replaced only
-    when the new one is whole. Where the weights are shared out all processes call it, and the first one writes."""
+    """Write a plain Hugging Face folder, or of a small method only what it trains, in place of an older one when it is
+    whole; sharded models by all processes."""
     part = folder.with_name(folder.name + ".part")
     if is_first:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,5 @@
-"""After training: of the points between the untouched and the trained model the best one within the budget is kept,
-and certified on texts that nothing has read before.
-"""
+"""After training, keep the best point between the untouched and the trained model within the budget for forgetting,
+certified on texts that nothing has read before."""
 
 from __future__ import annotations
 
@@ -41,13 +40,8 @@ PHASE = "choosing how far to go within the budget for forgetting"
 
 
 class Line:
-    """The trained values of a model, anywhere between those before step 1 and those after training.
-
-    Args:
-        model: Has the values after training; where they are shared out each process moves its part.
-        before: File with those before step 1.
-        after: File that is written with the present ones.
-    """
+    """The trained values of a model, anywhere between those before step 1 (a file) and those after training (a file it
+    writes); sharded ones by each process's part."""
 
     def __init__(self, model: Any, before: Path, after: Path) -> None:
         sharding.free(model)
@@ -76,10 +70,8 @@ def _read(attempt: AttemptContext, text: GenericText) -> np.ndarray:
 
 
 def keep_within(attempt: AttemptContext) -> Preserved | None:
-    """Move the trained model back as far as its budget asks for, once; None: the recipe gives none.
-
-    A certificate of these weights that is there already is kept with its choice: their sealed texts are opened once.
-    """
+    """Move the trained model back as far as its budget asks for; an earlier certificate of these weights is kept with
+    its choice. None: the recipe gives no budget."""
     plan, request = attempt.plan, attempt.request
     if plan.preserving is None:
         return None
