@@ -265,7 +265,7 @@ def compare(
     """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a report."""
     from fulltune.cli import compare as cli_compare
 
-    asked = cli_compare.Asked(targets, set_ or [], run_folder, fresh, budget, as_json)
+    asked = cli_compare.CompareRequest(targets, set_ or [], run_folder, fresh, budget, as_json)
     if lint:
         cli_compare.lint(asked)
     else:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CompareRequest:
     """What the command line says."""
 
     targets: list[Path]
@@ -45,7 +45,7 @@ class Asked:
     as_json: bool
 
 
-def compare(asked: Asked) -> None:
+def compare(asked: CompareRequest) -> None:
     """Compare, or go on with it, and show the verdict; of several recipes also what they come to on one base."""
     if len(asked.targets) > 1:
         _compare_many(asked)
@@ -57,7 +57,7 @@ def compare(asked: Asked) -> None:
         _show(found)
 
 
-def _compare_many(asked: Asked) -> None:
+def _compare_many(asked: CompareRequest) -> None:
     if asked.fresh:
         raise SetupError("--fresh: with several recipes name a new --run-folder instead")
     if asked.folder is not None and (asked.folder / run_folder.IDENTITY).exists():
@@ -170,7 +170,7 @@ def _share_of(budget: str | None, count: int) -> str | None:
         raise RecipeError(f"--budget: {error}") from None
 
 
-def _run(asked: Asked, target: Path, folder: Path | None) -> Compared:
+def _run(asked: CompareRequest, target: Path, folder: Path | None) -> Compared:
     began, budget = time.time(), _share_of(asked.budget, len(asked.targets))  # reading the libraries counts, too
     recipe, found = _open(target, asked.overrides, folder, asked.fresh)
     run_folder.hide_progress_bars()
@@ -236,7 +236,7 @@ UNFAIR = 2
 """Exit code of a lint that found something unfair: the recipe is to be changed."""
 
 
-def lint(asked: Asked) -> None:
+def lint(asked: CompareRequest) -> None:
     """Say what would make the comparisons unfair; ends with `UNFAIR` when something does."""
     if asked.budget is not None:
         raise RecipeError("--budget: --lint reads the recipe alone; leave out one of them")
