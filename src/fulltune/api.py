@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+import yaml
+
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
 from fulltune.records.events import Listener
@@ -61,9 +63,10 @@ def job(
         text = path.read_text(encoding="utf-8")
     if class_weights is not None:
         recipe = _with_class_weights(recipe, class_weights, Path(name))
+    text = text or yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     folder = None if run_folder is None else Path(run_folder)
     hooks = Hooks(metrics, preprocess, compute_loss)
-    found, _ = find_or_make(recipe, text or _as_yaml(recipe), recipe.name or name, folder, fresh, hooks.marks())
+    found, _ = find_or_make(recipe, text, recipe.name or name, folder, fresh, hooks.marks())
     return Run(recipe, found, hooks, listener or _printing())
 
 
@@ -128,12 +131,6 @@ def _with_class_weights(recipe: Recipe, given: Mapping[str, float] | Sequence[fl
 def _plain(number: Any) -> Any:
     """A number of NumPy's or PyTorch's as one of Python's."""
     return number.item() if hasattr(number, "item") else number
-
-
-def _as_yaml(recipe: Recipe) -> str:
-    import yaml
-
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
 
 
 def _printing() -> Listener:

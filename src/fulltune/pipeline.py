@@ -32,11 +32,15 @@ from fulltune.train.parent.retry import train
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     """Prepare, plan, train, evaluate and report; the same call continues an interrupted run."""
-    if until not in ("data", "plan"):
-        job.refuse_several_methods()
+    if until not in ("data", "plan") and job.recipe.methods:
+        raise RecipeError(
+            "methods: names what to compare, and a run trains one method; use 'fulltune compare', or give one "
+            "'method' in place of 'methods'"
+        )
     job = job if job.began else replace(job, began=time.time())
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
-        job = on_all_machines(job)
+        with run_folder.not_left_when_refused(job.folder):
+            job = replace(job, group=gathered(job.lead, job.recipe, job.folder, job.phase))
         # The ways out of what does not fit are looked up in the folder.
         with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")
@@ -60,12 +64,6 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
         if until == "evaluate":
             return Reached(job.folder, summary, trial, outcome, scores)
         return Reached(job.folder, summary, trial, outcome, scores, write_report(job))
-
-
-def on_all_machines(job: Run) -> Run:
-    """The same run with the machines that train it together, when the recipe names several and they are here."""
-    with run_folder.not_left_when_refused(job.folder):
-        return replace(job, group=gathered(job.lead, job.recipe, job.folder, job.phase))
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fulltune import plan
-from fulltune.errors import RecipeError
 from fulltune.models.base import Base
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
@@ -85,11 +84,3 @@ class Run:
     def start(self) -> Starter:
         """How training processes are started."""
         return in_new_process if self.group is None else self.group.start
-
-    def refuse_several_methods(self) -> None:
-        """Refuse a recipe that names several methods, to compare them."""
-        if self.recipe.methods:
-            raise RecipeError(
-                "methods: names what to compare, and a run trains one method; use 'fulltune compare', or give one "
-                "'method' in place of 'methods'"
-            )

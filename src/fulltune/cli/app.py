@@ -192,7 +192,7 @@ def plan(
                 recipe, folder, "data" if checked.fleet else "plan", details=False, measure=measure
             ).plan
         except DoesNotFitError:  # shown below, with what else is possible
-            if measure or not cli_plan.is_prepared(folder):
+            if measure or not (folder / "data" / "summary.json").exists():
                 raise
         survey, planned = cli_plan.with_data(target, set_ or [], recipe, folder, checked, planned)
     measured = Measurements.load(folder / "plan" / "measured.json") if measure else None

@@ -113,11 +113,6 @@ def without_data(target: Path, overrides: list[str], options: Options) -> tuple[
     return _with_commands(survey, target, overrides, recipe).model_copy(update={"rows_prepared": False}), plan
 
 
-def is_prepared(folder: Path) -> bool:
-    """Whether the data stage has done its part."""
-    return (folder / "data" / "summary.json").exists()
-
-
 def with_data(
     target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
 ) -> tuple[Survey, Plan | None]:

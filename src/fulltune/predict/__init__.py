@@ -1,22 +1,202 @@
-"""Answer with a finished model: find it, load it, give it texts or rows."""
+"""Answer with a finished model: find it, load it, give it texts or rows, many of them in bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fulltune.errors import DataError, SetupError
+from fulltune.inference.run import generate, run_rows
 from fulltune.methods import folder as folders
-from fulltune.models.base import Base
+from fulltune.models.base import Base, opened
 from fulltune.models.load import load as load_model
-from fulltune.predict.predictor import Answered as Answered
-from fulltune.predict.predictor import Predictor as Predictor
 from fulltune.recipe.model import ModelBlock
+from fulltune.recipe.tasks import FACTS
 from fulltune.system.run_folder import comparison_of
-from fulltune.tasks import tags
-from fulltune.tasks.columns import shown
+from fulltune.tasks import (
+    Encoded,
+    Example,
+    ReadingTask,
+    Refused,
+    Row,
+    Target,
+    Task,
+    WritingTask,
+    chat,
+    tags,
+    task_named,
+)
+from fulltune.tasks.columns import shown, unreadable, windows
+
+_log = logging.getLogger(__name__)
+
+Watch = Callable[[int, int], None]
+"""Told how many rows are done, of how many."""
+_WINDOW_PROMPTS = 64
+_BATCH, _BATCH_OF_PROMPTS = 32, 8
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What became of a row."""
+
+    answer: dict[str, Any] | None
+    """As `Predictor.predict` gives it; None: there is none."""
+    refused: Refused | None = None
+    """Why there is none."""
+    is_cut: bool = False
+    """The model read only the beginning of the row."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A loaded model and what it needs to answer."""
+
+    model: Any
+    tokenizer: Any
+    notes: Mapping[str, Any]
+
+    @cached_property
+    def task(self) -> Task:
+        """The model's task."""
+        return task_named(self.notes["task"])
+
+    @cached_property
+    def target(self) -> Target:
+        """What the model learned."""
+        return folders.target_of(self.notes)
+
+    @property
+    def writes(self) -> bool:
+        """Whether answers are generated, token by token."""
+        return FACTS[self.notes["task"]].writes
+
+    def predict(self, rows: Sequence[Mapping[str, Any]], max_new_tokens: int = 128) -> list[dict[str, Any]]:
+        """Answer rows in the columns that the model was trained on.
+
+        Args:
+            rows: For classifiers the text column(s), or the image's path or bytes; for multiple choice the choices
+                and what is asked; for language models `prompt` or `messages`; for encoder-decoders `source`; for
+                taggers the column with the words; for question answering `question` and `context`.
+            max_new_tokens: Longest answer of a language model.
+
+        Returns:
+            One dictionary a row. Classifiers: `label` with its `probability` and the `probabilities` of all labels
+            (several labels: `labels` and `probabilities`; numbers: `value`); those of a single label use the fitted
+            temperature. Multiple choice: `index` and `text` of the choice, `probability`, `probabilities` of all in
+            their order. Language models: `answer`. Taggers: `tokens`, their `tags`, and `entities` with `type`,
+            `start` and `end` (numbers of words, `end` excluded), `text` and `probability` (that of the least certain
+            word). Question answering: `answer` (empty: there is none), its first character `start` in the context,
+            `probability`.
+
+        Raises:
+            DataError: When a row cannot be answered; `answer_each` goes on with the next one.
+        """
+        found = list(self.answer_each(rows, max_new_tokens))
+        refused = [(number, row.refused) for number, row in enumerate(found, start=1) if row.refused is not None]
+        if refused:
+            number, first = refused[0]
+            raise DataError(f"predict: row {number}: {first.reason} ({len(refused)} such rows); remove or repair them")
+        cut = [number for number, row in enumerate(found, start=1) if row.is_cut]
+        if cut:
+            _log.warning("predict: row %d %s (%d such rows)", cut[0], self.cut_in_words(), len(cut))
+        return [row.answer for row in found if row.answer is not None]
+
+    def cut_in_words(self) -> str:
+        """What happens to a row that is too long."""
+        words = "the words beyond are not read and get O"
+        beyond = words if self.target.form.tags_words else "what is beyond is not read"
+        return f"is longer than {self.notes['max_length']} tokens: {beyond}"
+
+    def answer_each(
+        self, rows: Iterable[Mapping[str, Any]], max_new_tokens: int = 128, watch: Watch = lambda done, total: None
+    ) -> Iterator[Answered]:
+        """Answer rows one after another, in their order; one that cannot be answered says why.
+
+        Only a window of the rows is in memory; within it, rows of similar length are read together.
+        """
+        # Models that write take long for each row: their first answers shall not wait for two thousand others.
+        for window in windows(rows, _WINDOW_PROMPTS) if self.writes else windows(rows):
+            asked = [self.task.as_question(row, self.target) for row in window]
+            found = [Answered(None, self._refused(row)) for row in asked]
+            usable = [number for number, row in enumerate(found) if row.refused is None]
+            rest = [asked[number] for number in usable]
+            answers = self._write(rest, max_new_tokens, watch) if self.writes else self._read(rest, watch)
+            for number, answered in zip(usable, answers, strict=True):
+                found[number] = answered
+            yield from found
+
+    def _refused(self, row: Row) -> Refused | None:
+        """Why there can be no answer, as far as the row alone shows it."""
+        if reason := unreadable(row, self.target.columns):
+            return Refused("unreadable", reason)
+        return self.task.refuse_question(row, self.target)
+
+    def _write(self, rows: Sequence[Row], max_new_tokens: int, watch: Watch) -> list[Answered]:
+        """Answers that the model generates."""
+        task, prompts = cast(WritingTask, self.task), []
+        refused: list[Refused | None] = []
+        for row in rows:
+            try:
+                prompts.append(task.generation_ids(row, self.target, self.tokenizer, self.notes["max_length"]))
+                refused.append(None)
+            except chat.TemplateRefusal as error:
+                refused.append(Refused("refused by the chat template", str(error)))
+        answers = iter(
+            generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                batch_size=_BATCH_OF_PROMPTS,
+                precision="fp32",
+                watch=lambda done, total, share: watch(done, total),
+            )
+        )
+        return [Answered(None, why) if why else Answered({"answer": next(answers)}) for why in refused]
+
+    def _read(self, rows: Sequence[Row], watch: Watch) -> list[Answered]:
+        """Answers from what a head gives."""
+        if not rows:  # tokenizers take no empty list
+            return []
+        encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
+        refused = [examples[0].refused or _without_tokens(examples[0]) for examples in encoded]
+        chosen = [number for number, why in enumerate(refused) if why is None]
+        answers = iter(self._answers([rows[i] for i in chosen], [encoded[i] for i in chosen], watch))
+        return [
+            Answered(None, why) if why else Answered(next(answers), is_cut=examples[0].truncated)
+            for why, examples in zip(refused, encoded, strict=True)
+        ]
+
+    def _answers(self, rows: Sequence[Row], encoded: Encoded, watch: Watch) -> Sequence[dict[str, Any]]:
+        if not rows:
+            return []
+        task = cast(ReadingTask, self.task)
+        features = [dict(example.features) for examples in encoded for example in examples]
+        kept = run_rows(
+            self.model,
+            opened(features, self.tokenizer),
+            task,
+            self.target,
+            self.tokenizer.pad_token_id,
+            batch_size=_BATCH,
+            precision="fp32",
+            watch=lambda done, total, share: watch(done * len(rows) // total, len(rows)),
+        )
+        return task.answers(kept, rows, encoded, self.target, float(self.notes.get("temperature", 1.0)))
+
+
+def _without_tokens(example: Example) -> Refused | None:
+    """Texts of nothing but characters that the tokenizer leaves out have no token."""
+    ids = example.features.get("input_ids")
+    return Refused("no token", "the tokenizer makes no token of it") if ids is not None and not len(ids) else None
+
+
+# ---- which model ----------------------------------------------------------------------------------------------
 
 
 def load(run: Path, method: str | None = None) -> Predictor:
