@@ -971,7 +971,7 @@ def test_disk_full_while_writing_is_refused(case: Case, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     # `fulltune.data.prepare` is the function; the module of that name is only in sys.modules.
-    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "write", full)
+    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "write_splits", full)
     result = case.data(CSV)
     run = next(case.folder.glob("runs/recipe-*"))
     refused(result, NO_FIT, f"{run}: the disk is full; free some space, then run the same command again")
