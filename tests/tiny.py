@@ -171,13 +171,7 @@ _SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
 
 
 def config(kind: str, tokenizer: Any, **changes: Any) -> Any:
-    """Config of a tiny model: 2 layers, hidden size 32, 4 heads.
-
-    Args:
-        kind: One of `ENCODERS`, `DECODERS` or `WRITERS`.
-        tokenizer: Gives the vocabulary's size and the special tokens' ids.
-        changes: Values that replace or add to the config's.
-    """
+    """Config of a tiny model: 2 layers, hidden size 32, 4 heads."""
     import transformers
 
     common = {
@@ -232,18 +226,7 @@ def usual_tokenizer(kind: str) -> Any:
 
 
 def save_model(folder: Path, kind: str, *, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Path:
-    """Write a tiny random model with its tokenizer: encoders without a head, the others with theirs.
-
-    Args:
-        folder: Where to write; made when it is missing.
-        kind: One of `ENCODERS`, `DECODERS` or `WRITERS`.
-        tokenizer: Left out, the usual one of that kind.
-        seed: Seed of the weights.
-        changes: Values of the config, for example `num_hidden_layers=1` or `hidden_dropout_prob=0.0`.
-
-    Returns:
-        The folder.
-    """
+    """Write a tiny random model with its tokenizer: encoders without a head, the others with theirs."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -352,14 +335,7 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def write_recipe(path: Path, model: Path | str, rows: Path | str, /, **blocks: Any) -> Path:
-    """Write a recipe for a tiny run on the CPU in fp32, without bootstrap's usual cost.
-
-    Args:
-        path: Where to write; `output` is `runs` beside it.
-        model: Folder of the model.
-        rows: Data file: `data.train`.
-        blocks: `task=...`, or a block whose values are merged into the usual ones: `train={"max_steps": 3}`.
-    """
+    """Write a recipe for a tiny run on the CPU in fp32; `blocks` are merged into the usual values."""
     values: dict[str, Any] = {
         "model": {"name": str(model)},
         "task": "text-classification",

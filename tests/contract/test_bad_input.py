@@ -209,12 +209,6 @@ def test_json_lines_broken_names_each_line(case: Case) -> None:
     )
 
 
-def test_line_100_is_shown_as_a_number(case: Case) -> None:
-    """`:100:` is also the name of an emoji."""
-    result = case.data("text,label\n" + "a,b\n" * 98 + "a,b,c\n")
-    assert result.problems[0].startswith(f"{case.folder}/train.csv:100: 3 cells")
-
-
 def test_parquet_broken_is_refused(case: Case) -> None:
     result = case.data("no parquet", "train.parquet")
     assert result.code == DATA
@@ -308,18 +302,6 @@ def test_rows_empty_many_are_refused(case: Case, column: str, check: str) -> Non
         f"train.csv: 10 of 40 rows cannot be used (10 x {check}); first: train.csv:2, column '{column}' is empty. "
         "Remove or repair these rows, or name another column in the recipe",
     )
-
-
-def test_row_without_text_is_left_out_and_written_down(case: Case) -> None:
-    accepted(case.data([*ROWS, {"text": "", "label": "food"}]))
-    dropped = next(case.folder.glob("runs/*/data/dropped.jsonl")).read_text()
-    assert json.loads(dropped) == {
-        "split": "train",
-        "place": "train.csv:42",
-        "check": "no text",
-        "reason": "column 'text' is empty",
-        "row": {"text": "", "label": "food"},
-    }
 
 
 def test_two_rows_are_too_few(case: Case) -> None:
@@ -787,9 +769,6 @@ def test_plan_impossible_is_refused(case: Case, blocks: dict[str, Any], problem:
     refused(case.data(CSV, command="plan", **blocks), RECIPE, problem)
 
 
-# ---- images and raw text ---------------------------------------------------------------------------------------
-
-
 def test_images_that_cannot_be_decoded_are_listed_and_left_out_only_when_asked(tmp_path: Path) -> None:
     pytest.importorskip("PIL", reason="the extra images is not installed")
     case = Case(tmp_path, tiny.save_image_model(tmp_path / "tiny-vit"))
@@ -810,27 +789,18 @@ def test_images_that_cannot_be_decoded_are_listed_and_left_out_only_when_asked(t
     assert len(dropped) == 11
 
 
-def test_raw_text_of_one_paragraph_is_refused(chat_case: Callable[..., Result], tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text("one paragraph\n")
-    result = chat_case(tiny.chat_rows(4), data={"train": "book.txt"})
-    assert result.code == DATA
-    assert "Traceback" not in result.err
-    assert result.problems == [
-        "book.txt: 1 row: too few for three splits of at least 2 rows (train has 1, eval has "
-        "0, test has 0); give more rows, or files for eval and test; paragraphs of a .txt are joined into rows of "
-        "about 4,000 characters: for one row a paragraph set data.text_rows: paragraph"
-    ]
-
-
-# ---- folders, disk, memory -------------------------------------------------------------------------------------
-
-
 def test_output_below_a_file_is_refused(case: Case) -> None:
     result = case.data(CSV, output="train.csv/runs")
     assert result.code == RECIPE
     assert "Traceback" not in result.err
     assert result.problems[0].startswith(f"{case.folder}/train.csv/runs/recipe-")
     assert result.problems[0].endswith(": cannot be written (not a directory); choose another place")
+
+
+# ---- images and raw text ---------------------------------------------------------------------------------------
+
+
+# ---- folders, disk, memory -------------------------------------------------------------------------------------
 
 
 def test_run_folder_of_another_recipe_is_refused(case: Case) -> None:

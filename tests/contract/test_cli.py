@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fulltune.cli.app import app
-from fulltune.cli.init import _yaml
 from fulltune.recipe.file import load_recipe
 from tests import tiny
 from tests.contract.command import assert_same_facts, fulltune
@@ -95,11 +93,6 @@ def test_init_writes_a_recipe_that_loads(
     assert {role: getattr(recipe.data, role) for role in columns} == columns
 
 
-@pytest.mark.parametrize("label", ["no", "1", "a: b", "${X}", "- x", "# y", "it's", 'say "x"'])
-def test_init_quotes_column_names_that_yaml_would_misread(label: str) -> None:
-    assert yaml.safe_load(f"label: {_yaml(label)}") == {"label": label}
-
-
 def test_init_existing_recipe_is_kept_unless_forced(tmp_path: Path) -> None:
     data, recipe = tiny.write_csv(tmp_path / "train.csv", tiny.topic_rows(20)), tmp_path / "recipe.yaml"
     recipe.write_text("mine")
@@ -115,15 +108,6 @@ def test_init_output_that_is_a_folder_is_refused(tmp_path: Path) -> None:
     result = fulltune("init", data, "-o", tmp_path, "--force")
     assert result.code == 2
     assert result.problems == [f"{tmp_path}: cannot be written (is a directory); choose another place"]
-
-
-def test_init_source_and_target_are_no_labels(tmp_path: Path) -> None:
-    rows = [{"source": f"{row['text']} and more", "target": row["label"]} for row in tiny.topic_rows(20)]
-    data = tiny.write_jsonl(tmp_path / "train.jsonl", rows)
-    result = fulltune("init", data, "-o", tmp_path / "recipe.yaml")
-    assert result.code == 0, result.err
-    assert "train.jsonl: 20 rows, seq2seq (source target)" in result.out
-    assert "task: seq2seq" in (tmp_path / "recipe.yaml").read_text()
 
 
 def test_init_unknown_form_of_data_is_refused(tmp_path: Path) -> None:
@@ -154,14 +138,6 @@ def test_data_json_is_the_summary_and_alone_on_stdout(recipe: Path) -> None:
     summary = json.loads(fulltune("data", recipe, "--json").out)
     assert summary["labels"] == ["food", "weather"]
     assert {name: split["rows"] for name, split in summary["splits"].items()} == {"train": 32, "eval": 4, "test": 4}
-
-
-@pytest.mark.slow
-def test_plan_json_is_the_plan_and_gives_a_reason_for_each_value(recipe: Path) -> None:
-    plan = json.loads(fulltune("plan", recipe, "--json").out)
-    assert plan["global_batch_size"] == 8
-    assert plan["total_steps"] == 4 * plan["num_train_epochs"]
-    assert all(setting["reason"] for setting in plan["settings"])
 
 
 def test_command_repeated_continues_its_run_and_fresh_starts_another(recipe: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def test_an_unusual_image_is_decoded_upright_in_its_colour(kind: str) -> None:
     assert all(abs(one - two) <= 4 for one, two in zip(image.getpixel((3, 2)), extreme.RED, strict=True))
 
 
-@pytest.mark.parametrize("value", [0, 1, 55, 128, 255])
+@pytest.mark.parametrize("value", [0, 55, 255])
 @pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
 def test_an_image_of_16_bits_keeps_its_greys(value: int, kind: str) -> None:
     import numpy as np
@@ -116,11 +115,3 @@ def test_a_bad_image_is_refused_with_its_name(tmp_path: Path, kind: str) -> None
     path.write_bytes(extreme.bad_pictures(random.Random(7))[kind])
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded: "):
         pixels.decode(str(path), b"")
-
-
-@pytest.mark.long
-def test_drawn_cases_are_of_all_kinds(tmp_path: Path) -> None:
-    cases = [extreme.make(seed, tmp_path / str(seed), 2_000) for seed in range(FAST, FAST + 400)]
-    ends = Counter((bool(case.refusals), any(row.lost for row in case.rows)) for case in cases)
-    assert len(ends) == 4
-    assert {one for case in cases for one in case.oddities} > {"cell", "open", "columns", "deep", "digits", "gz in gz"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.data.readers import read, text_tables
+from fulltune.data.readers import text_tables
 from fulltune.models.base import Base
 from fulltune.recipe.model import ModelBlock
 from tests import tiny
@@ -60,20 +60,6 @@ def test_a_reader_that_loses_rows_is_noticed(
     assert "rows.jsonl:1: neither used nor listed" in _complaints(
         tmp_path, given, range(3, COUNT, len(malformed.FORMS))
     )
-
-
-def test_a_reader_that_lets_half_characters_through_is_noticed(
-    tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_tables, "fault", lambda value: None)
-    assert "crash: Traceback" in _complaints(tmp_path, given, JSON_LINES)
-
-
-def test_a_reader_that_changes_texts_is_noticed(
-    tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(read, "_decoded", lambda content: str(content))
-    assert "written" in _complaints(tmp_path, given, TABLES)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import csv
 import json
 import math
 import shutil
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import transformers
 from scipy.special import softmax
 
 from fulltune import predict
-from fulltune.cli import predict as cli_predict
 from fulltune.cli import predict_files
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.tasks import Target, task_named
@@ -328,20 +326,6 @@ def test_file_without_any_usable_row_is_refused_and_nothing_is_written(classifie
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_paths_of_images_start_at_the_table_and_stay_as_written_in_the_output(tmp_path: Path) -> None:
-    notes = {"columns": {"image": "image", "label": "label"}}
-    table = tiny.write_csv(tmp_path / "in.csv", [{"image": "cats/1.png"}])
-    folder = tmp_path / "classes"
-    (folder / "cats").mkdir(parents=True)
-    (folder / "cats" / "1.png").write_bytes(b"1")
-    for given, written in ((table, "cats/1.png"), (folder, str(folder / "cats" / "1.png"))):
-        what = cli_predict.asked([], given, notes)
-        own = [row for _, row in what.placed()]
-        assert [row["image"] for row in own] == [written]
-        [read] = what.rows(notes, own)
-        assert Path(read["image"]) == (tmp_path if given == table else folder) / "cats" / "1.png"
-
-
 # ---- texts, lines and JSON -------------------------------------------------------------------------------------
 
 
@@ -369,14 +353,6 @@ def test_json_is_the_same_for_texts_stdin_and_files_but_for_the_place(classifier
     assert set(first["probabilities"]) == {"no", "yes", "who knows"}
     assert sum(first["probabilities"].values()) == pytest.approx(1)
     assert first["probability"] == max(first["probabilities"].values()) == first["probabilities"][first["label"]]
-
-
-def test_blank_line_on_stdin_is_an_empty_line_of_the_output_and_named_with_its_place(classifier: Path) -> None:
-    said = fulltune("predict", classifier, stdin="the sun\n\nrain\n")
-    assert said.code == 0, said.err
-    assert [bool(line) for line in said.out.split("\n")] == [True, False, True, False]
-    assert "stdin:2: no text" in said.err
-    assert "without an answer: 1 of 3 rows; an empty line stands in its place" in said.err
 
 
 def test_probabilities_are_those_of_the_logits_over_the_temperature(classifier: Path) -> None:
@@ -411,27 +387,6 @@ def test_answers_come_in_order_while_only_a_window_of_rows_has_been_read(classif
     assert read_so_far <= 2049
     assert [one.refused is not None for one in first[::2]] == [True, False, False] * 2
     assert first[1] == first[3] == first[11]
-
-
-def test_memory_for_a_file_does_not_grow_with_its_rows(tmp_path: Path) -> None:
-    """Without a model: what lies between the reader and the writer."""
-    notes = Target("regression", {}).as_notes()
-
-    def peak(num_rows: int) -> int:
-        new = predict_files.added(notes, ["text"])
-        tracemalloc.start()
-        for suffix in ("csv", "parquet"):
-            rows = ({"text": f"row {number}"} for number in range(num_rows))
-            types = predict_files.arrow_types({"text": f"row {number}"} for number in range(num_rows))
-            with predict_files.into(tmp_path / f"{num_rows}.{suffix}", ["text"], new, types) as put:
-                for row in rows:
-                    put(row, new.cells({"value": 0.5}, None))
-        found = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return found
-
-    peak(10)  # what is imported
-    assert peak(12_000) < 2 * peak(3_000)
 
 
 def test_cells_that_a_spreadsheet_would_compute_are_escaped_when_asked_for(tmp_path: Path) -> None:

@@ -201,13 +201,7 @@ class Differences:
 
 
 def differences(reference: Curve, other: Curve, after: int = 0) -> Differences:
-    """Between runs of the same steps.
-
-    Args:
-        reference: The one that it should equal.
-        other: The one that is judged.
-        after: Steps up to this one do not count.
-    """
+    """Between runs of the same steps, of which those up to `after` do not count."""
     assert set(other.steps) == set(reference.steps), f"steps {sorted(set(reference.steps) ^ set(other.steps))} differ"
     assert other.weights.keys() == reference.weights.keys()
     losses, norms, scores = dict(reference.losses), dict(reference.norms), dict(reference.scores)
@@ -230,13 +224,6 @@ def differences(reference: Curve, other: Curve, after: int = 0) -> Differences:
 
 def train(folder: Path, family: Family, place: Place, *, listener: Listener | None = None, **changes: Any) -> None:
     """Begin a run in `folder/run`, or go on with it, in processes of its own.
-
-    Args:
-        folder: Where recipe, rows and run lie; the model lies beside it.
-        family: What is trained.
-        place: Where its state lies.
-        listener: Called with each event.
-        changes: `dropout=True` leaves the model's; further values of the recipe's `train`.
 
     Raises:
         InterruptedRun: After SIGTERM; called again, it goes on.

@@ -27,13 +27,7 @@ before they are clipped."""
 
 @contextlib.contextmanager
 def planted(fault: Fault, steps: Callable[[int], bool], lasting: bool = True) -> Iterator[list[int]]:
-    """Plant a fault at these steps, from 1; yields the steps at which it was.
-
-    Args:
-        fault: The fault.
-        steps: Whether it comes at a step.
-        lasting: It comes each time that such a step is computed; False: the first time alone.
-    """
+    """Plant a fault at these steps, from 1; unless `lasting`, only the first time that each is computed."""
     number, met = 0, []
     now: tuple[Any, int] = (None, -1)
     computed = False

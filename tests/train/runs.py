@@ -56,15 +56,7 @@ def without_tracing() -> Iterator[None]:
 
 
 def job(folder: Path, model: Path, rows: Rows, /, *, options: Mapping[str, Any] | None = None, **blocks: Any) -> Run:
-    """A run of these rows in `folder/run`; called again, the same one.
-
-    Args:
-        folder: Where data, recipe and run lie.
-        model: Folder of the model.
-        rows: The rows; texts with labels become csv, everything else JSON lines.
-        options: For `api.job`, for example `class_weights`.
-        blocks: As for `tiny.write_recipe`.
-    """
+    """A run of these rows in `folder/run`, called again the same one; `options` are those of `api.job`."""
     plain = all(isinstance(value, str) for value in rows[0].values())
     write, name = (tiny.write_csv, "rows.csv") if plain else (tiny.write_jsonl, "rows.jsonl")
     data = write(folder / name, rows)

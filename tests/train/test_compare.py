@@ -194,11 +194,6 @@ def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Compariso
     assert not [name for name in names if f"`{name}`" not in section and f"`{name}/" not in section]
 
 
-def test_models_of_other_seeds_are_deleted(finished: tuple[Path, Comparison]) -> None:
-    folder, _ = finished
-    assert sorted(path.name for path in (folder / "models").iterdir()) == ["full", "lora"]
-
-
 # ---- the same method with other settings ------------------------------------------------------------------------
 
 

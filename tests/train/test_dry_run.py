@@ -24,7 +24,6 @@ from fulltune.train.worker import context
 from fulltune.train.worker.dry_run import DryRun, dry_run
 from fulltune.train.worker.passes import Passes
 from tests import tiny
-from tests.cases import others_long
 from tests.train import runs
 
 ROWS = tiny.topic_rows(48)
@@ -107,9 +106,8 @@ def test_dry_run_leaves_everything_as_it_was(
     assert compared == []
 
 
-@pytest.mark.parametrize("precision", others_long(("fp32", "bf16"), "bf16"))
-def test_training_goes_on_as_if_there_had_been_no_dry_run(precision: str, tiny_encoder: Path, tmp_path: Path) -> None:
-    train = {"max_steps": 4, "logging_steps": 1, "precision": precision}
+def test_training_goes_on_as_if_there_had_been_no_dry_run(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {"max_steps": 4, "logging_steps": 1, "precision": "bf16"}
     nothing = DryRun(Check(name="dry-run step", result="", passed=True), 0.0)
     losses = []
     for name in ("with", "without"):

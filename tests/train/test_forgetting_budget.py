@@ -91,7 +91,6 @@ def point(share: float, drift: float, metric: float, error: float = 0.0) -> Poin
         ([point(0, 0, 2.0), point(0.5, 0.01, 1.5), point(1, 0.05, 1.0)], False, 0.5),
         ([point(0, 0, 0.5), point(0.4, 0.01, 0.7), point(0.5, 0.015, 0.7)], True, 0.4),  # as good, and moved less
         ([point(0, 0, 0.5), point(0.5, 0.019, 0.7, error=0.001)], True, 0.0),  # the sealed half may say no
-        ([point(0, 0, np.nan), point(0.1, 0.01, 0.6)], True, 0.1),
     ],
 )
 def test_best_point_within_the_budget_is_chosen(points: list[Point], better: bool, expected: float) -> None:

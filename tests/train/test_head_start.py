@@ -231,19 +231,6 @@ def test_test_rows_are_out_of_reach_while_it_is_fitted(tiny_encoder: Path, tmp_p
 # ---- where there is none ---------------------------------------------------------------------------------------
 
 
-def test_random_start_fits_none_until_the_baselines(tiny_encoder: Path, tmp_path: Path) -> None:
-    blocks: dict[str, Any] = {"method": {"head_init": "random"}, "train": FEW_STEPS}
-    with counted() as calls:
-        reached = runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
-        assert calls == []
-        assert reached.plan is not None
-        assert reached.plan.head_init == "random"
-        assert started(tmp_path)["head"] == "new, drawn at random: the checkpoint has none for this task"
-        reached = runs.run(tmp_path, tiny_encoder, ROWS, until="evaluate", **blocks)
-    assert len(calls) == 1
-    assert row(reached, LINEAR_PROBE).metrics["accuracy"].value > 0.5
-
-
 @pytest.mark.parametrize("start", ["probe", None])
 def test_head_that_cannot_be_seen_starts_at_random_and_says_so(start: str | None, tmp_path: Path) -> None:
     """EuroBERT's logits are the mean over those of all tokens."""

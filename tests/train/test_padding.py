@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fulltune.inference.run import generate, run_rows
 from fulltune.models.base import Base
 from fulltune.models.load import load
-from fulltune.probe import Extractor
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, causal_lm, text_classification
 from tests import tiny
@@ -90,19 +89,6 @@ def test_classifier_logits_equal_those_of_plain_transformers(classifier: tuple[A
         expected = plain(**reader(list(TEXTS), padding=True, return_tensors="pt")).logits.numpy()
 
     np.testing.assert_allclose(classified(model, tokenizer, encoded, 5), expected, atol=1e-5)
-
-
-def test_frozen_embeddings_alone_equal_those_in_a_padded_batch(classifier: tuple[Any, Any]) -> None:
-    model, tokenizer = classifier
-    encoded = encode(tokenizer)
-
-    def embed(rows: Any, batch_size: int) -> np.ndarray:
-        extractor = Extractor(model, "text-classification", TARGET, tokenizer.pad_token_id, batch_size, "fp32")
-        found = extractor.features(rows, layers=None).mean
-        assert found is not None
-        return found
-
-    np.testing.assert_allclose(embed(encoded, 5), np.concatenate([embed([row], 1) for row in encoded]), atol=1e-5)
 
 
 def test_language_model_logits_and_losses_alone_equal_those_in_a_padded_batch(decoder: tuple[Any, Any]) -> None:
