@@ -124,10 +124,8 @@ def signed(signature: inspect.Signature) -> Callable[[_Function], _Function]:
     return sign
 
 
-def _their_signature() -> inspect.Signature:
-    theirs = inspect.signature(transformers.TrainingArguments.__init__)
-    ours = theirs.parameters["logging_nan_inf_filter"].replace(default=False)
-    return theirs.replace(parameters=list({**theirs.parameters, ours.name: ours}.values()))
+_THEIRS = inspect.signature(transformers.TrainingArguments.__init__)
+_FILTER = _THEIRS.parameters["logging_nan_inf_filter"].replace(default=False)
 
 
 def _named(positional: Sequence[Any], keywords: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -159,7 +157,7 @@ class OldNames:
         metadata={"help": "Replace a loss that is not a number by an earlier one in the logs, which hides it."},
     )
 
-    @signed(_their_signature())
+    @signed(_THEIRS.replace(parameters=[*{**_THEIRS.parameters, _FILTER.name: _FILTER}.values()]))
     def __init__(self, *positional: Any, **keywords: Any) -> None:
         known = [field.name for field in dataclasses.fields(self) if field.init]
         keywords = _names_of_today(_named(positional, keywords, known), known)

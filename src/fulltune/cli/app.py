@@ -81,12 +81,10 @@ def init(
     Columns with usual names are found; others are named: --prompt mr --completion ref.
     """
     from fulltune.cli.init import hints_of, lines, write_recipe
+    from fulltune.recipe.tasks import READ_BY
 
-    given = {"text": text, "text_pair": text_pair, "label": label, "prompt": prompt, "input": input}
-    given |= {"completion": completion, "messages": messages, "tools": tools, "source": source, "target": target}
-    given |= {"question": question, "context": context, "answers": answers, "choices": choices, "tokens": tokens}
-    given |= {"tags": tags, "image": image}
-    found, files = write_recipe(data, output, model, force, hints_of(task, given, columns, encoding))
+    roles = {role: column for role, column in locals().items() if role in READ_BY}
+    found, files = write_recipe(data, output, model, force, hints_of(task, roles, columns, encoding))
     for line in lines(found, files):
         out.print(escape(line))
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)

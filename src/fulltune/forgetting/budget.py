@@ -1,9 +1,5 @@
-"""Keeping forgetting within a budget: pure functions of what was measured on generic text.
-
-Three means, in the order in which a run uses them. While it trains, generic text counts with a weight that rises as
-the budget is spent (dual ascent on the constraint). Afterwards the change of the weights is scaled back as far as it
-must be (Wortsman et al. 2022, arXiv 2109.01903), by what texts say that were read all along. Last, the point that was
-chosen is measured once on texts that nothing has read before.
+"""Keeping forgetting within a budget: a weight by dual ascent while training, then weights scaled back (Wortsman et
+al. 2022, arXiv 2109.01903), and a certificate on sealed texts; pure functions of what was measured on generic text.
 """
 
 from __future__ import annotations
@@ -112,12 +108,11 @@ def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Poin
     within any limit."""
     sign = 1 if greater_is_better else -1
     possible = [point for point in points if point.is_start or is_within(point.measured, limit)]
-    # One whose metric is not finite is never better.
-    return max(possible, key=lambda point: (_finite(sign * point.metric), -point.measured.drift))
 
+    def order(point: Point) -> tuple[float, float]:  # one whose metric is not finite is never better
+        return sign * point.metric if math.isfinite(point.metric) else -math.inf, -point.measured.drift
 
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
+    return max(possible, key=order)
 
 
 def certified(measured: Drift, limit: float) -> Certificate:
