@@ -42,11 +42,9 @@ def _set_random_state(states: Sequence[torch.Tensor], device: torch.device) -> N
 class Guarded:
     """Mixin for a `Trainer`: sees each loss and gradient norm, and skips or stops before a bad update.
 
-    A callback could not do this: it sees the norm only after clipping, and has no veto. With several processes loss and
-    norm are reduced over all of them once per optimizer step, so that all decide alike; otherwise the healthy ones
-    would wait for the broken one. A step is skipped by freeing its gradients: an optimizer leaves out what has none,
-    and its moments stay. DeepSpeed updates inside its backward pass: there each loss is judged before it, nothing can
-    be skipped, and a gradient norm that is not finite makes DeepSpeed itself leave the update out.
+    A callback sees the norm only after clipping, and has no veto. A step is skipped by freeing its gradients, so that
+    moments stay as well. DeepSpeed updates inside its backward pass: there each loss is judged before it, and nothing
+    is skipped.
 
     With a Trainer of one's own it stands first; where trouble stays it raises `Diverged`, and what to resume from is
     the script's decision:

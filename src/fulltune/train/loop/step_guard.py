@@ -90,18 +90,8 @@ def judge(
     scaled: bool = False,
     own: bool = False,
 ) -> Judged:
-    """Judge a step before its update.
-
-    Args:
-        seen: What came before.
-        step: The optimizer step, from 1.
-        loss: Its loss, over all processes.
-        norm: Of its gradients, before clipping; None where there is none.
-        rows: That the step has, per process: an epoch's last one may have few; 0: not known.
-        scaled: The loss is scaled up, for fp16: a norm that is not finite means that it is by too much, and the scaler
-            skips the step. Not where the scale has come down to below 1 and the norm still is not.
-        own: The loss is the user's own and may rise for good reasons: only what is not finite is judged.
-    """
+    """Judge a step before its update by what was seen before; with a `scaled` fp16 loss the scaler itself skips a norm
+    that is not finite, and of a user's `own` loss only what is not finite is judged."""
     seen = replace(seen, most_rows=max(seen.most_rows, rows))
     if scaled and math.isfinite(loss) and norm is not None and not math.isfinite(norm):
         return Judged("go on", seen)

@@ -67,28 +67,17 @@ class AddsGradient(Protocol):
 
 
 class FullTrainer(Guarded, Trainer):
-    """The trainer of a run.
+    """The `transformers.Trainer` of a run.
 
     Args:
-        lengths: Tokens of each train row.
-        mixed: Which of these rows are mixed into the task's.
-        plan: The batches, the optimizer, how it rounds, the factor of the rate from a layer to the one below, and the
-            head's rate.
+        mixed: Which of the train rows are mixed into the task's.
         score: Gives the eval metrics of the current model, without a prefix.
-        journal: Told when a checkpoint is saved.
-        count_items: Items in the loss of a batch, from its labels: rows, or trained tokens.
         trained_only: Checkpoints hold what is trained; the rest stays as it was loaded.
-        head_modules: Paths of the modules that have the head's rate; empty where the plan has none.
         skips: Leave out the updates of suspect steps.
-        on_skip: Told each step that is skipped, why, and its rows.
-        on_repeat: Told each step that passed when it was computed once more, and why it was.
-        **keywords: As for `transformers.Trainer`.
-
-    Attributes:
-        head: Gives only the logits that the loss uses; None gives all.
     """
 
     head: SelectiveHead | None = None
+    """Gives only the logits that the loss uses; None gives all."""
     replay: AddsGradient | None = None
     """Generic text that is replayed."""
     repeats = True

@@ -55,18 +55,8 @@ def parameter_groups(
     head: Collection[str] = (),
     head_learning_rate: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Names in groups as an optimizer takes them; the first one's rate is the one that is logged.
-
-    Args:
-        names: Of the trained parameters.
-        decayed: Those that weight decay applies to.
-        learning_rate: At the top.
-        factor: From a layer's rate to the one below. With 1 there are two groups in transformers' order, so that an
-            optimizer can go on with another one's checkpoint; else a group per depth, the top first.
-        weight_decay: For `decayed`.
-        head: Those that have a rate of their own, whatever the factor; their groups come last.
-        head_learning_rate: Theirs.
-    """
+    """Names in groups as an optimizer takes them: the two of transformers' order with a factor of 1, so that
+    checkpoints fit each other, else one per depth from the top; the head's own groups come last."""
     body = [name for name in names if name not in head]
     if factor == 1.0:
         groups = _by_decay(body, decayed, weight_decay)

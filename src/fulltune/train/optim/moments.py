@@ -5,13 +5,8 @@
     m = s_m * q |q|      q in [-1, 1], in 254 steps      s_m: largest |m| of the group
     v = (s_v * r)^4      r in [0, 1], in 255 steps       s_v: largest v^(1/4) of the group
 
-The curves matter: with even steps, values far below the largest of their group become 0, and 0 in v divides by epsilon.
-The same idea with other curves is in arXiv 2602.23349. Scales are fp32 because v shrinks by 0.1 % a step, which a bf16
-scale would round away.
-
-Rounding to nearest would do the same to the codes: a value that changes by less than half a step at a time would never
-change. So codes, and moments in bf16, are rounded up or down at random, right on average. A positive v never gets code
-0: v > 0 still means that the value has received a gradient, and no update divides by epsilon alone.
+With even steps small values would become 0, and 0 in v divides by epsilon (other curves: arXiv 2602.23349). Codes, and
+moments in bf16, are rounded up or down at random, or small changes would be lost; a positive v never gets code 0.
 """
 
 from __future__ import annotations
@@ -107,17 +102,8 @@ def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: 
 def write(
     state: State, name: Name, begin: int, values: Tensor, other: Tensor, noise: Noise, numbers: tuple[int, ...]
 ) -> None:
-    """Keep a moment's fp32 values[count] from `begin` on; they are overwritten.
-
-    Args:
-        state: Of the tensor.
-        name: The moment.
-        begin: At the start of a group.
-        values: In a buffer of whole groups.
-        other: Of the first moment a buffer to overwrite; of the second one its square_root[count].
-        noise: Random numbers for rounding.
-        numbers: Tell this use of them from others.
-    """
+    """Keep a moment's fp32 values[count], in a buffer of whole groups that is overwritten, from `begin` on; `other` is
+    a buffer for the first moment, and for the second its square root."""
     place = state[name][begin : begin + len(values)]
     if place.dtype == torch.bfloat16:
         round_at_random(values, noise.bits(len(values), *numbers))

@@ -1,13 +1,8 @@
 """AdamW with moments in 32, 16 or 8 bits, for weights in fp32 or bf16; eager torch, on CPU and CUDA alike.
 
-`adamw_8bit` and `adamw_bf16` of a recipe; everything else is transformers'. All arithmetic is in fp32, on slices of a
-fixed size, so that beyond the state it needs a few MiB. Moments: see moments.py. How bf16 weights are rounded:
-
-- stochastic: up or down at random, right on average.
-- kahan: to nearest, and what was lost is kept as a bf16 number of its own, rounded at random, and added the next time.
-- nearest: what is lost is lost. At usual learning rates most updates are smaller than half of bf16's spacing.
-
-Of tensors that FSDP2 shares out each process updates its part.
+`adamw_8bit` and `adamw_bf16` of a recipe, in fp32 arithmetic on slices of a fixed size. Weights in bf16 are rounded at
+random, right on average (stochastic), to nearest with what was lost kept and added the next time (kahan), or to
+nearest. Of sharded tensors each process updates its part.
 """
 
 from __future__ import annotations
@@ -65,21 +60,8 @@ def in_fp32(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]
 
 
 class AdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW` (decoupled decay, bias correction) with other ways to keep moments and weights.
-
-    A state dict has torch's names (`step`, `exp_avg`, `exp_avg_sq`), and one of torch's AdamW can be loaded: its
-    moments are converted. What a step rounds at random depends on the seed, the step and the tensor's place alone.
-
-    Args:
-        params: Tensors or groups; weights of any shape in fp32 or bf16.
-        lr: Learning rate.
-        betas: Decay of the first and the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Share of the weights, times the rate, that a step takes away.
-        moments_format: How both moments are kept; see moments.py.
-        rounding: Of bf16 weights.
-        seed: Of the random numbers.
-    """
+    """`torch.optim.AdamW` with other ways to keep moments and weights, whose state dict has torch's names and can be
+    one of torch's; what is rounded at random depends on seed, step and place alone."""
 
     def __init__(
         self,

@@ -1,13 +1,5 @@
-"""Which weights are kept: the last ones, or those of the step that transformers chose, put back into the model.
-
-transformers compares `metric_for_best_model` at each evaluation (`Trainer._determine_best_metric`) and keeps
-`best_global_step` and `best_metric` in the Trainer's state. Its own `load_best_model_at_end` is off: it takes a
-checkpoint without looking whether it is whole.
-
-The best of several evaluations is the best by luck, too, and in the middle of a run the rate has not fallen yet. So
-where the rate falls to 0 the last weights of a whole run are kept, unless they are worse by more than two standard
-errors of the best metric, of tasks in which a row is right or wrong (docs/quality.md).
-"""
+"""Which weights are kept: the last ones where the rate falls to 0, unless they are worse by more than two standard
+errors, or those of the best step (docs/quality.md), from a checkpoint that is whole."""
 
 from __future__ import annotations
 

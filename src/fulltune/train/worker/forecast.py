@@ -1,10 +1,5 @@
-"""How long the training takes, from timed passes of the dry run and the lengths of all rows.
-
-The order of the rows is known before the first step, and with it how much each forward pass is padded. The seconds of
-a pass are `fixed + per_work * work`, a line through two measured passes: the longest one and one of the mean work. Each
-is measured after a first pass of the same batch, which is cold: libraries are read from the disk and set up, kernels
-are made, memory comes page by page.
-"""
+"""How long the training takes, by the lengths of all rows and a line (`fixed + per_work * work`) through two passes of
+the dry run, each timed after a first, cold one."""
 
 from __future__ import annotations
 

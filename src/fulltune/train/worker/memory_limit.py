@@ -1,14 +1,8 @@
 """Hold this process to `train.memory_limit`: what the plan promised, the system enforces.
 
-On CUDA torch's allocator keeps to a share of the card; CUDA's own context, some hundred MiB, comes on top. On the CPU
-the limit is RLIMIT_DATA. It counts private writable memory by what was reserved, not by what was touched: libraries
-reserve far more than they use (pyarrow alone 1 GiB), and each thread its stack. So the threads are started first, what
-is reserved until then is taken as given, and the limit is put on what is added from then on:
-
-    RLIMIT_DATA = VmData now + (limit - VmRSS now)
-
-VmRSS holds the libraries, so the limit is that of the whole process. Mapped files, as rows and checkpoints are, do not
-count: the kernel drops their pages when it needs the room.
+On CUDA torch's allocator keeps to a share of the card. On the CPU RLIMIT_DATA counts what was reserved, not what was
+touched, and libraries reserve far more than they use: so it is VmData now + (limit - VmRSS now). Mapped files do not
+count.
 """
 
 from __future__ import annotations

@@ -70,12 +70,8 @@ class Replay:
         self.before = found
 
     def add_gradient(self, trainer: FullTrainer) -> None:
-        """Of the step that begins. Without dropout, so it draws no random number that the step would miss.
-
-        With several processes each has its part of the texts; their gradients lie in the weights' when those of the
-        step's last micro batch are averaged over the processes, and are averaged with them. FSDP2 averages them in each
-        pass, of which all processes must take as many: who has no text left takes one that counts nothing.
-        """
+        """Add the texts' gradient to the step that begins, without dropout, so that no random number is drawn; each
+        process has its part, and with FSDP2 as many passes as the others."""
         model, arguments = trainer.model, trainer.args
         chosen = self.rows_of(trainer.state.global_step + 1)
         mine = chosen[arguments.process_index :: arguments.world_size]

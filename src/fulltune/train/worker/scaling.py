@@ -1,10 +1,5 @@
-"""Regression in units of the targets' spread: the head's last layer learns them, and gets the user's when it is saved.
-
-A head starts near 0, and a step of AdamW moves a value by the rate at most: targets near 500,000 are out of its reach,
-and their loss is of the order of 1e11. So the layer learns (number - mean) / spread of the train rows, and the finished
-model has `spread * weight` and `spread * bias + mean`, which is the same function for anyone who loads it. Checkpoints
-and the weights before step 1 keep what is trained.
-"""
+"""Regression in units of the targets' spread, because a step of AdamW moves a value by the rate at most; the finished
+model gets the user's units in its head's weights (docs/tasks.md)."""
 
 from __future__ import annotations
 
