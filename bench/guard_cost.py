@@ -30,8 +30,8 @@ from tests.train.runs import in_this_process
 
 from fulltune import api, load_recipe, pipeline
 from fulltune.train.loop import guarded_step
+from fulltune.train.loop.callbacks import UpdateMeter
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.loop.update_meter import UpdateMeter
 
 PARTS = (
     (guarded_step, "_random_state"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from fulltune import methods
 from fulltune.train.optim.groups import parameter_groups
 from fulltune.train.worker.weights import InitialWeights
-from tests import tiny
+from tests import plans, tiny
 from tests.train import runs
 
 BODY, HEAD = 1e-5, 1e-2
@@ -36,8 +36,9 @@ DECAYED = {name for name in NAMES if name.endswith("weight")}
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_groups_of_the_head_come_last_and_leave_the_bodys_rates(factor: float) -> None:
     head = {"top.weight", "top.bias"}
-    before = parameter_groups(NAMES, DECAYED, 1e-3, factor, 0.1)
-    groups = parameter_groups(NAMES, DECAYED, 1e-3, factor, 0.1, head, 0.2)
+    planned = plans.plan(layerwise_lr_decay=factor, head_learning_rate=0.2)
+    before = parameter_groups(NAMES, DECAYED, planned, 0.1)
+    groups = parameter_groups(NAMES, DECAYED, planned, 0.1, head)
 
     assert groups[-2:] == [
         {"params": ["top.weight"], "weight_decay": 0.1, "lr": 0.2},

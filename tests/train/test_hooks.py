@@ -20,7 +20,7 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.records.training import Outcome
 from fulltune.tasks import LossSettings, Target, text_classification
 from fulltune.train.optim.groups import layer_depth, parameter_groups
-from tests import tiny
+from tests import plans, tiny
 from tests.train import runs
 
 ROWS = tiny.topic_rows(64)
@@ -128,7 +128,7 @@ def test_layerwise_decay_lowers_the_rate_from_the_head_to_the_embeddings(kind: s
     assert head
     assert {depths[name] for name in head} == {3}
     assert depths[max(names, key=lambda name: dict(model.named_parameters())[name].shape[0])] == 0
-    groups = parameter_groups(names, set(names[::2]), 1e-3, 0.5, 0.01)
+    groups = parameter_groups(names, set(names[::2]), plans.plan(layerwise_lr_decay=0.5), 0.01)
     assert sorted(name for group in groups for name in group["params"]) == sorted(names)
     assert groups[0]["lr"] == 1e-3
     assert {group["lr"] for group in groups} == {1e-3, 5e-4, 2.5e-4, 1.25e-4}

@@ -9,7 +9,7 @@ import torch
 
 from fulltune import report
 from fulltune.records.events import Event, UpdatesMeasured, Warned
-from fulltune.train.loop.update_meter import compared
+from fulltune.train.loop.callbacks import compared
 from tests import tiny
 from tests.train import runs
 

@@ -35,7 +35,7 @@ from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.trainer import ITEMS, collated
 from fulltune.train.optim.groups import planned_optimizer
 from fulltune.train.worker import distributed, loading
-from fulltune.train.worker.learning import Learning
+from fulltune.train.worker.loading import Learning
 
 PREFIX = "eval_"
 """Before the names of the task's metrics."""

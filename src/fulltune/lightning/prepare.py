@@ -215,8 +215,8 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuningParts:
 
     def untouched(model: Any, tokenizer: Any) -> None:
         if plan.head_init != "random" and heads and heads[0].order is None:
-            rows, how = loading.task_rows(data, tokenizer), (recipe, plan, summary, tokenizer, job.folder)
-            loading.start_from_probe(model, heads[0], *how, torch.device(plan.device), rows)
+            how = (recipe, plan, summary, tokenizer, job.folder, torch.device(plan.device))
+            loading.start_from_probe(model, heads[0], *how)
 
     transformers.set_seed(plan.seed)
     target = Target.of(summary)

@@ -25,45 +25,25 @@ def planned_optimizer(
     if (own := optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)) is not None:
         kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
     decayed = set(Trainer.get_decay_parameter_names(cast("Any", None), model))  # reads nothing of a trainer
-    return kind, planned_groups(model, decayed, plan, arguments.weight_decay, head_modules), options
-
-
-def planned_groups(
-    model: Any, decayed: Collection[str], plan: Plan, weight_decay: float, head_modules: Sequence[str]
-) -> list[dict[str, Any]]:
-    """The trained parameters of a model in groups, with the plan's rates."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     begins = tuple(f"{path}." for path in head_modules)
-    groups = parameter_groups(
-        list(parameters),
-        decayed,
-        plan.learning_rate,
-        plan.layerwise_lr_decay,
-        weight_decay,
-        {name for name in parameters if name.startswith(begins)},
-        plan.head_learning_rate or 0.0,
-    )
-    return [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
+    head = {name for name in parameters if name.startswith(begins)}
+    groups = parameter_groups(list(parameters), decayed, plan, arguments.weight_decay, head)
+    return kind, [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups], options
 
 
 def parameter_groups(
-    names: Sequence[str],
-    decayed: Collection[str],
-    learning_rate: float,
-    factor: float,
-    weight_decay: float,
-    head: Collection[str] = (),
-    head_learning_rate: float = 0.0,
+    names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float, head: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Names in groups as an optimizer takes them: the two of transformers' order with a factor of 1, so that
-    checkpoints fit each other, else one per depth from the top; the head's own groups come last."""
+    """Names in groups with the plan's rates, the first one's logged: two in transformers' order, so that checkpoints
+    fit, or with `layerwise_lr_decay` one per depth from the top; the head's come last."""
     body = [name for name in names if name not in head]
-    if factor == 1.0:
+    if plan.layerwise_lr_decay == 1.0:
         groups = _by_decay(body, decayed, weight_decay)
     else:
-        groups = _by_depth(body, decayed, learning_rate, factor, weight_decay)
+        groups = _by_depth(body, decayed, plan, weight_decay)
     of_head = _by_decay([name for name in names if name in head], decayed, weight_decay)
-    return [*groups, *({**group, "lr": head_learning_rate} for group in of_head if group["params"])]
+    return [*groups, *({**group, "lr": plan.head_learning_rate or 0.0} for group in of_head if group["params"])]
 
 
 def _by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
@@ -73,15 +53,17 @@ def _by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: floa
     ]
 
 
-def _by_depth(
-    names: Sequence[str], decayed: Collection[str], learning_rate: float, factor: float, weight_decay: float
-) -> list[dict[str, Any]]:
+def _by_depth(names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float) -> list[dict[str, Any]]:
     num_layers = max((int(found.group(1)) + 1 for name in names if (found := _LAYER.search(name))), default=0)
     groups: dict[tuple[int, bool], list[str]] = {}
     for name in names:
         groups.setdefault((num_layers + 1 - layer_depth(name, num_layers), name not in decayed), []).append(name)
     return [
-        {"params": members, "lr": learning_rate * factor**below_top, "weight_decay": 0.0 if plain else weight_decay}
+        {
+            "params": members,
+            "lr": plan.learning_rate * plan.layerwise_lr_decay**below_top,
+            "weight_decay": 0.0 if plain else weight_decay,
+        }
         for (below_top, plain), members in sorted(groups.items())
     ]
 

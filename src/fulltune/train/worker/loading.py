@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from fulltune import methods, probe
 from fulltune.forgetting.budget import LANGUAGE, STATES
 from fulltune.forgetting.generic_text import parts
+from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of
 from fulltune.models import dropout, sharding
@@ -30,21 +32,19 @@ from fulltune.records.forgetting import limit_of
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
 from fulltune.system import deepspeed
-from fulltune.tasks import Target, Task, task_named
+from fulltune.tasks import LossSettings, Target, Task, task_named
 from fulltune.tasks.settings import class_weights
 from fulltune.text import first_few
 from fulltune.train import checkpoints
 from fulltune.train.loop.arguments import training_arguments
-from fulltune.train.loop.callbacks import AtBegin, Heartbeat, Seals, StopWhenDiverged
+from fulltune.train.loop.callbacks import MEASUREMENTS, AtBegin, Heartbeat, Seals, StopWhenDiverged, UpdateMeter
 from fulltune.train.loop.sampler import Mixed
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.loop.update_meter import MEASUREMENTS, UpdateMeter
 from fulltune.train.run_time import PROBING
 from fulltune.train.worker import distributed, scaling, weights
 from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.drifting import Drifting
-from fulltune.train.worker.learning import Learning
 from fulltune.train.worker.replay import Replay, Steering
 
 _MOST_NAMED = 32
@@ -81,6 +81,34 @@ def load_for_training(
         applied = methods.apply(model, recipe.method, recipe.task)
     weights.give_one_type(model)
     return applied, base.processor
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What training makes of a run's rows, a batch and its loss, for transformers' Trainer and Lightning's."""
+
+    recipe: Recipe
+    plan: Plan
+    summary: DataSummary
+    task: Task
+    model: Any
+    pad_token_id: int
+    target: Callable[[], Target]
+    """What is learned, with the units of the logits as they are when it is asked."""
+
+    @cached_property
+    def _settings(self) -> LossSettings:
+        weights = class_weights(self.recipe, self.summary)
+        return LossSettings(self.recipe.train.label_smoothing_factor, weights)
+
+    def collate(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch of rows, as the model reads it: `input_ids[rows, tokens]`, `labels` and what else the task gives."""
+        return model_batch(self.model, self.task, features, self.pad_token_id)
+
+    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """labels[rows] or [rows, tokens]; the model's logits[rows, ..., classes or vocabulary]."""
+        summed = self.task.loss(logits_of(outputs), labels, self.target(), self._settings)
+        return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
 
 
 def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
@@ -217,7 +245,7 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
     with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
         attempt.head_start = start_from_probe(
             *(model, head, attempt.recipe, plan, attempt.summary),
-            *(tokenizer, Path(request.run_folder), device, task_rows(attempt.data, tokenizer)),
+            *(tokenizer, Path(request.run_folder), device),
         )
     if attempt.observed.meter is not None:
         attempt.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
@@ -234,7 +262,6 @@ def start_from_probe(
     tokenizer: Any,
     folder: Path,
     device: torch.device,
-    rows: Sequence[Any],
 ) -> Probe:
     """Give a new head the values of the run folder's linear probe, which is fitted when it is not there, or random ones
     where none can be fitted."""
@@ -255,7 +282,7 @@ def start_from_probe(
             probe.separators(tokenizer, target),
         )
 
-    train_rows, eval_rows = rows
+    train_rows, eval_rows = task_rows(folder / "data", tokenizer)
     with reading:
         found = probe.fitted(folder, extractor, train_rows, eval_rows, together=together)
     if not together:
