@@ -1,4 +1,4 @@
-"""Eval rows shared out over processes; processes that are asked to stop, and ended."""
+"""Eval rows shared out over processes; processes that are asked to stop, and ended; DeepSpeed's compiled parts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from torch.utils import cpp_extension
 
 from fulltune.inference.run import batches
 from fulltune.train.parent import retry, spawn
@@ -105,3 +106,24 @@ def test_torchrun_is_asked_through_its_workers(tmp_path: Path) -> None:
     started = time.monotonic()
     assert launcher.wait(timeout=60) == 7
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("is_locked", [True, False])
+def test_lock_is_named_with_what_to_do(is_locked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    builder = SimpleNamespace(
+        name="cpu_adam", jit_load=None, is_compatible=lambda verbose: True, load=lambda verbose: said.append("loaded")
+    )
+    module: Any = ModuleType("deepspeed.accelerator")
+    module.get_accelerator = lambda: SimpleNamespace(create_op_builder=lambda name: builder)
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.accelerator", module)
+    monkeypatch.setattr(cpp_extension, "_get_build_directory", lambda name, verbose: str(tmp_path))
+    (tmp_path / "cpu_adam.so").touch()
+    if is_locked:
+        (tmp_path / "lock").touch()
+
+    distributed.build_extensions(False, True, said.append)
+
+    waiting = f"waiting for {tmp_path / 'lock'}: cpu_adam is being compiled; if nothing compiles, delete this file"
+    assert said == [*([waiting] if is_locked else []), "loaded"]

@@ -157,22 +157,12 @@ def test_the_micro_batch_falls_as_far_as_the_shortage_says(held: int, asked: int
     assert change.plan.eval_batch_size == 2 * expected
 
 
-def test_without_the_plans_arithmetic_the_micro_batch_is_halved() -> None:
-    last = outcome("out_of_memory", phase="step", memory_growth_bytes=MIB)
-
-    change = next_attempt(recipe(), plan(), [last])
-
-    assert change is not None
-    assert change.plan.micro_batch_size == 4
-
-
 # ---- killed ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["loading", "step", "evaluation", "saving", "resuming"])
-def test_killed_goes_on_as_it_was_some_times_and_is_never_taken_for_memory(phase: str) -> None:
+def test_killed_goes_on_as_it_was_some_times_and_is_never_taken_for_memory() -> None:
     why = "training process 1 (of 2, counted from 0; after step 7) was killed (SIGKILL) with 15.0 GiB of memory free"
-    killed = outcome("killed", phase=phase, reason=why)
+    killed = outcome("killed", phase="evaluation", reason=why)
     said = f"{why}; going on from the last whole checkpoint"
     for kills in range(1, MOST_KILLS + 1):
         assert next_attempt(recipe(), plan(), [killed] * kills) == NextAttempt(plan(), True, said)
@@ -196,7 +186,7 @@ def test_hung_is_tried_once_as_it_was() -> None:
     assert next_attempt(recipe(), plan(), [hung, hung]) is None
 
 
-@pytest.mark.parametrize("status", ["crashed", "error", "interrupted", "stopped_by_guard", "disk_full", "refused"])
+@pytest.mark.parametrize("status", ["crashed", "stopped_by_guard", "disk_full"])
 def test_other_failures_are_not_tried_again(status: str) -> None:
     assert next_attempt(recipe(), plan(), [outcome(status)]) is None
 
@@ -320,10 +310,3 @@ def test_message_on_a_gpu_names_the_setting_for_offload() -> None:
         "(pip install 'fulltune[deepspeed]')",
         "what helps: model.weights_dtype: bf16 (for weights)",
     ]
-
-
-def test_message_says_that_functions_of_ones_own_have_no_second_attempt() -> None:
-    lines = no_way_out(recipe(), plan(), outcome("out_of_memory", phase="evaluation"), [])
-
-    told = "not tried: smaller eval batch: functions of your own train in this process, which allows no second attempt"
-    assert told in lines

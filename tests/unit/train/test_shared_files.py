@@ -1,4 +1,4 @@
-"""Whole tensors in files of a given size, read as those of processes that shared them out are."""
+"""The files of a sharded checkpoint: whole tensors in files of a given size, and parts spread over files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fulltune.plan import fsdp2
 from fulltune.train import shared_state
 
 
@@ -63,3 +64,28 @@ def test_a_file_is_written_as_its_tensors_come_and_read_by_the_library(
     table = json.loads(raw[8:begin])
     for name, one in tensors.items():
         assert (begin + table[name]["data_offsets"][0]) % one.element_size() == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "files"),
+    [
+        ([4, 4, 4], 100, [1, 1, 1]),
+        ([4, 4, 4], 8, [1, 1, 2]),
+        ([20, 4, 4, 4], 8, [1, 2, 2, 3]),
+        ([4, 20, 4], 8, [1, 2, 3]),
+    ],
+)
+def test_files_stay_small(sizes: list[int], most: int, files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_state, "FILE_BYTES", most)
+    state = {str(number): torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}
+    assert list(shared_state._files(state).values()) == files
+
+
+def test_large_states_have_no_more_files_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_state, "FILE_BYTES", 1)
+    state = {str(number): torch.zeros(10, dtype=torch.uint8) for number in range(1000)}
+    assert max(shared_state._files(state).values()) <= 2 * shared_state.MOST_FILES
+
+
+def test_plan_knows_the_size_of_the_files() -> None:
+    assert (fsdp2.FILE_BYTES, fsdp2.MOST_FILES) == (shared_state.FILE_BYTES, shared_state.MOST_FILES)

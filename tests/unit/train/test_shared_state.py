@@ -103,20 +103,6 @@ def test_what_was_saved_is_read_whole_and_shared_out(is_shared: bool, tmp_path: 
     assert_restored(tmp_path, made(seed=2), expected)
 
 
-def test_files_hold_each_tensor_once_by_its_name(tmp_path: Path) -> None:
-    with process_group(tmp_path):
-        model = made()
-        shared_state.save(model, shared.state_of(model, trained(model)), tmp_path)
-    names: list[str] = []
-    for path in (tmp_path / shared_state.FOLDER).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names += list(file.keys())
-    parameters = [name for name, _ in model.named_parameters()]
-    assert "lm_head.weight" not in parameters
-    kinds = [f"optimizer.{name}.{kind}" for name in parameters for kind in ("step", "exp_avg", "exp_avg_sq")]
-    assert sorted(names) == sorted([*(f"weights.{name}" for name in parameters), *kinds])
-
-
 def test_what_is_not_trained_can_be_left_out(tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = share_out(made())

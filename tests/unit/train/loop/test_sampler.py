@@ -132,14 +132,6 @@ def test_steps_and_passes_of_a_run_with_mixed_rows() -> None:
     assert passes == by_step[13:]
 
 
-def test_run_that_went_back_reads_the_rest_of_the_epoch_in_another_order() -> None:
-    one, other = (sampler((5,), (0.3,), rollbacks=rollbacks) for rollbacks in ((), (20,)))
-    assert one.global_batches()[:20] == other.global_batches()[:20]
-    assert one.global_batches()[20:] != other.global_batches()[20:]
-    first, second = (sorted(chain.from_iterable(made.global_batches())) for made in (one, other))
-    assert first == second
-
-
 @pytest.mark.parametrize("steps", [0, 1, 50, 89, 90, 200])
 def test_tokens_by_source_are_those_of_the_rows_of_all_steps(steps: int) -> None:
     made = sampler((100, 9), (0.1, 0.2))

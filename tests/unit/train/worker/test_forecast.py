@@ -186,14 +186,10 @@ def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40
     return timed_forecast(passes, batches[-1], seconds, 0.1, first_step=0, test_share=0.0, folder=None)
 
 
-@pytest.mark.parametrize(
-    "cold_eval",
-    [{}, {0: 9.0}],
-)
-def test_forecast_after_cold_passes_is_that_of_warm_ones(cold_eval: dict[int, float]) -> None:
+def test_forecast_after_cold_passes_is_that_of_warm_ones() -> None:
     warm = foreseen(Machine({}, {}), first_seconds=TRAIN)
 
-    found = foreseen(Machine({}, cold_eval))
+    found = foreseen(Machine({}, {0: 9.0}))
 
     assert warm.total_seconds == pytest.approx(40 * (TRAIN + 0.1) + 2 * FORWARD, rel=0.05)
     assert found.total_seconds == pytest.approx(warm.total_seconds, rel=0.02)
@@ -204,14 +200,6 @@ def test_what_each_shape_costs_the_first_time_is_counted_at_most_once_more() -> 
     assert found.train_seconds == pytest.approx(40 * (TRAIN + 0.1) + 40 * 0.3, rel=0.02)
     cold = foreseen(Machine({0: 9.0}, {}))
     assert cold.train_seconds == pytest.approx(40 * (2 * TRAIN + 0.1), rel=0.02)
-
-
-def test_a_warm_machine_is_not_asked_again() -> None:
-    machine = Machine({}, {})
-    foreseen(machine)
-
-    assert machine.passes["train"] == 2
-    assert machine.passes["eval"] <= 4
 
 
 def test_passes_that_were_counted_on_a_part_of_the_steps_stand_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
