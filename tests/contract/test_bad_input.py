@@ -125,15 +125,6 @@ def test_mixed_files_several_bad_are_all_named(case: Case) -> None:
     )
 
 
-def test_mixed_file_of_no_form_is_refused(chat_case: Callable[..., Result], tmp_path: Path) -> None:
-    tiny.write_jsonl(tmp_path / "b.jsonl", [{"a": "x", "b": "y"}])
-    refused(
-        chat_case(tiny.chat_rows(), data={"train": ["train.jsonl", {"path": "b.jsonl", "weight": 0.1}]}),
-        DATA,
-        "b.jsonl: no column found for data.prompt; name it in the recipe (columns here: a, b)",
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
@@ -207,28 +198,6 @@ def test_json_lines_broken_names_each_line(case: Case) -> None:
         f"{here}:4: not valid JSON: Expecting property name enclosed in double quotes (column 28); {expected}",
         f"{here}:5: found list, {expected}",
     )
-
-
-def test_parquet_broken_is_refused(case: Case) -> None:
-    result = case.data("no parquet", "train.parquet")
-    assert result.code == DATA
-    assert result.problems[0].startswith(f"{case.folder}/train.parquet: not a valid parquet file: ")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xef\xbb\xbf" + CSV.encode(),
-        CSV.replace("\n", "\r\n"),
-        CSV + '"two\nlines, and ""quotes""",food\n',
-        CSV + "\n\n",
-        CSV + "emoji 😀 and زبان,food\n",
-        CSV + f"{'rain ' * 2000},weather\n",
-    ],
-    ids=["bom", "crlf", "quoted line end", "blank lines", "emoji", "10k characters"],
-)
-def test_data_file_unusual_is_read(case: Case, content: str | bytes) -> None:
-    assert "single label, 2 labels" in accepted(case.data(content))
 
 
 # ---- columns and labels ----------------------------------------------------------------------------------------
@@ -372,23 +341,6 @@ def test_labels_in_csv_are_understood(case: Case, values: list[str], kind: str, 
     assert shown in out
 
 
-@pytest.mark.parametrize(
-    ("values", "kind", "shown"),
-    [
-        ([True, False], "single label, 2 labels", "⟦True⟧"),
-        ([1.0, 2.0], "single label, 2 labels", "⟦2⟧"),
-        ([0.5, 2], "regression", "⟦0.5⟧"),
-        ([["a", "b"], ["a"], []], "multi label, 2 labels", "⟦a, b⟧"),
-        ([["a", "b"], "a"], "multi label, 2 labels", "⟦a, b⟧"),
-    ],
-)
-def test_labels_in_json_are_understood(case: Case, values: list[Any], kind: str, shown: str) -> None:
-    rows = [{**row, "label": values[number % len(values)]} for number, row in enumerate(ROWS)]
-    out = accepted(case.data(rows, "train.jsonl"))
-    assert kind in out
-    assert shown in out
-
-
 # ---- conversations ---------------------------------------------------------------------------------------------
 
 
@@ -463,15 +415,6 @@ def test_chat_template_broken_is_refused(chat_case: Callable[..., Result], tmp_p
         RECIPE,
         "the chat template is no valid Jinja: line 2: unexpected '}'",
     )
-
-
-def test_chat_template_refusing_one_row_leaves_it_out(chat_case: Callable[..., Result], tmp_path: Path) -> None:
-    template = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}" + tiny.CHATML
-    (tmp_path / "strict.jinja").write_text(template)
-    rows = [*tiny.chat_rows(), {"messages": [{"role": "user", "content": "bad"}, ANSWER]}]
-    accepted(chat_case(rows, data={"chat_template": "strict.jinja"}))
-    dropped = json.loads(next(tmp_path.glob("runs/*/data/dropped.jsonl")).read_text())
-    assert (dropped["check"], dropped["reason"]) == ("refused by the chat template", "no bad words")
 
 
 # ---- models ----------------------------------------------------------------------------------------------------
@@ -710,10 +653,6 @@ def test_recipe_missing_is_refused(tmp_path: Path) -> None:
         RECIPE,
         f"{tmp_path}/no.yaml: no such file; write one with 'fulltune init DATA'",
     )
-
-
-def test_recipe_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    refused(fulltune("run", tmp_path), RECIPE, f"{tmp_path}: is not a run folder of fulltune (recipe.json is missing)")
 
 
 def test_recipe_not_text_is_refused(tmp_path: Path) -> None:

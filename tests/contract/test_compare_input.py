@@ -52,13 +52,6 @@ def test_recipe_without_methods_is_named(command: list[str], tmp_path: Path) -> 
     ]
 
 
-def test_fewer_rows_than_classes_are_refused(tmp_path: Path) -> None:
-    rows = [{"text": f"text number {number}", "label": f"class {number}"} for number in range(60)]
-    said = fulltune("compare", recipe(tmp_path, ["full", "lora"], rows), "--run-folder", tmp_path / "run")
-    assert said.code == 4
-    assert "60 different labels in 60 rows" in said.err
-
-
 def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     path = recipe(tmp_path, ["full", "lora"])
     one = comparing.recipe_for(load_recipe(path))

@@ -139,23 +139,6 @@ def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     assert "but there are 15.5 GiB of GPU memory" in result.problems[0]
 
 
-@pytest.mark.long
-def test_lora_is_a_way_out_that_can_be_followed_and_leaves_full_out() -> None:
-    card = ("--for", "1x RTX 4090, 64GB host")
-    refused = seven_b(*card)
-    assert refused.code == 3
-    (line,) = (line for line in refused.out.splitlines() if "--set method=lora" in line)
-    _, *flags = shlex.split(line)
-    result = seven_b(*card, *flags, "--json")
-    assert result.code == 0, result.err
-    survey = json.loads(result.out)["survey"]
-    assert {one["method"]: one["verdict"] for one in survey["advice"]}["full fine-tuning"] == "leave"
-    assert survey["comparison"] == ""
-    page = shown(result)
-    assert "there is nothing to compare with" in page
-    assert "23.5 GiB on each GPU, 56.6 GiB (61 GB) of the host's memory" in page
-
-
 @pytest.mark.parametrize("card", [card.name for card in gpus.GPUS[::6]])
 def test_plan_is_made_for_cards(card: str, recipe: Path) -> None:
     result = fulltune("plan", recipe, "--for", f"2x {card}", "--rows", 1000, "--tokens", 32, "--json")
@@ -181,7 +164,7 @@ def test_page_on_scale_has_its_table() -> None:
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS_OF_SCALE, ids=" ".join)
+@pytest.mark.parametrize("row", ROWS_OF_SCALE[::2], ids=" ".join)
 def test_page_on_scale_says_what_the_plan_says(row: list[str]) -> None:
     model, hardware, rows, place, gib, sent, seconds, speed = row
     recipe = EXAMPLES / ("plan-7b.yaml" if model == "7 B" else "plan-70b.yaml")
@@ -249,15 +232,6 @@ def test_plan_with_data_here_is_the_runs_plan_and_keeps_the_survey(recipe: Path,
     assert "without train.seed: in this run folder" in shown(result)
 
 
-def test_plan_with_data_for_other_hardware_leaves_the_runs_plan_open(recipe: Path, tmp_path: Path) -> None:
-    result = fulltune("plan", recipe, "--run-folder", tmp_path / "run", "--for", "1x L4", "--json")
-    assert result.code == 0, result.err
-    assert json.loads(result.out)["device"] == "cuda"
-    assert not (tmp_path / "run" / "plan" / "full.json").exists()
-    assert fulltune("plan", recipe, "--run-folder", tmp_path / "run", "--json").code == 0
-    assert json.loads((tmp_path / "run" / "plan" / "full.json").read_text())["device"] == "cpu"
-
-
 def test_plan_for_other_hardware_needs_config_tokenizer_and_rows_but_no_weights(recipe: Path, tmp_path: Path) -> None:
     model = load_recipe(recipe).model.name
     here = tmp_path / "here"
@@ -288,19 +262,6 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--tasks", 20], "20 tasks: one model and a small file for each"),
-        (["--goal", "style"], "style and format need little capacity"),
-        (["--preserve"], "a small encoder: full is cheap"),
-    ],
-)
-def test_advice_listens_to_what_data_cannot_tell(recipe: Path, options: list[object], words: str) -> None:
-    result = fulltune("plan", recipe, "--rows", 50_000, "--tokens", 20, *options)
-    assert words in " ".join(result.out.split())
-
-
-@pytest.mark.parametrize(
     ("options", "problems"),
     [
         (["--rows", 10], ["--rows: a plan without data needs --tokens as well"]),
@@ -326,15 +287,6 @@ def test_options_that_cannot_be_are_refused_all_at_once(
     assert not (recipe.parent / "runs").exists()
 
 
-def test_rows_longer_than_the_model_reads_are_refused(recipe: Path, tiny_encoder: Path) -> None:
-    result = fulltune("plan", recipe, "--rows", 100, "--tokens", 1000)
-    assert (result.code, result.problems) == (
-        2,
-        [f"--tokens: 1000, but {tiny_encoder} reads at most 128 tokens; give less, or set data.max_length: 128"],
-    )
-    assert fulltune("plan", recipe, "--rows", 100, "--tokens", 1000, "--set", "data.max_length=128").code == 0
-
-
 def test_batch_that_cannot_be_shared_is_refused(recipe: Path) -> None:
     result = fulltune(
         *("plan", recipe, "--rows", 100, "--tokens", 10, "--for", "8x L4", "--set", "train.global_batch_size=12")
@@ -358,17 +310,6 @@ def test_device_that_the_hardware_is_not_is_refused(recipe: Path, device: str, h
     assert (result.code, result.problems) == (2, [problem])
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "abacus"}'])
-def test_config_that_cannot_be_read_is_refused(recipe: Path, tmp_path: Path, content: str) -> None:
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text(content)
-    result = fulltune("plan", recipe, "--rows", 100, "--tokens", 10, "--set", f"model={tmp_path / 'broken'}")
-    assert result.code == 2
-    assert len(result.problems) == 1
-    assert str(tmp_path / "broken") in result.problems[0]
-    assert "Traceback" not in result.err
-
-
 def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.pair_rows(40))
     result = fulltune(
@@ -386,7 +327,6 @@ def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
     [
         ("", {}, "fulltune compare r.yaml --set 'methods=[full, lora]'", ""),
         ("method: full\n", {}, "fulltune compare r.yaml", "methods: [full, lora]"),
-        ("method: {kind: adapter}\n", {}, "fulltune compare r.yaml", "methods: [full, adapter]"),
         ("methods: [full, adapter]\n", {}, "fulltune compare r.yaml", ""),
         ("", {"train.placement": "zero2"}, "", ""),
         (
@@ -395,7 +335,6 @@ def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
             "fulltune compare r.yaml --set train.placement=auto --set 'methods=[full, lora]'",
             "",
         ),
-        ("train: {extra: {deepspeed: {zero_optimization: {stage: 2}}}}\n", {}, "", ""),
         ("train: {placement: zero3}\n", {}, "", ""),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,14 +13,10 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-import typer
-
-from fulltune.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NAME = f"fulltune-{PROJECT['version']}"
-PAGE = (ROOT / "docs" / "container.md").read_text(encoding="utf-8")
 
 
 def sources() -> set[str]:
@@ -78,10 +73,6 @@ def given(word: str) -> list[str]:
     return [rest for one, rest in instructions() if one == word]
 
 
-def arguments() -> dict[str, str]:
-    return dict(rest.split("=", 1) for rest in given("ARG"))
-
-
 def test_container_is_built_from_what_is_copied_into_it(built: Path, tmp_path: Path) -> None:
     """The wheel of the copied files alone is the wheel of the repository."""
     let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").split() if line[0] == "!"}
@@ -100,24 +91,3 @@ def test_container_is_built_from_what_is_copied_into_it(built: Path, tmp_path: P
     wheel = f"{NAME}-py3-none-any.whl"
     assert packaged(tmp_path / wheel) == packaged(built / wheel)
     assert any(f'"{root}[${{EXTRAS}}]"' in rest for rest in given("RUN"))
-
-
-def commands() -> list[list[str]]:
-    """What docs/container.md says to type, in words."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
-def test_commands_of_the_page_name_what_the_dockerfile_and_fulltune_have() -> None:
-    verbs = {}
-    for words in commands():
-        assert words[0] == "docker"
-        if words[1] == "build":
-            named = {words[place + 1].split("=")[0] for place, word in enumerate(words) if word == "--build-arg"}
-            assert named <= set(arguments())
-        if words[1] == "run":
-            image = next(place for place, word in enumerate(words) if re.fullmatch(r"fulltune(:\w+)?", word))
-            for verb in words[image + 1 : image + 2]:
-                verbs[verb] = words
-    assert {"run", "plan"} <= set(verbs) <= set(typer.main.get_group(app).commands)

@@ -146,7 +146,6 @@ FAMILIES = {
     "encoder-decoder": Family("t5", written_rows, WRITTEN, {"dropout_rate": 0.0}),
 }
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 32, "share_att_key": True}
-_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS = {
     "deberta": Family("DebertaV2Config", lambda _: label_rows(), CLASSES, {**NO_DROPOUT, **_DEBERTA}, save_encoder),
     "opt": Family("opt", lambda _: answer_rows(), ANSWERS, {"dropout": 0.0}),

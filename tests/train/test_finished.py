@@ -12,10 +12,7 @@ from unittest import mock
 
 import pytest
 
-from fulltune import pipeline
 from fulltune.errors import SetupError
-from fulltune.records.events import Event, RowsRead
-from fulltune.system.run_folder import recipe_of
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs
@@ -112,25 +109,3 @@ def test_run_on_a_finished_folder_without_its_weights_names_the_file(
     assert result.out == ""
     assert f"{weights}: is missing, though this run finished at 2" in result.err
     assert "'fulltune run RECIPE --fresh'" in result.err
-
-
-def test_scoring_says_how_far_it_is(finished: tuple[Path, Result], tmp_path: Path) -> None:
-    copy = shutil.copytree(finished[0], tmp_path / "copy")
-    shutil.rmtree(copy / "scores")
-    events: list[Event] = []
-    with runs.in_this_process():
-        pipeline.run(pipeline.Run(recipe_of(copy), copy, listener=events.append), until="evaluate")
-    passes: list[tuple[str, list[RowsRead]]] = []
-    for event in events:
-        if isinstance(event, RowsRead):
-            if event.done == 0:
-                passes.append((event.name, []))
-            assert event.name == passes[-1][0]
-            passes[-1][1].append(event)
-    scored = ["scoring test rows", "scoring eval rows"]  # with the linear probe as its head, and trained
-    assert [name for name, _ in passes] == ["reading rows with the untouched model", *scored, *scored]
-    for _, told in passes:
-        assert (told[0].done, told[0].share) == (0, 0.0)
-        assert told[-1].done == told[-1].total > 0
-        assert told[-1].share == pytest.approx(1)
-        assert [event.share for event in told] == sorted(event.share for event in told)

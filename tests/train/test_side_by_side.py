@@ -188,13 +188,3 @@ def test_recipes_that_do_not_go_together_are_refused_at_once(tmp_path: Path) -> 
         f"{tmp_path / 'model'} in intents, {tmp_path / 'other'} in topics)"
     ) in said.err
     assert "methods: no method but 'full' is compared in all of these recipes" in said.err
-
-
-def test_recipes_whose_full_fine_tuning_differs_are_refused(tmp_path: Path) -> None:
-    one, two = recipes(tmp_path)
-    text = two.read_text(encoding="utf-8")
-    assert text.count("kind: full") == 1
-    two.write_text(text.replace("kind: full", "kind: full\n  layerwise_lr_decay: 0.8"), encoding="utf-8")
-    said = compare(one, two)
-    assert said.code == 2
-    assert "methods: 'full' has another name or other settings in one recipe than in another" in said.err
