@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fulltune import pipeline, predict
+from fulltune import predict
 from fulltune.compare import run as comparing
-from fulltune.errors import RecipeError, SetupError
+from fulltune.errors import SetupError
 from fulltune.recipe.file import load_recipe
 from fulltune.records.comparison import Comparison
 from fulltune.system.run_folder import find_or_make
@@ -75,12 +75,6 @@ def test_its_rows_can_be_looked_at(unfinished: Path) -> None:
     said = fulltune("data", unfinished)
     assert said.code == 0, said.err
     assert "single label, 2 labels" in said.out
-
-
-def test_python_refuses_to_train_one_method_of_several(unfinished: Path, recipe: Path) -> None:
-    with pytest.raises(RecipeError, match="methods: names what to compare, and a run trains one method"):
-        pipeline.run(pipeline.Run(load_recipe(recipe), unfinished))
-    assert not (unfinished / "data").exists()
 
 
 def test_report_writes_the_card_again(unfinished: Path) -> None:

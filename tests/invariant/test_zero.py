@@ -57,11 +57,12 @@ WIDE = {"hidden_size": 320, "num_hidden_layers": 1}
 PLACED: dict[str, Any] = {"placement": "zero3", "offload": "all"}
 
 
-def recipe_in(folder: Path, model: Path, settings: Any, rows: runs.Rows = (), /, *, train: Any, **blocks: Any) -> Path:
-    data = tiny.write_jsonl(folder / "rows.jsonl", rows or tiny.topic_rows(50))
-    (folder / "zero.json").write_text(json.dumps(settings), encoding="utf-8")
-    train = {**TRAIN, "num_processes": 2, "extra": {"deepspeed": "zero.json"}, **train}
-    return tiny.write_recipe(folder / "recipe.yaml", model, data, train=train, **blocks)
+def offloaded(folder: Path, model: Path) -> Path:
+    """A recipe with DeepSpeed's own settings."""
+    data = tiny.write_jsonl(folder / "rows.jsonl", tiny.topic_rows(50))
+    (folder / "zero.json").write_text(json.dumps(OFFLOADED), encoding="utf-8")
+    train = {**TRAIN, "num_processes": 2, "extra": {"deepspeed": "zero.json"}}
+    return tiny.write_recipe(folder / "recipe.yaml", model, data, train=train, **PLAIN)
 
 
 def start(folder: Path, recipe: Path, verb: str = "train") -> subprocess.Popen[str]:
@@ -95,7 +96,7 @@ def test_offloaded_run_that_is_stopped_and_continued_gives_the_curve_of_one_proc
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
     runs.run(tmp_path / "one", model, tiny.topic_rows(50), train=TRAIN, **PLAIN)
     folder = tmp_path / "two"
-    recipe = recipe_in(folder, model, OFFLOADED, train={}, **PLAIN)
+    recipe = offloaded(folder, model)
 
     stop(folder, recipe)
     stopped = max(steps_of(folder))

@@ -13,7 +13,6 @@ import pytest
 from fulltune import files
 from fulltune.records.events import Event
 from fulltune.records.training import Outcome
-from fulltune.system import memory
 from fulltune.train.parent import child, spawn
 from fulltune.train.request import Request
 from tests import tiny
@@ -142,21 +141,3 @@ def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
     assert said[1].endswith("a second signal changes nothing, a third ends it at once, without saving")
     assert len(said) == 2
     assert (found.status, found.reason) == ("interrupted", f"interrupted {told}")
-
-
-@pytest.mark.parametrize(("device", "given"), [("cuda", None), ("cuda", "max_split_size_mb:64"), ("cpu", None)])
-def test_segments_of_a_gpus_memory_grow_in_the_child(
-    device: str, given: str | None, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in memory.ALLOCATOR_NAMES:
-        monkeypatch.delenv(name, raising=False)
-    if given is not None:
-        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
-    monkeypatch.setattr(spawn.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(spawn.platform, "release", lambda: "6.8.0")
-    request = start('echo "$PYTORCH_ALLOC_CONF|$PYTORCH_CUDA_ALLOC_CONF" > $here/seen')
-    request = request.model_copy(update={"plan": plan(device=device)})
-    child.run(request, lambda event: None)
-    expected = {"cpu": "|", "cuda": "|".join(2 * [memory.EXPANDABLE])}[device]
-    found = (request.folder / "seen").read_text(encoding="ascii").strip()
-    assert found == (expected if given is None else f"|{given}")

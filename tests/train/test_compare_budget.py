@@ -20,7 +20,6 @@ from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import NUM_TEXTS, parts
 from fulltune.records.comparison import Comparison, TrialResult
 from fulltune.records.forgetting import Drift, Point
-from fulltune.report.comparison.about_forgetting import answers
 from fulltune.train.worker import within_budget
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.within_budget import Line
@@ -133,16 +132,6 @@ def test_comparison_that_was_stopped_opens_no_sealed_text_twice(finished: tuple[
     feasible = [one.preserved.trial for one in found.held if one.preserved.certificate is not None]
     assert sorted(seen.opened) == sorted(feasible) != []
     assert {len(one.preserved.opened) for one in found.held if one.preserved.certificate is not None} <= {1}
-
-
-@pytest.mark.long
-def test_card_has_the_frontiers_and_says_which_one_forgot_less(finished: tuple[Path, Comparison, Seen]) -> None:
-    folder, found, _ = finished
-    card = (folder / "card.md").read_text(encoding="utf-8")
-    assert "## Forgetting" in card
-    assert answers(found.rows, found.decision, found.held)["lora"] in card
-    assert "| full   |   42 |" in card
-    assert "by drift on generic text</title>" in (folder / "card.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.long

@@ -225,13 +225,6 @@ def test_merged_model_is_plain_and_gives_the_same_logits(done: Any, name: str, k
     assert "method" not in row.notes
 
 
-def test_method_that_adds_to_the_model_cannot_be_merged(done: Any, tmp_path: Path) -> None:
-    found = done("classifier", "adapter")
-    with pytest.raises(SetupError) as caught:
-        folders.merge(found.model_folder, tmp_path / "merged")
-    assert str(caught.value).endswith("a method of kind adapter adds to what the model computes and cannot be merged")
-
-
 def test_tensors_of_another_method_are_refused(done: Any, tmp_path: Path) -> None:
     shutil.copytree(done("tagger", "adapter").model_folder, tmp_path / "model")
     other = done("tagger", "head").model_folder / "adapter_model.safetensors"

@@ -88,8 +88,6 @@ def put(where: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     match where:
         case "load":
             monkeypatch.setattr(loading, "load_for_training", Shortage(loading.load_for_training, times))
-        case "dry run":
-            monkeypatch.setattr(FullTrainer, "compute_loss", Shortage(FullTrainer.compute_loss, times))
         case "first step":
             monkeypatch.setattr(FullTrainer, "training_step", at_step(1, times))
         case "later step":
