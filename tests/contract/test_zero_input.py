@@ -13,7 +13,7 @@ import pytest
 from fulltune import files
 from fulltune.errors import SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.train.parent import zero_checkpoint
+from fulltune.train import checkpoints
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs
@@ -136,7 +136,7 @@ def written(folder: Path, stage: int, processes: int) -> Path:
     """A checkpoint with the files that DeepSpeed writes."""
     parts = folder / "checkpoint-6" / "global_step6"
     parts.mkdir(parents=True)
-    (parts.parent / zero_checkpoint.LATEST).write_text("global_step6\n", encoding="utf-8")
+    (parts.parent / checkpoints.LATEST).write_text("global_step6\n", encoding="utf-8")
     for rank in range(processes):
         (parts / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
         if stage == 3:
@@ -171,20 +171,20 @@ def test_checkpoint_in_deepspeeds_own_form_needs_the_same_stage_and_processes(
     checkpoint = written(tmp_path, stage, 2)
     back = "set what it was written with, or start a new run (--fresh)"
     expected = None if problem is None else f"{checkpoint}: {problem}; {back}"
-    assert zero_checkpoint.misfit(checkpoint, recipe(**train)) == expected
+    assert checkpoints.misfit(checkpoint, recipe(**train)) == expected
 
 
 @pytest.mark.parametrize("placement", ["auto", "fsdp2", "zero2", "zero3"])
 def test_other_checkpoint_goes_on_with_any_placement(tmp_path: Path, placement: str) -> None:
     (tmp_path / "checkpoint-6").mkdir()
-    assert zero_checkpoint.misfit(tmp_path / "checkpoint-6", recipe(placement=placement, num_processes=2)) is None
+    assert checkpoints.misfit(tmp_path / "checkpoint-6", recipe(placement=placement, num_processes=2)) is None
 
 
 def test_checkpoint_of_an_optimizer_on_a_disk_is_not_continued(tmp_path: Path) -> None:
     """DeepSpeed's own reading of it loses AdamW's moments."""
     checkpoint = written(tmp_path, 3, 2)
-    (checkpoint / "global_step6" / zero_checkpoint.ON_DISK).mkdir()
-    problem = zero_checkpoint.misfit(checkpoint, recipe(**NVME))
+    (checkpoint / "global_step6" / checkpoints.ON_DISK).mkdir()
+    problem = checkpoints.misfit(checkpoint, recipe(**NVME))
     assert problem is not None
     assert (
         "which DeepSpeed does not read back whole; start a new run (--fresh), which can be continued with offload: all"

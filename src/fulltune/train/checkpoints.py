@@ -13,6 +13,8 @@ from fulltune.errors import SetupError
 from fulltune.files import SEAL, flaw
 from fulltune.methods.folder import load_trained
 from fulltune.models import sharding
+from fulltune.recipe.fields import Recipe
+from fulltune.system import deepspeed, sharing
 from fulltune.train import shared_state
 from fulltune.train.request import number_in
 
@@ -26,6 +28,15 @@ STATE = "trainer_state.json"
 """transformers' own."""
 WEIGHTS = "model.safetensors"
 _VALUES_SEEN = 64
+LATEST = "latest"
+"""DeepSpeed's file with the name of the folder that holds the parts."""
+_OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
+"""Parts of the weights, which only stage 3 shares out."""
+_OF_OPTIMIZER = "*_optim_states.pt"
+"""Parts of the optimizer's state: one for each process."""
+ON_DISK = "offloaded_tensors"
+"""Beside the parts: the state of an optimizer that lies on a disk."""
+_BACK = "set what it was written with, or start a new run (--fresh)"
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
@@ -73,16 +84,11 @@ def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
     """Delete all but the newest `limit` whole checkpoints, the best one, and what was the best one when those were
     saved, to which a run that goes back returns."""
     found = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
-    best_steps = {best_step, *map(_best_step, found[-limit:])}
+    states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in found[-limit:]]
+    best_steps = {best_step, *(state["best_global_step"] for state in states)}
     for checkpoint in found[:-limit]:
         if number_in(checkpoint) not in best_steps:
             shutil.rmtree(checkpoint)
-
-
-def _best_step(checkpoint: Path) -> int | None:
-    """The best step when it was saved."""
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    return state["best_global_step"]
 
 
 def drop_unfinished(folder: Path) -> None:
@@ -137,3 +143,29 @@ def loaded(model: Any, checkpoint: Path, dtype: Any) -> Any:
     if wrong:
         raise SetupError(f"{checkpoint}: does not hold the model's tensors: {wrong[0]} ({len(wrong)} such tensors)")
     return found
+
+
+def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
+    """Why the recipe cannot resume from a checkpoint in DeepSpeed's own form, with what to do; None when it can."""
+    shared = sharing.of(recipe)
+    wants = deepspeed.keeps_own_files(recipe) if deepspeed.wanted(recipe) else ""
+    latest = checkpoint / LATEST
+    if not latest.exists():
+        told = f"is not in DeepSpeed's own form, which {wants} needs to go on"
+        return f"{checkpoint}: {told}; {_BACK}" if wants else None
+    parts = checkpoint / latest.read_text(encoding="utf-8").strip()
+    if (parts / ON_DISK).exists():
+        # Its own reading gives AdamW moments of 0 and step 1 (0.19.8): it goes on without a word, and diverges.
+        lost = "was saved with the optimizer on a disk, which DeepSpeed does not read back whole"
+        return f"{checkpoint}: {lost}; start a new run (--fresh), which can be continued with offload: all"
+    processes = len(list(parts.glob(_OF_OPTIMIZER)))
+    stage = 3 if list(parts.glob(_OF_WEIGHTS)) else 2
+    if shared is None or not wants:
+        found, expected = f"train.placement: {recipe.train.placement}", "DeepSpeed's settings that wrote it"
+    elif (stage == 3) != (shared.stage == 3):
+        found, expected = str(recipe.train.deepspeed_by), f"ZeRO's stage {'3' if stage == 3 else '1 or 2'}, as written"
+    elif processes not in (0, recipe.train.num_processes):  # stage 0 has no parts
+        found, expected = f"train.num_processes: {recipe.train.num_processes}", f"{processes}, which wrote it"
+    else:
+        return None
+    return f"{checkpoint}: goes on with {found}, expected {expected}; {_BACK}"

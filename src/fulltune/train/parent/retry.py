@@ -19,7 +19,7 @@ from fulltune.system.run_folder import lost_weights, save_plan
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal
-from fulltune.train.parent import child, zero_checkpoint
+from fulltune.train.parent import child
 from fulltune.train.parent.next_attempt import (
     Need,
     NextAttempt,
@@ -47,7 +47,8 @@ def train(
     """Train one trial in as many attempts as `next_attempt` and `roll_back` allow; a changed plan takes the place of
     the old one in the run folder. Returns the outcome of the last attempt, which is `done`."""
     done = outcomes(folder, plan.trial)
-    if _is_trained(folder, done):
+    model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
+    if model_folder is not None and lost_weights(folder / model_folder) is None:
         _tidy(folder, plan.trial)
         return done[-1]
     if recipe.train.num_machines > 1 and start is in_new_process:
@@ -92,11 +93,6 @@ def train(
         change = following
 
 
-def _is_trained(folder: Path, done: Sequence[Outcome]) -> bool:
-    model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
-    return model_folder is not None and lost_weights(folder / model_folder) is None
-
-
 def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAttempt | None:
     """The next attempt after one that spiked, with nothing left of what came after the checkpoint it goes back to."""
     most = request.recipe.train.max_rollbacks if most is None else most
@@ -113,7 +109,7 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
     SetupError when it is in DeepSpeed's own form and does not fit."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, passed_over = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
-    if sound is not None and (problem := zero_checkpoint.misfit(sound, request.recipe)):
+    if sound is not None and (problem := checkpoints.misfit(sound, request.recipe)):
         raise SetupError(problem)
     request.folder.mkdir(parents=True)
     if resume:

@@ -14,12 +14,10 @@ from fulltune.errors import GuardStop
 from fulltune.inference import selective_head
 from fulltune.inference.run import by_length
 from fulltune.inference.store import Rows
-from fulltune.models.checkpoint_head import Head
 from fulltune.models.dropout import STEPS, SixteenBitDropout, threshold
 from fulltune.models.packing import leak
 from fulltune.records.events import ChecksDone
 from fulltune.records.plan import Plan
-from fulltune.records.probe import Probe
 from fulltune.records.training import Check
 from fulltune.tasks import Task
 from fulltune.tasks.causal_lm import end_token
@@ -49,7 +47,9 @@ def before_training(attempt: AttemptContext, rows: Rows) -> list[Check]:
         _dropout(model),
     ]
     if attempt.head is not None:
-        checks.append(scaling.check(attempt, _about_head(attempt.head, attempt.head_start)))
+        head, start = attempt.head, attempt.head_start
+        about = head.in_words if start is None else f"new, {start.in_words}; {head.why}"
+        checks.append(scaling.check(attempt, about))
     if writes:
         checks.append(_trained_tokens(rows))
     if summary.form.writes_answers:
@@ -90,10 +90,6 @@ def _parameters(model: Any, plan: Plan) -> Check:
 def _values(parameter: Any) -> int:
     """DeepSpeed's stage 3 leaves an empty tensor and notes its size."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _about_head(head: Head, start: Probe | None) -> str:
-    return head.in_words if start is None else f"new, {start.in_words}; {head.why}"
 
 
 def _dropout(model: Any) -> Check:

@@ -61,7 +61,8 @@ def dry_run(
         passes = Passes(trainer, rows, plan, model, optimizer, evaluate, *lengths)
         loss, first_seconds = passes.train(longest)
         if math.isfinite(loss):
-            without = _without_gradient(passes)
+            named = trainer.model.named_parameters()
+            without = tuple(name for name, one in named if one.requires_grad and one.grad is None)
             passes.step()
             # With accumulation a pass finds the gradients of the one before, with a budget those of generic text.
             if trainer.replay is not None:
@@ -86,11 +87,6 @@ def dry_run(
         gc.collect()  # `DistributedDataParallel` hooks into each gradient as long as it lives
     check = check_of(batch_of(trainer, [rows[i] for i in longest]), loss, began)
     return DryRun(check, loss, forecast, without)
-
-
-def _without_gradient(passes: Passes) -> tuple[str, ...]:
-    parameters = passes.trainer.model.named_parameters()
-    return tuple(name for name, parameter in parameters if parameter.requires_grad and parameter.grad is None)
 
 
 @contextlib.contextmanager

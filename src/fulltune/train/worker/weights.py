@@ -51,12 +51,6 @@ def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
     return None if second is None else sharding.local(second).cpu()
 
 
-def _link(optimizer: Any) -> None:
-    while optimizer is not None:
-        zero.link(optimizer)
-        optimizer = getattr(optimizer, "optimizer", None)
-
-
 class InitialWeights:
     """The trained weights before step 1, on disk, because a copy in memory would cost as much as the model; with
     `together` each process writes and compares its part."""
@@ -75,7 +69,10 @@ class InitialWeights:
         """Count the values that received a gradient (a positive second moment, so that rows of unused tokens are left
         out) and those that moved; over all processes together."""
         sharding.free(model)
-        _link(optimizer)
+        inner = optimizer
+        while inner is not None:
+            zero.link(inner)
+            inner = getattr(inner, "optimizer", None)
         counts: dict[str, tuple[int, int]] = {}  # values that received a gradient, and how many of them moved
         for number, (name, parameter) in enumerate(methods.trained(model).items()):
             second = second_moment(parameter, optimizer)
