@@ -1,2 +1,1 @@
-"""The train stage: attempts in processes of their own (`worker/attempt.py`), started and retried by
-`parent/retry.py`."""
+"""The train stage: attempts in processes of their own (`worker/attempt.py`), retried by `parent/retry.py`."""

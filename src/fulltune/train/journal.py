@@ -57,8 +57,7 @@ def oldest_sign(folder: Path, num_processes: int) -> tuple[int, int] | None:
 
 
 class Journal:
-    """Things that happen rarely, one JSON line each in `journal.jsonl`, with the phase an attempt is in and its signs
-    of life; without a path nothing is written."""
+    """Things that happen rarely, one JSON line each in `journal.jsonl`, and signs of life; no path, no lines."""
 
     def __init__(self, path: Path | None, heartbeat: Path | None = None) -> None:
         self.path = path

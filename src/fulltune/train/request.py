@@ -37,8 +37,7 @@ class Request(Record):
 
     @property
     def recipe_as_planned(self) -> Recipe:
-        """The recipe with the placement that was planned, a folder of its own where it offloads to a disk, and the
-        attention that was found to be the fastest."""
+        """The recipe with the planned placement, attention, and folder of its own for what is offloaded to a disk."""
         placed = deepspeed.of_run(
             with_placement(self.recipe, self.plan.placement), Path(self.run_folder), self.plan.trial
         )

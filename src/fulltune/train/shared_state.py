@@ -1,5 +1,4 @@
-"""Sharded checkpoints: each process writes its part of the tensors, and any number of processes reads them
-(`torch.distributed.checkpoint`, safetensors by tensor and offset)."""
+"""Sharded checkpoints: each process writes its part of the tensors, and any number of processes reads them."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ def is_in(checkpoint: Path) -> bool:
 
 
 def save(model: Any, others: Mapping[str, torch.Tensor], checkpoint: Path, trained_only: bool = False) -> None:
-    """Write each process's part of a sharded model's weights and of further tensors into an existing folder; all
-    processes call it."""
+    """Write each process's part of a sharded model's weights and of further tensors; all processes call it."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
@@ -60,8 +58,7 @@ def _files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> None:
-    """Put the weights of a sharded checkpoint into a model, whole or sharded; SetupError when they are not the
-    model's."""
+    """Put a sharded checkpoint's weights into a model, whole or sharded; SetupError when they are not the model's."""
     state = _weights(model, trained_only)
     known = {name: size for name, (size, _) in kinds(checkpoint).items() if name.startswith(WEIGHTS)}
     wrong = sorted(known.keys() ^ state.keys()) or [name for name, one in state.items() if one.shape != known[name]]
@@ -72,8 +69,7 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
 
 
 def read(state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
-    """Fill these tensors from a sharded checkpoint: sharded ones together by all processes, whole ones by each
-    alone."""
+    """Fill tensors from a sharded checkpoint: sharded ones by all processes together, whole ones by each alone."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -103,8 +99,7 @@ def write_whole(model: Any, folder: Path, most_bytes: int = _WHOLE_BYTES) -> Non
 def write_by_file(
     sizes: Mapping[str, int], whole: Callable[[str], torch.Tensor], folder: Path, most_bytes: int = _WHOLE_BYTES
 ) -> None:
-    """Write plain safetensors with an index, as `save_pretrained` does, while no process holds more than one tensor
-    whole; all processes call it."""
+    """Write plain safetensors with an index while no process holds more than one tensor; all processes call it."""
     files = in_files(sizes, most_bytes)
     index: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
@@ -174,8 +169,7 @@ def is_first() -> bool:
 
 
 def put_together(model: Any, whole: Callable[[Any], torch.Tensor] = sharding.whole) -> dict[str, torch.Tensor]:
-    """Gather the whole tensors of a sharded model on the first process's host, one by one, tied ones once; nothing in
-    the others."""
+    """The whole tensors of a sharded model on the first process's host, tied ones once; nothing in the others."""
     import torch
 
     sharding.free(model)

@@ -1,5 +1,4 @@
-"""One training step: transformers' own (`Trainer._run_epoch`, 5.24), with a guard between the gradient norm and the
-update."""
+"""One training step: transformers' own (`Trainer._run_epoch`, 5.24), with a guard just before the update."""
 
 from __future__ import annotations
 
@@ -224,8 +223,7 @@ class Guarded:
 
     @property
     def _can_repeat(self) -> bool:
-        """Whether gradients can be made anew: not with fp16, which has unscaled them, nor after batch norm has changed
-        its statistics."""
+        """Whether gradients can be made anew: not unscaled ones of fp16, nor where batch norm has statistics."""
         plain = not self._updates_in_backward and getattr(self.accelerator, "scaler", None) is None
         return self.repeats and plain and not any(isinstance(one, _BatchNorm) for one in self.model.modules())
 

@@ -26,8 +26,7 @@ GO_ON = GuardDecision("go on")
 
 
 def nothing_learned(moved: Moved, reached: bool, largest_grad_norm: float | None) -> GuardDecision:
-    """Stop when no parameter changed at all: no gradient reached one, every gradient was 0, or the rate was too
-    small."""
+    """Stop when no parameter changed: no gradient reached one, each gradient was 0, or the rate was too small."""
     if moved.num_values_moved > 0:
         return GO_ON
     if not reached:
@@ -53,8 +52,7 @@ _LEAST_READINGS = 4
 
 
 def diverged(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop a loss that does not come down again by itself, by all logged losses and the dry run's (`fell_and_rose`,
-    `ran_away`)."""
+    """Stop a loss that does not come down again by itself, by all logged losses and the dry run's."""
     fell = fell_and_rose(losses, learning_rate, untrained)
     return fell if fell.action == "stop" else ran_away(losses, learning_rate, untrained)
 

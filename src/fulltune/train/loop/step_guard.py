@@ -1,5 +1,4 @@
-"""The guard of a single step, as pure functions of losses and gradient norms: skip it, stop the attempt, or go on
-(docs/guards.md)."""
+"""The guard of a single step, as pure functions of losses and gradient norms: skip, stop or go on (docs/guards.md)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""transformers' `Trainer` as a run uses it: our order of the rows, evaluation, checkpoints and optimizers; the loop,
-the schedule and the choice of the best step stay theirs."""
+"""transformers' `Trainer` as a run uses it: our order of the rows, evaluation, checkpoints and optimizers."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ ITEMS = "num_items"
 
 
 def _out_of_the_group(worker: int) -> None:
-    """Take a loader's process out of the process group, because a stop is asked of the whole group and rows are needed
-    until the step is saved."""
+    """Take a loader's process out of the group that a stop is asked of: rows are needed until the step is saved."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
 
@@ -164,8 +162,7 @@ class FullTrainer(Guarded, Trainer):
     def selecting(
         self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model gives only the logits that the loss uses, when it can: chunked as the plan says, or
-        `whole`."""
+        """Inside, the model gives only the logits that the loss uses, when it can: chunked by the plan, or `whole`."""
         if self.head is None:
             return contextlib.nullcontext()
         in_pieces = self.head.in_pieces and self._plan.chunked_loss and not whole
@@ -302,8 +299,7 @@ class FullTrainer(Guarded, Trainer):
             cast("Any", self.processing_class).save_pretrained(folder)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score the eval rows without drawing a random number that training would miss; transformers chooses the best
-        step by these metrics."""
+        """Score the eval rows, drawing no random number that training would miss; the best step is chosen by it."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             metrics = {f"eval_{name}": value for name, value in self._score().items()}
         if self.args.world_size > 1:
@@ -325,8 +321,7 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
-        """The run's optimizer for one step that changes no weight, with a rate and a decay of 0; afterwards its
-        gradients and state are freed. Not for DeepSpeed."""
+        """The run's optimizer for one step that changes no weight: rate and decay are 0. Not for DeepSpeed."""
         sharding.free(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self._make_optimizer(self.model)

@@ -19,8 +19,7 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
 def planned_optimizer(
     model: Any, plan: Plan, arguments: Any, head_modules: Sequence[str]
 ) -> tuple[type[torch.optim.Optimizer], list[dict[str, Any]], dict[str, Any]]:
-    """The plan's optimizer: its class, the model's trained parameters in groups (those of `head_modules` with the
-    head's rate), and its options."""
+    """The plan's optimizer: its class, the model's trained parameters in groups, and its options."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     if (own := optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)) is not None:
         kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own

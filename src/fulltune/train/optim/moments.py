@@ -134,8 +134,7 @@ def write(
 
 
 def round_at_random(values: Tensor, bits: Tensor) -> None:
-    """Make fp32 values[count] bf16 ones in place, up or down with chances that are right on average: random bits are
-    added to the lower 16, which are then cut off."""
+    """Make fp32 values[count] bf16 ones in place, up or down at random (bits[count]), right on average."""
     values.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
 
 

@@ -182,8 +182,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over groups and state; moments in another format are converted, where torch would cast them to the
-        parameter's type."""
+        """Take over groups and state; moments in another format are converted, not cast as torch would."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for group in self.param_groups:
             for key in group.keys() - _GROUP_KEYS:
@@ -195,8 +194,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def take_over(self, given: Mapping[str, Any], parameter: Tensor) -> None:
-        """Go on with this state of a parameter, whatever form its moments have, of a sharded one with this process's
-        part; SetupError when it is no AdamW's."""
+        """Go on with this state of a parameter in any format, of a sharded one with this process's part."""
         self.state[parameter] = self._taken_over(given, parameter)
 
     def _taken_over(self, given: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:

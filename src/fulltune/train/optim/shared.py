@@ -25,8 +25,7 @@ def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Te
 
 
 def load(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Put a checkpoint's state into a new optimizer of the model, sharded or not; the rates follow from the
-    schedule."""
+    """Put a checkpoint's state into a new optimizer of the model, sharded or not; rates follow from the schedule."""
     sharding.free(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

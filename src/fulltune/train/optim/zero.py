@@ -1,5 +1,4 @@
-"""Weights and moments that DeepSpeed's ZeRO shards, in the form of checkpoints that every placement reads
-(`shared_state`); all processes call these functions."""
+"""What DeepSpeed's ZeRO shards, in the form of checkpoints that every placement reads; all processes call this."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ def is_in_engine(parameter: Any) -> bool:
 
 
 def whole(parameter: Any) -> torch.Tensor:
-    """A parameter or a buffer in its shape and in fp32: of half precision DeepSpeed's copy, which is what is
-    trained."""
+    """A parameter or a buffer in its shape and in fp32: of half precision DeepSpeed's copy, which is trained."""
     import deepspeed
 
     if is_in_engine(parameter):

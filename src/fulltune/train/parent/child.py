@@ -201,8 +201,7 @@ def _forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
 
 
 def _follow(request: Request, child: spawn.Child, pulse: _Pulse, asked: Sequence[int]) -> Iterator[Event]:
-    """Events of a growing `metrics.jsonl` until the child has ended and everything is read; a child that hangs is
-    ended."""
+    """Events of a growing `metrics.jsonl` until the child has ended and all is read; one that hangs is ended."""
     path, position, answered = request.folder / "metrics.jsonl", 0, False
     while True:
         if asked and not answered:

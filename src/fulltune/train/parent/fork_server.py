@@ -32,8 +32,7 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """A starter that forks workers from a process with the libraries loaded where that is safe, on a CPU under Linux
-    with one process, and starts new ones elsewhere."""
+    """A starter that forks workers where that is safe, on a CPU under Linux, with one process."""
     server: ForkServer | None = None
 
     def start(request: Request, log: Path) -> Child:

@@ -1,5 +1,4 @@
-"""`fulltune plan --measure`: real steps with other settings, each in a process of its own that ends after its dry run,
-and the fastest that fit taken."""
+"""`fulltune plan --measure`: dry runs with other settings, each in a process of its own; the fastest is taken."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ def measure(
     need: Need,
     listener: Listener,
 ) -> Plan:
-    """Measure and return the plan with the fastest settings that fit, by `available_bytes` of each process; what was
-    tried is written beside the plan."""
+    """Measure and return the plan with the fastest settings that fit; what was tried is written beside it."""
     if hooks.needs_this_process:
         raise SetupError("measure: compute_loss cannot be handed to the processes that measure")
     if any((folder / "attempts").glob("*")):

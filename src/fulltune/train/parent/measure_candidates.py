@@ -82,8 +82,7 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Candidate]:
 
 
 def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]) -> list[Candidate]:
-    """Attention other than transformers' own choice, sdpa, with the flash attention that is installed; none where the
-    recipe names one or rows are packed for one."""
+    """Attention other than sdpa, transformers' own choice, where neither the recipe nor packed rows settle it."""
     if recipe.model.attn_implementation is not None or packed or FACTS[recipe.task].reads == "image":
         return []
     return [
@@ -92,8 +91,7 @@ def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]
 
 
 def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Candidate]:
-    """torch.compile, where the recipe leaves it open and it can pay; `lacking` names what is missing here to
-    compile."""
+    """torch.compile, where the recipe leaves it open and it can pay; `lacking` says what is missing here."""
     train = recipe.train
     if train.torch_compile is not None or train.deepspeed_by or train.use_liger_kernel or train.activation_offloading:
         return []

@@ -1,5 +1,4 @@
-"""What to try after an attempt that failed, as pure functions: smaller where memory ran out, back to a healthy
-checkpoint where the training went wrong (docs/guards.md)."""
+"""What to try after an attempt that failed, as pure functions: smaller, or back to a healthy checkpoint."""
 
 from __future__ import annotations
 

@@ -118,8 +118,7 @@ def environment(request: Request) -> dict[str, str]:
 
 
 def of_machine(meeting: Meeting) -> dict[str, str]:
-    """The further variables of a worker on one of several machines; gloo would take the interface of the host's name,
-    which often is the loopback."""
+    """Further variables of a worker on one of several machines; gloo's own choice often is the loopback."""
     variables = {MACHINE: str(meeting.machine), **_PREFIX}
     if (interface := _interface_of(meeting.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)

@@ -42,8 +42,7 @@ def train(
     listener: Listener | None,
     observed: Observed,
 ) -> dict[str, Any]:
-    """Load, check, train, keep the best weights, save; returns the outcome's fields, none in all processes but the
-    first. A probe ends after the checks."""
+    """Load, check, train, keep the best weights, save; returns the outcome's fields, in the first process alone."""
     events = request.folder / "metrics.jsonl" if journal.path is not None else None
     recorder = Recorder(events, request.plan.total_steps, listener)
     summary = DataSummary.of_run(Path(request.run_folder))
@@ -215,8 +214,7 @@ def _put_back(attempt: AttemptContext, checkpoint: Path) -> None:
 
 
 def _judge_end(attempt: AttemptContext, state: Any) -> None:
-    """Stop or warn when the loss ended above where it began, or what is kept is worse than before step 1; a user's own
-    loss may do so."""
+    """Stop or warn when the loss ended high, or what is kept is worse than before step 1; not with an own loss."""
     if attempt.hooks.compute_loss is not None:
         return
     losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")

@@ -181,8 +181,7 @@ def stop_generation_at(model: Any, ends: set[int]) -> None:
 
 
 def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
-    """A pass at the longest length through DeepSpeed's engine, which cannot step without an update; the loss times 0
-    adds gradients of 0 to those of step 1."""
+    """A pass at the longest length through DeepSpeed's engine; the loss times 0 leaves gradients of 0."""
     engine = trainer.model_wrapped
     batch = batch_of(trainer, [rows[i] for i in by_length(rows)[: plan.micro_batch_size]])
     started = time.monotonic()

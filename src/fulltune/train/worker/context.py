@@ -107,8 +107,7 @@ class AttemptContext:
 
     @property
     def untrained_loss(self) -> float | None:
-        """The dry run's loss, for what judges a loss that rises; of a new head at least that of chance, because one
-        that starts from a linear probe begins low."""
+        """The dry run's loss, at least chance's of a new head: one that starts from a probe begins low."""
         measured = self.observed.dry_run_loss
         if self.head is None or self.head.order is not None:
             return measured

@@ -28,8 +28,7 @@ def start_deepspeed(arguments: Any) -> None:
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
-    """Compile what is missing of DeepSpeed's extensions that a run needs, in the first process for all; SetupError when
-    that fails."""
+    """Compile what is missing of DeepSpeed's extensions that a run needs, in the first process for all."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 

@@ -58,8 +58,7 @@ class Drifting:
         return drifting
 
     def refuse_others(self, identity: str | None) -> None:
-        """Refuse generic texts other than those of the resumed checkpoint where a budget rests on them; without a
-        budget drift is not measured any more."""
+        """Refuse generic texts other than the checkpoint's where a budget rests on them, else measure no more."""
         if self.text is None or identity in (None, self.identity):
             return
         probe = self.attempt.recipe.preserve.probe or BUNDLED

@@ -1,5 +1,4 @@
-"""The dry run: real steps on the longest batches before step 1, which leave no trace, so that what does not fit fails
-here and not in an hour."""
+"""The dry run: real steps on the longest batches before step 1, which leave no trace."""
 
 from __future__ import annotations
 

@@ -44,8 +44,7 @@ class Shape:
     """Tokens of the longest row."""
 
     def work(self, quadratic: float) -> float:
-        """Work of this batch in units of one token's multiplications with the weights; `quadratic` is what attention
-        adds for each further token of the row."""
+        """Work in units of one token's multiplications with the weights, with `quadratic` more for each token seen."""
         return self.rows * self.length * (1 + quadratic * self.length)
 
 
@@ -105,8 +104,7 @@ def quadratic_share(num_layers: int, hidden_size: int, num_parameters: int) -> f
 
 
 def speed(longest: tuple[float, float], typical: tuple[float, float] | None) -> Speed:
-    """A line through two measured passes, each work and seconds; through the origin when there is only one, or the line
-    would fall or start below 0."""
+    """A line through two passes, each work and seconds, or through the origin where it would fall or start below 0."""
     work, seconds = longest if typical is None else typical
     through_origin = Speed(0.0, seconds / work)
     if typical is None or longest[0] <= typical[0]:
@@ -163,8 +161,7 @@ def timed_forecast(
     test_share: float,
     folder: Path | None,
 ) -> TimeNeed:
-    """Time more passes where they cost little against the run, and add everything up; `seconds` are of the longest
-    micro batch's first and second pass."""
+    """Time more passes where they cost little against the run, and add everything up."""
     quadratic = _quadratic(passes.trainer.model)
     schedule, shapes = _schedule(passes, first_step, test_share)
     long, work = _shape(passes.lengths, longest).work(quadratic), _total_work(schedule.train, quadratic)
@@ -263,8 +260,7 @@ def _quadratic(model: Any) -> float:
 
 
 def _save_seconds(passes: Passes, folder: Path) -> float:
-    """Seconds of one checkpoint with its checksums, by the small files and a sample of the tensors, of which nothing is
-    left on the disk."""
+    """Seconds of one checkpoint with its checksums, by its small files and a sample of its tensors."""
     trainer, trial = passes.trainer, folder / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]

@@ -62,8 +62,7 @@ def load_for_training(
     before_method: Callable[[Any, Any], None] = lambda model, processor: None,
     shared_by: int = 1,
 ) -> tuple[methods.Applied, Any]:
-    """The pretrained model with the task's head and the recipe's method, and the tokenizer; `before_method` is called
-    with the untouched model."""
+    """The pretrained model with head and method, and the tokenizer; `before_method` gets the untouched model."""
     base = Base.of(recipe.model, recipe.task, recipe.data.chat_template)
     model = load(
         base,
@@ -263,8 +262,7 @@ def start_from_probe(
     folder: Path,
     device: torch.device,
 ) -> Probe:
-    """Give a new head the values of the run folder's linear probe, which is fitted when it is not there, or random ones
-    where none can be fitted."""
+    """Give a new head the run folder's linear probe, fitted when it is not there, or random values without one."""
     target, together = Target.of(summary), sharding.runs_together(model)
     reading = contextlib.ExitStack()
 

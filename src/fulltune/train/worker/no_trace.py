@@ -17,8 +17,7 @@ _PLAIN = (bool, int, float, str, torch.Tensor)
 
 @contextlib.contextmanager
 def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
-    """Put back the state of all random generators, as if nothing had been drawn; GPUs' only on request, because asking
-    for them makes torch set them up."""
+    """Put back the state of all random generators; asking for GPUs' makes torch set them up."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
@@ -56,7 +55,6 @@ def same_buffers(model: Any) -> Iterator[None]:
 
 
 def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
-    """Whether all gradients of these parameters, or this process's parts of them, are finite: by `aminmax`, which NaN
-    goes through and which copies no gradient."""
+    """Whether all gradients that there are, or this process's parts, are finite; `aminmax` copies no gradient."""
     gradients = [sharding.local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     return all(bool(torch.stack(one.aminmax()).isfinite().all()) for one in gradients if one.numel())

@@ -38,8 +38,7 @@ class Passes:
     """eval_lengths[rows]."""
 
     def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
-        """Forward and backward of these rows, added to the present gradients with `keep`: the loss and the seconds. A
-        loss that is not finite is not sent back."""
+        """Forward and backward of these rows, added to present gradients with `keep`: the loss and the seconds."""
         trainer = self.trainer
         if not keep:
             self.optimizer.zero_grad()
@@ -55,8 +54,7 @@ class Passes:
         return value, self._since(began)
 
     def step(self) -> float:
-        """Clip and update, as at the end of a step: the seconds. With a rate of 0 finite gradients move nothing; others
-        are left to the guard of step 1."""
+        """Clip and update with a rate of 0: the seconds; gradients that are not finite are left to step 1's guard."""
         model = self.trainer.model
         if not self._all(gradients_are_finite(model.parameters())):
             return 0.0

@@ -73,8 +73,7 @@ def scaled_head(
     gives_numbers: bool,
     own_loss: bool = False,
 ) -> tuple[Scaled | None, str]:
-    """The last layer of a head, which from now on learns numbers in units of mean and spread, and those in words; None
-    and why not."""
+    """The last layer of a head, which now learns numbers in units of their spread, in words; or None and why not."""
     mean, spread = scale
     layer = head.output_layer_of(model, 1)
     problem = _problem(model, layer, batch, precision, own_loss)

@@ -1,5 +1,4 @@
-"""Whole weights before, during and after training; with DeepSpeed all processes call these functions, because putting a
-tensor together needs all of them."""
+"""Whole weights before, during and after training; with DeepSpeed all processes call these functions."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ from fulltune.train.worker import distributed
 
 
 def held(parameter: Any) -> torch.Tensor:
-    """A parameter's values on the CPU, with FSDP2 this process's part; of half precision DeepSpeed's fp32 copy, which
-    is what is trained."""
+    """A parameter's values on the CPU, with FSDP2 this process's part; of half precision DeepSpeed's fp32 copy."""
     if zero.is_in_engine(parameter) or hasattr(parameter, "ds_id"):
         return zero.whole(parameter).cpu()
     return sharding.local(parameter.detach()).cpu()
@@ -52,8 +50,7 @@ def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
 
 
 class InitialWeights:
-    """The trained weights before step 1, on disk, because a copy in memory would cost as much as the model; with
-    `together` each process writes and compares its part."""
+    """The trained weights before step 1, on disk; with `together` each process writes and compares its part."""
 
     def __init__(self, model: Any, path: Path, together: bool = False) -> None:
         sharding.free(model)
@@ -98,8 +95,7 @@ class InitialWeights:
         )
 
     def _counts(self, number: int, parameter: Any) -> bool:
-        """Whether this process counts a parameter: those that all have whole they take in turn, so that none keeps the
-        whole model."""
+        """Whether this process counts a parameter: whole ones are counted in turn, so that none keeps them all."""
         if not self._together or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()

@@ -40,8 +40,7 @@ PHASE = "choosing how far to go within the budget for forgetting"
 
 
 class Line:
-    """The trained values of a model, anywhere between those before step 1 (a file) and those after training (a file it
-    writes); sharded ones by each process's part."""
+    """The trained values of a model, anywhere between those before step 1 and those after training."""
 
     def __init__(self, model: Any, before: Path, after: Path) -> None:
         sharding.free(model)
