@@ -130,7 +130,7 @@ def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
     monkeypatch.setattr(attempt, "train", lambda *given: {})
     monkeypatch.setattr(worker, "_listen_for_signals", lambda stop: None)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    for name in memory.NAMES[1:]:
+    for name in memory.ALLOCATOR_NAMES[1:]:
         monkeypatch.delenv(name, raising=False)
     request: Any = SimpleNamespace(plan=SimpleNamespace(memory_limit_bytes=None, device=device))
     journal: Any = SimpleNamespace(write=lambda *line: lines.append(line))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fulltune import pipeline, predict, report
+from fulltune.compare import trial_folder
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError, SetupError
 from fulltune.records.comparison import Searched
 from fulltune.records.events import Event, Said, StepLogged
@@ -207,7 +208,7 @@ def test_budget_ends_a_search_with_the_best_so_far(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each run takes 25 minutes.
-    monkeypatch.setattr(trying, "lines_of", lambda path: [{"seconds": 1500.0}])
+    monkeypatch.setattr(trial_folder, "lines_of", lambda path: [{"seconds": 1500.0}])
     said: list[str] = []
 
     def listen(event: Event) -> None:

@@ -54,7 +54,7 @@ def given() -> Iterator[dict[str, Any]]:
         "decide": mock.Mock(),
         "clusters_of": mock.Mock(),
         "without_leaks": mock.Mock(return_value=[]),
-        "access": mock.Mock(),
+        "note_access": mock.Mock(),
         "comparison_of": mock.Mock(return_value=comparisons.undecided()),
     }
     with mock.patch.multiple(conclude, **made):
