@@ -33,7 +33,6 @@ from fulltune.compare.sequential import WAITING_SHARE, look
 from fulltune.compare.verdict import ArmItems, decide
 from fulltune.recipe.methods import ArmKind
 from fulltune.records.differences import Decision, Difference
-from fulltune.stats import bootstrap
 from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Target
 
@@ -55,9 +54,6 @@ class Rates:
     seeds: float
     """Used on average."""
     decisions: tuple[Decision, ...]
-
-
-bootstrap.weights = functools.lru_cache(4)(bootstrap.weights)  # the same draws of the rows serve every comparison
 
 
 def difficulty(chance: np.random.Generator, rows: int) -> np.ndarray:

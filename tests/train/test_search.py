@@ -20,7 +20,6 @@ from fulltune.records.run import ACCESSES, Access
 from fulltune.report.run.read import read_run
 from fulltune.run_context import Run
 from fulltune.search import run as searching
-from fulltune.search import settings as trying
 from fulltune.system.run_folder import Reached, recipe_of
 from tests import tiny
 from tests.train.runs import final_weights, in_this_process, job
