@@ -2,7 +2,7 @@
 
 Five filter and order it: the search of a plan (`choose`), the ways out of what does not fit (`ways_out`), what is tried
 after memory ran out (`train.parent.next_attempt`), what its message proposes, and what `plan --measure` tries
-(`train.parent.measure_candidates`). A new lever is one entry of `LEVERS`.
+(`train.parent.measure`). A new lever is one entry of `LEVERS`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from fulltune.plan import choose, levers, ways_out
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import LEVERS, SETTING_OF, Lever
 from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase, Plan
-from fulltune.train.parent import measure_candidates
+from fulltune.train.parent import measure
 from fulltune.train.parent.next_attempt import fallbacks
 from tests import plans
 
@@ -66,7 +66,7 @@ def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPa
     ways = [way.costs for way in ways_out.of_memory(RECIPE, SETTINGS, 999, need)]
     assert (lever.costs in ways) == lever.way_out
 
-    rows = [row.name for row in measure_candidates.levers(RECIPE, PLAN)]
+    rows = [row.name for row in measure.levers(RECIPE, PLAN)]
     assert (f"+ {lever.measured.format(**changes)}" in rows) == bool(lever.measured)
 
     for kind in lever.frees:
@@ -89,7 +89,7 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         fallback=("step",),
         measured="half the buffers",
     )
-    for module in (choose, ways_out, levers, measure_candidates):
+    for module in (choose, ways_out, levers, measure):
         monkeypatch.setattr(module, "LEVERS", (new,))
     monkeypatch.setattr("fulltune.train.parent.next_attempt.LEVERS", (new,))
 
@@ -100,4 +100,4 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     offered = fallbacks(RECIPE, PLAN, "step", lambda changes: True)
     assert [(one.name, one.changes) for one in offered] == [(new.name, new.changes)]
     assert levers.proposal(RECIPE, PLAN, "buffers") == "train.activation_offloading: true"
-    assert [row.name for row in measure_candidates.levers(RECIPE, PLAN)][1:] == ["+ half the buffers"]
+    assert [row.name for row in measure.levers(RECIPE, PLAN)][1:] == ["+ half the buffers"]

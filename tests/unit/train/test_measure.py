@@ -8,7 +8,7 @@ import pytest
 
 from fulltune.records.plan import Setting, TimeNeed
 from fulltune.records.training import Measured
-from fulltune.train.parent import measure_candidates
+from fulltune.train.parent import measure
 from fulltune.train.parent.measure import measured
 from tests.plans import outcome, plan, recipe
 
@@ -45,16 +45,14 @@ def test_levers_are_those_that_the_recipe_leaves_open_and_the_task_has(
 ) -> None:
     planned = plan(precision=train.get("precision", "bf16"), gradient_accumulation_steps=1)
 
-    found = measure_candidates.levers(recipe(task, train=train), planned)
+    found = measure.levers(recipe(task, train=train), planned)
 
     assert len(found) == len(expected)
     assert all(one.name.startswith(name) for one, name in zip(found, expected, strict=True))
 
 
 def test_levers_add_up_and_leave_alone_what_the_recipe_gives() -> None:
-    found = measure_candidates.levers(
-        recipe(train={"activation_checkpointing": True}), plan(activation_checkpointing=True)
-    )
+    found = measure.levers(recipe(train={"activation_checkpointing": True}), plan(activation_checkpointing=True))
 
     assert [one.changes for one in found] == [
         {"precision": "fp32", "optim": "adamw_torch_fused"},
@@ -77,7 +75,7 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
 ) -> None:
     planned = plan(global_batch_size=32, micro_batch_size=micro, gradient_accumulation_steps=32 // micro)
 
-    found = measure_candidates.micro_batches(recipe(**given), planned, {"precision": "bf16"})
+    found = measure.micro_batches(recipe(**given), planned, {"precision": "bf16"})
 
     assert [one.changes["micro_batch_size"] for one in found] == expected
     for one in found:
@@ -87,12 +85,12 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
 
 
 def test_attention_is_left_as_it_is_where_it_is_given_or_rows_are_packed() -> None:
-    names = [one.name for one in measure_candidates.attentions(recipe(), {}, False, ["flash_attention_2"])]
+    names = [one.name for one in measure.attentions(recipe(), {}, False, ["flash_attention_2"])]
 
     assert names == ["attention eager", "attention flash_attention_2"]
-    assert measure_candidates.attentions(recipe(), {}, True, ["flash_attention_2"]) == []
+    assert measure.attentions(recipe(), {}, True, ["flash_attention_2"]) == []
     given = recipe(model={"name": "x", "attn_implementation": "sdpa"})
-    assert measure_candidates.attentions(given, {}, False, []) == []
+    assert measure.attentions(given, {}, False, []) == []
 
 
 @pytest.mark.parametrize(
@@ -104,14 +102,12 @@ def test_attention_is_left_as_it_is_where_it_is_given_or_rows_are_packed() -> No
     ],
 )
 def test_compiling_is_tried_where_it_can_pay(seconds: float, lacking: str, problem: str) -> None:
-    (found,) = measure_candidates.compilations(
-        recipe(), row("best", seconds, precision="bf16", chunked_loss=True), lacking
-    )
+    (found,) = measure.compilations(recipe(), row("best", seconds, precision="bf16", chunked_loss=True), lacking)
 
     assert found.problem == problem
     assert found.changes == {"precision": "bf16", "chunked_loss": True, "torch_compile": True}
     for train in ({"torch_compile": False}, {"placement": "zero2"}):
-        assert measure_candidates.compilations(recipe(train=train), row("best", seconds), lacking) == []
+        assert measure.compilations(recipe(train=train), row("best", seconds), lacking) == []
 
 
 # ---- what is taken ---------------------------------------------------------------------------------------------
@@ -131,7 +127,7 @@ def test_compiling_is_tried_where_it_can_pay(seconds: float, lacking: str, probl
 def test_fastest_that_fits_is_taken_the_earliest_of_equals(
     rows: list[tuple[str, float, str]], expected: str | None
 ) -> None:
-    found = measure_candidates.fastest([row(*one) for one in rows])
+    found = measure.fastest([row(*one) for one in rows])
 
     assert (None if found is None else found.name) == expected
 
@@ -151,7 +147,7 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
         "attn_implementation": "eager",
     }
 
-    found = measure_candidates.noted(settings, plan(), changes, "measured: it is the fastest")
+    found = measure.noted(settings, plan(), changes, "measured: it is the fastest")
 
     assert [(one.name, one.value, one.reason) for one in found] == [
         ("train.precision", "bf16", "measured: it is the fastest"),
@@ -165,7 +161,7 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
 def test_reason_says_how_many_fit_and_what_the_best_needs() -> None:
     best = row("b", 5.0).model_copy(update={"tokens_per_second": 1234.4, "peak_memory_bytes": GIB})
 
-    assert measure_candidates.why(best, [best, row("a", 6.0), row("c", 1.0, "memory ran out")], 4 * GIB) == (
+    assert measure.why(best, [best, row("a", 6.0), row("c", 1.0, "memory ran out")], 4 * GIB) == (
         "measured: the fastest of 2 that fit, 1,234 tokens/s, 1 GiB of 4 GiB"
     )
 
