@@ -113,11 +113,7 @@ def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
 
 
 def _with_class_weights(recipe: Recipe, given: Mapping[str, float] | Sequence[float] | str, name: Path) -> Recipe:
-    """The recipe with these weights.
-
-    Raises:
-        RecipeError: When they are none.
-    """
+    """The recipe with these class weights, checked."""
     weights: Any = given
     if isinstance(given, Mapping):
         weights = {label: _plain(weight) for label, weight in given.items()}

@@ -1,8 +1,7 @@
 """Whether cleaning helps, by trainings: whole runs with each cleaning step and without, compared on the same eval rows.
 
-The runs lie in a folder inside the run's, and leave their patch and what they gave for each eval row, so that further
-seeds or steps take only what is not there. Only eval rows that all runs have held out are compared; the test rows are
-never looked at.
+The runs leave their patch and what they gave for each eval row, so that further seeds or steps take only what is not
+there; the test rows are never looked at.
 """
 
 from __future__ import annotations

@@ -124,10 +124,7 @@ def _forward_and_backward(trainer: Any, model: Any, batch: Any) -> float:
 
 
 def _step_without_rate(trainer: Any) -> None:
-    """Let the optimizer allocate its state, with a rate of 0, and forget it again.
-
-    Only for optimizers that do nothing at a rate of 0, and not when a checkpoint has filled their state already.
-    """
+    """Let an optimizer that does nothing at a rate of 0 allocate its state, and forget it again."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or optimizer.state:
         return

@@ -260,11 +260,7 @@ def go_through(
     ask: Callable[[], str] | None,
     relabel: Callable[[], Remedy | None] | None = None,
 ) -> dict[tuple[str, str], RowDecision]:
-    """Ask about each row; what was decided is in the file after each key.
-
-    Without `ask` there is no terminal, and all rows are written down to be decided in the file; without `relabel` the
-    rows have not one label each in a column.
-    """
+    """Ask about each row and save after each key; without `ask` (no terminal) write all rows down as undecided."""
     decided, waiting = dict(before), queue(issues, before)
     if ask is None:
         return decided | {one.key: one.to_decide() for one in waiting}

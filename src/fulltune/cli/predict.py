@@ -78,10 +78,7 @@ class Asked:
 
 
 def asked(texts: Sequence[str], file: Path | None, notes: Mapping[str, Any]) -> Asked:
-    """What the command line names: texts, a table, a text file by lines, or else stdin.
-
-    A table is read through once, so that what is broken in it shows before the model has worked for an hour.
-    """
+    """What the command line names: texts, a table (read through once for what is broken), lines of a file, or stdin."""
     reads_stdin = list(texts) == [STDIN] or str(file) == STDIN
     if file is not None and not reads_stdin:
         if file.suffix.lower() != ".txt":
@@ -261,9 +258,7 @@ def write(
 def side_by_side(
     runs: list[Path], method: str | None, what: Asked, by: str | None, max_new_tokens: int, as_json: bool
 ) -> None:
-    """Print answers of several models over one base: all of each row, or the one that the row's column `by` names, as
-    its folder is called.
-    """
+    """Print answers of several models over one base for each row, or of the one that its column `by` names."""
     from fulltune import predict
     from fulltune.tasks.columns import windows
 

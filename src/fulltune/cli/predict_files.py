@@ -171,10 +171,7 @@ def _parquet(part: Path, own: Sequence[str], new: Added, types: Any) -> Iterator
 
 
 def arrow_types(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The type of each column that holds all of its values; None where they have no type in common.
-
-    Only some rows are in memory at once.
-    """
+    """The type of each column that holds all of its values, read in chunks; None where they have no type in common."""
     import pyarrow as pa
 
     found: dict[str, Any] = {}

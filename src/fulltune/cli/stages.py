@@ -1,7 +1,4 @@
-"""What several verbs do: open a recipe or a run's folder, go through the pipeline up to a stage, choose a model.
-
-Results go to stdout, progress and errors to stderr.
-"""
+"""What several verbs do: open a recipe or a run's folder, go through the pipeline up to a stage, choose a model."""
 
 from __future__ import annotations
 

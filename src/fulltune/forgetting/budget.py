@@ -77,8 +77,7 @@ MOST_OF_IT = 0.9
 
 
 def limit_for_most(found: Preserved) -> float | None:
-    """The smallest limit with which `MOST_OF_IT` of what the trained model gained would be kept; None: so much of it is
-    kept, or it gained nothing."""
+    """The smallest limit that keeps `MOST_OF_IT` of the trained model's gain; None: it is kept, or there is no gain."""
     most = found.gain_of(found.end)
     if found.gain_of(found.chosen) >= MOST_OF_IT * most:
         return None
@@ -87,25 +86,20 @@ def limit_for_most(found: Preserved) -> float | None:
 
 
 def crossing(inside: Point, outside: Point, limit: float) -> float:
-    """About the share between two points up to which the budget lasts: where a straight line between them crosses it.
-
-    Drift grows faster than the share, so that the true crossing lies behind it (method of false position).
-    """
+    """About the share between two points where a straight line between them crosses the limit (false position)."""
     low, high = (least_limit(point.measured) - limit for point in (inside, outside))
     part = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + part * (outside.share - inside.share), 3)
 
 
 def texts_needed(measured: Drift, limit: float) -> int:
-    """Texts of each half with which a point could use half of the budget: with fewer, what is chosen is held back by
-    what they can tell more than by what it has forgotten."""
+    """Texts of each half with which a chosen point could use half of the budget, in spite of its standard error."""
     allowance = (ONE_SIDED + SURELY * math.sqrt(2)) * measured.error
     return math.ceil(measured.texts * (2 * allowance / limit) ** 2)
 
 
 def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Point:
-    """The point within the limit with the best metric; among equals the one that moved less. The untouched model is
-    within any limit."""
+    """The point within the limit (the untouched model always is) with the best metric; among equals the least moved."""
     sign = 1 if greater_is_better else -1
     possible = [point for point in points if point.is_start or is_within(point.measured, limit)]
 

@@ -28,11 +28,7 @@ BATCH, STATES_BATCH = 8, 32
 
 @dataclass(frozen=True)
 class GenericText:
-    """Texts as tokens, and how a model reads them.
-
-    Of a language model the loss of each text is compared before and after training, in nats per token; of others the
-    mean of the last hidden states over the text's tokens, scaled to length 1.
-    """
+    """Texts as tokens, read as a language model's loss in nats a token, else as mean last hidden states of length 1."""
 
     ids: tuple[list[int], ...]
     """The tokens of each text."""
@@ -53,8 +49,7 @@ class GenericText:
         most_tokens: int,
         batch: int = BATCH,
     ) -> GenericText:
-        """Tokenise texts, cut at `most_tokens`: the same for all that are compared, also where virtual tokens take
-        room."""
+        """Tokenise texts, cut at `most_tokens`, which is the same for all models that are compared."""
         ids = [tokenizer(text, truncation=True, max_length=most_tokens, verbose=False)["input_ids"] for text in texts]
         # A single token is predicted from nothing.
         ids = [row for row in ids if len(row) > 1 or not is_language_model]

@@ -1,8 +1,4 @@
-"""Texts that have nothing to do with the task, to see how much of what a model could do is left.
-
-Without a file of the user's own they are paragraphs of the standard library's documentation, which every installation
-has: plain technical English.
-"""
+"""Texts that have nothing to do with the task: a file of the user's, or the standard library's documentation."""
 
 from __future__ import annotations
 
@@ -128,8 +124,7 @@ def beginning(text: str, words: int = _BEGINNING) -> str:
 
 @cache
 def _documentation(count: int) -> tuple[str, ...]:
-    """Paragraphs of so many modules, in an order that says nothing about them, that there are enough: reading all of
-    them takes seconds."""
+    """Paragraphs of so many of the standard library's modules, in an order that says nothing about them."""
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = (path.relative_to(root) for path in (*root.glob("*.py"), *root.glob("*/*.py")))
     wanted = [path for path in modules if not any(part in _LEFT_OUT for part in path.parts)]

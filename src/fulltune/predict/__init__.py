@@ -115,10 +115,7 @@ class Predictor:
     def answer_each(
         self, rows: Iterable[Mapping[str, Any]], max_new_tokens: int = 128, watch: Watch = lambda done, total: None
     ) -> Iterator[Answered]:
-        """Answer rows one after another, in their order; one that cannot be answered says why.
-
-        Only a window of the rows is in memory; within it, rows of similar length are read together.
-        """
+        """Answer rows in their order, a window of them in memory; one that cannot be answered says why."""
         # Models that write take long for each row: their first answers shall not wait for two thousand others.
         for window in windows(rows, _WINDOW_PROMPTS) if self.writes else windows(rows):
             asked = [self.task.as_question(row, self.target) for row in window]
@@ -200,23 +197,12 @@ def _without_tokens(example: Example) -> Refused | None:
 
 
 def load(run: Path, method: str | None = None) -> Predictor:
-    """Load the model of a run folder, or a model folder that fulltune wrote.
-
-    Args:
-        run: The folder.
-        method: Which of a run's models; default: the only one, or the one that a comparison recommends.
-
-    Raises:
-        SetupError: When there is no such model.
-    """
+    """Load the model of a run folder (by default its only or its recommended one), or of a model folder."""
     return _loaded(choose(run, method).folder, None)
 
 
 def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> dict[str, Predictor]:
-    """Load what LoRA, adapters, prompts or heads trained for several tasks over one base, which is in memory once.
-
-    While one is loaded, a second copy of the base is in memory for a moment.
-    """
+    """Load what LoRA, adapters, prompts or heads trained for several tasks over one base, which is in memory once."""
     found = {name: choose(run, method).folder for name, run in runs.items()}
     whole = [name for name, folder in found.items() if not folders.is_partial(folder)]
     if whole:
