@@ -28,13 +28,8 @@ def phase_of(folder: Path) -> Phase | None:
     return next((phase for phase in get_args(Phase) if phase == found), None)
 
 
-def last_step(folder: Path) -> int:
-    """Steps that an attempt had done at its last sign of life."""
-    return steps_of(folder, 0)
-
-
-def steps_of(folder: Path, rank: int) -> int:
-    """Steps that one of its processes had done."""
+def steps_of(folder: Path, rank: int = 0) -> int:
+    """Steps that one of an attempt's processes had done at its last sign of life."""
     path = heartbeat_of(folder, rank)
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0

@@ -49,30 +49,21 @@ class Request(Record):
             return Path(self.run_folder) / "plan" / "probes" / f"{self.attempt:02d}"
         return Path(self.run_folder) / "attempts" / f"{self.plan.trial}-{self.attempt:02d}"
 
-    @property
-    def initial_weights(self) -> Path:
-        """The weights before step 1, as long as the attempt runs."""
-        return self.folder / INITIAL_WEIGHTS
-
-    def initial_weights_of(self, rank: int) -> Path:
-        """Of one process's part, where the weights are shared out."""
-        return self._of_part(self.initial_weights, rank)
+    def initial_weights(self, rank: int) -> Path:
+        """What one process keeps of the weights before step 1, as long as the attempt runs."""
+        return self._of_rank(INITIAL_WEIGHTS, rank)
 
     @property
     def all_initial_weights(self) -> list[Path]:
-        """Of all processes' parts, those that are there."""
+        """Of all processes, those that are there."""
         return sorted(self.folder.glob(f"{Path(INITIAL_WEIGHTS).stem}*.safetensors"))
 
-    @property
-    def trained_weights(self) -> Path:
-        """Those after training, while a point between them and the initial ones is chosen."""
-        return self.folder / "trained.safetensors"
+    def trained_weights(self, rank: int) -> Path:
+        """The same of those after training, while a point between both is chosen."""
+        return self._of_rank("trained.safetensors", rank)
 
-    def trained_weights_of(self, rank: int) -> Path:
-        """Of one process's part."""
-        return self._of_part(self.trained_weights, rank)
-
-    def _of_part(self, file: Path, rank: int) -> Path:
+    def _of_rank(self, name: str, rank: int) -> Path:
+        file = self.folder / name
         return file.with_stem(f"{file.stem}-rank{rank}") if rank else file
 
     @property

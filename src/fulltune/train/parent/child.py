@@ -19,7 +19,7 @@ from fulltune.system import hardware, signals
 from fulltune.system.memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.text import format_bytes, parse_seconds
 from fulltune.train.checkpoints import last_saved
-from fulltune.train.journal import HEARTBEAT, last_step, oldest_sign, phase_of, steps_of
+from fulltune.train.journal import HEARTBEAT, oldest_sign, phase_of, steps_of
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
 
@@ -72,7 +72,7 @@ class _Pulse:
 
 
 def _hung(request: Request, limit: str, seconds: float) -> Outcome:
-    phase, step = phase_of(request.folder), last_step(request.folder)
+    phase, step = phase_of(request.folder), steps_of(request.folder)
     where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase or "", "")
     said = f"no sign of life for {limit} (train.hang_timeout) after step {step:,}{where}"
     if (oldest := oldest_sign(request.folder, request.plan.num_processes)) is not None:
@@ -128,7 +128,7 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     elif told is not None and not (asked and lost):
         return told
     elif asked:
-        done, saved = last_step(request.folder), last_saved(request.checkpoints)
+        done, saved = steps_of(request.folder), last_saved(request.checkpoints)
         kept = f"step {saved:,} is saved" if saved else "there is no checkpoint yet"
         before = f"interrupted before step {(saved or 0) + 1:,}{f'; {kept}' if saved else ''}"
         status, reason = "interrupted", f"interrupted after step {done:,}; {kept}" if done else before
@@ -207,7 +207,7 @@ def _follow(request: Request, child: spawn.Child, pulse: _Pulse, asked: Sequence
         if asked and not answered:
             answered = True
             when = "before its first step, as soon as the model is loaded and checked"
-            if last_step(request.folder) or request.plan.num_processes > 1:  # several agree at the end of a step
+            if steps_of(request.folder) or request.plan.num_processes > 1:  # several agree at the end of a step
                 when = "after the step at hand, which it saves"
             third = "a second signal changes nothing, a third ends it at once, without saving"
             yield Warned(text=f"asked to stop: the training ends {when}; {third}")

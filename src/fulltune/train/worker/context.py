@@ -75,12 +75,12 @@ class AttemptContext:
     @property
     def initial_weights(self) -> Path:
         """Where this process keeps what it trains as it was before step 1."""
-        return self.request.initial_weights_of(self.trainer.args.process_index)
+        return self.request.initial_weights(self.trainer.args.process_index)
 
     @property
     def trained_weights(self) -> Path:
         """The same of those after training."""
-        return self.request.trained_weights_of(self.trainer.args.process_index)
+        return self.request.trained_weights(self.trainer.args.process_index)
 
     def agreed(self, value: Any) -> Any:
         """What the first process has, where all take part in what follows."""

@@ -26,7 +26,7 @@ from fulltune.system.hardware import is_disk_full
 from fulltune.system.memory import is_out_of_memory, life_peak_bytes
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
-from fulltune.train.journal import Journal, heartbeat_of, last_step
+from fulltune.train.journal import Journal, heartbeat_of, steps_of
 from fulltune.train.request import MACHINE, Request
 from fulltune.train.worker.observed import Observed
 
@@ -49,11 +49,11 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
             if status == "disk_full":
                 checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
             since = error.since if isinstance(error, Spiked) else None
-            steps = last_step(request.folder)
+            steps = steps_of(request.folder)
             ended = {"status": status, "reason": reason, "phase": journal.phase, "trouble_since": since, "steps": steps}
         finally:
-            request.initial_weights_of(rank).unlink(missing_ok=True)
-            request.trained_weights_of(rank).unlink(missing_ok=True)
+            request.initial_weights(rank).unlink(missing_ok=True)
+            request.trained_weights(rank).unlink(missing_ok=True)
             if rank == 0 and request.plan.offload.startswith(NVME):
                 shutil.rmtree(str(deepspeed.nvme_path(request.recipe_as_planned)), ignore_errors=True)
         measured = {"peak_memory_bytes": _peak_memory_bytes(), **observed.for_outcome()}

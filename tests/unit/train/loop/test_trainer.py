@@ -21,21 +21,6 @@ from fulltune.train.loop.trainer import FullTrainer
 from tests.plans import plan
 
 
-def test_settings_of_the_loader_are_passed_on() -> None:
-    given = {"num_workers": 2, "prefetch_factor": 5, "persistent_workers": True, "in_order": False}
-    options = {**given, "pin_memory": False, "multiprocessing_context": "spawn"}
-    trainer: Any = SimpleNamespace(
-        train_dataset=[1, 2],
-        sampler=[[0], [1]],
-        collated=list,
-        args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in options.items()}),
-        accelerator=SimpleNamespace(prepare=lambda loader: loader),
-    )
-    loader = FullTrainer.get_train_dataloader(trainer)
-    assert {name: getattr(loader, name) for name in given} == given
-    assert loader.multiprocessing_context.get_start_method() == "spawn"
-
-
 class Grouped(Dataset[int]):
     """Each row is the process group of the process that reads it."""
 
@@ -43,9 +28,8 @@ class Grouped(Dataset[int]):
         return os.getpgrp()
 
 
-def test_processes_that_read_rows_are_not_told_to_stop_with_the_group() -> None:
-    names = ("num_workers", "prefetch_factor", "persistent_workers", "in_order", "pin_memory")
-    options = dict(zip(names, (1, 2, False, True, False), strict=True)) | {"multiprocessing_context": "fork"}
+def loader_of(**options: Any) -> DataLoader[Any]:
+    """The loader of a trainer with these settings."""
     trainer: Any = SimpleNamespace(
         train_dataset=Grouped(),
         sampler=[[0, 1], [2]],
@@ -53,7 +37,15 @@ def test_processes_that_read_rows_are_not_told_to_stop_with_the_group() -> None:
         args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in options.items()}),
         accelerator=SimpleNamespace(prepare=lambda loader: loader),
     )
-    [group] = {group for rows in FullTrainer.get_train_dataloader(trainer) for group in rows}
+    return FullTrainer.get_train_dataloader(trainer)
+
+
+def test_settings_of_the_loader_are_passed_on_and_its_processes_not_told_to_stop_with_the_group() -> None:
+    given = {"num_workers": 1, "prefetch_factor": 5, "persistent_workers": True, "in_order": False}
+    loader = loader_of(**given, pin_memory=False, multiprocessing_context="fork")
+    assert {name: getattr(loader, name) for name in given} == given
+    assert loader.multiprocessing_context.get_start_method() == "fork"
+    [group] = {group for rows in loader for group in rows}
     assert group != os.getpgrp()
 
 
