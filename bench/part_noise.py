@@ -37,7 +37,7 @@ def tagged(folder: Path) -> tuple[Items, tuple[str, ...]]:
     """The words of WNUT-17's train rows, as the audit reads them."""
     from fulltune.audit.untouched import Reader, with_shapes
     from fulltune.cli import stages
-    from fulltune.run_context import Run
+    from fulltune.pipeline import Run
 
     files = {"train": "wnut17train.conll", "eval": "emerging.dev.conll", "test": "emerging.test.annotated"}
     block = ", ".join(f"{split}: {data()}/wnut17/{name}" for split, name in files.items())

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import yaml
 
+from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
 from fulltune.records.events import Listener
-from fulltune.run_context import Run
 from fulltune.search import run as searching
 from fulltune.system.run_folder import Reached, find_or_make, hide_progress_bars
 from fulltune.train.hooks import Hooks

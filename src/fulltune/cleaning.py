@@ -27,12 +27,12 @@ from fulltune.data.patch import load_patch, save_patch
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
+from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import TRAINED_PROOFS, Proof, Proofs
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
 from fulltune.records.plan import Plan
-from fulltune.run_context import Run
 from fulltune.stats.bootstrap import draw
 from fulltune.stats.intervals import difference, seed_spreads
 from fulltune.stats.row_scores import Measure, measure_of

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from fulltune import api, pipeline
 from fulltune.footprint import trace
+from fulltune.pipeline import Run
 from fulltune.records.events import Event, Listener, StepLogged
 from fulltune.records.training import Outcome
 from fulltune.report.run.read import read_run
 from fulltune.report.run.verdict import judge
-from fulltune.run_context import Run
 from fulltune.system.run_folder import Reached
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child

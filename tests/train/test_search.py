@@ -13,12 +13,12 @@ import torch
 from fulltune import pipeline, predict, report
 from fulltune.compare import trial_folder
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError, SetupError
+from fulltune.pipeline import Run
 from fulltune.records.comparison import Searched
 from fulltune.records.events import Event, Said, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, Access
 from fulltune.report.run.read import read_run
-from fulltune.run_context import Run
 from fulltune.search import run as searching
 from fulltune.system.run_folder import Reached, recipe_of
 from tests import tiny

@@ -279,8 +279,8 @@ def report(
 ) -> None:
     """Write report.md and report.html again (for a comparison card.md and card.html), from its files alone."""
     from fulltune import pipeline
+    from fulltune.pipeline import Run
     from fulltune.report import write_comparison
-    from fulltune.run_context import Run
     from fulltune.system.run_folder import locked, recipe_of, writing
 
     recipe = recipe_of(run_folder)

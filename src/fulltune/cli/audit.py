@@ -89,9 +89,8 @@ def audited(target: Path, overrides: list[str] | None, folder: Path | None, fres
     """The data stage, and what is wrong with its rows; with a page about both."""
     from fulltune.cleaning import prove_by_training, refuse_trainings
     from fulltune.cli.show.run import Display
-    from fulltune.pipeline import audit_rows, list_losses, prove_cleaning
+    from fulltune.pipeline import Run, audit_rows, list_losses, prove_cleaning
     from fulltune.report import write_data_page
-    from fulltune.run_context import Run
     from fulltune.system import hardware, run_folder
 
     if wanted.losses:  # refused before anything is made

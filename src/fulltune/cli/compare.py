@@ -176,7 +176,7 @@ def _run(asked: CompareRequest, target: Path, folder: Path | None) -> Compared:
     run_folder.hide_progress_bars()
     try:
         from fulltune.compare.run import run
-        from fulltune.run_context import Run
+        from fulltune.pipeline import Run
 
         with Display(err, details=False) as display:
             job = Run(recipe, found, listener=display, began=began)

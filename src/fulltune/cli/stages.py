@@ -18,8 +18,8 @@ from rich.markup import escape
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError, SetupError
 
 if TYPE_CHECKING:
+    from fulltune.pipeline import Until
     from fulltune.recipe.fields import Recipe
-    from fulltune.run_context import Until
     from fulltune.system.run_folder import Reached
     from fulltune.train.parent.machines import Lead
 
@@ -144,7 +144,7 @@ def reach(
     run_folder.hide_progress_bars()
     try:
         from fulltune.cli.show.run import Display
-        from fulltune.run_context import Run
+        from fulltune.pipeline import Run
         from fulltune.search.run import run
 
         with Display(err, details) as display:

@@ -17,6 +17,7 @@ from fulltune.footprint.trace import PlannedModel
 from fulltune.forgetting import drift
 from fulltune.forgetting.generic_text import NUM_TEXTS, generic_texts, parts
 from fulltune.models.shapes import Shapes
+from fulltune.pipeline import Run
 from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.preserve import AUTO
@@ -26,7 +27,6 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
 from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import Plan
-from fulltune.run_context import Run
 from fulltune.stats import row_scores
 from fulltune.system import hardware
 from fulltune.tasks import Target

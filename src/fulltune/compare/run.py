@@ -18,11 +18,11 @@ from fulltune.compare.seeds import SeedRuns
 from fulltune.compare.timing import EXPECTATION, expect
 from fulltune.errors import RecipeError
 from fulltune.files import lines_of
+from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation
 from fulltune.records.events import Said
-from fulltune.run_context import Run
 from fulltune.system import run_folder
 from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server

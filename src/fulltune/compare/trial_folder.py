@@ -12,9 +12,9 @@ from typing import Any
 
 from fulltune.data.cache import link
 from fulltune.files import append_line, lines_of
+from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.records.events import without_tables
-from fulltune.run_context import Run
 from fulltune.system import run_folder
 
 

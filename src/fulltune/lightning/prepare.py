@@ -23,12 +23,12 @@ from fulltune.inference.run import by_length, model_batch
 from fulltune.inference.store import Rows
 from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule, FineTuningParts
 from fulltune.models.checkpoint_head import Head
+from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.training import PER_TENSOR
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
-from fulltune.run_context import Run
 from fulltune.system import run_folder as folders
 from fulltune.tasks import Target
 from fulltune.train.optim import zero

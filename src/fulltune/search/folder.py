@@ -6,11 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
+from fulltune.pipeline import Run
 from fulltune.recipe.several_runs import with_settings
 from fulltune.records.comparison import Searched
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Outcome
-from fulltune.run_context import Run
 from fulltune.system import run_folder
 
 FOLDER, RECORD = "search", "search.json"

@@ -14,11 +14,11 @@ from fulltune.compare.trials import clear
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
+from fulltune.pipeline import Run
 from fulltune.records.comparison import Expectation, Searched, Trial, Tried
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
-from fulltune.run_context import Run
 from fulltune.search.folder import FOLDER
 from fulltune.stats.bootstrap import resample
 from fulltune.stats.intervals import paired

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from fulltune import pipeline
 from fulltune.errors import InterruptedRun, SetupError
+from fulltune.pipeline import Run, Until
 from fulltune.recipe.several_runs import with_settings
 from fulltune.records.comparison import Searched
 from fulltune.records.events import Said
-from fulltune.run_context import Run, Until
 from fulltune.search import rate, settings
 from fulltune.search.folder import RECORD, move_into_run
 from fulltune.system import run_folder

@@ -15,13 +15,13 @@ from fulltune.compare.design import FORECAST_AGAIN, round_up
 from fulltune.compare.rate_search import Scale
 from fulltune.compare.trial_folder import Clock, changed, trial_of
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
+from fulltune.pipeline import Run
 from fulltune.recipe.several_runs import combinations, num_combinations, why_impossible, with_settings
 from fulltune.records.comparison import Searched, TriedSettings
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
-from fulltune.run_context import Run
 from fulltune.search.folder import FOLDER
 from fulltune.stats.bootstrap import Resampled
 from fulltune.stats.intervals import paired
