@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,10 +67,12 @@ def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:
     tensors = {name: one for name, one in batch.items() if isinstance(one, torch.Tensor)}
     inputs = {name: one.to(device) for name, one in tensors.items() if name not in ("labels", TRAINED)}
     hooks = [look(name, module) for name, module in model.named_modules()]
+    model.eval()  # without dropout, so that no random number is drawn
     try:
-        with _as_in_evaluation(model), torch.no_grad(), as_its_attention_can(model, device.type):
+        with torch.no_grad(), as_its_attention_can(model, device.type):
             model(**inputs)
     finally:
+        model.train()
         for hook in hooks:
             hook.remove()
     return found[0] if found else ""
@@ -87,13 +88,3 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
     elif isinstance(output, (tuple, list)):
         for one in output:
             yield from _tensors(one)
-
-
-@contextlib.contextmanager
-def _as_in_evaluation(model: Any) -> Iterator[None]:
-    """Without dropout, so that no random number is drawn."""
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()

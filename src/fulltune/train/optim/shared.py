@@ -18,7 +18,11 @@ def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Te
     sharding.free(model)
     found: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        for kind, value in _of_one(optimizer, parameter).items():
+        state: dict[str, torch.Tensor] = optimizer.state.get(parameter, {})
+        if state and isinstance(optimizer, AdamW):
+            held = in_fp32(state, sharding.local(parameter).shape)
+            state = {kind: one if kind == "step" else sharding.part(one, parameter) for kind, one in held.items()}
+        for kind, value in state.items():
             # A number of steps has no axis, and a file of parts tells them by their offsets.
             found[f"{OPTIMIZER}{name}.{kind}"] = value.reshape(1) if value.dim() == 0 else value
     return found
@@ -44,14 +48,6 @@ def load(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None
     # By the optimizer's own way: one of ours may keep its moments in another form, others want steps on the device.
     by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})
-
-
-def _of_one(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = optimizer.state.get(parameter, {})
-    if not state or not isinstance(optimizer, AdamW):
-        return state
-    held = in_fp32(state, sharding.local(parameter).shape)
-    return {kind: one if kind == "step" else sharding.part(one, parameter) for kind, one in held.items()}
 
 
 def _parts_of(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:

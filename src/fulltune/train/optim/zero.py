@@ -132,7 +132,9 @@ def load(
     if hasattr(zero, "checkpoint_event_prologue"):
         zero.checkpoint_event_prologue()  # stage 3 takes back what is whole between steps
     if not weights_only:
-        _make_room(zero)
+        for flat, _ in _flats(zero):  # optimizers make their moments only in the first step
+            zero.optimizer.state[flat] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+        link(zero)
     tensors: dict[str, Any] = _tensors(model, trained_only)
     missing = {*tensors}
     steps: dict[str, float] = {}
@@ -171,13 +173,6 @@ def _flats(zero: Any) -> list[tuple[torch.Tensor, list[Any]]]:
 
 def _is_stage_3(zero: Any) -> bool:
     return hasattr(zero, "fp32_partitioned_groups_flat")
-
-
-def _make_room(zero: Any) -> None:
-    """Moments of 0: optimizers make theirs only in the first step."""
-    for flat, _ in _flats(zero):
-        zero.optimizer.state[flat] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
-    link(zero)
 
 
 def _set_steps(zero: Any, steps: dict[Any, float]) -> None:

@@ -87,13 +87,10 @@ def leading(place: Place, recipe: Recipe) -> Iterator[Lead]:
             with contextlib.suppress(OSError):  # a full disk: what is raised already says more
                 sign.tell(ended=ended)
                 until = time.monotonic() + _LINGER_SECONDS
-                while time.monotonic() < until and not all(_has_read(one, token) for one in others):
+                while time.monotonic() < until and not all(
+                    (told := one.look()) is not None and told.token == token for one in others
+                ):
                     time.sleep(POLL_SECONDS)
-
-
-def _has_read(one: HeardFrom[Member], token: str) -> bool:
-    told = one.look()
-    return told is not None and told.token == token
 
 
 class MachineGroup:
