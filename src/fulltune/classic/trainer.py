@@ -198,11 +198,7 @@ class Trainer(Guarded, transformers.Trainer):
         self._rate_was_above_zero |= any(group["lr"] > 0 for group in self.optimizer.param_groups)
 
     def judge_logged(self) -> None:
-        """Say, once, that the logged loss has left the place where it began.
-
-        A script's model may compute a loss that rises for good reasons (a term that is weighted up, a curriculum), so
-        that it is not stopped, unlike `fulltune run`.
-        """
+        """Say once that the logged loss left its beginning; nothing is stopped: a script's loss may rise rightly."""
         if self._has_own_loss() or self._rise_was_said:
             return
         losses = logged(self.state, "loss")

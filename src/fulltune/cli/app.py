@@ -219,7 +219,8 @@ def train(
     from fulltune.train.run_time import run_seconds
 
     with stages.joined(target, set_, machine_rank, rendezvous, wait_for_machines) as lead:
-        folder, reached = stages.go("train", target, set_, run_folder, fresh, lead)
+        recipe, folder = stages.open_run(target, set_, run_folder, fresh, "train")
+        reached = stages.reach(recipe, folder, "train", details=True, lead=lead)
     outcome = reached.outcome
     assert outcome is not None
     if as_json:
@@ -243,7 +244,8 @@ def evaluate(
     from fulltune import report
     from fulltune.report.format import terminal
 
-    folder, reached = stages.go("evaluate", target, set_, run_folder, fresh)
+    recipe, folder = stages.open_run(target, set_, run_folder, fresh, "evaluate")
+    reached = stages.reach(recipe, folder, "evaluate", details=True)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return

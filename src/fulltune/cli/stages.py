@@ -47,19 +47,6 @@ def end_when_told(number: int, frame: object) -> None:
     os._exit(InterruptedRun.exit_code)
 
 
-def go(
-    until: Until,
-    target: Path,
-    overrides: list[str] | None,
-    folder: Path | None,
-    fresh: bool,
-    lead: Lead | None = None,
-) -> tuple[Path, Reached]:
-    """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
-    recipe, found = open_run(target, overrides, folder, fresh, until)
-    return found, reach(recipe, found, until, details=True, lead=lead)
-
-
 @contextmanager
 def joined(
     target: Path, overrides: list[str] | None, rank: int | None, rendezvous: str | None, wait: str
