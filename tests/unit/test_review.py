@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from fulltune.cli import audit
-from fulltune.cli.audit import accepted, decided_before, go_through, precisions, queue, save
+from fulltune.cli.audit import accepted, decided_before, go_through, precisions, queue
 from fulltune.data.patch import load_patch
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
@@ -112,34 +111,6 @@ def test_what_is_proposed_for_a_check_can_be_taken_at_once(tmp_path: Path) -> No
     decided, said = accepted(ISSUES, ["label error"], decided_before(patch))
     assert {row: one.remedy.action for (_, row), one in decided.items()} == {"c": "keep", "b": "replace"}
     assert said == ["label error: 1 row, as proposed"]
-
-
-@pytest.mark.parametrize(
-    ("keys", "check", "line"),
-    [
-        ("kq", "label error", "1 new decision; in p.jsonl: 2 decided, 0 open"),
-        (None, "markup", "1 new decision; in p.jsonl: 1 decided, 2 open"),
-    ],
-)
-def test_what_accept_took_is_told_apart_from_what_was_decided_and_is_open(
-    keys: str | None, check: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a review, and after one without a terminal, which wrote all rows down to be decided."""
-    monkeypatch.chdir(tmp_path)
-    patch, out = Path("p.jsonl"), Console(file=StringIO(), width=80)
-    save(patch, go_through(out, ISSUES, patch, {}, None if keys is None else pressing(keys or "q")))
-    checks = [SimpleNamespace(check=one) for one in ("label error", "markup")]
-    found = audit.Audited(
-        target=tmp_path / "r.yaml",
-        recipe=SimpleNamespace(data=SimpleNamespace(patch="p.jsonl")),  # type: ignore[arg-type]  # what is read of it
-        folder=tmp_path,
-        summary=DataSummary.model_construct(task="text-classification", problem_type="single_label"),
-        audit=SimpleNamespace(clean=(), checks=checks, not_run={}),  # type: ignore[arg-type]  # what is read of it
-    )
-    monkeypatch.setattr(audit, "load_issues", lambda folder: ISSUES)
-    monkeypatch.setattr(audit, "out", Console(file=(said := StringIO()), width=80))
-    audit.decide(found, None, review=False, accept=[check], as_json=False)
-    assert said.getvalue().splitlines()[0] == line
 
 
 def test_of_several_proposals_for_a_row_leaving_it_out_wins_and_others_are_said_to_wait() -> None:
