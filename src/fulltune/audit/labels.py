@@ -200,9 +200,6 @@ def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
     return probabilities[rows, labels] - others[rows, other], other
 
 
-# ---- words with tags, rows with several labels --------------------------------------------------------------------
-
-
 def suspected_parts(items: Items) -> Suspected:
     """Judge each word's tag (the first one is O), or each label that a row has or lacks; raises as `suspected`."""
     is_tags = items.kind == "tags"

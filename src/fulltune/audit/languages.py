@@ -153,9 +153,6 @@ _NAMES = dict(
     )
 )
 
-
-# ---- the languages of columns -------------------------------------------------------------------------------------
-
 OTHER_LANGUAGE = "other language"
 _KNOWN = 0.5
 """Probability from which a text counts as one in a language."""

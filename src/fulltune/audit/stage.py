@@ -188,9 +188,6 @@ def load_issues(folder: Path) -> list[RowIssue]:
         ) from None
 
 
-# ---- what the untouched model finds: its issues, and why not or which rows were not looked at --------------------
-
-
 def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows) -> tuple[list[RowIssue] | None, str | None]:
     ends = np.cumsum([seen.counts[split] for split in SPLITS])
     far = outliers(reader, dict(zip(SPLITS, np.split(np.array(seen.keys, np.uint64), ends[:-1]), strict=True)))
@@ -207,9 +204,6 @@ def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows) -> tuple[list[R
             )
             issues.append(rows.issue(OUTLIER, split, row, reason, score=round(distance, 4)))
     return issues, f"{counted(far.left_out, 'row')} that were not drawn to be read" if far.left_out else None
-
-
-# ---- labels ----------------------------------------------------------------------------------------------------
 
 
 def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: Suspected) -> list[RowIssue]:
@@ -276,9 +270,6 @@ def _about_labels(target: Target, found: Suspected, of_rows: int) -> LabelErrors
         precision=found.precision,
         wrong=found.wrong,
     )
-
-
-# ---- losses of the trained model -----------------------------------------------------------------------------------
 
 
 def list_losses(

@@ -140,9 +140,6 @@ def with_shapes(reader: Reader, items: Items, positions: np.ndarray) -> tuple[It
     return replace(items, features=features), numbers
 
 
-# ---- outliers -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FarRows:
     """What a look for outliers found."""

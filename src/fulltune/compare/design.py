@@ -37,9 +37,6 @@ def final_trial(arm: str, rate: float, seed: int, *, check: bool = False) -> Tri
     return Trial(name=name, arm=arm, learning_rate=rate, seed=seed)
 
 
-# ---- what it costs ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Cost:
     """Of one arm."""
@@ -55,9 +52,9 @@ class Cost:
     free_seconds: float | None = None
     """As many steps where a budget for forgetting does not hold them, as in short trials; None: it holds none."""
 
-    def steps_seconds(self, trial: Trial) -> float:
-        """The steps of a trial."""
-        return trial.share * (self.free if trial.searches else self.run_seconds)
+    def trial_seconds(self, trial: Trial) -> float:
+        """A trial's steps, and of a whole run what is scored after it."""
+        return trial.share * self.free if trial.searches else trial.share * self.run_seconds + self.scoring_seconds
 
     @property
     def free(self) -> float:
@@ -129,9 +126,6 @@ def seconds(
         total += short * (fixed.start + choice.search_share * cost.free)
         total += fixed.checks if whole + short else 0.0
     return total
-
-
-# ---- what fits -------------------------------------------------------------------------------------------------
 
 
 def choices(costs: Mapping[str, Cost], seeds: int, search_share: float) -> Iterator[Choice]:
@@ -232,9 +226,6 @@ def round_up(time: float) -> float:
     """To a time that one would type: 10 s, half minutes from two minutes on, 5 minutes from an hour on."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
-
-
-# ---- more time -------------------------------------------------------------------------------------------------
 
 
 def why_finished(known: Comparison, budget_seconds: float | None) -> str | None:

@@ -54,9 +54,6 @@ def _named(arms: Iterable[ArmDesign]) -> str:
     return ", ".join(arm.name for arm in arms)
 
 
-# ---- learning rates --------------------------------------------------------------------------------------------
-
-
 def _one_rate_for_all(design: ComparisonDesign) -> Found:
     given = [arm for arm in _trained(design) if arm.learning_rate is not None]
     unsearched = all(len(set(arm.rates_searched)) < 2 for arm in given)
@@ -132,9 +129,6 @@ def _few_eval_rows(design: ComparisonDesign) -> Found:
         yield "worth knowing", "eval rows", what, to_do
 
 
-# ---- seeds, rows, tokens ---------------------------------------------------------------------------------------
-
-
 def _few_seeds(design: ComparisonDesign) -> Found:
     for arm in _trained(design):
         count = len(set(arm.seeds))
@@ -199,9 +193,6 @@ def _unequal_tokens(design: ComparisonDesign) -> Found:
         what = f"{most} sees {many:,} tokens in training, {least} {few:,}"
         to_do = "train all methods for the same epochs, on rows of the same length"
         yield "unfair", f"{most}, {least}", what, to_do
-
-
-# ---- methods ---------------------------------------------------------------------------------------------------
 
 
 def _unequal_heads(design: ComparisonDesign) -> Found:

@@ -74,9 +74,6 @@ def search_trial(arm: str, rate: float, share: float, seed: int) -> Trial:
     return Trial(name=name, arm=arm, learning_rate=rate, seed=seed, share=share, searches=True)
 
 
-# ---- short trials ----------------------------------------------------------------------------------------------
-
-
 def best_of(tried: Mapping[float, float], scale: Scale, near: float | None = None) -> float:
     """The rate with the best metric; of equal ones the nearest to `near`, by default the lowest."""
     best = max(scale.oriented(metric) for metric in tried.values())
@@ -160,9 +157,6 @@ def without_time(arm: str, rate: float, may_extend: bool) -> Search:
     return Search(arm=arm, tried=(), chosen=rate, reason=reason, time_was_up=True)
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------
-
-
 def next_whole(
     search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, most: int = MOST_WHOLE_RUNS
 ) -> float | None:
@@ -204,9 +198,6 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_
     runs = tuple(Tried(learning_rate=rate, share=share, metric=metric) for rate, metric in whole.items())
     reason = _why(whole, chosen, scale, may_extend, "whole runs")
     return search.model_copy(update={"chosen": chosen, "whole": runs, "reason": reason, "on_edge": on_edge})
-
-
-# ---- rates that diverge -----------------------------------------------------------------------------------------
 
 
 def slower(search: Search, metric: float, scale: Scale) -> float | None:

@@ -128,8 +128,6 @@ class SeedRuns:
         others = (arm for arm, found in self.results.items() if not found and arm not in pair)
         return next((arm for arm in others if not timing.has_time(context, [self._next_trial(arm)], keep)), None)
 
-    # ---- looks -------------------------------------------------------------------------------------------------
-
     def _look(self) -> dict[str, int]:
         """Look at the eval rows: how many seeds which methods are to have before the next look; none: it is enough."""
         seen = self.ask_eval_rows(again=self._again(self.looks))
@@ -174,8 +172,6 @@ class SeedRuns:
         changed = [arm for arm, found in decisive.items() if len(found) == 1 and self.check_rate(arm)]
         better = [arm for arm in changed if scale.oriented(self.results[arm][0].metric) > leader]
         return {} if self._again(self.looks[:-1]) else dict.fromkeys(better, len(full))
-
-    # ---- rates -------------------------------------------------------------------------------------------------
 
     def first(self, trial: Trial) -> TrialResult:
         """The first whole run of an arm, at a rate that holds for a whole run; or one that diverged."""

@@ -27,9 +27,6 @@ _PASSES_PER_STEP = 3
 """Forward passes that a step takes as long as."""
 
 
-# ---- the design ------------------------------------------------------------------------------------------------
-
-
 def expect(context: Context) -> Expectation:
     """The design and what it costs; settled once for a budget, so that going on later changes nothing."""
     path = context.folder / EXPECTATION
@@ -48,7 +45,11 @@ def _settled(context: Context) -> Expectation:
     steps = context.setup(context.full.arm).plan.total_steps
     context.clock.write("preparation")
     if context.budget_seconds is not None and not context.kept_results():
-        _measure(context, rate_search.share_of_steps(0.0, steps))
+        # Arithmetic alone errs too much; most often the search begins with the same trial.
+        full, share = context.full, rate_search.share_of_steps(0.0, steps)
+        trial = rate_search.search_trial(full.arm, usual(context, full), share, context.recipe.train.seed)
+        context.say(f"measuring the speed here before the budget is planned: {share:.0%} of a run of {full.arm}")
+        run_trial(context, trial)
     costs = costs_of(context)
     context.clock.write("design")  # also of a command whose budget is refused
     return design.expected(
@@ -66,14 +67,6 @@ def _settled(context: Context) -> Expectation:
     )
 
 
-def _measure(context: Context, share: float) -> None:
-    """Measure a short trial of full before a budget is planned for, because arithmetic alone errs too much."""
-    full = context.full
-    trial = rate_search.search_trial(full.arm, usual(context, full), share, context.recipe.train.seed)
-    context.say(f"measuring the speed here before the budget is planned: {trial.share:.0%} of a run of {trial.arm}")
-    run_trial(context, trial)
-
-
 def _done(context: Context, costs: Mapping[str, design.Cost]) -> design.Done:
     """What an earlier command left: its short trials, and the whole runs that are not made again."""
     searches = {arm: Search.load(context.search_path(arm)) for arm in costs if context.search_path(arm).exists()}
@@ -85,9 +78,6 @@ def _done(context: Context, costs: Mapping[str, design.Cost]) -> design.Done:
         rates = {search.chosen, *(one.learning_rate for one in checked)}
         runs[arm] = sum(one.learning_rate in rates for one in mine)
     return design.Done(runs=runs, searched=[arm for arm, found in searches.items() if not found.time_was_up])
-
-
-# ---- what things cost ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -189,25 +179,14 @@ def pace(context: Context) -> Pace:
     return Pace({name: steps[name] / planned[name] for name in steps if planned[name] > 0}, rest / planned_rest)
 
 
-# ---- what there is time for ------------------------------------------------------------------------------------
-
-
-def _seconds(context: Context, trials: Sequence[Trial]) -> float:
-    """Of these trials, one after the other."""
-    costs, start = costs_of(context), fixed_of(context).start
-    return sum(
-        start + costs[one.arm].steps_seconds(one) + (0.0 if one.searches else costs[one.arm].scoring_seconds)
-        for one in trials
-    )
-
-
 def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:
     """Whether trials that are not there yet, `keep` seconds, and the verdict fit into the time left less a reserve."""
     asked = [] if context.budget_seconds is None else [one for one in trials if not is_done(context, one)]
     if not asked:
         return True
-    forecast = _seconds(context, asked) + keep + fixed_of(context).verdict
-    return forecast <= (1 - design.RESERVE) * context.seconds_left
+    costs, fixed = costs_of(context), fixed_of(context)
+    trained = sum(fixed.start + costs[one.arm].trial_seconds(one) for one in asked)
+    return trained + keep + fixed.verdict <= (1 - design.RESERVE) * context.seconds_left
 
 
 def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:

@@ -11,15 +11,7 @@ from fulltune.recipe.methods import RIVALS, VARIANT, ArmKind
 from fulltune.records.differences import ArmScore, Decision, Difference, VerdictKind
 from fulltune.report.comparison.numbers import Writer
 from fulltune.stats.bootstrap import SAMPLES, Drawn, draw
-from fulltune.stats.intervals import (
-    HolmTest,
-    SeedSpread,
-    Uncertain,
-    difference,
-    holm,
-    mean_of_arm,
-    seed_spreads,
-)
+from fulltune.stats.intervals import HolmTest, SeedSpread, Uncertain, difference, holm, mean_of_arm, seed_spreads
 from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Precision, needed
 from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Predictions
@@ -188,9 +180,6 @@ def _within(interval: tuple[float, float], bounds: tuple[float, float] | None) -
     return interval if bounds is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
 
 
-# ---- the rule --------------------------------------------------------------------------------------------------
-
-
 def _verdict(differences: Sequence[Difference], full: str, arms: Sequence[ArmItems]) -> tuple[VerdictKind, str]:
     """The verdict and the arm to take."""
     cost = {arm.name: arm.cost for arm in arms}
@@ -225,9 +214,6 @@ def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Se
         less = "does not lose the margin to"
         return f"Whether they are equal is open, but {recommended} {less} {full} and trains fewer weights."
     return "These rows and seeds do not tell the methods apart."
-
-
-# ---- in words --------------------------------------------------------------------------------------------------
 
 
 def in_words(one: Difference, write: Writer) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from fulltune.compare import design, rate_search, timing
 from fulltune.compare.context import SEALED, Context
@@ -19,7 +18,7 @@ from fulltune.records.comparison import Expectation, Searched, Trial, Tried
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
-from fulltune.search.folder import FOLDER
+from fulltune.search import FOLDER
 from fulltune.stats.bootstrap import resample
 from fulltune.stats.intervals import paired
 from fulltune.text import counted, format_seconds, parse_seconds, typed_seconds
@@ -158,7 +157,7 @@ def bought(context: Context, ran: SeedRuns, kept: Trial) -> Estimate | None:
     block = context.recipe.evaluate
     mine, other = (
         resample(
-            outputs.load(_sealed(context, one)),
+            outputs.load(context.folder / SEALED / f"{one.name}.npz"),
             lambda rows: {measure.name: measure.whole(rows)},
             samples=block.bootstrap_samples,
             clusters=clusters,
@@ -166,7 +165,3 @@ def bought(context: Context, ran: SeedRuns, kept: Trial) -> Estimate | None:
         for one in (kept, usual)
     )
     return paired(mine, other, measure.span, block.confidence)
-
-
-def _sealed(context: Context, trial: Trial) -> Path:
-    return context.folder / SEALED / f"{trial.name}.npz"

@@ -22,7 +22,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
-from fulltune.search.folder import FOLDER
+from fulltune.search import FOLDER
 from fulltune.stats.bootstrap import Resampled
 from fulltune.stats.intervals import paired
 from fulltune.stats.row_scores import measure_of

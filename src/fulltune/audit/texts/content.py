@@ -38,8 +38,6 @@ def no_words(text: str) -> Flaw | None:
     return Flaw("no words", f"only one letter: {quoted(seen)}" if letters else f"no letter: {quoted(seen)}")
 
 
-# ---- repetition -------------------------------------------------------------------------------------------------
-
 _RUN = re.compile(r"(.)\1\1\1\1\1")
 """What is asked first: five times as fast as with letters alone."""
 _SAME_CHARACTER = re.compile(r"([^\W\d_])\1{5,}")
@@ -107,8 +105,6 @@ def _longest_loop(words: list[str], size: int) -> tuple[int, int, int]:
     return best
 
 
-# ---- encoding ---------------------------------------------------------------------------------------------------
-
 _C1 = re.compile("[\x80-\x9f]")
 _LOST = "\ufffd"
 
@@ -136,8 +132,6 @@ def _repaired(line: str) -> str:
     fixed = ftfy.fix_encoding(line)
     return ftfy.fixes.fix_c1_controls(fixed) if _C1.search(fixed) else fixed
 
-
-# ---- control and invisible characters ---------------------------------------------------------------------------
 
 _ASCII_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -173,7 +167,7 @@ def control_characters(text: str) -> Flaw | None:
     """Characters that nobody sees and a tokenizer does; what a script or an emoji is spelt with is left alone."""
     if not (_ASCII_CONTROL if text.isascii() else _SUSPECT).search(text):
         return None
-    whole, num_pairs = _PAIR.subn(_joined, text)
+    whole, num_pairs = _PAIR.subn(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
     places = _wrong_places(whole)
     counts = Counter(_name(whole[place]) for place in places)
     if num_pairs:
@@ -198,10 +192,6 @@ def _wrong_places(text: str) -> list[int]:
 def _joins_emoji(text: str, place: int) -> bool:
     before, after = text[place - 1 : place], text[place + 1 : place + 2]
     return text[place] == "\u200d" and bool(_EMOJI.match(before) and _EMOJI.match(after))
-
-
-def _joined(pair: re.Match[str]) -> str:
-    return pair[0].encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def _without(text: str, places: set[int]) -> str:

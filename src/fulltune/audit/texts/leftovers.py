@@ -28,8 +28,6 @@ def _is_code(text: str) -> bool:
     return sum(1 for _, _ in zip(_CODE_SIGN.finditer(text), range(2), strict=False)) == 2
 
 
-# ---- HTML -------------------------------------------------------------------------------------------------------
-
 _BLOCKS = (
     "address|article|aside|blockquote|body|br|dd|div|dl|dt|fieldset|figcaption|figure|footer|form|h[1-6]|head|header|hr"
     "|html|iframe|li|main|nav|ol|p|pre|script|section|style|table|tbody|td|tfoot|th|thead|tr|ul|!doctype|noscript"
@@ -109,8 +107,6 @@ def _in_its_stead(tag: re.Match[str]) -> str:
     return "\n" if _BLOCK_NAME.fullmatch(tag[2]) else ""
 
 
-# ---- placeholders -----------------------------------------------------------------------------------------------
-
 _USUAL = (
     "name|date|company|product|email|address|city|country|customer|user|username|title|topic|subject|amount|price|phone"
     "|number|location|organization|url|link|text|input|question|answer|context|response|prompt|output|first|last"
@@ -152,8 +148,6 @@ def placeholder(text: str) -> Flaw | None:
     return Flaw("placeholder", f"not filled in: {listed([quoted(one) for one in found])}")
 
 
-# ---- tokens of a chat template ----------------------------------------------------------------------------------
-
 _TOKEN = re.compile(
     r"<\|[A-Za-z][A-Za-z_0-9]*\|>|\[\|[a-z]{3,20}\|\]|<｜[^<>｜]{2,30}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>"
     r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|\[(?:CLS|SEP|PAD|gMASK|UNUSED_TOKEN_\d+)\]"
@@ -181,8 +175,6 @@ def chat_tokens(text: str) -> Flaw | None:
         found += ["<s>"] if starts else ["</s>"]
     return Flaw("chat tokens", f"{listed([quoted(one) for one in found])}: a template adds its own") if found else None
 
-
-# ---- refusals -----------------------------------------------------------------------------------------------------
 
 _CANNOT = (
     r"(?:cannot|can't|can not|(?:am |'m )(?:unable to|not able to)|won't be able to|am not programmed to"

@@ -128,7 +128,7 @@ def _secrets(text: str) -> Iterator[Hit]:
             found = (match for match in pattern.finditer(text) if _real(name, match[0]))
             yield from (Hit(*match.span(), name, "[SECRET]") for match in found)
     if "://" in text and "@" in text:
-        yield from _values(text, _IN_URL, "password in an address", _given)
+        yield from _values(text, _IN_URL, "password in an address", lambda value: not _NOT_GIVEN.search(value))
     if "=" in text or ":" in text:
         lowered = text.lower()
         if any(word in lowered for word in _KEYWORDS):
@@ -154,16 +154,13 @@ def _real(name: str, value: str) -> bool:
     return name == "private key" or not re.search(r"EXAMPLE|x{6}|X{6}|0{8}", value)
 
 
-def _given(value: str) -> bool:
-    return not _NOT_GIVEN.search(value)
-
-
 def _random(value: str) -> bool:
     """Letters and digits, or three kinds of characters, in no order that a word or a name in code would have."""
     if _NOT_GIVEN.search(value):
         return False
     value = value.rstrip(".:!?]}")
-    if len(value) < 8 or _bits(value) < _LEAST_BITS:
+    shares = [count / len(value) for count in Counter(value).values()]
+    if len(value) < 8 or -sum(share * math.log2(share) for share in shares) < _LEAST_BITS:
         return False
     lower, upper, digit = (re.search(kind, value) is not None for kind in ("[a-z]", "[A-Z]", r"\d"))
     other = re.search(r"[^A-Za-z0-9_.-]", value) is not None
@@ -172,13 +169,6 @@ def _random(value: str) -> bool:
         return False
     return digit or (lower and upper and other)
 
-
-def _bits(value: str) -> float:
-    """Shannon's entropy of the value's characters, per character."""
-    return -sum(count / len(value) * math.log2(count / len(value)) for count in Counter(value).values())
-
-
-# ---- personal data ----------------------------------------------------------------------------------------------
 
 _EMAIL = re.compile(
     r"(?<![\w.%+/-])\w[\w.%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}([A-Za-z]{2,24})(?![\w@])"
@@ -250,7 +240,8 @@ def _personal(text: str, digits: bool) -> Iterator[Hit]:
 def _numbers(text: str) -> Iterator[Hit]:
     yield from _accounts(text)
     for found in _CARD.finditer(text):
-        if _is_card(re.sub(r"\D", "", found[0])):
+        digits = re.sub(r"\D", "", found[0])
+        if _ISSUER.fullmatch(digits) and digits not in _TEST_CARDS and passes_luhn(digits):
             yield Hit(*found.span(), "payment card", "[CARD]")
     for found in _IPV4.finditer(text):
         if _is_public(found):
@@ -294,10 +285,6 @@ def passes_luhn(digits: str) -> bool:
     return (sum(map(int, digits[-1::-2])) + sum(value - 9 if value > 9 else value for value in doubled)) % 10 == 0
 
 
-def _is_card(digits: str) -> bool:
-    return bool(_ISSUER.fullmatch(digits)) and digits not in _TEST_CARDS and passes_luhn(digits)
-
-
 def _is_global(address: str) -> bool:
     try:
         return ipaddress.IPv6Address(address).is_global
@@ -315,8 +302,6 @@ def _is_public(found: re.Match[str]) -> bool:
     before = found.string[max(0, found.start() - 12) : found.start()]
     return ipaddress.IPv4Address(found[0]).is_global and not _VERSION.search(before)
 
-
-# ---- phone numbers ----------------------------------------------------------------------------------------------
 
 _MAYBE_PHONE = re.compile(r"[\d)][\s./-]?(?:\(?\d[\s()./-]{0,2}){5,}\d")
 _NAMED_PHONE = re.compile(

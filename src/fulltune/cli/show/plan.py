@@ -172,13 +172,16 @@ def _time(survey: Survey, plan: Plan) -> list[tuple[str, str]]:
     epochs = f"{plan.num_train_epochs:g} {'epoch' if plan.num_train_epochs == 1 else 'epochs'}"
     doubt = "from a busy machine, see above" if plan.busy else "can be off by half"
     training = f"steps {format_seconds(need.train_seconds)}, evaluations {format_seconds(need.eval_seconds)}"
+    placed = next((one for one in survey.placements if one.name == survey.placement), None)
+    # Over several machines more of the network would help.
+    waits = f"; a step waits for the {NETWORK}" if placed is not None and placed.bound_by == NETWORK else ""
     rows = [
         (
             "steps",
             f"{plan.total_steps:,} of {counted(plan.global_batch_size, 'row')} ({batch}), {epochs}, "
             f"{short_count(need.tokens)} tokens",
         ),
-        ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: {doubt}){_bound(survey)}"),
+        ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: {doubt}){waits}"),
         (
             "training",
             f"{format_seconds(need.total_seconds)}: {training}, checkpoints {format_seconds(need.save_seconds)}",
@@ -191,12 +194,6 @@ def _time(survey: Survey, plan: Plan) -> list[tuple[str, str]]:
         ]
         rows.append(("besides", ", ".join(parts)))
     return rows
-
-
-def _bound(survey: Survey) -> str:
-    """What a step over several machines waits for, where that is their network: more of it would help."""
-    placed = next((one for one in survey.placements if one.name == survey.placement), None)
-    return f"; a step waits for the {NETWORK}" if placed is not None and placed.bound_by == NETWORK else ""
 
 
 def _settings(settings: Sequence[Setting]) -> list[Block]:

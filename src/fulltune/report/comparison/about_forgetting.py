@@ -42,9 +42,6 @@ def _runs_of(rows: Sequence[ArmRow], held: Sequence[Held]) -> dict[str, list[Hel
     return {arm: runs for arm, runs in found.items() if runs}
 
 
-# ---- which one forgot less -------------------------------------------------------------------------------------
-
-
 def _pairs(rows: Sequence[ArmRow], held: Sequence[Held]) -> Iterator[tuple[str, str, Apart | None]]:
     """Full fine-tuning beside each other held method."""
     full, runs = next((row.arm for row in rows if row.kind == "full"), None), _runs_of(rows, held)
@@ -89,9 +86,6 @@ def _answer(write: Writer, writes: bool, full: str, arm: str, found: Apart | Non
     return f"{said} no difference can be told: let the metric and the costs decide, or train more seeds."
 
 
-# ---- frontiers and certificates --------------------------------------------------------------------------------
-
-
 def _plot(comparison: Comparison) -> Figures:
     kinds, frontiers = {row.arm: row.kind for row in comparison.rows}, []
     for arm, runs in _runs_of(comparison.rows, comparison.held).items():
@@ -125,7 +119,9 @@ def _certificates(comparison: Comparison) -> Table:
             foreign(one.arm),
             str(one.seed),
             _certificate(one.preserved),
-            _upper_bound(one.preserved),
+            NOTHING
+            if (sealed := one.preserved.certificate) is None
+            else words.as_share(sealed.upper, one.preserved.writes),
             words.way(one.preserved.chosen.share),
             write.value(one.preserved.chosen.metric),
         )

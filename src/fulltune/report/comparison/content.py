@@ -154,9 +154,6 @@ def _why(comparison: Comparison) -> Section | None:
     return unless_empty("Why", [Bullets(items)] if items else [])
 
 
-# ---- the methods -----------------------------------------------------------------------------------------------
-
-
 def _methods(comparison: Comparison) -> tuple[Block, ...]:
     waiting = waited(comparison)
     return (_quality(comparison), _cost(comparison), *[Bullets((waiting,))] * bool(waiting))
@@ -283,9 +280,6 @@ def _plot(comparison: Comparison, picture: str) -> Section | None:
     )
     figures = Figures(tuple(map(cost_plot, found)), file=picture)
     return Section("plot", "Quality against cost", (figures, Paragraph(legend)))
-
-
-# ---- what else -------------------------------------------------------------------------------------------------
 
 
 def _claims(comparison: Comparison) -> Section | None:

@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from fulltune.records.data import Segment
 from fulltune.report.format.blocks import (
     Block,
     Bullets,
@@ -99,7 +98,8 @@ def _block(block: Block) -> Iterator[str]:
             if block.some_trained:
                 yield from ("Trained tokens stand between ⟦ and ⟧.", "")
             for segments, label in block.items:
-                yield from (_fenced(_segments(segments)), "")
+                text = "".join(f"⟦{one.text}⟧" if one.trained else one.text for one in segments)
+                yield from (_fenced(text), "")
                 if label is not None:
                     yield from (f"{block.target}: {escaped(label)}", "")
         case Exchanges():
@@ -120,10 +120,6 @@ def _cell(cell: Cell | str) -> str:
         return text
     filled = max(round(cell.bar * _BAR_LENGTH), 1 if cell.bar > 0 else 0)
     return f"{text} {'█' * filled}"
-
-
-def _segments(segments: Sequence[Segment]) -> str:
-    return "".join(f"⟦{segment.text}⟧" if segment.trained else segment.text for segment in segments)
 
 
 def _columns(text: str) -> int:

@@ -95,9 +95,6 @@ class Frontier:
     filled: bool = False
 
 
-# ---- what all plots have in common -----------------------------------------------------------------------------
-
-
 @contextmanager
 def _new_figure(width: int, height: int) -> Iterator[Figure]:
     """A figure of so many points whose settings are ours, whatever the user's own are; none of them outlives it."""
@@ -192,9 +189,6 @@ def _draw_mark(axes: Axes, mark: Mark, x: float, y: float, marker: str, upright:
     )  # fmt: skip
 
 
-# ---- learning curves -------------------------------------------------------------------------------------------
-
-
 def learning_curve(
     title: str,
     points: Sequence[Point],
@@ -254,9 +248,6 @@ def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None)
     return text + (f"; {counted(len(lost), 'value')} not finite, first at step {lost[0]:,}." if lost else ".")
 
 
-# ---- rates, intervals, frontiers -------------------------------------------------------------------------------
-
-
 def rates_plot(title: str, series: Sequence[Series], metric: str, chosen: float) -> blocks.Figure:
     """Draw a metric over learning rates, which are on a log scale; the second series is filled."""
     from matplotlib.ticker import NullLocator
@@ -314,9 +305,6 @@ def frontiers_plot(title: str, frontiers: Sequence[Frontier], limit: float, metr
         axes.set_xlabel("drift on generic text", **_LABEL)
         _legend(figure, axes)
         return _drawn(figure, title, said)
-
-
-# ---- quality against cost --------------------------------------------------------------------------------------
 
 
 def cost_plot(plot: CostPlot) -> blocks.Figure:

@@ -23,12 +23,7 @@ from fulltune.report.format.blocks import (
     Table,
 )
 from fulltune.report.format.plots import rates_plot
-from fulltune.report.run import (
-    about_data,
-    about_forgetting,
-    about_scores,
-    about_training,
-)
+from fulltune.report.run import about_data, about_forgetting, about_scores, about_training
 from fulltune.report.run.about_data import row_words
 from fulltune.report.run.model_card import how_to_load, loading_code_of
 from fulltune.report.run.next_steps import facts_of, next_steps

@@ -7,17 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fulltune.records.audit import (
-    AUDIT,
-    Audit,
-    CheckFound,
-    LabelErrors,
-    Languages,
-    Proof,
-    Proofs,
-    Remedy,
-    proofs_of,
-)
+from fulltune.records.audit import AUDIT, Audit, CheckFound, LabelErrors, Languages, Proof, Proofs, Remedy, proofs_of
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
