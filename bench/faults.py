@@ -42,7 +42,7 @@ from planted import Planted
 
 from fulltune.records.plan import Plan
 from fulltune.stats.bootstrap import Resampled
-from fulltune.train.journal import last_step
+from fulltune.train.journal import steps_of
 
 LAUNCHER = Path(__file__).with_name("planted.py")
 UNGUARDED = [
@@ -228,7 +228,7 @@ def ended(cell: Cell, recipe: Path, run: Path, planted: Planted, strike: strikes
                 strikes.kill_all(process, run)
                 process.wait()
                 return "hangs"
-            steps = (last_step(attempt) for attempt in run.glob("attempts/*"))
+            steps = (steps_of(attempt) for attempt in run.glob("attempts/*"))
             if strike is not None and max(steps, default=0) >= WANTED[cell.kind].middle:
                 strike(process, run)
                 strike = None
