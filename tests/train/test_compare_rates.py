@@ -213,7 +213,7 @@ def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) 
 def test_going_on_keeps_the_design_and_with_another_budget_it_is_made_anew(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
     summary = pipeline.prepare(one)
-    with mock.patch.object(timing, "_measure"):
+    with mock.patch.object(timing, "run_trial"):
         first = timing.expect(comparing.Context(one, summary, "test", budget_seconds=6e4))
         assert timing.expect(comparing.Context(one, summary, "test", budget_seconds=6e4)) == first
         assert timing.expect(comparing.Context(one, summary, "test", budget_seconds=7e4)).budget_seconds == 7e4
@@ -228,7 +228,7 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
     with in_this_process():
         with (
             mock.patch.object(conclude, "untouched", stop),
-            mock.patch.object(timing, "_measure"),
+            mock.patch.object(timing, "run_trial"),
             time_for(),
             pytest.raises(KeyboardInterrupt),
         ):
