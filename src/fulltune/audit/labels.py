@@ -206,7 +206,10 @@ def suspected_parts(items: Items) -> Suspected:
     if not is_tags and LEAST_ROWS * items.num_outputs > MOST_DECISIONS:
         raise NoProbe(f"{items.num_outputs:,} labels are too many to judge each of them")
     items = items.sampled(MOST_WORDS if is_tags else MOST_DECISIONS // items.num_outputs)
-    _refuse_parts(items)
+    if (num_rows := len(np.unique(items.rows))) < LEAST_ROWS:
+        raise NoProbe(f"labels cannot be judged by {num_rows:,} rows: that takes at least {LEAST_ROWS}")
+    if is_tags and (entities := int(_runs(items.labels > 0, items.rows).max() + 1)) < LEAST_ENTITIES:
+        raise NoProbe(f"tags cannot be judged by {entities:,} entities: that takes at least {LEAST_ENTITIES}")
     margins, other = _part_margins(items)
     rows = items.rows if is_tags else np.repeat(items.rows, items.num_outputs)
     given = items.labels.ravel() > 0
@@ -248,14 +251,6 @@ def word_shapes(words: Sequence[str], rows: np.ndarray) -> np.ndarray:
     before, after = np.zeros_like(own), np.zeros_like(own)
     before[1:][same], after[:-1][same] = own[:-1][same], own[1:][same]
     return np.concatenate([own, before, after], axis=1)
-
-
-def _refuse_parts(items: Items) -> None:
-    num_rows = len(np.unique(items.rows))
-    if num_rows < LEAST_ROWS:
-        raise NoProbe(f"labels cannot be judged by {num_rows:,} rows: that takes at least {LEAST_ROWS}")
-    if items.kind == "tags" and (entities := int(_runs(items.labels > 0, items.rows).max() + 1)) < LEAST_ENTITIES:
-        raise NoProbe(f"tags cannot be judged by {entities:,} entities: that takes at least {LEAST_ENTITIES}")
 
 
 def _part_margins(items: Items) -> tuple[np.ndarray, np.ndarray]:

@@ -73,12 +73,11 @@ class Reader:
             self.base.processor.pad_token_id,
             BATCH,
             precision,
-            watch=self._tell,
+            watch=lambda done, total, share: self.listener(
+                RowsRead(name="reading rows with the untouched model", done=done, total=total, share=share)
+            ),
             middle=target.form.tags_words,  # see bench/part_noise.py
         )
-
-    def _tell(self, done: int, total: int, share: float | None) -> None:
-        self.listener(RowsRead(name="reading rows with the untouched model", done=done, total=total, share=share))
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         """Mean hidden states, labels and positions of a split's rows, or of some drawn at random; raises NoProbe."""

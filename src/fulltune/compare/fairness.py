@@ -17,7 +17,7 @@ from fulltune.models.base import Base
 from fulltune.models.files import is_quantised
 from fulltune.models.shapes import shapes_of
 from fulltune.recipe.fields import Recipe
-from fulltune.records.comparison import Opening, Search
+from fulltune.records.comparison import Opening
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding
 
 
@@ -29,12 +29,14 @@ def design_of(ran: SeedRuns, openings: Sequence[Opening], *, full_wins: bool) ->
     known = (one for one in summary.notes if " test rows have " in one and "stands in train" in one)
     for arm, found in ran.results.items():
         setup, search = context.setup(arm), ran.searches[arm]
+        # With those beyond the grid that a whole run led to.
+        tried = {one.learning_rate for one in (*search.tried, *search.whole)}
         arms.append(
             ArmDesign(
                 name=arm,
                 kind=context.recipe.compared_kind(setup.arm),
                 settings=settings_of(setup.arm),
-                rates_searched=_rates_searched(search),
+                rates_searched=tuple(sorted(tried | {search.chosen})) if search.tried else (),
                 whole_runs=len(search.whole),
                 learning_rate=search.chosen,
                 on_edge=search.on_edge,
@@ -60,12 +62,6 @@ def design_of(ran: SeedRuns, openings: Sequence[Opening], *, full_wins: bool) ->
         left_out=ran.left_out,
         test_openings=len({(one.trials, one.alpha) for one in openings}),  # the same trials again show nothing new
     )
-
-
-def _rates_searched(search: Search) -> tuple[float, ...]:
-    """With those beyond the grid that a whole run led to."""
-    tried = {one.learning_rate for one in (*search.tried, *search.whole)}
-    return tuple(sorted(tried | {search.chosen})) if search.tried else ()
 
 
 def _weights_source(base: Base) -> Literal["plain", "gguf"]:

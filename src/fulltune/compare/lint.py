@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from fulltune.recipe.methods import VARIANT
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding
@@ -205,17 +205,14 @@ def _unequal_heads(design: ComparisonDesign) -> Found:
 
 def _attention_only(design: ComparisonDesign) -> Found:
     for arm in design.arms:
-        names = _targets(arm.settings) if arm.kind in ("lora", "peft") else []
+        # Of our own block, or of a PEFT config.
+        config = arm.settings.get("config")
+        of_peft = config.get("target_modules") if isinstance(config, dict) else None
+        targets = (arm.settings.get("target_modules") or of_peft or []) if arm.kind in ("lora", "peft") else []
+        names = [] if isinstance(targets, str) else [str(name) for name in targets]
         if names and all(map(_is_attention, names)):
             what = f"it changes attention alone ({', '.join(names)}), which is known to lose to all linear layers"
             yield "unfair", arm.name, what, "set `target_modules: all-linear`"
-
-
-def _targets(settings: dict[str, Any]) -> list[str]:
-    """Of our own block, or of a PEFT config."""
-    config = settings.get("config")
-    given = settings.get("target_modules") or (config.get("target_modules") if isinstance(config, dict) else None) or []
-    return [] if isinstance(given, str) else [str(name) for name in given]
 
 
 def _is_attention(name: str) -> bool:

@@ -80,7 +80,8 @@ class SeedRuns:
 
     def _train(self, asked: Mapping[str, int]) -> bool:
         """Whole runs until each arm has the seeds asked for; False when the time is up first."""
-        while arms := self._fewest(asked):
+        while lacking := {arm: len(found) for arm, found in self.results.items() if len(found) < asked.get(arm, 0)}:
+            arms = [arm for arm, count in lacking.items() if count == min(lacking.values())]
             arm = arms[0]
             found, most = self.results[arm], most_seeds(self.expectation)
             if not found and (late := self._no_time()):
@@ -105,11 +106,6 @@ class SeedRuns:
             if most == 1:
                 self.check_rate(arm, self._keep())
         return True
-
-    def _fewest(self, asked: Mapping[str, int]) -> list[str]:
-        """The arms whose turn it is: of those that lack seeds the ones with the fewest."""
-        lacking = {arm: len(found) for arm, found in self.results.items() if len(found) < asked.get(arm, 0)}
-        return [arm for arm, count in lacking.items() if count == min(lacking.values())]
 
     def _next_trial(self, arm: str) -> Trial:
         seed = self.context.recipe.train.seed + len(self.results[arm])

@@ -88,10 +88,6 @@ class _Trials:
     def plan(self, name: str) -> Plan:
         return Plan.load(self.folder / name / "plan" / f"{self.job.recipe.method.arm}.json")
 
-    def drop_weights(self, name: str) -> None:
-        for part in ("models", "checkpoints"):
-            shutil.rmtree(self.folder / name / part, ignore_errors=True)
-
 
 def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
     """Find the best settings in whole runs; the recipe's own are kept unless clearly beaten on eval rows."""
@@ -135,8 +131,8 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
             found.append(known := run(1 + len(found), settings))
             kept = choice(found, scale)
             for one in found:
-                if one.name != kept.name:
-                    trials.drop_weights(one.name)
+                for part in ("models", "checkpoints") if one.name != kept.name else ():
+                    shutil.rmtree(trials.folder / one.name / part, ignore_errors=True)
         if tell is not None:
             tell(scale.oriented(known.metric))
         if len(found) > most:

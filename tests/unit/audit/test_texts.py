@@ -7,8 +7,7 @@ import importlib.util
 import pytest
 
 from fulltune.audit import texts as audit
-from fulltune.audit.texts import private
-from fulltune.audit.texts.checks import _CHECKS, _shown, masked_cells
+from fulltune.audit.texts import _CHECKS, _shown, masked_cells, private
 from fulltune.audit.texts.flaw import Hit, redacted
 from fulltune.errors import SetupError
 

@@ -32,6 +32,7 @@ _POINTER = "▸ "
 """Before the name of the recommended method."""
 _IN_TERMINAL = ("took", "all seeds")
 """Of the facts."""
+_MADE_FROM = Paragraph("This report is made from proof.json alone, which lies beside it and holds every number.")
 
 
 def build(comparison: Comparison, picture: str = "") -> Report:
@@ -44,7 +45,7 @@ def build(comparison: Comparison, picture: str = "") -> Report:
         _claims(comparison),
         Section("fairness", "Fairness", (_fairness(comparison),)),
         how(comparison),
-        _again(comparison),
+        Section("again", "Make it again", (Code(comparison.command, "sh"), _MADE_FROM)),
     )
     rows = counted(comparison.train_rows, "train row")
     return Report(
@@ -313,8 +314,3 @@ def marks(comparison: Comparison) -> list[str]:
             "covers nearly everything; add seeds."
         )
     return said
-
-
-def _again(comparison: Comparison) -> Section:
-    said = Paragraph("This report is made from proof.json alone, which lies beside it and holds every number.")
-    return Section("again", "Make it again", (Code(comparison.command, "sh"), said))

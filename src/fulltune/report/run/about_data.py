@@ -90,11 +90,7 @@ def data(view: RunView) -> Section | None:
 def in_short(summary: DataSummary) -> list[Block]:
     """What stands in the terminal once the rows are prepared."""
     kind = f"{row_words(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
-    facts = [("kind of rows", kind)]
-    if not has_images(summary):
-        facts.append(
-            (row_words(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")
-        )
+    facts = [("kind of rows", kind), *_longest(summary)]
     blocks: list[Block] = [_splits(summary), Facts(tuple(facts)), *_previews(summary)]
     if found := [*(f"mixed in: {line}" for line in mixed_words(summary)), *summary.notes]:
         blocks.append(Bullets(tuple(found)))

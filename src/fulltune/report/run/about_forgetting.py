@@ -9,7 +9,7 @@ from fulltune.forgetting.budget import MOST_OF_IT, is_within, limit_for_most, te
 from fulltune.forgetting.frontier import BUDGETS, best_at
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.records.events import Steered
-from fulltune.records.forgetting import Drift, Preserved, limit_of
+from fulltune.records.forgetting import Preserved, limit_of
 from fulltune.records.plan import Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -199,7 +199,8 @@ def _points(found: Preserved) -> Block:
     rows: tuple[Row, ...] = tuple(
         (
             words.way(point.share),
-            _spread(point.measured),
+            # Equal models differ by rounding.
+            " ± ".join(format_number(round(one, 9) + 0.0) for one in (point.measured.drift, point.measured.error)),
             format_metric(found.metric, point.metric),
         )
         for point in found.points
@@ -209,8 +210,3 @@ def _points(found: Preserved) -> Block:
     title = f"Points that were tried; drift in {unit} on {counted(found.start.measured.texts, 'text')}, ±: error"
     table = Table(title, header, rows, frozenset(range(1, len(header))))
     return Folded("all points between the untouched and the trained model", (table,))
-
-
-def _spread(measured: Drift) -> str:
-    # Equal models differ by rounding.
-    return " ± ".join(format_number(round(value, 9) + 0.0) for value in (measured.drift, measured.error))

@@ -285,12 +285,10 @@ def _check(found: CheckFound) -> Section:
 
 def could_do(remedy: Remedy) -> str:
     """What could be done with a row, in words."""
-    match remedy.action:
-        case "drop":
-            return "left out"
-        case _:
-            value = ", ".join(remedy.value) if isinstance(remedy.value, list) else remedy.value
-            return f"{remedy.column}: {value}"
+    if remedy.action == "drop":
+        return "left out"
+    value = ", ".join(remedy.value) if isinstance(remedy.value, list) else remedy.value
+    return f"{remedy.column}: {value}"
 
 
 def _next(view: RunView, audit: Audit) -> Section:

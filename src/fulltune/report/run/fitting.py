@@ -95,7 +95,8 @@ def fitting(curves: Curves) -> Fitting:
         f"{', mixed ones included' if curves.is_mixed else ''}, with dropout, and "
         f"{format_number(last)} on eval rows."
     )
-    learned = trained[end] < FELL * trained[turn] or trained[end] < FELL * _at_half(trained)
+    half = list(trained.values())[(len(trained) - 1) // 2]
+    learned = trained[end] < FELL * trained[turn] or trained[end] < FELL * half
     fell = _metric_fell(curves)
     rose = turn < end and last >= ROSE * least > 0
     if not (rose or fell):
@@ -160,11 +161,6 @@ def _train_loss(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float
             found[end] = sum(values) / len(values)
         before = end
     return found
-
-
-def _at_half(trained: dict[int, float]) -> float:
-    values = list(trained.values())
-    return values[(len(values) - 1) // 2]
 
 
 def _worse_than_before(curves: Curves) -> str:
