@@ -31,7 +31,7 @@ from row_defects import EDITS, OF_CONVERSATIONS, TOOLS, conversation, jaccard
 from text_defects import OF_TEXTS
 
 from fulltune.audit import texts as audit
-from fulltune.audit.conversation import chat_faults
+from fulltune.audit.rows import chat_faults
 from fulltune.audit.texts.flaw import TextCheck
 
 _ROWS = 6000

@@ -241,7 +241,7 @@ def lint(asked: CompareRequest) -> None:
     if asked.budget is not None:
         raise RecipeError("--budget: --lint reads the recipe alone; leave out one of them")
     run_folder.hide_progress_bars()
-    from fulltune.compare.fairness import lint_recipe
+    from fulltune.compare.lint import lint_recipe
 
     found = {target: lint_recipe(_recipe_of(target, asked.overrides)) for target in asked.targets}
     if asked.as_json:

@@ -15,8 +15,7 @@ from fulltune import evaluate, report
 from fulltune.compare import rate_search
 from fulltune.compare.claims import claims
 from fulltune.compare.context import BASE, OPEN, OPENINGS, RECORD, SEALED, Context, settings_of
-from fulltune.compare.fairness import design_of
-from fulltune.compare.lint import lint
+from fulltune.compare.lint import design_of, lint
 from fulltune.compare.seeds import SeedRuns, arm_items, most_seeds, waiting
 from fulltune.compare.sequential import Left, left
 from fulltune.compare.trials import best_seed, keep

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.audit.conversation import chat_faults
+from fulltune.audit.rows import chat_faults
 from fulltune.tasks import chat
 
 WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]

@@ -62,7 +62,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozen
     rule = ["-" * (width - 1) + (":" if index in numeric else "-") for index, width in enumerate(widths)]
     lines = []
     for row in (cells[0], rule, *cells[1:]):
-        padded = [_padded(text, widths[index], index in numeric) for index, text in enumerate(row)]
+        padded = []
+        for index, text in enumerate(row):
+            space = " " * (widths[index] - _columns(text))
+            padded.append(space + text if index in numeric else text + space)
         lines.append(f"| {' | '.join(padded)} |")
     return "\n".join(lines)
 
@@ -126,8 +129,3 @@ def _columns(text: str) -> int:
     """Terminal columns of a text: East Asian wide characters take two, combining ones none."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(unicodedata.combining(character) != 0 for character in text)
-
-
-def _padded(text: str, width: int, right: bool) -> str:
-    space = " " * (width - _columns(text))
-    return space + text if right else text + space

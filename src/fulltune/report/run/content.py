@@ -53,7 +53,7 @@ def build(view: RunView) -> Report:
         about_training.resources(view),
         about_training.settings(view),
         about_training.environment(view),
-        _next(view, headline, steps),
+        Section("next", "What to do next", (*_steps(steps), *_use(view, headline))),
     )
     return Report(
         title=view.name,
@@ -122,22 +122,17 @@ def _missing(view: RunView) -> Section | None:
     return Section("missing", "What is missing", (lead, Bullets(tuple(items))))
 
 
-def _next(view: RunView, headline: Headline, steps: tuple[str, ...]) -> Section:
-    use = _use(view)
-    folded = (Folded("how to use this model anyway", use),) if headline.kind == "worse" else use
-    return Section("next", "What to do next", (*_steps(steps), *folded))
-
-
 def _steps(steps: tuple[str, ...]) -> list[Block]:
     return [Paragraph("Run the same recipe again with one change at a time:"), Bullets(steps)] if steps else []
 
 
-def _use(view: RunView) -> tuple[Block, ...]:
+def _use(view: RunView, headline: Headline) -> tuple[Block, ...]:
     trial = view.main_trial
     folder, plan = view.model_folder_of(trial), view.plan_of(trial)
     if folder is None:
         outcome = view.outcome_of(trial)
-        return (Paragraph(_how_to_go_on(outcome.status if outcome else None)),)
+        go_on = Paragraph(_how_to_go_on(outcome.status if outcome else None))
+        return (Folded("how to use this model anyway", (go_on,)) if headline.kind == "worse" else go_on,)
     asked = row_words(view.summary).question
     blocks: list[Block] = [
         Paragraph("Try the model, from the folder that contains this run folder:"),
@@ -148,7 +143,7 @@ def _use(view: RunView) -> tuple[Block, ...]:
     blocks.append(Paragraph(how_to_load(plan)))
     if code := loading_code_of(f"{view.name}/{folder}", view.task, view.summary, plan, view.model):
         blocks.append(Code(code, "python"))
-    return tuple(blocks)
+    return (Folded("how to use this model anyway", tuple(blocks)),) if headline.kind == "worse" else tuple(blocks)
 
 
 def _how_to_go_on(status: str | None) -> str:

@@ -35,12 +35,14 @@ def model_card(view: RunView, model_folder: Path) -> str:
     trained = "all parameters fine-tuned"
     if plan and plan.num_frozen_parameters:
         trained = f"{plan.num_trainable_parameters:,} parameters trained ({escaped(plan.method)})"
+    how = (view.summary.form.how_to_ask if view.summary else "", how_to_load(plan))
+    code = loading_code_of(model_folder.name, view.task, view.summary, plan, view.model)
     sections = (
         _data(view),
         _metrics(view, scores),
         _training(view, plan),
         _versions(view),
-        unless_empty("How to load", _loading(view, plan, model_folder)),
+        unless_empty("How to load", [*map(Paragraph, filter(None, how)), *[Code(code, "python")] * bool(code)]),
     )
     lead = f"{escaped(words.file_name(view.model))} with {trained} by fulltune, for {view.task}."
     head = f"{_front_matter(view, scores)}\n\n# {escaped(view.name)}\n\n{lead}\n\n"
@@ -53,12 +55,6 @@ def merged_card(text: str, name: str, task: str) -> str:
     blocks = (Paragraph(what), Code(loading_code(name, task, None), "python"))
     section = section_in_markdown(Section("load", "How to load", blocks), "##") + "\n"
     return _LOADING.sub(lambda _: section, text or _BARE).rstrip() + "\n"
-
-
-def _loading(view: RunView, plan: Plan | None, model_folder: Path) -> list[Block]:
-    said = [view.summary.form.how_to_ask if view.summary else "", how_to_load(plan)]
-    code = loading_code_of(model_folder.name, view.task, view.summary, plan, view.model)
-    return [*(Paragraph(one) for one in said if one), *[Code(code, "python")] * bool(code)]
 
 
 def _base_model(view: RunView) -> str | None:

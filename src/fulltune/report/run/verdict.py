@@ -77,7 +77,10 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     within = f"{100 * row.confidence:g}% interval: {bounds(name, ahead)}"
     compared = f"the {words.metric_name(name)} of {row.name} is {difference(name, ahead)}"
     answers = _answers_no_better(row, scores) if kind == "better" else ""
-    sentence = f"{claim}. On the same rows, {compared} ({within}){_ending(kind, bar)}.{answers}"
+    ending = "; these rows do not tell which is better" if kind == "unresolved" else ""
+    if kind == "worse":
+        ending = ", and training made it worse" if bar.kind == "untouched" else ", and the baseline needs no training"
+    sentence = f"{claim}. On the same rows, {compared} ({within}){ending}.{answers}"
     return _headline("contested" if answers else kind, sentence, note)
 
 
@@ -98,12 +101,6 @@ def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
     them = "generated answers are no better" if says_something else "generated answers are all empty"
     values = f"{words.metric_name(name)} {words.estimate(name, mine)}, against {words.estimate(name, theirs)}"
     return f" But its {them}: {values} for {bar.name}."
-
-
-def _ending(kind: str, bar: Scores) -> str:
-    if kind == "worse":
-        return ", and training made it worse" if bar.kind == "untouched" else ", and the baseline needs no training"
-    return "; these rows do not tell which is better" if kind == "unresolved" else ""
 
 
 def difference(metric: str, found: Estimate) -> str:
