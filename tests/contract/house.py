@@ -41,28 +41,33 @@ def room(module: ModuleName) -> Room:
     return f"{name}/__init__" if path.stem == "__init__" and has_rooms else name
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, inside functions too; what is for type checkers only does not count."""
+def imports(path: Path, at_run_time: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports, inside functions too, and those that only type checkers see."""
     waiting: list[ast.AST] = [tree(path)]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        if at_run_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
+        waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        waiting += ast.iter_child_nodes(node)
 
 
-def rooms_imported(module: ModuleName) -> set[Room]:
-    """Other rooms that a module imports from."""
+def modules_imported(module: ModuleName) -> set[ModuleName]:
+    """Other modules of the project that a module imports."""
     own = (name.removeprefix("fulltune.") for name in imports(modules()[module]) if name.startswith("fulltune."))
     known = modules()
     # `fulltune.data.prepare` is a module, and in `from fulltune.data import Limits` the last part is not.
     found = (name if name in known else name.rpartition(".")[0] for name in own)
-    return {room(name) for name in found if name} - {room(module)}
+    return {name for name in found if name} - {module}
+
+
+def rooms_imported(module: ModuleName) -> set[Room]:
+    """Other rooms that a module imports from."""
+    return {room(name) for name in modules_imported(module)} - {room(module)}
 
 
 def arrows() -> dict[Room, set[Room]]:
@@ -131,6 +136,7 @@ def numbers() -> dict[str, object]:
         "modules beside the folders": sum(name.endswith(".py") for name in per_room),
         "rooms": len(per_room),
         "rooms in a circle": circles(arrows()),
+        "modules in a circle": circles({module: modules_imported(module) for module in modules()}),
         "class names that mean two things": classes_of_one_name(),
         "longest function": longest_function(),
         "longest file": longest_file(),

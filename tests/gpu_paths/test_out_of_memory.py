@@ -23,7 +23,7 @@ from fulltune.probe.linear import NoProbe
 from fulltune.recipe.methods import LoraMethod
 from fulltune.system.memory import with_smaller_batches
 from fulltune.train.worker import main as worker
-from fulltune.train.worker.drifting import Drifting
+from fulltune.train.worker.drifting import DriftMonitor
 
 pytestmark = pytest.mark.stand_in(
     "torch.OutOfMemoryError raised by hand", card="that the driver raises it, and what its allocator had taken by then"
@@ -103,7 +103,7 @@ def test_method_that_finds_no_memory_is_no_fault_of_the_recipe(
 
 @pytest.mark.parametrize(("error", "ends_it"), [(CardIsFull(), True), (Fault(), False)])
 def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: BaseException, ends_it: bool) -> None:
-    drifting: Any = Drifting.__new__(Drifting)
+    drifting: Any = DriftMonitor.__new__(DriftMonitor)
     warnings, plan = list[str](), SimpleNamespace(preserving=None)
     during = SimpleNamespace(during=lambda phase: contextlib.nullcontext())
     trainer = SimpleNamespace(
@@ -113,7 +113,7 @@ def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: Bas
         passing=None,
         head=None,
     )
-    drifting.attempt = SimpleNamespace(trainer=trainer, plan=plan, journal=during, alive=None)
+    drifting.trainer, drifting.plan, drifting.journal, drifting.alive = trainer, plan, during, None
     drifting.text = SimpleNamespace(read=raising(error))
     drifting._warn = warnings.append
     if ends_it:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.methods import Arm, Method, PromptMethod
+from fulltune.recipe.methods import PROMPT_MODULE, Arm, Method, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system import deepspeed, sharing
 
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 BY_HOOKS = ("adapter", "prompt")
 """Kinds of methods that work by hooks on the model's modules."""
-
-
-PROMPT_MODULE = "prompt_encoder"
-"""Name of the module with a model's virtual tokens."""
 
 
 @dataclass(frozen=True)

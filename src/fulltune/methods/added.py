@@ -12,10 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulltune.errors import RecipeError
-from fulltune.methods import PROMPT_MODULE
 from fulltune.models.checkpoint_head import put_together
 from fulltune.models.sharding import whole
-from fulltune.recipe.methods import AdapterMethod, LoraMethod, PeftMethod, PromptMethod
+from fulltune.recipe.methods import PROMPT_MODULE, AdapterMethod, LoraMethod, PeftMethod, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system.memory import is_out_of_memory
 from fulltune.text import did_you_mean

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
-from fulltune.methods import PROMPT_MODULE
 from fulltune.models.checkpoint_head import put_together
+from fulltune.recipe.methods import PROMPT_MODULE
 from fulltune.recipe.tasks import FACTS, TaskName
 
 if TYPE_CHECKING:

@@ -29,6 +29,10 @@ def _rate_or_search(given: Any) -> Any:
     return rate
 
 
+PROMPT_MODULE = "prompt_encoder"
+"""Name of the module with a model's virtual tokens."""
+
+
 class _Named(Block):
     """What every method has."""
 

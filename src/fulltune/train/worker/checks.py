@@ -49,7 +49,9 @@ def before_training(attempt: AttemptContext, rows: Rows) -> list[Check]:
     if attempt.head is not None:
         head, start = attempt.head, attempt.head_start
         about = head.in_words if start is None else f"new, {start.in_words}; {head.why}"
-        checks.append(scaling.check(attempt, about))
+        apart, passed = scaling.told_apart(attempt.scaled, summary.scale)
+        said = [about, attempt.about_scale, apart] if passed else [apart]
+        checks.append(Check(name="head", result="; ".join(filter(None, said)), passed=passed))
     if writes:
         checks.append(_trained_tokens(rows))
     if summary.form.writes_answers:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from fulltune import methods
 from fulltune.inference.run import Share, by_length, run_rows
@@ -26,11 +26,9 @@ from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.request import Request
 from fulltune.train.worker import distributed
+from fulltune.train.worker.drifting import DriftMonitor
 from fulltune.train.worker.observed import Observed
-
-if TYPE_CHECKING:
-    from fulltune.train.worker.drifting import Drifting
-    from fulltune.train.worker.scaling import Scaled
+from fulltune.train.worker.scaling import Scaled
 
 
 @dataclass
@@ -46,7 +44,7 @@ class AttemptContext:
     summary: DataSummary
     trainer: FullTrainer = field(init=False)
     applied: methods.Applied = field(init=False)
-    drifting: Drifting = field(init=False)
+    drifting: DriftMonitor = field(init=False)
     base_weights: str | None = None
     """Tells the pretrained weights from others; None: a process has only a part of them, or they are not known yet."""
     head: Head | None = None

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from fulltune import methods, probe
 from fulltune.forgetting.budget import LANGUAGE, STATES
 from fulltune.forgetting.generic_text import parts
-from fulltune.inference.run import logits_of, model_batch
+from fulltune.inference.run import by_length, logits_of, model_batch
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of
 from fulltune.models import dropout, sharding
@@ -44,7 +44,8 @@ from fulltune.train.run_time import PROBING
 from fulltune.train.worker import distributed, scaling, weights
 from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
-from fulltune.train.worker.drifting import Drifting
+from fulltune.train.worker.drifting import DriftMonitor
+from fulltune.train.worker.passes import batch_of
 from fulltune.train.worker.replay import Replay, Steering
 
 _MOST_NAMED = 32
@@ -160,11 +161,21 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         # Beside the checkpoints' folder, which is deleted; TENSORBOARD_LOGGING_DIR goes first.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(attempt.request.tensorboard)
-    attempt.drifting = Drifting.of(attempt, model, tokenizer)
+    attempt.drifting = DriftMonitor(
+        plan,
+        recipe.preserve,
+        attempt.summary.form.reads_any_text,
+        attempt.trainer,
+        tokenizer,
+        attempt.journal,
+        attempt.recorder.warn,
+        attempt.alive,
+    )
+    attempt.drifting.open_texts(Path(attempt.request.run_folder))
     attempt.trainer.generic_identity = attempt.drifting.identity
     attempt.trainer.base_weights = attempt.base_weights
     _replay(attempt)
-    scaling.settle(attempt, rows)
+    _scale(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
     return rows, eval_rows
 
@@ -202,6 +213,22 @@ def _replay(attempt: AttemptContext) -> None:
     with attempt.journal.during("evaluation"):
         replay.remember(trainer, attempt.alive)
     trainer.add_callback(Steering(attempt, replay, limit, weighing, plan.preserving.steer_steps))
+
+
+def _scale(attempt: AttemptContext, rows: Rows) -> None:
+    """Have a head learn numbers in units of their spread, where that can be undone."""
+    if attempt.summary.scale is None:
+        return
+    probed = attempt.head_start is not None and attempt.head_start.head is not None
+    two = None if attempt.in_deepspeed else batch_of(attempt.trainer, [rows[i] for i in by_length(rows)[-2:]])
+    attempt.scaled, attempt.about_scale = scaling.scaled_head(
+        attempt.applied.model,
+        attempt.summary.scale,
+        two,
+        attempt.plan.precision,
+        gives_numbers=probed or (attempt.head is not None and attempt.head.order is not None),
+        own_loss=attempt.hooks.compute_loss is not None,
+    )
 
 
 def task_rows(data: Path, tokenizer: Any) -> list[Any]:

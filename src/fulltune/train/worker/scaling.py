@@ -5,20 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fulltune.inference.run import autocast, by_length
-from fulltune.inference.store import Rows
+from fulltune.inference.run import autocast
 from fulltune.methods import head
 from fulltune.models import sharding
-from fulltune.records.training import Check
 from fulltune.train.optim import zero
-from fulltune.train.worker.passes import batch_of
-
-if TYPE_CHECKING:
-    from fulltune.train.worker.context import AttemptContext
 
 
 @dataclass(frozen=True)
@@ -46,22 +40,6 @@ class Scaled:
         tensors = {name: zero.whole(one) for name, one in parameters.items()}
         for name, values in head.rescaled(tensors, shift, factor).items():
             zero.put(parameters[name], values)
-
-
-def settle(attempt: AttemptContext, rows: Rows) -> None:
-    """Have a head learn numbers in units of their spread, where that can be undone: see `scaled_head`."""
-    if attempt.summary.scale is None:
-        return
-    trainer, in_engine = attempt.trainer, attempt.in_deepspeed
-    probed = attempt.head_start is not None and attempt.head_start.head is not None
-    attempt.scaled, attempt.about_scale = scaled_head(
-        attempt.applied.model,
-        attempt.summary.scale,
-        None if in_engine else batch_of(trainer, [rows[i] for i in by_length(rows)[-2:]]),
-        attempt.plan.precision,
-        gives_numbers=probed or (attempt.head is not None and attempt.head.order is not None),
-        own_loss=attempt.hooks.compute_loss is not None,
-    )
 
 
 def scaled_head(
@@ -120,17 +98,13 @@ def _ends_with(model: Any, layer: torch.nn.Linear, batch: dict[str, torch.Tensor
     return len(seen) == 1 and bool(torch.isin(logits.float(), seen[0].float()).all())
 
 
-def check(attempt: AttemptContext, found: str) -> Check:
-    """What became of the head, and its units; weights in bf16 must be able to tell the numbers apart."""
-    if attempt.about_scale:
-        found = f"{found}; {attempt.about_scale}"
-    scale, scaled = attempt.summary.scale, attempt.scaled
+def told_apart(scaled: Scaled | None, scale: tuple[float, float] | None) -> tuple[str, bool]:
+    """How far bf16 weights tell numbers apart, in words, and whether that suffices; empty for other weights."""
     if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
-        return Check(name="head", result=found, passed=True)
+        return "", True
     size, spread = max(abs(scale[0]), scale[1]), scale[1]
     apart = 2.0 ** (math.frexp(size)[1] - 8)  # bf16 has 8 digits
     lie = f"near {size:.3g} the numbers of bf16 weights (model.weights_dtype) lie {apart:.3g} apart"
     if apart <= spread:
-        return Check(name="head", result=f"{found}; {lie}", passed=True)
-    why = f"{lie}, and the targets' spread is {spread:.3g}; set weights_dtype: fp32"
-    return Check(name="head", result=why, passed=False)
+        return lie, True
+    return f"{lie}, and the targets' spread is {spread:.3g}; set weights_dtype: fp32", False
