@@ -411,7 +411,7 @@ def selfcheck(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check what this machine decides (precision, kernels, resume ...); offline, 0.5 to 1.5 minutes on 2 idle cores."""
+    """Check what this machine decides (precision, speed, attention, memory, two processes); offline, some seconds."""
     from fulltune.cli import checkups
 
     checkups.selfcheck(output, as_json)
