@@ -216,7 +216,8 @@ def test_forecast_and_memory_are_in_the_outcome_and_among_the_events(tiny_encode
     assert outcome.forecast.tokens >= 5 * 8
     assert min(outcome.forecast.train_seconds, outcome.forecast.eval_seconds, outcome.forecast.save_seconds) > 0
     assert outcome.dry_run_loss is not None
-    assert 0 < outcome.dry_run_growth_bytes <= outcome.memory_growth_bytes
+    # 0 where the tests before left as much room in this process.
+    assert 0 <= outcome.dry_run_growth_bytes <= outcome.memory_growth_bytes
     assert outcome.memory_growth_bytes < outcome.peak_memory_bytes
     # The initial weights, and at least one checkpoint with two moments: four times the model.
     weights = sum(value.nbytes for value in runs.final_weights(tmp_path).values())
