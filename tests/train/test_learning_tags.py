@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from seqeval.metrics import f1_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from fulltune import predict
@@ -41,6 +40,8 @@ def tagged(count: int) -> list[dict[str, Any]]:
 def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from seqeval.metrics import f1_score  # ZeRO's environment, which collects this file, lacks it
+
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
     reached = runs.run(
         tmp_path,
