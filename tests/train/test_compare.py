@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fulltune import pipeline, predict
-from fulltune.compare import fairness, timing, trials
+from fulltune.compare import lint, timing, trials
 from fulltune.compare import run as comparing
 from fulltune.errors import InterruptedRun, RecipeError
 from fulltune.records.comparison import Comparison, Trial
@@ -163,9 +163,9 @@ def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tu
     other = folder.parent / "before"
     shutil.copytree(folder, other)
     try:
-        assert fairness.opened_by_others(line) == ["before"]
+        assert lint.opened_by_others(line) == ["before"]
         (other / "data" / "summary.json").write_text("{}", encoding="utf-8")
-        assert fairness.opened_by_others(line) == []
+        assert lint.opened_by_others(line) == []
     finally:
         shutil.rmtree(other)
 
