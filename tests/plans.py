@@ -48,7 +48,7 @@ def plan(**changes: Any) -> Plan:
 def outcome(status: str, number: int = 1, **values: Any) -> Outcome:
     """How an attempt of that plan ended."""
     given = {"reason": "because", "trial": "full-seed42", "attempt": number}
-    return Outcome(status=status, **{**given, **values})  # type: ignore[arg-type]
+    return Outcome(status=status, **{**given, **values})  # type: ignore[arg-type]  # of this type
 
 
 def recipe(task: str = "text-classification", **blocks: Any) -> Recipe:

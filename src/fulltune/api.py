@@ -74,7 +74,7 @@ def _taking_what(job: Callable[_Given, Run]) -> Callable[[Callable[..., Reached]
     """Give a function the parameters of `job`, for editors and `inspect`."""
 
     def sign(function: Callable[..., Reached]) -> Callable[_Given, Reached]:
-        function.__signature__ = inspect.signature(job).replace(return_annotation=Reached)  # type: ignore[attr-defined]
+        function.__signature__ = inspect.signature(job).replace(return_annotation=Reached)  # type: ignore[attr-defined]  # functions have one
         return function
 
     return sign

@@ -50,7 +50,7 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
     """The command and its arguments, as the command line reads them."""
     words = shlex.split(line)
     _, name, *arguments = words[next(place for place, word in enumerate(words) if "=" not in word) :]
-    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a click group
     assert name in known, f"no command '{name}'"
     # A page shows a command by its name alone, too.
     return name, known[name].make_context(name, arguments, resilient_parsing=not arguments).params

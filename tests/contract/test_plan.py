@@ -67,7 +67,7 @@ def shown(result: Result, width: int = 80) -> str:
     survey = Survey.model_validate(found.pop("survey"))
     screen = Console(file=StringIO(), width=width)
     terminal.show(screen, display_plan.sections(survey, Plan.model_validate(found) if found else None))
-    return screen.file.getvalue()  # type: ignore[attr-defined]
+    return screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
 @pytest.mark.long

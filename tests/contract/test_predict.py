@@ -54,11 +54,11 @@ def made(folder: Path, problem_type: str) -> Path:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = "<|pad|>"
     choices = 2 if problem_type == "choice" else 0
-    target = Target(problem_type, columns, tuple(labels), "\n", choices)  # type: ignore[arg-type]
-    changes = task_named(task).config_changes(target, tokenizer)  # type: ignore[arg-type]
+    target = Target(problem_type, columns, tuple(labels), "\n", choices)  # type: ignore[arg-type]  # of this type
+    changes = task_named(task).config_changes(target, tokenizer)  # type: ignore[arg-type]  # of this type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        auto = getattr(transformers, task_named(task).FACTS.auto_class)  # type: ignore[arg-type]
+        auto = getattr(transformers, task_named(task).FACTS.auto_class)  # type: ignore[arg-type]  # of this type
         model = auto.from_config(tiny.config(kind, tokenizer, initializer_range=0.5, **changes))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

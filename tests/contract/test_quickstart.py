@@ -32,7 +32,6 @@ def test_every_package_that_is_read_is_pinned() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_rows_of_the_pinned_versions_are_known(tmp_path: Path) -> None:
     other = [name for name, wanted in PINNED.items() if version(name).partition("+")[0] != wanted]
     if other or sys.version_info[:3] != PYTHON:

@@ -398,7 +398,7 @@ def test_arguments_copied_or_parsed_keep_values_without_notices(
     assert isinstance(copy, TrainingArguments)
     assert (copy.activation_checkpointing, copy.learning_rate) == (True, 3e-4)
     assert args.to_dict()["logging_nan_inf_filter"] is False
-    parser = transformers.HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
+    parser = transformers.HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]  # of this type
     words = ["--output_dir", str(tmp_path), "--learning_rate", "3e-4", "--use_cpu", "true"]
     (parsed,) = parser.parse_args_into_dataclasses(words)
     assert (parsed.learning_rate, parsed.logging_nan_inf_filter) == (3e-4, False)
@@ -653,7 +653,7 @@ def test_loss_that_leaves_its_beginning_is_said_once_unless_it_is_the_script_s(
     assert all(text.endswith("that is too high (here 5e-05); take a tenth of it") for text in told)
 
 
-class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]  # of this type
     def __init__(self, data: Dataset) -> None:
         self.data = data
 

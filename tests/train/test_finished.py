@@ -52,8 +52,8 @@ class _Tracker:
 
 def trackers() -> Iterator[None]:
     tensorboard, codecarbon = ModuleType("torch.utils.tensorboard"), ModuleType("codecarbon")
-    tensorboard.SummaryWriter = _Writer  # type: ignore[attr-defined]
-    codecarbon.EmissionsTracker = _Tracker  # type: ignore[attr-defined]
+    tensorboard.SummaryWriter = _Writer  # type: ignore[attr-defined]  # of this type
+    codecarbon.EmissionsTracker = _Tracker  # type: ignore[attr-defined]  # of this type
     place = "transformers.integrations.integration_utils.is_{}_available"
     with (
         mock.patch.dict(sys.modules, {"torch.utils.tensorboard": tensorboard, "codecarbon": codecarbon}),

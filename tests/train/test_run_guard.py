@@ -331,7 +331,7 @@ def test_mixin_guards_a_trainer_of_ones_own(
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=8, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
     )
-    trainer = Mine(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer = Mine(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]  # of this type
     trainer.spoilt = spoilt
     moments: dict[int, float] = {}
     rates: list[float] = []

@@ -41,7 +41,7 @@ def test_predictor_takes_a_text_or_a_path(tmp_path: Path, kind: type) -> None:
     ],
 )
 def test_class_weights_from_python_are_the_recipes(tmp_path: Path, given: object, expected: object) -> None:
-    job = fulltune.job(_recipe(tmp_path), class_weights=given)  # type: ignore[arg-type]
+    job = fulltune.job(_recipe(tmp_path), class_weights=given)  # type: ignore[arg-type]  # of this type
     assert job.recipe.train.class_weights == expected
     again = fulltune.job(job.recipe, class_weights=given, run_folder=job.folder)  # type: ignore[arg-type]
     assert again.folder == job.folder

@@ -21,7 +21,7 @@ from tests import comparisons
 def printed(parts: Iterable[Headline | Section | Block]) -> str:
     console = Console(width=80, file=io.StringIO())
     terminal.show(console, parts)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
 def shown(comparison: Comparison) -> str:

@@ -35,7 +35,7 @@ def bench(folder: Path, clusters: Any, target: Target = LABELS, task: str = "tex
         with RowWriter(folder / split) as writer:
             writer.write(record_batch([{"labels": label} for label in labels], texts[: len(labels)]))
     save_clusters(folder / "test", np.asarray(clusters))
-    return Scoring(RECIPE, PLAN, task_named(task), target, folder, None)  # type: ignore[arg-type]
+    return Scoring(RECIPE, PLAN, task_named(task), target, folder, None)  # type: ignore[arg-type]  # a stand-in
 
 
 TENS = [place // 10 for place in range(120)]
@@ -59,7 +59,7 @@ def test_difference_in_a_run_rests_on_clusters(tmp_path: Path) -> None:
     for name, kind, right in (("before-training", "untouched", of < 4), ("full-seed42", "trained", of < 8)):
         kept = {"right": right.astype(float)}
         found = run.estimates(kept, metrics=lambda rows: {"accuracy": float(rows["right"].mean())})
-        scored = run.scores(name, kind, 120, found)  # type: ignore[arg-type]
+        scored = run.scores(name, kind, 120, found)  # type: ignore[arg-type]  # of this type
         evaluate._kept(tmp_path / "scores" / f"{name}.json", lambda scored=scored: scored)
     mine = Scores.load(tmp_path / "scores" / "full-seed42.json")
     ahead = evaluate.with_differences(tmp_path, mine, partial(paired, span=1.0, confidence=0.95))

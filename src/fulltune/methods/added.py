@@ -147,7 +147,7 @@ def put_peft(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads:
             config: Any = LoraConfig(
                 r=method.rank,
                 # PEFT says `int`, and only divides it by the rank.
-                lora_alpha=2 * method.rank if method.alpha is None else method.alpha,  # type: ignore[arg-type]
+                lora_alpha=2 * method.rank if method.alpha is None else method.alpha,  # type: ignore[arg-type]  # LoraConfig takes fractions
                 lora_dropout=method.dropout,
                 use_rslora=method.rslora,
                 target_modules=targets if isinstance(targets, str) else list(targets),

@@ -156,7 +156,7 @@ def _whole(module: Any) -> Any:
     twin._parameters = dict(module._parameters)  # of its own; a bias that it has not stays None
     for name, parameter in module.named_parameters(recurse=False):
         room = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
-        room._is_hf_initialized = getattr(parameter, "_is_hf_initialized", False)  # type: ignore[attr-defined]
+        room._is_hf_initialized = getattr(parameter, "_is_hf_initialized", False)  # type: ignore[attr-defined]  # transformers' own mark
         twin._parameters[name] = room
     return twin
 

@@ -59,7 +59,7 @@ def test_the_same_rows_are_judged_alike() -> None:
 )
 def test_what_cannot_be_judged_is_said(count: int, labels: object, said: str) -> None:
     features = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
-    rows = Items("single_label", features, labels(count), np.arange(count), 3)  # type: ignore[operator]
+    rows = Items("single_label", features, labels(count), np.arange(count), 3)  # type: ignore[operator]  # of this type
     with pytest.raises(NoProbe, match=said):
         suspected(rows)
 

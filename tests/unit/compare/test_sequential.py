@@ -24,7 +24,7 @@ def looked(
     right = drawn_right(np.random.default_rng(1), rows, accuracies, spread, max(seeds))
     kinds = (("full", "full"), ("lora", "lora"), ("prompt", "prompt"))
     arms = [
-        arm(name, kind, one[:count])  # type: ignore[arg-type]
+        arm(name, kind, one[:count])  # type: ignore[arg-type]  # of this type
         for (name, kind), one, count in zip(kinds, right, seeds, strict=False)
     ]
     return look(arms, ACCURACY, margin=0.01, max_seeds=most, again=again, samples=1000)

@@ -50,8 +50,8 @@ def test_boundaries(times: list[float], sides: str, wanted: tuple[int, int], exp
     found = split_by_time(np.array(times, float), numbers, {"test": wanted[0], "eval": wanted[1]})
     marks = np.full(len(times), "-")
     for mark, name in zip("tET", SPLITS, strict=True):
-        assert (marks[found[name]] == "-").all()  # type: ignore[index]
-        marks[found[name]] = mark  # type: ignore[index]
+        assert (marks[found[name]] == "-").all()  # type: ignore[index]  # of this type
+        marks[found[name]] = mark  # type: ignore[index]  # of this type
     assert "".join(marks) == expected
 
 

@@ -23,7 +23,7 @@ def curves(train: list[float], held_out: list[float], metric: list[float] | None
         "eval_rows": 400,
         "epochs_per_step": 0.1,
     }
-    return Curves(**{**given, **changes})  # type: ignore[arg-type]
+    return Curves(**{**given, **changes})  # type: ignore[arg-type]  # of this type
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from tests import plans
 def printed(*parts: Headline | Section | Block) -> list[str]:
     console = Console(width=80, file=io.StringIO())
     terminal.show(console, parts)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]  # a StringIO
 
 
 def test_wide_table_continues_below_with_its_first_column_again() -> None:
@@ -149,7 +149,7 @@ def test_mixed_sources_are_shown_with_their_share_and_how_often_their_rows_are_r
     shown = display.Display(console)
     shown(DataPrepared(summary=summary))
     shown(Planned(plan=plans.plan(num_train_epochs=2.0)))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
     assert all(cell_len(line) <= 80 for line in lines)
     text = " ".join(" ".join(lines).split())
     assert "mixed in 25 1,000 " in text

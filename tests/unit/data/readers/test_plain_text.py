@@ -60,4 +60,4 @@ def test_byte_order_mark_and_other_line_ends_are_no_text(tmp_path: Path) -> None
 
 def test_file_of_blank_lines_has_no_rows(tmp_path: Path) -> None:
     for kind in ("line", "paragraph", "section", "auto"):
-        assert rows(tmp_path, "\n \n\n", kind) == []  # type: ignore[arg-type]
+        assert rows(tmp_path, "\n \n\n", kind) == []  # type: ignore[arg-type]  # of this type

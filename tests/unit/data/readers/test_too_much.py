@@ -244,7 +244,7 @@ def test_long_text_that_is_short_in_tokens_or_cut_at_the_left_is_left(encoder_to
             return {"input_ids": [1] * len(text.split())}
 
     word = "a" * 200_000
-    assert beginning(word, Unknown(), 128) == word  # type: ignore[arg-type]
+    assert beginning(word, Unknown(), 128) == word  # type: ignore[arg-type]  # of this type
     assert beginning(word, encoder_tokenizer, 128) != word
     encoder_tokenizer.truncation_side = "left"
     try:
