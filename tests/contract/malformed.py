@@ -72,8 +72,6 @@ class Case:
     refusals: list[Flaw] = field(default_factory=list)
     oddities: list[str] = field(default_factory=list)
     """What is unusual and harmless."""
-    unpacked_bytes: int = 0
-    """Of what is packed inside of the file."""
     most_lost: int = MOST_LOST
     notes: list[str] = field(default_factory=list)
     """What must be noted where the file is read."""
@@ -829,7 +827,6 @@ def _unusual(draw: random.Random, folder: Path) -> Case:
         "a header again": _header_again,
         "stray quotes": _stray_quotes,
         "a folder": _partly_read,
-        "a large column": _large_column,
         "odd labels": _odd_labels,
     }
     return kinds[draw.choice(list(kinds))](draw, folder)
@@ -921,37 +918,6 @@ def _partly_read(draw: random.Random, folder: Path) -> Case:
         case.notes.append(name)
     for name in ("README.md", "LICENSE", ".hidden.csv", "notes.txt"):
         (inside / name).write_text("not rows")
-    return case
-
-
-def _large_column(draw: random.Random, folder: Path) -> Case:
-    """A few kilobytes of parquet, arrow or feather that unpack to gigabytes, in a column that is read or not."""
-    import pyarrow as pa
-    from pyarrow import feather, parquet
-
-    suffix = draw.choice(("parquet", "arrow", "feather"))
-    case = Case(folder, "text-classification", folder / f"rows.{suffix}")
-    for number in range(NUM_ROWS):
-        case.rows.append(
-            Written(f"rain number {number}", CLASSES["words"][number % 2], f"{case.path.name}:{number + 1}")
-        )
-    large = pa.DictionaryArray.from_arrays(
-        pa.array([number % 2 for number in range(NUM_ROWS)], pa.int32()), pa.array(["a " * 3_000_000, "b " * 3_000_000])
-    )
-    texts = pa.array([row.text for row in case.rows])
-    is_read = draw.random() < 0.5
-    columns = {"text": large if is_read else texts, "label": [row.label for row in case.rows], "note": large}
-    if is_read:
-        case.refusals.append(Flaw("a text that unpacks to gigabytes", case.path.name))
-    if suffix == "parquet":
-        parquet.write_table(pa.table(columns), case.path, compression="zstd")
-    elif suffix == "feather":
-        feather.write_feather(pa.table(columns), case.path, compression="zstd")
-    else:
-        table = pa.table(columns)
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        with pa.OSFile(str(case.path), "wb") as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
-            writer.write_table(table)
     return case
 
 

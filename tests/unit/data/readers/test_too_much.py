@@ -22,7 +22,6 @@ from fulltune.errors import DataError
 from fulltune.tasks import padding
 from fulltune.tasks.columns import MOST_NESTED, fault, shown, windows
 from fulltune.tasks.padding import beginning
-from fulltune.text import format_bytes
 from tests import tiny
 
 ROWS = b"text,label\nrain,weather\nsoup,food\n"
@@ -116,53 +115,6 @@ def test_large_rows_are_read_few_at_a_time(num_rows: int, num_bytes: int, expect
     assert columnar._rows_at_once(num_rows, num_bytes) == expected
 
 
-BOMBS = {
-    "one text": {"compression": "zstd", "use_dictionary": False},
-    "a dictionary": {},
-    "a column of dictionary type": {},
-    "common beginnings": {"use_dictionary": False, "column_encoding": {"note": "DELTA_BYTE_ARRAY"}},
-    "feather": None,
-}
-
-
-@pytest.mark.parametrize("how", BOMBS)
-def test_a_column_that_unpacks_to_too_much_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    import pyarrow as pa
-    from pyarrow import feather, parquet
-
-    notes = pa.array(["rain " * 40_000 + end for end in "ab"]).take(pa.array([0, 1] * 20))
-    table = pa.table({"text": [str(i) for i in range(40)], "note": notes, "lists": [[{"a": "b"}]] * 40})
-    path = tmp_path / ("rows.feather" if how == "feather" else "rows.parquet")
-    if how in ("feather", "a column of dictionary type"):
-        table = table.set_column(1, "note", table["note"].dictionary_encode())
-    if how == "feather":
-        feather.write_feather(table, path)
-    else:
-        parquet.write_table(table, path, **{"compression": "none"} | BOMBS[how])
-    assert [row["note"][-2:] for _, row in columnar.rows(path)] == [" a", " b"] * 20
-    monkeypatch.setattr(columnar, "_MOST_UNPACKED_BYTES", 1_000_000)
-    monkeypatch.setattr(columnar, "_MOST_GROWTH", 2)
-    rows = [row for _, row in columnar.rows(path)]
-    assert [(row["text"], row["lists"]) for row in rows] == [(str(i), [{"a": "b"}]) for i in range(40)]
-    limit = format_bytes(max(1_000_000, 2 * path.stat().st_size))
-    assert {str(row["note"]).partition(" in a file")[0] for row in rows} == {f"<cells that unpack to over {limit},"}
-
-
-def test_a_list_of_too_much_whose_name_has_a_dot_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    notes = [["rain " * 40_000 + "ab"[number % 2]] for number in range(40)]
-    parquet.write_table(pa.table({"text": ["a"] * 40, "m.x": notes}), tmp_path / "rows.parquet")
-    assert [row["m.x"] for _, row in columnar.rows(tmp_path / "rows.parquet")] == notes
-    monkeypatch.setattr(columnar, "_MOST_UNPACKED_BYTES", 1_000_000)
-    monkeypatch.setattr(columnar, "_MOST_GROWTH", 2)
-    rows = [row for _, row in columnar.rows(tmp_path / "rows.parquet")]
-    assert {(row["text"], str(row["m.x"]).partition(" over")[0]) for row in rows} == {("a", "<cells that unpack to")}
-
-
 @pytest.mark.parametrize("kind", ["file", "stream"])
 def test_compressed_arrow_is_read_batch_by_batch(tmp_path: Path, kind: str) -> None:
     import pyarrow as pa
@@ -251,37 +203,3 @@ def test_long_text_that_is_short_in_tokens_or_cut_at_the_left_is_left(encoder_to
         assert beginning(word, encoder_tokenizer, 128) == word
     finally:
         encoder_tokenizer.truncation_side = "right"
-
-
-def test_a_cell_of_many_empty_values_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    many = pa.array([[None] * 500_000, [1]], pa.list_(pa.int8()))
-    parquet.write_table(pa.table({"text": ["a", "b"], "many": many}), tmp_path / "rows.parquet")
-    monkeypatch.setattr(columnar, "_MOST_UNPACKED_BYTES", 1_000_000)
-    rows = [row for _, row in columnar.rows(tmp_path / "rows.parquet")]
-    assert [(row["text"], str(row["many"])[:22]) for row in rows] == [(one, "<cells that unpack to ") for one in "ab"]
-
-
-def _arrow(path: Path, **columns: Any) -> None:
-    import pyarrow as pa
-
-    batch = pa.record_batch(columns)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-
-
-def test_arrow_that_holds_next_to_nothing_is_not_unpacked(tmp_path: Path) -> None:
-    import pyarrow as pa
-
-    path, endless = tmp_path / "rows.arrow", 2**31 - 1
-    _arrow(path, text=pa.nulls(endless))
-    with pytest.raises(DataError, match=r"rows\.arrow: not a valid arrow file: 2,147,483,647 rows that hold next"):
-        next(columnar.rows(path))
-    _arrow(path, text=pa.RunEndEncodedArray.from_arrays(pa.array([1000], pa.int32()), pa.array(["rain " * 1000])))
-    with pytest.raises(DataError, match=r"rows\.arrow: column 'text' is run-end encoded"):
-        next(columnar.rows(path))
-    _arrow(path, text=["a"], many=pa.ListArray.from_arrays(pa.array([0, endless], pa.int32()), pa.nulls(endless)))
-    [(_, row)] = columnar.rows(path)
-    assert (row["text"], str(row["many"])[:22]) == ("a", "<cells that unpack to ")
