@@ -20,7 +20,7 @@ import transformers
 from scipy.special import softmax
 
 from fulltune import predict
-from fulltune.cli import predict_files
+from fulltune.cli import predict as cli_predict
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.tasks import Target, task_named
 from tests import tiny
@@ -294,14 +294,14 @@ def test_interrupted_output_leaves_no_file_and_keeps_the_one_it_would_replace(
     file = tiny.write_csv(tmp_path / "in.csv", ROWS)
     output = tmp_path / "out.csv"
     output.write_text("before", encoding="utf-8")
-    cells = predict_files.Added.cells
+    cells = cli_predict.cells
 
-    def interrupt(self: Any, answer: Any, reason: Any) -> Any:
+    def interrupt(new: Any, answer: Any, reason: Any) -> Any:
         if answer is None:
             raise KeyboardInterrupt
-        return cells(self, answer, reason)
+        return cells(new, answer, reason)
 
-    monkeypatch.setattr(predict_files.Added, "cells", interrupt)
+    monkeypatch.setattr(cli_predict, "cells", interrupt)
     said = fulltune("predict", classifier, "--file", file, "-o", output, "--force")
     assert said.code == InterruptedRun.exit_code
     assert "was not written" in said.err
@@ -393,12 +393,12 @@ def test_cells_that_a_spreadsheet_would_compute_are_escaped_when_asked_for(tmp_p
     notes = Target("single_label", {}, ("=a", "b")).as_notes()
     texts = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\tx", "\rx", "-5", "+1.5", "'=x", "a=b", ""]
     answer = {"label": "=a", "probability": 0.5, "probabilities": {"=a": 0.5, "b": -0.5}}
-    new = predict_files.added(notes, ["=text"])
+    new = cli_predict.added(notes, ["=text"])
     for escape in (False, True):
         output = tmp_path / f"{escape}.csv"
-        with predict_files.into(output, ["=text"], new, {}, escape) as put:
+        with cli_predict.into(output, ["=text"], new, {}, escape) as put:
             for text in texts:
-                put({"=text": text}, new.cells(answer, None))
+                put({"=text": text}, cli_predict.cells(new, answer, None))
         with output.open(encoding="utf-8", newline="") as file:
             [header, *rows] = csv.reader(file)
         before = "'" if escape else ""

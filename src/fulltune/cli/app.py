@@ -321,38 +321,19 @@ def predict(
     escape_formulas: options.EscapeFormulas = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
     method: options.MethodName = None,
-    with_: Annotated[
-        list[Path] | None,
-        typer.Option("--with", metavar="RUN", help="Another model on the same base, which is loaded once. Repeatable."),
-    ] = None,
-    by: Annotated[str | None, typer.Option("--by", help="Column of --file that names each row's model.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Answer with a finished model: texts, stdin or a file; with LoRA and its like, several over one base."""
+    """Answer with a finished model: texts, stdin or a file."""
     from fulltune import predict as predicting
     from fulltune.cli import predict as cli_predict
     from fulltune.methods import folder as folders
 
     if text and file is not None:
         raise SetupError("predict: texts and --file are both given; keep one")
-    if with_ and output is not None:
-        raise SetupError("--output takes the answers of one model: remove --with, and call it once for each")
-    if by is not None and not with_:
-        raise SetupError("--by tells models apart: name the others with --with")
-    if output is not None or escape_formulas:
-        from fulltune.cli.predict_files import check_output
-
-        check_output(output, force, escape_formulas)
-    chosen = [stages.chosen_model(run, method) for run in (run_folder, *(with_ or ()))]
-    notes = folders.notes_of(chosen[0])
-    what = cli_predict.asked(text or [], file, notes)
-    cli_predict.say_names(what)
-    if with_:
-        cli_predict.side_by_side([run_folder, *with_], method, what, by, max_new_tokens, as_json)
-        return
-    if what.table is not None:
-        predicting.check_columns(what.columns, notes, what.where)
-    predictor = predicting.load(chosen[0])
+    cli_predict.check_output(output, force, escape_formulas)
+    chosen = stages.chosen_model(run_folder, method)
+    what = cli_predict.asked(text or [], file, folders.notes_of(chosen))
+    predictor = predicting.load(chosen)
     if output is None:
         cli_predict.show(predictor, what, max_new_tokens, as_json)
         return

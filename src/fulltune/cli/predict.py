@@ -1,4 +1,4 @@
-"""What `fulltune predict` reads and how it answers."""
+"""What `fulltune predict` reads, and how it prints its answers or writes them into a file, row after row."""
 
 from __future__ import annotations
 
@@ -6,27 +6,53 @@ import contextlib
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import tee
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import count, islice, tee
+from operator import getitem
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
 import typer
+from pyarrow import parquet
 from rich.markup import escape
 
+from fulltune import predict
 from fulltune.cli.stages import err
+from fulltune.data.readers import images
+from fulltune.data.readers.columnar import class_names
+from fulltune.data.readers.header import SEPARATED, csv_reader, delimiter_of
+from fulltune.data.readers.read import DataFiles, locate
 from fulltune.errors import DataError, InterruptedRun, SetupError
-from fulltune.text import counted, listed
-
-if TYPE_CHECKING:
-    from fulltune.data.readers.read import DataFiles
-    from fulltune.predict import Answered, Predictor
+from fulltune.files import replacing
+from fulltune.inference.store import readable
+from fulltune.methods import folder as folders
+from fulltune.system.run_folder import writing
+from fulltune.tasks import Target
+from fulltune.tasks.columns import BadCell
+from fulltune.tasks.labels import parsed_number
+from fulltune.text import counted
 
 STDIN = "-"
 _IN_PLACE = {True: "an 'error' stands in its place", False: "an empty line stands in its place"}
 _LISTED = 5
 """Rows without an answer that are named one by one."""
+_WRITTEN = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": ""}
+"""Endings of files that answers are written into, with what separates their cells."""
+_FORMULA = tuple("=+-@\t\r\n")
+"""What a spreadsheet takes for the beginning of a formula (OWASP, CSV injection)."""
+_ROWS_AT_ONCE = 1000
+# A lone surrogate, which UTF-8 does not have, becomes `\\ud800`: so JSON writes it, too.
+_ENCODING: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
+Row = Mapping[str, Any]
+Columns = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Columns that are added to rows, each with its path in an answer and its type as parquet writes it."""
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -37,67 +63,63 @@ class Asked:
     """The file's name, or where texts came from: for messages."""
     placed: Callable[[], Iterator[tuple[str, dict[str, Any]]]]
     """Place of each row, and the row in the user's own columns; those of stdin can be read only once."""
-    columns: tuple[str, ...]
-    total: int | None
+    columns: tuple[str, ...] = ("text",)
+    total: int | None = None
     """How many rows there are; None: nobody knows yet."""
     table: Path | None = None
     """The file, or folder, where the rows have columns of their own; None: they are lines of text."""
     images_in: Path | None = None
     """Where a table's paths of images start, as in training; None: at the current folder."""
-    named: tuple[str, ...] | None = None
-    """Names that the recipe gave to the columns, where the table has no header line."""
 
-    def rows(self, notes: Mapping[str, Any], own: Iterable[dict[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    def rows(self, notes: Row, own: Iterable[dict[str, Any]]) -> Iterator[Row]:
         """The user's rows as the model takes them."""
-        from fulltune import predict
-        from fulltune.data.readers import images
-
-        image, folder = notes["columns"].get("image"), self.images_in
+        image = notes["columns"].get("image")
         for row in own:
             if self.table is None:
                 yield predict.row_from_text(row["text"], notes)
             else:
-                yield row if image is None or folder is None else images.beside(row, folder, image)
+                yield images.beside(row, self.images_in, image) if image and self.images_in else row
 
     def types(self) -> dict[str, Any]:
-        """Types of the columns for parquet: those of the file, if it is one."""
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        from fulltune.cli.predict_files import arrow_types
-        from fulltune.data.readers.columnar import class_names
-
+        """Types of the columns for parquet, those of the file if it is one; None: its values have no type in common."""
         if self.table is None:
             return {"text": pa.string()}
         if self.table.suffix.lower() == ".parquet":
             schema = parquet.read_schema(self.table)
             named = class_names(schema.metadata)  # read as texts
-            pairs = zip(schema.names, schema.types, strict=True)
-            return {name: None if name in named else kind for name, kind in pairs}
-        return arrow_types(row for _, row in self.placed())
+            return {one.name: None if one.name in named else one.type for one in schema}
+        rows, found = (row for _, row in self.placed()), dict[str, Any]()
+        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            for name in dict.fromkeys(name for row in chunk for name in row):
+                try:
+                    kind = pa.array([row.get(name) for row in chunk]).type
+                    schemas = [pa.schema([("", one)]) for one in (kind, found.get(name, kind))]
+                    found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+                except (pa.ArrowException, OverflowError, TypeError):  # TypeError: an earlier chunk had none in common
+                    found[name] = None
+        return {name: pa.string() if kind == pa.null() else kind for name, kind in found.items()}
 
 
-def asked(texts: Sequence[str], file: Path | None, notes: Mapping[str, Any]) -> Asked:
+def asked(texts: Sequence[str], file: Path | None, notes: Row) -> Asked:
     """What the command line names: texts, a table (read through once for what is broken), lines of a file, or stdin."""
-    reads_stdin = list(texts) == [STDIN] or str(file) == STDIN
-    if file is not None and not reads_stdin:
-        if file.suffix.lower() != ".txt":
-            return _table(file, notes)
+    if list(texts) == [STDIN] or str(file) == STDIN or (file is None and not texts):
+        if file is None and not texts and sys.stdin.isatty():
+            raise SetupError("predict: give a text, --file, or '-' for texts on stdin, one a line")
+        return Asked("stdin", lambda: _placed(_lines(None), "stdin:"))
+    if file is None:
+        return Asked("predict", lambda: _placed(texts, "text "), total=len(texts))
+    if file.suffix.lower() == ".txt":
         total = sum(1 for _ in _lines(file))
-        return Asked(str(file), lambda: _placed(_lines(file), f"{file.name}:"), ("text",), total)
-    if texts and not reads_stdin:
-        return Asked("predict", lambda: _placed(texts, "text "), ("text",), len(texts))
-    if not reads_stdin and sys.stdin.isatty():
-        raise SetupError("predict: give a text, --file, or '-' for texts on stdin, one a line")
-    return Asked("stdin", lambda: _placed(_lines(None), "stdin:"), ("text",), None)
+        return Asked(str(file), lambda: _placed(_lines(file), f"{file.name}:"), total=total)
+    return _table(file, notes)
 
 
-def _table(file: Path, notes: Mapping[str, Any]) -> Asked:
-    from fulltune.data.readers.read import locate
-
+def _table(file: Path, notes: Row) -> Asked:
     source = locate([str(file)])
-    named = _names_without_header(source, notes)
-    source = replace(source, columns=named)
+    if named := _names_without_header(source, notes):
+        source = replace(source, columns=named)
+        said = f"{file}: no header line; columns as in training: {', '.join(named)}"
+        err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
     problems: list[str] = []
     columns: dict[str, None] = {}
     total = 0
@@ -106,19 +128,17 @@ def _table(file: Path, notes: Mapping[str, Any]) -> Asked:
         columns |= dict.fromkeys(row)
     if problems:
         raise DataError(problems)
+    predict.check_columns(columns, notes, str(file))
     images_in = source.files[0].parent if source.image_folder is None else None
-    return Asked(str(file), source.rows, tuple(columns), total, file, images_in, named)
+    return Asked(str(file), source.rows, tuple(columns), total, file, images_in)
 
 
-def _names_without_header(source: DataFiles, notes: Mapping[str, Any]) -> tuple[str, ...] | None:
+def _names_without_header(source: DataFiles, notes: Row) -> tuple[str, ...] | None:
     """What the columns are called of a table that lacks its header line, as the train file did (`data.columns`).
 
     A table whose first line names each column that the model reads has one. One with fewer cells lacks those that the
     model does not read, such as the label.
     """
-    from fulltune import predict
-    from fulltune.data.readers.header import SEPARATED, csv_reader, delimiter_of
-
     names = tuple(notes.get("table_columns") or ())
     if not names or any(file.suffix.lower() not in SEPARATED for file in source.files):
         return None
@@ -148,177 +168,90 @@ def _lines(file: Path | None) -> Iterator[str]:
         raise DataError(f"{file or 'stdin'}: cannot be read: {reason}") from None
 
 
-@dataclass
-class Tally:
-    """Rows that have been answered, and those that have not."""
+# ---- answers ---------------------------------------------------------------------------------------------------
 
-    where: str
-    is_table: bool
-    rows: int = 0
-    cut: int = 0
-    without: int = 0
-    first: list[str] = field(default_factory=list)
 
-    def add(self, place: str, row: Answered) -> str | None:
-        """Count a row; why it has no answer, or None."""
-        self.rows += 1
-        self.cut += row.is_cut
-        if row.refused is None:
-            return None
-        # A line has no column.
-        reason = row.refused.reason if self.is_table else row.refused.check
-        self.without += 1
-        if self.without <= _LISTED:
-            self.first.append(f"{place}: {reason}")
-        return reason
+def show(predictor: predict.Predictor, what: Asked, max_new_tokens: int, as_json: bool) -> None:
+    """Print an answer for each row: a line for people, or an object of JSON with the row's place."""
 
-    def say(self, cut_in_words: str, left: str) -> None:
-        """Say what has no answer, with what is `left` in its place, and what was not read whole."""
-        for line in self.first:
-            _warn(line)
-        if self.without > _LISTED:
-            _warn(f"... and {self.without - _LISTED:,} more")
-        if self.rows and self.without == self.rows:
-            raise DataError(f"{self.where}: no row can be answered ({counted(self.rows, 'row')})")
-        of = f"of {counted(self.rows, 'row')}"
-        if self.without:
-            _warn(f"without an answer: {self.without:,} {of}; {left}")
-        if self.cut:
-            _warn(f"read in part: {self.cut:,} {of}; each {cut_in_words}")
+    def put(place: str, row: Row, answer: Row | None, reason: str | None) -> None:
+        if as_json:
+            typer.echo(json.dumps({"place": place, **(answer or {"error": reason})}, ensure_ascii=False))
+        else:
+            typer.echo("" if answer is None else _in_words(answer))
+
+    _answer(predictor, what, put, _IN_PLACE[as_json], max_new_tokens)
+
+
+def write(
+    predictor: predict.Predictor,
+    what: Asked,
+    output: Path,
+    escape_formulas: bool,
+    max_new_tokens: int,
+    watch: Callable[[int, int | None], None],
+) -> dict[str, Any]:
+    """Write each row with its answer into a file, which has its name when all are there; returns the counts."""
+    new = added(predictor.notes, what.columns)
+    *_, reason_column = new
+    types = what.types() if output.suffix.lower() == ".parquet" else {}
+    try:
+        with into(output, what.columns, new, types, escape_formulas) as put:
+            watch(0, what.total)
+            counts = _answer(
+                predictor,
+                what,
+                lambda place, row, answer, reason: put(row, cells(new, answer, reason)),
+                f"their columns are empty, '{reason_column}' says why",
+                max_new_tokens,
+                watch,
+            )
+    except KeyboardInterrupt:
+        raise InterruptedRun(f"interrupted: {output} was not written; the same command starts anew") from None
+    return {"output": str(output), **counts, "columns": list(new)}
+
+
+def _answer(
+    predictor: predict.Predictor,
+    what: Asked,
+    put: Callable[[str, Row, Row | None, str | None], None],
+    instead: str,
+    max_new_tokens: int,
+    watch: Callable[[int, int | None], None] = lambda done, total: None,
+) -> dict[str, int]:
+    """Hand each row's place, its own columns, and its answer or why it has none to `put`; say what is `instead`."""
+    placed, again = tee(what.placed())
+    asked = what.rows(predictor.notes, (row for _, row in again))
+    rows = without = cut = 0
+    first: list[str] = []
+    answers = predictor.answer_each(asked, max_new_tokens, lambda done, _: watch(rows + done, what.total))
+    for (place, row), answered in zip(placed, answers, strict=True):
+        rows += 1
+        cut += answered.is_cut
+        reason = None
+        if refused := answered.refused:
+            reason = refused.check if what.table is None else refused.reason  # a line has no column
+            without += 1
+            first += [f"{place}: {reason}"] * (without <= _LISTED)
+        put(place, row, answered.answer, reason)
+    for line in first:
+        _warn(line)
+    if without > _LISTED:
+        _warn(f"... and {without - _LISTED:,} more")
+    if rows and without == rows:
+        raise DataError(f"{what.where}: no row can be answered ({counted(rows, 'row')})")
+    if without:
+        _warn(f"without an answer: {without:,} of {counted(rows, 'row')}; {instead}")
+    if cut:
+        _warn(f"read in part: {cut:,} of {counted(rows, 'row')}; each {predictor.cut_in_words()}")
+    return {"rows": rows, "without_answer": without, "cut": cut}
 
 
 def _warn(line: str) -> None:
     err.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
 
 
-def say_names(what: Asked) -> None:
-    """Say how the columns of a table without a header line are called."""
-    if what.named:
-        said = f"{what.where}: no header line; columns as in training: {', '.join(what.named)}"
-        err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
-
-
-def show(predictor: Predictor, what: Asked, max_new_tokens: int, as_json: bool) -> None:
-    """Print an answer for each row: a line for people, or an object of JSON with the row's place."""
-    tally = Tally(what.where, what.table is not None)
-    for place, _, answered in _answered(predictor, what, max_new_tokens):
-        typer.echo(_line(place, answered, tally.add(place, answered), as_json))
-    tally.say(predictor.cut_in_words(), _IN_PLACE[as_json])
-
-
-def _answered(
-    predictor: Predictor, what: Asked, max_new_tokens: int, watch: Callable[[int, int], None] = lambda done, total: None
-) -> Iterator[tuple[str, dict[str, Any], Answered]]:
-    """Place and own columns of each row, and what became of it."""
-    placed, again = tee(what.placed())
-    answers = predictor.answer_each(what.rows(predictor.notes, (row for _, row in again)), max_new_tokens, watch)
-    for (place, row), answered in zip(placed, answers, strict=True):
-        yield place, row, answered
-
-
-def _line(place: str, answered: Answered, reason: str | None, as_json: bool, **more: Any) -> str:
-    """A row's answer as it is printed; an empty line keeps the lines of texts and answers together."""
-    if as_json:
-        answer = {"error": reason} if answered.answer is None else answered.answer
-        return json.dumps({"place": place, **more, **answer}, ensure_ascii=False)
-    said = "" if answered.answer is None else in_words(answered.answer)
-    return ": ".join([*map(str, more.values()), said])
-
-
-def write(
-    predictor: Predictor,
-    what: Asked,
-    output: Path,
-    escape: bool,
-    max_new_tokens: int,
-    watch: Callable[[int, int | None], None],
-) -> dict[str, Any]:
-    """Write each row with its answer into a file, which has its name when all are there; returns the counts."""
-    from fulltune.cli import predict_files as files
-
-    new = files.added(predictor.notes, what.columns)
-    types = what.types() if output.suffix.lower() == ".parquet" else {}
-    tally = Tally(what.where, what.table is not None)
-
-    def in_window(done: int, _: int) -> None:
-        watch(tally.rows + done, what.total)
-
-    try:
-        with files.into(output, what.columns, new, types, escape) as put:
-            watch(0, what.total)
-            for place, row, answered in _answered(predictor, what, max_new_tokens, in_window):
-                put(row, new.cells(answered.answer, tally.add(place, answered)))
-            tally.say(predictor.cut_in_words(), f"their columns are empty, '{new.reason}' says why")
-    except KeyboardInterrupt:
-        raise InterruptedRun(f"interrupted: {output} was not written; the same command starts anew") from None
-    counts = {"rows": tally.rows, "without_answer": tally.without, "cut": tally.cut}
-    return {"output": str(output), **counts, "columns": list(new.names)}
-
-
-def side_by_side(
-    runs: list[Path], method: str | None, what: Asked, by: str | None, max_new_tokens: int, as_json: bool
-) -> None:
-    """Print answers of several models over one base for each row, or of the one that its column `by` names."""
-    from fulltune import predict
-    from fulltune.tasks.columns import windows
-
-    names = [run.resolve().name for run in runs]
-    twice = min((name for name in names if names.count(name) > 1), default=None)
-    if twice is not None:
-        same = listed([str(run) for run, name in zip(runs, names, strict=True) if name == twice])
-        raise SetupError(
-            f"--with: two folders are called '{twice}' ({same}), and answers are told apart by that name; rename one"
-        )
-    if by is not None:
-        _check_names(what, by, names)
-    found = predict.load_side_by_side(dict(zip(names, runs, strict=True)), method)
-    if what.table is not None:
-        for predictor in found.values():
-            predict.check_columns(what.columns, predictor.notes, what.where)
-    tally = Tally(what.where, what.table is not None)
-    for window in windows(what.placed()):
-        answers: dict[int, list[tuple[str, Answered]]] = {number: [] for number in range(len(window))}
-        for name, predictor in found.items():
-            mine = [number for number, (_, row) in enumerate(window) if by is None or row[by] == name]
-            rows = what.rows(predictor.notes, (window[number][1] for number in mine))
-            for number, answered in zip(mine, predictor.answer_each(rows, max_new_tokens), strict=True):
-                answers[number].append((name, answered))
-        for number, (place, _) in enumerate(window):
-            for name, answered in answers[number]:
-                typer.echo(_line(place, answered, tally.add(place, answered), as_json, model=name))
-    cut_in_words = " / ".join(dict.fromkeys(predictor.cut_in_words() for predictor in found.values()))
-    tally.say(cut_in_words, _IN_PLACE[as_json])
-
-
-def _check_names(what: Asked, by: str, names: list[str]) -> None:
-    """Refuse rows that name none of the models."""
-    if what.table is None:
-        raise SetupError("--by names a column: give rows with --file")
-    if by not in what.columns:
-        raise DataError(f"{what.where}: has no column '{by}'; it has {', '.join(what.columns)}")
-    unknown = [(place, row.get(by)) for place, row in what.placed() if row.get(by) not in names]
-    if unknown:
-        place, name = unknown[0]
-        raise DataError(f"{place}: {by} is {name!r}, expected one of {', '.join(names)} ({len(unknown)} such rows)")
-
-
-def no_merge(run: Path, found: Path) -> str:
-    """Why a model cannot be merged, and which ones of its run can."""
-    from fulltune import predict
-    from fulltune.methods import folder
-
-    why = "is a whole model already"
-    if folder.is_partial(found):
-        kind = folder.notes_of(found)["method"]["kind"]
-        why = f"a method of kind {kind} adds to what the model computes and cannot be merged"
-    models = predict.models_of(run)
-    can = [name for name, path in models.items() if folder.can_be_merged(path)]
-    if can:
-        return f"{found}: {why}; what can be merged here, with --method: {', '.join(can)}"
-    return f"{found}: {why}" + (f"; {run} has no other model that can be" if models else "")
-
-
-def in_words(answer: dict[str, Any]) -> str:
+def _in_words(answer: Row) -> str:
     """One line for people."""
     if "answer" in answer:
         return str(answer["answer"])
@@ -330,3 +263,141 @@ def in_words(answer: dict[str, Any]) -> str:
     if "labels" in answer:
         return ", ".join(f"{name} ({answer['probabilities'][name]:.1%})" for name in answer["labels"]) or "(none)"
     return f"{answer['text'] if 'index' in answer else answer['label']} ({answer['probability']:.1%})"
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def check_output(output: Path | None, replace: bool, escape_formulas: bool) -> None:
+    """Refuse, before anything is read, a file that cannot or must not be written."""
+    if escape_formulas and (output is None or not _WRITTEN.get(output.suffix.lower())):
+        raise SetupError("--escape-formulas: is about cells of csv and tsv; expected --output with such a file")
+    if output is None:
+        return
+    if output.suffix.lower() not in _WRITTEN:
+        raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected {', '.join(_WRITTEN)}")
+    if not output.parent.is_dir():
+        raise SetupError(f"{output}: there is no folder {output.parent}; make it, or name another one")
+    if output.is_dir():
+        raise SetupError(f"{output}: is a folder; name a file")
+    if output.exists() and not replace:
+        raise SetupError(f"{output}: exists already; name another file, or replace it with --force")
+
+
+def added(notes: Row, own: Collection[str]) -> Columns:
+    """The columns that answers of a model become, called `predicted_...`, or `predicted2_...` where rows have these;
+    the last one says why there is no answer."""
+    target = Target.from_notes(notes)
+    columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
+    each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
+    columns |= {f"probability_{key}": (("probabilities", key), "double") for key in each}
+    columns["error"] = (("error",), "string")
+    prefixes = ("predicted" if number == 1 else f"predicted{number}" for number in count(1))
+    named = ({f"{prefix}_{name}": where for name, where in columns.items()} for prefix in prefixes)
+    return next(new for new in named if not set(new) & set(own))
+
+
+def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any]:
+    """The added columns of one row; without an answer empty but for the reason."""
+    if answer is None:
+        return {**dict.fromkeys(new), [*new][-1]: reason}
+    return {name: reduce(getitem, path, {**answer, "error": None}) for name, (path, _) in new.items()}
+
+
+@contextlib.contextmanager
+def into(
+    output: Path, own: Sequence[str], new: Columns, types: Row, escape_formulas: bool = False
+) -> Iterator[Callable[[Row, Row], None]]:
+    """Write rows into a file, which has its name when all are there, from their own columns and the added ones; `types`
+    are those of the own columns, for parquet."""
+    form = output.suffix.lower()
+    with writing(output), replacing(output) as part:
+        if form == ".parquet":
+            with _parquet(part, own, new, types) as write:
+                yield write
+            return
+        with part.open("w", newline="", **_ENCODING) as stream:  # both end their lines themselves
+            if _WRITTEN[form]:
+                yield _separated(stream, _WRITTEN[form], [*own, *new], escape_formulas)
+            else:
+                yield lambda row, answer: stream.write(
+                    json.dumps({**row, **answer}, ensure_ascii=False, default=readable) + "\n"
+                )
+
+
+def _separated(stream: Any, delimiter: str, names: Sequence[str], escape_formulas: bool) -> Callable[[Row, Row], None]:
+    # A lone \r is put in quotes only where lines end with it: then a line's end is made \n.
+    writer = csv.writer(SimpleNamespace(write=lambda line: stream.write(f"{line[:-2]}\n")), delimiter=delimiter)
+
+    def put(values: Iterable[Any]) -> None:
+        writer.writerow(map(_escaped, values) if escape_formulas else values)
+
+    put(names)
+
+    def write(row: Row, answer: Row) -> None:
+        # Seven digits are more than a model's numbers hold.
+        rounded = {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in answer.items()}
+        put([_cell({**row, **rounded}.get(name)) for name in names])
+
+    return write
+
+
+def _escaped(cell: Any) -> Any:
+    is_formula = isinstance(cell, str) and cell.startswith(_FORMULA) and parsed_number(cell) is None
+    return f"'{cell}" if is_formula else cell
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell of text: lists and objects as JSON, as the readers take them."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (list, tuple, dict)):
+        return json.dumps(value, ensure_ascii=False, default=readable)
+    return readable(value)
+
+
+@contextlib.contextmanager
+def _parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
+    kinds = {"list": pa.list_(pa.string()), "json": pa.string(), "string": pa.string()}
+    kinds |= {"double": pa.float64(), "int64": pa.int64()}
+    schema = pa.schema(
+        [
+            *((name, types[name] or pa.string()) for name in own),
+            *((name, kinds[kind]) for name, (_, kind) in new.items()),
+        ]
+    )
+    waiting: list[dict[str, Any]] = []
+    with parquet.ParquetWriter(part, schema) as writer:
+
+        def flush() -> None:
+            writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
+            waiting.clear()
+
+        def write(row: Row, answer: Row) -> None:
+            cells = {name: _cell(answer[name]) if kind == "json" else answer[name] for name, (_, kind) in new.items()}
+            for name in own:
+                value = row.get(name)
+                if types[name] is None:
+                    cells[name] = None if value is None else str(_cell(value))
+                else:  # in a column with a type, what could not be read is empty
+                    cells[name] = None if isinstance(value, BadCell) else value
+            waiting.append(cells)
+            if len(waiting) == _ROWS_AT_ONCE:
+                flush()
+
+        yield write
+        if waiting:
+            flush()
+
+
+def no_merge(run: Path, found: Path) -> str:
+    """Why a model cannot be merged, and which ones of its run can."""
+    why = "is a whole model already"
+    if folders.is_partial(found):
+        kind = folders.notes_of(found)["method"]["kind"]
+        why = f"a method of kind {kind} adds to what the model computes and cannot be merged"
+    models = predict.models_of(run)
+    can = [name for name, path in models.items() if folders.can_be_merged(path)]
+    if can:
+        return f"{found}: {why}; what can be merged here, with --method: {', '.join(can)}"
+    return f"{found}: {why}" + (f"; {run} has no other model that can be" if models else "")

@@ -160,11 +160,11 @@ def chosen_model(run: Path, method: str | None) -> Path:
     """The folder of a run's model; which one a comparison's verdict chose is said on stderr."""
     from fulltune import predict as predicting
 
-    chosen = predicting.choose(run, method)
-    if chosen.reason:
-        said = f"{run}: taking '{chosen.folder.name}': {chosen.reason} (another one: --method)"
+    folder, reason = predicting.choose(run, method)
+    if reason:
+        said = f"{run}: taking '{folder.name}': {reason} (another one: --method)"
         err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
-    return chosen.folder
+    return folder
 
 
 def print_json(value: Any) -> None:

@@ -118,11 +118,8 @@ def processor_of(folder: Path) -> Any:
     return Base.of(ModelBlock(name=str(folder.resolve())), notes_of(folder)["task"]).processor
 
 
-def load(folder: Path, processor: Any, base: Base | None = None, shared: dict[str, Any] | None = None) -> Applied:
-    """The pretrained model (default: the one in the notes) with what `save` wrote, on the CPU.
-
-    Tensors in `shared`, of models that were loaded before, are kept in memory once where they are equal; it is filled.
-    """
+def load(folder: Path, processor: Any, base: Base | None = None) -> Applied:
+    """The pretrained model (default: the one in the notes) with what `save` wrote, on the CPU."""
     import torch
 
     notes = notes_of(folder)
@@ -134,26 +131,12 @@ def load(folder: Path, processor: Any, base: Base | None = None, shared: dict[st
         model = load_model(pretrained, changes, head_is_new=task.FACTS.head_is_new)
         applied = apply(model, method, notes["task"])
     _put_back(applied, folder)
-    if shared is not None:
-        _share(model, shared)
     if model.can_generate():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     return applied
-
-
-def _share(model: Any, shared: dict[str, Any]) -> None:
-    """Let equal frozen parameters of several models be the same memory: nothing writes to them."""
-    import torch
-
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            continue
-        kept = shared.setdefault(name.replace(".base_layer.", "."), parameter.data)  # PEFT's layers wrap the model's
-        if kept is not parameter.data and kept.dtype == parameter.dtype and torch.equal(kept, parameter.data):
-            parameter.data = kept
 
 
 def _put_back(applied: Applied, folder: Path) -> None:

@@ -198,59 +198,31 @@ def _without_tokens(example: Example) -> Refused | None:
 
 def load(run: Path, method: str | None = None) -> Predictor:
     """Load the model of a run folder (by default its only or its recommended one), or of a model folder."""
-    return _loaded(choose(run, method).folder, None)
-
-
-def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> dict[str, Predictor]:
-    """Load what LoRA, adapters, prompts or heads trained for several tasks over one base, which is in memory once."""
-    found = {name: choose(run, method).folder for name, run in runs.items()}
-    whole = [name for name, folder in found.items() if not folders.is_partial(folder)]
-    if whole:
-        raise SetupError(
-            f"{whole[0]}: is a whole model ({found[whole[0]]}), which shares nothing with others; name another --method"
-        )
-    bases = {name: folders.notes_of(folder)["base_model"] for name, folder in found.items()}
-    if any(base != next(iter(bases.values())) for base in bases.values()):
-        said = ", ".join(f"{name} on {ModelBlock(**base).in_words()}" for name, base in bases.items())
-        raise SetupError(f"these models are not of one base: {said}")
-    shared: dict[str, Any] = {}
-    return {name: _loaded(folder, shared) for name, folder in found.items()}
-
-
-def _loaded(folder: Path, shared: dict[str, Any] | None) -> Predictor:
+    folder = choose(run, method)[0]
     notes = folders.notes_of(folder)
     base = Base.of(ModelBlock(name=str(folder.resolve())), notes["task"])
     if folders.is_partial(folder):
-        model = folders.load(folder, base.processor, shared=shared).model
+        model = folders.load(folder, base.processor).model
     else:
         model = load_model(base, {}, head_is_new=False)
     return Predictor(model.eval(), base.processor, notes)
 
 
-@dataclass(frozen=True)
-class ChosenModel:
-    """The folder of one model."""
-
-    folder: Path
-    reason: str = ""
-    """Why this one of several; empty: it was named, or is the only one."""
-
-
-def choose(run: Path, method: str | None = None) -> ChosenModel:
-    """The model that is named, the only one, or the one that a comparison's verdict recommends."""
+def choose(run: Path, method: str | None = None) -> tuple[Path, str]:
+    """The folder of the model that is named, the only one, or the one that a comparison recommends, and why."""
     there = models_of(run)
     names = ", ".join(there)
     if method is not None:
         if method not in there:
             known = f"; here are: {names}" if there else ""
             raise SetupError(f"{run}: no finished model of method '{method}'{known}")
-        return ChosenModel(there[method])
+        return there[method], ""
     if (run / folders.NOTES).exists():
-        return ChosenModel(run)
+        return run, ""
     if not there:
         raise SetupError(f"{run}: no finished model here; expected a run folder with models/full, or a model folder")
     if len(there) == 1:
-        return ChosenModel(next(iter(there.values())))
+        return next(iter(there.values())), ""
     found = comparison_of(run)
     if found is None or found.decision.verdict == "UNDECIDED":
         why = "there is no verdict yet" if found is None else "the verdict is UNDECIDED"
@@ -260,7 +232,7 @@ def choose(run: Path, method: str | None = None) -> ChosenModel:
         raise SetupError(
             f"{run}: {reason} and recommends '{taken}', which is not here; name one with --method: {names}"
         )
-    return ChosenModel(there[taken], reason)
+    return there[taken], reason
 
 
 def models_of(run: Path) -> dict[str, Path]:

@@ -14,7 +14,6 @@ from pyarrow import parquet
 
 from fulltune import data
 from fulltune.cli import predict as cli_predict
-from fulltune.cli import predict_files
 from fulltune.data.readers import images
 from fulltune.data.readers.read import content_hash, locate
 from fulltune.data.sources import find_files
@@ -452,12 +451,12 @@ def test_table_of_answers_takes_columns_that_were_read_as_something_else(tmp_pat
     known = {b"huggingface": json.dumps({"info": {"features": {"label": kind}}}).encode()}
     far = pa.array([2**60, 0], pa.timestamp("us"))
     given = {"text": ["a", "b"], "label": [0, 1], "raw": [b"c", b"\xff"], "when": far}
-    what = cli_predict.asked([], table(tmp_path, given, known), {})
-    notes = Target("regression", {}).as_notes()
-    new = predict_files.added(notes, what.columns)
-    with predict_files.into(tmp_path / "out.parquet", what.columns, new, what.types()) as put:
+    notes = Target("regression", {"text": "text", "label": "label"}).as_notes()
+    what = cli_predict.asked([], table(tmp_path, given, known), notes)
+    new = cli_predict.added(notes, what.columns)
+    with cli_predict.into(tmp_path / "out.parquet", what.columns, new, what.types()) as put:
         for _, row in what.placed():
-            put(row, new.cells({"value": 0.5}, None))
+            put(row, cli_predict.cells(new, {"value": 0.5}, None))
     written = parquet.read_table(tmp_path / "out.parquet").to_pydict()
     assert written["label"] == ["bad", "good"]
     assert written["raw"] == [b"c", b"\xff"]
