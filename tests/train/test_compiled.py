@@ -135,8 +135,6 @@ def test_in_deepspeed_and_as_transformers_own_it_is_refused() -> None:
 
     with pytest.raises(RecipeError, match=r"torch_compile: not yet with train.placement: zero2; remove one of them"):
         check(recipe(torch_compile=True, placement="zero2"))
-    with pytest.raises(RecipeError, match="torch_compile: not yet with activation_offloading; remove one of them"):
-        check(recipe(torch_compile=True, activation_offloading=True, activation_checkpointing=True))
     with pytest.raises(RecipeError, match=r"torch_compile: is a setting of its own; write it as train.torch_compile"):
         check(recipe(extra={"torch_compile": True}))
     with pytest.raises(RecipeError, match=r"torch_compile_mode: cannot be set here; write train.torch_compile: true"):

@@ -43,7 +43,6 @@ _NO_EFFECT = {
     "methods": "give one method of kind full, or compare by 'fulltune compare'",
     "preserve": "generic text is read by 'fulltune run' alone",
     "train.extra": "it is for transformers' Trainer; give DeepSpeed's settings to DeepSpeedStrategy(config=...)",
-    "train.activation_offloading": "remove it",
     "train.max_rollbacks": "a guard that stops the training raises; resume by Trainer.fit(ckpt_path=...)",
     "train.hang_timeout": "set the strategy's timeout, such as DDPStrategy(timeout=...)",
     "train.notice": "give the Trainer ModelCheckpoint",

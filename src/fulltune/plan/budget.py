@@ -90,19 +90,6 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
         )
 
 
-def refuse_offloaded_activations(plan_need: MemoryNeed, processes: int, machine: Machine) -> None:
-    """Refuse activations of a machine's processes that its host's memory is too small for.
-
-    Raises:
-        DoesNotFitError: Naming both sizes.
-    """
-    if processes * plan_need.host > machine.memory_available_bytes:
-        raise DoesNotFitError(
-            f"train.activation_offloading: needs {format_bytes(processes * plan_need.host)} of the host's memory, but "
-            f"{format_bytes(machine.memory_available_bytes)} are free; set a smaller train.micro_batch_size"
-        )
-
-
 @dataclass(frozen=True)
 class Needs:
     """What a process needs on its device, whatever its settings and wherever its state lies."""
@@ -115,11 +102,6 @@ class Needs:
 
     def of(self, settings: MemorySettings, shared: sharing.Sharing | None) -> MemoryNeed:
         """The need of settings; `shared` None: each process holds everything."""
-        if settings.activation_offloading:
-            need = self.of(settings.changed(activation_offloading=False), shared)
-            kept = memory.block_inputs(self.shapes, self.footprint, settings)
-            trained = memory.num_trained(self.shapes.num_parameters, settings)
-            return memory.offloaded(need, kept, memory.BYTES[memory.trained_dtype(settings)] * trained)
         if shared is not None and shared.engine == "fsdp2":
             return fsdp2.need(self.shapes, self.footprint, settings, self.device)
         if shared is not None:

@@ -30,7 +30,7 @@ _PLACING = (
         "gradient_accumulation_steps",
     ),
     *("eval_batch_size", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state", "traffic"),
-    *("disk", "time", "loader_workers", "activation_offloading", "fast_bf16"),
+    *("disk", "time", "loader_workers", "fast_bf16"),
 )
 """What follows from where things lie, and changes no result."""
 

@@ -114,8 +114,6 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     chosen = choose.choose(recipe, basis.start, basis.rows_per_process, limits, basis.speed)
     choose.note(recipe, chosen, basis.rows_per_process, limits, own_loss, reasons)
     used = chosen.settings
-    if used.activation_offloading:
-        budget.refuse_offloaded_activations(chosen.memory, recipe.train.processes_per_machine, fleet.machine)
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     problems = deepspeed.disagreements(recipe, *batches, used.num_processes, used.precision)
     if problems:

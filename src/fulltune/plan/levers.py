@@ -26,7 +26,6 @@ SETTING_OF = {
     "optim": "train.optim",
     "chunked_loss": "train.chunked_loss",
     "activation_checkpointing": "train.activation_checkpointing",
-    "activation_offloading": "train.activation_offloading",
     "micro_batch_size": "train.micro_batch_size",
     "gradient_accumulation_steps": "gradient accumulation",
     "eval_batch_size": "evaluate.batch_size",
@@ -163,14 +162,6 @@ def _no_recomputing(recipe: Recipe, now: MemorySettings) -> str:
     return "" if now.can_recompute else "this model cannot recompute its activations"
 
 
-def _no_activation_offloading(recipe: Recipe, now: MemorySettings) -> str:
-    if now.torch_compile:
-        return "it was never tried with torch.compile"
-    if now.device == "cpu":
-        return "without a GPU everything is in the host's memory"
-    return "" if now.activation_checkpointing else "it moves what activation checkpointing keeps"
-
-
 def _no_narrow_weights(recipe: Recipe, now: MemorySettings) -> str:
     return "" if now.fast_bf16 else "this GPU has no fast bf16"
 
@@ -251,14 +242,6 @@ LEVERS = (
         way_out=True,
         fallback=("step",),
         measured="activation checkpointing",
-    ),
-    Lever(
-        name="activation offloading",
-        setting="train.activation_offloading",
-        costs="each step waits for copies to the host and back; no GPU has run it yet",
-        changes={"activation_offloading": True},
-        unless=_no_activation_offloading,
-        frees=("activations",),
     ),
     Lever(
         name="8-bit AdamW states",

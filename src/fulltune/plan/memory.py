@@ -61,28 +61,6 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     return MemoryNeed(kinds=kinds, phases=phases)
 
 
-def block_inputs(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> int:
-    """Numbers that activation checkpointing keeps of a micro batch: what goes into each block."""
-    tokens = train_sequences(footprint, settings) * settings.longest_tokens
-    return shapes.num_layers * tokens * shapes.hidden_size
-
-
-def offloaded(need: MemoryNeed, kept: int, gradients: int) -> MemoryNeed:
-    """Memory after offloading `kept` activations of a model with so many bytes of gradients. Bytes on the host assume
-    fp32, those that the device frees 16 bits: which of both they are follows from the model's embeddings.
-
-    Offloading shifts the peak towards the end of the backward pass, when more gradients are alive.
-    """
-    freed = min(2 * kept, need.kinds["activations"])
-    later = min(freed, max(0, gradients - need.kinds["gradients"]))
-    moved: dict[MemoryKind, int] = {
-        "activations": need.kinds["activations"] - freed,
-        "gradients": need.kinds["gradients"] + later,
-    }
-    phases = need.phases | {"step": need.phases["step"] - freed + later}
-    return MemoryNeed(kinds=need.kinds | moved, phases=phases, host=need.host + 4 * kept)
-
-
 def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> dict[Kind, int]:
     """What a forward pass of an eval batch holds at its highest."""
     rows = settings.eval_batch_size * footprint.sequences_per_row

@@ -176,9 +176,6 @@ def step_seconds(
         return parts
     peers, link = (rate * 1e9 * LINK_SHARE for rate in (gpu.peer_gb_per_second, gpu.link_gb_per_second))
     parts["other devices"] = sent / peers if devices > settings.num_machines else 0.0
-    if settings.activation_offloading:  # out and in again, 16 bits each, on the stream that computes
-        tokens = rows / devices * work.tokens_per_row
-        parts["computing"] += 2 * 2 * shapes.num_layers * tokens * shapes.hidden_size / link
     if shared is not None and shared.offload_optimizer:
         weights_in = 2 * 2 * accumulation if shared.offload_weights else 2
         parts["host link"] = (weights_in + 2 * accumulation) * trained / devices / link

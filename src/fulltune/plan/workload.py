@@ -96,10 +96,6 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
             f"train.activation_checkpointing: true, but {shapes.model_type} cannot recompute its activations; remove it"
         )
     device = resolve.device(recipe, fleet.machine, reasons)
-    if train.activation_offloading and device == "cpu":
-        raise RecipeError(
-            "train.activation_offloading: without a GPU everything is in the host's memory already; remove it"
-        )
     precision = resolve.precision(recipe, fleet.machine, device, reasons)
     resolve.refuse_kernels(recipe, fleet.machine, device, precision)
     optim, rounding = resolve.optimizer(recipe, reasons)
@@ -121,7 +117,6 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         optim=optim,
         bf16_rounding=rounding,
         activation_checkpointing=bool(train.activation_checkpointing),
-        activation_offloading=train.activation_offloading,
         can_recompute=shapes.can_recompute,
         plain_logits=plain_logits,
         chunked_loss=takes_pieces(recipe, plain_logits),

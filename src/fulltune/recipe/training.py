@@ -124,10 +124,6 @@ class TrainBlock(Block):
     """Recompute activations in the backward pass: about a third more operations, far less memory. Left out: on
     where the run would not fit without, be it by the plan or because memory ran out, or where the larger micro batch
     that it makes room for is faster. false keeps it off."""
-    activation_offloading: bool = False
-    """Keep what activation checkpointing keeps, the input of each block, in the host's memory (`offload` of
-    transformers 5.24): worth it with long rows, of which that is layers x tokens x width. Each step waits for the
-    copies. Needs a GPU and `activation_checkpointing: true`. No GPU has run it yet, so the plan never takes it."""
     chunked_loss: bool | None = None
     """Compute a language model's logits and loss in pieces, so that they never exist as a whole. Left out: on where the
     model's head allows it, which is checked before step 1. false keeps it off."""
@@ -227,8 +223,6 @@ class TrainBlock(Block):
             factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
             named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)
             problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
-        if self.activation_offloading and not self.activation_checkpointing:
-            problems.append("activation_offloading: needs activation_checkpointing: true, whose activations it keeps")
         if self.use_liger_kernel and self.torch_compile:
             problems.append("use_liger_kernel and torch_compile both fuse the same; give one of them")
         problems += [*_wrong_placement(self), *_wrong_weights(self.class_weights)]

@@ -163,8 +163,6 @@ class MemorySettings(Record):
     optim: str = "adamw_torch_fused"
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     activation_checkpointing: bool = False
-    activation_offloading: bool = False
-    """What activation checkpointing keeps lies in the host's memory."""
     can_recompute: bool = True
     """The model offers activation checkpointing."""
     plain_logits: bool = True

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fulltune.cli.show.plan import sections
-from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.errors import RecipeError
 from fulltune.plan import fit, gpus, resolve
 from fulltune.plan.dotted import with_settings
 from fulltune.plan.elsewhere.survey import Wishes, survey
@@ -205,37 +205,6 @@ def test_of_several_cards_the_oldest_says_which_attention_can_be_had() -> None:
     )
     with pytest.raises(RecipeError, match="this is Tesla T4"):
         resolve.refuse_kernels(recipe, machine(A100, T4), "cuda", "fp16")
-
-
-OFFLOADED = {"activation_checkpointing": True, "activation_offloading": True, "micro_batch_size": 1}
-
-
-def test_offloaded_activations_lie_on_the_host_and_take_the_link() -> None:
-    """Of an 8-bit 7B model, rows of 4,096 tokens: 32 layers x 4,096 tokens x 4,096 numbers, which is 2^29."""
-    fleet = gpus.parse("1x H100-80GB, 200GB host")
-    common = {"global_batch_size": 64, "optim": "adamw_8bit"}
-    plain = sizes.llama(tokens=4096, train=common | OFFLOADED | {"activation_offloading": False})
-    kept, moved = (fit_on(task, fleet) for task in (plain, sizes.llama(tokens=4096, train=common | OFFLOADED)))
-    assert (kept.activation_offloading, moved.activation_offloading) == (False, True)
-    assert kept.memory is not None
-    assert moved.memory is not None
-    assert kept.memory.kinds["activations"] - moved.memory.kinds["activations"] == 2**30
-    assert (kept.memory.host, moved.memory.host) == (0, 2**31)
-    assert kept.time is not None
-    assert moved.time is not None
-    # Twice 1 GiB for each of 64 rows, at 0.8 of 64 GB/s.
-    seconds = (moved.time.train_seconds - kept.time.train_seconds) / moved.total_steps
-    assert seconds == pytest.approx(64 * 2 * 2**30 / 51.2e9, rel=1e-3)
-
-
-def test_activations_are_not_offloaded_to_a_host_that_is_too_small_or_to_where_they_are() -> None:
-    task = sizes.bert(rows=10_000, train=OFFLOADED)
-    with pytest.raises(DoesNotFitError, match=r"train.activation_offloading: needs .* of the host's memory"):
-        fit_on(task, gpus.parse("1x T4, 1MB host"))
-    with pytest.raises(RecipeError, match=r"train.activation_offloading: without a GPU"):
-        fit_on(task, gpus.parse("cpu"))
-    with pytest.raises(ValueError, match="activation_offloading: needs activation_checkpointing: true"):
-        sizes.bert(train={"activation_offloading": True})
 
 
 def fit_on(task: Workload, fleet: gpus.Fleet) -> Plan:

@@ -79,9 +79,9 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the search, the ways out, what is tried after memory ran out, what is proposed then, and what is measured."""
     new = Lever(
         name="half the buffers",
-        setting="train.activation_offloading",
+        setting="train.torch_compile",
         costs="patience",
-        changes={"activation_offloading": True},
+        changes={"torch_compile": True},
         done="half the buffers",
         frees=("buffers",),
         searched=True,
@@ -93,11 +93,11 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "LEVERS", (new,))
     monkeypatch.setattr("fulltune.train.parent.next_attempt.LEVERS", (new,))
 
-    wanted = SETTINGS.changed(micro_batch_size=1, gradient_accumulation_steps=1, activation_offloading=True)
+    wanted = SETTINGS.changed(micro_batch_size=1, gradient_accumulation_steps=1, torch_compile=True)
     assert wanted in choose.candidates(RECIPE, SETTINGS, 1)
     found = ways_out.of_memory(RECIPE, SETTINGS, 999, needs_less_with(new.changes))
-    assert found[0].change == "train.activation_offloading: true"
+    assert found[0].change == "train.torch_compile: true"
     offered = fallbacks(RECIPE, PLAN, "step", lambda changes: True)
     assert [(one.name, one.changes) for one in offered] == [(new.name, new.changes)]
-    assert levers.proposal(RECIPE, PLAN, "buffers") == "train.activation_offloading: true"
+    assert levers.proposal(RECIPE, PLAN, "buffers") == "train.torch_compile: true"
     assert [row.name for row in measure.levers(RECIPE, PLAN)][1:] == ["+ half the buffers"]

@@ -15,7 +15,7 @@ from fulltune.plan.elsewhere import placement
 from fulltune.plan.elsewhere.survey import Wishes, survey
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryNeed, MemorySettings, Plan
+from fulltune.records.plan import MemorySettings, Plan
 from fulltune.records.survey import Survey
 from fulltune.report.format import terminal
 from fulltune.system.hardware import Gpu, Machine
@@ -163,10 +163,6 @@ def test_host_holds_its_share_of_what_is_offloaded() -> None:
     poor = machine(8, memory_available_bytes=50 * GB)
     with pytest.raises(DoesNotFitError, match=r"needs 61\.3 GiB on each of 2 machines"):
         budget.refuse_offload(_recipe(16, 2, **zero2), task.shapes, poor)
-    need = MemoryNeed(kinds={}, phases={"step": 1}, host=9 * GB)
-    budget.refuse_offloaded_activations(need, _recipe(16, 2).train.processes_per_machine, there)
-    with pytest.raises(DoesNotFitError):
-        budget.refuse_offloaded_activations(need, _recipe(16, 1).train.processes_per_machine, there)
 
 
 def _rows(hardware: str, **train: Any) -> dict[str, Any]:

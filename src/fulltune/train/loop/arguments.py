@@ -172,9 +172,6 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
         # What is forked needs not be pickled, and touches no GPU.
         extra.setdefault("dataloader_multiprocessing_context", "fork")
-    if plan.activation_offloading:
-        name = "activation_checkpointing_kwargs"
-        extra[name] = {**(extra.get(name) or {}), "offload": True}
     if deepspeed.wanted(recipe):
         extra["deepspeed"] = deepspeed.completed(recipe, plan)
     try:

@@ -109,7 +109,7 @@ def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]
 def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Candidate]:
     """torch.compile, where the recipe leaves it open and it can pay; `lacking` says what is missing here."""
     train = recipe.train
-    if train.torch_compile is not None or train.deepspeed_by or train.use_liger_kernel or train.activation_offloading:
+    if train.torch_compile is not None or train.deepspeed_by or train.use_liger_kernel:
         return []
     problem = ""
     if lacking:

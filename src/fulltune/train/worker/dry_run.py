@@ -94,7 +94,7 @@ def _without_trace(trainer: Any, plan: Plan) -> Iterator[tuple[Any, Any]]:
     model, accelerator = trainer.model, trainer.accelerator
     own = {name: model.__dict__[name] for name in _WRAPPED if name in model.__dict__}
     if plan.activation_checkpointing:  # the Trainer does it again when training begins
-        model.activation_checkpointing_enable(**({"offload": True} if plan.activation_offloading else {}))
+        model.activation_checkpointing_enable()
     with same_buffers(model), same_randomness(on_gpu=plan.device == "cuda"):
         # Weights that are shared out already are not to be wrapped once more: as the Trainer does it.
         together = not sharding.is_shared(model)
