@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from evidence import MINILM, data, write_csv
 
-from fulltune.audit.labels import DOUBT, Suspected, suspected
+from fulltune.audit.untouched import DOUBT, Suspected, suspected
 from fulltune.probe.linear import Items
 
 ROWS = 2000

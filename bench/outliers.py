@@ -95,10 +95,6 @@ def cells() -> Iterator[tuple[str, int, str | None, int]]:
             yield from ((base, rows, source, count) for count in PLANTED)
 
 
-def numbers(states: np.ndarray) -> np.ndarray:
-    return np.arange(len(states), dtype=np.uint64)
-
-
 # ---- settling --------------------------------------------------------------------------------------------------
 
 
@@ -127,9 +123,9 @@ FENCES = {
 
 def rounds(states: np.ndarray, count: int, fence: Fence, most: int) -> np.ndarray:
     """What lies beyond a fence, once or again and again without what was found."""
-    far, keys = np.zeros(len(states), bool), numbers(states)
+    far = np.zeros(len(states), bool)
     for _ in range(most):
-        distances, _ = nearest(states, keys, states[~far], keys[~far], count)
+        distances = nearest(states, states[~far], count)
         further = (distances > fence(distances[~far])) & ~far
         if not further.any():
             break
@@ -151,7 +147,7 @@ def settle(folder: Path, seeds: list[int]) -> None:
             states, planted = drawn(sets, base, rows, source, count, seed)
             centre = states - states.mean(axis=0)
             forms = [states, unit(centre), unit(centre / np.maximum(states.std(axis=0), 1e-6))]
-            scores = [nearest(form, numbers(form), form, numbers(form), 10)[0] for form in forms] if count else []
+            scores = [nearest(form, form, 10) for form in forms] if count else []
             precisions = ", ".join(f"{average_precision_score(planted, one):.2f}" for one in scores)
             told = []
             for neighbours in (10, 20):
@@ -173,7 +169,7 @@ def plant(folder: Path, seeds: list[int]) -> None:
         found = []
         for seed in seeds:
             states, planted = drawn(sets, base, rows, source, count, seed)
-            _, far, _, _ = far_out(states, numbers(states))
+            _, far, _, _ = far_out(states)
             found.append((int((far & planted).sum()), int((far & ~planted).sum())))
         right, others = (", ".join(str(one[at]) for one in found) for at in (0, 1))
         print(f"| {rows:,} {base} | {count} {source or ''} | {right if count else ''} | {others} |", flush=True)
@@ -188,7 +184,7 @@ def plant(folder: Path, seeds: list[int]) -> None:
             rest = np.flatnonzero(~np.isin(classes, rare))
             rest = draw.choice(rest, min(len(rest), rows - len(few)), replace=False)
             states = sets.states("banking77")[np.concatenate([few, rest])]
-            _, far, _, _ = far_out(states, numbers(states))
+            _, far, _, _ = far_out(states)
             told.append((int(far[: len(few)].sum()), int(far[len(few) :].sum())))
         print(f"| {rows:,} | {', '.join(str(one) for one, _ in told)} | {', '.join(str(one) for _, one in told)} |")
 
@@ -206,7 +202,7 @@ def real(folder: Path) -> None:
     for name in ("banking77", *SOURCES):
         most = DRAWN if name == "gsm8k questions" else None  # long texts
         texts, states = sets.texts(name, most), sets.states(name, most)
-        distances, far, _, _ = far_out(states, numbers(states))
+        distances, far, _, _ = far_out(states)
         order = [at for at in np.argsort(-distances) if far[at]]
         found = [{"set": name, "text": texts[at], "distance": round(distances[at], 4)} for at in order]
         with (folder / f"{name}.found.jsonl").open("w", encoding="utf-8") as file:
@@ -216,7 +212,7 @@ def real(folder: Path) -> None:
         print(f"| {name} | {len(states):,} | {len(found)} | {told} |", flush=True)
     states = np.concatenate([sets.states(name) for name in ("banking77", "wiki_sentences")])[:20_000]
     began = time.process_time()
-    far_out(states, numbers(states))
+    far_out(states)
     print(f"{len(states):,} rows: {time.process_time() - began:.0f} s of a core")
 
 

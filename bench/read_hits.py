@@ -27,7 +27,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 def main() -> None:
     """Print a line for each file, and one for each set in it."""
-    print("In banking77-labels and wnut17-labels the verdict is on the label: where it is wrong, the check is right.")
+    print("In banking77-labels the verdict is on the label: where it is wrong, the check is right.")
     print("Of outliers the odd ones are right.\n")
     print("| readings | right | unclear | wrong | right, 95 % |\n|---|---:|---:|---:|---:|")
     for file in sorted(READINGS.glob("*.jsonl")):

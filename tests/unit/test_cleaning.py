@@ -188,7 +188,6 @@ def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
 ) -> None:
     found = LabelErrors(
         judged_rows=rows,
-        of_rows=rows,
         agree=0.9,
         suspects=suspects,
         doubtful=0,
@@ -197,7 +196,7 @@ def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
         precision=precision,
         wrong=5.0,
     )
-    told = about_labels(found)
+    told = about_labels(found, rows)
     assert said in told
     assert "45 of these would be among the suspects" in told
     assert ("and in all about" in told) == (suspects == 60)

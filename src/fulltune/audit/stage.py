@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fulltune.audit.labels import Suspected
 from fulltune.audit.languages import OTHER_LANGUAGE, knows_languages, not_told
 from fulltune.audit.repeated import CONFLICT, DUPLICATE, LEAK, NEAR_LEAK, repeated
 from fulltune.audit.rows import (
@@ -26,12 +25,13 @@ from fulltune.audit.rows import (
     next_number,
     with_numbers,
 )
-from fulltune.audit.texts import masked_text, missing
-from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, Reader, judge, outliers
+from fulltune.audit.texts import missing
+from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, Reader, Suspected, judge, outliers
 from fulltune.data.patch import load_patch, numbered
 from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.inference.store import row_id, texts
+from fulltune.probe.linear import NoProbe
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import (
     AUDIT,
@@ -46,9 +46,7 @@ from fulltune.records.audit import (
     RowLoss,
 )
 from fulltune.records.data import DataSummary, SplitName
-from fulltune.tasks import PLACE, Row, Target, task_named
-from fulltune.tasks.labels import label_list
-from fulltune.tasks.tags import strict, words_and_tags
+from fulltune.tasks import PLACE, Target, task_named
 from fulltune.text import counted
 
 LABEL, DOUBT, OUTLIER = "label error", "doubtful label", "outlier"
@@ -58,13 +56,11 @@ VERSION = 3
 _EXAMPLES = 10
 MOST_LOSSES, MOST_LOSS_SHARE = 100, 0.1
 """Rows of a split that are listed for their loss: so many, and at most this share."""
-_SHOWN = 3
-"""Words, or labels, of a row that are named one by one."""
 
 
 def by_model(summary: DataSummary) -> set[str]:
     """Checks for which the untouched model reads the rows; outliers where it reads each row as a whole."""
-    checks = {LABEL} if summary.form.has_classes else set[str]()
+    checks = {LABEL} if summary.form.one_label else set[str]()
     return checks | {OUTLIER} if summary.task in ("text-classification", "image-classification") else checks
 
 
@@ -83,24 +79,23 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
     if rows.has_texts and (why := not_told(seen.heard)) is not None:
         not_run[OTHER_LANGUAGE] = why
-    if OUTLIER in by_model(summary):
-        found, why = _outlying(rows, reader, seen) if reads_rows else (None, NOT_ASKED)
-        if found is not None:
-            made.add(OUTLIER)
-            issues += found
-        if why is not None:
-            not_run[OUTLIER] = why
+    not_run |= dict.fromkeys(by_model(summary) - asked, NOT_ASKED)
+    not_run |= {} if LABEL in by_model(summary) else {LABEL: "only rows with one label each are judged"}
     labels = None
-    if LABEL not in by_model(summary):
-        not_run[LABEL] = "only rows with labels or tags are judged"
-    elif not reads_rows:
-        not_run[LABEL] = NOT_ASKED
-    elif isinstance(judged := judge(reader), str):
-        not_run[LABEL] = judged
-    else:
-        made |= {LABEL, DOUBT}
-        issues += _mislabelled(rows, *judged)
-        labels = _about_labels(rows.target, judged[1], of_rows=seen.counts["train"])
+    try:
+        if OUTLIER in asked:
+            issues += _outlying(rows, reader, seen, not_run)
+            made.add(OUTLIER)
+    except NoProbe as no:
+        not_run[OUTLIER] = str(no)
+    try:
+        if LABEL in asked:
+            positions, judged = judge(reader)
+            issues += _mislabelled(rows, positions, judged)
+            labels = _about_labels(judged)
+            made |= {LABEL, DOUBT}
+    except NoProbe as no:
+        not_run[LABEL] = str(no)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
     found_now = [*with_numbers(rows, seen, issues, decided), *_high_losses(folder, summary)]
@@ -188,83 +183,46 @@ def load_issues(folder: Path) -> list[RowIssue]:
         ) from None
 
 
-def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows) -> tuple[list[RowIssue] | None, str | None]:
-    ends = np.cumsum([seen.counts[split] for split in SPLITS])
-    far = outliers(reader, dict(zip(SPLITS, np.split(np.array(seen.keys, np.uint64), ends[:-1]), strict=True)))
-    if isinstance(far, str):
-        return None, far
+def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows, not_run: dict[str, str]) -> list[RowIssue]:
+    keys = np.array(seen.keys[: seen.counts["train"]], np.uint64)
+    far, usual, left_out = outliers(reader, keys, seen.counts)
     issues: list[RowIssue] = []
-    for split, distances in far.distances.items():
+    for split, distances in far.items():
         for position, row in enumerate(rows.of(split) if distances else ()):
             if (distance := distances.get(position)) is None:
                 continue
             reason = (
                 f"the {NEIGHBOURS} nearest train rows have a mean cosine of {1 - distance:.2f} with it; of three train "
-                f"rows in four at least {1 - far.usual:.2f}"
+                f"rows in four at least {1 - usual:.2f}"
             )
             issues.append(rows.issue(OUTLIER, split, row, reason, score=round(distance, 4)))
-    return issues, f"{counted(far.left_out, 'row')} that were not drawn to be read" if far.left_out else None
-
-
-def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: Suspected) -> list[RowIssue]:
-    target, of_row, issues = rows.target, found.row_of_each, list[RowIssue]()
-    column = target.columns.get("tags" if target.form.tags_words else "label")
-    listed: dict[int, tuple[str, list[int]]] = {}
-    for check, them in ((LABEL, found.suspects), (DOUBT, found.doubtful)):
-        for at in np.flatnonzero(them).tolist():
-            of_check, parts = listed.setdefault(int(positions[of_row[at]]), (check, []))
-            if of_check == check:  # a row with a suspect is not doubtful as well
-                parts.append(at)
-    for position, row in enumerate(rows.of("train")):
-        if position not in listed:
-            continue
-        check, parts = listed[position]
-        reason, value = _proposed(target, row, found, parts)
-        # Of a folder per class the label is no column: such an image can only be left out.
-        remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=value)
-        issues.append(rows.issue(check, "train", row, reason, remedy, -float(found.margins[parts].min())))
+    if left_out:
+        not_run[OUTLIER] = f"{counted(left_out, 'row')} that were not drawn to be read"
     return issues
 
 
-def _proposed(target: Target, row: Row, found: Suspected, parts: Sequence[int]) -> tuple[str, str | list[str]]:
-    """Why a row's label, or its list of them, is doubted, and what would stand in its place."""
-    points, said = [f"by {-100 * float(found.margins[at]):.0f} points of probability" for at in parts], list[str]()
-    if found.places is None:
-        other = target.labels[int(found.other[parts[0]])]
-        return f"'{other}' is likelier, {points[0]}", other
-    places = found.places[parts].tolist()
-    if target.form.tags_words:
-        words, tags = words_and_tags(row, target.columns)
-        for place, other, much in zip(places, found.other[parts].tolist(), points, strict=True):
-            word = masked_text(words[place])
-            said.append(f"word {place + 1} '{word}' is {tags[place]}, {target.labels[other]} is likelier, {much}")
-            tags[place] = target.labels[other]
-        cell, tags = row[target.columns["tags"]], strict(tags)
-        # Beside words between spaces a list would be read otherwise.
-        in_spaces = isinstance(cell, str) and not cell.lstrip().startswith("[")
-        return _joined(said), " ".join(tags) if in_spaces else tags
-    labels = label_list(row[target.columns["label"]])
-    for name, much in zip([target.labels[place] for place in places], points, strict=True):
-        said.append(f"'{name}' is likelier {'wrong' if name in labels else 'missing'}, {much}")
-        labels = [one for one in labels if one != name] if name in labels else [*labels, name]
-    return _joined(said), labels
+def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: Suspected) -> list[RowIssue]:
+    issues, column = list[RowIssue](), rows.target.columns.get("label")
+    checks = {int(positions[at]): (LABEL, at) for at in np.flatnonzero(found.suspects)}
+    checks |= {int(positions[at]): (DOUBT, at) for at in np.flatnonzero(found.doubtful)}
+    for position, row in enumerate(rows.of("train")):
+        if position not in checks:
+            continue
+        check, at = checks[position]
+        other, margin = rows.target.labels[int(found.other[at])], float(found.margins[at])
+        # Of a folder per class the label is no column: such an image can only be left out.
+        remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=other)
+        reason = f"'{other}' is likelier, by {-100 * margin:.0f} points of probability"
+        issues.append(rows.issue(check, "train", row, reason, remedy, -margin))
+    return issues
 
 
-def _joined(said: Sequence[str]) -> str:
-    more = len(said) - _SHOWN
-    return "; ".join(said[:_SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
-
-
-def _about_labels(target: Target, found: Suspected, of_rows: int) -> LabelErrors:
-    of_row = found.row_of_each
-    suspects, doubtful = np.unique(of_row[found.suspects]), np.unique(of_row[found.doubtful])
+def _about_labels(found: Suspected) -> LabelErrors:
     return LabelErrors(
-        judged_rows=len(np.unique(of_row)),
-        of_rows=of_rows,
-        parts=None if found.places is None else "words" if target.form.tags_words else "labels",
+        judged_rows=len(found.margins),
         agree=float((found.margins > 0).mean()),
-        suspects=len(suspects),
-        doubtful=len(np.setdiff1d(doubtful, suspects)),
+        suspects=int(found.suspects.sum()),
+        doubtful=int(found.doubtful.sum()),
         planted=found.planted,
         recall=found.recall,
         precision=found.precision,

@@ -1,10 +1,13 @@
-"""Rows as the untouched model sees them: what that says about their labels, and which are outliers.
+"""Rows as the untouched model sees them: labels that are probably wrong, and rows that are unlike all others.
 
-A row's distance is the mean of 1 - cosine to its nearest train rows, of its mean hidden states (arXiv 2207.03061).
+Labels are judged by linear classifiers on mean hidden states (docs/data.md: how far to trust them); a label's *margin*
+is its probability, by classifiers that did not see its row, less that of the likeliest other one. A row's distance is
+the mean of 1 - cosine to its nearest train rows (arXiv 2207.03061).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,34 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 from fulltune import plan, probe
-from fulltune.audit.labels import Suspected, suspected, suspected_parts, word_shapes
 from fulltune.inference.run import Share
-from fulltune.inference.store import Rows, texts
+from fulltune.inference.store import Rows
 from fulltune.models.base import Base, opened
 from fulltune.models.load import load
 from fulltune.probe.features import sampled
-from fulltune.probe.linear import Items, NoProbe
+from fulltune.probe.linear import FOLDS, MIDDLE, Items, NoProbe, fits
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.events import Listener, RowsRead
 from fulltune.system import hardware
 from fulltune.system.memory import is_out_of_memory
 from fulltune.tasks import Target, task_named
-from fulltune.tasks.tags import words_and_tags
-from fulltune.tasks.token_classification import seen_words
 
 BATCH = 32
 OUT_OF_MEMORY = "memory ran out while the untouched model read the rows"
-NEIGHBOURS = 20
-SPREADS = 2.5
-"""Between the quartiles: so many of them the fence lies above the upper one (Tukey 1977: 1.5, and 3 for far out)."""
-LEAST_TEXTS = 200
-MOST_FAR = 0.1
-"""Share of the texts that may be far from the others: where more are, the rows are of several kinds."""
-_ROUNDS = 10
-_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,6 @@ class Reader:
             watch=lambda done, total, share: self.listener(
                 RowsRead(name="reading rows with the untouched model", done=done, total=total, share=share)
             ),
-            middle=target.form.tags_words,  # see bench/part_noise.py
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
@@ -96,8 +88,6 @@ class Reader:
             rows = opened(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()
             width = getattr(config, "hidden_size", None) or 0  # none: convolutions
-            if self.extractor.kind == "tags":
-                width = -(-width // 2)  # one vector of each word is kept, where `sampled` reckons with two
             chosen = sampled(rows, self.extractor.kind, self.extractor.target.num_choices, width)
             found = self.extractor.features(chosen, None)
         except Exception as error:
@@ -110,120 +100,222 @@ class Reader:
         return self.extractor.items(found.mean, found), positions
 
 
-def judge(reader: Reader) -> tuple[np.ndarray, Suspected] | str:
-    """Positions of the train rows that were judged, and what is known of their labels; or why they cannot be judged."""
-    try:
-        items, positions = reader.items("train")
-        match items.kind:
-            case "tags":
-                items, numbers = with_shapes(reader, items, positions)
-                found = suspected_parts(items)
-                places = np.concatenate([numbers[row] for row in np.unique(found.row_of_each)])
-                return positions, replace(found, places=places)
-            case "multi_label":
-                return positions, suspected_parts(items)
-            case _:
-                return positions, suspected(items)
-    except NoProbe as no:
-        return str(no)
+# ---- labels that are probably wrong --------------------------------------------------------------------------------
 
-
-def with_shapes(reader: Reader, items: Items, positions: np.ndarray) -> tuple[Items, list[np.ndarray]]:
-    """The words, described also by how they are written; and their numbers in each row: some have no token."""
-    folder, columns, wanted = reader.folder / "train", reader.extractor.target.columns, {*positions.tolist()}
-    prepared = Rows(folder)
-    numbers = [seen_words(prepared[position]) for position in positions.tolist()]
-    sentences = (words_and_tags(row, columns)[0] for at, row in enumerate(texts(folder)) if at in wanted)
-    words = [sentence[at] for sentence, seen in zip(sentences, numbers, strict=True) for at in seen]
-    features = np.concatenate([items.features, word_shapes(words, items.rows)], axis=1)
-    return replace(items, features=features), numbers
+PRECISION = 0.75
+"""Wanted of the suspects; on rows with known errors it was about that (docs/log.md)."""
+PLANTED_SHARE, PLANTED, MOST_REPEATED = 0.05, 200, 5
+"""Of the rows are given a wrong label at a time, again until there are so many, or so often."""
+SURE = (0.25, 0.5)
+"""Shares of the planted errors below margins below which right labels hardly lie."""
+LEAST_ROWS, LEAST_OF_A_CLASS = 100, 3
+MOST_OTHER = 0.5
+"""Share of the rows that the first round may leave out."""
+DOUBT = -0.5
+"""Rows with a smaller margin are doubtful, and shown to be reviewed."""
+NOT_TOLD_APART = "the untouched model's features do not tell the classes apart"
 
 
 @dataclass(frozen=True)
-class FarRows:
-    """What a look for outliers found."""
+class Suspected:
+    """What is known of each row's label, and how good that is."""
 
-    distances: Mapping[SplitName, Mapping[int, float]]
-    """Split to the position of each such row to its distance from the nearest train rows."""
-    usual: float
-    """Distance that three texts in four do not exceed, outliers left out."""
-    left_out: int
-    """Rows that were not read: of each split some are drawn at random where they are many."""
+    margins: np.ndarray
+    """float64 [rows]; at most 1, and the lower, the less likely the label."""
+    other: np.ndarray
+    """The likeliest other class [rows]."""
+    cut: float
+    """Rows with a smaller margin are suspects."""
+    planted: int
+    recall: float
+    """Share of the planted errors below the cut."""
+    precision: float
+    """As estimated; 0 where nothing is suspected."""
+    wrong: float
+    """Estimated number of wrong labels: a cautious guess, one standard error lower than it would be."""
+
+    @property
+    def suspects(self) -> np.ndarray:
+        """bool [rows]."""
+        return self.margins < self.cut
+
+    @property
+    def doubtful(self) -> np.ndarray:
+        """Further rows with another label that is clearly likelier: bool [rows]."""
+        return (self.margins < DOUBT) & ~self.suspects
 
 
-def outliers(reader: Reader, keys: Mapping[SplitName, np.ndarray]) -> FarRows | str:
-    """Rows far from all train rows, or why nothing can be said; `keys` has a number of each row's text or image."""
-    try:
-        return _outliers(reader, keys)
-    except NoProbe as no:
-        return str(no)
-
-
-def _outliers(reader: Reader, keys: Mapping[SplitName, np.ndarray]) -> FarRows:
+def judge(reader: Reader) -> tuple[np.ndarray, Suspected]:
+    """Positions of the train rows that were judged, and what is known of their labels; raises `NoProbe`."""
     items, positions = reader.items("train")
-    train_keys = keys["train"][positions]
-    different, first, inverse = np.unique(train_keys, return_index=True, return_inverse=True)
+    return positions, suspected(items)
+
+
+def suspected(items: Items) -> Suspected:
+    """Judge the label of each row; raises `NoProbe` when there are too few rows, or nothing can be fitted."""
+    labels = items.labels.astype(np.int64)
+    counts = np.bincount(labels, minlength=items.num_outputs)
+    if len(labels) < LEAST_ROWS or np.count_nonzero(counts >= LEAST_OF_A_CLASS) < 2:
+        raise NoProbe(
+            f"labels cannot be judged by {len(labels):,} rows: that takes at least {LEAST_ROWS}, and two classes with "
+            f"at least {LEAST_OF_A_CLASS} rows each"
+        )
+    found = _in_two_rounds(items)
+    margins, other = margins_of(found, labels)
+    planted = _planted(items, found, margins)
+    chance = float(((counts / len(labels)) ** 2).sum())
+    if not len(planted) or (margins > 0).mean() < chance + 2 * math.sqrt(chance / len(labels)):
+        raise NoProbe(NOT_TOLD_APART)
+    cut, recall, precision, wrong = calibrated(margins, planted)
+    return Suspected(margins, other, cut, len(planted), recall, precision, wrong)
+
+
+def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
+    """Where to cut, by the margins of rows and planted errors: margin, recall, precision, and estimated errors."""
+    margins, planted = np.sort(margins), np.sort(planted)
+    wrong = max(_at_least(margins, planted, share) for share in SURE)
+    cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
+    for cut in cuts:
+        suspects, recall = int(np.searchsorted(margins, cut)), float(np.searchsorted(planted, cut)) / len(planted)
+        precision = min(1.0, wrong * recall / max(1, suspects))
+        if suspects and precision >= PRECISION:
+            return float(cut), recall, precision, wrong
+    return -math.inf, 0.0, 0.0, wrong
+
+
+def _at_least(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
+    """Errors, by what lies where this share of the planted ones lies; sorted margins, one standard error cautious."""
+    surely = int(np.searchsorted(margins, np.quantile(planted, share)))
+    # A number of rows and a share of what is planted: both are counted, and vary as counts do.
+    error = math.sqrt(1 / max(1, surely) + (1 - share) / (share * len(planted)))
+    return surely / share * max(0.0, 1 - error)
+
+
+def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
+    """The margins of rows that were given a wrong label, drawn from what the classifiers would mistake them for."""
+    good = np.flatnonzero(margins > 0)
+    if len(good) < 2 * PLANTED_SHARE * len(margins):
+        return np.zeros(0)
+    labels = items.labels.astype(np.int64)
+    count = max(1, round(PLANTED_SHARE * len(labels)))
+    others = probabilities + np.finfo(float).tiny  # one class may have all of it
+    others[np.arange(len(labels)), labels] = 0.0
+    found = []
+    for seed in range(min(MOST_REPEATED, -(-PLANTED // count))):
+        drawn = np.random.default_rng(seed)
+        chosen = drawn.choice(good, count, replace=False)
+        given = labels.copy()
+        up_to = np.cumsum(others[chosen], axis=1)
+        given[chosen] = (up_to <= drawn.random((count, 1)) * up_to[:, -1:]).sum(axis=1)
+        changed = replace(items, labels=given)
+        found.append(margins_of(_in_two_rounds(changed), given)[0][chosen])
+    return np.concatenate(found)
+
+
+def _in_two_rounds(items: Items) -> np.ndarray:
+    """Probabilities of the classes, for each row from classifiers that did not see it: float64 [rows, classes]."""
+    first = out_of_fold(items, np.ones(len(items.labels), bool), 0)
+    other = _confidently_other(first, items.labels.astype(np.int64))
+    if other.mean() > MOST_OTHER:
+        raise NoProbe(NOT_TOLD_APART)
+    return out_of_fold(items, ~other, 1)
+
+
+def out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
+    """Probabilities by classifiers that did not see the row, of the `learned` ones: float64 [rows, classes]."""
+    fold = np.random.default_rng(seed).permutation(len(items.rows)) % FOLDS
+    found = np.zeros((len(items.rows), items.num_outputs))
+    for number in range(FOLDS):
+        # Classes of few rows, or a fold without some, are no reason to judge nothing.
+        [(_, classifier)] = fits(items.part((fold != number) & learned), strengths=(MIDDLE,))
+        found[fold == number] = softmax(classifier(items.features[fold == number]).astype(np.float64), axis=1)
+    return found
+
+
+def _confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether another class is as likely as its own rows have it on average, and the likeliest such: bool [rows]."""
+    rows = np.arange(len(labels))
+    counts = np.bincount(labels, minlength=probabilities.shape[1])
+    sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
+    usual = np.where(counts > 0, sums / np.maximum(1, counts), np.inf)
+    confident = np.where(probabilities >= usual, probabilities, -1.0)
+    return (confident.max(axis=1) >= 0) & (confident.argmax(axis=1) != labels)
+
+
+def margins_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row's label, and the likeliest other class."""
+    rows, others = np.arange(len(labels)), probabilities.copy()
+    others[rows, labels] = -1.0
+    other = others.argmax(axis=1)
+    return probabilities[rows, labels] - others[rows, other], other
+
+
+# ---- outliers ------------------------------------------------------------------------------------------------------
+
+NEIGHBOURS = 20
+SPREADS = 2.5
+"""Between the quartiles: so many of them the fence lies above the upper one (Tukey 1977: 1.5, and 3 for far out)."""
+LEAST_TEXTS = 200
+MOST_FAR = 0.1
+"""Share of the texts that may be far from the others: where more are, the rows are of several kinds."""
+_ROUNDS = 10
+_SAME = 1e-8
+"""Square of the distance below which two vectors are of one text."""
+
+
+def outliers(
+    reader: Reader, train_keys: np.ndarray, counts: Mapping[SplitName, int]
+) -> tuple[dict[SplitName, dict[int, float]], float, int]:
+    """Rows far from all train rows; raises `NoProbe` where nothing can be told.
+
+    Args:
+        train_keys: A number of each train row's text or image: the same one counts once.
+
+    Returns:
+        Each split's positions of such rows with their distance, the distance that three train rows in four do not
+        exceed, and how many rows were not drawn to be read.
+    """
+    items, positions = reader.items("train")
+    different, first, inverse = np.unique(train_keys[positions], return_index=True, return_inverse=True)
     if len(different) < LEAST_TEXTS:
         raise NoProbe(
             f"{len(different):,} different texts or images in train are too few: expected at least {LEAST_TEXTS}"
         )
     states = items.features[first]
-    distances, is_far, usual, fence = far_out(states, different)
+    distances, is_far, usual, fence = far_out(states)
     if is_far.mean() > MOST_FAR:
         raise NoProbe(f"{is_far.mean():.0%} of the train rows are far from the others: these are of several kinds")
-    left_out = len(keys["train"]) - len(positions)
+    left_out = counts["train"] - len(positions)
     found: dict[SplitName, dict[int, float]] = {
-        "train": {
-            int(position): float(distances[at]) for position, at in zip(positions, inverse, strict=True) if is_far[at]
-        }
+        "train": {int(positions[at]): float(distances[of]) for at, of in enumerate(inverse) if is_far[of]}
     }
-    for split in ("eval", "test"):
-        if split not in keys or not len(keys[split]):
-            continue
+    for split in (one for one in ("eval", "test") if counts.get(one)):
         held_out, places = reader.items(split)
-        left_out += len(keys[split]) - len(places)
-        theirs, _ = nearest(held_out.features, keys[split][places], states[~is_far], different[~is_far])
+        left_out += counts[split] - len(places)
+        theirs = nearest(held_out.features, states[~is_far])
         found[split] = {int(places[at]): float(theirs[at]) for at in np.flatnonzero(theirs > fence)}
-    return FarRows(found, usual, left_out)
+    return found, usual, left_out
 
 
-def far_out(states: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+def far_out(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
     """The rows' distances, whether each is far out, the upper quartile of those that are not, and the fence."""
-    distances, neighbours = nearest(states, keys, states, keys)
     is_far = np.zeros(len(states), bool)
     for _ in range(_ROUNDS):
+        distances = nearest(states, states[~is_far])
         lower, upper = np.quantile(distances[~is_far], [0.25, 0.75])
         fence = float(upper + SPREADS * (upper - lower))
         further = (distances > fence) & ~is_far
         is_far |= further
         if not further.any() or is_far.mean() > MOST_FAR:
             break
-        changed, kept = np.flatnonzero(further[neighbours].any(axis=1)), np.flatnonzero(~is_far)
-        distances[changed], places = nearest(states[changed], keys[changed], states[kept], keys[kept])
-        neighbours[changed] = kept[places]
     return distances, is_far, float(upper), fence
 
 
-def nearest(
-    states: np.ndarray,
-    keys: np.ndarray,
-    others: np.ndarray,
-    other_keys: np.ndarray,
-    count: int = NEIGHBOURS,
-    rows_at_once: int = _ROWS_AT_ONCE,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of 1 - cosine to the nearest `count` of the rows with other keys, float64 [rows]; and these rows' places."""
-    distances, places = np.zeros(len(states)), np.zeros((len(states), count), np.int64)
-    for start in range(0, len(states), rows_at_once):
-        part = slice(start, start + rows_at_once)
-        best = np.full((len(states[part]), count), -np.inf, np.float32)
-        at = np.zeros(best.shape, np.int64)
-        for first in range(0, len(others), rows_at_once):
-            cosines = states[part] @ others[first : first + rows_at_once].T
-            cosines[keys[part, None] == other_keys[None, first : first + rows_at_once]] = -np.inf
-            both = np.concatenate([best, cosines], axis=1)
-            of_both = np.concatenate([at, np.broadcast_to(first + np.arange(cosines.shape[1]), cosines.shape)], axis=1)
-            chosen = np.argpartition(both, -count, axis=1)[:, -count:]
-            best, at = np.take_along_axis(both, chosen, axis=1), np.take_along_axis(of_both, chosen, axis=1)
-        distances[part], places[part] = 1.0 - best.mean(axis=1, dtype=np.float64), at
-    return distances, places
+def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
+    """Mean of 1 - cosine to the nearest `count` of the others, one that is the same aside: float64 [rows]."""
+    from sklearn.neighbors import NearestNeighbors
+
+    search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)
+    squares = search.kneighbors(states)[0]  # of vectors of length 1 twice 1 - cosine
+    is_same = squares[:, :1] < _SAME
+    return np.where(is_same, squares[:, 1:], squares[:, :-1]).mean(axis=1) / 2

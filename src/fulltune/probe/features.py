@@ -37,8 +37,8 @@ class Features:
     dense: np.ndarray | None
     """What its dense layer reads; None: it has none."""
     mean: np.ndarray | None
-    """Mean of the last hidden states (`middle`: of those in the middle) over tokens, scaled to length 1; None: an item
-    is a token itself, or the body gives fewer states than there are tokens."""
+    """Mean of the last hidden states over tokens, scaled to length 1; None: an item is a token itself, or the body has
+    fewer states than there are tokens."""
     labels: np.ndarray
     """Class or number [items]; 0 or 1 for each label [items, labels]; of a choice whether it is right [items]; of a
     token whether the answer begins and ends there [items, 2]."""
@@ -64,8 +64,6 @@ class Extractor:
     separators: frozenset[int] = frozenset()
     """Around the texts of a pair; empty: rows are no pairs."""
     watch: Watch = lambda done, total, share: None
-    middle: bool = False
-    """Whether states are those of the layer in the middle, not of the last one."""
 
     @property
     def task(self) -> Task:
@@ -112,7 +110,7 @@ class Extractor:
                 chosen = [rows[i] for i in positions]
                 batch, labels = self._collated(chosen)
                 with torch.no_grad(), autocast(model, self.precision):
-                    seen = see(model, layers, batch, self.middle)
+                    seen = see(model, layers, batch)
                     found = _of_items(seen, batch, labels, chosen, self.kind, np.asarray(positions))
                     if apart and self.separators and found.mean is not None:
                         found = replace(found, apart=self._apart(chosen))

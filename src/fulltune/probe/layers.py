@@ -87,15 +87,15 @@ class Seen:
     """What a pass of a batch showed, float32 [..., hidden]."""
 
     hidden: torch.Tensor
-    """The body's last hidden states, or those of its middle layer."""
+    """The body's last hidden states."""
     last: torch.Tensor | None = None
     """What the last layer reads for each vector of logits; None: it was not looked at."""
     dense: torch.Tensor | None = None
     """What the dense layer reads, in the same places."""
 
 
-def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor], middle: bool = False) -> Seen:
-    """Run a batch without labels, and keep what the head's layers read; `middle`: states of the middle layer.
+def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> Seen:
+    """Run a batch without labels, and keep what the head's layers read.
 
     Raises:
         NoProbe: When the logits are not those of the last layer, or the body is not to be seen.
@@ -114,18 +114,13 @@ def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
 
     hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
     try:
-        outputs = model(**batch, output_hidden_states=True) if middle else model(**batch)
+        outputs = model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
     if len(read["body"]) != 1:
         raise NoProbe(f"{type(model).__name__} does not run its body once")
     [hidden] = read["body"]
-    if middle:
-        states = outputs.get("hidden_states") or ()
-        if not states or states[len(states) // 2].shape != hidden.shape:
-            raise NoProbe(f"{type(model).__name__} does not show what is between its layers")
-        hidden = states[len(states) // 2].float()
     if layers is None:
         return Seen(hidden)
     logits = logits_of(outputs).float()

@@ -88,23 +88,19 @@ class LabelErrors(Record):
     """
 
     judged_rows: int
-    of_rows: int
-    parts: Literal["words", "labels"] | None = None
-    """Of what each is judged, where a row has several; None: a row has one label."""
     agree: float
     """Share of the labels that are the likeliest ones."""
     suspects: int
     doubtful: int
     """Further rows with another label that is clearly likelier; how often it is right, nothing tells."""
     planted: int
-    """Rows that were given a wrong label on purpose (one label too many; entities whose tags were taken away), in all
-    repetitions."""
+    """Rows that were given a wrong label on purpose, in all repetitions."""
     recall: float
     """Share of these that would be suspects."""
     precision: float
     """Share of the suspects whose label is wrong, as far as the planted ones tell."""
     wrong: float
-    """Estimated number of judged rows with such an error."""
+    """Estimated number of judged rows with a wrong label."""
 
 
 class RowLoss(Record):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.audit.labels import DOUBT, Suspected, calibrated, suspected
+from fulltune.audit.untouched import DOUBT, Suspected, calibrated, suspected
 from fulltune.probe.linear import Items, NoProbe
 
 CLASSES, WIDTH = 6, 12

@@ -18,7 +18,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit, Remedy, RowDecision
 from fulltune.records.data import DataSummary
 from fulltune.tasks import PLACE
-from tests.unit.audit.test_stage import CLEAN, audited, prepared
+from tests.unit.audit.test_stage import CLEAN, audited, cannot, prepared
 
 
 def looked_at(folder: Path, rows: Sequence[Mapping[str, Any]], *task: str, **settings: Any) -> Any:
@@ -69,7 +69,7 @@ def test_another_audit_of_the_same_rows_keeps_the_list(tmp_path: Path) -> None:
     recipe, summary = looked_at(tmp_path, [CLEAN[0], *CLEAN])
     _, issues = listed(tmp_path, recipe, summary, train=counts(summary.splits["train"].rows, p3=4.0))
     folder = tmp_path / "data"
-    found, _ = audited(tmp_path, summary, lambda: "asked now")
+    found, _ = audited(tmp_path, summary, lambda: cannot("asked now"))
     assert found.not_run["label error"] == "asked now"
     assert found.checks[-1].check == "high loss"
     assert [one.model_dump() for one in stage.load_issues(folder) if one.check == "high loss"] == issues

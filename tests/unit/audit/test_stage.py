@@ -15,13 +15,13 @@ import pytest
 
 from fulltune import data
 from fulltune.audit import stage
-from fulltune.audit.labels import Suspected
 from fulltune.audit.stage import load_issues
-from fulltune.audit.untouched import FarRows, Reader
+from fulltune.audit.untouched import Reader, Suspected
 from fulltune.data.near import grams, jaccard
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import load_texts, row_id
+from fulltune.probe.linear import NoProbe
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
@@ -51,6 +51,10 @@ def prepared(
     return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, limits)
 
 
+def cannot(why: str) -> Any:
+    raise NoProbe(why)
+
+
 def audited(
     folder: Path, summary: DataSummary, judge: Any = None, outlie: Any = None
 ) -> tuple[Audit, dict[str, list[RowIssue]]]:
@@ -58,8 +62,8 @@ def audited(
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
     reader = Reader(recipe, None, summary, folder / "data", lambda event: None)  # type: ignore[arg-type]  # reads nothing
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "judge", lambda reader: judge() if judge else "not asked")
-        patch.setattr(stage, "outliers", lambda reader, keys: outlie(keys) if outlie else "not asked")
+        patch.setattr(stage, "judge", lambda reader: judge() if judge else cannot("not asked"))
+        patch.setattr(stage, "outliers", lambda reader, *of: outlie(*of) if outlie else cannot("not asked"))
         found = stage.audit(reader, judge is not None or outlie is not None)
     issues: dict[str, list[RowIssue]] = {}
     for one in load_issues(folder / "data"):
@@ -143,9 +147,9 @@ def test_near_leaks_are_counted_and_not_estimated(tmp_path: Path) -> None:
 def test_outliers_of_each_split_are_listed_the_farthest_first(tmp_path: Path) -> None:
     summary, asked = prepared(tmp_path, CLEAN), list[Any]()
 
-    def outlie(keys: Any) -> FarRows:
-        asked.append(keys)
-        return FarRows({"train": {2: 0.6, 5: 0.81234}, "test": {1: 0.7}}, 0.3, 4)
+    def outlie(keys: Any, counts: Any) -> Any:
+        asked.append((keys, dict(counts)))
+        return {"train": {2: 0.6, 5: 0.81234}, "test": {1: 0.7}}, 0.3, 4
 
     found, issues = audited(tmp_path, summary, outlie=outlie)
     train, test = (load_texts(tmp_path / "data" / split) for split in ("train", "test"))
@@ -155,16 +159,18 @@ def test_outliers_of_each_split_are_listed_the_farthest_first(tmp_path: Path) ->
     assert "0.19" in first.reason
     assert "0.70" in first.reason
     assert "4 rows" in found.not_run["outlier"]
-    [keys] = asked
-    assert {split: len(numbers) for split, numbers in keys.items()} == found.rows
-    assert len(set(np.concatenate(list(keys.values())).tolist())) == len({row["text"] for row in CLEAN})
+    [(keys, counts)] = asked
+    assert counts == found.rows
+    assert len(set(keys.tolist())) == len({row["text"] for row in train})
 
 
 def test_outliers_that_cannot_be_told_or_were_not_asked_for_are_said(tmp_path: Path) -> None:
     summary = prepared(tmp_path, CLEAN)
     found, _ = audited(tmp_path, summary)
     assert found.not_run["outlier"] == "left out by --no-labels"
-    found, _ = audited(tmp_path, summary, outlie=lambda keys: "too few")  # looked at again: it was not asked before
+    found, _ = audited(
+        tmp_path, summary, outlie=lambda *of: cannot("too few")
+    )  # looked at again: it was not asked before
     assert found.not_run["outlier"] == "too few"
     assert "outlier" not in found.clean
 
@@ -183,74 +189,8 @@ def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
     assert (found.labels.suspects, found.labels.doubtful, found.labels.planted) == (2, 1, 20)
 
 
-def tagged(count: int) -> list[dict[str, Any]]:
-    tags = ["O", "B-per", "I-per", "O"]
-    return [{"tokens": ["ask", "Ann", "Lee", str(at)], "tags": tags if at % 2 else ["O"] * 4} for at in range(count)]
-
-
-@pytest.mark.parametrize("in_spaces", [False, True])
-def test_suspected_words_are_named_and_their_row_gets_a_whole_list_of_tags(tmp_path: Path, in_spaces: bool) -> None:
-    rows: list[dict[str, Any]] = tagged(40)
-    if in_spaces:
-        rows = [{name: " ".join(cell) for name, cell in row.items()} for row in rows]
-    summary = prepared(tmp_path, rows, "token-classification")
-    train = load_texts(tmp_path / "data" / "train")
-    empty = [at for at, row in enumerate(train) if "B-per" not in row["tags"]]
-    row_of_each, place = np.repeat(np.arange(len(train)), 4), np.tile(np.arange(4), len(train))
-    margins, other = np.ones(len(row_of_each)), np.zeros(len(row_of_each), int)
-    number = {name: at for at, name in enumerate(summary.labels)}
-    for row, word, margin, tag in (
-        (0, 1, -0.9, "I-per"),
-        (0, 2, -0.85, "I-per"),
-        (0, 3, -0.6, "B-per"),
-        (1, 1, -0.6, "B-per"),
-    ):
-        margins[4 * empty[row] + word], other[4 * empty[row] + word] = margin, number[tag]
-    judged = Suspected(margins, other, -0.8, 20, 0.5, 0.8, 3.0, rows=row_of_each, places=place)
-    found, issues = audited(tmp_path, summary, lambda: (np.arange(len(train)), judged))
-    [error], [doubt] = issues["label error"], issues["doubtful label"]
-    assert (error.row, doubt.row) == (row_id(train[empty[0]]), row_id(train[empty[1]]))
-    assert error.reason == (
-        "word 2 'Ann' is O, I-per is likelier, by 90 points of probability; "
-        "word 3 'Lee' is O, I-per is likelier, by 85 points of probability"
-    )
-    whole = ["O", "B-per", "I-per", "O"]  # an entity begins with B-
-    assert error.remedy == Remedy(action="replace", column="tags", value=" ".join(whole) if in_spaces else whole)
-    assert found.labels is not None
-    assert (found.labels.parts, found.labels.suspects, found.labels.doubtful) == ("words", 1, 1)
-    # As a patch it gives a row that is read as before.
-    save_patch(tmp_path / "patch.jsonl", [error.decided(error.remedy)])
-    (tmp_path / "again").mkdir()
-    prepared(tmp_path / "again", rows, "token-classification", patch=str(tmp_path / "patch.jsonl"))
-    again = [row for split in ("train", "eval", "test") for row in load_texts(tmp_path / "again" / "data" / split)]
-    assert sum("B-per" in row["tags"] for row in again) == 21
-
-
-def test_a_suspected_list_of_labels_is_replaced_by_another_list(tmp_path: Path) -> None:
-    rows = [{"text": f"text number {at}", "label": [["a", "b"], ["b"], ["c"]][at % 3]} for at in range(60)]
-    summary = prepared(tmp_path, rows)
-    assert summary.problem_type == "multi_label"
-    train = load_texts(tmp_path / "data" / "train")
-    two, one = ([at for at, row in enumerate(train) if row["label"] == label] for label in (["a", "b"], ["c"]))
-    margins = np.ones(3 * len(train))
-    margins[3 * two[0] + 1], margins[3 * one[0] + 0] = -0.9, -0.6
-    judged = Suspected(
-        *(margins, np.zeros(len(margins), int), -0.8, 20, 0.5, 0.8, 3.0),
-        rows=np.repeat(np.arange(len(train)), 3),
-        places=np.tile(np.arange(3), len(train)),
-    )
-    found, issues = audited(tmp_path, summary, lambda: (np.arange(len(train)), judged))
-    [error], [doubt] = issues["label error"], issues["doubtful label"]
-    assert (error.row, error.reason) == (row_id(train[two[0]]), "'b' is likelier wrong, by 90 points of probability")
-    assert error.remedy == Remedy(action="replace", column="label", value=["a"])
-    assert doubt.reason == "'a' is likelier missing, by 60 points of probability"
-    assert doubt.remedy == Remedy(action="replace", column="label", value=["c", "a"])
-    assert found.labels is not None
-    assert found.labels.parts == "labels"
-
-
 def test_labels_that_cannot_be_judged_are_said_to_be(tmp_path: Path) -> None:
-    found, _ = audited(tmp_path, prepared(tmp_path, CLEAN), lambda: "too few rows")
+    found, _ = audited(tmp_path, prepared(tmp_path, CLEAN), lambda: cannot("too few rows"))
     assert found.not_run["label error"] == "too few rows"
     assert "label error" not in found.clean
 
@@ -262,9 +202,9 @@ def test_same_rows_are_looked_at_once_and_give_the_same_bytes(tmp_path: Path) ->
     issues = (tmp_path / "data" / "issues.jsonl").read_bytes()
     calls: list[int] = []
 
-    def judge() -> str:
+    def judge() -> Any:
         calls.append(1)
-        return "asked"
+        cannot("asked")
 
     found, _ = audited(tmp_path, summary)
     assert found.not_run["label error"] == "left out by --no-labels"

@@ -37,7 +37,6 @@ _FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
 _MOST_LANGUAGES = 6
 _LEAST_SHARE = 0.001
 """Of all rows, for a language to have a line of its own."""
-_WRONG = {None: "labels", "words": "rows with a missed entity", "labels": "rows with a label too many"}
 _ABOUT = {
     "label error": "Train rows whose label is probably wrong; how far to trust that stands above.",
     "doubtful label": "Train rows with another label that is clearly likelier. Read some before you change any.",
@@ -127,7 +126,7 @@ def _found(audit: Audit) -> Section:
     if audit.clean:
         blocks.append(Paragraph(f"Looked for, and not found: {', '.join(audit.clean)}."))
     if audit.labels is not None:
-        blocks.append(Paragraph(about_labels(audit.labels)))
+        blocks.append(Paragraph(about_labels(audit.labels, audit.rows["train"])))
     blocks += [_languages(one) for one in audit.languages if one.main]
     if audit.not_run:
         said = tuple(words.clipped(f"{check}: {why}", 300) for check, why in audit.not_run.items())
@@ -156,21 +155,13 @@ def _languages(found: Languages) -> Table:
     return Table(caption, ("language", *known), rows, frozenset(range(1, 1 + len(known))))
 
 
-def about_labels(found: LabelErrors) -> str:
+def about_labels(found: LabelErrors, of_rows: int) -> str:
     """How far the suspicion about labels can be trusted, by wrong labels that were planted."""
-    some = "" if found.judged_rows == found.of_rows else f" of {found.of_rows:,}, drawn at random"
-    judged = {None: "Labels", "words": "The words' tags", "labels": "All labels"}[found.parts]
-    # Of a word or of one of several labels, nearly all are as expected: that says nothing.
-    agree = f"; they agree with {format_percent(found.agree)} of them" if found.parts is None else ""
-    planted = {
-        None: f"{counted(found.planted, 'row')} were given a wrong label on purpose",
-        "words": f"the tags of {counted(found.planted, 'entity', 'entities')} were taken away on purpose",
-        "labels": f"{counted(found.planted, 'row')} were given any label too many on purpose (one that is easily "
-        "mistaken for a right one is found far more rarely)",
-    }[found.parts]
+    some = "" if found.judged_rows == of_rows else f" of {of_rows:,}, drawn at random"
     told = (
-        f"{judged} of {found.judged_rows:,} train rows{some} were judged by linear classifiers on the untouched model, "
-        f"each row by one that did not see it{agree}. How good that is was measured: {planted}."
+        f"Labels of {found.judged_rows:,} train rows{some} were judged by linear classifiers on the untouched model, "
+        f"each row by one that did not see it; they agree with {format_percent(found.agree)} of them. How good that is "
+        f"was measured: {counted(found.planted, 'row')} were given a wrong label on purpose."
     )
     doubt = (
         f" {counted(found.doubtful, 'further row' if found.suspects else 'row')} have another label that is clearly "
@@ -190,7 +181,7 @@ def about_labels(found: LabelErrors) -> str:
     least, most = (max(0.0, min(1.0, found.precision + one)) * found.suspects for one in (-error, error))
     return (
         f"{told} about {found.precision:.0%} are wrong, by the same measure (between {least:,.0f} and {most:,.0f}), "
-        f"and in all about {round(min(found.wrong, found.suspects / found.recall)):,} {_WRONG[found.parts]}.{doubt}"
+        f"and in all about {round(min(found.wrong, found.suspects / found.recall)):,} labels.{doubt}"
     )
 
 
