@@ -28,7 +28,7 @@ from fulltune.records.audit import Remedy, RowIssue
 from fulltune.records.data import SplitName
 from fulltune.records.events import Listener, RowsPrepared
 from fulltune.tasks import PLACE, Row, Target, Task, chat
-from fulltune.tasks.columns import as_text, normalised
+from fulltune.tasks.columns import as_text, normalised, parsed
 
 CHAT_FAULT, CLASS_NAMES = "chat fault", "class names"
 SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
@@ -194,7 +194,7 @@ def next_number(times: Counter[tuple[str, str]], row: tuple[str, str], dropped: 
 
 def _chat_issues(rows: AuditedRows, split: SplitName, row: Row) -> list[RowIssue]:
     columns = rows.target.columns
-    tools = chat.parsed(row.get(columns["tools"])) if "tools" in columns else None
+    tools = parsed(row.get(columns["tools"])) if "tools" in columns else None
     turns = chat.clean(row[columns["messages"]])
     if not chat_faults(turns, tools):
         return []

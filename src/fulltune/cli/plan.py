@@ -14,6 +14,7 @@ from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
 from fulltune.recipe.data import rows_per_epoch
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
+from fulltune.recipe.rules import form_of
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, MixedSummary, SplitSummary
 from fulltune.records.plan import Plan
@@ -248,7 +249,7 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     """A summary of so many rows of so many tokens: what the data stage would make of them."""
     from fulltune.tasks import Target
 
-    data, given = recipe.data, recipe.data.problem_type
+    data, form = recipe.data, form_of(recipe)
     length = min(tokens, data.max_length or tokens)
     held_out = {
         "eval": 0 if data.eval else min(2000, round(rows * data.eval_fraction)),
@@ -271,7 +272,7 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     splits: Any = {name: of_rows(number) for name, number in counts.items()}
     weights = [one.weight for one in data.mixed_files]
     labels = ("a", "b") if recipe.task.endswith("classification") else ()
-    target = Target(FACTS[recipe.task].types[0] if given == "auto" else given, {}, labels, num_choices=choices)
+    target = Target(form.name if form else FACTS[recipe.task].types[0], {}, labels, num_choices=choices)
     mixed = tuple(
         MixedSummary(where="", weight=weight, rows_per_epoch=number, kind=target.form.kind, counts=of_rows(number))
         for weight, number in zip(weights, rows_per_epoch(rows, weights), strict=True)

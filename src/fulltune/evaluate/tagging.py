@@ -13,7 +13,7 @@ import numpy as np
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.inference import store
 from fulltune.stats.bootstrap import Resampled
-from fulltune.tasks import tags, token_classification
+from fulltune.tasks import token_classification
 from fulltune.tasks.padding import ragged
 from fulltune.tasks.token_classification import TAGS
 
@@ -54,7 +54,7 @@ def _names(scoring: Scoring, rows: np.ndarray) -> list[list[str]]:
 
 
 def _words(scoring: Scoring, row: Mapping[str, Any]) -> list[str]:
-    return tags.words_and_tags(row, scoring.target.columns)[0]
+    return token_classification.words_and_tags(row, scoring.target.columns)[0]
 
 
 def _estimates(scoring: Scoring, kept: Mapping[str, np.ndarray]) -> dict[str, Resampled]:
@@ -81,7 +81,7 @@ def _lexicon(scoring: Scoring) -> Scored:
     ids = {label: position for position, label in enumerate(scoring.target.labels)}
     seen: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for row in store.texts(scoring.data / "train"):  # one by one: there may be many
-        for word, tag in zip(*tags.words_and_tags(row, scoring.target.columns), strict=True):
+        for word, tag in zip(*token_classification.words_and_tags(row, scoring.target.columns), strict=True):
             seen[word][ids[tag]] += 1
     lexicon = {word: min(counts, key=lambda label: (-counts[label], label)) for word, counts in seen.items()}
     predicted = [np.array([lexicon.get(word, 0) for word in _words(scoring, row)]) for row in scoring.texts]

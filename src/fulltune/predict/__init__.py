@@ -27,8 +27,8 @@ from fulltune.tasks import (
     Task,
     WritingTask,
     chat,
-    tags,
     task_named,
+    token_classification,
 )
 from fulltune.tasks.columns import shown, unreadable, windows
 
@@ -255,7 +255,7 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
         names = ", ".join(column for role, column in columns.items() if role not in _NOT_READ)
         raise DataError(f"this model {problem}: {names}")
     role = next(role for role in ("messages", "tokens", "prompt", "source", "image", "text") if role in columns)
-    forms = {"messages": [{"role": "user", "content": text}], "tokens": tags.split_text(text)}
+    forms = {"messages": [{"role": "user", "content": text}], "tokens": token_classification.split_text(text)}
     return {columns[role]: forms.get(role, text)}
 
 

@@ -18,7 +18,7 @@ from fulltune.recipe.elsewhere import answer, optimizers, pinned, trackers, trai
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
 from fulltune.recipe.preserve import PreserveBlock
-from fulltune.recipe.tasks import FACTS, FORMS, READ_BY
+from fulltune.recipe.tasks import FACTS, FORMS, READ_BY, Form
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.text import did_you_mean
 
@@ -43,7 +43,7 @@ def problems_of(recipe: Recipe) -> list[str]:
             for name, tasks in READ_BY.items()
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
-        *conflicts(recipe),
+        *conflicts(recipe, form_of(recipe)),
         *_impossible_metric(recipe),
         *_unknown_fields(recipe),
         *_unknown_optimizer(recipe),
@@ -59,8 +59,14 @@ def _table() -> list[list[Any]]:
     return list(tomllib.loads(_EXCLUDED.read_text(encoding="utf-8"))["excluded"])
 
 
-def conflicts(recipe: Recipe) -> list[str]:
-    """What of the table of settings that exclude each other holds for a recipe."""
+def form_of(recipe: Recipe) -> Form | None:
+    """What the recipe says that its rows are; None: it shows when they are read."""
+    given = recipe.data.problem_type
+    return FORMS[given] if given != "auto" and given in FACTS[recipe.task].types else None
+
+
+def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
+    """What of the table of settings that exclude each other holds for a recipe, and for rows of such a form."""
     problems = []
     for setting, values, other, other_values, reason in _table():
         block, _, field = setting.partition(".")
@@ -69,7 +75,7 @@ def conflicts(recipe: Recipe) -> list[str]:
         for place, method in methods_of(recipe) if block == "method" else [(block, recipe.method)]:
             if block == "method" and field not in type(method).model_fields:
                 continue
-            found, beside = (_value(recipe, method, name) for name in (setting, other))
+            found, beside = (_value(recipe, method, form, name) for name in (setting, other))
             if _is_meant(found, values) and _is_meant(beside, other_values):
                 problems.append(f"{place}.{field}: {reason.format(task=recipe.task, value=found, other=beside)}")
     return problems
@@ -84,11 +90,13 @@ def _is_meant(value: Any, values: bool | str | list[str]) -> bool:
     return any(fnmatchcase(str(value), one) for one in values)
 
 
-def _value(recipe: Recipe, method: Arm, name: str) -> Any:
+def _value(recipe: Recipe, method: Arm, form: Form | None, name: str) -> Any:
     """What the table's dotted name stands for in a recipe."""
     block, _, field = name.partition(".")
     if block == "method":
         return getattr(method, field)
+    if block == "form":
+        return getattr(form, field, None)
     if block == "task":
         return getattr(FACTS[recipe.task], field) if field else recipe.task
     if field.startswith("extra."):
@@ -110,9 +118,8 @@ def methods_of(recipe: Recipe) -> list[tuple[str, Arm]]:
 
 def _impossible_metric(recipe: Recipe) -> list[str]:
     """One that no kind of rows of this task has; the rest is known when the rows are read."""
-    wanted, facts, given = recipe.evaluate.metric, FACTS[recipe.task], recipe.data.problem_type
-    form = FORMS[given] if given != "auto" and given in facts.types else None
-    possible = form.metrics if form else facts.choosing
+    wanted, form = recipe.evaluate.metric, form_of(recipe)
+    possible = form.metrics if form else FACTS[recipe.task].choosing
     if wanted is None or wanted in possible:
         return []
     return [wrong_metric(wanted, form.words if form else recipe.task, possible)]

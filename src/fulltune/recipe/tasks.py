@@ -122,6 +122,8 @@ class TaskFacts:
 
     auto_class: str
     """The model class, by its name in transformers."""
+    models: str
+    """What a model that has no such class lacks, and which ones to take: behind "a 'bert' model"."""
     hub: str
     """The task's name on the Hub: a model card's `pipeline_tag`."""
     data: tuple[str, ...]
@@ -141,6 +143,8 @@ class TaskFacts:
     """Classes can have weights."""
     has_forms: bool = False
     """Rows of several problem types are trained alike, so that files of one run may differ in it."""
+    other_models: tuple[str, ...] = ()
+    """Types of models that have such a class and read or write otherwise, so that they are refused."""
     peft: str | None = None
     """What PEFT calls the task; None: it has no name, and wraps the model as any other."""
 

@@ -25,6 +25,11 @@ class Preview(Record):
     label: str | None = None
     """The target in words, for tasks whose target is not text."""
 
+    @classmethod
+    def labelled(cls, text: str, label: str) -> Preview:
+        """A text of which nothing is trained itself, and its label."""
+        return cls(segments=(Segment(text=text, trained=False),), label=label)
+
 
 SplitName = Literal["train", "eval", "test"]
 

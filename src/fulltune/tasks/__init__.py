@@ -1,7 +1,7 @@
 """One module per task, with the functions of `Task`; what is known without torch stands in `fulltune.recipe.tasks`.
 
-What several tasks share: `classes` (labels, numbers and choices), `written` (models that write), `usual` (what most do
-alike), `padding` (rows as tensors), `columns` (which column plays which role).
+What several tasks share: `classes` (labels, numbers and choices), `written` (models that write),
+`padding` (rows as tensors), `columns` (which column plays which role), `settings` (does a model fit).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fulltune.records.scores import Answer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 LENGTH = "length"
 """Feature with a row's number of tokens, for grouping; `collate` leaves it out."""
@@ -158,9 +158,6 @@ class Task(Protocol):
 
     def preview(self, features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
         """The row as the model sees it, decoded from its tokens."""
-
-    def check_model(self, config: PretrainedConfig) -> str | None:
-        """Why this kind of model cannot do the task, or None."""
 
     def config_changes(self, target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Values to set on the model's config."""

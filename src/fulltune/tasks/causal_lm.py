@@ -13,19 +13,21 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import Encoded, Example, LossSettings, Refused, Row, Target, chat, usual, written
-from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_text, required, without_text
+from fulltune.tasks import Encoded, Example, LossSettings, Refused, Row, Target, chat, classes, written
+from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_text, parsed, required, without_text
+from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import usual as usual_name
-from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, collated, padded, token_ids
+from fulltune.tasks.labels import row_labels as labels_of_row
+from fulltune.tasks.padding import IGNORED, collated, padded
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["causal-lm"]
 BLOCK_LENGTH = 1024
 """Bound of the default `max_length` for raw text, whose texts are cut into pieces and packed, not truncated."""
-row_labels, config_changes = usual.row_labels, usual.config_changes
+row_labels, config_changes = labels_of_row, classes.config_changes
 metrics, score_answers = written.metrics, written.score_answers
 sums, full_row = written.sums, written.full_row
 
@@ -51,7 +53,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
         return {"messages": messages} | ({"tools": tools} if tools else {})
     if form == "data.text" or (form is None and _only_text(columns, where)):
         return {"text": required("text", data.text or "text", columns, where)}
-    found = usual.find_columns(("prompt", "completion"), columns, sample, data, where)
+    found = columns_of_roles(("prompt", "completion"), columns, sample, data, where)
     if data.input is not None or (data.prompt is None and found["prompt"].lower().strip() == "instruction"):
         rest = [column for column in columns if column not in found.values()]
         if (about := named("input", data.input, rest, where)) is not None:
@@ -113,7 +115,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 def refuse(row: Row, target: Target) -> Refused | None:
     """Rows without text or answer are dropped, and what is not a conversation."""
-    if target.problem_type != "chat":
+    if "messages" not in target.columns:
         refused = without_text(row, target, *(role for role in target.columns if role != "input"))
         return refused or (not_text(row, target, "input") if "input" in target.columns else None)
     try:
@@ -128,12 +130,12 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 def as_question(row: Row, target: Target) -> Row:
     """The row with some completion."""
-    return {**row, target.columns["completion"]: "?"} if target.problem_type == "prompt_completion" else row
+    return {**row, target.columns["completion"]: "?"} if "completion" in target.columns else row
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
     """A conversation needs only to ask something."""
-    if target.problem_type != "chat":
+    if "messages" not in target.columns:
         return refuse(row, target)
     try:
         asks = bool(prompt_text(row, target).strip())
@@ -149,7 +151,7 @@ def group_key(row: Row, target: Target) -> str:
 
 def prompt_text(row: Row, target: Target) -> str:
     """What the model is asked, as text."""
-    if target.problem_type != "chat":
+    if "messages" not in target.columns:
         asked = as_text(row.get(target.columns["prompt" if "prompt" in target.columns else "text"]))
         more = as_text(row.get(target.columns["input"])) if "input" in target.columns else ""
         return asked if is_blank(more) else f"{asked}\n\n{more}"
@@ -158,7 +160,7 @@ def prompt_text(row: Row, target: Target) -> str:
 
 def answer_text(row: Row, target: Target) -> str:
     """What it should answer: the completion, or the last assistant message."""
-    if target.problem_type == "prompt_completion":
+    if "completion" in target.columns:
         return as_text(row.get(target.columns["completion"])).strip()
     messages = chat.clean(row[target.columns["messages"]])
     last = [message for message in messages if chat.is_trained(message)][-1]
@@ -177,15 +179,15 @@ def _question(row: Row, target: Target) -> list[dict[str, Any]]:
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise; `labels` repeat the ids where something is trained and hold -100 elsewhere."""
-    if target.problem_type == "chat" and not tokenizer.chat_template:
+    if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
             "the tokenizer has no chat template; take an instruct model, or give data.chat_template (a Jinja file)"
         )
-    if target.problem_type == "text":
+    if target.form.is_raw_text:
         return _encode_texts([as_text(row[target.columns["text"]]) for row in rows], tokenizer, max_length)
     encoded = []
     for row in rows:
-        if target.problem_type == "chat":
+        if "messages" in target.columns:
             try:
                 messages, tools = chat.clean(row[target.columns["messages"]]), _tools(row, target)
                 masked = chat.encode(tokenizer, messages, tools, max_length)
@@ -203,9 +205,7 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_leng
     """All tokens are trained, the end token too; a long text becomes several examples, none of it is lost."""
     end = tokenizer.eos_token_id
     encoded = []
-    is_long = any(len(text) > PART_CHARACTERS for text in texts)
-    at_once = [] if is_long else tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    for ids in (token_ids(text, tokenizer) for text in texts) if is_long else at_once:
+    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
@@ -217,7 +217,7 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_leng
 
 def _tools(row: Row, target: Target) -> Any:
     """The row's tool definitions; an empty list is none."""
-    return (chat.parsed(row.get(target.columns["tools"])) or None) if "tools" in target.columns else None
+    return (parsed(row.get(target.columns["tools"])) or None) if "tools" in target.columns else None
 
 
 def _encode_pair(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase) -> chat.Masked:
@@ -240,7 +240,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def with_trained_template(tokenizer: PreTrainedTokenizerBase, target: Target) -> PreTrainedTokenizerBase:
     """The tokenizer to save with a finished model: of one that answers prompts a copy with a template that asks so."""
-    if target.problem_type != "prompt_completion":  # trained on raw text a chat model is one still
+    if "completion" not in target.columns:  # trained on raw text a chat model is one still
         return tokenizer
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = _template_as_trained(target, tokenizer)
@@ -272,7 +272,7 @@ def generation_ids(
     row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[int]:
     """The tokens after which the model shall answer, or go on; however many they are: `generate` cuts at the left."""
-    if target.problem_type != "chat":
+    if "messages" not in target.columns:
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     text = chat.render(tokenizer, _question(row, target), _tools(row, target), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -307,15 +307,6 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
 
 
 # ---- model -----------------------------------------------------------------------------------------------------
-
-
-def check_model(config: PretrainedConfig) -> str | None:
-    """Every decoder will do."""
-    from fulltune.models.shapes import is_decoder
-
-    advice = "does not write text from left to right; take a decoder (GPT-, Llama-like)"
-    problem = usual.check_model("CAUSAL_LM", advice, config)
-    return problem or (None if is_decoder(config) else f"a '{config.model_type}' model {advice}")
 
 
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DataError, SetupError
-from fulltune.tasks.columns import literal
+from fulltune.tasks.columns import parsed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,12 +55,6 @@ def clean(messages: Any) -> list[dict[str, Any]]:
             raise DataError(f"a message of '{kept['role']}' has neither 'content' nor 'tool_calls'")
         cleaned.append({"content": "", **kept, **_words_and_calls(kept)})
     return cleaned
-
-
-def parsed(value: Any) -> Any:
-    """Lists and objects come as text where the file has no type for them (csv), or another for each row."""
-    found = literal(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
-    return value if found is None else found
 
 
 def _words_and_calls(message: Message) -> dict[str, Any]:

@@ -20,24 +20,29 @@ if TYPE_CHECKING:
     import torch
 
 
-def label_config(labels: Sequence[str]) -> dict[str, Any]:
-    """Head size and label names, as a model's config has them."""
-    return {
+def config_changes(target: Target, processor: Any) -> dict[str, Any]:
+    """Head size and label names as a model's config has them, and, for decoders that label rows, the padding token that
+    finds the last real one; nothing where the head has one size only."""
+    form, labels = target.form, target.labels or ("value",)
+    if not (target.labels or form.is_number):
+        return {}
+    found: dict[str, Any] = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {name: position for position, name in enumerate(labels)},
     }
+    if not form.tags_words:
+        found["problem_type"] = "regression" if form.is_number else f"{form.name}_classification"
+        found |= {"pad_token_id": processor.pad_token_id} if hasattr(processor, "pad_token_id") else {}
+    return found
 
 
 def label_words(value: Any, target: Target) -> str:
     """A label value in words."""
-    match target.problem_type:
-        case "regression":
-            return f"{float(value):g}"
-        case "single_label":
-            return target.labels[int(value)]
-        case "choice":
-            return f"({int(value)})"
+    if target.form.is_number:
+        return f"{float(value):g}"
+    if not target.form.several_labels:
+        return target.labels[int(value)] if target.labels else f"({int(value)})"
     chosen = [name for name, present in zip(target.labels, value, strict=True) if present >= 0.5]
     return ", ".join(chosen) or "(none)"
 
@@ -59,17 +64,15 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor, target: Target, setti
     logits = logits.float()
     weights = None if settings.class_weights is None else logits.new_tensor(list(settings.class_weights))
     smooth = settings.label_smoothing
-    match target.problem_type:
-        case "regression":
-            shift, factor = target.logit_scale
-            expected = ((labels.double() - shift) / factor).float()  # in the logits' units: near 1e8 fp32 has no ones
-            unit = target.scale[1] if target.scale else 1.0
-            return ((logits.squeeze(-1) - expected) * (factor / unit)).square()
-        case "multi_label":
-            soft = labels * (1 - smooth) + smooth / 2
-            return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none").mean(dim=-1)
-        case _:
-            return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smooth, reduction="none")
+    if target.form.is_number:
+        shift, factor = target.logit_scale
+        expected = ((labels.double() - shift) / factor).float()  # in the logits' units: near 1e8 fp32 has no ones
+        unit = target.scale[1] if target.scale else 1.0
+        return ((logits.squeeze(-1) - expected) * (factor / unit)).square()
+    if target.form.several_labels:
+        soft = labels * (1 - smooth) + smooth / 2
+        return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none").mean(dim=-1)
+    return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smooth, reduction="none")
 
 
 def count_items(labels: torch.Tensor) -> int:
@@ -81,7 +84,7 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
     """Keep `logits[batch, classes]` as float32, of numbers in the user's units, `labels` and the plain `loss[batch]`:
     small whatever the length."""
     kept = logits.float()
-    if target.problem_type == "regression":
+    if target.form.is_number:
         shift, factor = target.logit_scale
         kept = (factor * logits.double() + shift).float()
     return {"logits": kept, "labels": labels, "loss": row_losses(logits, labels, target, LossSettings())}
@@ -96,19 +99,19 @@ def metrics(kept: Predictions, target: Target) -> dict[str, float]:
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
     """The metrics that need only labels, class ids [rows], a 0/1 matrix [rows, labels] or numbers [rows]: with
     scikit-learn's values, from counts at a hundredth of its time, as a bootstrap computes them a thousand times."""
-    match target.problem_type:
-        case "choice":
-            return {"accuracy": float(np.mean(true == predicted))}
-        case "regression":
-            both = true.astype(np.float64), predicted.astype(np.float64)
-            return {name: metric(*both) for name, metric in NUMBER_METRICS.items()}
-        case "multi_label":
-            counts = numbers((true * predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0))
-            return {
-                "f1_micro": float(f1(counts.sum(axis=0))),
-                "f1_macro": float(f1_of_all(counts.ravel())),
-                "accuracy": float((true == predicted).all(axis=1).mean()),
-            }
+    form = target.form
+    if form.is_number:
+        both = true.astype(np.float64), predicted.astype(np.float64)
+        return {name: metric(*both) for name, metric in NUMBER_METRICS.items()}
+    if form.several_labels:
+        counts = numbers((true * predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0))
+        return {
+            "f1_micro": float(f1(counts.sum(axis=0))),
+            "f1_macro": float(f1_of_all(counts.ravel())),
+            "accuracy": float((true == predicted).all(axis=1).mean()),
+        }
+    if not form.one_label:
+        return {"accuracy": float(np.mean(true == predicted))}
     classes = int(max(true.max(), predicted.max())) + 1
     counts = numbers(*(np.bincount(ids, minlength=classes) for ids in (true[true == predicted], predicted, true)))
     return {
@@ -159,19 +162,15 @@ NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
     """Class ids [rows], a 0/1 matrix [rows, labels], or numbers [rows], from `logits[rows, classes]`."""
-    match target.problem_type:
-        case "regression":
-            return logits[:, 0]
-        case "multi_label":
-            return (logits > 0).astype(np.int64)
-        case _:
-            return logits.argmax(axis=-1)
+    if target.form.is_number:
+        return logits[:, 0]
+    return (logits > 0).astype(np.int64) if target.form.several_labels else logits.argmax(axis=-1)
 
 
 def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
     """The wrong rows (regression: all rows) with the highest loss."""
     predicted, true = predict_labels(kept["logits"], target), kept["labels"]
-    differs: Any = np.ones(len(true), bool) if target.problem_type == "regression" else np.asarray(predicted != true)
+    differs: Any = np.ones(len(true), bool) if target.form.is_number else np.asarray(predicted != true)
     wrong = differs.any(axis=-1) if differs.ndim > 1 else differs
     order = [position for position in np.argsort(-kept["loss"], kind="stable") if wrong[position]]
     for position in order[:count]:
@@ -187,10 +186,10 @@ def answers(
     kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
 ) -> list[dict[str, Any]]:
     """`label`, `probability` and `probabilities` by label; or `labels` and `probabilities`; or `value`."""
-    if target.problem_type == "regression":
+    if target.form.is_number:
         return [{"value": value} for value in kept["logits"][:, 0].tolist()]
     labels = target.labels
-    if target.problem_type == "multi_label":
+    if target.form.several_labels:
         from scipy.special import expit
 
         return [
@@ -216,7 +215,7 @@ def calibrated(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, li
 
 def with_label(row: Mapping[str, Any], target: Target) -> dict[str, Any]:
     """A row whose label is not known, with some label: checks and tokenising ask for one, no answer depends on it."""
-    some: Any = {"regression": 0.0, "multi_label": []}.get(target.problem_type, (target.labels or ("",))[0])
+    some: Any = 0.0 if target.form.is_number else [] if target.form.several_labels else target.labels[0]
     return {**row, target.columns["label"]: some}
 
 

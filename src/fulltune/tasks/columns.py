@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from unicodedata import normalize
 
 from fulltune.errors import DataError
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import Refused, Row, Target
 from fulltune.text import did_you_mean, first_few
 
@@ -103,6 +104,12 @@ def literal(text: str) -> list[Any] | dict[str, Any] | None:
     return None
 
 
+def parsed(value: Any) -> Any:
+    """A list or an object, where a cell holds it as text; else the cell."""
+    found = literal(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
+    return value if found is None else found
+
+
 def _is_glued(text: str) -> bool:
     """Python makes one text of two without a comma between them, as numpy writes a list."""
     if re.search(r"""['"]\s+['"]""", text) is None:
@@ -148,6 +155,16 @@ def required(
     if column is None:
         raise DataError(missing_column(role, columns, where))
     return column
+
+
+def find_columns(
+    roles: Sequence[str], columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
+) -> dict[str, str]:
+    """A column of its own for each role, where the task can do without none of them."""
+    found: dict[str, str] = {}
+    for role in roles:
+        found[role] = required(role, getattr(data, role), columns, where, found.values())
+    return found
 
 
 def missing_column(role: str, columns: Sequence[str], where: str) -> str:

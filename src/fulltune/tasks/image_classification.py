@@ -12,35 +12,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.errors import DataError, RecipeError
+from fulltune.errors import DataError
 from fulltune.models.pixels import CONTENT, PATH, PIXELS, content_hash, decode, where_from
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, PLACE, Encoded, Example, Refused, Row, Target, classes, labels, usual
-from fulltune.tasks.labels import is_empty, label_name
+from fulltune.tasks import LENGTH, PLACE, Encoded, Example, Refused, Row, Target, classes, labels
+from fulltune.tasks.columns import find_columns as columns_of_roles
+from fulltune.tasks.labels import is_empty
 from fulltune.tasks.padding import stacked_labels
 
 if TYPE_CHECKING:
     import torch
 
 FACTS = recipe_tasks.FACTS["image-classification"]
-find_columns = partial(usual.find_columns, ("image", "label"))
-check_model = partial(
-    usual.check_model, "IMAGE_CLASSIFICATION", "cannot classify images; take a ViT, Swin, ConvNeXt or ResNet"
-)
+find_columns = partial(columns_of_roles, ("image", "label"))
 UNDECODABLE = "undecodable image"
 """The data stage lists rows that were refused for this, and leaves them out only when the recipe says so."""
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, worst, answers = classes.metrics, classes.worst, classes.answers
 sums, chance_loss = classes.sums, classes.chance_loss
-as_question = classes.with_label
+as_question, row_labels, config_changes = classes.with_label, labels.row_labels, classes.config_changes
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
     """The class names, sorted. Fractions and lists are not classes."""
-    if data.problem_type not in ("auto", "single_label"):
-        raise RecipeError(f"data.problem_type: {data.problem_type} is not possible for images; remove the setting")
     return labels.find_target(rows, columns, data.model_copy(update={"problem_type": "single_label"}), where)
 
 
@@ -64,11 +60,6 @@ def group_key(row: Row, target: Target) -> str:
     return content_hash(*where_from(row.get(target.columns["image"])))
 
 
-def row_labels(row: Row, target: Target) -> list[str]:
-    """The class."""
-    return [label_name(row.get(target.columns["label"]))]
-
-
 def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int) -> Encoded:
     """Decode each image once, to know that it can be; the row keeps its path, or its bytes when it has no path."""
     ids = {name: position for position, name in enumerate(target.labels)}
@@ -90,7 +81,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: Any) -> Prev
     """Where the image is, and its class."""
     path, content = features[PATH], features[CONTENT]
     shown = _last_parts(path) if path else f"image of {len(content):,} bytes"
-    return usual.preview(shown, classes.label_words(features["labels"], target))
+    return Preview.labelled(shown, classes.label_words(features["labels"], target))
 
 
 def as_shown(row: Row, target: Target) -> str:
@@ -105,11 +96,6 @@ def as_shown(row: Row, target: Target) -> str:
 
 def _last_parts(path: str) -> str:
     return "/".join(PurePath(path).parts[-2:])
-
-
-def config_changes(target: Target, tokenizer: Any) -> dict[str, Any]:
-    """Head size and class names."""
-    return classes.label_config(target.labels) | {"problem_type": "single_label_classification"}
 
 
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -265,6 +265,14 @@ def label_list(value: Any) -> list[str]:
     return [label_name(part) for part in value if not is_empty(part)]
 
 
+def row_labels(row: Row, target: Target) -> list[str]:
+    """The class names of a row, sorted; none where its target is no class."""
+    if not target.form.labels_rows:
+        return []
+    value = row.get(target.columns["label"])
+    return sorted(set(label_list(value))) if target.form.several_labels else [label_name(value)]
+
+
 def label_name(value: Any) -> str:
     """A class name: `1`, `1.0` and `[1]` are the same."""
     if isinstance(value, (list, tuple)) and len(value) == 1:

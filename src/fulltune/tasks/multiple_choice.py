@@ -6,18 +6,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fulltune.errors import DataError, RecipeError
+from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, Encoded, Example, Predictions, Refused, Row, Target, classes, usual
+from fulltune.tasks import LENGTH, Encoded, Example, Predictions, Refused, Row, Target, classes
 from fulltune.tasks.columns import CHOICE_NAMES, as_text, missing_column, named, normalised
 from fulltune.tasks.labels import is_empty, label_name, parsed_list
+from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import stacked_labels
 
 if TYPE_CHECKING:
@@ -25,13 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["multiple-choice"]
-check_model = partial(
-    usual.check_model, "MULTIPLE_CHOICE", "cannot choose among texts; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
-)
 CHOICE_LENGTHS = "choice_lengths"
 """Feature with the tokens of each choice [choices]: `input_ids` holds them one after another."""
-row_labels = usual.row_labels
-config_changes = usual.config_changes
+row_labels, config_changes = labels_of_row, classes.config_changes
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, worst = classes.metrics, classes.worst
 sums, chance_loss = classes.sums, classes.chance_loss
@@ -39,8 +35,6 @@ sums, chance_loss = classes.sums, classes.chance_loss
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
     """The usual number of choices; how the label names the right one is checked over all rows."""
-    if data.problem_type != "auto":
-        raise RecipeError(f"data.problem_type: {data.problem_type} is not possible for choices; remove the setting")
     column = columns["label"]
     sizes: Counter[int] = Counter()
     ways: Counter[str] = Counter()
@@ -146,7 +140,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
     ends = np.cumsum(features[CHOICE_LENGTHS])[:-1]
     parts = [tokenizer.decode(ids.tolist()) for ids in np.split(np.asarray(features["input_ids"]), ends)]
     text = "\n".join(f"({place}) {part}" for place, part in enumerate(parts))
-    return usual.preview(text, str(int(features["labels"])))
+    return Preview.labelled(text, str(int(features["labels"])))
 
 
 def as_shown(row: Row, target: Target) -> str:

@@ -7,7 +7,8 @@ question without one, points at its first token (BERT's CLS).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +30,21 @@ from fulltune.tasks import (
     Target,
     Value,
     classes,
-    usual,
 )
-from fulltune.tasks.answers import NotInContext, accepted
-from fulltune.tasks.columns import as_text, normalised, without_text
+from fulltune.tasks.columns import as_text, normalised, parsed, without_text
+from fulltune.tasks.columns import find_columns as columns_of_roles
+from fulltune.tasks.labels import is_empty
+from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import collated
 from fulltune.tasks.row_sums import mean_of, ratio
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["question-answering"]
-find_columns = partial(usual.find_columns, ("context", "question", "answers"))
-row_labels, config_changes, count_items = usual.row_labels, usual.config_changes, classes.count_items
+find_columns = partial(columns_of_roles, ("context", "question", "answers"))
+row_labels, config_changes, count_items = labels_of_row, classes.config_changes, classes.count_items
 MOST_ANSWER_TOKENS = 30
 """Longest answer that is looked for; longer ones can be trained."""
 STARTS, ENDS = "starts", "ends"
@@ -57,8 +59,6 @@ START, END, FIRST, LAST, TOKENS = range(5)
 """What stands in `labels` [5]: first and last token of the answer, first and last of the context, number of tokens."""
 NOWHERE = 0
 """The token that a window without the answer points at."""
-# Their models also read where words stand on a page or what a picture shows, or mark the question in a way of its own.
-_OTHER_INPUTS = {"layoutlmv2", "layoutlmv3", "lilt", "lxmert", "markuplm", "splinter"}
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
@@ -118,6 +118,81 @@ def question_of(row: Row, target: Target) -> str:
 def group_key(row: Row, target: Target) -> str:
     """The passage alone: its questions say much about each other."""
     return normalised(context_of(row, target))
+
+
+# ---- cells with answers -----------------------------------------------------------------------------------------
+
+Place = tuple[str, int]
+"""A text and its first character in the context."""
+
+
+class NotInContext(ValueError):
+    """An answer that does not stand where it should; its message says which."""
+
+
+def accepted(cell: Any, context: str) -> list[Place]:
+    """The accepted answers to a question; none when it cannot be answered from the context.
+
+    The cell is as in SQuAD, `{"text": [...], "answer_start": [...]}` or a list of such objects; or it holds texts, each
+    taken at its first place in the context. Raises `NotInContext` when an answer does not stand where it should.
+    """
+    given = list(_parts(parsed(cell)))
+    found = []
+    for text, start in given:
+        if start is None:
+            place = _first_place(text, context)
+            if place is not None:
+                found.append((text, place))
+        elif context[start : start + len(text)] != text:
+            there = context[start : start + len(text)] if start >= 0 else ""
+            raise NotInContext(f"at character {start} of the context stands {there!r}, not the answer {text!r}")
+        else:
+            found.append((text, start))
+    if given and not found:
+        raise NotInContext(f"the answer {given[0][0]!r} does not stand in the context")
+    return found
+
+
+def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
+    """Texts that are not empty, each with its start where one is given."""
+    match cell:
+        case {"text": texts, **more}:
+            texts, starts = _listed(texts), _listed(more.get("answer_start"))
+            if starts and len(starts) != len(texts):
+                raise NotInContext(f"{len(texts)} answers have {len(starts)} values of answer_start")
+            for text, start in zip(texts, starts or [None] * len(texts), strict=True):
+                if str(text).strip():
+                    yield str(text), None if start is None else _place(start)
+        case dict():
+            if cell:
+                raise NotInContext(f"an object with 'text' and 'answer_start' was expected, found {sorted(cell)}")
+        case list() | tuple():
+            for part in cell:
+                yield from _parts(part)
+        case _:
+            if not is_empty(cell):
+                yield str(cell).strip(), None
+
+
+def _place(start: Any) -> int:
+    """A character's place; pandas writes whole numbers as floats where some are missing."""
+    try:
+        return int(start)
+    except (ValueError, TypeError, OverflowError):
+        raise NotInContext(f"answer_start is {start!r}, expected the number of a character") from None
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _first_place(text: str, context: str) -> int | None:
+    """Whole words first: `he` is not the beginning of `hello`."""
+    whole = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context)
+    place = whole.start() if whole else context.find(text)
+    return place if place >= 0 else None
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
@@ -217,18 +292,10 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
     start, end = features["labels"][START], features["labels"][END]
     answer = str(tokenizer.decode(ids[start : end + 1])).strip()
     label = "(no answer in this window)" if start == NOWHERE else answer
-    return usual.preview(str(tokenizer.decode(ids)), label)
+    return Preview.labelled(str(tokenizer.decode(ids)), label)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------
-
-
-def check_model(config: PretrainedConfig) -> str | None:
-    """Every model with a head for spans will do that reads nothing but text."""
-    advice = "cannot find answers in a text; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
-    if config.model_type in _OTHER_INPUTS:
-        return f"a '{config.model_type}' model {advice}"
-    return usual.check_model("QUESTION_ANSWERING", advice, config)
 
 
 def log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

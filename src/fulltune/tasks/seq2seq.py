@@ -11,21 +11,21 @@ import numpy as np
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import LENGTH, Encoded, Example, LossSettings, Refused, Row, Target, usual, written
+from fulltune.tasks import LENGTH, Encoded, Example, LossSettings, Refused, Row, Target, classes, written
 from fulltune.tasks.columns import as_text, normalised, without_text
+from fulltune.tasks.columns import find_columns as columns_of_roles
+from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import IGNORED, collated
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["seq2seq"]
-find_columns = partial(usual.find_columns, ("source", "target"))
+find_columns = partial(columns_of_roles, ("source", "target"))
 collate = partial(collated, label_per_token=True)
-row_labels, config_changes, metrics = usual.row_labels, usual.config_changes, written.metrics
+row_labels, config_changes, metrics = labels_of_row, classes.config_changes, written.metrics
 sums, full_row = written.sums, written.full_row
-_LANGUAGE_CODES = {"m2m_100", "mbart", "nllb-moe", "plbart", "seamless_m4t", "seamless_m4t_v2"}
-"""Models that write the language of a code which the tokenizer is told and generation must be forced to begin with."""
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -112,20 +112,6 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
     """The source, and the target that is trained."""
     read, written = (str(tokenizer.decode(features[name])) for name in ("input_ids", "labels"))
     return Preview(segments=(Segment(text=f"{read}\n", trained=False), Segment(text=written, trained=True)))
-
-
-def check_model(config: PretrainedConfig) -> str | None:
-    """Every encoder-decoder will do that needs no code of a language."""
-    kind = config.model_type
-    if kind in _LANGUAGE_CODES:
-        return (
-            f"a '{kind}' model writes in the language of a code, which a recipe cannot name yet; take a T5, BART, "
-            "Pegasus or Marian model"
-        )
-    advice = "does not read one text and write another; take an encoder-decoder (T5, BART, Marian)"
-    problem = usual.check_model("SEQ_TO_SEQ_CAUSAL_LM", advice, config)
-    # The list also names models that listen; those are not encoder-decoders.
-    return problem or (None if config.is_encoder_decoder else f"a '{kind}' model {advice}")
 
 
 def decoder_input_ids(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fulltune.errors import RecipeError, SetupError
 from fulltune.models.base import Base
 from fulltune.models.files import refuse_partial
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import conflicts
+from fulltune.recipe.tasks import FACTS, TaskFacts
 from fulltune.records.data import DataSummary
-from fulltune.tasks import task_named
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def check_model(recipe: Recipe, base: Base) -> None:
     """Refuse a model that the task cannot use or that cannot be trained here."""
     refuse_partial(base.block, base.files)
-    problem = task_named(recipe.task).check_model(base.config)
+    problem = unfit(base.config, FACTS[recipe.task])
     experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
     if problem is None and any(isinstance(count, int) and count > 1 for count in experts):
         # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
@@ -23,10 +28,23 @@ def check_model(recipe: Recipe, base: Base) -> None:
         raise SetupError(f"model: {recipe.model.name}: {problem}")
 
 
+def unfit(config: PretrainedConfig, facts: TaskFacts) -> str | None:
+    """Why this kind of model cannot do a task: transformers has no such class for it, or it works otherwise."""
+    from transformers.models.auto import modeling_auto
+
+    from fulltune.models.shapes import is_decoder
+
+    can = config.model_type in getattr(modeling_auto, facts.auto_class)._model_mapping._model_mapping
+    if facts.writes:  # these lists also name encoders, and models that listen
+        can &= bool(config.is_encoder_decoder if facts.auto_class.endswith("Seq2SeqLM") else is_decoder(config))
+    return (
+        None if can and config.model_type not in facts.other_models else f"a '{config.model_type}' model {facts.models}"
+    )
+
+
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
     """Refuse what makes no sense for these labels."""
-    data = recipe.data.model_copy(update={"problem_type": summary.problem_type})
-    if problems := conflicts(recipe.model_copy(update={"data": data})):
+    if problems := conflicts(recipe, summary.form):
         raise RecipeError(problems)
     class_weights(recipe, summary)
 
@@ -38,9 +56,9 @@ def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
     if given is None:
         return None
     if not labels:
-        raise RecipeError(f"{name}: the data have no classes ({summary.problem_type.replace('_', ' ')}); remove it")
+        raise RecipeError(f"{name}: the data have no classes ({summary.form.words}); remove it")
     if isinstance(given, str):
-        if summary.problem_type == "tags":
+        if summary.form.tags_words:
             raise RecipeError(
                 f"{name}: 'balanced' counts the rows of a class, and tags belong to words; give each tag its weight: "
                 f"{', '.join(labels[:3])} ..."

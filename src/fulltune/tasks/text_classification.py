@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, labels, usual
+from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, labels
 from fulltune.tasks.columns import USUAL_PAIRS, as_text, named, normalised, not_text, required, without_text
 from fulltune.tasks.padding import beginning, collated
 
@@ -18,17 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["text-classification"]
-check_model = partial(
-    usual.check_model,
-    "SEQUENCE_CLASSIFICATION",
-    "cannot classify texts; take an encoder (BERT-like) or a decoder (GPT-like)",
-)
-find_target = labels.find_target
+find_target, row_labels = labels.find_target, labels.row_labels
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, worst, answers = classes.metrics, classes.worst, classes.answers
 sums, chance_loss = classes.sums, classes.chance_loss
-full_row = classes.full_row
-as_question = classes.with_label
+full_row, config_changes = classes.full_row, classes.config_changes
+as_question, collate = classes.with_label, collated
 _WANTED: Any = {"return_attention_mask": False, "verbose": False}
 
 
@@ -77,13 +71,13 @@ def refuse(row: Row, target: Target) -> Refused | None:
             return Refused("no text", refused.reason)
     column = target.columns["label"]
     value = row.get(column)
-    is_list = target.problem_type == "multi_label"  # an empty list says that no label holds
+    is_list = target.form.several_labels  # an empty list says that no label holds
     if value is None or (labels.is_empty(value) and not is_list):
         return Refused("no label", f"column '{column}' is empty")
     found = f"column '{column}' holds {str(value)[:60]!r}"
-    if target.problem_type == "single_label" and labels.is_infinite(value):
+    if target.form.one_label and labels.is_infinite(value):
         return Refused("no label", f"{found}, expected a class name")
-    if target.problem_type == "regression" and labels.parsed_number(value) is None:
+    if target.form.is_number and labels.parsed_number(value) is None:
         expected = "a number of at most 32 bits (up to 3.4e38)" if labels.is_beyond(value) else "a number"
         return Refused("no number", f"{found}, expected {expected}")
     if is_list and labels.is_broken_list(value):
@@ -92,14 +86,6 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 refuse_question = refuse
-
-
-def row_labels(row: Row, target: Target) -> list[str]:
-    """The class names of a row; empty for regression."""
-    value = row.get(target.columns["label"])
-    if target.problem_type == "regression":
-        return []
-    return sorted(set(labels.label_list(value))) if target.problem_type == "multi_label" else [labels.label_name(value)]
 
 
 def group_key(row: Row, target: Target) -> str:
@@ -135,12 +121,12 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
 
 
 def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float]:
-    if target.problem_type == "regression":
+    if target.form.is_number:
         number = labels.parsed_number(row[target.columns["label"]])
         assert number is not None, "refuse() leaves out rows without a number"
         return number
     names = row_labels(row, target)
-    if target.problem_type == "single_label":
+    if target.form.one_label:
         return ids[names[0]]
     chosen = {ids[name] for name in names}
     return [1.0 if position in chosen else 0.0 for position in range(len(ids))]
@@ -148,16 +134,5 @@ def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | floa
 
 def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
     """The text and its label."""
-    return usual.preview(str(tokenizer.decode(features["input_ids"])), classes.label_words(features["labels"], target))
-
-
-def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Head size, label names and, for decoders, the padding token that finds the last real token."""
-    kinds = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
-    return classes.label_config(target.labels or ("value",)) | {
-        "problem_type": kinds.get(target.problem_type, "regression"),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-collate = collated
+    text = str(tokenizer.decode(features["input_ids"]))
+    return Preview.labelled(text, classes.label_words(features["labels"], target))

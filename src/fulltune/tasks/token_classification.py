@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.errors import SetupError
+from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
+from fulltune.recipe.data import DataBlock
 from fulltune.records.data import DataSummary, Preview
 from fulltune.records.scores import Answer
 from fulltune.tasks import (
+    PLACE,
     Count,
     Encoded,
     Example,
@@ -24,45 +28,197 @@ from fulltune.tasks import (
     Target,
     Value,
     classes,
-    tags,
-    usual,
 )
-from fulltune.tasks.columns import normalised
+from fulltune.tasks.columns import find_columns as columns_of_roles
+from fulltune.tasks.columns import is_blank, normalised
+from fulltune.tasks.labels import parsed_list
 from fulltune.tasks.padding import IGNORED, beginning, collated, ragged
 from fulltune.tasks.row_sums import arrays, f1, f1_of_present, flat, over_all, ratio, share
-from fulltune.tasks.tags import find_target as find_target
-from fulltune.tasks.tags import refuse as refuse
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["token-classification"]
-find_columns = partial(usual.find_columns, ("tokens", "tags"))
-check_model = partial(
-    usual.check_model, "TOKEN_CLASSIFICATION", "cannot tag words; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
-)
+find_columns = partial(columns_of_roles, ("tokens", "tags"))
 TAGS, WORD_IDS = "tags", "word_ids"
 """Features beside those of the model: label of each word, lost ones too [words]; word of each token, or -1 [tokens]."""
 collate = partial(collated, left_out=(TAGS, WORD_IDS), label_per_token=True)
-refuse_question = refuse
+_log = logging.getLogger(__name__)
+_BIO = re.compile(r"O|[BI]-\S+")
+_OTHER_SCHEME = re.compile(r"[SELUM]-\S+")
+_WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
+_SHOWN = 5
+"""Places that are named one by one."""
+
+# ---- words and their tags --------------------------------------------------------------------------------------
+
+
+def word_list(value: Any) -> list[str] | None:
+    """A cell with the words (or tags) of a sentence: a list, a list as JSON, or words between spaces; else None."""
+    if isinstance(value, str):
+        text = value.strip()
+        listed = parsed_list(text) if text.startswith("[") and text.endswith("]") else None
+        value = value.split() if listed is None else listed
+    if not isinstance(value, (list, tuple)) or any(isinstance(part, (list, tuple, dict)) for part in value):
+        return None
+    return ["" if part is None else str(part) for part in value]
+
+
+def _cells(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
+    tokens, tags = row.get(columns["tokens"]), row.get(columns["tags"])
+    # Beside tags between spaces, a sentence such as `[1]` is a word and no list.
+    if isinstance(tokens, str) and isinstance(tags, str) and not tags.lstrip().startswith("["):
+        return tokens.split(), tags.split()
+    return word_list(tokens), word_list(tags)
+
+
+def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Both lists of a usable row; tags in strict BIO."""
+    found, tags = _cells(row, columns)
+    assert found is not None, "refuse() leaves out rows without words"
+    assert tags is not None, "refuse() leaves out rows without tags"
+    return found, strict(tags)
+
+
+def refuse(row: Row, target: Target) -> Refused | None:
+    """Rows without words, without tags, with more or fewer tags than words, or with tags that are not BIO."""
+    names = (target.columns["tokens"], target.columns["tags"])
+    found, tags = _cells(row, target.columns)
+    for name, role, cell in zip(names, ("tokens", "tags"), (found, tags), strict=True):
+        if cell is None:
+            return Refused(f"no {role}", f"column '{name}' holds {str(row.get(name))[:60]!r}, expected a list of words")
+        if is_blank("".join(cell)):
+            return Refused(f"no {role}", f"column '{name}' is empty")
+    assert found is not None
+    assert tags is not None
+    if len(found) != len(tags):
+        return Refused("counts differ", f"{len(found)} tokens and {len(tags)} tags; expected one tag for each token")
+    wrong = next((tag for tag in tags if not _BIO.fullmatch(tag)), None)
+    return None if wrong is None else Refused("not BIO", f"tag {wrong!r}, expected O, B-TYPE or I-TYPE")
+
+
+def strict(tags: Sequence[str]) -> list[str]:
+    """The same entities, each of which begins with `B-`.
+
+    An `I-` tag that continues nothing begins an entity, as seqeval and the older IOB1 scheme read it.
+    """
+    return [
+        f"B{tag[1:]}" if tag.startswith("I-") and before[2:] != tag[2:] else tag
+        for before, tag in zip(["O", *tags], tags, strict=False)
+    ]
+
+
+def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Entities: type, first word, and the word after the last."""
+    found: list[tuple[str, int, int]] = []
+    for position, tag in enumerate(tags):
+        if tag == "O":
+            continue
+        kind, start, end = found[-1] if found else ("", 0, -1)
+        if tag.startswith("I-") and kind == tag[2:] and end == position:
+            found[-1] = (kind, start, position + 1)
+        else:
+            found.append((tag[2:], position, position + 1))
+    return found
+
+
+def bracketed(sentence: Sequence[str], tags: Sequence[str]) -> str:
+    """A sentence with its entities: `[Ada Lovelace]PER was born in [London]LOC`."""
+    shown = list(sentence)
+    for kind, start, end in spans(tags):
+        shown[start] = f"[{shown[start]}"
+        shown[end - 1] = f"{shown[end - 1]}]{kind}"
+    return " ".join(shown)
+
+
+def split_text(text: str) -> list[str]:
+    """Words of running text; punctuation stands apart, as in CoNLL files."""
+    return _WORD.findall(text)
+
+
+def types(labels: Iterable[str]) -> list[str]:
+    """Entity types, in the order of their labels."""
+    return list(dict.fromkeys(label[2:] for label in labels if label != "O"))
+
+
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    """`O`, then `B-` and `I-` of every entity type, sorted. Raises `DataError` when tags are numbers or not BIO, naming
+    the first places, or when no row has an entity."""
+    found: set[str] = set()
+    wrong: list[tuple[str, int, str]] = []
+    num_rows, num_wrong, num_begun, first_begun = 0, 0, 0, ""
+    for row in rows:
+        num_rows += 1
+        at = str(row.get(PLACE, f"{where}: row {num_rows}"))
+        sentence, tags = (cell or [] for cell in _cells(row, columns))
+        unknown = [(place, tag) for place, tag in enumerate(tags, start=1) if tag not in found]
+        bad = [(at, place, tag) for place, tag in unknown if not _BIO.fullmatch(tag)]
+        num_wrong += len(bad)
+        wrong += bad[: _SHOWN - len(wrong)]
+        if bad or len(tags) != len(sentence):
+            continue  # the second kind is refused row by row
+        found.update(tags)
+        if (repaired := strict(tags)) != list(tags):
+            num_begun += 1
+            place = next(i for i, pair in enumerate(zip(tags, repaired, strict=True)) if pair[0] != pair[1])
+            first_begun = first_begun or f"'{tags[place]}' in {at}, word {place + 1}"
+    if wrong:
+        raise DataError(_not_bio(wrong, num_wrong, columns["tags"], where))
+    kinds = sorted(types(found))
+    if not kinds:
+        raise DataError(
+            f"{where}: no row has an entity (column '{columns['tags']}' holds only O, or counts of tokens and tags "
+            f"differ; {num_rows} rows); there is nothing to learn"
+        )
+    if num_begun:
+        _log.warning(
+            "%s: in %d of %d rows an I- tag continues no entity (first: %s); it is read as the beginning of one, as in "
+            "the IOB1 scheme",
+            *(where, num_begun, num_rows, first_begun),
+        )
+    return Target("tags", columns, ("O", *sorted(f"{mark}-{kind}" for mark in "BI" for kind in kinds)))
+
+
+def _not_bio(wrong: Sequence[tuple[str, int, str]], count: int, column: str, where: str) -> list[str]:
+    """A line with advice, then a line for each of the first places."""
+    tags = [tag for *_, tag in wrong]
+    if all(tag.removeprefix("-").isdecimal() for tag in tags):
+        advice = (
+            "holds numbers, expected names such as B-PER; numbers are places in a data set's list of class labels: "
+            "put the names in (with `datasets`: features[column].feature.int2str)"
+        )
+    elif any(_OTHER_SCHEME.fullmatch(tag) for tag in tags):
+        advice = "is in another scheme (BIOES, BILOU), expected BIO: write S- and U- as B-, E- L- and M- as I-"
+    else:
+        advice = (
+            "holds tags that are not BIO, expected O, B-TYPE (first word of an entity) or I-TYPE (each further word): "
+            "rename them"
+        )
+    places = [f"{at}, word {place}: tag {tag[:60]!r}" for at, place, tag in wrong]
+    return [f"{where}: column '{column}' {advice} ({count} such tags)", *places]
+
+
+refuse_question, config_changes = refuse, classes.config_changes
+
+# ---- rows ------------------------------------------------------------------------------------------------------
 
 
 def as_question(row: Row, target: Target) -> Row:
     """The words alone, each with the tag O."""
     tokens = target.columns["tokens"]
-    words = tags.words(row.get(tokens))
+    words = word_list(row.get(tokens))
     return {tokens: row.get(tokens) if words is None else words, target.columns["tags"]: ["O"] * len(words or ())}
 
 
 def group_key(row: Row, target: Target) -> str:
     """The words."""
-    return normalised(" ".join(tags.words(row.get(target.columns["tokens"])) or []))
+    return normalised(" ".join(word_list(row.get(target.columns["tokens"])) or []))
 
 
 def row_labels(row: Row, target: Target) -> list[str]:
     """The entity types of a row."""
-    return sorted(tags.types(tags.words(row.get(target.columns["tags"])) or []))
+    return sorted(types(word_list(row.get(target.columns["tags"])) or []))
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -73,7 +229,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
             f"{type(tokenizer).__name__} cannot say which word a token belongs to (it is a slow tokenizer, without "
             "tokenizer.json); token-classification needs a fast one: take another model, or convert its tokenizer"
         )
-    parsed = [tags.words_and_tags(row, target.columns) for row in rows]
+    parsed = [words_and_tags(row, target.columns) for row in rows]
     read = [[beginning(word, tokenizer, max_length) for word in words] for words, _ in parsed]
     sentences = as_in_text(read, tokenizer)
     cut = tokenizer(sentences, is_split_into_words=True, verbose=False)
@@ -119,17 +275,12 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
     seen = seen_words(features)
     words = [str(tokenizer.decode(ids[word_ids == word].tolist())).strip() for word in seen]
     row_tags = [target.labels[features[TAGS][word]] for word in seen]
-    return usual.preview(str(tokenizer.decode(ids.tolist())), tags.bracketed(words, row_tags))
+    return Preview.labelled(str(tokenizer.decode(ids.tolist())), bracketed(words, row_tags))
 
 
 def seen_words(features: Mapping[str, Any]) -> np.ndarray:
     """Numbers of the words that have a token: not those cut off, nor those of which the tokenizer makes nothing."""
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
-
-
-def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Head size and label names."""
-    return classes.label_config(target.labels)
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
@@ -169,7 +320,7 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
 def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
     """Sums that metrics are made of, from each row's labels."""
     pairs = list(zip(true, predicted, strict=True))
-    place = {kind: number for number, kind in enumerate(tags.types(target.labels))}
+    place = {kind: number for number, kind in enumerate(types(target.labels))}
     entities = np.zeros((len(pairs), len(place), 3), dtype=np.int32)
     for row, (one, two) in enumerate(pairs):
         if not (one.any() or two.any()):
@@ -224,7 +375,7 @@ def answers(
                 "text": " ".join(words[start:end]),
                 "probability": float(chances[start:end].min()),
             }
-            for kind, start, end in tags.spans(row_tags)
+            for kind, start, end in spans(row_tags)
         ]
         found.append({"entities": entities, "tokens": list(words), "tags": row_tags})
     return found
@@ -242,7 +393,7 @@ def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -
     wrong = found + expected - 2 * right
     for row in [row for row in np.lexsort((-kept["nll"], -wrong)) if wrong[row]][:count]:
         shown = [
-            tags.bracketed(kept["tokens"][row], [target.labels[i] for i in kept[name][row]])
+            bracketed(kept["tokens"][row], [target.labels[i] for i in kept[name][row]])
             for name in ("gold", "predicted")
         ]
         yield Answer(text=texts[row], expected=shown[0], predicted=shown[1], loss=float(kept["nll"][row]))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.errors import DataError, RecipeError
+from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import Target, multiple_choice
 from tests import tiny
@@ -101,11 +101,6 @@ def test_label_that_may_be_place_or_text_is_refused() -> None:
         described(rows)
 
 
-def test_problem_type_of_a_classifier_is_refused() -> None:
-    with pytest.raises(RecipeError, match="not possible for choices"):
-        described([{"question": "q", "choices": CHOICES, "label": 1}], problem_type="multi_label")
-
-
 @pytest.mark.parametrize(
     ("change", "check"),
     [
@@ -181,14 +176,6 @@ def test_same_question_with_its_choices_in_another_order_is_a_duplicate() -> Non
     target = described([row])
     other = {**row, "question": "which?", "choices": CHOICES[::-1]}
     assert multiple_choice.group_key(row, target) == multiple_choice.group_key(other, target)
-
-
-def test_models_that_cannot_choose_are_refused() -> None:
-    tokenizer = tiny.encoder_tokenizer()
-    assert multiple_choice.check_model(tiny.config("bert", tokenizer)) is None
-    problem = multiple_choice.check_model(tiny.config("gpt2", tiny.decoder_tokenizer(pad="<|pad|>")))
-    assert problem is not None
-    assert "'gpt2'" in problem
 
 
 def test_questions_about_one_passage_stay_together() -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
 
 from fulltune.errors import DataError
 from fulltune.evaluate import spans
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import LossSettings, Target, question_answering
-from fulltune.tasks.answers import NotInContext, accepted
+from fulltune.tasks.question_answering import NotInContext, accepted
 from tests import tiny
 
 COLUMNS = {"context": "c", "question": "q", "answers": "a"}
@@ -29,7 +28,6 @@ CONTEXT = "the sun shines over the town; in the town we cook soup, and he says h
         ("town", [("town", CONTEXT.index("town"))]),
         ("he", [("he", CONTEXT.index("he says"))]),
         ({"text": ["town"], "answer_start": [CONTEXT.rindex("town")]}, [("town", CONTEXT.rindex("town"))]),
-        ({"text": np.array(["sun"]), "answer_start": np.array([4])}, [("sun", 4)]),
         ({"text": "sun", "answer_start": 4}, [("sun", 4)]),
         ({"text": ["sun", "town"], "answer_start": [4, 24]}, [("sun", 4), ("town", 24)]),
         ([{"text": "sun", "answer_start": 4}, {"text": "town"}], [("sun", 4), ("town", 24)]),
@@ -271,8 +269,3 @@ def test_nearest_sentence_shares_most_words() -> None:
     context = "We met in the garden. The soup was cooked by Ann. Rain fell."
     assert spans.nearest_sentence("Who cooked the soup?", context) == "The soup was cooked by Ann."
     assert spans.nearest_sentence("Why?", context) == "We met in the garden."
-
-
-@pytest.mark.parametrize(("kind", "can"), [("bert", True), ("roberta", True), ("gpt2", True), ("layoutlmv2", False)])
-def test_model_is_checked(kind: str, can: bool) -> None:
-    assert (question_answering.check_model(AutoConfig.for_model(kind)) is None) == can

@@ -136,21 +136,6 @@ def test_answers_do_not_depend_on_the_batch_or_on_settings_for_other_texts(kind:
         assert [text[:3] for text in room] == [text[:3] for text in plain]
 
 
-@pytest.mark.parametrize(
-    ("config", "word"),
-    [("mbart", "language"), ("m2m_100", "language"), ("bert", "encoder-decoder"), ("gpt2", "encoder-decoder")],
-)
-def test_model_that_cannot_is_refused(config: str, word: str) -> None:
-    problem = seq2seq.check_model(AutoConfig.for_model(config))
-    assert problem is not None
-    assert word in problem
-
-
-@pytest.mark.parametrize("config", ["t5", "bart", "marian", "pegasus", "led"])
-def test_model_that_can_is_accepted(config: str) -> None:
-    assert seq2seq.check_model(AutoConfig.for_model(config)) is None
-
-
 def test_bleu_is_that_of_the_corpus_and_of_each_resample() -> None:
     sacrebleu = pytest.importorskip("sacrebleu", reason="the extra text-metrics is not installed")
     pytest.importorskip("rouge_score", reason="the extra text-metrics is not installed")

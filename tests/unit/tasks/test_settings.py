@@ -6,14 +6,15 @@ import re
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import check, problems_of
-from fulltune.recipe.tasks import READ_BY
+from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.tasks.settings import check_settings_for, class_weights
+from fulltune.tasks.settings import check_settings_for, class_weights, unfit
 
 
 def recipe(task: str, train: dict[str, Any] | None = None, **data: Any) -> Recipe:
@@ -159,3 +160,28 @@ def test_class_weights_without_classes_are_refused() -> None:
 
     with pytest.raises(RecipeError, match="no classes"):
         check_settings_for(weighted([1.0]), numbers)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "word"),
+    [
+        ("text-classification", "bert", ""),
+        ("text-classification", "vit", "cannot classify texts"),
+        ("token-classification", "vit", "cannot tag words"),
+        ("question-answering", "gpt2", ""),
+        ("question-answering", "layoutlmv2", "cannot find answers"),
+        ("multiple-choice", "gpt2", "a 'gpt2' model cannot choose"),
+        ("image-classification", "convnext", ""),
+        ("image-classification", "bert", "cannot classify images"),
+        ("causal-lm", "gpt2", ""),
+        ("causal-lm", "bert", "from left to right"),
+        ("seq2seq", "t5", ""),
+        ("seq2seq", "led", ""),
+        ("seq2seq", "mbart", "language"),
+        ("seq2seq", "gpt2", "encoder-decoder"),
+    ],
+)
+def test_model_of_another_kind_is_refused(task: str, kind: str, word: str) -> None:
+    problem = unfit(AutoConfig.for_model(kind), FACTS[task])
+    assert (problem is None) == (not word)
+    assert word in str(problem)

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from fulltune.cli.init import infer
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.data import DataBlock
-from fulltune.tasks import LossSettings, Target, tags
+from fulltune.tasks import LossSettings, Target
 from fulltune.tasks import token_classification as task
 from tests import tiny
 
@@ -44,7 +43,6 @@ def target_of(*row_tags: str) -> Target:
     [
         (["a", "b c"], ["a", "b c"]),
         (("a", 5, None), ["a", "5", ""]),
-        (np.array(["a", "b"]), ["a", "b"]),
         ('["a", "b c"]', ["a", "b c"]),
         ("['a', 'b c']", ["a", "b c"]),
         ("a  b\tc", ["a", "b", "c"]),
@@ -58,11 +56,11 @@ def target_of(*row_tags: str) -> Target:
     ],
 )
 def test_cell_in_each_form_is_read(cell: Any, found: list[str] | None) -> None:
-    assert tags.words(cell) == found
+    assert task.word_list(cell) == found
 
 
 def test_sentence_in_square_brackets_beside_plain_tags_is_a_word() -> None:
-    assert tags.words_and_tags(row("[1]", "O"), COLUMNS) == (["[1]"], ["O"])
+    assert task.words_and_tags(row("[1]", "O"), COLUMNS) == (["[1]"], ["O"])
 
 
 def test_columns_are_found_by_their_usual_names() -> None:
@@ -85,7 +83,7 @@ def test_target_has_both_tags_of_every_type_and_o_first() -> None:
     ],
 )
 def test_inside_tag_that_continues_nothing_begins_an_entity(found: str, repaired: str) -> None:
-    assert tags.strict(found.split()) == repaired.split()
+    assert task.strict(found.split()) == repaired.split()
     assert set(task.seqeval_entities(found.split())) == set(task.seqeval_entities(repaired.split()))
 
 
@@ -170,7 +168,7 @@ def test_init_finds_the_task_of_a_file_with_tags(tmp_path: Path) -> None:
     ],
 )
 def test_running_text_is_split_into_words(text: str, words: list[str]) -> None:
-    assert tags.split_text(text) == words
+    assert task.split_text(text) == words
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
@@ -276,11 +274,6 @@ def test_collate_pads_and_makes_the_mask(kind: Any) -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_check_model_knows_which_models_tag_words() -> None:
-    assert task.check_model(SimpleNamespace(model_type="bert")) is None
-    assert "cannot tag words" in str(task.check_model(SimpleNamespace(model_type="vit")))
-
-
 # ---- loss and metrics ------------------------------------------------------------------------------------------
 
 
@@ -318,7 +311,7 @@ def test_metrics_are_those_of_seqeval(seed: int) -> None:
     assert found["accuracy"] == pytest.approx(accuracy_score(gold, predicted))
     mean = torch.nn.CrossEntropyLoss()(logits.reshape(-1, 5), labels.reshape(-1))
     assert found["loss"] == pytest.approx(float(mean), rel=1e-5)
-    assert all(set(tags.spans(row)) == spans_of_seqeval(row) for row in [*gold, *predicted])
+    assert all(set(task.spans(row)) == spans_of_seqeval(row) for row in [*gold, *predicted])
 
 
 def spans_of_seqeval(row_tags: list[str]) -> set[tuple[str, int, int]]:

@@ -19,10 +19,8 @@ import pytest
 from fulltune.data import sources
 from fulltune.data.readers import columnar, images, read
 from fulltune.errors import DataError
-from fulltune.tasks import padding
 from fulltune.tasks.columns import MOST_NESTED, fault, shown, windows
 from fulltune.tasks.padding import beginning
-from tests import tiny
 
 ROWS = b"text,label\nrain,weather\nsoup,food\n"
 
@@ -166,24 +164,6 @@ def test_beginning_of_a_long_text_gives_the_same_tokens(encoder_tokenizer: Any) 
     assert len(short) < len(text)
     settings = {"truncation": True, "max_length": 128}
     assert encoder_tokenizer(short, **settings)["input_ids"] == encoder_tokenizer(text, **settings)["input_ids"]
-
-
-@pytest.mark.parametrize("text", ["raininthetown", " ", "a \n b", "雨"])
-def test_text_without_a_place_to_cut_it_says_the_same(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    tokenizer = tiny.decoder_tokenizer()
-    monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
-    assert tokenizer.decode(padding.token_ids(text * 50, tokenizer)) == text * 50
-
-
-@pytest.mark.parametrize("text", ["the rain  in the town \n", "é ", "雨 a  b c\n"])
-@pytest.mark.parametrize("kind", ["encoder", "decoder", "words after a space"])
-def test_text_in_parts_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch, text: str, kind: str) -> None:
-    tokenizer = tiny.encoder_tokenizer() if kind == "encoder" else tiny.decoder_tokenizer()
-    if kind == "words after a space":
-        tokenizer = tiny.writer_tokenizer()
-    whole = list(tokenizer(text * 50)["input_ids"])
-    monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
-    assert padding.token_ids(text * 50, tokenizer) == whole
 
 
 def test_long_text_that_is_short_in_tokens_or_cut_at_the_left_is_left(encoder_tokenizer: Any) -> None:
