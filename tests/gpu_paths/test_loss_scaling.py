@@ -1,4 +1,4 @@
-"""fp16's loss scale and what is beside it: the guard, its repeated steps, replayed text, DeepSpeed's checkpoints."""
+"""fp16's loss scale and what is beside it: the guard, its repeated steps, replayed text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from transformers import BertForSequenceClassification
 
 import fulltune
 from fulltune.forgetting.drift import GenericText
-from fulltune.train import shared_state
 from fulltune.train.loop.step_guard import StepMemory
-from fulltune.train.optim import zero
 from fulltune.train.worker.replay import Replay
 from tests import tiny
 
@@ -134,51 +132,3 @@ def test_replayed_texts_count_as_much_as_the_rows_whose_loss_is_scaled(monkeypat
         return float(model.weight.grad)
 
     assert gradient(torch.amp.GradScaler("cpu", init_scale=SCALE)) == SCALE * gradient(None) != 0
-
-
-class Scaler:
-    """As DeepSpeed's, numbers and all."""
-
-    def __init__(self, scale: float, dynamic: bool) -> None:
-        self.cur_scale, self.cur_iter, self.dynamic, self.raises = scale, 3, dynamic, True
-
-
-@pytest.fixture
-def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_state, "is_first", lambda: True)
-
-
-def engine(scaler: Scaler | None) -> Any:
-    parts = {"single_partition_of_fp32_groups": [], "bit16_groups": [], "optimizer": SimpleNamespace(state={})}
-    return SimpleNamespace(optimizer=SimpleNamespace(**parts, **({} if scaler is None else {"loss_scaler": scaler})))
-
-
-@of_deepspeed
-@pytest.mark.usefixtures("_one_process")
-def test_loss_scale_of_deepspeed_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    zero.save(torch.nn.Identity(), engine(Scaler(4096.0, dynamic=True)), tmp_path)
-    again = Scaler(65536.0, dynamic=True)
-    again.cur_iter = 0
-    zero._set_loss_scale(engine(again).optimizer, tmp_path)
-    assert (again.cur_scale, again.cur_iter) == (4096.0, 3)
-    assert again.raises is True, "what is no number is the engine's own"
-    fixed = Scaler(128.0, dynamic=False)
-    zero._set_loss_scale(engine(fixed).optimizer, tmp_path)
-    assert fixed.cur_scale == 128.0
-    zero._set_loss_scale(engine(None).optimizer, tmp_path)
-
-
-@of_deepspeed
-@pytest.mark.usefixtures("_one_process")
-@pytest.mark.parametrize("scaler", [None, Scaler(128.0, dynamic=False)])
-def test_loss_scale_that_stays_is_not_written(scaler: Scaler | None, tmp_path: Path) -> None:
-    zero.save(torch.nn.Identity(), engine(scaler), tmp_path)
-    assert not (tmp_path / zero.LOSS_SCALE).exists()
-
-
-@of_deepspeed
-def test_loss_scale_of_a_run_without_deepspeed_goes_on_in_it(tmp_path: Path) -> None:
-    torch.save(torch.amp.GradScaler("cpu", init_scale=SCALE).state_dict(), tmp_path / "scaler.pt")
-    scaler = Scaler(65536.0, dynamic=True)
-    zero._set_loss_scale(engine(scaler).optimizer, tmp_path)
-    assert scaler.cur_scale == SCALE

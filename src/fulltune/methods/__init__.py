@@ -10,7 +10,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import PROMPT_MODULE, Arm, Method, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
-from fulltune.system import deepspeed, sharing
+from fulltune.system import sharing
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -107,16 +107,6 @@ def check(recipe: Recipe, config: PretrainedConfig) -> None:
         raise RecipeError(found)
 
 
-def _beside_deepspeed(recipe: Recipe, kind: str) -> list[str]:
-    """Why a method that trains few parameters cannot run inside DeepSpeed."""
-    by, shared = recipe.train.deepspeed_by, sharing.of(recipe)
-    if what := deepspeed.keeps_own_files(recipe):
-        return [f"not with {what}, whose checkpoints DeepSpeed writes itself, with all weights; remove it"]
-    if kind == "peft" and shared is not None and shared.stage == 3:
-        return [f"PEFT may read weights, which {by} shares out; take lora, or train.placement: zero2"]
-    return []
-
-
 def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]:
     """Why a method cannot do the recipe's task, as far as the model's config tells; empty when it can."""
     from fulltune.models.shapes import position_limit
@@ -137,6 +127,8 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
         from fulltune.methods.added import peft_problems
 
         found += peft_problems(method)
-    if method.kind not in ("full", "base") and deepspeed.wanted(recipe):
-        found += _beside_deepspeed(recipe, method.kind)
+        shared = sharing.of(recipe)
+        if shared is not None and shared.engine == "deepspeed" and shared.stage == 3:
+            by = recipe.train.deepspeed_by
+            found.append(f"PEFT may read weights, which {by} shares out; take lora, or train.placement: zero2")
     return [f"method {method.arm}: {line}" for line in found]

@@ -12,11 +12,8 @@ from fulltune.records.survey import WayOut
 from fulltune.system import deepspeed, sharing
 from fulltune.text import format_bytes
 
-DEEPSPEED_BYTES = 20
-"""A parameter in checkpoints in DeepSpeed's own form: weights and moments (12), two copies of the model (8)."""
-COMMON_BYTES = 12
-"""A parameter in the other checkpoints of its runs: weights and moments."""
-
+DEEPSPEED_BYTES = 16
+"""A parameter in DeepSpeed's checkpoints: weights and moments in fp32 (12), what passes compute with (4)."""
 MOMENTS_BYTES = 8
 """A parameter's two moments in fp32."""
 
@@ -35,7 +32,7 @@ def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskN
     if recipe.train.placement == "fsdp2":  # moments are in fp32 there, however they are kept
         one = weights + max(state.optimizer, MOMENTS_BYTES * memory.num_trained(num_parameters, settings))
     if deepspeed.wanted(recipe):
-        one = num_parameters * (DEEPSPEED_BYTES if deepspeed.keeps_own_files(recipe) else COMMON_BYTES)
+        one = num_parameters * DEEPSPEED_BYTES
     return DiskNeed(
         one_checkpoint=one + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),

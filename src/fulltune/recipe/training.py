@@ -177,7 +177,8 @@ class TrainBlock(Block):
     """Where weights, gradients and optimizer state lie. single: in one process; ddp: all of it in each; fsdp2: weights,
     gradients and state are shared out (PyTorch's FSDP2); zero2: gradients and state, zero3: weights too (DeepSpeed).
     auto: single for one process, ddp for several where it fits, else fsdp2 (docs/scale.md). A run goes on from its
-    checkpoints with another placement and another number of processes; after offloading to NVMe it starts anew."""
+    checkpoints with another of single, ddp and fsdp2 and another number of processes; with zero2 and zero3 as it was
+    begun, after offloading to NVMe not at all."""
     offload: str = "none"
     """What is kept in the host's memory: none; optimizer (zero2, zero3: gradients and state); all (zero3: the weights
     too); or nvme:FOLDER (zero3: all of it on a disk). What is offloaded to the host of a CPU stays where it was."""

@@ -22,9 +22,6 @@ _LEFT_TO_THE_RECIPE = {
     "data_efficiency": "nothing: the order of the rows is fulltune's",
     "curriculum_learning": "nothing: the order of the rows is fulltune's",
 }
-
-
-_WITH_TWO_MOMENTS = (None, "adamw_torch", "adamw_torch_fused")
 STAGES = {"zero2": 2, "zero3": 3}
 """By placement."""
 BUCKET_VALUES = 5 * 10**8
@@ -52,23 +49,6 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     if found["zero_optimization"]["stage"] == 3:
         found["zero_optimization"].setdefault("stage3_gather_16bit_weights_on_model_save", True)
     return found
-
-
-def keeps_own_files(recipe: Recipe) -> str:
-    """What of the settings has checkpoints written by DeepSpeed itself, which go on only with the same placement and
-    processes; empty: they have the form that every placement reads (`train/optim/zero.py`)."""
-    found = settings(recipe)
-    block = found["zero_optimization"]
-    offload = block.get("offload_optimizer") or {}
-    if block["stage"] == 0:
-        return "zero_optimization.stage: 0"
-    if "nvme" in (offload_device(block, "optimizer"), offload_device(block, "param")):
-        return "offloading to NVMe"
-    if offload.get("ratio", 1.0) != 1.0 or offload.get("super_offload") or block.get("zenflow"):
-        return "an optimizer on two devices"
-    if found.get("data_types"):
-        return "data_types"
-    return "" if recipe.train.optim in _WITH_TWO_MOMENTS else f"train.optim: {recipe.train.optim}"
 
 
 def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:

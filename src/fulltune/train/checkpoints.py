@@ -14,7 +14,7 @@ from fulltune.files import SEAL, flaw
 from fulltune.methods.folder import load_trained
 from fulltune.models import sharding
 from fulltune.recipe.fields import Recipe
-from fulltune.system import deepspeed, sharing
+from fulltune.system import sharing
 from fulltune.train import shared_state
 from fulltune.train.request import number_in
 
@@ -146,13 +146,14 @@ def loaded(model: Any, checkpoint: Path, dtype: Any) -> Any:
 
 
 def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
-    """Why the recipe cannot resume from a checkpoint in DeepSpeed's own form, with what to do; None when it can."""
+    """Why the recipe cannot resume from a checkpoint that DeepSpeed wrote, or that it would have to read; None: it
+    can."""
     shared = sharing.of(recipe)
-    wants = deepspeed.keeps_own_files(recipe) if deepspeed.wanted(recipe) else ""
+    in_engine = shared is not None and shared.engine == "deepspeed"
     latest = checkpoint / LATEST
     if not latest.exists():
-        told = f"is not in DeepSpeed's own form, which {wants} needs to go on"
-        return f"{checkpoint}: {told}; {_BACK}" if wants else None
+        told = f"was not written by DeepSpeed, which reads its own alone ({recipe.train.deepspeed_by})"
+        return f"{checkpoint}: {told}; {_BACK}" if in_engine else None
     parts = checkpoint / latest.read_text(encoding="utf-8").strip()
     if (parts / ON_DISK).exists():
         # Its own reading gives AdamW moments of 0 and step 1 (0.19.8): it goes on without a word, and diverges.
@@ -160,7 +161,7 @@ def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
         return f"{checkpoint}: {lost}; start a new run (--fresh), which can be continued with offload: all"
     processes = len(list(parts.glob(_OF_OPTIMIZER)))
     stage = 3 if list(parts.glob(_OF_WEIGHTS)) else 2
-    if shared is None or not wants:
+    if shared is None or not in_engine:
         found, expected = f"train.placement: {recipe.train.placement}", "DeepSpeed's settings that wrote it"
     elif (stage == 3) != (shared.stage == 3):
         found, expected = str(recipe.train.deepspeed_by), f"ZeRO's stage {'3' if stage == 3 else '1 or 2'}, as written"

@@ -159,10 +159,8 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     }
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
-    # The Trainer cannot save an optimizer whose state FSDP2 shares out, nor DeepSpeed's in a form that others read:
-    # `FullTrainer` does.
-    common = deepspeed.wanted(recipe) and not deepspeed.keeps_own_files(recipe)
-    values["save_only_model"] = plan.placement == "fsdp2" or common
+    # The Trainer cannot save an optimizer whose state FSDP2 shares out: `FullTrainer` does.
+    values["save_only_model"] = plan.placement == "fsdp2"
     extra = as_arguments(train.extra)
     # Copied to the GPU while the next rows are collated: pinned memory alone would not do that.
     if not isinstance(config := extra.get("accelerator_config") or {}, str):  # else a file of the user's

@@ -27,7 +27,7 @@ from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged
-from fulltune.train.optim import optimizers, shared, zero
+from fulltune.train.optim import optimizers, shared
 from fulltune.train.optim.groups import planned_optimizer
 
 ITEMS = "num_items"
@@ -141,11 +141,6 @@ class FullTrainer(Guarded, Trainer):
         """What rows go through: weights that are shared out are put together by DeepSpeed's engine."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
-    @property
-    def in_common_form(self) -> bool:
-        """Its checkpoints have what processes share out in the form that every placement reads."""
-        return self.is_shared or (self.is_deepspeed_enabled and self.args.save_only_model)
-
     def on_skip(self, step: int, judged: Judged) -> None:
         self._on_skip(step, judged.reason, self.sampler.rows_of(step))
 
@@ -225,30 +220,16 @@ class FullTrainer(Guarded, Trainer):
         checkpoints.load_weights(self.model, Path(resume_from_checkpoint), self.trained_only)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (self.in_common_form or shared_state.is_in(Path(checkpoint))):
+        if checkpoint is None or not (self.is_shared or shared_state.is_in(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         # Theirs refuses what was shared out (transformers 5.24).
         optimizer: Any = self.optimizer
-        if not self.is_deepspeed_enabled:
-            shared.load(self.model, optimizer.optimizer, Path(checkpoint))
+        shared.load(self.model, optimizer.optimizer, Path(checkpoint))
         schedule: Any = self.lr_scheduler
         schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        theirs = None if self.is_deepspeed_enabled and self.in_common_form else resume_from_checkpoint
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, theirs)
-        if resume_from_checkpoint is not None and theirs is None:  # theirs reads DeepSpeed's own files alone
-            self.load_into_engine(Path(resume_from_checkpoint))
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        return prepared
-
-    def load_into_engine(self, checkpoint: Path, weights_only: bool = False) -> None:
-        """Put a checkpoint of any placement into DeepSpeed's engine."""
-        config = cast("Any", self.args).hf_deepspeed_config
-        zero.load(self.model, self.model_wrapped, checkpoint, self._ordered, weights_only, self.trained_only, config)
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
@@ -259,7 +240,7 @@ class FullTrainer(Guarded, Trainer):
         with self._journal.during("saving"):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            if self.in_common_form:
+            if self.is_shared:
                 self._save_shared(folder)
             if self.args.should_save:
                 guard = self.seen.as_json()
@@ -272,21 +253,18 @@ class FullTrainer(Guarded, Trainer):
                         np.save(folder / name, start)
 
     def _save_shared(self, folder: Path) -> None:
-        """What the Trainer leaves out of a checkpoint where processes share out the model."""
+        """What the Trainer leaves out of a checkpoint where FSDP2 shares out the model."""
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        if self.is_deepspeed_enabled:
-            zero.save(self.model, self.model_wrapped, folder, self.trained_only)
-        else:
-            shared_state.save(self.model, shared.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
+        shared_state.save(self.model, shared.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
         if self.args.should_save:
             torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.in_common_form:  # theirs would put the whole model together in one process
-            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # `_save_shared` fills it
+        if self.is_shared or self.is_deepspeed_enabled:  # theirs would put the whole model together in one process
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # each process writes its part beside it
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -313,10 +291,6 @@ class FullTrainer(Guarded, Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             self.optimizer = self._make_optimizer(model)
-            if self.is_deepspeed_enabled:
-                names = {parameter: name for name, parameter in model.named_parameters()}
-                groups = cast("Any", self.optimizer).param_groups
-                self._ordered = [names[parameter] for group in groups for parameter in group["params"]]
         return self.optimizer
 
     @contextlib.contextmanager

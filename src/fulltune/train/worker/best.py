@@ -45,9 +45,7 @@ def keep_best(attempt: AttemptContext, state: Any) -> Kept:
         attempt.recorder.warn(warning)
         return _at_end(attempt, state)
     trainer: Any = attempt.trainer
-    if trainer.is_deepspeed_enabled and trainer.in_common_form:
-        trainer.load_into_engine(folder, weights_only=True)
-    elif trainer.is_deepspeed_enabled:
+    if trainer.is_deepspeed_enabled:
         from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
         deepspeed_load_checkpoint(trainer.model_wrapped, str(folder))

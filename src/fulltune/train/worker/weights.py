@@ -43,7 +43,7 @@ def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
     if zero.is_in_engine(parameter):
         if not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return None
-        return zero.moment(parameter, "exp_avg_sq").cpu()
+        return zero.second_moment(parameter).cpu()
     own = isinstance(optimizer, AdamW)
     second = optimizer.second_moment(parameter) if own else optimizer.state.get(parameter, {}).get("exp_avg_sq")
     return None if second is None else sharding.local(second).cpu()

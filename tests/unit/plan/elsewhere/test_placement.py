@@ -108,8 +108,8 @@ def test_what_is_short_is_said_with_its_size() -> None:
     assert rows["one device, AdamW fp32"].short.startswith("device +")
     assert rows["ZeRO-3, all on host"].short.startswith("host +")
     rows = table("1x RTX 4090, 64GB host, 100GB disk")
-    # Two checkpoints of 20 bytes a parameter, one for each epoch, and two models lie there as well.
-    assert rows["ZeRO-3, all on disk"].short == f"disk +{((18 + 2 * 20 + 8) * P - 100e9) / GIB:,.0f} GiB"
+    # Two checkpoints of 16 bytes a parameter, one for each epoch, and two models lie there as well.
+    assert rows["ZeRO-3, all on disk"].short == f"disk +{((18 + 2 * 16 + 8) * P - 100e9) / GIB:,.0f} GiB"
 
 
 def test_no_bf16_on_a_gpu_without_it() -> None:
