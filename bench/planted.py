@@ -122,7 +122,8 @@ def worker(given: Planted, file: str) -> int:
 @contextlib.contextmanager
 def unguarded() -> Iterator[None]:
     """No step, reading or end is judged."""
-    from fulltune.train.loop import callbacks, guards, step_guard
+    from fulltune.stats import curves
+    from fulltune.train.loop import callbacks, step_guard
     from fulltune.train.worker import attempt
 
     def never(seen: step_guard.StepMemory, *_: Any, **__: Any) -> step_guard.Judged:
@@ -132,7 +133,7 @@ def unguarded() -> Iterator[None]:
     with contextlib.ExitStack() as off:
         off.enter_context(mock.patch.object(step_guard, "judge", never))
         for module, name in places:
-            off.enter_context(mock.patch.object(module, name, return_value=guards.GO_ON))
+            off.enter_context(mock.patch.object(module, name, return_value=curves.GO_ON))
         yield
 
 

@@ -97,12 +97,12 @@ def recipe(design: Design, seed: int) -> dict[str, object]:
 
 def verdict(run: Path) -> tuple[str, str]:
     """The report's kind and words."""
-    from fulltune.report.run.about_training import fitting_of
+    from fulltune.report.run.about_training import fit_of
     from fulltune.report.run.read import read_run
 
     view = read_run(run)
-    found = fitting_of(view, view.main_trial)
-    return found.kind, " ".join(found.sentences)
+    found = fit_of(view, view.main_trial)
+    return found.kind, f"{found.sentence} {found.details}"
 
 
 def runs(seeds: list[int]) -> Iterator[tuple[Design, int]]:

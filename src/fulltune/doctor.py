@@ -1,4 +1,4 @@
-"""What went wrong in a training, by its log; its curves are judged by the guards' and the report's own functions."""
+"""What went wrong in a training, by its log; its curves are judged by the functions of the guards and the report."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ from typing import Any
 from fulltune.errors import SetupError
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
-from fulltune.report.format.plots import Point
+from fulltune.report.format import words
 from fulltune.report.run.about_training import curves_of
-from fulltune.report.run.fitting import LEAST_EVALUATIONS, Curves, fitting
 from fulltune.report.run.read import after_start, before_start, read_run
+from fulltune.stats.curves import (
+    EATEN,
+    LEAST_EVALUATIONS,
+    LEAST_READINGS,
+    Curves,
+    Point,
+    diverged,
+    ended_high,
+    fit,
+    stayed_flat,
+    without_cause,
+)
 from fulltune.text import counted, first_few, format_number, format_share
-from fulltune.train.loop.guards import diverged, ended_high, rate_factor, without_cause
+from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.step_guard import StepMemory, judge
 from fulltune.train.request import number_in
 
@@ -29,12 +40,8 @@ _GREATER_IS_BETTER = (
     *("pearson", "spearman"),
 )
 """Parts of the names of metrics that are better when larger; without one of these the eval loss judges."""
-_FLAT = 0.03
-"""Share of its beginning by which a loss has to fall to have learned something."""
-_LEAST = 8
-"""Readings below which nothing is said of a curve's shape."""
-_EATEN = 0.5
-"""Share of the values with a gradient that have to move."""
+Finding = tuple[str, str, str]
+"""What went wrong, or that nothing did; the evidence; what to do."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,6 @@ class Log:
     """Of a run of fulltune; None: another Trainer's."""
     outcome: Outcome | None = None
     skipped: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Something that went wrong, or that nothing did."""
-
-    name: str
-    evidence: str
-    advice: str = ""
 
 
 def read_log(place: Path) -> Log:
@@ -112,12 +110,12 @@ def _of_state(path: Path) -> Log:
             for name, value in line.items():
                 if name != "step":
                     series[name][int(line["step"])] = _number(value)
-        best, kept = state.get("best_metric"), state.get("best_global_step")
+        kept = state.get("best_global_step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise SetupError(
             f"{path}: is not the state of a Trainer: expected JSON with 'log_history', a list of lines with a 'step'"
         ) from None
-    return _log(path, series, best, kept if isinstance(kept, int) else None)
+    return _log(path, series, kept if isinstance(kept, int) else None)
 
 
 def _number(value: Any) -> float:
@@ -148,20 +146,14 @@ def _of_events(folder: Path, files: list[Path]) -> Log:
     return _log(newest, series)
 
 
-def _log(
-    where: Path, series: Mapping[str, Mapping[int, float]], best: float | None = None, kept: int | None = None
-) -> Log:
-    """Series by transformers' names as a log; `best` is the value by which the step `kept` was chosen."""
+def _log(where: Path, series: Mapping[str, Mapping[int, float]], kept: int | None = None) -> Log:
+    """Series by transformers' names as a log."""
     points = {name: tuple(sorted(values.items())) for name, values in series.items()}
     if "loss" not in points:
         names = ", ".join(sorted(points)[:6]) or "nothing"
         raise SetupError(f"{where}: no train loss is in it, a series 'loss'; found {names}")
-    # The metric is the one that chose the best step, which the state does not name; else one whose direction is known.
     known = [name for name in points if name.startswith("eval_") and any(part in name for part in _GREATER_IS_BETTER)]
-    chose = [
-        name for name in (*known, "eval_loss") if best is not None and series.get(name, {}).get(kept or -1) == best
-    ]
-    name = next(iter([*chose, *known]), "eval_loss")
+    name = next(iter(known), "eval_loss")
     steps = max(step for values in points.values() for step, _ in values)
     epochs = [value for _, value in points.get("epoch", ()) if math.isfinite(value)]
     curves = Curves(
@@ -187,84 +179,73 @@ def in_words(log: Log) -> str:
     return f"{log.where}: {counted(log.steps, 'step')}, {counted(evaluations, 'evaluation')}{by}"
 
 
-def diagnose(log: Log) -> tuple[Diagnosis, ...]:
+def diagnose(log: Log) -> tuple[Finding, ...]:
     """What the log tells, the gravest first; one finding that all is well where nothing is found."""
-    # What a guard has said of a run of fulltune goes first: it saw more than the curves.
+    # What a guard has said of a run of fulltune goes first: it saw more than the curves. A loss that ran away is all.
     told = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
-    height = [] if told else [*_height(log)]
-    # Of a loss that ran away nothing else is told.
-    shape = [] if height or told else [*_shape(log)]
-    found = (*_ended(log), *height, *shape, *_steps(log))
+    found = [*_ended(log), *([] if told else [*_height(log)] or [*_shape(log)]), *_steps(log)]
     if found:
-        return found
+        return tuple(found)
     readings, evaluations = len(log.curves.train_loss), len(log.curves.eval_loss)
-    if readings < _LEAST:
-        return (Diagnosis("too little to tell", f"{counted(readings, 'reading')} of the train loss"),)
+    if readings < LEAST_READINGS:
+        return (("too little to tell", f"{counted(readings, 'reading')} of the train loss", ""),)
     unseen = "" if evaluations >= LEAST_EVALUATIONS else "; with so few evaluations over-fitting cannot be seen"
-    return (Diagnosis("sound", f"the curves show nothing that went wrong{unseen}"),)
+    return (("sound", f"the curves show nothing that went wrong{unseen}", ""),)
 
 
-def _ended(log: Log) -> Iterator[Diagnosis]:
+def _ended(log: Log) -> Iterator[Finding]:
     """How a run of fulltune ended, where it did not end well."""
     if log.plan is None:
         return
     if log.outcome is None:
-        evidence = (
-            f"{log.steps:,} of {log.plan.total_steps:,} steps, and no outcome: it is still running, or was killed"
-        )
-        yield Diagnosis("unfinished", evidence, "if it was killed, the same command continues it")
-    elif (status := log.outcome.status) != "done":
-        name = "diverged" if status == "spiked" else status.replace("_", " ")
+        said = f"{log.steps:,} of {log.plan.total_steps:,} steps, and no outcome: it is still running, or was killed"
+        yield "unfinished", said, "if it was killed, the same command continues it"
+    elif log.outcome.status != "done":
+        name = words.status(log.outcome.status)
         lower = f"a lower rate: {_rate(log, rate_factor(log.plan.rollbacks) / 10)}"
         advice = {"diverged": lower, "interrupted": "the same command continues it"}.get(name, "")
-        yield Diagnosis(name, without_cause(log.outcome.reason), advice)
+        yield name, without_cause(log.outcome.reason), advice
 
 
-def _height(log: Log) -> Iterator[Diagnosis]:
+def _height(log: Log) -> Iterator[Finding]:
     """A loss that is not finite, or that left the place where it began."""
     lower = f"a lower rate: {_rate(log, 1 / 10)}"
-    last = log.grad_norm[-_LEAST:]
+    last = log.grad_norm[-LEAST_READINGS:]
     # Norms that are not finite now and then are fp16's scaler at work, which leaves such updates out.
     norms = log.grad_norm if sum(not math.isfinite(value) for _, value in last) * 2 > len(last) else ()
     series = {"train loss": log.curves.train_loss, "gradient norm": norms, "eval loss": log.curves.eval_loss}
     for name, points in series.items():
         if lost := [step for step, value in points if not math.isfinite(value)]:
             evidence = f"the {name} is not finite at {counted(len(lost), 'reading')}, first at step {lost[0]:,}"
-            yield Diagnosis("diverged", evidence, f"look at the rows of that step; {lower}")
+            yield "diverged", evidence, f"look at the rows of that step; {lower}"
             return
-    losses, evals = ([value for _, value in points] for points in (log.curves.train_loss, log.curves.eval_loss))
+    losses, evals = log.curves.losses, [value for _, value in log.curves.eval_loss]
     for judged in (diverged(losses, log.rate), ended_high(losses, evals, log.rate)):
         if judged.action != "go on":
-            yield Diagnosis("diverged", without_cause(judged.reason), lower)
+            yield "diverged", without_cause(judged.reason), lower
             return
 
 
-def _shape(log: Log) -> Iterator[Diagnosis]:
-    """A model that got worse, a loss that stayed where it began, over- and under-fitting, too few steps."""
-    fit = fitting(log.curves)
-    said = " ".join(one for one in fit.sentences if one).split(": ", 1)[-1]
-    evidence, _, helps = (part.rstrip(".") for part in said.partition(" What helps: "))
-    losses = [value for _, value in log.curves.train_loss if math.isfinite(value)]
-    size = len(losses) // 4
-    began, ended = (statistics.median(part) for part in (losses[:size] or [0.0], losses[-size:] or [0.0]))
-    if fit.kind == "got worse":
-        yield Diagnosis(fit.kind, evidence, f"{helps}: {_rate(log, 1 / 10 if fit.turn == 0 else 1 / 3)}")
-    elif len(losses) >= _LEAST and 0 < (1 - _FLAT) * began < ended < (1 + _FLAT) * began:
-        evidence = (
-            f"the train loss stayed where it began: {format_number(began)}, and {format_number(ended)} at the end"
-        )
-        yield Diagnosis("plateau", evidence, f"a higher rate: {_rate(log, 3)}; are the labels those of these rows?")
-    elif fit.kind not in ("sound", "not known"):
+def _shape(log: Log) -> Iterator[Finding]:
+    """A model that got worse, a loss that stayed where it began, over- and under-fitting."""
+    found, losses = fit(log.curves), log.curves.losses
+    evidence = f"{found.evidence}. {found.details}".rstrip(". ")
+    if found.kind == "got worse":
+        yield found.kind, evidence, f"{found.helps}: {_rate(log, 1 / 10 if found.turn == 0 else 1 / 3)}"
+    elif stayed_flat(losses):
+        stayed = f"the train loss stayed at about {format_number(statistics.median(losses))} from beginning to end"
+        yield "plateau", stayed, f"a higher rate: {_rate(log, 3)}; are the labels those of these rows?"
+    elif found.kind not in ("sound", "not known"):
         calibrate = "'fulltune run' calibrates the probabilities; where it is open, more eval rows tell of the answers"
-        yield Diagnosis(fit.kind, evidence, helps or calibrate)
+        yield found.kind, evidence, found.helps or calibrate
 
 
-def _steps(log: Log) -> Iterator[Diagnosis]:
+def _steps(log: Log) -> Iterator[Finding]:
     """Steps that were skipped or taken back, or that would have been; updates that rounding lost."""
-    if log.skipped or (log.plan and log.plan.rollbacks):
-        rollbacks = log.plan.rollbacks if log.plan else ()
+    rollbacks = log.plan.rollbacks if log.plan else ()
+    if log.skipped or rollbacks:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
-        yield Diagnosis("bad steps", evidence, "the journal in the report names the rows: look at them")
+        yield "bad steps", evidence, "the journal in the report names the rows: look at them"
     else:
         norms, memory, suspects = dict(log.grad_norm), StepMemory(), []
         for number, (step, loss) in enumerate(log.curves.train_loss, start=1):
@@ -273,13 +254,12 @@ def _steps(log: Log) -> Iterator[Diagnosis]:
             suspects += [f"{step:,}"] * (judged.action == "skip" and judged.is_finite)
         if suspects:
             evidence = f"loss and gradient norm were both far above the usual at step {first_few(suspects)}"
-            advice = "look at the rows of these steps; 'fulltune run' skips such steps by itself"
-            yield Diagnosis("bad rows", evidence, advice)
+            yield "bad rows", evidence, "look at the rows of these steps; 'fulltune run' skips such steps by itself"
     moved = log.outcome.moved if log.outcome else None
-    if moved is not None and moved.share < _EATEN:
+    if moved is not None and moved.share < EATEN:
         evidence = f"only {format_share(moved.share)} of the values that received a gradient moved"
         advice = "fp32 weights, --set model.weights_dtype=fp32, or --set train.bf16_rounding=stochastic"
-        yield Diagnosis("eaten updates", evidence, advice)
+        yield "eaten updates", evidence, advice
 
 
 def _rate(log: Log, factor: float) -> str:

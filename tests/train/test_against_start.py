@@ -14,9 +14,9 @@ from fulltune.errors import Diverged
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import gain
+from fulltune.stats.curves import ended_worse, made_worse
 from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Target
-from fulltune.train.loop.guards import ended_worse, made_worse
 from fulltune.train.worker.against_start import judged_by
 from tests import tiny
 from tests.train import faults, runs

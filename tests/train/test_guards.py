@@ -18,15 +18,10 @@ from fulltune import files, pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
 from fulltune.records.events import Event, StepLogged, Warned
 from fulltune.records.training import Moved, Outcome
+from fulltune.stats.curves import GuardDecision, diverged, ended_high, stopped_improving
 from fulltune.system import hardware, run_folder
 from fulltune.train.loop import callbacks
-from fulltune.train.loop.guards import (
-    GuardDecision,
-    diverged,
-    ended_high,
-    nothing_learned,
-    stopped_improving,
-)
+from fulltune.train.loop.guards import nothing_learned
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.worker import attempt
 from fulltune.train.worker import main as worker

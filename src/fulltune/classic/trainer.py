@@ -21,9 +21,10 @@ from fulltune.classic.dry_run import copied, dry_run
 from fulltune.classic.padding import complete
 from fulltune.errors import GuardStop
 from fulltune.records.training import Moved
+from fulltune.stats.curves import diverged, ended_high
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
-from fulltune.train.loop.guards import diverged, ended_high, nothing_learned
+from fulltune.train.loop.guards import nothing_learned
 from fulltune.train.loop.step_guard import Judged
 from fulltune.train.worker.no_trace import same_randomness
 from fulltune.train.worker.weights import InitialWeights, own_file

@@ -24,10 +24,10 @@ def doctor(place: Path, as_json: bool) -> None:
     log = read_log(place)
     found = diagnose(log)
     if as_json:
-        stages.print_json([vars(one) for one in found])
+        stages.print_json([dict(zip(("name", "evidence", "advice"), one, strict=True)) for one in found])
         return
     out.print(escape(in_words(log)), soft_wrap=True)
-    rows = ((one.name, f"{one.evidence}{f' → {one.advice}' if one.advice else ''}") for one in found)
+    rows = ((name, f"{evidence}{f' → {advice}' if advice else ''}") for name, evidence, advice in found)
     terminal.show(out, [Facts(tuple(rows))])
 
 

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fulltune.files import replacing
 from fulltune.report.format import blocks, words
+from fulltune.stats.curves import Point
 from fulltune.text import counted, format_metric, format_number, is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Point = tuple[int, float]
-"""Optimizer step and value; the value may be NaN or infinite."""
 Series = tuple[str, Mapping[float, float]]
 """A name, and values by learning rate."""
 

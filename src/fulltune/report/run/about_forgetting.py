@@ -23,8 +23,9 @@ from fulltune.report.format.blocks import (
     first_open,
     unless_empty,
 )
-from fulltune.report.format.plots import Frontier, Point, frontiers_plot, learning_curve
+from fulltune.report.format.plots import Frontier, frontiers_plot, learning_curve
 from fulltune.report.run.read import RunView
+from fulltune.stats.curves import Point
 from fulltune.text import counted, format_metric, format_number, format_percent
 
 ERRORS = 2.0

@@ -25,9 +25,9 @@ from fulltune.report.format.blocks import (
     first_open,
     unless_empty,
 )
-from fulltune.report.format.plots import Point, learning_curve
-from fulltune.report.run.fitting import Curves, Fitting, fitting
+from fulltune.report.format.plots import learning_curve
 from fulltune.report.run.read import RunView, after_start, before_start
+from fulltune.stats.curves import Curves, Fit, Point, fit
 from fulltune.text import (
     counted,
     first_few,
@@ -73,8 +73,9 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
         for name, title, points, step in series
     )
     blocks: list[Block] = [Figures(tuple(figures))]
-    if sentences := fitting_of(view, trial).sentences:
-        blocks.insert(0, Paragraph(" ".join(filter(None, sentences))))
+    if (found := fit_of(view, trial)).evidence:
+        helps = f" What helps: {found.helps}." * bool(found.helps)
+        blocks.insert(0, Paragraph(f"{found.sentence} {found.details}{helps}"))
     if history.restarts:
         at = listed([f"{step:,}" for step in dict.fromkeys(history.restarts)])
         said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: one began, at step {at}."
@@ -86,12 +87,12 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
     return [*blocks, *_all_metrics(history.evaluation, plan)]
 
 
-def fitting_of(view: RunView, trial: str) -> Fitting:
+def fit_of(view: RunView, trial: str) -> Fit:
     """Whether the trial was over- or under-fitted, from its curves."""
     plan = view.plan_of(trial)
     if plan is None or view.outcome_of(trial) is None or view.summary is None or "eval" not in view.summary.splits:
-        return Fitting("not known")
-    return fitting(curves_of(view, trial, plan))
+        return Fit("not known")
+    return fit(curves_of(view, trial, plan))
 
 
 def curves_of(view: RunView, trial: str, plan: Plan) -> Curves:

@@ -85,8 +85,8 @@ def in_short(view: RunView) -> list[Headline | Section | Block]:
         parts += [table.only((table.header[1], second)), *about_scores.about_table(view)]
         parts += answers.blocks if answers else ()
     row = headline_row(view.scores)
-    fit = about_training.fitting_of(view, row.name) if row else None
-    unfit = [Paragraph(fit.sentences[0])] if fit and fit.kind not in ("sound", "not known") else []
+    fit = about_training.fit_of(view, row.name) if row else None
+    unfit = [Paragraph(fit.sentence)] if fit and fit.kind not in ("sound", "not known") else []
     return [*parts, headline, *unfit, *_steps(steps)]
 
 

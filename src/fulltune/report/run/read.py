@@ -22,7 +22,7 @@ from fulltune.records.run import ACCESSES, Access, Command, Environment, Machine
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
-from fulltune.report.format.plots import Point
+from fulltune.stats.curves import Point
 from fulltune.text import first_few
 
 

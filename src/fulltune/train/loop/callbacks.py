@@ -17,17 +17,15 @@ from fulltune import files
 from fulltune.errors import Spiked
 from fulltune.models import sharding
 from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, StepLogged, UpdatesMeasured, Warned
+from fulltune.stats.curves import EATEN, diverged, stopped_improving
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
-from fulltune.train.loop.guards import diverged, stopped_improving
 from fulltune.train.run_time import TRAINING
 
 MEASUREMENTS = 20
 """Of a run."""
 VALUES = 256
 """Of each tensor, evenly spaced."""
-EATEN = 0.5
-"""Share of the values that changed, below which updates are lost."""
 SURE = 3
 """Measurements below it, one after the other, before that is said."""
 

@@ -13,10 +13,10 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulltune.errors import Spiked
+from fulltune.stats.curves import WINDOW
 from fulltune.tasks.padding import IGNORED
 from fulltune.train.loop import step_guard
 from fulltune.train.loop.explain import explain
-from fulltune.train.loop.guards import WINDOW
 from fulltune.train.loop.step_guard import Judged, StepMemory
 
 _log = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, Lever, proposal
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan, Setting
 from fulltune.records.training import Outcome
+from fulltune.stats.curves import without_cause
 from fulltune.system.memory import asked_bytes
 from fulltune.text import format_bytes
-from fulltune.train.loop.guards import rate_factor, without_cause
+from fulltune.train.loop.guards import rate_factor
 
 MOST_KILLS = 4
 MOST_LOST = 20

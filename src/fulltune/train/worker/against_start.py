@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 from fulltune.errors import Diverged
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import gain
+from fulltune.stats.curves import made_worse
 from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Predictions, Target
 from fulltune.train.loop.callbacks import logged
-from fulltune.train.loop.guards import made_worse
 from fulltune.train.run_time import SCORING
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from fulltune.recipe.training import NVME
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Forecast, Listener
 from fulltune.records.training import Check
+from fulltune.stats.curves import ended_high, ended_worse
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopWhenAsked, logged
-from fulltune.train.loop.guards import ended_high, ended_worse, nothing_learned, too_short
+from fulltune.train.loop.guards import nothing_learned, too_short
 from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.request import Request
 from fulltune.train.run_time import CHECKS

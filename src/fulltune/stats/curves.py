@@ -1,0 +1,392 @@
+"""What curves of losses and metrics say: a training that diverges, got worse, over- or under-fits (docs/guards.md).
+
+All thresholds of these stand here; `bench/planted_fits.py` checks those of finished runs.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fulltune.stats.shares import error_of_share
+from fulltune.text import format_metric, format_number, is_share
+
+Point = tuple[int, float]
+"""Optimizer step and value; the value may be NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class GuardDecision:
+    """What to do, and why."""
+
+    action: Literal["go on", "warn", "stop"]
+    reason: str = ""
+    readings: int = 0
+    """Of a loss that diverged: so many of the first readings were still good."""
+
+
+GO_ON = GuardDecision("go on")
+
+
+WINDOW = 10
+"""Logged losses that are taken together: single ones jump."""
+_FELL = 0.75
+_SURE = 4.0
+"""Standard errors of a window's mean."""
+_FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
+_ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
+_LEAST_READINGS = 4
+
+
+def diverged(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
+    """Stop a loss that does not come down again by itself, by all logged losses and the dry run's."""
+    fell = fell_and_rose(losses, learning_rate, untrained)
+    return fell if fell.action == "stop" else ran_away(losses, learning_rate, untrained)
+
+
+def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
+    """Stop when the loss had fallen well, more than batches differ by chance, and the median of its last `2 * WINDOW`
+    readings is back where it began, and where guessing is."""
+    first, now = statistics.fmean(losses[:WINDOW] or [0.0]), statistics.median(losses[-2 * WINDOW :] or [0.0])
+    if len(losses) < 4 * WINDOW or first <= 0 or now < max(first, untrained or 0.0):
+        return GO_ON
+    windows = (losses[place : place + WINDOW] for place in range(len(losses) - WINDOW + 1))
+    place, low = min(enumerate(windows), key=lambda window: statistics.fmean(window[1]))
+    lowest, error = statistics.fmean(low), math.hypot(*map(statistics.stdev, (losses[:WINDOW], low))) / WINDOW**0.5
+    if lowest > _FELL * first or first - lowest < _SURE * error:
+        return GO_ON
+    return GuardDecision(
+        "stop",
+        f"the loss diverged: it fell from {first:.3g} to {lowest:.3g}, but the median of the last {2 * WINDOW} values "
+        f"is {now:.3g}. {_cause(learning_rate, 'third')}",
+        place + WINDOW,
+    )
+
+
+def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
+    """Stop when of the last `2 * WINDOW` losses the median is above three times the beginning and at least 1 above it,
+    and not one is below one and a half times the beginning."""
+    begin, last = _beginning(losses, untrained), losses[-2 * WINDOW :]
+    if len(losses) <= 2 * WINDOW or not _is_far(begin, last):
+        return GO_ON
+    return GuardDecision("stop", _far(begin, last, learning_rate), len(losses) - 2 * WINDOW)
+
+
+def ended_high(
+    losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained: float | None = None
+) -> GuardDecision:
+    """Judge a finished run by the later half of its losses, at most `2 * WINDOW`: stop when they are surely far above
+    the beginning, warn when they are a little."""
+    if len(losses) < _LEAST_READINGS:
+        return GO_ON
+    begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, len(losses) // 2) :]
+    was_better = any(loss < begin for loss in eval_losses)
+    if _is_far(begin, last):
+        is_sure = len(losses) >= 2 * WINDOW or (bool(eval_losses) and min(eval_losses) > _NONE_NEAR * begin)
+        return GuardDecision("stop" if is_sure and not was_better else "warn", _far(begin, last, learning_rate))
+    now = statistics.median(last)
+    times = _ABOVE if eval_losses else _ABOVE_UNEVALUATED
+    if was_better or begin <= 0 or now <= max(times * begin, begin + _ABOVE_MORE):
+        return GO_ON
+    return GuardDecision(
+        "warn",
+        f"the loss ended higher than it began: {begin:.3g} before the first update, {now:.3g} as the median of the "
+        f"last {len(last)} values. {_cause(learning_rate)}",
+    )
+
+
+MOST_BEHIND = 2
+"""Evaluations in a row."""
+
+
+def made_worse(
+    behind: int, what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
+) -> GuardDecision:
+    """Stop a run when `behind` evaluations in a row were worse than the one before step 1 and the train loss has not
+    fallen; over-fitting, whose loss falls, is for early stopping."""
+    begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * WINDOW :] or [0.0])
+    if behind < MOST_BEHIND or len(losses) < 2 * WINDOW or now < begin:
+        return GO_ON
+    return GuardDecision(
+        "stop",
+        f"training makes the model worse: {what} than before step 1, {behind} evaluations in a row, and the train loss "
+        f"has not fallen ({begin:.3g} at the beginning, {now:.3g} now). {_cause(learning_rate)}",
+    )
+
+
+def ended_worse(
+    what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
+) -> GuardDecision:
+    """Judge a finished run whose kept evaluation is worse than the one before step 1 by more than two standard errors:
+    stop where the train loss has not fallen either, else warn."""
+    begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, max(1, len(losses) // 2)) :]
+    now, said = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
+    if len(losses) < _LEAST_READINGS or now < begin:
+        return GuardDecision("warn", f"{said}. A lower learning rate (here {learning_rate:g}), or fewer epochs")
+    fallen = f"the train loss has not fallen ({begin:.3g} at the beginning, {now:.3g} at the end)"
+    return GuardDecision("stop", f"{said}, and {fallen}. {_cause(learning_rate)}")
+
+
+def _beginning(losses: Sequence[float], untrained: float | None) -> float:
+    return max([*losses[:1], *([] if untrained is None else [untrained])], default=0.0)
+
+
+def _is_far(begin: float, last: Sequence[float]) -> bool:
+    is_above = begin > 0 and statistics.median(last) > max(_FAR * begin, begin + _FAR_MORE)
+    return is_above and min(last) > _NONE_NEAR * begin
+
+
+def _far(begin: float, last: Sequence[float], learning_rate: float) -> str:
+    return (
+        f"the loss diverged: before any update it was at most {begin:.3g}, and the last {len(last)} values are "
+        f"between {min(last):.3g} and {max(last):.3g}. {_cause(learning_rate)}"
+    )
+
+
+def without_cause(reason: str) -> str:
+    """What was seen, without what usually causes it and what to do."""
+    return reason.partition(". Usual cause")[0]
+
+
+def _cause(learning_rate: float, share: str = "tenth") -> str:
+    return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); take a {share} of it"
+
+
+def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
+    """True when the last `patience` evaluations brought nothing better than the best one before them."""
+    best, since = None, 0
+    for value in values:
+        gain = 0.0 if best is None else (value - best if greater_is_better else best - value)
+        if best is None or gain > threshold:
+            best, since = value, 0
+        else:
+            since += 1
+    return since >= patience
+
+
+# ---- a run that has ended --------------------------------------------------------------------------------------
+
+Kind = Literal["over-fitted", "over-confident", "under-fitted", "got worse", "sound", "not known"]
+
+LEAST_EVALUATIONS = 3
+ROSE = 1.1
+"""The last eval loss over the least one: smaller rises come and go with the order of the rows."""
+FELL = 0.97
+"""The last train loss over an earlier one, from which on hardly anything was learned."""
+ERRORS = 2.0
+"""Standard errors by which a share has to fall before it is said to have fallen."""
+CEILING = 0.995
+"""A share from which on next to nothing is left to gain."""
+ASSUMED_ROWS = 1000
+"""Of eval rows, where nobody says how many there are."""
+CHANGED = 0.02
+"""The same of other metrics, as a share of the best value."""
+NO_GAP = 0.9
+"""Train loss over eval loss above which the train rows are known no better than the eval rows."""
+STILL_BETTER = 0.99
+"""The last eval loss over the one of half the run, below which it was still falling."""
+_STILL_FALLING = 0.05
+"""Share of the train loss by which the last quarter lies below the one before."""
+_LEARNED = 0.05
+"""Share of the first train loss below which the train rows are known: there is nothing left to fall."""
+_FLAT = 0.03
+"""Share of its beginning by which a loss has to fall to have learned something."""
+EATEN = 0.5
+"""Share of the values with a gradient that have to change: else rounding loses updates."""
+LEAST_READINGS = 8
+"""Of a train loss, below which nothing is said of its shape."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What was measured while training, in order of steps."""
+
+    train_loss: tuple[Point, ...] = ()
+    eval_loss: tuple[Point, ...] = ()
+    metric: tuple[Point, ...] = ()
+    metric_name: str = "accuracy"
+    greater_is_better: bool = True
+    eval_rows: int = 0
+    """0: not known."""
+    epochs_per_step: float = 0.0
+    kept_step: int | None = None
+    """Whose weights the model has."""
+    before: float | None = None
+    """The metric before step 1."""
+    is_mixed: bool = False
+    """The train loss is also of rows that are mixed in, and so of another level than the eval loss."""
+
+    @property
+    def on_eval(self) -> str:
+        """`accuracy on the eval rows`."""
+        return f"{self.metric_name.replace('_', ' ')} on the eval rows"
+
+    @property
+    def best(self) -> Point:
+        """The first of the best evaluations; NaN at step 0 where none is finite."""
+        sign = 1 if self.greater_is_better else -1
+        finite = [point for point in self.metric if math.isfinite(point[1])]
+        return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
+
+    @property
+    def losses(self) -> list[float]:
+        """The train losses that are finite."""
+        return [value for _, value in self.train_loss if math.isfinite(value)]
+
+    @property
+    def is_at_ceiling(self) -> bool:
+        """All eval rows, or nearly all, were answered right at the end: more training can do no better on them."""
+        return is_share(self.metric_name) and bool(self.metric) and self.metric[-1][1] >= CEILING
+
+    @property
+    def is_loss(self) -> bool:
+        """The metric says the same as the loss."""
+        return self.metric_name in ("loss", "perplexity")
+
+    def chance(self, *values: float) -> float:
+        """Differences between values of the metric that chance makes on these eval rows."""
+        if not is_share(self.metric_name):
+            return (ROSE - 1 if self.is_loss else CHANGED) * abs(values[0])
+        rows = self.eval_rows or ASSUMED_ROWS
+        return ERRORS * math.hypot(*(error_of_share(value, rows) for value in values))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a run fits its rows."""
+
+    kind: Kind
+    evidence: str = ""
+    turn: int | None = None
+    """The step after which the eval rows were answered worse."""
+    details: str = ""
+    helps: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """Kind and evidence; empty: there is none."""
+        return self.evidence and f"{self.kind.capitalize()}: {self.evidence}."
+
+
+_FEWER = "fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate"
+_MORE = "more epochs, or a search for the rate"
+_LOWER = "a lower rate"
+
+
+def fit(curves: Curves) -> Fit:
+    """What the curves of a run say about over- and under-fitting; over-confident: only the eval loss rises."""
+    if worse := _worse_than_before(curves):
+        return Fit("got worse", worse, 0, helps=_LOWER)
+    evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
+    trained = _train_loss(curves.train_loss, [step for step, _ in evaluations])
+    if len(evaluations) < LEAST_EVALUATIONS or len(trained) < len(evaluations):
+        few = f"too few evaluations ({len(evaluations)}) to tell whether it was over-fitted; it takes three"
+        return Fit("not known", few if evaluations else "")
+    turn, least = min(evaluations, key=lambda point: point[1])
+    end, last = evaluations[-1]
+    mixed = ", mixed ones included" if curves.is_mixed else ""
+    gap = (
+        f"Towards the end the loss was {format_number(trained[end])} on train rows{mixed}, with dropout, and "
+        f"{format_number(last)} on eval rows."
+    )
+    said, fell = _since_best(curves)
+    rose = turn < end and last >= ROSE * least > 0
+    if not (rose or fell):
+        return _without_a_turn(curves, evaluations, trained, gap)
+    at = curves.best[0] if fell else turn
+    what = said if fell else f"the eval loss was least at {_place(curves, turn)}, {format_number(least)}, and rose"
+    details = f"{gap}{_kept(curves, at)}"
+    half = list(trained.values())[(len(trained) - 1) // 2]
+    if trained[end] >= FELL * max(trained[turn], half):
+        return Fit("got worse", f"{what}, and the train loss did not fall meanwhile, either", at, details, _LOWER)
+    what = f"{what}, while the train loss still fell"
+    if fell or not said:
+        return Fit("over-fitted", what, at, details, _FEWER)
+    chance = curves.chance(curves.best[1])
+    most = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
+    rows = f"{curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,} (assumed)"
+    what = f"{what}; {said}, where of {rows} rows a difference of up to {most} may be chance"
+    return Fit("over-confident", what, at, details)
+
+
+def _without_a_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], gap: str) -> Fit:
+    """Of a run that never got worse: whether it ended too early."""
+    if curves.is_mixed:
+        return Fit(
+            "not known", "no sign of over-fitting; the train loss is also of the rows that are mixed in", None, gap
+        )
+    (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
+    is_least = last <= min(value for _, value in evaluations) and half > 0
+    if is_least and trained[end] > NO_GAP * last and not curves.is_at_ceiling:
+        if trained[end] > FELL * next(iter(trained.values())):
+            why = "the train loss hardly fell, and the eval loss was least at the end"
+            return Fit("under-fitted", why, None, gap, _MORE)
+        if last < STILL_BETTER * half:
+            why = "the eval loss was still falling at the end, and the train loss was not much lower"
+            return Fit("under-fitted", why, None, gap, _MORE)
+    return Fit("sound", "no sign of over- or under-fitting", None, gap)
+
+
+def _place(curves: Curves, step: int) -> str:
+    """`step 300 (epoch 2)`."""
+    return f"step {step:,} (epoch {format_number(step * curves.epochs_per_step)})"
+
+
+def _kept(curves: Curves, turn: int) -> str:
+    """Whether the weights that the model has are from before it got worse."""
+    if curves.kept_step is None:
+        return ""
+    side = "from then" if curves.kept_step == turn else "from before" if curves.kept_step < turn else "from after that"
+    return f" The weights kept are {side}, step {curves.kept_step:,}."
+
+
+def _train_loss(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
+    """The mean train loss of the steps up to each evaluation, since the one before."""
+    found: dict[int, float] = {}
+    for before, end in zip([0, *steps], steps, strict=False):
+        if values := [value for step, value in train if before < step <= end and math.isfinite(value)]:
+            found[end] = statistics.fmean(values)
+    return found
+
+
+def _worse_than_before(curves: Curves) -> str:
+    """That every evaluation is worse than the one before step 1 by more than chance, in words; empty: one is not."""
+    before, best, sign = curves.before, curves.best[1], 1 if curves.greater_is_better else -1
+    if before is None or not math.isfinite(before + best) or sign * (before - best) <= curves.chance(before, best):
+        return ""
+    was, became = (format_metric(curves.metric_name, value) for value in (before, best))
+    return f"{curves.on_eval} was {was} before step 1, and never better than {became} afterwards"
+
+
+def _since_best(curves: Curves) -> tuple[str, bool]:
+    """The metric's best and last evaluation in words, and whether it fell by more than chance; empty: it has none."""
+    finite = [value for _, value in curves.metric if math.isfinite(value)]
+    if curves.is_loss or not finite:
+        return "", False
+    step, best = curves.best
+    lost = abs(best - finite[-1])
+    before, after = (format_metric(curves.metric_name, value) for value in (best, finite[-1]))
+    said = f"{curves.on_eval} was best at {_place(curves, step)}, {before}, and {after} at the end"
+    return said, len(finite) >= LEAST_EVALUATIONS and lost > curves.chance(best)
+
+
+def stayed_flat(losses: Sequence[float]) -> bool:
+    """The median of the last quarter of the losses lies where that of the first one does."""
+    size = len(losses) // 4
+    if len(losses) < LEAST_READINGS:
+        return False
+    began, ended = statistics.median(losses[:size]), statistics.median(losses[-size:])
+    return 0 < (1 - _FLAT) * began < ended < (1 + _FLAT) * began
+
+
+def still_falling(losses: Sequence[float]) -> float | None:
+    """The mean of the last quarter of the losses, where it lies below the one before and much was left to learn."""
+    size = len(losses) // 4
+    if not size:
+        return None
+    before, last = statistics.fmean(losses[-2 * size : -size]), statistics.fmean(losses[-size:])
+    falls = before > 0 and _LEARNED * losses[0] < last < min(losses[0], (1 - _STILL_FALLING) * before)
+    return last if falls else None
