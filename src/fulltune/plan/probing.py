@@ -14,24 +14,17 @@ classes took 8.5 s after the import (docs/log.md)."""
 
 
 def rows(summary: DataSummary, width: int) -> int:
-    """Rows that linear classifiers of the model's hidden size `width` are fitted on, and judged by; pairs count
-    twice."""
+    """Rows that linear classifiers of the model's hidden size `width` are fitted on, and judged by."""
     held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0
     few = min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
-    return passes(summary) * (_train_rows(summary, width) + few)
-
-
-def passes(summary: DataSummary) -> int:
-    """Of each row through the untouched model, at most: a pair's texts are read together, and apart where the tokenizer
-    tells them apart."""
-    return 2 if "text_pair" in summary.columns else 1
+    return _train_rows(summary, width) + few
 
 
 def num_bytes(summary: DataSummary, width: int) -> int:
     """Beside the untouched model's weights, in the host's memory."""
     items = _items(summary, width)
     kinds = 2 if summary.form.tags_words else 3
-    return round(PARTS * 4 * kinds * _kept(summary, width) * items) + (_solver_bytes(summary, width) or 0)
+    return round(PARTS * 4 * kinds * width * items) + (_solver_bytes(summary, width) or 0)
 
 
 def seconds(summary: DataSummary, width: int) -> float:
@@ -43,7 +36,7 @@ def seconds(summary: DataSummary, width: int) -> float:
 
 def _solver_bytes(summary: DataSummary, width: int) -> int | None:
     """None: it is too much, and nothing is fitted."""
-    found = probe.solver_bytes(summary.problem_type, _items(summary, width), _outputs(summary), width)
+    found = probe.solver_bytes(summary.form.name, _items(summary, width), _outputs(summary), width)
     return found if found <= probe.MOST_SOLVER_BYTES else None
 
 
@@ -53,20 +46,16 @@ def _items(summary: DataSummary, width: int) -> int:
 
 
 def _train_rows(summary: DataSummary, width: int) -> int:
-    most = probe.rows_within(summary.problem_type, _per_row(summary), _kept(summary, width))
+    most = probe.rows_within(summary.form.name, _per_row(summary), width)
     return min(summary.splits["train"].rows, most)
-
-
-def _kept(summary: DataSummary, width: int) -> int:
-    return round(width * probe.PAIRS) if passes(summary) == 2 else width
 
 
 def _per_row(summary: DataSummary) -> float:
     train = summary.splits["train"]
     return probe.items_per_row(
-        summary.problem_type, max(1.0, train.trained_tokens / max(1, train.rows)), summary.num_choices
+        summary.form.name, max(1.0, train.trained_tokens / max(1, train.rows)), summary.num_choices
     )
 
 
 def _outputs(summary: DataSummary) -> int:
-    return {"choice": 1, "regression": 1, "span": 2}.get(summary.problem_type, len(summary.labels))
+    return {"choice": 1, "regression": 1, "span": 2}.get(summary.form.name, len(summary.labels))
