@@ -32,7 +32,6 @@ from text_defects import OF_TEXTS
 
 from fulltune.audit import texts as audit
 from fulltune.audit.rows import chat_faults
-from fulltune.audit.texts.flaw import TextCheck
 
 _ROWS = 6000
 _WHOLE = {"empty", "no words", "repetition"}
@@ -51,7 +50,7 @@ class Counted:
     """Of the untouched texts."""
 
 
-def clean_texts(data: Path, check: TextCheck) -> list[str]:
+def clean_texts(data: Path, check: str) -> list[str]:
     """Texts of all sets; of refusals the answers alone, since only these are looked at."""
     texts = audit_texts.texts_of(data)
     groups = [texts["gsm8k answers"]] if check == "refusal" else list(texts.values())

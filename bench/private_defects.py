@@ -192,11 +192,6 @@ def _iban(country: str, form: str, is_grouped: bool) -> Plant:
     return made(piece)
 
 
-def _ipv4(draw: Draw) -> str:
-    first = draw.choice([31, 46, 62, 77, 84, 91, 93, 134, 151, 178, 188, 212])
-    return f"{first}.{draw.randrange(256)}.{draw.randrange(256)}.{draw.randrange(1, 255)}"
-
-
 def _ssn(sign: str) -> Callable[[Draw], str]:
     return lambda draw: sign.join(
         (f"{draw.randrange(100, 660)}", f"{draw.randrange(10, 99)}", f"{draw.randrange(1000, 9999)}")
@@ -232,10 +227,6 @@ _PERSONAL: dict[str, Plant] = {
     "IBAN, Poland": _iban("PL", "n" * 24, True),
     "IBAN, Malta": _iban("MT", "aaaa" + "n" * 5 + "a" * 18, True),
     "IBAN in small letters": lambda text, draw: within(text, _iban("DE", "n" * 18, False)("", draw).lower(), draw),
-    "IP address": made(_ipv4),
-    "IP address and port": made(lambda draw: f"{_ipv4(draw)}:8080"),
-    "IP address in a log": made(lambda draw: f'{_ipv4(draw)} - - "GET / HTTP/1.1" 200'),
-    "IP address, version 6": made(lambda draw: "2a02:8109:" + ":".join(_some(_HEX, 4)(draw) for _ in range(6))),
     "US social security number": made(_ssn("-")),
     "the same with blanks": made(_ssn(" ")),
     "the same in one, named": made(lambda draw: f"SSN {_ssn('')(draw)}"),

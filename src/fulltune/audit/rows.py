@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from fulltune.audit.languages import OTHER_LANGUAGE, Heard, listen, strangers
-from fulltune.audit.texts import Flaw, flaws, masked_cells, masked_text, missing
-from fulltune.audit.texts.flaw import listed, quoted
+from fulltune.audit.texts import flaws, masked_cells, masked_text
+from fulltune.audit.texts.flaw import Flaw, listed, quoted
 from fulltune.audit.texts.names import alike
 from fulltune.data.groups import draw
 from fulltune.data.near import signatures
@@ -54,12 +54,6 @@ class AuditedRows:
     @property
     def has_texts(self) -> bool:
         return "image" not in self.target.columns
-
-    @property
-    def checks(self) -> set[str]:
-        """Checks of single texts that are made on these rows."""
-        absent = missing()
-        return {one for of in checks_of(self.target.columns).values() for one in of if one not in absent}
 
     def of(self, split: SplitName) -> Iterator[dict[str, Any]]:
         """Each row of a split once, also where it gave several examples."""
@@ -136,7 +130,7 @@ class SeenRows:
 
 def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
     """All rows, once: what is wrong with their texts, and what tells them apart."""
-    seen, checks = SeenRows(), checks_of(rows.target.columns, rows.checks)
+    seen, checks = SeenRows(), checks_of(rows.target.columns)
     signed: list[np.ndarray] = []
     for split in SPLITS:
         before, keys = len(seen.keys), list[str]()

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from fulltune.audit.rows import (
 from fulltune.audit.texts import missing
 from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, Reader, Suspected, judge, outliers
 from fulltune.data.patch import load_patch, numbered
+from fulltune.data.running_text import checks_of
 from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.inference.store import row_id, texts
@@ -76,7 +77,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
     seen = look(rows, sum(split.rows for split in summary.splits.values()), reader.listener)
     issues = [*seen.issues, *repeated(rows, seen), *in_classes_alike(rows, seen), *in_other_languages(rows, seen)]
     made = _made(rows, seen)
-    not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
+    not_run = dict.fromkeys(missing(), "needs the extra 'audit'")
     if rows.has_texts and (why := not_told(seen.heard)) is not None:
         not_run[OTHER_LANGUAGE] = why
     not_run |= dict.fromkeys(by_model(summary) - asked, NOT_ASKED)
@@ -126,7 +127,8 @@ def _made(rows: AuditedRows, seen: SeenRows) -> set[str]:
         CHAT_FAULT: "messages" in rows.target.columns,
         OTHER_LANGUAGE: any(one.why_not() is None for one in seen.heard.values()),
     }
-    return {*rows.checks, DUPLICATE, LEAK, *(check for check, is_made in further.items() if is_made)}
+    of_texts = chain.from_iterable(checks_of(rows.target.columns).values())
+    return {*of_texts, DUPLICATE, LEAK, *(check for check, is_made in further.items() if is_made)}
 
 
 def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | None:
@@ -139,7 +141,7 @@ def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | Non
 
 def absent() -> tuple[str, ...]:
     """Extras that are not installed, and bring further checks."""
-    return (*sorted({*missing().values()}), *(() if knows_languages() else ("languages",)))
+    return ("audit",) * bool(missing()) + ("languages",) * (not knows_languages())
 
 
 def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:

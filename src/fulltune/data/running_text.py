@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
-from fulltune.audit.texts import OF_ANSWERS, OF_TEXTS, TextCheck
+from fulltune.audit.texts import OF_ANSWERS, OF_TEXTS, missing
 from fulltune.tasks import Row
 from fulltune.tasks.columns import as_text
 
@@ -15,8 +15,8 @@ _WRITTEN = ("completion", "target", "messages")
 the assistant's turns."""
 Part = Literal["read", "written"]
 _ROLES: dict[Part, tuple[str, ...]] = {"read": _READ, "written": _WRITTEN}
-_CHECKS: dict[Part, tuple[TextCheck, ...]] = {"read": OF_TEXTS, "written": OF_ANSWERS}
-CHEAP: tuple[TextCheck, ...] = (
+_CHECKS: dict[Part, tuple[str, ...]] = {"read": OF_TEXTS, "written": OF_ANSWERS}
+CHEAP: tuple[str, ...] = (
     "broken encoding",
     "control characters",
     "markup",
@@ -31,10 +31,11 @@ LOOKED_AT = 100_000
 PARTS: tuple[Part, ...] = ("read", "written")
 
 
-def checks_of(columns: Mapping[str, str], wanted: Collection[str] | None = None) -> dict[Part, list[TextCheck]]:
-    """The checks (all, or those wanted) that are made on what is read, and on what is written, where there is any."""
+def checks_of(columns: Mapping[str, str], wanted: Collection[str] | None = None) -> dict[Part, list[str]]:
+    """The checks (all, or those wanted) that can be made on what is read, and on what is written, if there is any."""
+    absent = missing()
     found = {
-        part: [one for one in of if wanted is None or one in wanted]
+        part: [one for one in of if one not in absent and (wanted is None or one in wanted)]
         for part, of in _CHECKS.items()
         if set(_ROLES[part]) & set(columns)
     }

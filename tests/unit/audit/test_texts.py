@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 
 from fulltune.audit import texts as audit
-from fulltune.audit.texts import _CHECKS, _shown, masked_cells, private
-from fulltune.audit.texts.flaw import Hit, redacted
+from fulltune.audit.texts import _CHECKS, _shown, content, masked_cells, private
+from fulltune.audit.texts.flaw import redacted
 from fulltune.errors import SetupError
 
 KEY = "qX7" + "vR2mLp9Zt4Wb8Ks1Yd6Hn3Jc5Gf0Aeu"
@@ -17,7 +17,7 @@ BEGIN, END = "-----BEGIN " + "PRIVATE KEY-----", "-----END " + "PRIVATE KEY-----
 JWT = "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0NTY3ODkwIn0." + KEY
 KHMER, PERSIAN, HINDI = "មិន\u200bអាច\u200b\u200bបង្កើត", "می\u200cخواهم", "क्\u200dष"
 
-FOUND: dict[audit.TextCheck, list[str]] = {
+FOUND: dict[str, list[str]] = {
     "broken encoding": [
         "The cafÃ© is closed",
         "Itâ€™s broken",
@@ -157,10 +157,8 @@ FOUND: dict[audit.TextCheck, list[str]] = {
         "my card is 4539 1488 0343 6467",
         "5425233430109903 is the number",
         "amex 3714 496353 98456",
-        "he logged in from 84.112.31.7 at noon",
         "SSN 536-90-4399",
         "NO93 8601 1117 947 THE account",
-        "from 2a02:8109:9a80:1234:5678:9abc:def0:1234 at noon",
         "SSN: 536904399",
         "pay with 4539.1488.0343.6467",
         "pay with 4539\u00a01488\u00a00343\u00a06467",
@@ -177,7 +175,6 @@ FOUND: dict[audit.TextCheck, list[str]] = {
         "Telefon: 030 901820 ab 9 Uhr",
         "Tel. 0171/1234567",
         "+33 1 42 68 53 00 à Paris",
-        "0049 30 901820 from abroad",
         "Tél. : 01 42 68 53 00",
         "Phone: 612 34 56 78",
         "call me on 0171 1234567",
@@ -206,7 +203,7 @@ FOUND: dict[audit.TextCheck, list[str]] = {
     ],
 }
 
-SPARED: dict[audit.TextCheck, list[str]] = {
+SPARED: dict[str, list[str]] = {
     "broken encoding": [
         "The café isn’t open",
         "“Curly” quotes – and dashes…",
@@ -334,18 +331,13 @@ SPARED: dict[audit.TextCheck, list[str]] = {
         "card 4111 1111 1111 1111",
         "number 1234 5678 9012 3456",
         "DE00 3704 0044 0532 0130 00",
-        "192.168.0.1 and 10.0.0.7 and 127.0.0.1",
-        "version 34.1.2.3 of Chrome",
-        "section 1.2.3.4",
-        "999.999.999.999",
         "078-05-1120 was in an advert",
         "000-12-3456 and 2020-11-2020",
         "0.4539148803436467",
-        "ask 8.8.8.8 for names",
         "https://me:pw@host.net",
         "seed(348932549825235)",
         "a@b.com",
-        "2001:db8::1 and 2021:03:04 10:11:12",
+        "at 2021:03:04 10:11:12 from 84.112.31.7",
     ],
     "phone number": [
         "in 2020-2021 we sold 100-200 pieces",
@@ -382,26 +374,24 @@ SPARED: dict[audit.TextCheck, list[str]] = {
     ],
 }
 
-NEEDS_EXTRA = set(audit.missing())
 
-
-def rows(table: dict[audit.TextCheck, list[str]]) -> list[tuple[audit.TextCheck, str]]:
+def rows(table: dict[str, list[str]]) -> list[tuple[str, str]]:
     return [(check, text) for check, texts in table.items() for text in texts]
 
 
-def skip_without_extra(check: audit.TextCheck) -> None:
-    if check in NEEDS_EXTRA:
-        pytest.skip(f"needs the extra {audit.missing()[check]}")
+def skip_without_extra(check: str) -> None:
+    if check in audit.missing():
+        pytest.skip("needs the extra audit")
 
 
 @pytest.mark.parametrize(("check", "text"), rows(FOUND))
-def test_planted_flaw_is_found(check: audit.TextCheck, text: str) -> None:
+def test_planted_flaw_is_found(check: str, text: str) -> None:
     skip_without_extra(check)
     assert [flaw.check for flaw in audit.flaws(text, (check,))] == [check]
 
 
 @pytest.mark.parametrize(("check", "text"), rows(SPARED))
-def test_text_that_only_looks_flawed_is_spared(check: audit.TextCheck, text: str) -> None:
+def test_text_that_only_looks_flawed_is_spared(check: str, text: str) -> None:
     skip_without_extra(check)
     assert audit.flaws(text, (check,)) == []
 
@@ -429,17 +419,18 @@ def test_every_check_has_both_tables() -> None:
         ("markup", "<div><br></div>", None),
         ("secret", f"key: {BEGIN}\nMIIEvQ\n{END} end", "key: [SECRET] end"),
         ("secret", "https://me:Qw3rtz9@fulltune.dev", "https://me:[SECRET]@fulltune.dev"),
-        ("personal data", "jo@gmail.com or 84.112.31.7", "[EMAIL] or [IP]"),
+        ("personal data", "jo@gmail.com or 4539 1488 0343 6467", "[EMAIL] or [CARD]"),
         ("personal data", "NO93 8601 1117 947 THE end", "[IBAN] THE end"),
         ("repetition", "no " * 20, None),
     ],
 )
-def test_repair(check: audit.TextCheck, text: str, fixed: str | None) -> None:
+def test_repair(check: str, text: str, fixed: str | None) -> None:
+    skip_without_extra(check)
     assert [flaw.fixed for flaw in audit.flaws(text, (check,))] == [fixed]
 
 
 @pytest.mark.parametrize(("check", "text"), rows({name: FOUND[name] for name in ("secret", "personal data")}))
-def test_what_is_private_is_masked_and_gone_after_redaction(check: audit.TextCheck, text: str) -> None:
+def test_what_is_private_is_masked_and_gone_after_redaction(check: str, text: str) -> None:
     (flaw,) = audit.flaws(text, (check,))
     assert flaw.fixed is not None
     assert audit.flaws(flaw.fixed, (check,)) == []
@@ -447,7 +438,7 @@ def test_what_is_private_is_masked_and_gone_after_redaction(check: audit.TextChe
 
 
 def test_masks_of_short_values_show_nothing() -> None:
-    flaw = redacted("secret", "pw is abc", [Hit(6, 9, "password", "[SECRET]")])
+    flaw = redacted("secret", "pw is abc", [(6, 9, "password", "[SECRET]")])
     assert flaw is not None
     assert "abc"[:1] not in flaw.reason.removeprefix("password ").split(" at ")[0]
 
@@ -474,11 +465,14 @@ def test_columns_get_their_checks() -> None:
 
 
 def test_missing_package_is_told_and_never_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (audit.missing() == {}) == (importlib.util.find_spec("phonenumbers") is not None)
-    monkeypatch.setattr(private, "phonenumbers", None)
-    assert audit.missing() == {"phone number": "audit"}
-    with pytest.raises(SetupError, match=r"fulltune\[audit\]"):
-        audit.flaws("any text")
+    assert (audit.missing() == []) == all(map(importlib.util.find_spec, ("ftfy", "phonenumbers")))
+    monkeypatch.setattr(private, "knows_phone_numbers", lambda: False)
+    monkeypatch.setattr(content, "knows_encodings", lambda: False)
+    assert audit.missing() == ["broken encoding", "phone number"]
+    for check in audit.missing():
+        with pytest.raises(SetupError, match=r"fulltune\[audit\]"):
+            audit.flaws("any té¬xt", (check,))
+    assert audit.masked_text("write to jo@gmail.com, dé") == "write to [EMAIL], dé"
 
 
 @pytest.mark.parametrize(
@@ -508,13 +502,12 @@ def test_check_digit_of_cards(digits: str, right: bool) -> None:
         ("secret", BEGIN, f"\n{'MIIEvQ' * 9}\n{END}"),
         ("secret", "password=", "password=" + "Xk9#mQ2$vL"),
         ("personal data", "a@", " jo@gmail.com"),
-        ("personal data", "1.1.", " 84.112.31.7 "),
         ("control characters", "\ud83d", "\x00"),
         ("broken encoding", "\ufffd", "cafÃ©"),
         ("refusal", "sorry, i cannot ", "as an ai"),
     ],
 )
-def test_flaw_behind_a_hostile_beginning_is_still_found(check: audit.TextCheck, before: str, flaw: str) -> None:
+def test_flaw_behind_a_hostile_beginning_is_still_found(check: str, before: str, flaw: str) -> None:
     """Of 100,000 characters: an expression that starts over at each of them would take minutes."""
     text = before * (100_000 // len(before))
     found = audit.flaws(text + flaw, (check,))
@@ -522,7 +515,7 @@ def test_flaw_behind_a_hostile_beginning_is_still_found(check: audit.TextCheck, 
     assert found != audit.flaws(text, (check,))
 
 
-@pytest.mark.skipif(bool(audit.missing()), reason="needs phonenumbers")
+@pytest.mark.skipif(bool(audit.missing()), reason="needs the extra audit")
 @pytest.mark.parametrize(
     "text",
     [

@@ -7,32 +7,30 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fulltune.audit.texts import content, leftovers, private
-from fulltune.audit.texts.flaw import Flaw, TextCheck
+from fulltune.audit.texts import content, private
+from fulltune.audit.texts.flaw import Flaw
 
-__all__ = ["Flaw", "TextCheck"]
-
-_CHECKS: Mapping[TextCheck, Callable[[str], Flaw | None]] = {
+_CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
     "broken encoding": content.broken_encoding,
     "control characters": content.control_characters,
     "empty": content.empty,
     "no words": content.no_words,
-    "markup": leftovers.markup,
-    "placeholder": leftovers.placeholder,
-    "chat tokens": leftovers.chat_tokens,
+    "markup": content.markup,
+    "placeholder": content.placeholder,
+    "chat tokens": content.chat_tokens,
     "repetition": content.repetition,
     "secret": private.secret,
     "personal data": private.personal_data,
     "phone number": private.phone_number,
-    "refusal": leftovers.refusal,
+    "refusal": content.refusal,
 }
 """In the order in which their repairs follow each other."""
-OF_TEXTS: tuple[TextCheck, ...] = tuple(check for check in _CHECKS if check != "refusal")
+OF_TEXTS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "refusal")
 """What can be wrong with a text that a model reads."""
-OF_ANSWERS: tuple[TextCheck, ...] = tuple(check for check in _CHECKS if check != "no words")
+OF_ANSWERS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "no words")
 """With one that it learns to write: `42` is an answer, and a refusal is a bad one."""
-_PRIVATE: tuple[TextCheck, ...] = ("secret", "personal data", "phone number")
-_UNCOVERING: tuple[TextCheck, ...] = ("broken encoding", "control characters", "markup")
+_PRIVATE: tuple[str, ...] = ("secret", "personal data", "phone number")
+_UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup")
 """Repairs that may make a secret whole: of one with a zero-width space or a tag inside."""
 
 _UNSEEN = re.compile(
@@ -42,19 +40,19 @@ _UNSEEN = re.compile(
 """What else nobody sees, and no check repairs, for it may be meant."""
 
 
-def missing() -> dict[TextCheck, str]:
-    """Checks whose package is not installed, with the extra that brings it: leave them out of `checks`, and say so."""
-    return {} if private.knows_phone_numbers() else {"phone number": "audit"}
+def missing() -> list[str]:
+    """Checks that need the extra `audit` where it is not installed: leave them out of `checks`, and say so."""
+    known = {"broken encoding": content.knows_encodings(), "phone number": private.knows_phone_numbers()}
+    return [check for check, is_known in known.items() if not is_known]
 
 
 def masked_text(text: str) -> str:
     """A text as it may be shown or listed, before it is shortened: without secrets, personal data, phone numbers."""
-    private = [check for check in _PRIVATE if check not in missing()]
-    shown = repaired(text, private)
+    shown = repaired(text, _PRIVATE)
     whole = repaired(_UNSEEN.sub("", shown), _UNCOVERING)
     if whole == shown == text:
         return text
-    hidden = repaired(whole, private)
+    hidden = repaired(whole, _PRIVATE)
     return shown if hidden == whole else hidden
 
 
@@ -68,12 +66,12 @@ def masked_cells(cell: Any) -> Any:
     return masked if isinstance(text, str) and (masked := masked_text(text)) != text else cell
 
 
-def found_by(text: str, checks: Collection[TextCheck]) -> list[TextCheck]:
+def found_by(text: str, checks: Collection[str]) -> list[str]:
     """The checks that find something in a text."""
     return [check for check in checks if _CHECKS[check](text) is not None]
 
 
-def flaws(text: str, checks: Collection[TextCheck] = OF_TEXTS) -> list[Flaw]:
+def flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
     """What is wrong with a text, one entry a check: as it may be shown, in its reason and in what is proposed."""
     found = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
     masked = masked_text(text) if found else text
@@ -88,9 +86,10 @@ def _shown(flaw: Flaw, masked: str) -> Flaw:
     return replace(flaw, reason=reason, fixed=flaw.fixed and masked_text(flaw.fixed))
 
 
-def repaired(text: str, checks: Collection[TextCheck]) -> str:
-    """The text after the repairs of these checks, each on what the one before it left."""
+def repaired(text: str, checks: Collection[str]) -> str:
+    """The text after the repairs of these checks that can be made, each on what the one before it left."""
+    absent = missing()
     for check, find in _CHECKS.items():
-        if check in checks and (flaw := find(text)) is not None and flaw.fixed is not None:
+        if check in checks and check not in absent and (flaw := find(text)) is not None and flaw.fixed is not None:
             text = flaw.fixed
     return text

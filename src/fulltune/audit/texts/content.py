@@ -1,14 +1,17 @@
-"""Texts that say nothing or the same again and again, that were read in a wrong encoding, or hold unseen characters."""
+"""What is wrong with a text by itself: empty, broken, repeated, left over from HTML, a template, a chat or a model."""
 
 from __future__ import annotations
 
+import html
+import importlib.util
 import re
 import unicodedata
 from collections import Counter
+from functools import cache
+from html.entities import html5
 
-import ftfy
-
-from fulltune.audit.texts.flaw import Flaw, listed, quoted
+from fulltune.audit.texts.flaw import PATTERNS, Flaw, compiled, listed, quoted
+from fulltune.errors import SetupError
 from fulltune.text import counted, format_percent
 
 _BLANK_SIGNS = "\u115f\u1160\u2800\u3164\uffa0"
@@ -109,10 +112,18 @@ _C1 = re.compile("[\x80-\x9f]")
 _LOST = "\ufffd"
 
 
+@cache
+def knows_encodings() -> bool:
+    """Whether ftfy is installed."""
+    return importlib.util.find_spec("ftfy") is not None
+
+
 def broken_encoding(text: str) -> Flaw | None:
     """Mojibake that ftfy can undo, C1 characters (Windows-1252 read as Latin-1), and replacement characters."""
     if text.isascii():
         return None
+    if not knows_encodings():
+        raise SetupError("looking for broken encodings needs the package 'ftfy'; pip install 'fulltune[audit]'")
     # Line by line, as ftfy's own `fix_text`: one whole line may keep another from being repaired.
     fixed = "\n".join(map(_repaired, text.split("\n")))
     found = []
@@ -127,6 +138,8 @@ def broken_encoding(text: str) -> Flaw | None:
 
 
 def _repaired(line: str) -> str:
+    import ftfy
+
     if line.isascii():
         return line
     fixed = ftfy.fix_encoding(line)
@@ -150,17 +163,8 @@ _FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
 _CHINESE = re.compile("[\u2e80-\u2fff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _VARIANTS = re.compile("[\U000e0100-\U000e01ef]")
 """A sign of Chinese may have one behind it, for its form in a name; others hide bytes."""
-_OVERRIDES = "\u202d\u202e"
 _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u2066\u2067\u2068\u2069"
 _JOINERS = "\u180e\u200b\u200c\u200d"
-_NAMES = {
-    **{"\x00": "NUL", "\x0c": "form feed", "\x7f": "delete", "\u00ad": "soft hyphen", "\ufeff": "byte order mark"},
-    **{"\u200b": "zero-width space", "\u200c": "zero-width non-joiner", "\u200d": "zero-width joiner"},
-    **{"\u2028": "line separator", "\u2029": "paragraph separator"},
-    **{"\u2060": "word joiner", "\u200e": "left-to-right mark", "\u200f": "right-to-left mark"},
-    **dict.fromkeys(_OVERRIDES, "override of the writing direction"),
-    **dict.fromkeys("\u202a\u202b\u202c\u2066\u2067\u2068\u2069", "mark of the writing direction"),
-}
 
 
 def control_characters(text: str) -> Flaw | None:
@@ -203,6 +207,152 @@ def _without(text: str, places: set[int]) -> str:
 def _name(character: str) -> str:
     if "\ud800" <= character <= "\udfff":
         return "half of a character (lone surrogate)"
-    if "\uf020" <= character <= "\uf0ff":
-        return f"sign of a symbol font (U+{ord(character):04X})"
-    return _NAMES.get(character, f"U+{ord(character):04X}")
+    return f"{unicodedata.name(character, 'control character').lower()} (U+{ord(character):04X})"
+
+
+# ---- left over from where a text came from ---------------------------------------------------------------------------
+
+_FENCED = re.compile(r"```.*?(?:```|\Z)|``.+?``|`[^`\n]+`", re.DOTALL)
+_CODE_SIGN = re.compile(
+    r"^\s*(?:>>> |\$ |export |def |class |import |from \w+ import|#include|function\b|const |let |var |public |private "
+    r"|return\b|SELECT |\w+ = )"
+    r"|[;{]\s*$|=>|==|!=|\w\(\)|::|->|\$\(|=\"?\$\{|</?[A-Z]\w*>|\bprintf\b|\bf\"|\.format\(|%\s*\(",
+    re.MULTILINE,
+)
+
+
+def _without_code(text: str) -> str:
+    """Code in backticks is meant as it stands: blanks of the same length."""
+    return _FENCED.sub(lambda found: " " * len(found[0]), text) if "`" in text else text
+
+
+def _is_code(text: str) -> bool:
+    """Two signs of a programming language: the text is written in one, and no place of it is left over."""
+    return sum(1 for _, _ in zip(_CODE_SIGN.finditer(text), range(2), strict=False)) == 2
+
+
+_BLOCKS = (
+    "address|article|aside|blockquote|body|br|dd|div|dl|dt|fieldset|figcaption|figure|footer|form|h[1-6]|head|header|hr"
+    "|html|iframe|li|main|nav|ol|p|pre|script|section|style|table|tbody|td|tfoot|th|thead|tr|ul|!doctype|noscript"
+)
+_INLINE = "a|abbr|b|button|center|code|del|em|font|i|img|input|ins|label|meta|q|s|small|span|strong|sub|sup|tt|u|video"
+_ATTRIBUTE = r"\s+[\w:@-]+(?:\s*=\s*(?:\"[^\"<]*\"|'[^'<]*'|[^\s\"'<>]+))?"
+_TAG = re.compile(rf"<(/?)({_BLOCKS}|{_INLINE})((?:{_ATTRIBUTE})*)\s*/?>", re.IGNORECASE)
+_HIDDEN = tuple(
+    (end, re.compile(f"{start}.*?{end}", re.IGNORECASE | re.DOTALL))
+    for start, end in (("<!--", "-->"), (r"<script\b", "</script>"), (r"<style\b", "</style>"))
+)
+_BLOCK_NAME = re.compile(_BLOCKS, re.IGNORECASE)
+_PLAINLY_HTML = re.compile(
+    r"br|p|div|span|td|tr|th|li|ul|ol|h[1-6]|iframe|tbody|thead|img|!doctype|blockquote", re.IGNORECASE
+)
+"""Names that are no words, variables or types of their own: one tag is enough."""
+_ENTITY = re.compile(r"&(?:#\d{2,6}|#[xX][0-9a-fA-F]{2,5}|[A-Za-z]{2,8}\d{0,2});")
+_ANY_MARK = re.compile(r"<[^<>]{1,400}>|&#?\w{1,8};")
+
+
+def markup(text: str) -> Flaw | None:
+    """HTML tags and entities outside code, or a text of which nothing is left without them."""
+    if "<" not in text and "&" not in text:
+        return None
+    bare = _without_code(text)
+    tags = [] if "<" not in bare else _tags(bare)
+    if "<!--" in bare and "-->" in bare:
+        tags.append("!-- --")
+    entities = [found for found in _ENTITY.findall(bare) if found[1] == "#" or found[1:] in html5]
+    if not (tags or entities) or _is_code(_ANY_MARK.sub(" ", bare)):
+        return None
+    if not re.search(r"[^\W_]", _ANY_MARK.sub(" ", _shown(text))):
+        return Flaw("markup", f"markup only: {quoted(text)}")
+    counts = Counter([*(f"<{name}>" for name in tags), *entities])
+    found = [f"{name} × {count:,}" if count > 1 else name for name, count in counts.most_common()]
+    return Flaw("markup", f"HTML left over: {listed(found)}", _plain(text))
+
+
+def _tags(text: str) -> list[str]:
+    """Names of tags; `<b>` or `<title>` alone may be a letter in maths or a word to fill in, so they need a partner."""
+    found = [(slash, name.lower(), attributes) for slash, name, attributes in _TAG.findall(text)]
+    closed = {name for slash, name, _ in found if slash}
+    opened = {name for slash, name, _ in found if not slash}
+    sure = {name for _, name, attributes in found if "=" in attributes or _PLAINLY_HTML.fullmatch(name)}
+    sure |= closed & opened
+    return [name for slash, name, _ in found if name in sure and not slash]
+
+
+def _plain(text: str) -> str:
+    """Without tags and with characters for entities; code in backticks stays."""
+    pieces, place = list[str](), 0
+    for found in _FENCED.finditer(text):
+        pieces += [_stripped(text[place : found.start()]), found[0]]
+        place = found.end()
+    return "".join([*pieces, _stripped(text[place:])])
+
+
+def _stripped(text: str) -> str:
+    bare = _TAG.sub(_in_its_stead, _shown(text))
+    if bare != text:
+        bare = re.sub(r" ?\n[ \n]*\n ?", "\n\n", re.sub(r"[ \t]{2,}", " ", bare))
+    return html.unescape(bare).replace("\u00a0", " ")
+
+
+def _shown(text: str) -> str:
+    """Without comments, scripts and styles."""
+    for end, pattern in _HIDDEN:
+        # Up to the last end alone: each start would search the rest of the text for one in vain.
+        if (last := text.lower().rfind(end)) >= 0:
+            text = pattern.sub(" ", text[: last + len(end)]) + text[last + len(end) :]
+    return text
+
+
+def _in_its_stead(tag: re.Match[str]) -> str:
+    if tag[2].lower() in ("td", "th"):
+        return " "
+    return "\n" if _BLOCK_NAME.fullmatch(tag[2]) else ""
+
+
+_PLACEHOLDER, _TOKEN = (re.compile("|".join(PATTERNS[name]), re.MULTILINE) for name in ("placeholder", "chat_tokens"))
+
+
+def placeholder(text: str) -> Flaw | None:
+    """A template that nobody filled in; braces of JSON, code and LaTeX are none."""
+    if not any(map(text.__contains__, PATTERNS["placeholder_signs"])):
+        return None
+    bare = _without_code(text)
+    found = list(dict.fromkeys(match[0] for match in _PLACEHOLDER.finditer(bare)))
+    if not found or _is_code(bare):
+        return None
+    return Flaw("placeholder", f"not filled in: {listed([quoted(one) for one in found])}")
+
+
+_SPEAKERS = re.compile(r"(?:^|(?<=\s))(Human:|USER:|Assistant:|ASSISTANT:)", re.MULTILINE)
+"""Of templates without tokens: both speakers, since one may be any word before a colon."""
+_SENTENCE_START, _SENTENCE_END = re.compile(r"\s*<s>"), re.compile(r"</s>\s*\Z")
+
+
+def chat_tokens(text: str) -> Flaw | None:
+    """Tokens that a chat template or a tokenizer adds itself: they would stand there twice, also those in code."""
+    is_talk = "ssistant:" in text or "SSISTANT:" in text
+    if not ("<" in text or "[" in text or "###" in text or is_talk):
+        return None
+    found = list(dict.fromkeys(_TOKEN.findall(text)))
+    speakers = list(dict.fromkeys(_SPEAKERS.findall(text))) if is_talk else []
+    if {one.lower() == "assistant:" for one in speakers} == {True, False}:
+        found += speakers
+    # Between the two, <s> strikes words out.
+    starts, ends = _SENTENCE_START.match(text), _SENTENCE_END.search(text)
+    if (starts and "</s>" not in text[: -len("</s>")].rstrip()) or (ends and "<s>" not in text[1:]):
+        found += ["<s>"] if starts else ["</s>"]
+    return Flaw("chat tokens", f"{listed([quoted(one) for one in found])}: a template adds its own") if found else None
+
+
+_PHRASES = [(signs.split("|"), compiled(pattern)) for signs, pattern in PATTERNS["refusal"]]
+"""Looking for signs first takes a tenth of the time."""
+
+
+def refusal(text: str) -> Flaw | None:
+    """An answer in which an assistant declines or speaks of itself, in English and a few phrases of other languages."""
+    lowered = text.lower().replace("’", "'")
+    for signs, pattern in _PHRASES:
+        if any(map(lowered.__contains__, signs)) and (found := pattern.search(lowered)):
+            return Flaw("refusal", f"an assistant's own words: {quoted(lowered[found.start() :], 60)}")
+    return None

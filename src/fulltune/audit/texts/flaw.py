@@ -2,66 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-TextCheck = Literal[
-    "broken encoding",
-    "control characters",
-    "empty",
-    "no words",
-    "markup",
-    "placeholder",
-    "chat tokens",
-    "repetition",
-    "secret",
-    "personal data",
-    "phone number",
-    "refusal",
-]
+from pathlib import Path
+from typing import Any
 
 _MOST_NAMED = 3
+PATTERNS: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("patterns.toml").read_text(encoding="utf-8"))
+"""What checks look for, as data."""
 
 
 @dataclass(frozen=True)
 class Flaw:
     """What one check found in a text."""
 
-    check: TextCheck
+    check: str
     reason: str
     """For a reader; of secrets and personal data only the beginning is quoted."""
     fixed: str | None = None
     """The text as it would be after this repair or redaction alone; None: there is none."""
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A place in a text that must not be quoted whole."""
-
-    start: int
-    end: int
-    what: str
-    """`e-mail address`."""
-    instead: str
-    """What a redaction puts there: `[EMAIL]`."""
+def compiled(pattern: str) -> re.Pattern[str]:
+    """An expression of `PATTERNS`, with what its words stand for."""
+    for word, meaning in PATTERNS["words"].items():
+        pattern = pattern.replace(f"<{word}>", meaning)
+    return re.compile(pattern)
 
 
-def redacted(check: TextCheck, text: str, hits: Iterable[Hit]) -> Flaw | None:
-    """A flaw that names each place and masks it, and whose repair puts a word in its stead; None without places."""
-    kept: list[Hit] = []
-    for hit in sorted(hits, key=lambda hit: (hit.start, -hit.end)):
+def redacted(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -> Flaw | None:
+    """A flaw that names each place and masks it, and whose repair puts a word in its stead; None without places.
+
+    Args:
+        hits: Where each place begins and ends, what it is (`e-mail address`), and what is put there (`[EMAIL]`).
+    """
+    pieces, named, place = list[str](), list[str](), 0
+    for start, end, what, instead in sorted(hits, key=lambda hit: (hit[0], -hit[1])):
         # A token in a password's place is found twice.
-        if not kept or hit.start >= kept[-1].end:
-            kept.append(hit)
-    if not kept:
-        return None
-    pieces, place = list[str](), 0
-    for hit in kept:
-        pieces += [text[place : hit.start], hit.instead]
-        place = hit.end
-    named = [f"{hit.what} {masked(text[hit.start : hit.end])} at character {hit.start + 1:,}" for hit in kept]
-    return Flaw(check, listed(named), "".join(pieces) + text[place:])
+        if start >= place:
+            pieces += [text[place:start], instead]
+            named.append(f"{what} {masked(text[start:end])} at character {start + 1:,}")
+            place = end
+    return Flaw(check, listed(named), "".join(pieces) + text[place:]) if named else None
 
 
 def masked(value: str) -> str:
