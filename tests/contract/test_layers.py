@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("inference",),),
     (("footprint",), ("probe",), ("forgetting",), ("audit/texts",)),
     (("stats",),),
-    (("plan", "plan/__init__", "plan/elsewhere"),),
+    (("plan",),),
     (
         ("data/readers", "data", "data/__init__", "audit", "audit/__init__"),
         ("train", "train/optim", "train/loop", "train/worker", "train/parent", "train/__init__"),
@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
 """From the ground up. On a floor stand stacks, and in a stack rooms: one imports from lower floors, and from what is
 below it in its own stack, never from a stack beside it."""
 LIGHT = (
-    *("errors.py", "text.py", "files.py", "recipe", "records", "audit/texts", "plan", "plan/elsewhere", "launch"),
+    *("errors.py", "text.py", "files.py", "recipe", "records", "audit/texts", "plan", "launch"),
     *("report/format", "report/run", "report/comparison", "report/__init__"),
 )
 """Rooms that import no framework: help, errors of recipes, plans and reports answer at once."""

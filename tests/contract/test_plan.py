@@ -81,7 +81,7 @@ def test_7b_is_planned_from_its_config_alone() -> None:
     assert all(len(line) <= 80 or "--set" in line or str(SEVEN_B) in line for line in page.splitlines())
     order = [
         "plan\nfits   yes: full on 4x A100-80GB, 512 GB host, FSDP2, ",
-        "for the whole command; without reading and tokenising the",
+        "for the whole command, after the rows are prepared",
         " USD for ",
         "found",
         "6,738,415,616 parameters",
@@ -97,7 +97,6 @@ def test_7b_is_planned_from_its_config_alone() -> None:
         "\ntime\n",
         "\nchosen ",
         "train.micro_batch_size",
-        "\ninstead\n",
         "method: where to start, not a law",
         "to decide on your own rows",
         "fulltune run",
@@ -215,8 +214,8 @@ def test_plan_for_several_machines_is_run_on_each(recipe: Path) -> None:
     assert (train.num_processes, train.num_machines, train.processes_per_machine) == (8, 2, 4)
     assert found["survey"]["comparison"] == "", "it runs on one machine"
     said = " ".join(shown(result).split())
-    assert "fulltune compare, on one machine" in said
-    assert "on each of the 2 machines, in a folder that all see" in said
+    assert "fulltune compare, with methods: [full, lora]" in said
+    assert "RANK counts the machines from 0" in said
 
 
 def test_plan_with_data_here_is_the_runs_plan_and_keeps_the_survey(recipe: Path, tmp_path: Path) -> None:
@@ -229,7 +228,6 @@ def test_plan_with_data_here_is_the_runs_plan_and_keeps_the_survey(recipe: Path,
     assert (survey.train_rows, survey.eval_rows, survey.num_devices) == (32, 4, 1)
     assert survey.hardware.startswith("this machine: ")
     assert survey.placement == "one device, AdamW fp32"
-    assert "without train.seed: in this run folder" in shown(result)
 
 
 def test_plan_for_other_hardware_needs_config_tokenizer_and_rows_but_no_weights(recipe: Path, tmp_path: Path) -> None:
@@ -254,19 +252,13 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
     assert result.code == 0, result.err
     assert "2x L4, 96 GB host" in result.out
     survey = Survey.load(tmp_path / "run" / "plan" / "survey.json")
-    words = shlex.split(survey.command)
-    assert words[2] == str(tmp_path / "run" / "recipe.yaml")
-    assert words[-2:] == ["--set", "train.seed=1"]
-    again = load_recipe(words[2], [word for word in words[3:] if word != "--set"])
-    assert again.train_files() == (str(tmp_path / "train.csv"),)
+    assert (survey.command, survey.comparison) == ("", ""), "its recipe lies elsewhere"
 
 
 @pytest.mark.parametrize(
     ("options", "problems"),
     [
         (["--rows", 10], ["--rows: a plan without data needs --tokens as well"]),
-        (["--goal", "fun"], ["--goal: 'fun' is not known; expected one of knowledge, language, style, updates"]),
-        (["--tasks", 0], ["--tasks: 0, but there is at least 1 task"]),
         (["--for", "8x A100"], ["--for: 'A100' comes in several sizes; write A100-40GB or A100-80GB"]),
         (
             ["--rows", -5, "--for", "RTX 4900", "--price", "much"],
@@ -323,23 +315,22 @@ def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "settings", "comparison", "first"),
+    ("lines", "settings", "comparison"),
     [
-        ("", {}, "fulltune compare r.yaml --set 'methods=[full, lora]'", ""),
-        ("method: full\n", {}, "fulltune compare r.yaml", "methods: [full, lora]"),
-        ("methods: [full, adapter]\n", {}, "fulltune compare r.yaml", ""),
-        ("", {"train.placement": "zero2"}, "", ""),
+        ("", {}, "fulltune compare r.yaml --set 'methods=[full, lora]'"),
+        ("method: full\n", {}, ""),
+        ("methods: [full, adapter]\n", {}, "fulltune compare r.yaml"),
+        ("", {"train.placement": "zero2"}, ""),
         (
             "",
             {"train.placement": "auto"},
             "fulltune compare r.yaml --set train.placement=auto --set 'methods=[full, lora]'",
-            "",
         ),
-        ("train: {placement: zero3}\n", {}, "", ""),
+        ("train: {placement: zero3}\n", {}, ""),
     ],
 )
 def test_plan_says_how_to_compare_what_it_planned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, settings: dict[str, Any], comparison: str, first: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, settings: dict[str, Any], comparison: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(f"model: m\ntask: causal-lm\ndata: {{train: a.txt}}\n{lines}", encoding="utf-8")
@@ -350,4 +341,4 @@ def test_plan_says_how_to_compare_what_it_planned(
 
     found = cli_plan._with_commands(survey, Path("r.yaml"), [], load_recipe(Path("r.yaml")))
 
-    assert (found.comparison, found.comparison_first) == (comparison, first)
+    assert found.comparison == comparison

@@ -18,7 +18,7 @@ from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.sharing import Sharing
 from tests.plans import plan, recipe
 from tests.unit.plan import sizes
-from tests.unit.plan.elsewhere.test_placement import table
+from tests.unit.plan.test_placements import table
 
 pytestmark = pytest.mark.stand_in("records of machines and models", card="whether the bytes are right")
 GIB = 2**30
@@ -134,8 +134,8 @@ def test_hardware_without_a_card_cannot_be_asked_for_one() -> None:
     on_card, anywhere = (recipe(train={"device": device}) for device in ("cuda", "auto"))
     with pytest.raises(RecipeError, match="'cuda' but --for names no GPU"):
         workload.spread_over(on_card, gpus.parse("cpu"))
-    assert workload.spread_over(anywhere, gpus.parse("cpu")) == anywhere
-    assert workload.spread_over(on_card, gpus.parse("2x H100")).train.num_processes == 2
+    assert workload.spread_over(anywhere, gpus.parse("cpu")) == (anywhere, ())
+    assert workload.spread_over(on_card, gpus.parse("2x H100"))[0].train.num_processes == 2
 
 
 # ---- fp16 ------------------------------------------------------------------------------------------------------------

@@ -165,18 +165,15 @@ def plan(
     rows: options.NumRows = None,
     tokens: options.NumTokens = None,
     price: options.Price = None,
-    tasks: options.NumTasks = 1,
     measure: options.Measure = False,
-    preserve: options.Preserve = False,
-    goal: options.Goal = None,
 ) -> None:
-    """Settle every number, each with its reason; show memory, placements, time and what else could be done."""
+    """Settle every number, each with its reason; show memory, placements, time and ways out."""
     from fulltune.cli import plan as cli_plan
     from fulltune.cli.show import plan as display_plan
     from fulltune.records.training import Measurements
     from fulltune.report.format import terminal
 
-    options = cli_plan.Options(hardware, rows, tokens, price, tasks, preserve, goal)
+    options = cli_plan.Options(hardware, rows, tokens, price)
     if measure:
         cli_plan.check_measure(options)
     if rows is not None or tokens is not None:
@@ -186,9 +183,7 @@ def plan(
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "plan")
         planned = None
         try:
-            planned = stages.reach(
-                recipe, folder, "data" if checked.fleet else "plan", details=False, measure=measure
-            ).plan
+            planned = stages.reach(recipe, folder, "data" if hardware else "plan", details=False, measure=measure).plan
         except DoesNotFitError:  # shown below, with what else is possible
             if measure or not (folder / "data" / "summary.json").exists():
                 raise

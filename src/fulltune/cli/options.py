@@ -115,11 +115,6 @@ NumTokens = Annotated[int | None, typer.Option("--tokens", help="... of so many 
 Price = Annotated[
     str | None, typer.Option("--price", help="What one device costs in an hour: 2.5 or '2.5 USD'.", metavar="PRICE")
 ]
-NumTasks = Annotated[int, typer.Option("--tasks", help="For the advice: models to keep, one for each task.")]
 Measure = Annotated[
     bool, typer.Option("--measure", help="Try the settings for a step each, here; take the fastest that fit.")
-]
-Preserve = Annotated[bool, typer.Option("--preserve", help="For the advice: what the model can do already must stay.")]
-Goal = Annotated[
-    str | None, typer.Option("--goal", help="For the advice: knowledge, language, style or updates.", metavar="GOAL")
 ]

@@ -23,8 +23,8 @@ from fulltune.records.training import Measurements
 
 if TYPE_CHECKING:
     from fulltune.models.base import Base
-    from fulltune.plan.elsewhere.survey import Wishes
     from fulltune.plan.gpus import Fleet
+    from fulltune.plan.time import Price
 
 SURVEY = "survey.json"
 USUAL_CHOICES = 4
@@ -38,25 +38,15 @@ class Options:
     rows: int | None = None
     tokens: int | None = None
     price: str | None = None
-    tasks: int = 1
-    preserve: bool = False
-    goal: str | None = None
 
 
-@dataclass(frozen=True)
-class Checked:
-    """The options, understood."""
-
-    fleet: Fleet | None
-    """None: this machine."""
-    wishes: Wishes
+Checked = tuple["Fleet | None", "Price | None"]
+"""The hardware, None for this machine; and the price."""
 
 
 def check(options: Options) -> Checked:
     """Parse and check the options, with all problems at once."""
     from fulltune.plan import gpus, time
-    from fulltune.plan.elsewhere.advise import GOALS
-    from fulltune.plan.elsewhere.survey import Wishes
 
     problems: list[str] = []
 
@@ -67,22 +57,16 @@ def check(options: Options) -> Checked:
             problems.extend(error.problems)
             return None
 
-    fleet = read(gpus.parse, options.hardware)
-    price = read(time.parse_price, options.price)
+    fleet, price = read(gpus.parse, options.hardware), read(time.parse_price, options.price)
     for name, value, what in (("rows", options.rows, "train rows"), ("tokens", options.tokens, "tokens of a row")):
         if value is not None and value < 1:
             problems.append(f"--{name}: {value}, but the number of {what} must be at least 1")
     if (options.rows is None) != (options.tokens is None):
         given, other = ("rows", "tokens") if options.tokens is None else ("tokens", "rows")
         problems.append(f"--{given}: a plan without data needs --{other} as well")
-    if options.tasks < 1:
-        problems.append(f"--tasks: {options.tasks}, but there is at least 1 task")
-    if options.goal is not None and options.goal not in GOALS:
-        problems.append(f"--goal: '{options.goal}' is not known; expected one of {', '.join(GOALS)}")
     if problems:
         raise RecipeError(problems)
-    goal: Any = options.goal
-    return Checked(fleet, Wishes(price, options.tasks, options.preserve, goal))
+    return fleet, price
 
 
 def check_measure(options: Options) -> None:
@@ -111,36 +95,17 @@ def without_data(target: Path, overrides: list[str], options: Options) -> tuple[
         raise RecipeError(problems)
     summary = _imagined(recipe, options.rows, options.tokens)
     survey, plan = _survey(recipe, summary, checked, None, Path(recipe.output), by_config=True)
-    return _with_commands(survey, target, overrides, recipe).model_copy(update={"rows_prepared": False}), plan
+    return _with_commands(survey, target, overrides, recipe), plan
 
 
 def with_data(
     target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
 ) -> tuple[Survey, Plan | None]:
     """A plan and its survey from prepared rows; the survey is kept in the run folder."""
-    summary = DataSummary.of_run(folder)
-    survey, planned = _survey(recipe, summary, checked, plan, folder)
-    if target.is_dir():
-        target, overrides = _recipe_of(target, recipe)
-    survey = _with_commands(survey, target, overrides, recipe)
+    survey, planned = _survey(recipe, DataSummary.of_run(folder), checked, plan, folder)
+    survey = survey if target.is_dir() else _with_commands(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
     return survey, planned
-
-
-def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
-    """The recipe file in a run folder, and by `--set` what it lacks: the run's own overrides, which it keeps as
-    comments, and paths that it has relative to the folder it came from."""
-    file, data = folder / "recipe.yaml", recipe.data
-    text = file.read_text(encoding="utf-8")
-    overrides = [line.removeprefix("# --set ") for line in text.splitlines() if line.startswith("# --set ")]
-    files = [one if isinstance(one, str) else f"{{path: {one.path}, weight: {one.weight}}}" for one in data.entries]
-    train = files[0] if len(files) == 1 else f"[{', '.join(files)}]"
-    paths = {"data.train": train, "data.eval": data.eval, "data.test": data.test}
-    paths |= {"model.name": recipe.model.name, "output": recipe.output}
-    preserve = recipe.preserve
-    paths |= {"preserve.probe": preserve.probe, "preserve.replay": preserve.replay}
-    moved = [f"{name}={path}" for name, path in paths.items() if path and "/" in path and path not in text]
-    return file, [*overrides, *moved]
 
 
 def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
@@ -151,23 +116,17 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
         return shlex.join(["fulltune", verb, str(target), *(word for one in given for word in ("--set", one))])
 
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
-    kept = [one for one in overrides if not one.startswith("train.seed=")]
     on_each = " --machine-rank RANK --rendezvous HOST" if survey.num_machines > 1 else ""
-    update = {"command": command("run", [*kept, *planned, "train.seed=1"]) + on_each}
-    # Inside DeepSpeed other methods run, but are not planned; and without full there is nothing to compare with.
+    run = command("run", [*overrides, *planned]) + on_each
+    # Inside DeepSpeed other methods run, but are not planned; without full there is nothing to compare with; each
+    # method of a comparison trains on one machine; a recipe that names one method cannot be given several beside it.
     with_deepspeed = recipe.train.deepspeed_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
-    # And each method of a comparison trains on one machine.
-    if not survey.full_fits or with_deepspeed or on_each:
-        return survey.model_copy(update={**update, "comparison": ""})
-    other = recipe.method.kind if recipe.method.kind in ("adapter", "prompt") else "lora"
-    # A recipe that names one method cannot be given several beside it.
     has_block = re.search(r"^method\s*:", target.read_text(encoding="utf-8"), re.MULTILINE) is not None
-    if not recipe.methods:
-        overrides = [one for one in overrides if not one.startswith("method")]
-        planned += [] if has_block else [f"methods=[full, {other}]"]
-    update["comparison"] = command("compare", [*overrides, *planned])
-    update["comparison_first"] = f"methods: [full, {other}]" if has_block else ""
-    return survey.model_copy(update=update)
+    comparison = ""
+    if survey.full_fits and not (with_deepspeed or on_each or has_block):
+        plain = overrides if recipe.methods else [one for one in overrides if not one.startswith("method")]
+        comparison = command("compare", [*plain, *planned, *([] if recipe.methods else ["methods=[full, lora]"])])
+    return survey.model_copy(update={"command": run, "comparison": comparison})
 
 
 def _survey(
@@ -178,14 +137,13 @@ def _survey(
     from fulltune.models.base import Base
     from fulltune.models.shapes import Shapes
     from fulltune.plan import device_and_precision, gpus, workload
+    from fulltune.plan import survey as surveying
     from fulltune.plan.dotted import with_settings
-    from fulltune.plan.elsewhere import survey as surveying
     from fulltune.system import hardware
 
-    free, machines = hardware.disk_free_bytes(place), recipe.train.num_machines
-    fleet = checked.fleet or gpus.here(hardware.here(), free, machines, str(place))
-    spread = workload.spread_over(recipe, fleet)
-    followed = workload.by_hardware(recipe, spread)
+    fleet, price = checked
+    fleet = fleet or gpus.here(hardware.here(), hardware.disk_free_bytes(place), recipe.train.num_machines, str(place))
+    spread, followed = workload.spread_over(recipe, fleet)
     base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, not by_config))
 
     def of_a_model(changed: Recipe) -> workload.Workload:
@@ -210,7 +168,7 @@ def _survey(
         load = workload.Workload(spread, shapes, lambda weights_dtype: kept, summary, followed)
     else:
         load = of_a_model(spread)
-    return surveying.survey(load, fleet, checked.wishes, plan, by_another_method)
+    return surveying.survey(load, fleet, price, plan, by_another_method)
 
 
 def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:

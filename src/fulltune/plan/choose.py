@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import ways_out
@@ -27,7 +26,6 @@ DOING = {
     "saving": "saving",
     "resuming": "going on from a checkpoint",
 }
-T = TypeVar("T")
 Speed = Callable[[MemorySettings], float | None]
 """Tokens a second of settings; None where the hardware's speed is not known."""
 
@@ -45,29 +43,35 @@ class Option:
 def choose(recipe: Recipe, start: MemorySettings, rows_per_process: int, budget: MemoryBudget, speed: Speed) -> Option:
     """The fastest settings that fit; levers that change the result, as 8-bit moments do, only where nothing else fits.
 
-    Of settings that are as fast, those that recompute nothing come first, and larger micro batches before smaller ones.
     What the recipe gives stays. `start` has everything else, with no lever taken.
 
     Raises:
         DoesNotFitError: When nothing fits, with the nearest ways out.
     """
     for numbers in _with_levers(recipe, start, same_result=False):
-        for share in (COMFORTABLE, 1.0):
-            most = share * budget.available_bytes
-            tried = [
-                _with_eval_batch(recipe, settings, most, budget)
-                for settings in candidates(recipe, numbers, rows_per_process)
-            ]
-            if fitting := [one for one in tried if one.memory.peak <= most]:
-                found = fastest(fitting, [speed(one.settings) for one in fitting])
-                return replace(found, why_recomputed=_why_recomputed(found, tried, most, speed))
+        if found := fastest(recipe, numbers, rows_per_process, budget, speed):
+            return found
     raise _does_not_fit(recipe, smallest(recipe, start, rows_per_process, budget), budget)
 
 
-def fastest(options: Sequence[T], speeds: Sequence[float | None]) -> T:
-    """The first that is as fast as the fastest one; the first of all where no speed is known."""
-    least = max(speed or 0.0 for speed in speeds) / (1 + SAME_SPEED)
-    return next(one for one, speed in zip(options, speeds, strict=True) if (speed or 0.0) >= least)
+def fastest(
+    recipe: Recipe, start: MemorySettings, rows_per_process: int, budget: MemoryBudget, speed: Speed
+) -> Option | None:
+    """The fastest settings with the same numbers that fit, with some memory to spare if possible; None: none fit.
+
+    Of settings that are as fast, those that recompute nothing come first, and larger micro batches before smaller ones.
+    """
+    for share in (COMFORTABLE, 1.0):
+        most = share * budget.available_bytes
+        tried = [
+            _with_eval_batch(recipe, settings, most, budget)
+            for settings in _candidates(recipe, start, rows_per_process)
+        ]
+        if fitting := [(one, speed(one.settings) or 0.0) for one in tried if one.memory.peak <= most]:
+            least = max(tokens for _, tokens in fitting) / (1 + SAME_SPEED)
+            found = next(one for one, tokens in fitting if tokens >= least)
+            return replace(found, why_recomputed=_why_recomputed(found, tried, most, speed))
+    return None
 
 
 def smallest(
@@ -83,15 +87,15 @@ def smallest(
     With accumulation the gradients of earlier passes stay beside the next pass and its copy of the weights in 16 bits,
     so the smallest micro batch does not always need least.
     """
-    found = [
+    options = [
         _with_eval_batch(recipe, settings, 0, budget)
         for numbers in ([start] if same_numbers else _with_levers(recipe, start, same_result=False))
-        for settings in candidates(recipe, numbers, rows_per_process)
+        for settings in _candidates(recipe, numbers, rows_per_process)
     ]
-    return min(found, key=lambda one: (one.memory.peak, one.memory.phases["step"], one.settings.micro_batch_size))
+    return min(options, key=lambda one: (one.memory.peak, one.memory.phases["step"], one.settings.micro_batch_size))
 
 
-def candidates(recipe: Recipe, start: MemorySettings, rows_per_process: int) -> list[MemorySettings]:
+def _candidates(recipe: Recipe, start: MemorySettings, rows_per_process: int) -> list[MemorySettings]:
     """Every micro batch that the recipe allows, without and with the levers that leave the result as it is."""
     sizes = [size for size in range(rows_per_process, 0, -1) if rows_per_process % size == 0]
     if recipe.train.micro_batch_size is not None:

@@ -111,7 +111,9 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
     budget.refuse_offload(recipe, shapes, fleet.machine)
     limits = basis.budget.for_rows(summary.rows_per_epoch)
-    chosen = choose.choose(recipe, basis.start, basis.rows_per_process, limits, basis.speed)
+    chosen = choose.choose(
+        recipe, basis.start, basis.rows_per_process, limits, lambda settings: basis.speed(settings, basis.shared)
+    )
     choose.note(recipe, chosen, basis.rows_per_process, limits, own_loss, reasons)
     used = chosen.settings
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)

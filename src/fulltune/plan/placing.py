@@ -2,7 +2,7 @@
 
 One process holds everything. Several hold everything each (ddp) where that fits, because it sends least; else they
 share it out (fsdp2). Both compute the same numbers, so moments in 8 bits come only after them, and DeepSpeed never by
-itself: it computes in other types, and has to be installed. (Plans for other hardware may: `elsewhere.survey`.)
+itself: it computes in other types, and has to be installed. (Plans for other hardware may: `survey`.)
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -361,15 +360,8 @@ def occasions(total_steps: int, *intervals: int) -> int:
     return len({step for every in intervals if every for step in range(every, total_steps + 1, every)} | {total_steps})
 
 
-@dataclass(frozen=True)
-class Price:
-    """What an hour of one device costs."""
-
-    per_device_hour: float
-    currency: str = ""
-
-    def of(self, num_devices: int, seconds: float) -> float:
-        return self.per_device_hour * num_devices * seconds / 3600
+Price = tuple[float, str]
+"""Of a device for an hour, and its currency."""
 
 
 def parse_price(text: str) -> Price:
@@ -378,9 +370,7 @@ def parse_price(text: str) -> Price:
     Raises:
         RecipeError: When it is no number, or below 0.
     """
-    found = re.fullmatch(r"\s*([^\d\s.+-]{0,3})\s*([+-]?\d+(?:\.\d+)?)\s*([^\d\s.+-]*)\s*", text)
-    if found is None or not math.isfinite(float(found[2])):
+    found = re.fullmatch(r"\s*([^\d\s.+-]{0,3})\s*(\d+(?:\.\d+)?)\s*([^\d\s.+-]*)\s*", text)
+    if found is None:
         raise RecipeError(f"--price: '{text}' is no price; write what one device costs in an hour, such as 2.5")
-    if float(found[2]) < 0:
-        raise RecipeError(f"--price: {found[2]} is below 0; write what one device costs in an hour, such as 2.5")
-    return Price(float(found[2]), found[1] or found[3])
+    return float(found[2]), found[1] or found[3]

@@ -10,7 +10,7 @@ from fulltune import methods
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, defaults, gpus, probing, resolve, time
+from fulltune.plan import budget, defaults, probing, resolve, time
 from fulltune.plan.budget import MemoryBudget, Needs
 from fulltune.plan.dotted import given, with_settings
 from fulltune.plan.gpus import Fleet
@@ -33,7 +33,7 @@ class Workload:
     """The model's memory for a type of weights; each type is traced once, in a few seconds."""
     summary: DataSummary
     spread: tuple[str, ...] = ()
-    """Settings that follow from the hardware: see `by_hardware`."""
+    """Settings that follow from the hardware: see `spread_over`."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,6 @@ class Basis:
     recipe: Recipe
     shapes: Shapes
     fleet: Fleet
-    num_devices: int
-    """Processes, one per device."""
-    num_machines: int
-    """That they are spread over."""
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
@@ -62,24 +58,20 @@ class Basis:
     @property
     def rows_per_process(self) -> int:
         """Share of the global batch."""
-        return max(1, self.global_batch_size // self.num_devices)
+        return max(1, self.global_batch_size // self.start.num_processes)
 
     @property
     def shared(self) -> sharing.Sharing | None:
         """What the recipe itself shares out."""
         return sharing.of(self.recipe)
 
-    def on(self, fleet: Fleet, num_devices: int) -> Basis:
-        """The same with more of the same devices, on more machines, or in other hosts."""
-        return replace(self, fleet=fleet, num_devices=num_devices, num_machines=fleet.num_machines)
-
     def seconds(self, settings: MemorySettings, shared: sharing.Sharing | None) -> dict[str, float]:
         """Of each part of an optimizer step; empty where the speed of the hardware is not known."""
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, shared)
 
-    def speed(self, settings: MemorySettings) -> float | None:
-        """Tokens a second over all devices with the recipe's own placement; None where it is not known."""
-        seconds = self.seconds(settings, self.shared)
+    def speed(self, settings: MemorySettings, shared: sharing.Sharing | None) -> float | None:
+        """Tokens a second over all devices; None where it is not known."""
+        seconds = self.seconds(settings, shared)
         return self.global_batch_size * self.work.tokens_per_row / time.together(seconds) if seconds else None
 
 
@@ -134,8 +126,6 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         recipe=recipe,
         shapes=shapes,
         fleet=fleet,
-        num_devices=train.num_processes,
-        num_machines=train.num_machines,
         global_batch_size=global_batch,
         steps=steps,
         head_init=head_init,
@@ -162,14 +152,9 @@ def takes_pieces(recipe: Recipe, plain_logits: bool) -> bool:
 SPREAD = (NUM_PROCESSES, NUM_MACHINES) = ("train.num_processes", "train.num_machines")
 
 
-def by_hardware(recipe: Recipe, spread: Recipe) -> tuple[str, ...]:
-    """What `spread_over` filled in."""
-    return tuple(name for name in SPREAD if given(recipe, name) != given(spread, name))
-
-
-def spread_over(recipe: Recipe, fleet: Fleet) -> Recipe:
+def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with a process for each device of hardware that is not here, unless it says how many, and with its
-    machines.
+    machines; and the settings that it has more now.
 
     Raises:
         RecipeError: When the recipe's batches cannot be shared by so many, or it names other machines.
@@ -180,34 +165,33 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> Recipe:
     if not fleet.here and fleet.gpu_model is None and train.device == "cuda":
         raise RecipeError("train.device: 'cuda' but --for names no GPU; add --set train.device=auto")
     if fleet.here:
-        return recipe
+        return recipe, ()
     _refuse_other_machines(recipe, fleet)
-    if fleet.num_machines > 1:
-        recipe = with_settings(recipe, {NUM_MACHINES: fleet.num_machines})
-    if devices == 1 or "num_processes" in train.model_fields_set:
-        return recipe
+    more = {NUM_MACHINES: fleet.num_machines} if fleet.num_machines > 1 else {}
+    more |= {NUM_PROCESSES: devices} if devices > 1 else {}
+    more = {name: number for name, number in more.items() if given(recipe, name) is None}
     each = (train.micro_batch_size or 1) * devices
-    if train.global_batch_size and train.global_batch_size % each:
+    if NUM_PROCESSES in more and train.global_batch_size and train.global_batch_size % each:
         micro = f" x micro batch {train.micro_batch_size}" if (train.micro_batch_size or 1) > 1 else ""
         raise RecipeError(
             f"train.global_batch_size: {train.global_batch_size} cannot be shared by {devices} devices{micro}; set a "
             f"multiple of {each}, or train.num_processes"
         )
-    return with_settings(recipe, {NUM_PROCESSES: devices})
+    return with_settings(recipe, more), tuple(more)
 
 
 def _refuse_other_machines(recipe: Recipe, fleet: Fleet) -> None:
     """Refuse a recipe whose machines are not those of the hardware that is named."""
     asked, named = given(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
-    one = gpus.asked(gpus.with_machines(fleet, 1))
     if asked not in (None, fleet.num_machines):
-        words = gpus.asked(fleet.model_copy(update={"num_machines": asked}))
+        words = replace(fleet.asked, machines=asked)
         raise RecipeError(
             f'{NUM_MACHINES}: {asked}, but --for names {named}; write --for "{words}", or add '
             f"--set {NUM_MACHINES}={fleet.num_machines} --set {NUM_PROCESSES}={fleet.num_devices}"
         )
     if fleet.num_machines > 1 and (recipe.methods or recipe.is_searched):
         several = "a comparison" if recipe.methods else "a search"
+        one = replace(fleet.asked, machines=1)
         raise RecipeError(f'--for: {several} runs on one machine, but {named} are named; write --for "{one}"')
     processes = recipe.train.num_processes
     if given(recipe, NUM_PROCESSES) is not None and processes % fleet.num_machines:

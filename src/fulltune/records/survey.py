@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fulltune.records.base import Record
-from fulltune.records.plan import MemoryKind, TimeNeed
+from fulltune.records.plan import MemoryKind
 
 
 class Placement(Record):
@@ -23,7 +23,6 @@ class Placement(Record):
     """For offloading; checkpoints come on top."""
     micro_batch_size: int
     activation_checkpointing: bool
-    fits: bool
     short: str
     """What is too little, and by how much; empty when it fits."""
     tokens_per_second: float | None
@@ -32,10 +31,12 @@ class Placement(Record):
     """The longest part of a step."""
     settings: dict[str, Any]
     """What to change in the recipe for it."""
-    how: str
-    """The same in words."""
     needs: str = ""
     """What only a person can say; without it the placement is not chosen."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.short
 
 
 class WayOut(Record):
@@ -53,14 +54,6 @@ class WayOut(Record):
     """What to change in the recipe for it, by dotted names."""
     hardware: str = ""
     """What to give to `--for`."""
-
-
-class Alternative(Record):
-    """Another plan than the chosen one."""
-
-    kind: Literal["cheaper", "faster", "cheaper and faster"]
-    change: str
-    effect: str
 
 
 class Advice(Record):
@@ -83,11 +76,8 @@ class Survey(Record):
     num_parameters: int
     model_type: str
     train_rows: int
-    mixed_rows: int = 0
-    """What each epoch has besides."""
+    """Of an epoch."""
     eval_rows: int
-    asked_eval_rows: int | None = None
-    """By `data.eval_fraction`, where they are more."""
     length_percentiles: dict[str, int]
     """Tokens per train row: keys `p50`, `p95`, `max`."""
     max_length: int
@@ -100,31 +90,19 @@ class Survey(Record):
     settings: dict[str, Any] = Field(default_factory=dict)
     """What the plan has and the recipe has not, by dotted names."""
     placements: tuple[Placement, ...]
-    no_sharing: str = ""
-    """Why nothing is shared out or offloaded among them."""
     disk_free_bytes: int | None = None
     host_free_bytes: int
     """Of one machine."""
     device_free_bytes: int
     """What one process may take."""
-    on_cpu: bool = False
-    """That is the host's memory."""
-    computes: str = ""
-    """The type of the computations, and why."""
-    time: TimeNeed | None = None
     price: float | None = None
     """Of the whole run."""
     currency: str = ""
     ways_out: tuple[WayOut, ...] = ()
-    alternatives: tuple[Alternative, ...] = ()
     advice: tuple[Advice, ...] = ()
     command: str = ""
-    """Runs what was planned with another seed."""
+    """Runs what was planned; empty for a run folder, whose recipe lies elsewhere."""
     comparison: str = ""
-    """What settles the advice by measurement; empty where the plan's placement is for one method alone."""
-    comparison_first: str = ""
-    """What to change in the recipe before that; empty: nothing."""
-    rows_prepared: bool = True
-    """The rows have been read; else they were imagined."""
+    """What settles the advice by measurement; empty where something has to be changed in the recipe first."""
     notes: tuple[str, ...] = ()
     """What is short, when nothing fits."""

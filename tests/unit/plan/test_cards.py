@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from fulltune.cli.show.plan import sections
 from fulltune.errors import RecipeError
 from fulltune.plan import fit, gpus, resolve
 from fulltune.plan.dotted import with_settings
-from fulltune.plan.elsewhere.survey import Wishes, survey
 from fulltune.plan.reasons import Reasons
+from fulltune.plan.survey import survey
 from fulltune.plan.workload import Workload, basis_of
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import Plan
-from fulltune.report.format import terminal
 from fulltune.system.hardware import Gpu, Machine
 from tests.unit.plan import sizes
 
@@ -128,17 +125,10 @@ def test_fp16_without_tensor_cores_is_kept_and_said_to_gain_nothing(capability: 
 @pytest.mark.parametrize("card", ["T4", "V100-16GB", "P100"])
 @pytest.mark.parametrize("given", ["auto", "fp32"])
 def test_bf16_weights_are_no_way_out_where_bf16_is_emulated(card: str, given: str) -> None:
-    found, plan = survey(sizes.llama(train={"precision": given}), gpus.parse(f"1x {card}"), Wishes())
+    found, plan = survey(sizes.llama(train={"precision": given}), gpus.parse(f"1x {card}"))
     assert plan is None
     assert not [one.name for one in found.placements if "bf16" in one.name]
     assert not [one.change for one in found.ways_out if "bf16" in one.change]
-
-
-def test_type_of_the_computations_is_shown_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    found, plan = survey(sizes.llama(), gpus.parse("1x T4"), Wishes())
-    terminal.show(Console(width=80), sections(found, plan))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "computes in fp16: T4 (compute capability 7.5) has no bf16, which needs 8.0: fp16 with a scaled loss" in said
 
 
 @pytest.mark.parametrize(

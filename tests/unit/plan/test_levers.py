@@ -94,7 +94,7 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fulltune.train.parent.next_attempt.LEVERS", (new,))
 
     wanted = SETTINGS.changed(micro_batch_size=1, gradient_accumulation_steps=1, torch_compile=True)
-    assert wanted in choose.candidates(RECIPE, SETTINGS, 1)
+    assert wanted in choose._candidates(RECIPE, SETTINGS, 1)
     found = ways_out.of_memory(RECIPE, SETTINGS, 999, needs_less_with(new.changes))
     assert found[0].change == "train.torch_compile: true"
     offered = fallbacks(RECIPE, PLAN, "step", lambda changes: True)

@@ -10,10 +10,9 @@ from rich.console import Console
 
 from fulltune.cli.show.plan import sections
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.plan import budget, gpus, resolve, time, workload
-from fulltune.plan.elsewhere import placement
-from fulltune.plan.elsewhere.survey import Wishes, survey
+from fulltune.plan import budget, gpus, placements, resolve, time, workload
 from fulltune.plan.reasons import Reasons
+from fulltune.plan.survey import survey
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemorySettings, Plan
 from fulltune.records.survey import Survey
@@ -34,42 +33,22 @@ def machine(gpus: int = 0, **changes: Any) -> Machine:
 
 def planned(hardware: str, task: workload.Workload | None = None) -> tuple[Survey, Plan | None]:
     task, fleet = task or sizes.llama(), gpus.parse(hardware)
-    recipe = workload.spread_over(task.recipe, fleet)
-    return survey(replace(task, recipe=recipe, spread=workload.by_hardware(task.recipe, recipe)), fleet, Wishes())
+    recipe, spread = workload.spread_over(task.recipe, fleet)
+    return survey(replace(task, recipe=recipe, spread=spread), fleet)
 
 
 # ---- in words ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ("4x 8x A100-80GB", (4, "8x A100-80GB")),
-        ("4 × 8xH100, 64GB host", (4, "8xH100, 64GB host")),
-        ("2*1x RTX 4090", (2, "1x RTX 4090")),
-        ("1x 8x L4", (1, "8x L4")),
-        ("8x A100-80GB", (1, "8x A100-80GB")),
-        ("A100-80GB", (1, "A100-80GB")),
-        ("4x 4090", (1, "4x 4090")),
-        ("2x 1x cpu, 16 cores", (2, "1x cpu, 16 cores")),
-        ("4x", (1, "4x")),
-        ("", (1, "")),
-    ],
-)
-def test_machines_stand_before_their_gpus(words: str, found: tuple[int, str]) -> None:
-    assert gpus.machines_in(words) == found
-
-
-@pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("4x 4x 8x A100, 64GB host", "'4x 4x 8x A100' has too many counts; write machines, then GPUs of each"),
-        ("0x 8x A100-80GB", "'0x 8x A100-80GB' has no machine; write 1x or more"),
-        ("4x 0x A100-80GB", "'0x A100-80GB' has no GPU"),
-        ("2x cpu", "a CPU is one device; write cpu, and its cores if you know them, or 2x 1x cpu for 2 machines"),
-        ("8x L4, 400Gb network", "'400Gb network' is between machines, but one is named"),
-        ("2x 8x L4, 400GB network", "could be bits or bytes; write '400Gb network' or '400GB/s network'"),
-        ("2x 8x L4, 0Gb network", "host, disk, cores and network must be more than 0"),
+        ("4x 4x 8x A100, 64GB host", "unknown GPU '8x A100'"),
+        ("0x 8x A100-80GB", "'0x 8x A100-80GB': numbers must be more than 0"),
+        ("4x 0x A100-80GB", "numbers must be more than 0"),
+        ("8x L4, 400Gb network", "a network is between machines, but one is named"),
+        ("2x 8x L4, 400GB network", "'400GB network' cannot be read; write for example"),
+        ("2x 8x L4, 0Gb network", "numbers must be more than 0"),
         ("2x 8x L4, fast network", "'fast network' cannot be read; write for example"),
     ],
 )
@@ -84,10 +63,8 @@ def test_what_cannot_be_read_is_named(words: str, problem: str) -> None:
     [
         ("", 12.5),
         (", 400Gb network", 50),
-        (", 8x 400 Gbit/s InfiniBand", 400),
-        (", 50GB/s network", 50),
-        (", 3.2 Tbps network", 400),
-        (", 25gb ethernet", 3.125),
+        (", 3200 Gb/s network", 400),
+        (", 25Gbps network", 3.125),
     ],
 )
 def test_network_in_words(words: str, gigabytes: float) -> None:
@@ -95,14 +72,7 @@ def test_network_in_words(words: str, gigabytes: float) -> None:
     assert (fleet.num_machines, fleet.num_devices, len(fleet.machine.gpus)) == (4, 32, 8)
     assert fleet.network_gb_per_second == pytest.approx(gigabytes)
     assert any("100 Gb/s from each machine" in one for one in fleet.assumed) == (not words)
-    assert gpus.parse(gpus.asked(fleet)) == fleet
-
-
-def test_more_machines_keep_what_was_said_of_one() -> None:
-    fleet = gpus.parse("2x 8x A100-80GB, 512GB host, 400Gb network, 9TB disk")
-    assert gpus.with_machines(fleet, 4) == gpus.parse("4x 8x A100-80GB, 512GB host, 400Gb network, 9TB disk")
-    assert gpus.with_host(fleet, GB).num_machines == 2
-    assert fleet.name == "2 machines, each 8x A100-80GB, 512 GB host, 400 Gb/s network, on all 9,000 GB disk"
+    assert gpus.parse(str(fleet.asked)) == fleet
 
 
 # ---- what one machine has ---------------------------------------------------------------------------------------
@@ -168,7 +138,7 @@ def test_host_holds_its_share_of_what_is_offloaded() -> None:
 def _rows(hardware: str, **train: Any) -> dict[str, Any]:
     fleet = gpus.parse(hardware)
     train = {"global_batch_size": 64, "num_processes": fleet.num_devices, "num_machines": fleet.num_machines, **train}
-    return {one.name: one for one in placement.table(workload.basis_of(sizes.llama(train=train), fleet))}
+    return {one.name: one for one in placements.table(workload.basis_of(sizes.llama(train=train), fleet))}
 
 
 def test_table_has_the_host_memory_of_each_machine_and_no_disk() -> None:
@@ -224,8 +194,7 @@ def test_four_machines_are_planned_with_their_settings() -> None:
     assert found.settings == placed
     assert (found.num_devices, found.num_machines) == (32, 4)
     reasons = {one.name: one.reason for one in plan.settings if one.chosen}
-    assert reasons["train.num_processes"] == "one for each device"
-    assert reasons["train.num_machines"] == "from --for"
+    assert reasons["train.num_processes"] == reasons["train.num_machines"] == "from --for"
 
 
 def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,22 +215,10 @@ def test_too_few_devices_have_more_machines_as_a_way_out_that_fits() -> None:
     found, plan = planned("8x RTX 3080, 64GB host", sizes.llama(tokens=2048))
     assert plan is None
     way = found.ways_out[0]
-    assert (way.hardware, way.costs) == ("2x 8x RTX 3080, 64GB host", "more machines")
+    assert (way.hardware, way.costs) == ("2x 8x RTX 3080, 64GB host", "more devices")
     again, plan = planned(way.hardware, sizes.llama(tokens=2048))
     assert again.fits
     assert plan is not None
-
-
-def test_other_numbers_of_machines_are_held_against_the_fastest_here() -> None:
-    """With a slow network twice the machines hardly help, and one alone is faster."""
-    slow, _ = planned("4x 8x A100-80GB, 10Gb network")
-    changes = [one.change for one in slow.alternatives]
-    assert not any(change.startswith("8x 8x") for change in changes)
-    assert ("cheaper and faster", "8x A100-80GB, FSDP2") in [(one.kind, one.change) for one in slow.alternatives]
-    fast, _ = planned("2x 8x A100-80GB, 3200Gb network", sizes.llama(train={"global_batch_size": 512}))
-    assert any(one.change.startswith("4x 8x") and one.kind == "faster" for one in fast.alternatives)
-    eight, _ = planned("8x A100-80GB", sizes.llama(train={"global_batch_size": 1024}))
-    assert any(one.change.startswith("2x 8x") for one in eight.alternatives)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +231,7 @@ def test_other_numbers_of_machines_are_held_against_the_fastest_here() -> None:
             "train.num_machines=1 --set train.num_processes=8",
         ),
         ("2x 8x L4", {"num_processes": 32, "num_machines": 4}, '--for names 2 machines; write --for "4x 8x L4"'),
-        ("2x 1x cpu, 8 cores", {"num_processes": 4, "num_machines": 4}, 'write --for "4x 1x cpu, 8 cores"'),
+        ("2x cpu, 8 cores", {"num_processes": 4, "num_machines": 4}, 'write --for "4x cpu, 8 cores"'),
         (
             "4x 8x L4",
             {"num_processes": 6, "global_batch_size": 12},
@@ -301,15 +258,15 @@ def test_several_runs_stay_on_one_machine(blocks: dict[str, Any], several: str) 
     recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": "a"}, **blocks})
     with pytest.raises(RecipeError, match=f'{several} runs on one machine, but 2 machines are named; .*"8x L4"'):
         workload.spread_over(recipe, gpus.parse("2x 8x L4"))
-    assert workload.spread_over(recipe, gpus.parse("1x 8x L4")).train.num_processes == 8
+    assert workload.spread_over(recipe, gpus.parse("1x 8x L4"))[0].train.num_processes == 8
 
 
 def test_given_processes_stay_and_are_spread() -> None:
     task = sizes.llama(train={"global_batch_size": 64, "num_processes": 16})
     fleet = gpus.parse("2x 8x A100-80GB")
-    recipe = workload.spread_over(task.recipe, fleet)
+    recipe, spread = workload.spread_over(task.recipe, fleet)
     assert (recipe.train.num_processes, recipe.train.num_machines) == (16, 2)
-    assert workload.by_hardware(task.recipe, recipe) == ("train.num_machines",)
+    assert spread == ("train.num_machines",)
 
 
 def test_machines_like_this_one_are_planned_with_a_usual_network() -> None:

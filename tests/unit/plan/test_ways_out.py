@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan import disk, gpus, ways_out
-from fulltune.plan.elsewhere import placement
+from fulltune.plan import disk, gpus, placements, ways_out
 from fulltune.plan.workload import basis_of
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed, MemoryNeed, MemorySettings
@@ -126,7 +125,7 @@ def test_other_placements_that_fit_are_ways_out() -> None:
     task = sizes.llama()
     basis = basis_of(task, fleet)
     smallest = {"gradient_accumulation_steps": 64, "activation_checkpointing": True, "optim": "adamw_8bit"}
-    budget, table = basis.budget, placement.table(basis)
+    budget, table = basis.budget, placements.table(basis)
     least: Any = basis.start.changed(**smallest)
     found = ways_out.of_memory(task.recipe, least, budget.available_bytes, budget.need, table)
     assert found[0].enough

@@ -9,7 +9,7 @@ from fulltune.plan.dotted import in_yaml
 from fulltune.plan.reasons import FROM_RECIPE
 from fulltune.plan.time import NETWORK
 from fulltune.plan.ways_out import as_flags
-from fulltune.records.plan import MemoryKind, Plan, Setting
+from fulltune.records.plan import MemoryKind, Plan, Setting, TimeNeed
 from fulltune.records.survey import Placement, Survey
 from fulltune.records.training import Measured, Measurements
 from fulltune.report.comparison.numbers import short_count
@@ -22,7 +22,7 @@ WIDEST_VALUE = 20
 
 
 def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
-    """The decision, then top down: what was found, what it needs, how long it takes, what was chosen, what else."""
+    """The decision, then top down: what there is, what it needs, how long it takes, what was chosen, what else."""
     yield _section("plan", Facts(tuple(_decision(survey, plan))))
     yield _section("found", Facts(tuple(_found(survey))))
     if plan is not None:
@@ -30,16 +30,12 @@ def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
     yield _section("placements", _placements(survey), Paragraph(_legend(survey)))
     if plan is not None:
         if plan.time:
-            yield _section("time", Facts(tuple(_time(survey, plan))))
+            yield _section("time", Facts(tuple(_time(survey, plan, plan.time))))
         yield _section("settings", *_settings(plan.settings))
     if survey.ways_out:
         yield _section("ways out", *_ways_out(survey))
-    if survey.alternatives:
-        yield _section(
-            "instead", Facts(tuple((one.kind, f"{one.change}: {one.effect}") for one in survey.alternatives))
-        )
-    title = "method: where to start, not a law (sources: docs/evidence.md)"
     advice = tuple((one.verdict, one.method, one.rule) for one in survey.advice)
+    title = "method: where to start, not a law (sources: docs/evidence.md)"
     yield _section(title, Table("", ("", "method", "why"), advice))
     yield _section("next", *_what_next(survey, plan))
 
@@ -65,44 +61,30 @@ def _decision(survey: Survey, plan: Plan | None) -> list[tuple[str, str]]:
     each = f" in each of {plan.num_processes} processes" if peak and plan.num_processes > 1 else ""
     rows = [("fits", f"yes: {plan.method} on {survey.hardware}, {survey.placement or plan.placement}{peak}{each}")]
     if (need := plan.time) is None:
-        return [*rows, ("takes", _NO_TIME)]
-    not_counted = "" if survey.rows_prepared else "; without reading and tokenising the rows"
+        return [*rows, ("takes", "the speed of this hardware is not known; the dry run before step 1 measures it")]
     rows += [("busy", plan.busy)] if plan.busy else []
-    rows.append(("takes", f"{format_seconds(need.whole_seconds)} for the whole command{not_counted}"))
+    rows.append(("takes", f"{format_seconds(need.whole_seconds)} for the whole command, after the rows are prepared"))
     if survey.price is not None:
         hours = survey.num_devices * need.whole_seconds / 3600
         price = f"{survey.price:,.2f} {survey.currency}".rstrip()
         rows.append(("costs", f"{price} for {f'{hours:,.1f}' if hours >= 10 else f'{hours:.2g}'} device hours"))
-    fewer = next((one for one in survey.alternatives if one.kind == "cheaper and faster"), None)
-    return [*rows, ("but", f"fewer devices are faster: {fewer.change}, {fewer.effect}")] if fewer else rows
+    return rows
 
 
 def _found(survey: Survey) -> list[tuple[str, str]]:
     lengths = survey.length_percentiles
-    # A row is only longer than what is kept where each of its choices is read by itself.
-    each = " of each choice" if lengths["max"] > survey.max_length else ""
-    held_out = f"{survey.eval_rows:,} to choose the checkpoint"
-    if survey.asked_eval_rows is not None:
-        held_out += f" (data.eval_fraction asks for {survey.asked_eval_rows:,}; each label gives a text)"
-    mixed = f" and {survey.mixed_rows:,} mixed into each epoch" if survey.mixed_rows else ""
+    tokens = f"median {lengths['p50']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}"
     # In GiB as everywhere below, and of the host also in GB, as hosts and `--for` count: 1 GiB is 1.07 GB.
     host = "each host's" if survey.num_machines > 1 else "the host's"
-    free = f"{gib(survey.host_free_bytes)} GiB ({survey.host_free_bytes / 1e9:,.0f} GB) of {host} memory"
-    if not survey.on_cpu:
-        free = f"{gib(survey.device_free_bytes)} GiB on each GPU, {free}"
+    free = f"{gib(survey.device_free_bytes)} GiB for each process, {gib(survey.host_free_bytes)} GiB "
+    free += f"({survey.host_free_bytes / 1e9:,.0f} GB) of {host} memory"
     rows = [
         ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({short_count(survey.num_parameters)})"),
-        ("rows", f"{survey.train_rows:,} to train{mixed}, {held_out}"),
-        (
-            "tokens a row",
-            f"median {lengths['p50']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}; kept up to "
-            f"{survey.max_length:,}{each}",
-        ),
+        ("rows", f"{survey.train_rows:,} to train, {survey.eval_rows:,} to choose the checkpoint"),
+        ("tokens a row", f"{tokens}; kept up to {survey.max_length:,}"),
         ("hardware", survey.hardware),
         ("free", free),
     ]
-    if not survey.fits:  # else it stands among the settings
-        rows.append(("computes in", survey.computes))
     return [*rows, ("assumed", "; ".join(survey.assumed))] if survey.assumed else rows
 
 
@@ -156,44 +138,30 @@ def _verdict(one: Placement, chosen: bool) -> str:
 
 def _legend(survey: Survey) -> str:
     host = "each host" if survey.num_machines > 1 else "the host"
-    legend = f"GiB on each device, on {host}, on disk; batch: rows a pass on each device"
-    if any(one.activation_checkpointing and one.fits for one in survey.placements):
-        legend += ", * activations recomputed"
-    return f"{legend}; {survey.no_sharing}" if survey.no_sharing else legend
+    return f"GiB on each device, on {host}, on disk; batch: rows a pass on each device, * activations recomputed"
 
 
-_NO_TIME = "the speed of this hardware is not known; the dry-run step before step 1 measures it"
-
-
-def _time(survey: Survey, plan: Plan) -> list[tuple[str, str]]:
-    need = plan.time
-    assert need is not None
+def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
     batch = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} x {plan.num_processes}"
+    rows = counted(plan.global_batch_size, "row")
     epochs = f"{plan.num_train_epochs:g} {'epoch' if plan.num_train_epochs == 1 else 'epochs'}"
+    steps = f"{plan.total_steps:,} of {rows} ({batch}), {epochs}"
     doubt = "from a busy machine, see above" if plan.busy else "can be off by half"
-    training = f"steps {format_seconds(need.train_seconds)}, evaluations {format_seconds(need.eval_seconds)}"
     placed = next((one for one in survey.placements if one.name == survey.placement), None)
     # Over several machines more of the network would help.
     waits = f"; a step waits for the {NETWORK}" if placed is not None and placed.bound_by == NETWORK else ""
-    rows = [
-        (
-            "steps",
-            f"{plan.total_steps:,} of {counted(plan.global_batch_size, 'row')} ({batch}), {epochs}, "
-            f"{short_count(need.tokens)} tokens",
-        ),
+    parts = {"steps": need.train_seconds, "evaluations": need.eval_seconds, "checkpoints": need.save_seconds}
+    training = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
+    besides = (
+        f"{one.name} {format_seconds(one.seconds)}" + (f" ({one.basis})" if one.basis != "arithmetic" else "")
+        for one in need.around
+    )
+    return [
+        ("steps", f"{steps}, {short_count(need.tokens)} tokens"),
         ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: {doubt}){waits}"),
-        (
-            "training",
-            f"{format_seconds(need.total_seconds)}: {training}, checkpoints {format_seconds(need.save_seconds)}",
-        ),
+        ("training", f"{format_seconds(need.total_seconds)}: {training}"),
+        ("besides", ", ".join(besides)),
     ]
-    if need.around:
-        parts = [
-            f"{one.name} {format_seconds(one.seconds)}" + (f" ({one.basis})" if one.basis != "arithmetic" else "")
-            for one in need.around
-        ]
-        rows.append(("besides", ", ".join(parts)))
-    return rows
 
 
 def _settings(settings: Sequence[Setting]) -> list[Block]:
@@ -239,22 +207,14 @@ def _what_next(survey: Survey, plan: Plan | None) -> list[Block]:
     blocks: list[Block] = []
     if survey.comparison:
         blocks.append(Paragraph("to decide on your own rows: a fair comparison, each method at its best rate"))
-        if survey.comparison_first:
-            first = f"(first put '{survey.comparison_first}' in place of 'method' in the recipe)"
-            blocks.append(Paragraph(first))
         blocks.append(Code(survey.comparison, "sh"))
     elif survey.full_fits:
-        where = "one machine" if survey.num_machines > 1 else "a placement without DeepSpeed"
-        blocks.append(Paragraph(f"to decide on your own rows: fulltune compare, on {where}"))
-    else:
-        blocks.append(Paragraph("full fine-tuning does not fit here: there is nothing to compare with"))
-    here = " (without train.seed: in this run folder)" if survey.rows_prepared and not survey.settings else ""
-    blocks.append(Paragraph(f"to run this plan with another seed{here}"))
-    if survey.num_machines > 1:
-        machines = f"on each of the {survey.num_machines} machines"
-        said = f"({machines}, in a folder that all see; RANK counts them from 0, HOST is 0's name)"
-        blocks.append(Paragraph(said))
-    return [*blocks, Code(survey.command, "sh")]
+        where = "with methods: [full, lora] in place of method in the recipe, on one machine, without DeepSpeed"
+        blocks.append(Paragraph(f"to decide on your own rows: fulltune compare, {where}"))
+    if survey.command:
+        machines = "; RANK counts the machines from 0, HOST is the name of 0" if survey.num_machines > 1 else ""
+        blocks += [Paragraph(f"to run this plan{machines}"), Code(survey.command, "sh")]
+    return blocks
 
 
 def measured(found: Measurements) -> Table:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan import gpus
-from fulltune.plan.elsewhere import placement
+from fulltune.plan import gpus, placements
+from fulltune.plan.dotted import in_yaml
 from fulltune.plan.workload import Workload, basis_of
 from fulltune.records.survey import Placement
 from tests.unit.plan import sizes
@@ -23,7 +23,7 @@ def table(hardware: str, task: Workload | None = None, **train: Any) -> dict[str
     fleet = gpus.parse(hardware)
     train = {"global_batch_size": 64, **train, "num_processes": fleet.num_devices}
     task = task or sizes.llama(train=train)
-    found = placement.table(basis_of(task, fleet))
+    found = placements.table(basis_of(task, fleet))
     return {one.name: one for one in found}
 
 
@@ -182,7 +182,11 @@ def test_how_says_what_to_change_in_the_recipe(
     train: dict[str, Any], model: dict[str, Any], name: str, how: str
 ) -> None:
     train = {"global_batch_size": 64, "num_processes": 2, **train}
-    assert table("2x H100", sizes.llama(train=train, model={"name": "m", **model}))[name].how == how
+    assert _how(table("2x H100", sizes.llama(train=train, model={"name": "m", **model}))[name]) == how
+
+
+def _how(one: Placement) -> str:
+    return ", ".join(f"{name}: {in_yaml(value)}" for name, value in one.settings.items()) or "as the recipe is"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,7 @@ def test_speed_grows_with_devices_and_falls_with_offloading() -> None:
 
 def test_unknown_gpu_has_bytes_and_no_speed() -> None:
     fleet = gpus.parse("1x H100").model_copy(update={"gpu_model": None})
-    found = placement.table(basis_of(sizes.llama(), fleet))
+    found = placements.table(basis_of(sizes.llama(), fleet))
     assert all(one.device_bytes > 0 and one.tokens_per_second is None for one in found)
 
 
@@ -256,14 +260,14 @@ def test_bf16_weights_are_rounded_as_the_recipe_says(rounding: str) -> None:
     task = sizes.llama(train={"global_batch_size": 4, "bf16_rounding": rounding}, model=model)
     one = table("1x H200", task)["one device, bf16 weights"]
     assert one.kinds["optimizer"] / P == (6 if rounding == "kahan" else 4)
-    assert one.how == "as the recipe is"
+    assert not one.settings
 
 
 def test_folder_on_an_nvme_disk_is_the_recipes() -> None:
-    assert table("1x RTX 4090")["ZeRO-3, all on disk"].needs == placement.NEEDS_PATH
+    assert table("1x RTX 4090")["ZeRO-3, all on disk"].needs == placements.NEEDS_PATH
     disk = {"device": "nvme", "nvme_path": "/fast"}
     block = {"stage": 3, "offload_optimizer": disk, "offload_param": disk}
     same = {"placement": "zero3", "offload": "nvme:/fast"}, {"extra": {"deepspeed": {"zero_optimization": block}}}
     for train in same:
         one = table("1x RTX 4090", sizes.llama(train={"global_batch_size": 64, **train}))["ZeRO-3, all on disk"]
-        assert (one.needs, one.how) == ("", "as the recipe is")
+        assert (one.needs, one.settings) == ("", {})

@@ -1,1 +1,0 @@
-"""The plan for hardware that is not here, and what else would fit."""

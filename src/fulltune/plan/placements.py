@@ -1,0 +1,173 @@
+"""Where weights, gradients and optimizer state may lie on some hardware, and what each way needs and gives: see
+docs/scale.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fulltune.plan import choose, disk, sharded
+from fulltune.plan.budget import MemoryBudget
+from fulltune.plan.dotted import DEEPSPEED, OFFLOAD, PLACEMENT, WHERE, given, with_settings
+from fulltune.plan.levers import plain_optim
+from fulltune.plan.workload import Basis, takes_pieces
+from fulltune.recipe.training import NVME, NVME_FOLDER
+from fulltune.records.plan import MemoryNeed, MemorySettings
+from fulltune.records.survey import Placement
+from fulltune.system.deepspeed import nvme_path
+from fulltune.system.sharing import Sharing
+from fulltune.text import format_bytes
+
+NEEDS_PATH = f"with the folder of an NVMe disk in {OFFLOAD}"
+_DEFAULTS = {
+    "model.weights_dtype": "fp32",
+    "train.bf16_rounding": None,
+    PLACEMENT: "auto",
+    OFFLOAD: "none",
+    DEEPSPEED: None,
+}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A way to place things."""
+
+    settings: dict[str, Any]
+    shared: Sharing | None = None
+    """None: each device holds everything."""
+    needs: str = ""
+
+
+def table(basis: Basis) -> tuple[Placement, ...]:
+    """Every way that makes sense on this hardware, with what it needs and how fast it should be."""
+    return tuple(_best(basis, layout) for layout in _layouts(basis))
+
+
+def _layouts(basis: Basis) -> Iterator[_Layout]:
+    recipe, train = basis.recipe, basis.recipe.train
+    many = train.num_processes > 1
+    plain = _DEFAULTS | {"train.optim": "adamw_torch_fused"}
+    if train.placement == ("ddp" if many else "single"):  # the same by its name
+        plain[PLACEMENT] = train.placement
+    small = {"train.optim": "adamw_8bit"}
+    yield _Layout(plain)
+    yield _Layout(plain | small)
+    if basis.start.precision != "fp16" and basis.start.fast_bf16:
+        narrow = {name: value for name, value in plain.items() if name != "train.bf16_rounding"}
+        narrow |= {"model.weights_dtype": "bf16", "train.optim": plain_optim("bf16", train.bf16_rounding)}
+        narrow |= {"train.precision": "bf16"} if train.precision == "fp32" else {}
+        yield _Layout(narrow)
+        yield _Layout(narrow | small)
+    if basis.start.num_trained is not None:  # sharing out is planned for full fine-tuning only
+        return
+    # What no placement may be taken with is refused by the recipe's own rules.
+    if many and basis.shapes.units is not None and not train.use_liger_kernel:
+        parts, shared = plain | {PLACEMENT: "fsdp2"}, Sharing(3, False, False, engine="fsdp2")
+        yield _Layout(parts, shared)
+        yield _Layout(parts | small, shared)
+    if not basis.fleet.machine.gpus or train.use_liger_kernel or train.torch_compile:
+        return
+    whole = {"train.chunked_loss": None} if train.chunked_loss else {}  # DeepSpeed needs whole logits
+
+    def zero(stage: int, offload: str = "none") -> dict[str, Any]:
+        return plain | whole | {PLACEMENT: f"zero{stage}", OFFLOAD: offload}
+
+    if many:
+        yield _Layout(zero(2), Sharing(2, False, False))
+        yield _Layout(zero(3), Sharing(3, False, False))
+    yield _Layout(zero(2, "optimizer"), Sharing(2, True, False))
+    yield _Layout(zero(3, "all"), Sharing(3, True, True))
+    if train.num_machines == 1:  # the disks of several differ: the recipe refuses it
+        path = nvme_path(recipe)
+        needs = "" if path else NEEDS_PATH
+        yield _Layout(zero(3, NVME + (path or NVME_FOLDER)), Sharing(3, True, True, True, True), needs)
+
+
+def _best(basis: Basis, layout: _Layout) -> Placement:
+    """The fastest micro batch and checkpointing that fit; when none does, the smallest."""
+    recipe, rows, shared = basis.recipe, basis.rows_per_process, layout.shared
+    narrow = layout.settings["model.weights_dtype"] == "bf16"
+    in_pieces = shared is None or shared.engine == "fsdp2"
+    plain = with_settings(recipe, {name: _DEFAULTS[name] for name in WHERE})
+    start = basis.start.changed(
+        weights_dtype=layout.settings["model.weights_dtype"],
+        precision="bf16" if narrow else basis.start.precision,
+        optim=layout.settings["train.optim"],
+        bf16_rounding=(recipe.train.bf16_rounding or "stochastic") if narrow else None,
+        chunked_loss=in_pieces and takes_pieces(plain, basis.start.plain_logits),
+    )
+    budget = MemoryBudget(basis.budget.available_bytes, "", lambda settings: basis.needs.of(settings, shared))
+    option = choose.fastest(recipe, start, rows, budget, lambda settings: basis.speed(settings, shared))
+    option = option or choose.smallest(recipe, start, rows, budget, same_numbers=True)
+    return row(basis, shared, option.settings, option.memory, _changes(basis, layout), layout.needs)
+
+
+def row(
+    basis: Basis,
+    shared: Sharing | None,
+    settings: MemorySettings,
+    memory: MemoryNeed,
+    changes: dict[str, Any],
+    needs: str = "",
+) -> Placement:
+    """A row of the table, for settings and the memory that they need."""
+    kinds, parameters = dict(memory.kinds), basis.shapes.num_parameters
+    # Evaluation, saving or resuming may have the higher peak.
+    kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
+    on_hosts = sharded.host_bytes(shared, parameters, settings.num_processes) if shared else 0
+    host, on_disk = -(-on_hosts // settings.num_machines), sharded.disk_bytes(shared, parameters)
+    seconds = basis.seconds(settings, shared)
+    return Placement(
+        name=name_of(shared, settings),
+        kinds=kinds,
+        device_bytes=memory.peak,
+        host_bytes=host,
+        disk_bytes=on_disk,
+        micro_batch_size=settings.micro_batch_size,
+        activation_checkpointing=settings.activation_checkpointing,
+        short=_short(basis, memory.peak, host, on_disk),
+        tokens_per_second=basis.speed(settings, shared),
+        bound_by=max(seconds, key=lambda name: seconds[name]) if seconds else "",
+        settings=changes,
+        needs=needs,
+    )
+
+
+def name_of(shared: Sharing | None, settings: MemorySettings) -> str:
+    """How a placement is called, for people."""
+    small = settings.optim == "adamw_8bit"
+    if shared is None:
+        each = f"{settings.num_processes} copies" if settings.num_processes > 1 else "one device"
+        plain = {"adamw_torch_fused": "AdamW fp32", "adamw_8bit": "8-bit AdamW"}.get(settings.optim, settings.optim)
+        narrow = "bf16 + 8-bit" if small else "bf16 weights"
+        return f"{each}, {plain if settings.weights_dtype == 'fp32' else narrow}"
+    if shared.engine == "fsdp2":
+        return "FSDP2, 8-bit AdamW" if small else "FSDP2"
+    weights, optimizer = shared.place("weights"), shared.place("optimizer")
+    where = f", all on {weights}" if weights != "device" else f", optimizer on {optimizer}"
+    return f"ZeRO-{shared.stage}" + (where if optimizer != "device" else "")
+
+
+def _changes(basis: Basis, layout: _Layout) -> dict[str, Any]:
+    """What the recipe has otherwise."""
+    recipe, settings = basis.recipe, layout.settings
+    known = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
+    known |= {name: value for name in settings if (value := given(recipe, name)) is not None}
+    if layout.shared is not None and layout.shared == basis.shared:  # be it by a file of the user's
+        known |= {name: settings.get(name) for name in WHERE}
+    return {name: value for name, value in settings.items() if known.get(name) != value}
+
+
+def _short(basis: Basis, on_device: int, host: int, on_disk: int) -> str:
+    """What is too little, and by how much; empty when everything fits."""
+    fleet = basis.fleet
+    missing = {"device": on_device - basis.budget.available_bytes}
+    if host:
+        missing["host"] = host - fleet.machine.memory_available_bytes
+    if on_disk and fleet.disk_bytes is not None:
+        # DeepSpeed's own checkpoints and two models lie there as well.
+        parameters = basis.shapes.num_parameters
+        checkpoints = disk.need(basis.recipe, parameters, basis.start).num_checkpoints
+        missing["disk"] = on_disk + (checkpoints * disk.DEEPSPEED_BYTES + 8) * parameters - fleet.disk_bytes
+    return ", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0)

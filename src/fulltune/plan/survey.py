@@ -1,0 +1,312 @@
+"""Everything that `fulltune plan` shows beside the plan: placements, money, ways out, advice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from fulltune.errors import DoesNotFitError
+from fulltune.models.shapes import Shapes
+from fulltune.plan import choose, disk, gpus, placements, resolve, ways_out
+from fulltune.plan.dotted import DEEPSPEED, given, with_settings
+from fulltune.plan.fit import fit, with_time
+from fulltune.plan.gpus import Fleet
+from fulltune.plan.time import Price
+from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, basis_of
+from fulltune.recipe.fields import Recipe, with_placement
+from fulltune.records.plan import Plan
+from fulltune.records.survey import Advice, Placement, Survey, WayOut
+from fulltune.system import sharing
+
+MUCH_FASTER = 1.25
+"""From here on a placement with DeepSpeed, which has to be installed and computes in other types, is taken instead of
+one that fits without it; below it stands in the table."""
+FEW_ROWS, MANY_ROWS = 10_000, 100_000
+SMALL_ENCODER, LARGE = 500_000_000, 10**10
+MORE = (2, 4, 8)
+"""GPUs of a machine, and machines, that are proposed where fewer are too small."""
+Other = Callable[[str], Workload | None]
+"""From a method's kind to the same workload by it, with its usual settings; None where it cannot be."""
+Planned = tuple[Plan, dict[str, Any]]
+"""A plan, and the settings that it has and the recipe has not."""
+
+
+def survey(
+    workload: Workload,
+    fleet: Fleet,
+    price: Price | None = None,
+    planned: Plan | None = None,
+    other: Other = lambda kind: None,
+) -> tuple[Survey, Plan | None]:
+    """Look at everything that could be done on this hardware.
+
+    Args:
+        workload: Recipe (see `spread_over`), model and data.
+        fleet: The hardware.
+        price: Of a device.
+        planned: The plan, when it is made already.
+        other: Gives the workload of another method, for the advice: asked only where the plan does not tell.
+
+    Returns:
+        The survey, and a plan for the recipe's own placement, else for the best other one; None when nothing fits.
+    """
+    basis, kind = basis_of(workload, fleet), workload.recipe.method.kind
+    table = placements.table(basis)
+    found = _planned(workload, fleet, table) if planned is None else (planned, {})
+    fits = not isinstance(found, DoesNotFitError)
+    full_fits = fits if kind == "full" else _of_another_method(other("full"), fleet) is not None
+    by_lora = other("lora") if kind != "lora" and not full_fits else None
+    lora = _of_another_method(by_lora, fleet)
+    lora_fits = fits if kind == "lora" else None if by_lora is None else lora is not None
+    seen = _seen(workload, basis, table, full_fits, lora_fits)
+    if isinstance(found, DoesNotFitError):
+        problem, ways = _ways_out(workload, basis, table, found.problems[0], lora)
+        notes = (problem, *resolve.notes(basis.needs.footprint))
+        return seen.model_copy(update={"ways_out": ways, "notes": notes}), None
+    plan, settings = found
+    if plan.time is None:  # it was changed when memory ran out
+        plan = with_time(plan, basis, workload.summary)
+    if plan.memory is not None:
+        chosen = placements.row(basis, _shared(workload.recipe, found), plan, plan.memory, settings)
+        names = [one.name for one in table]
+        at = names.index(chosen.name) if chosen.name in names else 0
+        rows = (*table[:at], chosen, *table[at + (chosen.name in names) :])
+        seen = seen.model_copy(update={"placement": chosen.name, "placements": rows})
+    update: dict[str, Any] = {
+        "fits": True,
+        "device_free_bytes": plan.available_bytes or basis.budget.available_bytes,
+        "settings": {name: given(workload.recipe, name) for name in workload.spread} | settings,
+    }
+    if price and plan.time:
+        rate, currency = price
+        hours = seen.num_devices * plan.time.whole_seconds / 3600
+        update |= {"price": rate * hours, "currency": currency}
+    return seen.model_copy(update=update), plan
+
+
+def _shared(recipe: Recipe, planned: Planned) -> sharing.Sharing | None:
+    """What a plan shares out."""
+    plan, settings = planned
+    return sharing.of(with_placement(with_settings(recipe, settings), plan.placement))
+
+
+def _seen(
+    workload: Workload, basis: Basis, table: tuple[Placement, ...], full_fits: bool, lora_fits: bool | None
+) -> Survey:
+    """What is known whether or not there is a plan."""
+    summary, shapes, fleet, train = workload.summary, workload.shapes, basis.fleet, workload.recipe.train
+    splits = summary.splits
+    return Survey(
+        hardware=fleet.name,
+        assumed=fleet.assumed,
+        # The processes of a CPU share one device.
+        num_devices=train.num_processes if fleet.machine.gpus else train.num_machines,
+        num_machines=train.num_machines,
+        num_parameters=shapes.num_parameters,
+        model_type=shapes.model_type,
+        train_rows=summary.rows_per_epoch,
+        eval_rows=splits["eval"].rows if "eval" in splits else 0,
+        length_percentiles=splits["train"].length_percentiles,
+        max_length=summary.max_length,
+        fits=False,
+        full_fits=full_fits,
+        placements=table,
+        disk_free_bytes=fleet.disk_bytes,
+        host_free_bytes=fleet.machine.memory_available_bytes,
+        device_free_bytes=basis.budget.available_bytes,
+        advice=advise(splits["train"].rows, shapes, full_fits, lora_fits, basis.budget.available_bytes),
+    )
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------------
+
+
+def _planned(workload: Workload, fleet: Fleet, table: Sequence[Placement]) -> Planned | DoesNotFitError:
+    """The recipe as it is; on hardware that is not here also with the best other placement that fulltune can run.
+
+    On this machine the plan is what `fulltune run` would do: other placements are ways out.
+    """
+    try:
+        own = _fitted(workload, workload.recipe, fleet)
+    except DoesNotFitError as error:
+        return error if fleet.here else _otherwise(workload, fleet, table) or error
+    if fleet.here or own.num_processes == 1:
+        return own, {}
+    exact = [one for one in table if not (_computes_otherwise(one) or one.host_bytes or one.disk_bytes)]
+    if workload.recipe.train.optim is None and own.optim == "adamw_8bit":
+        # Sharing out the state of several devices leaves the arithmetic as it is; 8-bit moments do not.
+        return _otherwise(workload, fleet, exact) or (own, {})
+    speed = own.time.tokens_per_second if own.time else math.inf
+    faster = [one for one in exact if (one.tokens_per_second or 0.0) > MUCH_FASTER * speed]
+    return _otherwise(workload, fleet, faster, f", much faster than {own.placement}, which fits as well") or (own, {})
+
+
+def ranked(table: Sequence[Placement]) -> list[Placement]:
+    """Those that fit and need nothing that only a person can say: first the ones that compute as AdamW in fp32 does,
+    then the faster ones."""
+    automatic = (one for one in table if one.fits and not one.needs)
+    return sorted(automatic, key=lambda one: (_computes_otherwise(one), -(one.tokens_per_second or 0.0)))
+
+
+def _computes_otherwise(one: Placement) -> bool:
+    """Whether its numbers are not those of AdamW in fp32."""
+    return one.settings.get("model.weights_dtype") == "bf16" or one.settings.get("train.optim") == "adamw_8bit"
+
+
+def _otherwise(workload: Workload, fleet: Fleet, table: Sequence[Placement], why: str = "") -> Planned | None:
+    """With the best of these placements, and why it is not the recipe's own."""
+    for one in ranked(table):
+        given_otherwise = (given(workload.recipe, name) not in (None, value) for name, value in one.settings.items())
+        if not one.settings or any(given_otherwise):  # what is given is kept, and is then a way out
+            continue
+        try:
+            plan = _fitted(workload, with_settings(workload.recipe, one.settings), fleet)
+        except DoesNotFitError:  # of the ways that fit by the table, the next one
+            continue
+        names = {"train.extra" if name == DEEPSPEED else name for name in one.settings}
+        installs = "; install fulltune[deepspeed]" if one.name.startswith("ZeRO") else ""
+        return _explained(plan, names, f"placement: {one.name}{why}{installs}"), one.settings
+    return None
+
+
+def _fitted(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
+    plan = fit(recipe, workload.shapes, workload.footprint(recipe.model.weights_dtype), workload.summary, fleet)
+    return _explained(plan, set(workload.spread), "from --for")
+
+
+def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
+    """The plan with another reason for some settings, which the recipe did not give."""
+    settings = (
+        one.model_copy(update={"chosen": True, "reason": reason}) if one.name in names else one for one in plan.settings
+    )
+    return plan.model_copy(update={"settings": tuple(settings)})
+
+
+def _of_another_method(workload: Workload | None, fleet: Fleet) -> Planned | None:
+    """The plan of another method, with whatever placement fits; None when none does."""
+    if workload is None:
+        return None
+    table = placements.table(basis_of(workload, fleet))
+    found = _planned(workload, fleet, table)
+    return _otherwise(workload, fleet, table) if isinstance(found, DoesNotFitError) else found
+
+
+# ---- ways out ----------------------------------------------------------------------------------------------------
+
+
+def _ways_out(
+    workload: Workload, basis: Basis, table: Sequence[Placement], problem: str, lora: Planned | None
+) -> tuple[str, tuple[WayOut, ...]]:
+    """What is short, with the ways out: of the disk, when a larger one would do, else of memory; LoRA where it fits."""
+    fleet = basis.fleet
+    found = _planned(workload, fleet.model_copy(update={"disk_bytes": None}), table)
+    where: Literal["device", "disk"] = "device"
+    if isinstance(found, DoesNotFitError) or fleet.disk_bytes is None:
+        least = choose.smallest(basis.recipe, basis.start, basis.rows_per_process, basis.budget)
+        now = least.memory.peak
+        available, need = basis.budget.available_bytes, basis.budget.need
+        ways = [*_larger(workload, fleet, now)]
+        ways += ways_out.of_memory(basis.recipe, least.settings, available, need, table)
+        ways = [_tried(workload, fleet, way) for way in ways[: ways_out.MOST]]
+    else:
+        plan, settings = found
+        recipe, where = with_settings(workload.recipe, settings), "disk"
+        needed = disk.need(recipe, plan.num_parameters, plan)
+        now = needed.total
+        problem = disk.short_by(recipe, needed, fleet.disk_bytes, fleet.disk_at)
+        ways = [*disk.ways(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
+    if lora is not None:
+        plan, settings = lora
+        need_of_lora = plan.disk.total if where == "disk" and plan.disk else plan.memory.peak if plan.memory else 0
+        share = plan.num_trainable_parameters / (plan.num_trainable_parameters + plan.num_frozen_parameters)
+        costs = f"another method, which trains {100 * share:.2g} % of the parameters"
+        frees = max(0, now - need_of_lora)
+        ways.append(ways_out.way({"method": "lora", **settings}, frees, True, costs, "method: lora", where))
+    return problem, tuple(sorted(ways, key=lambda way: not way.enough))
+
+
+def _larger(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut]:
+    """The next larger number of devices or machines, and the next larger host, on which something fits."""
+    asked = fleet.asked
+    if asked.gpu is None or fleet.here:
+        return
+    alone = asked.machines == 1
+    devices = [replace(asked, count=count) for count in MORE if alone and count > asked.count]
+    whole = replace(asked, count=max(MORE[-1], asked.count)) if alone else asked
+    devices += [replace(whole, machines=count) for count in MORE if count > asked.machines]
+    hosts = [size * gpus.GB for size in (64, 128, 192, 256, 384, 512, 768, 1024, 2048)]
+    larger_hosts = [replace(asked, host_bytes=size) for size in hosts if size > fleet.machine.memory_bytes]
+    for larger, costs in ((devices, "more devices"), (larger_hosts, "more memory of the host")):
+        for one in larger:
+            if found := _on(workload, gpus.fleet_of(one)):
+                plan = found[0]
+                frees = max(0, now_bytes - (plan.memory.peak if plan.memory else 0))
+                words = f"{one}, {placements.name_of(_shared(workload.recipe, found), plan)}"
+                yield ways_out.way({}, frees, True, costs, words).model_copy(update={"hardware": str(one)})
+                break
+
+
+def _on(workload: Workload, fleet: Fleet) -> Planned | None:
+    """The plan on all devices of other hardware; None when nothing fits, or they cannot share a batch."""
+    recipe, numbers = workload.recipe, {NUM_PROCESSES: fleet.num_devices, NUM_MACHINES: fleet.num_machines}
+    left_open = {name for name in SPREAD if name in workload.spread or given(recipe, name) is None}
+    recipe = with_settings(recipe, {name: numbers[name] for name in left_open})
+    train = recipe.train
+    rows = (train.micro_batch_size or 1) * train.num_processes
+    if train.num_processes % fleet.num_machines or (train.global_batch_size or rows) % rows:
+        return None
+    other = replace(workload, recipe=recipe)
+    found = _planned(other, fleet, placements.table(basis_of(other, fleet)))
+    return None if isinstance(found, DoesNotFitError) else found
+
+
+def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
+    """The way out as the plan finds it when it is followed: memory is not all that can be short."""
+    if not way.enough or not way.settings or "data.max_length" in way.settings:
+        return way
+    other = replace(workload, recipe=with_settings(workload.recipe, way.settings))
+    if not isinstance(_planned(other, fleet, placements.table(basis_of(other, fleet))), DoesNotFitError):
+        return way
+    return way.model_copy(update={"enough": False, "costs": f"{way.costs}; other things are short as well"})
+
+
+# ---- advice ------------------------------------------------------------------------------------------------------
+
+
+def advise(
+    train_rows: int, shapes: Shapes, full_fits: bool, lora_fits: bool | None, device_bytes: int
+) -> tuple[Advice, ...]:
+    """Take, try or leave each method, the best first, by rules whose sources stand in docs/evidence.md: where to start,
+    for a measurement on one's own rows decides."""
+    few = train_rows < FEW_ROWS
+    full, lora = ("try", "between 10,000 and 100,000 rows full and LoRA come out close"), ("", "")
+    if not full_fits:
+        full = "leave", "it does not fit here"
+    elif not shapes.is_decoder and shapes.num_parameters < SMALL_ENCODER:
+        seeds = ", but with few rows take several seeds" if few else ""
+        full = "try" if few else "take", f"a small encoder: full is cheap{seeds}"
+    elif train_rows >= MANY_ROWS:
+        full = "take", "100,000 rows or more, and it fits"
+    elif few:
+        full = "try", "few rows: train longer than usual, at a low rate, with three seeds or more"
+    size, where = 2 * shapes.num_parameters / 2**30, " on one device" if full_fits else " either"
+    if 2 * shapes.num_parameters > device_bytes:  # only full fine-tuning can be shared out
+        lora = "leave", f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{where}"
+    elif lora_fits is False:
+        lora = "leave", "it does not fit here either; see the ways out"
+    elif not full_fits:
+        unsure = "" if lora_fits else ", if the activations fit as well"
+        lora = "take", f"it trains where full does not fit{unsure}: {size:,.1f} GiB of weights stay as they are"
+    elif shapes.is_decoder and few:
+        lora = "take", "few rows (below 10,000)"
+    else:
+        lora = "try", "the cheaper method (all layers, rate tuned): two thirds of the operations, far less state"
+    adapters = "leave", "worth it with five tasks or more: one model and a small file for each"
+    prompts = "leave", "far behind full below 1 B parameters, on a par at about 11 B"
+    if shapes.num_parameters >= LARGE:
+        prompts = "try", "on a par with full at about 11 B parameters"
+    lines = zip(("full fine-tuning", "LoRA", "adapters", "prompt tuning"), (full, lora, adapters, prompts), strict=True)
+    found = (Advice.model_validate({"method": name, "verdict": line[0], "rule": line[1]}) for name, line in lines)
+    return tuple(sorted(found, key=lambda one: ("take", "try", "leave").index(one.verdict)))
