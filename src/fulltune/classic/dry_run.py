@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow.compute
 import torch
@@ -92,9 +91,8 @@ def longest(dataset: Any, how_many: int, name: str, length_name: str) -> list[in
 
 def _column_lengths(dataset: Any, name: str) -> list[int] | None:
     """Lengths of a column of lists in a `datasets.Dataset`, without reading values; None for other data."""
-    if not isinstance(dataset, datasets.Dataset) or name not in dataset.column_names:
-        return None
-    if dataset.format["type"] == "custom" or not hasattr(dataset.features[name], "feature"):
+    feature = (getattr(dataset, "features", None) or {}).get(name)
+    if not hasattr(dataset, "with_format") or not hasattr(feature, "feature") or dataset.format["type"] == "custom":
         return None
     tables = dataset.select_columns([name]).with_format("arrow").iter(10_000)
     return [length or 0 for table in tables for length in pyarrow.compute.list_value_length(table[name]).to_pylist()]
