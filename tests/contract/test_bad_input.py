@@ -1001,7 +1001,7 @@ def test_message_shows_neither_what_is_private_nor_signs_that_steer_a_terminal(t
     data = tmp_path / "rows.csv"
     data.write_text("my mail anna.miller@web-of-anna.de rain 0,w\x1b[2J\n" * 20, encoding="utf-8")
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", "MODEL", data)
-    said = fulltune("init", data, "--task", "text-classification", "--label", "w", "-o", tmp_path / "new.yaml")
+    said = fulltune("init", data, "--task", "text-classification", "--column", "label=w", "-o", tmp_path / "new.yaml")
     said = said if said.code else fulltune("data", recipe)
     assert said.code
     assert "anna.miller" not in said.err

@@ -58,33 +58,18 @@ def init(
         typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME"),
     ] = None,
     encoding: Annotated[str, typer.Option(help="Of text files, such as cp1252.")] = "utf-8",
-    text: options.Column = None,
-    text_pair: options.Column = None,
-    label: options.Column = None,
-    prompt: options.Column = None,
-    input: options.Column = None,
-    completion: options.Column = None,
-    messages: options.Column = None,
-    tools: options.Column = None,
-    source: options.Column = None,
-    target: options.Column = None,
-    question: options.Column = None,
-    context: options.Column = None,
-    answers: options.Column = None,
-    choices: options.Column = None,
-    tokens: options.Column = None,
-    tags: options.Column = None,
-    image: options.Column = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="A column whose name is not the usual one, by its role. Repeatable.", metavar="ROLE=COLUMN"),
+    ] = None,
 ) -> None:
     """Look at a data file, find out the task, write a commented recipe.
 
-    Columns with usual names are found; others are named: --prompt mr --completion ref.
+    Columns with usual names are found; others are named: --column prompt=mr --column completion=ref.
     """
     from fulltune.cli.init import hints_of, lines, write_recipe
-    from fulltune.recipe.tasks import READ_BY
 
-    roles = {role: column for role, column in locals().items() if role in READ_BY}
-    found, files = write_recipe(data, output, model, force, hints_of(task, roles, columns, encoding))
+    found, files = write_recipe(data, output, model, force, hints_of(task, column or [], columns, encoding))
     for line in lines(found, files):
         out.print(escape(line))
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
-from fulltune.audit.texts.names import alike, alike_in_words
 from fulltune.data.readers import by_name
 from fulltune.data.readers.files import data_files
 from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.images import is_image_folder
-from fulltune.data.readers.read import locate
+from fulltune.data.readers.read import DataFiles, locate
 from fulltune.data.sources import SourceRows, describe, unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
@@ -29,8 +27,8 @@ from fulltune.records.data import SplitName
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.causal_lm import refuse_preferences
-from fulltune.tasks.columns import second_text, shown, unreadable
-from fulltune.tasks.labels import label_name, parsed_number
+from fulltune.tasks.columns import USUAL_NAMES, shown
+from fulltune.tasks.labels import label_name
 from fulltune.text import counted
 
 TASKS = get_args(TaskName)
@@ -41,6 +39,21 @@ SMALL_MODELS = {
     "image-classification": "WinKawaks/vit-tiny-patch16-224",
 }
 """Small ones to begin with; for the other tasks the encoder that the quickstart installs."""
+FORMS: tuple[tuple[TaskName, str], ...] = (
+    ("causal-lm", "messages"),
+    ("token-classification", "tags"),
+    ("question-answering", "answers"),
+    ("multiple-choice", "label"),
+    ("image-classification", "image"),
+    ("text-classification", "label"),
+    ("causal-lm", "completion"),
+    ("seq2seq", "target"),
+    ("causal-lm", "text"),
+)
+"""Task and the role that marks it, the clearest first: a file with `question` and `label` is a classifier's."""
+_HEAD, _FEW = 1000, 100
+_ROWS_OF_A_LABEL = 10
+"""A column whose values come back so often on average looks like a label."""
 
 TEMPLATE = """\
 # Written by `fulltune init {file}`. Every setting: docs/recipe.md. Run it: fulltune run {recipe}
@@ -79,16 +92,20 @@ class Hints:
 NO_HINTS = Hints()
 
 
-def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | None, encoding: str = "utf-8") -> Hints:
-    """What the command line says, checked."""
+def hints_of(task: str | None, named: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
+    """What the command line says, checked; `named` are columns as `ROLE=COLUMN`."""
     if task is not None and task not in TASKS:
         raise SetupError(f"--task: expected one of {', '.join(TASKS)}, found '{task}'")
-    named = {role: column for role, column in roles.items() if column is not None}
-    if unread := [role for role in named if task is not None and task not in READ_BY[role]]:
-        raise SetupError(
-            f"--{_option(unread[0])}: {task} reads no such column; it reads "
-            f"{', '.join(f'--{_option(role)}' for role in roles if task in READ_BY[role])}"
-        )
+    known = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]
+    roles = {}
+    for text in named:
+        role, _, column = text.partition("=")
+        if role not in known or not column:
+            raise SetupError(
+                f"--column: expected ROLE=COLUMN, such as label=intent, where ROLE is one of {', '.join(known)}; "
+                f"found '{text}'"
+            )
+        roles[role] = column
     names = tuple(name.strip() for name in columns.split(",")) if columns is not None else None
     if names is not None and (not all(names) or len(set(names)) < len(names)):
         raise SetupError(
@@ -98,11 +115,7 @@ def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | N
         codec_of(encoding)
     except ValueError as error:
         raise SetupError(f"--encoding: {error}") from None
-    return Hints(next((name for name in TASKS if name == task), None), named, names, encoding)
-
-
-def _option(role: str) -> str:
-    return role.replace("_", "-")
+    return Hints(next((name for name in TASKS if name == task), None), roles, names, encoding)
 
 
 # ---- which files -----------------------------------------------------------------------------------------------
@@ -148,14 +161,19 @@ def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Pat
     return {split: files[0] for split, files in splits.items()}
 
 
+def _usable(files: SplitFiles, inferred: Inferred, encoding: str) -> SplitFiles:
+    """The files without held-out ones that lack a column, as official test rows often come without labels."""
+    problems = {split: _other_columns(file, inferred, encoding) for split, file in files.held_out.items()}
+    held_out = {split: file for split, file in files.held_out.items() if problems[split] is None}
+    return SplitFiles(files.train, held_out, (*files.unused, *filter(None, problems.values())))
+
+
 def _other_columns(file: Path, inferred: Inferred, encoding: str) -> str | None:
-    """What a held-out file's columns lack, as official test rows often come without labels; None: nothing."""
     if inferred.columns:
         names = names_without_header(locate([str(file)]).files[0], encoding)
         alike = names is not None and len(names) == len(inferred.columns)
         return None if alike else f"{file.name}: has a header line, or other columns, unlike train"
-    rows = replace(locate([str(file)]), encoding=encoding).rows()
-    columns = {name for _, row in islice(rows, _FEW) for name in row}
+    columns, _ = _head(replace(locate([str(file)]), encoding=encoding), _FEW)
     missing = [column for column in inferred.target.columns.values() if column not in columns]
     return f"{file.name}: has no column '{missing[0]}', which train has" if missing else None
 
@@ -178,27 +196,13 @@ class Inferred:
     unused: str = ""
     """Columns that play no role, in words."""
     notes: tuple[str, ...] = ()
-    """Classes that are perhaps meant to be one, and what reading showed."""
+    """What reading showed."""
 
 
-FORMS: tuple[tuple[TaskName, str], ...] = (
-    ("causal-lm", "messages"),
-    ("token-classification", "tags"),
-    ("question-answering", "answers"),
-    ("multiple-choice", "label"),
-    ("image-classification", "image"),
-    ("text-classification", "label"),
-    ("causal-lm", "completion"),
-    ("seq2seq", "target"),
-    ("causal-lm", "text"),
-)
-"""Task and the role that marks it, the clearest first: a file with `question` and `label` is a classifier's."""
-_HEAD = 1000
-_FEW = 100
-_ROWS_OF_A_LABEL = 10
-"""A column whose values come back so often on average looks like a label."""
-_CODE = re.compile(r"[\w.:/+-]*\d[\w.:/+-]*")
-"""Numbers, dates and keys are no texts."""
+def _head(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """The columns of the first rows, and these."""
+    head = [row for _, row in islice(files.rows(), most)]
+    return tuple(dict.fromkeys(name for row in head for name in row)), head
 
 
 def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
@@ -209,124 +213,79 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     named = hints.columns or guessed
     block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **hints.roles})
     files = replace(locate(tuple(map(str, paths)), columns=named), encoding=encoding)
-    head = [row for _, row in islice(files.rows(), _HEAD)]
-    columns = tuple(dict.fromkeys(name for row in head for name in row))
+    columns, head = _head(files)
     if not hints.roles:
         refuse_preferences(columns, head[:_FEW], files.where)
     for role, column in hints.roles.items():
         if column not in columns:
-            raise DataError(f"{files.where}: no column '{column}' (--{_option(role)}); columns here: {shown(columns)}")
-    # `target` is also a usual name of a label: beside `source` it is a text.
-    is_pair = {"source", "target"} <= {name.lower() for name in columns}
-    forms = [
-        (task, role)
-        for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq")
-        if hints.task in (None, task) and all(task in READ_BY[named] for named in hints.roles)
-    ]
-    refusals, unfit, spread = list[DataError](), list[DataError](), _spread_labels(columns, head)
+            raise DataError(f"{files.where}: no column '{column}' (--column {role}=); columns here: {shown(columns)}")
+    forms = list(_forms(columns, hints))
+    refusals, flags = list[DataError](), _flags(columns, head)
     for task, role in forms:
-        if role == "text" and hints.task is None and spread:
+        if role == "text" and hints.task is None and flags:
             continue
         try:
             roles = task_named(task).find_columns(columns, head[:_FEW], block, files.where)
-            if role not in roles or not hints.roles.keys() <= roles.keys():
-                continue
         except DataError as refusal:
             refusals.append(refusal)  # another form may fit
             continue
-        target, counts = describe(block, task_named(task), {"train": SourceRows(files.where, files.rows)})
-        if problem := _unfit(task, target, head[:_FEW]):
-            unfit.append(DataError(f"{files.where}: {problem}"))
+        if role not in roles or not hints.roles.keys() <= roles.keys():
             continue
-        rest = unused_columns(block, target.columns, SourceRows(files.where, files.rows))
-        unused, is_guess, notes = " ".join(shown(rest).split()), guessed is not None, list[str | None]()
-        if "label" in roles and alike(dict.fromkeys(target.labels, 1)):
-            whole = (row for _, row in files.rows() if unreadable(row, roles) is None)
-            of_each = (task_named(task).row_labels(row, target) for row in whole)
-            notes.append(alike_in_words(Counter(chain.from_iterable(of_each))))
-        told = tuple(note for note in (*notes, *files.notes) if note)
-        return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, told)
-    if problem := _other_form(columns, head):
-        unfit.append(DataError(f"{files.where}: {problem}"))
-    if unfit or (refusals and len({task for task, _ in forms}) == 1):
-        raise [*unfit, *refusals][0]
-    hinted = " and ".join(f"--{_option(role)} {column}" for role, column in hints.roles.items())
-    raise DataError(
-        f"{paths[0]}: no known form of data{f' with {hinted}' if hinted else ''}: expected columns text + label "
-        "(classification), tokens + tags (entities), prompt + completion or messages (language model), question + "
-        "context + answers, source + target, choices + label, image + label, or text alone; columns here: "
-        f"{shown(columns)}. {_example(columns, head)}"
-    )
+        source = SourceRows(files.where, files.rows)
+        target, counts = describe(block, task_named(task), {"train": source})
+        unused = " ".join(shown(unused_columns(block, target.columns, source)).split())
+        is_guess = guessed is not None
+        return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, tuple(files.notes))
+    if refusals and len({task for task, _ in forms}) == 1:
+        raise refusals[0]
+    advice = _advice(columns, head, flags)
+    raise DataError(f"{paths[0]}: no known form of data: {advice}; columns here: {shown(columns)}")
 
 
-def _unfit(task: TaskName, target: Target, head: Sequence[dict[str, Any]]) -> str | None:
-    """Why no row could be used, if none of the first ones can."""
-    readable = [row for row in head if unreadable(row, target.columns) is None]
-    refused = [why for row in readable if (why := task_named(task).refuse(row, target))]
-    if not refused or len(refused) < len(readable):
-        return None
-    return (
-        f"none of the first rows can be used for {task}: {refused[0].reason}; repair them, name another column, or, "
-        "where a cell lists several texts, write a row for each"
-    )
+def _forms(columns: Sequence[str], hints: Hints) -> Iterator[tuple[TaskName, str]]:
+    """The forms that may be meant. `target` is also a usual name of a label: beside `source` it is a text."""
+    is_pair = {"source", "target"} <= {name.lower() for name in columns}
+    for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq"):
+        if hints.task in (None, task) and all(task in READ_BY[named] for named in hints.roles):
+            yield task, role
 
 
-def _spread_labels(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
+def _flags(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
     """Several columns that hold 0 and 1 only: a label each, where one column was expected to list those that hold."""
-    cells = {name: [row.get(name) for row in head] for name in columns}
     kinds = {
-        name: {label_name(cell).lower() if isinstance(cell, (str, int, float)) else "" for cell in values}
-        for name, values in cells.items()
+        name: {label_name(cell).lower() if isinstance(cell := row.get(name), (str, int, float)) else "" for row in head}
+        for name in columns
     }
     flags = [name for name, values in kinds.items() if values in ({"0", "1"}, {"true", "false"})]
     return flags if len(flags) > 1 else []
 
 
-def _may_be_label(values: Sequence[Any]) -> bool:
-    """Few different values, or numbers with a fraction."""
-    numbers = [parsed_number(value) for value in values]
-    is_measured = None not in numbers and any(number % 1 for number in numbers if number)
-    return is_measured or 1 < len(set(map(str, values))) <= len(values) // _ROWS_OF_A_LABEL
-
-
-def _other_form(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str | None:
-    """What rows are whose form is not read, and how to write them; None: nothing known."""
-    for name in columns:
-        cell = next((cell for row in head if isinstance(cell := row.get(name), Mapping) and len(cell) > 1), {})
-        if cell and all(isinstance(part, str) for part in cell.values()):
-            one, two = list(cell)[:2]
-            return (
-                f"column '{name}' holds objects with the texts {shown(cell)}, expected a column for each; write each "
-                f"row as what its object holds, and name two of them, for example: --source {one} --target {two}"
-            )
-    if not (spread := _spread_labels(columns, head)):
-        return None
-    return (
-        f"columns {shown(spread)} hold 0 and 1 only, as labels with a column each; expected one column that lists "
-        f"those that hold, such as {json.dumps(spread[:2])}: docs/how-do-i.md shows how to write it (one label alone: "
-        f"--label {spread[0]}; the texts alone: --task causal-lm)"
-    )
-
-
-def _example(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str:
-    """Options that fit the rows: the longest text, with what may be a label, else with another text."""
+def _advice(columns: Sequence[str], head: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> str:
+    """How such rows are told: the longest text, with what may be a label, else with another text."""
+    if flags:
+        return (
+            f"columns {shown(flags)} hold 0 and 1 only, as labels with a column each; expected one column that lists "
+            f"those that hold, such as {json.dumps(flags[:2])}: docs/how-do-i.md shows how to write it (one label "
+            f"alone: --column label={flags[0]}; the texts alone: --task causal-lm)"
+        )
     cells = {name: [row.get(name) for row in head] for name in columns}
-    words = {name: [cell for cell in values if type(cell) is str] for name, values in cells.items()}
-    texts = {name: sum(map(len, found)) for name, found in words.items() if not all(map(_CODE.fullmatch, found))}
+    sizes = {
+        name: sum(len(cell) for cell in values if isinstance(cell, str) and re.search(r"[^\W\d]", cell))
+        for name, values in cells.items()
+    }
+    few = [name for name in columns if 1 < len(set(map(str, cells[name]))) <= len(head) // _ROWS_OF_A_LABEL]
+    texts = sorted((name for name in columns if sizes[name] and name not in few), key=lambda name: -sizes[name])
+    known = (
+        "expected columns text + label (classification), tokens + tags (entities), prompt + completion or messages "
+        "(language model), question + context + answers, source + target, choices + label, image + label, or text alone"
+    )
     if not texts:
-        return "None of them holds texts or images, from which models learn here"
-    text, *others = sorted(texts, key=lambda name: -texts[name])
-    # A name says more than a number, and a flag or a rating beside it is no reason to pass it over.
-    labels = [name for name, values in cells.items() if name != text and _may_be_label(values)]
-    label = min(labels, key=lambda name: (name not in texts, len(set(map(str, cells[name])))), default=None)
-    if label is not None:
-        two = second_text(text, {"text": text, "label": label}, columns, head)
-        halves = sorted((text, two), key=columns.index) if two else [text]
-        return f"Say which is which, for example: --text {' --text-pair '.join(halves)} --label {label}"
-    if not others:
-        return f"Only '{text}' holds texts, and no other labels of them; to train on these alone: --text {text}"
-    one, two = sorted((text, others[0]), key=columns.index)
-    return f"Say which is which, for example: --prompt {one} --completion {two}"
+        return f"{known}; none of them holds texts or images"
+    example = {"text": texts[0]} | ({"label": few[0]} if few else {})
+    if not few and len(texts) > 1:
+        example = {"prompt": texts[0], "completion": texts[1]}
+    said = " ".join(f"--column {role}={name}" for role, name in example.items())
+    return f"{known}; say which is which, for example {said}"
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------
@@ -340,14 +299,13 @@ def write_recipe(
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
     files = split_files(path)
     inferred = infer(*files.train, hints=hints)
-    task, target, encoding = inferred.task, inferred.target, codec_of(hints.encoding)
-    problems = {split: _other_columns(file, inferred, encoding) for split, file in files.held_out.items()}
-    held_out = {split: file for split, file in files.held_out.items() if problems[split] is None}
-    files = SplitFiles(files.train, held_out, (*files.unused, *filter(None, problems.values())))
-    chosen = model or SMALL_MODELS.get(task, SMALL_ENCODER)
+    target, encoding = inferred.target, codec_of(hints.encoding)
+    files = _usable(files, inferred, encoding)
+    chosen = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
     where = "" if chosen.startswith("package:") else ", from the Hub"
     train = [_yaml(str(file.resolve())) for file in files.train]
     names = ", ".join(map(_yaml, inferred.columns or ()))
+    some = f": {', '.join(target.labels[:5])}{' ...' * (len(target.labels) > 5)}" if target.labels else ""
     data = [
         f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
         *(f"# not used: {reason}" for reason in files.unused),
@@ -361,13 +319,13 @@ def write_recipe(
         *([f"columns: [{names}]   # of a file without a header line"] if names else []),
         *(f"{role}: {_yaml(column)}" for role, column in target.columns.items()),
         *[f"# columns not used: {inferred.unused}"] * bool(inferred.unused),
-        f"# found: {_in_words(inferred)}",
+        f"# found: {counted(inferred.num_rows, 'row')}, {_in_words(target)}{' '.join(some.split())}",
     ]
     text = TEMPLATE.format(
         file=path.name,
         recipe=recipe.name,
         model=_yaml(chosen) + ("" if model else f"   # a small one to begin with{where}: any Hub id, folder or GGUF"),
-        task=task,
+        task=inferred.task,
         data="\n  ".join(data),
         metric=target.form.metrics[0],
     )
@@ -378,14 +336,12 @@ def write_recipe(
 
 def lines(found: Inferred, files: SplitFiles) -> list[str]:
     """What was found, for the terminal."""
-    labels = f", {counted(len(found.target.labels), 'label')}" if found.target.labels else ""
     said = [
         f"{found.where}: no header line, for its first line looks like a row",
         f"columns: {', '.join(found.columns or ())}; other names: --columns NAME,NAME",
-        "if it is a header: name a column of it, such as --label NAME",
+        "if it is a header: name a column of it, such as --column label=NAME",
     ] * found.is_guess
-    kind = f"{found.task} ({found.target.form.words}{labels})"
-    said.append(f"train: {found.where}: {counted(found.num_rows, 'row')}, {kind}")
+    said.append(f"train: {found.where}: {counted(found.num_rows, 'row')}, {found.task} ({_in_words(found.target)})")
     for split in ("eval", "test"):
         file = files.held_out.get(split)
         said.append(f"{split}:  {file.name if file else 'rows are split off train'}")
@@ -397,12 +353,9 @@ def lines(found: Inferred, files: SplitFiles) -> list[str]:
     return said
 
 
-def _in_words(inferred: Inferred) -> str:
-    target = inferred.target
-    kind = target.form.words
-    labels = f", {counted(len(target.labels), 'label')}: {', '.join(target.labels[:5])}" if target.labels else ""
-    more = " ..." if len(target.labels) > 5 else ""
-    return " ".join(f"{counted(inferred.num_rows, 'row')}, {kind}{labels}{more}".split())
+def _in_words(target: Target) -> str:
+    """`single label, 8 labels`."""
+    return target.form.words + (f", {counted(len(target.labels), 'label')}" if target.labels else "")
 
 
 def _yaml(text: str) -> str:

@@ -96,10 +96,6 @@ WaitForMachines = Annotated[
     str, typer.Option("--wait-for-machines", help="How long machines wait for each other.", metavar="TIME")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
-Column = Annotated[
-    str | None,
-    typer.Option(metavar="COLUMN", rich_help_panel="Columns, where their names are not the usual ones"),
-]
 ModelFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 EscapeFormulas = Annotated[bool, typer.Option("--escape-formulas", help="Cells of csv like =1+1 get a ' in front.")]

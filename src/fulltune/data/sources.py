@@ -309,11 +309,11 @@ def _refuse_second_text(
         return
     if (second := second_text(roles[role], roles, _for_roles(block, columns), rows)) is not None:
         one, two = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
-        beside = _READ_WITH[role].replace("_", "-")
+        beside = _READ_WITH[role]
         raise DataError(
             f"{where}: columns '{one}' and '{two}' both hold texts, and only one is read; write data.{role}: {one}"
-            + (f", with data.{_READ_WITH[role]}: {two} to read both" if beside else "")
-            + f" (init: --{role} {one}{f' --{beside} {two}' if beside else ''})"
+            + (f", with data.{beside}: {two} to read both" if beside else "")
+            + f" (init: --column {role}={one}{f' --column {beside}={two}' if beside else ''})"
         )
 
 

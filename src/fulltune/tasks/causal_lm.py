@@ -73,7 +73,7 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str
         raise DataError(
             f"{where}: columns '{chosen}' and '{rejected}' hold preferences, which are not trained here yet (TRL's "
             f"DPOTrainer does that); to train on the chosen answers alone write data.completion: {chosen}, or where "
-            f"they are whole conversations data.messages or data.text: {chosen} (init: --completion {chosen})"
+            f"they are whole conversations data.messages or data.text: {chosen} (init: --column completion={chosen})"
         )
     good, judged = column_of("label"), column_of("completion")
     judgements = {str(row.get(good)).lower() for row in sample} if good else set[str]()
@@ -81,7 +81,7 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str
         raise DataError(
             f"{where}: column '{good}' says which answers in '{judged}' are good, and such judgements are not trained "
             f"here (TRL's KTOTrainer does that); to train on the good answers alone keep the rows whose '{good}' is "
-            f"true, and write data.completion: {judged} (init: --completion {judged})"
+            f"true, and write data.completion: {judged} (init: --column completion={judged})"
         )
     near, far = column_of("positive"), column_of("negative")
     if near and far and any(len(as_text(row.get(near)).split()) > 1 for row in sample):
