@@ -45,7 +45,8 @@ def held(trainer: FullTrainer, meter: UpdateMeter | None) -> int:
     """Bytes that are kept for the guard: random states, micro batches, what it remembers, and sampled weights."""
     tensors = [*trainer._random, *(one for batch in trainer.batches for one in batch.values())]
     tensors += list(meter._before.values()) if meter else []
-    remembered = sys.getsizeof(pickle.dumps(trainer.seen)) + (trainer.start.nbytes if trainer.start is not None else 0)
+    states = [trainer.seen.as_json(), *(dict(part.state()) for part in trainer.parts)]
+    remembered = sum(sys.getsizeof(pickle.dumps(state)) for state in states)
     return remembered + sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
 
 

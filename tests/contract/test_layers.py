@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("plan",),),
     (
         ("data/readers", "data", "data/__init__", "audit", "audit/__init__"),
-        ("train", "train/optim", "train/loop", "train/worker", "train/parent", "train/__init__"),
+        ("train", "train/optim", "train/loop", "train/forgetting", "train/worker", "train/parent", "train/__init__"),
         ("evaluate",),
         ("report/format", "report/run", "report/comparison", "report/__init__"),
         ("predict",),

@@ -23,7 +23,7 @@ from fulltune.system.run_folder import plan_to_continue
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.parent import measure
-from fulltune.train.worker.passes import Passes
+from fulltune.train.worker.forecast import Passes
 from tests import plans
 from tests.gpu_paths.cards import Cards
 

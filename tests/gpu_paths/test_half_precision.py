@@ -21,7 +21,7 @@ from fulltune.models import sharding
 from fulltune.models.chunked_loss import Pieces
 from fulltune.system import hardware
 from fulltune.tasks import Target, text_classification
-from fulltune.train.loop.explain import _first_not_finite
+from fulltune.train.loop.guarded_step import _first_not_finite
 from fulltune.train.loop.trainer import FullTrainer
 from tests import tiny
 from tests.gpu_paths.cards import forget_what_was_found
@@ -70,7 +70,7 @@ def test_copies_of_weights_that_are_shared_out_are_not_kept(shared: bool, monkey
         trainer.model, trainer.add_callback = None, lambda callback: None
 
     monkeypatch.setattr(transformers.Trainer, "__init__", begin)
-    given: Any = {"score": None, "journal": None, "count_items": None, "lengths": np.ones(8, np.int64)}
+    given: Any = {"journal": None, "recorder": None, "count_items": None, "lengths": np.ones(8, np.int64)}
     trainer = FullTrainer(plan=plan(precision="bf16"), **given)
     with trainer.accelerator.autocast():
         assert torch.is_autocast_cache_enabled() != shared
@@ -110,7 +110,7 @@ def test_run_of_a_language_model_computes_every_pass_in_its_format(tmp_path: Pat
         "inference/run.py: generate",
         "inference/run.py: kept",
         "train/loop/guarded_step.py: compute_loss",
-        "train/worker/replay.py: _logits",
+        "train/forgetting/generic.py: _logits",
     }
     assert {name for name, types in found.items() if types != {torch.bfloat16}} == exact
 

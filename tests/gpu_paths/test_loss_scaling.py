@@ -13,8 +13,8 @@ from transformers import BertForSequenceClassification
 
 import fulltune
 from fulltune.forgetting.drift import GenericText
+from fulltune.train.forgetting.generic import Replay
 from fulltune.train.loop.step_guard import StepMemory
-from fulltune.train.worker.replay import Replay
 from tests import tiny
 
 SCALE = 2.0**10
@@ -112,7 +112,7 @@ def test_replayed_texts_count_as_much_as_the_rows_whose_loss_is_scaled(monkeypat
     model: Any = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")
 
-    def distance(replay: Replay, trainer: Any, positions: Any) -> torch.Tensor:
+    def distance(replay: Replay, positions: Any) -> torch.Tensor:
         assert torch.is_autocast_enabled("cpu")
         return model.weight.sum() * len(positions)
 
@@ -127,7 +127,7 @@ def test_replayed_texts_count_as_much_as_the_rows_whose_loss_is_scaled(monkeypat
             is_shared=False,
         )
         model.zero_grad()
-        Replay(GenericText(((1, 2),) * 4, 0, False, "bf16"), 4, 4, seed=0, weight=1.0).add_gradient(trainer)
+        Replay(trainer, GenericText(((1, 2),) * 4, 0, False, "bf16"), 4, 4, seed=0).add_gradient()
         assert model.weight.grad is not None
         return float(model.weight.grad)
 

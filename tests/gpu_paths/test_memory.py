@@ -10,9 +10,9 @@ import torch
 
 from fulltune.system import hardware, memory
 from fulltune.system.memory import Meter, is_out_of_memory, with_smaller_batches
+from fulltune.train.observed import held_to
 from fulltune.train.worker import attempt
 from fulltune.train.worker import main as worker
-from fulltune.train.worker.memory_limit import held_to
 from tests.gpu_paths.cards import GIB, Cards
 
 MIB = 2**20

@@ -22,8 +22,8 @@ from fulltune.probe.fit import _no_probe_without_memory
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.methods import LoraMethod
 from fulltune.system.memory import with_smaller_batches
+from fulltune.train.forgetting.generic import DriftMonitor
 from fulltune.train.worker import main as worker
-from fulltune.train.worker.drifting import DriftMonitor
 
 pytestmark = pytest.mark.stand_in(
     "torch.OutOfMemoryError raised by hand", card="that the driver raises it, and what its allocator had taken by then"
@@ -103,22 +103,22 @@ def test_method_that_finds_no_memory_is_no_fault_of_the_recipe(
 
 @pytest.mark.parametrize(("error", "ends_it"), [(CardIsFull(), True), (Fault(), False)])
 def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: BaseException, ends_it: bool) -> None:
-    drifting: Any = DriftMonitor.__new__(DriftMonitor)
+    monitor: Any = DriftMonitor.__new__(DriftMonitor)
     warnings, plan = list[str](), SimpleNamespace(preserving=None)
     during = SimpleNamespace(during=lambda phase: contextlib.nullcontext())
     trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=0),
-        generic_start=None,
         args=SimpleNamespace(world_size=1),
         passing=None,
         head=None,
+        alive=None,
     )
-    drifting.trainer, drifting.plan, drifting.journal, drifting.alive = trainer, plan, during, None
-    drifting.text = SimpleNamespace(read=raising(error))
-    drifting._warn = warnings.append
+    monitor.trainer, monitor.start = trainer, None
+    monitor.inputs = SimpleNamespace(plan=plan, journal=during, warn=warnings.append)
+    monitor.text = SimpleNamespace(read=raising(error))
     if ends_it:
         with pytest.raises(torch.OutOfMemoryError):
-            drifting.read()
+            monitor.read()
     else:
-        assert drifting.read() is None
+        assert monitor.read() is None
         assert "drift on generic text is not measured: Fault" in warnings[0]

@@ -13,7 +13,7 @@ from fulltune.selfcheck.checks import seeded
 from fulltune.train.loop import guarded_step
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import checks, dry_run
-from fulltune.train.worker.no_trace import same_randomness
+from fulltune.train.worker.dry_run import same_randomness
 from tests.gpu_paths.cards import Cards
 
 pytestmark = pytest.mark.stand_in(
@@ -59,7 +59,7 @@ def test_evaluation_draws_no_number_that_training_would_miss(two_h100s: Cards) -
     trainer.args, trainer.state, trainer.control = SimpleNamespace(world_size=1), None, None
     trainer.log = lambda metrics: None
     trainer.callback_handler = SimpleNamespace(on_evaluate=lambda *given: None)
-    trainer._score = lambda: {"loss": draw(two_h100s)[0]}
+    trainer.parts = [SimpleNamespace(scores=lambda: {"loss": draw(two_h100s)[0]})]
     before = states(two_h100s)
 
     assert trainer.evaluate()["eval_loss"] >= 0

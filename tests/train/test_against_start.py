@@ -17,7 +17,7 @@ from fulltune.stats.bootstrap import gain
 from fulltune.stats.curves import ended_worse, made_worse
 from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Target
-from fulltune.train.worker.against_start import judged_by
+from fulltune.train.worker.evaluation import judged_by
 from tests import tiny
 from tests.train import faults, runs
 

@@ -20,9 +20,8 @@ from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import NUM_TEXTS, parts
 from fulltune.records.comparison import Comparison, TrialResult
 from fulltune.records.forgetting import Drift, Point
-from fulltune.train.worker import within_budget
-from fulltune.train.worker.context import AttemptContext
-from fulltune.train.worker.within_budget import Line
+from fulltune.train.forgetting import within_budget
+from fulltune.train.loop.inputs import AttemptInputs
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
@@ -61,9 +60,9 @@ class Seen:
 def watched() -> Iterator[Seen]:
     seen, sealed, read = Seen(), within_budget._of_sealed, outputs.outputs
 
-    def opening(attempt: AttemptContext, line: Line, text: GenericText, chosen: Point) -> Drift:
-        seen.opened.append(attempt.plan.trial)
-        return sealed(attempt, line, text, chosen)
+    def opening(inputs: AttemptInputs, read: Any, text: GenericText, chosen: Point) -> Drift:
+        seen.opened.append(inputs.plan.trial)
+        return sealed(inputs, read, text, chosen)
 
     def reading(scoring: Any, model: Any, texts: list[str], *given: Any) -> Any:
         seen.texts.append(texts)

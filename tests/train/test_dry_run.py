@@ -20,9 +20,9 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Check, Outcome
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import attempt as attempt_module
-from fulltune.train.worker import context
+from fulltune.train.worker import evaluation
 from fulltune.train.worker.dry_run import DryRun, dry_run
-from fulltune.train.worker.passes import Passes
+from fulltune.train.worker.forecast import Passes
 from tests import tiny
 from tests.train import runs
 
@@ -193,7 +193,7 @@ def test_memory_that_runs_out_does_so_before_step_1(where: str, tiny_encoder: Pa
     def reduced(*_: Any, **__: Any) -> Any:
         raise failure
 
-    broken = mock.patch.object(context, "run_rows", reduced if where == "evaluation" else context.run_rows)
+    broken = mock.patch.object(evaluation, "run_rows", reduced if where == "evaluation" else evaluation.run_rows)
     one = {"micro_batch_size": 1, "activation_checkpointing": True, "optim": "adafactor", **SHORT}
     with mock.patch.object(FullTrainer, "compute_loss", compute_loss), broken, pytest.raises(DoesNotFitError):
         runs.run(tmp_path, tiny_encoder, ROWS, train=one, evaluate={"batch_size": 1})

@@ -21,8 +21,8 @@ from fulltune.recipe.file import load_recipe
 from fulltune.recipe.preserve import PreserveBlock
 from fulltune.records.forgetting import Drift, Point, Preserved
 from fulltune.report.run.about_forgetting import held_back, verdict
-from fulltune.train.worker import within_budget
-from fulltune.train.worker.replay import Replay, divergence
+from fulltune.train.forgetting import within_budget
+from fulltune.train.forgetting.generic import Replay, divergence
 from tests import tiny
 from tests.preserved import preserved_record
 from tests.train import runs
@@ -179,14 +179,15 @@ def test_probe_that_is_too_short_for_a_certificate_says_how_much_it_takes(tmp_pa
 
 
 def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
-    replay = Replay(GenericText(tuple([n] for n in range(10)), 0, True, "fp32"), 4, 4, seed=3, weight=1.0)
+    trainer: Any = None
+    replay = Replay(trainer, GenericText(tuple([n] for n in range(10)), 0, True, "fp32"), 4, 4, seed=3)
     drawn = [replay.rows_of(step) for step in range(1, 11)]
     flat = [place for rows in drawn for place in rows]
     for start in range(0, 40, 10):
         assert sorted(flat[start : start + 10]) == list(range(10))
     assert flat[:10] != flat[10:20]
     assert replay.rows_of(7) == drawn[6]
-    many = Replay(GenericText(([1], [2], [3]), 0, True, "fp32"), 8, 8, seed=3, weight=1.0)
+    many = Replay(trainer, GenericText(([1], [2], [3]), 0, True, "fp32"), 8, 8, seed=3)
     assert sorted(many.rows_of(1) + many.rows_of(2) + many.rows_of(3)) == sorted([0, 1, 2] * 8)
 
 

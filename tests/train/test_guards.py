@@ -20,10 +20,9 @@ from fulltune.records.events import Event, StepLogged, Warned
 from fulltune.records.training import Moved, Outcome
 from fulltune.stats.curves import GuardDecision, diverged, ended_high, stopped_improving
 from fulltune.system import hardware, run_folder
-from fulltune.train.loop import callbacks
 from fulltune.train.loop.guards import nothing_learned
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.worker import attempt
+from fulltune.train.worker import evaluation
 from fulltune.train.worker import main as worker
 from tests import tiny
 from tests.contract.command import fulltune
@@ -294,7 +293,7 @@ def test_loss_that_diverged_stops_the_run_as_diverged(
         seen.append(len(losses))
         return GuardDecision("stop", f"diverged at {learning_rate:g}") if len(losses) == 5 else GuardDecision("go on")
 
-    monkeypatch.setattr(callbacks, "diverged", at_the_fifth)
+    monkeypatch.setattr(evaluation, "diverged", at_the_fifth)
     with pytest.raises(Diverged, match=r"diverged at 0\.001"):
         runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 8, "logging_steps": 1})
     assert seen == [1, 2, 3, 4, 5]
@@ -311,7 +310,7 @@ def test_loss_that_ended_high_is_said_or_stops_the_run(
         seen.append((len(losses), len(eval_losses), untrained))
         return GuardDecision(action, f"ended high at {rate:g}")
 
-    monkeypatch.setattr(attempt, "ended_high", high)
+    monkeypatch.setattr(evaluation, "ended_high", high)
     said: list[str] = []
     train = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
     options = {"listener": lambda event: said.append(event.text) if isinstance(event, Warned) else None}

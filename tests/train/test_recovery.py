@@ -20,7 +20,7 @@ from fulltune.records.training import Outcome
 from fulltune.train import checkpoints
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.request import Request, number_in
-from fulltune.train.worker import context, loading, weights
+from fulltune.train.worker import evaluation, loading, weights
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.plans import outcome
@@ -94,7 +94,7 @@ def put(where: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(FullTrainer, "training_step", at_step(4, times))
         case "evaluation":
             large = Shortage(run_rows, 99, lambda *_, batch_size, **__: batch_size > 16 // 2**times)
-            monkeypatch.setattr(context, "run_rows", large)
+            monkeypatch.setattr(evaluation, "run_rows", large)
         case "save":
             monkeypatch.setattr(FullTrainer, "_save_optimizer_and_scheduler", saving(4, times))
         case "last save":

@@ -27,7 +27,7 @@ from fulltune.train import checkpoints, run_time
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.request import number_in
 from fulltune.train.worker import main as worker
-from fulltune.train.worker.context import AttemptContext
+from fulltune.train.worker.evaluation import Scorer
 from tests import tiny
 from tests.cases import others_long
 from tests.train import runs
@@ -269,14 +269,14 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
 
 def ask_in_evaluation(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the evaluation after a step be in its midst when the run is asked to stop."""
-    plain = AttemptContext.reduced
+    plain = Scorer.reduced
 
-    def asked(attempt: AttemptContext, rows: Any) -> Any:
-        if attempt.trainer.is_in_train and attempt.trainer.state.global_step == step:
+    def asked(scorer: Scorer, rows: Any) -> Any:
+        if scorer.trainer.is_in_train and scorer.trainer.state.global_step == step:
             ask_to_stop()
-        return plain(attempt, rows)
+        return plain(scorer, rows)
 
-    monkeypatch.setattr(AttemptContext, "reduced", asked)
+    monkeypatch.setattr(Scorer, "reduced", asked)
 
 
 @pytest.mark.parametrize("step", others_long((0, 5), 5))

@@ -25,7 +25,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
 from fulltune.train import checkpoints
-from fulltune.train.loop.explain import explain
+from fulltune.train.loop.guarded_step import explain
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.parent import ranks, spawn
 from fulltune.train.parent.next_attempt import roll_back

@@ -24,7 +24,7 @@ from fulltune.system.memory import (
     kernel_kills,
     with_smaller_batches,
 )
-from fulltune.train.worker.memory_limit import held_to
+from fulltune.train.observed import held_to
 
 
 class CudaError(RuntimeError):
@@ -199,7 +199,7 @@ LIMITED = """
 import torch
 from fulltune.system.memory import status_bytes
 from fulltune.system.memory import is_out_of_memory
-from fulltune.train.worker.memory_limit import held_to
+from fulltune.train.observed import held_to
 
 MIB = 2**20
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
@@ -236,10 +236,10 @@ def test_held_to_less_than_the_libraries_is_refused() -> None:
 
 
 def test_held_to_nothing_and_held_to_where_it_cannot_be_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fulltune.train.worker import memory_limit
+    from fulltune.train import observed
 
     before, warnings = resource.getrlimit(resource.RLIMIT_DATA), []
-    monkeypatch.setattr(memory_limit, "status_bytes", lambda key: 0)
+    monkeypatch.setattr(observed, "status_bytes", lambda key: 0)
 
     with held_to(None, "cpu", warnings.append):
         assert resource.getrlimit(resource.RLIMIT_DATA) == before

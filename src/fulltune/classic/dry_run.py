@@ -15,7 +15,8 @@ from accelerate.utils import send_to_device
 
 from fulltune.classic.arguments import notice
 from fulltune.errors import GuardStop
-from fulltune.train.worker.no_trace import gradients_are_finite, same_buffers, same_randomness
+from fulltune.train.loop.guarded_step import gradients_are_finite
+from fulltune.train.worker.dry_run import same_buffers, same_randomness
 
 _log = logging.getLogger(__name__)
 

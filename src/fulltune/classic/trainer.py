@@ -26,7 +26,7 @@ from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import nothing_learned
 from fulltune.train.loop.step_guard import Judged
-from fulltune.train.worker.no_trace import same_randomness
+from fulltune.train.worker.dry_run import same_randomness
 from fulltune.train.worker.weights import InitialWeights, own_file
 
 _log = logging.getLogger(__name__)

@@ -78,7 +78,7 @@ class FineTuningModule:
         self.model, self.pad_token_id = parts.applied.model, parts.tokenizer.pad_token_id
         self.target = Target.of(parts.summary)
         settings = (parts.recipe, parts.plan, parts.summary, parts.task)
-        self.learning = Learning(*settings, self.model, self.pad_token_id, lambda: self.target)
+        self.learning = Learning(*settings, self.model, self.pad_token_id, self.target)
         self.sharded_by = ""
         """The strategy that sharded weights and gradients, so that this process does not have all of them."""
         self.seen = step_guard.StepMemory()

@@ -22,7 +22,6 @@ from fulltune.inference import selective_head
 from fulltune.inference.run import by_length, model_batch
 from fulltune.inference.store import Rows
 from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule, FineTuningParts
-from fulltune.models.checkpoint_head import Head
 from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -210,17 +209,13 @@ def prepare(
 
 def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuningParts:
     """The model as training starts with it, and its rows."""
-    recipe, task, data, heads = job.recipe, job.task, job.folder / "data", list[Head]()
-
-    def untouched(model: Any, tokenizer: Any) -> None:
-        if plan.head_init != "random" and heads and heads[0].order is None:
-            how = (recipe, plan, summary, tokenizer, job.folder, torch.device(plan.device))
-            loading.start_from_probe(model, heads[0], *how)
-
+    recipe, task, data = job.recipe, job.task, job.folder / "data"
     transformers.set_seed(plan.seed)
-    target = Target.of(summary)
-    applied, tokenizer = loading.load_for_training(recipe, task, target, on_head=heads.append, before_method=untouched)
-    model = applied.model
+    model, tokenizer, new = loading.untouched(recipe, task, Target.of(summary))
+    if plan.head_init != "random" and new is not None and new.order is None:
+        how = (recipe, plan, summary, tokenizer, job.folder, torch.device(plan.device))
+        loading.start_from_probe(model, new, *how)
+    applied = loading.with_method(model, recipe)
     loading.make_faster(model, recipe, plan, summary)
     if plan.activation_checkpointing:
         model.activation_checkpointing_enable()

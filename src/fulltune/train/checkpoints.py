@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fulltune import methods
 from fulltune.errors import SetupError
-from fulltune.files import SEAL, flaw
+from fulltune.files import SEAL, flaw, write_json
 from fulltune.methods.folder import load_trained
 from fulltune.models import sharding
 from fulltune.recipe.fields import Recipe
@@ -19,11 +22,7 @@ from fulltune.train import shared_state
 from fulltune.train.request import number_in
 
 GUARD = "guard.json"
-"""What the guard of single steps remembered."""
-START = "start.npy"
-"""What each eval row contributed to the metric before step 1, float64 [rows, k]."""
-GENERIC = "generic.npy"
-"""What the untouched model made of generic texts."""
+"""What the guard of single steps and the parts of a training keep."""
 STATE = "trainer_state.json"
 """transformers' own."""
 WEIGHTS = "model.safetensors"
@@ -60,10 +59,18 @@ def weights_seen(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Write what the guard and the parts of a training keep: plain values, and arrays in files of their own."""
+    arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+    for name, values in arrays.items():
+        np.save(checkpoint / f"{name}.npy", values)
+    write_json(checkpoint / GUARD, {name: value for name, value in state.items() if name not in arrays})
+
+
 def guard_state(checkpoint: Path) -> dict[str, Any]:
-    """What the guard remembered."""
+    """What `save_guard_state` wrote."""
     state: dict[str, Any] = json.loads((checkpoint / GUARD).read_text(encoding="utf-8"))
-    return state
+    return state | {file.stem: np.load(file, allow_pickle=False) for file in checkpoint.glob("*.npy")}
 
 
 def newest_healthy(folder: Path, before: int) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 from transformers import TrainerCallback
 
 from fulltune import files
-from fulltune.errors import Spiked
 from fulltune.models import sharding
+from fulltune.recipe.training import TrainBlock
 from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, StepLogged, UpdatesMeasured, Warned
-from fulltune.stats.curves import EATEN, diverged, stopped_improving
+from fulltune.records.plan import Plan
+from fulltune.stats.curves import EATEN, stopped_improving
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.run_time import TRAINING
@@ -31,21 +32,14 @@ SURE = 3
 
 
 @dataclass(eq=False)
-class Recorder(TrainerCallback):
-    """Appends one JSON line per log, evaluation or phase to `metrics.jsonl`."""
+class Recorder:
+    """Appends one JSON line per event to `metrics.jsonl`."""
 
     path: Path | None
     """The file; None writes nothing, as all processes but the first must."""
-    total_steps: int
-    """Optimizer steps of the whole run."""
     listener: Listener | None = None
-    """Called with each line as well, for a display in this process."""
-    tokens: Callable[[], float] = lambda: 0.0
-    """Tokens that the trainer has seen."""
-    tokens_per_second: float = 0.0
+    """Called with each event as well, for a display in this process."""
     started: float = field(default_factory=time.monotonic)
-    first: tuple[float, int, float] | None = None
-    """Time, step and tokens when training began."""
 
     def write(self, event: Event) -> None:
         if self.path is None:
@@ -62,9 +56,22 @@ class Recorder(TrainerCallback):
     def warn(self, text: str) -> None:
         self.write(Warned(text=text))
 
+
+@dataclass(eq=False)
+class Progress(TrainerCallback):
+    """Records steps and evaluations, and gives a sign of life at each micro batch, evaluation and checkpoint."""
+
+    trainer: Any
+    """The `FullTrainer`, which counts tokens."""
+    recorder: Recorder
+    journal: Journal
+    tokens_per_second: float = 0.0
+    first: tuple[float, int, float] | None = None
+    """Time, step and tokens when training began."""
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.phase(TRAINING)
-        self.first = (time.monotonic(), state.global_step, self.tokens())
+        self.recorder.phase(TRAINING)
+        self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs or self.first is None:
@@ -72,26 +79,31 @@ class Recorder(TrainerCallback):
         began, first_step, first_tokens = self.first
         elapsed = max(1e-9, time.monotonic() - began)
         steps = max(1, state.global_step - first_step)
-        self.tokens_per_second = (self.tokens() - first_tokens) / elapsed
-        self.write(
+        self.tokens_per_second = (float(self.trainer.tokens_seen) - first_tokens) / elapsed
+        self.recorder.write(
             StepLogged(
                 step=state.global_step,
-                total_steps=self.total_steps,
+                total_steps=args.max_steps,
                 epoch=round(state.epoch or 0.0, 4),
                 loss=logs["loss"],
                 grad_norm=logs.get("grad_norm"),
                 learning_rate=logs.get("learning_rate"),
                 tokens_per_second=round(self.tokens_per_second, 1),
-                seconds_left=round(elapsed / steps * (self.total_steps - state.global_step), 1),
+                seconds_left=round(elapsed / steps * (args.max_steps - state.global_step), 1),
             )
         )
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.journal.alive(state.global_step)
+
+    on_substep_end = on_step_end = on_save = on_step_begin
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.journal.alive(state.global_step)
         if not state.is_world_process_zero:
             return
         values = {name.removeprefix("eval_"): value for name, value in given["metrics"].items()}
-        epoch = round(state.epoch or 0.0, 4)
-        self.write(Evaluated(step=state.global_step, epoch=epoch, metrics=values))
+        self.recorder.write(Evaluated(step=state.global_step, epoch=round(state.epoch or 0.0, 4), metrics=values))
 
 
 def logged(state: Any, name: str) -> list[float]:
@@ -103,11 +115,9 @@ def logged(state: Any, name: str) -> list[float]:
 class SaveAndStopEarly(TrainerCallback):
     """Saves whenever it evaluates, so that the best weights exist; stops when the metric no longer improves."""
 
-    metric: str
-    greater_is_better: bool
-    patience: int | None
-    threshold: float
-    on_stop: Callable[[str], None] = lambda reason: None
+    plan: Plan
+    train: TrainBlock
+    journal: Journal
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_evaluate:
@@ -115,33 +125,17 @@ class SaveAndStopEarly(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.is_over(state):
-            self.on_stop(f"no better {self.metric} in {self.patience} evaluations")
+            self.journal.write(
+                "early stop", f"no better {self.plan.metric} in {self.train.early_stopping_patience} evaluations"
+            )
             control.should_training_stop = True
 
     def is_over(self, state: Any) -> bool:
         """From the history, not from a counter, which resuming would begin anew."""
-        values = logged(state, f"eval_{self.metric}")
-        return self.patience is not None and stopped_improving(
-            values, self.greater_is_better, self.patience, self.threshold
+        values, patience = logged(state, f"eval_{self.plan.metric}"), self.train.early_stopping_patience
+        return patience is not None and stopped_improving(
+            values, self.plan.greater_is_better, patience, self.train.early_stopping_threshold
         )
-
-
-@dataclass(eq=False)
-class StopWhenDiverged(TrainerCallback):
-    """Stops a run whose loss has diverged, by the Trainer's history."""
-
-    untrained: Callable[[], float | None]
-    """Gives the dry run's loss, when there is one."""
-    highest_rate: float
-    """Of body and head."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if "loss" not in (logs or {}):
-            return
-        decision = diverged(logged(state, "loss"), self.highest_rate, self.untrained())
-        if decision.action == "stop":
-            steps = [entry["step"] for entry in state.log_history if "loss" in entry]
-            raise Spiked(decision.reason, steps[decision.readings - 1] + 1 if decision.readings else 1)
 
 
 @dataclass(eq=False)
@@ -165,26 +159,13 @@ class Seals(TrainerCallback):
 
 
 @dataclass(eq=False)
-class Heartbeat(TrainerCallback):
-    """A sign of life at each micro batch, evaluation and checkpoint."""
-
-    journal: Journal
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.journal.alive(state.global_step)
-
-    on_substep_end = on_step_end = on_evaluate = on_save = on_step_begin
-
-
-@dataclass(eq=False)
 class AtBegin(TrainerCallback):
-    """Does things once, when everything is ready for step 1."""
+    """Acts once, when everything is ready for step 1."""
 
-    actions: Sequence[Callable[[], None]]
+    action: Callable[[], None]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for action in self.actions:
-            action()
+        self.action()
 
 
 class StopWhenAsked(TrainerCallback):
@@ -215,34 +196,31 @@ class StopWhenAsked(TrainerCallback):
 class UpdateMeter(TrainerCallback):
     """Measures steps that have a rate, and says once when rounding eats the updates."""
 
-    every: int
-    """Steps from one measurement to the next."""
-    first: int
-    """No step before it is measured: the rate is still rising from 0."""
-    say: Callable[[UpdatesMeasured], None]
-    warn: Callable[[str], None]
-    was_skipped: Callable[[int], bool]
-    """Whether that step's update was left out."""
-    rounds_on_average: bool = False
-    """Updates are rounded at random, or what was lost is kept: most values stay in each step, and nothing is eaten."""
+    trainer: Any
+    """The `FullTrainer`, whose guard skips updates."""
+    plan: Plan
+    recorder: Recorder
     _before: dict[str, torch.Tensor] = field(default_factory=dict)
     _eaten: int = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        step = state.global_step + 1
-        if step >= self.first and step % self.every == 0 and not self._before:
+        step, total = state.global_step + 1, self.plan.total_steps
+        # Not before the rate has risen from 0.
+        is_measured = step % max(1, total // MEASUREMENTS) == 0 and step >= min(self.plan.warmup_steps + 2, total // 2)
+        if is_measured and not self._before:
             self._before = _sampled(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         before, self._before = self._before, {}
-        if not before or self.was_skipped(state.global_step) or not state.is_world_process_zero:
+        if not before or state.global_step in self.trainer.seen.skipped or not state.is_world_process_zero:
             return
         measured = compared(state.global_step, before, _sampled(model))
-        self.say(measured)
+        self.recorder.write(measured)
         self._eaten = self._eaten + 1 if measured.changed < EATEN else 0
-        if self._eaten == SURE and not self.rounds_on_average:
+        # Rounded at random, or with what was lost kept, most values stay in each step, and nothing is eaten.
+        if self._eaten == SURE and self.plan.bf16_rounding not in ("stochastic", "kahan"):
             kinds = sorted({str(one.dtype).removeprefix("torch.") for one in before.values()})
-            self.warn(
+            self.recorder.warn(
                 f"only {measured.changed:.0%} of the sampled values changed in step {state.global_step:,}: the updates "
                 f"are too small for {', '.join(kinds)} weights. What helps: model.weights_dtype: fp32, "
                 "train.bf16_rounding: stochastic, or a higher rate"

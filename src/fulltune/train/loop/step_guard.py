@@ -46,12 +46,6 @@ class StepMemory:
     """The last steps that were skipped."""
     most_rows: float = 0.0
     """Of a step so far, per process."""
-    behind: int = 0
-    """Evaluations in a row in which the model was worse than before step 1."""
-    behind_by: str = ""
-    """By how much it was in the last one, in words."""
-    level: bool = False
-    """In some evaluation it was not."""
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""

@@ -7,29 +7,32 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate.utils import AutocastKwargs, broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 
-from fulltune import files
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
+from fulltune.records.events import StepSkipped
 from fulltune.records.plan import Plan
 from fulltune.tasks.padding import TRAINED, trained_places
+from fulltune.text import first_few
 from fulltune.train import checkpoints, shared_state
 from fulltune.train.journal import Journal
+from fulltune.train.loop.callbacks import Recorder
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
-from fulltune.train.loop.step_guard import Judged
+from fulltune.train.loop.step_guard import Judged, StepMemory
 from fulltune.train.optim import optimizers, shared
 from fulltune.train.optim.groups import planned_optimizer
 
+_MOST_NAMED = 32
+"""Rows of a skipped step."""
 ITEMS = "num_items"
 """Of a batch, the number of items in its loss."""
 
@@ -55,13 +58,22 @@ def collated(
     return batch | known
 
 
-class AddsGradient(Protocol):
-    """Adds to each step's gradient."""
+class TrainingPart(TrainerCallback):
+    """A part of training: acts at transformers' events, and where these are not enough."""
 
-    weight: float
+    def add_gradient(self) -> None:
+        """Before the first micro batch of a step, also when the step is computed again."""
 
-    def add_gradient(self, trainer: FullTrainer) -> None:
-        """Of the step that begins."""
+    def scores(self) -> Mapping[str, float]:
+        """What it measures at an evaluation, by name, without a prefix."""
+        return {}
+
+    def state(self) -> Mapping[str, Any]:
+        """What it keeps in a checkpoint: plain values and arrays."""
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take back what all parts kept in the checkpoint that a run resumes from."""
 
 
 class FullTrainer(Guarded, Trainer):
@@ -69,39 +81,30 @@ class FullTrainer(Guarded, Trainer):
 
     Args:
         mixed: Which of the train rows are mixed into the task's.
-        score: Gives the eval metrics of the current model, without a prefix.
         trained_only: Checkpoints hold what is trained; the rest stays as it was loaded.
         skips: Leave out the updates of suspect steps.
+        base_weights: Tells the pretrained weights from others; None: a process has only a part of them.
     """
 
     head: SelectiveHead | None = None
     """Gives only the logits that the loss uses; None gives all."""
-    replay: AddsGradient | None = None
-    """Generic text that is replayed."""
+    parts: Sequence[TrainingPart] = ()
+    """In the order in which they act."""
     repeats = True
-    start: np.ndarray | None = None
-    """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
-    generic_start: np.ndarray | None = None
-    """What the untouched model made of generic texts: see `forgetting.drift.GenericText`."""
-    generic_identity: str = ""
-    """Tells these texts from others."""
-    base_weights: str | None = None
-    """Tells the pretrained weights from others."""
 
     def __init__(
         self,
         *,
         lengths: Sequence[int],
         plan: Plan,
-        score: Callable[[], Mapping[str, float]],
         count_items: Callable[[torch.Tensor], int],
         journal: Journal,
+        recorder: Recorder,
         mixed: tuple[Mixed, ...] = (),
         trained_only: bool = False,
         head_modules: Sequence[str] = (),
         skips: bool = True,
-        on_skip: Callable[[int, str, list[int]], None] = lambda step, reason, rows: None,
-        on_repeat: Callable[[str], None] = lambda text: None,
+        base_weights: str | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
@@ -121,9 +124,8 @@ class FullTrainer(Guarded, Trainer):
             # together anew for its backward pass in any case.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.skips = skips
-        self._on_skip, self._on_repeat = on_skip, on_repeat
-        self._score = score
-        self._journal = journal
+        self._journal, self._recorder = journal, recorder
+        self._base_weights = base_weights
         self.count_items = count_items
         self.trained_only = trained_only
         self._head_modules = head_modules
@@ -141,11 +143,37 @@ class FullTrainer(Guarded, Trainer):
         """What rows go through: weights that are shared out are put together by DeepSpeed's engine."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
+    def add_parts(self, parts: Sequence[TrainerCallback]) -> None:
+        """Have these act, in this order."""
+        self.parts = [*self.parts, *(part for part in parts if isinstance(part, TrainingPart))]
+        for part in parts:
+            self.add_callback(part)
+
+    def resume_parts(self, state: Mapping[str, Any]) -> None:
+        """Give the guard and all parts what they kept in a checkpoint."""
+        self.seen = StepMemory.from_json(dict(state))
+        for part in self.parts:
+            part.resume(state)
+
+    def alive(self, *_: Any) -> None:
+        """Give a sign of life; the dry run scores rows, too, and is not watched."""
+        if self.is_in_train:
+            self._journal.alive(self.state.global_step)
+
+    def agreed(self, value: Any) -> Any:
+        """What the first process has, where all take part in what follows."""
+        return broadcast_object_list([value])[0] if self.is_shared or self.is_deepspeed_enabled else value
+
     def on_skip(self, step: int, judged: Judged) -> None:
-        self._on_skip(step, judged.reason, self.sampler.rows_of(step))
+        rows = sorted(self.sampler.rows_of(step))
+        named = first_few([f"{row + 1:,}" for row in rows], _MOST_NAMED)
+        self._journal.write("skipped", f"step {step}: {judged.reason}; train rows {named}")
+        self._recorder.write(StepSkipped(step=step, reason=judged.reason, rows=tuple(rows)))
 
     def on_repeat(self, step: int, judged: Judged) -> None:
-        self._on_repeat(f"step {step}: {judged.reason}; computed again, it was normal")
+        text = f"step {step}: {judged.reason}; computed again, it was normal"
+        self._journal.write("computed again", text)
+        self._recorder.warn(text)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Theirs; lower where the run went back more than once, or began anew."""
@@ -168,8 +196,9 @@ class FullTrainer(Guarded, Trainer):
         return collated(rows, self.data_collator, self.count_items, self.head)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        if self.replay is not None and not self.batches:  # once a step, also when it is computed again
-            self.replay.add_gradient(self)
+        if not self.batches:
+            for part in self.parts:
+                part.add_gradient()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
@@ -243,14 +272,10 @@ class FullTrainer(Guarded, Trainer):
             if self.is_shared:
                 self._save_shared(folder)
             if self.args.should_save:
-                guard = self.seen.as_json()
-                guard |= {"generic_texts": self.generic_identity, "base_weights": self.base_weights}
-                if self.replay is not None:
-                    guard["replay_weight"] = self.replay.weight
-                files.write_json(folder / checkpoints.GUARD, guard)
-                for name, start in ((checkpoints.START, self.start), (checkpoints.GENERIC, self.generic_start)):
-                    if start is not None:
-                        np.save(folder / name, start)
+                state = self.seen.as_json() | {"base_weights": self._base_weights}
+                for part in self.parts:
+                    state |= part.state()
+                checkpoints.save_guard_state(folder, state)
 
     def _save_shared(self, folder: Path) -> None:
         """What the Trainer leaves out of a checkpoint where FSDP2 shares out the model."""
@@ -279,7 +304,7 @@ class FullTrainer(Guarded, Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the eval rows, drawing no random number that training would miss; the best step is chosen by it."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            metrics = {f"eval_{name}": value for name, value in self._score().items()}
+            metrics = {f"eval_{name}": value for part in self.parts for name, value in part.scores().items()}
         if self.args.world_size > 1:
             # The last digits can differ between processes, and with them the decision to stop early: rank 0 decides.
             metrics = broadcast_object_list([metrics])[0]

@@ -10,7 +10,7 @@ from fulltune import files
 from fulltune.stats.shares import error_of_share
 from fulltune.text import counted
 from fulltune.train import checkpoints
-from fulltune.train.worker.context import AttemptContext
+from fulltune.train.loop.inputs import AttemptInputs
 
 ERRORS = 2.0
 """Standard errors that the best metric must be ahead by."""
@@ -28,23 +28,22 @@ class Kept:
     """Why they are not those of the best evaluation."""
 
 
-def keep_best(attempt: AttemptContext, state: Any) -> Kept:
+def keep_best(inputs: AttemptInputs, trainer: Any, state: Any) -> Kept:
     """Put the best weights into the model, unless the last ones are as good."""
     best, best_metric = state.best_global_step, state.best_metric
-    if not attempt.recipe.train.load_best_model_at_end:
-        return _at_end(attempt, state)
+    if not inputs.recipe.train.load_best_model_at_end:
+        return _at_end(inputs, state)
     if best is None or best == state.global_step:
         return Kept(best, best_metric)
-    if as_good := _last(attempt, state):
+    if as_good := _last(inputs, state):
         return as_good
-    folder = attempt.request.checkpoints / f"checkpoint-{best}"
-    problem = attempt.agreed(files.flaw(folder) if attempt.is_main else None)
+    folder = inputs.request.checkpoints / f"checkpoint-{best}"
+    problem = trainer.agreed(files.flaw(folder) if inputs.is_main else None)
     if problem is not None:
         warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
-        attempt.journal.write("best weights lost", warning)
-        attempt.recorder.warn(warning)
-        return _at_end(attempt, state)
-    trainer: Any = attempt.trainer
+        inputs.journal.write("best weights lost", warning)
+        inputs.recorder.warn(warning)
+        return _at_end(inputs, state)
     if trainer.is_deepspeed_enabled:
         from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
@@ -54,17 +53,17 @@ def keep_best(attempt: AttemptContext, state: Any) -> Kept:
     return Kept(best, best_metric)
 
 
-def _at_end(attempt: AttemptContext, state: Any) -> Kept:
+def _at_end(inputs: AttemptInputs, state: Any) -> Kept:
     """The last weights, with their metric where the eval rows were scored at the last step."""
-    name = f"eval_{attempt.plan.metric}"
+    name = f"eval_{inputs.plan.metric}"
     scored = [one[name] for one in state.log_history if name in one and one["step"] == state.global_step]
     return Kept(state.global_step, scored[-1]) if scored else Kept()
 
 
-def _last(attempt: AttemptContext, state: Any) -> Kept | None:
+def _last(inputs: AttemptInputs, state: Any) -> Kept | None:
     """The last weights, when they are as good as the best ones for all that the eval rows can tell."""
-    plan, rows = attempt.plan, attempt.summary.splits["eval"].rows
-    if plan.metric not in attempt.summary.form.row_shares:
+    plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
+    if plan.metric not in inputs.summary.form.row_shares:
         return None
     name = f"eval_{plan.metric}"
     step, last = next((one["step"], one[name]) for one in reversed(state.log_history) if name in one)

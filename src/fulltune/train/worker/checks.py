@@ -23,20 +23,20 @@ from fulltune.tasks import Task
 from fulltune.tasks.causal_lm import end_token
 from fulltune.tasks.padding import IGNORED
 from fulltune.text import counted
+from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.worker import scaling
-from fulltune.train.worker.context import AttemptContext
-from fulltune.train.worker.dry_run import check_of
-from fulltune.train.worker.passes import batch_of
+from fulltune.train.worker.dry_run import batch_of, check_of
+from fulltune.train.worker.loading import Loaded
 
 _APART = "texts in one row are kept apart"
 _SELECTIVE = "logits of trained tokens only"
 _PIECES = "loss in pieces"
 
 
-def before_training(attempt: AttemptContext, rows: Rows) -> list[Check]:
+def before_training(inputs: AttemptInputs, loaded: Loaded, trainer: Any) -> list[Check]:
     """Run all checks but the dry run; the caller refuses to train when one did not pass."""
-    trainer, plan, summary = attempt.trainer, attempt.plan, attempt.summary
-    writes, model = attempt.task.FACTS.writes, trainer.model
+    plan, summary, rows = inputs.plan, inputs.summary, loaded.rows
+    writes, model = inputs.task.FACTS.writes, trainer.model
     train, found = summary.splits["train"], trainer.args.world_size
     truncated = f"{train.truncated_rows} of {train.rows} at {summary.max_length} tokens"
     processes = f"{found}, asked for {plan.num_processes}"
@@ -46,23 +46,23 @@ def before_training(attempt: AttemptContext, rows: Rows) -> list[Check]:
         Check(name="truncated rows", result=truncated, passed=True),
         _dropout(model),
     ]
-    if attempt.head is not None:
-        head, start = attempt.head, attempt.head_start
+    if loaded.head is not None:
+        head, start = loaded.head, loaded.head_start
         about = head.in_words if start is None else f"new, {start.in_words}; {head.why}"
-        apart, passed = scaling.told_apart(attempt.scaled, summary.scale)
-        said = [about, attempt.about_scale, apart] if passed else [apart]
+        apart, passed = scaling.told_apart(loaded.scaled, summary.scale)
+        said = [about, loaded.about_scale, apart] if passed else [apart]
         checks.append(Check(name="head", result="; ".join(filter(None, said)), passed=passed))
     if writes:
         checks.append(_trained_tokens(rows))
     if summary.form.writes_answers:
         # Of raw text that is mixed in, a piece may end where the text goes on.
-        checks.append(_end_tokens(attempt, Rows(attempt.data / "train")))
+        checks.append(_end_tokens(inputs, trainer, Rows(inputs.data / "train")))
     if summary.packed:
         checks.append(_texts_apart(trainer))
     if writes:
-        checks.append(_selective_head(trainer, rows, attempt.task, own_loss=attempt.hooks.compute_loss is not None))
+        checks.append(_selective_head(trainer, rows, inputs.task, own_loss=inputs.has_own_loss))
         if plan.chunked_loss:
-            asked = attempt.recipe.train.chunked_loss is True
+            asked = inputs.recipe.train.chunked_loss is True
             checks.append(_loss_in_pieces(trainer, checks[-1].result, asked))
     return checks
 
@@ -146,15 +146,15 @@ def _loss_in_pieces(trainer: Any, about_head: str, asked: bool) -> Check:
     return Check(name=_PIECES, result=result, passed=possible or not asked)
 
 
-def _end_tokens(attempt: AttemptContext, rows: Rows) -> Check:
+def _end_tokens(inputs: AttemptInputs, trainer: Any, rows: Rows) -> Check:
     """Every whole answer must end with a trained end token that survives padding and stops generation."""
-    tokenizer: Any = attempt.trainer.processing_class
+    tokenizer: Any = trainer.processing_class
     last, ends = trained_ends(rows, tokenizer)
     without = sum(count for token, count in last.items() if token not in ends)
-    cut = attempt.summary.splits["train"].truncated_rows
-    stop_generation_at(attempt.trainer.model, ends)
+    cut = inputs.summary.splits["train"].truncated_rows
+    stop_generation_at(trainer.model, ends)
     pair = [dict(rows[i]) for i in (by_length(rows)[0], by_length(rows)[-1])]
-    padded = attempt.task.collate(pair, tokenizer.pad_token_id)
+    padded = inputs.task.collate(pair, tokenizer.pad_token_id)
     survives = end_token({"labels": padded["labels"][1].tolist()}) == end_token(pair[1])
     names = ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "none"
     return Check(

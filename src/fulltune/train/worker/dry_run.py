@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fulltune.inference.run import by_length
 from fulltune.models import sharding
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Check
-from fulltune.train.worker.forecast import timed_forecast
-from fulltune.train.worker.no_trace import same_buffers, same_randomness
-from fulltune.train.worker.passes import Passes, Positions, batch_of
+from fulltune.train.worker.forecast import Passes, Positions, timed_forecast
 
+_PLAIN = (bool, int, float, str, torch.Tensor)
 _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 """What accelerate sets on a model that it prepares."""
 
@@ -63,12 +64,12 @@ def dry_run(
             named = trainer.model.named_parameters()
             without = tuple(name for name, one in named if one.requires_grad and one.grad is None)
             passes.step()
-            # With accumulation a pass finds the gradients of the one before, with a budget those of generic text.
-            if trainer.replay is not None:
+            # With accumulation a pass finds the gradients of the one before, else at most those that parts add.
+            if plan.gradient_accumulation_steps == 1:
                 optimizer.zero_grad()
-                trainer.replay.add_gradient(trainer)
-            keep = trainer.replay is not None or plan.gradient_accumulation_steps > 1
-            _, seconds = passes.train(longest, keep=keep)
+            for part in trainer.parts:
+                part.add_gradient()
+            _, seconds = passes.train(longest, keep=True)
             step_seconds = passes.step()
             optimizer.zero_grad()
             # As in training: the optimizer's state stays, the gradients are gone.
@@ -111,6 +112,45 @@ def _without_trace(trainer: Any, plan: Plan) -> Iterator[tuple[Any, Any]]:
             accelerator.free_memory()
 
 
+@contextlib.contextmanager
+def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
+    """Put back the state of all random generators; asking for GPUs' makes torch set them up."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
+@contextlib.contextmanager
+def same_buffers(model: Any) -> Iterator[None]:
+    """Afterwards all buffers are as before, also those that `forward` replaced, enlarged or added, and so are the plain
+    numbers and tensors that their modules note about them."""
+    before = [
+        (
+            module,
+            {name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in module._buffers.items()},
+            {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN) and module._buffers},
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, buffers, noted in before:
+            for name in module._buffers.keys() - buffers.keys():
+                delattr(module, name)
+            for name, (buffer, values) in buffers.items():
+                now = module._buffers.get(name)
+                if values is not None and now is buffer and now.shape == values.shape:
+                    now.copy_(values)
+                else:
+                    module._buffers[name] = values if now is None or values is None else values.to(now.device)
+            vars(module).update(noted)
+
+
 def check_of(batch: dict[str, Any], loss: float, began: float, passed: bool = True) -> Check:
     """The dry run's line in the table of checks before step 1."""
     ids = batch.get("input_ids")
@@ -123,3 +163,8 @@ def check_of(batch: dict[str, Any], loss: float, began: float, passed: bool = Tr
         result=f"{len(first)} rows of {size}, loss {loss:.4g}, {time.monotonic() - began:.2f} s",
         passed=passed and math.isfinite(loss),
     )
+
+
+def batch_of(trainer: Any, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """These rows collated, on the trainer's device: `input_ids[rows, tokens]` and what else the task gives."""
+    return {name: tensor.to(trainer.args.device) for name, tensor in trainer.data_collator(rows).items()}

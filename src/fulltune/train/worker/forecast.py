@@ -1,35 +1,37 @@
-"""How long the training takes, by the lengths of all rows and a line (`fixed + per_work * work`) through two passes of
-the dry run, each timed after a first, cold one."""
+"""How long the training takes, by the lengths of all rows and a line (`fixed + per_work * work`) through two timed
+passes of the dry run, each after a first, cold one."""
 
 from __future__ import annotations
 
+import math
 import shutil
-import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import save_file
 
 from fulltune import files
 from fulltune.inference.run import batches, longest_first
 from fulltune.plan.time import GENERIC_TOKENS, further_seconds, rows_of_points, texts_read
-from fulltune.records.plan import TimeNeed, TimePart
-from fulltune.train.worker.passes import Passes, Positions
+from fulltune.records.plan import Plan, TimeNeed, TimePart
+from fulltune.train.loop.guarded_step import gradients_are_finite
+from fulltune.train.loop.trainer import ITEMS
+from fulltune.train.worker import distributed
 
+Positions = Sequence[int]
 MOST_COUNTED_ROWS = 200_000
 """Of more rows than this, only the first steps are counted, and the rest taken to be like them."""
 LOOP_SECONDS = 0.002
 """What transformers' loop and a log line cost in each step beside the passes, measured with a tiny model."""
 SAMPLE_BYTES = 2**25
 """Written to see how fast the disk is."""
-_LEAST_TIMED_SECONDS = 0.1
-_MOST_REPEATS = 5
 
 
 # ---- pure --------------------------------------------------------------------------------------------------------
@@ -151,6 +153,70 @@ def _total_work(passes: Mapping[Shape, float], quadratic: float) -> float:
 # ---- measured ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Runs passes; all processes are given the first one's seconds, so that all decide on the same further passes."""
+
+    trainer: Any
+    """The `FullTrainer`."""
+    rows: Any
+    plan: Plan
+    model: Any
+    """As the Trainer's loop has it: with autocast, compiled, with several processes in `DistributedDataParallel`."""
+    optimizer: Any
+    evaluate: Callable[[Positions], object]
+    lengths: np.ndarray
+    """lengths[rows] of the train rows, in tokens."""
+    eval_lengths: np.ndarray
+    """eval_lengths[rows]."""
+
+    def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
+        """Forward and backward of these rows, added to present gradients with `keep`: the loss and the seconds."""
+        trainer = self.trainer
+        if not keep:
+            self.optimizer.zero_grad()
+        began = self._now()
+        self.model.train()
+        batch = send_to_device(trainer.collated([self.rows[i] for i in positions]), trainer.args.device)
+        # All processes try the same rows, and the Trainer multiplies by their number.
+        num_items = torch.tensor(batch.pop(ITEMS) * trainer.args.world_size, device=trainer.args.device)
+        loss = trainer.compute_loss(self.model, batch, num_items_in_batch=num_items)
+        value = float(loss.detach())
+        if self._all(math.isfinite(value)):
+            loss.backward()
+        return value, self._since(began)
+
+    def step(self) -> float:
+        """Clip and update with a rate of 0: the seconds; gradients that are not finite are left to step 1's guard."""
+        model = self.trainer.model
+        if not self._all(gradients_are_finite(model.parameters())):
+            return 0.0
+        began = self._now()
+        if self.trainer.args.max_grad_norm:
+            self.trainer._clip_grad_norm(model)
+        self.optimizer.step()
+        return self._since(began)
+
+    def _all(self, finite: bool) -> bool:
+        """Whether it is so in all processes that share out the weights: they go on together."""
+        return all(distributed.gathered(int(finite))) if self.trainer.is_shared else finite
+
+    def score(self, positions: Positions) -> float:
+        """These eval rows as an evaluation takes them: the seconds."""
+        began = self._now()
+        self.evaluate(positions)
+        return self._since(began)
+
+    def _now(self) -> float:
+        if self.plan.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _since(self, began: float) -> float:
+        seconds = self._now() - began
+        return float(distributed.from_first(seconds)) if self.trainer.args.world_size > 1 else seconds
+
+
 def timed_forecast(
     passes: Passes,
     longest: Positions,
@@ -174,7 +240,7 @@ def timed_forecast(
         # makes its tokens up to twice as slow as those of shorter passes.
         if 2 * seconds[1] * shape.work(quadratic) / long <= max(budget, seconds[1]):
             keep = passes.plan.gradient_accumulation_steps > 1
-            first, warm = _repeated(lambda: passes.train(shapes[shape], keep=keep)[1], budget)
+            first, warm = (passes.train(shapes[shape], keep=keep)[1] for _ in range(2))
             typical, cold = (shape.work(quadratic), warm), max(0.0, first - warm)
     train = speed((long, seconds[1]), typical)
     compiled = passes.plan.torch_compile  # the second shape makes it give up fixed shapes, and that is all
@@ -238,14 +304,6 @@ def _forward_share(passes: Passes, train: Speed, quadratic: float, budget: float
     if min(seconds, both) <= budget or seconds > both:
         seconds = passes.score(longest)
     return min(1.0, seconds / both)
-
-
-def _repeated(measure: Callable[[], float], budget: float) -> tuple[float, float]:
-    """Seconds of the first time, in which kernels are made, and the median of one or more further ones."""
-    first, others = measure(), [measure()]
-    while len(others) < _MOST_REPEATS and sum(others) < min(budget, _LEAST_TIMED_SECONDS):
-        others.append(measure())
-    return first, statistics.median(others)
 
 
 def _quadratic(model: Any) -> float:

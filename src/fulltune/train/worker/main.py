@@ -18,6 +18,7 @@ from typing import Any
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, Spiked
 from fulltune.recipe.training import NVME
+from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener
 from fulltune.records.run import RankUsed
 from fulltune.records.training import Outcome, OutcomeStatus
@@ -27,8 +28,8 @@ from fulltune.system.memory import is_out_of_memory, life_peak_bytes
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal, heartbeat_of, steps_of
+from fulltune.train.observed import Observed, held_to
 from fulltune.train.request import MACHINE, Request
-from fulltune.train.worker.observed import Observed
 
 
 def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:
@@ -72,16 +73,19 @@ def _train(
     request: Request, hooks: Hooks, journal: Journal, listener: Listener | None, observed: Observed
 ) -> dict[str, Any]:
     # Imported here: an error while torch and transformers load becomes an outcome as well.
-    from fulltune.train.loop.callbacks import StopWhenAsked
-    from fulltune.train.worker import attempt, memory_limit
+    from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
+    from fulltune.train.loop.inputs import AttemptInputs
+    from fulltune.train.worker import attempt
 
     stop = StopWhenAsked()
     _listen_for_signals(stop)
     limit, device = request.plan.memory_limit_bytes, request.plan.device
     if device == "cuda":
         journal.write("allocator", memory.allocator_in_words(os.environ))
-    with memory_limit.held_to(limit, device, lambda line: journal.write("warning", line)):
-        return attempt.train(request, hooks, journal, stop, listener, observed)
+    with held_to(limit, device, lambda line: journal.write("warning", line)):
+        recorder = Recorder(request.folder / "metrics.jsonl" if journal.path is not None else None, listener)
+        summary = DataSummary.of_run(Path(request.run_folder))
+        return attempt.train(AttemptInputs(request, hooks, journal, recorder, stop, observed, summary))
 
 
 def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:

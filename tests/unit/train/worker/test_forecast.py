@@ -14,6 +14,7 @@ from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.worker import forecast as forecasting
 from fulltune.train.worker.forecast import (
+    Passes,
     Schedule,
     Shape,
     Speed,
@@ -24,7 +25,6 @@ from fulltune.train.worker.forecast import (
     timed_forecast,
     times_between,
 )
-from fulltune.train.worker.passes import Passes
 from tests import plans
 
 

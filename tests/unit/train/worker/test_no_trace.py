@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fulltune.train.worker.no_trace import same_buffers
+from fulltune.train.worker.dry_run import same_buffers
 
 
 class _Table(torch.nn.Module):

@@ -33,8 +33,9 @@ from fulltune.inference.run import Share
 from fulltune.models import sharding
 from fulltune.records.events import Certified
 from fulltune.records.forgetting import Drift, Point, Preserved, limit_of
-from fulltune.train.worker.context import AttemptContext
-from fulltune.train.worker.weights import held
+from fulltune.train.forgetting.generic import DriftMonitor
+from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.loop.trainer import FullTrainer
 
 PHASE = "choosing how far to go within the budget for forgetting"
 
@@ -45,7 +46,7 @@ class Line:
     def __init__(self, model: Any, before: Path, after: Path) -> None:
         sharding.free(model)
         self.model, self.trained, self.before, self.after = model, methods.trained(model), before, after
-        save_file({name: held(one).contiguous() for name, one in self.trained.items()}, after)
+        save_file({name: sharding.local(one.detach()).cpu().contiguous() for name, one in self.trained.items()}, after)
         digest = hashlib.sha256()
         for one in self.trained.values():  # whole, so that it is the same in any number of processes
             digest.update(sharding.whole(one.detach()).cpu().flatten().view(torch.uint8).numpy().data)
@@ -63,30 +64,29 @@ class Line:
                 sharding.local(parameter).copy_(moved.to(parameter.dtype))
 
 
-def _read(attempt: AttemptContext, text: GenericText) -> np.ndarray:
-    """What the model, as it is now, makes of generic texts."""
-    return text.read(attempt.trainer.model, attempt.trainer.head, attempt.alive)
-
-
-def keep_within(attempt: AttemptContext) -> Preserved | None:
+def keep_within(
+    inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Any], float]
+) -> Preserved | None:
     """Move the trained model back as far as its budget asks for; an earlier certificate of these weights is kept with
-    its choice. None: the recipe gives no budget."""
-    plan, request = attempt.plan, attempt.request
+    its choice. `score` gives the metric of some eval rows. None: the recipe gives no budget."""
+    plan, request = inputs.plan, inputs.request
     if plan.preserving is None:
         return None
     record = Path(request.run_folder) / "preserve" / f"{plan.trial}.json"
-    before, after = attempt.initial_weights, attempt.trained_weights
+    rank = trainer.args.process_index
+    before, after = request.initial_weights(rank), request.trained_weights(rank)
     try:
-        line = Line(attempt.trainer.model, before, after)
+        line = Line(trainer.model, before, after)
         # What the first process finds there holds for all of them.
-        earlier, digest = attempt.agreed((Preserved.load(record) if record.exists() else None, line.digest))
+        earlier, digest = trainer.agreed((Preserved.load(record) if record.exists() else None, line.digest))
         found = earlier
         if earlier is None or earlier.trained != digest:
-            found = _chosen(attempt, line, earlier.opened if earlier else ())
-            if attempt.is_main:
+            inputs.recorder.phase(PHASE)
+            found = _chosen(inputs, line, monitor, score, earlier.opened if earlier else ())
+            if inputs.is_main:
                 record.parent.mkdir(exist_ok=True)
                 found.save(record)
-            attempt.recorder.write(Certified(preserved=found))
+            inputs.recorder.write(Certified(preserved=found))
         assert found is not None
         line.put(found.chosen.share)
         return found
@@ -94,41 +94,47 @@ def keep_within(attempt: AttemptContext) -> Preserved | None:
         after.unlink(missing_ok=True)
 
 
-def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Preserved:
-    plan = attempt.plan
+def _chosen(
+    inputs: AttemptInputs,
+    line: Line,
+    monitor: DriftMonitor,
+    score: Callable[[Any], float],
+    opened: tuple[str, ...],
+) -> Preserved:
+    plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     assert plan.preserving is not None
-    attempt.recorder.phase(PHASE)
-    texts, drifting = parts(attempt.recipe.preserve), attempt.drifting
-    choosing, sealed = drifting.text_of(texts.choosing), drifting.text_of(texts.sealed)
-    writes = attempt.summary.form.reads_any_text
+    texts = parts(inputs.recipe.preserve)
+    choosing, sealed = monitor.text_of(texts.choosing), monitor.text_of(texts.sealed)
+    writes = inputs.summary.form.reads_any_text
     limit = limit_of(plan.preserving.budget, writes)
-    rows = _eval_rows(attempt)
-    line.put(0.0)
-    start = _read(attempt, choosing)
+    rows = _eval_rows(inputs, trainer)
+
+    def read(share: float, text: GenericText) -> np.ndarray:
+        line.put(share)
+        return text.read(trainer.model, trainer.head, trainer.alive)
+
+    start = read(0.0, choosing)
 
     def at(share: float) -> Point:
         # Others than the first are here only where all have a part.
-        if attempt.stop.agreed(attempt.trainer.args) if attempt.trainer.is_shared else attempt.stop.asked:
+        if stop.agreed(trainer.args) if trainer.is_shared else stop.asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
         line.put(share)
-        drift = measured(start, start if share == 0 else _read(attempt, choosing))
-        # Not `attempt.score`, in which all processes have a part: the first one is alone by now, unless the weights are
-        # shared out, and then all score all rows.
-        metric = float(attempt.task.metrics(attempt.reduced(rows), attempt.target)[plan.metric])
-        return Point(share=share, measured=drift, metric=metric)
+        drift = measured(start, start if share == 0 else read(share, choosing))
+        return Point(share=share, measured=drift, metric=score(rows))
 
-    with attempt.journal.during("evaluation"):
+    with inputs.journal.during("evaluation"):
         points = [at(share) for share in (0.0, *SHARES)]
         points += _between(points, limit, at)
         chosen = best(points, limit, plan.greater_is_better)
         certificate = None
         if not chosen.is_start:
             opened = (*opened, datetime.now().astimezone().isoformat(timespec="seconds"))
-            certificate = certified(_of_sealed(attempt, line, sealed, chosen), limit)
+            certificate = certified(_of_sealed(inputs, read, sealed, chosen), limit)
     said = "infeasible; what is sealed stayed sealed"
     if certificate is not None:
         said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if certificate.passed else 'FAIL'}"
-    attempt.journal.write("budget for forgetting", said)
+    inputs.journal.write("budget for forgetting", said)
     return Preserved(
         trial=plan.trial,
         budget=plan.preserving.budget,
@@ -141,19 +147,19 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
         chosen=chosen,
         certificate=certificate,
         trained=line.digest,
-        says_little=drifting.says_little(choosing, start),
-        identity=drifting.identity,
+        says_little=monitor.says_little(choosing, start),
+        identity=monitor.identity,
         opened=opened,
     )
 
 
-def _eval_rows(attempt: AttemptContext) -> Any:
+def _eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Any:
     """The eval rows, or some of them; the same for all trials of a comparison."""
-    rows: Any = attempt.trainer.eval_dataset
+    rows: Any = trainer.eval_dataset
     count = len(rows["length"])
     if count <= MOST_ROWS:
         return rows
-    return Share(rows, sorted(random.Random(attempt.recipe.data.split_seed).sample(range(count), MOST_ROWS)))
+    return Share(rows, sorted(random.Random(inputs.recipe.data.split_seed).sample(range(count), MOST_ROWS)))
 
 
 def _between(points: list[Point], limit: float, at: Callable[[float], Point]) -> list[Point]:
@@ -171,9 +177,8 @@ def _between(points: list[Point], limit: float, at: Callable[[float], Point]) ->
     return found
 
 
-def _of_sealed(attempt: AttemptContext, line: Line, sealed: GenericText, chosen: Point) -> Drift:
+def _of_sealed(
+    inputs: AttemptInputs, read: Callable[[float, GenericText], np.ndarray], sealed: GenericText, chosen: Point
+) -> Drift:
     """How far the chosen point has moved on what nothing has read before."""
-    line.put(0.0)
-    before = _read(attempt, sealed)
-    line.put(chosen.share)
-    return measured(before, _read(attempt, sealed))
+    return measured(read(0.0, sealed), read(chosen.share, sealed))

@@ -1,0 +1,80 @@
+"""What an attempt is given; nothing of it changes while it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fulltune.recipe.fields import Recipe
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
+from fulltune.system import sharing
+from fulltune.tasks import Task, task_named
+from fulltune.train.hooks import Hooks
+from fulltune.train.journal import Journal
+from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
+from fulltune.train.loop.guards import rate_factor
+from fulltune.train.observed import Observed
+from fulltune.train.request import Request
+
+
+@dataclass(frozen=True)
+class AttemptInputs:
+    """One attempt's request and data, and those who listen."""
+
+    request: Request
+    hooks: Hooks
+    journal: Journal
+    recorder: Recorder
+    stop: StopWhenAsked
+    observed: Observed
+    summary: DataSummary
+
+    @property
+    def plan(self) -> Plan:
+        return self.request.plan
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return self.request.recipe_as_planned
+
+    @cached_property
+    def task(self) -> Task:
+        return task_named(self.recipe.task)
+
+    @property
+    def data(self) -> Path:
+        """The folder of the prepared rows."""
+        return Path(self.request.run_folder) / "data"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which writes."""
+        return self.journal.path is not None
+
+    @property
+    def has_own_loss(self) -> bool:
+        """The user gave the loss, which may rise for good reasons."""
+        return self.hooks.compute_loss is not None
+
+    @property
+    def highest_rate(self) -> float:
+        """Peak of body or head, whichever learns faster; lower where the run went back."""
+        highest = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
+        return highest * rate_factor(self.plan.rollbacks)
+
+    @cached_property
+    def sharing(self) -> sharing.Sharing | None:
+        """What the processes share out; None: each holds everything."""
+        return sharing.of(self.recipe)
+
+    @property
+    def in_deepspeed(self) -> bool:
+        """Only DeepSpeed's engine can run the model, and it exists when training begins."""
+        return self.sharing is not None and self.sharing.engine == "deepspeed"
+
+    def warn(self, text: str) -> None:
+        """To the journal, and to whoever listens."""
+        self.journal.write("warning", text)
+        self.recorder.warn(text)
