@@ -92,12 +92,6 @@ def crossing(inside: Point, outside: Point, limit: float) -> float:
     return round(inside.share + part * (outside.share - inside.share), 3)
 
 
-def texts_needed(measured: Drift, limit: float) -> int:
-    """Texts of each half with which a chosen point could use half of the budget, in spite of its standard error."""
-    allowance = (ONE_SIDED + SURELY * math.sqrt(2)) * measured.error
-    return math.ceil(measured.texts * (2 * allowance / limit) ** 2)
-
-
 def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Point:
     """The point within the limit (the untouched model always is) with the best metric; among equals the least moved."""
     sign = 1 if greater_is_better else -1

@@ -123,14 +123,6 @@ def names(drawing: str) -> list[ElementTree.Element]:
     return [text for text in texts(drawing) if "var(--ink)" in str(text.get("style"))]
 
 
-def test_cost_plot_methods_far_below_are_pointed_at_with_their_value() -> None:
-    drawing = cost_plot(
-        costs(dot("base", 0, 0.01), dot("full", 1, 0.92, full=True), dot("lora", 0.8, 0.91, taken=True))
-    )
-    assert {name.text for name in names(drawing)} == {"base: 1.0%", "full", "lora"}
-    assert "0%" not in [text.text for text in texts(drawing)]
-
-
 def test_cost_plot_names_of_ten_methods_stand_in_its_legend_below_the_marks() -> None:
     arms = [dot(f"lora-r{2**power}", 0.9 + power / 100, 0.91 + power / 1000) for power in range(9)]
     drawing = cost_plot(costs(dot("full", 1, 0.92, full=True), *arms))

@@ -12,7 +12,7 @@ from fulltune.records.forgetting import Preserved, limit_of
 from fulltune.report.comparison.numbers import NOTHING, Writer
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Bullets, Figures, Paragraph, Row, Section, Table, foreign
-from fulltune.report.format.plots import Frontier, frontiers_plot
+from fulltune.report.format.plots import Series, series_plot
 from fulltune.text import counted, format_percent
 
 
@@ -92,12 +92,10 @@ def _plot(comparison: Comparison) -> Figures:
         points = tuple((point.measured.drift, point.metric) for one in runs for point in one.preserved.points)
         best = tuple(tuple((at.measured.drift, at.metric) for at in envelope(one.preserved)) for one in runs)
         taken = arm == comparison.decision.recommended
-        frontiers.append(Frontier(arm, points, best, is_full=kinds[arm] == "full", filled=taken))
-    title, limit = (
-        f"{words.metric_name(comparison.metric)} by drift on generic text",
-        comparison.held[0].preserved.limit,
-    )
-    drawn = frontiers_plot(title, frontiers, limit, comparison.metric, "the table has it in numbers.")
+        frontiers.append(Series(arm, points, best, is_full=kinds[arm] == "full", filled=taken))
+    limit = comparison.held[0].preserved.limit
+    title = f"{words.metric_name(comparison.metric)} by drift on generic text"
+    drawn = series_plot(title, frontiers, comparison.metric, "drift on generic text; dashed: the budget", limit)
     return Figures((drawn,), drawn_only=True)
 
 

@@ -276,8 +276,8 @@ def _plot(comparison: Comparison, picture: str) -> Section | None:
     if not found:
         return None
     legend = (
-        "Filled: the recommended method; square: full fine-tuning; the band around it: the margin. Methods far off are "
-        f"in the legend alone, with their value. Whiskers: {_level(comparison)} intervals."
+        "Filled: the recommended method; square: full fine-tuning; the band around it: the margin. "
+        f"Whiskers: {_level(comparison)} intervals."
     )
     figures = Figures(tuple(map(cost_plot, found)), file=picture)
     return Section("plot", "Quality against cost", (figures, Paragraph(legend)))

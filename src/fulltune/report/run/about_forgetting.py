@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fulltune.forgetting.budget import MOST_OF_IT, is_within, limit_for_most, texts_needed
-from fulltune.forgetting.frontier import BUDGETS, best_at
+from fulltune.forgetting.budget import MOST_OF_IT, is_within, limit_for_most
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.records.events import Steered
-from fulltune.records.forgetting import Preserved, limit_of
-from fulltune.records.plan import Plan
+from fulltune.records.forgetting import Preserved
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -23,7 +21,7 @@ from fulltune.report.format.blocks import (
     first_open,
     unless_empty,
 )
-from fulltune.report.format.plots import Frontier, frontiers_plot, learning_curve
+from fulltune.report.format.plots import Series, learning_curve, series_plot
 from fulltune.report.run.read import RunView
 from fulltune.stats.curves import Point
 from fulltune.text import counted, format_metric, format_number, format_percent
@@ -42,31 +40,26 @@ def _of(view: RunView, trial: str) -> list[Block]:
     points, found = history.evaluation.get("drift", ()), view.preserved.get(trial)
     if not points or plan is None or view.summary is None:
         return []
-    writes = view.summary.form.reads_any_text
-    kept = outcome.best_step if outcome else None
+    writes, kept = view.summary.form.reads_any_text, outcome.best_step if outcome else None
     title = "rise of the loss on generic text" if writes else "change of the hidden states on generic text"
     figures = [learning_curve(title, points, "drift", kept)]
-    errors = dict(history.evaluation.get("drift_error", ()))
-    moved = in_words(points, errors, kept, writes)
-    if found is not None and found.why:
-        moved = f"Of the trained model, before it was scaled back: {moved[0].lower()}{moved[1:]}"
-    said = [Paragraph(f"{moved} {_about(plan)}")]
-    if found is None:
-        return [*said, Figures(tuple(figures))]
-    title = f"{words.metric_name(found.metric)} by drift on generic text"
-    tried = Frontier("tried", tuple((point.measured.drift, point.metric) for point in found.points))
-    kept_at = Frontier("kept", ((found.chosen.measured.drift, found.chosen.metric),), filled=True)
-    figures.append(frontiers_plot(title, [tried, kept_at], found.limit, found.metric, " ".join(_frontier(found))))
-    steered = [event for attempt in view.attempts_of(trial) for event in attempt.events if isinstance(event, Steered)]
-    evidence, helps = held_back(found)
-    held = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
-    return [Paragraph(f"{verdict(found)}{held}"), *said, Figures(tuple(figures)), *_weights(steered), _points(found)]
-
-
-def _about(plan: Plan) -> str:
     source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
     texts = f"{plan.drift_texts} generic texts" if plan.preserving is None else "some of the selection texts"
-    return f"Measured on {texts} (preserve.probe: {source})."
+    moved = in_words(points, dict(history.evaluation.get("drift_error", ())), kept, writes)
+    moved = f"While training: {moved} Measured on {texts} (preserve.probe: {source})."
+    if found is None:
+        return [Paragraph(moved), Figures(tuple(figures))]
+    title = f"{words.metric_name(found.metric)} by drift on generic text"
+    tried = Series("tried", tuple((point.measured.drift, point.metric) for point in found.points))
+    kept_at = Series("kept", ((found.chosen.measured.drift, found.chosen.metric),), filled=True)
+    across = "drift on generic text; dashed: the budget"
+    figures.append(series_plot(title, [tried, kept_at], found.metric, across, found.limit, "see the points below."))
+    evidence, helps = held_back(found)
+    held = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
+    steered = [event for attempt in view.attempts_of(trial) for event in attempt.events if isinstance(event, Steered)]
+    numbers = [_points(found), *[_weights(steered)] * bool(steered)]
+    folded = Folded("all points between the untouched and the trained model", tuple(numbers))
+    return [Paragraph(f"{verdict(found)}{held}"), Paragraph(moved), Figures(tuple(figures)), folded]
 
 
 def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | None, writes: bool) -> str:
@@ -98,37 +91,32 @@ def _size(value: float, error: float, writes: bool) -> str:
 def verdict(found: Preserved) -> str:
     """Whether the budget was kept, by the texts that were sealed, and what that cost."""
     budget = format_percent(found.budget) if found.budget >= 0.001 else f"{100 * found.budget:.2g}%"
-    sealed = found.certificate
-    trained, label = found.end, words.certificate(found)
+    sealed, trained, label = found.certificate, found.end, words.certificate(found)
+    lead, name = f"Forgetting, budget {budget}: {label}", words.metric_name(found.metric)
     if sealed is None or label == words.INFEASIBLE:
         start, end = (format_metric(found.metric, point.metric) for point in (found.start, trained))
         drift = words.as_share(trained.measured.drift, found.writes)
+        why = f"the trained model has {drift}, and no point within the budget is better than the untouched model"
         if is_within(trained.measured, found.limit):
             why = f"the trained model is within it ({drift}); training made the eval rows no better"
-        else:
-            why = f"the trained model has {drift}, and no point within the budget is better than the untouched model"
-        return (
-            f"Forgetting, budget {budget}: infeasible: {why} ({words.metric_name(found.metric)} {end} trained, {start} "
-            "untouched, on eval rows). The untouched model is what is kept."
-        )
+        on = f"({name} {end} trained, {start} untouched, on eval rows)"
+        return f"{lead}: {why} {on}. The untouched model is what is kept."
     if found.writes:
         most = "least" if sealed.upper < 0 else "most"
-        what = f"a token of generic text got {_likelier(sealed.measured.drift)}"
-        what += f" (with 95% certainty at {most} {_likelier(sealed.upper)})"
+        what = f"a token of generic text got {_likelier(sealed.measured.drift)} (with 95% certainty at {most} "
+        what += f"{_likelier(sealed.upper)})"
     else:
         by, upper = (words.as_share(one, False) for one in (sealed.measured.drift, sealed.upper))
         what = f"generic text changed by {by} (1 - cosine; with 95% certainty at most {upper})"
-    kept = f"{what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
-    more = f" But {found.says_little}." if found.says_little else ""
-    more += _coarse(found) if limit_for_most(found) is not None else ""
     if len(found.opened) > 1:
-        label += f" (sealed texts read {len(found.opened)} times, because the model was trained anew)"
-    metric = format_metric(found.metric, found.chosen.metric)
+        lead += f" (sealed texts read {len(found.opened)} times, because the model was trained anew)"
     gain, whole = found.gain_of(found.chosen), found.gain_of(trained)
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
+    more = f" But {found.says_little}." if found.says_little else ""
     return (
-        f"Forgetting, budget {budget}: {label}: {kept}. Kept: {words.way(found.chosen.share)}, "
-        f"{words.metric_name(found.metric)} {metric} on eval rows{share}.{more}"
+        f"{lead}: {what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before. "
+        f"Kept: {words.way(found.chosen.share)}, {name} {format_metric(found.metric, found.chosen.metric)} on eval "
+        f"rows{share}.{more}"
     )
 
 
@@ -161,42 +149,16 @@ def _rounded_up(percent: float) -> str:
     return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 
 
-def _coarse(found: Preserved) -> str:
-    """With how many texts more might be kept; empty: these few are not what holds back."""
-    texts = found.chosen.measured
-    if (needed := texts_needed(texts, found.limit)) <= texts.texts:
-        return ""
-    return (
-        f" The probe is coarse for this budget ({counted(texts.texts, 'text')}, standard error "
-        f"{words.as_share(texts.error, found.writes)}): about {needed:,} texts in each half would let more be kept."
-    )
-
-
-def _frontier(found: Preserved) -> list[str]:
-    """The best metric at each of `BUDGETS`, as far as the points tell."""
-    said: list[str] = []
-    farthest = max(point.measured.drift for point in found.points)
-    for budget in BUDGETS:
-        limit = limit_of(budget, found.writes)
-        if limit > farthest and said:
-            break  # nothing was tried there
-        said.append(f"{format_metric(found.metric, best_at(found, limit).metric)} at {format_percent(budget)}")
-    return [f"Best {words.metric_name(found.metric)} by drift, of {len(found.points)} points:", "; ".join(said) + "."]
-
-
-def _weights(steered: Sequence[Steered]) -> list[Block]:
-    if not steered:
-        return []
+def _weights(steered: Sequence[Steered]) -> Table:
     rows: tuple[Row, ...] = tuple(
         (f"{one.step:,}", f"{format_number(one.drift)} ± {format_number(one.error)}", format_number(one.weight))
         for one in steered
     )
     header = ("step", "drift", "weight from then on")
-    table = Table("Weight of generic text while training", header, rows, frozenset({0, 1, 2}))
-    return [Folded("how the weight of generic text was set", (table,))]
+    return Table("Weight of generic text while training", header, rows, frozenset({0, 1, 2}))
 
 
-def _points(found: Preserved) -> Block:
+def _points(found: Preserved) -> Table:
     rows: tuple[Row, ...] = tuple(
         (
             words.way(point.share),
@@ -209,5 +171,4 @@ def _points(found: Preserved) -> Block:
     header = ("point", "drift", words.metric_name(found.metric))
     unit = "nats a token" if found.writes else "1 - cosine"
     title = f"Points that were tried; drift in {unit} on {counted(found.start.measured.texts, 'text')}, ±: error"
-    table = Table(title, header, rows, frozenset(range(1, len(header))))
-    return Folded("all points between the untouched and the trained model", (table,))
+    return Table(title, header, rows, frozenset(range(1, len(header))))
