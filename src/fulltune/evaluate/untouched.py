@@ -49,6 +49,7 @@ def _extractor(scoring: Scoring) -> probe.Extractor:
         scoring.plan.eval_batch_size,
         scoring.plan.precision,
         scoring.class_weights,
+        probe.separators(processor, scoring.target),
         scoring.watch("reading rows with the untouched model"),
     )
 
@@ -74,7 +75,8 @@ def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe) -> Scored:
 def name_of(rival: FrozenRival, found: Probe) -> str:
     """`logistic regression (frozen embeddings of 20,000 train rows)`."""
     of = f" of {found.train_rows:,} train rows" if found.train_rows < found.of_rows else ""
-    return f"{rival.kind} (frozen embeddings{of})"
+    read = ", each text read alone" if rival.pooling == "apart" else ""
+    return f"{rival.kind} (frozen embeddings{of}{read})"
 
 
 def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:

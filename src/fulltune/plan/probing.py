@@ -14,17 +14,24 @@ classes took 8.5 s after the import (docs/log.md)."""
 
 
 def rows(summary: DataSummary, width: int) -> int:
-    """Rows that linear classifiers of the model's hidden size `width` are fitted on, and judged by."""
+    """Rows that linear classifiers of the model's hidden size `width` are fitted on, and judged by; pairs count
+    twice."""
     held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0
     few = min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
-    return _train_rows(summary, width) + few
+    return passes(summary) * (_train_rows(summary, width) + few)
+
+
+def passes(summary: DataSummary) -> int:
+    """Of each row through the untouched model, at most: a pair's texts are read together, and apart where the tokenizer
+    tells them apart."""
+    return 2 if "text_pair" in summary.columns else 1
 
 
 def num_bytes(summary: DataSummary, width: int) -> int:
     """Beside the untouched model's weights, in the host's memory."""
     items = _items(summary, width)
     kinds = 2 if summary.form.tags_words else 3
-    return round(PARTS * 4 * kinds * width * items) + (_solver_bytes(summary, width) or 0)
+    return round(PARTS * 4 * kinds * _kept(summary, width) * items) + (_solver_bytes(summary, width) or 0)
 
 
 def seconds(summary: DataSummary, width: int) -> float:
@@ -46,8 +53,12 @@ def _items(summary: DataSummary, width: int) -> int:
 
 
 def _train_rows(summary: DataSummary, width: int) -> int:
-    most = probe.rows_within(summary.form.name, _per_row(summary), width)
+    most = probe.rows_within(summary.form.name, _per_row(summary), _kept(summary, width))
     return min(summary.splits["train"].rows, most)
+
+
+def _kept(summary: DataSummary, width: int) -> int:
+    return round(width * probe.PAIRS) if passes(summary) == 2 else width
 
 
 def _per_row(summary: DataSummary) -> float:

@@ -290,7 +290,7 @@ class CommandTime:
         if self.recipe.evaluate.baselines:
             untouched = test  # through the model as it was, for a classifier on embeddings
             if not FACTS[summary.task].writes:
-                untouched = test if not summary.form.has_windows else 0
+                untouched = probing.passes(summary) * test if not summary.form.has_windows else 0
                 untouched += probing.rows(summary, self.hidden_size) if plan.head_init != "probe" else 0
                 untouched += scored if plan.head_init is not None else 0  # with the probe as its head
             # What reads no row with a model writes no answers either.

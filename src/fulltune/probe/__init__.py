@@ -6,7 +6,7 @@ layer before it, such as a pooler's, is kept or replaced by whichever gives the 
 model stays the plain class: only values of its head are set. Test rows are never looked at.
 """
 
-from fulltune.probe.features import Extractor
+from fulltune.probe.features import Extractor, separators
 from fulltune.probe.fit import SEED, fitted, predicted, put_head, rival_of
 
-__all__ = ["SEED", "Extractor", "fitted", "predicted", "put_head", "rival_of"]
+__all__ = ["SEED", "Extractor", "fitted", "predicted", "put_head", "rival_of", "separators"]

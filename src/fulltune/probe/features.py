@@ -1,12 +1,12 @@
 """What the untouched model knows of each item: a row, a word with a tag, a choice, a token that may begin an answer.
 
-One pass over the rows, batch by batch; in memory stays what scikit-learn is given.
+One pass over the rows, of pairs three, batch by batch; in memory stays what scikit-learn is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -44,6 +44,9 @@ class Features:
     token whether the answer begins and ends there [items, 2]."""
     rows: np.ndarray
     """The row of each item [items]."""
+    apart: np.ndarray | None = None
+    """`compared` of a pair's texts, each read alone, [items, 2 hidden + 1]; None: items are no pairs, or their
+    texts are not told apart."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Extractor:
     batch_size: int
     precision: str
     class_weights: Sequence[float] | None = None
+    separators: frozenset[int] = frozenset()
+    """Around the texts of a pair; empty: rows are no pairs."""
     watch: Watch = lambda done, total, share: None
 
     @property
@@ -88,8 +93,9 @@ class Extractor:
         """What a classifier is fitted on."""
         return Items(self.kind, features, of.labels, of.rows, self.num_outputs, self.class_weights)
 
-    def passes(self, rows: Any, layers: HeadLayers | None, batch_size: int) -> Iterator[Features]:
-        """The features of each batch, longest rows first; without `layers` the means alone.
+    def passes(self, rows: Any, layers: HeadLayers | None, batch_size: int, apart: bool = True) -> Iterator[Features]:
+        """The features of each batch, longest rows first; without `layers` the means alone, with `apart` also those of
+        a pair's texts, each read alone.
 
         Raises:
             NoProbe: When the head does not show what it reads, or a feature is not finite.
@@ -106,9 +112,19 @@ class Extractor:
                 with torch.no_grad(), autocast(model, self.precision):
                     seen = see(model, layers, batch)
                     found = _of_items(seen, batch, labels, chosen, self.kind, np.asarray(positions))
+                    if apart and self.separators and found.mean is not None:
+                        found = replace(found, apart=self._apart(chosen))
                 yield found
         finally:
             model.train(was_training)
+
+    def _apart(self, chosen: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """How the texts of pairs differ, each read alone; no pass is larger than the pairs'."""
+        texts, means = each_alone(chosen, self.separators), list[Any]()
+        for part in (texts[: len(chosen)], texts[len(chosen) :]):
+            batch, _ = self._collated(part)
+            means.append(_mean(see(self.model, None, batch).hidden, batch))
+        return _finite(compared(*means).cpu().numpy())
 
     def _collated(self, rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What the model reads, and the labels, which stay on the host."""
@@ -234,3 +250,48 @@ def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray
         tokens.append(looked_at)
     window, token = np.concatenate(windows), np.concatenate(tokens)
     return (window, token), np.stack([token == start[window], token == end[window]], axis=1).astype(np.int64)
+
+
+# ---- the two texts of a pair, each read alone: what models of sentence embeddings compare ------------------------
+
+
+def separators(tokenizer: Any, target: Target) -> frozenset[int]:
+    """Numbers of the tokens that stand around the texts of a pair.
+
+    Returns:
+        Empty where rows are no pairs, and where these tokens do not tell the texts apart: a decoder's tokenizer may put
+        nothing between two texts.
+    """
+    if "text_pair" not in target.columns:
+        return frozenset()
+    names = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
+    found = frozenset(number for name in names if (number := getattr(tokenizer, name, None)) is not None)
+    one, other = (half["input_ids"] for half in each_alone([{**tokenizer("a", "a"), "labels": 0}], found))
+    return found if len(one) and np.array_equal(one, other) and not found.issuperset(one.tolist()) else frozenset()
+
+
+def each_alone(rows: Sequence[Mapping[str, Any]], separators: frozenset[int]) -> list[dict[str, Any]]:
+    """The first texts of all pairs, then the second ones, each between the tokens that stood around the pair. Where no
+    separator stands between words the second text is empty."""
+    firsts: list[dict[str, Any]] = []
+    seconds: list[dict[str, Any]] = []
+    for row in rows:
+        ids = np.asarray(row["input_ids"])
+        is_word = ~np.isin(ids, tuple(separators))
+        begin, end = (int(is_word.argmax()), len(ids) - int(is_word[::-1].argmax())) if is_word.any() else (0, 0)
+        inside = is_word[begin:end]
+        border = begin + int(inside.argmin()) if not inside.all() else end
+        second = border + int(is_word[border:end].argmax()) if border < end else end
+        # Some models want as many of their last tokens in each row; without a border those of both texts stand there.
+        after = ids[end:] if border < end else ids[-1:]
+        for found, text in ((firsts, ids[begin:border]), (seconds, ids[second:end])):
+            found.append({"input_ids": np.concatenate([ids[:begin], text, after]), "labels": row["labels"]})
+    return [*firsts, *seconds]
+
+
+def compared(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Difference and product of each dimension of two means of length 1, and their cosine: [rows, 2 hidden + 1]."""
+    import torch
+
+    product = first * second
+    return torch.cat([(first - second).abs(), product, product.sum(dim=1, keepdim=True)], dim=1)

@@ -24,10 +24,13 @@ from fulltune.probe.linear import STRENGTHS, Items, Linear, NoProbe, best_space,
 from fulltune.records.probe import (
     LEAST_HELD_OUT,
     MOST_HELD_OUT,
+    MOST_SOLVER_BYTES,
+    PAIRS,
     FrozenRival,
     HeadStart,
     Pooling,
     Probe,
+    solver_bytes,
 )
 from fulltune.system.memory import is_out_of_memory
 
@@ -150,7 +153,7 @@ def fit(extractor: Extractor, rows: Any, eval_rows: Any, with_head: bool = True)
         why_not = str(no)
     if layers is None and extractor.kind == "span":  # a token has no mean
         return Fitted(Probe(head=None, frozen=None, why_not=why_not))
-    width = _width(extractor.model, layers)
+    width = round(_width(extractor.model, layers) * (PAIRS if extractor.separators else 1))
     chosen = sampled(rows, extractor.kind, extractor.target.num_choices, width)
     held = sampled(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
     by_eval = len(eval_rows) >= LEAST_HELD_OUT
@@ -267,17 +270,24 @@ def best_rival(extractor: Extractor, train: Features, held_out: Features | None)
             None if held is None or held_out is None else extractor.items(held[name], held_out),
         )
         for name, features in _pooled(train).items()
+        if name != "apart" or _fits_memory(extractor, features)  # twice as wide as the others
     }
     pooling, least, (kind, _), classifier = best_space(spaces, candidates, wrong)
     return FrozenRival.model_validate({"pooling": pooling, "kind": kind, "loss": least}), classifier
 
 
+def _fits_memory(extractor: Extractor, features: np.ndarray) -> bool:
+    return solver_bytes(extractor.kind, len(features), extractor.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
+
+
 def _pooled(features: Features) -> dict[Pooling, np.ndarray]:
-    """Embeddings of length 1, [items, hidden] each."""
+    """Embeddings of length 1, [items, hidden] each, and how those of a pair's texts differ."""
     found: dict[Pooling, np.ndarray] = {} if features.mean is None else {"mean": features.mean}
     position = features.last if features.dense is None else features.dense
     if position is not None:
         found["head"] = position / np.maximum(np.linalg.norm(position, axis=1, keepdims=True), 1e-12)
+    if features.apart is not None:
+        found["apart"] = features.apart
     return found
 
 
@@ -289,7 +299,7 @@ def predicted(extractor: Extractor, rows: Any, rival: FrozenRival, found: Linear
 
     def run(size: int) -> list[tuple[int, np.ndarray]]:
         answers: list[tuple[int, np.ndarray]] = []
-        for part in extractor.passes(rows, layers, size):
+        for part in extractor.passes(rows, layers, size, apart=rival.pooling == "apart"):
             if not len(part.rows):  # no word of these rows has a token
                 continue
             numbers, begins = np.unique(part.rows, return_index=True)

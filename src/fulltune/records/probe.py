@@ -6,7 +6,7 @@ from typing import Literal
 
 from fulltune.records.base import Record
 
-Pooling = Literal["head", "mean"]
+Pooling = Literal["head", "mean", "apart"]
 MOST_ROWS = 20_000
 """Train rows that are looked at; more change a linear classifier little."""
 MOST_FEATURE_BYTES = 2**28
@@ -15,6 +15,8 @@ MOST_SOLVER_BYTES = 2**30
 """Of what the solver keeps of weights and their changes, and of all items' logits."""
 OTHER_TOKENS = 8
 """Of each window of a passage, drawn at random, beside those at which the answer begins and ends."""
+PAIRS = 5 / 3
+"""Times as much is kept of a pair, whose texts are read apart as well: five vectors, not three."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
 """Eval rows that choose strength and features; with fewer, parts of train are held out in turn."""
 
@@ -53,7 +55,7 @@ class FrozenRival(Record):
 
     pooling: Pooling
     """`mean`: over all tokens (of a word, of a choice); `head`: what the model's class reads, such as its first
-    token."""
+    token; `apart`: what `fulltune.probe.features.compared` makes of a pair's texts, each read alone."""
     kind: Literal["logistic regression", "ridge regression", "nearest centroid"]
     loss: float
     """On held-out rows: the share that it gets wrong; of numbers the share of the variance that is left."""

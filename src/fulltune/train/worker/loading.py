@@ -284,6 +284,7 @@ def start_from_probe(
             plan.eval_batch_size,
             plan.precision,
             class_weights(recipe, summary),
+            probe.separators(tokenizer, target),
         )
 
     train_rows, eval_rows = task_rows(folder / "data", tokenizer)

@@ -1,0 +1,144 @@
+"""The two texts of a pair, each read alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fulltune.probe import Extractor, fitted, predicted, rival_of, separators
+from fulltune.probe.features import compared, each_alone
+from fulltune.tasks import Target
+from tests.unit.probe.models import LABELS, PAD, model_of
+
+CLS, SEP = 2, 3
+TARGET = Target("single_label", {"text": "a", "text_pair": "b", "label": "same"}, LABELS[:2])
+
+
+@pytest.mark.parametrize(
+    ("ids", "first", "second"),
+    [
+        ([CLS, 10, 11, SEP, 12, SEP], [CLS, 10, 11, SEP], [CLS, 12, SEP]),
+        ([CLS, 10, SEP, SEP, 12, 13, SEP], [CLS, 10, SEP], [CLS, 12, 13, SEP]),  # RoBERTa's
+        ([10, 11, SEP, 12, SEP], [10, 11, SEP], [12, SEP]),  # T5's
+        ([10, SEP, 12, SEP, CLS], [10, SEP, CLS], [12, SEP, CLS]),  # XLNet's
+    ],
+)
+def test_each_text_stands_between_what_stood_around_the_pair(
+    ids: list[int], first: list[int], second: list[int]
+) -> None:
+    found = each_alone([{"input_ids": np.array(ids), "token_type_ids": ids, "labels": 1}], frozenset({CLS, SEP}))
+    assert [{**row, "input_ids": row["input_ids"].tolist()} for row in found] == [
+        {"input_ids": first, "labels": 1},
+        {"input_ids": second, "labels": 1},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "first", "second"),
+    [
+        ([CLS, 10, 11, SEP], [CLS, 10, 11, SEP], [CLS, SEP]),
+        ([CLS, 10, SEP, SEP], [CLS, 10, SEP], [CLS, SEP]),
+        ([CLS, 10, SEP, SEP, SEP], [CLS, 10, SEP], [CLS, SEP]),
+        ([10, SEP, SEP], [10, SEP], [SEP]),
+        ([CLS, SEP, SEP], [SEP], [SEP]),
+    ],
+)
+def test_second_text_is_empty_without_a_border(ids: list[int], first: list[int], second: list[int]) -> None:
+    found = each_alone([{"input_ids": np.array(ids), "labels": 1}], frozenset({CLS, SEP}))
+    assert [row["input_ids"].tolist() for row in found] == [first, second]
+
+
+class Tokenizer:
+    """Puts tokens around two texts."""
+
+    cls_token_id, sep_token_id, bos_token_id, eos_token_id = CLS, SEP, None, SEP
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+
+    def __call__(self, one: str, other: str) -> dict[str, list[int]]:
+        return {"input_ids": self.ids}
+
+
+def test_only_pairs_have_separators() -> None:
+    tokenizer = Tokenizer([CLS, 10, SEP, 10, SEP])
+    assert separators(tokenizer, TARGET) == {CLS, SEP}
+    assert separators(tokenizer, Target("single_label", {"text": "a", "label": "same"}, LABELS)) == set()
+
+
+@pytest.mark.parametrize("ids", [[10, 10], [10, 10, SEP, 50], [CLS, SEP, SEP], []])
+def test_texts_that_a_tokenizer_does_not_tell_apart_are_not_read_apart(ids: list[int]) -> None:
+    """Nothing between them, or one more token, such as a language's, after the last separator."""
+    assert separators(Tokenizer(ids), TARGET) == set()
+
+
+def test_compared_by_hand() -> None:
+    found = compared(torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[0.6, -0.8], [0.0, 1.0]]))
+    expected = [[0.0, 1.6, 0.36, -0.64, -0.28], [1.0, 1.0, 0.0, 0.0, 0.0]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def _pairs(count: int) -> list[dict[str, Any]]:
+    """The same words twice, or others: whether it is so stands in no text alone."""
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        one, other = random.integers(10, 90, (2, 6))
+        second = other if number % 2 else one
+        ids = np.concatenate([[CLS], one, [SEP], second, [SEP]])
+        rows.append({"input_ids": ids, "token_type_ids": [0] * 8 + [1] * 7, "labels": number % 2})
+    return rows
+
+
+@pytest.mark.parametrize("name", ["Bert", "ModernBert"])
+def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str, tmp_path: Path) -> None:
+    """Read together, an untouched model that never saw pairs does not."""
+    model, rows = model_of(name, "text-classification", 2), _pairs(400)
+    if name != "Bert":
+        rows = [{key: value for key, value in row.items() if key != "token_type_ids"} for row in rows]
+
+    def extractor(around: frozenset[int]) -> Extractor:
+        return Extractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
+
+    together = fitted(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).frozen
+    apart = fitted(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]).frozen
+    assert together is not None
+    assert apart is not None
+    assert together.pooling != "apart"
+    assert apart.pooling == "apart"
+    assert apart.loss < 0.1 < together.loss
+    answers = dict(predicted(extractor(frozenset({CLS, SEP})), rows[300:], apart, rival_of(tmp_path / "apart")))
+    assert len(answers) == 100
+    right = [answers[number][0].argmax() == row["labels"] for number, row in enumerate(rows[300:])]
+    assert np.mean(right) > 0.9
+
+
+def test_a_pair_with_an_empty_text_is_a_pair_wherever_it_stands(tmp_path: Path) -> None:
+    """Among the rows to fit on, to choose by and to answer, in whatever batches."""
+    model, rows = model_of("Bert", "text-classification", 2), _pairs(520)
+    for number in (3, 303, 510):
+        rows[number] = {"input_ids": np.array([CLS, 20, SEP, SEP]), "token_type_ids": [0, 0, 0, 1], "labels": 1}
+
+    def extractor(batch_size: int) -> Extractor:
+        around = frozenset({CLS, SEP})
+        return Extractor(model, "text-classification", TARGET, PAD, batch_size, "fp32", separators=around)
+
+    found = fitted(tmp_path, lambda: extractor(16), rows[:300], rows[300:500]).frozen
+    assert found is not None
+    assert found.pooling == "apart"
+    several, alone = (dict(predicted(extractor(size), rows[500:], found, rival_of(tmp_path))) for size in (16, 1))
+    assert sorted(several) == sorted(alone) == list(range(20))
+    for number, outputs in several.items():
+        np.testing.assert_allclose(outputs, alone[number], atol=1e-3)
+
+
+def test_no_pass_has_more_rows_than_a_batch() -> None:
+    model, seen = model_of("Bert", "text-classification", 2), list[int]()
+    model.bert.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    extractor = Extractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=frozenset({CLS, SEP}))
+    assert extractor.features(_pairs(40), None).apart is not None
+    assert max(seen) == 16
