@@ -27,7 +27,7 @@ import audit_texts
 from declined_answers import REFUSALS
 from evidence import MINILM
 from private_defects import PRIVATE
-from row_defects import EDITS, OF_CONVERSATIONS, TOOLS, conversation, jaccard
+from row_defects import EDITS, OF_CONVERSATIONS, conversation, jaccard
 from text_defects import OF_TEXTS
 
 from fulltune.audit import texts as audit
@@ -74,9 +74,8 @@ def of_conversations(data: Path, each: int) -> Iterable[Counted]:
     for number, (kind, (calls, plant)) in enumerate(OF_CONVERSATIONS.items()):
         draw = random.Random(number)
         sound = [conversation(draw, texts["banking77"], texts["gsm8k answers"], calls) for _ in range(each)]
-        tools = TOOLS if calls else None
-        listed = sum(bool(chat_faults(turns, tools)) for turns in sound)
-        found = sum(bool(chat_faults(plant(copy.deepcopy(turns), draw), tools)) for turns in sound)
+        listed = sum(bool(chat_faults(turns)) for turns in sound)
+        found = sum(bool(chat_faults(plant(copy.deepcopy(turns), draw))) for turns in sound)
         yield Counted("chat fault", kind, each, found, each, listed)
 
 

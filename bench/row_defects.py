@@ -14,7 +14,6 @@ from fulltune.tasks.columns import normalised
 Draw = random.Random
 Turns = list[dict[str, Any]]
 Row = dict[str, str]
-TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
 
 
 def conversation(draw: Draw, questions: list[str], answers: list[str], calls: bool) -> Turns:
@@ -77,29 +76,6 @@ def _same_answer(turns: Turns, draw: Draw) -> Turns:
     return turns
 
 
-def _call(turns: Turns) -> dict[str, Any]:
-    return next(call["function"] for turn in turns for call in turn.get("tool_calls", ()))
-
-
-def _called(**other: str) -> Callable[[Turns, Draw], Turns]:
-    def plant(turns: Turns, draw: Draw) -> Turns:
-        _call(turns).update(other)
-        return turns
-
-    return plant
-
-
-def _cut_arguments(turns: Turns, draw: Draw) -> Turns:
-    call = _call(turns)
-    call["arguments"] = call["arguments"][: draw.randint(1, len(call["arguments"]) - 1)]
-    return turns
-
-
-def _other_result(turns: Turns, draw: Draw) -> Turns:
-    next(turn for turn in turns if turn["role"] == "tool")["tool_call_id"] = "c9"
-    return turns
-
-
 def _no_calls(turns: Turns, draw: Draw) -> Turns:
     """The result stays, its call is lost."""
     return [turn for turn in turns if not turn.get("tool_calls")]
@@ -138,12 +114,6 @@ OF_CONVERSATIONS: dict[str, tuple[bool, Callable[[Turns, Draw], Turns]]] = {
     "the same answer to two questions": (False, _same_answer),
     "roles changed": (False, _changed_roles),
     "answers to other questions": (False, _other_answers),
-    "a call of another tool": (True, _called(name="book_flight")),
-    "a call without a name": (True, _called(name="")),
-    "arguments cut off": (True, _cut_arguments),
-    "arguments are a list": (True, _called(arguments='["a"]')),
-    "arguments are a text": (True, _called(arguments="look for a")),
-    "a result of another call": (True, _other_result),
     "a result, its call lost": (True, _no_calls),
     "a call, its result lost": (True, _no_result),
     "ends with a result": (True, _ends_with_result),

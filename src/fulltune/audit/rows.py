@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.audit.languages import OTHER_LANGUAGE, Heard, listen, strangers
-from fulltune.audit.texts import flaws, masked_cells, masked_text
-from fulltune.audit.texts.flaw import Flaw, listed, quoted
+from fulltune.audit.languages import OTHER_LANGUAGE, Heard, elsewhere, listen
+from fulltune.audit.texts import flaws, masked_text
+from fulltune.audit.texts.flaw import Flaw, listed
 from fulltune.audit.texts.names import alike
 from fulltune.data.groups import draw
 from fulltune.data.near import signatures
 from fulltune.data.patch import Decisions, Patched, load_patch, numbered
-from fulltune.data.running_text import PARTS, cells, checks_of
+from fulltune.data.running_text import PARTS, cells, checks_of, whole_texts
 from fulltune.data.sources import find_files, read_rows
 from fulltune.inference.store import row_id, texts
 from fulltune.recipe.fields import Recipe
@@ -28,7 +27,7 @@ from fulltune.records.audit import Remedy, RowIssue
 from fulltune.records.data import SplitName
 from fulltune.records.events import Listener, RowsPrepared
 from fulltune.tasks import PLACE, Row, Target, Task, chat
-from fulltune.tasks.columns import as_text, normalised, parsed
+from fulltune.tasks.columns import as_text, normalised
 
 CHAT_FAULT, CLASS_NAMES = "chat fault", "class names"
 SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
@@ -65,6 +64,11 @@ class AuditedRows:
             if row is not before:
                 yield row
             before = row
+
+    def all(self) -> Iterator[tuple[SplitName, dict[str, Any]]]:
+        """Each row once, of one split after the other."""
+        for split in SPLITS:
+            yield from ((split, row) for row in self.of(split))
 
     def _of_files(self, recipe: Recipe) -> Iterator[dict[str, Any]]:
         """The train rows as the data stage read them."""
@@ -147,7 +151,7 @@ def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
                     seen.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(text, of)]
             if "messages" in rows.target.columns:
                 seen.issues += _chat_issues(rows, split, row)
-            listen(seen.heard, row, rows.target.columns, split)
+            listen(seen.heard, row, rows.target.columns)
             if len(keys) == _AT_ONCE:
                 done = len(seen.keys)
                 listener(RowsPrepared(name="auditing", done=done, total=max(total, done)))
@@ -169,11 +173,9 @@ def with_numbers(rows: AuditedRows, seen: SeenRows, issues: list[RowIssue], deci
     places: dict[tuple[str, str], int] = {}
     if any(one.row in several for one in issues):
         times = Counter[tuple[str, str]]()
-        for split in SPLITS:
-            for row in rows.of(split):
-                if (found := row_id(row)) in several:
-                    source = rows.source_of(split)
-                    places[split, str(row[PLACE])] = next_number(times, (source, found), dropped)
+        for split, row in rows.all():
+            if (found := row_id(row)) in several:
+                places[split, str(row[PLACE])] = next_number(times, (rows.source_of(split), found), dropped)
     return [one.model_copy(update={"row": numbered(one.row, places.get((one.split, one.place), 1))}) for one in issues]
 
 
@@ -187,13 +189,8 @@ def next_number(times: Counter[tuple[str, str]], row: tuple[str, str], dropped: 
 
 
 def _chat_issues(rows: AuditedRows, split: SplitName, row: Row) -> list[RowIssue]:
-    columns = rows.target.columns
-    tools = parsed(row.get(columns["tools"])) if "tools" in columns else None
-    turns = chat.clean(row[columns["messages"]])
-    if not chat_faults(turns, tools):
-        return []
-    found = chat_faults(masked_cells(turns), tools)
-    return [rows.issue(CHAT_FAULT, split, row, listed(found), score=float(len(found)))]
+    found = chat_faults(chat.clean(row[rows.target.columns["messages"]]))
+    return [rows.issue(CHAT_FAULT, split, row, masked_text(listed(found)), score=float(len(found)))] if found else []
 
 
 def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
@@ -210,23 +207,27 @@ def in_classes_alike(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
         counts.update(dict.fromkeys(names, of_number[number]))
     instead = {name: them[0] for them in alike(counts) for name in them[1:]}
     issues, column = list[RowIssue](), rows.target.columns.get("label", "")
-    for split in SPLITS if instead else ():
-        for row in rows.of(split):
-            labels = rows.task.row_labels(row, rows.target)
-            if column in row and (found := [one for one in labels if one in instead]):
-                new = list(dict.fromkeys(instead.get(one, one) for one in labels))
-                value = new if rows.target.form.several_labels else new[0]
-                remedy = Remedy(action="replace", column=column, value=value)
-                reason = f"class {found[0]!a} is perhaps {instead[found[0]]!a}"
-                issues.append(rows.issue(CLASS_NAMES, split, row, reason, remedy))
+    for split, row in rows.all() if instead else ():
+        labels = rows.task.row_labels(row, rows.target)
+        if column in row and (found := [one for one in labels if one in instead]):
+            new = list(dict.fromkeys(instead.get(one, one) for one in labels))
+            value = new if rows.target.form.several_labels else new[0]
+            remedy = Remedy(action="replace", column=column, value=value)
+            reason = f"class {found[0]!a} is perhaps {instead[found[0]]!a}"
+            issues.append(rows.issue(CLASS_NAMES, split, row, reason, remedy))
     return issues
 
 
 def in_other_languages(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
-    return [
-        rows.issue(OTHER_LANGUAGE, one.split, one.row, f"column '{one.column}': {one.reason}", score=one.confidence)
-        for one in strangers(seen.heard, rows.target.columns, rows.of)
-    ]
+    """Rows that are surely in another language than nearly all others of their column."""
+    suspects, issues = {column: one.suspects() for column, one in seen.heard.items()}, list[RowIssue]()
+    own = {column: one.own() for column, one in seen.heard.items()}
+    for position, (split, row) in enumerate(rows.all() if any(suspects.values()) else ()):
+        for column, text in whole_texts(row, rows.target.columns).items():
+            if position in suspects.get(column, ()) and (found := elsewhere(text, own[column])) is not None:
+                reason = f"column '{column}': {found[0]}, where nearly all rows are {', '.join(own[column])}"
+                issues.append(rows.issue(OTHER_LANGUAGE, split, row, reason, score=found[1]))
+    return issues
 
 
 Turn = Mapping[str, Any]
@@ -237,95 +238,35 @@ _LEAST_IDENTICAL = 40
 """Characters from which two equal answers are no mere 'Yes.' or 'You are welcome.'."""
 
 
-def chat_faults(turns: Sequence[Turn], tools: Any = None) -> list[str]:
-    """What is wrong with a conversation, in words; turns count from 1. Without `tools` the row defines none."""
-    numbered = list(enumerate(turns, start=1))
-    return [*_order(numbered), *_emptiness(numbered), *_calls(numbered, _defined(tools)), *_results(numbered)]
+def chat_faults(turns: Sequence[Turn]) -> list[str]:
+    """What is wrong with a conversation, in words; turns count from 1."""
+    return [*_order(turns), *_emptiness(turns)]
 
 
-def _order(turns: Sequence[tuple[int, Turn]]) -> Iterator[str]:
-    for (_, before), (number, turn) in pairwise(turns):
+def _order(turns: Sequence[Turn]) -> Iterator[str]:
+    for number, (before, turn) in enumerate(pairwise(turns), start=2):
         role = turn["role"]
         if role in _SYSTEM and before["role"] not in _SYSTEM:
             yield f"turn {number} is a {role} turn that is not first"
+        elif role in _TOOL and before["role"] == "user":
+            yield f"turn {number} is the result of a tool that was not called"
         # Tools answer side by side, and people who have names may talk among themselves.
         elif role == before["role"] and role not in _TOOL and turn.get("name") == before.get("name"):
             yield f"turns {number - 1} and {number} are both {role} turns"
-    if turns and turns[-1][1]["role"] != "assistant":
-        yield f"it ends with a {turns[-1][1]['role']} turn that nothing answers"
+    if turns and turns[-1]["role"] != "assistant":
+        yield f"it ends with a {turns[-1]['role']} turn that nothing answers"
 
 
-def _emptiness(turns: Sequence[tuple[int, Turn]]) -> Iterator[str]:
+def _emptiness(turns: Sequence[Turn]) -> Iterator[str]:
     seen: dict[str, int] = {}
-    for number, turn in turns:
+    for number, turn in enumerate(turns, start=1):
         text, role = turn["content"].strip(), turn["role"]
+        # A call, or words of its own beside the content, such as a reasoning.
+        has_more = any(turn[key] for key in turn.keys() - {"role", "content", "name", "from", "value", "id"})
         # A tool may have nothing to say, and an empty system turn keeps a template from writing its own.
-        if not text and role not in (*_SYSTEM, *_TOOL) and not _says_otherwise(turn):
+        if not text and role not in (*_SYSTEM, *_TOOL) and not has_more:
             yield f"turn {number} ({role}) is empty"
         if role == "assistant" and len(text) >= _LEAST_IDENTICAL and not turn.get("tool_calls"):
             if text in seen:
                 yield f"turns {seen[text]} and {number} of the assistant are identical"
             seen.setdefault(text, number)
-
-
-def _says_otherwise(turn: Turn) -> bool:
-    """A call, or words of its own beside the content, such as a reasoning."""
-    known = ("role", "content", "name", "from", "value", "id")
-    return any(value for key, value in turn.items() if key not in known)
-
-
-def _calls(turns: Sequence[tuple[int, Turn]], defined: set[str] | None) -> Iterator[str]:
-    # Definitions may also stand in words before the first turn.
-    told = " ".join(turn["content"] for _, turn in turns if turn["role"] in _SYSTEM)
-    for number, turn in turns:
-        for call in turn.get("tool_calls") or ():
-            function = _function(call)
-            name, arguments = str(function.get("name") or ""), function.get("arguments")
-            if not name:
-                yield f"turn {number} calls a tool without a name"
-            elif name not in (defined or ()) and name not in told:
-                without = "the row defines no tools" if defined is None else "the row does not define it"
-                yield f"turn {number} calls {quoted(name)} ({without})"
-            if isinstance(arguments, str) and (wrong := _no_object(arguments)):
-                yield f"turn {number} calls {quoted(name)} with arguments that are {wrong}: {quoted(arguments)}"
-
-
-def _function(definition: Any) -> Mapping[str, Any]:
-    """Name and arguments of a call or a definition, with `function` around them or without."""
-    inner = definition.get("function") if isinstance(definition, Mapping) else None
-    found = inner if isinstance(inner, Mapping) else definition
-    return found if isinstance(found, Mapping) else {}
-
-
-def _defined(tools: Any) -> set[str] | None:
-    if isinstance(tools, Mapping):
-        tools = [tools]
-    if not isinstance(tools, (list, tuple)) or not tools:
-        return None
-    return {str(_function(one).get("name")) for one in tools}
-
-
-def _no_object(arguments: str) -> str | None:
-    try:
-        found = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return "no JSON"
-    return None if isinstance(found, dict) else "no JSON object"
-
-
-def _results(turns: Sequence[tuple[int, Turn]]) -> Iterator[str]:
-    asked: Turn | None = None
-    for number, turn in turns:
-        if turn["role"] not in _TOOL:
-            asked = turn
-            continue
-        calls = asked.get("tool_calls") if asked is not None and asked["role"] == "assistant" else None
-        if not calls:
-            # Where calls are written as text, they have brackets of some kind.
-            is_text = asked is not None and asked["role"] == "assistant" and set(asked["content"]) & set("{<[(")
-            if not is_text:
-                yield f"turn {number} is the result of a tool that was not called"
-            continue
-        known = {str(call["id"]) for call in calls if call.get("id")}
-        if known and (answered := turn.get("tool_call_id")) and str(answered) not in known:
-            yield f"turn {number} is the result of call {quoted(str(answered))} that was not made"

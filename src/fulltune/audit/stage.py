@@ -110,7 +110,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         checks=by_check(issues),
         clean=tuple(sorted(made - {one.check for one in issues})),
         labels=labels,
-        languages=tuple(one.about(column) for column, one in seen.heard.items()),
+        languages={column: dict(one.counts().most_common()) for column, one in seen.heard.items()},
         not_run=not_run,
         seconds=round(time.monotonic() - began, 1),
     )

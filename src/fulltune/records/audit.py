@@ -117,18 +117,6 @@ class RowLoss(Record):
     """Trained tokens, words with a tag, windows of a passage; otherwise 1."""
 
 
-class Languages(Record):
-    """In which languages the texts of a column are, as far as it can be told: short ones and code are in none."""
-
-    column: str
-    main: tuple[str, ...]
-    """Its own languages: each that of 5 % of the texts or more."""
-    rows: dict[SplitName, int]
-    """Split to its rows."""
-    counts: dict[SplitName, dict[str, int]]
-    """Split to language to the number of its rows, the most frequent first."""
-
-
 class Proof(Record):
     """What cleaning by one check does to the metric on the same eval rows."""
 
@@ -185,8 +173,8 @@ class Audit(Record):
     clean: tuple[str, ...] = ()
     """Those that found nothing."""
     labels: LabelErrors | None = None
-    languages: tuple[Languages, ...] = ()
-    """Of each column with running text; empty without the extra `languages`."""
+    languages: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """Column to the code of a language to the rows in it, the most frequent first; short texts and code are in none."""
     not_run: dict[str, str] = Field(default_factory=dict)
     """Check to why it was not run, for example the extra that is missing."""
     seconds: float = 0.0

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fulltune.records.audit import AUDIT, Audit, CheckFound, LabelErrors, Languages, Proof, Proofs, Remedy, proofs_of
+from fulltune.records.audit import AUDIT, Audit, CheckFound, LabelErrors, Proof, Proofs, Remedy, proofs_of
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -35,8 +34,6 @@ _CELL = 160
 _FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
 """So few, or so small a share of the rows, have been suspected among rows without any wrong label."""
 _MOST_LANGUAGES = 6
-_LEAST_SHARE = 0.001
-"""Of all rows, for a language to have a line of its own."""
 _ABOUT = {
     "label error": "Train rows whose label is probably wrong; how far to trust that stands above.",
     "doubtful label": "Train rows with another label that is clearly likelier. Read some before you change any.",
@@ -127,32 +124,20 @@ def _found(audit: Audit) -> Section:
         blocks.append(Paragraph(f"Looked for, and not found: {', '.join(audit.clean)}."))
     if audit.labels is not None:
         blocks.append(Paragraph(about_labels(audit.labels, audit.rows["train"])))
-    blocks += [_languages(one) for one in audit.languages if one.main]
+    blocks += [Paragraph(_languages(column, counts, total)) for column, counts in audit.languages.items() if counts]
     if audit.not_run:
         said = tuple(words.clipped(f"{check}: {why}", 300) for check, why in audit.not_run.items())
         blocks += [Paragraph("Not looked at:"), Bullets(said)]
     return Section("found", "What was found", tuple(blocks))
 
 
-def _languages(found: Languages) -> Table:
-    """Shares of a column's languages, split by split; the rest is in one line."""
-    total = Counter[str]()
-    for counts in found.counts.values():
-        total.update(counts)
-    rows_of_all = sum(found.rows.values())
-    shown = [one for one, count in total.most_common(_MOST_LANGUAGES) if count >= _LEAST_SHARE * rows_of_all]
-    lines = {one: {split: counts.get(one, 0) for split, counts in found.counts.items()} for one in shown}
-    known = {split: sum(counts.values()) for split, counts in found.counts.items()}
-    if len(total) > len(shown):
-        rest = {split: known[split] - sum(lines[one][split] for one in shown) for split in known}
-        lines[counted(len(total) - len(shown), "other")] = rest
-    lines["too short to tell, or none"] = {split: found.rows[split] - known[split] for split in known}
-    rows: tuple[Row, ...] = tuple(
-        (name, *(format_share(counts[split] / max(1, found.rows[split])) for split in known))
-        for name, counts in lines.items()
-    )
-    caption = f"Languages of column '{words.clipped(found.column, 60)}'"
-    return Table(caption, ("language", *known), rows, frozenset(range(1, 1 + len(known))))
+def _languages(column: str, counts: Mapping[str, int], rows: int) -> str:
+    """In which languages a column's texts are, the most frequent ones by name."""
+    most, others = list(counts.items())[:_MOST_LANGUAGES], list(counts.values())[_MOST_LANGUAGES:]
+    shares = [f"{code} {format_share(count / rows)}" for code, count in most]
+    shares += [f"{counted(len(others), 'other')} {format_share(sum(others) / rows)}"] if others else []
+    rest = format_share(1 - sum(counts.values()) / rows)
+    return f"Languages of column '{words.clipped(column, 60)}': {', '.join(shares)}; too short to tell, or none {rest}."
 
 
 def about_labels(found: LabelErrors, of_rows: int) -> str:
