@@ -80,7 +80,7 @@ def work(engine: str, dtype: str, folder: Path) -> None:
     from fulltune.recipe.model import ModelBlock
     from fulltune.train import shared_state
     from fulltune.train.optim import zero
-    from fulltune.train.worker.distributed import start_deepspeed
+    from fulltune.train.optim.zero import connect
 
     here = folder / f"process-{os.environ['RANK']}"
 
@@ -100,7 +100,7 @@ def work(engine: str, dtype: str, folder: Path) -> None:
         output_dir=str(folder / "trainer"), use_cpu=True, deepspeed=settings if engine == "zero3" else None
     )
     if engine == "zero3":
-        start_deepspeed(arguments)
+        connect(arguments)
     assert arguments.device.type == "cpu"  # asking for it connects the processes
 
     def before_weights() -> None:

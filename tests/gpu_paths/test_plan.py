@@ -13,7 +13,7 @@ from fulltune.plan import budget, fsdp2, gpus, levers, memory, resolve, sharded,
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryNeed, MemorySettings
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.sharing import Sharing
 from tests.plans import plan, recipe
@@ -193,18 +193,18 @@ def in_engine(**settings: Any) -> Recipe:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_deepspeed_is_told_the_plans_format(precision: str) -> None:
-    found = deepspeed.completed(in_engine(), plan(precision=precision))
+    found = sharing.completed(in_engine(), plan(precision=precision))
     assert (found["fp16"]["enabled"], found["bf16"]["enabled"]) == (precision == "fp16", precision == "bf16")
 
 
 def test_block_of_deepspeed_for_fp16_is_filled_in_or_refused() -> None:
-    assert deepspeed.settings(in_engine(fp16={"initial_scale_power": 12}))["fp16"] == {
+    assert sharing.settings(in_engine(fp16={"initial_scale_power": 12}))["fp16"] == {
         "initial_scale_power": 12,
         "enabled": "auto",
     }
-    assert deepspeed.settings(in_engine())["fp16"] == {"enabled": "auto"}
+    assert sharing.settings(in_engine())["fp16"] == {"enabled": "auto"}
     with pytest.raises(RecipeError) as raised:
-        deepspeed.settings(in_engine(fp16=True))
+        sharing.settings(in_engine(fp16=True))
     assert raised.value.problems == (
         'train.extra.deepspeed: fp16: expected a block such as {"enabled": "auto"}, found true',
     )

@@ -106,7 +106,7 @@ def test_what_cannot_be_had_with_lightning_is_refused_all_at_once(tmp_path: Path
     assert [problem.partition(":")[0] for problem in refused.value.problems] == [
         *("train.extra", "train.save_steps", "train.report_to", "method.kind", "train.optim"),
     ]
-    assert "give DeepSpeed's settings to DeepSpeedStrategy(config=...)" in str(refused.value)
+    assert "give an engine's settings to its strategy" in str(refused.value)
     assert "give the Trainer ModelCheckpoint(every_n_train_steps=...)" in str(refused.value)
     assert not (tmp_path / "runs").exists()
 

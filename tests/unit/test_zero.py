@@ -17,7 +17,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.methods import Method
 from fulltune.records.plan import StateBytes
-from fulltune.system import deepspeed, sharing
+from fulltune.system import sharing
 from fulltune.system.sharing import Sharing
 from tests import tiny
 
@@ -38,12 +38,12 @@ def recipe(settings: Any, model: dict[str, Any] | None = None, **train: Any) -> 
 
 def problems(settings: Any, model: dict[str, Any] | None = None) -> tuple[str, ...]:
     with pytest.raises(RecipeError) as caught:
-        deepspeed.settings(recipe(settings, model))
+        sharing.settings(recipe(settings, model))
     return caught.value.problems
 
 
 def test_settings_left_out_follow_the_recipe() -> None:
-    found = deepspeed.settings(recipe({"zero_optimization": {"stage": 3}}))
+    found = sharing.settings(recipe({"zero_optimization": {"stage": 3}}))
 
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     assert [found[name] for name in names] == ["auto"] * 4
@@ -113,7 +113,7 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
     }
-    lines = deepspeed.disagreements(recipe(settings), 2, 2, 2, "fp32")
+    lines = sharing.disagreements(recipe(settings), 2, 2, 2, "fp32")
 
     assert lines == [
         'train.extra.deepspeed: train_batch_size is 16, but train.global_batch_size gives 8; write "auto"',
@@ -124,7 +124,7 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
 
 def test_settings_that_agree_with_the_plan_pass() -> None:
     settings = {"zero_optimization": {"stage": 1}, "train_batch_size": 8, "bf16": {"enabled": True}}
-    assert deepspeed.disagreements(recipe(settings), 2, 2, 2, "bf16") == []
+    assert sharing.disagreements(recipe(settings), 2, 2, 2, "bf16") == []
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def _on_disk(path: Any) -> Recipe:
 
 def test_folder_of_an_nvme_disk_must_be_named_and_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="device nvme needs nvme_path"):
-        deepspeed.settings(_on_disk(None))
-    assert deepspeed.missing_folders(_on_disk(tmp_path)) == []
-    assert all("there is no folder '/no/such'" in line for line in deepspeed.missing_folders(_on_disk("/no/such")))
-    copied = _on_disk(deepspeed.NVME_FOLDER)  # as a plan prints it
-    assert all("write the path of a folder on your NVMe disk" in line for line in deepspeed.missing_folders(copied))
-    assert deepspeed.nvme_path(copied) is None
-    assert deepspeed.nvme_path(_on_disk(tmp_path)) == str(tmp_path)
+        sharing.settings(_on_disk(None))
+    assert sharing.missing_folders(_on_disk(tmp_path)) == []
+    assert all("there is no folder '/no/such'" in line for line in sharing.missing_folders(_on_disk("/no/such")))
+    copied = _on_disk(sharing.NVME_FOLDER)  # as a plan prints it
+    assert all("write the path of a folder on your NVMe disk" in line for line in sharing.missing_folders(copied))
+    assert sharing.nvme_path(copied) is None
+    assert sharing.nvme_path(_on_disk(tmp_path)) == str(tmp_path)
 
 
 def test_folder_that_is_not_there_is_refused_only_where_it_is_needed() -> None:

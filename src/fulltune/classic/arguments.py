@@ -105,7 +105,7 @@ OLD_NAMES: dict[str, _Old] = {
     "push_to_hub_organization": _Old(reason="hub_model_id names it already"),
     "ray_scope": _Old(reason="give scope= to the search itself"),
     "save_safetensors": _Old(reason="weights are always saved as safetensors"),
-    "sharded_ddp": _Old(reason="FairScale is no longer supported; fsdp or deepspeed shard a model"),
+    "sharded_ddp": _Old(reason="FairScale is no longer supported; fsdp shards a model"),
     "tpu_num_cores": _Old(reason="the launcher sets it"),
     "use_ipex": _Old(reason="Intel's extension is no longer used; PyTorch has most of it"),
     "use_legacy_prediction_loop": _Old(reason="there is only one prediction loop"),

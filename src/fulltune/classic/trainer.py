@@ -183,7 +183,7 @@ class Trainer(Guarded, transformers.Trainer):
 
     def before_first_step(self) -> None:
         """Keep the weights on disk for the count of what moved, and run the dry-run step."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
+        if self.is_fsdp_enabled or self.in_engine or self.is_distributed_loading_by_transformers:
             _log.info("the model is sharded: no dry-run step, and what moved is not counted")
             return
         if self._initial is None:

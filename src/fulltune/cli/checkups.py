@@ -36,7 +36,7 @@ def selfcheck(output: Path | None, as_json: bool) -> None:
     from fulltune import selfcheck as checking
     from fulltune.system.run_folder import writing
 
-    # What libraries print must not run into the page: DeepSpeed, for one, greets on stdout when it is imported.
+    # What libraries print must not run into the page: some greet on stdout when it is imported.
     with err.status("starting") as status, redirect_stdout(sys.stderr):
         page = checking.run(lambda line: status.update(escape(line)))
     shown = checking.in_blocks(page)

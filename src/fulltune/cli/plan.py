@@ -118,12 +118,12 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
     on_each = " --machine-rank RANK --rendezvous HOST" if survey.num_machines > 1 else ""
     run = command("run", [*overrides, *planned]) + on_each
-    # Inside DeepSpeed other methods run, but are not planned; without full there is nothing to compare with; each
+    # Inside an engine other methods run, but are not planned; without full there is nothing to compare with; each
     # method of a comparison trains on one machine; a recipe that names one method cannot be given several beside it.
-    with_deepspeed = recipe.train.deepspeed_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
+    in_engine = recipe.train.engine_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
     has_block = re.search(r"^method\s*:", target.read_text(encoding="utf-8"), re.MULTILINE) is not None
     comparison = ""
-    if survey.full_fits and not (with_deepspeed or on_each or has_block):
+    if survey.full_fits and not (in_engine or on_each or has_block):
         plain = overrides if recipe.methods else [one for one in overrides if not one.startswith("method")]
         comparison = command("compare", [*plain, *planned, *([] if recipe.methods else ["methods=[full, lora]"])])
     return survey.model_copy(update={"command": run, "comparison": comparison})

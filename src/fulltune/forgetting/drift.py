@@ -98,7 +98,7 @@ class GenericText:
         """Mean hidden state of each of these texts: float32 [texts, hidden]."""
         chosen = [self.ids[position] for position in positions]
         ids, shown = padded(chosen, self.pad_token_id).to(model.device), mask(chosen).to(model.device)
-        inner = getattr(model, "module", model)  # DeepSpeed's engine has the model inside
+        inner = getattr(model, "module", model)  # an engine has the model inside
         body = (
             inner.get_encoder() if inner.config.is_encoder_decoder else getattr(inner, inner.base_model_prefix, inner)
         )

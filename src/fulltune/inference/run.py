@@ -189,11 +189,11 @@ def whole_numbers(model: Any, target: Target) -> Iterator[None]:
     526,580 and 528,000 are the same, and fp16 ends at 65,504."""
     layer = None
     if target.form.is_number:
-        layer = output_layer_of(getattr(model, "module", model), 1)  # DeepSpeed's engine has the model inside
+        layer = output_layer_of(getattr(model, "module", model), 1)  # an engine has the model inside
     if layer is None:
         yield
         return
-    # Before the hook of DeepSpeed that takes the weights away again.
+    # Before the hook of an engine that takes the weights away again.
     hook = layer.register_forward_hook(_in_float32, prepend=True)
     try:
         yield

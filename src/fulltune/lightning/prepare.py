@@ -41,7 +41,7 @@ PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _NO_EFFECT = {
     "methods": "give one method of kind full, or compare by 'fulltune compare'",
     "preserve": "generic text is read by 'fulltune run' alone",
-    "train.extra": "it is for transformers' Trainer; give DeepSpeed's settings to DeepSpeedStrategy(config=...)",
+    "train.extra": "it is for transformers' Trainer; give an engine's settings to its strategy",
     "train.max_rollbacks": "a guard that stops the training raises; resume by Trainer.fit(ckpt_path=...)",
     "train.hang_timeout": "set the strategy's timeout, such as DDPStrategy(timeout=...)",
     "train.notice": "give the Trainer ModelCheckpoint",

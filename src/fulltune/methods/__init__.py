@@ -128,7 +128,7 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
 
         found += peft_problems(method)
         shared = sharing.of(recipe)
-        if shared is not None and shared.engine == "deepspeed" and shared.stage == 3:
-            by = recipe.train.deepspeed_by
+        if shared is not None and shared.engine == "zero" and shared.stage == 3:
+            by = recipe.train.engine_by
             found.append(f"PEFT may read weights, which {by} shares out; take lora, or train.placement: zero2")
     return [f"method {method.arm}: {line}" for line in found]

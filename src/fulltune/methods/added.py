@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulltune.errors import RecipeError
-from fulltune.models.checkpoint_head import put_together
-from fulltune.models.sharding import whole
+from fulltune.models.sharding import changed_for_all, whole
 from fulltune.recipe.methods import PROMPT_MODULE, AdapterMethod, LoraMethod, PeftMethod, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system.memory import is_out_of_memory
@@ -186,7 +185,7 @@ class Prompt(nn.Module):
         """This pass has them; one that goes on from a cache has not."""
 
     def forward(self, found: torch.Tensor) -> torch.Tensor:
-        """Embeddings `found[rows, tokens, size]` with the vectors in place of the first ones. DeepSpeed puts weights
+        """Embeddings `found[rows, tokens, size]` with the vectors in place of the first ones. ZeRO puts weights
         together for the module that is called with them."""
         ahead = self.weight.to(found.dtype).expand(len(found), -1, -1)
         return torch.cat((ahead, found[:, self.size :]), dim=1)
@@ -265,7 +264,7 @@ def _embeddings(module: Any) -> Any:
 
 def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
     """Vectors of tokens drawn from the vocabulary, or random numbers of their spread: float32 [tokens, size]."""
-    with put_together([embeddings.weight]):
+    with changed_for_all([embeddings.weight]):
         weight, size = whole(embeddings.weight.detach()), method.num_virtual_tokens
         if method.init == "vocabulary":
             return weight[torch.randint(0, len(weight), (size,), device=weight.device)].float()

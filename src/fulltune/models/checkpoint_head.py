@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 from collections.abc import Iterable, Mapping, Set
@@ -89,7 +88,7 @@ def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has
             "which label; take a checkpoint without a head"
         )
     parameters = {name: model.get_parameter(name) for name in rows}
-    with torch.no_grad(), put_together(list(parameters.values())):
+    with torch.no_grad(), sharding.changed_for_all(list(parameters.values())):
         if head.order is None:
             _draw(model, parameters)
         else:
@@ -174,7 +173,7 @@ def draw(model: PreTrainedModel, head: Head) -> None:
 
     sharding.free(model)
     parameters = {name: model.get_parameter(name) for name in head.drawn}
-    with torch.no_grad(), put_together(list(parameters.values())):
+    with torch.no_grad(), sharding.changed_for_all(list(parameters.values())):
         _draw(model, parameters)
 
 
@@ -188,12 +187,3 @@ def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
         draw(model, head)
     finally:
         torch.set_rng_state(state)
-
-
-def put_together(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Whole tensors where DeepSpeed's stage 3 has shared them out; the first process changes them for all."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

@@ -165,6 +165,15 @@ def runs_together(model: Any) -> bool:
     return is_shared(model) or any(hasattr(one, "ds_id") for one in model.parameters())
 
 
+def changed_for_all(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, whole tensors where ZeRO's stage 3 has shared them out; the first process changes them for all."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
 @contextlib.contextmanager
 def read_by_block(model: Any) -> Iterator[None]:
     """Inside, processes can run a model together whose weights DeepSpeed's stage 3 has shared out before its engine

@@ -71,7 +71,7 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
 
 
 def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
-    """Refuse what DeepSpeed is to keep in the memory of a host that is too small for it.
+    """Refuse what ZeRO is to keep in the memory of a host that is too small for it.
 
     Raises:
         DoesNotFitError: Naming both sizes.
@@ -84,7 +84,7 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
     if on_host > machine.memory_available_bytes:
         each = f" on each of {machines} machines" if machines > 1 else ""
         raise DoesNotFitError(
-            f"{recipe.train.deepspeed_by}: what is offloaded needs {format_bytes(on_host)}{each}, but "
+            f"{recipe.train.engine_by}: what is offloaded needs {format_bytes(on_host)}{each}, but "
             f"{format_bytes(machine.memory_available_bytes)} of the host's memory are free; "
             "offload less, or take a smaller model"
         )
@@ -125,7 +125,7 @@ class Needs:
         return MemoryNeed(kinds=kinds, phases=phases, host=host // processes)
 
     def _on_cpu(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
-        """What is offloaded stays in the same memory; gradients are whole in DeepSpeed's buckets."""
+        """What is offloaded stays in the same memory; gradients are whole in ZeRO's buckets."""
         precision = self.footprint.traced(settings.precision)
         alone = settings.changed(precision=precision, num_processes=1)
         whole = memory.need(self.shapes, self.footprint, alone, self.device)

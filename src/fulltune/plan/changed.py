@@ -39,9 +39,8 @@ def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
     """Whether a run can go on by this plan: the recipe asks for no other placement or offload, nor for other numbers
     of processes or machines."""
     train = recipe.train
-    placement = "deepspeed" if train.extra.get("deepspeed") is not None else train.placement
     now = (train.num_processes, train.num_machines, train.offload)
-    return (plan.num_processes, plan.num_machines, plan.offload) == now and placement in ("auto", plan.placement)
+    return (plan.num_processes, plan.num_machines, plan.offload) == now and train.placed_as in ("auto", plan.placement)
 
 
 def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
@@ -60,9 +59,9 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
             f"train.num_processes: {train.num_processes}: the run was begun with {rows} rows a step, which so many "
             f"processes cannot share{micro}; take a number that divides them"
         )
-    if plan.optim in OWN_OPTIMIZERS and train.deepspeed_by is not None:
+    if plan.optim in OWN_OPTIMIZERS and train.engine_by:
         problems.append(
-            f"{train.deepspeed_by}: the run was begun with {plan.optim}, which cannot run inside DeepSpeed; take "
+            f"{train.engine_by}: the run was begun with {plan.optim}, which cannot run inside ZeRO; take "
             "another placement, or start a new run (--fresh)"
         )
     if problems:

@@ -9,11 +9,11 @@ from fulltune.plan import memory, sharded, ways_out
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed, MemorySettings
 from fulltune.records.survey import WayOut
-from fulltune.system import deepspeed, sharing
+from fulltune.system import sharing
 from fulltune.text import format_bytes
 
-DEEPSPEED_BYTES = 16
-"""A parameter in DeepSpeed's checkpoints: weights and moments in fp32 (12), what passes compute with (4)."""
+ENGINE_BYTES = 16
+"""A parameter in ZeRO's checkpoints: weights and moments in fp32 (12), what passes compute with (4)."""
 MOMENTS_BYTES = 8
 """A parameter's two moments in fp32."""
 
@@ -31,8 +31,8 @@ def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskN
     one = weights + state.optimizer
     if recipe.train.placement == "fsdp2":  # moments are in fp32 there, however they are kept
         one = weights + max(state.optimizer, MOMENTS_BYTES * memory.num_trained(num_parameters, settings))
-    if deepspeed.wanted(recipe):
-        one = num_parameters * DEEPSPEED_BYTES
+    if recipe.train.engine_by:
+        one = num_parameters * ENGINE_BYTES
     return DiskNeed(
         one_checkpoint=one + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),
@@ -76,9 +76,9 @@ def ways(
     fewer = max(0, needed.num_checkpoints - 3) * needed.one_checkpoint
     if fewer and recipe.train.save_total_limit > 1:
         found.append(({"train.save_total_limit": 1}, fewer, "fewer checkpoints to go back to"))
-    # Inside DeepSpeed our optimizers cannot run, so nothing is freed.
+    # Inside an engine our optimizers cannot run, so nothing is freed.
     smaller = needed.total - need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
-    if smaller > 0 and not deepspeed.wanted(recipe):
+    if smaller > 0 and not recipe.train.engine_by:
         found.append(({"train.optim": "adamw_8bit"}, smaller, "moments of 8 bits"))
     found.append(({}, missing, "nothing"))
     by_hand = f"free {format_bytes(missing)} on the disk of {place or recipe.output}, or choose another place"

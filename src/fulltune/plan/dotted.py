@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.training import ENGINE_SETTINGS
 
-DEEPSPEED = "train.extra.deepspeed"
 PLACEMENT, OFFLOAD = "train.placement", "train.offload"
-WHERE = (PLACEMENT, OFFLOAD, DEEPSPEED)
+WHERE = (PLACEMENT, OFFLOAD, ENGINE_SETTINGS)
 """Settings that say where weights, gradients and optimizer state lie."""
 
 
@@ -17,21 +17,20 @@ def given(recipe: Recipe, name: str) -> Any:
     """What the recipe says of a setting; None where it leaves it open."""
     block, _, field = name.partition(".")
     values = getattr(recipe, block)
-    if name == DEEPSPEED:
-        return values.extra.get("deepspeed")
+    if name == ENGINE_SETTINGS:
+        return values.engine_settings
     value = getattr(values, field) if field in values.model_fields_set else None
     return None if value == "auto" else value
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values for some settings; without DeepSpeed for None."""
+    """The recipe with other values for some settings."""
     for name, value in settings.items():
         block, _, field = name.partition(".")
         values = getattr(recipe, block)
-        if name == DEEPSPEED:
-            others = {key: kept for key, kept in values.extra.items() if key != "deepspeed"}
-            field, value = "extra", others if value is None else {**others, "deepspeed": value}
-        recipe = recipe.model_copy(update={block: values.model_copy(update={field: value})})
+        own = name == ENGINE_SETTINGS
+        changed = values.with_engine_settings(value) if own else values.model_copy(update={field: value})
+        recipe = recipe.model_copy(update={block: changed})
     return recipe
 
 

@@ -24,7 +24,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import greater_is_better
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import DiskNeed, Plan
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 from fulltune.text import parse_bytes
 
 
@@ -117,7 +117,7 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     choose.note(recipe, chosen, basis.rows_per_process, limits, own_loss, reasons)
     used = chosen.settings
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
-    problems = deepspeed.disagreements(recipe, *batches, used.num_processes, used.precision)
+    problems = sharing.disagreements(recipe, *batches, used.num_processes, used.precision)
     if problems:
         raise RecipeError(problems)
     if fleet.disk_bytes is not None:

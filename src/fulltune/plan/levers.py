@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fulltune.plan.dotted import DEEPSPEED, OFFLOAD, PLACEMENT, given, in_yaml
+from fulltune.plan.dotted import OFFLOAD, PLACEMENT, given, in_yaml
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemoryKind, MemorySettings, Phase
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 
 Changes = dict[str, Any]
 """Fields of memory settings (or of a plan, which has them) and their new values."""
@@ -56,8 +57,8 @@ class Lever:
     """In place of `changes` where they depend on what is: the mildest first."""
     unless: Callable[[Recipe, MemorySettings], str] = _nothing
     """What stands against it, beyond what holds for all levers; empty: nothing."""
-    with_deepspeed: str = ""
-    """Why it cannot go with DeepSpeed; empty: it can."""
+    in_engine: str = ""
+    """Why it cannot be had in an engine (ZeRO); empty: it can."""
     done: str = ""
     """What is said when it was taken: `now` is the plan before, and fields of the changes have their new values."""
     frees: tuple[MemoryKind, ...] = ()
@@ -91,8 +92,8 @@ class Lever:
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
             return "already on"
-        if self.with_deepspeed and deepspeed.wanted(recipe):
-            return self.with_deepspeed
+        if self.in_engine and recipe.train.engine_by:
+            return self.in_engine
         if problem := self.unless(recipe, now):
             return problem
         return "" if self.apply(recipe, now) else "it is the smallest already"
@@ -117,8 +118,8 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
         return f"{recipe.task} has no logits of tokens"
     if own_loss:
         return "your own loss (compute_loss) needs the logits as a whole"
-    if deepspeed.wanted(recipe):
-        return "DeepSpeed shards the head in stage 3, and a loss in pieces needs it whole (untried in stage 2)"
+    if recipe.train.engine_by:
+        return "ZeRO shards the head in stage 3, and a loss in pieces needs it whole (untried in stage 2)"
     return "" if plain_logits else "this model scales or caps its logits after the head"
 
 
@@ -126,20 +127,20 @@ def whole_logits(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> 
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Half of the micro batch (or its largest divisor), half of that, down to 1, where DeepSpeed's settings agree."""
+    """Half of the micro batch (or its largest divisor), half of that, down to 1, where an engine's settings agree."""
     size, found = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)
         passes = now.gradient_accumulation_steps * now.micro_batch_size // size
-        if not deepspeed.disagreements(recipe, size, passes, now.num_processes, now.precision):
+        if not sharing.disagreements(recipe, size, passes, now.num_processes, now.precision):
             found.append({"micro_batch_size": size, "gradient_accumulation_steps": passes})
     return found
 
 
 def _no_smaller_batch(recipe: Recipe, now: MemorySettings) -> str:
-    if now.micro_batch_size == 1:
-        return ""  # told as of every lever
-    return "" if _smaller_batches(recipe, now) else f"{DEEPSPEED} gives the micro batch; write {deepspeed.AUTO!r} there"
+    if now.micro_batch_size == 1 or _smaller_batches(recipe, now):  # the smallest is told as of every lever
+        return ""
+    return f"{ENGINE_SETTINGS} gives the micro batch; write {sharing.AUTO!r} there"
 
 
 def _half_eval_batch(recipe: Recipe, now: MemorySettings) -> list[Changes]:
@@ -174,14 +175,14 @@ def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
 def _no_offloading(recipe: Recipe, now: MemorySettings) -> str:
     if now.device == "cpu":
         return "without a GPU everything is in the host's memory"
-    if recipe.train.extra.get("deepspeed") is not None:
-        return f"set offload_optimizer and offload_param in {DEEPSPEED} yourself"
-    if deepspeed.wanted(recipe):
+    if recipe.train.engine_settings is not None:
+        return f"set offload_optimizer and offload_param in {ENGINE_SETTINGS} yourself"
+    if recipe.train.engine_by:
         most = "all" if recipe.train.placement == "zero3" else "optimizer"
         less = recipe.train.offload in ("none", "optimizer") and recipe.train.offload != most
         return f"not done by itself; set {OFFLOAD}: {most} yourself" if less else "already on"
     settings = f"{PLACEMENT}: zero2 and {OFFLOAD}: optimizer"
-    return f"not done by itself; set {settings} yourself (pip install 'fulltune[deepspeed]')"
+    return f"not done by itself; set {settings} yourself ({sharing.INSTALL})"
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ LEVERS = (
         setting="train.optim",
         costs="moments of 8 bits",
         changes={"optim": "adamw_8bit"},
-        with_deepspeed="DeepSpeed shares out the optimizer",
+        in_engine="ZeRO shares out the optimizer",
         done="AdamW's states in 8 bits (train.optim: adamw_8bit), which changes the result a little",
         frees=("optimizer",),
         same_result=False,
@@ -263,7 +264,7 @@ LEVERS = (
         costs="weights of 16 bits, rounded at random",
         changes=_NARROW,
         unless=_no_narrow_weights,
-        with_deepspeed="DeepSpeed keeps weights in fp32",
+        in_engine="ZeRO keeps weights in fp32",
         frees=("weights", "gradients", "optimizer"),
         same_result=False,
         way_out=True,
@@ -275,7 +276,7 @@ LEVERS = (
         costs="weights of 16 bits, moments of 8",
         changes=_NARROW | {"optim": "adamw_8bit"},
         unless=_no_narrow_weights,
-        with_deepspeed="DeepSpeed keeps weights in fp32",
+        in_engine="ZeRO keeps weights in fp32",
         same_result=False,
         way_out=True,
     ),

@@ -9,14 +9,13 @@ from typing import Any
 
 from fulltune.plan import choose, disk, sharded
 from fulltune.plan.budget import MemoryBudget
-from fulltune.plan.dotted import DEEPSPEED, OFFLOAD, PLACEMENT, WHERE, given, with_settings
+from fulltune.plan.dotted import OFFLOAD, PLACEMENT, WHERE, given, with_settings
 from fulltune.plan.levers import plain_optim
 from fulltune.plan.workload import Basis, takes_pieces
-from fulltune.recipe.training import NVME, NVME_FOLDER
+from fulltune.recipe.training import ENGINE_SETTINGS, NVME, NVME_FOLDER
 from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.records.survey import Placement
-from fulltune.system.deepspeed import nvme_path
-from fulltune.system.sharing import Sharing
+from fulltune.system.sharing import Sharing, nvme_path
 from fulltune.text import format_bytes
 
 NEEDS_PATH = f"with the folder of an NVMe disk in {OFFLOAD}"
@@ -25,7 +24,7 @@ _DEFAULTS = {
     "train.bf16_rounding": None,
     PLACEMENT: "auto",
     OFFLOAD: "none",
-    DEEPSPEED: None,
+    ENGINE_SETTINGS: None,
 }
 
 
@@ -68,7 +67,7 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
         yield _Layout(parts | small, shared)
     if not basis.fleet.machine.gpus or train.use_liger_kernel or train.torch_compile:
         return
-    whole = {"train.chunked_loss": None} if train.chunked_loss else {}  # DeepSpeed needs whole logits
+    whole = {"train.chunked_loss": None} if train.chunked_loss else {}  # ZeRO needs whole logits
 
     def zero(stage: int, offload: str = "none") -> dict[str, Any]:
         return plain | whole | {PLACEMENT: f"zero{stage}", OFFLOAD: offload}
@@ -166,8 +165,8 @@ def _short(basis: Basis, on_device: int, host: int, on_disk: int) -> str:
     if host:
         missing["host"] = host - fleet.machine.memory_available_bytes
     if on_disk and fleet.disk_bytes is not None:
-        # DeepSpeed's own checkpoints and two models lie there as well.
+        # ZeRO's checkpoints and two models lie there as well.
         parameters = basis.shapes.num_parameters
         checkpoints = disk.need(basis.recipe, parameters, basis.start).num_checkpoints
-        missing["disk"] = on_disk + (checkpoints * disk.DEEPSPEED_BYTES + 8) * parameters - fleet.disk_bytes
+        missing["disk"] = on_disk + (checkpoints * disk.ENGINE_BYTES + 8) * parameters - fleet.disk_bytes
     return ", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0)

@@ -1,7 +1,7 @@
 """Where weights, gradients and optimizer state lie when the recipe leaves it open.
 
 One process holds everything. Several hold everything each (ddp) where that fits, because it sends least; else they
-share it out (fsdp2). Both compute the same numbers, so moments in 8 bits come only after them, and DeepSpeed never by
+share it out (fsdp2). Both compute the same numbers, so moments in 8 bits come only after them, and ZeRO never by
 itself: it computes in other types, and has to be installed. (Plans for other hardware may: `survey`.)
 """
 
@@ -45,7 +45,7 @@ def settle(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
     """
     recipe = workload.recipe
     resolve.refuse_fsdp2_beside_gpus(recipe, fleet.machine)
-    if recipe.train.placement != "auto" or recipe.train.extra.get("deepspeed") is not None:
+    if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe, ""
     if recipe.train.num_processes == 1:
         return with_placement(recipe, "single"), "one process"

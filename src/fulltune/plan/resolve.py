@@ -16,7 +16,6 @@ from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Setting
-from fulltune.system import deepspeed
 from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
 from fulltune.text import counted, format_bytes
 
@@ -84,8 +83,8 @@ def refuse_fsdp2_beside_gpus(recipe: Recipe, machine: Machine) -> None:
 
 def placement(recipe: Recipe, why: str, reasons: Reasons) -> Any:
     """Where weights, gradients and state lie; `why` it was chosen is empty where the recipe gives it."""
-    if recipe.train.extra.get("deepspeed") is not None:
-        return "deepspeed"
+    if recipe.train.engine_settings is not None:
+        return recipe.train.placed_as
     found = recipe.train.placement
     return reasons.add("train.placement", None if why else found, found, why)
 
@@ -114,9 +113,9 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     found = reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason)
     if wanted != "auto" and doubt:
         reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": FROM_RECIPE + doubt})
-    if found != "fp32" and deepspeed.wanted(recipe):
+    if found != "fp32" and recipe.train.engine_by:
         last = reasons.settings[-1]
-        other = f"DeepSpeed rounds the weights of all passes to {found}, so the result is not that of other placements"
+        other = f"ZeRO rounds the weights of all passes to {found}, so the result is not that of other placements"
         reasons.settings[-1] = last.model_copy(update={"reason": f"{last.reason}; {other}"})
     return found
 

@@ -1,4 +1,4 @@
-"""Bytes on a device when DeepSpeed shards weights, gradients and optimizer state."""
+"""Bytes on a device when ZeRO shards weights, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
 from fulltune.records.plan import MemoryKind, MemorySettings, StateBytes
 from fulltune.system import sharing
-from fulltune.system.deepspeed import BUCKET_VALUES
+from fulltune.system.sharing import BUCKET_VALUES
 
-DEEPSPEED = (2, 4, 12)
-"""Bytes a parameter: bf16 weights, fp32 gradients, fp32 weights with both moments (DeepSpeed's own estimators)."""
+IN_ENGINE = (2, 4, 12)
+"""Bytes a parameter: bf16 weights, fp32 gradients, fp32 weights with both moments (its own estimators)."""
 LIVE_VALUES = 10**9
-"""DeepSpeed's default: values of gathered weights."""
+"""The engine's default: values of gathered weights."""
 HOST_BUFFERS = 1.22
 """Of what is offloaded, for pinned buffers: 176 GB were measured for 18 bytes of each of 8.03 B parameters."""
 NVME_HOST_BYTES = 6
@@ -23,7 +23,7 @@ NVME_HOST_BYTES = 6
 
 def state(num_parameters: int, num_trained: int | None = None) -> StateBytes:
     """Bytes of all of it; None: all parameters are trained."""
-    weights, gradients, optimizer = DEEPSPEED
+    weights, gradients, optimizer = IN_ENGINE
     trained = num_parameters if num_trained is None else num_trained
     return StateBytes(weights=weights * num_parameters, gradients=gradients * trained, optimizer=optimizer * trained)
 

@@ -10,18 +10,19 @@ from typing import Any, Literal
 from fulltune.errors import DoesNotFitError
 from fulltune.models.shapes import Shapes
 from fulltune.plan import choose, disk, gpus, placements, resolve, ways_out
-from fulltune.plan.dotted import DEEPSPEED, given, with_settings
+from fulltune.plan.dotted import given, with_settings
 from fulltune.plan.fit import fit, with_time
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.time import Price
 from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe, with_placement
+from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import Plan
 from fulltune.records.survey import Advice, Placement, Survey, WayOut
 from fulltune.system import sharing
 
 MUCH_FASTER = 1.25
-"""From here on a placement with DeepSpeed, which has to be installed and computes in other types, is taken instead of
+"""From here on a placement with an engine (ZeRO), to be installed and of other types, is taken instead of
 one that fits without it; below it stands in the table."""
 FEW_ROWS, MANY_ROWS = 10_000, 100_000
 SMALL_ENCODER, LARGE = 500_000_000, 10**10
@@ -165,8 +166,8 @@ def _otherwise(workload: Workload, fleet: Fleet, table: Sequence[Placement], why
             plan = _fitted(workload, with_settings(workload.recipe, one.settings), fleet)
         except DoesNotFitError:  # of the ways that fit by the table, the next one
             continue
-        names = {"train.extra" if name == DEEPSPEED else name for name in one.settings}
-        installs = "; install fulltune[deepspeed]" if one.name.startswith("ZeRO") else ""
+        names = {"train.extra" if name == ENGINE_SETTINGS else name for name in one.settings}
+        installs = f"; {sharing.INSTALL}" if one.name.startswith("ZeRO") else ""
         return _explained(plan, names, f"placement: {one.name}{why}{installs}"), one.settings
     return None
 

@@ -149,7 +149,7 @@ def step_seconds(
         work: What a row costs.
         rows: Of a global batch.
         settings: Micro batch, precision and the like.
-        shared: What DeepSpeed or FSDP2 shard; None: each device holds everything.
+        shared: What ZeRO or FSDP2 shard; None: each device holds everything.
     """
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:

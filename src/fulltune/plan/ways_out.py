@@ -11,7 +11,6 @@ from fulltune.plan.levers import LEVERS, Lever
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.records.survey import Placement, WayOut
-from fulltune.system import deepspeed
 from fulltune.text import format_bytes, listed
 
 MOST = 3
@@ -56,7 +55,7 @@ def of_memory(
     enough = [way for way in found if way.enough]
     if not enough:
         enough = _together(recipe, smallest, budget_bytes, need)
-    if len(enough) < MOST and not deepspeed.wanted(recipe):  # its weights may lie anywhere
+    if len(enough) < MOST and not recipe.train.engine_by:  # its weights may lie anywhere
         enough.append(_smaller_model(now, budget_bytes, smallest, need))
     rest = sorted((way for way in found if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MOST])

@@ -16,8 +16,7 @@ import numpy as np
 
 from fulltune.files import replacing
 from fulltune.methods.head import names_of
-from fulltune.models.checkpoint_head import put_together
-from fulltune.models.sharding import free, like, runs_together
+from fulltune.models.sharding import changed_for_all, free, like, runs_together
 from fulltune.probe.features import Extractor, Features, sampled
 from fulltune.probe.layers import DenseLayer, HeadLayers, numbers
 from fulltune.probe.linear import STRENGTHS, Items, Linear, NoProbe, best_space, centroids, fits, loss, wrong
@@ -116,7 +115,7 @@ def put_head(model: Any, folder: Path, *, eased: bool = False) -> None:
         values |= load_file(folder / FOLDER / START)
     free(model)
     parameters = {name: model.get_parameter(name) for name in values}
-    with torch.no_grad(), put_together(list(parameters.values())):
+    with torch.no_grad(), changed_for_all(list(parameters.values())):
         for name, parameter in parameters.items():
             parameter.copy_(like(values[name], parameter))
 

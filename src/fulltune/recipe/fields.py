@@ -124,8 +124,8 @@ class Recipe(Block):
 
 
 def with_placement(recipe: Recipe, placement: Any) -> Recipe:
-    """The recipe with the placement that its plan has chosen; a user's own DeepSpeed file stays in charge."""
-    if recipe.train.placement != "auto" or placement == "deepspeed":
+    """The recipe with the placement that its plan has chosen; a user's own file of an engine stays in charge."""
+    if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": placement})})
 

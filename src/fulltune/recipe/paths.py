@@ -10,7 +10,7 @@ from typing import Any
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.preserve import AUTO
-from fulltune.recipe.training import NVME, NVME_FOLDER
+from fulltune.recipe.training import ENGINE_SETTINGS, NVME, NVME_FOLDER
 
 _PATHS = {"data": ("eval", "test", "patch", "chat_template", "contamination"), "preserve": ("probe", "replay")}
 """Settings of blocks that are one path each."""
@@ -31,7 +31,7 @@ def named_paths(recipe: Recipe) -> list[str]:
     """The files and folders that a resolved recipe names, each once; a model of the Hub is none."""
     named: list[Any] = [one if isinstance(one, str) else one.path for one in recipe.data.entries]
     named += [getattr(getattr(recipe, block), name) for block, names in _PATHS.items() for name in names]
-    named += [recipe.train.extra.get("deepspeed"), recipe.model.name]
+    named += [recipe.train.engine_settings, recipe.model.name]
     return [one for one in dict.fromkeys(map(str, named)) if Path(one).is_absolute()]
 
 
@@ -74,10 +74,8 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             if path is not None and (block, path) != ("preserve", AUTO)
         }
     train = recipe.train
-    if isinstance(file := train.extra.get("deepspeed"), str):
-        train = train.model_copy(
-            update={"extra": {**train.extra, "deepspeed": absolute(file, "train.extra.deepspeed")}}
-        )
+    if isinstance(file := train.engine_settings, str):
+        train = train.with_engine_settings(absolute(file, ENGINE_SETTINGS))
     if (folder := train.offload.removeprefix(NVME)) != train.offload and folder != NVME_FOLDER:
         train = train.model_copy(update={"offload": NVME + absolute(folder, "train.offload")})
     name = recipe.model.name

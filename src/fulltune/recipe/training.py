@@ -33,6 +33,8 @@ SHARED_OUT = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "sgd", "adagr
 PER_TENSOR = (*SHARED_OUT, "adafactor")
 """Optimizers that update a tensor from its own gradient and state alone."""
 
+ENGINE_SETTINGS = "train.extra.deepspeed"
+"""Settings of an engine, DeepSpeed's own, or the file that has them."""
 NVME = "nvme:"
 """Beginning of an offload to a disk; its folder follows."""
 NVME_FOLDER = "FOLDER-ON-YOUR-NVME-DISK"
@@ -189,10 +191,25 @@ class TrainBlock(Block):
     a JSON file, named from the recipe's folder, or the settings themselves."""
 
     @property
-    def deepspeed_by(self) -> str | None:
-        """The setting that asks for DeepSpeed, such as `train.placement: zero3`; None: nothing does."""
-        if self.extra.get("deepspeed") is not None:
-            return "train.extra.deepspeed"
+    def engine_settings(self) -> Any:
+        """DeepSpeed's settings, or the file that has them, where the recipe gives them itself."""
+        return self.extra.get("deepspeed")
+
+    def with_engine_settings(self, settings: Any) -> TrainBlock:
+        """The block with other settings of an engine; without one for None."""
+        others = {name: value for name, value in self.extra.items() if name != "deepspeed"}
+        return self.model_copy(update={"extra": others if settings is None else {**others, "deepspeed": settings}})
+
+    @property
+    def placed_as(self) -> Placement | Literal["deepspeed"]:
+        """Where things lie, as a plan says it."""
+        return self.placement if self.engine_settings is None else "deepspeed"
+
+    @property
+    def engine_by(self) -> str | None:
+        """The setting that has an engine (DeepSpeed's) hold the model, such as `train.placement: zero3`; None: none."""
+        if self.engine_settings is not None:
+            return ENGINE_SETTINGS
         return f"train.placement: {self.placement}" if self.placement in ("zero2", "zero3") else None
 
     @property
@@ -203,7 +220,7 @@ class TrainBlock(Block):
     @property
     def shared_by(self) -> str | None:
         """The setting that has processes share out what they hold; None: each holds everything."""
-        return self.deepspeed_by or (f"train.placement: {self.placement}" if self.placement == "fsdp2" else None)
+        return self.engine_by or (f"train.placement: {self.placement}" if self.placement == "fsdp2" else None)
 
     @model_validator(mode="after")
     def _pairs_must_agree(self) -> TrainBlock:
@@ -264,12 +281,12 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
     folder = offload.removeprefix(NVME)
     if offload not in ("none", "optimizer", "all") and not (offload.startswith(NVME) and folder):
         problems.append(f"offload: expected none, optimizer, all or nvme:FOLDER, found '{offload}'")
-    elif offload != "none" and train.extra.get("deepspeed") is None:
+    elif offload != "none" and train.engine_settings is None:
         possible = {"zero2": ("optimizer",), "zero3": ("optimizer", "all", NVME)}.get(place, ())
         if not offload.startswith(possible or ("-",)):
             fits = "placement: zero3" if offload != "optimizer" else "placement: zero2 or zero3"
             problems.append(f"offload: '{offload}' needs {fits}, found {place}")
-    if train.extra.get("deepspeed") is not None:
+    if train.engine_settings is not None:
         twice = {"placement": place != "auto", "offload": offload != "none"}
         both = "{} and extra.deepspeed both say where things lie; remove one of them"
         problems += [both.format(name) for name, given in twice.items() if given]

@@ -1,1 +1,1 @@
-"""This machine and its files: hardware, the run folder, memory, DeepSpeed."""
+"""This machine and its files: hardware, the run folder, memory, what is shared out."""

@@ -24,7 +24,7 @@ from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.paths import named_paths
 from fulltune.records.base import Record
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import PACKAGES
 from fulltune.text import first_few, format_bytes, parse_seconds
@@ -221,7 +221,7 @@ def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> M
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:
-    names = ("fulltune", *PACKAGES, "peft", *(("deepspeed",) if deepspeed.wanted(recipe) else ()))
+    names = ("fulltune", *PACKAGES, "peft", *((sharing.PACKAGE,) if recipe.train.engine_by else ()))
     found = {"Python": ".".join(map(str, sys.version_info[:3]))}
     for name in names:
         try:

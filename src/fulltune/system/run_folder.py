@@ -28,7 +28,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 from fulltune.system.hardware import Machine, is_disk_full
 from fulltune.text import first_few
 
@@ -36,8 +36,6 @@ IDENTITY = "recipe.json"
 """The checked recipe with its fingerprint: what a folder belongs to."""
 REPORT = "report.html"
 COMMAND = "command.json"
-DEEPSPEED = ".deepspeed.json"
-"""End of the file of DeepSpeed's settings, beside the plan that they come from."""
 CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
@@ -109,10 +107,10 @@ def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
 
 
 def save_plan_alone(folder: Path, recipe: Recipe, plan: Plan) -> None:
-    """Write a plan, and the settings of DeepSpeed that it comes to, where the recipe trains with that."""
-    settings = (folder / plan.file).with_suffix(DEEPSPEED)
-    if deepspeed.wanted(recipe):
-        write_json(settings, deepspeed.completed(deepspeed.of_run(recipe, folder, plan.trial), plan))
+    """Write a plan, and the settings of an engine that it comes to, where the recipe trains in one."""
+    settings = (folder / plan.file).with_suffix(sharing.SETTINGS_FILE)
+    if recipe.train.engine_by:
+        write_json(settings, sharing.completed(sharing.of_run(recipe, folder, plan.trial), plan))
     else:  # the run may have begun with it
         settings.unlink(missing_ok=True)
     plan.save(folder / plan.file)

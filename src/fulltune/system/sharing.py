@@ -1,13 +1,19 @@
-"""What of a training's state its processes share out, and where it lies between steps: by the recipe's placement."""
+"""What of a training's state its processes share out, and where it lies between steps: by the recipe's placement, or by
+DeepSpeed's settings, which follow from it or are given in `train.extra.deepspeed`."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryKind, StateBytes
-from fulltune.system import deepspeed
+from fulltune.recipe.training import ENGINE_SETTINGS, NVME, NVME_FOLDER
+from fulltune.records.plan import MemoryKind, Plan, StateBytes
 
 Place = Literal["device", "host", "disk"]
 
@@ -23,7 +29,7 @@ class Sharing:
     optimizer_on_disk: bool = False
     """What is offloaded goes to an NVMe disk, not to the host's memory."""
     weights_on_disk: bool = False
-    engine: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    engine: Literal["zero", "fsdp2"] = "zero"
 
     def place(self, kind: MemoryKind) -> Place:
         """Where a kind of tensors lies between steps; gradients lie with the optimizer."""
@@ -50,8 +56,264 @@ def of(recipe: Recipe) -> Sharing | None:
     """What the recipe shards; None: each process holds everything."""
     if recipe.train.placement == "fsdp2":
         return Sharing(3, False, False, engine="fsdp2")
-    if not deepspeed.wanted(recipe):
+    if not recipe.train.engine_by:
         return None
-    block = deepspeed.settings(recipe)["zero_optimization"]
-    optimizer, weights = (deepspeed.offload_device(block, what) for what in ("optimizer", "param"))
+    block = settings(recipe)["zero_optimization"]
+    optimizer, weights = (offload_device(block, what) for what in ("optimizer", "param"))
     return Sharing(block["stage"], optimizer != "none", weights != "none", optimizer == "nvme", weights == "nvme")
+
+
+# ---- DeepSpeed's settings --------------------------------------------------------------------------------------------
+
+PACKAGE = "deepspeed"
+INSTALL = "pip install 'fulltune[deepspeed]'"
+SETTINGS_FILE = ".deepspeed.json"
+"""End of the file of its settings, beside the plan that they come from."""
+AUTO = "auto"
+_DEVICES = ("none", "cpu", "nvme")
+_LEFT_TO_THE_RECIPE = {
+    "optimizer": "train.optim, method.learning_rate and train.weight_decay; DeepSpeed's would decay norms and biases",
+    "scheduler": "train.lr_scheduler_type and train.warmup_steps",
+    "tensor_parallel": "nothing: rows are shared over processes, tensors are not",
+    "autotuning": "nothing: the plan fixes the batch sizes",
+    "data_efficiency": "nothing: the order of the rows is fulltune's",
+    "curriculum_learning": "nothing: the order of the rows is fulltune's",
+}
+STAGES = {"zero2": 2, "zero3": 3}
+"""By placement."""
+BUCKET_VALUES = 5 * 10**8
+"""DeepSpeed's default: values in a bucket of gradients."""
+LATEST = "latest"
+"""DeepSpeed's file with the name of the folder that holds the parts."""
+_OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
+"""Parts of the weights, which only stage 3 shares out."""
+_OF_OPTIMIZER = "*_optim_states.pt"
+"""Parts of the optimizer's state: one for each process."""
+ON_DISK = "offloaded_tensors"
+"""Beside the parts: the state of an optimizer that lies on a disk."""
+_BACK = "set what it was written with, or start a new run (--fresh)"
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's settings with all that follows from the recipe or that saving a whole model needs; or all problems at
+    once."""
+    found = _read(given) if (given := recipe.train.engine_settings) is not None else _of_placement(recipe)
+    problems = _problems(found, recipe)
+    if problems:
+        raise RecipeError([f"{recipe.train.engine_by}: {problem}" for problem in problems])
+    # Left out, DeepSpeed would not clip at all.
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    found = dict.fromkeys(sizes, AUTO) | found
+    for kind in ("bf16", "fp16"):
+        found.setdefault(kind, {}).setdefault("enabled", AUTO)
+    found.setdefault("steps_per_print", 10**9)  # progress is in metrics.jsonl
+    if found["zero_optimization"]["stage"] == 3:
+        found["zero_optimization"].setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    return found
+
+
+def arguments(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """Arguments of `transformers.TrainingArguments` for the engine; none without one."""
+    return {"deepspeed": completed(recipe, plan)} if recipe.train.engine_by else {}
+
+
+def missing_package(recipe: Recipe) -> list[str]:
+    """That the engine's package is not installed; empty where it is, or is not needed."""
+    if not recipe.train.engine_by or importlib.util.find_spec(PACKAGE) is not None:
+        return []
+    return [f"{recipe.train.engine_by}: needs DeepSpeed; {INSTALL}"]
+
+
+def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """The settings with the plan's numbers; what transformers takes from the model's sizes stays "auto", where a file
+    says so."""
+    sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
+    # Checked again: a file can have changed since the plan was made.
+    if problems := disagreements(recipe, *sizes):
+        raise RecipeError(problems)
+    found = settings(recipe)
+    for name, (value, _) in _planned(recipe, *sizes).items():
+        block, field = _place(found, name)
+        if block.get(field) == AUTO:
+            block[field] = value
+    if recipe.train.placement in STAGES:
+        # DeepSpeed would take a bucket of its default size, 2 GB in fp32, for the smallest model.
+        found["zero_optimization"]["reduce_bucket_size"] = min(plan.num_parameters, BUCKET_VALUES)
+    return found
+
+
+def nvme_path(recipe: Recipe) -> str | None:
+    """The folder on a disk that the recipe's settings offload to; None: they do not, or it is left open."""
+    return next((path for path in _nvme_paths(recipe).values() if path != NVME_FOLDER), None)
+
+
+def of_run(recipe: Recipe, run_folder: Path, trial: str) -> Recipe:
+    """The recipe with a folder of the trial's own on the disk that it offloads to: DeepSpeed writes the same files for
+    every run, and deletes those that it finds."""
+    if not recipe.train.offload.startswith(NVME):
+        return recipe
+    own = f"{recipe.train.offload}/{run_folder.name}-{trial}"
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"offload": own})})
+
+
+def missing_folders(recipe: Recipe) -> list[str]:
+    """Why nothing can be offloaded to the folders that the recipe names on this machine; empty when it can."""
+    problems: list[str] = []
+    for what, path in _nvme_paths(recipe).items():
+        where = f"{ENGINE_SETTINGS}: zero_optimization.offload_{what}.nvme_path"
+        if recipe.train.placement in STAGES:
+            where = "train.offload"
+        if path == NVME_FOLDER:
+            problem = f"{where}: write the path of a folder on your NVMe disk in place of {NVME_FOLDER}"
+        elif not Path(path).is_dir():
+            problem = f"{where}: there is no folder '{path}'; make it, or name one on an NVMe disk"
+        else:
+            continue
+        problems += [problem] if problem not in problems else []
+    return problems
+
+
+def _nvme_paths(recipe: Recipe) -> dict[str, str]:
+    """By what is offloaded to a disk: `optimizer`, `param`."""
+    if not recipe.train.engine_by:
+        return {}
+    block = settings(recipe)["zero_optimization"]
+    places = {what: block.get(f"offload_{what}") or {} for what in ("optimizer", "param")}
+    return {what: str(one["nvme_path"]) for what, one in places.items() if one.get("device") == "nvme"}
+
+
+def disagreements(
+    recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
+) -> list[str]:
+    """Each setting that is neither "auto" nor what the plan says; none where nothing runs in an engine."""
+    if not recipe.train.engine_by:
+        return []
+    found, lines = settings(recipe), []
+    for name, (value, source) in _planned(recipe, micro_batch_size, accumulation, num_processes, precision).items():
+        block, field = _place(found, name)
+        given = block.get(field, AUTO)
+        if given != AUTO and given != value:
+            against = f"{name} is {json.dumps(given)}, but {source} gives {json.dumps(value)}"
+            lines.append(f'{recipe.train.engine_by}: {against}; write "auto"')
+    return lines
+
+
+def _planned(
+    recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
+) -> dict[str, tuple[Any, str]]:
+    """What the plan says of settings, by their dotted names, and where it has that from."""
+    return {
+        "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "train.global_batch_size / (micro batch x processes)"),
+        "train_batch_size": (micro_batch_size * accumulation * num_processes, "train.global_batch_size"),
+        "gradient_clipping": (recipe.train.max_grad_norm, "train.max_grad_norm"),
+        "bf16.enabled": (precision == "bf16", "train.precision"),
+        "fp16.enabled": (precision == "fp16", "train.precision"),
+        "torch_autocast.enabled": (False, "train.precision"),
+    }
+
+
+def _place(found: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The block that holds a setting, and the setting's name there; an empty block where there is none."""
+    block, _, field = name.rpartition(".")
+    return (found.get(block, {}), field) if block else (found, field)
+
+
+def _read(given: Any) -> dict[str, Any]:
+    """A copy of the settings, from the recipe itself or from the file that it names."""
+    if isinstance(given, Mapping):
+        return dict(json.loads(json.dumps(given)))
+    path = Path(str(given))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"{ENGINE_SETTINGS}: {path}: cannot be read ({(error.strerror or str(error)).lower()})"
+        ) from None
+    except ValueError as error:
+        raise RecipeError(f"{ENGINE_SETTINGS}: {path}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise RecipeError(f"{ENGINE_SETTINGS}: {path}: expected settings in {{ }}, found {type(found).__name__}")
+    return found
+
+
+def _of_placement(recipe: Recipe) -> dict[str, Any]:
+    """The settings that `train.placement` and `train.offload` stand for."""
+    block: dict[str, Any] = {"stage": STAGES[recipe.train.placement]}
+    offload = recipe.train.offload
+    place = {"device": "cpu"}
+    if folder := offload.removeprefix(NVME) if offload.startswith(NVME) else "":
+        place = {"device": "nvme", "nvme_path": folder}
+    if offload != "none":
+        block["offload_optimizer"] = place
+    if offload not in ("none", "optimizer"):
+        block["offload_param"] = place
+    return {"zero_optimization": block}
+
+
+def offload_device(block: Mapping[str, Any], what: str) -> str:
+    """Where a block `zero_optimization` keeps `optimizer` or `param`: none, cpu or nvme."""
+    return str((block.get(f"offload_{what}") or {}).get("device", "none"))
+
+
+def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    problems = [
+        f"{name}: remove it; set by {instead}" if not instead.startswith("nothing") else f"{name}: remove it; {instead}"
+        for name, instead in _LEFT_TO_THE_RECIPE.items()
+        if name in found
+    ]
+    problems += [
+        f'{name}: expected a block such as {{"enabled": "auto"}}, found {json.dumps(found[name])}'
+        for name in ("bf16", "fp16", "torch_autocast")
+        if not isinstance(found.get(name, {}), dict)
+    ]
+    if recipe.model.weights_dtype == "bf16":
+        problems.append("keeps weights in fp32 while it trains; remove model.weights_dtype: bf16")
+    block = found.get("zero_optimization")
+    if not isinstance(block, dict) or block.get("stage") not in (0, 1, 2, 3) or isinstance(block.get("stage"), bool):
+        stage = block.get("stage") if isinstance(block, dict) else None
+        return [*problems, f"zero_optimization.stage: expected 0, 1, 2 or 3, found {json.dumps(stage)}"]
+    for what in ("optimizer", "param"):
+        offload = block.get(f"offload_{what}") or {}
+        if not isinstance(offload, dict) or offload.get("device", "none") not in _DEVICES:
+            expected = ", ".join(_DEVICES)
+            problems.append(
+                f"zero_optimization.offload_{what}: expected a device ({expected}), found {json.dumps(offload)}"
+            )
+        elif offload.get("device") == "nvme" and not str(offload.get("nvme_path") or ""):
+            problems.append(f"zero_optimization.offload_{what}: device nvme needs nvme_path, a folder on an NVMe disk")
+        elif offload_device(block, what) != "none" and block["stage"] < {"optimizer": 1, "param": 3}[what]:
+            needed = {"optimizer": "1, 2 or 3", "param": "3"}[what]
+            problems.append(f"zero_optimization.offload_{what}: needs stage {needed}, found stage {block['stage']}")
+    if block["stage"] == 3 and block.get("stage3_gather_16bit_weights_on_model_save") is False:
+        problems.append(
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: false would save no whole model; remove it"
+        )
+    return problems
+
+
+def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
+    """Why the recipe cannot resume from a checkpoint that DeepSpeed wrote, or that it would have to read; None: it
+    can."""
+    shared = of(recipe)
+    in_engine = shared is not None and shared.engine == "zero"
+    latest = checkpoint / LATEST
+    if not latest.exists():
+        told = f"was not written by DeepSpeed, which reads its own alone ({recipe.train.engine_by})"
+        return f"{checkpoint}: {told}; {_BACK}" if in_engine else None
+    parts = checkpoint / latest.read_text(encoding="utf-8").strip()
+    if (parts / ON_DISK).exists():
+        # Its own reading gives AdamW moments of 0 and step 1 (0.19.8): it goes on without a word, and diverges.
+        lost = "was saved with the optimizer on a disk, which DeepSpeed does not read back whole"
+        return f"{checkpoint}: {lost}; start a new run (--fresh), which can be continued with offload: all"
+    processes = len(list(parts.glob(_OF_OPTIMIZER)))
+    stage = 3 if list(parts.glob(_OF_WEIGHTS)) else 2
+    if shared is None or not in_engine:
+        found, expected = f"train.placement: {recipe.train.placement}", "DeepSpeed's settings that wrote it"
+    elif (stage == 3) != (shared.stage == 3):
+        found, expected = str(recipe.train.engine_by), f"ZeRO's stage {'3' if stage == 3 else '1 or 2'}, as written"
+    elif processes not in (0, recipe.train.num_processes):  # stage 0 has no parts
+        found, expected = f"train.num_processes: {recipe.train.num_processes}", f"{processes}, which wrote it"
+    else:
+        return None
+    return f"{checkpoint}: goes on with {found}, expected {expected}; {_BACK}"

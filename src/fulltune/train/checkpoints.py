@@ -16,8 +16,6 @@ from fulltune.errors import SetupError
 from fulltune.files import SEAL, flaw, write_json
 from fulltune.methods.folder import load_trained
 from fulltune.models import sharding
-from fulltune.recipe.fields import Recipe
-from fulltune.system import sharing
 from fulltune.train import shared_state
 from fulltune.train.request import number_in
 
@@ -27,15 +25,6 @@ STATE = "trainer_state.json"
 """transformers' own."""
 WEIGHTS = "model.safetensors"
 _VALUES_SEEN = 64
-LATEST = "latest"
-"""DeepSpeed's file with the name of the folder that holds the parts."""
-_OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
-"""Parts of the weights, which only stage 3 shares out."""
-_OF_OPTIMIZER = "*_optim_states.pt"
-"""Parts of the optimizer's state: one for each process."""
-ON_DISK = "offloaded_tensors"
-"""Beside the parts: the state of an optimizer that lies on a disk."""
-_BACK = "set what it was written with, or start a new run (--fresh)"
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
@@ -150,30 +139,3 @@ def loaded(model: Any, checkpoint: Path, dtype: Any) -> Any:
     if wrong:
         raise SetupError(f"{checkpoint}: does not hold the model's tensors: {wrong[0]} ({len(wrong)} such tensors)")
     return found
-
-
-def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
-    """Why the recipe cannot resume from a checkpoint that DeepSpeed wrote, or that it would have to read; None: it
-    can."""
-    shared = sharing.of(recipe)
-    in_engine = shared is not None and shared.engine == "deepspeed"
-    latest = checkpoint / LATEST
-    if not latest.exists():
-        told = f"was not written by DeepSpeed, which reads its own alone ({recipe.train.deepspeed_by})"
-        return f"{checkpoint}: {told}; {_BACK}" if in_engine else None
-    parts = checkpoint / latest.read_text(encoding="utf-8").strip()
-    if (parts / ON_DISK).exists():
-        # Its own reading gives AdamW moments of 0 and step 1 (0.19.8): it goes on without a word, and diverges.
-        lost = "was saved with the optimizer on a disk, which DeepSpeed does not read back whole"
-        return f"{checkpoint}: {lost}; start a new run (--fresh), which can be continued with offload: all"
-    processes = len(list(parts.glob(_OF_OPTIMIZER)))
-    stage = 3 if list(parts.glob(_OF_WEIGHTS)) else 2
-    if shared is None or not in_engine:
-        found, expected = f"train.placement: {recipe.train.placement}", "DeepSpeed's settings that wrote it"
-    elif (stage == 3) != (shared.stage == 3):
-        found, expected = str(recipe.train.deepspeed_by), f"ZeRO's stage {'3' if stage == 3 else '1 or 2'}, as written"
-    elif processes not in (0, recipe.train.num_processes):  # stage 0 has no parts
-        found, expected = f"train.num_processes: {recipe.train.num_processes}", f"{processes}, which wrote it"
-    else:
-        return None
-    return f"{checkpoint}: goes on with {found}, expected {expected}; {_BACK}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from fulltune.recipe.fields import Recipe, with_attention, with_placement
 from fulltune.records.base import Record
 from fulltune.records.plan import Plan
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 
 INITIAL_WEIGHTS = "initial.safetensors"
 MACHINE = "FULLTUNE_MACHINE"
@@ -38,7 +38,7 @@ class Request(Record):
     @property
     def recipe_as_planned(self) -> Recipe:
         """The recipe with the planned placement, attention, and folder of its own for what is offloaded to a disk."""
-        placed = deepspeed.of_run(
+        placed = sharing.of_run(
             with_placement(self.recipe, self.plan.placement), Path(self.run_folder), self.plan.trial
         )
         return with_attention(placed, self.plan.attn_implementation)

@@ -254,7 +254,7 @@ def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_res
     assert plan.head_init == "probe"
     assert plan.drift_texts == planned().drift_texts > 0
     reason = {setting.name: setting.reason for setting in plan.settings}["train.precision"]
-    rounds = "DeepSpeed rounds the weights of all passes to bf16, so the result is not that of other placements"
+    rounds = "ZeRO rounds the weights of all passes to bf16, so the result is not that of other placements"
     assert (rounds in reason) == (placement.startswith("zero") and precision == "bf16")
 
 
@@ -340,7 +340,7 @@ def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
 @pytest.mark.parametrize(
     ("train", "own_loss", "plain", "reason"),
     [
-        ({"extra": {"deepspeed": ZERO3}}, False, True, "DeepSpeed "),
+        ({"extra": {"deepspeed": ZERO3}}, False, True, "ZeRO "),
         ({"torch_compile": True}, False, True, ""),
         ({}, True, True, "your own loss"),
         ({}, False, False, "scales or caps its logits"),

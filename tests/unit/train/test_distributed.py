@@ -14,6 +14,7 @@ import pytest
 from torch.utils import cpp_extension
 
 from fulltune.inference.run import batches
+from fulltune.train.optim import zero
 from fulltune.train.parent import retry, spawn
 from fulltune.train.worker import distributed
 from tests import plans
@@ -123,7 +124,7 @@ def test_lock_is_named_with_what_to_do(is_locked: bool, tmp_path: Path, monkeypa
     if is_locked:
         (tmp_path / "lock").touch()
 
-    distributed.build_extensions(False, True, said.append)
+    zero.build_extensions(False, True, said.append)
 
     waiting = f"waiting for {tmp_path / 'lock'}: cpu_adam is being compiled; if nothing compiles, delete this file"
     assert said == [*([waiting] if is_locked else []), "loaded"]

@@ -209,7 +209,7 @@ def _what_next(survey: Survey, plan: Plan | None) -> list[Block]:
         blocks.append(Paragraph("to decide on your own rows: a fair comparison, each method at its best rate"))
         blocks.append(Code(survey.comparison, "sh"))
     elif survey.full_fits:
-        where = "with methods: [full, lora] in place of method in the recipe, on one machine, without DeepSpeed"
+        where = "with methods: [full, lora] in place of method in the recipe, on one machine, without ZeRO"
         blocks.append(Paragraph(f"to decide on your own rows: fulltune compare, {where}"))
     if survey.command:
         machines = "; RANK counts the machines from 0, HOST is the name of 0" if survey.num_machines > 1 else ""

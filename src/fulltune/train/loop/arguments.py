@@ -16,19 +16,19 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import NO_PACKAGES, as_arguments
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import Plan
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 from fulltune.text import near_names
 
 
 def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
-    """Refuse what cannot be trained, before any row is read: by the recipe alone, by DeepSpeed's settings, and, if it
+    """Refuse what cannot be trained, before any row is read: by the recipe alone, by an engine's settings, and, if it
     runs here, by missing packages."""
     problems = [*recipe_rules.problems_of(recipe), *several_runs.problems_of(recipe)]
     problems += _wrong_accelerator(recipe.train.extra.get("accelerator_config"))
-    if deepspeed.wanted(recipe):
+    if recipe.train.engine_by:
         try:
-            deepspeed.settings(recipe)
-            problems += deepspeed.missing_folders(recipe) if runs_here else []
+            sharing.settings(recipe)
+            problems += sharing.missing_folders(recipe) if runs_here else []
         except RecipeError as error:
             problems += error.problems
     if problems:
@@ -77,9 +77,7 @@ def _missing_packages(recipe: Recipe) -> list[str]:
     if of_kernel and not any(map(importlib.util.find_spec, of_kernel)):
         names = " or ".join(name.replace("_", "-") for name in of_kernel)
         problems.append(f"model.attn_implementation: '{kernel}' needs a package that is missing: {names}")
-    if deepspeed.wanted(recipe) and importlib.util.find_spec("deepspeed") is None:
-        problems.append(f"{recipe.train.deepspeed_by}: needs DeepSpeed; pip install 'fulltune[deepspeed]'")
-    return problems
+    return [*problems, *sharing.missing_package(recipe)]
 
 
 def package_of(optim: str) -> tuple[str, str]:
@@ -170,8 +168,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
         # What is forked needs not be pickled, and touches no GPU.
         extra.setdefault("dataloader_multiprocessing_context", "fork")
-    if deepspeed.wanted(recipe):
-        extra["deepspeed"] = deepspeed.completed(recipe, plan)
+    extra |= sharing.arguments(recipe, plan)
     try:
         made = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -135,15 +135,15 @@ class Guarded:
         """Called after clipping, with the norm before clipping (pinned by a contract test), before the update."""
         losses, self._losses = self._losses, 0.0
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
-        if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
+        if self.in_engine and self.accelerator.optimizer_step_was_skipped:
             norm = float("nan")
-        if self.is_deepspeed_enabled or not self.tensors_with_gradient:
+        if self.in_engine or not self.tensors_with_gradient:
             self.tensors_with_gradient = frozenset(
                 name
                 # Not of `model`, which DDP wraps: its names would begin with `module.`.
                 for name, parameter in self.model.named_parameters()
                 # DeepSpeed has taken the gradients; the optimizer's second moments say which were there.
-                if self.is_deepspeed_enabled or parameter.grad is not None
+                if self.in_engine or parameter.grad is not None
             )
         judged, known = self._judge(losses, norm, model)
         if judged.action == "skip":
@@ -161,6 +161,11 @@ class Guarded:
         _log.warning("step %d: %s; computed again, it was normal", step, judged.reason)
 
     @property
+    def in_engine(self) -> bool:
+        """DeepSpeed's engine holds the model, from when training begins."""
+        return bool(self.is_deepspeed_enabled)
+
+    @property
     def judges_finite_only(self) -> bool:
         """The loss may rise for good reasons."""
         return not self.skips
@@ -169,7 +174,7 @@ class Guarded:
     def _updates_in_backward(self) -> bool:
         # LOMO and the layerwise ones do so by themselves.
         its_own = any(word in str(self.args.optim).upper() for word in ("LOMO", "LAYERWISE"))
-        return its_own or self.is_deepspeed_enabled
+        return its_own or self.in_engine
 
     def _summed(self, *values: Any) -> list[float]:
         """Over all processes; the host waits for the device once."""
@@ -187,7 +192,7 @@ class Guarded:
             judged, loss, known = self._look(*self._repeat(model))
             if judged.action == "go on":
                 self.on_repeat(step, first)
-        if not judged.is_finite and self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled:
+        if not judged.is_finite and self.accelerator.num_processes == 1 and not self.in_engine:
             judged = replace(judged, reason=f"{judged.reason}; {explain(self.model, self.batches)}")
         self.batches = []
         self.seen = judged.seen
@@ -214,11 +219,11 @@ class Guarded:
         finite = known is None or math.isfinite(known)
         scaler = None if finite else getattr(self.accelerator, "scaler", None)
         # Reading the scale is another wait for the device.
-        scaled = self.args.fp16 if self.is_deepspeed_enabled else scaler is not None and scaler.get_scale() >= 1
-        if self.is_deepspeed_enabled and known is not None and known < 0:  # its sign for a norm that is not finite
+        scaled = self.args.fp16 if self.in_engine else scaler is not None and scaler.get_scale() >= 1
+        if self.in_engine and known is not None and known < 0:  # its sign for a norm that is not finite
             known = math.nan
         # DeepSpeed has updated already: a suspect step is too late to be skipped.
-        own = self.judges_finite_only or self.is_deepspeed_enabled
+        own = self.judges_finite_only or self.in_engine
         step = self.state.global_step + 1
         return step_guard.judge(self.seen, step, loss, known, rows=rows, scaled=scaled, own=own), loss, known
 

@@ -70,9 +70,9 @@ class AttemptInputs:
         return sharing.of(self.recipe)
 
     @property
-    def in_deepspeed(self) -> bool:
-        """Only DeepSpeed's engine can run the model, and it exists when training begins."""
-        return self.sharing is not None and self.sharing.engine == "deepspeed"
+    def in_engine(self) -> bool:
+        """Only an engine can run the model, and it exists when training begins."""
+        return self.sharing is not None and self.sharing.engine == "zero"
 
     def warn(self, text: str) -> None:
         """To the journal, and to whoever listens."""

@@ -28,7 +28,7 @@ from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged, StepMemory
-from fulltune.train.optim import optimizers, shared
+from fulltune.train.optim import optimizers, shared, zero
 from fulltune.train.optim.groups import planned_optimizer
 
 _MOST_NAMED = 32
@@ -140,8 +140,8 @@ class FullTrainer(Guarded, Trainer):
 
     @property
     def passing(self) -> Any:
-        """What rows go through: weights that are shared out are put together by DeepSpeed's engine."""
-        return self.model_wrapped if self.is_deepspeed_enabled else self.model
+        """What rows go through: weights that are shared out are put together by its engine."""
+        return self.model_wrapped if self.in_engine else self.model
 
     def add_parts(self, parts: Sequence[TrainerCallback]) -> None:
         """Have these act, in this order."""
@@ -162,7 +162,7 @@ class FullTrainer(Guarded, Trainer):
 
     def agreed(self, value: Any) -> Any:
         """What the first process has, where all take part in what follows."""
-        return broadcast_object_list([value])[0] if self.is_shared or self.is_deepspeed_enabled else value
+        return broadcast_object_list([value])[0] if self.is_shared or self.in_engine else value
 
     def on_skip(self, step: int, judged: Judged) -> None:
         rows = sorted(self.sampler.rows_of(step))
@@ -214,7 +214,7 @@ class FullTrainer(Guarded, Trainer):
         return 0
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.args.device.type != "cpu" or self.is_deepspeed_enabled or self.is_shared:
+        if self.args.device.type != "cpu" or self.in_engine or self.is_shared:
             return super()._clip_grad_norm(model)
         # The same numbers as theirs, which multiplies all gradients by 1 when there is nothing to clip.
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
@@ -245,8 +245,15 @@ class FullTrainer(Guarded, Trainer):
         count = torch.full((), sum(batch.pop(ITEMS) for batch in batch_samples), dtype=torch.int64, device=device)
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
+    def load_weights(self, checkpoint: Path) -> None:
+        """Put a checkpoint's weights into the model, wherever they lie."""
+        if self.in_engine:
+            zero.load_weights(self.model_wrapped, checkpoint)
+        else:
+            checkpoints.load_weights(self.model, checkpoint, self.trained_only)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoints.load_weights(self.model, Path(resume_from_checkpoint), self.trained_only)
+        self.load_weights(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (self.is_shared or shared_state.is_in(Path(checkpoint))):
@@ -288,7 +295,7 @@ class FullTrainer(Guarded, Trainer):
         self._save_rng_state(str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_shared or self.is_deepspeed_enabled:  # theirs would put the whole model together in one process
+        if self.is_shared or self.in_engine:  # theirs would put the whole model together in one process
             Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # each process writes its part beside it
         else:
             super().save_model(output_dir, _internal_call)
@@ -320,7 +327,7 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
-        """The run's optimizer for one step that changes no weight: rate and decay are 0. Not for DeepSpeed."""
+        """The run's optimizer for one step that changes no weight: rate and decay are 0. Not in an engine."""
         sharding.free(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self._make_optimizer(self.model)

@@ -1,13 +1,72 @@
-"""Whole tensors of a model that DeepSpeed's ZeRO shards; all processes call this."""
+"""A model that DeepSpeed's ZeRO shards: what its engine needs before, whole tensors after; all processes call this."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fulltune.errors import SetupError
 from fulltune.train import shared_state
+
+
+def connect(arguments: Any) -> None:
+    """Let DeepSpeed know the other processes: on a CPU transformers 5.24 connects them and does not tell it."""
+    import deepspeed
+
+    # Its calls of renamed functions of torch would fill the log.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    backend = "gloo" if arguments.use_cpu else None
+    if arguments.world_size > 0:  # asking for it connects them
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
+    """Compile what is missing of DeepSpeed's extensions that a run needs, in the first process for all."""
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension
+
+    names = [*(["ShareMemCommBuilder"] if on_cpu else []), *(["CPUAdamBuilder"] if offload_optimizer else [])]
+    for name in names:
+        builder: Any = get_accelerator().create_op_builder(name)
+        if builder is None or not hasattr(builder, "jit_load") or not builder.is_compatible(verbose=False):
+            continue  # DeepSpeed does without it, or says itself what is missing
+        folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+        if (lock := folder / "lock").exists():  # torch waits for it, without a word and for ever
+            phase(f"waiting for {lock}: {builder.name} is being compiled; if nothing compiles, delete this file")
+        if not (folder / f"{builder.name}.so").exists():
+            phase(f"compiling DeepSpeed's {builder.name}, once: about a minute")
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, OSError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise SetupError(
+                f"DeepSpeed's {builder.name} cannot be compiled: {reason}; it needs a C++ compiler (such as g++) and "
+                f"ninja; compiled parts lie in {folder}"
+            ) from error
+
+
+def give_one_type(model: Any) -> None:
+    """Have what a method added to a model that DeepSpeed's stage 3 shares out the type of the rest: its engine
+    (DeepSpeed 0.19.8) takes such a model as it is."""
+    kinds = [one.dtype for one in model.parameters() if hasattr(one, "ds_id")]
+    for one in model.parameters() if kinds else ():
+        if not hasattr(one, "ds_id"):
+            one.data = one.data.to(kinds[0])
+
+
+def forget_unused_conversions(model: Any) -> None:
+    """Have tensors saved under the model's own names.
+
+    transformers 5.24 forgets renamings that no tensor of the checkpoint needed, but not when DeepSpeed shares out
+    the weights: then it would save every `LayerNorm.weight` as `LayerNorm.gamma`. Delete this when it does.
+    """
+    found = getattr(model, "_weight_conversions", None)
+    if found:
+        model._weight_conversions = [conversion for conversion in found if conversion.was_used()]
 
 
 def is_in_engine(parameter: Any) -> bool:
@@ -78,3 +137,10 @@ def put(parameter: Any, value: torch.Tensor) -> None:
     rank = torch.distributed.get_rank(parameter.ds_process_group)
     held = value.flatten()[rank * size : (rank + 1) * size].to(torch.float32)
     deepspeed.utils.safe_set_local_fp32_param(parameter, torch.nn.functional.pad(held, (0, size - len(held))))
+
+
+def load_weights(engine: Any, checkpoint: Path) -> None:
+    """Put a checkpoint that the engine wrote back into it."""
+    from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+    deepspeed_load_checkpoint(engine, str(checkpoint))

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from fulltune.system import deepspeed
 from fulltune.train.parent.spawn import Child, Starter, end_with, environment, in_new_process
 from fulltune.train.request import Request
 
@@ -38,7 +37,7 @@ def fork_server() -> Iterator[Starter]:
     def start(request: Request, log: Path) -> Child:
         nonlocal server
         plan = request.plan
-        alone = plan.device == "cpu" and plan.num_processes == 1 and not deepspeed.wanted(request.recipe)
+        alone = plan.device == "cpu" and plan.num_processes == 1 and not request.recipe.train.engine_by
         if not (alone and sys.platform == "linux"):
             return in_new_process(request, log)
         if server is None or server.is_gone:

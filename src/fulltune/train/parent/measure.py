@@ -19,7 +19,6 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener, PhaseBegan
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Measured, Measurements, Outcome
-from fulltune.system import deepspeed
 from fulltune.text import format_bytes
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child
@@ -109,7 +108,7 @@ def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]
 def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Candidate]:
     """torch.compile, where the recipe leaves it open and it can pay; `lacking` says what is missing here."""
     train = recipe.train
-    if train.torch_compile is not None or train.deepspeed_by or train.use_liger_kernel:
+    if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
     problem = ""
     if lacking:
@@ -196,8 +195,8 @@ def measure(
         raise SetupError("measure: compute_loss cannot be handed to the processes that measure")
     if any((folder / "attempts").glob("*")):
         raise SetupError(f"{folder}: has begun to train with these settings; measure in a new run (--fresh)")
-    if deepspeed.wanted(recipe):
-        raise SetupError("plan --measure: DeepSpeed shares out the model, which is not measured; leave out --measure")
+    if recipe.train.engine_by:
+        raise SetupError("plan --measure: ZeRO shares out the model, which is not measured; leave out --measure")
     shutil.rmtree(folder / "plan" / "probes", ignore_errors=True)
     tokens = summary.tokens_per_epoch * plan.num_train_epochs
     probes = _Probes(recipe, plan, folder, tokens, available_bytes, listener, [])

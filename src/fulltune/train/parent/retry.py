@@ -14,6 +14,7 @@ from fulltune.recipe.training import NVME
 from fulltune.records.events import AttemptFailed, Listener, PhaseBegan, Resumed, Warned
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
+from fulltune.system import sharing
 from fulltune.system.machines import without_the_others
 from fulltune.system.run_folder import lost_weights, save_plan
 from fulltune.train import checkpoints
@@ -106,10 +107,10 @@ def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAt
 
 def _with_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
     """Make the attempt's folders, and return the request with the checkpoint to resume from, if there is a sound one;
-    SetupError when it is in DeepSpeed's own form and does not fit."""
+    SetupError when another placement would have to read it."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, passed_over = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
-    if sound is not None and (problem := checkpoints.misfit(sound, request.recipe)):
+    if sound is not None and (problem := sharing.misfit(sound, request.recipe)):
         raise SetupError(problem)
     request.folder.mkdir(parents=True)
     if resume:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fulltune.system import deepspeed, hardware, memory
+from fulltune.system import hardware, memory
 from fulltune.train.parent import ranks
 from fulltune.train.request import MACHINE, Request
 
@@ -92,8 +92,8 @@ def command(request: Request, file: Path, meeting: Meeting | None = None) -> lis
         together += [f"--rdzv-id={meeting.id}", f"--rdzv-conf=timeout={meeting.wait_seconds}"]
         logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{meeting.machine}'}"]
         return [*torchrun, *together, *logs, *worker, str(os.getpid())]
-    # DeepSpeed needs torchrun's variables even for one process.
-    if processes == 1 and not deepspeed.wanted(request.recipe):
+    # An engine needs torchrun's variables even for one process.
+    if processes == 1 and not request.recipe.train.engine_by:
         return [sys.executable, *worker]
     return [*torchrun, *ranks.ONE_MACHINE, f"--nproc-per-node={processes}", *worker]
 
@@ -102,7 +102,7 @@ def environment(request: Request) -> dict[str, str]:
     """The worker's variables."""
     # A file in the user's folder that has a library's name must not take its place.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
-    # Ninja, with which torch compiles, comes with DeepSpeed: beside a Python that need not be in PATH.
+    # Ninja, with which torch compiles, comes with an engine: beside a Python that need not be in PATH.
     variables["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(Path(sys.executable).parent)])
     if request.plan.device != "cpu":
         return variables | memory.allocator_variables(variables, platform.system(), platform.release())
@@ -112,7 +112,7 @@ def environment(request: Request) -> dict[str, str]:
         # torchrun would give each process one thread, whatever the number of cores.
         threads = max(1, hardware.num_cores() // request.recipe.train.processes_per_machine)
         variables.setdefault("OMP_NUM_THREADS", str(threads))
-    if deepspeed.wanted(request.recipe):
+    if request.recipe.train.engine_by:
         variables["DS_ACCELERATOR"] = "cpu"
     return variables
 

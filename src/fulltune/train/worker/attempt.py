@@ -88,7 +88,7 @@ def _parts(training: Training) -> list[TrainerCallback]:
     )
     return [
         AtBegin(lambda: _begin(training)),
-        *([] if inputs.in_deepspeed else [UpdateMeter(trainer, inputs.plan, recorder)]),
+        *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, recorder)]),
         training.progress,
         training.curve,
         training.monitor,
@@ -100,9 +100,9 @@ def _parts(training: Training) -> list[TrainerCallback]:
 
 
 def _begin(training: Training) -> None:
-    """When everything is ready for step 1: try DeepSpeed's engine, and score the eval rows where the plan says so."""
+    """When everything is ready for step 1: try the engine, and score the eval rows where the plan says so."""
     inputs, trainer = training.inputs, training.trainer
-    if inputs.in_deepspeed:
+    if inputs.in_engine:
         training.checks.append(dry_run_in_engine(trainer, training.loaded.rows, inputs.plan))
         refuse_failed(training.checks, inputs.recorder)
     inputs.journal.at("step")
@@ -120,7 +120,7 @@ def _trained(training: Training) -> dict[str, Any]:
     request, recorder, journal, observed = inputs.request, inputs.recorder, inputs.journal, inputs.observed
     plan = inputs.plan
     if plan.offload.startswith(NVME):
-        said = "DeepSpeed cannot read back an optimizer that lies on a disk: a run that is stopped is lost"
+        said = "ZeRO cannot read back an optimizer that lies on a disk: a run that is stopped is lost"
         recorder.warn(f"train.offload: {said}")
     initial = None
     journal.at("saving")
@@ -171,16 +171,16 @@ def _trained(training: Training) -> dict[str, Any]:
 
 
 def _check(training: Training) -> None:
-    """Run the checks before step 1 and the dry run, which DeepSpeed's engine does later; refuse when one failed."""
+    """Run the checks before step 1 and the dry run, which an engine does later; refuse when one failed."""
     inputs, checks = training.inputs, training.checks
     _stop_before_training(inputs)
     inputs.recorder.phase(CHECKS)
     inputs.journal.at("step")
     checks += before_training(inputs, training.loaded, training.trainer)
     passed = all(check.passed for check in checks)
-    if not inputs.in_deepspeed and passed and inputs.request.dry_run:
+    if not inputs.in_engine and passed and inputs.request.dry_run:
         _dry_run(training)
-    if not inputs.in_deepspeed or not passed:
+    if not inputs.in_engine or not passed:
         refuse_failed(checks, inputs.recorder)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from fulltune import files
 from fulltune.stats.shares import error_of_share
 from fulltune.text import counted
-from fulltune.train import checkpoints
 from fulltune.train.loop.inputs import AttemptInputs
 
 ERRORS = 2.0
@@ -44,12 +43,7 @@ def keep_best(inputs: AttemptInputs, trainer: Any, state: Any) -> Kept:
         inputs.journal.write("best weights lost", warning)
         inputs.recorder.warn(warning)
         return _at_end(inputs, state)
-    if trainer.is_deepspeed_enabled:
-        from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-
-        deepspeed_load_checkpoint(trainer.model_wrapped, str(folder))
-    else:
-        checkpoints.load_weights(trainer.model, folder, trainer.trained_only)
+    trainer.load_weights(folder)
     return Kept(best, best_metric)
 
 

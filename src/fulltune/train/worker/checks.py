@@ -90,7 +90,7 @@ def _parameters(model: Any, plan: Plan) -> Check:
 
 
 def _values(parameter: Any) -> int:
-    """DeepSpeed's stage 3 leaves an empty tensor and notes its size."""
+    """ZeRO's stage 3 leaves an empty tensor and notes its size."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -118,8 +118,8 @@ def _trained_tokens(rows: Rows) -> Check:
 
 def _texts_apart(trainer: Any) -> Check:
     """On the real weights, what the data stage found out on a copy of the architecture."""
-    if trainer.is_deepspeed_enabled:
-        result = "on a one-layer copy of the model; not tried on its weights, which DeepSpeed shares out"
+    if trainer.in_engine:
+        result = "on a one-layer copy of the model; not tried on its weights, which ZeRO shares out"
         return Check(name=_APART, result=result, passed=True)
     problem = leak(trainer.model, trainer.model.config.model_type)
     return Check(name=_APART, result=problem or "yes", passed=problem is None)
@@ -127,8 +127,8 @@ def _texts_apart(trainer: Any) -> Check:
 
 def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Check:
     """Give the trainer its selective head; without one, training is slower and the same."""
-    if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists when training begins
-        result = "off: DeepSpeed shares out the model"
+    if trainer.in_engine:  # only its engine can run the model, and it exists when training begins
+        result = "off: ZeRO shares out the model"
     elif own_loss:  # it is given all logits
         result = "off: compute_loss is your own"
     else:
@@ -183,7 +183,7 @@ def stop_generation_at(model: Any, ends: set[int]) -> None:
 
 
 def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
-    """A pass at the longest length through DeepSpeed's engine; the loss times 0 leaves gradients of 0."""
+    """A pass at the longest length through the engine; the loss times 0 leaves gradients of 0."""
     engine = trainer.model_wrapped
     batch = batch_of(trainer, [rows[i] for i in by_length(rows)[: plan.micro_batch_size]])
     started = time.monotonic()

@@ -2,54 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fulltune.errors import SetupError
 from fulltune.inference.run import batches
 
 Part = tuple[list[int], dict[str, np.ndarray]]
 """Positions of rows, and name to values[these rows, ...]."""
-
-
-def start_deepspeed(arguments: Any) -> None:
-    """Let DeepSpeed know the other processes: on a CPU transformers 5.24 connects them and does not tell it."""
-    import deepspeed
-
-    # Its calls of renamed functions of torch would fill the log.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    backend = "gloo" if arguments.use_cpu else None
-    if arguments.world_size > 0:  # asking for it connects them
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-
-
-def build_extensions(on_cpu: bool, offload_optimizer: bool, phase: Callable[[str], None]) -> None:
-    """Compile what is missing of DeepSpeed's extensions that a run needs, in the first process for all."""
-    from deepspeed.accelerator import get_accelerator
-    from torch.utils import cpp_extension
-
-    names = [*(["ShareMemCommBuilder"] if on_cpu else []), *(["CPUAdamBuilder"] if offload_optimizer else [])]
-    for name in names:
-        builder: Any = get_accelerator().create_op_builder(name)
-        if builder is None or not hasattr(builder, "jit_load") or not builder.is_compatible(verbose=False):
-            continue  # DeepSpeed does without it, or says itself what is missing
-        folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-        if (lock := folder / "lock").exists():  # torch waits for it, without a word and for ever
-            phase(f"waiting for {lock}: {builder.name} is being compiled; if nothing compiles, delete this file")
-        if not (folder / f"{builder.name}.so").exists():
-            phase(f"compiling DeepSpeed's {builder.name}, once: about a minute")
-        try:
-            builder.load(verbose=False)
-        except (RuntimeError, OSError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise SetupError(
-                f"DeepSpeed's {builder.name} cannot be compiled: {reason}; it needs a C++ compiler (such as g++) and "
-                f"ninja; compiled parts lie in {folder}"
-            ) from error
 
 
 def from_first(value: Any) -> Any:

@@ -27,7 +27,6 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
-from fulltune.system import deepspeed
 from fulltune.tasks import LossSettings, Target, Task, task_named
 from fulltune.tasks.settings import class_weights
 from fulltune.train import checkpoints
@@ -35,8 +34,9 @@ from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.sampler import Mixed
 from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.optim import zero
 from fulltune.train.run_time import PROBING
-from fulltune.train.worker import distributed, scaling, weights
+from fulltune.train.worker import scaling
 from fulltune.train.worker.scaling import Scaled
 
 
@@ -57,8 +57,8 @@ def untouched(
         on_head=heads.append,
         shared_by=shared_by,
     )
-    if deepspeed.wanted(recipe):
-        weights.forget_unused_conversions(model)
+    if recipe.train.engine_by:
+        zero.forget_unused_conversions(model)
     return model, base.processor, heads[0] if heads else None
 
 
@@ -67,7 +67,7 @@ def with_method(model: Any, recipe: Recipe) -> methods.Applied:
     copied = names_of(model, recipe.task, recipe.method.arm) if recipe.method.kind in ("lora", "peft") else ()
     with sharding.whole_while_copied(model, copied):
         applied = methods.apply(model, recipe.method, recipe.task)
-    weights.give_one_type(model)
+    zero.give_one_type(model)
     return applied
 
 
@@ -128,12 +128,12 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
     target = Target.of(summary)
     inputs.recorder.phase("loading the model")
     transformers.logging.disable_progress_bar()
-    if inputs.in_deepspeed and inputs.sharing is not None and inputs.is_main:
-        distributed.build_extensions(plan.device == "cpu", inputs.sharing.offload_optimizer, inputs.recorder.phase)
-    # Before the model: with DeepSpeed's stage 3 its weights are shared out while they are read.
+    if inputs.in_engine and inputs.sharing is not None and inputs.is_main:
+        zero.build_extensions(plan.device == "cpu", inputs.sharing.offload_optimizer, inputs.recorder.phase)
+    # Before the model: with ZeRO's stage 3 its weights are shared out while they are read.
     arguments = training_arguments(recipe, plan, inputs.request.checkpoints)
-    if inputs.in_deepspeed:
-        distributed.start_deepspeed(arguments)
+    if inputs.in_engine:
+        zero.connect(arguments)
     transformers.set_seed(plan.seed)
     begin = partial(inputs.observed.measure, plan.device, task.FACTS.writes)
     shared_by = plan.num_processes if plan.placement == "fsdp2" else 1
@@ -142,7 +142,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
         transformers.set_seed(plan.seed)
         if head is not None and head.order is None:
             draw(model, head)
-    in_parts = sharding.runs_together(model) and not sharding.is_shared(model)  # by DeepSpeed, and not told from others
+    in_parts = sharding.runs_together(model) and not sharding.is_shared(model)  # by ZeRO, and not told from others
     base_weights = None if in_parts else checkpoints.weights_seen(model)
     head_start = None
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.order is None:
@@ -150,13 +150,13 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
     applied = with_method(model, recipe)
     model = applied.model
     make_faster(model, recipe, plan, summary)
-    if not inputs.in_deepspeed and not sharding.runs_together(model):
+    if not inputs.in_engine and not sharding.runs_together(model):
         model.to(arguments.device)
     rows = rows_with_mixed(inputs.data, summary, tokenizer)
     scaled, about_scale = None, ""
     if summary.scale is not None:
         two = None
-        if not inputs.in_deepspeed:
+        if not inputs.in_engine:
             batch = model_batch(model, task, [rows[i] for i in by_length(rows)[-2:]], tokenizer.pad_token_id)
             two = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
         learned = head is not None and head.order is not None

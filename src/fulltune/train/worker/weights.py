@@ -1,4 +1,4 @@
-"""Whole weights before, during and after training; with DeepSpeed all processes call these functions."""
+"""Whole weights before, during and after training; of a model that is shared out all processes call these functions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.training import Moved
 from fulltune.tasks import Target, causal_lm
-from fulltune.train import checkpoints, shared_state
+from fulltune.train import shared_state
 from fulltune.train.optim import shared, zero
 from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.worker import distributed
 
 
 def held(parameter: Any) -> torch.Tensor:
-    """A parameter's values on the CPU, with FSDP2 this process's part; of half precision DeepSpeed's fp32 copy."""
+    """A parameter's values on the CPU, with FSDP2 this process's part; of half precision ZeRO's fp32 copy."""
     if zero.is_in_engine(parameter) or hasattr(parameter, "ds_id"):
         return zero.whole(parameter).cpu()
     return sharding.local(parameter.detach()).cpu()
@@ -39,7 +39,7 @@ def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
     """AdamW's running mean of squared gradients on the CPU, in the shape of `held` and positive where a value has
     received a gradient; None with optimizers that have none."""
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer  # accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer  # accelerate's and an engine's wrappers
     if zero.is_in_engine(parameter):
         if not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return None
@@ -118,41 +118,21 @@ def own_file(folder: Path, prefix: str) -> Path:
     return folder / f"{prefix}{os.getpid()}.safetensors"
 
 
-def give_one_type(model: Any) -> None:
-    """Have what a method added to a model that DeepSpeed's stage 3 shares out the type of the rest: its engine
-    (DeepSpeed 0.19.8) takes such a model as it is."""
-    kinds = [one.dtype for one in model.parameters() if hasattr(one, "ds_id")]
-    for one in model.parameters() if kinds else ():
-        if not hasattr(one, "ds_id"):
-            one.data = one.data.to(kinds[0])
-
-
 def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
     """Put the weights of a checkpoint after which nothing is left to train into the model; returns its optimizer."""
     # Which tensors received a gradient was seen by the attempt before; only optimizers without second moments ask.
     trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
-    if trainer.is_deepspeed_enabled:
+    if trainer.in_engine:
         # Only its engine holds what is read; transformers has no public way to make one without training.
         trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
         return trainer.optimizer
-    checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
+    trainer.load_weights(checkpoint)
     optimizer = trainer.create_optimizer()
     if trainer.is_shared or shared_state.is_in(checkpoint):
         shared.load(trainer.model, optimizer, checkpoint)
         return optimizer
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     return optimizer
-
-
-def forget_unused_conversions(model: Any) -> None:
-    """Have tensors saved under the model's own names.
-
-    transformers 5.24 forgets renamings that no tensor of the checkpoint needed, but not when DeepSpeed shares out
-    the weights: then it would save every `LayerNorm.weight` as `LayerNorm.gamma`. Delete this when it does.
-    """
-    found = getattr(model, "_weight_conversions", None)
-    if found:
-        model._weight_conversions = [conversion for conversion in found if conversion.was_used()]
 
 
 def save_model(
@@ -206,6 +186,6 @@ def _save_whole(model: Any, folder: Path, is_first: bool) -> None:
     if is_shared and not in_one:
         (zero if in_engine else shared_state).write_whole(model, folder)
     if is_first and in_engine:
-        # transformers notes the type that DeepSpeed computes in.
+        # transformers notes the type that the engine computes in.
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", values | {"dtype": "float32"})
