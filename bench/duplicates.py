@@ -57,7 +57,7 @@ from fulltune.audit import texts as audit
 from fulltune.audit.languages import spoken
 from fulltune.audit.repeated import NEAR, stands_before
 from fulltune.audit.rows import AuditedRows
-from fulltune.data import near
+from fulltune.data import groups as near
 from fulltune.data.groups import draw
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import normalised

@@ -78,7 +78,6 @@ def with_fulltune(file: Path, task: str, folder: Path) -> None:
     from fulltune.models.base import Base
     from fulltune.recipe.fields import Recipe
     from fulltune.recipe.model import ModelBlock
-    from fulltune.tasks import task_named
 
     # A fifth each for eval and test: with the usual tenth, ten rows would be too few for three splits.
     settings = {"train": str(file), "eval_fraction": 0.2, "test_fraction": 0.2}
@@ -86,7 +85,7 @@ def with_fulltune(file: Path, task: str, folder: Path) -> None:
     recipe = Recipe.model_validate({"model": MODEL, "task": task, "data": settings | length})
     tokenizer = Base.of(ModelBlock(name=MODEL)).processor
     tokenizer.model_max_length = BLOCK
-    data.prepare(recipe, folder, task_named(recipe.task), tokenizer, data.Limits(None, "", lambda: None))
+    data.prepare(data.Stage(recipe, folder, tokenizer, data.Limits(None, "", lambda: None)))
 
 
 def with_datasets(file: Path, folder: Path) -> None:

@@ -157,10 +157,9 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     methods.check(job.recipe, config)
     check_texts(job.recipe.preserve)
     data.refuse_trained_texts(job.recipe)
-    summary = data.prepare(
+    stage = data.Stage(
         job.recipe,
         job.folder / "data",
-        job.task,
         job.base.processor,
         data.Limits.of(job.base, job.recipe),
         job.hooks.preprocess,
@@ -168,6 +167,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
         cache_folder=job.folder.parent / ".fulltune-cache",
         listener=job.listener,
     )
+    summary = data.prepare(stage)
     check_settings_for(job.recipe, summary)
     job.hooks.check_data(summary)
     job.listener(DataPrepared(summary=summary, is_known=before == path.stat().st_mtime_ns))

@@ -1020,13 +1020,12 @@ def run_here(case: Case, processors: dict[str, Any], prepared: Callable[[], None
     from fulltune import data
     from fulltune.errors import FulltuneError
     from fulltune.recipe.fields import Recipe
-    from fulltune.tasks import task_named
 
     recipe = Recipe.model_validate(recipe_values(case))
     processor = processors[case.task]
     try:
         try:
-            data.prepare(recipe, case.folder / "data", task_named(recipe.task), processor, data.Limits(tiny.POSITIONS))
+            data.prepare(data.Stage(recipe, case.folder / "data", processor, data.Limits(tiny.POSITIONS)))
         finally:
             prepared()
         return outcome_of(case, case.folder / "data", processor)

@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 
 from fulltune.audit.rows import AuditedRows, SeenRows
-from fulltune.data.near import grams, jaccard, joined
+from fulltune.data.groups import grams, jaccard, joined
 from fulltune.records.audit import Remedy, RowIssue
 from fulltune.tasks import PLACE
 

@@ -16,8 +16,7 @@ from fulltune.audit.languages import OTHER_LANGUAGE, Heard, elsewhere, listen
 from fulltune.audit.texts import flaws, masked_text
 from fulltune.audit.texts.flaw import Flaw, listed
 from fulltune.audit.texts.names import alike
-from fulltune.data.groups import draw
-from fulltune.data.near import signatures
+from fulltune.data.groups import draw, signatures
 from fulltune.data.patch import Decisions, Patched, load_patch, numbered
 from fulltune.data.running_text import PARTS, cells, checks_of, whole_texts
 from fulltune.data.sources import find_files, read_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import islice
+from typing import Literal
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from fulltune.audit.texts import masked_text
 from fulltune.audit.texts.flaw import masked
 from fulltune.audit.texts.names import alike_in_words
 from fulltune.data.contamination import KnownTexts
-from fulltune.data.encode import NEW_LABEL, Dropped, DropTally, Encoded
-from fulltune.data.marks import kind_of_time, problems_of, time_in_words
-from fulltune.data.sources import SourceName, SourceRows, is_mixed
+from fulltune.data.encode import NEW_LABEL, Dropped, Encoded, Loss
+from fulltune.data.marks import problems_of, time_in_words
+from fulltune.data.sources import SourceName, is_mixed
 from fulltune.data.split import HELD_OUT, SPLITS, Split, held_out_rows, largest_group
 from fulltune.data.written import kept_rows
 from fulltune.errors import DataError
@@ -52,54 +52,53 @@ def refuse_secret_names(target: Target, where: str) -> list[str]:
     return [f"personal data in names of labels or columns, which {told}: {first_few(notes)}"] if notes else []
 
 
-def refuse_unusable(
-    recipe: Recipe, encoded: Mapping[SourceName, Encoded], sources: Mapping[SourceName, SourceRows]
-) -> None:
+def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, Encoded]) -> None:
     """Raises a `DataError` for too many unusable rows, too long ones where that is an error, and broken images."""
     strategy = recipe.data.truncation_strategy
     # Rows that the user asked to drop, or that are mixed in only where they suit, are not held against the file.
     allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
     problems: list[str] = []
     for name, whole in encoded.items():
-        where, unusable, unfit = sources[name].where, whole.dropped["unusable"], whole.dropped["unfit"]
-        broken = unfit.counts[UNDECODABLE_IMAGE]
+        where, tally = whole.where, whole.tally
+        broken = tally.counts["unfit", UNDECODABLE_IMAGE]
         if broken and recipe.data.undecodable_images == "error":
-            problems += [f"{item.place}: {item.reason}" for item in unfit.first[UNDECODABLE_IMAGE]]
+            problems += [f"{place}: {reason}" for place, reason in tally.first["unfit", UNDECODABLE_IMAGE]]
             them = "it" if broken == 1 else "them"
             problems.append(
                 f"{where}: {counted(broken, 'image')} cannot be decoded; repair {them}, or drop {them} with "
                 "data.undecodable_images: drop"
             )
-        problems += problems_of(recipe.data, whole.found, whole.num_rows, where)
-        problems += _too_many(unusable, (), whole.num_read, where)
-        problems += _too_many(unfit, allowed, whole.num_read - unusable.counts.total(), where)
-        if strategy == "error" and whole.num_too_long:
-            verb = "is" if whole.num_too_long == 1 else "are"
+        if not is_mixed(name):
+            problems += problems_of(recipe.data, tally, whole.num_rows, where)
+        problems += _too_many(whole, "unusable", (), whole.num_read)
+        problems += _too_many(whole, "unfit", allowed, whole.num_read - tally.of("unusable").total())
+        if strategy == "error" and (count := tally.of("too long").total()):
             problems.append(
-                f"{where}: {counted(whole.num_too_long, 'row')} of {name} {verb} longer than "
+                f"{where}: {counted(count, 'row')} of {name} {'is' if count == 1 else 'are'} longer than "
                 "data.max_length; raise it, or set data.truncation_strategy to truncate or drop"
             )
     if problems:
         raise DataError(problems)
 
 
-def _too_many(dropped: DropTally, allowed: Collection[str], num_rows: int, where: str) -> list[str]:
+def _too_many(whole: Encoded, loss: Loss, allowed: Collection[str], num_rows: int) -> list[str]:
     """Dropping a few rows is worth a note, more than one in twenty would ruin the run in silence: a line for it."""
-    counts = Counter({check: count for check, count in dropped.counts.items() if check not in allowed})
+    counts = Counter({check: count for check, count in whole.tally.of(loss).items() if check not in allowed})
     total = counts.total()
     # One row is never many: an eval file of ten rows may have a bad one as well as a train file of thousands.
     if total <= max(1, MOST_DROPPED * num_rows) and (total < num_rows or not total):
         return []
-    first = dropped.first[next(iter(counts))][0]
+    check = next(iter(counts))
+    place, reason = whole.tally.first[loss, check][0]
     remedy = (
         "Raise data.max_length, shorten these rows, or drop them with data.truncation_strategy: drop"
-        if first.check == "answer cut off"
+        if check == "answer cut off"
         else "Remove or repair these rows, or name another column in the recipe"
     )
     by_check = ", ".join(f"{count} x {check}" for check, count in counts.most_common())
     return [
-        f"{where}: {total:,} of {counted(num_rows, 'row')} cannot be used ({by_check}); first: {first.place}, "
-        f"{masked_text(first.reason)}. {remedy}"
+        f"{whole.where}: {total:,} of {counted(num_rows, 'row')} cannot be used ({by_check}); first: {place}, "
+        f"{masked_text(reason)}. {remedy}"
     ]
 
 
@@ -107,7 +106,7 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
     """Raises a `DataError` for classes that train lacks: they cannot be learned, and scoring them is a silent loss."""
     train = splits["train"].label_counts()
     problems = [
-        f"{splits[name].where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train"
+        f"{splits[name].source.where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train"
         f"{'; add rows to train or remove them here' if splits[name].is_file else _why_new(block, name)}"
         for name in HELD_OUT
         for label, count in sorted(splits[name].label_counts().items())
@@ -122,12 +121,12 @@ def _why_new(block: DataBlock, name: SplitName) -> str:
     if block.time is not None:
         return (
             f": its first row is newer than all that are trained on ('{block.time}', data.time); give a smaller "
-            f"data.{name}_fraction, so that some are, remove these rows, or split without data.time"
+            f"data.{name}_fraction, remove these rows, or split without data.time"
         )
     if block.group is not None:
         return (
-            f": its rows hang together by '{block.group}' (data.group) or their texts, so that all are held out; add "
-            f"rows of other values of '{block.group}', remove these, or draw anew with another data.split_seed"
+            f": its rows hang together by '{block.group}' (data.group) or their texts; add rows of other values of "
+            f"'{block.group}', remove these, or draw anew with another data.split_seed"
         )
     return "; add rows to train or remove them here"
 
@@ -157,30 +156,36 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
         side = "" if dev.is_file and test.is_file else "; kept on one side of the split"
         verb = "shares its" if count == 1 else "share their"
         remarks.append(f"{_part(count, train, 'train')} {verb} {shared} with another one{nearly}{side}")
-    flatters = f"train{nearly}: their scores flatter the model"
-    chooses = f"eval{nearly}, which chooses the checkpoint"
-    overlaps: tuple[tuple[SplitName, Split, str], ...] = (
-        ("eval", train, flatters),
-        ("test", train, flatters),
-        ("test", dev, chooses),
-    )
-    for name, other, where in overlaps:
-        if count := num_shared(splits[name], other):
-            verb = "has" if count == 1 else "have"
-            remarks.append(f"{_part(count, splits[name], name)} {verb} a {shared} that also stands in {where}")
+    remarks += _shared(splits, "groups", shared, nearly)
     of_classes = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
     if "label" in target.columns and (told := alike_in_words(of_classes)):
         remarks.append(told)
     return remarks
 
 
+def _shared(
+    splits: Mapping[SplitName, Split], of: Literal["groups", "values"], what: str, nearly: str = ""
+) -> list[str]:
+    """Notes on held-out rows whose groups, or values of `data.group`, are also those of another split's."""
+    flatters = ": their scores flatter the model"
+    overlaps: tuple[tuple[SplitName, SplitName, str], ...] = (
+        ("eval", "train", flatters),
+        ("test", "train", flatters),
+        ("test", "eval", ", which chooses the checkpoint"),
+    )
+    return [
+        f"{_part(count, splits[name], name)} {'has' if count == 1 else 'have'} a {what} that also stands in "
+        f"{other}{nearly}{why}"
+        for name, other, why in overlaps
+        if (count := num_shared(splits[name], splits[other], of))
+    ]
+
+
 def note_on_flaws(sources: Iterable[Encoded]) -> list[str]:
     """What the cheap checks found in the rows' texts."""
-    found = sum((source.flaws for source in sources), Counter[str]())
-    if not found:
-        return []
+    found = sum((source.tally.of("flaw") for source in sources), Counter[str]())
     shown = ", ".join(f"{check} in {counted(count, 'row')}" for check, count in found.most_common())
-    return [f"texts that look wrong: {shown}; 'fulltune data' lists them"]
+    return [f"texts that look wrong: {shown}; 'fulltune data' lists them"] * bool(found)
 
 
 def _part(count: int, split: Split, name: SplitName) -> str:
@@ -194,34 +199,26 @@ def _num_with_others(groups: np.ndarray, wholes: np.ndarray) -> int:
     return int(np.isin(groups, names[counts > 1]).sum())
 
 
-def num_shared(split: Split, other: Split) -> int:
-    """Rows of a split whose text, or prompt, also stands in another one."""
-    return int(np.isin(split.groups, other.groups).sum())
+def num_shared(split: Split, other: Split, of: Literal["groups", "values"] = "groups") -> int:
+    """Rows of a split whose text, or prompt, also stands in another one; or whose value of `data.group` does."""
+    return int(np.isin(getattr(split, of), getattr(other, of)).sum())
 
 
 def unmeasured(train: Split, test: Split) -> list[str]:
     """Classes of train that no test row has, or hardly any: their quality is not known."""
     in_train, in_test = train.label_counts(), test.label_counts()
-    remarks = []
-    if missing := sorted(in_train.keys() - in_test.keys(), key=lambda name: (in_train[name], name)):
-        shown = ", ".join(f"'{name}' ({counted(in_train[name], 'train row')})" for name in missing[:3])
-        verb, them = ("has", "it") if len(missing) == 1 else ("have", "them")
-        remarks.append(
-            f"{len(missing)} of {len(in_train)} classes {verb} no test row, so nothing measures {them}: {shown}"
-        )
-    scarce = sorted((count, name) for name, count in in_test.items() if count < _FEW_OF_A_CLASS)
+    scarce = sorted((in_test[name], name) for name in in_train if in_test[name] < _FEW_OF_A_CLASS)
     # Of few test rows in all, that is plain to see.
-    if scarce and test.num_rows >= FEW_EVAL_ROWS:
-        shown = ", ".join(f"'{name}' ({count})" for count, name in scarce[:3])
-        remarks.append(
-            f"classes with fewer than {_FEW_OF_A_CLASS} of the {test.num_rows:,} test rows, so that their scores are "
-            f"close to chance: {len(scarce)} of {len(in_train)}: {shown}"
-        )
-    return remarks
+    if not scarce or (scarce[0][0] and test.num_rows < FEW_EVAL_ROWS):
+        return []
+    shown = ", ".join(f"'{name}' ({count})" for count, name in scarce[:3])
+    return [
+        f"classes with fewer than {_FEW_OF_A_CLASS} of the {test.num_rows:,} test rows, so that their scores are close "
+        f"to chance, or nothing measures them: {len(scarce)} of {len(in_train)}: {shown}"
+    ]
 
 
 STANDS_EARLIER = "stands in an earlier split"
-_SHOWN = 3
 
 
 def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
@@ -239,92 +236,69 @@ def listed_late(block: DataBlock, train: Encoded, late: np.ndarray) -> Iterator[
         yield Dropped("train", place, STANDS_EARLIER, reason, row)
 
 
-def notes_apart(block: DataBlock, splits: Mapping[SplitName, Split]) -> list[str]:
+def notes_on_sides(recipe: Recipe, splits: Mapping[SplitName, Split]) -> list[str]:
     """How rows were split by `data.time` and `data.group`, and what files of their own share with train."""
-    by_time = [] if block.time is None else [_split_by_time(block, splits)]
-    return [*by_time, *([] if block.group is None else _of_groups(block, block.group, splits))]
-
-
-def _split_by_time(block: DataBlock, splits: Mapping[SplitName, Split]) -> str:
-    train = splits["train"]
-    kind = kind_of_time(train.source.found)
-    spans = []
-    for name in SPLITS:
-        if (split := splits[name]).source is train.source:
-            times = train.source.times[split.rows]
-            first, last = (time_in_words(kind, float(time)) for time in (times.min(), times.max()))
-            spans.append(f"{name} {first} to {last}")
-    said = f"split by '{block.time}': {', '.join(spans)}"
-    if count := int(late_rows(splits).sum()):
-        same = f"text, or '{block.group}'," if block.group else "text"
-        verb, whose = ("is", "its") if count == 1 else ("are", "their")
-        said += (
-            f"; {count:,} of {counted(train.source.num_rows, 'row')} {verb} left out, for {whose} {same} also stands "
-            "in an earlier split (data/dropped.jsonl)"
-        )
-    return said
-
-
-def _of_groups(block: DataBlock, column: str, splits: Mapping[SplitName, Split]) -> list[str]:
-    train, remarks = splits["train"], []
-    whole = train.source
+    block, whole, remarks = recipe.data, splits["train"].source, list[str]()
     own = {name: splits[name] for name in SPLITS if splits[name].source is whole}
+    if block.time is not None:
+        remarks.append(_split_by_time(block, own, int(late_rows(splits).sum())))
+    elif own.keys() - {"train"}:
+        # Of files of their own, none was asked for.
+        asked = {"eval": block.eval_fraction, "test": block.test_fraction}
+        for name in filter(own.__contains__, HELD_OUT):
+            rows, wanted = own[name].num_rows, held_out_rows(whole.num_rows, asked[name])
+            if abs(rows - wanted) > 0.1 * wanted + 1:
+                remarks.append(
+                    f"{counted(rows, f'{name} row')} where data.{name}_fraction asks for {wanted:,}: rows that hang "
+                    "together are taken together, and each label that has several texts gives at least one"
+                )
+    if block.group is None:
+        return remarks
     if len(own) > 1:
         # By texts, values hang together.
         values, sides = (len(np.unique(numbers)) for numbers in (whole.values, whole.sides))
         joined = f", {counted(sides, 'group')} where these share texts" if sides < values else ""
         remarks.append(
-            f"kept on one side of the split by '{column}': {counted(values, 'value')}{joined}, the largest of "
+            f"kept on one side of the split by '{block.group}': {counted(values, 'value')}{joined}, the largest of "
             f"{counted(largest_group(whole.sides), 'row')}"
         )
-    for name in HELD_OUT if block.time is None else ():
-        asked = held_out_rows(whole.num_rows, block.eval_fraction if name == "eval" else block.test_fraction)
-        if name in own and abs(own[name].num_rows - asked) > 0.1 * asked + 1:
-            remarks.append(
-                f"{counted(own[name].num_rows, f'{name} row')} where data.{name}_fraction asks for {asked:,}: rows of "
-                f"one '{column}' are taken together"
-            )
-    pairs: tuple[tuple[SplitName, SplitName, str], ...] = (
-        ("eval", "train", ": their scores flatter the model"),
-        ("test", "train", ": their scores flatter the model"),
-        ("test", "eval", ", which choose the checkpoint"),
-    )
-    for name, other, why in pairs:
-        split = splits[name]
-        if count := int(np.isin(split.values, splits[other].values).sum()):
-            verb = "shares its" if count == 1 else "share their"
-            remarks.append(f"{count:,} of {split.num_rows:,} {name} rows {verb} '{column}' with {other} rows{why}")
-    return remarks
+    return remarks + _shared(splits, "values", f"'{block.group}'")
 
 
-def notes_on_known(
-    known: KnownTexts | None,
-    train: Split,
-    encoded: Mapping[SourceName, Encoded],
-    sources: Mapping[SourceName, SourceRows],
-    lost: list[Dropped],
-) -> list[str]:
+def _split_by_time(block: DataBlock, own: Mapping[SplitName, Split], late: int) -> str:
+    """Which times each split has that was taken off the train file."""
+    whole = own["train"].source
+    kind = next(iter(whole.tally.of("kind of time")))
+    spans = []
+    for name, split in own.items():
+        times = whole.times[split.rows]
+        first, last = (time_in_words(kind, float(time)) for time in (times.min(), times.max()))
+        spans.append(f"{name} {first} to {last}")
+    said = f"split by '{block.time}': {', '.join(spans)}"
+    if late:
+        same = f"text, or '{block.group}'," if block.group else "text"
+        said += (
+            f"; {late:,} of {counted(whole.num_rows, 'row')} left out: the same {same} also stands in an earlier split "
+            "(data/dropped.jsonl)"
+        )
+    return said
+
+
+def notes_on_known(known: KnownTexts | None, train: Split, mixed: Mapping[SourceName, Split]) -> list[str]:
     """Notes on trained rows that hold a text of `data.contamination`."""
     if known is None:
         return []
-    remarks = [_on_known(known, train.source, train.source.holds_known & train.rows, train.num_rows, "train rows")]
-    for name in filter(is_mixed, encoded):
-        whole, places = encoded[name], {item.place for item in lost if item.split == name}
-        rows = whole.holds_known.copy()
-        if places and rows.any():
-            rows[[number for number, place, _ in kept_rows(whole, rows) if place in places]] = False
-        kind = f"rows of {sources[name].where}, which is mixed in,"
-        remarks.append(_on_known(known, whole, rows, whole.num_rows - len(places), kind))
+    remarks = []
+    for name, split in {"train": train, **mixed}.items():
+        rows = split.source.holds_known & split.rows
+        kind = "train rows" if name == "train" else f"rows of {split.source.where}, which is mixed in,"
+        if not (count := int(rows.sum())):
+            remarks.append(f"none of {split.num_rows:,} {kind} holds one of {known.source} (data.contamination)")
+            continue
+        places = [place for _, place, _ in kept_rows(split.source, rows)]
+        remarks.append(
+            f"{count:,} of {split.num_rows:,} {kind} {'holds' if count == 1 else 'hold'} one of {known.source} "
+            f"(data.contamination), or much of it: {first_few(places)}; scores on these texts flatter the model: "
+            "remove the rows, or do not report them"
+        )
     return remarks
-
-
-def _on_known(known: KnownTexts, whole: Encoded, rows: np.ndarray, total: int, kind: str) -> str:
-    if not (count := int(rows.sum())):
-        return f"none of {total:,} {kind} holds one of {known.source} (data.contamination)"
-    places = [place for _, place, _ in islice(kept_rows(whole, rows), _SHOWN)]
-    more = f" and {count - len(places):,} more" if count > len(places) else ""
-    verb = "holds" if count == 1 else "hold"
-    return (
-        f"{count:,} of {total:,} {kind} {verb} one of {known.source} (data.contamination), or much of it: "
-        f"{', '.join(places)}{more}; scores on these texts flatter the model: remove the rows, or do not report them"
-    )

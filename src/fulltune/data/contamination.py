@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.data.groups import draw
-from fulltune.data.near import mixed_numbers
+from fulltune.data.groups import draw, mixed_numbers
 from fulltune.data.readers.files import ONLY_BY_NAME, SUFFIXES, data_files, reading
 from fulltune.data.readers.plain_text import has_blank_lines
 from fulltune.data.readers.read import DataFiles

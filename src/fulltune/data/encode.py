@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,16 +17,16 @@ import numpy as np
 
 from fulltune.audit.texts import found_by, masked_cells
 from fulltune.data.contamination import KnownTexts, holds_one
-from fulltune.data.groups import draw, joined_by_value
-from fulltune.data.marks import Found, marks_of
-from fulltune.data.near import joined, signatures
+from fulltune.data.groups import draw, joined, joined_by_value, signatures
+from fulltune.data.marks import RowCounts, marks_of
 from fulltune.data.readers.read import PlacedRow
 from fulltune.data.running_text import CHEAP, LOOKED_AT, cells, checks_of
 from fulltune.errors import SetupError
 from fulltune.inference.store import RowWriter, record_batch, words
+from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.system.hardware import num_cores
-from fulltune.tasks import LENGTH, Example, Refused, Target, task_named
+from fulltune.tasks import LENGTH, Example, Refused, Target, Task, task_named
 from fulltune.tasks.columns import as_text, normalised, unreadable, windows
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ CHUNK_BYTES = 2 * 2**20
 """Tokenising takes up to 170 times the memory of the text."""
 ROWS_WORTH_PROCESSES = 20_000
 """With fewer rows the processes would cost more time than they save."""
-_PLACES_SHOWN = 10
 
 NEW_LABEL = "label not in train"
 
@@ -50,25 +48,20 @@ in it is trained; the same of some examples of a row that keeps others."""
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs to know."""
+    """What every worker needs to know about a source."""
 
     task: TaskName
+    block: DataBlock
     target: Target
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    split: str
-    split_seed: int
-    drop_truncated: bool
-    known_labels: frozenset[str] | None = None
-    """The train rows' labels; a row with another one is counted and not tokenised, for it will be refused."""
+    source: str = "train"
+    where: str = ""
+    """The source's file, for messages."""
     is_mixed: bool = False
-    """The rows are mixed in: one with another label is dropped instead, and one may say not whose it is."""
-    signs: bool = False
-    """Near-duplicates are looked for."""
-    group: str | None = None
-    """Column that says whose a row is."""
-    time: str | None = None
-    """Column that says when a row came."""
+    """The rows are mixed into the train rows: one with another label is dropped, and one may say not whose it is."""
+    known_labels: frozenset[str] | None = None
+    """The train rows' labels: a row with another one is counted and not tokenised, for it will be refused."""
     known: KnownTexts | None = None
     """Texts that must not be trained on."""
 
@@ -85,26 +78,15 @@ class Dropped:
     """Empty for a further lost part of a row that stands before it."""
 
 
-@dataclass
-class DropTally:
-    """How many rows were dropped by which check, and the first few of each; all of them are in `dropped.jsonl`."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    first: dict[str, list[Dropped]] = field(default_factory=dict)
-
-    def add(self, item: Dropped) -> None:
-        """Count a row."""
-        self.counts[item.check] += 1
-        if self.counts[item.check] <= _PLACES_SHOWN:
-            self.first.setdefault(item.check, []).append(item)
-
-
 @dataclass(frozen=True)
-class RowNumbers:
-    """A few numbers about each example, and about each row that gave one."""
+class Encoded:
+    """A few numbers about each example of a source, or of some of its rows, and about each row that gave one."""
 
+    where: str
+    target: Target
+    num_read: int
     row_of: np.ndarray
-    """The row that each example comes from: int64 [examples]."""
+    """The row that each example comes from, from 0: int64 [examples]."""
     lengths: np.ndarray
     """Tokens: int32 [examples]."""
     trained_tokens: np.ndarray
@@ -113,6 +95,8 @@ class RowNumbers:
     """bool [examples]."""
     groups: np.ndarray
     """`draw` of each row's group key: uint64 [rows]."""
+    sides: np.ndarray
+    """The group of each row that a split never separates: uint64 [rows]; as `groups`, or larger."""
     wholes: np.ndarray
     """The same of all that a row gives to learn, its answer or label included: uint64 [rows]."""
     signatures: np.ndarray
@@ -123,44 +107,14 @@ class RowNumbers:
     """When each row came, as numbers in the order of time: float64 [rows]; without rows where no column says so."""
     holds_known: np.ndarray
     """Whether each row holds a text that must not be trained on: bool [rows]; without rows where none is named."""
-
-
-@dataclass(frozen=True)
-class Chunk(RowNumbers):
-    """What a worker made of some rows; examples and rows are numbered from 0."""
-
-    num_read: int
-    batch: pa.RecordBatch | None
-    """One row per example: features, `length`, words."""
-    labels: list[list[str]]
-    dropped: dict[Loss, list[Dropped]]
-    found: Found
-    """In the columns that say whose the rows are and when they came."""
-    num_too_long: int
+    labels: np.ndarray
+    """The place of each row's labels in `label_sets`: int64 [rows]."""
+    label_sets: tuple[tuple[str, ...], ...]
+    tally: RowCounts
+    """What was dropped, too long, or wrong with texts; and what the columns of `data.group` and `data.time` hold."""
     longest: int
-    flaws: Counter[str]
-    """Rows in whose texts each cheap check found something."""
-
-
-@dataclass(frozen=True)
-class Encoded(RowNumbers):
-    """A whole source, tokenised: the examples lie in `folder`."""
-
-    sides: np.ndarray
-    """The group of each row that a split never separates: uint64 [rows]; as `groups`, or larger."""
-    folder: Path
-    num_read: int
-    label_numbers: np.ndarray
-    """Numbers of all rows' labels in `names`, one row after another: int32 [labels]."""
-    label_ends: np.ndarray
-    """Where each row's labels end, after a 0: int64 [rows + 1]."""
-    names: dict[str, int]
-    dropped: dict[Loss, DropTally]
-    found: Found
-    num_too_long: int
-    longest: int
-    flaws: Counter[str]
-    """As of a chunk."""
+    folder: Path = Path()
+    """Where the examples of a whole source lie."""
 
     @property
     def num_rows(self) -> int:
@@ -170,49 +124,81 @@ class Encoded(RowNumbers):
     @property
     def num_dropped(self) -> int:
         """Rows that gave none."""
-        return self.dropped["unusable"].counts.total() + self.dropped["unfit"].counts.total()
+        return self.tally.of("unusable").total() + self.tally.of("unfit").total()
+
+    @property
+    def names(self) -> list[str]:
+        """All labels, sorted."""
+        return sorted(set().union(*self.label_sets))
+
+
+_COLUMNS = (
+    *("lengths", "trained_tokens", "truncated"),
+    *("groups", "wholes", "signatures", "values", "times", "holds_known"),
+)
+Chunk = tuple[Encoded, "pa.RecordBatch | None", list[Dropped]]
+"""What a worker makes of some rows: numbers; features, `length` and words of each example; and what is dropped."""
+
+
+def _joined(parts: Sequence[Encoded], folder: Path) -> Encoded:
+    """A whole source, whose examples lie in a folder."""
+    sets: dict[tuple[str, ...], int] = {}
+    labels, row_of, tally, num_rows = [], [], RowCounts(), 0
+    for part in parts:
+        places = [sets.setdefault(names, len(sets)) for names in part.label_sets]
+        labels.append(np.array(places, np.int64)[part.labels])
+        row_of.append(part.row_of + num_rows)
+        num_rows += part.num_rows
+        tally.take(part.tally)
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
+    return replace(
+        parts[0],
+        **columns,
+        row_of=np.concatenate(row_of),
+        labels=np.concatenate(labels),
+        label_sets=tuple(sets),
+        tally=tally,
+        num_read=sum(part.num_read for part in parts),
+        longest=max(part.longest for part in parts),
+        folder=folder,
+        sides=columns["groups"],
+    )
 
 
 def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     """Check and tokenise some rows."""
-    task = task_named(job.task)
-    dropped: dict[Loss, list[Dropped]] = {"unusable": [], "unfit": [], "part": []}
+    task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[Dropped]()
+
+    def drop(loss: Loss, place: str, row: Mapping[str, Any], refused: Refused) -> None:
+        tally.add(loss, refused.check, place, refused.reason)
+        dropped.append(Dropped(job.source, place, refused.check, refused.reason, dict(row)))
+
     usable: list[PlacedRow] = []
     for place, row in chunk:
-        problem = unreadable(row, job.target.columns)
-        refused = Refused("unreadable", problem) if problem else task.refuse(row, job.target)
-        if refused is None:
-            usable.append((place, row))
+        if refused := _unusable(job, task, row):
+            drop("unusable", place, row, refused)
         else:
-            if not problem:  # asked again, for a reason that quotes nothing private
-                refused = task.refuse(masked_cells(row), job.target) or refused
-            dropped["unusable"].append(Dropped(job.split, place, refused.check, refused.reason, dict(row)))
-    examples: list[Example] = []
-    row_of: list[int] = []
-    texts: list[str] = []
-    rows: list[PlacedRow] = []
-    num_too_long = 0
-    for (place, row), of_row in zip(usable, _examples(job, [row for _, row in usable]), strict=True):
+            usable.append((place, row))
+    examples, row_of, texts, rows = list[Example](), list[int](), list[str](), list[PlacedRow]()
+    for (place, row), of_row in zip(usable, _examples(job, task, [row for _, row in usable]), strict=True):
         if of_row is None:
             if job.is_mixed:
-                reason = f"'{_new_label(job, row)}' is no label of the task's rows"
-                dropped["unfit"].append(Dropped(job.split, place, NEW_LABEL, reason, dict(row)))
+                drop(
+                    "unfit", place, row, Refused(NEW_LABEL, f"'{_new_label(job, row)}' is no label of the task's rows")
+                )
             else:
                 rows.append((place, row))
             continue
-        num_too_long += any(example.truncated for example in of_row)
-        refusals = [_refusal(example, job.drop_truncated) for example in of_row]
+        if any(example.truncated for example in of_row):
+            tally.add("too long", "", place)
+        refusals = [_refusal(example, block.truncation_strategy == "drop") for example in of_row]
         good = [example for example, refusal in zip(of_row, refusals, strict=True) if refusal is None]
-        problems = [refusal for refusal in refusals if refusal] if of_row else [Refused("nothing to train", "no token")]
-        # The row is written down once, however many of its examples are lost.
-        lost = [
-            Dropped(job.split, place, problem.check, problem.reason, {} if i else dict(row))
-            for i, problem in enumerate(problems)
-        ]
+        lost = [refusal for refusal in refusals if refusal] if of_row else [Refused("nothing to train", "no token")]
         if not good:
-            dropped["unfit"].append(lost[0])
+            drop("unfit", place, row, lost[0])
             continue
-        dropped["part"] += lost
+        for number, refused in enumerate(lost):  # the row is written down once, however many examples are lost
+            drop("part", place, {} if number else row, refused)
         examples += good
         row_of += [len(rows)] * len(good)
         # The row is kept beside its first example, beside the others only its place.
@@ -224,37 +210,51 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     ]
     keys = [task.group_key(row, job.target) for _, row in rows]
     wholes = [_whole(job, key, row) for key, (_, row) in zip(keys, rows, strict=True)]
-    marks = marks_of(rows, job.group, job.time, job.split_seed, is_optional=job.is_mixed)
-    return Chunk(
+    values, times = marks_of(rows, block.group, block.time if job.source == "train" else None, block.split_seed, tally)
+    sets: dict[tuple[str, ...], int] = {}
+    labels = [sets.setdefault(tuple(task.row_labels(row, job.target)), len(sets)) for _, row in rows]
+    _count_flaws(job, (row for _, row in rows), tally)
+    groups = np.array([draw(block.split_seed, key) for key in keys], np.uint64)
+    numbers = Encoded(
+        where=job.where,
+        target=job.target,
         num_read=len(chunk),
-        batch=record_batch(features, texts) if examples else None,
         row_of=np.array(row_of, np.int64),
         lengths=np.array([row[LENGTH] for row in features], np.int32),
         trained_tokens=np.array([example.trained_tokens for example in examples], np.int32),
         truncated=np.array([example.truncated for example in examples], bool),
-        groups=np.array([draw(job.split_seed, key) for key in keys], np.uint64),
-        wholes=np.array([draw(job.split_seed, whole) for whole in wholes], np.uint64),
-        signatures=signatures(keys if job.signs else []),
-        values=marks.values,
-        times=marks.times,
+        groups=groups,
+        sides=groups,
+        wholes=np.array([draw(block.split_seed, whole) for whole in wholes], np.uint64),
+        signatures=signatures(keys if block.near_duplicates < 1 else []),
+        values=values,
+        times=times,
         holds_known=_holding_known(job, keys, rows),
-        labels=[task.row_labels(row, job.target) for _, row in rows],
-        dropped=dropped,
-        found=marks.found,
-        num_too_long=num_too_long,
-        flaws=_flaws(job, [row for _, row in rows]),
+        labels=np.array(labels, np.int64),
+        label_sets=tuple(sets),
+        tally=tally,
         longest=max((one.longest or row[LENGTH] for one, row in zip(examples, features, strict=True)), default=0),
     )
+    return numbers, record_batch(features, texts) if examples else None, dropped
 
 
-def _flaws(job: Job, rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
-    """Rows by what the cheap checks found in their texts."""
-    found, columns = Counter[str](), job.target.columns
+def _unusable(job: Job, task: Task, row: dict[str, Any]) -> Refused | None:
+    """Why a row holds nothing to learn from."""
+    if problem := unreadable(row, job.target.columns):
+        return Refused("unreadable", problem)
+    if (refused := task.refuse(row, job.target)) is None:
+        return None
+    # Asked again, for a reason that quotes nothing private.
+    return task.refuse(masked_cells(row), job.target) or refused
+
+
+def _count_flaws(job: Job, rows: Iterable[Mapping[str, Any]], tally: RowCounts) -> None:
+    """Count rows by what the cheap checks find in their texts."""
+    columns = job.target.columns
     checks = checks_of(columns, CHEAP)
     for row in rows:
         of_parts = ((text, of) for part, of in checks.items() for _, text in cells(row, columns, part))
-        found.update({check for text, of in of_parts for check in found_by(text[:LOOKED_AT], of)})
-    return found
+        tally.counts.update({("flaw", check) for text, of in of_parts for check in found_by(text[:LOOKED_AT], of)})
 
 
 def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
@@ -276,9 +276,8 @@ def _new_label(job: Job, row: Mapping[str, Any]) -> str:
     return next(label for label in task_named(job.task).row_labels(row, job.target) if label not in known)
 
 
-def _examples(job: Job, rows: list[dict[str, Any]]) -> list[list[Example] | None]:
+def _examples(job: Job, task: Task, rows: list[dict[str, Any]]) -> list[list[Example] | None]:
     """Each row's examples; None for a row with a label that train does not have."""
-    task = task_named(job.task)
     known = job.known_labels
     is_known = [known is None or known.issuperset(task.row_labels(row, job.target)) for row in rows]
     wanted = [row for row, known_here in zip(rows, is_known, strict=True) if known_here]
@@ -308,72 +307,36 @@ def encode(
 ) -> Encoded:
     """Tokenise a source into `folder`. Raises `SetupError` when a worker process was killed, most often because memory
     ran out."""
-    numbers: dict[str, list[np.ndarray]] = {column.name: [] for column in fields(RowNumbers)}
-    names: dict[str, int] = {}
-    label_numbers, label_ends = array("i"), array("q", [0])
-    dropped: dict[Loss, DropTally] = {"unusable": DropTally(), "unfit": DropTally(), "part": DropTally()}
-    found, flaws, num_read, num_too_long, longest = Found(), Counter[str](), 0, 0, 0
+    parts, num_read = list[Encoded](), 0
     with RowWriter(folder) as writer:
-        for chunk in _chunks(job, rows, num_rows):
-            chunk.row_of[:] += len(label_ends) - 1
-            for name, parts in numbers.items():
-                parts.append(getattr(chunk, name))
-            for labels in chunk.labels:
-                label_numbers.extend(names.setdefault(name, len(names)) for name in labels)
-                label_ends.append(len(label_numbers))
-            for loss, items in chunk.dropped.items():
-                for item in items:
-                    dropped[loss].add(item)
-                    drop(item)
-            if chunk.batch is not None:
-                writer.write(chunk.batch)
-            found.take(chunk.found)
-            num_read += chunk.num_read
-            num_too_long += chunk.num_too_long
-            longest = max(longest, chunk.longest)
-            flaws.update(chunk.flaws)
+        for part, batch, dropped in _chunks(job, rows, num_rows):
+            for item in dropped:
+                drop(item)
+            if batch is not None:
+                writer.write(batch)
+            parts.append(part)
+            num_read += part.num_read
             progress(num_read)
-    whole = {name: np.concatenate(parts) for name, parts in numbers.items()}
-    return Encoded(
-        **whole,
-        sides=whole["groups"],
-        folder=folder,
-        num_read=num_read,
-        label_numbers=np.asarray(label_numbers),
-        label_ends=np.asarray(label_ends),
-        names=names,
-        dropped=dropped,
-        found=found,
-        num_too_long=num_too_long,
-        longest=longest,
-        flaws=flaws,
+    return _joined(parts, folder)
+
+
+def with_sides(sources: Mapping[str, Encoded], near_duplicates: float) -> dict[str, Encoded]:
+    """The sources, with one group for rows of all of them whose texts are nearly the same, and one side for those that
+    hang together by such groups, or by whose they are where a column says so."""
+    if near_duplicates >= 1 and not any(len(source.values) for source in sources.values()):
+        return dict(sources)
+    ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
+    groups, signed, values = (
+        np.concatenate([getattr(source, name) for source in sources.values()])
+        for name in ("groups", "signatures", "values")
     )
-
-
-def join_near(sources: Mapping[Any, Encoded], threshold: float) -> dict[Any, Encoded]:
-    """The sources, with one group for rows of all of them whose texts are nearly the same, and without signatures."""
-    if threshold >= 1:
-        return dict(sources)
-    groups = np.concatenate([source.groups for source in sources.values()])
-    signed = np.concatenate([source.signatures for source in sources.values()])
-    ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
-    parts = np.split(joined(groups, signed, threshold), ends)
+    groups = joined(groups, signed, near_duplicates) if near_duplicates < 1 else groups
+    sides = joined_by_value(groups, values) if len(values) else groups
+    parts = zip(np.split(groups, ends), np.split(sides, ends), strict=True)
     return {
-        name: replace(source, groups=part, sides=part, signatures=signed[:0])
-        for (name, source), part in zip(sources.items(), parts, strict=True)
+        name: replace(source, groups=of_groups, sides=of_sides)
+        for (name, source), (of_groups, of_sides) in zip(sources.items(), parts, strict=True)
     }
-
-
-def join_values(sources: Mapping[Any, Encoded]) -> dict[Any, Encoded]:
-    """The sources, where a column says whose the rows are: with one side for rows of all of them that are the same
-    one's, or hang together with these by their texts."""
-    if not any(len(source.values) for source in sources.values()):
-        return dict(sources)
-    groups = np.concatenate([source.groups for source in sources.values()])
-    values = np.concatenate([source.values for source in sources.values()])
-    ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
-    parts = np.split(joined_by_value(groups, values), ends)
-    return {name: replace(source, sides=part) for (name, source), part in zip(sources.items(), parts, strict=True)}
 
 
 def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:

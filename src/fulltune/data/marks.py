@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from typing import Literal
 
 import numpy as np
 
@@ -22,65 +21,56 @@ from fulltune.text import counted, listed
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
-_SHOWN = 3
+_KEPT = 10
 _EMPTY = "is empty"
-
-TimeKind = Literal["date", "date-time", "date-time with a zone", "number"]
-Setting = Literal["group", "time", "kind of time"]
 
 
 @dataclass
-class Found:
-    """What was found in the columns: how many rows hold it, and where the first ones stand."""
+class RowCounts:
+    """What was found in rows: how often, and where the first ones stand, with what is said of each."""
 
-    counts: Counter[tuple[Setting, str]] = field(default_factory=Counter)
-    first: dict[tuple[Setting, str], list[str]] = field(default_factory=dict)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By its kind, and what it is."""
+    first: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
 
-    def add(self, setting: Setting, what: str, places: Sequence[str], count: int = 1) -> None:
-        """Count rows."""
-        self.counts[setting, what] += count
-        shown = self.first.setdefault((setting, what), [])
-        shown.extend(places[: _SHOWN - len(shown)])
+    def add(self, kind: str, what: str, place: str, said: str = "") -> None:
+        """Count a row."""
+        self.counts[kind, what] += 1
+        if self.counts[kind, what] <= _KEPT:
+            self.first.setdefault((kind, what), []).append((place, said))
 
-    def take(self, other: Found) -> None:
+    def take(self, other: RowCounts) -> None:
         """Add what was found in the rows that follow."""
-        for (setting, what), count in other.counts.items():
-            self.add(setting, what, other.first[setting, what], count)
+        self.counts.update(other.counts)
+        for key, places in other.first.items():
+            shown = self.first.setdefault(key, [])
+            shown += places[: _KEPT - len(shown)]
 
-
-@dataclass(frozen=True)
-class Marks:
-    """What some rows say."""
-
-    values: np.ndarray
-    """`draw` of whose each is: uint64 [rows]; without rows where it is not asked."""
-    times: np.ndarray
-    """When each came, in an order of time: float64 [rows]; without rows where it is not asked."""
-    found: Found
+    def of(self, kind: str) -> Counter[str]:
+        """The counts of a kind."""
+        return Counter({what: count for (of, what), count in self.counts.items() if of == kind})
 
 
 def marks_of(
-    rows: Sequence[PlacedRow], group: str | None, time: str | None, seed: int, is_optional: bool = False
-) -> Marks:
-    """Read the marks of some rows."""
-    found, values, times = Found(), np.zeros(len(rows) if group else 0, np.uint64), np.zeros(len(rows) if time else 0)
+    rows: Sequence[PlacedRow], group: str | None, time: str | None, seed: int, tally: RowCounts
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whose each row is, as `draw` gives it: uint64 [rows]; and when each came: float64 [rows]. Without rows where no
+    column says so. What the columns hold is counted."""
+    values, times = np.zeros(len(rows) if group else 0, np.uint64), np.zeros(len(rows) if time else 0)
     for number, (place, row) in enumerate(rows):
         if group:
             try:
                 values[number] = draw(seed, value_of(row.get(group)))
             except ValueError as error:
-                if not is_optional:
-                    found.add("group", str(error), [place])
+                tally.add("group", str(error), place)
         if time:
-            cell = row.get(time)
             try:
-                kind, times[number] = time_of(cell)
-                found.add("kind of time", kind, [place])
+                kind, times[number] = time_of(cell := row.get(time))
+                tally.add("kind of time", kind, place)
             except ValueError as error:
-                told = f"{place}: {masked_text(str(cell))[:40]!r}"
-                shown = place if str(error) == _EMPTY or isinstance(cell, BadCell) else told
-                found.add("time", str(error), [shown])
-    return Marks(values, times, found)
+                is_shown = str(error) != _EMPTY and not isinstance(cell, BadCell)
+                tally.add("time", str(error), place, f": {masked_text(str(cell))[:40]!r}" if is_shown else "")
+    return values, times
 
 
 def value_of(cell: object) -> str:
@@ -97,7 +87,7 @@ def value_of(cell: object) -> str:
     return str(cell).strip()
 
 
-def time_of(cell: object) -> tuple[TimeKind, float]:
+def time_of(cell: object) -> tuple[str, float]:
     """The kind of a time, and its place in time: seconds since 1970, of a number itself. Raises `ValueError` saying
     what the cell is or holds, if it is no time."""
     if isinstance(cell, BadCell):
@@ -140,37 +130,34 @@ def time_in_words(kind: str, time: float) -> str:
     return f"{text} UTC" if kind == "date-time with a zone" else text
 
 
-def kind_of_time(found: Found) -> str:
-    """Of a source in which all rows have one of the same kind."""
-    return next(what for setting, what in found.counts if setting == "kind of time")
-
-
-def problems_of(block: DataBlock, found: Found, num_rows: int, where: str) -> list[str]:
-    """What is wrong with a source's marks: a line for each kind of fault, with the first places."""
+def problems_of(block: DataBlock, tally: RowCounts, num_rows: int, where: str) -> list[str]:
+    """What is wrong with the columns of `data.group` and `data.time` of a source: a line for each kind of fault, with
+    the first places."""
     problems, kinds = [], []
-    for (setting, what), count in found.counts.items():
-        first = found.first[setting, what]
-        places = ", ".join(first) + (f" and {count - len(first):,} more" if count > len(first) else "")
-        column = f"column '{getattr(block, setting, None)}' (data.{setting})"
-        match setting:
-            case "kind of time":
-                kinds.append(f"{what} in {counted(count, 'row')} ({first[0]})")
-            case "group":
-                gaps = "a group column with gaps: " if what == _EMPTY else ""
-                problems.append(
-                    f"{where}: {gaps}{column} {what} in {count:,} of {counted(num_rows, 'row')} ({places}); such a row "
-                    "could stand on two sides of a split: write whose each is, a value of its own for one that stands "
-                    "alone, or remove these rows"
-                )
-            case "time":
-                problems.append(
-                    f"{where}: {column} {what} in {count:,} of {counted(num_rows, 'row')} ({places}); expected a date "
-                    "such as 2026-11-28, a date-time such as 2026-11-28 14:30:00+01:00, or a number such as Unix "
-                    "seconds: write when each came, or remove these rows"
-                )
+    for (kind, what), count in tally.counts.items():
+        if kind not in ("group", "time", "kind of time"):
+            continue
+        places = ["".join(item) for item in tally.first[kind, what]]
+        if kind == "kind of time":
+            kinds.append(f"{what} in {counted(count, 'row')} ({places[0]})")
+            continue
+        more = count - min(3, len(places))
+        shown = ", ".join(places[:3]) + (f" and {more:,} more" if more else "")
+        problems.append(
+            f"{where}: column '{getattr(block, kind)}' (data.{kind}) {what} in {count:,} of "
+            f"{counted(num_rows, 'row')} ({shown}); {_REMEDIES[kind]}, or remove these rows"
+        )
     if len(kinds) > 1:
         problems.append(
             f"{where}: column '{block.time}' (data.time) mixes kinds of times, so that their order is not known: "
             f"{listed(kinds)}; write all of them alike"
         )
     return problems
+
+
+_REMEDIES = {
+    "group": "such a row could stand on two sides of a split: write whose each is, a value of its own for one that "
+    "stands alone",
+    "time": "expected a date such as 2026-11-28, a date-time such as 2026-11-28 14:30:00+01:00, or a number such as "
+    "Unix seconds: write when each came",
+}

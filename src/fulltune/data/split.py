@@ -10,9 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from fulltune.data.encode import Encoded
-from fulltune.data.groups import rarest_of_group, split_by_time
 from fulltune.data.readers.plain_text import SECTION_CHARACTERS
-from fulltune.data.sources import SourceName, SourceRows
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import SplitName
@@ -30,8 +28,6 @@ class Split:
     source: Encoded
     rows: np.ndarray
     """Whether the split has a row of the source: bool [rows]."""
-    where: str
-    """The file."""
     is_file: bool
     """It has all usable rows of a file of its own."""
 
@@ -57,10 +53,60 @@ class Split:
 
     def label_counts(self, times: np.ndarray | None = None) -> Counter[str]:
         """How often each label occurs, each row of the source counted so many times: once if it is in the split."""
-        numbers, sizes = self.source.label_numbers, np.diff(self.source.label_ends)
-        weights = np.repeat(self.rows if times is None else times, sizes)
-        counts = np.bincount(numbers, weights=weights, minlength=len(self.source.names))
-        return Counter({name: int(counts[number]) for name, number in self.source.names.items() if counts[number]})
+        return _label_counts(self.source, self.rows if times is None else times)
+
+
+def _label_counts(whole: Encoded, times: np.ndarray) -> Counter[str]:
+    """How often each label occurs, each row counted so many times."""
+    counts = Counter[str]()
+    for names, count in zip(whole.label_sets, np.bincount(whole.labels, times, len(whole.label_sets)), strict=True):
+        counts.update(dict.fromkeys(names, int(count)) if count else {})
+    return counts
+
+
+def assign(recipe: Recipe, encoded: Mapping[str, Encoded]) -> dict[SplitName, Split]:
+    """The rows of each split: all of its own file, or some split off train. Raises `DataError` for a split of fewer
+    than 2 rows, or rows that nearly all hang together."""
+    block, train = recipe.data, encoded["train"]
+    splits = {
+        name: Split(encoded[name], np.ones(encoded[name].num_rows, bool), True) for name in HELD_OUT if name in encoded
+    }
+    few = [
+        f"{split.source.where}: {counted(split.num_rows, 'usable row')} for {name}; expected at least 2"
+        for name, split in splits.items()
+        if split.num_rows < 2
+    ]
+    if few:
+        raise DataError(few)
+    fractions: dict[SplitName, float] = {"test": block.test_fraction, "eval": block.eval_fraction}
+    asked = {name: share for name, share in fractions.items() if name not in splits}
+    if block.time is None:
+        taken = _drawn(train, _strata(train, block.group is not None), asked)
+    else:
+        wanted = {name: max(1, held_out_rows(train.num_rows, share)) for name, share in asked.items()}
+        taken = split_by_time(train.times, train.sides, wanted)
+    splits |= {name: Split(train, rows, is_file=name == "train") for name, rows in taken.items()}
+    _refuse_small(recipe, splits, sum(held_out_rows(train.num_rows, share) for share in asked.values()))
+    return splits
+
+
+def held_out_rows(rows: int, fraction: float) -> int:
+    """How many of so many rows a fraction asks for."""
+    return min(MOST_HELD_OUT_ROWS, round(fraction * rows))
+
+
+def _drawn(train: Encoded, strata: np.ndarray, fractions: Mapping[SplitName, float]) -> dict[SplitName, np.ndarray]:
+    """Which rows each split takes off train, and what is left for train: bool [rows]."""
+    taken, left = dict[SplitName, np.ndarray](), np.ones(train.num_rows, bool)
+    for name, fraction in fractions.items():
+        rest = np.flatnonzero(left)
+        # The second split takes its share of all rows, not of those that the first one left.
+        share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
+        rows = np.zeros(train.num_rows, bool)
+        rows[rest[split_off(train.sides[rest], strata[rest], share)]] = True
+        left &= ~rows
+        taken[name] = rows
+    return {**taken, "train": left}
 
 
 def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
@@ -100,135 +146,89 @@ def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
     return chosen
 
 
-def assign(
-    recipe: Recipe, encoded: Mapping[SourceName, Encoded], sources: Mapping[SourceName, SourceRows]
-) -> dict[SplitName, Split]:
-    """The rows of each split: all of its own file, or some split off train. Raises `DataError` for a split of fewer
-    than 2 rows, or rows that nearly all hang together."""
-    train, where = encoded["train"], sources["train"].where
-    splits = {
-        name: Split(encoded[name], np.ones(encoded[name].num_rows, bool), sources[name].where, True)
-        for name in SPLITS
-        if name in encoded
-    }
-    fractions = {name: fraction for name, fraction in _fractions(recipe).items() if name not in sources}
-    if recipe.data.group is not None and recipe.data.time is None:
-        _refuse_one_group(recipe, train, where, fractions)
-    if recipe.data.time is None:
-        strata = _strata(train)
-        if recipe.data.group is not None:
-            strata = rarest_of_group(strata, train.names, train.sides)
-        taken = _drawn(train, strata, fractions)
-    else:
-        wanted = {name: max(1, held_out_rows(train.num_rows, fraction)) for name, fraction in fractions.items()}
-        taken = split_by_time(train.times, train.sides, wanted)
-    splits |= {name: Split(train, rows, where, is_file=name == "train") for name, rows in taken.items()}
-    few = [
-        f"{split.where}: {counted(split.num_rows, 'usable row')} for {name}; expected at least 2"
-        for name, split in splits.items()
-        if split.is_file and split.num_rows < 2 and name != "train"
-    ]
-    if few:
-        raise DataError(few)
-    _refuse_small(recipe, train, where, splits)
-    return splits
+def _strata(whole: Encoded, by_side: bool) -> np.ndarray:
+    """Each row's class, -1 without one: int64 [rows]. Of several labels, and of all that are on one side, the rarest:
+    what is hardest to share out; of equally rare ones the first of the alphabet."""
+    names, counts = whole.names, _label_counts(whole, np.ones(whole.num_rows))
+    places = {name: place for place, name in enumerate(names)}
+    of_set = [places[min(of, key=lambda name: (counts[name], name))] if of else -1 for of in whole.label_sets]
+    strata = np.array(of_set, np.int64)[whole.labels]
+    return rarest_of_side(strata, whole.sides) if by_side else strata
 
 
-def _drawn(train: Encoded, strata: np.ndarray, fractions: Mapping[SplitName, float]) -> dict[SplitName, np.ndarray]:
-    """Which rows each split takes off train, and what is left for train: bool [rows]."""
-    taken, left = dict[SplitName, np.ndarray](), np.ones(train.num_rows, bool)
-    for name, fraction in fractions.items():
-        rest = np.flatnonzero(left)
-        # The second split takes its share of all rows, not of those that the first one left.
-        share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
-        rows = np.zeros(train.num_rows, bool)
-        rows[rest[split_off(train.sides[rest], strata[rest], share)]] = True
-        left &= ~rows
-        taken[name] = rows
-    return {**taken, "train": left}
+def rarest_of_side(strata: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Of each row the rarest class on its side, of equally rare ones the smallest number: int64 [rows]."""
+    _, side = np.unique(sides, return_inverse=True)
+    kinds, kind, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    smallest = np.full(len(strata), np.iinfo(np.int64).max)
+    np.minimum.at(smallest, side, counts[kind] * len(kinds) + kind)
+    return np.asarray(kinds[smallest[side] % len(kinds)]) if len(strata) else strata
 
 
-def _refuse_small(recipe: Recipe, train: Encoded, where: str, splits: Mapping[SplitName, Split]) -> None:
-    """Raises a `DataError` for splits that cannot be measured, or learned from."""
-    block = recipe.data
+def split_by_time(times: np.ndarray, sides: np.ndarray, wanted: Mapping[SplitName, int]) -> dict[SplitName, np.ndarray]:
+    """The rows of each split, bool [rows], the newest of `wanted` first; no time and no group is on two sides."""
+    oldest = _oldest_of_group(times, sides)
+    chosen: dict[SplitName, np.ndarray] = {}
+    before = np.ones(len(times), bool)
+    for name, count in wanted.items():
+        start = _boundary(oldest[before], count)
+        chosen[name] = before & (oldest >= start)
+        before &= times < start
+    return {**chosen, "train": before}
+
+
+def _oldest_of_group(times: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """The time of the oldest row in each row's group: float64 [rows]."""
+    numbers, group = np.unique(sides, return_inverse=True)
+    oldest = np.full(len(numbers), np.inf)
+    np.minimum.at(oldest, group, times)
+    return oldest[group]
+
+
+def _boundary(oldest: np.ndarray, wanted: int) -> float:
+    """The time from which on about `wanted` rows are in groups that begin then; infinity: there is none."""
+    starts, counts = np.unique(oldest, return_counts=True)
+    if len(starts) < 2:
+        return np.inf
+    since = np.cumsum(counts[:0:-1])  # rows of groups that begin at the newest time, at the two newest ones ...
+    place = max(1, int(np.searchsorted(since, wanted, side="right")))
+    return float(starts[-place])
+
+
+def _refuse_small(recipe: Recipe, splits: Mapping[SplitName, Split], asked: int) -> None:
+    """Raises a `DataError` for splits that cannot be measured, or learned from: too small, or made of the few rows that
+    do not hang together with most others."""
+    block, train = recipe.data, splits["train"].source
     small = [f"{name} has {splits[name].num_rows}" for name in SPLITS if splits[name].num_rows < 2]
-    if small and block.time is not None:
-        times, sides = len(np.unique(train.times)), len(np.unique(train.sides))
-        raise DataError(
-            f"{where}: {counted(train.num_read, 'row')} cannot be split by '{block.time}' (data.time) into splits of "
-            f"at least 2 rows ({', '.join(small)}): {counted(times, 'different time')} in "
-            f"{counted(sides, 'group')} of rows that stay together, and of a group that reaches over a boundary only "
-            "the rows before it are kept; give more rows, finer times, files for eval and test, or groups that "
-            "begin at different times"
-        )
-    if small and block.group is not None:
-        raise DataError(
-            f"{where}: {counted(train.num_read, 'row')} in {counted(len(np.unique(train.sides)), 'group')} that stay "
-            f"together by '{block.group}' (data.group) and by their texts: too few for three splits of at least 2 rows "
-            f"({', '.join(small)}); give rows of more values of '{block.group}', or files for eval and test"
-        )
-    if small:
-        strata = _strata(train)
-        different = len(np.unique(train.groups))
-        alike = f" (only {different} of them different)" if different < train.num_read else ""
-        # A label is shared out among the splits by itself: no fraction helps where none has a row for each of them.
-        of_each = np.bincount(np.unique(np.stack([strata + 1, train.groups.view(np.int64)]), axis=1)[0])
-        parts = 1 + sum(not split.is_file for split in splits.values())
-        scarce = len(train.names) > 1 and of_each.max() < parts
-        of_labels = f" of {counted(len(train.names), 'label')}" if scarce else ""
-        ways = [f"give more rows of each label, at least {parts} different ones" if scarce else "give more rows"]
-        ways += ["files for eval and test"]
-        if different >= 2 * len(SPLITS) and not scarce:
-            ways += ["larger data.eval_fraction and data.test_fraction"]
-        raise DataError(
-            f"{where}: {counted(train.num_read, 'row')}{alike}{of_labels}: too few for three splits of at least 2 rows "
-            f"({', '.join(small)}); {', '.join(ways[:-1])}, or {ways[-1]}{_sections(recipe)}"
-        )
-
-
-def _refuse_one_group(recipe: Recipe, train: Encoded, where: str, fractions: Mapping[SplitName, float]) -> None:
-    """Rows that nearly all hang together cannot be split: the ones that do not are too few to be measured on."""
-    column, rows = recipe.data.group, train.num_rows
-    asked = sum(held_out_rows(rows, fraction) for fraction in fractions.values())
-    largest, others = largest_group(train.sides), rows - largest_group(train.sides)
-    if not fractions or 2 * others >= asked:
+    largest = largest_group(train.sides)
+    is_one = block.group is not None and block.time is None and 2 * (train.num_rows - largest) < asked
+    if not small and not is_one:
         return
-    near = recipe.data.near_duplicates < 1
-    of_texts = "equal or nearly equal texts" if near else "equal texts"
+    rows, sides = counted(train.num_read, "row"), len(np.unique(train.sides))
+    if block.time is None and block.group is None:
+        alike = f" (only {sides} of them different)" if sides < train.num_read else ""
+        of_labels = f" of {counted(len(train.names), 'label')}" if train.names else ""
+        of_each = f" of each label, at least {sum(not one.is_file for one in splits.values()) + 1} different ones"
+        more = f"more rows{of_each if train.names else ''}"
+        raise DataError(
+            f"{train.where}: {rows}{alike}{of_labels}: too few for three splits of at least 2 "
+            f"rows ({', '.join(small)}); give {more}, larger data.eval_fraction and data.test_fraction, or files for "
+            f"eval and test{_sections(recipe)}"
+        )
+    times = counted(len(np.unique(train.times)), "different time")
+    at = f" at {times} ('{block.time}', data.time)" if block.time is not None else ""
+    by = f" by '{block.group}' (data.group) or" if block.group is not None else " by"
+    of_what = f"values of '{block.group}'" if block.group is not None else "times"
     raise DataError(
-        f"{where}: {largest:,} of {counted(rows, 'row')} hang together, and the other {others:,} are too few for the "
-        f"{asked:,} that {' and '.join(fractions)} ask for: chains of rows with the same '{column}' (data.group; the "
-        f"most frequent value has {counted(largest_group(train.values), 'row')}) or {of_texts} (at most "
-        f"{largest_group(train.groups):,} alike) must not be on two sides. Remove rows with texts that many share, "
-        f"{'raise data.near_duplicates, ' if near else ''}name a finer column, or give files for eval and test"
+        f"{train.where}: {rows}{at} in {counted(sides, 'group')} that stay together{by} their texts, the largest of "
+        f"{largest:,}: too few for three splits ({', '.join(small) or f'{asked:,} are to be held out'}); give rows of "
+        f"more {of_what}, or files for eval and test"
     )
 
 
 def largest_group(numbers: np.ndarray) -> int:
     """Rows in the largest group; 0 where there are none."""
     return int(np.unique(numbers, return_counts=True)[1].max(initial=0))
-
-
-def held_out_rows(rows: int, fraction: float) -> int:
-    """How many of so many rows a fraction asks for."""
-    return min(MOST_HELD_OUT_ROWS, round(fraction * rows))
-
-
-def _fractions(recipe: Recipe) -> dict[SplitName, float]:
-    """In the order in which they are split off."""
-    return {"test": recipe.data.test_fraction, "eval": recipe.data.eval_fraction}
-
-
-def asked_rows(recipe: Recipe, splits: Mapping[SplitName, Split]) -> dict[SplitName, int]:
-    """What the fraction asks for, of splits taken off train that have clearly more rows.
-
-    That is so where labels have so few rows that their share would be none.
-    """
-    rows = splits["train"].source.num_rows
-    asked = {name: held_out_rows(rows, _fractions(recipe)[name]) for name in HELD_OUT}
-    return {
-        name: few for name, few in asked.items() if not splits[name].is_file and splits[name].num_rows > 1.1 * few + 1
-    }
 
 
 def _sections(recipe: Recipe) -> str:
@@ -239,19 +239,3 @@ def _sections(recipe: Recipe) -> str:
         f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row a "
         "paragraph set data.text_rows: paragraph"
     )
-
-
-def _strata(whole: Encoded) -> np.ndarray:
-    """Each row's class: int64 [rows]; of several labels the rarest one: combinations would be too many to share out."""
-    numbers, ends = whole.label_numbers, whole.label_ends
-    sizes = np.diff(ends)
-    strata = np.full(whole.num_rows, -1, np.int64)
-    labelled = np.flatnonzero(sizes)
-    if len(labelled):
-        widest = int(sizes.max()) + 1
-        place = np.arange(len(numbers)) - np.repeat(ends[:-1], sizes)
-        # The smallest key of a row is that of its rarest label, of equally rare ones the first.
-        keys = np.bincount(numbers)[numbers].astype(np.int64) * widest + place
-        rarest = np.minimum.reduceat(keys, ends[:-1][labelled]) % widest
-        strata[labelled] = numbers[ends[:-1][labelled] + rarest]
-    return strata

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,21 +49,19 @@ def far_off(numbers: np.ndarray, scale: tuple[float, float]) -> list[str]:
     ]
 
 
-def explained_by_class(lengths: Sequence[int] | np.ndarray, classes: Sequence[int] | np.ndarray) -> float:
+def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
     """Share of the variance of length that lies between classes, corrected for chance (epsilon squared, Kelley
     1935)."""
-    values, numbers = np.asarray(lengths, float), np.asarray(classes)
-    counts = np.bincount(numbers)
+    counts, total = np.bincount(classes), float(len(lengths) * np.var(lengths))
     num_groups = int((counts > 0).sum())
-    total = float(((values - values.mean()) ** 2).sum())
-    if total == 0 or len(values) <= num_groups:
+    if total == 0 or len(lengths) <= num_groups:
         return 0.0
-    means = np.bincount(numbers, weights=values) / np.maximum(counts, 1)
-    within = float(((values - means[numbers]) ** 2).sum())
-    return max(0.0, 1 - (within / (len(values) - num_groups)) / (total / (len(values) - 1)))
+    means = np.bincount(classes, weights=lengths) / np.maximum(counts, 1)
+    within = float(((lengths - means[classes]) ** 2).sum())
+    return max(0.0, 1 - (within / (len(lengths) - num_groups)) / (total / (len(lengths) - 1)))
 
 
-def explained_by_value(lengths: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray) -> float:
+def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
     """Squared correlation of length and a numeric target; 0 when one of them is constant."""
     if np.ptp(lengths) == 0 or np.ptp(values) == 0:
         return 0.0
@@ -78,13 +74,8 @@ def of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, 
     lengths = whole.lengths[chosen]
     if target.form.is_number:
         values = np.asarray(Rows(folder)["labels"])
-        scale = scale_of(values, train.where, target.columns["label"])
+        scale = scale_of(values, whole.where, target.columns["label"])
         return scale, explained_by_value(lengths, values), far_off(values, scale)
     if not target.labels:
         return None, 0.0, []
-    numbers: dict[bytes, int] = {}  # of each set of labels
-    sets = [
-        numbers.setdefault(whole.label_numbers[start:end].tobytes(), len(numbers))
-        for start, end in pairwise(whole.label_ends)
-    ]
-    return None, explained_by_class(lengths, np.array(sets)[whole.row_of[chosen]]), []
+    return None, explained_by_class(lengths, whole.labels[whole.row_of[chosen]]), []

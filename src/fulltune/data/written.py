@@ -44,8 +44,7 @@ def kept_rows(whole: Encoded, wanted: np.ndarray) -> Iterator[tuple[int, str, di
     """Number, place and cells of the wanted rows of a source, bool [rows], in their order."""
     if not wanted.any():  # of no row at all, nothing was written
         return
-    first = np.zeros(len(whole.row_of), bool)  # whether an example is its row's first one, which has the row's words
-    first[np.unique(whole.row_of, return_index=True)[1]] = True
+    first = np.diff(whole.row_of, prepend=-1) > 0  # a row's first example has the row's words
     start = 0
     for batch in batches(whole.folder):
         row_of, is_first = whole.row_of[start : start + len(batch)], first[start : start + len(batch)]
@@ -76,8 +75,8 @@ def write(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
             writer.write(part)
 
 
-def summarise(split: Split, lengths: np.ndarray, asked: int | None = None) -> SplitSummary:
-    """The counts of a split; `asked` is what its fraction comes to, where it has more."""
+def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSummary:
+    """The counts of a split."""
     whole, chosen = split.source, split.examples
     ordered = np.sort(lengths)
     labels = split.label_counts(np.bincount(whole.row_of[chosen], minlength=whole.num_rows))
@@ -86,42 +85,34 @@ def summarise(split: Split, lengths: np.ndarray, asked: int | None = None) -> Sp
         tokens=int(ordered.sum()),
         trained_tokens=int(whole.trained_tokens[chosen].sum()),
         truncated_rows=int(whole.truncated[chosen].sum()),
-        dropped_rows=whole.num_dropped if split.is_file else 0,
+        dropped_rows=dropped_rows,
         length_percentiles={
             "p50": int(ordered[len(ordered) // 2]),
             "p95": int(ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]),
             "max": int(ordered[-1]),
         },
         label_counts=dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))),
-        asked_rows=asked,
     )
 
 
 def write_splits(
-    folder: Path,
-    task: Task,
-    splits: Mapping[SplitName, Split],
-    asked: Mapping[SplitName, int],
-    packed_to: int | None,
-    late: int,
+    folder: Path, task: Task, splits: Mapping[SplitName, Split], packed_to: int | None, late: int
 ) -> dict[SplitName, SplitSummary]:
-    """Each split into a folder of its own; train rows that share a row of `packed_to` tokens, where that is given."""
+    """Each split into a folder of its own; train rows that share a row of `packed_to` tokens, where that is given.
+    `late` rows of the train file are in no split."""
     summaries: dict[SplitName, SplitSummary] = {}
     for name in SPLITS:
-        split = splits[name]
+        split, whole = splits[name], splits[name].source
         if not split.examples.any():
-            raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
+            raise DataError(f"{whole.where}: no row of {name} is left: all are longer than data.max_length")
         parts = examples(split, task, scored=name == "test")
         write(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
         if name != "train":
-            save_clusters(folder / name, split.source.sides[split.source.row_of][split.examples])
+            save_clusters(folder / name, whole.sides[whole.row_of][split.examples])
         if name == "test":
-            groups = split.source.groups[split.source.row_of][split.examples]
-            save_in_train(folder / name, np.isin(groups, splits["train"].groups))
-        summaries[name] = summarise(split, Rows(folder / name)["length"], asked.get(name))
-    if late:
-        train = summaries["train"]
-        summaries["train"] = train.model_copy(update={"dropped_rows": train.dropped_rows + late})
+            save_in_train(folder / name, np.isin(whole.groups[whole.row_of][split.examples], splits["train"].groups))
+        dropped = whole.num_dropped + late * (name == "train") if split.is_file else 0
+        summaries[name] = summarise(split, Rows(folder / name)["length"], dropped)
     return summaries
 
 

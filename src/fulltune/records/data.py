@@ -46,8 +46,6 @@ class SplitSummary(Record):
     length_percentiles: dict[str, int]
     """Tokens per row: keys `p50`, `p95`, `max`."""
     label_counts: dict[str, int] = Field(default_factory=dict)
-    asked_rows: int | None = None
-    """What the recipe's fraction of the train file comes to, where there are more: each label gives a text at least."""
 
 
 class MixedSummary(Record):

@@ -8,7 +8,7 @@ import numpy as np
 
 from fulltune.audit.repeated import _scored_on
 from fulltune.audit.rows import SeenRows
-from fulltune.data.near import NUM_HASHES
+from fulltune.data.groups import NUM_HASHES
 
 
 def test_the_nearest_of_thousands_of_one_template_is_among_those_that_are_read() -> None:

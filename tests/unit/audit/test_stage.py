@@ -17,7 +17,7 @@ from fulltune import data
 from fulltune.audit import stage
 from fulltune.audit.stage import load_issues
 from fulltune.audit.untouched import Reader, Suspected
-from fulltune.data.near import grams, jaccard
+from fulltune.data.groups import grams, jaccard
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import load_texts, row_id
@@ -25,7 +25,6 @@ from fulltune.probe.linear import NoProbe
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
-from fulltune.tasks import task_named
 from tests import tiny
 
 LIMITS = data.Limits(tiny.POSITIONS)
@@ -48,7 +47,7 @@ def prepared(
     recipe = Recipe.model_validate({"model": "x", "task": task, "data": {**files, **settings}})
     (folder / "recipe.json").write_text(recipe.model_dump_json(), encoding="utf-8")
     tokenizer = tiny.decoder_tokenizer() if task == "causal-lm" else tiny.encoder_tokenizer()
-    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, limits)
+    return data.prepare(data.Stage(recipe, folder / "data", tokenizer, limits))
 
 
 def cannot(why: str) -> Any:

@@ -10,7 +10,6 @@ from fulltune import data
 from fulltune.inference.store import load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.tasks import task_named
 from tests import tiny
 
 
@@ -30,7 +29,7 @@ def prepare(
     if mixed:
         train = [train, {"path": str(tiny.write_jsonl(folder / "mixed.jsonl", mixed)), "weight": 0.2}]
     recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": train, **settings}})
-    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
+    return data.prepare(data.Stage(recipe, folder / "data", tokenizer, data.Limits(tiny.POSITIONS)))
 
 
 def of_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -19,7 +19,6 @@ from fulltune.files import SEAL
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Event, Warned
-from fulltune.tasks import task_named
 from tests import tiny
 
 ROWS = tiny.topic_rows(40)
@@ -36,15 +35,15 @@ class Runs:
     def prepare(self, run: str, *, positions: int = 64, model_type: str = "bert", **options: Any) -> DataSummary:
         settings = {"train": str(self.file), **options.pop("settings", {})}
         recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": settings})
-        return data.prepare(
+        stage = data.Stage(
             recipe,
             self.folder / "runs" / run / "data",
-            task_named(recipe.task),
             options.pop("tokenizer", self.tokenizer),
             data.Limits(positions, model_type),
             cache_folder=self.cache,
             **options,
         )
+        return data.prepare(stage)
 
     def cached(self) -> list[Path]:
         """What lies in the cache, but for its lock."""

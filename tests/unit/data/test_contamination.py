@@ -14,7 +14,6 @@ from fulltune.errors import DataError
 from fulltune.inference.store import load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.tasks import task_named
 from fulltune.tasks.columns import normalised
 from tests import tiny
 from tests.unit.data.stage import prepare as prepare_rows
@@ -165,7 +164,7 @@ def test_missing_folder_and_missing_rows_are_refused_together(tmp_path: Path) ->
     block = {"train": str(tmp_path / "no.csv"), "contamination": str(tmp_path / "bench")}
     recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": block})
     with pytest.raises(DataError) as caught:
-        data.prepare(recipe, tmp_path / "data", task_named(recipe.task), None, data.Limits(None))  # type: ignore[arg-type]
+        data.prepare(data.Stage(recipe, tmp_path / "data", None, data.Limits(None)))  # type: ignore[arg-type]
     assert [problem.partition("; ")[0] for problem in caught.value.problems] == [
         f"{tmp_path}/no.csv: no such file",
         f"data.contamination: {tmp_path}/bench: no such file",

@@ -24,7 +24,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.paths import resolve_paths
 from fulltune.records.data import DataSummary
 from fulltune.system.run_folder import writing
-from fulltune.tasks import PLACE, Target, question_answering, task_named
+from fulltune.tasks import PLACE, Target, question_answering
 from tests import tiny
 from tests.unit.data.readers.table import read
 
@@ -38,9 +38,8 @@ class Prepared:
 
     def __init__(self, folder: Path, file: Path, tokenizer: Any, task: str = "text-classification", **settings: Any):
         recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": str(file), **settings}})
-        self.summary: DataSummary = data.prepare(
-            recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS)
-        )
+        stage = data.Stage(recipe, folder / "data", tokenizer, data.Limits(tiny.POSITIONS))
+        self.summary: DataSummary = data.prepare(stage)
         splits = [load_texts(folder / "data" / name) for name in ("train", "eval", "test")]
         self.rows = {row.pop(PLACE): row for rows in splits for row in rows}
         lines = (folder / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()

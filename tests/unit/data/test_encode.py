@@ -18,10 +18,13 @@ from fulltune.data.encode import Encoded, Job
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
 from fulltune.inference.store import Rows, load_texts
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import Target
 from tests import tiny
 
 TARGET = Target("single_label", {"text": "text", "label": "label"}, ("food", "weather"))
+BLOCK = DataBlock(train="train.csv")
+DROPPING = DataBlock(train="train.csv", truncation_strategy="drop")
 WORKERS = 2
 
 
@@ -36,7 +39,7 @@ ROWS[12] = {"text": "rain " * 60, "label": "weather"}
 
 @pytest.fixture
 def job(encoder_tokenizer: Any) -> Job:
-    return Job("text-classification", TARGET, encoder_tokenizer, 48, "train", 42, drop_truncated=False)
+    return Job("text-classification", BLOCK, TARGET, encoder_tokenizer, 48)
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def numbers(found: Encoded) -> dict[str, Any]:
 def test_many_processes_give_the_files_and_numbers_of_one(
     job: Job, drop: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    job = dataclasses.replace(job, drop_truncated=drop)
+    job = dataclasses.replace(job, block=DROPPING if drop else BLOCK)
     one = run(job, placed(ROWS), tmp_path / "one")
     request.getfixturevalue("in_processes")
     done: list[int] = []
@@ -88,19 +91,20 @@ def test_order_is_the_files(job: Job, tmp_path: Path) -> None:
     expected = [place for place, row in placed(ROWS) if row["text"].strip()]
     assert [row["fulltune:place"] for row in load_texts(tmp_path)] == expected
     assert np.asarray(found.row_of).tolist() == list(range(59))
-    assert found.label_numbers[:4].tolist() == [0, 1, 0, 1]
+    assert [found.label_sets[number] for number in found.labels[:4]] == [("weather",), ("food",)] * 2
     kept = [row["label"] for row in ROWS if row["text"].strip()]
     assert [TARGET.labels[label] for label in Rows(tmp_path)["labels"]] == kept
 
 
 def test_rows_dropped_are_named_with_their_places(job: Job, tmp_path: Path) -> None:
-    found = run(dataclasses.replace(job, drop_truncated=True), placed(ROWS), tmp_path)
-    (unusable,), (unfit,) = found.dropped["unusable"].first["no text"], found.dropped["unfit"].first["too long"]
-    assert (unusable.split, unusable.place) == ("train", "train.csv:13")
-    assert (unfit.place, unfit.row) == ("train.csv:14", ROWS[12])
-    assert [dict(tally.counts) for tally in found.dropped.values()] == [{"no text": 1}, {"too long": 1}, {}]
-    assert found.num_dropped == 2
-    assert (found.num_read, found.num_rows, found.num_too_long) == (60, 58, 1)
+    found = run(dataclasses.replace(job, block=DROPPING), placed(ROWS), tmp_path)
+    tally = found.tally
+    assert [tally.first["unusable", "no text"][0][0], tally.first["unfit", "too long"][0][0]] == [
+        "train.csv:13",
+        "train.csv:14",
+    ]
+    assert [tally.of(loss).total() for loss in ("unusable", "unfit", "part", "too long")] == [1, 1, 0, 1]
+    assert (found.num_read, found.num_rows, found.num_dropped) == (60, 58, 2)
     assert len(Rows(tmp_path)) == len(found.lengths) == 58
     assert Rows(tmp_path)["length"].tolist() == found.lengths.tolist()
     assert found.longest == max(found.lengths) <= 48
@@ -109,9 +113,9 @@ def test_rows_dropped_are_named_with_their_places(job: Job, tmp_path: Path) -> N
 def test_row_with_a_label_that_train_lacks_is_counted_and_not_tokenised(job: Job, tmp_path: Path) -> None:
     rows = tiny.topic_rows(6)
     rows[3]["label"] = "sport"
-    job = dataclasses.replace(job, split="test", known_labels=frozenset(TARGET.labels))
+    job = dataclasses.replace(job, source="test", known_labels=frozenset(TARGET.labels))
     found = run(job, placed(rows), tmp_path)
-    assert set(found.names) == {"food", "weather", "sport"}
+    assert found.names == ["food", "sport", "weather"]
     assert found.num_rows == 6
     assert np.asarray(found.row_of).tolist() == [0, 1, 2, 4, 5]
     assert len(Rows(tmp_path)) == 5
@@ -163,7 +167,7 @@ def test_row_of_many_lost_parts_is_written_down_once(tmp_path: Path) -> None:
     turn = [{"role": "user", "content": "rain?"}, {"role": "assistant", "content": "<think>so</think>rain"}]
     row = {"messages": turn * 20}
     target = Target("chat", {"messages": "messages"})
-    job = Job("causal-lm", target, tiny.decoder_tokenizer(tiny.REWRITING), 60, "train", 42, drop_truncated=True)
+    job = Job("causal-lm", DROPPING, target, tiny.decoder_tokenizer(tiny.REWRITING), 60)
     items: list[Any] = []
     encode.encode(job, iter(placed([row])), 1, tmp_path, lambda done: None, items.append)
     assert len(items) > 10

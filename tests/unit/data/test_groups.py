@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.data.groups import draw, joined_by_value, rarest_of_group
+from fulltune.data.groups import draw, joined_by_value
+from fulltune.data.split import rarest_of_side
 from fulltune.errors import DataError
 from fulltune.inference.store import clusters_of, load_texts
 from tests.unit.data.stage import of_splits, prepare
@@ -62,17 +63,13 @@ def test_large_components_are_not_first() -> None:
     assert 0.45 < (np.array(joined(rows), np.float64) / 2**64).mean() < 0.55
 
 
-def test_group_counts_for_its_rarest_class_whatever_the_order_of_its_rows() -> None:
-    labels = list("xxxxyyyzzx")
+def test_side_counts_for_its_rarest_class_whatever_the_order_of_its_rows() -> None:
+    strata = np.array(["xyz".index(label) for label in "xxxxyyyzzx"])
     sides = drawn(list("aabbbccadd"))
-    names = {"y": 0, "x": 1, "z": 2}
-    for _ in range(2):
-        strata = rarest_of_group(np.array([names[label] for label in labels]), names, sides)
-        by_side = dict(zip(sides.tolist(), strata.tolist(), strict=True))
-        assert [by_side[draw(0, side)] for side in "abcd"] == [names[label] for label in "zyyz"]
-        labels, sides = labels[::-1], sides[::-1]
-        names = {"z": 0, "x": 1, "y": 2}
-    assert rarest_of_group(np.full(3, -1), {}, drawn(list("aab"))).tolist() == [-1, -1, -1]
+    for order in (slice(None), slice(None, None, -1)):
+        by_side = dict(zip(sides[order].tolist(), rarest_of_side(strata[order], sides[order]).tolist(), strict=True))
+        assert [by_side[draw(0, side)] for side in "abcd"] == ["xyz".index(label) for label in "zyyz"]
+    assert rarest_of_side(np.full(3, -1), drawn(list("aab"))).tolist() == [-1, -1, -1]
 
 
 # ---- the data stage --------------------------------------------------------------------------------------------
@@ -129,7 +126,7 @@ def test_gaps_of_all_files_are_refused_with_places(tmp_path: Path, encoder_token
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, rows, encoder_tokenizer, group="user", test=test)
     train, other = caught.value.problems
-    assert "train.jsonl: a group column with gaps: column 'user' (data.group) is empty in 4 of 300 rows" in train
+    assert "train.jsonl: column 'user' (data.group) is empty in 4 of 300 rows" in train
     assert "(train.jsonl:4, train.jsonl:8, train.jsonl:9 and 1 more)" in train
     assert "1 of 100 rows (test-file.jsonl:2)" in other
 
@@ -152,16 +149,14 @@ def test_rows_of_own_files_that_share_a_user_with_train_are_noted(tmp_path: Path
     test += [{"text": f"new {number}", "label": "b", "user": "new"} for number in range(7)]
     dev = [{"text": f"dev {number}", "label": "b", "user": "new"} for number in range(7)]
     notes = prepare(tmp_path, rows, encoder_tokenizer, group="user", test=test, eval=dev).notes
-    assert "10 of 17 test rows share their 'user' with train rows: their scores flatter the model" in notes
-    assert "7 of 17 test rows share their 'user' with eval rows, which choose the checkpoint" in notes
-    assert not any(
-        "eval rows share their 'user' with train" in note or "test rows have a text" in note for note in notes
-    )
+    assert "10 of 17 test rows have a 'user' that also stands in train: their scores flatter the model" in notes
+    assert "7 of 17 test rows have a 'user' that also stands in eval, which chooses the checkpoint" in notes
+    assert not any("eval rows have a 'user'" in note or "test rows have a text" in note for note in notes)
 
 
-@pytest.mark.parametrize("way", ["value", "text"])
+@pytest.mark.parametrize(("way", "largest"), [("value", 293), ("text", 354)])
 def test_rows_that_nearly_all_hang_together_are_refused_with_numbers(
-    tmp_path: Path, encoder_tokenizer: Any, way: str
+    tmp_path: Path, encoder_tokenizer: Any, way: str, largest: int
 ) -> None:
     rows = user_rows(60)
     for row in rows[:-8]:
@@ -171,15 +166,7 @@ def test_rows_that_nearly_all_hang_together_are_refused_with_numbers(
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, rows, encoder_tokenizer, group="user")
     [problem] = caught.value.problems
-    if way == "value":
-        assert "the most frequent value has 292 rows" in problem
-        assert "of 300 rows hang together" in problem
-    else:
-        assert (
-            "354 of 359 rows hang together, and the other 5 are too few for the 72 that test and eval ask for"
-            in problem
-        )
-        assert "the most frequent value has 6 rows) or equal texts (at most 59 alike)" in problem
+    assert f"that stay together by 'user' (data.group) or their texts, the largest of {largest}" in problem
     assert "files for eval and test" in problem
 
 
@@ -187,7 +174,7 @@ def test_few_users_are_refused_or_noted(tmp_path: Path, encoder_tokenizer: Any) 
     with pytest.raises(DataError, match="100 rows in 2 groups that stay together by 'user'"):
         prepare(tmp_path / "2", rows_of(2), encoder_tokenizer, group="user")
     notes = prepare(tmp_path / "3", rows_of(3), encoder_tokenizer, group="user").notes
-    assert "50 test rows where data.test_fraction asks for 15: rows of one 'user' are taken together" in notes
+    assert any("50 test rows where data.test_fraction asks for 15: rows that hang together" in note for note in notes)
 
 
 def rows_of(users: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.data.marks import Found, marks_of, time_in_words, time_of, value_of
+from fulltune.data.marks import RowCounts, marks_of, time_in_words, time_of, value_of
 from fulltune.tasks.columns import BadCell
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC).timestamp()
@@ -90,9 +90,9 @@ def placed(cells: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 def test_marks_are_equal_for_equal_values_and_other_for_other_seeds() -> None:
     rows = placed([{"user": user, "at": at} for user, at in (("a", 3), ("b", 1), ("a ", 2))])
-    one, other = (marks_of(rows, "user", "at", seed) for seed in (1, 2))
-    assert one.values[0] == one.values[2] != one.values[1]
-    assert not set(one.values.tolist()) & set(other.values.tolist())
-    assert one.times.tolist() == [3, 1, 2]
-    none = marks_of(rows, None, None, 1)
-    assert (len(none.values), len(none.times), none.found) == (0, 0, Found())
+    (one, times), (other, _) = (marks_of(rows, "user", "at", seed, RowCounts()) for seed in (1, 2))
+    assert one[0] == one[2] != one[1]
+    assert not set(one.tolist()) & set(other.tolist())
+    assert times.tolist() == [3, 1, 2]
+    assert list(map(len, marks_of(rows, None, None, 1, nothing := RowCounts()))) == [0, 0]
+    assert nothing == RowCounts()

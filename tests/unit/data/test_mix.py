@@ -36,7 +36,7 @@ def prepare(
         train.append({"path": str(tiny.write_jsonl(folder / f"other{number}.jsonl", others)), "weight": weight})
     recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": train, **settings}})
     limits = data.Limits(tiny.POSITIONS, keeps_texts_apart=lambda: None if packs else "not here")
-    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, limits)
+    return data.prepare(data.Stage(recipe, folder / "data", tokenizer, limits))
 
 
 def test_splits_are_those_without_mixed_rows(tmp_path: Path, encoder_tokenizer: Any) -> None:
@@ -136,7 +136,7 @@ def test_names_of_a_table_without_header_are_not_those_of_another_kind_of_file(
     }
     recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": block})
     limits = data.Limits(tiny.POSITIONS)
-    summary = data.prepare(recipe, tmp_path / "data", task_named("causal-lm"), decoder_tokenizer, limits)
+    summary = data.prepare(data.Stage(recipe, tmp_path / "data", decoder_tokenizer, limits))
     assert [one.kind for one in summary.mixed] == ["chat"]
 
 
@@ -236,7 +236,7 @@ def test_file_of_a_folder_that_is_named_as_well_is_refused(tmp_path: Path, encod
         block = {**paths, "train": [paths["train"], {"path": str(file), "weight": 0.1}]}
         recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": block})
         with pytest.raises(DataError, match=rf"data\.train: .*a\.jsonl is mixed in .* data\.{role} names it, too"):
-            data.prepare(recipe, tmp_path / "data", task_named(recipe.task), encoder_tokenizer, data.Limits())
+            data.prepare(data.Stage(recipe, tmp_path / "data", encoder_tokenizer, data.Limits()))
 
 
 def test_other_weight_makes_other_data_and_none_keeps_the_fingerprint(tmp_path: Path, encoder_tokenizer: Any) -> None:

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from fulltune import data
-from fulltune.data import near
+from fulltune.data import groups as near
 from fulltune.errors import RecipeError
 from fulltune.inference.store import IN_TRAIN, Rows, clusters_of, in_train, load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.tasks import task_named
 from tests import tiny
 from tests.unit.data.stage import prepare
 
@@ -172,7 +171,7 @@ def test_prepare_near_duplicates_of_images_are_refused(tmp_path: Path) -> None:
         {"model": "x", "task": "image-classification", "data": {"train": str(tmp_path), "near_duplicates": 0.8}}
     )
     with pytest.raises(RecipeError, match="only texts can be nearly the same"):
-        data.prepare(recipe, tmp_path / "data", task_named(recipe.task), None, data.Limits(None))  # type: ignore[arg-type]
+        data.prepare(data.Stage(recipe, tmp_path / "data", None, data.Limits(None)))  # type: ignore[arg-type]
 
 
 def test_prepare_says_which_test_rows_stand_in_train(tmp_path: Path, encoder_tokenizer: Any) -> None:
