@@ -13,10 +13,10 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from fulltune.plan import defaults
-from fulltune.recipe.elsewhere import pinned
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import BaseMethod
 from fulltune.recipe.model import Block
+from fulltune.recipe.rules import pinned
 from fulltune.recipe.tasks import FACTS, FORMS, TaskName
 from fulltune.tasks.columns import CHOICE_NAMES, USUAL_NAMES, USUAL_PAIRS
 

@@ -18,7 +18,7 @@ from fulltune.forgetting import budget
 from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import generic_texts, parts
 from fulltune.recipe.file import load_recipe
-from fulltune.recipe.preserve import PreserveBlock
+from fulltune.recipe.model import PreserveBlock
 from fulltune.records.forgetting import Drift, Point, Preserved
 from fulltune.report.run.about_forgetting import held_back, verdict
 from fulltune.train.forgetting import within_budget

@@ -213,13 +213,13 @@ def test_setting_known_from_elsewhere_is_answered_with_what_to_write(
 
 def test_answers_name_settings_that_exist() -> None:
     """What an answer says to write is a setting, or a block, of the recipe."""
-    from fulltune.recipe import elsewhere as recipe_elsewhere
     from fulltune.recipe import file as recipe_file
+    from fulltune.recipe import rules as recipe_rules
 
     known = {
         *Recipe.model_fields,
         *(f"{block}.{name}" for block in Recipe.model_fields for name in recipe_file._fields((block,))),
     }
-    for said in recipe_elsewhere.answers().values():
+    for said in recipe_rules.answers().values():
         for name in re.findall(r"(?<![\w.])(?:model|data|method|train|evaluate|compare)\.[a-z_0-9]+", said):
             assert name in known, said

@@ -11,7 +11,6 @@ from typing import get_args
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import elsewhere
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -26,7 +25,7 @@ train:
   optim: adamw_torch_fuse
   report_to: [tensorbord]
   num_train_epochs: three
-  extra: {learning_rat: 1, tf32: "yes", bf16: true, neftune_noise_alpha: 1e-5}
+  extra: {learning_rat: 1, tf32: "perhaps", bf16: true, neftune_noise_alpha: much}
 evaluate: {metric: rougeL}
 """
 
@@ -45,8 +44,8 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
         f"{path}:8  train.extra.bf16: cannot be set here; write train.precision: bf16",
         f"{path}:8  train.extra.learning_rat: transformers.TrainingArguments has no such field; did you mean "
         "'learning_rate'?",
-        f"{path}:8  train.extra.neftune_noise_alpha: expected a number, found '1e-5'; write 1.0e-05",
-        f"{path}:8  train.extra.tf32: expected true or false, found 'yes'",
+        f"{path}:8  train.extra.neftune_noise_alpha: expected a number, found 'much'",
+        f"{path}:8  train.extra.tf32: expected true or false, found 'perhaps'",
         f"{path}:9  evaluate.metric: 'rougeL' cannot choose a checkpoint for causal-lm; expected one of loss, "
         "perplexity, token_accuracy",
     ]
@@ -233,9 +232,9 @@ def test_names_of_transformers_are_those_that_it_has() -> None:
     from transformers.training_args import OptimizerNames
 
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    assert set(elsewhere.training_arguments()) == fields
-    assert elsewhere.optimizers() == sorted(name.value for name in OptimizerNames)
-    assert elsewhere.trackers() == sorted(INTEGRATION_TO_CALLBACK)
+    assert set(recipe_rules.training_arguments()) == fields
+    assert recipe_rules.optimizers() == sorted(name.value for name in OptimizerNames)
+    assert recipe_rules.trackers() == sorted(INTEGRATION_TO_CALLBACK)
 
 
 def test_extra_values_that_transformers_takes_are_let_through_as_it_takes_them() -> None:

@@ -20,7 +20,7 @@ from fulltune.models.shapes import Shapes
 from fulltune.pipeline import Run
 from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.preserve import AUTO
+from fulltune.recipe.model import AUTO
 from fulltune.recipe.rules import SCALABLE
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary

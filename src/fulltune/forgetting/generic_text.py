@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fulltune.errors import DataError
 from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
-from fulltune.recipe.preserve import AUTO, BUNDLED, PreserveBlock
+from fulltune.recipe.model import AUTO, BUNDLED, PreserveBlock
 from fulltune.tasks.columns import normalised
 from fulltune.text import counted
 

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fulltune.errors import SetupError
 from fulltune.files import write_text
 from fulltune.launch.job import LaunchedJob
-from fulltune.recipe.paths import named_paths
+from fulltune.recipe.fields import named_paths
 from fulltune.system.machines import DEFAULT_PORT
 from fulltune.system.run_folder import writing
 from fulltune.text import listed

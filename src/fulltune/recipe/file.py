@@ -17,13 +17,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import elsewhere as recipe_elsewhere
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe import several_runs
 from fulltune.recipe.data import MixedFile
-from fulltune.recipe.fields import Recipe
+from fulltune.recipe.fields import Recipe, resolve_paths
 from fulltune.recipe.model import NAME
-from fulltune.recipe.paths import resolve_paths
 from fulltune.text import did_you_mean, near_names
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -225,7 +223,7 @@ def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
     name, block = str(at[-1]), at[:-1]
     if block[:2] == ("data", "train"):
         return did_you_mean(name, MixedFile.model_fields) or f"known here: {', '.join(MixedFile.model_fields)}"
-    if (said := recipe_elsewhere.answer(name)) is not None:
+    if (said := recipe_rules.answer(name)) is not None:
         return said
     if block[:1] and block[0] in _UNIONS:
         kinds = [kind for kind, member in _by_kind(block[0]).items() if name in member.model_fields]
@@ -234,13 +232,13 @@ def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
     elsewhere = [other for other in _blocks() if name in _fields((other,)) and (other,) != block]
     if elsewhere:
         return f"did you mean '{elsewhere[0]}.{name}'?"
-    if name in recipe_elsewhere.training_arguments():
+    if name in recipe_rules.training_arguments():
         return f"write train.extra.{name}"
     known = sorted(_fields(block, values))
     if hint := did_you_mean(name, known):
         return hint
-    if near := near_names(name.lower(), recipe_elsewhere.answers(), cutoff=0.85):
-        return recipe_elsewhere.answers()[near[0]]
+    if near := near_names(name.lower(), recipe_rules.answers(), cutoff=0.85):
+        return recipe_rules.answers()[near[0]]
     return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/recipe.md lists those that are known"
 
 

@@ -1,10 +1,12 @@
-"""What all blocks of a recipe have in common, and its block `model`."""
+"""What all blocks of a recipe have in common, and its blocks `model` and `preserve`."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from fulltune.text import parse_share
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What a run or a method may be called: it becomes the name of a folder."""
@@ -43,3 +45,54 @@ class ModelBlock(Block):
         """Its name, with every setting that tells it apart from the same model as it usually is."""
         more = [f"{name} {value}" for name, value in self.model_dump(exclude={"name"}, exclude_defaults=True).items()]
         return f"{self.name} ({', '.join(more)})" if more else self.name
+
+
+AUTO = "auto"
+BUNDLED = "docstrings of Python's standard library"
+"""Generic text that every installation has."""
+
+
+def _a_share(value: Any) -> Any:
+    """A share as `text.parse_share` reads it; other types are left to pydantic."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a share such as 1% or 0.01, found {value}")
+    if isinstance(value, (str, int, float)):
+        parse_share(value)
+    return value
+
+
+def _a_file(value: Any) -> Any:
+    """Other words for nothing are answered."""
+    if value is False or (isinstance(value, str) and value.lower() in ("none", "no", "off", "false", "")):
+        raise ValueError(f"expected a text file or auto, found '{value}'; for none write null")
+    return value
+
+
+Share = Annotated[str | float, BeforeValidator(_a_share)]
+"""Such as `1%` or `0.01`."""
+
+
+class PreserveBlock(Block):
+    """What the model could do before training is watched, and with a budget kept: full fine-tuning moves every weight,
+    also those that other abilities rest on."""
+
+    drift: bool = True
+    """At each evaluation, measure how far the model has moved away on generic text: for language models by how much
+    its loss rose, for others how far its hidden states have changed. Costs about 1 % of the training, more of a very
+    short one: at least 8 texts are read."""
+    probe: str | None = None
+    """A text file of what the model could do before: one text a line, or paragraphs. Left out: docstrings of Python's
+    standard library."""
+    budget: Share | None = None
+    """How far generic text may move at most, such as `1%`: a token of it gets so much less likely (language models),
+    or the mean hidden state turns by so much, 1 - cosine (others). Generic text is replayed with a weight that is
+    raised as the budget is spent; of the points between the untouched and the trained model the best one within the
+    budget is kept, and certified on texts that nothing else has read. For full and lora, also in a comparison."""
+    replay: Annotated[str | None, BeforeValidator(_a_file)] = AUTO
+    """Where the generic text that is replayed comes from: a text file; `auto`, a part of the probe's texts.
+    `null`: none is replayed."""
+
+    @property
+    def limit(self) -> float | None:
+        """The budget as a share."""
+        return None if self.budget is None else parse_share(self.budget)

@@ -6,23 +6,26 @@ No torch, no transformers. Refused together with what does not fit the fields' t
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import tomllib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fulltune.errors import RecipeError
-from fulltune.recipe.elsewhere import answer, optimizers, pinned, trackers, training_arguments
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
-from fulltune.recipe.preserve import PreserveBlock
+from fulltune.recipe.model import PreserveBlock
 from fulltune.recipe.tasks import FACTS, FORMS, READ_BY, Form
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.text import did_you_mean
 
-_EXCLUDED = Path(__file__).with_name("excluded.toml")
+_EXCLUDED, _ELSEWHERE = (Path(__file__).with_name(f"{name}.toml") for name in ("excluded", "elsewhere"))
 NO_PACKAGES = ("all", "none", "flyte")
 """Words of transformers, and the tracker that it cannot look for."""
 
@@ -140,57 +143,47 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
             hint = answer(name) or did_you_mean(name, known)
             said = f"; {hint}" if hint else ""
             problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{said}")
-        elif (expected := _expected(known[name])) and not _is_a(value, known[name]):
-            problems.append(f"train.extra.{name}: expected {expected}, found {value!r}{_as_number(value)}")
+        elif value is not None:
+            try:
+                _as_field(known[name], value)
+            except ValidationError:
+                problems.append(f"train.extra.{name}: expected {_expected(known[name])}, found {value!r}")
     return problems
 
 
 _TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
 
 
-def _expected(annotation: str) -> str | None:
-    """The values of a field in words; None where its type is none of the plain ones."""
-    names = [name.strip() for name in annotation.split("|")]
-    return " or ".join(_TYPES[name] for name in names if name != "None") if set(names) <= {*_TYPES, "None"} else None
+@cache
+def _plain_type(annotation: str) -> TypeAdapter[Any] | None:
+    """Reads a field whose type is made of plain ones, numbers also from texts (YAML reads `1e-5` as one); else None."""
+    names = annotation.replace(" ", "").split("|")
+    if not set(names) <= {*_TYPES, "None"}:
+        return None
+    types = {"bool": bool, "int": int, "float": float, "str": str, "None": None}
+    union: Any = Union[tuple(types[name] for name in names)]  # noqa: UP007  # of types that only the name tells
+    return TypeAdapter(union, config=ConfigDict(coerce_numbers_to_str=True))
 
 
-def _as_number(value: Any) -> str:
-    """YAML reads `1e-5` as a text."""
-    try:
-        return f"; write {float(value):.1e}" if isinstance(value, str) else ""
-    except ValueError:
-        return ""
+def _expected(annotation: str) -> str:
+    return " or ".join(words for name, words in _TYPES.items() if name in annotation.replace(" ", "").split("|"))
 
 
-def _is_a(value: Any, annotation: str) -> bool:
-    names = _names(annotation)
-    if value is None:
-        return True
-    if isinstance(value, bool):
-        return "bool" in names
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return bool(names & {"int", "float", "str"})
-    return type(value).__name__ in names or (isinstance(value, float) and "str" in names)
-
-
-def _names(annotation: str) -> set[str]:
-    return {name.strip() for name in annotation.split("|")}
+def _as_field(annotation: str, value: Any) -> Any:
+    """A value as a field takes it; raises `ValidationError` where that is impossible."""
+    reader = _plain_type(annotation)
+    return value if reader is None else reader.validate_python(value)
 
 
 def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
     """`train.extra` as transformers takes it: `1800.0` as a whole number, `2024` as a text, where such is expected;
     null leaves a field as it is, where it cannot be empty."""
-    known, values = training_arguments(), dict[str, Any]()
-    for name, value in extra.items():
-        names = _names(known[name])
-        if value is None and names <= {"bool", "int", "float", "str"}:
-            continue
-        if isinstance(value, float) and value.is_integer() and "int" in names:
-            value = int(value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and names <= {"str", "None"}:
-            value = str(value)
-        values[name] = value
-    return values
+    known = training_arguments()
+    return {
+        name: _as_field(known[name], value)
+        for name, value in extra.items()
+        if value is not None or _plain_type(known[name]) is None or "None" in known[name]
+    }
 
 
 def _unknown_optimizer(recipe: Recipe) -> list[str]:
@@ -221,18 +214,13 @@ def _unknown_trackers(recipe: Recipe) -> list[str]:
 
 
 def _out_of_place(recipe: Recipe) -> list[str]:
-    """Images that would be mixed in, workers that cannot be, and a rate of the head's own where nothing else learns."""
+    """Images that would be mixed in, and workers that cannot be."""
     problems = []
     if FACTS[recipe.task].reads == "image" and recipe.data.mixed_files:
         problems.append("data.train: images cannot be mixed in by weight yet; name the folders without a weight")
     workers = recipe.train.extra.get("dataloader_num_workers")
     if isinstance(workers, int) and workers < 0:
         problems.append(f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}")
-    problems += [
-        f"{place}.head_learning_rate: method head trains nothing but the head; write learning_rate"
-        for place, method in methods_of(recipe)
-        if method.kind == "head" and method.head_learning_rate is not None and FACTS[recipe.task].head_is_new
-    ]
     return problems
 
 
@@ -266,3 +254,67 @@ def _preserved(recipe: Recipe) -> list[str]:
         for place, method in methods_of(recipe)
         if method.kind not in (*SCALABLE, *unmoved)
     ]
+
+
+# ---- names that other tools and transformers know ----------------------------------------------------------------
+# transformers is not imported: its names are read from its source, which takes a tenth of the time.
+
+
+@cache
+def _elsewhere() -> Mapping[str, Any]:
+    return tomllib.loads(_ELSEWHERE.read_text(encoding="utf-8"))
+
+
+def pinned() -> Mapping[str, str]:
+    """Fields of `transformers.TrainingArguments` that `train.extra` may not set, and what to do instead."""
+    return dict(_elsewhere()["pinned"])
+
+
+@cache
+def answers() -> Mapping[str, str]:
+    """Names of settings in other tools, and what to write here."""
+    by_name = {name: answer for answer, names in _elsewhere()["answers"].items() for name in names.split()}
+    return by_name | _elsewhere()["pinned"]
+
+
+def answer(name: object) -> str | None:
+    """What to write in place of another tool's setting, or None where it is not known."""
+    return answers().get(str(name).lower().replace("-", "_"))
+
+
+@cache
+def training_arguments() -> Mapping[str, str]:
+    """Fields of `transformers.TrainingArguments`, and their types as they are written there."""
+    body = _class("training_args.py", "TrainingArguments").body
+    fields = [line for line in body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
+    return {line.target.id: ast.unparse(line.annotation) for line in fields if isinstance(line.target, ast.Name)}
+
+
+@cache
+def optimizers() -> list[str]:
+    """Names of the optimizers of transformers."""
+    body = _class("training_args.py", "OptimizerNames").body
+    values = [line.value for line in body if isinstance(line, ast.Assign)]
+    return sorted(value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str))
+
+
+@cache
+def trackers() -> list[str]:
+    """Names of the trackers of transformers."""
+    for line in _parsed("integrations/integration_utils.py").body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "INTEGRATION_TO_CALLBACK":
+            keys = line.value.keys if isinstance(line.value, ast.Dict) else []
+            return sorted(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+    raise LookupError("transformers has no INTEGRATION_TO_CALLBACK any more")
+
+
+@cache
+def _parsed(file: str) -> ast.Module:
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None, "it is installed with fulltune"
+    assert spec.submodule_search_locations is not None, "it is a package"
+    return ast.parse((Path(next(iter(spec.submodule_search_locations))) / file).read_text(encoding="utf-8"))
+
+
+def _class(file: str, name: str) -> ast.ClassDef:
+    return next(line for line in _parsed(file).body if isinstance(line, ast.ClassDef) and line.name == name)

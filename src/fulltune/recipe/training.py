@@ -224,25 +224,33 @@ class TrainBlock(Block):
 
     @model_validator(mode="after")
     def _pairs_must_agree(self) -> TrainBlock:
-        problems = []
-        if self.max_steps is not None and self.num_train_epochs is not None:
-            problems.append("max_steps and num_train_epochs are both given; remove one")
-        if self.warmup_ratio is not None and self.warmup_steps is not None:
-            problems.append("warmup_ratio and warmup_steps are both given; remove one")
-        if self.eval_strategy == "steps" and self.eval_steps is None:
-            problems.append("eval_strategy is 'steps' but eval_steps is missing; add for example 'eval_steps: 100'")
-        if self.eval_strategy == "epoch" and self.eval_steps is not None:
-            problems.append("eval_steps is given but eval_strategy is 'epoch'; set 'eval_strategy: steps'")
-        if self.lr_scheduler_type == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & set(
-            self.lr_scheduler_kwargs
-        ):
-            problems.append("lr_scheduler_kwargs: cosine_with_min_lr needs a floor; add for example {min_lr_rate: 0.1}")
-        if self.global_batch_size and self.global_batch_size % ((self.micro_batch_size or 1) * self.num_processes):
-            factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
-            named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)
-            problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
-        if self.use_liger_kernel and self.torch_compile:
-            problems.append("use_liger_kernel and torch_compile both fuse the same; give one of them")
+        factors = {"micro_batch_size": self.micro_batch_size or 1, "num_processes": self.num_processes}
+        shared_by = " x ".join(f"{name} {value}" for name, value in factors.items() if value > 1)
+        has_floor = bool({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs))
+        pairs = {
+            "max_steps and num_train_epochs are both given; remove one": (
+                self.max_steps is not None and self.num_train_epochs is not None
+            ),
+            "warmup_ratio and warmup_steps are both given; remove one": (
+                self.warmup_ratio is not None and self.warmup_steps is not None
+            ),
+            "eval_strategy is 'steps' but eval_steps is missing; add for example 'eval_steps: 100'": (
+                self.eval_strategy == "steps" and self.eval_steps is None
+            ),
+            "eval_steps is given but eval_strategy is 'epoch'; set 'eval_strategy: steps'": (
+                self.eval_strategy == "epoch" and self.eval_steps is not None
+            ),
+            "lr_scheduler_kwargs: cosine_with_min_lr needs a floor; add for example {min_lr_rate: 0.1}": (
+                self.lr_scheduler_type == "cosine_with_min_lr" and not has_floor
+            ),
+            f"global_batch_size: {self.global_batch_size} is not a multiple of {shared_by}": (
+                self.global_batch_size and self.global_batch_size % math.prod(factors.values())
+            ),
+            "use_liger_kernel and torch_compile both fuse the same; give one of them": (
+                self.use_liger_kernel and self.torch_compile
+            ),
+        }
+        problems = [text for text, is_wrong in pairs.items() if is_wrong]
         problems += [*_wrong_placement(self), *_wrong_weights(self.class_weights)]
         if self.memory_limit is not None:
             try:
@@ -257,39 +265,36 @@ class TrainBlock(Block):
 def _wrong_placement(train: TrainBlock) -> list[str]:
     """What `placement`, `offload`, `num_processes` and `num_machines` say against each other."""
     place, offload, processes = train.placement, train.offload, train.num_processes
-    problems = []
-    if processes % train.num_machines:
-        least = -(-processes // train.num_machines) * train.num_machines
-        problems.append(
-            f"num_processes: {processes} is the total over all machines, expected a multiple of num_machines "
-            f"({train.num_machines}), such as {least}"
-        )
-    if train.num_machines > 1 and offload.startswith(NVME):
-        problems.append(f"offload: '{offload}' not yet over several machines, whose disks differ; set num_machines: 1")
-    if place == "single" and processes > 1:
-        problems.append(f"placement: single, but num_processes is {processes}; set 1, or another placement")
-    if place in ("ddp", "fsdp2") and processes == 1:
-        instead = "zero2 or zero3 with an offload" if place == "fsdp2" else "single"
-        problems.append(
-            f"placement: {place} needs several processes, num_processes: 2 or more; with one process take {instead}"
-        )
-    if place == "fsdp2" and train.optim not in (None, *SHARED_OUT):
-        able = ", ".join(SHARED_OUT)
-        problems.append(
-            f"optim: '{train.optim}' needs whole tensors, which placement: fsdp2 shares out; able are {able}"
-        )
+    has_own_file = train.engine_settings is not None
+    least = -(-processes // train.num_machines) * train.num_machines
+    instead = "zero2 or zero3 with an offload" if place == "fsdp2" else "single"
+    both = "{} and extra.deepspeed both say where things lie; remove one of them"
+    pairs = {
+        f"num_processes: {processes} is the total over all machines, expected a multiple of num_machines "
+        f"({train.num_machines}), such as {least}": processes % train.num_machines,
+        f"offload: '{offload}' not yet over several machines, whose disks differ; set num_machines: 1": (
+            train.num_machines > 1 and offload.startswith(NVME)
+        ),
+        f"placement: single, but num_processes is {processes}; set 1, or another placement": (
+            place == "single" and processes > 1
+        ),
+        f"placement: {place} needs several processes, num_processes: 2 or more; with one process take {instead}": (
+            place in ("ddp", "fsdp2") and processes == 1
+        ),
+        f"optim: '{train.optim}' needs whole tensors, which placement: fsdp2 shares out; able are "
+        f"{', '.join(SHARED_OUT)}": place == "fsdp2" and train.optim not in (None, *SHARED_OUT),
+        both.format("placement"): has_own_file and place != "auto",
+        both.format("offload"): has_own_file and offload != "none",
+    }
+    problems = [text for text, is_wrong in pairs.items() if is_wrong]
     folder = offload.removeprefix(NVME)
     if offload not in ("none", "optimizer", "all") and not (offload.startswith(NVME) and folder):
         problems.append(f"offload: expected none, optimizer, all or nvme:FOLDER, found '{offload}'")
-    elif offload != "none" and train.engine_settings is None:
+    elif offload != "none" and not has_own_file:
         possible = {"zero2": ("optimizer",), "zero3": ("optimizer", "all", NVME)}.get(place, ())
         if not offload.startswith(possible or ("-",)):
             fits = "placement: zero3" if offload != "optimizer" else "placement: zero2 or zero3"
             problems.append(f"offload: '{offload}' needs {fits}, found {place}")
-    if train.engine_settings is not None:
-        twice = {"placement": place != "auto", "offload": offload != "none"}
-        both = "{} and extra.deepspeed both say where things lie; remove one of them"
-        problems += [both.format(name) for name, given in twice.items() if given]
     return problems
 
 

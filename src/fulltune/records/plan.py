@@ -136,7 +136,7 @@ class Preserving(Record):
     """How a run keeps its budget for forgetting."""
 
     budget: float
-    """As a share: see `recipe.preserve`."""
+    """As a share: see `PreserveBlock`."""
     replay_rows: int
     """Generic texts that are replayed in each step."""
     steer_steps: int

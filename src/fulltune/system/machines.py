@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fulltune.errors import RecipeError, SetupError
-from fulltune.recipe.fields import Recipe
-from fulltune.recipe.paths import named_paths
+from fulltune.recipe.fields import Recipe, named_paths
 from fulltune.records.base import Record
 from fulltune.system import sharing
 from fulltune.system.hardware import Machine

@@ -20,8 +20,7 @@ from fulltune.data.sources import find_files
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.store import load_texts
 from fulltune.models import files as model_files
-from fulltune.recipe.fields import Recipe
-from fulltune.recipe.paths import resolve_paths
+from fulltune.recipe.fields import Recipe, resolve_paths
 from fulltune.records.data import DataSummary
 from fulltune.system.run_folder import writing
 from fulltune.tasks import PLACE, Target, question_answering

@@ -10,7 +10,7 @@ from typing import Any
 from fulltune.data.readers.files import SUFFIXES as DATA_SUFFIXES
 from fulltune.data.readers.files import is_utf8, printable
 from fulltune.errors import DataError
-from fulltune.recipe.paths import is_address
+from fulltune.recipe.fields import is_address
 from fulltune.tasks.columns import USUAL_NAMES, BadCell
 
 _KINDS = "avif bmp dib gif ico jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"

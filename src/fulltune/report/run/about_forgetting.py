@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fulltune.forgetting.budget import MOST_OF_IT, is_within, limit_for_most
-from fulltune.recipe.preserve import BUNDLED
+from fulltune.recipe.model import BUNDLED
 from fulltune.records.events import Steered
 from fulltune.records.forgetting import Preserved
 from fulltune.report.format import words

@@ -22,7 +22,7 @@ from fulltune.inference.run import autocast, batches
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
-from fulltune.recipe.preserve import BUNDLED
+from fulltune.recipe.model import BUNDLED
 from fulltune.records.events import Steered
 from fulltune.records.forgetting import Drift, Preserved, limit_of
 from fulltune.system.memory import is_out_of_memory
