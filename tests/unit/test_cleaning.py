@@ -179,7 +179,7 @@ def test_no_row_that_differs_is_no_proof_that_none_would() -> None:
     ("rows", "suspects", "precision", "said"),
     [
         (192, 2, 1.0, "of the 2 suspects between 0 and 2 are wrong: too few to tell"),
-        (100_000, 1_900, 0.8, "between 0 and 1,900 are wrong: too small a share of the rows to tell"),
+        (100_000, 1_900, 0.8, "between 0 and 1,900 are wrong: too few to tell"),
         (192, 60, 0.8, "of the 60 suspects about 80% are wrong, by the same measure (between 39 and 57)"),
     ],
 )

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from fulltune.audit.prove import refuse_prove
 from fulltune.audit.stage import load_issues
+from fulltune.audit.texts.flaw import ABOUT
 from fulltune.cli import stages
 from fulltune.cli.stages import err, out
 from fulltune.data.patch import Decisions, load_patch, save_patch
@@ -23,25 +24,11 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, proofs_of
 from fulltune.records.data import DataSummary
 from fulltune.report.run.data_page import could_do
-from fulltune.text import counted, did_you_mean, format_percent, listed
+from fulltune.text import counted, did_you_mean, listed
 
-FIRST = (
-    "label error",
-    "class names",
-    "conflicting labels",
-    "doubtful label",
-    "leak",
-    "near leak",
-    "secret",
-    "personal data",
-    "phone number",
-    "outlier",
-    "duplicate",
-)
-"""Checks whose rows are asked about before those of all others: what they find costs most."""
-MEASURED = 50
-"""Decisions about a check that say how often it is right."""
 KEYS = "[k]eep it  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
+Issues = Sequence[RowIssue]
+"""All that was found in a row."""
 
 
 @dataclass(frozen=True)
@@ -122,106 +109,68 @@ def show(found: Audited, as_json: bool) -> None:
     from fulltune.report.format import terminal
     from fulltune.report.run import about_data, data_page
 
-    folder, audit = found.folder, found.audit
+    folder, audit, proofs = found.folder, found.audit, proofs_of(found.folder, found.audit)
     if as_json:
-        issues = {one.check: one.rows for one in audit.checks}
-        place = str(folder / "data" / AUDIT)
         more = {
-            "issues": issues,
-            "audit": place,
-            "proofs": [one.model_dump(mode="json") for one in proofs_of(folder, audit)],
+            "issues": {one.check: one.rows for one in audit.checks},
+            "audit": str(folder / "data" / AUDIT),
+            "proofs": [one.model_dump(mode="json") for one in proofs],
         }
         stages.print_json(found.summary.model_dump(mode="json") | more)
         return
-    terminal.show(out, [*about_data.in_short(found.summary), *data_page.in_short(audit, proofs_of(folder, audit))])
+    terminal.show(out, [*about_data.in_short(found.summary), *data_page.in_short(audit, proofs)])
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
         out.print(f"review:  fulltune data {escape(str(found.target))} --review", soft_wrap=True)
 
 
-def _relabel(summary: DataSummary) -> Callable[[], Remedy | None] | None:
-    """Asks for a row's label: one that there is, or a new one typed twice. None: it has none of its own in a column."""
-    if not summary.form.one_label or summary.task != "text-classification":
-        return None
-
-    def ask() -> Remedy | None:
-        value = out.input("  label: ").strip()
-        is_meant = value in summary.labels or (value and out.input("  a new label; once more: ").strip() == value)
-        return Remedy(action="replace", column=summary.columns["label"], value=value) if is_meant else None
-
-    return ask
-
-
 def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool) -> None:
     """Take what is proposed for all rows of some checks, or ask; without a terminal write down what to decide."""
-    if not (review or accept):
-        raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
-    if HIGH_LOSS in accept:
-        raise RecipeError(f"--accept: '{HIGH_LOSS}' claims nothing about its rows; expected --review, to read them")
-    file, ask = patch or found.patch, keys()
-    issues = load_issues(found.folder / "data")
-    known = {*found.audit.clean, *(one.check for one in found.audit.checks)}
+    _refuse(found.audit, patch, review, accept)
+    file, issues, notes = patch or found.patch, load_issues(found.folder / "data"), list[str]()
     if not file.parent.is_dir():
         raise RecipeError(f"--patch: {file.parent}: there is no such folder")
-    for check in (one for one in accept if one not in known):
-        if (why := found.audit.not_run.get(check)) is not None:
-            raise RecipeError(f"--accept: '{check}' was not looked at: {why}")
-        hint = did_you_mean(check, known)
-        raise RecipeError(
-            f"--accept: there is no check '{check}'; {hint or f'expected one of {listed(sorted(known))}'}"
-        )
     before = decided_before(file)
     if accept:
-        decided, said = accepted(issues, accept, before)
+        decided, notes = accepted(issues, accept, before)
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        import typer
+
+        decided = go_through(out, issues, file, before, typer.getchar, _relabel(found.summary))
     else:
-        decided = go_through(out, issues, file, before, ask, _relabel(found.summary))
-        said = precisions(decided.values()) if ask is not None else []
+        decided = dict(before) | {them[0].key: to_decide(them) for them in queue(issues, before)}
     if decided != before:
         save(file, decided)
     if as_json:
         stages.print_json({"decisions": len(decided), "new": len(decided) - len(before), "patch": str(file)})
         return
     is_open = {key for key, one in decided.items() if one.is_open}
-    if ask is None and not accept:
-        told = f"{counted(len(decided) - len(before), 'row')} to decide about written to {file}"
-        out.print(escape(told), soft_wrap=True)
-        return
     new = sum(key not in before or before[key].is_open for key in decided.keys() - is_open)
-    told = f"{counted(new, 'new decision')}; in {file}: {len(decided) - len(is_open):,} decided, {len(is_open):,} open"
-    out.print(escape(told), soft_wrap=True)
-    for line in said:
-        out.print(escape(line), soft_wrap=True)
+    done = f"{len(decided) - len(is_open):,} decided, {len(is_open):,} open"
+    lines = [f"{counted(new, 'new decision')}; in {file}: {done}", *notes]
     if decided and found.recipe.data.patch is None:
         # As the recipe has paths: from its own folder.
         name = file.resolve() if found.target.is_dir() else os.path.relpath(file, found.target.parent)
-        out.print(f"apply them by the recipe's line data.patch: {escape(str(name))}", soft_wrap=True)
+        lines.append(f"apply them by the recipe's line data.patch: {name}")
+    for line in lines:
+        out.print(escape(line), soft_wrap=True)
+
+
+def _refuse(audit: Audit, patch: Path | None, review: bool, accept: Sequence[str]) -> None:
+    """Raises a `RecipeError` for options that do not fit each other, or what was found."""
+    if not (review or accept):
+        raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
+    if HIGH_LOSS in accept:
+        raise RecipeError(f"--accept: '{HIGH_LOSS}' claims nothing about its rows; expected --review, to read them")
+    known = {*audit.clean, *(one.check for one in audit.checks)}
+    for check in (one for one in accept if one not in known):
+        if (why := audit.not_run.get(check)) is not None:
+            raise RecipeError(f"--accept: '{check}' was not looked at: {why}")
+        hint = did_you_mean(check, known) or f"expected one of {listed(sorted(known))}"
+        raise RecipeError(f"--accept: there is no check '{check}'; {hint}")
 
 
 # ---- the review ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class UnderReview:
-    """A row that is asked about, with all that was found in it."""
-
-    issues: tuple[RowIssue, ...]
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """As of its decision."""
-        return self.issues[0].key
-
-    @property
-    def change(self) -> Remedy | None:
-        """What is proposed to be changed."""
-        return next((one.remedy for one in self.issues if one.remedy.action == "replace"), None)
-
-    def to_decide(self) -> RowDecision:
-        """The line of a patch file that is to be decided about in the file."""
-        first, more = self.issues[0], {"proposed": self.change or Remedy(action="drop")}
-        reasons = "; ".join(f"{one.check}: {one.reason}" for one in self.issues)
-        open_one = first.decided(Remedy(action="undecided"))
-        return open_one.model_copy(update={"text": first.text, "reason": reasons, **more})
 
 
 def decided_before(patch: Path) -> Decisions:
@@ -238,122 +187,112 @@ def save(patch: Path, decided: Decisions) -> None:
         raise SetupError(f"{patch}: cannot be written ({reason}); name another file (--patch)") from None
 
 
-def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[UnderReview]:
+def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
     """The rows to ask about, the costliest and surest first; without those that were decided already."""
-    by_row = defaultdict[tuple[str, str], list[RowIssue]](list)
-    for issue in sorted(issues, key=_order):
+    order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
+    for issue in sorted(issues, key=lambda one: (order.index(one.check), -one.score)):
         if issue.key not in decided or decided[issue.key].is_open:
             by_row[issue.key].append(issue)
-    return [UnderReview(tuple(them)) for them in by_row.values()]
+    return list(by_row.values())
 
 
-def _order(issue: RowIssue) -> tuple[int, str, float]:
-    return FIRST.index(issue.check) if issue.check in FIRST else len(FIRST), issue.check, -issue.score
+def _change(issues: Issues) -> Remedy | None:
+    """What is proposed to be changed."""
+    return next((one.remedy for one in issues if one.remedy.action == "replace"), None)
+
+
+def to_decide(issues: Issues) -> RowDecision:
+    """The line of a patch file that is to be decided about in the file."""
+    reasons = "; ".join(f"{one.check}: {one.reason}" for one in issues)
+    more = {"text": issues[0].text, "reason": reasons, "proposed": _change(issues) or Remedy(action="drop")}
+    return issues[0].decided(Remedy(action="undecided")).model_copy(update=more)
+
+
+def _relabel(summary: DataSummary) -> Callable[[], Remedy | None] | None:
+    """Asks for a row's label: one that there is, or a new one typed twice. None: it has none of its own in a column."""
+    if not summary.form.one_label or summary.task != "text-classification":
+        return None
+
+    def ask() -> Remedy | None:
+        value = out.input("  label: ").strip()
+        is_meant = value in summary.labels or (value and out.input("  a new label; once more: ").strip() == value)
+        return Remedy(action="replace", column=summary.columns["label"], value=value) if is_meant else None
+
+    return ask
 
 
 def go_through(
     console: Console,
-    issues: Sequence[RowIssue],
+    issues: Issues,
     patch: Path,
     before: Decisions,
-    ask: Callable[[], str] | None,
+    ask: Callable[[], str],
     relabel: Callable[[], Remedy | None] | None = None,
 ) -> dict[tuple[str, str], RowDecision]:
-    """Ask about each row and save after each key; without `ask` (no terminal) write all rows down as undecided."""
+    """Ask about each row, and save after each key."""
     decided, waiting = dict(before), queue(issues, before)
-    if ask is None:
-        return decided | {one.key: one.to_decide() for one in waiting}
     place, history = 0, list[int]()
-    keys = KEYS if relabel is not None else KEYS.replace("[l]abel  ", "")
     with suppress(EOFError):  # Ctrl-D: as q
         while place < len(waiting):
-            one = waiting[place]
-            _show_row(console, one, place, len(waiting), keys)
+            them = waiting[place]
+            change = _change(them)
+            keys = KEYS if relabel is not None else KEYS.replace("[l]abel  ", "")
+            keys = keys if change is not None else keys.replace("[c]hange as proposed  ", "")
+            _show_row(console, them, f"{place + 1:,} of {len(waiting):,}", keys)
             match ask():
                 case "k":
                     remedy = Remedy(action="keep")
                 case "d":
                     remedy = Remedy(action="drop")
-                case "c" if one.change is not None:
-                    remedy = one.change
-                case "l" if relabel is not None and (change := relabel()) is not None:
+                case "c" if change is not None:
                     remedy = change
+                case "l" if relabel is not None and (other := relabel()) is not None:
+                    remedy = other
                 case "n":
                     place += 1
                     continue
                 case "u":
                     if history:
                         place = history.pop()
-                        decided.pop(waiting[place].key)
+                        decided.pop(waiting[place][0].key)
                         save(patch, decided)
                     continue
                 case "q" | "\x03" | "\x1b":
                     break
                 case _:
-                    console.print(keys, markup=False)
                     continue
-            decided[one.key] = one.issues[0].decided(remedy)
+            decided[them[0].key] = them[0].decided(remedy)
             history.append(place)
             save(patch, decided)
             place += 1
     return decided
 
 
+def _show_row(console: Console, issues: Issues, place: str, keys: str) -> None:
+    first, change = issues[0], _change(issues)
+    lines = [f"\n[bold]{place}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]", f"  {escape(first.text)}"]
+    lines += [f"  label: [bold]{escape(first.label)}[/bold]"] if first.label is not None else []
+    lines += [f"  [yellow]{escape(one.check)}[/yellow]: {escape(one.reason)}" for one in issues]
+    lines += [f"  proposed: [green]{escape(could_do(change))}[/green]"] if change is not None else []
+    for line in [*lines, f"  [dim]{escape(keys)}[/dim]"]:
+        console.print(line, highlight=False)
+
+
 def accepted(
-    issues: Sequence[RowIssue], checks: Sequence[str], before: Decisions
+    issues: Iterable[RowIssue], checks: Sequence[str], before: Decisions
 ) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
     """What is proposed for all rows of some checks, taken, beside what was decided before; and what to say about it."""
     decided, taken, more = dict(before), Counter[str](), 0
-    for one in queue(issues, before):
-        wanted = [issue for issue in one.issues if issue.check in checks]
+    for them in queue(issues, before):
+        wanted = [issue for issue in them if issue.check in checks]
         if not wanted:
             continue
         # Left out by one check, a row needs no other change.
         first = next((issue for issue in wanted if issue.remedy.action == "drop"), wanted[0])
         more += first.remedy.action == "replace" and any(issue.remedy != first.remedy for issue in wanted)
         taken[first.check] += 1
-        decided[one.key] = first.decided(first.remedy)
-    said = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in taken.items()]
+        decided[first.key] = first.decided(first.remedy)
+    notes = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in taken.items()]
     if more:
-        said.append(f"{counted(more, 'row')} with another change as well: apply the patch, and run this once more")
-    return decided, said
-
-
-def _show_row(console: Console, asked: UnderReview, place: int, count: int, keys: str) -> None:
-    first = asked.issues[0]
-    console.print(f"\n[bold]{place + 1:,} of {count:,}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]")
-    console.print(f"  {escape(first.text)}", highlight=False)
-    if first.label is not None:
-        console.print(f"  label: [bold]{escape(first.label)}[/bold]", highlight=False)
-    for issue in asked.issues:
-        console.print(f"  [yellow]{escape(issue.check)}[/yellow]: {escape(issue.reason)}", highlight=False)
-    if asked.change is not None:
-        console.print(f"  proposed: [green]{escape(could_do(asked.change))}[/green]", highlight=False)
-    keys = keys if asked.change is not None else keys.replace("[c]hange as proposed  ", "")
-    console.print(f"  {keys}", markup=False, style="dim")
-
-
-def precisions(decided: Iterable[RowDecision]) -> list[str]:
-    """How often each check was right, by what was decided about its rows: the first ones alone."""
-    from scipy.stats import binomtest
-
-    found = defaultdict[str, list[bool]](list)
-    for one in decided:
-        if one.check and not one.is_open:
-            found[one.check].append(one.remedy.action != "keep")
-    said = []
-    for check, right in found.items():
-        first = right[:MEASURED]
-        span = binomtest(sum(first), len(first)).proportion_ci(method="wilson")
-        low, high = format_percent(float(span.low)), format_percent(float(span.high))
-        said.append(f"{check}: {sum(first)} of {len(first)} rows changed or left out (95 % interval: {low} to {high})")
-    return said
-
-
-def keys() -> Callable[[], str] | None:
-    """Reads a key; None: without a terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return None
-    import typer
-
-    return typer.getchar
+        notes.append(f"{counted(more, 'row')} with another change as well: apply the patch, and run this once more")
+    return decided, notes

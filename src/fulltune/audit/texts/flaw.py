@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 _MOST_NAMED = 3
-PATTERNS: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("patterns.toml").read_text(encoding="utf-8"))
+PATTERNS: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("checks.toml").read_text(encoding="utf-8"))
 """What checks look for, as data."""
+ABOUT: Mapping[str, str] = PATTERNS["about"]
+"""Each check, and what it finds; the one whose rows cost most comes first."""
 
 
 @dataclass(frozen=True)
