@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from fulltune.errors import RecipeError
@@ -21,9 +22,9 @@ from fulltune.plan.gpus import Fleet
 from fulltune.plan.reasons import Reasons
 from fulltune.plan.workload import Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.tasks import greater_is_better
+from fulltune.recipe.tasks import FACTS, greater_is_better
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import DiskNeed, Plan
+from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, DiskNeed, Plan, TimeNeed, TimePart
 from fulltune.system import sharing
 from fulltune.text import parse_bytes
 
@@ -125,24 +126,97 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     return chosen, disk.need(recipe, shapes.num_parameters, used)
 
 
+# ---- the time of the whole command -------------------------------------------------------------------------------
+
+DISK_BYTES_PER_SECOND = 10**9
+START_SECONDS, LOADS = 20.0, 3
+"""Two processes that import torch and transformers, where nothing was measured: 12 to 25 s on two cores. The model is
+read for the training, for the baselines and to score what was trained."""
+SECOND_SHARE, SECOND_SECONDS = 0.25, 5.0
+"""Of what the command took up to its plan, the process that trains takes so much to import the same again, from files
+that are in memory by then; at most so long, however many rows were tokenised before."""
+CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
+"""Of the checks, and of each line of the scores, whatever the rows; on one free core, more on busy ones."""
+LONGEST_PASSES = 2
+"""Of the longest micro batch in a dry run."""
+
+
 def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: float | None = None) -> Plan:
     """The plan with its time; without, where the speed of the hardware is not known."""
-    fleet, shapes, work, gpu = basis.fleet, basis.shapes, basis.work, basis.fleet.gpu_model
-    flops = time.device_flops(fleet, plan.precision, shapes.hidden_size)
+    fleet, work = basis.fleet, basis.work
+    flops = time.device_flops(fleet, plan.precision, basis.shapes.hidden_size)
     if flops is None:
         return plan
-    expected = time.CommandTime(
-        recipe=basis.recipe,
-        plan=plan,
-        summary=summary,
-        work=work,
-        hidden_size=shapes.hidden_size,
-        step_seconds=time.together(basis.seconds(plan, basis.shared)),
-        flops=flops,
-        devices=plan.num_processes if fleet.machine.gpus else plan.num_machines,
-        bytes_per_second=1e9 * (gpu.memory_gb_per_second if gpu else fleet.host_memory_gb_per_second),
-        pass_seconds=time.LAUNCH_SECONDS / 3 * shapes.num_layers,  # a step has three passes
-        started_seconds=started_seconds,
+    devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
+    evaluations = time.occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
+    saves = time.occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
+    one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
+    step, tokens = time.together(basis.seconds(plan, basis.shared)), plan.global_batch_size * work.tokens_per_row
+    training = plan.total_steps * step
+    need = TimeNeed(
+        train_seconds=training,
+        eval_seconds=evaluations * work.forward_flops(_rows(summary, "eval")) / (flops * devices),
+        save_seconds=saves * one / DISK_BYTES_PER_SECOND,
+        tokens=round(plan.total_steps * tokens),
+        tokens_per_second=tokens / step,
+        source="arithmetic",
+        around=tuple(
+            TimePart.model_validate({"name": name, "seconds": seconds, "basis": basis_of_it})
+            for name, seconds, basis_of_it in _around(plan, basis, summary, (training, flops), started_seconds)
+        ),
     )
-    busy = fleet.machine.busy if plan.device == "cpu" else ""
-    return plan.model_copy(update={"time": expected.need(), "busy": busy})
+    return plan.model_copy(update={"time": need, "busy": fleet.machine.busy if plan.device == "cpu" else ""})
+
+
+def _rows(summary: DataSummary, split: str) -> int:
+    return summary.splits[split].rows if split in summary.splits else 0
+
+
+def _around(
+    plan: Plan, basis: Basis, summary: DataSummary, known: tuple[float, float], started_seconds: float | None
+) -> Iterator[tuple[str, float, str]]:
+    """What the command does before and after the training, in order: name, seconds, and what they rest on; `known` are
+    the seconds of the training and a device's operations a second."""
+    work, recipe, gpu, (training, flops) = basis.work, basis.recipe, basis.fleet.gpu_model, known
+    # Of a forward pass, however few tokens: to call the layers, on a GPU to launch their kernels.
+    pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers
+
+    def forward(rows: int) -> float:
+        """Seconds of so many rows in batches of the evaluation."""
+        return max(work.forward_flops(rows) / flops, -(-rows // plan.eval_batch_size) * pass_seconds)
+
+    def longest(tokens: float) -> float:
+        """Seconds of a forward pass of so many tokens in rows of full length."""
+        return tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / flops
+
+    spent, measured = START_SECONDS, "rule of thumb"
+    if started_seconds is not None:
+        spent, measured = started_seconds + min(SECOND_SECONDS, SECOND_SHARE * started_seconds), "measured"
+    yield STARTING, spent + LOADS * plan.state.weights / DISK_BYTES_PER_SECOND, measured
+    probed_rows, _, probing = time.probe_cost(summary, basis.shapes.hidden_size)
+    if plan.head_init == "probe":
+        yield PROBE, forward(probed_rows) + probing, "arithmetic"
+    # Passes of the longest micro batch, and some more as far as they are a small part of the training.
+    tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * work.longest
+    passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
+    yield DRY_RUN, CHECKS_SECONDS + passes * longest(tokens) + time.further_seconds(training), "arithmetic"
+    if not (test := _rows(summary, "test")):
+        return
+    # A classifier's temperature is fitted on the eval rows.
+    scored = test + (_rows(summary, "eval") if summary.form.is_calibrated else 0)
+    # Answers of full length; those that end earlier take less. Each token of a batch is a pass that reads all weights.
+    asked = min(recipe.evaluate.generate_rows, test) if summary.form.writes_answers else 0
+    passes = -(-asked // plan.eval_batch_size) * recipe.evaluate.max_new_tokens
+    rate = 1e9 * (gpu.memory_gb_per_second if gpu else basis.fleet.host_memory_gb_per_second)
+    reading = passes * memory.BYTES[plan.weights_dtype] * plan.num_parameters / rate
+    answers = max(longest(asked * recipe.evaluate.max_new_tokens), reading) + passes * pass_seconds
+    if recipe.evaluate.baselines:
+        untouched = test  # through the model as it was, for a classifier on embeddings
+        if not FACTS[summary.task].writes:
+            untouched = time.probe_passes(summary) * test if not summary.form.has_windows else 0
+            untouched += probed_rows if plan.head_init != "probe" else 0
+            untouched += scored if plan.head_init is not None else 0  # with the probe as its head
+        # What reads no row with a model writes no answers either.
+        passing = forward(untouched) + answers if untouched else 0.0
+        yield BASELINES, BASELINE_LINES * SCORING_SECONDS + passing, "arithmetic"
+    yield TRAINED, SCORING_SECONDS + forward(scored) + answers, "arithmetic"

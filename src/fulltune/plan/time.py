@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.forgetting.budget import MOST_REPLAYED, MOST_ROWS, NUM_POINTS, TOKENS_READ
 from fulltune.models.shapes import Shapes
-from fulltune.plan import fsdp2, memory, probing
+from fulltune.plan import fsdp2, memory
 from fulltune.plan.gpus import Fleet
-from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.records.plan import (
-    BASELINES,
-    DRY_RUN,
-    PROBE,
-    STARTING,
-    TRAINED,
-    MemorySettings,
-    Plan,
-    TimeNeed,
-    TimePart,
-    Traffic,
-)
+from fulltune.records import probe
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import MemorySettings, Plan, Traffic
 from fulltune.system.hardware import TENSOR_CORES_FROM
 from fulltune.system.sharing import Sharing
 
@@ -46,19 +35,14 @@ DISK_READ, DISK_WRITE = 5e9, 3.5e9
 """Bytes a second of one NVMe disk."""
 PADDING_GROUPED = 1.07
 """Measured with rows of similar length together: 6.6 % (docs/log.md)."""
-DISK_BYTES_PER_SECOND = 10**9
 GENERIC_TOKENS = 48
 """Of a generic text that is read at an evaluation, on average of the bundled ones, cut at 64."""
-START_SECONDS, LOADS = 20.0, 3
-"""Two processes that import torch and transformers, where nothing was measured: 12 to 25 s on two cores. The model is
-read for the training, for the baselines and to score what was trained."""
-SECOND_SHARE, SECOND_SECONDS = 0.25, 5.0
-"""Of what the command took up to its plan, the process that trains takes so much to import the same again, from files
-that are in memory by then; at most so long, however many rows were tokenised before."""
-CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
-"""Of the checks, and of each line of the scores, whatever the rows; on one free core, more on busy ones."""
-LONGEST_PASSES = 2
-"""Of the longest micro batch in a dry run."""
+PROBE_PARTS = 3.5
+"""Times the features of a linear probe, at most: beside them lie their scaled copies, in 64 bits for a while, and what
+the dense layer before the last one may become."""
+PROBE_SECONDS, PROBE_PASSES, PROBE_FLOPS = 2.0, 150, 2e10
+"""scikit-learn's import; passes over all features in all fits, and operations a second of one core: 9,003 rows of 77
+classes took 8.5 s after the import (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +58,6 @@ class Work:
     attention_flops_per_pair: float
     backward: float = 2.0
     """Of a backward pass, in forward passes."""
-    task_tokens_per_row: float | None = None
-    """Of the task's rows alone, where others are mixed into the train rows."""
-
-    @property
-    def of_task(self) -> Work:
-        """That of a row to score on."""
-        return replace(self, tokens_per_row=self.task_tokens_per_row or self.tokens_per_row)
 
     def forward_flops(self, rows: float) -> float:
         """Of so many rows in one forward pass."""
@@ -105,22 +82,17 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
     prompt puts before each text; `backward`: see `backward_of`."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0, backward)
-    task, longest = summary.splits["train"], summary.max_length
-
-    def padded(mean: float, *splits: SplitSummary) -> float:
-        # Without grouping, a batch is about as long as a long row of it.
-        p95 = max(split.length_percentiles.get("p95", longest) for split in splits)
-        tokens = mean if summary.packed else mean * PADDING_GROUPED if grouped else max(mean, p95)
-        return max(1.0, min(tokens, longest * max(1, footprint.sequences_per_row))) + virtual
-
-    mixed = [source.counts for source in summary.mixed]
+    longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
+    splits = [summary.splits["train"], *(source.counts for source in summary.mixed)]
+    # Without grouping, a batch is about as long as a long row of it.
+    p95 = max(split.length_percentiles.get("p95", longest) for split in splits)
+    tokens = mean if summary.packed else mean * PADDING_GROUPED if grouped else max(mean, p95)
     return Work(
-        tokens_per_row=padded(summary.tokens_per_epoch / max(1, summary.rows_per_epoch), task, *mixed),
+        tokens_per_row=max(1.0, min(tokens, longest * max(1, footprint.sequences_per_row))) + virtual,
         longest=longest,
         flops_per_token=footprint.flops_per_token,
         attention_flops_per_pair=footprint.attention_flops_per_pair,
         backward=backward,
-        task_tokens_per_row=padded(task.tokens / max(1, task.rows), task) if mixed else None,
     )
 
 
@@ -220,123 +192,35 @@ def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) ->
     )
 
 
-# ---- the whole command -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CommandTime:
-    """The time of a command by arithmetic: what it is made of."""
-
-    recipe: Recipe
-    plan: Plan
-    """The settled numbers."""
-    summary: DataSummary
-    work: Work
-    hidden_size: int
-    step_seconds: float
-    """Of one optimizer step over all devices."""
-    flops: float
-    """Operations a second of one device, on which scoring runs; the processes of a CPU share it."""
-    devices: int
-    bytes_per_second: float
-    """From the memory that the weights lie in."""
-    pass_seconds: float
-    """Of a forward pass, however few tokens: to call the layers, on a GPU to launch their kernels. 0.5 to 0.7 ms a
-    layer on one core (docs/log.md)."""
-    started_seconds: float | None = None
-    """What the command has taken up to its plan; None: nobody waits for a whole command."""
-
-    def need(self) -> TimeNeed:
-        """The whole training with its evaluations and checkpoints, and what the command does around it."""
-        plan, work = self.plan, self.work
-        evaluations = occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
-        rows = self._rows("eval")
-        generic = texts_read(plan, evaluations) * GENERIC_TOKENS / work.of_task.tokens_per_row
-        scored = evaluations * rows + rows_of_points(plan, rows) + generic
-        replayed = 0 if plan.preserving is None else plan.preserving.replay_rows
-        step_rows = plan.global_batch_size + replayed * GENERIC_TOKENS / work.tokens_per_row
-        saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
-        one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
-        training = plan.total_steps * self.step_seconds * step_rows / plan.global_batch_size
-        return TimeNeed(
-            train_seconds=training,
-            eval_seconds=work.of_task.forward_flops(scored) / (self.flops * self.devices),
-            save_seconds=saves * one / DISK_BYTES_PER_SECOND,
-            tokens=round(plan.total_steps * plan.global_batch_size * work.tokens_per_row),
-            tokens_per_second=plan.global_batch_size * work.tokens_per_row / self.step_seconds,
-            source="arithmetic",
-            around=tuple(self._around(training)),
-        )
-
-    def _around(self, training: float) -> Iterator[TimePart]:
-        """What comes before and after the training, in order."""
-        plan, summary = self.plan, self.summary
-        spent, basis = START_SECONDS, "rule of thumb"
-        if self.started_seconds is not None:
-            spent, basis = self.started_seconds, "measured"
-            spent += min(SECOND_SECONDS, SECOND_SHARE * spent)
-        reading = LOADS * plan.state.weights / DISK_BYTES_PER_SECOND
-        yield _part(STARTING, spent + reading, basis)
-        if plan.head_init == "probe":
-            passing = self._forward_seconds(probing.rows(summary, self.hidden_size))
-            yield _part(PROBE, passing + probing.seconds(summary, self.hidden_size))
-        yield _part(DRY_RUN, CHECKS_SECONDS + self._dry_run_seconds(training))
-        test = self._rows("test")
-        if not test:
-            return
-        # A classifier's temperature is fitted on the eval rows.
-        scored = test + (self._rows("eval") if summary.form.is_calibrated else 0)
-        answers = self._answer_seconds()
-        if self.recipe.evaluate.baselines:
-            untouched = test  # through the model as it was, for a classifier on embeddings
-            if not FACTS[summary.task].writes:
-                untouched = probing.passes(summary) * test if not summary.form.has_windows else 0
-                untouched += probing.rows(summary, self.hidden_size) if plan.head_init != "probe" else 0
-                untouched += scored if plan.head_init is not None else 0  # with the probe as its head
-            # What reads no row with a model writes no answers either.
-            passing = self._forward_seconds(untouched) + answers if untouched else 0.0
-            yield _part(BASELINES, BASELINE_LINES * SCORING_SECONDS + passing)
-        yield _part(TRAINED, SCORING_SECONDS + self._forward_seconds(scored) + answers)
-
-    def _rows(self, split: str) -> int:
-        return next((one.rows for name, one in self.summary.splits.items() if name == split), 0)
-
-    def _forward_seconds(self, rows: int) -> float:
-        """Of so many rows in batches of the evaluation."""
-        batches = -(-rows // self.plan.eval_batch_size)
-        return max(self.work.of_task.forward_flops(rows) / self.flops, batches * self.pass_seconds)
-
-    def _longest_seconds(self, tokens: float) -> float:
-        """Of a forward pass of so many tokens in rows of full length."""
-        work = self.work
-        return tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / self.flops
-
-    def _dry_run_seconds(self, training: float) -> float:
-        """Passes of the longest micro batch, and some more as far as they are a small part of the training."""
-        plan, work = self.plan, self.work
-        tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * work.longest
-        passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
-        return passes * self._longest_seconds(tokens) + further_seconds(training)
-
-    def _answer_seconds(self) -> float:
-        """Of answers of full length; those that end earlier take less. Each token of a batch is a pass and reads all
-        weights once."""
-        plan, evaluate = self.plan, self.recipe.evaluate
-        asked = min(evaluate.generate_rows, self._rows("test")) if self.summary.form.writes_answers else 0
-        tokens = evaluate.max_new_tokens
-        passes = -(-asked // plan.eval_batch_size) * tokens
-        reading = passes * memory.BYTES[plan.weights_dtype] * plan.num_parameters / self.bytes_per_second
-        return max(self._longest_seconds(asked * tokens), reading) + passes * self.pass_seconds
-
-
-def _part(name: str, seconds: float, basis: str = "arithmetic") -> TimePart:
-    return TimePart.model_validate({"name": name, "seconds": seconds, "basis": basis})
-
-
 def further_seconds(training: float) -> float:
     """What further timed passes of a dry run may take: a twentieth of the training, at least half a second, at most
     20."""
     return min(20.0, max(0.5, 0.05 * training))
+
+
+def probe_passes(summary: DataSummary) -> int:
+    """Of each row through the untouched model, at most: a pair's texts are read together, and apart where the tokenizer
+    tells them apart."""
+    return 2 if "text_pair" in summary.columns else 1
+
+
+def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
+    """Of a new head's linear probe on features of the model's hidden size: rows that go through the model to fit and
+    judge it, bytes in the host's memory, and seconds without the passes through the model."""
+    form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
+    words = max(1.0, train.trained_tokens / max(1, train.rows))
+    per_row = probe.items_per_row(form.name, words, summary.num_choices)
+    kept = round(width * probe.PAIRS) if passes == 2 else width
+    rows = min(train.rows, probe.rows_within(form.name, per_row, kept))
+    items = round(rows * per_row)
+    outputs = {"choice": 1, "regression": 1, "span": 2}.get(form.name, len(summary.labels))
+    held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0
+    rows += min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
+    num_bytes = round(PROBE_PARTS * 4 * (2 if form.tags_words else 3) * kept * items)
+    solver = probe.solver_bytes(form.name, items, outputs, width)
+    if solver > probe.MOST_SOLVER_BYTES:  # nothing is fitted
+        return passes * rows, num_bytes, PROBE_SECONDS
+    return passes * rows, num_bytes + solver, PROBE_SECONDS + 4 * PROBE_PASSES * items * outputs * width / PROBE_FLOPS
 
 
 def texts_read(plan: Plan, evaluations: int) -> int:

@@ -10,7 +10,7 @@ from fulltune import methods
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, defaults, probing, resolve, time
+from fulltune.plan import budget, defaults, resolve, time
 from fulltune.plan.budget import MemoryBudget, Needs
 from fulltune.plan.dotted import given, with_settings
 from fulltune.plan.gpus import Fleet
@@ -120,7 +120,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         num_trained=shapes.num_trained,
         num_saves=steps.num_saves,
         # scikit-learn works in the host's memory.
-        probe_bytes=probing.num_bytes(summary, shapes.hidden_size) if (head_init, device) == ("probe", "cpu") else 0,
+        probe_bytes=time.probe_cost(summary, shapes.hidden_size)[1] if (head_init, device) == ("probe", "cpu") else 0,
     )
     return Basis(
         recipe=recipe,

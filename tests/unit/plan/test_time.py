@@ -8,9 +8,10 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.plan import gpus, time
-from fulltune.records.plan import DiskNeed, MemorySettings
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import MemorySettings
+from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_SOLVER_BYTES
 from fulltune.system.sharing import Sharing
-from tests import plans
 from tests.unit.plan import sizes
 from tests.unit.plan.sizes import BERT, LLAMA
 
@@ -61,25 +62,6 @@ def test_rate_of_unknown_hardware_is_none() -> None:
     cpu = gpus.parse("cpu")
     slow = cpu.machine.model_copy(update={"cpu_flops": 0.0})
     assert time.device_flops(cpu.model_copy(update={"machine": slow}), "fp32", 512) is None
-
-
-def test_time_of_a_run_is_the_sum_of_its_parts() -> None:
-    plan = plans.plan(
-        total_steps=100,
-        global_batch_size=8,
-        eval_steps=25,
-        save_steps=50,
-        disk=DiskNeed(one_checkpoint=3 * 10**9, num_checkpoints=4, model=1),
-    )
-    data = sizes.summary("text-classification", 800, 64)
-    work = time.Work(tokens_per_row=64, longest=64, flops_per_token=1e6, attention_flops_per_pair=0)
-    recipe = plans.recipe(evaluate={"baselines": False})
-    need = time.CommandTime(recipe, plan, data, work, 32, 2.0, 1e9, 1, 1e9, 0.0).need()
-    assert need.train_seconds == 200
-    assert need.eval_seconds == pytest.approx((1 + 4) * 1000 * 64 * 1e6 / 1e9), "one before step 1"
-    # Each evaluation saves as well; the further saves fall on two of them.
-    assert need.save_seconds == pytest.approx(4 * 3)
-    assert (need.tokens, need.tokens_per_second, need.source) == (100 * 8 * 64, 8 * 64 / 2, "arithmetic")
 
 
 @pytest.mark.parametrize(
@@ -145,3 +127,25 @@ def test_root_is_put_together_once() -> None:
     assert BERT.units is not None
     found = time.traffic(BERT, SETTINGS.changed(num_processes=2), FSDP2)
     assert found.each_pass == pytest.approx(4 * (3 * BERT.num_parameters - BERT.units.root) / 2)
+
+
+# ---- a new head's linear probe -----------------------------------------------------------------------------------
+
+
+def with_labels(count: int, rows: int) -> DataSummary:
+    labels = tuple(f"label {number}" for number in range(count))
+    return sizes.summary("text-classification", rows, 64).model_copy(update={"labels": labels})
+
+
+def test_rows_are_those_that_are_looked_at() -> None:
+    summary = with_labels(10, 100_000)
+    assert time.probe_cost(summary, 384)[0] == 20_000 + 1_000
+    assert time.probe_cost(summary, 4096)[0] == MOST_FEATURE_BYTES // (12 * 4096) + 1_000
+    assert time.probe_cost(summary, 4096)[1] <= time.PROBE_PARTS * MOST_FEATURE_BYTES + MOST_SOLVER_BYTES
+
+
+@pytest.mark.parametrize("count", [5_000, 30_000])
+def test_classes_that_are_too_many_to_fit_cost_nothing(count: int) -> None:
+    few, many = with_labels(100, 20_000), with_labels(count, 20_000)
+    assert time.probe_cost(few, 768)[2] > time.probe_cost(many, 768)[2] == time.PROBE_SECONDS
+    assert time.probe_cost(many, 768)[1] < time.probe_cost(few, 768)[1]
