@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -132,15 +135,24 @@ def on_loopback() -> dict[str, str]:
 
 
 def _interface_of(address: str) -> str | None:
-    import psutil
-
-    return next((name for name, its in psutil.net_if_addrs().items() if address in {one.address for one in its}), None)
+    """The name of the interface that has an address; Linux only."""
+    if ":" in address:
+        known = (line.split() for line in memory.lines_of("/proc/net/if_inet6"))
+        return next((name for its, *_, name in known if bytes.fromhex(its) == ip_address(address).packed), None)
+    asks_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                found = fcntl.ioctl(probe, asks_address, name.encode().ljust(256, b"\0"))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
 
 
 def ask_to_stop(child: Child) -> None:
     """SIGTERM to the workers. torchrun itself would give them 30 seconds to save, and then kill them."""
     launched = isinstance(child.args, Sequence) and LAUNCHER in map(str, child.args)
-    workers = _below(child, recursive=False) if launched else []
+    workers = _children(child.pid) if launched else []
     with contextlib.suppress(ProcessLookupError):
         if not workers:
             os.killpg(child.pid, signal.SIGTERM)
@@ -151,7 +163,9 @@ def ask_to_stop(child: Child) -> None:
 
 def end(child: Child) -> None:
     """SIGKILL to all that the child started: torchrun's workers are not in its process group."""
-    below = _below(child, recursive=True)
+    below = _children(child.pid)
+    for pid in below:
+        below += _children(pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     for pid in below:
@@ -159,14 +173,11 @@ def end(child: Child) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _below(child: Child, *, recursive: bool) -> list[int]:
-    """Process ids of what the child started."""
-    import psutil
-
-    try:
-        return [process.pid for process in psutil.Process(child.pid).children(recursive=recursive)]
-    except psutil.NoSuchProcess:
-        return []
+def _children(parent: int) -> list[int]:
+    """Process ids of what a process started; Linux only."""
+    # What follows the name, which may hold anything, in brackets: state, parent ...
+    stats = ("".join(memory.lines_of(str(file))) for file in Path("/proc").glob("[0-9]*/stat"))
+    return [int(stat.split()[0]) for stat in stats if stat and int(stat.rpartition(")")[2].split()[1]) == parent]
 
 
 def end_with(parent: int) -> None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -113,9 +112,19 @@ def own_file(folder: Path, prefix: str) -> Path:
     """Where this process may keep its `InitialWeights`; what killed ones left there is removed."""
     for left in folder.glob(f"{prefix}*.safetensors"):
         process = left.stem.removeprefix(prefix)
-        if process.isdigit() and not psutil.pid_exists(int(process)):
+        if process.isdigit() and not _exists(int(process)):
             left.unlink(missing_ok=True)
     return folder / f"{prefix}{os.getpid()}.safetensors"
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
