@@ -100,8 +100,7 @@ def verdict(run: Path) -> tuple[str, str]:
     from fulltune.report.run.about_training import fit_of
     from fulltune.report.run.read import read_run
 
-    view = read_run(run)
-    found = fit_of(view, view.main_trial)
+    found = fit_of(read_run(run))
     return found.kind, f"{found.sentence} {found.details}"
 
 

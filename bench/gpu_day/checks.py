@@ -98,8 +98,9 @@ def _of_run(run: Path) -> tuple[dict[str, Any], str]:
     from fulltune.report.run.read import read_run
 
     view = read_run(run)
-    plan, trained = view.plans[0], next(scores for scores in view.scores if scores.kind == "trained")
-    outcome = view.attempts[-1].outcome
+    plan, trained, outcome = view.plan, view.trained, view.outcome
+    assert plan is not None, f"{run}: has no plan"
+    assert trained is not None, f"{run}: was not scored"
     figures = {
         "training_seconds": outcome.train_seconds if outcome else None,
         "precision": plan.precision,

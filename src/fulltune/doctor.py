@@ -90,14 +90,13 @@ def read_log(place: Path) -> Log:
 
 def _of_run(folder: Path) -> Log:
     view = read_run(folder)
-    trial = view.main_trial
-    plan, outcome, history = view.plan_of(trial), view.outcome_of(trial), view.history_of(trial)
+    plan, outcome, history = view.plan, view.outcome, view.history
     if plan is None or not history.has_points:
         raise SetupError(
             f"{folder}: this run has no logged step yet; train it, or see with 'fulltune report {folder}' why it ended"
         )
     norms = history.train.get("grad_norm", ())
-    curves = curves_of(view, trial, plan)
+    curves = curves_of(view, plan)
     steps = max((step for step, _ in curves.train_loss), default=0)
     return Log(folder, curves, steps, norms, plan.learning_rate, plan, outcome, history.skipped)
 

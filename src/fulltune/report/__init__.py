@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from fulltune.errors import SetupError
@@ -80,10 +79,7 @@ def _comparison_in(folder: Path) -> Path:
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
     """Write the model card beside the trained weights; `scores`: the trial's, where no file of its own has them."""
-    view = read_run(Path(folder))
-    if scores:
-        view = replace(view, scores=(*(row for row in view.scores if row.kind != "trained"), scores))
-    write_harmless(Path(model_folder) / "README.md", model_card(view, Path(model_folder)))
+    write_harmless(Path(model_folder) / "README.md", model_card(read_run(folder, scores), Path(model_folder)))
 
 
 def write_merged_card(source: Path, model_folder: Path, task: str) -> None:

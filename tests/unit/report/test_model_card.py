@@ -144,12 +144,13 @@ def test_card_unscored_model_says_so(causal_lm: Path) -> None:
     assert "was not scored on test rows" in body
 
 
-def test_card_several_trials_describes_the_one_that_made_the_folder(classification: Path, kit: SimpleNamespace) -> None:
-    attempts = classification / "attempts"
-    kit.outcome(model_folder=None).save(attempts / "full-seed42-01" / "outcome.json")
-    kit.outcome("full-seed43").save(attempts / "full-seed43-01" / "outcome.json")
+def test_card_of_a_trial_whose_scores_are_given_is_about_that_one(classification: Path, kit: SimpleNamespace) -> None:
+    """A comparison has no file of a trial's scores."""
+    kit.outcome("full-seed43").save(classification / "attempts" / "full-seed43-01" / "outcome.json")
     kit.plan("full-seed43", seed=43).save(classification / "plan" / "full-seed43.json")
-    kit.save_scores(classification, kit.scores("full-seed43", "trained", 0.88))
-    _, body = written(classification)
+    report.write_model_card(
+        classification, classification / "models" / "full", kit.scores("full-seed43", "trained", 0.88)
+    )
+    body = (classification / "models" / "full" / "README.md").read_text(encoding="utf-8")
     assert "full-seed43 has accuracy 88.0%" in body
     assert "full-seed42" not in body

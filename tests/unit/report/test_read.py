@@ -15,17 +15,17 @@ from fulltune.report.run.read import read_run
 
 def test_metrics_torn_last_line_keeps_the_others(classification: Path) -> None:
     path = classification / "attempts" / "full-seed42-01" / "metrics.jsonl"
-    before = read_run(classification).history_of("full-seed42")
+    before = read_run(classification).history
     path.write_bytes(path.read_bytes() + b'{"kind":"train","step":310,"loss":0.\xe2\x82')
     view = read_run(classification)
-    assert view.history_of("full-seed42") == before
+    assert view.history == before
     number = path.read_bytes().count(b"\n") + 1
-    (named,) = [part.what for part in view.missing if "metrics.jsonl" in part.what]
+    (named,) = [what for what, _ in view.missing if "metrics.jsonl" in what]
     assert named == f"line {number} of attempts/full-seed42-01/metrics.jsonl"
 
 
 def test_metrics_not_finite_values_are_kept_as_such(stopped: Path) -> None:
-    loss = read_run(stopped).history_of("full-seed42").train["loss"]
+    loss = read_run(stopped).history.train["loss"]
     assert [step for step, _ in loss] == [10, 20, 30]
     assert math.isnan(loss[-1][1])
 
@@ -38,7 +38,7 @@ def test_metrics_lines_of_unexpected_shape_are_left_out(classification: Path, ki
         {"kind": "later version"},
     ]
     kit.write_lines(classification / "attempts" / "full-seed42-01" / "metrics.jsonl", lines)
-    history = read_run(classification).history_of("full-seed42")
+    history = read_run(classification).history
     assert history.train == {"learning_rate": ((10, 1e-4),)}
     assert history.evaluation == {}
 
@@ -49,7 +49,7 @@ def test_history_resumed_attempt_is_one_curve_where_the_later_attempt_wins(
     first, second = tmp_path / "attempts" / "full-seed1-01", tmp_path / "attempts" / "full-seed1-02"
     kit.write_lines(first / "metrics.jsonl", [kit.train_line(step, 1.0) for step in (10, 20, 30, 35)])
     kit.write_lines(second / "metrics.jsonl", [kit.train_line(step, 0.5) for step in (30, 40)])
-    history = read_run(tmp_path).history_of("full-seed1")
+    history = read_run(tmp_path).history
     assert history.train["loss"] == ((10, 1.0), (20, 1.0), (30, 0.5), (40, 0.5))
     assert history.restarts == (30,)
 
@@ -60,7 +60,7 @@ def test_attempts_ten_and_more_are_ordered_by_number(tmp_path: Path, kit: Simple
         kit.outcome("full-seed1", number, status="crashed").save(folder / "outcome.json")
     view = read_run(tmp_path)
     assert [attempt.name for attempt in view.attempts] == ["full-seed1-01", "full-seed1-02", "full-seed1-10"]
-    outcome = view.outcome_of("full-seed1")
+    outcome = view.outcome
     assert outcome is not None
     assert outcome.attempt == 10
 
@@ -71,7 +71,7 @@ def test_steps_outcome_without_any_are_those_that_were_logged(stopped: Path, kit
 
 
 def test_missing_stopped_run_gives_the_guard_s_reason(stopped: Path) -> None:
-    missing = {part.what: part.why for part in read_run(stopped).missing}
+    missing = dict(read_run(stopped).missing)
     assert missing["the test scores of full-seed42"] == (
         "training ended as 'stopped by guard': the loss was not finite at step 40, 3 times in a row."
     )
@@ -79,13 +79,13 @@ def test_missing_stopped_run_gives_the_guard_s_reason(stopped: Path) -> None:
 
 def test_missing_attempt_without_outcome_is_named(stopped: Path) -> None:
     (stopped / "attempts" / "full-seed42-01" / "outcome.json").unlink()
-    missing = {part.what: part.why for part in read_run(stopped).missing}
+    missing = dict(read_run(stopped).missing)
     assert "still running, or it was killed" in missing["the outcome of full-seed42-01"]
 
 
 def test_missing_only_a_recipe_names_every_part(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: org/x\ntask: causal-lm\n", encoding="utf-8")
-    what = " ".join(part.what for part in read_run(tmp_path).missing)
+    what = " ".join(what for what, _ in read_run(tmp_path).missing)
     for part in ("environment", "data summary", "plan", "learning curves", "test scores", "baselines"):
         assert part in what
 
@@ -94,25 +94,26 @@ def test_missing_complete_run_is_empty(classification: Path) -> None:
     """Records of other kinds lie beside the plan: they are neither plans nor damaged."""
     view = read_run(classification)
     assert view.missing == ()
-    assert [plan.trial for plan in view.plans] == ["full-seed42"]
+    assert view.plan is not None
+    assert view.plan.trial == "full-seed42"
 
 
 @pytest.mark.parametrize("text", ['{"trial": "full-seed42", "settings"', '{"trial": "full-seed42", "settings": []}'])
 def test_plan_that_is_torn_or_of_another_version_is_named(classification: Path, text: str) -> None:
     (classification / "plan" / "full.json").write_text(text, encoding="utf-8")
-    assert "plan/full.json" in [part.what for part in read_run(classification).missing]
+    assert "plan/full.json" in [what for what, _ in read_run(classification).missing]
 
 
 def test_missing_attempts_are_said_without_a_guess_at_the_reason(classification: Path) -> None:
     shutil.rmtree(classification / "attempts")
-    said = " ".join(part.why for part in read_run(classification).missing)
+    said = " ".join(why for _, why in read_run(classification).missing)
     assert "there is no attempt in the run's folder" in said
     assert "never started" not in said
 
 
 def test_record_that_cannot_be_read_is_reported_not_raised(classification: Path) -> None:
     (classification / "scores" / "full-seed42.json").write_text('{"name": "full-seed42"}', encoding="utf-8")
-    missing = [part.what for part in read_run(classification).missing]
+    missing = [what for what, _ in read_run(classification).missing]
     assert "scores/full-seed42.json" in missing
 
 

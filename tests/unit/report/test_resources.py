@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 
 from fulltune.records.plan import (
-    BASELINES,
-    DRY_RUN,
-    PROBE,
     STARTING,
-    TRAINED,
     DiskNeed,
     MemoryNeed,
     Plan,
@@ -24,8 +20,7 @@ from fulltune.records.run import Command
 from fulltune.report.format.blocks import Paragraph, Section, Table
 from fulltune.report.run.about_training import resources
 from fulltune.report.run.read import read_run
-from fulltune.train.run_time import CHECKS, PROBING
-from tests.unit.report.conftest import outcome, plan, save_scores, scores, write_lines
+from tests.unit.report.conftest import outcome, plan, write_lines
 
 MIB, GIB = 2**20, 2**30
 TIME = "time of the training steps, with evaluations and checkpoints"
@@ -144,17 +139,3 @@ def test_a_run_that_ended_early_says_so(tmp_path: Path) -> None:
     found = section(tmp_path, planned(), steps=120)
     assert found is not None
     assert Paragraph("The attempt ended after 120 of 300 steps; planned times are those of all steps.") in found.blocks
-
-
-def test_every_planned_part_around_the_training_has_its_actual_time(tmp_path: Path) -> None:
-    names = (PROBE, DRY_RUN, BASELINES, TRAINED)
-    parts = tuple(TimePart(name=name, seconds=10.0, basis="arithmetic") for name in names)
-    made = planned(time=time(150.0).model_copy(update={"around": parts}))
-    section(tmp_path, made)
-    rows = (scores("majority class", "baseline", 0.3), scores("full-seed42", "trained", 0.9))
-    save_scores(tmp_path, *(row.model_copy(update={"seconds": 20.0}) for row in rows))
-    attempt = tmp_path / "attempts" / "full-seed42-01"
-    phases = [(PROBING, 5.0), (CHECKS, 25.0), ("training", 45.0), ("saving the model", 120.0)]
-    write_lines(attempt / "metrics.jsonl", [{"kind": "phase", "name": n, "seconds": s} for n, s in phases])
-    found = comparison(resources(read_run(tmp_path)))
-    assert {name: found[name] for name in names} == dict.fromkeys(names, ("10 s", "-", "20 s", "-50%", "-"))

@@ -115,4 +115,4 @@ def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> No
 
 def test_log_that_cannot_be_read_is_missing_and_the_report_is_written(classification: Path) -> None:
     (classification.parent / ACCESSES).mkdir()
-    assert [one.what for one in read_run(classification).missing] == [f"{ACCESSES}, beside the run folder"]
+    assert [what for what, _ in read_run(classification).missing] == [f"{ACCESSES}, beside the run folder"]

@@ -135,17 +135,6 @@ def test_bar_best_untrained_row_is_the_untouched_model_names_it(kit: SimpleNames
     assert "for the model before training." in judge(rows).sentence
 
 
-def test_headline_several_trials_takes_the_first_by_name_and_says_so(kit: SimpleNamespace) -> None:
-    rows = [
-        kit.scores("full-seed2", "trained", 0.95),
-        kit.scores("full-seed1", "trained", 0.90),
-        kit.scores("majority class", "baseline", 0.3),
-    ]
-    verdict = judge(rows)
-    assert verdict.sentence.startswith("full-seed1 has accuracy 90.0%")
-    assert "first of 2 trained trials by name" in verdict.note
-
-
 def test_verdict_no_baseline_claims_nothing(kit: SimpleNamespace) -> None:
     verdict = judge([kit.scores("full-seed42", "trained", 0.9)])
     assert verdict.kind == "alone"

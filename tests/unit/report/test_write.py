@@ -13,7 +13,7 @@ import pytest
 
 from fulltune import files, report
 from fulltune.records.plan import Plan, Setting
-from fulltune.records.scores import Answer, Confusion, Estimate
+from fulltune.records.scores import Confusion, Estimate
 from fulltune.report.run.about_scores import label_table
 from fulltune.report.run.read import read_run
 
@@ -226,7 +226,7 @@ def test_steps_that_were_skipped_and_done_again_are_not_called_left_out(
     kit.write_lines(second / "metrics.jsonl", kit.curve_lines(110, 300))
     files.write_json(second / "request.json", {"checkpoint": "checkpoints/full-seed42/checkpoint-100"})
     kit.outcome(attempt=2).save(second / "outcome.json")
-    history = read_run(classification).history_of("full-seed42")
+    history = read_run(classification).history
     assert history.skipped == (44,)
     assert history.restarts == (101,)
 
@@ -239,7 +239,7 @@ def test_reports_draw_the_metric_that_chose_and_list_the_others(classification: 
     kit.write_lines(classification / "attempts" / "full-seed42-01" / "metrics.jsonl", lines)
     markdown, html = both(classification)
     assert html.count("<svg") == 3  # accuracy, loss, and the intervals on the test rows
-    assert "On the eval rows, every 3rd evaluation and the last one" in markdown
+    assert "On the eval rows, each evaluation" in markdown
     assert re.search(r"\| step +\| +accuracy +\| +f1 macro +\| +mcc +\| +loss \|", markdown)
     assert re.search(r"\| 59 +\| +59\.0% +\| +59\.0% +\| +0\.59 +\| +1 \|", markdown)
 
@@ -257,16 +257,6 @@ def test_reports_worse_model_is_not_to_be_tried_first(classification: Path, kit:
         assert "Worse than without training" in text
         ending = text.rpartition("What to do next")[2]
         assert ending.index("--set ") < ending.index("how to use this model anyway") < ending.index("predict")
-
-
-def test_reports_several_trials_show_all_rows(classification: Path, kit: SimpleNamespace) -> None:
-    worst = (Answer(text="other trial's mistake", expected="a", predicted="b"),)
-    kit.save_scores(classification, kit.scores("full-seed43", "trained", 0.99, worst=worst))
-    for text in both(classification):
-        assert "full-seed42 has accuracy" in text
-        assert "first of 2 trained trials by name" in text
-        assert "99.0%" in text
-        assert "other trial" in text
 
 
 def test_reports_only_a_recipe_are_still_written(tmp_path: Path) -> None:

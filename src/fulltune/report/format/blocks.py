@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from fulltune.records.data import Segment
@@ -170,9 +170,3 @@ def unless_empty(title: str, blocks: Sequence[Block]) -> Section | None:
 def foreign(text: str, limit: int | None = None) -> Cell:
     """A cell of text from data or a model, cut after `limit` characters; an empty text is said to be empty."""
     return Cell(named(text) if limit is None else clipped(named(text), limit), foreign=True)
-
-
-def first_open(parts: Iterable[tuple[str, Sequence[Block]]]) -> list[Block]:
-    """The blocks of the first trial that has any, those of the others folded behind their names."""
-    (_, first), *others = [(name, blocks) for name, blocks in parts if blocks] or [("", ())]
-    return [*first, *(Folded(f"the same for {name}", tuple(blocks)) for name, blocks in others)]

@@ -80,7 +80,7 @@ def data(view: RunView) -> Section | None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
     facts.append(("fingerprint of files and settings", summary.fingerprint))
-    blocks: list[Block] = [_splits(summary), *_mixed(view, summary), Facts(tuple(facts))]
+    blocks: list[Block] = [splits(summary), *_mixed(view, summary), Facts(tuple(facts))]
     if summary.notes:
         blocks.append(Bullets(tuple(words.clipped(note, _TEXT_LIMIT) for note in summary.notes)))
     blocks += [*_labels(summary), *_dropped(view, summary), *_previews(summary)]
@@ -91,7 +91,7 @@ def in_short(summary: DataSummary) -> list[Block]:
     """What stands in the terminal once the rows are prepared."""
     kind = f"{row_words(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
     facts = [("kind of rows", kind), *_longest(summary)]
-    blocks: list[Block] = [_splits(summary), Facts(tuple(facts)), *_previews(summary)]
+    blocks: list[Block] = [splits(summary), Facts(tuple(facts)), *_previews(summary)]
     if found := [*(f"mixed in: {line}" for line in mixed_words(summary)), *summary.notes]:
         blocks.append(Bullets(tuple(found)))
     return blocks
@@ -103,7 +103,8 @@ def _longest(summary: DataSummary) -> list[tuple[str, str]]:
     return [(row_words(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]
 
 
-def _splits(summary: DataSummary) -> Table:
+def splits(summary: DataSummary) -> Table:
+    """How many rows there are for what, and where from."""
     lengths = _lengths(summary, next(iter(summary.splits.values())))
     row = row_words(summary).row
     header = ("split", f"{row}s", *lengths, "dropped", "where from")
@@ -129,8 +130,7 @@ def _splits(summary: DataSummary) -> Table:
 def _mixed(view: RunView, summary: DataSummary) -> list[Block]:
     if not summary.mixed:
         return []
-    plan, outcome = view.plan_of(view.main_trial), view.outcome_of(view.main_trial)
-    tokens = outcome.tokens_by_source if outcome else ()
+    plan, tokens = view.plan, view.outcome.tokens_by_source if view.outcome else ()
     shares = [number / max(1, sum(tokens)) for number in tokens[1:]]
     lines = mixed_words(summary, plan.num_train_epochs if plan else None, shares)
     said = "Mixed into the train rows of each epoch, and never scored on:"

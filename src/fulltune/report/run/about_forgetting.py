@@ -11,15 +11,12 @@ from fulltune.records.events import Steered
 from fulltune.records.forgetting import Preserved
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
-    Block,
     Figures,
     Folded,
     Paragraph,
     Row,
     Section,
     Table,
-    first_open,
-    unless_empty,
 )
 from fulltune.report.format.plots import Series, learning_curve, series_plot
 from fulltune.report.run.read import RunView
@@ -32,23 +29,19 @@ ERRORS = 2.0
 
 def forgetting(view: RunView) -> Section | None:
     """How far generic text has moved while training, and how a budget was kept."""
-    return unless_empty("Forgetting", first_open((trial, _of(view, trial)) for trial in view.trials))
-
-
-def _of(view: RunView, trial: str) -> list[Block]:
-    history, outcome, plan = view.history_of(trial), view.outcome_of(trial), view.plan_of(trial)
-    points, found = history.evaluation.get("drift", ()), view.preserved.get(trial)
+    plan, found = view.plan, view.preserved
+    points, errors = (view.history.evaluation.get(name, ()) for name in ("drift", "drift_error"))
     if not points or plan is None or view.summary is None:
-        return []
-    writes, kept = view.summary.form.reads_any_text, outcome.best_step if outcome else None
+        return None
+    writes, kept = view.summary.form.reads_any_text, view.outcome.best_step if view.outcome else None
     title = "rise of the loss on generic text" if writes else "change of the hidden states on generic text"
     figures = [learning_curve(title, points, "drift", kept)]
     source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
     texts = f"{plan.drift_texts} generic texts" if plan.preserving is None else "some of the selection texts"
-    moved = in_words(points, dict(history.evaluation.get("drift_error", ())), kept, writes)
+    moved = in_words(points, dict(errors), kept, writes)
     moved = f"While training: {moved} Measured on {texts} (preserve.probe: {source})."
     if found is None:
-        return [Paragraph(moved), Figures(tuple(figures))]
+        return Section("forgetting", "Forgetting", (Paragraph(moved), Figures(tuple(figures))))
     title = f"{words.metric_name(found.metric)} by drift on generic text"
     tried = Series("tried", tuple((point.measured.drift, point.metric) for point in found.points))
     kept_at = Series("kept", ((found.chosen.measured.drift, found.chosen.metric),), filled=True)
@@ -56,10 +49,11 @@ def _of(view: RunView, trial: str) -> list[Block]:
     figures.append(series_plot(title, [tried, kept_at], found.metric, across, found.limit, "see the points below."))
     evidence, helps = held_back(found)
     held = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
-    steered = [event for attempt in view.attempts_of(trial) for event in attempt.events if isinstance(event, Steered)]
+    steered = [event for attempt in view.attempts for event in attempt.events if isinstance(event, Steered)]
     numbers = [_points(found), *[_weights(steered)] * bool(steered)]
     folded = Folded("all points between the untouched and the trained model", tuple(numbers))
-    return [Paragraph(f"{verdict(found)}{held}"), Paragraph(moved), Figures(tuple(figures)), folded]
+    blocks = (Paragraph(f"{verdict(found)}{held}"), Paragraph(moved), Figures(tuple(figures)), folded)
+    return Section("forgetting", "Forgetting", blocks)
 
 
 def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | None, writes: bool) -> str:

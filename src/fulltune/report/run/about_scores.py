@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fulltune.recipe.tasks import stands_in_train
 from fulltune.records.data import DataSummary
@@ -22,13 +22,12 @@ from fulltune.report.format.blocks import (
     Row,
     Section,
     Table,
-    first_open,
     foreign,
     unless_empty,
 )
 from fulltune.report.format.plots import Mark, interval_plot
 from fulltune.report.run.about_data import row_words
-from fulltune.report.run.read import RunView, headline_row
+from fulltune.report.run.read import RunView, trained_row
 from fulltune.report.run.verdict import OF_ANSWERS
 from fulltune.text import counted, format_metric, format_number, format_percent, listed
 
@@ -48,7 +47,7 @@ def results(view: RunView) -> Section | None:
     """Every row with every metric, and the main metric drawn."""
     if not view.scores:
         return None
-    leading = headline_row(view.scores) or view.scores[-1]
+    leading = view.trained or view.scores[-1]
     main, level = leading.main_metric, _level(view)
     title = f"{words.metric_name(main)}, {'larger' if leading.greater_is_better else 'smaller'} is better"
     marks = [
@@ -70,7 +69,7 @@ def _level(view: RunView) -> str:
 
 def score_table(view: RunView) -> Table:
     """Every row with every metric, the main one first."""
-    leading = headline_row(view.scores) or view.scores[-1]
+    leading = view.trained or view.scores[-1]
     main = leading.main_metric
     names = dict.fromkeys(name for row in (leading, *view.scores) for name in row.metrics)
     metrics = sorted(names, key=lambda name: name != main)
@@ -106,7 +105,7 @@ def _unseen(row: Scores, metric: str) -> str:
 
 def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
     """The main metric without the test rows that stand in train, beside the one with them; empty: none stands there."""
-    row = headline_row(scores) or scores[-1]
+    row = trained_row(scores) or scores[-1]
     found, whole = row.unseen.get(row.main_metric), row.metrics.get(row.main_metric)
     if found is None or whole is None:
         return ""
@@ -167,18 +166,16 @@ def about_answers(row: Scores) -> str:
 def answers(view: RunView) -> Section | None:
     """What a text generator said before and after training, to the same test rows."""
     before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
-
-    def shown(row: Scores) -> list[Block]:
-        exchanges = _pair_answers(before, row.answers)
-        rest = exchanges[_ANSWERS_OPEN:]
-        folded = Folded(f"{counted(len(rest), 'more answer')} of {row.name}", (Exchanges(rest),))
-        return [Exchanges(exchanges[:_ANSWERS_OPEN]), *[folded] * bool(rest)] if row.answers else []
-
-    blocks = _of_each(view, shown)
-    if not blocks and before:
-        blocks.append(Paragraph("Only the untouched model has answers; there are none after training."))
-        blocks.append(Exchanges(_pair_answers(before, ())[:_ANSWERS_OPEN]))
-    return unless_empty("Answers before and after training", blocks)
+    after = view.trained.answers if view.trained else ()
+    exchanges = _pair_answers(before, after)
+    if not exchanges:
+        return None
+    blocks: list[Block] = [Exchanges(exchanges[:_ANSWERS_OPEN])]
+    if not after:
+        blocks.insert(0, Paragraph("Only the untouched model has answers; there are none after training."))
+    elif rest := exchanges[_ANSWERS_OPEN:]:
+        blocks.append(Folded(counted(len(rest), "more answer"), (Exchanges(rest),)))
+    return Section("answers-before-and-after-training", "Answers before and after training", tuple(blocks))
 
 
 def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Exchange, ...]:
@@ -200,11 +197,8 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
 
 def confusion(view: RunView) -> Section | None:
     """How well each label is found, and which are taken for which."""
-
-    def shown(row: Scores) -> list[Block]:
-        return [label_table(row.confusion), _confusion_table(row.confusion)] if row.confusion else []
-
-    return unless_empty("Confusion", _of_each(view, shown))
+    found = view.trained.confusion if view.trained else None
+    return Section("confusion", "Confusion", (label_table(found), _confusion_table(found))) if found else None
 
 
 def label_table(confusion: Confusion) -> Table:
@@ -257,13 +251,13 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
 
 def mistakes(view: RunView) -> Section | None:
     """The wrong answers that the model was surest of."""
-
-    def shown(row: Scores) -> list[Block]:
-        first, rest = row.worst[:_MISTAKES_OPEN], row.worst[_MISTAKES_OPEN:]
-        folded = Folded(f"{len(rest)} more of {row.name}", (_mistake_table("The next ones", rest),))
-        return [_mistake_table(row_words(view.summary).worst, first), *[folded] * bool(rest)] if first else []
-
-    return unless_empty("Worst mistakes", _of_each(view, shown))
+    worst = view.trained.worst if view.trained else ()
+    if not worst:
+        return None
+    blocks: list[Block] = [_mistake_table(row_words(view.summary).worst, worst[:_MISTAKES_OPEN])]
+    if rest := worst[_MISTAKES_OPEN:]:
+        blocks.append(Folded(f"{len(rest)} more", (_mistake_table("The next ones", rest),)))
+    return Section("worst-mistakes", "Worst mistakes", tuple(blocks))
 
 
 def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
@@ -279,7 +273,7 @@ def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
 
 def calibration(view: RunView) -> Section | None:
     """How far the probabilities can be believed."""
-    return unless_empty("Calibration", _of_each(view, calibration_of))
+    return unless_empty("Calibration", calibration_of(view.trained) if view.trained else [])
 
 
 def calibration_of(row: Scores) -> list[Block]:
@@ -313,8 +307,3 @@ def calibration_in_words(found: Calibration) -> str:
         effect = "brings its probabilities closer to" if after < before else "takes its probabilities further from"
     said = f"On the eval rows the model {sure}"
     return f"{said}; dividing the logits by the temperature {effect} how often it is right on the test rows."
-
-
-def _of_each(view: RunView, shown: Callable[[Scores], list[Block]]) -> list[Block]:
-    """What is shown of each trained model: of the first in the open, of the others behind their names."""
-    return first_open((row.name, shown(row)) for row in view.trained)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fulltune.records.events import OF_GENERIC_TEXT, PhaseBegan, UpdatesMeasured
-from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, TRAINED, Plan
+from fulltune.records.events import OF_GENERIC_TEXT, PhaseBegan
+from fulltune.records.plan import Plan
 from fulltune.records.training import Check, Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -22,7 +21,6 @@ from fulltune.report.format.blocks import (
     Row,
     Section,
     Table,
-    first_open,
     unless_empty,
 )
 from fulltune.report.format.plots import learning_curve
@@ -37,43 +35,35 @@ from fulltune.text import (
     format_seconds,
     format_share,
     listed,
-    ordinal,
     ranges,
 )
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
-_JOURNAL_OPEN = 10
-_MOST_EVALUATIONS = 20
-_MOST_SKIPPED = 12
+_EVENTS = {"next attempt": "After", "skipped": "Left out in", "warning": "Warning of"}
+"""Events of the journal that are shown in full, with what leads them."""
+_OPEN = 10
+"""Rows of a list that are shown at once."""
 
 
 def curves(view: RunView) -> Section | None:
     """What was measured while training, one plot per series."""
-    return unless_empty("Learning curves", first_open((trial, _curves_of(view, trial)) for trial in view.trials))
-
-
-def _curves_of(view: RunView, trial: str) -> list[Block]:
-    history, outcome, plan = view.history_of(trial), view.outcome_of(trial), view.plan_of(trial)
-    preserved = view.preserved.get(trial)
+    history, plan = view.history, view.plan
     # What was scaled back is of no step.
-    kept = outcome.best_step if outcome and not (preserved and preserved.why) else None
+    kept = view.outcome.best_step if view.outcome and not (view.preserved and view.preserved.why) else None
     chosen = (plan.metric, "loss") if plan else tuple(history.evaluation)
-    series: list[tuple[str, str, tuple[Point, ...], int | None]] = [
-        (name, _TRAIN_TITLES[name], points, None) for name, points in history.train.items()
+    series: list[tuple[str, tuple[Point, ...], str, int | None]] = [
+        *((_TRAIN_TITLES[name], points, name, None) for name, points in history.train.items()),
+        *(
+            (f"{words.metric_name(name)} on the eval rows", points, name, kept)
+            for name, points in history.evaluation.items()
+            if name in chosen
+        ),
     ]
-    series += [
-        (name, f"{words.metric_name(name)} on the eval rows", points, kept)
-        for name, points in history.evaluation.items()
-        if name in chosen
-    ]
-    if not series:
-        return []
-    figures = (
-        learning_curve(title, points, name, step, history.restarts, history.skipped)
-        for name, title, points, step in series
-    )
+    figures = [learning_curve(*drawn, history.restarts, history.skipped) for drawn in series]
+    if not figures:
+        return None
     blocks: list[Block] = [Figures(tuple(figures))]
-    if (found := fit_of(view, trial)).evidence:
+    if (found := fit_of(view)).evidence:
         helps = f" What helps: {found.helps}." * bool(found.helps)
         blocks.insert(0, Paragraph(f"{found.sentence} {found.details}{helps}"))
     if history.restarts:
@@ -81,23 +71,22 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
         said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: one began, at step {at}."
         blocks.append(Paragraph(said))
     if history.skipped:
-        at = first_few([f"{step:,}" for step in history.skipped], _MOST_SKIPPED)
+        at = first_few([f"{step:,}" for step in history.skipped], _OPEN)
         said = f"The update of {counted(len(history.skipped), 'step')} was left out (ticks at the top; see the journal)"
         blocks.append(Paragraph(f"{said}: {at}."))
-    return [*blocks, *_all_metrics(history.evaluation, plan)]
+    return Section("learning-curves", "Learning curves", (*blocks, *_all_metrics(history.evaluation, plan)))
 
 
-def fit_of(view: RunView, trial: str) -> Fit:
-    """Whether the trial was over- or under-fitted, from its curves."""
-    plan = view.plan_of(trial)
-    if plan is None or view.outcome_of(trial) is None or view.summary is None or "eval" not in view.summary.splits:
+def fit_of(view: RunView) -> Fit:
+    """Whether the run was over- or under-fitted, from its curves."""
+    if view.plan is None or view.outcome is None or view.summary is None or "eval" not in view.summary.splits:
         return Fit("not known")
-    return fit(curves_of(view, trial, plan))
+    return fit(curves_of(view, view.plan))
 
 
-def curves_of(view: RunView, trial: str, plan: Plan) -> Curves:
-    """The trial's curves, also of one that has not ended."""
-    history, outcome, summary = view.history_of(trial), view.outcome_of(trial), view.summary
+def curves_of(view: RunView, plan: Plan) -> Curves:
+    """The run's curves, also of one that has not ended."""
+    history, summary = view.history, view.summary
     return Curves(
         train_loss=history.train.get("loss", ()),
         eval_loss=after_start(history.evaluation.get("loss", ())),
@@ -106,7 +95,7 @@ def curves_of(view: RunView, trial: str, plan: Plan) -> Curves:
         greater_is_better=plan.greater_is_better,
         eval_rows=summary.splits["eval"].rows if summary and "eval" in summary.splits else 0,
         epochs_per_step=plan.num_train_epochs / max(1, plan.total_steps),
-        kept_step=outcome.best_step if outcome else None,
+        kept_step=view.outcome.best_step if view.outcome else None,
         before=before_start(history.evaluation.get(plan.metric, ())),
         is_mixed=bool(summary and summary.mixed),
     )
@@ -119,32 +108,31 @@ def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> lis
         return []
     names = sorted(series, key=lambda name: name != plan.metric)
     values = {name: dict(points) for name, points in series.items()}
-    steps = sorted({step for points in values.values() for step in points})
-    every = math.ceil(len(steps) / _MOST_EVALUATIONS)
-    rows: list[Row] = []
-    for step in sorted({*steps[::every], steps[-1]}):
-        cells = (format_metric(name, values[name][step]) if step in values[name] else "-" for name in names)
-        rows.append((f"{step:,}", *cells))
+    rows = tuple(
+        (f"{step:,}", *(format_metric(name, of[step]) if step in (of := values[name]) else "-" for name in names))
+        for step in sorted({step for points in values.values() for step in points})
+    )
     header = ("step", *(words.metric_name(name) for name in names))
-    which = "each evaluation" if every == 1 else f"every {ordinal(every)} evaluation and the last one"
-    table = Table(f"On the eval rows, {which}", header, tuple(rows), frozenset(range(1, len(header))))
+    table = Table("On the eval rows, each evaluation", header, rows, frozenset(range(1, len(header))))
     return [Folded("all metrics on the eval rows", (table,))]
 
 
 def training(view: RunView) -> Section | None:
     """How every attempt ended, what it cost, what it changed, and what happened on the way."""
     blocks: list[Block] = [_attempts(view)] if view.attempts else []
-    if changes := _events(view, "next attempt", "After"):
-        blocks.append(Bullets(changes))
-    if skipped := _events(view, "skipped", "Left out in"):
-        more = (f"{counted(len(skipped) - _JOURNAL_OPEN, 'more such step')}: journal.jsonl in the attempt's folder",)
-        blocks.append(Bullets((*skipped[:_JOURNAL_OPEN], *more * (len(skipped) > _JOURNAL_OPEN))))
-    ended = {attempt.trial: attempt.outcome for attempt in view.attempts if attempt.outcome}
-    blocks += first_open(
-        (trial, _facts(outcome, view.plan_of(trial), view.history_of(trial).updates))
-        for trial, outcome in sorted(ended.items())
-    )
-    return unless_empty("Training", [*blocks, *_journal(view)])
+    journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
+    # In full: advice stands at their end, and a cell is cut.
+    told = dict.fromkeys(f"{_EVENTS[one.event]} {name}: {one.detail}" for name, one in journal if one.event in _EVENTS)
+    if told:
+        more = f"{counted(len(told) - _OPEN, 'more event')}: see the journal"
+        blocks.append(Bullets((*[*told][:_OPEN], *[more] * (len(told) > _OPEN))))
+    if view.outcome:
+        blocks += _facts(view, view.outcome)
+    rows = tuple((name, one.time, one.event, Cell(one.detail, foreign=True)) for name, one in journal)
+    if rows:
+        table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
+        blocks.append(table if len(rows) <= _OPEN else Folded(f"journal of {len(rows)} events", (table,)))
+    return unless_empty("Training", blocks)
 
 
 def _attempts(view: RunView) -> Table:
@@ -161,30 +149,17 @@ def _attempts(view: RunView) -> Table:
     return Table("Attempts; each is a fresh process", header, tuple(rows), numeric=frozenset(range(2, 6)))
 
 
-def _events(view: RunView, event: str, lead: str) -> tuple[str, ...]:
-    """The details of a kind of events, each said once, in full: advice stands at their end, and a cell is cut."""
-    found = (
-        f"{lead} {attempt.name}: {entry.detail}"
-        for attempt in view.attempts
-        for entry in attempt.journal
-        if entry.event == event
-    )
-    return tuple(dict.fromkeys(found))
-
-
-def _facts(outcome: Outcome, plan: Plan | None, updates: UpdatesMeasured | None) -> list[Block]:
-    facts = []
+def _facts(view: RunView, outcome: Outcome) -> list[Block]:
+    facts, plan, updates = [], view.plan, view.history.updates
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
     if outcome.best_step is not None:
-        best = ""
-        if outcome.best_metric is not None:
-            value = (
-                f"{words.metric_name(plan.metric)} {format_metric(plan.metric, outcome.best_metric)}" if plan else ""
-            )
-            best = f", {value or format_number(outcome.best_metric)} on the eval rows"
+        best = f"step {outcome.best_step:,}"
+        if plan and outcome.best_metric is not None:
+            value = format_metric(plan.metric, outcome.best_metric)
+            best += f", {words.metric_name(plan.metric)} {value} on the eval rows"
         why = f"; {outcome.kept_because}" if outcome.kept_because else ""
-        facts.append(("weights kept from", f"step {outcome.best_step:,}{best}{why}"))
+        facts.append(("weights kept from", f"{best}{why}"))
     moved = outcome.moved
     if moved:
         values = f"{moved.num_values_moved:,} of {moved.num_values_with_gradient:,} that received a gradient"
@@ -212,31 +187,20 @@ def check_table(checks: Sequence[Check]) -> Table:
     return Table("Checks before step 1", ("check", "verdict", "details"), rows)
 
 
-def _journal(view: RunView) -> list[Block]:
-    rows = tuple(
-        (attempt.name, entry.time, entry.event, Cell(entry.detail, foreign=True))
-        for attempt in view.attempts
-        for entry in attempt.journal
-    )
-    if not rows:
-        return []
-    warnings = _events(view, "warning", "Warning of")
-    shown: list[Block] = [Bullets(warnings)] if warnings else []
-    table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), tuple(rows))
-    return [*shown, table if len(rows) <= _JOURNAL_OPEN else Folded(f"journal of {len(rows)} events", (table,))]
-
-
 def settings(view: RunView) -> Section | None:
     """Every setting with its value, who chose it and why."""
     blocks: list[Block] = []
-    for plan in view.plans:
-        rows = []
-        for setting in plan.settings:
-            value = Cell(words.setting_value(setting.value), foreign=True)
-            rows.append((setting.name, value, "fulltune" if setting.chosen else "recipe", setting.reason))
-        if rows:
-            table = Table(f"Settings of {plan.trial}", ("setting", "value", "chosen by", "reason"), tuple(rows))
-            blocks.append(Folded(f"settings of {plan.trial}", (table,)) if blocks else table)
+    if view.plan and view.plan.settings:
+        rows = tuple(
+            (
+                one.name,
+                Cell(words.setting_value(one.value), foreign=True),
+                "fulltune" if one.chosen else "recipe",
+                one.reason,
+            )
+            for one in view.plan.settings
+        )
+        blocks.append(Table(f"Settings of {view.trial}", ("setting", "value", "chosen by", "reason"), rows))
     if view.recipe_text is not None:
         blocks.append(Folded("the recipe as it was given", (Code(view.recipe_text, "yaml"),)))
     return unless_empty("Settings", blocks)
@@ -286,8 +250,9 @@ _TIME = "time of the training steps, with evaluations and checkpoints"
 
 def resources(view: RunView) -> Section | None:
     """What the plan said against what was measured, with the error in percent."""
-    parts = [(plan.trial, [*_kinds(plan), *_comparison(view, plan)]) for plan in view.plans]
-    return unless_empty("Plan and actual", first_open(parts))
+    if view.plan is None:
+        return None
+    return unless_empty("Plan and actual", [*_kinds(view.plan), *_comparison(view, view.plan)])
 
 
 def _kinds(plan: Plan) -> list[Block]:
@@ -308,13 +273,12 @@ def _kinds(plan: Plan) -> list[Block]:
 
 def _comparison(view: RunView, plan: Plan) -> list[Block]:
     """The last attempt against the plan; a plan is made for a whole run, so a resumed one has no planned time."""
-    attempt = next(reversed(view.attempts_of(plan.trial)), None)
-    outcome = attempt.outcome if attempt else None
-    if attempt is None or outcome is None:
+    outcome = view.outcome
+    if outcome is None:
         return []
+    attempt = view.attempts[-1]
     phases = {event.name: event.seconds for event in attempt.events if isinstance(event, PhaseBegan)}
-    resumed = any(entry.event == "resume" for entry in attempt.journal)
-    time = None if resumed else plan.time
+    time = None if any(entry.event == "resume" for entry in attempt.journal) else plan.time
     rows: list[Row] = []
     if plan.memory or outcome.memory_growth_bytes:
         planned = plan.memory.peak if plan.memory else 0
@@ -326,11 +290,8 @@ def _comparison(view: RunView, plan: Plan) -> list[Block]:
         # From the first step to the last; 0 when it did not get there.
         trained = phases.get("saving the model", 0.0) - phases["training"] if "training" in phases else 0.0
         rows.append(_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
-    if time is not None:
-        around = _around(view, plan, phases)
-        rows += [_row(part.name, part.seconds, 0, around.get(part.name, 0.0), format_seconds) for part in time.around]
-        if time.around and view.command and not view.searched:  # which takes several runs
-            rows.append(_row("the whole command", time.whole_seconds, 0, view.command.seconds, format_seconds))
+    if time is not None and time.around and view.command and not view.searched:  # which takes several runs
+        rows.append(_row("the whole command", time.whole_seconds, 0, view.command.seconds, format_seconds))
     if plan.disk or outcome.disk_bytes:
         rows.append(_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes))
     if not rows:
@@ -344,22 +305,7 @@ def _comparison(view: RunView, plan: Plan) -> list[Block]:
 
 
 def _row(what: str, planned: float, tried: float, actual: float, shown: Callable[[Any], str]) -> Row:
-    def cell(value: float) -> str:
-        return shown(value) if value else "-"
-
     def error(value: float) -> str:
         return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"
 
-    return (what, cell(planned), cell(tried), cell(actual), error(planned), error(tried))
-
-
-def _around(view: RunView, plan: Plan, phases: dict[str, float]) -> dict[str, float]:
-    """Seconds of the command's other parts, by the names that the plan has for them."""
-    began = next((seconds for name, seconds in phases.items() if name.startswith("checking")), None)
-    probed = next((seconds for name, seconds in phases.items() if name.startswith("fitting a linear probe")), None)
-    return {
-        PROBE: began - probed if began is not None and probed is not None else 0.0,
-        DRY_RUN: phases["training"] - began if began is not None and "training" in phases else 0.0,
-        BASELINES: sum(row.seconds for row in view.scores if row.kind != "trained"),
-        TRAINED: next((row.seconds for row in view.scores if row.name == plan.trial), 0.0),
-    }
+    return (what, *(shown(value) if value else "-" for value in (planned, tried, actual)), error(planned), error(tried))

@@ -27,7 +27,7 @@ from fulltune.report.run import about_data, about_forgetting, about_scores, abou
 from fulltune.report.run.about_data import row_words
 from fulltune.report.run.model_card import how_to_load, loading_code_of
 from fulltune.report.run.next_steps import facts_of, next_steps
-from fulltune.report.run.read import RunView, headline_row
+from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import bounds, difference, judge
 from fulltune.text import counted, format_metric, format_number, format_seconds, format_share, listed
 
@@ -66,10 +66,8 @@ def build(view: RunView) -> Report:
 
 def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     """Was it worth it, and what to change where it was not."""
-    why = next((part.why for part in view.missing if part.what.startswith("the test scores of")), "")
-    headline = judge(view.scores, why)
-    notes = (headline.note, about_scores.scored_again(view.accesses))
-    headline = replace(headline, note=" ".join(filter(None, notes)))
+    why = next((why for what, why in view.missing if what.startswith("the test scores of")), "")
+    headline = replace(judge(view.scores, why), note=about_scores.scored_again(view.accesses))
     facts = facts_of(view, headline)
     return headline, next_steps(facts) if facts else ()
 
@@ -84,38 +82,34 @@ def in_short(view: RunView) -> list[Headline | Section | Block]:
         answers = about_scores.answers(view)
         parts += [table.only((table.header[1], second)), *about_scores.about_table(view)]
         parts += answers.blocks if answers else ()
-    row = headline_row(view.scores)
-    fit = about_training.fit_of(view, row.name) if row else None
-    unfit = [Paragraph(fit.sentence)] if fit and fit.kind not in ("sound", "not known") else []
+    fit = about_training.fit_of(view)
+    unfit = [Paragraph(fit.sentence)] if view.trained and fit.kind not in ("sound", "not known") else []
     return [*parts, headline, *unfit, *_steps(steps)]
 
 
 def _key_figures(view: RunView) -> list[tuple[str, str]]:
     figures = []
-    trial = view.main_trial
-    attempts = view.attempts_of(trial)
-    outcomes = [attempt.outcome for attempt in attempts if attempt.outcome]
+    outcomes = [attempt.outcome for attempt in view.attempts if attempt.outcome]
     if outcomes:
         last = outcomes[-1]
         figures += [
             ("training", words.status(last.status)),
-            ("steps", f"{attempts[-1].steps:,}"),
+            ("steps", f"{view.attempts[-1].steps:,}"),
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
-        preserved = view.preserved.get(trial)
-        if preserved is not None and preserved.chosen.is_start:
+        if view.preserved is not None and view.preserved.chosen.is_start:
             figures.append(("weights kept", "the untouched model's"))
         elif last.moved:
             figures.append(("values moved", format_share(last.moved.share)))
     if view.summary and "train" in view.summary.splits:
         figures.append(("train rows", f"{view.summary.splits['train'].rows:,}"))
-    if plan := view.plan_of(trial):
-        figures.append(("learning rate", format_number(plan.learning_rate)))
+    if view.plan:
+        figures.append(("learning rate", format_number(view.plan.learning_rate)))
     return figures
 
 
 def _missing(view: RunView) -> Section | None:
-    items = [f"{part.what}: {part.why}" for part in view.missing]
+    items = [f"{what}: {why}" for what, why in view.missing]
     if not items:
         return None
     lead = Paragraph("This report is made from files alone. Not shown, and why:")
@@ -127,11 +121,9 @@ def _steps(steps: tuple[str, ...]) -> list[Block]:
 
 
 def _use(view: RunView, headline: Headline) -> tuple[Block, ...]:
-    trial = view.main_trial
-    folder, plan = view.model_folder_of(trial), view.plan_of(trial)
+    folder, plan = view.model_folder, view.plan
     if folder is None:
-        outcome = view.outcome_of(trial)
-        go_on = Paragraph(_how_to_go_on(outcome.status if outcome else None))
+        go_on = Paragraph(_how_to_go_on(view.outcome.status if view.outcome else None))
         return (Folded("how to use this model anyway", (go_on,)) if headline.kind == "worse" else go_on,)
     asked = row_words(view.summary).question
     blocks: list[Block] = [
@@ -141,7 +133,7 @@ def _use(view: RunView, headline: Headline) -> tuple[Block, ...]:
     if "--file" in asked:
         blocks.append(Paragraph("ROWS.jsonl is any file with the columns that the model reads, see 'Data'."))
     blocks.append(Paragraph(how_to_load(plan)))
-    if code := loading_code_of(f"{view.name}/{folder}", view.task, view.summary, plan, view.model):
+    if code := loading_code_of(f"{view.name}/{folder}", view):
         blocks.append(Code(code, "python"))
     return (Folded("how to use this model anyway", tuple(blocks)),) if headline.kind == "worse" else tuple(blocks)
 

@@ -6,16 +6,15 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Literal
 
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
-from fulltune.report.format import words
-from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Row, Section, Table, unless_empty
+from fulltune.report.format import html, words
+from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Section, Table, unless_empty
 from fulltune.report.format.markdown import escaped, section_in_markdown
-from fulltune.report.run.about_data import has_images, row_words
+from fulltune.report.run.about_data import has_images, row_words, splits
 from fulltune.report.run.about_scores import about_answers, calibration_of
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import OF_ANSWERS, judge
@@ -29,16 +28,14 @@ _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged m
 
 def model_card(view: RunView, model_folder: Path) -> str:
     """Write the card's text."""
-    trial = _trial_of(view, model_folder)
-    plan = view.plan_of(trial)
-    scores = next((row for row in view.trained if row.name == trial), None)
+    plan, scores = view.plan, view.trained
     trained = "all parameters fine-tuned"
     if plan and plan.num_frozen_parameters:
         trained = f"{plan.num_trainable_parameters:,} parameters trained ({escaped(plan.method)})"
     how = (view.summary.form.how_to_ask if view.summary else "", how_to_load(plan))
-    code = loading_code_of(model_folder.name, view.task, view.summary, plan, view.model)
+    code = loading_code_of(model_folder.name, view)
     sections = (
-        _data(view),
+        _data(view.summary),
         _metrics(view, scores),
         _training(view, plan),
         _versions(view),
@@ -57,30 +54,12 @@ def merged_card(text: str, name: str, task: str) -> str:
     return _LOADING.sub(lambda _: section, text or _BARE).rstrip() + "\n"
 
 
-def _base_model(view: RunView) -> str | None:
-    """The trained model's Hub id, from the plan (where folders are absolute paths); None where it has none."""
-    names = (
-        setting.value for plan in view.plans for setting in plan.settings if setting.name in ("model", "model.name")
-    )
-    found = next((name for name in names if isinstance(name, str)), "")
-    return found if _HUB_ID.fullmatch(found) and not found.endswith(".gguf") else None
-
-
-def _trial_of(view: RunView, model_folder: Path) -> str:
-    """The trial whose outcome names this folder, else the one of the report's headline."""
-    for attempt in view.attempts:
-        named = attempt.outcome.model_folder if attempt.outcome else None
-        if named and (view.folder / named).resolve() == model_folder.resolve():
-            return attempt.trial
-    return view.main_trial
-
-
 def _front_matter(view: RunView, scores: Scores | None) -> str:
     """What the Hub reads: base model, task, and the metrics on the test rows as its model index."""
     from huggingface_hub import EvalResult, ModelCardData
 
     facts = FACTS.get(view.task)
-    tested = _source(view, "test").removeprefix("file ")
+    tested = _place(view.summary.sources.get("test", "-") if view.summary else "-").removeprefix("file ")
     results = [
         EvalResult(
             task_type=facts.hub,
@@ -94,8 +73,11 @@ def _front_matter(view: RunView, scores: Scores | None) -> str:
         for name, found in (scores.metrics.items() if scores and facts else ())
         if facts and math.isfinite(found.value)
     ]
+    # From the plan, where folders are absolute paths.
+    names = (str(one.value) for one in view.plan.settings if one.name == "model.name") if view.plan else ()
+    base = next((name for name in names if _HUB_ID.fullmatch(name) and not name.endswith(".gguf")), None)
     data = ModelCardData(
-        base_model=_base_model(view),
+        base_model=base,
         library_name="transformers",
         pipeline_tag=facts.hub if facts else None,
         tags=["fulltune"],
@@ -105,31 +87,23 @@ def _front_matter(view: RunView, scores: Scores | None) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _source(view: RunView, split: Literal["train", "eval", "test"]) -> str:
+def _place(source: str) -> str:
     """Where the rows of a split are from, without folders."""
-    found = view.summary.sources.get(split, "-") if view.summary else "-"
-    return re.sub(r"\S*[\\/](?=\S)", "", found)
+    return re.sub(r"\S*[\\/](?=\S)", "", source)
 
 
-def _data(view: RunView) -> Section | None:
-    summary = view.summary
+def _data(summary: DataSummary | None) -> Section | None:
     if summary is None:
         return None
-    rows: list[Row] = [
-        (split, f"{found.rows:,}", f"{found.tokens:,}", _source(view, split)) for split, found in summary.splits.items()
-    ]
-    rows += [
-        (f"mixed in, weight {one.weight:g}", f"{one.counts.rows:,}", f"{one.counts.tokens:,}", f"file {one.where}")
-        for one in summary.mixed
-    ]
-    blocks: list[Block] = [Table("", ("split", "rows", "tokens", "where from"), tuple(rows), frozenset({1, 2}))]
+    places = {split: _place(source) for split, source in summary.sources.items()}
+    blocks: list[Block] = [splits(summary.model_copy(update={"sources": places}))]
     if not has_images(summary):
         longest = f"{row_words(summary).longest.capitalize()}: {counted(summary.max_length, 'token')}."
         blocks.append(Paragraph(longest))
     if summary.labels:
         labels = words.clipped(", ".join(words.named(label) for label in summary.labels), 2000)
         blocks.append(Paragraph(f"{counted(len(summary.labels), 'label')}: {labels}"))
-    return unless_empty("Data", blocks)
+    return Section("data", "Data", tuple(blocks))
 
 
 def _metrics(view: RunView, scores: Scores | None) -> Section:
@@ -165,7 +139,7 @@ def _training(view: RunView, plan: Plan | None) -> Section | None:
         ("precision", f"{plan.precision}, weights kept in {plan.weights_dtype}"),
         ("seed", str(plan.seed)),
     ]
-    if outcome := view.outcome_of(plan.trial):
+    if outcome := view.outcome:
         facts.append(("steps done", f"{outcome.steps:,}"))
         if outcome.best_step is not None:
             why = f"; {outcome.kept_because}" if outcome.kept_because else ""
@@ -206,61 +180,25 @@ def how_to_load(plan: Plan | None) -> str:
     return HOW_TO_LOAD.get(method_kind(plan), HOW_TO_LOAD["peft"])
 
 
-def loading_code_of(folder: str, task: str, summary: DataSummary | None, plan: Plan | None, base: str) -> str:
-    """Python that loads a trained model of any method; empty where only fulltune can load it."""
-    kind = method_kind(plan)
-    return "" if kind in ONLY_OURS else loading_code(folder, task, summary, "" if kind == "full" else base)
+def loading_code_of(folder: str, view: RunView) -> str:
+    """Python that loads a run's model; empty where only fulltune can load it."""
+    kind = method_kind(view.plan)
+    base = "" if kind == "full" else view.model
+    return "" if kind in ONLY_OURS else loading_code(folder, view.task, view.summary, base)
 
 
 def loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
-    """Python that loads a model with transformers, with PEFT around `base`; what else one must know is in comments."""
+    """Python that loads a model with transformers, with PEFT around `base`."""
     facts = FACTS.get(task, FACTS["text-classification"])
-    head = facts.auto_class
-    kind, name = ("AutoImageProcessor", "processor") if facts.reads == "image" else ("AutoTokenizer", "tokenizer")
-    where, pretrained = json.dumps(folder, ensure_ascii=False), json.dumps(words.file_name(base), ensure_ascii=False)
-    imports, loading = f"from transformers import {head}, {kind}", f"model = {head}.from_pretrained({where})\n"
-    if base:
-        imports = f"from peft import PeftModel\nfrom transformers import AutoConfig, {head}, {kind}"
-        if base.startswith("package:"):
-            package, _, inner = base.removeprefix("package:").partition("/")
-            imports = f"from importlib.resources import files\n\n{imports}"
-            pretrained = f"str(files({json.dumps(package)}) / {json.dumps(inner)})"
-        loading = (
-            f"base = {head}.from_pretrained({pretrained}, config=AutoConfig.from_pretrained({where}))\n"
-            f"model = PeftModel.from_pretrained(base, {where})\n"
-        )
-    loading += f"{name} = {kind}.from_pretrained({where})\n"
-    more = ""
-    if task == "token-classification":
-        # Tags are learned at the first token of each word.
-        more = (
-            'find = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")\n'
-        )
-    elif facts.reads == "image":
-        more = 'classify = pipeline("image-classification", model=model, image_processor=processor)\n'
-    elif task == "causal-lm" and summary:
-        more = _asking(summary)
-    elif task == "seq2seq" and summary and summary.joint:
-        more = f"# As in training, {json.dumps(summary.joint, ensure_ascii=False)} belongs before each text.\n"
-    return f"{imports}{', pipeline' * ('pipeline(' in more)}\n\n{loading}{more}"
-
-
-def _asking(summary: DataSummary) -> str:
-    special = ""
-    if "messages" in summary.columns:
-        prompt = (
-            'messages = [{"role": "user", "content": "..."}]\n'
-            "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)\n"
-        )
-        special = ", add_special_tokens=False"
-    elif summary.form.is_raw_text:
-        prompt = 'prompt = "..."  # the model goes on from here\n'
-    else:
-        added = f" + {json.dumps(summary.joint)}" if summary.joint else ""
-        prompt = f'prompt = "..."{added}  # as in training\n'
-    return (
-        f"\n{prompt}"
-        f'ids = tokenizer(prompt, return_tensors="pt"{special}).input_ids\n'
-        "made = model.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=128, do_sample=False)\n"
-        "print(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))\n"
+    package, _, inner = base.removeprefix("package:").partition("/") if base.startswith("package:") else ("", "", "")
+    pretrained = json.dumps(words.file_name(base), ensure_ascii=False) if base else ""
+    return html.loading_code(
+        task=task,
+        auto_class=facts.auto_class,
+        processor="AutoImageProcessor" if facts.reads == "image" else "AutoTokenizer",
+        folder=json.dumps(folder, ensure_ascii=False),
+        package=package,
+        base=f"str(files({json.dumps(package)}) / {json.dumps(inner)})" if package else pretrained,
+        form=summary.form if summary else None,
+        joint=json.dumps(summary.joint, ensure_ascii=False) if summary and summary.joint else "",
     )

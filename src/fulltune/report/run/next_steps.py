@@ -14,7 +14,7 @@ from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
 from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.about_training import curves_of, fit_of
-from fulltune.report.run.read import RunView, headline_row
+from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import strongest_untrained
 from fulltune.stats.curves import Curves, Fit, ended_high, still_falling, without_cause
 from fulltune.text import counted, format_metric, format_number, listed
@@ -64,9 +64,7 @@ class RunFacts:
 
 def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     """What a run's files show of the trial that the headline is about; None: it was not scored or has no plan."""
-    row = headline_row(view.scores)
-    plan = view.plan_of(row.name) if row else None
-    outcome = view.outcome_of(row.name) if row else None
+    row, plan, outcome = view.trained, view.plan, view.outcome
     if row is None or plan is None or outcome is None:
         return None
     summary = view.summary
@@ -82,15 +80,15 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         verdict=headline.kind,
         plan=plan,
         outcome=outcome,
-        curves=curves_of(view, row.name, plan),
-        fit=fit_of(view, row.name),
+        curves=curves_of(view, plan),
+        fit=fit_of(view),
         train_rows=train.rows if train else 0,
         labels=len(summary.labels) if summary and summary.form.is_calibrated else 0,
         searched=frozenset(name for settings in tried for name in settings),
         bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
         blind=blind,
         gives_the_usual=is_usual,
-        held_back=held_back(view.preserved.get(row.name)),
+        held_back=held_back(view.preserved),
     )
 
 

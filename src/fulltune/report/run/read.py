@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,21 +26,27 @@ from fulltune.report.format import words
 from fulltune.stats.curves import Point
 from fulltune.text import first_few
 
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+Series = dict[str, tuple[Point, ...]]
+_TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
+_MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
+_KINDS = ("baseline", "untouched", "trained")
+DROPPED_SHOWN = 20
+_CUT = "cannot be read: a process was stopped while writing it, or the file was damaged. The rest is used."
+
 
 @dataclass(frozen=True)
 class History:
     """What was measured during training, by series name and in order of steps."""
 
-    train: dict[str, tuple[Point, ...]]
+    train: Series = field(default_factory=dict)
     """`loss`, `learning_rate`, `grad_norm`, where they were logged."""
-    evaluation: dict[str, tuple[Point, ...]]
+    evaluation: Series = field(default_factory=dict)
     """One series per metric on the eval rows."""
-    restarts: tuple[int, ...]
+    restarts: tuple[int, ...] = ()
     """First logged step of every attempt after the first."""
-
     skipped: tuple[int, ...] = ()
     """Steps whose update was left out, and that were not done again."""
-
     updates: UpdatesMeasured | None = None
     """The last measurement."""
 
@@ -56,58 +63,6 @@ def after_start(points: Sequence[Point]) -> tuple[Point, ...]:
 def before_start(points: Sequence[Point]) -> float | None:
     """What was measured before step 1."""
     return next((value for step, value in points if step == 0), None)
-
-
-_TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
-
-
-def merge(attempts: Sequence[tuple[int | None, Sequence[Event]]]) -> History:
-    """Join a trial's attempts (steps done at its start, events) into one curve, without what a later attempt redid."""
-    train: dict[int, Mapping[str, Any]] = {}
-    evaluation: dict[int, Mapping[str, Any]] = {}
-    restarts: list[int] = []
-    updates = [event for _, events in attempts for event in events if isinstance(event, UpdatesMeasured)]
-    measured = updates[-1] if updates else None
-    skipped: set[int] = set()
-    for done, events in attempts:
-        rows = [event for event in events if isinstance(event, StepLogged | Evaluated)]
-        if not rows:
-            continue
-        # One that begins with an evaluation does that of the step it goes on from.
-        first = rows[0].step + isinstance(rows[0], Evaluated) if done is None else done + 1
-        if train or evaluation:
-            restarts = [*(step for step in restarts if step < first), first]
-        train = {step: line for step, line in train.items() if step < first}
-        skipped = {step for step in skipped if step < first} | {
-            event.step for event in events if isinstance(event, StepSkipped)
-        }
-        evaluation = {step: line for step, line in evaluation.items() if step < first}
-        for row in rows:
-            if isinstance(row, Evaluated):
-                evaluation[row.step] = row.metrics
-            else:
-                train[row.step] = {name: getattr(row, name) for name in _TRAIN_SERIES}
-    names = dict.fromkeys(name for metrics in evaluation.values() for name in metrics)
-    return History(
-        _series(train, _TRAIN_SERIES), _series(evaluation, names), tuple(restarts), tuple(sorted(skipped)), measured
-    )
-
-
-def _series(rows: Mapping[int, Mapping[str, Any]], names: Iterable[str]) -> dict[str, tuple[Point, ...]]:
-    found = {
-        name: tuple(
-            (step, float(row[name])) for step, row in sorted(rows.items()) if isinstance(row.get(name), int | float)
-        )
-        for name in names
-    }
-    return {name: points for name, points in found.items() if points}
-
-
-_AnyRecord = TypeVar("_AnyRecord", bound=Record)
-_MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
-_KINDS = ("baseline", "untouched", "trained")
-DROPPED_SHOWN = 20
-_CUT = "cannot be read: a process was stopped while writing it, or the file was damaged. The rest is used."
 
 
 @dataclass(frozen=True)
@@ -130,89 +85,119 @@ class AttemptFiles:
         return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A part of the report that cannot be shown, and why."""
+def merge(attempts: Sequence[AttemptFiles]) -> History:
+    """Join a trial's attempts into one curve, without what a later attempt did again."""
+    train: dict[int, Mapping[str, Any]] = {}
+    evaluation: dict[int, Mapping[str, Any]] = {}
+    restarts: list[int] = []
+    skipped: set[int] = set()
+    updates = None
+    for attempt in attempts:
+        rows = [event for event in attempt.events if isinstance(event, StepLogged | Evaluated)]
+        if not rows:
+            continue
+        # One that begins with an evaluation does that of the step it goes on from.
+        done = attempt.first_step
+        first = rows[0].step + isinstance(rows[0], Evaluated) if done is None else done + 1
+        if train or evaluation:
+            restarts = [*(step for step in restarts if step < first), first]
+        train, evaluation = ({step: row for step, row in of.items() if step < first} for of in (train, evaluation))
+        skipped = {step for step in skipped if step < first}
+        for event in attempt.events:
+            match event:
+                case Evaluated():
+                    evaluation[event.step] = event.metrics
+                case StepLogged():
+                    train[event.step] = {name: getattr(event, name) for name in _TRAIN_SERIES}
+                case StepSkipped():
+                    skipped.add(event.step)
+                case UpdatesMeasured():
+                    updates = event
+    return History(_series(train), _series(evaluation), tuple(restarts), tuple(sorted(skipped)), updates)
 
-    what: str
-    why: str
+
+def _series(rows: Mapping[int, Mapping[str, Any]]) -> Series:
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    found = {
+        name: tuple(
+            (step, float(row[name])) for step, row in sorted(rows.items()) if isinstance(row.get(name), int | float)
+        )
+        for name in names
+    }
+    return {name: points for name, points in found.items() if points}
 
 
 @dataclass(frozen=True)
 class RunView:
-    """All that is known about a run."""
+    """All that is known about a run, or about one trial of a comparison."""
 
     folder: Path
-    name: str
     model: str
     """As the plan or else the recipe names it; `unknown model` when neither does."""
     task: str
+    trial: str
+    """Method and seed; empty: none is known."""
     recipe_text: str | None
     environment: Environment | None
     summary: DataSummary | None
     dropped: tuple[dict[str, Any], ...]
     """The first rows that were dropped."""
-    plans: tuple[Plan, ...]
+    plan: Plan | None
     attempts: tuple[AttemptFiles, ...]
     scores: tuple[Scores, ...]
-    """Baselines first, then the untouched model, then trained ones; by name within a kind."""
-    missing: tuple[Missing, ...]
+    """Baselines first, then the untouched model, then the trained one; by name within a kind."""
+    missing: tuple[tuple[str, str], ...] = ()
+    """Parts of the report that cannot be shown, and why."""
     command: Command | None = None
     """What the whole command took; None where it was not one command."""
     searched: Searched | None = None
     """How its settings were searched."""
-    preserved: Mapping[str, Preserved] = field(default_factory=dict)
-    """How each trial with a budget for forgetting kept it."""
+    preserved: Preserved | None = None
+    """How it kept a budget for forgetting."""
     machines: MachinesUsed | None = None
     """Of a run over several machines."""
     accesses: tuple[Access, ...] = ()
     """Every time that its test rows were scored, also by other runs beside it."""
 
     @property
-    def main_trial(self) -> str:
-        """The trial that the headline is about: the first one scored, else the first one known; empty: none."""
-        row = headline_row(self.scores)
-        return row.name if row else next(iter(self.trials), "")
+    def name(self) -> str:
+        return self.folder.resolve().name
 
     @property
-    def trained(self) -> tuple[Scores, ...]:
-        return tuple(row for row in self.scores if row.kind == "trained")
+    def trained(self) -> Scores | None:
+        return trained_row(self.scores)
 
     @property
-    def trials(self) -> tuple[str, ...]:
-        """Every trial that was planned, started or scored."""
-        names = {plan.trial for plan in self.plans} | {attempt.trial for attempt in self.attempts}
-        return tuple(sorted(names | {row.name for row in self.trained}))
+    def outcome(self) -> Outcome | None:
+        """How it ended: its last attempt's outcome, None when that one wrote none."""
+        return self.attempts[-1].outcome if self.attempts else None
 
-    def attempts_of(self, trial: str) -> tuple[AttemptFiles, ...]:
-        return tuple(attempt for attempt in self.attempts if attempt.trial == trial)
+    @cached_property
+    def history(self) -> History:
+        """Its metrics as one curve over all attempts."""
+        return merge(self.attempts)
 
-    def plan_of(self, trial: str) -> Plan | None:
-        return next((plan for plan in self.plans if plan.trial == trial), None)
-
-    def outcome_of(self, trial: str) -> Outcome | None:
-        """How the trial ended: its last attempt's outcome, None when that one wrote none."""
-        attempts = self.attempts_of(trial)
-        return attempts[-1].outcome if attempts else None
-
-    def history_of(self, trial: str) -> History:
-        """The trial's metrics as one curve over all its attempts."""
-        return merge([(attempt.first_step, attempt.events) for attempt in self.attempts_of(trial)])
-
-    def model_folder_of(self, trial: str) -> str | None:
+    @property
+    def model_folder(self) -> str | None:
         """The trained model, relative to the run folder; None when it is not there."""
-        outcome, plan = self.outcome_of(trial), self.plan_of(trial)
-        named = (outcome.model_folder if outcome else None) or (plan.model_folder if plan else "models/full")
-        return named if trial and (self.folder / named).is_dir() else None
+        named = (self.outcome.model_folder if self.outcome else None) or (
+            self.plan.model_folder if self.plan else "models/full"
+        )
+        return named if self.trial and (self.folder / named).is_dir() else None
 
 
-def headline_row(scores: Sequence[Scores]) -> Scores | None:
-    """The trained row of the headline: the first trial by name, since the best by its test score would be flattered."""
-    return min((row for row in scores if row.kind == "trained"), key=lambda row: row.name, default=None)
+def trained_row(scores: Sequence[Scores]) -> Scores | None:
+    """The scores of the trained model."""
+    return next((row for row in scores if row.kind == "trained"), None)
 
 
-def read_run(folder: Path) -> RunView:
-    """Read a run folder, any of whose files may be missing; SetupError where nothing in it comes from a run."""
+def read_run(folder: Path, scores: Scores | None = None) -> RunView:
+    """Read a run folder, any of whose files may be missing; SetupError where nothing in it comes from a run.
+
+    Args:
+        folder: Of a run, or of a comparison.
+        scores: Those of the trial of a comparison that is asked for, which has no file of them.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise SetupError(f"{folder}: no such run folder")
@@ -221,75 +206,75 @@ def read_run(folder: Path) -> RunView:
 
     files = _Files(folder)
     plans = files.records(Plan, filter(_may_be_a_plan, folder.glob("plan/*.json")))
-    scores = files.records(Scores, folder.glob("scores/*.json"))
+    attempts = list(files.attempts())
+    rows = files.records(Scores, folder.glob("scores/*.json"))
+    known = [scores] if scores else [row for row in rows if row.kind == "trained"]
+    started = sorted({one.trial for one in plans} | {one.trial for one in attempts})
+    trial = next(iter([*(row.name for row in known), *started]), "")
+    rows = [row for row in rows if row.kind != "trained"] + [row for row in known if row.name == trial]
+    plan = next((plan for plan in plans if plan.trial == trial), None)
+    settings = {setting.name: setting.value for setting in plan.settings} if plan else {}
     summary = files.record(DataSummary, folder / "data" / "summary.json")
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
-    settings = {setting.name: setting.value for plan in plans for setting in plan.settings}
     task = (summary and summary.task) or settings.get("task") or _from_recipe(recipe_text, "task")
+    preserved = files.records(Preserved, folder.glob("preserve/*.json"))
     view = RunView(
         folder=folder,
-        name=folder.resolve().name,
         model=str(settings.get("model.name") or _from_recipe(recipe_text, "model") or "unknown model"),
         task=str(task or "unknown task"),
+        trial=trial,
         recipe_text=recipe_text,
         environment=files.record(Environment, folder / "environment.json"),
         summary=summary,
         dropped=tuple(islice(files.lines(folder / "data" / "dropped.jsonl"), DROPPED_SHOWN)),
-        plans=tuple(sorted(plans, key=lambda plan: plan.trial)),
-        attempts=tuple(files.attempts()),
-        scores=tuple(sorted(scores, key=lambda row: (_KINDS.index(row.kind), row.name))),
-        missing=(),
+        plan=plan,
+        attempts=tuple(one for one in attempts if one.trial == trial),
+        scores=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.kind), row.name))),
         command=files.record(Command, folder / "command.json"),
         machines=files.record(MachinesUsed, folder / "machines.json"),
         searched=files.record(Searched, folder / "search.json"),
-        preserved={one.trial: one for one in files.records(Preserved, folder.glob("preserve/*.json"))},
+        preserved=next((one for one in preserved if one.trial == trial), None),
         accesses=files.accesses(),
     )
-    cut = [Missing(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]
+    cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]
     return replace(view, missing=(*files.damaged, *cut, *_what_is_missing(view)))
 
 
-def _what_is_missing(view: RunView) -> Iterator[Missing]:
-    """Say what cannot be shown; the reason is how the run ended, as far as the files tell."""
+def _what_is_missing(view: RunView) -> Iterator[tuple[str, str]]:
+    """What cannot be shown; the reason is how the run ended, as far as the files tell."""
+    outcome, row = view.outcome, f"the test scores of {view.trial or 'a trained model'}"
     for present, what, why in (
         (view.recipe_text is not None, "the recipe", "recipe.yaml is not in the run folder."),
         (view.environment, "the environment", "environment.json is not in the run folder or cannot be read."),
         (view.summary, "the data summary", "the run ended before the data were prepared."),
-        (view.plans, "the plan with its settings", "the run ended before it was planned."),
+        (view.plan, "the plan with its settings", "the run ended before it was planned."),
         (view.attempts, "learning curves and training facts", "there is no attempt in the run's folder."),
-        (view.trials, "the test scores of a trained model", "no trial was planned or started."),
-    ):
-        if not present:
-            yield Missing(what, why)
-    for trial in view.trials:
-        attempts = view.attempts_of(trial)
-        if attempts and attempts[-1].outcome is None:
-            yield Missing(
-                f"the outcome of {attempts[-1].name}",
-                "its process has written no outcome.json: it is still running, or it was killed.",
-            )
-        if attempts and not view.history_of(trial).has_points:
-            yield Missing(f"the learning curves of {trial}", "no optimizer step was logged.")
-        if trial not in {row.name for row in view.trained}:
-            yield Missing(f"the test scores of {trial}", _why_unscored(view, trial))
-    if not any(row.kind != "trained" for row in view.scores):
-        yield Missing(
+        (not view.attempts or view.history.has_points, "the learning curves", "no optimizer step was logged."),
+        (
+            not view.attempts or outcome,
+            f"the outcome of {view.attempts[-1].name if view.attempts else ''}",
+            "its process has written no outcome.json: it is still running, or it was killed.",
+        ),
+        (view.trained, row, _why_unscored(view)),
+        (
+            any(row.kind != "trained" for row in view.scores),
             "baselines to compare with",
             "none was scored: the run ended earlier, or the recipe says 'evaluate.baselines: false'.",
-        )
+        ),
+    ):
+        if not present:
+            yield what, why
 
 
-def _why_unscored(view: RunView, trial: str) -> str:
-    attempts = view.attempts_of(trial)
-    if not attempts:
-        return "no attempt to train it is in the run's folder."
-    outcome = attempts[-1].outcome
-    if outcome is None:
+def _why_unscored(view: RunView) -> str:
+    if not view.attempts:
+        return "no attempt to train it is in the run's folder." if view.trial else "no trial was planned or started."
+    if view.outcome is None:
         return "training has no recorded end, so there was nothing to score."
-    if outcome.status == "done":
+    if view.outcome.status == "done":
         return "training is done, but the model was not scored on the test rows."
-    return f"training ended as '{words.status(outcome.status)}': {outcome.reason.rstrip('.')}."
+    return f"training ended as '{words.status(view.outcome.status)}': {view.outcome.reason.rstrip('.')}."
 
 
 class _Files:
@@ -297,23 +282,24 @@ class _Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.damaged: list[Missing] = []
+        self.damaged: list[tuple[str, str]] = []
         self.unreadable: dict[str, list[str]] = {}
         """By file, the numbers of lines that are not JSON, usually the last one of a killed process."""
 
-    def record(self, kind: type[_AnyRecord], path: Path) -> _AnyRecord | None:
+    def record(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
         """A record; None where there is none or it cannot be read."""
-        try:
-            return kind.load(path) if path.is_file() else None
-        except (OSError, SetupError):
-            name = path.relative_to(self.folder).as_posix()
-            self.damaged.append(Missing(name, "damaged, or of another version of fulltune"))
-            return None
+        return next(iter(self.records(kind, [path] if path.is_file() else [])), None)
 
-    def records(self, kind: type[_AnyRecord], paths: Iterable[Path]) -> list[_AnyRecord]:
+    def records(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
         """All of these that can be read, by name."""
-        found = (self.record(kind, path) for path in sorted(paths))
-        return [record for record in found if record is not None]
+        found = []
+        for path in sorted(paths):
+            try:
+                found.append(kind.load(path))
+            except (OSError, SetupError):
+                name = path.relative_to(self.folder).as_posix()
+                self.damaged.append((name, "damaged, or of another version of fulltune"))
+        return found
 
     def lines(self, path: Path) -> Iterator[dict[str, Any]]:
         """The objects of a jsonl file."""
@@ -332,7 +318,7 @@ class _Files:
         try:
             return Access.of_same_rows(self.folder)
         except OSError:
-            self.damaged.append(Missing(f"{ACCESSES}, beside the run folder", "it cannot be opened"))
+            self.damaged.append((f"{ACCESSES}, beside the run folder", "it cannot be opened"))
             return ()
 
     def attempts(self) -> Iterator[AttemptFiles]:

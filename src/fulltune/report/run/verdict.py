@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
-from fulltune.report.run.read import headline_row
+from fulltune.report.run.read import trained_row
 from fulltune.text import counted, format_number, is_share
 
 _LABELS = {
@@ -42,35 +42,28 @@ def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better
 
 def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     """Compare the trained model with the best row without training: better or worse only if the interval excludes 0."""
-    row = headline_row(scores)
+    row = trained_row(scores)
     if row is None:
         return _headline(
             "none", f"No trained model was scored on the test rows{why_unscored and ': '}{why_unscored or '.'}"
         )
-    num_trials = sum(other.kind == "trained" for other in scores)
-    note = ""
-    if num_trials > 1:
-        note = (
-            f"This is the first of {num_trials} trained trials by name, {row.name}: picking the best one on the test "
-            "rows would flatter it. The table has all of them."
-        )
     name = row.main_metric
     mine = row.metrics.get(name)
     if mine is None or not _finite(mine):
-        return _headline("none", f"{row.name} has no finite {words.metric_name(name)} on the test rows.", note=note)
+        return _headline("none", f"{row.name} has no finite {words.metric_name(name)} on the test rows.")
     direction = "" if row.greater_is_better else " (smaller is better)"
     measured = f"{words.metric_name(name)} {words.estimate(name, mine)}{direction}"
     claim = f"{row.name} has {measured} on {counted(row.rows, 'test row')}"
     bar = strongest_untrained(scores, name, row.greater_is_better)
     if bar is None:
-        return _headline("alone", f"{claim}; no baseline was scored to compare it with.", note)
+        return _headline("alone", f"{claim}; no baseline was scored to compare it with.")
     elsewhere = "" if bar.rows == row.rows else f" on {counted(bar.rows, 'row')}"
     which = "the model before training" if bar.kind == "untouched" else f"the best baseline, {bar.name}"
     claim = f"{claim}, against {words.estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _finite(ahead):
         said = _LONE.format(mine.lone) if mine.lone else _UNPAIRED if bar.rows == row.rows else _OTHER_ROWS
-        return _headline("unpaired", f"{claim}. {said}", note)
+        return _headline("unpaired", f"{claim}. {said}")
     kind = "better" if (ahead.value > 0) == row.greater_is_better else "worse"
     if ahead.low <= 0 <= ahead.high:
         kind = "unresolved"
@@ -81,11 +74,11 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     if kind == "worse":
         ending = ", and training made it worse" if bar.kind == "untouched" else ", and the baseline needs no training"
     sentence = f"{claim}. On the same rows, {compared} ({within}){ending}.{answers}"
-    return _headline("contested" if answers else kind, sentence, note)
+    return _headline("contested" if answers else kind, sentence)
 
 
-def _headline(kind: str, sentence: str, note: str = "") -> Headline:
-    return Headline(kind, _LABELS[kind], sentence, note)
+def _headline(kind: str, sentence: str) -> Headline:
+    return Headline(kind, _LABELS[kind], sentence)
 
 
 def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
