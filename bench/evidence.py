@@ -233,13 +233,13 @@ def _point(name: str, size: int, proof: dict[str, Any]) -> dict[str, Any]:
         "difference": [found["estimate"], found["low"], found["high"]],
         "full": [full["metric"][part] for part in ("value", "low", "high")],
         "lora": [lora["metric"][part] for part in ("value", "low", "high")],
-        "rates": [full["learning_rate"], lora["learning_rate"]],
+        "rates": [full["search"]["chosen"], lora["search"]["chosen"]],
         "seeds": [len(full["seeds"]), len(lora["seeds"])],
         "time": lora["train_seconds"] / full["train_seconds"],
         "flops": lora["train_flops"] / full["train_flops"] if full["train_flops"] else None,
         "memory": lora["memory_growth_bytes"] / full["memory_growth_bytes"],
         "stored": lora["saved_bytes"] / full["saved_bytes"],
-        "drift": [row["drift"]["value"] if row["drift"] else None for row in (full, lora)],
+        "drift": [row["moved"]["value"] if row["moved"] else None for row in (full, lora)],
     }
 
 
@@ -247,7 +247,8 @@ def _of_quality(name: str, size: int, one: Set) -> Iterator[dict[str, Any]]:
     """The point of `bench/quality.py`, both methods with the head start and at the best of four rates."""
     import quality_table as tables
 
-    from fulltune.compare.verdict import ArmItems, decide
+    from fulltune.compare.verdict import ArmItems, Terms, decide
+    from fulltune.stats.bootstrap import draw
     from fulltune.stats.row_scores import measure_of
     from fulltune.tasks import Target
 
@@ -265,8 +266,8 @@ def _of_quality(name: str, size: int, one: Set) -> Iterator[dict[str, Any]]:
         right = [[np.eye(2)[values.astype(int)] for values in each.outcomes] for each in (full, lora)]
         kept = [[{"labels": np.ones(rows, int), "logits": one} for one in each] for each in right]
     arms = [ArmItems("full", "full", kept[0], 1.0), ArmItems("lora", "lora", kept[1], 0.1)]
-    decision = decide(arms, measure, margin=one.margin)
-    (found,), scores = decision.differences, {score.arm: score for score in decision.scores}
+    decision = decide(arms, draw(measure, [arm.trials for arm in arms], None), Terms(measure, one.margin))
+    (found,), scores = decision.differences, decision.scores
     yield {
         "set": name,
         "size": size,
@@ -274,7 +275,7 @@ def _of_quality(name: str, size: int, one: Set) -> Iterator[dict[str, Any]]:
         "metric": full.metric,
         "verdict": decision.verdict,
         "difference": [found.estimate, found.low, found.high],
-        **{arm: [scores[arm].mean, scores[arm].low, scores[arm].high] for arm in ("full", "lora")},
+        **{arm: [scores[arm].value, scores[arm].low, scores[arm].high] for arm in ("full", "lora")},
         "rates": [full.rate, lora.rate],
         "seeds": [len(full.seeds), len(lora.seeds)],
         "time": lora.train_seconds / full.train_seconds if lora.train_seconds and full.train_seconds else None,

@@ -30,9 +30,10 @@ from pathlib import Path
 import numpy as np
 
 from fulltune.compare.sequential import WAITING_SHARE, look
-from fulltune.compare.verdict import ArmItems, decide
+from fulltune.compare.verdict import ArmItems, Terms, decide
 from fulltune.recipe.methods import ArmKind
-from fulltune.records.differences import Decision, Difference
+from fulltune.records.comparison import Decision, Difference
+from fulltune.stats import bootstrap
 from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Target
 
@@ -131,7 +132,9 @@ def _logits(right: np.ndarray) -> np.ndarray:
 
 
 def compare_once(arms: Sequence[np.ndarray], measure: Measure, margin: float, alpha: float) -> Decision:
-    return decide(items(arms), measure, margin=margin, alpha=alpha, samples=SAMPLES)
+    compared = items(arms)
+    drawn = bootstrap.draw(measure, [one.trials for one in compared], None, SAMPLES)
+    return decide(compared, drawn, Terms(measure, margin, alpha=alpha))
 
 
 def sequentially(dev: Arms, test: Arms, measure: Measure, margin: float, most: int) -> tuple[Decision, float]:
@@ -140,11 +143,12 @@ def sequentially(dev: Arms, test: Arms, measure: Measure, margin: float, most: i
     while True:
         seen = items([arm[:count] for arm, count in zip(dev, counts, strict=True)])
         again = before == counts[0]
-        step = look(seen, measure, margin=margin, max_seeds=most, again=again, samples=SAMPLES, test_rows=rows)
-        if step.enough:
+        drawn = bootstrap.draw(measure, [one.trials for one in seen], None, SAMPLES)
+        step = look(seen, drawn, Terms(measure, margin), most, rows, again=again)
+        if not step.asked:
             break
         before = counts[0]
-        counts = [one.seeds for one in step.arms]
+        counts = [step.asked.get(one.name, count) for one, count in zip(seen, counts, strict=True)]
     final = [arm[:count] for arm, count in zip(test, counts, strict=True)]
     return compare_once(final, measure, margin, step.spent), float(np.mean(counts))
 

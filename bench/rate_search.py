@@ -74,7 +74,7 @@ def main() -> None:
                 name = f"{arm}-{rate:g}-{share:g}-{given.seed}"
                 trial = Trial(name=name, arm=arm, learning_rate=rate, seed=given.seed, share=share, searches=share < 1)
                 _, _, result = trained(line, trial)
-                shown = {"arm": arm, "rate": rate, "share": share, "steps": result.steps, "metric": result.metric}
+                shown = {"arm": arm, "rate": rate, "share": share, "metric": result.metric}
                 print(json.dumps(shown | {"seconds": result.train_seconds}), flush=True)
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import yaml
 
+from fulltune import search as searching
 from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
 from fulltune.records.events import Listener
-from fulltune.search import run as searching
 from fulltune.system.run_folder import Reached, find_or_make, hide_progress_bars
 from fulltune.train.hooks import Hooks
 

@@ -12,17 +12,16 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fulltune import evaluate, pipeline
+from fulltune import evaluate
 from fulltune.audit.prove import ALPHA, LEAST_EVAL_ROWS, CleaningStep, cleaning_steps, ids
 from fulltune.audit.stage import load_issues
-from fulltune.compare.trial_folder import changed, trial_of
+from fulltune.compare.trial_folder import changed, whole_run
 from fulltune.data.patch import load_patch, save_patch
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
@@ -32,7 +31,6 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import TRAINED_PROOFS, Proof, Proofs
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
-from fulltune.records.plan import Plan
 from fulltune.stats.bootstrap import draw
 from fulltune.stats.intervals import difference, seed_spreads
 from fulltune.stats.row_scores import Measure, measure_of
@@ -44,20 +42,8 @@ LEAST_SHARE, MOST_SHARE = 0.002, 0.5
 """Of the train rows: fewer change nothing that a few trainings could show, without more it is other data."""
 
 
-@dataclass(frozen=True)
-class _EvalRows:
-    """What a run gave for its eval rows."""
-
-    ids: np.ndarray
-    """`row_id` of each, numbered where rows are equal."""
-    clusters: np.ndarray
-    kept: Predictions
-
-    def of(self, ids: np.ndarray) -> _EvalRows:
-        """Some of them, in the order of these ids."""
-        order = np.argsort(self.ids)
-        chosen = order[np.searchsorted(self.ids[order], ids)]
-        return _EvalRows(ids, self.clusters[chosen], {name: array[chosen] for name, array in self.kept.items()})
+_IDS, _CLUSTERS = "row_ids", "row_clusters"
+"""Beside what a run gave for its eval rows: the `row_id` of each, numbered where rows are equal, and its cluster."""
 
 
 def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> Proofs:
@@ -66,7 +52,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     steps = _worth_a_training(of_data, summary, checks)
     left_out = [str(one) for one in cleaning_steps(load_issues(of_data)) if one not in steps]
     job.phase("training with and without each cleaning step")
-    arms: list[list[_EvalRows]] = [[] for _ in range(1 + len(steps))]
+    arms: list[list[Predictions]] = [[] for _ in range(1 + len(steps))]
     total, began = len(arms) * seeds, time.monotonic()
     for done, ((arm, step), seed) in enumerate(itertools.product(enumerate((None, *steps)), range(seeds))):
         each = (time.monotonic() - began) / max(1, done)
@@ -138,24 +124,30 @@ def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
     return has_all and len(step.issues) <= MOST_SHARE * summary.splits["train"].rows
 
 
-def _rows_of_run(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int) -> _EvalRows:
+def _rows_of_run(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int) -> Predictions:
     """What a whole run with one cleaning step, or without, gives for its eval rows; only that is kept of it."""
     stem = _stem(job, summary, step.name if step else "as-they-are")
     run = stem.with_name(f"{stem.name}-{seed}")
     place = run.with_name(f"{run.name}.npz")
     if not place.exists():
-        one = _job(job, summary, step, seed, run)
-        reached = pipeline.run(one, "train")
+        recipe = _recipe(job, summary, step, seed)
+        reached = whole_run(job, recipe, run)
+        assert reached.plan is not None, "asked for"
         assert reached.outcome is not None, "asked for"
         assert reached.outcome.model_folder is not None, "a run that ended well has a model"
-        scoring = evaluate.scoring_of(one.recipe, Plan.load(one.plan_path), reached.summary, run, one.base)
+        scoring = evaluate.scoring_of(recipe, reached.plan, reached.summary, run, job.base)
         kept = outputs.outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",)).kept["eval"]
         rows = run / "data" / "eval"
-        more = {"row_ids": np.array(list(ids(rows))), "clusters": clusters_of(rows)}
-        outputs.save(place, {**kept, **more})
+        outputs.save(place, {**kept, _IDS: np.array(list(ids(rows))), _CLUSTERS: clusters_of(rows)})
     shutil.rmtree(run, ignore_errors=True)
-    kept = dict(outputs.load(place))
-    return _EvalRows(kept.pop("row_ids"), kept.pop("clusters"), kept)
+    return outputs.load(place)
+
+
+def _chosen(kept: Predictions, names: np.ndarray) -> Predictions:
+    """Of some of these rows, in the order of their ids."""
+    order = np.argsort(kept[_IDS])
+    chosen = order[np.searchsorted(kept[_IDS][order], names)]
+    return {name: array[chosen] for name, array in kept.items()}
 
 
 def _stem(job: Run, summary: DataSummary, name: str) -> Path:
@@ -167,8 +159,8 @@ def _patch(job: Run, summary: DataSummary, step: CleaningStep) -> Path:
     return _stem(job, summary, step.name).with_suffix(".patch.jsonl")
 
 
-def _job(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int, folder: Path) -> Run:
-    """A run of the same recipe with a patch and a seed of its own."""
+def _recipe(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int) -> Recipe:
+    """The same recipe with a patch and a seed of its own."""
     recipe = job.recipe
     changes: dict[str, dict[str, Any]] = {"train": {"seed": recipe.train.seed + seed}}
     if step is not None:
@@ -177,18 +169,18 @@ def _job(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int, f
         patch.parent.mkdir(exist_ok=True)
         save_patch(patch, (before | {one.key: one for one in step.decisions}).values())
         changes["data"] = {"patch": str(patch)}
-    return trial_of(job, changed(recipe, changes), folder)
+    return changed(recipe, changes)
 
 
 def _compared(
-    measure: Measure, steps: Sequence[CleaningStep], patches: Sequence[str], arms: Sequence[Sequence[_EvalRows]]
+    measure: Measure, steps: Sequence[CleaningStep], patches: Sequence[str], arms: Sequence[Sequence[Predictions]]
 ) -> tuple[list[Proof], int]:
     """Each step's arm against the first one, on the rows that all have; and how many these are."""
-    common = reduce(np.intersect1d, [one.ids for arm in arms for one in arm])
+    common = reduce(np.intersect1d, [one[_IDS] for arm in arms for one in arm])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
-    same = [[one.of(common) for one in arm] for arm in arms]
-    drawn = draw(measure, [[one.kept for one in arm] for arm in same], same[0][0].clusters)
+    same = [[_chosen(one, common) for one in arm] for arm in arms]
+    drawn = draw(measure, same, same[0][0][_CLUSTERS])
     spreads = seed_spreads(drawn, [False] * len(arms))
     proofs = []
     for number, (step, patch) in enumerate(zip(steps, patches, strict=True), start=1):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fulltune import pipeline, predict
-from fulltune.compare import lint, timing, trials
+from fulltune.compare import budget as budgets
+from fulltune.compare import lint, trials
 from fulltune.compare import run as comparing
 from fulltune.errors import InterruptedRun, RecipeError
 from fulltune.records.comparison import Comparison, Trial
@@ -27,9 +28,9 @@ from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
 
-def compare(job: pipeline.Run, budget: str | None = None) -> comparing.Compared:
+def compare(job: pipeline.Run, budget: str | None = None) -> Comparison:
     with in_this_process():
-        return comparing.run(job, "fulltune compare recipe.yaml", budget)
+        return comparing.run(job, "fulltune compare recipe.yaml", budget)[0]
 
 
 def no_time_for_the_last(line: comparing.Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:
@@ -53,15 +54,15 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
         compare(job(folder, METHODS, interrupt))
     names = sorted(path.name for path in (folder / "run" / "attempts").iterdir())
     assert names == ["full-seed42-01", "full-seed43-01", "lora-seed42-01"]
-    with mock.patch.object(timing, "has_time", no_time_for_the_last):
-        return folder / "run", compare(job(folder, METHODS), "1h").comparison
+    with mock.patch.object(budgets, "has_time", no_time_for_the_last):
+        return folder / "run", compare(job(folder, METHODS), "1h")
 
 
 @pytest.fixture(scope="module")
 def finished(ended: tuple[Path, Comparison]) -> tuple[Path, Comparison]:
     """The same after more time was given."""
     folder = ended[0]
-    return folder, compare(job(folder.parent, METHODS), "2h").comparison
+    return folder, compare(job(folder.parent, METHODS), "2h")
 
 
 def test_comparison_whose_time_was_up_says_so_and_blames_no_method(ended: tuple[Path, Comparison]) -> None:
@@ -104,7 +105,7 @@ def test_finished_comparison_is_not_done_again(finished: tuple[Path, Comparison]
         raise AssertionError("it trains again")
 
     with mock.patch.object(trials, "train", fail):
-        assert compare(job(folder.parent, METHODS)).comparison == first
+        assert compare(job(folder.parent, METHODS)) == first
 
 
 def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple[Path, Comparison]) -> None:
@@ -114,7 +115,7 @@ def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple
         assert json.loads((model / "fulltune.json").read_text(encoding="utf-8"))["temperature"] > 0
         text = (model / "README.md").read_text(encoding="utf-8")
         assert text.startswith("---\nlibrary_name: transformers")
-        shown = {f"| accuracy | {100 * value:.1f}% |" for value in row.values}
+        shown = {f"| accuracy | {100 * value:.1f}% |" for value in found.decision.values[row.arm]}
         assert any(one in text for one in shown), text
     assert fulltune("merge", folder, "--method", "lora", "-o", folder.parent / "merged").code == 0
     text = (folder.parent / "merged" / "README.md").read_text(encoding="utf-8")
@@ -132,7 +133,7 @@ def test_record_has_each_arm_with_what_it_cost(finished: tuple[Path, Comparison]
     assert rows["lora"].saved_bytes == saved
     assert 0 < rows["lora"].num_trainable < rows["full"].num_trainable
     assert rows["lora"].train_flops > 0
-    assert rows["full"].drift is not None
+    assert rows["full"].moved is not None
     assert found.decision.verdict in ("FULL", "PEFT", "EQUIVALENT", "UNDECIDED")
     assert {one.rule for one in found.findings} >= {"rate-not-searched", "few-seeds"}
     assert json.loads((folder / "proof.json").read_text(encoding="utf-8"))["decision"]["verdict"] in (
@@ -180,8 +181,7 @@ def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Com
     test = load_texts(folder / "data" / "test")
     answers = predict.load(folder, "lora").predict([{"text": row["text"], "label": ""} for row in test])
     right = np.mean([answer["label"] == texts[row["text"]] for answer, row in zip(answers, test, strict=True)])
-    lora = next(row for row in found.rows if row.arm == "lora")
-    assert any(abs(value - right) < 1e-9 for value in lora.values)
+    assert any(abs(value - right) < 1e-9 for value in found.decision.values["lora"])
 
 
 def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Comparison]) -> None:
@@ -192,9 +192,6 @@ def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Compariso
     there += [*(folder / "compare").iterdir(), *(folder / "predictions").iterdir()]
     names = [str(path.relative_to(folder)) for path in there]
     assert not [name for name in names if f"`{name}`" not in section and f"`{name}/" not in section]
-
-
-# ---- the same method with other settings ------------------------------------------------------------------------
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fulltune.evaluate import outputs
 from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import NUM_TEXTS, parts
 from fulltune.records.comparison import Comparison, TrialResult
-from fulltune.records.forgetting import Drift, Point
+from fulltune.records.forgetting import Drift, Point, Preserved
 from fulltune.train.forgetting import within_budget
 from fulltune.train.loop.inputs import AttemptInputs
 from tests.train.runs import in_this_process
@@ -43,7 +43,12 @@ def feasible(folder: Path) -> pipeline.Run:
 
 def compare(one: pipeline.Run) -> Comparison:
     with in_this_process(), mock.patch.multiple(within_budget, **FEW_POINTS):
-        return comparing.run(one, "fulltune compare recipe.yaml").comparison
+        return comparing.run(one, "fulltune compare recipe.yaml")[0]
+
+
+def runs_of(found: Comparison) -> dict[str, Preserved]:
+    """The held runs, by arm and seed."""
+    return {f"{arm}-seed{seed}": one for arm, runs in found.held.items() for seed, one in runs.items()}
 
 
 @dataclass
@@ -96,15 +101,15 @@ def test_comparison_of_one_seed_each_is_held_and_reads_sealed_texts_for_its_cert
         blocks = {"train": {"max_steps": 6}, "compare": {"seeds": 1}, "evaluate": {"metric": "loss"}}
         one = held(tmp_path, "20%", LEARNS, **blocks)
         found = compare(one)
-    assert [f"{run.arm}-seed{run.seed}" for run in found.held] == ["full-seed42", "lora-seed42"]
-    assert seen.opened == [run.preserved.trial for run in found.held if run.preserved.is_feasible] != []
-    for run in found.held:
-        assert run.preserved.is_feasible is (run.preserved.certificate is not None)
+    held_runs = runs_of(found)
+    assert list(held_runs) == ["full-seed42", "lora-seed42"]
+    assert seen.opened == [run.trial for run in held_runs.values() if run.is_feasible] != []
+    assert all(run.is_feasible is (run.certificate is not None) for run in held_runs.values())
     # The untouched model, and two that were trained.
     shared = parts(one.recipe.preserve)
     assert seen.texts == [shared.choosing[:NUM_TEXTS]] * 3
     assert not {text for texts in seen.texts for text in texts} & set(shared.sealed)
-    assert found.drift_text.endswith("probe.txt, selection texts of the budget")
+    assert found.generic_text.endswith("probe.txt, selection texts of the budget")
 
 
 @pytest.mark.long
@@ -114,29 +119,26 @@ def test_every_whole_run_is_within_the_budget_and_has_its_record(
     folder, found, _ = finished
     names = ["full-seed42", "full-seed43", "lora-seed42", "lora-seed43"]
     assert sorted(path.stem for path in (folder / "preserve").iterdir()) == names
-    assert sorted(f"{one.arm}-seed{one.seed}" for one in found.held) == names
-    for one in found.held:
-        sealed, result = (
-            one.preserved.certificate,
-            TrialResult.load(folder / f"compare/trials/{one.preserved.trial}.json"),
-        )
-        assert result.metric == one.preserved.chosen.metric
-        assert one.preserved.is_feasible is (sealed is not None)
-        assert sealed is None or sealed.upper <= one.preserved.limit == 0.2
+    assert sorted(runs_of(found)) == names
+    for one in runs_of(found).values():
+        sealed, result = one.certificate, TrialResult.load(folder / f"compare/trials/{one.trial}.json")
+        assert result.metric == one.chosen.metric
+        assert one.is_feasible is (sealed is not None)
+        assert sealed is None or sealed.upper <= one.limit == 0.2
 
 
 @pytest.mark.long
 def test_comparison_that_was_stopped_opens_no_sealed_text_twice(finished: tuple[Path, Comparison, Seen]) -> None:
     _, found, seen = finished
-    feasible = [one.preserved.trial for one in found.held if one.preserved.certificate is not None]
-    assert sorted(seen.opened) == sorted(feasible) != []
-    assert {len(one.preserved.opened) for one in found.held if one.preserved.certificate is not None} <= {1}
+    certified = [one for one in runs_of(found).values() if one.certificate is not None]
+    assert sorted(seen.opened) == sorted(one.trial for one in certified) != []
+    assert {len(one.opened) for one in certified} <= {1}
 
 
 @pytest.mark.long
 def test_comparison_within_whose_budget_nothing_is_learned_recommends_nothing(tmp_path: Path) -> None:
     found = compare(held(tmp_path, "0.0000001%"))
-    assert not any(one.preserved.is_feasible for one in found.held)
+    assert not any(one.is_feasible for one in runs_of(found).values())
     assert (found.decision.verdict, found.decision.recommended) == ("UNDECIDED", "")
     card = (tmp_path / "run" / "card.md").read_text(encoding="utf-8")
     assert "full (seeds 42 and 43): nothing within the budget for forgetting was better than the untouched" in card

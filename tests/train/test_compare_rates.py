@@ -12,24 +12,20 @@ import numpy as np
 import pytest
 
 from fulltune import files, pipeline
-from fulltune.compare import conclude, rate_search, rates, timing, trials
+from fulltune.compare import budget, conclude, trials
 from fulltune.compare import run as comparing
 from fulltune.compare import seeds as whole_runs
 from fulltune.compare.seeds import SeedRuns
 from fulltune.errors import Diverged, GuardStop
 from fulltune.inference import store
 from fulltune.recipe.tasks import FORMS
-from fulltune.records.comparison import Search, Trial, TrialResult, Tried
+from fulltune.records.comparison import Search, Trial, TrialResult
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
 
 def result_of(trial: Trial, metric: float) -> tuple[Any, Any, TrialResult]:
-    values = dict.fromkeys(("steps", "best_step", "peak_memory_bytes", "memory_growth_bytes", "tokens"), 1)
-    values |= dict.fromkeys(("num_parameters", "num_trainable", "saved_bytes"), 1)
-    more = {"train_seconds": 1.0, "tokens_per_second": 1.0, "train_flops": 1.0}
-    kind = {"device": "cpu", "precision": "fp32", "weights_dtype": "fp32"}
-    found = TrialResult(trial=trial, metric=metric, **values, **more, **kind)
+    found = TrialResult(trial=trial, metric=metric, train_seconds=1.0, tokens_per_second=1.0)
     return None, mock.Mock(model_folder="models/none"), found
 
 
@@ -47,7 +43,7 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
         return result_of(trial, value)
 
     with mock.patch.object(trials, "trained", trained):
-        found = rates.search(line, line.trained_arms[1], timing.expect(line))
+        found = whole_runs.search(line, line.trained_arms[1], budget.expect(line).search_share)
     return asked, found
 
 
@@ -71,12 +67,13 @@ def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path
     places = ["a:1", "a:1", "a:1", "a:2"]
     with store.RowWriter(tmp_path / "data" / "eval") as writer:
         writer.write(store.record_batch([{"labels": 0}] * 4, [store.words(place, {"q": "x"}) for place in places]))
-    line = mock.Mock(folder=tmp_path)
-    line.measure.configure_mock(name="f1", greater_is_better=True)
-    line.summary = mock.Mock(splits={"eval": mock.Mock(rows=4)}, form=FORMS["span"])
-    assert rates.scale_of(line).eval_rows == 2
-    line.summary.form = FORMS["single_label"]
-    assert rates.scale_of(line).eval_rows == 4
+    job = mock.Mock(folder=tmp_path)
+    job.recipe.preserve.budget = None
+    for form, rows in (("span", 2), ("single_label", 4)):
+        line = comparing.Context(job, mock.Mock(splits={"eval": mock.Mock(rows=4)}, form=FORMS[form]), "test")
+        line.measure = mock.Mock(greater_is_better=True)
+        line.measure.configure_mock(name="f1")
+        assert line.scale.eval_rows == rows
 
 
 @contextlib.contextmanager
@@ -96,39 +93,20 @@ def whole_runs_given(trained: Callable[[comparing.Context, Trial], Any]) -> Iter
 def with_first(line: comparing.Context, searches: dict[str, Search], trial: Trial) -> SeedRuns:
     """Whole runs of which an arm has had its first one."""
     ran = SeedRuns(line, searches, mock.Mock())
-    ran.results = {trial.arm: [ran.first(trial)]}
+    ran.results = {trial.arm: [whole_runs.run_trial(line, trial)]}
     return ran
 
 
 def made_up(line: comparing.Context, chosen: float = 1e-2) -> dict[str, Search]:
-    tried = tuple(Tried(learning_rate=rate, share=0.15, metric=0.9) for rate in (1e-3, 1e-2))
-    return {"lora": Search(arm="lora", tried=tried, chosen=chosen, reason="made up")}
-
-
-def test_rate_whose_whole_run_ends_below_its_short_trial_is_replaced_by_the_next_lower_one(tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Context(one, pipeline.prepare(one), "test")
-    searches = made_up(line)
-
-    def final(_: Any, trial: Trial) -> TrialResult:
-        return result_of(trial, 0.1 if trial.learning_rate == 1e-2 else 0.95)[2]
-
-    with mock.patch.object(whole_runs, "run_trial", final):
-        ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
-    (result,) = ran.results["lora"]
-    assert (result.metric, result.trial.learning_rate) == (0.95, 1e-3)
-    assert searches["lora"].chosen == 1e-3
-    assert searches["lora"].reason == "a whole run with 0.01 ended below its short trial"
-    kept = Search.load(line.folder / "compare" / "searches" / "lora.json")
-    assert kept.model_dump_json() == searches["lora"].model_dump_json()  # a NaN is no other one's equal
+    return {"lora": Search(arm="lora", tried={1e-3: 0.9, 1e-2: 0.9}, share=0.15, chosen=chosen)}
 
 
 @pytest.mark.parametrize("diverges", [42, 43])
 def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
     line = comparing.Context(one, pipeline.prepare(one), "test")
-    expectation = timing.expect(line)
-    searches = {"full": rate_search.without_search("full", 3e-3)} | made_up(line)
+    expectation = budget.expect(line)
+    searches = {"full": Search(arm="full", chosen=3e-3)} | made_up(line)
     asked: list[tuple[str, float]] = []
 
     def trained(_: Any, trial: Trial) -> Any:
@@ -150,15 +128,15 @@ def time_for(*names: str) -> Any:
     def has_time(line: comparing.Context, asked: Sequence[Trial], keep: float = 0.0) -> bool:
         return all(one.name in names or trials.is_done(line, one) for one in asked)
 
-    return mock.patch.object(timing, "has_time", has_time)
+    return mock.patch.object(budget, "has_time", has_time)
 
 
 def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
     line = comparing.Context(one, pipeline.prepare(one), "test")
     arms = ("full", "lora")
-    tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
-    expectation = timing.expect(line)
+    tried = {1e-3: 0.9, 1e-2: 0.5}
+    expectation = budget.expect(line)
     begun: list[str] = []
 
     def trained(_: Any, trial: Trial) -> Any:
@@ -166,7 +144,7 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
         return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
 
     for _ in range(2):  # the second time as when it goes on later
-        searches = {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in arms}
+        searches = {arm: Search(arm=arm, tried=tried, share=0.15, chosen=1e-3) for arm in arms}
         with whole_runs_given(trained), time_for("full-rate0.01-seed42"):
             ran = SeedRuns(line, searches, expectation).run()
         assert begun == ["full-seed42", "lora-seed42", "full-rate0.01-seed42"]
@@ -180,18 +158,20 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
 def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are_searched_later(tmp_path: Path) -> None:
     one = job(tmp_path, ["full", "lora", "adapter"])
     line = comparing.Context(one, pipeline.prepare(one), "test")
-    expectation = timing.expect(line)
+    expectation = budget.expect(line)
     with time_for():
-        found = rates.search_all(line, expectation)
+        found = whole_runs.search_all(line, expectation)
     assert {arm: (search.tried, search.time_was_up) for arm, search in found.items()} == {
-        "full": ((), True),
-        "lora": ((), True),
+        "full": ({}, True),
+        "lora": ({}, True),
     }
     assert found["full"].chosen == line.setup("full").plan.learning_rate
     with mock.patch.object(
-        rates, "run_trial", lambda _, one: mock.Mock(metric=0.9 if one.learning_rate == found["full"].chosen else 0.5)
+        whole_runs,
+        "run_trial",
+        lambda _, one: mock.Mock(metric=0.9 if one.learning_rate == found["full"].chosen else 0.5),
     ):
-        later = rates.search_all(line, expectation)
+        later = whole_runs.search_all(line, expectation)
     assert {arm: (len(search.tried), search.time_was_up) for arm, search in later.items()} == dict.fromkeys(
         ("full", "lora", "adapter"), (3, False)
     )
@@ -213,10 +193,10 @@ def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) 
 def test_going_on_keeps_the_design_and_with_another_budget_it_is_made_anew(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
     summary = pipeline.prepare(one)
-    with mock.patch.object(timing, "run_trial"):
-        first = timing.expect(comparing.Context(one, summary, "test", budget_seconds=6e4))
-        assert timing.expect(comparing.Context(one, summary, "test", budget_seconds=6e4)) == first
-        assert timing.expect(comparing.Context(one, summary, "test", budget_seconds=7e4)).budget_seconds == 7e4
+    with mock.patch.object(budget, "run_trial"):
+        first = budget.expect(comparing.Context(one, summary, "test", budget_seconds=6e4))
+        assert budget.expect(comparing.Context(one, summary, "test", budget_seconds=6e4)) == first
+        assert budget.expect(comparing.Context(one, summary, "test", budget_seconds=7e4)).budget_seconds == 7e4
 
 
 def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path) -> None:
@@ -228,7 +208,7 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
     with in_this_process():
         with (
             mock.patch.object(conclude, "untouched", stop),
-            mock.patch.object(timing, "run_trial"),
+            mock.patch.object(budget, "run_trial"),
             time_for(),
             pytest.raises(KeyboardInterrupt),
         ):
@@ -249,12 +229,12 @@ def test_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
     line = comparing.Context(one, pipeline.prepare(one), "test")
-    searches = {arm: rate_search.without_search(arm, 1e-2) for arm in ("full", "lora")}
+    searches = {arm: Search(arm=arm, chosen=1e-2) for arm in ("full", "lora")}
     with (
         mock.patch.object(trials, "trained", mock.Mock(side_effect=Diverged("the loss diverged"))),
         pytest.raises(Diverged, match="the loss diverged"),
     ):
-        SeedRuns(line, searches, timing.expect(line)).run()
+        SeedRuns(line, searches, budget.expect(line)).run()
 
 
 def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
@@ -264,7 +244,7 @@ def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
         mock.patch.object(trials, "trained", mock.Mock(side_effect=GuardStop("the process crashed"))),
         pytest.raises(GuardStop, match="the process crashed"),
     ):
-        rates.search(line, line.trained_arms[1], timing.expect(line))
+        whole_runs.search(line, line.trained_arms[1], budget.expect(line).search_share)
 
 
 @pytest.mark.parametrize(("lower_metric", "rate"), [(0.91, 1e-3), (0.89, 1e-2)])  # neither clearly better
@@ -273,8 +253,7 @@ def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
 ) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
     line = comparing.Context(one, pipeline.prepare(one), "test")
-    tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-3, 0.5), (1e-2, 0.8)))
-    searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-2, reason="best of 2 rates", on_edge=True)}
+    searches = {"lora": Search(arm="lora", tried={1e-3: 0.5, 1e-2: 0.8}, share=0.12, chosen=1e-2, on_edge=True)}
     asked: list[str] = []
 
     def final(_: Any, trial: Trial) -> TrialResult:
@@ -294,7 +273,7 @@ def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
 def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
     line = comparing.Context(one, pipeline.prepare(one), "test")
-    tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-4, 0.3), (3e-4, 0.2), (1e-3, 0.2)))
+    tried = {1e-4: 0.3, 3e-4: 0.2, 1e-3: 0.2}
     metrics = {1e-4: 0.05, 3e-4: 0.5, 1e-3: 0.99}
     begun: list[str] = []
 
@@ -307,13 +286,13 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
     found = []
     with whole_runs_given(trained):
         for _ in range(2):  # the second time as when it goes on later
-            searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-4, reason="best of 3 rates")}
+            searches = {"lora": Search(arm="lora", tried=tried, share=0.12, chosen=1e-4)}
             ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-4, seed=42))
             ran.check_rate("lora")
             found += ran.results["lora"]
     assert begun == ["lora-seed42", "lora-rate0.0003-seed42", "lora-rate0.001-seed42", "lora-rate0.0032-seed42"]
     assert [one.trial.learning_rate for one in found] == [1e-3, 1e-3]
     search = searches["lora"]
-    assert [one.learning_rate for one in search.whole] == [1e-4, 3e-4, 1e-3, 3.2e-3]
+    assert list(search.whole) == [1e-4, 3e-4, 1e-3, 3.2e-3]
     assert (search.chosen, search.on_edge, search.reason) == (1e-3, False, "the best of 4 whole runs")
     assert search.other_seconds > 2 * found[0].train_seconds  # that of the one that diverged as well

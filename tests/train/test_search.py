@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fulltune import pipeline, predict, report
+from fulltune import search as searching
 from fulltune.compare import trial_folder
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError, SetupError
 from fulltune.pipeline import Run
@@ -19,7 +20,6 @@ from fulltune.records.events import Event, Said, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, Access
 from fulltune.report.run.read import read_run
-from fulltune.search import run as searching
 from fulltune.system.run_folder import Reached, recipe_of
 from tests import tiny
 from tests.train.runs import final_weights, in_this_process, job
@@ -57,7 +57,7 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
     record = Searched.load(searched.folder / "search.json")
     assert record.settings == {"method.learning_rate": GOOD}
     assert record.rate is not None
-    assert [one.learning_rate for one in record.rate.tried] == [GOOD, BAD]
+    assert list(record.rate.tried) == [GOOD, BAD]
     assert len(record.rate.whole) == 2, "the usual rate, here the higher one, gets a whole run as well"
     assert record.bought is not None
     assert record.bought.value > 0.1
@@ -235,7 +235,10 @@ def test_optuna_that_is_missing_is_said_before_anything_is_trained(
 
 
 def test_budget_that_buys_no_search_is_refused_with_what_it_buys(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(RecipeError, match=r"search.budget: is too short.*it buys .* short trial.* give --budget"):
+    with pytest.raises(
+        RecipeError,
+        match=r"search.budget: 1s is too short.*two short trials and a whole run.* give --b",
+    ):
         search(tmp_path, model, search={"budget": "1s"})
 
 

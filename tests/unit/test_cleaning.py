@@ -7,13 +7,14 @@ import pytest
 
 from fulltune.audit.prove import CleaningStep, cleaning_steps, refuse_prove
 from fulltune.audit.prove import _compared as compared_by_classifiers
-from fulltune.cleaning import _compared, _EvalRows, _leaves_enough
+from fulltune.cleaning import _compared, _leaves_enough
 from fulltune.errors import SetupError
 from fulltune.probe.linear import MIDDLE, Items
 from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.report.run.data_page import about_labels
 from fulltune.stats.row_scores import Measure
+from fulltune.tasks import Predictions
 
 DROP = Remedy(action="drop")
 
@@ -59,15 +60,15 @@ def _accuracy() -> Measure:
     )
 
 
-def _rows(ids: np.ndarray, right: np.ndarray) -> _EvalRows:
-    return _EvalRows(ids, np.arange(len(ids)), {"right": right})
+def _rows(ids: np.ndarray, right: np.ndarray) -> Predictions:
+    return {"row_ids": ids, "row_clusters": np.arange(len(ids)), "right": right}
 
 
 def test_runs_are_compared_on_the_rows_that_all_have_held_out_in_whatever_order() -> None:
     drawn, names = np.random.default_rng(0), np.array([f"{number:04}" for number in range(1200)])
     hard = drawn.random(1200)  # of each row; a run answers what is easier than its level
 
-    def arm(level: float, kept: slice) -> list[_EvalRows]:
+    def arm(level: float, kept: slice) -> list[Predictions]:
         found = []
         for seed in range(3):
             order = np.random.default_rng(seed).permutation(np.arange(1200)[kept])

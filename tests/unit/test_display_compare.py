@@ -41,7 +41,6 @@ def test_verdict_classification_is_said_first_with_the_field_below() -> None:
     assert "▸ lora   3 min 53 s · 0.86×    2.48 k  21.1 T · 0.68×  1.17 GiB · 0.81×" in lines
     assert "▸ lora   565 MiB · 0.62×   3.73 MiB · 0.043×  1.24 ms" in lines, "columns that do not fit stand below"
     assert "- fewer seeds of prompt: the verdict did not hinge on them" in lines
-    assert "Does not hold: lora: 68% of the operations" in text
     assert "took 45 min 12 s in all, 10.0× one full run (4 min 31 s)" in text
 
 
@@ -70,14 +69,14 @@ def test_expectation_says_cost_and_what_can_be_found() -> None:
     assert "methods head, full, lora, adapter, prompt" in text
     said = "25 short ones to find the rates, more where the best is at an edge; then 5 seeds of each method at most"
     assert f"trials {said}; clear answers need fewer" in text
-    assert "about 1 h 7 min, 1 h 40 min if every method needs all" in text
+    assert "about 1 h 7 min" in text
     assert "differences of 0.97 points of accuracy or more if seeds differ by half a point" in text
     assert "UNDECIDED" not in text
 
 
 def test_expectation_says_what_the_budget_took_away_and_that_the_margin_is_too_small() -> None:
     note = "2 instead of 5 seeds at most, to stay within the budget"
-    text = expected(comparisons.comparison(), "accuracy", detectable=0.0234, notes=(note,), budget_seconds=60.0)
+    text = expected(comparisons.comparison(), "accuracy", detectable=(0.0234, 0.05), notes=(note,), budget_seconds=60.0)
     assert f"budget {note}" in text
     assert "margin 1 point, less than it can find: it may end UNDECIDED" in text
 
@@ -86,7 +85,7 @@ def test_expectation_says_what_the_budget_took_away_and_that_the_margin_is_too_s
     ("made", "metric", "changes", "said"),
     [
         (comparisons.comparison, "accuracy", {"num_seeds": 1, "detectable": None}, "nothing: one seed tells nothing"),
-        (comparisons.comparison, "accuracy", {"detectable": 1.5}, "nothing: with so few test rows and seeds"),
+        (comparisons.comparison, "accuracy", {"detectable": (1.5, 2.0)}, "nothing: with so few test rows and seeds"),
         (comparisons.language, "loss", {}, "not known before seeds have been run: loss is no share of rows"),
     ],
 )
@@ -97,9 +96,8 @@ def test_expectation_says_where_nothing_can_be_found(
 
 
 def test_expectation_of_a_budget_is_one_design_that_fits_into_it() -> None:
-    changes = {"budget_seconds": 360.0, "seconds": 280.0, "most_seconds": 280.0, "num_seeds": 2, "detectable": None}
+    changes = {"budget_seconds": 360.0, "seconds": 280.0, "num_seeds": 2, "detectable": None}
     text = expected(comparisons.comparison(), "accuracy", **changes)
     assert "2 seeds of full and of the best of the others, one of the rest" in text
     assert "about 4 min 40 s of the 6 min given" in text
     assert "can find not known before seeds have been run" in text
-    assert "if every method" not in text

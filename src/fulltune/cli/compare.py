@@ -18,13 +18,13 @@ from rich.markup import escape
 from fulltune import report
 from fulltune.cli.show.run import Display
 from fulltune.cli.stages import err, out, print_json
-from fulltune.compare.many_tasks import many_tasks
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.methods import Arm
+from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
-from fulltune.report.comparison.many_tasks import on_one_base
+from fulltune.report.comparison.many_tasks import many_tasks, on_one_base
 from fulltune.report.format import terminal
 from fulltune.system import run_folder
 from fulltune.text import first_few, parse_seconds
@@ -50,11 +50,11 @@ def compare(asked: CompareRequest) -> None:
     if len(asked.targets) > 1:
         _compare_many(asked)
         return
-    found = _run(asked, asked.targets[0], asked.folder)
+    found, cards = _run(asked, asked.targets[0], asked.folder)
     if asked.as_json:
-        typer.echo(found.comparison.model_dump_json(indent=2))
+        typer.echo(found.model_dump_json(indent=2))
     else:
-        _show(found)
+        _show(found, cards)
 
 
 def _compare_many(asked: CompareRequest) -> None:
@@ -71,12 +71,11 @@ def _compare_many(asked: CompareRequest) -> None:
     found = {}
     for name, target in zip(recipes, asked.targets, strict=True):
         err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
-        found[name] = _run(asked, target, parent / name)
+        found[name], cards = _run(asked, target, parent / name)
         if not asked.as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
-            _show(found[name])
-    folders = {name: one.folder.name for name, one in found.items()}
-    together = many_tasks({name: one.comparison for name, one in found.items()}, folders)
+            _show(found[name], cards)
+    together = many_tasks(found)
     with run_folder.writing(parent):
         files = report.write_tasks(parent, together)
     if asked.as_json:
@@ -86,9 +85,9 @@ def _compare_many(asked: CompareRequest) -> None:
         _show_paths(files)
 
 
-def _show(found: Compared) -> None:
-    terminal.show(out, content.in_short(found.comparison))
-    _show_paths(found.cards)
+def _show(found: Comparison, cards: Sequence[Path]) -> None:
+    terminal.show(out, content.in_short(found))
+    _show_paths(cards)
 
 
 def _show_paths(files: Sequence[Path]) -> None:

@@ -132,7 +132,7 @@ def reach(
     try:
         from fulltune.cli.show.run import Display
         from fulltune.pipeline import Run
-        from fulltune.search.run import run
+        from fulltune.search import run
 
         with Display(err, details) as display:
             return run(Run(recipe, folder, listener=display, began=began, lead=lead), until, measure)

@@ -5,64 +5,57 @@ from __future__ import annotations
 import getpass
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
 
 from fulltune import evaluate, report
-from fulltune.compare import rate_search
-from fulltune.compare.claims import claims
+from fulltune.compare import held, rates
 from fulltune.compare.context import BASE, OPEN, OPENINGS, RECORD, SEALED, Context, settings_of
-from fulltune.compare.lint import design_of, lint
-from fulltune.compare.seeds import SeedRuns, arm_items, most_seeds, waiting
-from fulltune.compare.sequential import Left, left
+from fulltune.compare.lint import lint, of_comparison, rows_in_train
+from fulltune.compare.seeds import SeedRuns, arm_items
+from fulltune.compare.sequential import left
 from fulltune.compare.trials import best_seed, keep
-from fulltune.compare.verdict import ArmItems, decide, of_learned
+from fulltune.compare.verdict import ArmItems, Terms, decide
 from fulltune.evaluate import outputs
 from fulltune.evaluate.scoring import FEWEST_UNSEEN, note_access
 from fulltune.files import append_line, lines_of
-from fulltune.forgetting import drift
 from fulltune.inference.store import clusters_of, in_train
 from fulltune.recipe.tasks import FACTS, stands_in_train
-from fulltune.records.comparison import ArmRow, Comparison, Held, Opening, Search, TrialResult
-from fulltune.records.differences import ArmScore, Decision
+from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening, Search, TrialResult
 from fulltune.records.run import COMPARISON
 from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format import words
-from fulltune.stats.bootstrap import draw, percentiles, resample
+from fulltune.stats.bootstrap import SAMPLES, draw, percentiles
 from fulltune.stats.calibration import calibrate
 from fulltune.system import run_folder
 from fulltune.text import format_metric
 
 middle = statistics.median
 """Of what runs cost: the first one of a command finds files and libraries cold, and is no cost of the method."""
-_SAMPLES = 2000
-"""Resamples of generic texts."""
 
 
 def judge(ran: SeedRuns) -> Comparison:
     """Open the test rows, once, and say what they say."""
     context = ran.context
     context.say("opening the test rows")
-    alpha = left(ran.looks, context.alpha, time_was_up=ran.lacks_time)
+    alpha, later = left(ran.looks, context.alpha, time_was_up=ran.lacks_time)
     with context.clock.during("verdict"):
-        openings = open_test_rows(context, [one.trial.name for runs in ran.results.values() for one in runs], alpha)
+        trials = [one.trial.name for runs in ran.results.values() for one in runs]
+        openings = open_test_rows(context, trials, alpha, later)
         baselines = untouched(context)
-        compared = arm_items(context, ran.results, SEALED, waiting(ran.looks))
+        compared = arm_items(context, ran.results, SEALED, ran.waiting)
         if (context.folder / SEALED / f"{BASE}.npz").exists():
             kept = outputs.load(context.folder / SEALED / f"{BASE}.npz")
             compared.append(ArmItems(name=BASE, kind="base", trials=[kept], cost=0.0))
-        held, scaled_away = held_runs(ran), dict[str, list[int]]()
-        for one in held:
-            if not one.preserved.is_feasible:
-                scaled_away.setdefault(one.arm, []).append(one.seed)
         clusters = clusters_of(context.folder / "data" / "test")
-        decision = of_learned(_decided(context, compared, clusters, alpha.now), scaled_away)
-        leaks = without_leaks(context, compared, clusters, decision, scaled_away)
-    found = comparison_of(ran, decision, held, baselines, openings)
-    found = found.model_copy(update={"notes": (*found.notes, *leaks)})
+        runs_held = held.of_arms(context.folder, ran.results)
+        decision = _decided(context, compared, clusters, alpha, runs_held)
+        leaks = without_leaks(context, compared, clusters, decision, runs_held)
+    found = comparison_of(ran, decision, baselines, openings)
+    found = found.model_copy(update={"held": runs_held, "notes": (*found.notes, *leaks)})
     found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong
     value = next(row.metric.value for row in found.rows if row.kind == "full")
     note_access(context.folder, context.job.listener, trial=COMPARISON, outcome=None, metric=found.metric, value=value)
@@ -70,23 +63,17 @@ def judge(ran: SeedRuns) -> Comparison:
     return found
 
 
-def _decided(context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, alpha: float) -> Decision:
-    return decide(
-        compared,
-        context.measure,
-        margin=context.recipe.compare.margin,
-        clusters=clusters,
-        confidence=context.recipe.evaluate.confidence,
-        alpha=alpha,
-    )
+def _decided(
+    context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, alpha: float, runs_held: held.Runs
+) -> Decision:
+    recipe = context.recipe
+    terms = Terms(context.measure, recipe.compare.margin, recipe.evaluate.confidence, alpha)
+    drawn = draw(context.measure, [arm.trials for arm in compared], clusters, SAMPLES)
+    return held.of_learned(decide(compared, drawn, terms), runs_held)
 
 
 def without_leaks(
-    context: Context,
-    compared: Sequence[ArmItems],
-    clusters: np.ndarray,
-    decision: Decision,
-    scaled_away: Mapping[str, Sequence[int]],
+    context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, decision: Decision, runs_held: held.Runs
 ) -> list[str]:
     """What the verdict would be without the test rows that stand in train; empty: none stands there."""
     seen = in_train(context.folder / "data" / "test")
@@ -100,22 +87,21 @@ def without_leaks(
         replace(arm, trials=[{name: values[~seen] for name, values in kept.items()} for kept in arm.trials])
         for arm in compared
     ]
-    found = of_learned(_decided(context, unseen, clusters[~seen], decision.alpha), scaled_away)
-    metric = context.measure.name
-    scores = ", ".join(f"{one.arm} {format_metric(metric, one.mean)}" for one in found.scores)
+    found = _decided(context, unseen, clusters[~seen], decision.alpha, runs_held)
+    scores = ", ".join(f"{arm} {format_metric(found.metric, one.value)}" for arm, one in found.scores.items())
     same = found.verdict == decision.verdict
     return [f"{said}{scores}, and {'still' if same else f'not {decision.verdict} but'} {found.verdict}"]
 
 
-def open_test_rows(context: Context, trials: Sequence[str], alpha: Left) -> tuple[Opening, ...]:
+def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later: float) -> tuple[Opening, ...]:
     """Note who looks at the sealed rows; the noted openings, this one included."""
     opening = Opening(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
         command=context.command,
         trials=tuple(trials),
-        alpha=alpha.now,
-        left=alpha.later,
+        alpha=alpha,
+        left=later,
     )
     append_line(context.folder / OPENINGS, opening.model_dump(mode="json"))
     return tuple(Opening.model_validate(entry) for entry in lines_of(context.folder / OPENINGS))
@@ -133,29 +119,17 @@ def untouched(context: Context) -> tuple[Scores, ...]:
     return tuple(evaluate.baselines(scoring))
 
 
-def held_runs(ran: SeedRuns) -> tuple[Held, ...]:
-    """The whole runs that a budget for forgetting held, seed by seed."""
-    known = ((one.trial, ran.context.preserved(one.trial)) for runs in ran.results.values() for one in runs)
-    return tuple(Held(arm=trial.arm, seed=trial.seed, preserved=found) for trial, found in known if found is not None)
-
-
 def comparison_of(
-    ran: SeedRuns,
-    decision: Decision,
-    held: tuple[Held, ...],
-    baselines: tuple[Scores, ...],
-    openings: tuple[Opening, ...],
+    ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
 ) -> Comparison:
     """The record that the report is made from."""
-    context, summary, expectation = ran.context, ran.context.summary, ran.expectation
+    context, summary = ran.context, ran.context.summary
     rows = rows_of(ran, decision, baselines)
     full = ran.results[context.full.arm]
     runs = [one for found in ran.results.values() for one in found]
-    seeds = most_seeds(expectation)
-    fixed = sum(seeds * middle(one.train_seconds for one in found) for found in ran.results.values())
+    fixed = sum(ran.expectation.most_seeds * row.train_seconds + row.search_seconds for row in rows)
     environment = run_folder.environment(context.machine)
-    design = design_of(ran, openings, full_wins=decision.verdict == "FULL")
-    return Comparison(
+    found = Comparison(
         name=context.folder.name,
         model=context.recipe.model.name,
         task=context.recipe.task,
@@ -168,65 +142,55 @@ def comparison_of(
         decision=decision,
         rows=rows,
         baselines=baselines,
-        searches=tuple(ran.searches.values()),
-        expectation=expectation,
+        expectation=ran.expectation,
         looks=tuple(ran.looks),
-        findings=lint(design),
+        findings=(),
         openings=openings,
-        claims=claims(rows, decision, summary.splits["train"].rows, held, context.setup(context.full.arm).plan),
-        drift_unit="nats per token" if summary.form.reads_any_text else "1 - cosine",
-        drift_text=context.texts[1],
-        held=held,
+        moved_unit="nats per token" if summary.form.reads_any_text else "1 - cosine",
+        generic_text=context.texts[1],
         num_trials=len(runs) + sum(len(one.tried) + one.other_runs for one in ran.searches.values()),
         seconds=round(context.clock.spent_seconds, 1),
         full_run_seconds=round(middle(one.train_seconds for one in full), 1),
-        fixed_design_seconds=round(fixed + sum(row.search_seconds for row in rows), 1),
+        fixed_design_seconds=round(fixed, 1),
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
-        left_out=ran.left_out,
         device=context.setup(context.full.arm).plan.device,
         started=context.clock.started,
         data_fingerprint=summary.fingerprint,
         command=context.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
-        notes=tuple(_notes(context, design.test_in_train)),
+        notes=tuple(_notes(context)),
     )
+    return found.model_copy(update={"findings": lint(of_comparison(ran, found))})
 
 
 def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[ArmRow, ...]:
     """A row for each arm, the untouched model (or the first of the baselines) first."""
-    context, scores, waited = ran.context, {one.arm: one for one in decision.scores}, waiting(ran.looks)
+    context, scores = ran.context, decision.scores
     num_parameters = context.setup(context.full.arm).plan.num_parameters
-    base = _base(context, scores.get(BASE), baselines)
+    base = scores.get(BASE) or (baselines[0].metrics.get(context.measure.name) if baselines else None)
     rows = []
     if base is not None and any(one.kind == "base" for one in context.recipe.methods):
-        rows.append(
-            ArmRow(
-                arm=BASE,
-                kind="base",
-                num_parameters=num_parameters,
-                num_trainable=0,
-                metric=base,
-                values=(base.value,),
-                gain_share=0.0,
-            )
-        )
-    gain = 0.0 if base is None else scores[context.full.arm].mean - base.value
+        rows.append(ArmRow(arm=BASE, kind="base", num_parameters=num_parameters, metric=base, gain_share=0.0))
+    gain = 0.0 if base is None else scores[context.full.arm].value - base.value
     for arm, found in ran.results.items():
-        score, search, method = scores[arm], ran.searches[arm], context.setup(arm).arm
-        share = None if base is None or context.measure.sign * gain <= 0 else (score.mean - base.value) / gain
+        score, search, setup = scores[arm], ran.searches[arm], context.setup(arm)
+        share = None if base is None or context.measure.sign * gain <= 0 else (score.value - base.value) / gain
         rows.append(
             ArmRow(
                 arm=arm,
-                kind=context.recipe.compared_kind(method),
-                settings=settings_of(method),
+                kind=context.recipe.compared_kind(setup.arm),
+                settings=settings_of(setup.arm),
+                search=search,
+                seeds=tuple(one.trial.seed for one in found),
+                waited=arm in ran.waiting,
+                weights_dtype=setup.plan.weights_dtype,
+                bf16_rounding=setup.plan.bf16_rounding,
                 num_parameters=num_parameters,
                 num_trainable=found[0].num_trainable,
-                learning_rate=search.chosen,
-                seeds=tuple(one.trial.seed for one in found),
-                metric=Estimate(value=score.mean, low=score.low, high=score.high),
-                values=score.values,
+                metric=score,
                 gain_share=share,
+                train_tokens=found[0].tokens,
                 train_seconds=round(middle(one.train_seconds for one in found), 2),
                 search_seconds=round(_search_seconds(context, search), 2),
                 tokens_per_second=round(middle(one.tokens_per_second for one in found), 1),
@@ -234,45 +198,26 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
                 peak_memory_bytes=max(one.peak_memory_bytes for one in found),
                 memory_growth_bytes=max(one.memory_growth_bytes for one in found),
                 saved_bytes=found[0].saved_bytes,
-                drift=_drift(context, found),
+                moved=held.moved(context.folder, found, BASE, context.recipe.evaluate.confidence),
                 seconds_per_row=middle(one.seconds_per_row or 0.0 for one in found),
-                waited=arm in waited,
             )
         )
     return tuple(rows)
 
 
-def _base(context: Context, score: ArmScore | None, baselines: Sequence[Scores]) -> Estimate | None:
-    """The metric without training."""
-    if score is not None:
-        return Estimate(value=score.mean, low=score.low, high=score.high)
-    return baselines[0].metrics.get(context.measure.name) if baselines else None
-
-
 def _search_seconds(context: Context, search: Search) -> float:
     spent = search.other_seconds
-    for one in search.tried:
-        trial = rate_search.search_trial(search.arm, one.learning_rate, one.share, context.recipe.train.seed)
+    for rate in search.tried:
+        trial = rates.search_trial(search.arm, rate, search.share, context.recipe.train.seed)
         path = context.result_path(trial.name)
         spent += TrialResult.load(path).train_seconds if path.exists() else 0.0
     return spent
 
 
-def _drift(context: Context, found: Sequence[TrialResult]) -> Estimate | None:
-    """Mean drift on generic text, with a bootstrap interval over the texts."""
-    folder = context.folder / "predictions" / "generic"
-    if not (folder / f"{BASE}.npz").exists():
-        return None
-    before = outputs.load(folder / f"{BASE}.npz")["generic"]
-    moved = [drift.drift(before, outputs.load(folder / f"{one.trial.name}.npz")["generic"]) for one in found]
-    of_text = {"drift": np.mean(moved, axis=0)}
-    mean = resample(of_text, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_SAMPLES)["drift"]
-    return mean.estimate(context.recipe.evaluate.confidence)
-
-
-def _notes(context: Context, said: str) -> list[str]:
-    """What the data stage found that a reader of the verdict should know, less what the lint has said."""
+def _notes(context: Context) -> list[str]:
+    """What the data stage found that a reader of the verdict should know."""
     dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in context.summary.dropped.items()]
+    said = rows_in_train(context.summary)  # the lint says it
     found = [note for note in context.summary.notes if "also stand" in note or "repeat" in note]
     return dropped + [note for note in found if note != said]
 

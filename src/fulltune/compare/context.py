@@ -9,27 +9,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fulltune import methods, plan
-from fulltune.compare import rate_search
+from fulltune import plan
+from fulltune.compare import held
+from fulltune.compare.rates import Scale
 from fulltune.compare.trial_folder import Clock, changed
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
-from fulltune.forgetting import drift
-from fulltune.forgetting.generic_text import NUM_TEXTS, generic_texts, parts
+from fulltune.inference.store import texts
 from fulltune.models.shapes import Shapes
 from fulltune.pipeline import Run
 from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.model import AUTO
-from fulltune.recipe.rules import SCALABLE
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
-from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import Plan
 from fulltune.stats import row_scores
 from fulltune.system import hardware
-from fulltune.tasks import Target
+from fulltune.tasks import PLACE, Target
+from fulltune.text import is_share
 from fulltune.train.parent.spawn import Starter, in_new_process
 
 FOLDER = "compare"
@@ -49,8 +47,6 @@ class ArmSetup:
     traced: Footprint
     plan: Plan
     """Of a whole run at the arm's usual rate."""
-    free_plan: Plan
-    """The same without a budget for forgetting, as short trials train."""
 
 
 @dataclass
@@ -67,10 +63,6 @@ class Context:
     """When the command began."""
     passed: set[str] = field(default_factory=set)
     """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
-    most_whole_runs: int = rate_search.MOST_WHOLE_RUNS
-    """At different rates, of an arm."""
-    finds_ceiling: bool = False
-    """Short trials go on upwards until one is clearly worse: from there on rates are too high."""
     alpha_left: float | None = None
     """By the verdict that was made before more time was given; None: there was none."""
     _setups: dict[str, ArmSetup] = field(default_factory=dict)
@@ -89,21 +81,26 @@ class Context:
 
     @cached_property
     def texts(self) -> tuple[list[str], str]:
-        """On which the finished models are compared, and where they come from; sealed ones are none of them."""
-        if self.recipe.preserve.budget is None:
-            return generic_texts(self.recipe.preserve.probe)
-        found = parts(self.recipe.preserve)
-        return found.choosing[:NUM_TEXTS], f"{found.source}, selection texts of the budget"
+        """Generic ones on which the finished models are compared, and where they come from."""
+        return held.texts(self.recipe)
 
     @cached_property
     def most_tokens(self) -> int:
         """Of a generic text, for all arms alike."""
-        limit = self.setup(self.full.arm).shapes.position_limit or drift.MOST_TOKENS
-        return min(drift.MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
+        return held.most_tokens(self.recipe, self.setup(self.full.arm).shapes.position_limit)
 
     @cached_property
     def measure(self) -> row_scores.Measure:
         return row_scores.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.arm).plan.metric)
+
+    @cached_property
+    def scale(self) -> Scale:
+        """How the eval rows measure a trial; of windows of long passages each question counts as one row."""
+        num_rows = self.summary.splits["eval"].rows
+        if self.summary.form.has_windows:
+            num_rows = len({row[PLACE] for row in texts(self.folder / "data" / "eval")})
+        most = held.most_rows(self.recipe)  # that whole runs are measured on
+        return Scale(self.measure.greater_is_better, min(num_rows, most), is_share(self.measure.name))
 
     @property
     def arms(self) -> tuple[Any, ...]:
@@ -128,25 +125,8 @@ class Context:
         """Where the search for an arm's rate is kept."""
         return self.folder / FOLDER / "searches" / f"{arm}.json"
 
-    def preserved(self, trial: Trial) -> Preserved | None:
-        """How a trial kept its budget for forgetting; None: it had none."""
-        path = self.folder / "preserve" / f"{trial.name}.json"
-        return Preserved.load(path) if path.exists() else None
-
-    def is_held(self, arm: str) -> bool:
-        """Whether a budget for forgetting holds an arm's whole runs, so that short trials say nothing of them."""
-        return self._holds(self._method(arm))
-
     def _method(self, arm: str) -> Any:
         return next(one for one in self.arms if one.arm == arm)
-
-    def _holds(self, method: Any) -> bool:
-        return self.recipe.preserve.budget is not None and method.kind in SCALABLE
-
-    def trained_metric(self, result: TrialResult) -> float:
-        """Of the weights as they were trained: a budget that scales them back says nothing about their rate."""
-        found = None if result.problems else self.preserved(result.trial)
-        return result.metric if found is None else found.end.metric
 
     def kept_results(self) -> list[TrialResult]:
         """Of all trials so far, those of earlier commands as well."""
@@ -173,21 +153,11 @@ class Context:
         """Sizes, memory and plan of an arm; traced once."""
         if arm not in self._setups:
             method = self._method(arm)
-            recipe = self._recipe_of(method)
+            recipe = held.recipe_of(self.recipe, method)
             model = PlannedModel.of(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
-            made = self._fit(recipe, model.shapes, traced)
-            free = self._recipe_of(method, searches=True)
-            free_plan = self._fit(free, model.shapes, traced) if self._holds(method) else made
-            self._setups[arm] = ArmSetup(method, model.shapes, traced, made, free_plan)
+            self._setups[arm] = ArmSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
         return self._setups[arm]
-
-    def _recipe_of(self, method: Any, *, searches: bool = False) -> Recipe:
-        """A method's recipe: held to the budget for forgetting if it can be, else its forgetting is measured once."""
-        recipe = self.recipe.with_method(method)
-        if self._holds(method) and not searches:
-            return recipe
-        return changed(recipe, {"preserve": {"drift": False, "budget": None, "replay": AUTO}})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
@@ -207,7 +177,7 @@ class Context:
         if trial.searches:
             changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
             changes["save_steps"] = None
-        return changed(self._recipe_of(method, searches=trial.searches), {"train": changes})
+        return changed(held.recipe_of(self.recipe, method, searches=trial.searches), {"train": changes})
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         """The plan of a trial, with what earlier ones of its arm changed because memory ran out."""

@@ -1,25 +1,25 @@
-"""What makes a comparison of methods unfair: one rule a function, all in `_RULES`; and the designs they look at."""
+"""What makes a comparison of methods unfair: a table of rules, and the designs that they look at."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fulltune import plan
-from fulltune.compare import design, rate_search
+from fulltune.compare import budget, rates
 from fulltune.compare.context import OPENINGS, Context, settings_of
-from fulltune.compare.rates import scale_of
-from fulltune.compare.seeds import SeedRuns, waiting
+from fulltune.compare.seeds import SeedRuns
 from fulltune.models.base import Base
 from fulltune.models.files import is_quantised
 from fulltune.models.shapes import shapes_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import VARIANT
-from fulltune.records.comparison import Opening
-from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding
+from fulltune.records.comparison import ArmRow, Comparison, Finding, Search
+from fulltune.records.data import DataSummary
 
 FEWEST_SEEDS = 3
 FEWEST_RATES = 3
@@ -35,196 +35,129 @@ _ATTENTION = {
     *("q_lin", "k_lin", "v_lin", "out_lin"),
 }
 """Names of attention's matrices, as transformers' models have them."""
+_UNFAIR: Literal["unfair"] = "unfair"
+_NOTE: Literal["worth knowing"] = "worth knowing"
+Found = Iterator[tuple[str, Literal["unfair", "worth knowing"], str, str, str]]
+"""Of each finding its rule, level, where it is, what it is and what to do."""
 
-Found = Iterator[tuple[Literal["unfair", "worth knowing"], str, str, str]]
-"""Of each finding its level, where it is, what it is and what to do."""
+
+@dataclass(frozen=True)
+class ComparisonDesign:
+    """Everything that decides whether a comparison is fair."""
+
+    rows: Sequence[ArmRow]
+    weights_source: Literal["plain", "gguf"] = "plain"
+    """What the pretrained weights were read from: quantised ones have lost what full fine-tuning starts from."""
+    full_wins: bool = False
+    """The verdict is FULL, which says that full fine-tuning beats every other method."""
+    time_was_up: bool = False
+    """There was no time for more seeds."""
+    left_out: tuple[str, ...] = ()
+    """Methods of the recipe for which there was no time."""
+    scale: rates.Scale | None = None
+    """How the eval rows measure; None: not known."""
+    margin: float = 0.0
+    """Differences of the metric that do not matter."""
+    test_in_eval: float = 0.0
+    """Share of the reported rows that also choose rates and checkpoints."""
+    test_in_train: str = ""
+    """What the data stage says of test rows that stand in train as well."""
+    test_openings: int = 0
+    """How often the test rows were used for a verdict."""
+    opened_by_others: tuple[str, ...] = ()
+    """Other comparisons that opened the same test rows."""
+
+    @property
+    def trained(self) -> list[ArmRow]:
+        return [row for row in self.rows if row.kind != "base"]
 
 
 def lint(design: ComparisonDesign) -> tuple[Finding, ...]:
     """All that is wrong, what makes the comparison unfair first."""
+    rules = (_of_rates, _of_arms, _between_arms, _of_rows)
     found = [
-        Finding(rule=name, level=level, where=where, what=what, to_do=to_do)
-        for name, rule in _RULES.items()
-        for level, where, what, to_do in rule(design)
+        Finding(rule=rule, level=level, where=where, what=what, to_do=to_do)
+        for rules_of in rules
+        for rule, level, where, what, to_do in rules_of(design)
     ]
-    return tuple(sorted(found, key=lambda finding: finding.level != "unfair"))
+    return tuple(sorted(found, key=lambda finding: finding.level != _UNFAIR))
 
 
-def _trained(design: ComparisonDesign) -> list[ArmDesign]:
-    return [arm for arm in design.arms if arm.kind != "base"]
+def _named(rows: Iterable[ArmRow]) -> str:
+    return ", ".join(row.arm for row in rows)
 
 
-def _full(design: ComparisonDesign) -> list[ArmDesign]:
-    return [arm for arm in design.arms if arm.kind == "full"]
+def _tried(row: ArmRow) -> list[float]:
+    """Rates that were searched, with those beyond the grid that a whole run led to."""
+    search = row.search
+    return sorted({*search.tried, *search.whole}) if search is not None and search.tried else []
 
 
-def _peft(design: ComparisonDesign) -> list[ArmDesign]:
-    return [arm for arm in design.arms if arm.kind not in ("base", "head", "full", VARIANT)]
-
-
-def _named(arms: Iterable[ArmDesign]) -> str:
-    return ", ".join(arm.name for arm in arms)
-
-
-def _one_rate_for_all(design: ComparisonDesign) -> Found:
-    given = [arm for arm in _trained(design) if arm.learning_rate is not None]
-    unsearched = all(len(set(arm.rates_searched)) < 2 for arm in given)
-    if len(given) > 1 and unsearched and len({arm.learning_rate for arm in given}) == 1:
-        what = (
-            f"all methods are trained at {given[0].learning_rate:g}; the best rate of LoRA is about ten times that of "
-            "full fine-tuning"
-        )
-        yield "unfair", _named(given), what, "search the rate of each method: leave `learning_rate` unset"
-
-
-def _rate_not_searched(design: ComparisonDesign) -> Found:
-    for arm in _trained(design):
-        tried, weak = len(set(arm.rates_searched)), "what looks like a weak method may be a wrong rate"
-        # Fewer are tried where trials failed or the recipe says so; a sole rate was never compared with another.
-        if tried < 2 and arm.no_time_to_search:
+def _of_rates(design: ComparisonDesign) -> Found:
+    """Of each arm: was its rate searched, and might a better one lie beyond those tried?"""
+    weak = "what looks like a weak method may be a wrong rate"
+    highest = max((max(_tried(row), default=0.0) for row in design.trained if row.kind == "full"), default=0.0)
+    searched_wholly = any(row.search and row.search.whole for row in design.trained if row.kind == "full")
+    for row in design.trained:
+        tried, search = _tried(row), row.search
+        assert search is not None, "it is trained"
+        if len(tried) < 2 and search.time_was_up:
             late = "the budget leaves no time to search its learning rate, so it is trained at the usual one"
-            yield "unfair", arm.name, f"{late}: {weak}", _MORE_TIME
-        elif tried < 2:
+            yield "rate-not-searched", _UNFAIR, row.arm, f"{late}: {weak}", _MORE_TIME
+        elif len(tried) < 2:
             to_do = f"leave `learning_rate` unset, or {_MORE_RATES}"
-            yield "unfair", arm.name, f"its learning rate was not searched: {weak}", to_do
-        elif tried < FEWEST_RATES:
-            yield "worth knowing", arm.name, f"only {tried} learning rates were tried", _MORE_RATES
-
-
-def _edge_of_grid(design: ComparisonDesign) -> Found:
-    for arm in _trained(design):
-        tried = sorted(set(arm.rates_searched))
-        if len(tried) < 2 or arm.learning_rate is None or arm.on_edge is False:
+            yield "rate-not-searched", _UNFAIR, row.arm, f"its learning rate was not searched: {weak}", to_do
+        elif len(tried) < FEWEST_RATES:
+            yield "rate-not-searched", _NOTE, row.arm, f"only {len(tried)} learning rates were tried", _MORE_RATES
+        if search.on_edge and len(tried) > 1:
+            edge, further = ("highest", "higher") if search.chosen > tried[0] else ("lowest", "lower")
+            what = f"the best rate, {search.chosen:g}, is the {edge} that was tried: a better one may lie beyond"
+            to_do = _MORE_TIME if search.time_was_up else f"add {further} rates to its `learning_rates`"
+            yield "edge-of-grid", _UNFAIR, row.arm, what, to_do
+        if row.kind in ("full", "head", VARIANT) or not tried:
             continue
-        edges = {tried[0]: ("lowest", "lower"), tried[-1]: ("highest", "higher")}
-        for rate, (edge, further) in edges.items():
-            if math.isclose(arm.learning_rate, rate, rel_tol=1e-6):
-                what = f"the best rate, {rate:g}, is the {edge} that was tried: a better one may lie beyond"
-                to_do = _MORE_TIME if arm.no_time_to_search else f"add {further} rates to its `learning_rates`"
-                yield "unfair", arm.name, what, to_do
-
-
-def _unequal_search(design: ComparisonDesign) -> Found:
-    if not design.full_wins or not any(arm.whole_runs for arm in _full(design)):
-        return
-    for arm in _peft(design):
-        if arm.rates_searched and not arm.whole_runs:
+        if design.full_wins and searched_wholly and not search.whole:
             what = (
-                f"its rate, {arm.learning_rate:g}, was chosen by short trials alone, that of full fine-tuning by whole "
+                f"its rate, {search.chosen:g}, was chosen by short trials alone, that of full fine-tuning by whole "
                 "runs: it may lose because of its rate"
             )
             to_do = "give more time, or give both the rates to try as `learning_rates` with `search_share: 1`"
-            yield "unfair", arm.name, what, to_do
-
-
-def _low_peft_rates(design: ComparisonDesign) -> Found:
-    highest = max((max(arm.rates_searched, default=0.0) for arm in _full(design)), default=0.0)
-    for arm in _peft(design):
-        inside = arm.on_edge is False  # whether higher ones are better is known
-        if highest and arm.rates_searched and not inside and max(arm.rates_searched) <= highest * (1 + 1e-6):
+            yield "unequal-search", _UNFAIR, row.arm, what, to_do
+        # Where one was chosen inside them, it is known that higher ones are no better.
+        if max(tried) <= highest * (1 + 1e-6) and (search.on_edge or math.isnan(search.chosen)):
             what = (
-                f"its rates end at {max(arm.rates_searched):g}, not above those of full fine-tuning; such methods need "
-                "about ten times higher ones"
+                f"its rates end at {max(tried):g}, not above those of full fine-tuning; such methods need about ten "
+                "times higher ones"
             )
-            yield "unfair", arm.name, what, "add rates up to ten times those of full fine-tuning"
+            yield "low-peft-rates", _UNFAIR, row.arm, what, "add rates up to ten times those of full fine-tuning"
 
 
-def _few_eval_rows(design: ComparisonDesign) -> Found:
-    searched = any(len(set(arm.rates_searched)) > 1 for arm in _trained(design))
-    if searched and design.rates_told is not None and design.rates_told > design.margin:
-        what = (
-            f"{design.eval_rows:,} rows choose the learning rates, too few to tell rates apart that differ by less "
-            f"than about {100 * design.rates_told:.2g} points; only a rate ahead by more replaces the usual one, so "
-            "there may be a better rate for any method"
-        )
-        to_do = "give more rows for choosing: `data.eval`, or a larger `data.eval_fraction`"
-        yield "worth knowing", "eval rows", what, to_do
-
-
-def _few_seeds(design: ComparisonDesign) -> Found:
-    for arm in _trained(design):
-        count = len(set(arm.seeds))
-        if count >= FEWEST_SEEDS or arm.waited:
-            continue
-        if arm.time_was_up:
-            late = "one seed: the budget ends before its second"
-            if count > 1:
-                late = f"{count} seeds: the budget ends before the next one; too few to estimate the spread of seeds"
-            yield "worth knowing", arm.name, late, _MORE_TIME
-        elif count > 1:
-            yield "worth knowing", arm.name, f"only {count} seeds", f"train at least {FEWEST_SEEDS} seeds"
-        else:
-            what = "one seed: another one may reverse the result"
-            yield "unfair", arm.name, what, f"train at least {FEWEST_SEEDS} seeds"
-
-
-def _eval_is_test(design: ComparisonDesign) -> Found:
-    if design.test_in_eval > MOST_TEST_IN_EVAL:
-        what = (
-            f"{design.test_in_eval:.0%} of the rows that are reported also chose learning rates and checkpoints: the "
-            "method that was tried most often looks best"
-        )
-        yield "unfair", "rows", what, "give rows for `data.eval` that `data.test` does not have"
-
-
-def _test_in_train(design: ComparisonDesign) -> Found:
-    if design.test_in_train:
-        what = f"{design.test_in_train}, most of all that of a method that learns rows by heart"
-        yield "worth knowing", "test rows", what, "take these rows out of train or out of test"
-
-
-def _test_opened_again(design: ComparisonDesign) -> Found:
-    if design.test_openings > 1:
-        what = (
-            f"used for a verdict {design.test_openings} times, because the time was up before and more was given; each "
-            "verdict has a part of the permitted error only, so that together they keep the certainty"
-        )
-        to_do = "nothing, as long as the recipe was not changed because of the earlier report"
-        yield "worth knowing", "test rows", what, to_do
-    if others := design.opened_by_others:
-        names = ", ".join(others)
-        what = f"other comparisons used them for a verdict before ({names}): what that showed may have shaped this one"
-        to_do = "take fresh test rows where the recipe was changed because of what was seen"
-        yield "worth knowing", "test rows", what, to_do
-
-
-def _left_out(design: ComparisonDesign) -> Found:
-    if design.left_out:
-        what = "not trained: the budget leaves no time for it"
-        yield "worth knowing", ", ".join(design.left_out), what, _MORE_TIME
-
-
-def _unequal_tokens(design: ComparisonDesign) -> Found:
-    # What a variant has otherwise is what is asked about.
-    known = [arm for arm in _trained(design) if arm.train_tokens and arm.kind != VARIANT]
-    known.sort(key=lambda arm: (arm.train_tokens, arm.kind == "full"))
-    if not known:
-        return
-    (least, few), (most, many) = ((arm.name, arm.train_tokens or 0) for arm in (known[0], known[-1]))
-    if few < (1 - _MOST_TOKENS_APART) * many:
-        what = f"{most} sees {many:,} tokens in training, {least} {few:,}"
-        to_do = "train all methods for the same epochs, on rows of the same length"
-        yield "unfair", f"{most}, {least}", what, to_do
-
-
-def _unequal_heads(design: ComparisonDesign) -> Found:
-    arms = [arm for arm in _trained(design) if arm.kind != VARIANT]
-    random = [arm for arm in arms if arm.settings.get("head_init") == "random"]
-    if random and len(random) < len(arms):
-        what = f"the head of {_named(random)} starts at random, that of the others from a linear probe"
-        yield "unfair", "methods", what, "give all methods the same `head_init`"
-
-
-def _attention_only(design: ComparisonDesign) -> Found:
-    for arm in design.arms:
+def _of_arms(design: ComparisonDesign) -> Found:
+    """Of each arm: its seeds, its weights, what it changes."""
+    for row in design.trained:
+        count = len(set(row.seeds))
+        if count < FEWEST_SEEDS and not row.waited:
+            if design.time_was_up:
+                what = f"{count} seeds: the budget ends before the next one; too few to estimate the spread of seeds"
+                what = what if count > 1 else "one seed: the budget ends before its second"
+                yield "few-seeds", _NOTE, row.arm, what, _MORE_TIME
+            else:
+                level = _NOTE if count > 1 else _UNFAIR
+                what = f"only {count} seeds" if count > 1 else "one seed: another one may reverse the result"
+                yield "few-seeds", level, row.arm, what, f"train at least {FEWEST_SEEDS} seeds"
         # Of our own block, or of a PEFT config.
-        config = arm.settings.get("config")
+        config = row.settings.get("config")
         of_peft = config.get("target_modules") if isinstance(config, dict) else None
-        targets = (arm.settings.get("target_modules") or of_peft or []) if arm.kind in ("lora", "peft") else []
+        targets = (row.settings.get("target_modules") or of_peft or []) if row.kind in ("lora", "peft") else []
         names = [] if isinstance(targets, str) else [str(name) for name in targets]
         if names and all(map(_is_attention, names)):
             what = f"it changes attention alone ({', '.join(names)}), which is known to lose to all linear layers"
-            yield "unfair", arm.name, what, "set `target_modules: all-linear`"
+            yield "attention-only-lora", _UNFAIR, row.arm, what, "set `target_modules: all-linear`"
+        if row.kind == "full" and row.weights_dtype != "fp32" and row.bf16_rounding in (None, "nearest"):
+            rounded = "rounded to the nearest: at usual rates most updates are lost"
+            what = f"its weights are kept in {row.weights_dtype} and {rounded}"
+            to_do = "keep weights in fp32, or set `train.bf16_rounding: stochastic`"
+            yield "bf16-full", _UNFAIR, row.arm, what, to_do
 
 
 def _is_attention(name: str) -> bool:
@@ -232,86 +165,94 @@ def _is_attention(name: str) -> bool:
     return name.split(".")[-1] in _ATTENTION or any("attn" in part or "attention" in part for part in name.split("."))
 
 
-def _bf16_full(design: ComparisonDesign) -> Found:
-    for arm in _full(design):
-        if arm.weights_dtype != "fp32" and arm.bf16_rounding in (None, "nearest"):
-            what = (
-                f"its weights are kept in {arm.weights_dtype} and rounded to the nearest: at usual rates most updates "
-                "are lost"
-            )
-            yield "unfair", arm.name, what, "keep weights in fp32, or set `train.bf16_rounding: stochastic`"
+def _between_arms(design: ComparisonDesign) -> Found:
+    """What arms do not have in common, or should not have; what a variant has otherwise is what is asked about."""
+    given = [row for row in design.trained if row.search is not None and not _tried(row)]
+    chosen = {row.learning_rate for row in given}
+    if len(given) > 1 and len(given) == len(design.trained) and len(chosen) == 1:
+        what = (
+            f"all methods are trained at {given[0].learning_rate:g}; the best rate of LoRA is about ten times that of "
+            "full fine-tuning"
+        )
+        to_do = "search the rate of each method: leave `learning_rate` unset"
+        yield "one-rate-for-all", _UNFAIR, _named(given), what, to_do
+    alike = [row for row in design.trained if row.kind != VARIANT]
+    known = sorted((row for row in alike if row.train_tokens), key=lambda row: (row.train_tokens, row.kind == "full"))
+    if known and known[0].train_tokens < (1 - _MOST_TOKENS_APART) * known[-1].train_tokens:
+        least, most = known[0], known[-1]
+        what = f"{most.arm} sees {most.train_tokens:,} tokens in training, {least.arm} {least.train_tokens:,}"
+        to_do = "train all methods for the same epochs, on rows of the same length"
+        yield "unequal-tokens", _UNFAIR, _named((most, least)), what, to_do
+    random = [row for row in alike if row.settings.get("head_init") == "random"]
+    if random and len(random) < len(alike):
+        what = f"the head of {_named(random)} starts at random, that of the others from a linear probe"
+        yield "unequal-heads", _UNFAIR, "methods", what, "give all methods the same `head_init`"
+    if design.left_out:
+        yield "left-out", _NOTE, ", ".join(design.left_out), "not trained: the budget leaves no time for it", _MORE_TIME
 
 
-def _quantised_source(design: ComparisonDesign) -> Found:
+def _of_rows(design: ComparisonDesign) -> Found:
+    """The rows that choose and the rows that are reported, and what the model was read from."""
+    scale, metrics = design.scale, [row.metric.value for row in design.trained]
+    told = max(map(scale.tolerance, metrics)) if scale is not None and scale.is_share else 0.0
+    if scale is not None and told > design.margin and any(len(_tried(row)) > 1 for row in design.trained):
+        what = (
+            f"{scale.eval_rows:,} rows choose the learning rates, too few to tell rates apart that differ by less than "
+            f"about {100 * told:.2g} points; only a rate ahead by more replaces the usual one, so there may be a "
+            "better rate for any method"
+        )
+        to_do = "give more rows for choosing: `data.eval`, or a larger `data.eval_fraction`"
+        yield "few-eval-rows", _NOTE, "eval rows", what, to_do
+    if design.test_in_eval > MOST_TEST_IN_EVAL:
+        what = (
+            f"{design.test_in_eval:.0%} of the rows that are reported also chose learning rates and checkpoints: the "
+            "method that was tried most often looks best"
+        )
+        yield "eval-is-test", _UNFAIR, "rows", what, "give rows for `data.eval` that `data.test` does not have"
+    if design.test_in_train:
+        what = f"{design.test_in_train}, most of all that of a method that learns rows by heart"
+        yield "test-in-train", _NOTE, "test rows", what, "take these rows out of train or out of test"
+    if design.test_openings > 1:
+        what = (
+            f"used for a verdict {design.test_openings} times, because the time was up before and more was given; each "
+            "verdict has a part of the permitted error only, so that together they keep the certainty"
+        )
+        to_do = "nothing, as long as the recipe was not changed because of the earlier report"
+        yield "test-opened-again", _NOTE, "test rows", what, to_do
+    if design.opened_by_others:
+        names = ", ".join(design.opened_by_others)
+        what = f"other comparisons used them for a verdict before ({names}): what that showed may have shaped this one"
+        to_do = "take fresh test rows where the recipe was changed because of what was seen"
+        yield "test-opened-again", _NOTE, "test rows", what, to_do
     if design.weights_source != "plain":
         what = (
             f"the pretrained weights come from a quantised file ({design.weights_source}): all methods start from "
             "rounded weights, and full fine-tuning trains these"
         )
-        yield "unfair", "model", what, "take the model's original weights"
+        yield "quantised-source", _UNFAIR, "model", what, "take the model's original weights"
 
 
-_RULES: dict[str, Callable[[ComparisonDesign], Found]] = {
-    "one-rate-for-all": _one_rate_for_all,
-    "rate-not-searched": _rate_not_searched,
-    "edge-of-grid": _edge_of_grid,
-    "unequal-search": _unequal_search,
-    "low-peft-rates": _low_peft_rates,
-    "few-eval-rows": _few_eval_rows,
-    "few-seeds": _few_seeds,
-    "eval-is-test": _eval_is_test,
-    "test-in-train": _test_in_train,
-    "test-opened-again": _test_opened_again,
-    "left-out": _left_out,
-    "unequal-tokens": _unequal_tokens,
-    "unequal-heads": _unequal_heads,
-    "attention-only-lora": _attention_only,
-    "bf16-full": _bf16_full,
-    "quantised-source": _quantised_source,
-}
-
-
-def design_of(ran: SeedRuns, openings: Sequence[Opening], *, full_wins: bool) -> ComparisonDesign:
+def of_comparison(ran: SeedRuns, found: Comparison) -> ComparisonDesign:
     """What the lint looks at in a comparison whose test rows were opened."""
-    context, waited, arms = ran.context, waiting(ran.looks), []
-    scale, summary = scale_of(context), context.summary
-    metrics = [found[0].metric for found in ran.results.values()]
-    known = (one for one in summary.notes if " test rows have " in one and "stands in train" in one)
-    for arm, found in ran.results.items():
-        setup, search = context.setup(arm), ran.searches[arm]
-        # With those beyond the grid that a whole run led to.
-        tried = {one.learning_rate for one in (*search.tried, *search.whole)}
-        arms.append(
-            ArmDesign(
-                name=arm,
-                kind=context.recipe.compared_kind(setup.arm),
-                settings=settings_of(setup.arm),
-                rates_searched=tuple(sorted(tried | {search.chosen})) if search.tried else (),
-                whole_runs=len(search.whole),
-                learning_rate=search.chosen,
-                on_edge=search.on_edge,
-                seeds=tuple(one.trial.seed for one in found),
-                weights_dtype=setup.plan.weights_dtype,
-                bf16_rounding=setup.plan.bf16_rounding,
-                train_tokens=found[0].tokens,
-                waited=arm in waited,
-                time_was_up=ran.time_was_up,
-                no_time_to_search=search.time_was_up,
-            )
-        )
+    context = ran.context
     return ComparisonDesign(
-        arms=tuple(arms),
-        full_wins=full_wins,
+        rows=found.rows,
         weights_source=_weights_source(context.job.base),
-        margin=context.recipe.compare.margin,
-        eval_rows=scale.eval_rows,
-        rates_told=max(map(scale.tolerance, metrics)) if scale.is_share else None,
-        test_in_eval=summary.test_in_eval,
-        test_in_train=next(known, ""),
-        opened_by_others=tuple(opened_by_others(context)),
+        full_wins=found.decision.verdict == "FULL",
+        time_was_up=ran.time_was_up,
         left_out=ran.left_out,
-        test_openings=len({(one.trials, one.alpha) for one in openings}),  # the same trials again show nothing new
+        scale=context.scale,
+        margin=context.recipe.compare.margin,
+        test_in_eval=context.summary.test_in_eval,
+        test_in_train=rows_in_train(context.summary),
+        test_openings=found.verdicts_on_test_rows,
+        opened_by_others=tuple(opened_by_others(context)),
     )
+
+
+def rows_in_train(summary: DataSummary) -> str:
+    """What the data stage says of test rows that stand in train as well; empty: none do."""
+    return next((one for one in summary.notes if " test rows have " in one and "stands in train" in one), "")
 
 
 def _weights_source(base: Base) -> Literal["plain", "gguf"]:
@@ -321,7 +262,7 @@ def _weights_source(base: Base) -> Literal["plain", "gguf"]:
 def opened_by_others(context: Context) -> list[str]:
     """Names of other comparisons beside this one that opened the same test rows."""
     found, mine = set(), context.folder.resolve()
-    for parent in {context.folder.resolve().parent, Path(context.recipe.output).resolve()}:
+    for parent in {mine.parent, Path(context.recipe.output).resolve()}:
         for path in parent.glob(f"*/{OPENINGS}"):
             folder = path.parent.parent
             if folder != mine and _data_fingerprint(folder) == context.summary.fingerprint:
@@ -341,23 +282,23 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
     """What would make a recipe's comparison unfair, as far as its rows and a budget play no part."""
     base = Base.of(recipe.model, recipe.task)
     shapes = shapes_of(base, {})
-    seeds = recipe.compare.seeds or design.num_seeds(None, design.FEW_TRAIN_ROWS)
-    arms = []
+    seeds = recipe.compare.seeds or budget.num_seeds(None, budget.FEW_TRAIN_ROWS)
+    rows = []
     for method in recipe.methods:
         if method.kind == "base":
             continue
         usual, _ = plan.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
-        rates = rate_search.grid(usual, method.learning_rates, method.fixed_learning_rate)
-        arms.append(
-            ArmDesign(
-                name=method.arm,
+        grid = rates.grid(usual, method.learning_rates, method.fixed_learning_rate)
+        tried, chosen = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
+        rows.append(
+            ArmRow(
+                arm=method.arm,
                 kind=recipe.compared_kind(method),
                 settings=settings_of(method),
-                rates_searched=rates if len(rates) > 1 else (),
-                learning_rate=rates[0] if len(rates) == 1 else None,
+                search=Search(arm=method.arm, tried=tried, chosen=chosen),
                 seeds=tuple(range(recipe.train.seed, recipe.train.seed + seeds)),
                 weights_dtype=recipe.model.weights_dtype,
                 bf16_rounding=recipe.train.bf16_rounding or "stochastic",
             )
         )
-    return lint(ComparisonDesign(arms=tuple(arms), weights_source=_weights_source(base)))
+    return lint(ComparisonDesign(rows=rows, weights_source=_weights_source(base)))

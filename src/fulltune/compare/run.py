@@ -6,16 +6,13 @@ data → rates (halving, on eval rows) → seeds (looks at eval rows) → test r
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune import pipeline, report
+from fulltune.compare.budget import EXPECTATION, expect, why_finished
 from fulltune.compare.conclude import judge
 from fulltune.compare.context import OPENINGS, RECORD, Context
-from fulltune.compare.design import why_finished
-from fulltune.compare.rates import search_all
-from fulltune.compare.seeds import SeedRuns
-from fulltune.compare.timing import EXPECTATION, expect
+from fulltune.compare.seeds import SeedRuns, search_all
 from fulltune.errors import RecipeError
 from fulltune.files import lines_of
 from fulltune.pipeline import Run
@@ -27,14 +24,8 @@ from fulltune.system import run_folder
 from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server
 
-
-@dataclass(frozen=True)
-class Compared:
-    """What a comparison gave."""
-
-    comparison: Comparison
-    folder: Path
-    cards: tuple[Path, ...]
+Compared = tuple[Comparison, tuple[Path, ...]]
+"""A comparison, and the pages that show it."""
 
 
 def run(job: Run, command: str, budget: str | None = None) -> Compared:
@@ -47,7 +38,7 @@ def run(job: Run, command: str, budget: str | None = None) -> Compared:
         if comparison is not None and (why := why_finished(comparison, seconds)):
             # Its models and its table belong together: nothing is touched.
             job.listener(Said(text=why))
-            return Compared(comparison, job.folder, report.write_comparison(job.folder))
+            return comparison, report.write_comparison(job.folder)
         return _compare(job, command, seconds, began, comparison)
 
 
@@ -67,8 +58,7 @@ def _compare(job: Run, command: str, budget_seconds: float | None, began: float,
         ran = SeedRuns(context, search_all(context, expectation), expectation).run()
         found = judge(ran)
         with context.clock.during("report"):
-            cards = report.write_comparison(job.folder)
-        return Compared(found, job.folder, cards)
+            return found, report.write_comparison(job.folder)
 
 
 def recipe_for(recipe: Recipe) -> Recipe:

@@ -1,4 +1,5 @@
-"""Whole runs, seed by seed, until the eval rows say that the answer is clear."""
+"""The trials of a comparison: each arm's rate on the eval rows, then whole runs, seed by seed, until these say that the
+answer is clear."""
 
 from __future__ import annotations
 
@@ -6,28 +7,80 @@ import shutil
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from fulltune.compare import design, rate_search, timing
+from fulltune.compare import budget, held, rates
 from fulltune.compare.context import FOLDER, OPEN, Context
-from fulltune.compare.rates import scale_of
-from fulltune.compare.sequential import WAITING_SHARE, look
+from fulltune.compare.sequential import SAMPLES, WAITING_SHARE, look
 from fulltune.compare.trials import clear, is_done, keep_best_model, run_trial
-from fulltune.compare.verdict import ArmItems
+from fulltune.compare.verdict import ArmItems, Terms
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
 from fulltune.recipe.methods import RIVALS, ArmKind
-from fulltune.records.comparison import Expectation, Search, Trial, TrialResult
-from fulltune.records.differences import Look
+from fulltune.records.comparison import Expectation, Look, Search, Trial, TrialResult
+from fulltune.stats.bootstrap import draw
 from fulltune.text import counted
 
 Results = dict[str, list[TrialResult]]
 """The whole runs of each arm, seed by seed."""
 
 
-def most_seeds(expectation: Expectation) -> int:
-    """Of each arm; the budget's are a forecast, and where time is left more are run."""
-    return expectation.recipe_seeds or expectation.num_seeds
+MOST_WHOLE_RUNS = 4
+MOST_WHOLE_RUNS_ALONE = 3
+"""At different rates, of an arm of a comparison and of a run whose rate is searched."""
+
+
+def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
+    """The rate of each arm that is trained; without time to search, full and the first rival take the usual one."""
+    planned = [one for one in context.trained_arms if one.arm in expectation.arms]
+    pair = [one.arm for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
+    keep = budget.to_come(
+        context, dict.fromkeys((one.arm for one in planned), 0), min(budget.LEAST_SEEDS, expectation.num_seeds)
+    )
+    searches: dict[str, Search] = {}
+    for method in planned:
+        found = search(context, method, expectation.search_share, keep)
+        if found.tried or not found.time_was_up or method.arm in pair:
+            searches[method.arm] = found
+        else:
+            context.say(f"{method.arm}: there is no time for it")
+    return searches
+
+
+def search(context: Context, method: Any, share: float, keep: float = 0.0) -> Search:
+    """An arm's rate, found on eval rows in short trials beside the `keep` seconds that seeds need; done once."""
+    path = context.search_path(method.arm)
+    if path.exists() and not (known := Search.load(path)).time_was_up:
+        return known
+    found = _searched(context, method, share, keep)
+    found.save(path)
+    return found
+
+
+def _searched(context: Context, method: Any, search_share: float, keep: float) -> Search:
+    arm, grid, seed = method.arm, budget.grid(context, method), context.recipe.train.seed
+    if len(grid) == 1:
+        return Search(arm=arm, chosen=grid[0], reason="from the recipe: the only rate, not searched")
+    usual = budget.usual(context, method)
+    share = rates.share_of_steps(search_share, context.setup(arm).plan.total_steps)
+    tried: dict[float, float] = {}
+    asked = list(grid)
+    while asked:
+        trials = [rates.search_trial(arm, rate, share, seed) for rate in asked]
+        if not search_share or not budget.has_time(context, trials, keep):
+            context.say(f"{arm}: no time to try the rate {' or '.join(f'{rate:g}' for rate in asked)}")
+            break
+        for trial in trials:
+            context.say(f"{arm}: trying the rate {trial.learning_rate:g} for {share:.1%} of the steps")
+            tried[trial.learning_rate] = run_trial(context, trial).metric
+        extends = method.learning_rates is None and len(tried) < len(grid) + rates.MOST_EXTENSIONS
+        further = rates.beyond(tried, context.scale) if extends else None
+        asked = [] if further is None else [further]
+    if not tried:
+        return Search(arm=arm, chosen=usual, reason="the usual rate: no time for a search", time_was_up=True)
+    found = rates.finished(arm, tried, share, context.scale, usual)
+    return found.model_copy(update={"time_was_up": bool(asked)})
 
 
 @dataclass
@@ -48,6 +101,11 @@ class SeedRuns:
         return tuple(one.arm for one in self.context.trained_arms if one.arm not in self.results)
 
     @property
+    def waiting(self) -> tuple[str, ...]:
+        """Methods that have fewer seeds because the verdict did not hinge on them."""
+        return self.looks[-1].waiting if self.looks else ()
+
+    @property
     def lacks_time(self) -> bool:
         """More time would add seeds, methods or searches of rates."""
         return self.time_was_up or bool(self.left_out) or any(one.time_was_up for one in self.searches.values())
@@ -56,7 +114,7 @@ class SeedRuns:
         """Run seeds until the eval rows say that the answer is clear, or the time is up."""
         self.results = {arm: [] for arm in self.searches}
         at_once = not self.context.recipe.compare.sequential
-        asked = dict.fromkeys(self.searches, most_seeds(self.expectation) if at_once else 1)
+        asked = dict.fromkeys(self.searches, self.expectation.most_seeds if at_once else 1)
         while asked:
             if not self._train(asked):
                 self.context.say("the budget is used up: the verdict is made from what there is")
@@ -64,7 +122,7 @@ class SeedRuns:
                 break
             if at_once:
                 break
-            asked = {arm: count for arm, count in self._look().items() if arm in self.results}
+            asked = self._look()
             if not asked and self.looks[-1].num_seeds > 1:
                 asked = self._before_full()
         return self
@@ -72,7 +130,7 @@ class SeedRuns:
     def best_rate(self, arm: str) -> TrialResult:
         """One seed of one arm, at the best rate that whole runs show; its model is kept as `models/<arm>`."""
         self.results[arm] = []
-        while (result := self.first(self._next_trial(arm))).problems:
+        while (result := run_trial(self.context, self._next_trial(arm))).problems:
             self._after_divergence(result)
         self.results[arm].append(result)
         self.check_rate(arm)
@@ -83,7 +141,7 @@ class SeedRuns:
         while lacking := {arm: len(found) for arm, found in self.results.items() if len(found) < asked.get(arm, 0)}:
             arms = [arm for arm, count in lacking.items() if count == min(lacking.values())]
             arm = arms[0]
-            found, most = self.results[arm], most_seeds(self.expectation)
+            found, most = self.results[arm], self.expectation.most_seeds
             if not found and (late := self._no_time()):
                 self.context.say(f"{late}: there is no time for it")
                 del self.results[late], self.searches[late]
@@ -93,10 +151,10 @@ class SeedRuns:
                     self.check_rate(each, self._keep())
             trials = [self._next_trial(each) for each in arms]
             begins = bool(found) and not is_done(self.context, trials[0])
-            if begins and not timing.has_time(self.context, trials):
+            if begins and not budget.has_time(self.context, trials):
                 return False
             self.context.say(f"{arm}: seed {len(found) + 1} of at most {most}")
-            result = run_trial(self.context, trials[0]) if found else self.first(trials[0])
+            result = run_trial(self.context, trials[0])
             if result.problems:
                 # A rate at which one seed diverges is too high for the method: all its seeds get a lower one.
                 self._after_divergence(result)
@@ -109,51 +167,43 @@ class SeedRuns:
 
     def _next_trial(self, arm: str) -> Trial:
         seed = self.context.recipe.train.seed + len(self.results[arm])
-        return design.final_trial(arm, self.searches[arm].chosen, seed)
+        return rates.final_trial(arm, self.searches[arm].chosen, seed)
 
     def _keep(self, seeds: int | None = None) -> float:
         """Seconds of what matters more than other rates or methods: so many seeds, else those that were planned."""
         counts = {arm: len(found) for arm, found in self.results.items()}
-        return timing.to_come(self.context, counts, seeds or self.expectation.num_seeds)
+        return budget.to_come(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _no_time(self) -> str | None:
         """A method without a run for which there is no time beside two seeds of full and of the first rival."""
         context = self.context
         pair = (context.full.arm, next(arm for arm in self.results if self._kind(arm) in RIVALS))
-        keep = self._keep(min(design.LEAST_SEEDS, context.recipe.compare.seeds or design.LEAST_SEEDS))
+        keep = self._keep(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
         others = (arm for arm, found in self.results.items() if not found and arm not in pair)
-        return next((arm for arm in others if not timing.has_time(context, [self._next_trial(arm)], keep)), None)
+        return next((arm for arm in others if not budget.has_time(context, [self._next_trial(arm)], keep)), None)
 
     def _look(self) -> dict[str, int]:
         """Look at the eval rows: how many seeds which methods are to have before the next look; none: it is enough."""
-        seen = self.ask_eval_rows(again=self._again(self.looks))
-        self.looks.append(seen)
-        seen.save(self.context.folder / FOLDER / "looks" / f"{len(self.looks)}.json")
-        self.context.say(f"after {counted(seen.num_seeds, 'seed')}: {seen.reason}")
-        return {step.arm: step.seeds for step in seen.arms if step.decision == "more"}
-
-    def ask_eval_rows(self, *, again: bool) -> Look:
-        """Whether the answer is clear; `again`: with so many seeds of full it was asked before."""
-        context = self.context
+        context, again = self.context, self._again(self.looks)
         full = self.results[context.full.arm]
         behind = [arm for arm, found in self.results.items() if len(found) < len(full)]
-        return look(
-            arm_items(context, self.results, OPEN, behind),
-            context.measure,
-            margin=context.recipe.compare.margin,
-            max_seeds=most_seeds(self.expectation),
-            again=again,
-            alpha=context.alpha,
-            clusters=clusters_of(context.folder / "data" / "eval"),
-            test_rows=context.summary.splits["test"].rows,
-        )
+        compared = arm_items(context, self.results, OPEN, behind)
+        clusters = clusters_of(context.folder / "data" / "eval")
+        drawn = draw(context.measure, [one.trials for one in compared], clusters, SAMPLES)
+        terms = Terms(context.measure, context.recipe.compare.margin, alpha=context.alpha)
+        test_rows = context.summary.splits["test"].rows
+        seen = look(compared, drawn, terms, self.expectation.most_seeds, test_rows, again=again)
+        self.looks.append(seen)
+        seen.save(context.folder / FOLDER / "looks" / f"{len(self.looks)}.json")
+        context.say(f"after {counted(seen.num_seeds, 'seed')}: {seen.reason}")
+        return seen.asked
 
     def _again(self, looks: Sequence[Look]) -> bool:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.arm])
 
     def _before_full(self) -> dict[str, int]:
         """Before full is said to win: choose all rivals' rates as full's was, and name one that is now to catch up."""
-        context, scale = self.context, scale_of(self.context)
+        context, scale = self.context, self.context.scale
         kinds = ("full", *RIVALS)
         decisive = {arm: found for arm, found in self.results.items() if self._kind(arm) in kinds}
         full = decisive[context.full.arm]
@@ -169,94 +219,58 @@ class SeedRuns:
         better = [arm for arm in changed if scale.oriented(self.results[arm][0].metric) > leader]
         return {} if self._again(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
-    def first(self, trial: Trial) -> TrialResult:
-        """The first whole run of an arm, at a rate that holds for a whole run; or one that diverged."""
-        while True:
-            result, search = run_trial(self.context, trial), self.searches[trial.arm]
-            lower = None
-            if not result.problems and not self.context.is_held(trial.arm):
-                lower = rate_search.slower(search, result.metric, scale_of(self.context))
-            if lower is None:
-                return result
-            reason = f"a whole run with {search.chosen:g} ended below its short trial"
-            self._replace(trial, lower, reason, [result])
-            trial = trial.model_copy(update={"learning_rate": lower})
-
     def _after_divergence(self, result: TrialResult) -> None:
         """Choose a lower rate for all seeds of an arm after one diverged; Diverged where nothing lower is left."""
         context, trial, search = self.context, result.trial, self.searches[result.trial.arm]
-        lower = rate_search.after_divergence(search)
+        lower = rates.after_divergence(search)
         if lower is None:
             raise Diverged(result.problems)
         reason = f"{search.chosen:g} diverged in a whole run (seed {trial.seed})"
-        self._replace(trial, lower, reason, [*self.results[trial.arm], result])
+        context.say(f"{trial.arm}: {reason}; taking {lower:g}")
+        clear(context, trial)
         # The lower rate may have had its run, but its model was deleted when a higher one was better.
         shutil.rmtree(context.folder / "models" / trial.arm, ignore_errors=True)
-        again = design.final_trial(trial.arm, lower, context.recipe.train.seed)
+        again = rates.final_trial(trial.arm, lower, context.recipe.train.seed)
         context.result_path(again.name).unlink(missing_ok=True)
+        dropped = _seconds([*self.results[trial.arm], result])
+        self.searches[trial.arm] = rates.with_dropped(rates.replaced(search, lower, reason), dropped)
+        self.searches[trial.arm].save(context.search_path(trial.arm))
         self.results[trial.arm].clear()
-
-    def _replace(self, trial: Trial, lower: float, reason: str, dropped: Sequence[TrialResult]) -> None:
-        self.context.say(f"{trial.arm}: {reason}; taking {lower:g}")
-        clear(self.context, trial)
-        search = rate_search.replaced(self.searches[trial.arm], lower, reason, _seconds(dropped))
-        self.searches[trial.arm] = search
-        search.save(self.context.search_path(trial.arm))
 
     def check_rate(self, arm: str, keep: float = 0.0) -> bool:
         """Take the best of whole runs at other rates for an arm, leaving `keep` seconds; whether it is another rate."""
         context, search, first = self.context, self.searches[arm], self.results[arm][0]
+        may_extend = context.setup(arm).arm.learning_rates is None
+        most = MOST_WHOLE_RUNS if context.recipe.methods else MOST_WHOLE_RUNS_ALONE
         runs = {search.chosen: first}
-        while (check := self._next_check(arm, *runs.values())) is not None:
-            rate = check.learning_rate
-            if not timing.has_time(context, [check], keep):
+        while search.share < first.trial.share:  # else the short trials were whole runs
+            whole = {rate: held.trained_metric(context.folder, one) for rate, one in runs.items()}
+            rate = rates.next_whole(search, whole, context.scale, may_extend, most)
+            if rate is None:
+                break
+            check = rates.final_trial(arm, rate, first.trial.seed, check=True)
+            if not budget.has_time(context, [check], keep):
                 context.say(f"{arm}: no time to try {rate:g} in a whole run as well")
                 break
             context.say(f"{arm}: a whole run with {rate:g} as well, because short trials do not show the better rate")
             runs[rate] = run_trial(context, check)
         if len(runs) > 1:
             metrics = {rate: one.metric for rate, one in runs.items()}
-            may_extend, share = self._may_extend(arm), first.trial.share
-            found = rate_search.after_whole(search, metrics, scale_of(context), may_extend, share)
+            found = rates.after_whole(search, metrics, context.scale)
             self.results[arm][0] = runs.pop(found.chosen)
-            self.searches[arm] = rate_search.with_dropped(found, _seconds(list(runs.values())))
+            self.searches[arm] = rates.with_dropped(found, _seconds(list(runs.values())))
             for dropped in runs.values():
                 shutil.rmtree(context.folder / "models" / dropped.trial.name, ignore_errors=True)
             context.say(f"{arm}: taking {found.chosen:g}")
         keep_best_model(context, self.results[arm])
         return self.results[arm][0] is not first
 
-    def _next_check(self, arm: str, *runs: TrialResult) -> Trial | None:
-        """The whole run at another rate that comes after these; None: no more, or the short trials were whole runs."""
-        search, trial = self.searches[arm], runs[0].trial
-        if any(one.share >= trial.share for one in search.tried):
-            return None
-        rates = (search.chosen, *(one.trial.learning_rate for one in runs[1:]))
-        whole = dict(zip(rates, map(self.context.trained_metric, runs), strict=True))
-        rate = rate_search.next_whole(
-            search,
-            whole,
-            scale_of(self.context),
-            self._may_extend(arm),
-            self.context.most_whole_runs,
-        )
-        return None if rate is None else design.final_trial(arm, rate, trial.seed, check=True)
-
     def _kind(self, arm: str) -> ArmKind:
         return self.context.recipe.compared_kind(self.context.setup(arm).arm)
-
-    def _may_extend(self, arm: str) -> bool:
-        """The recipe names no rates to search among."""
-        return self.context.setup(arm).arm.learning_rates is None
 
 
 def _seconds(found: Sequence[TrialResult]) -> list[float]:
     return [one.train_seconds for one in found]
-
-
-def waiting(looks: Sequence[Look]) -> set[str]:
-    """Methods that have fewer seeds because the verdict did not hinge on them."""
-    return {step.arm for step in looks[-1].arms if step.seeds < looks[-1].num_seeds} if looks else set()
 
 
 def arm_items(context: Context, results: Results, place: str, waited: Collection[str]) -> list[ArmItems]:

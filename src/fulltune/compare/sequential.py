@@ -9,16 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 
-from fulltune.compare.verdict import ArmItems
-from fulltune.records.differences import ArmStep, Look
-from fulltune.stats.bootstrap import draw
+from fulltune.compare.verdict import ArmItems, Terms
+from fulltune.records.comparison import Look
+from fulltune.stats.bootstrap import Drawn
 from fulltune.stats.intervals import Uncertain, difference, seed_spreads
 from fulltune.stats.precision import Precision
-from fulltune.stats.row_scores import Measure
 
 SAMPLES = 2_000
 _LATE = 4.0
@@ -51,52 +49,25 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
     return alpha * share * (1 - WAITING_SHARE if again else 1)
 
 
-@dataclass(frozen=True)
-class Left:
-    """What is left of alpha at the end."""
-
-    now: float
-    """At which the sealed rows are tested."""
-    later: float
-    """For all verdicts after this one, looks included; 0: there can be none."""
-
-
-def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> Left:
-    """What of alpha the test on the sealed rows may spend after these looks, and what remains after it."""
+def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
+    """What of alpha the test on the sealed rows may spend after these looks, and what remains for all verdicts after
+    it, looks included; 0: there can be none."""
     of_seeds: dict[int, float] = {}
     for one in looks:
         of_seeds.setdefault(one.num_seeds, one.spent)  # a second look after the same seeds takes no more than the first
     unspent = alpha - sum(of_seeds.values())
     unspent = unspent if unspent > 1e-9 * alpha else 0.0  # the parts of all looks are alpha, but for rounding
-    if looks and looks[-1].enough:
+    if looks and not looks[-1].asked:
         level = looks[-1].spent
         again = len(looks) > 1 and looks[-2].num_seeds == looks[-1].num_seeds
         if again or not time_was_up:
-            return Left(level, unspent)
+            return level, unspent
         now = min(level, TIME_UP_SHARE * (unspent + level))
-        return Left(now, unspent + level - now)
+        return now, unspent + level - now
     if not unspent:  # the time was up while others caught up after the last seeds
-        return Left((1 - WAITING_SHARE) * looks[-1].spent, 0.0)
+        return (1 - WAITING_SHARE) * looks[-1].spent, 0.0
     now = TIME_UP_SHARE * unspent if time_was_up else unspent
-    return Left(now, unspent - now)
-
-
-@dataclass(frozen=True)
-class Chances:
-    """Of each clear answer about full fine-tuning and one rival on the sealed rows."""
-
-    full: float
-    equal: float
-    rival: float
-
-    @property
-    def clear(self) -> float:
-        return self.full + self.equal + self.rival
-
-    @property
-    def full_wins(self) -> bool:
-        """The answer is clear, and it is most likely that full is better."""
-        return self.clear >= _SURE and self.full >= max(self.equal, self.rival)
+    return now, unspent - now
 
 
 @dataclass(frozen=True)
@@ -105,58 +76,58 @@ class Outlook:
 
     name: str
     score: float
-    """On the development rows; higher is better."""
+    """On the eval rows; higher is better."""
     cost: float
-    abreast: bool
+    as_many: bool
     """It has as many seeds as full: the leader, and whoever caught up."""
-    now: Chances
-    """Were it stopped now."""
+    chances: tuple[float, float, float]
+    """Of each clear answer on the sealed rows, were it stopped now: full better, equal, rival better."""
     with_all: float
     """Chance of a clear answer with all seeds that were planned."""
 
+    @property
+    def clear(self) -> float:
+        """Chance of any clear answer, were it stopped now."""
+        return sum(self.chances)
+
+    @property
+    def full_wins(self) -> bool:
+        """The answer is clear, and it is most likely that full is better."""
+        return self.clear >= _SURE and self.chances[0] == max(self.chances)
+
 
 def look(
-    arms: Sequence[ArmItems],
-    measure: Measure,
-    *,
-    margin: float,
-    max_seeds: int,
-    again: bool = False,
-    alpha: float = 0.05,
-    clusters: np.ndarray | None = None,
-    test_rows: int | None = None,
-    samples: int = SAMPLES,
+    arms: Sequence[ArmItems], drawn: Drawn, terms: Terms, max_seeds: int, test_rows: int, *, again: bool = False
 ) -> Look:
-    """Decide about each arm after another seed; `again`: a second look with as many seeds of full."""
+    """Decide about each arm after another seed, by its metrics on resamples of the eval rows; `again`: a second look
+    with as many seeds of full."""
     (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
-    counts = [len(arm.trials) for arm in arms]
-    now = counts[full]
-    drawn = draw(measure, [arm.trials for arm in arms], clusters, samples)
-    spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
+    counts, measure = [len(arm.trials) for arm in arms], terms.measure
+    now, spreads = counts[full], seed_spreads(drawn, [arm.kind == "base" for arm in arms])
     rivals = [place for place, arm in enumerate(arms) if arm.decides]
-    level, last = spent(now, max_seeds, alpha, again=again), spent(max_seeds, max_seeds, alpha)
-    rows_factor = (test_rows or drawn.num_rows) / drawn.num_rows
-    outlooks = {}
+    level, last = spent(now, max_seeds, terms.alpha, again=again), spent(max_seeds, max_seeds, terms.alpha)
+    outlooks = []
     for place in rivals:
         gap = difference(drawn, full, place, spreads, measure.sign, measure.span)
-        abreast = counts[place] == now
-        share = 1.0 if abreast else WAITING_SHARE
-        stopped = planned = Chances(0.0, 0.0, 0.0)  # one seed each tells nothing about the spread between seeds
+        as_many = counts[place] == now
+        share = (1.0 if as_many else WAITING_SHARE) / len(rivals)
+        stopped = planned = (0.0, 0.0, 0.0)  # one seed each tells nothing about the spread between seeds
         if now > 1:
-            with_all = (max_seeds, max_seeds if abreast else counts[place])
-            stopped = _chances(gap, margin, share * (level / len(rivals)), rows_factor, (now, counts[place]))
-            planned = _chances(gap, margin, share * (last / len(rivals)), rows_factor, with_all)
+            then = Precision.of(gap).with_rows(test_rows / drawn.num_rows)
+            with_all = (max_seeds, max_seeds if as_many else counts[place])
+            stopped = _chances(gap, terms.margin, share * level, then, (now, counts[place]))
+            planned = _chances(gap, terms.margin, share * last, then, with_all)
         score = measure.sign * float(drawn.point[place].mean())
-        outlooks[place] = Outlook(arms[place].name, score, arms[place].cost, abreast, stopped, planned.clear)
-    asked, reason = _asked(arms[full].name, list(outlooks.values()), now, max_seeds, again=again)
-    steps = []
-    for place, arm in enumerate(arms):
-        wanted = asked.get(arm.name, counts[place])
-        others: Literal["wait", "enough"] = "wait" if asked else "enough"
-        decision: Literal["more", "wait", "enough"] = "more" if wanted > counts[place] else others
-        chance = outlooks[place].now.clear if place in outlooks and now > 1 else None
-        steps.append(ArmStep(arm=arm.name, decision=decision, seeds=wanted, chance=chance))
-    return Look(num_seeds=now, max_seeds=max_seeds, spent=level, enough=not asked, reason=reason, arms=tuple(steps))
+        outlooks.append(Outlook(arms[place].name, score, arms[place].cost, as_many, stopped, sum(planned)))
+    asked, reason = _asked(arms[full].name, outlooks, now, max_seeds, again=again)
+    return Look(
+        num_seeds=now,
+        max_seeds=max_seeds,
+        spent=level,
+        reason=reason,
+        asked=asked,
+        waiting=tuple(arm.name for arm, count in zip(arms, counts, strict=True) if asked.get(arm.name, count) < now),
+    )
 
 
 def _asked(
@@ -169,40 +140,41 @@ def _asked(
         leader = max(rivals, key=lambda one: (one.score, -one.cost)).name
         best = f"of the methods beside {full} the best is {leader}; " if len(rivals) > 1 else ""
         return {full: 2, leader: 2}, f"{best}one seed tells nothing about the spread between seeds"
-    abreast = [one for one in rivals if one.abreast]
-    if any(one.now.clear >= _SURE and not one.now.full_wins for one in abreast):
+    leading = [one for one in rivals if one.as_many]
+    if any(one.clear >= _SURE and not one.full_wins for one in leading):
         return {}, _CLEAR
-    late = [one.name for one in rivals if not one.abreast and not one.now.full_wins]
-    beaten = all(one.now.full_wins for one in abreast)
+    late = [one.name for one in rivals if not one.as_many and not one.full_wins]
+    beaten = all(one.full_wins for one in leading)
     if beaten and not late:
         return {}, _CLEAR
     if beaten and not again:
         return dict.fromkeys(late, now), f"{full} beats the leader; whether it beats {', '.join(late)} as well is open"
-    if now >= max_seeds and not again and late and all(one.now.full >= _LIKELY for one in abreast):
+    if now >= max_seeds and not again and late and all(one.chances[0] >= _LIKELY for one in leading):
         # Nothing else is left to do, and without it the answer could not be FULL.
         return dict.fromkeys(late, now), f"{full} seems to beat the leader; whether it beats {', '.join(late)} is open"
     if now >= max_seeds:
         return {}, "all seeds that were planned"
     # Two seeds say too little about their spread to give up because of it.
-    if now > 2 and not beaten and all(max(one.with_all, one.now.clear) < _HOPELESS for one in abreast):
+    if now > 2 and not beaten and all(max(one.with_all, one.clear) < _HOPELESS for one in leading):
         return {}, "more seeds would hardly decide"
-    open_ones = late if beaten else [one.name for one in abreast if one.now.clear < _SURE]
-    more = dict.fromkeys([full, *(one.name for one in abreast), *(late if beaten else [])], now + 1)
+    open_ones = late if beaten else [one.name for one in leading if one.clear < _SURE]
+    more = dict.fromkeys([full, *(one.name for one in leading), *(late if beaten else [])], now + 1)
     return more, f"not clear yet: {', '.join(open_ones)}"
 
 
-def _chances(gap: Uncertain, margin: float, level: float, rows_factor: float, seeds: tuple[int, int]) -> Chances:
+def _chances(
+    gap: Uncertain, margin: float, level: float, then: Precision, seeds: tuple[int, int]
+) -> tuple[float, float, float]:
     """Chances, from what is seen now, that the sealed rows give a clear answer with so many seeds of both."""
-    now = Precision.of(gap)
-    then = now.with_seeds(seeds).with_rows(rows_factor)
+    now, then = Precision.of(gap), then.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(now.row_variance + then.row_variance + max(0.0, now.seed_variance - then.seed_variance))
     found = [
         _chances_at(gap.estimate, scatter, then.half_width(level, seen), then.half_width(2 * level, seen), margin)
         for seen in then.luck(same_seeds=same_seeds)
     ]
-    count = len(found)
-    return Chances(*(sum(one[place] for one in found) / count for place in range(3)))
+    full, equal, rival = (float(np.mean(each)) for each in zip(*found, strict=True))
+    return full, equal, rival
 
 
 def _chances_at(

@@ -10,12 +10,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from fulltune import pipeline
 from fulltune.data.cache import link
 from fulltune.files import append_line, lines_of
-from fulltune.pipeline import Run
+from fulltune.pipeline import Run, Until
 from fulltune.recipe.fields import Recipe
 from fulltune.records.events import without_tables
 from fulltune.system import run_folder
+from fulltune.system.run_folder import Reached
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -31,11 +33,13 @@ def make_folder(folder: Path, recipe: Recipe, data: Path | None = None) -> None:
         link(data, folder / "data")
 
 
-def trial_of(job: Run, recipe: Recipe, folder: Path, data: Path | None = None) -> Run:
-    """A trial in a folder of its own, which shows no tables and notes no look at the test rows."""
+def whole_run(job: Run, recipe: Recipe, folder: Path, until: Until = "train", data: Path | None = None) -> Reached:
+    """A trial in a folder of its own, which shows no tables and notes no look at the test rows; what is there of it is
+    not done again."""
     make_folder(folder, recipe, data)
     listener = without_tables(job.listener)
-    return replace(job, recipe=recipe, folder=folder, listener=listener, began=None, is_trial=True)
+    trial = replace(job, recipe=recipe, folder=folder, listener=listener, began=None, is_trial=True)
+    return pipeline.run(trial, until)
 
 
 @dataclass

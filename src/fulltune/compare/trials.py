@@ -42,8 +42,7 @@ def run_trial(context: Context, trial: Trial) -> TrialResult:
                 result = result.model_copy(update={"seconds_per_row": keep_rows(context, trial, made, outcome)})
         except Diverged as stop:
             seconds, problems = time.monotonic() - began, tuple(stop.problems)
-            planned = context.setup(trial.arm).plan
-            result = _result(trial, planned, metric=math.nan, train_seconds=seconds, problems=problems)
+            result = TrialResult(trial=trial, metric=math.nan, train_seconds=seconds, problems=problems)
             clear(context, trial)
         result.save(path)
     for problem in result.problems[:1]:
@@ -75,27 +74,19 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     # A prompt's virtual tokens stand before each text, and cost as much as others.
     virtual = rows * setup.arm.num_virtual_tokens if setup.arm.kind == "prompt" else 0
     saved = (context.folder / str(outcome.model_folder)).glob("*.safetensors")
-    result = _result(
-        trial,
-        made,
+    result = TrialResult(
+        trial=trial,
         metric=math.nan if outcome.best_metric is None else outcome.best_metric,
-        steps=outcome.steps,
-        best_step=outcome.best_step or outcome.steps,
         train_seconds=run_seconds(context.folder, trial.name),
         tokens_per_second=outcome.tokens_per_second,
         peak_memory_bytes=outcome.peak_memory_bytes,
         memory_growth_bytes=outcome.memory_growth_bytes,
+        num_trainable=made.num_trainable_parameters,
         tokens=tokens,
         train_flops=setup.traced.train_flops_per_token * (tokens + virtual),
         saved_bytes=sum(path.stat().st_size for path in saved),
     )
     return made, outcome, result
-
-
-def _result(trial: Trial, made: Plan, **fields: object) -> TrialResult:
-    known = {name: getattr(made, name) for name in ("num_parameters", "device", "precision", "weights_dtype")}
-    more = {"num_trainable": made.num_trainable_parameters, "bf16_rounding": made.bf16_rounding}
-    return TrialResult.model_validate({"trial": trial, **known, **more, **fields})
 
 
 def keep_rows(context: Context, trial: Trial, made: Plan, outcome: Outcome) -> float:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fulltune.recipe.methods import RIVALS, VARIANT, ArmKind
-from fulltune.records.differences import ArmScore, Decision, Difference, VerdictKind
+from fulltune.records.comparison import Decision, Difference, VerdictKind
+from fulltune.records.scores import Estimate
 from fulltune.report.comparison.numbers import Writer
-from fulltune.stats.bootstrap import SAMPLES, Drawn, draw
-from fulltune.stats.intervals import HolmTest, SeedSpread, Uncertain, difference, holm, mean_of_arm, seed_spreads
+from fulltune.stats.bootstrap import Drawn
+from fulltune.stats.intervals import Uncertain, difference, holm, mean_of_arm, seed_spreads
 from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Precision, needed
 from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Predictions
@@ -39,91 +40,79 @@ class ArmItems:
         return self.kind in RIVALS
 
 
-def decide(
-    arms: Sequence[ArmItems],
-    measure: Measure,
-    *,
-    margin: float,
-    clusters: np.ndarray | None = None,
-    confidence: float = 0.95,
-    alpha: float | None = None,
-    samples: int = SAMPLES,
-) -> Decision:
-    """Compare full fine-tuning with every other arm; rows of one cluster are resampled together."""
-    alpha = 1 - confidence if alpha is None else alpha
+@dataclass(frozen=True)
+class Terms:
+    """What a comparison is asked."""
+
+    measure: Measure
+    margin: float
+    """Differences of the metric that do not matter."""
+    confidence: float = 0.95
+    alpha: float = 0.05
+    """Chance of a wrong answer."""
+
+
+def decide(arms: Sequence[ArmItems], drawn: Drawn, terms: Terms) -> Decision:
+    """Compare full fine-tuning with every other arm; `drawn` has their metrics on the same resamples."""
+    measure = terms.measure
     (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
-    drawn = draw(measure, [arm.trials for arm in arms], clusters, samples)
     spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
-    differences, bounds = [], None if measure.span is None else (-measure.span, measure.span)
+    differences = []
     for decides in (True, False):  # arms that share the chance of a wrong answer
         group = [place for place, arm in enumerate(arms) if place != full and arm.decides == decides]
         found = [difference(drawn, full, place, spreads, measure.sign, measure.span) for place in group]
-        tests = holm([one.p_value() for one in found], alpha)
-        equivalence = holm([one.equivalence_p(margin) for one in found], alpha)
-        for place, one, test, equal in zip(group, found, tests, equivalence, strict=True):
-            terms = (drawn.num_rows, margin, confidence, alpha, bounds)
-            differences.append(_difference(arms[full], arms[place], one, test, equal, *terms))
+        tests = holm([one.p_value() for one in found], terms.alpha)
+        equivalence = holm([one.equivalence_p(terms.margin) for one in found], terms.alpha)
+        for place, one, *tested in zip(group, found, tests, equivalence, strict=True):
+            differences.append(_difference(arms[full], arms[place], one, tested, drawn.num_rows, terms))
     verdict, recommended = _verdict(differences, arms[full].name, arms)
+    scores = {}
+    for place, arm in enumerate(arms):
+        mean = mean_of_arm(drawn, place, spreads, measure.span)
+        low, high = _within(mean.interval(1 - terms.confidence), measure.bounds)
+        scores[arm.name] = Estimate(value=mean.estimate, low=low, high=high)
     return Decision(
         verdict=verdict,
         recommended=recommended,
         metric=measure.name,
         greater_is_better=measure.greater_is_better,
-        margin=margin,
-        confidence=confidence,
-        alpha=alpha,
+        margin=terms.margin,
+        confidence=terms.confidence,
+        alpha=terms.alpha,
         num_rows=drawn.num_rows,
         num_clusters=drawn.num_clusters,
         num_draws=drawn.num_draws,
-        scores=tuple(_score(arm, place, drawn, spreads, measure, confidence) for place, arm in enumerate(arms)),
+        scores=scores,
+        values={arm.name: tuple(point.tolist()) for arm, point in zip(arms, drawn.point, strict=True)},
+        seed_sds={
+            arm.name: float(np.sqrt(spread.beyond_rows))
+            for arm, spread in zip(arms, spreads, strict=True)
+            if spread is not None and len(arm.trials) > 1
+        },
         differences=tuple(differences),
         headline=_headline(verdict, recommended, arms[full].name, differences),
-        because=tuple(_because(one, Writer(measure.name, margin)) for one in differences if one.decides),
+        because=tuple(_because(one, Writer(measure.name, terms.margin)) for one in differences if one.decides),
         would_decide=tuple(_would_decide(differences)) if verdict == "UNDECIDED" else (),
         notes=tuple(_notes(differences, verdict, recommended)),
     )
-
-
-def of_learned(decision: Decision, untouched: Mapping[str, Sequence[int]]) -> Decision:
-    """The verdict where a budget for forgetting left some methods (their seeds) nothing but the untouched model."""
-    if not untouched:
-        return decision
-    notes = tuple(
-        f"{arm} (seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])}): nothing within the "
-        "budget for forgetting was better than the untouched model, which stands in its place"
-        for arm, seeds in untouched.items()
-    )
-    changes: dict[str, object] = {"notes": (*decision.notes, *notes)}
-    taken = decision.recommended
-    if any(one.arm == taken and len(one.values) == len(untouched.get(taken, ())) for one in decision.scores):
-        changes |= {
-            "verdict": "UNDECIDED",
-            "recommended": "",
-            "headline": f"Within the budget for forgetting {taken} is the untouched model: nothing is learned to take.",
-            "would_decide": (
-                "give a larger preserve.budget, more texts (preserve.probe, preserve.replay) or more train rows",
-            ),
-        }
-    return decision.model_copy(update=changes)
 
 
 def _difference(
     full: ArmItems,
     arm: ArmItems,
     found: Uncertain,
-    test: HolmTest,
-    equivalence: HolmTest,
+    tested: Sequence[tuple[float, float]],
     num_rows: int,
-    margin: float,
-    confidence: float,
-    alpha: float,
-    bounds: tuple[float, float] | None,
+    terms: Terms,
 ) -> Difference:
-    level, equal_level = test.level * arm.alpha_share, equivalence.level * arm.alpha_share
-    low, high = _within(found.interval(1 - confidence), bounds)
+    """`tested`: adjusted p-value and level of the test of a difference, and of that of equivalence."""
+    margin, alpha, span = terms.margin, terms.alpha * arm.alpha_share, terms.measure.span
+    bounds = None if span is None else (-span, span)
+    (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * arm.alpha_share) for p, of_test in tested)
+    low, high = _within(found.interval(1 - terms.confidence), bounds)
     adjusted_low, adjusted_high = _within(found.interval(level), bounds)
     known = found.seeds_known
-    certain = known and test.adjusted_p <= alpha * arm.alpha_share
+    certain = known and adjusted_p <= alpha
     rows, seeds = needed(found, num_rows, margin, level, equal_level) if known else (None, None)
     return Difference(
         arm=arm.name,
@@ -136,42 +125,18 @@ def _difference(
         high=high,
         adjusted_low=adjusted_low,
         adjusted_high=adjusted_high,
-        p_value=test.p_value,
-        adjusted_p=test.adjusted_p,
-        equivalence_p=equivalence.p_value,
-        adjusted_equivalence_p=equivalence.adjusted_p,
-        equivalent=known and equivalence.adjusted_p <= alpha * arm.alpha_share,
+        adjusted_p=adjusted_p,
+        adjusted_equivalence_p=equivalence_p,
+        equivalent=known and equivalence_p <= alpha,
         not_worse=known and 1 - found.below(margin) <= level / 2,
         full_better=certain and found.estimate >= margin and adjusted_low > 0,
         arm_better=certain and found.estimate <= -margin and adjusted_high < 0,
-        standard_error=float(np.sqrt(found.variance)),
         row_variance=found.row_variance,
         seed_variance=found.seed_variance,
         seeds_known=known,
         detectable=Precision.of(found).detectable(margin, level),
         rows_needed=rows,
         seeds_needed=seeds,
-    )
-
-
-def _score(
-    arm: ArmItems,
-    place: int,
-    drawn: Drawn,
-    spreads: Sequence[SeedSpread | None],
-    measure: Measure,
-    confidence: float,
-) -> ArmScore:
-    mean, spread = mean_of_arm(drawn, place, spreads, measure.span), spreads[place]
-    low, high = _within(mean.interval(1 - confidence), measure.bounds)
-    return ArmScore(
-        arm=arm.name,
-        kind=arm.kind,
-        values=tuple(drawn.point[place].tolist()),
-        mean=mean.estimate,
-        low=low,
-        high=high,
-        seed_sd=float(np.sqrt(spread.beyond_rows)) if spread is not None and len(arm.trials) > 1 else None,
     )
 
 
@@ -216,11 +181,6 @@ def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Se
     return "These rows and seeds do not tell the methods apart."
 
 
-def in_words(one: Difference, write: Writer) -> str:
-    """`full minus lora: +0.62 [-0.35, +1.58] points of accuracy`: with the interval that holds for all together."""
-    return f"full minus {one.arm}: {write.adjusted(one)}{' points' if write.in_points else ''} of {write.name}"
-
-
 def _because(one: Difference, write: Writer) -> str:
     if not one.seeds_known:
         answer = "one seed, so the spread between seeds is not known"
@@ -234,12 +194,13 @@ def _because(one: Difference, write: Writer) -> str:
         answer = f"{one.arm} is not worse by the margin"
     else:
         answer = "not decided"
-    return f"{in_words(one, write)}: {answer}"
+    points = " points" if write.in_points else ""
+    return f"full minus {one.arm}: {write.adjusted(one)}{points} of {write.name}: {answer}"
 
 
 def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
     for one in differences:
-        if not one.decides or one.full_better or one.arm_better or one.equivalent:
+        if not one.is_open:
             continue
         rows = [] if one.rows_needed is None else [f"{one.rows_needed:,} test rows"]
         seeds = [] if one.seeds_needed is None else [f"{one.seeds_needed} seeds per method"]

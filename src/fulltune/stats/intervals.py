@@ -8,10 +8,11 @@ all that matters, the usual bootstrap where they do not. Seeds of two arms count
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from fulltune.records.scores import Estimate
@@ -20,7 +21,6 @@ from fulltune.stats.bootstrap import Drawn, Resampled
 SURPRISES = 2.0
 """Rows that disagree beyond those seen: 0 of 20 rows that differ do not prove that two models are equal. With none
 seen, the interval is about 3 / rows, the rule of three."""
-_BISECTIONS = 60
 _LEAST_CLUSTERS = 2
 """One tells nothing of others: all its resamples are the same."""
 
@@ -119,7 +119,7 @@ class Uncertain:
     def quantile(self, share: float) -> float:
         """The number that the true one is below with this chance."""
         low, high = float((self.centres - 40 * self.spreads).min()), float((self.centres + 40 * self.spreads).max())
-        return sum(bisect(lambda value: self.below(value) < share, low, high, 1e-7, 1.0)) / 2
+        return float(brentq(lambda value: self.below(value) - share, low, high, xtol=1e-8, maxiter=500))
 
     def interval(self, alpha: float) -> tuple[float, float]:
         """Two-sided, wrong in `alpha` of cases."""
@@ -133,19 +133,6 @@ class Uncertain:
     def equivalence_p(self, margin: float) -> float:
         """The larger of the two one-sided tests (TOST)."""
         return max(self.below(-margin), 1 - self.below(margin))
-
-
-def bisect(
-    is_low: Callable[[float], bool], low: float, high: float, exact: float = 0.0, offset: float = 0.0
-) -> tuple[float, float]:
-    """Two numbers around the border between what is low and what is not, less than `exact` parts of their middle (plus
-    `offset`, for borders near 0) apart."""
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_low(middle) else (low, middle)
-        if high - low < exact * (offset + abs(middle)):
-            break
-    return low, high
 
 
 def mean_of_arm(drawn: Drawn, arm: int, spreads: Sequence[SeedSpread | None], span: float | None) -> Uncertain:
@@ -234,21 +221,12 @@ def _chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.
 # ---- several tests ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HolmTest:
-    """One of several tests."""
-
-    p_value: float
-    adjusted_p: float
-    level: float
-    """At which it is made, so that its interval says what the adjusted p-value says."""
-
-
-def holm(p_values: Sequence[float], alpha: float) -> list[HolmTest]:
-    """Several tests that together are wrong in no more than `alpha` of cases (Holm 1979), in the order given."""
+def holm(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
+    """Several tests that together are wrong in no more than `alpha` of cases (Holm 1979): of each, in the order given,
+    the adjusted p-value and the level at which it is made, so that its interval says the same."""
     found, highest = {}, 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         left = len(p_values) - rank
         highest = max(highest, min(1.0, left * p_values[place]))
-        found[place] = HolmTest(p_values[place], highest, alpha / left)
+        found[place] = (highest, alpha / left)
     return [found[place] for place in range(len(p_values))]

@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import chdtri, chndtrix, ndtr
 
-from fulltune.stats.intervals import SeedSpread, Uncertain, bisect, degrees_of_mean, seed_variance, variance_of_mean
+from fulltune.stats.intervals import SeedSpread, Uncertain, degrees_of_mean, seed_variance, variance_of_mean
 
 POWER = 0.8
 _POWER_QUANTILE = NormalDist().inv_cdf(POWER)
 MOST_ROWS_FACTOR = 100
 MOST_SEEDS = 30
+_DISCORDANCE = 0.1
+"""Share of the rows on which two runs disagree, before any is known."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,10 @@ class Precision:
             return max(margin, self.half_width(alpha)) + _POWER_QUANTILE * self.standard_error
         bounds = np.array([max(margin, self.half_width(alpha, seen)) for seen in self.luck(same_seeds=False)])
         error = self.standard_error
-
-        def called(size: float) -> float:
-            return float(ndtr((size - bounds) / error).mean()) if error else float((size >= bounds).mean())
-
-        return bisect(lambda size: called(size) < POWER, 0.0, float(bounds.max()) + 5 * error)[1]
+        if not error:
+            return float(np.quantile(bounds, POWER))
+        most = float(bounds.max()) + 5 * error
+        return float(brentq(lambda size: float(ndtr((size - bounds) / error).mean()) - POWER, -most, most))
 
 
 _LUCK = 20
@@ -126,24 +128,16 @@ def _quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float
     def outside(value: float) -> float:
         return float((shares * ndtr(-value / np.maximum(deviations, 1e-300))).sum())
 
-    return bisect(lambda value: outside(value) > alpha / 2, 0.0, 10.0 * float(deviations.max()), 1e-4)[1]
+    most = float(deviations.max())
+    return float(brentq(lambda value: outside(value) - alpha / 2, 0.0, 40 * most, xtol=1e-5 * most, rtol=1e-5))
 
 
-def planned_detectable(
-    num_rows: int,
-    num_seeds: int,
-    *,
-    discordance: float = 0.1,
-    seed_sd: float = 0.005,
-    margin: float = 0.01,
-    alpha: float = 0.05,
-    num_arms: int = 1,
-) -> float:
-    """The difference that is called with a chance of 80 %, before anything was trained."""
-    # All of the discordance is taken for noise of single runs; it averages out over seeds.
-    by_rows = discordance / num_rows / 2
+def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
+    """The difference of two arms that is called with a chance of 80 %, before anything was trained."""
+    # All of the rows on which runs disagree are taken for noise of single runs; it averages out over seeds.
+    by_rows = _DISCORDANCE / num_rows / 2
     one = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
-    return Precision(0.0, (one, one)).detectable(margin, alpha / max(1, num_arms))
+    return Precision(0.0, (one, one)).detectable(margin, alpha)
 
 
 def needed(

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fulltune.compare.sequential import spent
-from fulltune.compare.verdict import ArmItems
+from fulltune.compare.verdict import ArmItems, Terms, decide
 from fulltune.recipe.methods import ArmKind
-from fulltune.records.differences import Look
-from fulltune.stats.bootstrap import Drawn
+from fulltune.records.comparison import Decision, Look
+from fulltune.stats.bootstrap import Drawn, draw
 from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Predictions, Target
 
@@ -27,6 +27,14 @@ def kept(right: np.ndarray) -> Predictions:
 def arm(name: str, kind: ArmKind, right: np.ndarray, cost: float = 1.0) -> ArmItems:
     """From bool [seeds, rows]."""
     return ArmItems(name, kind, [kept(row) for row in right], cost)
+
+
+def decided(
+    arms: Sequence[ArmItems], measure: Measure = ACCURACY, margin: float = 0.01, alpha: float = 0.05
+) -> Decision:
+    """The verdict on a thousand resamples."""
+    drawn = draw(measure, [one.trials for one in arms], None, 1000)
+    return decide(arms, drawn, Terms(measure, margin, alpha=alpha))
 
 
 def drawn_right(
@@ -59,6 +67,12 @@ def looks_of(count: int, most: int = 0, alpha: float = 0.05, *, ends: bool = Fal
     """After each seed; none was enough, or only the last."""
     most = most or count
     return [
-        Look(num_seeds=n, max_seeds=most, spent=spent(n, most, alpha), enough=ends and n == count, reason="", arms=())
+        Look(
+            num_seeds=n,
+            max_seeds=most,
+            spent=spent(n, most, alpha),
+            reason="",
+            asked={} if ends and n == count else {"full": n + 1},
+        )
         for n in range(1, count + 1)
     ]

@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from fulltune.compare.lint import lint
-from fulltune.records.differences import ArmDesign, ComparisonDesign
+from fulltune.compare.lint import ComparisonDesign, lint
+from fulltune.compare.rates import Scale
+from fulltune.records.comparison import ArmRow, Search
+from fulltune.records.scores import Estimate
+
+
+def searched(*tried: float, chosen: float, **more: Any) -> Search:
+    return Search(arm="", tried=dict.fromkeys(tried, 0.9), chosen=chosen, **more)
+
+
+HIGH: dict[str, Any] = {"tried": (1e-4, 3e-4, 1e-3), "chosen": 3e-4}
+LOW: dict[str, Any] = {"tried": (1e-5, 3e-5, 1e-4), "chosen": 3e-5}
+
+
+def found_by(tried: tuple[float, ...] = (), **more: Any) -> dict[str, Any]:
+    return {"search": searched(*tried, **more)}
+
 
 CLEAN_FULL: dict[str, Any] = {
-    "name": "full",
+    "arm": "full",
     "kind": "full",
-    "rates_searched": (1e-5, 3e-5, 1e-4),
-    "learning_rate": 3e-5,
+    **found_by(**LOW),
     "seeds": (1, 2, 3),
     "train_tokens": 1_000_000,
+    "metric": Estimate(value=0.7, low=0.7, high=0.7),
 }
 CLEAN_LORA: dict[str, Any] = {
     **CLEAN_FULL,
-    "name": "lora",
+    **found_by(**HIGH),
+    "arm": "lora",
     "kind": "lora",
     "settings": {"rank": 16, "target_modules": "all-linear"},
-    "rates_searched": (1e-4, 3e-4, 1e-3),
-    "learning_rate": 3e-4,
 }
+WHOLE = {"whole": {1e-5: 0.9, 3e-5: 0.9}}
+ROWS = {"margin": 0.01, "scale": Scale(True, 28, True)}
 
 
 def design(full: dict[str, Any] | None = None, lora: dict[str, Any] | None = None, **more: Any) -> ComparisonDesign:
-    return ComparisonDesign(
-        arms=(
-            ArmDesign(name="base", kind="base"),
-            ArmDesign(**{**CLEAN_FULL, "name": "head", "kind": "head"}),
-            ArmDesign(**{**CLEAN_FULL, **(full or {})}),
-            ArmDesign(**{**CLEAN_LORA, **(lora or {})}),
-        ),
-        test_openings=1,
-        **more,
+    rows = (
+        ArmRow(arm="base", kind="base"),
+        ArmRow(**{**CLEAN_FULL, "arm": "head", "kind": "head"}),
+        ArmRow(**{**CLEAN_FULL, **(full or {})}),
+        ArmRow(**{**CLEAN_LORA, **(lora or {})}),
     )
+    return ComparisonDesign(rows, **{"test_openings": 1, **more})
 
 
 def test_lint_of_clean_design_is_silent() -> None:
@@ -45,17 +59,18 @@ def test_lint_of_clean_design_is_silent() -> None:
     assert lint(design(full={"weights_dtype": "bf16", "bf16_rounding": "stochastic"})) == ()
     assert lint(design(lora={"seeds": (1,), "waited": True})) == ()
     assert lint(design(lora={"train_tokens": 990_000})) == ()
-    assert lint(design(full={"whole_runs": 2})) == ()  # methods that waited, where the verdict is not FULL
-    assert lint(design(full={"whole_runs": 2}, lora={"whole_runs": 2}, full_wins=True)) == ()
+    full = found_by(**LOW, **WHOLE)
+    assert lint(design(full=full)) == ()  # methods that waited, where the verdict is not FULL
+    assert lint(design(full=full, lora=found_by(**HIGH, whole={3e-4: 0.9}), full_wins=True)) == ()
 
 
 @pytest.mark.parametrize(
     ("planted", "rule", "level", "said"),
     [
-        ({"lora": {"seeds": (1,), "time_was_up": True}}, "few-seeds", "worth knowing", "one seed: the budget ends"),
-        ({"lora": {"seeds": (1, 2), "time_was_up": True}}, "few-seeds", "worth knowing", "2 seeds: the budget ends"),
+        ({"lora": {"seeds": (1,)}, "time_was_up": True}, "few-seeds", "worth knowing", "one seed: the budget ends"),
+        ({"lora": {"seeds": (1, 2)}, "time_was_up": True}, "few-seeds", "worth knowing", "2 seeds: the budget ends"),
         (
-            {"lora": {"rates_searched": (), "no_time_to_search": True}},
+            {"lora": found_by(chosen=3e-4, time_was_up=True)},
             "rate-not-searched",
             "unfair",
             "the budget leaves no time to search",
@@ -71,23 +86,23 @@ def test_what_the_budget_caused_is_called_so(planted: dict[str, Any], rule: str,
 
 
 def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
-    found = lint(design().model_copy(update={"test_openings": 2}))
+    found = lint(design(test_openings=2))
     assert [(one.rule, one.level) for one in found] == [("test-opened-again", "worth knowing")]
 
 
 @pytest.mark.parametrize(
     ("rule", "where", "level", "planted"),
     [
-        ("rate-not-searched", "lora", "unfair", {"lora": {"rates_searched": ()}}),
-        ("rate-not-searched", "lora", "unfair", {"lora": {"rates_searched": (3e-4,)}}),
-        ("edge-of-grid", "lora", "unfair", {"lora": {"learning_rate": 1e-3}}),
-        ("edge-of-grid", "full", "unfair", {"full": {"learning_rate": 1e-5}}),
-        ("low-peft-rates", "lora", "unfair", {"lora": {"rates_searched": (1e-5, 3e-5, 1e-4), "learning_rate": 3e-5}}),
-        ("unequal-search", "lora", "unfair", {"full": {"whole_runs": 2}, "full_wins": True}),
+        ("rate-not-searched", "lora", "unfair", {"lora": found_by(chosen=3e-4)}),
+        ("rate-not-searched", "lora", "unfair", {"lora": found_by((3e-4,), chosen=3e-4)}),
+        ("edge-of-grid", "lora", "unfair", {"lora": found_by((1e-4, 3e-4, 1e-3), chosen=1e-3, on_edge=True)}),
+        ("edge-of-grid", "full", "unfair", {"full": found_by((1e-5, 3e-5, 1e-4), chosen=1e-5, on_edge=True)}),
+        ("low-peft-rates", "lora", "unfair", {"lora": found_by((1e-5, 3e-5, 1e-4), chosen=math.nan)}),
+        ("unequal-search", "lora", "unfair", {"full": found_by(**LOW, **WHOLE), "full_wins": True}),
         ("few-seeds", "full", "unfair", {"full": {"seeds": (1,)}}),
         ("few-seeds", "lora", "worth knowing", {"lora": {"seeds": (1, 2)}}),
         ("eval-is-test", "rows", "unfair", {"test_in_eval": 0.3}),
-        ("few-eval-rows", "eval rows", "worth knowing", {"eval_rows": 28, "rates_told": 0.065, "margin": 0.01}),
+        ("few-eval-rows", "eval rows", "worth knowing", ROWS),
         ("test-in-train", "test rows", "worth knowing", {"test_in_train": "3 of 28 test rows have a text ..."}),
         ("unequal-tokens", "full, lora", "unfair", {"lora": {"train_tokens": 700_000}}),
         ("unequal-heads", "methods", "unfair", {"full": {"settings": {"head_init": "random"}}}),
@@ -101,7 +116,6 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
         ),
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16", "bf16_rounding": "nearest"}}),
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16"}}),
-        ("quantised-source", "model", "unfair", {"weights_source": "4bit"}),
         ("test-opened-again", "test rows", "worth knowing", {"opened_by_others": ("banking77-1",)}),
         ("quantised-source", "model", "unfair", {"weights_source": "gguf"}),
     ],
@@ -114,33 +128,28 @@ def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: s
 
 
 def test_lint_few_eval_rows_says_how_many_and_what_they_tell_and_blames_no_method() -> None:
-    (found,) = lint(design(eval_rows=28, rates_told=0.0651, margin=0.01))
-    assert (
-        "28 rows choose the learning rates, too few to tell rates apart that differ by less than about 6.5 points"
-        in (found.what)
-    )
-    assert lint(design(eval_rows=2000, rates_told=0.0067, margin=0.01)) == ()
-    assert lint(design(eval_rows=28, rates_told=None, margin=0.01)) == ()  # the metric is no share
-    fixed = {"rates_searched": (1e-4,)}
-    made = design(eval_rows=28, rates_told=0.065, margin=0.01)
-    arms = tuple(one.model_copy(update=fixed) for one in made.arms)
-    assert "few-eval-rows" not in [one.rule for one in lint(made.model_copy(update={"arms": arms}))]  # none chosen
+    (found,) = lint(design(**ROWS))
+    assert "28 rows choose the learning rates, too few to tell rates apart that differ by less than about" in found.what
+    assert lint(design(margin=0.01, scale=Scale(True, 20_000, True))) == ()
+    assert lint(design(margin=0.01, scale=Scale(True, 28, False))) == ()  # the metric is no share
+    fixed = ComparisonDesign([ArmRow(**{**CLEAN_FULL, **found_by(chosen=3e-5)})], **ROWS)
+    assert "few-eval-rows" not in [one.rule for one in lint(fixed)]  # none chosen
 
 
 def test_lint_rates_of_full_that_whole_runs_led_up_to_do_not_make_those_of_lora_low() -> None:
-    climbed = {"rates_searched": (3e-5, 1e-4, 3e-4, 1e-3), "learning_rate": 3e-4, "on_edge": False}
-    assert lint(design(full=climbed, lora={"on_edge": False})) == ()
-    assert [one.rule for one in lint(design(full=climbed))] == ["low-peft-rates"]
+    climbed = found_by((3e-5, 1e-4, 3e-4, 1e-3), chosen=3e-4)
+    assert lint(design(full=climbed)) == ()
+    unknown = found_by(HIGH["tried"], chosen=math.nan)
+    assert [one.rule for one in lint(design(full=climbed, lora=unknown))] == ["low-peft-rates"]
 
 
 def test_lint_edge_that_is_no_better_than_its_neighbour_is_fine() -> None:
-    assert lint(design(lora={"learning_rate": 1e-3, "on_edge": False})) == ()
+    assert lint(design(lora=found_by(HIGH["tried"], chosen=1e-3))) == ()
 
 
 def test_lint_one_rate_for_all_methods() -> None:
-    same = {"rates_searched": (1e-4,), "learning_rate": 1e-4}
-    arms = [ArmDesign(**{**one, **same}) for one in (CLEAN_FULL, CLEAN_LORA)]
-    rules = {finding.rule for finding in lint(ComparisonDesign(arms=tuple(arms)))}
+    rows = [ArmRow(**{**one, **found_by(chosen=1e-4)}) for one in (CLEAN_FULL, CLEAN_LORA)]
+    rules = {finding.rule for finding in lint(ComparisonDesign(rows))}
     assert {"one-rate-for-all", "rate-not-searched"} <= rules
 
 
@@ -151,18 +160,13 @@ def test_lint_targets_beside_attention_are_fine() -> None:
 
 def test_lint_flags_hugging_faces_peft_benchmark() -> None:
     """Full arm of its `method_comparison`: bf16 weights without a master copy, one rate, one seed; LoRA on q and v."""
+    lora = {"rank": 32, "target_modules": ["q_proj", "v_proj"]}
     found = lint(
         ComparisonDesign(
-            arms=(
-                ArmDesign(name="full", kind="full", learning_rate=1e-5, seeds=(0,), weights_dtype="bf16"),
-                ArmDesign(
-                    name="lora",
-                    kind="lora",
-                    learning_rate=1e-4,
-                    seeds=(0,),
-                    settings={"rank": 32, "target_modules": ["q_proj", "v_proj"]},
-                ),
-            ),
+            [
+                ArmRow(arm="full", kind="full", **found_by(chosen=1e-5), seeds=(0,), weights_dtype="bf16"),
+                ArmRow(arm="lora", kind="lora", **found_by(chosen=1e-4), seeds=(0,), settings=lora),
+            ]
         )
     )
     assert {(finding.rule, finding.where) for finding in found} == {

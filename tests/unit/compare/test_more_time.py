@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.compare.design import why_finished
+from fulltune.compare.budget import why_finished
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
 from tests import comparisons
@@ -24,7 +24,7 @@ def ended(left: float, budget_seconds: float = 360.0) -> Comparison:
         (0.01, 720.0, None),
         (0.01, None, None),
         (0.01, 360.0, "its 6m are used up; to go on, give more time in all, such as --budget 12m"),
-        (0.0, 720.0, "finished: its time was up after the last seeds, whose verdict took all that was left"),
+        (0.0, 720.0, "finished: no part of the chance of a wrong answer is left"),
     ],
 )
 def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_left(

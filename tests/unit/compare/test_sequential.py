@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, Left, left, look, spent
-from fulltune.records.differences import Look
+from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, left, look, spent
+from fulltune.compare.verdict import Terms
+from fulltune.records.comparison import Look
+from fulltune.stats.bootstrap import draw
 from tests.unit.compare.arms import ACCURACY, arm, drawn_right, looks_of
 
 MOST = range(2, 11)
@@ -27,7 +29,8 @@ def looked(
         arm(name, kind, one[:count])  # type: ignore[arg-type]  # of this type
         for (name, kind), one, count in zip(kinds, right, seeds, strict=False)
     ]
-    return look(arms, ACCURACY, margin=0.01, max_seeds=most, again=again, samples=1000)
+    drawn = draw(ACCURACY, [one.trials for one in arms], None, 1000)
+    return look(arms, drawn, Terms(ACCURACY, 0.01), most, rows, again=again)
 
 
 @pytest.mark.parametrize("most", [2, 3, 5])
@@ -46,14 +49,9 @@ def test_spent_second_look_after_catching_up_is_paid_for_by_those_that_waited() 
     assert all(second <= first for first, second in zip(firsts, seconds, strict=True))  # of the leader: the same test
 
 
-def decisions(found: Look) -> dict[str, tuple[str, int]]:
-    return {step.arm: (step.decision, step.seeds) for step in found.arms}
-
-
 def test_look_one_seed_full_and_the_leader_go_on_and_the_rest_waits() -> None:
     found = looked([0.93, 0.85, 0.91], [1, 1, 1])
-    assert decisions(found) == {"full": ("more", 2), "lora": ("wait", 1), "prompt": ("more", 2)}
-    assert not found.enough
+    assert found.asked == {"full": 2, "prompt": 2}
     assert (
         found.reason
         == "of the methods beside full the best is prompt; one seed tells nothing about the spread between seeds"
@@ -61,68 +59,66 @@ def test_look_one_seed_full_and_the_leader_go_on_and_the_rest_waits() -> None:
 
 
 def test_look_one_rival_always_leads() -> None:
-    assert decisions(looked([0.93, 0.55], [1, 1])) == {"full": ("more", 2), "lora": ("more", 2)}
+    assert looked([0.93, 0.55], [1, 1]).asked == {"full": 2, "lora": 2}
 
 
 def test_look_one_seed_planned_is_enough() -> None:
-    assert looked([0.93, 0.85], [1, 1], most=1).enough
+    assert not looked([0.93, 0.85], [1, 1], most=1).asked
 
 
 def test_look_unclear_leader_goes_on_while_the_rest_waits() -> None:
     found = looked([0.93, 0.915, 0.55], [2, 2, 1], spread=0.005)
-    assert decisions(found) == {"full": ("more", 3), "lora": ("more", 3), "prompt": ("wait", 1)}
+    assert (found.asked, found.waiting) == ({"full": 3, "lora": 3}, ("prompt",))
 
 
 def test_look_equal_leader_ends_it_whatever_the_rest_does() -> None:
     found = looked([0.95, 0.9501, 0.9], [4, 4, 1], rows=20_000)
-    assert found.enough
-    assert decisions(found)["prompt"] == ("enough", 1)
+    assert (found.asked, found.waiting) == ({}, ("prompt",))
 
 
 def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
     found = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002, most=3)
-    assert decisions(found) == {"full": ("wait", 3), "lora": ("wait", 3), "prompt": ("more", 3)}
+    assert (found.asked, found.waiting) == ({"prompt": 3}, ())
     assert found.reason == "full beats the leader; whether it beats prompt as well is open"
     assert found.spent == spent(3, 3, 0.05)
     second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, most=3, again=True)
-    assert second.enough
+    assert not second.asked
     assert second.spent == spent(3, 3, 0.05, again=True)
 
 
 def test_look_after_the_last_seeds_the_others_catch_up_where_full_is_likely_to_be_better() -> None:
     found = looked([0.95, 0.935, 0.938], [3, 3, 1], spread=0.004, most=3)
-    assert decisions(found) == {"full": ("wait", 3), "lora": ("wait", 3), "prompt": ("more", 3)}
+    assert (found.asked, found.waiting) == ({"prompt": 3}, ())
     assert found.reason == "full seems to beat the leader; whether it beats prompt is open"
-    assert looked([0.95, 0.949, 0.938], [3, 3, 1], spread=0.004, most=3).enough
-    assert looked([0.95, 0.935, 0.938], [3, 3, 3], spread=0.004, most=3, again=True).enough
+    assert looked([0.95, 0.949, 0.938], [3, 3, 1], spread=0.004, most=3).asked == {}
+    assert looked([0.95, 0.935, 0.938], [3, 3, 3], spread=0.004, most=3, again=True).asked == {}
 
 
 def test_look_one_that_did_not_catch_up_clearly_goes_on_with_the_others() -> None:
     # `prompt` was beaten clearly before, and is not at the smaller part of alpha of the second look.
     found = looked([0.95, 0.85, 0.938], [3, 3, 1], spread=0.002, again=True)
-    assert decisions(found) == {"full": ("more", 4), "lora": ("more", 4), "prompt": ("more", 4)}
+    assert found.asked == {"full": 4, "lora": 4, "prompt": 4}
     assert found.reason == "not clear yet: prompt"
 
 
 def test_look_full_that_beats_all_is_enough_though_some_waited() -> None:
-    assert looked([0.95, 0.85, 0.4], [4, 4, 1]).enough
+    assert looked([0.95, 0.85, 0.4], [4, 4, 1]).asked == {}
 
 
 def test_look_clear_difference_is_enough() -> None:
     found = looked([0.95, 0.85], [3, 3])
-    assert found.enough
-    assert {step.decision for step in found.arms} == {"enough"}
+    assert not found.asked
     assert found.spent == spent(3, 5, 0.05)
 
 
 def test_look_clear_equivalence_is_enough() -> None:
-    assert looked([0.95, 0.9501], [4, 4], rows=20_000).enough
+    assert looked([0.95, 0.9501], [4, 4], rows=20_000).asked == {}
 
 
 def test_look_unclear_goes_on_until_all_seeds() -> None:
-    assert not looked([0.93, 0.915], [3, 3], spread=0.005).enough
+    assert looked([0.93, 0.915], [3, 3], spread=0.005).asked
     found = looked([0.93, 0.915], [5, 5], spread=0.005)
-    assert found.enough
+    assert not found.asked
     assert found.reason == "all seeds that were planned"
 
 
@@ -130,31 +126,33 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
     # Row noise that both arms' seeds share: what differs is which rows they can do.
     chance = np.random.default_rng(0)
     full, lora = (np.repeat(chance.permutation(np.arange(150) < 127)[None], 3, axis=0) for _ in range(2))
-    found = look([arm("full", "full", full), arm("lora", "lora", lora)], ACCURACY, margin=0.01, max_seeds=5)
-    assert found.enough
+    arms = [arm("full", "full", full), arm("lora", "lora", lora)]
+    drawn = draw(ACCURACY, [one.trials for one in arms], None, 2000)
+    found = look(arms, drawn, Terms(ACCURACY, 0.01), 5, 150)
+    assert not found.asked
     assert "more seeds would hardly decide" in found.reason
 
 
 def test_left_is_the_part_of_the_look_that_ended_it_else_what_was_not_spent() -> None:
     one, two = looked([0.93, 0.915], [1, 1], most=3), looked([0.93, 0.915], [2, 2], spread=0.005, most=3)
-    assert not two.enough
-    assert left([one, two], 0.05).now == pytest.approx(spent(3, 3, 0.05))
-    assert left([one, two.model_copy(update={"enough": True})], 0.05).now == two.spent
-    assert left([], 0.05) == Left(0.05, 0.0)
-    assert left([], 0.05, time_was_up=True) == Left(TIME_UP_SHARE * 0.05, (1 - TIME_UP_SHARE) * 0.05)
+    assert two.asked
+    assert left([one, two], 0.05)[0] == pytest.approx(spent(3, 3, 0.05))
+    assert left([one, two.model_copy(update={"asked": {}})], 0.05)[0] == two.spent
+    assert left([], 0.05) == (0.05, 0.0)
+    assert left([], 0.05, time_was_up=True) == (TIME_UP_SHARE * 0.05, (1 - TIME_UP_SHARE) * 0.05)
 
 
 @pytest.mark.parametrize("most", [1, *MOST])
 def test_left_something_where_all_seeds_were_run_but_a_method_was_left_out(most: int) -> None:
-    found = left(looks_of(most, ends=True), 0.05, time_was_up=True)
-    assert found.now == pytest.approx(TIME_UP_SHARE * spent(most, most, 0.05))
-    assert found.later == pytest.approx(found.now)
+    now, later = left(looks_of(most, ends=True), 0.05, time_was_up=True)
+    assert now == pytest.approx(TIME_UP_SHARE * spent(most, most, 0.05))
+    assert later == pytest.approx(now)
 
 
 def test_left_look_that_ended_it_early_takes_its_whole_part_because_later_ones_have_the_most() -> None:
-    found = left(looks_of(2, 3, ends=True), 0.05, time_was_up=True)
-    assert found.now == spent(2, 3, 0.05)
-    assert found.later == pytest.approx(spent(3, 3, 0.05))
+    now, later = left(looks_of(2, 3, ends=True), 0.05, time_was_up=True)
+    assert now == spent(2, 3, 0.05)
+    assert later == pytest.approx(spent(3, 3, 0.05))
 
 
 @pytest.mark.parametrize("most", MOST)
@@ -164,32 +162,32 @@ def test_looks_and_verdicts_of_all_commands_keep_alpha_together(most: int, enoug
     taken, alpha = 0.0, 0.05
     for count in range(2 if enough else 1, most):  # nothing is enough after one seed
         looks = looks_of(count, most, alpha, ends=enough)
-        found = left(looks, alpha, time_was_up=True)
-        assert 0 < found.later < alpha
-        taken += passed(looks) + found.now
-        alpha = found.later
+        now, later = left(looks, alpha, time_was_up=True)
+        assert 0 < later < alpha
+        taken += passed(looks) + now
+        alpha = later
     looks = looks_of(most, most, alpha, ends=True)
-    found = left(looks, alpha)
-    assert found.now > 0
-    assert taken + passed(looks) + found.now == pytest.approx(0.05)
+    now, later = left(looks, alpha)
+    assert now > 0
+    assert taken + passed(looks) + now == pytest.approx(0.05)
 
 
 def passed(looks: list[Look]) -> float:
     """What could have been tested after these looks, had they ended it; the one that did has its verdict."""
-    return sum(one.spent for one in looks if not one.enough)
+    return sum(one.spent for one in looks if one.asked)
 
 
 def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_that_of_the_second_look() -> None:
     two, three = (looked([0.93, 0.915], [count] * 2, spread=0.005, most=3) for count in (2, 3))
-    asked = [two.model_copy(update={"enough": False}), three.model_copy(update={"enough": False})]
-    for found in (left(asked, 0.05), left(asked, 0.05, time_was_up=True)):
-        assert found.now == pytest.approx(spent(3, 3, 0.05, again=True))
-        assert found.later == 0.0  # full and the leader could have been tested at all that was left
+    asked = [one.model_copy(update={"asked": {"prompt": 3}}) for one in (two, three)]
+    for now, later in (left(asked, 0.05), left(asked, 0.05, time_was_up=True)):
+        assert now == pytest.approx(spent(3, 3, 0.05, again=True))
+        assert later == 0.0  # full and the leader could have been tested at all that was left
 
 
 def test_left_second_look_takes_no_more_than_the_first_after_the_same_seeds() -> None:
     one, two = looks_of(2, 3)
-    again = two.model_copy(update={"spent": spent(2, 3, 0.05, again=True), "enough": True})
-    found = left([one, two, again], 0.05, time_was_up=True)
-    assert found.now == again.spent
-    assert found.later == pytest.approx(spent(3, 3, 0.05))
+    again = two.model_copy(update={"spent": spent(2, 3, 0.05, again=True), "asked": {}})
+    now, later = left([one, two, again], 0.05, time_was_up=True)
+    assert now == again.spent
+    assert later == pytest.approx(spent(3, 3, 0.05))

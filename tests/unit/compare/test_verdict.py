@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fulltune.compare.verdict import ArmItems, decide, of_learned
+from fulltune.compare.held import of_learned
+from fulltune.compare.verdict import ArmItems
 from fulltune.recipe.methods import ArmKind
-from fulltune.records.differences import Decision
+from fulltune.records.comparison import Decision
 from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Target
-from tests.unit.compare.arms import ACCURACY, arm, drawn_right
+from tests import comparisons
+from tests.unit.compare.arms import arm, decided, drawn_right
 
 ROWS = 4000
 KINDS: dict[str, tuple[ArmKind, float]] = {
@@ -29,7 +31,7 @@ KINDS: dict[str, tuple[ArmKind, float]] = {
 def decision(accuracies: dict[str, float], rows: int = ROWS, seeds: int = 3, margin: float = 0.01) -> Decision:
     right = drawn_right(np.random.default_rng(0), rows, list(accuracies.values()), 0.001, seeds)
     arms = [arm(name, KINDS[name][0], one, KINDS[name][1]) for name, one in zip(accuracies, right, strict=True)]
-    return decide(arms, ACCURACY, margin=margin, samples=1000)
+    return decided(arms, margin=margin)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_verdict_arm_that_may_be_better_is_recommended_though_undecided() -> Non
 def test_verdict_arm_with_one_seed_borrows_the_spread_and_is_noted() -> None:
     right = drawn_right(np.random.default_rng(0), ROWS, [0.93, 0.80, 0.89], 0.001)
     arms = [arm("full", "full", right[0], 9.0), arm("prompt", "prompt", right[1][:1]), arm("lora", "lora", right[2])]
-    found = decide(arms, ACCURACY, margin=0.01, samples=1000)
+    found = decided(arms)
     assert found.verdict == "FULL"
     assert any(note.startswith("prompt: one seed") for note in found.notes)
     assert found.difference("prompt").num_seeds == 1
@@ -112,12 +114,12 @@ def test_verdict_of_a_loss_is_oriented() -> None:
         ArmItems("full", "full", trials(1.0), 9.0),
         ArmItems("lora", "lora", trials(1.2), 1.0),
     ]
-    found = decide(arms, loss, margin=0.02, samples=1000)
+    found = decided(arms, loss, margin=0.02)
     assert found.verdict == "FULL"
     assert found.difference("lora").estimate == pytest.approx(0.2, abs=0.02)
     assert found.difference("base").estimate == pytest.approx(2.0, abs=0.02)
     assert not found.difference("base").decides
-    assert found.scores[0].seed_sd is None
+    assert "base" not in found.seed_sds
 
 
 def test_verdict_is_the_same_from_its_json() -> None:
@@ -129,7 +131,7 @@ def test_verdict_is_the_same_from_its_json() -> None:
 def test_verdict_at_spent_alpha_is_stricter() -> None:
     right = drawn_right(np.random.default_rng(0), 1000, [0.93, 0.90], 0.001)
     arms = [arm("full", "full", right[0], 9.0), arm("lora", "lora", right[1])]
-    usual, strict = (decide(arms, ACCURACY, margin=0.01, alpha=alpha, samples=1000) for alpha in (0.05, 0.002))
+    usual, strict = (decided(arms, alpha=alpha) for alpha in (0.05, 0.002))
     assert strict.differences[0].adjusted_low < usual.differences[0].adjusted_low
     assert strict.differences[0].low == usual.differences[0].low
 
@@ -137,20 +139,19 @@ def test_verdict_at_spent_alpha_is_stricter() -> None:
 def test_intervals_of_shares_stay_within_what_shares_can_be() -> None:
     """Two seeds that differ much allow anything; nothing is right more than always."""
     right = drawn_right(np.random.default_rng(3), 60, [0.9, 0.6], 0.2, 2)
-    found = decide([arm("full", "full", right[0], 2), arm("lora", "lora", right[1], 1)], ACCURACY, margin=0.01)
-    for score in found.scores:
-        assert 0 <= score.low <= score.mean <= score.high <= 1
+    found = decided([arm("full", "full", right[0], 2), arm("lora", "lora", right[1], 1)])
+    for score in found.scores.values():
+        assert 0 <= score.low <= score.value <= score.high <= 1
     (apart,) = found.differences
     assert -1 <= apart.adjusted_low <= apart.low <= apart.high <= apart.adjusted_high <= 1
-    assert found.scores[0].high == 1
+    assert found.scores["full"].high == 1
 
 
 def test_arm_that_waited_is_tested_at_its_part_of_alpha() -> None:
     right = drawn_right(np.random.default_rng(0), ROWS, [0.93, 0.90], 0.004, 3)
     full, lora = arm("full", "full", right[0], 2), arm("lora", "lora", right[1], 1)
-    whole = decide([full, lora], ACCURACY, margin=0.01, samples=1000)
-    part = decide([full, replace(lora, alpha_share=0.25)], ACCURACY, margin=0.01, samples=1000)
-    quarter = decide([full, lora], ACCURACY, margin=0.01, alpha=0.0125, samples=1000)
+    whole, part = decided([full, lora]), decided([full, replace(lora, alpha_share=0.25)])
+    quarter = decided([full, lora], alpha=0.0125)
     assert part.differences[0].adjusted_low < whole.differences[0].adjusted_low
     assert part.differences[0].adjusted_low == pytest.approx(quarter.differences[0].adjusted_low)
 
@@ -158,13 +159,18 @@ def test_arm_that_waited_is_tested_at_its_part_of_alpha() -> None:
 def test_untouched_model_that_a_budget_left_is_not_recommended() -> None:
     found = decision({"full": 0.9, "lora": 0.9}, margin=0.05)
     assert found.recommended == "lora"
-    part = of_learned(found, {"lora": [2]})
+
+    def untouched(arm: str, *seeds: int) -> Decision:
+        one = comparisons.preserved(arm, 0.05, 0.9, learned=False)
+        return of_learned(found, {arm: dict.fromkeys(seeds, one)})
+
+    part = untouched("lora", 2)
     assert (part.verdict, part.recommended) == (found.verdict, "lora")
     assert part.notes[-1].startswith("lora (seed 2): nothing within the budget for forgetting was better than the")
-    whole = of_learned(found, {"lora": [1, 2, 3]})
+    whole = untouched("lora", 1, 2, 3)
     assert (whole.verdict, whole.recommended) == ("UNDECIDED", "")
     assert whole.notes[-1].startswith("lora (seeds 1, 2 and 3): nothing within the budget")
     assert whole.headline.startswith("Within the budget for forgetting lora is the untouched model")
     assert "preserve.budget" in whole.would_decide[0]
-    assert of_learned(found, {"full": [1, 2, 3]}).recommended == "lora"
+    assert untouched("full", 1, 2, 3).recommended == "lora"
     assert of_learned(found, {}) == found

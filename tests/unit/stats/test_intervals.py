@@ -173,7 +173,7 @@ def test_quantile_and_below_agree() -> None:
 
 def test_holm_by_hand() -> None:
     found = holm([0.01, 0.04, 0.03, 0.005], 0.06)
-    assert [one.adjusted_p for one in found] == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert [one.level for one in found] == pytest.approx([0.02, 0.06, 0.03, 0.015])
-    assert [one.adjusted_p for one in holm([0.9, 0.6], 0.05)] == [1.0, 1.0]
+    assert [adjusted_p for adjusted_p, _ in found] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert [level for _, level in found] == pytest.approx([0.02, 0.06, 0.03, 0.015])
+    assert [adjusted_p for adjusted_p, _ in holm([0.9, 0.6], 0.05)] == [1.0, 1.0]
     assert holm([], 0.05) == []

@@ -38,10 +38,10 @@ def test_precision_says_of_now_what_the_draws_say() -> None:
 
 
 def test_detectable_gets_smaller_with_rows_and_seeds() -> None:
-    sizes = [planned_detectable(rows, seeds) for rows, seeds in ((500, 3), (2000, 3), (2000, 5))]
+    sizes = [planned_detectable(rows, seeds, 0.005, 0.01, 0.05) for rows, seeds in ((500, 3), (2000, 3), (2000, 5))]
     assert sizes == sorted(sizes, reverse=True)
-    assert planned_detectable(2000, 3, num_arms=4) > sizes[1]
-    assert planned_detectable(10**7, 30, seed_sd=0.0) == pytest.approx(0.01, abs=0.0005)
+    assert planned_detectable(2000, 3, 0.005, 0.01, 0.05 / 4) > sizes[1]
+    assert planned_detectable(10**7, 30, 0.0, 0.01, 0.05) == pytest.approx(0.01, abs=0.0005)
 
 
 def test_needed_rows_or_seeds_would_decide() -> None:

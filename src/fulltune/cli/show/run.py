@@ -215,11 +215,10 @@ def expectation(expected: Expectation, metric: str, margin: float | None = None)
         whose = "of each method at most; clear answers need fewer"
         if expected.budget_seconds is not None:
             whose = f"of full and of the best of the others{', one of the rest' * (len(expected.arms) > 2)}"
-    usual, most = format_seconds(expected.seconds), format_seconds(expected.most_seconds)
-    takes = f"about {usual}" if usual == most else f"about {usual}, {most} if every method needs all seeds"
+    takes = f"about {format_seconds(expected.seconds)}"
     if expected.budget_seconds is not None:
         given = format_seconds(expected.budget_seconds)
-        takes = f"about {usual} of the {given} given; the rest is a reserve for errors of the forecast"
+        takes += f" of the {given} given; the rest is a reserve for errors of the forecast"
     rows = [
         ("methods", ", ".join(expected.arms)),
         ("trials", f"{search}{counted(expected.num_seeds, 'seed')} {whose}"),
@@ -227,7 +226,7 @@ def expectation(expected: Expectation, metric: str, margin: float | None = None)
         ("can find", _can_find(expected, metric, margin)),
         *(("note" if expected.budget_seconds is None else "budget", note) for note in expected.notes),
     ]
-    if margin is not None and expected.detectable is not None and expected.detectable > margin:
+    if margin is not None and expected.detectable is not None and expected.detectable[0] > margin:
         asked = Writer(metric, margin).amount(margin)
         more = f"{asked}, less than it can find: it may end UNDECIDED; more test rows or seeds would help"
         rows.append(("margin", more))
@@ -241,9 +240,9 @@ def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
     if expected.detectable is None:
         return f"not known before seeds have been run{'' if is_share(metric) else f': {name} is no share of rows'}"
     write = Writer(metric, margin or 0.01)
-    if write.in_points and expected.detectable >= 1:
+    alike, apart = expected.detectable
+    if write.in_points and alike >= 1:
         return "nothing: with so few test rows and seeds any difference may be chance, however large"
-    found = f"differences of {write.amount(expected.detectable)} of {name} or more if seeds differ by half a point"
-    if expected.detectable_apart is not None:
-        found += f", of {write.amount(expected.detectable_apart)} if they differ by two"
+    found = f"differences of {write.amount(alike)} of {name} or more if seeds differ by half a point"
+    found += f", of {write.amount(apart)} if they differ by two"
     return f"{found} (power 80 %)"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fulltune.records.comparison import ArmRow, Comparison
-from fulltune.records.differences import Decision
-from fulltune.report.comparison import about_forgetting
-from fulltune.report.comparison.how import facts, found_from, how, known
+from fulltune.records.comparison import ArmRow, Comparison, Decision
+from fulltune.report.comparison import held
+from fulltune.report.comparison.how import chosen_rate, facts, found_from, how, known
 from fulltune.report.comparison.numbers import NOTHING, Writer, fine_share, ratio, short, short_count
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -41,8 +40,7 @@ def build(comparison: Comparison, picture: str = "") -> Report:
         _why(comparison),
         Section("field", "The methods", _methods(comparison)),
         _plot(comparison, picture),
-        about_forgetting.section(comparison),
-        _claims(comparison),
+        held.section(comparison),
         Section("fairness", "Fairness", (_fairness(comparison),)),
         how(comparison),
         Section("again", "Make it again", (Code(comparison.command, "sh"), _MADE_FROM)),
@@ -59,13 +57,11 @@ def build(comparison: Comparison, picture: str = "") -> Report:
 
 def in_short(comparison: Comparison) -> list[Headline | Section | Block]:
     """What stands in the terminal."""
-    answers = about_forgetting.answers(comparison.rows, comparison.decision, comparison.held)
     parts = (
         _headline(comparison),
         _why(comparison),
         Section("field", "The methods", _methods(comparison)),
-        unless_empty("Forgetting", [Bullets(tuple(answers.values()))] if answers else []),
-        _claims(comparison),
+        held.in_short(comparison),
         Section("fairness", "Fairness", (_fairness(comparison),)),
         Section("how", "How it was made", (Facts(tuple(one for one in facts(comparison) if one[0] in _IN_TERMINAL)),)),
     )
@@ -119,7 +115,7 @@ def _warning(comparison: Comparison) -> str:
     unfair = sum(one.startswith("Unfair") for one in found)
     counts = ((unfair, "unfair setting"), (len(found) - unfair, "note"))
     parts = [counted(count, noun) for count, noun in counts if count]
-    opened = len({(one.trials, one.alpha) for one in comparison.openings})  # the same trials again show nothing new
+    opened = comparison.verdicts_on_test_rows
     again = f"The sealed test rows were used for a verdict {opened} times. " if opened > 1 else ""
     return f"{again}{listed(parts)}: see Fairness." if parts else ""
 
@@ -186,7 +182,6 @@ def _quality(comparison: Comparison) -> Table:
         updated = short_count(row.num_trainable)
         if row.num_trainable and row.num_parameters:
             updated += f" ({fine_share(row.num_trainable / row.num_parameters)})"
-        on_edge = any(search.on_edge for search in comparison.searches if search.arm == row.arm)
         rows.append(
             (
                 _name(row, comparison),
@@ -194,8 +189,8 @@ def _quality(comparison: Comparison) -> Table:
                 write.estimate(row.metric),
                 "reference" if row.kind == "full" else behind.get(row.arm, NOTHING),
                 NOTHING if row.gain_share is None else fine_share(row.gain_share),
-                NOTHING if row.drift is None else format_number(row.drift.value),
-                NOTHING if row.learning_rate is None else f"{format_number(row.learning_rate)}{'*' * on_edge}",
+                held.cell(row),
+                NOTHING if row.search is None else chosen_rate(row.search),
                 str(len(row.seeds) or NOTHING),
             )
         )
@@ -204,12 +199,12 @@ def _quality(comparison: Comparison) -> Table:
     spread = "rows and seeds" if known(comparison) else "rows alone, since there is one seed"
     caption = (
         f"Quality on the sealed test rows. {recommended}{write.name}: mean over seeds, with its {level} interval over "
-        f"{spread}. The difference's interval holds for all deciding methods together; above 0 full is better. Drift: "
-        f"{comparison.drift_unit} on generic text. *: best rate at the edge of those tried"
+        f"{spread}. The difference's interval holds for all deciding methods together; above 0 full is better. "
+        f"{held.about_column(comparison)}. *: best rate at the edge of those tried"
     )
     better = f"full is better by{' [points]' if write.in_points else ''}"
     metric = f"{write.name} [{level}]"
-    header = ("method", "parameters updated", metric, better, "of full's gain", "drift", "rate", "seeds")
+    header = ("method", "parameters updated", metric, better, "of full's gain", held.COLUMN, "rate", "seeds")
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
@@ -283,12 +278,6 @@ def _plot(comparison: Comparison, picture: str) -> Section | None:
     return Section("plot", "Quality against cost", (figures, Paragraph(legend)))
 
 
-def _claims(comparison: Comparison) -> Section | None:
-    became = {True: "Holds", False: "Does not hold", None: "Not decided"}
-    rows = tuple((f"“{one.claim}”", f"{became[one.holds]}: {one.here}") for one in comparison.claims)
-    return unless_empty("Common claims", [Facts(rows)] if rows else [])
-
-
 def _fairness(comparison: Comparison) -> Block:
     found = marks(comparison)
     return Bullets(tuple(found)) if found else Paragraph("No unfair setting was found.")
@@ -298,11 +287,11 @@ def marks(comparison: Comparison) -> list[str]:
     """All that a reader must know before believing the verdict, what is unfair first."""
     said = [
         f"{'Unfair' if one.level == 'unfair' else 'Note'}: {one.where}: {one.what}. To do: {one.to_do}."
-        for one in sorted(comparison.findings, key=lambda one: one.level != "unfair")
+        for one in comparison.findings
     ]
     decision = comparison.decision
     write, deciding = Writer.of(decision), known(comparison)
-    still_open = [one for one in deciding if not (one.full_better or one.arm_better or one.equivalent)]
+    still_open = [one for one in deciding if one.is_open]
     if any(one.detectable > decision.margin for one in still_open):
         said.append(
             "Note: differences that so many test rows and seeds find in 8 of 10 cases: "

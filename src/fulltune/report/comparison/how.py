@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from fulltune.records.comparison import Comparison, Search, Tried
-from fulltune.records.differences import Difference
+from fulltune.records.comparison import Comparison, Difference, Search
+from fulltune.report.comparison import held
 from fulltune.report.comparison.numbers import NOTHING, Writer, ratio
 from fulltune.report.format.blocks import Block, Bullets, Facts, Folded, Section, Table, foreign
 from fulltune.text import counted, format_number, format_percent, format_seconds
@@ -38,9 +38,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
     opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
     write = Writer.of(comparison.decision)
-    spread = [
-        f"{one.arm} by {write.amount(one.seed_sd)}" for one in comparison.decision.scores if one.seed_sd is not None
-    ]
+    spread = [f"{arm} by {write.amount(one)}" for arm, one in comparison.decision.seed_sds.items()]
     found = [
         (
             "rows",
@@ -53,7 +51,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("could find", _could_find(comparison)),
         ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
-        ("drift", f"{comparison.drift_unit} against the untouched model, on {comparison.drift_text}"),
+        held.fact(comparison),
         ("started", comparison.started),
     ]
     return [(name, value) for name, value in found if value]
@@ -67,7 +65,7 @@ def spent(comparison: Comparison) -> tuple[str, str]:
         took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)})"
         fixed += f", {ratio(design / one)} one full run"
     expected = comparison.expectation
-    seeds = counted(expected.recipe_seeds or expected.num_seeds, "seed")
+    seeds = counted(expected.most_seeds, "seed")
     searched = ", rate searches included," if any(row.search_seconds for row in comparison.rows) else ""
     said = f"{seeds} of every method{searched} take {fixed}"
     saved = design - sum(row.train_seconds * len(row.seeds) + row.search_seconds for row in comparison.rows)
@@ -82,11 +80,9 @@ def spent(comparison: Comparison) -> tuple[str, str]:
 def _could_find(comparison: Comparison) -> str:
     parts, expected, write = [], comparison.expectation, Writer.of(comparison.decision)
     if expected.detectable is not None:
-        seeds = counted(expected.num_seeds, "seed")
-        apart = "" if expected.detectable_apart is None else ", where seeds differ by half a point"
-        parts.append(f"expected before the start, with {seeds}: {write.found_from(expected.detectable)}{apart}")
-        if expected.detectable_apart is not None:
-            parts[-1] += f", {write.found_from(expected.detectable_apart)} where by two"
+        seeds, (alike, apart) = counted(expected.num_seeds, "seed"), map(write.found_from, expected.detectable)
+        where = f"{alike}, where seeds differ by half a point, {apart} where by two"
+        parts.append(f"expected before the start, with {seeds}: {where}")
     if found := found_from(known(comparison), write):
         parts.append(f"in the end: {found}; true differences of that size are found in 8 of 10 comparisons")
     return "; ".join(parts)
@@ -99,14 +95,20 @@ def _searches(comparison: Comparison) -> Table:
             foreign(one.arm),
             _tried(one.tried, write) or NOTHING,
             _whole(one, write) or NOTHING,
-            f"{format_number(one.chosen)}{'*' * one.on_edge}",
+            chosen_rate(one),
             one.reason,
         )
-        for one in comparison.searches
+        for row in comparison.rows
+        if (one := row.search) is not None
     )
     header = ("method", "short runs", "whole runs", "chosen", "why")
     caption = f"Learning rates with their {write.name} on the eval rows. *: a better one may lie beyond those tried"
     return Table(caption, header, rows, frozenset({3}))
+
+
+def chosen_rate(search: Search) -> str:
+    """`0.0002`, with a star where a better one may lie beyond those tried."""
+    return f"{format_number(search.chosen)}{'*' * search.on_edge}"
 
 
 def _whole(search: Search, write: Writer) -> str:
@@ -115,9 +117,8 @@ def _whole(search: Search, write: Writer) -> str:
     return " · ".join([_tried(search.whole, write)] * bool(search.whole) + [f"{apart} given up"] * bool(apart))
 
 
-def _tried(tried: Sequence[Tried], write: Writer) -> str:
-    by_rate = sorted(tried, key=lambda one: one.learning_rate)
-    return " · ".join(f"{format_number(one.learning_rate)}: {write.value(one.metric)}" for one in by_rate)
+def _tried(tried: Mapping[float, float], write: Writer) -> str:
+    return " · ".join(f"{format_number(rate)}: {write.value(tried[rate])}" for rate in sorted(tried))
 
 
 def known(comparison: Comparison) -> list[Difference]:

@@ -1,19 +1,70 @@
-"""Several tasks on one base: what a full model for each costs against parts side by side, for files and terminal."""
+"""Several tasks on one base: what a full model for each costs against parts side by side."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fulltune.records.comparison import ManyTasks
+from fulltune.errors import RecipeError
+from fulltune.records.comparison import Comparison, ManyTasks, Way
+from fulltune.records.scores import Estimate
 from fulltune.report.comparison.numbers import NOTHING, Writer, ratio
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Paragraph, Row, Section, Table, foreign
 from fulltune.report.format.markdown import section_in_markdown
-from fulltune.text import counted, format_bytes, format_seconds
+from fulltune.text import counted, format_bytes, format_seconds, is_share
 
 RECORD, PAGE = "tasks.json", "tasks.md"
 _MARGIN = 0.01
 """How exactly differences are written."""
+
+
+def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
+    """Put finished comparisons of one pretrained model together, each by the name of its task."""
+    rows = {task: {row.arm: row for row in one.rows} for task, one in comparisons.items()}
+    first = next(iter(comparisons.values()))
+    full = next(row.arm for row in first.rows if row.kind == "full")
+    arms = [
+        row.arm for row in first.rows if row.kind not in ("base", "full") and all(row.arm in r for r in rows.values())
+    ]
+    if not arms:
+        raise RecipeError("--budget: too short to train one method beside full for every task; give more time")
+    # A full model's file is the base with a small head.
+    base = min(one[full].saved_bytes for one in rows.values())
+
+    def way(arm: str) -> Way:
+        found = {task: one[arm] for task, one in rows.items()}
+        stored, kind = sum(row.saved_bytes for row in found.values()), found[next(iter(found))].kind
+        return Way(
+            arm=arm,
+            kind=kind,
+            stored_bytes=stored + (0 if kind in ("full", "variant") else base),  # a variant is a whole model, too
+            bytes_per_task=round(stored / len(found)),
+            train_seconds=round(sum(row.train_seconds for row in found.values()), 1),
+            scores={task: row.metric for task, row in found.items()},
+            behind=None if arm == full else _behind(arm, list(comparisons.values())),
+        )
+
+    return ManyTasks(
+        model=first.model,
+        base_bytes=base,
+        tasks={task: one.decision for task, one in comparisons.items()},
+        train_rows={task: one.train_rows for task, one in comparisons.items()},
+        ways=tuple(map(way, (full, *arms))),
+    )
+
+
+def _behind(arm: str, comparisons: Sequence[Comparison]) -> Estimate | None:
+    """Mean over the tasks, where all metrics are shares; the squares of their independent half intervals add up."""
+    found = [one.decision.difference(arm) for one in comparisons]
+    if not all(is_share(one.metric) for one in comparisons) or not all(one.seeds_known for one in found):
+        return None
+    mean = statistics.mean(one.estimate for one in found)
+    halves = (max(one.estimate - one.adjusted_low, one.adjusted_high - one.estimate) for one in found)
+    half = math.hypot(*halves) / len(found)
+    return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
 def write_tasks(folder: Path, found: ManyTasks) -> tuple[Path, ...]:
@@ -40,11 +91,11 @@ def on_one_base(found: ManyTasks) -> Section:
         )
         for way, apart in zip(found.ways, behind, strict=True)
     )
-    for place, task in enumerate(found.tasks):
-        name, metric = foreign(task.name), Writer(task.metric, _MARGIN)
-        take = f": {task.recommended}" if task.verdict in ("PEFT", "VARIANT", "EQUIVALENT") else ""
-        tasks.append((name, f"{task.train_rows:,}", foreign(f"{task.verdict}{take}"), metric.name))
-        scores.append((name, *(metric.estimate(way.scores[place]) for way in found.ways)))
+    for task, decision in found.tasks.items():
+        name, metric = foreign(task), Writer(decision.metric, _MARGIN)
+        take = f": {decision.recommended}" if decision.verdict in ("PEFT", "VARIANT", "EQUIVALENT") else ""
+        tasks.append((name, f"{found.train_rows[task]:,}", foreign(f"{decision.verdict}{take}"), metric.name))
+        scores.append((name, *(metric.estimate(way.scores[task]) for way in found.ways)))
     cost = ("method", "stored", "one more task", "training", "full is better by [points]")
     arms = ("task", *(way.arm for way in found.ways))
     blocks: tuple[Block, ...] = (

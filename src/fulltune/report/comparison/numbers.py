@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fulltune.records.differences import Decision, Difference
+from fulltune.records.comparison import Decision, Difference
 from fulltune.records.scores import Estimate
 from fulltune.report.format import words
 from fulltune.text import format_number, is_share

@@ -167,7 +167,6 @@ def search(view: RunView) -> Section | None:
     name, rate = words.metric_name(found.metric_name), found.rate
     if rate is not None:
         chosen = f"The learning rate is {format_number(rate.chosen)}: {rate.reason}."
-        chosen += f" From {format_number(found.ceiling)} on, rates are too high for it." if found.ceiling else ""
         chosen += " It lies at the edge of those tried: a better one may lie beyond." if rate.on_edge else ""
         blocks = _rates(found, rate)
     else:
@@ -191,8 +190,7 @@ def search(view: RunView) -> Section | None:
 
 def _rates(found: Searched, search: Search) -> list[Block]:
     name = words.metric_name(found.metric_name)
-    short = {one.learning_rate: one.metric for one in search.tried}
-    whole = {one.learning_rate: one.metric for one in search.whole}
+    short, whole = search.tried, search.whole
     if not short and not whole:
         return []
     rows: tuple[Row, ...] = tuple(
@@ -203,8 +201,7 @@ def _rates(found: Searched, search: Search) -> list[Block]:
         )
         for rate in sorted({*short, *whole})
     )
-    share = f"{search.tried[0].share:.0%} of the steps" if search.tried else "short"
-    header = ("learning rate", f"short run ({share})", "whole run", "")
+    header = ("learning rate", f"short run ({search.share:.0%} of the steps)", "whole run", "")
     table = Table(f"Learning rates with their {name} on the eval rows", header, rows, frozenset({0, 1, 2}))
     series = [Series("short runs", tuple(short.items())), Series("whole runs", tuple(whole.items()), filled=True)]
     title, said = f"{name} on the eval rows by learning rate", "see the table; dashed: the chosen rate."

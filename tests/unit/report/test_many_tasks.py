@@ -9,17 +9,16 @@ import pytest
 from rich.console import Console
 
 from fulltune import report
-from fulltune.compare.many_tasks import many_tasks
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import ManyTasks
-from fulltune.report.comparison.many_tasks import on_one_base
+from fulltune.report.comparison.many_tasks import many_tasks, on_one_base
 from fulltune.report.format import terminal
 from tests import comparisons
 
 
 def together(shares: bool = True) -> ManyTasks:
     one = comparisons.comparison() if shares else comparisons.language()
-    return many_tasks({"intents": one, "topics": one}, {"intents": "intents", "topics": "topics"})
+    return many_tasks({"intents": one, "topics": one})
 
 
 def test_full_is_stored_once_a_task_and_parts_beside_one_base() -> None:
@@ -36,7 +35,7 @@ def test_full_is_stored_once_a_task_and_parts_beside_one_base() -> None:
 def test_variant_of_full_is_a_whole_model_for_each_task(tmp_path: Path) -> None:
     one = comparisons.comparison()
     rows = [row.model_copy(update={"kind": "variant"} if row.arm == "lora" else {}) for row in one.rows]
-    found = many_tasks(dict.fromkeys(("a", "b"), one.model_copy(update={"rows": tuple(rows)})), {"a": "a", "b": "b"})
+    found = many_tasks(dict.fromkeys(("a", "b"), one.model_copy(update={"rows": tuple(rows)})))
     way = next(way for way in found.ways if way.arm == "lora")
     assert way.stored_bytes == 2 * way.bytes_per_task
     page, _ = report.write_tasks(tmp_path, found)
@@ -64,7 +63,7 @@ def test_no_method_in_common_is_refused() -> None:
     one = comparisons.comparison()
     other = one.model_copy(update={"rows": tuple(row for row in one.rows if row.kind in ("base", "full"))})
     with pytest.raises(RecipeError, match="too short to train one method beside full for every task"):
-        many_tasks({"a": one, "b": other}, {"a": "a", "b": "b"})
+        many_tasks({"a": one, "b": other})
 
 
 def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:

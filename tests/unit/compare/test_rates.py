@@ -6,18 +6,18 @@ import math
 
 import pytest
 
-from fulltune.compare import rate_search
-from fulltune.compare.rate_search import Scale
-from fulltune.records.comparison import Search, Tried
+from fulltune.compare import rates
+from fulltune.compare.rates import Scale
+from fulltune.records.comparison import Search
 
 SHARE = Scale(greater_is_better=True, eval_rows=1003, is_share=True)
 LOSS = Scale(greater_is_better=False, eval_rows=1003, is_share=False)
 
 
 def test_grid_is_logarithmic_around_the_usual_rate() -> None:
-    assert rate_search.grid(2e-4, None, None) == (6.3e-05, 0.0002, 0.00063)
-    assert rate_search.grid(2e-4, (1e-3, 1e-4), None) == (1e-4, 1e-3)
-    assert rate_search.grid(2e-4, None, 5e-5) == (5e-5,)
+    assert rates.grid(2e-4, None, None) == (6.3e-05, 0.0002, 0.00063)
+    assert rates.grid(2e-4, (1e-3, 1e-4), None) == (1e-4, 1e-3)
+    assert rates.grid(2e-4, None, 5e-5) == (5e-5,)
 
 
 @pytest.mark.parametrize(
@@ -36,19 +36,17 @@ def test_grid_is_logarithmic_around_the_usual_rate() -> None:
 def test_beyond_best_at_the_edge_extends_the_grid(
     metrics: dict[float, float], greater: bool, following: float | None
 ) -> None:
-    assert rate_search.beyond(metrics, Scale(greater, 1000, True), may_extend=True) == following
-    assert rate_search.beyond(metrics, Scale(greater, 1000, True), may_extend=False) is None
+    assert rates.beyond(metrics, Scale(greater, 1000, True)) == following
 
 
-def test_best_of_equal_rates_is_the_lowest() -> None:
-    assert rate_search.best_of({1e-4: 0.5, 3e-4: 0.9, 1e-3: 0.9}, SHARE) == 3e-4
-    assert rate_search.best_of({1e-4: 0.9, 3e-4: 0.9, 1e-3: 0.5}, SHARE) == 1e-4
-    assert rate_search.best_of({1e-4: 2.0, 3e-4: 2.0, 1e-3: 2.5}, LOSS) == 1e-4
-    assert rate_search.best_of({1e-4: math.nan, 3e-4: 0.1}, SHARE) == 3e-4
+def test_best_of_equal_rates_the_lowest_comes_first() -> None:
+    assert rates.best_of({1e-4: 0.5, 3e-4: 0.9, 1e-3: 0.9}, SHARE) == [3e-4, 1e-3]
+    assert rates.best_of({1e-4: 2.0, 3e-4: 2.0, 1e-3: 2.5}, LOSS) == [1e-4, 3e-4]
+    assert rates.best_of({1e-4: math.nan, 3e-4: 0.1}, SHARE) == [3e-4]
 
 
 @pytest.mark.parametrize(
-    ("rates", "usual", "kept"),
+    ("grid", "usual", "kept"),
     [
         ((6.3e-05, 0.0002, 0.00063), 2e-4, 2e-4),
         ((6.3e-05, 0.0002, 0.00063), 2.04e-4, 2e-4),  # rates of a grid are rounded
@@ -57,9 +55,9 @@ def test_best_of_equal_rates_is_the_lowest() -> None:
     ],
 )
 def test_usual_rate_is_the_default_or_the_nearest_of_given_ones(
-    rates: tuple[float, ...], usual: float, kept: float
+    grid: tuple[float, ...], usual: float, kept: float
 ) -> None:
-    assert rate_search.nearest(rates, rate_search.rounded(usual)) == kept
+    assert rates.nearest(grid, rates.rounded(usual)) == kept
 
 
 FEW = Scale(greater_is_better=True, eval_rows=28, is_share=True)
@@ -87,60 +85,46 @@ def test_usual_rate_is_kept_unless_another_is_ahead_by_a_standard_error(
     metrics: tuple[float, float, float], scale: Scale, taken: float
 ) -> None:
     tried = dict(zip((1e-4, 3e-4, 1e-3), metrics, strict=True))
-    assert rate_search.choice(tried, scale, 3e-4) == taken
+    assert rates.choice(tried, scale, 3e-4) == taken
 
 
 @pytest.mark.parametrize(("steps", "share"), [(1000, 0.06), (100, 0.1), (20, 0.5), (4, 1.0)])
 def test_short_trials_have_ten_steps_at_least(steps: int, share: float) -> None:
-    assert rate_search.share_of_steps(0.06, steps) == pytest.approx(share)
+    assert rates.share_of_steps(0.06, steps) == pytest.approx(share)
 
 
-def tried(**metrics: float) -> list[Tried]:
+def tried(**metrics: float) -> dict[float, float]:
     """Rates of one search, as in `r2e_4=0.7`."""
-    return [
-        Tried(learning_rate=float(name[1:].replace("_", "-")), share=0.06, metric=metrics[name]) for name in metrics
-    ]
+    return {float(name[1:].replace("_", "-")): metric for name, metric in metrics.items()}
+
+
+def finished(short: dict[float, float], scale: Scale = SHARE, usual: float = 2e-4) -> Search:
+    return rates.finished("full", short, 0.06, scale, usual)
 
 
 def test_finished_takes_the_best_rate() -> None:
-    found = rate_search.finished("lora", tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), SHARE, True, 3e-4)
+    found = finished(tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), SHARE, 3e-4)
     assert (found.chosen, found.on_edge, found.usual) == (3e-4, False, 3e-4)
     assert found.reason == "the best of 3 short runs of 6% of the steps"
-    edge = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), LOSS, True, 3e-4)
+    edge = finished(tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), LOSS, 3e-4)
     assert (edge.chosen, edge.on_edge) == (1e-4, True)
     assert edge.reason.endswith("of the steps, at the edge of those tried")
-    near = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, True, 1e-4)
+    near = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 1e-4)
     assert (near.chosen, near.on_edge) == (1e-4, False)  # as good as its neighbour: nothing says that it gets better
-    kept = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, True, 3e-4)
+    kept = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 3e-4)
     assert (kept.chosen, kept.on_edge) == (3e-4, False)
-    assert kept.reason == (
-        "the usual rate: none of the 2 others was ahead by more than 1 %, in short runs of 6% of the steps"
-    )
-    given = rate_search.finished("lora", tried(r1e_4=0.91, r3e_4=0.915), SHARE, False, 1e-4)
-    hurried = rate_search.without_time("lora", 1e-4, False)
-    assert hurried.reason == "of the given rates the nearest to the usual one: no time for a search"
-    assert given.reason.startswith("of the given rates the nearest to the usual one: the other was not ahead by more")
-
-
-def test_slower_is_asked_for_when_a_whole_run_ends_below_its_short_trial() -> None:
-    search = rate_search.finished("lora", tried(r2e_3=0.74, r6e_3=0.75), SHARE, True, 6e-3)
-    assert rate_search.slower(search, 0.02, SHARE) == 2e-3
-    assert rate_search.slower(search, 0.745, SHARE) is None
-    assert rate_search.slower(search, 0.91, SHARE) is None
-    assert rate_search.slower(search, math.nan, SHARE) == 2e-3
-    assert rate_search.slower(search.model_copy(update={"chosen": 2e-3}), 0.02, SHARE) is None
-    assert rate_search.slower(rate_search.without_search("lora", 1e-3), 0.02, SHARE) is None
+    assert kept.reason == "the usual rate: no other was ahead by more than 1 %, in short runs of 6% of the steps"
 
 
 def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given() -> None:
-    found = Search(arm="lora", tried=tuple(tried(r1e_3=0.9, r1e_2=0.9)), chosen=1e-2, reason="made up")
+    found = Search(arm="lora", tried=tried(r1e_3=0.9, r1e_2=0.9), chosen=1e-2)
     taken = []
-    while (lower := rate_search.after_divergence(found)) is not None:
-        found = rate_search.replaced(found, lower, "it diverged")
+    while (lower := rates.after_divergence(found)) is not None:
+        found = rates.replaced(found, lower, "it diverged")
         taken.append(lower)
     assert taken == [1e-3, 3.2e-4, 1e-4]
     assert found.on_edge
-    assert rate_search.after_divergence(rate_search.without_search("lora", 1e-2)) is None
+    assert rates.after_divergence(Search(arm="lora", chosen=1e-2)) is None
 
 
 FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
@@ -163,31 +147,30 @@ FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
     ],
 )
 def test_next_whole_is_first_the_usual_rate_else_the_second_best(short: dict[str, float], second: float | None) -> None:
-    found = rate_search.finished("full", tried(**short), SHARE, True, 2e-4)
-    assert rate_search.next_whole(found, {found.chosen: 0.9}, SHARE, True) == second
-    given = rate_search.without_search("full", 1e-3)
-    assert rate_search.next_whole(given, {1e-3: 0.9}, SHARE, True) is None
+    found = finished(tried(**short), SHARE)
+    assert rates.next_whole(found, {found.chosen: 0.9}, SHARE, True, 4) == second
+    assert rates.next_whole(Search(arm="full", chosen=1e-3), {1e-3: 0.9}, SHARE, True, 4) is None
 
 
 def test_next_whole_only_lower_rates_where_the_search_s_came_apart() -> None:
-    found = rate_search.finished("full", tried(**FULL), SHARE, True, 2e-4)
-    lower = rate_search.replaced(found, 2e-4, "it diverged")
-    assert rate_search.next_whole(lower, {2e-4: 0.9}, SHARE, True) == 6e-5
-    assert rate_search.next_whole(lower, {2e-4: 0.9, 6e-5: 0.8}, SHARE, True) is None  # not the one that came apart
-    assert rate_search.next_whole(lower, {2e-4: 0.8, 6e-5: 0.9}, SHARE, True) == 1.9e-5
-    assert rate_search.next_whole(lower, {2e-4: 0.8, 6e-5: 0.9}, SHARE, may_extend=False) is None
+    found = finished(tried(**FULL), SHARE)
+    lower = rates.replaced(found, 2e-4, "it diverged")
+    assert rates.next_whole(lower, {2e-4: 0.9}, SHARE, True, 4) == 6e-5
+    assert rates.next_whole(lower, {2e-4: 0.9, 6e-5: 0.8}, SHARE, True, 4) is None  # not the one that came apart
+    assert rates.next_whole(lower, {2e-4: 0.8, 6e-5: 0.9}, SHARE, True, 4) == 1.9e-5
+    assert rates.next_whole(lower, {2e-4: 0.8, 6e-5: 0.9}, SHARE, may_extend=False, most=4) is None
 
 
 def test_next_whole_climbs_where_less_is_better_too() -> None:
-    found = rate_search.finished("full", tried(r6e_5=2.0, r2e_4=1.9, r6e_4=1.8), LOSS, True, 2e-4)
-    assert rate_search.next_whole(found, {6e-4: 1.0, 2e-4: 1.5}, LOSS, True) == 1.9e-3
+    found = finished(tried(r6e_5=2.0, r2e_4=1.9, r6e_4=1.8), LOSS)
+    assert rates.next_whole(found, {6e-4: 1.0, 2e-4: 1.5}, LOSS, True, 4) == 1.9e-3
 
 
 def test_next_whole_none_where_one_that_whole_runs_chose_came_apart() -> None:
-    found = rate_search.finished("full", tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE, True, 2e-4)
-    climbed = rate_search.after_whole(found, {2e-4: 0.8, 6e-4: 0.9}, SHARE, True, 1.0)
-    back = rate_search.replaced(climbed, 2e-4, "it diverged", [10.0, 2.0])
-    assert rate_search.next_whole(back, {2e-4: 0.8}, SHARE, True) is None  # or it would choose 6e-4 for ever
+    found = finished(tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE)
+    climbed = rates.after_whole(found, {2e-4: 0.8, 6e-4: 0.9}, SHARE)
+    back = rates.with_dropped(rates.replaced(climbed, 2e-4, "it diverged"), [10.0, 2.0])
+    assert rates.next_whole(back, {2e-4: 0.8}, SHARE, True, 4) is None  # or it would choose 6e-4 for ever
     assert (back.other_runs, back.other_seconds) == (2, 12.0)
 
 
@@ -212,17 +195,16 @@ AT_CHANCE = {"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}
         (FULL, {6e-4: 0.80, 2e-4: 0.90}, 6e-5),  # downward however bad its short trial was
         (FULL, {6e-4: 0.80, 2e-4: 0.90, 6e-5: 0.95}, 1.9e-5),
         (FULL, {6e-4: 0.90, 2e-4: 0.80}, 1.9e-3),
-        (FULL | {"r2e_3": 0.5}, {6e-4: 0.90, 2e-4: 0.80}, None),  # worse even in its short trial
         (FULL | {"r2e_3": 0.76}, {6e-4: 0.90, 2e-4: 0.80}, 2e-3),
     ],
 )
 def test_next_whole_goes_on_while_it_gets_clearly_better(
     short: dict[str, float], whole: dict[float, float], following: float | None
 ) -> None:
-    found = rate_search.finished("full", tried(**short), SHARE, True, 2e-4)
-    assert rate_search.next_whole(found, whole, SHARE, may_extend=True) == following
-    inside = following if following in {one.learning_rate for one in found.tried} else None
-    assert rate_search.next_whole(found, whole, SHARE, may_extend=False) == inside
+    found = finished(tried(**short), SHARE)
+    assert rates.next_whole(found, whole, SHARE, may_extend=True, most=4) == following
+    inside = following if following in found.tried else None
+    assert rates.next_whole(found, whole, SHARE, may_extend=False, most=4) == inside
 
 
 @pytest.mark.parametrize(
@@ -241,14 +223,11 @@ def test_next_whole_goes_on_while_it_gets_clearly_better(
 def test_after_whole_the_better_run_counts(
     metrics: tuple[float, float], scale: Scale, chosen: float, on_edge: bool
 ) -> None:
-    search = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE, True, 2e-4)
-    found = rate_search.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale, True, 0.5)
+    search = finished(tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE)
+    found = rates.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
     assert (found.chosen, found.on_edge) == (chosen, on_edge)
-    assert [(one.learning_rate, one.share) for one in found.whole] == [(6e-4, 0.5), (2e-4, 0.5)]
-    said = {
-        (0.919, 0.919): "the lower of 2 rates that were equal in whole runs",
-        (0.925, 0.919): "the usual rate: the other was not ahead by more than the eval rows can tell, in whole runs",
-    }
+    assert list(found.whole) == [6e-4, 2e-4]
+    said = {(0.925, 0.919): "the usual rate: no other was ahead by more than the eval rows can tell, in whole runs"}
     assert found.reason == said.get(metrics, "the best of 2 whole runs")
 
 
@@ -257,5 +236,5 @@ def test_tolerance_where_all_rows_are_right_is_more_than_one_row(rows: int) -> N
     scale = Scale(greater_is_better=True, eval_rows=rows, is_share=True)
     assert 0.6 / rows < scale.tolerance(1.0) < 1.1 / rows
     assert scale.tolerance(0.5) == pytest.approx(math.sqrt(0.25 / rows), rel=0.03)
-    found = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.8, r6e_4=0.9), scale, True, 2e-4)
-    assert rate_search.next_whole(found, {6e-4: 1.0, 2e-4: 1 - 1 / rows}, scale, True) is None
+    found = finished(tried(r6e_5=0.5, r2e_4=0.8, r6e_4=0.9), scale)
+    assert rates.next_whole(found, {6e-4: 1.0, 2e-4: 1 - 1 / rows}, scale, True, 4) is None

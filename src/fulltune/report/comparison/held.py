@@ -1,33 +1,48 @@
-"""What the compared models could do before, where a budget for forgetting held them."""
+"""How far the compared models moved generic text, and which forgot less where a budget for forgetting held them."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
 
 from fulltune.forgetting.frontier import BUDGETS, Apart, at_equal_metric, best_at, envelope
-from fulltune.records.comparison import ArmRow, Comparison, Held
-from fulltune.records.differences import Decision
+from fulltune.records.comparison import ArmRow, Comparison
 from fulltune.records.forgetting import Preserved, limit_of
 from fulltune.report.comparison.numbers import NOTHING, Writer
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Bullets, Figures, Paragraph, Row, Section, Table, foreign
 from fulltune.report.format.plots import Series, series_plot
-from fulltune.text import counted, format_percent
+from fulltune.text import counted, format_number, format_percent
+
+COLUMN = "drift"
+
+
+def cell(row: ArmRow) -> str:
+    """Of the column in the table of methods."""
+    return NOTHING if row.moved is None else format_number(row.moved.value)
+
+
+def about_column(comparison: Comparison) -> str:
+    """What the column is, for the table's caption."""
+    return f"Drift: {comparison.moved_unit} on generic text"
+
+
+def fact(comparison: Comparison) -> tuple[str, str]:
+    """What was measured, and on which texts."""
+    return COLUMN, f"{comparison.moved_unit} against the untouched model, on {comparison.generic_text}"
 
 
 def section(comparison: Comparison) -> Section | None:
     """The frontiers of the held methods, their certificates, and which one forgot less; None without a budget."""
     if not comparison.held:
         return None
-    one = comparison.held[0].preserved
+    one = _first(comparison)
     about = (
         f"All of these runs had the budget {format_percent(one.budget)}; without one, methods may move generic "
         f"text farther. Metric and drift are those of the eval rows and of {counted(one.start.measured.texts, 'text')} "
         f"that chose among the points ({one.text}); certificates are about texts that nothing had read before."
     )
     blocks = (
-        Bullets(tuple(answers(comparison.rows, comparison.decision, comparison.held).values())),
+        Bullets(answers(comparison)),
         _plot(comparison),
         _best(comparison),
         _certificates(comparison),
@@ -36,31 +51,25 @@ def section(comparison: Comparison) -> Section | None:
     return Section("forgetting", "Forgetting", blocks)
 
 
-def _runs_of(rows: Sequence[ArmRow], held: Sequence[Held]) -> dict[str, list[Held]]:
-    """The held runs of each method, in the order of the table."""
-    found = {row.arm: [one for one in held if one.arm == row.arm] for row in rows}
-    return {arm: runs for arm, runs in found.items() if runs}
+def in_short(comparison: Comparison) -> Section | None:
+    """What of it stands in the terminal."""
+    found = answers(comparison)
+    return Section("forgetting", "Forgetting", (Bullets(found),)) if found else None
 
 
-def _pairs(rows: Sequence[ArmRow], held: Sequence[Held]) -> Iterator[tuple[str, str, Apart | None]]:
-    """Full fine-tuning beside each other held method."""
-    full, runs = next((row.arm for row in rows if row.kind == "full"), None), _runs_of(rows, held)
-    for arm in runs:
-        if full is not None and full in runs and arm != full:
-            sides = ([one.preserved for one in runs[name]] for name in (full, arm))
-            yield full, arm, at_equal_metric(*sides)
+def _first(comparison: Comparison) -> Preserved:
+    return next(one for runs in comparison.held.values() for one in runs.values())
 
 
-def answers(rows: Sequence[ArmRow], decision: Decision, held: Sequence[Held]) -> dict[str, str]:
+def answers(comparison: Comparison) -> tuple[str, ...]:
     """Of each held method beside full: at the same metric, which one has moved generic text less?"""
-    write = Writer.of(decision)
-    return {arm: _answer(write, held[0].preserved.writes, full, arm, found) for full, arm, found in _pairs(rows, held)}
-
-
-def forgets_less(rows: Sequence[ArmRow], held: Sequence[Held], arm: str) -> bool | None:
-    """Whether a method forgets less than full at the same metric; None: these runs do not tell."""
-    found = next((found for _, other, found in _pairs(rows, held) if other == arm), None)
-    return None if found is None or found.less is None else found.less == "second"
+    write, held = Writer.of(comparison.decision), comparison.held
+    full = next((row.arm for row in comparison.rows if row.kind == "full"), "")
+    if full not in held:
+        return ()
+    mine, writes = list(held[full].values()), _first(comparison).writes
+    others = {arm: list(runs.values()) for arm, runs in held.items() if arm != full}
+    return tuple(_answer(write, writes, full, arm, at_equal_metric(mine, runs)) for arm, runs in others.items())
 
 
 def _answer(write: Writer, writes: bool, full: str, arm: str, found: Apart | None) -> str:
@@ -88,12 +97,12 @@ def _answer(write: Writer, writes: bool, full: str, arm: str, found: Apart | Non
 
 def _plot(comparison: Comparison) -> Figures:
     kinds, frontiers = {row.arm: row.kind for row in comparison.rows}, []
-    for arm, runs in _runs_of(comparison.rows, comparison.held).items():
-        points = tuple((point.measured.drift, point.metric) for one in runs for point in one.preserved.points)
-        best = tuple(tuple((at.measured.drift, at.metric) for at in envelope(one.preserved)) for one in runs)
+    for arm, runs in comparison.held.items():
+        points = tuple((point.measured.drift, point.metric) for one in runs.values() for point in one.points)
+        best = tuple(tuple((at.measured.drift, at.metric) for at in envelope(one)) for one in runs.values())
         taken = arm == comparison.decision.recommended
         frontiers.append(Series(arm, points, best, is_full=kinds[arm] == "full", filled=taken))
-    limit = comparison.held[0].preserved.limit
+    limit = _first(comparison).limit
     title = f"{words.metric_name(comparison.metric)} by drift on generic text"
     drawn = series_plot(title, frontiers, comparison.metric, "drift on generic text; dashed: the budget", limit)
     return Figures((drawn,), drawn_only=True)
@@ -101,9 +110,8 @@ def _plot(comparison: Comparison) -> Figures:
 
 def _best(comparison: Comparison) -> Table:
     write, rows = Writer.of(comparison.decision), list[Row]()
-    for arm, runs in _runs_of(comparison.rows, comparison.held).items():
-        found = [one.preserved for one in runs]
-        at = ([best_at(one, limit_of(budget, one.writes)).metric for one in found] for budget in BUDGETS)
+    for arm, runs in comparison.held.items():
+        at = ([best_at(one, limit_of(budget, one.writes)).metric for one in runs.values()] for budget in BUDGETS)
         rows.append((foreign(arm), *(write.value(statistics.mean(metrics)) for metrics in at)))
     header = ("method", *(f"at {format_percent(budget)}" for budget in BUDGETS))
     caption = f"Best {write.name} on the eval rows by drift, of the points that were tried; mean over seeds"
@@ -114,17 +122,15 @@ def _certificates(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
     rows: tuple[Row, ...] = tuple(
         (
-            foreign(one.arm),
-            str(one.seed),
-            _certificate(one.preserved),
-            NOTHING
-            if (sealed := one.preserved.certificate) is None
-            else words.as_share(sealed.upper, one.preserved.writes),
-            words.way(one.preserved.chosen.share),
-            write.value(one.preserved.chosen.metric),
+            foreign(arm),
+            str(seed),
+            _certificate(one),
+            NOTHING if one.certificate is None else words.as_share(one.certificate.upper, one.writes),
+            words.way(one.chosen.share),
+            write.value(one.chosen.metric),
         )
-        for runs in _runs_of(comparison.rows, comparison.held).values()
-        for one in runs
+        for arm, runs in comparison.held.items()
+        for seed, one in runs.items()
     )
     header = ("method", "seed", "certificate", "drift, at most", "kept", write.name)
     caption = "Certificates: the drift of what was kept, on sealed texts, is below this with 95%"
@@ -134,7 +140,3 @@ def _certificates(comparison: Comparison) -> Table:
 def _certificate(found: Preserved) -> str:
     label = words.certificate(found)
     return f"{label} (sealed texts read {len(found.opened)} times)" if len(found.opened) > 1 else label
-
-
-def _upper_bound(found: Preserved) -> str:
-    return NOTHING if found.certificate is None else words.as_share(found.certificate.upper, found.writes)

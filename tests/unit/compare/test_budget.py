@@ -1,0 +1,144 @@
+"""Seeds and budgets: tables of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from fulltune.compare import budget
+from fulltune.compare.budget import Cost, DesignLimits, detectable, fitting, seconds
+from fulltune.compare.sequential import TIME_UP_SHARE, spent
+from fulltune.errors import RecipeError
+from fulltune.records.comparison import Expectation
+from fulltune.stats.precision import planned_detectable
+from fulltune.text import parse_seconds, typed_seconds
+
+
+@pytest.mark.parametrize(("given", "rows", "seeds"), [(None, 9_999, 5), (None, 10_000, 3), (2, 50, 2)])
+def test_num_seeds_few_rows_need_more(given: int | None, rows: int, seeds: int) -> None:
+    assert budget.num_seeds(given, rows) == seeds
+
+
+COSTS = {"full": Cost(100, 3, start=10), "lora": Cost(80, 3, start=10)}
+FIELD = {
+    "full": Cost(100, 3, start=10, scoring=8),
+    "lora": Cost(90, 3, start=10, scoring=8),
+    "adapter": Cost(80, 3, start=10, scoring=8),
+    "head": Cost(30, 3, decides=False, start=10, scoring=8),
+}
+MANY = (60, *range(400, 4000, 60))
+
+
+def found(costs: dict[str, Cost], seeds: int = 3, test_rows: int = 300, **limits: Any) -> Expectation:
+    """With what it can find by a margin of a point."""
+    design = fitting(costs, DesignLimits(**{"seeds": seeds, "search_share": 0.1, **limits}))
+    return detectable(design, costs, 0.01, 0.05, test_rows)
+
+
+def test_without_budget_it_is_the_whole_design() -> None:
+    one = found(COSTS, test_rows=3080)
+    assert one.seconds == pytest.approx(180 * (4 + 3 * 0.1) + 2 * 10 * (4 + 3))
+    assert (one.num_seeds, one.most_seeds, one.num_search_trials, one.notes) == (3, 3, 6, ())
+    assert one.detectable is not None
+    alike, apart = one.detectable
+    assert alike == planned_detectable(3080, 3, 0.005, 0.01, spent(3, 3, 0.05)) < apart
+
+
+def test_methods_that_wait_get_one_run_and_head_never_leads() -> None:
+    costs = {"full": Cost(100, 3), "prompt": Cost(120, 1), "lora": Cost(80, 3), "head": Cost(500, decides=False)}
+    # Which one leads is not known: the dearest is reckoned with. It has but one rate here.
+    assert found(costs).seconds == pytest.approx(100 * (4 + 0.3) + 120 * 3 + 80 * (1 + 0.3) + 500)
+    all_seeds = 180 * (4 + 0.3) + 120 * 3 + 500 * 3
+    assert found(costs, sequential=False).seconds == pytest.approx(all_seeds)
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------
+
+
+def fitted(given: float, costs: dict[str, Cost] = FIELD, seeds: int = 5, **limits: Any) -> Expectation | None:
+    """None where it is refused as too short."""
+    try:
+        return found(costs, seeds, budget=given, end=30, **limits)
+    except RecipeError:
+        return None
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("costs", [COSTS, FIELD])
+def test_budget_more_of_it_never_gives_fewer_seeds_or_methods_and_the_forecast_keeps_it(
+    costs: dict[str, Cost], sequential: bool
+) -> None:
+    every = [(given, fitted(given, costs, sequential=sequential)) for given in MANY]
+    known = [(given, one) for given, one in every if one is not None]
+    assert every[0][1] is None
+    assert known[-1][1].num_seeds == (5 if sequential else known[-1][1].num_seeds)
+    for given, one in known:
+        assert one.seconds <= (1 - budget.RESERVE) * given
+        assert 2 <= one.num_seeds <= 5
+        assert {"full", "lora"} <= set(one.arms) <= set(costs)
+    assert all(before.num_seeds <= after.num_seeds for (_, before), (_, after) in pairwise(known))
+
+
+def test_budget_gives_up_breadth_before_the_third_and_the_search_after_it() -> None:
+    known = [one for given in MANY if (one := fitted(given)) is not None]
+    assert {one.num_seeds for one in known if len(one.arms) < len(FIELD)} == {2, 3}
+    assert {one.num_seeds for one in known if not one.search_share} == {2}
+    assert all(one.arms == ("full", "lora") for one in known if not one.search_share)
+    # Five is nothing that a recipe says.
+    assert {one.notes[0] for one in known if one.num_seeds == 2} == {
+        "2 seeds are planned instead of up to 5; where time is left, more are run"
+    }
+
+
+def test_budget_that_is_too_short_is_refused_with_one_that_is_enough() -> None:
+    with pytest.raises(RecipeError) as caught:
+        found(COSTS, budget=120)
+    (said,) = caught.value.problems
+    assert said.startswith("--budget 2m is too short for a verdict: 2 runs each of full and lora")
+    enough = parse_seconds(said.partition("give --budget ")[2].split()[0])
+    slower = {arm: replace(cost, run=1.1 * cost.run) for arm, cost in COSTS.items()}  # next time
+    assert all(found(costs, budget=enough).num_seeds == 2 for costs in (COSTS, slower))
+
+
+def test_detectable_of_two_seeds_is_not_promised() -> None:
+    one = found(COSTS, 5, budget=700)
+    assert (one.num_seeds, one.detectable) == (2, None)
+
+
+def test_detectable_of_a_budget_that_will_end_is_that_of_the_part_of_alpha_it_may_spend() -> None:
+    one = found(COSTS, 5, budget=1200)
+    assert one.num_seeds == 3
+    assert one.detectable is not None
+    assert one.detectable[0] == planned_detectable(300, 3, 0.005, 0.01, TIME_UP_SHARE * 0.05)
+    some = next(one for given in MANY if (one := fitted(given, seeds=3)) and len(one.arms) < 4 and one.num_seeds == 3)
+    rivals = len([arm for arm in some.arms if FIELD[arm].decides]) - 1
+    level = TIME_UP_SHARE * spent(3, 3, 0.05) / rivals
+    assert some.detectable is not None
+    assert some.detectable[0] == planned_detectable(300, 3, 0.005, 0.01, level)
+
+
+def test_going_on_counts_what_is_there_and_what_was_spent() -> None:
+    done = {arm: replace(COSTS[arm], done=runs, searched=True) for arm, runs in (("full", 3), ("lora", 2))}
+    going_on = found(done, budget=3000, spent=600)
+    assert going_on.seconds == pytest.approx(600 + 110 + 2 * 90)  # one run of full and two of lora, checks among them
+    assert going_on.num_seeds == found(COSTS, budget=3000).num_seeds
+    # What is there need not fit again: one run of lora is missing.
+    assert found(done, 2, search_share=0.0, budget=720, spent=600).num_seeds == 2
+
+
+def test_going_on_reckons_with_another_rate_where_a_search_is_made_again() -> None:
+    """Two runs of each at the usual rate: they count only in a design that searches no rates."""
+    at_usual = {arm: replace(cost, done=2) for arm, cost in COSTS.items()}
+    limits, arms = DesignLimits(2, 0.1), ("full", "lora")
+    assert seconds(at_usual, (arms, 2, True), limits) == seconds(COSTS, (arms, 2, True), limits)
+    assert seconds(at_usual, (arms, 2, False), limits) == 0
+
+
+@pytest.mark.parametrize(
+    ("time", "said", "up"), [(45, "45s", "50s"), (61, "1m1s", "1m10s"), (431, "7m11s", "7m30s"), (3601, "1h", "1h5m")]
+)
+def test_times_are_written_as_they_are_typed(time: float, said: str, up: str) -> None:
+    assert (typed_seconds(time), typed_seconds(budget.round_up(time))) == (said, up)
