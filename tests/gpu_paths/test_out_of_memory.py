@@ -21,6 +21,7 @@ from fulltune.methods.added import put_peft
 from fulltune.probe.fit import _no_probe_without_memory
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.methods import LoraMethod
+from fulltune.records.plan import GenericTexts
 from fulltune.system.memory import with_smaller_batches
 from fulltune.train.forgetting.generic import DriftMonitor
 from fulltune.train.worker import main as worker
@@ -104,7 +105,7 @@ def test_method_that_finds_no_memory_is_no_fault_of_the_recipe(
 @pytest.mark.parametrize(("error", "ends_it"), [(CardIsFull(), True), (Fault(), False)])
 def test_generic_text_that_cannot_be_read_ends_a_run_for_memory_alone(error: BaseException, ends_it: bool) -> None:
     monitor: Any = DriftMonitor.__new__(DriftMonitor)
-    warnings, plan = list[str](), SimpleNamespace(preserving=None)
+    warnings, plan = list[str](), SimpleNamespace(generic=GenericTexts())
     during = SimpleNamespace(during=lambda phase: contextlib.nullcontext())
     trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=0),

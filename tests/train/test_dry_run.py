@@ -15,9 +15,11 @@ import torch
 
 from fulltune import api, pipeline
 from fulltune.errors import DoesNotFitError
+from fulltune.inference.run import Share
 from fulltune.plan import disk
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check, Outcome
+from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import attempt as attempt_module
 from fulltune.train.worker import evaluation
@@ -68,8 +70,8 @@ Watch = Callable[[Callable[[], DryRun], Any, Plan], DryRun]
 def watched_by(watch: Watch) -> Any:
     """Inside, `watch` is called with the dry run, the trainer and the plan, and runs it."""
 
-    def called(trainer: Any, rows: Any, plan: Plan, **given: Any) -> DryRun:
-        return watch(lambda: dry_run(trainer, rows, plan, **given), trainer, plan)
+    def called(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Any) -> DryRun:
+        return watch(lambda: dry_run(inputs, trainer, evaluate), trainer, inputs.plan)
 
     return mock.patch.object(attempt_module, "dry_run", called)
 
@@ -157,13 +159,13 @@ def test_rows_are_the_longest_ones_of_train_and_eval(tiny_encoder: Path, tmp_pat
         tried["train"] = tried["train"] or list(positions)
         return real_pass(passes, positions, **keywords)
 
-    def called(trainer: Any, rows: Any, plan: Plan, evaluate: Any, **given: Any) -> DryRun:
-        def scored(positions: Any) -> Any:
-            tried["eval"] = tried["eval"] or list(positions)
-            return evaluate(positions)
+    def called(inputs: AttemptInputs, trainer: Any, evaluate: Any) -> DryRun:
+        def scored(rows: Share) -> Any:
+            tried["eval"] = tried["eval"] or list(rows.positions)
+            return evaluate(rows)
 
-        lengths.update(train=list(rows["length"]), eval=list(given["eval_lengths"]))
-        return dry_run(trainer, rows, plan, evaluate=scored, **given)
+        lengths.update(train=list(trainer.train_dataset["length"]), eval=list(trainer.eval_dataset["length"]))
+        return dry_run(inputs, trainer, scored)
 
     with (
         mock.patch.object(attempt_module, "dry_run", called),

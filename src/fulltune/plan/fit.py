@@ -68,12 +68,13 @@ def fit(
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
     logging_steps = resolve.logging_steps(recipe, steps, reasons)
-    watched = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
+    generic = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
     resolve.caveats(footprint, reasons, bool(train.torch_compile))
     used = chosen.settings
     plan = Plan(
-        **dict(used) | watched | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
+        **dict(used) | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
+        generic=generic,
         trial=f"{recipe.method.arm}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
         method=recipe.method.arm,

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
-from fulltune.forgetting.budget import MOST_REPLAYED, MOST_ROWS, NUM_POINTS, TOKENS_READ
 from fulltune.models.shapes import Shapes
 from fulltune.plan import fsdp2, memory
 from fulltune.plan.gpus import Fleet
 from fulltune.recipe.tasks import FACTS
 from fulltune.records import probe
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import MemorySettings, Plan, Traffic
+from fulltune.records.plan import MemorySettings, Traffic
 from fulltune.system.hardware import TENSOR_CORES_FROM
 from fulltune.system.sharing import Sharing
 
@@ -221,22 +220,6 @@ def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
     if solver > probe.MOST_SOLVER_BYTES:  # nothing is fitted
         return passes * rows, num_bytes, PROBE_SECONDS
     return passes * rows, num_bytes + solver, PROBE_SECONDS + 4 * PROBE_PASSES * items * outputs * width / PROBE_FLOPS
-
-
-def texts_read(plan: Plan, evaluations: int) -> int:
-    """Generic texts that are read without being trained on, each time counted."""
-    kept = plan.preserving
-    if kept is None:
-        return plan.drift_texts * evaluations
-    # Selection texts, at each point, and twice the sealed ones.
-    at_end = (NUM_POINTS + 2) * (TOKENS_READ // GENERIC_TOKENS)
-    remembered = min(MOST_REPLAYED, plan.total_steps * kept.replay_rows)
-    return plan.drift_texts * (evaluations + plan.total_steps // kept.steer_steps) + at_end + remembered
-
-
-def rows_of_points(plan: Plan, rows: int) -> int:
-    """Eval rows that are scored to choose among the points of a budget."""
-    return 0 if plan.preserving is None else NUM_POINTS * min(rows, MOST_ROWS)
 
 
 def occasions(total_steps: int, *intervals: int) -> int:

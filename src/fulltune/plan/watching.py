@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from fulltune.forgetting.budget import MOST_REPLAYED, MOST_ROWS, NUM_POINTS, TOKENS_READ
 from fulltune.forgetting.generic_text import parts
 from fulltune.plan.reasons import FROM_RECIPE, Reasons
 from fulltune.plan.resolve import Steps
@@ -12,7 +12,7 @@ from fulltune.plan.time import GENERIC_TOKENS, occasions
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import Preserving, Setting
+from fulltune.records.plan import GenericTexts, Setting
 from fulltune.text import format_percent
 
 SHARE, SHARE_STEERED = 0.01, 0.05
@@ -27,15 +27,39 @@ REPLAYED, FEWEST_REPLAYED = 0.125, 4
 
 def settle(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
-) -> dict[str, Any]:
-    """The plan's fields about forgetting."""
-    return {
-        "drift_texts": drift_texts(recipe, summary, global_batch_size, steps, reasons),
-        "preserving": preserving(recipe, summary, global_batch_size, steps.total, reasons),
-    }
+) -> GenericTexts:
+    """Which generic texts are read, and whether a budget holds them."""
+    watched = _watched(recipe, summary, global_batch_size, steps, reasons)
+    block, total_steps = recipe.preserve, steps.total
+    if block.limit is None:
+        return GenericTexts(watched=watched)
+    train = summary.splits["train"]
+    tokens = global_batch_size * train.tokens / max(1, train.rows)
+    rows = max(FEWEST_REPLAYED, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
+    every = math.ceil(total_steps / STEERED)
+    share = format_percent(rows * GENERIC_TOKENS / tokens)
+    texts = parts(block)
+    shared = f"{len(texts.choosing):,} texts for selection, {len(texts.sealed):,} sealed"
+    shared += f", {len(texts.replayed):,} for replay" if texts.replayed else ""
+    given = Setting(name="preserve.budget", value=block.budget, reason=f"{FROM_RECIPE}: {shared}", chosen=False)
+    reasons.settings.append(given)
+    if rows:
+        often = f"every {every} steps" if every > 1 else "at each step"
+        why = f"{rows} generic texts replayed in each step, {share} of its tokens; weight set {often}"
+        reasons.add("preserve.replay", None, block.replay, why)
+    # Selection texts, at each point, and twice the sealed ones.
+    at_end = (NUM_POINTS + 2) * (TOKENS_READ // GENERIC_TOKENS)
+    return GenericTexts(
+        watched=watched,
+        budget=block.limit,
+        rows=rows,
+        steer_steps=every,
+        read_once=at_end + min(MOST_REPLAYED, total_steps * rows),
+        scored_rows=NUM_POINTS * min(summary.splits["eval"].rows, MOST_ROWS),
+    )
 
 
-def drift_texts(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons) -> int:
+def _watched(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons) -> int:
     """As many as cost `SHARE` of the training, where that is not too few to tell anything; 0: nothing is watched."""
     name = "preserve.drift"
     if not recipe.preserve.drift:
@@ -57,30 +81,6 @@ def drift_texts(recipe: Recipe, summary: DataSummary, global_batch_size: int, st
     given = FROM_RECIPE + ": " if "drift" in recipe.preserve.model_fields_set else ""
     reasons.settings.append(Setting(name=name, value=True, reason=given + why, chosen=not given))
     return count
-
-
-def preserving(
-    recipe: Recipe, summary: DataSummary, global_batch_size: int, total_steps: int, reasons: Reasons
-) -> Preserving | None:
-    """How the budget is kept; None where the recipe gives none."""
-    block = recipe.preserve
-    if block.limit is None:
-        return None
-    train = summary.splits["train"]
-    tokens = global_batch_size * train.tokens / max(1, train.rows)
-    rows = max(FEWEST_REPLAYED, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
-    every = math.ceil(total_steps / STEERED)
-    share = format_percent(rows * GENERIC_TOKENS / tokens)
-    texts = parts(block)
-    shared = f"{len(texts.choosing):,} texts for selection, {len(texts.sealed):,} sealed"
-    shared += f", {len(texts.replayed):,} for replay" if texts.replayed else ""
-    given = Setting(name="preserve.budget", value=block.budget, reason=f"{FROM_RECIPE}: {shared}", chosen=False)
-    reasons.settings.append(given)
-    if rows:
-        often = f"every {every} steps" if every > 1 else "at each step"
-        why = f"{rows} generic texts replayed in each step, {share} of its tokens; weight set {often}"
-        reasons.add("preserve.replay", None, block.replay, why)
-    return Preserving(budget=block.limit, replay_rows=rows, steer_steps=every)
 
 
 def _unwatched(recipe: Recipe) -> str:

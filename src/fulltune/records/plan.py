@@ -132,15 +132,21 @@ class TimeNeed(Record):
         return self.total_seconds + sum(part.seconds for part in self.around)
 
 
-class Preserving(Record):
-    """How a run keeps its budget for forgetting."""
+class GenericTexts(Record):
+    """Texts that have nothing to do with the task, by which a run sees what the model could do before; 0: none."""
 
-    budget: float
-    """As a share: see `PreserveBlock`."""
-    replay_rows: int
-    """Generic texts that are replayed in each step."""
-    steer_steps: int
+    watched: int = 0
+    """At each evaluation."""
+    budget: float | None = None
+    """How far they may move, as a share; None: as far as they do."""
+    rows: int = 0
+    """Trained along in each step."""
+    steer_steps: int = 0
     """Steps between two measurements that set their weight."""
+    read_once: int = 0
+    """Before step 1, and to choose what is kept after the last one."""
+    scored_rows: int = 0
+    """Eval rows that are scored for that choice."""
 
 
 class MemorySettings(Record):
@@ -225,10 +231,7 @@ class Plan(MemorySettings):
     """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
     eval_on_start: bool = True
     """Another evaluation before step 1."""
-    drift_texts: int = 0
-    """Generic texts that are read at each evaluation, to see how far the model has moved away; 0: none are."""
-    preserving: Preserving | None = None
-    """None: nothing is done against forgetting."""
+    generic: GenericTexts = GenericTexts()
     save_steps: int
     logging_steps: int
     metric: str

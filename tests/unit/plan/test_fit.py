@@ -251,7 +251,7 @@ def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_res
     processes = 1 if placement == "single" else 2
     plan = planned(train={"placement": placement, "num_processes": processes, "precision": precision})
     assert plan.head_init == "probe"
-    assert plan.drift_texts == planned().drift_texts > 0
+    assert plan.generic.watched == planned().generic.watched > 0
     reason = {setting.name: setting.reason for setting in plan.settings}["train.precision"]
     rounds = "ZeRO rounds the weights of all passes to bf16, so the result is not that of other placements"
     assert (rounds in reason) == (placement.startswith("zero") and precision == "bf16")

@@ -37,7 +37,7 @@ def forgetting(view: RunView) -> Section | None:
     title = "rise of the loss on generic text" if writes else "change of the hidden states on generic text"
     figures = [learning_curve(title, points, "drift", kept)]
     source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
-    texts = f"{plan.drift_texts} generic texts" if plan.preserving is None else "some of the selection texts"
+    texts = f"{plan.generic.watched} generic texts" if plan.generic.budget is None else "some of the selection texts"
     moved = in_words(points, dict(errors), kept, writes)
     moved = f"While training: {moved} Measured on {texts} (preserve.probe: {source})."
     if found is None:

@@ -50,15 +50,16 @@ class DriftMonitor(TrainingPart):
         self.start: np.ndarray | None = None
         """What the untouched model made of the texts: see `GenericText.read`."""
         plan, preserve = inputs.plan, inputs.recipe.preserve
-        if plan.drift_texts:
-            found = parts(preserve) if plan.preserving is not None else None
-            texts = found.choosing if found else generic_texts(preserve.probe, plan.drift_texts)[0]
+        watched, held = plan.generic.watched, plan.generic.budget is not None
+        if watched:
+            found = parts(preserve) if held else None
+            texts = found.choosing if found else generic_texts(preserve.probe, watched)[0]
             # What steers must tell more than what only watches: of short texts there are more, at the same cost.
-            count = max(plan.drift_texts, enough(texts, plan.drift_texts * GENERIC_TOKENS)) if found else len(texts)
+            count = max(watched, enough(texts, watched * GENERIC_TOKENS)) if found else len(texts)
             self.text = self.text_of(texts[:count])
             everything = [*found.choosing, *found.sealed, *found.replayed] if found else texts
             self.identity = hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
-        if plan.preserving is not None:  # of a comparison, other trials may have been certified
+        if held:  # of a comparison, other trials may have been certified
             for file in sorted((Path(inputs.request.run_folder) / "preserve").glob("*.json")):
                 self._refuse_others(Preserved.load(file).identity or None)
 
@@ -97,7 +98,7 @@ class DriftMonitor(TrainingPart):
             with self.inputs.journal.during("evaluation"):
                 now = self.text.read(trainer.passing, trainer.head, trainer.alive)
         except Exception as error:
-            if is_out_of_memory(error) or not is_start or plan.preserving is not None:
+            if is_out_of_memory(error) or not is_start or plan.generic.budget is not None:
                 raise
             # What only watches must not end a run; it is said, and the report has no curve.
             self.text = None
@@ -122,7 +123,7 @@ class DriftMonitor(TrainingPart):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
         said = f"preserve.probe: {probe}: the texts changed since this run began, so what it measured belongs to others"
-        if self.inputs.plan.preserving is not None:
+        if self.inputs.plan.generic.budget is not None:
             raise SetupError(f"{said}; put the old file back, or start a new run (--fresh)")
         self.text = None
         self.inputs.warn(f"{said}; drift is not measured from here on")
@@ -241,10 +242,9 @@ class Steering(TrainingPart):
 
 def replay_parts(inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor) -> list[TrainingPart]:
     """What trains generic text along, where the plan does; the model is still the untouched one."""
-    plan, preserving = inputs.plan, inputs.plan.preserving
-    if preserving is None or not preserving.replay_rows or inputs.request.probe:
+    plan, rows, budget = inputs.plan, inputs.plan.generic.rows, inputs.plan.generic.budget
+    if budget is None or not rows or inputs.request.probe:
         return []
-    rows = preserving.replay_rows
     with inputs.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
         text = monitor.text_of(parts(inputs.recipe.preserve).replayed[: plan.total_steps * rows])
     # No more tokens at once than a micro batch has, and of a language model no more logits than are small; one text
@@ -254,7 +254,7 @@ def replay_parts(inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMoni
         at_once = min(at_once, _MOST_LOGITS // (monitor.most_tokens * trainer.model.config.vocab_size))
     at_once = 1 if plan.activation_checkpointing else max(1, min(rows, at_once))
     replay = Replay(trainer, text, rows, at_once, plan.seed)
-    steering = Steering(inputs, monitor, replay, preserving.steer_steps, preserving.budget)
+    steering = Steering(inputs, monitor, replay, plan.generic.steer_steps, budget)
     inputs.recorder.phase("reading generic text with the untouched model")
     with inputs.journal.during("evaluation"):
         replay.remember()

@@ -70,7 +70,7 @@ def keep_within(
     """Move the trained model back as far as its budget asks for; an earlier certificate of these weights is kept with
     its choice. `score` gives the metric of some eval rows. None: the recipe gives no budget."""
     plan, request = inputs.plan, inputs.request
-    if plan.preserving is None:
+    if plan.generic.budget is None:
         return None
     record = Path(request.run_folder) / "preserve" / f"{plan.trial}.json"
     rank = trainer.args.process_index
@@ -102,11 +102,12 @@ def _chosen(
     opened: tuple[str, ...],
 ) -> Preserved:
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
-    assert plan.preserving is not None
+    budget = plan.generic.budget
+    assert budget is not None
     texts = parts(inputs.recipe.preserve)
     choosing, sealed = monitor.text_of(texts.choosing), monitor.text_of(texts.sealed)
     writes = inputs.summary.form.reads_any_text
-    limit = limit_of(plan.preserving.budget, writes)
+    limit = limit_of(budget, writes)
     rows = _eval_rows(inputs, trainer)
 
     def read(share: float, text: GenericText) -> np.ndarray:
@@ -137,7 +138,7 @@ def _chosen(
     inputs.journal.write("budget for forgetting", said)
     return Preserved(
         trial=plan.trial,
-        budget=plan.preserving.budget,
+        budget=budget,
         limit=limit,
         writes=writes,
         text=texts.source,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,28 +184,13 @@ def _check(training: Training) -> None:
 
 
 def _dry_run(training: Training) -> None:
-    inputs, observed, eval_rows, checks = (
-        training.inputs,
-        training.inputs.observed,
-        training.loaded.eval_rows,
-        training.checks,
-    )
-    splits = inputs.summary.splits
+    inputs, observed, checks = training.inputs, training.inputs.observed, training.checks
 
-    def evaluate(positions: Sequence[int]) -> object:
+    def evaluate(rows: Share) -> object:
         inputs.journal.at("evaluation")
-        return training.scorer.reduced(Share(eval_rows, positions))
+        return training.scorer.reduced(rows)
 
-    result = dry_run(
-        training.trainer,
-        training.loaded.rows,
-        inputs.plan,
-        evaluate=evaluate,
-        eval_lengths=eval_rows["length"],
-        first_step=inputs.request.first_step,
-        test_share=splits["test"].tokens / splits["eval"].tokens if splits["eval"].tokens else 0.0,
-        folder=inputs.request.checkpoints if inputs.is_main and not inputs.request.probe else None,
-    )
+    result = dry_run(inputs, training.trainer, evaluate)
     checks.append(result.check)
     if inputs.plan.num_frozen_parameters:
         unreached = result.without_gradient

@@ -9,17 +9,18 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from fulltune.inference.run import by_length
+from fulltune.inference.run import Share, by_length
 from fulltune.models import sharding
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Check
-from fulltune.train.worker.forecast import Passes, Positions, timed_forecast
+from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.worker.forecast import Passes, timed_forecast
 
 _PLAIN = (bool, int, float, str, torch.Tensor)
 _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -39,26 +40,15 @@ class DryRun:
     """Trained tensors that the loss does not reach."""
 
 
-def dry_run(
-    trainer: Any,
-    rows: Any,
-    plan: Plan,
-    *,
-    evaluate: Callable[[Positions], object],
-    eval_lengths: Any,
-    first_step: int = 0,
-    test_share: float = 0.0,
-    folder: Path | None = None,
-) -> DryRun:
+def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Share], object]) -> DryRun:
     """Two passes with a step at the longest micro batch, whose peak is that of a real step, an evaluation at the
     longest eval batch, and timed passes; afterwards all is as before."""
-    began = time.monotonic()
+    began, plan, rows = time.monotonic(), inputs.plan, cast("Any", trainer.train_dataset)
     longest = by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None
     without: tuple[str, ...] = ()
     with _without_trace(trainer, plan) as (model, optimizer):
-        lengths = np.asarray(rows["length"]), np.asarray(eval_lengths)
-        passes = Passes(trainer, rows, plan, model, optimizer, evaluate, *lengths)
+        passes = Passes(inputs, trainer, model, optimizer, evaluate)
         loss, first_seconds = passes.train(longest)
         if math.isfinite(loss):
             named = trainer.model.named_parameters()
@@ -73,15 +63,7 @@ def dry_run(
             step_seconds = passes.step()
             optimizer.zero_grad()
             # As in training: the optimizer's state stays, the gradients are gone.
-            forecast = timed_forecast(
-                passes,
-                longest,
-                (first_seconds, seconds),
-                step_seconds,
-                first_step=first_step,
-                test_share=test_share,
-                folder=folder,
-            )
+            forecast = timed_forecast(passes, longest, (first_seconds, seconds), step_seconds)
     del passes, model, optimizer
     if plan.num_processes > 1:
         gc.collect()  # `DistributedDataParallel` hooks into each gradient as long as it lives

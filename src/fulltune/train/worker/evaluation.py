@@ -157,7 +157,7 @@ class CurveGuard(TrainingPart):
             raise Diverged(decision.reason)
         keeps_good = self.level and inputs.recipe.train.load_best_model_at_end
         # Within a budget for forgetting the untouched model is kept then.
-        if self.behind and not keeps_good and inputs.plan.preserving is None:
+        if self.behind and not keeps_good and inputs.plan.generic.budget is None:
             decision = ended_worse(self.behind_by, losses, rate, self.untrained_loss)
             if decision.action == "stop":
                 raise Diverged(decision.reason)

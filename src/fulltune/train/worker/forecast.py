@@ -1,4 +1,4 @@
-"""How long the training takes, by the lengths of all rows and a line (`fixed + per_work * work`) through two timed
+"""How long the training takes, by the work of all its passes and a line (`fixed + per_work * work`) through two timed
 passes of the dry run, each after a first, cold one."""
 
 from __future__ import annotations
@@ -6,11 +6,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,11 +16,12 @@ from accelerate.utils import send_to_device
 from safetensors.torch import save_file
 
 from fulltune import files
-from fulltune.inference.run import batches, longest_first
-from fulltune.plan.time import GENERIC_TOKENS, further_seconds, rows_of_points, texts_read
-from fulltune.records.plan import Plan, TimeNeed, TimePart
+from fulltune.inference.run import Share, batches, longest_first
+from fulltune.plan.time import GENERIC_TOKENS, further_seconds
+from fulltune.records.plan import TimeNeed, TimePart
 from fulltune.train.loop.guarded_step import gradients_are_finite
-from fulltune.train.loop.trainer import ITEMS
+from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.loop.trainer import ITEMS, FullTrainer
 from fulltune.train.worker import distributed
 
 Positions = Sequence[int]
@@ -38,16 +37,12 @@ SAMPLE_BYTES = 2**25
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A padded batch."""
+class Load:
+    """Forward passes that are alike."""
 
-    rows: int
-    length: int
-    """Tokens of the longest row."""
-
-    def work(self, quadratic: float) -> float:
-        """Work in units of one token's multiplications with the weights, with `quadratic` more for each token seen."""
-        return self.rows * self.length * (1 + quadratic * self.length)
+    passes: float
+    work: float
+    """Of all together, in multiplications of a token with the weights: see `works`."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +52,8 @@ class Speed:
     fixed: float
     per_work: float
 
-    def seconds(self, passes: Mapping[Shape, float], quadratic: float) -> float:
-        """Of so many passes of each shape."""
-        return self.fixed * sum(passes.values()) + self.per_work * _total_work(passes, quadratic)
-
-    def times(self, factor: float) -> Speed:
-        return Speed(factor * self.fixed, factor * self.per_work)
+    def seconds(self, load: Load) -> float:
+        return self.fixed * load.passes + self.per_work * load.work
 
 
 @dataclass(frozen=True)
@@ -75,12 +66,10 @@ class Timings:
     """Forward alone."""
     step_seconds: float
     """Clipping, optimizer and zeroing, once per step."""
-    new_shape_seconds: float
-    """What the first pass of each shape costs more, because kernels are made for it."""
     save_seconds: float
     """One checkpoint, checksums included."""
-    start_seconds: float = 0.0
-    """Once: compiling."""
+    once_seconds: float = 0.0
+    """Compiling, or what the first pass of each shape costs more, because kernels are made for it."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +77,22 @@ class Schedule:
     """What is left to do, of each process."""
 
     steps: int
-    train: Mapping[Shape, float]
-    """Number of forward passes of each shape; can be a fraction, when it was counted on a part of the steps."""
-    evaluation: Mapping[Shape, float]
-    """The same for one evaluation."""
+    tokens: float
+    """Of all processes, padding included."""
+    train: Load
+    evaluation: Load
+    """One evaluation."""
     evaluations: int
     saves: int
-    num_processes: int = 1
     test_share: float = 0.0
     """Tokens of the test rows as a share of the eval rows'; 0: not known."""
+
+
+def works(shapes: np.ndarray, quadratic: float) -> np.ndarray:
+    """Work of each pass, by its rows and the tokens of its longest row: shapes[passes, 2]; `quadratic` is what each
+    token adds for each one that it sees, as a share of its multiplications with the weights."""
+    rows, length = shapes.astype(float).T
+    return rows * length * (1 + quadratic * length)
 
 
 def quadratic_share(num_layers: int, hidden_size: int, num_parameters: int) -> float:
@@ -122,32 +118,25 @@ def times_between(first_step: int, last_step: int, *intervals: int) -> int:
     return sum(step > first_step for step in at | {last_step}) if last_step > first_step else 0
 
 
-def forecast(schedule: Schedule, timings: Timings, quadratic: float) -> TimeNeed:
+def forecast(schedule: Schedule, timings: Timings) -> TimeNeed:
     """Seconds from the first step to the last, with evaluations and checkpoints, and of scoring the test rows."""
-    train = timings.train.seconds(schedule.train, quadratic)
-    train += timings.step_seconds * schedule.steps + timings.start_seconds
-    train += timings.new_shape_seconds * len(schedule.train)
-    once = timings.evaluation.seconds(schedule.evaluation, quadratic)
-    tokens = schedule.num_processes * sum(shape.rows * shape.length * times for shape, times in schedule.train.items())
+    train = timings.train.seconds(schedule.train) + timings.step_seconds * schedule.steps + timings.once_seconds
+    evaluation = timings.evaluation.seconds(schedule.evaluation)
     around: tuple[TimePart, ...] = ()
     if schedule.evaluations and schedule.test_share:
-        seconds = round(once * schedule.test_share, 3)
+        seconds = round(evaluation * schedule.test_share, 3)
         around = (TimePart(name="scoring one model on the test rows", seconds=seconds, basis="measured"),)
-    to_stop = timings.save_seconds + (once if schedule.evaluations else 0.0)
+    to_stop = timings.save_seconds + (evaluation if schedule.evaluations else 0.0)
     return TimeNeed(
         train_seconds=round(train, 3),
-        eval_seconds=round(once * schedule.evaluations, 3),
+        eval_seconds=round(evaluation * schedule.evaluations, 3),
         save_seconds=round(timings.save_seconds * schedule.saves, 3),
-        tokens=round(tokens),
-        tokens_per_second=round(tokens / train, 1) if train else 0.0,
+        tokens=round(schedule.tokens),
+        tokens_per_second=round(schedule.tokens / train, 1) if train else 0.0,
         source="dry-run step",
         stop_seconds=round(train / schedule.steps + to_stop, 3) if schedule.steps else 0.0,
         around=around,
     )
-
-
-def _total_work(passes: Mapping[Shape, float], quadratic: float) -> float:
-    return sum(shape.work(quadratic) * times for shape, times in passes.items())
 
 
 # ---- measured ----------------------------------------------------------------------------------------------------
@@ -157,27 +146,28 @@ def _total_work(passes: Mapping[Shape, float], quadratic: float) -> float:
 class Passes:
     """Runs passes; all processes are given the first one's seconds, so that all decide on the same further passes."""
 
-    trainer: Any
-    """The `FullTrainer`."""
-    rows: Any
-    plan: Plan
+    inputs: AttemptInputs
+    trainer: FullTrainer
     model: Any
     """As the Trainer's loop has it: with autocast, compiled, with several processes in `DistributedDataParallel`."""
     optimizer: Any
-    evaluate: Callable[[Positions], object]
-    lengths: np.ndarray
-    """lengths[rows] of the train rows, in tokens."""
-    eval_lengths: np.ndarray
-    """eval_lengths[rows]."""
+    evaluate: Callable[[Share], object]
+    """Takes eval rows as an evaluation does."""
+
+    @property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each train row and of each eval row."""
+        eval_rows: Any = self.trainer.eval_dataset
+        return np.asarray(self.trainer.sampler.lengths), np.asarray(eval_rows["length"])
 
     def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
         """Forward and backward of these rows, added to present gradients with `keep`: the loss and the seconds."""
-        trainer = self.trainer
+        trainer, rows = self.trainer, cast("Any", self.trainer.train_dataset)
         if not keep:
             self.optimizer.zero_grad()
         began = self._now()
         self.model.train()
-        batch = send_to_device(trainer.collated([self.rows[i] for i in positions]), trainer.args.device)
+        batch = send_to_device(trainer.collated([rows[i] for i in positions]), trainer.args.device)
         # All processes try the same rows, and the Trainer multiplies by their number.
         num_items = torch.tensor(batch.pop(ITEMS) * trainer.args.world_size, device=trainer.args.device)
         loss = trainer.compute_loss(self.model, batch, num_items_in_batch=num_items)
@@ -204,11 +194,11 @@ class Passes:
     def score(self, positions: Positions) -> float:
         """These eval rows as an evaluation takes them: the seconds."""
         began = self._now()
-        self.evaluate(positions)
+        self.evaluate(Share(cast("Any", self.trainer.eval_dataset), positions))
         return self._since(began)
 
     def _now(self) -> float:
-        if self.plan.device == "cuda":
+        if self.inputs.plan.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -217,90 +207,94 @@ class Passes:
         return float(distributed.from_first(seconds)) if self.trainer.args.world_size > 1 else seconds
 
 
-def timed_forecast(
-    passes: Passes,
-    longest: Positions,
-    seconds: tuple[float, float],
-    step_seconds: float,
-    *,
-    first_step: int,
-    test_share: float,
-    folder: Path | None,
-) -> TimeNeed:
-    """Time more passes where they cost little against the run, and add everything up."""
-    quadratic = _quadratic(passes.trainer.model)
-    schedule, shapes = _schedule(passes, first_step, test_share)
-    long, work = _shape(passes.lengths, longest).work(quadratic), _total_work(schedule.train, quadratic)
-    budget = further_seconds(seconds[1] / long * work + step_seconds * schedule.steps)
+def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, float], step_seconds: float) -> TimeNeed:
+    """Time more passes where they cost little against the run, and add everything up; `seconds` are those of the first
+    two passes at the longest micro batch."""
+    plan, quadratic = passes.inputs.plan, _quadratic(passes.trainer.model)
+    steps = max(0, plan.total_steps - passes.inputs.request.first_step)
+    parts, scale = _counted_passes(passes, steps)
+    shapes = _shapes(passes.lengths[0], parts)
+    work, long = works(shapes, quadratic), float(works(_shapes(passes.lengths[0], [longest]), quadratic)[0])
+    budget = further_seconds(seconds[1] / long * float(work.sum()) * scale + step_seconds * steps)
     typical, cold = None, 0.0
-    if shapes:
-        mean = work / sum(schedule.train.values())
-        shape = min(shapes, key=lambda one: abs(one.work(quadratic) - mean))
+    if parts:
+        at = int(np.argmin(abs(work - work.mean())))
         # The longest pass alone says too little: its blocks go back to the system after each use and come anew, which
         # makes its tokens up to twice as slow as those of shorter passes.
-        if 2 * seconds[1] * shape.work(quadratic) / long <= max(budget, seconds[1]):
-            keep = passes.plan.gradient_accumulation_steps > 1
-            first, warm = (passes.train(shapes[shape], keep=keep)[1] for _ in range(2))
-            typical, cold = (shape.work(quadratic), warm), max(0.0, first - warm)
+        if 2 * seconds[1] * work[at] / long <= max(budget, seconds[1]):
+            keep = plan.gradient_accumulation_steps > 1
+            first, warm = (passes.train(parts[at], keep=keep)[1] for _ in range(2))
+            typical, cold = (float(work[at]), warm), max(0.0, first - warm)
     train = speed((long, seconds[1]), typical)
-    compiled = passes.plan.torch_compile  # the second shape makes it give up fixed shapes, and that is all
+    once = 0.0
+    if plan.torch_compile:  # the second shape makes it give up fixed shapes, and that is all
+        once = max(0.0, seconds[0] - seconds[1]) + cold
+    elif typical is not None:
+        # At most as much as the pass itself: a process's first passes also pay for what is done once.
+        once = min(cold, typical[1]) * len(np.unique(shapes, axis=0))
+    forward = _forward_share(passes, train, quadratic, budget)
+    is_saved = passes.inputs.is_main and not passes.inputs.request.probe
     timings = Timings(
         train=train,
-        evaluation=train.times(_forward_share(passes, train, quadratic, budget)),
+        evaluation=Speed(forward * train.fixed, forward * train.per_work),
         step_seconds=step_seconds + LOOP_SECONDS,
-        # At most as much as the pass itself: a process's first passes also pay for what is done once.
-        new_shape_seconds=0.0 if compiled or typical is None else min(cold, typical[1]),
-        save_seconds=_save_seconds(passes, folder) if folder else 0.0,
-        start_seconds=max(0.0, seconds[0] - seconds[1]) + cold if compiled else 0.0,
+        save_seconds=_save_seconds(passes) if is_saved else 0.0,
+        once_seconds=once,
     )
-    return forecast(schedule, timings, quadratic)
+    return forecast(_schedule(passes, steps, shapes, scale, quadratic), timings)
 
 
-def _schedule(passes: Passes, first_step: int, test_share: float) -> tuple[Schedule, dict[Shape, Positions]]:
-    """What is left to do, and a micro batch of each shape."""
-    plan = passes.plan
-    steps = max(0, plan.total_steps - first_step)
+def _counted_passes(passes: Passes, steps: int) -> tuple[list[Positions], float]:
+    """The micro batches of the coming steps, or of the first of them, and what these are multiplied by."""
+    plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     counted = min(steps, -(-MOST_COUNTED_ROWS // plan.global_batch_size))
-    parts = [part for step in passes.trainer.sampler.passes(first_step, first_step + counted) for part in step]
-    # Several processes take the eval batches in turn.
-    evaluation = list(batches(longest_first(passes.eval_lengths), plan.eval_batch_size))[:: plan.num_processes]
-    train = _counted(passes.lengths, parts)
+    parts: list[Positions] = [
+        part for step in passes.trainer.sampler.passes(first_step, first_step + counted) for part in step
+    ]
+    return parts, steps / max(1, counted)
+
+
+def _schedule(passes: Passes, steps: int, shapes: np.ndarray, scale: float, quadratic: float) -> Schedule:
+    """What is left to do."""
+    plan, first_step, splits = passes.inputs.plan, passes.inputs.request.first_step, passes.inputs.summary.splits
+    eval_lengths = passes.lengths[1]
     evaluations = times_between(first_step, plan.total_steps, plan.eval_steps)
     evaluations += plan.eval_on_start and first_step == 0
-    rows = len(passes.eval_lengths)
-    more = rows_of_points(plan, rows) / max(1, rows)
-    # Of an evaluation's share of all that is read.
-    generic = Counter({Shape(1, GENERIC_TOKENS): round(texts_read(plan, evaluations) / max(1.0, evaluations + more))})
-    if plan.preserving is not None and counted:
-        train[Shape(1, GENERIC_TOKENS)] += round(counted * plan.preserving.replay_rows / plan.num_processes)
-    schedule = Schedule(
+    more = plan.generic.scored_rows / max(1, len(eval_lengths))
+    # Several processes take the eval batches in turn.
+    parts = list(batches(longest_first(eval_lengths), plan.eval_batch_size))[:: plan.num_processes]
+    steered = plan.total_steps // plan.generic.steer_steps if plan.generic.steer_steps else 0
+    texts = plan.generic.watched * (evaluations + steered) + plan.generic.read_once
+    read = texts / max(1.0, evaluations + more)  # of all that is read an evaluation's share
+    trained = steps * plan.generic.rows / plan.num_processes
+    [generic] = works(np.array([[1, GENERIC_TOKENS]]), quadratic)
+    return Schedule(
         steps=steps,
-        train={shape: times * steps / counted for shape, times in train.items()},
-        evaluation=_counted(passes.eval_lengths, evaluation) + generic,
+        tokens=plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + trained * GENERIC_TOKENS),
+        train=Load(len(shapes) * scale + trained, float(works(shapes, quadratic).sum()) * scale + trained * generic),
+        evaluation=Load(
+            len(parts) + read, float(works(_shapes(eval_lengths, parts), quadratic).sum()) + read * generic
+        ),
         evaluations=round(evaluations + more),
         # Also at each evaluation.
         saves=times_between(first_step, plan.total_steps, plan.eval_steps, plan.save_steps),
-        num_processes=plan.num_processes,
-        test_share=test_share,
+        test_share=splits["test"].tokens / splits["eval"].tokens if splits["eval"].tokens else 0.0,
     )
-    return schedule, {_shape(passes.lengths, part): part for part in parts}
 
 
-def _counted(lengths: np.ndarray, parts: Iterable[Positions]) -> Counter[Shape]:
-    return Counter(_shape(lengths, part) for part in parts)
-
-
-def _shape(lengths: np.ndarray, positions: Positions) -> Shape:
-    return Shape(len(positions), int(lengths[list(positions)].max()))
+def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
+    """Rows and tokens of the longest row of each pass: [passes, 2]."""
+    return np.array([(len(part), lengths[list(part)].max()) for part in parts], np.int64).reshape(-1, 2)
 
 
 def _forward_share(passes: Passes, train: Speed, quadratic: float, budget: float) -> float:
     """Seconds of an evaluation's pass over those of a training pass of the same work, by the longest eval batch; again
     where that costs little, because the first one is cold."""
     passes.optimizer.zero_grad()
-    longest = next(iter(batches(longest_first(passes.eval_lengths), passes.plan.eval_batch_size)))
+    lengths = passes.lengths[1]
+    longest = next(iter(batches(longest_first(lengths), passes.inputs.plan.eval_batch_size)))
     seconds = passes.score(longest)
-    both = train.seconds({_shape(passes.eval_lengths, longest): 1}, quadratic)
+    both = train.seconds(Load(1, float(works(_shapes(lengths, [longest]), quadratic)[0])))
     if min(seconds, both) <= budget or seconds > both:
         seconds = passes.score(longest)
     return min(1.0, seconds / both)
@@ -317,16 +311,16 @@ def _quadratic(model: Any) -> float:
     return quadratic_share(layers, hidden, others)
 
 
-def _save_seconds(passes: Passes, folder: Path) -> float:
+def _save_seconds(passes: Passes) -> float:
     """Seconds of one checkpoint with its checksums, by its small files and a sample of its tensors."""
-    trainer, trial = passes.trainer, folder / "write-trial"
+    trainer, trial = passes.trainer, passes.inputs.request.checkpoints / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]
     whole = sum(tensor.nbytes for tensor in (*weights, *states) if isinstance(tensor, torch.Tensor))
     sample = torch.rand(max(1, min(whole, SAMPLE_BYTES) // 4))
     try:
         began = time.perf_counter()
-        trainer.processing_class.save_pretrained(trial)
+        cast("Any", trainer.processing_class).save_pretrained(trial)
         files.seal(trial)
         small = time.perf_counter() - began
         save_file({"sample": sample}, trial / "sample.safetensors")

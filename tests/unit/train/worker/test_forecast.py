@@ -14,9 +14,9 @@ from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.worker import forecast as forecasting
 from fulltune.train.worker.forecast import (
+    Load,
     Passes,
     Schedule,
-    Shape,
     Speed,
     Timings,
     forecast,
@@ -24,6 +24,7 @@ from fulltune.train.worker.forecast import (
     speed,
     timed_forecast,
     times_between,
+    works,
 )
 from tests import plans
 
@@ -48,8 +49,9 @@ def test_speed_is_a_line_through_both_passes_or_through_the_origin(
 
 
 def test_work_grows_with_the_square_of_the_length_by_what_attention_adds() -> None:
-    assert Shape(4, 10).work(0.0) == 40
-    assert Shape(4, 10).work(0.1) == 80
+    shape = np.array([[4, 10]])
+    assert works(shape, 0.0) == [40]
+    assert works(shape, 0.1) == [80]
     # MiniLM-L6: 6 layers of width 384, 10.6 million parameters besides the embeddings.
     assert quadratic_share(6, 384, 10_600_000) == pytest.approx(0.000435, rel=0.01)
 
@@ -76,30 +78,29 @@ def test_evaluations_and_saves_are_counted_as_the_trainer_does_them(
 def test_forecast_adds_up_passes_steps_evaluations_and_saves() -> None:
     schedule = Schedule(
         steps=2,
-        train={Shape(4, 10): 3, Shape(4, 5): 1},
-        evaluation={Shape(8, 10): 2},
+        tokens=280,
+        train=Load(4, 140),
+        evaluation=Load(2, 160),
         evaluations=3,
         saves=4,
-        num_processes=2,
         test_share=1.5,
     )
     timings = Timings(
         train=Speed(0.5, 0.01),
         evaluation=Speed(0.1, 0.001),
         step_seconds=0.25,
-        new_shape_seconds=0.125,
         save_seconds=1.5,
-        start_seconds=10.0,
+        once_seconds=10.0,
     )
 
-    found = forecast(schedule, timings, 0.0)
+    found = forecast(schedule, timings)
 
-    passes = 4 * 0.5 + 0.01 * (3 * 40 + 20)
-    assert found.train_seconds == pytest.approx(passes + 2 * 0.25 + 2 * 0.125 + 10)
+    passes = 4 * 0.5 + 0.01 * 140
+    assert found.train_seconds == pytest.approx(passes + 2 * 0.25 + 10)
     assert found.eval_seconds == pytest.approx(3 * 2 * (0.1 + 0.08))
     assert found.save_seconds == 6.0
     assert [part.seconds for part in found.around] == pytest.approx([1.5 * 2 * (0.1 + 0.08)])
-    assert found.tokens == 2 * 140
+    assert found.tokens == 280
     assert found.tokens_per_second == pytest.approx(280 / found.train_seconds, abs=0.1)
     assert found.source == "dry-run step"
 
@@ -159,10 +160,10 @@ class Scripted(Passes):
     """Passes whose seconds are a machine's."""
 
     def train(self, positions: Any, *, keep: bool = False) -> tuple[float, float]:
-        return 1.0, self.rows.take("train", TRAIN)
+        return 1.0, self.model.take("train", TRAIN)
 
     def score(self, positions: Any) -> float:
-        return self.rows.take("eval", FORWARD)
+        return self.model.take("eval", FORWARD)
 
 
 def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40) -> TimeNeed:
@@ -170,20 +171,17 @@ def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40
     batches = [list(range(8 * step, 8 * step + 8)) for step in range(40)]
     trainer: Any = SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace())),
-        sampler=SimpleNamespace(passes=lambda first, last: [[batch] for batch in batches[first:last]]),
+        sampler=SimpleNamespace(passes=lambda first, last: [[batch] for batch in batches[first:last]], lengths=LENGTHS),
+        eval_dataset={"length": LENGTHS[::20]},
     )
-    passes = Scripted(
-        trainer=trainer,
-        rows=machine,
+    inputs: Any = SimpleNamespace(
         plan=plans.plan(total_steps=total_steps, eval_steps=total_steps // 2, save_steps=total_steps // 2),
-        model=None,
-        optimizer=mock.Mock(),
-        evaluate=lambda positions: None,
-        lengths=LENGTHS,
-        eval_lengths=LENGTHS[::20],
+        request=SimpleNamespace(first_step=0),
+        summary=SimpleNamespace(splits=dict.fromkeys(("test", "eval"), SimpleNamespace(tokens=0))),
+        is_main=False,
     )
-    seconds = (first_seconds, TRAIN)
-    return timed_forecast(passes, batches[-1], seconds, 0.1, first_step=0, test_share=0.0, folder=None)
+    passes = Scripted(inputs, trainer, machine, mock.Mock(), lambda rows: None)
+    return timed_forecast(passes, batches[-1], (first_seconds, TRAIN), 0.1)
 
 
 def test_forecast_after_cold_passes_is_that_of_warm_ones() -> None:
