@@ -152,7 +152,6 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     except SetupError as error:
         raise SetupError([*error.problems, *data.wrong_files(job.recipe, job.hooks.preprocess)]) from None
     check_extra(job.recipe, runs_here=runs_here)
-    evaluate.check_extras(job.recipe)
     check_model(job.recipe, job.base)
     methods.check(job.recipe, config)
     check_texts(job.recipe.preserve)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.cli import init
 from fulltune.cli.init import Hints, hints_of, infer, lines, write_recipe
 from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.read import locate
@@ -97,16 +96,12 @@ def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
     assert (found.target.columns, found.num_rows) == ({"text": "review", "label": "stars"}, 20)
 
 
-def test_what_is_left_out_or_to_be_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     (tmp_path / "data" / "more").mkdir(parents=True)
     for file in ("data/rows.jsonl", "data/more/rows.jsonl"):
         (tmp_path / file).write_text('{"tokens": ["Anna", "sleeps"], "tags": ["B-PER", "O"]}\n' * 20)
     said = lines(*write_recipe(tmp_path / "data", tmp_path / "recipe.yaml", None, False))
     assert [line for line in said if line.startswith("note: ") and "more/rows.jsonl" in line]
-    for spec in (None, "there"):
-        monkeypatch.setattr(init, "find_spec", lambda name, spec=spec: spec)
-        said = lines(*write_recipe(tmp_path / "data", tmp_path / "recipe.yaml", None, True))
-        assert ("first: pip install 'fulltune[entities]', which scores entities" in said) == (spec is None)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -348,8 +347,6 @@ def lines(found: Inferred, files: SplitFiles) -> list[str]:
     said += [f"not used: {reason}" for reason in files.unused]
     said += [f"columns not used: {found.unused}"] * bool(found.unused)
     said += [f"note: {note}" for note in found.notes]
-    if found.task == "token-classification" and find_spec("seqeval") is None:
-        said.append("first: pip install 'fulltune[entities]', which scores entities")
     return said
 
 

@@ -32,17 +32,11 @@ from fulltune.stats.calibration import fit_temperature
 from fulltune.stats.intervals import paired
 from fulltune.stats.row_scores import measure_of
 from fulltune.system.memory import does_not_fit, is_out_of_memory
-from fulltune.tasks import Predictions, Target, task_named, token_classification
+from fulltune.tasks import Predictions, Target, task_named
 from fulltune.tasks.settings import class_weights
 
 UNTOUCHED = "before-training"
 """Where the scores of the model before training lie."""
-
-
-def check_extras(recipe: Recipe) -> None:
-    """Fail before training, not after it, when the metric that chooses a checkpoint needs a package that is missing."""
-    if recipe.task == "token-classification":
-        token_classification.seqeval_entities(["O"])
 
 
 def scoring_of(

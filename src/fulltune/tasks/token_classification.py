@@ -325,7 +325,7 @@ def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: 
     for row, (one, two) in enumerate(pairs):
         if not (one.any() or two.any()):
             continue  # label 0 is O: no entity on either side
-        expected, found = (set(seqeval_entities([target.labels[i] for i in labels])) for labels in (one, two))
+        expected, found = (set(spans([target.labels[i] for i in labels])) for labels in (one, two))
         for column, chosen in enumerate((expected & found, found, expected)):
             for kind, *_ in chosen:
                 entities[row, place[kind], column] += 1
@@ -334,16 +334,6 @@ def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: 
         "words": np.array([len(one) for one, _ in pairs]),
         "right": np.array([int((one == two).sum()) for one, two in pairs]),
     }
-
-
-def seqeval_entities(row_tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Type, first and last word of each entity, by seqeval's default reading. Raises `SetupError` when seqeval is not
-    installed."""
-    try:
-        from seqeval.metrics.sequence_labeling import get_entities
-    except ImportError:
-        raise SetupError("scoring entities needs the package 'seqeval'; pip install 'fulltune[entities]'") from None
-    return get_entities(list(row_tags))
 
 
 def over_all_words(kept: Predictions, rows: Sequence[Mapping[str, Any]], target: Target) -> dict[str, np.ndarray]:

@@ -39,7 +39,6 @@ NAMES = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 
 
 def entities(chance: np.random.Generator) -> Kept:
-    pytest.importorskip("seqeval", reason="the extra entities is not installed")
     true = ragged([chance.integers(0, 5, size) for size in chance.integers(1, 9, ROWS)])
     predicted = ragged([np.where(chance.random(len(row)) < 0.7, row, chance.integers(0, 5, len(row))) for row in true])
     seen = np.array([len(row) for row in true])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+from seqeval.metrics.sequence_labeling import get_entities
 
 from fulltune.cli.init import infer
 from fulltune.errors import DataError, SetupError
@@ -84,7 +85,7 @@ def test_target_has_both_tags_of_every_type_and_o_first() -> None:
 )
 def test_inside_tag_that_continues_nothing_begins_an_entity(found: str, repaired: str) -> None:
     assert task.strict(found.split()) == repaired.split()
-    assert set(task.seqeval_entities(found.split())) == set(task.seqeval_entities(repaired.split()))
+    assert task.spans(found.split()) == task.spans(repaired.split())
 
 
 def test_inside_tags_that_begin_entities_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -315,7 +316,7 @@ def test_metrics_are_those_of_seqeval(seed: int) -> None:
 
 
 def spans_of_seqeval(row_tags: list[str]) -> set[tuple[str, int, int]]:
-    return {(kind, start, last + 1) for kind, start, last in task.seqeval_entities(row_tags)}
+    return {(kind, start, last + 1) for kind, start, last in get_entities(row_tags)}
 
 
 def test_metrics_without_a_prediction_are_zero() -> None:
@@ -343,9 +344,3 @@ def test_worst_rows_have_the_most_wrong_entities_then_the_highest_loss() -> None
         ("three", "in [Rome]LOC", "in Rome"),
     ]
     assert found[0].loss == 1.0
-
-
-def test_missing_seqeval_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "seqeval.metrics.sequence_labeling", None)
-    with pytest.raises(SetupError, match=r"pip install 'fulltune\[entities\]'"):
-        task.seqeval_entities(["O"])
