@@ -69,7 +69,7 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
     assert searched.scores[-1].metrics == alone.scores[-1].metrics
     report = (searched.folder / "report.md").read_text(encoding="utf-8")
     assert "## Search" in report
-    assert "than with the usual rate" in report
+    assert "differs from that with the usual rate by" in report
     assert read_run(searched.folder).missing == ()
     assert [one.trial for one in Access.of_same_rows(searched.folder)] == ["full-seed42"]
     settings = {one.name: one for one in Plan.load(searched.folder / "plan" / "full.json").settings}
@@ -166,7 +166,9 @@ def test_other_settings_are_tried_in_whole_runs_and_only_the_best_weights_stay(t
     assert record.bought is not None
     assert found.plan is not None
     assert found.plan.layerwise_lr_decay == record.settings["method.layerwise_lr_decay"]
-    assert "than with the recipe's own settings" in (found.folder / "report.md").read_text(encoding="utf-8")
+    assert "differs from that with the recipe's own settings by" in (found.folder / "report.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.long

@@ -24,7 +24,7 @@ from fulltune.inference.store import row_id, texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Remedy, RowIssue
 from fulltune.records.data import SplitName
-from fulltune.records.events import Listener, RowsPrepared
+from fulltune.records.events import Listener, RowsRead
 from fulltune.tasks import PLACE, Row, Target, Task, chat
 from fulltune.tasks.columns import as_text, normalised
 
@@ -153,12 +153,12 @@ def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
             listen(seen.heard, row, rows.target.columns)
             if len(keys) == _AT_ONCE:
                 done = len(seen.keys)
-                listener(RowsPrepared(name="auditing", done=done, total=max(total, done)))
+                listener(RowsRead(name="auditing", done=done, total=max(total, done)))
                 signed.append(signatures(keys))
                 keys.clear()
         signed.append(signatures(keys))
         seen.counts[split] = len(seen.keys) - before
-    listener(RowsPrepared(name="auditing", done=len(seen.keys), total=len(seen.keys)))
+    listener(RowsRead(name="auditing", done=len(seen.keys), total=len(seen.keys)))
     seen.signed = np.concatenate(signed)
     return seen
 

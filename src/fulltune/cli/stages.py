@@ -151,9 +151,7 @@ def bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
         yield lambda done, total: None
         return
     with Display(err) as display:
-        yield lambda done, total: display(
-            RowsRead(name=name, done=done, total=total, share=done / total if total else None)
-        )
+        yield lambda done, total: display(RowsRead(name=name, done=done, total=total))
 
 
 def chosen_model(run: Path, method: str | None) -> Path:

@@ -58,7 +58,7 @@ from fulltune.recipe.data import UTF_8, DataBlock, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.records.events import Listener, RowsPrepared, Warned
+from fulltune.records.events import Listener, RowsRead, Warned
 from fulltune.tasks import Target, Task, task_named
 from fulltune.tasks.columns import shown
 from fulltune.text import counted, format_percent
@@ -230,7 +230,7 @@ def _encode(
             now = time.monotonic()
             if now - told > _PROGRESS_SECONDS or done == total:
                 told = now
-                stage.listener(RowsPrepared(name="tokenising", done=done, total=total))
+                stage.listener(RowsRead(name="tokenising", done=done, total=total))
 
         for name, source in sources.items():
             is_train = name == "train"

@@ -53,25 +53,16 @@ class PhaseBegan(Event):
     name: str
 
 
-class RowsPrepared(Event):
-    """So many rows of the data files are tokenised."""
-
-    kind = "progress"
-    name: str
-    done: int
-    total: int
-
-
 class RowsRead(Event):
-    """A model has read so many rows outside of training: to score them, or to answer them."""
+    """So many rows are tokenised, audited, or read by a model outside of training."""
 
     kind = "rows"
     name: str
     """What is done with them."""
     done: int
     total: int | None
-    share: float | None
-    """Of the work: long rows take longer."""
+    share: float | None = None
+    """Of the work: long rows take longer; None: as of the rows."""
 
 
 class DataPrepared(Event):

@@ -54,11 +54,11 @@ def test_verdict_interval_of_the_difference_on_the_same_rows_decides(
 @pytest.mark.parametrize(
     ("trained", "bar", "bounds", "metric", "said"),
     [
-        (0.635, 0.765, (-0.195, -0.065), "accuracy", "is 13.0 points lower (95% interval: 6.5 to 19.5 points lower)"),
-        (0.78, 0.75, (-0.008, 0.069), "accuracy", "3.0 points higher (95% interval: from 0.8 points lower to 6.9"),
-        (0.81, 0.81, (-0.01, 0.01), "accuracy", "of full-seed42 is the same (95% interval: from 1.0 point"),
-        (1.2, 2.3, (-1.2, -1.05), "loss", "the loss of full-seed42 is 1.1 lower (95% interval: 1.05 to 1.2 lower)"),
-        (2.3, 1.2, (1.05, 1.2), "loss", "1.1 higher (95% interval: 1.05 to 1.2 higher), and the baseline needs no"),
+        (0.635, 0.765, (-0.195, -0.065), "accuracy", "by -13.0 points (95% interval: -19.5 to -6.5), and the baseline"),
+        (0.78, 0.75, (-0.008, 0.069), "accuracy", "by +3.0 points (95% interval: -0.8 to +6.9); these rows"),
+        (0.81, 0.81, (-0.01, 0.01), "accuracy", "by +0.0 points (95% interval: -1.0 to +1.0)"),
+        (1.2, 2.3, (-1.2, -1.05), "loss", "its loss differs by -1.1 (95% interval: -1.2 to -1.05)"),
+        (2.3, 1.2, (1.05, 1.2), "loss", "by +1.1 (95% interval: +1.05 to +1.2), and the baseline needs no"),
     ],
 )
 def test_sentence_has_the_difference_and_its_bounds_in_words(
@@ -71,8 +71,8 @@ def test_sentence_is_whole(kit: SimpleNamespace) -> None:
     verdict = judge(pair(kit, 0.921, 0.812, (0.08, 0.14)))
     assert verdict.sentence == (
         "full-seed42 has accuracy 92.1% [85.1%, 99.1%] on 1,000 test rows, against 81.2% [74.2%, 88.2%] for the best "
-        "baseline, nearest centroid. On the same rows, the accuracy of full-seed42 is 10.9 points higher "
-        "(95% interval: 8.0 to 14.0 points higher)."
+        "baseline, nearest centroid. On the same rows, its accuracy differs by +10.9 points "
+        "(95% interval: +8.0 to +14.0)."
     )
 
 
@@ -105,8 +105,7 @@ def test_loss_alone_is_not_called_better_than_answers_say(
     verdict = judge([*rows, copy])
     assert verdict.kind == kind
     assert said in verdict.sentence
-    assert said in verdict.sentence
-    assert "1.1 lower" in verdict.sentence
+    assert "by -1.1" in verdict.sentence
     assert ("Better" in verdict.label) == (kind == "better")
 
 

@@ -24,7 +24,6 @@ from fulltune.records.events import (
     PhaseBegan,
     Planned,
     Resumed,
-    RowsPrepared,
     RowsRead,
     Said,
     StepLogged,
@@ -56,10 +55,8 @@ class Display:
         self.metric = ""
         self.last_metric = ""
         self.last_line = 0.0
-        self.total_steps = 0
-        self.rows_of = ""
+        self.rows_of, self.rows_began = "", 0.0
         self.summary: DataSummary | None = None
-        self.rows_began = 0.0
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -83,8 +80,6 @@ class Display:
         match event:
             case PhaseBegan(name=name):
                 self._phase(name)
-            case RowsPrepared():
-                self._prepared(event)
             case RowsRead():
                 self._rows(event)
             case StepLogged():
@@ -121,45 +116,37 @@ class Display:
 
     def _phase(self, name: str) -> None:
         self.last_line = time.monotonic()
-        if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, description=name, total=None, facts="")
-        else:
+        if not self._live(name, None, None, ""):
             self.print(f"[dim]{name}[/dim]")
 
-    def _prepared(self, event: RowsPrepared) -> None:
-        done, total = event.done, event.total
-        facts = f"{done:,} of {total:,} rows"
-        if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, description=event.name, completed=done, total=total, facts=facts)
-        elif time.monotonic() - self.last_line > 5:
-            self.last_line = time.monotonic()
-            self.print(f"[dim]{event.name}: {facts}[/dim]")
+    def _live(self, name: str, done: float | None, total: float | None, facts: str) -> bool:
+        """Show it in the live line; False: there is none."""
+        if self.progress is None or self.task is None:
+            return False
+        self.progress.update(self.task, description=name, completed=done, total=total, facts=facts)
+        return True
 
     def _rows(self, event: RowsRead) -> None:
-        """Rows that a model reads outside of training: on a terminal only, logs have the phases."""
-        if self.progress is None or self.task is None:
-            return
         now = time.monotonic()
         if event.done == 0 or event.name != self.rows_of:
             self.rows_of, self.rows_began = event.name, now
-        share = event.share
+        share = event.share if event.share is not None or not event.total else event.done / event.total
         facts = f"{event.done:,} rows" if event.total is None else f"{event.done:,} of {event.total:,} rows"
         if share and share < 1:
             facts += f", {format_seconds(round((now - self.rows_began) * (1 - share) / share))} left"
-        total = None if event.total is None else 1.0
-        self.progress.update(self.task, description=event.name, completed=share or 0.0, total=total, facts=facts)
+        if not self._live(event.name, share, None if share is None else 1.0, facts) and now - self.last_line > 5:
+            self.last_line = now
+            self.print(f"[dim]{event.name}: {facts}[/dim]")
 
     def _step(self, event: StepLogged) -> None:
         # Images have no tokens.
         speed = f"{event.tokens_per_second:,.0f} tok/s  " if event.tokens_per_second else ""
         facts = f"loss {event.loss:.3f}{self.last_metric}  {speed}{format_seconds(round(event.seconds_left))} left"
-        step, total = event.step, event.total_steps
-        if self.progress is not None and self.task is not None:
-            self.progress.update(
-                self.task, description=f"step {step}/{total}", completed=step, total=total, facts=facts
-            )
-        elif time.monotonic() - self.last_line > 5 or step in (1, total):
-            self.last_line = time.monotonic()
+        step, total, now = event.step, event.total_steps, time.monotonic()
+        if not self._live(f"step {step}/{total}", step, total, facts) and (
+            now - self.last_line > 5 or step in (1, total)
+        ):
+            self.last_line = now
             self.print(f"step {step}/{total}  {facts}")
 
     def _eval(self, event: Evaluated) -> None:

@@ -28,7 +28,7 @@ from fulltune.report.run.about_data import row_words
 from fulltune.report.run.model_card import how_to_load, loading_code_of
 from fulltune.report.run.next_steps import facts_of, next_steps
 from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import bounds, difference, judge
+from fulltune.report.run.verdict import difference, judge
 from fulltune.text import counted, format_metric, format_number, format_seconds, format_share, listed
 
 _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
@@ -178,9 +178,8 @@ def search(view: RunView) -> Section | None:
     if found.bought is not None:
         usual, ahead = "the usual rate" if rate else "the recipe's own settings", found.bought
         chosen += (
-            f" On the test rows, which chose nothing, the {name} is {difference(found.metric_name, ahead)} "
-            f"{'as' if ahead.value == 0 else 'than'} with {usual} ({100 * found.confidence:g}% interval: "
-            f"{bounds(found.metric_name, ahead)})."
+            f" On the test rows, which chose nothing, the {name} differs from that with {usual} by "
+            f"{difference(found.metric_name, ahead, found.confidence)}."
         )
     late = "; its budget was used up before it ended: 'fulltune run' with a larger --budget and --fresh tries more"
     took = f"The search took {format_seconds(found.seconds)}, {found.cost:.1f} times the run that was taken"

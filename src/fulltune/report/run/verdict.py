@@ -9,7 +9,7 @@ from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
 from fulltune.report.run.read import trained_row
-from fulltune.text import counted, format_number, is_share
+from fulltune.text import counted, is_share
 
 _LABELS = {
     "better": "Better than without training",
@@ -67,13 +67,12 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     kind = "better" if (ahead.value > 0) == row.greater_is_better else "worse"
     if ahead.low <= 0 <= ahead.high:
         kind = "unresolved"
-    within = f"{100 * row.confidence:g}% interval: {bounds(name, ahead)}"
-    compared = f"the {words.metric_name(name)} of {row.name} is {difference(name, ahead)}"
+    compared = f"its {words.metric_name(name)} differs by {difference(name, ahead, row.confidence)}"
     answers = _answers_no_better(row, scores) if kind == "better" else ""
     ending = "; these rows do not tell which is better" if kind == "unresolved" else ""
     if kind == "worse":
         ending = ", and training made it worse" if bar.kind == "untouched" else ", and the baseline needs no training"
-    sentence = f"{claim}. On the same rows, {compared} ({within}){ending}.{answers}"
+    sentence = f"{claim}. On the same rows, {compared}{ending}.{answers}"
     return _headline("contested" if answers else kind, sentence)
 
 
@@ -96,30 +95,11 @@ def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
     return f" But its {them}: {values} for {bar.name}."
 
 
-def difference(metric: str, found: Estimate) -> str:
-    """`13.0 points lower`."""
-    return "the same" if found.value == 0 else f"{_amount(metric, found.value)} {_side(found.value)}"
-
-
-def bounds(metric: str, found: Estimate) -> str:
-    """`6.5 to 19.5 points lower`, `from 2.0 points lower to 4.1 points higher`."""
-    if found.low <= 0 <= found.high:
-        return f"from {_amount(metric, found.low)} lower to {_amount(metric, found.high)} higher"
-    nearer, farther = sorted((abs(found.low), abs(found.high)))
-    return f"{_number(metric, nearer)} to {_amount(metric, farther)} {_side(found.low)}"
-
-
-def _side(value: float) -> str:
-    return "lower" if value < 0 else "higher"
-
-
-def _number(metric: str, value: float) -> str:
-    return f"{100 * abs(value):.1f}" if is_share(metric) else format_number(abs(value))
-
-
-def _amount(metric: str, value: float) -> str:
-    shown = _number(metric, value)
-    return f"{shown} {'point' if shown == '1.0' else 'points'}" if is_share(metric) else shown
+def difference(metric: str, found: Estimate, confidence: float) -> str:
+    """`+10.9 points (95% interval: +8.0 to +14.0)`."""
+    size, digits, unit = (100.0, ".1f", " points") if is_share(metric) else (1.0, ".3g", "")
+    value, low, high = (f"{size * one + 0.0:+{digits}}" for one in (found.value, found.low, found.high))
+    return f"{value}{unit} ({100 * confidence:g}% interval: {low} to {high})"
 
 
 def _finite(estimate: Estimate) -> bool:
