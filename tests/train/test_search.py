@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from fulltune import pipeline, predict, report
 from fulltune import search as searching
 from fulltune.compare import trial_folder
-from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError, SetupError
+from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
 from fulltune.pipeline import Run
 from fulltune.records.comparison import Searched
 from fulltune.records.events import Event, Said, StepLogged
@@ -171,20 +170,13 @@ def test_other_settings_are_tried_in_whole_runs_and_only_the_best_weights_stay(t
     )
 
 
-@pytest.mark.long
-def test_optuna_draws_where_there_are_more_combinations_than_trials(tmp_path: Path, model: Path) -> None:
-    pytest.importorskip("optuna", reason="the extra search is not installed")
-    found = search(
-        tmp_path,
-        model,
-        method={"kind": "full"},
-        train={"num_train_epochs": 1},
-        search={"train.weight_decay": [0.0, 0.1], "train.warmup_ratio": [0.0, 0.1, 0.2, 0.3], "trials": 3},
-    )
-    record = Searched.load(found.folder / "search.json")
-    assert len(record.tried) == 4, "three, and the recipe's own settings"
-    assert record.num_combinations == 8
-    assert len({str(one.settings) for one in record.tried}) == 4
+def test_more_combinations_than_trials_are_drawn_at_random_by_the_seed(tmp_path: Path, model: Path) -> None:
+    values = {"train.weight_decay": [0.0, 0.1], "train.warmup_ratio": [0.0, 0.1, 0.2, 0.3]}
+    one = search_job(tmp_path, model, method={"kind": "full"}, search={**values, "trials": 3})
+    drawn = searching._drawn(one)
+    assert drawn == searching._drawn(one)
+    assert len({str(settings) for settings in drawn}) == 3
+    assert all(settings[name] in values[name] for settings in drawn for name in values)
 
 
 @pytest.mark.long
@@ -223,17 +215,6 @@ def test_budget_ends_a_search_with_the_best_so_far(
     assert len(record.tried) == 2, "a third one would end after an hour"
     assert record.seconds == 3000
     assert "the budget is used up: the best of the runs so far is taken" in said
-
-
-def test_optuna_that_is_missing_is_said_before_anything_is_trained(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else found(name))
-    values = {"train.weight_decay": [0.0, 0.1], "train.warmup_ratio": [0.0, 0.1, 0.2, 0.3]}
-    with pytest.raises(SetupError, match=r"Optuna.*fulltune\[search\]"):
-        search(tmp_path, model, method={"kind": "full"}, search={**values, "trials": 3})
-    assert not (tmp_path / "run" / "attempts").exists()
 
 
 def test_budget_that_buys_no_search_is_refused_with_what_it_buys(tmp_path: Path, model: Path) -> None:

@@ -72,7 +72,7 @@ class SearchBlock(Block):
     """Most time that a search may take in all, such as `20m`; the run at the best settings is part of it."""
     trials: int = Field(default=12, ge=2)
     """Whole runs at most, besides one with the recipe's own settings. Where the values make no more combinations than
-    that each is tried, else Optuna draws some, which needs the extra `search`."""
+    that each is tried, else some that are drawn at random."""
     settings: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Settings of the blocks `method` and `train`, each with two or more values, written beside the other keys:
     `{train.num_train_epochs: [2, 4], method.layerwise_lr_decay: [0.9, 1.0]}`."""

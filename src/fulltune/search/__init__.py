@@ -3,16 +3,16 @@
 plan → search, in a folder of its own → the best run takes the place of the run's training → evaluate → report
 
 A learning rate is found as a comparison finds it, for one method and one seed. Other settings are tried in whole runs:
-all combinations where few, else those that Optuna draws (TPE).
+all combinations where few, else some that are drawn at random.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,6 @@ USUAL = "usual"
 """The folder of the run with the recipe's own settings."""
 _DRAWS = 10
 """So many times as many draws as runs: some come twice, and some are impossible."""
-Tell = Callable[[float], None]
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
@@ -242,12 +241,7 @@ def _search_settings(job: Run, summary: DataSummary, planned: Plan) -> Searched:
     block, folder = job.recipe.search, job.folder / FOLDER
     given = None if block.budget is None else parse_seconds(block.budget)
     possible = num_combinations(block.settings)
-    most, draws = min(block.trials, possible), possible > block.trials
-    if draws and importlib.util.find_spec("optuna") is None:
-        raise SetupError(
-            "search: makes more combinations than search.trials, so that Optuna draws some, and it is missing; install "
-            "it with pip install 'fulltune[search]', or raise search.trials"
-        )
+    most = min(block.trials, possible)
     run_seconds = planned.time.whole_seconds if planned.time else 0.0
     if not _record(folder, USUAL).exists():
         _refuse_too_short(given, 2 * run_seconds, "two runs")
@@ -270,24 +264,20 @@ def _search_settings(job: Run, summary: DataSummary, planned: Plan) -> Searched:
 
     scale = Scale(planned.greater_is_better, summary.splits["eval"].rows, is_share(planned.metric))
     found, time_was_up = {USUAL: tried(1, {})}, False
-    for settings, tell in _drawn(job, scale) if draws else ((one, None) for one in combinations(block.settings)):
-        known = next((one for one in found.values() if _is_the_same(job, one.settings, settings)), None)
-        if known is None:
-            took = [one.seconds for one in found.values()]
-            begins = not _record(folder, _name(job, settings)).exists()
-            if time_was_up := begins and given is not None and sum(took) + max(took) > given:
-                say("the budget is used up: the best of the runs so far is taken")
-                break
-            known = tried(1 + len(found), settings)
-            found[known.name] = known
-            kept = choice({name: one.metric for name, one in found.items()}, scale, USUAL)
-            for name in found.keys() - {kept}:
-                for part in ("models", "checkpoints"):
-                    shutil.rmtree(folder / name / part, ignore_errors=True)
-        if tell is not None:
-            tell(scale.oriented(known.metric))
-        if len(found) > most:
+    for settings in _drawn(job):
+        if any(_is_the_same(job, one.settings, settings) for one in found.values()):
+            continue
+        took = [one.seconds for one in found.values()]
+        begins = not _record(folder, _name(job, settings)).exists()
+        if time_was_up := begins and given is not None and sum(took) + max(took) > given:
+            say("the budget is used up: the best of the runs so far is taken")
             break
+        one = tried(1 + len(found), settings)
+        found[one.name] = one
+        kept = choice({name: one.metric for name, one in found.items()}, scale, USUAL)
+        for name in found.keys() - {kept}:
+            for part in ("models", "checkpoints"):
+                shutil.rmtree(folder / name / part, ignore_errors=True)
     return _found(job, found, planned, scale).model_copy(update={"budget_seconds": given, "time_was_up": time_was_up})
 
 
@@ -370,23 +360,14 @@ def _is_the_same(job: Run, one: Mapping[str, Any], other: Mapping[str, Any]) -> 
     return first == second
 
 
-def _drawn(job: Run, scale: Scale) -> Iterator[tuple[dict[str, Any], Tell | None]]:
-    """Possible combinations that Optuna draws, each to be told how it went before the next is asked for."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    values, block = job.recipe.search.settings, job.recipe.search
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=job.recipe.train.seed), direction="maximize")
-    for _ in range(_DRAWS * block.trials):
-        trial = study.ask()
-        places = {name: trial.suggest_categorical(name, range(len(given))) for name, given in values.items()}
-        settings = {name: values[name][place] for name, place in places.items()}
-        if why_impossible(job.recipe, settings):
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            continue
-
-        def tell(value: float, trial: Any = trial) -> None:
-            failed = optuna.trial.TrialState.FAIL
-            study.tell(trial, value) if math.isfinite(value) else study.tell(trial, state=failed)
-
-        yield settings, tell
+def _drawn(job: Run) -> list[dict[str, Any]]:
+    """All combinations, or of more than `search.trials` so many possible ones, drawn at random by the recipe's seed."""
+    values, most = job.recipe.search.settings, job.recipe.search.trials
+    if num_combinations(values) <= most:
+        return list(combinations(values))
+    chance, drawn = random.Random(job.recipe.train.seed), dict[str, dict[str, Any]]()
+    for _ in range(_DRAWS * most):
+        settings = {name: chance.choice(given) for name, given in values.items()}
+        if len(drawn) < most and not why_impossible(job.recipe, settings):
+            drawn.setdefault(_name(job, settings), settings)
+    return list(drawn.values())
