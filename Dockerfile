@@ -17,7 +17,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python3 -m venv --upgrade-deps /opt/fulltune \
     && /opt/fulltune/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.9"
 
-ARG EXTRAS=quickstart,text-metrics,gguf,images,search,audit,languages,tensorboard,lightning,trl
+ARG EXTRAS=quickstart,text-metrics,gguf,images,audit,languages,tensorboard,lightning,trl
 COPY pyproject.toml README.md LICENSE /usr/src/fulltune/
 COPY src /usr/src/fulltune/src
 RUN /opt/fulltune/bin/pip install --no-cache-dir "/usr/src/fulltune[${EXTRAS}]"

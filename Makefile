@@ -20,7 +20,7 @@ $(VENV)/chat: $(VENV)/quickstart
 	touch $@
 
 $(VENV)/dev: $(VENV)/quickstart
-	$(BIN)/pip install --quiet --constraint constraints-quickstart.txt --editable '.[quickstart,text-metrics,gguf,images,search,audit,languages,tensorboard,lightning,trl,dev]'
+	$(BIN)/pip install --quiet --constraint constraints-quickstart.txt --editable '.[quickstart,text-metrics,gguf,images,audit,languages,tensorboard,lightning,trl,dev]'
 	touch $@
 
 # Kubeflow's and SkyPilot's own parsers, which want other versions of packages than fulltune does.
