@@ -55,8 +55,7 @@ from scipy.sparse.csgraph import connected_components
 
 from fulltune.audit import texts as audit
 from fulltune.audit.languages import spoken
-from fulltune.audit.repeated import NEAR, stands_before
-from fulltune.audit.rows import AuditedRows
+from fulltune.audit.rows import NEAR, AuditedRows, stands_before
 from fulltune.data import groups as near
 from fulltune.data.groups import draw
 from fulltune.tasks import Target, task_named

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import norm
 
-from fulltune.audit.repeated import LEAK, NEAR_LEAK
+from fulltune.audit.rows import LEAK, NEAR_LEAK
 from fulltune.audit.stage import load_issues
 from fulltune.audit.untouched import Reader
 from fulltune.data.patch import numbered

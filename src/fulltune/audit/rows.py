@@ -6,7 +6,8 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import numpy as np
 
 from fulltune.audit.languages import OTHER_LANGUAGE, Heard, elsewhere, listen
 from fulltune.audit.texts import flaws, masked_text
+from fulltune.audit.texts.content import alike
 from fulltune.audit.texts.flaw import Flaw, listed
-from fulltune.audit.texts.names import alike
-from fulltune.data.groups import draw, signatures
+from fulltune.data.groups import draw, grams, jaccard, joined, signatures
 from fulltune.data.patch import Decisions, Patched, load_patch, numbered
 from fulltune.data.running_text import PARTS, cells, checks_of, whole_texts
 from fulltune.data.sources import find_files, read_rows
@@ -165,26 +166,26 @@ def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
 
 def with_numbers(rows: AuditedRows, seen: SeenRows, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
     """The issues, with which one of several equal rows of a source each is about, those counted that a patch drops."""
-    ids = np.array(seen.ids, np.uint64)
-    values, counts = np.unique(ids, return_counts=True)
-    dropped = {key for key, one in decided.items() if one.remedy.action == "drop"}
-    several = {f"{one:016x}" for one in values[counts > 1].tolist()} | {row.partition("-")[0] for _, row in dropped}
-    places: dict[tuple[str, str], int] = {}
-    if any(one.row in several for one in issues):
-        times = Counter[tuple[str, str]]()
-        for split, row in rows.all():
-            if (found := row_id(row)) in several:
-                places[split, str(row[PLACE])] = next_number(times, (rows.source_of(split), found), dropped)
-    return [one.model_copy(update={"row": numbered(one.row, places.get((one.split, one.place), 1))}) for one in issues]
+    values, counts = np.unique(np.array(seen.ids, np.uint64), return_counts=True)
+    several = {f"{one:016x}" for one in values[counts > 1].tolist()} | {row.partition("-")[0] for _, row in decided}
+    found = named(rows, decided, several) if any(one.row in several for one in issues) else ()
+    names = {(split, str(row[PLACE])): name for split, row, name in found}
+    return [one.model_copy(update={"row": names.get((one.split, one.place), one.row)}) for one in issues]
 
 
-def next_number(times: Counter[tuple[str, str]], row: tuple[str, str], dropped: Collection[tuple[str, str]]) -> int:
-    """Which one of several equal rows of a source comes next, those counted that a patch has dropped."""
-    source, found = row
-    times[row] += 1
-    while (source, numbered(found, times[row])) in dropped:
-        times[row] += 1
-    return times[row]
+def named(
+    rows: AuditedRows, decided: Decisions, among: Collection[str] | None = None
+) -> Iterator[tuple[SplitName, Row, str]]:
+    """Each row (those with some hashes) with its identity: of several equal rows of a source the second has `-2`."""
+    times = Counter[tuple[str, str]]()
+    for split, row in rows.all():
+        key = rows.source_of(split), row_id(row)
+        if among is None or key[1] in among:
+            times[key] += 1
+            # Those that a patch has dropped are counted.
+            while (one := decided.get((key[0], numbered(key[1], times[key])))) and one.remedy.action == "drop":
+                times[key] += 1
+            yield split, row, numbered(key[1], times[key])
 
 
 def _chat_issues(rows: AuditedRows, split: SplitName, row: Row) -> list[RowIssue]:
@@ -228,6 +229,129 @@ def in_other_languages(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
                 issues.append(rows.issue(OTHER_LANGUAGE, split, row, reason, score=found[1]))
     return issues
 
+
+# ---- rows that stand more than once: in train, with other labels, or among the rows that are scored on ---------------
+
+DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
+NEAR = 0.8
+"""Share of the runs of five letters that texts have in common which are nearly the same."""
+_CANDIDATE = 0.7
+"""The same as signatures estimate it, with an error of 3.5 points at 0.8: of 400 rows at the bound one is below."""
+_QUOTED = 80
+"""Characters of the row that is scored on."""
+_MOST_COMPARED = 5000
+"""Held-out rows of a group whose signatures a train row's is compared with: more than are ever split off."""
+_MOST_READ = 10
+"""Of these how many are read, those first that seem nearest."""
+
+
+def repeated(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
+    """Train rows that are there already, that are scored on, or that have another label elsewhere."""
+    keys, wholes, labels = (np.frombuffer(one, np.int64) for one in (seen.keys, seen.wholes, seen.labels))
+    train = np.arange(len(keys)) < seen.counts["train"]
+    again = stands_before(wholes, train)
+    leaks = train & np.isin(keys, keys[~train])
+    near = keys
+    if rows.has_texts:
+        near = joined(keys.view(np.uint64), seen.signed, _CANDIDATE).view(np.int64)
+    alike = _scored_on(seen, train, leaks, near)
+    votes = _votes(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
+    torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
+    # Rows with the label of most stay.
+    for position in np.flatnonzero(torn).tolist():
+        torn[position] = _most(votes[int(keys[position])]) != labels[position]
+    held_out = _held_out(rows, seen, set(chain.from_iterable(alike.values())))
+    names = {number: of for of, number in seen.names.items()}
+    column, is_list = rows.target.columns.get("label"), rows.target.form.several_labels
+    issues: list[RowIssue] = []
+    wanted = again | torn
+    wanted[list(alike)] = True
+    for position, row in zip(range(seen.counts["train"]), rows.of("train"), strict=True):
+        if not wanted[position]:
+            continue
+        others = [held_out[one] for one in alike.get(position, ())]
+        tell = partial(rows.issue, split="train", row=row)
+        if again[position]:
+            issues.append(tell(DUPLICATE, reason="stands in train already, its label or answer included"))
+        if leaks[position]:
+            issues.append(tell(LEAK, reason=f"the same text is scored on: {others[0][1]}"))
+        elif others:
+            mine = grams(rows.task.group_key(row, rows.target))
+            shares = [jaccard(mine, grams(other[0])) for other in others]
+            if (share := max(shares)) >= NEAR:
+                shown = others[shares.index(share)][1]
+                issues.append(tell(NEAR_LEAK, reason=f"nearly the same text is scored on: {shown}", score=share))
+        if torn[position]:
+            counts = votes[int(keys[position])]
+            times = ((", ".join(names[label]), count) for label, count in counts.most_common(3))
+            shown = ", ".join(f"'{name}' {'once' if count == 1 else f'{count:,} times'}" for name, count in times)
+            remedy, best = None, _most(counts)
+            if best is not None and column is not None:
+                value = list(names[best]) if is_list else names[best][0]
+                remedy = Remedy(action="replace", column=column, value=value)
+            score = float(counts.total() - counts[int(labels[position])])
+            issues.append(
+                tell(CONFLICT, reason=f"the same text has several labels: {shown}", remedy=remedy, score=score)
+            )
+    return issues
+
+
+def stands_before(wholes: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Train rows whose number stands in train before: bool [rows]."""
+    again = train.copy()
+    again[np.unique(np.where(train, wholes, 0), return_index=True)[1]] = False
+    return again
+
+
+def _scored_on(seen: SeenRows, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, list[int]]:
+    """Positions of train rows to a held-out row that is equal, or to those that are themselves as near as `NEAR`."""
+    groups, first = dict[int, list[int]](), dict[int, int]()
+    for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
+        groups.setdefault(int(near[position]), []).append(position)
+        first.setdefault(seen.keys[position], position)
+    of_group = {group: seen.signed[others[:_MOST_COMPARED]] for group, others in groups.items()}
+    found: dict[int, list[int]] = {}
+    for position in np.flatnonzero(train & np.isin(near, near[~train])).tolist():
+        if leaks[position]:
+            found[position] = [first[seen.keys[position]]]
+            continue
+        group = int(near[position])
+        shared = (seen.signed[position] == of_group[group]).sum(axis=1, dtype=np.uint8)
+        nearest = np.argsort(shared, kind="stable")[::-1][:_MOST_READ]
+        least = _CANDIDATE * seen.signed.shape[1]
+        if candidates := [groups[group][one] for one in nearest.tolist() if shared[one] >= least]:
+            found[position] = candidates
+    return found
+
+
+def _held_out(rows: AuditedRows, seen: SeenRows, wanted: set[int]) -> dict[int, tuple[str, str]]:
+    """Held-out rows by their positions: what each asks, and where it stands and how it begins."""
+    held_out = chain(rows.of("eval"), rows.of("test")) if wanted else ()
+    return {
+        position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.beginning(row, _QUOTED)}'")
+        for position, row in enumerate(held_out, start=seen.counts["train"])
+        if position in wanted
+    }
+
+
+def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
+    """Of each key with more than one label, how often it has each."""
+    pairs = np.unique(np.stack([keys, labels]), axis=1)
+    several, counts = np.unique(pairs[0], return_counts=True)
+    torn = np.isin(keys, several[counts > 1])
+    votes: dict[int, Counter[int]] = {}
+    for key, label in zip(keys[torn].tolist(), labels[torn].tolist(), strict=True):
+        votes.setdefault(key, Counter())[label] += 1
+    return votes
+
+
+def _most(counts: Counter[int]) -> int | None:
+    """The label of more than half; None: there is none."""
+    (best, most), *_ = counts.most_common(1)
+    return best if 2 * most > counts.total() else None
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
 
 Turn = Mapping[str, Any]
 

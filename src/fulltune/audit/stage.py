@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
@@ -12,26 +11,30 @@ from pathlib import Path
 import numpy as np
 
 from fulltune.audit.languages import OTHER_LANGUAGE, knows_languages, not_told
-from fulltune.audit.repeated import CONFLICT, DUPLICATE, LEAK, NEAR_LEAK, repeated
 from fulltune.audit.rows import (
     CHAT_FAULT,
     CLASS_NAMES,
+    CONFLICT,
+    DUPLICATE,
+    LEAK,
+    NEAR_LEAK,
     SPLITS,
     AuditedRows,
     SeenRows,
     in_classes_alike,
     in_other_languages,
     look,
-    next_number,
+    named,
+    repeated,
     with_numbers,
 )
 from fulltune.audit.texts import missing
 from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, Reader, Suspected, judge, outliers
-from fulltune.data.patch import load_patch, numbered
+from fulltune.data.patch import load_patch
 from fulltune.data.running_text import checks_of
 from fulltune.errors import SetupError
 from fulltune.files import replacing
-from fulltune.inference.store import row_id, texts
+from fulltune.inference.store import texts
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import (
@@ -44,7 +47,6 @@ from fulltune.records.audit import (
     LabelErrors,
     Remedy,
     RowIssue,
-    RowLoss,
 )
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.tasks import PLACE, Target, task_named
@@ -52,7 +54,7 @@ from fulltune.text import counted
 
 LABEL, DOUBT, OUTLIER = "label error", "doubtful label", "outlier"
 NOT_ASKED = "left out by --no-labels"
-VERSION = 3
+VERSION = 4
 """Of the checks: raised when they find other rows, so that an audit by earlier ones is made anew."""
 _EXAMPLES = 10
 MOST_LOSSES, MOST_LOSS_SHARE = 100, 0.1
@@ -242,37 +244,39 @@ def list_losses(
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, packed=None)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
-    dropped = {key for key, one in decided.items() if one.remedy.action == "drop"}
-    times, issues = Counter[tuple[str, str]](), [one for one in load_issues(folder) if one.check != HIGH_LOSS]
+    issues = [one for one in load_issues(folder) if one.check != HIGH_LOSS]
+    found = {split: _of_rows(folder / split, *of) for split, of in losses.items()}
+    usual = {split: float(np.median([one[0] for one in them] or [0.0])) for split, them in found.items()}
+    waiting = {split: iter(them) for split, them in found.items()}
     with replacing(folder / LOSSES, private=True) as part, part.open("w", encoding="utf-8") as file:
-        for split, (counts, said) in losses.items():
-            found, listed = _of_rows(folder / split, counts, said), list[RowIssue]()
-            ordered = sorted(range(len(found)), key=lambda at: -found[at][0])
-            highest = {*ordered[: min(MOST_LOSSES, int(np.ceil(MOST_LOSS_SHARE * len(found))))]}
-            usual = float(np.median([loss for loss, _, _ in found])) if found else 0.0
-            for at, (row, (loss, items, answer)) in enumerate(zip(rows.of(split), found, strict=True)):
-                source, name = rows.source_of(split), row_id(row)
-                name = numbered(name, next_number(times, (source, name), dropped))
-                line = RowLoss(place=str(row[PLACE]), row=name, split=split, loss=loss, items=items)
-                file.write(line.model_dump_json() + "\n")
-                if at in highest and ((source, name) not in decided or decided[source, name].is_open):
-                    reason = f"loss {loss:.3g}; of half of the {split} rows at most {usual:.3g}"
-                    reason += f"; the model says '{answer}'" if answer is not None else ""
-                    issue = rows.issue(HIGH_LOSS, split, row, reason, score=loss)
-                    listed.append(issue.model_copy(update={"row": name}))
-            issues += listed
+        for split, row, name in named(rows, decided):
+            if split not in waiting:
+                continue
+            loss, items, answer, is_high = next(waiting[split])
+            line = {"place": str(row[PLACE]), "row": name, "split": split, "loss": loss, "items": items}
+            file.write(json.dumps(line) + "\n")
+            earlier = decided.get((rows.source_of(split), name))
+            if is_high and (earlier is None or earlier.is_open):
+                reason = f"loss {loss:.3g}; of half of the {split} rows at most {usual[split]:.3g}"
+                reason += f"; the model says '{answer}'" if answer is not None else ""
+                issue = rows.issue(HIGH_LOSS, split, row, reason, score=loss)
+                issues.append(issue.model_copy(update={"row": name}))
     save_issues(folder, issues)
     audit = Audit.load(folder / AUDIT).model_copy(update={"checks": by_check(issues)})
     audit.save(folder / AUDIT)
     return audit
 
 
-def _of_rows(folder: Path, counts: np.ndarray, said: Sequence[str | None]) -> list[tuple[float, int, str | None]]:
-    """Of each row of a split, which may have given several examples: mean loss, items, what the model says."""
+def _of_rows(
+    folder: Path, counts: np.ndarray, answers: Sequence[str | None]
+) -> list[tuple[float, int, str | None, bool]]:
+    """Of each row of a split, which may have given several examples: mean loss, items, what the model says, and whether
+    the loss is one of the highest."""
     found: list[tuple[float, int, str | None]] = []
-    examples = zip(texts(folder), counts, said, strict=True)
-    for _, them in groupby(examples, key=lambda one: one[0][PLACE]):
+    for _, them in groupby(zip(texts(folder), counts, answers, strict=True), key=lambda one: one[0][PLACE]):
         several = list(them)
         total, items = np.sum([count for _, count, _ in several], axis=0)
         found.append((float(total / max(1.0, items)), int(items), several[0][2]))
-    return found
+    most = min(MOST_LOSSES, int(np.ceil(MOST_LOSS_SHARE * len(found))))
+    highest = {*sorted(range(len(found)), key=lambda at: -found[at][0])[:most]}
+    return [(*one, at in highest) for at, one in enumerate(found)]

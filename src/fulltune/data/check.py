@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from fulltune.audit.texts import masked_text
+from fulltune.audit.texts.content import alike_in_words
 from fulltune.audit.texts.flaw import masked
-from fulltune.audit.texts.names import alike_in_words
 from fulltune.data.contamination import KnownTexts
 from fulltune.data.encode import NEW_LABEL, Dropped, Encoded, Loss
 from fulltune.data.marks import problems_of, time_in_words

@@ -14,7 +14,7 @@ ISSUES, AUDIT = "issues.jsonl", "audit.json"
 PROOFS, TRAINED_PROOFS = "proofs.json", "trained_proofs.json"
 """In a run's folder `data`."""
 LOSSES = "losses.jsonl"
-"""There, too: a `RowLoss` a line."""
+"""There, too: of each train and eval row a line with its place, its hash as in a patch, and its mean loss."""
 HIGH_LOSS = "high loss"
 """The check whose rows are those of the highest loss; it claims nothing."""
 
@@ -101,20 +101,6 @@ class LabelErrors(Record):
     """Share of the suspects whose label is wrong, as far as the planted ones tell."""
     wrong: float
     """Estimated number of judged rows with a wrong label."""
-
-
-class RowLoss(Record):
-    """The loss of a row by a run's trained model, without dropout."""
-
-    place: str
-    """File and line."""
-    row: str
-    """As in `RowDecision`."""
-    split: SplitName
-    loss: float
-    """Mean over its items."""
-    items: int
-    """Trained tokens, words with a tag, windows of a passage; otherwise 1."""
 
 
 class Proof(Record):

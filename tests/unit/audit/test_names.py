@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.audit.texts.names import alike, alike_in_words
+from fulltune.audit.texts.content import alike, alike_in_words
 
 
 @pytest.mark.parametrize(

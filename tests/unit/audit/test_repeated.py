@@ -6,8 +6,7 @@ from array import array
 
 import numpy as np
 
-from fulltune.audit.repeated import _scored_on
-from fulltune.audit.rows import SeenRows
+from fulltune.audit.rows import SeenRows, _scored_on
 from fulltune.data.groups import NUM_HASHES
 
 
