@@ -34,7 +34,7 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_extra
 from fulltune.train.parent.machines import Lead, MachineGroup, gathered
 from fulltune.train.parent.measure import measure as fastest_here
-from fulltune.train.parent.retry import train
+from fulltune.train.parent.retry import PlannedTrial, train
 from fulltune.train.parent.spawn import Starter, in_new_process
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     if job.recipe.train.num_machines > 1:
         raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
     available = plan.budget_of(trial, job.recipe, job.model(summary), hardware.here()).available_bytes
-    trial = fastest_here(job.recipe, trial, summary, job.folder, job.hooks, available, job.need(summary), job.listener)
+    trial = fastest_here(_planned(job, trial, summary), summary, available)
     trial = plan.on_disk(job.recipe, trial, hardware.disk_free_bytes(job.folder), str(job.folder))
     run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
@@ -252,7 +252,11 @@ def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
     """The train stage: attempts under guard, until one succeeds or nothing is left to try."""
     if job.recipe.is_searched:
         raise RecipeError("search: is a line of its own, and this is one run; call fulltune.run, or name the settings")
-    return train(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary), job.start)
+    return train(_planned(job, trial, summary), job.start)
+
+
+def _planned(job: Run, trial: Plan, summary: DataSummary) -> PlannedTrial:
+    return PlannedTrial(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary))
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:

@@ -19,7 +19,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent.fork_server import fork_server
-from fulltune.train.parent.retry import train
+from fulltune.train.parent.retry import PlannedTrial, train
 from fulltune.train.parent.spawn import Starter, in_new_process
 from fulltune.train.request import Request
 from tests import tiny
@@ -45,7 +45,7 @@ def trained(
     job = runs.job(folder, model, tiny.topic_rows(60), train=train_block)
     reached = runs.run(folder, model, tiny.topic_rows(60), train=train_block, until="plan")
     assert isinstance(reached.plan, Plan)
-    return train(job.recipe, reached.plan, folder / "run", Hooks(), listener, start=start)
+    return train(PlannedTrial(job.recipe, reached.plan, folder / "run", Hooks(), listener), start)
 
 
 def test_forked_workers_end_with_the_weights_of_a_new_process(tiny_encoder: Path, tmp_path: Path) -> None:

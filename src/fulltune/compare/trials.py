@@ -17,7 +17,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system import run_folder
 from fulltune.train.hooks import Hooks
-from fulltune.train.parent.retry import train
+from fulltune.train.parent import retry
 from fulltune.train.run_time import run_seconds
 
 
@@ -59,9 +59,8 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     with context.clock.during(trial.name):
         listener, dry_run = without_tables(context.job.listener), trial.arm not in context.passed
         # A rate that is too high for a method is what a comparison wants to know.
-        outcome = train(
-            recipe, made, context.folder, Hooks(), listener, start=context.start, dry_run=dry_run, most_rollbacks=0
-        )
+        planned_trial = retry.PlannedTrial(recipe, made, context.folder, Hooks(), listener)
+        outcome = retry.train(planned_trial, context.start, dry_run, most_rollbacks=0)
     made = Plan.load(context.folder / made.file)  # changed when memory ran out
     if made == planned:
         context.passed.add(trial.arm)

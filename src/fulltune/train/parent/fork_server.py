@@ -4,8 +4,8 @@ A comparison trains dozens of short trials, and each would spend seven seconds o
 process of its own, so that its memory and its faults stay its own. (multiprocessing's fork server is not used: in each
 child it imports the user's main script anew.)
 
-    parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own session, own log)
-    parent ◀── "pid 123" (the worker, once it can be signalled), "end 0" (the server, its exit code)
+    parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own group, own log)
+    parent ◀── the worker's process id, and later its exit code, a line each
 """
 
 from __future__ import annotations
@@ -31,93 +31,71 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """A starter that forks workers where that is safe, on a CPU under Linux, with one process."""
-    server: ForkServer | None = None
+    """A starter that forks workers where that is safe, on a CPU under Linux, with one process; one at a time."""
+    servers: list[subprocess.Popen[bytes]] = []
 
     def start(request: Request, log: Path) -> Child:
-        nonlocal server
         plan = request.plan
         alone = plan.device == "cpu" and plan.num_processes == 1 and not request.recipe.train.engine_by
         if not (alone and sys.platform == "linux"):
             return in_new_process(request, log)
-        if server is None or server.is_gone:
-            server = ForkServer(environment(request))
-        return server.start(request, log)
+        if not servers or servers[-1].poll() is not None:
+            servers.append(_start_server(environment(request)))
+        log.touch()  # a folder that cannot be written to is the parent's to report
+        asked = json.dumps({"request": str(request.folder / "request.json"), "log": str(log)})
+        # A server that died while importing: the plain way says why in the log.
+        return _forked(servers[-1], asked) or in_new_process(request, log)
 
     try:
         yield start
     finally:
-        if server is not None:
-            server.close()
+        for server in servers:  # a worker that nobody waited for ends with it
+            server.kill()
+            server.wait()
 
 
-class ForkServer:
-    """The parent's side; one worker at a time."""
+def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from fulltune.train.parent import fork_server as f; f.serve()", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # what libraries say while they are imported; workers have logs
+        start_new_session=True,  # Ctrl-C is the parent's to pass on
+        env=variables,
+        bufsize=0,  # what is read is one line: the next one must be seen by `select`
+    )
 
-    def __init__(self, variables: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from fulltune.train.parent import fork_server as f; f.serve()", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # what libraries say while they are imported; workers have logs
-            start_new_session=True,  # Ctrl-C is the parent's to pass on
-            env=variables,
-            bufsize=0,  # what is read is one line: the next one must be seen by `select`
-        )
-        self._worker: ForkedWorker | None = None
 
-    @property
-    def is_gone(self) -> bool:
-        return self._process.poll() is not None
-
-    def start(self, request: Request, log: Path) -> Child:
-        to, back = self._process.stdin, self._process.stdout
-        assert to is not None, "a pipe"
-        assert back is not None, "a pipe"
-        assert self._worker is None or self._worker.code is not None, "one worker at a time"
-        log.touch()  # a folder that cannot be written to is the parent's to report
-        try:
-            to.write(json.dumps({"request": str(request.folder / "request.json"), "log": str(log)}).encode() + b"\n")
-            kind, _, number = back.readline().decode().partition(" ")
-        except BrokenPipeError:
-            kind, number = "", ""
-        if not kind:  # it died while importing: the plain way says why in the log
-            return in_new_process(request, log)
-        self._worker = ForkedWorker(back, int(number) if kind == "pid" else 0)
-        if kind == "end":  # before it could say its name
-            self._worker.code = int(number)
-        return self._worker
-
-    def close(self) -> None:
-        """End it; with a worker that nobody waited for, that one as well."""
-        assert self._process.stdin is not None, "a pipe"
-        if self._worker is not None and self._worker.code is None:
-            self._process.kill()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
+def _forked(server: subprocess.Popen[bytes], asked: str) -> ForkedWorker | None:
+    assert server.stdin is not None, "a pipe"
+    assert server.stdout is not None, "a pipe"
+    with contextlib.suppress(BrokenPipeError):
+        server.stdin.write(asked.encode() + b"\n")
+        if pid := server.stdout.readline():
+            return ForkedWorker(server.stdout, int(pid))
+    return None
 
 
 class ForkedWorker:
-    """A worker that the server forked; `code` is its exit code once it was read."""
+    """A worker that the server forked."""
 
     args: Sequence[str] = ()
 
-    def __init__(self, back: IO[bytes], pid: int) -> None:
+    def __init__(self, answers: IO[bytes], pid: int) -> None:
         self.pid = pid
-        self.code: int | None = None
-        self._back = back
+        self._code: int | None = None
+        self._answers = answers
 
     def poll(self) -> int | None:
-        if self.code is None and select.select([self._back], [], [], 0)[0]:
+        if self._code is None and select.select([self._answers], [], [], 0)[0]:
             return self.wait()
-        return self.code
+        return self._code
 
     def wait(self) -> int:
-        if self.code is None:
+        if self._code is None:
             # Without an answer the server itself was killed, and its worker with it.
-            self.code = int(self._back.readline().decode().partition(" ")[2] or -signal.SIGKILL)
-        return self.code
+            self._code = int(self._answers.readline() or -signal.SIGKILL)
+        return self._code
 
 
 def serve() -> None:
@@ -131,12 +109,16 @@ def serve() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            _be_worker(json.loads(line), server, answers)
+            os.close(answers)
+            _be_worker(json.loads(line), server)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may have ended
+            os.setpgid(pid, pid)  # before anybody knows its name: a group is asked to stop
+        os.write(answers, f"{pid}\n".encode())
         _, status = os.waitpid(pid, 0)
-        os.write(answers, f"end {os.waitstatus_to_exitcode(status)}\n".encode())
+        os.write(answers, f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _be_worker(asked: dict[str, str], server: int, answers: int) -> None:
+def _be_worker(asked: dict[str, str], server: int) -> None:
     """The forked process: what `python -m fulltune.train.worker.main` would be."""
     code = 1
     try:
@@ -144,10 +126,7 @@ def _be_worker(asked: dict[str, str], server: int, answers: int) -> None:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
-        os.setsid()
         end_with(server)
-        os.write(answers, f"pid {os.getpid()}\n".encode())
-        os.close(answers)
         from fulltune.train.worker import main as worker
 
         code = worker.main(asked["request"])

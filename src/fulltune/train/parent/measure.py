@@ -6,9 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
 from fulltune.models.kernels import lacking
@@ -16,13 +14,12 @@ from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, plain_optim
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Listener, PhaseBegan
+from fulltune.records.events import PhaseBegan
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Measured, Measurements, Outcome
 from fulltune.text import format_bytes
-from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child
-from fulltune.train.parent.next_attempt import Need
+from fulltune.train.parent.retry import PlannedTrial
 from fulltune.train.request import Request
 
 MARGIN = 0.03
@@ -34,19 +31,7 @@ LEAST_SECONDS_TO_COMPILE = 600.0
 # ---- what is tried, and what is taken: pure functions ------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Settings to try."""
-
-    name: str
-    kind: Literal["lever", "micro batch", "attention", "compile"]
-    changes: dict[str, Any]
-    """Fields of the plan and their values."""
-    problem: str = ""
-    """Why it is not tried; empty: it is."""
-
-
-def levers(recipe: Recipe, plan: Plan) -> list[Candidate]:
+def levers(recipe: Recipe, plan: Plan) -> list[Measured]:
     """One lever more in each row, as far as the recipe leaves them open; those without an effect are left out."""
     measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
     now: Changes = {}
@@ -54,11 +39,12 @@ def levers(recipe: Recipe, plan: Plan) -> list[Candidate]:
         off = {name: _off(name, plan) for name in changes}
         if not lever.refusal(recipe, plan.model_copy(update=off)):
             now |= off
-    rows = [Candidate(f"{now.get('precision', plan.precision)}, as it is", "lever", dict(now))]
+    name = f"{now.get('precision', plan.precision)}, as it is"
+    rows = [Measured(name=name, kind="lever", changes=dict(now))]
     for lever, changes in measured:
         if not lever.refusal(recipe, plan.model_copy(update=now)):
             now |= changes
-            rows.append(Candidate(f"+ {lever.measured.format(**changes)}", "lever", dict(now)))
+            rows.append(Measured(name=f"+ {lever.measured.format(**changes)}", kind="lever", changes=dict(now)))
     return rows
 
 
@@ -73,7 +59,7 @@ def _off(field: str, plan: Plan) -> Any:
             return False
 
 
-def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Candidate]:
+def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Measured]:
     """The two next smaller and the two next larger divisors of a process's share of the global batch."""
     if recipe.train.micro_batch_size is not None:
         return []
@@ -82,10 +68,10 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Candidate]:
     smaller = [size for size in sizes if size < plan.micro_batch_size][-2:]
     larger = [size for size in sizes if size > plan.micro_batch_size][:2]
     return [
-        Candidate(
-            f"micro batch {size}",
-            "micro batch",
-            {
+        Measured(
+            name=f"micro batch {size}",
+            kind="micro batch",
+            changes={
                 **best,
                 "micro_batch_size": size,
                 "gradient_accumulation_steps": share // size,
@@ -96,16 +82,17 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Candidate]:
     ]
 
 
-def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]) -> list[Candidate]:
+def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]) -> list[Measured]:
     """Attention other than sdpa, transformers' own choice, where neither the recipe nor packed rows settle it."""
     if recipe.model.attn_implementation is not None or packed or FACTS[recipe.task].reads == "image":
         return []
     return [
-        Candidate(f"attention {name}", "attention", {**best, "attn_implementation": name}) for name in ("eager", *flash)
+        Measured(name=f"attention {name}", kind="attention", changes={**best, "attn_implementation": name})
+        for name in ("eager", *flash)
     ]
 
 
-def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Candidate]:
+def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Measured]:
     """torch.compile, where the recipe leaves it open and it can pay; `lacking` says what is missing here."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
@@ -115,7 +102,8 @@ def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Candidate
         problem = f"not tried: there is no {lacking} here"
     elif best.train_seconds < LEAST_SECONDS_TO_COMPILE:
         problem = f"not tried: the run takes {best.train_seconds:,.0f} s, and compiling costs a minute or two"
-    return [Candidate("torch.compile", "compile", {**best.changes, "torch_compile": True}, problem)]
+    changes = {**best.changes, "torch_compile": True}
+    return [Measured(name="torch.compile", kind="compile", changes=changes, problem=problem)]
 
 
 def fastest(rows: Sequence[Measured]) -> Measured | None:
@@ -152,86 +140,50 @@ def noted(settings: Sequence[Setting], plan: Plan, changes: Changes, reason: str
 # ---- measured ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Probes:
-    """What the probes share, and what they found."""
-
-    recipe: Recipe
-    plan: Plan
-    folder: Path
-    tokens: float
-    """Of all steps, without padding."""
-    available_bytes: int
-    listener: Listener
-    rows: list[Measured]
-
-    def all(self, found: Sequence[Candidate]) -> list[Measured]:
-        """Try them one after another."""
-        rows = [self.one(candidate) for candidate in found]
-        self.rows += rows
-        return rows
-
-    def one(self, candidate: Candidate) -> Measured:
-        row = Measured(name=candidate.name, kind=candidate.kind, changes=candidate.changes, problem=candidate.problem)
-        if candidate.problem:
-            return row
-        self.listener(PhaseBegan(name=f"measuring: {candidate.name}"))
-        outcome = _probe(self.recipe, self.plan.model_copy(update=candidate.changes), self.folder)
-        return measured(row, outcome, self.tokens, self.available_bytes)
-
-
-def measure(
-    recipe: Recipe,
-    plan: Plan,
-    summary: DataSummary,
-    folder: Path,
-    hooks: Hooks,
-    available_bytes: int,
-    need: Need,
-    listener: Listener,
-) -> Plan:
+def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> Plan:
     """Measure and return the plan with the fastest settings that fit; what was tried is written beside it."""
-    if hooks.needs_this_process:
+    recipe, plan, folder = trial.recipe, trial.plan, trial.folder
+    if trial.hooks.needs_this_process:
         raise SetupError("measure: compute_loss cannot be handed to the processes that measure")
     if any((folder / "attempts").glob("*")):
         raise SetupError(f"{folder}: has begun to train with these settings; measure in a new run (--fresh)")
     if recipe.train.engine_by:
         raise SetupError("plan --measure: ZeRO shares out the model, which is not measured; leave out --measure")
+    rows: list[Measured] = []
+
+    def tried(candidates: Sequence[Measured]) -> list[Measured]:
+        found = [_probe(trial, one, tokens, available_bytes) for one in candidates]
+        rows.extend(found)
+        return found
+
     shutil.rmtree(folder / "plan" / "probes", ignore_errors=True)
     tokens = summary.tokens_per_epoch * plan.num_train_epochs
-    probes = _Probes(recipe, plan, folder, tokens, available_bytes, listener, [])
-    tried = probes.all(levers(recipe, plan))
-    best = fastest(tried)
+    levered = tried(levers(recipe, plan))
+    best = fastest(levered)
     # Where nothing fits: with all levers, fewer rows may.
-    batches = micro_batches(recipe, plan, best.changes if best else tried[-1].changes)
+    batches = micro_batches(recipe, plan, best.changes if best else levered[-1].changes)
     if best is None:
         batches = [one for one in batches if one.changes["micro_batch_size"] < plan.micro_batch_size]
-    best = fastest([*([best] if best else []), *probes.all(batches)])
+    best = fastest([*([best] if best else []), *tried(batches)])
     if best is None:
-        raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in probes.rows])
+        raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in rows])
     others = attentions(recipe, best.changes, summary.packed, _flash(plan, best.changes))
-    best = fastest([best, *probes.all(others)]) or best
-    compiled = probes.all(compilations(recipe, best, lacking(plan.device)))
-    best = fastest([best, *compiled]) or best
-    rows = tuple(row.model_copy(update={"taken": row is best}) for row in probes.rows)
-    Measurements(available_bytes=available_bytes, rows=rows).save(folder / "plan" / "measured.json")
-    return _taken(plan, best, probes, need)
+    best = fastest([best, *tried(others)]) or best
+    best = fastest([best, *tried(compilations(recipe, best, lacking(plan.device)))]) or best
+    marked = tuple(row.model_copy(update={"taken": row is best}) for row in rows)
+    Measurements(available_bytes=available_bytes, rows=marked).save(folder / "plan" / "measured.json")
+    settings = noted(plan.settings, plan, best.changes, why(best, rows, available_bytes))
+    changed = plan.model_copy(update={**best.changes, "settings": settings})
+    time = None
+    if plan.time is not None:
+        speeds = {"train_seconds": best.train_seconds, "tokens_per_second": best.tokens_per_second}
+        time = plan.time.model_copy(update={**speeds, "source": "measured"})
+    return changed.model_copy(update={"memory": trial.need(changed), "time": time})
 
 
 def _short(reason: str) -> str:
     first = " ".join(reason.split())
     return first if len(first) <= 120 else first[:117] + "..."
-
-
-def _taken(plan: Plan, best: Measured, probes: _Probes, need: Need) -> Plan:
-    reason = why(best, probes.rows, probes.available_bytes)
-    settings = noted(plan.settings, plan, best.changes, reason)
-    changed = plan.model_copy(update={**best.changes, "settings": settings})
-    time = None
-    if plan.time is not None:
-        measured = {"train_seconds": best.train_seconds, "tokens_per_second": best.tokens_per_second}
-        time = plan.time.model_copy(update={**measured, "source": "measured"})
-    return changed.model_copy(update={"memory": need(changed), "time": time})
 
 
 def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: int) -> Measured:
@@ -253,13 +205,16 @@ def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: in
     )
 
 
-def _probe(recipe: Recipe, plan: Plan, folder: Path) -> Outcome:
-    number = 1 + len(list((folder / "plan" / "probes").glob("*")))
+def _probe(trial: PlannedTrial, row: Measured, tokens: float, available_bytes: int) -> Measured:
+    """Try settings in a process of its own, unless they have a problem already."""
+    if row.problem:
+        return row
+    trial.listener(PhaseBegan(name=f"measuring: {row.name}"))
     request = Request(
-        run_folder=str(folder),
-        recipe=recipe,
-        plan=plan,
-        attempt=number,
+        run_folder=str(trial.folder),
+        recipe=trial.recipe,
+        plan=trial.plan.model_copy(update=row.changes),
+        attempt=1 + len(list((trial.folder / "plan" / "probes").glob("*"))),
         checkpoint=None,
         parent_pid=os.getpid(),
         probe=True,
@@ -269,7 +224,7 @@ def _probe(recipe: Recipe, plan: Plan, folder: Path) -> Outcome:
     outcome = child.run(request, lambda event: None)
     if outcome.status == "interrupted":
         raise InterruptedRun("interrupted while measuring; the same command measures again")
-    return outcome
+    return measured(row, outcome, tokens, available_bytes)
 
 
 def _flash(plan: Plan, changes: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, RecipeError, SetupError
@@ -34,19 +35,24 @@ from fulltune.train.parent.spawn import Starter, in_new_process
 from fulltune.train.request import Request, attempt_folders, number_in
 
 
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A plan to be trained, in its run folder."""
+
+    recipe: Recipe
+    plan: Plan
+    folder: Path
+    hooks: Hooks
+    listener: Listener
+    need: Need = unknown
+
+
 def train(
-    recipe: Recipe,
-    plan: Plan,
-    folder: Path,
-    hooks: Hooks,
-    listener: Listener,
-    need: Need = unknown,
-    start: Starter = in_new_process,
-    dry_run: bool = True,
-    most_rollbacks: int | None = None,
+    trial: PlannedTrial, start: Starter = in_new_process, dry_run: bool = True, most_rollbacks: int | None = None
 ) -> Outcome:
     """Train one trial in as many attempts as `next_attempt` and `roll_back` allow; a changed plan takes the place of
     the old one in the run folder. Returns the outcome of the last attempt, which is `done`."""
+    recipe, plan, folder, hooks, listener = trial.recipe, trial.plan, trial.folder, trial.hooks, trial.listener
     done = outcomes(folder, plan.trial)
     model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
     if model_folder is not None and lost_weights(folder / model_folder) is None:
@@ -81,7 +87,7 @@ def train(
             return outcome
         following = _rolled_back(request, outcome, most_rollbacks)
         if following is None and not hooks.needs_this_process:
-            following = next_attempt(recipe, change.plan, history, need)
+            following = next_attempt(recipe, change.plan, history, trial.need)
         if following is None:
             raise _error(request, outcome, tried)
         Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
