@@ -826,7 +826,6 @@ def _unusual(draw: random.Random, folder: Path) -> Case:
         "an encoding": _encoding,
         "a header again": _header_again,
         "stray quotes": _stray_quotes,
-        "a folder": _partly_read,
         "odd labels": _odd_labels,
     }
     return kinds[draw.choice(list(kinds))](draw, folder)
@@ -903,21 +902,6 @@ def _stray_quotes(draw: random.Random, folder: Path) -> Case:
     end = draw.choice(("\n", "\r\n"))
     case.rows[first].text = within.replace("\n", end)
     case.path.write_text(end.join([*lines, ""]), encoding="utf-8", newline="")
-    return case
-
-
-def _partly_read(draw: random.Random, folder: Path) -> Case:
-    """Rows in a folder, beside files that nobody reads."""
-    case, lines = _plain(folder)
-    inside = folder / "rows"
-    (inside / "more").mkdir(parents=True)
-    (inside / case.path.name).write_text("\n".join([*lines, ""]), encoding="utf-8")
-    case.path = inside
-    for name in draw.sample(("more/b.csv", "more/c.parquet", "d.xlsx", "e.sqlite"), 2):
-        (inside / name).write_bytes(b"PK")
-        case.notes.append(name)
-    for name in ("README.md", "LICENSE", ".hidden.csv", "notes.txt"):
-        (inside / name).write_text("not rows")
     return case
 
 

@@ -153,7 +153,7 @@ def test_mixed_files_several_bad_are_all_named(case: Case) -> None:
         (
             "train.csv",
             CSV.encode("utf-16"),
-            ":1: is UTF-16, expected UTF-8; save the file as UTF-8, or name its encoding in data.encoding",
+            ":1: NUL bytes, expected UTF-8; save the file as UTF-8, or name its encoding in data.encoding",
         ),
         (
             "train.csv",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.cli.init import Hints, hints_of, infer, lines, write_recipe
-from fulltune.data.readers.header import names_without_header
+from fulltune.cli.init import Hints, hints_of, infer, write_recipe
 from fulltune.data.readers.read import locate
+from fulltune.data.readers.text_tables import names_without_header
 from fulltune.data.sources import describe, find_files, read_rows
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.fields import Recipe
@@ -94,14 +94,6 @@ def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.tsv", REVIEWS)
     found = infer(data, hints=Hints(columns=("review", "stars"), roles={"label": "stars"}))
     assert (found.target.columns, found.num_rows) == ({"text": "review", "label": "stars"}, 20)
-
-
-def test_what_is_left_out_is_said(tmp_path: Path) -> None:
-    (tmp_path / "data" / "more").mkdir(parents=True)
-    for file in ("data/rows.jsonl", "data/more/rows.jsonl"):
-        (tmp_path / file).write_text('{"tokens": ["Anna", "sleeps"], "tags": ["B-PER", "O"]}\n' * 20)
-    said = lines(*write_recipe(tmp_path / "data", tmp_path / "recipe.yaml", None, False))
-    assert [line for line in said if line.startswith("note: ") and "more/rows.jsonl" in line]
 
 
 @pytest.mark.parametrize(

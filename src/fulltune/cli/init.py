@@ -12,11 +12,9 @@ from typing import Any, get_args
 
 import yaml
 
-from fulltune.data.readers import by_name
-from fulltune.data.readers.files import data_files
-from fulltune.data.readers.header import names_without_header
-from fulltune.data.readers.images import is_image_folder
+from fulltune.data.readers.files import by_split, data_files, held_out_beside, is_image_folder, split_folders
 from fulltune.data.readers.read import DataFiles, locate
+from fulltune.data.readers.text_tables import names_without_header
 from fulltune.data.sources import SourceRows, describe, unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
@@ -133,11 +131,11 @@ class SplitFiles:
 def split_files(path: Path) -> SplitFiles:
     """The files to train on, choose by and report on: a folder's by their names, or a file and those beside it."""
     if not path.is_dir():
-        return SplitFiles((path,), _one_each(by_name.held_out_beside(path)))
-    splits = by_name.split_folders(path)
+        return SplitFiles((path,), _one_each(held_out_beside(path)))
+    splits = split_folders(path)
     if not splits and is_image_folder(path):
         return SplitFiles((path,))
-    splits = splits or by_name.by_split(data_files(path))
+    splits = splits or by_split(data_files(path))
     held_out = _one_each({split: splits[split] for split in ("eval", "test") if split in splits})
     unnamed = splits.get(None, [])
     train = splits.get("train", unnamed)

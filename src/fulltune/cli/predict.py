@@ -22,10 +22,9 @@ from rich.markup import escape
 
 from fulltune import predict
 from fulltune.cli.stages import err
-from fulltune.data.readers import images
 from fulltune.data.readers.columnar import class_names
-from fulltune.data.readers.header import SEPARATED, csv_reader, delimiter_of
-from fulltune.data.readers.read import DataFiles, locate
+from fulltune.data.readers.read import DataFiles, beside, locate
+from fulltune.data.readers.text_tables import SEPARATED, csv_reader, delimiter_of
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.files import replacing
 from fulltune.inference.store import readable
@@ -78,7 +77,7 @@ class Asked:
             if self.table is None:
                 yield predict.row_from_text(row["text"], notes)
             else:
-                yield images.beside(row, self.images_in, image) if image and self.images_in else row
+                yield beside(row, self.images_in, image) if image and self.images_in else row
 
     def types(self) -> dict[str, Any]:
         """Types of the columns for parquet, those of the file if it is one; None: its values have no type in common."""

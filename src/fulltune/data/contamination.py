@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.data.groups import draw, mixed_numbers
-from fulltune.data.readers.files import ONLY_BY_NAME, SUFFIXES, data_files, reading
+from fulltune.data.readers.files import data_files, is_data, reading
 from fulltune.data.readers.plain_text import has_blank_lines
 from fulltune.data.readers.read import DataFiles
 from fulltune.errors import DataError
@@ -114,7 +114,7 @@ def files_of(path: str) -> tuple[Path, ...]:
             found = sorted(
                 file
                 for file in Path(path).rglob("*")
-                if file.suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
+                if is_data(file)
                 and not any(part.startswith(".") for part in file.relative_to(path).parts)
                 and file.is_file()
             )

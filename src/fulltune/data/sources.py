@@ -12,9 +12,9 @@ from typing import Any
 from fulltune.audit.texts import masked_text
 from fulltune.data.groups import sample
 from fulltune.data.patch import Patched
-from fulltune.data.readers.by_name import refuse_held_out
-from fulltune.data.readers.header import SEPARATED
+from fulltune.data.readers.files import refuse_held_out
 from fulltune.data.readers.read import DataFiles, PlacedRow, locate
+from fulltune.data.readers.text_tables import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock, MixedFile, codec_of
 from fulltune.recipe.fields import Recipe

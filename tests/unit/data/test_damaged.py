@@ -14,8 +14,8 @@ from pyarrow import parquet
 
 from fulltune import data
 from fulltune.cli import predict as cli_predict
-from fulltune.data.readers import images
-from fulltune.data.readers.read import content_hash, locate
+from fulltune.data.readers.files import image_files
+from fulltune.data.readers.read import beside, content_hash, locate
 from fulltune.data.sources import find_files
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.store import load_texts
@@ -325,12 +325,12 @@ def test_column_names_that_differ_in_case_only_are_refused(tmp_path: Path, prepa
 def test_nul_bytes_and_utf16_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"text,label\na,b\nc,\0d\n")
-    assert refusal(path).startswith(f"{path}:3: NUL bytes, expected text in UTF-8")
+    assert refusal(path).startswith(f"{path}:3: NUL bytes")
     path.write_bytes(bytes(5000))
     assert refusal(path).startswith(f"{path}:1: NUL bytes")
     for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
         path.write_bytes("text,label\na,b\n".encode(encoding))
-        assert refusal(path).startswith(f"{path}:1: is UTF-16, expected UTF-8")
+        assert refusal(path).startswith(f"{path}:1: NUL bytes, as UTF-16 has them")
 
 
 def test_csv_broken_rows_are_all_named(tmp_path: Path) -> None:
@@ -351,11 +351,11 @@ def test_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(DataError, match=r"a\.csv: may not be read \(permission denied\).*change its permissions"):
+    with pytest.raises(DataError, match=r"a\.csv: cannot be read \(Permission denied\).*change its permissions"):
         content_hash({"train": source})
     monkeypatch.setattr(Path, "iterdir", refuse)
     recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": {"train": str(tmp_path)}})
-    with pytest.raises(DataError, match=r"may not be read \(permission denied\)"):
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
         find_files(recipe)
 
 
@@ -365,7 +365,7 @@ def test_data_file_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 def test_path_that_is_too_long_is_named(tmp_path: Path) -> None:
-    assert "is too long for this system" in refusal(f"{tmp_path}/{'x' * 5000}.csv")
+    assert "cannot be read (File name too long)" in refusal(f"{tmp_path}/{'x' * 5000}.csv")
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_images_that_are_broken_links_are_rows(tmp_path: Path) -> None:
     (tmp_path / "i" / "moved").mkdir()
     (tmp_path / "i" / "moved" / "a.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "i" / "same" / "b.png").symlink_to("b.png")
-    found = {place: row["label"] for place, row in images.rows(tmp_path / "i")}
+    found = {place: row["label"] for place, row in locate([str(tmp_path / "i")]).rows()}
     assert len(found) == 6
     assert found["moved/a.png"] == "moved"
     assert content_hash({"train": locate([str(tmp_path / "i")])})
@@ -427,17 +427,17 @@ def test_images_that_are_broken_links_are_rows(tmp_path: Path) -> None:
 def test_image_names_that_are_not_utf8_are_listed_and_folders_refused(tmp_path: Path) -> None:
     tiny.write_images(tmp_path / "i", 4)
     (tmp_path / "i" / "same" / "000.png").rename(tmp_path / "i" / "same" / "b\udce4r.png")
-    (place, row), *_ = [one for one in images.rows(tmp_path / "i") if "xe4" in one[0]]
+    (place, row), *_ = [one for one in locate([str(tmp_path / "i")]).rows() if "xe4" in one[0]]
     assert place == "same/b\\xe4r.png"
     assert "not UTF-8" in row["image"].reason
     assert content_hash({"train": locate([str(tmp_path / "i")])})
     (tmp_path / "i" / "same").rename(tmp_path / "i" / "k\udce4fer")
     with pytest.raises(DataError, match=r"i/k\\xe4fer: the folder's name is not UTF-8"):
-        images.files(tmp_path / "i")
+        image_files(tmp_path / "i")
 
 
 def test_address_of_an_image_is_no_path(tmp_path: Path) -> None:
-    row = images.beside({"image": "https://example.com/a.png", "label": "x"}, tmp_path, None)
+    row = beside({"image": "https://example.com/a.png", "label": "x"}, tmp_path, None)
     assert "images are not downloaded" in row["image"].reason
 
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from fulltune.data.readers import images
+from fulltune.data.readers.files import image_files, is_image_folder
+from fulltune.data.readers.read import beside, locate
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.run import Share, by_length
 from fulltune.inference.store import Rows, RowWriter, record_batch
@@ -53,8 +54,8 @@ def test_folder_of_class_folders_is_read_in_order(tmp_path: Path) -> None:
         picture(tmp_path / name)
     (tmp_path / "cat" / "notes.md").write_text("no image")
     picture(tmp_path / ".cache" / "thumbnail.png")
-    assert images.is_image_folder(tmp_path)
-    assert list(images.rows(tmp_path)) == [
+    assert is_image_folder(tmp_path)
+    assert list(locate([str(tmp_path)]).rows()) == [
         ("cat/1.webp", {"image": str(tmp_path / "cat/1.webp"), "label": "cat"}),
         ("dog/10.JPG", {"image": str(tmp_path / "dog/10.JPG"), "label": "dog"}),
         ("dog/2.png", {"image": str(tmp_path / "dog/2.png"), "label": "dog"}),
@@ -64,22 +65,22 @@ def test_folder_of_class_folders_is_read_in_order(tmp_path: Path) -> None:
 def test_folder_with_a_table_beside_the_images_is_read_by_its_table(tmp_path: Path) -> None:
     picture(tmp_path / "1.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,cat\n")
-    assert not images.is_image_folder(tmp_path)
-    assert not images.is_image_folder(tmp_path / "1.png")
+    assert not is_image_folder(tmp_path)
+    assert not is_image_folder(tmp_path / "1.png")
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("1.png", "images lie directly in this folder; expected one folder per class"),
-        ("train/cat/1.png", "the images lie two folders deep (train); expected one folder per class"),
+        ("train/cat/1.png", "train: holds no image, expected one folder per class"),
     ],
 )
 def test_images_that_are_not_in_one_folder_per_class_are_refused(tmp_path: Path, name: str, said: str) -> None:
     picture(tmp_path / name)
-    assert images.is_image_folder(tmp_path)
+    assert is_image_folder(tmp_path)
     with pytest.raises(DataError) as caught:
-        images.files(tmp_path)
+        image_files(tmp_path)
     assert said in str(caught.value)
 
 
@@ -96,9 +97,9 @@ def test_images_that_are_not_in_one_folder_per_class_are_refused(tmp_path: Path,
 )
 def test_path_in_a_table_starts_at_its_folder(value: Any, expected: Any) -> None:
     row = {"Image": value, "label": "cat"}
-    assert images.beside(row, Path("/data"), None) == {"Image": expected, "label": "cat"}
-    assert images.beside({"file": value}, Path("/data"), "file") == {"file": expected}
-    assert images.beside({"file": value}, Path("/data"), None) == {"file": value}
+    assert beside(row, Path("/data"), None) == {"Image": expected, "label": "cat"}
+    assert beside({"file": value}, Path("/data"), "file") == {"file": expected}
+    assert beside({"file": value}, Path("/data"), None) == {"file": value}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------

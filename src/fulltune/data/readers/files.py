@@ -1,25 +1,28 @@
-"""Find data files: what a path or a folder holds, and clear words where the system refuses to read it."""
+"""Find data files: what a path or a folder holds, which rows by their names, and clear words where nothing is read."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fulltune.errors import DataError
-from fulltune.system.run_folder import IDENTITY
-from fulltune.text import counted, first_few, near_names
+from fulltune.records.data import SplitName as Split
+from fulltune.text import near_names
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
 """Kinds that a folder may hold for other reasons (a licence, notes): read when the recipe names the file."""
 _KINDS = ", ".join(SUFFIXES)
 _ABOUT_ROWS = {"state.json", "dataset_info.json"}
-_LIKE_ROWS = (".xlsx", ".xls", ".ods", ".sqlite", ".pkl", ".h5", ".orc", ".avro", ".heic", ".heif", ".jxl", ".svg")
-"""Kinds of tables and images that nobody reads here."""
+_IMAGES = "avif bmp dib gif ico jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in _IMAGES.split())
+"""Kinds that Pillow reads; other files in the folders are left alone."""
+_OF_ARCHIVES = "__MACOSX"
+"""What unpacking leaves beside the folders, on systems other than Apple's."""
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
@@ -37,7 +40,7 @@ def data_files(path: Path) -> list[Path]:
     _refuse_no_file(path, status.st_mode)
     if path.suffix.lower() in _PACKED:
         raise DataError(_packed(path))
-    if path.suffix.lower() not in (*SUFFIXES, *ONLY_BY_NAME):
+    if not is_data(path):
         raise DataError(f"{path}: unknown kind of file '{path.suffix}'; expected {_KINDS}: save it as one of them")
     if status.st_size == 0:
         raise DataError(f"{path}: the file is empty, expected rows; name another file, or write it again")
@@ -78,10 +81,12 @@ def _files_in(folder: Path) -> list[Path]:
             f"for example data.train: [{', '.join(printable(file) for file in by_name[:2])}]"
         )
     # Left alone, its rows would be missing in silence.
-    packed = [file for file in listed if file.suffix.lower() in _PACKED and _is_data(file.stem)]
+    packed = [file for file in listed if file.suffix.lower() in _PACKED and is_data(Path(file.stem))]
     if not files and not packed:
-        problem = f"{folder}: no data file in this folder; expected {_KINDS}: name another folder, or a file"
-        raise DataError([problem, *left_out(folder, SUFFIXES, ())])
+        raise DataError(
+            f"{folder}: no data file in this folder; expected {_KINDS}, and none is taken from a deeper folder: name "
+            "another folder, or a file"
+        )
     problems = [_packed(file) for file in packed]
     for file in files:
         try:
@@ -95,22 +100,9 @@ def _files_in(folder: Path) -> list[Path]:
     return files
 
 
-def left_out(folder: Path, kinds: Iterable[str], taken: Sequence[Path]) -> list[str]:
-    """A note on what looks like rows of these kinds in a folder or deeper, is not hidden, no run's, and not read."""
-    found = set[Path]()
-    for place, folders, names in os.walk(folder):
-        is_run = place != str(folder) and {IDENTITY, "recipe.yaml"} <= {*names}
-        folders[:] = [] if is_run else [name for name in folders if not name.startswith(".")]
-        files = [Path(place, name) for name in names if not is_run and name[0] != "." and name not in _ABOUT_ROWS]
-        found |= {file for file in files if file.suffix.lower() in {*kinds, *_LIKE_ROWS}}
-    shown = [printable(file.relative_to(folder)) for file in sorted(found - {*taken})]
-    why = "what lies in deeper folders, or is of another kind, is not taken from a folder: name it, or move it"
-    said = f"{folder}: {counted(len(shown), 'file')} left out of its rows ({first_few(shown, 3)}): {why}"
-    return [said] * bool(shown)
-
-
-def _is_data(name: str) -> bool:
-    return Path(name).suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
+def is_data(file: Path) -> bool:
+    """Whether its name says that it holds rows."""
+    return file.suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
 
 
 def _packed(file: Path) -> str:
@@ -126,13 +118,10 @@ def _mode(file: Path) -> int:
 
 def _refuse_no_file(file: Path, mode: int) -> None:
     """Who opens a pipe waits for whoever writes into it, and some devices never end."""
-    if stat.S_ISDIR(mode):
-        raise DataError(
-            f"{file}: is a folder named as a data file, expected a file; rename it, or name its files one by one"
-        )
     if not stat.S_ISREG(mode):
         raise DataError(
-            f"{file}: is a pipe, a socket or a device, expected a file; write what it gives into a file, and name that"
+            f"{file}: is a folder, a pipe, a socket or a device, expected a file; rename it, or write what it "
+            "gives into a file, and name that"
         )
 
 
@@ -142,25 +131,10 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path = printable(file)
-        if isinstance(error, PermissionError):
-            problem = (
-                f"{path}: may not be read (permission denied), expected a file that you can read; change its "
-                "permissions, or name a copy of your own"
-            )
-        elif error.errno == errno.ELOOP:
-            problem = f"{path}: is a link that leads back to itself, expected a file; name the file itself"
-        elif error.errno == errno.ENAMETOOLONG:
-            problem = (
-                f"{path[:60]}...: a path of {len(path):,} characters is too long for this system; give the path of a "
-                "file"
-            )
-        else:
-            reason = error.strerror or error
-            problem = (
-                f"{path}: cannot be read ({reason}), expected a file that stays where it is; put it back, or copy it"
-            )
-        raise DataError(problem) from None
+        raise DataError(
+            f"{printable(file)[:300]}: cannot be read ({error.strerror or error}), expected a file that you may read "
+            "and that stays where it is; change its permissions, put it back, or name a copy"
+        ) from None
 
 
 def state(file: Path) -> tuple[int, ...]:
@@ -199,3 +173,152 @@ def is_utf8(name: str | Path) -> bool:
 def _refuse_name(path: Path) -> None:
     if not is_utf8(path):
         raise DataError(f"{printable(path)}: the name is not UTF-8, expected one that is; rename it")
+
+
+# ---- images ----------------------------------------------------------------------------------------------------
+
+
+def is_image_folder(folder: Path) -> bool:
+    """True for a folder that holds images, in itself or in its folders, and no table beside them."""
+    if not folder.is_dir():
+        return False
+    if any(path.suffix.lower() in SUFFIXES and not path.name.startswith(".") for path in folder.iterdir()):
+        return False
+    return has_images(folder) or any(
+        has_images(inner) or any(map(has_images, folders_in(inner))) for inner in folders_in(folder)
+    )
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of all classes, sorted. Raises `DataError` when the images do not lie in one folder per class."""
+    expected = "expected one folder per class with the images in it"
+    if has_images(folder):
+        raise DataError(f"{folder}: images lie directly in this folder; {expected}")
+    classes = [inner for inner in folders_in(folder) if inner.name != _OF_ARCHIVES]
+    problems = [
+        f"{printable(inner)}: the folder's name is not UTF-8, expected the name of a class; rename the folder"
+        for inner in classes
+        if not is_utf8(inner.name)
+    ]
+    problems += [
+        f"{printable(inner)}: holds no image, {expected}; put some into it, or remove it; if its folders are the "
+        "classes, name it as data.train"
+        for inner in classes
+        if not has_images(inner)
+    ]
+    if problems:
+        raise DataError(problems)
+    # A link that leads nowhere counts: an image that cannot be read is listed, never dropped unseen.
+    return [path for inner in classes for path in sorted(inner.iterdir()) if _is_image(path.name) and not path.is_dir()]
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Its folders that are not hidden, sorted."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def has_images(folder: Path) -> bool:
+    """Whether images lie in the folder itself."""
+    with os.scandir(folder) as entries:  # stops at the first one: a folder may hold a hundred thousand
+        return any(_is_image(entry.name) for entry in entries)
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+# ---- names that say which rows a file holds --------------------------------------------------------------------
+
+_WORDS: dict[str, Split] = {
+    **dict.fromkeys(("test", "testing", "heldout"), "test"),
+    **dict.fromkeys(("eval", "evaluation", "dev", "development", "val", "valid", "validate", "validation"), "eval"),
+    **dict.fromkeys(("train", "training"), "train"),
+}
+_JOINED: dict[str, Split] = {
+    f"{word}{kind}": split for word, split in _WORDS.items() for kind in ("set", "sets", "data", "split", "splits")
+}
+_ORDER: tuple[Split, ...] = ("test", "eval", "train")
+"""In which they count: what is named test is never trained on, whatever else its name says."""
+_SHARD = re.compile(r"\d+-of-\d+(-[0-9a-f]{8,})?$")
+_LAST_TWO = re.compile(rf"({'|'.join(_WORDS)})[\W_]+((?:set|data|split)s?)(?=[\W\d_v]*$)")
+
+
+def _of_name(file: Path) -> tuple[Split | None, tuple[str, ...]]:
+    """The split that a name says, and what it says beside that; its suffix, numbers and version say nothing.
+
+    A word counts alone, at the end, before a single other part (`dev_matched`), or anywhere if it is joined with what
+    it is a word for (`testset_w_refs`).
+    """
+    stem = re.sub(r"held[\W_]out", "heldout", _SHARD.sub("", file.stem.lower()))
+    parts = [part for part in re.split(r"[\W\d_]+", _LAST_TWO.sub(r"\1\2", stem)) if part and part != "v"]
+    ends = parts if len(parts) == 2 else parts[-1:]
+    splits = {_JOINED.get(part) for part in parts} | {_WORDS.get(part) for part in ends}
+    rest = () if _JOINED.keys() & set(parts) else tuple(part for part in parts if part not in _WORDS)
+    return next((split for split in _ORDER if split in splits), None), rest
+
+
+def by_split(files: Sequence[Path]) -> dict[Split | None, list[Path]]:
+    """Files of one folder by the split that their names say; None: they say none.
+
+    A name that says more than its split (`crash_test`) can be a title. It counts beside a file that is named train, or
+    one that differs from it in that word only.
+    """
+    names = {file: _of_name(file) for file in files}
+    has_train = any(split == "train" for split, _ in names.values())
+    splits: dict[Split | None, list[Path]] = {}
+    for file, (split, rest) in names.items():
+        counts = not rest or has_train or any(rest == other and split != of for of, other in names.values())
+        splits.setdefault(split if counts else None, []).append(file)
+    return splits
+
+
+def split_folders(folder: Path) -> dict[Split | None, list[Path]]:
+    """A folder's folders by the split that their names say, where it holds rows in folders `train` and others alone."""
+    listed = folder.iterdir() if folder.is_dir() else ()
+    if any(file.suffix.lower() in SUFFIXES and file.name != "dataset_dict.json" for file in listed):
+        return {}
+    splits = by_split(folders_in(folder)) if folder.is_dir() else {}
+    of_classes = any(has_images(inner) for inners in splits.values() for inner in inners)
+    return splits if {"train"} < splits.keys() - {None} and not of_classes else {}
+
+
+def held_out_beside(train: Path) -> dict[Split, list[Path]]:
+    """Files beside one named train whose names differ from its name in that word only."""
+    own, splits = _of_name(train), dict[Split, list[Path]]()
+    for file in sorted(train.parent.iterdir()) if own[0] == "train" and train.parent.is_dir() else ():
+        split, rest = _of_name(file)
+        if is_data(file) and rest == own[1] and split in ("eval", "test"):
+            splits.setdefault(split, []).append(file)
+    return splits
+
+
+def refuse_held_out(paths: Sequence[str]) -> None:
+    """A folder that is given for training must not hold rows that are named as held out."""
+    problems = []
+    for folder in map(Path, paths):
+        with reading(folder):
+            splits = split_folders(folder)
+            splits.pop(None, None)
+            if not splits and folder.is_dir() and not is_image_folder(folder):
+                splits = by_split(data_files(folder))
+        held_out: dict[Split, list[Path]] = {split: splits.pop(split) for split in ("eval", "test") if split in splits}
+        if not held_out:
+            continue
+        rest = [str(file) for files in splits.values() for file in files]
+        shown = f"[{', '.join(rest)}]" if len(rest) > 1 else "".join(rest)
+        write = [f"data.train: {shown}"] if rest else []
+        write += [f"data.{split}: {_one_path(files)}" for split, files in held_out.items()]
+        names = ", ".join(file.name for files in held_out.values() for file in files)
+        problems.append(
+            f"{folder}: is given for training and holds {names}, named as rows that are not trained on; write "
+            f"{', '.join(write)}"
+        )
+    if problems:
+        raise DataError(problems)
+
+
+def _one_path(files: Sequence[Path]) -> str:
+    """What a setting that takes one path can be given."""
+    if len(files) == 1:
+        return str(files[0])
+    return f"a folder of their own, with {', '.join(file.name for file in files)} moved into it"

