@@ -30,10 +30,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.distributed.utils import TransformersDeviceMesh
 
 from fulltune.footprint import watch
-from fulltune.footprint.case import Case, batch_of, build
 from fulltune.footprint.formulas import traced
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import Preparing
+from fulltune.footprint.watch import Case, batch_of, build
 from fulltune.inference.run import autocast, logits_of
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import chunked_loss, sharding

@@ -14,9 +14,8 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 
 from fulltune.errors import RecipeError
-from fulltune.footprint.case import BYTES, Case, depths_of, has_tokens, layer_kinds, of_tensors
-from fulltune.footprint.records import KINDS, Footprint, Moment, Variant, terms
-from fulltune.footprint.watch import Story, run
+from fulltune.footprint.records import BYTES, KINDS, Footprint, Moment, Variant, terms
+from fulltune.footprint.watch import Case, Story, depths_of, has_tokens, layer_kinds, of_tensors, run
 
 _log = logging.getLogger(__name__)
 
@@ -35,17 +34,11 @@ RuntimeError) when it asks for a value, and ours of a method that cannot work on
 that runs out, and an interruption."""
 
 
-class Changing(ValueError):
-    """A model takes other steps for other batches."""
-
-
 def points_of(case: Case) -> list[tuple[int, int]]:
     """Rows and lengths to trace; an image has one length: 1, so that a row counts as a token."""
     if not has_tokens(case):
         return list(itertools.product(ROWS, (1,)))
-    windows = np.ravel(getattr(case.config, "attention_window", None) or 8)  # a row is filled up to whole windows
-    stretch = max(1, int(windows.max()) // 8)
-    return list(itertools.product(ROWS, (length * stretch for length in _LENGTHS)))
+    return list(itertools.product(ROWS, _LENGTHS))
 
 
 Timeline = dict[tuple[str, int], np.ndarray]
@@ -63,26 +56,15 @@ class Whole:
     trained: tuple[tuple[int, ...], ...]
 
 
-@dataclass
-class Cuts:
-    """Whether copies with fewer layers tell what the whole model holds; once they did not, none are made again."""
-
-    told: bool = True
-
-
-def whole_of(case: Case, cuts: Cuts, points: Sequence[tuple[int, int]], **way: Any) -> Whole:
+def whole_of(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Whole:
     """From copies with few layers where they tell it, else the model as it is."""
-    if cuts.told:
-        try:
-            found = _from_cuts(case, points, **way)
-        except FAILURES:
-            # A config may refuse another number of layers, and a class may want one of its lists to be as long.
-            _log.debug("no copies with fewer layers of %s", type(case.config).__name__, exc_info=True)
-            found = None
-        if found is not None:
-            return found
-        cuts.told = False
-    return _joined(run(case, depths_of(case), points, **way))
+    try:
+        found = _from_cuts(case, points, **way)
+    except FAILURES:
+        # A config may refuse another number of layers, and a class may want one of its lists to be as long.
+        _log.debug("no copies with fewer layers of %s", type(case.config).__name__, exc_info=True)
+        found = None
+    return found or _joined(run(case, depths_of(case), points, **way))
 
 
 def _from_cuts(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Whole | None:
@@ -162,7 +144,7 @@ def _joined(stories: Sequence[Story]) -> Whole:
     timelines = [_timeline(story) for story in stories]
     keys = tuple(timelines[0])
     if any(tuple(timeline) != keys for timeline in timelines):
-        raise Changing("what it does depends on the number of rows or tokens")
+        raise ValueError("what it does depends on the number of rows or tokens")
     alive = np.array([[timeline[key] for key in keys] for timeline in timelines])
     return Whole(keys, alive, np.array([story.flops for story in stories]), stories[0].shapes, stories[0].trained)
 
@@ -170,12 +152,11 @@ def _joined(stories: Sequence[Story]) -> Whole:
 def _timeline(story: Story) -> Timeline:
     """What is alive after each allocation; of layers between the first and the last nothing is kept."""
     alive, counts, made = np.zeros(len(KINDS)), Counter[str](), {}
-    for change in story.changes:
-        kind = story.kinds.get(change.block, "activations")
-        alive[KINDS.index(kind)] += change.bytes
-        if change.bytes > 0 and not change.place.endswith(":middle"):
-            made[change.place, counts[change.place]] = alive.copy()
-            counts[change.place] += 1
+    for place, block, size in story.changes:
+        alive[KINDS.index(story.kinds.get(block, "activations"))] += size
+        if size > 0 and not place.endswith(":middle"):
+            made[place, counts[place]] = alive.copy()
+            counts[place] += 1
     return made
 
 
@@ -186,11 +167,11 @@ _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 def traced(case: Case) -> Footprint:
     """Trace a model and put what was seen into formulas."""
-    points, cuts = points_of(case), Cuts()
-    evaluated = whole_of(case, cuts, points, recomputed=False, training=False)
+    points = points_of(case)
+    evaluated = whole_of(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0
     for recomputed in case.checkpointing:
-        stepped = whole_of(case, cuts, points, recomputed=recomputed, training=True)
+        stepped = whole_of(case, points, recomputed=recomputed, training=True)
         first = _moments(stepped, points)
         later = _later(first, stepped.shapes if case.all_trained else stepped.trained, BYTES[case.weights_dtype])
         if not recomputed:

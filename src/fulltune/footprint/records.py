@@ -8,6 +8,8 @@ from pydantic import Field
 
 from fulltune.records.base import Record
 
+BYTES = {"fp32": 4, "bf16": 2}
+"""Of a weight."""
 FOOTPRINT, SHAPES = "footprint.json", "shapes.json"
 """In a run's `plan`: the model's memory as traced for this machine's plan, and its sizes."""
 Kind = Literal["gradients", "activations", "logits", "buffers"]
@@ -28,15 +30,13 @@ class Moment(Record):
     coefficients: dict[Kind, Coefficients]
     """Bytes of each kind per 1, row, token, row x length^2, length and length^2."""
 
-    def bytes(self, rows: int, length: int, trained_share: float = 1.0) -> dict[Kind, int]:
-        """Bytes by kind, of so many sequences (rows x choices) of this length, a share of whose tokens has logits."""
+    def bytes(self, rows: int, length: int) -> dict[Kind, int]:
+        """Bytes by kind, of so many sequences (rows x choices) of this length."""
         factors = terms(rows, length)
-        found = {
-            kind: sum(one * factor for one, factor in zip(values, factors, strict=True))
+        return {
+            kind: max(0, round(sum(one * factor for one, factor in zip(values, factors, strict=True))))
             for kind, values in self.coefficients.items()
         }
-        found["logits"] *= trained_share
-        return {kind: max(0, round(value)) for kind, value in found.items()}
 
 
 class Variant(Record):
@@ -55,8 +55,6 @@ class Footprint(Record):
 
     largest_tensor: int
     """Values of the largest trained parameter: optimizers that work tensor by tensor need scratch of its size."""
-    factored_values: int
-    """Rows and columns of all matrices and the values of all vectors: what Adafactor keeps."""
     sequences_per_row: int
     """Choices of a row, else 1."""
     variants: tuple[Variant, ...]

@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from fulltune import methods
-from fulltune.footprint.case import BYTES, Case, has_tokens, layered, of_tensors
-from fulltune.footprint.formulas import FAILURES, Changing, traced
-from fulltune.footprint.records import FOOTPRINT, SHAPES, Coefficients, Footprint, Kind, Moment, Variant
+from fulltune.footprint.formulas import FAILURES, traced
+from fulltune.footprint.records import BYTES, FOOTPRINT, SHAPES, Coefficients, Footprint, Moment, Variant
+from fulltune.footprint.watch import Case, has_tokens, layered, of_tensors
 from fulltune.models import dropout
 from fulltune.models.base import Base
 from fulltune.models.pixels import num_patches
@@ -29,8 +29,6 @@ from fulltune.tasks import Target, Task, task_named
 VALUES, VALUES_RECOMPUTED = 2 * 34, 2
 """Kept per token, layer and hidden unit (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1), and as much again for
 attention in windows or blocks, which models that cannot be traced mostly have."""
-VALUES_PER_STATE = 12
-"""More of them for each state of a state-space layer: six arrays of twice the hidden size."""
 LOGITS_BYTES = 3 * 4
 """Logits, their probabilities and their gradient in fp32."""
 USUAL_LAYERS = 12
@@ -47,8 +45,7 @@ def rough(case: Case, why: str) -> Footprint:
     if case.pixels is not None:
         patches = num_patches(layered(case, case.config))
         tokens = max(patches, math.ceil(math.prod(case.pixels[1:]) / PIXELS_OF_A_TOKEN))
-    layer = hidden * tokens * (VALUES + VALUES_PER_STATE * (getattr(layered(case, case.config), "state_size", 0) or 0))
-    weight = BYTES[case.weights_dtype]
+    layer, weight = hidden * tokens * VALUES, BYTES[case.weights_dtype]
     has_logits = case.task.FACTS.writes
     logits = LOGITS_BYTES * vocab if has_logits else 0
     size = 4 if (case.precision, case.weights_dtype) == ("fp32", "fp32") else 2
@@ -80,19 +77,14 @@ def rough(case: Case, why: str) -> Footprint:
 def _moment(case: Case, place: str, gradients: int, activations: int, logits: int, buffers: int) -> Moment:
     """Activations and logits are those of a token, or of an image."""
 
-    def each(size: int) -> Coefficients:
-        return (0.0, 0.0, float(size), 0.0, 0.0, 0.0) if has_tokens(case) else (0.0, float(size), 0.0, 0.0, 0.0, 0.0)
-
     def fixed(size: int) -> Coefficients:
         return (float(size), 0.0, 0.0, 0.0, 0.0, 0.0)
 
-    held: dict[Kind, Coefficients] = {
-        "gradients": fixed(gradients),
-        "activations": each(activations),
-        "logits": each(logits),
-        "buffers": fixed(buffers),
-    }
-    return Moment(place=place, coefficients=held)
+    def each(size: int) -> Coefficients:
+        return (0.0, 0.0, float(size), 0.0, 0.0, 0.0) if has_tokens(case) else (0.0, float(size), 0.0, 0.0, 0.0, 0.0)
+
+    held = {"gradients": fixed(gradients), "activations": each(activations), "logits": each(logits)}
+    return Moment.model_validate({"place": place, "coefficients": {**held, "buffers": fixed(buffers)}})
 
 
 def _shapes(case: Case) -> list[tuple[int, ...]]:
@@ -104,20 +96,12 @@ def _shapes(case: Case) -> list[tuple[int, ...]]:
 
 
 def _sizes(case: Case) -> tuple[int, int, int]:
-    """Layers, hidden size and vocabulary, from whatever names the config has for them."""
+    """Layers, hidden size and vocabulary; usual ones where the config does not name them."""
     config = layered(case, case.config)
-
-    def number(*names: str) -> int:
-        found: list[Any] = [getattr(config, name, None) for name in names]
-        return next((one for one in found if isinstance(one, int) and one > 0), 0)
-
-    stages = getattr(config, "depths", None) or getattr(config, "block_sizes", None) or ()
-    layers = number("encoder_layers", "num_hidden_layers", "num_layers", "n_layer") or sum(stages) or USUAL_LAYERS
-    if config.is_encoder_decoder:
-        layers += number("decoder_layers", "num_decoder_layers") or layers
-    widths = getattr(config, "hidden_sizes", None) or (0,)
-    hidden = number("hidden_size", "d_model", "n_embd") or widths[-1]
-    return layers, hidden or math.ceil(math.sqrt(case.num_parameters / 12 / layers)), number("vocab_size")
+    layers = sum(getattr(config, "depths", None) or ()) or getattr(config, "num_hidden_layers", None) or USUAL_LAYERS
+    layers *= 2 if config.is_encoder_decoder else 1
+    hidden = getattr(config, "hidden_size", None) or math.ceil(math.sqrt(case.num_parameters / 12 / layers))
+    return layers, hidden, getattr(config, "vocab_size", None) or 0
 
 
 _log = logging.getLogger(__name__)
@@ -220,6 +204,5 @@ def trace(case: Case) -> Footprint:
         except FAILURES as error:
             # No reason to stop a run: the class works with values, and the dry-run step measures what this cannot.
             _log.debug("%s cannot be traced", type(case.config).__name__, exc_info=True)
-            text = " ".join(str(error).split())[:120]
-            _FOUND[key] = rough(case, text if isinstance(error, Changing) else f"{type(error).__name__}: {text}")
+            _FOUND[key] = rough(case, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
     return _FOUND[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fulltune.errors import DoesNotFitError
+from fulltune.footprint.records import BYTES
 from fulltune.plan import memory, sharded, ways_out
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed, MemorySettings
@@ -27,7 +28,7 @@ def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskN
     finished model, and the weights before step 1, which are kept until it is saved. All hold what is trained. A
     run that is stopped in between writes one checkpoint more."""
     state = memory.state_of(num_parameters, settings)
-    weights = memory.num_trained(num_parameters, settings) * memory.BYTES[memory.trained_dtype(settings)]
+    weights = memory.num_trained(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
     one = weights + state.optimizer
     if recipe.train.placement == "fsdp2":  # moments are in fp32 there, however they are kept
         one = weights + max(state.optimizer, MOMENTS_BYTES * memory.num_trained(num_parameters, settings))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fulltune.errors import RecipeError
-from fulltune.footprint.records import Footprint
+from fulltune.footprint.records import BYTES, Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import (
     budget,
@@ -209,7 +209,7 @@ def _around(
     asked = min(recipe.evaluate.generate_rows, test) if summary.form.writes_answers else 0
     passes = -(-asked // plan.eval_batch_size) * recipe.evaluate.max_new_tokens
     rate = 1e9 * (gpu.memory_gb_per_second if gpu else basis.fleet.host_memory_gb_per_second)
-    reading = passes * memory.BYTES[plan.weights_dtype] * plan.num_parameters / rate
+    reading = passes * BYTES[plan.weights_dtype] * plan.num_parameters / rate
     answers = max(longest(asked * recipe.evaluate.max_new_tokens), reading) + passes * pass_seconds
     if recipe.evaluate.baselines:
         untouched = test  # through the model as it was, for a classifier on embeddings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fulltune.footprint.records import Footprint, Kind
+from fulltune.footprint.records import BYTES, Footprint, Kind
 from fulltune.models.shapes import Shapes
 from fulltune.models.sharding import Units
 from fulltune.plan import memory
@@ -58,7 +58,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     settings = settings.changed(precision=footprint.traced(settings.precision))
     state = memory.state_of(shapes.num_parameters, settings)
     parts = [-(-size // settings.num_processes) for size in (state.weights, state.optimizer, state.gradients)]
-    value = memory.BYTES[settings.weights_dtype]
+    value = BYTES[settings.weights_dtype]
     units = Units(**{kind: value * count for kind, count in units_of(shapes).model_dump().items()})  # in bytes
     largest = value * footprint.largest_tensor
     moments = _moments(shapes, footprint, settings, units, device)
@@ -104,7 +104,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
 def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units, device: str) -> list[_Held]:
     """What is held at each traced moment that may be the highest, and when gradients are sent between them."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
-    rows, value = memory.train_sequences(footprint, settings), memory.BYTES[settings.weights_dtype]
+    rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # parts that earlier micro batches left
     copies, length = SENT[device], settings.longest_tokens
     traced = [
@@ -268,7 +268,7 @@ def _small_and_large(
     logits_are_large = 4 * tokens * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES
     pieces = [(one, one) for one in held.flat]
     pieces.append((round(held.reduced * part), units.block // settings.num_processes))
-    most = memory.BYTES[settings.weights_dtype] * footprint.largest_tensor
+    most = BYTES[settings.weights_dtype] * footprint.largest_tensor
     for one in (*held.tensors, *held.gradients):
         pieces.append((one, one // TENSORS_OF_BLOCK if one == units.block else min(one, most)))
     large = sum(size for size, block in pieces if block >= memory.SMALL_OF_PARTS_BYTES)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fulltune.footprint.records import Footprint, Kind
+from fulltune.footprint.records import BYTES, Footprint, Kind
 from fulltune.models.shapes import Shapes
 from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase, StateBytes
-
-BYTES = {"fp32": 4, "bf16": 2}
 
 # ---- beyond live tensors: fitted on the calibration cells of bench/memory_prediction.py ----------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fulltune.errors import RecipeError
-from fulltune.footprint.records import Footprint
+from fulltune.footprint.records import BYTES, Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import fsdp2, memory
 from fulltune.plan.gpus import Fleet
@@ -177,10 +177,10 @@ def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) ->
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0
     if shared is None:
-        each_step = 2 * memory.BYTES[memory.trained_dtype(settings)] * trained
+        each_step = 2 * BYTES[memory.trained_dtype(settings)] * trained
     elif shared.engine == "fsdp2":
         units = fsdp2.units_of(shapes)
-        each_pass = memory.BYTES[settings.weights_dtype] * (units.gathered + units.reduced)
+        each_pass = BYTES[settings.weights_dtype] * (units.gathered + units.reduced)
     elif shared.stage == 3:
         each_pass = narrow * (2 * shapes.num_parameters + trained)
     else:  # stage 1 sums gradients like stage 2, but once a step

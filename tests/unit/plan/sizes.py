@@ -57,7 +57,6 @@ def footprint(shapes: Shapes) -> Footprint:
     precisions = ("fp32", "bf16", "fp16")
     return Footprint(
         largest_tensor=shapes.vocab_size * shapes.hidden_size,
-        factored_values=1000,
         sequences_per_row=1,
         variants=tuple(variant(precision, again) for precision in precisions for again in (False, True)),
         # Autocast keeps a copy of the weights in 16 bits.

@@ -42,7 +42,6 @@ def footprint(kept: float = 2**23, recomputed: float = 2**19, choices: int = 1) 
     ways = [(precision, again) for precision in ("fp32", "bf16", "fp16") for again in (False, True)]
     return Footprint(
         largest_tensor=1,
-        factored_values=1000,
         sequences_per_row=choices,
         variants=tuple(
             Variant(

@@ -54,7 +54,6 @@ def footprint(
     ]
     return Footprint(
         largest_tensor=90 * M,
-        factored_values=1,
         sequences_per_row=1,
         variants=tuple(variants),
         evaluation={"fp32": (moment,)},

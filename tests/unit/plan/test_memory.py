@@ -38,7 +38,6 @@ def moment(place: str, *, gradients: float = 0, token: float = 0, pair: float = 
 
 FOOTPRINT = Footprint(
     largest_tensor=200_000,
-    factored_values=5_000,
     sequences_per_row=1,
     variants=(
         Variant(
