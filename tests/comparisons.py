@@ -118,7 +118,6 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "num_trials": 39,
         "seconds": 2712.0,
         "full_run_seconds": 271.3,
-        "fixed_design_seconds": 5170.0,
         "cores": 2,
         "device": "cpu",
         "started": "2026-11-24T15:30:12+01:00",

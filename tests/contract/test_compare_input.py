@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from fulltune.cli import compare as cli_compare
 from fulltune.compare import run as comparing
 from fulltune.recipe.file import load_recipe
 from fulltune.system.run_folder import find_or_make
@@ -81,27 +78,3 @@ def test_lint_with_a_budget_is_refused(tmp_path: Path) -> None:
     refused = fulltune("compare", recipe(tmp_path, ["full", "lora"]), "--lint", "--budget", "9h")
     assert refused.code == 2
     assert "--budget: --lint reads the recipe alone" in refused.err
-
-
-def test_comparison_that_could_go_on_with_other_settings_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, console = recipe(tmp_path, ["full", "lora"]), Console(width=200, file=io.StringIO())
-    monkeypatch.setattr(cli_compare, "err", console)
-
-    def said(*overrides: str, fresh: bool = False) -> tuple[Path, str]:
-        console.file = io.StringIO()
-        _, folder = cli_compare._open(path, list(overrides), None, fresh)
-        return folder, console.file.getvalue()
-
-    first, told = said()
-    assert "beginning anew" not in told
-    other, told = said("compare.margin=0.02", "train.seed=7")
-    assert other != first
-    assert told.splitlines()[0] == (
-        f"beginning anew: {first} is unfinished, but has other settings (train.seed: 42 there, 7 here, "
-        "compare.margin: 0.01 there, 0.02 here)"
-    )
-    assert said()[0] == first
-    assert "beginning anew" not in said()[1] + said("compare.budget=1h")[1] + said("compare.seeds=2", fresh=True)[1]
-    assert "other settings (methods, compare.seeds: 2 there, not set here)" in said("methods=[full, adapter]")[1]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
@@ -21,16 +19,18 @@ from fulltune.cli.stages import err, out, print_json
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.recipe.methods import Arm
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
 from fulltune.report.comparison.many_tasks import many_tasks, on_one_base
 from fulltune.report.format import terminal
 from fulltune.system import run_folder
-from fulltune.text import first_few, parse_seconds
+from fulltune.text import parse_seconds
 
 if TYPE_CHECKING:
     from fulltune.compare.run import Compared
+
+
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def _compare_many(asked: CompareRequest) -> None:
             "name another folder, or leave --run-folder out"
         )
     recipes = _of_one_base(asked.targets, asked.overrides)
-    parent = asked.folder or _folder_of_all(recipes)
+    # The same for the same names, so that the same command goes on.
+    parent = asked.folder or Path(next(iter(recipes.values())).output) / "+".join(recipes)[:_LONGEST_NAME]
     found = {}
     for name, target in zip(recipes, asked.targets, strict=True):
         err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
@@ -108,28 +109,27 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
         if name in recipes:
             problems.append(f"{target}: is called '{name}' like another one; give it another 'name'")
         recipes[name] = recipe
-    for what, given in (
-        ("model", {name: recipe.model.in_words() for name, recipe in recipes.items()}),
-        ("evaluate.confidence", {name: str(recipe.evaluate.confidence) for name, recipe in recipes.items()}),
-    ):
-        if len(set(given.values())) > 1:
-            said = ", ".join(f"{value} in {name}" for name, value in given.items())
-            problems.append(f"{what}: several tasks share one base and one report; all must give the same ({said})")
-    arms = [
-        {one.arm: one for one in recipe.methods if recipe.compared_kind(one) not in ("base", "full")}
+    models = {name: recipe.model.in_words() for name, recipe in recipes.items()}
+    if len(set(models.values())) > 1:
+        said = ", ".join(f"{model} in {name}" for name, model in models.items())
+        problems.append(f"model: several tasks share one base; all must give the same ({said})")
+    without_rates = {"learning_rate", "learning_rates"}
+    methods = [
+        {
+            one.arm: (one.kind, one.model_dump_json(exclude=without_rates))
+            for one in recipe.methods
+            if one.kind != "base"
+        }
         for recipe in recipes.values()
     ]
-    common = set.intersection(*map(set, arms)) if arms else set()
-    if arms and not common:
-        problems.append("methods: no method but 'full' is compared in all of these recipes")
+    common = set.intersection(*map(set, methods)) if methods else set()
+    if methods and (len(common) < 2 or not any(methods[0][name][0] == "full" for name in common)):
+        problems.append("methods: 'full' and one method more must have the same names in all of these recipes")
     problems += [
         f"methods: '{name}' has other settings in one recipe than in another; give it another 'name'"
         for name in sorted(common)
-        if len({_apart_from_rates(one[name]) for one in arms}) > 1
+        if len({one[name] for one in methods}) > 1
     ]
-    fulls = [next(one for one in recipe.methods if one.kind == "full") for recipe in recipes.values()]
-    if len({(one.arm, _apart_from_rates(one)) for one in fulls}) > 1:
-        problems.append("methods: 'full' has another name or other settings in one recipe than in another")
     if problems:
         raise RecipeError(problems)
     return recipes
@@ -144,21 +144,6 @@ def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
         return recipe_for(recipe)
     except RecipeError as error:
         raise RecipeError([f"{target}: {problem}" for problem in error.problems]) from None
-
-
-def _apart_from_rates(method: Arm) -> str:
-    return method.model_dump_json(exclude={"learning_rate", "learning_rates"})
-
-
-_LONGEST_NAME = 100
-
-
-def _folder_of_all(recipes: Mapping[str, Recipe]) -> Path:
-    """Where the comparisons lie: the same for the same names, so that the same command goes on."""
-    name = "+".join(recipes)
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return Path(next(iter(recipes.values())).output) / name
 
 
 def _share_of(budget: str | None, count: int) -> str | None:
@@ -198,37 +183,9 @@ def _open(target: Path, overrides: list[str], folder: Path | None, fresh: bool) 
     else:
         recipe = _recipe_of(target, overrides)
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
-        name = recipe.name or target.stem
-        unfinished = "" if folder or fresh else _unfinished_with_other_settings(recipe, name)
-        found, resumed = run_folder.find_or_make(recipe, text, name, folder, fresh)
-        if unfinished and not resumed:
-            err.print(unfinished, soft_wrap=True, markup=False, style="yellow")
+        found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
     err.print(f"[dim]{'continuing' if resumed else 'run folder'} {found}[/dim]", soft_wrap=True)
     return recipe, found
-
-
-def _unfinished_with_other_settings(recipe: Recipe, name: str) -> str:
-    """That the newest unfinished comparison of this name has other settings; empty: there is none."""
-    names = f"{glob.escape(name)}-[0-9][0-9][0-9][0-9]-*"
-    for other in reversed(run_folder.unfinished(Path(recipe.output), None, names)):
-        try:
-            before = run_folder.recipe_of(other)
-        except SetupError:  # of another version, which this one cannot go on with
-            continue
-        if before.methods and (found := list(_differences(before.shaping(), recipe.shaping()))):
-            return f"beginning anew: {other} is unfinished, but has other settings ({first_few(found)})"
-    return ""
-
-
-def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
-    """Settings in which two recipes differ, with both values where they are short."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in before | now:
-            yield from _differences(before.get(name), now.get(name), f"{where}.{name}" if where else name)
-    elif before != now:
-        values = ["not set" if one is None else str(one) for one in (before, now)]
-        nested = any(isinstance(one, dict | list) for one in (before, now))
-        yield where if nested else f"{where}: {values[0]} there, {values[1]} here"
 
 
 UNFAIR = 2

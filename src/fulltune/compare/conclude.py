@@ -127,7 +127,6 @@ def comparison_of(
     rows = rows_of(ran, decision, baselines)
     full = ran.results[context.full.arm]
     runs = [one for found in ran.results.values() for one in found]
-    fixed = sum(ran.expectation.most_seeds * row.train_seconds + row.search_seconds for row in rows)
     environment = run_folder.environment(context.machine)
     found = Comparison(
         name=context.folder.name,
@@ -151,7 +150,6 @@ def comparison_of(
         num_trials=len(runs) + sum(len(one.tried) + one.other_runs for one in ran.searches.values()),
         seconds=round(context.clock.spent_seconds, 1),
         full_run_seconds=round(middle(one.train_seconds for one in full), 1),
-        fixed_design_seconds=round(fixed, 1),
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
         device=context.setup(context.full.arm).plan.device,

@@ -371,8 +371,6 @@ class Comparison(Record):
     """Of everything, over all commands that worked on it."""
     full_run_seconds: float
     """Training of one whole full fine-tuning run: the median over seeds."""
-    fixed_design_seconds: float
-    """What the same search and the same number of seeds for every arm would have taken."""
     cores: int
     time_was_up: bool = False
     """Because of its budget there are fewer seeds or methods than the recipe allows."""

@@ -137,10 +137,9 @@ def find_or_make(
     return folder, _adopt(folder, recipe, recipe_text, fingerprint)
 
 
-def unfinished(output: Path, fingerprint: str | None, names: str = "*") -> list[Path]:
-    """Folders of unfinished runs with this fingerprint (None: any), the newest last."""
-    known = ((path, _fingerprint(path)) for path in output.glob(f"{names}/{IDENTITY}"))
-    found = [path for path, its in known if its is not None and fingerprint in (its, None)]
+def unfinished(output: Path, fingerprint: str) -> list[Path]:
+    """Folders of unfinished runs with this fingerprint, the newest last."""
+    found = [path for path in output.glob(f"*/{IDENTITY}") if _fingerprint(path) == fingerprint]
     found.sort(key=lambda path: path.stat().st_mtime)
     return [path.parent for path in found if not is_complete(path.parent)]
 

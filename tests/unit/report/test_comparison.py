@@ -14,7 +14,6 @@ from fulltune.records.comparison import Comparison
 from fulltune.records.forgetting import Drift, Preserved
 from fulltune.report.comparison import content, numbers
 from fulltune.report.comparison.content import plots
-from fulltune.report.comparison.how import spent
 from fulltune.report.comparison.numbers import Writer
 from fulltune.report.format import words
 from tests import comparisons
@@ -94,37 +93,9 @@ def test_table_arm_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert cells(markdown, "prompt")[0][-1] == "2"
     assert "- fewer seeds of prompt: the verdict did not hinge on them" in markdown
+    assert "- took: 45 min 12 s in all, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
     assert cells(markdown, "head")[0][-2] == "0.0032*"
     assert cells(markdown, "head")[2][3] == "0.0032*"
-
-
-@pytest.mark.parametrize(
-    ("verdict", "recommended", "waiting", "said"),
-    [
-        ("EQUIVALENT", "lora", ("prompt",), "fewer seeds of prompt: the verdict did not hinge on them"),
-        ("FULL", "full", ("prompt", "adapter"), "fewer seeds of adapter, prompt: they were enough to show that full"),
-        ("UNDECIDED", "", ("prompt",), "fewer seeds of prompt: they waited for a clear answer about full and the best"),
-        ("UNDECIDED", "prompt", ("prompt",), ""),
-        ("PEFT", "prompt", ("prompt", "adapter"), "fewer seeds of adapter: the verdict did not hinge on them"),
-    ],
-)
-def test_waiting_methods_are_named_with_what_is_true_of_the_verdict(
-    verdict: str, recommended: str, waiting: tuple[str, ...], said: str
-) -> None:
-    one = comparisons.comparison()
-    rows = tuple(row.model_copy(update={"waited": row.arm in waiting}) for row in one.rows)
-    decision = one.decision.model_copy(update={"verdict": verdict, "recommended": recommended})
-    found = content.waited(one.model_copy(update={"rows": rows, "decision": decision}))
-    assert found.startswith(said) if said else found == ""
-
-
-def test_card_cost_says_what_stopping_early_saved(tmp_path: Path) -> None:
-    markdown, _ = cards(tmp_path, comparisons.comparison())
-    assert "- took: 45 min 12 s in all, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
-    assert (
-        "5 seeds of every method, rate searches included, take 1 h 26 min of training, 19.1× one full run; stopping "
-        "early saved 28 min 12 s of it (32.7%)"
-    ) in markdown
 
 
 # ---- marks -----------------------------------------------------------------------------------------------------
@@ -139,13 +110,6 @@ def test_rates_that_came_apart_in_whole_runs_are_counted(tmp_path: Path) -> None
     )
     markdown, _ = cards(tmp_path, one.model_copy(update={"rows": rows}))
     assert "1 given up" in markdown
-
-
-def test_stopping_because_the_time_was_up_is_no_saving() -> None:
-    one = comparisons.comparison()
-    _, fixed = spent(one.model_copy(update={"time_was_up": True}))
-    assert "; the budget ended before " in fixed
-    assert "saved" not in fixed
 
 
 def test_marks_stand_beside_the_verdict_and_say_what_to_do(tmp_path: Path) -> None:

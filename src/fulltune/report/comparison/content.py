@@ -29,8 +29,6 @@ from fulltune.text import counted, format_bytes, format_number, format_seconds, 
 
 _POINTER = "▸ "
 """Before the name of the recommended method."""
-_IN_TERMINAL = ("took", "all seeds")
-"""Of the facts."""
 _MADE_FROM = Paragraph("This report is made from proof.json alone, which lies beside it and holds every number.")
 
 
@@ -63,7 +61,7 @@ def in_short(comparison: Comparison) -> list[Headline | Section | Block]:
         Section("field", "The methods", _methods(comparison)),
         held.in_short(comparison),
         Section("fairness", "Fairness", (_fairness(comparison),)),
-        Section("how", "How it was made", (Facts(tuple(one for one in facts(comparison) if one[0] in _IN_TERMINAL)),)),
+        Section("how", "How it was made", (Facts(tuple(one for one in facts(comparison) if one[0] == "took")),)),
     )
     return [part for part in parts if part is not None]
 
@@ -152,21 +150,9 @@ def _why(comparison: Comparison) -> Section | None:
 
 
 def _methods(comparison: Comparison) -> tuple[Block, ...]:
-    waiting = waited(comparison)
-    return (_quality(comparison), _cost(comparison), *[Bullets((waiting,))] * bool(waiting))
-
-
-def waited(comparison: Comparison) -> str:
-    """Which methods got fewer seeds, and why; empty when none did."""
-    decision = comparison.decision
-    names = ", ".join(row.arm for row in comparison.rows if row.waited and row.arm != decision.recommended)
-    if not names:
-        return ""
-    why = {
-        "FULL": "they were enough to show that full is better",
-        "UNDECIDED": "they waited for a clear answer about full and the best of the others",
-    }
-    return f"fewer seeds of {names}: {why.get(decision.verdict, 'the verdict did not hinge on them')}"
+    fewer = [row.arm for row in comparison.rows if row.waited and row.arm != comparison.decision.recommended]
+    said = Bullets((f"fewer seeds of {', '.join(fewer)}: the verdict did not hinge on them",))
+    return (_quality(comparison), _cost(comparison), *[said] * bool(fewer))
 
 
 def _name(row: ArmRow, comparison: Comparison) -> Cell:

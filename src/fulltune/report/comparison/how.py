@@ -8,7 +8,7 @@ from fulltune.records.comparison import Comparison, Difference, Search
 from fulltune.report.comparison import held
 from fulltune.report.comparison.numbers import NOTHING, Writer, ratio
 from fulltune.report.format.blocks import Block, Bullets, Facts, Folded, Section, Table, foreign
-from fulltune.text import counted, format_number, format_percent, format_seconds
+from fulltune.text import counted, format_number, format_seconds
 
 
 def how(comparison: Comparison) -> Section:
@@ -32,8 +32,10 @@ def how(comparison: Comparison) -> Section:
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     expected, openings = comparison.expectation, comparison.openings
-    took, fixed = spent(comparison)
-    cores = counted(comparison.cores, "core")
+    cores, one = counted(comparison.cores, "core"), comparison.full_run_seconds
+    took = f"{format_seconds(comparison.seconds)} in all"
+    if one > 0:
+        took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)})"
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
     opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
@@ -47,7 +49,6 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ),
         ("test rows used for a verdict", opened if openings else "not noted"),
         ("took", f"{took}; {comparison.device}, {cores}"),
-        ("all seeds", fixed),
         ("could find", _could_find(comparison)),
         ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
@@ -55,26 +56,6 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("started", comparison.started),
     ]
     return [(name, value) for name, value in found if value]
-
-
-def spent(comparison: Comparison) -> tuple[str, str]:
-    """What everything took, and what stopping early saved, in a sentence each."""
-    one, design = comparison.full_run_seconds, comparison.fixed_design_seconds
-    took, fixed = f"{format_seconds(comparison.seconds)} in all", f"{format_seconds(design)} of training"
-    if one > 0:
-        took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)})"
-        fixed += f", {ratio(design / one)} one full run"
-    expected = comparison.expectation
-    seeds = counted(expected.most_seeds, "seed")
-    searched = ", rate searches included," if any(row.search_seconds for row in comparison.rows) else ""
-    said = f"{seeds} of every method{searched} take {fixed}"
-    saved = design - sum(row.train_seconds * len(row.seeds) + row.search_seconds for row in comparison.rows)
-    if not saved > 0.005 * design > 0:
-        return took, f"{said}; stopping early saved nothing"
-    amount, share = format_seconds(saved), format_percent(saved / design)
-    if comparison.time_was_up:
-        return took, f"{said}; the budget ended before {amount} of it ({share})"
-    return took, f"{said}; stopping early saved {amount} of it ({share})"
 
 
 def _could_find(comparison: Comparison) -> str:
