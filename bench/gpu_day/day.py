@@ -18,7 +18,7 @@ from bench.gpu_day.here import Here
 from bench.gpu_day.parts import STAND_IN_MINUTES, Decision
 
 from fulltune.files import append_line, lines_of, write_json, write_text
-from fulltune.selfcheck.page import without_names
+from fulltune.selfcheck import without_names
 from fulltune.text import counted
 from fulltune.train.parent import spawn
 

@@ -16,7 +16,6 @@ from bench.gpu_day.here import Card, Here
 
 from fulltune.files import lines_of
 from fulltune.plan.memory import CUDA_CONTEXT_BYTES
-from fulltune.selfcheck.page import Result
 
 GIB = 2**30
 H100 = Card("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))
@@ -185,7 +184,7 @@ def test_placements_are_compared_with_one_process(tmp_path: Path, monkeypatch: p
         }
 
     monkeypatch.setattr(processes, "_trained", trained)
-    monkeypatch.setattr("fulltune.selfcheck.processes.all_reduce", lambda device: Result(True, "sum 3, expected 3"))
+    monkeypatch.setattr("fulltune.selfcheck.processes.all_reduce", lambda device: (True, "sum 3, expected 3"))
 
     processes.two(replace(HERE, cards=(H100, H100)), tmp_path / "work", rows := rows_in(tmp_path))
 

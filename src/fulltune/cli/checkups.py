@@ -49,5 +49,5 @@ def selfcheck(output: Path | None, as_json: bool) -> None:
         terminal.show(out, [shown])
         share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
         out.print(escape(share), soft_wrap=True)
-    if page.failed:
-        raise SetupError([f"selfcheck: {finding.device}: {finding.ran}: {finding.result}" for finding in page.failed])
+    if failed := [f"selfcheck: {one.device}: {one.ran}: {one.result}" for one in page.findings if one.status == "fail"]:
+        raise SetupError(failed)

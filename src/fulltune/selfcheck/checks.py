@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fulltune.inference.run import autocast
 from fulltune.plan import memory
 from fulltune.plan.resolve import LEAST_BF16_SPEEDUP
-from fulltune.selfcheck.page import Device, NotHere, Result
 from fulltune.system import hardware
 from fulltune.text import format_bytes
+
+Outcome = tuple[bool, str]
+"""Whether a check passed, and what came out."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device; the checks run on its first one."""
+
+    label: str
+    """`cpu`, `cuda`, `rocm` or `mps`."""
+    type: str
+    """Its name in torch; ROCm calls itself `cuda` there."""
+    count: int = 1
+
+
+class NotHere(Exception):
+    """This check cannot run here; the message says why."""
+
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCT_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
@@ -33,54 +52,28 @@ ATTENTION_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 # ---- number formats --------------------------------------------------------------------------------------------
 
 
-def product(device: Device, precision: str) -> Result:
+def product(device: Device, precision: str) -> Outcome:
     """Error of a product against float64, relative to the size of the product."""
     draw = torch.Generator().manual_seed(0)
     one, other = (torch.randn(256, 256, generator=draw) for _ in range(2))
     here = [matrix.to(device.type, TYPES[precision]) for matrix in (one, other)]
     error, bound = relative_error(here[0] @ here[1], one.double() @ other.double()), PRODUCT_BOUNDS[precision]
-    return Result(error <= bound, f"relative error {error:.1e}, bound {bound:.0e}")
+    return (error <= bound, f"relative error {error:.1e}, bound {bound:.0e}")
 
 
-def speed(device: Device) -> Result:
+def speed(device: Device) -> Outcome:
     """The measurement that `precision: auto` decides by on a CPU."""
     if device.type != "cpu":
-        return Result(True, f"bf16 about {hardware.measure_bf16_speedup(device.type):.1f} times as fast as fp32")
+        return (True, f"bf16 about {hardware.measure_bf16_speedup(device.type):.1f} times as fast as fp32")
     ratio = hardware.bf16_speedup()
     chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
-    return Result(True, f"bf16 about {ratio:.1f} times as fast as fp32: precision auto is {chosen}")
-
-
-def steps(device: Device, precision: str, count: int = 20) -> Result:
-    """Learn a batch by heart: the loss falls, every parameter moves, nothing stops being finite."""
-    if precision == "fp16" and device.type != "cuda":
-        raise NotHere(f"refused on {device.label}: fp16 needs a GPU's loss scaling")
-    model, ids = decoder(device.type), tokens(device.type)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    losses = []
-    for _ in range(count):
-        with autocast(model, precision):
-            loss = model(input_ids=ids, labels=ids).loss
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    after = list(model.parameters())
-    finite = all(torch.isfinite(parameter).all() for parameter in after) and all(map(math.isfinite, losses))
-    moved = sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    text = f"loss {losses[0]:.2f} to {losses[-1]:.2f}, {moved} of {len(after)} parameters moved"
-    if not finite:
-        text += ", NaN or infinite values"
-    return Result(finite and moved == len(after) and losses[-1] < 0.9 * losses[0], text)
+    return (True, f"bf16 about {ratio:.1f} times as fast as fp32: precision auto is {chosen}")
 
 
 # ---- attention kernels -----------------------------------------------------------------------------------------
 
 
-def sdpa(device: Device, backend: str | None) -> Result:
+def sdpa(device: Device, backend: str | None) -> Outcome:
     """Torch's attention with one backend, or with the one that torch chooses."""
     chosen = contextlib.nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
     # On a GPU these two are written for 16-bit types only; on a CPU flash takes fp32 as well.
@@ -89,7 +82,7 @@ def sdpa(device: Device, backend: str | None) -> Result:
         return compare(device, "sdpa", "bf16" if half else "fp32")
 
 
-def flash_attention_2(device: Device) -> Result:
+def flash_attention_2(device: Device) -> Outcome:
     """The package flash-attn, as `model.attn_implementation: flash_attention_2` uses it."""
     from transformers import utils
 
@@ -100,7 +93,7 @@ def flash_attention_2(device: Device) -> Result:
     return compare(device, "flash_attention_2", "bf16")
 
 
-def compare(device: Device, implementation: str, precision: str) -> Result:
+def compare(device: Device, implementation: str, precision: str) -> Outcome:
     """Logits and gradients against eager attention in fp32, for rows of one length and for padded ones.
 
     bf16 means fp32 weights under autocast, as in training.
@@ -130,7 +123,7 @@ def compare(device: Device, implementation: str, precision: str) -> Result:
         errors.append(max(relative_error(one, other) for one, other in zip(found, expected, strict=True)))
         words.append(f"{name} off by {errors[-1]:.0e}")
     kind = "" if precision == "fp32" else f" in {precision}"
-    return Result(max(errors) <= bound, f"{', '.join(words)}{kind}; bound {bound:.0e}")
+    return (max(errors) <= bound, f"{', '.join(words)}{kind}; bound {bound:.0e}")
 
 
 def _compute(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +139,7 @@ def _compute(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-def planned_bytes(device: Device) -> Result:
+def planned_bytes(device: Device) -> Outcome:
     """Weights, gradients and AdamW's moments after a step: counted by the plan, and measured."""
     # The first product on a GPU also takes work space that stays.
     decoder(device.type)(input_ids=tokens(device.type)).logits.sum().backward()
@@ -170,7 +163,7 @@ def planned_bytes(device: Device) -> Result:
     text = f"planned {format_bytes(planned)}, measured {format_bytes(measured)} ({error:+.1%})"
     if device.type == "cuda":
         text += f", {format_bytes(torch.cuda.max_memory_allocated() - before)} with activations"
-    return Result(abs(error) <= 0.05, f"{text}; bound 5%")
+    return (abs(error) <= 0.05, f"{text}; bound 5%")
 
 
 def _allocated(device: Device) -> int:

@@ -11,13 +11,13 @@ from datetime import timedelta
 
 import torch
 
-from fulltune.selfcheck.page import Device, NotHere, Result
+from fulltune.selfcheck.checks import Device, NotHere, Outcome
 from fulltune.train.parent import ranks, spawn
 
 SECONDS = 60.0
 
 
-def all_reduce(device: Device) -> Result:
+def all_reduce(device: Device) -> Outcome:
     """Two processes, started as a run with `num_processes: 2` is, add up a tensor."""
     if device.type == "mps":
         raise NotHere("torch has no communication for mps")
@@ -37,7 +37,7 @@ def all_reduce(device: Device) -> Result:
     try:
         out, err = child.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return Result(False, f"no answer within {SECONDS:g} seconds")
+        return (False, f"no answer within {SECONDS:g} seconds")
     finally:
         _end(child)
     answers = [line for line in out.splitlines() if line.startswith("[")]
@@ -45,7 +45,7 @@ def all_reduce(device: Device) -> Result:
         said = [line for line in err.splitlines() if "Error" in line] or err.splitlines() or ["nothing was written"]
         raise RuntimeError(f"ended with code {child.returncode}: {said[-1]}")
     found, expected = json.loads(answers[-1])
-    return Result(found == expected, f"sum {found:g}, expected {expected:g}")
+    return (found == expected, f"sum {found:g}, expected {expected:g}")
 
 
 def _end(child: subprocess.Popen[str]) -> None:
