@@ -230,7 +230,6 @@ def _row(arm: Arm, full: Arm, base: Arm | None, sign: int) -> ArmRow:
         metric=Estimate(value=arm.metric, low=arm.metric - arm.half, high=arm.metric + arm.half),
         gain_share=None if base is None else (arm.metric - base.metric) / (full.metric - base.metric),
         train_seconds=whole * arm.time if trained else 0.0,
-        search_seconds=whole * arm.time * 0.4 if trained else 0.0,
         tokens_per_second=2133.0 / arm.time if trained else 0.0,
         train_flops=3.1e13 * (0.68 if arm.kind not in ("full", "head") else arm.time) if trained else 0.0,
         peak_memory_bytes=round(1480 * MIB * (0.5 + arm.memory / 2)) if trained else 0,

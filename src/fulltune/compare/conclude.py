@@ -12,7 +12,7 @@ from datetime import datetime
 import numpy as np
 
 from fulltune import evaluate, report
-from fulltune.compare import held, rates
+from fulltune.compare import held
 from fulltune.compare.context import BASE, OPEN, OPENINGS, RECORD, SEALED, Context, settings_of
 from fulltune.compare.lint import lint, of_comparison, rows_in_train
 from fulltune.compare.seeds import SeedRuns, arm_items
@@ -24,7 +24,7 @@ from fulltune.evaluate.scoring import FEWEST_UNSEEN, note_access
 from fulltune.files import append_line, lines_of
 from fulltune.inference.store import clusters_of, in_train
 from fulltune.recipe.tasks import FACTS, stands_in_train
-from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening, Search, TrialResult
+from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening
 from fulltune.records.run import COMPARISON
 from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format import words
@@ -126,7 +126,6 @@ def comparison_of(
     context, summary = ran.context, ran.context.summary
     rows = rows_of(ran, decision, baselines)
     full = ran.results[context.full.arm]
-    runs = [one for found in ran.results.values() for one in found]
     environment = run_folder.environment(context.machine)
     found = Comparison(
         name=context.folder.name,
@@ -147,7 +146,7 @@ def comparison_of(
         openings=openings,
         moved_unit="nats per token" if summary.form.reads_any_text else "1 - cosine",
         generic_text=context.texts[1],
-        num_trials=len(runs) + sum(len(one.tried) + one.other_runs for one in ran.searches.values()),
+        num_trials=len(context.kept_results()),
         seconds=round(context.clock.spent_seconds, 1),
         full_run_seconds=round(middle(one.train_seconds for one in full), 1),
         cores=context.machine.num_cores,
@@ -190,7 +189,6 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
                 gain_share=share,
                 train_tokens=found[0].tokens,
                 train_seconds=round(middle(one.train_seconds for one in found), 2),
-                search_seconds=round(_search_seconds(context, search), 2),
                 tokens_per_second=round(middle(one.tokens_per_second for one in found), 1),
                 train_flops=middle(one.train_flops for one in found),
                 peak_memory_bytes=max(one.peak_memory_bytes for one in found),
@@ -201,15 +199,6 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
             )
         )
     return tuple(rows)
-
-
-def _search_seconds(context: Context, search: Search) -> float:
-    spent = search.other_seconds
-    for rate in search.tried:
-        trial = rates.search_trial(search.arm, rate, search.share, context.recipe.train.seed)
-        path = context.result_path(trial.name)
-        spent += TrialResult.load(path).train_seconds if path.exists() else 0.0
-    return spent
 
 
 def _notes(context: Context) -> list[str]:

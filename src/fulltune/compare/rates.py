@@ -184,9 +184,3 @@ def replaced(search: Search, chosen: float, reason: str) -> Search:
     tried = {rate: math.nan if rate == search.chosen else metric for rate, metric in search.tried.items()}
     changes = {"tried": tried, "chosen": chosen, "reason": reason, "on_edge": chosen <= min(tried)}
     return search.model_copy(update=changes)
-
-
-def with_dropped(search: Search, seconds: Sequence[float]) -> Search:
-    """The same with whole runs counted that came to nothing else."""
-    counts = {"other_runs": search.other_runs + len(seconds), "other_seconds": search.other_seconds + sum(seconds)}
-    return search.model_copy(update=counts)

@@ -232,8 +232,7 @@ class SeedRuns:
         shutil.rmtree(context.folder / "models" / trial.arm, ignore_errors=True)
         again = rates.final_trial(trial.arm, lower, context.recipe.train.seed)
         context.result_path(again.name).unlink(missing_ok=True)
-        dropped = _seconds([*self.results[trial.arm], result])
-        self.searches[trial.arm] = rates.with_dropped(rates.replaced(search, lower, reason), dropped)
+        self.searches[trial.arm] = rates.replaced(search, lower, reason)
         self.searches[trial.arm].save(context.search_path(trial.arm))
         self.results[trial.arm].clear()
 
@@ -258,7 +257,7 @@ class SeedRuns:
             metrics = {rate: one.metric for rate, one in runs.items()}
             found = rates.after_whole(search, metrics, context.scale)
             self.results[arm][0] = runs.pop(found.chosen)
-            self.searches[arm] = rates.with_dropped(found, _seconds(list(runs.values())))
+            self.searches[arm] = found
             for dropped in runs.values():
                 shutil.rmtree(context.folder / "models" / dropped.trial.name, ignore_errors=True)
             context.say(f"{arm}: taking {found.chosen:g}")
@@ -267,10 +266,6 @@ class SeedRuns:
 
     def _kind(self, arm: str) -> ArmKind:
         return self.context.recipe.compared_kind(self.context.setup(arm).arm)
-
-
-def _seconds(found: Sequence[TrialResult]) -> list[float]:
-    return [one.train_seconds for one in found]
 
 
 def arm_items(context: Context, results: Results, place: str, waited: Collection[str]) -> list[ArmItems]:

@@ -204,18 +204,10 @@ def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
             continue
         rows = [] if one.rows_needed is None else [f"{one.rows_needed:,} test rows"]
         seeds = [] if one.seeds_needed is None else [f"{one.seeds_needed} seeds per method"]
-        if not one.seeds_known:
-            what = (
-                f"train at least two, better three seeds of full and of {one.arm}; one seed of each does not tell how "
-                "much seeds differ"
-            )
-        elif rows or seeds:
+        if rows or seeds:
             what = f"would be decided by {' or '.join(rows + seeds)}, if the true difference equals the estimate"
         elif one.num_seeds < _FEW_SEEDS:
-            what = (
-                f"train three or more seeds of full and of {one.arm}; fewer are too few to estimate how many rows or "
-                "seeds would be enough"
-            )
+            what = f"train three or more seeds of full and of {one.arm}; fewer do not tell how much seeds differ"
         else:
             what = (
                 f"if the true difference equals the estimate, neither {MOST_ROWS_FACTOR} times the test rows nor "

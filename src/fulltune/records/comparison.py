@@ -73,10 +73,6 @@ class Search(Record):
     usual: float | None = None
     """Kept where the eval rows do not tell: the method's default, of given rates the nearest to it; None: there was one
     rate."""
-    other_runs: int = 0
-    """Whole runs that count for nothing else: of other rates, and of rates that diverged."""
-    other_seconds: float = 0.0
-    """Of those."""
     on_edge: bool = False
     """The best rate is the lowest or the highest of those tried, and clearly ahead: a better one may lie beyond."""
     time_was_up: bool = False
@@ -320,8 +316,6 @@ class ArmRow(Record):
     gain_share: float | None = None
     """Of what full fine-tuning gains over the untouched model; None: not known, or it gains nothing."""
     train_seconds: float = 0.0
-    search_seconds: float = 0.0
-    """Of all trials of its rate search together."""
     train_tokens: int = 0
     """That one whole run sees."""
     tokens_per_second: float = 0.0

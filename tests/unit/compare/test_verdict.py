@@ -82,7 +82,7 @@ def test_verdict_one_seed_is_never_decided() -> None:
     assert found.verdict == "UNDECIDED"
     assert not found.differences[0].seeds_known
     assert "one seed" in found.because[0]
-    assert "train at least two, better three seeds of full and of lora" in found.would_decide[0]
+    assert "train three or more seeds of full and of lora" in found.would_decide[0]
 
 
 def test_verdict_arm_that_may_be_better_is_recommended_though_undecided() -> None:

@@ -101,17 +101,6 @@ def test_table_arm_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -
 # ---- marks -----------------------------------------------------------------------------------------------------
 
 
-def test_rates_that_came_apart_in_whole_runs_are_counted(tmp_path: Path) -> None:
-    one = comparisons.comparison()
-    rows = tuple(
-        row.model_copy(update={"search": row.search.model_copy(update={"other_runs": 1, "whole": {}})})
-        for row in one.rows
-        if row.search is not None
-    )
-    markdown, _ = cards(tmp_path, one.model_copy(update={"rows": rows}))
-    assert "1 given up" in markdown
-
-
 def test_marks_stand_beside_the_verdict_and_say_what_to_do(tmp_path: Path) -> None:
     found = (comparisons.finding(), comparisons.finding("worth knowing", "lora"))
     markdown, html = cards(tmp_path, comparisons.comparison(findings=found))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from fulltune.records.comparison import ArmRow, Comparison, Decision
+from fulltune.records.comparison import ArmRow, Comparison, Decision, Difference, Search
 from fulltune.report.comparison import held
-from fulltune.report.comparison.how import chosen_rate, facts, found_from, how, known
 from fulltune.report.comparison.numbers import NOTHING, Writer, fine_share, ratio, short, short_count
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -16,6 +15,7 @@ from fulltune.report.format.blocks import (
     Code,
     Facts,
     Figures,
+    Folded,
     Headline,
     Paragraph,
     Report,
@@ -281,7 +281,8 @@ def marks(comparison: Comparison) -> list[str]:
     if any(one.detectable > decision.margin for one in still_open):
         said.append(
             "Note: differences that so many test rows and seeds find in 8 of 10 cases: "
-            f"{found_from(still_open, write)}; the margin is {write.amount(decision.margin)}."
+            f"{listed([f'{write.found_from(one.detectable)} ({one.arm})' for one in still_open])}; the margin is "
+            f"{write.amount(decision.margin)}."
         )
     if blind := [one.arm for one in deciding if write.in_points and one.adjusted_high - one.adjusted_low >= 1]:
         said.append(
@@ -289,3 +290,95 @@ def marks(comparison: Comparison) -> list[str]:
             "covers nearly everything; add seeds."
         )
     return said
+
+
+# ---- how it was made -----------------------------------------------------------------------------------------
+
+
+def how(comparison: Comparison) -> Section:
+    """The section: rows, time, what could be found, rates, baselines, versions."""
+    blocks: list[Block] = [Facts(tuple(facts(comparison))), _searches(comparison)]
+    if comparison.baselines:
+        write = Writer.of(comparison.decision)
+        scored = [one for one in comparison.baselines if comparison.metric in one.metrics]
+        rows = tuple((foreign(one.name), write.estimate(one.metrics[comparison.metric])) for one in scored)
+        blocks.append(Table("Without training", ("baseline", write.name), rows, frozenset({1})))
+    if comparison.looks:
+        looks = tuple(
+            f"{counted(look.num_seeds, 'seed')} of at most {look.max_seeds}: {look.reason}" for look in comparison.looks
+        )
+        blocks.append(Folded("After each seed", (Bullets(looks),)))
+    if comparison.notes:
+        blocks.append(Bullets(comparison.notes))
+    blocks.append(Folded("Versions", (Facts(tuple(comparison.versions.items())),)))
+    return Section("how", "How it was made", tuple(blocks))
+
+
+def facts(comparison: Comparison) -> list[tuple[str, str]]:
+    expected, openings = comparison.expectation, comparison.openings
+    cores, one = counted(comparison.cores, "core"), comparison.full_run_seconds
+    took = f"{format_seconds(comparison.seconds)} in all"
+    if one > 0:
+        took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)})"
+    times = "once" if len(openings) == 1 else f"{len(openings)} times"
+    mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
+    opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
+    write = Writer.of(comparison.decision)
+    spread = [f"{arm} by {write.amount(one)}" for arm, one in comparison.decision.seed_sds.items()]
+    found = [
+        (
+            "rows",
+            f"{comparison.train_rows:,} to train{mixed}, {comparison.eval_rows:,} to choose rates and checkpoints, "
+            f"{comparison.test_rows:,} to test; data {comparison.data_fingerprint[:12]}",
+        ),
+        ("test rows used for a verdict", opened if openings else "not noted"),
+        ("took", f"{took}; {comparison.device}, {cores}"),
+        ("could find", _could_find(comparison)),
+        ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
+        ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
+        held.fact(comparison),
+        ("started", comparison.started),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _could_find(comparison: Comparison) -> str:
+    """What was expected before the start."""
+    expected, write = comparison.expectation, Writer.of(comparison.decision)
+    if expected.detectable is None:
+        return ""
+    alike, apart = map(write.found_from, expected.detectable)
+    seeds = counted(expected.num_seeds, "seed")
+    return f"expected before the start, with {seeds}: {alike}, where seeds differ by half a point, {apart} where by two"
+
+
+def _searches(comparison: Comparison) -> Table:
+    write = Writer.of(comparison.decision)
+    rows = tuple(
+        (
+            foreign(one.arm),
+            _tried(one.tried, write) or NOTHING,
+            _tried(one.whole, write) or NOTHING,
+            chosen_rate(one),
+            one.reason,
+        )
+        for row in comparison.rows
+        if (one := row.search) is not None
+    )
+    header = ("method", "short runs", "whole runs", "chosen", "why")
+    caption = f"Learning rates with their {write.name} on the eval rows. *: a better one may lie beyond those tried"
+    return Table(caption, header, rows, frozenset({3}))
+
+
+def chosen_rate(search: Search) -> str:
+    """`0.0002`, with a star where a better one may lie beyond those tried."""
+    return f"{format_number(search.chosen)}{'*' * search.on_edge}"
+
+
+def _tried(tried: Mapping[float, float], write: Writer) -> str:
+    return " · ".join(f"{format_number(rate)}: {write.value(tried[rate])}" for rate in sorted(tried))
+
+
+def known(comparison: Comparison) -> list[Difference]:
+    """The deciding differences of which the spread between seeds is known."""
+    return [one for one in comparison.decision.differences if one.decides and one.seeds_known]
