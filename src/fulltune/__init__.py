@@ -2,8 +2,8 @@
 
     import fulltune
 
-    recipe = fulltune.load_recipe("banking77.yaml")
-    result = fulltune.run(recipe, class_weights="balanced")
+    recipe = fulltune.load_recipe("banking77.yaml", ["train.class_weights=balanced"])
+    result = fulltune.run(recipe)
     print(result.folder, result.scores[-1].metrics["accuracy"])
 
 A script written for `transformers` needs one changed line: `from fulltune import Trainer, TrainingArguments`.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import fulltune
-from fulltune.errors import RecipeError, SetupError
+from fulltune.errors import SetupError
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.scores import Estimate, Scores
 from fulltune.system.run_folder import Reached
@@ -20,36 +18,16 @@ def _recipe(folder: Path) -> Path:
     return tiny.write_recipe(folder / "recipe.yaml", "some/model", "rows.csv")
 
 
-def test_functions_show_with_their_arguments() -> None:
+def test_functions_are_there_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     assert set(fulltune.__all__) <= set(dir(fulltune))
-    assert {"metrics", "class_weights", "run_folder"} <= inspect.signature(fulltune.run).parameters.keys()
-    assert inspect.signature(fulltune.run).parameters == inspect.signature(fulltune.job).parameters
+    with pytest.raises(TypeError, match="metric"):
+        fulltune.job(_recipe(tmp_path), metric=len)
 
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_predictor_takes_a_text_or_a_path(tmp_path: Path, kind: type) -> None:
     with pytest.raises(SetupError, match=f"{tmp_path}: no finished model here"):
         fulltune.load_predictor(kind(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("balanced", "balanced"),
-        ({"a": np.float32(2)}, {"a": 2.0}),
-        (np.array([1.0, 3.0]), (1.0, 3.0)),
-    ],
-)
-def test_class_weights_from_python_are_the_recipes(tmp_path: Path, given: object, expected: object) -> None:
-    job = fulltune.job(_recipe(tmp_path), class_weights=given)  # type: ignore[arg-type]  # of this type
-    assert job.recipe.train.class_weights == expected
-    again = fulltune.job(job.recipe, class_weights=given, run_folder=job.folder)  # type: ignore[arg-type]
-    assert again.folder == job.folder
-
-
-def test_wrong_class_weights_from_python_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"train.class_weights: expected balanced"):
-        fulltune.job(_recipe(tmp_path), class_weights="equal")
 
 
 def test_results_print_short() -> None:

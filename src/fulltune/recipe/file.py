@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -67,8 +68,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}{line}  not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected settings such as 'model: ...', found {_kind(values)}")
-    lines: dict[tuple[str | int, ...], int | str] = dict(_lines(node))
-    problems = [f"{_where(path, lines, at)}  {_dotted(at)}: given twice; keep one" for at in _duplicates(node)]
+    places = list(_lines(node))
+    lines: dict[tuple[str | int, ...], int | str] = dict(places)
+    # Of two keys in one mapping YAML would keep the last one in silence.
+    twice = [at for at, count in Counter(at for at, _ in places).items() if count > 1]
+    problems = [f"{_where(path, lines, at)}  {_dotted(at)}: given twice; keep one" for at in twice]
     values = _substitute(values, (), problems, path, lines)
     for override in overrides:
         if at := _override(values, override, problems):
@@ -345,20 +349,6 @@ def _lines(node: Any, at: tuple[str | int, ...] = ()) -> Iterable[tuple[tuple[st
         for position, value in enumerate(node.value):
             yield (*at, position), value.start_mark.line + 1
             yield from _lines(value, (*at, position))
-
-
-def _duplicates(node: Any, at: tuple[str | int, ...] = ()) -> Iterable[tuple[str | int, ...]]:
-    """Keys that stand twice in one mapping; YAML would silently keep the last one."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield (*at, key.value)
-            seen.add(key.value)
-            yield from _duplicates(value, (*at, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for position, value in enumerate(node.value):
-            yield from _duplicates(value, (*at, position))
 
 
 def _substitute(value: Any, at: tuple[str | int, ...], problems: list[str], path: Path, lines: Lines) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import Encoded, Example, LossSettings, Refused, Row, Target, chat, classes, written
+from fulltune.tasks import Encoded, Example, Refused, Row, Target, chat, classes, written
 from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_text, parsed, required, without_text
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import usual as usual_name
@@ -190,7 +191,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
         if "messages" in target.columns:
             try:
                 messages, tools = chat.clean(row[target.columns["messages"]]), _tools(row, target)
-                masked = chat.encode(tokenizer, messages, tools, max_length)
+                masked = chat.encode(tokenizer, messages, tools)
             except chat.TemplateRefusal as error:
                 refused = Refused("refused by the chat template", str(error))
                 encoded.append([Example({"input_ids": [], "labels": []}, 0, refused=refused)])
@@ -328,16 +329,5 @@ def wanted(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
-    """Cross entropy of the trained tokens of `labels[batch, tokens]`, summed; `logits`: see `written.summed_loss`."""
-    return written.summed_loss(logits, labels if labels.dim() == 1 else wanted(labels), settings)
-
-
-def count_items(labels: torch.Tensor) -> int:
-    """Trained tokens of `labels[batch, tokens]`; the first one of a row is never predicted."""
-    return int((labels[:, 1:] != IGNORED).sum())
-
-
-def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """What `written.token_sums` keeps of `logits[batch, tokens, vocabulary]`, or of those of trained tokens only."""
-    return written.token_sums(logits, wanted(labels))
+loss, reduce = partial(written.loss, wanted), partial(written.reduce, wanted)
+count_items = partial(written.count_items, wanted)

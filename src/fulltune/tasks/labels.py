@@ -169,14 +169,6 @@ def _refuse_mixed(found: LabelValues, column: str, where: str) -> None:
     """Numbers among words are most often a broken export: `1`, `2`, `positive`."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    beyond = [value for value in found.values if is_beyond(value)]
-    num_numbers = sum(parsed_number(value) is not None for value in found.values)
-    if beyond and num_numbers and num_numbers + len(beyond) == len(found.values):
-        raise DataError(
-            f"{where}: column '{column}' holds whole numbers and {str(beyond[0])[:60]!r} "
-            f"({found.count(is_beyond)} such rows{found.at(beyond[0])}), which cannot be a class or a target; "
-            " expected class names or numbers up to 3.4e38: repair or remove these rows"
-        )
     for value, count in zip(found.values, found.counts, strict=True):
         (words if parsed_number(value) is None else numbers)[str(value)] += count
     if words and numbers:

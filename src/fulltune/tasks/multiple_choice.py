@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,23 +33,16 @@ sums, chance_loss = classes.sums, classes.chance_loss
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """The usual number of choices; how the label names the right one is checked over all rows."""
+    """The usual number of choices. Raises `DataError` where labels count from 1."""
     column = columns["label"]
     sizes: Counter[int] = Counter()
-    ways: Counter[str] = Counter()
-    one_too_high = only_by_place = differing = 0
+    one_too_high = 0
     for row in rows:
         texts, value = choice_texts(row, Target("choice", columns)), row.get(column)
         if len(texts) < 2 or is_empty(value):
             continue
         sizes[len(texts)] += 1
-        right = right_choice(row, columns, texts)
-        if right is None:
-            one_too_high += label_name(value) == str(len(texts))
-            continue
-        ways[right.how] += 1
-        only_by_place += right.by_text is None
-        differing += right.by_text is not None and right.by_text != right.index
+        one_too_high += label_name(value) == str(len(texts)) and right_choice(row, columns, texts) is None
     if not sizes:
         raise DataError(f"{where}: no row has two choices or more and a label in column '{column}'")
     number = sizes.most_common(1)[0][0]
@@ -58,14 +50,6 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         raise DataError(
             f"{where}: column '{column}' holds the number of choices in {one_too_high} rows; the first choice is 0, "
             f"expected 0 to {number - 1}: subtract 1 from all, or write letters (A, B ...) or the text of the choice"
-        )
-    if len(ways) > 1:
-        shown = ", ".join(f"{count} rows by {how}" for how, count in ways.most_common())
-        raise DataError(f"{where}: column '{column}' names the right choice in several ways ({shown}); expected one")
-    if differing and not only_by_place:
-        raise DataError(
-            f"{where}: column '{column}' can be the place of the right choice or its text, which are not the same in "
-            f"{differing} rows; write letters (A, B ...)"
         )
     return Target("choice", columns, num_choices=number)
 
@@ -128,8 +112,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
         lengths = [len(cut["input_ids"][i]) for i in members]
         features: dict[str, Any] = {name: [token for i in members for token in cut[name][i]] for name in names}
         # All choices are padded to the longest one. Only rows of `predict` have no right choice: others are refused.
-        label = right.index if right else 0
-        features |= {CHOICE_LENGTHS: lengths, "labels": label, LENGTH: max(lengths) * len(lengths)}
+        features |= {CHOICE_LENGTHS: lengths, "labels": right or 0, LENGTH: max(lengths) * len(lengths)}
         is_cut = bool((whole[members.start : members.stop] > max_length).any())
         encoded.append([Example(features, trained_tokens=1, truncated=is_cut, longest=max(lengths))])
     return encoded
@@ -188,16 +171,6 @@ def full_row(target: Target, length: int) -> dict[str, Any]:
 
 _STEMS = ("choice", "ending", "option", "candidate", "answer", "sol", "alternative", "")
 """Beginnings of numbered columns: `choice0`, `ending_1`, `optionA`; with none it is the letter alone."""
-
-
-@dataclass(frozen=True)
-class Right:
-    """Which choice is right, and how the label says so."""
-
-    index: int
-    how: Literal["place", "letter", "text", "name"]
-    by_text: int | None
-    """The choice whose text the label is, whatever else it can mean."""
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
@@ -279,19 +252,18 @@ def question_text(row: Row, target: Target) -> str:
     return " ".join(part for part in parts if part)
 
 
-def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> Right | None:
-    """The choice that the label names: by the choices' own names, by place (from 0), by letter, or by its text."""
+def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
+    """The choice that the label names: by the choices' own names, else by place (from 0), letter, or text; None: none,
+    or it is the place of one and the text of another."""
     value = row.get(columns["label"])
     if is_empty(value) or isinstance(value, (list, tuple, Mapping)):
         return None
     name = label_name(value)
-    names = _texts_and_names(row, columns)[1]
+    if names := _texts_and_names(row, columns)[1]:
+        return names.index(name) if names.count(name) == 1 else None
     same = [place for place, text in enumerate(texts) if text.strip() == name]
-    by_text = same[0] if len(same) == 1 else None
-    if names:
-        return Right(names.index(name), "name", None) if names.count(name) == 1 else None
     if re.fullmatch(r"\d+", name) and int(name) < len(texts):
-        return Right(int(name), "place", by_text)
+        return int(name) if same in ([], [int(name)]) else None
     if re.fullmatch(r"[A-Za-z]", name) and ord(name.lower()) - ord("a") < len(texts):
-        return Right(ord(name.lower()) - ord("a"), "letter", by_text)
-    return Right(by_text, "text", by_text) if by_text is not None else None
+        return ord(name.lower()) - ord("a")
+    return same[0] if len(same) == 1 else None

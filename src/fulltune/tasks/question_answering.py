@@ -210,56 +210,39 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
             f"{type(tokenizer).__name__} cannot say where a token stands in the text (it is a slow tokenizer, without "
             "tokenizer.json); question-answering needs a fast one: take another model, or convert its tokenizer"
         )
-    stride = max_length // 3 if target.stride is None else target.stride
-    questions = [question_of(row, target) for row in rows]
-    asked = tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
-    around = tokenizer.num_special_tokens_to_add(pair=True)
+    return [_windows(row, target, tokenizer, max_length) for row in rows]
+
+
+def _windows(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    """The windows of a question and its context."""
+    question = question_of(row, target)
+    asked = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
     # A window must move on by some tokens, or a long context would become very many.
     least = max(1, max_length // 16)
-    encoded: list[list[Example]] = [
-        [_refused("question too long", f"{len(ids)} tokens, with windows of {max_length}")] for ids in asked
-    ]
-    by_stride: dict[int, list[int]] = {}
-    for number, ids in enumerate(asked):
-        room = max_length - around - len(ids)
-        if room >= least:
-            by_stride.setdefault(min(stride, room - least), []).append(number)
-    for overlap, numbers in by_stride.items():
-        found = _windows([(questions[i], rows[i]) for i in numbers], target, tokenizer, max_length, overlap)
-        for number, examples in zip(numbers, found, strict=True):
-            encoded[number] = examples
-    return encoded
-
-
-def _windows(
-    asked: Sequence[tuple[str, Row]], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
-) -> list[list[Example]]:
-    """The windows of each question and its row."""
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - len(asked)
+    if room < least:
+        return [_refused("question too long", f"{len(asked)} tokens, with windows of {max_length}")]
     cut = tokenizer(
-        [question for question, _ in asked],
-        [context_of(row, target) for _, row in asked],
+        question,
+        context_of(row, target),
         truncation="only_second",
         max_length=max_length,
-        stride=stride,
+        stride=min(max_length // 3 if target.stride is None else target.stride, room - least),
         return_overflowing_tokens=True,
         return_attention_mask=False,
         verbose=False,
     )
     names = [name for name in tokenizer.model_input_names if name in cut]
-    answers = [answers_of(row, target)[:1] for _, row in asked]
-    found: list[list[Example]] = [[] for _ in asked]
-    for window, position in enumerate(cut["overflow_to_sample_mapping"]):
+    answer, examples = answers_of(row, target)[:1], list[Example]()
+    for window, encoding in enumerate(cut.encodings):
         features = {name: cut[name][window] for name in names}
-        inside = np.array([part == 1 for part in cut.sequence_ids(window)])
+        inside = np.array([part == 1 for part in encoding.sequence_ids])
         # Asked for all windows at once (`return_offsets_mapping`), they would take most of the memory.
-        offsets = np.array(cut[window].offsets, np.int32)
-        found[position].append(_example(features, offsets, inside, answers[position]))
-    for position, examples in enumerate(found):
-        if answers[position] and all(not row.refused and row.features["labels"][START] == NOWHERE for row in examples):
-            size = len(answers[position][0][0])
-            reason = f"the answer of {size} characters is whole in no window of {max_length} tokens"
-            found[position] = [_refused("answer cut off", reason)]
-    return found
+        examples.append(_example(features, np.array(encoding.offsets, np.int32), inside, answer))
+    if answer and all(not one.refused and one.features["labels"][START] == NOWHERE for one in examples):
+        reason = f"the answer of {len(answer[0][0])} characters is whole in no window of {max_length} tokens"
+        return [_refused("answer cut off", reason)]
+    return examples
 
 
 def _refused(check: str, reason: str) -> Example:

@@ -11,7 +11,7 @@ import numpy as np
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import LENGTH, Encoded, Example, LossSettings, Refused, Row, Target, classes, written
+from fulltune.tasks import LENGTH, Encoded, Example, Refused, Row, Target, classes, written
 from fulltune.tasks.columns import as_text, normalised, without_text
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import row_labels as labels_of_row
@@ -134,19 +134,8 @@ def wanted(labels: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
-    """Cross entropy of the tokens in `labels[batch, target]`, summed; `logits`: see `written.summed_loss`."""
-    return written.summed_loss(logits, labels, settings)
-
-
-def count_items(labels: torch.Tensor) -> int:
-    """Tokens in `labels[batch, target]`."""
-    return int((labels != IGNORED).sum())
-
-
-def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """What `written.token_sums` keeps of `logits[batch, target, vocabulary]`, or of those of trained tokens only."""
-    return written.token_sums(logits, labels)
+loss, reduce = partial(written.loss, wanted), partial(written.reduce, wanted)
+count_items = partial(written.count_items, wanted)
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:

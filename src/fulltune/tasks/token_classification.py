@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,9 +43,7 @@ find_columns = partial(columns_of_roles, ("tokens", "tags"))
 TAGS, WORD_IDS = "tags", "word_ids"
 """Features beside those of the model: label of each word, lost ones too [words]; word of each token, or -1 [tokens]."""
 collate = partial(collated, left_out=(TAGS, WORD_IDS), label_per_token=True)
-_log = logging.getLogger(__name__)
 _BIO = re.compile(r"O|[BI]-\S+")
-_OTHER_SCHEME = re.compile(r"[SELUM]-\S+")
 _WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
 _SHOWN = 5
 """Places that are named one by one."""
@@ -147,7 +144,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     the first places, or when no row has an entity."""
     found: set[str] = set()
     wrong: list[tuple[str, int, str]] = []
-    num_rows, num_wrong, num_begun, first_begun = 0, 0, 0, ""
+    num_rows = num_wrong = 0
     for row in rows:
         num_rows += 1
         at = str(row.get(PLACE, f"{where}: row {num_rows}"))
@@ -159,10 +156,6 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         if bad or len(tags) != len(sentence):
             continue  # the second kind is refused row by row
         found.update(tags)
-        if (repaired := strict(tags)) != list(tags):
-            num_begun += 1
-            place = next(i for i, pair in enumerate(zip(tags, repaired, strict=True)) if pair[0] != pair[1])
-            first_begun = first_begun or f"'{tags[place]}' in {at}, word {place + 1}"
     if wrong:
         raise DataError(_not_bio(wrong, num_wrong, columns["tags"], where))
     kinds = sorted(types(found))
@@ -171,30 +164,16 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
             f"{where}: no row has an entity (column '{columns['tags']}' holds only O, or counts of tokens and tags "
             f"differ; {num_rows} rows); there is nothing to learn"
         )
-    if num_begun:
-        _log.warning(
-            "%s: in %d of %d rows an I- tag continues no entity (first: %s); it is read as the beginning of one, as in "
-            "the IOB1 scheme",
-            *(where, num_begun, num_rows, first_begun),
-        )
     return Target("tags", columns, ("O", *sorted(f"{mark}-{kind}" for mark in "BI" for kind in kinds)))
 
 
 def _not_bio(wrong: Sequence[tuple[str, int, str]], count: int, column: str, where: str) -> list[str]:
     """A line with advice, then a line for each of the first places."""
-    tags = [tag for *_, tag in wrong]
-    if all(tag.removeprefix("-").isdecimal() for tag in tags):
-        advice = (
-            "holds numbers, expected names such as B-PER; numbers are places in a data set's list of class labels: "
-            "put the names in (with `datasets`: features[column].feature.int2str)"
-        )
-    elif any(_OTHER_SCHEME.fullmatch(tag) for tag in tags):
-        advice = "is in another scheme (BIOES, BILOU), expected BIO: write S- and U- as B-, E- L- and M- as I-"
-    else:
-        advice = (
-            "holds tags that are not BIO, expected O, B-TYPE (first word of an entity) or I-TYPE (each further word): "
-            "rename them"
-        )
+    advice = (
+        "holds tags that are not BIO, expected O, B-TYPE (first word of an entity) or I-TYPE (each further word): "
+        "rename them (S- and U- of other schemes are B-, E-, L- and M- are I-; numbers are places in a data set's list "
+        "of labels)"
+    )
     places = [f"{at}, word {place}: tag {tag[:60]!r}" for at, place, tag in wrong]
     return [f"{where}: column '{column}' {advice} ({count} such tags)", *places]
 

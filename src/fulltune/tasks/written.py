@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,33 +17,42 @@ if TYPE_CHECKING:
     import torch
 
 
-def summed_loss(logits: Any, wanted: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+Wanted = Callable[["torch.Tensor"], "torch.Tensor"]
+"""From `labels[batch, tokens]` to the token that each logit should give, -100 where nothing is trained."""
+
+
+def loss(wanted: Wanted, logits: Any, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
     """Cross entropy of the trained tokens, summed: a scalar. Other places are left out before the float32 copy.
 
-    `wanted[batch, tokens]` is the token that each of `logits[batch, tokens, vocabulary]` should give, -100 where
-    nothing is trained; or both are of the trained tokens only: `wanted[trained]`, `logits[trained, vocabulary]`.
+    `logits[batch, tokens, vocabulary]` and `labels[batch, tokens]`; or of the trained tokens only what they should
+    give, `labels[trained]`, with `logits[trained, vocabulary]`.
     """
     from fulltune.models import chunked_loss
 
-    if wanted.dim() == 2:
-        chosen = wanted != IGNORED
-        logits, wanted = _picked(logits, chosen), wanted[chosen]
-    return chunked_loss.summed_loss(logits, wanted, settings.label_smoothing)
+    if labels.dim() == 2:
+        tokens = wanted(labels)
+        chosen = tokens != IGNORED
+        logits, labels = _picked(logits, chosen), tokens[chosen]
+    return chunked_loss.summed_loss(logits, labels, settings.label_smoothing)
 
 
-def token_sums(logits: Any, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens: float64 [batch].
+def count_items(wanted: Wanted, labels: torch.Tensor) -> int:
+    """Trained tokens of `labels[batch, tokens]`."""
+    return int((wanted(labels) != IGNORED).sum())
 
-    The arguments are those of `summed_loss`; `wanted[batch, tokens]`.
-    """
+
+def reduce(wanted: Wanted, logits: Any, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
+    """Three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens: float64 [batch];
+    of `logits[batch, tokens, vocabulary]`, or of those of trained tokens only."""
     import torch
 
     from fulltune.models.chunked_loss import token_scores
 
-    chosen = wanted != IGNORED
+    tokens = wanted(labels)
+    chosen = tokens != IGNORED
     rows = chosen.nonzero()[:, 0]
-    empty = torch.zeros(len(wanted), dtype=torch.float64, device=wanted.device)
-    losses, right = token_scores(_picked(logits, chosen), wanted[chosen])
+    empty = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    losses, right = token_scores(_picked(logits, chosen), tokens[chosen])
     return {
         "nll": empty.index_add(0, rows, losses.double()),
         "tokens": chosen.sum(dim=1).double(),

@@ -125,23 +125,6 @@ def test_answer_without_width_is_none() -> None:
     assert refused.check == "no answer"
 
 
-@pytest.mark.parametrize("template", [tiny.CHATML, tiny.REWRITING])
-def test_turns_beyond_the_longest_row_are_not_rendered(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = [{"role": ("user", "assistant")[n % 2], "content": f"<think>a</think>it is {n}"} for n in range(120)]
-    tokenizer, rendered = tiny.decoder_tokenizer(template), list[int]()
-    whole = chat.encode(tokenizer, talk)
-    render = chat.render
-
-    def counted(tokenizer: Any, messages: Any, *args: Any, **options: Any) -> str:
-        rendered.append(len(messages))
-        return render(tokenizer, messages, *args, **options)
-
-    monkeypatch.setattr(chat, "render", counted)
-    found = chat.encode(tokenizer, talk, None, 300)
-    assert [(ids[:300], mask[:300]) for ids, mask in found] == [(ids[:300], mask[:300]) for ids, mask in whole]
-    assert (len(rendered) < 60) == (template == tiny.CHATML)
-
-
 def test_messages_of_sharegpt_are_translated() -> None:
     said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "observation", "value": "c"}]
     assert chat.clean(said) == [
