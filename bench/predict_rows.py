@@ -100,7 +100,7 @@ def ours(model: Path, file: Path, output: Path) -> Callable[[], None]:
 
     def run() -> None:
         what = cli_predict.asked([], file, predictor.notes)
-        cli_predict.write(predictor, what, output, False, 128, lambda done, total: None)
+        cli_predict.write(predictor, what, output, 128, lambda done, total: None)
 
     return run
 

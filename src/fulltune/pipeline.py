@@ -274,7 +274,8 @@ def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -
 
 
 def _scoring(job: Run, trial: Plan, summary: DataSummary, metrics: UserMetrics | None = None) -> Scoring:
-    return evaluate.scoring_of(job.recipe, trial, summary, job.folder, job.base, metrics=metrics, listener=job.listener)
+    found = evaluate.scoring_of(job.recipe, trial, summary, job.folder, job.base)
+    return replace(found, user_metrics=metrics, listener=job.listener)
 
 
 def write_report(job: Run) -> Path:

@@ -252,17 +252,15 @@ def test_table_without_header_and_with_other_cells_than_in_training_is_refused(
     assert "in.csv:1: 1 cell, expected 3 as in data.columns" in said.err
 
 
-def test_column_of_several_types_is_text_in_parquet_and_types_of_a_parquet_file_stay(
-    classifier: Path, tmp_path: Path
-) -> None:
+def test_types_of_a_parquet_file_stay_and_columns_of_others_are_text(classifier: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    mixed = [{"text": "sun", "n": 1, "x": 1}, {"text": "rain", "n": "two", "x": 2.5, "late": [1]}]
+    mixed = [{"text": "sun", "n": 1}, {"text": "rain", "n": "two", "late": [1]}]
     file = tiny.write_jsonl(tmp_path / "in.jsonl", mixed)
     output = tmp_path / "out.parquet"
     assert fulltune("predict", classifier, "--file", file, "-o", output).code == 0
-    assert [(row["n"], row["x"], row["late"]) for row in read(output)] == [("1", 1.0, None), ("two", 2.5, [1])]
+    assert [(row["n"], row["late"]) for row in read(output)] == [("1", None), ("two", "[1]")]
 
     typed = pa.table({"text": ["sun"], "small": pa.array([3], pa.int16())})
     parquet.write_table(typed, tmp_path / "typed.parquet")
@@ -387,29 +385,3 @@ def test_answers_come_in_order_while_only_a_window_of_rows_has_been_read(classif
     assert read_so_far <= 2049
     assert [one.refused is not None for one in first[::2]] == [True, False, False] * 2
     assert first[1] == first[3] == first[11]
-
-
-def test_cells_that_a_spreadsheet_would_compute_are_escaped_when_asked_for(tmp_path: Path) -> None:
-    notes = Target("single_label", {}, ("=a", "b")).as_notes()
-    texts = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\tx", "\rx", "-5", "+1.5", "'=x", "a=b", ""]
-    answer = {"label": "=a", "probability": 0.5, "probabilities": {"=a": 0.5, "b": -0.5}}
-    new = cli_predict.added(notes, ["=text"])
-    for escape in (False, True):
-        output = tmp_path / f"{escape}.csv"
-        with cli_predict.into(output, ["=text"], new, {}, escape) as put:
-            for text in texts:
-                put({"=text": text}, cli_predict.cells(new, answer, None))
-        with output.open(encoding="utf-8", newline="") as file:
-            [header, *rows] = csv.reader(file)
-        before = "'" if escape else ""
-        assert header[0] == f"{before}=text"
-        assert [row[0] for row in rows] == [f"{before}{text}" for text in texts[:6]] + texts[6:]
-        assert rows[0][1:] == [f"{before}=a", "0.5", "0.5", "-0.5", ""]
-
-
-@pytest.mark.parametrize("more", [[], ["-o", "x.jsonl"]])
-def test_escaping_formulas_is_refused_where_there_are_no_cells(more: list[str]) -> None:
-    result = fulltune("predict", "no-run", "a text", "--escape-formulas", *more)
-    assert result.code == 2
-    assert "--escape-formulas" in result.err
-    assert "--output" in result.err

@@ -298,7 +298,6 @@ def predict(
         typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
     ] = None,
     force: options.Force = False,
-    escape_formulas: options.EscapeFormulas = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
     method: options.MethodName = None,
     as_json: options.Json = False,
@@ -310,7 +309,8 @@ def predict(
 
     if text and file is not None:
         raise SetupError("predict: texts and --file are both given; keep one")
-    cli_predict.check_output(output, force, escape_formulas)
+    if output is not None:
+        cli_predict.check_output(output, force)
     chosen = stages.chosen_model(run_folder, method)
     what = cli_predict.asked(text or [], file, folders.notes_of(chosen))
     predictor = predicting.load(chosen)
@@ -318,7 +318,7 @@ def predict(
         cli_predict.show(predictor, what, max_new_tokens, as_json)
         return
     with stages.bar("answering", shown=not as_json) as watch:
-        written = cli_predict.write(predictor, what, output, escape_formulas, max_new_tokens, watch)
+        written = cli_predict.write(predictor, what, output, max_new_tokens, watch)
     if as_json:
         stages.print_json(written)
     else:

@@ -98,7 +98,6 @@ WaitForMachines = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 ModelFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
-EscapeFormulas = Annotated[bool, typer.Option("--escape-formulas", help="Cells of csv like =1+1 get a ' in front.")]
 
 # ---- of `plan` --------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import count, islice, tee
+from itertools import count, tee
 from operator import getitem
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,6 @@ from fulltune.methods import folder as folders
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target
 from fulltune.tasks.columns import BadCell
-from fulltune.tasks.labels import parsed_number
 from fulltune.text import counted
 
 STDIN = "-"
@@ -41,8 +40,6 @@ _LISTED = 5
 """Rows without an answer that are named one by one."""
 _WRITTEN = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": ""}
 """Endings of files that answers are written into, with what separates their cells."""
-_FORMULA = tuple("=+-@\t\r\n")
-"""What a spreadsheet takes for the beginning of a formula (OWASP, CSV injection)."""
 _ROWS_AT_ONCE = 1000
 # A lone surrogate, which UTF-8 does not have, becomes `\\ud800`: so JSON writes it, too.
 _ENCODING: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -80,23 +77,12 @@ class Asked:
                 yield beside(row, self.images_in, image) if image and self.images_in else row
 
     def types(self) -> dict[str, Any]:
-        """Types of the columns for parquet, those of the file if it is one; None: its values have no type in common."""
-        if self.table is None:
-            return {"text": pa.string()}
-        if self.table.suffix.lower() == ".parquet":
-            schema = parquet.read_schema(self.table)
-            named = class_names(schema.metadata)  # read as texts
-            return {one.name: None if one.name in named else one.type for one in schema}
-        rows, found = (row for _, row in self.placed()), dict[str, Any]()
-        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            for name in dict.fromkeys(name for row in chunk for name in row):
-                try:
-                    kind = pa.array([row.get(name) for row in chunk]).type
-                    schemas = [pa.schema([("", one)]) for one in (kind, found.get(name, kind))]
-                    found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
-                except (pa.ArrowException, OverflowError, TypeError):  # TypeError: an earlier chunk had none in common
-                    found[name] = None
-        return {name: pa.string() if kind == pa.null() else kind for name, kind in found.items()}
+        """Types of the columns of a parquet file, for one that is written; columns of other files are text."""
+        if self.table is None or self.table.suffix.lower() != ".parquet":
+            return {}
+        schema = parquet.read_schema(self.table)
+        named = class_names(schema.metadata)  # read as texts
+        return {one.name: one.type for one in schema if one.name not in named}
 
 
 def asked(texts: Sequence[str], file: Path | None, notes: Row) -> Asked:
@@ -186,7 +172,6 @@ def write(
     predictor: predict.Predictor,
     what: Asked,
     output: Path,
-    escape_formulas: bool,
     max_new_tokens: int,
     watch: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
@@ -195,7 +180,7 @@ def write(
     *_, reason_column = new
     types = what.types() if output.suffix.lower() == ".parquet" else {}
     try:
-        with into(output, what.columns, new, types, escape_formulas) as put:
+        with into(output, what.columns, new, types) as put:
             watch(0, what.total)
             counts = _answer(
                 predictor,
@@ -267,12 +252,8 @@ def _in_words(answer: Row) -> str:
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
-def check_output(output: Path | None, replace: bool, escape_formulas: bool) -> None:
+def check_output(output: Path, replace: bool) -> None:
     """Refuse, before anything is read, a file that cannot or must not be written."""
-    if escape_formulas and (output is None or not _WRITTEN.get(output.suffix.lower())):
-        raise SetupError("--escape-formulas: is about cells of csv and tsv; expected --output with such a file")
-    if output is None:
-        return
     if output.suffix.lower() not in _WRITTEN:
         raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected {', '.join(_WRITTEN)}")
     if not output.parent.is_dir():
@@ -304,9 +285,7 @@ def cells(new: Columns, answer: Row | None, reason: str | None) -> dict[str, Any
 
 
 @contextlib.contextmanager
-def into(
-    output: Path, own: Sequence[str], new: Columns, types: Row, escape_formulas: bool = False
-) -> Iterator[Callable[[Row, Row], None]]:
+def into(output: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
     """Write rows into a file, which has its name when all are there, from their own columns and the added ones; `types`
     are those of the own columns, for parquet."""
     form = output.suffix.lower()
@@ -317,33 +296,24 @@ def into(
             return
         with part.open("w", newline="", **_ENCODING) as stream:  # both end their lines themselves
             if _WRITTEN[form]:
-                yield _separated(stream, _WRITTEN[form], [*own, *new], escape_formulas)
+                yield _separated(stream, _WRITTEN[form], [*own, *new])
             else:
                 yield lambda row, answer: stream.write(
                     json.dumps({**row, **answer}, ensure_ascii=False, default=readable) + "\n"
                 )
 
 
-def _separated(stream: Any, delimiter: str, names: Sequence[str], escape_formulas: bool) -> Callable[[Row, Row], None]:
+def _separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[Row, Row], None]:
     # A lone \r is put in quotes only where lines end with it: then a line's end is made \n.
     writer = csv.writer(SimpleNamespace(write=lambda line: stream.write(f"{line[:-2]}\n")), delimiter=delimiter)
-
-    def put(values: Iterable[Any]) -> None:
-        writer.writerow(map(_escaped, values) if escape_formulas else values)
-
-    put(names)
+    writer.writerow(names)
 
     def write(row: Row, answer: Row) -> None:
         # Seven digits are more than a model's numbers hold.
         rounded = {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in answer.items()}
-        put([_cell({**row, **rounded}.get(name)) for name in names])
+        writer.writerow([_cell({**row, **rounded}.get(name)) for name in names])
 
     return write
-
-
-def _escaped(cell: Any) -> Any:
-    is_formula = isinstance(cell, str) and cell.startswith(_FORMULA) and parsed_number(cell) is None
-    return f"'{cell}" if is_formula else cell
 
 
 def _cell(value: Any) -> Any:
@@ -359,12 +329,8 @@ def _cell(value: Any) -> Any:
 def _parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterator[Callable[[Row, Row], None]]:
     kinds = {"list": pa.list_(pa.string()), "json": pa.string(), "string": pa.string()}
     kinds |= {"double": pa.float64(), "int64": pa.int64()}
-    schema = pa.schema(
-        [
-            *((name, types[name] or pa.string()) for name in own),
-            *((name, kinds[kind]) for name, (_, kind) in new.items()),
-        ]
-    )
+    fields = {name: types.get(name, pa.string()) for name in own}
+    schema = pa.schema(fields | {name: kinds[kind] for name, (_, kind) in new.items()})
     waiting: list[dict[str, Any]] = []
     with parquet.ParquetWriter(part, schema) as writer:
 
@@ -376,10 +342,10 @@ def _parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterat
             cells = {name: _cell(answer[name]) if kind == "json" else answer[name] for name, (_, kind) in new.items()}
             for name in own:
                 value = row.get(name)
-                if types[name] is None:
-                    cells[name] = None if value is None else str(_cell(value))
-                else:  # in a column with a type, what could not be read is empty
+                if name in types:  # what could not be read is empty
                     cells[name] = None if isinstance(value, BadCell) else value
+                else:
+                    cells[name] = None if value is None else str(_cell(value))
             waiting.append(cells)
             if len(waiting) == _ROWS_AT_ONCE:
                 flush()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from fulltune import files
 from fulltune.errors import SetupError
 from fulltune.evaluate import untouched as of_untouched
-from fulltune.evaluate.outputs import Losses, row_losses
-from fulltune.evaluate.scoring import Scored, Scoring, UserMetrics, note_access
+from fulltune.evaluate.scoring import Scored, Scoring, note_access
 from fulltune.footprint.records import SHAPES
 from fulltune.methods.folder import NOTES, notes_of
 from fulltune.models.base import Base
@@ -23,7 +24,6 @@ from fulltune.models.shapes import Shapes
 from fulltune.recipe.fields import Recipe, with_attention
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.records.data import DataSummary, SplitName
-from fulltune.records.events import Listener
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
@@ -33,26 +33,24 @@ from fulltune.stats.intervals import paired
 from fulltune.stats.row_scores import measure_of
 from fulltune.system.memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named
+from fulltune.tasks.classes import label_words, predict_labels
 from fulltune.tasks.settings import class_weights
 
 UNTOUCHED = "before-training"
 """Where the scores of the model before training lie."""
+SPLITS: tuple[SplitName, ...] = ("train", "eval")
+Losses = tuple[np.ndarray, Sequence[str | None]]
+"""Summed loss of each example and its items (1, trained tokens or words), float64 [examples, 2]; and what the model
+says; None: not in a word."""
 
 
-def scoring_of(
-    recipe: Recipe,
-    plan: Plan,
-    summary: DataSummary,
-    folder: Path,
-    base: Base,
-    *,
-    metrics: UserMetrics | None = None,
-    listener: Listener = lambda event: None,
-) -> Scoring:
-    """A run's rows and how they are scored; `metrics` are the user's own."""
+def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
+    """A run's rows and how they are scored."""
     recipe = with_attention(recipe, plan.attn_implementation)
-    task, target, weights = task_named(recipe.task), Target.of(summary), class_weights(recipe, summary)
-    return Scoring(recipe, plan, task, target, folder / "data", base, metrics, listener, weights)
+    weights = class_weights(recipe, summary)
+    return Scoring(
+        recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, class_weights=weights
+    )
 
 
 def baselines(scoring: Scoring) -> list[Scores]:
@@ -101,9 +99,20 @@ def score(scoring: Scoring, outcome: Outcome, noted: bool = True) -> Scores:
 
 
 def losses(scoring: Scoring) -> dict[SplitName, Losses]:
-    """The loss of each train and eval row by the trained model."""
+    """The loss of each train and eval row by the trained model: what is decided about test rows by one flatters it."""
+    measure = measure_of(scoring.recipe.task, scoring.target, "loss")
+    assert measure.counts is not None, "a loss is a mean"
+    found: dict[SplitName, Losses] = {}
     with _as_what_does_not_fit("reading rows with the trained model"):
-        return row_losses(scoring, scoring.data.parent / scoring.plan.model_folder)
+        model, processor = scoring.load(scoring.data.parent / scoring.plan.model_folder)
+        for split in SPLITS:
+            kept = scoring.run(model, processor, split)
+            counts = measure.counts(kept)
+            said: list[str | None] = [None] * len(counts)
+            if "logits" in kept:
+                said = [label_words(one, scoring.target) for one in predict_labels(kept["logits"], scoring.target)]
+            found[split] = counts, said
+    return found
 
 
 def with_differences(

@@ -1,4 +1,4 @@
-"""What a model gives for each row: kept for comparisons, which score nothing here; losses of train and eval rows."""
+"""What a model gives for each row, kept for comparisons, which score nothing here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ import numpy as np
 from fulltune.evaluate.scoring import Scoring
 from fulltune.files import replacing
 from fulltune.forgetting.drift import GenericText
-from fulltune.records.data import SplitName
-from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Predictions
-from fulltune.tasks.classes import label_words, predict_labels
 
 
 @dataclass(frozen=True)
@@ -66,26 +63,3 @@ def load(path: Path) -> Predictions:
     """What `save` wrote."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
-
-
-SPLITS: tuple[SplitName, ...] = ("train", "eval")
-"""Test rows are left alone: what is decided about them by a model flatters it."""
-Losses = tuple[np.ndarray, Sequence[str | None]]
-"""Summed loss of each example and its items (1, trained tokens or words), float64 [examples, 2]; and what the model
-says; None: not in a word."""
-
-
-def row_losses(scoring: Scoring, model_folder: Path) -> dict[SplitName, Losses]:
-    """Read train and eval rows."""
-    model, processor = scoring.load(model_folder)
-    measure = measure_of(scoring.recipe.task, scoring.target, "loss")
-    assert measure.counts is not None, "a loss is a mean"
-    found: dict[SplitName, Losses] = {}
-    for split in SPLITS:
-        kept = scoring.run(model, processor, split)
-        counts = measure.counts(kept)
-        said: list[str | None] = [None] * len(counts)
-        if "logits" in kept:
-            said = [label_words(one, scoring.target) for one in predict_labels(kept["logits"], scoring.target)]
-        found[split] = counts, said
-    return found

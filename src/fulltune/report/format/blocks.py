@@ -103,13 +103,8 @@ class Previews:
         return any(segment.trained for segments, _ in self.items for segment in segments)
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """One test row of a text generator: what was asked, what was expected, what was said."""
-
-    asked: str
-    said: tuple[tuple[str, str], ...]
-    """Who and what, in order: expected, before training, after training."""
+Exchange = tuple[str, tuple[tuple[str, str], ...]]
+"""What a text generator was asked; who said what: expected, before training, after training."""
 
 
 @dataclass(frozen=True)

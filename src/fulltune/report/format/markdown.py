@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
+
+from rich.cells import cell_len
 
 from fulltune.report.format.blocks import (
     Block,
@@ -58,13 +59,13 @@ def escaped(text: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
     cells = [[escaped(text) for text in row] for row in (header, *rows)]
-    widths = [max(3, *(_columns(row[index]) for row in cells)) for index in range(len(header))]
+    widths = [max(3, *(cell_len(row[index]) for row in cells)) for index in range(len(header))]
     rule = ["-" * (width - 1) + (":" if index in numeric else "-") for index, width in enumerate(widths)]
     lines = []
     for row in (cells[0], rule, *cells[1:]):
         padded = []
         for index, text in enumerate(row):
-            space = " " * (widths[index] - _columns(text))
+            space = " " * (widths[index] - cell_len(text))
             padded.append(space + text if index in numeric else text + space)
         lines.append(f"| {' | '.join(padded)} |")
     return "\n".join(lines)
@@ -106,8 +107,8 @@ def _block(block: Block) -> Iterator[str]:
                 if label is not None:
                     yield from (f"{block.target}: {escaped(label)}", "")
         case Exchanges():
-            for exchange in block.items:
-                parts = [exchange.asked, *(f"[{who}]\n{what}" for who, what in exchange.said)]
+            for asked, said in block.items:
+                parts = [asked, *(f"[{who}]\n{what}" for who, what in said)]
                 yield from (_fenced("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
         case Folded():
             yield from (f"### {escaped(block.title)}", "")
@@ -123,9 +124,3 @@ def _cell(cell: Cell | str) -> str:
         return text
     filled = max(round(cell.bar * _BAR_LENGTH), 1 if cell.bar > 0 else 0)
     return f"{text} {'█' * filled}"
-
-
-def _columns(text: str) -> int:
-    """Terminal columns of a text: East Asian wide characters take two, combining ones none."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.combining(character) != 0 for character in text)

@@ -65,9 +65,9 @@ def _lines(part: Headline | Block, width: int) -> Iterator[RenderableType]:
         case blocks.Previews():
             yield from (_preview(segments, label) for segments, label in part.items)
         case blocks.Exchanges():
-            for exchange in part.items:
-                yield Text(_short(exchange.asked), style="bold")
-                yield _grid([(who, _short(what)) for who, what in exchange.said])
+            for asked, said in part.items:
+                yield Text(_short(asked), style="bold")
+                yield _grid([(who, _short(what)) for who, what in said])
 
 
 def _grid(rows: Iterable[tuple[str, str]], gap: int = 2) -> Grid:

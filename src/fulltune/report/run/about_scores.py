@@ -191,7 +191,7 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
         if after:
             said.append(("after training", answer.predicted))
         shown = tuple((who, words.clipped(words.named(what), _ANSWER_LIMIT)) for who, what in said)
-        exchanges.append(Exchange(words.clipped(answer.text, _ANSWER_LIMIT), shown))
+        exchanges.append((words.clipped(answer.text, _ANSWER_LIMIT), shown))
     return tuple(exchanges)
 
 
