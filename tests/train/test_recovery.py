@@ -235,7 +235,7 @@ def test_limit_that_no_fallback_can_meet_ends_with_exit_code_3_and_all_of_them(m
     assert "not possible: chunked loss: text-classification has no logits of tokens" in words
     assert "not possible: 8-bit AdamW states: already on" in words
     assert "not possible: offload: without a GPU everything is in the host's memory" in words
-    assert "what helps: " in words
+    assert "what may help: " in words
 
 
 def test_own_loss_has_no_second_attempt_and_says_so(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fulltune.plan.dotted import OFFLOAD, PLACEMENT, given, in_yaml
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.recipe.training import ENGINE_SETTINGS
-from fulltune.records.plan import MemoryKind, MemorySettings, Phase
+from fulltune.records.plan import MemorySettings, Phase
 from fulltune.system import sharing
 
 Changes = dict[str, Any]
@@ -61,8 +61,6 @@ class Lever:
     """Why it cannot be had in an engine (ZeRO); empty: it can."""
     done: str = ""
     """What is said when it was taken: `now` is the plan before, and fields of the changes have their new values."""
-    frees: tuple[MemoryKind, ...] = ()
-    """Kinds of tensors of which it frees most; a message proposes it for them."""
     same_result: bool = True
     searched: bool = False
     """The search of a plan may take it."""
@@ -226,7 +224,6 @@ LEVERS = (
         changes={"chunked_loss": True},
         unless=_no_pieces,
         done="chunked loss on",
-        frees=("logits",),
         way_out=True,
         fallback=("step",),
         measured="chunked loss",
@@ -238,7 +235,6 @@ LEVERS = (
         changes={"activation_checkpointing": True},
         unless=_no_recomputing,
         done="activation checkpointing on",
-        frees=("activations",),
         searched=True,
         way_out=True,
         fallback=("step",),
@@ -251,7 +247,6 @@ LEVERS = (
         changes={"optim": "adamw_8bit"},
         in_engine="ZeRO shares out the optimizer",
         done="AdamW's states in 8 bits (train.optim: adamw_8bit), which changes the result a little",
-        frees=("optimizer",),
         same_result=False,
         searched=True,
         way_out=True,
@@ -265,7 +260,6 @@ LEVERS = (
         changes=_NARROW,
         unless=_no_narrow_weights,
         in_engine="ZeRO keeps weights in fp32",
-        frees=("weights", "gradients", "optimizer"),
         same_result=False,
         way_out=True,
     ),
@@ -299,13 +293,12 @@ LEVERS = (
 """The mildest first."""
 
 
-def proposal(recipe: Recipe, now: MemorySettings, kind: MemoryKind) -> str:
-    """What would free most of a kind of tensors, as a setting with its value; else what is left to do."""
+def what_helps(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
+    """Settings with values that a person may give to save memory in a phase, the mildest first."""
+    found: dict[str, str] = {}
     for lever in LEVERS:
-        if kind in lever.frees and not lever.obstacle(recipe, now):
+        if lever.way_out and phase in (lever.fallback or ANYWHERE) and not lever.obstacle(recipe, now):
             changes = lever.apply(recipe, now)[-1]
             value = next(value for name, value in changes.items() if SETTING_OF[name] == lever.setting)
-            return f"{lever.setting}: {in_yaml(value)}"
-    if kind in ("weights", "gradients", "optimizer"):
-        return "a smaller model"
-    return "smaller images" if FACTS[recipe.task].reads == "image" else "a smaller data.max_length"
+            found.setdefault(lever.setting, in_yaml(value))
+    return [f"{setting}: {value}" for setting, value in found.items()]

@@ -10,7 +10,7 @@ import pytest
 from fulltune.plan import choose, levers, ways_out
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import LEVERS, SETTING_OF, Lever
-from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase, Plan
+from fulltune.records.plan import MemoryNeed, MemorySettings, Phase, Plan
 from fulltune.train.parent import measure
 from fulltune.train.parent.next_attempt import fallbacks
 from tests import plans
@@ -36,7 +36,6 @@ def test_settings_of_a_lever_exist(lever: Lever) -> None:
     for name in filter(None, (lever.setting, lever.also)):
         block, _, field = name.partition(".")
         assert field.partition(".")[0] in type(getattr(RECIPE, block)).model_fields, name
-    assert {*lever.frees} <= {*get_args(MemoryKind)}
     assert {*lever.fallback} <= {*get_args(Phase)}
     assert len({one.name for one in LEVERS}) == len(LEVERS)
 
@@ -52,7 +51,7 @@ def test_fields_that_levers_change_are_those_of_plans_and_recipes(field: str) ->
 def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways_out, "MOST", 99)
     for phase in get_args(Phase):
-        offered = [one.name for one in fallbacks(RECIPE, PLAN, phase, lambda changes: True)]
+        offered = [name for name, *_ in fallbacks(RECIPE, PLAN, phase, lambda changes: True)]
         assert (lever.name in offered) == (phase in lever.fallback)
     if lever.obstacle(RECIPE, PLAN if lever.fallback else SETTINGS):
         return
@@ -69,10 +68,9 @@ def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPa
     rows = [row.name for row in measure.levers(RECIPE, PLAN)]
     assert (f"+ {lever.measured.format(**changes)}" in rows) == bool(lever.measured)
 
-    for kind in lever.frees:
-        milder = [one for one in LEVERS[: LEVERS.index(lever)] if kind in one.frees]
-        now = PLAN.model_copy(update={name: value for one in milder for name, value in one.changes.items()})
-        assert lever.setting in levers.proposal(RECIPE, now, kind)
+    assert any(one.startswith(f"{lever.setting}: ") for one in levers.what_helps(RECIPE, PLAN, "step")) or (
+        not lever.way_out
+    )
 
 
 def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +81,6 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         costs="patience",
         changes={"torch_compile": True},
         done="half the buffers",
-        frees=("buffers",),
         searched=True,
         way_out=True,
         fallback=("step",),
@@ -98,6 +95,6 @@ def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     found = ways_out.of_memory(RECIPE, SETTINGS, 999, needs_less_with(new.changes))
     assert found[0].change == "train.torch_compile: true"
     offered = fallbacks(RECIPE, PLAN, "step", lambda changes: True)
-    assert [(one.name, one.changes) for one in offered] == [(new.name, new.changes)]
-    assert levers.proposal(RECIPE, PLAN, "buffers") == "train.torch_compile: true"
+    assert [(name, changes) for name, changes, _ in offered] == [(new.name, new.changes)]
+    assert levers.what_helps(RECIPE, PLAN, "step") == ["train.torch_compile: true"]
     assert [row.name for row in measure.levers(RECIPE, PLAN)][1:] == ["+ half the buffers"]

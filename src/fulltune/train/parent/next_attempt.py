@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, Lever, proposal
+from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, what_helps
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan, Setting
+from fulltune.records.plan import MemoryNeed, Phase, Plan, Setting
 from fulltune.records.training import Outcome
 from fulltune.stats.curves import without_cause
 from fulltune.system.memory import asked_bytes
@@ -27,16 +26,6 @@ _WHERE: dict[Phase | None, str] = {
     "saving": " while saving",
     "resuming": " while resuming",
 }
-_STATE: tuple[MemoryKind, ...] = ("weights", "optimizer")
-_HOLDS: dict[Phase | None, tuple[MemoryKind, ...]] = {
-    None: ("activations", "logits", "optimizer", "weights", "gradients"),
-    "step": ("activations", "logits", "optimizer", "weights", "gradients"),
-    "evaluation": (*_STATE, "activations"),
-    "loading": ("weights",),
-    "saving": _STATE,
-    "resuming": _STATE,
-}
-_MOST_PROPOSALS = 3
 _WORTH_NAMING = 2**20
 _TELLING = 64 * 2**20
 """Less growth is in the noise of the libraries, and says nothing about what would fit."""
@@ -85,22 +74,21 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
         known = need(plan.model_copy(update=changes))
         return known is None or known.phases["step"] <= last.memory_growth_bytes + asked_bytes(last.reason)
 
-    for fallback in fallbacks(recipe, plan, last.phase, fits):
-        if fallback.changes is not None:
-            return _changed(plan, last, fallback, need)
+    for _, changes, text in fallbacks(recipe, plan, last.phase, fits):
+        if changes is not None:
+            reason = f"{short_of(last, plan)}; {text}"
+            return NextAttempt(_changed(plan, last, changes, need), True, reason)
     return None
 
 
-def _changed(plan: Plan, last: Outcome, fallback: Fallback, need: Need) -> NextAttempt:
-    after = plan.model_copy(update=fallback.changes)
-    after = after.model_copy(
-        update={"memory": need(after), "time": None, "settings": _noted(plan, after, fallback, last)}
-    )
+def _changed(plan: Plan, last: Outcome, changes: Changes, need: Need) -> Plan:
+    after = plan.model_copy(update=changes)
+    settings = _noted(plan, changes, last)
+    after = after.model_copy(update={"memory": need(after), "time": None, "settings": settings})
     if after.memory is not None and after.optim != plan.optim:
         state = plan.state.model_copy(update={"optimizer": after.memory.kinds["optimizer"]})
         after = after.model_copy(update={"state": state})
-    less = freed(plan.memory, after.memory)
-    return NextAttempt(after, True, f"{short_of(last, plan)}; {fallback.text}" + (f": {less}" if less else ""))
+    return after
 
 
 def short_of(outcome: Outcome, plan: Plan) -> str:
@@ -117,11 +105,11 @@ def short_of(outcome: Outcome, plan: Plan) -> str:
     return f"{words} (by the plan most for {largest}: {format_bytes(plan.memory.kinds[largest])})"
 
 
-def _noted(before: Plan, after: Plan, fallback: Fallback, last: Outcome) -> tuple[Setting, ...]:
+def _noted(before: Plan, changes: Changes, last: Outcome) -> tuple[Setting, ...]:
     """The settings with the new values, each with what was planned and why it changed."""
     present = {setting.name: setting for setting in before.settings}
-    for field in fallback.changes or ():
-        name, value = SETTING_OF[field], getattr(after, field)
+    for field, value in changes.items():
+        name = SETTING_OF[field]
         old = present.get(name) or Setting(name=name, value=getattr(before, field), reason="default", chosen=True)
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
         why = f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"
@@ -142,27 +130,10 @@ def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) 
     """What a person reads when memory ran out and nothing is left to change: what was tried, what was not and why."""
     lines = [f"{short_of(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
-    for fallback in fallbacks(recipe, plan, last.phase, lambda changes: True):
-        if fallback.changes is None:
-            lines.append(f"not possible: {fallback.name}: {fallback.text}")
-        else:
-            lines.append(f"not tried: {fallback.name}: {_NO_SECOND}")
-    lines.append(f"what helps: {_what_helps(recipe, plan, last)}")
+    for name, changes, text in fallbacks(recipe, plan, last.phase, lambda changes: True):
+        lines.append(f"not possible: {name}: {text}" if changes is None else f"not tried: {name}: {_NO_SECOND}")
+    lines.append(f"what may help: {'; '.join([*what_helps(recipe, plan, last.phase or 'step'), 'a smaller model'])}")
     return lines
-
-
-def _what_helps(recipe: Recipe, plan: Plan, last: Outcome) -> str:
-    """For each kind of tensors that matter there, the largest first, the setting that makes them smaller."""
-    kinds = _HOLDS[last.phase]
-    known = {} if plan.memory is None else plan.memory.kinds
-    order = sorted(kinds, key=lambda kind: -known.get(kind, 0))
-    proposals: dict[str, list[str]] = {}
-    for kind in order:
-        size = f" {format_bytes(known[kind])}" if known.get(kind) else ""
-        proposals.setdefault(proposal(recipe, plan, kind), []).append(kind + size)
-    return "; ".join(
-        f"{proposed} (for {', '.join(held)})" for proposed, held in list(proposals.items())[:_MOST_PROPOSALS]
-    )
 
 
 # ---- back to a healthy checkpoint ------------------------------------------------------------------------------------
@@ -189,28 +160,20 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
 # ---- when memory ran out ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fallback:
-    """One thing that may be changed."""
-
-    name: str
-    changes: dict[str, Any] | None
-    """Fields of the plan with their new values; None: not to be had."""
-    text: str
-    """What changes; or why it is not to be had."""
-
-
-def fallbacks(recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]) -> tuple[Fallback, ...]:
-    """What helps in this phase of an attempt (None: a step), the mildest first; what the recipe gives is kept."""
-    return tuple(_fallback(lever, recipe, plan, fits) for lever in LEVERS if (phase or "step") in lever.fallback)
-
-
-def _fallback(lever: Lever, recipe: Recipe, plan: Plan, fits: Callable[[Changes], bool]) -> Fallback:
-    if refusal := lever.refusal(recipe, plan):
-        return Fallback(lever.name, None, refusal)
-    options = [_with_eval_batch(plan, changes) for changes in lever.apply(recipe, plan)]
-    changes = next((one for one in options if fits(one)), options[-1])
-    return Fallback(lever.name, changes, lever.done.format(now=plan, **changes))
+def fallbacks(
+    recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
+) -> Iterator[tuple[str, Changes | None, str]]:
+    """What helps in this phase of an attempt (None: a step), the mildest first; what the recipe gives is kept: a name,
+    the changes and what they are, or None and why they are not to be had."""
+    for lever in LEVERS:
+        if (phase or "step") not in lever.fallback:
+            continue
+        if refusal := lever.refusal(recipe, plan):
+            yield lever.name, None, refusal
+            continue
+        options = [_with_eval_batch(plan, changes) for changes in lever.apply(recipe, plan)]
+        changes = next((one for one in options if fits(one)), options[-1])
+        yield lever.name, changes, lever.done.format(now=plan, **changes)
 
 
 def _with_eval_batch(plan: Plan, changes: Changes) -> Changes:
@@ -219,15 +182,3 @@ def _with_eval_batch(plan: Plan, changes: Changes) -> Changes:
     if size is None:
         return changes
     return {**changes, "eval_batch_size": max(1, plan.eval_batch_size * size // plan.micro_batch_size)}
-
-
-def freed(before: MemoryNeed | None, after: MemoryNeed | None) -> str:
-    """`frees about 1.2 GiB (activations 1.0 GiB, logits 0.2 GiB)`; empty when the arithmetic does not say."""
-    if before is None or after is None:
-        return ""
-    parts = {kind: size - after.kinds.get(kind, 0) for kind, size in before.kinds.items()}
-    named = [
-        f"{kind} {format_bytes(size)}" for kind, size in sorted(parts.items(), key=lambda p: -p[1]) if size >= 2**19
-    ]
-    less = before.phases["step"] - after.phases["step"]
-    return f"frees about {format_bytes(less)} of a step ({', '.join(named)})" if less >= 2**19 and named else ""
