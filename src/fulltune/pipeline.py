@@ -227,7 +227,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         free, machines = hardware.disk_free_bytes(job.folder), job.recipe.train.num_machines
         fleet, own_loss = plan.here(machine, free, machines, str(job.folder)), job.hooks.compute_loss is not None
         started_seconds = None if job.began is None else time.time() - job.began
-        trial = plan.fit(recipe, model.shapes, footprint, summary, fleet, own_loss, started_seconds)
+        workload = plan.Workload(recipe, model.shapes, lambda weights_dtype: footprint, summary)
+        trial = plan.fit(workload, fleet, own_loss, started_seconds)
         if before is not None:
             trial = plan.placed_anew(before, trial)
         run_folder.environment(machine).save(job.folder / "environment.json")

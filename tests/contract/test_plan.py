@@ -21,8 +21,7 @@ from fulltune.cli.show import plan as display_plan
 from fulltune.footprint.trace import PlannedModel
 from fulltune.plan import gpus
 from fulltune.recipe.file import load_recipe
-from fulltune.records.plan import Plan
-from fulltune.records.survey import Survey
+from fulltune.records.plan import Plan, Survey
 from fulltune.report.format import terminal
 from tests import tiny
 from tests.contract.command import Result, fulltune

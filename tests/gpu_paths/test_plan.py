@@ -9,8 +9,8 @@ import pytest
 
 from fulltune.cli.show import plan as shown
 from fulltune.errors import RecipeError
-from fulltune.plan import budget, fsdp2, gpus, levers, memory, resolve, sharded, workload
-from fulltune.plan.reasons import Reasons
+from fulltune.plan import budget, fsdp2, gpus, levers, memory, resolve, workload
+from fulltune.plan.settings import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.system import sharing
@@ -100,8 +100,7 @@ def test_gradients_are_sent_from_one_buffer_on_a_card_and_from_two_by_gloo() -> 
 
 def test_pieces_of_a_chunked_loss_are_those_of_a_card() -> None:
     whole, pieces = (
-        sharded.passing(FOOTPRINT, "fp32", SETTINGS.changed(chunked_loss=chunked))["logits"]
-        for chunked in (False, True)
+        budget.passing(FOOTPRINT, "fp32", SETTINGS.changed(chunked_loss=chunked))["logits"] for chunked in (False, True)
     )
     assert pieces == pytest.approx(whole * 1024 / (4 * 512))
 

@@ -16,7 +16,7 @@ import torch
 from fulltune import api, pipeline
 from fulltune.errors import DoesNotFitError
 from fulltune.inference.run import Share
-from fulltune.plan import disk
+from fulltune.plan import budget
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check, Outcome
 from fulltune.train.loop.inputs import AttemptInputs
@@ -227,7 +227,7 @@ def test_forecast_and_memory_are_in_the_outcome_and_among_the_events(tiny_encode
     # After steps 2, 4 and 5 there are as many as were planned, and nothing that was not.
     assert reached.plan is not None
     assert reached.plan.disk is not None
-    tensors = reached.plan.disk.one_checkpoint - disk.SMALL_FILES_BYTES
+    tensors = reached.plan.disk.one_checkpoint - budget.SMALL_FILES_BYTES
     assert reached.plan.disk.num_checkpoints * tensors + weights <= outcome.disk_bytes <= reached.plan.disk.total
     (event,) = runs.events(tmp_path, "forecast")
     assert event["total_seconds"] == pytest.approx(outcome.forecast.total_seconds)

@@ -12,7 +12,7 @@ from transformers import BertConfig
 
 from fulltune import methods
 from fulltune.errors import RecipeError
-from fulltune.plan import sharded
+from fulltune.plan import budget
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.methods import Method
@@ -147,8 +147,8 @@ def test_bytes_on_device_and_host_with_two_processes(shared: Sharing, device_byt
 
 
 def test_what_stays_as_it_was_has_no_gradients_and_no_optimizer_state() -> None:
-    assert sharded.state(100, 10) == StateBytes(weights=200, gradients=40, optimizer=120)
-    assert sharded.state(100) == StateBytes(weights=200, gradients=400, optimizer=1200)
+    assert budget.engine_state(100, 10) == StateBytes(weights=200, gradients=40, optimizer=120)
+    assert budget.engine_state(100) == StateBytes(weights=200, gradients=400, optimizer=1200)
 
 
 def test_what_goes_to_an_nvme_disk_is_read_from_the_settings() -> None:

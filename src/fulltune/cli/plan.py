@@ -17,8 +17,7 @@ from fulltune.recipe.file import load_recipe
 from fulltune.recipe.rules import form_of
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, MixedSummary, SplitSummary
-from fulltune.records.plan import Plan
-from fulltune.records.survey import Survey
+from fulltune.records.plan import Plan, Survey
 from fulltune.records.training import Measurements
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def with_data(
 
 def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
     """With the commands that run the plan, and that compare methods: the user's overrides, and what the plan adds."""
-    from fulltune.plan.dotted import PLACEMENT, in_yaml
+    from fulltune.plan.settings import PLACEMENT, in_yaml
 
     def command(verb: str, given: list[str]) -> str:
         return shlex.join(["fulltune", verb, str(target), *(word for one in given for word in ("--set", one))])
@@ -138,7 +137,7 @@ def _survey(
     from fulltune.models.shapes import Shapes
     from fulltune.plan import device_and_precision, gpus, workload
     from fulltune.plan import survey as surveying
-    from fulltune.plan.dotted import with_settings
+    from fulltune.plan.settings import with_settings
     from fulltune.system import hardware
 
     fleet, price = checked

@@ -161,7 +161,7 @@ class Context:
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
-        return plan.fit(recipe, shapes, traced, self.summary, fleet)
+        return plan.fit(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
         """One run of one arm: the recipe with its rate, its seed and, in a search, fewer steps."""

@@ -5,8 +5,10 @@ from fulltune.plan.defaults import learning_rate_of
 from fulltune.plan.fit import fit
 from fulltune.plan.gpus import here
 from fulltune.plan.resolve import device_and_precision
+from fulltune.plan.workload import Workload
 
 __all__ = [
+    "Workload",
     "as_begun",
     "budget_of",
     "device_and_precision",

@@ -1,18 +1,19 @@
-"""What one process may take of a machine's memory, and what settings need of it."""
+"""What one process may take of a machine's memory, and what settings need of it and of the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.footprint.records import Footprint
+from fulltune.footprint.records import BYTES, Footprint, Moment
 from fulltune.models.shapes import Shapes
-from fulltune.plan import fsdp2, memory, sharded
+from fulltune.plan import fsdp2, memory
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
+from fulltune.records.plan import DiskNeed, MemoryKind, MemoryNeed, MemorySettings, Phase, StateBytes
 from fulltune.system import sharing
 from fulltune.system.hardware import Machine
+from fulltune.system.sharing import BUCKET_VALUES
 from fulltune.text import format_bytes, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
@@ -80,7 +81,7 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
     if shared is None or not machine.gpus:
         return
     processes, machines = recipe.train.num_processes, recipe.train.num_machines
-    on_host = sharded.host_bytes(shared, shapes.num_parameters, processes, num_trained=shapes.num_trained) // machines
+    on_host = host_bytes(shared, shapes.num_parameters, processes, num_trained=shapes.num_trained) // machines
     if on_host > machine.memory_available_bytes:
         each = f" on each of {machines} machines" if machines > 1 else ""
         raise DoesNotFitError(
@@ -115,13 +116,13 @@ class Needs:
     def _on_gpus(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
         """The weights there are bf16, so that nothing holds a copy of them."""
         precision, processes = self.footprint.traced(settings.precision), settings.num_processes
-        passing = sharded.passing(self.footprint, precision, settings)
-        kinds = sharded.kinds(shared, self.shapes, processes, passing)
+        passes = passing(self.footprint, precision, settings)
+        kinds = _engine_kinds(shared, self.shapes, processes, passes)
         kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
-        scoring = sum(sharded.scoring(self.footprint, precision, settings).values())
+        scoring = sum(_engine_scoring(self.footprint, precision, settings).values())
         phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + scoring}
         parameters, trained = self.shapes.num_parameters, self.shapes.num_trained
-        host = sharded.host_bytes(shared, parameters, processes, trained)
+        host = host_bytes(shared, parameters, processes, trained)
         return MemoryNeed(kinds=kinds, phases=phases, host=host // processes)
 
     def _on_cpu(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
@@ -143,7 +144,7 @@ class Needs:
             "weights": state.weights,
             "gradients": state.gradients,
             "optimizer": state.optimizer,
-            **sharded.passing(footprint, precision, settings),
+            **passing(footprint, precision, settings),
         }
         # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
         cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
@@ -157,3 +158,124 @@ class Needs:
         phases: dict[Phase, int] = {"step": sum(kinds.values())}
         phases |= {phase: like.phases[phase] for phase in ("loading", "saving", "resuming")}
         return MemoryNeed(kinds=kinds, phases=phases)
+
+
+# ---- what ZeRO shares out ----------------------------------------------------------------------------------------
+
+IN_ENGINE = (2, 4, 12)
+"""Bytes a parameter: bf16 weights, fp32 gradients, fp32 weights with both moments (its own estimators)."""
+LIVE_VALUES = 10**9
+"""The engine's default: values of gathered weights."""
+HOST_BUFFERS = 1.22
+"""Of what is offloaded, for pinned buffers: 176 GB were measured for 18 bytes of each of 8.03 B parameters."""
+NVME_HOST_BYTES = 6
+"""A parameter, for buffers of ZeRO-Infinity: 30 to 60 GB are reported for 7 B."""
+
+
+def engine_state(num_parameters: int, num_trained: int | None = None) -> StateBytes:
+    """Bytes of all of it; None: all parameters are trained."""
+    weights, gradients, optimizer = IN_ENGINE
+    trained = num_parameters if num_trained is None else num_trained
+    return StateBytes(weights=weights * num_parameters, gradients=gradients * trained, optimizer=optimizer * trained)
+
+
+def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trained: int | None = None) -> int:
+    """Bytes that all processes together take of the host's memory for what is offloaded."""
+    buffers = NVME_HOST_BYTES * num_parameters if shared.optimizer_on_disk or shared.weights_on_disk else 0
+    held = engine_state(num_parameters, num_trained)
+    each = sum(shared.parts_at("host", held, num_devices).values())
+    return buffers + round(HOST_BUFFERS * num_devices * each)
+
+
+def disk_bytes(shared: sharing.Sharing | None, num_parameters: int) -> int:
+    """Bytes of what is offloaded to an NVMe disk."""
+    if shared is None:
+        return 0
+    return sum(shared.parts_at("disk", engine_state(num_parameters), 1).values())
+
+
+def largest_unit(shapes: Shapes) -> int:
+    """Parameters that must be whole on a device at a time: of a layer, or of the vocabulary."""
+    vocabulary = shapes.vocab_size * shapes.hidden_size
+    return max(vocabulary, (shapes.num_parameters - vocabulary) // max(1, shapes.num_layers))
+
+
+def _engine_kinds(
+    shared: sharing.Sharing, shapes: Shapes, num_devices: int, passing: Mapping[MemoryKind, int]
+) -> dict[MemoryKind, int]:
+    """Bytes by kind on each device in a step."""
+    held = engine_state(shapes.num_parameters, shapes.num_trained)
+    found = shared.parts_at("device", held, num_devices)
+    return {**found, **passing, "buffers": _gathered(shared, shapes) + memory.CUDA_CONTEXT_BYTES}
+
+
+def _gathered(shared: sharing.Sharing, shapes: Shapes) -> int:
+    """Weights and gradients that are whole on a device for a moment."""
+    unit, parameters = largest_unit(shapes), shapes.num_parameters
+    buckets = 2 * 2 * min(parameters, BUCKET_VALUES)
+    if shared.stage < 3:
+        return buckets
+    return buckets + 2 * max(min(parameters, LIVE_VALUES), unit)
+
+
+def passing(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:
+    """Activations and logits of a micro batch at their highest, in a traced precision."""
+    moments = footprint.variant(precision, settings.activation_checkpointing).first
+    return _highest(moments, footprint, settings.micro_batch_size, settings)
+
+
+def _engine_scoring(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:
+    """The same of an eval batch, forward alone."""
+    return _highest(footprint.evaluation[precision], footprint, settings.eval_batch_size, settings)
+
+
+def _highest(
+    moments: Sequence[Moment], footprint: Footprint, batch_size: int, settings: MemorySettings
+) -> dict[MemoryKind, int]:
+    rows = batch_size * footprint.sequences_per_row
+    part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * settings.longest_tokens)) if settings.chunked_loss else 1.0
+    held: list[dict[MemoryKind, int]] = []
+    for moment in moments:
+        found = moment.bytes(rows, settings.longest_tokens)
+        held.append({"activations": found.get("activations", 0), "logits": round(part * found.get("logits", 0))})
+    return max(held, key=lambda one: sum(one.values()))
+
+
+# ---- the disk ----------------------------------------------------------------------------------------------------
+
+ENGINE_BYTES = 16
+"""A parameter in ZeRO's checkpoints: weights and moments in fp32 (12), what passes compute with (4)."""
+MOMENTS_BYTES = 8
+"""A parameter's two moments in fp32."""
+
+SMALL_FILES_BYTES = 16 * 2**20
+"""In each checkpoint and in the model's folder beside the tensors: a tokenizer of 1 MB (30,000 words) to 17 MB (128,000
+words), config, random state, log."""
+
+
+def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
+    """Checkpoints and models at their fullest: the kept checkpoints, the best one and the one being written; the
+    finished model, and the weights before step 1, which are kept until it is saved. All hold what is trained. A
+    run that is stopped in between writes one checkpoint more."""
+    state = memory.state_of(num_parameters, settings)
+    weights = memory.num_trained(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
+    one = weights + state.optimizer
+    if recipe.train.placement == "fsdp2":  # moments are in fp32 there, however they are kept
+        one = weights + max(state.optimizer, MOMENTS_BYTES * memory.num_trained(num_parameters, settings))
+    if recipe.train.engine_by:
+        one = num_parameters * ENGINE_BYTES
+    return DiskNeed(
+        one_checkpoint=one + SMALL_FILES_BYTES,
+        num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),
+        model=2 * weights + SMALL_FILES_BYTES,
+        offloaded=disk_bytes(sharing.of(recipe), num_parameters),
+    )
+
+
+def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int, place: str) -> str:
+    parts = f"{needed.num_checkpoints} x {format_bytes(needed.one_checkpoint)} and {format_bytes(needed.model)}"
+    parts += f", {format_bytes(needed.offloaded)} offloaded" if needed.offloaded else ""
+    return (
+        f"{place or recipe.output}: checkpoints and model need {format_bytes(needed.total)} on disk ({parts}), but "
+        f"{format_bytes(free_bytes)} are free"
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
-from fulltune.plan import budget, disk, memory
+from fulltune.plan import budget, memory, ways_out
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe, with_attention, with_placement
@@ -103,7 +103,7 @@ def on_disk(recipe: Recipe, plan: Plan, free_bytes: int, place: str) -> Plan:
         DoesNotFitError: When the disk is too small for them.
     """
     recipe = with_placement(recipe, plan.placement)
-    found = disk.need(recipe, plan.num_parameters, plan)
-    disk.refuse_what_cannot_fit(recipe, plan.num_parameters, plan, free_bytes, place)
+    found = budget.disk_need(recipe, plan.num_parameters, plan)
+    ways_out.refuse_full_disk(recipe, plan.num_parameters, plan, free_bytes, place)
     state = memory.state_of(plan.num_parameters, plan)
     return plan.model_copy(update={"disk": found, "state": state})

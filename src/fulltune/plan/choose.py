@@ -9,7 +9,7 @@ from fulltune.errors import DoesNotFitError
 from fulltune.plan import ways_out
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import LEVERS, whole_logits
-from fulltune.plan.reasons import Reasons
+from fulltune.plan.settings import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.plan import MemoryNeed, MemorySettings

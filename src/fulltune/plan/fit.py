@@ -5,46 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fulltune.errors import RecipeError
-from fulltune.footprint.records import BYTES, Footprint
+from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.footprint.records import BYTES
 from fulltune.models.shapes import Shapes
-from fulltune.plan import (
-    budget,
-    choose,
-    disk,
-    memory,
-    placing,
-    resolve,
-    time,
-    watching,
-)
+from fulltune.plan import budget, choose, memory, resolve, time, watching, ways_out
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.reasons import Reasons
+from fulltune.plan.settings import PLACEMENT, Reasons
 from fulltune.plan.workload import Basis, Workload, basis_of
-from fulltune.recipe.fields import Recipe
+from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.tasks import FACTS, greater_is_better
+from fulltune.recipe.training import SHARED_OUT, Placement
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, DiskNeed, Plan, TimeNeed, TimePart
 from fulltune.system import sharing
-from fulltune.text import parse_bytes
+from fulltune.system.hardware import Machine
+from fulltune.text import format_bytes, parse_bytes
 
 
-def fit(
-    recipe: Recipe,
-    shapes: Shapes,
-    footprint: Footprint,
-    summary: DataSummary,
-    fleet: Fleet,
-    own_loss: bool = False,
-    started_seconds: float | None = None,
-) -> Plan:
+def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_seconds: float | None = None) -> Plan:
     """Decide every number of the trial.
 
     Args:
-        recipe: The checked recipe.
-        shapes: The model's sizes.
-        footprint: The model's memory, traced.
-        summary: The data stage's summary.
+        workload: The checked recipe, the model and its rows.
         fleet: What is here, or what is planned for.
         own_loss: The user gave `compute_loss`, which needs whole logits.
         started_seconds: What the command has taken until now; None: nobody waits for a whole command.
@@ -56,21 +38,25 @@ def fit(
         RecipeError: When settings contradict each other or the machine.
         DoesNotFitError: When memory or disk are too small, with ways out.
     """
-    workload, reasons = Workload(recipe, shapes, lambda dtype: footprint, summary), Reasons()
-    recipe, why = placing.settle(workload, fleet, own_loss)
+    shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
+    recipe, why = placed(workload, fleet, own_loss)
     train, basis = recipe.train, basis_of(replace(workload, recipe=recipe), fleet, reasons, own_loss)
     steps, placement = basis.steps, resolve.placement(recipe, why, reasons)
     metric = resolve.metric(recipe, summary, reasons)
     rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
-    with placing.explaining(workload, fleet, own_loss, why):
+    try:
         chosen, on_disk = _fitting(basis, summary, own_loss, reasons)
+    except DoesNotFitError as error:
+        first, *ways = error.problems
+        chose = f" ({PLACEMENT}: {why})" if why and train.num_processes > 1 else ""
+        raise DoesNotFitError([first + chose, *ways]) from None
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
     logging_steps = resolve.logging_steps(recipe, steps, reasons)
     generic = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
-    resolve.caveats(footprint, reasons, bool(train.torch_compile))
+    resolve.caveats(basis.needs.footprint, reasons, bool(train.torch_compile))
     used = chosen.settings
     plan = Plan(
         **dict(used) | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
@@ -123,8 +109,68 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     if problems:
         raise RecipeError(problems)
     if fleet.disk_bytes is not None:
-        disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
-    return chosen, disk.need(recipe, shapes.num_parameters, used)
+        ways_out.refuse_full_disk(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
+    return chosen, budget.disk_need(recipe, shapes.num_parameters, used)
+
+
+# ---- where weights, gradients and optimizer state lie ------------------------------------------------------------
+
+
+def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
+    """The recipe with its placement, and why it has this one; a placement that is given stays, without a reason.
+
+    One process holds everything. Several hold everything each (ddp) where that fits, because it sends least; else they
+    share it out (fsdp2). Both compute the same numbers, so moments in 8 bits come only after them, and ZeRO never by
+    itself: it computes in other types, and has to be installed. (Plans for other hardware may: `survey`.)
+
+    Raises:
+        RecipeError: When settings contradict each other or the machine.
+    """
+    recipe = workload.recipe
+    resolve.refuse_fsdp2_beside_gpus(recipe, fleet.machine)
+    if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
+        return recipe, ""
+    if recipe.train.num_processes == 1:
+        return with_placement(recipe, "single"), "one process"
+
+    def peaks(placement: Placement) -> tuple[int, int]:
+        """The least that it needs with the same numbers, and with the levers that change them."""
+        own = with_placement(recipe, placement)
+        basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
+        limits = basis.budget.for_rows(workload.summary.rows_per_epoch)
+        exact, other = (
+            choose.smallest(own, basis.start, basis.rows_per_process, limits, same_numbers=same).memory.peak
+            for same in (True, False)
+        )
+        return exact - limits.available_bytes, other - limits.available_bytes
+
+    ddp, ddp_with_others = peaks("ddp")
+    if ddp <= 0:
+        return with_placement(recipe, "ddp"), "it fits in each process"
+    short = f"ddp needs {format_bytes(ddp)} more in each process than is free"
+    if against := obstacle(recipe, workload.shapes, fleet.machine):
+        return with_placement(recipe, "ddp"), f"{short}; fsdp2 is not possible: {against}"
+    fsdp2, _ = peaks("fsdp2")
+    if fsdp2 <= 0:
+        return with_placement(recipe, "fsdp2"), short
+    both = f"{short}, fsdp2 {format_bytes(fsdp2)}"
+    if ddp_with_others <= 0:
+        return with_placement(recipe, "ddp"), f"{both}; it fits with other numbers"
+    return with_placement(recipe, "fsdp2" if fsdp2 < ddp_with_others else "ddp"), both
+
+
+def obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str:
+    """Why FSDP2 is not taken without asking; empty when it may be."""
+    train = recipe.train
+    if train.device == "cpu" and machine.gpus:
+        return "it would take the GPUs"
+    if train.optim not in (None, *SHARED_OUT):
+        return f"{train.optim} needs whole tensors"
+    if train.use_liger_kernel:
+        return "Liger's kernels were never tried with it"
+    if shapes.num_trained is not None:
+        return "its memory is planned for full fine-tuning alone"
+    return "" if shapes.units is not None else "this model has no repeated blocks"
 
 
 # ---- the time of the whole command -------------------------------------------------------------------------------

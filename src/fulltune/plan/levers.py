@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fulltune.plan.dotted import OFFLOAD, PLACEMENT, given, in_yaml
+from fulltune.plan.settings import OFFLOAD, PLACEMENT, given, in_yaml
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.recipe.training import ENGINE_SETTINGS

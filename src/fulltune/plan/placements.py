@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fulltune.plan import choose, disk, sharded
+from fulltune.plan import budget, choose
 from fulltune.plan.budget import MemoryBudget
-from fulltune.plan.dotted import OFFLOAD, PLACEMENT, WHERE, given, with_settings
 from fulltune.plan.levers import plain_optim
+from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, given, with_settings
 from fulltune.plan.workload import Basis, takes_pieces
 from fulltune.recipe.training import ENGINE_SETTINGS, NVME, NVME_FOLDER
-from fulltune.records.plan import MemoryNeed, MemorySettings
-from fulltune.records.survey import Placement
+from fulltune.records.plan import MemoryNeed, MemorySettings, Placement
 from fulltune.system.sharing import Sharing, nvme_path
 from fulltune.text import format_bytes
 
@@ -96,9 +95,9 @@ def _best(basis: Basis, layout: _Layout) -> Placement:
         bf16_rounding=(recipe.train.bf16_rounding or "stochastic") if narrow else None,
         chunked_loss=in_pieces and takes_pieces(plain, basis.start.plain_logits),
     )
-    budget = MemoryBudget(basis.budget.available_bytes, "", lambda settings: basis.needs.of(settings, shared))
-    option = choose.fastest(recipe, start, rows, budget, lambda settings: basis.speed(settings, shared))
-    option = option or choose.smallest(recipe, start, rows, budget, same_numbers=True)
+    limits = MemoryBudget(basis.budget.available_bytes, "", lambda settings: basis.needs.of(settings, shared))
+    option = choose.fastest(recipe, start, rows, limits, lambda settings: basis.speed(settings, shared))
+    option = option or choose.smallest(recipe, start, rows, limits, same_numbers=True)
     return row(basis, shared, option.settings, option.memory, _changes(basis, layout), layout.needs)
 
 
@@ -114,8 +113,8 @@ def row(
     kinds, parameters = dict(memory.kinds), basis.shapes.num_parameters
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
-    on_hosts = sharded.host_bytes(shared, parameters, settings.num_processes) if shared else 0
-    host, on_disk = -(-on_hosts // settings.num_machines), sharded.disk_bytes(shared, parameters)
+    on_hosts = budget.host_bytes(shared, parameters, settings.num_processes) if shared else 0
+    host, on_disk = -(-on_hosts // settings.num_machines), budget.disk_bytes(shared, parameters)
     seconds = basis.seconds(settings, shared)
     return Placement(
         name=name_of(shared, settings),
@@ -167,6 +166,6 @@ def _short(basis: Basis, on_device: int, host: int, on_disk: int) -> str:
     if on_disk and fleet.disk_bytes is not None:
         # ZeRO's checkpoints and two models lie there as well.
         parameters = basis.shapes.num_parameters
-        checkpoints = disk.need(basis.recipe, parameters, basis.start).num_checkpoints
-        missing["disk"] = on_disk + (checkpoints * disk.ENGINE_BYTES + 8) * parameters - fleet.disk_bytes
+        checkpoints = budget.disk_need(basis.recipe, parameters, basis.start).num_checkpoints
+        missing["disk"] = on_disk + (checkpoints * budget.ENGINE_BYTES + 8) * parameters - fleet.disk_bytes
     return ", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0)

@@ -10,7 +10,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import defaults, memory, time
-from fulltune.plan.reasons import FROM_RECIPE, Reasons
+from fulltune.plan.settings import FROM_RECIPE, Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS

@@ -9,16 +9,15 @@ from typing import Any, Literal
 
 from fulltune.errors import DoesNotFitError
 from fulltune.models.shapes import Shapes
-from fulltune.plan import choose, disk, gpus, placements, resolve, ways_out
-from fulltune.plan.dotted import given, with_settings
+from fulltune.plan import budget, choose, gpus, placements, resolve, ways_out
 from fulltune.plan.fit import fit, with_time
 from fulltune.plan.gpus import Fleet
+from fulltune.plan.settings import given, with_settings
 from fulltune.plan.time import Price
 from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import ENGINE_SETTINGS
-from fulltune.records.plan import Plan
-from fulltune.records.survey import Advice, Placement, Survey, WayOut
+from fulltune.records.plan import Advice, Placement, Plan, Survey, WayOut
 from fulltune.system import sharing
 
 MUCH_FASTER = 1.25
@@ -173,7 +172,7 @@ def _otherwise(workload: Workload, fleet: Fleet, table: Sequence[Placement], why
 
 
 def _fitted(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
-    plan = fit(recipe, workload.shapes, workload.footprint(recipe.model.weights_dtype), workload.summary, fleet)
+    plan = fit(replace(workload, recipe=recipe), fleet)
     return _explained(plan, set(workload.spread), "from --for")
 
 
@@ -214,10 +213,10 @@ def _ways_out(
     else:
         plan, settings = found
         recipe, where = with_settings(workload.recipe, settings), "disk"
-        needed = disk.need(recipe, plan.num_parameters, plan)
+        needed = budget.disk_need(recipe, plan.num_parameters, plan)
         now = needed.total
-        problem = disk.short_by(recipe, needed, fleet.disk_bytes, fleet.disk_at)
-        ways = [*disk.ways(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
+        problem = budget.short_by(recipe, needed, fleet.disk_bytes, fleet.disk_at)
+        ways = [*ways_out.of_disk(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
     if lora is not None:
         plan, settings = lora
         need_of_lora = plan.disk.total if where == "disk" and plan.disk else plan.memory.peak if plan.memory else 0

@@ -6,8 +6,8 @@ import math
 
 from fulltune.forgetting.budget import MOST_REPLAYED, MOST_ROWS, NUM_POINTS, TOKENS_READ
 from fulltune.forgetting.generic_text import parts
-from fulltune.plan.reasons import FROM_RECIPE, Reasons
 from fulltune.plan.resolve import Steps
+from fulltune.plan.settings import FROM_RECIPE, Reasons
 from fulltune.plan.time import GENERIC_TOKENS, occasions
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from fulltune.plan.dotted import PLACEMENT, WHERE, in_yaml
+from fulltune.errors import DoesNotFitError
+from fulltune.plan import budget
 from fulltune.plan.levers import LEVERS, Lever
+from fulltune.plan.settings import PLACEMENT, WHERE, in_yaml
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryNeed, MemorySettings
-from fulltune.records.survey import Placement, WayOut
+from fulltune.records.plan import MemoryNeed, MemorySettings, Placement, WayOut
 from fulltune.text import format_bytes, listed
 
 MOST = 3
@@ -139,3 +140,45 @@ def as_flags(way: WayOut) -> str:
     for name, value in way.settings.items():
         words += ["--set", f"{name}={in_yaml(value)}"]
     return shlex.join(words)
+
+
+# ---- of a full disk ----------------------------------------------------------------------------------------------
+
+
+def refuse_full_disk(
+    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, place: str
+) -> None:
+    """Before step 1, not when the third checkpoint is half written. `place` is what was measured, a folder; empty: the
+    recipe's output.
+
+    Raises:
+        DoesNotFitError: Naming both sizes.
+    """
+    needed = budget.disk_need(recipe, num_parameters, settings)
+    if needed.total > free_bytes:
+        lines = in_lines(of_disk(recipe, num_parameters, settings, free_bytes, place))
+        raise DoesNotFitError([budget.short_by(recipe, needed, free_bytes, place), *lines])
+
+
+def of_disk(
+    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, place: str = ""
+) -> tuple[WayOut, ...]:
+    """The nearest ways to bring the run onto its disk."""
+    needed = budget.disk_need(recipe, num_parameters, settings)
+    missing = needed.total - free_bytes
+    found: list[tuple[dict[str, Any], int, str]] = []
+    # One that is kept, the best one, and the one being written; a short run writes no more anyway.
+    fewer = max(0, needed.num_checkpoints - 3) * needed.one_checkpoint
+    if fewer and recipe.train.save_total_limit > 1:
+        found.append(({"train.save_total_limit": 1}, fewer, "fewer checkpoints to go back to"))
+    # Inside an engine our optimizers cannot run, so nothing is freed.
+    smaller = needed.total - budget.disk_need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
+    if smaller > 0 and not recipe.train.engine_by:
+        found.append(({"train.optim": "adamw_8bit"}, smaller, "moments of 8 bits"))
+    found.append(({}, missing, "nothing"))
+    by_hand = f"free {format_bytes(missing)} on the disk of {place or recipe.output}, or choose another place"
+    listed_ways = [
+        way(named, freed, freed >= missing, costs, change="" if named else by_hand, where="disk")
+        for named, freed, costs in found
+    ]
+    return tuple(sorted(listed_ways, key=lambda one: not one.enough))[:MOST]

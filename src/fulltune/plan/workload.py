@@ -12,10 +12,9 @@ from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import budget, defaults, resolve, time
 from fulltune.plan.budget import MemoryBudget, Needs
-from fulltune.plan.dotted import given, with_settings
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.levers import whole_logits
-from fulltune.plan.reasons import Reasons
+from fulltune.plan.settings import Reasons, given, with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemorySettings

@@ -8,8 +8,7 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.plan import fit, gpus, resolve
-from fulltune.plan.dotted import with_settings
-from fulltune.plan.reasons import Reasons
+from fulltune.plan.settings import Reasons, with_settings
 from fulltune.plan.survey import survey
 from fulltune.plan.workload import Workload, basis_of
 from fulltune.recipe.fields import Recipe
@@ -198,7 +197,7 @@ def test_of_several_cards_the_oldest_says_which_attention_can_be_had() -> None:
 
 
 def fit_on(task: Workload, fleet: gpus.Fleet) -> Plan:
-    return fit(task.recipe, task.shapes, task.footprint("fp32"), task.summary, fleet)
+    return fit(task, fleet)
 
 
 @pytest.mark.parametrize("given", ["fp8", "float8"])

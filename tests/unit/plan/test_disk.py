@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fulltune.plan import changed, disk, time
+from fulltune.plan import budget, changed, time
 from fulltune.records.plan import MemorySettings
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
@@ -69,7 +69,7 @@ def test_planned_checkpoints_are_those_at_the_fullest_moment(
 
 def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
     from fulltune.plan import resolve
-    from fulltune.plan.reasons import Reasons
+    from fulltune.plan.settings import Reasons
 
     for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
         recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})
@@ -80,7 +80,7 @@ def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
 def test_shared_out_moments_of_8_bits_are_in_fp32_in_a_checkpoint(placement: str, expected: float) -> None:
     recipe = plans.recipe(train={"placement": placement, "num_processes": 2})
     settings = MemorySettings(micro_batch_size=1, longest_tokens=64, num_processes=2, optim="adamw_8bit")
-    found = disk.need(recipe, 10**9, settings).one_checkpoint - disk.SMALL_FILES_BYTES
+    found = budget.disk_need(recipe, 10**9, settings).one_checkpoint - budget.SMALL_FILES_BYTES
     assert found / 10**9 == pytest.approx(expected, abs=0.1)
 
 

@@ -10,7 +10,7 @@ import pytest
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint, Moment, Variant
 from fulltune.models.shapes import Shapes
-from fulltune.plan import choose, defaults, fit, gpus
+from fulltune.plan import Workload, choose, defaults, fit, gpus
 from fulltune.plan.budget import LIBRARIES_BYTES, MemoryBudget
 from fulltune.plan.levers import whole_logits
 from fulltune.recipe.fields import Recipe
@@ -89,7 +89,8 @@ def planned(
     **blocks: Any,
 ) -> Plan:
     values = {"model": "m", "task": "text-classification", "data": {"train": "a"}, **blocks}
-    return fit(Recipe.model_validate(values), shapes, footprint(), summary(rows, kind), gpus.here(machine, disk))
+    workload = Workload(Recipe.model_validate(values), shapes, lambda weights_dtype: footprint(), summary(rows, kind))
+    return fit(workload, gpus.here(machine, disk))
 
 
 def test_mixed_rows_lengthen_the_epochs_and_not_their_number() -> None:
@@ -108,7 +109,7 @@ def test_mixed_rows_lengthen_the_epochs_and_not_their_number() -> None:
     blocks = {"data": {"train": "a"}, "preserve": {"drift": False}}
     recipe = Recipe.model_validate({"model": "m", "task": "text-classification", **blocks})
     fleet = gpus.here(CPU.model_copy(update={"cpu_flops": 1e12}), 100 * GB)
-    alone, plan = (fit(recipe, BERT, footprint(), one, fleet) for one in (summary(), both))
+    alone, plan = (fit(Workload(recipe, BERT, lambda _: footprint(), one), fleet) for one in (summary(), both))
     assert (alone.num_train_epochs, alone.total_steps, alone.eval_steps) == (5, 500, 100)
     assert (plan.num_train_epochs, plan.total_steps, plan.eval_steps) == (5, 750, 150)
     assert both.tokens_per_epoch == 3200 * 20 + 1600 * 50

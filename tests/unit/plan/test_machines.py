@@ -11,11 +11,10 @@ from rich.console import Console
 from fulltune.cli.show.plan import sections
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.plan import budget, gpus, placements, resolve, time, workload
-from fulltune.plan.reasons import Reasons
+from fulltune.plan.settings import Reasons
 from fulltune.plan.survey import survey
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemorySettings, Plan
-from fulltune.records.survey import Survey
+from fulltune.records.plan import MemorySettings, Plan, Survey
 from fulltune.report.format import terminal
 from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.sharing import Sharing

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fulltune.plan import gpus, placements
-from fulltune.plan.dotted import in_yaml
+from fulltune.plan.settings import in_yaml
 from fulltune.plan.workload import Workload, basis_of
-from fulltune.records.survey import Placement
+from fulltune.records.plan import Placement
 from tests.unit.plan import sizes
 
 P = sizes.LLAMA.num_parameters

@@ -7,52 +7,15 @@ from typing import Any
 import pytest
 
 from fulltune.errors import DoesNotFitError
-from fulltune.plan import gpus, placing
-from fulltune.plan.fit import fit
-from fulltune.plan.placing import Least, decided
+from fulltune.plan import gpus
+from fulltune.plan.fit import fit, obstacle
 from fulltune.records.plan import Plan
 from tests.unit.plan import sizes
-from tests.unit.plan.sizes import GIB
-
-
-def least(same: float, other: float | None = None, available: float = 6.0) -> Least:
-    """In GiB."""
-    return Least(int(same * GIB), int((same if other is None else other) * GIB), int(available * GIB))
-
-
-@pytest.mark.parametrize(
-    ("ddp", "fsdp2", "against", "placement", "why"),
-    [
-        (least(5), None, "", "ddp", "it fits in each process"),
-        (least(5), least(1), "", "ddp", "it fits in each process"),
-        (least(9.1), least(4), "", "fsdp2", "ddp needs 9.1 GiB in each process, 6 GiB are free"),
-        (
-            least(9.1, 5),
-            least(7),
-            "",
-            "ddp",
-            "ddp needs 9.1 GiB in each process, 6 GiB are free, fsdp2 needs 7 GiB; it fits with other numbers",
-        ),
-        (least(9.1, 8), least(7), "", "fsdp2", "ddp needs 9.1 GiB in each process, 6 GiB are free, fsdp2 needs 7 GiB"),
-        (least(9.1, 6.5), least(7), "", "ddp", "ddp needs 9.1 GiB in each process, 6 GiB are free, fsdp2 needs 7 GiB"),
-        (
-            least(9.1),
-            None,
-            "this model has no repeated blocks",
-            "ddp",
-            "ddp needs 9.1 GiB in each process, 6 GiB are free; fsdp2 is not possible: this model has no",
-        ),
-    ],
-)
-def test_decision(ddp: Least, fsdp2: Least | None, against: str, placement: str, why: str) -> None:
-    found, reason = decided(ddp, fsdp2, against)
-    assert found == placement
-    assert reason.startswith(why)
 
 
 def planned(hardware: str, **train: Any) -> Plan:
     task = sizes.llama(train={"global_batch_size": 64, **train})
-    return fit(task.recipe, task.shapes, task.footprint("fp32"), task.summary, gpus.parse(hardware))
+    return fit(task, gpus.parse(hardware))
 
 
 @pytest.mark.parametrize(
@@ -80,25 +43,19 @@ def test_placement_of_a_7b_model(hardware: str, train: dict[str, Any], placement
         assert plan.optim == train.get("optim", "adamw_torch_fused")
 
 
-def test_given_ddp_that_does_not_fit_has_fsdp2_as_its_way_out() -> None:
-    with pytest.raises(DoesNotFitError) as refusal:
-        planned("8x L40S", num_processes=8, placement="ddp", optim="adamw_torch_fused")
-    assert refusal.value.problems[1].startswith("enough: train.placement: fsdp2: frees ")
-
-
 def test_where_neither_fits_both_needs_are_named() -> None:
     with pytest.raises(DoesNotFitError) as refusal:
         planned("2x L4", num_processes=2)
     problem, *ways = refusal.value.problems
     assert "(train.placement: ddp needs " in problem
-    assert ", fsdp2 needs " in problem
+    assert ", fsdp2 " in problem
     assert ways
 
 
 def test_a_model_without_blocks_or_of_a_method_that_trains_little_is_not_shared_out() -> None:
     task, machine = sizes.llama(), gpus.parse("2x A100-80GB").machine
-    assert "blocks" in placing.obstacle(task.recipe, task.shapes.model_copy(update={"units": None}), machine)
-    assert "full" in placing.obstacle(task.recipe, task.shapes.model_copy(update={"num_trained": 1}), machine)
+    assert "blocks" in obstacle(task.recipe, task.shapes.model_copy(update={"units": None}), machine)
+    assert "full" in obstacle(task.recipe, task.shapes.model_copy(update={"num_trained": 1}), machine)
 
 
 @pytest.mark.parametrize(
@@ -106,5 +63,5 @@ def test_a_model_without_blocks_or_of_a_method_that_trains_little_is_not_shared_
 )
 def test_what_fsdp2_cannot_have_keeps_it_from_being_chosen(train: dict[str, Any], said: str) -> None:
     task, machine = sizes.llama(train=train), gpus.parse("2x A100-80GB").machine
-    assert said in placing.obstacle(task.recipe, task.shapes, machine)
-    assert bool(said) == bool(placing.obstacle(task.recipe, task.shapes, machine))
+    assert said in obstacle(task.recipe, task.shapes, machine)
+    assert bool(said) == bool(obstacle(task.recipe, task.shapes, machine))

@@ -13,11 +13,10 @@ from fulltune.cli.show.plan import sections
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Moment
 from fulltune.plan import gpus, time, ways_out, workload
-from fulltune.plan.dotted import with_settings
 from fulltune.plan.fit import fit
+from fulltune.plan.settings import with_settings
 from fulltune.plan.survey import advise, ranked, survey
-from fulltune.records.plan import Plan
-from fulltune.records.survey import Survey
+from fulltune.records.plan import Plan, Survey
 from fulltune.report.format import terminal
 from fulltune.text import format_bytes
 from tests.unit.plan import sizes
@@ -269,8 +268,7 @@ def test_nothing_is_scored_without_test_rows() -> None:
 @pytest.mark.parametrize(("spent", "least", "most"), [(2.0, 2.0, 4.0), (12.0, 12.0, 18.0), (600.0, 600.0, 610.0)])
 def test_start_is_what_the_command_took_up_to_its_plan(spent: float, least: float, most: float) -> None:
     task, fleet = sizes.bert(), gpus.parse("cpu")
-    footprint = task.footprint("fp32")
-    plan = fit(task.recipe, task.shapes, footprint, task.summary, fleet, started_seconds=spent)
+    plan = fit(task, fleet, started_seconds=spent)
     assert plan.time is not None
     start = plan.time.around[0]
     assert (start.name, start.basis) == ("starting", "measured")

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan import disk, gpus, placements, ways_out
+from fulltune.plan import budget, gpus, placements, ways_out
 from fulltune.plan.workload import basis_of
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import DiskNeed, MemoryNeed, MemorySettings
-from fulltune.records.survey import WayOut
+from fulltune.records.plan import DiskNeed, MemoryNeed, MemorySettings, WayOut
 from tests import plans
 from tests.unit.plan import sizes
 
@@ -125,9 +124,9 @@ def test_other_placements_that_fit_are_ways_out() -> None:
     task = sizes.llama()
     basis = basis_of(task, fleet)
     smallest = {"gradient_accumulation_steps": 64, "activation_checkpointing": True, "optim": "adamw_8bit"}
-    budget, table = basis.budget, placements.table(basis)
+    limits, table = basis.budget, placements.table(basis)
     least: Any = basis.start.changed(**smallest)
-    found = ways_out.of_memory(task.recipe, least, budget.available_bytes, budget.need, table)
+    found = ways_out.of_memory(task.recipe, least, limits.available_bytes, limits.need, table)
     assert found[0].enough
     assert "on host" in found[0].change
     assert found[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
@@ -171,8 +170,8 @@ def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayO
         one = 6 if settings.optim == "adamw_8bit" else 12
         return DiskNeed(one_checkpoint=one * GIB, num_checkpoints=4, model=8 * GIB)
 
-    monkeypatch.setattr(disk, "need", need)
-    return disk.ways(plans.recipe(train={"save_total_limit": kept}), 1, SETTINGS, free)
+    monkeypatch.setattr(budget, "disk_need", need)
+    return ways_out.of_disk(plans.recipe(train={"save_total_limit": kept}), 1, SETTINGS, free)
 
 
 def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +195,7 @@ def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_8bit_moments_free_disk_only_where_they_are_smaller(train: dict[str, Any], freed: float | None) -> None:
     recipe = plans.recipe(train={"save_total_limit": 3, **train})
     settings = SETTINGS.changed(optim=recipe.train.optim or SETTINGS.optim)
-    found = {way.change: way.frees_bytes for way in disk.ways(recipe, 10**9, settings, 2**30)}
+    found = {way.change: way.frees_bytes for way in ways_out.of_disk(recipe, 10**9, settings, 2**30)}
     assert found.get("train.optim: adamw_8bit") == (None if freed is None else pytest.approx(freed * 10**9))
 
 

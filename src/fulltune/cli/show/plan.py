@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fulltune.plan.choose import DOING
-from fulltune.plan.dotted import in_yaml
-from fulltune.plan.reasons import FROM_RECIPE
+from fulltune.plan.settings import FROM_RECIPE, in_yaml
 from fulltune.plan.time import NETWORK
 from fulltune.plan.ways_out import as_flags
-from fulltune.records.plan import MemoryKind, Plan, Setting, TimeNeed
-from fulltune.records.survey import Placement, Survey
+from fulltune.records.plan import MemoryKind, Placement, Plan, Setting, Survey, TimeNeed
 from fulltune.records.training import Measured, Measurements
 from fulltune.report.comparison.numbers import short_count
 from fulltune.report.format import words

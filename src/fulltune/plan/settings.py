@@ -1,4 +1,5 @@
-"""Settings of a recipe by their dotted names, such as `train.optim`: read, changed, written as YAML."""
+"""Settings of a recipe by their dotted names, such as `train.optim`: read, changed, written as YAML, and each of a run
+with its reason."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from typing import Any
 
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.training import ENGINE_SETTINGS
+from fulltune.records.plan import Setting
 
+FROM_RECIPE = "from the recipe"
 PLACEMENT, OFFLOAD = "train.placement", "train.offload"
 WHERE = (PLACEMENT, OFFLOAD, ENGINE_SETTINGS)
 """Settings that say where weights, gradients and optimizer state lie."""
@@ -41,3 +44,21 @@ def in_yaml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Reasons:
+    """Each setting with its value and why it has it."""
+
+    def __init__(self) -> None:
+        self.settings: list[Setting] = []
+
+    def add(self, name: str, given: Any, chosen: Any = None, reason: str = "") -> Any:
+        """The recipe's value if it gave one, else the chosen one."""
+        value, why = (given, FROM_RECIPE) if given is not None else (chosen, reason)
+        self.settings.append(Setting(name=name, value=value, reason=why, chosen=given is None))
+        return value
+
+    def replace(self, name: str, value: Any, reason: str) -> None:
+        """Another value for a setting that was chosen before."""
+        place = next(i for i, setting in enumerate(self.settings) if setting.name == name)
+        self.settings[place] = Setting(name=name, value=value, reason=reason, chosen=True)
