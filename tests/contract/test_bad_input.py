@@ -111,20 +111,6 @@ def test_data_files_several_bad_are_all_named(case: Case) -> None:
     )
 
 
-def test_mixed_files_several_bad_are_all_named(case: Case) -> None:
-    case.write(CSV, "a.csv")
-    (case.folder / "rows").mkdir()
-    case.write(CSV, "rows/b.csv")
-    mixed = [{"path": name, "weight": 0.1} for name in ("c.csv", "rows/b.csv")]
-    refused(
-        case.data(data={"train": ["a.csv", *mixed], "test": "rows"}),
-        DATA,
-        f"{case.folder}/c.csv: no such file (in that folder: a.csv); give the path of a data file",
-        f"data.train: {case.folder}/rows/b.csv is mixed in by its weight, and data.test names it, too; keep it in one "
-        "place",
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [

@@ -127,13 +127,6 @@ def _recipe(data: Path, **block: object) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def test_first_row_is_not_taken_for_names_in_silence(tmp_path: Path) -> None:
-    recipe = _recipe(_written(tmp_path / "rows.tsv", REVIEWS), label="0")
-    given = {"train": read_rows(recipe, find_files(recipe)["train"], None)}
-    with pytest.raises(DataError, match=r"rows.tsv:1: looks like a row, .* write data.columns: \[text, label\]"):
-        describe(recipe.data, task_named(recipe.task), given)
-
-
 def test_columns_given_are_refused_for_files_that_have_names(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.jsonl", '{"text": "a"}\n')
     with pytest.raises(DataError, match=r"rows.jsonl: data.columns names the columns of csv and tsv files"):

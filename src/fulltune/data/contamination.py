@@ -7,7 +7,6 @@ are hashes alone: of each run of the texts here, with its text and place. The ro
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,48 +40,28 @@ class KnownTexts:
 
     source: str
     """Where they come from, in words."""
-    whole: np.ndarray
-    """`draw` of each text, sorted: uint64 [texts]."""
-    sizes: np.ndarray
-    """Words of each: int32 [texts]."""
+    whole: frozenset[int]
+    """`draw` of each text."""
+    num_runs: np.ndarray
+    """Different runs of 8 words of each: int32 [texts]."""
     runs: np.ndarray
-    """Hash of each run of 8 words, sorted: uint64 [runs]."""
+    """Hash of each run of each text, without those of many texts, sorted: uint64 [runs]."""
     text_of: np.ndarray
     """The text of each run: int32 [runs]."""
-    place_of: np.ndarray
-    """Its first word's place there: int32 [runs]."""
 
     def hold(self, text: str, is_asked: bool) -> bool:
-        """Whether a normalised text of a row (if it is no answer, also a short one) is one of these, or shares much."""
+        """Whether a normalised text of a row (if it is no answer, also a short one) is one of these, or has half of the
+        different runs in common with one: of the runs of the text that has fewer."""
         words = text.split()
-        if (is_asked and words) or len(words) >= NUM_WORDS:
-            place = np.searchsorted(self.whole, number := np.uint64(draw(0, text)))
-            if place < len(self.whole) and self.whole[place] == number:
-                return True
-        return self._shares(_runs(words), len(words))
-
-    def _shares(self, runs: np.ndarray, num_words: int) -> bool:
+        if ((is_asked and words) or len(words) >= NUM_WORDS) and draw(0, text) in self.whole:
+            return True
+        runs = _runs(words)
         starts, ends = (np.searchsorted(self.runs, runs, side) for side in ("left", "right"))
-        shared = np.flatnonzero((ends > starts) & (ends - starts <= MOST_TEXTS))
-        if not len(shared):
+        hits = [self.text_of[start:end] for start, end in zip(starts, ends, strict=True) if start < end]
+        if not hits:
             return False
-        hits = np.concatenate([np.arange(starts[place], ends[place]) for place in shared])
-        order = np.argsort(self.text_of[hits], kind="stable")
-        hits, places = hits[order], np.repeat(shared, ends[shared] - starts[shared])[order]
-        texts, first = np.unique(self.text_of[hits], return_index=True)
-        for text, start, end in zip(texts, first, [*first[1:], len(hits)], strict=True):
-            size = int(self.sizes[text])
-            # Counted in the shorter text: what the longer one says twice stands there once.
-            covered = _covered(places[start:end] if num_words <= size else self.place_of[hits[start:end]])
-            if 2 * covered >= min(num_words, size):
-                return True
-        return False
-
-
-def _covered(places: np.ndarray) -> int:
-    """Words of a text in its runs that begin at these places."""
-    places = np.unique(places)
-    return int(np.minimum(np.diff(places), NUM_WORDS).sum()) + NUM_WORDS
+        texts, shared = np.unique(np.concatenate(hits), return_counts=True)
+        return bool((2 * shared >= np.minimum(self.num_runs[texts], len(runs))).any())
 
 
 @lru_cache(maxsize=50_000)
@@ -91,7 +70,7 @@ def _word(word: str) -> int:
 
 
 def _runs(words: list[str]) -> np.ndarray:
-    """A hash of each run of 8 words: uint64 [words - 7]."""
+    """A hash of each different run of 8 words, sorted: uint64."""
     count = len(words) - NUM_WORDS + 1
     if count < 1:
         return np.empty(0, np.uint64)
@@ -99,7 +78,7 @@ def _runs(words: list[str]) -> np.ndarray:
     hashes = np.zeros(count, np.uint64)
     for place in range(NUM_WORDS):
         hashes = hashes * _BASE + numbers[place : place + count]
-    return mixed_numbers(hashes)
+    return np.unique(mixed_numbers(hashes))
 
 
 # ---- the texts here --------------------------------------------------------------------------------------------
@@ -130,42 +109,31 @@ def files_of(path: str) -> tuple[Path, ...]:
 
 def read_texts(path: str, files: Iterable[Path]) -> KnownTexts:
     """Read the texts, file by file; raises a `DataError` for each broken file, or when they hold no text."""
-    known: dict[int, int] = {}
-    sizes, runs, text_of, place_of = (
-        array("i"),
-        [np.empty(0, np.uint64)],
-        [np.empty(0, np.int32)],
-        [np.empty(0, np.int32)],
-    )
-    problems: list[str] = []
-    files = tuple(files)
+    known: set[int] = set()
+    runs, num_runs, problems = [np.empty(0, np.uint64)], list[int](), list[str]()
     for file in files:
         kind = file.suffix.lower()
         rows = DataFiles((file,), str(file), "paragraph" if kind == ".txt" and has_blank_lines(file) else "line")
         for _, row in rows.rows(problems):
             for text in filter(None, map(normalised, cell_texts(row))):
-                if (number := draw(0, text)) in known:
-                    continue
-                words = text.split()
-                mine = _runs(words)
-                runs.append(mine)
-                text_of.append(np.full(len(mine), len(known), np.int32))
-                place_of.append(np.arange(len(mine), dtype=np.int32))
-                sizes.append(len(words))
-                known[number] = len(known)
+                if (number := draw(0, text)) not in known:
+                    known.add(number)
+                    runs.append(_runs(text.split()))
+                    num_runs.append(len(runs[-1]))
     if problems:
         raise DataError([f"data.contamination: {problem}" for problem in problems])
     if not known:
         raise DataError(f"data.contamination: {path}: holds no text; name a file or a folder with texts")
     hashes = np.concatenate(runs)
     order = np.argsort(hashes, kind="stable")
+    _, which, counts = np.unique(hashes[order], return_inverse=True, return_counts=True)
+    order = order[counts[which] <= MOST_TEXTS]
     return KnownTexts(
         source=f"{counted(len(known), 'text')} of {os.path.basename(path)}",  # noqa: PTH119  # as it is written
-        whole=np.sort(np.fromiter(known, np.uint64, len(known))),
-        sizes=np.asarray(sizes),
+        whole=frozenset(known),
+        num_runs=np.array(num_runs, np.int32),
         runs=hashes[order],
-        text_of=np.concatenate(text_of)[order],
-        place_of=np.concatenate(place_of)[order],
+        text_of=np.repeat(np.arange(len(num_runs), dtype=np.int32), num_runs)[order],
     )
 
 

@@ -181,8 +181,8 @@ def _make(
     remarks += notes_on_known(known, splits["train"], mixed)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
-    scale, explained, far = of_target(target, splits["train"], folder / "train")
-    remarks += far + ([_packing_note(splits["train"], written["train"], limit)] if packed else [])
+    scale, explained = of_target(target, splits["train"], folder / "train")
+    remarks += [_packing_note(splits["train"], written["train"], limit)] if packed else []
     longest = max(whole.longest for whole in encoded.values())
     shrinks = not packed and not block.max_length and longest < limit
     summary = DataSummary(

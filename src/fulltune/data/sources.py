@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,10 +60,7 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
     what is wrong in the files of the other sources."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.train_files()}
-    if block.eval:
-        paths["eval"] = (block.eval,)
-    if block.test:
-        paths["test"] = (block.test,)
+    paths |= {name: (path,) for name, path in (("eval", block.eval), ("test", block.test)) if path}
     paths |= {name: (one.path,) for name, one in mixed_names(recipe).items()}
     files: dict[SourceName, DataFiles] = {}
     problems: list[str] = []
@@ -82,30 +78,12 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
             )
         except DataError as error:
             problems += error.problems
-    problems += _named_twice(files)
     if problems:
         for readable in files.values():  # may be broken, too: all problems at once
             for _ in readable.rows(problems):
                 pass
         raise DataError(problems)
     return files
-
-
-def _named_twice(files: Mapping[SourceName, DataFiles]) -> list[str]:
-    """Mixed files that other entries hold, too: the recipe shows only equal paths, not a folder's files."""
-    problems, known = list[str](), dict[str, SourceName]()
-    for name, source in files.items():
-        mine = dict.fromkeys((os.path.realpath(file) for file in source.files), name)
-        if is_mixed(name):
-            elsewhere = {
-                file: known[file] if known[file] in ("eval", "test") else "train" for file in mine if file in known
-            }
-            problems += [
-                f"data.train: {file} is mixed in by its weight, and data.{other} names it, too; keep it in one place"
-                for file, other in elsewhere.items()
-            ]
-        known |= mine
-    return problems
 
 
 def wrong_files(recipe: Recipe, preprocess: Preprocess | None) -> Sequence[str]:
@@ -192,7 +170,6 @@ def describe(
     try:
         roles = task.find_columns(_for_roles(block, first_columns), first_rows, block, train.where)
         _refuse_second_text(block, roles, first_columns, first_rows, train.where)
-        _refuse_row_as_header(roles, first_rows, train.where)
         target = task.find_target(usable("train"), roles, block, train.where)
     except DataError as error:
         # Broken files come first: what is missing may stand in them.
@@ -213,32 +190,20 @@ def describe(
             target = task.find_target(usable("train"), roles, block, train.where)
     if refusal is not None:
         raise refusal
-    missing = [
-        f"{sources[name].where}: no column '{column}' (data.{role}), which train has; "
-        f"columns here: {shown(columns[name])}"
-        for name in sources
-        if not (is_mixed(name) and task.FACTS.has_forms)
-        for role, column in roles.items()
-        if column not in columns[name]
-    ]
-    missing += _without_mark(block, sources, columns)
+    missing = []
+    for name, there in columns.items():
+        needed = {} if is_mixed(name) and task.FACTS.has_forms else dict(roles)
+        needed |= {"group": block.group} if block.group and not is_mixed(name) else {}
+        needed |= {"time": block.time} if block.time and name == "train" else {}
+        missing += [
+            f"{sources[name].where}: no column '{column}' (data.{role}); "
+            f"{did_you_mean(column, there) or 'columns here: ' + shown(there)}"
+            for role, column in needed.items()
+            if column not in there
+        ]
     if missing:
         raise DataError(missing)
     return target, counts
-
-
-def _without_mark(
-    block: DataBlock, sources: Mapping[SourceName, SourceRows], columns: Mapping[SourceName, Mapping[str, None]]
-) -> list[str]:
-    """Sources without a column that says whose their rows are, or when they came; mixed ones may lack it."""
-    needed = [("group", block.group, name) for name in sources if not is_mixed(name)]
-    needed.append(("time", block.time, "train"))
-    return [
-        f"{sources[name].where}: no column '{column}' (data.{role}); "
-        f"{did_you_mean(column, columns[name]) or 'columns here: ' + shown(columns[name])}"
-        for role, column, name in needed
-        if column is not None and column not in columns[name]
-    ]
 
 
 def targets_of(
@@ -319,16 +284,3 @@ def _refuse_second_text(
 
 _READ_WITH = {"text": "text_pair", "prompt": "input", "source": ""}
 """Role of a column that is read to that of one that is read with it, where there is one."""
-
-
-def _refuse_row_as_header(roles: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """A label column that is called what a label is called: the file's first line is a row, and would be lost."""
-    column = roles.get("label")
-    if column is None or not where.lower().endswith(tuple(SEPARATED)):
-        return
-    if column in (str(row.get(column)) for row in rows):
-        raise DataError(
-            f"{where}:1: looks like a row, expected a header line with names of columns: '{column}' is the name of the "
-            "label column and a value in it; write data.columns: [text, label], with a name for each column, or rename "
-            "that one"
-        )

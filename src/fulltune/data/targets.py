@@ -11,9 +11,6 @@ from fulltune.errors import DataError
 from fulltune.inference.store import Rows
 from fulltune.tasks import Target
 
-FAR = 30.0
-"""Standard deviations."""
-
 
 def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float]:
     """Mean and standard deviation. Raises `DataError` when they are all the same, or as good as the same for numbers of
@@ -32,21 +29,6 @@ def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float
             f"of 32 bits lie {apart:.3g} apart; subtract {mean:.3g} from all targets"
         )
     return mean, spread
-
-
-def far_off(numbers: np.ndarray, scale: tuple[float, float]) -> list[str]:
-    """A note about a target that is so far away from all others that these are nearly the same beside it."""
-    place = int(np.argmax(np.abs(numbers - scale[0])))
-    farthest, others = float(numbers[place]), np.delete(numbers, place)
-    # Of the others: in a spread that has it in it none of n numbers is more than the root of n away.
-    mean, spread = float(others.mean()), float(others.std())
-    if spread == 0 or abs(farthest - mean) < FAR * spread:
-        return []
-    return [
-        f"the train target {farthest:g} (row {place + 1:,} of the prepared train rows) is "
-        f"{abs(farthest - mean) / spread:,.3g} standard deviations ({spread:.3g}) from the mean of the others "
-        f"({mean:.3g}), which are nearly the same beside it: remove the row if it is a mistake"
-    ]
 
 
 def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
@@ -68,14 +50,11 @@ def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
     return float(np.corrcoef(lengths, values)[0, 1]) ** 2
 
 
-def of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float, list[str]]:
-    """What follows from the train rows' targets: `scale` and `length_explained` of the summary, and notes."""
+def of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
+    """What follows from the train rows' targets: `scale` and `length_explained` of the summary."""
     whole, chosen = train.source, train.examples
     lengths = whole.lengths[chosen]
     if target.form.is_number:
         values = np.asarray(Rows(folder)["labels"])
-        scale = scale_of(values, whole.where, target.columns["label"])
-        return scale, explained_by_value(lengths, values), far_off(values, scale)
-    if not target.labels:
-        return None, 0.0, []
-    return None, explained_by_class(lengths, whole.labels[whole.row_of[chosen]]), []
+        return scale_of(values, whole.where, target.columns["label"]), explained_by_value(lengths, values)
+    return None, explained_by_class(lengths, whole.labels[whole.row_of[chosen]]) if target.labels else 0.0

@@ -165,9 +165,9 @@ class DataBlock(Block):
     contamination: str | None = Field(default=None, coerce_numbers_to_str=True)
     """File, or folder with its folders, of texts that must not be trained on: benchmarks, tests (txt: a line or a
     paragraph each; csv, jsonl and other tables: each text in any column). Train rows are counted and noted whose text,
-    prompt, question or answer is equal to one, or shares runs of 8 words with it that cover at least half of the
-    shorter one. Case and white space do not count, nor do an answer of fewer than 8 words and runs that stand in more
-    than 100 of the texts. No row is dropped. Not for images."""
+    prompt, question or answer is equal to one, or shares at least half of the runs of 8 words of the shorter one. Case
+    and white space do not count, nor do an answer of fewer than 8 words and runs that stand in more than 100 of the
+    texts. No row is dropped. Not for images."""
     patch: str | None = Field(default=None, coerce_numbers_to_str=True)
     """File of decisions about single rows, as `fulltune data --review` writes it: which are dropped, and in which a
     text or label is replaced. Each is known by a hash of all its columns; a patch for other rows is refused."""

@@ -137,8 +137,8 @@ def test_missing_columns_are_refused_by_name(tmp_path: Path, encoder_tokenizer: 
         prepare(tmp_path, user_rows(), encoder_tokenizer, group="usr", time="day", test=test)
     assert list(caught.value.problems) == [
         "train.jsonl: no column 'usr' (data.group); did you mean 'user'?",
-        "test-file.jsonl: no column 'usr' (data.group); columns here: text, label",
         "train.jsonl: no column 'day' (data.time); columns here: text, label, user",
+        "test-file.jsonl: no column 'usr' (data.group); columns here: text, label",
     ]
 
 
