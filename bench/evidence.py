@@ -248,8 +248,7 @@ def _of_quality(name: str, size: int, one: Set) -> Iterator[dict[str, Any]]:
     import quality_table as tables
 
     from fulltune.compare.verdict import ArmItems, Terms, decide
-    from fulltune.stats.bootstrap import draw
-    from fulltune.stats.row_scores import measure_of
+    from fulltune.stats.bootstrap import draw, measure_of
     from fulltune.tasks import Target
 
     lines = [json.loads(line) for line in (HERE / "quality_points.jsonl").read_text(encoding="utf-8").splitlines()]

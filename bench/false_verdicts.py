@@ -34,7 +34,7 @@ from fulltune.compare.verdict import ArmItems, Terms, decide
 from fulltune.recipe.methods import ArmKind
 from fulltune.records.comparison import Decision, Difference
 from fulltune.stats import bootstrap
-from fulltune.stats.row_scores import Measure, measure_of
+from fulltune.stats.bootstrap import Measure, measure_of
 from fulltune.tasks import Target
 
 ACCURACY, DISCORDANCE = 0.9, 0.1

@@ -29,7 +29,7 @@ from fulltune.compare.trials import keep_rows, trained
 from fulltune.evaluate import outputs
 from fulltune.recipe.file import load_recipe
 from fulltune.records.comparison import Trial
-from fulltune.stats.row_scores import measure_of
+from fulltune.stats.bootstrap import measure_of
 from fulltune.system import run_folder
 from fulltune.tasks import Target
 from fulltune.train.parent.fork_server import fork_server

@@ -31,9 +31,8 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import TRAINED_PROOFS, Proof, Proofs
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
-from fulltune.stats.bootstrap import draw
+from fulltune.stats.bootstrap import Measure, draw, measure_of
 from fulltune.stats.intervals import difference, seed_spreads
-from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Predictions, Target
 from fulltune.text import format_seconds
 

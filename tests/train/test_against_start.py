@@ -13,9 +13,8 @@ from fulltune import pipeline
 from fulltune.errors import Diverged
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import gain
+from fulltune.stats.bootstrap import Measure, gain
 from fulltune.stats.curves import ended_worse, made_worse
-from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Target
 from fulltune.train.worker.evaluation import judged_by
 from tests import tiny

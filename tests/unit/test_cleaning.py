@@ -13,7 +13,7 @@ from fulltune.probe.linear import MIDDLE, Items
 from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.report.run.data_page import about_labels
-from fulltune.stats.row_scores import Measure
+from fulltune.stats.bootstrap import Measure
 from fulltune.tasks import Predictions
 
 DROP = Remedy(action="drop")

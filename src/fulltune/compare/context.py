@@ -24,7 +24,7 @@ from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
 from fulltune.records.plan import Plan
-from fulltune.stats import row_scores
+from fulltune.stats import bootstrap
 from fulltune.system import hardware
 from fulltune.tasks import PLACE, Target
 from fulltune.text import is_share
@@ -90,8 +90,8 @@ class Context:
         return held.most_tokens(self.recipe, self.setup(self.full.arm).shapes.position_limit)
 
     @cached_property
-    def measure(self) -> row_scores.Measure:
-        return row_scores.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.arm).plan.metric)
+    def measure(self) -> bootstrap.Measure:
+        return bootstrap.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.arm).plan.metric)
 
     @cached_property
     def scale(self) -> Scale:

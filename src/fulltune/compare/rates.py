@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fulltune.records.comparison import Search, Trial
-from fulltune.stats.shares import error_of_share
+from fulltune.stats.curves import error_of_share
 
 Key = TypeVar("Key", float, str)
 """A rate, or the name of a trial."""

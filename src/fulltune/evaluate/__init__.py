@@ -27,10 +27,9 @@ from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import Resampled
+from fulltune.stats.bootstrap import Resampled, measure_of
 from fulltune.stats.calibration import fit_temperature
 from fulltune.stats.intervals import paired
-from fulltune.stats.row_scores import measure_of
 from fulltune.system.memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named
 from fulltune.tasks.classes import label_words, predict_labels

@@ -26,8 +26,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, Access
 from fulltune.records.scores import Answer, Scores, Unseen
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import Resampled, resample
-from fulltune.stats.row_scores import bounds_of
+from fulltune.stats.bootstrap import Resampled, bounds_of, resample
 from fulltune.system.memory import with_smaller_batches
 from fulltune.tasks import Predictions, Target, Task
 from fulltune.tasks.padding import ragged

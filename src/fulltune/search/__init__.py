@@ -35,9 +35,8 @@ from fulltune.records.events import Said
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.scores import Estimate
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import Resampled, resample
+from fulltune.stats.bootstrap import Resampled, bounds_of, resample
 from fulltune.stats.intervals import paired
-from fulltune.stats.row_scores import bounds_of
 from fulltune.system import run_folder
 from fulltune.system.run_folder import Reached
 from fulltune.text import counted, format_metric, format_seconds, is_share, listed, parse_seconds, typed_seconds

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fulltune.stats.shares import error_of_share
 from fulltune.text import format_metric, format_number, is_share
 
 Point = tuple[int, float]
@@ -29,6 +28,12 @@ class GuardDecision:
 
 
 GO_ON = GuardDecision("go on")
+
+
+def error_of_share(share: float, count: int) -> float:
+    """The standard error of a share of so many rows, with one success and one failure more (Laplace)."""
+    more = (share * count + 1) / (count + 2)
+    return math.sqrt(max(0.0, more * (1 - more)) / (count + 2))
 
 
 WINDOW = 10

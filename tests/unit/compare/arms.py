@@ -11,8 +11,7 @@ from fulltune.compare.sequential import spent
 from fulltune.compare.verdict import ArmItems, Terms, decide
 from fulltune.recipe.methods import ArmKind
 from fulltune.records.comparison import Decision, Look
-from fulltune.stats.bootstrap import Drawn, draw
-from fulltune.stats.row_scores import Measure, measure_of
+from fulltune.stats.bootstrap import Drawn, Measure, draw, measure_of
 from fulltune.tasks import Predictions, Target
 
 TARGET = Target("single_label", {}, ("no", "yes"))

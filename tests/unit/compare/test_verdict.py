@@ -11,7 +11,7 @@ from fulltune.compare.held import of_learned
 from fulltune.compare.verdict import ArmItems
 from fulltune.recipe.methods import ArmKind
 from fulltune.records.comparison import Decision
-from fulltune.stats.row_scores import measure_of
+from fulltune.stats.bootstrap import measure_of
 from fulltune.tasks import Target
 from tests import comparisons
 from tests.unit.compare.arms import arm, decided, drawn_right

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.stats.bootstrap import resample
+from fulltune.stats.bootstrap import bounds_of, resample
 from fulltune.stats.calibration import calibrate, expected_calibration_error, fit_temperature
-from fulltune.stats.row_scores import bounds_of
 
 
 def mean(kept: dict[str, np.ndarray]) -> dict[str, float]:

@@ -10,9 +10,8 @@ import pytest
 from scipy import stats
 
 from fulltune.stats import bootstrap, intervals
-from fulltune.stats.bootstrap import Drawn, draw
+from fulltune.stats.bootstrap import Drawn, draw, measure_of
 from fulltune.stats.intervals import difference, holm, seed_spreads
-from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Target
 from tests.unit.compare.arms import ACCURACY, drawn_right, kept, normal_drawn
 

@@ -27,7 +27,7 @@ from fulltune.report.format.markdown import markdown
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run import about_data
 from fulltune.report.run.read import RunView, read_run
-from fulltune.stats.shares import error_of_share
+from fulltune.stats.curves import error_of_share
 from fulltune.text import counted, format_metric, format_percent, format_share, is_share, listed
 
 PAGE = "data.html"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulltune import files
-from fulltune.stats.shares import error_of_share
+from fulltune.stats.curves import error_of_share
 from fulltune.text import counted
 from fulltune.train.loop.inputs import AttemptInputs
 

@@ -14,9 +14,8 @@ from fulltune.errors import Diverged, Spiked
 from fulltune.inference.run import Share, by_length, run_rows
 from fulltune.models.checkpoint_head import Head
 from fulltune.recipe.tasks import TaskName
-from fulltune.stats.bootstrap import gain
+from fulltune.stats.bootstrap import Measure, gain, measure_of
 from fulltune.stats.curves import diverged, ended_high, ended_worse, made_worse
-from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Predictions, ReadingTask, Target
 from fulltune.tasks.settings import class_weights
 from fulltune.train.loop.callbacks import logged

@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.errors import SetupError
 from fulltune.recipe.tasks import FACTS, TaskName
-from fulltune.stats.row_scores import measure_of
+from fulltune.stats.bootstrap import measure_of
 from fulltune.tasks import Target, task_named, token_classification
 from fulltune.tasks.padding import ragged
 
