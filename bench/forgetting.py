@@ -38,8 +38,9 @@ import numpy as np
 from clean_steps import CLASSES, PROMPTS, RAW, TAGS, shakespeare
 from evidence import MINILM, SMOLLM, banking77, data, gsm8k, wnut17
 
-from fulltune.forgetting.drift import GenericText, measured
-from fulltune.records.forgetting import Preserved
+from fulltune.forgetting.generic_text import measured
+from fulltune.inference.generic import GenericText
+from fulltune.records.held import HeldRun
 from fulltune.records.scores import Scores
 
 UNSEEN = 600
@@ -293,8 +294,8 @@ class Cell:
     held: dict[str, Any]
 
     @property
-    def preserved(self) -> Preserved:
-        return Preserved.model_validate(self.held["preserved"])
+    def preserved(self) -> HeldRun:
+        return HeldRun.model_validate(self.held["preserved"])
 
     @property
     def is_within(self) -> bool:

@@ -60,7 +60,7 @@ def features(folder: Path) -> tuple[list[dict[str, str]], np.ndarray]:
         rows = list(csv.DictReader(file))
     place = folder / "features.npy"
     if not place.exists():
-        from fulltune.forgetting.drift import GenericText
+        from fulltune.inference.generic import GenericText
         from fulltune.models.base import Base
         from fulltune.models.load import load
         from fulltune.recipe.model import ModelBlock

@@ -18,7 +18,7 @@ from fulltune.records.comparison import (
     Opening,
     Search,
 )
-from fulltune.records.forgetting import Drift, Point, Preserved
+from fulltune.records.held import Drift, HeldRun, Point
 from fulltune.records.scores import Estimate, Scores
 from fulltune.report.comparison.numbers import Writer
 from tests.preserved import preserved_record
@@ -165,7 +165,7 @@ def held(**changes: Any) -> Comparison:
     return comparison(arms, **({"held": runs} | changes))
 
 
-def preserved(trial: str, farthest: float, best: float, start: float = 0.62, *, learned: bool = True) -> Preserved:
+def preserved(trial: str, farthest: float, best: float, start: float = 0.62, *, learned: bool = True) -> HeldRun:
     """A run whose metric and drift rise on a line from the untouched model to these, the drift as the square."""
     points = tuple(
         Point(

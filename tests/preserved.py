@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fulltune.records.forgetting import Point, Preserved
+from fulltune.records.held import HeldRun, Point
 
 
-def preserved_record(points: Sequence[Point], chosen: Point, **changes: Any) -> Preserved:
+def preserved_record(points: Sequence[Point], chosen: Point, **changes: Any) -> HeldRun:
     """A classifier's, with a budget of 2 % and without a certificate, unless `changes` say otherwise."""
     given: dict[str, Any] = {
         "trial": "full-seed1",
@@ -22,4 +22,4 @@ def preserved_record(points: Sequence[Point], chosen: Point, **changes: Any) -> 
         "trained": "0" * 16,
         "opened": () if changes.get("certificate") is None else ("2026-01-01T00:00:00+00:00",),
     }
-    return Preserved(points=tuple(points), chosen=chosen, **(given | changes))
+    return HeldRun(points=tuple(points), chosen=chosen, **(given | changes))

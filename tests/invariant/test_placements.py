@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fulltune.records.forgetting import Preserved
+from fulltune.records.held import HeldRun
 from fulltune.system.hardware import num_cores
 from tests.invariant import placed
 from tests.invariant.placed import FAMILIES, MODELS, Curve, Place
@@ -157,7 +157,7 @@ def test_budget_for_forgetting_chooses_the_same_point(tmp_path: Path) -> None:
     placed.train(tmp_path / "shared", family, SHARED, **FEW)
     assert_near(expected, placed.read(tmp_path / "shared"))
     one, shared = (
-        Preserved.load(next((tmp_path / where / "run" / "preserve").glob("*.json"))) for where in ("one", "shared")
+        HeldRun.load(next((tmp_path / where / "run" / "preserve").glob("*.json"))) for where in ("one", "shared")
     )
     assert shared.chosen.share == one.chosen.share
     assert len(shared.points) == len(one.points)

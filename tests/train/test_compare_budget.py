@@ -16,10 +16,10 @@ from fulltune.compare import run as comparing
 from fulltune.compare import trials
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.evaluate import outputs
-from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import NUM_TEXTS, parts
+from fulltune.inference.generic import GenericText
 from fulltune.records.comparison import Comparison, TrialResult
-from fulltune.records.forgetting import Drift, Point, Preserved
+from fulltune.records.held import Drift, HeldRun, Point
 from fulltune.train.forgetting import within_budget
 from fulltune.train.loop.inputs import AttemptInputs
 from tests.train.runs import in_this_process
@@ -46,7 +46,7 @@ def compare(one: pipeline.Run) -> Comparison:
         return comparing.run(one, "fulltune compare recipe.yaml")[0]
 
 
-def runs_of(found: Comparison) -> dict[str, Preserved]:
+def runs_of(found: Comparison) -> dict[str, HeldRun]:
     """The held runs, by arm and seed."""
     return {f"{arm}-seed{seed}": one for arm, runs in found.held.items() for seed, one in runs.items()}
 

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulltune.errors import DataError, InterruptedRun
-from fulltune.forgetting.drift import GenericText, drift, says_little
-from fulltune.forgetting.generic_text import generic_texts
-from fulltune.report.run.about_forgetting import in_words
+from fulltune.forgetting.generic_text import drift, generic_texts, says_little
+from fulltune.inference.generic import GenericText
+from fulltune.report.run.held import in_words
 from tests import tiny
 from tests.train import runs
 from tests.train.test_resume import ask_to_stop

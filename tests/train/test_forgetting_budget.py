@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
 from fulltune.forgetting import budget
-from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import generic_texts, parts
+from fulltune.inference.generic import GenericText
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
-from fulltune.records.forgetting import Drift, Point, Preserved
-from fulltune.report.run.about_forgetting import held_back, verdict
+from fulltune.records.held import Drift, HeldRun, Point
+from fulltune.report.run.held import held_back, verdict
 from fulltune.train.forgetting import within_budget
 from fulltune.train.forgetting.generic import Replay, divergence
 from tests import tiny
@@ -41,9 +41,9 @@ TRAIN: dict[str, Any] = {
 BLOCKS: dict[str, Any] = {"train": TRAIN, "method": {"learning_rate": 3e-3}, "evaluate": {"metric": "loss"}}
 
 
-def preserved(folder: Path) -> Preserved:
+def preserved(folder: Path) -> HeldRun:
     (file,) = (folder / "run" / "preserve").glob("*.json")
-    return Preserved.load(file)
+    return HeldRun.load(file)
 
 
 # ---- pure parts ------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_further_points_are_tried_where_the_budget_is_about_used_up() -> None:
     assert budget.crossing(point(0.5, 0.02, 0.7), end, 0.02) == 0.5  # nothing is left
 
 
-def record(chosen: Point, points: list[Point], sealed: Drift | None, limit: float = 0.02) -> Preserved:
+def record(chosen: Point, points: list[Point], sealed: Drift | None, limit: float = 0.02) -> HeldRun:
     certificate = sealed and budget.certified(sealed, limit)
     return preserved_record(points, chosen, limit=limit, certificate=certificate)
 
@@ -243,7 +243,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
     report = (held / "run" / "report.md").read_text(encoding="utf-8")
     assert "Forgetting, budget 0.3%: PASS" in report
     assert re.search(r"from the recipe: \d+ texts for selection, \d+ sealed, [\d,]+ for replay", report)
-    assert [event["preserved"]["trial"] for event in runs.events(held, "certified")] == [found.trial]
+    assert [event["held"]["trial"] for event in runs.events(held, "certified")] == [found.trial]
 
 
 def test_sealed_texts_are_opened_once(held: Path, tiny_encoder: Path) -> None:

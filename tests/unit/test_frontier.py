@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import pytest
 
-from fulltune.forgetting.frontier import at_equal_metric, best_at, drift_at, envelope
-from fulltune.records.forgetting import Drift, Point, Preserved
+from fulltune.forgetting.budget import at_equal_metric, best_at, drift_at, envelope
+from fulltune.records.held import Drift, HeldRun, Point
 from tests.preserved import preserved_record
 
 Place = tuple[float, float]
 """Drift and metric."""
 
 
-def run(*places: Place, greater_is_better: bool = True, error: float = 0.0) -> Preserved:
+def run(*places: Place, greater_is_better: bool = True, error: float = 0.0) -> HeldRun:
     """The first place is the untouched model, the last one the trained one."""
     shares = [number / (len(places) - 1) for number in range(len(places))]
     points = tuple(
@@ -40,7 +40,7 @@ RISING = run((0.0, 0.5), (0.01, 0.7), (0.02, 0.6), (0.04, 0.9))
         (run((0.0, 0.5), (math.nan, 0.9), (0.1, 0.6)), [(0.0, 0.5), (0.1, 0.6)]),
     ],
 )
-def test_envelope_has_what_no_other_point_beats(found: Preserved, expected: list[Place]) -> None:
+def test_envelope_has_what_no_other_point_beats(found: HeldRun, expected: list[Place]) -> None:
     assert [(point.measured.drift, point.metric) for point in envelope(found)] == expected
 
 
@@ -56,7 +56,7 @@ def test_drift_at_a_metric_lies_between_the_best_points(metric: float, drift: fl
     assert drift_at(RISING, metric)[0] == pytest.approx(drift)
 
 
-def straight(farthest: float, best: float = 0.9, error: float = 0.0) -> Preserved:
+def straight(farthest: float, best: float = 0.9, error: float = 0.0) -> HeldRun:
     return run((0.0, 0.5), (farthest, best), error=error)
 
 
@@ -84,8 +84,8 @@ def straight(farthest: float, best: float = 0.9, error: float = 0.0) -> Preserve
     ],
 )
 def test_two_methods_at_the_same_metric(
-    first: Sequence[Preserved],
-    second: Sequence[Preserved],
+    first: Sequence[HeldRun],
+    second: Sequence[HeldRun],
     metric: float,
     drifts: Place,
     error: float,

@@ -12,21 +12,21 @@ import numpy as np
 from fulltune import methods
 from fulltune.compare.trial_folder import changed
 from fulltune.evaluate import outputs
-from fulltune.forgetting import drift
 from fulltune.forgetting.budget import MOST_ROWS
-from fulltune.forgetting.generic_text import NUM_TEXTS, generic_texts, parts
+from fulltune.forgetting.generic_text import NUM_TEXTS, drift, generic_texts, parts
+from fulltune.inference.generic import MOST_TOKENS
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.model import AUTO
 from fulltune.recipe.rules import SCALABLE
 from fulltune.records.comparison import Decision, TrialResult
-from fulltune.records.forgetting import Preserved
+from fulltune.records.held import HeldRun
 from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import resample
 from fulltune.text import listed
 
 _SAMPLES = 2000
 """Resamples of generic texts."""
-Runs = Mapping[str, Mapping[int, Preserved]]
+Runs = Mapping[str, Mapping[int, HeldRun]]
 """Arm by arm and seed by seed."""
 
 
@@ -40,7 +40,7 @@ def texts(recipe: Recipe) -> tuple[list[str], str]:
 
 def most_tokens(recipe: Recipe, position_limit: int | None) -> int:
     """Of a generic text, for all arms alike."""
-    return min(drift.MOST_TOKENS, (position_limit or drift.MOST_TOKENS) - methods.virtual_tokens(recipe))
+    return min(MOST_TOKENS, (position_limit or MOST_TOKENS) - methods.virtual_tokens(recipe))
 
 
 def most_rows(recipe: Recipe) -> int:
@@ -56,10 +56,10 @@ def recipe_of(recipe: Recipe, method: Any, *, searches: bool = False) -> Recipe:
     return changed(one, {"preserve": {"drift": False, "budget": None, "replay": AUTO}})
 
 
-def of_trial(folder: Path, trial: str) -> Preserved | None:
+def of_trial(folder: Path, trial: str) -> HeldRun | None:
     """How a trial kept its budget for forgetting; None: it had none."""
     path = folder / "preserve" / f"{trial}.json"
-    return Preserved.load(path) if path.exists() else None
+    return HeldRun.load(path) if path.exists() else None
 
 
 def trained_metric(folder: Path, result: TrialResult) -> float:
@@ -83,7 +83,7 @@ def moved(folder: Path, results: Sequence[TrialResult], base: str, confidence: f
     if not (place / f"{base}.npz").exists():
         return None
     before = outputs.load(place / f"{base}.npz")["generic"]
-    drifts = [drift.drift(before, outputs.load(place / f"{one.trial.name}.npz")["generic"]) for one in results]
+    drifts = [drift(before, outputs.load(place / f"{one.trial.name}.npz")["generic"]) for one in results]
     of_text = {"drift": np.mean(drifts, axis=0)}
     mean = resample(of_text, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_SAMPLES)["drift"]
     return mean.estimate(confidence)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fulltune.evaluate.scoring import Scoring
 from fulltune.files import replacing
-from fulltune.forgetting.drift import GenericText
+from fulltune.inference.generic import GenericText
 from fulltune.tasks import Predictions
 
 

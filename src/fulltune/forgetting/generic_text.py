@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import math
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,9 +13,13 @@ from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+
 from fulltune.errors import DataError
 from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
+from fulltune.inference.generic import GenericText
 from fulltune.recipe.model import AUTO, BUNDLED, PreserveBlock
+from fulltune.records.held import Drift
 from fulltune.tasks.columns import normalised
 from fulltune.text import counted
 
@@ -149,3 +154,37 @@ def _paragraphs(file: Path) -> Iterator[str]:
                 letters = sum(character.isalpha() or character == " " for character in text)
                 if _WORDS[0] <= len(text.split(" ")) <= _WORDS[1] and letters > 0.9 * len(text):
                     yield text
+
+
+# ---- how far a model has moved away on them ----------------------------------------------------------------------
+
+
+NEAR_CHANCE, MOST_UNKNOWN = 0.8, 0.3
+
+
+def says_little(text: GenericText, first: np.ndarray, vocabulary: int | None, unknown_id: int | None) -> str:
+    """Why texts say little about what the untouched model could do; empty: they say enough."""
+    told = "such texts say little about what the model could do before; name ones that it knows in preserve.probe"
+    tokens = [token for ids in text.ids for token in ids]
+    unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
+    if unknown_id is not None and unknown > MOST_UNKNOWN:
+        return f"{unknown:.0%} of their tokens are unknown to the tokenizer: {told}"
+    loss, chance = float(np.mean(first)), math.log(vocabulary) if vocabulary else math.inf
+    if text.writes and loss > NEAR_CHANCE * chance:
+        return f"the untouched model's loss is {loss:.2f} nats a token (guessing: {chance:.2f}): {told}"
+    return ""
+
+
+def measured(before: np.ndarray, after: np.ndarray) -> Drift:
+    """The mean drift of texts with its standard error."""
+    moved = drift(before, after)
+    error = float(moved.std(ddof=1)) / math.sqrt(len(moved)) if len(moved) > 1 else 0.0
+    return Drift(drift=float(moved.mean()), error=error, texts=len(moved))
+
+
+def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Of each text: nats by which its loss rose, or 1 - cosine of its two states: float64 [texts]."""
+    if before.ndim == 1:
+        return after - before
+    # Of equal states the product may differ from 1 by rounding.
+    return np.maximum(0.0, np.round(1.0 - (before * after).sum(axis=1), 12))

@@ -140,7 +140,7 @@ def _moments(
     held: dict[MemoryKind, int] = {"weights": state.weights, "optimizer": state.optimizer}
     found: list[dict[MemoryKind, int]] = []
     for moments, already in ((variant.first, 0), (variant.later, state.gradients)):
-        if already and settings.gradient_accumulation_steps == 1 and not settings.replays:
+        if already and settings.gradient_accumulation_steps == 1 and not settings.generic_first:
             continue
         for moment in moments:
             kinds = moment.bytes(rows, settings.longest_tokens)

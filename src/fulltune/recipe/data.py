@@ -67,9 +67,9 @@ class DataBlock(Block):
     folder per class. A folder with files named `dev`, `valid` or `test` is refused: name the files. `${NAME}` is taken
     from the environment; a relative path starts at the recipe's folder. Files without a weight are together the task's
     rows: eval and test are split off them, and an epoch is one pass over them. A file with a weight, as in
-    `[task.jsonl, {path: generic.jsonl, weight: 0.05}]`, is mixed into each epoch and never scored on: against
-    forgetting. Its columns are those of the task's rows; for causal-lm it may hold another form, such as raw text
-    beside conversations. Not for images."""
+    `[task.jsonl, {path: generic.jsonl, weight: 0.05}]`, is mixed into each epoch and never scored on, so that
+    less is forgotten. Its columns are those of the task's rows; for causal-lm it may hold another form, such as raw
+    text beside conversations. Not for images."""
     eval: str | None = Field(default=None, coerce_numbers_to_str=True)
     """Rows for choosing: best checkpoint, early stopping, calibration. Left out, they are split off train."""
     test: str | None = Field(default=None, coerce_numbers_to_str=True)

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, ValidationError
 from fulltune.records.base import Record
 from fulltune.records.comparison import Expectation
 from fulltune.records.data import DataSummary
-from fulltune.records.forgetting import Preserved
+from fulltune.records.held import HeldRun
 from fulltune.records.plan import Plan, TimePart
 from fulltune.records.training import Check
 
@@ -142,10 +142,6 @@ class UpdatesMeasured(Event):
     largest: str
 
 
-OF_GENERIC_TEXT = ("drift", "drift_error")
-"""Of an evaluation's numbers those that are not about eval rows: how far generic text has moved, and its error."""
-
-
 class Evaluated(Event):
     """The eval rows were scored during training."""
 
@@ -156,21 +152,21 @@ class Evaluated(Event):
 
 
 class Steered(Event):
-    """The weight of the replayed generic text was set."""
+    """The weight of the generic text that is trained along was set, by how far it had moved."""
 
     kind = "steered"
     step: int
-    drift: float
+    moved: float
     error: float
     weight: float
     """From the next step on."""
 
 
 class Certified(Event):
-    """A point within the budget for forgetting was chosen, and the sealed texts were opened."""
+    """A point within the budget was chosen, and the sealed texts were opened."""
 
     kind = "certified"
-    preserved: Preserved
+    held: HeldRun
 
 
 class Resumed(Event):

@@ -179,8 +179,8 @@ class MemorySettings(Record):
     torch_compile: bool = False
     """The model's repeated blocks run compiled."""
     chunked_loss: bool = False
-    replays: bool = False
-    """Generic text is replayed before a step's rows: its gradients lie there when they come."""
+    generic_first: bool = False
+    """Generic text is trained on before a step's rows: its gradients lie there when they come."""
     num_saves: int | None = None
     """Checkpoints that the run writes; for the disk. None: many."""
     probe_bytes: int = 0

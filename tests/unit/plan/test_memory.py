@@ -110,8 +110,8 @@ def test_accumulation_adds_the_gradients_of_the_micro_batch_before() -> None:
 
 
 def test_generic_text_that_is_trained_along_leaves_its_gradients_as_accumulation_does() -> None:
-    assert tensors(SETTINGS.changed(replays=True)) == tensors(SETTINGS.changed(gradient_accumulation_steps=2))
-    assert tensors(SETTINGS.changed(replays=True)) != tensors(SETTINGS)
+    assert tensors(SETTINGS.changed(generic_first=True)) == tensors(SETTINGS.changed(gradient_accumulation_steps=2))
+    assert tensors(SETTINGS.changed(generic_first=True)) != tensors(SETTINGS)
 
 
 def test_a_chunked_loss_holds_a_piece_and_the_heads_gradient() -> None:

@@ -11,7 +11,7 @@ from fulltune import report
 from fulltune.errors import SetupError
 from fulltune.forgetting.budget import best
 from fulltune.records.comparison import Comparison
-from fulltune.records.forgetting import Drift, Preserved
+from fulltune.records.held import Drift, HeldRun
 from fulltune.report.comparison import content, numbers
 from fulltune.report.comparison.content import plots
 from fulltune.report.comparison.numbers import Writer
@@ -278,8 +278,8 @@ def test_held_comparison_says_where_the_untouched_model_was_kept_and_where_no_di
     one, other = (comparisons.preserved(f"{arm}-seed42", 0.05, 0.9) for arm in ("full", "lora"))
     nothing = comparisons.preserved("lora-seed43", 0.05, 0.6, learned=False)
 
-    def held(*runs: Preserved) -> str:
-        made: dict[str, dict[int, Preserved]] = {}
+    def held(*runs: HeldRun) -> str:
+        made: dict[str, dict[int, HeldRun]] = {}
         for run in (one, *runs):
             made.setdefault(run.trial.partition("-")[0], {})[int(run.trial[-2:])] = run
         return cards(tmp_path, comparisons.held(held=made))[0]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.records.forgetting import Drift, Point, Preserved
+from fulltune.records.held import Drift, HeldRun, Point
 from fulltune.records.plan import Setting
 from fulltune.records.scores import Confusion, Estimate
-from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.content import conclude
+from fulltune.report.run.held import held_back
 from fulltune.report.run.next_steps import RunFacts, next_steps
 from fulltune.report.run.read import read_run
 from fulltune.stats.curves import Curves, Fit
@@ -47,7 +47,7 @@ def but(*given: tuple[str, Any], steps: int = 400, **changes: Any) -> RunFacts:
     return RunFacts(**{"verdict": "worse", "train_rows": 3000, **changes}, plan=planned, outcome=outcome, curves=curves)
 
 
-def kept(chosen: float, *drifts: float) -> Preserved:
+def kept(chosen: float, *drifts: float) -> HeldRun:
     """Of points at a third, two thirds and the whole way, whose accuracy rises alike."""
     shares = (0.0, 1 / 3, 2 / 3, 1.0)
     points = [
@@ -81,7 +81,7 @@ def test_training_that_improves_nothing_is_not_blamed_on_the_budget() -> None:
         (kept(0.0, 0.0001, 0.0002, 0.0003), "keeps the untouched model", "--set preserve.budget=0.4%"),
     ],
 )
-def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | None, evidence: str, helps: str) -> None:
+def test_budget_that_holds_a_model_back_says_what_would_not(found: HeldRun | None, evidence: str, helps: str) -> None:
     said = held_back(found)
     assert (evidence in said[0], helps in said[1]) == (True, True)
     assert (said == ("", "")) == (evidence == "")

@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from fulltune.records.comparison import Expectation
 from fulltune.records.data import DataSummary
 from fulltune.records.events import (
-    OF_GENERIC_TEXT,
     AttemptFailed,
     Certified,
     ChecksDone,
@@ -30,14 +29,15 @@ from fulltune.records.events import (
     StepSkipped,
     Warned,
 )
+from fulltune.records.held import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
 from fulltune.report.comparison.numbers import Writer
 from fulltune.report.format import terminal, words
 from fulltune.report.format.blocks import Facts, Section
 from fulltune.report.run import about_data
 from fulltune.report.run.about_data import mixed_words
-from fulltune.report.run.about_forgetting import verdict
 from fulltune.report.run.about_training import check_table
+from fulltune.report.run.held import verdict
 from fulltune.text import counted, first_few, format_bytes, format_metric, format_seconds, is_share
 
 _MOST_ROWS = 8
@@ -101,8 +101,8 @@ class Display:
                 terminal.show(self.console, [expectation(expected, metric, margin)])
             case Resumed(step=step):
                 self.print(f"continuing from the checkpoint of step {step}")
-            case Certified(preserved=preserved):
-                self.print(escape(verdict(preserved)))
+            case Certified(held=held):
+                self.print(escape(verdict(held)))
             case AttemptFailed(reason=reason):
                 self.print(f"[yellow]next attempt:[/yellow] {escape(reason)}")
             case StepSkipped(step=step, reason=reason, rows=rows):
@@ -151,8 +151,8 @@ class Display:
 
     def _eval(self, event: Evaluated) -> None:
         metrics = event.metrics
-        names = [name for name in metrics if name not in (self.metric, *OF_GENERIC_TEXT)]
-        shown = [self.metric, *names[: 1 if "drift" in metrics else 2], "drift"]
+        names, moved = [name for name in metrics if name not in (self.metric, *OF_GENERIC_TEXT)], OF_GENERIC_TEXT[0]
+        shown = [self.metric, *names[: 1 if moved in metrics else 2], moved]
         values = "  ".join(f"{name} {format_metric(name, metrics[name])}" for name in shown if name in metrics)
         if self.metric in metrics:
             self.last_metric = f"  eval {self.metric} {format_metric(self.metric, metrics[self.metric])}"

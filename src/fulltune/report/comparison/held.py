@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 
-from fulltune.forgetting.frontier import BUDGETS, Apart, at_equal_metric, best_at, envelope
+from fulltune.forgetting.budget import BUDGETS, Apart, at_equal_metric, best_at, envelope
 from fulltune.records.comparison import ArmRow, Comparison
-from fulltune.records.forgetting import Preserved, limit_of
+from fulltune.records.held import HeldRun, limit_of
 from fulltune.report.comparison.numbers import NOTHING, Writer
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Bullets, Figures, Paragraph, Row, Section, Table, foreign
@@ -57,7 +57,7 @@ def in_short(comparison: Comparison) -> Section | None:
     return Section("forgetting", "Forgetting", (Bullets(found),)) if found else None
 
 
-def _first(comparison: Comparison) -> Preserved:
+def _first(comparison: Comparison) -> HeldRun:
     return next(one for runs in comparison.held.values() for one in runs.values())
 
 
@@ -137,6 +137,6 @@ def _certificates(comparison: Comparison) -> Table:
     return Table(caption, header, rows, frozenset({1, 3, 5}))
 
 
-def _certificate(found: Preserved) -> str:
+def _certificate(found: HeldRun) -> str:
     label = words.certificate(found)
     return f"{label} (sealed texts read {len(found.opened)} times)" if len(found.opened) > 1 else label

@@ -240,7 +240,7 @@ def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None)
 def series_plot(
     title: str, series: Sequence[Series], metric: str, across: str, marked: float, said: str = ""
 ) -> blocks.Figure:
-    """Draw a metric over something else, such as the drift on generic text, with one value of that marked by a line."""
+    """Draw a metric over something else, of which one value is marked by a line."""
     markers = itertools.cycle("o^Dv")
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         for one in series:

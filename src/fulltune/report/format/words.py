@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from fulltune.files import write_text
-from fulltune.records.forgetting import Preserved
+from fulltune.records.held import HeldRun
 from fulltune.records.plan import MemoryKind, Plan
 from fulltune.records.scores import Estimate
 from fulltune.text import format_bytes, format_metric, format_percent
@@ -123,7 +123,7 @@ INFEASIBLE = "infeasible"
 """The untouched model was kept."""
 
 
-def certificate(found: Preserved) -> str:
+def certificate(found: HeldRun) -> str:
     """What became of the budget, in a word."""
     if found.certificate is None or not found.is_feasible:
         return INFEASIBLE
@@ -137,9 +137,9 @@ def way(share: float) -> str:
     return f"{format_percent(share)} of the way from the untouched to the trained model"
 
 
-def as_share(drift: float, writes: bool) -> str:
-    """A drift as the budget is given, in two digits: it is compared with that."""
-    share = 100 * (-math.expm1(-drift) if writes else drift)
+def as_share(moved: float, writes: bool) -> str:
+    """How far generic text has moved as its budget is given, in two digits: it is compared with that."""
+    share = 100 * (-math.expm1(-moved) if writes else moved)
     if 0.001 <= abs(share) < 0.095:
         return f"{share:.2g}%"
     return f"{share:.2f}%" if abs(share) < 10 else f"{share:.0f}%"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fulltune.records.events import OF_GENERIC_TEXT, PhaseBegan
+from fulltune.records.events import PhaseBegan
+from fulltune.records.held import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check, Outcome
 from fulltune.report.format import words
@@ -49,7 +50,7 @@ def curves(view: RunView) -> Section | None:
     """What was measured while training, one plot per series."""
     history, plan = view.history, view.plan
     # What was scaled back is of no step.
-    kept = view.outcome.best_step if view.outcome and not (view.preserved and view.preserved.why) else None
+    kept = view.outcome.best_step if view.outcome and not (view.held and view.held.why) else None
     chosen = (plan.metric, "loss") if plan else tuple(history.evaluation)
     series: list[tuple[str, tuple[Point, ...], str, int | None]] = [
         *((_TRAIN_TITLES[name], points, name, None) for name, points in history.train.items()),

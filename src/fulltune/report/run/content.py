@@ -23,7 +23,7 @@ from fulltune.report.format.blocks import (
     Table,
 )
 from fulltune.report.format.plots import LEARNING_RATE, Series, series_plot
-from fulltune.report.run import about_data, about_forgetting, about_scores, about_training
+from fulltune.report.run import about_data, about_scores, about_training, held
 from fulltune.report.run.about_data import row_words
 from fulltune.report.run.model_card import how_to_load, loading_code_of
 from fulltune.report.run.next_steps import facts_of, next_steps
@@ -43,7 +43,7 @@ def build(view: RunView) -> Report:
         about_scores.results(view),
         search(view),
         about_training.curves(view),
-        about_forgetting.forgetting(view),
+        held.section(view),
         about_scores.answers(view),
         about_scores.confusion(view),
         about_scores.mistakes(view),
@@ -97,7 +97,7 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
             ("steps", f"{view.attempts[-1].steps:,}"),
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
-        if view.preserved is not None and view.preserved.chosen.is_start:
+        if view.held is not None and view.held.chosen.is_start:
             figures.append(("weights kept", "the untouched model's"))
         elif last.moved:
             figures.append(("values moved", format_share(last.moved.share)))

@@ -12,8 +12,8 @@ from fulltune.records.scores import Confusion
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
-from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.about_training import curves_of, fit_of
+from fulltune.report.run.held import held_back
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import strongest_untrained
 from fulltune.stats.curves import Curves, Fit, ended_high, still_falling, without_cause
@@ -54,7 +54,7 @@ class RunFacts:
     gives_the_usual: bool = False
     """It gives the label that by far most rows have."""
     held_back: tuple[str, str] = ("", "")
-    """What a budget for forgetting has kept the model from, and what helps."""
+    """What the budget for generic text has kept the model from, and what helps."""
 
     @property
     def given(self) -> dict[str, object]:
@@ -88,7 +88,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
         blind=blind,
         gives_the_usual=is_usual,
-        held_back=held_back(view.preserved),
+        held_back=held_back(view.held),
     )
 
 

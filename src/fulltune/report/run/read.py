@@ -17,7 +17,7 @@ from fulltune.records.base import Record
 from fulltune.records.comparison import Searched
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, StepSkipped, UpdatesMeasured, event_of
-from fulltune.records.forgetting import Preserved
+from fulltune.records.held import HELD_FILES, HeldRun
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, Access, Command, Environment, MachinesUsed
 from fulltune.records.scores import Scores
@@ -152,8 +152,8 @@ class RunView:
     """What the whole command took; None where it was not one command."""
     searched: Searched | None = None
     """How its settings were searched."""
-    preserved: Preserved | None = None
-    """How it kept a budget for forgetting."""
+    held: HeldRun | None = None
+    """How it was held to a budget."""
     machines: MachinesUsed | None = None
     """Of a run over several machines."""
     accesses: tuple[Access, ...] = ()
@@ -218,7 +218,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     task = (summary and summary.task) or settings.get("task") or _from_recipe(recipe_text, "task")
-    preserved = files.records(Preserved, folder.glob("preserve/*.json"))
+    held = files.records(HeldRun, folder.glob(HELD_FILES))
     view = RunView(
         folder=folder,
         model=str(settings.get("model.name") or _from_recipe(recipe_text, "model") or "unknown model"),
@@ -234,7 +234,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         command=files.record(Command, folder / "command.json"),
         machines=files.record(MachinesUsed, folder / "machines.json"),
         searched=files.record(Searched, folder / "search.json"),
-        preserved=next((one for one in preserved if one.trial == trial), None),
+        held=next((one for one in held if one.trial == trial), None),
         accesses=files.accesses(),
     )
     cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]

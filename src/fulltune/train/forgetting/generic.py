@@ -16,15 +16,15 @@ import torch.nn.functional as F
 
 from fulltune.errors import SetupError
 from fulltune.forgetting.budget import LANGUAGE, STATES, Weighing, next_weight
-from fulltune.forgetting.drift import BATCH, MOST_TOKENS, STATES_BATCH, GenericText, measured, says_little
-from fulltune.forgetting.generic_text import enough, generic_texts, parts
+from fulltune.forgetting.generic_text import enough, generic_texts, measured, parts, says_little
+from fulltune.inference.generic import BATCH, MOST_TOKENS, STATES_BATCH, GenericText
 from fulltune.inference.run import autocast, batches
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.model import BUNDLED
 from fulltune.records.events import Steered
-from fulltune.records.forgetting import Drift, Preserved, limit_of
+from fulltune.records.held import HELD_FILES, Drift, HeldRun, limit_of
 from fulltune.system.memory import is_out_of_memory
 from fulltune.tasks import causal_lm
 from fulltune.tasks.padding import IGNORED, padded
@@ -60,8 +60,8 @@ class DriftMonitor(TrainingPart):
             everything = [*found.choosing, *found.sealed, *found.replayed] if found else texts
             self.identity = hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
         if held:  # of a comparison, other trials may have been certified
-            for file in sorted((Path(inputs.request.run_folder) / "preserve").glob("*.json")):
-                self._refuse_others(Preserved.load(file).identity or None)
+            for file in sorted(Path(inputs.request.run_folder).glob(HELD_FILES)):
+                self._refuse_others(HeldRun.load(file).identity or None)
 
     @cached_property
     def most_tokens(self) -> int:
@@ -237,7 +237,7 @@ class Steering(TrainingPart):
             return
         rate = cast("Any", schedule).get_last_lr()[0] / plan.learning_rate
         self.replay.weight = next_weight(self.replay.weight, found, self.limit, rate, self.weighing)
-        self.inputs.recorder.write(Steered(step=step, drift=found.drift, error=found.error, weight=self.replay.weight))
+        self.inputs.recorder.write(Steered(step=step, moved=found.drift, error=found.error, weight=self.replay.weight))
 
 
 def replay_parts(inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor) -> list[TrainingPart]:

@@ -27,12 +27,12 @@ from fulltune.forgetting.budget import (
     crossing,
     is_within,
 )
-from fulltune.forgetting.drift import GenericText, measured
-from fulltune.forgetting.generic_text import parts
+from fulltune.forgetting.generic_text import measured, parts
+from fulltune.inference.generic import GenericText
 from fulltune.inference.run import Share
 from fulltune.models import sharding
 from fulltune.records.events import Certified
-from fulltune.records.forgetting import Drift, Point, Preserved, limit_of
+from fulltune.records.held import Drift, HeldRun, Point, limit_of
 from fulltune.train.forgetting.generic import DriftMonitor
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
@@ -66,7 +66,7 @@ class Line:
 
 def keep_within(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Any], float]
-) -> Preserved | None:
+) -> HeldRun | None:
     """Move the trained model back as far as its budget asks for; an earlier certificate of these weights is kept with
     its choice. `score` gives the metric of some eval rows. None: the recipe gives no budget."""
     plan, request = inputs.plan, inputs.request
@@ -78,7 +78,7 @@ def keep_within(
     try:
         line = Line(trainer.model, before, after)
         # What the first process finds there holds for all of them.
-        earlier, digest = trainer.agreed((Preserved.load(record) if record.exists() else None, line.digest))
+        earlier, digest = trainer.agreed((HeldRun.load(record) if record.exists() else None, line.digest))
         found = earlier
         if earlier is None or earlier.trained != digest:
             inputs.recorder.phase(PHASE)
@@ -86,7 +86,7 @@ def keep_within(
             if inputs.is_main:
                 record.parent.mkdir(exist_ok=True)
                 found.save(record)
-            inputs.recorder.write(Certified(preserved=found))
+            inputs.recorder.write(Certified(held=found))
         assert found is not None
         line.put(found.chosen.share)
         return found
@@ -100,7 +100,7 @@ def _chosen(
     monitor: DriftMonitor,
     score: Callable[[Any], float],
     opened: tuple[str, ...],
-) -> Preserved:
+) -> HeldRun:
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
@@ -136,7 +136,7 @@ def _chosen(
     if certificate is not None:
         said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if certificate.passed else 'FAIL'}"
     inputs.journal.write("budget for forgetting", said)
-    return Preserved(
+    return HeldRun(
         trial=plan.trial,
         budget=budget,
         limit=limit,

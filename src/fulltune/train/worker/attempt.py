@@ -141,7 +141,7 @@ def _trained(training: Training) -> dict[str, Any]:
     kept = keep_best(inputs, trainer, state)
     scorer = training.scorer
     # Unless the weights are shared out, the first process is alone by now: it scores all rows.
-    preserved = keep_within(
+    held = keep_within(
         *(inputs, trainer, training.monitor),
         lambda rows: float(scorer.metrics(scorer.reduced(rows))[plan.metric]),
     )
@@ -159,8 +159,8 @@ def _trained(training: Training) -> dict[str, Any]:
         "reason": "early stopping" if state.global_step < plan.total_steps else "all steps done",
         "steps": state.global_step,
         "best_step": kept.step or state.global_step,
-        "best_metric": kept.metric if preserved is None else preserved.chosen.metric,
-        "kept_because": kept.why if preserved is None else preserved.why,
+        "best_metric": kept.metric if held is None else held.chosen.metric,
+        "kept_because": kept.why if held is None else held.why,
         "tokens_by_source": trainer.sampler.tokens_by_source(state.global_step) if inputs.summary.mixed else (),
         "moved": moved,
         "checks": tuple(training.checks),

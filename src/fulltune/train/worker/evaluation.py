@@ -155,7 +155,7 @@ class CurveGuard(TrainingPart):
         if decision.action == "stop" or (decision.action == "warn" and inputs.plan.rollbacks):
             raise Diverged(decision.reason)
         keeps_good = self.level and inputs.recipe.train.load_best_model_at_end
-        # Within a budget for forgetting the untouched model is kept then.
+        # Within a budget the untouched model is kept then.
         if self.behind and not keeps_good and inputs.plan.generic.budget is None:
             decision = ended_worse(self.behind_by, losses, rate, self.untrained_loss)
             if decision.action == "stop":

@@ -1,8 +1,7 @@
-"""How far a model has moved away on texts that have nothing to do with the task."""
+"""Texts that have nothing to do with the task, as a model reads them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ import numpy as np
 
 from fulltune.inference.run import autocast, batches, longest_first, run_rows
 from fulltune.models import sharding
-from fulltune.records.forgetting import Drift
 from fulltune.tasks import LENGTH, Target, causal_lm
 from fulltune.tasks.padding import IGNORED, mask, padded
 
@@ -123,34 +121,3 @@ def _through_model(model: Any, inner: Any, body: Any, given: dict[str, Any]) -> 
     finally:
         hook.remove()
     return seen[0]
-
-
-NEAR_CHANCE, MOST_UNKNOWN = 0.8, 0.3
-
-
-def says_little(text: GenericText, first: np.ndarray, vocabulary: int | None, unknown_id: int | None) -> str:
-    """Why texts say little about what the untouched model could do; empty: they say enough."""
-    told = "such texts say little about what the model could do before; name ones that it knows in preserve.probe"
-    tokens = [token for ids in text.ids for token in ids]
-    unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
-    if unknown_id is not None and unknown > MOST_UNKNOWN:
-        return f"{unknown:.0%} of their tokens are unknown to the tokenizer: {told}"
-    loss, chance = float(np.mean(first)), math.log(vocabulary) if vocabulary else math.inf
-    if text.writes and loss > NEAR_CHANCE * chance:
-        return f"the untouched model's loss is {loss:.2f} nats a token (guessing: {chance:.2f}): {told}"
-    return ""
-
-
-def measured(before: np.ndarray, after: np.ndarray) -> Drift:
-    """The mean drift of texts with its standard error."""
-    moved = drift(before, after)
-    error = float(moved.std(ddof=1)) / math.sqrt(len(moved)) if len(moved) > 1 else 0.0
-    return Drift(drift=float(moved.mean()), error=error, texts=len(moved))
-
-
-def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Of each text: nats by which its loss rose, or 1 - cosine of its two states: float64 [texts]."""
-    if before.ndim == 1:
-        return after - before
-    # Of equal states the product may differ from 1 by rounding.
-    return np.maximum(0.0, np.round(1.0 - (before * after).sum(axis=1), 12))

@@ -8,6 +8,11 @@ import math
 
 from fulltune.records.base import Record
 
+OF_GENERIC_TEXT = ("drift", "drift_error")
+"""Of an evaluation's numbers those that are not about eval rows: how far generic text has moved, and its error."""
+HELD_FILES = "preserve/*.json"
+"""Of the run folder: a `HeldRun` for each trial."""
+
 
 def limit_of(budget: float, writes: bool) -> float:
     """A budget in the units of the drift: nats a token for language models, else 1 - cosine."""
@@ -50,7 +55,7 @@ class Certificate(Record):
     passed: bool
 
 
-class Preserved(Record):
+class HeldRun(Record):
     """How a trial kept its budget."""
 
     trial: str

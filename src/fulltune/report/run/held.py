@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fulltune.forgetting.budget import MOST_OF_IT, is_within, limit_for_most
 from fulltune.recipe.model import BUNDLED
-from fulltune.records.events import Steered
-from fulltune.records.forgetting import Preserved
+from fulltune.records.held import HeldRun
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Figures,
@@ -27,9 +26,9 @@ ERRORS = 2.0
 """Standard errors below which a drift is none."""
 
 
-def forgetting(view: RunView) -> Section | None:
+def section(view: RunView) -> Section | None:
     """How far generic text has moved while training, and how a budget was kept."""
-    plan, found = view.plan, view.preserved
+    plan, found = view.plan, view.held
     points, errors = (view.history.evaluation.get(name, ()) for name in ("drift", "drift_error"))
     if not points or plan is None or view.summary is None:
         return None
@@ -49,9 +48,7 @@ def forgetting(view: RunView) -> Section | None:
     figures.append(series_plot(title, [tried, kept_at], found.metric, across, found.limit, "see the points below."))
     evidence, helps = held_back(found)
     held = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
-    steered = [event for attempt in view.attempts for event in attempt.events if isinstance(event, Steered)]
-    numbers = [_points(found), *[_weights(steered)] * bool(steered)]
-    folded = Folded("all points between the untouched and the trained model", tuple(numbers))
+    folded = Folded("all points between the untouched and the trained model", (_points(found),))
     blocks = (Paragraph(f"{verdict(found)}{held}"), Paragraph(moved), Figures(tuple(figures)), folded)
     return Section("forgetting", "Forgetting", blocks)
 
@@ -82,7 +79,7 @@ def _size(value: float, error: float, writes: bool) -> str:
     return f"{number} (1 - cosine: 0 is as before, 1 has nothing in common with it; ±: standard error)"
 
 
-def verdict(found: Preserved) -> str:
+def verdict(found: HeldRun) -> str:
     """Whether the budget was kept, by the texts that were sealed, and what that cost."""
     budget = format_percent(found.budget) if found.budget >= 0.001 else f"{100 * found.budget:.2g}%"
     sealed, trained, label = found.certificate, found.end, words.certificate(found)
@@ -119,7 +116,7 @@ def _likelier(rise: float) -> str:
     return f"{words.as_share(abs(math.expm1(-rise)), False)} {'more' if rise < 0 else 'less'} likely"
 
 
-def held_back(found: Preserved | None) -> tuple[str, str]:
+def held_back(found: HeldRun | None) -> tuple[str, str]:
     """What a budget for forgetting has kept a model from, and what helps; empty where most of the learned was kept."""
     if found is None:
         return "", ""
@@ -143,16 +140,7 @@ def _rounded_up(percent: float) -> str:
     return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 
 
-def _weights(steered: Sequence[Steered]) -> Table:
-    rows: tuple[Row, ...] = tuple(
-        (f"{one.step:,}", f"{format_number(one.drift)} ± {format_number(one.error)}", format_number(one.weight))
-        for one in steered
-    )
-    header = ("step", "drift", "weight from then on")
-    return Table("Weight of generic text while training", header, rows, frozenset({0, 1, 2}))
-
-
-def _points(found: Preserved) -> Table:
+def _points(found: HeldRun) -> Table:
     rows: tuple[Row, ...] = tuple(
         (
             words.way(point.share),
