@@ -32,7 +32,7 @@ from fulltune.tasks import Task, task_named
 from fulltune.tasks.settings import check_model, check_settings_for
 from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_extra
-from fulltune.train.parent.machines import Lead, MachineGroup, gathered
+from fulltune.train.parent.machines import MachineGroup
 from fulltune.train.parent.measure import measure as fastest_here
 from fulltune.train.parent.retry import PlannedTrial, train
 from fulltune.train.parent.spawn import Starter, in_new_process
@@ -55,10 +55,8 @@ class Run:
     began: float | None = None
     """When the command or call that does the whole line began: seconds since 1970; None: single stages are called."""
 
-    lead: Lead | None = None
-    """As the first of several machines: what the others follow; None: there is only one."""
     group: MachineGroup | None = None
-    """All of them, while the line runs."""
+    """As the first of several machines: all of them; None: there is only one."""
     is_trial: bool = False
     """Of a search, whose choice the test rows play no part in: that they are scored is not noted."""
 
@@ -112,7 +110,8 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     job = job if job.began else replace(job, began=time.time())
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         with run_folder.not_left_when_refused(job.folder):
-            job = replace(job, group=gathered(job.lead, job.recipe, job.folder, job.phase))
+            if job.group is not None:
+                job.group.begin(job.folder, job.phase)
         # The ways out of what does not fit are looked up in the folder.
         with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")

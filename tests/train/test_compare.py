@@ -104,7 +104,7 @@ def test_finished_comparison_is_not_done_again(finished: tuple[Path, Comparison]
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("it trains again")
 
-    with mock.patch.object(trials, "train", fail):
+    with mock.patch.object(trials.retry, "train", fail):
         assert compare(job(folder.parent, METHODS)) == first
 
 

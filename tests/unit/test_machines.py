@@ -33,9 +33,8 @@ from fulltune.system.machines import (
     place_of,
 )
 from fulltune.train.parent import child, next_attempt, spawn
-from fulltune.train.parent import follow as following
 from fulltune.train.parent import machines as group_of
-from fulltune.train.parent.machines import gathered, leading
+from fulltune.train.parent.machines import leading
 from fulltune.train.request import Request
 from tests import plans
 
@@ -58,7 +57,6 @@ def member(recipe: Recipe, rank: int, **changes: Any) -> Member:
         ("node0", "node0", 29500, "node0:29500"),
         ("node0:1", "node0", 1, "node0:1"),
         ("[fd00::1]:70", "fd00::1", 70, "[fd00::1]:70"),
-        ("fd00::1", "fd00::1", 29500, "[fd00::1]:29500"),
         ("[fd00::1]", "fd00::1", 29500, "[fd00::1]:29500"),
     ],
 )
@@ -122,8 +120,7 @@ def test_machines_must_have_versions_settings_and_files_in_common(tmp_path: Path
 
 
 def test_of_a_large_file_both_ends_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machines, "_WHOLE_BYTES", 10)
-    monkeypatch.setattr(machines, "_ENDS_BYTES", 3)
+    monkeypatch.setattr(machines, "_END_BYTES", 3)
     file = tmp_path / "model" / "weights"
     file.parent.mkdir()
     found = []
@@ -145,10 +142,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (group_of, "POLL_SECONDS", 0.01),
         (group_of, "_LINGER_SECONDS", 0.2),
         (group_of, "GRACE_SECONDS", 0.1),
-        (following, "GRACE_SECONDS", 0.1),
     ):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(group_of.hardware, "here", lambda: MACHINE)
 
 
@@ -198,16 +193,15 @@ def answering(place: Place, tmp_path: Path) -> Iterator[dict[str, Any]]:
 def led(place: Place, recipe: Recipe, folder: Path) -> Iterator[None]:
     """What machine 0's command does around a run."""
     with leading(place, recipe) as lead:
-        gathered(lead, recipe, folder, lambda phase: None)
+        lead.begin(folder, lambda phase: None)
         yield
 
 
 @pytest.mark.usefixtures("quick", "answering")
 def test_machines_find_each_other_and_are_told_how_it_ended(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    with leading(place, recipe) as lead:
-        group = gathered(lead, recipe, tmp_path, lambda phase: None)
-        assert group is not None
+    with leading(place, recipe) as group:
+        group.begin(tmp_path, lambda phase: None)
         assert [one.host for one in group.members][1:] == ["host1"]
         assert group.weakest.num_cores == 2
     told = Leader.load(place.file_of(recipe, 0))
@@ -240,7 +234,7 @@ def test_a_machine_that_does_not_come_is_named(place: Place, tmp_path: Path) -> 
 
 
 def follow_one(place: Place, recipe: Recipe) -> None:
-    following.follow(replace(place, rank=1), recipe, lambda phase: None)
+    group_of.follow(replace(place, rank=1), recipe, lambda phase: None)
 
 
 @pytest.mark.usefixtures("quick")
@@ -396,10 +390,9 @@ def test_what_became_of_another_machine(
     monkeypatch.setattr(spawn, "end", lambda child: setattr(child, "code", -9))
     request = request_of(tmp_path, recipe)
     silent = changes.pop("silent", False)
-    with leading(place, recipe) as lead:
-        group = group_of.MachineGroup(lead, recipe, tmp_path, MACHINE, lambda phase: None)
-        sign = SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=lead.token, instance="i"))
-        group.gather()
+    with leading(place, recipe) as group:
+        sign = SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=group._sign.record.token, instance="i"))
+        group.begin(tmp_path, lambda phase: None)
         attempt = group_of._OnAllMachines(ran, group, request, "a", {1: "i"})
         if silent:
             sign.end()
@@ -414,9 +407,8 @@ def test_what_became_of_another_machine(
 @pytest.mark.usefixtures("quick", "answering")
 def test_an_attempt_goes_on_until_the_others_have_ended(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    with leading(place, recipe) as lead:
-        group = group_of.MachineGroup(lead, recipe, tmp_path, MACHINE, lambda phase: None)
-        group.gather()
+    with leading(place, recipe) as group:
+        group.begin(tmp_path, lambda phase: None)
         instance = group.members[1].instance
         attempt = group_of._OnAllMachines(Ran(0), group, request_of(tmp_path, recipe), "a", {1: instance})
         assert attempt.poll() is None, "the first process may be there, saving the model"
@@ -428,9 +420,8 @@ def test_a_machine_that_came_back_otherwise_is_refused(
 ) -> None:
     recipe = several(tmp_path)
     monkeypatch.setattr(spawn, "in_new_process", lambda *given: pytest.fail("it began"))
-    with leading(place, recipe) as lead:
-        group = group_of.MachineGroup(lead, recipe, tmp_path, MACHINE, lambda phase: None)
-        group.gather()
+    with leading(place, recipe) as group:
+        group.begin(tmp_path, lambda phase: None)
         monkeypatch.setattr(machines, "differences", lambda first, others: ["other versions"])
         with pytest.raises(SetupError, match="other versions"):
             group.start(request_of(tmp_path, recipe), tmp_path / "log.txt")

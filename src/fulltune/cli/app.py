@@ -97,10 +97,10 @@ def run(
     began = time.time()
     overrides = [*(set_ or []), *["method.learning_rate=search"] * search]
     overrides += [f"search.budget={budget}"] if budget is not None else []
-    with stages.joined(target, overrides, machine_rank, rendezvous, wait_for_machines) as lead:
+    with stages.joined(target, overrides, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, overrides, run_folder, fresh, "report")
         reached = stages.finished(recipe, folder)
-        reached = reached or stages.reach(recipe, folder, "report", details=True, began=began, lead=lead)
+        reached = reached or stages.reach(recipe, folder, "report", details=True, began=began, group=group)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
@@ -198,9 +198,9 @@ def train(
     """Train, and leave the model in the folder models of the run."""
     from fulltune.train.run_time import run_seconds
 
-    with stages.joined(target, set_, machine_rank, rendezvous, wait_for_machines) as lead:
+    with stages.joined(target, set_, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "train")
-        reached = stages.reach(recipe, folder, "train", details=True, lead=lead)
+        reached = stages.reach(recipe, folder, "train", details=True, group=group)
     outcome = reached.outcome
     assert outcome is not None
     if as_json:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fulltune.pipeline import Until
     from fulltune.recipe.fields import Recipe
     from fulltune.system.run_folder import Reached
-    from fulltune.train.parent.machines import Lead
+    from fulltune.train.parent.machines import MachineGroup
 
 # No emoji: `a.csv:100:` would lose its line.
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -50,7 +50,7 @@ def end_when_told(number: int, frame: object) -> None:
 @contextmanager
 def joined(
     target: Path, overrides: list[str] | None, rank: int | None, rendezvous: str | None, wait: str
-) -> Iterator[Lead | None]:
+) -> Iterator[MachineGroup | None]:
     """The first of several machines' part is the block, of which the others are told; theirs is done here, and their
     command ends. None: there is one machine.
     """
@@ -65,14 +65,12 @@ def joined(
         yield None
         return
     with run_folder.writing(Path(recipe.output)):
+        from fulltune.train.parent.machines import follow, leading
+
         if place.rank == 0:
-            from fulltune.train.parent.machines import leading
-
-            with leading(place, recipe) as lead:
-                yield lead
+            with leading(place, recipe) as group:
+                yield group
             return
-        from fulltune.train.parent.follow import follow
-
         follow(place, recipe, lambda phase: err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True))
     raise typer.Exit
 
@@ -122,7 +120,7 @@ def reach(
     details: bool,
     measure: bool = False,
     began: float | None = None,
-    lead: Lead | None = None,
+    group: MachineGroup | None = None,
 ) -> Reached:
     """Run the pipeline; `began` is when the command did, before it imported anything: None for now."""
     from fulltune.system import run_folder
@@ -135,7 +133,7 @@ def reach(
         from fulltune.search import run
 
         with Display(err, details) as display:
-            return run(Run(recipe, folder, listener=display, began=began, lead=lead), until, measure)
+            return run(Run(recipe, folder, listener=display, began=began, group=group), until, measure)
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None

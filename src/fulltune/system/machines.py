@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import socket
 import sys
 import threading
@@ -37,8 +38,7 @@ DEFAULT_PORT = 29500
 BEAT_SECONDS = 2.0
 GONE_SECONDS = 60.0
 """Without a sign of life for so long a machine is taken for lost: file servers may show a change half a minute late."""
-_ENDS_BYTES = 2**20
-_WHOLE_BYTES = 64 * 2**20
+_END_BYTES = 32 * 2**20
 """Of larger files the size and both ends are compared."""
 _MOST_READ = 1000
 """Of a folder with more files, such as images, names and sizes are compared."""
@@ -108,33 +108,28 @@ def without_the_others(recipe: Recipe) -> str:
 
 def _host_and_port(given: str) -> tuple[str, int]:
     """Of `node0`, `node0:29500` or `[fd00::1]:29500`."""
-    host, _, port = given.rpartition(":") if not given.startswith("[") else given[1:].partition("]")
-    if given.startswith("["):
-        port = port.removeprefix(":")
-    elif not host or ":" in host:  # no port, or an IPv6 address without brackets
-        host, port = given, ""
-    if not host or any(sign in host for sign in " /\\'\"$`"):
-        raise ValueError(f"expected HOST or HOST:PORT, found '{given}'")
-    if port and not (port.isdigit() and 0 < int(port) < 65536):
+    found = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([\w.-]+))(?::(\d+))?", given)
+    if found is None:
+        raise ValueError(f"expected HOST, HOST:PORT or [IPV6]:PORT, found '{given}'")
+    port = int(found[3] or DEFAULT_PORT)
+    if not 0 < port < 65536:
         raise ValueError(f"expected a port from 1 to 65535, found '{port}'")
-    return host, int(port or DEFAULT_PORT)
+    return found[1] or found[2], port
 
 
 def own_address(host: str, port: int) -> str:
     """This machine's address as the host sees it, of the interface that leads there: many machines take their own name
     for the loopback."""
-    problem = ""
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.connect(address)  # of a datagram socket: nothing is sent
-                return str(probe.getsockname()[0])
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # of a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
     except OSError as error:
-        problem = f" ({error.strerror})"
-    raise SetupError(
-        f"--rendezvous: {host} is not known on {socket.gethostname()}, or there is no way to it{problem}; give a "
-        "name or an address of machine 0 that all machines know"
-    )
+        raise SetupError(
+            f"--rendezvous: {host} is not known on {socket.gethostname()}, or there is no way to it "
+            f"({error.strerror}); give a name or an address of machine 0 that all machines know"
+        ) from None
 
 
 # ---- what they write -------------------------------------------------------------------------------------------
@@ -242,7 +237,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _content(path: Path) -> str:
-    """Size and hash of a file, or of a folder's files; of large files both ends are read, of many none."""
+    """Size and hash of a file, or of a folder's files; of each both ends are read, of many none."""
     if not path.exists():
         return "missing"
     files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
@@ -251,14 +246,10 @@ def _content(path: Path) -> str:
         size = file.stat().st_size
         found.update(f"{file.relative_to(path)} {size}\n".encode())
         total += size
-        if len(files) > _MOST_READ:
-            continue
-        with file.open("rb") as opened:
-            if size <= _WHOLE_BYTES:
-                found.update(opened.read())
-            else:
-                found.update(opened.read(_ENDS_BYTES))
-                opened.seek(-_ENDS_BYTES, 2)
+        if len(files) <= _MOST_READ:
+            with file.open("rb") as opened:
+                found.update(opened.read(_END_BYTES))
+                opened.seek(max(opened.tell(), size - _END_BYTES))
                 found.update(opened.read())
     return f"{format_bytes(total)}, {found.hexdigest()}"
 
@@ -339,21 +330,16 @@ class HeardFrom(Generic[Told]):
         self.told: Told | None = None
         self.is_alive = False
         """It has changed while we looked: what lies there from an earlier job does not."""
-        self.is_unreadable = False
-        """What lies there is of another version of fulltune, or another user's."""
         self._since, self._looked = time.monotonic(), -math.inf
 
     def look(self) -> Told | None:
         """What it says; read anew twice for each sign of life."""
         if time.monotonic() - self._looked < BEAT_SECONDS / 2:
             return self.told
-        told, self.is_unreadable = self.told, False
-        try:
+        told = self.told
+        # Not there, just replaced on a file server, or of another version.
+        with contextlib.suppress(OSError, SetupError):
             told = self._kind.load(self.path)
-        except SetupError:
-            self.is_unreadable = True
-        except OSError:  # not there, or just replaced on a file server
-            pass
         if told != self.told:
             self.is_alive, self.told, self._since = self._looked > -math.inf, told, time.monotonic()
         self._looked = time.monotonic()

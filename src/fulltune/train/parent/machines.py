@@ -1,4 +1,4 @@
-"""Attempts over several machines: machine 0 starts them, and an attempt that has ended on one machine ends on all."""
+"""Attempts over several machines: machine 0 starts them, the others take part; what has ended on one ends on all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fulltune.records.training import LostPart, Outcome
 from fulltune.system import hardware, machines, signals
 from fulltune.system.hardware import Machine
 from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
+from fulltune.system.memory import kernel_kills
 from fulltune.text import format_seconds, listed
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
@@ -28,15 +29,6 @@ GRACE_SECONDS = 30.0
 """When an attempt has ended on another machine: how long the processes here have to end by themselves."""
 _LINGER_SECONDS = 10.0
 """A command that ends before all machines have answered: how long it stays to tell them."""
-
-
-@dataclass(frozen=True)
-class Lead:
-    """Machine 0's command, which the others follow."""
-
-    place: Place
-    token: str
-    sign: SignOfLife[Leader]
 
 
 _INTERRUPTED = Ended(
@@ -63,46 +55,57 @@ def _told_of_a_stop(sign: SignOfLife[Leader]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leading(place: Place, recipe: Recipe) -> Iterator[Lead]:
+def leading(place: Place, recipe: Recipe) -> Iterator[MachineGroup]:
     """Machine 0's sign of life for the block; how the block ends is the others' end, too."""
-    token = uuid.uuid4().hex
-    others = [HeardFrom(place.file_of(recipe, rank), Member) for rank in range(1, recipe.train.num_machines)]
-    with (
-        machines.telling(place.file_of(recipe, 0), Leader(token=token, host=socket.gethostname())) as sign,
-        _told_of_a_stop(sign),
-    ):
-        ended = Ended(exit_code=0)
+    record = Leader(token=uuid.uuid4().hex, host=socket.gethostname())
+    with machines.telling(place.file_of(recipe, 0), record) as sign, _told_of_a_stop(sign):
+        group, ended = MachineGroup(place, recipe, sign), Ended(exit_code=0)
         try:
-            yield Lead(place, token, sign)
-        except FulltuneError as error:
-            ended = Ended(exit_code=error.exit_code, problems=error.problems)
-            raise
+            yield group
         except KeyboardInterrupt:
             ended = _INTERRUPTED
             raise
         except Exception as error:
-            ended = Ended(exit_code=1, problems=(f"ended with {type(error).__name__}: {error}",))
+            ended = _ended_by(error)
             raise
         finally:
             with contextlib.suppress(OSError):  # a full disk: what is raised already says more
                 sign.tell(ended=ended)
                 until = time.monotonic() + _LINGER_SECONDS
-                while time.monotonic() < until and not all(
-                    (told := one.look()) is not None and told.token == token for one in others
-                ):
+                while time.monotonic() < until and not group.all_have_answered:
                     time.sleep(POLL_SECONDS)
+
+
+def _ended_by(error: BaseException) -> Ended:
+    if isinstance(error, FulltuneError):
+        return Ended(exit_code=error.exit_code, problems=error.problems)
+    return Ended(exit_code=1, problems=(f"ended with {type(error).__name__}: {error}",))
 
 
 class MachineGroup:
     """All machines of a job, seen from machine 0."""
 
-    def __init__(
-        self, lead: Lead, recipe: Recipe, run_folder: Path, machine: Machine, phase: Callable[[str], None]
-    ) -> None:
-        self._lead, self._folder, self._phase = lead, run_folder, phase
-        self._own = machines.member(recipe, lead.place, machine, lead.token)
+    def __init__(self, place: Place, recipe: Recipe, sign: SignOfLife[Leader]) -> None:
+        self._place, self._recipe, self._sign = place, recipe, sign
         ranks = range(1, recipe.train.num_machines)
-        self._others = {rank: HeardFrom(lead.place.file_of(recipe, rank), Member) for rank in ranks}
+        self._others = {rank: HeardFrom(place.file_of(recipe, rank), Member) for rank in ranks}
+        self._folder, self._phase = Path(), lambda name: None
+
+    def begin(self, run_folder: Path, phase: Callable[[str], None]) -> None:
+        """Look at this machine, and have all of them there and alike."""
+        phase("looking at this machine and the recipe's files")
+        self._folder, self._phase = run_folder, phase
+        _refuse_taken(self._place)
+        self._own = machines.member(self._recipe, self._place, hardware.here(), self._sign.record.token)
+        self.gather()
+
+    @property
+    def all_have_answered(self) -> bool:
+        return all(map(self._has_answered, self._others))
+
+    def _has_answered(self, rank: int) -> bool:
+        told = self._others[rank].look()
+        return told is not None and told.token == self._sign.record.token
 
     @property
     def members(self) -> list[Member]:
@@ -116,7 +119,7 @@ class MachineGroup:
 
     def gather(self) -> None:
         """Wait until all machines are there, and refuse those that would train something else."""
-        until, said = time.monotonic() + self._lead.place.wait_seconds, None
+        until, said = time.monotonic() + self._place.wait_seconds, None
         missing = list(self._others)
         # A machine that was seen is not asked for again: a file server shows some changes late.
         while missing := [rank for rank in missing if not self._is_here(rank)]:
@@ -145,7 +148,7 @@ class MachineGroup:
             )
             for one in self.members
         ]
-        MachinesUsed(rendezvous=self._lead.place.rendezvous, machines=tuple(used)).save(self._folder / "machines.json")
+        MachinesUsed(rendezvous=self._place.rendezvous, machines=tuple(used)).save(self._folder / "machines.json")
 
     def start(self, request: Request, log: Path) -> spawn.Child:
         """A `Starter`: the attempt's processes on this machine, and word to the others that theirs are to begin."""
@@ -159,25 +162,25 @@ class MachineGroup:
             never = Outcome(status="interrupted", reason=reason, trial=trial, attempt=attempt)
             never.save(request.folder / "outcome.json")
             raise InterruptedRun(reason) from None
-        _refuse_taken(self._lead.place)
+        _refuse_taken(self._place)
         instances = {one.rank: one.instance for one in self.members[1:]}
         started = Started(
-            id=f"{self._lead.token[:8]}-{request.folder.name}",
+            id=f"{self._sign.record.token[:8]}-{request.folder.name}",
             request=str((request.folder / "request.json").resolve()),
             instances=tuple(instances.values()),
         )
         # Machine 0 may know itself as the loopback: what leads to another machine counts.
-        place, address = self._lead.place, self._own.address
+        place, address = self._place, self._own.address
         if address != place.host:
             address = machines.own_address(self.members[1].address, place.port)
         child = spawn.in_new_process(request, log, meeting(place, started.id, address))
-        self._lead.sign.tell(attempt=started)
+        self._sign.tell(attempt=started)
         self.keep(request.folder)
         return _OnAllMachines(child, self, request, started.id, instances)
 
     def say_over(self) -> None:
         """The attempt has ended here, and is to end on all machines."""
-        self._lead.sign.tell(attempt=None)
+        self._sign.tell(attempt=None)
 
     def part_of(self, rank: int, attempt: str, instance: str) -> Part | LostPart | None:
         """How a machine's part of an attempt ended, or that the machine was lost; None: it goes on."""
@@ -212,26 +215,18 @@ class MachineGroup:
         return True
 
     def _is_missing(self, rank: int) -> bool:
-        told = self._others[rank].look()
-        is_answer = told is not None and told.token == self._lead.token
-        return not is_answer or self._others[rank].silent_seconds > 4 * machines.BEAT_SECONDS
+        return not self._has_answered(rank) or self._others[rank].silent_seconds > 4 * machines.BEAT_SECONDS
 
     def _why_missing(self, missing: Sequence[int]) -> str:
-        waited = format_seconds(round(self._lead.place.wait_seconds))
-        subject = f"{_named(missing)} ({len(self._others) + 1} in all)"
-        known = [
-            one.told.label
-            for rank in missing
-            if (one := self._others[rank]).told and one.told.token == self._lead.token
-        ]
+        waited = format_seconds(round(self._place.wait_seconds))
+        known = [one.told.label for rank in missing if self._has_answered(rank) and (one := self._others[rank]).told]
         if known:
             return f"{listed(known)} did not come back in {waited}"
-        if any(self._others[rank].is_unreadable for rank in missing):
-            return f"{subject}: another version of fulltune, or another user, is there; have the same on all machines"
         return (
-            f"{subject} not heard of for {waited}. Either the command was not started there, with the same "
-            f"--rendezvous, or {self._lead.sign.path.parent} is not the same folder there: 'output' must lie on "
-            "storage that all machines share. What the command says on those machines tells which"
+            f"{_named(missing)} ({len(self._others) + 1} in all) not heard of for {waited}. Either the command was not "
+            f"started there, with the same --rendezvous and version of fulltune, or {self._sign.path.parent} is not "
+            "the same folder there: 'output' must lie on storage that all machines share. What the command says on "
+            "those machines tells which"
         )
 
 
@@ -260,17 +255,6 @@ def _refuse_taken(place: Place) -> None:
                 f"--rendezvous: port {place.port} of this machine cannot be taken ({error.strerror}); end what has it, "
                 "or give all machines another one"
             ) from None
-
-
-def gathered(lead: Lead | None, recipe: Recipe, run_folder: Path, phase: Callable[[str], None]) -> MachineGroup | None:
-    """All machines of a job, there and alike. None: there is only one."""
-    if lead is None:
-        return None
-    phase("looking at this machine and the recipe's files")
-    _refuse_taken(lead.place)
-    group = MachineGroup(lead, recipe, run_folder, hardware.here(), phase)
-    group.gather()
-    return group
 
 
 class _OnAllMachines:
@@ -323,3 +307,137 @@ def meeting(place: Place, attempt: str, address: str) -> spawn.Meeting:
     """Where this machine's torchrun finds the others', and they find it: machine 0 listens on its address alone."""
     endpoint = place.rendezvous if place.rank else replace(place, host=address).rendezvous
     return spawn.Meeting(place.rank, endpoint, attempt, max(60, round(place.wait_seconds)), address)
+
+
+# ---- the other machines ------------------------------------------------------------------------------------------
+
+
+def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
+    """Take part in each attempt that machine 0 starts, until its command ends."""
+    phase("looking at this machine and the recipe's files")
+    own = machines.member(recipe, place, hardware.here())
+    with machines.telling(place.file_of(recipe, place.rank), own) as sign:
+        ended = Ended(exit_code=0)
+        try:
+            with _Follower(place, sign, phase) as follower:
+                follower.follow(HeardFrom(place.file_of(recipe, 0), Leader))
+        except BaseException as error:
+            ended = _ended_by(error)
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # a full disk: what is raised already says more
+                sign.tell(ended=ended)
+
+
+class _Follower:
+    """What this machine does of what machine 0 says; its processes end with the block."""
+
+    def __init__(self, place: Place, sign: SignOfLife[Member], phase: Callable[[str], None]) -> None:
+        self._place, self._sign, self._phase = place, sign, phase
+        self._child: Any = None
+        self._attempt, self._kills, self._folder = "", 0, Path()
+        self._over_at: float | None = None
+        self._asked: list[int] = []
+
+    def __enter__(self) -> _Follower:
+        def ask(number: int, _: object) -> None:
+            self._asked.append(number)
+            self._pass_on()
+
+        self._before = signals.answer(ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signals.put_back(self._before)
+        if self._child is not None and self._child.poll() is None:
+            spawn.end(self._child)
+            self._child.wait()
+
+    def follow(self, leader: HeardFrom[Leader]) -> None:
+        """Until machine 0's command has ended well."""
+        self._phase(f"waiting for machine 0 ({self._place.rendezvous})")
+        until, host = time.monotonic() + self._place.wait_seconds, ""
+        while True:
+            told = leader.look()
+            if told is not None and leader.is_alive and leader.silent_seconds < machines.GONE_SECONDS:
+                until, host = time.monotonic() + self._place.wait_seconds, told.host
+                if self._answer(told):
+                    self._phase("machine 0 has finished")
+                    return
+            else:
+                self._attend(None)  # machine 0 may come back, but not to this attempt
+                if time.monotonic() > until:
+                    raise self._not_heard_of(leader, host)
+            if self._asked and self._child is None:
+                raise InterruptedRun("interrupted; the same command on all machines continues the run")
+            time.sleep(POLL_SECONDS)
+
+    def _not_heard_of(self, leader: HeardFrom[Leader], host: str) -> FulltuneError:
+        waited = format_seconds(round(self._place.wait_seconds))
+        if host:
+            return InterruptedRun(
+                f"machine 0 ({host}) gave no sign of life and did not come back in {waited}; the same command on all "
+                "machines continues the run"
+            )
+        return SetupError(
+            f"machine 0 was not heard of for {waited}: it writes {leader.path} every {machines.BEAT_SECONDS:g} s. "
+            "Either the command was not started there (--machine-rank 0, the same --rendezvous and version of "
+            "fulltune), or that file is not the same one here: 'output' must lie on storage that all machines share"
+        )
+
+    def _answer(self, told: Leader) -> bool:
+        """Do what is to be done now; True when machine 0's command has ended well."""
+        if told.token != self._sign.record.token:
+            self._sign.tell(token=told.token)
+            self._phase(f"found machine 0 ({told.host}); waiting for an attempt")
+        self._attend(None if told.ended is not None else told.attempt)
+        if told.ended is None or self._child is not None:
+            return False
+        if told.ended.exit_code == 0:
+            return True
+        raise ended_as(f"machine 0 ({told.host})", told.ended)
+
+    def _attend(self, current: Started | None) -> None:
+        """Watch this machine's part of an attempt, and end it when it is over elsewhere; or begin the one at hand."""
+        if self._child is not None and (code := self._child.poll()) is not None:
+            self._child, self._over_at = None, None
+            out_of_memory = code != 0 and kernel_kills() > self._kills
+            part = Part(attempt=self._attempt, code=code, out_of_memory=out_of_memory, was_asked=bool(self._asked))
+            self._sign.tell(part=part)
+            self._phase("waiting for machine 0")
+        if self._child is not None:
+            is_other = current is None or current.id != self._attempt
+            if is_other or (self._folder / "outcome.json").exists():
+                self._over_at = self._over_at or time.monotonic()
+                if time.monotonic() - self._over_at > GRACE_SECONDS:
+                    spawn.end(self._child)
+        elif current is not None and current.id != self._attempt and not self._asked:
+            self._begin(current)
+
+    def _begin(self, started: Started) -> None:
+        if self._sign.record.instance not in started.instances:  # it began without this command
+            return
+        path = Path(started.request)
+        until = time.monotonic() + machines.GONE_SECONDS
+        while not path.exists():
+            if self._asked:
+                return
+            if time.monotonic() > until:
+                raise SetupError(
+                    f"{path}: machine 0 wrote this file, and it is not here: the run folder is not shared; 'output' "
+                    "and --run-folder must lie on storage that all machines share"
+                )
+            time.sleep(POLL_SECONDS)
+        request = Request.load(path)
+        self._phase(f"taking part in attempt {request.attempt} of {request.plan.trial} (log: {path.parent})")
+        self._attempt, self._kills, self._folder = started.id, kernel_kills(), path.parent
+        log = path.with_name(f"log-machine{self._place.rank}.txt")
+        address = self._sign.record.address
+        self._child = spawn.in_new_process(request, log, meeting(self._place, started.id, address))
+        if self._asked:  # meanwhile
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Tell the processes what this command was told; the third signal ends them at once."""
+        if self._child is not None:
+            (spawn.ask_to_stop if len(self._asked) < 3 else spawn.end)(self._child)
