@@ -355,12 +355,12 @@ def quickstart(
     fresh: options.Fresh = False,
 ) -> None:
     """Fine-tune a real small model on real text, offline, in 2 to 5 minutes on 2 cores."""
-    from fulltune.quickstart import recipes as example
+    from fulltune.quickstart import samples
     from fulltune.system.run_folder import writing
 
     with writing(output):
         err.print("[dim]reading the docstrings of the installed packages[/dim]")
-        recipe = example.write_chat(output) if chat else example.write_topics(output)
+        recipe = samples.write_example(output, chat)
     err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
     run(recipe, set_, fresh=fresh)
 

@@ -12,53 +12,21 @@ import json
 import re
 import sys
 import sysconfig
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 from fulltune.errors import DataError
+from fulltune.files import write_text
 
-TOPIC_SOURCES = {
-    "deep learning": """
-        torch/nn torch/optim torch/ao/nn
-        transformers/generation/*.py transformers/pipelines transformers/data transformers/tokenization_*.py
-        transformers/image_*.py peft/tuners/lora
-    """,
-    "graphs": "networkx",
-    "machine learning": """
-        sklearn/cluster sklearn/covariance sklearn/datasets sklearn/decomposition sklearn/ensemble
-        sklearn/feature_extraction sklearn/feature_selection sklearn/gaussian_process sklearn/impute sklearn/inspection
-        sklearn/linear_model sklearn/manifold sklearn/metrics sklearn/mixture sklearn/model_selection sklearn/neighbors
-        sklearn/neural_network sklearn/preprocessing sklearn/semi_supervised sklearn/svm sklearn/tree sklearn/*.py
-    """,
-    "mathematics and physics": """
-        numpy/linalg numpy/fft numpy/polynomial
-        scipy/fft scipy/integrate scipy/interpolate scipy/linalg scipy/optimize scipy/special
-        sympy/combinatorics sympy/functions sympy/geometry sympy/logic sympy/matrices sympy/physics sympy/series
-        sympy/sets
-    """,
-    "statistics": "scipy/stats statistics random torch/distributions numpy/random",
-    "system programming": """
-        anyio asyncio bz2 concurrent email fileinput fsspec ftplib glob gzip http imaplib ipaddress logging lzma mailbox
-        multiprocessing os pathlib poplib posixpath queue sched selectors shutil smtplib socket socketserver ssl
-        subprocess tarfile tempfile threading urllib wsgiref xmlrpc zipfile
-    """,
-    "tables": "pandas/core",
-    "user interfaces": """
-        argparse click cmd curses getpass idlelib optparse pprint rich textwrap tkinter tqdm turtle typer
-    """,
-}
-"""By topic the top-level modules, optionally with a sub-path, whose docstrings are about it."""
-CHAT_SOURCES = {
-    "functions": """
-        networkx numpy/_core numpy/lib numpy/linalg scipy sklearn
-        sympy/functions sympy/geometry sympy/matrices sympy/ntheory sympy/simplify sympy/solvers
-        torch/nn asyncio os posixpath random shutil statistics subprocess tempfile textwrap
-    """
-}
+_HERE = Path(__file__)
+
+TOPIC_SOURCES, CHAT_SOURCES = tomllib.loads(_HERE.with_name("sources.toml").read_text(encoding="utf-8")).values()
+"""By topic what is read."""
 _SKIPPED = "tests test testing _internal externals _vendor vendor benchmarks _lib _test utils"
 _TOPIC_WORDS, _ANSWER_WORDS = (8, 32), (4, 40)
 """Fewest and most words of a text."""
@@ -94,25 +62,33 @@ class _Doc:
 _Row = tuple[_Doc, str]
 
 
+def write_example(output: Path, chat: bool) -> Path:
+    """Write data and recipe of the classifier, or of the chat model; return the recipe."""
+    if chat:
+        write_docstring_chat(output / "chat-data")
+    else:
+        write_docstring_topics(output / "quickstart-data")
+    name = "chat.yaml" if chat else "quickstart.yaml"
+    write_text(output / name, _HERE.with_name(name).read_text(encoding="utf-8"))
+    return output / name
+
+
 def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
     """Write `train.csv` and `test.csv`: the leading sentences of a docstring, and the topic of its source file.
 
     Raises:
         DataError: The installed packages have too few docstrings.
     """
-    by_topic: dict[str, list[_Row]] = defaultdict(list)
-    for doc, text in _without_near_copies(_docs(TOPIC_SOURCES), _topic_text):
-        by_topic[doc.topic].append((doc, text))
-    splits = [_split(by_topic[topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
-    files = []
-    for part, name in enumerate(("train.csv", "test.csv")):
-        rows = [row for split in splits for row in split[part]]
-        with _new(folder / name).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
+    rows = _without_near_copies(_docs(TOPIC_SOURCES), _topic_text)
+    splits = [_split([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / "train.csv", folder / "test.csv"
+    for file, parts in zip(files, zip(*splits, strict=True), strict=True):
+        with file.open("w", encoding="utf-8", newline="") as out:
+            writer = csv.writer(out, lineterminator="\n")
             writer.writerow(["text", "label"])
-            writer.writerows([text, doc.topic] for doc, text in _first(rows, len(rows)))
-        files.append(folder / name)
-    return files[0], files[1]
+            writer.writerows([text, doc.topic] for doc, text in _in_order(chain.from_iterable(parts)))
+    return files
 
 
 def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
@@ -121,21 +97,15 @@ def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
     Raises:
         DataError: The installed packages have too few docstrings.
     """
-    files = []
-    split = _split(_without_near_copies(_docs(CHAT_SOURCES), _answer), *_CHAT_ROWS)
-    for name, rows in zip(("train.jsonl", "test.jsonl"), split, strict=True):
-        with _new(folder / name).open("w", encoding="utf-8") as file:
+    splits = _split(_without_near_copies(_docs(CHAT_SOURCES), _answer), *_CHAT_ROWS)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / "train.jsonl", folder / "test.jsonl"
+    for file, rows in zip(files, splits, strict=True):
+        with file.open("w", encoding="utf-8") as out:
             for doc, answer in rows:
                 question = {"role": "user", "content": f"What does `{_public_name(doc)}` do?"}
-                messages = [question, {"role": "assistant", "content": answer}]
-                file.write(json.dumps({"messages": messages}) + "\n")
-        files.append(folder / name)
-    return files[0], files[1]
-
-
-def _new(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+                out.write(json.dumps({"messages": [question, {"role": "assistant", "content": answer}]}) + "\n")
+    return files
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -262,18 +232,14 @@ def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
 
 
 def _without_near_copies(docs: Iterable[_Doc], text_of: Callable[[_Doc], str]) -> list[_Row]:
-    """The first of texts that differ only in names, or in one word of six or more; none where topics disagree."""
-    rows = [(doc, text, _masked_words(text)) for doc in docs if (text := text_of(doc))]
-    topics_of: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    for doc, _, words in rows:
-        topics_of[words].add(doc.topic)
+    """The first of texts that differ only in names, or in one word of six or more."""
     seen: set[tuple[str, ...]] = set()
     kept: list[_Row] = []
-    for doc, text, words in rows:
+    for doc, text in ((doc, text) for doc in docs if (text := text_of(doc))):
+        words = _masked_words(text)
         # Texts that differ in one word share the tuple that has a gap in place of that word.
         gapped = [(*words[:i], "", *words[i + 1 :]) for i in range(len(words))] if len(words) >= 6 else []
-        forms = {words, *gapped}
-        if len(topics_of[words]) == 1 and seen.isdisjoint(forms):
+        if seen.isdisjoint(forms := {words, *gapped}):
             kept.append((doc, text))
         # A dropped text is remembered too: a chain of small changes is one family.
         seen |= forms
@@ -282,12 +248,8 @@ def _without_near_copies(docs: Iterable[_Doc], text_of: Callable[[_Doc], str]) -
 
 def _masked_words(text: str) -> tuple[str, ...]:
     """Lower-case words, with a sign in place of each run of identifiers, acronyms and numbers."""
-    words: list[str] = []
-    for word in re.findall(r"\w+", text):
-        is_name = _NAME.search(word) is not None
-        if not (is_name and words and words[-1] == "#"):
-            words.append("#" if is_name else word.lower())
-    return tuple(words)
+    words = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
+    return tuple(word for sign, run in groupby(words) for word in ("#" if sign == "#" else list(run)))
 
 
 def _digest(text: str) -> str:
@@ -311,9 +273,9 @@ def _split(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row
             "The installed packages have too few docstrings for the example; install those of "
             "constraints-quickstart.txt, with their .py sources"
         )
-    return _first(train, most_train), _first(test, most_test)
+    return _in_order(train)[:most_train], _in_order(test)[:most_test]
 
 
-def _first(rows: list[_Row], count: int) -> list[_Row]:
-    """At most so many rows in digest order, which mixes modules and topics."""
-    return sorted(rows, key=lambda row: _digest(row[0].name + row[1]))[:count]
+def _in_order(rows: Iterable[_Row]) -> list[_Row]:
+    """Rows in digest order, which mixes modules and topics."""
+    return sorted(rows, key=lambda row: _digest(row[0].name + row[1]))
