@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from fulltune.compare import budget as budgets
 from fulltune.compare import lint, trials
 from fulltune.compare import run as comparing
 from fulltune.errors import InterruptedRun, RecipeError
+from fulltune.files import append_line
 from fulltune.records.comparison import Comparison, Trial
-from fulltune.records.data import DataSummary
 from fulltune.records.events import Event, Said
-from fulltune.records.run import Access
+from fulltune.records.run import ACCESSES, Access
 from fulltune.report.run.about_scores import scored_again
-from fulltune.system.run_folder import recipe_of
 from tests.contract.command import fulltune
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
@@ -69,9 +67,9 @@ def test_comparison_whose_time_was_up_says_so_and_blames_no_method(ended: tuple[
     _, found = ended
     assert (found.decision.verdict, found.time_was_up, found.can_go_on) == ("UNDECIDED", True, True)
     assert {row.arm: len(row.seeds) for row in found.rows} == {"base": 0, "full": 2, "lora": 1}
-    few = {one.where: one for one in found.findings if one.rule == "few-seeds"}
+    few = {one.where: one for one in found.findings if one.rule == "no-time-for-seeds"}
     assert {one.level for one in few.values()} == {"worth knowing"}
-    assert few["lora"].what == "one seed: the budget ends before its second"
+    assert few["lora"].what == "1 seed: the budget ends before the next one"
     assert few["full"].what.startswith("2 seeds: the budget ends before the next one")
 
 
@@ -159,16 +157,12 @@ def test_test_rows_are_opened_once_and_by_somebody(
 def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tuple[Path, Comparison]) -> None:
     folder, found = finished
     assert not [one for one in found.findings if one.where == "test rows" and one.level == "unfair"]
-    one = pipeline.Run(recipe_of(folder), folder)
-    line = comparing.Context(one, DataSummary.load(folder / "data" / "summary.json"), "test")
-    other = folder.parent / "before"
-    shutil.copytree(folder, other)
-    try:
-        assert lint.opened_by_others(line) == ["before"]
-        (other / "data" / "summary.json").write_text("{}", encoding="utf-8")
-        assert lint.opened_by_others(line) == []
-    finally:
-        shutil.rmtree(other)
+    assert lint.opened_by_others(folder) == ()
+    path = folder.parent / ACCESSES
+    text = path.read_text(encoding="utf-8")
+    append_line(path, Access.of_same_rows(folder)[-1].model_copy(update={"run": "before"}).model_dump(mode="json"))
+    assert lint.opened_by_others(folder) == ("before",)
+    path.write_text(text, encoding="utf-8")
 
 
 def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Comparison]) -> None:

@@ -54,11 +54,11 @@ def judge(ran: SeedRuns) -> Comparison:
         runs_held = held.of_arms(context.folder, ran.results)
         decision = _decided(context, compared, clusters, alpha, runs_held)
         leaks = without_leaks(context, compared, clusters, decision, runs_held)
+    full, metric = decision.scores[context.full.arm].value, decision.metric
+    note_access(context.folder, context.job.listener, trial=COMPARISON, outcome=None, metric=metric, value=full)
     found = comparison_of(ran, decision, baselines, openings)
     found = found.model_copy(update={"held": runs_held, "notes": (*found.notes, *leaks)})
     found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong
-    value = next(row.metric.value for row in found.rows if row.kind == "full")
-    note_access(context.folder, context.job.listener, trial=COMPARISON, outcome=None, metric=found.metric, value=value)
     write_model_cards(ran)
     return found
 

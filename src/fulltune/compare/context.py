@@ -18,7 +18,6 @@ from fulltune.footprint.trace import PlannedModel
 from fulltune.inference.store import texts
 from fulltune.models.shapes import Shapes
 from fulltune.pipeline import Run
-from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary
@@ -180,22 +179,10 @@ class Context:
         return changed(held.recipe_of(self.recipe, method, searches=trial.searches), {"train": changes})
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
-        """The plan of a trial, with what earlier ones of its arm changed because memory ran out."""
+        """The plan of a trial."""
         setup = self.setup(trial.arm)
         made = self._fit(recipe, setup.shapes, setup.traced)
-        path = self.smaller_path(trial.arm)
-        if path.exists():
-            smaller = Plan.load(path)
-            known = {one.name: one for one in smaller.settings if one.name in SETTING_OF.values()}
-            settings = {one.name: one for one in made.settings} | known
-            fields = (*(SETTING_OF.keys() & Plan.model_fields.keys()), "memory", "state")
-            changes = {name: getattr(smaller, name) for name in fields}
-            made = made.model_copy(update={**changes, "settings": tuple(settings.values())})
         return made.model_copy(update={"trial": trial.name, "model_name": trial.name})
-
-    def smaller_path(self, arm: str) -> Path:
-        """Of the plan that fits after memory ran out: the arm's further trials begin with what it changed."""
-        return self.folder / FOLDER / "smaller" / f"{arm}.json"
 
 
 def settings_of(method: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Literal
 
 from fulltune import plan
 from fulltune.compare import budget, rates
-from fulltune.compare.context import OPENINGS, Context, settings_of
+from fulltune.compare.context import settings_of
 from fulltune.compare.seeds import SeedRuns
 from fulltune.models.base import Base
 from fulltune.models.files import is_quantised
@@ -20,13 +19,13 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import VARIANT
 from fulltune.records.comparison import ArmRow, Comparison, Finding, Search
 from fulltune.records.data import DataSummary
+from fulltune.records.run import COMPARISON, Access
+from fulltune.text import counted
 
 FEWEST_SEEDS = 3
 FEWEST_RATES = 3
 MOST_TEST_IN_EVAL = 0.1
 """Share of test rows that may stand in eval as well."""
-_MORE_TIME = "give a larger --budget, with which an undecided comparison goes on"
-_MORE_RATES = "give `learning_rates` with three or more"
 _MOST_TOKENS_APART = 0.02
 """Arms may differ by so much of their tokens: a prompt's virtual tokens are taken off the rows' length."""
 _ATTENTION = {
@@ -35,10 +34,37 @@ _ATTENTION = {
     *("q_lin", "k_lin", "v_lin", "out_lin"),
 }
 """Names of attention's matrices, as transformers' models have them."""
-_UNFAIR: Literal["unfair"] = "unfair"
-_NOTE: Literal["worth knowing"] = "worth knowing"
-Found = Iterator[tuple[str, Literal["unfair", "worth knowing"], str, str, str]]
-"""Of each finding its rule, level, where it is, what it is and what to do."""
+_MORE_TIME = "give a larger --budget, with which an undecided comparison goes on"
+_UNFAIR = {
+    "rate-not-searched": "leave `learning_rate` unset, or give `learning_rates` with three or more",
+    "no-time-for-rates": _MORE_TIME,
+    "edge-of-grid": "add rates beyond it to its `learning_rates`, or give more time",
+    "unequal-search": "give more time, or give both the rates to try as `learning_rates` with `search_share: 1`",
+    "low-peft-rates": "add rates up to ten times those of full fine-tuning",
+    "one-rate-for-all": "search the rate of each method: leave `learning_rate` unset",
+    "one-seed": f"train at least {FEWEST_SEEDS} seeds",
+    "attention-only-lora": "set `target_modules: all-linear`",
+    "bf16-full": "keep weights in fp32, or set `train.bf16_rounding: stochastic`",
+    "unequal-tokens": "train all methods for the same epochs, on rows of the same length",
+    "unequal-heads": "give all methods the same `head_init`",
+    "eval-is-test": "give rows for `data.eval` that `data.test` does not have",
+    "quantised-source": "take the model's original weights",
+}
+"""What makes a comparison unfair, and what to do."""
+_WORTH_KNOWING = {
+    "few-rates": "give `learning_rates` with three or more",
+    "few-seeds": f"train at least {FEWEST_SEEDS} seeds",
+    "no-time-for-seeds": _MORE_TIME,
+    "left-out": _MORE_TIME,
+    "few-eval-rows": "give more rows for choosing: `data.eval`, or a larger `data.eval_fraction`",
+    "test-in-train": "take these rows out of train or out of test",
+    "test-opened-again": "nothing, as long as the recipe was not changed because of the earlier report",
+    "test-opened-by-others": "take fresh test rows where the recipe was changed because of what was seen",
+}
+"""What a reader must know, and what to do."""
+_TO_DO = _UNFAIR | _WORTH_KNOWING
+Found = Iterator[tuple[str, str, str]]
+"""Of each finding its rule, where it is and what it is."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +101,18 @@ class ComparisonDesign:
 def lint(design: ComparisonDesign) -> tuple[Finding, ...]:
     """All that is wrong, what makes the comparison unfair first."""
     rules = (_of_rates, _of_arms, _between_arms, _of_rows)
-    found = [
-        Finding(rule=rule, level=level, where=where, what=what, to_do=to_do)
-        for rules_of in rules
-        for rule, level, where, what, to_do in rules_of(design)
-    ]
-    return tuple(sorted(found, key=lambda finding: finding.level != _UNFAIR))
+    found = [one for rules_of in rules for one in rules_of(design)]
+    found.sort(key=lambda one: one[0] not in _UNFAIR)
+    return tuple(
+        Finding(
+            rule=rule,
+            level="unfair" if rule in _UNFAIR else "worth knowing",
+            where=where,
+            what=what,
+            to_do=_TO_DO[rule],
+        )
+        for rule, where, what in found
+    )
 
 
 def _named(rows: Iterable[ArmRow]) -> str:
@@ -96,55 +128,50 @@ def _tried(row: ArmRow) -> list[float]:
 def _of_rates(design: ComparisonDesign) -> Found:
     """Of each arm: was its rate searched, and might a better one lie beyond those tried?"""
     weak = "what looks like a weak method may be a wrong rate"
-    highest = max((max(_tried(row), default=0.0) for row in design.trained if row.kind == "full"), default=0.0)
-    searched_wholly = any(row.search and row.search.whole for row in design.trained if row.kind == "full")
+    full = [row for row in design.trained if row.kind == "full"]
+    highest = max((max(_tried(row), default=0.0) for row in full), default=0.0)
     for row in design.trained:
         tried, search = _tried(row), row.search
         assert search is not None, "it is trained"
         if len(tried) < 2 and search.time_was_up:
             late = "the budget leaves no time to search its learning rate, so it is trained at the usual one"
-            yield "rate-not-searched", _UNFAIR, row.arm, f"{late}: {weak}", _MORE_TIME
+            yield "no-time-for-rates", row.arm, f"{late}: {weak}"
         elif len(tried) < 2:
-            to_do = f"leave `learning_rate` unset, or {_MORE_RATES}"
-            yield "rate-not-searched", _UNFAIR, row.arm, f"its learning rate was not searched: {weak}", to_do
+            yield "rate-not-searched", row.arm, f"its learning rate was not searched: {weak}"
         elif len(tried) < FEWEST_RATES:
-            yield "rate-not-searched", _NOTE, row.arm, f"only {len(tried)} learning rates were tried", _MORE_RATES
+            yield "few-rates", row.arm, f"only {len(tried)} learning rates were tried"
         if search.on_edge and len(tried) > 1:
-            edge, further = ("highest", "higher") if search.chosen > tried[0] else ("lowest", "lower")
-            what = f"the best rate, {search.chosen:g}, is the {edge} that was tried: a better one may lie beyond"
-            to_do = _MORE_TIME if search.time_was_up else f"add {further} rates to its `learning_rates`"
-            yield "edge-of-grid", _UNFAIR, row.arm, what, to_do
+            edge = "highest" if search.chosen > tried[0] else "lowest"
+            best = f"the best rate, {search.chosen:g}, is the {edge} that was tried"
+            yield "edge-of-grid", row.arm, f"{best}: a better one may lie beyond"
         if row.kind in ("full", "head", VARIANT) or not tried:
             continue
-        if design.full_wins and searched_wholly and not search.whole:
+        if design.full_wins and not search.whole and any(one.search and one.search.whole for one in full):
             what = (
                 f"its rate, {search.chosen:g}, was chosen by short trials alone, that of full fine-tuning by whole "
                 "runs: it may lose because of its rate"
             )
-            to_do = "give more time, or give both the rates to try as `learning_rates` with `search_share: 1`"
-            yield "unequal-search", _UNFAIR, row.arm, what, to_do
+            yield "unequal-search", row.arm, what
         # Where one was chosen inside them, it is known that higher ones are no better.
         if max(tried) <= highest * (1 + 1e-6) and (search.on_edge or math.isnan(search.chosen)):
             what = (
                 f"its rates end at {max(tried):g}, not above those of full fine-tuning; such methods need about ten "
                 "times higher ones"
             )
-            yield "low-peft-rates", _UNFAIR, row.arm, what, "add rates up to ten times those of full fine-tuning"
+            yield "low-peft-rates", row.arm, what
 
 
 def _of_arms(design: ComparisonDesign) -> Found:
     """Of each arm: its seeds, its weights, what it changes."""
     for row in design.trained:
         count = len(set(row.seeds))
-        if count < FEWEST_SEEDS and not row.waited:
-            if design.time_was_up:
-                what = f"{count} seeds: the budget ends before the next one; too few to estimate the spread of seeds"
-                what = what if count > 1 else "one seed: the budget ends before its second"
-                yield "few-seeds", _NOTE, row.arm, what, _MORE_TIME
-            else:
-                level = _NOTE if count > 1 else _UNFAIR
-                what = f"only {count} seeds" if count > 1 else "one seed: another one may reverse the result"
-                yield "few-seeds", level, row.arm, what, f"train at least {FEWEST_SEEDS} seeds"
+        seeds = counted(count, "seed")
+        if count < FEWEST_SEEDS and not row.waited and design.time_was_up:
+            yield "no-time-for-seeds", row.arm, f"{seeds}: the budget ends before the next one"
+        elif count == 1 and not row.waited:
+            yield "one-seed", row.arm, "one seed: another one may reverse the result"
+        elif count < FEWEST_SEEDS and not row.waited:
+            yield "few-seeds", row.arm, f"only {seeds}"
         # Of our own block, or of a PEFT config.
         config = row.settings.get("config")
         of_peft = config.get("target_modules") if isinstance(config, dict) else None
@@ -152,12 +179,10 @@ def _of_arms(design: ComparisonDesign) -> Found:
         names = [] if isinstance(targets, str) else [str(name) for name in targets]
         if names and all(map(_is_attention, names)):
             what = f"it changes attention alone ({', '.join(names)}), which is known to lose to all linear layers"
-            yield "attention-only-lora", _UNFAIR, row.arm, what, "set `target_modules: all-linear`"
+            yield "attention-only-lora", row.arm, what
         if row.kind == "full" and row.weights_dtype != "fp32" and row.bf16_rounding in (None, "nearest"):
             rounded = "rounded to the nearest: at usual rates most updates are lost"
-            what = f"its weights are kept in {row.weights_dtype} and {rounded}"
-            to_do = "keep weights in fp32, or set `train.bf16_rounding: stochastic`"
-            yield "bf16-full", _UNFAIR, row.arm, what, to_do
+            yield "bf16-full", row.arm, f"its weights are kept in {row.weights_dtype} and {rounded}"
 
 
 def _is_attention(name: str) -> bool:
@@ -167,28 +192,25 @@ def _is_attention(name: str) -> bool:
 
 def _between_arms(design: ComparisonDesign) -> Found:
     """What arms do not have in common, or should not have; what a variant has otherwise is what is asked about."""
-    given = [row for row in design.trained if row.search is not None and not _tried(row)]
-    chosen = {row.learning_rate for row in given}
-    if len(given) > 1 and len(given) == len(design.trained) and len(chosen) == 1:
+    trained, rates_taken = design.trained, {row.learning_rate for row in design.trained}
+    if len(trained) > 1 and len(rates_taken) == 1 and not any(_tried(row) for row in trained):
         what = (
-            f"all methods are trained at {given[0].learning_rate:g}; the best rate of LoRA is about ten times that of "
-            "full fine-tuning"
+            f"all methods are trained at {trained[0].learning_rate:g}; the best rate of LoRA is about ten times that "
+            "of full fine-tuning"
         )
-        to_do = "search the rate of each method: leave `learning_rate` unset"
-        yield "one-rate-for-all", _UNFAIR, _named(given), what, to_do
-    alike = [row for row in design.trained if row.kind != VARIANT]
+        yield "one-rate-for-all", _named(trained), what
+    alike = [row for row in trained if row.kind != VARIANT]
     known = sorted((row for row in alike if row.train_tokens), key=lambda row: (row.train_tokens, row.kind == "full"))
     if known and known[0].train_tokens < (1 - _MOST_TOKENS_APART) * known[-1].train_tokens:
         least, most = known[0], known[-1]
         what = f"{most.arm} sees {most.train_tokens:,} tokens in training, {least.arm} {least.train_tokens:,}"
-        to_do = "train all methods for the same epochs, on rows of the same length"
-        yield "unequal-tokens", _UNFAIR, _named((most, least)), what, to_do
+        yield "unequal-tokens", _named((most, least)), what
     random = [row for row in alike if row.settings.get("head_init") == "random"]
     if random and len(random) < len(alike):
         what = f"the head of {_named(random)} starts at random, that of the others from a linear probe"
-        yield "unequal-heads", _UNFAIR, "methods", what, "give all methods the same `head_init`"
+        yield "unequal-heads", "methods", what
     if design.left_out:
-        yield "left-out", _NOTE, ", ".join(design.left_out), "not trained: the budget leaves no time for it", _MORE_TIME
+        yield "left-out", ", ".join(design.left_out), "not trained: the budget leaves no time for it"
 
 
 def _of_rows(design: ComparisonDesign) -> Found:
@@ -201,35 +223,31 @@ def _of_rows(design: ComparisonDesign) -> Found:
             f"about {100 * told:.2g} points; only a rate ahead by more replaces the usual one, so there may be a "
             "better rate for any method"
         )
-        to_do = "give more rows for choosing: `data.eval`, or a larger `data.eval_fraction`"
-        yield "few-eval-rows", _NOTE, "eval rows", what, to_do
+        yield "few-eval-rows", "eval rows", what
     if design.test_in_eval > MOST_TEST_IN_EVAL:
         what = (
             f"{design.test_in_eval:.0%} of the rows that are reported also chose learning rates and checkpoints: the "
             "method that was tried most often looks best"
         )
-        yield "eval-is-test", _UNFAIR, "rows", what, "give rows for `data.eval` that `data.test` does not have"
+        yield "eval-is-test", "rows", what
     if design.test_in_train:
         what = f"{design.test_in_train}, most of all that of a method that learns rows by heart"
-        yield "test-in-train", _NOTE, "test rows", what, "take these rows out of train or out of test"
+        yield "test-in-train", "test rows", what
     if design.test_openings > 1:
         what = (
             f"used for a verdict {design.test_openings} times, because the time was up before and more was given; each "
             "verdict has a part of the permitted error only, so that together they keep the certainty"
         )
-        to_do = "nothing, as long as the recipe was not changed because of the earlier report"
-        yield "test-opened-again", _NOTE, "test rows", what, to_do
-    if design.opened_by_others:
-        names = ", ".join(design.opened_by_others)
+        yield "test-opened-again", "test rows", what
+    if names := ", ".join(design.opened_by_others):
         what = f"other comparisons used them for a verdict before ({names}): what that showed may have shaped this one"
-        to_do = "take fresh test rows where the recipe was changed because of what was seen"
-        yield "test-opened-again", _NOTE, "test rows", what, to_do
+        yield "test-opened-by-others", "test rows", what
     if design.weights_source != "plain":
         what = (
             f"the pretrained weights come from a quantised file ({design.weights_source}): all methods start from "
             "rounded weights, and full fine-tuning trains these"
         )
-        yield "quantised-source", _UNFAIR, "model", what, "take the model's original weights"
+        yield "quantised-source", "model", what
 
 
 def of_comparison(ran: SeedRuns, found: Comparison) -> ComparisonDesign:
@@ -246,7 +264,7 @@ def of_comparison(ran: SeedRuns, found: Comparison) -> ComparisonDesign:
         test_in_eval=context.summary.test_in_eval,
         test_in_train=rows_in_train(context.summary),
         test_openings=found.verdicts_on_test_rows,
-        opened_by_others=tuple(opened_by_others(context)),
+        opened_by_others=opened_by_others(context.folder),
     )
 
 
@@ -259,23 +277,10 @@ def _weights_source(base: Base) -> Literal["plain", "gguf"]:
     return "gguf" if is_quantised(base.files) else "plain"
 
 
-def opened_by_others(context: Context) -> list[str]:
-    """Names of other comparisons beside this one that opened the same test rows."""
-    found, mine = set(), context.folder.resolve()
-    for parent in {mine.parent, Path(context.recipe.output).resolve()}:
-        for path in parent.glob(f"*/{OPENINGS}"):
-            folder = path.parent.parent
-            if folder != mine and _data_fingerprint(folder) == context.summary.fingerprint:
-                found.add(folder.name)
-    return sorted(found)
-
-
-def _data_fingerprint(folder: Path) -> str:
-    """Of a run folder's rows; empty where it has none, or was written by a version that wrote them otherwise."""
-    try:
-        return str(json.loads((folder / "data" / "summary.json").read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+def opened_by_others(folder: Path) -> tuple[str, ...]:
+    """Names of other comparisons beside this one whose verdict used the same test rows."""
+    noted = Access.of_same_rows(folder)
+    return tuple(sorted({one.run for one in noted if one.trial == COMPARISON} - {folder.resolve().name}))
 
 
 def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:

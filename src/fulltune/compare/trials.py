@@ -64,8 +64,6 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     made = Plan.load(context.folder / made.file)  # changed when memory ran out
     if made == planned:
         context.passed.add(trial.arm)
-    else:
-        made.save(context.smaller_path(trial.arm))
     setup, summary = context.setup(trial.arm), context.summary
     # Rows and tokens of all steps, padding left out: each takes a global batch of rows of the mean length.
     rows = outcome.steps * min(setup.plan.global_batch_size, summary.rows_per_epoch)

@@ -35,6 +35,7 @@ def line(tmp_path: Path) -> Any:
     return mock.MagicMock(
         folder=tmp_path,
         alpha=0.05,
+        full=SimpleNamespace(arm="full"),
         trained_arms=[SimpleNamespace(arm=arm) for arm in ("full", "lora", "adapter")],
         said=said,
         say=said.append,

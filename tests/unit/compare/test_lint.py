@@ -67,11 +67,11 @@ def test_lint_of_clean_design_is_silent() -> None:
 @pytest.mark.parametrize(
     ("planted", "rule", "level", "said"),
     [
-        ({"lora": {"seeds": (1,)}, "time_was_up": True}, "few-seeds", "worth knowing", "one seed: the budget ends"),
-        ({"lora": {"seeds": (1, 2)}, "time_was_up": True}, "few-seeds", "worth knowing", "2 seeds: the budget ends"),
+        ({"lora": {"seeds": (1,)}, "time_was_up": True}, "no-time-for-seeds", "worth knowing", "1 seed: the budget"),
+        ({"lora": {"seeds": (1, 2)}, "time_was_up": True}, "no-time-for-seeds", "worth knowing", "2 seeds: the"),
         (
             {"lora": found_by(chosen=3e-4, time_was_up=True)},
-            "rate-not-searched",
+            "no-time-for-rates",
             "unfair",
             "the budget leaves no time to search",
         ),
@@ -99,7 +99,7 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
         ("edge-of-grid", "full", "unfair", {"full": found_by((1e-5, 3e-5, 1e-4), chosen=1e-5, on_edge=True)}),
         ("low-peft-rates", "lora", "unfair", {"lora": found_by((1e-5, 3e-5, 1e-4), chosen=math.nan)}),
         ("unequal-search", "lora", "unfair", {"full": found_by(**LOW, **WHOLE), "full_wins": True}),
-        ("few-seeds", "full", "unfair", {"full": {"seeds": (1,)}}),
+        ("one-seed", "full", "unfair", {"full": {"seeds": (1,)}}),
         ("few-seeds", "lora", "worth knowing", {"lora": {"seeds": (1, 2)}}),
         ("eval-is-test", "rows", "unfair", {"test_in_eval": 0.3}),
         ("few-eval-rows", "eval rows", "worth knowing", ROWS),
@@ -116,7 +116,7 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
         ),
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16", "bf16_rounding": "nearest"}}),
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16"}}),
-        ("test-opened-again", "test rows", "worth knowing", {"opened_by_others": ("banking77-1",)}),
+        ("test-opened-by-others", "test rows", "worth knowing", {"opened_by_others": ("banking77-1",)}),
         ("quantised-source", "model", "unfair", {"weights_source": "gguf"}),
     ],
 )
@@ -173,8 +173,8 @@ def test_lint_flags_hugging_faces_peft_benchmark() -> None:
         ("bf16-full", "full"),
         ("rate-not-searched", "full"),
         ("rate-not-searched", "lora"),
-        ("few-seeds", "full"),
-        ("few-seeds", "lora"),
+        ("one-seed", "full"),
+        ("one-seed", "lora"),
         ("attention-only-lora", "lora"),
     }
     assert all(finding.level == "unfair" for finding in found)
