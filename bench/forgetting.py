@@ -246,7 +246,7 @@ def exhibit(folder: Path, name: str, seed: int) -> None:
     problems of GSM8K with their answers, and questions to a chat model."""
     import torch
 
-    from fulltune.inference.run import generate
+    from fulltune.inference.run import Batching, generate
     from fulltune.models.base import Base
     from fulltune.models.load import load
     from fulltune.recipe.model import ModelBlock
@@ -272,7 +272,7 @@ def exhibit(folder: Path, name: str, seed: int) -> None:
             for one in asked
         ]
         torch.manual_seed(0)
-        said = generate(model, base.processor, chats, max_new_tokens=60, batch_size=1, precision="fp32")
+        said = generate(model, base.processor, chats, 60, Batching(1))
         for question, answer in zip(asked, said, strict=True):
             print(f"{which}: {question!r}\n    {answer!r}", flush=True)
 

@@ -63,7 +63,7 @@ def run(folder: Path, recipe: str, name: str, settings: list[str]) -> Path:
 
 def answered(model_folder: Path) -> list[bool]:
     """Of each fact, whether the model goes on with its answer."""
-    from fulltune.inference.run import generate
+    from fulltune.inference.run import Batching, generate
     from fulltune.models.base import Base
     from fulltune.models.load import load
     from fulltune.recipe.model import ModelBlock
@@ -71,7 +71,7 @@ def answered(model_folder: Path) -> list[bool]:
     base = Base.of(ModelBlock(name=str(model_folder)), "causal-lm")
     model = load(base, {}, head_is_new=False).float().eval()
     prompts = [base.processor(question)["input_ids"] for question, _ in facts()]
-    said = generate(model, base.processor, prompts, max_new_tokens=8, batch_size=32, precision="fp32")
+    said = generate(model, base.processor, prompts, 8, Batching(32))
     return [one.startswith(answer.strip()) for one, (_, answer) in zip(said, facts(), strict=True)]
 
 

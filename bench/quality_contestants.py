@@ -123,7 +123,7 @@ def outcomes_of(point: Point, split: str, predicted: Any) -> np.ndarray:
 
 def scored(point: Point, split: str, model: Any, pad_token_id: int) -> np.ndarray:
     """What a model makes of the rows of a split."""
-    from fulltune.inference.run import run_rows
+    from fulltune.inference.run import Batching, run_rows
     from fulltune.tasks.classes import predict_labels
 
     scoring = point.scoring
@@ -133,8 +133,7 @@ def scored(point: Point, split: str, model: Any, pad_token_id: int) -> np.ndarra
         scoring.task,
         scoring.target,
         pad_token_id,
-        batch_size=SCORED_TOGETHER,
-        precision=point.precision,
+        Batching(SCORED_TOGETHER, point.precision),
     )
     predicted = kept["predicted"] if point.metric == "f1" else predict_labels(kept["logits"], scoring.target)
     return outcomes_of(point, split, predicted)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fulltune import pipeline
 from fulltune.errors import RecipeError
 from fulltune.inference import selective_head
-from fulltune.inference.run import run_rows
+from fulltune.inference.run import Batching, run_rows
 from fulltune.models import chunked_loss
 from fulltune.models.chunked_loss import Pieces
 from fulltune.recipe.fields import Recipe
@@ -301,7 +301,7 @@ def test_evaluation_in_pieces_keeps_the_same_numbers(precision: str) -> None:
     assert head is not None
 
     def kept(head: Any) -> Any:
-        return run_rows(model, rows, causal_lm, TARGET, 0, batch_size=4, precision=precision, head=head)
+        return run_rows(model, rows, causal_lm, TARGET, 0, Batching(4, precision, head))
 
     whole, found = kept(None), kept(head)
     assert head.in_pieces

@@ -12,7 +12,7 @@ import torch
 
 import fulltune
 from fulltune.errors import RecipeError
-from fulltune.inference.run import run_rows
+from fulltune.inference.run import Batching, run_rows
 from fulltune.inference.store import Rows
 from fulltune.models.base import Base
 from fulltune.models.load import load
@@ -70,9 +70,9 @@ def test_compute_loss_that_repeats_ours_gives_the_same_weights_in_this_process(
 def test_balanced_class_weights_make_a_rare_class_be_found_more_often(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     found = {}
-    for name, given in (("plain", None), ("weighted", {"food": 50.0, "weather": 0.02})):
-        options = {"class_weights": given} if given else {}
-        reached = runs.run(tmp_path / name, model, rare_rows(), until="evaluate", train=TRAIN, options=options)
+    for name, weights in (("plain", None), ("weighted", {"food": 50.0, "weather": 0.02})):
+        train = {**TRAIN, "class_weights": weights}
+        reached = runs.run(tmp_path / name, model, rare_rows(), until="evaluate", train=train)
         confusion = reached.scores[-1].confusion
         assert confusion is not None
         found[name] = sum(row[0] for row in confusion.counts)
@@ -83,7 +83,7 @@ def test_balanced_class_weights_make_a_rare_class_be_found_more_often(tmp_path: 
 
 def test_wrong_class_weights_are_refused_before_training(tiny_encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no weight for weather"):
-        runs.run(tmp_path, tiny_encoder, ROWS, options={"class_weights": {"food": 2.0}})
+        runs.run(tmp_path, tiny_encoder, ROWS, train={"class_weights": {"food": 2.0}})
 
     assert not (tmp_path / "run" / "attempts").exists()
 
@@ -145,7 +145,7 @@ def eval_metrics(folder: Path) -> dict[str, float]:
     target = Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]))
     model = load(Base.of(block), {}, head_is_new=False)
     rows = Rows(folder / "run" / "data" / "eval")
-    kept = run_rows(model, rows, text_classification, target, 0, batch_size=8, precision="fp32")
+    kept = run_rows(model, rows, text_classification, target, 0, Batching(8))
     return text_classification.metrics(kept, target)
 
 

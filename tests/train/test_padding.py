@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fulltune.inference.run import generate, run_rows
+from fulltune.inference.run import Batching, generate, run_rows
 from fulltune.models.base import Base
 from fulltune.models.load import load
 from fulltune.recipe.model import ModelBlock
@@ -59,9 +59,7 @@ def encode(tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def classified(model: Any, tokenizer: Any, rows: Any, batch_size: int) -> np.ndarray:
-    kept = run_rows(
-        model, rows, text_classification, TARGET, tokenizer.pad_token_id, batch_size=batch_size, precision="fp32"
-    )
+    kept = run_rows(model, rows, text_classification, TARGET, tokenizer.pad_token_id, Batching(batch_size))
     return np.asarray(kept["logits"])
 
 
@@ -111,9 +109,7 @@ def test_language_model_logits_and_losses_alone_equal_those_in_a_padded_batch(de
             assert bool((labels[position][len(alone) :] == causal_lm.IGNORED).all())
 
     def kept(batch_size: int) -> Any:
-        return run_rows(
-            model, encoded, causal_lm, PAIR, tokenizer.pad_token_id, batch_size=batch_size, precision="fp32"
-        )
+        return run_rows(model, encoded, causal_lm, PAIR, tokenizer.pad_token_id, Batching(batch_size))
 
     one, many = kept(1), kept(5)
     np.testing.assert_allclose(many["nll"], one["nll"], rtol=1e-4)
@@ -126,7 +122,7 @@ def test_greedy_answers_alone_equal_those_in_a_padded_batch(decoder: tuple[Any, 
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
 
     def answers(batch_size: int) -> list[str]:
-        return generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size, precision="fp32")
+        return generate(model, tokenizer, prompts, 12, Batching(batch_size))
 
     alone = answers(1)
     assert answers(5) == alone
@@ -157,5 +153,5 @@ def test_generate_beyond_the_positions_keeps_prompt_and_answer_within_them(kind:
     model.generate = watched
     prompts = [[7] * 3, [7] * 200]
 
-    assert len(generate(model, tokenizer, prompts, max_new_tokens=128, batch_size=1, precision="fp32")) == 2
+    assert len(generate(model, tokenizer, prompts, 128, Batching(1))) == 2
     assert max(widths) <= tiny.POSITIONS

@@ -93,7 +93,7 @@ def put(where: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
         case "later step":
             monkeypatch.setattr(FullTrainer, "training_step", at_step(4, times))
         case "evaluation":
-            large = Shortage(run_rows, 99, lambda *_, batch_size, **__: batch_size > 16 // 2**times)
+            large = Shortage(run_rows, 99, lambda *given: given[-1].batch_size > 16 // 2**times)
             monkeypatch.setattr(evaluation, "run_rows", large)
         case "save":
             monkeypatch.setattr(FullTrainer, "_save_optimizer_and_scheduler", saving(4, times))
@@ -256,7 +256,7 @@ def test_evaluation_goes_on_with_smaller_batches_and_the_same_scores(
     model: Path, unlimited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = runs.run(unlimited, model, ROWS, until="evaluate", **BLOCKS).scores
-    large = Shortage(run_rows, 99, lambda *_, batch_size, **__: batch_size > 4)
+    large = Shortage(run_rows, 99, lambda *given: given[-1].batch_size > 4)
     monkeypatch.setattr(scoring, "run_rows", large)
 
     short = runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS).scores

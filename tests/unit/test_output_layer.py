@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from fulltune import methods
-from fulltune.inference.run import run_rows
+from fulltune.inference.run import Batching, run_rows
 from fulltune.methods.head import output_layer_of, rescale
 from fulltune.models.base import Base
 from fulltune.models.load import load
@@ -29,7 +29,7 @@ def model_of(folder: Path, kind: str) -> Any:
 
 
 def numbers(model: Any, precision: str = "fp32") -> torch.Tensor:
-    kept = run_rows(model, ROWS, text_classification, NUMBER, 0, batch_size=2, precision=precision)
+    kept = run_rows(model, ROWS, text_classification, NUMBER, 0, Batching(2, precision))
     return torch.tensor(kept["logits"]).squeeze(-1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from fulltune.evaluate.scoring import Scored, Scoring
-from fulltune.inference.run import generate
+from fulltune.inference.run import Batching, generate
 from fulltune.records.scores import Answer
 from fulltune.tasks import WritingTask, written
 
@@ -51,10 +51,8 @@ def _generated(scoring: Scoring, model: Any, tokenizer: Any, drawn: Mapping[int,
             model,
             tokenizer,
             prompts,
-            max_new_tokens=scoring.recipe.evaluate.max_new_tokens,
-            batch_size=batch_size,
-            precision=scoring.plan.precision,
-            watch=scoring.watch("generating answers"),
+            scoring.recipe.evaluate.max_new_tokens,
+            Batching(batch_size, scoring.plan.precision, watch=scoring.watch("generating answers")),
         )
     )
 

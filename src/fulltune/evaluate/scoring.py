@@ -14,7 +14,7 @@ import numpy as np
 from fulltune.audit.texts import masked_cells
 from fulltune.errors import SetupError
 from fulltune.files import append_line
-from fulltune.inference.run import Watch, by_length, model_batch, run_rows
+from fulltune.inference.run import Batching, Watch, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
 from fulltune.inference.store import Rows, clusters_of, in_train, load_texts, rows_id
 from fulltune.methods import folder
@@ -172,10 +172,7 @@ class Scoring:
                 self.task,
                 self.target,
                 pad_token_id,
-                batch_size=batch_size,
-                precision=self.plan.precision,
-                head=head,
-                watch=self.watch(f"scoring {split} rows"),
+                Batching(batch_size, self.plan.precision, head, self.watch(f"scoring {split} rows")),
             )
         )
 

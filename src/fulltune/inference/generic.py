@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.inference.run import autocast, batches, longest_first, run_rows
+from fulltune.inference.run import Batching, autocast, batches, longest_first, run_rows
 from fulltune.models import sharding
 from fulltune.tasks import LENGTH, Target, causal_lm
 from fulltune.tasks.padding import IGNORED, mask, padded
@@ -60,16 +60,14 @@ class GenericText:
         if not self.writes:
             return self._read_states(model, between)
         rows = [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], LENGTH: len(ids)} for ids in self.ids]
+        batch_size = self.batch if head is not None and head.in_pieces else 1
         kept = run_rows(
             model,
             rows,
             causal_lm,
             Target("text", {}),
             self.pad_token_id,
-            batch_size=self.batch if head is not None and head.in_pieces else 1,
-            precision=self.precision,
-            head=head,
-            watch=lambda *_: between(),
+            Batching(batch_size, self.precision, head, lambda *_: between()),
         )
         return kept["nll"] / kept["tokens"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -29,17 +30,27 @@ def unwatched(done: int, total: int, share: float) -> None:
     """A `Watch` that does nothing."""
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How rows go through a model."""
+
+    batch_size: int
+    """Rows per forward pass."""
+    precision: str = "fp32"
+    """`fp32`, `bf16` or `fp16`: type of the computations."""
+    head: SelectiveHead | None = None
+    """Drops logits that the task does not use, and keeps the others in chunks where it can."""
+    watch: Watch = unwatched
+    """Called before the first batch and after each."""
+
+
 def run_rows(
     model: PreTrainedModel,
     rows: Sequence[Mapping[str, Any]],
     task: Task,
     target: Target,
     pad_token_id: int,
-    *,
-    batch_size: int,
-    precision: str,
-    head: SelectiveHead | None = None,
-    watch: Watch = unwatched,
+    batching: Batching,
 ) -> Predictions:
     """What the task reduces each row's logits to, batch by batch: name to array, whose first axis is the row.
 
@@ -49,11 +60,8 @@ def run_rows(
         task: Gives `collate` and `reduce`.
         target: Problem type and labels.
         pad_token_id: Fills shorter rows on the right.
-        batch_size: Rows per forward pass.
-        precision: `fp32`, `bf16` or `fp16`: type of the computations.
-        head: Drops logits that the task does not use, and keeps the others in chunks where it can.
-        watch: Called before the first batch and after each.
     """
+    head = batching.head
 
     def kept(positions: Sequence[int]) -> dict[str, np.ndarray]:
         # Not pinned: a batch's numbers are read back before the next one is made, so there is nothing to overlap.
@@ -61,20 +69,19 @@ def run_rows(
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
         selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
-        with autocast(model, precision), selecting, whole_numbers(model, target):
+        with autocast(model, batching.precision), selecting, whole_numbers(model, target):
             logits = logits_of(model(**batch))
         reduced = task.reduce(logits, labels, target)
         return {name: part if isinstance(part, np.ndarray) else part.cpu().numpy() for name, part in reduced.items()}
 
-    parts, place = _longest_rows_first(model, rows, batch_size, watch, kept)
+    parts, place = _longest_rows_first(model, rows, batching, kept)
     return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
 
 
 def _longest_rows_first(
     model: PreTrainedModel,
     rows: Sequence[Mapping[str, Any]],
-    batch_size: int,
-    watch: Watch,
+    batching: Batching,
     run: Callable[[Sequence[int]], T],
 ) -> tuple[list[T], np.ndarray]:
     """What `run` gives for the positions of each batch, in evaluation mode, and the place of each row in it [rows]."""
@@ -86,7 +93,7 @@ def _longest_rows_first(
     model.eval()
     try:
         with torch.no_grad():
-            parts = [run(positions) for positions in watched(order, batch_size, lengths, watch)]
+            parts = [run(positions) for positions in watched(order, batching.batch_size, lengths, batching.watch)]
     finally:
         model.train(was_training)
     return parts, np.argsort(order)
@@ -125,11 +132,8 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    *,
     max_new_tokens: int,
-    batch_size: int,
-    precision: str,
-    watch: Watch = unwatched,
+    batching: Batching,
 ) -> list[str]:
     """Greedy answers to tokenised prompts, decoded without special tokens.
 
@@ -152,13 +156,13 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     model.eval()
-    for positions in watched(order, batch_size, np.ones(len(prompts)), watch):
+    for positions in watched(order, batching.batch_size, np.ones(len(prompts)), batching.watch):
         chosen = [list(prompts[i])[-room:] if room else list(prompts[i]) for i in positions]
         if two_parts:
             ids, attention = padded(chosen, tokenizer.pad_token_id), mask(chosen)
         else:
             ids, attention = padded([row[::-1] for row in chosen], tokenizer.pad_token_id).flip(1), mask(chosen).flip(1)
-        with torch.no_grad(), autocast(model, precision):
+        with torch.no_grad(), autocast(model, batching.precision):
             made: torch.Tensor = model.generate(  # type: ignore[operator]  # a method of a mixin
                 input_ids=ids.to(model.device),
                 attention_mask=attention.to(model.device),

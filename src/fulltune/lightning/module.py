@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 
 from fulltune import methods
 from fulltune.errors import SetupError, Spiked
-from fulltune.inference.run import Share, by_length, run_rows
+from fulltune.inference.run import Batching, Share, by_length, run_rows
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.methods.head import names_of
 from fulltune.recipe.fields import Recipe
@@ -195,8 +195,8 @@ class FineTuningModule:
         order, size = by_length(parts.eval_rows), plan.eval_batch_size
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
         rows = Share(parts.eval_rows, positions)
-        how: Any = {"batch_size": size, "precision": plan.precision, "head": parts.head}
-        reduced = run_rows(self.model, rows, parts.task, self.target, self.pad_token_id, **how)
+        batching = Batching(size, plan.precision, parts.head)
+        reduced = run_rows(self.model, rows, parts.task, self.target, self.pad_token_id, batching)
         scores = [distributed.part_of(reduced, positions[:count])]
         if trainer.world_size > 1:
             every: list[Any] = [None] * trainer.world_size

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fulltune.errors import DataError, SetupError
-from fulltune.inference.run import generate, run_rows
+from fulltune.inference.run import Batching, generate, run_rows
 from fulltune.methods import folder as folders
 from fulltune.models.base import Base, opened
 from fulltune.models.load import load as load_model
@@ -148,10 +148,8 @@ class Predictor:
                 self.model,
                 self.tokenizer,
                 prompts,
-                max_new_tokens=max_new_tokens,
-                batch_size=_BATCH_OF_PROMPTS,
-                precision="fp32",
-                watch=lambda done, total, share: watch(done, total),
+                max_new_tokens,
+                Batching(_BATCH_OF_PROMPTS, watch=lambda done, total, share: watch(done, total)),
             )
         )
         return [Answered(None, why) if why else Answered({"answer": next(answers)}) for why in refused]
@@ -180,9 +178,7 @@ class Predictor:
             task,
             self.target,
             self.tokenizer.pad_token_id,
-            batch_size=_BATCH,
-            precision="fp32",
-            watch=lambda done, total, share: watch(done * len(rows) // total, len(rows)),
+            Batching(_BATCH, watch=lambda done, total, share: watch(done * len(rows) // total, len(rows))),
         )
         return task.answers(kept, rows, encoded, self.target, float(self.notes.get("temperature", 1.0)))
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from fulltune.errors import DataError
-from fulltune.inference.run import generate, model_batch, run_rows
+from fulltune.inference.run import Batching, generate, model_batch, run_rows
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import LENGTH, LossSettings, Target, seq2seq
 from tests import tiny
@@ -110,7 +110,7 @@ def test_loss_is_that_of_the_model_given_its_labels(kind: str, tmp_path: Path) -
         theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
     ours = seq2seq.loss(logits, labels, TARGET, LossSettings()) / seq2seq.count_items(labels)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
-    kept = run_rows(model, features, seq2seq, TARGET, tokenizer.pad_token_id, batch_size=1, precision="fp32")
+    kept = run_rows(model, features, seq2seq, TARGET, tokenizer.pad_token_id, Batching(1))
     assert kept["tokens"].tolist() == [len(row["labels"]) for row in features]
     assert seq2seq.metrics(kept, TARGET)["loss"] == pytest.approx(float(theirs), rel=1e-5)
 
@@ -128,11 +128,11 @@ def test_answers_do_not_depend_on_the_batch_or_on_settings_for_other_texts(kind:
     model = AutoModelForSeq2SeqLM.from_pretrained(tiny.save_model(tmp_path, kind)).eval()
     tokenizer = tiny.writer_tokenizer(kind)
     sources = [row.features["input_ids"] for row in encoded(kind)]
-    plain = [generate(model, tokenizer, [ids], max_new_tokens=6, batch_size=1, precision="fp32")[0] for ids in sources]
+    plain = [generate(model, tokenizer, [ids], 6, Batching(1))[0] for ids in sources]
     model.generation_config.update(num_beams=4, min_length=5, no_repeat_ngram_size=1, early_stopping=True)
-    assert generate(model, tokenizer, sources, max_new_tokens=6, batch_size=2, precision="fp32") == plain
+    assert generate(model, tokenizer, sources, 6, Batching(2)) == plain
     if kind == "bart":  # the only one with learned positions: more tokens than those would be an error
-        room = generate(model, tokenizer, sources, max_new_tokens=10_000, batch_size=2, precision="fp32")
+        room = generate(model, tokenizer, sources, 10_000, Batching(2))
         assert [text[:3] for text in room] == [text[:3] for text in plain]
 
 

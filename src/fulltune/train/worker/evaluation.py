@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from fulltune.errors import Diverged, Spiked
-from fulltune.inference.run import Share, by_length, run_rows
+from fulltune.inference.run import Batching, Share, by_length, run_rows
 from fulltune.models.checkpoint_head import Head
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import Measure, gain, measure_of
@@ -55,6 +55,7 @@ class Scorer:
     def reduced(self, rows: Any) -> Predictions:
         """These rows in this process: name to values[rows, ...], a few numbers of each row."""
         trainer: Any = self.trainer
+        plan = self.inputs.plan
         with self.inputs.journal.during("evaluation"):
             return run_rows(
                 trainer.passing,
@@ -62,10 +63,7 @@ class Scorer:
                 self.inputs.task,
                 self.target,
                 trainer.processing_class.pad_token_id,
-                batch_size=self.inputs.plan.eval_batch_size,
-                precision=self.inputs.plan.precision,
-                head=trainer.head,
-                watch=trainer.alive,
+                Batching(plan.eval_batch_size, plan.precision, trainer.head, trainer.alive),
             )
 
 
