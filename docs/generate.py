@@ -17,7 +17,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import BaseMethod
 from fulltune.recipe.model import Block
 from fulltune.recipe.rules import pinned
-from fulltune.recipe.tasks import FACTS, FORMS, TaskName
+from fulltune.recipe.tasks import FACTS, FORMS
 from fulltune.tasks.columns import CHOICE_NAMES, USUAL_NAMES, USUAL_PAIRS
 
 PAGE = Path(__file__).parent / "recipe.md"
@@ -118,6 +118,7 @@ def _block(name: str, block: type[Block]) -> Iterable[str]:
 def _entry(name: str, field: FieldInfo) -> str:
     """One setting: name, type and bounds, default, meaning."""
     kind, may_be_left_out = _type(field.annotation)
+    kind = " | ".join(f"`{task}`" for task in FACTS) if name == "task" else kind
     facts = [kind, *_bounds(field), _default(field, may_be_left_out)]
     return _item(f"- `{name}`: {', '.join(facts)}. {_words(field.description)}")
 
@@ -228,7 +229,7 @@ def _metrics() -> Iterable[str]:
     """Of each task; kinds of rows with the same metrics share a line."""
     yield "## Metrics that can choose a checkpoint\n"
     yield "The first one is the default.\n"
-    for task in typing.get_args(TaskName):
+    for task in FACTS:
         by_metrics: dict[tuple[str, ...], list[str]] = {}
         for kind in FACTS[task].types:
             by_metrics.setdefault(FORMS[kind].metrics, []).append(kind)

@@ -588,8 +588,8 @@ def test_recipe_problems_are_all_named_with_lines(case: Case) -> None:
             "train:\n  num_train_epochs: many\n  max_length: 9\n  report_to: 3\n  global_batch_size: 10\n"
         ),
         RECIPE,
-        f"{here}:2  task: expected 'text-classification', 'token-classification', 'question-answering', "
-        "'multiple-choice', 'image-classification', 'causal-lm' or 'seq2seq', found 'txt-classification'; did you mean "
+        f"{here}:2  task: expected one of text-classification, token-classification, question-answering, "
+        "multiple-choice, image-classification, causal-lm, seq2seq, found 'txt-classification'; did you mean "
         "'text-classification'?",
         f"{here}:6  data.eval_fraction: expected less than 0.5, found 0.9",
         f"{here}:5  data.max_token: unknown setting; write data.max_length",

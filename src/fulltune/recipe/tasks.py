@@ -9,31 +9,24 @@ import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, TypeAdapter
 
-TaskName = Literal[
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "multiple-choice",
-    "image-classification",
-    "causal-lm",
-    "seq2seq",
-]
-ProblemType = Literal[
-    "single_label",
-    "multi_label",
-    "regression",
-    "tags",
-    "span",
-    "choice",
-    "text",
-    "prompt_completion",
-    "chat",
-    "source_target",
-]
+from fulltune.text import did_you_mean
+
+
+def _known(name: str) -> str:
+    """The name of a task, if it has facts."""
+    if name not in FACTS:
+        hint = did_you_mean(name, list(FACTS))
+        raise ValueError(f"expected one of {', '.join(FACTS)}, found '{name}'{'; ' * bool(hint)}{hint}")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_known)]
+ProblemType = str
+"""The name of a form."""
 _SHARED = {
     "context": "passage",
     "prompt": "prompt",

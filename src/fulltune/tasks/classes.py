@@ -32,7 +32,8 @@ def config_changes(target: Target, processor: Any) -> dict[str, Any]:
         "label2id": {name: position for position, name in enumerate(labels)},
     }
     if not form.tags_words:
-        found["problem_type"] = "regression" if form.is_number else f"{form.name}_classification"
+        kind = "multi_label_classification" if form.several_labels else "single_label_classification"
+        found["problem_type"] = "regression" if form.is_number else kind
         found |= {"pad_token_id": processor.pad_token_id} if hasattr(processor, "pad_token_id") else {}
     return found
 
