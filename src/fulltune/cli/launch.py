@@ -38,20 +38,18 @@ def launch(
     force: options.Force = False,
 ) -> None:
     """Write the job that runs a recipe on one or several machines, for you to edit and submit."""
-    from fulltune.launch import write as writing
-    from fulltune.launch.job import job_of
+    from fulltune import launch
 
-    if on not in writing.LAUNCHERS:
-        hint = did_you_mean(on, writing.LAUNCHERS)
-        expected = f"--on {on}: expected {listed(list(writing.LAUNCHERS), 'or')}"
+    if on not in launch.LAUNCHERS:
+        hint = did_you_mean(on, launch.LAUNCHERS)
+        expected = f"--on {on}: expected {listed(list(launch.LAUNCHERS), 'or')}"
         raise SetupError(f"{expected}; {hint}" if hint else expected)
-    launcher = writing.LAUNCHERS[on]
-    job = job_of(recipe, set_ or [], hardware, ["fulltune", *sys.argv[1:]])
-    path = writing.path_of(job, launcher, output)
-    command = writing.write(job, launcher, path, force)
+    job = launch.job_of(recipe, set_ or [], hardware, ["fulltune", *sys.argv[1:]])
+    path = launch.path_of(job, on, output)
+    command = launch.write(job, on, path, force)
     each = f", {counted(job.processes, 'process', 'processes')} each" if job.num_machines > 1 else ""
     out.print(f"{counted(job.num_machines, 'machine')}{each}", soft_wrap=True)
     submit = escape(shlex.join(command))
     out.print(f"wrote {escape(str(path))}; edit what '# edit:' marks, then submit it: {submit}", soft_wrap=True)
-    for note in writing.absent(job, launcher):
+    for note in launch.absent(job, on):
         out.print(escape(note), soft_wrap=True)

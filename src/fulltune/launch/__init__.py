@@ -1,1 +1,202 @@
-"""A recipe as a job for ssh, Slurm, Kubernetes or SkyPilot: a template for each, filled in for its user to edit."""
+"""A recipe as a job for ssh, Slurm, Kubernetes or SkyPilot: a launcher's template, filled in for the user to edit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fulltune.errors import RecipeError, SetupError
+from fulltune.files import write_text
+from fulltune.plan.gpus import Fleet, parse
+from fulltune.recipe.fields import Recipe, named_paths
+from fulltune.recipe.file import load_recipe
+from fulltune.system.machines import DEFAULT_PORT
+from fulltune.system.run_folder import writing
+from fulltune.text import listed
+
+_CORES_FOR_EACH_PROCESS = 4
+_SKY_NAMES = {
+    "H100-80GB": "H100",
+    "H100-PCIe": "H100-PCIe",
+    "A100-40GB": "A100",
+    "A100-PCIe-80GB": "A100-80GB",
+    "A100-PCIe-40GB": "A100",
+    "V100-16GB": "V100",
+    "V100-PCIe-16GB": "V100",
+    "V100-PCIe-32GB": "V100-32GB",
+    "RTX 6000 Ada": "RTX6000-Ada",
+}
+"""What SkyPilot calls otherwise; all others without blanks."""
+
+
+LAUNCHERS = {
+    "ssh": ("ssh.sh", ("bash",)),
+    "slurm": ("slurm.sh", ("sbatch",)),
+    "kubernetes": ("trainjob.yaml", ("kubectl", "apply", "--filename")),
+    "skypilot": ("sky.yaml", ("sky", "jobs", "launch", "--yes", "--detach-run")),
+}
+"""A template, whose name ends the file's, and the command that submits the file."""
+_GET_THE_FOLDER = ("kubernetes", "skypilot")
+"""Their machines have the recipe's folder, and nothing else that is here."""
+
+
+@dataclass(frozen=True)
+class LaunchedJob:
+    """A recipe with what its command needs."""
+
+    file: Path
+    """The recipe, with its whole path."""
+    recipe: Recipe
+    overrides: tuple[str, ...]
+    hardware: Fleet | None
+    """What `--for` names."""
+    typed: tuple[str, ...]
+    """The command that asked for the job."""
+
+    @property
+    def num_machines(self) -> int:
+        return self.recipe.train.num_machines
+
+    @property
+    def processes(self) -> int:
+        """Of each machine."""
+        return self.recipe.train.processes_per_machine
+
+    @property
+    def gpus(self) -> int:
+        """Of each machine: one for each process, none on a CPU."""
+        on_cpu = self.recipe.train.device == "cpu" or (self.hardware is not None and self.hardware.gpu_model is None)
+        return 0 if on_cpu else self.processes
+
+    @property
+    def words(self) -> list[str]:
+        """The command in the recipe's folder, without what differs by machine."""
+        verb = "compare" if self.recipe.methods else "run"
+        return ["fulltune", verb, f"./{self.file.name}", *(word for one in self.overrides for word in ("--set", one))]
+
+    @property
+    def name(self) -> str:
+        """Of the job, of characters that all launchers take."""
+        plain = re.sub(r"[^a-z0-9]+", "-", (self.recipe.name or self.file.stem).lower()).strip("-")[:40].strip("-")
+        return plain if plain[:1].isalpha() else f"fulltune-{plain}".strip("-")
+
+    @property
+    def comment(self) -> str:
+        """The command that asked for it, in one line; YAML takes no control characters, not even here."""
+        line = " ".join(shlex.join(self.typed).split())
+        return f"Written by: {''.join(one if one.isprintable() else ascii(one)[1:-1] for one in line)}"
+
+
+def job_of(file: Path, overrides: Sequence[str], hardware: str | None, typed: Sequence[str]) -> LaunchedJob:
+    """Read the recipe and what `--for` says.
+
+    Raises:
+        RecipeError: With all problems at once.
+    """
+    problems, fleet = list[str](), None
+    try:
+        fleet = parse(hardware) if hardware is not None else None
+    except RecipeError as error:
+        problems += error.problems
+    for one in overrides if fleet else ():
+        if (name := one.partition("=")[0].strip()) in ("train.num_machines", "train.num_processes"):
+            problems.append(f"--for: says how many machines and processes; remove --set {name}, or --for")
+    if file.is_dir():
+        problems.append(f"{file}: is a folder, expected a recipe (YAML)")
+    for word in dict.fromkeys((*typed, str(file))):
+        if (shown := word.encode("utf-8", "backslashreplace").decode()) != word:
+            problems.append(f"launch: {shown} is not UTF-8, which jobs are; rename what is called so")
+    if problems:
+        raise RecipeError(problems)
+    sizes = (f"train.num_machines={fleet.num_machines}", f"train.num_processes={fleet.num_devices}") if fleet else ()
+    whole = (*overrides, *sizes)
+    recipe = load_recipe(file, whole)
+    return LaunchedJob(Path(os.path.abspath(file)), recipe, whole, fleet, tuple(typed))  # noqa: PTH100  # links stay
+
+
+def text_of(job: LaunchedJob, launcher: str) -> str:
+    """The launcher's template, filled in."""
+    jinja = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        undefined=StrictUndefined,
+        comment_start_string="{%#",  # `{#` is bash's, of ${#array[@]}
+        comment_end_string="#%}",
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    jinja.filters |= {"shell": _shell, "yaml": _yaml, "yaml_block": _yaml_block, "kubernetes": _kubernetes}
+    gpu = job.hardware.gpu_model if job.hardware else None
+    return jinja.get_template(LAUNCHERS[launcher][0]).render(
+        job=job,
+        folder=str(job.file.parent),
+        several=job.num_machines > 1,
+        port=DEFAULT_PORT,
+        programs=str(Path(sys.executable).parent),
+        cores=_CORES_FOR_EACH_PROCESS * job.processes,
+        gpu_resource="amd.com/gpu" if gpu and gpu.name.startswith("MI") else "nvidia.com/gpu",
+        accelerators=f"{_SKY_NAMES.get(gpu.name, gpu.name.replace(' ', '')) if gpu else 'EDIT'}:{job.gpus}",
+        gives_output=any(one.partition("=")[0].strip() == "output" for one in job.overrides),
+    )
+
+
+def _shell(value: str | Sequence[str]) -> str:
+    """A word, or words, as a shell reads them again."""
+    return shlex.quote(value) if isinstance(value, str) else shlex.join(value)
+
+
+def _yaml(value: str) -> str:
+    """A text in quotes, in one line."""
+    return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
+
+
+def _yaml_block(value: str) -> str:
+    """Lines as a block where YAML can have them so, else in quotes."""
+    plain = value.replace("\n", "").isprintable()
+    return yaml.safe_dump(value, default_style="|", width=sys.maxsize).rstrip("\n") if plain else _yaml(value)
+
+
+def _kubernetes(word: str) -> str:
+    """Kubernetes itself would replace $(NAME) in a container's words; $$ stands for a $."""
+    return re.sub(r"\$(?=[$(])", "$$", word)
+
+
+def path_of(job: LaunchedJob, launcher: str, output: Path | None) -> Path:
+    """Where the file goes: beside the recipe, into a folder, or where it is named."""
+    if output is not None and output.suffix and not output.is_dir():
+        return output
+    return (output or job.file.parent) / f"{job.file.stem}.{LAUNCHERS[launcher][0]}"
+
+
+def write(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]:
+    """Write the file whole, a script so that it can be run; return the command that submits it.
+
+    Raises:
+        SetupError: When a file of the user's is there: it is kept, the recipe and what it names in any case.
+    """
+    if os.path.realpath(path) in {os.path.realpath(one) for one in (str(job.file), *named_paths(job.recipe))}:
+        raise SetupError(f"--output: {path} is a file that the job needs; name another one")
+    if path.exists() and not force:
+        raise SetupError(f"{path}: exists already; give --force to replace it, or another name with --output")
+    text = text_of(job, launcher)
+    with writing(path):
+        write_text(path, text)
+        if text.startswith("#!"):
+            path.chmod(path.stat().st_mode | 0o111)
+    return [*LAUNCHERS[launcher][1], str(path) if not str(path).startswith("-") else f"./{path}"]
+
+
+def absent(job: LaunchedJob, launcher: str) -> Iterator[str]:
+    """That machines which get only the recipe's folder lack what the recipe names outside of it."""
+    folder = Path(os.path.realpath(job.file.parent))
+    outside = [path for path in named_paths(job.recipe) if not Path(path).is_relative_to(folder)]
+    if outside and launcher in _GET_THE_FOLDER:
+        yield f"not in {folder}, so see that the machines have it, too: {listed(outside)}"

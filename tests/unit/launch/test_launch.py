@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fulltune.launch.write import LAUNCHERS
+from fulltune.launch import LAUNCHERS
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.unit.launch.jobs import Place
@@ -70,9 +70,9 @@ def test_for_says_machines_processes_and_gpus(place: Place) -> None:
 
 def test_one_machine_needs_no_number_and_no_rendezvous(place: Place) -> None:
     one = ("--set", "train.num_machines=1", "--set", "train.num_processes=1")
-    for launcher, known in LAUNCHERS.items():
+    for launcher, (template, _) in LAUNCHERS.items():
         assert place.launch(launcher, *one).code == 0
-        assert "rendezvous" not in place.written(known.template).read_text(encoding="utf-8")
+        assert "rendezvous" not in place.written(template).read_text(encoding="utf-8")
 
 
 def test_comparison_is_compared_and_search_is_run_on_one_machine(tmp_path: Path) -> None:

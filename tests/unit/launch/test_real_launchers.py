@@ -267,7 +267,7 @@ def test_slurm_queues_an_interrupted_job_again_until_it_is_done(tmp_path: Path, 
         more = ["--machine-rank", str(rank), "--rendezvous", f"n0:{port}"]
         assert place.called(rank) == [str(place.work), "run", f"./{place.recipe.name}", *SETTINGS, *more]
     assert state["JobName"]
-    log = place.work / f"{state['JobName']}-{number}.log"
+    log = place.notes / f"{state['JobName']}-{number}.log"
     assert "interrupted and saved; queued again" in log.read_text(encoding="utf-8")
     assert not list(tmp_path.rglob("HURT"))
 

@@ -3,7 +3,7 @@
 #SBATCH --job-name={{ job.name }}
 #SBATCH --nodes={{ job.num_machines }}
 #SBATCH --ntasks-per-node=1
-#SBATCH --output={{ log | shell }}
+#SBATCH --output={{ job.name }}-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #
