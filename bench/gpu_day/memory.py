@@ -232,8 +232,7 @@ def _survey(shape: Cell, folder: Path, hardware: str) -> dict[str, dict[str, Any
     data = {"train": "rows.jsonl", "prompt": "prompt", "completion": "completion"}
     recipe = {"model": str(place / "model"), "task": "causal-lm", "data": data, "train": train, "output": "."}
     (place / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    options = plan.Options(hardware=hardware, rows=64, tokens=LENGTH)
-    survey, _ = plan.without_data(place / "recipe.yaml", [], options)
+    survey, _ = plan.without_data(place / "recipe.yaml", [], 64, LENGTH, hardware, None)
     weights = 2 * survey.num_parameters
     return {one.name: one.model_dump(mode="json") | {"file_bytes": weights} for one in survey.placements}
 

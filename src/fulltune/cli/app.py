@@ -158,13 +158,12 @@ def plan(
     from fulltune.records.training import Measurements
     from fulltune.report.format import terminal
 
-    options = cli_plan.Options(hardware, rows, tokens, price)
     if measure:
-        cli_plan.check_measure(options)
+        cli_plan.check_measure(hardware, rows, tokens)
     if rows is not None or tokens is not None:
-        survey, planned = cli_plan.without_data(target, set_ or [], options)
+        survey, planned = cli_plan.without_data(target, set_ or [], rows, tokens, hardware, price)
     else:
-        checked = cli_plan.check(options)
+        checked = cli_plan.check(hardware, rows, tokens, price)
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "plan")
         planned = None
         try:

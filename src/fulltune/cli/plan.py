@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
-from fulltune.recipe.data import rows_per_epoch
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.rules import form_of
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary, MixedSummary, SplitSummary
+from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.plan import Plan, Survey
 from fulltune.records.training import Measurements
 
@@ -29,21 +27,11 @@ SURVEY = "survey.json"
 USUAL_CHOICES = 4
 
 
-@dataclass(frozen=True)
-class Options:
-    """As given on the command line."""
-
-    hardware: str | None = None
-    rows: int | None = None
-    tokens: int | None = None
-    price: str | None = None
-
-
 Checked = tuple["Fleet | None", "Price | None"]
 """The hardware, None for this machine; and the price."""
 
 
-def check(options: Options) -> Checked:
+def check(hardware: str | None, rows: int | None, tokens: int | None, price: str | None) -> Checked:
     """Parse and check the options, with all problems at once."""
     from fulltune.plan import gpus, time
 
@@ -56,44 +44,45 @@ def check(options: Options) -> Checked:
             problems.extend(error.problems)
             return None
 
-    fleet, price = read(gpus.parse, options.hardware), read(time.parse_price, options.price)
-    for name, value, what in (("rows", options.rows, "train rows"), ("tokens", options.tokens, "tokens of a row")):
+    fleet, hourly = read(gpus.parse, hardware), read(time.parse_price, price)
+    for name, value, what in (("rows", rows, "train rows"), ("tokens", tokens, "tokens of a row")):
         if value is not None and value < 1:
             problems.append(f"--{name}: {value}, but the number of {what} must be at least 1")
-    if (options.rows is None) != (options.tokens is None):
-        given, other = ("rows", "tokens") if options.tokens is None else ("tokens", "rows")
+    if (rows is None) != (tokens is None):
+        given, other = ("rows", "tokens") if tokens is None else ("tokens", "rows")
         problems.append(f"--{given}: a plan without data needs --{other} as well")
     if problems:
         raise RecipeError(problems)
-    return fleet, price
+    return fleet, hourly
 
 
-def check_measure(options: Options) -> None:
+def check_measure(hardware: str | None, rows: int | None, tokens: int | None) -> None:
     """Refuse options beside --measure that name other hardware or rows than those here."""
-    named = (("for", options.hardware), ("rows", options.rows), ("tokens", options.tokens))
+    named = (("for", hardware), ("rows", rows), ("tokens", tokens))
     others = " and ".join(f"--{name}" for name, value in named if value is not None)
     if others:
         raise RecipeError(f"--measure: runs real steps on this machine with the recipe's rows; leave out {others}")
 
 
-def without_data(target: Path, overrides: list[str], options: Options) -> tuple[Survey, Plan | None]:
+def without_data(
+    target: Path, overrides: list[str], rows: int | None, tokens: int | None, hardware: str | None, price: str | None
+) -> tuple[Survey, Plan | None]:
     """A plan from the recipe, the model's config and two numbers: nothing else is read, nothing is written."""
     problems: list[str] = []
     recipe, checked = None, None
-    if target.is_dir():
-        problems.append(f"{target}: is a run folder, whose rows are known; give the recipe to plan without data")
     try:
-        recipe = None if problems else load_recipe(target, overrides)
+        if target.is_dir():
+            raise RecipeError(f"{target}: is a run folder, whose rows are known; give the recipe to plan without data")
+        recipe = load_recipe(target, overrides)
     except RecipeError as error:
         problems += error.problems
     try:
-        checked = check(options)
+        checked = check(hardware, rows, tokens, price)
     except RecipeError as error:
         problems += error.problems
-    if recipe is None or checked is None or options.rows is None or options.tokens is None:
+    if recipe is None or checked is None or rows is None or tokens is None:
         raise RecipeError(problems)
-    summary = _imagined(recipe, options.rows, options.tokens)
-    survey, plan = _survey(recipe, summary, checked, None, Path(recipe.output), by_config=True)
+    survey, plan = _survey(recipe, _imagined(recipe, rows, tokens), checked, None, Path(recipe.output), by_config=True)
     return _with_commands(survey, target, overrides, recipe), plan
 
 
@@ -203,7 +192,7 @@ def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: b
 
 
 def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
-    """A summary of so many rows of so many tokens: what the data stage would make of them."""
+    """A summary of so many rows an epoch of so many tokens: what the data stage would make of them."""
     from fulltune.tasks import Target
 
     data, form = recipe.data, form_of(recipe)
@@ -227,13 +216,8 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
         )
 
     splits: Any = {name: of_rows(number) for name, number in counts.items()}
-    weights = [one.weight for one in data.mixed_files]
     labels = ("a", "b") if recipe.task.endswith("classification") else ()
     target = Target(form.name if form else FACTS[recipe.task].types[0], {}, labels, num_choices=choices)
-    mixed = tuple(
-        MixedSummary(where="", weight=weight, rows_per_epoch=number, kind=target.form.kind, counts=of_rows(number))
-        for weight, number in zip(weights, rows_per_epoch(rows, weights), strict=True)
-    )
     return DataSummary(
         task=recipe.task,
         **target.in_summary(),
@@ -242,7 +226,6 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
         limit=length,
         splits=splits,
         sources={},
-        mixed=mixed,
         fingerprint="",
     )
 

@@ -135,15 +135,11 @@ def _why_recomputed(chosen: Option, tried: Sequence[Option], most_bytes: float, 
     if not chosen.settings.activation_checkpointing:
         return "not needed: it fits without"
     others = [one for one in tried if not one.settings.activation_checkpointing]
-    speeds = {
-        one.settings.micro_batch_size: speed(one.settings) or 0.0 for one in others if one.memory.peak <= most_bytes
-    }
-    own = speed(chosen.settings)
-    if not speeds or not own:
-        micro = min((one.settings.micro_batch_size for one in others), default=1)
-        return f"without it, a micro batch of {micro} needs more than {format_bytes(int(most_bytes))}"
-    micro = max(speeds, key=lambda size: (speeds[size], size))
-    return f"{own / speeds[micro]:.2f} times as fast as without it, with a micro batch of {micro}"
+    own, plain = speed(chosen.settings), [speed(one.settings) or 0.0 for one in others if one.memory.peak <= most_bytes]
+    if own and plain:
+        return f"{own / max(plain):.2f} times as fast as without it, where micro batches are smaller"
+    micro = min((one.settings.micro_batch_size for one in others), default=1)
+    return f"without it, a micro batch of {micro} needs more than {format_bytes(int(most_bytes))}"
 
 
 def note(
@@ -178,7 +174,7 @@ def note(
 def _does_not_fit(recipe: Recipe, least: Option, budget: MemoryBudget) -> DoesNotFitError:
     """What is short, and what would help."""
     settings, need = least.settings, least.memory
-    least_words = [_micro_batch_words(least, budget), settings.optim]
+    least_words = [f"micro batch {settings.micro_batch_size}", settings.optim]
     least_words += ["activation checkpointing"] if settings.activation_checkpointing else []
     kinds = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.kinds.items() if size)
     parts = f" ({kinds})" if need.peak_phase == "step" else ""
@@ -189,18 +185,4 @@ def _does_not_fit(recipe: Recipe, least: Option, budget: MemoryBudget) -> DoesNo
             f"{', '.join(least_words)}, but there are {budget.where}",
             *ways_out.in_lines(ways),
         ]
-    )
-
-
-def _micro_batch_words(least: Option, budget: MemoryBudget) -> str:
-    """The micro batch; where a smaller one would need more, also why."""
-    settings = least.settings
-    words = f"micro batch {settings.micro_batch_size}"
-    rows = settings.micro_batch_size * settings.gradient_accumulation_steps
-    one = budget.need(settings.changed(micro_batch_size=1, gradient_accumulation_steps=rows)).peak
-    if settings.micro_batch_size == 1 or one <= least.memory.peak:
-        return words
-    return (
-        f"{words} (a smaller one needs more, {format_bytes(one)} with 1: gradients of earlier passes stay beside the "
-        "next)"
     )

@@ -133,8 +133,9 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
     if recipe.train.num_processes == 1:
         return with_placement(recipe, "single"), "one process"
 
-    def peaks(placement: Placement) -> tuple[int, int]:
-        """The least that it needs with the same numbers, and with the levers that change them."""
+    def peaks(placement: Placement) -> tuple[int, int, int]:
+        """What is free in each process; the least that it needs with the same numbers, and with the levers that change
+        them."""
         own = with_placement(recipe, placement)
         basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
         limits = basis.budget.for_rows(workload.summary.rows_per_epoch)
@@ -142,21 +143,21 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
             choose.smallest(own, basis.start, basis.rows_per_process, limits, same_numbers=same).memory.peak
             for same in (True, False)
         )
-        return exact - limits.available_bytes, other - limits.available_bytes
+        return limits.available_bytes, exact, other
 
-    ddp, ddp_with_others = peaks("ddp")
-    if ddp <= 0:
+    free, ddp, ddp_with_others = peaks("ddp")
+    if ddp <= free:
         return with_placement(recipe, "ddp"), "it fits in each process"
-    short = f"ddp needs {format_bytes(ddp)} more in each process than is free"
+    why = f"ddp needs {format_bytes(ddp)} in each process, {format_bytes(free)} are free"
     if against := obstacle(recipe, workload.shapes, fleet.machine):
-        return with_placement(recipe, "ddp"), f"{short}; fsdp2 is not possible: {against}"
-    fsdp2, _ = peaks("fsdp2")
-    if fsdp2 <= 0:
-        return with_placement(recipe, "fsdp2"), short
-    both = f"{short}, fsdp2 {format_bytes(fsdp2)}"
-    if ddp_with_others <= 0:
-        return with_placement(recipe, "ddp"), f"{both}; it fits with other numbers"
-    return with_placement(recipe, "fsdp2" if fsdp2 < ddp_with_others else "ddp"), both
+        return with_placement(recipe, "ddp"), f"{why}; fsdp2 is not possible: {against}"
+    _, fsdp2, _ = peaks("fsdp2")
+    if fsdp2 <= free:
+        return with_placement(recipe, "fsdp2"), why
+    why += f", fsdp2 needs {format_bytes(fsdp2)}"
+    if ddp_with_others <= free:
+        return with_placement(recipe, "ddp"), f"{why}; it fits with other numbers"
+    return with_placement(recipe, "fsdp2" if fsdp2 < ddp_with_others else "ddp"), why
 
 
 def obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str:

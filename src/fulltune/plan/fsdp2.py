@@ -150,21 +150,21 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             found.append(_Held(no_logits if summed else without, before, (units.root, units.kept), made, following))
         else:
             flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)
-            found += _block(without, ended, reduced, units, (left, now), copies, flat)
+            found += _block((without, ended), reduced, units, (left, now), copies, flat)
         if place in AT_HEAD:
             if summed:
                 found.append(_Held(without, before, (units.root, units.kept), (summed,)))
             # Then the last block, whose activations all are there still, with the gradient of its first tensor.
             first = (left, units.block // TENSORS_OF_BLOCK)
             flat = (units.kept or units.block, units.block)
-            found += _block(no_logits, ended, before, units, first, copies, flat)
+            found += _block((no_logits, ended), before, units, first, copies, flat)
             flat_kept = (units.kept,) * copies
             found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*flat_kept, units.block)))
     nothing: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
     # The first block ends with nearly all gradients reduced, and the embeddings are put together already.
     lowest = max(before, 1 - (units.root + units.apart + units.block) / (value * shapes.num_parameters))
     flat = (units.block, max(units.block, units.apart))
-    found += _block(nothing, nothing, lowest, units, (left, units.block), copies, flat)
+    found += _block((nothing, nothing), lowest, units, (left, units.block), copies, flat)
     # Embeddings, which have no input with a gradient, are reduced at the very end: the root first, then unit by unit.
     last = [units.root, units.apart]
     while last:
@@ -219,8 +219,7 @@ def _of_a_block(
 
 
 def _block(
-    passing: dict[Kind, int],
-    ended: dict[Kind, int],
+    held: tuple[dict[Kind, int], dict[Kind, int]],
     reduced: float,
     units: Units,
     gradients: tuple[int, int],
@@ -230,15 +229,15 @@ def _block(
     """A block's backward pass, its end, and its gradients on their way.
 
     Args:
-        passing: What is held in it.
-        ended: What is held at its end.
+        held: What is held in it, and at its end.
         reduced: Share of the gradients that were sent.
         units: In bytes.
         gradients: Of the root, and of the block while it passes.
         copies: Of gradients that are sent.
         flat: What the unit before was sent in, which stays until the block ends, and the next unit as received.
     """
-    root, block, whole = (units.root,), units.block, (gradients[0], units.block)
+    (passing, ended), root, block = held, (units.root,), units.block
+    whole = (gradients[0], block)
     yield _Held(passing, reduced, (*root, block), gradients, flat)
     yield _Held(ended, reduced, (*root, block), whole, flat)
     yield _Held(ended, reduced, root, whole, (*(block,) * copies, flat[1]))

@@ -173,12 +173,8 @@ def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
 def _no_offloading(recipe: Recipe, now: MemorySettings) -> str:
     if now.device == "cpu":
         return "without a GPU everything is in the host's memory"
-    if recipe.train.engine_settings is not None:
-        return f"set offload_optimizer and offload_param in {ENGINE_SETTINGS} yourself"
     if recipe.train.engine_by:
-        most = "all" if recipe.train.placement == "zero3" else "optimizer"
-        less = recipe.train.offload in ("none", "optimizer") and recipe.train.offload != most
-        return f"not done by itself; set {OFFLOAD}: {most} yourself" if less else "already on"
+        return "already on" if recipe.train.offload != "none" else f"not done by itself; set {OFFLOAD} yourself"
     settings = f"{PLACEMENT}: zero2 and {OFFLOAD}: optimizer"
     return f"not done by itself; set {settings} yourself ({sharing.INSTALL})"
 

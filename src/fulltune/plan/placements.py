@@ -4,7 +4,6 @@ docs/scale.md."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from fulltune.plan import budget, choose
@@ -27,14 +26,9 @@ _DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """A way to place things."""
-
-    settings: dict[str, Any]
-    shared: Sharing | None = None
-    """None: each device holds everything."""
-    needs: str = ""
+_Layout = tuple[dict[str, Any], Sharing | None, str]
+"""A way to place things: its settings, what is shared out (None: each device holds everything), what it needs of a
+person."""
 
 
 def table(basis: Basis) -> tuple[Placement, ...]:
@@ -49,21 +43,21 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
     if train.placement == ("ddp" if many else "single"):  # the same by its name
         plain[PLACEMENT] = train.placement
     small = {"train.optim": "adamw_8bit"}
-    yield _Layout(plain)
-    yield _Layout(plain | small)
+    yield plain, None, ""
+    yield plain | small, None, ""
     if basis.start.precision != "fp16" and basis.start.fast_bf16:
         narrow = {name: value for name, value in plain.items() if name != "train.bf16_rounding"}
         narrow |= {"model.weights_dtype": "bf16", "train.optim": plain_optim("bf16", train.bf16_rounding)}
         narrow |= {"train.precision": "bf16"} if train.precision == "fp32" else {}
-        yield _Layout(narrow)
-        yield _Layout(narrow | small)
+        yield narrow, None, ""
+        yield narrow | small, None, ""
     if basis.start.num_trained is not None:  # sharing out is planned for full fine-tuning only
         return
     # What no placement may be taken with is refused by the recipe's own rules.
     if many and basis.shapes.units is not None and not train.use_liger_kernel:
         parts, shared = plain | {PLACEMENT: "fsdp2"}, Sharing(3, False, False, engine="fsdp2")
-        yield _Layout(parts, shared)
-        yield _Layout(parts | small, shared)
+        yield parts, shared, ""
+        yield parts | small, shared, ""
     if not basis.fleet.machine.gpus or train.use_liger_kernel or train.torch_compile:
         return
     whole = {"train.chunked_loss": None} if train.chunked_loss else {}  # ZeRO needs whole logits
@@ -72,33 +66,32 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
         return plain | whole | {PLACEMENT: f"zero{stage}", OFFLOAD: offload}
 
     if many:
-        yield _Layout(zero(2), Sharing(2, False, False))
-        yield _Layout(zero(3), Sharing(3, False, False))
-    yield _Layout(zero(2, "optimizer"), Sharing(2, True, False))
-    yield _Layout(zero(3, "all"), Sharing(3, True, True))
+        yield zero(2), Sharing(2, False, False), ""
+        yield zero(3), Sharing(3, False, False), ""
+    yield zero(2, "optimizer"), Sharing(2, True, False), ""
+    yield zero(3, "all"), Sharing(3, True, True), ""
     if train.num_machines == 1:  # the disks of several differ: the recipe refuses it
         path = nvme_path(recipe)
-        needs = "" if path else NEEDS_PATH
-        yield _Layout(zero(3, NVME + (path or NVME_FOLDER)), Sharing(3, True, True, True, True), needs)
+        yield zero(3, NVME + (path or NVME_FOLDER)), Sharing(3, True, True, True, True), "" if path else NEEDS_PATH
 
 
 def _best(basis: Basis, layout: _Layout) -> Placement:
     """The fastest micro batch and checkpointing that fit; when none does, the smallest."""
-    recipe, rows, shared = basis.recipe, basis.rows_per_process, layout.shared
-    narrow = layout.settings["model.weights_dtype"] == "bf16"
+    recipe, rows, (settings, shared, needs) = basis.recipe, basis.rows_per_process, layout
+    narrow = settings["model.weights_dtype"] == "bf16"
     in_pieces = shared is None or shared.engine == "fsdp2"
     plain = with_settings(recipe, {name: _DEFAULTS[name] for name in WHERE})
     start = basis.start.changed(
-        weights_dtype=layout.settings["model.weights_dtype"],
+        weights_dtype=settings["model.weights_dtype"],
         precision="bf16" if narrow else basis.start.precision,
-        optim=layout.settings["train.optim"],
+        optim=settings["train.optim"],
         bf16_rounding=(recipe.train.bf16_rounding or "stochastic") if narrow else None,
         chunked_loss=in_pieces and takes_pieces(plain, basis.start.plain_logits),
     )
-    limits = MemoryBudget(basis.budget.available_bytes, "", lambda settings: basis.needs.of(settings, shared))
-    option = choose.fastest(recipe, start, rows, limits, lambda settings: basis.speed(settings, shared))
+    limits = MemoryBudget(basis.budget.available_bytes, "", lambda one: basis.needs.of(one, shared))
+    option = choose.fastest(recipe, start, rows, limits, lambda one: basis.speed(one, shared))
     option = option or choose.smallest(recipe, start, rows, limits, same_numbers=True)
-    return row(basis, shared, option.settings, option.memory, _changes(basis, layout), layout.needs)
+    return row(basis, shared, option.settings, option.memory, _changes(basis, layout), needs)
 
 
 def row(
@@ -149,10 +142,10 @@ def name_of(shared: Sharing | None, settings: MemorySettings) -> str:
 
 def _changes(basis: Basis, layout: _Layout) -> dict[str, Any]:
     """What the recipe has otherwise."""
-    recipe, settings = basis.recipe, layout.settings
+    recipe, (settings, shared, _) = basis.recipe, layout
     known = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
     known |= {name: value for name in settings if (value := given(recipe, name)) is not None}
-    if layout.shared is not None and layout.shared == basis.shared:  # be it by a file of the user's
+    if shared is not None and shared == basis.shared:  # be it by a file of the user's
         known |= {name: settings.get(name) for name in WHERE}
     return {name: value for name, value in settings.items() if known.get(name) != value}
 

@@ -158,13 +158,12 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
     Raises:
         RecipeError: When the recipe's batches cannot be shared by so many, or it names other machines.
     """
-    train, devices = recipe.train, fleet.num_devices
-    if not fleet.here and fleet.gpu_model is not None and train.device == "cpu":
-        raise RecipeError("train.device: 'cpu' but --for names a GPU; add --set train.device=auto")
-    if not fleet.here and fleet.gpu_model is None and train.device == "cuda":
-        raise RecipeError("train.device: 'cuda' but --for names no GPU; add --set train.device=auto")
     if fleet.here:
         return recipe, ()
+    train, devices = recipe.train, fleet.num_devices
+    if train.device == ("cuda" if fleet.gpu_model is None else "cpu"):
+        names = "no GPU" if fleet.gpu_model is None else "a GPU"
+        raise RecipeError(f"train.device: '{train.device}' but --for names {names}; add --set train.device=auto")
     _refuse_other_machines(recipe, fleet)
     more = {NUM_MACHINES: fleet.num_machines} if fleet.num_machines > 1 else {}
     more |= {NUM_PROCESSES: devices} if devices > 1 else {}

@@ -330,10 +330,7 @@ def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
     with pytest.raises(DoesNotFitError) as raised:
         choose.choose(recipe, start, 4, budget, lambda settings: None)
     assert "needs 9.31 GiB" in raised.value.problems[0]
-    assert (
-        "even with micro batch 4 (a smaller one needs more, 11.2 GiB with 1: gradients of earlier passes"
-        in (raised.value.problems[0])
-    )
+    assert "even with micro batch 4" in raised.value.problems[0]
 
 
 @pytest.mark.parametrize(
