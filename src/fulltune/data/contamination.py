@@ -20,6 +20,7 @@ from fulltune.data.readers.files import data_files, is_data, reading
 from fulltune.data.readers.plain_text import has_blank_lines
 from fulltune.data.readers.read import DataFiles
 from fulltune.errors import DataError
+from fulltune.recipe.fields import Recipe
 from fulltune.tasks import Row, Target
 from fulltune.tasks.columns import normalised
 from fulltune.text import counted
@@ -84,8 +85,11 @@ def _runs(words: list[str]) -> np.ndarray:
 # ---- the texts here --------------------------------------------------------------------------------------------
 
 
-def files_of(path: str) -> tuple[Path, ...]:
+def known_files(recipe: Recipe) -> tuple[Path, ...]:
     """The files behind `data.contamination`: in a folder all tables and texts; raises a `DataError` when none is."""
+    path = recipe.data.contamination
+    if path is None:
+        return ()
     try:
         with reading(Path(path)):
             if not Path(path).is_dir():

@@ -103,23 +103,19 @@ class Patched:
 
     def _decided(self, place: str, row: dict[str, Any]) -> dict[str, Any] | None:
         """A row as it is kept. One whose text was replaced may be decided about once more, as it is then."""
-        for _ in range(len(self.decisions)):
-            found = row_id(row)
-            if found not in self.hashes:
-                break
+        while (found := row_id(row)) in self.hashes:
             self._seen[found] += 1
-            key = self.source, numbered(found, self._seen[found])
-            decision = self.decisions.get(key)
+            decision = self.decisions.get((self.source, numbered(found, self._seen[found])))
             if decision is None:
                 break
-            self.matched.add(key)
+            self.matched.add(decision.key)
             remedy = decision.remedy
-            if remedy.action in ("keep", "undecided"):
-                break
             if remedy.action == "drop":
                 reason = f"{decision.check or 'decided'} (data.patch)"
                 self.dropped.append(Dropped(self.source, place, CHECK, reason, dict(row)))
                 return None
+            if remedy.action != "replace":
+                break
             if remedy.column not in row:
                 self.problems.append(f"{place}: column '{remedy.column}' is to be replaced, expected {', '.join(row)}")
                 break
@@ -147,14 +143,11 @@ def refuse_foreign(path: str, sources: Sequence[Patched], is_whole: bool) -> Non
     problems = [f"data.patch: {path}: {problem}" for source in sources for problem in source.problems][:_SHOWN]
     missing = [one for one in decisions.values() if one.key not in matched]
     if missing and is_whole:
-        lost = {one.row for one in missing}
-        lines = enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1)
-        numbers = [str(number) for number, line in lines if line.strip() and json.loads(line)["row"] in lost]
         problems.append(
             f"data.patch: {path}: {counted(len(missing), 'row')} of {len(decisions):,} that it decides about cannot be "
-            f"found in the data (lines {first_few(numbers, 20)}): it belongs to other files, or these were changed "
-            "since; remove these lines, or decide anew: 'fulltune data RECIPE --set data.patch=null --review --patch "
-            "NEW.jsonl'"
+            f"found in the data ({first_few([one.row for one in missing], 20)}): it belongs to other files, or these "
+            "were changed since; remove these lines, or decide anew: 'fulltune data RECIPE --set data.patch=null "
+            "--review --patch NEW.jsonl'"
         )
     if problems:
         raise DataError(problems)

@@ -30,10 +30,9 @@ from fulltune.data.check import (
     refuse_unusable,
     unmeasured,
 )
-from fulltune.data.contamination import KnownTexts, files_of, read_texts
+from fulltune.data.contamination import KnownTexts, known_files, read_texts
 from fulltune.data.encode import Dropped, Encoded, Job, encode, with_sides
 from fulltune.data.limits import Limits, longest_row, packing
-from fulltune.data.mix import mix_in, without_scored
 from fulltune.data.patch import Patched, load_patch, patched_in_words, refuse_foreign
 from fulltune.data.readers.files import state, unchanged
 from fulltune.data.readers.read import DataFiles, content_hash
@@ -49,12 +48,20 @@ from fulltune.data.sources import (
     unused_columns,
 )
 from fulltune.data.split import Split, assign
-from fulltune.data.targets import of_target
-from fulltune.data.written import DROPPED, as_line, list_dropped, previews, write_splits
-from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.data.written import (
+    DROPPED,
+    as_line,
+    list_dropped,
+    mix_in,
+    of_target,
+    previews,
+    without_scored,
+    write_splits,
+)
+from fulltune.errors import RecipeError, SetupError
 from fulltune.files import flaw, make_private, seal
 from fulltune.models.base import processor_identity
-from fulltune.recipe.data import UTF_8, DataBlock, codec_of
+from fulltune.recipe.data import DataBlock, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
@@ -67,7 +74,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
-FORMAT = 8
+FORMAT = 9
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
 
@@ -102,7 +109,8 @@ def prepare(stage: Stage) -> DataSummary:
     if is_image and recipe.data.near_duplicates < 1:
         raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
     decisions = load_patch(Path(recipe.data.patch)) if recipe.data.patch else None
-    files, forbidden = _find(recipe)
+    files = find_files(recipe)
+    forbidden = known_files(recipe)
     before = {file: state(file) for file in chain(forbidden, *(those.files for those in files.values()))}
     fingerprint = _fingerprint(stage, files, forbidden)
     if stage.planned_for and stage.planned_for != fingerprint:
@@ -299,49 +307,18 @@ def _packing_note(train: Split, summary: SplitSummary, limit: int) -> str:
     )
 
 
-def _find(recipe: Recipe) -> tuple[dict[SourceName, DataFiles], tuple[Path, ...]]:
-    """The files of each source, and those of texts that must not be trained on."""
-    problems: list[str] = []
-    forbidden: tuple[Path, ...] = ()
-    try:
-        forbidden = files_of(recipe.data.contamination) if recipe.data.contamination is not None else ()
-    except DataError as error:
-        problems += error.problems
-    try:
-        files = find_files(recipe)
-    except DataError as error:
-        raise DataError([*error.problems, *problems]) from None
-    if problems:
-        raise DataError(problems)
-    return files, forbidden
-
-
 def _fingerprint(stage: Stage, files: Mapping[SourceName, DataFiles], forbidden: tuple[Path, ...]) -> str:
     """Changes whenever the prepared rows could."""
     from importlib.metadata import version
 
-    recipe, tokenizer, limits = stage.recipe, stage.tokenizer, stage.limits
-    # Where they are not set, rows of a version that did not know these settings are the same ones.
-    unset = {name for name in ("group", "time") if getattr(recipe.data, name) is None}
-    unset |= {"encoding"} if codec_of(recipe.data.encoding) == UTF_8 else set()
-    parts = {
-        "format": FORMAT,
-        "tokenizers": version("tokenizers"),
-        "content": content_hash(files),
-        "task": recipe.task,
-        "data": recipe.data.model_dump(
-            mode="json", exclude={"train", "eval", "test", "contamination", "patch", *unset}
-        ),
-        "roles": [bool(recipe.data.eval), bool(recipe.data.test)],
-        "processor": processor_identity(tokenizer),
-        "limits": [limits.positions, tokenizer.model_max_length, limits.identity],
-    }
-    if recipe.data.patch:
-        parts["patch"] = hashlib.sha256(Path(recipe.data.patch).read_bytes()).hexdigest()
-    if limits.virtual:
-        parts["virtual"] = limits.virtual
-    if forbidden:
-        parts["contamination"] = content_hash({"contamination": DataFiles(forbidden, "")})
-    if mixed := recipe.data.mixed_files:
-        parts["weights"] = [one.weight for one in mixed]
+    block, limits = stage.recipe.data, stage.limits
+    parts = (
+        *(FORMAT, version("tokenizers"), stage.recipe.task, codec_of(block.encoding), content_hash(files)),
+        block.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", "patch", "encoding"}),
+        *(bool(block.eval), bool(block.test), [one.weight for one in block.mixed_files]),
+        block.patch and hashlib.sha256(Path(block.patch).read_bytes()).hexdigest(),
+        content_hash({"contamination": DataFiles(forbidden, "")}),
+        processor_identity(stage.tokenizer),
+        *(limits.positions, stage.tokenizer.model_max_length, limits.identity, limits.virtual),
+    )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

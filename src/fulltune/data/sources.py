@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from fulltune.audit.texts import masked_text
+from fulltune.data.contamination import known_files
 from fulltune.data.groups import sample
 from fulltune.data.patch import Patched
 from fulltune.data.readers.files import refuse_held_out
@@ -57,7 +58,7 @@ def is_mixed(name: SourceName) -> bool:
 
 def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
     """The files of each source that the recipe names, train first. Raises `DataError` for every path without files, and
-    what is wrong in the files of the other sources."""
+    what is wrong in the files of the other sources and of `data.contamination`."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.train_files()}
     paths |= {name: (path,) for name, path in (("eval", block.eval), ("test", block.test)) if path}
@@ -78,6 +79,10 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
             )
         except DataError as error:
             problems += error.problems
+    try:
+        known_files(recipe)
+    except DataError as error:
+        problems += error.problems
     if problems:
         for readable in files.values():  # may be broken, too: all problems at once
             for _ in readable.rows(problems):

@@ -1,24 +1,38 @@
-"""A split's rows as they are written, counted and shown; and the list of those that are dropped."""
+"""A split's rows, and those that are mixed in by weight, as they are written, counted and shown."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fulltune.audit.texts import masked_cells, masked_text
-from fulltune.data.encode import Dropped, Encoded
+from fulltune.data.encode import Dropped, Encoded, Job, with_sides
 from fulltune.data.limits import pack
-from fulltune.data.split import SPLITS, Split
+from fulltune.data.sources import SourceName, is_mixed, mixed_names
+from fulltune.data.split import HELD_OUT, SPLITS, Split
 from fulltune.errors import DataError
-from fulltune.inference.store import WORDS, Rows, RowWriter, batches, readable, save_clusters, save_in_train, texts
-from fulltune.records.data import Preview, SplitName, SplitSummary
-from fulltune.tasks import PLACE, Target, Task
+from fulltune.inference.store import (
+    MIXED,
+    WORDS,
+    Rows,
+    RowWriter,
+    batches,
+    readable,
+    save_clusters,
+    save_in_train,
+    texts,
+)
+from fulltune.recipe.data import rows_per_epoch
+from fulltune.recipe.fields import Recipe
+from fulltune.records.data import MixedSummary, Preview, SplitName, SplitSummary
+from fulltune.tasks import PLACE, Target, Task, task_named
+from fulltune.text import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,3 +143,140 @@ def previews(folder: Path, task: Task, target: Target, tokenizer: Any, span: ran
         if all(masked_text(text) == text for text in (json.dumps(words, ensure_ascii=False, default=readable), told)):
             found.append(preview)
     return tuple(found)
+
+
+# ---- rows that are mixed in ------------------------------------------------------------------------------------
+
+
+def without_scored(
+    recipe: Recipe, encoded: Mapping[SourceName, Encoded], splits: Mapping[SplitName, Split]
+) -> tuple[dict[SourceName, Split], list[Dropped]]:
+    """Each mixed source's rows that are in no held-out split, and all its others. Raises `DataError` for each source
+    of which no row is left."""
+    mixed, lost, problems = dict[SourceName, Split](), list[Dropped](), list[str]()
+    if not recipe.data.mixed_files:
+        return mixed, lost
+    encoded, group = with_sides(encoded, recipe.data.near_duplicates), recipe.data.group
+    same = f"what it asks, its text, or its '{group}'," if group else "what it asks, or its text,"
+    for name in filter(is_mixed, encoded):
+        whole = encoded[name]
+        scored_in = np.full(whole.num_rows, -1)
+        for number, split in enumerate(HELD_OUT):
+            groups = encoded[split if splits[split].is_file else "train"].groups[splits[split].rows]
+            scored_in[np.isin(whole.groups, groups)] = number
+            if group is not None:  # scored rows have no gap: a mixed row without a value is not among them
+                scored_in[np.isin(whole.values, splits[split].values)] = number
+        mixed[name] = Split(whole, scored_in < 0, is_file=True)
+        checks = whole.tally.of("unusable") + whole.tally.of("unfit") + whole.tally.of("part")
+        for number, place, row in kept_rows(whole, scored_in >= 0):
+            in_split = HELD_OUT[scored_in[number]]
+            reason = f"{same} also stands in {in_split}, which is never trained on"
+            lost.append(Dropped(name, place, f"also in {in_split}", reason, row))
+            checks[lost[-1].check] += 1
+        if not mixed[name].examples.any():
+            reasons = ", ".join(f"{count:,} x {check}" for check, count in checks.most_common())
+            problems.append(
+                f"{whole.where}: no row can be mixed in ({reasons}), expected some; give other rows, or remove it from "
+                "data.train"
+            )
+    if problems:
+        raise DataError(problems)
+    return mixed, lost
+
+
+def mix_in(
+    recipe: Recipe, folder: Path, job: Job, mixed: Mapping[SourceName, Split], packed: bool
+) -> tuple[MixedSummary, ...]:
+    """Write the rows of all mixed sources, source after source, beside those of the splits. Raises `DataError` for each
+    whose weight comes to no row."""
+    if not mixed:
+        return ()
+    task, found, ends = task_named(job.task), list[MixedSummary](), [0]
+    drawn = _drawn_rows(recipe, len(Rows(folder / "train")))
+    with RowWriter(folder / MIXED) as writer:
+        for split in mixed.values():
+            ends.append(ends[-1])
+            parts = examples(split, task)
+            for part in pack(parts, job.max_length) if packed else parts:
+                writer.write(part)
+                ends[-1] += len(part)
+    lengths = Rows(folder / MIXED)["length"]
+    for (name, split), (start, end) in zip(mixed.items(), pairwise(ends), strict=True):
+        whole = split.source
+        found.append(
+            MixedSummary(
+                where=whole.where,
+                weight=mixed_names(recipe)[name].weight,
+                rows_per_epoch=drawn[name],
+                kind=whole.target.form.kind,
+                counts=summarise(split, lengths[start:end], whole.num_read - split.num_rows),
+                previews=previews(folder / MIXED, task, whole.target, job.tokenizer, range(start, end), 1),
+            )
+        )
+    return tuple(found)
+
+
+def _drawn_rows(recipe: Recipe, task_rows: int) -> dict[SourceName, int]:
+    """Number of rows of each mixed source in an epoch, which has all of the task's train rows."""
+    files = mixed_names(recipe)
+    numbers = rows_per_epoch(task_rows, [one.weight for one in files.values()])
+    none = [
+        f"data.train: {file.path}: a weight of {file.weight:g} beside {counted(task_rows, 'train row')} comes to no "
+        "row; give it more weight, or remove it"
+        for file, number in zip(files.values(), numbers, strict=True)
+        if not number
+    ]
+    if none:
+        raise DataError(none)
+    return dict(zip(files, numbers, strict=True))
+
+
+# ---- what follows from the train rows' targets -----------------------------------------------------------------
+
+
+def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float]:
+    """Mean and standard deviation. Raises `DataError` when they are all the same, or as good as the same for numbers of
+    32 bits, which models give."""
+    mean, spread = float(numbers.mean()), float(numbers.std())
+    rows = f"{where}: all {len(numbers):,} train rows have"
+    if numbers.min() == numbers.max():
+        raise DataError(
+            f"{rows} the same target {numbers[0]:g} in column '{column}'; there is nothing to learn: give rows with "
+            "other targets (data.train), or name another column (data.label)"
+        )
+    apart = float(np.spacing(np.float32(abs(mean))))
+    if spread < apart:
+        raise DataError(
+            f"{rows} nearly the same target in column '{column}': {mean:.9g}, give or take {spread:.3g}, where numbers "
+            f"of 32 bits lie {apart:.3g} apart; subtract {mean:.3g} from all targets"
+        )
+    return mean, spread
+
+
+def explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
+    """Share of the variance of length that lies between classes, corrected for chance (epsilon squared, Kelley
+    1935)."""
+    counts, total = np.bincount(classes), float(len(lengths) * np.var(lengths))
+    num_groups = int((counts > 0).sum())
+    if total == 0 or len(lengths) <= num_groups:
+        return 0.0
+    means = np.bincount(classes, weights=lengths) / np.maximum(counts, 1)
+    within = float(((lengths - means[classes]) ** 2).sum())
+    return max(0.0, 1 - (within / (len(lengths) - num_groups)) / (total / (len(lengths) - 1)))
+
+
+def explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
+    """Squared correlation of length and a numeric target; 0 when one of them is constant."""
+    if np.ptp(lengths) == 0 or np.ptp(values) == 0:
+        return 0.0
+    return float(np.corrcoef(lengths, values)[0, 1]) ** 2
+
+
+def of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
+    """What follows from the train rows' targets: `scale` and `length_explained` of the summary."""
+    whole, chosen = train.source, train.examples
+    lengths = whole.lengths[chosen]
+    if target.form.is_number:
+        values = np.asarray(Rows(folder)["labels"])
+        return scale_of(values, whole.where, target.columns["label"]), explained_by_value(lengths, values)
+    return None, explained_by_class(lengths, whole.labels[whole.row_of[chosen]]) if target.labels else 0.0

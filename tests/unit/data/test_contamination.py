@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fulltune import data
-from fulltune.data.contamination import MOST_TEXTS, KnownTexts, cell_texts, files_of, read_texts
+from fulltune.data.contamination import MOST_TEXTS, KnownTexts, cell_texts, known_files, read_texts
 from fulltune.errors import DataError
 from fulltune.inference.store import load_texts
 from fulltune.recipe.fields import Recipe
@@ -23,7 +23,12 @@ TEN = "one two three four five six seven eight nine ten"
 
 def known(folder: Path, *texts: str) -> KnownTexts:
     path = tiny.write_jsonl(folder / "known.jsonl", [{"text": text} for text in texts])
-    return read_texts(str(path), files_of(str(path)))
+    return read_texts(str(path), files_of(path))
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    block = {"train": "x", "contamination": str(path)}
+    return known_files(Recipe.model_validate({"model": "x", "task": "causal-lm", "data": block}))
 
 
 def others(count: int, start: str = "w") -> str:
@@ -70,7 +75,7 @@ def test_runs_of_several_texts_are_not_added_up(tmp_path: Path) -> None:
 
 
 def test_template_of_many_texts_says_nothing(tmp_path: Path) -> None:
-    template = "choose the right one of the answers below :"
+    template = "choose the right one of the answers that stand here below :"
     few = known(tmp_path, *(f"{template} {others(3, f'x{number}')}" for number in range(MOST_TEXTS)))
     many = known(tmp_path, *(f"{template} {others(3, f'x{number}')}" for number in range(MOST_TEXTS + 1)))
     row = f"{template} {others(3, 'v')}"
@@ -118,7 +123,7 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
     tiny.write_jsonl(folder / "rows.jsonl", nested)
     (folder / "README.md").write_text("not a text", encoding="utf-8")
     (folder / ".hidden.txt").write_text("not this", encoding="utf-8")
-    texts = read_texts(str(folder), files_of(str(folder)))
+    texts = read_texts(str(folder), files_of(folder))
     expected = (
         "first line",
         "a paragraph of two lines",

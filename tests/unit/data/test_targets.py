@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from fulltune.data.targets import explained_by_class, explained_by_value, scale_of
+from fulltune.data.written import explained_by_class, explained_by_value, scale_of
 from fulltune.errors import DataError
 from fulltune.plan.defaults import group_by_length
 

@@ -91,9 +91,7 @@ class DataFiles:
         try:
             with reading(file):
                 for line, row in self._parsed(file):
-                    if isinstance(row, text_tables.Note):
-                        self.notes[f"{file.name}:{line}: {row}"] = None
-                    elif isinstance(row, str):
+                    if isinstance(row, str):
                         problems.append(f"{file}:{line}: {row}")
                     else:
                         yield line, row
@@ -114,7 +112,7 @@ class DataFiles:
             _refuse_binary(file)
         match suffix:
             case ".csv" | ".tsv":
-                yield from text_tables.separated(file, self.columns, self.encoding)
+                yield from text_tables.separated(file, self.columns, self.encoding, self.notes)
             case ".jsonl" | ".ndjson":
                 yield from text_tables.json_lines(file, self.encoding)
             case ".json":

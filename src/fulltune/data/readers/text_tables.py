@@ -30,15 +30,11 @@ _MARK = "a byte order mark stands before a double quote, as in files that were p
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
-class Note(str):
-    """What is worth knowing about a file and makes none of its rows wrong: in the place of a broken row."""
-
-
 def separated(
-    file: Path, columns: Sequence[str] | None, encoding: str = UTF_8
+    file: Path, columns: Sequence[str] | None, encoding: str, notes: dict[str, None]
 ) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Rows of a csv or tsv file, with names of its columns where the first line does not give them. Raises `DataError`
-    when the first line is no header."""
+    """Rows of a csv or tsv file, with names of its columns where the first line does not give them; what makes none of
+    them wrong is noted. Raises `DataError` when the first line is no header."""
     delimiter, line = delimiter_of(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line ends in double quotes"
     known, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
@@ -68,7 +64,7 @@ def separated(
             yield line, _UNCLOSED if "unexpected end of data" in str(error) else f"not valid csv: {error}; {_DOUBLED}"
     for line, rows in joined:
         if sum(not known.isdisjoint(enumerate(row)) for row in rows) > 1:
-            yield line, Note(f"{len(rows):,} {_JOINED}")
+            notes[f"{file.name}:{line}: {len(rows):,} {_JOINED}"] = None
 
 
 def _kind(cell: str) -> str:
