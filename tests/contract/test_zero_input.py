@@ -146,6 +146,7 @@ def written(folder: Path, stage: int, processes: int) -> Path:
     return parts.parent
 
 
+WROTE = "expected ZeRO's stage {} on 2, which wrote it"
 NVME = {"placement": "zero3", "num_processes": 2, "offload": "nvme:/disk"}
 
 
@@ -156,9 +157,9 @@ NVME = {"placement": "zero3", "num_processes": 2, "offload": "nvme:/disk"}
         (2, {"placement": "zero2", "num_processes": 2, "optim": "adagrad"}, None),
         (2, {"extra": {"deepspeed": {"zero_optimization": {"stage": 0}}}, "num_processes": 2}, None),
         (3, {**NVME, "offload": "all"}, None),
-        (2, {"num_processes": 2}, "goes on with train.placement: auto, expected DeepSpeed's settings that wrote it"),
-        (2, NVME, "goes on with train.placement: zero3, expected ZeRO's stage 1 or 2, as written"),
-        (3, {**NVME, "num_processes": 1}, "goes on with train.num_processes: 1, expected 2, which wrote it"),
+        (2, {"num_processes": 2}, "goes on with train.placement: auto on 2 processes, " + WROTE.format("1 or 2")),
+        (2, NVME, "goes on with train.placement: zero3 on 2 processes, " + WROTE.format("1 or 2")),
+        (3, {**NVME, "num_processes": 1}, "goes on with train.placement: zero3 on 1 processes, " + WROTE.format("3")),
     ],
 )
 def test_checkpoint_of_deepspeed_needs_the_same_stage_and_processes(
@@ -212,7 +213,7 @@ def test_checkpoint_of_another_placement_is_refused_before_an_attempt(tmp_path: 
         plan = pipeline.make_plan(first, summary)
     checkpoint = written(first.folder / "checkpoints" / plan.trial, 3, 2)
     files.seal(checkpoint)
-    with pytest.raises(SetupError, match="expected DeepSpeed's settings that wrote it"):
+    with pytest.raises(SetupError, match="which wrote it"):
         pipeline.train_trial(first, plan, summary)
     assert not (first.folder / "attempts").exists()
     shutil.rmtree(first.folder)

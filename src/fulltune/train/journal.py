@@ -15,8 +15,7 @@ from fulltune.records.plan import Phase
 PHASE_FILE = "phase"
 """What the attempt was doing, for the parent of a process that was killed and could not say it."""
 HEARTBEAT = "heartbeat"
-"""Holds the number of steps that are done; written anew at each sign of life. Others than the first process have files
-of their own: `heartbeat-rank1`."""
+"""Holds the number of steps that are done; written anew by the first process at each sign of life."""
 NEXT = "next attempt"
 """The event with which the parent notes, in the journal of an attempt that failed, what it tries next and why."""
 
@@ -28,35 +27,19 @@ def phase_of(folder: Path) -> Phase | None:
     return next((phase for phase in get_args(Phase) if phase == found), None)
 
 
-def steps_of(folder: Path, rank: int = 0) -> int:
-    """Steps that one of an attempt's processes had done at its last sign of life."""
-    path = heartbeat_of(folder, rank)
+def steps_of(folder: Path) -> int:
+    """Steps that an attempt had done at its last sign of life."""
+    path = folder / HEARTBEAT
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0
 
 
-def heartbeat_of(folder: Path, rank: int) -> Path:
-    """The file of one of an attempt's processes."""
-    return folder / (f"{HEARTBEAT}-rank{rank}" if rank else HEARTBEAT)
-
-
-def oldest_sign(folder: Path, num_processes: int) -> tuple[int, int] | None:
-    """The rank of the process that others wait for, and the steps it had done; None with one process, or while some
-    have given no sign of life."""
-    files = [heartbeat_of(folder, rank) for rank in range(num_processes)]
-    if num_processes == 1 or not all(file.exists() for file in files):
-        return None
-    signs = [(steps_of(folder, rank), file.stat().st_mtime_ns, rank) for rank, file in enumerate(files)]
-    steps, _, rank = min(signs)
-    return rank, steps
-
-
 class Journal:
-    """Things that happen rarely, one JSON line each in `journal.jsonl`, and signs of life; no path, no lines."""
+    """Things that happen rarely, one JSON line each in `journal.jsonl`, and signs of life beside it; no path: none."""
 
-    def __init__(self, path: Path | None, heartbeat: Path | None = None) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._heartbeat = heartbeat
+        self._heartbeat = None if path is None else path.with_name(HEARTBEAT)
         self.phase: Phase = "loading"
 
     def at(self, phase: Phase) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from fulltune.system import hardware, signals
 from fulltune.system.memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.text import format_bytes, parse_seconds
 from fulltune.train.checkpoints import last_saved
-from fulltune.train.journal import HEARTBEAT, oldest_sign, phase_of, steps_of
+from fulltune.train.journal import HEARTBEAT, phase_of, steps_of
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
 
@@ -75,9 +74,6 @@ def _hung(request: Request, limit: str, seconds: float) -> Outcome:
     phase, step = phase_of(request.folder), steps_of(request.folder)
     where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase or "", "")
     said = f"no sign of life for {limit} (train.hang_timeout) after step {step:,}{where}"
-    if (oldest := oldest_sign(request.folder, request.plan.num_processes)) is not None:
-        rank, done = oldest
-        said = f"{said} (the oldest is that of process {rank}, after step {done:,})"
     reason = f"the training process gave {said}, and was ended"
     return Outcome(
         status="hung",
@@ -137,8 +133,8 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     elif about_memory:
         status, reason = "out_of_memory", f"the training process ended with code {code}: {about_memory[-1]}"
     elif killed:
-        one = _killed_one(request, tail)
-        status, reason = "killed", f"{one} was killed (SIGKILL) with {format_bytes(free_bytes)} of memory free"
+        free = f"with {format_bytes(free_bytes)} of memory free"
+        status, reason = "killed", f"the training process was killed (SIGKILL) {free}"
     else:
         elsewhere = "".join(f"; machine {one.rank} ({one.host}): {one.reason}" for one in lost)
         status, reason = "crashed", f"the training process ended with code {code} and left no outcome{elsewhere}"
@@ -164,15 +160,6 @@ def _of_lost(part: LostPart) -> tuple[OutcomeStatus, str]:
     if part.kind == "killed":
         return "killed", f"the training processes of {name} were killed (SIGKILL)"
     return "lost", f"{name} was lost: it {part.reason}"
-
-
-def _killed_one(request: Request, tail: Sequence[str]) -> str:
-    """Which of several processes, by torchrun's last words, and its last step."""
-    ranks = [int(found[1]) for line in tail if (found := re.fullmatch(r"\s*rank\s*: (\d+) \(.*\)", line))]
-    if not ranks or request.plan.num_processes == 1:
-        return "the training process"
-    done = steps_of(request.folder, ranks[-1])
-    return f"training process {ranks[-1]} (of {request.plan.num_processes}, counted from 0; after step {done:,})"
 
 
 @contextlib.contextmanager

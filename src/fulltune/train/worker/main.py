@@ -27,7 +27,7 @@ from fulltune.system.hardware import is_disk_full
 from fulltune.system.memory import is_out_of_memory, life_peak_bytes
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
-from fulltune.train.journal import Journal, heartbeat_of, steps_of
+from fulltune.train.journal import Journal, steps_of
 from fulltune.train.observed import Observed, held_to
 from fulltune.train.request import MACHINE, Request
 
@@ -38,7 +38,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         started = time.monotonic()
         rank = int(os.environ.get("RANK", "0"))
         path = request.folder / "journal.jsonl" if rank == 0 else None
-        journal = Journal(path, heartbeat_of(request.folder, rank))
+        journal = Journal(path)
         observed = Observed()
         try:
             ended = {"status": "done", "reason": "", **_train(request, hooks, journal, listener, observed)}
