@@ -75,7 +75,8 @@ def test_loader_pins_as_it_is_told(pins: bool) -> None:
 def test_seconds_of_a_pass_are_taken_when_the_card_is_done(device: str, waits: int, two_h100s: Cards) -> None:
     passes: Any = Passes.__new__(Passes)
     vars(passes).update(
-        plan=SimpleNamespace(device=device), trainer=SimpleNamespace(args=SimpleNamespace(world_size=1))
+        inputs=SimpleNamespace(plan=SimpleNamespace(device=device)),
+        trainer=SimpleNamespace(args=SimpleNamespace(world_size=1)),
     )
     assert passes._since(passes._now()) >= 0
     assert two_h100s.waits == waits

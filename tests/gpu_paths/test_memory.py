@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fulltune.records.data import DataSummary
 from fulltune.system import hardware, memory
 from fulltune.system.memory import Meter, is_out_of_memory, with_smaller_batches
 from fulltune.train.observed import held_to
@@ -132,8 +133,9 @@ def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for name in memory.ALLOCATOR_NAMES[1:]:
         monkeypatch.delenv(name, raising=False)
-    request: Any = SimpleNamespace(plan=SimpleNamespace(memory_limit_bytes=None, device=device))
-    journal: Any = SimpleNamespace(write=lambda *line: lines.append(line))
+    monkeypatch.setattr(DataSummary, "of_run", lambda folder: None)
+    request: Any = SimpleNamespace(plan=SimpleNamespace(memory_limit_bytes=None, device=device), run_folder="run")
+    journal: Any = SimpleNamespace(path=None, write=lambda *line: lines.append(line))
     worker._train(request, None, journal, None, None)  # type: ignore[arg-type]  # not reached
     assert lines == ([("allocator", "PYTORCH_ALLOC_CONF=expandable_segments:True")] if device == "cuda" else [])
 
