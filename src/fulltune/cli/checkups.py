@@ -13,7 +13,7 @@ from fulltune.cli.stages import err, out
 from fulltune.errors import SetupError
 from fulltune.report.format import terminal
 from fulltune.report.format.blocks import Facts
-from fulltune.report.format.markdown import section_in_markdown
+from fulltune.report.format.pages import section_in_markdown
 from fulltune.report.format.words import write_harmless
 
 

@@ -10,8 +10,7 @@ from fulltune.records.scores import Scores
 from fulltune.report.comparison import content as about_comparison
 from fulltune.report.comparison.many_tasks import write_tasks
 from fulltune.report.format.blocks import Block, Headline, Section
-from fulltune.report.format.html import page
-from fulltune.report.format.markdown import markdown
+from fulltune.report.format.pages import markdown, page
 from fulltune.report.format.plots import cost_picture
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run import content

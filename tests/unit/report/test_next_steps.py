@@ -15,8 +15,8 @@ from fulltune.records.plan import Setting
 from fulltune.records.scores import Confusion, Estimate
 from fulltune.report.run.content import conclude
 from fulltune.report.run.held import held_back
-from fulltune.report.run.next_steps import RunFacts, next_steps
 from fulltune.report.run.read import read_run
+from fulltune.report.run.verdict import RunFacts, next_steps
 from fulltune.stats.curves import Curves, Fit
 from tests.plans import outcome as ended
 from tests.plans import plan

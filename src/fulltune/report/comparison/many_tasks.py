@@ -13,7 +13,7 @@ from fulltune.records.scores import Estimate
 from fulltune.report.comparison.numbers import NOTHING, Writer, ratio
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Paragraph, Row, Section, Table, foreign
-from fulltune.report.format.markdown import section_in_markdown
+from fulltune.report.format.pages import section_in_markdown
 from fulltune.text import counted, format_bytes, format_seconds, is_share
 
 RECORD, PAGE = "tasks.json", "tasks.md"

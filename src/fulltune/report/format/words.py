@@ -22,6 +22,10 @@ _UNSAFE = re.compile(
 )
 
 
+OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu")
+"""Metrics of generated answers: the first that was computed says whether they are better."""
+
+
 def metric_name(name: str) -> str:
     """A metric as read aloud: `token_accuracy` becomes `token accuracy`."""
     return name.replace("_", " ")

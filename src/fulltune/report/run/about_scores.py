@@ -28,7 +28,6 @@ from fulltune.report.format.blocks import (
 from fulltune.report.format.plots import Mark, interval_plot
 from fulltune.report.run.about_data import row_words
 from fulltune.report.run.read import RunView, trained_row
-from fulltune.report.run.verdict import OF_ANSWERS
 from fulltune.text import counted, format_metric, format_number, format_percent, listed
 
 _KIND_IN_WORDS = {"baseline": "baseline", "untouched": "before training", "trained": "trained"}
@@ -37,8 +36,6 @@ _CONFUSED_PAIRS = 20
 _ANSWERS_OPEN = 3
 _MISTAKES_OPEN = 10
 _ANSWER_LIMIT = 1200
-_HARDLY = 0.05
-"""Share of the calibration error; less is rounding and a few rows."""
 _MISTAKE_LIMIT = 500
 _LABEL_LIMIT = 60
 
@@ -73,14 +70,11 @@ def score_table(view: RunView) -> Table:
     main = leading.main_metric
     names = dict.fromkeys(name for row in (leading, *view.scores) for name in row.metrics)
     metrics = sorted(names, key=lambda name: name != main)
-    # A column more where some test rows stand in train.
-    unseen = [f"{words.metric_name(main)} on unseen rows"] * (main in leading.unseen)
-    header = ("model", *(words.metric_name(name) for name in metrics), *unseen, "test rows", "kind")
+    header = ("model", *(words.metric_name(name) for name in metrics), "test rows", "kind")
     rows = tuple(
         (
             row.name,
             *(words.estimate(name, row.metrics[name]) if name in row.metrics else "-" for name in metrics),
-            *(_unseen(row, main) for _ in unseen),
             f"{row.rows:,}",
             _KIND_IN_WORDS[row.kind],
         )
@@ -98,32 +92,18 @@ def about_table(view: RunView) -> list[Paragraph]:
     return [Paragraph(sentence) for sentence in said if sentence]
 
 
-def _unseen(row: Scores, metric: str) -> str:
-    found = row.unseen.get(metric)
-    return words.estimate(metric, found.estimate) if found and found.estimate else "-"
-
-
 def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
     """The main metric without the test rows that stand in train, beside the one with them; empty: none stands there."""
     row = trained_row(scores) or scores[-1]
     found, whole = row.unseen.get(row.main_metric), row.metrics.get(row.main_metric)
     if found is None or whole is None:
         return ""
-    stands, many = stands_in_train(summary.columns if summary else (), found.near), found.left_out > 1
-    if found.estimate is not None:
-        left_out = words.without_rows(found.left_out, stands)
-        name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, found.estimate)
-        return (
-            f"{left_out[0].upper()}{left_out[1:]}: {name} {value} "
-            f"({format_metric(row.main_metric, whole.value)} with {'them' if many else 'it'})."
-        )
-    num_rows = whole.rows or row.rows
-    left = num_rows - found.left_out
-    others = f"The other {left:,} are too few for a score of their own" if left else "None is left to score"
-    return (
-        f"{found.left_out:,} of {num_rows:,} test rows {'leak: their' if many else 'leaks: its'} {stands}. "
-        f"{others}: how good the model is on unseen rows is not known."
-    )
+    stands = stands_in_train(summary.columns if summary else (), found.near)
+    leaks = f"Of {whole.rows or row.rows:,} test rows {found.left_out:,} leak: their {stands}"
+    if found.estimate is None:
+        return f"{leaks}. The others are too few to tell how good the model is on unseen rows."
+    name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, found.estimate)
+    return f"{leaks}. Without them: {name} {value} ({format_metric(row.main_metric, whole.value)} with them)."
 
 
 def scored_again(accesses: Sequence[Access]) -> str:
@@ -155,7 +135,7 @@ def _groups(scores: Sequence[Scores]) -> str:
 
 def about_answers(row: Scores) -> str:
     """For how many test rows answers were generated, and which metrics are of these alone."""
-    names = [words.metric_name(name) for name in row.metrics if name in OF_ANSWERS]
+    names = [words.metric_name(name) for name in row.metrics if name in words.OF_ANSWERS]
     distinct = " with different prompts" if len(row.answers) > 1 else ""
     return (
         f"Answers were generated for {counted(len(row.answers), 'test row')}{distinct}, drawn at random; on these: "
@@ -291,19 +271,12 @@ def calibration_of(row: Scores) -> list[Block]:
 
 
 def calibration_in_words(found: Calibration) -> str:
-    """One line: what the temperature says, and whether it helped on the test rows; or why it was not fitted."""
+    """What the temperature says, or why it was not fitted."""
     if found.note:
         return f"{found.note[0].upper()}{found.note[1:]}."
+    sure = "is right about as often as its probabilities say (temperature near 1)"
     if found.temperature > 1.02:
         sure = "is overconfident: it is right less often than its probabilities say (temperature above 1)"
     elif found.temperature < 0.98:
         sure = "is underconfident: it is right more often than its probabilities say (temperature below 1)"
-    else:
-        sure = "is right about as often as its probabilities say (temperature near 1)"
-    before, after = found.expected_calibration_error, found.expected_calibration_error_scaled
-    if abs(after - before) < _HARDLY * before:
-        effect = "hardly changes how close its probabilities are to"
-    else:
-        effect = "brings its probabilities closer to" if after < before else "takes its probabilities further from"
-    said = f"On the eval rows the model {sure}"
-    return f"{said}; dividing the logits by the temperature {effect} how often it is right on the test rows."
+    return f"On the eval rows the model {sure}; calibration errors are of the test rows."

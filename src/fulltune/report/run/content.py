@@ -26,9 +26,8 @@ from fulltune.report.format.plots import LEARNING_RATE, Series, series_plot
 from fulltune.report.run import about_data, about_scores, about_training, held
 from fulltune.report.run.about_data import row_words
 from fulltune.report.run.model_card import how_to_load, loading_code_of
-from fulltune.report.run.next_steps import facts_of, next_steps
 from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import difference, judge
+from fulltune.report.run.verdict import difference, facts_of, judge, next_steps
 from fulltune.text import counted, format_metric, format_number, format_seconds, format_share, listed
 
 _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
@@ -145,18 +144,9 @@ def _how_to_go_on(status: str | None) -> str:
         case "interrupted" | "killed" | "crashed" | "hung" | "lost":
             what = "A machine was lost" if status == "lost" else f"The run was {status}"
             return f"{what}: the same 'fulltune run' command continues from the last checkpoint."
-        case "diverged" | "spiked":
-            return (
-                "There is no trained model in this run folder. Read 'Training' above for what happened; most often "
-                "a lower learning rate helps."
-            )
         case "done":
             return "Training is done, but the model folder is gone: 'fulltune run RECIPE' makes it again."
-        case _:
-            return (
-                "There is no trained model in this run folder. Read 'Training' above for what happened, change the "
-                "recipe accordingly, and run it again."
-            )
+    return "There is no trained model in this run folder. Read 'Training' above for what happened and what helps."
 
 
 def search(view: RunView) -> Section | None:

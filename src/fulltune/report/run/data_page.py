@@ -22,8 +22,7 @@ from fulltune.report.format.blocks import (
     Table,
     foreign,
 )
-from fulltune.report.format.html import page
-from fulltune.report.format.markdown import markdown
+from fulltune.report.format.pages import markdown, page
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run import about_data
 from fulltune.report.run.read import RunView, read_run

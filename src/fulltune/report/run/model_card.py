@@ -11,13 +11,13 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
-from fulltune.report.format import html, words
+from fulltune.report.format import pages, words
 from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Section, Table, unless_empty
-from fulltune.report.format.markdown import escaped, section_in_markdown
+from fulltune.report.format.pages import escaped, section_in_markdown
 from fulltune.report.run.about_data import has_images, row_words, splits
 from fulltune.report.run.about_scores import about_answers, calibration_of
 from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import OF_ANSWERS, judge
+from fulltune.report.run.verdict import judge
 from fulltune.text import counted, format_metric, format_number, format_share
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -111,7 +111,7 @@ def _metrics(view: RunView, scores: Scores | None) -> Section:
         return Section("metrics", "Metrics", (Paragraph("This model was not scored on test rows."),))
     rows = []
     for name, found in scores.metrics.items():
-        of = found.rows or (len(scores.answers) if name in OF_ANSWERS else scores.rows)
+        of = found.rows or (len(scores.answers) if name in words.OF_ANSWERS else scores.rows)
         value, interval = format_metric(name, found.value), words.interval(name, found)
         rows.append((words.metric_name(name), value, interval, f"{of:,}"))
     caption = f"On {counted(scores.rows, 'test row')}, which were never used for choosing"
@@ -192,7 +192,7 @@ def loading_code(folder: str, task: str, summary: DataSummary | None, base: str 
     facts = FACTS.get(task, FACTS["text-classification"])
     package, _, inner = base.removeprefix("package:").partition("/") if base.startswith("package:") else ("", "", "")
     pretrained = json.dumps(words.file_name(base), ensure_ascii=False) if base else ""
-    return html.loading_code(
+    return pages.loading_code(
         task=task,
         auto_class=facts.auto_class,
         processor="AutoImageProcessor" if facts.reads == "image" else "AutoTokenizer",

@@ -1,15 +1,22 @@
-"""Was it worth it? One sentence, made from the scores on the test rows."""
+"""Was it worth it, by the scores on the test rows; and what to try next, by what a run shows of itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from fulltune.records.scores import Estimate, Scores
+from fulltune.records.plan import Plan
+from fulltune.records.scores import Confusion, Estimate, Scores
+from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
-from fulltune.report.run.read import trained_row
-from fulltune.text import counted, is_share
+from fulltune.report.run.about_training import curves_of, fit_of
+from fulltune.report.run.held import held_back
+from fulltune.report.run.read import RunView, trained_row
+from fulltune.stats.curves import Curves, Fit, ended_high, still_falling, without_cause
+from fulltune.text import counted, format_metric, format_number, is_share, listed
 
 _LABELS = {
     "better": "Better than without training",
@@ -22,8 +29,6 @@ _LABELS = {
 }
 """Kind of verdict to what stands above it. `contested`: better by its loss alone. `unpaired`: there is no
 difference on the same rows. `alone`: scored, with nothing to compare to. `none`: the trained model was not scored."""
-OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu")
-"""Metrics of generated answers: the first that was computed says whether they are better."""
 _UNPAIRED = (
     "Their difference on the same rows was not measured; runs of older versions lack it. To have it, delete the run's "
     "folder 'scores', then give the run's folder to 'fulltune run'."
@@ -82,7 +87,7 @@ def _headline(kind: str, sentence: str) -> Headline:
 
 def _answers_no_better(row: Scores, scores: Sequence[Scores]) -> str:
     """That generated answers are worse than without training, or all empty, in a sentence; empty where they are not."""
-    name = next((name for name in OF_ANSWERS if name in row.metrics and row.answers), "")
+    name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = strongest_untrained(scores, name, greater_is_better=True)
     if bar is None:
         return ""
@@ -104,3 +109,186 @@ def difference(metric: str, found: Estimate, confidence: float) -> str:
 
 def _finite(estimate: Estimate) -> bool:
     return all(math.isfinite(value) for value in (estimate.value, estimate.low, estimate.high))
+
+
+# ---- what to try next -------------------------------------------------------------------------------------------
+
+_FEW_STEPS = 100
+"""A pretrained model with a new head has hardly begun by then."""
+_MOST_TIMES = 10
+"""So much longer at most is proposed at once."""
+_FEW_ROWS_OF_A_LABEL = 10
+"""Fewer on average teach a label poorly, however often they are repeated."""
+_ONE_CLASS = 0.98
+"""Share of the test rows that get the same label from a model that tells nothing apart."""
+_UNEVEN = 2.0
+"""A label with so many times the rows that the others have on average draws a model to itself."""
+_RATE, _LENGTH = "method.learning_rate", {"train.num_train_epochs", "train.max_steps"}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a finished run shows of itself."""
+
+    verdict: str
+    """The kind of the headline."""
+    plan: Plan
+    outcome: Outcome
+    curves: Curves = field(default_factory=Curves)
+    fit: Fit = field(default_factory=lambda: Fit("not known"))
+    train_rows: int = 0
+    labels: int = 0
+    """Of rows that have one each; 0: another problem."""
+    searched: frozenset[str] = frozenset()
+    """Settings that a search has tried: it is not for a reader to try them again."""
+    bar: str = "the baseline"
+    """What the verdict compares with."""
+    blind: str = ""
+    """That the model tells nothing apart, in words; empty: it does."""
+    gives_the_usual: bool = False
+    """It gives the label that by far most rows have."""
+    held_back: tuple[str, str] = ("", "")
+    """What the budget for generic text has kept the model from, and what helps."""
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The settings of the recipe."""
+        return {setting.name: setting.value for setting in self.plan.settings if not setting.chosen}
+
+
+def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
+    """What a run's files show of the trial that the headline is about; None: it was not scored or has no plan."""
+    row, plan, outcome = view.trained, view.plan, view.outcome
+    if row is None or plan is None or outcome is None:
+        return None
+    summary = view.summary
+    train = summary.splits.get("train") if summary else None
+    label, is_usual = _only_label(row.confusion) if row.confusion else ("", False)
+    entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
+    blind = f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'" if label else ""
+    if entities and not any(entities):
+        blind = blind or "Not one entity of the test rows is found"
+    bar = strongest_untrained(view.scores, row.main_metric, row.greater_is_better)
+    tried = [view.searched.settings, *(one.settings for one in view.searched.tried)] if view.searched else []
+    return RunFacts(
+        verdict=headline.kind,
+        plan=plan,
+        outcome=outcome,
+        curves=curves_of(view, plan),
+        fit=fit_of(view),
+        train_rows=train.rows if train else 0,
+        labels=len(summary.labels) if summary and summary.form.is_calibrated else 0,
+        searched=frozenset(name for settings in tried for name in settings),
+        bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
+        blind=blind,
+        gives_the_usual=is_usual,
+        held_back=held_back(view.held),
+    )
+
+
+def _only_label(confusion: Confusion) -> tuple[str, bool]:
+    """The label that nearly all rows get although there are others, empty: none; and whether by far most have it."""
+    given = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
+    expected = [sum(counts) for counts in confusion.counts]
+    most, place = max(((count, place) for place, count in enumerate(given)), default=(0, 0))
+    several = max(expected, default=0) < _ONE_CLASS * sum(expected)
+    if not several or most < _ONE_CLASS * max(1, sum(given)):
+        return "", False
+    usual = expected.pop(place)
+    return confusion.labels[place], usual >= _UNEVEN * statistics.mean(expected)
+
+
+def next_steps(run: RunFacts) -> tuple[str, ...]:
+    """What to change, each alone with what speaks for it and the setting; empty where the model is better as it is."""
+    if run.verdict not in ("worse", "unresolved"):
+        return ()
+    evidence, helps = run.held_back
+    if evidence:  # the curves are of a model that was not kept
+        return (f"{_capital(evidence)}. {_capital(helps)}.",)
+    narrower = ["More test rows narrow the interval: four times as many halve it"] * (run.verdict == "unresolved")
+    if run.curves.is_at_ceiling and not run.blind:
+        value = format_metric(run.curves.metric_name, run.curves.metric[-1][1])
+        unless = ", unless harder or more test rows show a difference" if narrower else ""
+        kept = f"Keep {run.bar}, which needs no training{unless}"
+        return (f"{_capital(run.curves.on_eval)} is {value}: nothing is left to gain there. {kept}.",)
+    found = [*_more_rows(run), *_other_settings(run)]
+    if not found:
+        others = f"other rates, {_rate(run, 1 / 3)} or {_rate(run, 3)}, or " if _RATE not in run.searched else ""
+        found.append(f"The curves show no reason. Try {others}more train rows than these {run.train_rows:,}")
+    return tuple(f"{one}." for one in [*found, *narrower])
+
+
+def _more_rows(run: RunFacts) -> Iterator[str]:
+    is_limited = run.given.get("data.max_rows") is not None
+    more = "Use more: remove data.max_rows" if is_limited else "Use more if there are any"
+    if run.train_rows < _FEW_ROWS_OF_A_LABEL * run.labels:
+        yield (
+            f"{run.train_rows:,} train rows are about {run.train_rows / run.labels:.2g} for each of {run.labels:,} "
+            f"labels, too few to learn most of them well: more rows help more than more epochs. {more}"
+        )
+    elif is_limited:
+        yield f"Only {counted(run.train_rows, 'row')} are used for training. {more}"
+
+
+def _other_settings(run: RunFacts) -> Iterator[str]:
+    """Another rate, another length, weights of labels."""
+    weights_may_help = run.gives_the_usual and "train.class_weights" not in run.given
+    if weights_may_help:
+        yield f"{run.blind}, the most frequent one. Let rare labels count more: --set train.class_weights=balanced"
+    evals = [value for _, value in run.curves.eval_loss]
+    high = ended_high(run.curves.losses, evals, run.plan.learning_rate)
+    rate, length = "", ""
+    if run.fit.kind == "got worse":
+        what = "The eval rows were answered best before step 1" if run.fit.turn == 0 else _capital(run.fit.evidence)
+        rate = f"{what}. Try a lower rate: {_rate(run, 1 / 10 if run.fit.turn == 0 else 1 / 3)}"
+    elif high.action != "go on":
+        rate = f"{_capital(without_cause(high.reason))}. Try a lower rate: {_rate(run, 1 / 3)}"
+    elif run.fit.kind in ("over-fitted", "over-confident") and run.fit.turn is not None:
+        length = (
+            f"The run is {run.fit.kind} from step {run.fit.turn:,} on (see 'Learning curves'). "
+            f"Stop there: {_length(run, run.fit.turn / run.plan.total_steps)}"
+        )
+    elif longer := _reasons_to_go_on(run):
+        times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, run.plan.total_steps))))
+        length = f"{_capital(listed(longer))}. Train for longer: {_length(run, times)}"
+    found = [rate] * (bool(rate) and _RATE not in run.searched)
+    found += [length] * (bool(length) and not run.searched & _LENGTH)
+    if run.blind and not weights_may_help:
+        rates = f"Try a lower rate, {_rate(run, 1 / 3)}, or a higher one, {_rate(run, 3)}"
+        found[:1] = [f"{run.blind}. {found[0] if found else rates if _RATE not in run.searched else 'Use more rows'}"]
+    yield from found
+
+
+def _reasons_to_go_on(run: RunFacts) -> list[str]:
+    """What speaks for a longer run; nothing where it stopped early or was better before its end."""
+    curves, steps = run.curves, run.outcome.steps
+    was_better = curves.metric and curves.best[1] != curves.metric[-1][1] and not run.outcome.kept_because
+    if steps < run.plan.total_steps or was_better:
+        return []
+    reasons = []
+    if (last := still_falling(curves.losses)) is not None:
+        fell = f"{format_number(curves.losses[0])} to {format_number(last)}"
+        reasons.append(f"the train loss was still falling at the end ({fell})")
+    if len(curves.metric) > 1 and curves.best[0] == curves.metric[-1][0]:
+        way = "rising" if curves.greater_is_better else "falling"
+        reasons.append(f"{curves.on_eval} was still {way} at the last evaluation")
+    if steps < _FEW_STEPS:
+        reasons.append(f"{counted(steps, 'step')} are few")
+    return reasons
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _length(run: RunFacts, times: float) -> str:
+    """The setting of a run that is so many times as long; a shorter one ends with a rate of 0."""
+    if "train.max_steps" in run.given:
+        return f"--set train.max_steps={round(times * run.plan.total_steps)}"
+    return f"--set train.num_train_epochs={float(f'{times * run.plan.num_train_epochs:.2g}'):g}"
+
+
+def _rate(run: RunFacts, factor: float) -> str:
+    has_method = any(name.startswith("method.") for name in run.given)
+    kind = "" if has_method else "--set method.kind=full "
+    return f"{kind}--set method.learning_rate={float(f'{factor * run.plan.learning_rate:.2g}'):g}"
