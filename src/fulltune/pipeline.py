@@ -154,7 +154,6 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     check_model(job.recipe, job.base)
     methods.check(job.recipe, config)
     check_texts(job.recipe.preserve)
-    data.refuse_trained_texts(job.recipe)
     stage = data.Stage(
         job.recipe,
         job.folder / "data",

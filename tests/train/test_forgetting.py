@@ -158,22 +158,6 @@ def test_curve_in_words(
     assert said in in_words(points, errors, kept, writes)
 
 
-@pytest.mark.parametrize("budget", [None, "1%"])
-def test_probe_that_is_trained_on_is_refused_with_the_rows(
-    budget: str | None, tiny_encoder: Path, tmp_path: Path
-) -> None:
-    lines = [f"a line of its own, number {number}" for number in range(200)]
-    taken = [f"  {ROWS[place]['text'].upper()} " for place in (3, 7)]
-    (tmp_path / "generic.txt").write_text("\n".join([*lines, *taken]), encoding="utf-8")
-    # All of a small probe is read; with a budget a part of it is replayed.
-    preserve = {"probe": "generic.txt", "budget": budget, "replay": None if budget else "auto"}
-    with pytest.raises(
-        DataError, match=r"preserve\.probe: .*2 rows of data\.train have a text of it \(rows\.csv:5, rows\.csv:9\)"
-    ):
-        runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, preserve=preserve)
-    assert not (tmp_path / "run" / "attempts").exists()
-
-
 @pytest.mark.parametrize(
     ("loss", "writes", "tokens", "said"),
     [

@@ -27,7 +27,7 @@ from fulltune.train import checkpoints, run_time
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.request import number_in
 from fulltune.train.worker import main as worker
-from fulltune.train.worker.evaluation import Scorer
+from fulltune.train.worker.evaluation import CurveGuard
 from tests import tiny
 from tests.cases import others_long
 from tests.train import runs
@@ -269,14 +269,14 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
 
 def ask_in_evaluation(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the evaluation after a step be in its midst when the run is asked to stop."""
-    plain = Scorer.reduced
+    plain = CurveGuard.reduced
 
-    def asked(scorer: Scorer, rows: Any) -> Any:
+    def asked(scorer: CurveGuard, rows: Any) -> Any:
         if scorer.trainer.is_in_train and scorer.trainer.state.global_step == step:
             ask_to_stop()
         return plain(scorer, rows)
 
-    monkeypatch.setattr(Scorer, "reduced", asked)
+    monkeypatch.setattr(CurveGuard, "reduced", asked)
 
 
 @pytest.mark.parametrize("step", others_long((0, 5), 5))

@@ -270,20 +270,12 @@ def spoilt(layer: Any) -> None:
         (lambda model, batch: None, "each module's output is finite in fp32"),
         (lambda model, batch: batch.update(labels=torch.full((2,), -100)), "all its labels are masked"),
         (
-            lambda model, batch: batch.update(labels=torch.tensor([0.0, NAN])),
-            "labels of row 2 of its batch is not finite",
-        ),
-        (
             lambda model, batch: model.bert.encoder.layer[1].output.dense.bias.data.fill_(NAN),
             "the weights of bert.encoder.layer.1.output.dense.bias are not finite",
         ),
         (
             lambda model, batch: spoilt(model.bert.encoder.layer[1].output.dense),
             "bert.encoder.layer.1.output.dense (Linear) is the first module whose output is not finite in fp32",
-        ),
-        (
-            lambda model, batch: batch.update(input_ids=torch.tensor([[5], [10**6]])),
-            "row 2 of its batch has the token 1000000, and the model knows",
         ),
         (lambda model, batch: batch.update(position_ids=torch.tensor([[10**6]])), "could not be found ("),
     ],

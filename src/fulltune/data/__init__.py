@@ -2,7 +2,6 @@
 
 from fulltune.data.limits import Limits
 from fulltune.data.prepare import SUMMARY, Stage, prepare
-from fulltune.data.probe_rows import refuse_trained_texts
 from fulltune.data.sources import wrong_files
 from fulltune.data.written import DROPPED
 
@@ -12,6 +11,5 @@ __all__ = [
     "Limits",
     "Stage",
     "prepare",
-    "refuse_trained_texts",
     "wrong_files",
 ]

@@ -33,6 +33,7 @@ from fulltune.tasks import Target
 from fulltune.train.optim import zero
 from fulltune.train.worker import loading, weights
 from fulltune.train.worker.checks import stop_generation_at, trained_ends
+from fulltune.train.worker.loading import Learning
 
 OLDEST = (2, 5)
 """Of Lightning: the tests pass with 2.5.0 and with 2.6.6; 2.4.0 does not restore the place inside an epoch."""
@@ -213,8 +214,8 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuningParts:
     transformers.set_seed(plan.seed)
     model, tokenizer, new = loading.untouched(recipe, task, Target.of(summary))
     if plan.head_init != "random" and new is not None and new.order is None:
-        how = (recipe, plan, summary, tokenizer, job.folder, torch.device(plan.device))
-        loading.start_from_probe(model, new, *how)
+        learning = Learning(recipe, plan, summary, task, model, tokenizer.pad_token_id, Target.of(summary))
+        loading.start_from_probe(learning, new, tokenizer, job.folder, torch.device(plan.device))
     applied = loading.with_method(model, recipe)
     loading.make_faster(model, recipe, plan, summary)
     if plan.activation_checkpointing:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ from fulltune.recipe.rules import NO_PACKAGES, as_arguments
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import Plan
 from fulltune.system import sharing
-from fulltune.text import near_names
 
 
 def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     """Refuse what cannot be trained, before any row is read: by the recipe alone, by an engine's settings, and, if it
     runs here, by missing packages."""
     problems = [*recipe_rules.problems_of(recipe), *several_runs.problems_of(recipe)]
-    problems += _wrong_accelerator(recipe.train.extra.get("accelerator_config"))
     if recipe.train.engine_by:
         try:
             sharing.settings(recipe)
@@ -36,23 +33,6 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     missing = _missing_packages(recipe) if runs_here else []
     if missing:
         raise SetupError(missing)
-
-
-def _wrong_accelerator(given: Any) -> list[str]:
-    """What is wrong with `accelerator_config`, a mapping or a file with one."""
-    setting = "train.extra.accelerator_config"
-    if given is None or isinstance(given, str):
-        return []
-    if not isinstance(given, dict):
-        return [f"{setting}: expected a mapping or a JSON file, found {given!r}"]
-    from transformers.trainer_pt_utils import AcceleratorConfig
-
-    known = [field.name for field in fields(AcceleratorConfig)]
-    return [
-        f"{setting}.{name}: unknown; expected one of {', '.join(near_names(str(name), known) or known)}"
-        for name in given
-        if name not in known
-    ]
 
 
 def _missing_packages(recipe: Recipe) -> list[str]:
@@ -161,7 +141,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     values["save_only_model"] = plan.placement == "fsdp2"
     extra = as_arguments(train.extra)
     # Copied to the GPU while the next rows are collated: pinned memory alone would not do that.
-    if not isinstance(config := extra.get("accelerator_config") or {}, str):  # else a file of the user's
+    if isinstance(config := extra.get("accelerator_config") or {}, dict):  # else a file of the user's
         extra["accelerator_config"] = {"non_blocking": plan.device == "cuda", **config}
     if plan.loader_workers:
         extra["dataloader_num_workers"] = plan.loader_workers

@@ -270,9 +270,6 @@ def explain(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _why(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
-    for batch in batches:
-        if bad := _bad_rows(model, batch):
-            return bad
     labels = [batch.get("labels") for batch in batches]
     if all(isinstance(one, torch.Tensor) and not one.is_floating_point() and (one == IGNORED).all() for one in labels):
         return "all its labels are masked, so that there is nothing to learn from"
@@ -285,21 +282,6 @@ def _why(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
         if found := _first_not_finite(model, batch):
             return f"with finite weights, {found} is the first module whose output is not finite {computed}"
     return f"each module's output is finite {computed}: it is the loss, the gradients, or a type with too small a range"
-
-
-def _bad_rows(model: Any, batch: Mapping[str, Any]) -> str:
-    """What is wrong with the rows themselves; empty: nothing that can be seen."""
-    for name, values in batch.items():
-        if isinstance(values, torch.Tensor) and values.is_floating_point() and values.dim():
-            rows = (~values.reshape(len(values), -1).isfinite()).any(1).nonzero().flatten().tolist()
-            if rows:
-                return f"{name} of row {rows[0] + 1} of its batch is not finite"
-    tokens = batch.get("input_ids")
-    if isinstance(tokens, torch.Tensor):
-        known = len(model.get_input_embeddings().weight)
-        if rows := (tokens >= known).flatten(1).any(1).nonzero().flatten().tolist():
-            return f"row {rows[0] + 1} of its batch has the token {int(tokens.max())}, and the model knows {known}"
-    return ""
 
 
 def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:

@@ -129,9 +129,7 @@ class FullTrainer(Guarded, Trainer):
         self.count_items = count_items
         self.trained_only = trained_only
         self._head_modules = head_modules
-        self.add_callback(_Epochs(self.sampler))
-        if rate_factor(plan.rollbacks) < 1:
-            self.add_callback(_LowerRate(self))
+        self.add_callback(_OrderAndRate(self, rate_factor(plan.rollbacks) < 1))
 
     @property
     def is_shared(self) -> bool:
@@ -351,12 +349,16 @@ class FullTrainer(Guarded, Trainer):
 
 
 @dataclass(eq=False)
-class _LowerRate(TrainerCallback):
-    """Before the first step at a lower rate: a checkpoint's optimizer has the rate of before."""
+class _OrderAndRate(TrainerCallback):
+    """Tells the sampler which epoch begins; where the run went back, gives the optimizer the lower rate before the
+    first step: that of a checkpoint has the rate of before."""
 
     trainer: FullTrainer
+    is_lower: bool
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.is_lower:
+            return
         schedule: Any = self.trainer.lr_scheduler
         schedule = getattr(schedule, "scheduler", schedule)  # accelerate's wrapper
         groups = cast("Any", self.trainer.optimizer).param_groups
@@ -364,12 +366,6 @@ class _LowerRate(TrainerCallback):
             group["lr"] = rate * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in groups]  # what is logged
 
-
-class _Epochs(TrainerCallback):
-    """Tells the sampler which epoch begins; at the start of an epoch `state.epoch` is whole, in a resumed one not."""
-
-    def __init__(self, sampler: GlobalBatchSampler) -> None:
-        self.sampler = sampler
-
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
+        # At the start of an epoch it is whole, in a resumed one not.
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))

@@ -26,7 +26,7 @@ from fulltune.train.worker import distributed, loading, weights
 from fulltune.train.worker.best import keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.worker.dry_run import dry_run
-from fulltune.train.worker.evaluation import CurveGuard, Scorer
+from fulltune.train.worker.evaluation import CurveGuard
 from fulltune.train.worker.loading import Loaded
 
 
@@ -37,7 +37,6 @@ class Training:
     inputs: AttemptInputs
     loaded: Loaded
     trainer: FullTrainer
-    scorer: Scorer
     curve: CurveGuard
     monitor: DriftMonitor
     progress: Progress
@@ -51,13 +50,12 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
     plan = inputs.plan
     loaded = loading.load_for_training(inputs)
     trainer = loading.make_trainer(inputs, loaded)
-    scorer = Scorer(inputs, trainer, loaded.learning.target)
+    head_is_new = loaded.head is not None and loaded.head.order is None
     training = Training(
         inputs=inputs,
         loaded=loaded,
         trainer=trainer,
-        scorer=scorer,
-        curve=CurveGuard(scorer, loaded.eval_rows, loaded.head),
+        curve=CurveGuard(inputs, trainer, loaded.learning.target, head_is_new),
         monitor=DriftMonitor(inputs, trainer),
         progress=Progress(trainer, inputs.recorder, inputs.journal),
         early_stopping=SaveAndStopEarly(plan, inputs.recipe.train, inputs.journal),
@@ -139,12 +137,8 @@ def _trained(training: Training) -> dict[str, Any]:
     if decision.action == "stop":
         raise GuardStop(decision.reason)
     kept = keep_best(inputs, trainer, state)
-    scorer = training.scorer
     # Unless the weights are shared out, the first process is alone by now: it scores all rows.
-    held = keep_within(
-        *(inputs, trainer, training.monitor),
-        lambda rows: float(scorer.metrics(scorer.reduced(rows))[plan.metric]),
-    )
+    held = keep_within(inputs, trainer, training.monitor, training.curve.metric_of)
     recorder.phase("saving the model")
     if loaded.scaled is not None:
         loaded.scaled.fold(trainer.model)
@@ -188,7 +182,7 @@ def _dry_run(training: Training) -> None:
 
     def evaluate(rows: Share) -> object:
         inputs.journal.at("evaluation")
-        return training.scorer.reduced(rows)
+        return training.curve.reduced(rows)
 
     result = dry_run(inputs, training.trainer, evaluate)
     checks.append(result.check)

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
 from fulltune.errors import Diverged, Spiked
 from fulltune.inference.run import Batching, Share, by_length, run_rows
-from fulltune.models.checkpoint_head import Head
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import Measure, gain, measure_of
 from fulltune.stats.curves import diverged, ended_high, ended_worse, made_worse
@@ -31,29 +29,37 @@ LEAST_ROWS = 30
 """Eval rows below which a standard error says little."""
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Puts rows through a trainer's current weights."""
+class CurveGuard(TrainingPart):
+    """Scores the eval rows, and judges them and the train losses; a loss of the user's own may rise for good reasons
+    and is not judged."""
 
-    inputs: AttemptInputs
-    trainer: FullTrainer
-    target: Target
-    """What is learned, with the units of the logits."""
+    def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, head_is_new: bool) -> None:
+        self.inputs, self.trainer, self.target, self.head_is_new = inputs, trainer, target, head_is_new
+        self.start: np.ndarray | None = None
+        """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
+        self.behind, self.behind_by = 0, ""
+        """Evaluations in a row in which the model was worse than before step 1, and by how much in the last one."""
+        self.level = False
+        """In some evaluation it was not."""
+        self._predictions: Predictions = {}
 
-    def metrics(self, reduced: Predictions) -> Mapping[str, float]:
-        return self.inputs.task.metrics(reduced, self.target)
-
-    def of_all(self, rows: Any) -> Predictions:
-        """All rows, which several processes share: the same in each."""
-        arguments = self.trainer.args
+    def scores(self) -> Mapping[str, float]:
+        """The metrics of the eval rows, which several processes share: the same in each."""
+        arguments, rows = self.trainer.args, cast("Any", self.trainer.eval_dataset)
         if arguments.world_size == 1:
-            return self.reduced(rows)
-        size, rank = self.inputs.plan.eval_batch_size, arguments.process_index
-        positions, count = distributed.share(by_length(rows), size, rank, arguments.world_size)
-        return distributed.put_together(self.reduced(Share(rows, positions)), positions[:count])
+            self._predictions = self.reduced(rows)
+        else:
+            size, rank = self.inputs.plan.eval_batch_size, arguments.process_index
+            positions, count = distributed.share(by_length(rows), size, rank, arguments.world_size)
+            self._predictions = distributed.put_together(self.reduced(Share(rows, positions)), positions[:count])
+        return self.inputs.task.metrics(self._predictions, self.target)
+
+    def metric_of(self, rows: Any) -> float:
+        """What the run chooses by, of these rows in this process."""
+        return float(self.inputs.task.metrics(self.reduced(rows), self.target)[self.inputs.plan.metric])
 
     def reduced(self, rows: Any) -> Predictions:
-        """These rows in this process: name to values[rows, ...], a few numbers of each row."""
+        """These rows through the current weights, in this process: name to values[rows, ...], a few numbers of each."""
         trainer: Any = self.trainer
         plan = self.inputs.plan
         with self.inputs.journal.during("evaluation"):
@@ -65,26 +71,6 @@ class Scorer:
                 trainer.processing_class.pad_token_id,
                 Batching(plan.eval_batch_size, plan.precision, trainer.head, trainer.alive),
             )
-
-
-class CurveGuard(TrainingPart):
-    """Scores the eval rows, and judges them and the train losses; a loss of the user's own may rise for good reasons
-    and is not judged."""
-
-    def __init__(self, scorer: Scorer, eval_rows: Any, head: Head | None) -> None:
-        self.scorer, self.inputs, self.eval_rows = scorer, scorer.inputs, eval_rows
-        self.head_is_new = head is not None and head.order is None
-        self.start: np.ndarray | None = None
-        """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
-        self.behind, self.behind_by = 0, ""
-        """Evaluations in a row in which the model was worse than before step 1, and by how much in the last one."""
-        self.level = False
-        """In some evaluation it was not."""
-        self._predictions: Predictions = {}
-
-    def scores(self) -> Mapping[str, float]:
-        self._predictions = self.scorer.of_all(self.eval_rows)
-        return self.scorer.metrics(self._predictions)
 
     def state(self) -> Mapping[str, Any]:
         return {"start": self.start, "behind": self.behind, "behind_by": self.behind_by, "level": self.level}
@@ -118,7 +104,7 @@ class CurveGuard(TrainingPart):
         self._predictions = {}
         if inputs.has_own_loss or inputs.summary.splits["eval"].rows < LEAST_ROWS:
             return
-        measure = judged_by(inputs.recipe.task, self.scorer.target, inputs.plan.metric, predictions)
+        measure = judged_by(inputs.recipe.task, self.target, inputs.plan.metric, predictions)
         if measure.counts is None:
             return
         now = measure.counts(predictions)

@@ -144,9 +144,9 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
             draw(model, head)
     in_parts = sharding.runs_together(model) and not sharding.is_shared(model)  # by ZeRO, and not told from others
     base_weights = None if in_parts else checkpoints.weights_seen(model)
-    head_start = None
+    head_start, learning = None, Learning(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.order is None:
-        head_start = _start_head(inputs, model, head, tokenizer, arguments.device)
+        head_start = _start_head(inputs, learning, head, tokenizer, arguments.device)
     applied = with_method(model, recipe)
     model = applied.model
     make_faster(model, recipe, plan, summary)
@@ -172,7 +172,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
         tokenizer=tokenizer,
         rows=rows,
         eval_rows=task_rows(inputs.data, tokenizer)[1],
-        learning=Learning(recipe, plan, summary, task, model, tokenizer.pad_token_id, target),
+        learning=replace(learning, model=model, target=target),
         head=head,
         head_start=head_start,
         scaled=scaled,
@@ -244,14 +244,11 @@ def mixed_ranges(summary: DataSummary) -> tuple[Mixed, ...]:
     )
 
 
-def _start_head(inputs: AttemptInputs, model: Any, head: Head, tokenizer: Any, device: torch.device) -> Probe:
+def _start_head(inputs: AttemptInputs, learning: Learning, head: Head, tokenizer: Any, device: torch.device) -> Probe:
     """Have a new head start from a linear probe of the untouched model, which is fitted once in a run folder."""
     inputs.recorder.phase(PROBING)
     with inputs.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
-        found = start_from_probe(
-            *(model, head, inputs.recipe, inputs.plan, inputs.summary),
-            *(tokenizer, Path(inputs.request.run_folder), device),
-        )
+        found = start_from_probe(learning, head, tokenizer, Path(inputs.request.run_folder), device)
     if inputs.observed.meter is not None:
         inputs.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
     if found.head is None:
@@ -259,19 +256,10 @@ def _start_head(inputs: AttemptInputs, model: Any, head: Head, tokenizer: Any, d
     return found
 
 
-def start_from_probe(
-    model: Any,
-    head: Head,
-    recipe: Recipe,
-    plan: Plan,
-    summary: DataSummary,
-    tokenizer: Any,
-    folder: Path,
-    device: torch.device,
-) -> Probe:
+def start_from_probe(learning: Learning, head: Head, tokenizer: Any, folder: Path, device: torch.device) -> Probe:
     """Give a new head the run folder's linear probe, fitted when it is not there, or random values without one."""
-    target, together = Target.of(summary), sharding.runs_together(model)
-    reading = contextlib.ExitStack()
+    model, recipe, plan, target = learning.model, learning.recipe, learning.plan, learning.target
+    together, reading = sharding.runs_together(model), contextlib.ExitStack()
 
     def extractor() -> probe.Extractor:
         draw_again(model, head, probe.SEED)
@@ -280,10 +268,10 @@ def start_from_probe(
             model if together else model.to(device),
             recipe.task,
             target,
-            tokenizer.pad_token_id,
+            learning.pad_token_id,
             plan.eval_batch_size,
             plan.precision,
-            class_weights(recipe, summary),
+            class_weights(recipe, learning.summary),
             probe.separators(tokenizer, target),
         )
 

@@ -96,15 +96,3 @@ def _ends_with(model: Any, layer: torch.nn.Linear, batch: dict[str, torch.Tensor
         model.train(was_training)
         hook.remove()
     return len(seen) == 1 and bool(torch.isin(logits.float(), seen[0].float()).all())
-
-
-def told_apart(scaled: Scaled | None, scale: tuple[float, float] | None) -> tuple[str, bool]:
-    """How far bf16 weights tell numbers apart, in words, and whether that suffices; empty for other weights."""
-    if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
-        return "", True
-    size, spread = max(abs(scale[0]), scale[1]), scale[1]
-    apart = 2.0 ** (math.frexp(size)[1] - 8)  # bf16 has 8 digits
-    lie = f"near {size:.3g} the numbers of bf16 weights (model.weights_dtype) lie {apart:.3g} apart"
-    if apart <= spread:
-        return lie, True
-    return f"{lie}, and the targets' spread is {spread:.3g}; set weights_dtype: fp32", False

@@ -84,23 +84,6 @@ def test_settings_that_need_workers_are_refused_without() -> None:
     assert all("dataloader_num_workers above 0" in problem for problem in caught.value.problems)
 
 
-@pytest.mark.parametrize(
-    ("extra", "problem"),
-    [
-        ({"dataloader_num_workers": -1}, "dataloader_num_workers: expected 0 or more, found -1"),
-        ({"accelerator_config": 3}, "accelerator_config: expected a mapping or a JSON file, found 3"),
-        (
-            {"accelerator_config": {"non_blockng": False}},
-            "accelerator_config.non_blockng: unknown; expected one of",
-        ),
-    ],
-)
-def test_wrong_settings_of_the_loader_are_refused_before_the_data(extra: dict[str, Any], problem: str) -> None:
-    values = {"model": "m", "task": "causal-lm", "data": {"train": "t"}, "train": {"extra": extra}}
-    with pytest.raises(RecipeError, match=rf"train\.extra\.{problem}"):
-        check_extra(Recipe.model_validate(values))
-
-
 def test_process_with_loaders_that_stay_ends() -> None:
     """It asks them to end with a signal, which is one that a stop of the group sends, too."""
     code = (
