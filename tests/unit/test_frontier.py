@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from fulltune.forgetting.budget import at_equal_metric, best_at, drift_at, envelope
+from fulltune.forgetting.budget import at_equal_metric, drift_at, envelope
 from fulltune.records.held import Drift, HeldRun, Point
 from tests.preserved import preserved_record
 
@@ -42,11 +42,6 @@ RISING = run((0.0, 0.5), (0.01, 0.7), (0.02, 0.6), (0.04, 0.9))
 )
 def test_envelope_has_what_no_other_point_beats(found: HeldRun, expected: list[Place]) -> None:
     assert [(point.measured.drift, point.metric) for point in envelope(found)] == expected
-
-
-@pytest.mark.parametrize(("limit", "metric"), [(0.005, 0.5), (0.01, 0.7), (0.03, 0.7), (0.05, 0.9)])
-def test_best_metric_within_a_limit(limit: float, metric: float) -> None:
-    assert best_at(RISING, limit).metric == metric
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def detectable(
 
 
 def _notes(costs: Mapping[str, Cost], chosen: Design, most_seeds: int) -> Iterator[str]:
-    """What the budget took, and what few seeds mean."""
+    """What the budget took."""
     arms, seeds, searches = chosen
     if seeds < most_seeds:
         yield f"{seeds} seeds are planned instead of up to {most_seeds}; where time is left, more are run"
@@ -172,10 +172,6 @@ def _notes(costs: Mapping[str, Cost], chosen: Design, most_seeds: int) -> Iterat
         yield "no rate search: each method is trained at its usual rate, which the report will mark as unfair"
     if left_out := [arm for arm in costs if arm not in arms]:
         yield f"not trained: {', '.join(left_out)}"
-    if seeds == 1:
-        yield "one seed tells nothing about the spread between seeds: it ends UNDECIDED; give two, better three"
-    elif seeds == LEAST_SEEDS:
-        yield "two seeds say little about how much seeds differ: only large differences are found; three are better"
 
 
 def _too_short(least: Design, limits: DesignLimits, need: float) -> str:

@@ -113,8 +113,6 @@ def certified(measured: Drift, limit: float) -> Certificate:
 
 # ---- how much of a task costs how much of what a model could do before --------------------------------------------
 
-BUDGETS = (0.005, 0.01, 0.02, 0.05)
-"""Shares at which the frontier is said in numbers."""
 NORMAL = 1.96
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 """Standard errors in which a difference lies with 95 %, by degrees of freedom from 1 on; of more as of 10."""
@@ -129,11 +127,6 @@ def envelope(found: HeldRun) -> list[Point]:
         if not best or sign * point.metric > sign * best[-1].metric:
             best.append(point)
     return best
-
-
-def best_at(found: HeldRun, limit: float) -> Point:
-    """The point with the best metric among those whose drift is not above a limit, as far as they tell."""
-    return next((point for point in reversed(envelope(found)) if point.measured.drift <= limit), found.start)
 
 
 def drift_at(found: HeldRun, metric: float) -> tuple[float, float]:

@@ -75,7 +75,7 @@ def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
         "base (86.7 MiB) with adapter for each: 89.8 MiB, 0.52×; each further task adds 1.56 MiB instead of 86.7 MiB."
     )
     assert said in text
-    assert "Full minus lora: +0.34 [" in text
+    assert "full is better by [points], mean over the tasks" in text
     console = Console(width=80, record=True, file=(tmp_path / "out.txt").open("w", encoding="utf-8"))
     terminal.show(console, [on_one_base(together())])
     shown = console.export_text()

@@ -125,16 +125,12 @@ def _level(comparison: Comparison) -> str:
 
 def _key_figures(comparison: Comparison) -> list[tuple[str, str]]:
     trained = [row for row in comparison.rows if row.kind != "base"]
-    figures = [
+    return [
         ("methods trained", f"{len(trained):,}"),
         ("trials", f"{comparison.num_trials:,}"),
         ("seeds, at most", f"{max((len(row.seeds) for row in trained), default=0):,}"),
         ("took", format_seconds(comparison.seconds)),
     ]
-    if comparison.full_run_seconds > 0:
-        times = ratio(comparison.seconds / comparison.full_run_seconds).removesuffix("×")
-        figures.append(("cost in full runs", times))
-    return figures
 
 
 def _why(comparison: Comparison) -> Section | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-
-from fulltune.forgetting.budget import BUDGETS, Apart, at_equal_metric, best_at, envelope
+from fulltune.forgetting.budget import Apart, at_equal_metric, envelope
 from fulltune.records.comparison import ArmRow, Comparison
-from fulltune.records.held import HeldRun, limit_of
+from fulltune.records.held import HeldRun
 from fulltune.report.comparison.numbers import NOTHING, Writer
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Bullets, Figures, Paragraph, Row, Section, Table, foreign
@@ -44,7 +42,6 @@ def section(comparison: Comparison) -> Section | None:
     blocks = (
         Bullets(answers(comparison)),
         _plot(comparison),
-        _best(comparison),
         _certificates(comparison),
         Paragraph(about),
     )
@@ -106,16 +103,6 @@ def _plot(comparison: Comparison) -> Figures:
     title = f"{words.metric_name(comparison.metric)} by drift on generic text"
     drawn = series_plot(title, frontiers, comparison.metric, "drift on generic text; dashed: the budget", limit)
     return Figures((drawn,), drawn_only=True)
-
-
-def _best(comparison: Comparison) -> Table:
-    write, rows = Writer.of(comparison.decision), list[Row]()
-    for arm, runs in comparison.held.items():
-        at = ([best_at(one, limit_of(budget, one.writes)).metric for one in runs.values()] for budget in BUDGETS)
-        rows.append((foreign(arm), *(write.value(statistics.mean(metrics)) for metrics in at)))
-    header = ("method", *(f"at {format_percent(budget)}" for budget in BUDGETS))
-    caption = f"Best {write.name} on the eval rows by drift, of the points that were tried; mean over seeds"
-    return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
 def _certificates(comparison: Comparison) -> Table:

@@ -96,11 +96,11 @@ def on_one_base(found: ManyTasks) -> Section:
         take = f": {decision.recommended}" if decision.verdict in ("PEFT", "VARIANT", "EQUIVALENT") else ""
         tasks.append((name, f"{found.train_rows[task]:,}", foreign(f"{decision.verdict}{take}"), metric.name))
         scores.append((name, *(metric.estimate(way.scores[task]) for way in found.ways)))
-    cost = ("method", "stored", "one more task", "training", "full is better by [points]")
+    cost = ("method", "stored", "one more task", "training", "full is better by [points], mean over the tasks")
     arms = ("task", *(way.arm for way in found.ways))
     blocks: tuple[Block, ...] = (
         Paragraph(words.file_name(found.model)),
-        *map(Paragraph, _summary(found, behind)),
+        *map(Paragraph, _summary(found)),
         Table("Methods, for all tasks together", cost, ways, frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "train rows", "verdict", "metric"), tuple(tasks), frozenset({1})),
         Table("Scores on each task's test rows", arms, tuple(scores), frozenset(range(1, len(arms)))),
@@ -108,7 +108,7 @@ def on_one_base(found: ManyTasks) -> Section:
     return Section("tasks", f"{counted(len(found.tasks), 'task')} on one base", blocks)
 
 
-def _summary(found: ManyTasks, behind: list[str]) -> list[str]:
+def _summary(found: ManyTasks) -> list[str]:
     full, *others = found.ways
     # A head alone decides nothing; of the rest those that are not known to be worse.
     on_base = [way for way in others if way.kind != "variant"]
@@ -124,11 +124,6 @@ def _summary(found: ManyTasks, behind: list[str]) -> list[str]:
             f"{format_bytes(smallest.stored_bytes)}, {ratio(smallest.stored_bytes / full.stored_bytes)}; each "
             f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
         )
-    for way, apart in zip(others, behind[1:], strict=True):
-        if way.behind is not None:
-            low, high = way.behind.low, way.behind.high
-            lost = "full is better" if low > 0 else f"{way.arm} is better" if high < 0 else "no difference is certain"
-            said.append(f"Full minus {way.arm}: {apart} points, mean over the tasks: {lost}.")
     if all(way.behind is None for way in others):
         said.append("The tasks' metrics cannot be averaged, or one seed says too little: see each task's report.")
     return said
