@@ -171,9 +171,6 @@ def test_two_cards_are_asked_to_add_up_one_is_not(monkeypatch: Patch) -> None:
         def communicate(self, timeout: float) -> tuple[str, str]:
             return "greetings\n[3, 3]\n", ""
 
-        def poll(self) -> int:
-            return 0
-
     monkeypatch.setattr(processes.subprocess, "Popen", Answers)
     assert processes.all_reduce(Device("cuda", "cuda", 2))[0]
     assert asked[0][-1] == "cuda"

