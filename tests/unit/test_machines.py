@@ -388,20 +388,18 @@ def test_what_became_of_another_machine(
 ) -> None:
     recipe, ran = several(tmp_path), Ran(code)
     monkeypatch.setattr(spawn, "end", lambda child: setattr(child, "code", -9))
-    request = request_of(tmp_path, recipe)
     silent = changes.pop("silent", False)
     with leading(place, recipe) as group:
         sign = SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=group._sign.record.token, instance="i"))
         group.begin(tmp_path, lambda phase: None)
-        attempt = group_of._OnAllMachines(ran, group, request, "a", {1: "i"})
+        attempt = group_of._OnAllMachines(ran, group, "a", {1: "i"})
         if silent:
             sign.end()
         else:
             sign.tell(**changes)
         assert attempt.wait() == ends_with
         sign.end()
-    lost = [LostPart.load(file) for file in request.folder.glob("lost-*.json")]
-    assert tuple(one.kind for one in lost) == expected
+    assert tuple(one.kind for one in attempt.lost) == expected
 
 
 @pytest.mark.usefixtures("quick", "answering")
@@ -410,7 +408,7 @@ def test_an_attempt_goes_on_until_the_others_have_ended(place: Place, tmp_path: 
     with leading(place, recipe) as group:
         group.begin(tmp_path, lambda phase: None)
         instance = group.members[1].instance
-        attempt = group_of._OnAllMachines(Ran(0), group, request_of(tmp_path, recipe), "a", {1: instance})
+        attempt = group_of._OnAllMachines(Ran(0), group, "a", {1: instance})
         assert attempt.poll() is None, "the first process may be there, saving the model"
 
 
@@ -450,10 +448,9 @@ def test_a_lost_part_says_more_than_a_closed_connection(kind: Any, status: str, 
     (request.folder / "log.txt").write_text("RuntimeError: Connection closed by peer")
     closed = Outcome(status="error", reason="Connection closed by peer", trial=request.plan.trial, attempt=1)
     closed.save(request.folder / "outcome.json")
-    assert child._outcome(request, 1, asked=False, killed_by_kernel=False).status == "error"
+    assert child._outcome(request, 1).status == "error"
     part = LostPart(rank=1, host="b", reason="gave no sign of life", kind=kind)
-    part.save(part.file_in(request.folder))
-    found = child._outcome(request, 1, asked=False, killed_by_kernel=False)
+    found = child._outcome(request, 1, lost=[part])
     assert (found.status, found.reason.startswith(words)) == (status, True), found.reason
 
 
@@ -464,8 +461,7 @@ def test_a_stop_that_nobody_asked_for_is_no_stop(asked: bool, status: str, tmp_p
     stopped = Outcome(status="interrupted", reason="on request", trial=request.plan.trial, attempt=1, steps=19)
     stopped.save(request.folder / "outcome.json")
     part = LostPart(rank=1, host="b", reason="torchrun ended with code 1", kind="failed")
-    part.save(part.file_in(request.folder))
-    assert child._outcome(request, 1, asked=asked, killed_by_kernel=False).status == status
+    assert child._outcome(request, 1, asked, lost=[part]).status == status
 
 
 def test_killed_here_and_failed_there_is_killed(tmp_path: Path) -> None:
@@ -474,10 +470,9 @@ def test_killed_here_and_failed_there_is_killed(tmp_path: Path) -> None:
     closed = Outcome(status="error", reason="Connection closed by peer", trial=request.plan.trial, attempt=1)
     closed.save(request.folder / "outcome-rank1.json")
     part = LostPart(rank=1, host="b", reason="torchrun ended with code 1", kind="failed")
-    part.save(part.file_in(request.folder))
-    assert child._outcome(request, -9, asked=False, killed_by_kernel=False).status == "killed"
+    assert child._outcome(request, -9, lost=[part]).status == "killed"
     (request.folder / "outcome-rank1.json").unlink()
-    crashed = child._outcome(request, 1, asked=False, killed_by_kernel=False)
+    crashed = child._outcome(request, 1, lost=[part])
     assert (crashed.status, "machine 1 (b): torchrun ended with code 1" in crashed.reason) == ("crashed", True)
 
 
@@ -510,5 +505,4 @@ def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
     first = group_of.meeting(Place(0, "node0", 70, 600.0), "token-1", "fd00::1")
     assert first.endpoint == "[fd00::1]:70", "where the others reach it, not on all interfaces"
     variables = spawn.of_machine(meeting)
-    assert variables["FULLTUNE_MACHINE"] == "0"
     assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[variables["GLOO_SOCKET_IFNAME"]]}

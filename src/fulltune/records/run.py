@@ -51,17 +51,6 @@ class MachinesUsed(Record):
     machines: tuple[MachineUsed, ...]
 
 
-class RankUsed(Record):
-    """On which of several machines a training process of an attempt runs."""
-
-    rank: int
-    machine: int
-
-    def save_in(self, attempt: Path) -> None:
-        """Beside the attempt's log."""
-        self.save(attempt / f"rank-{self.rank}.json")
-
-
 class Command(Record):
     """A whole `fulltune run`, from its start to its report."""
 

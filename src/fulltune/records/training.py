@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from fulltune.records.base import Record
@@ -59,10 +58,6 @@ class LostPart(Record):
     reason: str
     kind: Literal["machine", "killed", "out_of_memory", "failed", "interrupted"] = "machine"
     """What was lost: the machine, or its processes; or that its command was told to stop."""
-
-    def file_in(self, folder: Path) -> Path:
-        """Beside the attempt's outcomes."""
-        return folder / f"lost-machine{self.rank}.json"
 
 
 class Outcome(Record):

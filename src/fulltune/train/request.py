@@ -10,8 +10,6 @@ from fulltune.records.plan import Plan
 from fulltune.system import sharing
 
 INITIAL_WEIGHTS = "initial.safetensors"
-MACHINE = "FULLTUNE_MACHINE"
-"""Variable that tells a worker which of several machines it runs on."""
 
 
 class Request(Record):

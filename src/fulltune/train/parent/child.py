@@ -40,7 +40,8 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
     else:
         code = child.wait()
         by_kernel = kernel_kills() > kills
-        outcome = _outcome(request, code, asked=bool(asked), killed_by_kernel=by_kernel, free_bytes=pulse.free_bytes)
+        lost: Sequence[LostPart] = getattr(child, "lost", ())  # of several machines
+        outcome = _outcome(request, code, bool(asked), by_kernel, pulse.free_bytes, lost)
     outcome.save(request.folder / "outcome.json")
     return outcome
 
@@ -99,7 +100,14 @@ def _tail(request: Request) -> list[str]:
     return [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]]
 
 
-def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool, free_bytes: int = 0) -> Outcome:
+def _outcome(
+    request: Request,
+    code: int,
+    asked: bool = False,
+    killed_by_kernel: bool = False,
+    free_bytes: int = 0,
+    lost: Sequence[LostPart] = (),
+) -> Outcome:
     """What the worker wrote, or what its exit code and its last words say."""
     written = _written(request)
     tail = _tail(request)
@@ -110,7 +118,7 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     told = next((outcome for outcome in written if outcome.status != "error"), None)
     if told is None and written and not killed and not about_memory:
         told = written[0]
-    lost = sorted(map(LostPart.load, request.folder.glob("lost-machine*.json")), key=lambda one: _LOST.index(one.kind))
+    lost = sorted(lost, key=lambda one: _LOST.index(one.kind))
     asked = asked or any(one.kind == "interrupted" for one in lost)
     if told is not None and told.status == "interrupted" and lost and not asked:
         # A torchrun that loses the others ends its processes by SIGTERM, which for them is a request to save and stop.

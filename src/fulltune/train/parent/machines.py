@@ -14,7 +14,7 @@ from typing import Any
 
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import MachinesUsed, MachineUsed, RankUsed
+from fulltune.records.run import MachinesUsed, MachineUsed
 from fulltune.records.training import LostPart, Outcome
 from fulltune.system import hardware, machines, signals
 from fulltune.system.hardware import Machine
@@ -133,9 +133,9 @@ class MachineGroup:
         if problems := machines.differences(first, others):
             raise SetupError(problems)
 
-    def keep(self, attempt: Path) -> None:
+    def keep(self) -> None:
         """Write down which machines take part in an attempt, with their ranks, for the report."""
-        ranks = [RankUsed.load(file) for file in attempt.glob("rank-*.json")]
+        each = self._recipe.train.processes_per_machine
         used = [
             MachineUsed(
                 rank=one.rank,
@@ -144,7 +144,7 @@ class MachineGroup:
                 num_cores=one.machine.num_cores,
                 memory_bytes=one.machine.memory_bytes,
                 devices=tuple(gpu.name for gpu in one.machine.gpus),
-                ranks=tuple(sorted(of.rank for of in ranks if of.machine == one.rank)),
+                ranks=tuple(range(each * one.rank, each * (one.rank + 1))),
             )
             for one in self.members
         ]
@@ -175,8 +175,8 @@ class MachineGroup:
             address = machines.own_address(self.members[1].address, place.port)
         child = spawn.in_new_process(request, log, meeting(place, started.id, address))
         self._sign.tell(attempt=started)
-        self.keep(request.folder)
-        return _OnAllMachines(child, self, request, started.id, instances)
+        self.keep()
+        return _OnAllMachines(child, self, started.id, instances)
 
     def say_over(self) -> None:
         """The attempt has ended here, and is to end on all machines."""
@@ -260,15 +260,14 @@ def _refuse_taken(place: Place) -> None:
 class _OnAllMachines:
     """A started attempt: it ends here soon after it has ended elsewhere, and tells what became of the other parts."""
 
-    def __init__(
-        self, child: Any, group: MachineGroup, request: Request, attempt: str, instances: Mapping[int, str]
-    ) -> None:
-        self._child, self._group, self._request = child, group, request
+    def __init__(self, child: Any, group: MachineGroup, attempt: str, instances: Mapping[int, str]) -> None:
+        self._child, self._group = child, group
         self._attempt, self._instances = attempt, instances
         self._ended: dict[int, Part | LostPart] = {}
         self._over_at: float | None = None
         self._was_ended = self._is_said = False
         self.pid, self.args = child.pid, child.args
+        self.lost: tuple[LostPart, ...] = ()
 
     def poll(self) -> int | None:
         """The exit code, once the attempt is over on all machines: the others end their processes, or are lost."""
@@ -296,10 +295,7 @@ class _OnAllMachines:
     def wait(self) -> int:
         while (code := self.poll()) is None:
             time.sleep(POLL_SECONDS)
-        for part in self._ended.values():
-            if isinstance(part, LostPart):  # beside the outcomes, for `child.py`, which says what happened
-                part.save(part.file_in(self._request.folder))
-        self._group.keep(self._request.folder)
+        self.lost = tuple(part for part in self._ended.values() if isinstance(part, LostPart))
         return code
 
 

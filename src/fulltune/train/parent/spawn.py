@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from fulltune.system import hardware, memory
 from fulltune.train.parent import ranks
-from fulltune.train.request import MACHINE, Request
+from fulltune.train.request import Request
 
 _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
@@ -122,7 +122,7 @@ def environment(request: Request) -> dict[str, str]:
 
 def of_machine(meeting: Meeting) -> dict[str, str]:
     """Further variables of a worker on one of several machines; gloo's own choice often is the loopback."""
-    variables = {MACHINE: str(meeting.machine), **_PREFIX}
+    variables = dict(_PREFIX)
     if (interface := _interface_of(meeting.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     return variables

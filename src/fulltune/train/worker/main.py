@@ -20,7 +20,6 @@ from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop,
 from fulltune.recipe.training import NVME
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener
-from fulltune.records.run import RankUsed
 from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system import memory, sharing, signals
 from fulltune.system.hardware import is_disk_full
@@ -29,7 +28,7 @@ from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal, steps_of
 from fulltune.train.observed import Observed, held_to
-from fulltune.train.request import MACHINE, Request
+from fulltune.train.request import Request
 
 
 def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:
@@ -164,8 +163,6 @@ def main(file: str, parent: str | None = None) -> int:
     parent_pid = request.parent_pid if parent is None else int(parent)
     if parent_pid is not None:
         _end_with_parent(parent_pid)
-    if (machine := os.environ.get(MACHINE)) is not None:
-        RankUsed(rank=int(os.environ["RANK"]), machine=int(machine)).save_in(request.folder)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     outcome = run(request, Hooks())
     return 0 if outcome.status == "done" else 1
