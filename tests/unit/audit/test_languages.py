@@ -12,80 +12,14 @@ from fulltune.audit.languages import OTHER_LANGUAGE, SURE, Heard, elsewhere, lis
 from fulltune.errors import SetupError
 from fulltune.report.run.data_page import _languages
 from tests.unit.audit.test_stage import CLEAN, audited, prepared
+from tests.unit.audit.test_texts import TEXTS
 
 needs_extra = pytest.mark.skipif(
     importlib.util.find_spec("py3langid") is None, reason="the extra languages is not installed"
 )
 
-FOUND = {
-    "de": "Ich habe meine Karte verloren und weiß nicht, was ich jetzt tun soll.",
-    "fr": "Pouvez-vous me dire pourquoi ma carte n'est pas encore arrivée ?",
-    "es": "No puedo entrar en mi cuenta desde que cambié de teléfono.",
-    "pt": "Não consigo entrar na minha conta desde que troquei de telemóvel.",
-    "it": "Non riesco più a entrare nel mio conto da quando ho cambiato telefono.",
-    "nl": "Ik kan niet meer inloggen sinds ik een nieuwe telefoon heb.",
-    "pl": "Nie mogę zalogować się na swoje konto od wczoraj wieczorem.",
-    "sv": "Jag kan inte logga in sedan jag bytte telefon i går.",
-    "fi": "En pääse kirjautumaan tililleni uudella puhelimella.",
-    "tr": "Yeni telefonumla hesabıma giriş yapamıyorum, lütfen yardım edin.",
-    "ru": "Я не могу войти в свой аккаунт с нового телефона.",
-    "uk": "Я не можу увійти до свого облікового запису з нового телефону.",
-    "el": "Δεν μπορώ να συνδεθώ στον λογαριασμό μου από χθες.",
-    "ar": "لا أستطيع الدخول إلى حسابي منذ يوم أمس",
-    "he": "אני לא מצליח להיכנס לחשבון שלי מאז אתמול",
-    "hi": "मैं कल से अपने खाते में प्रवेश नहीं कर पा रहा हूँ",
-    "zh": "我换了手机以后就无法登录我的账户",
-    "ja": "昨日から自分のアカウントにログインできません",
-    "ko": "어제부터 제 계정에 로그인할 수 없습니다",
-    "th": "ฉันไม่สามารถเข้าสู่ระบบบัญชีของฉันได้ตั้งแต่เมื่อวาน",
-    "vi": "Tôi không thể đăng nhập vào tài khoản của mình từ hôm qua.",
-}
-
-SPARED = [
-    # Too short to tell.
-    "",
-    "ich",
-    "merci beaucoup",
-    "Привет",
-    "42",
-    # Names.
-    "Jean-Pierre Dubois, François Lefèvre, Marie-Claire Durand and Benoît Martin",
-    "Hans-Jürgen Müller, Friedrich Schmidt, Jürgen Klopp, Thomas Müller",
-    "Deutsche Bank AG, Frankfurt am Main, Große Gallusstraße",
-    "Champs-Élysées, Arc de Triomphe, Musée d'Orsay, Notre-Dame",
-    "London Paris Berlin Madrid Rome Vienna Amsterdam Brussels",
-    # Terms.
-    "staphylococcus aureus, escherichia coli, pseudomonas aeruginosa, klebsiella pneumoniae",
-    "mens rea actus reus habeas corpus pro bono",
-    "pizza margherita extra mozzarella large",
-    "The trees are quercus robur and betula pendula, as far as I can see.",
-    # Quotations, and texts about a languages.
-    'He said "c\'est la vie" and left the room without another word',
-    'The German translation of this sentence is "Der Hund ist sehr schnell gelaufen"',
-    "The word Schadenfreude comes from German and means pleasure at harm",
-    # Code, addresses, tags.
-    "for (int i = 0; i < n; i++) { sum += values[i]; } return sum;",
-    "SELECT name, count(*) FROM customers WHERE country = 'DE' GROUP BY name",
-    "sudo apt-get update && sudo apt-get install build-essential",
-    "`ich_habe_meine_karte = verloren` and ```print(das, ist, kein, text, in, einer, sprache)```",
-    "https://www.lemonde.fr/politique/article/2024/05/01/le-president-de-la-republique",
-    "@jean_dupont @marie_durand merci #paris #amour",
-    "TypeError: unsupported operand type(s) for +: 'int' and 'str'",
-    '{"name": "foo", "version": "1.0.0", "private": true}',
-    "\\frac{\\partial u}{\\partial t} = \\alpha \\nabla^2 u",
-    # How people write.
-    "lol omg haha yesss brb ttyl xoxo",
-    "hahahahahahahaha hahahaha hahaha",
-    "i dnt knw wat 2 do n y u r lik dis",
-    "we dey go market how you dey my broda",
-    "how do i get a pin for my card",
-    "WHY IS MY CARD NOT WORKING SINCE YESTERDAY",
-    "thou art more lovely and more temperate",
-    # No languages.
-    "ATGCGTACGTTAGCATCGATCGATCGGATCGATCG",
-    "qwertyuiop asdfghjkl zxcvbnm qwerty",
-    "REF NO AB-CD-EF-GH TOTAL EUR SEPA TRANSFER",
-]
+FOUND: dict[str, str] = TEXTS["languages"]
+SPARED: list[str] = TEXTS["no_other_language"]["texts"]
 
 
 def stands_out(text: str, *main: str) -> str | None:

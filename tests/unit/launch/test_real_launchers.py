@@ -106,26 +106,6 @@ def test_ssh_starts_all_and_ends_with_0(nasty: Place, server: Server) -> None:
     assert not list(nasty.notes.parent.rglob("HURT"))
 
 
-def test_ssh_one_fails_and_the_other_saves(nasty: Place, server: Server) -> None:
-    script = machines(nasty, server, "127.0.0.1", "localhost")
-    nasty.codes(0, 3)
-    nasty.hold(1)
-    done = nasty.shell("bash", script)
-    assert done.returncode == 3
-    assert "TERM 1" in nasty.events()
-    assert "machine 1, localhost: ended with code 75" in done.stderr
-
-
-def test_ssh_host_that_does_not_answer_is_named_and_nothing_is_started(nasty: Place, server: Server) -> None:
-    absent = f"ssh://localhost:{free_port()}"
-    script = machines(nasty, server, "127.0.0.1", absent)
-    nasty.edit("ssh.sh", (f" -p {server.port}", ""), ("    127.0.0.1\n", f"    ssh://127.0.0.1:{server.port}\n"))
-    done = nasty.shell("bash", script)
-    assert done.returncode == 2
-    assert f"machine 1, {absent}: does not answer: ssh: connect to host localhost port" in done.stderr
-    assert not nasty.events()
-
-
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_ssh_signal_to_the_whole_group_has_all_machines_save(
     nasty: Place, server: Server, which: signal.Signals
@@ -283,17 +263,6 @@ def test_slurm_cancelled_job_is_told_to_save_and_stays_cancelled(tmp_path: Path,
     assert job_state(place, number)["JobState"] == "CANCELLED"
     assert job_state(place, number)["Restarts"] == "0"
     assert {"TERM 0", "TERM 1"} <= set(place.events())
-
-
-def test_slurm_refused_job_fails_and_is_not_queued_again(tmp_path: Path, cluster: str) -> None:
-    place = Place(tmp_path)
-    place.codes(0, 2)
-    place.codes(1, 2)
-    number = submitted(place, cluster)
-    until(lambda: job_state(place, number)["JobState"] == "FAILED", 120)
-    # 143: of the task that Slurm ended because the other one had failed.
-    assert job_state(place, number)["ExitCode"] in ("2:0", "143:0")
-    assert job_state(place, number)["Restarts"] == "0"
 
 
 def test_slurm_run_is_told_to_save_before_the_time_limit(tmp_path: Path, cluster: str) -> None:
