@@ -200,7 +200,6 @@ def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
         ({"preserve": {"budget": "much"}}, "preserve.budget: expected a share such as 1% or 0.01, found 'much'"),
         ({"preserve": {"budget": "100%"}}, "expected a share above 0 and below 100%"),
         ({"preserve": {"budget": 2}}, "found '2'; for 2% write '2%'"),
-        ({"preserve": {"budget": "1%", "replay": "none"}}, "found 'none'; for none write null"),
         ({"preserve": {"replay": "more.txt"}}, "preserve.replay: has no effect without preserve.budget"),
         ({"preserve": {"budget": "1%", "drift": False}}, "preserve.drift: false, but preserve.budget needs it"),
         ({"preserve": {"budget": "1%"}, "method": {"kind": "prompt"}}, "'prompt' cannot be scaled back"),

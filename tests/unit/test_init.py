@@ -263,10 +263,6 @@ FLAGS: dict[str, str | list[object]] = {"text": "a fine film", "sports": [0, 1],
             FLAGS,
             r"columns sports, tech hold 0 and 1 only, .*such as \[\"sports\", \"tech\"\].*--task causal-lm\); columns",
         ),
-        (
-            {"anchor": "Who is it", "positive": "It is she", "negative": "No idea"},
-            r"'positive' and 'negative' hold triplets.*\(sentence-transformers does that\)",
-        ),
         ({"id": [*range(40)], "price": [1.5, 2]}, r"none of them holds texts or images"),
     ],
 )

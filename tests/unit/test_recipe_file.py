@@ -77,14 +77,6 @@ def test_problem_of_an_override_is_found_at_the_override(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize(("share", "fraction"), [("0.1", "0.1"), ("20%", "0.2"), ("12.5 %", "0.125")])
-def test_share_in_the_place_of_a_file_names_the_fraction(tmp_path: Path, share: str, fraction: str) -> None:
-    found = problems(written(tmp_path, SMALL + f"  eval: {share}\n"))
-    assert found == [
-        f"recipe.yaml:5  data.eval: expected a file, found {share}; for a part of train write eval_fraction: {fraction}"
-    ]
-
-
 @pytest.mark.parametrize("folder", ["2024", "1.5.0", "."])
 def test_folder_with_a_number_for_its_name_is_a_path(tmp_path: Path, folder: str) -> None:
     assert load_recipe(written(tmp_path, SMALL + f"  eval: '{folder}'\n")).data.eval == str(

@@ -113,19 +113,11 @@ def finished(recipe: Recipe, folder: Path) -> Reached | None:
     return reached
 
 
-def reach(
-    recipe: Recipe,
-    folder: Path,
-    until: Until,
-    details: bool,
-    measure: bool = False,
-    began: float | None = None,
-    group: MachineGroup | None = None,
-) -> Reached:
-    """Run the pipeline; `began` is when the command did, before it imported anything: None for now."""
+def reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any) -> Reached:
+    """Run the pipeline; `settings` are fields of `Run`, such as when the command began, before it imported anything."""
     from fulltune.system import run_folder
 
-    began = began or time.time()
+    settings = {"began": time.time(), **settings}
     run_folder.hide_progress_bars()
     try:
         from fulltune.cli.show.run import Display
@@ -133,7 +125,7 @@ def reach(
         from fulltune.search import run
 
         with Display(err, details) as display:
-            return run(Run(recipe, folder, listener=display, began=began, group=group), until, measure)
+            return run(Run(recipe, folder, listener=display, **settings), until, measure)
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None

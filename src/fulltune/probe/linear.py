@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy.special import softmax
 
 from fulltune.recipe.tasks import ProblemType
 from fulltune.records.probe import MOST_SOLVER_BYTES, solver_bytes
@@ -319,7 +320,7 @@ def loss(items: Items, found: Linear) -> float:
             return float(
                 np.mean([_row_losses(outputs[:, i], right[:, i], items.rows).mean() for i in range(outputs.shape[1])])
             )
-    chances = np.exp(outputs - _log_sum(outputs))[np.arange(len(outputs)), items.labels]
+    chances = softmax(outputs, axis=1)[np.arange(len(outputs)), items.labels]
     losses = -np.log(np.maximum(chances, _LEAST_CHANCE))
     return float(losses.mean() if weights is None else (losses * weights[items.labels]).mean())
 
@@ -345,8 +346,3 @@ def _row_losses(outputs: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.
     sums = np.bincount(row, np.exp(outputs - highest[row]))
     losses: np.ndarray = (highest + np.log(sums))[row[right]] - outputs[right]
     return losses
-
-
-def _log_sum(outputs: np.ndarray) -> Any:
-    highest = outputs.max(axis=1, keepdims=True)
-    return highest + np.log(np.exp(outputs - highest).sum(axis=1, keepdims=True))

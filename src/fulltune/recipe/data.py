@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -11,8 +10,6 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from fulltune.recipe.model import Block
 
-_SHARE = re.compile(r"0?\.\d+|\d+(\.\d+)? *%")
-"""How other tools name a part of the train rows."""
 TextRows = Literal["auto", "line", "paragraph", "section"]
 UTF_8 = "utf-8-sig"
 """Python's name of UTF-8 whose byte order mark is no text, where there is one."""
@@ -219,13 +216,9 @@ class DataBlock(Block):
         ]
         held_out = [(role, path) for role, path in (("eval", self.eval), ("test", self.test)) if path is not None]
         for role, path in held_out:
-            if _SHARE.fullmatch(path):
-                share = float(path.rstrip(" %")) / (100 if path.endswith("%") else 1)
-                instead = f"for a part of train write {role}_fraction: {share:g}"
-                problems.append(f"{role}: expected a file, found {path}; {instead}")
-            elif path in train:
+            if path in train:
                 problems.append(f"{role}: is the file of train; rows for scoring must not be trained on")
-        if self.test is not None and self.test == self.eval and not _SHARE.fullmatch(self.test):
+        if self.test is not None and self.test == self.eval:
             problems.append("test: is the file of eval; rows for reporting must not choose the checkpoint")
         if self.time is not None and len(held_out) == 2:
             problems.append(
@@ -233,12 +226,6 @@ class DataBlock(Block):
             )
         if len(set(self.columns or ())) != len(self.columns or ()):
             problems.append("columns: names a column twice; give each a name of its own")
-        problems += [
-            f"{role}: {path!r} is an address, and only files here are read; download it (from the Hub: 'hf download "
-            "NAME --repo-type dataset --local-dir FOLDER') and name the file"
-            for role, path in (*(("train", path) for path in train), *held_out)
-            if "://" in path
-        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -183,8 +183,8 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             problems.append(f"{setting}: {path!r} holds a NUL character, expected a path; write one without it")
         elif is_address(path):
             problems.append(
-                f"{setting}: '{path}' is an address, expected a path; nothing is downloaded here: download it, and "
-                "give the file's path"
+                f"{setting}: '{path}' is an address, expected a path; nothing is downloaded here: download it (from "
+                "the Hub: 'hf download NAME --repo-type dataset --local-dir FOLDER'), and give the file's path"
             )
         else:
             whole = os.path.realpath(base / _expanded(path))

@@ -61,13 +61,6 @@ def _a_share(value: Any) -> Any:
     return value
 
 
-def _a_file(value: Any) -> Any:
-    """Other words for nothing are answered."""
-    if value is False or (isinstance(value, str) and value.lower() in ("none", "no", "off", "false", "")):
-        raise ValueError(f"expected a text file or auto, found '{value}'; for none write null")
-    return value
-
-
 Share = Annotated[str | float, BeforeValidator(_a_share)]
 """Such as `1%` or `0.01`."""
 
@@ -88,7 +81,7 @@ class PreserveBlock(Block):
     or the mean hidden state turns by so much, 1 - cosine (others). Generic text is replayed with a weight that is
     raised as the budget is spent; of the points between the untouched and the trained model the best one within the
     budget is kept, and certified on texts that nothing else has read. For full and lora, also in a comparison."""
-    replay: Annotated[str | None, BeforeValidator(_a_file)] = AUTO
+    replay: str | None = AUTO
     """Where the generic text that is replayed comes from: a text file; `auto`, a part of the probe's texts.
     `null`: none is replayed."""
 

@@ -10,18 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from fulltune.recipe.model import Block
 from fulltune.text import parse_bytes, parse_seconds
 
-
-def _not_fp8(given: object) -> object:
-    if given in ("fp8", "float8"):
-        raise ValueError(
-            f"expected auto, bf16, fp16 or fp32, found {given!r}, which is not built: it takes torchao, a GPU of "
-            "compute capability 8.9 or more, and a compiled model to be faster than bf16; set bf16, or convert the "
-            "model in a script of yours (docs/how-do-i.md)"
-        )
-    return given
-
-
-Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_not_fp8)]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
 Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
 OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")

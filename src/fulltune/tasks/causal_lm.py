@@ -84,13 +84,6 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str
             f"here (TRL's KTOTrainer does that); to train on the good answers alone keep the rows whose '{good}' is "
             f"true, and write data.completion: {judged} (init: --column completion={judged})"
         )
-    near, far = column_of("positive"), column_of("negative")
-    if near and far and any(len(as_text(row.get(near)).split()) > 1 for row in sample):
-        raise DataError(
-            f"{where}: columns '{near}' and '{far}' hold triplets, a text that is near another one and one that is "
-            "not, which are not trained here: an embedding model learns from them (sentence-transformers does that); "
-            "to classify pairs of texts instead write a row for each pair, with columns text, text_pair and label"
-        )
 
 
 def _only_text(columns: Sequence[str], where: str) -> bool:

@@ -6,6 +6,7 @@ Without them the conversation is rendered up to before and up to after each assi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -111,13 +112,8 @@ def _span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn:
     if not after.startswith(before):
         # Some templates open the turn differently when they generate (a reasoning tag, say): what both share is read.
         without = render(tokenizer, messages[:turn], tools)
-        before = without if after.startswith(without) else _common_prefix(before, after)
+        before = without if after.startswith(without) else os.path.commonprefix((before, after))  # noqa: RUF071  # sign by sign
     return len(before), after
-
-
-def _common_prefix(one: str, other: str) -> str:
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
 
 
 def _first_opening(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

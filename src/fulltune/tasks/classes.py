@@ -130,21 +130,13 @@ def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
     return float(1 - error / spread) if spread > 0 else float(error == 0)
 
 
-def _spearman(true: np.ndarray, predicted: np.ndarray) -> float:
-    from scipy.stats import rankdata
-
-    ranks = rankdata(true), rankdata(predicted)
-    one, two = (rank - rank.mean() for rank in ranks)
-    scale = math.sqrt((one**2).sum() * (two**2).sum())
-    return float((one * two).sum() / scale) if scale > 0 else 0.0
-
-
-def _kendall(true: np.ndarray, predicted: np.ndarray) -> float:
-    from scipy.stats import kendalltau
+def _correlation(name: str, true: np.ndarray, predicted: np.ndarray) -> float:
+    """A rank correlation of scipy's; of a constant prediction 0."""
+    from scipy import stats
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a constant prediction
-        found = float(kendalltau(true, predicted).statistic)
+        found = float(getattr(stats, name)(true, predicted).statistic)
     return found if math.isfinite(found) else 0.0
 
 
@@ -154,8 +146,8 @@ def _rmse(true: np.ndarray, predicted: np.ndarray) -> float:
 
 NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "r2": _r2,
-    "spearman": _spearman,
-    "kendall": _kendall,
+    "spearman": partial(_correlation, "spearmanr"),
+    "kendall": partial(_correlation, "kendalltau"),
     "rmse": _rmse,
 }
 """Of targets and predictions, float64 [rows]. A constant prediction has no rank correlation: it counts as 0."""

@@ -140,9 +140,10 @@ def accepted(cell: Any, context: str) -> list[Place]:
     found = []
     for text, start in given:
         if start is None:
-            place = _first_place(text, context)
-            if place is not None:
-                found.append((text, place))
+            # Whole words first: `he` is not the beginning of `hello`.
+            whole = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context)
+            place = whole.start() if whole else context.find(text)
+            found += [(text, place)] if place >= 0 else []
         elif context[start : start + len(text)] != text:
             there = context[start : start + len(text)] if start >= 0 else ""
             raise NotInContext(f"at character {start} of the context stands {there!r}, not the answer {text!r}")
@@ -186,13 +187,6 @@ def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _first_place(text: str, context: str) -> int | None:
-    """Whole words first: `he` is not the beginning of `hello`."""
-    whole = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context)
-    place = whole.start() if whole else context.find(text)
-    return place if place >= 0 else None
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_target_beyond_32_bits_is_listed_with_its_row(
 def test_infinite_number_among_classes_is_named_with_its_line(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
     rows = [{**row, "label": number % 3} for number, row in enumerate(ROWS)]
     rows[7]["label"] = "inf"
-    with pytest.raises(DataError, match=r"whole numbers and 'inf' \(1 such rows, first: a.jsonl:8\)"):
+    with pytest.raises(DataError, match=r"mixes words \('inf' in 1 row\) .* first: a.jsonl:8;"):
         prepare(json_lines(tmp_path, rows))
 
 

@@ -198,9 +198,3 @@ def test_of_several_cards_the_oldest_says_which_attention_can_be_had() -> None:
 
 def fit_on(task: Workload, fleet: gpus.Fleet) -> Plan:
     return fit(task, fleet)
-
-
-@pytest.mark.parametrize("given", ["fp8", "float8"])
-def test_fp8_is_refused_with_what_to_do(given: str) -> None:
-    with pytest.raises(ValueError, match=rf"found '{given}', which is not built: it takes torchao, .* set bf16, or"):
-        sizes.bert(train={"precision": given})
