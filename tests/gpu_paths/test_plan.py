@@ -48,7 +48,7 @@ def test_card_is_taken_where_there_is_one() -> None:
     assert found(HOST, "cpu", 4) == "cpu"
     with pytest.raises(RecipeError, match="torch sees no GPU here"):
         found(HOST, "cuda")
-    with pytest.raises(RecipeError, match="the number of GPUs is 1"):
+    with pytest.raises(RecipeError, match="lets us use 1 GPU"):
         found(with_card("H100"), processes=2)
 
 

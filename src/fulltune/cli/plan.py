@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
+from fulltune.footprint import records
+from fulltune.plan import device_and_precision, gpus, time, workload
+from fulltune.plan.gpus import Fleet
+from fulltune.plan.settings import PLACEMENT, in_yaml, with_settings
+from fulltune.plan.survey import survey
+from fulltune.plan.time import Price
+from fulltune.plan.ways_out import in_lines
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.rules import form_of
@@ -17,24 +24,21 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.plan import Plan, Survey
 from fulltune.records.training import Measurements
+from fulltune.system import hardware
 
 if TYPE_CHECKING:
     from fulltune.models.base import Base
-    from fulltune.plan.gpus import Fleet
-    from fulltune.plan.time import Price
 
 SURVEY = "survey.json"
 USUAL_CHOICES = 4
 
 
-Checked = tuple["Fleet | None", "Price | None"]
+Checked = tuple[Fleet | None, Price | None]
 """The hardware, None for this machine; and the price."""
 
 
 def check(hardware: str | None, rows: int | None, tokens: int | None, price: str | None) -> Checked:
     """Parse and check the options, with all problems at once."""
-    from fulltune.plan import gpus, time
-
     problems: list[str] = []
 
     def read(parse: Callable[[str], Any], text: str | None) -> Any:
@@ -98,7 +102,6 @@ def with_data(
 
 def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
     """With the commands that run the plan, and that compare methods: the user's overrides, and what the plan adds."""
-    from fulltune.plan.settings import PLACEMENT, in_yaml
 
     def command(verb: str, given: list[str]) -> str:
         return shlex.join(["fulltune", verb, str(target), *(word for one in given for word in ("--set", one))])
@@ -120,14 +123,9 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
 def _survey(
     recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, place: Path, by_config: bool = False
 ) -> tuple[Survey, Plan | None]:
-    from fulltune.footprint import records
     from fulltune.footprint.trace import PlannedModel
     from fulltune.models.base import Base
     from fulltune.models.shapes import Shapes
-    from fulltune.plan import device_and_precision, gpus, workload
-    from fulltune.plan import survey as surveying
-    from fulltune.plan.settings import with_settings
-    from fulltune.system import hardware
 
     fleet, price = checked
     fleet = fleet or gpus.here(hardware.here(), hardware.disk_free_bytes(place), recipe.train.num_machines, str(place))
@@ -156,7 +154,7 @@ def _survey(
         load = workload.Workload(spread, shapes, lambda weights_dtype: kept, summary, followed)
     else:
         load = of_a_model(spread)
-    return surveying.survey(load, fleet, price, plan, by_another_method)
+    return survey(load, fleet, price, plan, by_another_method)
 
 
 def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
@@ -239,7 +237,5 @@ def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = N
 
 def refusal(survey: Survey, shown: bool) -> FulltuneError:
     """The error of a plan that does not fit, with the ways out unless they are `shown` on the screen already."""
-    from fulltune.plan.ways_out import in_lines
-
     ways = [] if shown else in_lines(survey.ways_out)
     return DoesNotFitError([*survey.notes, *ways])

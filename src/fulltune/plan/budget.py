@@ -119,7 +119,9 @@ class Needs:
         passes = passing(self.footprint, precision, settings)
         kinds = _engine_kinds(shared, self.shapes, processes, passes)
         kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
-        scoring = sum(_engine_scoring(self.footprint, precision, settings).values())
+        scoring = sum(
+            _highest(self.footprint.evaluation[precision], self.footprint, settings.eval_batch_size, settings).values()
+        )
         phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + scoring}
         parameters, trained = self.shapes.num_parameters, self.shapes.num_trained
         host = host_bytes(shared, parameters, processes, trained)
@@ -194,39 +196,23 @@ def disk_bytes(shared: sharing.Sharing | None, num_parameters: int) -> int:
     return sum(shared.parts_at("disk", engine_state(num_parameters), 1).values())
 
 
-def largest_unit(shapes: Shapes) -> int:
-    """Parameters that must be whole on a device at a time: of a layer, or of the vocabulary."""
-    vocabulary = shapes.vocab_size * shapes.hidden_size
-    return max(vocabulary, (shapes.num_parameters - vocabulary) // max(1, shapes.num_layers))
-
-
 def _engine_kinds(
     shared: sharing.Sharing, shapes: Shapes, num_devices: int, passing: Mapping[MemoryKind, int]
 ) -> dict[MemoryKind, int]:
     """Bytes by kind on each device in a step."""
-    held = engine_state(shapes.num_parameters, shapes.num_trained)
-    found = shared.parts_at("device", held, num_devices)
-    return {**found, **passing, "buffers": _gathered(shared, shapes) + memory.CUDA_CONTEXT_BYTES}
-
-
-def _gathered(shared: sharing.Sharing, shapes: Shapes) -> int:
-    """Weights and gradients that are whole on a device for a moment."""
-    unit, parameters = largest_unit(shapes), shapes.num_parameters
-    buckets = 2 * 2 * min(parameters, BUCKET_VALUES)
-    if shared.stage < 3:
-        return buckets
-    return buckets + 2 * max(min(parameters, LIVE_VALUES), unit)
+    parameters, vocabulary = shapes.num_parameters, shapes.vocab_size * shapes.hidden_size
+    held = shared.parts_at("device", engine_state(parameters, shapes.num_trained), num_devices)
+    buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
+    if shared.stage == 3:  # what is whole for a moment: at least a layer, or the vocabulary
+        layer = (parameters - vocabulary) // max(1, shapes.num_layers)
+        buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
+    return {**held, **passing, "buffers": buffers}
 
 
 def passing(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:
     """Activations and logits of a micro batch at their highest, in a traced precision."""
     moments = footprint.variant(precision, settings.activation_checkpointing).first
     return _highest(moments, footprint, settings.micro_batch_size, settings)
-
-
-def _engine_scoring(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """The same of an eval batch, forward alone."""
-    return _highest(footprint.evaluation[precision], footprint, settings.eval_batch_size, settings)
 
 
 def _highest(

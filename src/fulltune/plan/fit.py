@@ -180,9 +180,6 @@ DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
 """Two processes that import torch and transformers, where nothing was measured: 12 to 25 s on two cores. The model is
 read for the training, for the baselines and to score what was trained."""
-SECOND_SHARE, SECOND_SECONDS = 0.25, 5.0
-"""Of what the command took up to its plan, the process that trains takes so much to import the same again, from files
-that are in memory by then; at most so long, however many rows were tokenised before."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
 """Of the checks, and of each line of the scores, whatever the rows; on one free core, more on busy ones."""
 LONGEST_PASSES = 2
@@ -237,9 +234,7 @@ def _around(
         """Seconds of a forward pass of so many tokens in rows of full length."""
         return tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / flops
 
-    spent, measured = START_SECONDS, "rule of thumb"
-    if started_seconds is not None:
-        spent, measured = started_seconds + min(SECOND_SECONDS, SECOND_SHARE * started_seconds), "measured"
+    spent, measured = (START_SECONDS, "rule of thumb") if started_seconds is None else (started_seconds, "measured")
     yield STARTING, spent + LOADS * plan.state.weights / DISK_BYTES_PER_SECOND, measured
     probed_rows, _, probing = time.probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":

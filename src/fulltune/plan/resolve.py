@@ -50,21 +50,18 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
 
 def _refuse_too_many(recipe: Recipe, machine: Machine, device: str) -> None:
     """Refuse more processes than a machine has GPUs, or cores."""
-    train, count, cores = recipe.train, len(machine.gpus), machine.num_cores
-    asked, most = f"train.num_processes: {train.num_processes}", ""
+    train = recipe.train
+    room, what = (len(machine.gpus), "GPU(s)") if device == "cuda" else (machine.num_cores, "CPU core(s)")
+    if train.processes_per_machine <= room or (device == "cpu" and train.oversubscribe):
+        return
+    asked, here = f"train.num_processes: {train.num_processes}", "this machine"
     if train.num_machines > 1:
-        each = f"{train.processes_per_machine} on each of {train.num_machines} machines"
-        asked, most = f"{asked}, which are {each}", f" ({cores} on each machine)"
+        here = "each machine"
+        asked += f", which are {train.processes_per_machine} on each of {train.num_machines} machines"
     unlike = f"; the machines are not alike: {machine.differs}" if machine.differs else ""
-    if device == "cuda" and train.processes_per_machine > count:
-        there = " there" if train.num_machines > 1 else ""
-        raise RecipeError(f"{asked}, but the number of GPUs{there} is {count}{unlike}")
-    if device == "cpu" and train.processes_per_machine > cores and not train.oversubscribe:
-        here = "each lets" if train.num_machines > 1 else "this machine lets"
-        raise RecipeError(
-            f"{asked}, but {here} us use {cores} CPU core(s){unlike}; set at most {cores * train.num_machines}{most}, "
-            "or train.oversubscribe: true to try it all the same"
-        )
+    forced = ", or train.oversubscribe: true to try it all the same" if device == "cpu" else ""
+    most = room * train.num_machines
+    raise RecipeError(f"{asked}, but {here} lets us use {room} {what}{unlike}; set at most {most}{forced}")
 
 
 def refuse_fsdp2_beside_gpus(recipe: Recipe, machine: Machine) -> None:
@@ -99,32 +96,24 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     doubt = ""
     if device == "cpu":
         ratio = machine.cpu_bf16_speedup
-        reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
         chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
+        reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
         reason += "; weights stay fp32" if chosen == "bf16" else f"; it needs {LEAST_BF16_SPEEDUP} to be taken"
     else:
         oldest = oldest_gpu(recipe, machine)
         chosen, reason = _precision_of(oldest)
         if len({_precision_of(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
             reason += "; the other GPUs could do more, but all compute alike"
-        doubt = _doubt_of(wanted, oldest)
+        if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
+            doubt = f"; {oldest.label} has no tensor cores: no faster than fp32, and rounds more"
+        elif "bf16" in (wanted, recipe.model.weights_dtype) and wanted in ("auto", "bf16") and not oldest.bf16:
+            doubt = f"; {oldest.label} emulates it, slowly"
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
-        chosen, reason = "bf16", f"the weights are bf16 (model.weights_dtype){doubt}"
-    found = reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason)
-    if wanted != "auto" and doubt:
-        reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": FROM_RECIPE + doubt})
-    if found != "fp32" and recipe.train.engine_by:
-        last = reasons.settings[-1]
-        other = f"ZeRO rounds the weights of all passes to {found}, so the result is not that of other placements"
-        reasons.settings[-1] = last.model_copy(update={"reason": f"{last.reason}; {other}"})
-    return found
-
-
-def _doubt_of(wanted: str, oldest: Gpu) -> str:
-    """What speaks against a type that was asked for, or that bf16 weights ask for; empty where nothing does."""
-    if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
-        return f"; {oldest.label} has no tensor cores: no faster than fp32, and rounds more"
-    return f"; {oldest.label} emulates it, slowly" if wanted in ("bf16", "auto") and not oldest.bf16 else ""
+        chosen, reason = "bf16", "the weights are bf16 (model.weights_dtype)"
+    computed = chosen if wanted == "auto" else wanted
+    if computed != "fp32" and recipe.train.engine_by:
+        doubt += f"; ZeRO rounds the weights of all passes to {computed}, so the result is not that of other placements"
+    return reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason, doubt)
 
 
 FLASH = {
@@ -194,11 +183,8 @@ def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
 
 
 def _named(given: str | None, chosen: str, reason: str, reasons: Reasons) -> str:
-    optim = str(reasons.add("train.optim", given, chosen, reason))
-    if not memory.known(optim):
-        why = f"{FROM_RECIPE}; the size of its state is not known here: planned as AdamW's"
-        reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": why})
-    return optim
+    unknown = "" if memory.known(given or chosen) else "; the size of its state is not known here: planned as AdamW's"
+    return str(reasons.add("train.optim", given, chosen, reason, unknown))
 
 
 def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:

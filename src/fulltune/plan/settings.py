@@ -52,10 +52,10 @@ class Reasons:
     def __init__(self) -> None:
         self.settings: list[Setting] = []
 
-    def add(self, name: str, given: Any, chosen: Any = None, reason: str = "") -> Any:
-        """The recipe's value if it gave one, else the chosen one."""
+    def add(self, name: str, given: Any, chosen: Any = None, reason: str = "", doubt: str = "") -> Any:
+        """The recipe's value if it gave one, else the chosen one; `doubt` is said behind the reason of either."""
         value, why = (given, FROM_RECIPE) if given is not None else (chosen, reason)
-        self.settings.append(Setting(name=name, value=value, reason=why, chosen=given is None))
+        self.settings.append(Setting(name=name, value=value, reason=why + doubt, chosen=given is None))
         return value
 
     def replace(self, name: str, value: Any, reason: str) -> None:

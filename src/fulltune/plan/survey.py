@@ -280,33 +280,41 @@ def advise(
 ) -> tuple[Advice, ...]:
     """Take, try or leave each method, the best first, by rules whose sources stand in docs/evidence.md: where to start,
     for a measurement on one's own rows decides."""
-    few = train_rows < FEW_ROWS
-    full, lora = ("try", "between 10,000 and 100,000 rows full and LoRA come out close"), ("", "")
-    if not full_fits:
-        full = "leave", "it does not fit here"
-    elif not shapes.is_decoder and shapes.num_parameters < SMALL_ENCODER:
-        seeds = ", but with few rows take several seeds" if few else ""
-        full = "try" if few else "take", f"a small encoder: full is cheap{seeds}"
-    elif train_rows >= MANY_ROWS:
-        full = "take", "100,000 rows or more, and it fits"
-    elif few:
-        full = "try", "few rows: train longer than usual, at a low rate, with three seeds or more"
+    few, small = train_rows < FEW_ROWS, not shapes.is_decoder and shapes.num_parameters < SMALL_ENCODER
     size, where = 2 * shapes.num_parameters / 2**30, " on one device" if full_fits else " either"
-    if 2 * shapes.num_parameters > device_bytes:  # only full fine-tuning can be shared out
-        lora = "leave", f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{where}"
-    elif lora_fits is False:
-        lora = "leave", "it does not fit here either; see the ways out"
-    elif not full_fits:
-        unsure = "" if lora_fits else ", if the activations fit as well"
-        lora = "take", f"it trains where full does not fit{unsure}: {size:,.1f} GiB of weights stay as they are"
-    elif shapes.is_decoder and few:
-        lora = "take", "few rows (below 10,000)"
-    else:
-        lora = "try", "the cheaper method (all layers, rate tuned): two thirds of the operations, far less state"
-    adapters = "leave", "worth it with five tasks or more: one model and a small file for each"
-    prompts = "leave", "far behind full below 1 B parameters, on a par at about 11 B"
-    if shapes.num_parameters >= LARGE:
-        prompts = "try", "on a par with full at about 11 B parameters"
-    lines = zip(("full fine-tuning", "LoRA", "adapters", "prompt tuning"), (full, lora, adapters, prompts), strict=True)
-    found = (Advice.model_validate({"method": name, "verdict": line[0], "rule": line[1]}) for name, line in lines)
+    unsure = "" if lora_fits else ", if the activations fit as well"
+    rules: dict[str, tuple[tuple[bool, str, str], ...]] = {
+        "full fine-tuning": (
+            (not full_fits, "leave", "it does not fit here"),
+            (small and few, "try", "a small encoder: full is cheap, but with few rows take several seeds"),
+            (small, "take", "a small encoder: full is cheap"),
+            (train_rows >= MANY_ROWS, "take", "100,000 rows or more, and it fits"),
+            (few, "try", "few rows: train longer than usual, at a low rate, with three seeds or more"),
+            (True, "try", "between 10,000 and 100,000 rows full and LoRA come out close"),
+        ),
+        "LoRA": (
+            (
+                2 * shapes.num_parameters > device_bytes,  # only full fine-tuning can be shared out
+                "leave",
+                f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{where}",
+            ),
+            (lora_fits is False, "leave", "it does not fit here either; see the ways out"),
+            (
+                not full_fits,
+                "take",
+                f"it trains where full does not fit{unsure}: {size:,.1f} GiB of weights stay as they are",
+            ),
+            (shapes.is_decoder and few, "take", "few rows (below 10,000)"),
+            (True, "try", "the cheaper method (all layers, rate tuned): two thirds of the operations, far less state"),
+        ),
+        "adapters": ((True, "leave", "worth it with five tasks or more: one model and a small file for each"),),
+        "prompt tuning": (
+            (shapes.num_parameters >= LARGE, "try", "on a par with full at about 11 B parameters"),
+            (True, "leave", "far behind full below 1 B parameters, on a par at about 11 B"),
+        ),
+    }
+    found = []
+    for method, lines in rules.items():
+        verdict, rule = next((verdict, rule) for holds, verdict, rule in lines if holds)
+        found.append(Advice.model_validate({"method": method, "verdict": verdict, "rule": rule}))
     return tuple(sorted(found, key=lambda one: ("take", "try", "leave").index(one.verdict)))
