@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fulltune.plan import memory
 from fulltune.selfcheck import checks, devices, environment, processes
 from fulltune.selfcheck.checks import Device, NotHere
+from fulltune.system import hardware
 from fulltune.train.parent import spawn
 from tests.gpu_paths.cards import GIB, Cards
 
@@ -41,8 +42,8 @@ def test_apples_device_is_found(monkeypatch: Patch) -> None:
 @named
 def test_page_names_each_card(an_a100_and_a_t4: Cards, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
-    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
+    monkeypatch.setattr(hardware, "bf16_speedup", lambda: 1.5)
+    monkeypatch.setattr(hardware, "cpu_rates", lambda: (80.5e9, 20.1e9, 0.0))
     found = environment()
     assert found["gpu 0"] == "NVIDIA A100-SXM4-40GB, 40 GiB, capability 8.0, CUDA 13.0"
     assert found["gpu 1"] == "Tesla T4, 16 GiB, capability 7.5, CUDA 13.0"
@@ -53,8 +54,8 @@ def test_page_names_each_card(an_a100_and_a_t4: Cards, monkeypatch: Patch) -> No
 
 @named
 def test_page_names_apples_device_or_none(monkeypatch: Patch) -> None:
-    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
-    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
+    monkeypatch.setattr(hardware, "bf16_speedup", lambda: 1.5)
+    monkeypatch.setattr(hardware, "cpu_rates", lambda: (80.5e9, 20.1e9, 0.0))
     assert environment()["gpu"] == "torch sees none"
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "1")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulltune.errors import SetupError
 from fulltune.system import hardware, memory
 
 MEMINFO = "MemTotal: 16000 kB\nMemFree: 1000 kB\nMemAvailable: 8000 kB\n"
@@ -63,21 +62,6 @@ def test_machine_is_described() -> None:
     assert hardware.disk_free_bytes(Path("/not/there/yet")) > 0
 
 
-def test_bf16_speedup_is_measured_once_and_kept_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "")
-    monkeypatch.delenv("FULLTUNE_BF16_SPEEDUP")
-    measured = iter((2.345, 9.0))
-    monkeypatch.setattr(hardware, "measure_bf16_speedup", lambda device: next(measured))
-    assert [hardware.bf16_speedup(), hardware.bf16_speedup()] == [2.35, 2.35]
-    assert os.environ["FULLTUNE_BF16_SPEEDUP"] == "2.35"
-
-
-def test_bf16_speedup_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "fast")
-    with pytest.raises(SetupError, match="FULLTUNE_BF16_SPEEDUP=fast: expected a number"):
-        hardware.bf16_speedup()
-
-
 @pytest.mark.parametrize(("small", "large", "expected"), [(0.1, 9.0, 0.1), (0.9, 3.0, 3.0)])
 def test_bf16_speedup_of_a_cpu_without_bf16_is_known_from_a_small_product(
     monkeypatch: pytest.MonkeyPatch, small: float, large: float, expected: float
@@ -94,30 +78,16 @@ def test_memory_respects_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatc
     assert hardware.memory_bytes() == (3000 * K, 3000 * K)
 
 
-def test_cpu_rates_are_measured_once_and_kept_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FULLTUNE_CPU_RATES", "")
-    monkeypatch.delenv("FULLTUNE_CPU_RATES")
-    measured = iter([(80.54e9, 20.11e9), (1.0, 1.0)])
-    monkeypatch.setattr(hardware, "_measure_cpu_rates", lambda: next(measured))
-    monkeypatch.setattr(os, "getloadavg", lambda: (9.04, 1.0, 1.0))
-    monkeypatch.setattr(hardware, "num_cores", lambda: os.cpu_count() or 1)
-    assert [hardware.cpu_rates(), hardware.cpu_rates()] == [(80.5e9, 20.1e9, 9.0)] * 2
-    assert os.environ["FULLTUNE_CPU_RATES"] == "80.5 20.1 9.0"
-    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
-    assert hardware.cpu_rates() == (80.5e9, 20.1e9, 0.0)
-
-
 @pytest.mark.parametrize(("host", "load", "is_busy"), [(64, 48.0, False), (64, 128.0, True), (4, 9.0, True)])
 def test_a_part_of_a_computer_is_as_busy_as_the_whole(
     monkeypatch: pytest.MonkeyPatch, host: int, load: float, is_busy: bool
 ) -> None:
     """Four cores of a container: the load is that of all tasks of the host."""
-    monkeypatch.setenv("FULLTUNE_CPU_RATES", "")
-    monkeypatch.delenv("FULLTUNE_CPU_RATES")
     monkeypatch.setattr(hardware, "_measure_cpu_rates", lambda: (1e9, 1e9))
     monkeypatch.setattr(hardware, "num_cores", lambda: 4)
     monkeypatch.setattr(os, "cpu_count", lambda: host)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(hardware, "cpu_rates", hardware.cpu_rates.__wrapped__)  # measured anew
     assert bool(hardware.here().busy) == is_busy
 
 
@@ -125,16 +95,6 @@ def test_a_part_of_a_computer_is_as_busy_as_the_whole(
 def test_machine_is_busy_when_others_want_its_cores(load: float, cores: int, is_busy: bool) -> None:
     said = hardware.here().model_copy(update={"load_average": load, "num_cores": cores}).busy
     assert said.startswith("this machine is busy (load 9 on 2 cores)") == is_busy == bool(said)
-
-
-@pytest.mark.parametrize("value", ["fast", "80.5", "80.5 20.1 3 4", ""])
-def test_cpu_rates_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv("FULLTUNE_CPU_RATES", value)
-    with pytest.raises(SetupError) as raised:
-        hardware.cpu_rates()
-    assert raised.value.problems == (
-        f"FULLTUNE_CPU_RATES={value}: expected GFLOP/s and GB/s such as '80.5 20.1'; unset it to measure again",
-    )
 
 
 def test_speeds_are_measured_without_drawing_a_random_number() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
 import platform
@@ -11,15 +12,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fulltune.errors import FulltuneError, SetupError
+from fulltune.errors import FulltuneError
 from fulltune.records.base import Record
 from fulltune.system import memory
 from fulltune.text import counted, listed
 
-_MEASURED = "FULLTUNE_BF16_SPEEDUP"
-"""Variable that keeps the measured ratio for this process and its children."""
-_RATES = "FULLTUNE_CPU_RATES"
-"""The same for the speeds of `cpu_rates`, in GFLOP/s and GB/s, and for the load while they were measured."""
 BUSY = 1.5
 """Tasks that want each core, on average of a minute: this command's own are one, and a little more where it reads rows
 in all processes. From here on others have a large part of what is measured."""
@@ -157,16 +154,10 @@ def _differences(machines: Sequence[Machine]) -> str:
     return ", ".join(found)
 
 
+@functools.cache
 def bf16_speedup() -> float:
-    """How many times as fast as in fp32 torch's kernels train in bf16 on this CPU; measured once, then kept in the
-    environment."""
-    known = os.environ.get(_MEASURED)
-    if known is None:
-        known = os.environ[_MEASURED] = f"{measure_bf16_speedup('cpu'):.3g}"
-    try:
-        return float(known)
-    except ValueError:
-        raise SetupError(f"{_MEASURED}={known}: expected a number such as 1.5; unset it to measure again") from None
+    """How many times as fast as in fp32 torch's kernels train in bf16 on this CPU; measured once."""
+    return measure_bf16_speedup("cpu")
 
 
 def measure_bf16_speedup(device: str) -> float:
@@ -178,24 +169,14 @@ def measure_bf16_speedup(device: str) -> float:
     return small if small < 0.5 else _bf16_speedup(device, rows=256, width=512)
 
 
+@functools.cache
 def cpu_rates() -> tuple[float, float, float]:
     """Operations a second of matrix products in fp32, bytes a second of a copy in memory (reading and writing), and the
-    load that slowed both; measured once, then kept in the environment."""
-    known = os.environ.get(_RATES)
-    if known is None:
-        # The load is of the whole computer, of which a container or a CPU set may have a part.
-        share = num_cores() / (os.cpu_count() or 1)
-        load = os.getloadavg()[0] * share if hasattr(os, "getloadavg") else 0.0
-        flops, copied = _measure_cpu_rates()
-        known = os.environ[_RATES] = f"{flops / 1e9:.1f} {copied / 1e9:.1f} {load:.1f}"
-    try:
-        values = [float(value) for value in known.split()]
-        flops, copied, load = values if len(values) == 3 else (*values, 0.0)
-    except ValueError:
-        raise SetupError(
-            f"{_RATES}={known}: expected GFLOP/s and GB/s such as '80.5 20.1'; unset it to measure again"
-        ) from None
-    return flops * 1e9, copied * 1e9, load
+    load that slowed both; measured once."""
+    # The load is of the whole computer, of which a container or a CPU set may have a part.
+    share = num_cores() / (os.cpu_count() or 1)
+    load = os.getloadavg()[0] * share if hasattr(os, "getloadavg") else 0.0
+    return (*_measure_cpu_rates(), load)
 
 
 def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -> tuple[float, float]:
