@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fulltune.errors import RecipeError
-from fulltune.evaluate.untouched import LINEAR_PROBE
+from fulltune.evaluate import LINEAR_PROBE
 from fulltune.probe import features
 from fulltune.probe import fit as fitting
 from fulltune.probe.layers import DenseLayer

@@ -14,7 +14,7 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from fulltune import predict
 from fulltune.errors import DataError
-from fulltune.evaluate.untouched import LINEAR_PROBE
+from fulltune.evaluate import LINEAR_PROBE
 from fulltune.inference.store import load_texts
 from tests import tiny
 from tests.train import runs

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from fulltune import api, pipeline, predict
 from fulltune.errors import DataError
-from fulltune.evaluate.untouched import LINEAR_PROBE
+from fulltune.evaluate import LINEAR_PROBE
 from fulltune.system.run_folder import Reached
 from tests import tiny
 from tests.contract.command import fulltune

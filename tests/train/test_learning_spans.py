@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from fulltune import predict
+from fulltune.evaluate import LINEAR_PROBE
 from fulltune.evaluate.spans import compared
-from fulltune.evaluate.untouched import LINEAR_PROBE
 from fulltune.inference.store import Rows, load_texts
 from tests import tiny
 from tests.contract.command import fulltune

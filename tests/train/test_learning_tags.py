@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from fulltune import predict
-from fulltune.evaluate.untouched import LINEAR_PROBE
+from fulltune.evaluate import LINEAR_PROBE
 from fulltune.inference.store import Rows, load_texts
 from tests import tiny
 from tests.contract.command import fulltune

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,18 +12,18 @@ from types import ModuleType
 
 import numpy as np
 
-from fulltune import files
+from fulltune import files, probe
 from fulltune.errors import SetupError
-from fulltune.evaluate import untouched as of_untouched
 from fulltune.evaluate.scoring import Scored, Scoring, note_access
 from fulltune.footprint.records import SHAPES
 from fulltune.methods.folder import NOTES, notes_of
-from fulltune.models.base import Base
+from fulltune.models.base import Base, opened
 from fulltune.models.shapes import Shapes
 from fulltune.recipe.fields import Recipe, with_attention
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.plan import Plan
+from fulltune.records.probe import FrozenRival, Probe
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, measure_of
@@ -37,6 +36,7 @@ from fulltune.tasks.settings import class_weights
 
 UNTOUCHED = "before-training"
 """Where the scores of the model before training lie."""
+LINEAR_PROBE = "linear probe of the untouched model"
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
 Losses = tuple[np.ndarray, Sequence[str | None]]
 """Summed loss of each example and its items (1, trained tokens or words), float64 [examples, 2]; and what the model
@@ -58,18 +58,72 @@ def baselines(scoring: Scoring) -> list[Scores]:
 
     def untouched() -> Scored:
         found: Scored = scorer.trained(scoring, *scoring.load(None))
-        return replace(found, scores=found.scores.model_copy(update={"name": "before training", "kind": "untouched"}))
+        return found.but(name="before training", kind="untouched")
 
     made = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
     made |= scorer.baselines(scoring)
     if scoring.task.FACTS.head_is_new:
         with _as_what_does_not_fit("the linear probe of the untouched model"):
-            made |= of_untouched.baselines(scoring, scorer)
+            made |= _by_the_untouched_model(scoring, scorer)
     shapes = folder / "plan" / SHAPES
     # The checkpoint can do the task: it is scored as it came. A comparison has it as its method `base`.
     if not scoring.recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
         made.setdefault(UNTOUCHED, untouched)
     return [_kept(folder / "scores" / f"{name}.json", make) for name, make in made.items()]
+
+
+def _by_the_untouched_model(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
+    """A linear probe as its head, and a classifier on its embeddings."""
+    with_head = scoring.plan.head_init is not None
+    if not with_head and scoring.target.form.has_windows:
+        return {}
+    rows, eval_rows = (opened(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
+    # The run folder's; fitted here where no training needed it.
+    found = probe.fitted(scoring.data.parent, lambda: _extractor(scoring), rows, eval_rows, with_head)
+    made: dict[str, Callable[[], Scored]] = {}
+    if (rival := found.frozen) is not None:
+        made["baseline-frozen"] = lambda: _frozen(scoring, scorer, found, rival)
+    if found.head is not None:
+        made["baseline-probe"] = lambda: _as_head(scoring, scorer)
+    return made
+
+
+def _extractor(scoring: Scoring) -> probe.Extractor:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(probe.SEED)  # what the head lacks is drawn
+        model, processor = scoring.load(None)
+    return probe.Extractor(
+        model,
+        scoring.recipe.task,
+        scoring.target,
+        processor.pad_token_id,
+        scoring.plan.eval_batch_size,
+        scoring.plan.precision,
+        scoring.class_weights,
+        probe.separators(processor, scoring.target),
+        scoring.watch("reading rows with the untouched model"),
+    )
+
+
+def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe, rival: FrozenRival) -> Scored:
+    extractor, folder = _extractor(scoring), scoring.data.parent
+    if found.head is not None:
+        probe.put_head(extractor.model, folder)  # embeddings as they were: layers that the checkpoint lacks give some
+    rows = opened(scoring.rows("test"), scoring.base.processor)
+    of = f" of {found.train_rows:,} train rows" if found.train_rows < found.of_rows else ""
+    read = ", each text read alone" if rival.pooling == "apart" else ""
+    name = f"{rival.kind} (frozen embeddings{of}{read})"
+    scored: Scored = scorer.frozen(scoring, name, probe.predicted(extractor, rows, rival, probe.rival_of(folder)))
+    return scored
+
+
+def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:
+    model, processor = scoring.load(None)
+    probe.put_head(model, scoring.data.parent)
+    found: Scored = scorer.trained(scoring, model, processor)
+    return found.but(name=LINEAR_PROBE, kind="baseline", calibration=None, worst=())
 
 
 def score(scoring: Scoring, outcome: Outcome, noted: bool = True) -> Scores:

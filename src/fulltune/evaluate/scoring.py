@@ -47,6 +47,10 @@ class Scored:
     main: Resampled | None
     """The main metric; None: it has none."""
 
+    def but(self, **changes: Any) -> Scored:
+        """The same with other fields of the scores."""
+        return replace(self, scores=self.scores.model_copy(update=changes))
+
 
 @dataclass(frozen=True)
 class Scoring:
