@@ -228,7 +228,7 @@ def _point(name: str, size: int, proof: dict[str, Any]) -> dict[str, Any]:
         "set": name,
         "size": size,
         "rows": proof["train_rows"],
-        "metric": proof["metric"],
+        "metric": proof["decision"]["metric"],
         "verdict": proof["decision"]["verdict"],
         "difference": [found["estimate"], found["low"], found["high"]],
         "full": [full["metric"][part] for part in ("value", "low", "high")],

@@ -101,8 +101,6 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "train_rows": 9002,
         "eval_rows": 1001,
         "test_rows": 3080,
-        "metric": metric,
-        "greater_is_better": not loss,
         "decision": decision,
         "rows": rows,
         "baselines": (_baseline(metric, not loss, 2.871, "before training"),) if loss
@@ -261,8 +259,6 @@ def _difference(arm: Arm, full: Arm, sign: int) -> Difference:
             "not_worse": apart < 0.004,
             "full_better": apart > 0.01,
             "arm_better": False,
-            "row_variance": 4e-6,
-            "seed_variance": 2e-6,
             "seeds_known": True,
             "detectable": 0.0102,
         }

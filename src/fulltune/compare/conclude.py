@@ -26,9 +26,9 @@ from fulltune.inference.store import clusters_of, in_train
 from fulltune.recipe.tasks import FACTS, stands_in_train
 from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening
 from fulltune.records.run import COMPARISON
-from fulltune.records.scores import Estimate, Scores
+from fulltune.records.scores import Scores
 from fulltune.report.format import words
-from fulltune.stats.bootstrap import SAMPLES, draw, percentiles
+from fulltune.stats.bootstrap import SAMPLES, draw
 from fulltune.stats.calibration import calibrate
 from fulltune.system import run_folder
 from fulltune.text import format_metric
@@ -109,14 +109,12 @@ def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later:
 
 def untouched(context: Context) -> tuple[Scores, ...]:
     """What costs no training: the untouched language model or the most frequent answer first, then other baselines."""
-    made, folder = context.setup(context.full.arm).plan, context.folder
-    writes = FACTS[context.recipe.task].writes
+    folder, writes = context.folder, FACTS[context.recipe.task].writes
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / "predictions" / "generic" / f"{BASE}.npz"
-    scoring = evaluate.scoring_of(context.recipe, made, context.summary, folder, context.job.base)
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
-        keep(context, BASE, outputs.outputs(scoring, None, context.texts[0], context.most_tokens, splits))
-    return tuple(evaluate.baselines(scoring))
+        keep(context, BASE, outputs.outputs(context.scoring, None, context.texts[0], context.most_tokens, splits))
+    return tuple(evaluate.baselines(context.scoring))
 
 
 def comparison_of(
@@ -135,8 +133,6 @@ def comparison_of(
         mixed_rows=summary.rows_per_epoch - summary.splits["train"].rows,
         eval_rows=summary.splits["eval"].rows,
         test_rows=summary.splits["test"].rows,
-        metric=context.measure.name,
-        greater_is_better=context.measure.greater_is_better,
         decision=decision,
         rows=rows,
         baselines=baselines,
@@ -211,7 +207,7 @@ def _notes(context: Context) -> list[str]:
 
 def write_model_cards(ran: SeedRuns) -> None:
     """A README.md beside each method's weights, with the kept seed's score on the test rows."""
-    context, measure, confidence = ran.context, ran.context.measure, ran.context.recipe.evaluate.confidence
+    context, scoring = ran.context, ran.context.scoring
     for arm, found in ran.results.items():
         folder = context.folder / "models" / arm
         if not folder.is_dir():
@@ -219,19 +215,10 @@ def write_model_cards(ran: SeedRuns) -> None:
             continue
         name = best_seed(context, found).trial.name
         chosen, test = (outputs.load(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))
-        drawn = draw(measure, [[test]], clusters_of(context.folder / "data" / "test"))
-        low, high = percentiles(drawn.draws[0][:, 0], confidence)
+        metrics = scoring.estimates(test, metrics=context.measure.alone)
         calibration = None
         if context.summary.form.is_calibrated:
             calibration = calibrate(chosen["logits"], chosen["labels"], test["logits"], test["labels"])
-        scores = Scores(
-            name=name,
-            kind="trained",
-            rows=drawn.num_rows,
-            metrics={measure.name: Estimate(value=float(drawn.point[0][0]), low=low, high=high)},
-            main_metric=measure.name,
-            greater_is_better=measure.greater_is_better,
-            confidence=confidence,
-            calibration=calibration,
-        )
+        num_rows = metrics[context.measure.name].num_rows
+        scores = scoring.scores(name, "trained", num_rows, metrics, calibration=calibration).scores
         report.write_model_card(context.folder, folder, scores)

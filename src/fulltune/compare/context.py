@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fulltune import plan
+from fulltune import evaluate, plan
 from fulltune.compare import held
 from fulltune.compare.rates import Scale
 from fulltune.compare.trial_folder import Clock, changed
+from fulltune.evaluate.scoring import Scoring
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
 from fulltune.inference.store import texts
@@ -100,6 +101,12 @@ class Context:
             num_rows = len({row[PLACE] for row in texts(self.folder / "data" / "eval")})
         most = held.most_rows(self.recipe)  # that whole runs are measured on
         return Scale(self.measure.greater_is_better, min(num_rows, most), is_share(self.measure.name))
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """The test rows and how they are scored, for all arms alike."""
+        made = self.setup(self.full.arm).plan
+        return evaluate.scoring_of(self.recipe, made, self.summary, self.folder, self.job.base)
 
     @property
     def arms(self) -> tuple[Any, ...]:

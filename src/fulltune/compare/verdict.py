@@ -130,8 +130,6 @@ def _difference(
         not_worse=known and 1 - found.below(margin) <= level / 2,
         full_better=certain and found.estimate >= margin and adjusted_low > 0,
         arm_better=certain and found.estimate <= -margin and adjusted_high < 0,
-        row_variance=found.row_variance,
-        seed_variance=found.seed_variance,
         seeds_known=known,
         detectable=Precision.of(found).detectable(margin, level),
         rows_needed=rows,

@@ -231,10 +231,6 @@ class Difference(Record):
     full_better: bool
     arm_better: bool
     """Each by at least the margin, and certain."""
-    row_variance: float
-    """Part of the estimate's variance that more rows make smaller."""
-    seed_variance: float
-    """Part that only more seeds make smaller."""
     seeds_known: bool
     """False: one seed everywhere, so that the spread between seeds is not known and nothing can be decided."""
     detectable: float
@@ -345,8 +341,6 @@ class Comparison(Record):
     """What each epoch has besides."""
     eval_rows: int
     test_rows: int
-    metric: str
-    greater_is_better: bool
     decision: Decision
     rows: tuple[ArmRow, ...]
     baselines: tuple[Scores, ...]

@@ -26,7 +26,6 @@ from fulltune.compare.trial_folder import Clock, changed, make_folder, whole_run
 from fulltune.compare.trials import clear
 from fulltune.errors import DoesNotFitError, GuardStop, InterruptedRun, RecipeError, SetupError
 from fulltune.evaluate import outputs
-from fulltune.inference.store import clusters_of
 from fulltune.pipeline import Run, Until
 from fulltune.recipe.several_runs import combinations, num_combinations, why_impossible, with_settings
 from fulltune.records.comparison import Expectation, Searched, Trial, TriedSettings
@@ -35,7 +34,7 @@ from fulltune.records.events import Said
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.scores import Estimate
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import Resampled, bounds_of, resample
+from fulltune.stats.bootstrap import Resampled, bounds_of
 from fulltune.stats.intervals import paired
 from fulltune.system import run_folder
 from fulltune.system.run_folder import Reached
@@ -219,17 +218,12 @@ def _bought_by_rate(context: Context, usual: float | None, kept: Trial) -> Estim
     before = next((one for one in known if one.learning_rate == usual), None)
     if before is None or usual == kept.learning_rate:
         return None
-    measure, block = context.measure, context.recipe.evaluate
+    measure, folder = context.measure, context.folder / SEALED
     mine, other = (
-        resample(
-            outputs.load(context.folder / SEALED / f"{one.name}.npz"),
-            lambda rows: {measure.name: measure.whole(rows)},
-            samples=block.bootstrap_samples,
-            clusters=clusters_of(context.folder / "data" / "test"),
-        )[measure.name]
+        context.scoring.estimates(outputs.load(folder / f"{one.name}.npz"), metrics=measure.alone)[measure.name]
         for one in (kept, before)
     )
-    return paired(mine, other, measure.span, block.confidence)
+    return paired(mine, other, measure.span, context.recipe.evaluate.confidence)
 
 
 # ---- other settings --------------------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ class Measure:
     """None: the metric is no function of sums, and has to be computed anew for each resample."""
     value: Value | None
 
+    def alone(self, kept: Predictions) -> dict[str, float]:
+        """It by its name, as the only one of several metrics."""
+        return {self.name: self.whole(kept)}
+
     @property
     def bounds(self) -> tuple[float, float] | None:
         """Least and most; None: without a bound on one side."""

@@ -78,7 +78,7 @@ def _headline(comparison: Comparison) -> Headline:
     decision, write = comparison.decision, Writer.of(comparison.decision)
     rivals = sum(one.decides for one in decision.differences)
     together = f" for the {rivals} methods together" if rivals > 1 else ""
-    smaller = "" if comparison.greater_is_better else f" Smaller {write.name} is better."
+    smaller = "" if comparison.decision.greater_is_better else f" Smaller {write.name} is better."
     terms = (
         f"Margin: differences below {write.amount(decision.margin)} of {write.name} do not matter. Confidence: "
         f"{_level(comparison)}{together}. Measured on {counted(decision.num_rows, 'test row')}.{smaller}"
@@ -89,15 +89,15 @@ def _headline(comparison: Comparison) -> Headline:
 
 def _near_without_training(comparison: Comparison) -> str:
     """The strongest baseline, where the recommended method (else the best) is not clearly above it."""
-    known = [one for one in comparison.baselines if comparison.metric in one.metrics]
+    known = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
     if not known or not trained:
         return ""
-    sign = 1 if comparison.greater_is_better else -1
-    best = max(known, key=lambda one: sign * one.metrics[comparison.metric].value)
+    sign = 1 if comparison.decision.greater_is_better else -1
+    best = max(known, key=lambda one: sign * one.metrics[comparison.decision.metric].value)
     top = max(trained, key=lambda row: sign * row.metric.value)
     row = next((one for one in trained if one.arm == comparison.decision.recommended), top)
-    value, write = best.metrics[comparison.metric].value, Writer.of(comparison.decision)
+    value, write = best.metrics[comparison.decision.metric].value, Writer.of(comparison.decision)
     if sign * value >= sign * top.metric.value:
         return f"No method here does better than {best.name}, which trains nothing and has {write.value(value)}."
     if sign * value < min(sign * row.metric.low, sign * row.metric.high):
@@ -243,7 +243,7 @@ def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
             for row in comparison.rows
             if row.kind == "base" or getattr(row, field) > 0
         )
-        title, better = f"Quality against {cost_name}", comparison.greater_is_better
+        title, better = f"Quality against {cost_name}", comparison.decision.greater_is_better
         drawn.append(CostPlot(title, cost_name, write.metric, better, comparison.decision.margin, marks))
     return tuple(drawn)
 
@@ -296,8 +296,8 @@ def how(comparison: Comparison) -> Section:
     blocks: list[Block] = [Facts(tuple(facts(comparison))), _searches(comparison)]
     if comparison.baselines:
         write = Writer.of(comparison.decision)
-        scored = [one for one in comparison.baselines if comparison.metric in one.metrics]
-        rows = tuple((foreign(one.name), write.estimate(one.metrics[comparison.metric])) for one in scored)
+        scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
+        rows = tuple((foreign(one.name), write.estimate(one.metrics[comparison.decision.metric])) for one in scored)
         blocks.append(Table("Without training", ("baseline", write.name), rows, frozenset({1})))
     if comparison.looks:
         looks = tuple(

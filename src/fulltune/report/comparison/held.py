@@ -100,8 +100,10 @@ def _plot(comparison: Comparison) -> Figures:
         taken = arm == comparison.decision.recommended
         frontiers.append(Series(arm, points, best, is_full=kinds[arm] == "full", filled=taken))
     limit = _first(comparison).limit
-    title = f"{words.metric_name(comparison.metric)} by drift on generic text"
-    drawn = series_plot(title, frontiers, comparison.metric, "drift on generic text; dashed: the budget", limit)
+    title = f"{words.metric_name(comparison.decision.metric)} by drift on generic text"
+    drawn = series_plot(
+        title, frontiers, comparison.decision.metric, "drift on generic text; dashed: the budget", limit
+    )
     return Figures((drawn,), drawn_only=True)
 
 

@@ -59,7 +59,7 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
 def _behind(arm: str, comparisons: Sequence[Comparison]) -> Estimate | None:
     """Mean over the tasks, where all metrics are shares; the squares of their independent half intervals add up."""
     found = [one.decision.difference(arm) for one in comparisons]
-    if not all(is_share(one.metric) for one in comparisons) or not all(one.seeds_known for one in found):
+    if not all(is_share(one.decision.metric) for one in comparisons) or not all(one.seeds_known for one in found):
         return None
     mean = statistics.mean(one.estimate for one in found)
     halves = (max(one.estimate - one.adjusted_low, one.adjusted_high - one.estimate) for one in found)
