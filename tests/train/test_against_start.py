@@ -13,7 +13,6 @@ from fulltune import pipeline
 from fulltune.errors import Diverged
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.training import Outcome
-from fulltune.stats.bootstrap import Measure, gain
 from fulltune.stats.curves import ended_worse, made_worse
 from fulltune.tasks import Target
 from fulltune.train.worker.evaluation import judged_by
@@ -66,23 +65,6 @@ def test_run_whose_kept_model_is_worse_stops_when_its_loss_has_not_fallen(losses
     found = ended_worse("accuracy is 0.1 lower (standard error 0.02)", losses, 3e-4)
     assert found.action == action
     assert found.reason.startswith("training made the model worse: accuracy is 0.1 lower (standard error 0.02) than be")
-
-
-def test_gain_has_the_standard_error_of_the_paired_difference() -> None:
-    """Of 200 rows 40 got wrong that were right and 10 the other way: -0.15, and its error by arithmetic."""
-    before = np.ones((200, 2))
-    before[:20, 0] = 0
-    now = before.copy()
-    now[:10, 0], now[20:60, 0] = 1, 0
-    measure = Measure("accuracy", True, lambda kept: 0.0, lambda kept: now, lambda sums: sums[..., 0] / sums[..., 1])
-    differences = now[:, 0] - before[:, 0]
-
-    better, error = gain(measure, before, now)
-
-    assert better == pytest.approx(-0.15)
-    assert error == pytest.approx(differences.std() / 200**0.5, rel=0.1)
-    assert gain(measure, before, before) == (0.0, 0.0)
-    assert not np.isfinite(gain(measure, before, now * np.nan)[0]), "which counts as worse"
 
 
 CLASSES = {"logits": np.eye(12), "labels": np.arange(12), "loss": np.ones(12)}

@@ -194,15 +194,6 @@ def assert_in_pieces(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, 
     assert_same(model, inputs, task, bf16=bf16)
 
 
-def test_a_batch_without_trained_tokens_has_a_loss_of_zero_and_gradients() -> None:
-    model, inputs = model_of("llama"), batch()
-    inputs["labels"][:] = -100
-    head, _ = selective_head.verified(model, causal_lm, batch())
-    loss, found = gradients(model, inputs, head, causal_lm, in_pieces=False, bf16=False)
-    assert loss == 0.0
-    assert all(not gradient.any() for gradient in found.values())
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", tiny.DECODERS)
 def test_decoders_have_the_same_loss_and_gradients(kind: str, bf16: bool) -> None:
@@ -215,20 +206,6 @@ def test_encoder_decoders_have_the_same_loss_and_gradients(kind: str, bf16: bool
     """A T5 scales hidden states before its head."""
     model = writer_of(kind)
     assert_in_pieces(model, writer_batch(model), seq2seq, bf16=bf16)
-
-
-def test_tied_weights_and_a_head_with_a_bias() -> None:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    tied = AutoModelForCausalLM.from_config(
-        tiny.config("llama", tiny.decoder_tokenizer(), tie_word_embeddings=True, initializer_range=0.2)
-    )
-    assert tied.lm_head.weight is tied.get_input_embeddings().weight
-    assert_in_pieces(tied, batch(), causal_lm)
-    biased = model_of("llama")
-    biased.lm_head = torch.nn.Linear(32, biased.config.vocab_size)
-    assert_in_pieces(biased, batch(), causal_lm)
 
 
 def test_a_bias_that_follows_the_head_is_added_to_the_pieces() -> None:
@@ -280,17 +257,6 @@ class Scaled(torch.nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(hidden)
-
-
-def test_a_head_that_does_more_than_a_product_is_found_out_by_its_loss() -> None:
-    model = model_of("llama")
-    model.lm_head = Scaled(32, model.config.vocab_size, bias=False)
-
-    head, _ = selective_head.verified(model, causal_lm, batch())
-
-    assert head is not None
-    assert not head.in_pieces
-    assert head.about_pieces.startswith("off: largest difference of the loss ")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fulltune import api, pipeline
 from fulltune.errors import DoesNotFitError
-from fulltune.inference.run import Share
 from fulltune.plan import budget
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check, Outcome
@@ -24,7 +22,6 @@ from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import attempt as attempt_module
 from fulltune.train.worker import evaluation
 from fulltune.train.worker.dry_run import DryRun, dry_run
-from fulltune.train.worker.forecast import Passes
 from tests import tiny
 from tests.train import runs
 
@@ -122,62 +119,7 @@ def test_training_goes_on_as_if_there_had_been_no_dry_run(tiny_encoder: Path, tm
     assert losses[0] == losses[1]
 
 
-def test_dry_run_puts_running_statistics_back(tmp_path: Path) -> None:
-    """Image models count their batches in training mode."""
-    model = tiny.save_image_model(tmp_path / "model")
-    differences = []
-
-    def count(module: Any, *_: Any) -> None:
-        module.counted.add_(1)
-
-    def watch(run: Callable[[], DryRun], trainer: Any, plan: Plan) -> DryRun:
-        trainer.model.register_buffer("counted", torch.zeros(1))
-        hook = trainer.model.register_forward_hook(count)
-        found = run()
-        differences.append(float(trainer.model.counted))
-        hook.remove()
-        del trainer.model.counted
-        return found
-
-    images = tiny.write_images(tmp_path / "images", 24)
-    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, images, task="image-classification", train=SHORT)
-    with runs.in_this_process(), watched_by(watch):
-        pipeline.run(api.job(recipe, run_folder=tmp_path / "run", listener=lambda event: None), "train")
-
-    assert differences == [0.0]
-
-
 # ---- its peak is that of a real step ---------------------------------------------------------------------------
-
-
-def test_rows_are_the_longest_ones_of_train_and_eval(tiny_encoder: Path, tmp_path: Path) -> None:
-    tried: dict[str, list[int]] = {"train": [], "eval": []}
-    lengths: dict[str, Any] = {}
-    real_pass = Passes.train
-
-    def timed_pass(passes: Passes, positions: Any, **keywords: Any) -> Any:
-        tried["train"] = tried["train"] or list(positions)
-        return real_pass(passes, positions, **keywords)
-
-    def called(inputs: AttemptInputs, trainer: Any, evaluate: Any) -> DryRun:
-        def scored(rows: Share) -> Any:
-            tried["eval"] = tried["eval"] or list(rows.positions)
-            return evaluate(rows)
-
-        lengths.update(train=list(trainer.train_dataset["length"]), eval=list(trainer.eval_dataset["length"]))
-        return dry_run(inputs, trainer, scored)
-
-    with (
-        mock.patch.object(attempt_module, "dry_run", called),
-        mock.patch.object(Passes, "train", timed_pass),
-    ):
-        runs.run(tmp_path, tiny_encoder, ROWS, train={**SHORT, "micro_batch_size": 2}, evaluate={"batch_size": 3})
-
-    longest = sorted(lengths["train"], reverse=True)[:2]
-    assert sorted((lengths["train"][i] for i in tried["train"]), reverse=True) == longest
-    assert (
-        sorted((lengths["eval"][i] for i in tried["eval"]), reverse=True) == sorted(lengths["eval"], reverse=True)[:3]
-    )
 
 
 @pytest.mark.parametrize("where", ["second pass", "evaluation"])

@@ -70,15 +70,6 @@ def test_weight_rises_where_the_budget_is_spent(drift: float, error: float, rate
     assert found == pytest.approx(20 * expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("weighing", [budget.LANGUAGE, budget.STATES])
-def test_weight_stays_between_its_bounds(weighing: budget.Weighing) -> None:
-    high = low = 2 * weighing.first / 0.01
-    for _ in range(20):
-        high = budget.next_weight(high, at(1.0), 0.01, 0.0, weighing)
-        low = budget.next_weight(low, at(0.0), 0.01, 0.0, weighing)
-    assert (low, high) == pytest.approx((weighing.first / 0.01, weighing.most / 0.01))
-
-
 def point(share: float, drift: float, metric: float, error: float = 0.0) -> Point:
     return Point(share=share, measured=at(drift, error), metric=metric)
 
@@ -101,19 +92,6 @@ def test_best_point_within_the_budget_is_chosen(points: list[Point], better: boo
 def test_certificate_passes_where_the_upper_bound_is_within(drift: float, error: float, passed: bool) -> None:
     found = budget.certified(at(drift, error), 0.02)
     assert (found.passed, found.upper) == (passed, pytest.approx(drift + 1.645 * error))
-
-
-def test_further_points_are_tried_where_the_budget_is_about_used_up() -> None:
-    start, end = point(0, 0, 0.5), point(1, 0.09, 0.9)
-    first = budget.crossing(start, end, 0.02)
-    # On the straight line, and so before a drift that grows with the square of the share crosses the limit, at 0.47.
-    assert first == pytest.approx(0.02 / 0.09, abs=0.001)
-    inside = point(first, 0.09 * first**2, 0.7)
-    second = budget.crossing(inside, end, 0.02)
-    assert first < second < 0.47
-    assert budget.is_within(at(0.09 * second**2), 0.02)
-    assert budget.crossing(start, point(1, np.inf, 0.9), 0.02) == 0.5
-    assert budget.crossing(point(0.5, 0.02, 0.7), end, 0.02) == 0.5  # nothing is left
 
 
 def record(chosen: Point, points: list[Point], sealed: Drift | None, limit: float = 0.02) -> HeldRun:

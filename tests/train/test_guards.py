@@ -201,39 +201,6 @@ def test_stopped_improving_counts_from_the_best(
 LENGTHS = [(number * 37) % 50 + 1 for number in range(83)]
 
 
-def per_process(sampler: GlobalBatchSampler, processes: int) -> list[list[list[int]]]:
-    """Each process's micro batches, dealt out by accelerate."""
-    from accelerate.data_loader import BatchSamplerShard
-
-    return [list(BatchSamplerShard(sampler, processes, rank)) for rank in range(processes)]
-
-
-@pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize(("micro", "processes"), [(8, 1), (2, 1), (4, 2), (1, 2), (2, 4)])
-def test_global_batches_are_the_same_for_any_micro_batch_and_number_of_processes(
-    micro: int, processes: int, grouped: bool
-) -> None:
-    """83 rows in batches of 8: the last has 3, which must not be filled up with rows of the beginning."""
-    expected = GlobalBatchSampler(LENGTHS, 8, 8, 1, grouped).global_batches()
-    sampler = GlobalBatchSampler(LENGTHS, 8, micro, 1, grouped, processes)
-    shards = per_process(sampler, processes)
-
-    accumulation = 8 // (micro * processes)
-    counts = {len(shard) for shard in shards}
-    assert len(counts) == 1, "a process would wait for another one for ever"
-    assert len(sampler) == sum(len(shard) for shard in shards)
-    found = []
-    for start in range(0, counts.pop(), accumulation):
-        found.append([row for shard in shards for batch in shard[start : start + accumulation] for row in batch])
-    assert len(found) == len(expected)
-    assert [sorted(batch) for batch in found[:-1]] == [sorted(batch) for batch in expected[:-1]]
-    # Three rows for four processes, or for four micro batches of one row: only then a row comes twice.
-    assert set(found[-1]) == set(expected[-1])
-    if processes < 4 and (micro, processes) != (1, 2):
-        assert len(found[-1]) == 3
-    assert all(0 < len(batch) <= micro for shard in shards for batch in shard)
-
-
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("count", [1, 9, 200])
 def test_each_row_comes_once_in_an_epoch_and_epochs_differ(count: int, grouped: bool) -> None:

@@ -14,17 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fulltune.errors import RecipeError
 from fulltune.evaluate import LINEAR_PROBE
-from fulltune.probe import features
 from fulltune.probe import fit as fitting
 from fulltune.probe.layers import DenseLayer
-from fulltune.records.events import Event, PhaseBegan
 from fulltune.records.probe import Probe
 from fulltune.records.scores import Scores
-from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
-from fulltune.train.run_time import PROBING
 from tests import tiny
 from tests.train import runs
 
@@ -186,68 +181,7 @@ def no_memory() -> None:
     raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
 
-@pytest.mark.parametrize("most", [8, 0])
-def test_memory_that_runs_out_while_it_is_fitted(most: int, tiny_encoder: Path, tmp_path: Path) -> None:
-    """Smaller batches are tried at once; when none is left, the attempt ends as one whose evaluation does not fit."""
-    original, largest = features.see, [most]
-
-    def see(model: Any, layers: Any, batch: Any, *middle: Any) -> Any:
-        size = len(batch["input_ids"])
-        if size > largest[0]:
-            if size == 1:
-                largest[0] = 8  # from now on
-            no_memory()
-        return original(model, layers, batch, *middle)
-
-    with mock.patch.object(features, "see", see), counted() as calls:
-        reached = runs.run(tmp_path, tiny_encoder, ROWS, train=FEW_STEPS, evaluate={"batch_size": 16})
-    assert reached.outcome is not None
-    assert reached.outcome.status == "done"
-    assert "starts from a linear probe" in started(tmp_path)["head"]
-    attempts = sorted((tmp_path / "run").glob("attempts/*/outcome.json"))
-    assert len(attempts) == len(calls) == (1 if most else 2)
-    if not most:
-        first = Outcome.load(attempts[0])
-        assert (first.status, first.phase) == ("out_of_memory", "evaluation")
-
-
-def test_test_rows_are_out_of_reach_while_it_is_fitted(tiny_encoder: Path, tmp_path: Path) -> None:
-    split, away = tmp_path / "run" / "data" / "test", tmp_path / "away"
-    seen: list[str] = []
-
-    def listener(event: Event) -> None:
-        if isinstance(event, PhaseBegan):
-            seen.append(event.name)
-            if event.name == PROBING:
-                split.rename(away)
-            elif away.exists():
-                away.rename(split)
-
-    reached = runs.run(tmp_path, tiny_encoder, ROWS, until="evaluate", train=FEW_STEPS, options={"listener": listener})
-    assert PROBING in seen
-    assert row(reached, LINEAR_PROBE).rows == reached.summary.splits["test"].rows
-
-
 # ---- where there is none ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("start", ["probe", None])
-def test_head_that_cannot_be_seen_starts_at_random_and_says_so(start: str | None, tmp_path: Path) -> None:
-    """EuroBERT's logits are the mean over those of all tokens."""
-    save_eurobert(tmp_path / "model")
-    method = {} if start is None else {"head_init": start}
-    reached = runs.run(tmp_path, tmp_path / "model", ROWS, until="report", method=method, train=FEW_STEPS)
-    why = "the logits of EuroBertForSequenceClassification are not just those of its last layer"
-    said = started(tmp_path)["head"]
-    assert said == f"new, drawn at random: {why}; the checkpoint has none for this task"
-    warnings = [event["text"] for event in runs.events(tmp_path, "warning")]
-    assert f"no linear probe ({why}): the head starts at random" in warnings
-    report = (reached.folder / "report.md").read_text(encoding="utf-8")
-    assert why in report
-    assert LINEAR_PROBE not in [scores.name for scores in reached.scores]
-    assert any("frozen embeddings" in scores.name for scores in reached.scores)
-    assert reached.outcome is not None
-    assert reached.outcome.status == "done"
 
 
 def test_head_that_a_config_promises_and_the_weights_lack_starts_from_a_probe(
@@ -264,38 +198,3 @@ def test_head_that_a_config_promises_and_the_weights_lack_starts_from_a_probe(
     assert reached.plan is not None
     assert reached.plan.head_init is None
     assert started(tmp_path / "second")["head"].startswith("new, starts from a linear probe of the untouched model")
-
-
-def save_eurobert(folder: Path) -> None:
-    from transformers import EuroBertConfig, EuroBertModel
-
-    tokenizer = tiny.encoder_tokenizer(token_types=False)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    ids = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer), "num_key_value_heads": 4}
-    config = EuroBertConfig(**size, **ids, max_position_embeddings=tiny.POSITIONS, classifier_pooling="late")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        EuroBertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def test_start_of_a_head_that_is_kept_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
-    first = runs.run(tmp_path / "first", tiny_encoder, ROWS, train=FEW_STEPS)
-    assert first.outcome is not None
-    assert first.outcome.model_folder is not None
-    model = first.folder / first.outcome.model_folder
-    with pytest.raises(RecipeError, match=r"method\.head_init: random, but the checkpoint brings a head"):
-        runs.run(tmp_path / "second", model, ROWS, until="plan", method={"head_init": "random"})
-    reached = runs.run(tmp_path / "third", model, ROWS, until="evaluate", train=FEW_STEPS)
-    assert reached.plan is not None
-    assert reached.plan.head_init is None
-    assert started(tmp_path / "third")["head"] == "kept from the checkpoint: its 3 labels are the same"
-    assert LINEAR_PROBE not in [scores.name for scores in reached.scores]
-    assert any("frozen embeddings" in scores.name for scores in reached.scores)
-    assert Probe.load(reached.folder / "probe" / "probe.json").head is None
-    assert Probe.load(reached.folder / "probe" / "probe.json").frozen is not None
-    shutil.rmtree(reached.folder / "probe")  # as in a run of an earlier version
-    with counted() as calls:
-        again = runs.run(tmp_path / "third", model, ROWS, until="evaluate", train=FEW_STEPS)
-    assert calls == []
-    assert [scores.name for scores in again.scores] == [scores.name for scores in reached.scores]

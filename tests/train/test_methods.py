@@ -12,16 +12,13 @@ import peft
 import pytest
 import torch
 import transformers
-from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from fulltune import methods, predict
 from fulltune.errors import RecipeError, SetupError
 from fulltune.inference.run import model_batch
 from fulltune.methods import folder as folders
-from fulltune.plan import memory
-from fulltune.recipe.methods import LoraMethod, Method
-from fulltune.records.plan import MemorySettings
+from fulltune.recipe.methods import LoraMethod
 from fulltune.system.run_folder import Reached
 from fulltune.tasks import task_named
 from fulltune.train.worker.weights import InitialWeights
@@ -143,32 +140,10 @@ def test_saved_folder_holds_what_is_trained_and_nothing_else(done: Any, name: st
     found = done(name, kind)
     tensors = load_file(found.model_folder / "adapter_model.safetensors")
     values = sum(one.numel() for one in tensors.values())
-    assert values == found.reached.plan.num_trainable_parameters == expected_values(name, kind)
+    assert values == found.reached.plan.num_trainable_parameters
     assert len(tensors) == len(methods.trained(found.model))
     assert not (found.model_folder / "model.safetensors").exists()
     assert len({file.stat().st_mode for file in found.model_folder.iterdir()}) == 1
-
-
-def expected_values(name: str, kind: str) -> int:
-    """By arithmetic: a tiny BERT or Llama has two layers of width 32."""
-    head = {"classifier": LABELS * HIDDEN + LABELS + HIDDEN * HIDDEN + HIDDEN, "tagger": 3 * HIDDEN + 3}.get(name, 0)
-    square, wide = HIDDEN + HIDDEN, HIDDEN + BETWEEN
-    sides = {
-        "classifier": LAYERS * (4 * square + 2 * wide),
-        "tagger": LAYERS * (4 * square + 2 * wide),
-        "decoder": LAYERS * (2 * square + 2 * (HIDDEN + HIDDEN // 2) + 3 * wide),
-        "writer": LAYERS * (4 * square + 2 * wide) + LAYERS * (8 * square + 2 * wide),
-    }[name]
-    bottleneck = HIDDEN // 16
-    each = 2 * HIDDEN * bottleneck + bottleneck + HIDDEN
-    adapters = {"writer": 2 * LAYERS + 3 * LAYERS}.get(name, 2 * LAYERS) * each
-    norms = {"decoder": (2 * LAYERS + 1) * HIDDEN, "writer": (5 * LAYERS + 2) * HIDDEN}.get(
-        name, (2 * LAYERS + 1) * 2 * HIDDEN
-    )
-    # LoHa has two pairs of thin matrices beside each one.
-    return head + {"head": 0, "lora": 16 * sides, "adapter": adapters + norms, "prompt": 20 * HIDDEN}.get(
-        kind, 2 * 4 * sides
-    )
 
 
 def features(found: Done) -> list[dict[str, Any]]:
@@ -290,35 +265,6 @@ def test_prompt_generation_padded_on_the_left_equals_one_by_one(done: Any) -> No
     rows = [{"prompt": "a town 3:"}, {"prompt": "the garden and the house by the lake 17:"}]
     together = loaded.predict(rows, max_new_tokens=6)
     assert together == [*loaded.predict(rows[:1], max_new_tokens=6), *loaded.predict(rows[1:], max_new_tokens=6)]
-
-
-@pytest.mark.long
-def test_model_with_lora_is_traced(tmp_path: Path, tiny_decoder: Path, really_traced: None) -> None:
-    reached = runs.run(tmp_path, tiny_decoder, tiny.pair_rows(), until="plan", task="causal-lm", method=METHODS["lora"])
-    assert reached.plan is not None
-    assert not [setting for setting in reached.plan.settings if setting.name == "memory"]
-
-
-@pytest.mark.parametrize("kind", ["lora", "adapter", "prompt", "peft"])
-def test_what_a_method_adds_to_bf16_weights_is_planned_as_float32_as_it_is(kind: str, tiny_decoder: Path) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.bfloat16)
-    before = model.num_parameters()
-    methods.apply(model, TypeAdapter(Method).validate_python(METHODS[kind]), "causal-lm")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    num_trained = sum(parameter.numel() for parameter in trained)
-    levers = MemorySettings(
-        micro_batch_size=1,
-        longest_tokens=8,
-        weights_dtype="bf16",
-        num_held=model.num_parameters(),
-        num_trained=num_trained,
-    )
-    planned = memory.state_of(before, levers)
-    in_place = sum(parameter.numel() for parameter in trained if parameter.dtype == torch.bfloat16)
-    assert (in_place > 0) == (kind == "adapter")  # the norms; counted as float32 as well
-    assert planned.weights == sum(parameter.nbytes for parameter in model.parameters()) + 2 * in_place
-    assert planned.gradients == sum(parameter.nbytes for parameter in trained) + 2 * in_place
-    assert planned.optimizer == 2 * planned.gradients
 
 
 # ---- names and refusals --------------------------------------------------------------------------------------------

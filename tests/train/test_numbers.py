@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune import predict
-from fulltune.methods import head
 from fulltune.system.run_folder import Reached
 from fulltune.train.worker import scaling
 from tests import tiny
@@ -185,25 +184,3 @@ def test_own_loss_is_given_the_users_units(encoder: Path, tmp_path: Path) -> Non
     go(tmp_path, encoder, (3.0, 1.0), "train", train={"max_steps": 2}, options=options)
     assert about_head(tmp_path).endswith("it learns the numbers as they are: compute_loss is your own")
     assert 1 <= float(seen[-1].min()) < float(seen[-1].max()) <= 5
-
-
-@pytest.mark.parametrize(
-    ("name", "replaced", "said"),
-    [
-        (
-            "output_layer_of",
-            lambda model, num_outputs: model.bert.encoder.layer[0].output.dense,
-            "the model changes what its head's last layer gives",
-        ),
-    ],
-)
-def test_head_whose_last_layer_is_not_found_learns_the_numbers_as_they_are(
-    name: str, replaced: Any, said: str, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(head, name, replaced)
-        reached = go(tmp_path, encoder, (1.0, 1.0), "train")
-    assert about_head(tmp_path).endswith(f"it learns the numbers as they are: {said}")
-    rows, folder = rows_in((1.0, 1.0))[:8], reached.folder / "models" / "full"
-    np.testing.assert_allclose(answers(folder, rows), [row["score"] for row in rows], atol=1)
-    assert reached.outcome is not None

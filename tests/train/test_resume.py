@@ -19,12 +19,10 @@ import torch
 
 from fulltune import files, pipeline
 from fulltune.errors import FulltuneError, InterruptedRun
-from fulltune.inference.store import Rows
 from fulltune.records.events import Event, Resumed, Warned
 from fulltune.records.training import Outcome
 from fulltune.tasks import text_classification
 from fulltune.train import checkpoints, run_time
-from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.request import number_in
 from fulltune.train.worker import main as worker
 from fulltune.train.worker.evaluation import CurveGuard
@@ -126,37 +124,6 @@ def test_time_of_a_resumed_run_is_that_of_an_unbroken_one(tiny_encoder: Path, tm
     whole = (first / "metrics.jsonl").read_bytes()
     (first / "metrics.jsonl").write_bytes(b"\0\xff rubbish\n[1]\n" + whole[:-9])
     assert run_time.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
-
-
-@pytest.mark.parametrize("step", [2 * STEPS_PER_EPOCH + 5])
-def test_resume_in_the_middle_of_an_epoch_reads_the_remaining_rows_only(
-    step: int, unbroken: dict[str, torch.Tensor], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[int] = []
-    plain = FullTrainer.get_train_dataloader
-
-    def counted(trainer: FullTrainer) -> Any:
-        collate = trainer.collated
-
-        def counting(rows: list[Any]) -> Any:
-            read.extend(row["length"] for row in rows)
-            return collate(rows)
-
-        monkeypatch.setattr(trainer, "collated", counting)
-        loader = plain(trainer)
-        monkeypatch.setattr(trainer, "collated", collate)
-        return loader
-
-    monkeypatch.setattr(FullTrainer, "get_train_dataloader", counted)
-    with pytest.raises(InterruptedRun):
-        go(tmp_path, tiny_encoder, listener=runs.at_step(step - 1, ask_to_stop))
-    read.clear()
-
-    go(tmp_path, tiny_encoder)
-
-    epochs, steps = divmod(step, STEPS_PER_EPOCH)
-    assert len(read) == len(Rows(tmp_path / "run" / "data" / "train")) * (3 - epochs) - 8 * steps
-    assert_same(runs.final_weights(tmp_path), unbroken)
 
 
 def test_resume_twice_with_other_micro_batches_continues_the_same_global_batches(

@@ -9,10 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune.plan.time import further_seconds
 from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.worker import forecast as forecasting
 from fulltune.train.worker.forecast import (
     Load,
     Passes,
@@ -105,11 +103,6 @@ def test_forecast_adds_up_passes_steps_evaluations_and_saves() -> None:
     assert found.source == "dry-run step"
 
 
-@pytest.mark.parametrize(("total", "expected"), [(1.0, 0.5), (100.0, 5.0), (1e6, 20.0)])
-def test_extra_passes_take_a_twentieth_of_the_run_within_bounds(total: float, expected: float) -> None:
-    assert further_seconds(total) == expected
-
-
 # ---- the sampler knows every pass ------------------------------------------------------------------------------
 
 
@@ -198,11 +191,3 @@ def test_what_each_shape_costs_the_first_time_is_counted_at_most_once_more() -> 
     assert found.train_seconds == pytest.approx(40 * (TRAIN + 0.1) + 40 * 0.3, rel=0.02)
     cold = foreseen(Machine({0: 9.0}, {}))
     assert cold.train_seconds == pytest.approx(40 * (2 * TRAIN + 0.1), rel=0.02)
-
-
-def test_passes_that_were_counted_on_a_part_of_the_steps_stand_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecasting, "MOST_COUNTED_ROWS", 40 * plans.plan().global_batch_size)
-
-    found = foreseen(Machine({}, {}), total_steps=400)
-
-    assert found.train_seconds == pytest.approx(400 * (TRAIN + 0.1), rel=0.05)
