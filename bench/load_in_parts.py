@@ -78,8 +78,7 @@ def work(engine: str, dtype: str, folder: Path) -> None:
     from fulltune.models.base import Base
     from fulltune.models.load import load
     from fulltune.recipe.model import ModelBlock
-    from fulltune.train import shared_state
-    from fulltune.train.optim import zero
+    from fulltune.train.optim import fsdp2, zero
     from fulltune.train.optim.zero import connect
 
     here = folder / f"process-{os.environ['RANK']}"
@@ -119,9 +118,9 @@ def work(engine: str, dtype: str, folder: Path) -> None:
         (folder / name).mkdir(exist_ok=True)
     if engine == "fsdp2":
         say("a checkpoint")
-        shared_state.save(model, {}, folder / "checkpoint")
+        fsdp2.save(model, {}, folder / "checkpoint")
         say("the finished model")
-        shared_state.write_whole(model, folder / "finished")
+        fsdp2.write_whole(model, folder / "finished")
     else:
         say("the finished model")
         zero.write_whole(model, folder / "finished")

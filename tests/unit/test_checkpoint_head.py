@@ -22,7 +22,7 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named
 from tests import tiny
 from tests.invariant import placed
-from tests.unit.train.test_shared_state import process_group
+from tests.unit.train.test_fsdp2 import process_group
 
 LABELS = ("bad", "fine", "good")
 

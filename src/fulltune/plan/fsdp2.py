@@ -13,7 +13,7 @@ from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 FILE_BYTES, MOST_FILES = 2**24, 64
-"""As `train.shared_state` writes a checkpoint: two copies of a file's tensors are in memory for a moment."""
+"""As `train.optim.fsdp2` writes a checkpoint: two copies of a file's tensors are in memory for a moment."""
 TENSORS_OF_BLOCK = 3
 """A block's largest tensor is at most about so much of it: of BERT's 7.1 M parameters 2.4 M."""
 SENT = {"cpu": 2, "cuda": 1}
@@ -84,7 +84,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     file = max(min(kept, FILE_BYTES), kept // MOST_FILES)
     # A tensor of the finished model is put together: whole, with gloo also as received, and its part as sent.
     together = (1 + on_cpu) * largest + largest // settings.num_processes
-    # Checkpoints have fp32 moments, whatever the optimizer keeps: all of the part's at once (`train.optim.shared`).
+    # Checkpoints have fp32 moments, whatever the optimizer keeps: all of the part's at once (`train.optim.fsdp2`).
     widened = 2 * 4 * (-(-shapes.num_parameters // settings.num_processes)) if settings.optim in OWN_OPTIMIZERS else 0
     phases: dict[Phase, int] = {
         "loading": parts[0] + base,

@@ -16,7 +16,6 @@ from fulltune.errors import SetupError
 from fulltune.files import SEAL, flaw, write_json
 from fulltune.methods.folder import load_trained
 from fulltune.models import sharding
-from fulltune.train import shared_state
 from fulltune.train.request import number_in
 
 GUARD = "guard.json"
@@ -113,9 +112,6 @@ def save_trained(model: Any, checkpoint: Path) -> None:
 def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> None:
     """Put a checkpoint's weights into the model by `from_pretrained`, which knows the names that transformers 5.24
     saves some tensors under; with `trained_only` those that `save_trained` wrote."""
-    if shared_state.is_in(checkpoint):
-        shared_state.load_weights(model, checkpoint, trained_only)
-        return
     if trained_only:
         from safetensors.torch import load_file
 

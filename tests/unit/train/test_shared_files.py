@@ -10,37 +10,37 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fulltune.plan import fsdp2
-from fulltune.train import shared_state
+from fulltune.plan import fsdp2 as planned
+from fulltune.train.optim import fsdp2
 
 
 def test_a_file_holds_no_more_bytes_unless_one_tensor_has() -> None:
     sizes = {"a": 4, "b": 6, "c": 30, "d": 10, "e": 1}
-    assert shared_state.in_files(sizes, 10) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert shared_state.in_files({}, 10) == [[]]
+    assert fsdp2.in_files(sizes, 10) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert fsdp2.in_files({}, 10) == [[]]
 
 
 def test_whole_tensors_are_read_as_parts_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_state, "is_first", lambda: True)
+    monkeypatch.setattr(fsdp2, "is_first", lambda: True)
     tensors = {f"weights.{name}": torch.randn(3, 5) for name in "abc"} | {"optimizer.a.step": torch.tensor([7.0])}
     sizes = {name: one.numel() * 4 for name, one in tensors.items()}
-    (tmp_path / shared_state.FOLDER).mkdir()
+    (tmp_path / fsdp2.FOLDER).mkdir()
 
-    shared_state.write_by_file(sizes, tensors.__getitem__, tmp_path / shared_state.FOLDER, 130)
+    fsdp2.write_by_file(sizes, tensors.__getitem__, tmp_path / fsdp2.FOLDER, 130)
 
-    assert len(list((tmp_path / shared_state.FOLDER).glob("*.safetensors"))) == 2
-    assert {name: size for name, (size, _) in shared_state.kinds(tmp_path).items()} == {
+    assert len(list((tmp_path / fsdp2.FOLDER).glob("*.safetensors"))) == 2
+    assert {name: size for name, (size, _) in fsdp2.kinds(tmp_path).items()} == {
         name: one.shape for name, one in tensors.items()
     }
     found = {name: torch.empty_like(one) for name, one in tensors.items()}
-    shared_state.read(found, tmp_path)
+    fsdp2.read(found, tmp_path)
     assert all(torch.equal(found[name], one) for name, one in tensors.items())
 
 
 def test_a_file_is_written_as_its_tensors_come_and_read_by_the_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_state, "is_first", lambda: True)
+    monkeypatch.setattr(fsdp2, "is_first", lambda: True)
     tensors = {
         "odd": torch.tensor([True, False, True]),
         "weight": torch.randn(3, 5),
@@ -52,14 +52,14 @@ def test_a_file_is_written_as_its_tensors_come_and_read_by_the_library(
     }
     sizes = {name: one.numel() * one.element_size() for name, one in tensors.items()}
 
-    shared_state.write_by_file(sizes, tensors.__getitem__, tmp_path)
+    fsdp2.write_by_file(sizes, tensors.__getitem__, tmp_path)
 
-    found = load_file(tmp_path / shared_state.WHOLE)
+    found = load_file(tmp_path / fsdp2.WHOLE)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in tensors.items())
-    with safe_open(tmp_path / shared_state.WHOLE, framework="pt") as file:
+    with safe_open(tmp_path / fsdp2.WHOLE, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers reads no file without
-    raw = (tmp_path / shared_state.WHOLE).read_bytes()
+    raw = (tmp_path / fsdp2.WHOLE).read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
     table = json.loads(raw[8:begin])
     for name, one in tensors.items():
@@ -76,16 +76,16 @@ def test_a_file_is_written_as_its_tensors_come_and_read_by_the_library(
     ],
 )
 def test_files_stay_small(sizes: list[int], most: int, files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_state, "FILE_BYTES", most)
+    monkeypatch.setattr(fsdp2, "FILE_BYTES", most)
     state = {str(number): torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}
-    assert list(shared_state._files(state).values()) == files
+    assert list(fsdp2._files(state).values()) == files
 
 
 def test_large_states_have_no_more_files_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_state, "FILE_BYTES", 1)
+    monkeypatch.setattr(fsdp2, "FILE_BYTES", 1)
     state = {str(number): torch.zeros(10, dtype=torch.uint8) for number in range(1000)}
-    assert max(shared_state._files(state).values()) <= 2 * shared_state.MOST_FILES
+    assert max(fsdp2._files(state).values()) <= 2 * fsdp2.MOST_FILES
 
 
 def test_plan_knows_the_size_of_the_files() -> None:
-    assert (fsdp2.FILE_BYTES, fsdp2.MOST_FILES) == (shared_state.FILE_BYTES, shared_state.MOST_FILES)
+    assert (planned.FILE_BYTES, planned.MOST_FILES) == (fsdp2.FILE_BYTES, fsdp2.MOST_FILES)

@@ -21,14 +21,14 @@ from fulltune.records.events import StepSkipped
 from fulltune.records.plan import Plan
 from fulltune.tasks.padding import TRAINED, trained_places
 from fulltune.text import first_few
-from fulltune.train import checkpoints, shared_state
+from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged, StepMemory
-from fulltune.train.optim import optimizers, shared, zero
+from fulltune.train.optim import fsdp2, optimizers, zero
 from fulltune.train.optim.groups import planned_optimizer
 
 _MOST_NAMED = 32
@@ -247,6 +247,8 @@ class FullTrainer(Guarded, Trainer):
         """Put a checkpoint's weights into the model, wherever they lie."""
         if self.in_engine:
             zero.load_weights(self.model_wrapped, checkpoint)
+        elif fsdp2.is_in(checkpoint):
+            fsdp2.load_weights(self.model, checkpoint, self.trained_only)
         else:
             checkpoints.load_weights(self.model, checkpoint, self.trained_only)
 
@@ -254,12 +256,12 @@ class FullTrainer(Guarded, Trainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (self.is_shared or shared_state.is_in(Path(checkpoint))):
+        if checkpoint is None or not (self.is_shared or fsdp2.is_in(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         # Theirs refuses what was shared out (transformers 5.24).
         optimizer: Any = self.optimizer
-        shared.load(self.model, optimizer.optimizer, Path(checkpoint))
+        fsdp2.load_optimizer(self.model, optimizer.optimizer, Path(checkpoint))
         schedule: Any = self.lr_scheduler
         schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
@@ -286,7 +288,7 @@ class FullTrainer(Guarded, Trainer):
         """What the Trainer leaves out of a checkpoint where FSDP2 shares out the model."""
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        shared_state.save(self.model, shared.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
+        fsdp2.save(self.model, fsdp2.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
         if self.args.should_save:
             torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
         self._save_scaler(str(folder))

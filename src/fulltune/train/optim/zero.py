@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fulltune.errors import SetupError
-from fulltune.train import shared_state
+from fulltune.train.optim import fsdp2
 
 
 def connect(arguments: Any) -> None:
@@ -106,7 +106,7 @@ def holds(model: Any) -> bool:
 
 
 def write_whole(model: Any, folder: Path) -> None:
-    """Write the model's weights as plain safetensors in fp32, a tied one once; see `shared_state.write_by_file`."""
+    """Write the model's weights as plain safetensors in fp32, a tied one once; see `fsdp2.write_by_file`."""
     kept = model.state_dict().keys()
     tensors: dict[str, Any] = dict(model.named_parameters())
     tensors |= {name: one for name, one in model.named_buffers() if name in kept}
@@ -114,7 +114,7 @@ def write_whole(model: Any, folder: Path) -> None:
         name: (4 if one.is_floating_point() else one.element_size()) * getattr(one, "ds_numel", one.numel())
         for name, one in tensors.items()
     }
-    shared_state.write_by_file(sizes, lambda name: whole(tensors[name]), folder)
+    fsdp2.write_by_file(sizes, lambda name: whole(tensors[name]), folder)
 
 
 def put_together(model: Any) -> None:

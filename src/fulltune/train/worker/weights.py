@@ -21,8 +21,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.training import Moved
 from fulltune.tasks import Target, causal_lm
-from fulltune.train import shared_state
-from fulltune.train.optim import shared, zero
+from fulltune.train.optim import fsdp2, zero
 from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.worker import distributed
 
@@ -137,10 +136,7 @@ def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
         return trainer.optimizer
     trainer.load_weights(checkpoint)
     optimizer = trainer.create_optimizer()
-    if trainer.is_shared or shared_state.is_in(checkpoint):
-        shared.load(trainer.model, optimizer, checkpoint)
-        return optimizer
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
+    fsdp2.load_optimizer(trainer.model, optimizer, checkpoint)
     return optimizer
 
 
@@ -187,13 +183,13 @@ def _save_whole(model: Any, folder: Path, is_first: bool) -> None:
     is_shared = in_engine or sharding.is_shared(model)
     # `save_pretrained` knows the names that tensors have in files, where those are others.
     in_one = is_shared and getattr(model, "_weight_conversions", None)
-    state = shared_state.put_together(model, zero.whole if in_engine else sharding.whole) if in_one else {}
+    state = fsdp2.put_together(model, zero.whole if in_engine else sharding.whole) if in_one else {}
     # With it `save_pretrained` would ask the other processes for their parts, one by one.
     vars(model.config).pop("distributed_config", None)
     if is_first:
         model.save_pretrained(folder, state_dict=state if is_shared else None)
     if is_shared and not in_one:
-        (zero if in_engine else shared_state).write_whole(model, folder)
+        (zero if in_engine else fsdp2).write_whole(model, folder)
     if is_first and in_engine:
         # transformers notes the type that the engine computes in.
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))

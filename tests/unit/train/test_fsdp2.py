@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fulltune.errors import SetupError
 from fulltune.models import sharding
-from fulltune.train import shared_state
-from fulltune.train.optim import shared
+from fulltune.train.optim import fsdp2
 from tests import tiny
 
 
@@ -88,8 +87,8 @@ def assert_restored(checkpoint: Path, model: Any, expected: tuple[dict[str, torc
     optimizer = torch.optim.AdamW(
         [{"params": [one]} for one in reversed(list(model.parameters()))], lr=5.0, weight_decay=0.0
     )
-    shared_state.load_weights(model, checkpoint)
-    shared.load(model, optimizer, checkpoint)
+    fsdp2.load_weights(model, checkpoint)
+    fsdp2.load_optimizer(model, optimizer, checkpoint)
     assert_equal(weights_of(model), expected[0])
     assert_equal(moments(model, optimizer), expected[1])
     assert {group["lr"] for group in optimizer.param_groups} == {5.0}  # the schedule's, not the checkpoint's
@@ -101,9 +100,9 @@ def test_what_was_saved_is_read_whole_and_shared_out(is_shared: bool, tmp_path: 
         model = share_out(made()) if is_shared else made()
         optimizer = trained(model)
         expected = weights_of(model), moments(model, optimizer)
-        shared_state.save(model, shared.state_of(model, optimizer), tmp_path)
+        fsdp2.save(model, fsdp2.state_of(model, optimizer), tmp_path)
         assert_restored(tmp_path, share_out(made(seed=1)), expected)
-    assert shared_state.is_in(tmp_path)
+    assert fsdp2.is_in(tmp_path)
     # One process alone needs no group.
     assert_restored(tmp_path, made(seed=2), expected)
 
@@ -117,14 +116,14 @@ def test_what_is_not_trained_can_be_left_out(tmp_path: Path) -> None:
         tokens = torch.arange(12).reshape(2, 6)
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
-        shared_state.save(model, shared.state_of(model, optimizer), tmp_path, trained_only=True)
+        fsdp2.save(model, fsdp2.state_of(model, optimizer), tmp_path, trained_only=True)
         expected = weights_of(model)
     other = made()
     other.requires_grad_(False)
     other.transformer.ln_f.requires_grad_(True)
-    shared_state.load_weights(other, tmp_path, trained_only=True)
+    fsdp2.load_weights(other, tmp_path, trained_only=True)
     assert_equal(weights_of(other), expected)
-    names = [name for name in shared_state.kinds(tmp_path) if name.startswith("weights.")]
+    names = [name for name in fsdp2.kinds(tmp_path) if name.startswith("weights.")]
     assert sorted(names) == ["weights.transformer.ln_f.bias", "weights.transformer.ln_f.weight"]
 
 
@@ -136,25 +135,25 @@ def test_state_of_whole_tensors_is_read_into_shared_ones(tmp_path: Path) -> None
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         other = share_out(made(seed=1))
         again = torch.optim.AdamW(other.parameters())
-        shared.load(other, again, tmp_path)
+        fsdp2.load_optimizer(other, again, tmp_path)
         assert_equal(moments(other, again), moments(model, optimizer))
 
 
 def test_other_models_tensors_are_refused(tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made()
-        shared_state.save(model, shared.state_of(model, trained(model)), tmp_path)
+        fsdp2.save(model, fsdp2.state_of(model, trained(model)), tmp_path)
     with pytest.raises(SetupError, match=r"does not hold the model's tensors: transformer\.h\.1.* \(12 such tensors\)"):
-        shared_state.load_weights(made(n_layer=1), tmp_path)
+        fsdp2.load_weights(made(n_layer=1), tmp_path)
     with pytest.raises(SetupError, match=r"does not hold the model's tensors: transformer\.wpe\.weight \(1 such"):
-        shared_state.load_weights(made(n_positions=64), tmp_path)
+        fsdp2.load_weights(made(n_positions=64), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_put_together_model_has_tied_tensors_once(kind: str, tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made(kind)
-        found = shared_state.put_together(share_out(model) if kind == "gpt2" else model)
+        found = fsdp2.put_together(share_out(model) if kind == "gpt2" else model)
     expected = made(kind).state_dict()
     assert_equal(found, dict(expected))
     assert len({one.data_ptr() for one in found.values()}) == len({one.data_ptr() for one in expected.values()})
@@ -170,7 +169,7 @@ def test_shared_out_model_is_written_file_by_file(most_bytes: int, tmp_path: Pat
         model = share_out(made())
         expected = weights_of(model)
         model.config.save_pretrained(tmp_path)
-        shared_state.write_whole(model, tmp_path, most_bytes)
+        fsdp2.write_whole(model, tmp_path, most_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (tmp_path / "model.safetensors.index.json").exists() == (most_bytes == 40_000)
     assert names_in(tmp_path) == sorted(expected)
