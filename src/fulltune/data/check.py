@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal
@@ -11,7 +10,6 @@ import numpy as np
 
 from fulltune.audit.texts import masked_text
 from fulltune.audit.texts.content import alike_in_words
-from fulltune.audit.texts.flaw import masked
 from fulltune.data.contamination import KnownTexts
 from fulltune.data.encode import NEW_LABEL, Dropped, Encoded, Loss
 from fulltune.data.marks import problems_of, time_in_words
@@ -34,24 +32,6 @@ _FEW_OF_A_CLASS = 5
 """One right answer more or less then moves its recall by 20 points or more."""
 
 
-_NEVER_NAMES = re.compile(r"\[(?:SECRET|CARD|IBAN|SSN)\]")
-"""What masks a password, a key or a number of somebody's: no class is called so for a reason."""
-
-
-def refuse_secret_names(target: Target, where: str) -> list[str]:
-    """Refuse passwords, keys and numbers of cards, accounts or people as names of labels and columns; note addresses:
-    nothing can hide them from who reads the rows or the finished model."""
-    problems, notes = list[str](), list[str]()
-    columns = (("column", name) for name in target.columns.values())
-    for kind, name in (*columns, *(("label", name) for name in target.labels)):
-        if (shown := masked_text(name)) != name:
-            (problems if _NEVER_NAMES.search(shown) else notes).append(f"{kind} {masked(name)} ({shown})")
-    told = "stand in summaries, reports and the model's config.json, where nothing masks them"
-    if problems:
-        raise DataError(f"{where}: names of labels and columns {told}: {first_few(problems)}; rename them in the file")
-    return [f"personal data in names of labels or columns, which {told}: {first_few(notes)}"] if notes else []
-
-
 def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, Encoded]) -> None:
     """Raises a `DataError` for too many unusable rows, too long ones where that is an error, and broken images."""
     strategy = recipe.data.truncation_strategy
@@ -63,9 +43,8 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, Encoded]) -> No
         broken = tally.counts["unfit", UNDECODABLE_IMAGE]
         if broken and recipe.data.undecodable_images == "error":
             problems += [f"{place}: {reason}" for place, reason in tally.first["unfit", UNDECODABLE_IMAGE]]
-            them = "it" if broken == 1 else "them"
             problems.append(
-                f"{where}: {counted(broken, 'image')} cannot be decoded; repair {them}, or drop {them} with "
+                f"{where}: {counted(broken, 'image')} cannot be decoded; repair or remove what is named, or set "
                 "data.undecodable_images: drop"
             )
         if not is_mixed(name):
@@ -74,8 +53,8 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, Encoded]) -> No
         problems += _too_many(whole, "unfit", allowed, whole.num_read - tally.of("unusable").total())
         if strategy == "error" and (count := tally.of("too long").total()):
             problems.append(
-                f"{where}: {counted(count, 'row')} of {name} {'is' if count == 1 else 'are'} longer than "
-                "data.max_length; raise it, or set data.truncation_strategy to truncate or drop"
+                f"{where}: {counted(count, 'row')} of {name} longer than data.max_length; raise it, or set "
+                "data.truncation_strategy to truncate or drop"
             )
     if problems:
         raise DataError(problems)
@@ -105,9 +84,12 @@ def _too_many(whole: Encoded, loss: Loss, allowed: Collection[str], num_rows: in
 def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> None:
     """Raises a `DataError` for classes that train lacks: they cannot be learned, and scoring them is a silent loss."""
     train = splits["train"].label_counts()
+    columns = {"time": block.time, "group": block.group}
+    by = "".join(f" by '{column}' (data.{role})" for role, column in columns.items() if column)
+    why = f": its rows are held out{by}; add rows of it, remove these, or split otherwise (data.split_seed)"
     problems = [
         f"{splits[name].source.where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train"
-        f"{'; add rows to train or remove them here' if splits[name].is_file else _why_new(block, name)}"
+        f"{'; add rows to train or remove them here' if splits[name].is_file else why}"
         for name in HELD_OUT
         for label, count in sorted(splits[name].label_counts().items())
         if label not in train
@@ -116,30 +98,12 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
         raise DataError(problems)
 
 
-def _why_new(block: DataBlock, name: SplitName) -> str:
-    """Why rows that were split off have a label that the others lack, and what to do."""
-    if block.time is not None:
-        return (
-            f": its first row is newer than all that are trained on ('{block.time}', data.time); give a smaller "
-            f"data.{name}_fraction, remove these rows, or split without data.time"
-        )
-    if block.group is not None:
-        return (
-            f": its rows hang together by '{block.group}' (data.group) or their texts; add rows of other values of "
-            f"'{block.group}', remove these, or draw anew with another data.split_seed"
-        )
-    return "; add rows to train or remove them here"
-
-
 # ---- notes -----------------------------------------------------------------------------------------------------
 
 
 def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
-    """Few rows to choose by, rows that stand twice or share what is asked with others, classes that may be one."""
-    train, dev, test = (splits[name] for name in ("train", "eval", "test"))
-    remarks = []
-    nearly = " (equal, or nearly so)" if near else ""
-    shared = shared_by(target.columns)
+    """Few rows to choose by, held-out rows that share what is asked with others, classes that may be one."""
+    dev, remarks = splits["eval"], list[str]()
     # Long raw texts are cut, short ones packed: the rows that are trained and shown are others than those of the file.
     unit = "text" if set(target.columns) == {"text"} else "row"
     if dev.num_rows < FEW_EVAL_ROWS:
@@ -147,16 +111,7 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
             f"only {counted(dev.num_rows, f'eval {unit}')}: they hardly tell which weights are better; more {unit}s "
             "would"
         )
-    wholes = train.source.wholes[train.rows]
-    if repeated := train.num_rows - len(np.unique(wholes)):
-        verb = "repeats" if repeated == 1 else "repeat"
-        remarks.append(f"{_part(repeated, train, 'train')} {verb} another train row, answer or label included")
-    # Questions about the same passage belong together; that is how such rows are, and nothing to note.
-    if shared != "passage" and (count := _num_with_others(train.groups, wholes)):
-        side = "" if dev.is_file and test.is_file else "; kept on one side of the split"
-        verb = "shares its" if count == 1 else "share their"
-        remarks.append(f"{_part(count, train, 'train')} {verb} {shared} with another one{nearly}{side}")
-    remarks += _shared(splits, "groups", shared, nearly)
+    remarks += _shared(splits, "groups", shared_by(target.columns), " (equal, or nearly so)" if near else "")
     of_classes = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
     if "label" in target.columns and (told := alike_in_words(of_classes)):
         remarks.append(told)
@@ -174,8 +129,7 @@ def _shared(
         ("test", "eval", ", which chooses the checkpoint"),
     )
     return [
-        f"{_part(count, splits[name], name)} {'has' if count == 1 else 'have'} a {what} that also stands in "
-        f"{other}{nearly}{why}"
+        f"{_part(count, splits[name], name)} have a {what} that also stands in {other}{nearly}{why}"
         for name, other, why in overlaps
         if (count := num_shared(splits[name], splits[other], of))
     ]
@@ -190,13 +144,6 @@ def note_on_flaws(sources: Iterable[Encoded]) -> list[str]:
 
 def _part(count: int, split: Split, name: SplitName) -> str:
     return f"{count:,} of {split.num_rows:,} {name} rows"
-
-
-def _num_with_others(groups: np.ndarray, wholes: np.ndarray) -> int:
-    """Rows in whose group stands another row that is not the same as a whole."""
-    different = np.unique(np.stack([groups, wholes]), axis=1)[0]
-    names, counts = np.unique(different, return_counts=True)
-    return int(np.isin(groups, names[counts > 1]).sum())
 
 
 def num_shared(split: Split, other: Split, of: Literal["groups", "values"] = "groups") -> int:
@@ -297,8 +244,8 @@ def notes_on_known(known: KnownTexts | None, train: Split, mixed: Mapping[Source
             continue
         places = [place for _, place, _ in kept_rows(split.source, rows)]
         remarks.append(
-            f"{count:,} of {split.num_rows:,} {kind} {'holds' if count == 1 else 'hold'} one of {known.source} "
-            f"(data.contamination), or much of it: {first_few(places)}; scores on these texts flatter the model: "
+            f"{count:,} of {split.num_rows:,} {kind} hold one of {known.source} (data.contamination), or much of it: "
+            f"{first_few(places)}; scores on these texts flatter the model: "
             "remove the rows, or do not report them"
         )
     return remarks

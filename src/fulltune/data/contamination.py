@@ -7,7 +7,7 @@ are hashes alone: of each run of the texts here, with its text and place. The ro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from fulltune.data.groups import draw, mixed_numbers
 from fulltune.data.readers.files import data_files, is_data, reading
 from fulltune.data.readers.plain_text import has_blank_lines
-from fulltune.data.readers.read import DataFiles
+from fulltune.data.readers.read import DataFiles, PlacedRow
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
 from fulltune.tasks import Row, Target
@@ -159,14 +159,19 @@ def cell_texts(cell: Any) -> Iterator[str]:
 # ---- the rows --------------------------------------------------------------------------------------------------
 
 
-def holds_one(known: KnownTexts, key: str, row: Row, target: Target) -> bool:
-    """Whether a row holds one of the texts; its group key is what it asks, as a whole."""
-    if "context" not in target.columns and known.hold(key, is_asked=True):
-        return True
-    return any(
-        known.hold(text, is_asked=not role.startswith(_ANSWERS))
-        for role, column in target.columns.items()
-        if not role.startswith(_NOT_COMPARED)
-        for text in dict.fromkeys(map(normalised, cell_texts(row.get(column))))
-        if text != key
-    )
+def holding(known: KnownTexts | None, keys: Sequence[str], rows: Sequence[PlacedRow], target: Target) -> np.ndarray:
+    """Whether each row holds one of the texts: bool [rows], without rows where there are none. A row's group key is
+    what it asks, as a whole."""
+    if known is None:
+        return np.zeros(0, bool)
+    columns = {role: column for role, column in target.columns.items() if not role.startswith(_NOT_COMPARED)}
+
+    def holds_one(key: str, row: Row) -> bool:
+        return ("context" not in target.columns and known.hold(key, is_asked=True)) or any(
+            known.hold(text, is_asked=not role.startswith(_ANSWERS))
+            for role, column in columns.items()
+            for text in dict.fromkeys(map(normalised, cell_texts(row.get(column))))
+            if text != key
+        )
+
+    return np.array([holds_one(key, row) for key, (_, row) in zip(keys, rows, strict=True)], bool)

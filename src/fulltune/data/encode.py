@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fulltune.audit.texts import found_by, masked_cells
-from fulltune.data.contamination import KnownTexts, holds_one
+from fulltune.data.contamination import KnownTexts, holding
 from fulltune.data.groups import draw, joined, joined_by_value, signatures
 from fulltune.data.marks import RowCounts, marks_of
 from fulltune.data.readers.read import PlacedRow
@@ -27,7 +27,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.system.hardware import num_cores
 from fulltune.tasks import LENGTH, Example, Refused, Target, Task, task_named
-from fulltune.tasks.columns import as_text, normalised, unreadable, windows
+from fulltune.tasks.columns import unreadable, windows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,8 +97,6 @@ class Encoded:
     """`draw` of each row's group key: uint64 [rows]."""
     sides: np.ndarray
     """The group of each row that a split never separates: uint64 [rows]; as `groups`, or larger."""
-    wholes: np.ndarray
-    """The same of all that a row gives to learn, its answer or label included: uint64 [rows]."""
     signatures: np.ndarray
     """Of each row's group key: uint16 [rows, hashes]; without rows where near-duplicates are not looked for."""
     values: np.ndarray
@@ -134,7 +132,7 @@ class Encoded:
 
 _COLUMNS = (
     *("lengths", "trained_tokens", "truncated"),
-    *("groups", "wholes", "signatures", "values", "times", "holds_known"),
+    *("groups", "signatures", "values", "times", "holds_known"),
 )
 Chunk = tuple[Encoded, "pa.RecordBatch | None", list[Dropped]]
 """What a worker makes of some rows: numbers; features, `length` and words of each example; and what is dropped."""
@@ -183,9 +181,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     for (place, row), of_row in zip(usable, _examples(job, task, [row for _, row in usable]), strict=True):
         if of_row is None:
             if job.is_mixed:
-                drop(
-                    "unfit", place, row, Refused(NEW_LABEL, f"'{_new_label(job, row)}' is no label of the task's rows")
-                )
+                drop("unfit", place, row, Refused(NEW_LABEL, "no row of the task has its label"))
             else:
                 rows.append((place, row))
             continue
@@ -209,7 +205,6 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         for example in examples
     ]
     keys = [task.group_key(row, job.target) for _, row in rows]
-    wholes = [_whole(job, key, row) for key, (_, row) in zip(keys, rows, strict=True)]
     values, times = marks_of(rows, block.group, block.time if job.source == "train" else None, block.split_seed, tally)
     sets: dict[tuple[str, ...], int] = {}
     labels = [sets.setdefault(tuple(task.row_labels(row, job.target)), len(sets)) for _, row in rows]
@@ -225,11 +220,10 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         truncated=np.array([example.truncated for example in examples], bool),
         groups=groups,
         sides=groups,
-        wholes=np.array([draw(block.split_seed, whole) for whole in wholes], np.uint64),
         signatures=signatures(keys if block.near_duplicates < 1 else []),
         values=values,
         times=times,
-        holds_known=_holding_known(job, keys, rows),
+        holds_known=holding(job.known, keys, rows, job.target),
         labels=np.array(labels, np.int64),
         label_sets=tuple(sets),
         tally=tally,
@@ -255,25 +249,6 @@ def _count_flaws(job: Job, rows: Iterable[Mapping[str, Any]], tally: RowCounts) 
     for row in rows:
         of_parts = ((text, of) for part, of in checks.items() for _, text in cells(row, columns, part))
         tally.counts.update({("flaw", check) for text, of in of_parts for check in found_by(text[:LOOKED_AT], of)})
-
-
-def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
-    """What tells a row apart from others with the same group key; of an image the key says everything."""
-    cells = [row.get(column) for role, column in job.target.columns.items() if role != "image"]
-    return "\0".join([key, *(normalised(as_text(cell)) for cell in cells)])
-
-
-def _holding_known(job: Job, keys: list[str], rows: list[PlacedRow]) -> np.ndarray:
-    if job.known is None:
-        return np.zeros(0, bool)
-    return np.array(
-        [holds_one(job.known, key, row, job.target) for key, (_, row) in zip(keys, rows, strict=True)], bool
-    )
-
-
-def _new_label(job: Job, row: Mapping[str, Any]) -> str:
-    known = job.known_labels or frozenset()
-    return next(label for label in task_named(job.task).row_labels(row, job.target) if label not in known)
 
 
 def _examples(job: Job, task: Task, rows: list[dict[str, Any]]) -> list[list[Example] | None]:

@@ -26,7 +26,6 @@ from fulltune.data.check import (
     notes_on_sides,
     num_shared,
     refuse_new_labels,
-    refuse_secret_names,
     refuse_unusable,
     unmeasured,
 )
@@ -164,7 +163,6 @@ def _make(
     targets = targets_of(block, task, target, sources)
     limit, reason = longest_row(recipe, task, target, stage.limits, stage.tokenizer)
     packed, remarks = packing(recipe, target, stage.limits, targets.values())
-    remarks += refuse_secret_names(target, sources["train"].where)
 
     job = Job(recipe.task, block, target, stage.tokenizer, limit, known=known)
     encoded = _encode(stage, job, sources, targets, counts)

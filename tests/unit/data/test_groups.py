@@ -199,7 +199,7 @@ def test_class_of_one_held_out_user_is_refused_in_words_of_groups(tmp_path: Path
     assert 0 < len(said) < 6
     for problem in said:
         assert "train.jsonl: label 'x' (3 rows of " in problem
-        assert "hang together by 'user' (data.group)" in problem
+        assert "held out by 'user' (data.group)" in problem
         assert "data.split_seed" in problem
 
 
