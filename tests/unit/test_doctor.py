@@ -49,6 +49,9 @@ def log(
 
 FALLING = [2.0 * 0.88**number for number in range(32)]
 SLOW = [2.0 - 0.02 * number for number in range(32)]
+HARDLY_MOVED = Moved(
+    num_tensors_with_gradient=2, num_tensors_moved=2, num_values_with_gradient=100, num_values_moved=14
+)
 GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
 
 
@@ -61,10 +64,7 @@ GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
         (log([1.1] + [9.0] * 30), ["diverged"]),
         (log([2.3, 2.31, 2.29] * 12), ["plateau"]),
         (log(FALLING, [1.0, 0.7, 0.9, 1.4], [0.7, 0.8, 0.75, 0.7]), ["over-fitted"]),
-        (
-            log([2.0 - 0.02 * number for number in range(32)], [1.9, 1.7, 1.5, 1.3], [0.3, 0.5, 0.6, 0.7]),
-            ["under-fitted"],
-        ),
+        (log(SLOW, [1.9, 1.7, 1.5, 1.3], [0.3, 0.5, 0.6, 0.7]), ["under-fitted"]),
         (log(FALLING, *GOOD, skipped=(40, 44)), ["bad steps"]),
         (log(FALLING, *GOOD, plan=plan(rollbacks=(30,)), outcome=outcome("done")), ["bad steps"]),
         (log([2.3, 2.31, 2.29] * 12, *GOOD, before=0.9), ["got worse"]),  # and no higher rate is advised
@@ -76,22 +76,7 @@ GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
         (log(FALLING, *GOOD, plan=plan(), outcome=outcome("disk_full")), ["disk full"]),
         (log(FALLING, *GOOD, plan=plan(), outcome=outcome("spiked")), ["diverged"]),
         (log([1.1] + [9.0] * 30, plan=plan(), outcome=outcome("diverged")), ["diverged"]),
-        (
-            log(
-                FALLING,
-                *GOOD,
-                outcome=outcome(
-                    "done",
-                    moved=Moved(
-                        num_tensors_with_gradient=2,
-                        num_tensors_moved=2,
-                        num_values_with_gradient=100,
-                        num_values_moved=14,
-                    ),
-                ),
-            ),
-            ["eaten updates"],
-        ),
+        (log(FALLING, *GOOD, outcome=outcome("done", moved=HARDLY_MOVED)), ["eaten updates"]),
     ],
 )
 def test_findings_of_curves(given: Log, names: list[str]) -> None:
@@ -99,15 +84,6 @@ def test_findings_of_curves(given: Log, names: list[str]) -> None:
     assert [name for name, _, _ in found] == names
     assert all(evidence for _, evidence, _ in found)
     assert all(advice for name, _, advice in found if name not in ("sound", "disk full"))
-
-
-def test_another_rate_is_a_setting_of_a_run_and_a_number_of_another_trainer() -> None:
-    losses = [2.3, 2.31, 2.29] * 12
-    for given, said in (
-        (log(losses), "rate: 0.0003;"),
-        (log(losses, plan=plan()), "--set method.learning_rate=0.0003;"),
-    ):
-        assert [said in advice for name, _, advice in diagnose(given) if name == "plateau"] == [True]
 
 
 def test_step_that_fulltune_would_have_skipped_is_named() -> None:
@@ -148,23 +124,14 @@ def test_state_of_a_trainer_is_read(where: str, tmp_path: Path) -> None:
         assert [name for name, _, _ in diagnose(found)] == ["over-fitted"]
 
 
-def test_newest_state_that_can_be_read_is_read_and_unknown_metrics_do_not_judge(
-    tmp_path: Path,
-) -> None:
+def test_newest_state_that_can_be_read_is_read(tmp_path: Path) -> None:
     for step, content in ((100, json.dumps(state())), (1000, json.dumps(state(best_global_step=7))), (2000, "{")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
-    os.utime(tmp_path / "checkpoint-100" / "trainer_state.json")
     assert read_log(tmp_path).curves.kept_step == 7
-    theirs = state()
-    for line in theirs["log_history"]:
-        if "eval_accuracy" in line:
-            line["eval_entropy"] = line.pop("eval_accuracy")
-    (tmp_path / "trainer_state.json").write_text(json.dumps(theirs))
-    assert read_log(tmp_path).curves.metric_name == "loss"
 
 
-@pytest.mark.parametrize(("name", "value"), [("loss", None), ("loss", "NaN"), ("grad_norm", NAN), ("loss", 1e308)])
+@pytest.mark.parametrize(("name", "value"), [("loss", None), ("loss", "NaN"), ("grad_norm", NAN)])
 def test_value_that_is_no_number_any_more_is_seen(name: str, value: Any, tmp_path: Path) -> None:
     spoilt = state()
     for line in spoilt["log_history"][20:32]:
@@ -206,10 +173,8 @@ def test_events_of_tensorboard_are_read(tmp_path: Path) -> None:
     ("file", "content", "message"),
     [
         ("notes.txt", "hello", "no log that is known; expected a run folder"),
-        ("trainer_state.json", "{", "is not the state of a Trainer"),
         ("trainer_state.json", '{"log_history": 3}', "is not the state of a Trainer"),
         ("trainer_state.json", '{"log_history": [{"eval_loss": 1, "step": 3}]}', "no train loss is in it"),
-        ("train_log.jsonl", '{"iter": 1, "lm loss": 3.1}', "no log that is known"),
     ],
 )
 def test_what_is_no_log_is_said(file: str, content: str, message: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from fulltune.records.plan import MemoryNeed, Plan, Setting, StateBytes
 from fulltune.records.run import Environment
 from fulltune.records.scores import Answer, Calibration, Confusion, Estimate, Scores
 from fulltune.records.training import Check, Measurements, Moved, Outcome
+from tests import plans
 
 HOSTILE = "He wrote \"</script><img src=x onerror=alert(1)>\" & 'left' | `x` 😀 \x1b[31m\u202e שלום\nsecond line"
 LABELS = ("card arrival", "lost or stolen", "exchange rate <b>", "top up", "مرحبا")
@@ -62,40 +63,16 @@ def plan(trial: str = "full-seed42", task: str = "text-classification", **change
         Setting(name=name, value=value, reason="from the recipe", chosen=False) for name, value in given.items()
     ]
     settings += [Setting(name=n, value=v, reason=reason, chosen=True) for n, (v, reason) in chosen.items()]
-    made = Plan(
-        trial=trial,
-        method="full",
-        seed=42,
-        learning_rate=2e-4,
-        layerwise_lr_decay=1.0,
-        num_train_epochs=3.0,
-        total_steps=300,
-        warmup_steps=30,
-        lr_scheduler_type="linear",
-        global_batch_size=32,
-        micro_batch_size=16,
-        gradient_accumulation_steps=2,
-        num_processes=1,
-        eval_batch_size=32,
-        device="cpu",
-        precision="bf16",
-        weights_dtype="fp32",
-        activation_checkpointing=False,
-        eval_steps=100,
-        save_steps=100,
-        logging_steps=10,
-        metric="accuracy",
-        greater_is_better=True,
-        num_parameters=22_713_216,
-        longest_tokens=512,
-        state=StateBytes(weights=90_852_864, gradients=90_852_864, optimizer=181_705_728),
-        memory=MemoryNeed(
-            kinds={"weights": 90_852_864, "gradients": 0, "optimizer": 181_705_728, "activations": 10**8, "logits": 0},
-            phases={"loading": 90_852_864, "step": 372_558_592},
-        ),
-        settings=tuple(settings),
-    )
-    return made.model_copy(update=changes)
+    kinds: Any = {"weights": 90_852_864, "gradients": 0, "optimizer": 181_705_728, "activations": 10**8, "logits": 0}
+    made = {
+        "learning_rate": 2e-4, "num_train_epochs": 3.0, "total_steps": 300, "warmup_steps": 30,
+        "global_batch_size": 32, "micro_batch_size": 16, "gradient_accumulation_steps": 2, "eval_batch_size": 32,
+        "precision": "bf16", "num_parameters": 22_713_216,
+        "state": StateBytes(weights=90_852_864, gradients=90_852_864, optimizer=181_705_728),
+        "memory": MemoryNeed(kinds=kinds, phases={"loading": 90_852_864, "step": 372_558_592}),
+        "settings": tuple(settings),
+    }  # fmt: skip
+    return plans.plan(**{"trial": trial, **made, **changes})
 
 
 def outcome(trial: str = "full-seed42", attempt: int = 1, **changes: Any) -> Outcome:

@@ -14,6 +14,7 @@ from fulltune import report
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.scores import Calibration, Estimate, Scores
+from fulltune.report.run.model_card import merged_card
 from fulltune.stats.calibration import ALL_RIGHT
 
 
@@ -154,3 +155,45 @@ def test_card_of_a_trial_whose_scores_are_given_is_about_that_one(classification
     body = (classification / "models" / "full" / "README.md").read_text(encoding="utf-8")
     assert "full-seed43 has accuracy 88.0%" in body
     assert "full-seed42" not in body
+
+
+# ---- of a merged model ------------------------------------------------------------------------------------------
+
+CARD = """---
+library_name: transformers
+base_model: "someone/base"
+---
+
+# topics
+
+## Metrics
+
+accuracy 90.0%
+
+## How to load
+
+PEFT loads it:
+
+```python
+model = PeftModel.from_pretrained(base, "lora")
+```
+
+## Versions
+
+torch 2.9
+"""
+
+
+def test_card_keeps_what_is_known_and_loads_the_whole_model() -> None:
+    found = merged_card(CARD, "merged", "text-classification")
+    before, _, loading = found.partition("## How to load")
+    assert before == CARD.partition("## How to load")[0]
+    assert 'AutoModelForSequenceClassification.from_pretrained("merged")' in loading
+    assert "PeftModel" not in found
+    assert found.endswith("## Versions\n\ntorch 2.9\n")
+
+
+def test_card_of_a_model_without_one_says_how_to_load_it() -> None:
+    found = merged_card("", "merged", "causal-lm")
+    assert found.startswith("---\nlibrary_name: transformers")
+    assert 'AutoModelForCausalLM.from_pretrained("merged")' in found

@@ -43,9 +43,6 @@ def test_curve_value_not_finite_breaks_the_line_and_is_said() -> None:
     assert curve(drawing).count("M") == 2
     assert "1 value not finite, first at step 3" in drawing
     assert "nan" not in drawing
-
-
-def test_curve_nothing_finite_says_so() -> None:
     assert "no finite value was logged" in learning_curve("loss", [(1, math.nan)], "loss")
 
 

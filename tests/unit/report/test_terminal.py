@@ -102,59 +102,44 @@ def test_end_of_a_run_with_answers_shows_what_was_said_before_and_after(causal_l
     assert re.search(r"expected .* before training untouched says .* after training trained says", text)
 
 
+def summary(**changes: Any) -> DataSummary:
+    counts: dict[str, Any] = {
+        "rows": 900,
+        "tokens": 9000,
+        "trained_tokens": 900,
+        "truncated_rows": 0,
+        "dropped_rows": 0,
+    }
+    split = SplitSummary(**counts, length_percentiles={})
+    known: dict[str, Any] = {"task": "causal-lm", "problem_type": "chat", "columns": {}, "max_length": 10}
+    known |= {"max_length_reason": "", "splits": dict.fromkeys(("train", "eval", "test"), split), "fingerprint": "x"}
+    return DataSummary(**{**known, "sources": {}, **changes})
+
+
 def test_rows_of_a_run_that_goes_on_are_one_line() -> None:
-    split = SplitSummary(rows=1200, tokens=4, trained_tokens=4, truncated_rows=0, dropped_rows=0, length_percentiles={})
-    summary = DataSummary(
-        task="text-classification",
-        problem_type="single_label",
-        columns={},
-        max_length=8,
-        max_length_reason="",
-        splits={"train": split, "eval": split, "test": split},
-        sources={},
-        fingerprint="x",
-    )
     console = Console(width=80, highlight=False, file=io.StringIO())
-    display.Display(console)(DataPrepared(summary=summary, is_known=True))
-    assert console.file.getvalue() == "rows as before: 1,200 train, 1,200 eval, 1,200 test\n"  # type: ignore[attr-defined]
+    display.Display(console)(DataPrepared(summary=summary(), is_known=True))
+    assert console.file.getvalue() == "rows as before: 900 train, 900 eval, 900 test\n"  # type: ignore[attr-defined]
 
 
 def test_mixed_sources_are_shown_with_their_share_and_how_often_their_rows_are_read() -> None:
-    split = SplitSummary(
-        rows=900,
-        tokens=9000,
-        trained_tokens=900,
-        truncated_rows=0,
-        dropped_rows=0,
-        length_percentiles={"p50": 10, "p95": 10, "max": 10},
-    )
-    rare = split.model_copy(update={"rows": 25, "tokens": 1000})
-    common = split.model_copy(update={"rows": 5000, "tokens": 50_000})
+    split = summary().splits["train"]
     rest: dict[str, Any] = {"weight": 0.05, "rows_per_epoch": 50}
-    summary = DataSummary(
-        task="causal-lm",
-        problem_type="chat",
-        columns={},
-        max_length=10,
-        max_length_reason="",
-        splits={"train": split, "eval": split, "test": split},
-        sources={"train": "file a", "eval": "file b", "test": "file c"},
-        mixed=(
-            MixedSummary(where="few.jsonl", kind="chat", counts=rare, **rest),
-            MixedSummary(where="[many].txt", kind="raw text", counts=common, **rest),
-        ),
-        fingerprint="x",
+    few = split.model_copy(update={"rows": 25, "tokens": 1000})
+    many = split.model_copy(update={"rows": 5000, "tokens": 50_000})
+    mixed = (
+        MixedSummary(where="few.jsonl", kind="chat", counts=few, **rest),
+        MixedSummary(where="[many].txt", kind="raw text", counts=many, **rest),
     )
     console = Console(width=80, highlight=False, file=io.StringIO())
     shown = display.Display(console)
-    shown(DataPrepared(summary=summary))
+    shown(DataPrepared(summary=summary(mixed=mixed)))
     shown(Planned(plan=plans.plan(num_train_epochs=2.0)))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
     assert all(cell_len(line) <= 80 for line in lines)
     text = " ".join(" ".join(lines).split())
-    assert "mixed in 25 1,000 " in text
-    few = "mixed in: few.jsonl: weight 0.05, 50 rows of each epoch's 1,000, 17.4% of the tokens; each is read"
-    many = "mixed in: [many].txt: weight 0.05, 50 rows of each epoch's 1,000, 4.3% of the tokens; its form is raw text"
-    for said in (f"{few} 2.0 times in an epoch", f"{few} 4.0 times over the run", many):
-        assert said in text
-    assert f"{many}; 2.0% of its 5,000 rows are read" in text
+    said = "mixed in: few.jsonl: weight 0.05, 50 rows of each epoch's 1,000, 17.4% of the tokens; each is read"
+    assert f"{said} 2.0 times in an epoch" in text
+    assert f"{said} 4.0 times over the run" in text
+    said = "mixed in: [many].txt: weight 0.05, 50 rows of each epoch's 1,000, 4.3% of the tokens; its form is raw text"
+    assert f"{said}; 2.0% of its 5,000 rows are read" in text

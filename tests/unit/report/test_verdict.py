@@ -119,7 +119,7 @@ def test_verdict_without_a_paired_difference_claims_none(kit: SimpleNamespace) -
     assert "not scored on the same rows" in judge(others).sentence
 
 
-def test_bar_several_baselines_is_the_best_one_in_the_metric_s_direction(kit: SimpleNamespace) -> None:
+def test_bar_is_the_best_untrained_row_in_the_metric_s_direction(kit: SimpleNamespace) -> None:
     rows = [
         kit.scores("high", "baseline", 3.0, 0.02, "loss", False),
         kit.scores("low", "baseline", 1.5, 0.02, "loss", False),
@@ -127,23 +127,14 @@ def test_bar_several_baselines_is_the_best_one_in_the_metric_s_direction(kit: Si
         kit.scores("full-seed42", "trained", 1.2, 0.02, "loss", False),
     ]
     assert "for the best baseline, low." in judge(rows).sentence
+    assert "for the model before training." in judge([rows[0], *rows[2:]]).sentence
 
 
-def test_bar_best_untrained_row_is_the_untouched_model_names_it(kit: SimpleNamespace) -> None:
-    rows = [kit.scores("before training", "untouched", 0.5), kit.scores("full-seed42", "trained", 0.9)]
-    assert "for the model before training." in judge(rows).sentence
-
-
-def test_verdict_no_baseline_claims_nothing(kit: SimpleNamespace) -> None:
+def test_verdict_without_a_row_of_either_kind_claims_nothing(kit: SimpleNamespace) -> None:
     verdict = judge([kit.scores("full-seed42", "trained", 0.9)])
-    assert verdict.kind == "alone"
-    assert "no baseline was scored" in verdict.sentence
-
-
-def test_verdict_no_trained_row_gives_the_reason(kit: SimpleNamespace) -> None:
+    assert (verdict.kind, "no baseline was scored" in verdict.sentence) == ("alone", True)
     verdict = judge([kit.scores("majority class", "baseline", 0.3)], "training ended as 'crashed'.")
-    assert verdict.kind == "none"
-    assert verdict.sentence.endswith("training ended as 'crashed'.")
+    assert (verdict.kind, verdict.sentence.endswith("training ended as 'crashed'.")) == ("none", True)
 
 
 def test_verdict_metric_not_finite_is_none(kit: SimpleNamespace) -> None:
