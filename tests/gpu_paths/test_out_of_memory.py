@@ -18,7 +18,7 @@ from fulltune.audit.untouched import Reader
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate import _as_what_does_not_fit
 from fulltune.methods.added import put_peft
-from fulltune.probe.fit import _no_probe_without_memory
+from fulltune.probe import _no_probe_without_memory
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.methods import LoraMethod
 from fulltune.records.plan import GenericTexts

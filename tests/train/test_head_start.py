@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fulltune import probe
 from fulltune.evaluate import LINEAR_PROBE
-from fulltune.probe import fit as fitting
 from fulltune.probe.layers import DenseLayer
 from fulltune.records.probe import Probe
 from fulltune.records.scores import Scores
@@ -83,13 +83,13 @@ def probe_files(folder: Path) -> dict[str, bytes]:
 def counted() -> Iterator[list[int]]:
     """How often a probe is fitted: the number of rows of each."""
     calls: list[int] = []
-    original = fitting.fit
+    original = probe.fit
 
     def fit(extractor: Any, rows: Any, eval_rows: Any, with_head: bool) -> Any:
         calls.append(len(rows))
         return original(extractor, rows, eval_rows, with_head)
 
-    with mock.patch.object(fitting, "fit", fit):
+    with mock.patch.object(probe, "fit", fit):
         yield calls
 
 

@@ -13,9 +13,8 @@ from pydantic import Field, model_validator
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.data import DataBlock
-from fulltune.recipe.evaluation import CompareBlock, EvaluateBlock, SearchBlock
 from fulltune.recipe.methods import RIVALS, VARIANT, Arm, ArmKind, FullMethod, Method
-from fulltune.recipe.model import AUTO, NAME, Block, ModelBlock, PreserveBlock
+from fulltune.recipe.model import AUTO, NAME, Block, CompareBlock, EvaluateBlock, ModelBlock, PreserveBlock, SearchBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.recipe.training import ENGINE_SETTINGS, NVME, NVME_FOLDER, TrainBlock
 

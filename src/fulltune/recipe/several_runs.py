@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fulltune.recipe.evaluation import SearchBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import SEARCH
+from fulltune.recipe.model import SearchBlock
 from fulltune.recipe.rules import methods_of
 from fulltune.recipe.rules import problems_of as alone
 from fulltune.recipe.training import TrainBlock

@@ -31,12 +31,12 @@ from fulltune.tasks import (
     Value,
     classes,
 )
+from fulltune.tasks.classes import mean_of, ratio
 from fulltune.tasks.columns import as_text, normalised, parsed, without_text
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import is_empty
 from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import collated
-from fulltune.tasks.row_sums import mean_of, ratio
 
 if TYPE_CHECKING:
     import torch

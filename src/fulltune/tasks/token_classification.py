@@ -28,11 +28,11 @@ from fulltune.tasks import (
     Value,
     classes,
 )
+from fulltune.tasks.classes import arrays, f1, f1_of_present, flat, over_all, ratio, share
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import is_blank, normalised
 from fulltune.tasks.labels import parsed_list
 from fulltune.tasks.padding import IGNORED, beginning, collated, ragged
-from fulltune.tasks.row_sums import arrays, f1, f1_of_present, flat, over_all, ratio, share
 
 if TYPE_CHECKING:
     import torch

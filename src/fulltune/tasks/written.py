@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.tasks import Count, LossSettings, Predictions, Target, Value
+from fulltune.tasks.classes import ROWS, arrays, over_all, per_token, ratio
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED
-from fulltune.tasks.row_sums import ROWS, arrays, over_all, per_token, ratio
 
 if TYPE_CHECKING:
     import torch
