@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -93,8 +92,7 @@ def test_one_of_several_processes_that_was_killed_is_told_from_an_error(start: S
     found = child.run(request, lambda event: None)
 
     assert found.status == "killed"
-    assert found.reason.startswith("the training process was killed (SIGKILL)")
-    assert re.search(r"with [\d.]+ .iB of memory free$", found.reason)
+    assert found.reason == "the training process was killed (SIGKILL)"
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune.files import entry_of
 from fulltune.records.events import Event, Listener, Warned, event_of
 from fulltune.records.training import LostPart, Outcome, OutcomeStatus
-from fulltune.system import hardware, signals
+from fulltune.system import signals
 from fulltune.system.memory import in_last_words, kernel_kills, memory_is_limited
-from fulltune.text import format_bytes, parse_seconds
+from fulltune.text import parse_seconds
 from fulltune.train.checkpoints import last_saved
 from fulltune.train.journal import HEARTBEAT, phase_of, steps_of
 from fulltune.train.parent import spawn
@@ -34,57 +34,50 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
     with _forwarding_signals(child) as asked:
         for event in _follow(request, child, pulse, asked):
             listener(event)
+    code, by_kernel = child.wait(), kernel_kills() > kills
     if pulse.stopped and not asked and not _written(request):
-        child.wait()
-        outcome = _hung(request, str(limit), time.monotonic() - began)
+        where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase_of(request.folder) or "", "")
+        step, seconds = steps_of(request.folder), round(time.monotonic() - began, 1)
+        reason = (
+            f"the training process gave no sign of life for {limit} (train.hang_timeout) after step {step:,}{where}, "
+            "and was ended"
+        )
+        outcome = _without_words(request, "hung", reason).model_copy(update={"steps": step, "train_seconds": seconds})
     else:
-        code = child.wait()
-        by_kernel = kernel_kills() > kills
         lost: Sequence[LostPart] = getattr(child, "lost", ())  # of several machines
-        outcome = _outcome(request, code, bool(asked), by_kernel, pulse.free_bytes, lost)
+        outcome = _outcome(request, code, bool(asked), by_kernel, lost)
     outcome.save(request.folder / "outcome.json")
     return outcome
 
 
 @dataclass
 class _Pulse:
-    """Whether a file is still written anew, by a clock that stands still while the machine sleeps; and free memory."""
+    """Whether a file is still written anew, by a clock that stands still while the machine sleeps."""
 
     file: Path
     limit_seconds: float
     seen: int = 0
     since: float = 0.0
     stopped: bool = False
-    free_bytes: int = field(default_factory=lambda: hardware.memory_bytes()[1])
-    """Of memory, when it was last looked at."""
 
     def has_stopped(self) -> bool:
         """True once the file has not changed for so long; before there is one, nothing is asked."""
-        self.free_bytes = hardware.memory_bytes()[1]
-        try:
-            written = self.file.stat().st_mtime_ns
-        except FileNotFoundError:
-            written = 0
+        written = self.file.stat().st_mtime_ns if self.file.exists() else 0
         if written != self.seen:
             self.seen, self.since = written, time.monotonic()
         self.stopped = self.seen > 0 and time.monotonic() - self.since > self.limit_seconds
         return self.stopped
 
 
-def _hung(request: Request, limit: str, seconds: float) -> Outcome:
-    phase, step = phase_of(request.folder), steps_of(request.folder)
-    where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase or "", "")
-    said = f"no sign of life for {limit} (train.hang_timeout) after step {step:,}{where}"
-    reason = f"the training process gave {said}, and was ended"
+def _without_words(request: Request, status: OutcomeStatus, reason: str) -> Outcome:
+    """The outcome of a process that could not write one."""
     return Outcome(
-        status="hung",
+        status=status,
         reason=reason,
         trial=request.plan.trial,
         attempt=request.attempt,
-        steps=step,
-        phase=phase,
-        train_seconds=round(seconds, 1),
-        log_tail=tuple(_tail(request)),
+        phase=phase_of(request.folder),
+        log_tail=tuple(_tail(request)) if status in ("crashed", "hung") else (),
     )
 
 
@@ -105,7 +98,6 @@ def _outcome(
     code: int,
     asked: bool = False,
     killed_by_kernel: bool = False,
-    free_bytes: int = 0,
     lost: Sequence[LostPart] = (),
 ) -> Outcome:
     """What the worker wrote, or what its exit code and its last words say."""
@@ -126,34 +118,26 @@ def _outcome(
         return told.model_copy(update={"status": "lost", "reason": f"{why} after step {told.steps:,}, which is saved"})
     if told is not None and told.status not in ("error", "refused"):
         return told
-    status: OutcomeStatus
     if lost and not asked and lost[0].kind != "failed":
-        status, reason = _of_lost(lost[0])
-    elif told is not None and not (asked and lost):
+        return _without_words(request, *_of_lost(lost[0]))
+    if told is not None and not (asked and lost):
         return told
-    elif asked:
+    if asked:
         done, saved = steps_of(request.folder), last_saved(request.checkpoints)
-        kept = f"step {saved:,} is saved" if saved else "there is no checkpoint yet"
-        before = f"interrupted before step {(saved or 0) + 1:,}{f'; {kept}' if saved else ''}"
-        status, reason = "interrupted", f"interrupted after step {done:,}; {kept}" if done else before
-    elif killed and killed_by_kernel:
-        status, reason = "out_of_memory", "the kernel killed the training process because memory ran out"
-    elif about_memory:
-        status, reason = "out_of_memory", f"the training process ended with code {code}: {about_memory[-1]}"
-    elif killed:
-        free = f"with {format_bytes(free_bytes)} of memory free"
-        status, reason = "killed", f"the training process was killed (SIGKILL) {free}"
-    else:
-        elsewhere = "".join(f"; machine {one.rank} ({one.host}): {one.reason}" for one in lost)
-        status, reason = "crashed", f"the training process ended with code {code} and left no outcome{elsewhere}"
-    return Outcome(
-        status=status,
-        reason=reason,
-        trial=request.plan.trial,
-        attempt=request.attempt,
-        phase=phase_of(request.folder),
-        log_tail=tuple(tail) if status == "crashed" else (),
-    )
+        kept = f"; step {saved:,} is saved" if saved else "; there is no checkpoint yet"
+        when = f"after step {done:,}{kept}" if done else f"before step {saved + 1:,}{kept if saved else ''}"
+        return _without_words(request, "interrupted", f"interrupted {when}")
+    if killed and killed_by_kernel:
+        reason = "the kernel killed the training process because memory ran out"
+        return _without_words(request, "out_of_memory", reason)
+    if about_memory:
+        reason = f"the training process ended with code {code}: {about_memory[-1]}"
+        return _without_words(request, "out_of_memory", reason)
+    if killed:
+        return _without_words(request, "killed", "the training process was killed (SIGKILL)")
+    elsewhere = "".join(f"; machine {one.rank} ({one.host}): {one.reason}" for one in lost)
+    reason = f"the training process ended with code {code} and left no outcome{elsewhere}"
+    return _without_words(request, "crashed", reason)
 
 
 _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
