@@ -69,7 +69,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 
 def topics(folder: Path, rows: int) -> None:
     """The quickstart's rows, of train so many."""
-    from fulltune.quickstart.samples import write_docstring_topics
+    from fulltune.quickstart import write_docstring_topics
 
     train, test = write_docstring_topics(folder / "whole")
     with train.open(encoding="utf-8") as file:
@@ -87,7 +87,7 @@ def few_docstrings(folder: Path, rows: int) -> None:
 
 def chat(folder: Path, rows: int) -> None:
     """The chat example's rows, of train so many."""
-    from fulltune.quickstart.samples import write_docstring_chat
+    from fulltune.quickstart import write_docstring_chat
 
     train, test = write_docstring_chat(folder / "whole")
     lines = shuffled(train.read_text(encoding="utf-8").splitlines())

@@ -124,7 +124,7 @@ def banking77(folder: Path) -> tuple[str, Settings]:
 
 
 def docstrings(folder: Path) -> tuple[str, Settings]:
-    from fulltune.quickstart.samples import write_docstring_topics
+    from fulltune.quickstart import write_docstring_topics
 
     train, test = write_docstring_topics(folder)
     return "text-classification", {"train": str(train), "test": str(test), "text": "text", "label": "label"}
@@ -143,7 +143,7 @@ def gsm8k(folder: Path) -> tuple[str, Settings]:
 
 
 def chat(folder: Path) -> tuple[str, Settings]:
-    from fulltune.quickstart.samples import write_docstring_chat
+    from fulltune.quickstart import write_docstring_chat
 
     train, test = write_docstring_chat(folder)
     rows = train.read_text("utf-8").splitlines()[:100]

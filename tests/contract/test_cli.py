@@ -160,7 +160,7 @@ def test_override_changes_the_setting(recipe: Path) -> None:
 
 def test_quickstart_starts_anew_when_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[bool] = []
-    monkeypatch.setattr("fulltune.quickstart.samples.write_example", lambda folder, chat: folder / "topics.yaml")
+    monkeypatch.setattr("fulltune.quickstart.write_example", lambda folder, chat: folder / "topics.yaml")
     monkeypatch.setattr("fulltune.cli.app.run", lambda recipe, set_, fresh: started.append(fresh))
     for given in ((), ("--fresh",)):
         assert fulltune("quickstart", "--output", tmp_path, *given).code == 0

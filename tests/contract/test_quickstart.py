@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.quickstart.samples import CHAT_SOURCES, TOPIC_SOURCES, write_docstring_chat, write_docstring_topics
+from fulltune.quickstart import CHAT_SOURCES, TOPIC_SOURCES, write_docstring_chat, write_docstring_topics
 
 ROOT = Path(__file__).parents[2]
 PINNED = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints-quickstart.txt").read_text(encoding="utf-8"), re.M))

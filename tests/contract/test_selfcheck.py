@@ -16,7 +16,7 @@ import torch
 from fulltune import selfcheck
 from fulltune.cli import app as cli
 from fulltune.records.plan import StateBytes
-from fulltune.selfcheck import checks, environment, processes, without_names
+from fulltune.selfcheck import checks, environment, without_names
 from fulltune.selfcheck.checks import Device, NotHere, Outcome
 from tests.contract.command import fulltune
 
@@ -154,20 +154,20 @@ def test_check_notices_its_fault(
 def test_two_processes_add_up_whatever_lies_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit('not the library')")
     monkeypatch.chdir(tmp_path)
-    assert processes.all_reduce(CPU) == (True, "sum 3000, expected 3000")
+    assert checks.all_reduce(CPU) == (True, "sum 3000, expected 3000")
 
 
 @pytest.mark.long
 def test_process_that_hangs_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "SECONDS", 0.2)
-    assert processes.all_reduce(CPU) == (False, "no answer within 0.2 seconds")
+    monkeypatch.setattr(checks, "SECONDS", 0.2)
+    assert checks.all_reduce(CPU) == (False, "no answer within 0.2 seconds")
 
 
 def test_device_without_the_means_is_not_here() -> None:
     mps, one_gpu = Device("mps", "mps"), Device("cuda", "cuda", count=1)
     for check, device, words in (
-        (processes.all_reduce, mps, "no communication"),
-        (processes.all_reduce, one_gpu, "two GPUs"),
+        (checks.all_reduce, mps, "no communication"),
+        (checks.all_reduce, one_gpu, "two GPUs"),
         (checks.flash_attention_2, CPU, "needs a GPU"),
     ):
         with pytest.raises(NotHere, match=words):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fulltune.plan import memory
-from fulltune.selfcheck import checks, devices, environment, processes
+from fulltune.selfcheck import checks, devices, environment
 from fulltune.selfcheck.checks import Device, NotHere
 from fulltune.system import hardware
 from fulltune.train.parent import spawn
@@ -155,7 +155,7 @@ def test_each_process_talks_by_its_devices_library_on_its_own_card(
     monkeypatch.setattr(dist, "all_reduce", lambda numbers: numbers.mul_(3))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch, "full", lambda *given, device: asked.append(device) or full(*given))
-    assert processes.add_up(device) == (3000.0, 3000.0)
+    assert checks.add_up(device) == (3000.0, 3000.0)
     assert asked == [(backend, card), device]
 
 
@@ -172,13 +172,13 @@ def test_two_cards_are_asked_to_add_up_one_is_not(monkeypatch: Patch) -> None:
         def communicate(self, timeout: float) -> tuple[str, str]:
             return "greetings\n[3, 3]\n", ""
 
-    monkeypatch.setattr(processes.subprocess, "Popen", Answers)
-    assert processes.all_reduce(Device("cuda", "cuda", 2))[0]
+    monkeypatch.setattr(checks.subprocess, "Popen", Answers)
+    assert checks.all_reduce(Device("cuda", "cuda", 2))[0]
     assert asked[0][-1] == "cuda"
-    assert processes.all_reduce(CPU)[0], "a CPU takes two processes"
+    assert checks.all_reduce(CPU)[0], "a CPU takes two processes"
     for device, why in ((CUDA, "two GPUs"), (MPS, "no communication")):
         with pytest.raises(NotHere, match=why):
-            processes.all_reduce(device)
+            checks.all_reduce(device)
 
 
 @pytest.mark.stand_in("the CPU", card="the error of its kernels")

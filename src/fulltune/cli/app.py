@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -280,9 +281,18 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Say what went wrong in a training, from its log: of any Trainer."""
-    from fulltune.cli import checkups
+    from fulltune.doctor import diagnose, in_words, read_log
+    from fulltune.report.format import terminal
+    from fulltune.report.format.blocks import Facts
 
-    checkups.doctor(place, as_json)
+    log = read_log(place)
+    found = diagnose(log)
+    if as_json:
+        stages.print_json([dict(zip(("name", "evidence", "advice"), one, strict=True)) for one in found])
+        return
+    out.print(escape(in_words(log)), soft_wrap=True)
+    rows = ((name, f"{evidence}{f' → {advice}' if advice else ''}") for name, evidence, advice in found)
+    terminal.show(out, [Facts(tuple(rows))])
 
 
 @app.command()
@@ -354,12 +364,12 @@ def quickstart(
     fresh: options.Fresh = False,
 ) -> None:
     """Fine-tune a real small model on real text, offline, in 2 to 5 minutes on 2 cores."""
-    from fulltune.quickstart import samples
+    from fulltune import quickstart as example
     from fulltune.system.run_folder import writing
 
     with writing(output):
         err.print("[dim]reading the docstrings of the installed packages[/dim]")
-        recipe = samples.write_example(output, chat)
+        recipe = example.write_example(output, chat)
     err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
     run(recipe, set_, fresh=fresh)
 
@@ -372,9 +382,27 @@ def selfcheck(
     as_json: options.Json = False,
 ) -> None:
     """Check what this machine decides (precision, speed, attention, memory, two processes); offline, some seconds."""
-    from fulltune.cli import checkups
+    # What libraries print must not run into the page: some greet on stdout when it is imported.
+    with err.status("starting") as status, redirect_stdout(sys.stderr):
+        from fulltune import selfcheck as checking
+        from fulltune.report.format import terminal
+        from fulltune.report.format.pages import section_in_markdown
+        from fulltune.report.format.words import write_harmless
+        from fulltune.system.run_folder import writing
 
-    checkups.selfcheck(output, as_json)
+        page = checking.run(lambda line: status.update(escape(line)))
+    shown = checking.in_blocks(page)
+    if output is not None:
+        with writing(output):
+            write_harmless(output, section_in_markdown(shown))
+    if as_json:
+        stages.print_json(page.model_dump(mode="json"))
+    else:
+        terminal.show(out, [shown])
+        share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
+        out.print(escape(share), soft_wrap=True)
+    if failed := [f"selfcheck: {one.device}: {one.ran}: {one.result}" for one in page.findings if one.status == "fail"]:
+        raise SetupError(failed)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +43,7 @@ def launch(
         hint = did_you_mean(on, launch.LAUNCHERS)
         expected = f"--on {on}: expected {listed(list(launch.LAUNCHERS), 'or')}"
         raise SetupError(f"{expected}; {hint}" if hint else expected)
-    job = launch.job_of(recipe, set_ or [], hardware, ["fulltune", *sys.argv[1:]])
+    job = launch.job_of(recipe, set_ or [], hardware)
     path = launch.path_of(job, on, output)
     command = launch.write(job, on, path, force)
     each = f", {counted(job.processes, 'process', 'processes')} each" if job.num_machines > 1 else ""

@@ -58,8 +58,6 @@ class LaunchedJob:
     overrides: tuple[str, ...]
     hardware: Fleet | None
     """What `--for` names."""
-    typed: tuple[str, ...]
-    """The command that asked for the job."""
 
     @property
     def num_machines(self) -> int:
@@ -88,14 +86,8 @@ class LaunchedJob:
         plain = re.sub(r"[^a-z0-9]+", "-", (self.recipe.name or self.file.stem).lower()).strip("-")[:40].strip("-")
         return plain if plain[:1].isalpha() else f"fulltune-{plain}".strip("-")
 
-    @property
-    def comment(self) -> str:
-        """The command that asked for it, in one line; YAML takes no control characters, not even here."""
-        line = " ".join(shlex.join(self.typed).split())
-        return f"Written by: {''.join(one if one.isprintable() else ascii(one)[1:-1] for one in line)}"
 
-
-def job_of(file: Path, overrides: Sequence[str], hardware: str | None, typed: Sequence[str]) -> LaunchedJob:
+def job_of(file: Path, overrides: Sequence[str], hardware: str | None) -> LaunchedJob:
     """Read the recipe and what `--for` says.
 
     Raises:
@@ -111,7 +103,7 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None, typed: Se
             problems.append(f"--for: says how many machines and processes; remove --set {name}, or --for")
     if file.is_dir():
         problems.append(f"{file}: is a folder, expected a recipe (YAML)")
-    for word in dict.fromkeys((*typed, str(file))):
+    for word in dict.fromkeys((str(file), *overrides)):
         if (shown := word.encode("utf-8", "backslashreplace").decode()) != word:
             problems.append(f"launch: {shown} is not UTF-8, which jobs are; rename what is called so")
     if problems:
@@ -119,7 +111,7 @@ def job_of(file: Path, overrides: Sequence[str], hardware: str | None, typed: Se
     sizes = (f"train.num_machines={fleet.num_machines}", f"train.num_processes={fleet.num_devices}") if fleet else ()
     whole = (*overrides, *sizes)
     recipe = load_recipe(file, whole)
-    return LaunchedJob(Path(os.path.abspath(file)), recipe, whole, fleet, tuple(typed))  # noqa: PTH100  # links stay
+    return LaunchedJob(Path(os.path.abspath(file)), recipe, whole, fleet)  # noqa: PTH100  # links stay
 
 
 def text_of(job: LaunchedJob, launcher: str) -> str:

@@ -1,1 +1,281 @@
-"""The example: its data from docstrings, its recipes."""
+"""Example data from the docstrings of installed Python packages: nothing is downloaded, no package is imported.
+
+The same versions (`constraints-quickstart.txt`, and those of Python) always give the same bytes. All rows of a source
+file are in the same split.
+"""
+
+import ast
+import csv
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+import sysconfig
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, groupby, pairwise
+from pathlib import Path
+
+from fulltune.errors import DataError
+from fulltune.files import write_text
+
+_HERE = Path(__file__)
+
+TOPIC_SOURCES, CHAT_SOURCES = tomllib.loads(_HERE.with_name("sources.toml").read_text(encoding="utf-8")).values()
+"""By topic what is read."""
+_SKIPPED = "tests test testing _internal externals _vendor vendor benchmarks _lib _test utils"
+_TOPIC_WORDS, _ANSWER_WORDS = (8, 32), (4, 40)
+"""Fewest and most words of a text."""
+_ROWS_PER_FILE = 60
+"""A single huge file must not make up most of a topic."""
+_TOPIC_ROWS, _CHAT_ROWS = (360, 150), (1200, 150)
+"""Most rows of train and test, of each topic and in all."""
+_TEST_SHARE = 0.25
+
+_ROLE = re.compile(r":[a-zA-Z][\w:+-]*:`([^`]*)`")
+_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`_*")
+_SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!cf)(?<! vs)(?<!etc)(?<=[\w)\]'\"])[.!?]\s+(?=[A-Z(\"'])")
+_NOT_PROSE = re.compile(
+    r"^\s*(>>>|\.\.|[-=~*^]{3}|@\w|:param|:return|[*-] |Args:|Arguments:|Parameters\b:?|Returns:|Examples?:?$|Usage)",
+    re.MULTILINE,
+)
+"""Starts of sections, lists, code and directives, in the NumPy, Google and Sphinx styles."""
+_NAME = re.compile(r"^[_\d]|.[A-Z_\d]")
+"""An identifier, an acronym or a number."""
+
+
+@dataclass(frozen=True)
+class _Doc:
+    """A public docstring: the file it is in (dotted) and the object's name inside it."""
+
+    topic: str
+    module: str
+    name: str
+    is_function: bool
+    docstring: str
+
+
+_Row = tuple[_Doc, str]
+
+
+def write_example(output: Path, chat: bool) -> Path:
+    """Write data and recipe of the classifier, or of the chat model; return the recipe."""
+    if chat:
+        write_docstring_chat(output / "chat-data")
+    else:
+        write_docstring_topics(output / "quickstart-data")
+    name = "chat.yaml" if chat else "quickstart.yaml"
+    write_text(output / name, _HERE.with_name(name).read_text(encoding="utf-8"))
+    return output / name
+
+
+def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
+    """Write `train.csv` and `test.csv`: the leading sentences of a docstring, and the topic of its source file.
+
+    Raises:
+        DataError: The installed packages have too few docstrings.
+    """
+    rows = _without_near_copies(_docs(TOPIC_SOURCES), _topic_text)
+    splits = [_split([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / "train.csv", folder / "test.csv"
+    for file, parts in zip(files, zip(*splits, strict=True), strict=True):
+        with file.open("w", encoding="utf-8", newline="") as out:
+            writer = csv.writer(out, lineterminator="\n")
+            writer.writerow(["text", "label"])
+            writer.writerows([text, doc.topic] for doc, text in _in_order(chain.from_iterable(parts)))
+    return files
+
+
+def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `test.jsonl`: what a function does is asked, and said in its docstring's first sentence.
+
+    Raises:
+        DataError: The installed packages have too few docstrings.
+    """
+    splits = _split(_without_near_copies(_docs(CHAT_SOURCES), _answer), *_CHAT_ROWS)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / "train.jsonl", folder / "test.jsonl"
+    for file, rows in zip(files, splits, strict=True):
+        with file.open("w", encoding="utf-8") as out:
+            for doc, answer in rows:
+                question = {"role": "user", "content": f"What does `{_public_name(doc)}` do?"}
+                out.write(json.dumps({"messages": [question, {"role": "assistant", "content": answer}]}) + "\n")
+    return files
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+def _docs(sources: dict[str, str]) -> Iterator[_Doc]:
+    """Every public docstring of the sources, in their order and that of sorted paths."""
+    for topic, entries in sources.items():
+        for file, module in (found for entry in entries.split() for found in _source_files(entry)):
+            try:
+                tree = ast.parse(file.read_bytes())
+            except (SyntaxError, ValueError):
+                continue  # templates and sources for another Python version lie about in some packages
+            for name, node in _public_objects(tree.body):
+                if docstring := ast.get_docstring(node):
+                    yield _Doc(topic, module, name, isinstance(node, ast.FunctionDef) and "." not in name, docstring)
+
+
+def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
+    """The Python files of an entry with their dotted names, sorted, without those of tests."""
+    name, _, below = entry.partition("/")
+    root = _package_root(name)
+    if root is None or not root.exists():
+        return
+    for path in sorted(root.glob(below)) if below else [root]:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            inside = file.relative_to(root.parent).with_suffix("").parts
+            if file.suffix == ".py" and set(inside).isdisjoint(_SKIPPED.split()) and inside[-1] != "conftest":
+                yield file, ".".join(part for part in inside if part != "__init__")
+
+
+def _package_root(name: str) -> Path | None:
+    """The folder or the file of a top-level module; None: it is not installed."""
+    if name in sys.stdlib_module_names:
+        # Some standard modules are frozen, and their import spec then names no file.
+        folder = Path(sysconfig.get_path("stdlib")) / name
+        return folder if folder.is_dir() else folder.with_suffix(".py")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.origin:
+        return None
+    origin = Path(spec.origin)
+    return origin.parent if origin.name == "__init__.py" else origin
+
+
+_Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tuple[str, _Documented]]:
+    """Public functions, classes and methods with their dotted names; what functions define inside is private."""
+    for node in body:
+        if isinstance(node, _Documented):
+            if not node.name.startswith("_"):
+                yield prefix + node.name, node
+                if isinstance(node, ast.ClassDef):
+                    yield from _public_objects(node.body, f"{prefix}{node.name}.")
+        elif isinstance(node, (ast.If, ast.Try)):
+            yield from _public_objects([*node.body, *node.orelse], prefix)
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------
+
+
+def _paragraphs(docstring: str) -> Iterator[list[str]]:
+    """The paragraphs before a docstring's first section, without markup, each as its sentences."""
+    for block in re.split(r"\n\s*\n", docstring.strip()):
+        if _NOT_PROSE.search(block):
+            return
+        plain = _LINK.sub(r"\1", _ROLE.sub(lambda match: match[1].lstrip("~!."), " ".join(block.split())))
+        text = " ".join(re.sub(r"`|\*\*", "", plain).split())
+        starts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+        yield [text[start:end].strip() for start, end in pairwise(starts) if text[start:end].strip()]
+
+
+def _is_prose(text: str, words: tuple[int, int]) -> bool:
+    """Tell prose of a fitting length from signatures, formulas, unfilled templates and tables."""
+    return words[0] <= len(text.split()) <= words[1] and text.isascii() and not re.search(r"[{}|\\]|::|->|\$", text)
+
+
+def _topic_text(doc: _Doc) -> str:
+    """The leading sentences of a docstring that fit; empty: too short to tell anything."""
+    text = ""
+    for sentence in (sentence for paragraph in _paragraphs(doc.docstring) for sentence in paragraph):
+        longer = f"{text} {sentence}".strip()
+        if not _is_prose(longer, (1, _TOPIC_WORDS[1])) or (text and sentence[-1] not in ".!?"):
+            break
+        text = longer
+    return text if _is_prose(text, _TOPIC_WORDS) else ""
+
+
+def _answer(doc: _Doc) -> str:
+    """The first sentence of a public function's docstring; empty: it is not a clean one."""
+    if not doc.is_function or not _public_name(doc):
+        return ""
+    sentences = next(_paragraphs(doc.docstring), [])
+    answer = sentences[0] if sentences else ""
+    if len(sentences) == 1 and answer[-1:].isalnum():
+        answer += "."
+    clean = answer[:1].isupper() and answer.endswith(".") and _is_prose(answer, _ANSWER_WORDS)
+    return answer if clean and not re.search(r"[=<>_\[\]*]|\.\.|https?:", answer) else ""
+
+
+def _public_name(doc: _Doc) -> str:
+    """The name under which a function is imported; empty: it is not exported.
+
+    Many packages keep `package.area.function` in `package/area/_file.py`, NumPy keeps much in `numpy/lib`: public is
+    what the `__init__.py` of the package that it is imported from names.
+    """
+    parts = doc.module.split(".")
+    shown = next((parts[:place] for place, part in enumerate(parts) if part.startswith("_")), parts)
+    if shown == parts:
+        return f"{doc.module}.{doc.name}"
+    shown = ["numpy"] if shown == ["numpy", "lib"] else shown
+    return ".".join([*shown, doc.name]) if doc.name in _exported_names(tuple(shown)) else ""
+
+
+@cache
+def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
+    root = _package_root(package[0])
+    init = root.joinpath(*package[1:], "__init__.py") if root is not None else None
+    return frozenset(re.findall(r"\w+", init.read_text(encoding="utf-8"))) if init and init.is_file() else frozenset()
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------
+
+
+def _without_near_copies(docs: Iterable[_Doc], text_of: Callable[[_Doc], str]) -> list[_Row]:
+    """The first of texts that differ only in names, or in one word of six or more."""
+    seen: set[tuple[str, ...]] = set()
+    kept: list[_Row] = []
+    for doc, text in ((doc, text) for doc in docs if (text := text_of(doc))):
+        words = _masked_words(text)
+        # Texts that differ in one word share the tuple that has a gap in place of that word.
+        gapped = [(*words[:i], "", *words[i + 1 :]) for i in range(len(words))] if len(words) >= 6 else []
+        if seen.isdisjoint(forms := {words, *gapped}):
+            kept.append((doc, text))
+        # A dropped text is remembered too: a chain of small changes is one family.
+        seen |= forms
+    return kept
+
+
+def _masked_words(text: str) -> tuple[str, ...]:
+    """Lower-case words, with a sign in place of each run of identifiers, acronyms and numbers."""
+    words = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
+    return tuple(word for sign, run in groupby(words) for word in ("#" if sign == "#" else list(run)))
+
+
+def _digest(text: str) -> str:
+    """Order and splits come from this digest: stable over runs, and unrelated to what the text says."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _split(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row], list[_Row]]:
+    """Whole source files to test, in digest order, until it has its share; everything else to train."""
+    by_module: dict[str, list[_Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: _digest(row[1])):
+        if len(by_module[row[0].module]) < _ROWS_PER_FILE:
+            by_module[row[0].module].append(row)
+    wanted = _TEST_SHARE * sum(map(len, by_module.values()))
+    train: list[_Row] = []
+    test: list[_Row] = []
+    for module in sorted(by_module, key=_digest):
+        (test if len(test) < wanted else train).extend(by_module[module])
+    if len(rows) < 100 or not train:
+        raise DataError(
+            "The installed packages have too few docstrings for the example; install those of "
+            "constraints-quickstart.txt, with their .py sources"
+        )
+    return _in_order(train)[:most_train], _in_order(test)[:most_test]
+
+
+def _in_order(rows: Iterable[_Row]) -> list[_Row]:
+    """Rows in digest order, which mixes modules and topics."""
+    return sorted(rows, key=lambda row: _digest(row[0].name + row[1]))

@@ -23,7 +23,7 @@ import torch
 
 from fulltune.records.base import Record
 from fulltune.report.format.blocks import Facts, Paragraph, Section, Table
-from fulltune.selfcheck import checks, processes
+from fulltune.selfcheck import checks
 from fulltune.selfcheck.checks import Device, NotHere, Outcome
 from fulltune.system import hardware
 from fulltune.system.run_folder import PACKAGES, hide_progress_bars
@@ -41,7 +41,7 @@ CHECKS: tuple[tuple[str, str, Callable[[Device], Outcome]], ...] = (
     *(("attention", f"sdpa {kind} against eager", partial(checks.sdpa, backend=kind)) for kind in checks.BACKENDS),
     ("attention", "flash_attention_2 against eager", checks.flash_attention_2),
     ("memory", "planned bytes against measured ones, AdamW on 6 M parameters", checks.planned_bytes),
-    ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", processes.all_reduce),
+    ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", checks.all_reduce),
 )
 """Of each what is checked, in a word, and what is run."""
 

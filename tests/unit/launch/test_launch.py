@@ -42,14 +42,6 @@ def test_it_says_what_it_wrote_and_what_submits_it(place: Place) -> None:
         assert path.stat().st_mode & 0o100 == 0o100 * ending.endswith("sh")
 
 
-def test_control_characters_of_the_command_are_escaped_in_its_comment(place: Place) -> None:
-    file = place.work / "a\ab.yaml"
-    assert place.launch("kubernetes", "--output", file).code == 0
-    text = file.read_text(encoding="utf-8")
-    assert r"/a\x07b.yaml" in text.partition("\n")[0]
-    assert of(file)
-
-
 def test_for_says_machines_processes_and_gpus(place: Place) -> None:
     assert place.launch("slurm", "--for", "4x 8x A100-80GB").code == 0
     script = place.written("slurm.sh").read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
 #!/bin/bash
-# {{ job.comment }}
+# Written by fulltune launch
 #SBATCH --job-name={{ job.name }}
 #SBATCH --nodes={{ job.num_machines }}
 #SBATCH --ntasks-per-node=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# {{ job.comment }}
+# Written by fulltune launch
 # Ctrl-C or TERM has all machines save and end, a third one ends them at once. Exit code: that of machine 0.
 # Names are quoted so that nothing in them is expanded:
 # shellcheck disable=SC2016
