@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fulltune.forgetting.budget import certified
 from fulltune.records.comparison import (
     ArmRow,
     Comparison,
@@ -18,10 +17,8 @@ from fulltune.records.comparison import (
     Opening,
     Search,
 )
-from fulltune.records.held import Drift, HeldRun, Point
 from fulltune.records.scores import Estimate, Scores
 from fulltune.report.comparison.numbers import Writer
-from tests.preserved import preserved_record
 
 HOSTILE = (
     "\"</script><img src=x onerror=alert(1)>\" & 'l' | `x` $\\frac{1$ [red]😀 \x1b[31m\u202e שלום\nsecond **line**"
@@ -151,33 +148,6 @@ def undecided(**changes: Any) -> Comparison:
     return comparison(**({"decision": decision} | changes))
 
 
-def held(**changes: Any) -> Comparison:
-    """Of full and LoRA with a budget of 2 % for forgetting, three seeds each: LoRA moves generic text half as far."""
-    arms = tuple(arm for arm in CLASSIFICATION if arm.kind in ("base", "full", "lora"))
-    runs = {
-        arm: {
-            42 + number: preserved(f"{arm}-seed{42 + number}", farthest + 0.004 * number, best) for number in range(3)
-        }
-        for arm, farthest, best in (("full", 0.08, 0.93), ("lora", 0.04, 0.92))
-    }
-    return comparison(arms, **({"held": runs} | changes))
-
-
-def preserved(trial: str, farthest: float, best: float, start: float = 0.62, *, learned: bool = True) -> HeldRun:
-    """A run whose metric and drift rise on a line from the untouched model to these, the drift as the square."""
-    points = tuple(
-        Point(
-            share=share,
-            measured=Drift(drift=farthest * share**2, error=0.002 * share, texts=200),
-            metric=start + (best - start) * share,
-        )
-        for share in (1.0, 0.8, 0.6, 0.4, 0.25, 0.1, 0.0)
-    )
-    chosen = next(point for point in points if point.share == (0.4 if learned else 0.0))
-    found = certified(Drift(drift=0.011, error=0.001, texts=200), 0.02) if learned else None
-    return preserved_record(points, chosen, trial=trial, certificate=found)
-
-
 def hostile() -> Comparison:
     """Text in every place where text can come from outside."""
     arms = tuple(replace(arm, name=HOSTILE) if arm.name == "lora" else arm for arm in CLASSIFICATION)
@@ -189,7 +159,6 @@ def hostile() -> Comparison:
         model=HOSTILE,
         command=HOSTILE,
         findings=(finding("unfair", HOSTILE),),
-        held={arm: {42: preserved(HOSTILE, 0.05, 0.9)} for arm in ("full", HOSTILE)},
         openings=(_opening(HOSTILE), _opening()),
         generic_text=HOSTILE,
         device=HOSTILE,

@@ -44,7 +44,7 @@ def test_verdict_classification_is_said_first_with_the_field_below() -> None:
     assert "took 45 min 12 s in all, 10.0× one full run (4 min 31 s)" in text
 
 
-@pytest.mark.parametrize("made", [comparisons.comparison, comparisons.language, comparisons.held, comparisons.hostile])
+@pytest.mark.parametrize("made", [comparisons.comparison, comparisons.language, comparisons.hostile])
 def test_verdict_fits_80_columns_and_cuts_no_number(made: Callable[[], Comparison]) -> None:
     text = shown(made())
     assert max(cell_len(line) for line in text.splitlines()) <= 80

@@ -12,7 +12,7 @@ from datetime import datetime
 import numpy as np
 
 from fulltune import evaluate, report
-from fulltune.compare import held
+from fulltune.compare import generic
 from fulltune.compare.context import BASE, OPEN, OPENINGS, RECORD, SEALED, Context, settings_of
 from fulltune.compare.lint import lint, of_comparison, rows_in_train
 from fulltune.compare.seeds import SeedRuns, arm_items
@@ -51,29 +51,26 @@ def judge(ran: SeedRuns) -> Comparison:
             kept = outputs.load(context.folder / SEALED / f"{BASE}.npz")
             compared.append(ArmItems(name=BASE, kind="base", trials=[kept], cost=0.0))
         clusters = clusters_of(context.folder / "data" / "test")
-        runs_held = held.of_arms(context.folder, ran.results)
-        decision = _decided(context, compared, clusters, alpha, runs_held)
-        leaks = without_leaks(context, compared, clusters, decision, runs_held)
+        decision = _decided(context, compared, clusters, alpha)
+        leaks = without_leaks(context, compared, clusters, decision)
     full, metric = decision.scores[context.full.arm].value, decision.metric
     note_access(context.folder, context.job.listener, trial=COMPARISON, outcome=None, metric=metric, value=full)
     found = comparison_of(ran, decision, baselines, openings)
-    found = found.model_copy(update={"held": runs_held, "notes": (*found.notes, *leaks)})
+    found = found.model_copy(update={"notes": (*found.notes, *leaks)})
     found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong
     write_model_cards(ran)
     return found
 
 
-def _decided(
-    context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, alpha: float, runs_held: held.Runs
-) -> Decision:
+def _decided(context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, alpha: float) -> Decision:
     recipe = context.recipe
     terms = Terms(context.measure, recipe.compare.margin, recipe.evaluate.confidence, alpha)
     drawn = draw(context.measure, [arm.trials for arm in compared], clusters, SAMPLES)
-    return held.of_learned(decide(compared, drawn, terms), runs_held)
+    return decide(compared, drawn, terms)
 
 
 def without_leaks(
-    context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, decision: Decision, runs_held: held.Runs
+    context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
     """What the verdict would be without the test rows that stand in train; empty: none stands there."""
     seen = in_train(context.folder / "data" / "test")
@@ -87,7 +84,7 @@ def without_leaks(
         replace(arm, trials=[{name: values[~seen] for name, values in kept.items()} for kept in arm.trials])
         for arm in compared
     ]
-    found = _decided(context, unseen, clusters[~seen], decision.alpha, runs_held)
+    found = _decided(context, unseen, clusters[~seen], decision.alpha)
     scores = ", ".join(f"{arm} {format_metric(found.metric, one.value)}" for arm, one in found.scores.items())
     same = found.verdict == decision.verdict
     return [f"{said}{scores}, and {'still' if same else f'not {decision.verdict} but'} {found.verdict}"]
@@ -110,7 +107,7 @@ def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later:
 def untouched(context: Context) -> tuple[Scores, ...]:
     """What costs no training: the untouched language model or the most frequent answer first, then other baselines."""
     folder, writes = context.folder, FACTS[context.recipe.task].writes
-    of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / "predictions" / "generic" / f"{BASE}.npz"
+    of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / generic.FOLDER / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
         keep(context, BASE, outputs.outputs(context.scoring, None, context.texts[0], context.most_tokens, splits))
@@ -190,7 +187,7 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
                 peak_memory_bytes=max(one.peak_memory_bytes for one in found),
                 memory_growth_bytes=max(one.memory_growth_bytes for one in found),
                 saved_bytes=found[0].saved_bytes,
-                moved=held.moved(context.folder, found, BASE, context.recipe.evaluate.confidence),
+                moved=generic.moved(context.folder, found, BASE, context.recipe.evaluate.confidence),
                 seconds_per_row=middle(one.seconds_per_row or 0.0 for one in found),
             )
         )

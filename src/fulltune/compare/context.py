@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune import evaluate, plan
-from fulltune.compare import held
+from fulltune.compare import generic
 from fulltune.compare.rates import Scale
 from fulltune.compare.trial_folder import Clock, changed
 from fulltune.evaluate.scoring import Scoring
@@ -82,12 +82,12 @@ class Context:
     @cached_property
     def texts(self) -> tuple[list[str], str]:
         """Generic ones on which the finished models are compared, and where they come from."""
-        return held.texts(self.recipe)
+        return generic.texts(self.recipe)
 
     @cached_property
     def most_tokens(self) -> int:
         """Of a generic text, for all arms alike."""
-        return held.most_tokens(self.recipe, self.setup(self.full.arm).shapes.position_limit)
+        return generic.most_tokens(self.recipe, self.setup(self.full.arm).shapes.position_limit)
 
     @cached_property
     def measure(self) -> bootstrap.Measure:
@@ -99,8 +99,7 @@ class Context:
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
             num_rows = len({row[PLACE] for row in texts(self.folder / "data" / "eval")})
-        most = held.most_rows(self.recipe)  # that whole runs are measured on
-        return Scale(self.measure.greater_is_better, min(num_rows, most), is_share(self.measure.name))
+        return Scale(self.measure.greater_is_better, num_rows, is_share(self.measure.name))
 
     @cached_property
     def scoring(self) -> Scoring:
@@ -159,11 +158,14 @@ class Context:
         """Sizes, memory and plan of an arm; traced once."""
         if arm not in self._setups:
             method = self._method(arm)
-            recipe = held.recipe_of(self.recipe, method)
+            recipe = self._recipe_of(method)
             model = PlannedModel.of(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
             self._setups[arm] = ArmSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
         return self._setups[arm]
+
+    def _recipe_of(self, method: Any) -> Recipe:
+        return changed(self.recipe.with_method(method), {"preserve": generic.NOT_IN_TRAINING})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
@@ -183,7 +185,7 @@ class Context:
         if trial.searches:
             changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
             changes["save_steps"] = None
-        return changed(held.recipe_of(self.recipe, method, searches=trial.searches), {"train": changes})
+        return changed(self._recipe_of(method), {"train": changes})
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         """The plan of a trial."""

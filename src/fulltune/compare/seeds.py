@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fulltune.compare import budget, held, rates
+from fulltune.compare import budget, rates
 from fulltune.compare.context import FOLDER, OPEN, Context
 from fulltune.compare.sequential import SAMPLES, WAITING_SHARE, look
 from fulltune.compare.trials import clear, is_done, keep_best_model, run_trial
@@ -243,7 +243,7 @@ class SeedRuns:
         most = MOST_WHOLE_RUNS if context.recipe.methods else MOST_WHOLE_RUNS_ALONE
         runs = {search.chosen: first}
         while search.share < first.trial.share:  # else the short trials were whole runs
-            whole = {rate: held.trained_metric(context.folder, one) for rate, one in runs.items()}
+            whole = {rate: one.metric for rate, one in runs.items()}
             rate = rates.next_whole(search, whole, context.scale, may_extend, most)
             if rate is None:
                 break

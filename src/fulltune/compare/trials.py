@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from fulltune import evaluate
+from fulltune.compare import generic
 from fulltune.compare.context import OPEN, SEALED, Context
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
@@ -105,7 +106,7 @@ def keep(context: Context, name: str, found: outputs.Outputs) -> None:
         if split in found.kept:
             outputs.save(context.folder / place / f"{name}.npz", found.kept[split])
     if found.generic is not None:
-        outputs.save(context.folder / "predictions" / "generic" / f"{name}.npz", {"generic": found.generic})
+        outputs.save(context.folder / generic.FOLDER / f"{name}.npz", {"generic": found.generic})
 
 
 def clear(context: Context, trial: Trial) -> None:

@@ -245,14 +245,11 @@ def _preserved(recipe: Recipe) -> list[str]:
     if block.budget is None:
         unread = block.probe is not None and not block.drift and not recipe.methods
         return ["preserve.probe: has no effect with preserve.drift: false; remove one of them"] if unread else []
-    # Beside others one may stand that moves nothing of what reads generic text: it keeps any budget.
-    unmoved = ("base", "head") if recipe.methods else ()
-    other = "compare full and lora" if recipe.methods else "take full or lora"
+    if recipe.methods or recipe.method.kind in SCALABLE:
+        return []
     return [
-        f"{place}.kind: '{method.kind}' cannot be scaled back to the untouched model, which {name} does; {other}, "
-        f"or remove {name}"
-        for place, method in methods_of(recipe)
-        if method.kind not in (*SCALABLE, *unmoved)
+        f"method.kind: '{recipe.method.kind}' cannot be scaled back to the untouched model, which {name} does; take "
+        f"full or lora, or remove {name}"
     ]
 
 

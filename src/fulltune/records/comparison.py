@@ -13,7 +13,6 @@ from pydantic import Field
 
 from fulltune.recipe.methods import ArmKind
 from fulltune.records.base import Record
-from fulltune.records.held import HeldRun
 from fulltune.records.scores import Estimate, Scores
 
 # ---- trials and rates ------------------------------------------------------------------------------------------
@@ -352,8 +351,6 @@ class Comparison(Record):
     """`nats per token` or `1 - cosine`."""
     generic_text: str
     """Where the generic texts come from."""
-    held: dict[str, dict[int, HeldRun]] = Field(default_factory=dict)
-    """With a budget the whole runs that count, of all arms that can be held to one, by their seeds."""
     num_trials: int
     seconds: float
     """Of everything, over all commands that worked on it."""

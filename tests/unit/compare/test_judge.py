@@ -89,9 +89,9 @@ def test_verdict_without_test_rows_that_stand_in_train(
     line.measure, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
     line.recipe.data.near_duplicates = 1.0
     line.summary.columns = {"text": "t"}
-    decision = conclude._decided(line, arms, rows, 0.05, {})
+    decision = conclude._decided(line, arms, rows, 0.05)
     with mock.patch.object(conclude, "in_train", return_value=rows < leaked):
-        assert without_leaks(line, arms, rows, decision, {}) == expected
+        assert without_leaks(line, arms, rows, decision) == expected
 
 
 def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:

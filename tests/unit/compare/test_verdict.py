@@ -7,13 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fulltune.compare.held import of_learned
 from fulltune.compare.verdict import ArmItems
 from fulltune.recipe.methods import ArmKind
 from fulltune.records.comparison import Decision
 from fulltune.stats.bootstrap import measure_of
 from fulltune.tasks import Target
-from tests import comparisons
 from tests.unit.compare.arms import arm, decided, drawn_right
 
 ROWS = 4000
@@ -154,23 +152,3 @@ def test_arm_that_waited_is_tested_at_its_part_of_alpha() -> None:
     quarter = decided([full, lora], alpha=0.0125)
     assert part.differences[0].adjusted_low < whole.differences[0].adjusted_low
     assert part.differences[0].adjusted_low == pytest.approx(quarter.differences[0].adjusted_low)
-
-
-def test_untouched_model_that_a_budget_left_is_not_recommended() -> None:
-    found = decision({"full": 0.9, "lora": 0.9}, margin=0.05)
-    assert found.recommended == "lora"
-
-    def untouched(arm: str, *seeds: int) -> Decision:
-        one = comparisons.preserved(arm, 0.05, 0.9, learned=False)
-        return of_learned(found, {arm: dict.fromkeys(seeds, one)})
-
-    part = untouched("lora", 2)
-    assert (part.verdict, part.recommended) == (found.verdict, "lora")
-    assert part.notes[-1].startswith("lora (seed 2): nothing within the budget for forgetting was better than the")
-    whole = untouched("lora", 1, 2, 3)
-    assert (whole.verdict, whole.recommended) == ("UNDECIDED", "")
-    assert whole.notes[-1].startswith("lora (seeds 1, 2 and 3): nothing within the budget")
-    assert whole.headline.startswith("Within the budget for forgetting lora is the untouched model")
-    assert "preserve.budget" in whole.would_decide[0]
-    assert untouched("full", 1, 2, 3).recommended == "lora"
-    assert of_learned(found, {}) == found

@@ -9,13 +9,10 @@ import pytest
 
 from fulltune import report
 from fulltune.errors import SetupError
-from fulltune.forgetting.budget import best
 from fulltune.records.comparison import Comparison
-from fulltune.records.held import Drift, HeldRun
 from fulltune.report.comparison import content, numbers
 from fulltune.report.comparison.content import plots
 from fulltune.report.comparison.numbers import Writer
-from fulltune.report.format import words
 from tests import comparisons
 from tests.unit.report.test_write import Page
 
@@ -246,58 +243,3 @@ def test_writer_has_no_minus_zero_and_no_needless_digits() -> None:
     assert Writer("accuracy", 0.001).difference(0.00123) == "+0.12"
     assert Writer("perplexity", 0.01).value(12.3456) == "12.35"
     assert Writer("loss", 0.01).value(float("nan")) == "not finite"
-
-
-# ---- a budget for forgetting -----------------------------------------------------------------------------------
-
-
-def test_held_comparison_says_which_method_forgets_less(tmp_path: Path) -> None:
-    markdown, html = cards(tmp_path, comparisons.held())
-    answer = (
-        "At accuracy 92.0% on the eval rows, the best that all runs of both reach, full has moved generic text by "
-        "7.91%, lora by 4.40%: full by 3.51% more (standard error 0.42%, over seeds and texts). On generic text "
-        "lora forgets less here: take it where that matters."
-    )
-    for text in (markdown, Page(html).text):
-        assert answer in text
-    kept = "40.0% of the way from the untouched to the trained model"
-    assert ["lora", "43", "PASS", "1.26%", kept, "74.0%"] in cells(markdown, "lora")
-    assert 'aria-label="accuracy by drift on generic text"' in html
-    again = tmp_path / "again"
-    again.mkdir()
-    (again / "proof.json").write_bytes((tmp_path / "proof.json").read_bytes())
-    report.write_comparison(again / "proof.json")
-    assert (again / "card.md").read_text(encoding="utf-8") == markdown
-
-
-def test_held_comparison_says_where_the_untouched_model_was_kept_and_where_no_difference_can_be_told(
-    tmp_path: Path,
-) -> None:
-    one, other = (comparisons.preserved(f"{arm}-seed42", 0.05, 0.9) for arm in ("full", "lora"))
-    nothing = comparisons.preserved("lora-seed43", 0.05, 0.6, learned=False)
-
-    def held(*runs: HeldRun) -> str:
-        made: dict[str, dict[int, HeldRun]] = {}
-        for run in (one, *runs):
-            made.setdefault(run.trial.partition("-")[0], {})[int(run.trial[-2:])] = run
-        return cards(tmp_path, comparisons.held(held=made))[0]
-
-    assert "over texts; the spread between seeds is not known). On generic text no difference can be told" in held(
-        other
-    )
-    markdown = held(other, nothing)
-    assert ["lora", "43", "infeasible", "–", "the untouched model", "62.0%"] in cells(markdown, "lora")
-    assert "full and lora cannot be compared at the same accuracy: a run of theirs is nowhere better than" in markdown
-
-
-def test_point_that_is_only_as_good_as_the_untouched_model_is_kept_and_certified_all_the_same() -> None:
-    made = comparisons.preserved("full-seed42", 0.05, 0.9)
-    end = made.end.model_copy(
-        update={"metric": made.start.metric, "measured": Drift(drift=-0.01, error=0.0, texts=200)}
-    )
-    chosen = best([made.start, end], made.limit, greater_is_better=True)
-    assert chosen == end
-    found = made.model_copy(update={"points": (made.start, end), "chosen": chosen})
-    assert (found.gain_of(found.chosen), found.is_feasible, words.certificate(found)) == (0.0, True, "PASS")
-    untouched = comparisons.preserved("full-seed42", 0.05, 0.9, learned=False)
-    assert (untouched.is_feasible, words.certificate(untouched)) == (False, "infeasible")

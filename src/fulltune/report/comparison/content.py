@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fulltune.records.comparison import ArmRow, Comparison, Decision, Difference, Search
-from fulltune.report.comparison import held
 from fulltune.report.comparison.numbers import NOTHING, Writer, fine_share, ratio, short, short_count
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -38,7 +37,6 @@ def build(comparison: Comparison, picture: str = "") -> Report:
         _why(comparison),
         Section("field", "The methods", _methods(comparison)),
         _plot(comparison, picture),
-        held.section(comparison),
         Section("fairness", "Fairness", (_fairness(comparison),)),
         how(comparison),
         Section("again", "Make it again", (Code(comparison.command, "sh"), _MADE_FROM)),
@@ -59,7 +57,6 @@ def in_short(comparison: Comparison) -> list[Headline | Section | Block]:
         _headline(comparison),
         _why(comparison),
         Section("field", "The methods", _methods(comparison)),
-        held.in_short(comparison),
         Section("fairness", "Fairness", (_fairness(comparison),)),
         Section("how", "How it was made", (Facts(tuple(one for one in facts(comparison) if one[0] == "took")),)),
     )
@@ -171,7 +168,7 @@ def _quality(comparison: Comparison) -> Table:
                 write.estimate(row.metric),
                 "reference" if row.kind == "full" else behind.get(row.arm, NOTHING),
                 NOTHING if row.gain_share is None else fine_share(row.gain_share),
-                held.cell(row),
+                NOTHING if row.moved is None else format_number(row.moved.value),
                 NOTHING if row.search is None else chosen_rate(row.search),
                 str(len(row.seeds) or NOTHING),
             )
@@ -182,11 +179,11 @@ def _quality(comparison: Comparison) -> Table:
     caption = (
         f"Quality on the sealed test rows. {recommended}{write.name}: mean over seeds, with its {level} interval over "
         f"{spread}. The difference's interval holds for all deciding methods together; above 0 full is better. "
-        f"{held.about_column(comparison)}. *: best rate at the edge of those tried"
+        f"Moved: {comparison.moved_unit} on generic text. *: best rate at the edge of those tried"
     )
     better = f"full is better by{' [points]' if write.in_points else ''}"
     metric = f"{write.name} [{level}]"
-    header = ("method", "parameters updated", metric, better, "of full's gain", held.COLUMN, "rate", "seeds")
+    header = ("method", "parameters updated", metric, better, "of full's gain", "moved", "rate", "seeds")
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
@@ -332,7 +329,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("could find", _could_find(comparison)),
         ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
-        held.fact(comparison),
+        ("moved", f"{comparison.moved_unit} against the untouched model, on {comparison.generic_text}"),
         ("started", comparison.started),
     ]
     return [(name, value) for name, value in found if value]

@@ -79,13 +79,10 @@ class CostPlot:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind, and lines that join some."""
+    """Points of one kind."""
 
     name: str
     points: tuple[tuple[float, float], ...]
-    lines: tuple[tuple[tuple[float, float], ...], ...] = ()
-    is_full: bool = False
-    """Drawn as squares."""
     filled: bool = False
 
 
@@ -244,12 +241,10 @@ def series_plot(
     markers = itertools.cycle("o^Dv")
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         for one in series:
-            colour, marker = BLUE if one.filled else QUIET, "s" if one.is_full else next(markers)
+            colour, marker = BLUE if one.filled else QUIET, next(markers)
             if places := [place for place in one.points if all(map(math.isfinite, place))]:
                 look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if one.filled else PAGE}
                 axes.plot(*zip(*places, strict=True), marker=marker, linewidth=0, label=_short(one.name), **look)
-            for line in one.lines:
-                axes.plot(*zip(*line, strict=True), linewidth=1.25, color=colour, zorder=1)
         axes.axvline(marked, **_LIMIT)
         axes.set_xlabel(across)
         if across == LEARNING_RATE:
