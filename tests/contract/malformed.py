@@ -25,7 +25,7 @@ from tests import tiny
 
 FORMS = (
     *("csv", "tsv", "json", "jsonl", "parquet", "arrow", "feather"),
-    *("txt", "conll", "images", "pictures", "chat", "questions", "unusual"),
+    *("txt", "conll", "images", "pictures", "chat", "questions"),
 )
 """Formats, each as often as the others."""
 KINDS = ("words", "numbers", "regression", "multi_label")
@@ -73,8 +73,6 @@ class Case:
     oddities: list[str] = field(default_factory=list)
     """What is unusual and harmless."""
     most_lost: int = MOST_LOST
-    notes: list[str] = field(default_factory=list)
-    """What must be noted where the file is read."""
     is_wild: bool = False
     """Bytes were changed at random: nobody knows which rows are still right."""
 
@@ -94,7 +92,6 @@ class Outcome:
     """Place, text, label and decoded tokens of each row; None where its tokens are not the whole text."""
     listed: tuple[tuple[str, str], ...] = ()
     """Place and reason."""
-    notes: tuple[str, ...] = ()
 
 
 # ---- the oracle ------------------------------------------------------------------------------------------------
@@ -134,7 +131,6 @@ def _judge_use(case: Case, outcome: Outcome) -> list[str]:
     if case.is_wild:
         return []
     found = [f"accepted, though: {flaw.what}" for flaw in case.refusals]
-    found += [f"not noted: {due}" for due in case.notes if not any(due in note for note in outcome.notes)]
     written = {row.place: row for row in case.rows}
     listed = dict(outcome.listed)
     used = {place: (text, label, tokens) for place, text, label, tokens in outcome.used}
@@ -816,123 +812,6 @@ def _picture(draw: random.Random) -> bytes:
     return buffer.getvalue()
 
 
-# ---- what is easily taken for something else -------------------------------------------------------------------
-
-
-def _unusual(draw: random.Random, folder: Path) -> Case:
-    """A file of another kind or encoding, files put together, rows between stray quotes, labels of an odd form."""
-    kinds: dict[str, Callable[[random.Random, Path], Case]] = {
-        "another kind": _another_kind,
-        "an encoding": _encoding,
-        "a header again": _header_again,
-        "stray quotes": _stray_quotes,
-        "odd labels": _odd_labels,
-    }
-    return kinds[draw.choice(list(kinds))](draw, folder)
-
-
-def _plain(folder: Path, sign: str = ",", word: str = "in") -> tuple[Case, list[str]]:
-    """A csv or tsv file of ordinary rows, and its lines."""
-    case = Case(folder, "text-classification", folder / ("rows.tsv" if sign == "\t" else "rows.csv"))
-    lines = [f"text{sign}label"]
-    for number in range(NUM_ROWS):
-        row = Written(f"the rain {word} the town number {number}", CLASSES["words"][number % 2])
-        row.place = f"{case.path.name}:{number + 2}"
-        case.rows.append(row)
-        lines.append(f"{row.text}{sign}{row.label}")
-    return case, lines
-
-
-def _another_kind(draw: random.Random, folder: Path) -> Case:
-    case, lines = _plain(folder)
-    content = "\n".join([*lines, ""])
-    page = "<html>\n<body>\n<p>Log in, please</p>\n</body></html>\n"
-    kinds = {
-        "tar": b"rows.csv".ljust(257, b"\0") + b"ustar\x0000".ljust(255, b"\0") + content.encode(),
-        "sqlite": b"SQLite format 3\0".ljust(4096, b"\1") + content.encode(),
-        "page": draw.choice(("", "\n", "<!DOCTYPE html>\n")).encode() + page.encode(),
-        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        "comments": b"# of monday, by me\n#\n" + content.encode(),
-        "utf-32": content.encode("utf-32"),
-        "pdf": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + content.encode(),
-    }
-    what = draw.choice(list(kinds))
-    case.refusals.append(Flaw(what, case.path.name))
-    if what == "pointer":
-        case.path = folder / draw.choice(("rows.csv", "rows.parquet", "rows.jsonl", "rows.arrow"))
-        case.refusals = [Flaw(what, case.path.name)]
-    case.path.write_bytes(kinds[what])
-    return case
-
-
-def _encoding(draw: random.Random, folder: Path) -> Case:
-    name = draw.choice(
-        ("cp1252", "latin-1", "utf-16", "utf-16-le", "utf-32", "shift_jis", "koi8-r", "UTF8", "mac_roman")
-    )
-    word = {"shift_jis": "雨", "koi8-r": "дождь"}.get(name, "für")
-    case, lines = _plain(folder, draw.choice(",\t;"), word)
-    case.path.write_bytes((draw.choice(("\n", "\r\n")).join(lines) + "\n").encode(name))
-    if draw.random() < 0.5:
-        case.settings["encoding"] = name
-    elif name != "UTF8":
-        case.refusals.append(Flaw(name, f"{case.path.name}:{1 if 'utf' in name else 2}"))
-    return case
-
-
-def _header_again(draw: random.Random, folder: Path) -> Case:
-    case, lines = _plain(folder, draw.choice(",\t"))
-    at = draw.randrange(1, len(lines))
-    lines.insert(at, draw.choice(("", "\ufeff")) + lines[0])
-    case.refusals.append(Flaw("a header again", f"{case.path.name}:{at + 1}"))
-    case.path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return case
-
-
-def _stray_quotes(draw: random.Random, folder: Path) -> Case:
-    sign = draw.choice(",\t;")
-    case, lines = _plain(folder, sign)
-    first = draw.randrange(NUM_ROWS - 12)
-    last = first + draw.randrange(1, 12)
-    one, other = case.rows[first], case.rows[last]
-    within = "\n".join(lines[first + 1 : last + 2]).removesuffix(f"{sign}{other.label}")
-    case.rows[first : last + 1] = [Written(within, other.label, one.place)]
-    lines[first + 1] = f'"{lines[first + 1]}'
-    lines[last + 1] = f'{other.text}"{sign}{other.label}'
-    case.notes.append(f"{one.place}: {last - first + 1} lines of this row")
-    end = draw.choice(("\n", "\r\n"))
-    case.rows[first].text = within.replace("\n", end)
-    case.path.write_text(end.join([*lines, ""]), encoding="utf-8", newline="")
-    return case
-
-
-def _odd_labels(draw: random.Random, folder: Path) -> Case:
-    """Labels of a form that no task has: all rows have one, or a few."""
-    case = Case(folder, "text-classification", folder / "rows.jsonl")
-    kinds: dict[str, list[Any]] = {
-        "shares": [[0.1, 0.9], [0.7, 0.3], [0.5, 0.5]],
-        "one-hot": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-        "nested": [[["a"], "b"], [["b"], "a"], [["a", "b"], "b"]],
-        "objects": [{"a": 1}, {"b": 1}, {"a": 2}],
-    }
-    what = draw.choice(list(kinds))
-    lines = []
-    for number in range(NUM_ROWS):
-        row = Written(f"rain number {number}", CLASSES["words"][number % 2], f"{case.path.name}:{number + 1}")
-        case.rows.append(row)
-        lines.append(json.dumps({"text": row.text, "label": kinds[what][number % 3]}))
-    case.refusals.append(Flaw(what, case.path.name))
-    if draw.random() < 0.3:  # JSON has no such numbers, Python's reader has
-        case.refusals = []
-        lines = [json.dumps({"text": row.text, "label": row.label}) for row in case.rows]
-        lost = _pick(draw, case.rows)
-        lost.lost = "not a class"
-        lines[case.rows.index(lost)] = (
-            f'{{"text": "{lost.text}", "label": {draw.choice(("Infinity", "-Infinity", "NaN"))}}}'
-        )
-    case.path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return case
-
-
 # ---- cases -----------------------------------------------------------------------------------------------------
 
 
@@ -962,8 +841,6 @@ def make(seed: int, folder: Path, wild: bool = False) -> Case:
             return _pictures(draw, folder)
         case "chat" | "questions":
             return _nested(draw, folder, suffix)
-        case "unusual":
-            return _unusual(draw, folder)
         case _:
             case = _table(draw, folder, suffix, wild)
     if draw.random() < 0.15:
@@ -1035,7 +912,7 @@ def outcome_of(case: Case, folder: Path, processor: Any) -> Outcome:
                 used[place] = (place, text, label, _decoded(case, features, processor))
     lines = (folder / "dropped.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     listed = [(item["place"], item["reason"]) for item in map(json.loads, lines)]
-    return Outcome(used=tuple(used.values()), listed=tuple(listed), notes=summary.notes)
+    return Outcome(used=tuple(used.values()), listed=tuple(listed))
 
 
 def _seen(case: Case, row: dict[str, Any], features: Any, labels: Sequence[str]) -> tuple[Any, Any]:

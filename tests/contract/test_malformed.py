@@ -16,7 +16,6 @@ from tests import tiny
 from tests.contract import malformed
 
 COUNT = 104
-JSON_LINES, TABLES = (range(malformed.FORMS.index(form), COUNT, len(malformed.FORMS)) for form in ("jsonl", "parquet"))
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from fulltune.text import counted, listed
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _KEPT = 10
 _EMPTY = "is empty"
 
@@ -96,7 +97,10 @@ def time_of(cell: object) -> tuple[str, float]:
     if cell is None or is_nothing or (isinstance(cell, str) and is_blank(cell)):
         raise ValueError(_EMPTY)
     try:
-        value = _parsed(cell.strip()) if isinstance(cell, str) else cell
+        value = cell
+        if isinstance(cell, str):
+            is_number, is_day = _NUMBER.fullmatch(text := cell.strip()), _DAY.fullmatch(text)
+            value = float(text) if is_number else (date if is_day else datetime).fromisoformat(text)
         if isinstance(value, datetime):
             if value.tzinfo is None:
                 return "date-time", (value.replace(tzinfo=UTC) - _EPOCH).total_seconds()
@@ -108,15 +112,6 @@ def time_of(cell: object) -> tuple[str, float]:
     except (ValueError, OverflowError):
         pass
     raise ValueError("holds no time")
-
-
-def _parsed(text: str) -> date | float:
-    if _NUMBER.fullmatch(text):
-        return float(text)
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        return datetime.fromisoformat(text)
 
 
 def time_in_words(kind: str, time: float) -> str:

@@ -37,10 +37,9 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str],
     try:
         # Not splitlines: a text may have other signs that end a line.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise DataError(f"{setting}: {path}: is not UTF-8; {expected}") from None
-    except OSError as error:
-        raise DataError(f"{setting}: {path}: cannot be read ({error.strerror}); {expected}") from None
+    except (UnicodeDecodeError, OSError) as error:
+        reason = getattr(error, "strerror", "it is not UTF-8")
+        raise DataError(f"{setting}: {path}: cannot be read ({reason}); {expected}") from None
     found: dict[tuple[str, str], RowDecision] = {}
     problems: list[str] = []
     for number, line in enumerate(lines, start=1):
@@ -53,13 +52,12 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str],
             said = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
             problems.append(f'{where}: is no decision{said}; expected {{"row": "...", "remedy": {{"action": "drop"}}}}')
             continue
-        if one.remedy.action == "replace" and (one.remedy.column is None or not _is_cell(one.remedy.value)):
+        is_cell = one.remedy.value is not None and not isinstance(one.remedy.value, dict)
+        if one.remedy.action == "replace" and (one.remedy.column is None or not is_cell):
             problems.append(f"{where}: replaces something; expected 'column', and a text, number or list as 'value'")
         found[one.key] = one
-    if len(problems) > _SHOWN:
-        raise DataError([*problems[:_SHOWN], f"{setting}: {path}: {counted(len(problems), 'such line')}; {expected}"])
     if problems:
-        raise DataError(problems)
+        raise DataError([*problems[:_SHOWN], f"{setting}: {path}: {counted(len(problems), 'such line')}; {expected}"])
     return found
 
 
@@ -67,10 +65,6 @@ def first_problem(error: ValidationError) -> str:
     """`remedy.action: found 'Keep'`."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: found {first['input']!r:.60}"
-
-
-def _is_cell(value: Any) -> bool:
-    return value is not None and not isinstance(value, dict)
 
 
 def save_patch(path: Path, decisions: Iterable[RowDecision]) -> None:

@@ -215,18 +215,12 @@ def targets_of(
     block: DataBlock, task: Task, target: Target, sources: Mapping[SourceName, SourceRows]
 ) -> dict[SourceName, Target]:
     """What each source holds: the same as the train rows, or of a mixed one a form of its own, where the task has some.
-    Raises `DataError` for each mixed source in which no form is found."""
-    targets: dict[SourceName, Target] = dict.fromkeys(sources, target)
-    problems: list[str] = []
-    for name, source in sources.items():
-        if is_mixed(name) and task.FACTS.has_forms:
-            try:
-                targets[name] = _own_form(block, task, source)
-            except DataError as error:
-                problems += error.problems
-    if problems:
-        raise DataError(problems)
-    return targets
+    Raises `DataError` for a mixed source in which no form is found."""
+    has_forms = task.FACTS.has_forms
+    return {
+        name: _own_form(block, task, source) if has_forms and is_mixed(name) else target
+        for name, source in sources.items()
+    }
 
 
 def _own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:

@@ -29,15 +29,11 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".
 def data_files(path: Path) -> list[Path]:
     """A data file itself, or the data files in a folder, sorted. Raises `DataError` when there is none, or it is empty
     or of an unknown kind."""
-    _refuse_name(path)
-    with reading(path):
-        try:
-            status = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise DataError(_no_such_file(path)) from None
-        if stat.S_ISDIR(status.st_mode):
+    status = _status(path)
+    if stat.S_ISDIR(status.st_mode):
+        with reading(path):
             return _files_in(path)
-    _refuse_no_file(path, status.st_mode)
+    _refuse_no_file(path, status)
     if path.suffix.lower() in _PACKED:
         raise DataError(_packed(path))
     if not is_data(path):
@@ -66,33 +62,24 @@ def _files_in(folder: Path) -> list[Path]:
     listed = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     names = {file.name for file in listed}
     if "dataset_dict.json" in names:  # what DatasetDict.save_to_disk writes
-        splits = sorted(file.name for file in listed if (file / "state.json").exists())
-        first = next((split for split in splits if "train" in split), *splits[:1] or ["train"])
         raise DataError(
-            f"{folder}: is a folder of several data sets ({', '.join(splits)}), expected one; name them one by one, "
-            f"for example data.train: {folder / first}"
+            f"{folder}: is a folder of several data sets, expected one; name them one by one, for example data.train: "
+            f"{folder / 'train'}"
         )
     if names >= _ABOUT_ROWS:  # what Dataset.save_to_disk writes: the rest is about the rows
         listed = [file for file in listed if file.suffix.lower() != ".json"]
     files = [file for file in listed if file.suffix.lower() in SUFFIXES]
-    if not files and (by_name := [file for file in listed if file.suffix.lower() in ONLY_BY_NAME]):
-        raise DataError(
-            f"{folder}: files such as {printable(by_name[0].name)} are not taken from a folder; name them one by one, "
-            f"for example data.train: [{', '.join(printable(file) for file in by_name[:2])}]"
-        )
     # Left alone, its rows would be missing in silence.
     packed = [file for file in listed if file.suffix.lower() in _PACKED and is_data(Path(file.stem))]
     if not files and not packed:
         raise DataError(
-            f"{folder}: no data file in this folder; expected {_KINDS}, and none is taken from a deeper folder: name "
-            "another folder, or a file"
+            f"{folder}: no data file in this folder; expected {_KINDS}: name another folder, or files one by one, as "
+            f"those in deeper folders and of the kinds {', '.join(ONLY_BY_NAME)}"
         )
     problems = [_packed(file) for file in packed]
     for file in files:
         try:
-            _refuse_name(file)
-            with reading(file):
-                _refuse_no_file(file, _mode(file))
+            _refuse_no_file(file, _status(file))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -109,16 +96,20 @@ def _packed(file: Path) -> str:
     return f"{printable(file)}: is packed ('{file.suffix}'), expected {_KINDS}; unpack it, and name what was in it"
 
 
-def _mode(file: Path) -> int:
-    try:
-        return file.stat().st_mode
-    except FileNotFoundError:
-        raise DataError(_no_such_file(file)) from None
+def _status(path: Path) -> os.stat_result:
+    """What the system says of a path. Raises `DataError` where there is none, or a name that is not UTF-8."""
+    if not is_utf8(path):
+        raise DataError(f"{printable(path)}: the name is not UTF-8, expected one that is; rename it")
+    with reading(path):
+        try:
+            return path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(_no_such_file(path)) from None
 
 
-def _refuse_no_file(file: Path, mode: int) -> None:
+def _refuse_no_file(file: Path, status: os.stat_result) -> None:
     """Who opens a pipe waits for whoever writes into it, and some devices never end."""
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise DataError(
             f"{file}: is a folder, a pipe, a socket or a device, expected a file; rename it, or write what it "
             "gives into a file, and name that"
@@ -168,11 +159,6 @@ def printable(path: str | Path) -> str:
 def is_utf8(name: str | Path) -> bool:
     """Whether a name on disk is UTF-8 and can be written down."""
     return printable(name) == str(name)
-
-
-def _refuse_name(path: Path) -> None:
-    if not is_utf8(path):
-        raise DataError(f"{printable(path)}: the name is not UTF-8, expected one that is; rename it")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------
