@@ -67,6 +67,12 @@ def test_curve_wide_range_uses_a_log_scale_but_not_for_the_learning_rate() -> No
     assert "log scale" not in learning_curve("learning rate", points, "learning_rate")
 
 
+def test_rates_are_written_below_a_log_scale() -> None:
+    series = plots.Series("short runs", ((1e-5, 0.5), (2e-4, 0.7), (1e-3, math.nan)))
+    drawing = plots.series_plot("title", [series], "accuracy", plots.LEARNING_RATE, 2e-4).svg
+    assert {"1e-05", "0.0002", "0.001"} <= {text.text for text in texts(drawing)}
+
+
 def test_interval_plot_shows_names_whole() -> None:
     names = ["nearest centroid (frozen embeddings of 10,000 train rows)", "a " + "very long name of a method " * 4, "x"]
     drawing = interval_plot(*(Mark(name, 0.9, 0.88, 0.92, "90.0%", filled=True) for name in names))

@@ -248,7 +248,10 @@ def series_plot(
         axes.axvline(marked, **_LIMIT)
         axes.set_xlabel(across)
         if across == LEARNING_RATE:
+            rates = sorted({rate for one in series for rate, _ in one.points})
             axes.set_xscale("log")
+            axes.set_xticks(rates, [f"{rate:.1g}" for rate in rates])
+            axes.set_xticks([], minor=True)
         _style_axes(axes, metric, "y")
         _legend(figure, axes)
         return _drawn(figure, title, said)
