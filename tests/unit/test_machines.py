@@ -479,10 +479,10 @@ def test_killed_here_and_failed_there_is_killed(tmp_path: Path) -> None:
 def test_with_a_lost_machine_the_attempt_is_made_again_as_it_was() -> None:
     plan = plans.plan()
     lost = Outcome(status="lost", reason="machine 1 (b) was lost", trial=plan.trial, attempt=1)
-    following = next_attempt.next_attempt(plans.recipe(), plan, [lost] * next_attempt.MOST_LOST)
+    following = next_attempt.next_attempt(plans.recipe(), plan, [lost] * next_attempt.MOST["lost"])
     assert following is not None
     assert (following.plan, following.resume) == (plan, True)
-    assert next_attempt.next_attempt(plans.recipe(), plan, [lost] * (next_attempt.MOST_LOST + 1)) is None
+    assert next_attempt.next_attempt(plans.recipe(), plan, [lost] * (next_attempt.MOST["lost"] + 1)) is None
 
 
 def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Outcome
 from fulltune.train.parent.next_attempt import (
-    MOST_KILLS,
+    MOST,
     NextAttempt,
     killed_too_often,
     next_attempt,
@@ -164,9 +164,9 @@ def test_killed_goes_on_as_it_was_some_times_and_is_never_taken_for_memory() -> 
     why = "the training process was killed (SIGKILL)"
     killed = outcome("killed", phase="evaluation", reason=why)
     said = f"{why}; going on from the last whole checkpoint"
-    for kills in range(1, MOST_KILLS + 1):
+    for kills in range(1, MOST["killed"] + 1):
         assert next_attempt(recipe(), plan(), [killed] * kills) == NextAttempt(plan(), True, said)
-    assert next_attempt(recipe(), plan(), [killed] * (MOST_KILLS + 1)) is None
+    assert next_attempt(recipe(), plan(), [killed] * (MOST["killed"] + 1)) is None
     for fact in (why, "5 times in this command", "without a sign that memory ran out", "train.micro_batch_size"):
         assert fact in killed_too_often(killed)
 

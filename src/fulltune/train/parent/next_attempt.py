@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, what_helps
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryNeed, Phase, Plan, Setting
-from fulltune.records.training import Outcome
+from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.stats.curves import without_cause
 from fulltune.system.memory import asked_bytes
 from fulltune.text import format_bytes
 from fulltune.train.loop.guards import rate_factor
 
-MOST_KILLS = 4
-MOST_LOST = 20
-"""Machines that can be taken away at any time are lost more often than processes are killed."""
+MOST: dict[OutcomeStatus, int] = {"hung": 1, "killed": 4, "lost": 20}
+"""How often a command goes on as it was. Machines that can be taken away at any time are lost more often than processes
+are killed."""
 _MARK = "; memory ran out"
 _WHERE: dict[Phase | None, str] = {
     None: "",
@@ -53,13 +53,9 @@ def unknown(plan: Plan) -> None:
 def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Need = unknown) -> NextAttempt | None:
     """Choose the remedy for the last outcome of this command's attempts, or None when there is none."""
     last = history[-1]
-    if last.status == "hung" and sum(outcome.status == "hung" for outcome in history) == 1:
-        return NextAttempt(plan, resume=True, reason=f"{last.reason}; going on from the last whole checkpoint")
-    if last.status == "lost" and sum(outcome.status == "lost" for outcome in history) <= MOST_LOST:
-        reason = f"{last.reason}; going on from the last whole checkpoint when all machines are there"
-        return NextAttempt(plan, resume=True, reason=reason)
-    if last.status == "killed" and sum(outcome.status == "killed" for outcome in history) <= MOST_KILLS:
-        return NextAttempt(plan, resume=True, reason=f"{last.reason}; going on from the last whole checkpoint")
+    if sum(outcome.status == last.status for outcome in history) <= MOST.get(last.status, 0):
+        there = " when all machines are there" if last.status == "lost" else ""
+        return NextAttempt(plan, True, f"{last.reason}; going on from the last whole checkpoint{there}")
     if last.status != "out_of_memory":
         return None
     seen = sum(outcome.status == "out_of_memory" and outcome.phase == last.phase for outcome in history)
@@ -120,7 +116,7 @@ def _noted(before: Plan, changes: Changes, last: Outcome) -> tuple[Setting, ...]
 def killed_too_often(last: Outcome) -> str:
     """What a person reads when something kills the training again and again."""
     return (
-        f"{last.reason}; so it was {MOST_KILLS + 1} times in this command, without a sign that memory ran out: a "
+        f"{last.reason}; so it was {MOST['killed'] + 1} times in this command, without a sign that memory ran out: a "
         "person, a scheduler or a watcher of memory (earlyoom, systemd-oomd) may do that; see to that, then the same "
         "command goes on from the last checkpoint, or, if memory is short, with a smaller train.micro_batch_size"
     )
