@@ -50,7 +50,7 @@ def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
         check(recipe(placement="zero2"))
     with pytest.raises(ValueError, match="use_liger_kernel and torch_compile both fuse the same; give one of them"):
         recipe(torch_compile=True)
-    with pytest.raises(RecipeError, match="Liger's kernels run on GPUs alone; remove it"):
+    with pytest.raises(RecipeError, match="use_liger_kernel runs on GPUs alone"):
         resolve.refuse_kernels(recipe(), SimpleNamespace(gpus=()), "cpu", "bf16")  # type: ignore[arg-type]  # has no card
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"needs a package that is missing; pip install 'fulltune\[liger\]'"):

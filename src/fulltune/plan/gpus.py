@@ -273,13 +273,12 @@ def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at:
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     kinds = Counter(gpu.name for gpu in machine.gpus)
     gpus = "".join(f"{count}x {name}, " for name, count in kinds.items())
-    several, alike = num_machines > 1, "" if machine.differs else " like this one"
-    named = f"{num_machines} machines{alike}, each" if several else "this machine:"
+    named = f"{num_machines} machines like this one, each" if num_machines > 1 else "this machine:"
     return Fleet(
         name=f"{named} {gpus}{machine.num_cores} cores, {machine.memory_bytes / GIB:,.0f} GiB",
         machine=machine,
         num_machines=num_machines,
-        assumed=(NETWORK_ASSUMED,) if several else (),
+        assumed=(NETWORK_ASSUMED,) if num_machines > 1 else (),
         gpu_model=model,
         disk_bytes=disk_free_bytes,
         disk_at=disk_at,

@@ -40,10 +40,6 @@ SHORTEST = 128
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
 
 
-def _nothing(recipe: Recipe, now: MemorySettings) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Lever:
     """One thing that saves memory."""
@@ -55,7 +51,7 @@ class Lever:
     changes: Changes = field(default_factory=dict)
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
     """In place of `changes` where they depend on what is: the mildest first."""
-    unless: Callable[[Recipe, MemorySettings], str] = _nothing
+    unless: Callable[[Recipe, MemorySettings], str] = lambda recipe, now: ""
     """What stands against it, beyond what holds for all levers; empty: nothing."""
     in_engine: str = ""
     """Why it cannot be had in an engine (ZeRO); empty: it can."""
@@ -141,24 +137,8 @@ def _no_smaller_batch(recipe: Recipe, now: MemorySettings) -> str:
     return f"{ENGINE_SETTINGS} gives the micro batch; write {sharing.AUTO!r} there"
 
 
-def _half_eval_batch(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    return [{"eval_batch_size": now.eval_batch_size // 2}] if now.eval_batch_size > 1 else []
-
-
 def _half_precision(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     return [{"precision": "bf16" if now.fast_bf16 else "fp16"}]
-
-
-def _computes_in_16_bits(recipe: Recipe, now: MemorySettings) -> str:
-    return "the weights are of 16 bits already" if now.weights_dtype != "fp32" else ""
-
-
-def _no_pieces(recipe: Recipe, now: MemorySettings) -> str:
-    return whole_logits(recipe, now.plain_logits)
-
-
-def _no_recomputing(recipe: Recipe, now: MemorySettings) -> str:
-    return "" if now.can_recompute else "this model cannot recompute its activations"
 
 
 def _no_narrow_weights(recipe: Recipe, now: MemorySettings) -> str:
@@ -188,7 +168,7 @@ LEVERS = (
         setting="train.precision",
         costs="rounding",
         options=_half_precision,
-        unless=_computes_in_16_bits,
+        unless=lambda _, now: "the weights are of 16 bits already" if now.weights_dtype != "fp32" else "",
         same_result=False,
         measured="{precision} computations",
     ),
@@ -208,7 +188,7 @@ LEVERS = (
         name="smaller eval batch",
         setting="evaluate.batch_size",
         costs="nothing but some speed",
-        options=_half_eval_batch,
+        options=lambda _, now: [{"eval_batch_size": now.eval_batch_size // 2}] if now.eval_batch_size > 1 else [],
         done="eval batch {eval_batch_size} instead of {now.eval_batch_size}",
         fallback=("evaluation",),
         kept=False,
@@ -218,7 +198,7 @@ LEVERS = (
         setting="train.chunked_loss",
         costs="nothing but some speed",
         changes={"chunked_loss": True},
-        unless=_no_pieces,
+        unless=lambda recipe, now: whole_logits(recipe, now.plain_logits),
         done="chunked loss on",
         way_out=True,
         fallback=("step",),
@@ -229,7 +209,7 @@ LEVERS = (
         setting="train.activation_checkpointing",
         costs="a third more operations",
         changes={"activation_checkpointing": True},
-        unless=_no_recomputing,
+        unless=lambda _, now: "" if now.can_recompute else "this model cannot recompute its activations",
         done="activation checkpointing on",
         searched=True,
         way_out=True,

@@ -116,12 +116,15 @@ def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -
     return reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason, doubt)
 
 
-FLASH = {
-    "flash_attention_2": ("8.0 or newer (Ampere)", (8, 0), (99, 0)),
+VOLTA = ("7.0 or newer (Volta)", TENSOR_CORES_FROM, (99, 0))
+KERNELS = {
+    "train.torch_compile": VOLTA,
+    "train.use_liger_kernel": VOLTA,
+    "model.attn_implementation: flash_attention_2": ("8.0 or newer (Ampere)", (8, 0), (99, 0)),
     # As transformers 5.24 has it; made for Hopper, whose instructions later cards lack.
-    "flash_attention_3": ("8.0 to 9.x (Ampere to Hopper)", (8, 0), (9, 9)),
+    "model.attn_implementation: flash_attention_3": ("8.0 to 9.x (Ampere to Hopper)", (8, 0), (9, 9)),
 }
-"""Kernel to the compute capability that it needs, in words and in numbers."""
+"""Setting to the compute capability that its kernels need, in words and in numbers."""
 
 
 def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str) -> None:
@@ -130,29 +133,18 @@ def refuse_kernels(recipe: Recipe, machine: Machine, device: str, precision: str
     Raises:
         RecipeError: Naming the setting, what it needs, and what there is.
     """
-    if recipe.train.use_liger_kernel and device == "cpu":
-        raise RecipeError("train.use_liger_kernel: Liger's kernels run on GPUs alone; remove it")
-    for name in ("torch_compile", "use_liger_kernel"):
-        if getattr(recipe.train, name) and device == "cuda":
-            oldest = oldest_gpu(recipe, machine)
-            if oldest.capability < TENSOR_CORES_FROM:
-                raise RecipeError(
-                    f"train.{name}: Triton needs a GPU of compute capability 7.0 or newer (Volta), and this is "
-                    f"{oldest.label}; remove it"
-                )
-    wanted = recipe.model.attn_implementation or ""
-    if wanted not in FLASH:
-        return
-    needed, least, most = FLASH[wanted]
-    if device == "cpu":
-        problem = "runs on GPUs alone; leave it out"
-    elif not least <= (oldest := oldest_gpu(recipe, machine)).capability <= most:
-        problem = f"needs a GPU of compute capability {needed}, and this is {oldest.label}; leave it out"
-    elif precision == "fp32":
-        problem = "computes in 16 bits alone, but train.precision is fp32; set bf16 or fp16, or leave it out"
-    else:
-        return
-    raise RecipeError(f"model.attn_implementation: {wanted} {problem}")
+    asked = [f"train.{name}" for name in ("torch_compile", "use_liger_kernel") if getattr(recipe.train, name)]
+    for setting in (*asked, f"model.attn_implementation: {recipe.model.attn_implementation}"):
+        needed, least, most = KERNELS.get(setting, ("", (0, 0), (99, 0)))
+        if device == "cpu":
+            problem = "runs on GPUs alone" if needed and setting != "train.torch_compile" else ""
+        elif not least <= (oldest := oldest_gpu(recipe, machine)).capability <= most:
+            problem = f"needs a GPU of compute capability {needed}, and this is {oldest.label}"
+        else:
+            in_16_bits = "computes in 16 bits alone (train.precision: bf16 or fp16), which fp32 is not"
+            problem = in_16_bits if precision == "fp32" and needed not in ("", VOLTA[0]) else ""
+        if problem:
+            raise RecipeError(f"{setting} {problem}; leave it out")
 
 
 def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:

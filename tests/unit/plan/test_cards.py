@@ -162,7 +162,7 @@ def test_images_are_decoded_beside_the_gpu(task: str, device: str, train: dict[s
         ("flash_attention_2", None, "cpu", "bf16", "runs on GPUs alone; leave it out"),
         ("flash_attention_2", A100, "cpu", "bf16", "runs on GPUs alone; leave it out"),
         ("flash_attention_2", T4, "cuda", "fp16", "capability 8.0 or newer (Ampere), and this is Tesla T4 (compute"),
-        ("flash_attention_2", A100, "cuda", "fp32", "in 16 bits alone, but train.precision is fp32; set bf16 or fp16"),
+        ("flash_attention_2", A100, "cuda", "fp32", "in 16 bits alone (train.precision: bf16 or fp16)"),
         ("flash_attention_3", H100, "cuda", "bf16", ""),
         ("flash_attention_3", T4, "cuda", "fp16", "capability 8.0 to 9.x (Ampere to Hopper), and this is Tesla T4"),
         (
