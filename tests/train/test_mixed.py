@@ -57,7 +57,7 @@ def test_report_says_what_was_mixed_in(unbroken: tuple[Path, Any]) -> None:
     assert f"{100 * mixed / (own + mixed):.1f}% of the tokens that were trained on" in text
     runs.assert_report_is_whole(reached)
     card = (folder / "run" / "models" / "full" / "README.md").read_text(encoding="utf-8")
-    assert "mixed in, weight 0.3" in card
+    assert "others.csv: weight 0.3" in card
 
 
 def test_resume_in_the_middle_of_an_epoch_gives_the_unbroken_weights(

@@ -14,7 +14,7 @@ from fulltune.records.scores import Scores
 from fulltune.report.format import pages, words
 from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Section, Table, unless_empty
 from fulltune.report.format.pages import escaped, section_in_markdown
-from fulltune.report.run.about_data import has_images, row_words, splits
+from fulltune.report.run.about_data import has_images, mixed_words, row_words, splits
 from fulltune.report.run.about_scores import about_answers, calibration_of
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import judge
@@ -97,6 +97,7 @@ def _data(summary: DataSummary | None) -> Section | None:
         return None
     places = {split: _place(source) for split, source in summary.sources.items()}
     blocks: list[Block] = [splits(summary.model_copy(update={"sources": places}))]
+    blocks += [Paragraph(f"Mixed in: {_place(line)}.") for line in mixed_words(summary)]
     if not has_images(summary):
         longest = f"{row_words(summary).longest.capitalize()}: {counted(summary.max_length, 'token')}."
         blocks.append(Paragraph(longest))
