@@ -115,7 +115,6 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "full_run_seconds": 271.3,
         "cores": 2,
         "device": "cpu",
-        "started": "2026-11-24T15:30:12+01:00",
         "data_fingerprint": "9f86d081884c7d659a2feaa0c55ad015",
         "command": "fulltune compare examples/compare-banking77.yaml",
         "versions": {"fulltune": "0.2.0", "python": "3.11.9", "torch": "2.9.1", "peft": "0.21.0"},

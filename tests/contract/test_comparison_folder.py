@@ -132,8 +132,8 @@ def test_recipe_again_goes_on_in_the_folder_whose_time_was_up_but_not_in_one_wit
 @pytest.mark.parametrize(
     ("verdict", "time_was_up", "budget", "said"),
     [
-        ("FULL", True, "9h", "finished: the verdict is FULL; more time does not change it"),
-        ("UNDECIDED", False, "9h", "finished: it ended undecided, but not because its time was up"),
+        ("FULL", True, "9h", "finished: the verdict is FULL; more time adds nothing"),
+        ("UNDECIDED", False, "9h", "finished: the verdict is UNDECIDED; more time adds nothing"),
         ("UNDECIDED", True, "6m", "its 6m are used up; to go on, give more time in all, such as --budget 12m"),
         ("UNDECIDED", True, None, "its 6m are used up; to go on, give more time in all, such as --budget 12m"),
     ],

@@ -194,11 +194,9 @@ def round_up(time: float) -> float:
 
 def why_finished(known: Comparison, budget_seconds: float | None) -> str | None:
     """Why a comparison that has a verdict does not go on with this budget (None: no limit); None: it does."""
-    verdict, had = known.decision.verdict, known.expectation.budget_seconds or 0.0
-    if verdict != "UNDECIDED":
-        why = f"finished: the verdict is {verdict}; more time does not change it"
-    elif not known.time_was_up:
-        why = "finished: it ended undecided, but not because its time was up, so more time adds nothing"
+    had = known.expectation.budget_seconds or 0.0
+    if not known.time_was_up or known.decision.verdict != "UNDECIDED":
+        why = f"finished: the verdict is {known.decision.verdict}; more time adds nothing"
     elif not known.can_go_on:
         why = "finished: no part of the chance of a wrong answer is left for another verdict on the same test rows"
     elif budget_seconds is not None and budget_seconds <= had:

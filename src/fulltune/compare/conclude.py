@@ -145,7 +145,6 @@ def comparison_of(
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
         device=context.setup(context.full.arm).plan.device,
-        started=context.clock.started,
         data_fingerprint=summary.fingerprint,
         command=context.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},

@@ -34,31 +34,26 @@ def run(job: Run, command: str, budget: str | None = None) -> Compared:
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         seconds = _budget_seconds(job, budget)
-        comparison = Comparison.load(record) if record.exists() else None
-        if comparison is not None and (why := why_finished(comparison, seconds)):
+        known = Comparison.load(record) if record.exists() else None
+        if known is not None and (why := why_finished(known, seconds)):
             # Its models and its table belong together: nothing is touched.
             job.listener(Said(text=why))
-            return comparison, report.write_comparison(job.folder)
-        return _compare(job, command, seconds, began, comparison)
-
-
-def _compare(job: Run, command: str, budget_seconds: float | None, began: float, known: Comparison | None) -> Compared:
-    with fork_server() as start:
-        with run_folder.not_left_when_refused(job.folder):
-            summary = pipeline.prepare(job)
+            return known, report.write_comparison(job.folder)
         openings = known.openings if known else ()
-        alpha_left = openings[-1].left if openings else None
-        context = Context(job, summary, command, budget_seconds, start, began, alpha_left=alpha_left)
-        if busy := context.setup(context.full.arm).plan.busy:
-            context.say(busy)
-        expectation = expect(context)
-        if len(lines_of(job.folder / OPENINGS)) > len(openings):
-            context.say("the test rows were opened: nothing more is trained")
-            context.budget_seconds = 0.0
-        ran = SeedRuns(context, search_all(context, expectation), expectation).run()
-        found = judge(ran)
-        with context.clock.during("report"):
-            return found, report.write_comparison(job.folder)
+        with fork_server() as start:
+            with run_folder.not_left_when_refused(job.folder):
+                summary = pipeline.prepare(job)
+            alpha_left = openings[-1].left if openings else None
+            context = Context(job, summary, command, seconds, start, began, alpha_left=alpha_left)
+            if busy := context.setup(context.full.arm).plan.busy:
+                context.say(busy)
+            expectation = expect(context)
+            if len(lines_of(job.folder / OPENINGS)) > len(openings):
+                context.say("the test rows were opened: nothing more is trained")
+                context.budget_seconds = 0.0
+            found = judge(SeedRuns(context, search_all(context, expectation), expectation).run())
+            with context.clock.during("report"):
+                return found, report.write_comparison(job.folder)
 
 
 def recipe_for(recipe: Recipe) -> Recipe:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fulltune.compare import budget, rates
-from fulltune.compare.context import FOLDER, OPEN, Context
+from fulltune.compare.context import OPEN, Context
 from fulltune.compare.sequential import SAMPLES, WAITING_SHARE, look
 from fulltune.compare.trials import clear, is_done, keep_best_model, run_trial
 from fulltune.compare.verdict import ArmItems, Terms
@@ -194,7 +194,6 @@ class SeedRuns:
         test_rows = context.summary.splits["test"].rows
         seen = look(compared, drawn, terms, self.expectation.most_seeds, test_rows, again=again)
         self.looks.append(seen)
-        seen.save(context.folder / FOLDER / "looks" / f"{len(self.looks)}.json")
         context.say(f"after {counted(seen.num_seeds, 'seed')}: {seen.reason}")
         return seen.asked
 

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,8 @@ class Clock:
     def write(self, what: str) -> None:
         """Write down the seconds since this was last done, so that none is counted twice."""
         seconds, self.began = time.monotonic() - self.began, time.monotonic()
-        ended = datetime.now().astimezone().isoformat(timespec="seconds")
-        append_line(self.path, {"what": what, "seconds": round(seconds, 3), "ended": ended})
+        append_line(self.path, {"what": what, "seconds": round(seconds, 3)})
 
     @property
     def spent_seconds(self) -> float:
         return sum(entry["seconds"] for entry in lines_of(self.path))
-
-    @property
-    def started(self) -> str:
-        """When the first of these commands began; ISO 8601 with time zone."""
-        first = lines_of(self.path)[0]
-        began = datetime.fromisoformat(first["ended"]) - timedelta(seconds=first["seconds"])
-        return began.isoformat(timespec="seconds")

@@ -360,7 +360,6 @@ class Comparison(Record):
     time_was_up: bool = False
     """Because of its budget there are fewer seeds or methods than the recipe allows."""
     device: str
-    started: str
     data_fingerprint: str
     command: str
     versions: dict[str, str]

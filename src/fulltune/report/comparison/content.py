@@ -277,11 +277,6 @@ def marks(comparison: Comparison) -> list[str]:
             f"{listed([f'{write.found_from(one.detectable)} ({one.arm})' for one in still_open])}; the margin is "
             f"{write.amount(decision.margin)}."
         )
-    if blind := [one.arm for one in deciding if write.in_points and one.adjusted_high - one.adjusted_low >= 1]:
-        said.append(
-            f"Note: {listed(blind)}: too few seeds to estimate the spread between seeds, so the difference's interval "
-            "covers nearly everything; add seeds."
-        )
     return said
 
 
@@ -330,7 +325,6 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
         ("moved", f"{comparison.moved_unit} against the untouched model, on {comparison.generic_text}"),
-        ("started", comparison.started),
     ]
     return [(name, value) for name, value in found if value]
 
