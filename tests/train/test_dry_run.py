@@ -172,8 +172,10 @@ def test_forecast_and_memory_are_in_the_outcome_and_among_the_events(tiny_encode
     tensors = reached.plan.disk.one_checkpoint - budget.SMALL_FILES_BYTES
     assert reached.plan.disk.num_checkpoints * tensors + weights <= outcome.disk_bytes <= reached.plan.disk.total
     (event,) = runs.events(tmp_path, "forecast")
-    assert event["total_seconds"] == pytest.approx(outcome.forecast.total_seconds)
+    assert event["time"]["train_seconds"] == pytest.approx(outcome.forecast.train_seconds)
     assert event["peak_memory_bytes"] == outcome.dry_run_growth_bytes
-    assert [part["basis"] for part in event["around"]] == ["measured"]  # scoring the test rows, which comes after it
+    assert [part["basis"] for part in event["time"]["around"]] == [
+        "measured"
+    ]  # scoring the test rows, which comes after it
     # No trace of the file that was written to see how long saving takes.
     assert not list((tmp_path / "run").rglob("write-trial"))

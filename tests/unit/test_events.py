@@ -8,7 +8,7 @@ import math
 import pytest
 
 from fulltune.records import events
-from fulltune.records.plan import TimePart
+from fulltune.records.plan import TimeNeed
 from fulltune.records.training import Check
 
 LINES = (
@@ -16,7 +16,16 @@ LINES = (
     events.StepLogged(step=3, total_steps=9, loss=math.inf, grad_norm=None, seconds=2.0),
     events.Evaluated(step=3, epoch=0.5, metrics={"accuracy": 0.5, "rows": 4}),
     events.ChecksDone(checks=(Check(name="labels", result="all", passed=True),)),
-    events.Forecast(total_seconds=9.0, around=(TimePart(name="starting", seconds=1.0, basis="measured"),)),
+    events.Forecast(
+        time=TimeNeed(
+            train_seconds=9.0,
+            eval_seconds=1.0,
+            save_seconds=0.5,
+            tokens=4,
+            tokens_per_second=2.0,
+            source="dry-run step",
+        )
+    ),
     events.Warned(text="…"),
 )
 

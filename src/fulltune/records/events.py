@@ -15,7 +15,7 @@ from fulltune.records.base import Record
 from fulltune.records.comparison import Expectation
 from fulltune.records.data import DataSummary
 from fulltune.records.held import HeldRun
-from fulltune.records.plan import Plan, TimePart
+from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Check
 
 
@@ -89,17 +89,10 @@ class ChecksDone(Event):
 
 
 class Forecast(Event):
-    """How long the training will take, measured by a dry run of two steps; the fields of a `TimeNeed`, and more."""
+    """How long the training will take, measured by a dry run of two steps."""
 
     kind = "forecast"
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    save_seconds: float = 0.0
-    tokens: int = 0
-    tokens_per_second: float = 0.0
-    source: str = ""
-    around: tuple[TimePart, ...] = ()
-    total_seconds: float
+    time: TimeNeed
     peak_memory_bytes: int = 0
     """Beyond what was held before the model was loaded."""
 

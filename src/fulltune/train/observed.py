@@ -23,6 +23,8 @@ class Observed:
     meter: Meter | None = None
     """Begins before the weights are read."""
     forecast: TimeNeed | None = None
+    tokens_per_second: float = 0.0
+    """Of the training so far; in a probe as it is foreseen."""
     dry_run_growth_bytes: int = 0
     dry_run_loss: float | None = None
     disk_bytes: int = 0

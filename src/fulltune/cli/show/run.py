@@ -185,9 +185,9 @@ class Display:
         memory = f", about {format_bytes(event.peak_memory_bytes)} of memory" if event.peak_memory_bytes else ""
         self.print(
             f"training, with its evaluations and checkpoints, will take about "
-            f"{format_seconds(round(event.total_seconds))}{memory} (from the dry run)"
+            f"{format_seconds(round(event.time.total_seconds))}{memory} (from the dry run)"
         )
-        if scoring := [part.seconds for part in event.around]:
+        if scoring := [part.seconds for part in event.time.around]:
             each = format_seconds(max(1, round(sum(scoring))))
             said = f"scoring a model on the test rows then takes about {each}, without generated answers"
             self.print(f"[dim]{said}[/dim]")

@@ -21,6 +21,7 @@ from fulltune.records.plan import Plan
 from fulltune.stats.curves import EATEN, stopped_improving
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
+from fulltune.train.observed import Observed
 from fulltune.train.run_time import TRAINING
 
 MEASUREMENTS = 20
@@ -65,11 +66,14 @@ class Progress(TrainerCallback):
     """The `FullTrainer`, which counts tokens."""
     recorder: Recorder
     journal: Journal
-    tokens_per_second: float = 0.0
+    observed: Observed
+    begin: Callable[[], None]
+    """Called once, when everything is ready for step 1."""
     first: tuple[float, int, float] | None = None
     """Time, step and tokens when training began."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begin()
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
 
@@ -79,7 +83,7 @@ class Progress(TrainerCallback):
         began, first_step, first_tokens = self.first
         elapsed = max(1e-9, time.monotonic() - began)
         steps = max(1, state.global_step - first_step)
-        self.tokens_per_second = (float(self.trainer.tokens_seen) - first_tokens) / elapsed
+        speed = self.observed.tokens_per_second = round((float(self.trainer.tokens_seen) - first_tokens) / elapsed, 1)
         self.recorder.write(
             StepLogged(
                 step=state.global_step,
@@ -88,7 +92,7 @@ class Progress(TrainerCallback):
                 loss=logs["loss"],
                 grad_norm=logs.get("grad_norm"),
                 learning_rate=logs.get("learning_rate"),
-                tokens_per_second=round(self.tokens_per_second, 1),
+                tokens_per_second=speed,
                 seconds_left=round(elapsed / steps * (args.max_steps - state.global_step), 1),
             )
         )
@@ -156,16 +160,6 @@ class Seals(TrainerCallback):
             files.seal(self.folder / f"checkpoint-{state.global_step}")
             self.on_seal()  # now the disk is at its fullest
             checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
-
-
-@dataclass(eq=False)
-class AtBegin(TrainerCallback):
-    """Acts once, when everything is ready for step 1."""
-
-    action: Callable[[], None]
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.action()
 
 
 class StopWhenAsked(TrainerCallback):

@@ -18,7 +18,7 @@ from fulltune.system import memory
 from fulltune.train import checkpoints
 from fulltune.train.forgetting.generic import DriftMonitor, replay_parts
 from fulltune.train.forgetting.within_budget import keep_within
-from fulltune.train.loop.callbacks import AtBegin, Progress, SaveAndStopEarly, Seals, UpdateMeter
+from fulltune.train.loop.callbacks import Progress, SaveAndStopEarly, Seals, UpdateMeter
 from fulltune.train.loop.guards import nothing_learned, too_short
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
@@ -40,7 +40,6 @@ class Training:
     trainer: FullTrainer
     curve: CurveGuard
     monitor: DriftMonitor
-    progress: Progress
     early_stopping: SaveAndStopEarly
     checks: list[Check]
     """Of before step 1, so far."""
@@ -58,7 +57,6 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
         trainer=trainer,
         curve=CurveGuard(inputs, trainer, loaded.learning.target, head_is_new),
         monitor=DriftMonitor(inputs, trainer),
-        progress=Progress(trainer, inputs.recorder, inputs.journal),
         early_stopping=SaveAndStopEarly(plan, inputs.recipe.train, inputs.journal),
         checks=[],
     )
@@ -69,9 +67,9 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
         _check(training)
         if not inputs.request.probe:
             return _trained(training)
-    forecast = inputs.observed.forecast
-    speed = forecast.tokens_per_second if forecast else 0.0
-    return {"reason": "probed", "checks": tuple(training.checks), "tokens_per_second": speed}
+    if forecast := inputs.observed.forecast:
+        inputs.observed.tokens_per_second = forecast.tokens_per_second
+    return {"reason": "probed", "checks": tuple(training.checks)}
 
 
 def _parts(training: Training) -> list[TrainerCallback]:
@@ -85,9 +83,8 @@ def _parts(training: Training) -> list[TrainerCallback]:
         journal,
     )
     return [
-        AtBegin(lambda: _begin(training)),
+        Progress(trainer, recorder, journal, observed, lambda: _begin(training)),
         *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, recorder)]),
-        training.progress,
         training.curve,
         training.monitor,
         *replay_parts(inputs, trainer, training.monitor),
@@ -159,7 +156,6 @@ def _trained(training: Training) -> dict[str, Any]:
         "tokens_by_source": trainer.sampler.tokens_by_source(state.global_step) if inputs.summary.mixed else (),
         "moved": moved,
         "checks": tuple(training.checks),
-        "tokens_per_second": round(training.progress.tokens_per_second, 1),
         "model_folder": str(request.model_folder.relative_to(request.run_folder)),
     }
 
@@ -198,7 +194,7 @@ def _dry_run(training: Training) -> None:
         if said := too_short(inputs.recipe.train.notice, need.stop_seconds):
             inputs.recorder.warn(said)
         peak = observed.dry_run_growth_bytes
-        inputs.recorder.write(Forecast(**need.model_dump(), total_seconds=need.total_seconds, peak_memory_bytes=peak))
+        inputs.recorder.write(Forecast(time=need, peak_memory_bytes=peak))
 
 
 def _fit(training: Training) -> tuple[Any, Any]:

@@ -37,55 +37,15 @@ SAMPLE_BYTES = 2**25
 
 
 @dataclass(frozen=True)
-class Load:
-    """Forward passes that are alike."""
-
-    passes: float
-    work: float
-    """Of all together, in multiplications of a token with the weights: see `works`."""
-
-
-@dataclass(frozen=True)
 class Speed:
     """Seconds of a pass as a function of its work."""
 
     fixed: float
     per_work: float
 
-    def seconds(self, load: Load) -> float:
-        return self.fixed * load.passes + self.per_work * load.work
-
-
-@dataclass(frozen=True)
-class Timings:
-    """What was measured."""
-
-    train: Speed
-    """Forward and backward."""
-    evaluation: Speed
-    """Forward alone."""
-    step_seconds: float
-    """Clipping, optimizer and zeroing, once per step."""
-    save_seconds: float
-    """One checkpoint, checksums included."""
-    once_seconds: float = 0.0
-    """Compiling, or what the first pass of each shape costs more, because kernels are made for it."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What is left to do, of each process."""
-
-    steps: int
-    tokens: float
-    """Of all processes, padding included."""
-    train: Load
-    evaluation: Load
-    """One evaluation."""
-    evaluations: int
-    saves: int
-    test_share: float = 0.0
-    """Tokens of the test rows as a share of the eval rows'; 0: not known."""
+    def seconds(self, passes: float, work: float) -> float:
+        """Of so many passes, with this work together."""
+        return self.fixed * passes + self.per_work * work
 
 
 def works(shapes: np.ndarray, quadratic: float) -> np.ndarray:
@@ -118,27 +78,6 @@ def times_between(first_step: int, last_step: int, *intervals: int) -> int:
     return sum(step > first_step for step in at | {last_step}) if last_step > first_step else 0
 
 
-def forecast(schedule: Schedule, timings: Timings) -> TimeNeed:
-    """Seconds from the first step to the last, with evaluations and checkpoints, and of scoring the test rows."""
-    train = timings.train.seconds(schedule.train) + timings.step_seconds * schedule.steps + timings.once_seconds
-    evaluation = timings.evaluation.seconds(schedule.evaluation)
-    around: tuple[TimePart, ...] = ()
-    if schedule.evaluations and schedule.test_share:
-        seconds = round(evaluation * schedule.test_share, 3)
-        around = (TimePart(name="scoring one model on the test rows", seconds=seconds, basis="measured"),)
-    to_stop = timings.save_seconds + (evaluation if schedule.evaluations else 0.0)
-    return TimeNeed(
-        train_seconds=round(train, 3),
-        eval_seconds=round(evaluation * schedule.evaluations, 3),
-        save_seconds=round(timings.save_seconds * schedule.saves, 3),
-        tokens=round(schedule.tokens),
-        tokens_per_second=round(schedule.tokens / train, 1) if train else 0.0,
-        source="dry-run step",
-        stop_seconds=round(train / schedule.steps + to_stop, 3) if schedule.steps else 0.0,
-        around=around,
-    )
-
-
 # ---- measured ----------------------------------------------------------------------------------------------------
 
 
@@ -153,12 +92,6 @@ class Passes:
     optimizer: Any
     evaluate: Callable[[Share], object]
     """Takes eval rows as an evaluation does."""
-
-    @property
-    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of each train row and of each eval row."""
-        eval_rows: Any = self.trainer.eval_dataset
-        return np.asarray(self.trainer.sampler.lengths), np.asarray(eval_rows["length"])
 
     def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
         """Forward and backward of these rows, added to present gradients with `keep`: the loss and the seconds."""
@@ -208,96 +141,92 @@ class Passes:
 
 
 def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, float], step_seconds: float) -> TimeNeed:
-    """Time more passes where they cost little against the run, and add everything up; `seconds` are those of the first
-    two passes at the longest micro batch."""
-    plan, quadratic = passes.inputs.plan, _quadratic(passes.trainer.model)
-    steps = max(0, plan.total_steps - passes.inputs.request.first_step)
-    parts, scale = _counted_passes(passes, steps)
-    shapes = _shapes(passes.lengths[0], parts)
-    work, long = works(shapes, quadratic), float(works(_shapes(passes.lengths[0], [longest]), quadratic)[0])
-    budget = further_seconds(seconds[1] / long * float(work.sum()) * scale + step_seconds * steps)
-    typical, cold = None, 0.0
-    if parts:
-        at = int(np.argmin(abs(work - work.mean())))
-        # The longest pass alone says too little: its blocks go back to the system after each use and come anew, which
-        # makes its tokens up to twice as slow as those of shorter passes.
-        if 2 * seconds[1] * work[at] / long <= max(budget, seconds[1]):
-            keep = plan.gradient_accumulation_steps > 1
-            first, warm = (passes.train(parts[at], keep=keep)[1] for _ in range(2))
-            typical, cold = (float(work[at]), warm), max(0.0, first - warm)
-    train = speed((long, seconds[1]), typical)
-    once = 0.0
-    if plan.torch_compile:  # the second shape makes it give up fixed shapes, and that is all
-        once = max(0.0, seconds[0] - seconds[1]) + cold
-    elif typical is not None:
-        # At most as much as the pass itself: a process's first passes also pay for what is done once.
-        once = min(cold, typical[1]) * len(np.unique(shapes, axis=0))
-    forward = _forward_share(passes, train, quadratic, budget)
-    is_saved = passes.inputs.is_main and not passes.inputs.request.probe
-    timings = Timings(
-        train=train,
-        evaluation=Speed(forward * train.fixed, forward * train.per_work),
-        step_seconds=step_seconds + LOOP_SECONDS,
-        save_seconds=_save_seconds(passes) if is_saved else 0.0,
-        once_seconds=once,
-    )
-    return forecast(_schedule(passes, steps, shapes, scale, quadratic), timings)
-
-
-def _counted_passes(passes: Passes, steps: int) -> tuple[list[Positions], float]:
-    """The micro batches of the coming steps, or of the first of them, and what these are multiplied by."""
-    plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
+    """Seconds from the first step to the last, with evaluations and checkpoints, and of scoring the test rows; more
+    passes are timed where they cost little. `seconds` are those of the first two at the longest micro batch."""
+    inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _quadratic(passes.trainer.model)
+    lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
+    steps = max(0, plan.total_steps - first_step)
     counted = min(steps, -(-MOST_COUNTED_ROWS // plan.global_batch_size))
-    parts: list[Positions] = [
-        part for step in passes.trainer.sampler.passes(first_step, first_step + counted) for part in step
-    ]
-    return parts, steps / max(1, counted)
+    parts = [part for step in passes.trainer.sampler.passes(first_step, first_step + counted) for part in step]
+    scale, shapes = steps / max(1, counted), _shapes(lengths, parts)
+    work, [long] = works(shapes, quadratic), works(_shapes(lengths, [longest]), quadratic)
+    each = step_seconds + LOOP_SECONDS
+    budget = further_seconds(seconds[1] / long * float(work.sum()) * scale + each * steps)
+    line, once = _train_speed(passes, parts, work, (float(long), *seconds), budget)
+    # Texts that are trained along, by each process.
+    texts = steps * plan.generic.rows / plan.num_processes
+    all_work = float(work.sum()) * scale + texts * _generic_work(quadratic)
+    once *= 1 if plan.torch_compile else len(np.unique(shapes, axis=0))
+    train = line.seconds(len(parts) * scale + texts, all_work) + each * steps + once
+    tokens = plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + texts * GENERIC_TOKENS)
+    evaluation, evaluations = _evaluation(passes, line, quadratic, budget)
+    save = _save_seconds(passes) if inputs.is_main and not inputs.request.probe else 0.0
+    splits, around = inputs.summary.splits, tuple[TimePart, ...]()
+    if evaluations and splits["eval"].tokens and splits["test"].tokens:
+        scoring = round(evaluation * splits["test"].tokens / splits["eval"].tokens, 3)
+        around = (TimePart(name="scoring one model on the test rows", seconds=scoring, basis="measured"),)
+    to_stop = save + (evaluation if evaluations else 0.0)
+    # Also at each evaluation.
+    saves = times_between(first_step, plan.total_steps, plan.eval_steps, plan.save_steps)
+    return TimeNeed(
+        train_seconds=round(train, 3),
+        eval_seconds=round(evaluation * evaluations, 3),
+        save_seconds=round(save * saves, 3),
+        tokens=round(tokens),
+        tokens_per_second=round(tokens / train, 1) if train else 0.0,
+        source="dry-run step",
+        stop_seconds=round(train / steps + to_stop, 3) if steps else 0.0,
+        around=around,
+    )
 
 
-def _schedule(passes: Passes, steps: int, shapes: np.ndarray, scale: float, quadratic: float) -> Schedule:
-    """What is left to do."""
-    plan, first_step, splits = passes.inputs.plan, passes.inputs.request.first_step, passes.inputs.summary.splits
-    eval_lengths = passes.lengths[1]
+def _train_speed(
+    passes: Passes, parts: Sequence[Positions], work: np.ndarray, longest: tuple[float, float, float], budget: float
+) -> tuple[Speed, float]:
+    """By the longest pass (its work, its seconds cold and warm) and a typical one; and what is paid once for compiling,
+    or for each shape, because kernels are made for it."""
+    long, first_seconds, seconds = longest
+    compiled = max(0.0, first_seconds - seconds)
+    at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0
+    # The longest pass alone says too little: its blocks go back to the system after each use and come anew, which makes
+    # its tokens up to twice as slow as those of shorter passes.
+    if not len(work) or 2 * seconds * work[at] / long > max(budget, seconds):
+        return speed((long, seconds), None), compiled if passes.inputs.plan.torch_compile else 0.0
+    keep = passes.inputs.plan.gradient_accumulation_steps > 1
+    first, warm = (passes.train(parts[at], keep=keep)[1] for _ in range(2))
+    cold = max(0.0, first - warm)
+    # At most as much as the pass itself: a process's first passes also pay for what is done once.
+    once = compiled + cold if passes.inputs.plan.torch_compile else min(cold, warm)
+    return speed((long, seconds), (float(work[at]), warm)), once
+
+
+def _evaluation(passes: Passes, train: Speed, quadratic: float, budget: float) -> tuple[float, int]:
+    """Seconds of an evaluation, by its longest batch beside a training pass of the same work, and how many come."""
+    plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
+    lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
+    parts = list(batches(longest_first(lengths), plan.eval_batch_size))
+    passes.optimizer.zero_grad()
+    seconds, both = passes.score(parts[0]), train.seconds(1, float(works(_shapes(lengths, parts[:1]), quadratic)[0]))
+    if min(seconds, both) <= budget or seconds > both:  # the first one is cold
+        seconds = passes.score(parts[0])
     evaluations = times_between(first_step, plan.total_steps, plan.eval_steps)
     evaluations += plan.eval_on_start and first_step == 0
-    more = plan.generic.scored_rows / max(1, len(eval_lengths))
-    # Several processes take the eval batches in turn.
-    parts = list(batches(longest_first(eval_lengths), plan.eval_batch_size))[:: plan.num_processes]
+    more = evaluations + plan.generic.scored_rows / max(1, len(lengths))
     steered = plan.total_steps // plan.generic.steer_steps if plan.generic.steer_steps else 0
     texts = plan.generic.watched * (evaluations + steered) + plan.generic.read_once
-    read = texts / max(1.0, evaluations + more)  # of all that is read an evaluation's share
-    trained = steps * plan.generic.rows / plan.num_processes
-    [generic] = works(np.array([[1, GENERIC_TOKENS]]), quadratic)
-    return Schedule(
-        steps=steps,
-        tokens=plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + trained * GENERIC_TOKENS),
-        train=Load(len(shapes) * scale + trained, float(works(shapes, quadratic).sum()) * scale + trained * generic),
-        evaluation=Load(
-            len(parts) + read, float(works(_shapes(eval_lengths, parts), quadratic).sum()) + read * generic
-        ),
-        evaluations=round(evaluations + more),
-        # Also at each evaluation.
-        saves=times_between(first_step, plan.total_steps, plan.eval_steps, plan.save_steps),
-        test_share=splits["test"].tokens / splits["eval"].tokens if splits["eval"].tokens else 0.0,
-    )
+    read = texts / max(1.0, more)  # of all that is read an evaluation's share
+    mine = parts[:: plan.num_processes]  # several processes take the eval batches in turn
+    work = float(works(_shapes(lengths, mine), quadratic).sum()) + read * _generic_work(quadratic)
+    return min(1.0, seconds / both) * train.seconds(len(mine) + read, work), round(more)
+
+
+def _generic_work(quadratic: float) -> float:
+    return float(works(np.array([[1, GENERIC_TOKENS]]), quadratic)[0])
 
 
 def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
     """Rows and tokens of the longest row of each pass: [passes, 2]."""
     return np.array([(len(part), lengths[list(part)].max()) for part in parts], np.int64).reshape(-1, 2)
-
-
-def _forward_share(passes: Passes, train: Speed, quadratic: float, budget: float) -> float:
-    """Seconds of an evaluation's pass over those of a training pass of the same work, by the longest eval batch; again
-    where that costs little, because the first one is cold."""
-    passes.optimizer.zero_grad()
-    lengths = passes.lengths[1]
-    longest = next(iter(batches(longest_first(lengths), passes.inputs.plan.eval_batch_size)))
-    seconds = passes.score(longest)
-    both = train.seconds(Load(1, float(works(_shapes(lengths, [longest]), quadratic)[0])))
-    if min(seconds, both) <= budget or seconds > both:
-        seconds = passes.score(longest)
-    return min(1.0, seconds / both)
 
 
 def _quadratic(model: Any) -> float:

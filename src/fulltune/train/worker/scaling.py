@@ -52,11 +52,16 @@ def scaled_head(
     own_loss: bool = False,
 ) -> tuple[Scaled | None, str]:
     """The last layer of a head, which now learns numbers in units of their spread, in words; or None and why not."""
-    mean, spread = scale
-    layer = head.output_layer_of(model, 1)
-    problem = _problem(model, layer, batch, precision, own_loss)
+    layer, problem = head.output_layer_of(model, 1), ""
+    if own_loss:
+        problem = "compute_loss is your own"
+    elif layer is None or not layer.weight.requires_grad:
+        problem = "no last layer with one output was found in the head"
+    elif batch is not None and not _ends_with(model, layer, batch, precision):
+        problem = "the model changes what its head's last layer gives"
     if problem or layer is None:
         return None, f"it learns the numbers as they are: {problem}"
+    mean, spread = scale
     # Without a bias nothing can be added: what is left is their size.
     shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
     sharding.free(model)
@@ -67,19 +72,6 @@ def scaled_head(
         Scaled(layer, shift, factor),
         f"it learns {minus} / {factor:.6g}, and gives the numbers themselves when it is saved",
     )
-
-
-def _problem(
-    model: Any, layer: torch.nn.Linear | None, batch: dict[str, torch.Tensor] | None, precision: str, own_loss: bool
-) -> str | None:
-    """Why the numbers are learned as they are."""
-    if own_loss:
-        return "compute_loss is your own"
-    if layer is None or not layer.weight.requires_grad:
-        return "no last layer with one output was found in the head"
-    if batch is not None and not _ends_with(model, layer, batch, precision):
-        return "the model changes what its head's last layer gives"
-    return None
 
 
 def _ends_with(model: Any, layer: torch.nn.Linear, batch: dict[str, torch.Tensor], precision: str) -> bool:

@@ -12,12 +12,8 @@ import pytest
 from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.worker.forecast import (
-    Load,
     Passes,
-    Schedule,
     Speed,
-    Timings,
-    forecast,
     quadratic_share,
     speed,
     timed_forecast,
@@ -71,36 +67,6 @@ def test_evaluations_and_saves_are_counted_as_the_trainer_does_them(
 ) -> None:
     assert times_between(first, last, eval_steps) == evaluations
     assert times_between(first, last, eval_steps, save_steps) == saves
-
-
-def test_forecast_adds_up_passes_steps_evaluations_and_saves() -> None:
-    schedule = Schedule(
-        steps=2,
-        tokens=280,
-        train=Load(4, 140),
-        evaluation=Load(2, 160),
-        evaluations=3,
-        saves=4,
-        test_share=1.5,
-    )
-    timings = Timings(
-        train=Speed(0.5, 0.01),
-        evaluation=Speed(0.1, 0.001),
-        step_seconds=0.25,
-        save_seconds=1.5,
-        once_seconds=10.0,
-    )
-
-    found = forecast(schedule, timings)
-
-    passes = 4 * 0.5 + 0.01 * 140
-    assert found.train_seconds == pytest.approx(passes + 2 * 0.25 + 10)
-    assert found.eval_seconds == pytest.approx(3 * 2 * (0.1 + 0.08))
-    assert found.save_seconds == 6.0
-    assert [part.seconds for part in found.around] == pytest.approx([1.5 * 2 * (0.1 + 0.08)])
-    assert found.tokens == 280
-    assert found.tokens_per_second == pytest.approx(280 / found.train_seconds, abs=0.1)
-    assert found.source == "dry-run step"
 
 
 # ---- the sampler knows every pass ------------------------------------------------------------------------------
