@@ -29,9 +29,8 @@ from fulltune.stats.curves import (
     stayed_flat,
     without_cause,
 )
-from fulltune.text import counted, first_few, format_number, format_share
+from fulltune.text import counted, format_number, format_share
 from fulltune.train.loop.guards import rate_factor
-from fulltune.train.loop.step_guard import StepMemory, judge
 from fulltune.train.request import number_in
 
 STATE = "trainer_state.json"
@@ -240,20 +239,11 @@ def _shape(log: Log) -> Iterator[Finding]:
 
 
 def _steps(log: Log) -> Iterator[Finding]:
-    """Steps that were skipped or taken back, or that would have been; updates that rounding lost."""
+    """Steps that were skipped or taken back, and updates that rounding lost."""
     rollbacks = log.plan.rollbacks if log.plan else ()
     if log.skipped or rollbacks:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
         yield "bad steps", evidence, "the journal in the report names the rows: look at them"
-    else:
-        norms, memory, suspects = dict(log.grad_norm), StepMemory(), []
-        for number, (step, loss) in enumerate(log.curves.train_loss, start=1):
-            judged = judge(memory, number, loss, norms.get(step))
-            memory = judged.seen
-            suspects += [f"{step:,}"] * (judged.action == "skip" and judged.is_finite)
-        if suspects:
-            evidence = f"loss and gradient norm were both far above the usual at step {first_few(suspects)}"
-            yield "bad rows", evidence, "look at the rows of these steps; 'fulltune run' skips such steps by itself"
     moved = log.outcome.moved if log.outcome else None
     if moved is not None and moved.share < EATEN:
         evidence = f"only {format_share(moved.share)} of the values that received a gradient moved"

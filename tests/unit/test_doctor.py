@@ -86,16 +86,6 @@ def test_findings_of_curves(given: Log, names: list[str]) -> None:
     assert all(advice for name, _, advice in found if name not in ("sound", "disk full"))
 
 
-def test_step_that_fulltune_would_have_skipped_is_named() -> None:
-    losses = [(1.0 + 0.05 * (place % 3)) * 0.99**place for place in range(80)]
-    norms = [2.0 + 0.2 * (place % 3) for place in range(80)]
-    assert [name for name, _, _ in diagnose(log(losses, grad_norm=points(norms)))] == ["sound"]
-    losses[60], norms[60] = 9.0, 200.0
-    [(name, evidence, _)] = diagnose(log(losses, grad_norm=points(norms)))
-    assert name == "bad rows"
-    assert "step 610" in evidence
-
-
 # ---- reading ---------------------------------------------------------------------------------------------------
 
 

@@ -22,8 +22,9 @@ from fulltune.text import counted, format_metric, format_number, format_share
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors")
-_LOADING = re.compile(r"^## How to load\n.*?(?=^## |\Z)", re.M | re.S)
-_BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged model\n\n## How to load\n"
+_LOADING = "## How to load\n"
+"""The last section."""
+_BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged model\n\n"
 
 
 def model_card(view: RunView, model_folder: Path) -> str:
@@ -50,8 +51,7 @@ def merged_card(text: str, name: str, task: str) -> str:
     """Write the card of a merged model: that of what was trained, with how a whole model is loaded."""
     what = "What was trained is merged into the pretrained model's own weights. " + HOW_TO_LOAD["full"]
     blocks = (Paragraph(what), Code(loading_code(name, task, None), "python"))
-    section = section_in_markdown(Section("load", "How to load", blocks), "##") + "\n"
-    return _LOADING.sub(lambda _: section, text or _BARE).rstrip() + "\n"
+    return (text or _BARE).partition(_LOADING)[0] + section_in_markdown(Section("load", "How to load", blocks), "##")
 
 
 def _front_matter(view: RunView, scores: Scores | None) -> str:
