@@ -82,7 +82,7 @@ def test_measured_levers_are_shown_and_the_plan_carries_the_reason(recipe: Path,
 @pytest.mark.long
 def test_run_that_follows_trains_with_what_was_measured(recipe: Path, tmp_path: Path) -> None:
     def seconds(plan: Plan) -> float:
-        return (3.0 if plan.micro_batch_size == 4 else 5.0) - (plan.attn_implementation == "eager")
+        return 3.0 if plan.micro_batch_size == 4 else 5.0
 
     with runs.in_this_process(answered(seconds)):
         planned = json.loads(fulltune("plan", recipe, "--measure", "--json", "--run-folder", tmp_path / "run").out)
@@ -90,10 +90,10 @@ def test_run_that_follows_trains_with_what_was_measured(recipe: Path, tmp_path: 
         result = fulltune("train", recipe, "--run-folder", tmp_path / "run")
 
     assert result.code == 0, result.err
-    assert [row["name"] for row in planned["measured"]["rows"] if row["taken"]] == ["attention eager"]
+    assert [row["name"] for row in planned["measured"]["rows"] if row["taken"]] == ["micro batch 4"]
     request = json.loads((tmp_path / "run" / "attempts" / "full-seed42-01" / "request.json").read_text("utf-8"))
-    chosen = ("micro_batch_size", "gradient_accumulation_steps", "attn_implementation")
-    assert [request["plan"][name] for name in chosen] == [4, 2, "eager"]
+    chosen = ("micro_batch_size", "gradient_accumulation_steps")
+    assert [request["plan"][name] for name in chosen] == [4, 2]
 
 
 def test_nothing_that_fits_ends_with_exit_code_3_and_all_that_was_tried(recipe: Path, tmp_path: Path) -> None:

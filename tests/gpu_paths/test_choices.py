@@ -22,7 +22,6 @@ from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.run_folder import plan_to_continue
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.parent import measure
 from fulltune.train.worker.forecast import Passes
 from tests import plans
 from tests.gpu_paths.cards import Cards
@@ -103,14 +102,6 @@ def test_compiler_is_triton_on_a_card_and_one_of_cpp_on_a_cpu(installed: bool, m
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
     monkeypatch.setattr(shutil, "which", lambda name: None if installed else name)
     assert (kernels.lacking("cuda") == "", kernels.lacking("cpu") == "") == (installed, not installed)
-
-
-@pytest.mark.stand_in("packages that are said to be installed", card="flash-attn's kernels")
-def test_flash_attention_is_tried_on_a_card_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    on_card, on_cpu = (plans.plan(device=device, precision="bf16") for device in ("cuda", "cpu"))
-    assert measure._flash(on_card, {}) == ["flash_attention_2", "flash_attention_3"]
-    assert measure._flash(on_cpu, {}) == []
 
 
 # ---- scripts of the Trainer ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fulltune.footprint.records import SHAPES
 from fulltune.methods.folder import NOTES, notes_of
 from fulltune.models.base import Base, opened
 from fulltune.models.shapes import Shapes
-from fulltune.recipe.fields import Recipe, with_attention
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.plan import Plan
@@ -45,7 +45,6 @@ says; None: not in a word."""
 
 def scoring_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
     """A run's rows and how they are scored."""
-    recipe = with_attention(recipe, plan.attn_implementation)
     weights = class_weights(recipe, summary)
     return Scoring(
         recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, class_weights=weights

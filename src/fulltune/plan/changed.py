@@ -10,7 +10,7 @@ from fulltune.errors import RecipeError
 from fulltune.plan import budget, memory, ways_out
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import SETTING_OF
-from fulltune.recipe.fields import Recipe, with_attention, with_placement
+from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system.hardware import Machine
@@ -83,10 +83,10 @@ def placed_anew(plan: Plan, anew: Plan) -> Plan:
 
 
 def budget_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine) -> MemoryBudget:
-    """The memory budget of a plan whose precision or attention may be another than the recipe's."""
+    """The memory budget of a plan whose precision may be another than the recipe's."""
     recipe = with_placement(recipe, changed.placement)
     block = recipe.train.model_copy(update={"precision": changed.precision})
-    same = with_attention(recipe.model_copy(update={"train": block}), changed.attn_implementation)
+    same = recipe.model_copy(update={"train": block})
     traced = model.footprint(same, changed.device, changed.precision)
     return budget.of(same, model.shapes, traced, machine, changed.device)
 

@@ -31,7 +31,6 @@ SETTING_OF = {
     "gradient_accumulation_steps": "gradient accumulation",
     "eval_batch_size": "evaluate.batch_size",
     "longest_tokens": "data.max_length",
-    "attn_implementation": "model.attn_implementation",
     "torch_compile": "train.torch_compile",
 }
 """Field of a plan to the setting that it is."""

@@ -137,14 +137,6 @@ def with_placement(recipe: Recipe, placement: Any) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": placement})})
 
 
-def with_attention(recipe: Recipe, attn_implementation: str | None) -> Recipe:
-    """The recipe with the attention kernel that a plan found to be the fastest; None leaves it as it is."""
-    if attn_implementation is None:
-        return recipe
-    block = recipe.model.model_copy(update={"attn_implementation": attn_implementation})
-    return recipe.model_copy(update={"model": block})
-
-
 # ---- paths -----------------------------------------------------------------------------------------------------
 
 _PATHS = {"data": ("eval", "test", "patch", "chat_template", "contamination"), "preserve": ("probe", "replay")}

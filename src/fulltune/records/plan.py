@@ -244,8 +244,6 @@ class Plan(MemorySettings):
     rollbacks: tuple[int, ...] = ()
     """Steps of the checkpoints that the run went back to, oldest first; 0: it began anew. From each on the rows
     come in another order, and from each but a first one to a checkpoint the learning rate is half of what it was."""
-    attn_implementation: str | None = None
-    """Chosen by measurement; None: as the recipe says."""
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None
     """What one process could take when the plan was made; None: not known."""

@@ -106,7 +106,7 @@ class Measured(Record):
     """One setting, tried for a step in a process of its own (`fulltune plan --measure`)."""
 
     name: str
-    kind: Literal["lever", "micro batch", "attention", "compile"]
+    kind: Literal["lever", "micro batch", "compile"]
     """Levers add up from row to row; the others each change one thing of the best so far."""
     changes: dict[str, Any]
     """Fields of the plan that differ from it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fulltune.recipe.fields import Recipe, with_attention, with_placement
+from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.records.base import Record
 from fulltune.records.plan import Plan
 from fulltune.system import sharing
@@ -35,11 +35,9 @@ class Request(Record):
 
     @property
     def recipe_as_planned(self) -> Recipe:
-        """The recipe with the planned placement, attention, and folder of its own for what is offloaded to a disk."""
-        placed = sharing.of_run(
-            with_placement(self.recipe, self.plan.placement), Path(self.run_folder), self.plan.trial
-        )
-        return with_attention(placed, self.plan.attn_implementation)
+        """The recipe with the planned placement, and a folder of its own for what is offloaded to a disk."""
+        placed = with_placement(self.recipe, self.plan.placement)
+        return sharing.of_run(placed, Path(self.run_folder), self.plan.trial)
 
     @property
     def folder(self) -> Path:

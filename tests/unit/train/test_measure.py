@@ -84,15 +84,6 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
         assert one.changes["precision"] == "bf16"
 
 
-def test_attention_is_left_as_it_is_where_it_is_given_or_rows_are_packed() -> None:
-    names = [one.name for one in measure.attentions(recipe(), {}, False, ["flash_attention_2"])]
-
-    assert names == ["attention eager", "attention flash_attention_2"]
-    assert measure.attentions(recipe(), {}, True, ["flash_attention_2"]) == []
-    given = recipe(model={"name": "x", "attn_implementation": "sdpa"})
-    assert measure.attentions(given, {}, False, []) == []
-
-
 @pytest.mark.parametrize(
     ("seconds", "lacking", "problem"),
     [
@@ -144,7 +135,7 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
         "micro_batch_size": 16,
         "gradient_accumulation_steps": 2,
         "chunked_loss": False,
-        "attn_implementation": "eager",
+        "torch_compile": True,
     }
 
     found = measure.noted(settings, plan(), changes, "measured: it is the fastest")
@@ -154,7 +145,7 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
         ("train.micro_batch_size", 16, "measured: it is the fastest"),
         ("gradient accumulation", 2, "global batch / micro batch"),
         ("train.seed", 42, "from the recipe"),
-        ("model.attn_implementation", "eager", "measured: it is the fastest"),
+        ("train.torch_compile", True, "measured: it is the fastest"),
     ]
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
 from fulltune.models.kernels import lacking
 from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, plain_optim
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.events import PhaseBegan
 from fulltune.records.plan import Plan, Setting
@@ -79,16 +77,6 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Measured]:
             },
         )
         for size in (*reversed(smaller), *larger)
-    ]
-
-
-def attentions(recipe: Recipe, best: Changes, packed: bool, flash: Sequence[str]) -> list[Measured]:
-    """Attention other than sdpa, transformers' own choice, where neither the recipe nor packed rows settle it."""
-    if recipe.model.attn_implementation is not None or packed or FACTS[recipe.task].reads == "image":
-        return []
-    return [
-        Measured(name=f"attention {name}", kind="attention", changes={**best, "attn_implementation": name})
-        for name in ("eager", *flash)
     ]
 
 
@@ -167,8 +155,6 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
     best = fastest([*([best] if best else []), *tried(batches)])
     if best is None:
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in rows])
-    others = attentions(recipe, best.changes, summary.packed, _flash(plan, best.changes))
-    best = fastest([best, *tried(others)]) or best
     best = fastest([best, *tried(compilations(recipe, best, lacking(plan.device)))]) or best
     marked = tuple(row.model_copy(update={"taken": row is best}) for row in rows)
     Measurements(available_bytes=available_bytes, rows=marked).save(folder / "plan" / "measured.json")
@@ -225,12 +211,3 @@ def _probe(trial: PlannedTrial, row: Measured, tokens: float, available_bytes: i
     if outcome.status == "interrupted":
         raise InterruptedRun("interrupted while measuring; the same command measures again")
     return measured(row, outcome, tokens, available_bytes)
-
-
-def _flash(plan: Plan, changes: Mapping[str, Any]) -> list[str]:
-    """Flash attention that is installed and may work here; a card that a kernel was not made for says so itself."""
-    halves = changes.get("precision", plan.precision) != "fp32"
-    if plan.device != "cuda" or not plan.fast_bf16 or not halves:
-        return []
-    modules = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-    return [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]
