@@ -155,11 +155,6 @@ ROWS_OF_SCALE = [
 ]
 
 
-def test_page_on_scale_has_its_table() -> None:
-    assert len(ROWS_OF_SCALE) >= 12
-    assert {row[0] for row in ROWS_OF_SCALE} == {"7 B", "70 B"}
-
-
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS_OF_SCALE[::2], ids=" ".join)
@@ -276,16 +271,6 @@ def test_options_that_cannot_be_are_refused_all_at_once(
     result = fulltune("plan", recipe, *options)
     assert (result.code, result.problems) == (2, problems)
     assert not (recipe.parent / "runs").exists()
-
-
-def test_batch_that_cannot_be_shared_is_refused(recipe: Path) -> None:
-    result = fulltune(
-        *("plan", recipe, "--rows", 100, "--tokens", 10, "--for", "8x L4", "--set", "train.global_batch_size=12")
-    )
-    assert (result.code, result.problems) == (
-        2,
-        ["train.global_batch_size: 12 cannot be shared by 8 devices; set a multiple of 8, or train.num_processes"],
-    )
 
 
 @pytest.mark.parametrize(

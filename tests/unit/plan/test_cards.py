@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.plan import fit, gpus, resolve
+from fulltune.plan import gpus, resolve
 from fulltune.plan.settings import Reasons, with_settings
 from fulltune.plan.survey import survey
-from fulltune.plan.workload import Workload, basis_of
+from fulltune.plan.workload import basis_of
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import Plan
 from fulltune.system.hardware import Gpu, Machine
 from tests.unit.plan import sizes
 
@@ -69,13 +68,6 @@ def test_precision_follows_the_compute_capability(capability: tuple[int, int], f
     assert precision(machine(card)) == (found, reason.format(label))
 
 
-@pytest.mark.parametrize("model", gpus.GPUS, ids=lambda model: model.name)
-def test_cards_that_are_not_here_are_as_they_were_sold(model: gpus.GpuModel) -> None:
-    old = {"V100": "fp16", "T4": "fp16", "RTX 2080 Ti": "fp16", "P100": "fp32"}
-    expected = next((kind for name, kind in old.items() if model.name.startswith(name)), "bf16")
-    assert precision(gpus.parse(f"1x {model.name}").machine)[0] == expected
-
-
 def test_oldest_of_the_cards_that_are_used_decides_and_the_one_with_the_least_memory() -> None:
     mixed = machine(A100, T4)
     assert precision(mixed)[0] == "bf16", "one process takes the first"
@@ -96,29 +88,6 @@ def test_few_bytes_of_shared_memory_leave_images_to_the_training_process() -> No
         reasons, here = Reasons(), machine(A100).model_copy(update={"num_cores": 8, "shared_memory_bytes": free})
         assert resolve.loader_workers(asked, here, "cuda", reasons) == expected
         assert ("shared memory (/dev/shm) has 64 MiB" in reasons.settings[0].reason) == (expected == 0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "found", "reason"),
-    [
-        ({"precision": "bf16"}, "bf16", "from the recipe; Tesla T4 (compute capability 7.5) emulates it, slowly"),
-        ({"precision": "fp32"}, "fp32", "from the recipe"),
-        ({"precision": "fp16"}, "fp16", "from the recipe"),
-    ],
-)
-def test_given_precision_is_kept_and_said_to_be_slow(settings: dict[str, Any], found: str, reason: str) -> None:
-    assert precision(machine(T4), **settings) == (found, reason)
-    assert precision(machine(A100), **settings) == (found, "from the recipe")
-
-
-@pytest.mark.parametrize("capability", [(6, 0), (6, 1)])
-def test_fp16_without_tensor_cores_is_kept_and_said_to_gain_nothing(capability: tuple[int, int]) -> None:
-    card = A100.model_copy(update={"name": "Card", "capability": capability})
-    label = "Card (compute capability {}.{})".format(*capability)
-    why = f"from the recipe; {label} has no tensor cores: no faster than fp32, and rounds more"
-    assert precision(machine(card), precision="fp16") == ("fp16", why)
-    assert precision(machine(card, A100), precision="fp16", num_processes=2) == ("fp16", why)
-    assert precision(machine(A100, card), precision="fp16") == ("fp16", "from the recipe"), "it is not used"
 
 
 @pytest.mark.parametrize("card", ["T4", "V100-16GB", "P100"])
@@ -194,7 +163,3 @@ def test_of_several_cards_the_oldest_says_which_attention_can_be_had() -> None:
     )
     with pytest.raises(RecipeError, match="this is Tesla T4"):
         resolve.refuse_kernels(recipe, machine(A100, T4), "cuda", "fp16")
-
-
-def fit_on(task: Workload, fleet: gpus.Fleet) -> Plan:
-    return fit(task, fleet)

@@ -10,12 +10,12 @@ import pytest
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint, Moment, Variant
 from fulltune.models.shapes import Shapes
-from fulltune.plan import Workload, choose, defaults, fit, gpus
-from fulltune.plan.budget import LIBRARIES_BYTES, MemoryBudget
+from fulltune.plan import Workload, defaults, fit, gpus
+from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.plan.levers import whole_logits
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary, MixedSummary, SplitSummary
-from fulltune.records.plan import MemoryNeed, MemorySettings, Plan
+from fulltune.records.plan import Plan
 from fulltune.system.hardware import Gpu, Machine
 from tests import plans
 from tests.unit.plan.sizes import BERT
@@ -208,11 +208,6 @@ def test_batch_is_micro_times_accumulation_times_processes(rows: int, train: dic
     assert math.isclose(plan.num_train_epochs * math.ceil(rows / plan.global_batch_size), plan.total_steps)
 
 
-def test_batch_that_processes_cannot_share_is_refused() -> None:
-    with pytest.raises(ValueError, match="global_batch_size: 8 is not a multiple of num_processes 3"):
-        planned(train={"global_batch_size": 8, "num_processes": 3})
-
-
 @pytest.mark.parametrize(
     ("machine", "model", "train", "precision"),
     [
@@ -255,19 +250,6 @@ def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_res
     reason = {setting.name: setting.reason for setting in plan.settings}["train.precision"]
     rounds = "ZeRO rounds the weights of all passes to bf16, so the result is not that of other placements"
     assert (rounds in reason) == (placement.startswith("zero") and precision == "bf16")
-
-
-@pytest.mark.parametrize(
-    ("kind", "metric", "greater"),
-    [
-        ("single_label", "accuracy", True),
-        ("multi_label", "f1_micro", True),
-        ("regression", "spearman", True),
-    ],
-)
-def test_metric_default_follows_the_problem(kind: str, metric: str, greater: bool) -> None:
-    plan = planned(kind=kind)
-    assert (plan.metric, plan.greater_is_better) == (metric, greater)
 
 
 @pytest.mark.parametrize(
@@ -316,23 +298,6 @@ def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[
         planned(**changes)
 
 
-def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
-    # All gradients of earlier passes beside the next pass's copy of the weights in 16 bits: accumulating needs more.
-    need: Any = {1: 12 * GB, 2: 11 * GB, 4: 10 * GB}
-
-    def of(settings: MemorySettings) -> MemoryNeed:
-        size = need[settings.micro_batch_size]
-        return MemoryNeed(kinds={"weights": size}, phases={"step": size})
-
-    budget = MemoryBudget(8 * GB, "7.5 GiB of memory", of)
-    start = MemorySettings(micro_batch_size=1, longest_tokens=64, can_recompute=False, num_processes=1)
-    recipe = plans.recipe(train={"optim": "adafactor", "activation_checkpointing": False})
-    with pytest.raises(DoesNotFitError) as raised:
-        choose.choose(recipe, start, 4, budget, lambda settings: None)
-    assert "needs 9.31 GiB" in raised.value.problems[0]
-    assert "even with micro batch 4" in raised.value.problems[0]
-
-
 @pytest.mark.parametrize(
     ("train", "own_loss", "plain", "reason"),
     [
@@ -348,12 +313,6 @@ def test_one_reason_keeps_the_logits_whole(train: dict[str, Any], own_loss: bool
     found = whole_logits(recipe, plain, own_loss=own_loss)
     assert reason in found
     assert bool(found) == bool(reason)
-
-
-def test_weights_and_state_that_are_shared_out_count_once() -> None:
-    """Eight processes with a copy each need 13.1 GiB of the 12 GB."""
-    shared = planned(train={"num_processes": 8, "extra": {"deepspeed": ZERO3}})
-    assert shared.num_processes == 8
 
 
 def test_every_value_has_a_reason_and_each_setting_stands_once() -> None:

@@ -100,17 +100,6 @@ def test_processes_of_a_machine_take_its_gpus_and_its_cores() -> None:
     assert reasons.settings[0].reason.endswith("; they are not alike (4 to 8 GPUs): planned for the least")
 
 
-def test_only_the_gpus_that_are_taken_decide() -> None:
-    old = Gpu(name="T4", memory_bytes=15 * GIB, capability=(7, 5), free_bytes=14 * GIB)
-    mixed = machine(2).model_copy(update={"gpus": (CARD, old)})
-    for processes, expected in ((2, CARD), (4, old)):
-        recipe = _recipe(processes, 2)
-        assert resolve.oldest_gpu(recipe, mixed) == expected
-        task = sizes.bert()
-        found = budget.of(recipe, task.shapes, task.footprint("fp32"), mixed, "cuda")
-        assert found.available_bytes == expected.available_bytes
-
-
 def test_memory_and_cores_are_shared_by_the_processes_of_one_machine() -> None:
     task = sizes.bert()
     one, two = (

@@ -83,11 +83,6 @@ def test_state_of_an_optimizer(optim: str, dtype: str, rounding: str | None, opt
     assert (found.weights, found.gradients, found.optimizer) == (size * 10**6, size * 10**6, optimizer)
 
 
-def test_only_optimizers_of_the_table_are_known() -> None:
-    assert memory.known("adafactor")
-    assert not memory.known("grokadamw")
-
-
 def test_the_highest_moment_is_at_the_head() -> None:
     # 400 tokens: 4.0 MB of activations, 9.6 MB of logits.
     assert tensors(SETTINGS) == {
@@ -191,11 +186,6 @@ def test_on_a_cpu_large_logits_come_on_top_of_what_small_blocks_left() -> None:
     # 6,400 tokens: 51 MB of logits are a large block, 64 MB of activations are taken to be small ones.
     found = need(SHAPES, FOOTPRINT, SETTINGS.changed(micro_batch_size=64), "cpu").kinds
     assert found["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.HELD_SHARE * 64_000_000)
-
-
-def test_with_a_large_gradient_the_heap_is_reused() -> None:
-    assert memory._reused(free=100.0, large=90, block=30) == 30
-    assert memory._reused(free=100.0, large=29, block=30) == 0
 
 
 def test_bf16_weights_are_made_beside_the_file() -> None:

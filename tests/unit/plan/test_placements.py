@@ -112,10 +112,6 @@ def test_what_is_short_is_said_with_its_size() -> None:
     assert rows["ZeRO-3, all on disk"].short == f"disk +{((18 + 2 * 16 + 8) * P - 100e9) / GIB:,.0f} GiB"
 
 
-def test_no_bf16_on_a_gpu_without_it() -> None:
-    assert not any("bf16" in name for name in table("1x V100-32GB"))
-
-
 def test_cpu_has_nothing_to_offload_to() -> None:
     assert set(table("cpu, 16 cores, 256GB host")) == {
         "one device, AdamW fp32",
@@ -203,11 +199,6 @@ def test_what_holds_a_step_back(hardware: str, name: str, bound_by: str) -> None
     assert table(hardware)[name].bound_by == bound_by
 
 
-def test_small_steps_are_held_back_by_the_hosts_optimizer() -> None:
-    rows = table("1x H100, 1TB host", global_batch_size=1)
-    assert rows["ZeRO-3, all on host"].bound_by == "optimizer"
-
-
 @pytest.mark.parametrize("rows", [8, 16, 32])
 def test_speed_of_a_measured_offload_run_is_met_within_a_factor_of_two(rows: int) -> None:
     # Llama-3.1-8B on an RTX 4090, rows of 1,024 tokens: 914, 1,373 and 1,791 tokens/s (SlideFormer's DeepSpeed runs).
@@ -218,13 +209,6 @@ def test_speed_of_a_measured_offload_run_is_met_within_a_factor_of_two(rows: int
     one = table("1x RTX 4090, 256GB host", task)["ZeRO-3, all on host"]
     assert one.tokens_per_second is not None
     assert 0.5 < one.tokens_per_second * P / 8.03e9 / measured < 2
-
-
-def test_speed_grows_with_devices_and_falls_with_offloading() -> None:
-    two, eight = table("2x A100-80GB, 1TB host"), table("8x A100-80GB, 1TB host")
-    assert 3.5 < eight["ZeRO-3"].tokens_per_second / two["ZeRO-3"].tokens_per_second < 4.5  # type: ignore[operator]
-    speeds = [eight[name].tokens_per_second or 0 for name in ("ZeRO-3", "ZeRO-3, all on host", "ZeRO-3, all on disk")]
-    assert speeds == sorted(speeds, reverse=True)
 
 
 def test_unknown_gpu_has_bytes_and_no_speed() -> None:

@@ -11,14 +11,12 @@ from rich.console import Console
 
 from fulltune.cli.show.plan import sections
 from fulltune.errors import RecipeError
-from fulltune.footprint.records import Moment
 from fulltune.plan import gpus, time, ways_out, workload
 from fulltune.plan.fit import fit
 from fulltune.plan.settings import with_settings
 from fulltune.plan.survey import advise, ranked, survey
 from fulltune.records.plan import Plan, Survey
 from fulltune.report.format import terminal
-from fulltune.text import format_bytes
 from tests.unit.plan import sizes
 
 ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
@@ -73,16 +71,6 @@ def test_placement_of_a_7b_model(hardware: str, placement: str) -> None:
     reasons = {one.name: one.reason for one in plan.settings}
     assert reasons.get("train.placement", "").startswith(f"placement: {placement}") == ("ZeRO" in placement)
     assert reasons["train.num_processes"] == ("from --for" if plan.num_processes > 1 else "default")
-
-
-def test_memory_of_the_row_is_the_plans() -> None:
-    for hardware in ("8x A100-80GB", "1x MI325X"):
-        found, plan = planned(hardware)
-        assert plan is not None
-        assert plan.memory is not None
-        chosen = next(one for one in found.placements if one.name == found.placement)
-        assert chosen.micro_batch_size == plan.micro_batch_size
-        assert chosen.device_bytes == pytest.approx(plan.memory.peak, rel=0.02)
 
 
 def test_time_and_price_follow_from_the_row() -> None:
@@ -175,45 +163,6 @@ def test_model_that_cannot_recompute_is_the_reason_and_not_the_recipe() -> None:
     assert plan is not None
     setting = next(one for one in plan.settings if one.name == "train.activation_checkpointing")
     assert (setting.value, setting.chosen, setting.reason) == (False, True, "this model cannot recompute them")
-
-
-def test_lora_is_planned_faster_than_full_fine_tuning_where_both_fit() -> None:
-    task = sizes.llama(method="lora")
-    held = sizes.LLAMA.num_parameters + 40_000_000
-    adapted = sizes.LLAMA.model_copy(update={"num_trained": 40_000_000, "num_held": held})
-    full, lora = (planned("8x A100-80GB", one)[1] for one in (sizes.llama(), replace(task, shapes=adapted)))
-    assert full is not None
-    assert lora is not None
-    assert full.time is not None
-    assert lora.time is not None
-    assert lora.time.train_seconds < 0.8 * full.time.train_seconds
-
-
-def test_row_of_other_weights_and_the_reason_have_one_number() -> None:
-    # bf16 weights are traced for the plan; the table's rows rest on the recipe's own type.
-    heavier = sizes.footprint(sizes.LLAMA)
-    variants = tuple(
-        one.model_copy(update={"first": tuple(_with_buffers(moment, 2**30) for moment in one.first)})
-        for one in heavier.variants
-    )
-    heavier = heavier.model_copy(update={"variants": variants})
-    task = replace(sizes.llama(), footprint=lambda dtype: heavier if dtype == "bf16" else sizes.footprint(sizes.LLAMA))
-
-    found, plan = survey(task, gpus.parse("1x RTX A6000, 16GB host"))
-
-    assert plan is not None
-    assert plan.memory is not None
-    assert plan.weights_dtype == "bf16"
-    row = next(one for one in found.placements if one.name == found.placement)
-    assert row.device_bytes == plan.memory.peak
-    assert row.kinds == plan.memory.kinds
-    reason = next(one.reason for one in plan.settings if one.name == "train.micro_batch_size")
-    assert format_bytes(sum(row.kinds.values())) in reason
-
-
-def _with_buffers(moment: Moment, more: int) -> Moment:
-    buffers = (moment.coefficients["buffers"][0] + more, *moment.coefficients["buffers"][1:])
-    return moment.model_copy(update={"coefficients": {**moment.coefficients, "buffers": buffers}})
 
 
 def test_whole_command_is_foreseen_part_by_part() -> None:
@@ -392,12 +341,6 @@ def test_batch_that_the_devices_cannot_share_is_refused(train: dict[str, Any], p
     assert raised.value.problems == (problem,)
 
 
-def test_number_of_processes_of_the_recipe_is_kept() -> None:
-    found, plan = planned("8x A100-80GB", sizes.bert(train={"num_processes": 2}))
-    assert plan is not None
-    assert (plan.num_processes, found.num_devices) == (2, 2)
-
-
 def test_only_devices_that_work_are_paid() -> None:
     wishes = (2.0, "")
     found, plan = planned("8x A100-80GB", sizes.bert(train={"num_processes": 2}), wishes)
@@ -409,13 +352,6 @@ def test_only_devices_that_work_are_paid() -> None:
     assert plan.time is not None
     assert found.num_devices == 1
     assert found.price == pytest.approx(2.0 * plan.time.whole_seconds / 3600)
-
-
-def test_no_more_than_eight_devices_are_proposed() -> None:
-    for hardware in ("8x A100-80GB", "1x T4, 16GB host", "4x L4"):
-        found, _ = planned(hardware)
-        changes = [way.change for way in found.ways_out]
-        assert not any(change.startswith(("16x", "32x")) for change in changes)
 
 
 @pytest.mark.parametrize("hardware", ["1x L40S, 16GB host", "8x L40S, 1TB host", "1x L40S, 256GB host"])
@@ -430,24 +366,6 @@ def test_plain_ways_take_deepspeed_out_of_the_recipe(hardware: str, where: dict[
     name, value = without.split(": ")
     assert all(one.settings[name] == (None if value == "null" else value) for one in plain)
     assert all("adamw_8bit" not in way.change or without in way.change for way in found.ways_out)
-
-
-def test_plan_for_other_hardware_says_what_the_recipe_lacks() -> None:
-    found, _ = planned("8x A100-80GB")
-    assert found.settings == {"train.num_processes": 8}  # with these the plan finds FSDP2 by itself
-    found, _ = planned("1x A100-80GB", sizes.bert())
-    assert found.settings == {}
-
-
-def test_placement_that_the_recipe_lacks_is_a_way_out_here() -> None:
-    task, fleet = sizes.llama(), gpus.parse("1x RTX 4090, 256GB host").model_copy(update={"here": True})
-    found, plan = survey(task, fleet)
-    assert plan is None
-    assert not found.fits
-    assert found.placement == ""
-    assert found.ways_out[0].change == "ZeRO-2, optimizer on host"
-    assert found.ways_out[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
-    assert found.ways_out[0].enough
 
 
 def test_given_copies_that_do_not_fit_are_told_to_be_shared_out() -> None:
@@ -493,22 +411,6 @@ def test_table_and_plan_agree_on_the_host(host: int) -> None:
     found, _ = survey(task, fleet.model_copy(update={"here": True}))
     row = next(one for one in found.placements if one.name == "ZeRO-3, all on host")
     assert found.fits == row.fits
-
-
-@pytest.mark.parametrize(
-    ("model", "train"),
-    [
-        ({"weights_dtype": "bf16"}, {"bf16_rounding": "kahan"}),
-        ({"weights_dtype": "bf16"}, {"bf16_rounding": "nearest"}),
-    ],
-)
-def test_row_has_the_plans_bytes(model: dict[str, Any], train: dict[str, Any]) -> None:
-    found, plan = planned("1x H200", sizes.llama(model={"name": "m", **model}, train={"global_batch_size": 4, **train}))
-    assert plan is not None
-    assert plan.memory is not None
-    row = next(one for one in found.placements if one.name == found.placement)
-    assert row.device_bytes == plan.memory.peak
-    assert row.kinds["optimizer"] == plan.memory.kinds["optimizer"]
 
 
 def test_optimizer_of_unknown_state_is_named() -> None:

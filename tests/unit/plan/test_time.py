@@ -13,7 +13,7 @@ from fulltune.records.plan import MemorySettings
 from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_SOLVER_BYTES
 from fulltune.system.sharing import Sharing
 from tests.unit.plan import sizes
-from tests.unit.plan.sizes import BERT, LLAMA
+from tests.unit.plan.sizes import LLAMA
 
 
 def test_step_of_a_decoder_is_six_operations_a_parameter_and_token_eight_when_recomputed() -> None:
@@ -121,12 +121,6 @@ def test_bytes(shared: Sharing | None, changes: dict[str, Any], each_pass: int, 
     assert found.each_pass == pytest.approx(share * each_pass)
     assert found.each_step == pytest.approx(share * each_step)
     assert found.of_step(4) == 4 * found.each_pass + found.each_step
-
-
-def test_root_is_put_together_once() -> None:
-    assert BERT.units is not None
-    found = time.traffic(BERT, SETTINGS.changed(num_processes=2), FSDP2)
-    assert found.each_pass == pytest.approx(4 * (3 * BERT.num_parameters - BERT.units.root) / 2)
 
 
 # ---- a new head's linear probe -----------------------------------------------------------------------------------

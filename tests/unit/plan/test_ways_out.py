@@ -105,12 +105,6 @@ def test_nothing_that_frees_nothing_is_named() -> None:
     assert names == ["a model of at most about 179 M parameters"]
 
 
-def test_longer_rows_may_be_cut_last() -> None:
-    settings = SETTINGS.changed(micro_batch_size=1, optim="adamw_8bit", chunked_loss=True, longest_tokens=16 * 1024)
-    found = ways(7.5, settings.changed(activation_checkpointing=True, weights_dtype="bf16"))
-    assert found[0] == ("data.max_length: 8192", 1, True)
-
-
 def test_rows_cut_more_than_once_are_named_once() -> None:
     least = SETTINGS.changed(
         micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit"
