@@ -204,25 +204,16 @@ def _refuse_small(recipe: Recipe, splits: Mapping[SplitName, Split], asked: int)
     is_one = block.group is not None and block.time is None and 2 * (train.num_rows - largest) < asked
     if not small and not is_one:
         return
-    rows, sides = counted(train.num_read, "row"), len(np.unique(train.sides))
-    if block.time is None and block.group is None:
-        alike = f" (only {sides} of them different)" if sides < train.num_read else ""
-        of_labels = f" of {counted(len(train.names), 'label')}" if train.names else ""
-        of_each = f" of each label, at least {sum(not one.is_file for one in splits.values()) + 1} different ones"
-        more = f"more rows{of_each if train.names else ''}"
-        raise DataError(
-            f"{train.where}: {rows}{alike}{of_labels}: too few for three splits of at least 2 "
-            f"rows ({', '.join(small)}); give {more}, larger data.eval_fraction and data.test_fraction, or files for "
-            f"eval and test{_sections(recipe)}"
-        )
-    times = counted(len(np.unique(train.times)), "different time")
-    at = f" at {times} ('{block.time}', data.time)" if block.time is not None else ""
-    by = f" by '{block.group}' (data.group) or" if block.group is not None else " by"
-    of_what = f"values of '{block.group}'" if block.group is not None else "times"
+    columns = {"time": block.time, "group": block.group}
+    by = [*(f"'{column}' (data.{role})" for role, column in columns.items() if column), "their texts"]
+    of_labels = f" of {counted(len(train.names), 'label')}" if train.names else ""
+    groups = counted(len(np.unique(train.sides)), "group")
+    each = f", at least {sum(not one.is_file for one in splits.values()) + 1} different ones of each label"
     raise DataError(
-        f"{train.where}: {rows}{at} in {counted(sides, 'group')} that stay together{by} their texts, the largest of "
-        f"{largest:,}: too few for three splits ({', '.join(small) or f'{asked:,} are to be held out'}); give rows of "
-        f"more {of_what}, or files for eval and test"
+        f"{train.where}: {counted(train.num_read, 'row')}{of_labels} in {groups} that stay together by "
+        f"{' and '.join(by)}, the largest of {largest:,}: too few for three splits of at least 2 rows "
+        f"({', '.join(small) or f'{asked:,} are to be held out'}); give more rows{each if train.names else ''}, larger "
+        f"data.eval_fraction and data.test_fraction, or files for eval and test{_sections(recipe)}"
     )
 
 

@@ -166,12 +166,12 @@ def test_rows_that_nearly_all_hang_together_are_refused_with_numbers(
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, rows, encoder_tokenizer, group="user")
     [problem] = caught.value.problems
-    assert f"that stay together by 'user' (data.group) or their texts, the largest of {largest}" in problem
+    assert f"that stay together by 'user' (data.group) and their texts, the largest of {largest}" in problem
     assert "files for eval and test" in problem
 
 
 def test_few_users_are_refused_or_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="100 rows in 2 groups that stay together by 'user'"):
+    with pytest.raises(DataError, match="100 rows of 2 labels in 2 groups that stay together by 'user'"):
         prepare(tmp_path / "2", rows_of(2), encoder_tokenizer, group="user")
     notes = prepare(tmp_path / "3", rows_of(3), encoder_tokenizer, group="user").notes
     assert any("50 test rows where data.test_fraction asks for 15: rows that hang together" in note for note in notes)

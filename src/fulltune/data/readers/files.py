@@ -284,27 +284,12 @@ def refuse_held_out(paths: Sequence[str]) -> None:
     for folder in map(Path, paths):
         with reading(folder):
             splits = split_folders(folder)
-            splits.pop(None, None)
             if not splits and folder.is_dir() and not is_image_folder(folder):
                 splits = by_split(data_files(folder))
-        held_out: dict[Split, list[Path]] = {split: splits.pop(split) for split in ("eval", "test") if split in splits}
-        if not held_out:
-            continue
-        rest = [str(file) for files in splits.values() for file in files]
-        shown = f"[{', '.join(rest)}]" if len(rest) > 1 else "".join(rest)
-        write = [f"data.train: {shown}"] if rest else []
-        write += [f"data.{split}: {_one_path(files)}" for split, files in held_out.items()]
-        names = ", ".join(file.name for files in held_out.values() for file in files)
-        problems.append(
-            f"{folder}: is given for training and holds {names}, named as rows that are not trained on; write "
-            f"{', '.join(write)}"
-        )
+        if held_out := [file.name for split in ("eval", "test") for file in splits.get(split, ())]:
+            problems.append(
+                f"{folder}: is given for training and holds {', '.join(held_out)}, named as rows that are not trained "
+                "on; name its other files as data.train, and these, or a folder of theirs, as data.eval and data.test"
+            )
     if problems:
         raise DataError(problems)
-
-
-def _one_path(files: Sequence[Path]) -> str:
-    """What a setting that takes one path can be given."""
-    if len(files) == 1:
-        return str(files[0])
-    return f"a folder of their own, with {', '.join(file.name for file in files)} moved into it"

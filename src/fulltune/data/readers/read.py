@@ -73,34 +73,27 @@ class DataFiles:
         names = Counter(file.name for file in self.files)
         for file in self.files:
             name = file.name if names[file.name] == 1 else str(file)
+            broken, is_empty = list[str](), True
             try:
-                is_empty = True
-                for line, row in self._rows_of(file):
-                    is_empty = False
-                    yield f"{name}:{line}", self._whole(row, file.parent)
+                with reading(file):
+                    for line, row in self._parsed(file):
+                        is_empty = False
+                        if isinstance(row, str):
+                            broken.append(f"{file}:{line}: {row}")
+                        else:
+                            yield f"{name}:{line}", self._whole(row, file.parent)
                 if is_empty:
-                    raise DataError(f"{file}: no rows, expected some; add rows, or name another file")
+                    broken = [f"{file}: no rows, expected some; add rows, or name another file"]
+            except UnicodeError:
+                broken = [f"{file}:{_undecodable(file, self.encoding)}"]
             except DataError as error:
-                if problems is None:
-                    raise
-                problems += error.problems
-
-    def _rows_of(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Pairs of line (or row number, from 1) and row; after the last one, what is wrong with the others."""
-        problems: list[str] = []
-        try:
-            with reading(file):
-                for line, row in self._parsed(file):
-                    if isinstance(row, str):
-                        problems.append(f"{file}:{line}: {row}")
-                    else:
-                        yield line, row
-        except UnicodeError:
-            raise DataError(f"{file}:{_undecodable(file, self.encoding)}") from None
-        if more := problems[_SHOWN:]:
-            problems[_SHOWN:] = [f"{file}: {counted(len(more), 'more broken line')}; repair them, too"]
-        if problems:
-            raise DataError(problems)
+                broken = list(error.problems)
+            if more := broken[_SHOWN:]:
+                broken[_SHOWN:] = [f"{file}: {counted(len(more), 'more broken line')}; repair them, too"]
+            if problems is not None:
+                problems += broken
+            elif broken:
+                raise DataError(broken)
 
     def _parsed(self, file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         suffix = file.suffix.lower()

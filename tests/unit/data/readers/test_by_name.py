@@ -102,7 +102,7 @@ def test_folders_named_for_splits_are_taken_as_these(tmp_path: Path, has_mark: b
     assert (found.num_rows, files.unused) == (20, ("more: its name says nothing of train, eval or test",))
     assert data.train == (f"{tmp_path}/train",)
     assert (data.eval, data.test) == (f"{tmp_path}/validation", f"{tmp_path}/test")
-    with pytest.raises(DataError, match=rf"write data.train: {tmp_path}/train, .*data.test: {tmp_path}/test$"):
+    with pytest.raises(DataError, match=rf"{tmp_path}: is given for training and holds validation, test, named"):
         find_files(_recipe(tmp_path))
     if not has_mark:
         _folder(tmp_path, "rows.csv")
@@ -152,18 +152,8 @@ def test_folder_with_test_rows_is_not_trained_on(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         find_files(_recipe(tmp_path))
     assert refusal.value.problems == (
-        f"{tmp_path}: is given for training and holds dev.csv, test.csv, named as rows that are not trained on; write "
-        f"data.train: {tmp_path}/train.csv, data.eval: {tmp_path}/dev.csv, data.test: {tmp_path}/test.csv",
-    )
-
-
-def test_several_held_out_files_are_to_have_a_folder_of_their_own(tmp_path: Path) -> None:
-    _folder(tmp_path, "train.csv", "test-0.csv", "test-1.csv")
-    with pytest.raises(DataError) as refusal:
-        find_files(_recipe(tmp_path))
-    assert str(refusal.value).endswith(
-        f"write data.train: {tmp_path}/train.csv, data.test: a folder of their own, with test-0.csv, test-1.csv moved "
-        "into it"
+        f"{tmp_path}: is given for training and holds dev.csv, test.csv, named as rows that are not trained on; name "
+        "its other files as data.train, and these, or a folder of theirs, as data.eval and data.test",
     )
 
 
