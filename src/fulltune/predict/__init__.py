@@ -18,7 +18,6 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS
 from fulltune.system.run_folder import comparison_of
 from fulltune.tasks import (
-    Encoded,
     Example,
     ReadingTask,
     Refused,
@@ -158,29 +157,23 @@ class Predictor:
         """Answers from what a head gives."""
         if not rows:  # tokenizers take no empty list
             return []
-        encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
+        task = cast(ReadingTask, self.task)
+        encoded = task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
         refused = [examples[0].refused or _without_tokens(examples[0]) for examples in encoded]
-        chosen = [number for number, why in enumerate(refused) if why is None]
-        answers = iter(self._answers([rows[i] for i in chosen], [encoded[i] for i in chosen], watch))
+        asked = [row for row, why in zip(rows, refused, strict=True) if why is None]
+        usable = [examples for examples, why in zip(encoded, refused, strict=True) if why is None]
+        answers: Iterator[dict[str, Any]] = iter(())
+        if asked:
+            features = [dict(example.features) for examples in usable for example in examples]
+            batching = Batching(_BATCH, watch=lambda done, total, _: watch(done * len(asked) // total, len(asked)))
+            opened_rows, pad = opened(features, self.tokenizer), self.tokenizer.pad_token_id
+            kept = run_rows(self.model, opened_rows, task, self.target, pad, batching)
+            temperature = float(self.notes.get("temperature", 1.0))
+            answers = iter(task.answers(kept, asked, usable, self.target, temperature))
         return [
             Answered(None, why) if why else Answered(next(answers), is_cut=examples[0].truncated)
             for why, examples in zip(refused, encoded, strict=True)
         ]
-
-    def _answers(self, rows: Sequence[Row], encoded: Encoded, watch: Watch) -> Sequence[dict[str, Any]]:
-        if not rows:
-            return []
-        task = cast(ReadingTask, self.task)
-        features = [dict(example.features) for examples in encoded for example in examples]
-        kept = run_rows(
-            self.model,
-            opened(features, self.tokenizer),
-            task,
-            self.target,
-            self.tokenizer.pad_token_id,
-            Batching(_BATCH, watch=lambda done, total, share: watch(done * len(rows) // total, len(rows))),
-        )
-        return task.answers(kept, rows, encoded, self.target, float(self.notes.get("temperature", 1.0)))
 
 
 def _without_tokens(example: Example) -> Refused | None:
@@ -236,20 +229,11 @@ def models_of(run: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{folders.NOTES}"))}
 
 
-_NEEDS_COLUMNS = {
-    "text_pair": "reads pairs of texts; give a file with both columns",
-    "question-answering": "finds answers in a passage; give a file with the columns of question and context",
-    "multiple-choice": "chooses among texts; give a file with the columns of its choices",
-}
-"""Why one text is not enough for a model that has this column, or does this task."""
-
-
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     """A plain text as a row in the model's columns."""
-    columns = notes["columns"]
-    if problem := _NEEDS_COLUMNS.get("text_pair" if "text_pair" in columns else notes["task"]):
-        names = ", ".join(column for role, column in columns.items() if role not in _NOT_READ)
-        raise DataError(f"this model {problem}: {names}")
+    columns, read = notes["columns"], columns_read(notes)
+    if len(read) > 1:
+        raise DataError(f"this model reads several columns of a row, give a file with them: {', '.join(read)}")
     role = next(role for role in ("messages", "tokens", "prompt", "source", "image", "text") if role in columns)
     forms = {"messages": [{"role": "user", "content": text}], "tokens": token_classification.split_text(text)}
     return {columns[role]: forms.get(role, text)}
