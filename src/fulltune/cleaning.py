@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
@@ -34,7 +33,6 @@ from fulltune.records.events import Said
 from fulltune.stats.bootstrap import Measure, draw, measure_of
 from fulltune.stats.intervals import difference, seed_spreads
 from fulltune.tasks import Predictions, Target
-from fulltune.text import format_seconds
 
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
@@ -52,11 +50,10 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     left_out = [str(one) for one in cleaning_steps(load_issues(of_data)) if one not in steps]
     job.phase("training with and without each cleaning step")
     arms: list[list[Predictions]] = [[] for _ in range(1 + len(steps))]
-    total, began = len(arms) * seeds, time.monotonic()
-    for done, ((arm, step), seed) in enumerate(itertools.product(enumerate((None, *steps)), range(seeds))):
-        each = (time.monotonic() - began) / max(1, done)
-        about = f" (about {format_seconds(round((total - done) * each))} left)" if each > 1 else ""
-        job.listener(Said(text=f"training {done + 1} of {total}: {step or 'rows as they are'}, seed {seed}{about}"))
+    runs = itertools.product(enumerate((None, *steps)), range(seeds))
+    for number, ((arm, step), seed) in enumerate(runs, start=1):
+        which = f"training {number} of {len(arms) * seeds}"
+        job.listener(Said(text=f"{which}: {step or 'rows as they are'}, seed {seed}"))
         arms[arm].append(_rows_of_run(job, summary, step, seed))
     shutil.rmtree(job.folder / FOLDER / ".fulltune-cache", ignore_errors=True)
     metric = job.recipe.evaluate.metric or summary.form.metrics[0]

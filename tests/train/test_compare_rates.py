@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune import files, pipeline
+from fulltune import pipeline
 from fulltune.compare import budget, conclude, trials
 from fulltune.compare import run as comparing
 from fulltune.compare import seeds as whole_runs
@@ -216,14 +216,6 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
         found = comparing.run(one, "test")[0]
     assert [len(row.seeds) for row in found.rows if row.kind != "base"] == [1, 1]
     assert len({opening.trials for opening in found.openings}) == 1
-
-
-def test_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "clock.jsonl"
-    files.append_line(path, {"what": "a", "more": {"seconds": 1}})
-    path.write_bytes(path.read_bytes() + b'{"what": "b", "more": {"seconds": 1}')  # the disk was full
-    files.append_line(path, {"what": "c"})
-    assert [entry["what"] for entry in files.lines_of(path)] == ["a", "c"]
 
 
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:

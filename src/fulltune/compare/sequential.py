@@ -182,10 +182,6 @@ def _chances_at(
 ) -> tuple[float, float, float]:
     """The same with the interval's half width known: full better, equal, rival better."""
     needed, room = max(margin, half), margin - half_one_sided
-    if scatter == 0:
-        differs = abs(estimate) >= margin and abs(estimate) > half
-        within = not differs and abs(estimate) < room
-        return float(differs and estimate > 0), float(within), float(differs and estimate < 0)
-    normal = NormalDist(estimate, scatter)
+    normal = NormalDist(estimate, max(scatter, 1e-12))
     equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0
     return 1 - normal.cdf(needed), min(equal, 1.0), normal.cdf(-needed)

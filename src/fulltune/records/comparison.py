@@ -405,6 +405,5 @@ class ManyTasks(Record):
     base_bytes: int
     tasks: dict[str, Decision]
     """By the name of its recipe, which is that of its comparison's folder, too."""
-    train_rows: dict[str, int]
     ways: tuple[Way, ...]
     """Full first; only methods that all tasks compared."""

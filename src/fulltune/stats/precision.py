@@ -7,7 +7,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import numpy as np
 from scipy.optimize import brentq
@@ -16,7 +15,6 @@ from scipy.special import chdtri, chndtrix, ndtr
 from fulltune.stats.intervals import SeedSpread, Uncertain, degrees_of_mean, seed_variance, variance_of_mean
 
 POWER = 0.8
-_POWER_QUANTILE = NormalDist().inv_cdf(POWER)
 MOST_ROWS_FACTOR = 100
 MOST_SEEDS = 30
 _DISCORDANCE = 0.1
@@ -97,8 +95,6 @@ class Precision:
 
     def detectable(self, margin: float, alpha: float) -> float:
         """Smallest true difference that is called with a chance of 80 %, of which the luck of few seeds is a part."""
-        if math.isinf(self.degrees):
-            return max(margin, self.half_width(alpha)) + _POWER_QUANTILE * self.standard_error
         bounds = np.array([max(margin, self.half_width(alpha, seen)) for seen in self.luck(same_seeds=False)])
         error = self.standard_error
         if not error:

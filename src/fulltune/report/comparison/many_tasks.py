@@ -51,7 +51,6 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
         model=first.model,
         base_bytes=base,
         tasks={task: one.decision for task, one in comparisons.items()},
-        train_rows={task: one.train_rows for task, one in comparisons.items()},
         ways=tuple(map(way, (full, *arms))),
     )
 
@@ -94,7 +93,7 @@ def on_one_base(found: ManyTasks) -> Section:
     for task, decision in found.tasks.items():
         name, metric = foreign(task), Writer(decision.metric, _MARGIN)
         take = f": {decision.recommended}" if decision.verdict in ("PEFT", "VARIANT", "EQUIVALENT") else ""
-        tasks.append((name, f"{found.train_rows[task]:,}", foreign(f"{decision.verdict}{take}"), metric.name))
+        tasks.append((name, foreign(f"{decision.verdict}{take}"), metric.name))
         scores.append((name, *(metric.estimate(way.scores[task]) for way in found.ways)))
     cost = ("method", "stored", "one more task", "training", "full is better by [points], mean over the tasks")
     arms = ("task", *(way.arm for way in found.ways))
@@ -102,7 +101,7 @@ def on_one_base(found: ManyTasks) -> Section:
         Paragraph(words.file_name(found.model)),
         *map(Paragraph, _summary(found)),
         Table("Methods, for all tasks together", cost, ways, frozenset(range(1, len(cost)))),
-        Table("Tasks", ("task", "train rows", "verdict", "metric"), tuple(tasks), frozenset({1})),
+        Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
         Table("Scores on each task's test rows", arms, tuple(scores), frozenset(range(1, len(arms)))),
     )
     return Section("tasks", f"{counted(len(found.tasks), 'task')} on one base", blocks)
