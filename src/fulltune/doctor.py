@@ -30,7 +30,7 @@ from fulltune.stats.curves import (
     without_cause,
 )
 from fulltune.text import counted, format_number, format_share
-from fulltune.train.loop.guards import rate_factor
+from fulltune.train.loop.step_guard import rate_factor
 from fulltune.train.request import number_in
 
 STATE = "trainer_state.json"

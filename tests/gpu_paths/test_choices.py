@@ -22,7 +22,7 @@ from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.run_folder import plan_to_continue
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.worker.forecast import Passes
+from fulltune.train.worker.dry_run import Passes
 from tests import plans
 from tests.gpu_paths.cards import Cards
 

@@ -90,7 +90,7 @@ def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -
         "inference/run.py: kept",
         "probe/layers.py: see",
         "train/loop/guarded_step.py: compute_loss",
-        "train/worker/scaling.py: _ends_with",
+        "train/worker/loading.py: _ends_with",
     }
     assert {name for name, types in found.items() if types != {torch.bfloat16}} == set()
 

@@ -20,8 +20,8 @@ from fulltune.records.events import Event, StepLogged, Warned
 from fulltune.records.training import Moved, Outcome
 from fulltune.stats.curves import GuardDecision, diverged, ended_high, stopped_improving
 from fulltune.system import hardware, run_folder
-from fulltune.train.loop.guards import nothing_learned
 from fulltune.train.loop.sampler import GlobalBatchSampler
+from fulltune.train.loop.step_guard import nothing_learned
 from fulltune.train.worker import evaluation
 from fulltune.train.worker import main as worker
 from tests import tiny

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune import predict
 from fulltune.system.run_folder import Reached
-from fulltune.train.worker import scaling
+from fulltune.train.worker import loading
 from tests import tiny
 from tests.cases import others_long
 from tests.train import runs
@@ -155,7 +155,7 @@ def test_run_whose_last_step_is_saved_is_finished_in_the_users_units(
     train = {"max_steps": 4}
     whole = go(tmp_path / "whole", encoder, SCALES["large"], "train", train=train)
     with monkeypatch.context() as patch:
-        patch.setattr(scaling.Scaled, "fold", lambda *_: runs.fail())
+        patch.setattr(loading.Scaled, "fold", lambda *_: runs.fail())
         with pytest.raises(Exception, match="a fault"):
             go(tmp_path / "broken", encoder, SCALES["large"], "train", train=train)
     go(tmp_path / "broken", encoder, SCALES["large"], "train", train=train)

@@ -26,7 +26,7 @@ from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
 from fulltune.train import checkpoints
 from fulltune.train.loop.guarded_step import explain
-from fulltune.train.loop.guards import rate_factor
+from fulltune.train.loop.step_guard import rate_factor
 from fulltune.train.parent import ranks, spawn
 from fulltune.train.parent.next_attempt import roll_back
 from tests import tiny

@@ -24,8 +24,7 @@ from fulltune.records.training import Moved
 from fulltune.stats.curves import diverged, ended_high
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
-from fulltune.train.loop.guards import nothing_learned
-from fulltune.train.loop.step_guard import Judged
+from fulltune.train.loop.step_guard import Judged, nothing_learned
 from fulltune.train.worker.dry_run import same_randomness
 from fulltune.train.worker.weights import InitialWeights, own_file
 

@@ -54,7 +54,7 @@ class Target:
     """Mean and standard deviation of the train rows' numbers: losses are in units of the latter. None: not known."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
     """Shift and factor that make the number of a logit, `factor * logit + shift`: others than these while a model is
-    trained whose head is not yet in the user's units (`train/worker/scaling.py`)."""
+    trained whose head is not yet in the user's units (`train/worker/loading.py`)."""
 
     @property
     def form(self) -> Form:

@@ -14,7 +14,7 @@ from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
-from fulltune.train.loop.guards import rate_factor
+from fulltune.train.loop.step_guard import rate_factor
 from fulltune.train.observed import Observed
 from fulltune.train.request import Request
 

@@ -25,9 +25,8 @@ from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder
 from fulltune.train.loop.guarded_step import Guarded
-from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
-from fulltune.train.loop.step_guard import Judged, StepMemory
+from fulltune.train.loop.step_guard import Judged, StepMemory, rate_factor
 from fulltune.train.optim import fsdp2, optimizers, zero
 from fulltune.train.optim.groups import planned_optimizer
 

@@ -12,7 +12,7 @@ from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.stats.curves import without_cause
 from fulltune.system.memory import asked_bytes
 from fulltune.text import format_bytes
-from fulltune.train.loop.guards import rate_factor
+from fulltune.train.loop.step_guard import rate_factor
 
 MOST: dict[OutcomeStatus, int] = {"hung": 1, "killed": 4, "lost": 20}
 """How often a command goes on as it was. Machines that can be taken away at any time are lost more often than processes

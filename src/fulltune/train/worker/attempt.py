@@ -19,8 +19,8 @@ from fulltune.train import checkpoints
 from fulltune.train.forgetting.generic import DriftMonitor, replay_parts
 from fulltune.train.forgetting.within_budget import keep_within
 from fulltune.train.loop.callbacks import Progress, SaveAndStopEarly, Seals, UpdateMeter
-from fulltune.train.loop.guards import nothing_learned, too_short
 from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.loop.step_guard import nothing_learned, too_short
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.run_time import CHECKS, SCORING
 from fulltune.train.worker import distributed, loading, weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,9 +16,9 @@ import transformers
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from fulltune import methods, probe
-from fulltune.inference.run import by_length, logits_of, model_batch
+from fulltune.inference.run import autocast, by_length, logits_of, model_batch
 from fulltune.inference.store import MIXED, Rows
-from fulltune.methods.head import names_of
+from fulltune.methods.head import names_of, output_layer_of, rescale, rescaled
 from fulltune.models import dropout, sharding
 from fulltune.models.base import Base, opened
 from fulltune.models.checkpoint_head import Head, draw, draw_again
@@ -36,8 +37,6 @@ from fulltune.train.loop.sampler import Mixed
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim import zero
 from fulltune.train.run_time import PROBING
-from fulltune.train.worker import scaling
-from fulltune.train.worker.scaling import Scaled
 
 
 def untouched(
@@ -97,6 +96,87 @@ class Learning:
         """labels[rows] or [rows, tokens]; the model's logits[rows, ..., classes or vocabulary]."""
         summed = self.task.loss(logits_of(outputs), labels, self.target, self._settings)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
+
+
+# ---- numbers are learned in units of their spread, because a step of AdamW moves a value by the rate at most -------
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The last layer of a head that learns (number - shift) / factor."""
+
+    layer: torch.nn.Linear
+    shift: float
+    factor: float
+
+    def fold(self, model: Any) -> None:
+        """Give the finished model the user's units; who trains on takes that back by `unfold`."""
+        self._rescale(model, self.shift, self.factor)
+
+    def unfold(self, model: Any) -> None:
+        """Go on in the units that are learned."""
+        self._rescale(model, -self.shift / self.factor, 1 / self.factor)
+
+    def _rescale(self, model: Any, shift: float, factor: float) -> None:
+        parameters = dict(self.layer.named_parameters())
+        if not any(map(zero.is_in_engine, parameters.values())):
+            sharding.free(model)
+            rescale(self.layer, shift, factor)
+            return
+        tensors = {name: zero.whole(one) for name, one in parameters.items()}
+        for name, values in rescaled(tensors, shift, factor).items():
+            zero.put(parameters[name], values)
+
+
+def scaled_head(
+    model: Any,
+    scale: tuple[float, float],
+    batch: dict[str, torch.Tensor] | None,
+    precision: str,
+    *,
+    gives_numbers: bool,
+    own_loss: bool = False,
+) -> tuple[Scaled | None, str]:
+    """The last layer of a head, which now learns numbers in units of their spread, in words; or None and why not."""
+    layer, problem = output_layer_of(model, 1), ""
+    if own_loss:
+        problem = "compute_loss is your own"
+    elif layer is None or not layer.weight.requires_grad:
+        problem = "no last layer with one output was found in the head"
+    elif batch is not None and not _ends_with(model, layer, batch, precision):
+        problem = "the model changes what its head's last layer gives"
+    if problem or layer is None:
+        return None, f"it learns the numbers as they are: {problem}"
+    mean, spread = scale
+    # Without a bias nothing can be added: what is left is their size.
+    shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
+    sharding.free(model)
+    if gives_numbers:
+        rescale(layer, -shift / factor, 1 / factor)
+    minus = f"(number - {shift:.6g})" if shift else "number"
+    return (
+        Scaled(layer, shift, factor),
+        f"it learns {minus} / {factor:.6g}, and gives the numbers themselves when it is saved",
+    )
+
+
+def _ends_with(model: Any, layer: torch.nn.Linear, batch: dict[str, torch.Tensor], precision: str) -> bool:
+    """Whether the model's logits are what this layer gives, for two short rows."""
+    seen = list[torch.Tensor]()
+    hook = layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(model, precision):
+            logits = model(**inputs).logits
+    finally:
+        model.train(was_training)
+        hook.remove()
+    return len(seen) == 1 and bool(torch.isin(logits.float(), seen[0].float()).all())
+
+
+# ---- all of it ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -161,7 +241,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
             two = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
         learned = head is not None and head.order is not None
         probed = head_start is not None and head_start.head is not None
-        scaled, about_scale = scaling.scaled_head(
+        scaled, about_scale = scaled_head(
             model, summary.scale, two, plan.precision, gives_numbers=probed or learned, own_loss=inputs.has_own_loss
         )
     if scaled is not None:

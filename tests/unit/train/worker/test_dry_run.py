@@ -8,13 +8,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.worker.forecast import (
+from fulltune.train.worker.dry_run import (
     Passes,
     Speed,
     quadratic_share,
+    same_buffers,
     speed,
     timed_forecast,
     times_between,
@@ -157,3 +159,28 @@ def test_what_each_shape_costs_the_first_time_is_counted_at_most_once_more() -> 
     assert found.train_seconds == pytest.approx(40 * (TRAIN + 0.1) + 40 * 0.3, rel=0.02)
     cold = foreseen(Machine({0: 9.0}, {}))
     assert cold.train_seconds == pytest.approx(40 * (2 * TRAIN + 0.1), rel=0.02)
+
+
+# ---- no trace is left ---------------------------------------------------------------------------------------------
+
+
+class _Table(torch.nn.Module):
+    """Makes its table longer when a longer row comes, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made_for = 0
+        self.register_buffer("table", torch.zeros(0))
+
+    def forward(self, length: int) -> torch.Tensor:
+        if length > self.made_for:
+            self.made_for, self.table = length, torch.arange(float(length))
+        return self.table[:length]
+
+
+def test_module_that_remembers_the_size_of_its_buffer_makes_it_again() -> None:
+    model = torch.nn.Sequential(_Table())
+    with same_buffers(model):
+        assert model(8).shape == (8,)
+    assert (model[0].made_for, model[0].table.shape) == (0, (0,))
+    assert model(4).shape == (4,)
