@@ -52,7 +52,8 @@ STRESSED, LONGEST_STRESSED = 20, 30
 LEAST_WORDS = 8
 MOST_REPEATED = 0.5
 """Share of a text that may repeat itself."""
-_TIMES = 5
+_SAME_WORDS = re.compile(r"(?<![^ ])((?:[^ ]+ ){1,40}?)\1{4,}")
+_WHOLE_TWICE = re.compile(r"((?:[^ ]+ ){8,}?)\1+")
 
 
 def repetition(text: str) -> Flaw | None:
@@ -78,35 +79,16 @@ def _same_words(text: str) -> Flaw | None:
     if len(rough) < LEAST_WORDS or (len(set(rough)) > len(rough) * 0.8 and len(rough) < 100):
         return None
     words = _WORD.findall(text.lower())
-    period, stretch, end = _longest_loop(words, 3)
-    if stretch < _TIMES * period and len(set(words)) <= MOST_REPEATED * len(words):
-        # Within what is repeated, three words may stand twice.
-        period, stretch, end = _longest_loop(words, LEAST_WORDS)
-    is_whole = stretch == len(words) and LEAST_WORDS <= period <= stretch // 2
-    if not is_whole and (stretch < LEAST_WORDS or stretch < _TIMES * period):
+    line = " ".join([*words, ""])
+    found = _WHOLE_TWICE.fullmatch(line) or max(_SAME_WORDS.finditer(line), key=lambda one: len(one[0]), default=None)
+    size = found[0].count(" ") if found else 0
+    if found is None or size < LEAST_WORDS or (size < MOST_REPEATED * len(words) and size < 100):
         return None
-    if stretch < MOST_REPEATED * len(words) and stretch < 100:
-        return None
-    phrase = " ".join(words[end - period : end])
+    phrase = found[1].strip()
     if not any(map(str.isalpha, phrase)):
         return None
-    share = format_percent(stretch / len(words))
-    return Flaw("repetition", f"{quoted(phrase)} {stretch // period} times in a row, {share} of the words")
-
-
-def _longest_loop(words: list[str], size: int) -> tuple[int, int, int]:
-    """Period, length and end of the longest stretch whose runs of words come again after as many words, in one pass."""
-    last = dict[tuple[str, ...], int]()
-    best, period, start = (1, 0, 0), 0, 0
-    for place in range(len(words) - size + 1):
-        gram = tuple(words[place : place + size])
-        ago = place - last.get(gram, place)
-        last[gram] = place
-        if ago == 0 or ago != period:
-            period, start = ago, place
-        if period and (stretch := place + size - start + period) > best[1]:
-            best = (period, stretch, place + size)
-    return best
+    share = format_percent(size / len(words))
+    return Flaw("repetition", f"{quoted(phrase)} {len(found[0]) // len(found[1])} times in a row, {share} of the words")
 
 
 _C1 = re.compile("[\x80-\x9f]")
