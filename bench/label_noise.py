@@ -101,8 +101,8 @@ def find(folder: Path, seeds: list[int]) -> None:
         right = int((found.suspects & them.wrong).sum())
         count, errors = int(found.suspects.sum()), int(them.wrong.sum())
         print(
-            f"| {rate:.0%} {kind} | {seed} | {count} | {found.precision:.2f}, {right / max(1, count):.2f} "
-            f"| {found.recall:.2f}, {right / max(1, errors):.2f} | {found.wrong:.0f}, {errors} |",
+            f"| {rate:.0%} {kind} | {seed} | {count} | {found.about.precision:.2f}, {right / max(1, count):.2f} "
+            f"| {found.about.recall:.2f}, {right / max(1, errors):.2f} | {found.about.wrong:.0f}, {errors} |",
             flush=True,
         )
 

@@ -44,7 +44,6 @@ from fulltune.records.audit import (
     LOSSES,
     Audit,
     CheckFound,
-    LabelErrors,
     Remedy,
     RowIssue,
 )
@@ -95,7 +94,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         if LABEL in asked:
             positions, judged = judge(reader)
             issues += _mislabelled(rows, positions, judged)
-            labels = _about_labels(judged)
+            labels = judged.about
             made |= {LABEL, DOUBT}
     except NoProbe as no:
         not_run[LABEL] = str(no)
@@ -219,19 +218,6 @@ def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: Suspected) -> 
         reason = f"'{other}' is likelier, by {-100 * margin:.0f} points of probability"
         issues.append(rows.issue(check, "train", row, reason, remedy, -margin))
     return issues
-
-
-def _about_labels(found: Suspected) -> LabelErrors:
-    return LabelErrors(
-        judged_rows=len(found.margins),
-        agree=float((found.margins > 0).mean()),
-        suspects=int(found.suspects.sum()),
-        doubtful=int(found.doubtful.sum()),
-        planted=found.planted,
-        recall=found.recall,
-        precision=found.precision,
-        wrong=found.wrong,
-    )
 
 
 def list_losses(

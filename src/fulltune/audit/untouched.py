@@ -25,6 +25,7 @@ from fulltune.models.load import load
 from fulltune.probe.features import sampled
 from fulltune.probe.linear import FOLDS, MIDDLE, Items, NoProbe, fits
 from fulltune.recipe.fields import Recipe
+from fulltune.records.audit import LabelErrors
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.events import Listener, RowsRead
 from fulltune.system import hardware
@@ -124,25 +125,11 @@ class Suspected:
     """float64 [rows]; at most 1, and the lower, the less likely the label."""
     other: np.ndarray
     """The likeliest other class [rows]."""
-    cut: float
-    """Rows with a smaller margin are suspects."""
-    planted: int
-    recall: float
-    """Share of the planted errors below the cut."""
-    precision: float
-    """As estimated; 0 where nothing is suspected."""
-    wrong: float
-    """Estimated number of wrong labels: a cautious guess, one standard error lower than it would be."""
-
-    @property
-    def suspects(self) -> np.ndarray:
-        """bool [rows]."""
-        return self.margins < self.cut
-
-    @property
-    def doubtful(self) -> np.ndarray:
-        """Further rows with another label that is clearly likelier: bool [rows]."""
-        return (self.margins < DOUBT) & ~self.suspects
+    suspects: np.ndarray
+    """bool [rows]."""
+    doubtful: np.ndarray
+    """Further rows with another label that is clearly likelier: bool [rows]."""
+    about: LabelErrors
 
 
 def judge(reader: Reader) -> tuple[np.ndarray, Suspected]:
@@ -167,7 +154,19 @@ def suspected(items: Items) -> Suspected:
     if not len(planted) or (margins > 0).mean() < chance + 2 * math.sqrt(chance / len(labels)):
         raise NoProbe(NOT_TOLD_APART)
     cut, recall, precision, wrong = calibrated(margins, planted)
-    return Suspected(margins, other, cut, len(planted), recall, precision, wrong)
+    suspects = margins < cut
+    doubtful = (margins < DOUBT) & ~suspects
+    about = LabelErrors(
+        judged_rows=len(margins),
+        agree=float((margins > 0).mean()),
+        suspects=int(suspects.sum()),
+        doubtful=int(doubtful.sum()),
+        planted=len(planted),
+        recall=recall,
+        precision=precision,
+        wrong=wrong,
+    )
+    return Suspected(margins, other, suspects, doubtful, about)
 
 
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:

@@ -23,7 +23,7 @@ from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import load_texts, row_id
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import Audit, Remedy, RowDecision, RowIssue
+from fulltune.records.audit import Audit, LabelErrors, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
 from tests import tiny
 
@@ -179,14 +179,14 @@ def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
     summary = prepared(tmp_path, CLEAN)
     margins = np.ones(summary.splits["train"].rows)
     margins[[2, 7, 9]] = -0.9, -0.99, -0.6
-    judged = Suspected(margins, np.zeros(len(margins), int), -0.8, 20, 0.5, 0.8, 3.0)
+    about = LabelErrors.model_construct(suspects=2, doubtful=1, planted=20)
+    judged = Suspected(margins, np.zeros(len(margins), int), margins < -0.8, np.isin(margins, -0.6), about)
     found, issues = audited(tmp_path, summary, lambda: (np.arange(len(margins)), judged))
     rows = load_texts(tmp_path / "data" / "train")
     assert [one.row for one in issues["label error"]] == [row_id(rows[7]), row_id(rows[2])]
     assert [one.row for one in issues["doubtful label"]] == [row_id(rows[9])]
     assert issues["label error"][0].remedy == Remedy(action="replace", column="label", value=summary.labels[0])
-    assert found.labels is not None
-    assert (found.labels.suspects, found.labels.doubtful, found.labels.planted) == (2, 1, 20)
+    assert found.labels == about
 
 
 def test_labels_that_cannot_be_judged_are_said_to_be(tmp_path: Path) -> None:
