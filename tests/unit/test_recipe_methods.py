@@ -155,10 +155,6 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
             ],
         ),
         (
-            {"methods": ["full", {"kind": "full", "name": "alike"}, "lora"]},
-            ["methods: 'alike' is the same as 'full' but for its name; change a setting of it, or remove it"],
-        ),
-        (
             {"methods": ["base", "lora"]},
             ["methods: a comparison has 'full', because the others are compared with it; add it"],
         ),

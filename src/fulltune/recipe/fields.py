@@ -76,13 +76,6 @@ class Recipe(Block):
         names = [one.arm for one in self.methods]
         twice = sorted({name for name in names if names.count(name) > 1})
         problems += [f"methods: two are called '{name}'; give one of them another 'name'" for name in twice]
-        alike = [one.model_dump(exclude={"name"}) for one in self.methods]
-        problems += [
-            f"methods: '{one.arm}' is the same as '{self.methods[alike.index(mine)].arm}' but for its name; change a "
-            "setting of it, or remove it"
-            for place, (one, mine) in enumerate(zip(self.methods, alike, strict=True))
-            if alike.index(mine) < place and one.arm not in twice
-        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
