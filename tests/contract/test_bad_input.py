@@ -100,17 +100,6 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
     )
 
 
-def test_data_files_several_bad_are_all_named(case: Case) -> None:
-    case.write("", "a.csv")
-    refused(
-        case.data(data={"train": ["a.csv", "b.csv"], "test": "c.csv"}),
-        DATA,
-        f"{case.folder}/a.csv: the file is empty, expected rows; name another file, or write it again",
-        f"{case.folder}/b.csv: no such file (in that folder: a.csv); give the path of a data file",
-        f"{case.folder}/c.csv: no such file (in that folder: a.csv); give the path of a data file",
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
@@ -311,22 +300,6 @@ def test_regression_target_word_is_refused(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("values", "kind", "shown"),
-    [
-        (["a|b", "c / d", "e f;g", "h,i"], "single label, 4 labels", "⟦c / d⟧"),
-        (["0", "1"], "single label, 2 labels", "⟦1⟧"),
-        (["0.37", "1"], "regression", "⟦0.37⟧"),
-        (['["a", "b"]', '["a"]'], "multi label, 2 labels", "⟦a, b⟧"),
-    ],
-)
-def test_labels_in_csv_are_understood(case: Case, values: list[str], kind: str, shown: str) -> None:
-    rows = [{**row, "label": values[number % len(values)]} for number, row in enumerate(ROWS)]
-    out = accepted(case.data(rows))
-    assert kind in out
-    assert shown in out
-
-
 # ---- conversations ---------------------------------------------------------------------------------------------
 
 
@@ -344,32 +317,6 @@ def test_messages_without_content_are_refused(chat_case: Callable[..., Result]) 
         "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message of 'user' "
         "has neither 'content' nor 'tool_calls'. Remove or repair these rows, or name another column in the recipe",
     )
-
-
-def test_messages_with_image_are_refused(chat_case: Callable[..., Result]) -> None:
-    image = {"role": "user", "content": [{"type": "image", "url": "x"}]}
-    refused(
-        chat_case([conversation(number, image, ANSWER) for number in range(20)]),
-        DATA,
-        "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message of 'user' "
-        "holds image, not text. Remove or repair these rows, or name another column in the recipe",
-    )
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        lambda n: {"messages": json.dumps(conversation(n, ANSWER)["messages"])},
-        lambda n: {"conversations": [{"from": "human", "value": f"hi {n}"}, {"from": "gpt", "value": "yes"}]},
-        lambda n: {"messages": [{"role": "user", "content": [{"type": "text", "text": f"hi {n}"}]}, ANSWER]},
-        lambda n: {"messages": [{"role": "user", "content": n}, ANSWER]},
-        lambda n: {**conversation(n, ANSWER), "tools": json.dumps([{"type": "function", "function": {"name": "f"}}])},
-        lambda n: {**conversation(n, ANSWER), "tools": []},
-    ],
-    ids=["json text", "sharegpt", "content parts", "content number", "tools as text", "no tools"],
-)
-def test_messages_in_other_forms_are_read(chat_case: Callable[..., Result], row: Callable[[int], Any]) -> None:
-    assert "⟦yes<|im_end|>⟧" in accepted(chat_case([row(number) for number in range(40)]))
 
 
 def test_answers_beyond_max_length_are_refused(chat_case: Callable[..., Result]) -> None:
@@ -580,25 +527,6 @@ def test_max_length_over_the_models_limit_is_refused(case: Case) -> None:
 # ---- recipe ----------------------------------------------------------------------------------------------------
 
 
-def test_recipe_problems_are_all_named_with_lines(case: Case) -> None:
-    here = case.folder / "recipe.yaml"
-    refused(
-        case.text(
-            "model: x\ntask: txt-classification\ndata:\n  train: a.csv\n  max_token: 5\n  eval_fraction: 0.9\n"
-            "train:\n  num_train_epochs: many\n  max_length: 9\n  report_to: 3\n  global_batch_size: 10\n"
-        ),
-        RECIPE,
-        f"{here}:2  task: expected one of text-classification, token-classification, question-answering, "
-        "multiple-choice, image-classification, causal-lm, seq2seq, found 'txt-classification'; did you mean "
-        "'text-classification'?",
-        f"{here}:6  data.eval_fraction: expected less than 0.5, found 0.9",
-        f"{here}:5  data.max_token: unknown setting; write data.max_length",
-        f"{here}:8  train.num_train_epochs: expected number, found 'many'",
-        f"{here}:10  train.report_to: expected a list, found 3; write [3]",
-        f"{here}:9  train.max_length: unknown setting; did you mean 'data.max_length'?",
-    )
-
-
 @pytest.mark.parametrize(
     ("recipe", "problem"),
     [
@@ -728,6 +656,15 @@ def test_output_below_a_file_is_refused(case: Case) -> None:
 # ---- folders, disk, memory -------------------------------------------------------------------------------------
 
 
+def test_run_folder_with_other_files_is_refused(case: Case) -> None:
+    case.write(CSV)
+    refused(
+        fulltune("data", case.recipe(), "--run-folder", case.folder),
+        RECIPE,
+        f"{case.folder}: is not empty and not a run folder of fulltune; name another folder",
+    )
+
+
 def test_run_folder_of_another_recipe_is_refused(case: Case) -> None:
     run = case.folder / "mine"
     case.write(CSV)
@@ -741,24 +678,6 @@ def test_run_folder_of_another_recipe_is_refused(case: Case) -> None:
         "start a new run",
     )
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
-
-
-def test_run_folder_with_other_files_is_refused(case: Case) -> None:
-    case.write(CSV)
-    refused(
-        fulltune("data", case.recipe(), "--run-folder", case.folder),
-        RECIPE,
-        f"{case.folder}: is not empty and not a run folder of fulltune; name another folder",
-    )
-
-
-def test_run_folder_that_is_a_file_is_refused(case: Case) -> None:
-    path = case.write(CSV)
-    refused(
-        fulltune("data", case.recipe(), "--run-folder", path),
-        RECIPE,
-        f"{path}: is a file, expected a folder for the run",
-    )
 
 
 def test_run_folder_damaged_is_refused(case: Case) -> None:

@@ -85,20 +85,6 @@ def test_each_process_has_a_part_rounded_up() -> None:
     assert Sharing(2, True, False).parts(STATE, 4) == {"weights": 400, "gradients": 101, "optimizer": 200}
 
 
-@pytest.mark.parametrize(
-    ("train", "expected"),
-    [
-        ({}, None),
-        ({"placement": "ddp", "num_processes": 2}, None),
-        ({"placement": "fsdp2", "num_processes": 2}, "train.placement: fsdp2"),
-        ({"placement": "zero3"}, "train.placement: zero3"),
-        ({"extra": {"deepspeed": "zero.json"}}, "train.extra.deepspeed"),
-    ],
-)
-def test_setting_that_shares_out_is_named(train: dict[str, Any], expected: str | None) -> None:
-    assert plans.recipe(train=train).train.shared_by == expected
-
-
 def test_a_machine_has_its_share_of_the_processes() -> None:
     assert plans.recipe(train={"num_machines": 4, "num_processes": 32}).train.processes_per_machine == 8
 

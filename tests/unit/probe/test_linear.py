@@ -198,28 +198,6 @@ def test_a_class_without_a_row_is_never_the_best() -> None:
     assert set(found(features).argmax(axis=1)) == {1, 4}
 
 
-def test_features_that_never_vary_are_left_out_and_change_nothing() -> None:
-    train, others = splits("single_label", 3, lambda outputs: outputs.argmax(axis=1))
-
-    def constant(of: Items) -> Items:
-        return items(of.kind, np.insert(of.features, [0, 5], [1e3, -0.2], axis=1), of.labels, of.num_outputs)
-
-    for (_, plain), (_, more) in zip(fits(train), fits(constant(train)), strict=True):
-        assert np.isfinite(more.weight).all()
-        np.testing.assert_array_equal(more.weight[:, [0, 6]], 0)
-        assert abs(wrong(constant(others), more) - wrong(others, plain)) < 0.03
-
-
-def test_scale_and_place_of_features_change_nothing() -> None:
-    train, others = splits("single_label", 3, lambda outputs: outputs.argmax(axis=1))
-
-    def moved(of: Items) -> Items:
-        return items(of.kind, of.features * 100 + 30, of.labels, of.num_outputs)
-
-    for (_, plain), (_, other) in zip(fits(train), fits(moved(train)), strict=True):
-        np.testing.assert_allclose(other(moved(others).features), plain(others.features), atol=0.05)
-
-
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 9, 40])
 @pytest.mark.parametrize("kind", ["single_label", "multi_label", "regression"])
 def test_few_rows_are_held_out_in_turn(count: int, kind: ProblemType) -> None:
@@ -239,14 +217,6 @@ def test_few_rows_are_held_out_in_turn(count: int, kind: ProblemType) -> None:
         "regression": lambda: (outputs[:, 0] > 0.5) == (labels == 1),
     }[kind]()
     assert right.all()
-
-
-def test_a_class_with_one_row_does_not_stop_the_others() -> None:
-    labels = np.zeros(20, np.int64)
-    labels[3] = 1
-    features = drawn(20, HIDDEN) + 50 * labels[:, None]
-    _, _, found = best(items("single_label", features, labels, 2), None, fits, loss)
-    assert (found(features).argmax(axis=1) == labels).all()
 
 
 def test_items_of_a_row_are_held_out_together() -> None:
@@ -302,11 +272,6 @@ def test_losses_by_hand(
         assert wrong(given, found) == pytest.approx(expected_wrong)
 
 
-def test_a_class_that_a_part_lacks_does_not_decide_alone() -> None:
-    given = items("single_label", np.array([[0.0, 500.0]]), [0], 2)
-    assert loss(given, Linear(np.eye(2), np.zeros(2))) < 10
-
-
 def test_numbers_that_differ_little_beside_their_size_are_found() -> None:
     features = drawn(600, HIDDEN, seed=1)
     numbers = 1e9 + 100 * (features[:, 0] - features[:, 0].mean()).astype(np.float64) / features[:, 0].std()
@@ -326,17 +291,6 @@ def test_loss_is_weighted_as_the_training_is() -> None:
     outputs = np.array([[2.0, 0.0], [1.0, 1.0]])
     each = np.logaddexp(0, np.where(np.eye(2) > 0, -outputs, outputs)) * np.where(np.eye(2) > 0, [3.0, 0.5], 1.0)
     assert loss(replace(several, class_weights=[3.0, 0.5]), found) == pytest.approx(each.mean(), rel=1e-5)
-
-
-def test_a_sample_has_whole_rows() -> None:
-    rows = np.repeat(np.arange(30), 4)
-    whole = items("choice", drawn(120, HIDDEN), np.tile([1, 0, 0, 0], 30), 1, rows=rows)
-    found = whole.sampled(50)
-    assert len(found.rows) == 48
-    assert (np.unique(found.rows, return_counts=True)[1] == 4).all()
-    for row, features in zip(found.rows[::4], found.features[::4], strict=True):
-        np.testing.assert_array_equal(features, whole.features[4 * row])
-    assert whole.sampled(120) is whole
 
 
 def test_a_class_that_no_sample_has_is_learned_all_the_same() -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fulltune.probe import Extractor, fitted, predicted, rival_of, separators
-from fulltune.probe.features import compared, each_alone
+from fulltune.probe.features import each_alone
 from fulltune.tasks import Target
 from tests.unit.probe.models import LABELS, PAD, model_of
 
@@ -37,21 +36,6 @@ def test_each_text_stands_between_what_stood_around_the_pair(
     ]
 
 
-@pytest.mark.parametrize(
-    ("ids", "first", "second"),
-    [
-        ([CLS, 10, 11, SEP], [CLS, 10, 11, SEP], [CLS, SEP]),
-        ([CLS, 10, SEP, SEP], [CLS, 10, SEP], [CLS, SEP]),
-        ([CLS, 10, SEP, SEP, SEP], [CLS, 10, SEP], [CLS, SEP]),
-        ([10, SEP, SEP], [10, SEP], [SEP]),
-        ([CLS, SEP, SEP], [SEP], [SEP]),
-    ],
-)
-def test_second_text_is_empty_without_a_border(ids: list[int], first: list[int], second: list[int]) -> None:
-    found = each_alone([{"input_ids": np.array(ids), "labels": 1}], frozenset({CLS, SEP}))
-    assert [row["input_ids"].tolist() for row in found] == [first, second]
-
-
 class Tokenizer:
     """Puts tokens around two texts."""
 
@@ -74,12 +58,6 @@ def test_only_pairs_have_separators() -> None:
 def test_texts_that_a_tokenizer_does_not_tell_apart_are_not_read_apart(ids: list[int]) -> None:
     """Nothing between them, or one more token, such as a language's, after the last separator."""
     assert separators(Tokenizer(ids), TARGET) == set()
-
-
-def test_compared_by_hand() -> None:
-    found = compared(torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[0.6, -0.8], [0.0, 1.0]]))
-    expected = [[0.0, 1.6, 0.36, -0.64, -0.28], [1.0, 1.0, 0.0, 0.0, 0.0]]
-    torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def _pairs(count: int) -> list[dict[str, Any]]:
@@ -115,25 +93,6 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
     assert len(answers) == 100
     right = [answers[number][0].argmax() == row["labels"] for number, row in enumerate(rows[300:])]
     assert np.mean(right) > 0.9
-
-
-def test_a_pair_with_an_empty_text_is_a_pair_wherever_it_stands(tmp_path: Path) -> None:
-    """Among the rows to fit on, to choose by and to answer, in whatever batches."""
-    model, rows = model_of("Bert", "text-classification", 2), _pairs(520)
-    for number in (3, 303, 510):
-        rows[number] = {"input_ids": np.array([CLS, 20, SEP, SEP]), "token_type_ids": [0, 0, 0, 1], "labels": 1}
-
-    def extractor(batch_size: int) -> Extractor:
-        around = frozenset({CLS, SEP})
-        return Extractor(model, "text-classification", TARGET, PAD, batch_size, "fp32", separators=around)
-
-    found = fitted(tmp_path, lambda: extractor(16), rows[:300], rows[300:500]).frozen
-    assert found is not None
-    assert found.pooling == "apart"
-    several, alone = (dict(predicted(extractor(size), rows[500:], found, rival_of(tmp_path))) for size in (16, 1))
-    assert sorted(several) == sorted(alone) == list(range(20))
-    for number, outputs in several.items():
-        np.testing.assert_allclose(outputs, alone[number], atol=1e-3)
 
 
 def test_no_pass_has_more_rows_than_a_batch() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,55 +131,6 @@ def test_pixels_are_those_of_the_models_processor(tmp_path: Path, reader: ImageR
         np.testing.assert_array_equal(found, expected["pixel_values"][0])
     assert batch["labels"].tolist() == [1, 1]
     assert rows[0]["length"] == reader.num_patches == 4
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
-def test_image_of_any_mode_becomes_rgb(mode: str, tmp_path: Path, reader: ImageReader) -> None:
-    suffix = ".jpg" if mode == "CMYK" else ".png"
-    Image.new("RGB", (9, 9), (255, 255, 255)).convert(mode).save(tmp_path / f"1{suffix}")
-    pixels = reader.pixels(str(tmp_path / f"1{suffix}"), b"")
-    np.testing.assert_allclose(pixels, np.ones((3, 16, 16)), atol=0.02)
-
-
-def test_photo_is_turned_as_its_camera_was_held(tmp_path: Path, reader: ImageReader) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 3  # upside down
-    image = Image.new("RGB", (16, 16))
-    image.paste((255, 255, 255), (0, 0, 16, 8))
-    image.save(tmp_path / "1.png", exif=turned)
-    pixels = reader.pixels(str(tmp_path / "1.png"), b"")
-    assert pixels[:, :4].mean() < -0.9
-    assert pixels[:, -4:].mean() > 0.9
-
-
-def test_image_that_cannot_be_decoded_is_refused_with_its_reason(tmp_path: Path, reader: ImageReader) -> None:
-    path = tmp_path / "cut.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[:3000])
-    (tmp_path / "text.png").write_text("this is no image")
-    (tmp_path / "empty.jpg").touch()
-    for name, said in (
-        ("cut.png", "cannot be decoded"),
-        ("text.png", "cannot be decoded"),
-        ("empty.jpg", "cannot be decoded"),
-        ("missing.png", "no such file"),
-    ):
-        refused = encoded({"image": str(tmp_path / name)}, reader).refused
-        assert refused.check == "undecodable image"
-        assert said in refused.reason
-        assert name in refused.reason
-    assert encoded({"image": b"no image"}, reader).refused.reason.startswith("8 bytes: cannot be decoded")
-
-
-def test_large_image_is_read_without_a_warning(
-    tmp_path: Path, reader: ImageReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Image.new("RGB", (64, 64)).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        assert encoded({"image": str(tmp_path / "large.png")}, reader).refused is None
-    assert not warned
 
 
 @pytest.mark.parametrize(

@@ -105,15 +105,6 @@ def test_labels_point_at_the_answer(kind: str, answer: str) -> None:
     assert (example.trained_tokens, example.truncated) == (1, False)
 
 
-def test_question_without_answer_points_at_the_first_token() -> None:
-    (example,) = windows({"c": CONTEXT, "q": "where?", "a": ""})
-    assert example.features["labels"][:2] == [0, 0]
-    preview = question_answering.preview(example.features, TARGET, tiny.encoder_tokenizer())
-    assert preview.label == "(no answer in this window)"
-    (example,) = windows({"c": CONTEXT, "q": "where?", "a": "cook soup"})
-    assert question_answering.preview(example.features, TARGET, tiny.encoder_tokenizer()).label == "cook soup"
-
-
 @pytest.mark.parametrize(("stride", "overlap"), [(None, 10), (4, 4), (0, 0)])
 def test_long_context_becomes_windows_that_overlap_and_cover_it(stride: int | None, overlap: int) -> None:
     context = f"{CONTEXT} and then {CONTEXT}"

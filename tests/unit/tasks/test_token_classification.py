@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
 
-from fulltune.cli.init import infer
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import LossSettings, Target
@@ -106,13 +104,6 @@ def test_tags_that_are_not_bio_are_refused_with_advice(lines: list[str], advice:
     assert caught.value.problems[1] == f"rows.jsonl: row 1, word {place}: tag {lines[0].split()[place - 1]!r}"
 
 
-def test_tags_that_are_not_bio_are_named_up_to_five() -> None:
-    with pytest.raises(DataError) as caught:
-        target_of(*["x y"] * 4)
-    assert "(8 such tags)" in caught.value.problems[0]
-    assert len(caught.value.problems) == 6
-
-
 def test_rows_without_any_entity_are_refused() -> None:
     with pytest.raises(DataError, match="no row has an entity"):
         target_of("O O", "O")
@@ -141,17 +132,6 @@ def test_row_that_can_be_used_has_types_and_a_key() -> None:
     assert task.row_labels(good, TARGET) == ["LOC", "PER"]
     assert task.row_labels(row("a", "O"), TARGET) == []
     assert task.group_key(good, TARGET) == task.group_key(row("ada in  rome", "O O O"), TARGET)
-
-
-def test_init_finds_the_task_of_a_file_with_tags(tmp_path: Path) -> None:
-    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [row(["Ada", "sings"], ["B-PER", "O"])] * 3)
-    found = infer(path)
-    assert found.task == "token-classification"
-    assert found.num_rows == 3
-    assert found.target.columns == COLUMNS
-    tiny.write_jsonl(path, [row(["Ada"], ["PER"])])
-    with pytest.raises(DataError, match="holds tags that are not BIO"):
-        infer(path)
 
 
 @pytest.mark.parametrize(
