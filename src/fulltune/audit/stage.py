@@ -105,8 +105,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
     save_issues(folder, issues)
     done = Audit(
         fingerprint=summary.fingerprint,
-        version=VERSION,
-        absent=absent(),
+        version=version(),
         rows=seen.counts,
         checks=by_check(issues),
         clean=tuple(sorted(made - {one.check for one in issues})),
@@ -135,14 +134,14 @@ def _made(rows: AuditedRows, seen: SeenRows) -> set[str]:
 def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | None:
     """An audit of the same rows that is whole; None: there is none."""
     found = _of_same_rows(folder, summary) if (folder / ISSUES).exists() else None
-    if found is None or found.version != VERSION or found.absent != absent():
+    if found is None or found.version != version():
         return None
     return found if all(found.not_run.get(check) not in (NOT_ASKED, OUT_OF_MEMORY) for check in asked) else None
 
 
-def absent() -> tuple[str, ...]:
-    """Extras that are not installed, and bring further checks."""
-    return ("audit",) * bool(missing()) + ("languages",) * (not knows_languages())
+def version() -> str:
+    """Of the checks, with the extras that are not installed and bring further ones."""
+    return f"{VERSION}{', no audit' * bool(missing())}{', no languages' * (not knows_languages())}"
 
 
 def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:

@@ -148,10 +148,8 @@ class Audit(Record):
 
     fingerprint: str
     """Of the prepared rows."""
-    version: int = 1
-    """Of the checks."""
-    absent: tuple[str, ...] = ()
-    """Extras that were not installed."""
+    version: str = ""
+    """Of the checks, with the extras that were not installed."""
     rows: dict[SplitName, int]
     """Split to rows that were looked at."""
     checks: tuple[CheckFound, ...]
