@@ -25,7 +25,7 @@ from tests import tiny
 
 FORMS = (
     *("csv", "tsv", "json", "jsonl", "parquet", "arrow", "feather"),
-    *("txt", "conll", "images", "pictures", "chat", "questions"),
+    *("txt", "conll", "images", "chat", "questions"),
 )
 """Formats, each as often as the others."""
 KINDS = ("words", "numbers", "regression", "multi_label")
@@ -694,53 +694,6 @@ def _images(draw: random.Random, folder: Path) -> Case:
     return case
 
 
-def _pictures(draw: random.Random, folder: Path) -> Case:
-    """A table of images: with their paths, or with the images themselves."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    holds_images = draw.random() < 0.5
-    path = folder / ("rows.parquet" if holds_images else "rows.csv")
-    settings = {"undecodable_images": draw.choice(("drop", "error"))}
-    case = Case(folder, "image-classification", path, "pictures", settings)
-    cells: list[Any] = []
-    for number in range(NUM_ROWS):
-        name, content = f"é {number}.png", _picture(draw)
-        (folder / name).write_bytes(content)
-        label, place = ("cat", "été")[number % 2], f"{path.name}:{number + 1 + (not holds_images)}"
-        case.rows.append(Written(f"<{len(content)} bytes>" if holds_images else str(folder / name), label, place))
-        cells.append(content if holds_images else name)
-    labels = [row.label for row in case.rows]
-    for _ in range(_count(draw, 3)):
-        row = _pick(draw, case.rows)
-        number = case.rows.index(row)
-        damaged = cells[number][:30] if holds_images else "gone.png"
-        ways = {"no image": None, "damaged": damaged, "no label": None}
-        if not holds_images:
-            ways |= {"an address": "https://example.com/a.png", "blank": " "}
-        row.lost = draw.choice(list(ways))
-        if row.lost == "no label":
-            labels[number] = None
-        else:
-            cells[number] = ways[row.lost]
-        if row.lost == "damaged" and settings["undecodable_images"] == "error":
-            case.refusals.append(Flaw("an image that cannot be decoded", row.place))
-    # Such images are left out in any number, where the recipe says so.
-    case.most_lost = MOST_LOST + sum(row.lost == "damaged" for row in case.rows)
-    if holds_images:
-        kind = draw.choice((pa.binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
-        given = [{"bytes": cell, "path": None} for cell in cells] if pa.types.is_struct(kind) else cells
-        if pa.types.is_struct(kind):
-            for row in case.rows:
-                row.text = {"bytes": row.text, "path": None}
-        parquet.write_table(
-            pa.table({"image": pa.array(given, kind), "label": pa.array(labels).cast(pa.binary())}), path
-        )
-    else:
-        tiny.write_csv(path, [{"image": cell, "label": label} for cell, label in zip(cells, labels, strict=True)])
-    return case
-
-
 def _nested(draw: random.Random, folder: Path, form: str) -> Case:
     """Conversations, or questions about passages, with damage deep inside."""
     is_chat = form == "chat"
@@ -837,8 +790,6 @@ def make(seed: int, folder: Path, wild: bool = False) -> Case:
             return _conll(draw, folder)
         case "images":
             return _images(draw, folder)
-        case "pictures":
-            return _pictures(draw, folder)
         case "chat" | "questions":
             return _nested(draw, folder, suffix)
         case _:
@@ -922,7 +873,7 @@ def _seen(case: Case, row: dict[str, Any], features: Any, labels: Sequence[str])
             return row["text"], None
         case "tags":
             return row["tokens"], [labels[number] for number in features["tags"]]
-        case "images" | "pictures":
+        case "images":
             return row["image"], labels[features["labels"]]
         case "chat" | "questions":
             return {name: value for name, value in row.items() if name != PLACE}, None

@@ -15,7 +15,7 @@ from fulltune.recipe.model import ModelBlock
 from tests import tiny
 from tests.contract import malformed
 
-COUNT = 104
+COUNT = 96
 
 
 @pytest.fixture(scope="module")

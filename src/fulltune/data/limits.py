@@ -83,26 +83,22 @@ def longest_row(
 
 def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
     """Whether texts share rows, and what is worth knowing about it."""
-    wanted = recipe.data.packing
-    if not target.form.is_raw_text:
-        if wanted:
-            raise RecipeError(
-                f"data.packing: only raw text is packed, and these rows are {target.form.words}; remove the setting"
-            )
-        return False, []
+    wanted, is_raw = recipe.data.packing, target.form.is_raw_text
     if wanted is False:
         return False, []
-    if others := {one.form.words for one in mixed if not one.form.is_raw_text}:
-        said = f"only raw text is packed, and rows of another kind are mixed in ({', '.join(sorted(others))})"
-        if wanted:
-            raise RecipeError(f"data.packing: {said}; remove the setting")
-        return False, [f"packing is off: {said}"]
-    obstacle = "prompt tuning puts virtual tokens before each text" if limits.virtual else limits.keeps_texts_apart()
+    others = sorted({one.form.words for one in mixed if not one.form.is_raw_text})
+    if not is_raw:
+        obstacle: str | None = f"only raw text is packed, and these rows are {target.form.words}"
+    elif others:
+        obstacle = f"only raw text is packed, and rows of another kind are mixed in ({', '.join(others)})"
+    else:
+        obstacle = "prompt tuning puts virtual tokens before each text" if limits.virtual else None
+        obstacle = obstacle or limits.keeps_texts_apart()
     if obstacle is None:
         return True, []
     if wanted:
-        raise RecipeError(f"data.packing: is not possible with this model: {obstacle}; remove the setting")
-    return False, [f"packing is off: {obstacle}"]
+        raise RecipeError(f"data.packing: {obstacle}; remove the setting")
+    return False, [f"packing is off: {obstacle}"] if is_raw else []
 
 
 OPEN_BLOCKS = 64

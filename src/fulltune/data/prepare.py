@@ -257,13 +257,11 @@ def _encode(
 
 def _origin(block: DataBlock, split: Split) -> str:
     """Where a split's rows come from, in words."""
-    where = split.source.where
     if split.is_file:
-        return f"file {where}"
-    if block.time is not None:
-        return f"split off {where} by '{block.time}'"
-    by = f" by '{block.group}'" if block.group is not None else ""
-    return f"split off {where}{by} (seed {block.split_seed})"
+        return f"file {split.source.where}"
+    column = block.time or block.group
+    by = f" by '{column}'" if column else ""
+    return f"split off {split.source.where}{by}{f' (seed {block.split_seed})' if block.time is None else ''}"
 
 
 def _dropped(

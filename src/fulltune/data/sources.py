@@ -109,21 +109,16 @@ def read_rows(
     recipe: Recipe, files: DataFiles, preprocess: Preprocess | None, patched: Patched | None = None
 ) -> SourceRows:
     """Rows of files as the recipe wants them: at most `max_rows`, patched, each through `preprocess`."""
-    rows = files.rows
-    most = recipe.data.max_rows
+    most, wanted = recipe.data.max_rows, None
     if most and len(labels := _labels(recipe, files)) > most:
         if (different := len({label for of_row in labels for label in of_row})) > most:
             raise DataError(f"{files.where}: {different} labels, and data.max_rows keeps only {most} rows; raise it")
         wanted = set(sample(labels, most, recipe.data.split_seed))
 
-        def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
-            return (placed for number, placed in enumerate(files.rows(problems)) if number in wanted)
-
-    if patched is not None:
-        source, patch = rows, patched
-
-        def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
-            return patch.rows(source(problems))
+    def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
+        placed = enumerate(files.rows(problems))
+        kept = (one for number, one in placed if wanted is None or number in wanted)
+        return kept if patched is None else patched.rows(kept)
 
     if preprocess is None:
         return SourceRows(files.where, rows, patched, files.notes)

@@ -138,15 +138,6 @@ def test_given_files_are_not_split_and_need_no_times(tmp_path: Path, encoder_tok
     assert max(row["day"] for row in splits["train"]) < min(row["day"] for row in splits["eval"])
 
 
-def test_split_by_time_of_drawn_rows_and_of_texts_to_write(tmp_path: Path, decoder_tokenizer: Any) -> None:
-    rows = [{"prompt": f"ask {number}", "completion": "say", "day": number} for number in range(300)]
-    prepare(tmp_path, rows, decoder_tokenizer, task="causal-lm", max_rows=100)
-    splits = of_splits(tmp_path)
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 80, "eval": 10, "test": 10}
-    assert max(row["day"] for row in splits["train"]) < min(row["day"] for row in splits["eval"])
-    assert min(row["day"] for row in splits["train"]) < 20  # drawn from all times
-
-
 def test_class_of_the_newest_rows_alone_is_refused_in_words_of_time(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = dated_rows()
     newest = sorted(rows, key=lambda row: row["day"])[-3:]
@@ -191,13 +182,3 @@ def test_nothing_to_split_is_refused_by_the_recipe() -> None:
     block = {"train": "a.csv", "eval": "b.csv", "test": "c.csv", "time": "day"}
     with pytest.raises(RecipeError, match=r"data\.time: eval and test name files, so there is nothing to split"):
         check({"model": "x", "task": "causal-lm", "data": block}, Path("recipe.yaml"))
-
-
-def test_setting_changes_the_prepared_rows(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    rows = dated_rows()
-    found = [
-        prepare(tmp_path, rows, encoder_tokenizer, **settings)
-        for settings in ({"time": None}, {}, {"group": "user"}, {"time": None, "group": "user"}, {"time": None})
-    ]
-    assert len({summary.fingerprint for summary in found}) == 4
-    assert found[0] == found[-1]

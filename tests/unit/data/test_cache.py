@@ -15,7 +15,6 @@ import pytest
 from fulltune import data
 from fulltune.data import written
 from fulltune.errors import DataError
-from fulltune.files import SEAL
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Event, Warned
@@ -163,29 +162,6 @@ def test_rows_that_were_damaged_are_named_and_made_anew(
     assert (runs.folder / "runs" / ("one" if kept else "two") / "data" / "train" / "rows.arrow").read_bytes() == before
 
 
-def test_damaged_summary_in_the_cache_is_made_anew(runs: Runs) -> None:
-    first = runs.prepare("one")
-    (runs.cache / first.fingerprint / data.SUMMARY).write_text("{")
-    assert runs.prepare("two") == first
-    assert runs.num_encoded == 2
-
-
-@pytest.mark.parametrize("run", ["one", "two"])
-def test_rows_without_their_checksums_are_not_trusted(runs: Runs, run: str) -> None:
-    """Those of the run, and of the cache for another one."""
-    first = runs.prepare("one")
-    own = runs.folder / "runs" / "one" / "data"
-    before = (own / "train" / "rows.arrow").read_bytes()
-    for folder in (own, runs.cached()[0]):
-        (folder / SEAL).unlink()
-    flip(own / "train" / "rows.arrow")  # one file with that of the cache
-    said: list[Event] = []
-    assert runs.prepare(run, listener=said.append) == first
-    assert any("it was not finished; the rows are prepared anew" in one.text for one in said if isinstance(one, Warned))
-    assert runs.num_encoded == 2
-    assert (runs.folder / "runs" / run / "data" / "train" / "rows.arrow").read_bytes() == before
-
-
 def test_other_file_system_gets_a_copy(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     def impossible(*_: Any, **__: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
@@ -218,18 +194,6 @@ def test_only_the_five_used_last_are_kept(runs: Runs) -> None:
     sixth = runs.prepare("sixth", settings={"split_seed": 5}).fingerprint
     assert {path.name for path in runs.cached()} == {found[0], *found[2:], sixth}
     assert runs.files("run 1")
-
-
-def test_what_others_keep_there_is_never_deleted(runs: Runs) -> None:
-    (runs.cache / "pip" / "wheels").mkdir(parents=True)
-    (runs.cache / "notes.txt").write_text("mine")
-    for name in ("pip", "notes.txt"):
-        os.utime(runs.cache / name, (0, 0))
-    for seed in range(7):
-        runs.prepare(f"run {seed}", settings={"split_seed": seed})
-    assert (runs.cache / "pip" / "wheels").is_dir()
-    assert (runs.cache / "notes.txt").read_text() == "mine"
-    assert len(runs.cached()) == 5 + 2
 
 
 def test_what_a_killed_run_left_is_no_data_and_goes_after_a_day(runs: Runs) -> None:

@@ -121,19 +121,7 @@ def test_deep_cell_is_listed_or_when_unused_left(tmp_path: Path, prepare: Callab
     assert "a.jsonl:5" in made.rows
 
 
-def test_name_twice_in_an_object_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n')
-    assert f"{tmp_path}/a.jsonl:1: not valid JSON: 'text' stands twice in an object" in refusal(tmp_path / "a.jsonl")
-
-
 # ---- tables of other programs ----------------------------------------------------------------------------------
-
-
-def test_far_timestamp_in_an_unused_column_costs_no_row(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
-    far = pa.array([2**60, *range(39)], pa.timestamp("us"))
-    made = prepare(table(tmp_path, {**columns_of(ROWS), "when": far}))
-    assert len(made.rows) == 40
-    assert not made.dropped
 
 
 def test_binary_columns_are_read_as_text(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
@@ -143,20 +131,6 @@ def test_binary_columns_are_read_as_text(tmp_path: Path, prepare: Callable[..., 
     assert made.summary.labels == ("food", "weather")
     assert made.rows["a.parquet:1"] == ROWS[0]
     assert list(made.dropped) == ["a.parquet:3"]
-
-
-def test_text_that_is_not_utf8_in_a_table_is_listed(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
-    texts = [row["text"].encode() for row in ROWS]
-    texts[5] = b"caf\xe9"
-    wrong = pa.array(texts, pa.binary()).view(pa.string())
-    made = prepare(table(tmp_path, {**columns_of(ROWS), "text": wrong}))
-    assert made.dropped == {"a.parquet:6": "column 'text' holds a text that is not UTF-8"}
-
-
-def test_columns_of_one_name_in_a_table_are_refused(tmp_path: Path) -> None:
-    wrong = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "label", "label"])
-    parquet.write_table(wrong, tmp_path / "a.parquet")
-    assert "a.parquet: column 'label' stands twice" in refusal(tmp_path / "a.parquet")
 
 
 def test_class_names_that_datasets_keeps_beside_numbers_are_the_labels(
@@ -320,26 +294,6 @@ def test_column_names_that_differ_in_case_only_are_refused(tmp_path: Path, prepa
 
 
 # ---- files and folders -----------------------------------------------------------------------------------------
-
-
-def test_nul_bytes_and_utf16_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_bytes(b"text,label\na,b\nc,\0d\n")
-    assert refusal(path).startswith(f"{path}:3: NUL bytes")
-    path.write_bytes(bytes(5000))
-    assert refusal(path).startswith(f"{path}:1: NUL bytes")
-    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
-        path.write_bytes("text,label\na,b\n".encode(encoding))
-        assert refusal(path).startswith(f"{path}:1: NUL bytes, as UTF-16 has them")
-
-
-def test_csv_broken_rows_are_all_named(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,label\na,b,c\na,b\na\n")
-    problems = refusal(tmp_path / "a.csv").splitlines()
-    assert [problem.split(": ")[1] for problem in problems] == [
-        "3 cells, expected 2 as in the header; put a text with commas or line ends in double quotes",
-        "1 cell, expected 2 as in the header; put a text with commas or line ends in double quotes",
-    ]
 
 
 def test_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

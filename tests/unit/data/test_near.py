@@ -100,12 +100,6 @@ def test_clusters_chain_and_are_named_by_their_first_row() -> None:
     assert near.clusters(near.signatures(texts[:1]), 0.7).tolist() == [0]
 
 
-def test_clusters_many_rows_from_one_template_stay_quick_and_whole() -> None:
-    texts = [f"please transfer the amount of {number} to my other account as soon as you can" for number in range(3000)]
-    found = near.clusters(near.signatures(texts), 0.7)
-    assert len(set(found.tolist())) == 1
-
-
 def test_joined_lone_rows_keep_their_number_and_large_clusters_are_not_first() -> None:
     chance = random.Random(0)
     texts = [" ".join(sentence(chance)) for _ in range(100)]

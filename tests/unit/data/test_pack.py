@@ -73,11 +73,6 @@ def test_pack_no_text_is_cut_and_positions_begin_again(lengths: list[int], block
     assert texts == len(lengths)
 
 
-def test_pack_no_block_is_longer_than_the_limit(blocks: Rows) -> None:
-    for block in blocks:
-        assert len(block["input_ids"]) == len(block["labels"]) == len(block["position_ids"]) == block["length"] <= LIMIT
-
-
 @pytest.mark.parametrize("longest", [10, 50, LIMIT])
 def test_pack_blocks_are_nearly_full(longest: int, tmp_path: Path) -> None:
     lengths = drawn(3000, longest, seed=1)
@@ -88,12 +83,6 @@ def test_pack_words_are_the_first_texts(tmp_path: Path) -> None:
     packed([60, 100, 40, 30], tmp_path)
     # The blocks in the order in which they are full; the 30 stay alone.
     assert [row["fulltune:place"] for row in load_texts(tmp_path)] == ["a.txt:1", "a.txt:0", "a.txt:3"]
-
-
-def test_pack_of_one_text_is_that_text(tmp_path: Path) -> None:
-    (block,) = packed([5], tmp_path)
-    assert block["input_ids"].tolist() == [0, 1, 2, 3, 4]
-    assert block["position_ids"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_pack_holds_few_blocks_open(monkeypatch: pytest.MonkeyPatch) -> None:
