@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune import predict
+from fulltune.errors import GuardStop
 from fulltune.system.run_folder import Reached
 from fulltune.train.worker import loading
 from tests import tiny
@@ -184,3 +185,11 @@ def test_own_loss_is_given_the_users_units(encoder: Path, tmp_path: Path) -> Non
     go(tmp_path, encoder, (3.0, 1.0), "train", train={"max_steps": 2}, options=options)
     assert about_head(tmp_path).endswith("it learns the numbers as they are: compute_loss is your own")
     assert 1 <= float(seen[-1].min()) < float(seen[-1].max()) <= 5
+
+
+def test_bf16_weights_that_cannot_tell_the_targets_apart_are_refused(encoder: Path, tmp_path: Path) -> None:
+    blocks: dict[str, Any] = {"model": {"weights_dtype": "bf16"}, "train": {"max_steps": 2, "precision": "bf16"}}
+    with pytest.raises(
+        GuardStop, match=r"lie 4.1e[+]03 apart, and the targets' spread is 1.*; set weights_dtype: fp32"
+    ):
+        go(tmp_path / "far", encoder, SCALES["large"], "train", **blocks)

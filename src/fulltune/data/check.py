@@ -232,7 +232,7 @@ def _split_by_time(block: DataBlock, own: Mapping[SplitName, Split], late: int) 
 
 
 def notes_on_known(known: KnownTexts | None, train: Split, mixed: Mapping[SourceName, Split]) -> list[str]:
-    """Notes on trained rows that hold a text of `data.contamination`."""
+    """Notes on trained rows that hold a text that must not be trained on."""
     if known is None:
         return []
     remarks = []
@@ -240,11 +240,11 @@ def notes_on_known(known: KnownTexts | None, train: Split, mixed: Mapping[Source
         rows = split.source.holds_known & split.rows
         kind = "train rows" if name == "train" else f"rows of {split.source.where}, which is mixed in,"
         if not (count := int(rows.sum())):
-            remarks.append(f"none of {split.num_rows:,} {kind} holds one of {known.source} (data.contamination)")
+            remarks.append(f"none of {split.num_rows:,} {kind} holds one of {known.source}")
             continue
         places = [place for _, place, _ in kept_rows(split.source, rows)]
         remarks.append(
-            f"{count:,} of {split.num_rows:,} {kind} hold one of {known.source} (data.contamination), or much of it: "
+            f"{count:,} of {split.num_rows:,} {kind} hold one of {known.source}, or much of it: "
             f"{first_few(places)}; scores on these texts flatter the model: "
             "remove the rows, or do not report them"
         )

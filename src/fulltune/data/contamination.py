@@ -1,4 +1,5 @@
-"""Texts that must not be trained on, such as benchmarks, and which rows hold one (`data.contamination`).
+"""Texts that must not be trained on, such as benchmarks, and which rows hold one (`data.contamination`); also those on
+which a run is measured beside its task (`preserve.probe`).
 
 Runs of 8 words are what is compared, like the n-grams by which training data of language models is checked. In memory
 are hashes alone: of each run of the texts here, with its text and place. The rows pass by in the workers.
@@ -85,15 +86,22 @@ def _runs(words: list[str]) -> np.ndarray:
 # ---- the texts here --------------------------------------------------------------------------------------------
 
 
+def known_names(recipe: Recipe) -> dict[str, str]:
+    """The settings that name such texts, and the paths."""
+    names = {"data.contamination": recipe.data.contamination, "preserve.probe": recipe.preserve.probe}
+    return {setting: path for setting, path in names.items() if path is not None}
+
+
 def known_files(recipe: Recipe) -> tuple[Path, ...]:
-    """The files behind `data.contamination`: in a folder all tables and texts; raises a `DataError` when none is."""
-    path = recipe.data.contamination
-    if path is None:
-        return ()
+    """The files with such texts: in a folder all tables and texts; raises a `DataError` when none is."""
+    return tuple(file for setting, path in known_names(recipe).items() for file in _files(setting, path))
+
+
+def _files(setting: str, path: str) -> Sequence[Path]:
     try:
         with reading(Path(path)):
             if not Path(path).is_dir():
-                return tuple(data_files(Path(path)))
+                return data_files(Path(path))
             found = sorted(
                 file
                 for file in Path(path).rglob("*")
@@ -102,16 +110,16 @@ def known_files(recipe: Recipe) -> tuple[Path, ...]:
                 and file.is_file()
             )
     except DataError as error:
-        raise DataError([f"data.contamination: {problem}" for problem in error.problems]) from None
+        raise DataError([f"{setting}: {problem}" for problem in error.problems]) from None
     if not found:
         raise DataError(
-            f"data.contamination: {path}: no file with texts in this folder; expected txt, csv, jsonl or other tables: "
+            f"{setting}: {path}: no file with texts in this folder; expected txt, csv, jsonl or other tables: "
             "name another folder, or a file"
         )
-    return tuple(found)
+    return found
 
 
-def read_texts(path: str, files: Iterable[Path]) -> KnownTexts:
+def read_texts(names: Mapping[str, str], files: Iterable[Path]) -> KnownTexts:
     """Read the texts, file by file; raises a `DataError` for each broken file, or when they hold no text."""
     known: set[int] = set()
     runs, num_runs, problems = [np.empty(0, np.uint64)], list[int](), list[str]()
@@ -125,15 +133,16 @@ def read_texts(path: str, files: Iterable[Path]) -> KnownTexts:
                     runs.append(_runs(text.split()))
                     num_runs.append(len(runs[-1]))
     if problems:
-        raise DataError([f"data.contamination: {problem}" for problem in problems])
+        raise DataError([f"{' and '.join(names)}: {problem}" for problem in problems])
     if not known:
-        raise DataError(f"data.contamination: {path}: holds no text; name a file or a folder with texts")
+        raise DataError(f"{' and '.join(names)}: no text in it; name a file or a folder with texts")
+    written = [f"{os.path.basename(path)} ({setting})" for setting, path in names.items()]  # noqa: PTH119  # as written
     hashes = np.concatenate(runs)
     order = np.argsort(hashes, kind="stable")
     _, which, counts = np.unique(hashes[order], return_inverse=True, return_counts=True)
     order = order[counts[which] <= MOST_TEXTS]
     return KnownTexts(
-        source=f"{counted(len(known), 'text')} of {os.path.basename(path)}",  # noqa: PTH119  # as it is written
+        source=f"{counted(len(known), 'text')} of {' and '.join(written)}",
         whole=frozenset(known),
         num_runs=np.array(num_runs, np.int32),
         runs=hashes[order],

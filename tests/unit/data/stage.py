@@ -19,6 +19,7 @@ def prepare(
     tokenizer: Any,
     task: str = "text-classification",
     mixed: list[dict[str, Any]] | None = None,
+    probe: Path | None = None,
     **settings: Any,
 ) -> DataSummary:
     """Prepare rows, or a file, with others mixed in by a weight of 0.2; eval and test may be rows as well."""
@@ -28,7 +29,8 @@ def prepare(
     train: Any = str(rows if isinstance(rows, Path) else tiny.write_jsonl(folder / "train.jsonl", rows))
     if mixed:
         train = [train, {"path": str(tiny.write_jsonl(folder / "mixed.jsonl", mixed)), "weight": 0.2}]
-    recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": train, **settings}})
+    blocks = {"data": {"train": train, **settings}, "preserve": {"probe": probe and str(probe)}}
+    recipe = Recipe.model_validate({"model": "x", "task": task, **blocks})
     return data.prepare(data.Stage(recipe, folder / "data", tokenizer, data.Limits(tiny.POSITIONS)))
 
 

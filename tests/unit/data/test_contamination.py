@@ -23,7 +23,7 @@ TEN = "one two three four five six seven eight nine ten"
 
 def known(folder: Path, *texts: str) -> KnownTexts:
     path = tiny.write_jsonl(folder / "known.jsonl", [{"text": text} for text in texts])
-    return read_texts(str(path), files_of(path))
+    return read_texts({"data.contamination": str(path)}, files_of(path))
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -123,7 +123,7 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
     tiny.write_jsonl(folder / "rows.jsonl", nested)
     (folder / "README.md").write_text("not a text", encoding="utf-8")
     (folder / ".hidden.txt").write_text("not this", encoding="utf-8")
-    texts = read_texts(str(folder), files_of(folder))
+    texts = read_texts({"data.contamination": str(folder)}, files_of(folder))
     expected = (
         "first line",
         "a paragraph of two lines",
@@ -216,6 +216,16 @@ def test_planted_texts_are_counted_with_places_and_kept(tmp_path: Path, encoder_
     assert summary.splits["train"].rows == 60
 
 
+def test_train_rows_with_a_text_of_the_probe_are_named(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = tiny.topic_rows(60)
+    probe = tmp_path / "generic.txt"
+    probe.write_text("\n".join([TEN, rows[3]["text"], "something else"]), encoding="utf-8")
+    summary = prepare_rows(tmp_path, rows, encoder_tokenizer, probe=probe, **held_out(tmp_path))
+    [note] = [note for note in summary.notes if "preserve.probe" in note]
+    assert note.startswith("1 of 60 train rows hold one of 3 texts of generic.txt (preserve.probe), or much of it: ")
+    assert "train.jsonl:4;" in note
+
+
 def test_rows_that_are_held_out_do_not_count_and_none_is_said(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = tiny.topic_rows(60)
     bench(tmp_path, "held out 2", "held out 3", "something else")
@@ -233,7 +243,7 @@ def test_mixed_rows_count_for_themselves(tmp_path: Path, encoder_tokenizer: Any)
     bench(tmp_path, TEN)
     first, second = notes(prepare(tmp_path, rows, encoder_tokenizer, mixed=mixed))
     assert first.startswith("none of 48 train rows")
-    assert second.startswith("1 of 20 rows of mixed.jsonl, which is mixed in, holds one of 1 text of bench")
+    assert second.startswith("1 of 20 rows of mixed.jsonl, which is mixed in, hold one of 1 text of bench")
     assert "mixed.jsonl:8;" in second
 
 

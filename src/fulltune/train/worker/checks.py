@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from fulltune.tasks.padding import IGNORED
 from fulltune.text import counted
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.worker.dry_run import batch_of, check_of
-from fulltune.train.worker.loading import Loaded
+from fulltune.train.worker.loading import Loaded, Scaled
 
 _APART = "texts in one row are kept apart"
 _SELECTIVE = "logits of trained tokens only"
@@ -48,8 +49,9 @@ def before_training(inputs: AttemptInputs, loaded: Loaded, trainer: Any) -> list
     if loaded.head is not None:
         head, start = loaded.head, loaded.head_start
         about = head.in_words if start is None else f"new, {start.in_words}; {head.why}"
-        said = "; ".join(filter(None, [about, loaded.about_scale]))
-        checks.append(Check(name="head", result=said, passed=True))
+        problem = _too_coarse(loaded.scaled, summary.scale)
+        said = problem or "; ".join(filter(None, [about, loaded.about_scale]))
+        checks.append(Check(name="head", result=said, passed=not problem))
     if writes:
         checks.append(_trained_tokens(rows))
     if summary.form.writes_answers:
@@ -197,3 +199,17 @@ def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
             engine.set_gradient_accumulation_boundary(False)
             engine.backward(loss * 0.0, scale_wrt_gas=False)
     return check_of(batch, float(loss.detach()), started, passed)
+
+
+def _too_coarse(scaled: Scaled | None, scale: tuple[float, float] | None) -> str:
+    """Why bf16 weights could not tell the targets apart; empty: they can, or the weights are others."""
+    if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
+        return ""
+    size, spread = max(abs(scale[0]), scale[1]), scale[1]
+    apart = 2.0 ** (math.frexp(size)[1] - 8)  # bf16 has 8 digits
+    if apart <= spread:
+        return ""
+    return (
+        f"near {size:.3g} the numbers of bf16 weights (model.weights_dtype) lie {apart:.3g} apart, and the targets' "
+        f"spread is {spread:.3g}; set weights_dtype: fp32"
+    )
