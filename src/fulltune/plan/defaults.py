@@ -34,31 +34,23 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
 def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> Chosen:
     """Peak rate of a method: the fewer values it trains, and the less each does, the higher."""
     full, why = learning_rate(num_parameters, is_decoder)
-    match method.kind:
-        case "full":
-            return full, why
-        case "lora":
-            rate = min(LORA_TIMES * full, MOST_LORA)
-            return rate, f"{rate / full:g} times full fine-tuning's, {full:g}: {why}"
-        case "head":
-            return 1e-3, "usual for a head alone"
-        case "adapter":
-            return ADAPTER_TIMES * full, f"{ADAPTER_TIMES:g} times full fine-tuning's, {full:g}: {why}"
-        case "prompt":
-            return 3e-2, "virtual tokens are few and need long steps (Lester et al. 2021: 0.3 with Adafactor)"
-        case "peft":
-            return 3e-3, "usual for methods that train scales (Liu et al. 2022, IA3: 3e-3)"
+    if method.kind in ("lora", "adapter"):
+        rate = min(LORA_TIMES * full, MOST_LORA) if method.kind == "lora" else ADAPTER_TIMES * full
+        return rate, f"{rate / full:g} times full fine-tuning's, {full:g}: {why}"
+    usual: dict[str, Chosen] = {
+        "head": (1e-3, "usual for a head alone"),
+        "prompt": (3e-2, "virtual tokens are few and need long steps (Lester et al. 2021: 0.3 with Adafactor)"),
+        "peft": (3e-3, "usual for methods that train scales (Liu et al. 2022, IA3: 3e-3)"),
+    }
+    return usual.get(method.kind, (full, why))
 
 
 def num_train_epochs(task: str, num_rows: int) -> Chosen:
     """Passes over the rows: few rows need more of them."""
-    if FACTS[task].writes:
-        return (3.0, "few rows (below 10,000)") if num_rows < 10_000 else (2.0, "10,000 rows or more")
-    if num_rows < 2_000:
+    few, usual = (3.0, 2.0) if FACTS[task].writes else (5.0, 3.0)
+    if num_rows < 2_000 and not FACTS[task].writes:
         return 10.0, "few rows (below 2,000)"
-    if num_rows < 10_000:
-        return 5.0, "2,000 to 10,000 rows"
-    return 3.0, "10,000 rows or more"
+    return (few, "few rows (below 10,000)") if num_rows < 10_000 else (usual, "10,000 rows or more")
 
 
 def warmup_ratio(task: str, head_is_kept: bool) -> Chosen:

@@ -238,20 +238,16 @@ class Steps:
 def steps(recipe: Recipe, rows: int, global_batch: int, reasons: Reasons, mixed_rows: int = 0) -> Steps:
     """How long the training is, and when it evaluates and saves; the usual number of epochs depends on the task's own
     rows alone, each epoch has the mixed ones besides."""
-    per_epoch = math.ceil((rows + mixed_rows) / global_batch)
-    epochs, total = _duration(recipe, rows, per_epoch, reasons)
-    between = min(total, recipe.train.eval_steps or per_epoch)
-    return Steps(epochs, total, between, recipe.train.save_steps or between)
-
-
-def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, reasons: Reasons) -> tuple[float, int]:
-    train = recipe.train
+    train, per_epoch = recipe.train, math.ceil((rows + mixed_rows) / global_batch)
     if train.max_steps is not None:
         reasons.add("train.max_steps", train.max_steps)
-        return train.max_steps / steps_per_epoch, train.max_steps
-    epochs, why = defaults.num_train_epochs(recipe.task, rows)
-    epochs = float(reasons.add("train.num_train_epochs", train.num_train_epochs, epochs, why))
-    return epochs, math.ceil(epochs * steps_per_epoch)
+        epochs, total = train.max_steps / per_epoch, train.max_steps
+    else:
+        usual, why = defaults.num_train_epochs(recipe.task, rows)
+        epochs = float(reasons.add("train.num_train_epochs", train.num_train_epochs, usual, why))
+        total = math.ceil(epochs * per_epoch)
+    between = min(total, train.eval_steps or per_epoch)
+    return Steps(epochs, total, between, train.save_steps or between)
 
 
 def logging_steps(recipe: Recipe, steps: Steps, reasons: Reasons) -> int:

@@ -87,19 +87,14 @@ def _found(survey: Survey) -> list[tuple[str, str]]:
 
 
 def _memory(survey: Survey, plan: Plan) -> list[Block]:
-    placed = next((one for one in survey.placements if one.name == survey.placement), None)
-    kinds = plan.memory.kinds if plan.memory else placed.kinds if placed else {}
+    need, disk = plan.memory, plan.disk
+    kinds = need.kinds if need else {}
     sizes = [gib(kinds.get(kind, 0)) for kind in KINDS]
     each = "device" if plan.device == "cuda" else "memory"
-    rows: list[Row] = [(each, *sizes, gib(sum(kinds.values())), gib(survey.device_free_bytes))]
-    on_host = placed.host_bytes if placed else 0
-    if on_host:
-        rows.append(("host", *[""] * len(KINDS), gib(on_host), gib(survey.host_free_bytes)))
+    row = (each, *sizes, gib(sum(kinds.values())), gib(survey.device_free_bytes))
     header = ("GiB", *KINDS, "sum", "of")
-    blocks: list[Block] = [Table("", header, tuple(rows), frozenset(range(1, len(header))))]
-    need, disk = plan.memory, plan.disk
-    if need is not None and not on_host:
-        blocks.append(Paragraph(words.at_the_peak(need.kinds)))
+    blocks: list[Block] = [Table("", header, (row,), frozenset(range(1, len(header))))]
+    blocks += [Paragraph(words.at_the_peak(kinds))] if kinds else []
     if need is not None and need.peak_phase != "step":
         blocks.append(Paragraph(f"more than a step needs: {DOING[need.peak_phase]}, {format_bytes(need.peak)}"))
     facts = []
