@@ -113,7 +113,7 @@ def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple
         assert json.loads((model / "fulltune.json").read_text(encoding="utf-8"))["temperature"] > 0
         text = (model / "README.md").read_text(encoding="utf-8")
         assert text.startswith("---\nlibrary_name: transformers")
-        shown = {f"| accuracy | {100 * value:.1f}% |" for value in found.decision.values[row.arm]}
+        shown = {f" {100 * value:.1f}% [" for value in found.decision.values[row.arm]}
         assert any(one in text for one in shown), text
     assert fulltune("merge", folder, "--method", "lora", "-o", folder.parent / "merged").code == 0
     text = (folder.parent / "merged" / "README.md").read_text(encoding="utf-8")

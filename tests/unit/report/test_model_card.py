@@ -85,8 +85,7 @@ def test_card_says_of_how_many_rows_each_metric_is(causal_lm: Path) -> None:
     _, body = written(causal_lm)
     few, all_rows = len(scores.answers), scores.rows
     assert few < all_rows
-    cells = next(line for line in body.splitlines() if "[0.4, 0.52]" in line).split("|")
-    assert (cells[1].strip(), cells[4].strip()) == ("rougeL", str(few))
+    assert "0.46 [0.4, 0.52]" in body
     drawn = f"Answers were generated for {few} test rows with different prompts, drawn at random; on these: "
     assert drawn in body
     report.write(causal_lm)

@@ -25,7 +25,7 @@ from fulltune.report.format.blocks import (
 from fulltune.report.format.plots import LEARNING_RATE, Series, series_plot
 from fulltune.report.run import about_data, about_scores, about_training, held
 from fulltune.report.run.about_data import row_words
-from fulltune.report.run.model_card import how_to_load, loading_code_of
+from fulltune.report.run.model_card import how_to_load
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import difference, facts_of, judge, next_steps
 from fulltune.text import counted, format_metric, format_number, format_seconds, format_share, listed
@@ -120,7 +120,7 @@ def _steps(steps: tuple[str, ...]) -> list[Block]:
 
 
 def _use(view: RunView, headline: Headline) -> tuple[Block, ...]:
-    folder, plan = view.model_folder, view.plan
+    folder = view.model_folder
     if folder is None:
         go_on = Paragraph(_how_to_go_on(view.outcome.status if view.outcome else None))
         return (Folded("how to use this model anyway", (go_on,)) if headline.kind == "worse" else go_on,)
@@ -131,9 +131,7 @@ def _use(view: RunView, headline: Headline) -> tuple[Block, ...]:
     ]
     if "--file" in asked:
         blocks.append(Paragraph("ROWS.jsonl is any file with the columns that the model reads, see 'Data'."))
-    blocks.append(Paragraph(how_to_load(plan)))
-    if code := loading_code_of(f"{view.name}/{folder}", view):
-        blocks.append(Code(code, "python"))
+    blocks += how_to_load(f"{view.name}/{folder}", view)
     return (Folded("how to use this model anyway", tuple(blocks)),) if headline.kind == "worse" else tuple(blocks)
 
 

@@ -12,13 +12,13 @@ from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.report.format import pages, words
-from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Section, Table, unless_empty
+from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Section, unless_empty
 from fulltune.report.format.pages import escaped, section_in_markdown
 from fulltune.report.run.about_data import has_images, mixed_words, row_words, splits
-from fulltune.report.run.about_scores import about_answers, calibration_of
+from fulltune.report.run.about_scores import about_table, calibration_of, score_table
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import judge
-from fulltune.text import counted, format_metric, format_number, format_share
+from fulltune.text import counted, format_number, format_share
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors")
@@ -33,14 +33,12 @@ def model_card(view: RunView, model_folder: Path) -> str:
     trained = "all parameters fine-tuned"
     if plan and plan.num_frozen_parameters:
         trained = f"{plan.num_trainable_parameters:,} parameters trained ({escaped(plan.method)})"
-    how = (view.summary.form.how_to_ask if view.summary else "", how_to_load(plan))
-    code = loading_code_of(model_folder.name, view)
     sections = (
         _data(view.summary),
         _metrics(view, scores),
         _training(view, plan),
         _versions(view),
-        unless_empty("How to load", [*map(Paragraph, filter(None, how)), *[Code(code, "python")] * bool(code)]),
+        Section("load", "How to load", how_to_load(model_folder.name, view)),
     )
     lead = f"{escaped(words.file_name(view.model))} with {trained} by fulltune, for {view.task}."
     head = f"{_front_matter(view, scores)}\n\n# {escaped(view.name)}\n\n{lead}\n\n"
@@ -110,17 +108,8 @@ def _data(summary: DataSummary | None) -> Section | None:
 def _metrics(view: RunView, scores: Scores | None) -> Section:
     if scores is None:
         return Section("metrics", "Metrics", (Paragraph("This model was not scored on test rows."),))
-    rows = []
-    for name, found in scores.metrics.items():
-        of = found.rows or (len(scores.answers) if name in words.OF_ANSWERS else scores.rows)
-        value, interval = format_metric(name, found.value), words.interval(name, found)
-        rows.append((words.metric_name(name), value, interval, f"{of:,}"))
-    caption = f"On {counted(scores.rows, 'test row')}, which were never used for choosing"
-    header = ("metric", "value", f"{100 * scores.confidence:g}% interval", "test rows")
-    drawn = [Paragraph(about_answers(scores))] if 0 < len(scores.answers) < scores.rows else []
-    verdict = judge([scores, *(row for row in view.scores if row.kind != "trained")]).sentence
-    table = Table(caption, header, tuple(rows), frozenset({1, 2, 3}))
-    return Section("metrics", "Metrics", (table, *drawn, Paragraph(verdict), *calibration_of(scores)))
+    said = Paragraph(f"Test rows were never used for choosing. {judge(view.scores).sentence}")
+    return Section("metrics", "Metrics", (score_table(view), *about_table(view), said, *calibration_of(scores)))
 
 
 def _training(view: RunView, plan: Plan | None) -> Section | None:
@@ -176,16 +165,15 @@ def method_kind(plan: Plan | None) -> str:
     return str(next(iter(found), "full"))
 
 
-def how_to_load(plan: Plan | None) -> str:
-    """How a model of the plan's method is loaded, in words."""
-    return HOW_TO_LOAD.get(method_kind(plan), HOW_TO_LOAD["peft"])
-
-
-def loading_code_of(folder: str, view: RunView) -> str:
-    """Python that loads a run's model; empty where only fulltune can load it."""
+def how_to_load(folder: str, view: RunView) -> tuple[Block, ...]:
+    """How a run's model is asked and loaded, in words, and in Python where not only fulltune can load it."""
     kind = method_kind(view.plan)
-    base = "" if kind == "full" else view.model
-    return "" if kind in ONLY_OURS else loading_code(folder, view.task, view.summary, base)
+    ask = view.summary.form.how_to_ask if view.summary else ""
+    blocks: list[Block] = [Paragraph(one) for one in (ask, HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])) if one]
+    if kind not in ONLY_OURS:
+        code = loading_code(folder, view.task, view.summary, "" if kind == "full" else view.model)
+        blocks.append(Code(code, "python"))
+    return tuple(blocks)
 
 
 def loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
