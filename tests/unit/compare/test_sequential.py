@@ -58,10 +58,6 @@ def test_look_one_seed_full_and_the_leader_go_on_and_the_rest_waits() -> None:
     )
 
 
-def test_look_one_rival_always_leads() -> None:
-    assert looked([0.93, 0.55], [1, 1]).asked == {"full": 2, "lora": 2}
-
-
 def test_look_one_seed_planned_is_enough() -> None:
     assert not looked([0.93, 0.85], [1, 1], most=1).asked
 
@@ -111,10 +107,6 @@ def test_look_clear_difference_is_enough() -> None:
     assert found.spent == spent(3, 5, 0.05)
 
 
-def test_look_clear_equivalence_is_enough() -> None:
-    assert looked([0.95, 0.9501], [4, 4], rows=20_000).asked == {}
-
-
 def test_look_unclear_goes_on_until_all_seeds() -> None:
     assert looked([0.93, 0.915], [3, 3], spread=0.005).asked
     found = looked([0.93, 0.915], [5, 5], spread=0.005)
@@ -147,12 +139,6 @@ def test_left_something_where_all_seeds_were_run_but_a_method_was_left_out(most:
     now, later = left(looks_of(most, ends=True), 0.05, time_was_up=True)
     assert now == pytest.approx(TIME_UP_SHARE * spent(most, most, 0.05))
     assert later == pytest.approx(now)
-
-
-def test_left_look_that_ended_it_early_takes_its_whole_part_because_later_ones_have_the_most() -> None:
-    now, later = left(looks_of(2, 3, ends=True), 0.05, time_was_up=True)
-    assert now == spent(2, 3, 0.05)
-    assert later == pytest.approx(spent(3, 3, 0.05))
 
 
 @pytest.mark.parametrize("most", MOST)
