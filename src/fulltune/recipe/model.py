@@ -82,7 +82,7 @@ class PreserveBlock(Block):
     """How far generic text may move at most, such as `1%`: a token of it gets so much less likely (language models),
     or the mean hidden state turns by so much, 1 - cosine (others). Generic text is replayed with a weight that is
     raised as the budget is spent; of the points between the untouched and the trained model the best one within the
-    budget is kept, and certified on texts that nothing else has read. For full and lora, also in a comparison."""
+    budget is kept, and certified on texts that nothing else has read. For full and lora, in a single run."""
     replay: str | None = AUTO
     """Where the generic text that is replayed comes from: a text file; `auto`, a part of the probe's texts.
     `null`: none is replayed."""
