@@ -136,7 +136,7 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
     )
     assert all(texts.hold(text, is_asked=True) for text in expected)
     assert not any(texts.hold(text, is_asked=True) for text in ("not a text", "not this", "3", "question"))
-    assert texts.source == "11 texts of bench"
+    assert texts.source == "11 texts of bench (data.contamination)"
 
 
 def test_words_of_a_list_are_one_text() -> None:
@@ -150,7 +150,7 @@ def test_words_of_a_list_are_one_text() -> None:
         ({}, "no file with texts in this folder"),
         ({"notes.md": "text"}, "no file with texts in this folder"),
         ({"a.txt": ""}, "a.txt: no rows"),
-        ({"a.jsonl": '{"number": 3}\n'}, "holds no text"),
+        ({"a.jsonl": '{"number": 3}\n'}, "no text in it"),
         ({"a.jsonl": "{broken\n"}, "a.jsonl:1: not valid JSON"),
     ],
     ids=["empty", "other kinds", "empty file", "numbers", "broken"],
