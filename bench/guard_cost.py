@@ -29,12 +29,10 @@ from clean_steps import KINDS, prepared
 from tests.train.runs import in_this_process
 
 from fulltune import api, load_recipe, pipeline
-from fulltune.train.loop import guarded_step
 from fulltune.train.loop.callbacks import UpdateMeter
 from fulltune.train.loop.trainer import FullTrainer
 
 PARTS = (
-    (guarded_step, "_random_state"),
     (FullTrainer, "_judge"),
     (UpdateMeter, "on_step_begin"),
     (UpdateMeter, "on_step_end"),
@@ -42,8 +40,8 @@ PARTS = (
 
 
 def held(trainer: FullTrainer, meter: UpdateMeter | None) -> int:
-    """Bytes that are kept for the guard: random states, micro batches, what it remembers, and sampled weights."""
-    tensors = [*trainer._random, *(one for batch in trainer.batches for one in batch.values())]
+    """Bytes that are kept for the guard: micro batches, what it remembers, and sampled weights."""
+    tensors = [one for batch in trainer.batches for one in batch.values()]
     tensors += list(meter._before.values()) if meter else []
     states = [trainer.seen.as_json(), *(dict(part.state()) for part in trainer.parts)]
     remembered = sum(sys.getsizeof(pickle.dumps(state)) for state in states)

@@ -38,8 +38,6 @@ class Planted:
     first: int = 0
     """The first optimizer step with the fault."""
     steps: int = 0
-    lasting: bool = True
-    """Each time that the step is computed; False: the first time alone."""
     guarded: bool = True
     footprints: str = ""
     """Folder for the models' memory, which takes longer to find than a short run to train; empty: found anew."""
@@ -115,7 +113,7 @@ def worker(given: Planted, file: str) -> int:
             planted.enter_context(unguarded())
         if Request.load(Path(file)).attempt == 1 and given.is_here():
             steps = range(given.first, given.first + given.steps)
-            planted.enter_context(faults.planted(getattr(faults, given.act), steps.__contains__, given.lasting))
+            planted.enter_context(faults.planted(getattr(faults, given.act), steps.__contains__))
         return main.main(file)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from fulltune.selfcheck.checks import seeded
-from fulltune.train.loop import guarded_step
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import checks, dry_run
 from fulltune.train.worker.dry_run import same_randomness
@@ -104,23 +103,3 @@ def test_dry_run_in_deepspeeds_engine_leaves_both_cards_alone(two_h100s: Cards) 
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}]
     assert checks.dry_run_in_engine(trainer, rows, SimpleNamespace(micro_batch_size=2)).passed  # type: ignore[arg-type]
     assert states(two_h100s) == before
-
-
-def test_step_that_is_computed_again_draws_the_same_numbers_of_its_card(two_h100s: Cards) -> None:
-    kept = guarded_step._random_state(SECOND)
-    first, here = draw(two_h100s), torch.rand(1)
-
-    guarded_step._set_random_state(kept, SECOND)
-
-    again = draw(two_h100s)
-    assert again[1] == first[1]
-    assert again[0] != first[0], "another process's card was put back"
-    assert torch.rand(1) == here
-
-
-def test_step_that_is_computed_again_on_a_cpu_asks_no_card(two_h100s: Cards) -> None:
-    kept = guarded_step._random_state(torch.device("cpu"))
-    first = draw(two_h100s)
-    guarded_step._set_random_state(kept, torch.device("cpu"))
-    assert len(kept) == 1
-    assert draw(two_h100s) != first

@@ -26,19 +26,18 @@ before they are clipped."""
 
 
 @contextlib.contextmanager
-def planted(fault: Fault, steps: Callable[[int], bool], lasting: bool = True) -> Iterator[list[int]]:
-    """Plant a fault at these steps, from 1; unless `lasting`, only the first time that each is computed."""
+def planted(fault: Fault, steps: Callable[[int], bool]) -> Iterator[list[int]]:
+    """Plant a fault at these steps, from 1."""
     number, met = 0, []
     now: tuple[Any, int] = (None, -1)
-    computed = False
     after: list[Callable[[], None]] = []
     real = FullTrainer.training_step
 
     def training_step(trainer: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        nonlocal number, now, computed
+        nonlocal number, now
         if now[0] is not trainer or now[1] != trainer.state.global_step:
-            number, now, computed = number + 1, (trainer, trainer.state.global_step), False
-        if steps(number) and (lasting or not computed):
+            number, now = number + 1, (trainer, trainer.state.global_step)
+        if steps(number):
             after.append(fault(trainer, inputs))
             met.append(number)
         loss = real(trainer, model, inputs, *rest)
@@ -46,7 +45,6 @@ def planted(fault: Fault, steps: Callable[[int], bool], lasting: bool = True) ->
             for act in after:
                 act()
             after.clear()
-            computed = True
         return loss
 
     with mock.patch.object(FullTrainer, "training_step", training_step):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulltune.errors import Spiked
 from fulltune.inference.selective_head import as_its_attention_can
@@ -23,20 +21,9 @@ from fulltune.train.loop.step_guard import Judged, StepMemory
 _log = logging.getLogger(__name__)
 
 
-def _random_state(device: torch.device) -> list[torch.Tensor]:
-    """Of dropout, here and on the device."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
 def rows_in(batch: Mapping[str, Any]) -> int:
     """Of a batch: the length of its first tensor."""
     return next((len(one) for one in batch.values() if isinstance(one, torch.Tensor) and one.dim()), 0)
-
-
-def _set_random_state(states: Sequence[torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
 
 
 class Guarded:
@@ -59,8 +46,6 @@ class Guarded:
     state: Any
     optimizer: Any
     is_deepspeed_enabled: Any
-    _clip_grad_norm: Any
-    _tr_loss: Any
 
     tokens_seen: torch.Tensor | int = 0
     tensors_with_gradient: frozenset[str] = frozenset()
@@ -71,18 +56,10 @@ class Guarded:
     """Of the last `2 * WINDOW` steps."""
     seen: StepMemory = StepMemory()
     """What the guard remembers."""
-    repeats: bool = False
-    """Compute a suspect step once more before it is skipped: for a `training_step` that may be called twice."""
     skips: bool = True
     """Leave out the updates of suspect steps; False: only of those that are not finite."""
     batches: Sequence[dict[str, Any]] = ()
     """The micro batches of this step so far."""
-    _random: Sequence[torch.Tensor] = ()
-    """States of the random numbers before this step's first micro batch."""
-    _num_items: Any = None
-    """What its loss is divided by."""
-    _logged: torch.Tensor | float = 0.0
-    """What the Trainer has added to its log for it."""
     _losses: torch.Tensor | float = 0.0
     """Sum of this step's micro batches so far."""
     usual_loss: float = 0.0
@@ -105,10 +82,7 @@ class Guarded:
             self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel()
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
-        if not self.batches:
-            self._random, self._logged = _random_state(self.args.device), 0.0
         self.batches = [*self.batches, inputs]
-        self._num_items = num_items_in_batch
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
         except BaseException:  # a step that is left in its middle and begun anew, as `auto_find_batch_size` does
@@ -116,9 +90,7 @@ class Guarded:
             raise
         self._losses = self._losses + loss.detach().float()
         # The Trainer adds the losses up for its log, where one that is not a number would hide the others.
-        logged = torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
-        self._logged = self._logged + logged.detach()
-        return logged
+        return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         """The Trainer's loss of one micro batch, a number; judged here where the backward pass updates."""
@@ -145,7 +117,7 @@ class Guarded:
                 # DeepSpeed has taken the gradients; the optimizer's second moments say which were there.
                 if self.in_engine or parameter.grad is not None
             )
-        judged, known = self._judge(losses, norm, model)
+        judged, known = self._judge(losses, norm)
         if judged.action == "skip":
             model.zero_grad(set_to_none=True)
         elif known is not None and math.isfinite(known):
@@ -155,10 +127,6 @@ class Guarded:
     def on_skip(self, step: int, judged: Judged) -> None:
         """Say that a step is skipped; its micro batches are in `batches`."""
         _log.warning("step %d is skipped: %s", step, judged.reason)
-
-    def on_repeat(self, step: int, judged: Judged) -> None:
-        """Say that a step would have been skipped, and was normal when it was computed again."""
-        _log.warning("step %d: %s; computed again, it was normal", step, judged.reason)
 
     @property
     def in_engine(self) -> bool:
@@ -182,16 +150,10 @@ class Guarded:
         found = torch.stack([torch.as_tensor(one, device=self.args.device).float() for one in values])
         return (self.accelerator.reduce(found, reduction="sum") if several else found).tolist()
 
-    def _judge(self, losses: torch.Tensor | float, norm: Any, model: Any) -> tuple[Judged, float | None]:
+    def _judge(self, losses: torch.Tensor | float, norm: Any) -> tuple[Judged, float | None]:
         """A step before its update; returns what becomes of it, and its norm."""
         step = self.state.global_step + 1
         judged, loss, known = self._look(losses, norm)
-        is_bad = judged.action != "go on" and judged.seen.skipped[-1:] == (step,)
-        if is_bad and self._can_repeat:
-            first = judged
-            judged, loss, known = self._look(*self._repeat(model))
-            if judged.action == "go on":
-                self.on_repeat(step, first)
         if not judged.is_finite and self.accelerator.num_processes == 1 and not self.in_engine:
             judged = replace(judged, reason=f"{judged.reason}; {explain(self.model, self.batches)}")
         self.batches = []
@@ -226,29 +188,6 @@ class Guarded:
         own = self.judges_finite_only or self.in_engine
         step = self.state.global_step + 1
         return step_guard.judge(self.seen, step, loss, known, rows=rows, scaled=scaled, own=own), loss, known
-
-    @property
-    def _can_repeat(self) -> bool:
-        """Whether gradients can be made anew: not unscaled ones of fp16, nor where batch norm has statistics."""
-        plain = not self._updates_in_backward and getattr(self.accelerator, "scaler", None) is None
-        return self.repeats and plain and not any(isinstance(one, _BatchNorm) for one in self.model.modules())
-
-    def _repeat(self, model: Any) -> tuple[torch.Tensor | float, Any]:
-        """Compute the step once more from the same rows with the same random numbers, so that a passing error of the
-        hardware leaves nothing behind; returns its loss and its norm."""
-        batches, items, self.batches = self.batches, self._num_items, []
-        tokens, logged = self.tokens_seen, self._logged
-        model.zero_grad(set_to_none=True)
-        _set_random_state(self._random, self.args.device)
-        for number, inputs in enumerate(batches, start=1):
-            last = number == len(batches)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                self.training_step(model, inputs, items)
-        self.tokens_seen = tokens
-        self._tr_loss += self._logged - logged
-        losses, self._losses = self._losses, 0.0
-        norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
-        return losses, super()._get_grad_norm(model, grad_norm=norm)  # type: ignore[misc]  # the Trainer's
 
     def _before(self, reason: str) -> str:
         when = "" if self._updates_in_backward else ", before the update"

@@ -61,7 +61,7 @@ class TrainingPart(TrainerCallback):
     """A part of training: acts at transformers' events, and where these are not enough."""
 
     def add_gradient(self) -> None:
-        """Before the first micro batch of a step, also when the step is computed again."""
+        """Before the first micro batch of a step."""
 
     def scores(self) -> Mapping[str, float]:
         """What it measures at an evaluation, by name, without a prefix."""
@@ -89,7 +89,6 @@ class FullTrainer(Guarded, Trainer):
     """Gives only the logits that the loss uses; None gives all."""
     parts: Sequence[TrainingPart] = ()
     """In the order in which they act."""
-    repeats = True
 
     def __init__(
         self,
@@ -166,11 +165,6 @@ class FullTrainer(Guarded, Trainer):
         named = first_few([f"{row + 1:,}" for row in rows], _MOST_NAMED)
         self._journal.write("skipped", f"step {step}: {judged.reason}; train rows {named}")
         self._recorder.write(StepSkipped(step=step, reason=judged.reason, rows=tuple(rows)))
-
-    def on_repeat(self, step: int, judged: Judged) -> None:
-        text = f"step {step}: {judged.reason}; computed again, it was normal"
-        self._journal.write("computed again", text)
-        self._recorder.warn(text)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Theirs; lower where the run went back more than once, or began anew."""
