@@ -164,9 +164,8 @@ def test_process_that_hangs_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_device_without_the_means_is_not_here() -> None:
-    mps, one_gpu = Device("mps", "mps"), Device("cuda", "cuda", count=1)
+    one_gpu = Device("cuda", "cuda", count=1)
     for check, device, words in (
-        (checks.all_reduce, mps, "no communication"),
         (checks.all_reduce, one_gpu, "two GPUs"),
         (checks.flash_attention_2, CPU, "needs a GPU"),
     ):

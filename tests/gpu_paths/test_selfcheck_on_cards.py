@@ -1,4 +1,4 @@
-"""What `fulltune selfcheck` says and asks where there are cards, of NVIDIA, AMD or Apple."""
+"""What `fulltune selfcheck` says and asks where there are cards, of NVIDIA or AMD."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fulltune.system import hardware
 from fulltune.train.parent import spawn
 from tests.gpu_paths.cards import GIB, Cards
 
-CPU, CUDA, MPS = Device("cpu", "cpu"), Device("cuda", "cuda"), Device("mps", "mps")
+CPU, CUDA = Device("cpu", "cpu"), Device("cuda", "cuda")
 Patch = pytest.MonkeyPatch
-named = pytest.mark.stand_in("torch.cuda, torch.version and torch.mps patched", card="that the driver says so")
+named = pytest.mark.stand_in("torch.cuda and torch.version patched", card="that the driver says so")
 small_model_on_the_cpu = pytest.mark.stand_in(
     "two H100s by a patched torch.cuda, the model on the CPU", card="the numbers of the card's kernels"
 )
@@ -30,13 +30,6 @@ def test_devices_of_each_maker_are_found(two_h100s: Cards, monkeypatch: Patch) -
     assert devices() == (CPU, Device("cuda", "cuda", 2))
     monkeypatch.setattr(torch.version, "hip", "6.3")
     assert devices()[1] == Device("rocm", "cuda", 2)
-
-
-@named
-def test_apples_device_is_found(monkeypatch: Patch) -> None:
-    assert devices() == (CPU,)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert devices() == (CPU, MPS)
 
 
 @named
@@ -53,16 +46,14 @@ def test_page_names_each_card(an_a100_and_a_t4: Cards, monkeypatch: Patch) -> No
 
 
 @named
-def test_page_names_apples_device_or_none(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(hardware, "bf16_speedup", lambda: 1.5)
-    monkeypatch.setattr(hardware, "cpu_rates", lambda: (80.5e9, 20.1e9, 0.0))
-    assert environment()["gpu"] == "torch sees none"
-    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
-        monkeypatch.setenv(name, "1")
-        assert environment()["set"].endswith(f"{name}=1")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 21 * GIB)
-    assert environment()["gpu"] == "Apple, 21 GiB usable"
+def test_page_says_where_there_is_none(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "1.5")
+    monkeypatch.setenv("FULLTUNE_CPU_RATES", "80.5 20.1")
+    assert devices() == (CPU,)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    found = environment()
+    assert found["gpu"] == "torch sees none"
+    assert found["set"].endswith("HIP_VISIBLE_DEVICES=1")
 
 
 def on_the_cpu(monkeypatch: Patch) -> None:
@@ -99,19 +90,6 @@ def test_planned_bytes_are_held_against_the_allocators(two_h100s: Cards, monkeyp
     assert passed
     assert "(+0.0%), 3.07 GiB with activations; bound" in text
     assert two_h100s.waits == 2, "what is still being computed is not yet allocated"
-
-
-@small_model_on_the_cpu
-def test_planned_bytes_on_apples_device_ask_its_own_allocator(monkeypatch: Patch) -> None:
-    on_the_cpu(monkeypatch)
-    held, waits = [GIB], list[int]()
-    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: sum(held))
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append(len(held)))
-    monkeypatch.setattr(torch.optim, "AdamW", kept_in(held.append))
-    passed, text = checks.planned_bytes(MPS)
-    assert passed
-    assert "(+0.0%); bound" in text
-    assert waits == [1, 2]
 
 
 @pytest.mark.stand_in("the comparison itself replaced", card="flash and cuDNN kernels")
@@ -176,9 +154,8 @@ def test_two_cards_are_asked_to_add_up_one_is_not(monkeypatch: Patch) -> None:
     assert checks.all_reduce(Device("cuda", "cuda", 2))[0]
     assert asked[0][-1] == "cuda"
     assert checks.all_reduce(CPU)[0], "a CPU takes two processes"
-    for device, why in ((CUDA, "two GPUs"), (MPS, "no communication")):
-        with pytest.raises(NotHere, match=why):
-            checks.all_reduce(device)
+    with pytest.raises(NotHere, match="two GPUs"):
+        checks.all_reduce(CUDA)
 
 
 @pytest.mark.stand_in("the CPU", card="the error of its kernels")

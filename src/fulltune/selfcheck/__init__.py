@@ -130,12 +130,10 @@ def without_names(text: str, most: int = 300) -> str:
 
 def devices() -> tuple[Device, ...]:
     """The CPU, and what else torch can compute on."""
-    found = [Device("cpu", "cpu")]
-    if torch.cuda.is_available():
-        found.append(Device("rocm" if torch.version.hip else "cuda", "cuda", torch.cuda.device_count()))
-    if torch.backends.mps.is_available():
-        found.append(Device("mps", "mps"))
-    return tuple(found)
+    if not torch.cuda.is_available():
+        return (Device("cpu", "cpu"),)
+    gpu = Device("rocm" if torch.version.hip else "cuda", "cuda", torch.cuda.device_count())
+    return Device("cpu", "cpu"), gpu
 
 
 def environment() -> dict[str, str]:
@@ -157,10 +155,8 @@ def environment() -> dict[str, str]:
         driver = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         major, minor = torch.cuda.get_device_capability(index)
         facts[f"gpu {index}"] = f"{gpu.name}, {format_bytes(gpu.memory_bytes)}, capability {major}.{minor}, {driver}"
-    if torch.backends.mps.is_available():
-        facts["gpu"] = f"Apple, {format_bytes(torch.mps.recommended_max_memory())} usable"
     if not machine.gpus:
-        facts.setdefault("gpu", "torch sees none")
+        facts["gpu"] = "torch sees none"
     variables = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
     if given := [f"{name}={os.environ[name]}" for name in variables if name in os.environ]:
         facts["set"] = ", ".join(given)

@@ -33,7 +33,7 @@ class Device:
     """One kind of device; the checks run on its first one."""
 
     label: str
-    """`cpu`, `cuda`, `rocm` or `mps`."""
+    """`cpu`, `cuda` or `rocm`."""
     type: str
     """Its name in torch; ROCm calls itself `cuda` there."""
     count: int = 1
@@ -173,15 +173,10 @@ def planned_bytes(device: Device) -> Outcome:
 
 
 def _allocated(device: Device) -> int:
-    match device.type:
-        case "cuda":
-            torch.cuda.synchronize()
-            return int(torch.cuda.memory_allocated())
-        case "mps":
-            torch.mps.synchronize()
-            return int(torch.mps.current_allocated_memory())
-        case _:
-            return 0
+    if device.type == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
 
 
 # ---- two processes that are started as a run's are ---------------------------------------------------------------
@@ -191,8 +186,6 @@ SECONDS = 60.0
 
 def all_reduce(device: Device) -> Outcome:
     """Two processes, started as a run with `num_processes: 2` is, add up a tensor."""
-    if device.type == "mps":
-        raise NotHere("torch has no communication for mps")
     if device.type == "cuda" and device.count < 2:
         raise NotHere("needs two GPUs, there is one")
     module = "fulltune.selfcheck.checks"
@@ -269,7 +262,7 @@ def tokens(device: str, rows: int = 4, length: int = 24, vocabulary: int = 128) 
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Size of the difference over that of the exact tensor; infinite for NaN. On the CPU: MPS has no float64."""
+    """Size of the difference over that of the exact tensor; infinite for NaN."""
     found, exact = found.detach().cpu().double(), exact.detach().cpu().double()
     error = float((found - exact).norm() / exact.norm())
     return error if math.isfinite(error) else math.inf
