@@ -25,7 +25,6 @@ from fulltune.files import append_line, lines_of
 from fulltune.inference.store import clusters_of, in_train
 from fulltune.recipe.tasks import FACTS, stands_in_train
 from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening
-from fulltune.records.run import COMPARISON
 from fulltune.records.scores import Scores
 from fulltune.report.format import words
 from fulltune.stats.bootstrap import SAMPLES, draw
@@ -53,8 +52,7 @@ def judge(ran: SeedRuns) -> Comparison:
         clusters = clusters_of(context.folder / "data" / "test")
         decision = _decided(context, compared, clusters, alpha)
         leaks = without_leaks(context, compared, clusters, decision)
-    full, metric = decision.scores[context.full.arm].value, decision.metric
-    note_access(context.folder, context.job.listener, trial=COMPARISON, outcome=None, metric=metric, value=full)
+    note_access(context.folder, context.job.listener)
     found = comparison_of(ran, decision, baselines, openings)
     found = found.model_copy(update={"notes": (*found.notes, *leaks)})
     found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong

@@ -139,8 +139,7 @@ def score(scoring: Scoring, outcome: Outcome, noted: bool = True) -> Scores:
     def trained() -> Scored:
         made: Scored = _scorer(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
         if noted:
-            value = made.main.value if made.main else None
-            note_access(folder, scoring.listener, trial=plan.trial, outcome=outcome, metric=plan.metric, value=value)
+            note_access(folder, scoring.listener, outcome)
         return made
 
     scores = _kept(path, trained)

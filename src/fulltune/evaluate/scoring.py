@@ -23,7 +23,7 @@ from fulltune.models.load import load
 from fulltune.recipe.fields import Recipe
 from fulltune.records.events import Listener, RowsRead, Warned
 from fulltune.records.plan import Plan
-from fulltune.records.run import ACCESSES, Access
+from fulltune.records.run import ACCESSES, COMPARISON, Access
 from fulltune.records.scores import Answer, Scores, Unseen
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, bounds_of, resample
@@ -215,19 +215,21 @@ def _at(positions: Sequence[int] | None, of_rows: np.ndarray) -> np.ndarray:
     return of_rows if positions is None else of_rows[np.asarray(positions, np.int64)]
 
 
-def note_access(
-    folder: Path, listener: Listener, *, trial: str, outcome: Outcome | None, metric: str, value: float | None
-) -> None:
-    """Log that a run folder's test rows were scored, beside it; the listener hears it if that cannot be written."""
+def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
+    """Log that a run folder's test rows were scored, beside it; the listener hears it if that cannot be written.
+
+    Args:
+        folder: Of the run.
+        listener: Told of what goes wrong.
+        outcome: Of the trained model; None: the verdict of a comparison read them.
+    """
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         run=folder.name,
-        trial=trial,
+        trial=COMPARISON if outcome is None else outcome.trial,
         model="" if outcome is None else hashlib.sha256(outcome.model_dump_json().encode()).hexdigest()[:16],
         rows=rows_id(folder / "data" / "test"),
-        metric=metric,
-        value=value,
     )
     try:
         append_line(folder.parent / ACCESSES, access.model_dump(mode="json"))

@@ -69,9 +69,6 @@ class Access(Record):
     """Hash of how its training ended, the same when it is scored again; empty: of a comparison."""
     rows: str
     """Hash of the test rows, whatever their order."""
-    metric: str
-    value: float | None
-    """Of the main metric, of a comparison that of full fine-tuning; None: it has none."""
 
     @classmethod
     def of_same_rows(cls, folder: Path) -> tuple[Self, ...]:

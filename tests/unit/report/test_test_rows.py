@@ -71,7 +71,7 @@ def test_scores_without_such_rows_are_reported_as_before(classification: Path) -
 
 def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", rows: str = "r") -> Access:
     time = f"2026-11-{day:02}T10:00:00+00:00"
-    return Access(time=time, run=run, trial=trial, model=model, rows=rows, metric="accuracy", value=0.9)
+    return Access(time=time, run=run, trial=trial, model=model, rows=rows)
 
 
 def test_models_are_counted_and_not_how_often_one_is_scored() -> None:
