@@ -6,7 +6,7 @@ streams of random numbers differ, so that stored scores can still be compared wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,6 @@ def _numbered(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, i
     return of_row, int(of_row.max(initial=-1)) + 1
 
 
-def _resampled_rows(kept: Predictions, of_row: np.ndarray, draws: Iterable[np.ndarray]) -> Iterator[Predictions]:
-    """The rows of each draw: so many of each cluster, [clusters]."""
-    rows = np.arange(len(of_row))
-    for times in draws:
-        chosen = np.repeat(rows, times[of_row])
-        yield {name: array[chosen] for name, array in kept.items()}
-
-
 # ---- one model -------------------------------------------------------------------------------------------------
 
 
@@ -180,9 +172,10 @@ def resample(
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"{num_rows} rows with the clusters of {len(clusters)}")
     of_row, num_clusters = _numbered(clusters, num_rows)
-    random = np.random.default_rng(seed)
-    draws = (_times(random, num_clusters, 1)[0] for _ in range(samples))
-    drawn = [metrics(rows) for rows in _resampled_rows(kept, of_row, draws)]
+    random, drawn = np.random.default_rng(seed), []
+    for _ in range(samples):
+        chosen = np.repeat(np.arange(num_rows), _times(random, num_clusters, 1)[0][of_row])
+        drawn.append(metrics({name: array[chosen] for name, array in kept.items()}))
     return {
         name: Resampled(value[name], np.array([one[name] for one in drawn], np.float64), num_rows, num_clusters)
         for name in value
@@ -235,8 +228,13 @@ def draw(
         sums = np.stack([_cluster_sums(measure.counts, kept, of_row) for kept in trials], axis=1)
         point, drawn = measure.value(sums.sum(axis=0)), _by_sums(sums, measure.value, samples)
     else:
-        point = np.array([measure.whole(kept) for kept in trials])
-        drawn = _anew(measure, trials, of_row, min(samples, SAMPLES_ANEW))
+        samples = min(samples, SAMPLES_ANEW)
+        anew = [resample(kept, measure.alone, samples=samples, clusters=clusters)[measure.name] for kept in trials]
+        # A metric that a resample leaves undefined counts as 0.
+        point, drawn = (
+            np.array([one.value for one in anew]),
+            np.nan_to_num(np.stack([one.draws for one in anew], axis=1)),
+        )
     ends = np.cumsum([len(arm) for arm in arms])[:-1]
     return Drawn(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
 
@@ -261,12 +259,3 @@ def _by_sums(sums: np.ndarray, value: Value, samples: int) -> np.ndarray:
         )
         parts.append(value(drawn.reshape(size, *of_trials)))
     return np.concatenate(parts)
-
-
-def _anew(measure: Measure, trials: Sequence[Predictions], of_row: np.ndarray, samples: int) -> np.ndarray:
-    """The metric on resamples, [draws, trials]; one that a resample leaves undefined counts as 0."""
-    num_clusters, found = int(of_row.max()) + 1, []
-    for kept in trials:
-        draws = (_times(np.random.default_rng((_SEED, number)), num_clusters, 1)[0] for number in range(samples))
-        found.append([measure.whole(rows) for rows in _resampled_rows(kept, of_row, draws)])
-    return np.nan_to_num(np.array(found, np.float64).T)
