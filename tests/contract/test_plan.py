@@ -92,7 +92,6 @@ def test_7b_is_planned_from_its_config_alone() -> None:
         "checkpoints x",
         "\nplacements\n",
         "4 copies, AdamW fp32",
-        "ZeRO-3, all on disk",
         "\ntime\n",
         "\nchosen ",
         "train.micro_batch_size",

@@ -77,14 +77,6 @@ def test_deepspeed_that_is_missing_is_named_with_its_extra(
         ),
         ({"placement": "zero2", "offload": "all"}, "train.offload: 'all' needs placement: zero3, found zero2"),
         (
-            {"placement": "zero3", "offload": "nvme:/no/such"},
-            "train.offload: there is no folder '/no/such'; make it, or name one on an NVMe disk",
-        ),
-        (
-            {"placement": "zero3", "offload": "nvme:FOLDER-ON-YOUR-NVME-DISK"},
-            "train.offload: write the path of a folder on your NVMe disk in place of FOLDER-ON-YOUR-NVME-DISK",
-        ),
-        (
             {"extra": {"deepspeed": {**ZERO2, "gradient_clipping": 0.5}}},
             'train.extra.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm gives 1.0; write "auto"',
         ),
@@ -97,16 +89,6 @@ def test_settings_that_cannot_be_are_refused(
     said = [line.split("recipe.yaml:", 1)[-1].lstrip("0123456789 ") for line in result.problems]
     assert said == [problem]
     assert result.code == RECIPE
-
-
-@pytest.mark.usefixtures("deepspeed")
-def test_folder_of_an_nvme_disk_is_found_beside_the_recipe(tmp_path: Path, tiny_encoder: Path) -> None:
-    (tmp_path / "fast").mkdir()
-    result = planned(tmp_path, tiny_encoder, placement="zero3", offload="nvme:fast")
-    assert result.code == 0, result.err
-    kept = json.loads((tmp_path / "run" / "plan" / "full.deepspeed.json").read_text(encoding="utf-8"))
-    place = {"device": "nvme", "nvme_path": str(tmp_path / "fast" / "run-full-seed42")}
-    assert [kept["zero_optimization"][f"offload_{what}"] for what in ("optimizer", "param")] == [place, place]
 
 
 @pytest.mark.usefixtures("deepspeed")
@@ -147,19 +129,19 @@ def written(folder: Path, stage: int, processes: int) -> Path:
 
 
 WROTE = "expected ZeRO's stage {} on 2, which wrote it"
-NVME = {"placement": "zero3", "num_processes": 2, "offload": "nvme:/disk"}
+ZERO3 = {"placement": "zero3", "num_processes": 2}
 
 
 @pytest.mark.parametrize(
     ("stage", "train", "problem"),
     [
-        (3, NVME, None),
+        (3, ZERO3, None),
         (2, {"placement": "zero2", "num_processes": 2, "optim": "adagrad"}, None),
         (2, {"extra": {"deepspeed": {"zero_optimization": {"stage": 0}}}, "num_processes": 2}, None),
-        (3, {**NVME, "offload": "all"}, None),
+        (3, {**ZERO3, "offload": "all"}, None),
         (2, {"num_processes": 2}, "goes on with train.placement: auto on 2 processes, " + WROTE.format("1 or 2")),
-        (2, NVME, "goes on with train.placement: zero3 on 2 processes, " + WROTE.format("1 or 2")),
-        (3, {**NVME, "num_processes": 1}, "goes on with train.placement: zero3 on 1 processes, " + WROTE.format("3")),
+        (2, ZERO3, "goes on with train.placement: zero3 on 2 processes, " + WROTE.format("1 or 2")),
+        (3, {**ZERO3, "num_processes": 1}, "goes on with train.placement: zero3 on 1 processes, " + WROTE.format("3")),
     ],
 )
 def test_checkpoint_of_deepspeed_needs_the_same_stage_and_processes(
@@ -177,18 +159,6 @@ def test_other_checkpoint_goes_on_outside_of_deepspeed(tmp_path: Path, placement
     problem = sharing.misfit(tmp_path / "checkpoint-6", recipe(placement=placement, num_processes=2))
     assert (problem is None) == goes_on
     assert "was not written by DeepSpeed" in (problem or "was not written by DeepSpeed")
-
-
-def test_checkpoint_of_an_optimizer_on_a_disk_is_not_continued(tmp_path: Path) -> None:
-    """DeepSpeed's own reading of it loses AdamW's moments."""
-    checkpoint = written(tmp_path, 3, 2)
-    (checkpoint / "global_step6" / sharing.ON_DISK).mkdir()
-    problem = sharing.misfit(checkpoint, recipe(**NVME))
-    assert problem is not None
-    assert (
-        "which DeepSpeed does not read back whole; start a new run (--fresh), which can be continued with offload: all"
-        in problem
-    )
 
 
 def test_run_goes_on_only_where_deepspeed_is(

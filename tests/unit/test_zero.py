@@ -79,7 +79,8 @@ def test_file_that_cannot_be_used_is_named(content: str | None, expected: str, t
         (None, "zero_optimization.stage: expected 0, 1, 2 or 3, found null"),
         ({"stage": 4}, "zero_optimization.stage: expected 0, 1, 2 or 3, found 4"),
         ({"stage": "3"}, 'zero_optimization.stage: expected 0, 1, 2 or 3, found "3"'),
-        ({"stage": 3, "offload_param": True}, 'offload_param: expected a block such as {"device": "cpu"}'),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, 'expected the device cpu, found "nvme"'),
+        ({"stage": 3, "offload_param": True}, "offload_param: expected the device cpu, found true"),
     ],
 )
 def test_block_that_cannot_be_used_is_refused(block: Any, expected: str) -> None:
@@ -133,8 +134,6 @@ def test_settings_that_agree_with_the_plan_pass() -> None:
         (Sharing(2, True, False), 400, 1200),
         (Sharing(3, True, False), 200, 1200),
         (Sharing(3, True, True), 0, 1600),
-        (Sharing(3, True, True, optimizer_on_disk=True), 0, 400),
-        (Sharing(3, True, True, optimizer_on_disk=True, weights_on_disk=True), 0, 0),
     ],
 )
 def test_bytes_on_device_and_host_with_two_processes(shared: Sharing, device_bytes: int, host_bytes: int) -> None:
@@ -145,12 +144,6 @@ def test_bytes_on_device_and_host_with_two_processes(shared: Sharing, device_byt
 def test_what_stays_as_it_was_has_no_gradients_and_no_optimizer_state() -> None:
     assert budget.engine_state(100, 10) == StateBytes(weights=200, gradients=40, optimizer=120)
     assert budget.engine_state(100) == StateBytes(weights=200, gradients=400, optimizer=1200)
-
-
-def test_what_goes_to_an_nvme_disk_is_read_from_the_settings() -> None:
-    places = {"offload_optimizer": {"device": "nvme", "nvme_path": "/n"}, "offload_param": {"device": "cpu"}}
-    found = sharing.of(recipe({"zero_optimization": {"stage": 3, **places}}))
-    assert found == Sharing(3, True, True, optimizer_on_disk=True, weights_on_disk=False)
 
 
 METHODS: Any = TypeAdapter(Method)
@@ -170,27 +163,3 @@ def test_methods_that_cannot_run_inside_deepspeed_are_refused(settings: Any, kin
     found = methods.problems(recipe(settings), BertConfig(), method)
     assert len(found) == bool(expected)
     assert expected in "".join(found)
-
-
-def _on_disk(path: Any) -> Recipe:
-    place = {"device": "nvme", **({} if path is None else {"nvme_path": str(path)})}
-    return recipe({"zero_optimization": {"stage": 3, "offload_optimizer": place, "offload_param": place}})
-
-
-def test_folder_of_an_nvme_disk_must_be_named_and_there(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="device nvme needs nvme_path"):
-        sharing.settings(_on_disk(None))
-    assert sharing.missing_folders(_on_disk(tmp_path)) == []
-    assert all("there is no folder '/no/such'" in line for line in sharing.missing_folders(_on_disk("/no/such")))
-    copied = _on_disk(sharing.NVME_FOLDER)  # as a plan prints it
-    assert all("write the path of a folder on your NVMe disk" in line for line in sharing.missing_folders(copied))
-    assert sharing.nvme_path(copied) is None
-    assert sharing.nvme_path(_on_disk(tmp_path)) == str(tmp_path)
-
-
-def test_folder_that_is_not_there_is_refused_only_where_it_is_needed() -> None:
-    from fulltune.train.loop.arguments import check_extra
-
-    with pytest.raises(RecipeError, match="there is no folder '/no/such'"):
-        check_extra(_on_disk("/no/such"))
-    check_extra(_on_disk("/no/such"), runs_here=False)

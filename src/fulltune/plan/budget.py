@@ -170,8 +170,6 @@ LIVE_VALUES = 10**9
 """The engine's default: values of gathered weights."""
 HOST_BUFFERS = 1.22
 """Of what is offloaded, for pinned buffers: 176 GB were measured for 18 bytes of each of 8.03 B parameters."""
-NVME_HOST_BYTES = 6
-"""A parameter, for buffers of ZeRO-Infinity: 30 to 60 GB are reported for 7 B."""
 
 
 def engine_state(num_parameters: int, num_trained: int | None = None) -> StateBytes:
@@ -183,17 +181,9 @@ def engine_state(num_parameters: int, num_trained: int | None = None) -> StateBy
 
 def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trained: int | None = None) -> int:
     """Bytes that all processes together take of the host's memory for what is offloaded."""
-    buffers = NVME_HOST_BYTES * num_parameters if shared.optimizer_on_disk or shared.weights_on_disk else 0
     held = engine_state(num_parameters, num_trained)
     each = sum(shared.parts_at("host", held, num_devices).values())
-    return buffers + round(HOST_BUFFERS * num_devices * each)
-
-
-def disk_bytes(shared: sharing.Sharing | None, num_parameters: int) -> int:
-    """Bytes of what is offloaded to an NVMe disk."""
-    if shared is None:
-        return 0
-    return sum(shared.parts_at("disk", engine_state(num_parameters), 1).values())
+    return round(HOST_BUFFERS * num_devices * each)
 
 
 def _engine_kinds(
@@ -254,13 +244,11 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
         one_checkpoint=one + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),
         model=2 * weights + SMALL_FILES_BYTES,
-        offloaded=disk_bytes(sharing.of(recipe), num_parameters),
     )
 
 
 def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int, place: str) -> str:
     parts = f"{needed.num_checkpoints} x {format_bytes(needed.one_checkpoint)} and {format_bytes(needed.model)}"
-    parts += f", {format_bytes(needed.offloaded)} offloaded" if needed.offloaded else ""
     return (
         f"{place or recipe.output}: checkpoints and model need {format_bytes(needed.total)} on disk ({parts}), but "
         f"{format_bytes(free_bytes)} are free"

@@ -11,12 +11,11 @@ from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import plain_optim
 from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, given, with_settings
 from fulltune.plan.workload import Basis, takes_pieces
-from fulltune.recipe.training import ENGINE_SETTINGS, NVME, NVME_FOLDER
+from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemoryNeed, MemorySettings, Placement
-from fulltune.system.sharing import Sharing, nvme_path
+from fulltune.system.sharing import Sharing
 from fulltune.text import format_bytes
 
-NEEDS_PATH = f"with the folder of an NVMe disk in {OFFLOAD}"
 _DEFAULTS = {
     "model.weights_dtype": "fp32",
     "train.bf16_rounding": None,
@@ -26,9 +25,8 @@ _DEFAULTS = {
 }
 
 
-_Layout = tuple[dict[str, Any], Sharing | None, str]
-"""A way to place things: its settings, what is shared out (None: each device holds everything), what it needs of a
-person."""
+_Layout = tuple[dict[str, Any], Sharing | None]
+"""A way to place things: its settings, what is shared out (None: each device holds everything)."""
 
 
 def table(basis: Basis) -> tuple[Placement, ...]:
@@ -37,27 +35,27 @@ def table(basis: Basis) -> tuple[Placement, ...]:
 
 
 def _layouts(basis: Basis) -> Iterator[_Layout]:
-    recipe, train = basis.recipe, basis.recipe.train
+    train = basis.recipe.train
     many = train.num_processes > 1
     plain = _DEFAULTS | {"train.optim": "adamw_torch_fused"}
     if train.placement == ("ddp" if many else "single"):  # the same by its name
         plain[PLACEMENT] = train.placement
     small = {"train.optim": "adamw_8bit"}
-    yield plain, None, ""
-    yield plain | small, None, ""
+    yield plain, None
+    yield plain | small, None
     if basis.start.precision != "fp16" and basis.start.fast_bf16:
         narrow = {name: value for name, value in plain.items() if name != "train.bf16_rounding"}
         narrow |= {"model.weights_dtype": "bf16", "train.optim": plain_optim("bf16", train.bf16_rounding)}
         narrow |= {"train.precision": "bf16"} if train.precision == "fp32" else {}
-        yield narrow, None, ""
-        yield narrow | small, None, ""
+        yield narrow, None
+        yield narrow | small, None
     if basis.start.num_trained is not None:  # sharing out is planned for full fine-tuning only
         return
     # What no placement may be taken with is refused by the recipe's own rules.
     if many and basis.shapes.units is not None and not train.use_liger_kernel:
         parts, shared = plain | {PLACEMENT: "fsdp2"}, Sharing(3, False, False, engine="fsdp2")
-        yield parts, shared, ""
-        yield parts | small, shared, ""
+        yield parts, shared
+        yield parts | small, shared
     if not basis.fleet.machine.gpus or train.use_liger_kernel or train.torch_compile:
         return
     whole = {"train.chunked_loss": None} if train.chunked_loss else {}  # ZeRO needs whole logits
@@ -66,18 +64,15 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
         return plain | whole | {PLACEMENT: f"zero{stage}", OFFLOAD: offload}
 
     if many:
-        yield zero(2), Sharing(2, False, False), ""
-        yield zero(3), Sharing(3, False, False), ""
-    yield zero(2, "optimizer"), Sharing(2, True, False), ""
-    yield zero(3, "all"), Sharing(3, True, True), ""
-    if train.num_machines == 1:  # the disks of several differ: the recipe refuses it
-        path = nvme_path(recipe)
-        yield zero(3, NVME + (path or NVME_FOLDER)), Sharing(3, True, True, True, True), "" if path else NEEDS_PATH
+        yield zero(2), Sharing(2, False, False)
+        yield zero(3), Sharing(3, False, False)
+    yield zero(2, "optimizer"), Sharing(2, True, False)
+    yield zero(3, "all"), Sharing(3, True, True)
 
 
 def _best(basis: Basis, layout: _Layout) -> Placement:
     """The fastest micro batch and checkpointing that fit; when none does, the smallest."""
-    recipe, rows, (settings, shared, needs) = basis.recipe, basis.rows_per_process, layout
+    recipe, rows, (settings, shared) = basis.recipe, basis.rows_per_process, layout
     narrow = settings["model.weights_dtype"] == "bf16"
     in_pieces = shared is None or shared.engine == "fsdp2"
     plain = with_settings(recipe, {name: _DEFAULTS[name] for name in WHERE})
@@ -91,7 +86,7 @@ def _best(basis: Basis, layout: _Layout) -> Placement:
     limits = MemoryBudget(basis.budget.available_bytes, "", lambda one: basis.needs.of(one, shared))
     option = choose.fastest(recipe, start, rows, limits, lambda one: basis.speed(one, shared))
     option = option or choose.smallest(recipe, start, rows, limits, same_numbers=True)
-    return row(basis, shared, option.settings, option.memory, _changes(basis, layout), needs)
+    return row(basis, shared, option.settings, option.memory, _changes(basis, layout))
 
 
 def row(
@@ -100,28 +95,25 @@ def row(
     settings: MemorySettings,
     memory: MemoryNeed,
     changes: dict[str, Any],
-    needs: str = "",
 ) -> Placement:
     """A row of the table, for settings and the memory that they need."""
     kinds, parameters = dict(memory.kinds), basis.shapes.num_parameters
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
     on_hosts = budget.host_bytes(shared, parameters, settings.num_processes) if shared else 0
-    host, on_disk = -(-on_hosts // settings.num_machines), budget.disk_bytes(shared, parameters)
+    host = -(-on_hosts // settings.num_machines)
     seconds = basis.seconds(settings, shared)
     return Placement(
         name=name_of(shared, settings),
         kinds=kinds,
         device_bytes=memory.peak,
         host_bytes=host,
-        disk_bytes=on_disk,
         micro_batch_size=settings.micro_batch_size,
         activation_checkpointing=settings.activation_checkpointing,
-        short=_short(basis, memory.peak, host, on_disk),
+        short=_short(basis, memory.peak, host),
         tokens_per_second=basis.speed(settings, shared),
         bound_by=max(seconds, key=lambda name: seconds[name]) if seconds else "",
         settings=changes,
-        needs=needs,
     )
 
 
@@ -142,7 +134,7 @@ def name_of(shared: Sharing | None, settings: MemorySettings) -> str:
 
 def _changes(basis: Basis, layout: _Layout) -> dict[str, Any]:
     """What the recipe has otherwise."""
-    recipe, (settings, shared, _) = basis.recipe, layout
+    recipe, (settings, shared) = basis.recipe, layout
     known = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
     known |= {name: value for name in settings if (value := given(recipe, name)) is not None}
     if shared is not None and shared == basis.shared:  # be it by a file of the user's
@@ -150,15 +142,9 @@ def _changes(basis: Basis, layout: _Layout) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if known.get(name) != value}
 
 
-def _short(basis: Basis, on_device: int, host: int, on_disk: int) -> str:
+def _short(basis: Basis, on_device: int, host: int) -> str:
     """What is too little, and by how much; empty when everything fits."""
-    fleet = basis.fleet
     missing = {"device": on_device - basis.budget.available_bytes}
     if host:
-        missing["host"] = host - fleet.machine.memory_available_bytes
-    if on_disk and fleet.disk_bytes is not None:
-        # ZeRO's checkpoints and two models lie there as well.
-        parameters = basis.shapes.num_parameters
-        checkpoints = budget.disk_need(basis.recipe, parameters, basis.start).num_checkpoints
-        missing["disk"] = on_disk + (checkpoints * budget.ENGINE_BYTES + 8) * parameters - fleet.disk_bytes
+        missing["host"] = host - basis.fleet.machine.memory_available_bytes
     return ", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0)

@@ -134,7 +134,7 @@ def _planned(workload: Workload, fleet: Fleet, table: Sequence[Placement]) -> Pl
         return error if fleet.here else _otherwise(workload, fleet, table) or error
     if fleet.here or own.num_processes == 1:
         return own, {}
-    exact = [one for one in table if not (_computes_otherwise(one) or one.host_bytes or one.disk_bytes)]
+    exact = [one for one in table if not (_computes_otherwise(one) or one.host_bytes)]
     if workload.recipe.train.optim is None and own.optim == "adamw_8bit":
         # Sharing out the state of several devices leaves the arithmetic as it is; 8-bit moments do not.
         return _otherwise(workload, fleet, exact) or (own, {})
@@ -146,7 +146,7 @@ def _planned(workload: Workload, fleet: Fleet, table: Sequence[Placement]) -> Pl
 def ranked(table: Sequence[Placement]) -> list[Placement]:
     """Those that fit and need nothing that only a person can say: first the ones that compute as AdamW in fp32 does,
     then the faster ones."""
-    automatic = (one for one in table if one.fits and not one.needs)
+    automatic = (one for one in table if one.fits)
     return sorted(automatic, key=lambda one: (_computes_otherwise(one), -(one.tokens_per_second or 0.0)))
 
 

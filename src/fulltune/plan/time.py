@@ -30,8 +30,6 @@ LAUNCH_SECONDS, LOOP_SECONDS = 0.002, 0.005
 UPDATE_BYTES, HOST_UPDATE_BYTES = 36, 28
 HOST_SHARE = 0.65
 """Of the host's bandwidth that a CPU optimizer reaches: 39 of 60 GB/s."""
-DISK_READ, DISK_WRITE = 5e9, 3.5e9
-"""Bytes a second of one NVMe disk."""
 PADDING_GROUPED = 1.07
 """Measured with rows of similar length together: 6.6 % (docs/log.md)."""
 GENERIC_TOKENS = 48
@@ -137,7 +135,6 @@ def step_seconds(
         "other devices": 0.0,
         NETWORK: 0.0,
         "optimizer": _optimizer_seconds(trained, fleet, settings, shared),
-        "disk": 0.0,
     }
     sent, gpu = traffic(shapes, settings, shared).of_step(accumulation), fleet.gpu_model
     if settings.num_machines > 1:
@@ -149,8 +146,6 @@ def step_seconds(
     if shared is not None and shared.offload_optimizer:
         weights_in = 2 * 2 * accumulation if shared.offload_weights else 2
         parts["host link"] = (weights_in + 2 * accumulation) * trained / devices / link
-    if shared is not None and shared.optimizer_on_disk:
-        parts["disk"] = 12 * trained * (1 / DISK_READ + 1 / DISK_WRITE)
     return parts
 
 
@@ -167,7 +162,7 @@ def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, sha
 def together(seconds: Mapping[str, float]) -> float:
     """Of a whole step: the longest of the parts that overlap, and those that follow."""
     overlapped = max(seconds[name] for name in ("computing", "host link", "other devices", NETWORK))
-    return overlapped + seconds["optimizer"] + seconds["disk"]
+    return overlapped + seconds["optimizer"]
 
 
 def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> Traffic:

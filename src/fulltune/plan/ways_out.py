@@ -64,12 +64,9 @@ def of_memory(
 
 def _as_way_out(placement: Placement, now: int) -> WayOut:
     host = f", {format_bytes(placement.host_bytes)} on the host" if placement.host_bytes else ""
-    needs = f", {placement.needs}" if placement.needs else ""
-    if placement.disk_bytes:
-        host += f", {format_bytes(placement.disk_bytes)} on disk"
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     costs = speed or "other numbers in the last digits"
-    return way(placement.settings, now - placement.device_bytes, True, costs, f"{placement.name}{needs}")
+    return way(placement.settings, now - placement.device_bytes, True, costs, placement.name)
 
 
 def way(

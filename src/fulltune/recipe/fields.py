@@ -16,7 +16,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.recipe.methods import RIVALS, VARIANT, Arm, ArmKind, FullMethod, Method
 from fulltune.recipe.model import AUTO, NAME, Block, CompareBlock, EvaluateBlock, ModelBlock, PreserveBlock, SearchBlock
 from fulltune.recipe.tasks import TaskName
-from fulltune.recipe.training import ENGINE_SETTINGS, NVME, NVME_FOLDER, TrainBlock
+from fulltune.recipe.training import ENGINE_SETTINGS, TrainBlock
 
 _OTHERS = tuple(kind for kind in RIVALS if kind != VARIANT)
 
@@ -196,8 +196,6 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     train = recipe.train
     if isinstance(file := train.engine_settings, str):
         train = train.with_engine_settings(absolute(file, ENGINE_SETTINGS))
-    if (folder := train.offload.removeprefix(NVME)) != train.offload and folder != NVME_FOLDER:
-        train = train.model_copy(update={"offload": NVME + absolute(folder, "train.offload")})
     name = recipe.model.name
     local = os.path.exists(base / _expanded(name))  # noqa: PTH110  # as `_expanded`
     looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or local

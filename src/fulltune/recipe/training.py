@@ -24,10 +24,6 @@ PER_TENSOR = (*SHARED_OUT, "adafactor")
 
 ENGINE_SETTINGS = "train.extra.deepspeed"
 """Settings of an engine, DeepSpeed's own, or the file that has them."""
-NVME = "nvme:"
-"""Beginning of an offload to a disk; its folder follows."""
-NVME_FOLDER = "FOLDER-ON-YOUR-NVME-DISK"
-"""Stands in a plan where only a person knows the folder; it is to be filled in."""
 
 
 def _with_unit(value: Any) -> Any:
@@ -169,10 +165,10 @@ class TrainBlock(Block):
     gradients and state are shared out (PyTorch's FSDP2); zero2: gradients and state, zero3: weights too (DeepSpeed).
     auto: single for one process, ddp for several where it fits, else fsdp2 (docs/scale.md). A run goes on from its
     checkpoints with another of single, ddp and fsdp2 and another number of processes; with zero2 and zero3 as it was
-    begun, after offloading to NVMe not at all."""
-    offload: str = "none"
-    """What is kept in the host's memory: none; optimizer (zero2, zero3: gradients and state); all (zero3: the weights
-    too); or nvme:FOLDER (zero3: all of it on a disk). What is offloaded to the host of a CPU stays where it was."""
+    begun."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What is kept in the host's memory: none; optimizer (zero2, zero3: gradients and state); or all (zero3: the
+    weights too). What is offloaded to the host of a CPU stays where it was."""
     oversubscribe: bool = False
     """Allow more processes than CPU cores, each with one thread: to try a placement, never to be fast."""
     extra: dict[str, Any] = Field(default_factory=dict)
@@ -261,9 +257,6 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
     pairs = {
         f"num_processes: {processes} is the total over all machines, expected a multiple of num_machines "
         f"({train.num_machines}), such as {least}": processes % train.num_machines,
-        f"offload: '{offload}' not yet over several machines, whose disks differ; set num_machines: 1": (
-            train.num_machines > 1 and offload.startswith(NVME)
-        ),
         f"placement: single, but num_processes is {processes}; set 1, or another placement": (
             place == "single" and processes > 1
         ),
@@ -276,14 +269,9 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
         both.format("offload"): has_own_file and offload != "none",
     }
     problems = [text for text, is_wrong in pairs.items() if is_wrong]
-    folder = offload.removeprefix(NVME)
-    if offload not in ("none", "optimizer", "all") and not (offload.startswith(NVME) and folder):
-        problems.append(f"offload: expected none, optimizer, all or nvme:FOLDER, found '{offload}'")
-    elif offload != "none" and not has_own_file:
-        possible = {"zero2": ("optimizer",), "zero3": ("optimizer", "all", NVME)}.get(place, ())
-        if not offload.startswith(possible or ("-",)):
-            fits = "placement: zero3" if offload != "optimizer" else "placement: zero2 or zero3"
-            problems.append(f"offload: '{offload}' needs {fits}, found {place}")
+    fits = ("zero3",) if offload == "all" else ("zero2", "zero3")
+    if offload != "none" and not has_own_file and place not in fits:
+        problems.append(f"offload: '{offload}' needs placement: {' or '.join(fits)}, found {place}")
     return problems
 
 

@@ -85,12 +85,10 @@ class DiskNeed(Record):
     """Kept ones, the best one, and the one that is being written."""
     model: int
     """The finished model, and the weights before step 1 while training goes on."""
-    offloaded: int = 0
-    """What DeepSpeed keeps on an NVMe disk while it trains."""
 
     @property
     def total(self) -> int:
-        return self.one_checkpoint * self.num_checkpoints + self.model + self.offloaded
+        return self.one_checkpoint * self.num_checkpoints + self.model
 
 
 STARTING, PROBE, DRY_RUN = "starting", "linear probe", "checks and dry run"
@@ -225,7 +223,7 @@ class Plan(MemorySettings):
     placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
     """Where weights, gradients and optimizer state lie; deepspeed: as the user's own file says."""
     offload: str = "none"
-    """What of them lies in the host's memory or on a disk: `train.offload`."""
+    """What of them lies in the host's memory: `train.offload`."""
     group_by_length: bool = True
     loader_workers: int = 0
     """Processes that read rows ahead; 0: none, or as `train.extra` says."""
@@ -293,8 +291,6 @@ class Placement(Record):
     device_bytes: int
     host_bytes: int
     """Of a machine's processes together."""
-    disk_bytes: int
-    """For offloading; checkpoints come on top."""
     micro_batch_size: int
     activation_checkpointing: bool
     short: str
@@ -305,8 +301,6 @@ class Placement(Record):
     """The longest part of a step."""
     settings: dict[str, Any]
     """What to change in the recipe for it."""
-    needs: str = ""
-    """What only a person can say; without it the placement is not chosen."""
 
     @property
     def fits(self) -> bool:

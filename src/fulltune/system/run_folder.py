@@ -110,7 +110,7 @@ def save_plan_alone(folder: Path, recipe: Recipe, plan: Plan) -> None:
     """Write a plan, and the settings of an engine that it comes to, where the recipe trains in one."""
     settings = (folder / plan.file).with_suffix(sharing.SETTINGS_FILE)
     if recipe.train.engine_by:
-        write_json(settings, sharing.completed(sharing.of_run(recipe, folder, plan.trial), plan))
+        write_json(settings, sharing.completed(recipe, plan))
     else:  # the run may have begun with it
         settings.unlink(missing_ok=True)
     plan.save(folder / plan.file)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.training import ENGINE_SETTINGS, NVME, NVME_FOLDER
+from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemoryKind, Plan, StateBytes
 
-Place = Literal["device", "host", "disk"]
+Place = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,12 @@ class Sharing:
     """1: the optimizer's state; 2: also the gradients; 3: also the weights."""
     offload_optimizer: bool
     offload_weights: bool
-    optimizer_on_disk: bool = False
-    """What is offloaded goes to an NVMe disk, not to the host's memory."""
-    weights_on_disk: bool = False
     engine: Literal["zero", "fsdp2"] = "zero"
 
     def place(self, kind: MemoryKind) -> Place:
         """Where a kind of tensors lies between steps; gradients lie with the optimizer."""
-        offloaded, on_disk = self.offload_optimizer, self.optimizer_on_disk
-        if kind == "weights":
-            offloaded, on_disk = self.offload_weights, self.weights_on_disk
-        return "disk" if on_disk else "host" if offloaded else "device"
+        offloaded = self.offload_weights if kind == "weights" else self.offload_optimizer
+        return "host" if offloaded else "device"
 
     def parts_at(self, place: Place, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
         """Bytes of each kind that one process keeps there between steps; 0 for what lies elsewhere."""
@@ -59,8 +54,8 @@ def of(recipe: Recipe) -> Sharing | None:
     if not recipe.train.engine_by:
         return None
     block = settings(recipe)["zero_optimization"]
-    optimizer, weights = (offload_device(block, what) for what in ("optimizer", "param"))
-    return Sharing(block["stage"], optimizer != "none", weights != "none", optimizer == "nvme", weights == "nvme")
+    optimizer, weights = (_device_of(block, what) != "none" for what in ("optimizer", "param"))
+    return Sharing(block["stage"], optimizer, weights)
 
 
 # ---- DeepSpeed's settings --------------------------------------------------------------------------------------------
@@ -88,8 +83,6 @@ _OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
 """Parts of the weights, which only stage 3 shares out."""
 _OF_OPTIMIZER = "*_optim_states.pt"
 """Parts of the optimizer's state: one for each process."""
-ON_DISK = "offloaded_tensors"
-"""Beside the parts: the state of an optimizer that lies on a disk."""
 _BACK = "set what it was written with, or start a new run (--fresh)"
 
 
@@ -137,46 +130,6 @@ def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         # DeepSpeed would take a bucket of its default size, 2 GB in fp32, for the smallest model.
         found["zero_optimization"]["reduce_bucket_size"] = min(plan.num_parameters, BUCKET_VALUES)
     return found
-
-
-def nvme_path(recipe: Recipe) -> str | None:
-    """The folder on a disk that the recipe's settings offload to; None: they do not, or it is left open."""
-    return next((path for path in _nvme_paths(recipe).values() if path != NVME_FOLDER), None)
-
-
-def of_run(recipe: Recipe, run_folder: Path, trial: str) -> Recipe:
-    """The recipe with a folder of the trial's own on the disk that it offloads to: DeepSpeed writes the same files for
-    every run, and deletes those that it finds."""
-    if not recipe.train.offload.startswith(NVME):
-        return recipe
-    own = f"{recipe.train.offload}/{run_folder.name}-{trial}"
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"offload": own})})
-
-
-def missing_folders(recipe: Recipe) -> list[str]:
-    """Why nothing can be offloaded to the folders that the recipe names on this machine; empty when it can."""
-    problems: list[str] = []
-    for what, path in _nvme_paths(recipe).items():
-        where = f"{ENGINE_SETTINGS}: zero_optimization.offload_{what}.nvme_path"
-        if recipe.train.placement in STAGES:
-            where = "train.offload"
-        if path == NVME_FOLDER:
-            problem = f"{where}: write the path of a folder on your NVMe disk in place of {NVME_FOLDER}"
-        elif not Path(path).is_dir():
-            problem = f"{where}: there is no folder '{path}'; make it, or name one on an NVMe disk"
-        else:
-            continue
-        problems += [problem] if problem not in problems else []
-    return problems
-
-
-def _nvme_paths(recipe: Recipe) -> dict[str, str]:
-    """By what is offloaded to a disk: `optimizer`, `param`."""
-    if not recipe.train.engine_by:
-        return {}
-    block = settings(recipe)["zero_optimization"]
-    places = {what: block.get(f"offload_{what}") or {} for what in ("optimizer", "param")}
-    return {what: str(one["nvme_path"]) for what, one in places.items() if one.get("device") == "nvme"}
 
 
 def disagreements(
@@ -237,20 +190,18 @@ def _read(given: Any) -> dict[str, Any]:
 def _of_placement(recipe: Recipe) -> dict[str, Any]:
     """The settings that `train.placement` and `train.offload` stand for."""
     block: dict[str, Any] = {"stage": STAGES[recipe.train.placement]}
-    offload = recipe.train.offload
-    place = {"device": "cpu"}
-    if folder := offload.removeprefix(NVME) if offload.startswith(NVME) else "":
-        place = {"device": "nvme", "nvme_path": folder}
+    offload, place = recipe.train.offload, {"device": "cpu"}
     if offload != "none":
         block["offload_optimizer"] = place
-    if offload not in ("none", "optimizer"):
+    if offload == "all":
         block["offload_param"] = place
     return {"zero_optimization": block}
 
 
-def offload_device(block: Mapping[str, Any], what: str) -> str:
-    """Where a block `zero_optimization` keeps `optimizer` or `param`: none, cpu or nvme."""
-    return str((block.get(f"offload_{what}") or {}).get("device", "none"))
+def _device_of(block: Mapping[str, Any], what: str) -> Any:
+    """Where a block `zero_optimization` keeps `optimizer` or `param`."""
+    offload = block.get(f"offload_{what}") or {}
+    return offload.get("device", "none") if isinstance(offload, dict) else offload
 
 
 def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
@@ -271,11 +222,8 @@ def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
         stage = block.get("stage") if isinstance(block, dict) else None
         return [*problems, f"zero_optimization.stage: expected 0, 1, 2 or 3, found {json.dumps(stage)}"]
     for what in ("optimizer", "param"):
-        offload = block.get(f"offload_{what}") or {}
-        if not isinstance(offload, dict):
-            problems.append(f'zero_optimization.offload_{what}: expected a block such as {{"device": "cpu"}}')
-        elif offload.get("device") == "nvme" and not offload.get("nvme_path"):
-            problems.append(f"zero_optimization.offload_{what}: device nvme needs nvme_path, a folder on an NVMe disk")
+        if (device := _device_of(block, what)) not in ("none", "cpu"):
+            problems.append(f"zero_optimization.offload_{what}: expected the device cpu, found {json.dumps(device)}")
     return problems
 
 
@@ -289,10 +237,6 @@ def misfit(checkpoint: Path, recipe: Recipe) -> str | None:
         told = f"was not written by DeepSpeed, which reads its own alone ({recipe.train.engine_by})"
         return f"{checkpoint}: {told}; {_BACK}" if in_engine else None
     parts = checkpoint / latest.read_text(encoding="utf-8").strip()
-    if (parts / ON_DISK).exists():
-        # Its own reading gives AdamW moments of 0 and step 1 (0.19.8): it goes on without a word, and diverges.
-        lost = "was saved with the optimizer on a disk, which DeepSpeed does not read back whole"
-        return f"{checkpoint}: {lost}; start a new run (--fresh), which can be continued with offload: all"
     processes = len(list(parts.glob(_OF_OPTIMIZER))) or recipe.train.num_processes  # stage 0 has no parts
     stage = 3 if list(parts.glob(_OF_WEIGHTS)) else 2
     same_stage = in_engine and shared is not None and (stage == 3) == (shared.stage == 3)

@@ -7,7 +7,6 @@ from pathlib import Path
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.records.base import Record
 from fulltune.records.plan import Plan
-from fulltune.system import sharing
 
 INITIAL_WEIGHTS = "initial.safetensors"
 
@@ -35,9 +34,8 @@ class Request(Record):
 
     @property
     def recipe_as_planned(self) -> Recipe:
-        """The recipe with the planned placement, and a folder of its own for what is offloaded to a disk."""
-        placed = with_placement(self.recipe, self.plan.placement)
-        return sharing.of_run(placed, Path(self.run_folder), self.plan.trial)
+        """The recipe with the planned placement."""
+        return with_placement(self.recipe, self.plan.placement)
 
     @property
     def folder(self) -> Path:

@@ -135,8 +135,6 @@ def test_table_has_the_host_memory_of_each_machine_and_no_disk() -> None:
     one, two = _rows("1x 8x A100-80GB"), _rows("2x 8x A100-80GB")
     for name in ("ZeRO-2, optimizer on host", "ZeRO-3, all on host"):
         assert two[name].host_bytes == pytest.approx(one[name].host_bytes / 2, rel=1e-6)
-    assert "ZeRO-3, all on disk" in one
-    assert "ZeRO-3, all on disk" not in two, "the recipe refuses it"
 
 
 # ---- between machines -------------------------------------------------------------------------------------------

@@ -40,7 +40,6 @@ def state(one: Placement) -> int:
         ("one device, bf16 + 8-bit", 2 + 2 + 2.0625),
         ("ZeRO-2, optimizer on host", 2.0),
         ("ZeRO-3, all on host", 0.0),
-        ("ZeRO-3, all on disk", 0.0),
     ],
 )
 def test_state_on_one_device_in_bytes_a_parameter(name: str, bytes_per_parameter: float) -> None:
@@ -67,17 +66,11 @@ def test_fsdp2_shares_state_out_and_has_a_blocks_gradients_beside_its_parts() ->
 
 
 @pytest.mark.parametrize(
-    ("name", "host", "disk"),
-    [
-        ("ZeRO-2, optimizer on host", 16 * 1.22, 0),
-        ("ZeRO-3, all on host", 18 * 1.22, 0),
-        ("ZeRO-3, all on disk", 6, 18),
-        ("one device, AdamW fp32", 0, 0),
-    ],
+    ("name", "host"),
+    [("ZeRO-2, optimizer on host", 16 * 1.22), ("ZeRO-3, all on host", 18 * 1.22), ("one device, AdamW fp32", 0)],
 )
-def test_bytes_on_host_and_disk_a_parameter(name: str, host: float, disk: float) -> None:
-    one = table("1x H100")[name]
-    assert (one.host_bytes / P, one.disk_bytes / P) == pytest.approx((host, disk), rel=1e-3)
+def test_bytes_on_host_a_parameter(name: str, host: float) -> None:
+    assert table("1x H100")[name].host_bytes / P == pytest.approx(host, rel=1e-3)
 
 
 def test_host_of_the_measured_8b_run_is_met() -> None:
@@ -89,8 +82,8 @@ def test_host_of_the_measured_8b_run_is_met() -> None:
 @pytest.mark.parametrize(
     ("hardware", "fitting"),
     [
-        ("1x RTX 4090, 64GB host", {"ZeRO-3, all on disk"}),
-        ("1x RTX 4090, 256GB host", {"ZeRO-2, optimizer on host", "ZeRO-3, all on host", "ZeRO-3, all on disk"}),
+        ("1x RTX 4090, 64GB host", set()),
+        ("1x RTX 4090, 256GB host", {"ZeRO-2, optimizer on host", "ZeRO-3, all on host"}),
         ("1x T4, 16GB host", set()),
         ("1x MI325X", {"one device, AdamW fp32"}),
         ("4x A100-80GB", {"ZeRO-2", "ZeRO-3"}),
@@ -107,9 +100,6 @@ def test_what_is_short_is_said_with_its_size() -> None:
     rows = table("1x RTX 4090, 64GB host")
     assert rows["one device, AdamW fp32"].short.startswith("device +")
     assert rows["ZeRO-3, all on host"].short.startswith("host +")
-    rows = table("1x RTX 4090, 64GB host, 100GB disk")
-    # Two checkpoints of 16 bytes a parameter, one for each epoch, and two models lie there as well.
-    assert rows["ZeRO-3, all on disk"].short == f"disk +{((18 + 2 * 16 + 8) * P - 100e9) / GIB:,.0f} GiB"
 
 
 def test_cpu_has_nothing_to_offload_to() -> None:
@@ -130,7 +120,7 @@ def test_methods_that_train_little_have_only_placements_that_they_can_have(hardw
 
     # DeepSpeed and FSDP are there for full fine-tuning alone.
     assert all("copies" in name or "one device" in name for name in rows)
-    assert all((one.host_bytes, one.disk_bytes) == (0, 0) for one in rows.values())
+    assert all(one.host_bytes == 0 for one in rows.values())
     plain = rows[next(iter(rows))]
     assert plain.kinds["optimizer"] == 8 * trained
     assert plain.kinds["weights"] == 4 * (P + added)
@@ -143,7 +133,6 @@ def test_methods_that_train_little_have_only_placements_that_they_can_have(hardw
         ({}, {}, "2 copies, 8-bit AdamW", "train.optim: adamw_8bit"),
         ({}, {}, "ZeRO-3", "train.placement: zero3"),
         ({}, {}, "ZeRO-2, optimizer on host", "train.placement: zero2, train.offload: optimizer"),
-        ({}, {}, "ZeRO-3, all on disk", "train.placement: zero3, train.offload: nvme:FOLDER-ON-YOUR-NVME-DISK"),
         ({"placement": "ddp"}, {}, "2 copies, AdamW fp32", "as the recipe is"),
         ({"placement": "ddp"}, {}, "ZeRO-2", "train.placement: zero2"),
         ({"placement": "zero2"}, {}, "2 copies, AdamW fp32", "train.placement: auto"),
@@ -190,7 +179,6 @@ def _how(one: Placement) -> str:
     [
         ("1x MI325X", "one device, AdamW fp32", "computing"),
         ("1x RTX 4090, 256GB host", "ZeRO-3, all on host", "computing"),
-        ("1x RTX 4090", "ZeRO-3, all on disk", "disk"),
         ("1x H100, 1TB host", "ZeRO-3, all on host", "computing"),
         ("8x L4, 1TB host", "ZeRO-2, optimizer on host", "computing"),
     ],
@@ -245,13 +233,3 @@ def test_bf16_weights_are_rounded_as_the_recipe_says(rounding: str) -> None:
     one = table("1x H200", task)["one device, bf16 weights"]
     assert one.kinds["optimizer"] / P == (6 if rounding == "kahan" else 4)
     assert not one.settings
-
-
-def test_folder_on_an_nvme_disk_is_the_recipes() -> None:
-    assert table("1x RTX 4090")["ZeRO-3, all on disk"].needs == placements.NEEDS_PATH
-    disk = {"device": "nvme", "nvme_path": "/fast"}
-    block = {"stage": 3, "offload_optimizer": disk, "offload_param": disk}
-    same = {"placement": "zero3", "offload": "nvme:/fast"}, {"extra": {"deepspeed": {"zero_optimization": block}}}
-    for train in same:
-        one = table("1x RTX 4090", sizes.llama(train={"global_batch_size": 64, **train}))["ZeRO-3, all on disk"]
-        assert (one.needs, one.settings) == ("", {})

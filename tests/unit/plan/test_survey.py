@@ -387,22 +387,6 @@ def test_several_devices_share_the_state_rather_than_round_it() -> None:
     assert (found.placement, plan.optim) == ("ZeRO-2", "adamw_torch_fused")
 
 
-def test_disk_is_offloaded_to_only_with_the_recipes_path() -> None:
-    found, plan = planned("1x RTX 4090, 64GB host")
-    assert plan is None
-    assert any("with the folder of an NVMe disk in train.offload" in way.change for way in found.ways_out)
-    disk = {"device": "nvme", "nvme_path": "/fast"}
-    block = {"stage": 3, "offload_optimizer": disk, "offload_param": disk}
-    task = sizes.llama(train={"global_batch_size": 64, "extra": {"deepspeed": {"zero_optimization": block}}})
-    for hardware, fits in (("1x RTX 4090, 64GB host, 350GB disk", False), ("1x RTX 4090, 64GB host, 1TB disk", True)):
-        found, plan = planned(hardware, task)
-        assert found.fits == fits
-    assert plan is not None
-    assert plan.disk is not None
-    assert plan.disk.offloaded == 18 * sizes.LLAMA.num_parameters
-    assert found.placement == "ZeRO-3, all on disk"
-
-
 @pytest.mark.parametrize("host", range(100, 180, 10))
 def test_table_and_plan_agree_on_the_host(host: int) -> None:
     block = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}

@@ -101,7 +101,6 @@ def _memory(survey: Survey, plan: Plan) -> list[Block]:
     if disk is not None:
         parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.one_checkpoint)}"
         parts += f" + models {format_bytes(disk.model)}"
-        parts += f" + offloaded {format_bytes(disk.offloaded)}" if disk.offloaded else ""
         free = survey.disk_free_bytes
         room = "free space not given" if free is None else f"{format_bytes(free)} free"
         facts.append(("disk", f"{parts} = {format_bytes(disk.total)}; {room}"))
@@ -116,22 +115,22 @@ def _placements(survey: Survey) -> Table:
         chosen = one.name == survey.placement
         speed = short_count(one.tokens_per_second) if one.tokens_per_second else "?"
         micro = f"{one.micro_batch_size}{'*' if one.activation_checkpointing else ''}"
-        sizes = (gib(one.device_bytes), gib(one.host_bytes), gib(one.disk_bytes))
+        sizes = (gib(one.device_bytes), gib(one.host_bytes))
         runs = (micro, speed) if one.fits else ("", "")
         rows.append((f"{'▸ ' * chosen}{one.name}", *sizes, *runs, _verdict(one, chosen)))
-    header = ("placement", "device", "host", "disk", "batch", "tokens/s", "")
+    header = ("placement", "device", "host", "batch", "tokens/s", "")
     return Table("", header, tuple(rows), frozenset(range(1, len(header) - 1)))
 
 
 def _verdict(one: Placement, chosen: bool) -> str:
     if not one.fits:
         return one.short.replace(" GiB", "")
-    return "chosen" if chosen else "needs a folder" if one.needs else "fits"
+    return "chosen" if chosen else "fits"
 
 
 def _legend(survey: Survey) -> str:
     host = "each host" if survey.num_machines > 1 else "the host"
-    return f"GiB on each device, on {host}, on disk; batch: rows a pass on each device, * activations recomputed"
+    return f"GiB on each device, on {host}; batch: rows a pass on each device, * activations recomputed"
 
 
 def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:

@@ -25,7 +25,6 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     if recipe.train.engine_by:
         try:
             sharing.settings(recipe)
-            problems += sharing.missing_folders(recipe) if runs_here else []
         except RecipeError as error:
             problems += error.problems
     if problems:

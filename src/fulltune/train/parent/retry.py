@@ -11,7 +11,6 @@ from pathlib import Path
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.training import NVME
 from fulltune.records.events import AttemptFailed, Listener, PhaseBegan, Resumed, Warned
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
@@ -169,8 +168,6 @@ def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fulltune
     logged = f"{outcome.reason}; log: {request.folder / 'log.txt'}"
     match outcome.status:
         case "interrupted":
-            if request.plan.offload.startswith(NVME):
-                return InterruptedRun(f"{outcome.reason}; it cannot be continued, because its optimizer lay on a disk")
             return InterruptedRun(f"{outcome.reason}; the same command continues it")
         case "lost":
             return InterruptedRun(f"{outcome.reason}; the same command on all machines continues it")

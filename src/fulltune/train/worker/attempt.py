@@ -11,7 +11,6 @@ from transformers import TrainerCallback, TrainerState
 from fulltune import methods
 from fulltune.errors import GuardStop, InterruptedRun, SetupError
 from fulltune.inference.run import Share
-from fulltune.recipe.training import NVME
 from fulltune.records.events import Forecast
 from fulltune.records.training import Check
 from fulltune.system import memory
@@ -114,9 +113,6 @@ def _trained(training: Training) -> dict[str, Any]:
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, observed = inputs.request, inputs.recorder, inputs.journal, inputs.observed
     plan = inputs.plan
-    if plan.offload.startswith(NVME):
-        said = "ZeRO cannot read back an optimizer that lies on a disk: a run that is stopped is lost"
-        recorder.warn(f"train.offload: {said}")
     initial = None
     journal.at("saving")
     if inputs.is_main or inputs.sharing is not None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, Spiked
-from fulltune.recipe.training import NVME
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener
 from fulltune.records.training import Outcome, OutcomeStatus
-from fulltune.system import memory, sharing, signals
+from fulltune.system import memory, signals
 from fulltune.system.hardware import is_disk_full
 from fulltune.system.memory import is_out_of_memory, life_peak_bytes
 from fulltune.train import checkpoints
@@ -54,8 +52,6 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         finally:
             request.initial_weights(rank).unlink(missing_ok=True)
             request.trained_weights(rank).unlink(missing_ok=True)
-            if rank == 0 and request.plan.offload.startswith(NVME):
-                shutil.rmtree(str(sharing.nvme_path(request.recipe_as_planned)), ignore_errors=True)
         measured = {"peak_memory_bytes": _peak_memory_bytes(), **observed.for_outcome()}
         seconds = round(time.monotonic() - started, 3)
         outcome = Outcome(trial=request.plan.trial, attempt=request.attempt, train_seconds=seconds, **ended, **measured)
