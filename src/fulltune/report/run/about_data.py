@@ -167,14 +167,8 @@ def _labels(summary: DataSummary) -> list[Block]:
         for label in order
     )
     header = (noun, *counts)
-    numeric = frozenset(range(2, len(header)))
-    table = Table(f"Rows per {noun}", header, rows, numeric)
-    if len(rows) <= _LABELS_OPEN:
-        return [table]
-    half = _LABELS_OPEN // 2
-    caption = f"{table.caption}: the {half} most and the {half} least frequent of {len(rows)} {noun}s"
-    ends = Table(caption, header, (*rows[:half], *rows[-half:]), numeric)
-    return [ends, Folded(f"all {len(rows)} {noun}s", (table,))]
+    table = Table(f"Rows per {noun}", header, rows, frozenset(range(2, len(header))))
+    return [table] if len(rows) <= _LABELS_OPEN else [Folded(f"{len(rows)} {noun}s", (table,))]
 
 
 def _dropped(view: RunView, summary: DataSummary) -> list[Block]:
