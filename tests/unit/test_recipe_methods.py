@@ -193,7 +193,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         ),
         (
             {"compare": {"budget": "30 parsecs"}},
-            ["compare.budget: '30 parsecs': expected a time such as 30m, 2h or 90s"],
+            ["compare.budget: expected a time such as 30m, 2h or 90s, found '30 parsecs'"],
         ),
         ({"compare": {"margin": 0}}, ["compare.margin: expected greater than 0, found 0"]),
     ],

@@ -28,7 +28,7 @@ def read(folder: Path, lines: str, overrides: tuple[str, ...] = ()) -> Recipe:
         ("method: {learning_rates: [1e-4, 2e-4]}", "4  method.learning_rates: .*no effect on a single rate"),
         (
             "method: {learning_rate: search}\nsearch: {budget: 20 minutes}",
-            "5  search.budget: '20 minutes': expected a t",
+            "5  search.budget: expected a time .* found '20 minutes'",
         ),
         ("search: {budget: 20m}", "4  search.budget: nothing is searched; add 'learning_rate: search'"),
         (

@@ -14,6 +14,22 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What a run or a method may be called: it becomes the name of a folder."""
 
 
+def _with_unit(value: Any) -> Any:
+    """A time as `text.parse_seconds` reads it; other types are left to pydantic."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError(f"expected a time with its unit, such as {value}s")
+    if isinstance(value, str):
+        try:
+            parse_seconds(value)
+        except ValueError:
+            raise ValueError(f"expected a time such as 30m, 2h or 90s, found '{value}'") from None
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_with_unit)]
+"""Such as `30m`, `2h` or `90s`."""
+
+
 class Block(BaseModel):
     """Base of all blocks: frozen, unknown keys refused, the string under a field is its documentation."""
 
@@ -127,21 +143,12 @@ class CompareBlock(Block):
     search_share: float = Field(default=0.06, gt=0, le=1)
     """Share of a run's steps that each rate gets in the rate search, at least 10 steps; methods that go on to a second
     seed get whole runs with the best two, and with more while that helps."""
-    budget: str | None = None
+    budget: Duration | None = None
     """Most time that all commands on the comparison may take together, such as `30m` or `2h`. It says beforehand what
     fits; with more time later (`--budget`) an undecided comparison goes on."""
     near_duplicates: float = Field(default=0.8, gt=0, le=1)
     """Rows whose texts share so much of their 5-grams (Jaccard) stay on one side of the split. 1: only equal
     ones."""
-
-    @model_validator(mode="after")
-    def _budget_must_be_a_time(self) -> CompareBlock:
-        if self.budget is not None:
-            try:
-                parse_seconds(self.budget)
-            except ValueError as error:
-                raise ValueError(f"budget: {error}") from None
-        return self
 
 
 _OWN = ("budget", "trials", "settings")
@@ -150,7 +157,7 @@ _OWN = ("budget", "trials", "settings")
 class SearchBlock(Block):
     """Whole runs with other settings, the best by the eval rows: `search: {train.num_train_epochs: [2, 4, 8]}`."""
 
-    budget: str | None = None
+    budget: Duration | None = None
     """Most time that a search may take in all, such as `20m`; the run at the best settings is part of it."""
     trials: int = Field(default=12, ge=2)
     """Whole runs at most, besides one with the recipe's own settings. Where the values make no more combinations than
@@ -183,11 +190,6 @@ class SearchBlock(Block):
     @model_validator(mode="after")
     def _must_be_usable(self) -> SearchBlock:
         problems = []
-        if self.budget is not None:
-            try:
-                parse_seconds(self.budget)
-            except ValueError as error:
-                problems.append(f"budget: {error}")
         for name, values in self.settings.items():
             if not name.startswith(("method.", "train.")):
                 problems.append(f"{name}: only settings of 'method' and 'train' can be searched")

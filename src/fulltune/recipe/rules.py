@@ -49,8 +49,7 @@ def problems_of(recipe: Recipe) -> list[str]:
         *conflicts(recipe, form_of(recipe)),
         *_impossible_metric(recipe),
         *_unknown_fields(recipe),
-        *_unknown_optimizer(recipe),
-        *_unknown_trackers(recipe),
+        *_unknown_names(recipe),
         *_out_of_place(recipe),
         *_vanishing_updates(recipe),
         *_preserved(recipe),
@@ -186,31 +185,25 @@ def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unknown_optimizer(recipe: Recipe) -> list[str]:
-    optim = recipe.train.optim
-    if optim is None or optim in OWN_OPTIMIZERS:
-        return []
-    known = optimizers()
-    if optim in known:
-        return []
-    hint = did_you_mean(optim, known) or f"it knows {', '.join(known)}"
-    return [f"train.optim: transformers knows no optimizer '{optim}'; {hint}"]
+def _unknown_names(recipe: Recipe) -> list[str]:
+    """Optimizers and trackers that transformers does not have."""
+    train = recipe.train
+    given = {
+        ("optim", "optimizer"): [] if train.optim in (None, *OWN_OPTIMIZERS) else [train.optim],
+        ("report_to", "tracker"): [name for name in train.report_to if name not in NO_PACKAGES],
+    }
+    return [
+        f"train.{setting}: transformers knows no {what} '{name}'; "
+        + (did_you_mean(name, known) or f"it knows {', '.join(known)}")
+        for (setting, what), names in given.items()
+        if names and (known := optimizers() if what == "optimizer" else trackers())
+        for name in names
+        if name not in known
+    ]
 
 
 SCALABLE = ("full", "lora")
 """Kinds of methods whose change of the model can be scaled."""
-
-
-def _unknown_trackers(recipe: Recipe) -> list[str]:
-    if not recipe.train.report_to:
-        return []
-    known = trackers()
-    return [
-        f"train.report_to: transformers knows no tracker '{name}'; "
-        + (did_you_mean(name, known) or f"it knows {', '.join(known)}")
-        for name in recipe.train.report_to
-        if name not in (*known, *NO_PACKAGES)
-    ]
 
 
 def _out_of_place(recipe: Recipe) -> list[str]:

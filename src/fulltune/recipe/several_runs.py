@@ -38,14 +38,7 @@ _MOST_CHECKED = 200
 
 def problems_of(recipe: Recipe) -> list[str]:
     """What keeps the runs from being made, each with the name of its setting first."""
-    return [*_on_several_machines(recipe), *_wrong_search(recipe), *_wrong_arms(recipe)]
-
-
-def _on_several_machines(recipe: Recipe) -> list[str]:
-    several = "a comparison" if recipe.methods else "a search"
-    if recipe.train.num_machines == 1 or not (recipe.methods or recipe.is_searched):
-        return []
-    return [f"train.num_machines: {several} runs on one machine, found {recipe.train.num_machines}; set 1"]
+    return [*_wrong_search(recipe), *_wrong_arms(recipe)]
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:

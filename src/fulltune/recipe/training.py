@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fulltune.recipe.model import Block
-from fulltune.text import parse_bytes, parse_seconds
+from fulltune.recipe.model import Block, Duration
+from fulltune.text import parse_bytes
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
@@ -24,22 +24,6 @@ PER_TENSOR = (*SHARED_OUT, "adafactor")
 
 ENGINE_SETTINGS = "train.extra.deepspeed"
 """Settings of an engine, DeepSpeed's own, or the file that has them."""
-
-
-def _with_unit(value: Any) -> Any:
-    """A time as `text.parse_seconds` reads it; other types are left to pydantic."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise ValueError(f"expected a time with its unit, such as {value}s")
-    if isinstance(value, str):
-        try:
-            parse_seconds(value)
-        except ValueError:
-            raise ValueError(f"expected a time such as 30m, 2h or 90s, found '{value}'") from None
-    return value
-
-
-Duration = Annotated[str, BeforeValidator(_with_unit)]
-"""Such as `30m`, `2h` or `90s`."""
 
 
 class TrainBlock(Block):

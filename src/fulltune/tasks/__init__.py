@@ -36,6 +36,9 @@ Value = Callable[[np.ndarray], np.ndarray]
 """From the sums of these, [..., k], to the metric [...]."""
 
 
+_IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices")
+
+
 @dataclass(frozen=True)
 class Target:
     """What the label column holds, found out from the train rows."""
@@ -64,24 +67,11 @@ class Target:
     @classmethod
     def of(cls, summary: DataSummary) -> Target:
         """The target of prepared data."""
-        return cls(
-            summary.problem_type,
-            summary.columns,
-            summary.labels,
-            summary.joint,
-            summary.num_choices,
-            scale=summary.scale,
-        )
+        return cls(**{name: getattr(summary, name) for name in _IN_SUMMARY}, scale=summary.scale)
 
     def in_summary(self) -> dict[str, Any]:
         """The fields of a summary of prepared data that it decides."""
-        return {
-            "problem_type": self.problem_type,
-            "columns": dict(self.columns),
-            "labels": self.labels,
-            "joint": self.joint,
-            "num_choices": self.num_choices,
-        }
+        return {name: getattr(self, name) for name in _IN_SUMMARY}
 
     def as_notes(self) -> dict[str, Any]:
         """What a finished model's folder says of it, ready for JSON."""
