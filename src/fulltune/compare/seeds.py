@@ -102,7 +102,7 @@ class SeedRuns:
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """Methods that have fewer seeds because the verdict did not hinge on them."""
+        """Methods that have fewer seeds because they waited for an answer about full and the best of the rest."""
         return self.looks[-1].waiting if self.looks else ()
 
     @property

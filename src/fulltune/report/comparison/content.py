@@ -144,7 +144,9 @@ def _why(comparison: Comparison) -> Section | None:
 
 def _methods(comparison: Comparison) -> tuple[Block, ...]:
     fewer = [row.arm for row in comparison.rows if row.waited and row.arm != comparison.decision.recommended]
-    said = Bullets((f"fewer seeds of {', '.join(fewer)}: the verdict did not hinge on them",))
+    said = Bullets(
+        (f"fewer seeds of {', '.join(fewer)}: they waited for an answer about full and the best of the rest",)
+    )
     return (_quality(comparison), _cost(comparison), *[said] * bool(fewer))
 
 
