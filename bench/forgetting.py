@@ -323,7 +323,7 @@ def table(folder: Path) -> None:
         if arm == "free" or free is None or line["exit"] or free["exit"]:
             continue
         cell = Cell(free, line)
-        kept, passed = cell.preserved, cell.preserved.certificate.passed
+        kept, passed = cell.preserved, cell.preserved.passed
         said = ("PASS" if passed else "FAIL") if kept.is_feasible else "infeasible"
         counts.update({(arm, "cells"): 1, (arm, said): 1, (arm, "within"): int(cell.is_within and kept.is_feasible)})
         counts[arm, "90 % of the gain"] += int(kept.is_feasible and cell.share >= 0.9)
@@ -331,7 +331,7 @@ def table(folder: Path) -> None:
         print(
             f"| {name} | {seed} | {arm} | {kept.limit:.4f} | {free['unseen']:.4f}, {free['test:trained']:.4f} | "
             f"{line['unseen']:.4f} ± {line['unseen_error']:.4f}, {line['test:trained']:.4f} | {cell.share:.0%} | "
-            f"{said}, at most {kept.certificate.upper:.4f} | {kept.chosen.share:g} | {slower:.2f} |"
+            f"{said}, at most {kept.sealed.upper:.4f} | {kept.chosen.share:g} | {slower:.2f} |"
         )
     for key, count in sorted(counts.items()):
         print(*key, count)

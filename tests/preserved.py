@@ -18,8 +18,8 @@ def preserved_record(points: Sequence[Point], chosen: Point, **changes: Any) -> 
         "text": "generic.txt",
         "metric": "accuracy",
         "greater_is_better": True,
-        "certificate": None,
+        "sealed": None,
         "trained": "0" * 16,
-        "opened": () if changes.get("certificate") is None else ("2026-01-01T00:00:00+00:00",),
+        "opened": () if changes.get("sealed") is None else ("2026-01-01T00:00:00+00:00",),
     }
     return HeldRun(points=tuple(points), chosen=chosen, **(given | changes))

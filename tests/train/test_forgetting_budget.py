@@ -90,13 +90,14 @@ def test_best_point_within_the_budget_is_chosen(points: list[Point], better: boo
 
 @pytest.mark.parametrize(("drift", "error", "passed"), [(0.01, 0.005, True), (0.01, 0.007, False), (0.03, 0.0, False)])
 def test_certificate_passes_where_the_upper_bound_is_within(drift: float, error: float, passed: bool) -> None:
-    found = budget.certified(at(drift, error), 0.02)
-    assert (found.passed, found.upper) == (passed, pytest.approx(drift + 1.645 * error))
+    start = point(0, 0, 0.5)
+    found = preserved_record([start], start, limit=0.02, sealed=at(drift, error))
+    assert found.sealed is not None
+    assert (found.passed, found.sealed.upper) == (passed, pytest.approx(drift + 1.645 * error))
 
 
 def record(chosen: Point, points: list[Point], sealed: Drift | None, limit: float = 0.02) -> HeldRun:
-    certificate = sealed and budget.certified(sealed, limit)
-    return preserved_record(points, chosen, limit=limit, certificate=certificate)
+    return preserved_record(points, chosen, limit=limit, sealed=sealed)
 
 
 def test_verdict_in_words() -> None:
@@ -211,9 +212,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
     drift = [event["metrics"]["drift"] for event in runs.events(tmp_path, "eval")][-1]
     found = preserved(held)
     assert drift > found.limit  # what the budget forbids
-    assert found.certificate is not None
-    assert found.certificate.passed
-    assert found.certificate.upper <= found.limit
+    assert found.passed
     assert found.is_feasible
     assert free.outcome is not None
     report = (held / "run" / "report.md").read_text(encoding="utf-8")
@@ -260,7 +259,8 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
     found = preserved(tmp_path / "held")
     assert found.writes
     assert "(guessing: " in found.says_little  # a model of random weights
-    assert found.certificate.measured.texts >= 200
+    assert found.sealed is not None
+    assert found.sealed.texts >= 200
     with mock.patch("fulltune.train.worker.attempt.keep_within", return_value=None):
         runs.run(tmp_path / "whole", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
     name = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
@@ -281,7 +281,7 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
         runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve=preserve, **BLOCKS)
     found = preserved(tmp_path)
     assert not found.is_feasible
-    assert (found.certificate, found.opened) == (None, ())
+    assert (found.sealed, found.opened) == (None, ())
     assert found.chosen.share == 0
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "infeasible" in report

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from fulltune.records.held import Certificate, Drift, HeldRun, Point
+from fulltune.records.held import Drift, HeldRun, Point
 
 LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
 """Texts of a run with a budget: for selection, and as many sealed ones; for replay."""
@@ -23,49 +22,34 @@ LEAST_FURTHER = 0.01
 """Nearer to a share within the budget no further one is tried."""
 MOST_ROWS = 300
 """Eval rows that choose among the points."""
-ONE_SIDED = 1.645
-"""Standard errors above the mean below which the true one lies with 95 %."""
 SURELY = 1.28
 """Standard errors of a difference of two halves that a chosen point stays away from the budget by: so that the sealed
 half says the same in nine of ten cases."""
 
 
-@dataclass(frozen=True)
-class Weighing:
-    """How generic text is weighed while training: a language model by a divergence in nats a token, others by 1 -
-    cosine. The larger the budget, the less weight: what it is worth stays the same. Measured: docs/log.md."""
-
-    first: float
-    """Weight at the start, and the least, times the budget's limit."""
-    most: float
-    """At more hardly less was lost, and less learned; times the limit."""
-
-
-LANGUAGE, STATES = Weighing(0.1, 1.0), Weighing(0.005, 0.03)
+LANGUAGE, STATES = (0.1, 1.0), (0.005, 0.03)
+"""Weights of generic text while training, times the budget's limit: at the start, which is the least, and at most,
+where hardly less was lost and less learned. A language model is weighed by a divergence in nats a token, others by 1 -
+cosine; the larger the budget, the less weight: what it is worth stays the same. Measured: docs/log.md."""
 PASSING = 1.0
 """So many times the limit more of drift are let pass at the highest learning rate: they are gone when it has fallen."""
 MOST_FACTOR = 1.5
 """By which the weight changes at once."""
 
 
-def upper(measured: Drift) -> float:
-    """Above the true drift with 95 %."""
-    return measured.drift + ONE_SIDED * measured.error
-
-
-def next_weight(weight: float, measured: Drift, limit: float, rate: float, weighing: Weighing) -> float:
+def next_weight(weight: float, measured: Drift, limit: float, rate: float, bounds: tuple[float, float]) -> float:
     """The weight of generic text after a measurement: higher where the drift's upper bound is above the limit."""
     allowed = limit * (1 + PASSING * rate)
-    if not math.isfinite(upper(measured)):
+    if not math.isfinite(measured.upper):
         return weight
-    step = (upper(measured) - allowed) / allowed
+    step = (measured.upper - allowed) / allowed
     factor = math.exp(min(max(step, -math.log(MOST_FACTOR)), math.log(MOST_FACTOR)))
-    return min(max(weight * factor, weighing.first / limit), weighing.most / limit)
+    return min(max(weight * factor, bounds[0] / limit), bounds[1] / limit)
 
 
 def least_limit(measured: Drift) -> float:
     """The smallest limit within which a point may be chosen: its sealed half will most likely say the same."""
-    return upper(measured) + SURELY * math.sqrt(2) * measured.error
+    return measured.upper + SURELY * math.sqrt(2) * measured.error
 
 
 def is_within(measured: Drift, limit: float) -> bool:
@@ -101,9 +85,3 @@ def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Poin
         return sign * point.metric if math.isfinite(point.metric) else -math.inf, -point.measured.drift
 
     return max(possible, key=order)
-
-
-def certified(measured: Drift, limit: float) -> Certificate:
-    """What the sealed half says: passed where the drift is below the limit with 95 %."""
-    highest = upper(measured)
-    return Certificate(measured=measured, limit=limit, upper=highest, passed=highest <= limit)

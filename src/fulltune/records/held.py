@@ -10,6 +10,8 @@ from fulltune.records.base import Record
 
 OF_GENERIC_TEXT = ("drift", "drift_error")
 """Of an evaluation's numbers those that are not about eval rows: how far generic text has moved, and its error."""
+ONE_SIDED = 1.645
+"""Standard errors above the mean below which the true one lies with 95 %."""
 HELD_FILES = "preserve/*.json"
 """Of the run folder: a `HeldRun` for each trial."""
 
@@ -28,6 +30,11 @@ class Drift(Record):
     """Standard error of that mean."""
     texts: int
 
+    @property
+    def upper(self) -> float:
+        """Above the true drift with 95 %."""
+        return self.drift + ONE_SIDED * self.error
+
 
 class Point(Record):
     """The untouched model moved a part of the way to the trained one."""
@@ -43,16 +50,6 @@ class Point(Record):
     def is_start(self) -> bool:
         """The untouched model."""
         return self.share == 0
-
-
-class Certificate(Record):
-    """What the sealed texts said, opened once."""
-
-    measured: Drift
-    limit: float
-    upper: float
-    """The true drift is below it with 95 %."""
-    passed: bool
 
 
 class HeldRun(Record):
@@ -71,8 +68,8 @@ class HeldRun(Record):
     greater_is_better: bool
     points: tuple[Point, ...]
     chosen: Point
-    certificate: Certificate | None
-    """None: the untouched model was kept, and the sealed texts stayed sealed."""
+    sealed: Drift | None
+    """What the sealed texts said, opened once; None: the untouched model was kept, and they stayed sealed."""
     trained: str
     """Tells the trained weights from those of another training in the same folder."""
     says_little: str = ""
@@ -91,6 +88,11 @@ class HeldRun(Record):
     def end(self) -> Point:
         """The trained model."""
         return next(point for point in self.points if point.share == 1)
+
+    @property
+    def passed(self) -> bool:
+        """The sealed texts say that the budget was kept."""
+        return self.sealed is not None and self.sealed.upper <= self.limit
 
     @property
     def why(self) -> str:

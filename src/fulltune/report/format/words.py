@@ -129,9 +129,9 @@ INFEASIBLE = "infeasible"
 
 def certificate(found: HeldRun) -> str:
     """What became of the budget, in a word."""
-    if found.certificate is None or not found.is_feasible:
+    if found.sealed is None or not found.is_feasible:
         return INFEASIBLE
-    return "PASS" if found.certificate.passed else "FAIL"
+    return "PASS" if found.passed else "FAIL"
 
 
 def way(share: float) -> str:

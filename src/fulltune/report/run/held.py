@@ -82,7 +82,7 @@ def _size(value: float, error: float, writes: bool) -> str:
 def verdict(found: HeldRun) -> str:
     """Whether the budget was kept, by the texts that were sealed, and what that cost."""
     budget = format_percent(found.budget) if found.budget >= 0.001 else f"{100 * found.budget:.2g}%"
-    sealed, trained, label = found.certificate, found.end, words.certificate(found)
+    sealed, trained, label = found.sealed, found.end, words.certificate(found)
     lead, name = f"Forgetting, budget {budget}: {label}", words.metric_name(found.metric)
     if sealed is None or label == words.INFEASIBLE:
         start, end = (format_metric(found.metric, point.metric) for point in (found.start, trained))
@@ -94,10 +94,10 @@ def verdict(found: HeldRun) -> str:
         return f"{lead}: {why} {on}. The untouched model is what is kept."
     if found.writes:
         most = "least" if sealed.upper < 0 else "most"
-        what = f"a token of generic text got {_likelier(sealed.measured.drift)} (with 95% certainty at {most} "
+        what = f"a token of generic text got {_likelier(sealed.drift)} (with 95% certainty at {most} "
         what += f"{_likelier(sealed.upper)})"
     else:
-        by, upper = (words.as_share(one, False) for one in (sealed.measured.drift, sealed.upper))
+        by, upper = (words.as_share(one, False) for one in (sealed.drift, sealed.upper))
         what = f"generic text changed by {by} (1 - cosine; with 95% certainty at most {upper})"
     if len(found.opened) > 1:
         lead += f" (sealed texts read {len(found.opened)} times, because the model was trained anew)"
@@ -105,7 +105,7 @@ def verdict(found: HeldRun) -> str:
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
     more = f" But {found.says_little}." if found.says_little else ""
     return (
-        f"{lead}: {what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before. "
+        f"{lead}: {what}, on {counted(sealed.texts, 'text')} that nothing had read before. "
         f"Kept: {words.way(found.chosen.share)}, {name} {format_metric(found.metric, found.chosen.metric)} on eval "
         f"rows{share}.{more}"
     )

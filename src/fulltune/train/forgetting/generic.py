@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fulltune.errors import SetupError
-from fulltune.forgetting.budget import LANGUAGE, STATES, Weighing, next_weight
+from fulltune.forgetting.budget import LANGUAGE, STATES, next_weight
 from fulltune.forgetting.generic_text import enough, generic_texts, measured, parts, says_little
 from fulltune.inference.generic import BATCH, MOST_TOKENS, STATES_BATCH, GenericText
 from fulltune.inference.run import autocast, batches
@@ -227,16 +227,16 @@ class Steering(TrainingPart):
 
     def __init__(self, inputs: AttemptInputs, monitor: DriftMonitor, replay: Replay, every: int, budget: float) -> None:
         self.inputs, self.monitor, self.replay, self.every = inputs, monitor, replay, every
-        self.weighing: Weighing = LANGUAGE if replay.text.writes else STATES
+        self.bounds = LANGUAGE if replay.text.writes else STATES
         self.limit = limit_of(budget, replay.text.writes)
-        replay.weight = self.weighing.first / self.limit
+        replay.weight = self.bounds[0] / self.limit
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         plan, step, schedule = self.inputs.plan, state.global_step, self.replay.trainer.lr_scheduler
         if step % self.every or step >= plan.total_steps or (found := self.monitor.read()) is None:
             return
         rate = cast("Any", schedule).get_last_lr()[0] / plan.learning_rate
-        self.replay.weight = next_weight(self.replay.weight, found, self.limit, rate, self.weighing)
+        self.replay.weight = next_weight(self.replay.weight, found, self.limit, rate, self.bounds)
         self.inputs.recorder.write(Steered(step=step, moved=found.drift, error=found.error, weight=self.replay.weight))
 
 
