@@ -74,8 +74,6 @@ class HeldRun(Record):
     """Tells the trained weights from those of another training in the same folder."""
     says_little: str = ""
     """Why the texts say little about what the untouched model could do; empty: they say enough."""
-    identity: str = ""
-    """Of all generic texts: those of a comparison's trials are the same."""
     opened: tuple[str, ...]
     """When the sealed texts were opened, ISO 8601; more than once where the model was trained anew."""
 

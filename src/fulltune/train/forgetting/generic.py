@@ -7,7 +7,6 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +23,7 @@ from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.model import BUNDLED
 from fulltune.records.events import Steered
-from fulltune.records.held import HELD_FILES, Drift, HeldRun, limit_of
+from fulltune.records.held import Drift, limit_of
 from fulltune.system.memory import is_out_of_memory
 from fulltune.tasks import causal_lm
 from fulltune.tasks.padding import IGNORED, padded
@@ -59,9 +58,6 @@ class DriftMonitor(TrainingPart):
             self.text = self.text_of(texts[:count])
             everything = [*found.choosing, *found.sealed, *found.replayed] if found else texts
             self.identity = hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
-        if held:  # of a comparison, other trials may have been certified
-            for file in sorted(Path(inputs.request.run_folder).glob(HELD_FILES)):
-                self._refuse_others(HeldRun.load(file).identity or None)
 
     @cached_property
     def most_tokens(self) -> int:

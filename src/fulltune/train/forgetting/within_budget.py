@@ -148,7 +148,6 @@ def _chosen(
         sealed=moved,
         trained=line.digest,
         says_little=monitor.says_little(choosing, start),
-        identity=monitor.identity,
         opened=opened,
     )
 
