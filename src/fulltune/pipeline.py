@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 
 from fulltune import data, evaluate, methods, plan, report
 from fulltune.audit import stage
-from fulltune.audit.prove import prove
 from fulltune.audit.untouched import Reader
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.evaluate.scoring import Scoring, UserMetrics
@@ -19,7 +18,7 @@ from fulltune.forgetting.generic_text import check_texts
 from fulltune.models.base import Base
 from fulltune.models.files import check_weights
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import Audit, Proofs
+from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Listener, PhaseBegan, Planned
 from fulltune.records.plan import MemoryNeed, Plan
@@ -176,7 +175,7 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
     if reads_rows and stage.by_model(summary):
         check_weights(job.recipe.model, job.base.files)
     job.phase("auditing the rows")
-    return stage.audit(_reader(job, summary), reads_rows)
+    return stage.audit(reader_of(job, summary), reads_rows)
 
 
 def list_losses(job: Run, summary: DataSummary) -> Audit:
@@ -191,13 +190,8 @@ def list_losses(job: Run, summary: DataSummary) -> Audit:
     return stage.list_losses(job.recipe, job.folder / "data", summary, found)
 
 
-def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:
-    """Whether cleaning what the audit found would help, by classifiers that take seconds."""
-    job.phase("fitting classifiers with and without each cleaning step")
-    return prove(_reader(job, summary))
-
-
-def _reader(job: Run, summary: DataSummary) -> Reader:
+def reader_of(job: Run, summary: DataSummary) -> Reader:
+    """What reads the run's rows with the untouched model."""
     return Reader(job.recipe, job.base, summary, job.folder / "data", job.listener)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.audit.prove import CleaningStep, cleaning_steps, refuse_prove
-from fulltune.audit.prove import _compared as compared_by_classifiers
-from fulltune.cleaning import _compared, _leaves_enough
+from fulltune.cleaning import CleaningStep, _compared, _fitted, _leaves_enough, cleaning_steps, refuse_prove
 from fulltune.errors import SetupError
 from fulltune.probe.linear import MIDDLE, Items
 from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowIssue
@@ -147,7 +145,7 @@ def test_no_row_that_differs_is_no_proof_that_none_would() -> None:
         return np.arange(200) > 0, np.arange(200) % 2
 
     [step] = cleaning_steps([issue("markup", "1")])
-    [proof] = compared_by_classifiers(rows(200), rows(86), [step], without_the_first, MIDDLE, [])
+    [proof] = _fitted(rows(200), rows(86), [step], without_the_first, MIDDLE, [])
     assert proof.difference == 0
     assert -3.7 / 86 < proof.low < -2.5 / 86
     assert 2.5 / 86 < proof.high < 3.7 / 86

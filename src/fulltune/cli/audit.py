@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from fulltune.audit.prove import refuse_prove
 from fulltune.audit.stage import load_issues
 from fulltune.audit.texts.flaw import ABOUT
 from fulltune.cli import stages
@@ -74,9 +73,9 @@ class Wanted:
 
 def audited(target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, wanted: Wanted) -> Audited:
     """The data stage, and what is wrong with its rows; with a page about both."""
-    from fulltune.cleaning import prove_by_training, refuse_trainings
+    from fulltune.cleaning import prove_by_classifiers, prove_by_training, refuse_prove, refuse_trainings
     from fulltune.cli.show.run import Display
-    from fulltune.pipeline import Run, audit_rows, list_losses, prove_cleaning
+    from fulltune.pipeline import Run, audit_rows, list_losses
     from fulltune.report import write_data_page
     from fulltune.system import hardware, run_folder
 
@@ -97,7 +96,7 @@ def audited(target: Path, overrides: list[str] | None, folder: Path | None, fres
             if wanted.losses:
                 audit = list_losses(job, summary)
             if wanted.prove:
-                prove_cleaning(job, summary)
+                prove_by_classifiers(job, summary)
             if wanted.trainings:
                 prove_by_training(job, summary, wanted.trainings, wanted.checks)
         write_data_page(found)
