@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fulltune.errors import DoesNotFitError, RecipeError
@@ -115,17 +115,19 @@ class Needs:
 
     def _on_gpus(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
         """The weights there are bf16, so that nothing holds a copy of them."""
-        precision, processes = self.footprint.traced(settings.precision), settings.num_processes
-        passes = passing(self.footprint, precision, settings)
-        kinds = _engine_kinds(shared, self.shapes, processes, passes)
-        kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
-        scoring = sum(
-            _highest(self.footprint.evaluation[precision], self.footprint, settings.eval_batch_size, settings).values()
-        )
-        phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + scoring}
-        parameters, trained = self.shapes.num_parameters, self.shapes.num_trained
-        host = host_bytes(shared, parameters, processes, trained)
-        return MemoryNeed(kinds=kinds, phases=phases, host=host // processes)
+        shapes, footprint, processes = self.shapes, self.footprint, settings.num_processes
+        precision, parameters = footprint.traced(settings.precision), shapes.num_parameters
+        held = shared.parts_at("device", engine_state(parameters, shapes.num_trained), processes)
+        buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
+        if shared.stage == 3:  # what is whole for a moment: at least a layer, or the vocabulary
+            vocabulary = shapes.vocab_size * shapes.hidden_size
+            layer = (parameters - vocabulary) // max(1, shapes.num_layers)
+            buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
+        kinds = {**held, **passing(footprint, precision, settings), "buffers": buffers}
+        scoring = _highest(footprint.evaluation[precision], footprint, settings.eval_batch_size, settings)
+        evaluation = held["weights"] + held["optimizer"] + buffers + sum(scoring.values())
+        host = host_bytes(shared, parameters, processes, shapes.num_trained) // processes
+        return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
     def _on_cpu(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
         """What is offloaded stays in the same memory; gradients are whole in ZeRO's buckets."""
@@ -184,19 +186,6 @@ def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, n
     held = engine_state(num_parameters, num_trained)
     each = sum(shared.parts_at("host", held, num_devices).values())
     return round(HOST_BUFFERS * num_devices * each)
-
-
-def _engine_kinds(
-    shared: sharing.Sharing, shapes: Shapes, num_devices: int, passing: Mapping[MemoryKind, int]
-) -> dict[MemoryKind, int]:
-    """Bytes by kind on each device in a step."""
-    parameters, vocabulary = shapes.num_parameters, shapes.vocab_size * shapes.hidden_size
-    held = shared.parts_at("device", engine_state(parameters, shapes.num_trained), num_devices)
-    buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
-    if shared.stage == 3:  # what is whole for a moment: at least a layer, or the vocabulary
-        layer = (parameters - vocabulary) // max(1, shapes.num_layers)
-        buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
-    return {**held, **passing, "buffers": buffers}
 
 
 def passing(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:
