@@ -195,11 +195,8 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
 
     data, form = recipe.data, form_of(recipe)
     length = min(tokens, data.max_length or tokens)
-    held_out = {
-        "eval": 0 if data.eval else min(2000, round(rows * data.eval_fraction)),
-        "test": 0 if data.test else min(2000, round(rows * data.test_fraction)),
-    }
-    counts = {"train": rows, **{name: held_out[name] or min(2000, max(1, rows // 10)) for name in held_out}}
+    parts = {"eval": 0 if data.eval else data.eval_fraction, "test": 0 if data.test else data.test_fraction}
+    counts = {name: min(2000, max(1, round(rows * part) or rows // 10)) for name, part in parts.items()}
     percentiles = {"p50": length, "p95": length, "max": length}
     choices = USUAL_CHOICES if recipe.task == "multiple-choice" else 0
 
@@ -213,7 +210,7 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
             length_percentiles=percentiles,
         )
 
-    splits: Any = {name: of_rows(number) for name, number in counts.items()}
+    splits: Any = {name: of_rows(number) for name, number in {"train": rows, **counts}.items()}
     labels = ("a", "b") if recipe.task.endswith("classification") else ()
     target = Target(form.name if form else FACTS[recipe.task].types[0], {}, labels, num_choices=choices)
     return DataSummary(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, cast
 
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import BYTES
@@ -41,7 +42,9 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
     recipe, why = placed(workload, fleet, own_loss)
     train, basis = recipe.train, basis_of(replace(workload, recipe=recipe), fleet, reasons, own_loss)
-    steps, placement = basis.steps, resolve.placement(recipe, why, reasons)
+    steps, placement = basis.steps, cast(Any, train.placed_as)  # settled, so not auto
+    if train.engine_settings is None:
+        reasons.add("train.placement", None if why else placement, placement, why)
     metric = resolve.metric(recipe, summary, reasons)
     rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)

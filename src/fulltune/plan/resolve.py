@@ -10,6 +10,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import defaults, memory, time
+from fulltune.plan.levers import plain_optim
 from fulltune.plan.settings import FROM_RECIPE, Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import wrong_metric
@@ -76,14 +77,6 @@ def refuse_fsdp2_beside_gpus(recipe: Recipe, machine: Machine) -> None:
             "train.placement: fsdp2 takes the GPUs of a machine that has some, but train.device is cpu; set device: "
             "cuda, or placement: ddp"
         )
-
-
-def placement(recipe: Recipe, why: str, reasons: Reasons) -> Any:
-    """Where weights, gradients and state lie; `why` it was chosen is empty where the recipe gives it."""
-    if recipe.train.engine_settings is not None:
-        return recipe.train.placed_as
-    found = recipe.train.placement
-    return reasons.add("train.placement", None if why else found, found, why)
 
 
 def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:
@@ -164,19 +157,16 @@ def _precision_of(gpu: Gpu) -> tuple[str, str]:
 
 def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
     """The optimizer, and how bf16 weights are rounded."""
-    train = recipe.train
-    if recipe.model.weights_dtype == "fp32":
-        return _named(train.optim, "adamw_torch_fused", "AdamW in fp32, one kernel", reasons), None
-    rounding = reasons.add(
-        "train.bf16_rounding", train.bf16_rounding, "stochastic", "bf16 weights: rounded to nearest, updates vanish"
-    )
-    plain = "adamw_torch_fused" if rounding == "nearest" else "adamw_bf16"
-    return _named(train.optim, plain, "the weights are bf16", reasons), rounding
-
-
-def _named(given: str | None, chosen: str, reason: str, reasons: Reasons) -> str:
-    unknown = "" if memory.known(given or chosen) else "; the size of its state is not known here: planned as AdamW's"
-    return str(reasons.add("train.optim", given, chosen, reason, unknown))
+    train, dtype = recipe.train, recipe.model.weights_dtype
+    rounding, why = None, "AdamW in fp32, one kernel"
+    if dtype != "fp32":
+        vanish = "bf16 weights: rounded to nearest, updates vanish"
+        rounding = reasons.add("train.bf16_rounding", train.bf16_rounding, "stochastic", vanish)
+        why = "the weights are bf16"
+    chosen = plain_optim(dtype, rounding)
+    known = memory.known(train.optim or chosen)
+    doubt = "" if known else "; the size of its state is not known here: planned as AdamW's"
+    return str(reasons.add("train.optim", train.optim, chosen, why, doubt)), rounding
 
 
 def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> int:
