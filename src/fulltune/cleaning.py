@@ -1,4 +1,4 @@
-"""Whether cleaning helps: classifiers or whole runs with each cleaning step and without, compared on the same eval rows.
+"""Whether cleaning helps: classifiers or whole runs with and without each cleaning step, on the same eval rows.
 
 The runs leave their patch and what they gave for each eval row, so that further seeds or steps take only what is not
 there; the test rows are never looked at.
