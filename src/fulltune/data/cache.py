@@ -55,9 +55,8 @@ def _link_or_copy(source: str, target: str) -> None:
 def prune(folder: Path) -> None:
     """Delete all but the last used data sets, and what killed runs left half done; nothing else that lies there."""
     entries = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)]
-    for path in entries:
-        if ".part-" in path.name and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(path)
-    whole = [path for path in entries if ".part-" not in path.name]
-    for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+    parts = [path for path in entries if ".part-" in path.name]
+    whole = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)
+    abandoned = [path for path in parts if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS]
+    for path in [*whole[KEPT:], *abandoned]:
         shutil.rmtree(path)

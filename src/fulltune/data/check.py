@@ -104,13 +104,8 @@ def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> No
 def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
     """Few rows to choose by, held-out rows that share what is asked with others, classes that may be one."""
     dev, remarks = splits["eval"], list[str]()
-    # Long raw texts are cut, short ones packed: the rows that are trained and shown are others than those of the file.
-    unit = "text" if set(target.columns) == {"text"} else "row"
     if dev.num_rows < FEW_EVAL_ROWS:
-        remarks.append(
-            f"only {counted(dev.num_rows, f'eval {unit}')}: they hardly tell which weights are better; more {unit}s "
-            "would"
-        )
+        remarks.append(f"only {counted(dev.num_rows, 'eval row')}: hardly enough to tell which weights are better")
     remarks += _shared(splits, "groups", shared_by(target.columns), " (equal, or nearly so)" if near else "")
     of_classes = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
     if "label" in target.columns and (told := alike_in_words(of_classes)):

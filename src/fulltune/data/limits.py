@@ -112,19 +112,15 @@ class _Block:
 
     words: str
     """Of the first text."""
-    ids: list[np.ndarray] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
+    texts: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    """Ids and labels of each."""
     size: int = 0
 
     def features(self) -> dict[str, Any]:
+        ids, labels = (np.concatenate(parts) for parts in zip(*self.texts, strict=True))
         # Position ids that begin again are what tells transformers' models where a text ends.
-        positions = np.concatenate([np.arange(len(ids), dtype=np.int32) for ids in self.ids])
-        return {
-            "input_ids": np.concatenate(self.ids),
-            "labels": np.concatenate(self.labels),
-            "position_ids": positions,
-            LENGTH: self.size,
-        }
+        positions = np.concatenate([np.arange(len(of_text), dtype=np.int32) for of_text, _ in self.texts])
+        return {"input_ids": ids, "labels": labels, "position_ids": positions, LENGTH: self.size}
 
 
 def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
@@ -142,13 +138,9 @@ def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[_Block]:
         block = max(fitting, key=lambda block: block.size, default=None)
         if block is None:
             if len(opened) == OPEN_BLOCKS:
-                fullest = max(opened, key=lambda block: block.size)
-                opened.remove(fullest)
-                yield fullest
-            block = _Block(words)
-            opened.append(block)
-        block.ids.append(ids)
-        block.labels.append(labels)
+                yield opened.pop(max(range(OPEN_BLOCKS), key=lambda place: opened[place].size))
+            opened.append(block := _Block(words))
+        block.texts.append((ids, labels))
         block.size += len(ids)
         if block.size == max_length:
             opened.remove(block)

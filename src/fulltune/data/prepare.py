@@ -42,8 +42,8 @@ from fulltune.data.sources import (
     describe,
     find_files,
     is_mixed,
+    own_form,
     read_rows,
-    targets_of,
     unused_columns,
 )
 from fulltune.data.split import Split, assign
@@ -65,7 +65,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.events import Listener, RowsRead, Warned
-from fulltune.tasks import Target, Task, task_named
+from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import shown
 from fulltune.text import counted, format_percent
 
@@ -93,11 +93,6 @@ class Stage:
     cache_folder: Path | None = None
     """Where prepared rows are kept for other runs."""
     listener: Listener = lambda event: None
-
-    @property
-    def task(self) -> Task:
-        """The recipe's."""
-        return task_named(self.recipe.task)
 
 
 def prepare(stage: Stage) -> DataSummary:
@@ -156,11 +151,15 @@ def _make(
     stage: Stage, sources: Mapping[SourceName, SourceRows], known: KnownTexts | None, fingerprint: str
 ) -> DataSummary:
     """The data stage itself, into an empty folder: describe, encode, split, write."""
-    recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, stage.task
+    recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
     target, counts = describe(block, task, sources)
     if block.patch:
         refuse_foreign(block.patch, [one.patched for one in sources.values() if one.patched], not block.max_rows)
-    targets = targets_of(block, task, target, sources)
+    has_forms = task.FACTS.has_forms
+    targets = {
+        name: own_form(block, task, source) if has_forms and is_mixed(name) else target
+        for name, source in sources.items()
+    }
     limit, reason = longest_row(recipe, task, target, stage.limits, stage.tokenizer)
     packed, remarks = packing(recipe, target, stage.limits, targets.values())
 

@@ -206,20 +206,9 @@ def describe(
     return target, counts
 
 
-def targets_of(
-    block: DataBlock, task: Task, target: Target, sources: Mapping[SourceName, SourceRows]
-) -> dict[SourceName, Target]:
-    """What each source holds: the same as the train rows, or of a mixed one a form of its own, where the task has some.
-    Raises `DataError` for a mixed source in which no form is found."""
-    has_forms = task.FACTS.has_forms
-    return {
-        name: _own_form(block, task, source) if has_forms and is_mixed(name) else target
-        for name, source in sources.items()
-    }
-
-
-def _own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
-    """By the columns that the recipe names, if the source has them, else by the usual names."""
+def own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
+    """What a mixed source holds: by the columns that the recipe names, if it has them, else by the usual names. Raises
+    `DataError` when no form is found."""
     columns, rows = _head(source)
     columns = _for_roles(block, columns)
     try:

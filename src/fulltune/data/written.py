@@ -82,13 +82,6 @@ def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.Reco
             yield batch if mask.all() else batch.filter(pa.array(mask))
 
 
-def write(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
-    """Rows into a folder's file."""
-    with RowWriter(folder) as writer:
-        for part in parts:
-            writer.write(part)
-
-
 def summarise(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSummary:
     """The counts of a split."""
     whole, chosen = split.source, split.examples
@@ -120,7 +113,9 @@ def write_splits(
         if not split.examples.any():
             raise DataError(f"{whole.where}: no row of {name} is left: all are longer than data.max_length")
         parts = examples(split, task, scored=name == "test")
-        write(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
+        with RowWriter(folder / name) as writer:
+            for part in pack(parts, packed_to) if packed_to and name == "train" else parts:
+                writer.write(part)
         if name != "train":
             save_clusters(folder / name, whole.sides[whole.row_of][split.examples])
         if name == "test":

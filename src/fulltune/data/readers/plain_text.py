@@ -96,10 +96,10 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str
 def _problem(columns: list[str], expected: int) -> str | None:
     """What is wrong with a line."""
     if len(columns) != expected:
-        found = f"{counted(len(columns), 'column')}, expected {expected} as in the first line"
-        if columns[0].startswith("#"):
-            return f"{found}; remove lines with comments"
-        return f"{found}; write a word and its tag on each line, all separated by tabs or all by spaces"
+        return (
+            f"{counted(len(columns), 'column')}, expected {expected} as in the first line; write a word and its tag on "
+            "each line, all separated by tabs or all by spaces, and no comments"
+        )
     if len(columns) < 2:
         return "1 column, expected a word and its tag; write both on each line"
     if not columns[-1].strip():

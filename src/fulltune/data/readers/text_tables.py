@@ -177,14 +177,10 @@ def _json_problem(error: ValueError) -> str:
 
 def _sound(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose cells that cannot be used are marked as such, and whose names can be written."""
-    return {_writable(name): _cell(value) for name, value in row.items()}
-
-
-def _cell(value: Any) -> Any:
-    reason = fault(value)
-    if reason is None:
-        return value
-    return BadCell(reason, _writable(value) if isinstance(value, str) else "")
+    return {
+        _writable(name): BadCell(reason, _writable(value) if isinstance(value, str) else "") if reason else value
+        for name, value, reason in ((name, value, fault(value)) for name, value in row.items())
+    }
 
 
 def _writable(text: str) -> str:
@@ -273,10 +269,7 @@ def is_number(text: str) -> bool:
 
 def _names(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The longest one is `text`; of the others, the one with the fewest different values is `label`."""
-    lengths = [sum(map(len, values)) for values in columns]
-    text = lengths.index(max(lengths))
+    text = max(range(len(columns)), key=lambda place: sum(map(len, columns[place])))
     kinds = {place: len(set(values)) for place, values in enumerate(columns) if place != text and all(values)}
-    several = [place for place, count in kinds.items() if count > 1]
-    label = min(several, key=kinds.__getitem__, default=None)
-    roles = {text: "text", label: "label"}
-    return tuple(roles.get(place, f"column{place + 1}") for place in range(len(columns)))
+    label = min((place for place, count in kinds.items() if count > 1), key=kinds.__getitem__, default=None)
+    return tuple({text: "text", label: "label"}.get(place, f"column{place + 1}") for place in range(len(columns)))
