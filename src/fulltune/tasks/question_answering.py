@@ -84,7 +84,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
         return refused
     try:
         answers_of(row, target)
-    except NotInContext as error:
+    except DataError as error:
         return Refused("answer not in context", str(error))
     return None
 
@@ -126,15 +126,11 @@ Place = tuple[str, int]
 """A text and its first character in the context."""
 
 
-class NotInContext(ValueError):
-    """An answer that does not stand where it should; its message says which."""
-
-
 def accepted(cell: Any, context: str) -> list[Place]:
     """The accepted answers to a question; none when it cannot be answered from the context.
 
     The cell is as in SQuAD, `{"text": [...], "answer_start": [...]}` or a list of such objects; or it holds texts, each
-    taken at its first place in the context. Raises `NotInContext` when an answer does not stand where it should.
+    taken at its first place in the context. Raises `DataError` when an answer does not stand where it should.
     """
     given = list(_parts(parsed(cell)))
     found = []
@@ -146,11 +142,11 @@ def accepted(cell: Any, context: str) -> list[Place]:
             found += [(text, place)] if place >= 0 else []
         elif context[start : start + len(text)] != text:
             there = context[start : start + len(text)] if start >= 0 else ""
-            raise NotInContext(f"at character {start} of the context stands {there!r}, not the answer {text!r}")
+            raise DataError(f"at character {start} of the context stands {there!r}, not the answer {text!r}")
         else:
             found.append((text, start))
     if given and not found:
-        raise NotInContext(f"the answer {given[0][0]!r} does not stand in the context")
+        raise DataError(f"the answer {given[0][0]!r} does not stand in the context")
     return found
 
 
@@ -160,13 +156,13 @@ def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
         case {"text": texts, **more}:
             texts, starts = _listed(texts), _listed(more.get("answer_start"))
             if starts and len(starts) != len(texts):
-                raise NotInContext(f"{len(texts)} answers have {len(starts)} values of answer_start")
+                raise DataError(f"{len(texts)} answers have {len(starts)} values of answer_start")
             for text, start in zip(texts, starts or [None] * len(texts), strict=True):
                 if str(text).strip():
                     yield str(text), None if start is None else _place(start)
         case dict():
             if cell:
-                raise NotInContext(f"an object with 'text' and 'answer_start' was expected, found {sorted(cell)}")
+                raise DataError(f"an object with 'text' and 'answer_start' was expected, found {sorted(cell)}")
         case list() | tuple():
             for part in cell:
                 yield from _parts(part)
@@ -180,7 +176,7 @@ def _place(start: Any) -> int:
     try:
         return int(start)
     except (ValueError, TypeError, OverflowError):
-        raise NotInContext(f"answer_start is {start!r}, expected the number of a character") from None
+        raise DataError(f"answer_start is {start!r}, expected the number of a character") from None
 
 
 def _listed(value: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from fulltune.errors import DataError
 from fulltune.evaluate import spans
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import LossSettings, Target, question_answering
-from fulltune.tasks.question_answering import NotInContext, accepted
+from fulltune.tasks.question_answering import accepted
 from tests import tiny
 
 COLUMNS = {"context": "c", "question": "q", "answers": "a"}
@@ -58,7 +58,7 @@ def test_cell_with_answers_in_each_form_is_read(cell: Any, found: list[tuple[str
     ],
 )
 def test_answer_that_does_not_stand_in_the_context_is_refused(cell: Any, problem: str) -> None:
-    with pytest.raises(NotInContext) as caught:
+    with pytest.raises(DataError) as caught:
         accepted(cell, CONTEXT)
     assert str(caught.value) == problem
     refused = question_answering.refuse({"c": CONTEXT, "q": "what?", "a": cell}, TARGET)
