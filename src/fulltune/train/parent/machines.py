@@ -301,8 +301,7 @@ class _OnAllMachines:
 
 def meeting(place: Place, attempt: str, address: str) -> spawn.Meeting:
     """Where this machine's torchrun finds the others', and they find it: machine 0 listens on its address alone."""
-    endpoint = place.rendezvous if place.rank else replace(place, host=address).rendezvous
-    return spawn.Meeting(place.rank, endpoint, attempt, max(60, round(place.wait_seconds)), address)
+    return spawn.Meeting(place if place.rank else replace(place, host=address), attempt, address)
 
 
 # ---- the other machines ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fulltune.system import hardware, memory
+from fulltune.system.machines import Place
 from fulltune.train.parent import ranks
 from fulltune.train.request import Request
 
@@ -61,11 +62,9 @@ class Starter(Protocol):
 class Meeting:
     """Where one of several machines finds the others for an attempt."""
 
-    machine: int
-    endpoint: str
-    """Of machine 0: there it listens, and the others join."""
+    place: Place
+    """Of this machine; its host is where machine 0 listens, and the others join."""
     id: str
-    wait_seconds: int
     address: str
     """Under which the others reach this machine."""
 
@@ -90,10 +89,11 @@ def command(request: Request, file: Path, meeting: Meeting | None = None) -> lis
     torchrun = [sys.executable, "-m", LAUNCHER]
     if meeting is not None:
         train = request.recipe.train
-        together = ["join" if meeting.machine else "listen", meeting.endpoint, f"--node-rank={meeting.machine}"]
+        place = meeting.place
+        together = ["join" if place.rank else "listen", place.rendezvous, f"--node-rank={place.rank}"]
         together += [f"--nnodes={train.num_machines}", f"--nproc-per-node={train.processes_per_machine}"]
-        together += [f"--rdzv-id={meeting.id}", f"--rdzv-conf=timeout={meeting.wait_seconds}"]
-        logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{meeting.machine}'}"]
+        together += [f"--rdzv-id={meeting.id}", f"--rdzv-conf=timeout={max(60, round(place.wait_seconds))}"]
+        logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{place.rank}'}"]
         return [*torchrun, *together, *logs, *worker, str(os.getpid())]
     # An engine needs torchrun's variables even for one process.
     if processes == 1 and not request.recipe.train.engine_by:
