@@ -19,6 +19,7 @@ from fulltune.inference.run import _in_float32, autocast
 from fulltune.inference.selective_head import _as_computed, _few_roundings, as_its_attention_can
 from fulltune.models import sharding
 from fulltune.models.chunked_loss import Pieces
+from fulltune.recipe.fields import Recipe
 from fulltune.system import hardware
 from fulltune.tasks import Target, text_classification
 from fulltune.train.loop.guarded_step import _first_not_finite
@@ -70,8 +71,14 @@ def test_copies_of_weights_that_are_shared_out_are_not_kept(shared: bool, monkey
         trainer.model, trainer.add_callback = None, lambda callback: None
 
     monkeypatch.setattr(transformers.Trainer, "__init__", begin)
-    given: Any = {"journal": None, "recorder": None, "count_items": None, "lengths": np.ones(8, np.int64)}
-    trainer = FullTrainer(plan=plan(precision="bf16"), **given)
+    inputs: Any = SimpleNamespace(
+        plan=plan(precision="bf16"),
+        recipe=Recipe.model_validate({"model": "m", "task": "text-classification", "data": {"train": "t.csv"}}),
+        **dict.fromkeys(("journal", "recorder"), None),
+        task=SimpleNamespace(count_items=None),
+        has_own_loss=False,
+    )
+    trainer = FullTrainer(inputs, lengths=np.ones(8, np.int64))
     with trainer.accelerator.autocast():
         assert torch.is_autocast_cache_enabled() != shared
     forget_what_was_found()

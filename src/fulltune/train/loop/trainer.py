@@ -18,13 +18,11 @@ from transformers.trainer import SCHEDULER_NAME
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
 from fulltune.records.events import StepSkipped
-from fulltune.records.plan import Plan
 from fulltune.tasks.padding import TRAINED, trained_places
 from fulltune.text import first_few
 from fulltune.train import checkpoints
-from fulltune.train.journal import Journal
-from fulltune.train.loop.callbacks import Recorder
 from fulltune.train.loop.guarded_step import Guarded
+from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged, StepMemory, rate_factor
 from fulltune.train.optim import fsdp2, optimizers, zero
@@ -80,8 +78,7 @@ class FullTrainer(Guarded, Trainer):
 
     Args:
         mixed: Which of the train rows are mixed into the task's.
-        trained_only: Checkpoints hold what is trained; the rest stays as it was loaded.
-        skips: Leave out the updates of suspect steps.
+        head_modules: Names of the modules that learn at a rate of their own.
         base_weights: Tells the pretrained weights from others; None: a process has only a part of them.
     """
 
@@ -92,20 +89,16 @@ class FullTrainer(Guarded, Trainer):
 
     def __init__(
         self,
+        inputs: AttemptInputs,
         *,
         lengths: Sequence[int],
-        plan: Plan,
-        count_items: Callable[[torch.Tensor], int],
-        journal: Journal,
-        recorder: Recorder,
         mixed: tuple[Mixed, ...] = (),
-        trained_only: bool = False,
         head_modules: Sequence[str] = (),
-        skips: bool = True,
         base_weights: str | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
+        plan = self._plan = inputs.plan
         self.sampler = GlobalBatchSampler(
             lengths,
             plan.global_batch_size,
@@ -116,17 +109,15 @@ class FullTrainer(Guarded, Trainer):
             plan.rollbacks,
             mixed,
         )
-        self._plan = plan
         if self.is_shared:
             # Its cache would hold a copy in 16 bits of each weight until the forward pass ends, and the unit is put
             # together anew for its backward pass in any case.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-        self.skips = skips
-        self._journal, self._recorder = journal, recorder
-        self._base_weights = base_weights
-        self.count_items = count_items
-        self.trained_only = trained_only
-        self._head_modules = head_modules
+        self.skips = inputs.recipe.train.skip_suspect_steps and not inputs.has_own_loss
+        self._journal, self._recorder = inputs.journal, inputs.recorder
+        self._base_weights, self._head_modules = base_weights, head_modules
+        self.count_items = inputs.task.count_items
+        self.trained_only = inputs.recipe.method.kind != "full"
         self.add_callback(_OrderAndRate(self, rate_factor(plan.rollbacks) < 1))
 
     @property

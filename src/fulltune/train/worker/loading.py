@@ -266,6 +266,7 @@ def make_trainer(inputs: AttemptInputs, loaded: Loaded) -> FullTrainer:
     plan, recipe, learning = inputs.plan, inputs.recipe, loaded.learning
     model = loaded.applied.model
     trainer = FullTrainer(
+        inputs,
         model=model,
         args=loaded.arguments,
         train_dataset=loaded.rows,
@@ -275,13 +276,7 @@ def make_trainer(inputs: AttemptInputs, loaded: Loaded) -> FullTrainer:
         compute_loss_func=inputs.hooks.compute_loss or learning.loss,
         lengths=loaded.rows["length"],
         mixed=mixed_ranges(inputs.summary),
-        plan=plan,
-        count_items=inputs.task.count_items,
-        journal=inputs.journal,
-        recorder=inputs.recorder,
-        trained_only=recipe.method.kind != "full",
         head_modules=() if plan.head_learning_rate is None else names_of(model, recipe.task, recipe.method.arm),
-        skips=recipe.train.skip_suspect_steps and not inputs.has_own_loss,
         base_weights=loaded.base_weights,
     )
     trainer.remove_callback(transformers.PrinterCallback)
