@@ -165,9 +165,8 @@ STANDS_EARLIER = "stands in an earlier split"
 
 def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
     """The rows of the train file that are in no split, because their group begins in an earlier one: bool [rows]."""
-    train = splits["train"]
-    taken = [split.rows for split in splits.values() if split.source is train.source]
-    return ~np.logical_or.reduce(taken)
+    source = splits["train"].source
+    return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is source])
 
 
 def listed_late(block: DataBlock, train: Encoded, late: np.ndarray) -> Iterator[Dropped]:

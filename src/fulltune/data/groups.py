@@ -87,14 +87,8 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
-    """The cluster of each row: the place of its first member, int64 [rows].
-
-    Rows are in one cluster when a chain of rows leads from one to the other, each as near to the next as `threshold`.
-
-    Args:
-        signed: What `signatures` made of different texts.
-        threshold: Least share of equal places, above 0 and at most 1.
-    """
+    """The cluster of each row, by what `signatures` made of different texts: the place of its first member, int64
+    [rows]. A chain of rows connects a cluster, each with at least `threshold` as its share of the next one's places."""
     count = len(signed)
     if count < 2:
         return np.arange(count)

@@ -28,7 +28,6 @@ Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
 _HEAD = 1000
 _SAMPLE = 100
 
-
 SourceName = str
 """A split's name; of files that are mixed into the train rows `mixed-1`, `mixed-2` ... in the order of the recipe."""
 

@@ -111,10 +111,10 @@ def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[st
             except ValueError as error:
                 yield line, f"not valid JSON: {_json_problem(error)}; {expected}"
                 continue
-            if not isinstance(row, dict):
+            if isinstance(row, dict):
+                yield line, _sound(row) if may_be_faulty(text) else row
+            else:
                 yield line, f"found {type(row).__name__}, {expected}"
-                continue
-            yield line, _sound(row) if may_be_faulty(text) else row
 
 
 def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
