@@ -72,7 +72,8 @@ def _from_cuts(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Who
     layers differ without the config saying so."""
     start, growths = _copies(case)
     base = _joined(run(case, start[0], points, kinds=start[1], **way))
-    chosen = _for_layers(points)
+    # Those that tell the terms apart, and one more that proves them.
+    chosen = list(range(len(points) if len(points) <= len(ROWS) else len(_LENGTHS) + 2))
     matrix, wanted = (
         np.array([_layer_terms(*points[at]) for at in places], float) for places in (chosen, range(len(points)))
     )
@@ -125,13 +126,6 @@ def _copies(case: Case) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ..
 def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
     """What a layer's memory is a sum of: its weights, its tokens, its pairs of tokens in each row and for all rows."""
     return (1, rows * length, rows * length * length, length * length)
-
-
-def _for_layers(points: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions of the points that tell those terms apart, and of one more that proves them."""
-    if len(points) <= len(ROWS):
-        return list(range(len(points)))
-    return list(range(len(_LENGTHS) + 2))
 
 
 def _added(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:

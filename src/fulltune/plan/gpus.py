@@ -48,11 +48,6 @@ class GpuModel:
     """`desktop`, or `ecc` for GDDR memory that is checked."""
 
     @property
-    def peer_gb_per_second(self) -> float:
-        """To the other GPUs of the machine."""
-        return self.nvlink_gb_per_second or self.link_gb_per_second
-
-    @property
     def memory_bytes(self) -> int:
         return int(self.memory_gib * GIB * (15 / 16 if "ecc" in self.flags else 1))
 

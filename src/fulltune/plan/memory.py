@@ -93,7 +93,9 @@ def _beyond_tensors(
     logits_are_large = 4 * tokens * shapes.vocab_size >= SMALL_BYTES
     size = BYTES[settings.weights_dtype]
     trained = num_trained(shapes.num_parameters, settings)
-    small_share = 1 - _large_share(trained, footprint, size)
+    sizes = footprint.tensors or {footprint.largest_tensor: 1}
+    large = sum(values * count for values, count in sizes.items() if values * size >= SMALL_BYTES)
+    small_share = 1 - large / max(1, trained)
     parts = []
     for kinds in moments:
         logits = kinds["logits"] if logits_are_large else 0
@@ -115,20 +117,12 @@ def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tup
         block_bytes: Of the largest block of the last kind.
     """
     heap = max(small for small, _, _ in moments)
-    held = max(heap - _reused(heap - small, fits, block_bytes) + large + fits for small, large, fits in moments)
-    return heap, held
 
+    def reused(free: float, large: int) -> int:
+        """Large blocks that find room on the heap: one for each stretch of twice its size that is free there."""
+        return block_bytes * min(large // block_bytes, int(free / 2 / block_bytes))
 
-def _reused(free: float, large: int, block: int) -> int:
-    """Large blocks that find room on the heap: one for each stretch of twice its size that is free there."""
-    return block * min(large // block, int(free / 2 / block))
-
-
-def _large_share(trained: int, footprint: Footprint, size: int) -> float:
-    """Share of the gradients that lies in large blocks."""
-    sizes = footprint.tensors or {footprint.largest_tensor: 1}
-    large = sum(values * count for values, count in sizes.items() if values * size >= SMALL_BYTES)
-    return large / max(1, trained)
+    return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in moments)
 
 
 def _moments(

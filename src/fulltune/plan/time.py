@@ -141,8 +141,8 @@ def step_seconds(
         parts[NETWORK] = sent / (fleet.network_gb_per_second * 1e9 * LINK_SHARE)
     if gpu is None:
         return parts
-    peers, link = (rate * 1e9 * LINK_SHARE for rate in (gpu.peer_gb_per_second, gpu.link_gb_per_second))
-    parts["other devices"] = sent / peers if devices > settings.num_machines else 0.0
+    link, peers = gpu.link_gb_per_second * 1e9 * LINK_SHARE, gpu.nvlink_gb_per_second * 1e9 * LINK_SHARE
+    parts["other devices"] = sent / (peers or link) if devices > settings.num_machines else 0.0
     if shared is not None and shared.offload_optimizer:
         weights_in = 2 * 2 * accumulation if shared.offload_weights else 2
         parts["host link"] = (weights_in + 2 * accumulation) * trained / devices / link

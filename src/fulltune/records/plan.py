@@ -313,7 +313,7 @@ class WayOut(Record):
     change: str
     """The setting, or what to do."""
     frees_bytes: int
-    where: Literal["device", "host", "disk"]
+    where: Literal["device", "disk"]
     enough: bool
     """With it alone the run fits."""
     costs: str
