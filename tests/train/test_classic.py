@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -33,8 +32,7 @@ from transformers import (
 
 import fulltune
 from fulltune.classic import FulltuneNotice, Trainer, TrainingArguments
-from fulltune.classic import arguments as classic_arguments
-from fulltune.classic.arguments import OLD_NAMES
+from fulltune.classic.arguments import INSIDE, OLD_NAMES, RENAMED, SWITCHES
 from fulltune.errors import GuardStop, SetupError
 from tests import tiny
 
@@ -318,18 +316,13 @@ def test_prediction_with_grouped_lengths_keeps_order_of_rows(tokenizer: Any, tmp
         ({"warmup_ratio": 0.25}, "warmup_steps", 0.25),
         ({"group_by_length": True}, "train_sampling_strategy", "group_by_length"),
         ({"group_by_length": False}, "train_sampling_strategy", "random"),
-        (
-            {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
-            "activation_checkpointing_kwargs",
-            {"use_reentrant": False},
-        ),
         ({"per_gpu_train_batch_size": 3}, "per_device_train_batch_size", 3),
         ({"include_inputs_for_metrics": True}, "include_for_metrics", ["inputs"]),
         ({"optim": "adamw_hf"}, "optim", "adamw_torch"),
-        ({"push_to_hub_model_id": "m", "push_to_hub_organization": "o"}, "hub_model_id", "o/m"),
         ({"push_to_hub_token": "secret"}, "hub_token", "secret"),
         ({"save_safetensors": False}, "logging_nan_inf_filter", False),
-        ({"logging_nan_inf_filter": False}, "logging_nan_inf_filter", False),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter", False),
+        ({"fsdp_min_num_params": 0}, "fsdp_config", None),
     ],
 )
 def test_arguments_with_old_name_set_new_field(
@@ -338,42 +331,16 @@ def test_arguments_with_old_name_set_new_field(
     args = TrainingArguments(str(tmp_path), use_cpu=True, **given)
     assert getattr(args, name) == value
     told = notices(caught)
-    quiet = given in ({"group_by_length": False}, {"logging_nan_inf_filter": False})
+    quiet = given in ({"group_by_length": False}, {"logging_nan_inf_filter": True}, {"fsdp_min_num_params": 0})
     assert len(told) == (0 if quiet else 1), told
     assert "secret" not in "".join(told)
 
 
-def test_arguments_without_names_mean_what_they_mean_in_transformers(tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), 3, use_cpu=True)
-    assert args.per_device_train_batch_size == 3
-    assert transformers.TrainingArguments(str(tmp_path), 3, use_cpu=True).per_device_train_batch_size == 3
-    with pytest.raises(TypeError, match="output_dir is given twice"):
-        TrainingArguments(str(tmp_path), output_dir=str(tmp_path))
-    with pytest.raises(TypeError, match="500 arguments without a name, expected at most"):
-        TrainingArguments(*[None] * 500)
-
-
-def test_signatures_are_those_of_transformers_with_the_tokenizer() -> None:
-    def of(function: Any) -> dict[str, inspect.Parameter]:
-        return dict(inspect.signature(function).parameters)
-
-    assert [*of(TrainingArguments)] == [*of(transformers.TrainingArguments)]
-    assert of(TrainingArguments)["logging_nan_inf_filter"].default is False
-    assert of(Trainer).keys() - of(transformers.Trainer).keys() == {"tokenizer"}
-    assert [*of(Trainer)][:-1] == [*of(transformers.Trainer)]
-    assert of(Trainer.train) == of(transformers.Trainer.train)
-
-
-def test_warmup_ratio_of_one_means_all_steps(tmp_path: Path) -> None:
-    with pytest.warns(FulltuneNotice):
-        assert TrainingArguments(str(tmp_path), use_cpu=True, warmup_ratio=1.0).get_warmup_steps(77) == 77
-
-
-def test_old_names_table_lists_only_names_that_transformers_dropped_or_deprecates() -> None:
+def test_old_names_are_those_that_transformers_dropped() -> None:
     today = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    assert today & set(OLD_NAMES) == set(classic_arguments._ALIASES_OF_TODAY)
-    assert {old.new for old in OLD_NAMES.values() if old.new} <= today
-    assert all(bool(old.new) != bool(old.reason) for old in OLD_NAMES.values())
+    assert not today & set(OLD_NAMES)
+    new = {*RENAMED.values(), *INSIDE.values(), *(name for name, _ in SWITCHES.values())}
+    assert new <= today
 
 
 def test_unknown_argument_names_nearest_known_one(tmp_path: Path) -> None:
@@ -403,13 +370,6 @@ def test_arguments_copied_or_parsed_keep_values_without_notices(
     (parsed,) = parser.parse_args_into_dataclasses(words)
     assert (parsed.learning_rate, parsed.logging_nan_inf_filter) == (3e-4, False)
     assert notices(caught) == []
-
-
-def test_logging_dir_with_tensorboard_sets_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
-    with pytest.warns(FulltuneNotice, match="TENSORBOARD_LOGGING_DIR"):
-        TrainingArguments(str(tmp_path), use_cpu=True, logging_dir="logs", report_to=["tensorboard"])
-    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
 
 
 # ---- other Trainers -------------------------------------------------------------------------------------------------
@@ -474,7 +434,7 @@ def test_sft_script_trains_as_with_trl_and_counts_no_dry_run(
         logged = [[one[name] for one in each.state.log_history if name in one] for each in results]
         assert logged[0] == logged[1], name
     assert ours.moved.share > 0.9
-    assert [text.split()[0] for text in notices(caught)] == ["max_seq_length", "gradient_checkpointing=False"]
+    assert [text.split()[0] for text in notices(caught)] == ["max_seq_length"]
 
 
 def test_trl_is_asked_for_by_its_trainer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,19 +627,6 @@ def test_dry_run_on_stream_is_skipped_with_notice(tokenizer: Any, tmp_path: Path
     trainer = Trainer(model=tiny_model(tokenizer), args=args, train_dataset=data, processing_class=tokenizer)
     with pytest.warns(FulltuneNotice, match="no dry-run step before training: the length"):
         trainer.train()
-
-
-def test_model_init_gives_each_training_a_fresh_model_with_padding(tokenizer: Any, tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), max_steps=2, **QUIET)
-    data = rows(tokenizer, 16)
-    trainer = Trainer(
-        model_init=lambda: tiny_model(tokenizer), args=args, train_dataset=data, processing_class=tokenizer
-    )
-    trainer.train()
-    first = weights(trainer.model)
-    trainer.train()
-    assert_same_weights(first, weights(trainer.model))
-    assert trainer.model.config.pad_token_id == tokenizer.pad_token_id
 
 
 # ---- gradient accumulation ------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib.util
 from typing import Any
 
@@ -17,7 +16,6 @@ if importlib.util.find_spec("trl") is None:
 import trl  # after the refusal
 
 
-@dataclasses.dataclass(init=False, repr=False, eq=False)
 class SFTConfig(OldNames, trl.SFTConfig):
     """`trl.SFTConfig` with `OldNames`, and TRL's own name of before 0.20."""
 

@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 
 from fulltune import methods
-from fulltune.classic.arguments import notice, signed
+from fulltune.classic.arguments import notice
 from fulltune.classic.dry_run import copied, dry_run
 from fulltune.classic.padding import complete
 from fulltune.errors import GuardStop
@@ -29,11 +29,6 @@ from fulltune.train.worker.dry_run import same_randomness
 from fulltune.train.worker.weights import InitialWeights, own_file
 
 _log = logging.getLogger(__name__)
-
-
-_THEIRS = inspect.signature(transformers.Trainer.__init__)
-_TOKENIZER = inspect.Parameter("tokenizer", inspect.Parameter.KEYWORD_ONLY, default=None)
-_WITH_TOKENIZER = _THEIRS.replace(parameters=[*_THEIRS.parameters.values(), _TOKENIZER])
 
 
 class Trainer(Guarded, transformers.Trainer):
@@ -58,13 +53,11 @@ class Trainer(Guarded, transformers.Trainer):
 
     _initial: InitialWeights | None = None
     _first_step: int = 0
-    _rate_was_above_zero: bool = False
     _rise_was_said: bool = False
     _untrained_loss: float | None = None
     _loss_scaling_known: bool = False
     _loss_is_mean: bool = False
 
-    @signed(_WITH_TOKENIZER)
     def __init__(self, *positional: Any, tokenizer: Any = None, **keywords: Any) -> None:
         if tokenizer is not None:
             if keywords.get("processing_class", tokenizer) is not tokenizer:
@@ -90,7 +83,6 @@ class Trainer(Guarded, transformers.Trainer):
         complete(model, getattr(self, "processing_class", None), getattr(self, "data_collator", None))
         return model
 
-    @signed(inspect.signature(transformers.Trainer.train))
     def train(self, *positional: Any, **keywords: Any) -> Any:
         """Train as transformers does, then judge where the loss ended and count what moved.
 
@@ -102,7 +94,7 @@ class Trainer(Guarded, transformers.Trainer):
             notice("train(model_path=...) is now resume_from_checkpoint=...")
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
         self._untrained_loss = None
-        self._rate_was_above_zero, self._rise_was_said = False, False
+        self._rise_was_said = False
         try:
             result = super().train(*positional, **keywords)
             self._judge_end()
@@ -147,12 +139,6 @@ class Trainer(Guarded, transformers.Trainer):
             setattr(self, name, _without_argument(method, argument))
             _log.info("%s.%s has the signature of before transformers 4.46", type(self).__name__, name)
 
-    def _treat_loss_as_mean(self) -> None:
-        """The loss is the mean of a micro batch: divide it by the accumulation steps, do not scale it by devices."""
-        self._loss_scaling_known = self._loss_is_mean = True
-        self.loss_is_scaled_for_ga = False
-        self.model_accepts_loss_kwargs = False
-
     def _find_loss_scaling(self, model: Any, inputs: Any, num_items_in_batch: Any) -> None:
         """Find out whether the loss is divided by `num_items_in_batch`: twice as many items should halve it.
 
@@ -178,7 +164,8 @@ class Trainer(Guarded, transformers.Trainer):
             self._loss_scaling_known = False
         elif math.isclose(once, twice, rel_tol=1e-2):
             _log.info("the loss is a mean over each micro batch: it is divided by the gradient accumulation steps")
-            self._treat_loss_as_mean()
+            self._loss_is_mean = True
+            self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
 
     def before_first_step(self) -> None:
         """Keep the weights on disk for the count of what moved, and run the dry-run step."""
@@ -191,11 +178,6 @@ class Trainer(Guarded, transformers.Trainer):
         if self.dry_run:
             loss = dry_run(self)
             self._untrained_loss = loss if self._first_step == 0 else None
-
-    def before_update(self) -> None:
-        """Note whether this step has a learning rate at all."""
-        assert self.optimizer is not None, "it is about to be asked for its step"
-        self._rate_was_above_zero |= any(group["lr"] > 0 for group in self.optimizer.param_groups)
 
     def judge_logged(self) -> None:
         """Say once that the logged loss left its beginning; nothing is stopped: a script's loss may rise rightly."""
@@ -244,9 +226,8 @@ class Trainer(Guarded, transformers.Trainer):
         # A wrapper (DDP, torch.compile) puts its own prefix before the names.
         names = {name.removeprefix("_orig_mod.").removeprefix("module.") for name in self.tensors_with_gradient}
         self.moved = self._initial.moved(self.model, self.optimizer, frozenset(names))
-        if not self._rate_was_above_zero and self.args.learning_rate > 0:
-            _log.info("what moved is not judged: the schedule's learning rate was 0 in each step of this run")
-            return
+        if self.state.global_step == self._first_step + 1 and self.args.learning_rate > 0:
+            return  # in a single step the schedule's rate may be 0: at the begin of a warmup, or after its end
         decision = nothing_learned(self.moved, bool(names), self.largest_grad_norm)
         if decision.action == "stop" and self._first_step > 0:
             notice(f"since the checkpoint at step {self._first_step}: {decision.reason}")
@@ -276,9 +257,6 @@ class _Guards(transformers.TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         # Before step 1: the model is wrapped, a checkpoint loaded, the optimizer there.
         self._trainer.before_first_step()
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._trainer.before_update()
 
     def on_log(self, *_: Any, **__: Any) -> None:
         self._trainer.judge_logged()
