@@ -190,7 +190,7 @@ def assert_in_pieces(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, 
     head, _ = selective_head.verified(model, task, inputs)
     assert head is not None
     assert head.in_pieces
-    assert head.about_pieces.startswith("yes, largest difference of the loss ")
+    assert head.about_pieces.startswith("yes; ")
     assert_same(model, inputs, task, bf16=bf16)
 
 
@@ -259,6 +259,14 @@ class Scaled(torch.nn.Linear):
         return 2 * super().forward(hidden)
 
 
+def test_a_head_that_is_no_plain_product_keeps_whole_logits() -> None:
+    model = model_of("llama")
+    model.lm_head = Scaled(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    head, _ = selective_head.verified(model, causal_lm, batch())
+    assert head is not None
+    assert head.about_pieces == "off: the model's head is a Scaled, not a linear layer"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluation_in_pieces_keeps_the_same_numbers(precision: str) -> None:
     model = model_of("gpt2")
@@ -298,7 +306,7 @@ def test_a_run_in_pieces_is_the_run_with_whole_logits(tmp_path: Path, recomputed
         assert ("loss in pieces" in names) == pieces_wanted
         losses.append([event["loss"] for event in runs.events(folder, "train")])
         if pieces_wanted:
-            assert check_of(reached.outcome).startswith("yes, ")
+            assert check_of(reached.outcome).startswith("yes; ")
 
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

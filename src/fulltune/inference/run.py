@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-T = TypeVar("T")
 Watch = Callable[[int, int, float], None]
 """Told how many rows are done, of how many, and which share of the work that is."""
 
@@ -61,6 +60,8 @@ def run_rows(
         target: Problem type and labels.
         pad_token_id: Fills shorter rows on the right.
     """
+    import torch
+
     head = batching.head
 
     def kept(positions: Sequence[int]) -> dict[str, np.ndarray]:
@@ -74,29 +75,17 @@ def run_rows(
         reduced = task.reduce(logits, labels, target)
         return {name: part if isinstance(part, np.ndarray) else part.cpu().numpy() for name, part in reduced.items()}
 
-    parts, place = _longest_rows_first(model, rows, batching, kept)
-    return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
-
-
-def _longest_rows_first(
-    model: PreTrainedModel,
-    rows: Sequence[Mapping[str, Any]],
-    batching: Batching,
-    run: Callable[[Sequence[int]], T],
-) -> tuple[list[T], np.ndarray]:
-    """What `run` gives for the positions of each batch, in evaluation mode, and the place of each row in it [rows]."""
-    import torch
-
     lengths = lengths_of(rows)
     order = longest_first(lengths)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            parts = [run(positions) for positions in watched(order, batching.batch_size, lengths, batching.watch)]
+            parts = [kept(positions) for positions in watched(order, batching.batch_size, lengths, batching.watch)]
     finally:
         model.train(was_training)
-    return parts, np.argsort(order)
+    place = np.argsort(order)
+    return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
 
 
 def model_batch(

@@ -3,7 +3,7 @@
 The head of a language model is a large part of its work and its logits are most of the memory, yet a prompt's logits
 are thrown away. A hook in front of the head picks the hidden states that are needed; what follows the head in some
 models (a scale, a soft cap, a bias) works on each logit alone, so the kept ones are the same. Where nothing but a bias
-follows the head, the loss can be computed in chunks (`chunked_loss.py`). `verified` proves both on the real model.
+follows the head, the loss can be computed in chunks (`chunked_loss.py`). `verified` tries both on the real model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fulltune.tasks import LossSettings, Target, Task, padding
+from fulltune.tasks import Task, padding
 
 if TYPE_CHECKING:
     import torch
@@ -133,12 +133,13 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
             # What another order of sums changes is some ten roundings; another place gives other logits altogether.
             if not difference <= _few_roundings(model) * float(whole.abs().max()):
                 return None, f"off: its logits differ by {difference:.2g}"
-            in_pieces, about_pieces = _pieces_verified(selective, task, inputs, labels)
+            obstacle = _obstacle_to_pieces(selective, inputs, labels)
     finally:
         model.train(was_training)
     same = f"the same up to {difference:.2g}" if difference else "exactly the same"
     found = f"yes; tried on real rows: {same} as with all logits"
-    return replace(selective, in_pieces=in_pieces, about_pieces=about_pieces), found
+    about_pieces = f"off: {obstacle}" if obstacle else "yes; tried on real rows: the model gives its head's logits"
+    return replace(selective, in_pieces=not obstacle, about_pieces=about_pieces), found
 
 
 def as_its_attention_can(model: Any, kind: str) -> contextlib.AbstractContextManager[Any]:
@@ -159,43 +160,21 @@ def _few_roundings(model: Any) -> float:
     return float(torch.finfo(computed).eps) ** 0.5
 
 
-def _pieces_verified(
-    selective: SelectiveHead, task: Task, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
-) -> tuple[bool, str]:
-    """Whether the loss in pieces and its gradient are those of whole logits, and what was found."""
+def _obstacle_to_pieces(selective: SelectiveHead, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> str:
+    """Why the loss cannot be computed in pieces, or empty: the head is no plain product, or the model changes logits
+    after it, found by giving it some far from zero, where a soft cap shows."""
     import torch
 
-    weight = getattr(selective.head, "weight", None)
-    if not isinstance(selective.head, torch.nn.Linear) or weight is None or weight.dim() != 2:
-        return False, f"off: the model's head is a {type(selective.head).__name__}, not a linear layer"
-    changed = _changed_later(selective, inputs, labels)
-    if changed:
-        return False, changed
-    (whole, of_whole), (pieces, of_pieces) = (
-        _loss_and_gradient(selective, task, inputs, labels, in_pieces) for in_pieces in (False, True)
-    )
-    loss_difference = abs(pieces - whole) / max(abs(whole), 1e-30)
-    largest = float(of_whole.abs().max()) if of_whole.numel() else 0.0
-    difference = float((of_pieces - of_whole).abs().max()) / max(largest, 1e-30) if of_whole.numel() else 0.0
-    found = f"largest difference of the loss {loss_difference:.2g}, of a gradient {difference:.2g} (relative)"
-    # Written so that a NaN fails.
-    if not (loss_difference <= _few_roundings(selective.model) and difference <= _few_roundings(selective.model)):
-        return False, f"off: {found}"
-    return True, f"yes, {found}"
-
-
-def _changed_later(selective: SelectiveHead, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> str:
-    """What the model does to logits after its head, found by giving it some far from zero, where a soft cap shows; or
-    empty."""
-    import torch
-
+    head = selective.head
+    if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
+        return f"the model's head is a {type(head).__name__}, not a linear layer"
     given: list[torch.Tensor] = []
 
     def spread(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
         given.append(torch.linspace(-100, 100, logits.numel()).to(logits).view(logits.shape))
         return given[-1]
 
-    handle = selective.head.register_forward_hook(spread)
+    handle = head.register_forward_hook(spread)
     try:
         with torch.no_grad(), selective.only(labels):
             seen = selective.model(**inputs).logits
@@ -203,38 +182,9 @@ def _changed_later(selective: SelectiveHead, inputs: Mapping[str, torch.Tensor],
         handle.remove()
     bias = _later_bias(selective.model)
     if len(given) != 1:
-        return f"off: the model calls its head {len(given)} times"
+        return f"the model calls its head {len(given)} times"
     expected = given[0] if bias is None else given[0] + bias
     if seen.shape != expected.shape:
-        return "off: the model gives other logits than its head's"
+        return "the model gives other logits than its head's"
     difference = float((seen.float() - expected.float()).abs().max()) if seen.numel() else 0.0
-    return "" if difference == 0 else f"off: the model changes logits after its head, by up to {difference:.2g}"
-
-
-def _loss_and_gradient(
-    selective: SelectiveHead,
-    task: Task,
-    inputs: Mapping[str, torch.Tensor],
-    labels: torch.Tensor,
-    in_pieces: bool,
-) -> tuple[float, torch.Tensor]:
-    """The summed loss and its gradient by what the head was given, [batch, length, hidden]; no other is kept."""
-    import torch
-
-    leaf: list[torch.Tensor] = []
-
-    def cut(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        leaf.append(given[0].detach().requires_grad_())
-        return (leaf[-1], *given[1:])
-
-    # The first hook of a module runs first: `only` picks from the leaf.
-    handle = selective.head.register_forward_pre_hook(cut)
-    try:
-        with torch.enable_grad(), selective.only(labels, in_pieces=in_pieces):
-            logits = selective.model(**inputs).logits
-        with torch.enable_grad():
-            loss = task.loss(logits, labels, Target("text", {}), LossSettings())
-            gradient = torch.autograd.grad(loss, leaf[0])[0]
-    finally:
-        handle.remove()
-    return float(loss.detach()), gradient.float()
+    return "" if difference == 0 else f"the model changes logits after its head, by up to {difference:.2g}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +112,12 @@ class Rows(Sequence[dict[str, Any]]):
 
         # Not closed by hand: arrays that are views of the map keep it alive, and it closes with the last of them.
         mapped = (pa.ipc.open_stream(pa.memory_map(str(folder / FILE))) for folder in folders)
-        self._columns = [_views(batch) for batch in chain.from_iterable(mapped)]
-        sizes = [next(iter(columns.values())).size for columns in self._columns]
-        self._starts = [0, *np.cumsum(sizes).tolist()]
+        self._batches = [
+            batch.select([name for name in batch.schema.names if name != WORDS])
+            for batch in chain.from_iterable(mapped)
+        ]
+        self._lists = [_lists_of(batch) for batch in self._batches]
+        self._starts = [0, *np.cumsum([len(batch) for batch in self._batches]).tolist()]
 
     def __reduce__(self) -> Any:  # a data loader's worker maps the file anew
         return Rows, self.folders
@@ -124,12 +127,18 @@ class Rows(Sequence[dict[str, Any]]):
 
     @property
     def features(self) -> tuple[str, ...]:
-        return tuple(self._columns[0])
+        return tuple(self._batches[0].schema.names)
 
     def __getitem__(self, key: Any) -> Any:
+        import pyarrow as pa
+
         if isinstance(key, str):
-            parts = [columns[key].all() for columns in self._columns]
-            return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else list(chain.from_iterable(parts))
+            if key in self._lists[0]:
+                return [flat[start:end] for flat, offsets in self.lists(key) for start, end in pairwise(offsets)]
+            arrays = [batch[key] for batch in self._batches]
+            if pa.types.is_primitive(arrays[0].type):
+                return np.concatenate([array.to_numpy() for array in arrays])
+            return [value for array in arrays for value in array.to_pylist()]
         if isinstance(key, slice):
             return [self[i] for i in range(*key.indices(len(self)))]
         position = int(key) + (len(self) if key < 0 else 0)
@@ -137,52 +146,27 @@ class Rows(Sequence[dict[str, Any]]):
             raise IndexError(key)
         part = bisect_right(self._starts, position) - 1
         inner = position - self._starts[part]
-        return {name: column[inner] for name, column in self._columns[part].items()}
+        batch, lists = self._batches[part], self._lists[part]
+        row: dict[str, Any] = {}
+        for name in batch.schema.names:
+            if name in lists:
+                flat, offsets = lists[name]
+                row[name] = flat[offsets[inner] : offsets[inner + 1]]
+            else:
+                row[name] = batch[name][inner].as_py()
+        return row
 
     def lists(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A column of lists, part by part: all values side by side, and where each list begins (and the last ends)."""
-        for columns in self._columns:
-            column = columns[name]
-            assert isinstance(column, _Lists), f"{name} holds no lists"
-            yield column.flat, column.offsets
+        return (lists[name] for lists in self._lists)
 
 
-class _Lists:
-    """A column of lists: views of one flat array."""
-
-    def __init__(self, array: pa.ListArray) -> None:
-        self.offsets = array.offsets.to_numpy()
-        self.flat = array.values.to_numpy()
-        self.size = len(array)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.flat[self.offsets[i] : self.offsets[i + 1]]
-
-    def all(self) -> list[np.ndarray]:
-        return [self[i] for i in range(self.size)]
-
-
-class _Values:
-    """A column of numbers, texts or bytes, which are copied when one is read."""
-
-    def __init__(self, array: pa.Array) -> None:
-        self.array = array
-        self.size = len(array)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.array[i].as_py()
-
-    def all(self) -> np.ndarray | list[Any]:
-        import pyarrow as pa
-
-        return self.array.to_numpy() if pa.types.is_primitive(self.array.type) else self.array.to_pylist()
-
-
-def _views(batch: pa.RecordBatch) -> dict[str, _Lists | _Values]:
+def _lists_of(batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Each column of lists as views of the file: all values side by side, and where each list begins."""
     import pyarrow as pa
 
-    columns = {name: batch.column(name) for name in batch.schema.names if name != WORDS}
-    return {name: _Lists(array) if pa.types.is_list(array.type) else _Values(array) for name, array in columns.items()}
+    names = [field.name for field in batch.schema if pa.types.is_list(field.type)]
+    return {name: (batch[name].values.to_numpy(), batch[name].offsets.to_numpy()) for name in names}
 
 
 def texts(folder: Path) -> Iterator[dict[str, Any]]:
@@ -221,9 +205,8 @@ def save_in_train(folder: Path, stands: np.ndarray) -> None:
 
 
 def in_train(folder: Path) -> np.ndarray:
-    """Which test rows stand in train as well: bool [rows]; where an earlier version prepared them, none is known."""
-    path = folder / IN_TRAIN
-    return np.asarray(np.load(path)) if path.exists() else np.zeros(len(clusters_of(folder)), bool)
+    """Which test rows stand in train as well: bool [rows]."""
+    return np.asarray(np.load(folder / IN_TRAIN))
 
 
 def row_id(row: Mapping[str, Any]) -> str:

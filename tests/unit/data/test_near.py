@@ -12,7 +12,7 @@ import pytest
 from fulltune import data
 from fulltune.data import groups as near
 from fulltune.errors import RecipeError
-from fulltune.inference.store import IN_TRAIN, Rows, clusters_of, in_train, load_texts
+from fulltune.inference.store import Rows, clusters_of, in_train, load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from tests import tiny
@@ -188,5 +188,3 @@ def test_prepare_no_test_row_that_was_split_off_stands_in_train(tmp_path: Path, 
     prepare(tmp_path, variants(60) * 2, encoder_tokenizer)
     assert len(stands := in_train(tmp_path / "data" / "test"))
     assert not stands.any()
-    (tmp_path / "data" / "test" / IN_TRAIN).unlink()  # rows of an earlier version
-    assert in_train(tmp_path / "data" / "test").tolist() == [False] * len(stands)
