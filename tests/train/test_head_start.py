@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from fulltune import probe
 from fulltune.evaluate import LINEAR_PROBE
-from fulltune.probe.layers import DenseLayer
 from fulltune.records.probe import Probe
 from fulltune.records.scores import Scores
 from fulltune.system.run_folder import Reached
@@ -164,7 +163,7 @@ def test_same_files_whichever_seed_fits_first(tiny_encoder: Path, tmp_path: Path
     assert len(kept) < len(values)
     save_file(kept, bare / "model.safetensors", {"format": "pt"})
     for seed in (1, 2):
-        with mock.patch.object(DenseLayer, "of", return_value=None):
+        with mock.patch.object(probe, "after_dense", return_value=None):
             runs.run(tmp_path / str(seed), bare, ROWS, train={**STANDING, "seed": seed})
         head = Probe.load(tmp_path / str(seed) / "run" / "probe" / "probe.json").head
         assert head is not None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.records.scores import Confusion
 from fulltune.stats.calibration import calibrate
-from fulltune.tasks import ReadingTask, classes, multiple_choice
+from fulltune.tasks import classes, multiple_choice
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
@@ -32,8 +32,7 @@ def trained(scoring: Scoring, model: Any, processor: Any) -> Scored:
     if scoring.target.form.is_calibrated:
         chosen = scoring.run(model, processor, "eval")
         calibration = calibrate(chosen["logits"], chosen["labels"], kept["logits"], kept["labels"])
-    task = cast(ReadingTask, scoring.task)
-    texts = [task.as_shown(row, scoring.target) for row in scoring.texts]
+    texts = [scoring.task.as_shown(row, scoring.target) for row in scoring.texts]
     return scoring.scores(
         scoring.plan.trial,
         "trained",
@@ -41,7 +40,7 @@ def trained(scoring: Scoring, model: Any, processor: Any) -> Scored:
         metrics=metrics | scoring.user_estimates(predicted, kept["labels"]),
         calibration=calibration,
         confusion=_confusion(scoring, kept["labels"], predicted),
-        worst=tuple(task.worst(kept, texts, scoring.target, WORST)),
+        worst=tuple(scoring.task.worst(kept, texts, scoring.target, WORST)),
     )
 
 

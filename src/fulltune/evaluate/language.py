@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from fulltune.evaluate.scoring import Scored, Scoring
 from fulltune.inference.run import Batching, generate
 from fulltune.records.scores import Answer
-from fulltune.tasks import WritingTask, written
+from fulltune.tasks import written
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
@@ -28,7 +28,7 @@ def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
     if drawn:
         made, positions = _generated(scoring, model, tokenizer, drawn), list(drawn)
         asked, expected = _words(scoring, list(drawn.values()))
-        estimates |= scoring.estimates(_task(scoring).score_answers(made, expected), positions)
+        estimates |= scoring.estimates(scoring.task.score_answers(made, expected), positions)
         estimates |= scoring.user_estimates(made, expected, positions)
         answers = tuple(
             Answer(text=text, expected=want, predicted=got)
@@ -45,7 +45,7 @@ def _generated(scoring: Scoring, model: Any, tokenizer: Any, drawn: Mapping[int,
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
     else:
-        prompts = [_task(scoring).generation_ids(row, scoring.target, tokenizer) for row in drawn.values()]
+        prompts = [scoring.task.generation_ids(row, scoring.target, tokenizer) for row in drawn.values()]
     return scoring.in_batches(
         lambda batch_size: generate(
             model,
@@ -61,13 +61,9 @@ def _copy(scoring: Scoring) -> Scored:
     """The source itself as the answer: what a summary, a correction or a paraphrase has to beat."""
     drawn = drawn_rows(scoring)
     sources, expected = _words(scoring, list(drawn.values()))
-    scores = _task(scoring).score_answers([source.strip() for source in sources], expected)
+    scores = scoring.task.score_answers([source.strip() for source in sources], expected)
     metrics = scoring.estimates(scores, list(drawn))
     return scoring.scores("copy of the source", "baseline", len(drawn), metrics=metrics)
-
-
-def _task(scoring: Scoring) -> WritingTask:
-    return cast(WritingTask, scoring.task)
 
 
 def drawn_rows(scoring: Scoring) -> dict[int, dict[str, Any]]:
@@ -79,7 +75,7 @@ def drawn_rows(scoring: Scoring) -> dict[int, dict[str, Any]]:
     rows, first = scoring.texts, dict[str, int]()
     for position, row in enumerate(rows):
         # A conversation can be several examples, and one without a question has nothing to answer.
-        if _task(scoring).prompt_text(row, scoring.target).strip():
+        if scoring.task.prompt_text(row, scoring.target).strip():
             first.setdefault(scoring.task.group_key(row, scoring.target), position)
     seed = scoring.recipe.data.split_seed
     order = sorted(first, key=lambda prompt: hashlib.sha256(f"{seed}\0{prompt}".encode()).digest())
@@ -94,5 +90,5 @@ def missing_metrics(scoring: Scoring) -> str:
 
 def _words(scoring: Scoring, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
     """What is asked, and what should be answered."""
-    task, target = _task(scoring), scoring.target
+    task, target = scoring.task, scoring.target
     return [task.prompt_text(row, target) for row in rows], [task.answer_text(row, target) for row in rows]

@@ -10,7 +10,7 @@ import numpy as np
 
 from fulltune.inference.run import Batching, autocast, batches, longest_first, run_rows
 from fulltune.models import sharding
-from fulltune.tasks import LENGTH, Target, causal_lm
+from fulltune.tasks import LENGTH, Target, task_named
 from fulltune.tasks.padding import IGNORED, mask, padded
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class GenericText:
         kept = run_rows(
             model,
             rows,
-            causal_lm,
+            task_named("causal-lm"),
             Target("text", {}),
             self.pad_token_id,
             Batching(batch_size, self.precision, head, lambda *_: between()),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.run import Batching, generate, run_rows
@@ -17,18 +17,7 @@ from fulltune.models.load import load as load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS
 from fulltune.system.run_folder import comparison_of
-from fulltune.tasks import (
-    Example,
-    ReadingTask,
-    Refused,
-    Row,
-    Target,
-    Task,
-    WritingTask,
-    chat,
-    task_named,
-    token_classification,
-)
+from fulltune.tasks import Example, Refused, Row, Target, Task, task_named, token_classification
 from fulltune.tasks.columns import shown, unreadable, windows
 
 _log = logging.getLogger(__name__)
@@ -134,13 +123,13 @@ class Predictor:
 
     def _write(self, rows: Sequence[Row], max_new_tokens: int, watch: Watch) -> list[Answered]:
         """Answers that the model generates."""
-        task, prompts = cast(WritingTask, self.task), []
+        prompts = []
         refused: list[Refused | None] = []
         for row in rows:
             try:
-                prompts.append(task.generation_ids(row, self.target, self.tokenizer, self.notes["max_length"]))
+                prompts.append(self.task.generation_ids(row, self.target, self.tokenizer, self.notes["max_length"]))
                 refused.append(None)
-            except chat.TemplateRefusal as error:
+            except DataError as error:
                 refused.append(Refused("refused by the chat template", str(error)))
         answers = iter(
             generate(
@@ -157,8 +146,7 @@ class Predictor:
         """Answers from what a head gives."""
         if not rows:  # tokenizers take no empty list
             return []
-        task = cast(ReadingTask, self.task)
-        encoded = task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
+        encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
         refused = [examples[0].refused or _without_tokens(examples[0]) for examples in encoded]
         asked = [row for row, why in zip(rows, refused, strict=True) if why is None]
         usable = [examples for examples, why in zip(encoded, refused, strict=True) if why is None]
@@ -167,9 +155,9 @@ class Predictor:
             features = [dict(example.features) for examples in usable for example in examples]
             batching = Batching(_BATCH, watch=lambda done, total, _: watch(done * len(asked) // total, len(asked)))
             opened_rows, pad = opened(features, self.tokenizer), self.tokenizer.pad_token_id
-            kept = run_rows(self.model, opened_rows, task, self.target, pad, batching)
+            kept = run_rows(self.model, opened_rows, self.task, self.target, pad, batching)
             temperature = float(self.notes.get("temperature", 1.0))
-            answers = iter(task.answers(kept, asked, usable, self.target, temperature))
+            answers = iter(self.task.answers(kept, asked, usable, self.target, temperature))
         return [
             Answered(None, why) if why else Answered(next(answers), is_cut=examples[0].truncated)
             for why, examples in zip(refused, encoded, strict=True)

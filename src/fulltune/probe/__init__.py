@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fulltune.files import replacing
 from fulltune.methods.head import names_of
 from fulltune.models.sharding import changed_for_all, free, like, runs_together
 from fulltune.probe.features import Extractor, Features, sampled, separators
-from fulltune.probe.layers import DenseLayer, HeadLayers, numbers
+from fulltune.probe.layers import HeadLayers, after_dense, dense_options, head_layers, numbers
 from fulltune.probe.linear import STRENGTHS, Items, Linear, NoProbe, best_space, centroids, fits, loss, wrong
 from fulltune.records.probe import (
     LEAST_HELD_OUT,
@@ -93,17 +92,17 @@ def fitted(
 def _fit(place: Path | None, extract: Callable[[], Extractor], rows: Any, eval_rows: Any, with_head: bool) -> None:
     """Fit it and write it there; None: another process writes it."""
     started = time.monotonic()
-    found = fit(extract(), rows, eval_rows, with_head)
+    probe, head, start, rival = fit(extract(), rows, eval_rows, with_head)
     if place is None:
         return
-    _save(place / HEAD, found.head)
-    _save(place / START, found.start)
-    _save(place / FROZEN, {"weight": found.rival.weight, "bias": found.rival.bias} if found.rival else {})
+    _save(place / HEAD, head)
+    _save(place / START, start)
+    _save(place / FROZEN, {"weight": rival.weight, "bias": rival.bias} if rival else {})
     seconds = round(time.monotonic() - started, 3)
-    found.probe.model_copy(update={"seconds": seconds}).save(place / RECORD)
+    probe.model_copy(update={"seconds": seconds}).save(place / RECORD)
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _save(path: Path, arrays: Values) -> None:
     from safetensors.numpy import save_file
 
     with replacing(path) as part:
@@ -137,27 +136,26 @@ def rival_of(folder: Path) -> Linear:
 # ---- fitted ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What was found, and its values by their names in the model."""
-
-    probe: Probe
-    head: dict[str, np.ndarray] = field(default_factory=dict)
-    """Of the whole head, its layers as the best classifier."""
-    start: dict[str, np.ndarray] = field(default_factory=dict)
-    """Of its last layer, as training starts with it; empty: the same."""
-    rival: Linear | None = None
+Values = dict[str, np.ndarray]
+"""Of parameters, by their names in the model."""
 
 
-def fit(extractor: Extractor, rows: Any, eval_rows: Any, with_head: bool = True) -> Fitted:
-    """Fit the probe, the head's start and the rival: see `fitted`."""
+def fit(
+    extractor: Extractor, rows: Any, eval_rows: Any, with_head: bool = True
+) -> tuple[Probe, Values, Values, Linear | None]:
+    """Fit the probe: see `fitted`.
+
+    Returns:
+        What was found; the values of the whole head, its layers as the best classifier; those of its last layer, as
+        training starts with it (empty: the same); the rival.
+    """
     layers, why_not = None, ""
     try:
-        layers = HeadLayers.of(extractor.model, extractor.task_name, extractor.num_outputs)
+        layers = head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     except NoProbe as no:
         why_not = str(no)
     if layers is None and extractor.kind == "span":  # a token has no mean
-        return Fitted(Probe(head=None, frozen=None, why_not=why_not))
+        return Probe(head=None, frozen=None, why_not=why_not), {}, {}, None
     width = round(_width(extractor.model, layers) * (PAIRS if extractor.separators else 1))
     chosen = sampled(rows, extractor.kind, extractor.target.num_choices, width)
     held = sampled(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
@@ -174,8 +172,8 @@ def fit(extractor: Extractor, rows: Any, eval_rows: Any, with_head: bool = True)
         with _no_probe_without_memory(extractor.model):
             rival = best_rival(extractor, train, held_out)
     except NoProbe as no:
-        return Fitted(Probe(head=None, frozen=None, why_not=str(no)))
-    head, values, start = None, dict[str, np.ndarray](), dict[str, np.ndarray]()
+        return Probe(head=None, frozen=None, why_not=str(no)), {}, {}, None
+    head, values, start = None, Values(), Values()
     if layers is not None and with_head:
         try:
             with _no_probe_without_memory(extractor.model):
@@ -190,13 +188,13 @@ def fit(extractor: Extractor, rows: Any, eval_rows: Any, with_head: bool = True)
         of_rows=len(rows),
         held_out="eval rows" if by_eval else "cross-validation",
     )
-    return Fitted(found, values, start, rival[1] if rival else None)
+    return found, values, start, rival[1] if rival else None
 
 
 def _width(model: Any, layers: HeadLayers | None) -> int:
     """Values of what is kept of an item."""
     hidden = getattr(model.config.get_text_config(), "hidden_size", None) or 0
-    read = 0 if layers is None else model.get_submodule(layers.last).in_features
+    read = 0 if layers is None else model.get_submodule(layers[0]).in_features
     return max(hidden, read) or _USUAL_HIDDEN_SIZE
 
 
@@ -214,43 +212,44 @@ def _no_probe_without_memory(model: Any) -> Iterator[None]:
 
 def _head(
     extractor: Extractor, layers: HeadLayers, train: Features, held_out: Features | None
-) -> tuple[HeadStart, dict[str, np.ndarray], dict[str, np.ndarray]]:
+) -> tuple[HeadStart, Values, Values]:
     """The best classifier as the head's layers, their values, and those of the last one at the start."""
     parameters = dict(extractor.model.named_parameters())
-    has_bias = f"{layers.last}.bias" in parameters
-    options: dict[str | None, Linear | None] = {"kept" if layers.dense else None: None}
-    layer = None
+    last_layer, dense_layer = layers
+    has_bias, dense_has_bias = (f"{layer}.bias" in parameters for layer in layers)
+    options: dict[str | None, Linear | None] = {"kept" if dense_layer else None: None}
+    after = None
     if train.dense is not None and train.last is not None:
-        layer = DenseLayer.of(extractor.model, str(layers.dense), train.dense, train.last)
-    if train.dense is not None and layer is not None:
-        options.update(layer.options(train.dense, train.mean))
+        after = after_dense(extractor.model, str(dense_layer), train.dense, train.last)
+    if train.dense is not None and after is not None:
+        options.update(dense_options(train.dense, train.mean, dense_has_bias, after[0]))
 
     def read(of: Features, dense: Linear | None) -> Items:
         assert of.last is not None, "it was looked at"
-        if dense is None or of.dense is None or layer is None:
+        if dense is None or of.dense is None or after is None:
             return extractor.items(of.last, of)
-        return extractor.items(layer.after(dense(of.dense)), of)
+        return extractor.items(after[1](dense(of.dense)), of)
 
     spaces = {
         name: (read(train, dense), None if held_out is None else read(held_out, dense))
         for name, dense in options.items()
     }
     name, least, strength, last = best_space(spaces, partial(fits, has_bias=has_bias), loss, AS_GOOD)
-    start: dict[str, np.ndarray] = {}
+    start = Values()
     if extractor.kind != "regression":  # a ridge regression leaves enough
         [(_, eased)] = fits(spaces[name][0], has_bias, [strength / EASED])
-        start = _tensors(layers.last, eased, has_bias)
+        start = _tensors(last_layer, eased, has_bias)
     # The rest of the head may have been drawn, and the last layer belongs to it.
     inside = tuple(f"{one}." for one in names_of(extractor.model, extractor.task_name, ""))
     own = {one: values for one, values in parameters.items() if one.startswith(inside)}
     tensors = {one: numbers(values) for one, values in own.items()}
-    tensors |= _tensors(layers.last, last, has_bias)
+    tensors |= _tensors(last_layer, last, has_bias)
     if (dense := options[name]) is not None:
-        tensors |= _tensors(str(layers.dense), dense, f"{layers.dense}.bias" in parameters)
+        tensors |= _tensors(str(dense_layer), dense, dense_has_bias)
     return HeadStart.model_validate({"dense": name, "strength": strength, "loss": least}), tensors, start
 
 
-def _tensors(layer: str, values: Linear, has_bias: bool) -> dict[str, np.ndarray]:
+def _tensors(layer: str, values: Linear, has_bias: bool) -> Values:
     return {f"{layer}.weight": values.weight} | ({f"{layer}.bias": values.bias} if has_bias else {})
 
 
@@ -299,7 +298,7 @@ def _pooled(features: Features) -> dict[Pooling, np.ndarray]:
 def predicted(extractor: Extractor, rows: Any, rival: FrozenRival, found: Linear) -> list[tuple[int, np.ndarray]]:
     """What the rival gives: for each row its number, and the outputs of its items, [items, outputs]."""
     layers = (
-        None if rival.pooling != "head" else HeadLayers.of(extractor.model, extractor.task_name, extractor.num_outputs)
+        None if rival.pooling != "head" else head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     )
 
     def run(size: int) -> list[tuple[int, np.ndarray]]:

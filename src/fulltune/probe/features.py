@@ -123,7 +123,7 @@ class Extractor:
         texts, means = each_alone(chosen, self.separators), list[Any]()
         for part in (texts[: len(chosen)], texts[len(chosen) :]):
             batch, _ = self._collated(part)
-            means.append(_mean(see(self.model, None, batch).hidden, batch))
+            means.append(_mean(see(self.model, None, batch)[0], batch))
         return _finite(compared(*means).cpu().numpy())
 
     def _collated(self, rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -166,26 +166,27 @@ def _of_items(
     """What `see` has seen, item by item."""
     import torch
 
+    hidden, last, dense = seen
     picked: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     match kind:
         case "tags":
             picked = labels != IGNORED
-            mean, found = _words(seen.hidden, chosen), labels[picked].numpy()
+            mean, found = _words(hidden, chosen), labels[picked].numpy()
             counts = picked.sum(dim=1).numpy()
         case "choice":
-            mean = _mean(seen.hidden, {name: one.flatten(0, 1) for name, one in batch.items()})
-            counts = np.full(len(positions), len(seen.hidden) // len(positions))
+            mean = _mean(hidden, {name: one.flatten(0, 1) for name, one in batch.items()})
+            counts = np.full(len(positions), len(hidden) // len(positions))
             found = np.zeros((len(positions), counts[0]), np.int64)
             found[np.arange(len(positions)), labels.numpy()] = 1
             found = found.ravel()
         case "span":
             places, found = _tokens(labels.numpy(), positions)
-            picked = torch.zeros(seen.hidden.shape[:2], dtype=torch.bool)
+            picked = torch.zeros(hidden.shape[:2], dtype=torch.bool)
             picked[places] = True
             counts = picked.sum(dim=1).numpy()
         case _:
-            mean, found = _mean(seen.hidden, batch), labels.numpy()
+            mean, found = _mean(hidden, batch), labels.numpy()
             counts = np.ones(len(positions), np.int64)
 
     def items(values: torch.Tensor | None) -> np.ndarray | None:
@@ -196,8 +197,8 @@ def _of_items(
         return _finite(flat.cpu().numpy())
 
     return Features(
-        items(seen.last),
-        items(seen.dense),
+        items(last),
+        items(dense),
         None if mean is None else _finite(mean.cpu().numpy()),
         found,
         np.repeat(positions, counts),

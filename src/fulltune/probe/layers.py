@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,41 +32,36 @@ _COMPARED = 16
 """Items on which an activation is recognised."""
 
 
-@dataclass(frozen=True)
-class HeadLayers:
-    """The linear layers of a head, by their names in the model."""
+HeadLayers = tuple[str, str | None]
+"""Names of a head's linear layers: the last one, which gives the logits, and the one dense layer that gives as many
+features as it reads; None: there is none, or more than one."""
 
-    last: str
-    """It gives the logits."""
-    dense: str | None
-    """It gives as many features as it reads; None: there is none, or more than one."""
 
-    @classmethod
-    def of(cls, model: Any, task: TaskName, num_outputs: int) -> HeadLayers:
-        """The layers of a loaded model whose items have `num_outputs` logits.
+def head_layers(model: Any, task: TaskName, num_outputs: int) -> HeadLayers:
+    """The layers of a loaded model whose items have `num_outputs` logits.
 
-        Raises:
-            NoProbe: When it has no such layers.
-        """
-        from torch.nn import Linear
+    Raises:
+        NoProbe: When it has no such layers.
+    """
+    from torch.nn import Linear
 
-        body_of(model)
-        linears = {
-            f"{name}.{inner}" if inner else name: module
-            for name in heads.names_of(model, task, "")
-            for inner, module in model.get_submodule(name).named_modules()
-            if isinstance(module, Linear)
-        }
-        last = [name for name, module in linears.items() if module.out_features == num_outputs]
-        if not last:
-            raise NoProbe(f"the head of {type(model).__name__} does not end in a linear layer")
-        width = linears[last[-1]].in_features
-        square = [
-            name
-            for name, module in linears.items()
-            if name != last[-1] and module.in_features == module.out_features == width
-        ]
-        return cls(last[-1], square[0] if len(square) == 1 else None)
+    body_of(model)
+    linears = {
+        f"{name}.{inner}" if inner else name: module
+        for name in heads.names_of(model, task, "")
+        for inner, module in model.get_submodule(name).named_modules()
+        if isinstance(module, Linear)
+    }
+    last = [name for name, module in linears.items() if module.out_features == num_outputs]
+    if not last:
+        raise NoProbe(f"the head of {type(model).__name__} does not end in a linear layer")
+    width = linears[last[-1]].in_features
+    square = [
+        name
+        for name, module in linears.items()
+        if name != last[-1] and module.in_features == module.out_features == width
+    ]
+    return last[-1], square[0] if len(square) == 1 else None
 
 
 def body_of(model: Any) -> Any:
@@ -82,28 +76,21 @@ def body_of(model: Any) -> Any:
     return body
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a pass of a batch showed, float32 [..., hidden]."""
-
-    hidden: torch.Tensor
-    """The body's last hidden states."""
-    last: torch.Tensor | None = None
-    """What the last layer reads for each vector of logits; None: it was not looked at."""
-    dense: torch.Tensor | None = None
-    """What the dense layer reads, in the same places."""
+Seen = tuple["torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"]
+"""Float32 [..., hidden]: the body's last hidden states; what the last layer reads for each vector of logits, None where
+it was not looked at; and what the dense layer reads in the same places."""
 
 
 def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> Seen:
-    """Run a batch without labels, and keep what the head's layers read.
+    """Run a batch without labels, and keep the hidden states and what the head's layers read.
 
     Raises:
         NoProbe: When the logits are not those of the last layer, or the body is not to be seen.
     """
     modules = {"body": body_of(model)}
     if layers is not None:
-        modules |= {"last": model.get_submodule(layers.last)}
-        modules |= {} if layers.dense is None else {"dense": model.get_submodule(layers.dense)}
+        names = zip(("last", "dense"), layers, strict=True)
+        modules |= {key: model.get_submodule(name) for key, name in names if name is not None}
     read: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
     given: list[torch.Tensor] = []
 
@@ -122,7 +109,7 @@ def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
         raise NoProbe(f"{type(model).__name__} does not run its body once")
     [hidden] = read["body"]
     if layers is None:
-        return Seen(hidden)
+        return hidden, None, None
     logits = logits_of(outputs).float()
     pick = _last_token if len(given) == 1 and given[0].numel() != logits.numel() else None
     if len(given) != 1 or not _same(given[0] if pick is None else pick(model, batch, given[0]), logits):
@@ -131,7 +118,7 @@ def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
     along = dense[0] if len(dense) == 1 and dense[0].shape[:-1] == last.shape[:-1] else None
     if pick is not None:
         last, along = pick(model, batch, last), None if along is None else pick(model, batch, along)
-    return Seen(hidden, last, along)
+    return hidden, last, along
 
 
 def _last_token(model: Any, batch: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
@@ -162,46 +149,41 @@ def numbers(parameter: Any) -> np.ndarray:
 # ---- what a dense layer may become -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DenseLayer:
-    """A dense layer that may be replaced."""
+After = Callable[[np.ndarray], np.ndarray]
+"""From what a dense layer gives to what the last layer reads; both [items, hidden]."""
 
-    has_bias: bool
-    middle: float
-    """Around which value `after` is nearly linear."""
-    after: Callable[[np.ndarray], np.ndarray]
-    """What the last layer reads when this one gives these values; both [items, hidden]."""
 
-    @classmethod
-    def of(cls, model: Any, name: str, reads: np.ndarray, last: np.ndarray) -> DenseLayer | None:
-        """The layer with what stands between it and the last one; None where that is nothing transformers usually has:
-        a pooler may be there and not be read, or not alone.
+def after_dense(model: Any, name: str, reads: np.ndarray, last: np.ndarray) -> tuple[float, After] | None:
+    """What stands between a dense layer and the last one, behind the value around which it is nearly linear; None where
+    that is nothing transformers usually has: a pooler may be there and not be read, or not alone.
 
-        Args:
-            model: The model.
-            name: Of the layer.
-            reads: What it reads, [items, hidden].
-            last: What the last layer reads, [items, hidden].
-        """
-        layer, holder = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-        norm = getattr(holder, "norm", None)
-        values = reads[:_COMPARED] @ numbers(layer.weight).T
-        values = values if layer.bias is None else values + numbers(layer.bias)
-        wanted = last[:_COMPARED]
-        errors = {name: float(np.abs(_after(name, norm, values) - wanted).max()) for name in ACTIVATIONS}
-        best = min(errors, key=lambda name: errors[name])
-        if errors[best] > 0.05 * float(np.abs(wanted).max()):  # bf16 has three digits
-            return None
-        return cls(layer.bias is not None, ACTIVATIONS[best], partial(_after, best, norm))
+    Args:
+        model: The model.
+        name: Of the dense layer.
+        reads: What it reads, [items, hidden].
+        last: What the last layer reads, [items, hidden].
+    """
+    layer, holder = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    norm = getattr(holder, "norm", None)
+    values = reads[:_COMPARED] @ numbers(layer.weight).T
+    values = values if layer.bias is None else values + numbers(layer.bias)
+    wanted = last[:_COMPARED]
+    errors = {name: float(np.abs(_after(name, norm, values) - wanted).max()) for name in ACTIVATIONS}
+    best = min(errors, key=lambda name: errors[name])
+    if errors[best] > 0.05 * float(np.abs(wanted).max()):  # bf16 has three digits
+        return None
+    return ACTIVATIONS[best], partial(_after, best, norm)
 
-    def options(self, reads: np.ndarray, mean: np.ndarray | None) -> dict[str, Linear]:
-        """What may take its place: the identity, scaled, or the mean over all tokens of each item, [items, hidden]."""
-        shift = self.middle if self.has_bias else 0.0
-        centre, scale = standard(reads, self.has_bias)
-        options = {"scaled": _linear(np.diag(SPREAD * scale), shift - SPREAD * scale * centre)}
-        if mean is not None and mean.shape == reads.shape:
-            options["mean"] = _towards(reads, mean, self.has_bias, shift)
-        return options
+
+def dense_options(reads: np.ndarray, mean: np.ndarray | None, has_bias: bool, middle: float) -> dict[str, Linear]:
+    """What may take a dense layer's place: the identity, scaled, or the mean over all tokens of each item, [items,
+    hidden]."""
+    shift = middle if has_bias else 0.0
+    centre, scale = standard(reads, has_bias)
+    options = {"scaled": _linear(np.diag(SPREAD * scale), shift - SPREAD * scale * centre)}
+    if mean is not None and mean.shape == reads.shape:
+        options["mean"] = _towards(reads, mean, has_bias, shift)
+    return options
 
 
 def _after(activation: str, norm: Any, values: np.ndarray) -> np.ndarray:

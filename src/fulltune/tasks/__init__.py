@@ -192,9 +192,7 @@ class Task(Protocol):
     def refuse_question(self, row: Row, target: Target) -> Refused | None:
         """Why there can be no answer to such a row, as far as it shows that itself, or None."""
 
-
-class ReadingTask(Task, Protocol):
-    """One whose model puts a head on what it has read: answers come from what `reduce` keeps."""
+    # ---- only of tasks whose model puts a head on what it has read: answers come from what `reduce` keeps ----
 
     def answers(
         self, kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
@@ -210,9 +208,7 @@ class ReadingTask(Task, Protocol):
     def chance_loss(self, summary: DataSummary, weights: Sequence[float] | None) -> float:
         """The loss of guessing, in the units of `loss`; `weights` are those of the classes, in their order."""
 
-
-class WritingTask(Task, Protocol):
-    """One whose model writes its answers."""
+    # ---- only of tasks whose model writes its answers ----
 
     def wanted(self, labels: torch.Tensor) -> torch.Tensor:
         """The token that each logit should give, -100 where nothing is trained, for `labels[batch, tokens]`:

@@ -185,7 +185,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
             try:
                 messages, tools = chat.clean(row[target.columns["messages"]]), _tools(row, target)
                 masked = chat.encode(tokenizer, messages, tools)
-            except chat.TemplateRefusal as error:
+            except DataError as error:
                 refused = Refused("refused by the chat template", str(error))
                 encoded.append([Example({"input_ids": [], "labels": []}, 0, refused=refused)])
                 continue

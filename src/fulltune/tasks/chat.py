@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 
-class TemplateRefusal(DataError):
-    """The chat template does not take a conversation, for example because roles must alternate."""
-
-
 Masked = tuple[list[int], list[bool]]
 """Token ids and, for each, whether it is trained."""
 
@@ -140,7 +136,7 @@ def _applied(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], to
     except NotImplementedError:
         raise SetupError("the tokenizer does not say where its tokens stand in the text; take a fast one") from None
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TemplateRefusal(" ".join(str(error).split())[:200]) from None
+        raise DataError(" ".join(str(error).split())[:200]) from None
 
 
 def _mask(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> Masked:

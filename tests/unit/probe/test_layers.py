@@ -13,7 +13,7 @@ from transformers import BertForSequenceClassification, FunnelConfig, FunnelForS
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fulltune.probe import fitted, put_head
-from fulltune.probe.layers import DenseLayer, HeadLayers, see
+from fulltune.probe.layers import after_dense, head_layers, see
 from fulltune.probe.linear import Items, Linear, NoProbe, loss
 from fulltune.recipe.tasks import ProblemType, TaskName
 from tests.unit.probe.models import PAD, extractor_of, image_rows, logits_alone, model_of, rows_of
@@ -63,8 +63,8 @@ def test_what_the_head_reads_gives_the_models_own_logits(
     one that was measured on its features."""
     outputs = OUTPUTS.get(kind, 3)
     model = model_of(name, task, outputs)
-    layers = HeadLayers.of(model, task, outputs)
-    assert layers == HeadLayers(last, dense)
+    layers = head_layers(model, task, outputs)
+    assert layers == (last, dense)
     extractor = extractor_of(model, task, kind)
     eval_rows = rows_for(task, kind, 200, seed=1)
 
@@ -85,10 +85,10 @@ def test_what_the_head_reads_gives_the_models_own_logits(
             return found
         np.testing.assert_allclose(found[features.rows < ALONE], np.concatenate(alone), atol=1e-4)
         if features.dense is not None:
-            kept = model.get_submodule(layers.dense)(torch.from_numpy(features.dense)).detach().numpy()
-            layer = DenseLayer.of(model, layers.dense, features.dense, features.last)
-            assert layer is not None
-            np.testing.assert_allclose(layer.after(kept), features.last, atol=1e-5)
+            kept = model.get_submodule(dense)(torch.from_numpy(features.dense)).detach().numpy()
+            found_after = after_dense(model, str(dense), features.dense, features.last)
+            assert found_after is not None
+            np.testing.assert_allclose(found_after[1](kept), features.last, atol=1e-5)
         return found
 
     compare()
@@ -111,7 +111,7 @@ def test_the_mean_over_tokens_is_seen_without_the_head(
     outputs = OUTPUTS.get(kind, 3)
     model = model_of(name, task, outputs)
     extractor, rows = extractor_of(model, task, kind), rows_for(task, kind, 20)
-    one, other = extractor.features(rows, None), extractor.features(rows, HeadLayers.of(model, task, outputs))
+    one, other = extractor.features(rows, None), extractor.features(rows, head_layers(model, task, outputs))
     assert one.last is None
     assert one.dense is None
     if kind == "span":
@@ -178,7 +178,7 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
 ) -> None:
     model = model_of("Bert", "text-classification")
     model.classifier = head
-    layers = HeadLayers.of(model, "text-classification", 3)
+    layers = head_layers(model, "text-classification", 3)
     rows = rows_of("single_label", 40)
     batch = extractor_of(model, "text-classification", "single_label").task.collate(rows[:4], PAD)
     del batch["labels"]
@@ -211,11 +211,11 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
     model = model_of("Bert", "text-classification")
     model.classifier = nn.Bilinear(1, 1, 3)
     with pytest.raises(NoProbe, match="does not end in a linear layer"):
-        HeadLayers.of(model, "text-classification", 3)
+        head_layers(model, "text-classification", 3)
     model = model_of("Bert", "text-classification")
     model.base_model_prefix = "elsewhere"
     with pytest.raises(NoProbe, match="does not tell its body from its head"):
-        HeadLayers.of(model, "text-classification", 3)
+        head_layers(model, "text-classification", 3)
     rows = rows_of("single_label", 20)
     probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.frozen) == (None, None)
@@ -258,7 +258,7 @@ def test_pooler_that_the_last_layer_does_not_read_alone_is_kept(kind: Any, tmp_p
     assert probe.head is not None
     assert probe.head.dense == "kept"
     put_head(model, tmp_path)
-    features = extractor.features(eval_rows, HeadLayers.of(model, "text-classification", 3))
+    features = extractor.features(eval_rows, head_layers(model, "text-classification", 3))
     assert features.last is not None
     classifier = Linear(model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy())
     assert loss(extractor.items(features.last, features), classifier) == pytest.approx(probe.head.loss, abs=2e-3)

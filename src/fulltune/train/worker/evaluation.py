@@ -14,7 +14,7 @@ from fulltune.inference.run import Batching, Share, by_length, run_rows
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import Measure, gain, measure_of
 from fulltune.stats.curves import diverged, ended_high, ended_worse, made_worse
-from fulltune.tasks import Predictions, ReadingTask, Target
+from fulltune.tasks import Predictions, Target
 from fulltune.tasks.settings import class_weights
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.inputs import AttemptInputs
@@ -86,8 +86,8 @@ class CurveGuard(TrainingPart):
         measured = inputs.observed.dry_run_loss
         if not self.head_is_new:
             return measured
-        task = cast(ReadingTask, inputs.task)
-        return max(measured or 0.0, task.chance_loss(inputs.summary, class_weights(inputs.recipe, inputs.summary)))
+        weights = class_weights(inputs.recipe, inputs.summary)
+        return max(measured or 0.0, inputs.task.chance_loss(inputs.summary, weights))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Stop a run whose loss has diverged, by the Trainer's history."""
