@@ -257,16 +257,6 @@ def test_two_rows_are_too_few(case: Case) -> None:
     )
 
 
-def test_rows_all_the_same_text_are_refused(case: Case) -> None:
-    rows = [{"text": "same", "label": "ab"[number % 2]} for number in range(40)]
-    refused(
-        case.data(rows),
-        DATA,
-        "train.csv: 40 rows (only 1 of them different) of 2 labels: too few for three splits of at least 2 rows (eval "
-        "has 0, test has 0); give more rows of each label, at least 3 different ones, or files for eval and test",
-    )
-
-
 def test_test_file_with_one_row_is_refused(case: Case) -> None:
     case.write("text,label\nq,food\n", "test.csv")
     refused(case.data(CSV, data={"test": "test.csv"}), DATA, "test.csv: 1 usable row for test; expected at least 2")
@@ -578,17 +568,6 @@ def test_recipe_not_text_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_override_broken_is_refused_with_the_recipes_problems(case: Case) -> None:
-    path = case.recipe(data={"max_token": 5})
-    refused(
-        fulltune("data", path, "--set", "train.max_steps", "--set", "train.seed=["),
-        RECIPE,
-        "--set train.max_steps: expected block.name=value, for example train.num_train_epochs=3",
-        "--set train.seed=[: the value is not valid YAML: expected the node content, but found '<stream end>'",
-        f"{path}:6  data.max_token: unknown setting; write data.max_length",
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "problem"),
@@ -680,18 +659,6 @@ def test_run_folder_of_another_recipe_is_refused(case: Case) -> None:
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
-def test_run_folder_damaged_is_refused(case: Case) -> None:
-    run = case.folder / "mine"
-    case.write(CSV)
-    accepted(fulltune("data", case.recipe(), "--run-folder", run))
-    (run / "recipe.json").write_text("{")
-    refused(
-        fulltune("data", run),
-        RECIPE,
-        f"{run}/recipe.json: is damaged or was written by another version of fulltune; start a new run from the recipe",
-    )
-
-
 def test_data_file_changed_after_the_plan_is_refused(case: Case) -> None:
     """Plan, checkpoints and scores would belong to other rows."""
     run = case.folder / "mine"
@@ -709,18 +676,6 @@ def test_data_file_changed_after_the_plan_is_refused(case: Case) -> None:
     assert {item: item.read_bytes() for item in (run / "data").rglob("*") if item.is_file()} == prepared
     file.write_text(CSV)
     accepted(fulltune("data", path, "--run-folder", run))
-
-
-def test_data_file_changed_before_the_plan_is_read_anew(case: Case) -> None:
-    run = case.folder / "mine"
-    file = case.write(CSV)
-    path = case.recipe()
-    first = json.loads(accepted(fulltune("data", path, "--run-folder", run, "--json")))
-    file.write_text(CSV + "one more text,food\n")
-    again = json.loads(accepted(fulltune("data", path, "--run-folder", run, "--json")))
-    rows = [sum(split["rows"] for split in summary["splits"].values()) for summary in (first, again)]
-    assert rows == [40, 41]
-    assert first["fingerprint"] != again["fingerprint"]
 
 
 def test_run_folder_in_use_is_refused(case: Case) -> None:
@@ -764,19 +719,6 @@ def test_disk_too_small_is_refused_before_training(
         "helps: train.save_total_limit: 1",
         "helps: train.optim: adamw_8bit",
     ]
-    assert not list(case.folder.glob("runs/*/attempts"))
-
-
-@pytest.mark.slow
-def test_memory_too_small_is_refused_before_training(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = hardware.here().model_copy(update={"memory_available_bytes": 100_000})
-    monkeypatch.setattr(hardware, "here", lambda: machine)
-    result = case.data(CSV, command="run")
-    assert result.code == NO_FIT
-    short, *ways = [line for line in result.problems if line.startswith((str(case.model), "enough: ", "helps: "))]
-    assert short.startswith(f"{case.model}: ")
-    assert short.endswith("but there are 0 bytes of memory")
-    assert ways
     assert not list(case.folder.glob("runs/*/attempts"))
 
 

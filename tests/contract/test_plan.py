@@ -19,7 +19,6 @@ from rich.console import Console
 from fulltune.cli import plan as cli_plan
 from fulltune.cli.show import plan as display_plan
 from fulltune.footprint.trace import PlannedModel
-from fulltune.plan import gpus
 from fulltune.recipe.file import load_recipe
 from fulltune.records.plan import Plan, Survey
 from fulltune.report.format import terminal
@@ -69,49 +68,6 @@ def shown(result: Result, width: int = 80) -> str:
     return screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
-@pytest.mark.long
-@pytest.mark.slow
-def test_7b_is_planned_from_its_config_alone() -> None:
-    result = seven_b("--for", "4x A100-80GB", "--price", "2 USD", "--json")
-    assert result.code == 0, result.err
-    assert result.err == ""
-    page = shown(result)
-    # One setting of a command may be longer: nothing breaks inside it.
-    assert all(len(line) <= 80 or "--set" in line or str(SEVEN_B) in line for line in page.splitlines())
-    order = [
-        "plan\nfits   yes: full on 4x A100-80GB, 512 GB host, FSDP2, ",
-        "for the whole command, after the rows are prepared",
-        " USD for ",
-        "found",
-        "6,738,415,616 parameters",
-        "50,000 to train",
-        "hardware      4x A100-80GB, 512 GB host",
-        "512 GB of host memory (128 GB a GPU is usual)",
-        "memory of a step",
-        "Each kind at the moment of a step that needs the most memory: ",
-        "checkpoints x",
-        "\nplacements\n",
-        "4 copies, AdamW fp32",
-        "\ntime\n",
-        "\nchosen ",
-        "train.micro_batch_size",
-        "method: where to start, not a law",
-        "to decide on your own rows",
-        "fulltune run",
-    ]
-    places = [page.find(words) for words in order]
-    assert -1 not in places, dict(zip(order, places, strict=True))
-    assert places == sorted(places)
-    assert not re.search(r"et al\.|\d{4}\.\d{5}", page), "sources stand in docs"
-
-
-@pytest.mark.slow
-def test_7b_example_leaves_nothing_behind() -> None:
-    before = sorted(EXAMPLES.parent.glob("runs/*"))
-    assert seven_b("--for", "8x A100-80GB").code == 0
-    assert sorted(EXAMPLES.parent.glob("runs/*")) == before
-
-
 @pytest.mark.slow
 def test_plan_ends_with_commands_that_can_be_copied() -> None:
     result = seven_b("--for", "1x MI325X", "--set", "train.max_grad_norm=0.5", "--json")
@@ -134,16 +90,6 @@ def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     assert "frees GiB" in result.out
     assert len(result.problems) == 1
     assert "but there are 15.5 GiB of GPU memory" in result.problems[0]
-
-
-@pytest.mark.parametrize("card", [card.name for card in gpus.GPUS[::6]])
-def test_plan_is_made_for_cards(card: str, recipe: Path) -> None:
-    result = fulltune("plan", recipe, "--for", f"2x {card}", "--rows", 1000, "--tokens", 32, "--json")
-    assert result.code == 0, result.err
-    found = json.loads(result.out)
-    assert (found["device"], found["num_processes"]) == ("cuda", 2)
-    assert found["time"]["source"] == "arithmetic"
-    assert found["survey"]["hardware"].startswith(f"2x {card}, ")
 
 
 SCALE = EXAMPLES.parent / "docs" / "scale.md"
@@ -193,22 +139,6 @@ def test_page_on_scale_shows_the_plan_of_70_b() -> None:
     here = {line.rstrip() for line in shown(result).splitlines()}
     assert len(shown_there) > 20
     assert [line for line in shown_there if line not in here] == []
-
-
-def test_plan_for_several_machines_is_run_on_each(recipe: Path) -> None:
-    result = fulltune("plan", recipe, "--for", "2x 4x L4, 25Gb network", "--rows", 1000, "--tokens", 32, "--json")
-    assert result.code == 0, result.err
-    found = json.loads(result.out)
-    assert (found["num_processes"], found["num_machines"], found["survey"]["num_devices"]) == (8, 2, 8)
-    words = shlex.split(found["survey"]["command"])
-    assert words[-4:] == ["--machine-rank", "RANK", "--rendezvous", "HOST"]
-    assert words[:3] == ["fulltune", "run", str(recipe)]
-    train = load_recipe(recipe, words[4:-4:2]).train
-    assert (train.num_processes, train.num_machines, train.processes_per_machine) == (8, 2, 4)
-    assert found["survey"]["comparison"] == "", "it runs on one machine"
-    said = " ".join(shown(result).split())
-    assert "fulltune compare, with methods: [full, lora]" in said
-    assert "RANK counts the machines from 0" in said
 
 
 def test_plan_with_data_here_is_the_runs_plan_and_keeps_the_survey(recipe: Path, tmp_path: Path) -> None:
@@ -270,19 +200,6 @@ def test_options_that_cannot_be_are_refused_all_at_once(
     result = fulltune("plan", recipe, *options)
     assert (result.code, result.problems) == (2, problems)
     assert not (recipe.parent / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("device", "hardware", "problem"),
-    [
-        ("cpu", "1x L4", "train.device: 'cpu' but --for names a GPU; add --set train.device=auto"),
-        ("cuda", "cpu", "train.device: 'cuda' but --for names no GPU; add --set train.device=auto"),
-    ],
-)
-def test_device_that_the_hardware_is_not_is_refused(recipe: Path, device: str, hardware: str, problem: str) -> None:
-    options = ["--rows", 100, "--tokens", 10, "--for", hardware, "--set", f"train.device={device}"]
-    result = fulltune("plan", recipe, *options)
-    assert (result.code, result.problems) == (2, [problem])
 
 
 def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:

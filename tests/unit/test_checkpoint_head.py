@@ -17,7 +17,6 @@ from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head, by_name, draw_again, expected_head
 from fulltune.models.load import load
 from fulltune.models.shapes import shapes_of
-from fulltune.plan import defaults
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named
 from tests import tiny
@@ -154,19 +153,6 @@ def test_finished_model_is_loaded_as_it_is(tmp_path: Path) -> None:
     base = Base.of(ModelBlock(name=str(tmp_path)))
     model = load(base, {}, head_is_new=False)
     assert torch.allclose(_answers(model), before, atol=1e-6)
-
-
-def test_plan_gives_a_kept_head_no_reason_of_a_new_one(tmp_path: Path, tiny_encoder: Path) -> None:
-    _checkpoint(tmp_path, "bert", "text-classification", LABELS)
-    module = task_named("text-classification")
-    changes = module.config_changes(Target("single_label", {}, LABELS[::-1]), tiny.encoder_tokenizer())
-    kept, new = (
-        shapes_of(Base.of(ModelBlock(name=str(folder))), changes).head_is_kept for folder in (tmp_path, tiny_encoder)
-    )
-    assert kept
-    assert not new
-    assert "new head" in defaults.warmup_ratio("text-classification", new)[1]
-    assert "new head" not in defaults.warmup_ratio("text-classification", kept)[1]
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])

@@ -64,37 +64,6 @@ def test_expectation_promises_fewer_seeds_only_where_there_may_be(changes: dict[
     assert said in expected(comparisons.comparison(), "accuracy", **changes)
 
 
-def test_expectation_says_cost_and_what_can_be_found() -> None:
-    text = expected(comparisons.comparison(), "accuracy")
-    assert "methods head, full, lora, adapter, prompt" in text
-    said = "25 short ones to find the rates, more where the best is at an edge; then 5 seeds of each method at most"
-    assert f"trials {said}; clear answers need fewer" in text
-    assert "about 1 h 7 min" in text
-    assert "differences of 0.97 points of accuracy or more if seeds differ by half a point" in text
-    assert "UNDECIDED" not in text
-
-
-def test_expectation_says_what_the_budget_took_away_and_that_the_margin_is_too_small() -> None:
-    note = "2 instead of 5 seeds at most, to stay within the budget"
-    text = expected(comparisons.comparison(), "accuracy", detectable=(0.0234, 0.05), notes=(note,), budget_seconds=60.0)
-    assert f"budget {note}" in text
-    assert "margin 1 point, less than it can find: it may end UNDECIDED" in text
-
-
-@pytest.mark.parametrize(
-    ("made", "metric", "changes", "said"),
-    [
-        (comparisons.comparison, "accuracy", {"num_seeds": 1, "detectable": None}, "nothing: one seed tells nothing"),
-        (comparisons.comparison, "accuracy", {"detectable": (1.5, 2.0)}, "nothing: with so few test rows and seeds"),
-        (comparisons.language, "loss", {}, "not known before seeds have been run: loss is no share of rows"),
-    ],
-)
-def test_expectation_says_where_nothing_can_be_found(
-    made: Callable[[], Comparison], metric: str, changes: dict[str, object], said: str
-) -> None:
-    assert f"can find {said}" in expected(made(), metric, **changes)
-
-
 def test_expectation_of_a_budget_is_one_design_that_fits_into_it() -> None:
     changes = {"budget_seconds": 360.0, "seconds": 280.0, "num_seeds": 2, "detectable": None}
     text = expected(comparisons.comparison(), "accuracy", **changes)

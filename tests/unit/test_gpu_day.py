@@ -82,17 +82,6 @@ def test_cards_of_different_kinds_are_not_measured_together() -> None:
     assert day.environment(replace(mixed, hidden="3,5"), 1)["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-def test_card_without_bf16_computes_in_fp16_and_says_why() -> None:
-    old = machine(T4)
-
-    assert parts.refused_precision("bf16", old) == "no bf16 (compute capability 7.5, it needs 8.0)"
-    assert parts.half_precision(old) == "fp16"
-    assert parts.half_precision(machine(H100)) == "bf16"
-    assert any("no bf16" in note for note in here.notes(old))
-    assert parts.refused_precision("fp16", old) == ""
-    assert "refuses fp16 on a CPU" in parts.refused_precision("fp16", CPU)
-
-
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
@@ -265,21 +254,6 @@ def test_page_says_what_was_measured_and_what_was_not() -> None:
     assert "**Stopped** after 60 s: not finished within its 3.5 minutes." in text
     assert "Skipped: needs 2 cards, there is 1." in text
     assert text.count("Not run yet.") == 6
-
-
-def test_page_without_a_card_claims_nothing_for_a_gpu() -> None:
-    text = page.markdown(a_day(CPU, tests={"how": "stand-in"}))
-
-    assert "**without a card**: nothing here was measured on a GPU" in text
-    assert "on the CPU, as a stand-in" in text
-    assert "on the card" not in text
-
-
-def test_lines_for_the_terminal_are_80_columns_wide() -> None:
-    for one in (one for one in parts.decide(machine(SMALL, T4)) if one.how == "skip"):
-        shown = day.line(one.part.name, "skipped", None, one.reason).splitlines()
-        assert max(map(len, shown)) <= 80
-        assert shown[0].startswith(f"{one.part.name:<11}skipped")
 
 
 # ---- models of random weights --------------------------------------------------------------------------------------

@@ -54,28 +54,6 @@ def test_grid_expects_a_plan_that_holds_and_keeps_little_out(
     assert written(rows)["bert 110 M, bf16"]["figures"]["reserved_bytes"] == 5 * GIB
 
 
-def test_grid_says_why_a_cell_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def measured(one: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        asked.append(one.precision)
-        return {"problem": "crashed"} if one.precision == "fp16" else {"left_out": "needs 20 GiB, 14 GiB are free"}
-
-    monkeypatch.setattr(memory, "measured", measured)
-
-    memory.grid(replace(HERE, cards=(T4,)), tmp_path / "work", rows := rows_in(tmp_path))
-    memory.grid(HERE, tmp_path / "work", late := Rows(tmp_path / "late.jsonl", time.monotonic() + 20))
-
-    assert set(asked) == {"fp32", "fp16"}
-    found = written(rows)
-    assert found["bert 110 M, bf16"]["note"] == "no bf16 (compute capability 7.5, it needs 8.0)"
-    small, crashed = found["bert 110 M, fp32"], found["bert 110 M, fp16"]
-    assert (small["ok"], small["note"]) == (None, "needs 20 GiB, 14 GiB are free")
-    assert (crashed["ok"], crashed["note"]) == (False, "crashed")
-    assert {row["note"] for row in written(late).values()} == {"no time was left for it"}
-    assert all(value is None for row in found.values() for value in row["figures"].values())
-
-
 def large(here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows, and the settings of what was measured, with a plan of 20 GiB for all but AdamW, which needs 50."""
 
@@ -121,16 +99,6 @@ def test_large_shapes_are_held_to_24_gb_only_where_the_plan_says_so(
     assert found["8.0 B, AdamW fp32"]["figures"]["in_24_GB"] == "no"
 
 
-def test_large_shapes_say_what_the_host_and_the_packages_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = large(replace(HERE, host_bytes=100 * GIB), tmp_path, monkeypatch)
-    without, asked = large(replace(HERE, packages=()), tmp_path / "other", monkeypatch)
-
-    said = found["6.7 B, ZeRO-2, optimizer on host"]["note"]
-    assert said == "needs 154.0 GiB of the host's memory, 100.0 GiB are free"
-    assert without["6.7 B, ZeRO-2, optimizer on host"]["note"] == "deepspeed not installed"
-    assert not any("zero" in name for name in asked)
-
-
 def test_contestants_take_turns_and_ratios_are_of_one_repetition(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,22 +118,6 @@ def test_contestants_take_turns_and_ratios_are_of_one_repetition(
     last = written(rows)["llama, bf16, median"]["figures"]
     assert last == pytest.approx({"against_trainer-tuned_ratio": 1.5, "against_trl_ratio": 3.0})
     assert len(written(rows)) == 4
-
-
-def test_race_is_repeated_only_while_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def contestant(name: str, run: Path, precision: str) -> float:
-        asked.append(name)
-        time.sleep(0.02)
-        return 1.0
-
-    monkeypatch.setattr(speed, "_contestant", contestant)
-    rows = Rows(tmp_path / "rows.jsonl", time.monotonic() + 0.01)
-    speed._race(HERE, "llama", ["fulltune", "trl"], tmp_path, "bf16", (2, 5), rows, 0, "TRL is old")
-
-    assert len(asked) == 4
-    assert written(rows)["llama, bf16, median"]["note"] == "TRL is old"
 
 
 def test_placements_are_compared_with_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from fulltune.system.machines import (
     differences,
     place_of,
 )
-from fulltune.train.parent import child, next_attempt, spawn
+from fulltune.train.parent import child, spawn
 from fulltune.train.parent import machines as group_of
 from fulltune.train.parent.machines import leading
 from fulltune.train.request import Request
@@ -89,12 +89,6 @@ def test_a_place_that_is_none_is_refused(
         place_of(several(Path("/o")), rank, rendezvous, wait)
     assert len(refused.value.problems) == len(expected)
     assert all(one in problem for one, problem in zip(expected, refused.value.problems, strict=True))
-
-
-def test_one_machine_has_no_place() -> None:
-    assert place_of(plans.recipe(), None, None, "1m") is None
-    with pytest.raises(RecipeError, match=r"train\.num_machines is 1"):
-        place_of(plans.recipe(), 0, "a", "1m")
 
 
 def test_address_is_that_of_the_way_to_machine_0() -> None:
@@ -474,15 +468,6 @@ def test_killed_here_and_failed_there_is_killed(tmp_path: Path) -> None:
     (request.folder / "outcome-rank1.json").unlink()
     crashed = child._outcome(request, 1, lost=[part])
     assert (crashed.status, "machine 1 (b): torchrun ended with code 1" in crashed.reason) == ("crashed", True)
-
-
-def test_with_a_lost_machine_the_attempt_is_made_again_as_it_was() -> None:
-    plan = plans.plan()
-    lost = Outcome(status="lost", reason="machine 1 (b) was lost", trial=plan.trial, attempt=1)
-    following = next_attempt.next_attempt(plans.recipe(), plan, [lost] * next_attempt.MOST["lost"])
-    assert following is not None
-    assert (following.plan, following.resume) == (plan, True)
-    assert next_attempt.next_attempt(plans.recipe(), plan, [lost] * (next_attempt.MOST["lost"] + 1)) is None
 
 
 def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:

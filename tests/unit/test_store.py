@@ -69,12 +69,6 @@ def test_rows_written_are_read_back(rows: Rows) -> None:
     assert {type(rows[4][name]) for name in ("labels", "value", "text", "raw")} == {int, float, str, bytes}
 
 
-def test_rows_are_gathered_into_few_batches(rows: Rows, tmp_path: Path) -> None:
-    sizes = [len(batch) for batch in batches(tmp_path)]
-    assert sum(sizes) == 50
-    assert len(sizes) == (1 if store._ROWS_PER_BATCH == 8192 else 6)
-
-
 def test_rows_large_are_flushed_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_BYTES_PER_BATCH", 1000)
     write(tmp_path, [{"input_ids": list(range(200))}] * 10, at_once=1)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,6 @@ from fulltune import data
 from fulltune.audit import stage
 from fulltune.audit.stage import load_issues
 from fulltune.audit.untouched import Reader, Suspected
-from fulltune.data.groups import grams, jaccard
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import load_texts, row_id
@@ -121,27 +118,6 @@ def test_text_nearly_that_of_a_test_row_is_a_near_leak(tmp_path: Path) -> None:
     _, issues = audited(tmp_path, prepared(tmp_path, rows, eval=held[:4], test=held[4:]))
     assert list(issues) == ["near leak"]
     assert issues["near leak"][0].text == f"{text} now"
-
-
-def test_near_leaks_are_counted_and_not_estimated(tmp_path: Path) -> None:
-    chance, labels = random.Random(0), sorted({row["label"] for row in CLEAN})
-    letters, bound = "abcdefghijklmnopqrstuvwxyz", 0.8
-    held, near, apart = [], [], []
-    for at in range(120):
-        text = other = " ".join("".join(chance.choices(letters, k=6)) for _ in range(12))
-        least = bound if at % 2 else bound - 0.06
-        while True:
-            place = chance.randrange(len(other))
-            next_one = other[:place] + chance.choice(letters) + other[place + 1 :]
-            if jaccard(grams(text), grams(next_one)) < least:
-                break
-            other = next_one
-        held.append({"text": text, "label": labels[at % len(labels)]})
-        (near if jaccard(grams(text), grams(other)) >= bound else apart).append({"text": other, "label": labels[0]})
-    _, issues = audited(tmp_path, prepared(tmp_path, [*CLEAN, *near, *apart], eval=held[:60], test=held[60:]))
-    assert len(apart) >= 50
-    assert {one.text for one in issues["near leak"]} == {row["text"] for row in near}
-    assert all(one.score >= bound for one in issues["near leak"])
 
 
 def test_outliers_of_each_split_are_listed_the_farthest_first(tmp_path: Path) -> None:
@@ -362,54 +338,6 @@ def test_what_is_decided_about_a_train_row_leaves_the_test_file_alone(tmp_path: 
     assert summary.dropped == {"patch": 1}
     save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "drop", source="test")])
     assert prepared(tmp_path, CLEAN, test=held, patch=str(tmp_path / "p.jsonl")).splits["test"].rows == len(held) - 1
-
-
-def test_answers_of_a_conversation_are_checked_as_answers(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [*tiny.chat_rows(40)]
-    asked, answered = rows[4]["messages"], rows[9]["messages"]
-    refusal = "I'm sorry, but I can't help with that."
-    rows[4] = {**rows[4], "messages": [{**asked[0], "content": refusal}, *asked[1:]]}
-    rows[9] = {**rows[9], "messages": [*answered[:-1], {**answered[-1], "content": refusal}]}
-    _, issues = audited(tmp_path, prepared(tmp_path, rows, "causal-lm"))
-    assert [one.place.rpartition(":")[2] for one in issues["refusal"]] == ["10"]
-
-
-def test_each_run_is_told_what_the_cheap_checks_found(tmp_path: Path) -> None:
-    pytest.importorskip("ftfy", reason="the extra audit is not installed")
-    rows = [*CLEAN, {**CLEAN[0], "text": "the schÃ¶ne cafÃ© &amp; bar"}, {**CLEAN[1], "text": "see &lt;here&gt; now"}]
-    [note] = [one for one in prepared(tmp_path, rows).notes if "look wrong" in one]
-    assert "markup in 2 rows" in note
-    assert "broken encoding in 1 row" in note
-    assert not any("look wrong" in one for one in prepared(tmp_path, CLEAN).notes)
-
-
-def test_patch_keeps_texts_with_every_sign_that_ends_a_line(tmp_path: Path) -> None:
-    row = {"text": "first\u2028second\u2029third\x85fourth <p>hello</p>", "label": CLEAN[0]["label"]}
-    _, issues = audited(tmp_path, prepared(tmp_path, [*CLEAN, row]))
-    [issue] = issues["control characters"]
-    decision = issue.decided(Remedy(action="replace", column="text", value=row["text"] + "!"))
-    save_patch(tmp_path / "p.jsonl", [decision])
-    assert load_patch(tmp_path / "p.jsonl") == {decision.key: decision}
-
-
-def test_equal_rows_are_counted_with_those_that_the_patch_drops(tmp_path: Path) -> None:
-    rows = [*CLEAN, CLEAN[0], CLEAN[0]]
-    for dropped in (1, 2):
-        patch, folder = tmp_path / f"{dropped}.jsonl", tmp_path / str(dropped)
-        save_patch(patch, [decide(CLEAN[0], "drop", dropped)])
-        _, issues = audited(folder, prepared(folder, rows, patch=str(patch)))
-        assert [one.row for one in issues["duplicate"]] == [f"{row_id(CLEAN[0])}-3"]
-
-
-def test_audit_is_made_anew_when_an_extra_was_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary = prepared(tmp_path, CLEAN)
-    first, _ = audited(tmp_path, summary)
-    seconds = (tmp_path / "data" / "audit.json").stat().st_mtime_ns
-    assert audited(tmp_path, summary)[0] == first
-    assert (tmp_path / "data" / "audit.json").stat().st_mtime_ns == seconds
-    monkeypatch.setattr(importlib.import_module("fulltune.audit.stage"), "version", lambda: "4, no audit")
-    again, _ = audited(tmp_path, summary)
-    assert again.version == "4, no audit" != first.version
 
 
 def test_rows_with_secrets_are_no_examples_and_are_masked_where_dropped_ones_are_shown(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.audit import texts as audit
-from fulltune.audit.texts import _CHECKS, _shown, content, masked_cells, private
+from fulltune.audit.texts import _CHECKS, content, masked_cells, private
 from fulltune.audit.texts.flaw import redacted
 from fulltune.errors import SetupError
 
@@ -208,23 +208,6 @@ def test_flaw_behind_a_hostile_beginning_is_still_found(check: str, before: str,
     found = audit.flaws(text + flaw, (check,))
     assert found
     assert found != audit.flaws(text, (check,))
-
-
-@pytest.mark.skipif(bool(audit.missing()), reason="needs the extra audit")
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A <b>good</b> day at the caf\u00c3\u00a9, {{name}}",
-        "A <b>good</b> day, {{name}}, write to john@example.com",
-        "A good day, write to jo<i></i>hn@exam\u200bple.com, {{name}}",
-        "the key is AKIAIOSF\u200bODNN7EXAMPLE, as of my last knowledge",
-    ],
-)
-def test_flaws_say_the_same_whether_or_not_anything_had_to_be_masked(text: str) -> None:
-    checks = tuple(dict.fromkeys((*audit.OF_TEXTS, *audit.OF_ANSWERS)))
-    raw = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
-    assert raw
-    assert audit.flaws(text, checks) == [_shown(flaw, audit.masked_text(text)) for flaw in raw]
 
 
 @pytest.mark.parametrize(

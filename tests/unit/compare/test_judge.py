@@ -11,11 +11,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune.compare import budget, conclude, verdict
+from fulltune.compare import conclude, verdict
 from fulltune.compare.conclude import without_leaks
 from fulltune.compare.context import RECORD
 from fulltune.compare.seeds import SeedRuns
-from fulltune.records.comparison import Search, Trial, TrialResult
+from fulltune.records.comparison import Trial, TrialResult
 from fulltune.stats import bootstrap
 from tests import comparisons
 from tests.unit.compare.arms import ACCURACY, arm, looks_of
@@ -105,19 +105,6 @@ def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any
     assert given["decide"].call_args.args[-1].alpha == looks_of(3)[-1].spent
 
 
-def test_rate_that_was_not_searched_for_lack_of_time_leaves_a_part_of_alpha_too(
-    line: Any, given: dict[str, Any]
-) -> None:
-    """The card says that a larger budget would search it, so there must be something left to test with."""
-    line.trained_arms.pop()
-    unsearched = Search(arm="lora", chosen=1e-3, time_was_up=True)
-    conclude.judge(ran(line, looks_of(3, ends=True), {"lora": unsearched}))
-    (opening,) = given["comparison_of"].call_args.args[-1]
-    assert opening.left == pytest.approx(opening.alpha)
-    assert ran(line, searches={"lora": unsearched}).lacks_time
-    assert not ran(line).lacks_time
-
-
 def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: Any) -> None:
     found = conclude.judge(ran(line))  # there is no models/full, no models/lora
     assert type(found).load(line.folder / RECORD) == found
@@ -131,15 +118,14 @@ def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: A
     assert (line.folder / RECORD).exists()
 
 
-@pytest.mark.parametrize(("chosen", "whole", "runs"), [(1e-3, {3e-3: 0.9}, 2), (1e-3, {}, 1), (1e-2, {}, 0)])
-def test_whole_runs_at_a_rate_that_was_chosen_before_are_not_forecast_again(
-    chosen: float, whole: dict[float, float], runs: int
+def test_rate_that_was_not_searched_for_lack_of_time_leaves_a_part_of_alpha_too(
+    line: Any, given: dict[str, Any]
 ) -> None:
-    kept = [
-        trial("lora-seed42", 1e-3),
-        trial("lora-rate0.003-seed42", 3e-3),
-        trial("lora-rate0.01-6.0pct", 1e-2, searches=True),
-        trial("full-seed42", 1e-3),
-    ]
-    search = Search(arm="lora", chosen=chosen, whole=whole)
-    assert budget._runs_at_its_rates(search, kept) == runs
+    """The card says that a larger budget would search it, so there must be something left to test with."""
+    line.trained_arms.pop()
+    unsearched = Search(arm="lora", chosen=1e-3, time_was_up=True)
+    conclude.judge(ran(line, looks_of(3, ends=True), {"lora": unsearched}))
+    (opening,) = given["comparison_of"].call_args.args[-1]
+    assert opening.left == pytest.approx(opening.alpha)
+    assert ran(line, searches={"lora": unsearched}).lacks_time
+    assert not ran(line).lacks_time

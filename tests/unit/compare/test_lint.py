@@ -127,15 +127,6 @@ def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: s
     assert found.to_do
 
 
-def test_lint_few_eval_rows_says_how_many_and_what_they_tell_and_blames_no_method() -> None:
-    (found,) = lint(design(**ROWS))
-    assert "28 rows choose the learning rates, too few to tell rates apart that differ by less than about" in found.what
-    assert lint(design(margin=0.01, scale=Scale(True, 20_000, True))) == ()
-    assert lint(design(margin=0.01, scale=Scale(True, 28, False))) == ()  # the metric is no share
-    fixed = ComparisonDesign([ArmRow(**{**CLEAN_FULL, **found_by(chosen=3e-5)})], **ROWS)
-    assert "few-eval-rows" not in [one.rule for one in lint(fixed)]  # none chosen
-
-
 def test_lint_rates_of_full_that_whole_runs_led_up_to_do_not_make_those_of_lora_low() -> None:
     climbed = found_by((3e-5, 1e-4, 3e-4, 1e-3), chosen=3e-4)
     assert lint(design(full=climbed)) == ()
@@ -145,12 +136,6 @@ def test_lint_rates_of_full_that_whole_runs_led_up_to_do_not_make_those_of_lora_
 
 def test_lint_edge_that_is_no_better_than_its_neighbour_is_fine() -> None:
     assert lint(design(lora=found_by(HIGH["tried"], chosen=1e-3))) == ()
-
-
-def test_lint_one_rate_for_all_methods() -> None:
-    rows = [ArmRow(**{**one, **found_by(chosen=1e-4)}) for one in (CLEAN_FULL, CLEAN_LORA)]
-    rules = {finding.rule for finding in lint(ComparisonDesign(rows))}
-    assert {"one-rate-for-all", "rate-not-searched"} <= rules
 
 
 def test_lint_targets_beside_attention_are_fine() -> None:

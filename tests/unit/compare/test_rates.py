@@ -152,20 +152,6 @@ def test_next_whole_is_first_the_usual_rate_else_the_second_best(short: dict[str
     assert rates.next_whole(Search(arm="full", chosen=1e-3), {1e-3: 0.9}, SHARE, True, 4) is None
 
 
-def test_next_whole_only_lower_rates_where_the_search_s_came_apart() -> None:
-    found = finished(tried(**FULL), SHARE)
-    lower = rates.replaced(found, 2e-4, "it diverged")
-    assert rates.next_whole(lower, {2e-4: 0.9}, SHARE, True, 4) == 6e-5
-    assert rates.next_whole(lower, {2e-4: 0.9, 6e-5: 0.8}, SHARE, True, 4) is None  # not the one that came apart
-    assert rates.next_whole(lower, {2e-4: 0.8, 6e-5: 0.9}, SHARE, True, 4) == 1.9e-5
-    assert rates.next_whole(lower, {2e-4: 0.8, 6e-5: 0.9}, SHARE, may_extend=False, most=4) is None
-
-
-def test_next_whole_climbs_where_less_is_better_too() -> None:
-    found = finished(tried(r6e_5=2.0, r2e_4=1.9, r6e_4=1.8), LOSS)
-    assert rates.next_whole(found, {6e-4: 1.0, 2e-4: 1.5}, LOSS, True, 4) == 1.9e-3
-
-
 def test_next_whole_none_where_one_that_whole_runs_chose_came_apart() -> None:
     found = finished(tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE)
     climbed = rates.after_whole(found, {2e-4: 0.8, 6e-4: 0.9}, SHARE)
@@ -228,12 +214,3 @@ def test_after_whole_the_better_run_counts(
     assert list(found.whole) == [6e-4, 2e-4]
     said = {(0.925, 0.919): "the usual rate: no other was ahead by more than the eval rows can tell, in whole runs"}
     assert found.reason == said.get(metrics, "the best of 2 whole runs")
-
-
-@pytest.mark.parametrize("rows", [50, 200, 3000])
-def test_tolerance_where_all_rows_are_right_is_more_than_one_row(rows: int) -> None:
-    scale = Scale(greater_is_better=True, eval_rows=rows, is_share=True)
-    assert 0.6 / rows < scale.tolerance(1.0) < 1.1 / rows
-    assert scale.tolerance(0.5) == pytest.approx(math.sqrt(0.25 / rows), rel=0.03)
-    found = finished(tried(r6e_5=0.5, r2e_4=0.8, r6e_4=0.9), scale)
-    assert rates.next_whole(found, {6e-4: 1.0, 2e-4: 1 - 1 / rows}, scale, True, 4) is None

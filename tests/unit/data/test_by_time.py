@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import random
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
 from fulltune.data.split import split_by_time
 from fulltune.errors import DataError, RecipeError
-from fulltune.inference.store import load_texts
 from fulltune.recipe.file import check
 from fulltune.records.data import DataSummary
 from tests.unit.data.stage import dropped, of_splits
@@ -107,27 +104,6 @@ def test_test_is_newer_than_eval_is_newer_than_train_and_no_group_is_on_two_side
     assert f"{len(late)} of 200 rows left out: the same text" in note
     assert ("'user'" in note) == bool(group)
     assert summary.sources["test"] == "split off train.jsonl by 'day'"
-
-
-@pytest.mark.parametrize("kind", ["date", "timestamp", "zone", "number", "text"])
-def test_kinds_of_time_give_the_same_split(tmp_path: Path, encoder_tokenizer: Any, kind: str) -> None:
-    rows = [{**row, "text": f"{row['text']} {number}"} for number, row in enumerate(dated_rows(60))]
-    days = [date.fromisoformat(row["day"]) for row in rows]
-    moments = [datetime(day.year, day.month, day.day, 12, tzinfo=UTC) for day in days]
-    columns = {
-        "date": pa.array(days, pa.date32()),
-        "timestamp": pa.array([moment.replace(tzinfo=None) for moment in moments], pa.timestamp("us")),
-        "zone": pa.array(moments, pa.timestamp("ms", "UTC")),
-        "number": pa.array([moment.timestamp() for moment in moments], pa.float64()),
-        "text": pa.array([moment.isoformat() for moment in moments]),
-    }
-    table = pa.table(
-        {"text": [row["text"] for row in rows], "label": [row["label"] for row in rows], "day": columns[kind]}
-    )
-    parquet.write_table(table, tmp_path / "train.parquet")
-    prepare(tmp_path, tmp_path / "train.parquet", encoder_tokenizer)
-    newest = sorted(zip(days, (row["text"] for row in rows), strict=True))[-6:]
-    assert {row["text"] for row in load_texts(tmp_path / "data" / "test")} == {text for _, text in newest}
 
 
 def test_given_files_are_not_split_and_need_no_times(tmp_path: Path, encoder_tokenizer: Any) -> None:

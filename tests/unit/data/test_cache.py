@@ -279,14 +279,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_is_kept(
     assert len(runs.cached()) == 1
 
 
-def test_encoding_makes_other_rows_unless_it_is_the_usual_one(runs: Runs) -> None:
-    runs.prepare("one")
-    runs.prepare("two", settings={"encoding": "UTF8"})
-    assert len(runs.cached()) == 1
-    runs.prepare("three", settings={"encoding": "latin-1"})
-    assert len(runs.cached()) == 2
-
-
 @pytest.mark.parametrize("column", ["text", "label"])
 def test_a_column_of_which_no_cell_can_be_read_is_named(runs: Runs, column: str) -> None:
     import pyarrow as pa

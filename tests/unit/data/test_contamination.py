@@ -237,16 +237,6 @@ def test_rows_that_are_held_out_do_not_count_and_none_is_said(tmp_path: Path, en
     assert note.startswith("48 of 48 train rows hold one of 60 texts")
 
 
-def test_mixed_rows_count_for_themselves(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    rows, mixed = tiny.topic_rows(60), [{"text": f"mixed {number}", "label": "food"} for number in range(20)]
-    mixed[7]["text"] = TEN
-    bench(tmp_path, TEN)
-    first, second = notes(prepare(tmp_path, rows, encoder_tokenizer, mixed=mixed))
-    assert first.startswith("none of 48 train rows")
-    assert second.startswith("1 of 20 rows of mixed.jsonl, which is mixed in, hold one of 1 text of bench")
-    assert "mixed.jsonl:8;" in second
-
-
 LONG = "it is because the water of the river runs down to the sea"
 ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "prompt": ("causal-lm", {"prompt": "What is it?", "completion": "a b"}, {"prompt": "what  is IT?"}),
@@ -286,17 +276,3 @@ def test_text_in_any_column_of_a_task_is_found(tmp_path: Path, case: str) -> Non
     planted = [row for row in trained if all(row[key] == value for key, value in changed.items())]
     assert planted
     assert note.startswith(f"{len(planted)} of {len(trained)} train rows hold one of 4 texts of bench")
-
-
-def test_rows_are_made_anew_when_the_texts_change_but_not_when_they_move(
-    tmp_path: Path, encoder_tokenizer: Any
-) -> None:
-    rows = tiny.topic_rows(60)
-    bench(tmp_path, TEN)
-    first = prepare(tmp_path, rows, encoder_tokenizer)
-    (tmp_path / "bench").rename(tmp_path / "moved")
-    again = prepare(tmp_path, rows, encoder_tokenizer, contamination=str(tmp_path / "moved"))
-    assert again.fingerprint == first.fingerprint
-    bench(tmp_path, TEN, "another")
-    assert prepare(tmp_path, rows, encoder_tokenizer).fingerprint != first.fingerprint
-    assert prepare(tmp_path, rows, encoder_tokenizer, contamination=None).fingerprint != first.fingerprint

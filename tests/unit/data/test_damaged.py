@@ -13,16 +13,14 @@ import pytest
 from pyarrow import parquet
 
 from fulltune import data
-from fulltune.cli import predict as cli_predict
 from fulltune.data.readers.files import image_files
 from fulltune.data.readers.read import beside, content_hash, locate
 from fulltune.data.sources import find_files
-from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import load_texts
 from fulltune.models import files as model_files
-from fulltune.recipe.fields import Recipe, resolve_paths
+from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.system.run_folder import writing
 from fulltune.tasks import PLACE, Target, question_answering
 from tests import tiny
 from tests.unit.data.readers.table import read
@@ -110,17 +108,6 @@ def test_deep_json_is_refused_with_its_line(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"{path}:1: not valid JSON: its lists or objects are nested too deep")
 
 
-def test_deep_cell_is_listed_or_when_unused_left(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
-    deep: Any = "x"
-    for _ in range(300):
-        deep = [deep]
-    rows: list[dict[str, Any]] = [{**row, "note": ""} for row in ROWS]
-    rows[3]["text"], rows[4]["note"] = deep, deep
-    made = prepare(json_lines(tmp_path, rows))
-    assert list(made.dropped) == ["a.jsonl:4"]
-    assert "a.jsonl:5" in made.rows
-
-
 # ---- tables of other programs ----------------------------------------------------------------------------------
 
 
@@ -186,13 +173,6 @@ def test_target_beyond_32_bits_is_listed_with_its_row(
     assert "expected a number of at most 32 bits" in made.dropped["a.jsonl:8"]
 
 
-def test_infinite_number_among_classes_is_named_with_its_line(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
-    rows = [{**row, "label": number % 3} for number, row in enumerate(ROWS)]
-    rows[7]["label"] = "inf"
-    with pytest.raises(DataError, match=r"mixes words \('inf' in 1 row\) .* first: a.jsonl:8;"):
-        prepare(json_lines(tmp_path, rows))
-
-
 @pytest.mark.parametrize("token", ["Infinity", "-Infinity", "NaN"])
 @pytest.mark.parametrize("classes", [("a", "b", "c"), (0, 1, 2)])
 def test_json_number_without_an_end_is_no_class(
@@ -255,18 +235,6 @@ def test_times_as_labels_are_refused(tmp_path: Path, prepare: Callable[..., Prep
         prepare(table(tmp_path, {**columns_of(ROWS), "label": times}))
 
 
-@pytest.mark.parametrize("broken", ['["b"', '[["a"], "b"]', '[{"name": "a"}]', "[Infinity]"])
-def test_broken_list_among_lists_of_labels_is_listed(
-    tmp_path: Path, prepare: Callable[..., Prepared], broken: str
-) -> None:
-    rows = [{**row, "label": json.dumps(["a", "b"][: 1 + number % 2])} for number, row in enumerate(ROWS)]
-    rows[7]["label"] = broken
-    made = prepare(tiny.write_csv(tmp_path / "a.csv", rows))
-    assert made.summary.problem_type == "multi_label"
-    assert made.summary.labels == ("a", "b")
-    assert list(made.dropped) == ["a.csv:9"]
-
-
 def test_answer_start_that_is_no_number_leaves_the_row_out(
     tmp_path: Path, decoder_tokenizer: Any, prepare: Callable[..., Prepared]
 ) -> None:
@@ -280,11 +248,6 @@ def test_answer_start_that_is_no_number_leaves_the_row_out(
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------
-
-
-def test_exact_column_name_goes_before_another_case(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
-    made = prepare(tiny.write_csv(tmp_path / "a.csv", [{"Text": "other", **row, "LABEL": "x"} for row in ROWS]))
-    assert made.summary.columns == {"text": "text", "label": "label"}
 
 
 def test_column_names_that_differ_in_case_only_are_refused(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
@@ -311,48 +274,6 @@ def test_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.
     recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": {"train": str(tmp_path)}})
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
         find_files(recipe)
-
-
-def test_data_file_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    table(tmp_path, columns_of(ROWS)).rename(tmp_path / "b\udce4r.parquet")
-    assert "b\\xe4r.parquet: the name is not UTF-8" in refusal(tmp_path)
-
-
-def test_path_that_is_too_long_is_named(tmp_path: Path) -> None:
-    assert "cannot be read (File name too long)" in refusal(f"{tmp_path}/{'x' * 5000}.csv")
-
-
-@pytest.mark.parametrize(
-    ("path", "problem"),
-    [
-        ("a\0b.csv", r"data.train: 'a\\x00b.csv' holds a NUL character"),
-        ("https://example.com/a.csv", "data.train: 'https://example.com/a.csv' is an address, expected a path"),
-        ("b\udce4r.csv", "is not UTF-8"),
-    ],
-)
-def test_path_that_no_file_can_have_is_refused(tmp_path: Path, path: str, problem: str) -> None:
-    recipe = Recipe.model_construct(
-        **dict(Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": "t"}}))
-    )
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": path})})
-    with pytest.raises(RecipeError, match=problem):
-        resolve_paths(recipe, tmp_path)
-
-
-def test_path_in_a_circle_of_links_is_left_to_the_reader(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").symlink_to(tmp_path / "a.csv")
-    recipe = Recipe.model_validate(
-        {"model": "~$x", "task": "causal-lm", "data": {"train": "a.csv", "eval": "x" * 5000}}
-    )
-    assert resolve_paths(recipe, tmp_path).data.train == (str(tmp_path / "a.csv"),)
-
-
-@pytest.mark.parametrize(("inside", "named"), [(True, "cannot be written"), (False, "cannot be opened")])
-def test_refusal_names_the_run_folder_only_for_what_lies_there(tmp_path: Path, inside: bool, named: str) -> None:
-    file = tmp_path / ("runs/r/x.json" if inside else "elsewhere.csv")
-    with pytest.raises(SetupError) as caught, writing(tmp_path / "runs" / "r"):
-        raise PermissionError(13, "Permission denied", str(file))
-    assert str(caught.value).startswith(f"{tmp_path / 'runs' / 'r' if inside else file}: {named} (permission denied)")
 
 
 def test_model_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,20 +317,3 @@ def test_address_of_an_image_is_no_path(tmp_path: Path) -> None:
 
 
 # ---- rows that are answered ------------------------------------------------------------------------------------
-
-
-def test_table_of_answers_takes_columns_that_were_read_as_something_else(tmp_path: Path) -> None:
-    kind = {"_type": "ClassLabel", "names": ["bad", "good"]}
-    known = {b"huggingface": json.dumps({"info": {"features": {"label": kind}}}).encode()}
-    far = pa.array([2**60, 0], pa.timestamp("us"))
-    given = {"text": ["a", "b"], "label": [0, 1], "raw": [b"c", b"\xff"], "when": far}
-    notes = Target("regression", {"text": "text", "label": "label"}).as_notes()
-    what = cli_predict.asked([], table(tmp_path, given, known), notes)
-    new = cli_predict.added(notes, what.columns)
-    with cli_predict.into(tmp_path / "out.parquet", what.columns, new, what.types()) as put:
-        for _, row in what.placed():
-            put(row, cli_predict.cells(new, {"value": 0.5}, None))
-    written = parquet.read_table(tmp_path / "out.parquet").to_pydict()
-    assert written["label"] == ["bad", "good"]
-    assert written["raw"] == [b"c", b"\xff"]
-    assert written["when"] == [None, datetime(1970, 1, 1)]

@@ -160,15 +160,3 @@ def test_source_is_read_only_a_little_ahead(job: Job, tmp_path: Path) -> None:
     assert num_read == 700
     assert len(ahead) == 100
     assert max(ahead) <= 2 * WORKERS * 7 + 1  # the row that begins the next chunk
-
-
-def test_row_of_many_lost_parts_is_written_down_once(tmp_path: Path) -> None:
-    """Each turn of a conversation whose template rewrites the earlier ones is an example of its own."""
-    turn = [{"role": "user", "content": "rain?"}, {"role": "assistant", "content": "<think>so</think>rain"}]
-    row = {"messages": turn * 20}
-    target = Target("chat", {"messages": "messages"})
-    job = Job("causal-lm", DROPPING, target, tiny.decoder_tokenizer(tiny.REWRITING), 60)
-    items: list[Any] = []
-    encode.encode(job, iter(placed([row])), 1, tmp_path, lambda done: None, items.append)
-    assert len(items) > 10
-    assert [item.row for item in items] == [row, *[{}] * (len(items) - 1)]

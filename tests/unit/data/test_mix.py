@@ -223,13 +223,3 @@ def test_source_of_only_scored_rows_is_refused(tmp_path: Path, encoder_tokenizer
     settings = {"test": str(tiny.write_jsonl(tmp_path / "test.jsonl", test))}
     with pytest.raises(DataError, match=r"other1\.jsonl: no row can be mixed in \(20 x also in test\)"):
         prepare(tmp_path, encoder_tokenizer, "text-classification", tiny.topic_rows(40), (test, 0.1), **settings)
-
-
-def test_other_weight_makes_other_data_and_none_keeps_the_fingerprint(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    rows, others = tiny.topic_rows(40), [{"text": "what else", "label": "food"}]
-    found = [
-        prepare(tmp_path / str(number), encoder_tokenizer, "text-classification", rows, *mixed).fingerprint
-        for number, mixed in enumerate([(), (), ((others, 0.1),), ((others, 0.2),)])
-    ]
-    assert found[0] == found[1]
-    assert len(set(found)) == 3

@@ -117,49 +117,6 @@ def test_a_loss_in_pieces_has_the_heads_gradient_before_the_backward_pass() -> N
         assert found.kinds["buffers"] == value * units.kept + memory.CUDA_CONTEXT_BYTES
 
 
-def test_recomputed_activations_keep_copies_of_a_block_alone() -> None:
-    moment = footprint(20 * M, "forward 0:last", buffers=2 * P)
-    kept, again = (
-        fsdp2.need(SHAPES, moment, SETTINGS.changed(activation_checkpointing=one), "cuda").kinds["buffers"]
-        for one in (False, True)
-    )
-    assert kept - again == 2 * P - 2 * BLOCK
-
-
-def test_gradient_of_a_tied_head_lies_in_the_root_beside_a_norm_that_is_kept() -> None:
-    words = SHAPES.vocab_size * SHAPES.hidden_size
-    units = Units(root=ROOT, kept=1000, freed=NUM_BLOCKS * BLOCK, block=BLOCK, apart=0)
-    shapes = SHAPES.model_copy(update={"units": units, "num_parameters": P + 1000})
-    moment = footprint(20 * M, "backward 0:last", 4 * (1000 + words) + 4 * BLOCK / 2)
-    with_logits = moment.variants[0].first[0].model_copy(update={"place": "backward head"})
-    with_logits = with_logits.model_copy(
-        update={"coefficients": with_logits.coefficients | {"logits": (1,) + (0,) * 5}}
-    )
-    variant = moment.variants[0].model_copy(update={"first": (*moment.variants[0].first, with_logits)})
-    found = fsdp2.need(shapes, moment.model_copy(update={"variants": (variant,)}), SETTINGS, "cuda")
-    assert found.kinds["gradients"] == pytest.approx(4 * words + 4 * BLOCK / 2, abs=4000)
-
-
-def test_tied_embeddings_have_a_gradient_beside_the_heads_at_the_end() -> None:
-    words = SHAPES.vocab_size * SHAPES.hidden_size
-    units = Units(root=4 * ROOT, kept=1000, freed=P, block=BLOCK, apart=0)
-    shapes = SHAPES.model_copy(update={"units": units, "num_parameters": P + 4 * ROOT + 1000})
-    found = fsdp2.need(shapes, footprint(20 * M, "backward 0:below", 4 * P, logits=1), SETTINGS, "cuda")
-    parts = 4 * (P + 1000) // 4
-    assert found.kinds["gradients"] == pytest.approx(parts + 4 * 4 * ROOT + 4 * words, abs=4000)
-
-
-def test_features_of_a_probe_are_held_by_each_process_before_there_is_an_optimizer() -> None:
-    def evaluation(probe_bytes: int) -> int:
-        return fsdp2.need(SHAPES, footprint(20 * M), SETTINGS.changed(probe_bytes=probe_bytes), "cuda").phases[
-            "evaluation"
-        ]
-
-    state = 8 * P // 4
-    assert evaluation(state) == evaluation(0)
-    assert evaluation(state + M) == evaluation(0) + M
-
-
 def test_accumulation_holds_parts_of_gradients_alone() -> None:
     one, more = (
         fsdp2.need(SHAPES, footprint(20 * M), SETTINGS.changed(gradient_accumulation_steps=passes), "cuda").kinds
@@ -167,28 +124,6 @@ def test_accumulation_holds_parts_of_gradients_alone() -> None:
     )
     assert more["gradients"] - one["gradients"] == 4 * P // SETTINGS.num_processes
     assert {**more, "gradients": 0} == {**one, "gradients": 0}
-
-
-def test_root_is_sent_when_nothing_else_is_left() -> None:
-    root, block = 300 * M, 30 * M
-    units = Units(root=root, kept=0, freed=NUM_BLOCKS * block, block=block, apart=0)
-    shapes = SHAPES.model_copy(update={"units": units})
-    found = fsdp2.need(shapes, footprint(0), SETTINGS, "cuda")
-    # Its gradients as they are and as they are sent; those of the blocks are parts.
-    assert found.kinds["gradients"] == 4 * P // 4 + 4 * root
-    assert found.kinds["buffers"] == 4 * root + memory.CUDA_CONTEXT_BYTES
-    on_cpu = fsdp2.need(shapes, footprint(0), SETTINGS, "cpu")
-    beyond = memory.FIRST_CALLS_BYTES + 2 * 4 * 90 * M // 4 + round(memory.STATE_SHARE * 12 * P / 4)
-    assert on_cpu.kinds["buffers"] == pytest.approx(2 * 4 * root + beyond, rel=0.01)
-
-
-def test_first_block_ends_with_the_embeddings_put_together() -> None:
-    apart = 60 * M
-    units = Units(root=0, kept=0, freed=P, block=BLOCK, apart=apart)
-    found = fsdp2.need(SHAPES.model_copy(update={"units": units}), footprint(0), SETTINGS, "cuda")
-    # The block's weights and gradients, those of the one before as they were sent, and all others' parts.
-    assert found.kinds["gradients"] == 4 * BLOCK + 4 * (P - BLOCK - apart) // 4
-    assert found.kinds["buffers"] == 4 * (2 * BLOCK + apart) + memory.CUDA_CONTEXT_BYTES
 
 
 def test_one_tensor_of_the_finished_model_is_put_together_at_a_time() -> None:
@@ -216,24 +151,6 @@ def test_other_types_of_weights_and_moments(types: dict[str, Any], weights: int,
     # What is gathered and sent has the weights' type.
     assert found.kinds["gradients"] == weights * BLOCK / 2
     assert found.kinds["buffers"] == weights * (ROOT + 3 * BLOCK) + memory.CUDA_CONTEXT_BYTES
-
-
-def test_checkpoints_have_moments_in_fp32() -> None:
-    kept, narrow = (
-        fsdp2.need(SHAPES, footprint(0), SETTINGS.changed(optim=optim), "cuda") for optim in ("adafactor", "adamw_8bit")
-    )
-    more = narrow.kinds["optimizer"] - kept.kinds["optimizer"]
-    assert narrow.phases["resuming"] - kept.phases["resuming"] == more + 8 * P / 4
-    assert narrow.phases["saving"] > kept.phases["saving"] + more + P
-
-
-def test_what_the_head_is_sent_in_stays_during_the_first_blocks_backward() -> None:
-    head = 60 * M
-    units = Units(root=0, kept=head, freed=P - head, block=BLOCK, apart=0)
-    found = fsdp2.need(SHAPES.model_copy(update={"units": units}), footprint(20 * M, "forward loss"), SETTINGS, "cuda")
-    # The block's weights, the next block as it was received, the head's gradients as they were sent.
-    assert found.kinds["gradients"] == 4 * BLOCK // fsdp2.TENSORS_OF_BLOCK
-    assert found.kinds["buffers"] == 4 * (2 * BLOCK + head) + memory.CUDA_CONTEXT_BYTES
 
 
 def test_peak_of_one_process_falls_towards_what_is_whole() -> None:

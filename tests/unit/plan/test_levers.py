@@ -71,30 +71,3 @@ def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPa
     assert any(one.startswith(f"{lever.setting}: ") for one in levers.what_helps(RECIPE, PLAN, "step")) or (
         not lever.way_out
     )
-
-
-def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the search, the ways out, what is tried after memory ran out, what is proposed then, and what is measured."""
-    new = Lever(
-        name="half the buffers",
-        setting="train.torch_compile",
-        costs="patience",
-        changes={"torch_compile": True},
-        done="half the buffers",
-        searched=True,
-        way_out=True,
-        fallback=("step",),
-        measured="half the buffers",
-    )
-    for module in (choose, ways_out, levers, measure):
-        monkeypatch.setattr(module, "LEVERS", (new,))
-    monkeypatch.setattr("fulltune.train.parent.next_attempt.LEVERS", (new,))
-
-    wanted = SETTINGS.changed(micro_batch_size=1, gradient_accumulation_steps=1, torch_compile=True)
-    assert wanted in choose._candidates(RECIPE, SETTINGS, 1)
-    found = ways_out.of_memory(RECIPE, SETTINGS, 999, needs_less_with(new.changes))
-    assert found[0].change == "train.torch_compile: true"
-    offered = fallbacks(RECIPE, PLAN, "step", lambda changes: True)
-    assert [(name, changes) for name, changes, _ in offered] == [(new.name, new.changes)]
-    assert levers.what_helps(RECIPE, PLAN, "step") == ["train.torch_compile: true"]
-    assert [row.name for row in measure.levers(RECIPE, PLAN)][1:] == ["+ half the buffers"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.footprint.records import Footprint, Kind, Moment, Variant
+from fulltune.footprint.records import Footprint, Moment, Variant
 from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
 from fulltune.plan.memory import need, state_bytes
@@ -113,25 +113,6 @@ def test_a_chunked_loss_holds_a_piece_and_the_heads_gradient() -> None:
     found = need(SHAPES, FOOTPRINT, SETTINGS.changed(chunked_loss=True), "cpu").kinds
     # 256 tokens x 2,000 words x 4 bytes; 2,000 x 100 x 4 bytes.
     assert (found["logits"], found["gradients"]) == (2_048_000, 800_000)
-
-
-def test_a_chunked_loss_in_16_bits_holds_a_copy_of_the_head_and_a_pieces_share_of_its_gradient() -> None:
-    kinds: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 1, "buffers": 0}
-    chunked = SETTINGS.changed(chunked_loss=True, precision="bf16")
-    words, head = SHAPES.vocab_size, SHAPES.vocab_size * SHAPES.hidden_size
-    piece = 1024 * words * (4 + 2)
-
-    def of(
-        settings: MemorySettings, device: str = "cuda", tokens: int = 5000, before: int | None = 0
-    ) -> dict[Kind, int]:
-        return memory.in_pieces(kinds, SHAPES, settings, device, tokens, before)
-
-    assert of(chunked) == kinds | {"logits": piece + 2 * head + 2 * head, "gradients": 4 * head}
-    assert of(chunked.changed(weights_dtype="bf16"))["logits"] == piece + 2 * head
-    assert of(chunked, "cpu")["logits"] == piece // 4 + 2 * head
-    # No more tokens than there are; and a forward pass alone makes no gradients.
-    assert of(chunked, tokens=1000)["logits"] == 1000 * words * (4 + 2) + 4 * head
-    assert of(chunked, before=None) == kinds | {"logits": piece + 2 * head}
 
 
 def test_several_processes_have_buckets() -> None:

@@ -12,7 +12,6 @@ from rich.console import Console
 from fulltune.cli.show.plan import sections
 from fulltune.errors import RecipeError
 from fulltune.plan import gpus, time, ways_out, workload
-from fulltune.plan.fit import fit
 from fulltune.plan.settings import with_settings
 from fulltune.plan.survey import advise, ranked, survey
 from fulltune.records.plan import Plan, Survey
@@ -146,25 +145,6 @@ def test_recomputing_that_is_faster_is_chosen_with_its_reason() -> None:
     assert re.fullmatch(r"1\.\d\d times as fast as without it, where micro batches are smaller", reason)
 
 
-@pytest.mark.parametrize("micro", [64, None])
-def test_reason_to_recompute_names_the_micro_batch_that_does_not_fit_without(micro: int | None) -> None:
-    train = {"global_batch_size": micro or 1} | ({"micro_batch_size": micro} if micro else {"memory_limit": "2.5GiB"})
-    _, plan = planned("1x T4", sizes.bert(tokens=512, train=train))
-    assert plan is not None
-    assert plan.activation_checkpointing
-    reason = next(one.reason for one in plan.settings if one.name == "train.activation_checkpointing")
-    # One row needs less than the limit, but a tenth of that is kept free.
-    assert reason.startswith(f"without it, a micro batch of {micro or 1} needs more than {'2.2' if not micro else ''}")
-
-
-def test_model_that_cannot_recompute_is_the_reason_and_not_the_recipe() -> None:
-    task = sizes.bert()
-    _, plan = planned("cpu", replace(task, shapes=task.shapes.model_copy(update={"can_recompute": False})))
-    assert plan is not None
-    setting = next(one for one in plan.settings if one.name == "train.activation_checkpointing")
-    assert (setting.value, setting.chosen, setting.reason) == (False, True, "this model cannot recompute them")
-
-
 def test_whole_command_is_foreseen_part_by_part() -> None:
     task = sizes.llama(evaluate={"generate_rows": 20})
     found, plan = planned("8x A100-80GB", task, (1.0, ""))
@@ -208,34 +188,6 @@ def test_scoring_takes_what_the_hardware_takes_for_the_scored_rows() -> None:
     assert fewer["scoring the trained model"] < cpu["scoring the trained model"] / 5
 
 
-def test_nothing_is_scored_without_test_rows() -> None:
-    task = sizes.bert()
-    splits = {name: split for name, split in task.summary.splits.items() if name != "test"}
-    assert _scored("cpu", replace(task, summary=task.summary.model_copy(update={"splits": splits}))) == {}
-
-
-@pytest.mark.parametrize(("spent", "least", "most"), [(2.0, 2.0, 4.0), (12.0, 12.0, 18.0), (600.0, 600.0, 610.0)])
-def test_start_is_what_the_command_took_up_to_its_plan(spent: float, least: float, most: float) -> None:
-    task, fleet = sizes.bert(), gpus.parse("cpu")
-    plan = fit(task, fleet, started_seconds=spent)
-    assert plan.time is not None
-    start = plan.time.around[0]
-    assert (start.name, start.basis) == ("starting", "measured")
-    assert least < start.seconds < most
-
-
-def test_dry_run_of_a_method_without_gradients_through_the_model_is_short() -> None:
-    def checks(**changes: Any) -> float:
-        task = sizes.bert(rows=1, tokens=512, **changes)
-        shapes = task.shapes.model_copy(update={"num_trained": 1000} if changes else {})
-        _, plan = planned("cpu", replace(task, shapes=shapes))
-        assert plan is not None
-        assert plan.time is not None
-        return next(part.seconds for part in plan.time.around if part.name == "checks and dry run")
-
-    assert checks(method="head") < 0.5 * checks()
-
-
 SMALL = sizes.LLAMA.model_copy(update={"num_parameters": 10**9, "num_trained": 10**6, "num_held": 10**9 + 10**6})
 
 
@@ -264,33 +216,6 @@ def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -
         found, _ = _survey(_by("full"), "1x RTX 4090, 64GB host", other)
         assert not any(one.change == "method: lora" for one in found.ways_out)
         assert not any("--set method=lora" in one.rule for one in found.advice)  # the command would be refused
-
-
-def test_what_lora_frees_is_held_against_what_the_recipe_needs_of_what_is_short() -> None:
-    task = sizes.llama(model={"name": "m", "weights_dtype": "bf16"}, train={"global_batch_size": 64})
-    found, _ = _survey(task, "1x RTX 4090, 64GB host", _by("lora", SMALL))
-    way = next(one for one in found.ways_out if one.change == "method: lora")
-    needed = next(one.device_bytes for one in found.placements if one.name == "one device, bf16 + 8-bit")
-    assert way.where == "device"
-    assert 0 < way.frees_bytes < needed
-    found, plan = _survey(_by("full"), "1x MI325X, 40GB disk", _by("lora", SMALL))
-    assert plan is None
-    way = next(one for one in found.ways_out if one.change == "method: lora")
-    needed = 200.9 * sizes.GIB  # checkpoints and model
-    assert way.where == "disk"
-    assert needed - 40 * sizes.GB < way.frees_bytes < needed
-
-
-@pytest.mark.parametrize(
-    ("full", "fits", "verdict"), [(_by("full"), False, "leave"), (_by("full", SMALL), True, "try")]
-)
-def test_full_is_advised_beside_another_method_only_where_it_fits(
-    full: workload.Workload | None, fits: bool, verdict: str
-) -> None:
-    found, plan = _survey(_by("lora", SMALL), "1x RTX 4090, 64GB host", full)
-    assert plan is not None
-    assert found.full_fits == fits
-    assert {one.method: one.verdict for one in found.advice}["full fine-tuning"] == verdict
 
 
 def test_disk_too_small_has_ways_out_of_its_own() -> None:
@@ -354,20 +279,6 @@ def test_only_devices_that_work_are_paid() -> None:
     assert found.price == pytest.approx(2.0 * plan.time.whole_seconds / 3600)
 
 
-@pytest.mark.parametrize("hardware", ["1x L40S, 16GB host", "8x L40S, 1TB host", "1x L40S, 256GB host"])
-@pytest.mark.parametrize(
-    ("where", "without"),
-    [({"extra": ZERO2}, "train.extra.deepspeed: null"), ({"placement": "zero2"}, "train.placement: auto")],
-)
-def test_plain_ways_take_deepspeed_out_of_the_recipe(hardware: str, where: dict[str, Any], without: str) -> None:
-    found, plan = planned(hardware, sizes.llama(train={"global_batch_size": 64, **where}))
-    assert (plan is not None) == found.fits
-    plain = [one for one in found.placements if not one.name.startswith(("ZeRO", "FSDP2"))]
-    name, value = without.split(": ")
-    assert all(one.settings[name] == (None if value == "null" else value) for one in plain)
-    assert all("adamw_8bit" not in way.change or without in way.change for way in found.ways_out)
-
-
 def test_given_copies_that_do_not_fit_are_told_to_be_shared_out() -> None:
     train = {"global_batch_size": 64, "num_processes": 8, "placement": "ddp", "optim": "adamw_torch_fused"}
     here = gpus.parse("8x L40S").model_copy(update={"here": True})
@@ -395,14 +306,6 @@ def test_table_and_plan_agree_on_the_host(host: int) -> None:
     found, _ = survey(task, fleet.model_copy(update={"here": True}))
     row = next(one for one in found.placements if one.name == "ZeRO-3, all on host")
     assert found.fits == row.fits
-
-
-def test_optimizer_of_unknown_state_is_named() -> None:
-    _, plan = planned("1x A100-80GB", sizes.bert(train={"optim": "lion_32bit"}))
-    assert plan is not None
-    setting = next(one for one in plan.settings if one.name == "train.optim")
-    assert setting.reason == "from the recipe; the size of its state is not known here: planned as AdamW's"
-    assert not setting.chosen
 
 
 def test_recipes_own_placement_is_recognised() -> None:

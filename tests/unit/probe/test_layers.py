@@ -196,17 +196,6 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("task", "kind"), [("multiple-choice", "choice"), ("question-answering", "span")])
-def test_other_tasks_with_a_head_that_cannot_be_seen(task: TaskName, kind: ProblemType, tmp_path: Path) -> None:
-    model = model_of("Bert", task)
-    name = "classifier" if kind == "choice" else "qa_outputs"
-    setattr(model, name, nn.Sequential(nn.Linear(32, OUTPUTS[kind]), nn.Sigmoid()))
-    probe = fitted(tmp_path, lambda: extractor_of(model, task, kind), rows_of(kind, 40), rows_of(kind, 10))
-    assert probe.head is None
-    assert "not just those of its last layer" in probe.why_not
-    assert (probe.frozen is None) == (kind == "span")
-
-
 def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path: Path) -> None:
     model = model_of("Bert", "text-classification")
     model.classifier = nn.Bilinear(1, 1, 3)

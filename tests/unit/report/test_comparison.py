@@ -10,8 +10,7 @@ import pytest
 from fulltune import report
 from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
-from fulltune.report.comparison import content, numbers
-from fulltune.report.comparison.content import plots
+from fulltune.report.comparison import numbers
 from fulltune.report.comparison.numbers import Writer
 from tests import comparisons
 from tests.unit.report.test_write import Page
@@ -49,23 +48,6 @@ def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path)
     assert [tag["class"] for tag in page.with_tag("div") if "verdict" in str(tag.get("class"))] == [
         "verdict equivalent"
     ]
-
-
-def test_card_full_of_a_language_model_says_that_smaller_is_better(tmp_path: Path) -> None:
-    markdown, html = cards(tmp_path, comparisons.language())
-    assert "**FULL.** Updating every parameter is worth it here" in markdown
-    assert "below 0.01 of loss do not matter" in markdown
-    assert "Smaller loss is better." in markdown
-    assert cells(markdown, "lora")[0][2:4] == ["1.946 [1.924, 1.969]", "+0.043 [+0.037, +0.049]"]
-    assert "nats per token" in Page(html).text
-
-
-def test_card_undecided_says_what_would_decide(tmp_path: Path) -> None:
-    markdown, html = cards(tmp_path, comparisons.undecided())
-    for text in (markdown, Page(html).text):
-        assert "UNDECIDED" in text
-        assert "What to do: lora: would be decided by 9,240 test rows or 12 seeds per method, if" in text
-        assert "▸ lora" not in text
 
 
 # ---- the field -------------------------------------------------------------------------------------------------
@@ -113,16 +95,6 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
     )
     assert "**The sealed test rows were used for a verdict 2 times. 1 unfair setting: see Fairness.**" in markdown
     assert "test rows used for a verdict 2 times: 2026-11-24T16:12:03+01:00 by ada@lab" in Page(html).text
-
-
-def test_marks_few_rows_are_named() -> None:
-    made = comparisons.undecided()
-    lora = made.decision.difference("lora").model_copy(update={"detectable": 0.031, "equivalent": False})
-    made = made.model_copy(update={"decision": made.decision.model_copy(update={"differences": (lora,)})})
-    assert content.marks(made) == [
-        "Note: differences that so many test rows and seeds find in 8 of 10 cases: from "
-        "3.1 points on (lora); the margin is 1 point.",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -191,24 +163,7 @@ def test_html_is_well_formed_loads_nothing_and_escapes(tmp_path: Path, made: typ
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", html)
 
 
-def test_markdown_hostile_text_keeps_lines_and_columns(tmp_path: Path) -> None:
-    markdown, _ = cards(tmp_path, comparisons.hostile())
-    outside_code = re.sub(r"(?ms)^```.*?^```$", "", markdown)
-    assert not re.search(r"(?<!\\)<[a-z/]", outside_code)
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", markdown)
-    for block in re.findall(r"(?m)(?:^\|.*\n)+", outside_code):
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
-
-
 # ---- the plot --------------------------------------------------------------------------------------------------
-
-
-def test_plot_against_time_and_operations_where_they_are_known() -> None:
-    made = comparisons.comparison()
-    titles = [one.title for one in plots(made)]
-    assert titles == ["Quality against training time", "Quality against operations (FLOP)"]
-    rows = tuple(row.model_copy(update={"train_flops": 0.0}) for row in made.rows)
-    assert [one.title for one in plots(made.model_copy(update={"rows": rows}))] == titles[:1]
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------
@@ -220,14 +175,6 @@ def test_plot_against_time_and_operations_where_they_are_known() -> None:
 )
 def test_ratio_keeps_what_matters(value: float, text: str) -> None:
     assert numbers.ratio(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(1.0, "100%"), (0.452, "45.2%"), (0.0065, "0.65%"), (3.4e-5, "0.0034%"), (0, "0%"), (-0.4, "-40%")],
-)
-def test_fine_share_keeps_two_digits(value: float, text: str) -> None:
-    assert numbers.fine_share(value) == text
 
 
 def test_writer_has_no_minus_zero_and_no_needless_digits() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +12,7 @@ import yaml
 from fulltune import report
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan, Setting
-from fulltune.records.scores import Calibration, Estimate, Scores
 from fulltune.report.run.model_card import merged_card
-from fulltune.stats.calibration import ALL_RIGHT
 
 
 def written(folder: Path) -> tuple[dict[str, Any], str]:
@@ -50,48 +47,6 @@ def test_card_classification_has_front_matter_numbers_and_no_machine_path(classi
         assert part in body
     assert "/srv" not in body
     assert str(classification.parent) not in body
-
-
-def test_temperature_that_was_not_fitted_is_said(classification: Path) -> None:
-    path = classification / "scores" / "full-seed42.json"
-    scores = Scores.load(path)
-    found = Calibration(
-        temperature=1.0, expected_calibration_error=0.2, expected_calibration_error_scaled=0.2, note=ALL_RIGHT
-    )
-    scores.model_copy(update={"calibration": found}).save(path)
-    _, body = written(classification)
-    assert "- temperature: 1, not fitted" in body
-    assert "Every eval row is answered rightly" in body
-    report.write(classification)
-    page = (classification / "report.md").read_text(encoding="utf-8")
-    assert "1, not fitted" in page
-    assert "Every eval row is answered rightly, so that nothing tells how sure to be: the temperature stays 1." in page
-
-
-def test_card_causal_lm_from_the_hub_names_its_base_model(causal_lm: Path) -> None:
-    front, body = written(causal_lm)
-    assert front["base_model"] == "org/small-lm"
-    assert front["pipeline_tag"] == "text-generation"
-    assert "AutoModelForCausalLM" in body
-
-
-def test_card_says_of_how_many_rows_each_metric_is(causal_lm: Path) -> None:
-    path = causal_lm / "scores" / "full-seed42.json"
-    scores = Scores.load(path)
-    rouge = Estimate(value=0.46, low=0.4, high=0.52, rows=len(scores.answers))
-    metrics = {**scores.metrics, "rougeL": rouge}
-    left_out = "not computed: chrf; pip install 'fulltune[text-metrics]'"
-    scores.model_copy(update={"metrics": metrics, "left_out": left_out}).save(path)
-    _, body = written(causal_lm)
-    few, all_rows = len(scores.answers), scores.rows
-    assert few < all_rows
-    assert "0.46 [0.4, 0.52]" in body
-    drawn = f"Answers were generated for {few} test rows with different prompts, drawn at random; on these: "
-    assert drawn in body
-    report.write(causal_lm)
-    page = (causal_lm / "report.html").read_text(encoding="utf-8")
-    assert drawn in page
-    assert f"N{left_out[1:]}." in html.unescape(page)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +91,6 @@ def test_base_model_is_named_only_for_hub_ids(causal_lm: Path, name: str, expect
     assert "license" not in front
     assert "/home/me" not in body
     assert "C:" not in body
-
-
-def test_card_unscored_model_says_so(causal_lm: Path) -> None:
-    (causal_lm / "scores" / "full-seed42.json").unlink()
-    _, body = written(causal_lm)
-    assert "was not scored on test rows" in body
 
 
 def test_card_of_a_trial_whose_scores_are_given_is_about_that_one(classification: Path, kit: SimpleNamespace) -> None:

@@ -67,19 +67,6 @@ def test_curve_wide_range_uses_a_log_scale_but_not_for_the_learning_rate() -> No
     assert "log scale" not in learning_curve("learning rate", points, "learning_rate")
 
 
-def test_rates_are_written_below_a_log_scale() -> None:
-    series = plots.Series("short runs", ((1e-5, 0.5), (2e-4, 0.7), (1e-3, math.nan)))
-    drawing = plots.series_plot("title", [series], "accuracy", plots.LEARNING_RATE, 2e-4).svg
-    assert {"1e-05", "0.0002", "0.001"} <= {text.text for text in texts(drawing)}
-
-
-def test_interval_plot_shows_names_whole() -> None:
-    names = ["nearest centroid (frozen embeddings of 10,000 train rows)", "a " + "very long name of a method " * 4, "x"]
-    drawing = interval_plot(*(Mark(name, 0.9, 0.88, 0.92, "90.0%", filled=True) for name in names))
-    written = " ".join(str(text.text) for text in texts(drawing))
-    assert all(" ".join(name.split()) in written for name in names)
-
-
 def test_plots_hostile_names_stay_text() -> None:
     name = '</title><script>alert(1)</script>"& $\\frac{1$'
     bars = [Mark(name, 0.9, 0.8, 1.0, "90.0%", filled=True), Mark("b", math.nan, 0, 1, "not finite")]
@@ -124,25 +111,6 @@ def costs(*dots: Mark, title: str = "title") -> CostPlot:
 
 def names(drawing: str) -> list[ElementTree.Element]:
     return [text for text in texts(drawing) if "var(--ink)" in str(text.get("style"))]
-
-
-def test_cost_plot_names_of_ten_methods_stand_in_its_legend_below_the_marks() -> None:
-    arms = [dot(f"lora-r{2**power}", 0.9 + power / 100, 0.91 + power / 1000) for power in range(9)]
-    drawing = cost_plot(costs(dot("full", 1, 0.92, full=True), *arms))
-    found = names(drawing)
-    assert {name.text for name in found} == {"full", *(arm.name for arm in arms)}
-    places = {(float(str(one.get("x"))), float(str(one.get("y")))) for one in found}
-    assert len(places) == 10
-    assert all(0 <= x <= 400 for x, _ in places)
-    axis = next(text for text in texts(drawing) if text.text == "training time, relative to full")
-    assert min(y for _, y in places) > float(str(axis.get("y")))
-
-
-def test_cost_plot_not_finite_method_is_left_out() -> None:
-    drawing = cost_plot(costs(dot("full", 1, 0.92, full=True), dot("lora", 0.9, float("nan"))))
-    assert [name.text for name in names(drawing)] == ["full"]
-    assert "nan" not in drawing
-    assert "no finite value" in cost_plot(costs())
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,12 +76,6 @@ def test_missing_stopped_run_gives_the_guard_s_reason(stopped: Path) -> None:
     )
 
 
-def test_missing_attempt_without_outcome_is_named(stopped: Path) -> None:
-    (stopped / "attempts" / "full-seed42-01" / "outcome.json").unlink()
-    missing = dict(read_run(stopped).missing)
-    assert "still running, or it was killed" in missing["the outcome of full-seed42-01"]
-
-
 def test_missing_only_a_recipe_names_every_part(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: org/x\ntask: causal-lm\n", encoding="utf-8")
     what = " ".join(what for what, _ in read_run(tmp_path).missing)
@@ -102,13 +95,6 @@ def test_missing_complete_run_is_empty(classification: Path) -> None:
 def test_plan_that_is_torn_or_of_another_version_is_named(classification: Path, text: str) -> None:
     (classification / "plan" / "full.json").write_text(text, encoding="utf-8")
     assert "plan/full.json" in [what for what, _ in read_run(classification).missing]
-
-
-def test_missing_attempts_are_said_without_a_guess_at_the_reason(classification: Path) -> None:
-    shutil.rmtree(classification / "attempts")
-    said = " ".join(why for _, why in read_run(classification).missing)
-    assert "there is no attempt in the run's folder" in said
-    assert "never started" not in said
 
 
 def test_record_that_cannot_be_read_is_reported_not_raised(classification: Path) -> None:

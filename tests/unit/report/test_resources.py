@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from fulltune.records.plan import (
     STARTING,
     DiskNeed,
@@ -101,22 +99,6 @@ def test_memory_at_the_peak_is_shown_by_kind(tmp_path: Path) -> None:
         "buffers": "30 MiB",
         "together": "500 MiB",
     }
-
-
-@pytest.mark.parametrize(
-    ("gradients", "activations", "moment"),
-    [(0, 200, "before the first gradient is made"), (90, 200, "in the backward pass"), (90, 0, "optimizer's update")],
-)
-def test_memory_at_the_peak_says_which_moment_that_is(
-    tmp_path: Path, gradients: int, activations: int, moment: str
-) -> None:
-    kinds: Any = {**NEED.kinds, "gradients": gradients * MIB, "activations": activations * MIB}
-    found = section(tmp_path, planned(memory=NEED.model_copy(update={"kinds": kinds})))
-    assert found is not None
-    said = found.blocks[1]
-    assert isinstance(said, Paragraph)
-    assert moment in said.text
-    assert "at the moment of a step that needs the most memory" in said.text
 
 
 def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_path: Path) -> None:

@@ -82,16 +82,6 @@ def test_reports_source_and_target_count_trained_tokens(causal_lm: Path) -> None
     assert "kind of rows: source and target" in markdown
 
 
-def test_results_of_a_baseline_without_the_main_metric_still_begin_with_it(
-    causal_lm: Path, kit: SimpleNamespace
-) -> None:
-    kit.save_scores(causal_lm, kit.scores("copy of the source", "baseline", 0.5, metric="rougeL"))
-    report.write(causal_lm)
-    markdown = (causal_lm / "report.md").read_text(encoding="utf-8")
-    header = next(line for line in markdown.splitlines() if line.startswith("| model "))
-    assert [cell.strip() for cell in header.split("|")[2:4]] == ["loss", "rougeL"]
-
-
 @pytest.mark.parametrize(
     ("task", "parts"),
     [
@@ -119,13 +109,6 @@ def test_loading_code_finds_a_base_in_a_package() -> None:
     ]
     assert eval(place, {"files": files}) == str(Path(json.__file__).parent / "tool.py")
     assert "from importlib.resources import files\n" in code
-
-
-def test_loading_code_names_the_prefix_that_each_source_had(causal_lm: Path) -> None:
-    summary = DataSummary.load(causal_lm / "data" / "summary.json").model_copy(update={"joint": 'say "it": '})
-    code = loading_code("m", "seq2seq", summary)
-    compile(code, "seq2seq", "exec")
-    assert r'"say \"it\": "' in code
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from fulltune import report
 from fulltune.cli.show import run as display
-from fulltune.records.data import DataSummary, MixedSummary, SplitSummary
-from fulltune.records.events import DataPrepared, Planned
+from fulltune.records.data import DataSummary, SplitSummary
+from fulltune.records.events import DataPrepared
 from fulltune.records.scores import Estimate
 from fulltune.report.format import terminal
 from fulltune.report.format.blocks import (
@@ -29,7 +29,6 @@ from fulltune.report.format.blocks import (
     Table,
     foreign,
 )
-from tests import plans
 
 
 def printed(*parts: Headline | Section | Block) -> list[str]:
@@ -53,13 +52,6 @@ def test_table_names_stay_whole_and_texts_are_broken() -> None:
     lines = printed(Table("", ("model", "value", "why"), ((name, "0.1", "because " * 12),), frozenset({1})))
     assert lines[1].startswith(f"{name}    0.1  because because")
     assert max(map(cell_len, lines)) <= 80
-
-
-def test_number_behind_a_long_text_is_not_cut() -> None:
-    rows = (("a name of forty columns and a bit more so", "result " * 9, "123,456.7"),)
-    lines = printed(Table("", ("what was run", "result", "seconds"), rows, frozenset({2})))
-    assert max(map(cell_len, lines)) <= 80
-    assert sum("123,456.7" in line for line in lines) == sum(line.endswith("seconds") for line in lines) == 1
 
 
 def test_bullets_and_facts_have_hanging_lines() -> None:
@@ -120,26 +112,3 @@ def test_rows_of_a_run_that_goes_on_are_one_line() -> None:
     console = Console(width=80, highlight=False, file=io.StringIO())
     display.Display(console)(DataPrepared(summary=summary(), is_known=True))
     assert console.file.getvalue() == "rows as before: 900 train, 900 eval, 900 test\n"  # type: ignore[attr-defined]
-
-
-def test_mixed_sources_are_shown_with_their_share_and_how_often_their_rows_are_read() -> None:
-    split = summary().splits["train"]
-    rest: dict[str, Any] = {"weight": 0.05, "rows_per_epoch": 50}
-    few = split.model_copy(update={"rows": 25, "tokens": 1000})
-    many = split.model_copy(update={"rows": 5000, "tokens": 50_000})
-    mixed = (
-        MixedSummary(where="few.jsonl", kind="chat", counts=few, **rest),
-        MixedSummary(where="[many].txt", kind="raw text", counts=many, **rest),
-    )
-    console = Console(width=80, highlight=False, file=io.StringIO())
-    shown = display.Display(console)
-    shown(DataPrepared(summary=summary(mixed=mixed)))
-    shown(Planned(plan=plans.plan(num_train_epochs=2.0)))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
-    assert all(cell_len(line) <= 80 for line in lines)
-    text = " ".join(" ".join(lines).split())
-    said = "mixed in: few.jsonl: weight 0.05, 50 rows of each epoch's 1,000, 17.4% of the tokens; each is read"
-    assert f"{said} 2.0 times in an epoch" in text
-    assert f"{said} 4.0 times over the run" in text
-    said = "mixed in: [many].txt: weight 0.05, 50 rows of each epoch's 1,000, 4.3% of the tokens; its form is raw text"
-    assert f"{said}; 2.0% of its 5,000 rows are read" in text

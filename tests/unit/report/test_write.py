@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from fulltune import files, report
+from fulltune import report
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.scores import Confusion, Estimate
-from fulltune.report.run.about_scores import label_table
-from fulltune.report.run.read import read_run
 
 
 class Page(HTMLParser):
@@ -156,13 +152,6 @@ def test_reports_causal_lm_run_pairs_answers_by_text(causal_lm: Path) -> None:
     assert "<mark>It returns the largest integer below x.&lt;|im_end|&gt;</mark>" in html
 
 
-def test_reports_untouched_answers_only_are_shown_without_after(causal_lm: Path) -> None:
-    (causal_lm / "scores" / "full-seed42.json").unlink()
-    markdown, _ = both(causal_lm)
-    assert "untouched says" in markdown
-    assert "there are none after training" in markdown
-
-
 def test_reports_stopped_run_says_what_is_missing_and_why(stopped: Path) -> None:
     for text in both(stopped):
         assert "No verdict" in text
@@ -193,19 +182,6 @@ def test_reports_tell_precision_recall_and_f1_of_each_label(classification: Path
     assert "66.7%" in html
 
 
-def test_label_that_is_never_given_has_no_precision_and_of_many_the_worst_are_shown() -> None:
-    [_, spam] = label_table(Confusion(labels=("ham", "spam"), counts=((9, 0), (3, 0)))).rows
-    assert spam[1:] == ("3", "-", "0.0%", "0.0%")
-    counts = [[0] * 30 for _ in range(30)]
-    for place in range(30):
-        counts[place][place], counts[place][0] = place + 1, 30 - place
-    found = label_table(Confusion(labels=tuple(map(str, range(30))), counts=tuple(map(tuple, counts))))
-    assert found.caption == "The 20 labels with the lowest F1 of 30"
-    assert len(found.rows) == 20
-    shares = [float(str(row[4]).rstrip("%")) for row in found.rows]
-    assert shares == sorted(shares)
-
-
 def test_reports_resumed_attempts_say_where_they_continued(classification: Path, kit: SimpleNamespace) -> None:
     second = classification / "attempts" / "full-seed42-02"
     kit.write_lines(second / "metrics.jsonl", kit.curve_lines(210, 300))
@@ -213,22 +189,6 @@ def test_reports_resumed_attempts_say_where_they_continued(classification: Path,
     for text in both(classification):
         assert "One curve over 2 attempts" in text
         assert "step 210" in text
-
-
-def test_steps_that_were_skipped_and_done_again_are_not_called_left_out(
-    classification: Path, kit: SimpleNamespace
-) -> None:
-    """Logged every ten steps, the second attempt's first line is of a later step than those that it did again."""
-    first, second = (classification / "attempts" / f"full-seed42-0{number}" for number in (1, 2))
-    lines = (first / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    skips = [json.dumps({"kind": "skipped", "step": step, "reason": "bad", "rows": [1]}) for step in (44, 103, 104)]
-    (first / "metrics.jsonl").write_text("\n".join([*lines, *skips]) + "\n", encoding="utf-8")
-    kit.write_lines(second / "metrics.jsonl", kit.curve_lines(110, 300))
-    files.write_json(second / "request.json", {"checkpoint": "checkpoints/full-seed42/checkpoint-100"})
-    kit.outcome(attempt=2).save(second / "outcome.json")
-    history = read_run(classification).history
-    assert history.skipped == (44,)
-    assert history.restarts == (101,)
 
 
 def test_reports_draw_the_metric_that_chose_and_list_the_others(classification: Path, kit: SimpleNamespace) -> None:
@@ -242,12 +202,6 @@ def test_reports_draw_the_metric_that_chose_and_list_the_others(classification: 
     assert "On the eval rows, each evaluation" in markdown
     assert re.search(r"\| step +\| +accuracy +\| +f1 macro +\| +mcc +\| +loss \|", markdown)
     assert re.search(r"\| 59 +\| +59\.0% +\| +59\.0% +\| +0\.59 +\| +1 \|", markdown)
-
-
-def test_html_every_cell_is_named_for_narrow_screens(classification: Path) -> None:
-    _, html = both(classification)
-    for cell in Page(html).with_tag("td"):
-        assert "data-name" in cell
 
 
 def test_reports_worse_model_is_not_to_be_tried_first(classification: Path, kit: SimpleNamespace) -> None:
@@ -270,38 +224,6 @@ def test_write_twice_gives_the_same_bytes(classification: Path) -> None:
     assert not list(classification.glob("*.part"))
 
 
-def test_import_report_needs_no_heavy_package() -> None:
-    heavy = {"torch", "numpy", "transformers", "matplotlib", "yaml"}
-    names = {value.__name__ for name, value in sys.modules.items() if name.startswith("fulltune.report")}
-    source = "".join(
-        Path(str(sys.modules[name].__file__)).read_text(encoding="utf-8")
-        for name in names
-        if sys.modules[name].__file__
-    )
-    imported = set(re.findall(r"(?m)^(?:from|import) (\w+)", source))
-    assert not heavy & imported
-    assert "import pyplot" not in source
-    assert "matplotlib.pyplot" not in source
-    assert set(re.findall(r"(?m)^from fulltune\.(\w+)", source)) <= {
-        *("audit", "errors", "files", "forgetting", "recipe", "records", "stats", "text"),
-        "report",
-    }
-    assert set(re.findall(r"(?m)^from fulltune\.stats(?:\.(\w+))?", source)) == {"curves"}, "the others need NumPy"
-
-
-def test_warning_is_written_in_full_because_its_advice_stands_at_the_end(
-    classification: Path, kit: SimpleNamespace
-) -> None:
-    advice = "Usual cause: a learning rate that is too high (here 0.01); take a tenth of it"
-    detail = f"the loss ended higher than it began: 1.1 before the first update, 1.5 as the median of it. {advice}"
-    journal = classification / "attempts" / "full-seed42-01" / "journal.jsonl"
-    kit.write_lines(journal, [{"time": "t", "event": "warning", "detail": detail}] * 2)
-    markdown, html = both(classification)
-    assert advice in markdown
-    assert advice in html
-    assert markdown.count("take a tenth of it") == 1, "said once, however often it was journalled"
-
-
 def test_report_says_that_intervals_rest_on_groups_where_rows_depend_on_each_other(
     classification: Path, kit: SimpleNamespace
 ) -> None:
@@ -310,13 +232,3 @@ def test_report_says_that_intervals_rest_on_groups_where_rows_depend_on_each_oth
     metrics = {name: one.model_copy(update={"rows": 400, "clusters": 40}) for name, one in row.metrics.items()}
     kit.save_scores(classification, row.model_copy(update={"metrics": metrics}))
     assert "The 400 test rows are 40 groups" in both(classification)[0]
-
-
-def test_parts_of_the_report_import_in_one_direction() -> None:
-    root = Path(str(report.__file__)).parent
-    above = {"format": ("run", "comparison"), "run": ("comparison",), "comparison": ("run",)}
-    for part, others in above.items():
-        files = list((root / part).glob("*.py"))
-        assert len(files) > 1
-        found = "".join(path.read_text(encoding="utf-8") for path in files)
-        assert not [other for other in others if f"fulltune.report.{other}" in found], part

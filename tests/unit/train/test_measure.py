@@ -149,14 +149,6 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
     ]
 
 
-def test_reason_says_how_many_fit_and_what_the_best_needs() -> None:
-    best = row("b", 5.0).model_copy(update={"tokens_per_second": 1234.4, "peak_memory_bytes": GIB})
-
-    assert measure.why(best, [best, row("a", 6.0), row("c", 1.0, "memory ran out")], 4 * GIB) == (
-        "measured: the fastest of 2 that fit, 1,234 tokens/s, 1 GiB of 4 GiB"
-    )
-
-
 # ---- a probe's outcome -----------------------------------------------------------------------------------------
 
 TIME = TimeNeed(

@@ -5,22 +5,18 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-import json
 import lzma
 import os
 import zipfile
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fulltune.data import sources
 from fulltune.data.readers import columnar, read
 from fulltune.data.readers.files import image_files
 from fulltune.errors import DataError
-from fulltune.tasks.columns import MOST_NESTED, fault, shown, windows
 from fulltune.tasks.padding import beginning
 
 ROWS = b"text,label\nrain,weather\nsoup,food\n"
@@ -48,22 +44,6 @@ def test_packed_rows_under_another_name_are_refused_by_their_kind(tmp_path: Path
 def test_text_that_begins_as_a_packed_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("BZh is how bzip2 files begin\nPK is a vehicle\n")
     assert len(list(read.locate([str(tmp_path / "rows.txt")]).rows())) == 2
-
-
-@pytest.mark.parametrize("name", ["rows.csv.gz", "rows.tar.gz", "rows.zip", "rows.jsonl.zst", "rows.7z"])
-def test_packed_file_that_is_named_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(PACKED["gzip"])
-    with pytest.raises(DataError, match=rf"{name}: is packed .*; unpack it"):
-        read.locate([str(tmp_path / name)])
-
-
-def test_packed_rows_beside_others_are_not_left_out(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_bytes(ROWS)
-    (tmp_path / "all.zip").write_bytes(PACKED["zip"])  # says nothing of rows
-    assert len(read.locate([str(tmp_path)]).files) == 1
-    (tmp_path / "more.csv.gz").write_bytes(PACKED["gzip"])
-    with pytest.raises(DataError, match=r"more\.csv\.gz: is packed"):
-        read.locate([str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -99,13 +79,6 @@ def test_class_folder_without_an_image_is_refused(tmp_path: Path) -> None:
     assert len(image_files(tmp_path)) == 2
 
 
-def test_mark_before_a_quote_is_refused_by_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text('\ufefftext,label\n"a, b",x\n\ufeff"c d",y\n')
-    with pytest.raises(DataError, match=r"rows\.csv:3: a byte order mark"):
-        list(read.locate([str(path)]).rows())
-
-
 @pytest.mark.parametrize(
     ("num_rows", "num_bytes", "expected"),
     [(48, 1000, 1000), (0, 0, 1), (1000, 2**30, 62), (10, 2**40, 1), (10**6, 2**30, 1000), (10**6, -5, 1000)],
@@ -128,35 +101,6 @@ def test_compressed_arrow_is_read_batch_by_batch(tmp_path: Path, kind: str) -> N
 
 
 # ---- rows and texts --------------------------------------------------------------------------------------------
-
-
-def test_rows_of_many_empty_cells_are_no_small_rows() -> None:
-    row = {f"c{number}": "" for number in range(1000)}
-    assert [len(window) for window in windows(islice(iter(lambda: row, None), 10), 2048, 3000)] == [3, 3, 3, 1]
-
-
-def test_few_large_rows_are_looked_at_for_columns(tmp_path: Path) -> None:
-    rows = [{"text": "x" * 3_000_000}, {"text": "y" * 3_000_000}, {"text": "z", "late": 1}]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    columns, head = sources._head(sources.SourceRows("rows.jsonl", read.locate([str(path)]).rows))
-    assert columns == ("text", "late")
-    assert len(head) == 1
-
-
-@pytest.mark.parametrize("depth", [MOST_NESTED, MOST_NESTED + 1])
-def test_depth_is_counted_in_lists_and_objects(depth: int) -> None:
-    lists: Any = 0
-    objects: Any = 0
-    for _ in range(depth):
-        lists, objects = [1, lists, 2], {"a": objects, "b": 1}
-    assert (fault(lists) is None) == (fault(objects) is None) == (depth <= MOST_NESTED)
-    assert fault([["a"], {"b": "\ud800"}]) is not None
-
-
-def test_names_in_a_message_are_few_and_short() -> None:
-    assert shown(["a", "b"]) == "a, b"
-    assert len(shown(f"{number}" * 1000 for number in range(100_000))) < 4_000
 
 
 def test_beginning_of_a_long_text_gives_the_same_tokens(encoder_tokenizer: Any) -> None:
@@ -184,3 +128,12 @@ def test_long_text_that_is_short_in_tokens_or_cut_at_the_left_is_left(encoder_to
         assert beginning(word, encoder_tokenizer, 128) == word
     finally:
         encoder_tokenizer.truncation_side = "right"
+
+
+def test_packed_rows_beside_others_are_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(ROWS)
+    (tmp_path / "all.zip").write_bytes(PACKED["zip"])  # says nothing of rows
+    assert len(read.locate([str(tmp_path)]).files) == 1
+    (tmp_path / "more.csv.gz").write_bytes(PACKED["gzip"])
+    with pytest.raises(DataError, match=r"more\.csv\.gz: is packed"):
+        read.locate([str(tmp_path)])
