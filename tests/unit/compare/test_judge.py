@@ -15,7 +15,7 @@ from fulltune.compare import conclude, verdict
 from fulltune.compare.conclude import without_leaks
 from fulltune.compare.context import RECORD
 from fulltune.compare.seeds import SeedRuns
-from fulltune.records.comparison import Trial, TrialResult
+from fulltune.records.comparison import Search, Trial, TrialResult
 from fulltune.stats import bootstrap
 from tests import comparisons
 from tests.unit.compare.arms import ACCURACY, arm, looks_of
