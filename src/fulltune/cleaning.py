@@ -193,7 +193,7 @@ def _rows_of_run(job: Run, summary: DataSummary, step: CleaningStep | None, seed
         assert reached.outcome is not None, "asked for"
         assert reached.outcome.model_folder is not None, "a run that ended well has a model"
         scoring = evaluate.scoring_of(recipe, reached.plan, reached.summary, run, job.base)
-        kept = outputs.outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",)).kept["eval"]
+        kept = outputs.outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
         rows = run / "data" / "eval"
         outputs.save(place, {**kept, _IDS: np.array(list(ids(rows))), _CLUSTERS: clusters_of(rows)})
     shutil.rmtree(run, ignore_errors=True)

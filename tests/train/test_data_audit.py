@@ -46,8 +46,7 @@ def test_wrong_labels_are_found_and_said_with_how_far_to_trust_it(audited: Path)
     found = Audit.load(audited / "run" / "data" / "audit.json")
     assert found.labels is not None
     assert found.labels.planted >= 100
-    [errors] = [one for one in found.checks if one.check == "label error"]
-    places = {int(one.place.rpartition(":")[2]) - 2 for one in errors.examples}
+    places = {int(one.place.rpartition(":")[2]) - 2 for one in found.examples_of("label error")}
     assert len(places) == 10
     assert len([place for place in places if place < 50]) >= 8
     out = " ".join((audited / "out.txt").read_text(encoding="utf-8").split())
@@ -267,17 +266,14 @@ def test_what_is_private_stands_in_no_file_of_an_audit_but_the_rows(tiny_encoder
         if value[len(value) // 4 : -len(value) // 4] in text.replace("\\n", "\n").replace("\u200b", "")
     ]
     assert shown == []
-    assert {check.check for check in Audit.load(run / "data" / "audit.json").checks} >= {
+    assert Audit.load(run / "data" / "audit.json").checks.keys() >= {
         *("secret", "personal data", "phone number", "markup", "broken encoding", "control characters", "near leak"),
         *("repetition", "placeholder", "chat tokens"),
     }
     # What was accepted is applied: the repaired text, with what is private masked.
     patched = fulltune("data", str(recipe), "--run-folder", str(tmp_path / "again"), f"--set=data.patch={files[-1]}")
     assert patched.code == 0, patched.err
-    before, after = (
-        {one.check: one.rows for one in Audit.load(folder / "data" / "audit.json").checks}
-        for folder in (run, tmp_path / "again")
-    )
+    before, after = (Audit.load(folder / "data" / "audit.json").checks for folder in (run, tmp_path / "again"))
     assert after["markup"] < before["markup"] / 2
     assert after["secret"] < before["secret"]
     private = [run / "data.html", run / "data.md", files[-1], *(run / "data").rglob("*.json*"), *run.rglob("*.arrow")]

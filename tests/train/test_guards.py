@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fulltune import files, pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
-from fulltune.records.events import Event, StepLogged, Warned
+from fulltune.records.events import Event, Said, StepLogged
 from fulltune.records.training import Moved, Outcome
 from fulltune.stats.curves import GuardDecision, diverged, ended_high, stopped_improving
 from fulltune.system import hardware, run_folder
@@ -280,7 +280,7 @@ def test_loss_that_ended_high_is_said_or_stops_the_run(
     monkeypatch.setattr(evaluation, "ended_high", high)
     said: list[str] = []
     train = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
-    options = {"listener": lambda event: said.append(event.text) if isinstance(event, Warned) else None}
+    options = {"listener": lambda event: said.append(event.text) if isinstance(event, Said) else None}
     with contextlib.nullcontext() if action == "warn" else pytest.raises(Diverged, match=r"ended high at 0\.001"):
         runs.run(tmp_path, tiny_encoder, ROWS, train=train, options=options)
     (found,) = seen

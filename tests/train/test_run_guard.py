@@ -20,7 +20,7 @@ from transformers import BertForSequenceClassification
 import fulltune
 from fulltune import pipeline
 from fulltune.errors import Diverged, GuardStop, InterruptedRun
-from fulltune.records.events import AttemptFailed, Event, StepLogged, StepSkipped
+from fulltune.records.events import Event, Said, StepLogged, StepSkipped
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
@@ -162,8 +162,8 @@ def test_trouble_that_stays_goes_back_to_a_healthy_checkpoint(model: Path, tmp_p
     found = run(tmp_path, model, faults.nan_gradient, range(40, 45), seen.append)
     made = Plan.load(tmp_path / "run" / "plan" / "full.json")
     assert made.rollbacks == (36,), "the epoch's end, before the trouble"
-    [failed] = [event for event in seen if isinstance(event, AttemptFailed)]
-    assert "back to the checkpoint of step 36" in failed.reason
+    [failed] = [event for event in seen if isinstance(event, Said) and event.level == "next attempt"]
+    assert "back to the checkpoint of step 36" in failed.text
     assert found.outcome is not None
     assert (found.outcome.status, found.outcome.attempt, found.outcome.steps) == ("done", 2, 90)
     first = Outcome.load(tmp_path / "run/attempts/full-seed42-01/outcome.json")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fulltune import report
-from fulltune.records.events import Event, UpdatesMeasured, Warned
+from fulltune.records.events import Event, Said, UpdatesMeasured
 from fulltune.train.loop.callbacks import compared
 from tests import tiny
 from tests.train import runs
@@ -35,7 +35,7 @@ def test_updates_that_rounding_eats_are_said_once(rounding: str | None, is_eaten
     found = runs.run(tmp_path, model, tiny.topic_rows(80), train=train, options={"listener": seen.append}, **blocks)
     measured = [event for event in seen if isinstance(event, UpdatesMeasured)]
     assert len(measured) > 10
-    warned = [event.text for event in seen if isinstance(event, Warned) and "sampled values changed" in event.text]
+    warned = [event.text for event in seen if isinstance(event, Said) and "sampled values changed" in event.text]
     assert len(warned) == is_eaten
     assert all(0 < event.changed <= 1 for event in measured)
     report.write(found.folder)

@@ -26,7 +26,7 @@ LINES = (
             source="dry-run step",
         )
     ),
-    events.Warned(text="…"),
+    events.Said(text="…", level="warning"),
 )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,6 @@ from fulltune.records.audit import (
     ISSUES,
     LOSSES,
     Audit,
-    CheckFound,
     Remedy,
     RowIssue,
 )
@@ -107,7 +107,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         fingerprint=summary.fingerprint,
         version=version(),
         rows=seen.counts,
-        checks=by_check(issues),
+        **by_check(issues),
         clean=tuple(sorted(made - {one.check for one in issues})),
         labels=labels,
         languages={column: dict(one.counts().most_common()) for column, one in seen.heard.items()},
@@ -158,13 +158,13 @@ def _high_losses(folder: Path, summary: DataSummary) -> list[RowIssue]:
     return [one for one in load_issues(folder) if one.check == HIGH_LOSS] if is_known else []
 
 
-def by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
-    """What each check found, the one that found most first; last what claims nothing. Issues are in order."""
+def by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
+    """Of an audit what each check found, the one that found most first; last what claims nothing. Issues are in
+    order."""
     found = [(check, list(them)) for check, them in groupby(issues, key=lambda one: one.check)]
-    return tuple(
-        CheckFound(check=check, rows=len({(one.split, one.place) for one in them}), examples=tuple(them[:_EXAMPLES]))
-        for check, them in sorted(found, key=lambda one: (one[0] == HIGH_LOSS, -len(one[1])))
-    )
+    found.sort(key=lambda one: (one[0] == HIGH_LOSS, -len(one[1])))
+    checks = {check: len({(one.split, one.place) for one in them}) for check, them in found}
+    return {"checks": checks, "examples": tuple(one for _, them in found for one in them[:_EXAMPLES])}
 
 
 def save_issues(folder: Path, issues: list[RowIssue]) -> None:
@@ -247,7 +247,7 @@ def list_losses(
                 issue = rows.issue(HIGH_LOSS, split, row, reason, score=loss)
                 issues.append(issue.model_copy(update={"row": name}))
     save_issues(folder, issues)
-    audit = Audit.load(folder / AUDIT).model_copy(update={"checks": by_check(issues)})
+    audit = Audit.load(folder / AUDIT).model_copy(update=by_check(issues))
     audit.save(folder / AUDIT)
     return audit
 

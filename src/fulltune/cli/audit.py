@@ -111,7 +111,7 @@ def show(found: Audited, as_json: bool) -> None:
     folder, audit, proofs = found.folder, found.audit, proofs_of(found.folder, found.audit)
     if as_json:
         more = {
-            "issues": {one.check: one.rows for one in audit.checks},
+            "issues": audit.checks,
             "audit": str(folder / "data" / AUDIT),
             "proofs": [one.model_dump(mode="json") for one in proofs],
         }
@@ -161,7 +161,7 @@ def _refuse(audit: Audit, patch: Path | None, review: bool, accept: Sequence[str
         raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
     if HIGH_LOSS in accept:
         raise RecipeError(f"--accept: '{HIGH_LOSS}' claims nothing about its rows; expected --review, to read them")
-    known = {*audit.clean, *(one.check for one in audit.checks)}
+    known = {*audit.clean, *audit.checks}
     for check in (one for one in accept if one not in known):
         if (why := audit.not_run.get(check)) is not None:
             raise RecipeError(f"--accept: '{check}' was not looked at: {why}")

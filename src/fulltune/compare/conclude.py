@@ -108,7 +108,8 @@ def untouched(context: Context) -> tuple[Scores, ...]:
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / generic.FOLDER / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
-        keep(context, BASE, outputs.outputs(context.scoring, None, context.texts[0], context.most_tokens, splits))
+        kept, _ = outputs.outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
+        keep(context, BASE, kept)
     return tuple(evaluate.baselines(context.scoring))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fulltune import evaluate
 from fulltune.compare import generic
@@ -17,6 +17,7 @@ from fulltune.records.events import without_tables
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system import run_folder
+from fulltune.tasks import Predictions
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import retry
 from fulltune.train.run_time import run_seconds
@@ -94,19 +95,17 @@ def keep_rows(context: Context, trial: Trial, made: Plan, outcome: Outcome) -> f
         scoring = evaluate.scoring_of(
             context.trial_recipe(trial), made, context.summary, context.folder, context.job.base
         )
-        found = outputs.outputs(scoring, model_folder, context.texts[0], context.most_tokens)
-        keep(context, trial.name, found)
-        evaluate.keep_temperature(scoring, model_folder, found.kept["eval"])
-    return found.seconds_per_row
+        kept, seconds_per_row = outputs.outputs(scoring, model_folder, context.texts[0], context.most_tokens)
+        keep(context, trial.name, kept)
+        evaluate.keep_temperature(scoring, model_folder, kept["eval"])
+    return seconds_per_row
 
 
-def keep(context: Context, name: str, found: outputs.Outputs) -> None:
+def keep(context: Context, name: str, kept: Mapping[str, Predictions]) -> None:
     """Write what a model gave for each row, the test rows' part where only the verdict looks."""
-    for split, place in (("eval", OPEN), ("test", SEALED)):
-        if split in found.kept:
-            outputs.save(context.folder / place / f"{name}.npz", found.kept[split])
-    if found.generic is not None:
-        outputs.save(context.folder / generic.FOLDER / f"{name}.npz", {"generic": found.generic})
+    for part, place in (("eval", OPEN), ("test", SEALED), ("generic", generic.FOLDER)):
+        if part in kept:
+            outputs.save(context.folder / place / f"{name}.npz", kept[part])
 
 
 def clear(context: Context, trial: Trial) -> None:

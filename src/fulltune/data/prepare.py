@@ -64,7 +64,7 @@ from fulltune.recipe.data import DataBlock, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.records.events import Listener, RowsRead, Warned
+from fulltune.records.events import Listener, RowsRead, Said
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import shown
 from fulltune.text import counted, format_percent
@@ -287,7 +287,7 @@ def _earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary 
     if summary.fingerprint != fingerprint:
         return None
     if damage := flaw(folder):
-        listener(Warned(text=f"{folder}: {damage}; the rows are prepared anew from the data files"))
+        listener(Said(text=f"{folder}: {damage}; the rows are prepared anew from the data files", level="warning"))
         return None
     return summary
 

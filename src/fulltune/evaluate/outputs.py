@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,16 @@ from fulltune.inference.generic import GenericText
 from fulltune.tasks import Predictions
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Of one model."""
-
-    kept: dict[str, Predictions]
-    """Split to what the task's `reduce` gave of each row."""
-    generic: np.ndarray | None
-    """Of texts that have nothing to do with the task: see `GenericText.read`; None for images."""
-    seconds_per_row: float
-    """Of the last split, in batches as evaluation makes them."""
-
-
 def outputs(
     scoring: Scoring,
     model_folder: Path | None,
     texts: Sequence[str],
     most_tokens: int,
     splits: Sequence[str] = ("eval", "test"),
-) -> Outputs:
+) -> tuple[dict[str, Predictions], float]:
     """Run a finished model (None: the pretrained one, with the head that training begins with) over the splits' rows
-    and over generic texts, which are cut at `most_tokens`."""
+    and, but for images, over generic texts, cut at `most_tokens`: by split what the task's `reduce` gave, of `generic`
+    what `GenericText.read` did, and the seconds per row of the last split."""
     model, processor = scoring.load(model_folder)
     kept: dict[str, Predictions] = {}
     seconds = 0.0
@@ -44,12 +32,12 @@ def outputs(
         began = time.monotonic()
         kept[split] = scoring.run(model, processor, split)
         seconds = (time.monotonic() - began) / max(1, len(scoring.rows(split)))
-    of_texts = None
     if texts and scoring.task.FACTS.reads == "text":
         form, precision = scoring.target.form, scoring.plan.precision
         head = scoring.selective_head(model, processor.pad_token_id, scoring.rows("eval"))
-        of_texts = GenericText.of(texts, processor, form.reads_any_text, precision, most_tokens).read(model, head)
-    return Outputs(kept=kept, generic=of_texts, seconds_per_row=seconds)
+        read = GenericText.of(texts, processor, form.reads_any_text, precision, most_tokens).read(model, head)
+        kept["generic"] = {"generic": read}
+    return kept, seconds
 
 
 def save(path: Path, kept: Predictions) -> None:

@@ -21,7 +21,7 @@ from fulltune.methods import folder
 from fulltune.models.base import Base, opened
 from fulltune.models.load import load
 from fulltune.recipe.fields import Recipe
-from fulltune.records.events import Listener, RowsRead, Warned
+from fulltune.records.events import Listener, RowsRead, Said
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, COMPARISON, Access
 from fulltune.records.scores import Answer, Scores, Unseen
@@ -236,4 +236,4 @@ def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None
     except OSError as error:
         reason = str(error.strerror or error).lower()
         text = f"{folder.parent / ACCESSES}: cannot be written ({reason}), so later runs will not count this scoring"
-        listener(Warned(text=text))
+        listener(Said(text=text, level="warning"))

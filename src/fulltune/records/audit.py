@@ -72,15 +72,6 @@ class RowIssue(RowDecision):
         return RowDecision(row=self.row, remedy=remedy, source=self.source, check=self.check, place=self.place)
 
 
-class CheckFound(Record):
-    """What a check found in all."""
-
-    check: str
-    rows: int
-    examples: tuple[RowIssue, ...] = ()
-    """The surest ones."""
-
-
 class LabelErrors(Record):
     """How labels were judged, by linear classifiers on the untouched model, each row by one that did not see it.
 
@@ -152,8 +143,10 @@ class Audit(Record):
     """Of the checks, with the extras that were not installed."""
     rows: dict[SplitName, int]
     """Split to rows that were looked at."""
-    checks: tuple[CheckFound, ...]
-    """Those that found something."""
+    checks: dict[str, int]
+    """Those that found something, the one that found most first, with the number of rows."""
+    examples: tuple[RowIssue, ...] = ()
+    """Of each the surest ones."""
     clean: tuple[str, ...] = ()
     """Those that found nothing."""
     labels: LabelErrors | None = None
@@ -162,6 +155,10 @@ class Audit(Record):
     not_run: dict[str, str] = Field(default_factory=dict)
     """Check to why it was not run, for example the extra that is missing."""
     seconds: float = 0.0
+
+    def examples_of(self, check: str) -> list[RowIssue]:
+        """The surest rows that a check found."""
+        return [one for one in self.examples if one.check == check]
 
 
 def proofs_of(folder: Path, audit: Audit) -> list[Proofs]:

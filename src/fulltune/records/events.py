@@ -7,7 +7,7 @@ seconds since its process began. A new event is a class here, and a case in `cli
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, ValidationError
 
@@ -169,20 +169,6 @@ class Resumed(Event):
     step: int
 
 
-class AttemptFailed(Event):
-    """An attempt failed in a way that another one, with other settings, may not."""
-
-    kind = "attempt"
-    reason: str
-
-
-class Warned(Event):
-    """Something is wrong, and training goes on."""
-
-    kind = "warning"
-    text: str
-
-
 class Designed(Event):
     """What a comparison will cost and what it can decide."""
 
@@ -193,10 +179,13 @@ class Designed(Event):
 
 
 class Said(Event):
-    """A sentence about how a comparison goes on."""
+    """A sentence for the user."""
 
-    kind = "comparison"
+    kind = "said"
     text: str
+    level: Literal["progress", "next attempt", "warning"] = "progress"
+    """How a comparison or a search goes on; why an attempt failed, where another one with other settings may not; or
+    what is wrong while training goes on."""
 
 
 class JournalEntry(Record):
@@ -211,4 +200,9 @@ class JournalEntry(Record):
 
 def without_tables(listener: Listener) -> Listener:
     """Of one of many runs only what moves: the tables of all would hide what comes of them."""
-    return lambda event: listener(event) if isinstance(event, StepLogged | Warned | Resumed | AttemptFailed) else None
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepLogged | Resumed) or (isinstance(event, Said) and event.level != "progress"):
+            listener(event)
+
+    return listen

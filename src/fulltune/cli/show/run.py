@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from fulltune.records.comparison import Expectation
 from fulltune.records.data import DataSummary
 from fulltune.records.events import (
-    AttemptFailed,
     Certified,
     ChecksDone,
     DataPrepared,
@@ -27,7 +26,6 @@ from fulltune.records.events import (
     Said,
     StepLogged,
     StepSkipped,
-    Warned,
 )
 from fulltune.records.held import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
@@ -95,21 +93,21 @@ class Display:
                 terminal.show(self.console, [check_table(checks)])
             case Forecast():
                 self._forecast(event)
-            case Said(text=text):
+            case Said(text=text, level="progress"):
                 self.print(escape(text))
+            case Said(text=text, level="next attempt"):
+                self.print(f"[yellow]next attempt:[/yellow] {escape(text)}")
+            case Said(text=text):
+                self.print(f"[yellow]{escape(text)}[/yellow]")
             case Designed(expectation=expected, metric=metric, margin=margin):
                 terminal.show(self.console, [expectation(expected, metric, margin)])
             case Resumed(step=step):
                 self.print(f"continuing from the checkpoint of step {step}")
             case Certified(held=held):
                 self.print(escape(verdict(held)))
-            case AttemptFailed(reason=reason):
-                self.print(f"[yellow]next attempt:[/yellow] {escape(reason)}")
             case StepSkipped(step=step, reason=reason, rows=rows):
                 named = first_few([f"{row + 1:,}" for row in rows], _MOST_ROWS)
                 self.print(f"[yellow]step {step}: skipped:[/yellow] {escape(reason)}; train rows {named}")
-            case Warned(text=text):
-                self.print(f"[yellow]{escape(text)}[/yellow]")
 
     def print(self, what: Any) -> None:
         self.console.print(what)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fulltune.audit.texts.flaw import ABOUT
-from fulltune.records.audit import AUDIT, Audit, CheckFound, LabelErrors, Proofs, Remedy, proofs_of
+from fulltune.records.audit import AUDIT, Audit, LabelErrors, Proofs, Remedy, proofs_of
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -45,7 +45,7 @@ def write_data_page(folder: Path) -> Path:
         figures.append(("labels suspected", f"{audit.labels.suspects:,}"))
     headline = Headline("better", "Nothing found", f"None of {counted(len(audit.clean), 'check')} found anything.")
     if audit.checks:
-        most = ", ".join(f"{found.rows:,} × {found.check}" for found in audit.checks[:4])
+        most = ", ".join(f"{count:,} × {check}" for check, count in list(audit.checks.items())[:4])
         more = f" and {counted(len(audit.checks) - 4, 'more check')}" if len(audit.checks) > 4 else ""
         headline = Headline(
             "undecided",
@@ -53,7 +53,7 @@ def write_data_page(folder: Path) -> Path:
             f"{counted(len(audit.checks), 'check')} found something in {rows:,} rows: {most}{more}.",
             note="Nothing was changed: each is a suspicion, with what could be done about it.",
         )
-    sections = [*in_short(audit, proofs_of(folder, audit)), *map(_check, audit.checks)]
+    sections = [*in_short(audit, proofs_of(folder, audit)), *(_check(audit, check) for check in audit.checks)]
     of_rows = about_data.data(view)
     sections += [*([of_rows] if of_rows else []), _next(view, audit)]
     subtitle = f"The data · {view.task}"
@@ -71,10 +71,10 @@ def in_short(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
 def _found(audit: Audit) -> Section:
     total = max(1, sum(audit.rows.values()))
     rows: list[Row] = []
-    for found in audit.checks:
-        first = found.examples[0]
+    for check, count in audit.checks.items():
+        first = audit.examples_of(check)[0]
         example = foreign(f"{first.place}: {first.reason}", _CELL)
-        rows.append((found.check, f"{found.rows:,}", format_share(found.rows / total), example))
+        rows.append((check, f"{count:,}", format_share(count / total), example))
     blocks: list[Block] = []
     if rows:
         header = ("check", "rows", "of all", "for example")
@@ -176,18 +176,19 @@ def _advice(proofs: Proofs) -> str:
     return f"Worth a few trainings (--trainings 3): {checks}. What helps classifiers need not help a trained model."
 
 
-def _check(found: CheckFound) -> Section:
-    has_labels = any(one.label for one in found.examples)
+def _check(audit: Audit, check: str) -> Section:
+    count, examples = audit.checks[check], audit.examples_of(check)
+    has_labels = any(one.label for one in examples)
     rows: list[Row] = []
-    for one in found.examples:
+    for one in examples:
         label = (one.label or "-",) if has_labels else ()
         cells = (one.place, one.text, *label, one.reason, could_do(one.remedy))
         rows.append(tuple(foreign(cell, _CELL) for cell in cells))
-    first = f"The {len(rows)} surest" if any(one.score for one in found.examples) else f"The first {len(rows)}"
-    caption = f"{first} of {found.rows:,}; data/issues.jsonl has all" if len(rows) < found.rows else "All of them"
+    first = f"The {len(rows)} surest" if any(one.score for one in examples) else f"The first {len(rows)}"
+    caption = f"{first} of {count:,}; data/issues.jsonl has all" if len(rows) < count else "All of them"
     table = Table(caption, ("row", "text", *["label"] * has_labels, "why", "could be"), tuple(rows))
-    title = f"{found.check[0].upper()}{found.check[1:]}: {counted(found.rows, 'row')}"
-    return Section(found.check.replace(" ", "-"), title, (Paragraph(ABOUT[found.check]), table))
+    title = f"{check[0].upper()}{check[1:]}: {counted(count, 'row')}"
+    return Section(check.replace(" ", "-"), title, (Paragraph(ABOUT[check]), table))
 
 
 def could_do(remedy: Remedy) -> str:

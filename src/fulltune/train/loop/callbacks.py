@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from fulltune import files
 from fulltune.models import sharding
 from fulltune.recipe.training import TrainBlock
-from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, StepLogged, UpdatesMeasured, Warned
+from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, Said, StepLogged, UpdatesMeasured
 from fulltune.records.plan import Plan
 from fulltune.stats.curves import EATEN, stopped_improving
 from fulltune.train import checkpoints
@@ -55,7 +55,7 @@ class Recorder:
         self.write(PhaseBegan(name=name))
 
     def warn(self, text: str) -> None:
-        self.write(Warned(text=text))
+        self.write(Said(text=text, level="warning"))
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune.files import entry_of
-from fulltune.records.events import Event, Listener, Warned, event_of
+from fulltune.records.events import Event, Listener, Said, event_of
 from fulltune.records.training import LostPart, Outcome, OutcomeStatus
 from fulltune.system import signals
 from fulltune.system.memory import in_last_words, kernel_kills, memory_is_limited
@@ -189,7 +189,7 @@ def _follow(request: Request, child: spawn.Child, pulse: _Pulse, asked: Sequence
             if steps_of(request.folder) or request.plan.num_processes > 1:  # several agree at the end of a step
                 when = "after the step at hand, which it saves"
             third = "a second signal changes nothing, a third ends it at once, without saving"
-            yield Warned(text=f"asked to stop: the training ends {when}; {third}")
+            yield Said(text=f"asked to stop: the training ends {when}; {third}", level="warning")
         ended = child.poll() is not None
         if path.exists():
             with path.open("rb") as file:

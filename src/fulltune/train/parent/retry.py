@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.events import AttemptFailed, Listener, PhaseBegan, Resumed, Warned
+from fulltune.records.events import Listener, PhaseBegan, Resumed, Said
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system import sharing
@@ -92,7 +92,7 @@ def train(
         Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
         if following.plan != request.plan:
             save_plan(folder, recipe, following.plan)
-        listener(AttemptFailed(reason=following.reason))
+        listener(Said(text=following.reason, level="next attempt"))
         tried.append(following.reason)
         if hooks.needs_this_process:
             gc.collect()  # the trainer of the attempt before, with its model
@@ -120,13 +120,13 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
     request.folder.mkdir(parents=True)
     if resume:
         for line in passed_over:
-            listener(Warned(text=line))
+            listener(Said(text=line, level="warning"))
         if sound is not None:
             request = request.model_copy(update={"checkpoint": str(sound)})
             listener(Resumed(step=request.first_step))
         if saved > request.first_step and not passed_over:
             on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
-            listener(Warned(text=f"no checkpoint of step {saved:,} is left: going on {on}"))
+            listener(Said(text=f"no checkpoint of step {saved:,} is left: going on {on}", level="warning"))
     if request.checkpoint is None:
         checkpoints.drop_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")

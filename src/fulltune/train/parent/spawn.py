@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -52,10 +52,8 @@ class Child(Protocol):
     def wait(self) -> int: ...
 
 
-class Starter(Protocol):
-    """Starts the worker of a request, which writes into `log`."""
-
-    def __call__(self, request: Request, log: Path) -> Child: ...
+Starter = Callable[[Request, Path], Child]
+"""Starts the worker of a request, which writes into a log."""
 
 
 @dataclass(frozen=True)
