@@ -23,11 +23,7 @@ from fulltune.errors import SetupError, Spiked
 from fulltune.inference.run import Batching, Share, by_length, run_rows
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.methods.head import names_of
-from fulltune.recipe.fields import Recipe
 from fulltune.recipe.training import OWN_OPTIMIZERS
-from fulltune.records.data import DataSummary
-from fulltune.records.plan import Plan
-from fulltune.tasks import Target, Task
 from fulltune.tasks.padding import TRAINED
 from fulltune.train.loop import step_guard
 from fulltune.train.loop.guarded_step import rows_in
@@ -45,10 +41,7 @@ PREFIX = "eval_"
 class FineTuningParts:
     """What a recipe trains: its model as training starts with it, and its rows."""
 
-    recipe: Recipe
-    plan: Plan
-    summary: DataSummary
-    task: Task
+    learning: Learning
     applied: methods.Applied
     tokenizer: Any
     head: SelectiveHead | None
@@ -69,16 +62,12 @@ class FineTuningModule:
     device: Any
     global_rank: Any
     log: Any
-    train: Any
     load_state_dict: Any
 
     def __init__(self, parts: FineTuningParts) -> None:
         super().__init__()
-        self.parts, self.plan = parts, parts.plan
-        self.model, self.pad_token_id = parts.applied.model, parts.tokenizer.pad_token_id
-        self.target = Target.of(parts.summary)
-        settings = (parts.recipe, parts.plan, parts.summary, parts.task)
-        self.learning = Learning(*settings, self.model, self.pad_token_id, self.target)
+        self.parts, self.learning, self.plan = parts, parts.learning, parts.learning.plan
+        self.model = parts.applied.model
         self.sharded_by = ""
         """The strategy that sharded weights and gradients, so that this process does not have all of them."""
         self.seen = step_guard.StepMemory()
@@ -89,11 +78,11 @@ class FineTuningModule:
         self._rows = 0
         self._is_whole = False
         """The micro batch at hand is the last one of its step."""
-        self.train()  # a model is loaded for evaluation, and Lightning leaves it as it finds it
+        self.model.train()  # it is loaded for evaluation, and Lightning leaves it as it finds it
 
     def on_fit_start(self) -> None:
         """Refuse a Trainer that would train other global batches than planned, or would in silence."""
-        trainer, plan, summary = self.trainer, self.plan, self.parts.summary
+        trainer, plan, summary = self.trainer, self.plan, self.learning.summary
         kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
         in_deepspeed = "DeepSpeedStrategy" in kinds  # it comes from DDP's
         is_whole = not in_deepspeed and not {"SingleDeviceStrategy", "DDPStrategy"}.isdisjoint(kinds)
@@ -114,15 +103,6 @@ class FineTuningModule:
                 "the next epoch's first step; set train.global_batch_size so that it is train.micro_batch_size times "
                 "train.num_processes"
             )
-        if is_whole != (plan.placement in ("single", "ddp")):
-            self._warn(
-                f"memory is planned for train.placement: {plan.placement}, and the Trainer has {kinds[0]}: the plan "
-                "says nothing about whether it fits"
-            )
-
-    def _warn(self, text: str) -> None:
-        if self.trainer.is_global_zero:
-            warnings.warn(text, stacklevel=2)
 
     def on_train_start(self) -> None:
         """As in a run, all processes begin with one seed; Lightning keeps no random state, so that a resumed training
@@ -174,13 +154,14 @@ class FineTuningModule:
         loss, rows, norm = [*trainer.strategy.reduce(own, reduce_op="mean").tolist(), None][:3]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and scaler.get_scale() >= 1
-        finite_only = not self.parts.recipe.train.skip_suspect_steps
+        finite_only = not self.learning.recipe.train.skip_suspect_steps
         judged = step_guard.judge(self.seen, step, loss, norm, rows=rows, scaled=scaled, own=finite_only)
         self.seen = judged.seen
         if judged.action == "stop" or (judged.action == "skip" and self.sharded_by):
             raise Spiked(f"step {step}, before the update: {judged.reason}", judged.since or step)
         if judged.action == "skip":
-            self._warn(f"step {step} is skipped: {judged.reason}")
+            if trainer.is_global_zero:
+                warnings.warn(f"step {step} is skipped: {judged.reason}", stacklevel=2)
             optimizer.zero_grad(set_to_none=True)  # an optimizer leaves out what has no gradient, and its moments stay
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -191,23 +172,22 @@ class FineTuningModule:
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the task's metrics of all eval rows, which all processes share: the same in each."""
-        trainer, plan, parts = self.trainer, self.plan, self.parts
+        trainer, plan, parts, learning = self.trainer, self.plan, self.parts, self.learning
         order, size = by_length(parts.eval_rows), plan.eval_batch_size
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
-        rows = Share(parts.eval_rows, positions)
-        batching = Batching(size, plan.precision, parts.head)
-        reduced = run_rows(self.model, rows, parts.task, self.target, self.pad_token_id, batching)
+        rows, batching = Share(parts.eval_rows, positions), Batching(size, plan.precision, parts.head)
+        reduced = run_rows(self.model, rows, learning.task, learning.target, learning.pad_token_id, batching)
         scores = [distributed.part_of(reduced, positions[:count])]
         if trainer.world_size > 1:
             every: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(every, scores[0])
             scores = every
-        for name, value in parts.task.metrics(distributed.merged(scores), self.target).items():
+        for name, value in learning.task.metrics(distributed.merged(scores), learning.target).items():
             self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """The plan's optimizer with its groups, and its schedule."""
-        plan, recipe = self.plan, self.parts.recipe
+        plan, recipe = self.plan, self.learning.recipe
         # With mixed precision Lightning 2.6.6 clips no gradients of a fused optimizer, also with bf16.
         is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"
         unfused = plan.optim in OWN_OPTIMIZERS or (is_mixed and plan.optim == "adamw_torch_fused")
@@ -225,13 +205,8 @@ class FineTuningModule:
 
             kind, options = DeepSpeedCPUAdam, {name: options[name] for name in ("lr", "betas", "eps")}
         optimizer = kind(groups, **options)
-        schedule = transformers.get_scheduler(
-            plan.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=plan.warmup_steps,
-            num_training_steps=plan.total_steps,
-            scheduler_specific_kwargs=recipe.train.lr_scheduler_kwargs or None,
-        )
+        steps, more = (plan.warmup_steps, plan.total_steps), recipe.train.lr_scheduler_kwargs or None
+        schedule = transformers.get_scheduler(plan.lr_scheduler_type, optimizer, *steps, more)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -244,10 +219,10 @@ class TrainBatches:
 
     def __init__(self, module: FineTuningModule, trainer: Any) -> None:
         self.module, self.trainer = module, trainer
-        plan, parts = module.plan, module.parts
+        plan = module.plan
         batches = (plan.global_batch_size, plan.micro_batch_size, plan.seed, plan.group_by_length, trainer.world_size)
-        mixed = loading.mixed_ranges(parts.summary)
-        self.sampler = GlobalBatchSampler(parts.rows["length"], *batches, mixed=mixed)
+        mixed = loading.mixed_ranges(module.learning.summary)
+        self.sampler = GlobalBatchSampler(module.parts.rows["length"], *batches, mixed=mixed)
         self.given = 0
         """Micro batches of this epoch so far."""
         self.first = 0
@@ -265,7 +240,7 @@ class TrainBatches:
         loader = DataLoader(
             parts.rows,
             batch_sampler=own[self.given :],
-            collate_fn=lambda rows: collated(rows, learning.collate, parts.task.count_items, parts.head),
+            collate_fn=lambda rows: collated(rows, learning.collate, learning.task.count_items, parts.head),
             num_workers=plan.loader_workers,
             multiprocessing_context="fork" if plan.loader_workers else None,
             pin_memory=plan.device != "cpu",

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,6 @@ from fulltune.train.worker import loading, weights
 from fulltune.train.worker.checks import stop_generation_at, trained_ends
 from fulltune.train.worker.loading import Learning
 
-OLDEST = (2, 5)
-"""Of Lightning: the tests pass with 2.5.0 and with 2.6.6; 2.4.0 does not restore the place inside an epoch."""
 _PACKAGES = ("lightning", "pytorch_lightning")
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _NO_EFFECT = {
@@ -61,16 +58,12 @@ def usable(package: str | None) -> str:
     code twice, and each takes its own classes only.
 
     Raises:
-        SetupError: When it is missing or too old.
+        SetupError: When it is missing.
     """
     names = sorted(_PACKAGES, key=lambda name: name not in sys.modules)
     name = package or next(filter(find_spec, names), _PACKAGES[0])
-    has = version(name) if find_spec(name) else "none"
-    if tuple(int(part) if part.isdigit() else 0 for part in has.split(".")[:2]) < OLDEST:
-        raise SetupError(
-            f"fulltune.lightning: needs {name} {OLDEST[0]}.{OLDEST[1]} or newer, found {has}; pip install -U "
-            "'fulltune[lightning]'"
-        )
+    if find_spec(name) is None:
+        raise SetupError(f"fulltune.lightning: needs the package {name}; pip install 'fulltune[lightning]'")
     return name
 
 
@@ -108,7 +101,7 @@ class FineTuning:
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments of `lightning.Trainer` that follow from the plan: devices, type, batches, steps, evaluations."""
-        plan, train = self.module.plan, self.module.parts.recipe.train
+        plan, train = self.module.plan, self.module.learning.recipe.train
         values: dict[str, Any] = {
             "accelerator": "cpu" if plan.device == "cpu" else "gpu",
             "devices": train.processes_per_machine,
@@ -149,7 +142,7 @@ class FineTuning:
         Raises:
             SetupError: When the strategy has sharded the weights.
         """
-        module, parts = self.module, self.module.parts
+        module, parts, learning = self.module, self.module.parts, self.module.learning
         if checkpoint is not None:
             module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
         elif module.sharded_by and not zero.holds(module.model):
@@ -161,7 +154,7 @@ class FineTuning:
         if not is_first and not zero.holds(module.model):
             return
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        weights.save_model(parts.applied, parts.tokenizer, Path(folder), parts.recipe, parts.summary, is_first)
+        weights.save_model(parts.applied, parts.tokenizer, Path(folder), learning.recipe, learning.summary, is_first)
 
 
 def prepare(
@@ -212,11 +205,12 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuningParts:
     """The model as training starts with it, and its rows."""
     recipe, task, data = job.recipe, job.task, job.folder / "data"
     transformers.set_seed(plan.seed)
-    model, tokenizer, new = loading.untouched(recipe, task, Target.of(summary))
+    target = Target.of(summary)
+    model, tokenizer, new = loading.untouched(recipe, task, target)
+    learning = Learning(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and new is not None and new.order is None:
-        learning = Learning(recipe, plan, summary, task, model, tokenizer.pad_token_id, Target.of(summary))
         loading.start_from_probe(learning, new, tokenizer, job.folder, torch.device(plan.device))
-    applied = loading.with_method(model, recipe)
+    applied = loading.with_method(model, recipe)  # full: the same object
     loading.make_faster(model, recipe, plan, summary)
     if plan.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -225,4 +219,4 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuningParts:
     if summary.form.writes_answers:
         stop_generation_at(model, trained_ends(Rows(data / "train"), tokenizer)[1])
     head = selective_head.verified(model, task, two)[0]
-    return FineTuningParts(recipe, plan, summary, task, applied, tokenizer, head, rows, eval_rows)
+    return FineTuningParts(learning, applied, tokenizer, head, rows, eval_rows)
