@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,53 +118,23 @@ def _rows_of_labels(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """New values, as transformers draws those that a checkpoint lacks."""
-    for parameter in parameters.values():
-        parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers 5 leaves others alone
-    drawn = _drawn(model, model, "", {name.rpartition(".")[0] for name in parameters})
-    if drawn is not model:
-        for name, parameter in parameters.items():
-            parameter.copy_(sharding.like(drawn.get_parameter(name), parameter))
-
-
-def _drawn(model: PreTrainedModel, module: Any, path: str, owners: Set[str]) -> Any:
-    """A module with new values in it: itself, or of a model that is shared out one like it with whole parameters.
-
-    Children come first, as transformers does it: in some models (ModernBERT) a parent draws for its children.
-    """
-    one = module
-    if is_shared := sharding.is_shared(model):
-        one = _whole(module) if path in owners else _twin(module)
-        one._modules = dict(module._modules)
-    for name, child in module.named_children():
-        below = f"{path}.{name}" if path else name
-        if any(owner == below or owner.startswith(f"{below}.") for owner in owners):
-            drawn = _drawn(model, child, below, owners)
-            if is_shared:
-                one._modules[name] = drawn
-    model._init_weights(one)
-    return one
-
-
-def _whole(module: Any) -> Any:
-    """The same module with room for whole parameters: what each process would draw of its part is not what one process
-    draws."""
+    """New values, as transformers draws those that a checkpoint lacks: on an empty copy of the model, because of a part
+    of a parameter other values would be drawn than of the whole."""
     import torch
 
-    twin = _twin(module)
-    twin._parameters = dict(module._parameters)  # of its own; a bias that it has not stays None
-    for name, parameter in module.named_parameters(recurse=False):
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        empty = type(model)(copy.deepcopy(model.config))
+    above = set()
+    for name, parameter in parameters.items():
+        path, _, own = name.rpartition(".")
         room = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
-        room._is_hf_initialized = getattr(parameter, "_is_hf_initialized", False)  # type: ignore[attr-defined]  # transformers' own mark
-        twin._parameters[name] = room
-    return twin
-
-
-def _twin(module: Any) -> Any:
-    """The same module once more; a class of FSDP2's cannot be copied."""
-    twin: Any = object.__new__(type(module))
-    vars(twin).update(vars(module))
-    return twin
+        setattr(empty.get_submodule(path), own, room)
+        names = path.split(".")
+        above |= {empty.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)}
+    # Children come first, as transformers does it: in some models (ModernBERT) a parent draws for its children.
+    empty.apply(lambda module: empty._init_weights(module) if module in above else None)
+    for name, parameter in parameters.items():
+        parameter.copy_(sharding.like(empty.get_parameter(name), parameter))
 
 
 def draw(model: PreTrainedModel, head: Head) -> None:
