@@ -63,9 +63,9 @@ test-zero: $(VENV)/zero/ready
 	PATH="$$PATH:$(CURDIR)/$(VENV)/zero/bin" HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 \
 		$(VENV)/zero/bin/python -m pytest -n auto -m zero tests/invariant tests/train
 
-# Is every place that touches a GPU executed by a test, on a stand-in, and is it noticed when it breaks? SEED draws 20.
+# Is every place that touches a GPU executed by a test, on a stand-in, and is it noticed when it breaks? SEED draws 10.
 gpu-paths: $(VENV)/dev
-	$(BIN)/python -m tests.gpu_paths --broken 20 --seed $(or $(SEED),1)
+	$(BIN)/python -m tests.gpu_paths --broken 10 --seed $(or $(SEED),1)
 
 # Faults planted in whole runs, and kills at random moments: does the guard save them? Hours; FULLTUNE_BENCH_DATA has the rows.
 faults: $(VENV)/dev

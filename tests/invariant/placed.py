@@ -148,7 +148,6 @@ FAMILIES = {
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 32, "share_att_key": True}
 MODELS = {
     "deberta": Family("DebertaV2Config", lambda _: label_rows(), CLASSES, {**NO_DROPOUT, **_DEBERTA}, save_encoder),
-    "opt": Family("opt", lambda _: answer_rows(), ANSWERS, {"dropout": 0.0}),
     "vit": Family("vit", image_rows, IMAGES, {"initializer_range": 0.02}, save_images),
 }
 """Others than those of `FAMILIES`, whose blocks have other names or whose tensors are tied in other ways."""

@@ -10,7 +10,6 @@ import pytest
 from fulltune.records.run import MachinesUsed
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
-from tests import tiny
 from tests.invariant import placed
 from tests.invariant.placed import FAMILIES, Curve, Place
 from tests.invariant.two_machines import Job, two_machines
@@ -99,19 +98,3 @@ def test_machines_that_differ_are_refused_on_all_before_step_1(tmp_path: Path) -
     for rank in (0, 1):
         assert "reads another recipe: train.max_steps is 49 (machine 0: 50)" in job.said(rank)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_model_of_another_content_is_refused(tmp_path: Path) -> None:
-    job = Job(tmp_path, ENCODER, DDP)
-    job.write()
-    rows = tmp_path / "rows.jsonl"
-    try:
-        job.start(1)  # looks at the rows as they are now
-        while "waiting for machine 0" not in job.said(1):
-            assert job.commands[1].poll() is None
-        tiny.write_jsonl(rows, ENCODER.rows(tmp_path)[1:])
-        job.start(0)
-        assert job.wait_for() == [2, 2]
-    finally:
-        job.end()
-    assert f"sees other files: {rows}" in job.said(0).replace("\n", "")

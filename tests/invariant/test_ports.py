@@ -93,7 +93,7 @@ def test_attack_runs_code_where_a_store_is_unpickled(tmp_path: Path) -> None:
     assert (tmp_path / "file").exists()
 
 
-@pytest.mark.parametrize("name", ["ddp:2", "fsdp2:2", pytest.param("zero2:2", marks=pytest.mark.zero)])
+@pytest.mark.parametrize("name", ["ddp:2", pytest.param("zero2:2", marks=pytest.mark.zero)])
 def test_one_machine_listens_on_its_loopback_alone_and_runs_nobodys_code(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

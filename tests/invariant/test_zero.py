@@ -190,7 +190,7 @@ def from_probe(tmp_path_factory: pytest.TempPathFactory) -> placed.Curve:
     return placed.read(folder / "one")
 
 
-@pytest.mark.parametrize("place", ["ddp:2", "fsdp2:2", "zero2:2", "zero3:2"])
+@pytest.mark.parametrize("place", ["fsdp2:2", "zero2:2", "zero3:2"])
 def test_result_is_the_same_wherever_its_state_lies(place: str, tmp_path: Path, from_probe: placed.Curve) -> None:
     placed.train(tmp_path / "placed", FROM_PROBE, placed.Place(place), **FEW)
     found = placed.read(tmp_path / "placed")
@@ -245,11 +245,10 @@ def placed_in(folder: Path, alone: Path, placement: str, processes: int) -> Path
 
 def test_run_goes_on_as_it_was_begun_and_is_refused_elsewhere(tmp_path: Path, alone: Path) -> None:
     stop(tmp_path, placed_in(tmp_path, alone, "zero2", 2))
-    for placement, processes in (("zero3", 2), ("zero2", 1), ("ddp", 2)):
-        running = start(tmp_path, placed_in(tmp_path, alone, placement, processes))
-        log = finish(tmp_path, running)
-        assert running.returncode == 2, log
-        assert "which wrote it" in log
+    running = start(tmp_path, placed_in(tmp_path, alone, "zero3", 2))
+    log = finish(tmp_path, running)
+    assert running.returncode == 2, log
+    assert "which wrote it" in log
     running = start(tmp_path, placed_in(tmp_path, alone, "zero2", 2))
     log = finish(tmp_path, running)
 

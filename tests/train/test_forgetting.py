@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fulltune.errors import DataError, InterruptedRun
 from fulltune.forgetting.generic_text import drift, generic_texts, says_little
 from fulltune.inference.generic import GenericText
-from fulltune.report.run.held import in_words
 from tests import tiny
 from tests.train import runs
 from tests.train.test_resume import ask_to_stop
@@ -125,22 +124,6 @@ def test_probe_that_holds_nothing_is_refused_before_training(
     with pytest.raises(DataError, match=rf"preserve\.probe: .*generic\.txt: {said}"):
         runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, preserve={"probe": "generic.txt"})
     assert not (tmp_path / "run" / "attempts").exists()
-
-
-@pytest.mark.parametrize(
-    ("points", "errors", "kept", "writes", "said"),
-    [
-        ([(0, 0.0), (50, 0.03), (100, 0.04)], {100: 0.004}, 100, True, "3.9% less likely by step 100 (0.04 ± 0.004"),
-        ([(0, 0.0), (50, 0.03), (100, 0.04)], {100: 0.004}, None, True, ", half of it by step 50."),
-        ([(0, 0.0), (100, 0.04)], {100: 0.03}, 100, True, "has not moved as far as can be told"),
-        ([(0, 0.0), (100, 0.2)], {100: 0.01}, 100, False, "have changed by 0.2 ± 0.01 (1 - cosine"),
-        ([(0, math.nan)], {}, None, True, "none of its values was finite"),
-    ],
-)
-def test_curve_in_words(
-    points: list[tuple[int, float]], errors: dict[int, float], kept: int | None, writes: bool, said: str
-) -> None:
-    assert said in in_words(points, errors, kept, writes)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
 from fulltune.forgetting import budget
-from fulltune.forgetting.generic_text import generic_texts, parts
+from fulltune.forgetting.generic_text import parts
 from fulltune.inference.generic import GenericText
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
@@ -319,17 +319,3 @@ def test_probe_that_changed_is_told_when_a_run_goes_on(
     runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
     said = [event["text"] for event in runs.events(tmp_path, "warning")]
     assert any("drift is not measured from here on" in text for text in said)
-
-
-@pytest.mark.parametrize(
-    ("content", "count"),
-    [
-        ("".join(f"line {n}\n" for n in range(300)) + "\n", 300),
-        ("".join(f"line {n}\n" + "\n" * (n in (100, 200)) for n in range(300)), 300),  # a blank line here and there
-        ("\n\n".join(f"paragraph {n}\nof two lines" for n in range(150)), 150),
-        ("same text\nSame  text\nother\n" * 5 + "third", 3),
-    ],
-)
-def test_lines_and_paragraphs_of_a_probe(content: str, count: int, tmp_path: Path) -> None:
-    (tmp_path / "probe.txt").write_text(content, encoding="utf-8")
-    assert len(generic_texts(str(tmp_path / "probe.txt"), 1000)[0]) == count

@@ -102,17 +102,3 @@ def test_resumed_image_run_gives_the_unbroken_weights(tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], msg=name)
-
-
-@pytest.mark.long
-def test_processes_that_decode_ahead_change_no_weight(tmp_path: Path) -> None:
-    images = tiny.write_images(tmp_path / "images", 60)
-    for name, workers in (("alone", 0), ("ahead", 2)):
-        go(
-            tmp_path / name,
-            images,
-            "train",
-            train={**TRAIN, "extra": {"dataloader_num_workers": workers}},
-        )
-    one, other = (runs.final_weights(tmp_path / name) for name in ("alone", "ahead"))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())

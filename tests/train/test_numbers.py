@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fulltune import predict
 from fulltune.errors import GuardStop
 from fulltune.system.run_folder import Reached
-from fulltune.train.worker import loading
 from tests import tiny
 from tests.cases import others_long
 from tests.train import runs
@@ -147,24 +146,6 @@ def test_run_interrupted_and_continued_equals_an_unbroken_one(
     one, other = (weights(tmp_path / side / "run" / whole.plan.model_folder) for side in ("whole", "broken"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_run_whose_last_step_is_saved_is_finished_in_the_users_units(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between the last checkpoint and the finished model."""
-    train = {"max_steps": 4}
-    whole = go(tmp_path / "whole", encoder, SCALES["large"], "train", train=train)
-    with monkeypatch.context() as patch:
-        patch.setattr(loading.Scaled, "fold", lambda *_: runs.fail())
-        with pytest.raises(Exception, match="a fault"):
-            go(tmp_path / "broken", encoder, SCALES["large"], "train", train=train)
-    go(tmp_path / "broken", encoder, SCALES["large"], "train", train=train)
-    one, other = (weights(tmp_path / side / "run" / "models" / "full") for side in ("whole", "broken"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert whole.outcome is not None
-    assert whole.outcome.moved is not None
-    assert whole.outcome.moved.num_tensors_moved == whole.outcome.moved.num_tensors_with_gradient
 
 
 def weights(folder: Path) -> Mapping[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from fulltune.errors import RecipeError
 from fulltune.inference.store import Rows
@@ -28,28 +28,6 @@ TEXTS = [
 def go(folder: Path, model: Path, until: Any = "data", **blocks: Any) -> Reached:
     data = {"max_length": 64, **blocks.pop("data", {})}
     return runs.run(folder, model, TEXTS, until=until, task="causal-lm", data=data, **blocks)
-
-
-def test_packed_run_learns(tmp_path: Path) -> None:
-    model = tiny.save_model(tmp_path / "model", "llama")
-    reached = go(
-        tmp_path,
-        model,
-        "evaluate",
-        method={"learning_rate": 1e-2},
-        train={"num_train_epochs": 6, "eval_strategy": "steps", "eval_steps": 15},
-    )
-
-    assert reached.summary.problem_type == "text"
-    assert reached.summary.packed
-    assert "train texts packed into" in reached.summary.notes[-1]
-    train = reached.summary.splits["train"]
-    assert train.tokens / (train.rows * 64) > 0.9
-    untouched, trained = reached.scores
-    assert untouched.kind == "untouched"
-    assert trained.metrics["loss"].value < untouched.metrics["loss"].value / 2
-    saved = AutoTokenizer.from_pretrained(reached.folder / "models" / "full")
-    assert saved.chat_template == AutoTokenizer.from_pretrained(model).chat_template is not None
 
 
 def token_losses(model: Any, rows: Rows) -> dict[tuple[int, ...], np.ndarray]:

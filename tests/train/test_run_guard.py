@@ -177,20 +177,6 @@ def test_trouble_that_stays_goes_back_to_a_healthy_checkpoint(model: Path, tmp_p
 
 
 @pytest.mark.long
-def test_trouble_that_comes_again_goes_back_again_and_halves_the_rate(model: Path, tmp_path: Path) -> None:
-    seen: list[Event] = []
-    found = run(tmp_path, model, faults.nan_gradient, {*range(40, 45), *range(70, 75)}, seen.append)
-    assert found.outcome is not None
-    assert (found.outcome.status, found.outcome.attempt) == ("done", 3)
-    first, second = Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks
-    assert first == 36
-    rates = {event.step: event.learning_rate for event in seen if isinstance(event, StepLogged)}
-    assert rates[second - 1] == pytest.approx(1e-3 * (90 - second + 2) / 81)
-    assert rates[second + 1] == pytest.approx(0.5 * 1e-3 * (90 - second) / 81)
-    assert rates[89] == pytest.approx(0.5 * 1e-3 * 2 / 81)
-
-
-@pytest.mark.long
 def test_trouble_that_comes_again_ends_after_so_many_rollbacks_with_what_was_tried(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"step \d+, before the update: the loss is nan") as caught:
         run(tmp_path, model, faults.infinite_logits, lambda step: step > 30, train={"max_rollbacks": 1})
@@ -205,12 +191,6 @@ def test_without_rollbacks_the_run_stops(model: Path, tmp_path: Path) -> None:
     sound, _ = checkpoints.newest_sound(folder)
     assert sound is not None
     assert all(bool(one.isfinite().all()) for one in load_file(sound / "model.safetensors").values())
-
-
-@pytest.mark.long
-def test_checkpoint_saved_among_skipped_steps_is_not_gone_back_to(model: Path, tmp_path: Path) -> None:
-    run(tmp_path, model, faults.nan_gradient, [38, 39, 41, 43, 44, 45])
-    assert Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks == (36,), "that of step 40 is not healthy"
 
 
 @pytest.mark.long

@@ -113,15 +113,6 @@ def test_killed_while_the_winner_is_moved_it_is_moved_by_the_next_command(
     assert (found.folder / "models" / "full" / "model.safetensors").exists()
 
 
-@pytest.mark.long
-def test_lora_is_searched_by_a_metric_that_is_better_when_smaller(tmp_path: Path, model: Path) -> None:
-    method = {"kind": "lora", "learning_rate": "search", "learning_rates": [1e-5, 0.5]}
-    found = search(tmp_path, model, method=method, evaluate={"metric": "loss"})
-    record = Searched.load(found.folder / "search.json")
-    assert (record.settings, record.greater_is_better) == ({"method.learning_rate": 1e-5}, False)
-    assert (found.folder / "models" / "lora" / "adapter_model.safetensors").exists()
-
-
 def test_search_that_is_interrupted_goes_on_with_what_it_has(tmp_path: Path, model: Path) -> None:
     seen: list[str] = []
 

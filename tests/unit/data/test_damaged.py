@@ -314,6 +314,3 @@ def test_image_names_that_are_not_utf8_are_listed_and_folders_refused(tmp_path: 
 def test_address_of_an_image_is_no_path(tmp_path: Path) -> None:
     row = beside({"image": "https://example.com/a.png", "label": "x"}, tmp_path, None)
     assert "images are not downloaded" in row["image"].reason
-
-
-# ---- rows that are answered ------------------------------------------------------------------------------------
