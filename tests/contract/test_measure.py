@@ -57,13 +57,12 @@ def test_measured_levers_are_shown_and_the_plan_carries_the_reason(recipe: Path,
         "+ bf16 computations",
         "+ 8-bit AdamW",
         "micro batch",
-        "attention eager",
         "tokens/s",
     ):
         assert line in result.out
     rows = Measurements.load(tmp_path / "run" / "plan" / "measured.json").rows
     ran = [row for row in rows if not row.problem]
-    assert [row.kind for row in rows] == ["lever"] * 3 + ["micro batch"] * 2 + ["attention", "compile"]
+    assert [row.kind for row in rows] == ["lever"] * 3 + ["micro batch"] * 2 + ["compile"]
     assert all(row.peak_memory_bytes > 0 and row.tokens_per_second > 0 and row.loss is not None for row in ran)
     # Another optimizer does not change the loss before the first update.
     assert rows[1].loss == rows[2].loss
