@@ -19,7 +19,7 @@ from tests.invariant.placed import FAMILIES, MODELS, Curve, Place
 from tests.invariant.test_same_curve import losses
 from tests.train import runs
 
-pytestmark = pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process")]
 
 SINGLE, SHARED = Place("single"), Place("fsdp2:2")
 FEW: dict[str, Any] = {"max_steps": 16, "eval_steps": 8}
@@ -75,7 +75,6 @@ def test_its_model_is_a_plain_one(one: Curve, shared: Curve, folder: Path) -> No
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.long
 def test_stopped_and_continued_it_is_the_same_bit_by_bit(shared: Curve, folder: Path) -> None:
     step = placed.stop_at(folder / "stopped", FAMILIES["encoder"], SHARED, STOP, **FEW)
     assert STOP <= step < 16
@@ -88,7 +87,6 @@ def test_stopped_and_continued_it_is_the_same_bit_by_bit(shared: Curve, folder: 
     assert found.outcome.moved == shared.outcome.moved
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "encoder"])
 def test_other_families_are_those_of_one_process(name: str, tmp_path: Path) -> None:
     expected = in_one_process(tmp_path / "one", FAMILIES[name], **FEW)
@@ -98,7 +96,6 @@ def test_other_families_are_those_of_one_process(name: str, tmp_path: Path) -> N
     assert found.outcome.moved == expected.outcome.moved
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_models_with_other_blocks_are_trained(name: str, tmp_path: Path) -> None:
     steps: dict[str, Any] = {"max_steps": 2, "eval_steps": 2}
@@ -107,7 +104,6 @@ def test_models_with_other_blocks_are_trained(name: str, tmp_path: Path) -> None
     assert_near(expected, placed.read(tmp_path / "shared"))
 
 
-@pytest.mark.long
 def test_method_that_trains_little_is_that_of_one_process(tmp_path: Path) -> None:
     """The weights that stay as they were are shared out."""
     family = FAMILIES["encoder"]
@@ -121,7 +117,6 @@ def test_method_that_trains_little_is_that_of_one_process(tmp_path: Path) -> Non
     assert shared == pytest.approx(one, abs=1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("path", ["fsdp2:2 -> single", "fsdp2:2 -> fsdp2:4"])
 def test_run_goes_on_elsewhere(path: str, one: Curve, tmp_path: Path) -> None:
     """Also with more processes than there are cores."""
@@ -133,7 +128,6 @@ def test_run_goes_on_elsewhere(path: str, one: Curve, tmp_path: Path) -> None:
     assert_near(one, placed.read(tmp_path / "run"))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("place", ["ddp:2", "fsdp2:2"])
 def test_process_that_is_killed_three_times_changes_nothing(place: str, tmp_path: Path) -> None:
     """With dropout: the states of the random numbers are put back too. Nothing is taken for memory that ran out."""
@@ -147,7 +141,6 @@ def test_process_that_is_killed_three_times_changes_nothing(place: str, tmp_path
     assert placed.differences(placed.read(tmp_path / "unbroken"), found).none
 
 
-@pytest.mark.long
 def test_budget_for_forgetting_chooses_the_same_point(tmp_path: Path) -> None:
     """Generic text is read and replayed, and the weights are scaled back, by all processes together."""
     family = FAMILIES["decoder"]
@@ -166,7 +159,6 @@ def test_budget_for_forgetting_chooses_the_same_point(tmp_path: Path) -> None:
     assert list((tmp_path / "shared" / "run").glob("attempts/*/*.safetensors")) == []
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_example_runs_from_rows_to_report(name: str, tmp_path: Path) -> None:
     placed.run_example(name, tmp_path)

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from fulltune.inference.store import Rows
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from tests import tiny
@@ -53,7 +52,6 @@ PLAIN: dict[str, Any] = {"method": RANDOM, "preserve": {"drift": False}}
 """Of runs whose losses are compared closely: a head that starts from a probe enlarges what is rounding."""
 WIDE = {"hidden_size": 320, "num_hidden_layers": 1}
 """Matrices of more than 100,000 values: DeepSpeed's stage 3 leaves smaller ones whole in each process."""
-PLACED: dict[str, Any] = {"placement": "zero3", "offload": "all"}
 
 
 def offloaded(folder: Path, model: Path) -> Path:
@@ -64,8 +62,8 @@ def offloaded(folder: Path, model: Path) -> Path:
     return tiny.write_recipe(folder / "recipe.yaml", model, data, train=train, **PLAIN)
 
 
-def start(folder: Path, recipe: Path, verb: str = "train") -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fulltune.cli.app", verb, str(recipe), "--run-folder", str(folder / "run")]
+def start(folder: Path, recipe: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -134,32 +132,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.save_model(folder / "model", "bert", **NO_DROPOUT, **WIDE)
     runs.run(folder, model, tiny.topic_rows(50), train=TRAIN, **PLAIN)
     return folder
-
-
-def test_placement_gives_the_curve_of_one_process_and_a_plain_model(tmp_path: Path, alone: Path) -> None:
-    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.topic_rows(50))
-    train = {**TRAIN, **PLACED, "num_processes": 2}
-    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", alone / "model", data, train=train, **PLAIN)
-    running = start(tmp_path, recipe, "run")
-    log = finish(tmp_path, running)
-
-    assert running.returncode == 0, log
-    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
-    run = tmp_path / "run"
-    kept = json.loads((run / "plan" / "full.deepspeed.json").read_text(encoding="utf-8"))
-    assert (kept["zero_optimization"]["stage"], kept["train_batch_size"]) == (3, 8)
-    model = AutoModelForSequenceClassification.from_pretrained(run / "models" / "full").eval()
-    total = 0.0
-    rows = Rows(run / "data" / "eval")
-    for number in range(len(rows)):
-        row = rows[number]
-        with torch.no_grad():
-            logits = model(torch.tensor([list(row["input_ids"])])).logits[0]
-        assert bool(logits.isfinite().all())
-        total -= float(logits.log_softmax(-1)[int(row["labels"])])
-    best = Outcome.load(sorted(run.glob("attempts/*"))[-1] / "outcome.json").best_step
-    scored = next(event["metrics"]["loss"] for event in runs.events(tmp_path, "eval") if event["step"] == best)
-    assert total / len(rows) == pytest.approx(scored, abs=1e-5)
 
 
 def save_minilm(folder: Path, _: str) -> Path:
