@@ -223,7 +223,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         trial = plan.fit(workload, fleet, own_loss, started_seconds)
         if before is not None:
             trial = plan.placed_anew(before, trial)
-        run_folder.environment(machine).save(job.folder / "environment.json")
+        run_folder.environment(machine).save(job.folder / run_folder.ENVIRONMENT)
         run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
     return trial

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.records.run import MachinesUsed
+from fulltune.records.run import Environment
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from tests.invariant import placed
@@ -47,7 +47,7 @@ def reasons(job: Job) -> list[tuple[str, str]]:
 def test_two_machines_train_what_one_process_does(place: str, one: Curve, tmp_path: Path) -> None:
     with two_machines(tmp_path, ENCODER, Place(place), max_steps=STEPS) as job:
         assert_whole(job, one)
-    used = MachinesUsed.load(tmp_path / "run" / "machines.json")
+    used = Environment.load(tmp_path / "run" / "environment.json")
     assert [machine.rank for machine in used.machines] == [0, 1]
     assert sorted(machine.ranks for machine in used.machines) == [(0,), (1,)]
     (attempt,) = (tmp_path / "run" / "attempts").iterdir()

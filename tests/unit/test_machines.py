@@ -28,7 +28,6 @@ from fulltune.system.machines import (
     Part,
     Place,
     SignOfLife,
-    Started,
     differences,
     place_of,
 )
@@ -316,12 +315,12 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
                 while one.look() is None or one.told is None or one.told.token != "t":
                     time.sleep(0.01)
                 own = one.told.instance if instances == "mine" else instances
-                sign.tell(attempt=Started(id=f"a{number}", request=path, instances=(own,)))
+                sign.tell(attempt=f"a{number}", request=path, instances=(own,))
                 time.sleep(0.3)
             while one.look() is None or one.told is None or one.told.part is None:
                 time.sleep(0.01)
             assert one.told.part == Part(attempt="a1", code=3)
-            sign.tell(attempt=None, ended=Ended(exit_code=0))
+            sign.tell(attempt="", ended=Ended(exit_code=0))
 
         thread = threading.Thread(target=lead)
         thread.start()

@@ -11,25 +11,27 @@ import pytest
 from fulltune import pipeline
 from fulltune.errors import DataError, DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import Command
-from fulltune.system import run_folder
+from fulltune.records.run import Environment
+from fulltune.system import hardware, run_folder
 from fulltune.system.run_folder import find_or_make, locked, not_left_when_refused
 from tests import plans
 
 
 def test_seconds_of_a_command_are_kept_where_it_did_everything(tmp_path: Path) -> None:
     began = time.time() - 5
+    run_folder.environment(hardware.here()).save(tmp_path / run_folder.ENVIRONMENT)
     for place in ("attempts/full-seed42-01/request.json", "scores/full-seed42.json"):
         run_folder.note_command(tmp_path, began)
-        assert not (tmp_path / run_folder.COMMAND).exists(), "no trained model is scored"
+        assert Environment.load(tmp_path / run_folder.ENVIRONMENT).seconds is None, "no trained model is scored"
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).write_text("{}", encoding="utf-8")
     run_folder.note_command(tmp_path, began)
-    seconds = Command.load(tmp_path / run_folder.COMMAND).seconds
+    seconds = Environment.load(tmp_path / run_folder.ENVIRONMENT).seconds
+    assert seconds is not None
     assert seconds >= 5
     # A later one found the training done.
     run_folder.note_command(tmp_path, time.time() + 60)
-    assert Command.load(tmp_path / run_folder.COMMAND).seconds == seconds
+    assert Environment.load(tmp_path / run_folder.ENVIRONMENT).seconds == seconds
 
 
 def test_stages_that_are_called_one_by_one_are_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +43,7 @@ def test_stages_that_are_called_one_by_one_are_no_command(tmp_path: Path, monkey
         (tmp_path / place).write_text("{}", encoding="utf-8")
     monkeypatch.setattr(pipeline.report, "write", lambda folder: folder / "report.html")
     pipeline.write_report(job)
-    assert not (tmp_path / run_folder.COMMAND).exists()
+    assert not (tmp_path / run_folder.ENVIRONMENT).exists()
 
 
 def _made(folder: Path) -> Path:

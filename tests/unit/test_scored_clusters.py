@@ -101,16 +101,16 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     save_in_train(tmp_path / "test", seen)
     kept = {"right": np.where(seen, 1.0, np.arange(120) % 2)}
     scores = run.scores("full-seed42", "trained", 120, run.estimates(kept, metrics=right)).scores
-    found = scores.unseen["accuracy"]
-    assert found.left_out == 45
-    assert found.estimate is not None
-    assert (found.estimate.rows, found.estimate.clusters) == (75, 25)
-    assert found.estimate.value == pytest.approx(38 / 75)
-    assert found.estimate.low < 38 / 75 < found.estimate.high < scores.metrics["accuracy"].value
+    found = scores.unseen
+    assert scores.num_leaks == 45
+    assert found is not None
+    assert (found.rows, found.clusters) == (75, 25)
+    assert found.value == pytest.approx(38 / 75)
+    assert found.low < 38 / 75 < found.high < scores.metrics["accuracy"].value
     whole = bench(tmp_path / "other", [place // 3 for place in range(120)])
     plain = whole.scores("full-seed42", "trained", 120, whole.estimates(kept, metrics=right)).scores
     assert plain.metrics == scores.metrics, "the scores of all rows stay as they are"
-    assert plain.unseen == {}
+    assert (plain.num_leaks, plain.unseen) == (0, None)
 
 
 @pytest.mark.parametrize("first_unseen", [120, 110, 30], ids=["none", "one text", "nine texts"])
@@ -118,7 +118,7 @@ def test_hardly_any_row_that_train_does_not_have_gives_no_metric(tmp_path: Path,
     run = bench(tmp_path, TENS)
     save_in_train(tmp_path / "test", np.arange(120) < first_unseen)
     scores = run.scores("x", "trained", 120, run.estimates({"right": np.ones(120)}, metrics=right)).scores
-    assert (scores.unseen["accuracy"].left_out, scores.unseen["accuracy"].estimate) == (first_unseen, None)
+    assert (scores.num_leaks, scores.unseen) == (first_unseen, None)
 
 
 def test_user_metric_is_asked_without_them_too(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.events import Listener, RowsRead, Said
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, COMPARISON, Access
-from fulltune.records.scores import Answer, Scores, Unseen
+from fulltune.records.scores import Answer, Scores
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, bounds_of, resample
 from fulltune.system.memory import with_smaller_batches
@@ -141,7 +141,7 @@ class Scoring:
         **fields: Any,
     ) -> Scored:
         """The record of a contestant, with the intervals of its metrics."""
-        confidence = self.recipe.evaluate.confidence
+        confidence, main = self.recipe.evaluate.confidence, metrics.get(self.plan.metric)
         for quoting in fields.keys() & {"worst", "answers"}:
             fields[quoting] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[quoting])
         scores = Scores(
@@ -152,18 +152,12 @@ class Scoring:
             main_metric=self.plan.metric,
             greater_is_better=self.plan.greater_is_better,
             confidence=confidence,
-            unseen={
-                metric: Unseen(
-                    left_out=one.num_seen,
-                    near=self.recipe.data.near_duplicates < 1,
-                    estimate=one.unseen.estimate(confidence, bounds_of(metric)) if one.unseen else None,
-                )
-                for metric, one in metrics.items()
-                if one.num_seen
-            },
+            num_leaks=main.num_seen if main else 0,
+            near_leaks=self.recipe.data.near_duplicates < 1,
+            unseen=main.unseen.estimate(confidence, bounds_of(self.plan.metric)) if main and main.unseen else None,
             **fields,
         )
-        return Scored(scores, metrics.get(self.plan.metric))
+        return Scored(scores, main)
 
     def run(self, model: Any, processor: Any, split: str = "test") -> Predictions:
         """What the task keeps of the logits of each row of a split."""

@@ -29,7 +29,8 @@ _PLACING = (
         "micro_batch_size",
         "gradient_accumulation_steps",
     ),
-    *("eval_batch_size", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state", "traffic"),
+    *("eval_batch_size", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state"),
+    *("sent_each_pass", "sent_each_step"),
     *("disk", "time", "loader_workers", "fast_bf16"),
 )
 """What follows from where things lie, and changes no result."""

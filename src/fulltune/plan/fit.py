@@ -61,6 +61,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     resolve.everything_else(recipe, reasons)
     resolve.caveats(basis.needs.footprint, reasons, bool(train.torch_compile))
     used = chosen.settings
+    each_pass, each_step = time.traffic(shapes, used, basis.shared)
     plan = Plan(
         **dict(used) | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
         generic=generic,
@@ -90,7 +91,8 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
         available_bytes=basis.budget.available_bytes,
         memory=chosen.memory,
-        traffic=time.traffic(shapes, used, basis.shared) if used.num_processes > 1 else None,
+        sent_each_pass=each_pass,
+        sent_each_step=each_step,
         disk=on_disk,
         settings=tuple(reasons.settings),
     )

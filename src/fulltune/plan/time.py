@@ -14,7 +14,7 @@ from fulltune.plan.gpus import Fleet
 from fulltune.recipe.tasks import FACTS
 from fulltune.records import probe
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import MemorySettings, Traffic
+from fulltune.records.plan import MemorySettings
 from fulltune.system.hardware import TENSOR_CORES_FROM
 from fulltune.system.sharing import Sharing
 
@@ -136,7 +136,8 @@ def step_seconds(
         NETWORK: 0.0,
         "optimizer": _optimizer_seconds(trained, fleet, settings, shared),
     }
-    sent, gpu = traffic(shapes, settings, shared).of_step(accumulation), fleet.gpu_model
+    each_pass, each_step = traffic(shapes, settings, shared)
+    sent, gpu = accumulation * each_pass + each_step, fleet.gpu_model
     if settings.num_machines > 1:
         parts[NETWORK] = sent / (fleet.network_gb_per_second * 1e9 * LINK_SHARE)
     if gpu is None:
@@ -165,9 +166,10 @@ def together(seconds: Mapping[str, float]) -> float:
     return overlapped + seconds["optimizer"]
 
 
-def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> Traffic:
-    """Bytes that each process sends in an optimizer step by rings, which pass (N - 1) / N of a tensor for each gather
-    and each reduction of N processes (docs/scale.md, "Traffic"); `shared` None: each holds everything."""
+def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> tuple[int, int]:
+    """Bytes that each process sends for each micro batch, and once in an optimizer step, by rings, which pass
+    (N - 1) / N of a tensor for each gather and reduction of N processes (docs/scale.md, "Traffic"); `shared` None:
+    each holds everything."""
     processes, trained = settings.num_processes, memory.num_trained(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0
@@ -181,9 +183,7 @@ def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) ->
     else:  # stage 1 sums gradients like stage 2, but once a step
         gradients = narrow * trained
         each_pass, each_step = (gradients, gradients) if shared.stage == 2 else (0, 2 * gradients)
-    return Traffic(
-        each_pass=each_pass * (processes - 1) // processes, each_step=each_step * (processes - 1) // processes
-    )
+    return each_pass * (processes - 1) // processes, each_step * (processes - 1) // processes
 
 
 def further_seconds(training: float) -> float:

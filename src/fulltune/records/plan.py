@@ -64,19 +64,6 @@ class MemoryNeed(Record):
         return max(self.kinds, key=lambda kind: self.kinds[kind])
 
 
-class Traffic(Record):
-    """Bytes that each process of a training sends to the others; of a machine's as much goes over its network."""
-
-    each_pass: int
-    """For each micro batch."""
-    each_step: int
-    """Once in an optimizer step, whatever the number of micro batches."""
-
-    def of_step(self, passes: int) -> int:
-        """Of an optimizer step of so many micro batches."""
-        return passes * self.each_pass + self.each_step
-
-
 class DiskNeed(Record):
     """Bytes of a run on disk at its fullest."""
 
@@ -246,8 +233,10 @@ class Plan(MemorySettings):
     available_bytes: int | None = None
     """What one process could take when the plan was made; None: not known."""
     memory: MemoryNeed | None = None
-    traffic: Traffic | None = None
-    """None: a single process."""
+    sent_each_pass: int = 0
+    """Bytes that each process sends to the others for each micro batch; as many go over a machine's network."""
+    sent_each_step: int = 0
+    """The same once in an optimizer step, whatever the number of micro batches."""
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
     busy: str = ""
@@ -266,7 +255,7 @@ class Plan(MemorySettings):
     @property
     def sent_bytes(self) -> int:
         """By each process to the others in an optimizer step."""
-        return 0 if self.traffic is None else self.traffic.of_step(self.gradient_accumulation_steps)
+        return self.gradient_accumulation_steps * self.sent_each_pass + self.sent_each_step
 
     @property
     def model_folder(self) -> str:

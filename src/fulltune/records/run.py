@@ -15,6 +15,19 @@ ACCESSES = "test-rows-scored.jsonl"
 COMPARISON = "comparison"
 
 
+class MachineUsed(Record):
+    """One of several machines that trained a model."""
+
+    rank: int
+    host: str
+    cpu: str
+    num_cores: int
+    memory_bytes: int
+    devices: tuple[str, ...]
+    ranks: tuple[int, ...] = ()
+    """Of the training processes that ran there in the last attempt."""
+
+
 class Environment(Record):
     """Where and with what a run was made."""
 
@@ -29,32 +42,10 @@ class Environment(Record):
     memory_bytes: int
     devices: tuple[str, ...]
     commit: str | None = None
-
-
-class MachineUsed(Record):
-    """One of several machines that trained a model."""
-
-    rank: int
-    host: str
-    cpu: str
-    num_cores: int
-    memory_bytes: int
-    devices: tuple[str, ...]
-    ranks: tuple[int, ...] = ()
-    """Of the training processes that ran there in the last attempt."""
-
-
-class MachinesUsed(Record):
-    """All of them."""
-
-    rendezvous: str
-    machines: tuple[MachineUsed, ...]
-
-
-class Command(Record):
-    """A whole `fulltune run`, from its start to its report."""
-
-    seconds: float
+    machines: tuple[MachineUsed, ...] = ()
+    """Of several that train a model all."""
+    seconds: float | None = None
+    """Of a whole `fulltune run`, from its start to its report."""
 
 
 class Access(Record):

@@ -33,16 +33,6 @@ class Estimate(Record):
         return "one group of rows" if self.clusters == 1 else ""
 
 
-class Unseen(Record):
-    """A metric without the test rows that share their text, prompt or passage with train rows."""
-
-    left_out: int
-    near: bool
-    """Nearly equal ones count as shared."""
-    estimate: Estimate | None
-    """None: hardly any row is left."""
-
-
 class Calibration(Record):
     """How far the probabilities can be believed; the temperature is fitted on the eval rows."""
 
@@ -84,9 +74,12 @@ class Scores(Record):
     differences: dict[str, Estimate] = Field(default_factory=dict)
     """Of a trained model: its main metric minus that of the row with this name, on the same test rows, with the
     interval of the difference itself."""
-    unseen: dict[str, Unseen] = Field(default_factory=dict)
-    """Metric to what it is on the test rows that train does not have as well; empty: it has none of them, or which they
-    are was not written down (rows of earlier versions)."""
+    num_leaks: int = 0
+    """Of the main metric's test rows: those that share their text, prompt or passage with train rows."""
+    near_leaks: bool = False
+    """Nearly equal ones count as shared."""
+    unseen: Estimate | None = None
+    """The main metric without them; None: there are none, or hardly any row is left."""
     seconds: float = 0.0
     calibration: Calibration | None = None
     confusion: Confusion | None = None

@@ -135,16 +135,6 @@ def own_address(host: str, port: int) -> str:
 # ---- what they write -------------------------------------------------------------------------------------------
 
 
-class Started(Record):
-    """An attempt that all machines take part in."""
-
-    id: str
-    request: str
-    """Path of its file."""
-    instances: tuple[str, ...]
-    """Of the other machines' commands: one that came later waits for the next attempt."""
-
-
 class Ended(Record):
     """How a machine's command ended."""
 
@@ -159,7 +149,12 @@ class Leader(Record):
     """Of this command: who answers with it has read this file, and can write beside it."""
     beat: int = 0
     host: str
-    attempt: Started | None = None
+    attempt: str = ""
+    """That all machines take part in; empty: none."""
+    request: str = ""
+    """Path of its file."""
+    instances: tuple[str, ...] = ()
+    """Of the other machines' commands in it: one that came later waits for the next attempt."""
     ended: Ended | None = None
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.files import write_json, write_text
@@ -25,7 +26,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Comparison
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
-from fulltune.records.run import Command, Environment
+from fulltune.records.run import Environment
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.system import sharing
@@ -35,7 +36,7 @@ from fulltune.text import first_few
 IDENTITY = "recipe.json"
 """The checked recipe with its fingerprint: what a folder belongs to."""
 REPORT = "report.html"
-COMMAND = "command.json"
+ENVIRONMENT = "environment.json"
 CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
@@ -164,7 +165,13 @@ def note_command(folder: Path, began: float) -> None:
     made = [path for one in ("plan", "attempts/*", "scores") for path in folder.glob(f"{one}/*.json")]
     is_scored = any(folder.glob("scores/*-seed*.json"))
     if is_scored and all(path.stat().st_mtime >= began for path in made):
-        Command(seconds=round(time.time() - began, 3)).save(folder / COMMAND)
+        change_environment(folder, seconds=round(time.time() - began, 3))
+
+
+def change_environment(folder: Path, **changes: Any) -> None:
+    """Keep something in the record of where a run was made."""
+    path = folder / ENVIRONMENT
+    Environment.load(path).model_copy(update=changes).save(path)
 
 
 def lost_weights(model_folder: Path) -> Path | None:
@@ -330,7 +337,7 @@ def not_left_when_refused(folder: Path, *kept_for: type[FulltuneError]) -> Itera
         if not began and not isinstance(error, (InterruptedRun, *kept_for)):
             for own in ("data", "plan"):
                 shutil.rmtree(folder / own, ignore_errors=True)
-            for name in (IDENTITY, "recipe.yaml", "environment.json", ".lock"):
+            for name in (IDENTITY, "recipe.yaml", ENVIRONMENT, ".lock"):
                 (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # somebody else's files
                 folder.rmdir()

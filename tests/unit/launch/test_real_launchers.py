@@ -142,7 +142,7 @@ def test_ssh_trains_a_model_on_two_machines_is_told_to_save_and_goes_on(
     assert done.returncode == 0, done.stderr
     [run] = place.work.glob("runs/recipe-*")
     assert (run / "report.md").exists()
-    assert len(json.loads((run / "machines.json").read_text())["machines"]) == 2
+    assert len(json.loads((run / "environment.json").read_text())["machines"]) == 2
 
 
 # ---- Slurm -----------------------------------------------------------------------------------------------------

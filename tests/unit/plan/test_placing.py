@@ -38,7 +38,7 @@ def test_placement_of_a_7b_model(hardware: str, train: dict[str, Any], placement
     assert setting.value == placement
     assert setting.reason.startswith(reason)
     assert setting.chosen == (reason != "from the recipe")
-    assert (plan.traffic is None) == (plan.num_processes == 1)
+    assert (plan.sent_bytes == 0) == (plan.num_processes == 1)
     if placement == "fsdp2":
         assert plan.optim == train.get("optim", "adamw_torch_fused")
 

@@ -12,13 +12,11 @@ from fulltune.records.plan import (
     Plan,
     TimeNeed,
     TimePart,
-    Traffic,
 )
-from fulltune.records.run import Command
 from fulltune.report.format.blocks import Paragraph, Section, Table
 from fulltune.report.run.about_training import resources
 from fulltune.report.run.read import read_run
-from tests.unit.report.conftest import outcome, plan, write_lines
+from tests.unit.report.conftest import environment, outcome, plan, write_lines
 
 MIB, GIB = 2**20, 2**30
 TIME = "time of the training steps, with evaluations and checkpoints"
@@ -77,7 +75,7 @@ def test_plan_dry_run_and_actual_stand_side_by_side_with_their_errors(tmp_path: 
 
 
 def test_memory_of_several_processes_is_that_of_the_largest_and_what_they_send_is_said(tmp_path: Path) -> None:
-    made = planned(num_processes=2, placement="fsdp2", traffic=Traffic(each_pass=3 * GIB, each_step=0))
+    made = planned(num_processes=2, placement="fsdp2", sent_each_pass=3 * GIB)
     found = section(tmp_path, made, growth_of_processes=(520 * MIB, 600 * MIB))
     assert found is not None
     texts = [block.text for block in found.blocks if isinstance(block, Paragraph)]
@@ -109,7 +107,7 @@ def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_pat
 
 def test_whole_command_stands_beside_what_the_plan_says_of_it(tmp_path: Path) -> None:
     parts = (TimePart(name=STARTING, seconds=10.0, basis="measured"),)
-    Command(seconds=200.0).save(tmp_path / "command.json")
+    environment().model_copy(update={"seconds": 200.0}).save(tmp_path / "environment.json")
     made = planned(time=time(150.0).model_copy(update={"around": parts}))
     found = comparison(section(tmp_path, made))
     assert found["the whole command"] == ("2 min 40 s", "-", "3 min 20 s", "-20%", "-")

@@ -12,7 +12,7 @@ import pytest
 from fulltune import report
 from fulltune.records.data import DataSummary
 from fulltune.records.run import ACCESSES, Access
-from fulltune.records.scores import Estimate, Scores, Unseen
+from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format.blocks import Headline, Paragraph
 from fulltune.report.run.about_scores import scored_again, without_leaks
 from fulltune.report.run.read import read_run
@@ -21,7 +21,7 @@ from fulltune.report.run.read import read_run
 def of(kit: SimpleNamespace, left_out: int, rows: int, unseen: Estimate | None) -> list[Scores]:
     whole = Estimate(value=0.934, low=0.92, high=0.945, rows=rows)
     more: Any = {"rows": rows, "metrics": {"accuracy": whole}}
-    more["unseen"] = {"accuracy": Unseen(left_out=left_out, near=rows == 41, estimate=unseen)}
+    more |= {"num_leaks": left_out, "near_leaks": rows == 41, "unseen": unseen}
     return [kit.scores("majority class", "baseline", 0.1), kit.scores("full-seed42", "trained", 0.934, **more)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.records.plan import Traffic
 from fulltune.records.scores import Calibration
 from fulltune.report.format import words
 from fulltune.report.run.about_scores import calibration_in_words
@@ -12,25 +11,27 @@ from tests import plans
 
 
 @pytest.mark.parametrize(
-    ("traffic", "passes", "said"),
+    ("each_pass", "each_step", "passes", "said"),
     [
-        (None, 1, ""),
-        (Traffic(each_pass=0, each_step=2**30), 4, "each of 2 processes sends 1 GiB a step (fsdp2)"),
-        (Traffic(each_pass=2**30, each_step=0), 1, "each of 2 processes sends 1 GiB a step (fsdp2)"),
+        (0, 0, 1, ""),
+        (0, 2**30, 4, "each of 2 processes sends 1 GiB a step (fsdp2)"),
+        (2**30, 0, 1, "each of 2 processes sends 1 GiB a step (fsdp2)"),
         (
-            Traffic(each_pass=2**30, each_step=2**30),
+            2**30,
+            2**30,
             3,
             "each of 2 processes sends 4 GiB a step (fsdp2, 1 GiB of it for each of 3 micro batches)",
         ),
     ],
 )
-def test_what_processes_send_is_a_line(traffic: Traffic | None, passes: int, said: str) -> None:
-    made = plans.plan(traffic=traffic, num_processes=2, placement="fsdp2", gradient_accumulation_steps=passes)
+def test_what_processes_send_is_a_line(each_pass: int, each_step: int, passes: int, said: str) -> None:
+    sent = {"sent_each_pass": each_pass, "sent_each_step": each_step}
+    made = plans.plan(**sent, num_processes=2, placement="fsdp2", gradient_accumulation_steps=passes)
     assert words.sent(made) == said
 
 
 def test_what_crosses_between_machines_is_said() -> None:
-    sent = {"traffic": Traffic(each_pass=0, each_step=2**30), "num_processes": 4, "placement": "ddp"}
+    sent = {"sent_each_step": 2**30, "num_processes": 4, "placement": "ddp"}
     several = plans.plan(**sent, num_machines=2)
     expected = "each of 4 processes sends 1 GiB a step, and so does each of 2 machines to the others (ddp)"
     assert words.sent(several) == expected

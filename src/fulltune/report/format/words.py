@@ -45,11 +45,11 @@ def estimate(name: str, value: Estimate) -> str:
 
 def sent(plan: Plan) -> str:
     """What each process sends to the others, by the plan's arithmetic; empty for a single one."""
-    if plan.traffic is None:
+    if not plan.sent_bytes:
         return ""
     passes = plan.gradient_accumulation_steps
-    each = f", {format_bytes(plan.traffic.each_pass)} of it for each of {passes} micro batches"
-    each = each if passes > 1 and plan.traffic.each_pass else ""
+    each = f", {format_bytes(plan.sent_each_pass)} of it for each of {passes} micro batches"
+    each = each if passes > 1 and plan.sent_each_pass else ""
     sum_of_step = format_bytes(plan.sent_bytes)
     several = f", and so does each of {plan.num_machines} machines to the others" if plan.num_machines > 1 else ""
     return f"each of {plan.num_processes} processes sends {sum_of_step} a step{several} ({plan.placement}{each})"

@@ -95,14 +95,14 @@ def about_table(view: RunView) -> list[Paragraph]:
 def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
     """The main metric without the test rows that stand in train, beside the one with them; empty: none stands there."""
     row = trained_row(scores) or scores[-1]
-    found, whole = row.unseen.get(row.main_metric), row.metrics.get(row.main_metric)
-    if found is None or whole is None:
+    whole = row.metrics.get(row.main_metric)
+    if not row.num_leaks or whole is None:
         return ""
-    stands = stands_in_train(summary.columns if summary else (), found.near)
-    leaks = f"Of {whole.rows or row.rows:,} test rows {found.left_out:,} leak: their {stands}"
-    if found.estimate is None:
+    stands = stands_in_train(summary.columns if summary else (), row.near_leaks)
+    leaks = f"Of {whole.rows or row.rows:,} test rows {row.num_leaks:,} leak: their {stands}"
+    if row.unseen is None:
         return f"{leaks}. The others are too few to tell how good the model is on unseen rows."
-    name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, found.estimate)
+    name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, row.unseen)
     return f"{leaks}. Without them: {name} {value} ({format_metric(row.main_metric, whole.value)} with them)."
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from fulltune.records.events import PhaseBegan
 from fulltune.records.held import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
+from fulltune.records.run import Environment
 from fulltune.records.training import Check, Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -223,11 +224,11 @@ def environment(view: RunView) -> Section | None:
     )
     packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(found.packages.items())))
     folded = Folded("package versions", (packages,))
-    return Section("environment", "Environment", (Facts(facts), *_machines(view), *[folded] * bool(found.packages)))
+    return Section("environment", "Environment", (Facts(facts), *_machines(found), *[folded] * bool(found.packages)))
 
 
-def _machines(view: RunView) -> tuple[Table, ...]:
-    if view.machines is None:
+def _machines(found: Environment) -> tuple[Table, ...]:
+    if not found.machines:
         return ()
     rows = tuple(
         (
@@ -238,7 +239,7 @@ def _machines(view: RunView) -> tuple[Table, ...]:
             str(one.num_cores),
             format_bytes(one.memory_bytes),
         )
-        for one in view.machines.machines
+        for one in found.machines
     )
     header = ("machine", "host", "ranks", "devices", "cores", "memory")
     return (Table("Machines of the last attempt", header, rows, numeric=frozenset({4, 5})),)
@@ -291,8 +292,9 @@ def _comparison(view: RunView, plan: Plan) -> list[Block]:
         # From the first step to the last; 0 when it did not get there.
         trained = phases.get("saving the model", 0.0) - phases["training"] if "training" in phases else 0.0
         rows.append(_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
-    if time is not None and time.around and view.command and not view.searched:  # which takes several runs
-        rows.append(_row("the whole command", time.whole_seconds, 0, view.command.seconds, format_seconds))
+    seconds = view.environment.seconds if view.environment else None
+    if time is not None and time.around and seconds and not view.searched:  # which takes several runs
+        rows.append(_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
     if plan.disk or outcome.disk_bytes:
         rows.append(_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes))
     if not rows:

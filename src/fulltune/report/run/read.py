@@ -19,7 +19,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, StepSkipped, UpdatesMeasured, event_of
 from fulltune.records.held import HELD_FILES, HeldRun
 from fulltune.records.plan import Plan
-from fulltune.records.run import ACCESSES, Access, Command, Environment, MachinesUsed
+from fulltune.records.run import ACCESSES, Access, Environment
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
@@ -148,13 +148,11 @@ class RunView:
     """Baselines first, then the untouched model, then the trained one; by name within a kind."""
     missing: tuple[tuple[str, str], ...] = ()
     """Parts of the report that cannot be shown, and why."""
-    command: Command | None = None
     """What the whole command took; None where it was not one command."""
     searched: Searched | None = None
     """How its settings were searched."""
     held: HeldRun | None = None
     """How it was held to a budget."""
-    machines: MachinesUsed | None = None
     """Of a run over several machines."""
     accesses: tuple[Access, ...] = ()
     """Every time that its test rows were scored, also by other runs beside it."""
@@ -231,8 +229,6 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         plan=plan,
         attempts=tuple(one for one in attempts if one.trial == trial),
         scores=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.kind), row.name))),
-        command=files.record(Command, folder / "command.json"),
-        machines=files.record(MachinesUsed, folder / "machines.json"),
         searched=files.record(Searched, folder / "search.json"),
         held=next((one for one in held if one.trial == trial), None),
         accesses=files.accesses(),

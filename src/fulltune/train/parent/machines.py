@@ -14,12 +14,13 @@ from typing import Any
 
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import MachinesUsed, MachineUsed
+from fulltune.records.run import MachineUsed
 from fulltune.records.training import LostPart, Outcome
 from fulltune.system import hardware, machines, signals
 from fulltune.system.hardware import Machine
-from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife, Started
+from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife
 from fulltune.system.memory import kernel_kills
+from fulltune.system.run_folder import change_environment
 from fulltune.text import format_seconds, listed
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
@@ -136,7 +137,7 @@ class MachineGroup:
     def keep(self) -> None:
         """Write down which machines take part in an attempt, with their ranks, for the report."""
         each = self._recipe.train.processes_per_machine
-        used = [
+        used = tuple(
             MachineUsed(
                 rank=one.rank,
                 host=one.host,
@@ -147,8 +148,8 @@ class MachineGroup:
                 ranks=tuple(range(each * one.rank, each * (one.rank + 1))),
             )
             for one in self.members
-        ]
-        MachinesUsed(rendezvous=self._place.rendezvous, machines=tuple(used)).save(self._folder / "machines.json")
+        )
+        change_environment(self._folder, machines=used)
 
     def start(self, request: Request, log: Path) -> spawn.Child:
         """A `Starter`: the attempt's processes on this machine, and word to the others that theirs are to begin."""
@@ -164,23 +165,20 @@ class MachineGroup:
             raise InterruptedRun(reason) from None
         _refuse_taken(self._place)
         instances = {one.rank: one.instance for one in self.members[1:]}
-        started = Started(
-            id=f"{self._sign.record.token[:8]}-{request.folder.name}",
-            request=str((request.folder / "request.json").resolve()),
-            instances=tuple(instances.values()),
-        )
+        begun = f"{self._sign.record.token[:8]}-{request.folder.name}"
+        path = str((request.folder / "request.json").resolve())
         # Machine 0 may know itself as the loopback: what leads to another machine counts.
         place, address = self._place, self._own.address
         if address != place.host:
             address = machines.own_address(self.members[1].address, place.port)
-        child = spawn.in_new_process(request, log, meeting(place, started.id, address))
-        self._sign.tell(attempt=started)
+        child = spawn.in_new_process(request, log, meeting(place, begun, address))
+        self._sign.tell(attempt=begun, request=path, instances=tuple(instances.values()))
         self.keep()
-        return _OnAllMachines(child, self, started.id, instances)
+        return _OnAllMachines(child, self, begun, instances)
 
     def say_over(self) -> None:
         """The attempt has ended here, and is to end on all machines."""
-        self._sign.tell(attempt=None)
+        self._sign.tell(attempt="")
 
     def part_of(self, rank: int, attempt: str, instance: str) -> Part | LostPart | None:
         """How a machine's part of an attempt ended, or that the machine was lost; None: it goes on."""
@@ -385,14 +383,14 @@ class _Follower:
         if told.token != self._sign.record.token:
             self._sign.tell(token=told.token)
             self._phase(f"found machine 0 ({told.host}); waiting for an attempt")
-        self._attend(None if told.ended is not None else told.attempt)
+        self._attend(told if told.ended is None and told.attempt else None)
         if told.ended is None or self._child is not None:
             return False
         if told.ended.exit_code == 0:
             return True
         raise ended_as(f"machine 0 ({told.host})", told.ended)
 
-    def _attend(self, current: Started | None) -> None:
+    def _attend(self, current: Leader | None) -> None:
         """Watch this machine's part of an attempt, and end it when it is over elsewhere; or begin the one at hand."""
         if self._child is not None and (code := self._child.poll()) is not None:
             self._child, self._over_at = None, None
@@ -401,18 +399,18 @@ class _Follower:
             self._sign.tell(part=part)
             self._phase("waiting for machine 0")
         if self._child is not None:
-            is_other = current is None or current.id != self._attempt
+            is_other = current is None or current.attempt != self._attempt
             if is_other or (self._folder / "outcome.json").exists():
                 self._over_at = self._over_at or time.monotonic()
                 if time.monotonic() - self._over_at > GRACE_SECONDS:
                     spawn.end(self._child)
-        elif current is not None and current.id != self._attempt and not self._asked:
+        elif current is not None and current.attempt != self._attempt and not self._asked:
             self._begin(current)
 
-    def _begin(self, started: Started) -> None:
-        if self._sign.record.instance not in started.instances:  # it began without this command
+    def _begin(self, told: Leader) -> None:
+        if self._sign.record.instance not in told.instances:  # it began without this command
             return
-        path = Path(started.request)
+        path = Path(told.request)
         until = time.monotonic() + machines.GONE_SECONDS
         while not path.exists():
             if self._asked:
@@ -425,10 +423,10 @@ class _Follower:
             time.sleep(POLL_SECONDS)
         request = Request.load(path)
         self._phase(f"taking part in attempt {request.attempt} of {request.plan.trial} (log: {path.parent})")
-        self._attempt, self._kills, self._folder = started.id, kernel_kills(), path.parent
+        self._attempt, self._kills, self._folder = told.attempt, kernel_kills(), path.parent
         log = path.with_name(f"log-machine{self._place.rank}.txt")
         address = self._sign.record.address
-        self._child = spawn.in_new_process(request, log, meeting(self._place, started.id, address))
+        self._child = spawn.in_new_process(request, log, meeting(self._place, told.attempt, address))
         if self._asked:  # meanwhile
             self._pass_on()
 
