@@ -110,20 +110,8 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
             ],
         ),
         (
-            {"method": {"kind": "loar", "rank": "many", "rnak": 8, "learning_rate": 0.1, "learning_rates": [0.1]}},
-            [
-                f"method.kind: expected {KINDS}, found 'loar'; did you mean 'lora'?",
-                "method.rank: expected whole number, found 'many'",
-                "method.rnak: unknown setting; did you mean 'rank'?",
-                "method.learning_rate and learning_rates are both given; remove one",
-            ],
-        ),
-        (
             {"methods": ["full", {"kind": "lroa", "rank": 0}]},
-            [
-                f"methods.1.kind: expected {KINDS}, 'base', found 'lroa'; did you mean 'lora'?",
-                "methods.1.rank: expected greater than or equal to 1, found 0",
-            ],
+            [f"methods.1.kind: expected {KINDS}, 'base', found 'lroa'; did you mean 'lora'?"],
         ),
         (
             {"method": {"kind": "prompt", "rank": 8}},

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from fulltune.recipe.model import Block
+from fulltune.recipe.model import Block, refuse
 
 TextRows = Literal["auto", "line", "paragraph", "section"]
 UTF_8 = "utf-8-sig"
@@ -204,46 +204,35 @@ class DataBlock(Block):
 
     @model_validator(mode="after")
     def _files_must_differ(self) -> DataBlock:
-        mixed = [one.path for one in self.mixed_files]
+        mixed, weights = [one.path for one in self.mixed_files], [one.weight for one in self.mixed_files]
         train = (*self.task_files, *mixed)
-        problems = [*self._wrong_weights()]
-        if not train or not all(train):
-            problems.append("train: names no file")
-        problems += [
-            f"train: names {path} twice, and one of them has a weight; keep one of them"
-            for path in dict.fromkeys(mixed)
-            if train.count(path) > 1
-        ]
-        held_out = [(role, path) for role, path in (("eval", self.eval), ("test", self.test)) if path is not None]
-        for role, path in held_out:
-            if path in train:
-                problems.append(f"{role}: is the file of train; rows for scoring must not be trained on")
-        if self.test is not None and self.test == self.eval:
-            problems.append("test: is the file of eval; rows for reporting must not choose the checkpoint")
-        if self.time is not None and len(held_out) == 2:
-            problems.append(
-                "time: eval and test name files, so there is nothing to split by time; remove it, or a file"
-            )
-        if len(set(self.columns or ())) != len(self.columns or ()):
-            problems.append("columns: names a column twice; give each a name of its own")
-        if problems:
-            raise ValueError("\n".join(problems))
+        held_out = {role: path for role, path in (("eval", self.eval), ("test", self.test)) if path is not None}
+        pairs = {
+            "train: all files have a weight, expected one without at least: the task's rows, which eval and test are "
+            "split off; remove its weight": weights and not self.task_files,
+            f"train: the weights come to {sum(weights):g}, expected at most {_MOST:g}: the rest of each epoch are the "
+            "task's rows; lower them": sum(weights) > _MOST,
+            "train: names no file": not train or not all(train),
+            **{
+                f"train: names {path} twice, and one of them has a weight; keep one of them": train.count(path) > 1
+                for path in mixed
+            },
+            **{
+                f"{role}: is the file of train; rows for scoring must not be trained on": path in train
+                for role, path in held_out.items()
+            },
+            "test: is the file of eval; rows for reporting must not choose the checkpoint": (
+                self.test is not None and self.test == self.eval
+            ),
+            "time: eval and test name files, so there is nothing to split by time; remove it, or a file": (
+                self.time is not None and len(held_out) == 2
+            ),
+            "columns: names a column twice; give each a name of its own": (
+                len(set(self.columns or ())) != len(self.columns or ())
+            ),
+        }
+        refuse(pairs)
         return self
-
-    def _wrong_weights(self) -> list[str]:
-        weights = [one.weight for one in self.mixed_files]
-        problems = []
-        if weights and not self.task_files:
-            problems.append(
-                "train: all files have a weight, expected one without at least: the task's rows, which eval and test "
-                "are split off; remove its weight"
-            )
-        if sum(weights) > _MOST:
-            problems.append(
-                f"train: the weights come to {sum(weights):g}, expected at most {_MOST:g}: the rest of each epoch "
-                "are the task's rows; lower them"
-            )
-        return problems
 
 
 def rows_per_epoch(task_rows: int, weights: Sequence[float]) -> tuple[int, ...]:

@@ -14,7 +14,17 @@ from pydantic import Field, model_validator
 from fulltune.errors import RecipeError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.methods import RIVALS, VARIANT, Arm, ArmKind, FullMethod, Method
-from fulltune.recipe.model import AUTO, NAME, Block, CompareBlock, EvaluateBlock, ModelBlock, PreserveBlock, SearchBlock
+from fulltune.recipe.model import (
+    AUTO,
+    NAME,
+    Block,
+    CompareBlock,
+    EvaluateBlock,
+    ModelBlock,
+    PreserveBlock,
+    SearchBlock,
+    refuse,
+)
 from fulltune.recipe.tasks import TaskName
 from fulltune.recipe.training import ENGINE_SETTINGS, TrainBlock
 
@@ -64,20 +74,19 @@ class Recipe(Block):
     def _methods_must_make_a_comparison(self) -> Recipe:
         if not self.methods:
             return self
-        problems = []
-        kinds = [self.compared_kind(one) for one in self.methods]
-        if "full" not in kinds:
-            problems.append("methods: a comparison has 'full', because the others are compared with it; add it")
-        elif not set(kinds) & set(RIVALS):
-            problems.append(
-                f"methods: names nothing to compare full fine-tuning with ('base' and 'head' are only shown for "
-                f"orientation); add one of {', '.join(_OTHERS)}, or another full with settings of its own"
-            )
-        names = [one.arm for one in self.methods]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        problems += [f"methods: two are called '{name}'; give one of them another 'name'" for name in twice]
-        if problems:
-            raise ValueError("\n".join(problems))
+        kinds, names = [self.compared_kind(one) for one in self.methods], [one.arm for one in self.methods]
+        pairs = {
+            "methods: a comparison has 'full', because the others are compared with it; add it": "full" not in kinds,
+            "methods: names nothing to compare full fine-tuning with ('base' and 'head' are only shown for "
+            f"orientation); add one of {', '.join(_OTHERS)}, or another full with settings of its own": (
+                "full" in kinds and not set(kinds) & set(RIVALS)
+            ),
+            **{
+                f"methods: two are called '{name}'; give one of them another 'name'": names.count(name) > 1
+                for name in sorted(names)
+            },
+        }
+        refuse(pairs)
         return self
 
     def fingerprint(self) -> str:

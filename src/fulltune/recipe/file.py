@@ -5,12 +5,10 @@ No torch, no transformers; a recipe error answers in well under half a second.
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,19 +93,20 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
     What is wrong is left out and the rest is checked again, because the rules of a block are asked only where all its
     settings can be read.
     """
-    lines, left, lost = lines or {}, values, set[str]()
+    lines, lost = lines or {}, set[str]()
     problems = [*_one_method_or_several(values, path, lines)]
-    while True:
+    left = {name: dict(block) if isinstance(block, dict) else block for name, block in values.items()}
+    recipe: Recipe | None = None
+    while recipe is None:
         try:
             recipe = Recipe.model_validate(left)
-            break
         except ValidationError as error:
             said = [text for item in error.errors() for text in _describe(item, path, lines, values)]
             problems += [text for text in _not_about(said, lost) if text not in problems]
-            rest, gone = _without(error.errors(), left)
-            if rest == left:  # something is missing
+            gone = [name for item in error.errors() for name in _left_out(item, left)]
+            if not gone:  # something is missing
                 raise RecipeError(problems) from None
-            left, lost = rest, lost | gone
+            lost |= {*gone}
     found = [*recipe_rules.problems_of(recipe), *several_runs.problems_of(recipe)]
     problems += _not_about(_placed(found, path, lines), lost)
     if problems:
@@ -120,27 +119,14 @@ def _not_about(problems: Iterable[str], lost: set[str]) -> list[str]:
     return [one for one in problems if not lost & {*re.findall(r"\w+\b(?!\.\w)", one.partition("  ")[2])}]
 
 
-def _without(items: Iterable[Any], values: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """What is left of a recipe without what pydantic's errors are about, and the known settings that are gone."""
-    kept, gone = copy.deepcopy(values), set[str]()
-    for item in items:
-        at, block = _without_kinds(item["loc"]), kept
-        if item["type"].startswith("union_tag") and isinstance(given := reduce(_inner, at, kept), dict):
-            # What else it says is checked as of the kind that knows most of it.
-            unknown = {kind: given.keys() - model.model_fields.keys() for kind, model in _by_kind(at[0]).items()}
-            given["kind"] = min(unknown, key=lambda kind: len(unknown[kind]))
-            gone |= {"kind", str(at[0])}
-            continue
-        while len(at) > 1 and isinstance(block.get(at[0]), dict):
-            block, at = block[at[0]], at[1:]
-        inner, names = block.get(at[0]) if at else block, at[:1]
-        if item["type"] == "value_error" and isinstance(inner, dict):  # a rule of the block: only what it names
-            named = tuple(name for name in inner if re.search(rf"\b{re.escape(str(name))}\b", item["msg"]))
-            block, names = (inner, named) if named else (block, names)
-        for name in names:
-            block.pop(name, None)
-            gone |= {str(name)} if item["type"] != "extra_forbidden" else set()
-    return kept, gone
+def _left_out(item: Any, values: dict[str, Any]) -> Iterable[str]:
+    """Take out of a recipe the setting, or the block, that one of pydantic's errors is about, and name it."""
+    block, at = values, _without_kinds(item["loc"])
+    if len(at) > 1 and isinstance(values.get(at[0]), dict):
+        block, at = values[at[0]], at[1:]
+    if at and at[0] in block:
+        del block[at[0]]
+        yield str(at[0])
 
 
 def _placed(problems: Iterable[str], path: Path, lines: Lines) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fulltune.recipe.model import NAME, Block
+from fulltune.recipe.model import NAME, Block, refuse
 
 TAKEN = ("footprint", "measured", "shapes", "survey")
 """What a method must not be called: its plan would lie where the run folder's `plan` has another file."""
@@ -75,17 +75,18 @@ class _Trained(_Named):
 
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _Trained:
-        problems = []
-        if self.fixed_learning_rate is not None and self.learning_rates is not None:
-            problems.append("learning_rate and learning_rates are both given; remove one")
-        if self.is_searched and self.learning_rates is not None and len(self.learning_rates) == 1:
-            problems.append("learning_rates: a search needs two or more; write the one as learning_rate")
-        if any(not 0 < rate < 1 for rate in self.learning_rates or ()):
-            problems.append("learning_rates: expected numbers above 0 and below 1")
-        if len(set(self.learning_rates or ())) != len(self.learning_rates or ()):
-            problems.append("learning_rates: names a rate twice")
-        if problems:
-            raise ValueError("\n".join(problems))
+        rates = self.learning_rates
+        pairs = {
+            "learning_rate and learning_rates are both given; remove one": (
+                self.fixed_learning_rate is not None and rates is not None
+            ),
+            "learning_rates: a search needs two or more; write the one as learning_rate": (
+                self.is_searched and rates is not None and len(rates) == 1
+            ),
+            "learning_rates: expected numbers above 0 and below 1": any(not 0 < rate < 1 for rate in rates or ()),
+            "learning_rates: names a rate twice": len(set(rates or ())) != len(rates or ()),
+        }
+        refuse(pairs)
         return self
 
     @property

@@ -36,6 +36,12 @@ class Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def refuse(problems: Mapping[str, object]) -> None:
+    """Raise a `ValueError` with every problem that is one, a line each."""
+    if found := [text for text, is_wrong in problems.items() if is_wrong]:
+        raise ValueError("\n".join(found))
+
+
 class ModelBlock(Block):
     """Which pretrained model, and how its weights are read."""
 
@@ -175,13 +181,13 @@ class SearchBlock(Block):
         own = {name: value for name, value in values.items() if name in _OWN}
         more = {name: value for name, value in values.items() if name not in _OWN}
         found = {name: value for name, value in _flat(more) if "." in name}
-        problems = [
-            f"{name}: expected a list of values, found {value!r}; write [{value}, ...]"
-            for name, value in found.items()
-            if not isinstance(value, (list, tuple))
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
+        singles = {name: value for name, value in found.items() if not isinstance(value, (list, tuple))}
+        refuse(
+            {
+                f"{name}: expected a list of values, found {it!r}; write [{it}, ...]": True
+                for name, it in singles.items()
+            }
+        )
         unknown = {name: value for name, value in more.items() if "." not in str(name) and not isinstance(value, dict)}
         if found and isinstance(own.get("settings", {}), dict):
             own["settings"] = {**own.get("settings", {}), **found}

@@ -208,13 +208,16 @@ SCALABLE = ("full", "lora")
 
 def _out_of_place(recipe: Recipe) -> list[str]:
     """Images that would be mixed in, and workers that cannot be."""
-    problems = []
-    if FACTS[recipe.task].reads == "image" and recipe.data.mixed_files:
-        problems.append("data.train: images cannot be mixed in by weight yet; name the folders without a weight")
     workers = recipe.train.extra.get("dataloader_num_workers")
-    if isinstance(workers, int) and workers < 0:
-        problems.append(f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}")
-    return problems
+    pairs = {
+        "data.train: images cannot be mixed in by weight yet; name the folders without a weight": (
+            FACTS[recipe.task].reads == "image" and recipe.data.mixed_files
+        ),
+        f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}": (
+            isinstance(workers, int) and workers < 0
+        ),
+    }
+    return [text for text, is_wrong in pairs.items() if is_wrong]
 
 
 def _vanishing_updates(recipe: Recipe) -> list[str]:

@@ -102,29 +102,22 @@ def _wrong_search(recipe: Recipe) -> Iterable[str]:
         if search != SearchBlock():
             yield "search: has no effect on a comparison; see 'compare' for its rates and its budget"
         return
-    if method.is_searched and search.settings:
-        yield (
-            "search: names settings to try, and the learning rate is to be searched as well (--search), which is "
-            "another search; give rates among the settings, {method.learning_rate: [1e-4, 3e-4]}, or remove one of "
-            "the two"
-        )
-    if not recipe.is_searched and search.budget is not None:
-        yield (
-            "search.budget: nothing is searched; add 'learning_rate: search' to the block method (--search), or "
-            "settings to the block search"
-        )
-    if not search.settings and search.trials != SearchBlock().trials:
-        yield "search.trials: is the number of runs with other settings, and names none; remove it, or name settings"
-    if not method.is_searched and method.learning_rates is not None:
-        yield (
-            "method.learning_rates: rates to search among have no effect on a single rate; add 'learning_rate: "
-            "search', or use 'fulltune compare'"
-        )
-    if recipe.is_searched and not recipe.train.load_best_model_at_end:
-        yield (
-            "train.load_best_model_at_end: a search goes by the eval metric of the weights that are kept, and false "
-            "keeps the last ones whatever theirs is; remove it"
-        )
+    pairs = {
+        "search: names settings to try, and the learning rate is to be searched as well (--search), which is another "
+        "search; give rates among the settings, {method.learning_rate: [1e-4, 3e-4]}, or remove one of the two": (
+            method.is_searched and search.settings
+        ),
+        "search.budget: nothing is searched; add 'learning_rate: search' to the block method (--search), or settings "
+        "to the block search": not recipe.is_searched and search.budget is not None,
+        "search.trials: is the number of runs with other settings, and names none; remove it, or name settings": (
+            not search.settings and search.trials != SearchBlock().trials
+        ),
+        "method.learning_rates: rates to search among have no effect on a single rate; add 'learning_rate: search', or "
+        "use 'fulltune compare'": not method.is_searched and method.learning_rates is not None,
+        "train.load_best_model_at_end: a search goes by the eval metric of the weights that are kept, and false keeps "
+        "the last ones whatever theirs is; remove it": recipe.is_searched and not recipe.train.load_best_model_at_end,
+    }
+    yield from (text for text, is_wrong in pairs.items() if is_wrong)
     wrong = [f"search.{name}: {problem}" for name in search.settings for problem in _wrong_setting(recipe, name)]
     yield from wrong
     if not wrong and num_combinations(search.settings) <= _MOST_CHECKED:
@@ -137,27 +130,28 @@ def _wrong_search(recipe: Recipe) -> Iterable[str]:
 
 def _wrong_setting(recipe: Recipe, name: str) -> Iterable[str]:
     block, field = name.split(".", 1)
-    known = list(type(getattr(recipe, block)).model_fields)
-    if field not in known:
-        whose = f"method {recipe.method.kind}" if block == "method" else block
-        yield f"no setting of {whose}{'; ' * bool(hint := did_you_mean(field, known))}{hint}"
+    known, values = list(type(getattr(recipe, block)).model_fields), recipe.search.settings[name]
+    whose, hint = f"method {recipe.method.kind}" if block == "method" else block, did_you_mean(field, known)
+    reasons = {
+        f"no setting of {whose}{'; ' * bool(hint)}{hint}": field not in known,
+        "methods are compared, with 'fulltune compare', not searched": (
+            name in ("method.kind", "method.name", "method.train")
+        ),
+        "give rates as values of method.learning_rate": name == "method.learning_rates" or SEARCH in values,
+        f"cannot be searched, because all its runs have the same {field}; seeds are for 'fulltune compare'": (
+            block == "train" and field in SHARED
+        ),
+        "how the eval rows are asked cannot be searched: the run that is asked most often looks best by luck": (
+            block == "train" and field in HOW_SCORED
+        ),
+        "is given as method.learning_rate, too; remove one of them": (
+            name == "method.learning_rate" and recipe.method.fixed_learning_rate is not None
+        ),
+    }
+    if first := next((text for text, is_wrong in reasons.items() if is_wrong), None):
+        yield first
         return
-    if name in ("method.kind", "method.name", "method.train"):
-        yield "methods are compared, with 'fulltune compare', not searched"
-        return
-    if name == "method.learning_rates" or SEARCH in recipe.search.settings[name]:
-        yield "give rates as values of method.learning_rate"
-        return
-    if block == "train" and field in SHARED:
-        yield f"cannot be searched, because all its runs have the same {field}; seeds are for 'fulltune compare'"
-        return
-    if block == "train" and field in HOW_SCORED:
-        yield "how the eval rows are asked cannot be searched: the run that is asked most often looks best by luck"
-        return
-    if name == "method.learning_rate" and recipe.method.fixed_learning_rate is not None:
-        yield "is given as method.learning_rate, too; remove one of them"
-        return
-    for value in recipe.search.settings[name]:
+    for value in values:
         if problem := why_impossible(recipe, {name: value}):
             yield problem if "found" in problem and ": " not in problem else f"{value!r}: {problem}"
 

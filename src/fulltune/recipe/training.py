@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fulltune.recipe.model import Block, Duration
+from fulltune.recipe.model import Block, Duration, refuse
 from fulltune.text import parse_bytes
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -219,26 +219,27 @@ class TrainBlock(Block):
                 self.use_liger_kernel and self.torch_compile
             ),
         }
-        problems = [text for text, is_wrong in pairs.items() if is_wrong]
-        problems += [*_wrong_placement(self), *_wrong_weights(self.class_weights)]
-        if self.memory_limit is not None:
-            try:
-                parse_bytes(self.memory_limit)
-            except ValueError as error:
-                problems.append(f"memory_limit: {error}")
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(pairs | _wrong_placement(self) | _wrong_weights(self.class_weights) | _wrong_limit(self.memory_limit))
         return self
 
 
-def _wrong_placement(train: TrainBlock) -> list[str]:
+def _wrong_limit(given: str | None) -> dict[str, bool]:
+    try:
+        parse_bytes("1GiB" if given is None else given)
+    except ValueError as error:
+        return {f"memory_limit: {error}": True}
+    return {}
+
+
+def _wrong_placement(train: TrainBlock) -> dict[str, Any]:
     """What `placement`, `offload`, `num_processes` and `num_machines` say against each other."""
     place, offload, processes = train.placement, train.offload, train.num_processes
     has_own_file = train.engine_settings is not None
     least = -(-processes // train.num_machines) * train.num_machines
     instead = "zero2 or zero3 with an offload" if place == "fsdp2" else "single"
     both = "{} and extra.deepspeed both say where things lie; remove one of them"
-    pairs = {
+    fits = ("zero3",) if offload == "all" else ("zero2", "zero3")
+    return {
         f"num_processes: {processes} is the total over all machines, expected a multiple of num_machines "
         f"({train.num_machines}), such as {least}": processes % train.num_machines,
         f"placement: single, but num_processes is {processes}; set 1, or another placement": (
@@ -251,21 +252,17 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
         f"{', '.join(SHARED_OUT)}": place == "fsdp2" and train.optim not in (None, *SHARED_OUT),
         both.format("placement"): has_own_file and place != "auto",
         both.format("offload"): has_own_file and offload != "none",
+        f"offload: '{offload}' needs placement: {' or '.join(fits)}, found {place}": (
+            offload != "none" and not has_own_file and place not in fits
+        ),
     }
-    problems = [text for text, is_wrong in pairs.items() if is_wrong]
-    fits = ("zero3",) if offload == "all" else ("zero2", "zero3")
-    if offload != "none" and not has_own_file and place not in fits:
-        problems.append(f"offload: '{offload}' needs placement: {' or '.join(fits)}, found {place}")
-    return problems
 
 
-def _wrong_weights(given: str | dict[str | int, Any] | tuple[Any, ...] | None) -> list[str]:
-    if given is None or given == "balanced":
-        return []
-    if isinstance(given, str):
-        return [f"class_weights: expected balanced, or a weight for each class, {{rare: 5, usual: 1}}, found {given!r}"]
+def _wrong_weights(given: str | dict[str | int, Any] | tuple[Any, ...] | None) -> dict[str, bool]:
+    if given is None or isinstance(given, str):
+        expected = "expected balanced, or a weight for each class, {rare: 5, usual: 1}"
+        return {f"class_weights: {expected}, found {given!r}": given not in (None, "balanced")}
     weights = list(given.values()) if isinstance(given, dict) else list(given)
     numbers = [one for one in weights if isinstance(one, (int, float)) and not isinstance(one, bool)]
-    if len(numbers) < len(weights) or not all(math.isfinite(one) and one >= 0 for one in numbers) or not any(numbers):
-        return [f"class_weights: expected numbers of 0 or more, not all 0, found {weights}"]
-    return []
+    are_good = len(numbers) == len(weights) and all(math.isfinite(one) and one >= 0 for one in numbers) and any(numbers)
+    return {f"class_weights: expected numbers of 0 or more, not all 0, found {weights}": not are_good}
