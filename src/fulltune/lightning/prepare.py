@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import transformers
 
-from fulltune import pipeline
+from fulltune import methods, pipeline
 from fulltune.errors import RecipeError, SetupError
 from fulltune.inference import selective_head
 from fulltune.inference.run import by_length, model_batch
 from fulltune.inference.store import Rows
-from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule, FineTuningParts
+from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule
 from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -142,7 +142,7 @@ class FineTuning:
         Raises:
             SetupError: When the strategy has sharded the weights.
         """
-        module, parts, learning = self.module, self.module.parts, self.module.learning
+        module, learning = self.module, self.module.learning
         if checkpoint is not None:
             module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
         elif module.sharded_by and not zero.holds(module.model):
@@ -154,7 +154,8 @@ class FineTuning:
         if not is_first and not zero.holds(module.model):
             return
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        weights.save_model(parts.applied, parts.tokenizer, Path(folder), learning.recipe, learning.summary, is_first)
+        applied = methods.Applied(learning.model, learning.recipe.method)
+        weights.save_model(applied, module.tokenizer, Path(folder), learning.recipe, learning.summary, is_first)
 
 
 def prepare(
@@ -197,12 +198,12 @@ def prepare(
                     "data.label: has numbers, which 'fulltune run' alone learns; give labels that are names"
                 )
             plan = pipeline.make_plan(job, summary)
-    module = based(FineTuningModule, "LightningModule", package)(_loaded(job, plan, summary))
+    module = based(FineTuningModule, "LightningModule", package)(*_loaded(job, plan, summary))
     return FineTuning(folder, module, based(FineTuningData, "LightningDataModule", package)(module))
 
 
-def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuningParts:
-    """The model as training starts with it, and its rows."""
+def _loaded(job: Run, plan: Plan, summary: DataSummary) -> tuple[Any, ...]:
+    """What `FineTuningModule` takes: the model as training starts with it, and its rows."""
     recipe, task, data = job.recipe, job.task, job.folder / "data"
     transformers.set_seed(plan.seed)
     target = Target.of(summary)
@@ -210,7 +211,7 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuningParts:
     learning = Learning(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and new is not None and new.order is None:
         loading.start_from_probe(learning, new, tokenizer, job.folder, torch.device(plan.device))
-    applied = loading.with_method(model, recipe)  # full: the same object
+    loading.with_method(model, recipe)
     loading.make_faster(model, recipe, plan, summary)
     if plan.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -219,4 +220,4 @@ def _loaded(job: Run, plan: Plan, summary: DataSummary) -> FineTuningParts:
     if summary.form.writes_answers:
         stop_generation_at(model, trained_ends(Rows(data / "train"), tokenizer)[1])
     head = selective_head.verified(model, task, two)[0]
-    return FineTuningParts(learning, applied, tokenizer, head, rows, eval_rows)
+    return learning, tokenizer, head, rows, eval_rows

@@ -87,19 +87,18 @@ def _is_inside(name: str, modules: tuple[str, ...]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-_FROM_VALUES = "what it trains follows from the weights' values, which the plan does not read"
 UNUSABLE = {
-    **dict.fromkeys(("ADAMSS", "BOFT", "FROD", "UNILORA"), _FROM_VALUES),
-    "ADALORA": "it needs a call after each step",
-    "ADAPTION_PROMPT": "it replaces the attention of a few kinds of models",
-    "OSF": "it takes matrices apart, and trains most of them",
-    "POLY": "it needs a task's number with each row",
-    "SHADOW": "it runs a second model beside the first",
-    "SUPERTUNING": "it needs more than the model",
-    "XLORA": "it mixes adapters that are trained already",
+    *("ADAMSS", "BOFT", "FROD", "UNILORA"),  # what they train follows from the weights' values, which no plan reads
+    "ADALORA",  # needs a call after each step
+    "ADAPTION_PROMPT",  # replaces the attention of a few kinds of models
+    "OSF",  # takes matrices apart, and trains most of them
+    "POLY",  # needs a task's number with each row
+    "SHADOW",  # runs a second model beside the first
+    "SUPERTUNING",  # needs more than the model
+    "XLORA",  # mixes adapters that are trained already
 }
 """Methods that are more than modules in layers."""
-_OURS = ("peft_type", "task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision")
+_OURS = {"peft_type", "task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision"}
 """Fields of PEFT's configs that follow from the recipe."""
 
 
@@ -111,23 +110,19 @@ def peft_problems(method: PeftMethod) -> list[str]:
     known = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     name = method.type.upper()
     in_layers = {one for one, config in known.items() if not issubclass(config, PromptLearningConfig)}
-    usable = sorted(in_layers - UNUSABLE.keys())
-    if name not in known:
-        hint = did_you_mean(name, usable) or f"known here: {', '.join(usable)}"
-        return [f"type: PEFT has no '{method.type}'; {hint}"]
-    if name not in in_layers:
-        return [f"type: {name} puts tokens before the text instead of modules into layers; take 'kind: prompt'"]
-    if name in UNUSABLE:
-        return [f"type: {name} cannot be used here: {UNUSABLE[name]}; take another one"]
-    fields = set(known[name].__dataclass_fields__)
-    found = []
-    for field in method.config:
-        if field in _OURS:
-            found.append(f"config.{field}: follows from the recipe; remove it")
-        elif field not in fields:
-            hint = did_you_mean(field, sorted(fields)) or f"it has {', '.join(sorted(fields - set(_OURS)))}"
-            found.append(f"config.{field}: {name} has no such field; {hint}")
-    return found
+    usable = sorted(in_layers - UNUSABLE)
+    if name not in usable:
+        here = f"known here: {', '.join(usable)}"
+        if name not in known:
+            return [f"type: PEFT has no '{method.type}'; {did_you_mean(name, usable) or here}"]
+        return [f"type: {name} is more than modules in layers (virtual tokens: 'kind: prompt'); {here}"]
+    fields = sorted(set(known[name].__dataclass_fields__) - _OURS)
+    return [
+        f"config.{field}: {name} has no such field that can be set here; "
+        + (did_you_mean(field, fields) or f"it has {', '.join(fields)}")
+        for field in method.config
+        if field not in fields
+    ]
 
 
 def put_peft(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads: tuple[str, ...]) -> Any:

@@ -108,11 +108,6 @@ def notes_of(folder: Path) -> dict[str, Any]:
     return json_object(folder / NOTES)
 
 
-def target_of(notes: Mapping[str, Any]) -> Target:
-    """What the model's task learned."""
-    return Target.from_notes(notes)
-
-
 def processor_of(folder: Path) -> Any:
     """The tokenizer, or image processor, in a model's folder."""
     return Base.of(ModelBlock(name=str(folder.resolve())), notes_of(folder)["task"]).processor
@@ -124,7 +119,7 @@ def load(folder: Path, processor: Any, base: Base | None = None) -> Applied:
 
     notes = notes_of(folder)
     method: Method = TypeAdapter(Method).validate_python(notes["method"])
-    task, target = task_named(notes["task"]), target_of(notes)
+    task, target = task_named(notes["task"]), Target.from_notes(notes)
     changes = task.config_changes(target, processor)
     with torch.random.fork_rng():
         pretrained = base or Base.of(ModelBlock(**notes["base_model"]), notes["task"])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
-from fulltune.models import base
 from fulltune.models.files import ModelFiles, locate, reading
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS, TaskName
@@ -81,22 +80,6 @@ USUAL_SIDE = 224
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def has_image_processor(files: ModelFiles) -> bool:
-    """Whether a model comes with its image processor, as far as a folder tells."""
-    folder = Path(files.name_or_path)
-    return not files.is_local or any((folder / name).exists() for name in _PROCESSOR_FILES)
-
-
-def assumed_image_shape(config: PretrainedConfig, name: str) -> tuple[tuple[int, int, int], str]:
-    """Channels, height and width of a model's images by its config, and that in words."""
-    part = getattr(config, "vision_config", config)
-    size = getattr(part, "image_size", None) or USUAL_SIDE
-    height, width = (size, size) if isinstance(size, int) else size
-    where = "by its config" if getattr(part, "image_size", None) else "as most models take them"
-    assumed = f"images of {height} x {width} pixels, {where}: {name} has no preprocessor_config.json"
-    return (getattr(part, "num_channels", 3), height, width), assumed
-
-
 def opened(rows: Any, processor: Any) -> Any:
     """Prepared rows as the task's `collate` takes them: images are decoded when a row is asked for."""
     from fulltune.models.pixels import ImageReader, ImageRows
@@ -158,17 +141,23 @@ class Base:
     def processor(self) -> Any:
         """What turns rows into what the model reads: a tokenizer, or for images an `ImageReader`."""
         if FACTS[self.task].reads == "image":
-            return base.load_image_reader(self.block, self.files, self.config)
-        return base.load_tokenizer(self.block, self.files, self.config, self.chat_template)
+            return load_image_reader(self.block, self.files, self.config)
+        return load_tokenizer(self.block, self.files, self.config, self.chat_template)
 
     @cached_property
     def image_shape(self) -> tuple[tuple[int, int, int] | None, str]:
         """Channels, height and width of the images that the model is given, None for texts; and what is assumed."""
         if FACTS[self.task].reads == "text":
             return None, ""
-        if base.has_image_processor(self.files):
+        folder, part = Path(self.files.name_or_path), getattr(self.config, "vision_config", self.config)
+        if not self.files.is_local or any((folder / name).exists() for name in _PROCESSOR_FILES):
             return self.processor.shape(), ""
-        return base.assumed_image_shape(self.config, self.block.name)
+        size = getattr(part, "image_size", None)
+        where = "by its config" if size else "as most models take them"
+        size = size or USUAL_SIDE
+        height, width = (size, size) if isinstance(size, int) else size
+        assumed = f"images of {height} x {width} pixels, {where}: {self.block.name} has no preprocessor_config.json"
+        return (getattr(part, "num_channels", 3), height, width), assumed
 
     def configured(self, changes: Mapping[str, Any], dropout: float | None = None) -> PretrainedConfig:
         """A copy of the config with the task's changes and the recipe's dropout."""

@@ -156,14 +156,10 @@ def _check_whole(file: Path, name: str) -> None:
         file.open("rb").close()  # safe_open calls a file that may not be read missing
         with safe_open(file, framework="np"):
             pass
-    except PermissionError:
-        raise SetupError(
-            f"model: {name}: {file.name} may not be read (permission denied), expected a file that you can read; "
-            "change its permissions"
-        ) from None
     except (SafetensorError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
         raise SetupError(
-            f"model: {name}: {file.name} is not a whole safetensors file ({error}); copy or download it again"
+            f"model: {name}: {file.name} is not a whole safetensors file ({why}); copy or download it again"
         ) from None
 
 

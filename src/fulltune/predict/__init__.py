@@ -56,7 +56,7 @@ class Predictor:
     @cached_property
     def target(self) -> Target:
         """What the model learned."""
-        return folders.target_of(self.notes)
+        return Target.from_notes(self.notes)
 
     @property
     def writes(self) -> bool:

@@ -281,7 +281,7 @@ def test_model_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: p
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(SetupError, match=r"model.safetensors may not be read \(permission denied\)"):
+    with pytest.raises(SetupError, match=r"model.safetensors is not a whole safetensors file \(Permission denied\)"):
         model_files._check_whole(tmp_path / "model.safetensors", "m")
 
 
