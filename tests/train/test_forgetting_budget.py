@@ -20,7 +20,7 @@ from fulltune.inference.generic import GenericText
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
 from fulltune.records.held import Drift, HeldRun, Point
-from fulltune.report.run.held import held_back, verdict
+from fulltune.report.run.held import held_back
 from fulltune.train.forgetting import within_budget
 from fulltune.train.forgetting.generic import Replay, divergence
 from tests import tiny
@@ -98,22 +98,6 @@ def test_certificate_passes_where_the_upper_bound_is_within(drift: float, error:
 
 def record(chosen: Point, points: list[Point], sealed: Drift | None, limit: float = 0.02) -> HeldRun:
     return preserved_record(points, chosen, limit=limit, sealed=sealed)
-
-
-def test_verdict_in_words() -> None:
-    points = [point(0, 0, 0.5), point(0.5, 0.01, 0.7), point(1, 0.05, 0.9)]
-    passed = verdict(record(points[1], points, at(0.012, 0.001)))
-    assert passed.startswith(
-        "Forgetting, budget 2.0%: PASS: generic text changed by 1.20% (1 - cosine; with 95% certainty"
-    )
-    assert "at most 1.36%), on 100 texts that nothing had read before" in passed
-    assert "50.0% of the trained model's gain" in passed
-    assert "FAIL" in verdict(record(points[1], points, at(0.03, 0.001)))
-    impossible = verdict(record(points[0], points, None))
-    assert "infeasible: the trained model has 5.00%, and no point within the budget is better" in impossible
-    assert "(accuracy 90.0% trained, 50.0% untouched, on eval rows). The untouched model is what is kept." in impossible
-    useless = [point(0, 0, 0.5), point(1, 0.001, 0.4)]
-    assert "the trained model is within it (0.10%); training made" in verdict(record(useless[0], useless, None))
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------

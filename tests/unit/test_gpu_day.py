@@ -288,7 +288,6 @@ def test_a_day_without_a_card_runs_to_its_end_and_measures_nothing_of_a_gpu(tmp_
     variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
 
     done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, check=False)
-    again = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr
     kept = day.load(tmp_path / "day")
@@ -306,4 +305,3 @@ def test_a_day_without_a_card_runs_to_its_end_and_measures_nothing_of_a_gpu(tmp_
     *lines, page_at = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert page_at.startswith("the page: ")
-    assert again.stdout.count("done before") == len(parts.PARTS)

@@ -58,11 +58,6 @@ def joined(rows: list[tuple[str, str]]) -> list[int]:
     return joined_by_value(drawn([text for text, _ in rows]), drawn([user for _, user in rows], 1)).tolist()  # type: ignore[no-any-return]
 
 
-def test_large_components_are_not_first() -> None:
-    rows = [(f"text {number // 2}", f"user {number}") for number in range(2000)]
-    assert 0.45 < (np.array(joined(rows), np.float64) / 2**64).mean() < 0.55
-
-
 def test_side_counts_for_its_rarest_class_whatever_the_order_of_its_rows() -> None:
     strata = np.array(["xyz".index(label) for label in "xxxxyyyzzx"])
     sides = drawn(list("aabbbccadd"))
