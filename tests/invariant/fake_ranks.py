@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -32,7 +33,7 @@ from transformers.distributed.utils import TransformersDeviceMesh
 from fulltune.footprint import watch
 from fulltune.footprint.formulas import traced
 from fulltune.footprint.records import Footprint
-from fulltune.footprint.trace import Preparing
+from fulltune.footprint.trace import prepare
 from fulltune.footprint.watch import Case, batch_of, build
 from fulltune.inference.run import autocast, logits_of
 from fulltune.inference.selective_head import SelectiveHead
@@ -87,9 +88,9 @@ class Cell:
         """As the plan traces it for a GPU."""
         config = transformers.AutoConfig.for_model(self.kind, **self.config)
         task = task_named(self.task)
-        prepare = Preparing(FullMethod(kind="full"), self.task, on_cpu=False)
+        prepared = partial(prepare, FullMethod(kind="full"), self.task, False)
         types = {"precision": self.precision, "weights_dtype": self.weights_dtype}
-        return Case(config, task, TARGETS[self.task], prepare, count_of(config, task), **types)
+        return Case(config, task, TARGETS[self.task], prepared, count_of(config, task), **types)
 
 
 def count_of(config: Any, task: Task) -> int:

@@ -275,8 +275,8 @@ def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
         if made.time is not None and made.total_steps:
             row_seconds = made.time.train_seconds / (made.total_steps * made.global_batch_size) / _PASSES_PER_STEP
         if method is context.full:  # baselines embed the train rows, too, some more than once
-            around = made.time.around if made.time else ()
-            end += slower * max(sum(one.seconds for one in around if one.name == BASELINES), rows * row_seconds)
+            baselines = made.time.around.get(BASELINES, 0.0) if made.time else 0.0
+            end += slower * max(baselines, rows * row_seconds)
         costs[arm] = Cost(
             run=slower * made.time.total_seconds if made.time else 0.0,
             num_rates=len(grid(context, method)),

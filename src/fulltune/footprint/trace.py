@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class PlannedModel:
     @cached_property
     def shapes(self) -> Shapes:
         """The model's sizes, with what the recipe's method adds to it and trains of it."""
-        apply = Preparing.of(self.recipe, on_cpu=False) if self.recipe.method.kind != "full" else None
+        apply = preparing(self.recipe, on_cpu=False) if self.recipe.method.kind != "full" else None
         return shapes_of(self.base, self.changes, apply)
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
@@ -146,7 +147,7 @@ class PlannedModel:
                 self.base.configured(self.changes, recipe.model.dropout),
                 self.task,
                 self.target,
-                Preparing.of(recipe, on_cpu=device == "cpu"),
+                preparing(recipe, on_cpu=device == "cpu"),
                 self.shapes.num_held or self.shapes.num_parameters,
                 all_trained=self.shapes.num_trained is None,
                 precision=precision,
@@ -167,27 +168,20 @@ class PlannedModel:
         self.shapes.save(folder / "plan" / SHAPES)
 
 
-@dataclass(frozen=True)
-class Preparing:
-    """What training does to a model before it starts; as a value, so that equal ones are traced once."""
+def preparing(recipe: Recipe, on_cpu: bool) -> Callable[[Any], None]:
+    """What training does to a model before it starts, whatever the method's rates: equal ones are traced once."""
+    same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
+    if recipe.method.kind == "full":
+        same["train"] = {}
+    return partial(prepare, recipe.method.model_copy(update=same), recipe.task, on_cpu)
 
-    method: Method
-    task: TaskName
-    on_cpu: bool
 
-    @classmethod
-    def of(cls, recipe: Recipe, on_cpu: bool) -> Preparing:
-        """Of a recipe's method, whatever its rates."""
-        same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
-        if recipe.method.kind == "full":
-            same["train"] = {}
-        return cls(recipe.method.model_copy(update=same), recipe.task, on_cpu)
-
-    def __call__(self, built: Any) -> None:
-        if self.method.kind != "full":
-            methods.apply(built, self.method, self.task)
-        if self.on_cpu:
-            dropout.install(built)
+def prepare(method: Method, task: TaskName, on_cpu: bool, built: Any) -> None:
+    """Change a model as training does before it starts."""
+    if method.kind != "full":
+        methods.apply(built, method, task)
+    if on_cpu:
+        dropout.install(built)
 
 
 _FOUND: dict[str, Footprint] = {}

@@ -17,7 +17,7 @@ from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.tasks import FACTS, greater_is_better
 from fulltune.recipe.training import SHARED_OUT, Placement
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, DiskNeed, Plan, TimeNeed, TimePart
+from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, DiskNeed, Plan, TimeNeed
 from fulltune.system import sharing
 from fulltune.system.hardware import Machine
 from fulltune.text import format_bytes, parse_bytes
@@ -210,10 +210,7 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,
         source="arithmetic",
-        around=tuple(
-            TimePart.model_validate({"name": name, "seconds": seconds, "basis": basis_of_it})
-            for name, seconds, basis_of_it in _around(plan, basis, summary, (training, flops), started_seconds)
-        ),
+        around=dict(_around(plan, basis, summary, (training, flops), started_seconds)),
     )
     return plan.model_copy(update={"time": need, "busy": fleet.machine.busy if plan.device == "cpu" else ""})
 
@@ -224,9 +221,9 @@ def _rows(summary: DataSummary, split: str) -> int:
 
 def _around(
     plan: Plan, basis: Basis, summary: DataSummary, known: tuple[float, float], started_seconds: float | None
-) -> Iterator[tuple[str, float, str]]:
-    """What the command does before and after the training, in order: name, seconds, and what they rest on; `known` are
-    the seconds of the training and a device's operations a second."""
+) -> Iterator[tuple[str, float]]:
+    """What the command does before and after the training, in order, and its seconds; `known` are the seconds of the
+    training and a device's operations a second."""
     work, recipe, gpu, (training, flops) = basis.work, basis.recipe, basis.fleet.gpu_model, known
     # Of a forward pass, however few tokens: to call the layers, on a GPU to launch their kernels.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers
@@ -239,15 +236,15 @@ def _around(
         """Seconds of a forward pass of so many tokens in rows of full length."""
         return tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / flops
 
-    spent, measured = (START_SECONDS, "rule of thumb") if started_seconds is None else (started_seconds, "measured")
-    yield STARTING, spent + LOADS * plan.state.weights / DISK_BYTES_PER_SECOND, measured
+    spent = START_SECONDS if started_seconds is None else started_seconds
+    yield STARTING, spent + LOADS * plan.state.weights / DISK_BYTES_PER_SECOND
     probed_rows, _, probing = time.probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":
-        yield PROBE, forward(probed_rows) + probing, "arithmetic"
+        yield PROBE, forward(probed_rows) + probing
     # Passes of the longest micro batch, and some more as far as they are a small part of the training.
     tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * work.longest
     passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
-    yield DRY_RUN, CHECKS_SECONDS + passes * longest(tokens) + time.further_seconds(training), "arithmetic"
+    yield DRY_RUN, CHECKS_SECONDS + passes * longest(tokens) + time.further_seconds(training)
     if not (test := _rows(summary, "test")):
         return
     # A classifier's temperature is fitted on the eval rows.
@@ -266,5 +263,5 @@ def _around(
             untouched += scored if plan.head_init is not None else 0  # with the probe as its head
         # What reads no row with a model writes no answers either.
         passing = forward(untouched) + answers if untouched else 0.0
-        yield BASELINES, BASELINE_LINES * SCORING_SECONDS + passing, "arithmetic"
-    yield TRAINED, SCORING_SECONDS + forward(scored) + answers, "arithmetic"
+        yield BASELINES, BASELINE_LINES * SCORING_SECONDS + passing
+    yield TRAINED, SCORING_SECONDS + forward(scored) + answers

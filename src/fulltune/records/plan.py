@@ -82,15 +82,6 @@ STARTING, PROBE, DRY_RUN = "starting", "linear probe", "checks and dry run"
 BASELINES, TRAINED = "scoring the baselines", "scoring the trained model"
 
 
-class TimePart(Record):
-    """A part of the command that is not training."""
-
-    name: str
-    """`STARTING`, `PROBE`, `DRY_RUN`, `BASELINES` or `TRAINED`."""
-    seconds: float
-    basis: Literal["arithmetic", "rule of thumb", "measured"]
-
-
 class TimeNeed(Record):
     """How long a run takes: by arithmetic before it starts, by measurement after its dry-run step."""
 
@@ -105,8 +96,8 @@ class TimeNeed(Record):
     """`arithmetic`, or `dry-run step`."""
     stop_seconds: float = 0.0
     """From a signal to a saved checkpoint, at most: a step, an evaluation and a checkpoint; 0: not measured."""
-    around: tuple[TimePart, ...] = ()
-    """What the command does before and after."""
+    around: dict[str, float] = Field(default_factory=dict)
+    """What the command does before and after, in order: `STARTING`, `PROBE`, `DRY_RUN`, `BASELINES`, `TRAINED`."""
 
     @property
     def total_seconds(self) -> float:
@@ -116,7 +107,7 @@ class TimeNeed(Record):
     @property
     def whole_seconds(self) -> float:
         """The same with what is around it, as far as it is known."""
-        return self.total_seconds + sum(part.seconds for part in self.around)
+        return self.total_seconds + sum(self.around.values())
 
 
 class GenericTexts(Record):

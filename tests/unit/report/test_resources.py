@@ -11,7 +11,6 @@ from fulltune.records.plan import (
     MemoryNeed,
     Plan,
     TimeNeed,
-    TimePart,
 )
 from fulltune.report.format.blocks import Paragraph, Section, Table
 from fulltune.report.run.about_training import resources
@@ -106,7 +105,7 @@ def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_pat
 
 
 def test_whole_command_stands_beside_what_the_plan_says_of_it(tmp_path: Path) -> None:
-    parts = (TimePart(name=STARTING, seconds=10.0, basis="measured"),)
+    parts = {STARTING: 10.0}
     environment().model_copy(update={"seconds": 200.0}).save(tmp_path / "environment.json")
     made = planned(time=time(150.0).model_copy(update={"around": parts}))
     found = comparison(section(tmp_path, made))

@@ -185,7 +185,7 @@ class Display:
             f"training, with its evaluations and checkpoints, will take about "
             f"{format_seconds(round(event.time.total_seconds))}{memory} (from the dry run)"
         )
-        if scoring := [part.seconds for part in event.time.around]:
+        if scoring := event.time.around.values():
             each = format_seconds(max(1, round(sum(scoring))))
             said = f"scoring a model on the test rows then takes about {each}, without generated answers"
             self.print(f"[dim]{said}[/dim]")

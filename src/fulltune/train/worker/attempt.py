@@ -146,9 +146,8 @@ def _trained(training: Training) -> dict[str, Any]:
     return {
         "reason": "early stopping" if state.global_step < plan.total_steps else "all steps done",
         "steps": state.global_step,
-        "best_step": kept.step or state.global_step,
-        "best_metric": kept.metric if held is None else held.chosen.metric,
-        "kept_because": kept.why if held is None else held.why,
+        **kept,
+        **({} if held is None else {"best_metric": held.chosen.metric, "kept_because": held.why}),
         "tokens_by_source": trainer.sampler.tokens_by_source(state.global_step) if inputs.summary.mixed else (),
         "moved": moved,
         "checks": tuple(training.checks),
@@ -171,19 +170,13 @@ def _check(training: Training) -> None:
 
 
 def _dry_run(training: Training) -> None:
-    inputs, observed, checks = training.inputs, training.inputs.observed, training.checks
+    inputs, observed = training.inputs, training.inputs.observed
 
     def evaluate(rows: Share) -> object:
         inputs.journal.at("evaluation")
         return training.curve.reduced(rows)
 
-    result = dry_run(inputs, training.trainer, evaluate)
-    checks.append(result.check)
-    if inputs.plan.num_frozen_parameters:
-        unreached = result.without_gradient
-        said = f"all but {unreached[0]} ({len(unreached)} such tensors)" if unreached else "all"
-        checks.append(Check(name="trained tensors that the loss reaches", result=said, passed=not unreached))
-    observed.dry_run_loss, observed.forecast = result.loss, result.forecast
+    training.checks.extend(dry_run(inputs, training.trainer, evaluate))
     observed.dry_run_growth_bytes = observed.growth_bytes()
     memory.return_freed()  # most batches are shorter: the holes that the longest one left are not theirs to fill
     if (need := observed.forecast) is not None:

@@ -3,7 +3,6 @@ errors, or those of the best step (docs/quality.md), from a checkpoint that is w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from fulltune import files
@@ -17,23 +16,13 @@ FALLING = ("linear", "cosine", "polynomial")
 """Schedules that end near 0."""
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Which weights the model has at the end."""
-
-    step: int | None = None
-    metric: float | None = None
-    why: str = ""
-    """Why they are not those of the best evaluation."""
-
-
-def keep_best(inputs: AttemptInputs, trainer: Any, state: Any) -> Kept:
-    """Put the best weights into the model, unless the last ones are as good."""
+def keep_best(inputs: AttemptInputs, trainer: Any, state: Any) -> dict[str, Any]:
+    """Put the best weights into the model, unless the last ones are as good; returns what an `Outcome` says of them."""
     best, best_metric = state.best_global_step, state.best_metric
     if not inputs.recipe.train.load_best_model_at_end:
         return _at_end(inputs, state)
     if best is None or best == state.global_step:
-        return Kept(best, best_metric)
+        return {"best_step": state.global_step, "best_metric": best_metric}
     if as_good := _last(inputs, state):
         return as_good
     folder = inputs.request.checkpoints / f"checkpoint-{best}"
@@ -44,17 +33,17 @@ def keep_best(inputs: AttemptInputs, trainer: Any, state: Any) -> Kept:
         inputs.recorder.warn(warning)
         return _at_end(inputs, state)
     trainer.load_weights(folder)
-    return Kept(best, best_metric)
+    return {"best_step": best, "best_metric": best_metric}
 
 
-def _at_end(inputs: AttemptInputs, state: Any) -> Kept:
+def _at_end(inputs: AttemptInputs, state: Any) -> dict[str, Any]:
     """The last weights, with their metric where the eval rows were scored at the last step."""
     name = f"eval_{inputs.plan.metric}"
     scored = [one[name] for one in state.log_history if name in one and one["step"] == state.global_step]
-    return Kept(state.global_step, scored[-1]) if scored else Kept()
+    return {"best_step": state.global_step, "best_metric": scored[-1] if scored else None}
 
 
-def _last(inputs: AttemptInputs, state: Any) -> Kept | None:
+def _last(inputs: AttemptInputs, state: Any) -> dict[str, Any] | None:
     """The last weights, when they are as good as the best ones for all that the eval rows can tell."""
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
@@ -69,4 +58,4 @@ def _last(inputs: AttemptInputs, state: Any) -> Kept | None:
         f"the best {plan.metric} was {state.best_metric:.1%} at step {state.best_global_step:,}, above by less than "
         f"two standard errors of a share of {counted(rows, 'eval row')} ({100 * errors:.1f} points)"
     )
-    return Kept(step, last, why if last < state.best_metric else "")
+    return {"best_step": step, "best_metric": last, "kept_because": why if last < state.best_metric else ""}

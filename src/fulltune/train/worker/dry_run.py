@@ -22,7 +22,7 @@ from fulltune import files
 from fulltune.inference.run import Share, batches, by_length, longest_first
 from fulltune.models import sharding
 from fulltune.plan.time import GENERIC_TOKENS, further_seconds
-from fulltune.records.plan import Plan, TimeNeed, TimePart
+from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Check
 from fulltune.train.loop.guarded_step import gradients_are_finite
 from fulltune.train.loop.inputs import AttemptInputs
@@ -34,22 +34,10 @@ _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 """What accelerate sets on a model that it prepares."""
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """What was found out."""
-
-    check: Check
-    loss: float
-    """Of the longest micro batch."""
-    forecast: TimeNeed | None = None
-    """None when the loss was not finite."""
-    without_gradient: tuple[str, ...] = ()
-    """Trained tensors that the loss does not reach."""
-
-
-def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Share], object]) -> DryRun:
+def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Share], object]) -> list[Check]:
     """Two passes with a step at the longest micro batch, whose peak is that of a real step, an evaluation at the
-    longest eval batch, and timed passes; afterwards all is as before."""
+    longest eval batch, and timed passes; afterwards all is as before. Loss and forecast are noted (none when the loss
+    is not finite)."""
     began, plan, rows = time.monotonic(), inputs.plan, cast("Any", trainer.train_dataset)
     longest = by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None
@@ -75,7 +63,11 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Sha
     if plan.num_processes > 1:
         gc.collect()  # `DistributedDataParallel` hooks into each gradient as long as it lives
     check = check_of(batch_of(trainer, [rows[i] for i in longest]), loss, began)
-    return DryRun(check, loss, forecast, without)
+    inputs.observed.dry_run_loss, inputs.observed.forecast = loss, forecast
+    if not plan.num_frozen_parameters:
+        return [check]
+    said = f"all but {without[0]} ({len(without)} such tensors)" if without else "all"
+    return [check, Check(name="trained tensors that the loss reaches", result=said, passed=not without)]
 
 
 @contextlib.contextmanager
@@ -298,10 +290,10 @@ def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, flo
     tokens = plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + texts * GENERIC_TOKENS)
     evaluation, evaluations = _evaluation(passes, line, quadratic, budget)
     save = _save_seconds(passes) if inputs.is_main and not inputs.request.probe else 0.0
-    splits, around = inputs.summary.splits, tuple[TimePart, ...]()
+    splits, around = inputs.summary.splits, dict[str, float]()
     if evaluations and splits["eval"].tokens and splits["test"].tokens:
         scoring = round(evaluation * splits["test"].tokens / splits["eval"].tokens, 3)
-        around = (TimePart(name="scoring one model on the test rows", seconds=scoring, basis="measured"),)
+        around = {"scoring one model on the test rows": scoring}
     to_stop = save + (evaluation if evaluations else 0.0)
     # Also at each evaluation.
     saves = times_between(first_step, plan.total_steps, plan.eval_steps, plan.save_steps)
