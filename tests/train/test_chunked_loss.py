@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fulltune import pipeline
-from fulltune.errors import RecipeError
 from fulltune.inference import selective_head
 from fulltune.inference.run import Batching, run_rows
 from fulltune.models import chunked_loss
 from fulltune.models.chunked_loss import Pieces
-from fulltune.recipe.fields import Recipe
-from fulltune.recipe.rules import check
 from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq
 from tests import tiny
 from tests.train import runs
@@ -291,15 +287,14 @@ def check_of(outcome: Any) -> str:
     return next(check.result for check in outcome.checks if check.name == "loss in pieces")
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_a_run_in_pieces_is_the_run_with_whole_logits(tmp_path: Path, recomputed: bool) -> None:
+def test_a_run_in_pieces_is_the_run_with_whole_logits(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "gpt2", **NO_DROPOUT["gpt2"])
     losses = []
     for pieces_wanted in (True, False):
         folder = tmp_path / str(pieces_wanted)
         train = {"max_steps": 3, "logging_steps": 1, "chunked_loss": pieces_wanted, "micro_batch_size": 4}
         reached = runs.run(
-            folder, model, tiny.pair_rows(), task="causal-lm", train=train | {"activation_checkpointing": recomputed}
+            folder, model, tiny.pair_rows(), task="causal-lm", train=train | {"activation_checkpointing": True}
         )
         assert reached.outcome is not None
         names = [check.name for check in reached.outcome.checks]
@@ -310,50 +305,3 @@ def test_a_run_in_pieces_is_the_run_with_whole_logits(tmp_path: Path, recomputed
 
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def save_strange(folder: Path) -> Path:
-    strange("Cohere", logit_scale=0.25).save_pretrained(folder)
-    tiny.decoder_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_a_model_that_does_not_allow_it_is_trained_with_whole_logits(tmp_path: Path) -> None:
-    model = save_strange(tmp_path / "model")
-    job = runs.job(tmp_path, model, tiny.pair_rows(), task="causal-lm", train={"max_steps": 2})
-
-    with runs.in_this_process():
-        reached = pipeline.run(job, "train")
-
-    # Already the plan counts whole logits.
-    assert reached.plan is not None
-    assert not reached.plan.chunked_loss
-    assert reached.outcome is not None
-    assert "loss in pieces" not in {check.name for check in reached.outcome.checks}
-
-
-# ---- refused up front ------------------------------------------------------------------------------------------
-
-
-def recipe(task: str = "causal-lm", **train: Any) -> Recipe:
-    values = {"model": "m", "task": task, "data": {"train": "t.csv"}, "train": {"chunked_loss": True, **train}}
-    return Recipe.model_validate(values)
-
-
-def test_where_it_cannot_work_it_is_refused() -> None:
-    def problem(given: Recipe) -> str:
-        with pytest.raises(RecipeError) as caught:
-            check(given)
-        (only,) = caught.value.problems
-        return only
-
-    assert problem(recipe("text-classification")) == (
-        "train.chunked_loss: has no effect for text-classification, which has no logits of tokens; remove it"
-    )
-    assert problem(recipe(extra={"deepspeed": {}})) == (
-        "train.chunked_loss: does not go with train.extra.deepspeed, which shares out the head's weights; remove it"
-    )
-    check(recipe())
-    check(recipe(torch_compile=True))
-    check(recipe("seq2seq"))
-    check(recipe("text-classification", chunked_loss=False))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fulltune.models.dropout import SixteenBitDropout, install, threshold
 from tests import tiny
-from tests.train import runs
 
 ODD = (3, 5, 7)
 """Not a multiple of the four values of a draw."""
@@ -70,14 +67,3 @@ def test_install_replaces_dropout_and_keeps_weights_and_modes() -> None:
     assert list(model.state_dict()) == names
     assert not any(module.training for module in model.modules())
     assert install(model) == 0
-
-
-def test_training_says_so(tmp_path: Path) -> None:
-    model = tiny.save_model(tmp_path / "model", "bert")
-
-    outcome = runs.run(tmp_path, model, tiny.topic_rows(), train={"max_steps": 2}).outcome
-
-    assert outcome is not None
-    found = next(check.result for check in outcome.checks if check.name == "dropout")
-    assert "16 bits for speed" in found
-    assert "0.1 becomes 0.100006" in found

@@ -316,18 +316,6 @@ DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs Dee
 @DEEPSPEED
 @pytest.mark.long
 @pytest.mark.zero
-def test_example_of_deepspeed_comes_as_far_as_lightning_lets_a_cpu(tmp_path: Path) -> None:
-    placed = {"placement": "zero3", "offload": "all"}
-    recipe = written(tmp_path, train=placed)
-    example = Path(__file__).parents[2] / "examples" / "lightning_deepspeed.py"
-    done = subprocess.run([sys.executable, example, recipe], capture_output=True, text=True, check=False)
-    assert done.returncode
-    assert "The DeepSpeed strategy is only supported on CUDA GPUs but `CPUAccelerator` is used" in done.stderr
-
-
-@DEEPSPEED
-@pytest.mark.long
-@pytest.mark.zero
 @pytest.mark.parametrize("given", ["lightning", "pytorch_lightning offload"])
 def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -> None:
     """With a strategy of the test's that leaves the refusal out; in a process of its own, which DeepSpeed keeps."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from fulltune.inference.run import Batching, generate, run_rows
 from fulltune.models.base import Base
@@ -73,20 +73,6 @@ def test_classifier_logits_alone_equal_those_in_a_padded_batch(classifier: tuple
 
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert np.abs(alone - alone[0]).max() > 1e-3, "all rows look the same: this test shows nothing"
-
-
-def test_classifier_logits_equal_those_of_plain_transformers(classifier: tuple[Any, Any], tmp_path: Path) -> None:
-    model, tokenizer = classifier
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    reader = AutoTokenizer.from_pretrained(tmp_path)
-    encoded = encode(tokenizer)
-
-    with torch.no_grad():
-        expected = plain(**reader(list(TEXTS), padding=True, return_tensors="pt")).logits.numpy()
-
-    np.testing.assert_allclose(classified(model, tokenizer, encoded, 5), expected, atol=1e-5)
 
 
 def test_language_model_logits_and_losses_alone_equal_those_in_a_padded_batch(decoder: tuple[Any, Any]) -> None:

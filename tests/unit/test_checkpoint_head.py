@@ -148,13 +148,6 @@ def test_checkpoint_without_a_head_says_so(tiny_encoder: Path) -> None:
     assert head.in_words == "new, drawn at random: the checkpoint has none for this task"
 
 
-def test_finished_model_is_loaded_as_it_is(tmp_path: Path) -> None:
-    before = _answers(_checkpoint(tmp_path, "bert", "text-classification", LABELS))
-    base = Base.of(ModelBlock(name=str(tmp_path)))
-    model = load(base, {}, head_is_new=False)
-    assert torch.allclose(_answers(model), before, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> None:
     """In ModernBERT the modules above the head's layers draw their values, with other spreads than a layer's own."""

@@ -82,11 +82,6 @@ def test_lists_are_views_of_the_file(rows: Rows) -> None:
     assert not first.flags.writeable
 
 
-def test_view_outlives_the_rows(tmp_path: Path) -> None:
-    view = write(tmp_path, WRITTEN, at_once=50)[4]["input_ids"]
-    assert view.tolist() == [4, 5, 6, 7]
-
-
 def test_index_negative_numpy_and_slices(rows: Rows) -> None:
     assert plain(rows[-1]) == plain(WRITTEN[-1])
     assert plain(rows[np.int64(9)]) == plain(WRITTEN[9])
@@ -109,15 +104,6 @@ def test_column_is_one_array_or_a_list_of_arrays(rows: Rows) -> None:
 def test_lists_of_all_rows_come_part_by_part(rows: Rows) -> None:
     found = [flat[start:end].tolist() for flat, offsets in rows.lists("input_ids") for start, end in pairwise(offsets)]
     assert found == [row["input_ids"] for row in WRITTEN]
-
-
-def test_file_is_one_that_datasets_reads(rows: Rows) -> None:
-    import datasets
-
-    found = datasets.Dataset.from_file(str(rows.folders[0] / store.FILE))
-    assert found.column_names == [*WRITTEN[0], store.WORDS]
-    assert found[:]["input_ids"] == [row["input_ids"] for row in WRITTEN]
-    assert found[7]["text"] == "é 7"
 
 
 def test_texts_are_the_rows_in_the_users_columns(tmp_path: Path) -> None:
