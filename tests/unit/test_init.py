@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.cli.init import Hints, hints_of, infer, write_recipe
+from fulltune.cli.init import hints_of, infer, write_recipe
 from fulltune.data.readers.read import locate
 from fulltune.data.readers.text_tables import names_without_header
 from fulltune.data.sources import describe, find_files, read_rows
@@ -70,7 +70,7 @@ def test_hints_that_cannot_be_are_refused(
 def test_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.csv", RESTAURANTS)
     with pytest.raises(DataError, match=r"rows.csv: no column 'mrr' \(--column prompt=\); columns here: mr, ref"):
-        infer(data, hints=Hints(roles={"prompt": "mrr"}))
+        infer(data, hints=(None, {"prompt": "mrr"}))
 
 
 def test_table_without_header_loses_no_row(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_table_without_header_loses_no_row(tmp_path: Path) -> None:
     _written(tmp_path / "dev.tsv", REVIEWS)
     found, files = write_recipe(data, recipe, None, False)
     assert (found.task, found.num_rows, found.is_guess) == ("text-classification", 20, True)
-    assert files.held_out == {"eval": tmp_path / "dev.tsv"}
+    assert files[1] == {"eval": tmp_path / "dev.tsv"}
     block = load_recipe(recipe).data
     assert (block.columns, block.text, block.label) == (("text", "label"), "text", "label")
 
@@ -87,12 +87,12 @@ def test_held_out_file_with_a_header_beside_train_without_one_is_not_used(tmp_pa
     data, recipe = _written(tmp_path / "train.tsv", REVIEWS), tmp_path / "recipe.yaml"
     _written(tmp_path / "test.tsv", "index\tsentence\n0\ta film that is long\n1\ta film of some length\n")
     _, files = write_recipe(data, recipe, None, False)
-    assert files.unused == ("test.tsv: has a header line, or other columns, unlike train",)
+    assert files[2] == ("test.tsv: has a header line, or other columns, unlike train",)
 
 
 def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.tsv", REVIEWS)
-    found = infer(data, hints=Hints(columns=("review", "stars"), roles={"label": "stars"}))
+    found = infer(data, hints=(None, {"columns": ("review", "stars"), "label": "stars"}))
     assert (found.target.columns, found.num_rows) == ({"text": "review", "label": "stars"}, 20)
 
 
@@ -220,7 +220,7 @@ def test_second_column_of_texts_is_asked_about(
 ) -> None:
     data = _rows(tmp_path, **cells)
     if problem is None:
-        assert infer(data, hints=Hints(roles=block)).unused == ("" if "text_pair" in block else "b")
+        assert infer(data, hints=(None, block)).unused == ("" if "text_pair" in block else "b")
         return
     with pytest.raises(DataError, match=problem):
         infer(data)

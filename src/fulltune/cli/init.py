@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,19 +73,10 @@ output: runs
 """
 
 
-@dataclass(frozen=True)
-class Hints:
-    """What the user says of the files."""
-
-    task: TaskName | None = None
-    roles: Mapping[str, str] = field(default_factory=dict)
-    """Role (`text`, `label`, `prompt` ...) to column name."""
-    columns: tuple[str, ...] | None = None
-    """Names of the columns of tables without a header line."""
-    encoding: str = "utf-8"
-
-
-NO_HINTS = Hints()
+Hints = tuple[TaskName | None, Mapping[str, Any]]
+"""What the user says of the files: the task, and settings of the block `data`: the column of a role (`text`, `label`,
+`prompt` ...), `columns` and `encoding`."""
+NO_HINTS: Hints = (None, {})
 
 
 def hints_of(task: str | None, named: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
@@ -93,7 +84,7 @@ def hints_of(task: str | None, named: Sequence[str], columns: str | None, encodi
     if task is not None and task not in FACTS:
         raise SetupError(f"--task: expected one of {', '.join(FACTS)}, found '{task}'")
     known = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]
-    roles = {}
+    given: dict[str, Any] = {"encoding": encoding}
     for text in named:
         role, _, column = text.partition("=")
         if role not in known or not column:
@@ -101,7 +92,7 @@ def hints_of(task: str | None, named: Sequence[str], columns: str | None, encodi
                 f"--column: expected ROLE=COLUMN, such as label=intent, where ROLE is one of {', '.join(known)}; "
                 f"found '{text}'"
             )
-        roles[role] = column
+        given[role] = column
     names = tuple(name.strip() for name in columns.split(",")) if columns is not None else None
     if names is not None and (not all(names) or len(set(names)) < len(names)):
         raise SetupError(
@@ -111,29 +102,24 @@ def hints_of(task: str | None, named: Sequence[str], columns: str | None, encodi
         codec_of(encoding)
     except ValueError as error:
         raise SetupError(f"--encoding: {error}") from None
-    return Hints(task, roles, names, encoding)
+    return task, given | ({"columns": names} if names is not None else {})
 
 
 # ---- which files -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SplitFiles:
-    """The files of each split, as far as their names say."""
-
-    train: tuple[Path, ...]
-    held_out: Mapping[SplitName, Path] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    """Files that are not used, each with the reason."""
+SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
+"""The files to train on and those of the other splits, as far as their names say, and the files that are not used, each
+with the reason."""
 
 
 def split_files(path: Path) -> SplitFiles:
     """The files to train on, choose by and report on: a folder's by their names, or a file and those beside it."""
     if not path.is_dir():
-        return SplitFiles((path,), _one_each(held_out_beside(path)))
+        return (path,), _one_each(held_out_beside(path)), ()
     splits = split_folders(path)
     if not splits and is_image_folder(path):
-        return SplitFiles((path,))
+        return (path,), {}, ()
     splits = splits or by_split(data_files(path))
     held_out = _one_each({split: splits[split] for split in ("eval", "test") if split in splits})
     unnamed = splits.get(None, [])
@@ -141,9 +127,9 @@ def split_files(path: Path) -> SplitFiles:
     if not train:
         raise DataError(f"{path}: no file to train on; found {', '.join(file.name for file in held_out.values())}")
     if not held_out and unnamed:
-        return SplitFiles((path,))
+        return (path,), {}, ()
     spare = [f"{file.name}: its name says nothing of train, eval or test" for file in unnamed if train is not unnamed]
-    return SplitFiles(tuple(train), held_out, tuple(spare))
+    return tuple(train), held_out, tuple(spare)
 
 
 def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Path]:
@@ -159,9 +145,10 @@ def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Pat
 
 def _usable(files: SplitFiles, inferred: Inferred, encoding: str) -> SplitFiles:
     """The files without held-out ones that lack a column, as official test rows often come without labels."""
-    problems = {split: _other_columns(file, inferred, encoding) for split, file in files.held_out.items()}
-    held_out = {split: file for split, file in files.held_out.items() if problems[split] is None}
-    return SplitFiles(files.train, held_out, (*files.unused, *filter(None, problems.values())))
+    train, held_out, unused = files
+    problems = {split: _other_columns(file, inferred, encoding) for split, file in held_out.items()}
+    usable = {split: file for split, file in held_out.items() if problems[split] is None}
+    return train, usable, (*unused, *filter(None, problems.values()))
 
 
 def _other_columns(file: Path, inferred: Inferred, encoding: str) -> str | None:
@@ -204,28 +191,30 @@ def _head(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], list[di
 def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     """Task, rows and target of data files; they are read row by row."""
     # Who names columns of the file says that it has a header.
-    encoding = codec_of(hints.encoding)
-    guessed = None if hints.columns or hints.roles else names_without_header(paths[0], encoding)
-    named = hints.columns or guessed
-    block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **hints.roles})
+    given_task, given = hints
+    roles = {role: column for role, column in given.items() if role in USUAL_NAMES}
+    encoding = codec_of(given.get("encoding", "utf-8"))
+    guessed = None if given.get("columns") or roles else names_without_header(paths[0], encoding)
+    named = given.get("columns") or guessed
+    block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **roles})
     files = replace(locate(tuple(map(str, paths)), columns=named), encoding=encoding)
     columns, head = _head(files)
-    if not hints.roles:
+    if not roles:
         refuse_preferences(columns, head[:_FEW], files.where)
-    for role, column in hints.roles.items():
+    for role, column in roles.items():
         if column not in columns:
             raise DataError(f"{files.where}: no column '{column}' (--column {role}=); columns here: {shown(columns)}")
-    forms = list(_forms(columns, hints))
+    forms = list(_forms(columns, given_task, roles))
     refusals, flags = list[DataError](), _flags(columns, head)
     for task, role in forms:
-        if role == "text" and hints.task is None and flags:
+        if role == "text" and given_task is None and flags:
             continue
         try:
-            roles = task_named(task).find_columns(columns, head[:_FEW], block, files.where)
+            found = task_named(task).find_columns(columns, head[:_FEW], block, files.where)
         except DataError as refusal:
             refusals.append(refusal)  # another form may fit
             continue
-        if role not in roles or not hints.roles.keys() <= roles.keys():
+        if role not in found or not roles.keys() <= found.keys():
             continue
         source = SourceRows(files.where, files.rows)
         target, counts = describe(block, task_named(task), {"train": source})
@@ -238,11 +227,11 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     raise DataError(f"{paths[0]}: no known form of data: {advice}; columns here: {shown(columns)}")
 
 
-def _forms(columns: Sequence[str], hints: Hints) -> Iterator[tuple[TaskName, str]]:
+def _forms(columns: Sequence[str], given: TaskName | None, roles: Mapping[str, str]) -> Iterator[tuple[TaskName, str]]:
     """The forms that may be meant. `target` is also a usual name of a label: beside `source` it is a text."""
     is_pair = {"source", "target"} <= {name.lower() for name in columns}
     for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq"):
-        if hints.task in (None, task) and all(task in READ_BY[named] for named in hints.roles):
+        if given in (None, task) and all(task in READ_BY[named] for named in roles):
             yield task, role
 
 
@@ -294,24 +283,24 @@ def write_recipe(
     if recipe.exists() and not force:
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
     files = split_files(path)
-    inferred = infer(*files.train, hints=hints)
-    target, encoding = inferred.target, codec_of(hints.encoding)
-    files = _usable(files, inferred, encoding)
+    inferred = infer(*files[0], hints=hints)
+    target, encoding = inferred.target, hints[1].get("encoding", "utf-8")
+    files = paths, held_out, not_used = _usable(files, inferred, codec_of(encoding))
     chosen = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
     where = "" if chosen.startswith("package:") else ", from the Hub"
-    train = [_yaml(str(file.resolve())) for file in files.train]
+    train = [_yaml(str(file.resolve())) for file in paths]
     names = ", ".join(map(_yaml, inferred.columns or ()))
     some = f": {', '.join(target.labels[:5])}{' ...' * (len(target.labels) > 5)}" if target.labels else ""
     data = [
         f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
-        *(f"# not used: {reason}" for reason in files.unused),
+        *(f"# not used: {reason}" for reason in not_used),
         *(
-            f"{split}: {_yaml(str(files.held_out[split].resolve()))}"
-            if split in files.held_out
+            f"{split}: {_yaml(str(held_out[split].resolve()))}"
+            if split in held_out
             else f"# {split} rows are split off train"
             for split in ("eval", "test")
         ),
-        *([f"encoding: {_yaml(hints.encoding)}"] if encoding != UTF_8 else []),
+        *([f"encoding: {_yaml(encoding)}"] if codec_of(encoding) != UTF_8 else []),
         *([f"columns: [{names}]   # of a file without a header line"] if names else []),
         *(f"{role}: {_yaml(column)}" for role, column in target.columns.items()),
         *[f"# columns not used: {inferred.unused}"] * bool(inferred.unused),
@@ -332,6 +321,7 @@ def write_recipe(
 
 def lines(found: Inferred, files: SplitFiles) -> list[str]:
     """What was found, for the terminal."""
+    _, held_out, not_used = files
     said = [
         f"{found.where}: no header line, for its first line looks like a row",
         f"columns: {', '.join(found.columns or ())}; other names: --columns NAME,NAME",
@@ -339,9 +329,9 @@ def lines(found: Inferred, files: SplitFiles) -> list[str]:
     ] * found.is_guess
     said.append(f"train: {found.where}: {counted(found.num_rows, 'row')}, {found.task} ({_in_words(found.target)})")
     for split in ("eval", "test"):
-        file = files.held_out.get(split)
+        file = held_out.get(split)
         said.append(f"{split}:  {file.name if file else 'rows are split off train'}")
-    said += [f"not used: {reason}" for reason in files.unused]
+    said += [f"not used: {reason}" for reason in not_used]
     said += [f"columns not used: {found.unused}"] * bool(found.unused)
     said += [f"note: {note}" for note in found.notes]
     return said

@@ -274,14 +274,11 @@ def best_rival(extractor: Extractor, train: Features, held_out: Features | None)
             None if held is None or held_out is None else extractor.items(held[name], held_out),
         )
         for name, features in _pooled(train).items()
-        if name != "apart" or _fits_memory(extractor, features)  # twice as wide as the others
+        if name != "apart"  # twice as wide as the others
+        or solver_bytes(extractor.kind, len(features), extractor.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
     }
     pooling, least, (kind, _), classifier = best_space(spaces, candidates, wrong)
     return FrozenRival.model_validate({"pooling": pooling, "kind": kind, "loss": least}), classifier
-
-
-def _fits_memory(extractor: Extractor, features: np.ndarray) -> bool:
-    return solver_bytes(extractor.kind, len(features), extractor.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
 
 
 def _pooled(features: Features) -> dict[Pooling, np.ndarray]:

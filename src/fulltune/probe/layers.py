@@ -87,6 +87,8 @@ def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
     Raises:
         NoProbe: When the logits are not those of the last layer, or the body is not to be seen.
     """
+    import torch
+
     modules = {"body": body_of(model)}
     if layers is not None:
         names = zip(("last", "dense"), layers, strict=True)
@@ -112,7 +114,9 @@ def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
         return hidden, None, None
     logits = logits_of(outputs).float()
     pick = _last_token if len(given) == 1 and given[0].numel() != logits.numel() else None
-    if len(given) != 1 or not _same(given[0] if pick is None else pick(model, batch, given[0]), logits):
+    shown = [one if pick is None else pick(model, batch, one) for one in given]
+    is_all = len(shown) == 1 and shown[0].numel() == logits.numel()
+    if not is_all or not torch.allclose(shown[0].flatten(), logits.flatten(), rtol=0, atol=0, equal_nan=True):
         raise NoProbe(f"the logits of {type(model).__name__} are not just those of its last layer")
     [last], dense = read["last"], read.get("dense", [])
     along = dense[0] if len(dense) == 1 and dense[0].shape[:-1] == last.shape[:-1] else None
@@ -131,14 +135,6 @@ def _last_token(model: Any, batch: Mapping[str, torch.Tensor], states: torch.Ten
     is_text = torch.ones_like(ids) if pad is None else ids != pad
     at = (torch.arange(ids.shape[1], device=ids.device) * is_text).argmax(dim=1)
     return states[torch.arange(len(ids), device=ids.device), at]
-
-
-def _same(given: torch.Tensor, logits: torch.Tensor) -> bool:
-    import torch
-
-    return given.numel() == logits.numel() and torch.allclose(
-        given.flatten(), logits.flatten(), rtol=0, atol=0, equal_nan=True
-    )
 
 
 def numbers(parameter: Any) -> np.ndarray:

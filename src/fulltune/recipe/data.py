@@ -39,20 +39,14 @@ class MixedFile(Block):
     weight the rows are the task's own. Raw text is counted in rows, too: packed ones, where texts share a row."""
 
 
-def _kind_of_entry(given: Any) -> str:
-    return "mixed file" if isinstance(given, (dict, MixedFile)) else "one path"
-
-
-def _kind_of_train(given: Any) -> str:
-    return "several paths" if isinstance(given, (list, tuple)) else "one path"
-
-
 # pydantic puts these names, which no setting can have, into the place of an error; the recipe's reader leaves them out.
 _Entry = Annotated[
-    Annotated[str, Tag("one path")] | Annotated[MixedFile, Tag("mixed file")], Discriminator(_kind_of_entry)
+    Annotated[str, Tag("one path")] | Annotated[MixedFile, Tag("mixed file")],
+    Discriminator(lambda given: "mixed file" if isinstance(given, (dict, MixedFile)) else "one path"),
 ]
 _Train = Annotated[
-    Annotated[str, Tag("one path")] | Annotated[tuple[_Entry, ...], Tag("several paths")], Discriminator(_kind_of_train)
+    Annotated[str, Tag("one path")] | Annotated[tuple[_Entry, ...], Tag("several paths")],
+    Discriminator(lambda given: "several paths" if isinstance(given, (list, tuple)) else "one path"),
 ]
 
 

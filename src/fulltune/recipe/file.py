@@ -94,7 +94,12 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
     settings can be read.
     """
     lines, lost = lines or {}, set[str]()
-    problems = [*_one_method_or_several(values, path, lines)]
+    problems = []
+    if "method" in values and values.get("methods"):  # a checked recipe always has a `method`
+        problems.append(
+            f"{_where(path, lines, ('method',))}  method and methods are both given: 'fulltune compare' reads "
+            "'methods', the other commands 'method'; remove one"
+        )
     left = {name: dict(block) if isinstance(block, dict) else block for name, block in values.items()}
     recipe: Recipe | None = None
     while recipe is None:
@@ -131,21 +136,9 @@ def _left_out(item: Any, values: dict[str, Any]) -> Iterable[str]:
 
 def _placed(problems: Iterable[str], path: Path, lines: Lines) -> list[str]:
     """Problems that begin with the name of their setting, with its file and line."""
-    return [f"{_where(path, lines, _place(text.partition(':')[0]))}  {text}" for text in problems]
-
-
-def _place(name: str) -> tuple[str | int, ...]:
-    """Of a setting's dotted name, such as `train.optim` or `methods.1.rank`."""
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
-
-
-def _one_method_or_several(values: dict[str, Any], path: Path, lines: Lines) -> Iterable[str]:
-    """Both given: only what the user wrote tells, because a checked recipe always has a `method`."""
-    if "method" in values and values.get("methods"):
-        yield (
-            f"{_where(path, lines, ('method',))}  method and methods are both given: 'fulltune compare' reads "
-            "'methods', the other commands 'method'; remove one"
-        )
+    names = {text: text.partition(":")[0].split(".") for text in problems}
+    places = {text: tuple(int(part) if part.isdigit() else part for part in name) for text, name in names.items()}
+    return [f"{_where(path, lines, place)}  {text}" for text, place in places.items()]
 
 
 def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> Iterable[str]:
@@ -174,7 +167,7 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
         case "union_tag_invalid":
             yield f"{where}  {name}.kind: {_expected(item['ctx']['expected_tags'], item['ctx']['tag'])}"
         case "union_tag_not_found":
-            yield f"{where}  {name}.kind: missing; expected one of {', '.join(_kinds(at))}"
+            yield f"{where}  {name}.kind: missing; expected one of {', '.join(_by_kind(at[0]))}"
         case "invalid_key":
             yield f"{where}  {name}: unknown setting; the names of settings are texts"
         case "tuple_type":
@@ -192,17 +185,14 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
             message = item["msg"][0].lower() + item["msg"][1:]
             message = re.split(", (?:unable|got)", message.removeprefix("input should be ").removeprefix("a valid "))[0]
             expected, found = _IN_WORDS.get(message, message), "nothing" if given is None else repr(given)
-            yield f"{where}  {name}: expected {expected}, found {found}{_share(given)}"
+            is_percentage = re.fullmatch(r"\d+(\.\d+)? *%", str(given))
+            instead = f"; write {float(given.rstrip(' %')) / 100:g}" if is_percentage else ""
+            yield f"{where}  {name}: expected {expected}, found {found}{instead}"
 
 
 _DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio", ".txt")
 _IN_WORDS = {"integer": "whole number", "string": "text"}
 """What pydantic calls otherwise than docs/recipe.md does."""
-
-
-def _share(given: Any) -> str:
-    """How to write a percentage."""
-    return f"; write {float(given.rstrip(' %')) / 100:g}" if re.fullmatch(r"\d+(\.\d+)? *%", str(given)) else ""
 
 
 _FEW = 12
@@ -250,24 +240,16 @@ _UNIONS = ("method", "methods")
 def _without_kinds(at: tuple[Any, ...]) -> tuple[Any, ...]:
     """A place as in the file: pydantic puts the kind of a method after it."""
     place = 2 if at[:1] == ("methods",) else 1
-    if at[:1] and at[0] in _UNIONS and len(at) > place and at[place] in _kinds(at[:1]):
+    if at[:1] and at[0] in _UNIONS and len(at) > place and at[place] in _by_kind(at[0]):
         return (*at[:place], *at[place + 1 :])
     return at
 
 
-def _members(name: Any) -> list[Any]:
-    """The blocks that a method may be."""
-    field = Recipe.model_fields[str(name)]
-    union = field.annotation if name == "method" else get_args(get_args(field.annotation)[0])[0]
-    return list(get_args(union))
-
-
 def _by_kind(name: Any) -> dict[str, Any]:
-    return {get_args(block.model_fields["kind"].annotation)[0]: block for block in _members(name)}
-
-
-def _kinds(at: tuple[Any, ...]) -> list[str]:
-    return list(_by_kind(at[0]))
+    """The blocks that a method may be."""
+    annotation = Recipe.model_fields[str(name)].annotation
+    union = annotation if name == "method" else get_args(get_args(annotation)[0])[0]
+    return {get_args(block.model_fields["kind"].annotation)[0]: block for block in get_args(union)}
 
 
 def _is_block(annotation: Any) -> bool:

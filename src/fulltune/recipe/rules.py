@@ -51,8 +51,6 @@ def problems_of(recipe: Recipe) -> list[str]:
         *_unknown_fields(recipe),
         *_unknown_names(recipe),
         *_out_of_place(recipe),
-        *_vanishing_updates(recipe),
-        *_preserved(recipe),
     ]
 
 
@@ -207,46 +205,35 @@ SCALABLE = ("full", "lora")
 
 
 def _out_of_place(recipe: Recipe) -> list[str]:
-    """Images that would be mixed in, and workers that cannot be."""
-    workers = recipe.train.extra.get("dataloader_num_workers")
+    """What neither the table nor one block can say."""
+    train, block, kind = recipe.train, recipe.preserve, recipe.method.kind
+    workers, is_image = train.extra.get("dataloader_num_workers"), FACTS[recipe.task].reads == "image"
     pairs = {
         "data.train: images cannot be mixed in by weight yet; name the folders without a weight": (
-            FACTS[recipe.task].reads == "image" and recipe.data.mixed_files
+            is_image and recipe.data.mixed_files
         ),
         f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}": (
             isinstance(workers, int) and workers < 0
         ),
-    }
-    return [text for text, is_wrong in pairs.items() if is_wrong]
-
-
-def _vanishing_updates(recipe: Recipe) -> list[str]:
-    """An optimizer that rounds bf16 weights to nearest, where that was not asked for."""
-    train = recipe.train
-    is_own = train.optim is None or train.optim in OWN_OPTIMIZERS
-    if recipe.model.weights_dtype != "bf16" or is_own or train.bf16_rounding == "nearest":
-        return []
-    return [
         f"train.optim: '{train.optim}' rounds bf16 weights (model.weights_dtype) to nearest: updates smaller than "
         "half of their spacing vanish, at usual learning rates most of them; set optim: adamw_bf16 or adamw_8bit, "
-        "or weights_dtype: fp32, or bf16_rounding: nearest to have it so"
-    ]
-
-
-def _preserved(recipe: Recipe) -> list[str]:
-    """What a budget for forgetting cannot go with, and what has no effect without one, beside the table."""
-    block, name = recipe.preserve, "preserve.budget"
-    if FACTS[recipe.task].reads == "image" and block != PreserveBlock(drift=block.drift):
-        return [f"preserve: is for tasks with text, and {recipe.task} reads images; remove it"]
-    if block.budget is None:
-        unread = block.probe is not None and not block.drift and not recipe.methods
-        return ["preserve.probe: has no effect with preserve.drift: false; remove one of them"] if unread else []
-    if recipe.methods or recipe.method.kind in SCALABLE:
-        return []
-    return [
-        f"method.kind: '{recipe.method.kind}' cannot be scaled back to the untouched model, which {name} does; take "
-        f"full or lora, or remove {name}"
-    ]
+        "or weights_dtype: fp32, or bf16_rounding: nearest to have it so": (
+            recipe.model.weights_dtype == "bf16"
+            and train.optim not in (None, *OWN_OPTIMIZERS)
+            and train.bf16_rounding != "nearest"
+        ),
+        f"preserve: is for tasks with text, and {recipe.task} reads images; remove it": (
+            is_image and block != PreserveBlock(drift=block.drift)
+        ),
+        "preserve.probe: has no effect with preserve.drift: false; remove one of them": (
+            not is_image and block.budget is None and block.probe is not None and not block.drift and not recipe.methods
+        ),
+        f"method.kind: '{kind}' cannot be scaled back to the untouched model, which preserve.budget does; take full or "
+        "lora, or remove preserve.budget": (
+            not is_image and block.budget is not None and not recipe.methods and kind not in SCALABLE
+        ),
+    }
+    return [text for text, is_wrong in pairs.items() if is_wrong]
 
 
 # ---- names that other tools and transformers know ----------------------------------------------------------------

@@ -82,7 +82,8 @@ def is_trained(message: Message) -> bool:
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None) -> list[Masked]:
     """Tokens and mask of a conversation, or of each of its turns where a template rewrites earlier ones."""
-    if has_generation_marks(tokenizer) and all(message.get("weight") != 0 for message in messages):
+    has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
+    if has_marks and all(message.get("weight") != 0 for message in messages):
         got = _applied(tokenizer, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return [(list(got["input_ids"]), [bool(value) for value in got["assistant_masks"]])]
     whole = render(tokenizer, messages, tools)
@@ -91,11 +92,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tool
     if all(whole.startswith(text) for _, text in spans):
         return [_mask(tokenizer, whole, [(start, len(text)) for start, text in spans])]
     return [_mask(tokenizer, text, [(start, len(text))]) for start, text in spans]
-
-
-def has_generation_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template marks what the assistant says."""
-    return bool(re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)))
 
 
 def _span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, tools: Any) -> tuple[int, str]:

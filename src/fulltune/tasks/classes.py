@@ -228,15 +228,11 @@ def _correlation(name: str, true: np.ndarray, predicted: np.ndarray) -> float:
     return found if math.isfinite(found) else 0.0
 
 
-def _rmse(true: np.ndarray, predicted: np.ndarray) -> float:
-    return math.sqrt(((true - predicted) ** 2).mean())
-
-
 NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "r2": _r2,
     "spearman": partial(_correlation, "spearmanr"),
     "kendall": partial(_correlation, "kendalltau"),
-    "rmse": _rmse,
+    "rmse": lambda true, predicted: math.sqrt(((true - predicted) ** 2).mean()),
 }
 """Of targets and predictions, float64 [rows]. A constant prediction has no rank correlation: it counts as 0."""
 

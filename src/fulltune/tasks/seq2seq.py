@@ -68,10 +68,11 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
     answers; a cut target loses it, so that the model does not learn to stop in the middle."""
     sources = _tokenised([target.joint + prompt_text(row, target) for row in rows], tokenizer)
     written = tokenizer(text_target=[as_text(row.get(target.columns["target"])) for row in rows], verbose=False)
+    # BERT-like tokenizers end with their separator.
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     encoded = []
     for source, ids in zip(sources, written["input_ids"], strict=True):
         labels = list(ids)
-        end = end_of(tokenizer)
         if end is not None and labels[-1:] != [end]:
             labels.append(end)
         truncated = len(source) > max_length or len(labels) > max_length
@@ -81,11 +82,6 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
         count = len(labels) if any(token not in tokenizer.all_special_ids for token in labels) else 0
         encoded.append([Example(features, count, truncated, longest=max(len(source), len(labels)))])
     return encoded
-
-
-def end_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token after which the model stops: BERT-like tokenizers end with their separator."""
-    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
 
 def _tokenised(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.cli.init import SplitFiles, split_files, write_recipe
+from fulltune.cli.init import split_files, write_recipe
 from fulltune.data.readers.files import by_split
 from fulltune.data.sources import find_files
 from fulltune.errors import DataError
@@ -86,8 +86,8 @@ def test_files_of_a_folder_and_beside_a_file_are_found_by_name(
     train, *held_out = expected
     found = split_files(_folder(tmp_path, *names) / given)
     named = zip(("eval", "test"), held_out, strict=True)
-    assert found.train == tuple(tmp_path / name for name in train)
-    assert found.held_out == {split: tmp_path / name for split, name in named if name}
+    assert found[0] == tuple(tmp_path / name for name in train)
+    assert found[1] == {split: tmp_path / name for split, name in named if name}
 
 
 @pytest.mark.parametrize("has_mark", [False, True])
@@ -99,14 +99,14 @@ def test_folders_named_for_splits_are_taken_as_these(tmp_path: Path, has_mark: b
         (tmp_path / "dataset_dict.json").write_text("{}")
     found, files = write_recipe(tmp_path, tmp_path / "recipe.yaml", None, False)
     data = load_recipe(tmp_path / "recipe.yaml").data
-    assert (found.num_rows, files.unused) == (20, ("more: its name says nothing of train, eval or test",))
+    assert (found.num_rows, files[2]) == (20, ("more: its name says nothing of train, eval or test",))
     assert data.train == (f"{tmp_path}/train",)
     assert (data.eval, data.test) == (f"{tmp_path}/validation", f"{tmp_path}/test")
     with pytest.raises(DataError, match=rf"{tmp_path}: is given for training and holds validation, test, named"):
         find_files(_recipe(tmp_path))
     if not has_mark:
         _folder(tmp_path, "rows.csv")
-        assert split_files(tmp_path) == SplitFiles((tmp_path,))
+        assert split_files(tmp_path) == ((tmp_path,), {}, ())
 
 
 @pytest.mark.parametrize("inner", ["cat", ""])
@@ -114,14 +114,14 @@ def test_folders_of_images_are_splits_only_if_they_hold_classes(tmp_path: Path, 
     for name in ("train", "test"):
         (tmp_path / name / inner).mkdir(parents=True)
         (tmp_path / name / inner / "1.png").write_bytes(b"")
-    expected = SplitFiles((tmp_path / "train",), {"test": tmp_path / "test"}) if inner else SplitFiles((tmp_path,))
+    expected = ((tmp_path / "train",), {"test": tmp_path / "test"}, ()) if inner else ((tmp_path,), {}, ())
     assert split_files(tmp_path) == expected
 
 
 def test_file_that_says_nothing_beside_train_is_named(tmp_path: Path) -> None:
     found = split_files(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
     unused = ("labels.csv: its name says nothing of train, eval or test",)
-    assert found == SplitFiles((tmp_path / "train.csv",), {"test": tmp_path / "test.csv"}, unused)
+    assert found == ((tmp_path / "train.csv",), {"test": tmp_path / "test.csv"}, unused)
 
 
 def test_two_files_for_the_same_held_out_rows_are_refused(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_init_leaves_out_test_rows_without_labels_and_says_so(tmp_path: Path) ->
     recipe = tmp_path / "new" / "recipe.yaml"
     found, files = write_recipe(tmp_path, recipe, None, False)
     assert (found.where, found.num_rows) == ("train.csv", 20)
-    assert files.unused == ("test.csv: has no column 'label', which train has",)
+    assert files[2] == ("test.csv: has no column 'label', which train has",)
     data = load_recipe(recipe).data
     assert (data.train, data.eval, data.test) == ((str(tmp_path / "train.csv"),), str(tmp_path / "dev.csv"), None)
     assert "# not used: test.csv: has no column 'label', which train has" in recipe.read_text()
