@@ -522,7 +522,6 @@ def test_max_length_over_the_models_limit_is_refused(case: Case) -> None:
     [
         ("- a\n", ": expected settings such as 'model: ...', found a list"),
         ("model: x\ndata:\n\ttrain: a\n", ":3  not valid YAML: found character '\\t' that cannot start any token"),
-        ("model: [\n", ":2  not valid YAML: expected the node content, but found '<stream end>'"),
         (
             "model: !!python/object/apply:os.system [x]\n",
             ":1  not valid YAML: could not determine a constructor for the tag "
@@ -540,10 +539,6 @@ def test_max_length_over_the_models_limit_is_refused(case: Case) -> None:
         (
             "model: x\ntask: causal-lm\ndata:\n  train: a\n  test: a\n",
             ":5  data.test: is the file of train; rows for scoring must not be trained on",
-        ),
-        (
-            "model: x\ntask: causal-lm\ndata: {train: a}\ntrain: {global_batch_size: 8, num_processes: 3}\n",
-            ":4  train.global_batch_size: 8 is not a multiple of num_processes 3",
         ),
     ],
 )
@@ -568,37 +563,14 @@ def test_recipe_not_text_is_refused(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("blocks", "problem"),
-    [
-        (
-            {"evaluate": {"metric": "f1_micro"}},
-            "evaluate.metric: 'f1_micro' cannot choose a checkpoint for single label; expected one of accuracy, "
-            "f1_macro, mcc, loss",
-        ),
-        (
-            {"train": {"precision": "fp16"}},
-            "train.precision: fp16 is not possible on a CPU (it would silently train in fp32); set 'auto', 'bf16' or "
-            "'fp32'",
-        ),
-        (
-            {"train": {"report_to": ["swanlab"]}},
-            "train.report_to: 'swanlab' needs a package that is missing; pip install swanlab",
-        ),
-        (
-            {"train": {"extra": {"deepspeed": {"zero_optimization": {"stage": 5}}}}},
-            "train.extra.deepspeed: zero_optimization.stage: expected 0, 1, 2 or 3, found 5",
-        ),
-        (
-            {"train": {"num_processes": 5000, "global_batch_size": 5000}},
-            f"train.num_processes: 5000, but this machine lets us use {hardware.num_cores()} CPU core(s); set at most "
-            f"{hardware.num_cores()}, or train.oversubscribe: true to try it all the same",
-        ),
-    ],
-)
-def test_plan_impossible_is_refused(case: Case, blocks: dict[str, Any], problem: str) -> None:
-    refused(case.data(CSV, command="plan", **blocks), RECIPE, problem)
+def test_plan_impossible_is_refused(case: Case) -> None:
+    cores = hardware.num_cores()
+    refused(
+        case.data(CSV, command="plan", train={"num_processes": 5000, "global_batch_size": 5000}),
+        RECIPE,
+        f"train.num_processes: 5000, but this machine lets us use {cores} CPU core(s); set at most {cores}, or "
+        "train.oversubscribe: true to try it all the same",
+    )
 
 
 def test_images_that_cannot_be_decoded_are_listed_and_left_out_only_when_asked(tmp_path: Path) -> None:
