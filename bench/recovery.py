@@ -173,7 +173,7 @@ def last_loss(run: Path, kind: str) -> float:
 
 def tight(outcome: Outcome, run: Path, held: int, share: float) -> int:
     """A limit between the state with a margin (share 0) and what the unlimited run took (share 1)."""
-    state = Request.load(next(run.glob("attempts/*/request.json"))).plan.state.total
+    state = sum(Request.load(next(run.glob("attempts/*/request.json"))).plan.state.values())
     least = min(1.3 * state + LOADED_LATER, outcome.memory_growth_bytes)
     return held + int(least + share * (outcome.memory_growth_bytes - least))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryNeed, Plan, StateBytes
+from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.records.training import Outcome
 
 MIB = 2**20
@@ -39,7 +39,7 @@ def plan(**changes: Any) -> Plan:
         "greater_is_better": True,
         "num_parameters": 10,
         "longest_tokens": 512,
-        "state": StateBytes(weights=1, gradients=1, optimizer=2),
+        "state": {"weights": 1, "gradients": 1, "optimizer": 2},
         "settings": (),
     }
     return Plan(**{**values, **changes})

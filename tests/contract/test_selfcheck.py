@@ -15,7 +15,6 @@ import torch
 
 from fulltune import selfcheck
 from fulltune.cli import app as cli
-from fulltune.records.plan import StateBytes
 from fulltune.selfcheck import checks, environment, without_names
 from fulltune.selfcheck.checks import Device, NotHere, Outcome
 from tests.contract.command import fulltune
@@ -118,8 +117,8 @@ def other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def too_little_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(num_parameters: int, weights_dtype: str) -> StateBytes:
-        return StateBytes(weights=4 * num_parameters, gradients=4 * num_parameters, optimizer=4 * num_parameters)
+    def wrong(num_parameters: int, weights_dtype: str) -> dict[str, int]:
+        return {"weights": 4 * num_parameters, "gradients": 4 * num_parameters, "optimizer": 4 * num_parameters}
 
     monkeypatch.setattr(checks.memory, "state_bytes", wrong)
 

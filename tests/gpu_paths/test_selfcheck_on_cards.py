@@ -69,7 +69,7 @@ def kept_in(take: Callable[[int], None]) -> type[torch.optim.AdamW]:
     class Booked(torch.optim.AdamW):
         def step(self, *given: Any) -> Any:  # type: ignore[override]  # counts
             count = sum(one.numel() for group in self.param_groups for one in group["params"])
-            take(memory.state_bytes(count, "fp32").total)
+            take(sum(memory.state_bytes(count, "fp32").values()))
 
     return Booked
 
@@ -169,7 +169,7 @@ def test_helper_books_what_the_plan_says() -> None:
     """What the tests above rest on: the bytes are of the parameters."""
     taken = list[int]()
     kept_in(taken.append)([torch.nn.Parameter(torch.zeros(10))]).step()
-    assert taken == [memory.state_bytes(10, "fp32").total]
+    assert taken == [sum(memory.state_bytes(10, "fp32").values())]
 
 
 @pytest.mark.stand_in("no card", card="that NCCL listens there alone")

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fulltune.records.plan import StateBytes
 from fulltune.system import sharing
 from fulltune.system.sharing import Sharing
 from tests import plans
 
-STATE = StateBytes(weights=400, gradients=401, optimizer=800)
+STATE = {"weights": 400, "gradients": 401, "optimizer": 800}
 
 
 @pytest.mark.parametrize(

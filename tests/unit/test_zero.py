@@ -16,12 +16,11 @@ from fulltune.plan import budget
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.methods import Method
-from fulltune.records.plan import StateBytes
 from fulltune.system import sharing
 from fulltune.system.sharing import Sharing
 from tests import tiny
 
-STATE = StateBytes(weights=400, gradients=400, optimizer=800)
+STATE = {"weights": 400, "gradients": 400, "optimizer": 800}
 
 
 def recipe(settings: Any, model: dict[str, Any] | None = None, **train: Any) -> Recipe:
@@ -142,8 +141,8 @@ def test_bytes_on_device_and_host_with_two_processes(shared: Sharing, device_byt
 
 
 def test_what_stays_as_it_was_has_no_gradients_and_no_optimizer_state() -> None:
-    assert budget.engine_state(100, 10) == StateBytes(weights=200, gradients=40, optimizer=120)
-    assert budget.engine_state(100) == StateBytes(weights=200, gradients=400, optimizer=1200)
+    assert budget.engine_state(100, 10) == {"weights": 200, "gradients": 40, "optimizer": 120}
+    assert budget.engine_state(100) == {"weights": 200, "gradients": 400, "optimizer": 1200}
 
 
 METHODS: Any = TypeAdapter(Method)

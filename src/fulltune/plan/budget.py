@@ -10,7 +10,7 @@ from fulltune.footprint.records import BYTES, Footprint, Moment
 from fulltune.models.shapes import Shapes
 from fulltune.plan import fsdp2, memory
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import DiskNeed, MemoryKind, MemoryNeed, MemorySettings, Phase, StateBytes
+from fulltune.records.plan import DiskNeed, MemoryKind, MemoryNeed, MemorySettings, Phase
 from fulltune.system import sharing
 from fulltune.system.hardware import Machine
 from fulltune.system.sharing import BUCKET_VALUES
@@ -145,16 +145,16 @@ class Needs:
         shapes, footprint = self.shapes, self.footprint
         state = memory.state_of(shapes.num_parameters, settings)
         kinds: dict[MemoryKind, int] = {
-            "weights": state.weights,
-            "gradients": state.gradients,
-            "optimizer": state.optimizer,
+            "weights": state["weights"],
+            "gradients": state["gradients"],
+            "optimizer": state["optimizer"],
             **passing(footprint, precision, settings),
         }
         # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
         cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
-        buckets = state.gradients if settings.num_processes > 1 else 0
+        buckets = state["gradients"] if settings.num_processes > 1 else 0
         held = memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * kinds["activations"])
-        held += round(memory.STATE_SHARE * (state.weights + state.optimizer))
+        held += round(memory.STATE_SHARE * (state["weights"] + state["optimizer"]))
         beyond = memory.CUDA_CONTEXT_BYTES if self.device == "cuda" else held
         kinds["buffers"] = beyond + buckets + (2 * shapes.num_parameters if cast else 0)
         # Loading and going on from a checkpoint follow from the state alone.
@@ -174,11 +174,11 @@ HOST_BUFFERS = 1.22
 """Of what is offloaded, for pinned buffers: 176 GB were measured for 18 bytes of each of 8.03 B parameters."""
 
 
-def engine_state(num_parameters: int, num_trained: int | None = None) -> StateBytes:
+def engine_state(num_parameters: int, num_trained: int | None = None) -> dict[MemoryKind, int]:
     """Bytes of all of it; None: all parameters are trained."""
     weights, gradients, optimizer = IN_ENGINE
     trained = num_parameters if num_trained is None else num_trained
-    return StateBytes(weights=weights * num_parameters, gradients=gradients * trained, optimizer=optimizer * trained)
+    return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
 
 
 def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trained: int | None = None) -> int:
@@ -224,9 +224,9 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
     run that is stopped in between writes one checkpoint more."""
     state = memory.state_of(num_parameters, settings)
     weights = memory.num_trained(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
-    one = weights + state.optimizer
+    one = weights + state["optimizer"]
     if recipe.train.placement == "fsdp2":  # moments are in fp32 there, however they are kept
-        one = weights + max(state.optimizer, MOMENTS_BYTES * memory.num_trained(num_parameters, settings))
+        one = weights + max(state["optimizer"], MOMENTS_BYTES * memory.num_trained(num_parameters, settings))
     if recipe.train.engine_by:
         one = num_parameters * ENGINE_BYTES
     return DiskNeed(

@@ -200,7 +200,7 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
     devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
     evaluations = time.occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
     saves = time.occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
-    one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
+    one = plan.disk.one_checkpoint if plan.disk else plan.state["weights"] + plan.state["optimizer"]
     step, tokens = time.together(basis.seconds(plan, basis.shared)), plan.global_batch_size * work.tokens_per_row
     training = plan.total_steps * step
     need = TimeNeed(
@@ -237,7 +237,7 @@ def _around(
         return tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / flops
 
     spent = START_SECONDS if started_seconds is None else started_seconds
-    yield STARTING, spent + LOADS * plan.state.weights / DISK_BYTES_PER_SECOND
+    yield STARTING, spent + LOADS * plan.state["weights"] / DISK_BYTES_PER_SECOND
     probed_rows, _, probing = time.probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":
         yield PROBE, forward(probed_rows) + probing

@@ -57,7 +57,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     on_cpu = device == "cpu"
     settings = settings.changed(precision=footprint.traced(settings.precision))
     state = memory.state_of(shapes.num_parameters, settings)
-    parts = [-(-size // settings.num_processes) for size in (state.weights, state.optimizer, state.gradients)]
+    parts = [-(-size // settings.num_processes) for size in (state["weights"], state["optimizer"], state["gradients"])]
     value = BYTES[settings.weights_dtype]
     units = Units(**{kind: value * count for kind, count in units_of(shapes).model_dump().items()})  # in bytes
     largest = value * footprint.largest_tensor

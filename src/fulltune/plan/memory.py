@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fulltune.footprint.records import BYTES, Footprint, Kind
 from fulltune.models.shapes import Shapes
-from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase, StateBytes
+from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 # ---- beyond live tensors: fitted on the calibration cells of bench/memory_prediction.py ----------------------------
 
@@ -35,27 +35,27 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     kinds = max(moments, key=lambda one: sum(one.values())).copy()
     beyond, heap = _beyond_tensors(moments, shapes, footprint, settings, device)
     on_cpu = device == "cpu"
-    kept = state.weights + state.optimizer
+    kept = state["weights"] + state["optimizer"]
     around = round(STATE_SHARE * kept) if on_cpu else 0
     kinds["buffers"] += beyond + around
     if settings.num_processes > 1:  # DistributedDataParallel sends gradients from buckets of its own
-        kinds["buffers"] += state.gradients
+        kinds["buffers"] += state["gradients"]
     passing = scoring(shapes, footprint, settings, device)
     base = CUDA_CONTEXT_BYTES if device == "cuda" else FIRST_CALLS_BYTES
     # Weights of another type than the file's are made beside it; for a GPU both are in the host's memory.
     read = 4 * shapes.num_parameters if settings.weights_dtype == "bf16" and on_cpu else 0
     phases: dict[Phase, int] = {
-        "loading": state.weights + read + base,
+        "loading": state["weights"] + read + base,
         "step": sum(kinds.values()),
         # The untouched model has no optimizer's state yet, and a linear probe of it holds its features.
-        "evaluation": max(kept + around, state.weights + settings.probe_bytes) + sum(passing.values()) + base,
+        "evaluation": max(kept + around, state["weights"] + settings.probe_bytes) + sum(passing.values()) + base,
         # Tensors are written from where they lie (safetensors 0.8, torch.save); one is compared with what it was.
         "saving": kept + base + around + heap + (4 * footprint.largest_tensor if on_cpu else 0),
         # A second model reads the checkpoint's weights and is gone when the optimizer's state is read.
-        "resuming": state.weights + max(state.weights + read if on_cpu else 0, state.optimizer) + base,
+        "resuming": state["weights"] + max(state["weights"] + read if on_cpu else 0, state["optimizer"]) + base,
     }
     if settings.num_trained is not None:  # a checkpoint holds only what is trained
-        phases["resuming"] = state.weights + state.gradients + state.optimizer + base
+        phases["resuming"] = state["weights"] + state["gradients"] + state["optimizer"] + base
     return MemoryNeed(kinds=kinds, phases=phases)
 
 
@@ -126,14 +126,14 @@ def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tup
 
 
 def _moments(
-    shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: StateBytes, device: str
+    shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: dict[MemoryKind, int], device: str
 ) -> list[dict[MemoryKind, int]]:
     """Bytes by kind at each moment of a step that may be the highest."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
     rows = train_sequences(footprint, settings)
-    held: dict[MemoryKind, int] = {"weights": state.weights, "optimizer": state.optimizer}
+    held: dict[MemoryKind, int] = {"weights": state["weights"], "optimizer": state["optimizer"]}
     found: list[dict[MemoryKind, int]] = []
-    for moments, already in ((variant.first, 0), (variant.later, state.gradients)):
+    for moments, already in ((variant.first, 0), (variant.later, state["gradients"])):
         if already and settings.gradient_accumulation_steps == 1 and not settings.generic_first:
             continue
         for moment in moments:
@@ -141,7 +141,7 @@ def _moments(
             kinds = in_pieces(kinds, shapes, settings, device, rows * settings.longest_tokens, already)
             found.append(_together(held, kinds))
     buffers = scratch(footprint, settings)
-    update: dict[Kind, int] = {"gradients": state.gradients, "activations": 0, "logits": 0, "buffers": buffers}
+    update: dict[Kind, int] = {"gradients": state["gradients"], "activations": 0, "logits": 0, "buffers": buffers}
     found.append(_together(held, update))
     return found
 
@@ -244,17 +244,17 @@ def trained_dtype(settings: MemorySettings) -> str:
     return settings.weights_dtype if settings.num_trained is None else "fp32"
 
 
-def state_of(num_parameters: int, settings: MemorySettings) -> StateBytes:
+def state_of(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, int]:
     """What exists between steps of a model with so many parameters: gradients and optimizer state of trained ones."""
     held = num_parameters if settings.num_held is None else settings.num_held
     trained = num_trained(num_parameters, settings)
     state = state_bytes(trained, trained_dtype(settings), settings.optim, settings.bf16_rounding)
-    return state.model_copy(update={"weights": state.weights + (held - trained) * BYTES[settings.weights_dtype]})
+    return state | {"weights": state["weights"] + (held - trained) * BYTES[settings.weights_dtype]}
 
 
 def state_bytes(
     num_parameters: int, weights_dtype: str, optim: str = "adamw_torch_fused", bf16_rounding: str | None = None
-) -> StateBytes:
+) -> dict[MemoryKind, int]:
     """Bytes that exist between steps, gradients included; these have the weights' type."""
     size = BYTES[weights_dtype]
     per_value = _MOMENTS.get(optim)
@@ -262,8 +262,8 @@ def state_bytes(
         per_value = float(_AS_WEIGHTS.get(optim, 2) * size)
     if bf16_rounding == "kahan" and weights_dtype == "bf16":
         per_value += 2
-    return StateBytes(
-        weights=num_parameters * size,
-        gradients=num_parameters * size,
-        optimizer=round(num_parameters * per_value),
-    )
+    return {
+        "weights": num_parameters * size,
+        "gradients": num_parameters * size,
+        "optimizer": round(num_parameters * per_value),
+    }

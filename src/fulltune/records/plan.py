@@ -24,18 +24,6 @@ class Setting(Record):
     """True when fulltune filled it in, False when the recipe gave it."""
 
 
-class StateBytes(Record):
-    """Bytes that exist between two steps, whatever the batch; activations come on top."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
-
-
 MemoryKind = Literal["weights", "gradients", "optimizer", "activations", "logits", "buffers"]
 Phase = Literal["loading", "step", "evaluation", "saving", "resuming"]
 """Parts of an attempt that each have a peak of memory of their own."""
@@ -216,7 +204,8 @@ class Plan(MemorySettings):
     greater_is_better: bool
     num_parameters: int
     """Of the pretrained model with the task's head."""
-    state: StateBytes
+    state: dict[MemoryKind, int]
+    """Bytes of `weights`, `gradients` and `optimizer` between two steps, whatever the batch."""
     rollbacks: tuple[int, ...] = ()
     """Steps of the checkpoints that the run went back to, oldest first; 0: it began anew. From each on the rows
     come in another order, and from each but a first one to a checkpoint the learning rate is half of what it was."""

@@ -158,7 +158,7 @@ def planned_bytes(device: Device) -> Outcome:
     ids = tokens(device.type, vocabulary=4096)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
-    planned = memory.state_bytes(sum(parameter.numel() for parameter in model.parameters()), "fp32").total
+    planned = sum(memory.state_bytes(sum(parameter.numel() for parameter in model.parameters()), "fp32").values())
     if device.type == "cpu":
         tensors = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
         tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]

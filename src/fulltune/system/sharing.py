@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.training import ENGINE_SETTINGS
-from fulltune.records.plan import MemoryKind, Plan, StateBytes
+from fulltune.records.plan import MemoryKind, Plan
 
 Place = Literal["device", "host"]
 
@@ -33,16 +33,16 @@ class Sharing:
         offloaded = self.offload_weights if kind == "weights" else self.offload_optimizer
         return "host" if offloaded else "device"
 
-    def parts_at(self, place: Place, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
+    def parts_at(self, place: Place, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
         """Bytes of each kind that one process keeps there between steps; 0 for what lies elsewhere."""
         parts = self.parts(state, num_processes)
         return {kind: size if self.place(kind) == place else 0 for kind, size in parts.items()}
 
-    def parts(self, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
+    def parts(self, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
         """Bytes of each kind that belong to one process, wherever they lie."""
         from_stage: dict[MemoryKind, int] = {"weights": 3, "gradients": 2, "optimizer": 1}
         return {
-            name: -(-getattr(state, name) // num_processes) if self.stage >= stage else getattr(state, name)
+            name: -(-state[name] // num_processes) if self.stage >= stage else state[name]
             for name, stage in from_stage.items()
         }
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fulltune.records.data import DataSummary, Preview, Segment, SplitSummary
-from fulltune.records.plan import MemoryNeed, Plan, Setting, StateBytes
+from fulltune.records.plan import MemoryNeed, Plan, Setting
 from fulltune.records.run import Environment
 from fulltune.records.scores import Answer, Calibration, Confusion, Estimate, Scores
 from fulltune.records.training import Check, Measurements, Moved, Outcome
@@ -68,7 +68,7 @@ def plan(trial: str = "full-seed42", task: str = "text-classification", **change
         "learning_rate": 2e-4, "num_train_epochs": 3.0, "total_steps": 300, "warmup_steps": 30,
         "global_batch_size": 32, "micro_batch_size": 16, "gradient_accumulation_steps": 2, "eval_batch_size": 32,
         "precision": "bf16", "num_parameters": 22_713_216,
-        "state": StateBytes(weights=90_852_864, gradients=90_852_864, optimizer=181_705_728),
+        "state": {"weights": 90_852_864, "gradients": 90_852_864, "optimizer": 181_705_728},
         "memory": MemoryNeed(kinds=kinds, phases={"loading": 90_852_864, "step": 372_558_592}),
         "settings": tuple(settings),
     }  # fmt: skip

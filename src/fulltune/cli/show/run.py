@@ -172,7 +172,7 @@ class Display:
                 f"{plan.trial}: {plan.num_parameters:,} parameters, {trained}; {plan.total_steps} steps of "
                 f"{plan.global_batch_size} rows ({plan.micro_batch_size} x {plan.gradient_accumulation_steps} x "
                 f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
-                f"state {format_bytes(plan.state.total)}"
+                f"state {format_bytes(sum(plan.state.values()))}"
             )
             if plan.busy:
                 self.print(f"[yellow]{escape(plan.busy)}[/yellow]")

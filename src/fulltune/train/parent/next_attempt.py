@@ -82,7 +82,7 @@ def _changed(plan: Plan, last: Outcome, changes: Changes, need: Need) -> Plan:
     settings = _noted(plan, changes, last)
     after = after.model_copy(update={"memory": need(after), "time": None, "settings": settings})
     if after.memory is not None and after.optim != plan.optim:
-        state = plan.state.model_copy(update={"optimizer": after.memory.kinds["optimizer"]})
+        state = plan.state | {"optimizer": after.memory.kinds["optimizer"]}
         after = after.model_copy(update={"state": state})
     return after
 
