@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from numbers import Real
@@ -24,29 +23,25 @@ MOST_DISTINCT = 100_000
 """Different values that are looked at; numbers beyond them are only counted."""
 
 
-@dataclass(frozen=True)
-class LabelValues:
-    """The different values of a label column, in the order of their first row, and how often each occurs."""
-
-    values: tuple[Any, ...]
-    counts: tuple[int, ...]
-    total: int
-    places: tuple[str, ...]
-    """Where each value stands first: file and line, or empty."""
-
-    def count(self, wrong: Callable[[Any], bool]) -> int:
-        """Rows whose value is such."""
-        return sum(count for value, count in zip(self.values, self.counts, strict=True) if wrong(value))
-
-    def at(self, value: Any) -> str:
-        """Where a value stands first, as the end of a message."""
-        place = next(place for one, place in zip(self.values, self.places, strict=True) if one is value)
-        return f", first: {place}" if place else ""
+Found = list[tuple[Any, int, str]]
+"""The different values of a label column, in the order of their first row: each with how often it occurs, and with the
+file and line where it stands first, or nothing."""
 
 
-def label_values(rows: Iterable[Row], column: str, where: str) -> LabelValues:
-    """Read a label column; memory grows with the number of different values only. Raises `DataError` when there is no
-    label at all, or there are too many different words."""
+def _count(found: Found, wrong: Callable[[Any], bool]) -> int:
+    """Rows whose value is such."""
+    return sum(count for value, count, _ in found if wrong(value))
+
+
+def _at(found: Found, value: Any) -> str:
+    """Where a value stands first, as the end of a message."""
+    place = next(place for one, _, place in found if one is value)
+    return f", first: {place}" if place else ""
+
+
+def label_values(rows: Iterable[Row], column: str, where: str) -> tuple[Found, int]:
+    """Read a label column, and count the rows with a label; memory grows with the number of different values only.
+    Raises `DataError` when there is no label at all, or there are too many different words."""
     found: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:
@@ -66,53 +61,53 @@ def label_values(rows: Iterable[Row], column: str, where: str) -> LabelValues:
             )
     if not found:
         raise DataError(f"{where}: column '{column}' holds no label in any row")
-    values, counts, places = zip(*found.values(), strict=True)
-    return LabelValues(values, counts, sum(counts) + beyond, places)
+    values = [(value, count, place) for value, count, place in found.values()]
+    return values, sum(count for _, count, _ in values) + beyond
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
     """Problem type and class names, sorted; whole-number labels sort by value."""
     column = columns["label"]
-    found = label_values(rows, column, where)
-    strange = [value for value in found.values if isinstance(value, (dict, date, time, timedelta))]
+    found, total = label_values(rows, column, where)
+    strange = [value for value, *_ in found if isinstance(value, (dict, date, time, timedelta))]
     if strange:
         kind = "objects" if isinstance(strange[0], dict) else "dates or times"
         raise DataError(
-            f"{where}: column '{column}' holds {kind} ({str(strange[0])[:60]}{found.at(strange[0])}); expected a class "
-            "name, a list of class names, or a number"
+            f"{where}: column '{column}' holds {kind} ({str(strange[0])[:60]}{_at(found, strange[0])}); expected a "
+            "class name, a list of class names, or a number"
         )
-    match data.problem_type if data.problem_type != "auto" else _problem_type(found):
+    match data.problem_type if data.problem_type != "auto" else _problem_type(found, total):
         case "regression":
             return _numbers(found, columns, where)
         case "multi_label":
             return _several_labels(found, columns, where)
         case _:
-            return _classes(found, columns, where)
+            return _classes(found, total, columns, where)
 
 
-def _numbers(found: LabelValues, columns: Mapping[str, str], where: str) -> Target:
+def _numbers(found: Found, columns: Mapping[str, str], where: str) -> Target:
     def is_word(value: Any) -> bool:
         return parsed_number(value) is None and not is_beyond(value)
 
-    wrong = [value for value in found.values if is_word(value)]
+    wrong = [value for value, *_ in found if is_word(value)]
     if wrong:
         raise DataError(
             f"{where}: column '{columns['label']}' must hold numbers for regression; found {str(wrong[0])[:60]!r} "
-            f"({found.count(is_word)} such rows{found.at(wrong[0])}); repair or remove these rows"
+            f"({_count(found, is_word)} such rows{_at(found, wrong[0])}); repair or remove these rows"
         )
     # Numbers that are too large are dropped row by row.
-    if len({number for value in found.values if (number := parsed_number(value)) is not None}) == 1:
-        raise DataError(f"{where}: every row has the same target {found.values[0]!r}; there is nothing to learn")
+    if len({number for value, *_ in found if (number := parsed_number(value)) is not None}) == 1:
+        raise DataError(f"{where}: every row has the same target {found[0][0]!r}; there is nothing to learn")
     return Target("regression", columns)
 
 
-def _several_labels(found: LabelValues, columns: Mapping[str, str], where: str) -> Target:
-    column, values = columns["label"], [value for value in found.values if not is_broken_list(value)]
+def _several_labels(found: Found, columns: Mapping[str, str], where: str) -> Target:
+    column, values = columns["label"], [value for value, *_ in found if not is_broken_list(value)]
     labels = sorted({label for value in values for label in label_list(value)})
     if not labels:
-        first = found.values[0]
+        first = found[0][0]
         raise DataError(
-            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{found.at(first)}; write names "
+            f"{where}: no row of column '{column}' names a label: {str(first)[:60]!r}{_at(found, first)}; write names "
             'such as ["food", "travel"], none of them a list itself'
         )
     of_each = [label_list(value) for value in values]
@@ -121,7 +116,7 @@ def _several_labels(found: LabelValues, columns: Mapping[str, str], where: str) 
         first = (soft or values)[0]
         raise DataError(
             f"{where}: column '{column}' holds a number for each label, soft or one-hot ({str(first)[:60]}"
-            f"{found.at(first)}); expected names: write those of the labels that hold, such as [a, c] for [1, 0, 1]"
+            f"{_at(found, first)}); expected names: write those of the labels that hold, such as [a, c] for [1, 0, 1]"
         )
     if len({tuple(sorted(names)) for names in of_each}) == 1:
         raise DataError(f"{where}: every row has the same labels {values[0]!r}; there is nothing to learn")
@@ -130,13 +125,13 @@ def _several_labels(found: LabelValues, columns: Mapping[str, str], where: str) 
     return Target("multi_label", columns, tuple(labels))
 
 
-def _classes(found: LabelValues, columns: Mapping[str, str], where: str) -> Target:
-    column, values = columns["label"], found.values
+def _classes(found: Found, total: int, columns: Mapping[str, str], where: str) -> Target:
+    column, values = columns["label"], [value for value, *_ in found]
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
         raise DataError(
-            f"{where}: column '{column}' holds several labels in a row ({str(several[0])[:60]}{found.at(several[0])}); "
-            "expected one, or set data.problem_type: multi_label"
+            f"{where}: column '{column}' holds several labels in a row ({str(several[0])[:60]}{_at(found, several[0])})"
+            "; expected one, or set data.problem_type: multi_label"
         )
     _refuse_mixed(found, column, where)
     names = {label_name(value) for value in values}
@@ -144,9 +139,9 @@ def _classes(found: LabelValues, columns: Mapping[str, str], where: str) -> Targ
         raise DataError(
             f"{where}: every row has the label '{next(iter(names))}'; a classifier needs at least two classes"
         )
-    if len(names) > max(50, found.total // 2):
+    if len(names) > max(50, total // 2):
         raise DataError(
-            f"{where}: column '{column}' has {len(names)} different labels in {found.total} rows; "
+            f"{where}: column '{column}' has {len(names)} different labels in {total} rows; "
             "is it the right column? (numbers to predict: data.problem_type: regression)"
         )
     numbers = {name: parsed_number(name) for name in names}
@@ -154,10 +149,10 @@ def _classes(found: LabelValues, columns: Mapping[str, str], where: str) -> Targ
     return Target("single_label", columns, tuple(ordered))
 
 
-def _problem_type(found: LabelValues) -> str:
-    values = found.values
+def _problem_type(found: Found, total: int) -> str:
+    values = [value for value, *_ in found]
     # A few broken lists do not make class names of the others: they are dropped row by row, and listed.
-    if any(isinstance(value, (list, tuple)) for value in values) or found.count(_is_listed) > found.total / 2:
+    if any(isinstance(value, (list, tuple)) for value in values) or _count(found, _is_listed) > total / 2:
         return "multi_label"
     numbers = [parsed_number(value) for value in values if not is_beyond(value)]
     if all(number is not None for number in numbers) and any(number != round(number) for number in numbers if number):
@@ -165,15 +160,15 @@ def _problem_type(found: LabelValues) -> str:
     return "single_label"
 
 
-def _refuse_mixed(found: LabelValues, column: str, where: str) -> None:
+def _refuse_mixed(found: Found, column: str, where: str) -> None:
     """Numbers among words are most often a broken export: `1`, `2`, `positive`."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    for value, count in zip(found.values, found.counts, strict=True):
+    for value, count, _ in found:
         (words if parsed_number(value) is None else numbers)[str(value)] += count
     if words and numbers:
         rarer = min((words, numbers), key=lambda one: one.total())
-        first = found.at(next(value for value in found.values if str(value) in rarer))
+        first = _at(found, next(value for value, *_ in found if str(value) in rarer))
         raise DataError(
             f"{where}: column '{column}' mixes words ({_few(words)}) and numbers ({_few(numbers)}) as labels{first}; "
             "expected one kind: rename them, or remove the wrong rows"
