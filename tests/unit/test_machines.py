@@ -21,7 +21,6 @@ from fulltune.records.training import LostPart, Outcome
 from fulltune.system import machines
 from fulltune.system.hardware import Machine
 from fulltune.system.machines import (
-    Ended,
     HeardFrom,
     Leader,
     Member,
@@ -198,7 +197,7 @@ def test_machines_find_each_other_and_are_told_how_it_ended(place: Place, tmp_pa
         assert [one.host for one in group.members][1:] == ["host1"]
         assert group.weakest.num_cores == 2
     told = Leader.load(place.file_of(recipe, 0))
-    assert told.ended == Ended(exit_code=0)
+    assert told.exit_code == 0
 
 
 @pytest.mark.usefixtures("quick")
@@ -211,9 +210,8 @@ def test_machines_that_differ_are_refused_and_told_so(place: Place, answering: d
     ):
         raise AssertionError("it began")
     told = Leader.load(place.file_of(recipe, 0))
-    assert told.ended is not None
-    assert told.ended.exit_code == 2
-    assert "has other versions" in told.ended.problems[0]
+    assert told.exit_code == 2
+    assert "has other versions" in told.problems[0]
 
 
 @pytest.mark.usefixtures("quick")
@@ -234,7 +232,7 @@ def follow_one(place: Place, recipe: Recipe) -> None:
 @pytest.mark.parametrize(("code", "problem"), [(0, ""), (3, "does not fit"), (75, "interrupted")])
 def test_others_end_as_machine_0_does(code: int, problem: str, place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    leader = Leader(token="t", host="host0", ended=Ended(exit_code=code, problems=(problem,)))
+    leader = Leader(token="t", host="host0", exit_code=code, problems=(problem,))
     with machines.telling(place.file_of(recipe, 0), leader):
         if code == 0:
             follow_one(place, recipe)
@@ -253,8 +251,7 @@ def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: Place, 
         follow_one(replace(place, wait_seconds=0.2), recipe)
     with pytest.raises(SetupError, match="machine 0 was not heard of"):
         follow_one(replace(place, wait_seconds=0.1), recipe)
-    told = Member.load(place.file_of(recipe, 1)).ended
-    assert told is not None
+    told = Member.load(place.file_of(recipe, 1))
     assert told.exit_code == 2, "machine 0 is told, should it come"
 
 
@@ -266,23 +263,20 @@ def test_a_stop_is_heard_while_machine_0_is_waited_for(place: Place, tmp_path: P
     with pytest.raises(InterruptedRun):
         follow_one(replace(place, wait_seconds=60.0), recipe)
     assert time.monotonic() - began < 30
-    told = Member.load(place.file_of(recipe, 1)).ended
-    assert told is not None
+    told = Member.load(place.file_of(recipe, 1))
     assert told.exit_code == 75
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_others_are_told_of_a_stop_before_machine_0_trains(place: Place, tmp_path: Path) -> None:
-    recipe, seen = several(tmp_path), list[Ended | None]()
-    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(Leader.load(place.file_of(recipe, 0)).ended))
+    recipe, seen = several(tmp_path), list[int | None]()
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(Leader.load(place.file_of(recipe, 0)).exit_code))
     try:
         with leading(place, recipe):
             signal.raise_signal(signal.SIGTERM)  # at which the command would end
     finally:
         signal.signal(signal.SIGTERM, before)
-    (told,) = seen
-    assert told is not None
-    assert told.exit_code == 75
+    assert seen == [75]
 
 
 @pytest.mark.usefixtures("quick")
@@ -320,7 +314,7 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
             while one.look() is None or one.told is None or one.told.part is None:
                 time.sleep(0.01)
             assert one.told.part == Part(attempt="a1", code=3)
-            sign.tell(attempt="", ended=Ended(exit_code=0))
+            sign.tell(attempt="", exit_code=0)
 
         thread = threading.Thread(target=lead)
         thread.start()
@@ -363,8 +357,8 @@ class Ran:
         (1, {"part": Part(attempt="a", code=1, was_asked=True)}, 1, ("interrupted",)),
         (0, {"part": Part(attempt="a", code=0)}, 0, ()),
         (None, {"part": Part(attempt="a", code=1)}, 1, ("failed",)),
-        (None, {"ended": Ended(exit_code=75)}, 1, ("interrupted",)),
-        (None, {"ended": Ended(exit_code=2)}, 1, ("machine",)),
+        (None, {"exit_code": 75}, 1, ("interrupted",)),
+        (None, {"exit_code": 2}, 1, ("machine",)),
         (None, {"instance": "another"}, 1, ("machine",)),
         (None, {"silent": True}, 1, ("machine",)),
         (1, {"silent": True}, 1, ("machine",)),

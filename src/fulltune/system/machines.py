@@ -135,16 +135,13 @@ def own_address(host: str, port: int) -> str:
 # ---- what they write -------------------------------------------------------------------------------------------
 
 
-class Ended(Record):
-    """How a machine's command ended."""
-
-    exit_code: int
-    problems: tuple[str, ...] = ()
-
-
 class Leader(Record):
     """What machine 0 says."""
 
+    exit_code: int | None = None
+    """Of its command; None: it goes on."""
+    problems: tuple[str, ...] = ()
+    """Why it ended."""
     token: str
     """Of this command: who answers with it has read this file, and can write beside it."""
     beat: int = 0
@@ -155,7 +152,6 @@ class Leader(Record):
     """Path of its file."""
     instances: tuple[str, ...] = ()
     """Of the other machines' commands in it: one that came later waits for the next attempt."""
-    ended: Ended | None = None
 
 
 class Part(Record):
@@ -187,7 +183,10 @@ class Member(Record):
     """Of the recipe's files, by path: their sizes and a hash."""
     machine: Machine
     part: Part | None = None
-    ended: Ended | None = None
+    exit_code: int | None = None
+    """Of its command; None: it goes on."""
+    problems: tuple[str, ...] = ()
+    """Why it ended."""
 
     @property
     def label(self) -> str:

@@ -18,7 +18,7 @@ from fulltune.records.run import MachineUsed
 from fulltune.records.training import LostPart, Outcome
 from fulltune.system import hardware, machines, signals
 from fulltune.system.hardware import Machine
-from fulltune.system.machines import Ended, HeardFrom, Leader, Member, Part, Place, SignOfLife
+from fulltune.system.machines import HeardFrom, Leader, Member, Part, Place, SignOfLife
 from fulltune.system.memory import kernel_kills
 from fulltune.system.run_folder import change_environment
 from fulltune.text import format_seconds, listed
@@ -32,10 +32,7 @@ _LINGER_SECONDS = 10.0
 """A command that ends before all machines have answered: how long it stays to tell them."""
 
 
-_INTERRUPTED = Ended(
-    exit_code=InterruptedRun.exit_code,
-    problems=("interrupted; the same command on all machines continues the run",),
-)
+_INTERRUPTED = InterruptedRun("interrupted; the same command on all machines continues the run")
 
 
 @contextlib.contextmanager
@@ -44,7 +41,7 @@ def _told_of_a_stop(sign: SignOfLife[Leader]) -> Iterator[None]:
     called: dict[int, Any] = {number: signal.getsignal(number) for number in signals.ENDING}
 
     def tell(number: int, frame: Any) -> None:
-        sign.tell(ended=_INTERRUPTED)
+        sign.tell(**_ended_by(_INTERRUPTED))
         called[number](number, frame)
 
     # From Python it may be the caller's own way.
@@ -60,27 +57,30 @@ def leading(place: Place, recipe: Recipe) -> Iterator[MachineGroup]:
     """Machine 0's sign of life for the block; how the block ends is the others' end, too."""
     record = Leader(token=uuid.uuid4().hex, host=socket.gethostname())
     with machines.telling(place.file_of(recipe, 0), record) as sign, _told_of_a_stop(sign):
-        group, ended = MachineGroup(place, recipe, sign), Ended(exit_code=0)
+        group, ended = MachineGroup(place, recipe, sign), _ended_by(None)
         try:
             yield group
         except KeyboardInterrupt:
-            ended = _INTERRUPTED
+            ended = _ended_by(_INTERRUPTED)
             raise
         except Exception as error:
             ended = _ended_by(error)
             raise
         finally:
             with contextlib.suppress(OSError):  # a full disk: what is raised already says more
-                sign.tell(ended=ended)
+                sign.tell(**ended)
                 until = time.monotonic() + _LINGER_SECONDS
                 while time.monotonic() < until and not group.all_have_answered:
                     time.sleep(POLL_SECONDS)
 
 
-def _ended_by(error: BaseException) -> Ended:
+def _ended_by(error: BaseException | None) -> dict[str, Any]:
+    """What a machine says of how its command ended."""
+    if error is None:
+        return {"exit_code": 0}
     if isinstance(error, FulltuneError):
-        return Ended(exit_code=error.exit_code, problems=error.problems)
-    return Ended(exit_code=1, problems=(f"ended with {type(error).__name__}: {error}",))
+        return {"exit_code": error.exit_code, "problems": error.problems}
+    return {"exit_code": 1, "problems": (f"ended with {type(error).__name__}: {error}",)}
 
 
 class MachineGroup:
@@ -187,9 +187,9 @@ class MachineGroup:
         if told.instance != instance:
             return LostPart(rank=rank, host=told.host, reason="was started anew")
         part = told.part if told.part is not None and told.part.attempt == attempt else None
-        if part is None and told.ended is not None:
-            kind: Any = "interrupted" if told.ended.exit_code == InterruptedRun.exit_code else "machine"
-            return LostPart(rank=rank, host=told.host, kind=kind, reason=f"ended with code {told.ended.exit_code}")
+        if part is None and told.exit_code is not None:
+            kind: Any = "interrupted" if told.exit_code == InterruptedRun.exit_code else "machine"
+            return LostPart(rank=rank, host=told.host, kind=kind, reason=f"ended with code {told.exit_code}")
         if part is None:
             silent = self._others[rank].silent_seconds
             said = f"gave no sign of life for {format_seconds(round(silent))}"
@@ -208,8 +208,8 @@ class MachineGroup:
         if self._is_missing(rank):
             return False
         told = self._others[rank].told
-        if told is not None and told.ended is not None:
-            raise ended_as(told.label, told.ended)
+        if told is not None and told.exit_code is not None:
+            raise ended_as(told.label, told)
         return True
 
     def _is_missing(self, rank: int) -> bool:
@@ -232,13 +232,13 @@ def _named(ranks: Sequence[int]) -> str:
     return f"machine{'s' * (len(ranks) > 1)} {listed([str(rank) for rank in ranks])}"
 
 
-def ended_as(label: str, ended: Ended) -> FulltuneError:
+def ended_as(label: str, told: Leader | Member) -> FulltuneError:
     """Another machine's end as this one's."""
-    problems = [f"{label}: {problem}" for problem in ended.problems] or [f"{label}: its command has ended"]
-    if ended.exit_code == InterruptedRun.exit_code:
+    problems = [f"{label}: {problem}" for problem in told.problems] or [f"{label}: its command has ended"]
+    if told.exit_code == InterruptedRun.exit_code:
         return InterruptedRun(problems)
     error = FulltuneError(problems)
-    error.exit_code = ended.exit_code or 1
+    error.exit_code = told.exit_code or 1
     return error
 
 
@@ -310,7 +310,7 @@ def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
     phase("looking at this machine and the recipe's files")
     own = machines.member(recipe, place, hardware.here())
     with machines.telling(place.file_of(recipe, place.rank), own) as sign:
-        ended = Ended(exit_code=0)
+        ended = _ended_by(None)
         try:
             with _Follower(place, sign, phase) as follower:
                 follower.follow(HeardFrom(place.file_of(recipe, 0), Leader))
@@ -319,7 +319,7 @@ def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
             raise
         finally:
             with contextlib.suppress(OSError):  # a full disk: what is raised already says more
-                sign.tell(ended=ended)
+                sign.tell(**ended)
 
 
 class _Follower:
@@ -383,12 +383,12 @@ class _Follower:
         if told.token != self._sign.record.token:
             self._sign.tell(token=told.token)
             self._phase(f"found machine 0 ({told.host}); waiting for an attempt")
-        self._attend(told if told.ended is None and told.attempt else None)
-        if told.ended is None or self._child is not None:
+        self._attend(told if told.exit_code is None and told.attempt else None)
+        if told.exit_code is None or self._child is not None:
             return False
-        if told.ended.exit_code == 0:
+        if told.exit_code == 0:
             return True
-        raise ended_as(f"machine 0 ({told.host})", told.ended)
+        raise ended_as(f"machine 0 ({told.host})", told)
 
     def _attend(self, current: Leader | None) -> None:
         """Watch this machine's part of an attempt, and end it when it is over elsewhere; or begin the one at hand."""
