@@ -242,24 +242,6 @@ def test_run_interrupted_and_continued_equals_an_unbroken_one(kind: str, tmp_pat
 # ---- levers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [("lora", "classifier"), pytest.param("prompt", "decoder", marks=pytest.mark.long)]
-)
-def test_activations_recomputed_give_the_same_weights(kind: str, name: str, tmp_path: Path) -> None:
-    case, found = CASES[name], []
-    model = tiny.save_model(
-        tmp_path / "model", case.model, **({"hidden_dropout_prob": 0.0} if case.model == "bert" else {})
-    )
-    for recomputed in (False, True):
-        folder = tmp_path / str(recomputed)
-        train = {**STEPS, "activation_checkpointing": recomputed}
-        reached = runs.run(folder, model, case.rows, task=case.task, method=METHODS[kind], train=train)
-        assert reached.plan is not None
-        found.append(load_file(folder / "run" / reached.plan.model_folder / "adapter_model.safetensors"))
-    for key, one in found[0].items():
-        torch.testing.assert_close(found[1][key], one, atol=1e-5, rtol=1e-3)
-
-
 def test_prompt_generation_padded_on_the_left_equals_one_by_one(done: Any) -> None:
     loaded = predict.load(done("decoder", "prompt").folder / "run")
     rows = [{"prompt": "a town 3:"}, {"prompt": "the garden and the house by the lake 17:"}]

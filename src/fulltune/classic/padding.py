@@ -47,7 +47,8 @@ def _are_unequal(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 def complete(model: Any, tokenizer: Any, collate: Any) -> Any:
     """Tell a model its padding token, if it has none; returns `collate`, or `FillsUp` where that cannot pad."""
-    given = _pad_of(collate if tokenizer is None else tokenizer)
+    reader = collate if tokenizer is None else tokenizer
+    given = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
     lacks = collate is transformers.default_data_collator or type(collate) is FillsUp
     lacks |= type(collate) is transformers.DataCollatorWithPadding and given is None
     config = getattr(model, "config", None)
@@ -64,10 +65,6 @@ def complete(model: Any, tokenizer: Any, collate: Any) -> Any:
         if source:
             notice(f"the model needs a padding token to classify and has none: token {pad} is taken, {source}")
     return FillsUp(pad) if lacks and pad is not None else collate
-
-
-def _pad_of(tokenizer: Any) -> int | None:
-    return getattr(getattr(tokenizer, "tokenizer", tokenizer), "pad_token_id", None)
 
 
 def _found(config: Any, text: Any) -> tuple[int | None, str]:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,14 +192,12 @@ class Trainer(Guarded, transformers.Trainer):
             notice(decision.reason)
 
     def _judge_end(self) -> None:
-        """The same at the end, by the last steps: a script may log none of them."""
-        if self._has_own_loss() or self._rise_was_said or self.first_loss is None:
+        """The same at the end of an unbroken training, by the last steps: a script may log none of them."""
+        if self._has_own_loss() or self._rise_was_said or self.first_loss is None or self._first_step > 0:
             return
-        losses: Sequence[float] = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])
-        if self._first_step > 0:  # where it began is in the history alone
-            losses = logged(self.state, "loss")
-        rate, eval_losses = self.args.learning_rate, logged(self.state, "eval_loss")
-        decision = ended_high(losses, eval_losses, rate, self._untrained_loss)
+        losses = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])
+        eval_losses = logged(self.state, "eval_loss")
+        decision = ended_high(losses, eval_losses, self.args.learning_rate, self._untrained_loss)
         if decision.action != "go on":
             notice(decision.reason)
 

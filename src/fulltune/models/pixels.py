@@ -54,18 +54,8 @@ class ImageReader:
 
 def num_patches(config: Any) -> int:
     """Patches that a model cuts an image into; 1 when its config does not say."""
-    image, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
-    if image is None or patch is None:
-        return 1
-    return max(1, image[0] // patch[0]) * max(1, image[1] // patch[1])
-
-
-def _pair(size: Any) -> tuple[int, int] | None:
-    if isinstance(size, int) and size > 0:
-        return size, size
-    if isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
-        return size[0], size[1]
-    return None
+    image, patch = (np.broadcast_to(getattr(config, name, None) or 0, 2) for name in ("image_size", "patch_size"))
+    return int(np.maximum(image // patch, 1).prod()) if patch.all() else 1
 
 
 def where_from(value: Any) -> tuple[str, bytes]:
