@@ -245,11 +245,10 @@ def compare(
     """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a report."""
     from fulltune.cli import compare as cli_compare
 
-    asked = cli_compare.CompareRequest(targets, set_ or [], run_folder, fresh, budget, as_json)
     if lint:
-        cli_compare.lint(asked)
+        cli_compare.lint(targets, set_ or [], budget, as_json)
     else:
-        cli_compare.compare(asked)
+        cli_compare.compare(targets, set_ or [], run_folder, fresh, budget, as_json)
 
 
 app.command()(launch)

@@ -6,7 +6,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,53 +32,49 @@ if TYPE_CHECKING:
 _LONGEST_NAME = 100
 
 
-@dataclass(frozen=True)
-class CompareRequest:
-    """What the command line says."""
-
-    targets: list[Path]
-    overrides: list[str]
-    folder: Path | None
-    fresh: bool
-    budget: str | None
-    as_json: bool
-
-
-def compare(asked: CompareRequest) -> None:
+def compare(
+    targets: list[Path], overrides: list[str], folder: Path | None, fresh: bool, budget: str | None, as_json: bool
+) -> None:
     """Compare, or go on with it, and show the verdict; of several recipes also what they come to on one base."""
-    if len(asked.targets) > 1:
-        _compare_many(asked)
+    began, share = time.time(), _share_of(budget, len(targets))
+    if len(targets) > 1:
+        if fresh:
+            raise SetupError("--fresh: with several recipes name a new --run-folder instead")
+        _compare_many(targets, overrides, folder, share, as_json)
         return
-    found, cards = _run(asked, asked.targets[0], asked.folder)
-    if asked.as_json:
+    recipe, run = _open(targets[0], overrides, folder, fresh)
+    found, cards = _run(recipe, run, share, began)
+    if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
         _show(found, cards)
 
 
-def _compare_many(asked: CompareRequest) -> None:
-    if asked.fresh:
-        raise SetupError("--fresh: with several recipes name a new --run-folder instead")
-    if asked.folder is not None and (asked.folder / run_folder.IDENTITY).exists():
-        what = "another comparison" if run_folder.is_comparison(asked.folder) else "a single run"
+def _compare_many(
+    targets: list[Path], overrides: list[str], folder: Path | None, budget: str | None, as_json: bool
+) -> None:
+    if folder is not None and (folder / run_folder.IDENTITY).exists():
+        what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(
-            f"{asked.folder}: is the folder of {what}, and several recipes get a folder each inside the named one; "
+            f"{folder}: is the folder of {what}, and several recipes get a folder each inside the named one; "
             "name another folder, or leave --run-folder out"
         )
-    recipes = _of_one_base(asked.targets, asked.overrides)
+    recipes = _of_one_base(targets, overrides)
     # The same for the same names, so that the same command goes on.
-    parent = asked.folder or Path(next(iter(recipes.values())).output) / "+".join(recipes)[:_LONGEST_NAME]
+    parent = folder or Path(next(iter(recipes.values())).output) / "+".join(recipes)[:_LONGEST_NAME]
     found = {}
-    for name, target in zip(recipes, asked.targets, strict=True):
+    for name, target in zip(recipes, targets, strict=True):
         err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
-        found[name], cards = _run(asked, target, parent / name)
-        if not asked.as_json:
+        began = time.time()
+        recipe, run = _open(target, overrides, parent / name, False)
+        found[name], cards = _run(recipe, run, budget, began)
+        if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
             _show(found[name], cards)
     together = many_tasks(found)
     with run_folder.writing(parent):
         files = report.write_tasks(parent, together)
-    if asked.as_json:
+    if as_json:
         typer.echo(together.model_dump_json(indent=2))
     else:
         terminal.show(out, [on_one_base(together)])
@@ -154,9 +149,8 @@ def _share_of(budget: str | None, count: int) -> str | None:
         raise RecipeError(f"--budget: {error}") from None
 
 
-def _run(asked: CompareRequest, target: Path, folder: Path | None) -> Compared:
-    began, budget = time.time(), _share_of(asked.budget, len(asked.targets))  # reading the libraries counts, too
-    recipe, found = _open(target, asked.overrides, folder, asked.fresh)
+def _run(recipe: Recipe, found: Path, budget: str | None, began: float) -> Compared:
+    """Compare in a run folder; `began` before the recipe was read, so that reading the libraries counts, too."""
     run_folder.hide_progress_bars()
     try:
         from fulltune.compare.run import run
@@ -192,18 +186,18 @@ UNFAIR = 2
 """Exit code of a lint that found something unfair: the recipe is to be changed."""
 
 
-def lint(asked: CompareRequest) -> None:
+def lint(targets: list[Path], overrides: list[str], budget: str | None, as_json: bool) -> None:
     """Say what would make the comparisons unfair; ends with `UNFAIR` when something does."""
-    if asked.budget is not None:
+    if budget is not None:
         raise RecipeError("--budget: --lint reads the recipe alone; leave out one of them")
     run_folder.hide_progress_bars()
     from fulltune.compare.lint import lint_recipe
 
-    found = {target: lint_recipe(_recipe_of(target, asked.overrides)) for target in asked.targets}
-    if asked.as_json:
+    found = {target: lint_recipe(_recipe_of(target, overrides)) for target in targets}
+    if as_json:
         lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target in found for one in found[target]]
         print_json(lines)
-    for target, several in () if asked.as_json else found.items():
+    for target, several in () if as_json else found.items():
         where = f"{target}: " if len(found) > 1 else ""
         said = [f"{one.level}: {one.where}: {one.what}; {one.to_do}" for one in several]
         for one in said or ["nothing found that would make this comparison unfair"]:
