@@ -1,1 +1,1 @@
-"""Statistics: bootstrap, intervals, calibration, metrics as sums over rows."""
+"""Statistics: bootstrap, intervals, precision, calibration, and what the curves of a training say."""

@@ -56,7 +56,8 @@ def collated(
 
 
 class TrainingPart(TrainerCallback):
-    """A part of training: acts at transformers' events, and where these are not enough."""
+    """A part of training: acts at transformers' events, and where these are not enough. All parts are listed
+    in `train/worker/attempt.py: _parts`."""
 
     def add_gradient(self) -> None:
         """Before the first micro batch of a step."""
@@ -66,7 +67,7 @@ class TrainingPart(TrainerCallback):
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """What it keeps in a checkpoint: plain values and arrays."""
+        """What it keeps in a checkpoint, in one record with the others: plain values and arrays, by its own names."""
         return {}
 
     def resume(self, state: Mapping[str, Any]) -> None:

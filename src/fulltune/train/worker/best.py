@@ -1,5 +1,6 @@
 """Which weights are kept: the last ones where the rate falls to 0, unless they are worse by more than two standard
-errors, or those of the best step (docs/quality.md), from a checkpoint that is whole."""
+errors, or those of the best step (docs/quality.md), from a checkpoint that is whole. With a budget for forgetting they
+are moved back after that (`train/forgetting/within_budget.py`)."""
 
 from __future__ import annotations
 
