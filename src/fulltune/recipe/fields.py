@@ -118,11 +118,6 @@ class Recipe(Block):
         return self.model_copy(update=changes)
 
     @property
-    def trains_generic_text(self) -> bool:
-        """Along with the task's rows, to keep a budget."""
-        return self.preserve.budget is not None and self.preserve.replay is not None
-
-    @property
     def is_searched(self) -> bool:
         """Several runs find the settings of this one."""
         return not self.methods and (self.method.is_searched or bool(self.search.settings))

@@ -75,15 +75,11 @@ class Probe(Record):
     seconds: float = 0.0
 
     @property
-    def rows_in_words(self) -> str:
-        """`500 train rows`, `20,000 of 100,000 train rows`."""
-        few = f"{self.train_rows:,} of " if self.train_rows < self.of_rows else ""
-        return f"{few}{self.of_rows:,} train rows"
-
-    @property
     def in_words(self) -> str:
         """What becomes of the head, for a check line."""
         if self.head is None:
             return f"drawn at random: {self.why_not}"
         dense = {"kept": "", "scaled": ", pooler scaled", "mean": ", pooler set to the mean of all tokens", None: ""}
-        return f"starts from a linear probe of the untouched model ({self.rows_in_words}{dense[self.head.dense]})"
+        few = f"{self.train_rows:,} of " if self.train_rows < self.of_rows else ""
+        rows = f"{few}{self.of_rows:,} train rows"
+        return f"starts from a linear probe of the untouched model ({rows}{dense[self.head.dense]})"
