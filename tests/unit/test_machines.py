@@ -296,8 +296,8 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
     request.save(request.folder / "request.json")
     path = str(request.folder / "request.json")
 
-    def start(request: Request, log: Path, meeting: spawn.Meeting) -> Ran:
-        begun.append(meeting.id)
+    def start(request: Request, log: Path, meeting: Place) -> Ran:
+        begun.append(meeting.attempt)
         return Ran(3)
 
     monkeypatch.setattr(spawn, "in_new_process", start)
@@ -481,6 +481,6 @@ def test_torchrun_is_told_where_the_machines_meet(tmp_path: Path) -> None:
     other = group_of.meeting(Place(1, "node0", 70, 600.0), "token-1", "10.0.0.2")
     assert " join node0:70 --node-rank=1 " in " ".join(spawn.command(request, tmp_path / "request.json", other))
     first = group_of.meeting(Place(0, "node0", 70, 600.0), "token-1", "fd00::1")
-    assert first.place.rendezvous == "[fd00::1]:70", "where the others reach it, not on all interfaces"
+    assert first.rendezvous == "[fd00::1]:70", "where the others reach it, not on all interfaces"
     variables = spawn.of_machine(meeting)
     assert "127.0.0.1" in {one.address for one in psutil.net_if_addrs()[variables["GLOO_SOCKET_IFNAME"]]}

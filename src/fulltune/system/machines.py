@@ -52,6 +52,10 @@ class Place:
     host: str
     port: int
     wait_seconds: float
+    attempt: str = ""
+    """That this machine takes part in; empty: none yet."""
+    address: str = ""
+    """Under which the others reach it in that attempt."""
 
     @property
     def rendezvous(self) -> str:

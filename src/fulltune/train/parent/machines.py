@@ -297,9 +297,9 @@ class _OnAllMachines:
         return code
 
 
-def meeting(place: Place, attempt: str, address: str) -> spawn.Meeting:
+def meeting(place: Place, attempt: str, address: str) -> Place:
     """Where this machine's torchrun finds the others', and they find it: machine 0 listens on its address alone."""
-    return spawn.Meeting(place if place.rank else replace(place, host=address), attempt, address)
+    return replace(place, host=place.host if place.rank else address, attempt=attempt, address=address)
 
 
 # ---- the other machines ------------------------------------------------------------------------------------------

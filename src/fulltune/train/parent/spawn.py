@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,18 +55,7 @@ Starter = Callable[[Request, Path], Child]
 """Starts the worker of a request, which writes into a log."""
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """Where one of several machines finds the others for an attempt."""
-
-    place: Place
-    """Of this machine; its host is where machine 0 listens, and the others join."""
-    id: str
-    address: str
-    """Under which the others reach this machine."""
-
-
-def in_new_process(request: Request, log: Path, meeting: Meeting | None = None) -> Child:
+def in_new_process(request: Request, log: Path, meeting: Place | None = None) -> Child:
     """A process, or with torchrun several, that imports everything anew; of several machines this one's."""
     with log.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
@@ -80,18 +68,17 @@ def in_new_process(request: Request, log: Path, meeting: Meeting | None = None) 
         )
 
 
-def command(request: Request, file: Path, meeting: Meeting | None = None) -> list[str]:
+def command(request: Request, file: Path, meeting: Place | None = None) -> list[str]:
     """The command that starts the worker, under torchrun for several processes."""
     worker = ["-m", "fulltune.train.worker.main", str(file)]
     processes = request.plan.num_processes
     torchrun = [sys.executable, "-m", LAUNCHER]
     if meeting is not None:
         train = request.recipe.train
-        place = meeting.place
-        together = ["join" if place.rank else "listen", place.rendezvous, f"--node-rank={place.rank}"]
+        together = ["join" if meeting.rank else "listen", meeting.rendezvous, f"--node-rank={meeting.rank}"]
         together += [f"--nnodes={train.num_machines}", f"--nproc-per-node={train.processes_per_machine}"]
-        together += [f"--rdzv-id={meeting.id}", f"--rdzv-conf=timeout={max(60, round(place.wait_seconds))}"]
-        logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{place.rank}'}"]
+        together += [f"--rdzv-id={meeting.attempt}", f"--rdzv-conf=timeout={max(60, round(meeting.wait_seconds))}"]
+        logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{meeting.rank}'}"]
         return [*torchrun, *together, *logs, *worker, str(os.getpid())]
     # An engine needs torchrun's variables even for one process.
     if processes == 1 and not request.recipe.train.engine_by:
@@ -118,7 +105,7 @@ def environment(request: Request) -> dict[str, str]:
     return variables
 
 
-def of_machine(meeting: Meeting) -> dict[str, str]:
+def of_machine(meeting: Place) -> dict[str, str]:
     """Further variables of a worker on one of several machines; gloo's own choice often is the loopback."""
     variables = dict(_PREFIX)
     if (interface := _interface_of(meeting.address)) is not None:
