@@ -1,5 +1,4 @@
-"""Texts that must not be trained on, such as benchmarks, and which rows hold one (`data.contamination`); also those on
-which a run is measured beside its task (`preserve.probe`).
+"""Texts that must not be trained on, such as benchmarks, and which rows hold one.
 
 Runs of 8 words are what is compared, like the n-grams by which training data of language models is checked. In memory
 are hashes alone: of each run of the texts here, with its text and place. The rows pass by in the workers.
@@ -86,15 +85,9 @@ def _runs(words: list[str]) -> np.ndarray:
 # ---- the texts here --------------------------------------------------------------------------------------------
 
 
-def known_names(recipe: Recipe) -> dict[str, str]:
-    """The settings that name such texts, and the paths."""
-    names = {"data.contamination": recipe.data.contamination, "preserve.probe": recipe.preserve.probe}
-    return {setting: path for setting, path in names.items() if path is not None}
-
-
 def known_files(recipe: Recipe) -> tuple[Path, ...]:
     """The files with such texts: in a folder all tables and texts; raises a `DataError` when none is."""
-    return tuple(file for setting, path in known_names(recipe).items() for file in _files(setting, path))
+    return tuple(file for setting, path in recipe.kept_out.items() for file in _files(setting, path))
 
 
 def _files(setting: str, path: str) -> Sequence[Path]:

@@ -29,7 +29,7 @@ from fulltune.data.check import (
     refuse_unusable,
     unmeasured,
 )
-from fulltune.data.contamination import KnownTexts, known_files, known_names, read_texts
+from fulltune.data.contamination import KnownTexts, known_files, read_texts
 from fulltune.data.encode import Dropped, Encoded, Job, encode, with_sides
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.patch import Patched, load_patch, patched_in_words, refuse_foreign
@@ -130,7 +130,7 @@ def prepare(stage: Stage) -> DataSummary:
     shutil.rmtree(part, ignore_errors=True)
     try:
         with unchanged(before):
-            known = read_texts(known_names(recipe), forbidden) if forbidden else None
+            known = read_texts(recipe.kept_out, forbidden) if forbidden else None
             patched = {name: None if decisions is None else Patched(decisions, name) for name in files}
             sources = {name: read_rows(recipe, those, stage.preprocess, patched[name]) for name, those in files.items()}
             summary = _make(replace(stage, folder=part), sources, known, fingerprint)

@@ -122,6 +122,17 @@ class Recipe(Block):
         """Several runs find the settings of this one."""
         return not self.methods and (self.method.is_searched or bool(self.search.settings))
 
+    @property
+    def kept_out(self) -> dict[str, str]:
+        """The settings that name texts that must not be trained on, and their paths."""
+        names = {"data.contamination": self.data.contamination, "preserve.probe": self.preserve.probe}
+        return {setting: path for setting, path in names.items() if path is not None}
+
+    @property
+    def generic_first(self) -> bool:
+        """A step begins with generic text."""
+        return self.preserve.budget is not None and self.preserve.replay is not None
+
     def train_files(self) -> tuple[str, ...]:
         """The files of the task's own rows."""
         return self.data.task_files
