@@ -35,6 +35,7 @@ def bench(folder: Path, clusters: Any, target: Target = LABELS, task: str = "tex
         with RowWriter(folder / split) as writer:
             writer.write(record_batch([{"labels": label} for label in labels], texts[: len(labels)]))
     save_clusters(folder / "test", np.asarray(clusters))
+    save_in_train(folder / "test", np.zeros(len(TEST), bool))
     return Scoring(RECIPE, PLAN, task_named(task), target, folder, None)  # type: ignore[arg-type]  # a stand-in
 
 
