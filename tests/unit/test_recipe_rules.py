@@ -57,12 +57,22 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
             "train: {warmup_ratio: 0.1,\n  warmup_steps: 4,\n  epochs: 3}",
             ["6  train.epochs: unknown setting", "4  train.warmup_ratio and warmup_steps are both given"],
         ),
-        (  # of two blocks
-            "preserve: {budget: 1%, drift: false}\ntrain: {max_steps: 4, num_train_epochs: 2}\nnam: x",
+        (  # of two blocks, and of the rest of a block that contradicts itself
+            "preserve: {budget: 1%, drift: false}\ntrain: {max_steps: 4, num_train_epochs: 2, optim: adam}\nnam: x",
             [
                 "6  nam: unknown setting",
                 "5  train.max_steps and num_train_epochs are both given",
+                "5  train.optim: transformers knows no optimizer 'adam'",
                 "4  preserve.drift: false, but preserve.budget needs it",
+            ],
+        ),
+        (  # a word that is no setting stands in another problem
+            "train: {rows: 1, max_steps: 4}\ndata: {train: x.csv, eval: x.csv, max_rows: x}",
+            [
+                "5  data: given twice",
+                "4  train.rows: unknown setting",
+                "5  data.max_rows: expected",
+                "5  data.eval: is the file of train; rows for scoring",
             ],
         ),
         (  # nothing is told of what was left out

@@ -5,6 +5,7 @@ No torch, no transformers; a recipe error answers in well under half a second.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections import Counter
@@ -100,7 +101,7 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
             f"{_where(path, lines, ('method',))}  method and methods are both given: 'fulltune compare' reads "
             "'methods', the other commands 'method'; remove one"
         )
-    left = {name: dict(block) if isinstance(block, dict) else block for name, block in values.items()}
+    left = copy.deepcopy(values)
     recipe: Recipe | None = None
     while recipe is None:
         try:
@@ -108,10 +109,10 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
         except ValidationError as error:
             said = [text for item in error.errors() for text in _describe(item, path, lines, values)]
             problems += [text for text in _not_about(said, lost) if text not in problems]
-            gone = [name for item in error.errors() for name in _left_out(item, left)]
+            gone = [(name, item["type"]) for item in error.errors() for name in _left_out(item, left)]
             if not gone:  # something is missing
                 raise RecipeError(problems) from None
-            lost |= {*gone}
+            lost |= {name for name, why in gone if why != "extra_forbidden"}
     found = [*recipe_rules.problems_of(recipe), *several_runs.problems_of(recipe)]
     problems += _not_about(_placed(found, path, lines), lost)
     if problems:
@@ -125,13 +126,19 @@ def _not_about(problems: Iterable[str], lost: set[str]) -> list[str]:
 
 
 def _left_out(item: Any, values: dict[str, Any]) -> Iterable[str]:
-    """Take out of a recipe the setting, or the block, that one of pydantic's errors is about, and name it."""
+    """Take out of a recipe the setting, or those that a rule names, that one of pydantic's errors is about; their
+    names."""
     block, at = values, _without_kinds(item["loc"])
     if len(at) > 1 and isinstance(values.get(at[0]), dict):
         block, at = values[at[0]], at[1:]
-    if at and at[0] in block:
-        del block[at[0]]
-        yield str(at[0])
+    inner, names = block.get(at[0]) if at else block, at[:1]
+    if item["type"] == "value_error" and isinstance(inner, dict):
+        named = tuple(name for name in inner if re.search(rf"\b{re.escape(str(name))}\b", item["msg"]))
+        block, names = (inner, named) if named else (block, names)
+    for name in names:
+        if name in block:
+            del block[name]
+            yield str(name)
 
 
 def _placed(problems: Iterable[str], path: Path, lines: Lines) -> list[str]:
