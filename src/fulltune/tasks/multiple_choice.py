@@ -254,7 +254,7 @@ def question_text(row: Row, target: Target) -> str:
 
 def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
     """The choice that the label names: by the choices' own names, else by place (from 0), letter, or text; None: none,
-    or it is the place of one and the text of another."""
+    or it is the place or letter of one and the text of another."""
     value = row.get(columns["label"])
     if is_empty(value) or isinstance(value, (list, tuple, Mapping)):
         return None
@@ -262,8 +262,8 @@ def right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> 
     if names := _texts_and_names(row, columns)[1]:
         return names.index(name) if names.count(name) == 1 else None
     same = [place for place, text in enumerate(texts) if text.strip() == name]
-    if re.fullmatch(r"\d+", name) and int(name) < len(texts):
-        return int(name) if same in ([], [int(name)]) else None
-    if re.fullmatch(r"[A-Za-z]", name) and ord(name.lower()) - ord("a") < len(texts):
-        return ord(name.lower()) - ord("a")
+    named = int(name) if re.fullmatch(r"\d+", name) else len(texts)
+    named = ord(name.lower()) - ord("a") if re.fullmatch(r"[A-Za-z]", name) else named
+    if named < len(texts):
+        return named if same in ([], [named]) else None
     return same[0] if len(same) == 1 else None

@@ -94,10 +94,11 @@ def test_labels_that_cannot_be_understood_are_refused_with_advice(labels: Sequen
         described([{"question": "which?", "choices": CHOICES, "label": label} for label in labels])
 
 
-def test_label_that_may_be_place_or_text_is_refused() -> None:
-    rows = [{"question": "how many?", "choices": ["2", "1", "0"], "label": label} for label in (0, 1, 2)]
-    refused = [multiple_choice.refuse(row, described(rows)) for row in rows]
-    assert [one is None for one in refused] == [False, True, False]
+def test_label_that_may_be_place_or_letter_or_text_is_refused() -> None:
+    for choices, labels in ((["2", "1", "0"], (0, 1, 2)), (["c", "b", "a"], "abc")):
+        rows = [{"question": "how many?", "choices": choices, "label": label} for label in labels]
+        refused = [multiple_choice.refuse(row, described(rows)) for row in rows]
+        assert [one is None for one in refused] == [False, True, False]
 
 
 @pytest.mark.parametrize(
