@@ -148,12 +148,10 @@ class RunView:
     """Baselines first, then the untouched model, then the trained one; by name within a kind."""
     missing: tuple[tuple[str, str], ...] = ()
     """Parts of the report that cannot be shown, and why."""
-    """What the whole command took; None where it was not one command."""
     searched: Searched | None = None
     """How its settings were searched."""
     held: HeldRun | None = None
     """How it was held to a budget."""
-    """Of a run over several machines."""
     accesses: tuple[Access, ...] = ()
     """Every time that its test rows were scored, also by other runs beside it."""
 
