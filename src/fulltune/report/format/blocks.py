@@ -20,6 +20,13 @@ class Cell:
     """Shade behind the text, 0 to 1; the text always carries the number too."""
     foreign: bool = False
     """Text from data or a model: shown as it is, isolated from the text around it."""
+    limit: int | None = None
+    """So many characters of it are shown on a page; in Markdown and on a terminal at most 160, without a limit 80."""
+
+    def shown(self, on_page: bool = False) -> str:
+        """The text as far as there is room for it, and how much was left out."""
+        most = self.limit if on_page else min(self.limit or 80, 160)
+        return clipped(self.text, most) if self.foreign and most else self.text
 
 
 Row = tuple[Cell | str, ...]
@@ -164,4 +171,4 @@ def unless_empty(title: str, blocks: Sequence[Block]) -> Section | None:
 
 def foreign(text: str, limit: int | None = None) -> Cell:
     """A cell of text from data or a model, cut after `limit` characters; an empty text is said to be empty."""
-    return Cell(named(text) if limit is None else clipped(named(text), limit), foreign=True)
+    return Cell(named(text), foreign=True, limit=limit)

@@ -50,7 +50,6 @@ def loading_code(**facts: Any) -> str:
     return _TEMPLATES.get_template(_LOADING).render(**facts)
 
 
-_CELL_LIMIT = 80
 _BAR_LENGTH = 20
 _TEXT_LIMIT = 600
 
@@ -144,7 +143,7 @@ def _block(block: Block) -> Iterator[str]:
 def _cell(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return cell
-    text = clipped(cell.text, _CELL_LIMIT) if cell.foreign else cell.text
+    text = cell.shown()
     if cell.bar is None:
         return text
     filled = max(round(cell.bar * _BAR_LENGTH), 1 if cell.bar > 0 else 0)

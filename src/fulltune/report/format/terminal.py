@@ -15,10 +15,10 @@ from rich.text import Text
 from fulltune.records.data import Segment
 from fulltune.report.format import blocks
 from fulltune.report.format.blocks import Block, Cell, Headline, Section
-from fulltune.report.format.words import clipped, one_line
+from fulltune.report.format.words import one_line
 
-_CELL_LIMIT, _TEXT_LIMIT = 80, 300
-"""Letters of a text from data or a model, in a table and outside of one."""
+_TEXT_LIMIT = 300
+"""Letters of a text from data or a model outside of a table."""
 _NAME_WIDTH, _TEXT_WIDTH = 40, 28
 """A table's names and other texts are broken from so many columns on; numbers stay on one line."""
 _GAP = 2
@@ -114,7 +114,7 @@ def _tables(table: blocks.Table, width: int) -> Iterator[Grid]:
 def _cell(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return one_line(cell)
-    return one_line(clipped(cell.text, _CELL_LIMIT) if cell.foreign else cell.text)
+    return one_line(cell.shown())
 
 
 def _preview(segments: Iterable[Segment], label: str | None) -> Text:
