@@ -78,9 +78,11 @@ def parse_share(value: str | float) -> float:
 
 
 def format_seconds(seconds: float) -> str:
-    """`0.42 s`, `12 s`, `1 min 23 s`, `2 h 5 min`, `2 h`, `3 d 4 h`."""
+    """`<0.01 s`, `0.42 s`, `12 s`, `1 min 23 s`, `2 h 5 min`, `2 h`, `3 d 4 h`."""
     if not math.isfinite(seconds):
         return "not finite"
+    if 0 < seconds < 0.01:
+        return "<0.01 s"
     if seconds < 59.5:
         return f"{format_number(seconds) if seconds < 9.5 else round(seconds)} s"
     if seconds < 3599.5:

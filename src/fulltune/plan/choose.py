@@ -175,6 +175,8 @@ def _does_not_fit(recipe: Recipe, least: Option, budget: MemoryBudget) -> DoesNo
     """What is short, and what would help."""
     settings, need = least.settings, least.memory
     least_words = [f"micro batch {settings.micro_batch_size}", settings.optim]
+    if settings.micro_batch_size > 1 and recipe.train.micro_batch_size is None:
+        least_words[0] += " (a smaller one needs more: gradients of earlier passes stay)"
     least_words += ["activation checkpointing"] if settings.activation_checkpointing else []
     kinds = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.kinds.items() if size)
     parts = f" ({kinds})" if need.peak_phase == "step" else ""

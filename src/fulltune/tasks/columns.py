@@ -151,7 +151,10 @@ def required(
     role: str, given: str | None, columns: Sequence[str], where: str, besides: Collection[str | None] = ()
 ) -> str:
     """Like `named`, for a role that the task cannot do without; `besides` are columns that have another role."""
-    column = named(role, given, [column for column in columns if column not in besides], where)
+    if given is None:
+        column = named(role, None, [column for column in columns if column not in besides], where)
+    elif (column := named(role, given, columns, where)) in besides:
+        raise DataError(f"{where}: column '{given}' (data.{role}) is read for something else; name that column, too")
     if column is None:
         raise DataError(missing_column(role, columns, where))
     return column
