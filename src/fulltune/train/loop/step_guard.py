@@ -46,7 +46,8 @@ class StepMemory:
     log_norms: tuple[float, ...] = ()
     """Natural logarithms of their gradient norms; none where there is no norm."""
     first: float | None = None
-    """Median loss of the first `LEAST` clean steps, once there are so many."""
+    """Median loss of the first `LEAST` clean steps, once there are so many. At 0 no further loss is judged: nothing says
+    how far from 0 is far."""
     skipped: tuple[int, ...] = ()
     """The last steps that were skipped."""
     most_rows: float = 0.0
@@ -140,7 +141,7 @@ def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: in
 
 def _suspect(seen: StepMemory, loss: float, norm: float | None, rows: float) -> str:
     """Why a step is suspect; empty: it is not. The loss and the norm of fewer rows may be farther off."""
-    if norm is None or norm <= 0 or seen.first is None or len(seen.log_norms) < LEAST:
+    if norm is None or norm <= 0 or not seen.first or len(seen.log_norms) < LEAST:
         return ""
     norms, losses = seen.log_norms, seen.losses[-WINDOW:]
     usual, spread = _usual(norms, LEAST_NORM_SPREAD)
@@ -157,7 +158,7 @@ def _suspect(seen: StepMemory, loss: float, norm: float | None, rows: float) -> 
 def _stayed_high(seen: StepMemory) -> str:
     """That the loss rose and stayed above what it was; empty: it did not."""
     before, last = seen.losses[:-STAYS], seen.losses[-STAYS:]
-    if seen.first is None or len(before) < LEAST:
+    if not seen.first or len(before) < LEAST:
         return ""
     losses = before[-WINDOW:]
     usual, now = statistics.median(losses), statistics.median(last)

@@ -95,6 +95,12 @@ def test_step_with_few_rows_may_be_farther_off(loss: float, norm: float, rows: i
     assert judge(again, 201, loss, norm, rows=rows).action == action
 
 
+def test_nothing_is_suspect_where_the_loss_was_0_from_the_beginning() -> None:
+    clean = several(StepMemory(), [(0.0, 1e-6 * (1 + step % 3)) for step in range(LEAST)], first=1)
+    judged = several(clean[-1].seen, [(1e-4, 1.0)] * (2 * STAYS), first=LEAST + 1)
+    assert {one.action for one in clean + judged} == {"go on"}
+
+
 def test_nothing_is_suspect_before_there_is_something_to_compare_with() -> None:
     assert judge(after(LEAST - 1), 40, 9.0, 200.0).action == "go on"
     assert judge(after(LEAST), 40, 9.0, 200.0).action == "skip"
