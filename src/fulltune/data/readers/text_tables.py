@@ -23,6 +23,7 @@ from fulltune.text import counted
 _UNCLOSED = "a double quote is opened in this row and never closed, expected one at the cell's end; close it"
 _DOUBLED = "write a double quote inside of a quoted text twice"
 _AGAIN = "the header line stands again (were two files put one behind the other?), expected a row; remove the line"
+_NAMES_AGAIN = "holds the names of data.columns, expected a row; remove this line, or data.columns where it is a header"
 _JOINED = "lines of this row look like rows: if they are, remove the double quotes that open and close its cell"
 _KNOWN = 10_000
 """Cells of ordinary rows by which such lines are told from those of a text."""
@@ -49,8 +50,8 @@ def separated(
                     yield line, _MARK
                 elif cells and len(cells) != len(header):
                     yield line, f"{counted(len(cells), 'cell')}, expected {len(header)} as in {source}; {remedy}"
-                elif cells and [cells[0].removeprefix("\ufeff"), *cells[1:]] == header:
-                    yield line, _AGAIN
+                elif cells and [cells[0].removeprefix("\ufeff"), *cells[1:]] == [*header]:
+                    yield line, _NAMES_AGAIN if columns else _AGAIN
                 elif cells:
                     yield line, dict(zip(header, cells, strict=True))
                     if reader.line_num > line:

@@ -153,6 +153,12 @@ def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: b
     assert _refusal(tmp_path / "a.csv", one + mark + one).startswith(":4: the header line stands again")
 
 
+def test_header_among_rows_whose_columns_are_named_is_refused_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nrain,a\n")
+    with pytest.raises(DataError, match=r"a\.csv:1: holds the names of data\.columns, expected a row"):
+        list(locate([str(tmp_path / "a.csv")], columns=("text", "label")).rows())
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
