@@ -365,4 +365,4 @@ def no_merge(run: Path, found: Path) -> str:
     can = [name for name, path in models.items() if folders.can_be_merged(path)]
     if can:
         return f"{found}: {why}; what can be merged here, with --method: {', '.join(can)}"
-    return f"{found}: {why}" + (f"; {run} has no other model that can be" if models else "")
+    return f"{found}: {why}" + (f"; {run} has no other model that can be merged" if models else "")
