@@ -46,8 +46,8 @@ class StepMemory:
     log_norms: tuple[float, ...] = ()
     """Natural logarithms of their gradient norms; none where there is no norm."""
     first: float | None = None
-    """Median loss of the first `LEAST` clean steps, once there are so many. At 0 no later loss is judged: nothing says how
-    far from 0 is far."""
+    """Median loss of the first `LEAST` clean steps, once there are so many. At 0 no later loss is judged: nothing
+    says how far from 0 is far."""
     skipped: tuple[int, ...] = ()
     """The last steps that were skipped."""
     most_rows: float = 0.0
