@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal
@@ -10,6 +11,7 @@ import numpy as np
 
 from fulltune.audit.texts import masked_text
 from fulltune.audit.texts.content import alike_in_words
+from fulltune.audit.texts.flaw import masked
 from fulltune.data.contamination import KnownTexts
 from fulltune.data.encode import NEW_LABEL, Dropped, Encoded, Loss
 from fulltune.data.marks import problems_of, time_in_words
@@ -30,6 +32,22 @@ UNDECODABLE_IMAGE = "undecodable image"
 FEW_EVAL_ROWS = 50
 _FEW_OF_A_CLASS = 5
 """One right answer more or less then moves its recall by 20 points or more."""
+
+
+_NEVER_NAMES = re.compile(r"\[(?:SECRET|CARD|IBAN|SSN)\]")
+"""What masks a password, a key or a number of somebody's: no class is called so for a reason."""
+
+
+def refuse_secret_names(target: Target, where: str) -> None:
+    """Refuse passwords, keys and numbers of cards, accounts or people as names of labels and columns, which nothing can
+    hide from who reads the finished model."""
+    names = [("column", name) for name in target.columns.values()] + [("label", name) for name in target.labels]
+    secret = [f"{kind} {masked(name)}" for kind, name in names if _NEVER_NAMES.search(masked_text(name))]
+    if secret:
+        raise DataError(
+            f"{where}: names of labels and columns stand in reports and in the model's config.json, and there are "
+            f"secrets or numbers of people in them: {first_few(secret)}; rename them in the file"
+        )
 
 
 def refuse_unusable(recipe: Recipe, encoded: Mapping[SourceName, Encoded]) -> None:

@@ -26,6 +26,7 @@ from fulltune.data.check import (
     notes_on_sides,
     num_shared,
     refuse_new_labels,
+    refuse_secret_names,
     refuse_unusable,
     unmeasured,
 )
@@ -161,6 +162,7 @@ def _make(
         for name, source in sources.items()
     }
     limit, reason = longest_row(recipe, task, target, stage.limits, stage.tokenizer)
+    refuse_secret_names(target, sources["train"].where)
     packed, remarks = packing(recipe, target, stage.limits, targets.values())
 
     job = Job(recipe.task, block, target, stage.tokenizer, limit, known=known)

@@ -19,7 +19,7 @@ from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_tex
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import usual as usual_name
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import IGNORED, collated, padded
+from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, collated, padded, token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +184,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
         if "messages" in target.columns:
             try:
                 messages, tools = chat.clean(row[target.columns["messages"]]), _tools(row, target)
-                masked = chat.encode(tokenizer, messages, tools)
+                masked = chat.encode(tokenizer, messages, tools, max_length)
             except DataError as error:
                 refused = Refused("refused by the chat template", str(error))
                 encoded.append([Example({"input_ids": [], "labels": []}, 0, refused=refused)])
@@ -199,7 +199,9 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_leng
     """All tokens are trained, the end token too; a long text becomes several examples, none of it is lost."""
     end = tokenizer.eos_token_id
     encoded = []
-    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+    is_long = any(len(text) > PART_CHARACTERS for text in texts)
+    at_once = [] if is_long else tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    for ids in (token_ids(text, tokenizer) for text in texts) if is_long else at_once:
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]

@@ -23,6 +23,7 @@ Message = Mapping[str, Any]
 Masked = tuple[list[int], list[bool]]
 """Token ids and, for each, whether it is trained."""
 
+_ALL, _MANY_TURNS = 2**62, 20
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
@@ -80,15 +81,25 @@ def is_trained(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None) -> list[Masked]:
-    """Tokens and mask of a conversation, or of each of its turns where a template rewrites earlier ones."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None, most: int = _ALL
+) -> list[Masked]:
+    """Tokens and mask of a conversation, or of each of its turns where a template rewrites earlier ones; turns that lie
+    beyond `most` tokens may be left untrained."""
     has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
     if has_marks and all(message.get("weight") != 0 for message in messages):
         got = _applied(tokenizer, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return [(list(got["input_ids"]), [bool(value) for value in got["assistant_masks"]])]
     whole = render(tokenizer, messages, tools)
     turns = [position for position, message in enumerate(messages) if is_trained(message)]
-    spans = [_span(tokenizer, messages, turn, tools) for turn in turns]
+    starts = [start for start, _ in _tokens(tokenizer, whole)[1]] if len(turns) > _MANY_TURNS else []
+    seen = starts[most] if most < len(starts) else len(whole)
+    spans: list[tuple[int, str]] = []
+    for turn in turns:
+        # Each turn costs a rendering of all before it.
+        if spans and len(spans[-1][1]) > seen and all(whole.startswith(text) for _, text in spans):
+            break
+        spans.append(_span(tokenizer, messages, turn, tools))
     if all(whole.startswith(text) for _, text in spans):
         return [_mask(tokenizer, whole, [(start, len(text)) for start, text in spans])]
     return [_mask(tokenizer, text, [(start, len(text))]) for start, text in spans]
@@ -142,9 +153,14 @@ def _mask(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[i
     end, as a rule) belongs to the next turn's opening: the model never has to produce it.
     """
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
-    got = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, places = _tokens(tokenizer, text)
     is_said = [False] * len(text)
     for start, end in spans:
         is_said[start:end] = [True] * (end - start)
-    trained = [begin < stop and is_said[begin] for begin, stop in got["offset_mapping"]]
-    return list(got["input_ids"]), trained
+    return ids, [begin < stop and is_said[begin] for begin, stop in places]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens, and where each begins and ends."""
+    got = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(got["input_ids"]), got["offset_mapping"]

@@ -13,6 +13,7 @@ import pytest
 
 from fulltune import data
 from fulltune.data.sources import SourceRows, describe
+from fulltune.errors import DataError
 from fulltune.inference.store import WORDS, Rows, batches, load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.tasks import Target, question_answering, task_named
@@ -198,3 +199,18 @@ def test_address_is_masked_in_notes(tmp_path: Path, encoder_tokenizer: Any) -> N
     ]
     notes = prepare(tmp_path, rows, encoder_tokenizer, "text-classification").notes
     assert not any("web-of-anna" in note or "x@gmail" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("label", "column"),
+    [("AKIA" + "QWERTY7ASDFG2ZXC", "text"), ("4539 1488 0343 6467", "text"), ("soup", "password: " + "Xk9#mQ2$vL")],
+)
+def test_secret_as_a_name_of_a_label_or_a_column_is_refused(
+    tmp_path: Path, encoder_tokenizer: Any, label: str, column: str
+) -> None:
+    rows = [{column: f"text {number}", "label": label if number % 2 else "rain"} for number in range(60)]
+    with pytest.raises(
+        DataError, match=r"secrets or numbers of people in them: .*; rename them in the file"
+    ) as refused:
+        prepare(tmp_path, rows, encoder_tokenizer, "text-classification", text=column, label="label")
+    assert not any(name in str(refused.value) for name in ("QWERTY7", "6467", "mQ2"))

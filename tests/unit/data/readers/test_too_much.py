@@ -17,7 +17,9 @@ import pytest
 from fulltune.data.readers import columnar, read
 from fulltune.data.readers.files import image_files
 from fulltune.errors import DataError
+from fulltune.tasks import padding
 from fulltune.tasks.padding import beginning
+from tests import tiny
 
 ROWS = b"text,label\nrain,weather\nsoup,food\n"
 
@@ -137,3 +139,21 @@ def test_packed_rows_beside_others_are_not_left_out(tmp_path: Path) -> None:
     (tmp_path / "more.csv.gz").write_bytes(PACKED["gzip"])
     with pytest.raises(DataError, match=r"more\.csv\.gz: is packed"):
         read.locate([str(tmp_path)])
+
+
+@pytest.mark.parametrize("text", ["raininthetown", " ", "a \n b", "雨"])
+def test_text_without_a_place_to_cut_it_says_the_same(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    tokenizer = tiny.decoder_tokenizer()
+    monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
+    assert tokenizer.decode(padding.token_ids(text * 50, tokenizer)) == text * 50
+
+
+@pytest.mark.parametrize("text", ["the rain  in the town \n", "é ", "雨 a  b c\n"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "words after a space"])
+def test_text_in_parts_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch, text: str, kind: str) -> None:
+    tokenizer = tiny.encoder_tokenizer() if kind == "encoder" else tiny.decoder_tokenizer()
+    if kind == "words after a space":
+        tokenizer = tiny.writer_tokenizer()
+    whole = list(tokenizer(text * 50)["input_ids"])
+    monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
+    assert padding.token_ids(text * 50, tokenizer) == whole
