@@ -30,6 +30,8 @@ from fulltune.tasks import Target, Task, task_named
 VALUES, VALUES_RECOMPUTED = 2 * 34, 2
 """Kept per token, layer and hidden unit (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1), and as much again for
 attention in windows or blocks, which models that cannot be traced mostly have."""
+VALUES_PER_STATE = 12
+"""More of them for each state of a state-space layer: six arrays of twice the hidden size."""
 LOGITS_BYTES = 3 * 4
 """Logits, their probabilities and their gradient in fp32."""
 USUAL_LAYERS = 12
@@ -46,7 +48,8 @@ def rough(case: Case, why: str) -> Footprint:
     if case.pixels is not None:
         patches = num_patches(layered(case, case.config))
         tokens = max(patches, math.ceil(math.prod(case.pixels[1:]) / PIXELS_OF_A_TOKEN))
-    layer, weight = hidden * tokens * VALUES, BYTES[case.weights_dtype]
+    layer = hidden * tokens * (VALUES + VALUES_PER_STATE * (getattr(layered(case, case.config), "state_size", 0) or 0))
+    weight = BYTES[case.weights_dtype]
     has_logits = case.task.FACTS.writes
     logits = LOGITS_BYTES * vocab if has_logits else 0
     size = 4 if (case.precision, case.weights_dtype) == ("fp32", "fp32") else 2
