@@ -79,7 +79,7 @@ def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path
 @contextlib.contextmanager
 def whole_runs_given(trained: Callable[[comparing.Context, Trial], Any]) -> Iterator[None]:
     """Whole runs give what this says, and are kept as those that were trained."""
-    rows = mock.Mock(outputs=lambda *given: mock.MagicMock(seconds_per_row=0.1))
+    rows = mock.Mock(outputs=lambda *given: (mock.MagicMock(), 0.1))
     with (
         mock.patch.object(trials, "trained", trained),
         mock.patch.object(trials, "keep"),

@@ -94,7 +94,7 @@ def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None
     assert json.loads(printed.out)["answer"] == answers[short[0]]["answer"]
     refused = fulltune("predict", reached.folder, "what do we cook?")
     assert refused.code == 4
-    assert "question and context" in refused.err
+    assert "context, question" in refused.err
 
 
 def plain_transformers(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
