@@ -109,9 +109,10 @@ def prepare(stage: Stage) -> DataSummary:
     before = {file: state(file) for file in chain(forbidden, *(those.files for those in files.values()))}
     fingerprint = _fingerprint(stage, files, forbidden)
     if stage.planned_for and stage.planned_for != fingerprint:
+        changed = "the data files or the texts of preserve.probe" if recipe.preserve.probe else "the data files"
         raise SetupError(
-            f"{folder.parent}: the data files changed since this run was planned, so its checkpoints and scores belong "
-            "to other rows; start a new run (--fresh)"
+            f"{folder.parent}: {changed} changed since this run was planned, so its checkpoints and scores belong to "
+            "other rows; start a new run (--fresh)"
         )
     for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
         shutil.rmtree(abandoned)
