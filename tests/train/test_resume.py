@@ -321,7 +321,7 @@ def test_best_checkpoint_that_was_damaged_is_not_taken_and_the_run_says_so(
     outcome = go(tmp_path, tiny_encoder, train=train, listener=runs.at_step(9, damage))
 
     assert (outcome.best_step, outcome.best_metric) == (9, 0.1)
-    warnings = [event["text"] for event in runs.events(tmp_path, "warning")]
+    warnings = [event["text"] for event in runs.events(tmp_path, "said") if event["level"] == "warning"]
     assert len(warnings) == 1
     assert warnings[0].startswith("the best weights (step 3) are lost")
 
