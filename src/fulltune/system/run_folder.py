@@ -41,7 +41,7 @@ CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
 """The record of a finished comparison: where it is written first, and beside its report."""
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
 @dataclass(frozen=True, repr=False)

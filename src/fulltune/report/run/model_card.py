@@ -21,7 +21,7 @@ from fulltune.report.run.verdict import judge
 from fulltune.text import counted, format_number, format_share
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors")
+_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
 _LOADING = "## How to load\n"
 """The last section."""
 _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged model\n\n"
