@@ -6,10 +6,13 @@ import ast
 import re
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import fulltune
+from fulltune.report.run import model_card
+from fulltune.system import run_folder
 
 SOURCE = Path(fulltune.__file__).parent
 PYPROJECT = SOURCE.parents[1] / "pyproject.toml"
@@ -23,10 +26,14 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def declared() -> set[str]:
+def names_of(requirements: Iterable[str]) -> set[str]:
+    return {canonical(re.split(r"[<>=!~\[; (]", text)[0]) for text in requirements}
+
+
+def declared(of_extras: bool = True) -> set[str]:
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     extras = [text for name, texts in project["optional-dependencies"].items() if name != "dev" for text in texts]
-    return {canonical(re.split(r"[<>=!~\[; ]", text)[0]) for text in (*project["dependencies"], *extras)}
+    return names_of([*project["dependencies"], *(extras if of_extras else [])])
 
 
 def imported() -> dict[str, set[str]]:
@@ -51,3 +58,9 @@ def test_every_imported_package_is_declared() -> None:
         if not known & {canonical(one) for one in distributions.get(name, [NAMES.get(name, name)])}
     }
     assert not undeclared
+
+
+def test_packages_whose_versions_are_noted_come_with_the_core() -> None:
+    core = declared(of_extras=False)
+    brought = core.union(*(names_of(text for text in requires(name) or () if "extra ==" not in text) for name in core))
+    assert {*run_folder.PACKAGES, *model_card._PACKAGES} <= brought
