@@ -163,6 +163,8 @@ def hugging_face(model: Any, tokenizer: Any, rows: list[dict[str, Any]], run: Pa
 
 def contestant(name: str, run: Path) -> dict[str, float]:
     rows = rows_of(run)
+    if name == "fulltune":  # its worker loads a model of its own, and its dry run warms that up
+        return train_with_fulltune(run.parent / "recipe.yaml", run, rows)
     model, tokenizer = model_and_tokenizer(run)
     warm_up(model, rows, bf16=name != "trainer")
     match name:
@@ -171,12 +173,9 @@ def contestant(name: str, run: Path) -> dict[str, float]:
         case "trainer-tuned":
             changes = {"bf16": True, "train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"}
             return train_with(hugging_face(model, tokenizer, rows, run, **changes), rows)
-        case "bare-loop":
+        case _:
             batches = batches_of(rows, BATCH)
             return timed(lambda: bare_loop(model, rows, batches), rows)
-        case _:
-            del model
-            return train_with_fulltune(run.parent / "recipe.yaml", run, rows)
 
 
 def main() -> None:
