@@ -108,8 +108,8 @@ def work(file: Path) -> None:
         finally:
             counts[0] = False
 
-    DistributedDataParallel.__init__ = make  # type: ignore[method-assign]
-    FullTrainer.training_step = training_step  # type: ignore[method-assign]
+    DistributedDataParallel.__init__ = make  # type: ignore[method-assign]  # watched
+    FullTrainer.training_step = training_step  # type: ignore[method-assign]  # watched
     code = worker.main(str(file))
     if code == 0 and os.environ["RANK"] == "0":
         (file.parent / "payload.json").write_text(json.dumps(payload), encoding="utf-8")

@@ -120,12 +120,6 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def ordinal(value: int) -> str:
-    """`2nd`, `3rd`, `11th`."""
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th") if value % 100 // 10 != 1 else "th"
-    return f"{value:,}{ending}"
-
-
 def format_percent(share: float) -> str:
     """One decimal: `92.1%`."""
     return f"{100 * share:.1f}%" if math.isfinite(share) else "not finite"

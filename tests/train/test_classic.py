@@ -448,7 +448,7 @@ class _BreaksAtStep(Trainer):
 
     step = 3
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:  # type: ignore[override]
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:  # type: ignore[override]  # as before 4.46
         loss = model(**inputs).loss
         return loss * math.nan if self.state.global_step + 1 >= self.step else loss
 
@@ -609,7 +609,7 @@ def test_dry_run_on_stream_is_skipped_with_notice(tokenizer: Any, tmp_path: Path
 
 
 class _OldSignature(Trainer):
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:  # type: ignore[override]
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:  # type: ignore[override]  # as before 4.46
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         loss = torch.nn.functional.cross_entropy(outputs.logits, labels)

@@ -119,7 +119,7 @@ def test_get_num_items_in_batch_counts_labels_and_not_rows(tmp_path: Path) -> No
     trainer = trainer_in(tmp_path, compute_loss_func=lambda *_, **__: None)
     several = [{"labels": torch.ones(4, 3)}]
 
-    assert int(trainer._get_num_items_in_batch(several, torch.device("cpu"))) == 12  # type: ignore[arg-type]
+    assert int(trainer._get_num_items_in_batch(several, torch.device("cpu"))) == 12  # type: ignore[arg-type]  # None is for rows without labels
 
 
 @pytest.mark.parametrize("filtered", [True, False])

@@ -168,7 +168,7 @@ def test_missing_lightning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pytorch_lightning_trains_as_lightning_does(tmp_path: Path) -> None:
     recipe = written(tmp_path, train={"max_steps": 2, "eval_steps": 2, "warmup_steps": 0})
     losses = []
-    for package in (L, pytest.importorskip("pytorch_lightning")):
+    for package in (L, pytest.importorskip("pytorch_lightning", reason="lightning brings it")):
         job = prepare(recipe, run_folder=tmp_path / "run", package=package.__name__)
         assert isinstance(job.module, FineTuningModule)
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

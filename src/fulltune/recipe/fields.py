@@ -159,7 +159,7 @@ def is_address(path: str) -> bool:
 # The functions of pathlib raise where a name is no user's (`~$draft.csv`), links go in a circle or a name is too long:
 # of these the readers say more.
 def _expanded(path: str) -> str:
-    return os.path.expanduser(path)  # noqa: PTH111
+    return os.path.expanduser(path)  # noqa: PTH111  # see above
 
 
 def named_paths(recipe: Recipe) -> list[str]:

@@ -172,7 +172,7 @@ def test_missing_folder_and_missing_rows_are_refused_together(tmp_path: Path) ->
     block = {"train": str(tmp_path / "no.csv"), "contamination": str(tmp_path / "bench")}
     recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": block})
     with pytest.raises(DataError) as caught:
-        data.prepare(data.Stage(recipe, tmp_path / "data", None, data.Limits(None)))  # type: ignore[arg-type]
+        data.prepare(data.Stage(recipe, tmp_path / "data", None, data.Limits(None)))  # type: ignore[arg-type]  # not reached
     assert [problem.partition("; ")[0] for problem in caught.value.problems] == [
         f"{tmp_path}/no.csv: no such file",
         f"data.contamination: {tmp_path}/bench: no such file",

@@ -55,7 +55,7 @@ def test_component_is_a_function_of_the_rows_and_new_rows_of_a_value_move_nothin
 
 
 def joined(rows: list[tuple[str, str]]) -> list[int]:
-    return joined_by_value(drawn([text for text, _ in rows]), drawn([user for _, user in rows], 1)).tolist()  # type: ignore[no-any-return]
+    return joined_by_value(drawn([text for text, _ in rows]), drawn([user for _, user in rows], 1)).tolist()  # type: ignore[no-any-return]  # numpy
 
 
 def test_side_counts_for_its_rarest_class_whatever_the_order_of_its_rows() -> None:

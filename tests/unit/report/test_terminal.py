@@ -111,4 +111,4 @@ def summary(**changes: Any) -> DataSummary:
 def test_rows_of_a_run_that_goes_on_are_one_line() -> None:
     console = Console(width=80, highlight=False, file=io.StringIO())
     display.Display(console)(DataPrepared(summary=summary(), is_known=True))
-    assert console.file.getvalue() == "rows as before: 900 train, 900 eval, 900 test\n"  # type: ignore[attr-defined]
+    assert console.file.getvalue() == "rows as before: 900 train, 900 eval, 900 test\n"  # type: ignore[attr-defined]  # a StringIO
