@@ -52,8 +52,7 @@ class Observed:
         fields = {name: value for name, value in vars(self).items() if name != "meter"}
         if self.meter is not None:
             fields["peak_memory_bytes"] = self.meter.peak_bytes()
-            # Linux counts pages of a thread late, so that a peak read later may be some pages less.
-            growth = fields["memory_growth_bytes"] = max(self.meter.growth_bytes(), self.dry_run_growth_bytes)
+            growth = fields["memory_growth_bytes"] = self.meter.growth_bytes()
             if self.growth_of_processes:  # the first process saves the model after that
                 fields["growth_of_processes"] = (growth, *self.growth_of_processes[1:])
         return fields
