@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import gc
 import logging
@@ -78,15 +77,8 @@ class Meter:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return
-        return_freed()
         with contextlib.suppress(OSError):  # not Linux, or not permitted: the peak is that of the whole life
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def return_freed() -> None:
-    """Give freed memory, which glibc keeps in pieces between what is still held, back to the system."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def status_bytes(key: str) -> int:

@@ -13,7 +13,6 @@ from fulltune.errors import GuardStop, InterruptedRun, SetupError
 from fulltune.inference.run import Share
 from fulltune.records.events import Forecast
 from fulltune.records.training import Check
-from fulltune.system import memory
 from fulltune.train import checkpoints
 from fulltune.train.forgetting.generic import DriftMonitor, replay_parts
 from fulltune.train.forgetting.within_budget import keep_within
@@ -178,7 +177,6 @@ def _dry_run(training: Training) -> None:
 
     training.checks.extend(dry_run(inputs, training.trainer, evaluate))
     observed.dry_run_growth_bytes = observed.growth_bytes()
-    memory.return_freed()  # most batches are shorter: the holes that the longest one left are not theirs to fill
     if (need := observed.forecast) is not None:
         if said := too_short(inputs.recipe.train.notice, need.stop_seconds):
             inputs.recorder.warn(said)
