@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.data.readers import text_tables
+from fulltune.data.readers import text_files
 from fulltune.models.base import Base
 from fulltune.recipe.model import ModelBlock
 from tests import tiny
@@ -54,8 +54,8 @@ def _complaints(folder: Path, given: dict[str, Any], seeds: range) -> str:
 def test_a_reader_that_loses_rows_is_noticed(
     tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = text_tables.json_lines
-    monkeypatch.setattr(text_tables, "json_lines", lambda *given: islice(whole(*given), 1, None))
+    whole = text_files.json_lines
+    monkeypatch.setattr(text_files, "json_lines", lambda *given: islice(whole(*given), 1, None))
     assert "rows.jsonl:1: neither used nor listed" in _complaints(
         tmp_path, given, range(3, COUNT, len(malformed.FORMS))
     )

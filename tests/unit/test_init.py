@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.cli.init import hints_of, infer, write_recipe
 from fulltune.data.readers.read import locate
-from fulltune.data.readers.text_tables import names_without_header
+from fulltune.data.readers.text_files import names_without_header
 from fulltune.data.sources import describe, find_files, read_rows
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.fields import Recipe

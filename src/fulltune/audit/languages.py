@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fulltune.audit.texts import whole_texts
 from fulltune.audit.texts.flaw import PATTERNS
-from fulltune.data.running_text import columns_with_text, whole_texts
 from fulltune.errors import SetupError
 from fulltune.tasks import Row
 
@@ -150,9 +150,8 @@ def listen(heard: dict[str, Heard], row: Row, columns: Mapping[str, str]) -> Non
     """Take in the languages of a row's texts, by column; without the extra there is nothing to take in."""
     if not knows_languages():
         return
-    texts = whole_texts(row, columns)
-    for column in columns_with_text(columns):
-        heard.setdefault(column, Heard()).add(texts.get(column, ""))
+    for column, text in whole_texts(row, columns).items():
+        heard.setdefault(column, Heard()).add(text)
 
 
 def not_told(heard: Mapping[str, Heard]) -> str | None:

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from fulltune.audit.languages import OTHER_LANGUAGE, Heard, elsewhere, listen
-from fulltune.audit.texts import flaws, masked_text
+from fulltune.audit.texts import PARTS, cells, checks_of, flaws, masked_text, whole_texts
 from fulltune.audit.texts.content import alike
 from fulltune.audit.texts.flaw import Flaw, listed
 from fulltune.data.groups import draw, grams, jaccard, joined, signatures
 from fulltune.data.patch import Decisions, Patched, load_patch, numbered
-from fulltune.data.running_text import PARTS, cells, checks_of, whole_texts
 from fulltune.data.sources import find_files, read_rows
 from fulltune.inference.store import row_id, texts
 from fulltune.recipe.fields import Recipe

@@ -29,10 +29,9 @@ from fulltune.audit.rows import (
     repeated,
     with_numbers,
 )
-from fulltune.audit.texts import missing
+from fulltune.audit.texts import checks_of, missing
 from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, Reader, Suspected, judge, outliers
 from fulltune.data.patch import load_patch
-from fulltune.data.running_text import checks_of
 from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.inference.store import texts

@@ -14,7 +14,7 @@ import yaml
 
 from fulltune.data.readers.files import by_split, data_files, held_out_beside, is_image_folder, split_folders
 from fulltune.data.readers.read import DataFiles, locate
-from fulltune.data.readers.text_tables import names_without_header
+from fulltune.data.readers.text_files import names_without_header
 from fulltune.data.sources import SourceRows, describe, unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text

@@ -24,7 +24,7 @@ from fulltune import predict
 from fulltune.cli.stages import err
 from fulltune.data.readers.columnar import class_names
 from fulltune.data.readers.read import DataFiles, beside, locate
-from fulltune.data.readers.text_tables import SEPARATED, csv_reader, delimiter_of
+from fulltune.data.readers.text_files import SEPARATED, csv_reader, delimiter_of
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.files import replacing
 from fulltune.inference.store import readable

@@ -14,7 +14,7 @@ from fulltune.audit.texts.content import alike_in_words
 from fulltune.audit.texts.flaw import masked
 from fulltune.data.contamination import KnownTexts
 from fulltune.data.encode import NEW_LABEL, Dropped, Encoded, Loss
-from fulltune.data.marks import problems_of, time_in_words
+from fulltune.data.groups import problems_of, time_in_words
 from fulltune.data.sources import SourceName, is_mixed
 from fulltune.data.split import HELD_OUT, SPLITS, Split, held_out_rows, largest_group
 from fulltune.data.written import kept_rows
@@ -152,7 +152,7 @@ def note_on_flaws(sources: Iterable[Encoded]) -> list[str]:
     """What the cheap checks found in the rows' texts."""
     found = sum((source.tally.of("flaw") for source in sources), Counter[str]())
     shown = ", ".join(f"{check} in {counted(count, 'row')}" for check, count in found.most_common())
-    return [f"texts that look wrong: {shown}; 'fulltune data' lists them"] * bool(found)
+    return [f"texts that look wrong: {shown}; the audit of 'fulltune data' lists them"] * bool(found)
 
 
 def _part(count: int, split: Split, name: SplitName) -> str:

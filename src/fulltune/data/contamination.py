@@ -17,8 +17,8 @@ import numpy as np
 
 from fulltune.data.groups import draw, mixed_numbers
 from fulltune.data.readers.files import data_files, is_data, reading
-from fulltune.data.readers.plain_text import has_blank_lines
 from fulltune.data.readers.read import DataFiles, PlacedRow
+from fulltune.data.readers.text_files import has_blank_lines
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
 from fulltune.tasks import Row, Target

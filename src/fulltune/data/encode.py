@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fulltune.audit.texts import found_by, masked_cells
+from fulltune.audit.texts import CHEAP, LOOKED_AT, cells, checks_of, found_by, masked_cells
 from fulltune.data.contamination import KnownTexts, holding
-from fulltune.data.groups import draw, joined, joined_by_value, signatures
-from fulltune.data.marks import RowCounts, marks_of
+from fulltune.data.groups import RowCounts, draw, joined, joined_by_value, marks_of, signatures
 from fulltune.data.readers.read import PlacedRow
-from fulltune.data.running_text import CHEAP, LOOKED_AT, cells, checks_of
 from fulltune.errors import SetupError
 from fulltune.inference.store import RowWriter, record_batch, words
 from fulltune.recipe.data import DataBlock

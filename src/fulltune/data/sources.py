@@ -14,7 +14,7 @@ from fulltune.data.groups import sample
 from fulltune.data.patch import Patched
 from fulltune.data.readers.files import refuse_held_out
 from fulltune.data.readers.read import DataFiles, PlacedRow, locate
-from fulltune.data.readers.text_tables import SEPARATED
+from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock, MixedFile, codec_of
 from fulltune.recipe.fields import Recipe

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from fulltune.data.encode import Encoded
-from fulltune.data.readers.plain_text import SECTION_CHARACTERS
+from fulltune.data.readers.text_files import SECTION_CHARACTERS
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import SplitName

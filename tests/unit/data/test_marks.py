@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.data.marks import RowCounts, marks_of, time_in_words, time_of, value_of
+from fulltune.data.groups import RowCounts, marks_of, time_in_words, time_of, value_of
 from fulltune.tasks.columns import BadCell
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC).timestamp()

@@ -1,11 +1,11 @@
-"""What is wrong with single texts: pure functions of them, with a repair where there is one."""
+"""What is wrong with the texts of a row: pure functions of single texts, with a repair where there is one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from fulltune.audit.texts import content, private
 from fulltune.audit.texts.flaw import Flaw
@@ -93,3 +93,64 @@ def repaired(text: str, checks: Collection[str]) -> str:
         if check in checks and check not in absent and (flaw := find(text)) is not None and flaw.fixed is not None:
             text = flaw.fixed
     return text
+
+
+# ---- where running text stands in a row, and which checks it gets ----------------------------------------------------
+
+_READ = ("text", "text_pair", "prompt", "input", "source", "question", "context", "messages", "tokens")
+_WRITTEN = ("completion", "target", "messages")
+"""Roles of columns with running text: what a model reads, and what it learns to write. Of a conversation the latter are
+the assistant's turns."""
+Part = Literal["read", "written"]
+PARTS: Mapping[Part, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "read": (_READ, OF_TEXTS),
+    "written": (_WRITTEN, OF_ANSWERS),
+}
+CHEAP = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
+"""Made on each row of each run: together they take 15 % of the tokenising of short texts, and a third of it with
+`refusal`, which answers alone get."""
+LOOKED_AT = 100_000
+"""Characters of a text in each run: a check takes several times their memory."""
+
+
+def checks_of(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[Part, list[str]]:
+    """The checks (all, or those wanted) that can be made on what is read, and on what is written, if there is any."""
+    possible = [check for check in wanted if check not in missing()]
+    return {
+        part: [check for check in of if check in possible]
+        for part, (roles, of) in PARTS.items()
+        if set(roles) & set(columns)
+    }
+
+
+def cells(row: Mapping[str, Any], columns: Mapping[str, str], part: Part) -> Iterator[tuple[str, str]]:
+    """Columns with running text, and what stands in them; of a conversation some turns, of a sentence its words."""
+    for role in PARTS[part][0]:
+        column = columns.get(role, "")
+        cell = row.get(column)
+        if column and isinstance(cell, str):
+            yield column, cell
+        elif column and isinstance(cell, list):
+            turns = cell if role != "messages" else [one for one in cell if _is_answer(one) == (part == "written")]
+            if turns:
+                yield column, " ".join(map(_said, turns))
+
+
+def whole_texts(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Column to all its running text, of each column in which some may stand."""
+    found = {columns[role]: "" for roles, _ in PARTS.values() for role in roles if role in columns}
+    for part in PARTS:
+        for column, text in cells(row, columns, part):
+            found[column] = text if found[column] in ("", text) else f"{found[column]} {text}"
+    return found
+
+
+def _is_answer(turn: Any) -> bool:
+    """Whether a turn of a conversation is the model's; of any of the usual forms."""
+    return isinstance(turn, dict) and (turn.get("role") or turn.get("from")) in ("assistant", "gpt", "model", "bot")
+
+
+def _said(one: object) -> str:
+    """A word, or what a turn says, also in ShareGPT's form."""
+    said = (one.get("value") if one.get("content") is None else one["content"]) if isinstance(one, dict) else one
+    return "" if said is None else str(said)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fulltune.data.readers import columnar, plain_text, text_tables
+from fulltune.data.readers import columnar, text_files
 from fulltune.data.readers.files import data_files, image_files, is_image_folder, is_utf8, printable, reading
-from fulltune.data.readers.text_tables import SEPARATED
+from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.data import UTF_8, TextRows
 from fulltune.recipe.fields import is_address
@@ -105,15 +105,15 @@ class DataFiles:
             _refuse_binary(file)
         match suffix:
             case ".csv" | ".tsv":
-                yield from text_tables.separated(file, self.columns, self.encoding, self.notes)
+                yield from text_files.separated(file, self.columns, self.encoding, self.notes)
             case ".jsonl" | ".ndjson":
-                yield from text_tables.json_lines(file, self.encoding)
+                yield from text_files.json_lines(file, self.encoding)
             case ".json":
-                yield from text_tables.json_list(file, self.encoding)
+                yield from text_files.json_list(file, self.encoding)
             case ".txt":
-                yield from plain_text.rows(file, self.text_rows, self.encoding)
+                yield from text_files.text_file(file, self.text_rows, self.encoding)
             case _:
-                yield from plain_text.sentences(file, self.encoding)
+                yield from text_files.sentences(file, self.encoding)
 
     def _whole(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Paths of images with their folder; bytes as text, as some programs write it: not of images, nor others."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.data.readers import plain_text
+from fulltune.data.readers import text_files
 from fulltune.recipe.data import TextRows
 
 BOOK = "\n\nOne\ntwo  \n\n \nThree\n\n\n\nFour\nfive"
@@ -15,7 +15,7 @@ BOOK = "\n\nOne\ntwo  \n\n \nThree\n\n\n\nFour\nfive"
 def rows(folder: Path, content: str, text_rows: TextRows) -> list[tuple[int, str]]:
     path = folder / "book.txt"
     path.write_text(content, encoding="utf-8")
-    return [(line, row["text"]) for line, row in plain_text.rows(path, text_rows)]
+    return [(line, row["text"]) for line, row in text_files.text_file(path, text_rows)]
 
 
 def test_lines_are_rows_without_blank_ones(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_section_holds_several_paragraphs(tmp_path: Path) -> None:
 
 
 def test_section_ends_before_it_gets_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain_text, "SECTION_CHARACTERS", 20)
+    monkeypatch.setattr(text_files, "SECTION_CHARACTERS", 20)
     content = "a" * 12 + "\n\n" + "b" * 8 + "\n\n" + "c" * 30 + "\n\nd\n"
     assert rows(tmp_path, content, "section") == [
         (1, "a" * 12 + "\n\n" + "b" * 8),
