@@ -14,6 +14,8 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 FILE_BYTES, MOST_FILES = 2**24, 64
 """As `train.optim.fsdp2` writes a checkpoint: two copies of a file's tensors are in memory for a moment."""
+WHOLE_FILE_BYTES = 2**28
+"""The same of the finished model, in the first process's host."""
 TENSORS_OF_BLOCK = 3
 """A block's largest tensor is at most about so much of it: of BERT's 7.1 M parameters 2.4 M."""
 SENT = {"cpu": 2, "cuda": 1}
@@ -84,6 +86,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     file = max(min(kept, FILE_BYTES), kept // MOST_FILES)
     # A tensor of the finished model is put together: whole, with gloo also as received, and its part as sent.
     together = (1 + on_cpu) * largest + largest // settings.num_processes
+    together += min(value * shapes.num_parameters, WHOLE_FILE_BYTES) if on_cpu else 0  # those before it in its file
     # Checkpoints have fp32 moments, whatever the optimizer keeps: all of the part's at once (`train.optim.fsdp2`).
     widened = 2 * 4 * (-(-shapes.num_parameters // settings.num_processes)) if settings.optim in OWN_OPTIMIZERS else 0
     phases: dict[Phase, int] = {
@@ -91,7 +94,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
         "step": sum(kinds.values()),
         # The untouched model has no optimizer's state yet, and a linear probe of it holds its features in each process.
         "evaluation": max(kept + around, parts[0] + settings.probe_bytes) + sum(scoring.values()) + whole + base,
-        # Checkpoints are written file by file, the finished model tensor by tensor, by the first process.
+        # Checkpoints are written file by file, and so is the finished model, by the first process.
         "saving": kept + base + around + round(heap / (1 + memory.HELD_SHARE)) + max(2 * file + widened, together),
         "resuming": kept + base + widened,
     }

@@ -3,12 +3,13 @@ number of processes reads them, sharded or not."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 from fulltune import methods
 from fulltune.errors import SetupError
@@ -25,10 +26,8 @@ safetensors), which of all tensors at once would be twice the process's part of 
 WEIGHTS = "weights."
 OPTIMIZER = "optimizer."
 """Before a parameter's name, and `.step` or another kind after it."""
-_WHOLE_BYTES = 2 * 2**30
-"""Of a file with whole tensors."""
-_ROOM = 256
-"""Bytes in a file's table beside a tensor's name: its type, its shape and where it lies."""
+WHOLE_FILE_BYTES = 2**28
+"""Most bytes of a file with whole tensors, unless one tensor has more."""
 
 
 def is_in(checkpoint: Path) -> bool:
@@ -90,74 +89,29 @@ def kinds(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def write_whole(model: Any, folder: Path, most_bytes: int = _WHOLE_BYTES) -> None:
-    """Write a shared-out model's weights as plain safetensors; all processes call it."""
+def write_whole(model: Any, folder: Path, most_bytes: int = WHOLE_FILE_BYTES) -> None:
+    """Write a sharded model's weights as plain safetensors; all processes call it."""
     tensors = {name.removeprefix(WEIGHTS): one for name, one in _weights(model, trained_only=False).items()}
-    sizes = {name: one.numel() * one.element_size() for name, one in tensors.items()}
-    write_by_file(sizes, lambda name: sharding.whole(tensors[name]), folder, most_bytes)
+    shapes = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in tensors.items()}
+    write_by_file(shapes, lambda name: sharding.whole(tensors[name]), folder, most_bytes)
 
 
 def write_by_file(
-    sizes: Mapping[str, int], whole: Callable[[str], torch.Tensor], folder: Path, most_bytes: int = _WHOLE_BYTES
+    shapes: Mapping[str, torch.Tensor],
+    whole: Callable[[str], torch.Tensor],
+    folder: Path,
+    most_bytes: int = WHOLE_FILE_BYTES,
 ) -> None:
-    """Write plain safetensors with an index while no process holds more than one tensor; all processes call it."""
-    files = in_files(sizes, most_bytes)
-    index: dict[str, str] = {}
-    for number, names in enumerate(files, start=1):
-        called = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else WHOLE
-        index |= dict.fromkeys(names, called)
-        # Each tensor begins at a multiple of its values' size, as readers that map the file need: those whose sizes
-        # are multiples of 8 bytes come first.
-        ordered = sorted(names, key=lambda name: -min(8, sizes[name] & -sizes[name] or 8))
+    """Write plain safetensors with an index while no process holds more than a file's tensors, of which `shapes` has
+    those without values; all processes call it."""
+    split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=most_bytes)
+    for file, names in split.filename_to_tensors.items():
+        each = ((name, whole(name)) for name in names)
+        tensors = {name: one.detach().cpu().contiguous() for name, one in each if is_first()}
         if is_first():
-            _write(folder / called, ordered, whole)
-        else:
-            for name in ordered:
-                whole(name)
-    if is_first() and len(files) > 1:
-        total = {"total_size": sum(sizes.values())}
-        write_json(folder / f"{WHOLE}.index.json", {"metadata": total, "weight_map": index})
-
-
-def _write(path: Path, names: list[str], whole: Callable[[str], torch.Tensor]) -> None:
-    """Write a safetensors file as its tensors come, behind a table with room to spare: `safetensors` 0.8 writes only
-    what is all in memory."""
-    room = 64 + sum(len(json.dumps(name)) + _ROOM for name in names)
-    room += -room % 8
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    with path.open("wb") as file:
-        file.write(room.to_bytes(8, "little") + b" " * room)
-        for name in names:
-            one = whole(name).detach().cpu().contiguous()
-            begin = file.tell() - 8 - room
-            file.write(one.flatten().view(torch.uint8).numpy().data)
-            offsets = [begin, file.tell() - 8 - room]
-            table[name] = {"dtype": _in_files(one.dtype), "shape": list(one.shape), "data_offsets": offsets}
-        text = json.dumps(table).encode()
-        assert len(text) <= room
-        file.seek(8)
-        file.write(text)
-
-
-def _in_files(dtype: torch.dtype) -> str:
-    """What a type is called in safetensors: asked of a file without values, which is its table alone."""
-    import torch
-    from safetensors.torch import save
-
-    return str(json.loads(save({"one": torch.empty(0, dtype=dtype)})[8:])["one"]["dtype"])
-
-
-def in_files(sizes: Mapping[str, int], most_bytes: int = _WHOLE_BYTES) -> list[list[str]]:
-    """Names by file, in order, so that a file has no more bytes unless one tensor has."""
-    files: list[list[str]] = [[]]
-    held = 0
-    for name, size in sizes.items():
-        if files[-1] and held + size > most_bytes:
-            files.append([])
-            held = 0
-        files[-1].append(name)
-        held += size
-    return files
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if is_first() and split.is_sharded:
+        write_json(folder / f"{WHOLE}.index.json", {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
 def is_first() -> bool:

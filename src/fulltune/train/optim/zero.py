@@ -110,11 +110,15 @@ def write_whole(model: Any, folder: Path) -> None:
     kept = model.state_dict().keys()
     tensors: dict[str, Any] = dict(model.named_parameters())
     tensors |= {name: one for name, one in model.named_buffers() if name in kept}
-    sizes = {
-        name: (4 if one.is_floating_point() else one.element_size()) * getattr(one, "ds_numel", one.numel())
+    shapes = {
+        name: torch.empty(
+            getattr(one, "ds_shape", one.shape),
+            dtype=torch.float32 if one.is_floating_point() else one.dtype,
+            device="meta",
+        )
         for name, one in tensors.items()
     }
-    fsdp2.write_by_file(sizes, lambda name: whole(tensors[name]), folder)
+    fsdp2.write_by_file(shapes, lambda name: whole(tensors[name]), folder)
 
 
 def put_together(model: Any) -> None:
