@@ -135,7 +135,7 @@ def test_logging_nan_inf_filter_hides_a_loss_that_is_not_a_number(filtered: bool
 
 
 class Order(TrainerCallback):
-    """Asks for a checkpoint at step 2, as `SaveAndStopEarly` does at each evaluation."""
+    """Asks for a checkpoint at step 2, as `Checkpoints` does at each evaluation."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []

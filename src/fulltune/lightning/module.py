@@ -166,12 +166,8 @@ class FineTuningModule:
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
         rows, batching = Share(self.eval_rows, positions), Batching(size, plan.precision, self.head)
         reduced = run_rows(self.model, rows, learning.task, learning.target, learning.pad_token_id, batching)
-        scores = [distributed.part_of(reduced, positions[:count])]
-        if trainer.world_size > 1:
-            every: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(every, scores[0])
-            scores = every
-        for name, value in learning.task.metrics(distributed.merged(scores), learning.target).items():
+        predictions = distributed.put_together(reduced, positions[:count])
+        for name, value in learning.task.metrics(predictions, learning.target).items():
             self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:

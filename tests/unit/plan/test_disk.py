@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,8 +15,16 @@ from fulltune.plan import budget, changed, time
 from fulltune.records.plan import MemorySettings
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
-from fulltune.train.loop.callbacks import Seals
+from fulltune.train.loop.callbacks import Checkpoints
 from tests import plans
+
+
+def sealing(folder: Path, limit: int, journal: Journal, on_seal: Callable[[], None]) -> Checkpoints:
+    """The training's own callback; `on_seal` is called when the disk is at its fullest."""
+    recipe = plans.recipe(train={"save_total_limit": limit})
+    request: Any = SimpleNamespace(checkpoints=folder, all_initial_weights=[], recipe=recipe)
+    observed: Any = SimpleNamespace(disk=lambda *_: on_seal())
+    return Checkpoints(request, journal, observed)
 
 
 def saves(total: int, between_evaluations: int, between_saves: int) -> list[int]:
@@ -26,7 +36,7 @@ def saves(total: int, between_evaluations: int, between_saves: int) -> list[int]
 def most_at_once(folder: Path, steps: list[int], limit: int, best: int) -> int:
     """Sealed checkpoints at the fullest, when the best is that of one step."""
     counts: list[int] = []
-    seals = Seals(folder, limit, lambda: counts.append(len(list(folder.glob("checkpoint-*")))), Journal(None))
+    seals = sealing(folder, limit, Journal(None), lambda: counts.append(len(list(folder.glob("checkpoint-*")))))
     for step in steps:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
@@ -87,7 +97,7 @@ def test_shared_out_moments_of_8_bits_are_in_fp32_in_a_checkpoint(placement: str
 def test_a_checkpoint_is_sealed_in_the_phase_saving(tmp_path: Path) -> None:
     journal, seen = Journal(None), []
     journal.at("step")
-    seals = Seals(tmp_path, 2, lambda: seen.append(journal.phase), journal)
+    seals = sealing(tmp_path, 2, journal, lambda: seen.append(journal.phase))
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / checkpoints.STATE).write_text('{"best_global_step": 1}', encoding="utf-8")
     state = SimpleNamespace(is_world_process_zero=True, global_step=1, best_global_step=1)

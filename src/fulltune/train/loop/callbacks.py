@@ -15,13 +15,13 @@ from transformers import TrainerCallback
 
 from fulltune import files
 from fulltune.models import sharding
-from fulltune.recipe.training import TrainBlock
 from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, Said, StepLogged, UpdatesMeasured
 from fulltune.records.plan import Plan
 from fulltune.stats.curves import EATEN, stopped_improving
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.observed import Observed
+from fulltune.train.request import Request
 from fulltune.train.run_time import TRAINING
 
 MEASUREMENTS = 20
@@ -60,10 +60,11 @@ class Recorder:
 
 @dataclass(eq=False)
 class Progress(TrainerCallback):
-    """Records steps and evaluations, and gives a sign of life at each micro batch, evaluation and checkpoint."""
+    """Records steps and evaluations, gives a sign of life at each micro batch, evaluation and checkpoint, and tells the
+    sampler which epoch begins."""
 
     trainer: Any
-    """The `FullTrainer`, which counts tokens."""
+    """The `FullTrainer`, which counts tokens and has the sampler."""
     recorder: Recorder
     journal: Journal
     observed: Observed
@@ -97,6 +98,10 @@ class Progress(TrainerCallback):
             )
         )
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # transformers 5.24 does not reach it in an epoch that several processes resume.
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.journal.alive(state.global_step)
 
@@ -116,12 +121,13 @@ def logged(state: Any, name: str) -> list[float]:
 
 
 @dataclass(eq=False)
-class SaveAndStopEarly(TrainerCallback):
-    """Saves whenever it evaluates, so that the best weights exist; stops when the metric no longer improves."""
+class Checkpoints(TrainerCallback):
+    """Saves whenever it evaluates, so that the best weights exist, and seals each checkpoint before old ones
+    are deleted; stops when the metric no longer improves."""
 
-    plan: Plan
-    train: TrainBlock
+    request: Request
     journal: Journal
+    observed: Observed
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_evaluate:
@@ -129,27 +135,19 @@ class SaveAndStopEarly(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.is_over(state):
-            self.journal.write(
-                "early stop", f"no better {self.plan.metric} in {self.train.early_stopping_patience} evaluations"
-            )
+            metric, patience = self.request.plan.metric, self.request.recipe.train.early_stopping_patience
+            self.journal.write("early stop", f"no better {metric} in {patience} evaluations")
             control.should_training_stop = True
 
     def is_over(self, state: Any) -> bool:
         """From the history, not from a counter, which resuming would begin anew."""
-        values, patience = logged(state, f"eval_{self.plan.metric}"), self.train.early_stopping_patience
-        return patience is not None and stopped_improving(
-            values, self.plan.greater_is_better, patience, self.train.early_stopping_threshold
+        plan, train = self.request.plan, self.request.recipe.train
+        return train.early_stopping_patience is not None and stopped_improving(
+            logged(state, f"eval_{plan.metric}"),
+            plan.greater_is_better,
+            train.early_stopping_patience,
+            train.early_stopping_threshold,
         )
-
-
-@dataclass(eq=False)
-class Seals(TrainerCallback):
-    """Makes each checkpoint trustworthy, then deletes old ones: never the only whole one."""
-
-    folder: Path
-    limit: int
-    on_seal: Callable[[], None]
-    journal: Journal
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         with self.journal.during("saving"):
@@ -157,9 +155,10 @@ class Seals(TrainerCallback):
                 torch.distributed.barrier()  # each process writes its own random state
             if not state.is_world_process_zero:
                 return
-            files.seal(self.folder / f"checkpoint-{state.global_step}")
-            self.on_seal()  # now the disk is at its fullest
-            checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
+            folder = self.request.checkpoints
+            files.seal(folder / f"checkpoint-{state.global_step}")
+            self.observed.disk(folder, *self.request.all_initial_weights)  # now it is at its fullest
+            checkpoints.keep_few(folder, self.request.recipe.train.save_total_limit, state.best_global_step)
 
 
 class StopWhenAsked(TrainerCallback):

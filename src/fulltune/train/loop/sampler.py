@@ -7,7 +7,6 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -112,15 +111,18 @@ class GlobalBatchSampler:
     def steps_per_epoch(self) -> int:
         return -(-self.rows_per_epoch // self.global_batch_size)
 
-    def rows_of(self, step: int) -> list[int]:
-        """The rows of an optimizer step, from 1."""
+    def steps(self, first_step: int, last_step: int) -> Iterator[list[int]]:
+        """The rows of each optimizer step after `first_step`, up to `last_step`."""
         epochs = copy.copy(self)
-        epochs.set_epoch((step - 1) // self.steps_per_epoch)
-        return epochs.global_batches()[(step - 1) % self.steps_per_epoch]
+        for epoch in range(first_step // self.steps_per_epoch, -(-last_step // self.steps_per_epoch)):
+            epochs.set_epoch(epoch)
+            begin = epoch * self.steps_per_epoch
+            yield from epochs.global_batches()[max(0, first_step - begin) : last_step - begin]
 
     def global_batches(self) -> list[list[int]]:
         """The epoch's global batches; only the last may be smaller."""
-        batches = self._drawn(self._rows(), f"{self.seed}:{self.epoch}")
+        mixed = [row for source in self.mixed for row in source.drawn(self.seed, self.epoch)]
+        batches = self._drawn([*range(self._task_rows), *mixed], f"{self.seed}:{self.epoch}")
         for number, step in enumerate(self.rollbacks, start=1):
             if step // self.steps_per_epoch == self.epoch:
                 done = step % self.steps_per_epoch
@@ -128,24 +130,13 @@ class GlobalBatchSampler:
                 batches[done:] = self._drawn(rest, f"{self.seed}:{self.epoch}:{number}")
         return batches
 
-    def _rows(self) -> list[int]:
-        """All of the task's rows, and of the others those that are drawn for the epoch."""
-        drawn = [row for source in self.mixed for row in source.drawn(self.seed, self.epoch)]
-        return [*range(self._task_rows), *drawn]
-
     def tokens_by_source(self, steps: int) -> tuple[int, ...]:
         """Tokens of the rows of so many optimizer steps: of the task's rows, then of each mixed source."""
         starts = [source.rows.start for source in self.mixed]
-        tokens = np.zeros(1 + len(starts), np.int64)
-        whole, rest = divmod(steps, self.steps_per_epoch)
-        epochs = copy.copy(self)
-        for epoch in range(whole + bool(rest)):
-            epochs.set_epoch(epoch)
-            parts = epochs.global_batches()[:rest] if epoch == whole else [epochs._rows()]
-            rows = np.fromiter(chain.from_iterable(parts), np.int64)
-            sources = np.searchsorted(starts, rows, side="right")
-            tokens += np.bincount(sources, self.lengths[rows], len(tokens)).astype(np.int64)
-        return tuple(tokens.tolist())
+        tokens = np.zeros(1 + len(starts))
+        for rows in self.steps(0, steps):
+            tokens += np.bincount(np.searchsorted(starts, rows, side="right"), self.lengths[rows], len(tokens))
+        return tuple(tokens.astype(np.int64).tolist())
 
     def _drawn(self, order: list[int], seed: str) -> list[list[int]]:
         """These rows as global batches in a random order."""
@@ -166,15 +157,10 @@ class GlobalBatchSampler:
     def passes(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
         """For each optimizer step after `first_step`, up to `last_step`, the rows of each forward pass; of those that
         processes take at the same time, the one with the longest row."""
-        steps_per_epoch = self.steps_per_epoch
-        epochs = copy.copy(self)
-        for epoch in range(first_step // steps_per_epoch, -(-last_step // steps_per_epoch)):
-            epochs.set_epoch(epoch)
-            for step, batch in enumerate(epochs.global_batches(), start=epoch * steps_per_epoch + 1):
-                if first_step < step <= last_step:
-                    parts = list(self.micro_batches(batch))
-                    together = range(0, len(parts), self.num_processes)
-                    yield [max(parts[at : at + self.num_processes], key=self._longest) for at in together]
+        for batch in self.steps(first_step, last_step):
+            parts = list(self.micro_batches(batch))
+            together = range(0, len(parts), self.num_processes)
+            yield [max(parts[at : at + self.num_processes], key=self._longest) for at in together]
 
     def _longest(self, rows: list[int]) -> int:
         return int(self.lengths[rows].max())

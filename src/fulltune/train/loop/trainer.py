@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,7 +118,6 @@ class FullTrainer(Guarded, Trainer):
         self._base_weights, self._head_modules = base_weights, head_modules
         self.count_items = inputs.task.count_items
         self.trained_only = inputs.recipe.method.kind != "full"
-        self.add_callback(_OrderAndRate(self, rate_factor(plan.rollbacks) < 1))
 
     @property
     def is_shared(self) -> bool:
@@ -153,7 +151,7 @@ class FullTrainer(Guarded, Trainer):
         return broadcast_object_list([value])[0] if self.is_shared or self.in_engine else value
 
     def on_skip(self, step: int, judged: Judged) -> None:
-        rows = sorted(self.sampler.rows_of(step))
+        rows = sorted(next(self.sampler.steps(step - 1, step)))
         named = first_few([f"{row + 1:,}" for row in rows], _MOST_NAMED)
         self._journal.write("skipped", f"step {step}: {judged.reason}; train rows {named}")
         self._recorder.write(StepSkipped(step=step, reason=judged.reason, rows=tuple(rows)))
@@ -164,6 +162,18 @@ class FullTrainer(Guarded, Trainer):
         if (lower := rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
+
+    def lower_rates(self) -> None:
+        """Before the first step, give the optimizer the lower rate where the run went back: a checkpoint has that of
+        before."""
+        if rate_factor(self._plan.rollbacks) == 1:
+            return
+        schedule: Any = self.lr_scheduler
+        schedule = getattr(schedule, "scheduler", schedule)  # accelerate's wrapper
+        groups = cast("Any", self.optimizer).param_groups
+        for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in groups]  # what is logged
 
     def selecting(
         self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
@@ -333,26 +343,3 @@ class FullTrainer(Guarded, Trainer):
             kind, groups, options = planned_optimizer(model, plan, self.args, self._head_modules)
             optimizer = kind(groups, **options)
         return optimizer
-
-
-@dataclass(eq=False)
-class _OrderAndRate(TrainerCallback):
-    """Tells the sampler which epoch begins; where the run went back, gives the optimizer the lower rate before the
-    first step: that of a checkpoint has the rate of before."""
-
-    trainer: FullTrainer
-    is_lower: bool
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.is_lower:
-            return
-        schedule: Any = self.trainer.lr_scheduler
-        schedule = getattr(schedule, "scheduler", schedule)  # accelerate's wrapper
-        groups = cast("Any", self.trainer.optimizer).param_groups
-        for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = rate * factor(schedule.last_epoch)
-        schedule._last_lr = [group["lr"] for group in groups]  # what is logged
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # At the start of an epoch it is whole, in a resumed one not.
-        self.trainer.sampler.set_epoch(int(state.epoch or 0))

@@ -16,7 +16,7 @@ from fulltune.records.training import Check
 from fulltune.train import checkpoints
 from fulltune.train.forgetting.generic import DriftMonitor, replay_parts
 from fulltune.train.forgetting.within_budget import keep_within
-from fulltune.train.loop.callbacks import Progress, SaveAndStopEarly, Seals, UpdateMeter
+from fulltune.train.loop.callbacks import Checkpoints, Progress, UpdateMeter
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.step_guard import nothing_learned, too_short
 from fulltune.train.loop.trainer import FullTrainer
@@ -38,7 +38,7 @@ class Training:
     trainer: FullTrainer
     curve: CurveGuard
     monitor: DriftMonitor
-    early_stopping: SaveAndStopEarly
+    checkpoints: Checkpoints
     checks: list[Check]
     """Of before step 1, so far."""
 
@@ -55,7 +55,7 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
         trainer=trainer,
         curve=CurveGuard(inputs, trainer, loaded.learning.target, head_is_new),
         monitor=DriftMonitor(inputs, trainer),
-        early_stopping=SaveAndStopEarly(plan, inputs.recipe.train, inputs.journal),
+        checkpoints=Checkpoints(inputs.request, inputs.journal, inputs.observed),
         checks=[],
     )
     trainer.add_parts(_parts(training))
@@ -73,21 +73,13 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
 def _parts(training: Training) -> list[TrainerCallback]:
     """All parts of the training, in the order in which they act; the model is still the untouched one."""
     inputs, trainer = training.inputs, training.trainer
-    request, recorder, journal, observed = inputs.request, inputs.recorder, inputs.journal, inputs.observed
-    seals = Seals(
-        request.checkpoints,
-        inputs.recipe.train.save_total_limit,
-        lambda: observed.disk(request.checkpoints, *request.all_initial_weights),
-        journal,
-    )
     return [
-        Progress(trainer, recorder, journal, observed, lambda: _begin(training)),
-        *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, recorder)]),
+        Progress(trainer, inputs.recorder, inputs.journal, inputs.observed, lambda: _begin(training)),
+        *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
         training.curve,
         training.monitor,
         *replay_parts(inputs, trainer, training.monitor),
-        training.early_stopping,
-        seals,
+        training.checkpoints,
         inputs.stop,
     ]
 
@@ -95,6 +87,7 @@ def _parts(training: Training) -> list[TrainerCallback]:
 def _begin(training: Training) -> None:
     """When everything is ready for step 1: try the engine, and score the eval rows where the plan says so."""
     inputs, trainer = training.inputs, training.trainer
+    trainer.lower_rates()
     if inputs.in_engine:
         training.checks.append(dry_run_in_engine(trainer, training.loaded.rows, inputs.plan))
         refuse_failed(training.checks, inputs.recorder)
@@ -120,7 +113,7 @@ def _trained(training: Training) -> dict[str, Any]:
     state, optimizer = _fit(training)
     journal.at_rest()
     if plan.num_processes > 1 and observed.meter is not None:
-        observed.growth_of_processes = distributed.gathered(observed.growth_bytes())
+        observed.growth_of_processes = tuple(distributed.every(observed.growth_bytes()))
     training.curve.judge_end(state)
     journal.at("saving")
     if initial is None:  # the first process saves and reports
@@ -201,7 +194,7 @@ def _fit(training: Training) -> tuple[Any, Any]:
             )
         trainer.resume_parts(kept)
         state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
-        if state.global_step >= inputs.plan.total_steps or training.early_stopping.is_over(state):
+        if state.global_step >= inputs.plan.total_steps or training.checkpoints.is_over(state):
             inputs.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
             optimizer = weights.load_finished(trainer, checkpoint, inputs.plan.total_steps)
             trainer.state = state

@@ -6,37 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from fulltune.inference.run import batches
 
-Part = tuple[list[int], dict[str, np.ndarray]]
-"""Positions of rows, and name to values[these rows, ...]."""
 
-
-def from_first(value: Any) -> Any:
-    """What the first process has, in all of them."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
-
-
-def gathered(number: int) -> tuple[int, ...]:
-    """The number of each process, in all of them."""
-    from accelerate.utils import gather_object
-
-    return tuple(gather_object([number]))
+def every(value: Any) -> list[Any]:
+    """The value of each process, by rank; the same list in all of them."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def summed(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Each name's two counts, added up over all processes: the same in each."""
-    from accelerate.utils import gather_object
-
-    found: dict[str, tuple[int, int]] = {}
-    for part in gather_object([dict(counts)]):
+    sums: dict[str, tuple[int, int]] = {}
+    for part in every(dict(counts)):
         for name, (one, other) in part.items():
-            before = found.get(name, (0, 0))
-            found[name] = before[0] + one, before[1] + other
-    return found
+            before = sums.get(name, (0, 0))
+            sums[name] = before[0] + one, before[1] + other
+    return sums
 
 
 # ---- eval rows -------------------------------------------------------------------------------------------------
@@ -55,18 +46,8 @@ def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) 
 
 
 def put_together(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> dict[str, np.ndarray]:
-    """What all processes reduced their rows to, by name, in the order of the rows; the same in every process."""
-    from accelerate.utils import gather_object
-
-    return merged(gather_object([part_of(mine, positions)]))
-
-
-def part_of(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> Part:
-    """What one process sends: of the rows that count, their positions and what they were reduced to."""
-    return list(positions), {name: values[: len(positions)] for name, values in mine.items()}
-
-
-def merged(parts: Sequence[Part]) -> dict[str, np.ndarray]:
-    """The parts of all processes in the order of the rows: name to values[rows, ...]."""
+    """What all processes reduced their rows to, by name, in the order of the rows: name to values[rows, ...]; the same
+    in every process. Of one process's values, only those of the first `positions` count."""
+    parts = every((list(positions), {name: values[: len(positions)] for name, values in mine.items()}))
     place = np.argsort([position for positions, _ in parts for position in positions])
     return {name: np.concatenate([values[name] for _, values in parts])[place] for name in parts[0][1]}

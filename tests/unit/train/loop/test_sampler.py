@@ -124,9 +124,10 @@ def test_steps_and_passes_of_a_run_with_mixed_rows() -> None:
     made = sampler((100,), (0.25,), task_rows=60, micro=4)
     assert made.rows_per_epoch == 80
     assert made.steps_per_epoch == 10
-    by_step = [made.rows_of(step) for step in range(1, 31)]
+    by_step = list(made.steps(0, 30))
     made.set_epoch(2)
     assert by_step[20:] == made.global_batches()
+    assert list(made.steps(9, 12)) == by_step[9:12]
     # As a run that goes on in the middle of the second epoch reads them.
     passes = [[row for part in parts for row in part] for parts in made.passes(13, 30)]
     assert passes == by_step[13:]
@@ -136,7 +137,7 @@ def test_steps_and_passes_of_a_run_with_mixed_rows() -> None:
 def test_tokens_by_source_are_those_of_the_rows_of_all_steps(steps: int) -> None:
     made = sampler((100, 9), (0.1, 0.2))
     expected = [0, 0, 0]
-    for step in range(1, steps + 1):
-        for row in made.rows_of(step):
+    for rows in made.steps(0, steps):
+        for row in rows:
             expected[(row >= TASK_ROWS) + (row >= TASK_ROWS + 100)] += int(made.lengths[row])
     assert made.tokens_by_source(steps) == tuple(expected)
