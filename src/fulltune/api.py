@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fulltune import search as searching
+from fulltune.compare.rate_search import run_recipe
 from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -68,7 +68,7 @@ def run(recipe: Recipe | str | Path, **settings: Any) -> Reached:
         >>> result = fulltune.run("banking77.yaml", metrics=my_metrics)  # doctest: +SKIP
         >>> result.scores[-1].metrics["accuracy"].value  # doctest: +SKIP
     """
-    return searching.run(job(recipe, **settings))
+    return run_recipe(job(recipe, **settings))
 
 
 def load_predictor(run: str | Path, method: str | None = None) -> Predictor:

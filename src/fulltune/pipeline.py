@@ -244,7 +244,9 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
     """The train stage: attempts under guard, until one succeeds or nothing is left to try."""
     if job.recipe.is_searched:
-        raise RecipeError("search: is a line of its own, and this is one run; call fulltune.run, or name the settings")
+        raise RecipeError(
+            "method.learning_rate: search takes several runs, and this is one; call fulltune.run, or name the rate"
+        )
     return train(_planned(job, trial, summary), job.start)
 
 

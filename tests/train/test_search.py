@@ -1,4 +1,4 @@
-"""A run whose settings are searched: the best run of several goes on as if it had been the only one."""
+"""A run whose learning rate is searched: the best run of several goes on as if it had been the only one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from fulltune import pipeline, predict, report
-from fulltune import search as searching
-from fulltune.compare import trial_folder
-from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
+from fulltune.compare.rate_search import run_recipe
+from fulltune.errors import FulltuneError, RecipeError
 from fulltune.pipeline import Run
 from fulltune.records.comparison import Searched
 from fulltune.records.events import Event, Said, StepLogged
 from fulltune.records.plan import Plan
-from fulltune.records.run import ACCESSES, Access
+from fulltune.records.run import Access
 from fulltune.report.run.read import read_run
 from fulltune.system.run_folder import Reached, recipe_of
 from tests import tiny
@@ -42,7 +41,7 @@ def search_job(folder: Path, model: Path, /, options: Mapping[str, Any] | None =
 
 def search(folder: Path, model: Path, /, options: Mapping[str, Any] | None = None, **blocks: Any) -> Reached:
     with in_this_process():
-        return searching.run(search_job(folder, model, options, **blocks))
+        return run_recipe(search_job(folder, model, options, **blocks))
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +53,10 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
     searched: Reached, tmp_path: Path, model: Path
 ) -> None:
     record = Searched.load(searched.folder / "search.json")
-    assert record.settings == {"method.learning_rate": GOOD}
-    assert record.rate is not None
+    assert record.rate.chosen == GOOD
     assert list(record.rate.tried) == [GOOD, BAD]
     assert len(record.rate.whole) == 2, "the usual rate, here the higher one, gets a whole run as well"
-    assert record.bought is not None
-    assert record.bought.value > 0.1
+    assert not list(searched.folder.rglob("sealed/*")), "the test rows are nobody's business but the kept run's"
     with in_this_process():
         alone = pipeline.run(search_job(tmp_path, model, method={"kind": "full", "learning_rate": GOOD}))
     mine, other = final_weights(searched.folder.parent), final_weights(tmp_path)
@@ -68,7 +65,6 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
     assert searched.scores[-1].metrics == alone.scores[-1].metrics
     report = (searched.folder / "report.md").read_text(encoding="utf-8")
     assert "## Search" in report
-    assert "differs from that with the usual rate by" in report
     assert read_run(searched.folder).missing == ()
     assert [one.trial for one in Access.of_same_rows(searched.folder)] == ["full-seed42"]
     settings = {one.name: one for one in Plan.load(searched.folder / "plan" / "full.json").settings}
@@ -85,7 +81,7 @@ def test_folder_of_a_searched_run_is_a_run_folder(searched: Reached) -> None:
     assert predict.load(searched.folder).predict([{"text": ROWS[0]["text"]}])
     for until in ("train", "evaluate"):
         with in_this_process():
-            again = searching.run(Run(recipe_of(searched.folder), searched.folder), until)
+            again = run_recipe(Run(recipe_of(searched.folder), searched.folder), until)
         assert again.outcome is not None
         assert again.outcome.model_folder == "models/full"
 
@@ -126,101 +122,28 @@ def test_search_that_is_interrupted_goes_on_with_what_it_has(tmp_path: Path, mod
         search(tmp_path, model, {"listener": stop})
     steps: list[Event] = []
     found = search(tmp_path, model, {"listener": lambda event: steps.append(event)})
-    assert Searched.load(found.folder / "search.json").settings == {"method.learning_rate": GOOD}
+    assert Searched.load(found.folder / "search.json").rate.chosen == GOOD
     # The short trials and the first whole run are not made again.
     began = [event for event in steps if isinstance(event, StepLogged) and event.step == 1]
     assert len(began) == 1
     with in_this_process():
-        again = searching.run(search_job(tmp_path, model))
+        again = run_recipe(search_job(tmp_path, model))
     assert again.scores == found.scores
-
-
-@pytest.mark.long
-def test_other_settings_are_tried_in_whole_runs_and_only_the_best_weights_stay(tmp_path: Path, model: Path) -> None:
-    found = search(
-        tmp_path,
-        model,
-        method={"kind": "full", "learning_rate": BAD},
-        train={"num_train_epochs": 1},
-        search={"method.layerwise_lr_decay": [0.1, 0.001], "train.label_smoothing_factor": [0.0, 0.1]},
-    )
-    record = Searched.load(found.folder / "search.json")
-    assert sorted(one.name for one in record.tried) == ["1-1", "1-2", "2-1", "2-2", "usual"]
-    assert record.settings == max(record.tried, key=lambda one: one.metric).settings != {}
-    left = sorted(path.relative_to(found.folder).as_posix() for path in found.folder.rglob("model.safetensors"))
-    assert left == ["models/full/model.safetensors"]
-    scored = {path.parts[-3] for path in (found.folder / "search").glob("*/scores/*.npz")}
-    assert scored == {"usual", Path(record.place).name}, "the others' test rows are nobody's business"
-    assert [one.trial for one in Access.of_same_rows(found.folder)] == ["full-seed42"], "the search chose without them"
-    assert not (found.folder / "search" / ACCESSES).exists()
-    assert record.bought is not None
-    assert found.plan is not None
-    assert found.plan.layerwise_lr_decay == record.settings["method.layerwise_lr_decay"]
-    assert "differs from that with the recipe's own settings by" in (found.folder / "report.md").read_text(
-        encoding="utf-8"
-    )
-
-
-def test_more_combinations_than_trials_are_drawn_at_random_by_the_seed(tmp_path: Path, model: Path) -> None:
-    values = {"train.weight_decay": [0.0, 0.1], "train.warmup_ratio": [0.0, 0.1, 0.2, 0.3]}
-    one = search_job(tmp_path, model, method={"kind": "full"}, search={**values, "trials": 3})
-    drawn = searching._drawn(one)
-    assert drawn == searching._drawn(one)
-    assert len({str(settings) for settings in drawn}) == 3
-    assert all(settings[name] in values[name] for settings in drawn for name in values)
-
-
-@pytest.mark.long
-def test_settings_with_which_a_run_fails_count_as_tried(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = pipeline.run
-
-    def failing(job: Run, until: pipeline.Until = "report", measure: bool = False) -> Reached:
-        if job.recipe.train.weight_decay == 0.5:
-            raise DoesNotFitError("no room for it")
-        return whole(job, until, measure)
-
-    monkeypatch.setattr(pipeline, "run", failing)
-    found = search(tmp_path, model, method={"kind": "full"}, search={"train.weight_decay": [0.5, 0.0]})
-    record = Searched.load(found.folder / "search.json")
-    assert {one.name: one.problem for one in record.tried} == {"usual": "", "1": "no room for it", "2": ""}
-    assert "no room for it" in (found.folder / "report.md").read_text(encoding="utf-8")
-
-
-def test_budget_ends_a_search_with_the_best_so_far(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Each run takes 25 minutes.
-    monkeypatch.setattr(trial_folder, "lines_of", lambda path: [{"seconds": 1500.0}])
-    said: list[str] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, Said):
-            said.append(event.text)
-
-    values = {"train.weight_decay": [0.0, 0.1, 0.2, 0.3], "train.warmup_ratio": [0.0, 0.1, 0.2]}
-    found = search(tmp_path, model, {"listener": listen}, method={"kind": "full"}, search={**values, "budget": "1h"})
-    record = Searched.load(found.folder / "search.json")
-    assert record.time_was_up
-    assert len(record.tried) == 2, "a third one would end after an hour"
-    assert record.seconds == 3000
-    assert "the budget is used up: the best of the runs so far is taken" in said
 
 
 def test_budget_that_buys_no_search_is_refused_with_what_it_buys(tmp_path: Path, model: Path) -> None:
     with pytest.raises(
         RecipeError,
-        match=r"search.budget: 1s is too short.*two short trials and a whole run.* give --b",
+        match=r"compare.budget: 1s is too short.*two short trials and a whole run.* give --b",
     ):
-        search(tmp_path, model, search={"budget": "1s"})
+        search(tmp_path, model, compare={"budget": "1s"})
 
 
 def test_single_stages_do_not_pass_a_search_over(tmp_path: Path, model: Path) -> None:
     one = search_job(tmp_path, model)
     summary = pipeline.prepare(one)
     made = pipeline.make_plan(one, summary)
-    with pytest.raises(RecipeError, match="search: is a line of its own"):
+    with pytest.raises(RecipeError, match=r"method\.learning_rate: search takes several runs"):
         pipeline.train_trial(one, made, summary)
 
 

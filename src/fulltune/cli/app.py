@@ -97,7 +97,7 @@ def run(
 
     began = time.time()
     overrides = [*(set_ or []), *["method.learning_rate=search"] * search]
-    overrides += [f"search.budget={budget}"] if budget is not None else []
+    overrides += [f"compare.budget={budget}"] if budget is not None else []
     with stages.joined(target, overrides, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, overrides, run_folder, fresh, "report")
         reached = stages.finished(recipe, folder)

@@ -121,11 +121,11 @@ def reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: bo
     run_folder.hide_progress_bars()
     try:
         from fulltune.cli.show.run import Display
+        from fulltune.compare.rate_search import run_recipe
         from fulltune.pipeline import Run
-        from fulltune.search import run
 
         with Display(err, details) as display:
-            return run(Run(recipe, folder, listener=display, **settings), until, measure)
+            return run_recipe(Run(recipe, folder, listener=display, **settings), until, measure)
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None

@@ -30,7 +30,8 @@ def is_done(context: Context, trial: Trial) -> bool:
 
 
 def run_trial(context: Context, trial: Trial) -> TrialResult:
-    """A trial's result, trained if it is not there; a whole run keeps its model and outputs, those of test sealed."""
+    """A trial's result, trained if it is not there; a whole run keeps its model, of a comparison its outputs as well,
+    those of test sealed."""
     path = context.result_path(trial.name)
     if is_done(context, trial):
         result = TrialResult.load(path)
@@ -40,7 +41,7 @@ def run_trial(context: Context, trial: Trial) -> TrialResult:
             made, outcome, result = trained(context, trial)
             if trial.searches:
                 shutil.rmtree(context.folder / str(outcome.model_folder), ignore_errors=True)
-            else:
+            elif context.recipe.methods:  # a searched run is scored by the stage that follows
                 result = result.model_copy(update={"seconds_per_row": keep_rows(context, trial, made, outcome)})
         except Diverged as stop:
             seconds, problems = time.monotonic() - began, tuple(stop.problems)

@@ -22,7 +22,6 @@ from fulltune.recipe.model import (
     EvaluateBlock,
     ModelBlock,
     PreserveBlock,
-    SearchBlock,
     refuse,
 )
 from fulltune.recipe.tasks import TaskName
@@ -45,7 +44,6 @@ class Recipe(Block):
     """What `fulltune compare` compares, in place of `method`: each as there, or its kind alone."""
     train: TrainBlock = TrainBlock()
     preserve: PreserveBlock = PreserveBlock()
-    search: SearchBlock = SearchBlock()
     evaluate: EvaluateBlock = EvaluateBlock()
     compare: CompareBlock = CompareBlock()
     output: str = "runs"
@@ -101,7 +99,7 @@ class Recipe(Block):
         several = self.methods or self.is_searched
         for name in ("notice", "hang_timeout", *(() if several else placing)):
             del settings["train"][name]
-        settings["compare"]["budget"] = settings["search"]["budget"] = None  # more time goes on with the same one
+        settings["compare"]["budget"] = None  # more time goes on with the same one
         return settings
 
     def compared_kind(self, method: Any) -> ArmKind:
@@ -119,8 +117,8 @@ class Recipe(Block):
 
     @property
     def is_searched(self) -> bool:
-        """Several runs find the settings of this one."""
-        return not self.methods and (self.method.is_searched or bool(self.search.settings))
+        """Several runs find the learning rate of this one."""
+        return not self.methods and self.method.is_searched
 
     @property
     def kept_out(self) -> dict[str, str]:

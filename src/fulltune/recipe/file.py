@@ -18,7 +18,6 @@ from pydantic import BaseModel, ValidationError
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import rules as recipe_rules
-from fulltune.recipe import several_runs
 from fulltune.recipe.data import MixedFile
 from fulltune.recipe.fields import Recipe, resolve_paths
 from fulltune.recipe.model import NAME
@@ -113,7 +112,7 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
             if not gone:  # something is missing
                 raise RecipeError(problems) from None
             lost |= {name for name, why in gone if why != "extra_forbidden"}
-    found = [*recipe_rules.problems_of(recipe), *several_runs.problems_of(recipe)]
+    found = recipe_rules.problems_of(recipe)
     problems += _not_about(_placed(found, path, lines), lost)
     if problems:
         raise RecipeError(problems)

@@ -22,7 +22,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
 from fulltune.recipe.model import PreserveBlock
 from fulltune.recipe.tasks import FACTS, FORMS, READ_BY, Form
-from fulltune.recipe.training import OWN_OPTIMIZERS
+from fulltune.recipe.training import OWN_OPTIMIZERS, TrainBlock
 from fulltune.text import did_you_mean
 
 _EXCLUDED, _ELSEWHERE = (Path(__file__).with_name(f"{name}.toml") for name in ("excluded", "elsewhere"))
@@ -39,6 +39,10 @@ def check(recipe: Recipe) -> None:
 def problems_of(recipe: Recipe) -> list[str]:
     """Settings that are impossible by themselves, for the task or together, each with its name first. One that is
     written out with its default value is let through."""
+    return [*_of_one_run(recipe), *_wrong_search(recipe), *_wrong_arms(recipe)]
+
+
+def _of_one_run(recipe: Recipe) -> list[str]:
     fields = type(recipe.data).model_fields
     return [
         *(
@@ -114,6 +118,73 @@ def methods_of(recipe: Recipe) -> list[tuple[str, Arm]]:
     if not recipe.methods:
         return [("method", recipe.method)]
     return [(f"methods.{place}", method) for place, method in enumerate(recipe.methods)]
+
+
+def _wrong_search(recipe: Recipe) -> Iterable[str]:
+    """A search that searches nothing, or what is searched already."""
+    if recipe.methods:
+        for place, one in methods_of(recipe):
+            if getattr(one, "is_searched", False):
+                yield f"{place}.learning_rate: a comparison searches each method's rate anyway; remove it"
+        return
+    is_searched = recipe.is_searched
+    pairs = {
+        "compare.budget: nothing is compared or searched; name 'methods', or add 'learning_rate: search' to the block "
+        "method (--search)": not is_searched and recipe.compare.budget is not None,
+        "method.learning_rates: rates to search among have no effect on a single rate; add 'learning_rate: search', or "
+        "use 'fulltune compare'": not is_searched and recipe.method.learning_rates is not None,
+        "train.load_best_model_at_end: a search goes by the eval metric of the weights that are kept, and false keeps "
+        "the last ones whatever theirs is; remove it": is_searched and not recipe.train.load_best_model_at_end,
+    }
+    yield from (text for text, is_wrong in pairs.items() if is_wrong)
+
+
+SHARED = (
+    "seed",
+    "device",
+    "num_processes",
+    "num_machines",
+    "placement",
+    "offload",
+    "oversubscribe",
+    "precision",
+    "memory_limit",
+    "report_to",
+)
+"""Of the block `train`: what the arms of a comparison have in common."""
+
+
+def _wrong_arms(recipe: Recipe) -> Iterable[str]:
+    """What an arm of a comparison cannot have otherwise than the block `train`."""
+    for place, method in methods_of(recipe):
+        own = getattr(method, "train", {})
+        if not own:
+            continue
+        if not recipe.methods:
+            yield f"{place}.train: is for an arm of a comparison; write these settings into the block train"
+            continue
+        shared = [name for name in own if name in SHARED]
+        for name in shared:
+            yield f"{place}.train.{name}: all arms of a comparison have the same; write it into the block train"
+        try:
+            arm = recipe.with_method(method)
+        except ValidationError as error:
+            yield from (f"{place}.train{_wrong_setting(one, own)}" for one in error.errors())
+            continue
+        if not shared:
+            before = _of_one_run(recipe)
+            yield from (f"{place}.{problem}" for problem in _of_one_run(arm) if problem not in before)
+
+
+def _wrong_setting(error: Any, own: Mapping[str, Any]) -> str:
+    """What is wrong with a setting of an arm, after its name."""
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        hint = did_you_mean(name, list(TrainBlock.model_fields))
+        return f".{name}: unknown setting{'; ' * bool(hint)}{hint}"
+    said = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected").split(", unable")[0]
+    given = f"; found {own[name]!r}" if name in own and "found" not in said else ""
+    return f"{'.' * bool(name)}{name}: {said}{given}"
 
 
 def _impossible_metric(recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a comparison of methods and a search for settings write to disk: trials, rates, differences, the verdict.
+"""What a comparison of methods and a search for a rate write to disk: trials, rates, differences, the verdict.
 
 Differences are *oriented*: full fine-tuning minus the other arm in units of the metric, with the sign turned where
 smaller is better, so that a positive number means that full fine-tuning is better.
@@ -78,59 +78,17 @@ class Search(Record):
     """There was no time to search, so that it is the usual rate, or to search further; with more time it is done."""
 
 
-class TriedSettings(Record):
-    """One combination of settings, in a whole run."""
-
-    name: str
-    """Of its folder in `search`."""
-    settings: dict[str, Any]
-    """Dotted names to values; empty: the recipe's own."""
-    metric: float
-    """On the eval rows; NaN: it failed."""
-    seconds: float
-    problem: str = ""
-
-
 class Searched(Record):
-    """A search that ended."""
+    """A search for a run's learning rate that ended."""
 
     trial: str
     """The run whose weights are kept, as it is called in `attempts` and `scores`."""
-    place: str
-    """The folder in which it was trained, relative to the run folder."""
-    settings: dict[str, Any]
-    own: dict[str, Any] = Field(default_factory=dict)
-    """What the recipe, or else the plan, has for the settings that were searched."""
-    reason: str
+    rate: Search
     metric_name: str
-    greater_is_better: bool
     eval_rows: int
-    rate: Search | None = None
-    """How the learning rate was found; None: other settings were searched."""
-    tried: tuple[TriedSettings, ...] = ()
-    """Whole runs with other settings and with the recipe's own, the best first."""
-    num_combinations: int = 0
-    bought: Estimate | None = None
-    """The metric on the test rows less that of the usual settings, trained with the same seed; None: they are the
-    same, or were not trained."""
-    confidence: float = 0.95
-    """Level of that interval."""
     seconds: float
     """Of the whole search, the kept run included."""
     run_seconds: float
-    budget_seconds: float | None = None
-    time_was_up: bool = False
-
-    @property
-    def in_words(self) -> str:
-        """What was chosen, and why."""
-        chosen = ", ".join(f"{name} {value}" for name, value in self.settings.items()) or "the recipe's own settings"
-        return f"search: taking {chosen}: {self.reason.removeprefix('searched: ')}"
-
-    @property
-    def cost(self) -> float:
-        """In whole runs."""
-        return self.seconds / self.run_seconds if self.run_seconds else 0.0
 
 
 # ---- a design --------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_machines_that_are_not_the_recipes_are_refused(hardware: str, train: dic
     ("blocks", "several"),
     [
         ({"methods": ["full", "lora"]}, "a comparison"),
-        ({"search": {"train.num_train_epochs": [1, 2]}}, "a search"),
+        ({"method": {"learning_rate": "search"}}, "a search"),
     ],
 )
 def test_several_runs_stay_on_one_machine(blocks: dict[str, Any], several: str) -> None:

@@ -6,12 +6,11 @@ import math
 import shlex
 from dataclasses import replace
 
-from fulltune.records.comparison import Search, Searched
+from fulltune.records.comparison import Searched
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
     Bullets,
-    Cell,
     Code,
     Figures,
     Folded,
@@ -27,8 +26,8 @@ from fulltune.report.run import about_data, about_scores, about_training, held
 from fulltune.report.run.about_data import row_words
 from fulltune.report.run.model_card import how_to_load
 from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import difference, facts_of, judge, next_steps
-from fulltune.text import counted, format_metric, format_number, format_seconds, format_share, listed
+from fulltune.report.run.verdict import facts_of, judge, next_steps
+from fulltune.text import format_metric, format_number, format_seconds, format_share
 
 _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
 """The first one there stands in the terminal beside the main one."""
@@ -148,38 +147,23 @@ def _how_to_go_on(status: str | None) -> str:
 
 
 def search(view: RunView) -> Section | None:
-    """None for a run whose settings were not searched."""
+    """None for a run whose learning rate was not searched."""
     found = view.searched
     if found is None:
         return None
-    name, rate = words.metric_name(found.metric_name), found.rate
-    if rate is not None:
-        chosen = f"The learning rate is {format_number(rate.chosen)}: {rate.reason}."
-        chosen += " It lies at the edge of those tried: a better one may lie beyond." if rate.on_edge else ""
-        blocks = _rates(found, rate)
-    else:
-        said = listed([f"{setting} {words.setting_value(value)}" for setting, value in found.settings.items()])
-        chosen = f"The best of {counted(len(found.tried), 'whole run')} had {said}."
-        if not found.settings:
-            chosen = "The recipe's own settings are kept: no others were ahead by more than the eval rows can tell."
-        blocks = [_settings(found)]
-    if found.bought is not None:
-        usual, ahead = "the usual rate" if rate else "the recipe's own settings", found.bought
-        chosen += (
-            f" On the test rows, which chose nothing, the {name} differs from that with {usual} by "
-            f"{difference(found.metric_name, ahead, found.confidence)}."
-        )
+    rate = found.rate
+    chosen = f"The learning rate is {format_number(rate.chosen)}: {rate.reason}."
+    chosen += " It lies at the edge of those tried: a better one may lie beyond." if rate.on_edge else ""
+    times = found.seconds / found.run_seconds if found.run_seconds else 0.0
     late = "; its budget was used up before it ended: 'fulltune run' with a larger --budget and --fresh tries more"
-    took = f"The search took {format_seconds(found.seconds)}, {found.cost:.1f} times the run that was taken"
-    cost = f"{took}{late if found.time_was_up else ''}. {found.eval_rows:,} eval rows chose."
-    return Section("search", "Search", (Paragraph(chosen), *blocks, Paragraph(cost)))
+    took = f"The search took {format_seconds(found.seconds)}, {times:.1f} times the run that was taken"
+    cost = f"{took}{late if rate.time_was_up else ''}. {found.eval_rows:,} eval rows chose."
+    return Section("search", "Search", (Paragraph(chosen), *_rates(found), Paragraph(cost)))
 
 
-def _rates(found: Searched, search: Search) -> list[Block]:
-    name = words.metric_name(found.metric_name)
+def _rates(found: Searched) -> list[Block]:
+    name, search = words.metric_name(found.metric_name), found.rate
     short, whole = search.tried, search.whole
-    if not short and not whole:
-        return []
     rows: tuple[Row, ...] = tuple(
         (
             format_number(rate),
@@ -193,23 +177,6 @@ def _rates(found: Searched, search: Search) -> list[Block]:
     series = [Series("short runs", tuple(short.items())), Series("whole runs", tuple(whole.items()), filled=True)]
     title, said = f"{name} on the eval rows by learning rate", "see the table; dashed: the chosen rate."
     return [Figures((series_plot(title, series, found.metric_name, LEARNING_RATE, search.chosen, said),)), table]
-
-
-def _settings(found: Searched) -> Table:
-    rows = tuple(
-        (
-            *(Cell(words.setting_value((one.settings or found.own)[name]), foreign=True) for name in found.own),
-            Cell(one.problem, foreign=True) if one.problem else _metric(found, one.metric),
-            format_seconds(one.seconds),
-            ", ".join([*["the recipe's own"] * (not one.settings), *["chosen"] * (one.settings == found.settings)]),
-        )
-        for one in found.tried
-    )
-    caption = (
-        f"Whole runs: the recipe's own settings, and {len(found.tried) - 1} of {found.num_combinations:,} combinations"
-    )
-    width, name = len(found.own), words.metric_name(found.metric_name)
-    return Table(caption, (*found.own, f"{name} on the eval rows", "time", ""), rows, frozenset({width, width + 1}))
 
 
 def _metric(found: Searched, value: float) -> str:

@@ -149,7 +149,7 @@ class RunView:
     missing: tuple[tuple[str, str], ...] = ()
     """Parts of the report that cannot be shown, and why."""
     searched: Searched | None = None
-    """How its settings were searched."""
+    """How its learning rate was searched."""
     held: HeldRun | None = None
     """How it was held to a budget."""
     accesses: tuple[Access, ...] = ()

@@ -123,7 +123,6 @@ _ONE_CLASS = 0.98
 """Share of the test rows that get the same label from a model that tells nothing apart."""
 _UNEVEN = 2.0
 """A label with so many times the rows that the others have on average draws a model to itself."""
-_RATE, _LENGTH = "method.learning_rate", {"train.num_train_epochs", "train.max_steps"}
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,8 @@ class RunFacts:
     train_rows: int = 0
     labels: int = 0
     """Of rows that have one each; 0: another problem."""
-    searched: frozenset[str] = frozenset()
-    """Settings that a search has tried: it is not for a reader to try them again."""
+    rate_searched: bool = False
+    """It is not for a reader to try other rates again."""
     bar: str = "the baseline"
     """What the verdict compares with."""
     blind: str = ""
@@ -169,7 +168,6 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     if entities and not any(entities):
         blind = blind or "Not one entity of the test rows is found"
     bar = strongest_untrained(view.scores, row.main_metric, row.greater_is_better)
-    tried = [view.searched.settings, *(one.settings for one in view.searched.tried)] if view.searched else []
     return RunFacts(
         verdict=headline.kind,
         plan=plan,
@@ -178,7 +176,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         fit=fit_of(view),
         train_rows=train.rows if train else 0,
         labels=len(summary.labels) if summary and summary.form.is_calibrated else 0,
-        searched=frozenset(name for settings in tried for name in settings),
+        rate_searched=view.searched is not None,
         bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
         blind=blind,
         gives_the_usual=is_usual,
@@ -213,7 +211,7 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
         return (f"{_capital(run.curves.on_eval)} is {value}: nothing is left to gain there. {kept}.",)
     found = [*_more_rows(run), *_other_settings(run)]
     if not found:
-        others = f"other rates, {_rate(run, 1 / 3)} or {_rate(run, 3)}, or " if _RATE not in run.searched else ""
+        others = f"other rates, {_rate(run, 1 / 3)} or {_rate(run, 3)}, or " if not run.rate_searched else ""
         found.append(f"The curves show no reason. Try {others}more train rows than these {run.train_rows:,}")
     return tuple(f"{one}." for one in [*found, *narrower])
 
@@ -251,11 +249,10 @@ def _other_settings(run: RunFacts) -> Iterator[str]:
     elif longer := _reasons_to_go_on(run):
         times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, run.plan.total_steps))))
         length = f"{_capital(listed(longer))}. Train for longer: {_length(run, times)}"
-    found = [rate] * (bool(rate) and _RATE not in run.searched)
-    found += [length] * (bool(length) and not run.searched & _LENGTH)
+    found = [rate] * (bool(rate) and not run.rate_searched) + [length] * bool(length)
     if run.blind and not weights_may_help:
         rates = f"Try a lower rate, {_rate(run, 1 / 3)}, or a higher one, {_rate(run, 3)}"
-        found[:1] = [f"{run.blind}. {found[0] if found else rates if _RATE not in run.searched else 'Use more rows'}"]
+        found[:1] = [f"{run.blind}. {found[0] if found else rates if not run.rate_searched else 'Use more rows'}"]
     yield from found
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from fulltune.errors import FulltuneError, RecipeError, SetupError
 from fulltune.recipe import rules as recipe_rules
-from fulltune.recipe import several_runs
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import NO_PACKAGES, as_arguments
 from fulltune.recipe.training import OWN_OPTIMIZERS
@@ -21,7 +20,7 @@ from fulltune.system import sharing
 def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     """Refuse what cannot be trained, before any row is read: by the recipe alone, by an engine's settings, and, if it
     runs here, by missing packages."""
-    problems = [*recipe_rules.problems_of(recipe), *several_runs.problems_of(recipe)]
+    problems = recipe_rules.problems_of(recipe)
     if recipe.train.engine_by:
         try:
             sharing.settings(recipe)
