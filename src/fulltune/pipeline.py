@@ -15,8 +15,7 @@ from fulltune.audit.untouched import Reader
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.evaluate.scoring import Scoring, UserMetrics
 from fulltune.forgetting.generic_text import check_texts
-from fulltune.models.base import Base
-from fulltune.models.files import check_weights
+from fulltune.models.base import Base, check_weights
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary
@@ -145,7 +144,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     job.hooks.check(job.recipe)
     try:
         if runs_here:
-            check_weights(job.recipe.model, job.base.files)
+            check_weights(job.base)
         config = job.base.config
     except SetupError as error:
         raise SetupError([*error.problems, *data.wrong_files(job.recipe, job.hooks.preprocess)]) from None
@@ -173,7 +172,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
 def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:
     """What is wrong with single rows; with `reads_rows` the untouched model also judges labels and finds outliers."""
     if reads_rows and stage.by_model(summary):
-        check_weights(job.recipe.model, job.base.files)
+        check_weights(job.base)
     job.phase("auditing the rows")
     return stage.audit(reader_of(job, summary), reads_rows)
 

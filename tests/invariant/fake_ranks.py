@@ -106,7 +106,7 @@ def count_of(config: Any, task: Task) -> int:
 def sizes_of(cell: Cell) -> dict[str, Any]:
     """What a plan knows of the model: its shapes and its footprint, as they are kept beside a plan."""
     case = cell.case
-    base = Base(ModelBlock(name="model"), cell.task, mock.Mock(), case.config)
+    base = Base(ModelBlock(name="model"), cell.task, None, case.config)
     return {"shapes": shapes_of(base, {}).model_dump(), "footprint": traced(case).model_dump()}
 
 

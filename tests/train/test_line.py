@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from fulltune import pipeline
-from fulltune.models import base, files
+from fulltune.models import base
 from fulltune.recipe.model import ModelBlock
 from fulltune.train.hooks import Hooks
 from fulltune.train.worker import main
@@ -33,13 +33,15 @@ def test_run_finds_its_model_and_reads_config_and_tokenizer_once_in_each_process
         now = here
         return outcome
 
+    locate, read = base.locate, base.reading
+
     def located(block: ModelBlock) -> Any:
         now[f"{Path(block.name).name}: place"] += 1
-        return files.locate(block)
+        return locate(block)
 
-    def reading(block: ModelBlock, what: str, read: Any) -> Any:
+    def reading(block: ModelBlock, what: str, call: Any) -> Any:
         now[f"{Path(block.name).name}: {what}"] += 1
-        return files.reading(block, what, read)
+        return read(block, what, call)
 
     job = runs.job(tmp_path, tiny_encoder, tiny.topic_rows(40), method={"kind": method}, train={"num_train_epochs": 1})
     with (

@@ -12,8 +12,10 @@ from huggingface_hub import constants
 
 from fulltune.errors import SetupError
 from fulltune.methods.folder import share
-from fulltune.models import files
+from fulltune.models import base
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.model import ModelBlock
+from fulltune.tasks.settings import check_model
 from tests import tiny
 
 
@@ -28,24 +30,28 @@ def _run(folder: Path, *methods: str) -> Path:
 
 def test_run_means_its_trained_model(tmp_path: Path) -> None:
     run = _run(tmp_path / "run", "full")
-    assert files.locate(ModelBlock(name=str(run))).name_or_path == str(run / "models" / "full")
+    assert base.locate(ModelBlock(name=str(run))) == run / "models" / "full"
 
 
 def test_run_without_a_model_or_with_several_says_what_to_write(tmp_path: Path) -> None:
     run = _run(tmp_path / "run")
     with pytest.raises(SetupError, match=f"is a run without a finished model; end it with 'fulltune run {run}'"):
-        files.locate(ModelBlock(name=str(run)))
+        base.locate(ModelBlock(name=str(run)))
     _run(run, "full", "lora")
     with pytest.raises(SetupError, match=f"several models; write one: {run}/models/full, {run}/models/lora"):
-        files.locate(ModelBlock(name=str(run)))
+        base.locate(ModelBlock(name=str(run)))
 
 
 def test_part_of_a_model_is_not_trained_on(tmp_path: Path) -> None:
-    found = files.locate(ModelBlock(name=str(_run(tmp_path / "run", "lora"))))
-    files.refuse_partial(ModelBlock(name="run"), found)
-    (Path(found.name_or_path) / "adapter_config.json").write_text("{}")
+    recipe = Recipe.model_validate(
+        {"model": str(_run(tmp_path / "run", "lora")), "task": "text-classification", "data": {"train": "a.csv"}}
+    )
+    found = base.Base.of(recipe.model)
+    check_model(recipe, found)
+    assert found.path is not None
+    (found.path / "adapter_config.json").write_text("{}")
     with pytest.raises(SetupError, match=r"holds only what a method trained .* 'fulltune merge .*models/lora --output"):
-        files.refuse_partial(ModelBlock(name="run"), found)
+        check_model(recipe, found)
 
 
 @pytest.mark.parametrize("is_known", [True, False])
@@ -59,14 +65,14 @@ def test_hub_whose_name_is_unknown_is_not_asked(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(files, "getproxies", dict)
+    monkeypatch.setattr(base, "getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    files._offline_without_network.cache_clear()
+    base._offline_without_network.cache_clear()
     for _ in range(2):
-        files.locate(ModelBlock(name="some/model"))
+        base.locate(ModelBlock(name="some/model"))
     assert (constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"]) == (not is_known, "01"[not is_known])
     assert caplog.text.count("cannot be reached") == (not is_known)
-    files._offline_without_network.cache_clear()
+    base._offline_without_network.cache_clear()
 
 
 def test_files_of_a_model_can_be_read_by_whoever_may_read_its_config(tmp_path: Path) -> None:

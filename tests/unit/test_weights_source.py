@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.models.files import ModelFiles, is_quantised, locate
+from fulltune.models.base import is_quantised, locate
 from fulltune.recipe.model import ModelBlock
 
 
@@ -24,8 +24,8 @@ def test_gguf_file_is_quantised_where_its_tensors_are(kind: str, quantised: bool
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert is_quantised(ModelFiles(str(tmp_path), gguf_file="weights.gguf")) == quantised
-    assert not is_quantised(ModelFiles(str(tmp_path)))
+    assert is_quantised(tmp_path / "weights.gguf") == quantised
+    assert not is_quantised(tmp_path)
 
 
 def test_missing_package_is_named_with_the_command_that_suffices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ from fulltune import plan
 from fulltune.compare import budget, rates
 from fulltune.compare.context import settings_of
 from fulltune.compare.seeds import SeedRuns
-from fulltune.models.base import Base
-from fulltune.models.files import is_quantised
+from fulltune.models.base import Base, is_quantised
 from fulltune.models.shapes import shapes_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import VARIANT
@@ -274,7 +273,7 @@ def rows_in_train(summary: DataSummary) -> str:
 
 
 def _weights_source(base: Base) -> Literal["plain", "gguf"]:
-    return "gguf" if is_quantised(base.files) else "plain"
+    return "gguf" if is_quantised(base.path) else "plain"
 
 
 def opened_by_others(folder: Path) -> tuple[str, ...]:

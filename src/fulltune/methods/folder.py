@@ -12,8 +12,7 @@ from pydantic import TypeAdapter
 from fulltune import files
 from fulltune.errors import SetupError
 from fulltune.methods import BY_HOOKS, Applied, apply, trained
-from fulltune.models.base import Base
-from fulltune.models.files import json_object
+from fulltune.models.base import Base, json_object
 from fulltune.models.load import load as load_model
 from fulltune.models.sharding import like
 from fulltune.recipe.methods import PROMPT_MODULE, Method

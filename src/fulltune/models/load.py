@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
 from fulltune.models import checkpoint_head, sharding
-from fulltune.models.base import Base
+from fulltune.models.base import Base, check_weights, reading, source_of
 from fulltune.models.checkpoint_head import Head
-from fulltune.models.files import check_weights, reading
 from fulltune.recipe.model import ModelBlock
 
 if TYPE_CHECKING:
@@ -46,15 +45,15 @@ def load(
     Raises:
         SetupError: When the weights cannot be read or leave other parameters than the head's uninitialised.
     """
-    block, files = block or base.block, base.files
-    check_weights(base.block, files)
+    block = block or base.block
+    check_weights(base)
     config = base.configured(config_changes, block.dropout)
-    keywords = files.keywords(block) | {"dtype": torch_dtype(block.weights_dtype), "config": config}
+    keywords = source_of(block, base.path) | {"dtype": torch_dtype(block.weights_dtype), "config": config}
     if block.attn_implementation:
         keywords["attn_implementation"] = block.attn_implementation
     # A head for other classes is replaced by a new one; tensors of the body that do not fit are refused below.
     keywords["ignore_mismatched_sizes"] = head_is_new
-    if not files.gguf_file:
+    if "gguf_file" not in keywords:
         keywords["use_safetensors"] = None if block.allow_pickled_weights else True
     loader = base.model_class.from_pretrained
     if (module := type(config).__module__).startswith("transformers.models."):
@@ -65,7 +64,7 @@ def load(
         loader = shared.from_pretrained
     before_weights()
     with _quiet():
-        model, info = reading(block, "model", lambda: loader(files.name_or_path, output_loading_info=True, **keywords))
+        model, info = reading(block, "model", lambda: loader(output_loading_info=True, **keywords))
     missing = _check_loaded(model, info, block, head_is_new)
     if head_is_new:
         head = checkpoint_head.expected_head(base.config, type(model).__name__, config_changes)

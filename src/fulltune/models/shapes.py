@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
 from fulltune.models import checkpoint_head, sharding
-from fulltune.models.base import Base
-from fulltune.models.files import reading
+from fulltune.models.base import Base, reading
 from fulltune.models.sharding import Units
 from fulltune.records.base import Record
 

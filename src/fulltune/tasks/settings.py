@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from fulltune.errors import RecipeError, SetupError
 from fulltune.models.base import Base
-from fulltune.models.files import refuse_partial
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import conflicts
 from fulltune.recipe.tasks import FACTS, TaskFacts
@@ -18,7 +17,12 @@ if TYPE_CHECKING:
 
 def check_model(recipe: Recipe, base: Base) -> None:
     """Refuse a model that the task cannot use or that cannot be trained here."""
-    refuse_partial(base.block, base.files)
+    if base.path is not None and (base.path / "adapter_config.json").exists():
+        # Training would go on with the model beside it.
+        raise SetupError(
+            f"model: {base.block.name}: holds only what a method trained beside its pretrained model; make them one "
+            f"(LoRA, head) with 'fulltune merge {base.path} --output WHOLE', and write model: WHOLE"
+        )
     problem = unfit(base.config, FACTS[recipe.task])
     experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
     if problem is None and any(isinstance(count, int) and count > 1 for count in experts):

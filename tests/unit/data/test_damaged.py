@@ -18,7 +18,7 @@ from fulltune.data.readers.read import beside, content_hash, locate
 from fulltune.data.sources import find_files
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import load_texts
-from fulltune.models import files as model_files
+from fulltune.models import base as model_base
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import PLACE, Target, question_answering
@@ -282,7 +282,7 @@ def test_model_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(SetupError, match=r"model.safetensors is not a whole safetensors file \(Permission denied\)"):
-        model_files._check_whole(tmp_path / "model.safetensors", "m")
+        model_base._check_whole(tmp_path / "model.safetensors", "m")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------
