@@ -47,7 +47,7 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.system.sharing import Sharing
-from fulltune.tasks import LossSettings, Target, Task, seq2seq, task_named
+from fulltune.tasks import Target, Task, seq2seq, task_named
 from fulltune.tasks.padding import TRAINED, trained_places
 
 STEPS = 2
@@ -207,7 +207,7 @@ def _micro_batch(cell: Cell, case: Case, model: Any, batch: dict[str, Any]) -> N
     del outputs
     if isinstance(logits, torch.Tensor):  # accelerate hands outputs on in float32
         logits = logits.float()
-    loss = case.task.loss(logits, wanted, case.target, LossSettings())
+    loss = case.task.loss(logits, wanted, case.target)
     del logits
     (loss / cell.accumulation).backward()
 

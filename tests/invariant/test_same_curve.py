@@ -102,7 +102,7 @@ def test_any_micro_batch_and_recomputing_give_the_same_curve(case: str, tmp_path
 def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path: Path) -> None:
     """The loss of step 1, computed anew by hand on the untrained model and the first global batch."""
     from fulltune.inference.store import Rows
-    from fulltune.tasks import LossSettings, Target, task_named
+    from fulltune.tasks import Target, task_named
     from fulltune.train.loop.sampler import GlobalBatchSampler
     from fulltune.train.worker.loading import untouched, with_method
 
@@ -122,6 +122,6 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     labels = batch.pop("labels")
     items = int((labels[:, 1:] != -100).sum()) if case == "answers" else 8
     with torch.no_grad():
-        expected = float(task.loss(untrained(**batch).logits, labels, target, LossSettings())) / items
+        expected = float(task.loss(untrained(**batch).logits, labels, target)) / items
 
     assert losses(tmp_path)[0] == pytest.approx(expected, rel=1e-4)

@@ -20,7 +20,7 @@ from fulltune.footprint.watch import Case
 from fulltune.models import dropout
 from fulltune.models.base import Base
 from fulltune.recipe.model import ModelBlock
-from fulltune.tasks import LossSettings, Target, task_named
+from fulltune.tasks import Target, task_named
 from tests import tiny
 
 TARGETS = {
@@ -132,11 +132,11 @@ def _saved_bytes(case: Case) -> int:
     head = tracing._head(case.task, model)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if head is None:
-            loss = case.task.loss(model(**batch).logits, labels, case.target, LossSettings())
+            loss = case.task.loss(model(**batch).logits, labels, case.target)
         else:
             with head.only(labels):
                 logits = model(**batch).logits
-            loss = case.task.loss(logits, labels, case.target, LossSettings())
+            loss = case.task.loss(logits, labels, case.target)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert loss.requires_grad
     return sum(size for pointer, size in saved.items() if pointer not in weights)

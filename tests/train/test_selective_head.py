@@ -9,7 +9,7 @@ import torch
 
 from fulltune.inference import selective_head
 from fulltune.inference.run import logits_of
-from fulltune.tasks import LossSettings, Target, causal_lm
+from fulltune.tasks import Target, causal_lm
 from tests import tiny
 from tests.train import runs
 
@@ -68,7 +68,7 @@ def test_with_a_loss_of_the_users_own_all_logits_are_there(tmp_path: Path) -> No
     def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         logits = logits_of(outputs)
         shapes.append(logits.dim())
-        return causal_lm.loss(logits, labels, TARGET, LossSettings()) / num_items_in_batch
+        return causal_lm.loss(logits, labels, TARGET) / num_items_in_batch
 
     options = {"compute_loss": compute_loss}
     outcome = runs.run(

@@ -23,7 +23,7 @@ from fulltune.inference.run import autocast, logits_of
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models.load import torch_dtype
 from fulltune.models.pixels import PIXELS
-from fulltune.tasks import LossSettings, Target, Task, seq2seq
+from fulltune.tasks import Target, Task, seq2seq
 
 _aten: Any = torch.ops.aten
 _DEVICE: Any = torch.ops.prim.device.default
@@ -373,7 +373,7 @@ def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, tr
     with autocast(model, "fp32" if case.weights_dtype == "bf16" else case.precision), selecting:
         logits = logits_of(model(**inputs)).float()
     watch.place = "forward loss"
-    loss = case.task.loss(logits, labels, case.target, LossSettings())
+    loss = case.task.loss(logits, labels, case.target)
     del logits
     if training:
         watch.place = "backward head"

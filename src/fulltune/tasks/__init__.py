@@ -159,8 +159,16 @@ class Task(Protocol):
         (`length` among them) are left out.
         """
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
-        """Loss of each item, summed: a scalar. The caller divides by the number of items.
+    def loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        target: Target,
+        smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+    ) -> torch.Tensor:
+        """Loss of each item, with smoothed labels and weighed classes, summed: a scalar. The caller divides by the number
+        of items.
 
         `logits[batch, ...]` is what `fulltune.inference.run.logits_of` gives: the model's `logits`, or for spans start
         and end side by side, `logits[batch, tokens, 2]`. `labels[batch, ...]` is what `collate` made; for models that
@@ -227,14 +235,6 @@ class Task(Protocol):
 
     def score_answers(self, answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
         """Scores of generated answers, for `metrics`: name to array whose first axis is the answer."""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """What shapes the loss besides the model."""
-
-    label_smoothing: float = 0.0
-    class_weights: Sequence[float] | None = None
 
 
 def task_named(name: TaskName) -> Task:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fulltune.records.data import DataSummary
 from fulltune.records.scores import Answer
-from fulltune.tasks import Count, Encoded, LossSettings, Predictions, Row, Target, Value
+from fulltune.tasks import Count, Encoded, Predictions, Row, Target, Value
 
 if TYPE_CHECKING:
     import torch
@@ -136,12 +136,24 @@ def label_words(value: Any, target: Target) -> str:
     return ", ".join(chosen) or "(none)"
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+def loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    target: Target,
+    smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+) -> torch.Tensor:
     """`row_losses`, summed: a scalar."""
-    return row_losses(logits, labels, target, settings).sum()
+    return row_losses(logits, labels, target, smoothing, class_weights).sum()
 
 
-def row_losses(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+def row_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    target: Target,
+    smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
 
     The error of a number is in units of the train rows' standard deviation, where that is known, whatever the logits'
@@ -151,17 +163,16 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor, target: Target, setti
     import torch.nn.functional as F
 
     logits = logits.float()
-    weights = None if settings.class_weights is None else logits.new_tensor(list(settings.class_weights))
-    smooth = settings.label_smoothing
+    weights = None if class_weights is None else logits.new_tensor(list(class_weights))
     if target.form.is_number:
         shift, factor = target.logit_scale
         expected = ((labels.double() - shift) / factor).float()  # in the logits' units: near 1e8 fp32 has no ones
         unit = target.scale[1] if target.scale else 1.0
         return ((logits.squeeze(-1) - expected) * (factor / unit)).square()
     if target.form.several_labels:
-        soft = labels * (1 - smooth) + smooth / 2
+        soft = labels * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none").mean(dim=-1)
-    return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smooth, reduction="none")
+    return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
 
 
 def count_items(labels: torch.Tensor) -> int:
@@ -176,7 +187,7 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
     if target.form.is_number:
         shift, factor = target.logit_scale
         kept = (factor * logits.double() + shift).float()
-    return {"logits": kept, "labels": labels, "loss": row_losses(logits, labels, target, LossSettings())}
+    return {"logits": kept, "labels": labels, "loss": row_losses(logits, labels, target)}
 
 
 def metrics(kept: Predictions, target: Target) -> dict[str, float]:

@@ -23,7 +23,6 @@ from fulltune.tasks import (
     Count,
     Encoded,
     Example,
-    LossSettings,
     Predictions,
     Refused,
     Row,
@@ -279,14 +278,20 @@ def log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return logits.float().masked_fill(~is_token.unsqueeze(-1), -math.inf).log_softmax(dim=1)
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+def loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    target: Target,
+    smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Mean of the cross entropies of first and last token, summed over windows: see `log_chances`."""
     chances = log_chances(logits, labels)
     plain = -_at_answer(chances, labels).mean(dim=-1)
-    if not settings.label_smoothing:
+    if not smoothing:
         return plain.sum()
     everywhere = -chances.masked_fill(chances.isinf(), 0.0).sum(dim=1).mean(dim=-1) / labels[:, TOKENS]
-    return ((1 - settings.label_smoothing) * plain + settings.label_smoothing * everywhere).sum()
+    return ((1 - smoothing) * plain + smoothing * everywhere).sum()
 
 
 def _at_answer(chances: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

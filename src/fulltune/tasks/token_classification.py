@@ -20,7 +20,6 @@ from fulltune.tasks import (
     Count,
     Encoded,
     Example,
-    LossSettings,
     Predictions,
     Refused,
     Row,
@@ -262,10 +261,16 @@ def seen_words(features: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+def loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    target: Target,
+    smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Cross entropy of the labelled words, summed, of `logits[batch, tokens, labels]` and `labels[batch, tokens]`."""
     # PyTorch's loss of a label of -100 is 0: picking the others would have the host wait for the device.
-    return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, settings).sum()
+    return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, smoothing, class_weights).sum()
 
 
 def count_items(labels: torch.Tensor) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.tasks import Count, LossSettings, Predictions, Target, Value
+from fulltune.tasks import Count, Predictions, Target, Value
 from fulltune.tasks.classes import ROWS, arrays, over_all, per_token, ratio
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED
@@ -21,7 +21,14 @@ Wanted = Callable[["torch.Tensor"], "torch.Tensor"]
 """From `labels[batch, tokens]` to the token that each logit should give, -100 where nothing is trained."""
 
 
-def loss(wanted: Wanted, logits: Any, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+def loss(
+    wanted: Wanted,
+    logits: Any,
+    labels: torch.Tensor,
+    target: Target,
+    smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Cross entropy of the trained tokens, summed: a scalar. Other places are left out before the float32 copy.
 
     `logits[batch, tokens, vocabulary]` and `labels[batch, tokens]`; or of the trained tokens only what they should
@@ -33,7 +40,7 @@ def loss(wanted: Wanted, logits: Any, labels: torch.Tensor, target: Target, sett
         tokens = wanted(labels)
         chosen = tokens != IGNORED
         logits, labels = _picked(logits, chosen), tokens[chosen]
-    return chunked_loss.summed_loss(logits, labels, settings.label_smoothing)
+    return chunked_loss.summed_loss(logits, labels, smoothing)
 
 
 def count_items(wanted: Wanted, labels: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fulltune.tasks import LossSettings, Target, causal_lm, text_classification
+from fulltune.tasks import Target, causal_lm, text_classification
 from fulltune.tasks.columns import named
 
 SINGLE = Target("single_label", {}, ("a", "b", "c"))
@@ -26,7 +26,7 @@ def logits() -> torch.Tensor:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_single_label_is_cross_entropy(logits: torch.Tensor, smoothing: float) -> None:
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    found = text_classification.loss(logits, labels, SINGLE, LossSettings(smoothing))
+    found = text_classification.loss(logits, labels, SINGLE, smoothing)
     assert torch.isclose(found / 6, torch.nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, labels))
     assert text_classification.count_items(labels) == 6
 
@@ -35,7 +35,7 @@ def test_loss_single_label_with_class_weights_scales_each_row(logits: torch.Tens
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     weights = torch.tensor([1.0, 2.0, 0.5])
     expected = (F.cross_entropy(logits, labels, reduction="none") * weights[labels]).sum()
-    found = text_classification.loss(logits, labels, SINGLE, LossSettings(class_weights=[1.0, 2.0, 0.5]))
+    found = text_classification.loss(logits, labels, SINGLE, class_weights=[1.0, 2.0, 0.5])
     assert torch.isclose(found, expected)
 
 
@@ -43,13 +43,13 @@ def test_loss_single_label_with_class_weights_scales_each_row(logits: torch.Tens
 def test_loss_multi_label_is_binary_cross_entropy(logits: torch.Tensor, smoothing: float) -> None:
     labels = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1]])
     soft = labels * (1 - smoothing) + 0.5 * smoothing
-    found = text_classification.loss(logits, labels, MULTI, LossSettings(smoothing))
+    found = text_classification.loss(logits, labels, MULTI, smoothing)
     assert torch.isclose(found / 6, torch.nn.BCEWithLogitsLoss()(logits, soft))
 
 
 def test_loss_regression_is_squared_error() -> None:
     outputs, labels = torch.tensor([[0.5], [2.0]]), torch.tensor([0.0, 3.0])
-    assert text_classification.loss(outputs, labels, NUMBER, LossSettings()) == pytest.approx(1.25)
+    assert text_classification.loss(outputs, labels, NUMBER) == pytest.approx(1.25)
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_loss_of_numbers_is_in_units_of_their_spread_whatever_the_logits_are_in(
 
     assert kept["loss"] == pytest.approx([1.0, 2.25], rel=1e-3)
     assert kept["logits"].squeeze(-1) == pytest.approx(given.tolist(), abs=1e-3 * spread)
-    assert text_classification.loss(logits, true.float(), target, LossSettings()) == pytest.approx(3.25, rel=1e-3)
+    assert text_classification.loss(logits, true.float(), target) == pytest.approx(3.25, rel=1e-3)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_of_tokens_is_shifted_and_masked(smoothing: float) -> None:
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([[-100, -100, 3, 4, -100], [-100, 1, 2, 3, 4]])
-    found = causal_lm.loss(logits, labels, CHAT, LossSettings(smoothing))
+    found = causal_lm.loss(logits, labels, CHAT, smoothing)
     expected = torch.nn.CrossEntropyLoss(ignore_index=-100, label_smoothing=smoothing)(
         logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1)
     )
@@ -89,7 +89,7 @@ def test_reduce_of_tokens_gives_sums_per_row() -> None:
     kept = {name: value.numpy() for name, value in causal_lm.reduce(logits, labels, CHAT).items()}
     assert kept["tokens"].tolist() == [2, 4]
     for row in range(2):
-        alone = causal_lm.loss(logits[row : row + 1], labels[row : row + 1], CHAT, LossSettings())
+        alone = causal_lm.loss(logits[row : row + 1], labels[row : row + 1], CHAT)
         assert kept["nll"][row] == pytest.approx(float(alone), rel=1e-5)
     values = causal_lm.metrics(kept, CHAT)
     assert values["loss"] == pytest.approx(kept["nll"].sum() / 6, rel=1e-5)

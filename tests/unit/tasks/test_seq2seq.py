@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from fulltune.errors import DataError
 from fulltune.inference.run import Batching, generate, model_batch, run_rows
 from fulltune.recipe.data import DataBlock
-from fulltune.tasks import LENGTH, LossSettings, Target, seq2seq
+from fulltune.tasks import LENGTH, Target, seq2seq
 from tests import tiny
 
 TARGET = Target("source_target", {"source": "s", "target": "t"})
@@ -108,7 +108,7 @@ def test_loss_is_that_of_the_model_given_its_labels(kind: str, tmp_path: Path) -
     with torch.no_grad():
         logits = model(**batch).logits
         theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
-    ours = seq2seq.loss(logits, labels, TARGET, LossSettings()) / seq2seq.count_items(labels)
+    ours = seq2seq.loss(logits, labels, TARGET) / seq2seq.count_items(labels)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
     kept = run_rows(model, features, seq2seq, TARGET, tokenizer.pad_token_id, Batching(1))
     assert kept["tokens"].tolist() == [len(row["labels"]) for row in features]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
@@ -28,7 +28,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
-from fulltune.tasks import LossSettings, Target, Task, task_named
+from fulltune.tasks import Target, Task, task_named
 from fulltune.tasks.settings import class_weights
 from fulltune.train import checkpoints
 from fulltune.train.loop.arguments import training_arguments
@@ -84,9 +84,8 @@ class Learning:
     """What is learned, with the units of the logits."""
 
     @cached_property
-    def _settings(self) -> LossSettings:
-        weights = class_weights(self.recipe, self.summary)
-        return LossSettings(self.recipe.train.label_smoothing_factor, weights)
+    def _class_weights(self) -> Sequence[float] | None:
+        return class_weights(self.recipe, self.summary)
 
     def collate(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch of rows, as the model reads it: `input_ids[rows, tokens]`, `labels` and what else the task gives."""
@@ -94,7 +93,8 @@ class Learning:
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """labels[rows] or [rows, tokens]; the model's logits[rows, ..., classes or vocabulary]."""
-        summed = self.task.loss(logits_of(outputs), labels, self.target, self._settings)
+        smoothing = self.recipe.train.label_smoothing_factor
+        summed = self.task.loss(logits_of(outputs), labels, self.target, smoothing, self._class_weights)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
 
 
