@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from array import array
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.audit.texts import whole_texts
-from fulltune.audit.texts.flaw import PATTERNS
+from fulltune.audit.texts.flaw import PATTERNS, RE
 from fulltune.errors import SetupError
 from fulltune.tasks import Row
 
@@ -27,9 +26,6 @@ _LOOK = 400
 """Characters that are looked at, half of them at the text's beginning and half at its end."""
 _SAME: Mapping[str, str] = PATTERNS["varieties"]
 _CLOSE = {code: frozenset(family.split()) for family in PATTERNS["families"] for code in family.split()}
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
-_ASIDE = re.compile(PATTERNS["no_language"])
-_LETTERS = re.compile(r"[^\W\d_]+")
 _KNOWN = 0.5
 """Probability from which a text counts as one in a language."""
 MAIN = 0.05
@@ -79,16 +75,16 @@ def elsewhere(text: str, main: Collection[str]) -> tuple[str, float] | None:
 
 def _words(text: str) -> str:
     """What of a text is of a language, on one line."""
-    text = _CODE.sub(" ", text)
+    text = RE["fenced"].sub(" ", text)
     if len(text) > 2 * _LOOK:
         # What is put aside is seldom more than half of a text.
         text = f"{text[:_LOOK]} {text[-_LOOK:]}"
-    words = " ".join(_ASIDE.sub(" ", text).split())
+    words = " ".join(RE["no_language"].sub(" ", text).split())
     return f"{words[: _LOOK // 2]} {words[-_LOOK // 2 :]}" if len(words) > _LOOK else words
 
 
 def _num_bytes(words: str) -> int:
-    return sum(len(letters.encode("utf-8", "replace")) for letters in _LETTERS.findall(words))
+    return sum(len(letters.encode("utf-8", "replace")) for letters in RE["letters"].findall(words))
 
 
 def _likeliest(words: str, main: Collection[str]) -> tuple[str, float] | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from fulltune.audit.texts import content, private
-from fulltune.audit.texts.flaw import Flaw
+from fulltune.audit.texts.flaw import RE, Flaw
 
 _CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
     "broken encoding": content.broken_encoding,
@@ -33,12 +32,6 @@ _PRIVATE: tuple[str, ...] = ("secret", "personal data", "phone number")
 _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup")
 """Repairs that may make a secret whole: of one with a zero-width space or a tag inside."""
 
-_UNSEEN = re.compile(
-    "[\u034f\u061c\u17b4\u17b5\u180b-\u180e\ufe00-\ufe0f\U0001d173-\U0001d17a]|<wbr>|<!--.*?-->|&shy;|&#8203;",
-    re.DOTALL,
-)
-"""What else nobody sees, and no check repairs, for it may be meant."""
-
 
 def missing() -> list[str]:
     """Checks that need the extra `audit` where it is not installed: leave them out of `checks`, and say so."""
@@ -49,7 +42,7 @@ def missing() -> list[str]:
 def masked_text(text: str) -> str:
     """A text as it may be shown or listed, before it is shortened: without secrets, personal data, phone numbers."""
     shown = repaired(text, _PRIVATE)
-    whole = repaired(_UNSEEN.sub("", shown), _UNCOVERING)
+    whole = repaired(RE["unseen"].sub("", shown), _UNCOVERING)
     if whole == shown == text:
         return text
     hidden = repaired(whole, _PRIVATE)

@@ -11,26 +11,22 @@ from collections.abc import Mapping
 from functools import cache
 from html.entities import html5
 
-from fulltune.audit.texts.flaw import PATTERNS, Flaw, compiled, listed, quoted
+from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, compiled, listed, quoted
 from fulltune.errors import SetupError
 from fulltune.text import counted, format_percent
-
-_BLANK_SIGNS = "\u115f\u1160\u2800\u3164\uffa0"
-"""Fillers of Korean, and braille without a dot: letters and signs by their category, and nothing to see."""
-_SEEN = re.compile(rf"[^\W_{_BLANK_SIGNS}]")
-_TWO_LETTERS = re.compile(r"[^\W\d_][\W\d_]*[^\W\d_]")
 
 
 def empty(text: str) -> Flaw | None:
     """Nothing that one could see."""
-    if _SEEN.search(text) or any(unicodedata.category(one)[0] not in "CZ" for one in text if one not in _BLANK_SIGNS):
+    blanks = PATTERNS["blank_signs"]
+    if any(unicodedata.category(one)[0] not in "CZ" for one in text if one not in blanks):
         return None
     return Flaw("empty", "nothing but blanks" if text else "no text")
 
 
 def no_words(text: str) -> Flaw | None:
     """Fewer than two letters and no emoji; a sign of Chinese or Japanese is a word by itself. Empty ones aside."""
-    if _TWO_LETTERS.search(text):
+    if RE["two_letters"].search(text):
         return None
     kinds = Counter(map(unicodedata.category, text))
     if kinds["Lo"] or kinds["So"]:
@@ -42,18 +38,11 @@ def no_words(text: str) -> Flaw | None:
     return Flaw("no words", f"only one letter: {quoted(seen)}" if letters else f"no letter: {quoted(seen)}")
 
 
-_RUN = re.compile(r"(.)\1\1\1\1\1")
-"""What is asked first: five times as fast as with letters alone."""
-_SAME_CHARACTER = re.compile(r"([^\W\d_])\1{5,}")
-_SAME_PIECE = re.compile(r"([^\W\d_](?:[^\W\d_]|[,.!?，。！？、]){1,19}?)\1{4,}")
-_WORD = re.compile(r"[^\W_]+")
 STRESSED, LONGEST_STRESSED = 20, 30
 """So many letters of one kind people type to stress a word: fewer in a text of little else, and at most in any."""
 LEAST_WORDS = 8
 MOST_REPEATED = 0.5
 """Share of a text that may repeat itself."""
-_SAME_WORDS = re.compile(r"(?<![^ ])((?:[^ ]+ ){1,40}?)\1{4,}")
-_WHOLE_TWICE = re.compile(r"((?:[^ ]+ ){8,}?)\1+")
 
 
 def repetition(text: str) -> Flaw | None:
@@ -62,10 +51,10 @@ def repetition(text: str) -> Flaw | None:
 
 
 def _same_character(text: str) -> Flaw | None:
-    found = _SAME_CHARACTER.search(text) if _RUN.search(text) else None
+    found = RE["same_character"].search(text) if RE["run"].search(text) else None
     if found is None and len(text) >= 20 and " " not in text[:60]:
         # Without blanks, as in Chinese or in a broken export.
-        found = _SAME_PIECE.search(text)
+        found = RE["same_piece"].search(text)
     if found is None:
         return None
     size, letters = len(found[0]), sum(map(str.isalpha, text))
@@ -78,9 +67,11 @@ def _same_words(text: str) -> Flaw | None:
     rough = text.split()
     if len(rough) < LEAST_WORDS or (len(set(rough)) > len(rough) * 0.8 and len(rough) < 100):
         return None
-    words = _WORD.findall(text.lower())
+    words = RE["word"].findall(text.lower())
     line = " ".join([*words, ""])
-    found = _WHOLE_TWICE.fullmatch(line) or max(_SAME_WORDS.finditer(line), key=lambda one: len(one[0]), default=None)
+    found = RE["whole_twice"].fullmatch(line) or max(
+        RE["same_words"].finditer(line), key=lambda one: len(one[0]), default=None
+    )
     size = found[0].count(" ") if found else 0
     if found is None or size < LEAST_WORDS or (size < MOST_REPEATED * len(words) and size < 100):
         return None
@@ -91,7 +82,11 @@ def _same_words(text: str) -> Flaw | None:
     return Flaw("repetition", f"{quoted(phrase)} {len(found[0]) // len(found[1])} times in a row, {share} of the words")
 
 
-_C1 = re.compile("[\x80-\x9f]")
+_OTHER_REPAIRS = (
+    *("unescape_html", "remove_terminal_escapes", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes"),
+    *("fix_line_breaks", "fix_surrogates", "remove_control_chars", "normalization", "explain"),
+)
+"""What else ftfy does, unless it is told not to."""
 _LOST = "\ufffd"
 
 
@@ -107,8 +102,9 @@ def broken_encoding(text: str) -> Flaw | None:
         return None
     if not knows_encodings():
         raise SetupError("looking for broken encodings needs the package 'ftfy'; pip install 'fulltune[audit]'")
-    # Line by line, as ftfy's own `fix_text`: one whole line may keep another from being repaired.
-    fixed = "\n".join(map(_repaired, text.split("\n")))
+    from ftfy import fix_text
+
+    fixed = fix_text(text, None, **dict.fromkeys(_OTHER_REPAIRS))
     found = []
     if fixed != text:
         place = next((at for at, (old, new) in enumerate(zip(text, fixed, strict=False)) if old != new), len(fixed))
@@ -120,41 +116,13 @@ def broken_encoding(text: str) -> Flaw | None:
     return Flaw("broken encoding", listed(found), fixed if fixed != text else None) if found else None
 
 
-def _repaired(line: str) -> str:
-    import ftfy
-
-    if line.isascii():
-        return line
-    fixed = ftfy.fix_encoding(line)
-    return ftfy.fixes.fix_c1_controls(fixed) if _C1.search(fixed) else fixed
-
-
-_ASCII_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_SUSPECT = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f"
-    "\u3164\uf020-\uf0ff\ufdd0-\ufdef\ufeff\uffa0\ufff9-\ufffb\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f"
-    "\U000e0100-\U000e01ef]"
-)
-_PAIR = re.compile("([\ud800-\udbff])([\udc00-\udfff])")
-_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefe]")
-_JOINED_SCRIPT = re.compile("[\u0600-\u109f\u1780-\u18af\ufb50-\ufdff\ufe70-\ufefe]")
-"""Arabic, Syriac, Indic scripts, Thai, Lao, Tibetan, Burmese, Khmer, Mongolian: joiners and breaks are spelling."""
-_EMOJI = re.compile("[\u00a9\u00ae\u2030-\u3299\ufe0f\U0001f000-\U0001faff]")
-_FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
-"""Flags of regions are spelt with tags, which are invisible."""
-_CHINESE = re.compile("[\u2e80-\u2fff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_VARIANTS = re.compile("[\U000e0100-\U000e01ef]")
-"""A sign of Chinese may have one behind it, for its form in a name; others hide bytes."""
-_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u2066\u2067\u2068\u2069"
-_JOINERS = "\u180e\u200b\u200c\u200d"
-
-
 def control_characters(text: str) -> Flaw | None:
     """Characters that nobody sees and a tokenizer does; what a script or an emoji is spelt with is left alone."""
-    if not (_ASCII_CONTROL if text.isascii() else _SUSPECT).search(text):
+    if not RE["ascii_control" if text.isascii() else "suspect"].search(text):
         return None
-    whole, num_pairs = _PAIR.subn(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+    whole, num_pairs = RE["surrogates"].subn(
+        lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text
+    )
     places = _wrong_places(whole)
     counts = Counter(_name(whole[place]) for place in places)
     if num_pairs:
@@ -166,25 +134,17 @@ def control_characters(text: str) -> Flaw | None:
 
 
 def _wrong_places(text: str) -> list[int]:
-    spelt = {place for flag in _FLAG.finditer(text) for place in range(*flag.span())}
-    if _RIGHT_TO_LEFT.search(text):
-        spelt |= {place for place, one in enumerate(text) if one in _DIRECTIONS}
-    if _JOINED_SCRIPT.search(text):
-        spelt |= {place for place, one in enumerate(text) if one in _JOINERS}
-    spelt |= {found.start() for found in _VARIANTS.finditer(text) if _CHINESE.match(text, found.start() - 1)}
-    suspect = (found.start() for found in _SUSPECT.finditer(text))
-    return [place for place in suspect if place not in spelt and not _joins_emoji(text, place)]
-
-
-def _joins_emoji(text: str, place: int) -> bool:
-    before, after = text[place - 1 : place], text[place + 1 : place + 2]
-    return text[place] == "\u200d" and bool(_EMOJI.match(before) and _EMOJI.match(after))
+    spelling = ["flag", "chinese_variant", "joined_emoji"]
+    spelling += ["direction"] if RE["right_to_left"].search(text) else []
+    spelling += ["joiner"] if RE["joined_script"].search(text) else []
+    spelt = {place for kind in spelling for found in RE[kind].finditer(text) for place in range(*found.span())}
+    return [found.start() for found in RE["suspect"].finditer(text) if found.start() not in spelt]
 
 
 def _without(text: str, places: set[int]) -> str:
     """Without what is wrong, a character or a terminal's colour; breaks of pages and lines become line breaks."""
     text = "".join(one for place, one in enumerate(text) if place not in places or one in "\x0b\x0c\x1b\u2028\u2029")
-    return re.sub("[\x0b\x0c\u2028\u2029]", "\n", _ESCAPE.sub("", text)).replace("\x1b", "")
+    return re.sub("[\x0b\x0c\u2028\u2029]", "\n", RE["escape"].sub("", text)).replace("\x1b", "")
 
 
 def _name(character: str) -> str:
@@ -195,43 +155,18 @@ def _name(character: str) -> str:
 
 # ---- left over from where a text came from ---------------------------------------------------------------------------
 
-_FENCED = re.compile(r"```.*?(?:```|\Z)|``.+?``|`[^`\n]+`", re.DOTALL)
-_CODE_SIGN = re.compile(
-    r"^\s*(?:>>> |\$ |export |def |class |import |from \w+ import|#include|function\b|const |let |var |public |private "
-    r"|return\b|SELECT |\w+ = )"
-    r"|[;{]\s*$|=>|==|!=|\w\(\)|::|->|\$\(|=\"?\$\{|</?[A-Z]\w*>|\bprintf\b|\bf\"|\.format\(|%\s*\(",
-    re.MULTILINE,
-)
-
 
 def _without_code(text: str) -> str:
     """Code in backticks is meant as it stands: blanks of the same length."""
-    return _FENCED.sub(lambda found: " " * len(found[0]), text) if "`" in text else text
+    return RE["fenced"].sub(lambda found: " " * len(found[0]), text) if "`" in text else text
 
 
 def _is_code(text: str) -> bool:
     """Two signs of a programming language: the text is written in one, and no place of it is left over."""
-    return sum(1 for _, _ in zip(_CODE_SIGN.finditer(text), range(2), strict=False)) == 2
+    return sum(1 for _, _ in zip(RE["code_sign"].finditer(text), range(2), strict=False)) == 2
 
 
-_BLOCKS = (
-    "address|article|aside|blockquote|body|br|dd|div|dl|dt|fieldset|figcaption|figure|footer|form|h[1-6]|head|header|hr"
-    "|html|iframe|li|main|nav|ol|p|pre|script|section|style|table|tbody|td|tfoot|th|thead|tr|ul|!doctype|noscript"
-)
-_INLINE = "a|abbr|b|button|center|code|del|em|font|i|img|input|ins|label|meta|q|s|small|span|strong|sub|sup|tt|u|video"
-_ATTRIBUTE = r"\s+[\w:@-]+(?:\s*=\s*(?:\"[^\"<]*\"|'[^'<]*'|[^\s\"'<>]+))?"
-_TAG = re.compile(rf"<(/?)({_BLOCKS}|{_INLINE})((?:{_ATTRIBUTE})*)\s*/?>", re.IGNORECASE)
-_HIDDEN = tuple(
-    (end, re.compile(f"{start}.*?{end}", re.IGNORECASE | re.DOTALL))
-    for start, end in (("<!--", "-->"), (r"<script\b", "</script>"), (r"<style\b", "</style>"))
-)
-_BLOCK_NAME = re.compile(_BLOCKS, re.IGNORECASE)
-_PLAINLY_HTML = re.compile(
-    r"br|p|div|span|td|tr|th|li|ul|ol|h[1-6]|iframe|tbody|thead|img|!doctype|blockquote", re.IGNORECASE
-)
-"""Names that are no words, variables or types of their own: one tag is enough."""
-_ENTITY = re.compile(r"&(?:#\d{2,6}|#[xX][0-9a-fA-F]{2,5}|[A-Za-z]{2,8}\d{0,2});")
-_ANY_MARK = re.compile(r"<[^<>]{1,400}>|&#?\w{1,8};")
+_HIDDEN = [(end, compiled(pattern)) for end, pattern in PATTERNS["hidden"]]
 
 
 def markup(text: str) -> Flaw | None:
@@ -242,10 +177,10 @@ def markup(text: str) -> Flaw | None:
     tags = [] if "<" not in bare else _tags(bare)
     if "<!--" in bare and "-->" in bare:
         tags.append("!-- --")
-    entities = [found for found in _ENTITY.findall(bare) if found[1] == "#" or found[1:] in html5]
-    if not (tags or entities) or _is_code(_ANY_MARK.sub(" ", bare)):
+    entities = [found for found in RE["entity"].findall(bare) if found[1] == "#" or found[1:] in html5]
+    if not (tags or entities) or _is_code(RE["any_mark"].sub(" ", bare)):
         return None
-    if not re.search(r"[^\W_]", _ANY_MARK.sub(" ", _shown(text))):
+    if not re.search(r"[^\W_]", RE["any_mark"].sub(" ", _shown(text))):
         return Flaw("markup", f"markup only: {quoted(text)}")
     counts = Counter([*(f"<{name}>" for name in tags), *entities])
     found = [f"{name} × {count:,}" if count > 1 else name for name, count in counts.most_common()]
@@ -254,10 +189,10 @@ def markup(text: str) -> Flaw | None:
 
 def _tags(text: str) -> list[str]:
     """Names of tags; `<b>` or `<title>` alone may be a letter in maths or a word to fill in, so they need a partner."""
-    found = [(slash, name.lower(), attributes) for slash, name, attributes in _TAG.findall(text)]
+    found = [(slash, name.lower(), attributes) for slash, name, attributes in RE["tag"].findall(text)]
     closed = {name for slash, name, _ in found if slash}
     opened = {name for slash, name, _ in found if not slash}
-    sure = {name for _, name, attributes in found if "=" in attributes or _PLAINLY_HTML.fullmatch(name)}
+    sure = {name for _, name, attributes in found if "=" in attributes or RE["plainly_html"].fullmatch(name)}
     sure |= closed & opened
     return [name for slash, name, _ in found if name in sure and not slash]
 
@@ -265,14 +200,14 @@ def _tags(text: str) -> list[str]:
 def _plain(text: str) -> str:
     """Without tags and with characters for entities; code in backticks stays."""
     pieces, place = list[str](), 0
-    for found in _FENCED.finditer(text):
+    for found in RE["fenced"].finditer(text):
         pieces += [_stripped(text[place : found.start()]), found[0]]
         place = found.end()
     return "".join([*pieces, _stripped(text[place:])])
 
 
 def _stripped(text: str) -> str:
-    bare = _TAG.sub(_in_its_stead, _shown(text))
+    bare = RE["tag"].sub(_in_its_stead, _shown(text))
     if bare != text:
         bare = re.sub(r" ?\n[ \n]*\n ?", "\n\n", re.sub(r"[ \t]{2,}", " ", bare))
     return html.unescape(bare).replace("\u00a0", " ")
@@ -290,7 +225,7 @@ def _shown(text: str) -> str:
 def _in_its_stead(tag: re.Match[str]) -> str:
     if tag[2].lower() in ("td", "th"):
         return " "
-    return "\n" if _BLOCK_NAME.fullmatch(tag[2]) else ""
+    return "\n" if RE["block"].fullmatch(tag[2]) else ""
 
 
 _PLACEHOLDER, _TOKEN = (re.compile("|".join(PATTERNS[name]), re.MULTILINE) for name in ("placeholder", "chat_tokens"))
@@ -307,22 +242,17 @@ def placeholder(text: str) -> Flaw | None:
     return Flaw("placeholder", f"not filled in: {listed([quoted(one) for one in found])}")
 
 
-_SPEAKERS = re.compile(r"(?:^|(?<=\s))(Human:|USER:|Assistant:|ASSISTANT:)", re.MULTILINE)
-"""Of templates without tokens: both speakers, since one may be any word before a colon."""
-_SENTENCE_START, _SENTENCE_END = re.compile(r"\s*<s>"), re.compile(r"</s>\s*\Z")
-
-
 def chat_tokens(text: str) -> Flaw | None:
     """Tokens that a chat template or a tokenizer adds itself: they would stand there twice, also those in code."""
     is_talk = "ssistant:" in text or "SSISTANT:" in text
     if not ("<" in text or "[" in text or "###" in text or is_talk):
         return None
     found = list(dict.fromkeys(_TOKEN.findall(text)))
-    speakers = list(dict.fromkeys(_SPEAKERS.findall(text))) if is_talk else []
+    speakers = list(dict.fromkeys(RE["speaker"].findall(text))) if is_talk else []
     if {one.lower() == "assistant:" for one in speakers} == {True, False}:
         found += speakers
     # Between the two, <s> strikes words out.
-    starts, ends = _SENTENCE_START.match(text), _SENTENCE_END.search(text)
+    starts, ends = RE["sentence_start"].match(text), RE["sentence_end"].search(text)
     if (starts and "</s>" not in text[: -len("</s>")].rstrip()) or (ends and "<s>" not in text[1:]):
         found += ["<s>"] if starts else ["</s>"]
     return Flaw("chat tokens", f"{listed([quoted(one) for one in found])}: a template adds its own") if found else None
@@ -343,9 +273,7 @@ def refusal(text: str) -> Flaw | None:
 
 # ---- names of classes that are perhaps meant to be one: they differ in capitals, blanks, form or look ----------------
 
-_ALIKE = str.maketrans("авекмнорстухіјѕԁԛԝһαβεζηικμνορτυχ", "abekmhopctyxijsdqwhabezhikmnoptyx")
-"""Small Cyrillic and Greek letters that look like Latin ones, they or their capitals; after Unicode's confusables."""
-_NO_LETTER = re.compile("[\\s_\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]")
+_LOOK_ALIKE = str.maketrans(*PATTERNS["look_alike"])
 _TO_JOIN = (
     "to join them: 'fulltune data RECIPE --accept \"class names\"', and in the recipe data.patch: RECIPE.patch.jsonl"
 )
@@ -356,7 +284,7 @@ def alike(counts: Mapping[str, int]) -> list[list[str]]:
     groups = defaultdict[str, list[str]](list)
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-        groups[_NO_LETTER.sub("", plain).translate(_ALIKE)].append(name)
+        groups[RE["no_letter"].sub("", plain).translate(_LOOK_ALIKE)].append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 

@@ -34,6 +34,9 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
+RE = {name: compiled(pattern) for name, pattern in PATTERNS["expressions"].items()}
+
+
 def redacted(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -> Flaw | None:
     """A flaw that names each place and masks it, and whose repair puts a word in its stead; None without places.
 

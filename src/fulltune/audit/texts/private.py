@@ -9,23 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
-from fulltune.audit.texts.flaw import PATTERNS, Flaw, compiled, redacted
+from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, compiled, redacted
 from fulltune.errors import SetupError
 
 _Hit = tuple[int, int, str, str]
-_MAYBE_SECRET = re.compile(r"[\w.:+/=-]{20}|-----BEGIN|://|(?i:pass|pwd|secret|token|key|credential)")
-_MAYBE_PERSONAL = re.compile(r"@|\d\d\d\d")
-"""What is asked first: it takes a tenth of the time."""
 
 
 def secret(text: str) -> Flaw | None:
     """Keys and tokens in their published formats, passwords in addresses, and random values given to a password."""
-    return redacted("secret", text, _hits("secret", text)) if _MAYBE_SECRET.search(text) else None
+    return redacted("secret", text, _hits("secret", text)) if RE["maybe_secret"].search(text) else None
 
 
 def personal_data(text: str) -> Flaw | None:
     """All kinds but phone numbers, which need a library; well-known examples and test numbers are left alone."""
-    return redacted("personal data", text, _hits("personal", text)) if _MAYBE_PERSONAL.search(text) else None
+    return redacted("personal data", text, _hits("personal", text)) if RE["maybe_personal"].search(text) else None
 
 
 def _hits(kind: str, text: str) -> Iterator[_Hit]:
@@ -35,44 +32,13 @@ def _hits(kind: str, text: str) -> Iterator[_Hit]:
             for found in pattern.finditer(text):
                 group = found.lastindex or 0
                 if is_one(found[group]):
-                    yield *found.span(group), what, _INSTEAD.get(what, "[SECRET]")
-
-
-_INSTEAD = {
-    "e-mail address": "[EMAIL]",
-    "account number (IBAN)": "[IBAN]",
-    "payment card": "[CARD]",
-    "US social security number": "[SSN]",
-    "phone number": "[PHONE]",
-}
+                    yield *found.span(group), what, PATTERNS["instead"].get(what, "[SECRET]")
 
 
 # ---- whether what looks like it is it -------------------------------------------------------------------------------
 
-_NOT_GIVEN = re.compile(
-    r"(?<![a-z])(?:example|sample|dummy|test|your|change|placeholder|redacted)|xxx|\*{3}|\.{3}|…|1234|abcd|abc.?123|_token_|\$\{|\{\{|^\$|^\{|^<|^%|\[|[()]"
-    r"|://|^(?:pass(?:w(?:or)?d)?|pwd|secret|tiger)$",
-    re.IGNORECASE,
-)
 _LEAST_BITS = 3.0
 """Entropy per character: below it stand words, above it eight or more different characters."""
-_NOBODY = re.compile(
-    r"@(?:[\w-]+\.)*(?:example\.(?:com|org|net|edu)|\w+\.(?:example|test|invalid|localhost|local|lan|internal))$"
-    r"|^(?:git|noreply|no-reply|donotreply|do-not-reply|you|your\.?name|user|username|name|someone|email)@"
-    r"|^\w@\w\.\w+$|@(?:domain|email|yourdomain|company|test|website)\.com$",
-    re.IGNORECASE,
-)
-_FILES = {"png", "jpg", "jpeg", "gif", "webp", "svg", "css", "js", "py", "txt"}
-"""`icon@2x.png` is a file."""
-
-_ISSUER = re.compile(
-    r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
-    r"|6(?:011|4[4-9]\d|5\d\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|35(?:2[89]|[3-8]\d)\d{12}|62\d{14,17}"
-)
-"""Visa, Mastercard, American Express, Discover, Diners, JCB, UnionPay: first digits and lengths."""
-_TEST_CARDS = {"4111111111111111", "4242424242424242", "4012888888881881", "5555555555554444", "5105105105105100"}
-_TEST_CARDS |= {"378282246310005", "371449635398431", "6011111111111117", "30569309025904", "3530111333300000"}
-_ADVERTISED_SSN = {"078-05-1120", "219-09-9999", "123-45-6789"}
 
 
 def _real(value: str) -> bool:
@@ -82,7 +48,7 @@ def _real(value: str) -> bool:
 
 def _random(value: str) -> bool:
     """Letters and digits, or three kinds of characters, in no order that a word or a name in code would have."""
-    if _NOT_GIVEN.search(value):
+    if RE["not_given"].search(value):
         return False
     value = value.rstrip(".:!?]}")
     shares = [count / len(value) for count in Counter(value).values()]
@@ -96,14 +62,9 @@ def _random(value: str) -> bool:
     return digit or (lower and upper and other)
 
 
-def _somebody(address: str) -> bool:
-    # The password in an address of the web may look like a name.
-    return "://" not in address and not _NOBODY.search(address) and address.rpartition(".")[2].lower() not in _FILES
-
-
 def _is_card(number: str) -> bool:
     digits = re.sub(r"\D", "", number)
-    return bool(_ISSUER.fullmatch(digits)) and digits not in _TEST_CARDS and passes_luhn(digits)
+    return bool(RE["issuer"].fullmatch(digits)) and digits not in PATTERNS["test_cards"] and passes_luhn(digits)
 
 
 def passes_mod_97(iban: str) -> bool:
@@ -121,12 +82,12 @@ def passes_luhn(digits: str) -> bool:
 _VALID: Mapping[str, Callable[[str], bool]] = {
     "": lambda value: True,
     "real": _real,
-    "given": lambda value: not _NOT_GIVEN.search(value),
+    "given": lambda value: not RE["not_given"].search(value),
     "random": _random,
-    "somebody": _somebody,
+    "somebody": lambda value: not RE["nobody"].search(value),
     "iban": passes_mod_97,
     "card": _is_card,
-    "ssn": lambda value: value not in _ADVERTISED_SSN,
+    "ssn": lambda value: value not in PATTERNS["advertised_ssns"],
 }
 _KINDS = {
     kind: [(what, signs.split(), compiled(pattern), _VALID[valid]) for what, signs, pattern, valid in PATTERNS[kind]]
@@ -135,14 +96,6 @@ _KINDS = {
 
 
 # ---- phone numbers --------------------------------------------------------------------------------------------------
-
-_MAYBE_PHONE = re.compile(r"[\d)][\s./-]?(?:\(?\d[\s()./-]{0,2}){5,}\d")
-_NORTH_AMERICAN = re.compile(
-    r"(?:1[ .-])?(?:\(\d{3}\)[ .-]?|\d{3}[ ./-] ?)\d{3}[ .-]\d{4}(?:\s?(?:x|ext)\D{0,3}\d{1,6})?"
-)
-_INTERNATIONAL = re.compile(r"\+[\d(](?!\d*\.\d{5})")
-_FICTIONAL = re.compile(r"1?[2-9]\d\d55501\d\d")
-"""North American numbers that are given to nobody, for films."""
 
 
 @cache
@@ -155,7 +108,7 @@ def phone_number(text: str) -> Flaw | None:
     """Phone numbers that the numbering plans allow: with a country's code, in North American form, or named as one."""
     if not knows_phone_numbers():
         raise SetupError("looking for phone numbers needs the package 'phonenumbers'; pip install 'fulltune[audit]'")
-    if not _MAYBE_PHONE.search(text):
+    if not RE["maybe_phone"].search(text):
         return None
     from phonenumbers import PhoneNumberMatcher
 
@@ -163,7 +116,7 @@ def phone_number(text: str) -> Flaw | None:
     for number in PhoneNumberMatcher(text, "US"):
         raw, before = number.raw_string, text[: number.start].rstrip(" ")[-1:]
         # Ten digits in a row may be any number, and so may those of a sum.
-        written = _INTERNATIONAL.match(raw) or _NORTH_AMERICAN.fullmatch(raw)
-        if written and before not in set("=+-*/<>^×") and not _FICTIONAL.fullmatch(re.sub(r"\D", "", raw)):
+        written = RE["international"].match(raw) or RE["north_american"].fullmatch(raw)
+        if written and before not in set("=+-*/<>^×") and not RE["fictional"].fullmatch(re.sub(r"\D", "", raw)):
             hits.append((number.start, number.end, "phone number", "[PHONE]"))
     return redacted("phone number", text, hits)
