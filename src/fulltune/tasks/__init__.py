@@ -167,8 +167,8 @@ class Task(Protocol):
         smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
     ) -> torch.Tensor:
-        """Loss of each item, with smoothed labels and weighed classes, summed: a scalar. The caller divides by the number
-        of items.
+        """Loss of each item, with smoothed labels and weighed classes, summed: a scalar. The caller divides by the
+        number of items.
 
         `logits[batch, ...]` is what `fulltune.inference.run.logits_of` gives: the model's `logits`, or for spans start
         and end side by side, `logits[batch, tokens, 2]`. `labels[batch, ...]` is what `collate` made; for models that
