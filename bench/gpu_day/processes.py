@@ -29,10 +29,10 @@ BOUND = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 
 def two(here: Here, folder: Path, rows: Rows) -> None:
     """An all-reduce, then three steps of the same rows in each placement; one process accumulates two micro batches."""
-    from fulltune.selfcheck import checks
+    from fulltune import selfcheck
 
     fresh(folder)
-    passed, text = checks.all_reduce(checks.Device("cuda", "cuda", 2) if here.cards else checks.Device("cpu", "cpu"))
+    passed, text = selfcheck.all_reduce("cuda" if here.cards else "cpu")
     said = f"{'NCCL' if here.cards else 'on the CPU, gloo'}: {text}"
     rows.add("all-reduce of two processes", {"all_reduce": text if here.cards else None}, passed, said)
     precision = half_precision(here) if here.cards else "fp32"

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fulltune import selfcheck as checks
 from fulltune.plan import memory
-from fulltune.selfcheck import checks, devices, environment
-from fulltune.selfcheck.checks import Device, NotHere
+from fulltune.selfcheck import NotHere, devices, environment
 from fulltune.system import hardware
 from fulltune.train.parent import spawn
 from tests.gpu_paths.cards import GIB, Cards
 
-CPU, CUDA = Device("cpu", "cpu"), Device("cuda", "cuda")
+CPU, CUDA = "cpu", "cuda"
 Patch = pytest.MonkeyPatch
 named = pytest.mark.stand_in("torch.cuda and torch.version patched", card="that the driver says so")
 small_model_on_the_cpu = pytest.mark.stand_in(
@@ -27,9 +27,19 @@ small_model_on_the_cpu = pytest.mark.stand_in(
 
 @named
 def test_devices_of_each_maker_are_found(two_h100s: Cards, monkeypatch: Patch) -> None:
-    assert devices() == (CPU, Device("cuda", "cuda", 2))
+    assert devices() == (CPU, CUDA)
     monkeypatch.setattr(torch.version, "hip", "6.3")
-    assert devices()[1] == Device("rocm", "cuda", 2)
+    assert devices() == (CPU, "rocm")
+
+
+@named
+def test_checks_of_a_rocm_card_ask_torch_for_cuda(monkeypatch: Patch) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(checks, "devices", lambda: (CPU, "rocm"))
+    monkeypatch.setattr(checks, "environment", dict)
+    monkeypatch.setattr(checks, "CHECKS", (("speed", "a stand-in", lambda one: (not asked.append(one), "well")),))
+    assert [one.device for one in checks.run().findings] == [CPU, "rocm"]
+    assert asked == [CPU, CUDA]
 
 
 @named
@@ -38,8 +48,8 @@ def test_page_names_each_card(an_a100_and_a_t4: Cards, monkeypatch: Patch) -> No
     monkeypatch.setattr(hardware, "bf16_speedup", lambda: 1.5)
     monkeypatch.setattr(hardware, "cpu_rates", lambda: (80.5e9, 20.1e9, 0.0))
     found = environment()
-    assert found["gpu 0"] == "NVIDIA A100-SXM4-40GB, 40 GiB, capability 8.0, CUDA 13.0"
-    assert found["gpu 1"] == "Tesla T4, 16 GiB, capability 7.5, CUDA 13.0"
+    assert found["gpu 0"] == "NVIDIA A100-SXM4-40GB (compute capability 8.0), 40 GiB, CUDA 13.0"
+    assert found["gpu 1"] == "Tesla T4 (compute capability 7.5), 16 GiB, CUDA 13.0"
     assert "gpu" not in found
     monkeypatch.setattr(torch.version, "hip", "6.3")
     assert environment()["gpu 1"].endswith("ROCm 6.3")
@@ -94,7 +104,7 @@ def test_planned_bytes_are_held_against_the_allocators(two_h100s: Cards, monkeyp
 
 @pytest.mark.stand_in("the comparison itself replaced", card="flash and cuDNN kernels")
 def test_kernels_for_16_bits_are_compared_in_16_bits_on_a_gpu(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(checks, "compare", lambda device, kind, precision: (device.type, kind, precision))
+    monkeypatch.setattr(checks, "compare", lambda *asked: asked)
     assert checks.sdpa(CUDA, "flash") == ("cuda", "sdpa", "bf16")
     assert checks.sdpa(CUDA, "math") == ("cuda", "sdpa", "fp32")
     assert checks.sdpa(CPU, "flash") == ("cpu", "sdpa", "fp32")
@@ -151,9 +161,11 @@ def test_two_cards_are_asked_to_add_up_one_is_not(monkeypatch: Patch) -> None:
             return "greetings\n[3, 3]\n", ""
 
     monkeypatch.setattr(checks.subprocess, "Popen", Answers)
-    assert checks.all_reduce(Device("cuda", "cuda", 2))[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert checks.all_reduce(CUDA)[0]
     assert asked[0][-1] == "cuda"
     assert checks.all_reduce(CPU)[0], "a CPU takes two processes"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(NotHere, match="two GPUs"):
         checks.all_reduce(CUDA)
 

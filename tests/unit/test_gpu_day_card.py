@@ -136,7 +136,7 @@ def test_placements_are_compared_with_one_process(tmp_path: Path, monkeypatch: p
         }
 
     monkeypatch.setattr(processes, "_trained", trained)
-    monkeypatch.setattr("fulltune.selfcheck.checks.all_reduce", lambda device: (True, "sum 3, expected 3"))
+    monkeypatch.setattr("fulltune.selfcheck.all_reduce", lambda device: (True, "sum 3, expected 3"))
 
     processes.two(replace(HERE, cards=(H100, H100)), tmp_path / "work", rows := rows_in(tmp_path))
 

@@ -1,47 +1,277 @@
 """`fulltune selfcheck`: what the hardware decides, run on the user's own machine and put on one page.
 
-The page can be given to others: it has devices, versions and findings, and no names or paths.
+The page can be given to others: it has devices, versions and findings, and no names or paths. The models are tiny and
+have random weights: nothing is read from a network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import gc
 import getpass
 import importlib.metadata
+import json
+import math
 import os
 import platform
 import re
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fulltune.inference.run import autocast
+from fulltune.plan import memory
+from fulltune.plan.resolve import LEAST_BF16_SPEEDUP
 from fulltune.records.base import Record
 from fulltune.report.format.blocks import Facts, Paragraph, Section, Table
-from fulltune.selfcheck import checks
-from fulltune.selfcheck.checks import Device, NotHere, Outcome
 from fulltune.system import hardware
 from fulltune.system.run_folder import PACKAGES, hide_progress_bars
 from fulltune.text import counted, format_bytes
+from fulltune.train.parent import ranks, spawn
+
+Outcome = tuple[bool, str]
+"""Whether a check passed, and what came out."""
+
+
+class NotHere(Exception):
+    """This check cannot run here; the message says why."""
+
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRODUCT_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
+"""Largest relative error of a product: several times that of rounding once; TensorFloat-32 (5e-4) is no fp32."""
+BACKENDS = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+ATTENTION_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+# ---- number formats --------------------------------------------------------------------------------------------
+
+
+def product(device: str, precision: str) -> Outcome:
+    """Error of a product against float64, relative to the size of the product."""
+    draw = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(256, 256, generator=draw) for _ in range(2))
+    here = [matrix.to(device, TYPES[precision]) for matrix in (one, other)]
+    error, bound = relative_error(here[0] @ here[1], one.double() @ other.double()), PRODUCT_BOUNDS[precision]
+    return (error <= bound, f"relative error {error:.1e}, bound {bound:.0e}")
+
+
+def speed(device: str) -> Outcome:
+    """The measurement that `precision: auto` decides by on a CPU."""
+    if device != "cpu":
+        return (True, f"bf16 about {hardware.measure_bf16_speedup(device):.1f} times as fast as fp32")
+    ratio = hardware.bf16_speedup()
+    chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
+    return (True, f"bf16 about {ratio:.1f} times as fast as fp32: precision auto is {chosen}")
+
+
+# ---- attention kernels -----------------------------------------------------------------------------------------
+
+
+def sdpa(device: str, backend: str | None) -> Outcome:
+    """Torch's attention with one backend, or with the one that torch chooses."""
+    chosen = contextlib.nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
+    # On a GPU these two are written for 16-bit types only; on a CPU flash takes fp32 as well.
+    half = device == "cuda" and backend in ("flash", "cudnn")
+    with chosen:
+        return compare(device, "sdpa", "bf16" if half else "fp32")
+
+
+def flash_attention_2(device: str) -> Outcome:
+    """The package flash-attn, as `model.attn_implementation: flash_attention_2` uses it."""
+    from transformers import utils
+
+    if device != "cuda":
+        raise NotHere("needs a GPU of NVIDIA or AMD")
+    if not utils.is_flash_attn_2_available():  # type: ignore[attr-defined]  # exported lazily
+        raise NotHere("the package flash-attn is not installed")
+    return compare(device, "flash_attention_2", "bf16")
+
+
+def compare(device: str, implementation: str, precision: str) -> Outcome:
+    """Logits and gradients against eager attention in fp32, for rows of one length and for padded ones.
+
+    bf16 means fp32 weights under autocast, as in training.
+    """
+    ids = tokens(device, rows=3)
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    mask[2, 5:] = 0
+    plain = decoder(device, attn_implementation="eager")
+    model = decoder(device, attn_implementation=implementation)
+    bound = ATTENTION_BOUNDS[precision]
+    errors: list[float] = []
+    words = []
+    for name, given in (("unpadded", None), ("padded", mask)):
+        expected = _compute(plain, ids, given)
+        try:
+            with autocast(model, precision):
+                found = _compute(model, ids, given)
+        except RuntimeError as error:
+            # How torch says that a kernel does not exist here, or not for this call.
+            if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
+                raise
+            if name == "unpadded":
+                raise NotHere("torch has no such kernel here") from None
+            words.append(f"{name}: no kernel")
+            continue
+        errors.append(max(relative_error(one, other) for one, other in zip(found, expected, strict=True)))
+        words.append(f"{name} off by {errors[-1]:.0e}")
+    kind = "" if precision == "fp32" else f" in {precision}"
+    return (max(errors) <= bound, f"{', '.join(words)}{kind}; bound {bound:.0e}")
+
+
+def _compute(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the real tokens [tokens, vocabulary], and all gradients in one vector."""
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    model.zero_grad()
+    outputs = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(~real, -100))
+    outputs.loss.backward()
+    found = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return outputs.logits[real].detach(), torch.cat(found)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def planned_bytes(device: str) -> Outcome:
+    """Weights, gradients and AdamW's moments after a step: counted by the plan, and measured by torch's allocator."""
+    if device != "cuda":
+        raise NotHere("needs a GPU; on a CPU the dry run before step 1 measures the process")
+    # The first product also takes work space that stays.
+    decoder(device)(input_ids=tokens(device)).logits.sum().backward()
+    gc.collect()
+    before = _allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = decoder(device, layers=4, width=256, vocabulary=4096)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = tokens(device, vocabulary=4096)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    planned = sum(memory.state_bytes(sum(parameter.numel() for parameter in model.parameters()), "fp32").values())
+    measured = _allocated() - before
+    error, highest = measured / planned - 1, torch.cuda.max_memory_allocated() - before
+    text = f"planned {format_bytes(planned)}, measured {format_bytes(measured)} ({error:+.1%})"
+    return (abs(error) <= 0.05, f"{text}, {format_bytes(highest)} with activations; bound 5%")
+
+
+def _allocated() -> int:
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+# ---- two processes that are started as a run's are ---------------------------------------------------------------
+
+SECONDS = 60.0
+
+
+def all_reduce(device: str) -> Outcome:
+    """Two processes, started as a run with `num_processes: 2` is, add up a tensor."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        raise NotHere("needs two GPUs, there is one")
+    launcher = [sys.executable, "-m", spawn.LAUNCHER, *ranks.ONE_MACHINE, "--nproc-per-node=2"]
+    child = subprocess.Popen(
+        [*launcher, __file__, device],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        # Safe path: a file in the user's folder must not stand in for a library.
+        env={**os.environ, **spawn.on_loopback(), "PYTHONSAFEPATH": "1"},
+    )
+    try:
+        out, err = child.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        child.terminate()  # torchrun ends its workers then
+        child.communicate()
+        return False, f"no answer within {SECONDS:g} seconds"
+    answers = [line for line in out.splitlines() if line.startswith("[")]
+    if child.returncode != 0 or not answers:
+        said = [line for line in err.splitlines() if "Error" in line] or err.splitlines() or ["nothing was written"]
+        raise RuntimeError(f"ended with code {child.returncode}: {said[-1]}")
+    found, expected = json.loads(answers[-1])
+    return (found == expected, f"sum {found:g}, expected {expected:g}")
+
+
+def add_up(device: str) -> tuple[float, float] | None:
+    """In each process: the sum of the ranks' numbers and what it has to be; only the first rank answers."""
+    import torch.distributed as dist
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Half of the parent's patience: a worker that waits for nothing ends by itself.
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=SECONDS / 2))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    numbers = torch.full((1000,), rank + 1.0, device=device)
+    dist.all_reduce(numbers)
+    answer = float(numbers.sum()), 1000.0 * size * (size + 1) / 2
+    dist.destroy_process_group()
+    return answer if rank == 0 else None
+
+
+# ---- what the checks share -------------------------------------------------------------------------------------
+
+
+def decoder(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 128, **options: Any) -> Any:
+    """A Llama with heads of 32, a size that every attention kernel takes; the same weights each time."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, **options).to(device)
+
+
+def tokens(device: str, rows: int = 4, length: int = 24, vocabulary: int = 128) -> torch.Tensor:
+    """Token ids, the same each time."""
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Size of the difference over that of the exact tensor; infinite for NaN."""
+    found, exact = found.detach().cpu().double(), exact.detach().cpu().double()
+    error = float((found - exact).norm() / exact.norm())
+    return error if math.isfinite(error) else math.inf
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
 
 EXTRAS = ("triton", "flash-attn", "deepspeed", "bitsandbytes")
 """Named on the page where they are installed."""
-CHECKS: tuple[tuple[str, str, Callable[[Device], Outcome]], ...] = (
+CHECKS: tuple[tuple[str, str, Callable[[str], Outcome]], ...] = (
     *(
-        ("precision", f"{kind} product of 256 x 256 against float64", partial(checks.product, precision=kind))
-        for kind in checks.TYPES
+        ("precision", f"{kind} product of 256 x 256 against float64", partial(product, precision=kind))
+        for kind in TYPES
     ),
-    ("speed", "two linear layers, forward and backward, bf16 against fp32", checks.speed),
-    ("attention", "sdpa, as torch chooses, against eager", partial(checks.sdpa, backend=None)),
-    *(("attention", f"sdpa {kind} against eager", partial(checks.sdpa, backend=kind)) for kind in checks.BACKENDS),
-    ("attention", "flash_attention_2 against eager", checks.flash_attention_2),
-    ("memory", "planned bytes against measured ones, AdamW on 6 M parameters", checks.planned_bytes),
-    ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", checks.all_reduce),
+    ("speed", "two linear layers, forward and backward, bf16 against fp32", speed),
+    ("attention", "sdpa, as torch chooses, against eager", partial(sdpa, backend=None)),
+    *(("attention", f"sdpa {kind} against eager", partial(sdpa, backend=kind)) for kind in BACKENDS),
+    ("attention", "flash_attention_2 against eager", flash_attention_2),
+    ("memory", "planned bytes against measured ones, AdamW on 6 M parameters", planned_bytes),
+    ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", all_reduce),
 )
 """Of each what is checked, in a word, and what is run."""
 
@@ -79,24 +309,24 @@ def run(listener: Callable[[str], None] = lambda line: None) -> Page:
         warnings.simplefilter("ignore")
         for device in devices():
             for name, ran, function in CHECKS:
-                listener(f"{device.label}: {ran}")
+                listener(f"{device}: {ran}")
                 findings.append(_finding(name, ran, function, device))
     today, seconds = datetime.date.today().isoformat(), round(time.monotonic() - started, 1)
     return Page(date=today, environment=environment(), findings=tuple(findings), seconds=seconds)
 
 
-def _finding(name: str, ran: str, function: Callable[[Device], Outcome], device: Device) -> CheckResult:
+def _finding(name: str, ran: str, function: Callable[[str], Outcome], device: str) -> CheckResult:
     started = time.monotonic()
     status: Literal["pass", "fail", "not here"]
     try:
-        passed, text = function(device)
+        passed, text = function("cpu" if device == "cpu" else "cuda")  # ROCm calls itself cuda in torch
         status = "pass" if passed else "fail"
     except NotHere as reason:
         status, text = "not here", without_names(str(reason))
     except Exception as error:  # whatever breaks here is what the user wants to know
         status, text = "fail", without_names(f"{type(error).__name__}: {error}")
     seconds = round(time.monotonic() - started, 1)
-    return CheckResult(device=device.label, check=name, ran=ran, status=status, result=text, seconds=seconds)
+    return CheckResult(device=device, check=name, ran=ran, status=status, result=text, seconds=seconds)
 
 
 def in_blocks(page: Page) -> Section:
@@ -128,36 +358,38 @@ def without_names(text: str, most: int = 300) -> str:
     return text if len(text) <= most else text[: most - 2] + " …"
 
 
-def devices() -> tuple[Device, ...]:
-    """The CPU, and what else torch can compute on."""
+def devices() -> tuple[str, ...]:
+    """The CPU, and what else torch can compute on; of several GPUs the first one is meant."""
     if not torch.cuda.is_available():
-        return (Device("cpu", "cpu"),)
-    gpu = Device("rocm" if torch.version.hip else "cuda", "cuda", torch.cuda.device_count())
-    return Device("cpu", "cpu"), gpu
+        return ("cpu",)
+    return "cpu", "rocm" if torch.version.hip else "cuda"
 
 
 def environment() -> dict[str, str]:
     """What is here, without host name, user name or paths."""
     machine = hardware.here()
-    system = f"macOS {platform.mac_ver()[0]}" if platform.system() == "Darwin" else platform.system()
+
     found = importlib.metadata.distributions()
     installed = {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in found}
     packages = [f"{name} {installed[name]}" for name in (*PACKAGES, *EXTRAS) if name in installed]
     facts = {
         "fulltune": importlib.metadata.version("fulltune"),
-        "python": f"{platform.python_version()} on {system} {platform.machine()}",
+        "python": f"{platform.python_version()} on {platform.platform()}",
         "packages": ", ".join(packages),
         "cpu": f"{machine.cpu}, {counted(machine.num_cores, 'core')}, {counted(torch.get_num_threads(), 'thread')}, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "memory": f"{format_bytes(machine.memory_bytes)}, {format_bytes(machine.memory_available_bytes)} free",
     }
+    driver = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     for index, gpu in enumerate(machine.gpus):
-        driver = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        major, minor = torch.cuda.get_device_capability(index)
-        facts[f"gpu {index}"] = f"{gpu.name}, {format_bytes(gpu.memory_bytes)}, capability {major}.{minor}, {driver}"
+        facts[f"gpu {index}"] = f"{gpu.label}, {format_bytes(gpu.memory_bytes)}, {driver}"
     if not machine.gpus:
         facts["gpu"] = "torch sees none"
     variables = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
     if given := [f"{name}={os.environ[name]}" for name in variables if name in os.environ]:
         facts["set"] = ", ".join(given)
     return facts
+
+
+if __name__ == "__main__" and (answer := add_up(sys.argv[1])):
+    print(json.dumps(answer), flush=True)
