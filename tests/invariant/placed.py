@@ -23,7 +23,7 @@ import transformers
 
 from fulltune import pipeline
 from fulltune.errors import InterruptedRun
-from fulltune.records.events import Listener, Resumed
+from fulltune.records.events import Event, Listener, Said
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from fulltune.train.parent import spawn
@@ -250,13 +250,12 @@ def stop_at(folder: Path, family: Family, place: Place, step: int, **changes: An
 def continued_from(folder: Path, family: Family, place: Place, **changes: Any) -> int:
     """Go on with a run to its end; returns the step from which it went on."""
     steps: list[int] = []
-    train(
-        folder,
-        family,
-        place,
-        listener=lambda event: steps.append(event.step) if isinstance(event, Resumed) else None,
-        **changes,
-    )
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Said) and event.text.startswith("continuing from"):
+            steps.append(int(event.text.rpartition(" ")[2]))
+
+    train(folder, family, place, listener=listen, **changes)
     assert steps, "the run began anew"
     return steps[0]
 

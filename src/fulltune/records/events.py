@@ -162,13 +162,6 @@ class Certified(Event):
     held: HeldRun
 
 
-class Resumed(Event):
-    """An attempt goes on from a checkpoint."""
-
-    kind = "resume"
-    step: int
-
-
 class Designed(Event):
     """What a comparison will cost and what it can decide."""
 
@@ -184,7 +177,7 @@ class Said(Event):
     kind = "said"
     text: str
     level: Literal["progress", "next attempt", "warning"] = "progress"
-    """How a comparison or a search goes on; why an attempt failed, where another one with other settings may not; or
+    """How a comparison or a search, or a run from a checkpoint, goes on; why an attempt failed, where another one with other settings may not; or
     what is wrong while training goes on."""
 
 
@@ -202,7 +195,7 @@ def without_tables(listener: Listener) -> Listener:
     """Of one of many runs only what moves: the tables of all would hide what comes of them."""
 
     def listen(event: Event) -> None:
-        if isinstance(event, StepLogged | Resumed) or (isinstance(event, Said) and event.level != "progress"):
+        if isinstance(event, StepLogged) or (isinstance(event, Said) and event.level != "progress"):
             listener(event)
 
     return listen

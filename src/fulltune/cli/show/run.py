@@ -21,7 +21,6 @@ from fulltune.records.events import (
     Forecast,
     PhaseBegan,
     Planned,
-    Resumed,
     RowsRead,
     Said,
     StepLogged,
@@ -101,8 +100,6 @@ class Display:
                 self.print(f"[yellow]{escape(text)}[/yellow]")
             case Designed(expectation=expected, metric=metric, margin=margin):
                 terminal.show(self.console, [expectation(expected, metric, margin)])
-            case Resumed(step=step):
-                self.print(f"continuing from the checkpoint of step {step}")
             case Certified(held=held):
                 self.print(escape(verdict(held)))
             case StepSkipped(step=step, reason=reason, rows=rows):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.events import Listener, PhaseBegan, Resumed, Said
+from fulltune.records.events import Listener, PhaseBegan, Said
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system import sharing
@@ -123,7 +123,7 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
             listener(Said(text=line, level="warning"))
         if sound is not None:
             request = request.model_copy(update={"checkpoint": str(sound)})
-            listener(Resumed(step=request.first_step))
+            listener(Said(text=f"continuing from the checkpoint of step {request.first_step}"))
         if saved > request.first_step and not passed_over:
             on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
             listener(Said(text=f"no checkpoint of step {saved:,} is left: going on {on}", level="warning"))
