@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fulltune.errors import GuardStop, InterruptedRun
-from fulltune.records.events import Event, Listener, StepLogged
+from fulltune.records.events import Event, Listener, Said, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train.hooks import Hooks

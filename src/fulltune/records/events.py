@@ -177,8 +177,8 @@ class Said(Event):
     kind = "said"
     text: str
     level: Literal["progress", "next attempt", "warning"] = "progress"
-    """How a comparison or a search, or a run from a checkpoint, goes on; why an attempt failed, where another one with other settings may not; or
-    what is wrong while training goes on."""
+    """How a comparison, a search or a resumed run goes on; why an attempt failed, where another one with other settings
+    may not; or what is wrong while training goes on."""
 
 
 class JournalEntry(Record):
