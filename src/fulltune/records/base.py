@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
 from fulltune.errors import SetupError
 from fulltune.files import write_text
+
+_SHORT = reprlib.Repr()
+_SHORT.maxother = _SHORT.maxstring = 60
 
 
 class Record(BaseModel):
@@ -26,17 +30,13 @@ class Record(BaseModel):
         write_text(path, self.model_dump_json(indent=2) + "\n", private=True)
 
     def __repr__(self) -> str:
-        """One line: what is not as usual, nested records by their names; `model_dump()` gives everything."""
+        """One line: what is not as usual, and of long values the beginning; `model_dump()` gives everything."""
         fields = type(self).model_fields
         usual = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
-        said = [f"{name}={_brief(value)}" for name, value in self if value != usual[name]]
+        said = [f"{name}={_SHORT.repr(value)}" for name, value in self if value != usual[name]]
         return f"{type(self).__name__}({', '.join(said)})"
 
     __str__ = __repr__
-
-    def _inside(self) -> str:
-        """It as a value inside another one."""
-        return f"{type(self).__name__}(...)"
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -56,27 +56,3 @@ class Record(BaseModel):
             raise SetupError(
                 f"{path}: damaged, or written by another version of fulltune; delete it and run the command again"
             ) from None
-
-
-def _brief(value: Any) -> str:
-    match value:
-        case Record():
-            return value._inside()
-        case float():
-            return f"{value:.4g}"
-        case str():
-            return repr(value if len(value) <= _LONGEST else f"{value[:_LONGEST]}...")
-        case dict():
-            return "{" + _few([f"{key}: {_brief(inner)}" for key, inner in value.items()]) + "}"
-        case tuple() | list():
-            return "(" + _few([_brief(inner) for inner in value]) + ")"
-        case _:
-            return repr(value)
-
-
-_LONGEST, _MOST = 60, 4
-
-
-def _few(said: list[str]) -> str:
-    more = [f"{len(said) - _MOST} more"] if len(said) > _MOST else []
-    return ", ".join([*said[:_MOST], *more])

@@ -22,9 +22,6 @@ class Estimate(Record):
     """Groups of dependent rows (the same text, prompt or passage, or nearly so) that the interval rests on; None: as
     `rows`."""
 
-    def _inside(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
-
     @property
     def lone(self) -> str:
         """Why it has no interval: it is of one row, or of rows that all depend on each other; empty: it has one."""
