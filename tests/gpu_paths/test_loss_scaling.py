@@ -92,7 +92,7 @@ def test_norm_that_deepspeed_could_not_take_is_let_pass_in_fp16_alone(fp16: bool
     trainer.accelerator = SimpleNamespace(num_processes=1)
     trainer.state, trainer.is_deepspeed_enabled = transformers.TrainerState(global_step=7), True
     trainer.seen = StepMemory(skipped=(5, 6, 7))
-    judged, _, _ = trainer._look(torch.tensor(1.0), torch.tensor(-1.0))
+    judged, _, _ = trainer._judge(torch.tensor(1.0), torch.tensor(-1.0))
     assert judged.action == action
 
 

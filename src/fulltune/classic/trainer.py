@@ -49,6 +49,7 @@ class Trainer(Guarded, transformers.Trainer):
     """
 
     dry_run: bool = True
+    skips = False
     moved: Moved | None = None
 
     _initial: InitialWeights | None = None
@@ -108,10 +109,6 @@ class Trainer(Guarded, transformers.Trainer):
     def on_skip(self, step: int, judged: Judged) -> None:
         notice(f"the update of step {step} is left out: {judged.reason}")
 
-    @property
-    def judges_finite_only(self) -> bool:
-        return True
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if num_items_in_batch is not None and not self._loss_scaling_known:
             self._find_loss_scaling(model, inputs, num_items_in_batch)
@@ -169,7 +166,7 @@ class Trainer(Guarded, transformers.Trainer):
 
     def before_first_step(self) -> None:
         """Keep the weights on disk for the count of what moved, and run the dry-run step."""
-        if self.is_fsdp_enabled or self.in_engine or self.is_distributed_loading_by_transformers:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
             _log.info("the model is sharded: no dry-run step, and what moved is not counted")
             return
         if self._initial is None:

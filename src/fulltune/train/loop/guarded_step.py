@@ -107,42 +107,45 @@ class Guarded:
         """Called after clipping, with the norm before clipping (pinned by a contract test), before the update."""
         losses, self._losses = self._losses, 0.0
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
-        if self.in_engine and self.accelerator.optimizer_step_was_skipped:
+        if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
             norm = float("nan")
-        if self.in_engine or not self.tensors_with_gradient:
+        if self.is_deepspeed_enabled or not self.tensors_with_gradient:
             self.tensors_with_gradient = frozenset(
                 name
                 # Not of `model`, which DDP wraps: its names would begin with `module.`.
                 for name, parameter in self.model.named_parameters()
                 # DeepSpeed has taken the gradients; the optimizer's second moments say which were there.
-                if self.in_engine or parameter.grad is not None
+                if self.is_deepspeed_enabled or parameter.grad is not None
             )
-        judged, known = self._judge(losses, norm)
+        step = self.state.global_step + 1
+        judged, loss, known = self._judge(losses, norm)
+        norm = known if known is not None and math.isfinite(known) else None
+        self.batches = []
+        self.seen = judged.seen
+        if judged.action == "stop" or (judged.action == "skip" and self._updates_in_backward):
+            when = "" if self._updates_in_backward else ", before the update"
+            raise Spiked(f"step {step}{when}: {judged.reason}", judged.since or step)
         if judged.action == "skip":
             model.zero_grad(set_to_none=True)
-        elif known is not None and math.isfinite(known):
-            self.largest_grad_norm = max(self.largest_grad_norm or 0.0, known)
-        return known if known is None or math.isfinite(known) else None
+            self.on_skip(step, judged)
+        else:
+            self.usual_loss = loss
+            self.first_loss = loss if self.first_loss is None else self.first_loss
+            self.last_losses = (*self.last_losses, loss)[-2 * WINDOW :]
+            self.largest_grad_norm = (
+                self.largest_grad_norm if norm is None else max(self.largest_grad_norm or 0.0, norm)
+            )
+        return norm
 
     def on_skip(self, step: int, judged: Judged) -> None:
-        """Say that a step is skipped; its micro batches are in `batches`."""
+        """Say that a step is skipped."""
         _log.warning("step %d is skipped: %s", step, judged.reason)
-
-    @property
-    def in_engine(self) -> bool:
-        """DeepSpeed's engine holds the model, from when training begins."""
-        return bool(self.is_deepspeed_enabled)
-
-    @property
-    def judges_finite_only(self) -> bool:
-        """The loss may rise for good reasons."""
-        return not self.skips
 
     @property
     def _updates_in_backward(self) -> bool:
         # LOMO and the layerwise ones do so by themselves.
         its_own = any(word in str(self.args.optim).upper() for word in ("LOMO", "LAYERWISE"))
-        return its_own or self.in_engine
+        return its_own or bool(self.is_deepspeed_enabled)
 
     def _summed(self, *values: Any) -> list[float]:
         """Over all processes; the host waits for the device once."""
@@ -150,28 +153,9 @@ class Guarded:
         found = torch.stack([torch.as_tensor(one, device=self.args.device).float() for one in values])
         return (self.accelerator.reduce(found, reduction="sum") if several else found).tolist()
 
-    def _judge(self, losses: torch.Tensor | float, norm: Any) -> tuple[Judged, float | None]:
-        """A step before its update; returns what becomes of it, and its norm."""
-        step = self.state.global_step + 1
-        judged, loss, known = self._look(losses, norm)
-        if not judged.is_finite and self.accelerator.num_processes == 1 and not self.in_engine:
-            judged = replace(judged, reason=f"{judged.reason}; {explain(self.model, self.batches)}")
-        self.batches = []
-        self.seen = judged.seen
-        if judged.action == "skip" and self._updates_in_backward:
-            judged = replace(judged, action="stop", since=step)
-        if judged.action == "stop":
-            raise Spiked(self._before(judged.reason), judged.since or step)
-        if judged.action == "skip":
-            self.on_skip(step, judged)
-            return judged, known
-        self.usual_loss = loss
-        self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.last_losses = (*self.last_losses, loss)[-2 * WINDOW :]
-        return judged, known
-
-    def _look(self, losses: torch.Tensor | float, norm: Any) -> tuple[Judged, float, float | None]:
-        """What the guard says of a step, its loss and its norm, over all processes."""
+    def _judge(self, losses: torch.Tensor | float, norm: Any) -> tuple[Judged, float, float | None]:
+        """What becomes of a step before its update, its loss and its norm, over all processes."""
+        in_engine = bool(self.is_deepspeed_enabled)
         if hasattr(norm, "full_tensor"):  # sharded by FSDP2
             norm = norm.full_tensor()
         rows = sum(rows_in(batch) for batch in self.batches)
@@ -181,17 +165,15 @@ class Guarded:
         finite = known is None or math.isfinite(known)
         scaler = None if finite else getattr(self.accelerator, "scaler", None)
         # Reading the scale is another wait for the device.
-        scaled = self.args.fp16 if self.in_engine else scaler is not None and scaler.get_scale() >= 1
-        if self.in_engine and known is not None and known < 0:  # its sign for a norm that is not finite
+        scaled = self.args.fp16 if in_engine else scaler is not None and scaler.get_scale() >= 1
+        if in_engine and known is not None and known < 0:  # its sign for a norm that is not finite
             known = math.nan
         # DeepSpeed has updated already: a suspect step is too late to be skipped.
-        own = self.judges_finite_only or self.in_engine
-        step = self.state.global_step + 1
-        return step_guard.judge(self.seen, step, loss, known, rows=rows, scaled=scaled, own=own), loss, known
-
-    def _before(self, reason: str) -> str:
-        when = "" if self._updates_in_backward else ", before the update"
-        return f"step {self.state.global_step + 1}{when}: {reason}"
+        own, step = not self.skips or in_engine, self.state.global_step + 1
+        judged = step_guard.judge(self.seen, step, loss, known, rows=rows, scaled=scaled, own=own)
+        if not judged.is_finite and self.accelerator.num_processes == 1 and not in_engine:
+            judged = replace(judged, reason=f"{judged.reason}; {explain(self.model, self.batches)}")
+        return judged, loss, known
 
 
 def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:

@@ -127,7 +127,7 @@ class FullTrainer(Guarded, Trainer):
     @property
     def passing(self) -> Any:
         """What rows go through: weights that are shared out are put together by its engine."""
-        return self.model_wrapped if self.in_engine else self.model
+        return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
     def add_parts(self, parts: Sequence[TrainerCallback]) -> None:
         """Have these act, in this order."""
@@ -148,7 +148,7 @@ class FullTrainer(Guarded, Trainer):
 
     def agreed(self, value: Any) -> Any:
         """What the first process has, where all take part in what follows."""
-        return broadcast_object_list([value])[0] if self.is_shared or self.in_engine else value
+        return broadcast_object_list([value])[0] if self.is_shared or self.is_deepspeed_enabled else value
 
     def on_skip(self, step: int, judged: Judged) -> None:
         rows = sorted(next(self.sampler.steps(step - 1, step)))
@@ -207,7 +207,7 @@ class FullTrainer(Guarded, Trainer):
         return 0
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.args.device.type != "cpu" or self.in_engine or self.is_shared:
+        if self.args.device.type != "cpu" or self.is_deepspeed_enabled or self.is_shared:
             return super()._clip_grad_norm(model)
         # The same numbers as theirs, which multiplies all gradients by 1 when there is nothing to clip.
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
@@ -240,7 +240,7 @@ class FullTrainer(Guarded, Trainer):
 
     def load_weights(self, checkpoint: Path) -> None:
         """Put a checkpoint's weights into the model, wherever they lie."""
-        if self.in_engine:
+        if self.is_deepspeed_enabled:
             zero.load_weights(self.model_wrapped, checkpoint)
         elif fsdp2.is_in(checkpoint):
             fsdp2.load_weights(self.model, checkpoint, self.trained_only)
@@ -290,7 +290,7 @@ class FullTrainer(Guarded, Trainer):
         self._save_rng_state(str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_shared or self.in_engine:  # theirs would put the whole model together in one process
+        if self.is_shared or self.is_deepspeed_enabled:  # theirs would put the whole model together in one process
             Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # each process writes its part beside it
         else:
             super().save_model(output_dir, _internal_call)
@@ -315,17 +315,20 @@ class FullTrainer(Guarded, Trainer):
         return metrics
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            self.optimizer = self._make_optimizer(model)
-        return self.optimizer
+        """Theirs, unless the plan has an optimizer of ours or more rates than one."""
+        plan, model = self._plan, self.model if model is None else model
+        own = optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed) is not None
+        if self.optimizer is None and (own or plan.layerwise_lr_decay != 1.0 or plan.head_learning_rate is not None):
+            kind, groups, options = planned_optimizer(model, plan, self.args, self._head_modules)
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
         """The run's optimizer for one step that changes no weight: rate and decay are 0. Not in an engine."""
         sharding.free(self.model)
         present, self.optimizer = self.optimizer, None
-        optimizer = self._make_optimizer(self.model)
+        optimizer = self.create_optimizer()
         self.optimizer = present
         for group in optimizer.param_groups:
             group.update(lr=0.0, weight_decay=0.0)
@@ -333,13 +336,3 @@ class FullTrainer(Guarded, Trainer):
             yield optimizer
         finally:
             self.model.zero_grad(set_to_none=True)
-
-    def _make_optimizer(self, model: Any) -> torch.optim.Optimizer:
-        plan = self._plan
-        own = optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)
-        if own is None and plan.layerwise_lr_decay == 1.0 and plan.head_learning_rate is None:
-            optimizer = super().create_optimizer(model)
-        else:
-            kind, groups, options = planned_optimizer(model, plan, self.args, self._head_modules)
-            optimizer = kind(groups, **options)
-        return optimizer

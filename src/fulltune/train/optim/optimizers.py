@@ -195,9 +195,6 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def take_over(self, given: Mapping[str, Any], parameter: Tensor) -> None:
         """Go on with this state of a parameter in any format, of a sharded one with this process's part."""
-        self.state[parameter] = self._taken_over(given, parameter)
-
-    def _taken_over(self, given: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         missing = {"step", "exp_avg", "exp_avg_sq"} - set(given)
         if missing:
             raise SetupError(
@@ -209,13 +206,13 @@ class AdamW(torch.optim.Optimizer):
             for name, value in given.items()
             if isinstance(value, Tensor) and name != "step"
         }
-        state = self._new_state(parameter)
+        state = self.state[parameter] = self._new_state(parameter)
         state["step"].fill_(float(given["step"]))
         same_format = source["exp_avg"].dtype == state["exp_avg"].dtype
         for name in state.keys() & source.keys() if same_format else state.keys() & source.keys() & {"compensation"}:
             state[name].copy_(source[name])
         if same_format:
-            return state
+            return
         buffers, step, place = self._buffers(parameter), int(given["step"]), self._places[parameter]
         count = local(parameter).numel()
         for begin in range(0, count, buffers.size):
@@ -228,4 +225,3 @@ class AdamW(torch.optim.Optimizer):
             first = moments.read(source, "exp_avg", begin, end, 1.0, buffers.first)
             first = buffers.first[: end - begin].copy_(first)
             moments.write(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
-        return state

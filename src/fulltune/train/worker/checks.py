@@ -118,7 +118,7 @@ def _trained_tokens(rows: Rows) -> Check:
 
 def _texts_apart(trainer: Any) -> Check:
     """On the real weights, what the data stage found out on a copy of the architecture."""
-    if trainer.in_engine:
+    if trainer.is_deepspeed_enabled:
         result = "on a one-layer copy of the model; not tried on its weights, which ZeRO shares out"
         return Check(name=_APART, result=result, passed=True)
     problem = leak(trainer.model, trainer.model.config.model_type)
@@ -127,7 +127,7 @@ def _texts_apart(trainer: Any) -> Check:
 
 def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Check:
     """Give the trainer its selective head; without one, training is slower and the same."""
-    if trainer.in_engine:  # only its engine can run the model, and it exists when training begins
+    if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists when training begins
         result = "off: ZeRO shares out the model"
     elif own_loss:  # it is given all logits
         result = "off: compute_loss is your own"

@@ -130,7 +130,7 @@ def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
     """Put the weights of a checkpoint after which nothing is left to train into the model; returns its optimizer."""
     # Which tensors received a gradient was seen by the attempt before; only optimizers without second moments ask.
     trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
-    if trainer.in_engine:
+    if trainer.is_deepspeed_enabled:
         # Only its engine holds what is read; transformers has no public way to make one without training.
         trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
         return trainer.optimizer
