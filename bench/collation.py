@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from fulltune.inference.store import Rows, RowWriter, record_batch
+from fulltune.inference.store import Rows, record_batch, write_rows
 from fulltune.models.pixels import CONTENT, PATH, ImageReader, ImageRows
 from fulltune.plan.gpus import find
 from fulltune.plan.time import LAUNCH_SECONDS
@@ -49,8 +49,7 @@ def rows_of(folder: Path, module: Any, count: int, tokens: int) -> Any:
         ids = draw.integers(0, 30_000, (count, tokens), np.int32)
         per_token = module is causal_lm
         rows = [{"input_ids": row, "labels": row if per_token else 1, "length": tokens} for row in ids]
-    with RowWriter(folder) as writer:
-        writer.write(record_batch(rows, [""] * count))
+    write_rows(folder, [record_batch(rows, [""] * count)])
     found = Rows(folder)
     return ImageRows(found, ImageReader(ViTImageProcessor(), tokens)) if module is image_classification else found
 

@@ -72,11 +72,11 @@ class Point:
 
     def texts(self, split: str) -> list[list[str]]:
         """The text of each row, or both."""
-        from fulltune.inference.store import load_texts
+        from fulltune.inference.store import texts
 
         columns = self.scoring.target.columns
         names = [columns[role] for role in ("text", "text_pair") if role in columns]
-        return [[str(row[name]) for name in names] for row in load_texts(self.scoring.data / split)]
+        return [[str(row[name]) for name in names] for row in texts(self.scoring.data / split)]
 
 
 @dataclass(frozen=True)

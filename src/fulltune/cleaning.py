@@ -27,7 +27,7 @@ from fulltune.compare.trial_folder import changed, whole_run
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import RecipeError, SetupError
 from fulltune.evaluate import outputs
-from fulltune.inference.store import clusters_of, row_id, texts
+from fulltune.inference.store import CLUSTERS, row_id, texts
 from fulltune.pipeline import Run, reader_of
 from fulltune.probe.linear import Items, NoProbe, best, fits, wrong
 from fulltune.recipe.fields import Recipe
@@ -195,7 +195,7 @@ def _rows_of_run(job: Run, summary: DataSummary, step: CleaningStep | None, seed
         scoring = evaluate.scoring_of(recipe, reached.plan, reached.summary, run, job.base)
         kept = outputs.outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
         rows = run / "data" / "eval"
-        outputs.save(place, {**kept, _IDS: np.array(list(ids(rows))), _CLUSTERS: clusters_of(rows)})
+        outputs.save(place, {**kept, _IDS: np.array(list(ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
     shutil.rmtree(run, ignore_errors=True)
     return outputs.load(place)
 

@@ -169,12 +169,12 @@ def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Com
     """Predicting the test rows with `models/lora` gives the accuracy of one of its seeds."""
     folder, found = finished
     rows = [json.loads(line) for line in (folder.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    texts = {row["text"]: row["label"] for row in rows}
-    from fulltune.inference.store import load_texts
+    labels = {row["text"]: row["label"] for row in rows}
+    from fulltune.inference.store import texts
 
-    test = load_texts(folder / "data" / "test")
+    test = list(texts(folder / "data" / "test"))
     answers = predict.load(folder, "lora").predict([{"text": row["text"], "label": ""} for row in test])
-    right = np.mean([answer["label"] == texts[row["text"]] for answer, row in zip(answers, test, strict=True)])
+    right = np.mean([answer["label"] == labels[row["text"]] for answer, row in zip(answers, test, strict=True)])
     assert any(abs(value - right) < 1e-9 for value in found.decision.values["lora"])
 
 

@@ -16,7 +16,7 @@ from scipy.special import expit, softmax
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune import predict
-from fulltune.inference.store import load_texts
+from fulltune.inference.store import texts
 from fulltune.system.run_folder import Reached
 from tests import tiny
 from tests.train import runs
@@ -86,8 +86,8 @@ def test_single_label_run_beats_the_baselines(tmp_path: Path) -> None:
     assert trained.metrics["accuracy"].value > majority + 0.3
     assert gain(reached, "accuracy") >= 0
     folder = assert_files_are_whole(reached)
-    texts = [row["text"] for row in load_texts(reached.folder / "data" / "test")]
-    answers = assert_plain_transformers_agree(folder, texts)
+    words = [row["text"] for row in texts(reached.folder / "data" / "test")]
+    answers = assert_plain_transformers_agree(folder, words)
     assert trained.calibration is not None
     notes = json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))
     assert notes["temperature"] == trained.calibration.temperature

@@ -15,7 +15,7 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer
 from fulltune import predict
 from fulltune.errors import DataError
 from fulltune.evaluate import LINEAR_PROBE
-from fulltune.inference.store import load_texts
+from fulltune.inference.store import texts
 from tests import tiny
 from tests.train import runs
 
@@ -63,19 +63,18 @@ def test_multiple_choice_run_beats_the_baselines(tmp_path: Path) -> None:
 
     folder = reached.folder / "models" / "full"
     assert json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))["num_choices"] == 4
-    held_out = load_texts(reached.folder / "data" / "test")[:6]
+    held_out = list(texts(reached.folder / "data" / "test"))[:6]
     predictor = predict.load(folder)
     answers = predictor.predict(held_out)
     plain = AutoModelForMultipleChoice.from_pretrained(folder).eval()
     reader = AutoTokenizer.from_pretrained(folder)
     for row, answer in zip(held_out, answers, strict=True):
-        texts = row["choices"]
-        batch = reader([row["question"]] * 4, texts, padding=True, return_tensors="pt")
+        batch = reader([row["question"]] * 4, row["choices"], padding=True, return_tensors="pt")
         with torch.no_grad():
             [logits] = plain(**{name: tensor[None] for name, tensor in batch.items()}).logits
         expected = softmax(logits.numpy() / predictor.notes["temperature"])
         np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
-        assert answer["text"] == texts[answer["index"]]
+        assert answer["text"] == row["choices"][answer["index"]]
     without_label = {name: value for name, value in held_out[0].items() if name != "label"}
     assert predictor.predict([without_label]) == answers[:1]
     with pytest.raises(DataError, match="give a file with them: "):

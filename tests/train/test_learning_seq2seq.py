@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fulltune import methods, predict
-from fulltune.inference.store import load_texts
+from fulltune.inference.store import texts
 from fulltune.recipe.methods import FullMethod
 from tests import tiny
 from tests.train import runs
@@ -51,7 +51,7 @@ def test_run_learns_to_write_and_to_stop(tmp_path: Path) -> None:
     for metric in ("exact_match", "chrf", "bleu"):
         best = max(row.metrics[metric].value for row in (before, copy))
         assert trained.metrics[metric].value > best + (0.7 if metric == "exact_match" else 50)
-    test = load_texts(reached.folder / "data" / "test")
+    test = list(texts(reached.folder / "data" / "test"))
     asked = [answer.text for answer in trained.answers]
     assert len(set(asked)) == 16
     assert asked != [row["document"] for row in test[:16]]

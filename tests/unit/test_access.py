@@ -10,7 +10,7 @@ from typing import Any
 
 from fulltune.evaluate import scoring
 from fulltune.files import append_line, lines_of
-from fulltune.inference.store import RowWriter, record_batch, rows_id, words
+from fulltune.inference.store import record_batch, rows_id, words, write_rows
 from fulltune.records.events import Event, Said
 from fulltune.records.run import ACCESSES, Access
 from fulltune.records.training import Outcome
@@ -19,9 +19,8 @@ ROWS = [{"text": f"text {number}", "label": "ab"[number % 2]} for number in rang
 
 
 def run_folder(folder: Path, rows: Sequence[dict[str, Any]] = ROWS) -> Path:
-    with RowWriter(folder / "data" / "test") as writer:
-        for place, row in enumerate(rows):
-            writer.write(record_batch([{"labels": 1}], [words(f"t.csv:{place}", row)]))
+    texts = [words(f"t.csv:{place}", row) for place, row in enumerate(rows)]
+    write_rows(folder / "data" / "test", [record_batch([{"labels": 1}] * len(texts), texts)])
     return folder
 
 
@@ -50,10 +49,8 @@ def test_log_outlives_the_runs_and_a_folder_made_anew_is_another_model(tmp_path:
 
 
 def test_identity_of_rows_counts_the_windows_of_a_row_once(tmp_path: Path) -> None:
-    with RowWriter(tmp_path / "windows") as writer:
-        for place, row in enumerate(ROWS):
-            texts = [words(f"t.csv:{place}", row), words(f"t.csv:{place}", {})]
-            writer.write(record_batch([{"labels": 1}, {"labels": 1}], texts))
+    texts = [words(f"t.csv:{place}", part) for place, row in enumerate(ROWS) for part in (row, {})]
+    write_rows(tmp_path / "windows", [record_batch([{"labels": 1}] * len(texts), texts)])
     assert rows_id(tmp_path / "windows") == rows_id(run_folder(tmp_path / "a") / "data" / "test")
 
 

@@ -14,7 +14,7 @@ import pytest
 from fulltune import evaluate
 from fulltune.evaluate import classifiers, spans
 from fulltune.evaluate.scoring import Scoring
-from fulltune.inference.store import RowWriter, record_batch, save_clusters, save_in_train, words
+from fulltune.inference.store import CLUSTERS, IN_TRAIN, record_batch, words, write_rows
 from fulltune.records.scores import Answer, Scores
 from fulltune.stats.bootstrap import Resampled, resample
 from fulltune.stats.intervals import paired
@@ -32,10 +32,9 @@ TEST = [place // 10 % 2 for place in range(120)]
 def bench(folder: Path, clusters: Any, target: Target = LABELS, task: str = "text-classification") -> Scoring:
     texts = [words(f"t.csv:{place // 2}", {"text": "x", "question": "?"}) for place in range(len(TEST))]
     for split, labels in (("train", [1, 1, 0]), ("test", TEST)):
-        with RowWriter(folder / split) as writer:
-            writer.write(record_batch([{"labels": label} for label in labels], texts[: len(labels)]))
-    save_clusters(folder / "test", np.asarray(clusters))
-    save_in_train(folder / "test", np.zeros(len(TEST), bool))
+        write_rows(folder / split, [record_batch([{"labels": label} for label in labels], texts[: len(labels)])])
+    np.save(folder / "test" / CLUSTERS, clusters)
+    np.save(folder / "test" / IN_TRAIN, np.zeros(len(TEST), bool))
     return Scoring(RECIPE, PLAN, task_named(task), target, folder, None)  # type: ignore[arg-type]  # a stand-in
 
 
@@ -99,7 +98,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     """Rows of the first 15 of 40 texts stand in train, and are right; of the others every second one is."""
     run = bench(tmp_path, [place // 3 for place in range(120)])
     seen = np.arange(120) < 45
-    save_in_train(tmp_path / "test", seen)
+    np.save(tmp_path / "test" / IN_TRAIN, seen)
     kept = {"right": np.where(seen, 1.0, np.arange(120) % 2)}
     scores = run.scores("full-seed42", "trained", 120, run.estimates(kept, metrics=right)).scores
     found = scores.unseen
@@ -117,14 +116,14 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
 @pytest.mark.parametrize("first_unseen", [120, 110, 30], ids=["none", "one text", "nine texts"])
 def test_hardly_any_row_that_train_does_not_have_gives_no_metric(tmp_path: Path, first_unseen: int) -> None:
     run = bench(tmp_path, TENS)
-    save_in_train(tmp_path / "test", np.arange(120) < first_unseen)
+    np.save(tmp_path / "test" / IN_TRAIN, np.arange(120) < first_unseen)
     scores = run.scores("x", "trained", 120, run.estimates({"right": np.ones(120)}, metrics=right)).scores
     assert (scores.num_leaks, scores.unseen) == (first_unseen, None)
 
 
 def test_user_metric_is_asked_without_them_too(tmp_path: Path) -> None:
     run = bench(tmp_path, range(120))
-    save_in_train(tmp_path / "test", np.arange(120) < 60)
+    np.save(tmp_path / "test" / IN_TRAIN, np.arange(120) < 60)
     mine = replace(run, user_metrics=lambda predicted, true: {"same": float((predicted == true).mean())})
     found = mine.user_estimates(np.arange(120) < 60, np.ones(120, bool))["same"]
     assert found.value == 0.5

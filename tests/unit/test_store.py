@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fulltune.inference import store
-from fulltune.inference.store import Rows, RowWriter, batches, load_texts, record_batch, words
+from fulltune.inference.store import Rows, batches, record_batch, texts, words, write_rows
 
 
 def features(number: int) -> dict[str, Any]:
@@ -32,11 +32,9 @@ WRITTEN = [features(number) for number in range(50)]
 
 
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], at_once: int) -> Rows:
-    with RowWriter(folder) as writer:
-        for start in range(0, len(rows), at_once):
-            part = rows[start : start + at_once]
-            texts = [words(f"train.csv:{start + place}", {"text": "é"}) for place in range(len(part))]
-            writer.write(record_batch(part, texts))
+    kept = [words(f"train.csv:{place}", {"text": "é"}) for place in range(len(rows))]
+    starts = range(0, len(rows), at_once)
+    write_rows(folder, (record_batch(rows[at : at + at_once], kept[at : at + at_once]) for at in starts))
     return Rows(folder)
 
 
@@ -108,9 +106,9 @@ def test_lists_of_all_rows_come_part_by_part(rows: Rows) -> None:
 
 def test_texts_are_the_rows_in_the_users_columns(tmp_path: Path) -> None:
     rows = [{"text": "é", "raw": b"12345", "nested": {"a": [1, None]}}, {"text": "b", "raw": b"", "nested": {}}]
-    with RowWriter(tmp_path) as writer:
-        writer.write(record_batch([{"labels": 0}, {"labels": 1}], [words(f"a.csv:{i}", rows[i]) for i in (0, 1)]))
-    assert load_texts(tmp_path) == [
+    kept = [words(f"a.csv:{i}", rows[i]) for i in (0, 1)]
+    write_rows(tmp_path, [record_batch([{"labels": 0}, {"labels": 1}], kept)])
+    assert list(texts(tmp_path)) == [
         {"text": "é", "raw": "<5 bytes>", "nested": {"a": [1, None]}, "fulltune:place": "a.csv:0"},
         {"text": "b", "raw": "<0 bytes>", "nested": {}, "fulltune:place": "a.csv:1"},
     ]
@@ -122,10 +120,8 @@ def test_texts_of_a_rows_other_examples_are_those_of_its_first(tmp_path: Path) -
     """Windows of a long row have only its place; a file of an earlier version has the row beside each of them."""
     long, short = {"text": "long"}, {"text": "short"}
     kept = [words("a:1", long), words("a:1", {}), words("a:2", short), words("a:3", long), words("a:3", long)]
-    with RowWriter(tmp_path) as writer:
-        for number, text in enumerate(kept):
-            writer.write(record_batch([{"labels": number}], [text]))
-    found = load_texts(tmp_path)
+    write_rows(tmp_path, [record_batch([{"labels": number}], [text]) for number, text in enumerate(kept)])
+    found = list(texts(tmp_path))
     assert [(row["fulltune:place"], row["text"]) for row in found] == [
         ("a:1", "long"),
         ("a:1", "long"),

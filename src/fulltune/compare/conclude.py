@@ -22,7 +22,7 @@ from fulltune.compare.verdict import ArmItems, Terms, decide
 from fulltune.evaluate import outputs
 from fulltune.evaluate.scoring import FEWEST_UNSEEN, note_access
 from fulltune.files import append_line, lines_of
-from fulltune.inference.store import clusters_of, in_train
+from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.recipe.tasks import FACTS, stands_in_train
 from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening
 from fulltune.records.scores import Scores
@@ -49,7 +49,7 @@ def judge(ran: SeedRuns) -> Comparison:
         if (context.folder / SEALED / f"{BASE}.npz").exists():
             kept = outputs.load(context.folder / SEALED / f"{BASE}.npz")
             compared.append(ArmItems(name=BASE, kind="base", trials=[kept], cost=0.0))
-        clusters = clusters_of(context.folder / "data" / "test")
+        clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
         decision = _decided(context, compared, clusters, alpha)
         leaks = without_leaks(context, compared, clusters, decision)
     note_access(context.folder, context.job.listener)
@@ -71,7 +71,7 @@ def without_leaks(
     context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
     """What the verdict would be without the test rows that stand in train; empty: none stands there."""
-    seen = in_train(context.folder / "data" / "test")
+    seen = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not seen.any():
         return []
     stands = stands_in_train(context.summary.columns, context.recipe.data.near_duplicates < 1)

@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fulltune.compare import budget, rates
 from fulltune.compare.context import OPEN, Context
 from fulltune.compare.sequential import SAMPLES, WAITING_SHARE, look
@@ -16,7 +18,7 @@ from fulltune.compare.trials import clear, is_done, keep_best_model, run_trial
 from fulltune.compare.verdict import ArmItems, Terms
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
-from fulltune.inference.store import clusters_of
+from fulltune.inference.store import CLUSTERS
 from fulltune.recipe.methods import RIVALS, ArmKind
 from fulltune.records.comparison import Expectation, Look, Search, Trial, TrialResult
 from fulltune.stats.bootstrap import draw
@@ -188,7 +190,7 @@ class SeedRuns:
         full = self.results[context.full.arm]
         behind = [arm for arm, found in self.results.items() if len(found) < len(full)]
         compared = arm_items(context, self.results, OPEN, behind)
-        clusters = clusters_of(context.folder / "data" / "eval")
+        clusters = np.load(context.folder / "data" / "eval" / CLUSTERS)
         drawn = draw(context.measure, [one.trials for one in compared], clusters, SAMPLES)
         terms = Terms(context.measure, context.recipe.compare.margin, alpha=context.alpha)
         test_rows = context.summary.splits["test"].rows

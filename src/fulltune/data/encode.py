@@ -20,7 +20,7 @@ from fulltune.data.contamination import KnownTexts, holding
 from fulltune.data.groups import RowCounts, draw, joined, joined_by_value, marks_of, signatures
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
-from fulltune.inference.store import RowWriter, record_batch, words
+from fulltune.inference.store import record_batch, words, write_rows
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.system.hardware import num_cores
@@ -280,16 +280,18 @@ def encode(
 ) -> Encoded:
     """Tokenise a source into `folder`. Raises `SetupError` when a worker process was killed, most often because memory
     ran out."""
-    parts, num_read = list[Encoded](), 0
-    with RowWriter(folder) as writer:
+    parts = list[Encoded]()
+
+    def batches() -> Iterator[pa.RecordBatch]:
         for part, batch, dropped in _chunks(job, rows, num_rows):
             for item in dropped:
                 drop(item)
             if batch is not None:
-                writer.write(batch)
+                yield batch
             parts.append(part)
-            num_read += part.num_read
-            progress(num_read)
+            progress(sum(done.num_read for done in parts))
+
+    write_rows(folder, batches())
     return _joined(parts, folder)
 
 

@@ -18,15 +18,15 @@ from fulltune.data.sources import SourceName, is_mixed, mixed_names
 from fulltune.data.split import HELD_OUT, SPLITS, Split
 from fulltune.errors import DataError
 from fulltune.inference.store import (
+    CLUSTERS,
+    IN_TRAIN,
     MIXED,
     WORDS,
     Rows,
-    RowWriter,
     batches,
     readable,
-    save_clusters,
-    save_in_train,
     texts,
+    write_rows,
 )
 from fulltune.recipe.data import rows_per_epoch
 from fulltune.recipe.fields import Recipe
@@ -113,13 +113,13 @@ def write_splits(
         if not split.examples.any():
             raise DataError(f"{whole.where}: no row of {name} is left: all are longer than data.max_length")
         parts = examples(split, task, scored=name == "test")
-        with RowWriter(folder / name) as writer:
-            for part in pack(parts, packed_to) if packed_to and name == "train" else parts:
-                writer.write(part)
+        write_rows(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
         if name != "train":
-            save_clusters(folder / name, whole.sides[whole.row_of][split.examples])
+            clusters = np.unique(whole.sides[whole.row_of][split.examples], return_inverse=True)[1]
+            np.save(folder / name / CLUSTERS, clusters.astype(np.int64))
         if name == "test":
-            save_in_train(folder / name, np.isin(whole.groups[whole.row_of][split.examples], splits["train"].groups))
+            groups = whole.groups[whole.row_of][split.examples]
+            np.save(folder / name / IN_TRAIN, np.isin(groups, splits["train"].groups))
         dropped = whole.num_dropped + late * (name == "train") if split.is_file else 0
         summaries[name] = summarise(split, Rows(folder / name)["length"], dropped)
     return summaries
@@ -188,13 +188,16 @@ def mix_in(
         return ()
     task, found, ends = task_named(job.task), list[MixedSummary](), [0]
     drawn = _drawn_rows(recipe, len(Rows(folder / "train")))
-    with RowWriter(folder / MIXED) as writer:
+
+    def batches() -> Iterator[pa.RecordBatch]:
         for split in mixed.values():
             ends.append(ends[-1])
             parts = examples(split, task)
             for part in pack(parts, job.max_length) if packed else parts:
-                writer.write(part)
+                yield part
                 ends[-1] += len(part)
+
+    write_rows(folder / MIXED, batches())
     lengths = Rows(folder / MIXED)["length"]
     for (name, split), (start, end) in zip(mixed.items(), pairwise(ends), strict=True):
         whole = split.source

@@ -16,7 +16,7 @@ from fulltune.errors import SetupError
 from fulltune.files import append_line
 from fulltune.inference.run import Batching, Watch, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
-from fulltune.inference.store import Rows, clusters_of, in_train, load_texts, rows_id
+from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, rows_id, texts
 from fulltune.methods import folder
 from fulltune.models.base import Base, opened
 from fulltune.models.load import load
@@ -79,11 +79,11 @@ class Scoring:
     @property
     def texts(self) -> list[dict[str, Any]]:
         """The test rows in the user's own columns, and `place`."""
-        return load_texts(self.data / "test")
+        return list(texts(self.data / "test"))
 
     def clusters(self, positions: Sequence[int] | None) -> np.ndarray:
         """The cluster of each test row, or of those at `positions`."""
-        return _at(positions, clusters_of(self.data / "test"))
+        return _at(positions, np.load(self.data / "test" / CLUSTERS))
 
     def estimates(
         self,
@@ -93,7 +93,7 @@ class Scoring:
     ) -> dict[str, Resampled]:
         """The task's metrics (or others) on all test rows, or those at `positions`, and on resamples of their clusters;
         the same without the rows that stand in train."""
-        clusters, seen = self.clusters(positions), _at(positions, in_train(self.data / "test"))
+        clusters, seen = self.clusters(positions), _at(positions, np.load(self.data / "test" / IN_TRAIN))
 
         def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
             return resample(

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from fulltune.files import make_private
 from fulltune.tasks import PLACE
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 FILE = "rows.arrow"
-CLUSTERS, IN_TRAIN = "clusters.npy", "in_train.npy"
+CLUSTERS = "clusters.npy"
+"""Beside held-out rows: the number of each one's cluster (duplicates, near ones, of one passage, of one customer), from
+0, int64 [rows]."""
+IN_TRAIN = "in_train.npy"
+"""Beside test rows whether each shares its text, prompt or passage with a train row: bool [rows]."""
 MIXED = "mixed"
 """Folder beside those of the splits: the rows that are mixed into the train rows, source after source."""
 WORDS = "words"
@@ -31,15 +33,11 @@ _BYTES_PER_BATCH = 16 * 2**20
 
 def record_batch(rows: Sequence[Mapping[str, Any]], words: Sequence[str]) -> pa.RecordBatch:
     """Rows of features, each a number, a text, bytes or a flat list of numbers, as arrow columns."""
-    import pyarrow as pa
-
     names = [*rows[0], WORDS]
     return pa.record_batch([*(_column([row[name] for row in rows]) for name in rows[0]), pa.array(words)], names=names)
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
-    import pyarrow as pa
-
     if not isinstance(values[0], (list, tuple, np.ndarray)):
         return pa.array(values)
     offsets = np.zeros(len(values) + 1, np.int32)
@@ -53,48 +51,27 @@ def _column(values: Sequence[Any]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
-class RowWriter:
-    """Writes record batches into a split's file, gathered into larger ones; use it with `with`."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / FILE
-        self._writer: Any = None
-        self._waiting: list[Any] = []
-
-    def __enter__(self) -> RowWriter:
-        return self
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        import pyarrow as pa
-
-        if self._writer is None:
-            make_private(self.path)
-            self._file = pa.OSFile(str(self.path), "wb")
-            self._writer = pa.ipc.new_stream(self._file, batch.schema)
-        self._waiting.append(batch)
-        num_rows, num_bytes = sum(map(len, self._waiting)), sum(part.nbytes for part in self._waiting)
-        if num_rows >= _ROWS_PER_BATCH or num_bytes >= _BYTES_PER_BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if self._waiting:
-            self._writer.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
-        self._waiting = []
-
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._flush()
-            self._writer.close()
-            self._file.close()
+def write_rows(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
+    """Write record batches into a split's file, gathered into larger ones; where there is none, no file is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting: list[pa.RecordBatch] = []
+    parts = iter(parts)
+    if (first := next(parts, None)) is None:
+        return
+    make_private(folder / FILE)
+    with pa.OSFile(str(folder / FILE), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
+        for part in chain([first], parts):
+            waiting.append(part)
+            num_rows, num_bytes = sum(map(len, waiting)), sum(one.nbytes for one in waiting)
+            if num_rows >= _ROWS_PER_BATCH or num_bytes >= _BYTES_PER_BATCH:
+                writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
+                waiting = []
+        if waiting:
+            writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
 
 
 def batches(folder: Path) -> Iterator[pa.RecordBatch]:
     """A split's record batches, words included, one after another; not mapped, because mapped pages count as memory."""
-    import pyarrow as pa
-
     with pa.OSFile(str(folder / FILE)) as file, pa.ipc.open_stream(file) as reader:
         yield from reader
 
@@ -108,15 +85,18 @@ class Rows(Sequence[dict[str, Any]]):
 
     def __init__(self, *folders: Path) -> None:
         self.folders = folders
-        import pyarrow as pa
-
         # Not closed by hand: arrays that are views of the map keep it alive, and it closes with the last of them.
         mapped = (pa.ipc.open_stream(pa.memory_map(str(folder / FILE))) for folder in folders)
         self._batches = [
             batch.select([name for name in batch.schema.names if name != WORDS])
             for batch in chain.from_iterable(mapped)
         ]
-        self._lists = [_lists_of(batch) for batch in self._batches]
+        lists = [[field.name for field in batch.schema if pa.types.is_list(field.type)] for batch in self._batches]
+        # Of each column of lists all values side by side, and where each list begins: views of the file.
+        self._lists = [
+            {name: (batch[name].values.to_numpy(), batch[name].offsets.to_numpy()) for name in names}
+            for batch, names in zip(self._batches, lists, strict=True)
+        ]
         self._starts = [0, *np.cumsum([len(batch) for batch in self._batches]).tolist()]
 
     def __reduce__(self) -> Any:  # a data loader's worker maps the file anew
@@ -130,8 +110,6 @@ class Rows(Sequence[dict[str, Any]]):
         return tuple(self._batches[0].schema.names)
 
     def __getitem__(self, key: Any) -> Any:
-        import pyarrow as pa
-
         if isinstance(key, str):
             if key in self._lists[0]:
                 return [flat[start:end] for flat, offsets in self.lists(key) for start, end in pairwise(offsets)]
@@ -161,14 +139,6 @@ class Rows(Sequence[dict[str, Any]]):
         return (lists[name] for lists in self._lists)
 
 
-def _lists_of(batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each column of lists as views of the file: all values side by side, and where each list begins."""
-    import pyarrow as pa
-
-    names = [field.name for field in batch.schema if pa.types.is_list(field.type)]
-    return {name: (batch[name].values.to_numpy(), batch[name].offsets.to_numpy()) for name in names}
-
-
 def texts(folder: Path) -> Iterator[dict[str, Any]]:
     """The row of each example in the user's own columns, with its place; examples of one row share one dictionary.
 
@@ -182,31 +152,6 @@ def texts(folder: Path) -> Iterator[dict[str, Any]]:
             if read.keys() != {PLACE} or read[PLACE] != row.get(PLACE):
                 row = read
             yield row
-
-
-def load_texts(folder: Path) -> list[dict[str, Any]]:
-    """`texts` in memory: for held-out rows, of which there are few."""
-    return list(texts(folder))
-
-
-def save_clusters(folder: Path, groups: np.ndarray) -> None:
-    """Keep which rows of a split belong together: duplicates, near ones, of one passage, of one customer."""
-    np.save(folder / CLUSTERS, np.unique(groups, return_inverse=True)[1].astype(np.int64))
-
-
-def clusters_of(folder: Path) -> np.ndarray:
-    """The number of each held-out row's cluster, from 0: int64 [rows], in the order of the rows."""
-    return np.asarray(np.load(folder / CLUSTERS))
-
-
-def save_in_train(folder: Path, stands: np.ndarray) -> None:
-    """Keep which test rows share their text, prompt or passage with a train row: bool [rows]."""
-    np.save(folder / IN_TRAIN, stands)
-
-
-def in_train(folder: Path) -> np.ndarray:
-    """Which test rows stand in train as well: bool [rows]."""
-    return np.asarray(np.load(folder / IN_TRAIN))
 
 
 def row_id(row: Mapping[str, Any]) -> str:

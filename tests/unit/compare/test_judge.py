@@ -15,6 +15,7 @@ from fulltune.compare import conclude, verdict
 from fulltune.compare.conclude import without_leaks
 from fulltune.compare.context import RECORD
 from fulltune.compare.seeds import SeedRuns
+from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.records.comparison import Search, Trial, TrialResult
 from fulltune.stats import bootstrap
 from tests import comparisons
@@ -32,6 +33,8 @@ def result(one: Trial) -> TrialResult:
 @pytest.fixture
 def line(tmp_path: Path) -> Any:
     said: list[str] = []
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    np.save(tmp_path / "data" / "test" / CLUSTERS, np.arange(400))
     return mock.MagicMock(
         folder=tmp_path,
         alpha=0.05,
@@ -51,7 +54,6 @@ def given() -> Iterator[dict[str, Any]]:
         "arm_items": mock.Mock(return_value=[]),
         "decide": mock.Mock(return_value=comparisons.undecided().decision),
         "draw": mock.Mock(),
-        "clusters_of": mock.Mock(),
         "without_leaks": mock.Mock(return_value=[]),
         "note_access": mock.Mock(),
         "comparison_of": mock.Mock(return_value=comparisons.undecided()),
@@ -90,8 +92,8 @@ def test_verdict_without_test_rows_that_stand_in_train(
     line.recipe.data.near_duplicates = 1.0
     line.summary.columns = {"text": "t"}
     decision = conclude._decided(line, arms, rows, 0.05)
-    with mock.patch.object(conclude, "in_train", return_value=rows < leaked):
-        assert without_leaks(line, arms, rows, decision) == expected
+    np.save(line.folder / "data" / "test" / IN_TRAIN, rows < leaked)
+    assert without_leaks(line, arms, rows, decision) == expected
 
 
 def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:

@@ -223,7 +223,7 @@ def test_stage_that_fails_leaves_nothing_half_done_and_the_earlier_rows(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(written, "RowWriter", full)
+    monkeypatch.setattr(written, "write_rows", full)
     with pytest.raises(OSError, match="No space left"):
         runs.prepare("one", settings={"split_seed": 3})
     assert runs.files("one") == before

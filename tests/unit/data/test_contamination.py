@@ -11,7 +11,7 @@ import pytest
 from fulltune import data
 from fulltune.data.contamination import MOST_TEXTS, KnownTexts, cell_texts, known_files, read_texts
 from fulltune.errors import DataError
-from fulltune.inference.store import load_texts
+from fulltune.inference.store import texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks.columns import normalised
@@ -272,7 +272,7 @@ def test_text_in_any_column_of_a_task_is_found(tmp_path: Path, case: str) -> Non
     tokenizer = tiny.encoder_tokenizer() if task == "question-answering" else tiny.decoder_tokenizer(tiny.CHATML)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     [note] = notes(prepare(tmp_path, rows, tokenizer, task=task))
-    trained = load_texts(tmp_path / "data" / "train")
+    trained = list(texts(tmp_path / "data" / "train"))
     planted = [row for row in trained if all(row[key] == value for key, value in changed.items())]
     assert planted
     assert note.startswith(f"{len(planted)} of {len(trained)} train rows hold one of 4 texts of bench")

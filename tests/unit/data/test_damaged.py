@@ -17,7 +17,7 @@ from fulltune.data.readers.files import image_files
 from fulltune.data.readers.read import beside, content_hash, locate
 from fulltune.data.sources import find_files
 from fulltune.errors import DataError, SetupError
-from fulltune.inference.store import load_texts
+from fulltune.inference.store import texts
 from fulltune.models import base as model_base
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
@@ -37,7 +37,7 @@ class Prepared:
         recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": str(file), **settings}})
         stage = data.Stage(recipe, folder / "data", tokenizer, data.Limits(tiny.POSITIONS))
         self.summary: DataSummary = data.prepare(stage)
-        splits = [load_texts(folder / "data" / name) for name in ("train", "eval", "test")]
+        splits = [list(texts(folder / "data" / name)) for name in ("train", "eval", "test")]
         self.rows = {row.pop(PLACE): row for rows in splits for row in rows}
         lines = (folder / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
         self.dropped = {item["place"]: item["reason"] for item in map(json.loads, lines)}

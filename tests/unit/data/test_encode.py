@@ -17,7 +17,7 @@ from fulltune.data import encode
 from fulltune.data.encode import Encoded, Job
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
-from fulltune.inference.store import Rows, load_texts
+from fulltune.inference.store import Rows, texts
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import Target
 from tests import tiny
@@ -80,7 +80,7 @@ def test_work_is_done_in_other_processes(job: Job, tmp_path: Path, monkeypatch: 
     plain = encode.words
     monkeypatch.setattr(encode, "words", lambda place, row: plain(str(os.getpid()), row))
     run(job, placed(ROWS), tmp_path)
-    pids = {row["fulltune:place"] for row in load_texts(tmp_path)}
+    pids = {row["fulltune:place"] for row in texts(tmp_path)}
     assert str(os.getpid()) not in pids
     assert 1 <= len(pids) <= WORKERS
 
@@ -89,7 +89,7 @@ def test_work_is_done_in_other_processes(job: Job, tmp_path: Path, monkeypatch: 
 def test_order_is_the_files(job: Job, tmp_path: Path) -> None:
     found = run(job, placed(ROWS), tmp_path)
     expected = [place for place, row in placed(ROWS) if row["text"].strip()]
-    assert [row["fulltune:place"] for row in load_texts(tmp_path)] == expected
+    assert [row["fulltune:place"] for row in texts(tmp_path)] == expected
     assert np.asarray(found.row_of).tolist() == list(range(59))
     assert [found.label_sets[number] for number in found.labels[:4]] == [("weather",), ("food",)] * 2
     kept = [row["label"] for row in ROWS if row["text"].strip()]

@@ -13,7 +13,7 @@ import pytest
 from fulltune.data.groups import draw, joined_by_value
 from fulltune.data.split import rarest_of_side
 from fulltune.errors import DataError
-from fulltune.inference.store import clusters_of, load_texts
+from fulltune.inference.store import CLUSTERS, texts
 from tests.unit.data.stage import of_splits, prepare
 
 
@@ -97,7 +97,7 @@ def test_no_user_and_no_text_is_on_two_sides(tmp_path: Path, encoder_tokenizer: 
     assert any("by 'user': 60 values, " in note and " groups where these share texts" in note for note in summary.notes)
     assert "by 'user' (seed" in summary.sources["test"]
     users = [row["user"] for row in splits["test"]]
-    clusters = clusters_of(tmp_path / "data" / "test").tolist()
+    clusters = np.load(tmp_path / "data" / "test" / CLUSTERS).tolist()
     assert len(set(clusters)) <= len(set(users)) < len(users)
 
 
@@ -204,7 +204,7 @@ def test_mixed_rows_of_a_scored_user_are_left_out_and_others_need_none(tmp_path:
     mixed += [{"text": f"nobody {number}", "label": "a", "user": None} for number in range(5)]
     summary = prepare(tmp_path, rows, encoder_tokenizer, group="user", mixed=mixed)
     scored = {row["user"] for name in ("eval", "test") for row in of_splits(tmp_path)[name]}
-    kept = [row["user"] for row in load_texts(tmp_path / "data" / "mixed")]
+    kept = [row["user"] for row in texts(tmp_path / "data" / "mixed")]
     assert kept.count(None) == 5
     assert set(kept) == {None, *(f"u{user}" for user in range(60))} - scored
     assert summary.dropped["also in test"] + summary.dropped["also in eval"] == len(scored)

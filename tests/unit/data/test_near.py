@@ -12,7 +12,7 @@ import pytest
 from fulltune import data
 from fulltune.data import groups as near
 from fulltune.errors import RecipeError
-from fulltune.inference.store import Rows, clusters_of, in_train, load_texts
+from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from tests import tiny
@@ -127,9 +127,9 @@ def test_prepare_near_duplicates_stay_on_one_side_and_share_a_cluster(tmp_path: 
     families = {}
     for name in ("train", "eval", "test"):
         folder = tmp_path / "data" / name
-        families[name] = [row["family"] for row in load_texts(folder)]
+        families[name] = [row["family"] for row in texts(folder)]
         if name != "train":
-            numbers = clusters_of(folder)
+            numbers = np.load(folder / CLUSTERS)
             assert len(numbers) == len(Rows(folder))
             assert len(set(zip(numbers.tolist(), families[name], strict=True))) == len(set(families[name]))
             assert len(set(numbers.tolist())) == len(set(families[name]))
@@ -141,9 +141,9 @@ def test_prepare_near_duplicates_stay_on_one_side_and_share_a_cluster(tmp_path: 
 def test_prepare_equal_texts_alone_share_a_cluster_by_default(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{**row, "text": text} for row in variants(40) for text in (row["text"], row["text"].upper())]
     prepare(tmp_path, rows, encoder_tokenizer)
-    texts = [row["text"].lower() for row in load_texts(tmp_path / "data" / "test")]
-    numbers = clusters_of(tmp_path / "data" / "test").tolist()
-    assert len(set(zip(numbers, texts, strict=True))) == len(set(texts)) == len(set(numbers))
+    words = [row["text"].lower() for row in texts(tmp_path / "data" / "test")]
+    numbers = np.load(tmp_path / "data" / "test" / CLUSTERS).tolist()
+    assert len(set(zip(numbers, words, strict=True))) == len(set(words)) == len(set(numbers))
 
 
 def test_prepare_near_duplicates_across_files_are_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
@@ -176,15 +176,15 @@ def test_prepare_says_which_test_rows_stand_in_train(tmp_path: Path, encoder_tok
     for threshold, expected in ((1.0, 9), (0.75, 15)):
         folder = tmp_path / str(threshold)
         prepare(folder, rows, encoder_tokenizer, near_duplicates=threshold, eval_fraction=0.02, test=file)
-        stands = in_train(folder / "data" / "test")
-        texts = {row["text"] for row in load_texts(folder / "data" / "train")}
+        stands = np.load(folder / "data" / "test" / IN_TRAIN)
+        words = {row["text"] for row in texts(folder / "data" / "train")}
         assert len(stands) == len(test)
         assert not stands[: len(other)].any()
-        assert {row["text"] for row in exact} <= texts, "or the draw of eval rows has changed: take other ones"
+        assert {row["text"] for row in exact} <= words, "or the draw of eval rows has changed: take other ones"
         assert stands[len(other) :].tolist() == [True] * expected + [False] * (15 - expected)
 
 
 def test_prepare_no_test_row_that_was_split_off_stands_in_train(tmp_path: Path, encoder_tokenizer: Any) -> None:
     prepare(tmp_path, variants(60) * 2, encoder_tokenizer)
-    assert len(stands := in_train(tmp_path / "data" / "test"))
+    assert len(stands := np.load(tmp_path / "data" / "test" / IN_TRAIN))
     assert not stands.any()

@@ -13,7 +13,7 @@ import pytest
 
 from fulltune.data import limits as packing
 from fulltune.data.limits import pack
-from fulltune.inference.store import Rows, RowWriter, load_texts, record_batch, words
+from fulltune.inference.store import Rows, record_batch, texts, words, write_rows
 
 LIMIT = 100
 
@@ -32,9 +32,7 @@ def parts(lengths: list[int], at_once: int = 50) -> Iterator[Any]:
 
 
 def packed(lengths: list[int], folder: Path) -> Rows:
-    with RowWriter(folder) as writer:
-        for batch in pack(parts(lengths), LIMIT):
-            writer.write(batch)
+    write_rows(folder, pack(parts(lengths), LIMIT))
     return Rows(folder)
 
 
@@ -61,7 +59,7 @@ def test_pack_no_token_is_lost_or_doubled(lengths: list[int], blocks: Rows) -> N
 def test_pack_no_text_is_cut_and_positions_begin_again(lengths: list[int], blocks: Rows) -> None:
     starts = np.cumsum([0, *lengths])[:-1].tolist()
     whole = {start: list(range(start, start + length)) for start, length in zip(starts, lengths, strict=True)}
-    texts = 0
+    number = 0
     for block in blocks:
         begins = np.flatnonzero(block["position_ids"] == 0).tolist()
         for start, end in zip(begins, [*begins[1:], block["length"]], strict=True):
@@ -69,8 +67,8 @@ def test_pack_no_text_is_cut_and_positions_begin_again(lengths: list[int], block
             assert ids == whole[ids[0]]
             assert block["position_ids"][start:end].tolist() == list(range(end - start))
             assert block["labels"][start:end].tolist() == [-100, *ids[1:]]
-            texts += 1
-    assert texts == len(lengths)
+            number += 1
+    assert number == len(lengths)
 
 
 @pytest.mark.parametrize("longest", [10, 50, LIMIT])
@@ -82,7 +80,7 @@ def test_pack_blocks_are_nearly_full(longest: int, tmp_path: Path) -> None:
 def test_pack_words_are_the_first_texts(tmp_path: Path) -> None:
     packed([60, 100, 40, 30], tmp_path)
     # The blocks in the order in which they are full; the 30 stay alone.
-    assert [row["fulltune:place"] for row in load_texts(tmp_path)] == ["a.txt:1", "a.txt:0", "a.txt:3"]
+    assert [row["fulltune:place"] for row in texts(tmp_path)] == ["a.txt:1", "a.txt:0", "a.txt:3"]
 
 
 def test_pack_holds_few_blocks_open(monkeypatch: pytest.MonkeyPatch) -> None:

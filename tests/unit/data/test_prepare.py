@@ -14,7 +14,7 @@ import pytest
 from fulltune import data
 from fulltune.data.sources import SourceRows, describe
 from fulltune.errors import DataError
-from fulltune.inference.store import WORDS, Rows, batches, load_texts
+from fulltune.inference.store import WORDS, Rows, batches, texts
 from fulltune.recipe.fields import Recipe
 from fulltune.tasks import Target, question_answering, task_named
 from tests import tiny
@@ -24,12 +24,10 @@ from tests.unit.data.stage import prepare
 def test_prepare_duplicates_stay_on_one_side(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = [{**row, "text": text} for row in tiny.topic_rows(60) for text in (row["text"], row["text"].upper() + " ")]
     summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
-    texts = {
-        name: {row["text"].strip().lower() for row in load_texts(tmp_path / "data" / name)} for name in summary.splits
-    }
-    assert not texts["train"] & texts["eval"]
-    assert not texts["train"] & texts["test"]
-    assert not texts["eval"] & texts["test"]
+    found = {name: {row["text"].strip().lower() for row in texts(tmp_path / "data" / name)} for name in summary.splits}
+    assert not found["train"] & found["eval"]
+    assert not found["train"] & found["test"]
+    assert not found["eval"] & found["test"]
     assert sum(split.rows for split in summary.splits.values()) == 120
     assert {name: split.rows for name, split in summary.splits.items()} == {"train": 96, "eval": 12, "test": 12}
 
@@ -143,8 +141,8 @@ def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, enco
     rows = _passages(40, 30)
     prepare(tmp_path, rows, encoder_tokenizer, "question-answering", max_length=64)
     folder = tmp_path / "data" / "test"
-    windows, texts = Rows(folder), load_texts(folder)
-    places = [row["fulltune:place"] for row in texts]
+    windows, rows = Rows(folder), list(texts(folder))
+    places = [row["fulltune:place"] for row in rows]
     assert len(set(places)) * 5 < len(places)
     labels = np.stack([row["labels"] for row in windows])
     kept = {
@@ -153,10 +151,10 @@ def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, enco
         "chance": np.where(labels[:, question_answering.START] > 0, -0.1, -9.0),
         "nowhere": np.where(labels[:, question_answering.START] > 0, -9.0, -0.1),
     }
-    contexts = [row["context"] for row in texts]
+    contexts = [row["context"] for row in rows]
     found = question_answering.find_answers(kept, windows, places, contexts)
     assert {place: answer["answer"] for place, answer in found.items()} == {
-        row["fulltune:place"]: row["answers"] for row in texts
+        row["fulltune:place"]: row["answers"] for row in rows
     }
     # Training reads no places of characters.
     assert set(Rows(folder).features) - set(Rows(tmp_path / "data" / "train").features) == {

@@ -15,7 +15,7 @@ from fulltune.data.readers.files import image_files, is_image_folder
 from fulltune.data.readers.read import beside, locate
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.run import Share, by_length
-from fulltune.inference.store import Rows, RowWriter, record_batch
+from fulltune.inference.store import Rows, record_batch, write_rows
 from fulltune.models import base
 from fulltune.models.base import Base
 from fulltune.models.load import load
@@ -219,8 +219,7 @@ def test_missing_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytes
 
 def test_lengths_are_known_without_decoding(tmp_path: Path, reader: ImageReader) -> None:
     rows = [{"path": f"missing{n}.png", "content": b"", "labels": n % 2, "length": 4} for n in range(3)]
-    with RowWriter(tmp_path) as writer:
-        writer.write(record_batch(rows, ["{}"] * 3))
+    write_rows(tmp_path, [record_batch(rows, ["{}"] * 3)])
     opened = base.opened(Rows(tmp_path), reader)
     assert by_length(opened) == [0, 1, 2]
     assert by_length(Share(opened, [2, 0])) == [0, 1]
