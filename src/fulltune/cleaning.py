@@ -20,22 +20,23 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import norm
 
-from fulltune import evaluate
+from fulltune import evaluate, pipeline
 from fulltune.audit.rows import LEAK, NEAR_LEAK
 from fulltune.audit.stage import load_issues
-from fulltune.compare.trial_folder import changed, whole_run
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import RecipeError, SetupError
 from fulltune.evaluate import outputs
 from fulltune.inference.store import CLUSTERS, row_id, texts
 from fulltune.pipeline import Run, reader_of
+from fulltune.plan.settings import with_settings
 from fulltune.probe.linear import Items, NoProbe, best, fits, wrong
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import HIGH_LOSS, PROOFS, TRAINED_PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Said
+from fulltune.records.events import Said, without_tables
 from fulltune.stats.bootstrap import Measure, draw, measure_of
 from fulltune.stats.intervals import SURPRISES, difference, seed_spreads
+from fulltune.system import run_folder
 from fulltune.tasks import Predictions, Target
 from fulltune.text import counted
 
@@ -188,7 +189,9 @@ def _rows_of_run(job: Run, summary: DataSummary, step: CleaningStep | None, seed
     place = run.with_name(f"{run.name}.npz")
     if not place.exists():
         recipe = _recipe(job, summary, step, seed)
-        reached = whole_run(job, recipe, run)
+        run_folder.find_or_make(recipe, "", run.name, run, fresh=False)
+        listener = without_tables(job.listener)
+        reached = pipeline.run(replace(job, recipe=recipe, folder=run, listener=listener, began=None), "train")
         assert reached.plan is not None, "asked for"
         assert reached.outcome is not None, "asked for"
         assert reached.outcome.model_folder is not None, "a run that ended well has a model"
@@ -219,14 +222,14 @@ def _patch(job: Run, summary: DataSummary, step: CleaningStep) -> Path:
 def _recipe(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int) -> Recipe:
     """The same recipe with a patch and a seed of its own."""
     recipe = job.recipe
-    changes: dict[str, dict[str, Any]] = {"train": {"seed": recipe.train.seed + seed}}
+    changes: dict[str, Any] = {"train.seed": recipe.train.seed + seed}
     if step is not None:
         before = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
         patch = _patch(job, summary, step)
         patch.parent.mkdir(exist_ok=True)
         save_patch(patch, (before | {one.key: one for one in step.decisions}).values())
-        changes["data"] = {"patch": str(patch)}
-    return changed(recipe, changes)
+        changes["data.patch"] = str(patch)
+    return with_settings(recipe, changes)
 
 
 def _compared(

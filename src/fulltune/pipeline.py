@@ -55,8 +55,6 @@ class Run:
 
     group: MachineGroup | None = None
     """As the first of several machines: all of them; None: there is only one."""
-    is_trial: bool = False
-    """Of a search, whose choice the test rows play no part in: that they are scored is not noted."""
 
     @property
     def task(self) -> Task:
@@ -264,7 +262,7 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
     """The trained model on the test rows."""
     job.phase("scoring the trained model")
-    return evaluate.score(_scoring(job, trial, summary, job.hooks.metrics), outcome, noted=not job.is_trial)
+    return evaluate.score(_scoring(job, trial, summary, job.hooks.metrics), outcome)
 
 
 def _scoring(job: Run, trial: Plan, summary: DataSummary, metrics: UserMetrics | None = None) -> Scoring:

@@ -12,9 +12,8 @@ from datetime import datetime
 import numpy as np
 
 from fulltune import evaluate, report
-from fulltune.compare import generic
-from fulltune.compare.context import BASE, OPEN, OPENINGS, RECORD, SEALED, Context, settings_of
-from fulltune.compare.lint import lint, of_comparison, rows_in_train
+from fulltune.compare.context import BASE, GENERIC, OPEN, OPENINGS, RECORD, SEALED, Context, settings_of
+from fulltune.compare.lint import lint_comparison, rows_in_train
 from fulltune.compare.seeds import SeedRuns, arm_items
 from fulltune.compare.sequential import left
 from fulltune.compare.trials import best_seed, keep
@@ -22,16 +21,19 @@ from fulltune.compare.verdict import ArmItems, Terms, decide
 from fulltune.evaluate import outputs
 from fulltune.evaluate.scoring import FEWEST_UNSEEN, note_access
 from fulltune.files import append_line, lines_of
+from fulltune.forgetting.generic_text import drift
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.recipe.tasks import FACTS, stands_in_train
-from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening
-from fulltune.records.scores import Scores
+from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening, TrialResult
+from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format import words
-from fulltune.stats.bootstrap import SAMPLES, draw
+from fulltune.stats.bootstrap import SAMPLES, draw, resample
 from fulltune.stats.calibration import calibrate
 from fulltune.system import run_folder
 from fulltune.text import format_metric
 
+_TEXT_SAMPLES = 2000
+"""Resamples of generic texts."""
 middle = statistics.median
 """Of what runs cost: the first one of a command finds files and libraries cold, and is no cost of the method."""
 
@@ -105,7 +107,7 @@ def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later:
 def untouched(context: Context) -> tuple[Scores, ...]:
     """What costs no training: the untouched language model or the most frequent answer first, then other baselines."""
     folder, writes = context.folder, FACTS[context.recipe.task].writes
-    of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / generic.FOLDER / f"{BASE}.npz"
+    of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
         kept, _ = outputs.outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
@@ -149,7 +151,7 @@ def comparison_of(
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
         notes=tuple(_notes(context)),
     )
-    return found.model_copy(update={"findings": lint(of_comparison(ran, found))})
+    return found.model_copy(update={"findings": lint_comparison(ran, found)})
 
 
 def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[ArmRow, ...]:
@@ -185,11 +187,22 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
                 peak_memory_bytes=max(one.peak_memory_bytes for one in found),
                 memory_growth_bytes=max(one.memory_growth_bytes for one in found),
                 saved_bytes=found[0].saved_bytes,
-                moved=generic.moved(context.folder, found, BASE, context.recipe.evaluate.confidence),
+                moved=_moved(context, found),
                 seconds_per_row=middle(one.seconds_per_row or 0.0 for one in found),
             )
         )
     return tuple(rows)
+
+
+def _moved(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
+    """Mean drift of an arm's models on generic text, with a bootstrap interval over the texts."""
+    folder = context.folder / GENERIC
+    if not (folder / f"{BASE}.npz").exists():
+        return None
+    before, *after = (outputs.load(folder / f"{name}.npz") for name in (BASE, *(one.trial.name for one in results)))
+    of_text = np.mean([drift(before["generic"], one["generic"]) for one in after], axis=0)
+    drawn = resample({"drift": of_text}, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_TEXT_SAMPLES)
+    return drawn["drift"].estimate(context.recipe.evaluate.confidence)
 
 
 def _notes(context: Context) -> list[str]:

@@ -1,24 +1,28 @@
-"""What the parts of a comparison share: recipe, rows, and of each method (an *arm*) sizes, plans and files."""
+"""What the parts of a comparison share: recipe, rows, time, and of each method (an *arm*) sizes, plans and files."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fulltune import evaluate, plan
-from fulltune.compare import generic
+from fulltune import evaluate, methods, plan
 from fulltune.compare.rates import Scale
-from fulltune.compare.trial_folder import Clock, changed
 from fulltune.evaluate.scoring import Scoring
+from fulltune.files import append_line, lines_of
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
+from fulltune.forgetting.generic_text import generic_texts
+from fulltune.inference.generic import MOST_TOKENS
 from fulltune.inference.store import texts
 from fulltune.models.shapes import Shapes
 from fulltune.pipeline import Run
+from fulltune.plan.settings import with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary
@@ -31,7 +35,7 @@ from fulltune.text import is_share
 from fulltune.train.parent.spawn import Starter, in_new_process
 
 FOLDER = "compare"
-SEALED, OPEN = "predictions/sealed", "predictions/eval"
+SEALED, OPEN, GENERIC = "predictions/sealed", "predictions/eval", "predictions/generic"
 OPENINGS = f"{FOLDER}/test-openings.jsonl"
 CLOCK = f"{FOLDER}/clock.jsonl"
 RECORD = f"{FOLDER}/comparison.json"
@@ -47,6 +51,32 @@ class ArmSetup:
     traced: Footprint
     plan: Plan
     """Of a whole run at the arm's usual rate."""
+
+
+@dataclass
+class Clock:
+    """Seconds that all commands spent on trials, part by part, in a file; a killed command's last part is missing."""
+
+    path: Path
+    began: float
+    """Start of the time that is not yet written down."""
+
+    @contextlib.contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Write down how long something took, with what came before it; of what is interrupted as well."""
+        try:
+            yield
+        finally:
+            self.write(what)
+
+    def write(self, what: str) -> None:
+        """Write down the seconds since this was last done, so that none is counted twice."""
+        seconds, self.began = time.monotonic() - self.began, time.monotonic()
+        append_line(self.path, {"what": what, "seconds": round(seconds, 3)})
+
+    @property
+    def spent_seconds(self) -> float:
+        return sum(entry["seconds"] for entry in lines_of(self.path))
 
 
 @dataclass
@@ -82,12 +112,13 @@ class Context:
     @cached_property
     def texts(self) -> tuple[list[str], str]:
         """Generic ones on which the finished models are compared, and where they come from."""
-        return generic.texts(self.recipe)
+        return generic_texts(self.recipe.preserve.probe)
 
     @cached_property
     def most_tokens(self) -> int:
         """Of a generic text, for all arms alike."""
-        return generic.most_tokens(self.recipe, self.setup(self.full.arm).shapes.position_limit)
+        limit = self.setup(self.full.arm).shapes.position_limit or MOST_TOKENS
+        return min(MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
 
     @cached_property
     def measure(self) -> bootstrap.Measure:
@@ -165,7 +196,8 @@ class Context:
         return self._setups[arm]
 
     def _recipe_of(self, method: Any) -> Recipe:
-        return changed(self.recipe.with_method(method), {"preserve": generic.NOT_IN_TRAINING})
+        # It is measured once, on the finished models.
+        return with_settings(self.recipe.with_method(method), {"preserve.drift": False})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
@@ -175,17 +207,17 @@ class Context:
         """One run of one arm: the recipe with its rate, its seed and, in a search, fewer steps."""
         setup = self.setup(trial.arm)
         method = setup.arm.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
-        changes: dict[str, Any] = {"seed": trial.seed}
+        changes: dict[str, Any] = {"train.seed": trial.seed}
         steps = max(2, round(trial.share * setup.plan.total_steps))
         if trial.share < 1:
-            changes |= {"max_steps": steps, "num_train_epochs": None}
+            changes |= {"train.max_steps": steps, "train.num_train_epochs": None}
             if (given := self.recipe.with_method(method).train.warmup_steps) is not None:
                 ratio = given / max(1, setup.plan.total_steps)
-                changes |= {"warmup_steps": None, "warmup_ratio": ratio}
+                changes |= {"train.warmup_steps": None, "train.warmup_ratio": ratio}
         if trial.searches:
-            changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
-            changes["save_steps"] = None
-        return changed(self._recipe_of(method), {"train": changes})
+            changes |= {"train.early_stopping_patience": None, "train.save_steps": None}
+            changes |= {"train.eval_strategy": "steps", "train.eval_steps": steps}
+        return with_settings(self._recipe_of(method), changes)
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         """The plan of a trial."""

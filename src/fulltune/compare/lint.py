@@ -1,12 +1,10 @@
-"""What makes a comparison of methods unfair: a table of rules, and the designs that they look at."""
+"""What makes a comparison of methods unfair: a table of rules, asked of a recipe alone and of a comparison."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from fulltune import plan
 from fulltune.compare import budget, rates
@@ -61,56 +59,63 @@ _WORTH_KNOWING = {
     "test-opened-by-others": "take fresh test rows where the recipe was changed because of what was seen",
 }
 """What a reader must know, and what to do."""
-_TO_DO = _UNFAIR | _WORTH_KNOWING
 Found = Iterator[tuple[str, str, str]]
 """Of each finding its rule, where it is and what it is."""
 
 
-@dataclass(frozen=True)
-class ComparisonDesign:
-    """Everything that decides whether a comparison is fair."""
-
-    rows: Sequence[ArmRow]
-    weights_source: Literal["plain", "gguf"] = "plain"
-    """What the pretrained weights were read from: quantised ones have lost what full fine-tuning starts from."""
-    full_wins: bool = False
-    """The verdict is FULL, which says that full fine-tuning beats every other method."""
-    time_was_up: bool = False
-    """There was no time for more seeds."""
-    left_out: tuple[str, ...] = ()
-    """Methods of the recipe for which there was no time."""
-    scale: rates.Scale | None = None
-    """How the eval rows measure; None: not known."""
-    margin: float = 0.0
-    """Differences of the metric that do not matter."""
-    test_in_eval: float = 0.0
-    """Share of the reported rows that also choose rates and checkpoints."""
-    test_in_train: str = ""
-    """What the data stage says of test rows that stand in train as well."""
-    test_openings: int = 0
-    """How often the test rows were used for a verdict."""
-    opened_by_others: tuple[str, ...] = ()
-    """Other comparisons that opened the same test rows."""
-
-    @property
-    def trained(self) -> list[ArmRow]:
-        return [row for row in self.rows if row.kind != "base"]
+def lint_comparison(ran: SeedRuns, found: Comparison) -> tuple[Finding, ...]:
+    """What makes a comparison unfair whose test rows were opened, or must be known to its reader."""
+    trained = [row for row in found.rows if row.kind != "base"]
+    said = [
+        *_of_rates(trained, full_wins=found.decision.verdict == "FULL"),
+        *_of_arms(trained, time_was_up=ran.time_was_up),
+        *_between_arms(trained),
+        *_of_rows(ran, trained),
+        *_of_test_rows(ran.context.folder, rows_in_train(ran.context.summary), found.verdicts_on_test_rows),
+        *_of_weights(ran.context.job.base),
+    ]
+    if ran.left_out:
+        said.append(("left-out", ", ".join(ran.left_out), "not trained: the budget leaves no time for it"))
+    return _findings(said)
 
 
-def lint(design: ComparisonDesign) -> tuple[Finding, ...]:
-    """All that is wrong, what makes the comparison unfair first."""
-    rules = (_of_rates, _of_arms, _between_arms, _of_rows)
-    found = [one for rules_of in rules for one in rules_of(design)]
-    found.sort(key=lambda one: one[0] not in _UNFAIR)
+def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
+    """What would make a recipe's comparison unfair, as far as its rows and a budget play no part."""
+    base = Base.of(recipe.model, recipe.task)
+    shapes = shapes_of(base, {})
+    seeds = recipe.compare.seeds or budget.num_seeds(None, budget.FEW_TRAIN_ROWS)
+    trained = []
+    for method in recipe.methods:
+        if method.kind == "base":
+            continue
+        usual, _ = plan.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
+        grid = rates.grid(usual, method.learning_rates, method.fixed_learning_rate)
+        tried, chosen = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
+        trained.append(
+            ArmRow(
+                arm=method.arm,
+                kind=recipe.compared_kind(method),
+                settings=settings_of(method),
+                search=Search(arm=method.arm, tried=tried, chosen=chosen),
+                seeds=tuple(range(recipe.train.seed, recipe.train.seed + seeds)),
+                weights_dtype=recipe.model.weights_dtype,
+                bf16_rounding=recipe.train.bf16_rounding or "stochastic",
+            )
+        )
+    return _findings([*_of_rates(trained), *_of_arms(trained), *_between_arms(trained), *_of_weights(base)])
+
+
+def _findings(said: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
+    """What makes the comparison unfair first."""
     return tuple(
         Finding(
             rule=rule,
             level="unfair" if rule in _UNFAIR else "worth knowing",
             where=where,
             what=what,
-            to_do=_TO_DO[rule],
+            to_do=(_UNFAIR | _WORTH_KNOWING)[rule],
         )
-        for rule, where, what in found
+        for rule, where, what in sorted(said, key=lambda one: one[0] not in _UNFAIR)
     )
 
 
@@ -124,12 +129,12 @@ def _tried(row: ArmRow) -> list[float]:
     return sorted({*search.tried, *search.whole}) if search is not None and search.tried else []
 
 
-def _of_rates(design: ComparisonDesign) -> Found:
+def _of_rates(trained: Sequence[ArmRow], *, full_wins: bool = False) -> Found:
     """Of each arm: was its rate searched, and might a better one lie beyond those tried?"""
     weak = "what looks like a weak method may be a wrong rate"
-    full = [row for row in design.trained if row.kind == "full"]
+    full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried(row), default=0.0) for row in full), default=0.0)
-    for row in design.trained:
+    for row in trained:
         tried, search = _tried(row), row.search
         assert search is not None, "it is trained"
         if len(tried) < 2 and search.time_was_up:
@@ -145,7 +150,7 @@ def _of_rates(design: ComparisonDesign) -> Found:
             yield "edge-of-grid", row.arm, f"{best}: a better one may lie beyond"
         if row.kind in ("full", "head", VARIANT) or not tried:
             continue
-        if design.full_wins and not search.whole and any(one.search and one.search.whole for one in full):
+        if full_wins and not search.whole and any(one.search and one.search.whole for one in full):
             what = (
                 f"its rate, {search.chosen:g}, was chosen by short trials alone, that of full fine-tuning by whole "
                 "runs: it may lose because of its rate"
@@ -160,12 +165,12 @@ def _of_rates(design: ComparisonDesign) -> Found:
             yield "low-peft-rates", row.arm, what
 
 
-def _of_arms(design: ComparisonDesign) -> Found:
+def _of_arms(trained: Sequence[ArmRow], *, time_was_up: bool = False) -> Found:
     """Of each arm: its seeds, its weights, what it changes."""
-    for row in design.trained:
+    for row in trained:
         count = len(set(row.seeds))
         seeds = counted(count, "seed")
-        if count < FEWEST_SEEDS and not row.waited and design.time_was_up:
+        if count < FEWEST_SEEDS and not row.waited and time_was_up:
             yield "no-time-for-seeds", row.arm, f"{seeds}: the budget ends before the next one"
         elif count == 1 and not row.waited:
             yield "one-seed", row.arm, "one seed: another one may reverse the result"
@@ -189,10 +194,13 @@ def _is_attention(name: str) -> bool:
     return name.split(".")[-1] in _ATTENTION or any("attn" in part or "attention" in part for part in name.split("."))
 
 
-def _between_arms(design: ComparisonDesign) -> Found:
+def _between_arms(trained: Sequence[ArmRow]) -> Found:
     """What arms do not have in common, or should not have; what a variant has otherwise is what is asked about."""
-    trained, rates_taken = design.trained, {row.learning_rate for row in design.trained}
-    if len(trained) > 1 and len(rates_taken) == 1 and not any(_tried(row) for row in trained):
+    if (
+        len(trained) > 1
+        and len({row.learning_rate for row in trained}) == 1
+        and not any(_tried(row) for row in trained)
+    ):
         what = (
             f"all methods are trained at {trained[0].learning_rate:g}; the best rate of LoRA is about ten times that "
             "of full fine-tuning"
@@ -208,63 +216,54 @@ def _between_arms(design: ComparisonDesign) -> Found:
     if random and len(random) < len(alike):
         what = f"the head of {_named(random)} starts at random, that of the others from a linear probe"
         yield "unequal-heads", "methods", what
-    if design.left_out:
-        yield "left-out", ", ".join(design.left_out), "not trained: the budget leaves no time for it"
 
 
-def _of_rows(design: ComparisonDesign) -> Found:
-    """The rows that choose and the rows that are reported, and what the model was read from."""
-    scale, metrics = design.scale, [row.metric.value for row in design.trained]
-    told = max(map(scale.tolerance, metrics)) if scale is not None and scale.is_share else 0.0
-    if scale is not None and told > design.margin and any(len(_tried(row)) > 1 for row in design.trained):
-        what = (
+def _of_rows(ran: SeedRuns, trained: Sequence[ArmRow]) -> Found:
+    """The rows that choose."""
+    scale, summary = ran.context.scale, ran.context.summary
+    told = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0
+    if told > ran.context.recipe.compare.margin and any(len(_tried(row)) > 1 for row in trained):
+        yield (
+            "few-eval-rows",
+            "eval rows",
             f"{scale.eval_rows:,} rows choose the learning rates, too few to tell rates apart that differ by less than "
             f"about {100 * told:.2g} points; only a rate ahead by more replaces the usual one, so there may be a "
-            "better rate for any method"
+            "better rate for any method",
         )
-        yield "few-eval-rows", "eval rows", what
-    if design.test_in_eval > MOST_TEST_IN_EVAL:
-        what = (
-            f"{design.test_in_eval:.0%} of the rows that are reported also chose learning rates and checkpoints: the "
-            "method that was tried most often looks best"
+    if summary.test_in_eval > MOST_TEST_IN_EVAL:
+        yield (
+            "eval-is-test",
+            "rows",
+            f"{summary.test_in_eval:.0%} of the rows that are reported also chose learning rates and checkpoints: the "
+            "method that was tried most often looks best",
         )
-        yield "eval-is-test", "rows", what
-    if design.test_in_train:
-        what = f"{design.test_in_train}, most of all that of a method that learns rows by heart"
-        yield "test-in-train", "test rows", what
-    if design.test_openings > 1:
-        what = (
-            f"used for a verdict {design.test_openings} times, because the time was up before and more was given; each "
-            "verdict has a part of the permitted error only, so that together they keep the certainty"
+
+
+def _of_test_rows(folder: Path, in_train: str, verdicts: int) -> Found:
+    """The rows that are reported."""
+    if in_train:
+        yield "test-in-train", "test rows", f"{in_train}, most of all that of a method that learns rows by heart"
+    if verdicts > 1:
+        yield (
+            "test-opened-again",
+            "test rows",
+            f"used for a verdict {verdicts} times, because the time was up before and more was given; each verdict has "
+            "a part of the permitted error only, so that together they keep the certainty",
         )
-        yield "test-opened-again", "test rows", what
-    if names := ", ".join(design.opened_by_others):
+    if names := ", ".join(opened_by_others(folder)):
         what = f"other comparisons used them for a verdict before ({names}): what that showed may have shaped this one"
         yield "test-opened-by-others", "test rows", what
-    if design.weights_source != "plain":
-        what = (
-            f"the pretrained weights come from a quantised file ({design.weights_source}): all methods start from "
-            "rounded weights, and full fine-tuning trains these"
+
+
+def _of_weights(base: Base) -> Found:
+    """What the model was read from."""
+    if is_quantised(base.path):
+        yield (
+            "quantised-source",
+            "model",
+            "the pretrained weights come from a quantised file (gguf): all methods start from rounded weights, and "
+            "full fine-tuning trains these",
         )
-        yield "quantised-source", "model", what
-
-
-def of_comparison(ran: SeedRuns, found: Comparison) -> ComparisonDesign:
-    """What the lint looks at in a comparison whose test rows were opened."""
-    context = ran.context
-    return ComparisonDesign(
-        rows=found.rows,
-        weights_source=_weights_source(context.job.base),
-        full_wins=found.decision.verdict == "FULL",
-        time_was_up=ran.time_was_up,
-        left_out=ran.left_out,
-        scale=context.scale,
-        margin=context.recipe.compare.margin,
-        test_in_eval=context.summary.test_in_eval,
-        test_in_train=rows_in_train(context.summary),
-        test_openings=found.verdicts_on_test_rows,
-        opened_by_others=opened_by_others(context.folder),
-    )
 
 
 def rows_in_train(summary: DataSummary) -> str:
@@ -272,37 +271,7 @@ def rows_in_train(summary: DataSummary) -> str:
     return next((one for one in summary.notes if " test rows have " in one and "stands in train" in one), "")
 
 
-def _weights_source(base: Base) -> Literal["plain", "gguf"]:
-    return "gguf" if is_quantised(base.path) else "plain"
-
-
 def opened_by_others(folder: Path) -> tuple[str, ...]:
     """Names of other comparisons beside this one whose verdict used the same test rows."""
     noted = Access.of_same_rows(folder)
     return tuple(sorted({one.run for one in noted if one.trial == COMPARISON} - {folder.resolve().name}))
-
-
-def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
-    """What would make a recipe's comparison unfair, as far as its rows and a budget play no part."""
-    base = Base.of(recipe.model, recipe.task)
-    shapes = shapes_of(base, {})
-    seeds = recipe.compare.seeds or budget.num_seeds(None, budget.FEW_TRAIN_ROWS)
-    rows = []
-    for method in recipe.methods:
-        if method.kind == "base":
-            continue
-        usual, _ = plan.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
-        grid = rates.grid(usual, method.learning_rates, method.fixed_learning_rate)
-        tried, chosen = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
-        rows.append(
-            ArmRow(
-                arm=method.arm,
-                kind=recipe.compared_kind(method),
-                settings=settings_of(method),
-                search=Search(arm=method.arm, tried=tried, chosen=chosen),
-                seeds=tuple(range(recipe.train.seed, recipe.train.seed + seeds)),
-                weights_dtype=recipe.model.weights_dtype,
-                bf16_rounding=recipe.train.bf16_rounding or "stochastic",
-            )
-        )
-    return lint(ComparisonDesign(rows=rows, weights_source=_weights_source(base)))

@@ -13,10 +13,11 @@ from fulltune.compare import budget
 from fulltune.compare.context import Context
 from fulltune.compare.rates import share_of_steps
 from fulltune.compare.seeds import MOST_WHOLE_RUNS_ALONE, SeedRuns, search_all
-from fulltune.compare.trial_folder import changed, make_folder
 from fulltune.compare.trials import clear
+from fulltune.data.cache import link
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.pipeline import Run, Until
+from fulltune.plan.settings import with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Expectation, Searched
 from fulltune.records.data import DataSummary
@@ -79,7 +80,9 @@ def _search(job: Run, summary: DataSummary) -> Searched:
             "the rate"
         )
     folder, given = job.folder / FOLDER, job.recipe.compare.budget
-    make_folder(folder, job.recipe, job.folder / "data")
+    run_folder.find_or_make(job.recipe, "", folder.name, folder, fresh=False)
+    if not (folder / "data").exists():
+        link(job.folder / "data", folder / "data")
     with fork_server() as start:
         seconds = None if given is None else parse_seconds(given)
         context = Context(replace(job, folder=folder), summary, "", seconds, start)
@@ -132,8 +135,12 @@ def _expected(context: Context) -> Expectation:
 
 def _at_its_rate(recipe: Recipe, found: Searched) -> Recipe:
     """The recipe of the run that a search chose."""
-    method = {"learning_rate": found.rate.chosen, "learning_rates": None, "name": recipe.method.arm}
-    return changed(recipe, {"method": method, "compare": {"budget": None}})
+    method = {
+        "method.learning_rate": found.rate.chosen,
+        "method.learning_rates": None,
+        "method.name": recipe.method.arm,
+    }
+    return with_settings(recipe, {**method, "compare.budget": None})
 
 
 def move_into_run(job: Run, found: Searched) -> None:

@@ -8,8 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from fulltune import evaluate
-from fulltune.compare import generic
-from fulltune.compare.context import OPEN, SEALED, Context
+from fulltune.compare.context import GENERIC, OPEN, SEALED, Context
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.records.comparison import Trial, TrialResult
@@ -104,7 +103,7 @@ def keep_rows(context: Context, trial: Trial, made: Plan, outcome: Outcome) -> f
 
 def keep(context: Context, name: str, kept: Mapping[str, Predictions]) -> None:
     """Write what a model gave for each row, the test rows' part where only the verdict looks."""
-    for part, place in (("eval", OPEN), ("test", SEALED), ("generic", generic.FOLDER)):
+    for part, place in (("eval", OPEN), ("test", SEALED), ("generic", GENERIC)):
         if part in kept:
             outputs.save(context.folder / place / f"{name}.npz", kept[part])
 

@@ -125,9 +125,8 @@ def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:
     return found.but(name=LINEAR_PROBE, kind="baseline", calibration=None, worst=())
 
 
-def score(scoring: Scoring, outcome: Outcome, noted: bool = True) -> Scores:
-    """Score the trained model on the test rows, note that (unless `noted` is False), and keep a classifier's
-    temperature."""
+def score(scoring: Scoring, outcome: Outcome) -> Scores:
+    """Score the trained model on the test rows, note that, and keep a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
@@ -138,8 +137,7 @@ def score(scoring: Scoring, outcome: Outcome, noted: bool = True) -> Scores:
 
     def trained() -> Scored:
         made: Scored = _scorer(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
-        if noted:
-            note_access(folder, scoring.listener, outcome)
+        note_access(folder, scoring.listener, outcome)
         return made
 
     scores = _kept(path, trained)

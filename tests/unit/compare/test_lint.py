@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from fulltune.compare.lint import ComparisonDesign, lint
+from fulltune.compare import lint
 from fulltune.compare.rates import Scale
-from fulltune.records.comparison import ArmRow, Search
+from fulltune.records.comparison import ArmRow, Finding, Search
 from fulltune.records.scores import Estimate
+from tests import comparisons
 
 
 def searched(*tried: float, chosen: float, **more: Any) -> Search:
@@ -41,27 +46,44 @@ CLEAN_LORA: dict[str, Any] = {
     "settings": {"rank": 16, "target_modules": "all-linear"},
 }
 WHOLE = {"whole": {1e-5: 0.9, 3e-5: 0.9}}
-ROWS = {"margin": 0.01, "scale": Scale(True, 28, True)}
 
 
-def design(full: dict[str, Any] | None = None, lora: dict[str, Any] | None = None, **more: Any) -> ComparisonDesign:
-    rows = (
-        ArmRow(arm="base", kind="base"),
-        ArmRow(**{**CLEAN_FULL, "arm": "head", "kind": "head"}),
-        ArmRow(**{**CLEAN_FULL, **(full or {})}),
-        ArmRow(**{**CLEAN_LORA, **(lora or {})}),
+def rules(full: dict[str, Any] | None = None, lora: dict[str, Any] | None = None, **more: Any) -> tuple[Finding, ...]:
+    """What is found in a clean comparison with these changes."""
+    head, *rows = (
+        {**CLEAN_FULL, "arm": "head", "kind": "head"},
+        {**CLEAN_FULL, **(full or {})},
+        CLEAN_LORA | (lora or {}),
     )
-    return ComparisonDesign(rows, **{"test_openings": 1, **more})
+    return rules_of([ArmRow(arm="base", kind="base"), ArmRow(**head), *(ArmRow(**row) for row in rows)], **more)
+
+
+def rules_of(
+    rows: Sequence[ArmRow],
+    verdict: str = "EQUIVALENT",
+    openings: int = 1,
+    eval_rows: int = 10**6,
+    is_quantised: bool = False,
+    **more: Any,
+) -> tuple[Finding, ...]:
+    decision, opened = {"verdict": verdict}, comparisons.openings(openings)
+    found = comparisons.comparison(rows=tuple(rows), decision=decision, openings=opened)
+    line = mock.MagicMock(folder=Path("none"), scale=Scale(True, eval_rows, True))
+    line.recipe.compare.margin = 0.01
+    line.summary = SimpleNamespace(**{"test_in_eval": more.pop("test_in_eval", 0.0), "notes": more.pop("notes", ())})
+    ran: Any = SimpleNamespace(**{"context": line, "time_was_up": False, "left_out": (), **more})
+    with mock.patch.object(lint, "is_quantised", return_value=is_quantised):
+        return lint.lint_comparison(ran, found)
 
 
 def test_lint_of_clean_design_is_silent() -> None:
-    assert lint(design()) == ()
-    assert lint(design(full={"weights_dtype": "bf16", "bf16_rounding": "stochastic"})) == ()
-    assert lint(design(lora={"seeds": (1,), "waited": True})) == ()
-    assert lint(design(lora={"train_tokens": 990_000})) == ()
+    assert rules() == ()
+    assert rules(full={"weights_dtype": "bf16", "bf16_rounding": "stochastic"}) == ()
+    assert rules(lora={"seeds": (1,), "waited": True}) == ()
+    assert rules(lora={"train_tokens": 990_000}) == ()
     full = found_by(**LOW, **WHOLE)
-    assert lint(design(full=full)) == ()  # methods that waited, where the verdict is not FULL
-    assert lint(design(full=full, lora=found_by(**HIGH, whole={3e-4: 0.9}), full_wins=True)) == ()
+    assert rules(full=full) == ()  # methods that waited, where the verdict is not FULL
+    assert rules(full=full, lora=found_by(**HIGH, whole={3e-4: 0.9}), verdict="FULL") == ()
 
 
 @pytest.mark.parametrize(
@@ -79,14 +101,14 @@ def test_lint_of_clean_design_is_silent() -> None:
     ],
 )
 def test_what_the_budget_caused_is_called_so(planted: dict[str, Any], rule: str, level: str, said: str) -> None:
-    (found,) = lint(design(**planted))
+    (found,) = rules(**planted)
     assert (found.rule, found.level) == (rule, level)
     assert found.what.startswith(said) or said in found.what
     assert "--budget" in found.to_do
 
 
 def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
-    found = lint(design(test_openings=2))
+    found = rules(openings=2)
     assert [(one.rule, one.level) for one in found] == [("test-opened-again", "worth knowing")]
 
 
@@ -98,12 +120,17 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
         ("edge-of-grid", "lora", "unfair", {"lora": found_by((1e-4, 3e-4, 1e-3), chosen=1e-3, on_edge=True)}),
         ("edge-of-grid", "full", "unfair", {"full": found_by((1e-5, 3e-5, 1e-4), chosen=1e-5, on_edge=True)}),
         ("low-peft-rates", "lora", "unfair", {"lora": found_by((1e-5, 3e-5, 1e-4), chosen=math.nan)}),
-        ("unequal-search", "lora", "unfair", {"full": found_by(**LOW, **WHOLE), "full_wins": True}),
+        ("unequal-search", "lora", "unfair", {"full": found_by(**LOW, **WHOLE), "verdict": "FULL"}),
         ("one-seed", "full", "unfair", {"full": {"seeds": (1,)}}),
         ("few-seeds", "lora", "worth knowing", {"lora": {"seeds": (1, 2)}}),
         ("eval-is-test", "rows", "unfair", {"test_in_eval": 0.3}),
-        ("few-eval-rows", "eval rows", "worth knowing", ROWS),
-        ("test-in-train", "test rows", "worth knowing", {"test_in_train": "3 of 28 test rows have a text ..."}),
+        ("few-eval-rows", "eval rows", "worth knowing", {"eval_rows": 28}),
+        (
+            "test-in-train",
+            "test rows",
+            "worth knowing",
+            {"notes": ["3 of 28 test rows have a text that stands in train"]},
+        ),
         ("unequal-tokens", "full, lora", "unfair", {"lora": {"train_tokens": 700_000}}),
         ("unequal-heads", "methods", "unfair", {"full": {"settings": {"head_init": "random"}}}),
         ("attention-only-lora", "lora", "unfair", {"lora": {"settings": {"target_modules": ["q_proj", "v_proj"]}}}),
@@ -116,12 +143,11 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
         ),
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16", "bf16_rounding": "nearest"}}),
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16"}}),
-        ("test-opened-by-others", "test rows", "worth knowing", {"opened_by_others": ("banking77-1",)}),
-        ("quantised-source", "model", "unfair", {"weights_source": "gguf"}),
+        ("quantised-source", "model", "unfair", {"is_quantised": True}),
     ],
 )
 def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: str, planted: dict[str, Any]) -> None:
-    (found,) = lint(design(**planted))
+    (found,) = rules(**planted)
     assert (found.rule, found.where, found.level) == (rule, where, level)
     assert found.what
     assert found.to_do
@@ -129,30 +155,28 @@ def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: s
 
 def test_lint_rates_of_full_that_whole_runs_led_up_to_do_not_make_those_of_lora_low() -> None:
     climbed = found_by((3e-5, 1e-4, 3e-4, 1e-3), chosen=3e-4)
-    assert lint(design(full=climbed)) == ()
+    assert rules(full=climbed) == ()
     unknown = found_by(HIGH["tried"], chosen=math.nan)
-    assert [one.rule for one in lint(design(full=climbed, lora=unknown))] == ["low-peft-rates"]
+    assert [one.rule for one in rules(full=climbed, lora=unknown)] == ["low-peft-rates"]
 
 
 def test_lint_edge_that_is_no_better_than_its_neighbour_is_fine() -> None:
-    assert lint(design(lora=found_by(HIGH["tried"], chosen=1e-3))) == ()
+    assert rules(lora=found_by(HIGH["tried"], chosen=1e-3)) == ()
 
 
 def test_lint_targets_beside_attention_are_fine() -> None:
     for names in (["q_proj", "v_proj", "up_proj"], ["query", "dense"], ["fc1"]):
-        assert lint(design(lora={"settings": {"target_modules": names}})) == ()
+        assert rules(lora={"settings": {"target_modules": names}}) == ()
 
 
 def test_lint_flags_hugging_faces_peft_benchmark() -> None:
     """Full arm of its `method_comparison`: bf16 weights without a master copy, one rate, one seed; LoRA on q and v."""
     lora = {"rank": 32, "target_modules": ["q_proj", "v_proj"]}
-    found = lint(
-        ComparisonDesign(
-            [
-                ArmRow(arm="full", kind="full", **found_by(chosen=1e-5), seeds=(0,), weights_dtype="bf16"),
-                ArmRow(arm="lora", kind="lora", **found_by(chosen=1e-4), seeds=(0,), settings=lora),
-            ]
-        )
+    found = rules_of(
+        [
+            ArmRow(arm="full", kind="full", **found_by(chosen=1e-5), seeds=(0,), weights_dtype="bf16"),
+            ArmRow(arm="lora", kind="lora", **found_by(chosen=1e-4), seeds=(0,), settings=lora),
+        ]
     )
     assert {(finding.rule, finding.where) for finding in found} == {
         ("bf16-full", "full"),
