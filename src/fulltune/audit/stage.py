@@ -30,7 +30,7 @@ from fulltune.audit.rows import (
     with_numbers,
 )
 from fulltune.audit.texts import checks_of, missing
-from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, Reader, Suspected, judge, outliers
+from fulltune.audit.untouched import DOUBTFUL, LABEL, NEIGHBOURS, OUT_OF_MEMORY, Reader, judge, outliers
 from fulltune.data.patch import load_patch
 from fulltune.errors import SetupError
 from fulltune.files import replacing
@@ -50,7 +50,7 @@ from fulltune.records.data import DataSummary, SplitName
 from fulltune.tasks import PLACE, Target, task_named
 from fulltune.text import counted
 
-LABEL, DOUBT, OUTLIER = "label error", "doubtful label", "outlier"
+OUTLIER = "outlier"
 NOT_ASKED = "left out by --no-labels"
 VERSION = 4
 """Of the checks: raised when they find other rows, so that an audit by earlier ones is made anew."""
@@ -91,10 +91,9 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         not_run[OUTLIER] = str(no)
     try:
         if LABEL in asked:
-            positions, judged = judge(reader)
-            issues += _mislabelled(rows, positions, judged)
-            labels = judged.about
-            made |= {LABEL, DOUBT}
+            labels, judged = judge(reader)
+            issues += _mislabelled(rows, judged)
+            made |= {LABEL, DOUBTFUL}
     except NoProbe as no:
         not_run[LABEL] = str(no)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
@@ -202,15 +201,13 @@ def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows, not_run: dict[s
     return issues
 
 
-def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: Suspected) -> list[RowIssue]:
+def _mislabelled(rows: AuditedRows, found: Mapping[int, tuple[str, int, float]]) -> list[RowIssue]:
     issues, column = list[RowIssue](), rows.target.columns.get("label")
-    checks = {int(positions[at]): (LABEL, at) for at in np.flatnonzero(found.suspects)}
-    checks |= {int(positions[at]): (DOUBT, at) for at in np.flatnonzero(found.doubtful)}
     for position, row in enumerate(rows.of("train")):
-        if position not in checks:
+        if position not in found:
             continue
-        check, at = checks[position]
-        other, margin = rows.target.labels[int(found.other[at])], float(found.margins[at])
+        check, at, margin = found[position]
+        other = rows.target.labels[at]
         # Of a folder per class the label is no column: such an image can only be left out.
         remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=other)
         reason = f"'{other}' is likelier, by {-100 * margin:.0f} points of probability"

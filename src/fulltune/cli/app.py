@@ -133,11 +133,11 @@ def data(
     from fulltune.cli import audit as cli_audit
 
     wanted = cli_audit.Wanted(labels, losses, prove, trainings, check or [])
-    found = cli_audit.audited(target, set_, run_folder, fresh, wanted)
+    folder = cli_audit.audited(target, set_, run_folder, fresh, wanted)
     if review or accept or patch:
-        cli_audit.decide(found, patch, review, accept or [], as_json)
+        cli_audit.decide(target, folder, patch, review, accept or [], as_json)
     else:
-        cli_audit.show(found, as_json)
+        cli_audit.show(target, folder, as_json)
 
 
 @app.command()

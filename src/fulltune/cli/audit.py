@@ -19,7 +19,6 @@ from fulltune.cli import stages
 from fulltune.cli.stages import err, out
 from fulltune.data.patch import Decisions, load_patch, save_patch
 from fulltune.errors import RecipeError, SetupError
-from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, proofs_of
 from fulltune.records.data import DataSummary
 from fulltune.report.run.data_page import could_do
@@ -28,25 +27,6 @@ from fulltune.text import counted, did_you_mean, listed
 KEYS = "[k]eep it  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
 Issues = Sequence[RowIssue]
 """All that was found in a row."""
-
-
-@dataclass(frozen=True)
-class Audited:
-    """A run's rows, and what is wrong with them."""
-
-    target: Path
-    """The recipe, or the run folder."""
-    recipe: Recipe
-    folder: Path
-    summary: DataSummary
-    audit: Audit
-
-    @property
-    def patch(self) -> Path:
-        """Where decisions are kept: the recipe's own patch, or a file beside it."""
-        if self.recipe.data.patch:
-            return Path(self.recipe.data.patch)
-        return self.target / "patch.jsonl" if self.target.is_dir() else self.target.with_suffix(".patch.jsonl")
 
 
 @dataclass(frozen=True)
@@ -71,8 +51,8 @@ class Wanted:
             raise RecipeError("--check: names whose steps to train, expected --trainings as well")
 
 
-def audited(target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, wanted: Wanted) -> Audited:
-    """The data stage, and what is wrong with its rows; with a page about both."""
+def audited(target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, wanted: Wanted) -> Path:
+    """The folder with the data stage, and what is wrong with its rows; with a page about both."""
     from fulltune.cleaning import prove_by_classifiers, prove_by_training, refuse_prove, refuse_trainings
     from fulltune.cli.show.run import Display
     from fulltune.pipeline import Run, audit_rows, list_losses
@@ -92,41 +72,51 @@ def audited(target: Path, overrides: list[str] | None, folder: Path | None, fres
     with run_folder.writing(found), run_folder.locked(found):
         with Display(err, details=False) as display:
             job = Run(recipe, found, listener=display)
-            audit = audit_rows(job, summary, wanted.labels)
+            audit_rows(job, summary, wanted.labels)
             if wanted.losses:
-                audit = list_losses(job, summary)
+                list_losses(job, summary)
             if wanted.prove:
                 prove_by_classifiers(job, summary)
             if wanted.trainings:
                 prove_by_training(job, summary, wanted.trainings, wanted.checks)
         write_data_page(found)
-    return Audited(target, recipe, found, summary, audit)
+    return found
 
 
-def show(found: Audited, as_json: bool) -> None:
+def show(target: Path, folder: Path, as_json: bool) -> None:
     """What the model will see, and what looks wrong."""
     from fulltune.report.format import terminal
     from fulltune.report.run import about_data, data_page
 
-    folder, audit, proofs = found.folder, found.audit, proofs_of(found.folder, found.audit)
+    summary, audit = DataSummary.of_run(folder), Audit.load(folder / "data" / AUDIT)
+    proofs = proofs_of(folder, audit)
     if as_json:
         more = {
             "issues": audit.checks,
             "audit": str(folder / "data" / AUDIT),
             "proofs": [one.model_dump(mode="json") for one in proofs],
         }
-        stages.print_json(found.summary.model_dump(mode="json") | more)
+        stages.print_json(summary.model_dump(mode="json") | more)
         return
-    terminal.show(out, [*about_data.in_short(found.summary), *data_page.in_short(audit, proofs)])
+    terminal.show(out, [*about_data.in_short(summary), *data_page.in_short(audit, proofs)])
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
-        out.print(f"review:  fulltune data {escape(str(found.target))} --review", soft_wrap=True)
+        out.print(f"review:  fulltune data {escape(str(target))} --review", soft_wrap=True)
 
 
-def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool) -> None:
-    """Take what is proposed for all rows of some checks, or ask; without a terminal write down what to decide."""
-    _refuse(found.audit, patch, review, accept)
-    file, issues, notes = patch or found.patch, load_issues(found.folder / "data"), list[str]()
+def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool) -> None:
+    """Take what is proposed for all rows of some checks, or ask; without a terminal write down what to decide.
+
+    Decisions are kept in `patch`, else in the recipe's own patch, or in a file beside the recipe.
+    """
+    from fulltune.system.run_folder import recipe_of
+
+    if not (review or accept):
+        raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
+    _refuse_checks(Audit.load(folder / "data" / AUDIT), accept)
+    applied, issues, notes = recipe_of(folder).data.patch, load_issues(folder / "data"), list[str]()
+    beside = target / "patch.jsonl" if target.is_dir() else target.with_suffix(".patch.jsonl")
+    file = patch or Path(applied or beside)
     if not file.parent.is_dir():
         raise RecipeError(f"--patch: {file.parent}: there is no such folder")
     before = decided_before(file)
@@ -135,7 +125,7 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
     elif sys.stdin.isatty() and sys.stdout.isatty():
         import typer
 
-        decided = go_through(out, issues, file, before, typer.getchar, _relabel(found.summary))
+        decided = go_through(out, issues, file, before, typer.getchar, _relabel(DataSummary.of_run(folder)))
     else:
         decided = dict(before) | {them[0].key: to_decide(them) for them in queue(issues, before)}
     if decided != before:
@@ -147,18 +137,16 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
     new = sum(key not in before or before[key].is_open for key in decided.keys() - is_open)
     done = f"{len(decided) - len(is_open):,} decided, {len(is_open):,} open"
     lines = [f"{counted(new, 'new decision')}; in {file}: {done}", *notes]
-    if decided and found.recipe.data.patch is None:
+    if decided and applied is None:
         # As the recipe has paths: from its own folder.
-        name = file.resolve() if found.target.is_dir() else os.path.relpath(file, found.target.parent)
+        name = file.resolve() if target.is_dir() else os.path.relpath(file, target.parent)
         lines.append(f"apply them by the recipe's line data.patch: {name}")
     for line in lines:
         out.print(escape(line), soft_wrap=True)
 
 
-def _refuse(audit: Audit, patch: Path | None, review: bool, accept: Sequence[str]) -> None:
-    """Raises a `RecipeError` for options that do not fit each other, or what was found."""
-    if not (review or accept):
-        raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
+def _refuse_checks(audit: Audit, accept: Sequence[str]) -> None:
+    """Raises a `RecipeError` for checks that do not fit what was found."""
     if HIGH_LOSS in accept:
         raise RecipeError(f"--accept: '{HIGH_LOSS}' claims nothing about its rows; expected --review, to read them")
     known = {*audit.clean, *audit.checks}

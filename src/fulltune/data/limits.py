@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -106,49 +106,46 @@ OPEN_BLOCKS = 64
 _BLOCKS_PER_BATCH = 256
 
 
-@dataclass
-class _Block:
-    """Texts that share a row."""
-
-    words: str
-    """Of the first text."""
-    texts: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    """Ids and labels of each."""
-    size: int = 0
-
-    def features(self) -> dict[str, Any]:
-        ids, labels = (np.concatenate(parts) for parts in zip(*self.texts, strict=True))
-        # Position ids that begin again are what tells transformers' models where a text ends.
-        positions = np.concatenate([np.arange(len(of_text), dtype=np.int32) for of_text, _ in self.texts])
-        return {"input_ids": ids, "labels": labels, "position_ids": positions, LENGTH: self.size}
+Text = tuple[np.ndarray, np.ndarray, str]
+"""Ids, labels and words."""
 
 
 def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
-    """Put texts together into blocks of at most `max_length` tokens; no text is cut."""
+    """Put texts together into blocks of at most `max_length` tokens, with the first one's words; no text is cut."""
     blocks = _fill(parts, max_length)
     while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
-        yield record_batch([block.features() for block in full], [block.words for block in full])
+        yield record_batch(list(map(_features, full)), [block[0][2] for block in full])
 
 
-def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[_Block]:
+def _features(block: list[Text]) -> dict[str, Any]:
+    ids, labels = (np.concatenate([text[of] for text in block]) for of in (0, 1))
+    # Position ids that begin again are what tells transformers' models where a text ends.
+    positions = np.concatenate([np.arange(len(text[0]), dtype=np.int32) for text in block])
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, LENGTH: len(ids)}
+
+
+def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[Text]]:
     """Best fit among the open blocks; when none fits and there are many, the fullest one is closed."""
-    opened: list[_Block] = []
-    for ids, labels, words in _texts(parts):
-        fitting = [block for block in opened if block.size + len(ids) <= max_length]
-        block = max(fitting, key=lambda block: block.size, default=None)
-        if block is None:
+    opened, room = list[list[Text]](), list[int]()
+    for text in _texts(parts):
+        at = min((at for at, free in enumerate(room) if free >= len(text[0])), key=room.__getitem__, default=None)
+        if at is None:
             if len(opened) == OPEN_BLOCKS:
-                yield opened.pop(max(range(OPEN_BLOCKS), key=lambda place: opened[place].size))
-            opened.append(block := _Block(words))
-        block.texts.append((ids, labels))
-        block.size += len(ids)
-        if block.size == max_length:
-            opened.remove(block)
-            yield block
+                fullest = room.index(min(room))
+                del room[fullest]
+                yield opened.pop(fullest)
+            at = len(opened)
+            opened.append([])
+            room.append(max_length)
+        opened[at].append(text)
+        room[at] -= len(text[0])
+        if not room[at]:
+            del room[at]
+            yield opened.pop(at)
     yield from opened
 
 
-def _texts(parts: Iterable[pa.RecordBatch]) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
+def _texts(parts: Iterable[pa.RecordBatch]) -> Iterator[Text]:
     for part in parts:
         ids, labels = (part.column(name) for name in ("input_ids", "labels"))
         ends = ids.offsets.to_numpy()

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fulltune import data
 from fulltune.audit import stage
 from fulltune.audit.stage import load_issues
-from fulltune.audit.untouched import Reader, Suspected
+from fulltune.audit.untouched import Reader
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import row_id, texts
@@ -153,11 +152,9 @@ def test_outliers_that_cannot_be_told_or_were_not_asked_for_are_said(tmp_path: P
 
 def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
     summary = prepared(tmp_path, CLEAN)
-    margins = np.ones(summary.splits["train"].rows)
-    margins[[2, 7, 9]] = -0.9, -0.99, -0.6
     about = LabelErrors.model_construct(suspects=2, doubtful=1, planted=20)
-    judged = Suspected(margins, np.zeros(len(margins), int), margins < -0.8, np.isin(margins, -0.6), about)
-    found, issues = audited(tmp_path, summary, lambda: (np.arange(len(margins)), judged))
+    judged = {2: ("label error", 0, -0.9), 7: ("label error", 0, -0.99), 9: ("doubtful label", 0, -0.6)}
+    found, issues = audited(tmp_path, summary, lambda: (about, judged))
     rows = list(texts(tmp_path / "data" / "train"))
     assert [one.row for one in issues["label error"]] == [row_id(rows[7]), row_id(rows[2])]
     assert [one.row for one in issues["doubtful label"]] == [row_id(rows[9])]
