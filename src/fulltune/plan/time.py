@@ -217,9 +217,11 @@ def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
     return passes * rows, num_bytes + solver, PROBE_SECONDS + 4 * PROBE_PASSES * items * outputs * width / PROBE_FLOPS
 
 
-def occasions(total_steps: int, *intervals: int) -> int:
-    """How often something comes that comes at each interval and after the last step: an evaluation, a checkpoint."""
-    return len({step for every in intervals if every for step in range(every, total_steps + 1, every)} | {total_steps})
+def occasions(total_steps: int, *intervals: int, after: int = -1) -> int:
+    """How often something comes that comes at each interval and after the last step, an evaluation or a checkpoint; of
+    a run that is resumed, `after` the steps that are done."""
+    at = {step for every in intervals if every for step in range(every, total_steps + 1, every)}
+    return sum(step > after for step in at | {total_steps})
 
 
 Price = tuple[float, str]

@@ -87,7 +87,7 @@ class DriftMonitor(TrainingPart):
         """How far the texts have moved; None where it is not known."""
         trainer, plan = self.trainer, self.inputs.plan
         is_start = trainer.state.global_step == 0
-        # A checkpoint of an earlier version does not say where the model began.
+        # Where it could not be read at the start, there is nothing to compare with.
         if self.text is None or (self.start is None and not is_start):
             return None
         try:

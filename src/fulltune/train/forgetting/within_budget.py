@@ -31,7 +31,7 @@ from fulltune.inference.generic import GenericText
 from fulltune.inference.run import Share
 from fulltune.models import sharding
 from fulltune.records.events import Certified
-from fulltune.records.held import Drift, HeldRun, Point, limit_of
+from fulltune.records.held import HeldRun, Point, limit_of
 from fulltune.train.forgetting.generic import DriftMonitor
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
@@ -130,7 +130,7 @@ def _chosen(
         moved = None
         if not chosen.is_start:
             opened = (*opened, datetime.now().astimezone().isoformat(timespec="seconds"))
-            moved = _of_sealed(inputs, read, sealed, chosen)
+            moved = measured(read(0.0, sealed), read(chosen.share, sealed))
     said = "infeasible; what is sealed stayed sealed"
     if moved is not None:
         said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if moved.upper <= limit else 'FAIL'}"
@@ -174,10 +174,3 @@ def _between(points: list[Point], limit: float, at: Callable[[float], Point]) ->
             break  # the budget is used up
         found.append(at(share))
     return found
-
-
-def _of_sealed(
-    inputs: AttemptInputs, read: Callable[[float, GenericText], np.ndarray], sealed: GenericText, chosen: Point
-) -> Drift:
-    """How far the chosen point has moved on what nothing has read before."""
-    return measured(read(0.0, sealed), read(chosen.share, sealed))

@@ -10,7 +10,6 @@ from transformers import TrainerCallback, TrainerState
 
 from fulltune import methods
 from fulltune.errors import GuardStop, InterruptedRun, SetupError
-from fulltune.inference.run import Share
 from fulltune.records.events import Forecast
 from fulltune.records.training import Check
 from fulltune.train import checkpoints
@@ -148,33 +147,23 @@ def _trained(training: Training) -> dict[str, Any]:
 
 
 def _check(training: Training) -> None:
-    """Run the checks before step 1 and the dry run, which an engine does later; refuse when one failed."""
-    inputs, checks = training.inputs, training.checks
+    """Run the checks before step 1 and the dry run; refuse when one failed."""
+    inputs, observed, checks = training.inputs, training.inputs.observed, training.checks
     _stop_before_training(inputs)
     inputs.recorder.phase(CHECKS)
     inputs.journal.at("step")
     checks += before_training(inputs, training.loaded, training.trainer)
     passed = all(check.passed for check in checks)
-    if not inputs.in_engine and passed and inputs.request.dry_run:
-        _dry_run(training)
-    if not inputs.in_engine or not passed:
-        refuse_failed(checks, inputs.recorder)
-
-
-def _dry_run(training: Training) -> None:
-    inputs, observed = training.inputs, training.inputs.observed
-
-    def evaluate(rows: Share) -> object:
-        inputs.journal.at("evaluation")
-        return training.curve.reduced(rows)
-
-    training.checks.extend(dry_run(inputs, training.trainer, evaluate))
-    observed.dry_run_growth_bytes = observed.growth_bytes()
-    if (need := observed.forecast) is not None:
-        if said := too_short(inputs.recipe.train.notice, need.stop_seconds):
-            inputs.recorder.warn(said)
-        peak = observed.dry_run_growth_bytes
-        inputs.recorder.write(Forecast(time=need, peak_memory_bytes=peak))
+    if passed and inputs.in_engine:
+        return  # the dry run follows when its engine exists
+    if passed and inputs.request.dry_run:
+        checks += dry_run(inputs, training.trainer, training.curve.reduced)
+        observed.dry_run_growth_bytes = observed.growth_bytes()
+        if (need := observed.forecast) is not None:
+            if warning := too_short(inputs.recipe.train.notice, need.stop_seconds):
+                inputs.recorder.warn(warning)
+            inputs.recorder.write(Forecast(time=need, peak_memory_bytes=observed.dry_run_growth_bytes))
+    refuse_failed(checks, inputs.recorder)
 
 
 def _fit(training: Training) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from fulltune import files
 from fulltune.inference.run import Share, batches, by_length, longest_first
 from fulltune.models import sharding
-from fulltune.plan.time import GENERIC_TOKENS, further_seconds
+from fulltune.plan.time import GENERIC_TOKENS, further_seconds, occasions
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Check
 from fulltune.train.loop.guarded_step import gradients_are_finite
@@ -162,21 +162,6 @@ SAMPLE_BYTES = 2**25
 """Written to see how fast the disk is."""
 
 
-# ---- pure --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of a pass as a function of its work."""
-
-    fixed: float
-    per_work: float
-
-    def seconds(self, passes: float, work: float) -> float:
-        """Of so many passes, with this work together."""
-        return self.fixed * passes + self.per_work * work
-
-
 def works(shapes: np.ndarray, quadratic: float) -> np.ndarray:
     """Work of each pass, by its rows and the tokens of its longest row: shapes[passes, 2]; `quadratic` is what each
     token adds for each one that it sees, as a share of its multiplications with the weights."""
@@ -184,30 +169,16 @@ def works(shapes: np.ndarray, quadratic: float) -> np.ndarray:
     return rows * length * (1 + quadratic * length)
 
 
-def quadratic_share(num_layers: int, hidden_size: int, num_parameters: int) -> float:
-    """Work of attention for each token of the row as a share of the work with the weights, embeddings not counted
-    (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
-    return 2 * num_layers * hidden_size / max(1, num_parameters)
-
-
-def speed(longest: tuple[float, float], typical: tuple[float, float] | None) -> Speed:
-    """A line through two passes, each work and seconds, or through the origin where it would fall or start below 0."""
+def speed(longest: tuple[float, float], typical: tuple[float, float] | None) -> tuple[float, float]:
+    """Seconds of each pass, and of each unit of work: a line through two passes, each work and seconds, or through the
+    origin where it would fall or start below 0."""
     work, seconds = longest if typical is None else typical
-    through_origin = Speed(0.0, seconds / work)
+    through_origin = 0.0, seconds / work
     if typical is None or longest[0] <= typical[0]:
         return through_origin
     slope = (longest[1] - seconds) / (longest[0] - work)
     fixed = seconds - slope * work
-    return Speed(fixed, slope) if slope > 0 and fixed >= 0 else through_origin
-
-
-def times_between(first_step: int, last_step: int, *intervals: int) -> int:
-    """At how many steps after `first_step` something is done: every n-th of each interval (0: never), and the last."""
-    at = {step for every in intervals if every for step in range(every, last_step + 1, every)}
-    return sum(step > first_step for step in at | {last_step}) if last_step > first_step else 0
-
-
-# ---- measured ----------------------------------------------------------------------------------------------------
+    return (fixed, slope) if slope > 0 and fixed >= 0 else through_origin
 
 
 @dataclass(frozen=True)
@@ -286,7 +257,7 @@ def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, flo
     texts = steps * plan.generic.rows / plan.num_processes
     all_work = float(work.sum()) * scale + texts * _generic_work(quadratic)
     once *= 1 if plan.torch_compile else len(np.unique(shapes, axis=0))
-    train = line.seconds(len(parts) * scale + texts, all_work) + each * steps + once
+    train = line[0] * (len(parts) * scale + texts) + line[1] * all_work + each * steps + once
     tokens = plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + texts * GENERIC_TOKENS)
     evaluation, evaluations = _evaluation(passes, line, quadratic, budget)
     save = _save_seconds(passes) if inputs.is_main and not inputs.request.probe else 0.0
@@ -296,7 +267,7 @@ def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, flo
         around = {"scoring one model on the test rows": scoring}
     to_stop = save + (evaluation if evaluations else 0.0)
     # Also at each evaluation.
-    saves = times_between(first_step, plan.total_steps, plan.eval_steps, plan.save_steps)
+    saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps, after=first_step)
     return TimeNeed(
         train_seconds=round(train, 3),
         eval_seconds=round(evaluation * evaluations, 3),
@@ -311,9 +282,9 @@ def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, flo
 
 def _train_speed(
     passes: Passes, parts: Sequence[Positions], work: np.ndarray, longest: tuple[float, float, float], budget: float
-) -> tuple[Speed, float]:
-    """By the longest pass (its work, its seconds cold and warm) and a typical one; and what is paid once for compiling,
-    or for each shape, because kernels are made for it."""
+) -> tuple[tuple[float, float], float]:
+    """The `speed` by the longest pass (its work, its seconds cold and warm) and a typical one; and what is paid
+    once for compiling, or for each shape, because kernels are made for it."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0
@@ -329,16 +300,17 @@ def _train_speed(
     return speed((long, seconds), (float(work[at]), warm)), once
 
 
-def _evaluation(passes: Passes, train: Speed, quadratic: float, budget: float) -> tuple[float, int]:
+def _evaluation(passes: Passes, train: tuple[float, float], quadratic: float, budget: float) -> tuple[float, int]:
     """Seconds of an evaluation, by its longest batch beside a training pass of the same work, and how many come."""
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
     parts = list(batches(longest_first(lengths), plan.eval_batch_size))
     passes.optimizer.zero_grad()
-    seconds, both = passes.score(parts[0]), train.seconds(1, float(works(_shapes(lengths, parts[:1]), quadratic)[0]))
+    seconds = passes.score(parts[0])
+    both = train[0] + train[1] * float(works(_shapes(lengths, parts[:1]), quadratic)[0])
     if min(seconds, both) <= budget or seconds > both:  # the first one is cold
         seconds = passes.score(parts[0])
-    evaluations = times_between(first_step, plan.total_steps, plan.eval_steps)
+    evaluations = occasions(plan.total_steps, plan.eval_steps, after=first_step)
     evaluations += plan.eval_on_start and first_step == 0
     more = evaluations + plan.generic.scored_rows / max(1, len(lengths))
     steered = plan.total_steps // plan.generic.steer_steps if plan.generic.steer_steps else 0
@@ -346,7 +318,7 @@ def _evaluation(passes: Passes, train: Speed, quadratic: float, budget: float) -
     read = texts / max(1.0, more)  # of all that is read an evaluation's share
     mine = parts[:: plan.num_processes]  # several processes take the eval batches in turn
     work = float(works(_shapes(lengths, mine), quadratic).sum()) + read * _generic_work(quadratic)
-    return min(1.0, seconds / both) * train.seconds(len(mine) + read, work), round(more)
+    return min(1.0, seconds / both) * (train[0] * (len(mine) + read) + train[1] * work), round(more)
 
 
 def _generic_work(quadratic: float) -> float:
@@ -359,18 +331,19 @@ def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
 
 
 def _quadratic(model: Any) -> float:
-    """See `quadratic_share`; 0 for a model that is not made of layers of one width."""
+    """Work of attention for each token of the row as a share of the work with the weights, embeddings not counted
+    (Kaplan et al. 2020, arXiv 2001.08361, table 1); 0 for a model that is not made of layers of one width."""
     config = model.config.get_text_config()
     layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
     if not isinstance(layers, int) or not isinstance(hidden, int):
         return 0.0
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    return quadratic_share(layers, hidden, others)
+    return 2 * layers * hidden / max(1, others)
 
 
 def _save_seconds(passes: Passes) -> float:
-    """Seconds of one checkpoint with its checksums, by its small files and a sample of its tensors."""
+    """Seconds of one checkpoint with its checksums, by a sample of its tensors beside its small files."""
     trainer, trial = passes.trainer, passes.inputs.request.checkpoints / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]
@@ -379,11 +352,8 @@ def _save_seconds(passes: Passes) -> float:
     try:
         began = time.perf_counter()
         cast("Any", trainer.processing_class).save_pretrained(trial)
-        files.seal(trial)
-        small = time.perf_counter() - began
         save_file({"sample": sample}, trial / "sample.safetensors")
         files.seal(trial)
-        seconds = time.perf_counter() - began - small
+        return (time.perf_counter() - began) * max(1.0, whole / sample.nbytes)
     finally:
         shutil.rmtree(trial, ignore_errors=True)
-    return small + seconds * max(1.0, whole / sample.nbytes)

@@ -28,6 +28,17 @@ from fulltune.train.journal import Journal, steps_of
 from fulltune.train.observed import Observed, held_to
 from fulltune.train.request import Request
 
+_MEANINGS: dict[type[BaseException], OutcomeStatus] = {
+    Spiked: "spiked",
+    Diverged: "diverged",
+    GuardStop: "stopped_by_guard",
+    KeyboardInterrupt: "interrupted",
+    InterruptedRun: "interrupted",
+    DoesNotFitError: "does_not_fit",
+    FulltuneError: "refused",
+}
+"""The first of these that an exception is one of."""
+
 
 def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:
     """Run an attempt and turn whatever happens into an outcome, which is also written to `outcome.json`."""
@@ -88,24 +99,15 @@ def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
     if failures := getattr(error, "failures", None):  # torch's `CheckpointException`: of each process, and a traceback
         return meaning_of(next(iter(failures.values()))[0], folder)
     text = " ".join(str(error).split())
-    kind = type(error).__name__
-    if isinstance(error, Spiked):
-        return "spiked", text
-    if isinstance(error, Diverged):
-        return "diverged", text
-    if isinstance(error, GuardStop):
-        return "stopped_by_guard", text
-    if isinstance(error, (KeyboardInterrupt, InterruptedRun)):
-        return "interrupted", text or "interrupted before the first checkpoint"
+    name = type(error).__name__
     if is_out_of_memory(error):
-        return "out_of_memory", text[:500] or kind
+        return "out_of_memory", text[:500] or name
     if is_disk_full(error, folder):
         return "disk_full", text[:500]
-    if isinstance(error, DoesNotFitError):
-        return "does_not_fit", text
-    if isinstance(error, FulltuneError):
-        return "refused", text
-    return "error", f"{kind}: {text[:500]}"
+    for kind, status in _MEANINGS.items():
+        if isinstance(error, kind):
+            return status, text or "interrupted before the first checkpoint"
+    return "error", f"{name}: {text[:500]}"
 
 
 def _listen_for_signals(stop: Any) -> None:
