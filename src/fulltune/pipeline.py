@@ -107,7 +107,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         with run_folder.not_left_when_refused(job.folder):
             if job.group is not None:
-                job.group.begin(job.folder, job.phase)
+                job.group.begin(job.phase)
         # The ways out of what does not fit are looked up in the folder.
         with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")

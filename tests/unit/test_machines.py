@@ -20,19 +20,10 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.training import LostPart, Outcome
 from fulltune.system import machines
 from fulltune.system.hardware import Machine
-from fulltune.system.machines import (
-    HeardFrom,
-    Leader,
-    Member,
-    Part,
-    Place,
-    SignOfLife,
-    differences,
-    place_of,
-)
+from fulltune.system.machines import HeardFrom, Member, Place, SignOfLife, differences, place_of
 from fulltune.train.parent import child, spawn
 from fulltune.train.parent import machines as group_of
-from fulltune.train.parent.machines import leading
+from fulltune.train.parent.machines import MachineGroup, leading
 from fulltune.train.request import Request
 from tests import plans
 
@@ -44,9 +35,16 @@ def several(output: Path, machines: int = 2) -> Recipe:
 
 
 def member(recipe: Recipe, rank: int, **changes: Any) -> Member:
-    return machines.member(recipe, Place(rank, "127.0.0.1", 29500, 1.0), MACHINE).model_copy(
-        update={"host": f"host{rank}", **changes}
-    )
+    found = machines.member(recipe, Place(rank, "127.0.0.1", 29500, 1.0), MACHINE)
+    return found.model_copy(update={"host": f"host{rank}", **changes})
+
+
+def leader(recipe: Recipe, token: str = "t", **changes: Any) -> Member:
+    return member(recipe, 0, token=token, **changes)
+
+
+def silent(phase: str) -> None:
+    """Show nothing."""
 
 
 @pytest.mark.parametrize(
@@ -73,7 +71,7 @@ def test_rendezvous_is_read_as_torchrun_reads_it(given: str, host: str, port: in
             2,
             "a:0",
             "soon",
-            ["--machine-rank: found 2", "port from 1 to 65535, found '0'", "--wait-for-machines: 'soon'"],
+            ["--machine-rank: found 2", "--rendezvous: found 'a:0'", "--wait-for-machines: 'soon'"],
         ),
         (0, None, "1m", ["--rendezvous: it is missing"]),
         (0, "a b", "1m", ["found 'a b'"]),
@@ -131,8 +129,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         (machines, "BEAT_SECONDS", 0.02),
         (machines, "GONE_SECONDS", 0.5),
+        (machines, "POLL_SECONDS", 0.01),
         (group_of, "POLL_SECONDS", 0.01),
-        (group_of, "_LINGER_SECONDS", 0.2),
+        (machines, "LINGER_SECONDS", 0.2),
         (group_of, "GRACE_SECONDS", 0.1),
     ):
         monkeypatch.setattr(module, name, value)
@@ -146,12 +145,12 @@ def place() -> Place:
 
 @pytest.mark.usefixtures("quick")
 def test_what_an_earlier_job_left_is_no_sign_of_life(tmp_path: Path) -> None:
-    path = tmp_path / "machine-0.json"
-    SignOfLife(path, Leader(token="old", host="h")).end()
-    watched: HeardFrom[Leader] = HeardFrom(path, Leader)
+    path, recipe = tmp_path / "machine-0.json", several(tmp_path)
+    SignOfLife(path, leader(recipe, "old")).end()
+    watched = HeardFrom(path)
     assert watched.look() is not None
     assert not watched.is_alive
-    with machines.telling(path, Leader(token="new", host="h")):
+    with machines.telling(path, leader(recipe, "new")):
         deadline = time.monotonic() + 10
         while not watched.is_alive and time.monotonic() < deadline:
             told = watched.look()
@@ -163,12 +162,12 @@ def test_what_an_earlier_job_left_is_no_sign_of_life(tmp_path: Path) -> None:
 def answering(place: Place, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """Machine 1, which answers machine 0 with its token; `changes` are told too."""
     recipe, changes, over = several(tmp_path), {}, threading.Event()
-    sign: list[SignOfLife[Member]] = []
+    sign: list[SignOfLife] = []
 
     def answer() -> None:
-        leader: HeardFrom[Leader] = HeardFrom(place.file_of(recipe, 0), Leader)
+        heard = HeardFrom(place.file_of(recipe, 0))
         while not over.wait(0.01):
-            told = leader.look()
+            told = heard.look()
             if told is not None and not sign:
                 sign.append(SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=told.token, **changes)))
 
@@ -182,21 +181,20 @@ def answering(place: Place, tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def led(place: Place, recipe: Recipe, folder: Path) -> Iterator[None]:
+def led(place: Place, recipe: Recipe) -> Iterator[MachineGroup]:
     """What machine 0's command does around a run."""
-    with leading(place, recipe) as lead:
-        lead.begin(folder, lambda phase: None)
-        yield
+    with leading(place, recipe, silent) as group:
+        group.begin(silent)
+        yield group
 
 
 @pytest.mark.usefixtures("quick", "answering")
 def test_machines_find_each_other_and_are_told_how_it_ended(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    with leading(place, recipe) as group:
-        group.begin(tmp_path, lambda phase: None)
+    with led(place, recipe) as group:
         assert [one.host for one in group.members][1:] == ["host1"]
         assert group.weakest.num_cores == 2
-    told = Leader.load(place.file_of(recipe, 0))
+    told = Member.load(place.file_of(recipe, 0))
     assert told.exit_code == 0
 
 
@@ -206,10 +204,10 @@ def test_machines_that_differ_are_refused_and_told_so(place: Place, answering: d
     recipe = several(tmp_path)
     with (
         pytest.raises(SetupError, match=r"machine 1 \(host1\) has other versions: Python none"),
-        led(place, recipe, tmp_path),
+        led(place, recipe),
     ):
         raise AssertionError("it began")
-    told = Leader.load(place.file_of(recipe, 0))
+    told = Member.load(place.file_of(recipe, 0))
     assert told.exit_code == 2
     assert "has other versions" in told.problems[0]
 
@@ -219,21 +217,30 @@ def test_a_machine_that_does_not_come_is_named(place: Place, tmp_path: Path) -> 
     recipe = several(tmp_path, machines=3)
     with (
         pytest.raises(SetupError, match=r"machines 1 and 2 \(3 in all\) not heard of for 0 s.*storage that all"),
-        led(replace(place, wait_seconds=0.1), recipe, tmp_path),
+        led(replace(place, wait_seconds=0.1), recipe),
     ):
         raise AssertionError("it began")
 
 
+@contextmanager
+def closing_sign(sign: SignOfLife) -> Iterator[None]:
+    """Signs of life that end with the block."""
+    yield
+    sign.end()
+
+
 def follow_one(place: Place, recipe: Recipe) -> None:
-    group_of.follow(replace(place, rank=1), recipe, lambda phase: None)
+    group_of.follow(replace(place, rank=1), recipe, silent)
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("code", "problem"), [(0, ""), (3, "does not fit"), (75, "interrupted")])
 def test_others_end_as_machine_0_does(code: int, problem: str, place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    leader = Leader(token="t", host="host0", exit_code=code, problems=(problem,))
-    with machines.telling(place.file_of(recipe, 0), leader):
+    path = place.file_of(recipe, 0)
+    path.parent.mkdir(parents=True)
+    sign = SignOfLife(path, leader(recipe, exit_code=code, problems=(problem,)))
+    with closing_sign(sign):
         if code == 0:
             follow_one(place, recipe)
             return
@@ -245,7 +252,7 @@ def test_others_end_as_machine_0_does(code: int, problem: str, place: Place, tmp
 @pytest.mark.usefixtures("quick")
 def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    sign = SignOfLife(place.file_of(recipe, 0), Leader(token="t", host="host0"))
+    sign = SignOfLife(place.file_of(recipe, 0), leader(recipe))
     threading.Timer(0.3, sign.end).start()
     with pytest.raises(InterruptedRun, match=r"machine 0 \(host0\) gave no sign of life and did not come back in 0 s"):
         follow_one(replace(place, wait_seconds=0.2), recipe)
@@ -256,24 +263,20 @@ def test_others_do_not_wait_for_ever_for_a_machine_0_that_is_gone(place: Place, 
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_stop_is_heard_while_machine_0_is_waited_for(place: Place, tmp_path: Path) -> None:
-    recipe = several(tmp_path)
-    threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGTERM)).start()
-    began = time.monotonic()
-    with pytest.raises(InterruptedRun):
-        follow_one(replace(place, wait_seconds=60.0), recipe)
-    assert time.monotonic() - began < 30
-    told = Member.load(place.file_of(recipe, 1))
-    assert told.exit_code == 75
-
-
-@pytest.mark.usefixtures("quick")
-def test_the_others_are_told_of_a_stop_before_machine_0_trains(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_others_are_told_of_a_stop_outside_of_an_attempt(rank: int, place: Place, tmp_path: Path) -> None:
     recipe, seen = several(tmp_path), list[int | None]()
-    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(Leader.load(place.file_of(recipe, 0)).exit_code))
+
+    def end(*_: object) -> None:
+        seen.append(Member.load(place.file_of(recipe, rank)).exit_code)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGTERM)).start()
+    place = replace(place, wait_seconds=60.0)
     try:
-        with leading(place, recipe):
-            signal.raise_signal(signal.SIGTERM)  # at which the command would end
+        with pytest.raises(InterruptedRun, match="the same command on all machines"):
+            follow_one(place, recipe) if rank else led(place, recipe).__enter__()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [75]
@@ -283,7 +286,7 @@ def test_the_others_are_told_of_a_stop_before_machine_0_trains(place: Place, tmp
 def test_one_command_is_one_machine(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     refused = pytest.raises(SetupError, match="another command is running as this machine")
-    with leading(place, recipe), refused, leading(place, recipe):
+    with leading(place, recipe, silent), refused, leading(place, recipe, silent):
         raise AssertionError("it began")
 
 
@@ -301,19 +304,20 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
         return Ran(3)
 
     monkeypatch.setattr(spawn, "in_new_process", start)
-    with machines.telling(place.file_of(recipe, 0), Leader(token="t", host="host0")) as sign:
+    with machines.telling(place.file_of(recipe, 0), leader(recipe)) as sign:
 
         def lead() -> None:
-            one: HeardFrom[Member] = HeardFrom(place.file_of(recipe, 1), Member)
+            one = HeardFrom(place.file_of(recipe, 1))
             for number, instances in enumerate(("another", "mine")):
                 while one.look() is None or one.told is None or one.told.token != "t":
                     time.sleep(0.01)
                 own = one.told.instance if instances == "mine" else instances
                 sign.tell(attempt=f"a{number}", request=path, instances=(own,))
                 time.sleep(0.3)
-            while one.look() is None or one.told is None or one.told.part is None:
+            while one.look() is None or one.told is None or one.told.lost is None:
                 time.sleep(0.01)
-            assert one.told.part == Part(attempt="a1", code=3)
+            failed = LostPart(rank=1, host=one.told.host, reason="torchrun ended with code 3", kind="failed")
+            assert (one.told.attempt, one.told.lost) == ("a1", failed)
             sign.tell(attempt="", exit_code=0)
 
         thread = threading.Thread(target=lead)
@@ -335,6 +339,9 @@ def request_of(folder: Path, recipe: Recipe) -> Request:
     return found
 
 
+FAILED = LostPart(rank=1, host="host1", kind="failed", reason="torchrun ended with code 1")
+
+
 class Ran:
     """Processes of an attempt that have ended with a code, or run until they are killed."""
 
@@ -351,12 +358,9 @@ class Ran:
 @pytest.mark.parametrize(
     ("code", "changes", "ends_with", "expected"),
     [
-        (1, {"part": Part(attempt="a", code=1)}, 1, ("failed",)),
-        (1, {"part": Part(attempt="a", code=-9)}, 1, ("killed",)),
-        (1, {"part": Part(attempt="a", code=1, out_of_memory=True)}, 1, ("out_of_memory",)),
-        (1, {"part": Part(attempt="a", code=1, was_asked=True)}, 1, ("interrupted",)),
-        (0, {"part": Part(attempt="a", code=0)}, 0, ()),
-        (None, {"part": Part(attempt="a", code=1)}, 1, ("failed",)),
+        (1, {"attempt": "a", "lost": FAILED}, 1, ("failed",)),
+        (0, {"attempt": "a"}, 0, ()),
+        (None, {"attempt": "a", "lost": FAILED}, 1, ("failed",)),
         (None, {"exit_code": 75}, 1, ("interrupted",)),
         (None, {"exit_code": 2}, 1, ("machine",)),
         (None, {"instance": "another"}, 1, ("machine",)),
@@ -375,12 +379,14 @@ def test_what_became_of_another_machine(
 ) -> None:
     recipe, ran = several(tmp_path), Ran(code)
     monkeypatch.setattr(spawn, "end", lambda child: setattr(child, "code", -9))
-    silent = changes.pop("silent", False)
-    with leading(place, recipe) as group:
-        sign = SignOfLife(place.file_of(recipe, 1), member(recipe, 1, token=group._sign.record.token, instance="i"))
-        group.begin(tmp_path, lambda phase: None)
-        attempt = group_of._OnAllMachines(ran, group, "a", {1: "i"})
-        if silent:
+    gives_none = changes.pop("silent", False)
+    with leading(place, recipe, silent) as group:
+        told = member(recipe, 1, token=group.members[0].token, instance="i")
+        sign = SignOfLife(place.file_of(recipe, 1), told)
+        group.begin(silent)
+        group._sign.tell(attempt="a")
+        attempt = group_of._OnAllMachines(ran, group._sign, {group._others[1]: "i"})
+        if gives_none:
             sign.end()
         else:
             sign.tell(**changes)
@@ -392,10 +398,9 @@ def test_what_became_of_another_machine(
 @pytest.mark.usefixtures("quick", "answering")
 def test_an_attempt_goes_on_until_the_others_have_ended(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
-    with leading(place, recipe) as group:
-        group.begin(tmp_path, lambda phase: None)
-        instance = group.members[1].instance
-        attempt = group_of._OnAllMachines(Ran(0), group, "a", {1: instance})
+    with led(place, recipe) as group:
+        group._sign.tell(attempt="a")
+        attempt = group_of._OnAllMachines(Ran(0), group._sign, {group._others[1]: group.members[1].instance})
         assert attempt.poll() is None, "the first process may be there, saving the model"
 
 
@@ -405,8 +410,7 @@ def test_a_machine_that_came_back_otherwise_is_refused(
 ) -> None:
     recipe = several(tmp_path)
     monkeypatch.setattr(spawn, "in_new_process", lambda *given: pytest.fail("it began"))
-    with leading(place, recipe) as group:
-        group.begin(tmp_path, lambda phase: None)
+    with led(place, recipe) as group:
         monkeypatch.setattr(machines, "differences", lambda first, others: ["other versions"])
         with pytest.raises(SetupError, match="other versions"):
             group.start(request_of(tmp_path, recipe), tmp_path / "log.txt")

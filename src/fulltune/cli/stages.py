@@ -67,11 +67,14 @@ def joined(
     with run_folder.writing(Path(recipe.output)):
         from fulltune.train.parent.machines import follow, leading
 
+        def show(phase: str) -> None:
+            err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True)
+
         if place.rank == 0:
-            with leading(place, recipe) as group:
+            with leading(place, recipe, show) as group:
                 yield group
             return
-        follow(place, recipe, lambda phase: err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True))
+        follow(place, recipe, show)
     raise typer.Exit
 
 

@@ -9,24 +9,25 @@ import hashlib
 import json
 import logging
 import math
+import platform
 import re
 import socket
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from fulltune.errors import RecipeError, SetupError
+from fulltune.errors import FulltuneError, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe, named_paths
 from fulltune.records.base import Record
-from fulltune.system import sharing
+from fulltune.records.training import LostPart
+from fulltune.system import sharing, signals
 from fulltune.system.hardware import Machine
-from fulltune.system.run_folder import PACKAGES
+from fulltune.system.run_folder import PACKAGES, flat
 from fulltune.text import first_few, format_bytes, parse_seconds
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ DEFAULT_PORT = 29500
 BEAT_SECONDS = 2.0
 GONE_SECONDS = 60.0
 """Without a sign of life for so long a machine is taken for lost: file servers may show a change half a minute late."""
+POLL_SECONDS = 0.2
+LINGER_SECONDS = 10.0
+"""A command that ends before all machines have answered: how long it stays to tell them."""
+GO_ON = "the same command on all machines continues the run"
 _END_BYTES = 32 * 2**20
 """Of larger files the size and both ends are compared."""
 _MOST_READ = 1000
@@ -79,27 +84,28 @@ def place_of(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str
         )
     if rank is None and rendezvous is None:
         raise RecipeError(without_the_others(recipe))
-    problems = []
+    problems, seconds = [], 0.0
     if rank is None or not 0 <= rank < machines:
         found = "it is missing" if rank is None else f"found {rank}"
         problems.append(
             f"--machine-rank: {found}, and train.num_machines is {machines}; give each machine its number, 0 to "
             f"{machines - 1} ('fulltune launch' writes the commands)"
         )
-    host, port = None, 0
-    try:
-        host, port = _host_and_port(rendezvous or "")
-    except ValueError as error:
-        why = error if rendezvous else "it is missing"
-        problems.append(f"--rendezvous: {why}; give machine 0's name and a free port of it, such as node0:29500")
-    seconds = 0.0
+    parts = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([\w.-]+))(?::(\d+))?", rendezvous or "")
+    port = 0 if parts is None else int(parts[3] or DEFAULT_PORT)
+    if not 0 < port < 65536:
+        found = f"found '{rendezvous}'" if rendezvous else "it is missing"
+        problems.append(
+            f"--rendezvous: {found}, expected HOST, HOST:PORT or [IPV6]:PORT with a port from 1 to 65535; give machine "
+            "0's name and a free port of it, such as node0:29500"
+        )
     try:
         seconds = parse_seconds(wait)
     except ValueError as error:
         problems.append(f"--wait-for-machines: {error}")
-    if problems or rank is None or host is None:
+    if problems or rank is None or parts is None:
         raise RecipeError(problems)
-    return Place(rank, host, port, seconds)
+    return Place(rank, parts[1] or parts[2], port, seconds)
 
 
 def without_the_others(recipe: Recipe) -> str:
@@ -108,17 +114,6 @@ def without_the_others(recipe: Recipe) -> str:
         f"train.num_machines: {recipe.train.num_machines}, and this command would train on one machine; start it on "
         "each with --machine-rank and --rendezvous, as 'fulltune launch' writes it, or set train.num_machines=1"
     )
-
-
-def _host_and_port(given: str) -> tuple[str, int]:
-    """Of `node0`, `node0:29500` or `[fd00::1]:29500`."""
-    found = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([\w.-]+))(?::(\d+))?", given)
-    if found is None:
-        raise ValueError(f"expected HOST, HOST:PORT or [IPV6]:PORT, found '{given}'")
-    port = int(found[3] or DEFAULT_PORT)
-    if not 0 < port < 65536:
-        raise ValueError(f"expected a port from 1 to 65535, found '{port}'")
-    return found[1] or found[2], port
 
 
 def own_address(host: str, port: int) -> str:
@@ -139,45 +134,15 @@ def own_address(host: str, port: int) -> str:
 # ---- what they write -------------------------------------------------------------------------------------------
 
 
-class Leader(Record):
-    """What machine 0 says."""
-
-    exit_code: int | None = None
-    """Of its command; None: it goes on."""
-    problems: tuple[str, ...] = ()
-    """Why it ended."""
-    token: str
-    """Of this command: who answers with it has read this file, and can write beside it."""
-    beat: int = 0
-    host: str
-    attempt: str = ""
-    """That all machines take part in; empty: none."""
-    request: str = ""
-    """Path of its file."""
-    instances: tuple[str, ...] = ()
-    """Of the other machines' commands in it: one that came later waits for the next attempt."""
-
-
-class Part(Record):
-    """How one machine's part of an attempt ended."""
-
-    attempt: str
-    code: int
-    """torchrun's exit code; negative: the signal that killed it."""
-    out_of_memory: bool = False
-    """The kernel killed a process meanwhile because memory ran out."""
-    was_asked: bool = False
-    """The machine's command was told to stop."""
-
-
 class Member(Record):
-    """What a machine says of itself."""
+    """What a machine says of itself, and machine 0 of what all are to do."""
 
     rank: int
     token: str
+    """Machine 0's command; another machine repeats it: it has read that file, and can write beside it."""
     beat: int = 0
     instance: str
-    """Of its command: a machine that was restarted is another one for the attempt at hand."""
+    """This command: a machine that was restarted is another one for the attempt at hand."""
     host: str
     address: str
     """Under which the others reach it."""
@@ -186,11 +151,18 @@ class Member(Record):
     files: dict[str, str]
     """Of the recipe's files, by path: their sizes and a hash."""
     machine: Machine
-    part: Part | None = None
     exit_code: int | None = None
     """Of its command; None: it goes on."""
     problems: tuple[str, ...] = ()
     """Why it ended."""
+    attempt: str = ""
+    """Machine 0: the attempt that all take part in; empty: none. Another machine: the last one that has ended there."""
+    request: str = ""
+    """Machine 0: path of the attempt's file."""
+    instances: tuple[str, ...] = ()
+    """Machine 0: the others' commands in the attempt: one that came later waits for the next attempt."""
+    lost: LostPart | None = None
+    """Another machine: how its part of the attempt failed."""
 
     @property
     def label(self) -> str:
@@ -199,6 +171,7 @@ class Member(Record):
 
 def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> Member:
     """This machine, as the others are told of it."""
+    settings = flat(recipe.model_dump(mode="json"))
     return Member(
         rank=place.rank,
         token=token,
@@ -206,7 +179,7 @@ def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> M
         host=socket.gethostname(),
         address=own_address(place.host, place.port),
         versions=_versions(recipe),
-        settings=_flat(recipe.model_dump(mode="json")),
+        settings={name: json.dumps(one, ensure_ascii=False) for name, one in settings.items()},
         files={path: _content(Path(path)) for path in named_paths(recipe)},
         machine=machine,
     )
@@ -214,24 +187,8 @@ def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> M
 
 def _versions(recipe: Recipe) -> dict[str, str]:
     names = ("fulltune", *PACKAGES, "peft", *((sharing.PACKAGE,) if recipe.train.engine_by else ()))
-    found = {"Python": ".".join(map(str, sys.version_info[:3]))}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by their dotted names."""
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = json.dumps(value, ensure_ascii=False)
-    return found
+    installed = {one.name: one.version for one in metadata.distributions()}
+    return {"Python": platform.python_version()} | {name: installed.get(name, "none") for name in names}
 
 
 def _content(path: Path) -> str:
@@ -286,15 +243,12 @@ def differences(first: Member, others: Sequence[Member]) -> list[str]:
 
 # ---- signs of life ---------------------------------------------------------------------------------------------
 
-Told = TypeVar("Told", Leader, Member)
 
-
-class SignOfLife(Generic[Told]):
+class SignOfLife:
     """This machine's file, written anew every two seconds until `end`."""
 
-    def __init__(self, path: Path, record: Told) -> None:
-        self.path = path
-        self.record: Told = record
+    def __init__(self, path: Path, record: Member) -> None:
+        self.path, self.record = path, record
         # A signal may have it written anew while it is written.
         self._lock, self._ends = threading.RLock(), threading.Event()
         self.tell()
@@ -306,6 +260,16 @@ class SignOfLife(Generic[Told]):
         with self._lock:
             self.record = self.record.model_copy(update={**changes, "beat": self.record.beat + 1})
             self.record.save(self.path)
+
+    def tell_end(self, error: BaseException | None) -> None:
+        """Write how this machine's command ended."""
+        match error:
+            case None:
+                self.tell(exit_code=0)
+            case FulltuneError():
+                self.tell(exit_code=error.exit_code, problems=error.problems)
+            case _:
+                self.tell(exit_code=1, problems=(f"ended with {type(error).__name__}: {error}",))
 
     def end(self) -> None:
         """Nothing more is written."""
@@ -319,29 +283,33 @@ class SignOfLife(Generic[Told]):
                 self.tell()
 
 
-class HeardFrom(Generic[Told]):
+class HeardFrom:
     """Another machine's file, which may not be there yet, and for how long it has not changed, by this clock."""
 
-    def __init__(self, path: Path, kind: type[Told]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._kind: type[Told] = kind
-        self.told: Told | None = None
+        self.told: Member | None = None
         self.is_alive = False
         """It has changed while we looked: what lies there from an earlier job does not."""
         self._since, self._looked = time.monotonic(), -math.inf
 
-    def look(self) -> Told | None:
+    def look(self) -> Member | None:
         """What it says; read anew twice for each sign of life."""
         if time.monotonic() - self._looked < BEAT_SECONDS / 2:
             return self.told
         told = self.told
         # Not there, just replaced on a file server, or of another version.
         with contextlib.suppress(OSError, SetupError):
-            told = self._kind.load(self.path)
+            told = Member.load(self.path)
         if told != self.told:
             self.is_alive, self.told, self._since = self._looked > -math.inf, told, time.monotonic()
         self._looked = time.monotonic()
         return self.told
+
+    def answers(self, token: str) -> bool:
+        """It repeats the token of machine 0's command."""
+        told = self.look()
+        return told is not None and told.token == token
 
     @property
     def silent_seconds(self) -> float:
@@ -349,8 +317,9 @@ class HeardFrom(Generic[Told]):
 
 
 @contextlib.contextmanager
-def telling(path: Path, record: Told) -> Iterator[SignOfLife[Told]]:
-    """A sign of life for as long as the block runs."""
+def telling(path: Path, record: Member, others_know: Callable[[], bool] = lambda: True) -> Iterator[SignOfLife]:
+    """A sign of life for as long as the block runs, which says at last how the block, or a signal, ended the command;
+    it stays a little until the others know."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:
@@ -363,7 +332,26 @@ def telling(path: Path, record: Told) -> Iterator[SignOfLife[Told]]:
         except OSError:
             _log.warning("%s: locks are not supported here; see that no two jobs have the same --rendezvous", path)
         sign = SignOfLife(path, record)
+        ended: BaseException | None = None
+        interrupted = InterruptedRun(f"interrupted; {GO_ON}")
+
+        def tell_and_end(number: int, frame: Any) -> None:
+            sign.tell_end(interrupted)
+            before[number](number, frame)
+
         try:
-            yield sign
+            with signals.answered(tell_and_end, signals.ENDING) as before:
+                yield sign
+        except KeyboardInterrupt:
+            ended = interrupted
+            raise ended from None
+        except BaseException as error:
+            ended = error
+            raise
         finally:
+            with contextlib.suppress(OSError):  # a full disk: what is raised already says more
+                sign.tell_end(ended)
+                until = time.monotonic() + LINGER_SECONDS
+                while time.monotonic() < until and not others_know():
+                    time.sleep(POLL_SECONDS)
             sign.end()

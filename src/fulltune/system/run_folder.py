@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -218,16 +218,18 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
     return False
 
 
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return found
+
+
 def _differing(folder: Path, recipe: Recipe) -> str:
     """In which settings a folder's recipe is another one, in brackets; empty: in none of them."""
-    before, now = recipe_of(folder).shaping(), recipe.shaping()
-    found = []
-    for block in now:
-        one, other = before.get(block), now[block]
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += [f"{block}.{field}" for field in other if one.get(field) != other[field]]
-        elif one != other:
-            found.append(block)
+    before = flat(recipe_of(folder).shaping())
+    found = [name for name, value in flat(recipe.shaping()).items() if before.get(name) != value]
     return f" ({first_few(found)})" if found else ""
 
 

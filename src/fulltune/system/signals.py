@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -29,3 +30,17 @@ def put_back(handlers: Mapping[int, Any]) -> None:
     """Have signals call these."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def answered(handler: Callable[[int, Any], object], numbers: Sequence[int] = STOPPING) -> Iterator[dict[int, Any]]:
+    """Have these signals call `handler` inside the block, which is given what each called before; outside of the main
+    thread, where Python allows no handlers, nothing changes."""
+    try:
+        before = answer(handler, numbers)
+    except ValueError:
+        before = {}
+    try:
+        yield before
+    finally:
+        put_back(before)

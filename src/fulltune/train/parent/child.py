@@ -8,11 +8,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from fulltune.files import entry_of
-from fulltune.records.events import Event, Listener, Said, event_of
+from fulltune.records.events import Listener, Said, event_of
 from fulltune.records.training import LostPart, Outcome, OutcomeStatus
 from fulltune.system import signals
 from fulltune.system.memory import in_last_words, kernel_kills, memory_is_limited
@@ -29,44 +27,20 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
     """Start an attempt's worker, pass its events on, and tell how it ended, whether it could write that down or not."""
     kills, began = kernel_kills(), time.monotonic()
     child = start(request, request.folder / "log.txt")
-    limit = request.recipe.train.hang_timeout
-    pulse = _Pulse(request.folder / HEARTBEAT, math.inf if limit is None else parse_seconds(limit))
-    with _forwarding_signals(child) as asked:
-        for event in _follow(request, child, pulse, asked):
-            listener(event)
+    with forwarding_signals(child) as asked:
+        hangs = _follow(request, child, listener, asked)
     code, by_kernel = child.wait(), kernel_kills() > kills
-    if pulse.stopped and not asked and not _written(request):
+    if hangs and not asked and not _written(request):
         where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase_of(request.folder) or "", "")
         step, seconds = steps_of(request.folder), round(time.monotonic() - began, 1)
-        reason = (
-            f"the training process gave no sign of life for {limit} (train.hang_timeout) after step {step:,}{where}, "
-            "and was ended"
-        )
+        limit = f"{request.recipe.train.hang_timeout} (train.hang_timeout)"
+        reason = f"the training process gave no sign of life for {limit} after step {step:,}{where}, and was ended"
         outcome = _without_words(request, "hung", reason).model_copy(update={"steps": step, "train_seconds": seconds})
     else:
         lost: Sequence[LostPart] = getattr(child, "lost", ())  # of several machines
         outcome = _outcome(request, code, bool(asked), by_kernel, lost)
     outcome.save(request.folder / "outcome.json")
     return outcome
-
-
-@dataclass
-class _Pulse:
-    """Whether a file is still written anew, by a clock that stands still while the machine sleeps."""
-
-    file: Path
-    limit_seconds: float
-    seen: int = 0
-    since: float = 0.0
-    stopped: bool = False
-
-    def has_stopped(self) -> bool:
-        """True once the file has not changed for so long; before there is one, nothing is asked."""
-        written = self.file.stat().st_mtime_ns if self.file.exists() else 0
-        if written != self.seen:
-            self.seen, self.since = written, time.monotonic()
-        self.stopped = self.seen > 0 and time.monotonic() - self.since > self.limit_seconds
-        return self.stopped
 
 
 def _without_words(request: Request, status: OutcomeStatus, reason: str) -> Outcome:
@@ -155,7 +129,7 @@ def _of_lost(part: LostPart) -> tuple[OutcomeStatus, str]:
 
 
 @contextlib.contextmanager
-def _forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
+def forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
     """Signals ask the worker to save and stop; the third one ends it at once. Yields the signals seen."""
     asked: list[int] = []
 
@@ -166,22 +140,22 @@ def _forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
         else:
             spawn.end(child)
 
-    try:
-        before = signals.answer(forward)
-    except ValueError:  # not in the main thread: the caller keeps its own handlers
-        before = {}
-    try:
-        yield asked
-    finally:
-        signals.put_back(before)
-        if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it ended just now
-                os.killpg(child.pid, signal.SIGTERM)
+    with signals.answered(forward):
+        try:
+            yield asked
+        finally:
+            if child.poll() is None:
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    os.killpg(child.pid, signal.SIGTERM)
 
 
-def _follow(request: Request, child: spawn.Child, pulse: _Pulse, asked: Sequence[int]) -> Iterator[Event]:
-    """Events of a growing `metrics.jsonl` until the child has ended and all is read; one that hangs is ended."""
+def _follow(request: Request, child: spawn.Child, listener: Listener, asked: Sequence[int]) -> bool:
+    """Pass on the events of a growing `metrics.jsonl` until the child has ended and all is read; True: it was ended,
+    because its heartbeat, once there was one, had stopped by a clock that stands still while the machine sleeps."""
     path, position, answered = request.folder / "metrics.jsonl", 0, False
+    beat, seen, since = request.folder / HEARTBEAT, 0, time.monotonic()
+    timeout = request.recipe.train.hang_timeout
+    limit = math.inf if timeout is None else parse_seconds(timeout)
     while True:
         if asked and not answered:
             answered = True
@@ -189,7 +163,7 @@ def _follow(request: Request, child: spawn.Child, pulse: _Pulse, asked: Sequence
             if steps_of(request.folder) or request.plan.num_processes > 1:  # several agree at the end of a step
                 when = "after the step at hand, which it saves"
             third = "a second signal changes nothing, a third ends it at once, without saving"
-            yield Said(text=f"asked to stop: the training ends {when}; {third}", level="warning")
+            listener(Said(text=f"asked to stop: the training ends {when}; {third}", level="warning"))
         ended = child.poll() is not None
         if path.exists():
             with path.open("rb") as file:
@@ -197,10 +171,13 @@ def _follow(request: Request, child: spawn.Child, pulse: _Pulse, asked: Sequence
                 while (line := file.readline()).endswith(b"\n"):
                     position += len(line)
                     if (event := event_of(entry_of(line) or {})) is not None:
-                        yield event
+                        listener(event)
         if ended:
-            return
-        if pulse.has_stopped():
+            return False
+        written = beat.stat().st_mtime_ns if beat.exists() else 0
+        if written != seen:
+            seen, since = written, time.monotonic()
+        if seen and time.monotonic() - since > limit:
             spawn.end(child)
-            return
+            return True
         time.sleep(_POLL_SECONDS)
