@@ -22,7 +22,7 @@ from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.records.events import Event, Said
 from fulltune.records.training import Outcome
 from fulltune.tasks import text_classification
-from fulltune.train import checkpoints, run_time
+from fulltune.train import checkpoints, journal
 from fulltune.train.request import number_in
 from fulltune.train.worker import main as worker
 from fulltune.train.worker.evaluation import CurveGuard
@@ -111,19 +111,19 @@ def test_time_of_a_resumed_run_is_that_of_an_unbroken_one(tiny_encoder: Path, tm
         return {"kind": "train", "step": step, "seconds": seconds}
 
     names = [event["name"] for event in runs.events(tmp_path, "phase")]
-    expected = ["loading the model", run_time.PROBING, run_time.CHECKS, run_time.SCORING, run_time.TRAINING]
+    expected = ["loading the model", journal.PROBING, journal.CHECKS, journal.SCORING, journal.TRAINING]
     assert names[:5] == expected
-    begun = phase(names[0], 0.0), phase(run_time.PROBING, 2.0), phase(run_time.CHECKS, 5.0)
-    begins = *begun, phase(run_time.SCORING, 25.0), phase(run_time.TRAINING, 27.0)
+    begun = phase(names[0], 0.0), phase(journal.PROBING, 2.0), phase(journal.CHECKS, 5.0)
+    begins = *begun, phase(journal.SCORING, 25.0), phase(journal.TRAINING, 27.0)
     # Asked to stop in step 10 it saves it; step 11 stands for one that was done and not saved.
     (first / "metrics.jsonl").write_text(lines(*begins, trained(9, 30.0), trained(10, 40.0), trained(11, 45.0)))
     outcome.model_copy(update={"train_seconds": 100.0}).save(second / "outcome.json")
-    (second / "metrics.jsonl").write_text(lines(*begun, phase(run_time.TRAINING, 25.0), trained(21, 90.0)))
-    assert run_time.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
+    (second / "metrics.jsonl").write_text(lines(*begun, phase(journal.TRAINING, 25.0), trained(21, 90.0)))
+    assert journal.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
     # Neither a line of rubbish nor one that was cut off loses the run.
     whole = (first / "metrics.jsonl").read_bytes()
     (first / "metrics.jsonl").write_bytes(b"\0\xff rubbish\n[1]\n" + whole[:-9])
-    assert run_time.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
+    assert journal.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
 
 
 def test_resume_twice_with_other_micro_batches_continues_the_same_global_batches(

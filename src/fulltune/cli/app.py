@@ -196,7 +196,7 @@ def train(
     wait_for_machines: options.WaitForMachines = "10m",
 ) -> None:
     """Train, and leave the model in the folder models of the run."""
-    from fulltune.train.run_time import run_seconds
+    from fulltune.train.journal import run_seconds
 
     with stages.joined(target, set_, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "train")

@@ -18,8 +18,8 @@ from fulltune.records.training import Outcome
 from fulltune.system import run_folder
 from fulltune.tasks import Predictions
 from fulltune.train.hooks import Hooks
+from fulltune.train.journal import run_seconds
 from fulltune.train.parent import retry
-from fulltune.train.run_time import run_seconds
 
 
 def is_done(context: Context, trial: Trial) -> bool:

@@ -1,4 +1,4 @@
-"""What happened in an attempt, for people: things that happen rarely."""
+"""What happened in an attempt: things that happen rarely, phases, and how long a run took over all attempts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import contextlib
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
-from fulltune.records.events import JournalEntry
+from fulltune.files import lines_of
+from fulltune.records.events import Evaluated, Event, JournalEntry, PhaseBegan, StepLogged, event_of
 from fulltune.records.plan import Phase
+from fulltune.records.training import Outcome
+from fulltune.train.request import Request, attempt_folders
 
 PHASE_FILE = "phase"
 """What the attempt was doing, for the parent of a process that was killed and could not say it."""
@@ -18,6 +22,10 @@ HEARTBEAT = "heartbeat"
 """Holds the number of steps that are done; written anew by the first process at each sign of life."""
 NEXT = "next attempt"
 """The event with which the parent notes, in the journal of an attempt that failed, what it tries next and why."""
+PROBING = "fitting a linear probe of the untouched model"
+CHECKS, TRAINING = "checking, with one dry-run step at the longest length", "training"
+SCORING = "scoring the eval rows before step 1"
+"""Phases as they stand in `metrics.jsonl`."""
 
 
 def phase_of(folder: Path) -> Phase | None:
@@ -74,3 +82,32 @@ class Journal:
         entry = JournalEntry(time=datetime.now(UTC).isoformat(timespec="seconds"), event=event, detail=detail)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry.model_dump(), ensure_ascii=False) + "\n")
+
+
+def run_seconds(folder: Path, trial: str) -> float:
+    """Seconds from the first import to the saved model, without the probe and the checks before step 1, which only some
+    runs of a comparison have; steps of earlier attempts up to the checkpoint that the last one resumed from count as
+    well."""
+    *earlier, last = attempt_folders(folder, trial)
+    begins = [event for event in _events(last) if isinstance(event, PhaseBegan)]
+    before = sum(after.seconds - one.seconds for one, after in pairwise(begins) if one.name in (PROBING, CHECKS))
+    seconds = Outcome.load(last / "outcome.json").train_seconds - before
+    until = Request.load(last / "request.json").first_step
+    for attempt in reversed(earlier):
+        if not until:
+            break
+        seconds += _seconds_of_steps(_events(attempt), until)
+        until = Request.load(attempt / "request.json").first_step
+    return round(seconds, 3)
+
+
+def _events(attempt: Path) -> list[Event]:
+    """What can be read of them: a process that was killed, or a full disk, may have cut a line; the report names it."""
+    return [event for line in lines_of(attempt / "metrics.jsonl") if (event := event_of(line)) is not None]
+
+
+def _seconds_of_steps(events: list[Event], until: int) -> float:
+    """From the start of training, or of the evaluation before it, to the last line of these steps."""
+    begins = [one.seconds for one in events if isinstance(one, PhaseBegan) and one.name in (SCORING, TRAINING)]
+    done = [event.seconds for event in events if isinstance(event, StepLogged | Evaluated) and event.step <= until]
+    return max(0.0, done[-1] - begins[0]) if begins and done else 0.0

@@ -19,10 +19,9 @@ from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, Said
 from fulltune.records.plan import Plan
 from fulltune.stats.curves import EATEN, stopped_improving
 from fulltune.train import checkpoints
-from fulltune.train.journal import Journal
+from fulltune.train.journal import TRAINING, Journal
 from fulltune.train.observed import Observed
 from fulltune.train.request import Request
-from fulltune.train.run_time import TRAINING
 
 MEASUREMENTS = 20
 """Of a run."""

@@ -15,11 +15,11 @@ from fulltune.records.training import Check
 from fulltune.train import checkpoints
 from fulltune.train.forgetting.generic import DriftMonitor, replay_parts
 from fulltune.train.forgetting.within_budget import keep_within
+from fulltune.train.journal import CHECKS, SCORING
 from fulltune.train.loop.callbacks import Checkpoints, Progress, UpdateMeter
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.step_guard import nothing_learned, too_short
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.run_time import CHECKS, SCORING
 from fulltune.train.worker import distributed, loading, weights
 from fulltune.train.worker.best import keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed

@@ -31,12 +31,12 @@ from fulltune.records.probe import Probe
 from fulltune.tasks import Target, Task, task_named
 from fulltune.tasks.settings import class_weights
 from fulltune.train import checkpoints
+from fulltune.train.journal import PROBING
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.sampler import Mixed
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim import zero
-from fulltune.train.run_time import PROBING
 
 
 def untouched(
