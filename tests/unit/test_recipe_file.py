@@ -88,8 +88,7 @@ def test_folder_with_a_number_for_its_name_is_a_path(tmp_path: Path, folder: str
     ("override", "problem"),
     [
         ("methods.0.rank=4", "methods is a list; give all of it, such as --set 'methods=[...]'"),
-        (".=1", "a name is missing beside a '.'"),
-        ("train.=1", "a name is missing beside a '.'"),
+        ("train.=1", "expected block.name=value, for example train.num_train_epochs=3"),
     ],
 )
 def test_override_of_what_has_no_such_name_is_refused(tmp_path: Path, override: str, problem: str) -> None:
@@ -116,6 +115,11 @@ def test_override_of_the_model_keeps_its_name(tmp_path: Path) -> None:
         ("train: {max_steps: 1.5}", "recipe.yaml:5  train.max_steps: expected whole number, found 1.5"),
         ("train: {seed: }", "recipe.yaml:5  train.seed: expected whole number, found nothing"),
         ("train: {weight_decay: 1%}", "recipe.yaml:5  train.weight_decay: expected number, found '1%'; write 0.01"),
+        (
+            "a b: 3",
+            "recipe.yaml:5  a b: unknown setting; known here: compare, data, evaluate, method, methods, model, "
+            "name, output, preserve, task, train",
+        ),
         ("train: 3", "recipe.yaml:5  train: expected settings (a block), found a number"),
         (
             "train: {max_steps: 1, num_train_epochs: 2}",

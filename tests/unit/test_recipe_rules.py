@@ -81,6 +81,10 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
         ),
         ("data: {train: [], near_duplicates: 2}", ["4  data: given twice", "4  data.near_duplicates", "4  data.train"]),
         ("method: {kind: lorra}\ncompare: {budget: 20m}\nmethods: x", ["4  method", "4  method.kind", "6  methods"]),
+        (  # the kind that was meant has the rest of its block checked
+            "method: {kind: lorra, rank: 0, alpah: 2}",
+            ["4  method.alpah: unknown", "4  method.kind: expected", "4  method.rank: expected"],
+        ),
         (  # a block called as a setting that was left out
             "data: {train: 5}\ntrain: {warmup_ratio: 0.1, warmup_steps: 4, epochs: 3}",
             [
