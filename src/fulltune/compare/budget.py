@@ -41,8 +41,6 @@ _FIRST_SECONDS = 13.0
 """Of the first trial: libraries are read, and its steps are checked."""
 _PASSES_PER_STEP = 3
 """Forward passes that a step takes as long as."""
-Design = tuple[tuple[str, ...], int, bool]
-"""Arms that are trained, seeds of full and the leader, and whether rates are searched."""
 
 
 @dataclass(frozen=True)
@@ -68,81 +66,58 @@ class Cost:
         return self.start + trial.share * self.run + (0.0 if trial.searches else self.scoring)
 
 
-@dataclass(frozen=True)
-class DesignLimits:
-    """What a design is to keep."""
-
-    seeds: int
-    """At most."""
-    search_share: float
-    """Of a run's steps, that a short trial has."""
-    end: float = 0.0
-    """Seconds of baselines, resampling, report."""
-    budget: float | None = None
-    """Seconds in all; None: no limit."""
-    spent: float = 0.0
-    """Seconds, by commands before."""
-    sequential: bool = True
-    """Most methods wait after their first run."""
-
-
 def num_seeds(given: int | None, train_rows: int) -> int:
     """How many seeds at most; clear answers need fewer."""
     return given if given is not None else 5 if train_rows < FEW_TRAIN_ROWS else 3
 
 
-def seconds(costs: Mapping[str, Cost], design: Design, limits: DesignLimits) -> float:
+def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
     """What is still to be done of a design takes so long: all seeds, or where the rest waits those of full (listed
     first) and of the dearest other arm, because it is not known which one will lead."""
-    arms, seeds, searches = design
-    full, *rivals = (arm for arm in arms if costs[arm].decides)
+    full, *rivals = (arm for arm in design.arms if costs[arm].decides)
     leader = max(rivals, key=lambda arm: costs[arm].run, default=full)
-    going_on = (full, leader) if limits.sequential and seeds > 1 else arms
-    total = limits.end
-    for arm in arms:
+    going_on = (full, leader) if design.sequential and design.num_seeds > 1 else design.arms
+    total = 0.0
+    for arm in design.arms:
         cost = costs[arm]
-        short = cost.num_rates if searches and cost.num_rates > 1 and not cost.searched else 0
-        whole = seeds + (searches and cost.num_rates > 1) if arm in going_on else 1
+        searches = bool(design.search_share) and cost.num_rates > 1
+        short = cost.num_rates if searches and not cost.searched else 0
+        whole = design.num_seeds + searches if arm in going_on else 1
         had = 0 if short else cost.done  # a search may choose another rate, for which all are made again
-        total += short * (cost.start + limits.search_share * cost.run)
+        total += short * (cost.start + design.search_share * cost.run)
         total += max(0, whole - had) * (cost.start + cost.run + cost.scoring)
     return total
 
 
-def designs(costs: Mapping[str, Cost], seeds: int) -> Iterator[Design]:
-    """In the order of preference: seeds beyond three go first, then rivals, the third seed, the rate search."""
-    everyone, deciding = tuple(costs), tuple(arm for arm, cost in costs.items() if cost.decides)
-    good, fewest = min(seeds, GOOD_SEEDS), min(seeds, LEAST_SEEDS)
-    for count in range(seeds, good - 1, -1):
-        yield everyone, count, True
-    for count in range(good, fewest - 1, -1):
-        for arms in (everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))):
-            yield arms, count, True
-    yield deciding[:2], fewest, False
+def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
+    """In the order of preference, the whole one first: seeds beyond three go first, then rivals, the third seed, the
+    rate search."""
+    everyone, deciding = whole.arms, tuple(arm for arm in whole.arms if costs[arm].decides)
+    good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
+    smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
+    for arms, count in [
+        *((everyone, count) for count in range(whole.num_seeds, good, -1)),
+        *((arms, count) for count in range(good, fewest - 1, -1) for arms in smaller),
+    ]:
+        yield whole.model_copy(update={"arms": arms, "num_seeds": count})
+    yield whole.model_copy(update={"arms": deciding[:2], "num_seeds": fewest, "search_share": 0.0})
 
 
-def fitting(costs: Mapping[str, Cost], limits: DesignLimits) -> Expectation:
-    """The design of a comparison whose arms have these costs, full first, made to fit a budget less a reserve."""
-    ordered = list(designs(costs, limits.seeds))
-    chosen = ordered[0]
-    if limits.budget is not None:
-        planned = (1 - RESERVE) * (limits.budget - limits.spent)
-        fits = next((one for one in ordered if seconds(costs, one, limits) <= planned), None)
-        if fits is None:
-            raise RecipeError(_too_short(ordered[-1], limits, seconds(costs, ordered[-1], limits)))
-        chosen = fits
-    arms, seeds, searches = chosen
-    num_rates = [costs[arm].num_rates for arm in arms if searches and costs[arm].num_rates > 1]
-    return Expectation(
-        arms=arms,
-        num_seeds=seeds,
-        most_seeds=limits.seeds,
-        num_search_trials=sum(num_rates),
-        seconds=round(limits.spent + seconds(costs, chosen, limits), 1),
-        notes=tuple(_notes(costs, chosen, limits.seeds)),
-        search_share=limits.search_share if searches else 0.0,
-        budget_seconds=limits.budget,
-        sequential=limits.sequential,
+def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spent: float = 0.0) -> Expectation:
+    """The first design, full first, that fits into the budget of the whole one, less a reserve, with `end` seconds of
+    baselines, resampling and report, and what was `spent` by commands before."""
+    ordered = list(designs(costs, whole))
+    most = math.inf if whole.budget_seconds is None else (1 - RESERVE) * (whole.budget_seconds - spent)
+    chosen = next((one for one in ordered if end + seconds(costs, one) <= most), None)
+    if chosen is None:
+        raise RecipeError(_too_short(ordered[-1], end + seconds(costs, ordered[-1]), spent))
+    num_rates = [costs[arm].num_rates for arm in chosen.arms if chosen.search_share and costs[arm].num_rates > 1]
+    return chosen.model_copy(
+        update={
+            "num_search_trials": sum(num_rates),
+            "seconds": round(spent + end + seconds(costs, chosen), 1),
+            "notes": tuple(_notes(costs, chosen)),
+        }
     )
 
 
@@ -163,25 +138,26 @@ def detectable(
     return expected.model_copy(update={"detectable": (alike, apart)})
 
 
-def _notes(costs: Mapping[str, Cost], chosen: Design, most_seeds: int) -> Iterator[str]:
+def _notes(costs: Mapping[str, Cost], chosen: Expectation) -> Iterator[str]:
     """What the budget took."""
-    arms, seeds, searches = chosen
-    if seeds < most_seeds:
-        yield f"{seeds} seeds are planned instead of up to {most_seeds}; where time is left, more are run"
-    if not searches and any(costs[arm].num_rates > 1 for arm in arms):
+    if chosen.num_seeds < chosen.most_seeds:
+        yield (
+            f"{chosen.num_seeds} seeds are planned instead of up to {chosen.most_seeds}; where time is left, more are "
+            "run"
+        )
+    if not chosen.search_share and any(costs[arm].num_rates > 1 for arm in chosen.arms):
         yield "no rate search: each method is trained at its usual rate, which the report will mark as unfair"
-    if left_out := [arm for arm in costs if arm not in arms]:
+    if left_out := [arm for arm in costs if arm not in chosen.arms]:
         yield f"not trained: {', '.join(left_out)}"
 
 
-def _too_short(least: Design, limits: DesignLimits, need: float) -> str:
-    arms, seeds, _ = least
-    enough = typed_seconds(round_up(limits.spent + FORECAST_AGAIN * need / (1 - RESERVE)))
-    each = "one run" if seeds == 1 else f"{seeds} runs"
-    before = f", {typed_seconds(limits.spent)} of which are spent," if limits.spent > 1 else ""
+def _too_short(least: Expectation, need: float, spent: float) -> str:
+    enough = typed_seconds(round_up(spent + FORECAST_AGAIN * need / (1 - RESERVE)))
+    each = "one run" if least.num_seeds == 1 else f"{least.num_seeds} runs"
+    before = f", {typed_seconds(spent)} of which are spent," if spent > 1 else ""
     return (
-        f"--budget {typed_seconds(limits.budget or 0.0)}{before} is too short for a verdict: {each} each of "
-        f"{' and '.join(arms)}, without a rate search, are forecast to take {typed_seconds(need)}; give --budget "
+        f"--budget {typed_seconds(least.budget_seconds or 0.0)}{before} is too short for a verdict: {each} each of "
+        f"{' and '.join(least.arms)}, without a rate search, are forecast to take {typed_seconds(need)}; give --budget "
         f"{enough} or more, or make runs shorter (train.num_train_epochs, fewer rows)"
     )
 
@@ -235,15 +211,16 @@ def _settled(context: Context) -> Expectation:
         run_trial(context, trial)
     costs, end = costs_of(context)
     context.clock.write("design")  # also of a command whose budget is refused
-    limits = DesignLimits(
-        seeds=num_seeds(block.seeds, splits["train"].rows),
+    most = num_seeds(block.seeds, splits["train"].rows)
+    whole = Expectation(
+        arms=tuple(costs),
+        num_seeds=most,
+        most_seeds=most,
         search_share=rates.share_of_steps(block.search_share, steps),
-        end=end,
-        budget=context.budget_seconds,
-        spent=context.clock.spent_seconds,
+        budget_seconds=context.budget_seconds,
         sequential=block.sequential,
     )
-    found = fitting(costs, limits)
+    found = fitting(costs, whole, end, context.clock.spent_seconds)
     if not is_share(context.measure.name):
         return found
     return detectable(found, costs, block.margin, context.alpha, splits["test"].rows)

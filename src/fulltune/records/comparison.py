@@ -102,8 +102,8 @@ class Expectation(Record):
     """Of full and the best of the others, at most; with a budget those that fit into it."""
     most_seeds: int
     """The same without a budget."""
-    num_search_trials: int
-    seconds: float
+    num_search_trials: int = 0
+    seconds: float = 0.0
     """Where only full and the leader get all seeds; with what was spent before."""
     detectable: tuple[float, float] | None = None
     """Smallest difference of the metric that such a comparison usually finds where seeds differ by half a point, and by

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fulltune.compare import budget
-from fulltune.compare.budget import Cost, DesignLimits, detectable, fitting, seconds
+from fulltune.compare.budget import Cost, detectable, fitting, seconds
 from fulltune.compare.sequential import TIME_UP_SHARE, spent
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import Expectation
@@ -32,9 +32,22 @@ FIELD = {
 MANY = (60, *range(400, 4000, 60))
 
 
-def found(costs: dict[str, Cost], seeds: int = 3, test_rows: int = 300, **limits: Any) -> Expectation:
+def whole(costs: dict[str, Cost], seeds: int, **changes: Any) -> Expectation:
+    given = {"num_seeds": seeds, "most_seeds": seeds, "search_share": 0.1, **changes}
+    return Expectation(arms=tuple(costs), **given)
+
+
+def found(
+    costs: dict[str, Cost],
+    seeds: int = 3,
+    test_rows: int = 300,
+    budget: float | None = None,
+    end: float = 0.0,
+    spent: float = 0.0,
+    **changes: Any,
+) -> Expectation:
     """With what it can find by a margin of a point."""
-    design = fitting(costs, DesignLimits(**{"seeds": seeds, "search_share": 0.1, **limits}))
+    design = fitting(costs, whole(costs, seeds, budget_seconds=budget, **changes), end, spent)
     return detectable(design, costs, 0.01, 0.05, test_rows)
 
 
@@ -132,9 +145,8 @@ def test_going_on_counts_what_is_there_and_what_was_spent() -> None:
 def test_going_on_reckons_with_another_rate_where_a_search_is_made_again() -> None:
     """Two runs of each at the usual rate: they count only in a design that searches no rates."""
     at_usual = {arm: replace(cost, done=2) for arm, cost in COSTS.items()}
-    limits, arms = DesignLimits(2, 0.1), ("full", "lora")
-    assert seconds(at_usual, (arms, 2, True), limits) == seconds(COSTS, (arms, 2, True), limits)
-    assert seconds(at_usual, (arms, 2, False), limits) == 0
+    assert seconds(at_usual, whole(COSTS, 2)) == seconds(COSTS, whole(COSTS, 2))
+    assert seconds(at_usual, whole(COSTS, 2, search_share=0.0)) == 0
 
 
 @pytest.mark.parametrize(
