@@ -39,7 +39,7 @@ from clean_steps import CLASSES, PROMPTS, RAW, TAGS, shakespeare
 from evidence import MINILM, SMOLLM, banking77, data, gsm8k, wnut17
 
 from fulltune.forgetting.generic_text import measured
-from fulltune.inference.generic import GenericText
+from fulltune.inference.run import GenericText
 from fulltune.records.held import HeldRun
 from fulltune.records.scores import Scores
 

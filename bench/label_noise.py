@@ -61,7 +61,7 @@ def features(folder: Path) -> tuple[list[dict[str, str]], np.ndarray]:
         rows = list(csv.DictReader(file))
     place = folder / "features.npy"
     if not place.exists():
-        from fulltune.inference.generic import GenericText
+        from fulltune.inference.run import GenericText
         from fulltune.models.base import Base
         from fulltune.models.load import load
         from fulltune.recipe.model import ModelBlock

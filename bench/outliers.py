@@ -40,7 +40,7 @@ Fence = Callable[[np.ndarray], float]
 
 def embedded(texts: Sequence[str]) -> np.ndarray:
     """Mean last hidden states of the untouched model, of length 1: float32 [texts, hidden]."""
-    from fulltune.inference.generic import GenericText
+    from fulltune.inference.run import GenericText
     from fulltune.models.base import Base
     from fulltune.models.load import load
     from fulltune.recipe.model import ModelBlock

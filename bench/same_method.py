@@ -26,7 +26,7 @@ from fulltune import pipeline
 from fulltune.compare import run as comparing
 from fulltune.compare.context import OPEN, SEALED, Context
 from fulltune.compare.trials import keep_rows, trained
-from fulltune.evaluate import outputs
+from fulltune.evaluate.scoring import load_outputs
 from fulltune.recipe.file import load_recipe
 from fulltune.records.comparison import Trial
 from fulltune.stats.bootstrap import measure_of
@@ -86,7 +86,7 @@ def train_draw(folder: Path, rows: int, draw: int, seeds: int) -> None:
             keep_rows(line, trial, made, outcome)
             right = {}
             for name, place in (("right", SEALED), ("right_eval", OPEN)):
-                kept = outputs.load(run / place / f"{trial.name}.npz")
+                kept = load_outputs(run / place / f"{trial.name}.npz")
                 right[name] = kept["logits"].argmax(axis=-1) == kept["labels"]
             np.savez(folder / f"seed-{seed}.npz", **right)
             shutil.rmtree(run / "models", ignore_errors=True)

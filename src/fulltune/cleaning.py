@@ -25,7 +25,7 @@ from fulltune.audit.rows import LEAK, NEAR_LEAK
 from fulltune.audit.stage import load_issues
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import RecipeError, SetupError
-from fulltune.evaluate import outputs
+from fulltune.evaluate.scoring import load_outputs, outputs, save_outputs
 from fulltune.inference.store import CLUSTERS, row_id, texts
 from fulltune.pipeline import Run, reader_of
 from fulltune.plan.settings import with_settings
@@ -196,11 +196,11 @@ def _rows_of_run(job: Run, summary: DataSummary, step: CleaningStep | None, seed
         assert reached.outcome is not None, "asked for"
         assert reached.outcome.model_folder is not None, "a run that ended well has a model"
         scoring = evaluate.scoring_of(recipe, reached.plan, reached.summary, run, job.base)
-        kept = outputs.outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
+        kept = outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
         rows = run / "data" / "eval"
-        outputs.save(place, {**kept, _IDS: np.array(list(ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
+        save_outputs(place, {**kept, _IDS: np.array(list(ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
     shutil.rmtree(run, ignore_errors=True)
-    return outputs.load(place)
+    return load_outputs(place)
 
 
 def _chosen(kept: Predictions, names: np.ndarray) -> Predictions:

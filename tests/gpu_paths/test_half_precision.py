@@ -93,7 +93,7 @@ def test_run_of_a_regression_computes_every_pass_in_its_format(tmp_path: Path) -
     with formats() as found:
         runs.run(tmp_path, model, rows, until="evaluate", train=TRAIN, **blocks)
     assert set(found) == {
-        "inference/generic.py: states",
+        "inference/run.py: states",
         "inference/run.py: kept",
         "probe/layers.py: see",
         "train/loop/guarded_step.py: compute_loss",

@@ -12,7 +12,7 @@ import transformers
 from transformers import BertForSequenceClassification
 
 import fulltune
-from fulltune.inference.generic import GenericText
+from fulltune.inference.run import GenericText
 from fulltune.train.forgetting.generic import Replay
 from fulltune.train.loop.step_guard import StepMemory
 from tests import tiny

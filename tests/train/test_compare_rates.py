@@ -182,7 +182,7 @@ def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) 
     line = comparing.Context(one, pipeline.prepare(one), "test")
     results = {arm: [result_of(Trial(name=arm, arm=arm, learning_rate=1, seed=1), 0.9)[2]] for arm in ("full", "lora")}
     results["full"] *= 3  # the time was up before lora had as many
-    with mock.patch.object(whole_runs, "outputs"):
+    with mock.patch.object(whole_runs, "load_outputs"):
         shares = [
             [one.alpha_share for one in whole_runs.arm_items(line, results, "eval", waited)]
             for waited in ((), ("lora",))

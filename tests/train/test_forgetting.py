@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulltune.errors import DataError, InterruptedRun
 from fulltune.forgetting.generic_text import drift, generic_texts, says_little
-from fulltune.inference.generic import GenericText
+from fulltune.inference.run import GenericText
 from tests import tiny
 from tests.train import runs
 from tests.train.test_resume import ask_to_stop

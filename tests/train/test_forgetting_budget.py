@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
 from fulltune.forgetting import budget
 from fulltune.forgetting.generic_text import parts
-from fulltune.inference.generic import GenericText
+from fulltune.inference.run import GenericText
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
 from fulltune.records.held import Drift, HeldRun, Point

@@ -14,8 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fulltune.models import sharding
 from fulltune.models.base import Base
-from fulltune.models.checkpoint_head import Head, by_name, draw_again, expected_head
-from fulltune.models.load import load
+from fulltune.models.load import Head, by_name, draw_again, expected_head, load
 from fulltune.models.shapes import shapes_of
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named

@@ -46,7 +46,7 @@ def test_scores_rest_on_clusters(tmp_path: Path) -> None:
         classifiers.majority(bench(tmp_path / str(number), clusters))
         for number, clusters in enumerate((TENS, range(120)))
     )
-    one, other = grouped.scores.metrics["accuracy"], alone.scores.metrics["accuracy"]
+    one, other = grouped[0].metrics["accuracy"], alone[0].metrics["accuracy"]
     assert (one.rows, one.clusters) == (120, 12)
     assert (other.rows, other.clusters) == (120, 120)
     assert one.high - one.low > 2 * (other.high - other.low)
@@ -100,7 +100,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     seen = np.arange(120) < 45
     np.save(tmp_path / "test" / IN_TRAIN, seen)
     kept = {"right": np.where(seen, 1.0, np.arange(120) % 2)}
-    scores = run.scores("full-seed42", "trained", 120, run.estimates(kept, metrics=right)).scores
+    scores = run.scores("full-seed42", "trained", 120, run.estimates(kept, metrics=right))[0]
     found = scores.unseen
     assert scores.num_leaks == 45
     assert found is not None
@@ -108,7 +108,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     assert found.value == pytest.approx(38 / 75)
     assert found.low < 38 / 75 < found.high < scores.metrics["accuracy"].value
     whole = bench(tmp_path / "other", [place // 3 for place in range(120)])
-    plain = whole.scores("full-seed42", "trained", 120, whole.estimates(kept, metrics=right)).scores
+    plain = whole.scores("full-seed42", "trained", 120, whole.estimates(kept, metrics=right))[0]
     assert plain.metrics == scores.metrics, "the scores of all rows stay as they are"
     assert (plain.num_leaks, plain.unseen) == (0, None)
 
@@ -117,7 +117,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
 def test_hardly_any_row_that_train_does_not_have_gives_no_metric(tmp_path: Path, first_unseen: int) -> None:
     run = bench(tmp_path, TENS)
     np.save(tmp_path / "test" / IN_TRAIN, np.arange(120) < first_unseen)
-    scores = run.scores("x", "trained", 120, run.estimates({"right": np.ones(120)}, metrics=right)).scores
+    scores = run.scores("x", "trained", 120, run.estimates({"right": np.ones(120)}, metrics=right))[0]
     assert (scores.num_leaks, scores.unseen) == (first_unseen, None)
 
 
@@ -143,6 +143,6 @@ def test_texts_of_mistakes_and_answers_are_kept_without_what_is_private() -> Non
     mail = "jane.miller" + "@mail-of-jane.net"
     row = Answer(text=f"write to {mail}", expected="yes", predicted=f"I did: {mail}")
     given: Any = SimpleNamespace(recipe=RECIPE, plan=PLAN)
-    found = Scoring.scores(given, "full", "trained", 1, {}, worst=(row,), answers=(row,)).scores
+    found = Scoring.scores(given, "full", "trained", 1, {}, worst=(row,), answers=(row,))[0]
     for one in (*found.worst, *found.answers):
         assert (one.text, one.expected, one.predicted) == ("write to [EMAIL]", "yes", "I did: [EMAIL]")

@@ -18,8 +18,7 @@ from fulltune.compare.seeds import SeedRuns, arm_items
 from fulltune.compare.sequential import left
 from fulltune.compare.trials import best_seed, keep
 from fulltune.compare.verdict import ArmItems, Terms, decide
-from fulltune.evaluate import outputs
-from fulltune.evaluate.scoring import FEWEST_UNSEEN, note_access
+from fulltune.evaluate.scoring import FEWEST_UNSEEN, load_outputs, note_access, outputs
 from fulltune.files import append_line, lines_of
 from fulltune.forgetting.generic_text import drift
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
@@ -49,7 +48,7 @@ def judge(ran: SeedRuns) -> Comparison:
         baselines = untouched(context)
         compared = arm_items(context, ran.results, SEALED, ran.waiting)
         if (context.folder / SEALED / f"{BASE}.npz").exists():
-            kept = outputs.load(context.folder / SEALED / f"{BASE}.npz")
+            kept = load_outputs(context.folder / SEALED / f"{BASE}.npz")
             compared.append(ArmItems(name=BASE, kind="base", trials=[kept], cost=0.0))
         clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
         decision = _decided(context, compared, clusters, alpha)
@@ -110,7 +109,7 @@ def untouched(context: Context) -> tuple[Scores, ...]:
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
-        kept, _ = outputs.outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
+        kept, _ = outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
         keep(context, BASE, kept)
     return tuple(evaluate.baselines(context.scoring))
 
@@ -199,7 +198,7 @@ def _moved(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
     folder = context.folder / GENERIC
     if not (folder / f"{BASE}.npz").exists():
         return None
-    before, *after = (outputs.load(folder / f"{name}.npz") for name in (BASE, *(one.trial.name for one in results)))
+    before, *after = (load_outputs(folder / f"{name}.npz") for name in (BASE, *(one.trial.name for one in results)))
     of_text = np.mean([drift(before["generic"], one["generic"]) for one in after], axis=0)
     drawn = resample({"drift": of_text}, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_TEXT_SAMPLES)
     return drawn["drift"].estimate(context.recipe.evaluate.confidence)
@@ -222,11 +221,11 @@ def write_model_cards(ran: SeedRuns) -> None:
             context.say(f"{arm}: its model is no longer in models/{arm}, so it gets no model card")
             continue
         name = best_seed(context, found).trial.name
-        chosen, test = (outputs.load(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))
+        chosen, test = (load_outputs(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))
         metrics = scoring.estimates(test, metrics=context.measure.alone)
         calibration = None
         if context.summary.form.is_calibrated:
             calibration = calibrate(chosen["logits"], chosen["labels"], test["logits"], test["labels"])
         num_rows = metrics[context.measure.name].num_rows
-        scores = scoring.scores(name, "trained", num_rows, metrics, calibration=calibration).scores
+        scores, _ = scoring.scores(name, "trained", num_rows, metrics, calibration=calibration)
         report.write_model_card(context.folder, folder, scores)

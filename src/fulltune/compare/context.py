@@ -18,7 +18,7 @@ from fulltune.files import append_line, lines_of
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
 from fulltune.forgetting.generic_text import generic_texts
-from fulltune.inference.generic import MOST_TOKENS
+from fulltune.inference.run import MOST_TOKENS
 from fulltune.inference.store import texts
 from fulltune.models.shapes import Shapes
 from fulltune.pipeline import Run

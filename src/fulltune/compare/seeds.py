@@ -17,7 +17,7 @@ from fulltune.compare.sequential import SAMPLES, WAITING_SHARE, look
 from fulltune.compare.trials import clear, is_done, keep_best_model, run_trial
 from fulltune.compare.verdict import ArmItems, Terms
 from fulltune.errors import Diverged
-from fulltune.evaluate import outputs
+from fulltune.evaluate.scoring import load_outputs
 from fulltune.inference.store import CLUSTERS
 from fulltune.recipe.methods import RIVALS, ArmKind
 from fulltune.records.comparison import Expectation, Look, Search, Trial, TrialResult
@@ -276,7 +276,7 @@ def arm_items(context: Context, results: Results, place: str, waited: Collection
         ArmItems(
             name=arm,
             kind=context.recipe.compared_kind(setups[arm].arm),
-            trials=[outputs.load(folder / f"{one.trial.name}.npz") for one in trials],
+            trials=[load_outputs(folder / f"{one.trial.name}.npz") for one in trials],
             cost=float(setups[arm].plan.num_trainable_parameters),
             alpha_share=WAITING_SHARE if arm in waited else 1.0,
         )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from fulltune import evaluate
 from fulltune.compare.context import GENERIC, OPEN, SEALED, Context
 from fulltune.errors import Diverged
-from fulltune.evaluate import outputs
+from fulltune.evaluate.scoring import outputs, save_outputs
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.events import without_tables
 from fulltune.records.plan import Plan
@@ -95,7 +95,7 @@ def keep_rows(context: Context, trial: Trial, made: Plan, outcome: Outcome) -> f
         scoring = evaluate.scoring_of(
             context.trial_recipe(trial), made, context.summary, context.folder, context.job.base
         )
-        kept, seconds_per_row = outputs.outputs(scoring, model_folder, context.texts[0], context.most_tokens)
+        kept, seconds_per_row = outputs(scoring, model_folder, context.texts[0], context.most_tokens)
         keep(context, trial.name, kept)
         evaluate.keep_temperature(scoring, model_folder, kept["eval"])
     return seconds_per_row
@@ -105,7 +105,7 @@ def keep(context: Context, name: str, kept: Mapping[str, Predictions]) -> None:
     """Write what a model gave for each row, the test rows' part where only the verdict looks."""
     for part, place in (("eval", OPEN), ("test", SEALED), ("generic", GENERIC)):
         if part in kept:
-            outputs.save(context.folder / place / f"{name}.npz", kept[part])
+            save_outputs(context.folder / place / f"{name}.npz", kept[part])
 
 
 def clear(context: Context, trial: Trial) -> None:

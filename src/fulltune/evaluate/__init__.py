@@ -56,8 +56,8 @@ def baselines(scoring: Scoring) -> list[Scores]:
     scorer, folder = _scorer(scoring.recipe.task), scoring.data.parent
 
     def untouched() -> Scored:
-        found: Scored = scorer.trained(scoring, *scoring.load(None))
-        return found.but(name="before training", kind="untouched")
+        scores, main = scorer.trained(scoring, *scoring.load(None))
+        return scores.model_copy(update={"name": "before training", "kind": "untouched"}), main
 
     made = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
     made |= scorer.baselines(scoring)
@@ -114,15 +114,15 @@ def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe) -> Scored:
     of = f" of {found.train_rows:,} train rows" if found.train_rows < found.of_rows else ""
     read = ", each text read alone" if found.pooling == "apart" else ""
     answers = probe.predicted(extractor, rows, str(found.pooling), probe.rival_of(folder))
-    scored: Scored = scorer.frozen(scoring, f"{found.frozen} (frozen embeddings{of}{read})", answers)
-    return scored
+    return scorer.frozen(scoring, f"{found.frozen} (frozen embeddings{of}{read})", answers)
 
 
 def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:
     model, processor = scoring.load(None)
     probe.put_head(model, scoring.data.parent)
-    found: Scored = scorer.trained(scoring, model, processor)
-    return found.but(name=LINEAR_PROBE, kind="baseline", calibration=None, worst=())
+    scores, main = scorer.trained(scoring, model, processor)
+    changes = {"name": LINEAR_PROBE, "kind": "baseline", "calibration": None, "worst": ()}
+    return scores.model_copy(update=changes), main
 
 
 def score(scoring: Scoring, outcome: Outcome) -> Scores:
@@ -136,7 +136,7 @@ def score(scoring: Scoring, outcome: Outcome) -> Scores:
         path.unlink(missing_ok=True)  # the scores that are there may lack these metrics
 
     def trained() -> Scored:
-        made: Scored = _scorer(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
+        made = _scorer(scoring.recipe.task).trained(scoring, *scoring.load(model_folder))
         note_access(folder, scoring.listener, outcome)
         return made
 
@@ -170,22 +170,16 @@ def with_differences(
     """Put a trained model's difference to each row that needs no training into its scores, here and on the disk."""
     found = {}
     path = folder / "scores" / f"{scores.name}.json"
-    mine = _resampled(path)
-    for other_path in sorted(path.parent.glob("*.json")) if mine else ():
-        other = Scores.load(other_path)
-        theirs = _resampled(other_path) if other.kind != "trained" else None
-        if mine and theirs and (ahead := difference(mine, theirs)) is not None:
+    for other_path in sorted(path.parent.glob("*.json")):
+        other, beside = Scores.load(other_path), [place.with_suffix(".npz") for place in (path, other_path)]
+        if other.kind == "trained" or not all(place.exists() for place in beside):
+            continue
+        if (ahead := difference(*map(Resampled.load, beside))) is not None:
             found[other.name] = ahead
     if found != scores.differences:
         scores = scores.model_copy(update={"differences": found})
         scores.save(path)
     return scores
-
-
-def _resampled(path: Path) -> Resampled | None:
-    """The main metric on resamples, beside its scores; scores of an older version have none."""
-    beside = path.with_suffix(".npz")
-    return Resampled.load(beside) if beside.exists() else None
 
 
 def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
@@ -209,11 +203,11 @@ def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
         return Scores.load(path)
     started = time.monotonic()
     with _as_what_does_not_fit(f"scoring {path.stem}"):
-        made = make()
+        scores, main = make()
     path.with_suffix(".npz").unlink(missing_ok=True)
-    if made.main is not None:
-        made.main.save(path.with_suffix(".npz"))
-    scores = made.scores.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+    if main is not None:
+        main.save(path.with_suffix(".npz"))
+    scores = scores.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     scores.save(path)
     return scores
 

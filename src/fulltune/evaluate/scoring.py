@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,8 +14,8 @@ import numpy as np
 
 from fulltune.audit.texts import masked_cells
 from fulltune.errors import SetupError
-from fulltune.files import append_line
-from fulltune.inference.run import Batching, Watch, by_length, model_batch, run_rows
+from fulltune.files import append_line, replacing
+from fulltune.inference.run import Batching, GenericText, Watch, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
 from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, rows_id, texts
 from fulltune.methods import folder
@@ -35,21 +36,10 @@ T = TypeVar("T")
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
 """Rows that the model got most wrong, for the report."""
+Scored = tuple[Scores, Resampled | None]
+"""Scores, and the main metric that their differences to others are made of; None: it has none."""
 FEWEST_UNSEEN = 20
 """Groups of test rows that a metric without those that stand in train has to rest on."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores, and what their differences to others are made of."""
-
-    scores: Scores
-    main: Resampled | None
-    """The main metric; None: it has none."""
-
-    def but(self, **changes: Any) -> Scored:
-        """The same with other fields of the scores."""
-        return replace(self, scores=self.scores.model_copy(update=changes))
 
 
 @dataclass(frozen=True)
@@ -157,7 +147,7 @@ class Scoring:
             unseen=main.unseen.estimate(confidence, bounds_of(self.plan.metric)) if main and main.unseen else None,
             **fields,
         )
-        return Scored(scores, main)
+        return scores, main
 
     def run(self, model: Any, processor: Any, split: str = "test") -> Predictions:
         """What the task keeps of the logits of each row of a split."""
@@ -231,3 +221,44 @@ def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None
         reason = str(error.strerror or error).lower()
         text = f"{folder.parent / ACCESSES}: cannot be written ({reason}), so later runs will not count this scoring"
         listener(Said(text=text, level="warning"))
+
+
+# ---- what a model gives for each row, kept for comparisons ------------------------------------------------------
+
+
+def outputs(
+    scoring: Scoring,
+    model_folder: Path | None,
+    texts: Sequence[str],
+    most_tokens: int,
+    splits: Sequence[str] = ("eval", "test"),
+) -> tuple[dict[str, Predictions], float]:
+    """Run a finished model (None: the pretrained one, with the head that training begins with) over the splits' rows
+    and, but for images, over generic texts, cut at `most_tokens`: by split what the task's `reduce` gave, of `generic`
+    what `GenericText.read` did, and the seconds per row of the last split."""
+    model, processor = scoring.load(model_folder)
+    kept: dict[str, Predictions] = {}
+    seconds = 0.0
+    for split in splits:
+        began = time.monotonic()
+        kept[split] = scoring.run(model, processor, split)
+        seconds = (time.monotonic() - began) / max(1, len(scoring.rows(split)))
+    if texts and scoring.task.FACTS.reads == "text":
+        form, precision = scoring.target.form, scoring.plan.precision
+        head = scoring.selective_head(model, processor.pad_token_id, scoring.rows("eval"))
+        read = GenericText.of(texts, processor, form.reads_any_text, precision, most_tokens).read(model, head)
+        kept["generic"] = {"generic": read}
+    return kept, seconds
+
+
+def save_outputs(path: Path, kept: Predictions) -> None:
+    """Write the numbers of each row; objects (texts, ragged lists) are left out: only pickle could keep them."""
+    numbers: dict[str, Any] = {name: array for name, array in kept.items() if array.dtype != object}
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **numbers)
+
+
+def load_outputs(path: Path) -> Predictions:
+    """What `save_outputs` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}

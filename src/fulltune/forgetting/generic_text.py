@@ -17,7 +17,7 @@ import numpy as np
 
 from fulltune.errors import DataError
 from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
-from fulltune.inference.generic import GenericText
+from fulltune.inference.run import GenericText
 from fulltune.recipe.model import AUTO, BUNDLED, PreserveBlock
 from fulltune.records.held import Drift
 from fulltune.tasks.columns import normalised

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
-from fulltune.models import checkpoint_head, sharding
+from fulltune.models import sharding
 from fulltune.models.base import Base, reading
+from fulltune.models.load import expected_head
 from fulltune.models.sharding import Units
 from fulltune.records.base import Record
 
@@ -63,7 +64,7 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
     if apply is None:
         with contextlib.suppress(SetupError):  # it cannot be sharded
             units = sharding.units_of(model)
-    head = checkpoint_head.expected_head(base.config, type(model).__name__, config_changes)
+    head = expected_head(base.config, type(model).__name__, config_changes)
     return Shapes(
         model_type=config.model_type,
         is_decoder=is_decoder(config),

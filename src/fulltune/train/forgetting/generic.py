@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from fulltune.errors import SetupError
 from fulltune.forgetting.budget import LANGUAGE, STATES, next_weight
 from fulltune.forgetting.generic_text import enough, generic_texts, measured, parts, says_little
-from fulltune.inference.generic import BATCH, MOST_TOKENS, STATES_BATCH, GenericText
-from fulltune.inference.run import autocast, batches
+from fulltune.inference.run import BATCH, MOST_TOKENS, STATES_BATCH, GenericText, autocast, batches
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS

@@ -27,8 +27,7 @@ from fulltune.forgetting.budget import (
     is_within,
 )
 from fulltune.forgetting.generic_text import measured, parts
-from fulltune.inference.generic import GenericText
-from fulltune.inference.run import Share
+from fulltune.inference.run import GenericText, Share
 from fulltune.models import sharding
 from fulltune.records.events import Certified
 from fulltune.records.held import HeldRun, Point, limit_of

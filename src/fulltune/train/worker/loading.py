@@ -21,9 +21,8 @@ from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of, output_layer_of, rescale, rescaled
 from fulltune.models import dropout, sharding
 from fulltune.models.base import Base, opened
-from fulltune.models.checkpoint_head import Head, draw, draw_again
 from fulltune.models.kernels import compile_blocks, put_kernels
-from fulltune.models.load import load
+from fulltune.models.load import Head, draw, draw_again, load
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
