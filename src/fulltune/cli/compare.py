@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,15 +13,14 @@ import typer
 from rich.markup import escape
 
 from fulltune import report
-from fulltune.cli.show.run import Display
-from fulltune.cli.stages import err, out, print_json
-from fulltune.errors import InterruptedRun, RecipeError, SetupError
+from fulltune.cli.stages import displayed, err, open_folder, out, print_json
+from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
 from fulltune.report.comparison.many_tasks import many_tasks, on_one_base
 from fulltune.report.format import terminal
+from fulltune.report.format.blocks import Block, Headline, Section
 from fulltune.system import run_folder
 from fulltune.text import parse_seconds
 
@@ -47,7 +46,7 @@ def compare(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
-        _show(found, cards)
+        _show(content.in_short(found), cards)
 
 
 def _compare_many(
@@ -70,23 +69,18 @@ def _compare_many(
         found[name], cards = _run(recipe, run, budget, began)
         if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
-            _show(found[name], cards)
+            _show(content.in_short(found[name]), cards)
     together = many_tasks(found)
     with run_folder.writing(parent):
         files = report.write_tasks(parent, together)
     if as_json:
         typer.echo(together.model_dump_json(indent=2))
     else:
-        terminal.show(out, [on_one_base(together)])
-        _show_paths(files)
+        _show([on_one_base(together)], files)
 
 
-def _show(found: Comparison, cards: Sequence[Path]) -> None:
-    terminal.show(out, content.in_short(found))
-    _show_paths(cards)
-
-
-def _show_paths(files: Sequence[Path]) -> None:
+def _show(parts: Iterable[Headline | Section | Block], files: Sequence[Path]) -> None:
+    terminal.show(out, parts)
     for path in files:
         out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
 
@@ -151,35 +145,23 @@ def _share_of(budget: str | None, count: int) -> str | None:
 
 def _run(recipe: Recipe, found: Path, budget: str | None, began: float) -> Compared:
     """Compare in a run folder; `began` before the recipe was read, so that reading the libraries counts, too."""
-    run_folder.hide_progress_bars()
-    try:
+    with displayed(details=False) as display:
         from fulltune.compare.run import run
         from fulltune.pipeline import Run
 
-        with Display(err, details=False) as display:
-            job = Run(recipe, found, listener=display, began=began)
-            return run(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
-    except KeyboardInterrupt:
-        raise InterruptedRun("interrupted; the same command continues it") from None
+        job = Run(recipe, found, listener=display, began=began)
+        return run(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
 
 
 def _open(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
     """The comparison's recipe and its folder."""
-    if target.is_dir():
-        if overrides or folder or fresh:
-            raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
-        recipe, found, resumed = run_folder.recipe_of(target), target, True
-        if not recipe.methods:
-            raise SetupError(
-                f"{target}: is the folder of a single run, which compares nothing; give a recipe with 'methods', or "
-                f"go on with the run: fulltune run {target}"
-            )
-    else:
-        recipe = _recipe_of(target, overrides)
-        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
-        found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
-    err.print(f"[dim]{'continuing' if resumed else 'run folder'} {found}[/dim]", soft_wrap=True)
-    return recipe, found
+    recipe = run_folder.recipe_of(target) if target.is_dir() else _recipe_of(target, overrides)
+    if not recipe.methods:  # of a recipe that is refused before
+        raise SetupError(
+            f"{target}: is the folder of a single run, which compares nothing; give a recipe with 'methods', or "
+            f"go on with the run: fulltune run {target}"
+        )
+    return recipe, open_folder(target, recipe, overrides, folder, fresh)
 
 
 UNFAIR = 2

@@ -18,6 +18,7 @@ from rich.markup import escape
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError, SetupError
 
 if TYPE_CHECKING:
+    from fulltune.cli.show.run import Display
     from fulltune.pipeline import Until
     from fulltune.recipe.fields import Recipe
     from fulltune.system.run_folder import Reached
@@ -86,9 +87,7 @@ def open_run(
     from fulltune.system import run_folder
 
     if target.is_dir():
-        if overrides or folder or fresh:
-            raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
-        recipe, found, resumed = run_folder.recipe_of(target), target, True
+        recipe = run_folder.recipe_of(target)
         if until != "data":
             run_folder.refuse_comparison(target)
         run_folder.refuse_with_functions(target, recipe)
@@ -99,11 +98,22 @@ def open_run(
                 f"{target}: methods: names what to compare; run 'fulltune compare {target}', or remove 'methods' and "
                 "give one 'method'"
             )
-        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides or [])
+    return recipe, open_folder(target, recipe, overrides or [], folder, fresh)
+
+
+def open_folder(target: Path, recipe: Recipe, overrides: list[str], folder: Path | None, fresh: bool) -> Path:
+    """The folder in which a recipe is run: a new one, or one to go on with, and which of them is said."""
+    from fulltune.system import run_folder
+
+    found, resumed = target, True
+    if not target.is_dir():
+        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
         found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
+    elif overrides or folder or fresh:
+        raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
     goes_on = resumed and not run_folder.is_complete(found)
     err.print(f"[dim]{'continuing' if goes_on else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
-    return recipe, found
+    return found
 
 
 def finished(recipe: Recipe, folder: Path) -> Reached | None:
@@ -118,17 +128,25 @@ def finished(recipe: Recipe, folder: Path) -> Reached | None:
 
 def reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any) -> Reached:
     """Run the pipeline; `settings` are fields of `Run`, such as when the command began, before it imported anything."""
-    from fulltune.system import run_folder
-
     settings = {"began": time.time(), **settings}
-    run_folder.hide_progress_bars()
-    try:
-        from fulltune.cli.show.run import Display
+    with displayed(details) as display:
         from fulltune.compare.rate_search import run_recipe
         from fulltune.pipeline import Run
 
+        return run_recipe(Run(recipe, folder, listener=display, **settings), until, measure)
+
+
+@contextmanager
+def displayed(details: bool) -> Iterator[Display]:
+    """What shows the progress of the block, which Ctrl-C ends in our way."""
+    from fulltune.system import run_folder
+
+    run_folder.hide_progress_bars()
+    try:
+        from fulltune.cli.show.run import Display
+
         with Display(err, details) as display:
-            return run_recipe(Run(recipe, folder, listener=display, **settings), until, measure)
+            yield display
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None
