@@ -21,7 +21,7 @@ from fulltune.data.patch import Decisions, load_patch, save_patch
 from fulltune.errors import RecipeError, SetupError
 from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, proofs_of
 from fulltune.records.data import DataSummary
-from fulltune.report.run.data_page import could_do
+from fulltune.report.run.about_data import could_do
 from fulltune.text import counted, did_you_mean, listed
 
 KEYS = "[k]eep it  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
@@ -86,7 +86,7 @@ def audited(target: Path, overrides: list[str] | None, folder: Path | None, fres
 def show(target: Path, folder: Path, as_json: bool) -> None:
     """What the model will see, and what looks wrong."""
     from fulltune.report.format import terminal
-    from fulltune.report.run import about_data, data_page
+    from fulltune.report.run.about_data import audit_in_short, rows_in_short
 
     summary, audit = DataSummary.of_run(folder), Audit.load(folder / "data" / AUDIT)
     proofs = proofs_of(folder, audit)
@@ -98,7 +98,7 @@ def show(target: Path, folder: Path, as_json: bool) -> None:
         }
         stages.print_json(summary.model_dump(mode="json") | more)
         return
-    terminal.show(out, [*about_data.in_short(summary), *data_page.in_short(audit, proofs)])
+    terminal.show(out, [*rows_in_short(summary), *audit_in_short(audit, proofs)])
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
         out.print(f"review:  fulltune data {escape(str(target))} --review", soft_wrap=True)

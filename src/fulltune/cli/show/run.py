@@ -31,8 +31,7 @@ from fulltune.records.plan import Plan
 from fulltune.report.comparison.numbers import Writer
 from fulltune.report.format import terminal, words
 from fulltune.report.format.blocks import Facts, Section
-from fulltune.report.run import about_data
-from fulltune.report.run.about_data import mixed_words
+from fulltune.report.run.about_data import mixed_words, rows_in_short
 from fulltune.report.run.about_training import check_table
 from fulltune.report.run.held import verdict
 from fulltune.text import counted, first_few, format_bytes, format_metric, format_seconds, is_share
@@ -160,7 +159,7 @@ class Display:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
             self.print(f"[dim]rows as before: {rows}[/dim]")
         elif self.details:
-            terminal.show(self.console, about_data.in_short(summary))
+            terminal.show(self.console, rows_in_short(summary))
 
     def _plan(self, plan: Plan) -> None:
         if self.details:

@@ -23,7 +23,7 @@ from fulltune.report.format.blocks import (
     foreign,
     unless_empty,
 )
-from fulltune.report.format.plots import CostPlot, Mark, cost_plot
+from fulltune.report.format.plots import Mark, cost_plot
 from fulltune.text import counted, format_bytes, format_number, format_seconds, listed
 
 _POINTER = "▸ "
@@ -224,15 +224,12 @@ def _full_of(comparison: Comparison) -> ArmRow | None:
     return next((row for row in comparison.rows if row.kind == "full"), None)
 
 
-def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
-    """Quality against time, and against operations where they are known."""
+def plots(comparison: Comparison) -> dict[str, list[Mark]]:
+    """Quality against time, and against operations where they are known, each by the name of the cost."""
     full, write = _full_of(comparison), Writer.of(comparison.decision)
-    drawn = []
-    for cost_name, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
-        whole = getattr(full, field, 0.0)
-        if whole <= 0:
-            continue
-        marks = tuple(
+    costs = {"training time": "train_seconds", "operations (FLOP)": "train_flops"}
+    return {
+        cost: [
             Mark(
                 *(row.arm, row.metric.value, row.metric.low, row.metric.high, write.value(row.metric.value)),
                 is_full=row.kind == "full",
@@ -241,22 +238,20 @@ def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
             )
             for row in comparison.rows
             if row.kind == "base" or getattr(row, field) > 0
-        )
-        title, better = f"Quality against {cost_name}", comparison.decision.greater_is_better
-        drawn.append(CostPlot(title, cost_name, write.metric, better, comparison.decision.margin, marks))
-    return tuple(drawn)
+        ]
+        for cost, field in costs.items()
+        if (whole := getattr(full, field, 0.0)) > 0
+    }
 
 
 def _plot(comparison: Comparison, picture: str) -> Section | None:
-    found = plots(comparison)
-    if not found:
-        return None
     legend = (
         "Filled: the recommended method; square: full fine-tuning; the band around it: the margin. "
         f"Whiskers: {_level(comparison)} intervals."
     )
-    figures = Figures(tuple(map(cost_plot, found)), file=picture)
-    return Section("plot", "Quality against cost", (figures, Paragraph(legend)))
+    drawn = tuple(cost_plot(cost, marks, comparison.decision) for cost, marks in plots(comparison).items())
+    blocks = (Figures(drawn, file=picture), Paragraph(legend))
+    return Section("plot", "Quality against cost", blocks) if drawn else None
 
 
 def _fairness(comparison: Comparison) -> Block:
