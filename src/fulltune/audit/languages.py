@@ -102,35 +102,29 @@ def _likeliest(words: str, main: Collection[str]) -> tuple[str, float] | None:
 class Heard:
     """The languages of a column's texts, row by row."""
 
-    numbers: array[int] = field(default_factory=lambda: array("h"))
-    """Of each row's language in `codes`; -1: not known. All splits, one after the other."""
-    confidences: array[float] = field(default_factory=lambda: array("f"))
+    counts: Counter[str] = field(default_factory=Counter)
+    """Languages of the rows in which one is known."""
+    sure: array[int] = field(default_factory=lambda: array("h"))
+    """Of each row's language in `codes`; -1: not surely known. All splits, one after the other."""
     codes: dict[str, int] = field(default_factory=dict)
 
     def add(self, text: str) -> None:
         """The next row's text."""
         code, confidence = spoken(text) or ("", 0.0)
-        self.numbers.append(self.codes.setdefault(code, len(self.codes)) if confidence >= _KNOWN else -1)
-        self.confidences.append(confidence)
-
-    def counts(self) -> Counter[str]:
-        """Languages of the rows in which one is known."""
-        numbers = np.frombuffer(self.numbers, np.int16)
-        counts = np.bincount(numbers[numbers >= 0], minlength=len(self.codes))
-        return Counter(dict(zip(self.codes, counts.tolist(), strict=True)))
+        if confidence >= _KNOWN:
+            self.counts[code] += 1
+        self.sure.append(self.codes.setdefault(code, len(self.codes)) if confidence >= SURE else -1)
 
     def own(self) -> list[str]:
         """Languages of enough rows to be the column's own, the most frequent first."""
-        counts = self.counts()
-        return [code for code, count in counts.most_common() if count >= MAIN * counts.total()]
+        return [code for code, count in self.counts.most_common() if count >= MAIN * self.counts.total()]
 
     def why_not(self) -> str | None:
         """Why no row can stand out; None: rows can."""
-        counts = self.counts()
-        if counts.total() < LEAST_ROWS:
+        if self.counts.total() < LEAST_ROWS:
             return f"fewer than {LEAST_ROWS} texts are long enough to tell their language"
-        if sum(counts[code] for code in self.own()) < NEARLY_ALL * counts.total():
-            return f"its texts are in {len(counts)} languages, and no few of them are those of nearly all"
+        if sum(self.counts[code] for code in self.own()) < NEARLY_ALL * self.counts.total():
+            return f"its texts are in {len(self.counts)} languages, and no few of them are those of nearly all"
         return None
 
     def suspects(self) -> set[int]:
@@ -138,8 +132,7 @@ class Heard:
         if self.why_not() is not None:
             return set()
         others = [number for code, number in self.codes.items() if code not in self.own()]
-        are_other = np.isin(np.frombuffer(self.numbers, np.int16), others)
-        return {*np.flatnonzero(are_other & (np.frombuffer(self.confidences, np.float32) >= SURE)).tolist()}
+        return {*np.flatnonzero(np.isin(np.frombuffer(self.sure, np.int16), others)).tolist()}
 
 
 def listen(heard: dict[str, Heard], row: Row, columns: Mapping[str, str]) -> None:

@@ -98,7 +98,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         not_run[LABEL] = str(no)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
-    found_now = [*with_numbers(rows, seen, issues, decided), *_high_losses(folder, summary)]
+    found_now = [*with_numbers(rows, issues, decided), *_high_losses(folder, summary)]
     issues = [one for one in found_now if one.key not in decided or decided[one.key].is_open]
     save_issues(folder, issues)
     done = Audit(
@@ -108,7 +108,7 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         **by_check(issues),
         clean=tuple(sorted(made - {one.check for one in issues})),
         labels=labels,
-        languages={column: dict(one.counts().most_common()) for column, one in seen.heard.items()},
+        languages={column: dict(one.counts.most_common()) for column, one in seen.heard.items()},
         not_run=not_run,
         seconds=round(time.monotonic() - began, 1),
     )

@@ -146,49 +146,35 @@ def _labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
 def describe(
     block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows]
 ) -> tuple[Target, dict[SourceName, int]]:
-    """Read everything once: find the train rows' columns, problem type and labels, count the rows. Raises `DataError`
-    for every broken file; else when columns are missing or nothing can be learned."""
+    """Read everything, and the train rows twice: find their columns, problem type and labels, count the rows. Raises
+    `DataError` for every broken file; else when columns are missing or nothing can be learned."""
     problems: list[str] = []
-    counts: dict[SourceName, int] = {}
-    columns: dict[SourceName, dict[str, None]] = {name: {} for name in sources}
-    roles: dict[str, str] = {}
-    train, refusal, faults = sources["train"], None, Counter[str]()
-
-    def usable(name: SourceName) -> Iterator[dict[str, Any]]:
-        counts[name] = 0
-        faults.clear()
-        for place, row in sources[name].rows(problems):
+    counts, columns = dict.fromkeys(sources, 0), {name: dict[str, None]() for name in sources}
+    for name, source in sources.items():
+        for _, row in source.rows(problems):
             counts[name] += 1
             columns[name].update(dict.fromkeys(row))
+    if problems:
+        raise DataError(list(dict.fromkeys(problems)))
+    train, names, faults = sources["train"], tuple(columns["train"]), Counter[str]()
+    _, first_rows = _head(train)
+    roles = task.find_columns(_for_roles(block, names), first_rows, block, train.where)
+    _refuse_second_text(block, roles, names, first_rows, train.where)
+
+    def usable() -> Iterator[dict[str, Any]]:
+        for place, row in train.rows(None):
             if fault := unreadable(row, roles):  # is listed when the rows are tokenised
                 faults[fault] += 1
             else:
                 yield {**row, PLACE: place}
 
-    first_columns, first_rows = _head(train)
     try:
-        roles = task.find_columns(_for_roles(block, first_columns), first_rows, block, train.where)
-        _refuse_second_text(block, roles, first_columns, first_rows, train.where)
-        target = task.find_target(usable("train"), roles, block, train.where)
-    except DataError as error:
-        # Broken files come first: what is missing may stand in them.
-        refusal, roles = error, {}
-        if faults and faults.total() == counts["train"]:
-            refusal = DataError(f"{train.where}: no row can be used: {next(iter(faults))}; name another column or file")
-    for name in sources:
-        if name != "train" or name not in counts or problems:
-            for _ in usable(name):
-                pass
-    if problems:
-        raise DataError(list(dict.fromkeys(problems)))
-    if len(columns["train"]) > len(first_columns):
-        # Some columns appear only later, in a second file for example: the same again, with all of them.
-        in_all = task.find_columns(_for_roles(block, columns["train"]), first_rows, block, train.where)
-        if in_all != roles:
-            roles, refusal = in_all, None
-            target = task.find_target(usable("train"), roles, block, train.where)
-    if refusal is not None:
-        raise refusal
+        target = task.find_target(usable(), roles, block, train.where)
+    except DataError:
+        if faults.total() < counts["train"]:
+            raise
+        problem = f"{train.where}: no row can be used: {next(iter(faults))}; name another column or file"
+        raise DataError(problem) from None
     missing = []
     for name, there in columns.items():
         needed = {} if is_mixed(name) and task.FACTS.has_forms else dict(roles)

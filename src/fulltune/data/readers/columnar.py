@@ -110,11 +110,8 @@ def _values(column: pa.Array, classes: Sequence[str] | None) -> list[Any]:
     except pa.ArrowInvalid as error:
         if "UTF8" not in str(error):  # that is wrong with single cells; other damage is the file's
             raise
-    try:
-        values = column.to_pylist()
-    except _NO_VALUE:
-        values = [_value(cell) for cell in column]
-    return values if classes is None else [_class_name(value, classes) for value in values]
+    values = map(_value, column)
+    return list(values) if classes is None else [_class_name(value, classes) for value in values]
 
 
 def _value(cell: pa.Scalar) -> Any:

@@ -224,13 +224,10 @@ def _refuse_other_kind(file: Path) -> None:
 
 def _refuse_binary(file: Path) -> None:
     """No text in UTF-8 holds NUL bytes."""
-    line = 1
     with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            if (place := block.find(0)) >= 0:
-                line += block.count(b"\n", 0, place)
-                raise DataError(f"{file}:{line}: NUL bytes, as UTF-16 has them, expected text in UTF-8; {_SAVE}")
-            line += block.count(b"\n")
+        line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
+    if line is not None:
+        raise DataError(f"{file}:{line}: NUL bytes, as UTF-16 has them, expected text in UTF-8; {_SAVE}")
 
 
 def _decoded(value: Any, encoding: str = "utf-8") -> Any:
