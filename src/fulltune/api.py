@@ -13,6 +13,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.records.events import Listener
 from fulltune.system.run_folder import Reached, find_or_make, hide_progress_bars
+from fulltune.text import did_you_mean
 from fulltune.train.hooks import Hooks
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ def job(
 
     Raises:
         FulltuneError: When the recipe or the folder is wrong.
+        TypeError: When an argument is unknown.
     """
+    if unknown := next((name for name in functions if name not in Hooks.__dataclass_fields__), None):
+        known = ["run_folder", "fresh", "listener", *Hooks.__dataclass_fields__]
+        raise TypeError(f"there is no argument '{unknown}'; {did_you_mean(unknown, known) or ', '.join(known)}")
     hide_progress_bars()
     text, name = "", "run"
     if not isinstance(recipe, Recipe):

@@ -256,5 +256,7 @@ def test_extra_values_that_transformers_takes_are_let_through_as_it_takes_them()
     taken = recipe_rules.as_arguments(extra)
     assert taken == {"run_name": "2024", "ddp_timeout": 1800, "hub_model_id": None}
     assert type(taken["ddp_timeout"]) is int
-    values["train"] = {"extra": {"ddp_timeout": 1800.5, "run_name": True}}
-    assert len(recipe_rules.problems_of(Recipe.model_validate(values))) == 2
+    values["train"] = {"extra": {"ddp_timeout": 1800.5, "run_name": True, "accelerator_config": {"even_batch": True}}}
+    found = recipe_rules.problems_of(Recipe.model_validate(values))
+    assert len(found) == 3
+    assert found[2].startswith("train.extra.accelerator_config.even_batch: there is no such field; did you mean 'even")

@@ -17,7 +17,6 @@ from typing import Any, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
 from fulltune.recipe.model import PreserveBlock
@@ -25,15 +24,8 @@ from fulltune.recipe.tasks import FACTS, FORMS, READ_BY, Form
 from fulltune.recipe.training import OWN_OPTIMIZERS, TrainBlock
 from fulltune.text import did_you_mean
 
-_EXCLUDED, _ELSEWHERE = (Path(__file__).with_name(f"{name}.toml") for name in ("excluded", "elsewhere"))
 NO_PACKAGES = ("all", "none", "flyte")
 """Words of transformers, and the tracker that it cannot look for."""
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse what the recipe alone shows to be impossible."""
-    if problems := problems_of(recipe):
-        raise RecipeError(problems)
 
 
 def problems_of(recipe: Recipe) -> list[str]:
@@ -51,16 +43,10 @@ def _of_one_run(recipe: Recipe) -> list[str]:
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
         *conflicts(recipe, form_of(recipe)),
-        *_impossible_metric(recipe),
         *_unknown_fields(recipe),
         *_unknown_names(recipe),
         *_out_of_place(recipe),
     ]
-
-
-@cache
-def _table() -> list[list[Any]]:
-    return list(tomllib.loads(_EXCLUDED.read_text(encoding="utf-8"))["excluded"])
 
 
 def form_of(recipe: Recipe) -> Form | None:
@@ -72,7 +58,7 @@ def form_of(recipe: Recipe) -> Form | None:
 def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
     """What of the table of settings that exclude each other holds for a recipe, and for rows of such a form."""
     problems = []
-    for setting, values, other, other_values, reason in _table():
+    for setting, values, other, other_values, reason in _table("excluded")["excluded"]:
         block, _, field = setting.partition(".")
         if block == "preserve" and FACTS[recipe.task].reads == "image":
             continue  # all of the block is refused
@@ -96,16 +82,13 @@ def _is_meant(value: Any, values: bool | str | list[str]) -> bool:
 
 def _value(recipe: Recipe, method: Arm, form: Form | None, name: str) -> Any:
     """What the table's dotted name stands for in a recipe."""
-    block, _, field = name.partition(".")
-    if block == "method":
-        return getattr(method, field)
-    if block == "form":
-        return getattr(form, field, None)
-    if block == "task":
-        return getattr(FACTS[recipe.task], field) if field else recipe.task
-    if field.startswith("extra."):
-        return recipe.train.extra.get(field.removeprefix("extra."))
-    return getattr(getattr(recipe, block), field) if field else getattr(recipe, block)
+    block, *fields = name.split(".")
+    value: Any = getattr(recipe, block, None)
+    if fields:
+        value = {"method": method, "form": form, "task": FACTS[recipe.task]}.get(block, value)
+    for field in fields:
+        value = value.get(field) if isinstance(value, dict) else value and getattr(value, field)
+    return value
 
 
 def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
@@ -187,35 +170,29 @@ def _wrong_setting(error: Any, own: Mapping[str, Any]) -> str:
     return f"{'.' * bool(name)}{name}: {said}{given}"
 
 
-def _impossible_metric(recipe: Recipe) -> list[str]:
-    """One that no kind of rows of this task has; the rest is known when the rows are read."""
-    wanted, form = recipe.evaluate.metric, form_of(recipe)
-    possible = form.metrics if form else FACTS[recipe.task].choosing
-    if wanted is None or wanted in possible:
-        return []
-    return [wrong_metric(wanted, form.words if form else recipe.task, possible)]
-
-
 def _unknown_fields(recipe: Recipe) -> list[str]:
-    if not recipe.train.extra:
-        return []
-    known, refused = training_arguments(), pinned()
-    own = set(type(recipe.train).model_fields)
-    problems = []
+    own, problems = set(type(recipe.train).model_fields), []
     for name, value in recipe.train.extra.items():
-        if name in refused:
-            problems.append(f"train.extra.{name}: cannot be set here; {refused[name]}")
+        known, place = training_arguments(), f"train.extra.{name}"
+        if name in pinned():
+            problems.append(f"{place}: cannot be set here; {pinned()[name]}")
         elif name in own:
-            problems.append(f"train.extra.{name}: is a setting of its own; write it as train.{name}")
+            problems.append(f"{place}: is a setting of its own; write it as train.{name}")
         elif name not in known:
             hint = answer(name) or did_you_mean(name, known)
-            said = f"; {hint}" if hint else ""
-            problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{said}")
+            problems.append(f"{place}: transformers.TrainingArguments has no such field{'; ' * bool(hint)}{hint}")
+        elif name == "accelerator_config" and isinstance(value, dict):
+            fields = _fields("trainer_pt_utils.py", "AcceleratorConfig")
+            problems += [
+                f"{place}.{key}: there is no such field; {did_you_mean(str(key), fields) or ', '.join(fields)}"
+                for key in value
+                if key not in fields
+            ]
         elif value is not None:
             try:
-                _as_field(known[name], value)
+                _reader(known[name]).validate_python(value)
             except ValidationError:
-                problems.append(f"train.extra.{name}: expected {_expected(known[name])}, found {value!r}")
+                problems.append(f"{place}: expected {_expected(known[name])}, found {value!r}")
     return problems
 
 
@@ -223,13 +200,12 @@ _TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number",
 
 
 @cache
-def _plain_type(annotation: str) -> TypeAdapter[Any] | None:
-    """Reads a field whose type is made of plain ones, numbers also from texts (YAML reads `1e-5` as one); else None."""
-    names = annotation.replace(" ", "").split("|")
-    if not set(names) <= {*_TYPES, "None"}:
-        return None
+def _reader(annotation: str) -> TypeAdapter[Any]:
+    """Reads a field, numbers also from texts (YAML reads `1e-5` as one); one whose type is not made of plain ones takes
+    everything."""
     types = {"bool": bool, "int": int, "float": float, "str": str, "None": None}
-    union: Any = Union[tuple(types[name] for name in names)]  # noqa: UP007  # of types that only the name tells
+    names = annotation.replace(" ", "").split("|")
+    union: Any = Union[tuple(types.get(name, Any) for name in names)]  # noqa: UP007  # of types that only the name tells
     return TypeAdapter(union, config=ConfigDict(coerce_numbers_to_str=True))
 
 
@@ -237,20 +213,14 @@ def _expected(annotation: str) -> str:
     return " or ".join(words for name, words in _TYPES.items() if name in annotation.replace(" ", "").split("|"))
 
 
-def _as_field(annotation: str, value: Any) -> Any:
-    """A value as a field takes it; raises `ValidationError` where that is impossible."""
-    reader = _plain_type(annotation)
-    return value if reader is None else reader.validate_python(value)
-
-
 def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
     """`train.extra` as transformers takes it: `1800.0` as a whole number, `2024` as a text, where such is expected;
     null leaves a field as it is, where it cannot be empty."""
     known = training_arguments()
     return {
-        name: _as_field(known[name], value)
+        name: _reader(known[name]).validate_python(value)
         for name, value in extra.items()
-        if value is not None or _plain_type(known[name]) is None or "None" in known[name]
+        if value is not None or "None" in known[name]
     }
 
 
@@ -279,7 +249,12 @@ def _out_of_place(recipe: Recipe) -> list[str]:
     """What neither the table nor one block can say."""
     train, block, kind = recipe.train, recipe.preserve, recipe.method.kind
     workers, is_image = train.extra.get("dataloader_num_workers"), FACTS[recipe.task].reads == "image"
+    metric, form = recipe.evaluate.metric, form_of(recipe)
+    possible = form.metrics if form else FACTS[recipe.task].choosing  # the rest is known when the rows are read
     pairs = {
+        wrong_metric(str(metric), form.words if form else recipe.task, possible): (
+            metric is not None and metric not in possible
+        ),
         "data.train: images cannot be mixed in by weight yet; name the folders without a weight": (
             is_image and recipe.data.mixed_files
         ),
@@ -312,20 +287,20 @@ def _out_of_place(recipe: Recipe) -> list[str]:
 
 
 @cache
-def _elsewhere() -> Mapping[str, Any]:
-    return tomllib.loads(_ELSEWHERE.read_text(encoding="utf-8"))
+def _table(name: str) -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def pinned() -> Mapping[str, str]:
     """Fields of `transformers.TrainingArguments` that `train.extra` may not set, and what to do instead."""
-    return dict(_elsewhere()["pinned"])
+    return dict(_table("elsewhere")["pinned"])
 
 
 @cache
 def answers() -> Mapping[str, str]:
     """Names of settings in other tools, and what to write here."""
-    by_name = {name: answer for answer, names in _elsewhere()["answers"].items() for name in names.split()}
-    return by_name | _elsewhere()["pinned"]
+    by_name = {name: answer for answer, names in _table("elsewhere")["answers"].items() for name in names.split()}
+    return {**by_name, **pinned()}
 
 
 def answer(name: object) -> str | None:
@@ -333,39 +308,40 @@ def answer(name: object) -> str | None:
     return answers().get(str(name).lower().replace("-", "_"))
 
 
-@cache
 def training_arguments() -> Mapping[str, str]:
     """Fields of `transformers.TrainingArguments`, and their types as they are written there."""
-    body = _class("training_args.py", "TrainingArguments").body
-    fields = [line for line in body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
-    return {line.target.id: ast.unparse(line.annotation) for line in fields if isinstance(line.target, ast.Name)}
+    return _fields("training_args.py", "TrainingArguments")
 
 
 @cache
+def _fields(file: str, name: str) -> Mapping[str, str]:
+    fields = [line for line in _definition(file, name).body if isinstance(line, ast.AnnAssign)]
+    return {ast.unparse(line.target): ast.unparse(line.annotation) for line in fields}
+
+
 def optimizers() -> list[str]:
     """Names of the optimizers of transformers."""
-    body = _class("training_args.py", "OptimizerNames").body
-    values = [line.value for line in body if isinstance(line, ast.Assign)]
-    return sorted(value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str))
+    body = _definition("training_args.py", "OptimizerNames").body
+    return sorted(ast.literal_eval(line.value) for line in body if isinstance(line, ast.Assign))
 
 
-@cache
 def trackers() -> list[str]:
     """Names of the trackers of transformers."""
-    for line in _parsed("integrations/integration_utils.py").body:
-        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "INTEGRATION_TO_CALLBACK":
-            keys = line.value.keys if isinstance(line.value, ast.Dict) else []
-            return sorted(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
-    raise LookupError("transformers has no INTEGRATION_TO_CALLBACK any more")
+    table = _definition("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK").value
+    return sorted(ast.literal_eval(key) for key in table.keys)
 
 
 @cache
-def _parsed(file: str) -> ast.Module:
-    spec = importlib.util.find_spec("transformers")
-    assert spec is not None, "it is installed with fulltune"
-    assert spec.submodule_search_locations is not None, "it is a package"
-    return ast.parse((Path(next(iter(spec.submodule_search_locations))) / file).read_text(encoding="utf-8"))
+def _parsed(file: str) -> list[ast.stmt]:
+    spec: Any = importlib.util.find_spec("transformers")
+    return ast.parse(Path(spec.origin).parent.joinpath(file).read_text(encoding="utf-8")).body
 
 
-def _class(file: str, name: str) -> ast.ClassDef:
-    return next(line for line in _parsed(file).body if isinstance(line, ast.ClassDef) and line.name == name)
+def _definition(file: str, name: str) -> Any:
+    """A class, or a table, in one of transformers' files."""
+    for line in _parsed(file):
+        if name == getattr(line, "name", None) or (
+            isinstance(line, ast.Assign) and name == ast.unparse(line.targets[0])
+        ):
+            return line
+    raise LookupError(f"transformers has no {name} any more")
