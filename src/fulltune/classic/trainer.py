@@ -102,7 +102,7 @@ class Trainer(Guarded, transformers.Trainer):
             self._count_moved()
         finally:
             if self._initial is not None:
-                self._initial.delete()
+                self._initial.path.unlink(missing_ok=True)
                 self._initial = None
         return result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -154,7 +155,7 @@ class FineTuningModule:
             optimizer.zero_grad(set_to_none=True)  # an optimizer leaves out what has no gradient, and its moments stay
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["fulltune"] = self.seen.as_json()
+        checkpoint["fulltune"] = asdict(self.seen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seen = step_guard.StepMemory.from_json(checkpoint["fulltune"])

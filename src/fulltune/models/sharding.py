@@ -233,17 +233,6 @@ def whole_while_copied(model: Any, modules: Sequence[str]) -> Iterator[None]:
             setattr(module, name, parameter.requires_grad_(False))  # the copies are trained
 
 
-def put_together(model: Any) -> None:
-    """Have each process hold the trained parameters whole, few as they are; the model is not trained any more."""
-    from torch.nn import Parameter
-
-    free(model)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.requires_grad and hasattr(parameter, "placements"):
-                setattr(module, name, Parameter(whole(parameter.detach())))
-
-
 def whole(values: torch.Tensor) -> torch.Tensor:
     """The whole tensor, in its shape; of one that is shared out all processes have to ask."""
     return values.full_tensor() if hasattr(values, "full_tensor") else values

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fulltune.errors import Spiked
 from fulltune.inference.selective_head import as_its_attention_can
@@ -211,7 +212,9 @@ def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:
 
     def look(name: str, module: Any) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
-            if not found and any(not bool(one.isfinite().all()) for one in _tensors(output)):
+            # Masks hold infinities on purpose, but no module gives a mask alone.
+            tensors = [one for one in tree_leaves(output) if isinstance(one, torch.Tensor) and one.is_floating_point()]
+            if not found and any(not bool(one.isfinite().all()) for one in tensors):
                 found.append(f"{name or 'the model'} ({type(module).__name__})")
 
         return module.register_forward_hook(hook)
@@ -229,15 +232,3 @@ def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:
         for hook in hooks:
             hook.remove()
     return found[0] if found else ""
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    """The numbers in what a module gives; masks hold infinities on purpose, but no module gives a mask alone."""
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()))
-    elif isinstance(output, (tuple, list)):
-        for one in output:
-            yield from _tensors(one)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -53,17 +53,12 @@ class StepMemory:
     most_rows: float = 0.0
     """Of a step so far, per process."""
 
-    def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> StepMemory:
-        """The same as it was saved."""
-        known = {field.name for field in fields(cls)}
-        found: dict[str, Any] = {name: one for name, one in values.items() if name in known}
-        lists = {name: tuple(one) for name, one in found.items() if isinstance(one, list)}
-        return cls(**{**found, **lists})
+    def from_json(cls, values: Mapping[str, Any]) -> StepMemory:
+        """The same as it was saved, among other values."""
+        known: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        known |= {name: tuple(one) for name, one in known.items() if isinstance(one, list)}
+        return cls(**known)
 
 
 @dataclass(frozen=True)

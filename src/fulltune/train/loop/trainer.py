@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,7 +138,7 @@ class FullTrainer(Guarded, Trainer):
 
     def resume_parts(self, state: Mapping[str, Any]) -> None:
         """Give the guard and all parts what they kept in a checkpoint."""
-        self.seen = StepMemory.from_json(dict(state))
+        self.seen = StepMemory.from_json(state)
         for part in self.parts:
             part.resume(state)
 
@@ -274,7 +275,7 @@ class FullTrainer(Guarded, Trainer):
             if self.is_shared:
                 self._save_shared(folder)
             if self.args.should_save:
-                state = self.seen.as_json() | {"base_weights": self._base_weights}
+                state = asdict(self.seen) | {"base_weights": self._base_weights}
                 for part in self.parts:
                     state |= part.state()
                 checkpoints.save_guard_state(folder, state)

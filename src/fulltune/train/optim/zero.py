@@ -121,14 +121,6 @@ def write_whole(model: Any, folder: Path) -> None:
     fsdp2.write_by_file(shapes, lambda name: whole(tensors[name]), folder)
 
 
-def put_together(model: Any) -> None:
-    """Have each process hold the trained parameters whole, few as they are; the model is not trained any more."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if is_in_engine(parameter):
-                setattr(module, name, torch.nn.Parameter(whole(parameter)))
-
-
 def put(parameter: Any, value: torch.Tensor) -> None:
     """Whole values into a trained parameter, for what is written after training."""
     import deepspeed

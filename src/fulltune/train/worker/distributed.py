@@ -22,12 +22,9 @@ def every(value: Any) -> list[Any]:
 
 def summed(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Each name's two counts, added up over all processes: the same in each."""
-    sums: dict[str, tuple[int, int]] = {}
-    for part in every(dict(counts)):
-        for name, (one, other) in part.items():
-            before = sums.get(name, (0, 0))
-            sums[name] = before[0] + one, before[1] + other
-    return sums
+    parts = every(dict(counts))
+    of_name = {name: [part[name] for part in parts if name in part] for part in parts for name in part}
+    return {name: (sum(one for one, _ in both), sum(other for _, other in both)) for name, both in of_name.items()}
 
 
 # ---- eval rows -------------------------------------------------------------------------------------------------

@@ -109,21 +109,14 @@ class Scaled:
     factor: float
 
     def fold(self, model: Any) -> None:
-        """Give the finished model the user's units; who trains on takes that back by `unfold`."""
-        self._rescale(model, self.shift, self.factor)
-
-    def unfold(self, model: Any) -> None:
-        """Go on in the units that are learned."""
-        self._rescale(model, -self.shift / self.factor, 1 / self.factor)
-
-    def _rescale(self, model: Any, shift: float, factor: float) -> None:
+        """Give the finished model the user's units."""
         parameters = dict(self.layer.named_parameters())
         if not any(map(zero.is_in_engine, parameters.values())):
             sharding.free(model)
-            rescale(self.layer, shift, factor)
+            rescale(self.layer, self.shift, self.factor)
             return
         tensors = {name: zero.whole(one) for name, one in parameters.items()}
-        for name, values in rescaled(tensors, shift, factor).items():
+        for name, values in rescaled(tensors, self.shift, self.factor).items():
             zero.put(parameters[name], values)
 
 

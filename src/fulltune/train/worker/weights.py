@@ -103,9 +103,6 @@ class InitialWeights:
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
 
-    def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
-
 
 def own_file(folder: Path, prefix: str) -> Path:
     """Where this process may keep its `InitialWeights`; what killed ones left there is removed."""
@@ -151,8 +148,7 @@ def save_model(
     if recipe.method.kind == "full":
         _save_whole(applied.model, part, is_first)
     else:
-        sharding.put_together(applied.model)
-        zero.put_together(applied.model)
+        _put_together(applied.model)
         if is_first:
             save(applied, part, recipe.task, applied.model.name_or_path)
     if not is_first:
@@ -175,6 +171,17 @@ def save_model(
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
+
+
+def _put_together(model: Any) -> None:
+    """Have each process hold the trained parameters whole, few as they are; the model is not trained any more."""
+    sharding.free(model)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if zero.is_in_engine(parameter):
+                setattr(module, name, torch.nn.Parameter(zero.whole(parameter)))
+            elif parameter.requires_grad and hasattr(parameter, "placements"):
+                setattr(module, name, torch.nn.Parameter(sharding.whole(parameter.detach())))
 
 
 def _save_whole(model: Any, folder: Path, is_first: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_step_is_skipped_when_it_is_not_finite_or_loss_and_norm_are_both_far_abo
 def test_step_with_few_rows_may_be_farther_off(loss: float, norm: float, rows: int, action: str) -> None:
     seen = judge(after(199), 200, 1.0, 2.0, rows=16).seen
     # A run that goes on in between judges alike.
-    again = StepMemory.from_json(json.loads(json.dumps(seen.as_json())))
+    again = StepMemory.from_json(json.loads(json.dumps(asdict(seen))))
     assert judge(again, 201, loss, norm, rows=rows).action == action
 
 
@@ -179,7 +180,7 @@ def test_what_a_model_has_learned_by_heart_is_no_reason_to_skip_a_hard_row() -> 
 def test_what_is_remembered_is_bounded_and_comes_back_as_it_was_saved() -> None:
     seen = judge(after(1000), 1001, NAN, 1.0).seen
     assert (len(seen.losses), len(seen.log_norms)) == (WINDOW + STAYS, WINDOW)
-    assert StepMemory.from_json(json.loads(json.dumps(seen.as_json()))) == seen
+    assert StepMemory.from_json(json.loads(json.dumps(asdict(seen)))) == seen
     for own in (False, True):
         later = several(seen, [(1.0, 2.0)] * STAYS, first=1002, own=own)[-1].seen
         assert later.skipped == (), "clean for long enough"
