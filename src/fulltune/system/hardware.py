@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import functools
 import math
 import os
 import platform
 import shutil
-import time
+import timeit
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from fulltune.errors import FulltuneError
@@ -27,6 +27,10 @@ BF16_FROM, TENSOR_CORES_FROM = (8, 0), (7, 0)
 """Compute capabilities (Ampere, Volta). Without tensor cores fp16 is no faster than fp32: torch adds up its products in
 fp32 (cuBLAS's COMPUTE_32F), also on a P100, whose plain fp16 would be fast, and on 6.1, where that has 1/64 of the
 rate."""
+
+
+_REPEATS = 8
+"""How often a speed is measured; the best one counts."""
 
 
 class Gpu(Record):
@@ -154,7 +158,7 @@ def _differences(machines: Sequence[Machine]) -> str:
     return ", ".join(found)
 
 
-@functools.cache
+@cache
 def bf16_speedup() -> float:
     """How many times as fast as in fp32 torch's kernels train in bf16 on this CPU; measured once."""
     return measure_bf16_speedup("cpu")
@@ -169,7 +173,7 @@ def measure_bf16_speedup(device: str) -> float:
     return small if small < 0.5 else _bf16_speedup(device, rows=256, width=512)
 
 
-@functools.cache
+@cache
 def cpu_rates() -> tuple[float, float, float]:
     """Operations a second of matrix products in fp32, bytes a second of a copy in memory (reading and writing), and the
     load that slowed both; measured once."""
@@ -186,16 +190,8 @@ def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -
     inputs, weights = (torch.randn(*shape, generator=draw) for shape in ((rows, width), (4 * width, width)))
     source = torch.ones(megabytes * 2**18)
     target = torch.empty_like(source)
-    product = copy = math.inf
-    began = time.perf_counter()
-    for number in range(30):
-        started = time.perf_counter()
-        torch.nn.functional.linear(inputs, weights)
-        multiplied = time.perf_counter()
-        target.copy_(source)
-        product, copy = min(product, multiplied - started), min(copy, time.perf_counter() - multiplied)
-        if number >= 2 and time.perf_counter() - began > 0.25:
-            break
+    product = min(timeit.repeat(lambda: torch.nn.functional.linear(inputs, weights), number=1, repeat=_REPEATS))
+    copy = min(timeit.repeat(lambda: target.copy_(source), number=1, repeat=_REPEATS))
     return 2 * rows * width * 4 * width / product, 2 * source.nbytes / copy
 
 
@@ -210,22 +206,16 @@ def _bf16_speedup(device: str, rows: int, width: int) -> float:
     up = torch.randn(4 * width, width, generator=draw).to(device).requires_grad_()
     down = torch.randn(width, 4 * width, generator=draw).to(device).requires_grad_()
 
-    def seconds(bf16: bool) -> float:
-        started = time.perf_counter()
+    def step(bf16: bool) -> None:
         with torch.autocast(device.partition(":")[0], dtype=torch.bfloat16, enabled=bf16):
             outputs = F.linear(F.gelu(F.linear(inputs, up)), down)
         loss = outputs.float().square().mean()
         torch.autograd.grad(loss, (up, down))[0].sum().item()  # waits for a GPU
-        return time.perf_counter() - started
 
-    best = {False: math.inf, True: math.inf}
-    began = time.perf_counter()
-    for number in range(12):
-        for bf16 in best:
-            best[bf16] = min(best[bf16], seconds(bf16))
-        if number >= 3 and time.perf_counter() - began > 0.6:
-            break
-    return best[False] / best[True]
+    # In turns: what else the machine does slows both.
+    times = [[timeit.timeit(partial(step, bf16), number=1) for bf16 in (False, True)] for _ in range(_REPEATS)]
+    fp32, bf16 = map(min, zip(*times, strict=True))
+    return fp32 / bf16
 
 
 def disk_free_bytes(path: Path) -> int:
