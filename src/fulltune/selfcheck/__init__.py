@@ -73,11 +73,10 @@ def product(device: str, precision: str) -> Outcome:
 
 def speed(device: str) -> Outcome:
     """The measurement that `precision: auto` decides by on a CPU."""
-    if device != "cpu":
-        return (True, f"bf16 about {hardware.measure_bf16_speedup(device):.1f} times as fast as fp32")
-    ratio = hardware.bf16_speedup()
+    ratio = hardware.bf16_speedup(device)
     chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
-    return (True, f"bf16 about {ratio:.1f} times as fast as fp32: precision auto is {chosen}")
+    auto = f": precision auto is {chosen}" if device == "cpu" else ""
+    return (True, f"bf16 about {ratio:.1f} times as fast as fp32{auto}")
 
 
 # ---- attention kernels -----------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def here() -> Machine:
         num_cores=num_cores(),
         memory_bytes=total,
         memory_available_bytes=available,
-        cpu_bf16_speedup=bf16_speedup(),
+        cpu_bf16_speedup=bf16_speedup("cpu"),
         gpus=_gpus(),
         cpu_flops=flops,
         memory_bytes_per_second=copied,
@@ -159,13 +159,9 @@ def _differences(machines: Sequence[Machine]) -> str:
 
 
 @cache
-def bf16_speedup() -> float:
-    """How many times as fast as in fp32 torch's kernels train in bf16 on this CPU; measured once."""
-    return measure_bf16_speedup("cpu")
-
-
-def measure_bf16_speedup(device: str) -> float:
-    """Seconds of a forward and backward pass in fp32, divided by those under bf16 autocast; under a second on a CPU."""
+def bf16_speedup(device: str) -> float:
+    """Seconds of a forward and backward pass in fp32, divided by those under bf16 autocast; under a second on a CPU,
+    and measured once."""
     if device != "cpu":
         return _bf16_speedup(device, rows=4096, width=2048)
     small = _bf16_speedup(device, rows=64, width=128)

@@ -10,6 +10,7 @@ from fulltune.records.plan import Setting, TimeNeed
 from fulltune.records.training import Measured
 from fulltune.train.parent import measure
 from fulltune.train.parent.measure import measured
+from fulltune.train.parent.next_attempt import noted
 from tests.plans import outcome, plan, recipe
 
 GIB = 2**30
@@ -138,14 +139,14 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
         "torch_compile": True,
     }
 
-    found = measure.noted(settings, plan(), changes, "measured: it is the fastest")
+    found = noted(plan(settings=settings), changes, lambda old: "derived" if " " in old.name else "measured")
 
     assert [(one.name, one.value, one.reason) for one in found] == [
-        ("train.precision", "bf16", "measured: it is the fastest"),
-        ("train.micro_batch_size", 16, "measured: it is the fastest"),
-        ("gradient accumulation", 2, "global batch / micro batch"),
+        ("train.precision", "bf16", "measured"),
+        ("train.micro_batch_size", 16, "measured"),
+        ("gradient accumulation", 2, "derived"),
         ("train.seed", 42, "from the recipe"),
-        ("train.torch_compile", True, "measured: it is the fastest"),
+        ("train.torch_compile", True, "measured"),
     ]
 
 
@@ -163,7 +164,7 @@ TIME = TimeNeed(
         ("done", {"forecast": TIME, "dry_run_growth_bytes": 3 * GIB}, "does not fit into 2 GiB", 200.0),
         ("out_of_memory", {"reason": "can't allocate\n  8 bytes"}, "memory ran out: can't allocate 8 bytes", 0.0),
         ("refused", {"reason": "model: has no eager attention"}, "model: has no eager attention", 0.0),
-        ("crashed", {"reason": "x" * 200}, "x" * 117 + "...", 0.0),
+        ("crashed", {"reason": "x " * 90}, "x " * 57 + "[...]", 0.0),
     ],
 )
 def test_outcome_of_a_probe_becomes_a_row(

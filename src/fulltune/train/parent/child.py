@@ -121,11 +121,11 @@ _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
 def _of_lost(part: LostPart) -> tuple[OutcomeStatus, str]:
     """What it means that a machine's part ended without a word."""
     name = f"machine {part.rank} ({part.host})"
-    if part.kind == "out_of_memory":
-        return "out_of_memory", f"the kernel killed a training process of {name} because memory ran out"
-    if part.kind == "killed":
-        return "killed", f"the training processes of {name} were killed (SIGKILL)"
-    return "lost", f"{name} was lost: it {part.reason}"
+    meanings: dict[str, tuple[OutcomeStatus, str]] = {
+        "out_of_memory": ("out_of_memory", f"the kernel killed a training process of {name} because memory ran out"),
+        "killed": ("killed", f"the training processes of {name} were killed (SIGKILL)"),
+    }
+    return meanings.get(part.kind, ("lost", f"{name} was lost: it {part.reason}"))
 
 
 @contextlib.contextmanager

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
 from fulltune.models.kernels import lacking
-from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, plain_optim
+from fulltune.plan.levers import LEVERS, Changes, plain_optim
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import PhaseBegan
-from fulltune.records.plan import Plan, Setting
+from fulltune.records.plan import Plan
 from fulltune.records.training import Measured, Measurements, Outcome
 from fulltune.text import format_bytes
 from fulltune.train.parent import child
+from fulltune.train.parent.next_attempt import noted
 from fulltune.train.parent.retry import PlannedTrial
 from fulltune.train.request import Request
 
@@ -24,6 +25,8 @@ MARGIN = 0.03
 """Less than this is no difference: a pass takes a little longer or shorter each time."""
 LEAST_SECONDS_TO_COMPILE = 600.0
 """Compiling takes a minute or two: a run that is shorter than this does not win it back."""
+_DERIVED = ("gradient accumulation", "evaluate.batch_size")
+"""What follows from the micro batch, and keeps its reason."""
 
 
 # ---- what is tried, and what is taken: pure functions ------------------------------------------------------------
@@ -32,9 +35,10 @@ LEAST_SECONDS_TO_COMPILE = 600.0
 def levers(recipe: Recipe, plan: Plan) -> list[Measured]:
     """One lever more in each row, as far as the recipe leaves them open; those without an effect are left out."""
     measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
+    plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}
     for lever, changes in measured:
-        off = {name: _off(name, plan) for name in changes}
+        off = {name: plain.get(name, False) for name in changes}
         if not lever.refusal(recipe, plan.model_copy(update=off)):
             now |= off
     name = f"{now.get('precision', plan.precision)}, as it is"
@@ -44,17 +48,6 @@ def levers(recipe: Recipe, plan: Plan) -> list[Measured]:
             now |= changes
             rows.append(Measured(name=f"+ {lever.measured.format(**changes)}", kind="lever", changes=dict(now)))
     return rows
-
-
-def _off(field: str, plan: Plan) -> Any:
-    """What a plan has where no lever is taken."""
-    match field:
-        case "precision":
-            return "fp32"
-        case "optim":
-            return plain_optim(plan.weights_dtype, plan.bf16_rounding)
-        case _:
-            return False
 
 
 def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Measured]:
@@ -101,30 +94,6 @@ def fastest(rows: Sequence[Measured]) -> Measured | None:
     return next((row for row in fitting if row.train_seconds <= least * (1 + MARGIN)), None)
 
 
-def why(best: Measured, rows: Sequence[Measured], available_bytes: int) -> str:
-    """The reason that settings chosen by measurement carry."""
-    tried = sum(not row.problem for row in rows)
-    peak = f"{format_bytes(best.peak_memory_bytes)} of {format_bytes(available_bytes)}"
-    return f"measured: the fastest of {tried} that fit, {best.tokens_per_second:,.0f} tokens/s, {peak}"
-
-
-def noted(settings: Sequence[Setting], plan: Plan, changes: Changes, reason: str) -> tuple[Setting, ...]:
-    """The settings with the measured values; what the recipe gave is not among the changes."""
-    new = {SETTING_OF[field]: value for field, value in changes.items()}
-    derived = {"gradient accumulation", "evaluate.batch_size"}
-    known = {setting.name for setting in settings}
-    kept = tuple(
-        Setting(name=setting.name, value=new[setting.name], reason=reason, chosen=True)
-        if setting.name in new and setting.name not in derived
-        else setting.model_copy(update={"value": new.get(setting.name, setting.value)})
-        for setting in settings
-    )
-    defaults = {SETTING_OF[field]: getattr(plan, field) for field in changes}
-    # A field that the plan did not settle and that stays as it was needs no line.
-    added = [name for name, value in new.items() if name not in known and value != defaults[name]]
-    return (*kept, *(Setting(name=name, value=new[name], reason=reason, chosen=True) for name in added))
-
-
 # ---- measured ----------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +127,10 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
     best = fastest([best, *tried(compilations(recipe, best, lacking(plan.device)))]) or best
     marked = tuple(row.model_copy(update={"taken": row is best}) for row in rows)
     Measurements(available_bytes=available_bytes, rows=marked).save(folder / "plan" / "measured.json")
-    settings = noted(plan.settings, plan, best.changes, why(best, rows, available_bytes))
+    ran = sum(not row.problem for row in rows)
+    peak = f"{format_bytes(best.peak_memory_bytes)} of {format_bytes(available_bytes)}"
+    why = f"measured: the fastest of {ran} that fit, {best.tokens_per_second:,.0f} tokens/s, {peak}"
+    settings = noted(plan, best.changes, lambda old: old.reason if old.name in _DERIVED else why)
     changed = plan.model_copy(update={**best.changes, "settings": settings})
     time = None
     if plan.time is not None:
@@ -167,18 +139,13 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
     return changed.model_copy(update={"memory": trial.need(changed), "time": time})
 
 
-def _short(reason: str) -> str:
-    first = " ".join(reason.split())
-    return first if len(first) <= 120 else first[:117] + "..."
-
-
 def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: int) -> Measured:
     """The row with what a probe's outcome says."""
+    forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
-        return row.model_copy(update={"problem": f"memory ran out: {_short(outcome.reason)}"})
-    forecast = outcome.forecast
+        problem = f"memory ran out: {problem}"
     if outcome.status != "done" or forecast is None:
-        return row.model_copy(update={"problem": _short(outcome.reason)})
+        return row.model_copy(update={"problem": problem})
     peak = outcome.dry_run_growth_bytes
     return row.model_copy(
         update={

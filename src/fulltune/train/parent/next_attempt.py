@@ -78,9 +78,12 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
 
 
 def _changed(plan: Plan, last: Outcome, changes: Changes, need: Need) -> Plan:
+    def reason(old: Setting) -> str:
+        planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
+        return f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"
+
     after = plan.model_copy(update=changes)
-    settings = _noted(plan, changes, last)
-    after = after.model_copy(update={"memory": need(after), "time": None, "settings": settings})
+    after = after.model_copy(update={"memory": need(after), "time": None, "settings": noted(plan, changes, reason)})
     if after.memory is not None and after.optim != plan.optim:
         state = plan.state | {"optimizer": after.memory.kinds["optimizer"]}
         after = after.model_copy(update={"state": state})
@@ -101,15 +104,16 @@ def short_of(outcome: Outcome, plan: Plan) -> str:
     return f"{words} (by the plan most for {largest}: {format_bytes(plan.memory.kinds[largest])})"
 
 
-def _noted(before: Plan, changes: Changes, last: Outcome) -> tuple[Setting, ...]:
-    """The settings with the new values, each with what was planned and why it changed."""
-    present = {setting.name: setting for setting in before.settings}
+def noted(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
+    """The plan's settings with new values and their reasons, which follow from the old ones; a setting that the plan
+    does not name and that stays as it was needs no line."""
+    present = {setting.name: setting for setting in plan.settings}
     for field, value in changes.items():
-        name = SETTING_OF[field]
-        old = present.get(name) or Setting(name=name, value=getattr(before, field), reason="default", chosen=True)
-        planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
-        why = f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"
-        present[name] = Setting(name=name, value=value, reason=why, chosen=True)
+        name, before = SETTING_OF[field], getattr(plan, field)
+        old = present.get(name) or Setting(name=name, value=before, reason="default", chosen=True)
+        if name in present or value != before:
+            chosen = old.chosen or value != old.value
+            present[name] = Setting(name=name, value=value, reason=reason(old), chosen=chosen)
     return tuple(present.values())
 
 

@@ -155,35 +155,25 @@ def outcomes(folder: Path, trial: str) -> list[Outcome]:
     return found
 
 
-_ERRORS: dict[str, type[FulltuneError]] = {
-    "stopped_by_guard": GuardStop,
-    "does_not_fit": DoesNotFitError,
-    "refused": SetupError,
-}
-"""What is raised, with the worker's own words."""
-
-
 def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> FulltuneError:
     """The error that carries a failed outcome's exit code."""
-    logged = f"{outcome.reason}; log: {request.folder / 'log.txt'}"
-    match outcome.status:
-        case "interrupted":
-            return InterruptedRun(f"{outcome.reason}; the same command continues it")
-        case "lost":
-            return InterruptedRun(f"{outcome.reason}; the same command on all machines continues it")
-        case "out_of_memory":
-            return DoesNotFitError(no_way_out(request.recipe, request.plan, outcome, tried))
-        case "disk_full":
-            return DoesNotFitError(
-                f"{request.run_folder}: the disk is full: {outcome.reason}; free some space, then run the same command "
-                "again"
-            )
-        case "killed":
-            return GuardStop(f"{killed_too_often(outcome)}; log: {request.folder / 'log.txt'}")
-        case "crashed" | "hung":
-            return GuardStop([logged, *outcome.log_tail])
-    if outcome.status in ("diverged", "spiked"):
-        return Diverged([outcome.reason, *(f"tried: {reason}" for reason in tried)])
-    if outcome.status in _ERRORS:
-        return _ERRORS[outcome.status](outcome.reason)
-    return FulltuneError(logged)
+    log = f"; log: {request.folder / 'log.txt'}"
+    if outcome.status == "out_of_memory":
+        return DoesNotFitError(no_way_out(request.recipe, request.plan, outcome, tried))
+    attempts = [outcome.reason, *(f"tried: {reason}" for reason in tried)]
+    full = "free some space, then run the same command again"
+    kinds: dict[str, tuple[type[FulltuneError], str | list[str]]] = {
+        "interrupted": (InterruptedRun, f"{outcome.reason}; the same command continues it"),
+        "lost": (InterruptedRun, f"{outcome.reason}; the same command on all machines continues it"),
+        "disk_full": (DoesNotFitError, f"{request.run_folder}: the disk is full: {outcome.reason}; {full}"),
+        "killed": (GuardStop, killed_too_often(outcome) + log),
+        "crashed": (GuardStop, [outcome.reason + log, *outcome.log_tail]),
+        "hung": (GuardStop, [outcome.reason + log, *outcome.log_tail]),
+        "diverged": (Diverged, attempts),
+        "spiked": (Diverged, attempts),
+        "stopped_by_guard": (GuardStop, outcome.reason),
+        "does_not_fit": (DoesNotFitError, outcome.reason),
+        "refused": (SetupError, outcome.reason),
+    }
+    kind, problems = kinds.get(outcome.status, (FulltuneError, outcome.reason + log))
+    return kind(problems)
