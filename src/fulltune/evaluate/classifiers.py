@@ -40,7 +40,7 @@ def trained(scoring: Scoring, model: Any, processor: Any) -> Scored:
         metrics=metrics | scoring.user_estimates(predicted, kept["labels"]),
         calibration=calibration,
         confusion=_confusion(scoring, kept["labels"], predicted),
-        worst=tuple(scoring.task.worst(kept, texts, scoring.target, WORST)),
+        worst=tuple(classes.worst(kept, texts, scoring.target, WORST)),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
+from fulltune.records.scores import Answer
 from fulltune.tasks import PLACE, question_answering
 from fulltune.tasks.question_answering import context_of, question_of
 
@@ -39,20 +40,28 @@ def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
     questions = _questions(scoring)
     predicted = [found[place]["answer"] for place in questions]
     accepted = _accepted(scoring, questions)
-    scores = compared(predicted, accepted) | {"loss": _mean_of_windows(kept["loss"], places, list(questions))}
-    shown = {
-        **scores,
-        "expected": np.array([" / ".join(dict.fromkeys(texts)) or _NONE for texts in accepted], dtype=object),
-        "predicted": np.array([text or _NONE for text in predicted], dtype=object),
-    }
-    asked = [question_of(row, target) for row in questions.values()]
-    first = _first_windows(texts)
+    numbers = {place: number for number, place in enumerate(questions)}
+    of = np.array([numbers[place] for place in places])
+    # Each question counts the same, however long its context is.
+    scores = compared(predicted, accepted) | {"loss": np.bincount(of, kept["loss"]) / np.bincount(of)}
+    rows, first = list(questions.values()), _first_windows(texts)
+    # The questions with the highest loss among those with a wrong answer.
+    wrong = [row for row in np.argsort(-scores["loss"], kind="stable") if scores["exact_match"][row] < 1]
+    worst = [
+        Answer(
+            text=question_of(rows[row], target),
+            expected=" / ".join(dict.fromkeys(accepted[row])) or _NONE,
+            predicted=predicted[row] or _NONE,
+            loss=float(scores["loss"][row]),
+        )
+        for row in wrong[:WORST]
+    ]
     return scoring.scores(
         scoring.plan.trial,
         "trained",
         len(questions),
         metrics=scoring.estimates(scores, first) | scoring.user_estimates(predicted, accepted, first),
-        worst=tuple(question_answering.worst(shown, asked, target, WORST)),
+        worst=tuple(worst),
     )
 
 
@@ -82,13 +91,6 @@ def _first_windows(texts: Sequence[Mapping[str, Any]]) -> list[int]:
     for position, row in enumerate(texts):
         first.setdefault(row[PLACE], position)
     return list(first.values())
-
-
-def _mean_of_windows(values: np.ndarray, places: Sequence[str], questions: Sequence[str]) -> np.ndarray:
-    """Each question counts the same, however long its context is."""
-    numbers = {place: number for number, place in enumerate(questions)}
-    of = np.array([numbers[place] for place in places])
-    return np.bincount(of, values) / np.bincount(of)
 
 
 def nearest_sentence(question: str, context: str) -> str:

@@ -17,7 +17,7 @@ from fulltune.models.load import load as load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS
 from fulltune.system.run_folder import comparison_of
-from fulltune.tasks import Example, Refused, Row, Target, Task, task_named, token_classification
+from fulltune.tasks import Refused, Row, Target, Task, task_named, token_classification
 from fulltune.tasks.columns import shown, unreadable, windows
 
 _log = logging.getLogger(__name__)
@@ -147,7 +147,11 @@ class Predictor:
         if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
-        refused = [examples[0].refused or _without_tokens(examples[0]) for examples in encoded]
+        no_token = Refused("no token", "the tokenizer makes no token of it")  # it leaves out all its characters
+        refused = [
+            one.refused or (no_token if "input_ids" in one.features and not len(one.features["input_ids"]) else None)
+            for one, *_ in encoded
+        ]
         asked = [row for row, why in zip(rows, refused, strict=True) if why is None]
         usable = [examples for examples, why in zip(encoded, refused, strict=True) if why is None]
         answers: Iterator[dict[str, Any]] = iter(())
@@ -162,12 +166,6 @@ class Predictor:
             Answered(None, why) if why else Answered(next(answers), is_cut=examples[0].truncated)
             for why, examples in zip(refused, encoded, strict=True)
         ]
-
-
-def _without_tokens(example: Example) -> Refused | None:
-    """Texts of nothing but characters that the tokenizer leaves out have no token."""
-    ids = example.features.get("input_ids")
-    return Refused("no token", "the tokenizer makes no token of it") if ids is not None and not len(ids) else None
 
 
 # ---- which model ----------------------------------------------------------------------------------------------
@@ -223,7 +221,7 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     if len(read) > 1:
         raise DataError(f"this model reads several columns of a row, give a file with them: {', '.join(read)}")
     role = next(role for role in ("messages", "tokens", "prompt", "source", "image", "text") if role in columns)
-    forms = {"messages": [{"role": "user", "content": text}], "tokens": token_classification.split_text(text)}
+    forms = {"messages": [{"role": "user", "content": text}], "tokens": token_classification.WORD.findall(text)}
     return {columns[role]: forms.get(role, text)}
 
 

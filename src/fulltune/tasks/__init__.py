@@ -16,7 +16,6 @@ import numpy as np
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import FORMS, Form, ProblemType, TaskFacts, TaskName
 from fulltune.records.data import DataSummary, Preview
-from fulltune.records.scores import Answer
 
 if TYPE_CHECKING:
     import torch
@@ -206,9 +205,6 @@ class Task(Protocol):
         self, kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
     ) -> list[dict[str, Any]]:
         """What `predict` gives for each row."""
-
-    def worst(self, kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-        """The rows that the model got most wrong."""
 
     def as_shown(self, row: Row, target: Target) -> str:
         """A row as one reads it in a list of mistakes."""

@@ -52,7 +52,11 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     if messages is not None:
         tools = named("tools", data.tools, columns, where)
         return {"messages": messages} | ({"tools": tools} if tools else {})
-    if form == "data.text" or (form is None and _only_text(columns, where)):
+    # A `text` column without anything that could be a question and its answer.
+    prompt = named("prompt", None, columns, where) if form is None and "text" in columns else None
+    rest = [column for column in columns if column != prompt]
+    has_pairs = "text" not in columns or (prompt is not None and named("completion", None, rest, where) is not None)
+    if form == "data.text" or (form is None and not has_pairs):
         return {"text": required("text", data.text or "text", columns, where)}
     found = columns_of_roles(("prompt", "completion"), columns, sample, data, where)
     if data.input is not None or (data.prompt is None and found["prompt"].lower().strip() == "instruction"):
@@ -84,13 +88,6 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], where: str
             f"here (TRL's KTOTrainer does that); to train on the good answers alone keep the rows whose '{good}' is "
             f"true, and write data.completion: {judged} (init: --column completion={judged})"
         )
-
-
-def _only_text(columns: Sequence[str], where: str) -> bool:
-    """A `text` column without anything that could be a question and its answer."""
-    prompt = named("prompt", None, columns, where)
-    rest = [column for column in columns if column != prompt]
-    return "text" in columns and (prompt is None or named("completion", None, rest, where) is None)
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:

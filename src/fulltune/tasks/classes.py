@@ -109,8 +109,8 @@ def r2(sums: np.ndarray) -> np.ndarray:
 
 
 def config_changes(target: Target, processor: Any) -> dict[str, Any]:
-    """Head size and label names as a model's config has them, and, for decoders that label rows, the padding token that
-    finds the last real one; nothing where the head has one size only."""
+    """Head size and label names as a model's config has them, and, for decoders that label texts, the padding token
+    that finds the last real one; nothing where the head has one size only."""
     form, labels = target.form, target.labels or ("value",)
     if not (target.labels or form.is_number):
         return {}
@@ -122,7 +122,7 @@ def config_changes(target: Target, processor: Any) -> dict[str, Any]:
     if not form.tags_words:
         kind = "multi_label_classification" if form.several_labels else "single_label_classification"
         found["problem_type"] = "regression" if form.is_number else kind
-        found |= {"pad_token_id": processor.pad_token_id} if hasattr(processor, "pad_token_id") else {}
+        found |= {"pad_token_id": processor.pad_token_id} if hasattr(processor, "get_vocab") else {}
     return found
 
 

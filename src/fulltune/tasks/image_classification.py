@@ -30,9 +30,9 @@ find_columns = partial(columns_of_roles, ("image", "label"))
 UNDECODABLE = "undecodable image"
 """The data stage lists rows that were refused for this, and leaves them out only when the recipe says so."""
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
-metrics, worst, answers = classes.metrics, classes.worst, classes.answers
+metrics, answers = classes.metrics, classes.answers
 sums, chance_loss = classes.sums, classes.chance_loss
-as_question, row_labels = classes.with_label, labels.row_labels
+as_question, row_labels, config_changes = classes.with_label, labels.row_labels, classes.config_changes
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -96,11 +96,6 @@ def as_shown(row: Row, target: Target) -> str:
 
 def _last_parts(path: str) -> str:
     return "/".join(PurePath(path).parts[-2:])
-
-
-def config_changes(target: Target, tokenizer: Any) -> dict[str, Any]:
-    """Head size and class names; images have no padding token."""
-    return classes.config_changes(target, None)
 
 
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:

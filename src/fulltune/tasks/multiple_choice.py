@@ -17,7 +17,7 @@ from fulltune.tasks import LENGTH, Encoded, Example, Predictions, Refused, Row, 
 from fulltune.tasks.columns import CHOICE_NAMES, as_text, missing_column, named, normalised
 from fulltune.tasks.labels import is_empty, label_name, parsed_list
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import stacked_labels
+from fulltune.tasks.padding import stacked_labels, tokenised
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,7 @@ CHOICE_LENGTHS = "choice_lengths"
 """Feature with the tokens of each choice [choices]: `input_ids` holds them one after another."""
 row_labels, config_changes = labels_of_row, classes.config_changes
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
-metrics, worst = classes.metrics, classes.worst
-sums, chance_loss = classes.sums, classes.chance_loss
+metrics, sums, chance_loss = classes.metrics, classes.sums, classes.chance_loss
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -99,22 +98,17 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
     texts = [[text for row in choices for text in row]]
     if any(questions):
         texts.insert(0, [question for question, row in zip(questions, choices, strict=True) for _ in row])
-    # Encoded without a limit first: only so can truncation be counted.
-    cut = tokenizer(*texts, truncation=False, verbose=False)
-    whole = np.array([len(ids) for ids in cut["input_ids"]])
-    if whole.max() > max_length:
-        cut = tokenizer(*texts, truncation="longest_first", max_length=max_length, verbose=False)
-    names = [name for name in tokenizer.model_input_names if name in cut and name != "attention_mask"]
+    tokens, names, is_cut = tokenised(tokenizer, texts, max_length)
     encoded = []
     for number, row in enumerate(rows):
         members = range(number * target.num_choices, (number + 1) * target.num_choices)
         right = right_choice(row, target.columns, choices[number])
-        lengths = [len(cut["input_ids"][i]) for i in members]
-        features: dict[str, Any] = {name: [token for i in members for token in cut[name][i]] for name in names}
+        lengths = [len(tokens["input_ids"][i]) for i in members]
+        features: dict[str, Any] = {name: [token for i in members for token in tokens[name][i]] for name in names}
         # All choices are padded to the longest one. Only rows of `predict` have no right choice: others are refused.
         features |= {CHOICE_LENGTHS: lengths, "labels": right or 0, LENGTH: max(lengths) * len(lengths)}
-        is_cut = bool((whole[members.start : members.stop] > max_length).any())
-        encoded.append([Example(features, trained_tokens=1, truncated=is_cut, longest=max(lengths))])
+        cut = any(is_cut[i] for i in members)
+        encoded.append([Example(features, trained_tokens=1, truncated=cut, longest=max(lengths))])
     return encoded
 
 
@@ -214,11 +208,8 @@ def _numbered(columns: Sequence[str]) -> list[str]:
 
 def _has_sentences(columns: Sequence[str], sample: Sequence[Row]) -> bool:
     """True when a column holds words with spaces between them in most rows."""
-
-    def has_words(cell: Any) -> bool:
-        return isinstance(cell, str) and " " in cell.strip()
-
-    return any(sum(has_words(row.get(column)) for row in sample) > len(sample) / 2 for column in columns)
+    texts = ([cell for row in sample if isinstance(cell := row.get(column), str)] for column in columns)
+    return any(sum(" " in cell.strip() for cell in cells) > len(sample) / 2 for cells in texts)
 
 
 def choice_texts(row: Row, target: Target) -> list[str]:

@@ -96,6 +96,19 @@ def beginning(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     return begins if num_tokens > 2 * max_length else text
 
 
+def tokenised(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[Any]], max_length: int, **options: Any
+) -> tuple[Any, list[str], list[bool]]:
+    """Texts (or pairs of one from each list) as tokens, cut at `max_length` from the longer of a pair first; the names
+    of what the model reads of them, but for the attention mask; and which were cut."""
+    options |= {"return_attention_mask": False, "verbose": False}
+    tokens = tokenizer(*texts, truncation=False, **options)  # only so can truncation be counted
+    is_cut = [len(ids) > max_length for ids in tokens["input_ids"]]
+    if any(is_cut):
+        tokens = tokenizer(*texts, truncation=True, max_length=max_length, **options)
+    return tokens, [name for name in tokenizer.model_input_names if name in tokens], is_cut
+
+
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a whole text, with special ones; of one with millions of characters part by part.
 

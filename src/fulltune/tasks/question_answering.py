@@ -18,7 +18,6 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import DataSummary, Preview
-from fulltune.records.scores import Answer
 from fulltune.tasks import (
     Count,
     Encoded,
@@ -376,18 +375,6 @@ def answers(
     features = [example.features for windows in encoded for example in windows]
     found = find_answers(kept, features, numbers, [context_of(rows[number], target) for number in numbers])
     return [found[number] for number in range(len(rows))]
-
-
-def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """The questions with the highest loss among those with a wrong answer; `kept` also has the `expected` and
-    `predicted` texts."""
-    for position in [row for row in np.argsort(-kept["loss"], kind="stable") if kept["exact_match"][row] < 1][:count]:
-        yield Answer(
-            text=texts[position],
-            expected=str(kept["expected"][position]),
-            predicted=str(kept["predicted"][position]),
-            loss=float(kept["loss"][position]),
-        )
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:

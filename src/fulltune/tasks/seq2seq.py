@@ -66,12 +66,13 @@ def answer_text(row: Row, target: Target) -> str:
 def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise; source and target are each cut at `max_length`. A cut source keeps its end token, as when the model
     answers; a cut target loses it, so that the model does not learn to stop in the middle."""
-    sources = _tokenised([target.joint + prompt_text(row, target) for row in rows], tokenizer)
+    # Without a limit: only so can truncation be counted.
+    sources = tokenizer([target.joint + prompt_text(row, target) for row in rows], truncation=False, verbose=False)
     written = tokenizer(text_target=[as_text(row.get(target.columns["target"])) for row in rows], verbose=False)
     # BERT-like tokenizers end with their separator.
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     encoded = []
-    for source, ids in zip(sources, written["input_ids"], strict=True):
+    for source, ids in zip(sources["input_ids"], written["input_ids"], strict=True):
         labels = list(ids)
         if end is not None and labels[-1:] != [end]:
             labels.append(end)
@@ -82,11 +83,6 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
         count = len(labels) if any(token not in tokenizer.all_special_ids for token in labels) else 0
         encoded.append([Example(features, count, truncated, longest=max(len(source), len(labels)))])
     return encoded
-
-
-def _tokenised(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Without a limit: only so can truncation be counted."""
-    return list(tokenizer(texts, truncation=False, verbose=False)["input_ids"])
 
 
 def _cut(ids: Sequence[int], max_length: int | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -101,7 +97,8 @@ def generation_ids(
     row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[int]:
     """The source's tokens, as in training."""
-    return _cut(_tokenised([target.joint + prompt_text(row, target)], tokenizer)[0], max_length, tokenizer)
+    ids = tokenizer(target.joint + prompt_text(row, target), truncation=False, verbose=False)["input_ids"]
+    return _cut(ids, max_length, tokenizer)
 
 
 def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:

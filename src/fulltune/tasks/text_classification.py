@@ -11,7 +11,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, labels
 from fulltune.tasks.columns import USUAL_PAIRS, as_text, named, normalised, not_text, required, without_text
-from fulltune.tasks.padding import beginning, collated
+from fulltune.tasks.padding import beginning, collated, tokenised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,16 +19,15 @@ if TYPE_CHECKING:
 FACTS = recipe_tasks.FACTS["text-classification"]
 find_target, row_labels = labels.find_target, labels.row_labels
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
-metrics, worst, answers = classes.metrics, classes.worst, classes.answers
+metrics, answers = classes.metrics, classes.answers
 sums, chance_loss = classes.sums, classes.chance_loss
 full_row, config_changes = classes.full_row, classes.config_changes
 as_question, collate = classes.with_label, collated
-_WANTED: Any = {"return_attention_mask": False, "verbose": False}
 
 
 def as_shown(row: Row, target: Target) -> str:
     """The text, or both texts of a pair."""
-    return " / ".join(str(row[target.columns[role]]) for role in ("text", "text_pair") if role in target.columns)
+    return " / ".join(_texts(row, target))
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
@@ -100,36 +99,23 @@ def _texts(row: Row, target: Target) -> list[str]:
 def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise texts (or pairs) and turn the label into an id, a 0/1 vector [labels] or a float."""
     texts = [[beginning(text, tokenizer, max_length) for text in _texts(row, target)] for row in rows]
-    # Encoded without a limit first: only so can truncation be counted.
-    tokens = tokenizer(*map(list, zip(*texts, strict=True)), **_WANTED)
+    tokens, names, is_cut = tokenised(tokenizer, [*map(list, zip(*texts, strict=True))], max_length)
     # Token types of a single text are 0 everywhere, which is what models assume without them.
     is_pair = "text_pair" in target.columns
-    names = [
-        name for name in tokenizer.model_input_names if name in tokens and (is_pair or any(map(any, tokens[name])))
-    ]
+    names = [name for name in names if is_pair or any(map(any, tokens[name]))]
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for position, row in enumerate(rows):
-        features = {name: tokens[name][position] for name in names}
-        is_cut = len(features["input_ids"]) > max_length
-        if is_cut:
-            cut = tokenizer(*texts[position], truncation=True, max_length=max_length, **_WANTED)
-            features = {name: cut[name] for name in names}
-        features["labels"] = _label_value(row, target, ids)
-        encoded.append([Example(features, trained_tokens=1, truncated=is_cut)])
+        features = {name: tokens[name][position] for name in names} | {"labels": _label_value(row, target, ids)}
+        encoded.append([Example(features, trained_tokens=1, truncated=is_cut[position])])
     return encoded
 
 
-def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float]:
+def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float] | None:
     if target.form.is_number:
-        number = labels.parsed_number(row[target.columns["label"]])
-        assert number is not None, "refuse() leaves out rows without a number"
-        return number
+        return labels.parsed_number(row[target.columns["label"]])
     names = row_labels(row, target)
-    if target.form.one_label:
-        return ids[names[0]]
-    chosen = {ids[name] for name in names}
-    return [1.0 if position in chosen else 0.0 for position in range(len(ids))]
+    return ids[names[0]] if target.form.one_label else [float(name in names) for name in ids]
 
 
 def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:

@@ -31,7 +31,7 @@ from fulltune.tasks.classes import arrays, f1, f1_of_present, flat, over_all, ra
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import is_blank, normalised
 from fulltune.tasks.labels import parsed_list
-from fulltune.tasks.padding import IGNORED, beginning, collated, ragged
+from fulltune.tasks.padding import IGNORED, beginning, collated, ragged, tokenised
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,8 @@ TAGS, WORD_IDS = "tags", "word_ids"
 """Features beside those of the model: label of each word, lost ones too [words]; word of each token, or -1 [tokens]."""
 collate = partial(collated, left_out=(TAGS, WORD_IDS), label_per_token=True)
 _BIO = re.compile(r"O|[BI]-\S+")
-_WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
+WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
+"""A word of running text; punctuation stands apart, as in CoNLL files."""
 _SHOWN = 5
 """Places that are named one by one."""
 
@@ -128,11 +129,6 @@ def bracketed(sentence: Sequence[str], tags: Sequence[str]) -> str:
     return " ".join(shown)
 
 
-def split_text(text: str) -> list[str]:
-    """Words of running text; punctuation stands apart, as in CoNLL files."""
-    return _WORD.findall(text)
-
-
 def types(labels: Iterable[str]) -> list[str]:
     """Entity types, in the order of their labels."""
     return list(dict.fromkeys(label[2:] for label in labels if label != "O"))
@@ -156,7 +152,12 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
             continue  # the second kind is refused row by row
         found.update(tags)
     if wrong:
-        raise DataError(_not_bio(wrong, num_wrong, columns["tags"], where))
+        advice = (
+            f"{where}: column '{columns['tags']}' holds tags that are not BIO, expected O, B-TYPE (first word of an "
+            "entity) or I-TYPE (each further word): rename them (S- and U- of other schemes are B-, E-, L- and M- are "
+            f"I-; numbers are places in a data set's list of labels) ({num_wrong} such tags)"
+        )
+        raise DataError([advice, *(f"{at}, word {place}: tag {tag[:60]!r}" for at, place, tag in wrong)])
     kinds = sorted(types(found))
     if not kinds:
         raise DataError(
@@ -164,17 +165,6 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
             f"differ; {num_rows} rows); there is nothing to learn"
         )
     return Target("tags", columns, ("O", *sorted(f"{mark}-{kind}" for mark in "BI" for kind in kinds)))
-
-
-def _not_bio(wrong: Sequence[tuple[str, int, str]], count: int, column: str, where: str) -> list[str]:
-    """A line with advice, then a line for each of the first places."""
-    advice = (
-        "holds tags that are not BIO, expected O, B-TYPE (first word of an entity) or I-TYPE (each further word): "
-        "rename them (S- and U- of other schemes are B-, E-, L- and M- are I-; numbers are places in a data set's list "
-        "of labels)"
-    )
-    places = [f"{at}, word {place}: tag {tag[:60]!r}" for at, place, tag in wrong]
-    return [f"{where}: column '{column}' {advice} ({count} such tags)", *places]
 
 
 refuse_question, config_changes = refuse, classes.config_changes
@@ -210,24 +200,19 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
     parsed = [words_and_tags(row, target.columns) for row in rows]
     read = [[beginning(word, tokenizer, max_length) for word in words] for words, _ in parsed]
     sentences = as_in_text(read, tokenizer)
-    cut = tokenizer(sentences, is_split_into_words=True, verbose=False)
-    # Encoded without a limit first: only so can truncation be counted.
-    lengths = [len(ids) for ids in cut["input_ids"]]
-    if max(lengths) > max_length:
-        cut = tokenizer(sentences, is_split_into_words=True, verbose=False, truncation=True, max_length=max_length)
+    tokens, names, is_cut = tokenised(tokenizer, [sentences], max_length, is_split_into_words=True)
     ids = {label: position for position, label in enumerate(target.labels)}
-    names = [name for name in tokenizer.model_input_names if name in cut and name != "attention_mask"]
     encoded = []
     for position, (_, row_tags) in enumerate(parsed):
         unknown = sorted(set(row_tags) - set(ids))
         refused = Refused("unknown tag", f"tag '{unknown[0]}' has a type that train does not have") if unknown else None
         values = [ids.get(tag, 0) for tag in row_tags]
-        word_ids = [-1 if word is None else word for word in cut.word_ids(position)]
+        word_ids = [-1 if word is None else word for word in tokens.word_ids(position)]
         firsts = [word >= 0 and word != before for before, word in zip([-1, *word_ids], word_ids, strict=False)]
         labels = [values[word] if first else IGNORED for word, first in zip(word_ids, firsts, strict=True)]
-        features = {name: list(cut[name][position]) for name in names}
+        features = {name: list(tokens[name][position]) for name in names}
         features |= {"labels": labels, TAGS: values, WORD_IDS: word_ids}
-        encoded.append([Example(features, sum(firsts), truncated=lengths[position] > max_length, refused=refused)])
+        encoded.append([Example(features, sum(firsts), truncated=is_cut[position], refused=refused)])
     return encoded
 
 

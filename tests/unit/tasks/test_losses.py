@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fulltune.tasks import Target, causal_lm, text_classification
+from fulltune.tasks import Target, causal_lm, classes, text_classification
 from fulltune.tasks.columns import named
 
 SINGLE = Target("single_label", {}, ("a", "b", "c"))
@@ -102,7 +102,7 @@ def test_worst_rows_are_the_wrong_ones_with_the_highest_loss() -> None:
         "labels": np.array([0, 1, 2]),
         "loss": np.array([0.0, 5.0, 9.0]),
     }
-    found = list(text_classification.worst(kept, ["x", "y", "z"], SINGLE, 5))
+    found = list(classes.worst(kept, ["x", "y", "z"], SINGLE, 5))
     assert [(answer.text, answer.expected, answer.predicted) for answer in found] == [("z", "c", "a"), ("y", "b", "a")]
 
 
