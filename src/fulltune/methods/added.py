@@ -165,15 +165,18 @@ _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
 
 
 class Prompt(nn.Module):
-    """The trained vectors, float32 `weight[tokens, size]` (prompt tuning, Lester et al. 2021, arXiv 2104.08691).
+    """The trained vectors, float32 `weight[tokens, size]` (prompt tuning, Lester et al. 2021, arXiv 2104.08691), and
+    the hooks with which a model reads them.
 
     PEFT's own breaks on token heads, finds the wrong last token in decoders that classify, and ignores position ids.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, filler: int) -> None:
         super().__init__()
         self.size = len(weight)
         self.weight = nn.Parameter(weight)
+        self.filler = filler
+        """The token in the place of virtual ones until the embeddings are read."""
         self.waiting = False
         """The next call of the embeddings has virtual tokens in front."""
         self.in_front = False
@@ -185,68 +188,67 @@ class Prompt(nn.Module):
         ahead = self.weight.to(found.dtype).expand(len(found), -1, -1)
         return torch.cat((ahead, found[:, self.size :]), dim=1)
 
+    def _ahead(self, tensor: torch.Tensor, value: int) -> torch.Tensor:
+        return torch.cat((tensor.new_full((*tensor.shape[:-1], self.size), value), tensor), dim=-1)
+
+    def before_body(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        """Give the body so many tokens more in front, or, when it goes on from a cache, behind them."""
+        given = {**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs}
+        cache = given.get("past_key_values")
+        self.in_front = self.waiting = cache is None or not cache.get_seq_length()
+        if given.get("attention_mask") is not None:
+            given["attention_mask"] = self._ahead(given["attention_mask"], 1)
+        for name in {"position_ids", "cache_position"} & given.keys():
+            if (places := given[name]) is not None:
+                moved = [places + self.size]
+                if self.in_front:
+                    first = torch.arange(self.size, device=places.device, dtype=places.dtype)
+                    moved.insert(0, first.expand(*places.shape[:-1], -1))
+                given[name] = torch.cat(moved, dim=-1)
+        if self.in_front:
+            given["input_ids"] = self._ahead(given["input_ids"], self.filler)
+            if given.get("token_type_ids") is not None:
+                given["token_type_ids"] = self._ahead(given["token_type_ids"], 0)
+        return (), given
+
+    def after_embeddings(self, _: Any, __: Any, found: torch.Tensor) -> Any:
+        """Put the vectors into the embeddings of this pass's first call."""
+        is_first, self.waiting = self.waiting, False
+        return self(found) if is_first else found
+
+    def before_decoder(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Have a decoder attend to the virtual positions of its encoder's states."""
+        mask = kwargs.get("encoder_attention_mask")
+        return args, kwargs if mask is None else {**kwargs, "encoder_attention_mask": self._ahead(mask, 1)}
+
+    def after_body(self, _: Any, __: Any, outputs: Any) -> Any:
+        """Take the virtual positions off the body's states."""
+        if self.in_front and isinstance(outputs, tuple):
+            return (outputs[0][:, self.size :], *outputs[1:])
+        if self.in_front:
+            outputs.last_hidden_state = outputs.last_hidden_state[:, self.size :]
+        return outputs
+
 
 def put_prompt(model: Any, method: PromptMethod, task: TaskName) -> None:
     """Add the virtual tokens and have the model read them."""
     from fulltune.models.shapes import is_decoder
 
-    if model.config.is_encoder_decoder:
-        body, embeddings = model.get_encoder(), _embeddings(model.get_encoder())
-    else:
-        body, embeddings = model.base_model, _embeddings(model)
+    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    embeddings = _embeddings(body)
     if embeddings is None or body is model:
         lacks = "no embeddings of tokens" if embeddings is None else "no body of its own"
         raise RecipeError(f"method {method.arm}: {type(model).__name__} has {lacks}; take lora or adapter")
-    prompt = Prompt(_first(embeddings, method))
-    model.add_module(PROMPT_MODULE, prompt)
-    size = method.num_virtual_tokens
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    filler = 1 if pad == 0 else 0  # RoBERTa counts positions by what is not padding
-    signature = inspect.signature(body.forward)
-
-    def before_body(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = {**signature.bind_partial(*args).arguments, **kwargs}
-        return (), _with_virtual(given, size, filler, prompt)
-
-    def after_embeddings(_: Any, __: Any, found: torch.Tensor) -> torch.Tensor:
-        if not prompt.waiting:
-            return found
-        prompt.waiting = False
-        changed: torch.Tensor = prompt(found)
-        return changed
-
-    body.register_forward_pre_hook(before_body, with_kwargs=True)
-    embeddings.register_forward_hook(after_embeddings)
+    # RoBERTa counts positions by what is not padding.
+    prompt = Prompt(_first(embeddings, method), filler=1 if pad == 0 else 0)
+    model.add_module(PROMPT_MODULE, prompt)
+    body.register_forward_pre_hook(prompt.before_body, with_kwargs=True)
+    embeddings.register_forward_hook(prompt.after_embeddings)
     if model.config.is_encoder_decoder:
-        model.get_decoder().register_forward_pre_hook(_see_all(size), with_kwargs=True)
+        model.get_decoder().register_forward_pre_hook(prompt.before_decoder, with_kwargs=True)
     elif task in _TOKEN_TASKS or is_decoder(model.config):
-        body.register_forward_hook(_cut(size, prompt))
-
-
-def _see_all(size: int) -> Any:
-    """Have a decoder attend to the virtual positions of its encoder's states."""
-
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mask = kwargs.get("encoder_attention_mask")
-        if mask is None:
-            return args, kwargs
-        return args, {**kwargs, "encoder_attention_mask": torch.cat((mask.new_ones((len(mask), size)), mask), dim=1)}
-
-    return hook
-
-
-def _cut(size: int, prompt: Prompt) -> Any:
-    """Take the virtual positions off the body's states."""
-
-    def hook(_: Any, __: Any, outputs: Any) -> Any:
-        if not prompt.in_front:
-            return outputs
-        if isinstance(outputs, tuple):
-            return (outputs[0][:, size:], *outputs[1:])
-        outputs.last_hidden_state = outputs.last_hidden_state[:, size:]
-        return outputs
-
-    return hook
+        body.register_forward_hook(prompt.after_body)
 
 
 def _embeddings(module: Any) -> Any:
@@ -265,30 +267,3 @@ def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
             return weight[torch.randint(0, len(weight), (size,), device=weight.device)].float()
         spread = weight.float().std()
         return torch.randn(size, weight.shape[1], device=weight.device) * spread
-
-
-def _with_virtual(given: dict[str, Any], size: int, filler: int, prompt: Prompt) -> dict[str, Any]:
-    """The body's inputs with so many tokens more in front, or, when it goes on from a cache, behind them."""
-    cache = given.get("past_key_values")
-    begins = cache is None or not cache.get_seq_length()
-    changed = dict(given)
-
-    def ahead(tensor: torch.Tensor, value: int) -> torch.Tensor:
-        return torch.cat((tensor.new_full((*tensor.shape[:-1], size), value), tensor), dim=-1)
-
-    if given.get("attention_mask") is not None:
-        changed["attention_mask"] = ahead(given["attention_mask"], 1)
-    for name in ("position_ids", "cache_position"):
-        if given.get(name) is None:
-            continue
-        moved = given[name] + size
-        if begins:
-            first = torch.arange(size, device=moved.device, dtype=moved.dtype).expand(*moved.shape[:-1], size)
-            moved = torch.cat((first, moved), dim=-1)
-        changed[name] = moved
-    prompt.in_front = prompt.waiting = begins
-    if begins:
-        changed["input_ids"] = ahead(given["input_ids"], filler)
-        if given.get("token_type_ids") is not None:
-            changed["token_type_ids"] = ahead(given["token_type_ids"], 0)
-    return changed
