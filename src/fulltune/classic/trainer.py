@@ -54,7 +54,7 @@ class Trainer(Guarded, transformers.Trainer):
 
     _initial: InitialWeights | None = None
     _first_step: int = 0
-    _rise_was_said: bool = False
+    _may_rise: bool = False
     _untrained_loss: float | None = None
     _loss_scaling_known: bool = False
     _loss_is_mean: bool = False
@@ -95,7 +95,8 @@ class Trainer(Guarded, transformers.Trainer):
             notice("train(model_path=...) is now resume_from_checkpoint=...")
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
         self._untrained_loss = None
-        self._rise_was_said = False
+        # A script's own loss may rise rightly; what was said once is not said again.
+        self._may_rise = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
         try:
             result = super().train(*positional, **keywords)
             self._judge_end()
@@ -178,28 +179,25 @@ class Trainer(Guarded, transformers.Trainer):
 
     def judge_logged(self) -> None:
         """Say once that the logged loss left its beginning; nothing is stopped: a script's loss may rise rightly."""
-        if self._has_own_loss() or self._rise_was_said:
+        if self._may_rise:
             return
         losses = logged(self.state, "loss")
         if self._first_step == 0 and self.first_loss is not None:
             losses.insert(0, self.first_loss)
         decision = diverged(losses, self.args.learning_rate, self._untrained_loss)
         if decision.action == "stop":
-            self._rise_was_said = True
+            self._may_rise = True
             notice(decision.reason)
 
     def _judge_end(self) -> None:
         """The same at the end of an unbroken training, by the last steps: a script may log none of them."""
-        if self._has_own_loss() or self._rise_was_said or self.first_loss is None or self._first_step > 0:
+        if self._may_rise or self.first_loss is None or self._first_step > 0:
             return
         losses = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])
         eval_losses = logged(self.state, "eval_loss")
         decision = ended_high(losses, eval_losses, self.args.learning_rate, self._untrained_loss)
         if decision.action != "go on":
             notice(decision.reason)
-
-    def _has_own_loss(self) -> bool:
-        return self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
 
     def _keep_initial_weights(self) -> None:
         if not self.is_world_process_zero():

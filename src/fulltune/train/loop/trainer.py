@@ -272,23 +272,18 @@ class FullTrainer(Guarded, Trainer):
         with self._journal.during("saving"):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            if self.is_shared:
-                self._save_shared(folder)
+            if self.is_shared:  # what the Trainer leaves out of a checkpoint then
+                optimizer, schedule = cast("Any", self.optimizer), cast("Any", self.lr_scheduler)
+                fsdp2.save(self.model, fsdp2.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
+                if self.args.should_save:
+                    torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
             if self.args.should_save:
                 state = asdict(self.seen) | {"base_weights": self._base_weights}
                 for part in self.parts:
                     state |= part.state()
                 checkpoints.save_guard_state(folder, state)
-
-    def _save_shared(self, folder: Path) -> None:
-        """What the Trainer leaves out of a checkpoint where FSDP2 shares out the model."""
-        optimizer: Any = self.optimizer
-        schedule: Any = self.lr_scheduler
-        fsdp2.save(self.model, fsdp2.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
-        if self.args.should_save:
-            torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_shared or self.is_deepspeed_enabled:  # theirs would put the whole model together in one process

@@ -130,27 +130,23 @@ class AdamW(torch.optim.Optimizer):
         correction = (1 - beta2**step) ** 0.5
         rate = group["lr"] * correction / (1 - beta1**step)
         weights = kept
+        compensation = state["compensation"][begin:end] if "compensation" in state else None
         if kept.dtype != torch.float32:
             weights = buffers.weights[: len(kept)].copy_(kept)
-            if self._rounding == "kahan":
-                weights.add_(state["compensation"][begin:end])
+            if compensation is not None:
+                weights.add_(compensation)
         if group["weight_decay"]:
             weights.mul_(1 - group["lr"] * group["weight_decay"])
         weights.addcdiv_(first, square_root.add_(group["eps"] * correction), value=-rate)
         if kept.dtype != torch.float32:
-            self._narrow(weights, kept, state.get("compensation"), begin, buffers, numbers)
+            self._narrow(weights, kept, compensation, buffers, numbers)
         moments.write(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
 
     def _narrow(
-        self,
-        weights: Tensor,
-        kept: Tensor,
-        compensation: Tensor | None,
-        begin: int,
-        buffers: _Buffers,
-        numbers: tuple[int, ...],
+        self, weights: Tensor, kept: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
     ) -> None:
-        """Round fp32 weights[values] into bf16 kept[values]; `weights` is overwritten."""
+        """Round fp32 weights[values] into bf16 kept[values], what is lost into compensation[values]; `weights` is
+        overwritten."""
         noise = buffers.noise.bits(len(weights), *numbers, _WEIGHT)
         if self._rounding == "stochastic":
             moments.round_at_random(weights, noise)
@@ -158,7 +154,7 @@ class AdamW(torch.optim.Optimizer):
         if compensation is not None:
             lost = weights.sub_(buffers.other[: len(kept)].copy_(kept))
             moments.round_at_random(lost, noise)
-            compensation[begin : begin + len(kept)] = lost
+            compensation.copy_(lost)
 
     def _buffers(self, parameter: Tensor) -> _Buffers:
         device = parameter.device
