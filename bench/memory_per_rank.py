@@ -133,7 +133,7 @@ def predict(one: dict[str, Any]) -> MemoryNeed:
     """What a plan says of a recorded cell now."""
     from fulltune.footprint.records import Footprint
     from fulltune.models.shapes import Shapes
-    from fulltune.plan.budget import Needs
+    from fulltune.plan import budget
 
     cell = Cell(**one["cell"])
     settings = MemorySettings(
@@ -148,8 +148,8 @@ def predict(one: dict[str, Any]) -> MemoryNeed:
         eval_batch_size=cell.rows,
         num_processes=one["processes"],
     )
-    sizes = Shapes.model_validate(one["shapes"]), Footprint.model_validate(one["footprint"])
-    return Needs(*sizes, cell.weights_dtype, "cpu").of(settings, SHARED.get(one["placement"]))
+    footprint = Footprint.model_validate(one["footprint"] | {"weights_dtype": cell.weights_dtype})
+    return budget.need(Shapes.model_validate(one["shapes"]), footprint, settings, SHARED.get(one["placement"]))
 
 
 def key_of(cell: Cell, placement: str, processes: int) -> str:

@@ -322,7 +322,7 @@ def predict(one: Mapping[str, Any]) -> MemoryNeed:
         chunked_loss=cell.chunked,
         eval_batch_size=cell.eval_rows or cell.rows,
     )
-    return need(Shapes.model_validate(one["shapes"]), Footprint.model_validate(one["footprint"]), levers, "cpu")
+    return need(Shapes.model_validate(one["shapes"]), Footprint.model_validate(one["footprint"]), levers)
 
 
 def show(records: Mapping[str, Mapping[str, Any]], names: Sequence[str], title: str) -> None:

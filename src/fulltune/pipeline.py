@@ -79,7 +79,7 @@ class Run:
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
         """The memory of a plan that is changed after it was made; the model is looked at when that is asked."""
         model = cache(lambda: self.model(summary))
-        return lambda changed: plan.need_of(changed, self.recipe, model(), self.machine)
+        return lambda changed: plan.need_of(changed, self.recipe, model())
 
     @property
     def machine(self) -> Machine:
@@ -230,7 +230,7 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     """Replace what was chosen by what is fastest here, measured; the rows of the table lie beside the plan."""
     if job.recipe.train.num_machines > 1:
         raise RecipeError("--measure: tries settings on one machine; set train.num_machines=1, and fewer processes")
-    available = plan.budget_of(trial, job.recipe, job.model(summary), hardware.here()).available_bytes
+    available, _ = plan.available(job.recipe, hardware.here(), trial.device)
     trial = fastest_here(_planned(job, trial, summary), summary, available)
     trial = plan.on_disk(job.recipe, trial, hardware.disk_free_bytes(job.folder), str(job.folder))
     run_folder.save_plan(job.folder, job.recipe, trial)

@@ -54,7 +54,7 @@ def test_card_is_taken_where_there_is_one() -> None:
 
 def test_memory_is_the_cards_alone_and_the_hosts_beside_the_libraries() -> None:
     def found(machine: Machine, device: str, **train: Any) -> int:
-        return budget.of(recipe(train=train), SHAPES, FOOTPRINT, machine, device).available_bytes
+        return budget.available(recipe(train=train), machine, device)[0]
 
     assert found(with_card("T4"), "cuda") == 15 * GIB
     assert found(with_card("T4"), "cuda", memory_limit="10GiB") == 10 * GIB
@@ -64,7 +64,7 @@ def test_memory_is_the_cards_alone_and_the_hosts_beside_the_libraries() -> None:
 
 @pytest.mark.parametrize(("device", "beyond"), [("cuda", memory.CUDA_CONTEXT_BYTES), ("cpu", memory.FIRST_CALLS_BYTES)])
 def test_beside_tensors_a_process_holds_what_its_device_takes(device: str, beyond: int) -> None:
-    found = memory.need(SHAPES, FOOTPRINT, SETTINGS, device)
+    found = memory.need(SHAPES, FOOTPRINT, SETTINGS.changed(device=device))
     assert found.phases["loading"] == 4 * SHAPES.num_parameters + beyond
     kept = round(memory.STATE_SHARE * 12 * SHAPES.num_parameters)
     if device == "cuda":
@@ -76,22 +76,24 @@ def test_beside_tensors_a_process_holds_what_its_device_takes(device: str, beyon
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_another_type_is_reckoned_with_what_its_device_takes(device: str) -> None:
-    needs = budget.Needs(SHAPES, FOOTPRINT, "fp32", device)
-    found = needs.of(SETTINGS.changed(weights_dtype="bf16", precision="bf16"), None).kinds["buffers"]
+    settings = SETTINGS.changed(device=device, weights_dtype="bf16", precision="bf16")
+    found = budget.need(SHAPES, FOOTPRINT, settings, None).kinds["buffers"]
     assert (found == memory.CUDA_CONTEXT_BYTES) == (device == "cuda")
 
 
 @pytest.mark.parametrize(("device", "host"), [("cuda", True), ("cpu", False)])
 def test_what_zero_offloads_lies_on_the_host_of_a_card_and_in_the_same_memory_without(device: str, host: bool) -> None:
-    needs = budget.Needs(SHAPES, FOOTPRINT, "fp32", device)
-    found = needs.of(SETTINGS, Sharing(3, True, True))
+    found = budget.need(SHAPES, FOOTPRINT, SETTINGS.changed(device=device), Sharing(3, True, True))
     assert (found.host > 10 * SHAPES.num_parameters) == host
     assert (found.kinds["optimizer"] == 0) == host
 
 
 def test_gradients_are_sent_from_one_buffer_on_a_card_and_from_two_by_gloo() -> None:
     settings = SETTINGS.changed(num_processes=4, activation_checkpointing=True, micro_batch_size=1, longest_tokens=8)
-    sent = {device: fsdp2.need(SHAPES, FOOTPRINT, settings, device).kinds["buffers"] for device in ("cuda", "cpu")}
+    sent = {
+        device: fsdp2.need(SHAPES, FOOTPRINT, settings.changed(device=device)).kinds["buffers"]
+        for device in ("cuda", "cpu")
+    }
     units = fsdp2.units_of(SHAPES)
     assert sent["cuda"] - memory.CUDA_CONTEXT_BYTES < 4 * 4 * (units.apart + 4 * units.block)
     assert fsdp2.SENT["cuda"] < fsdp2.SENT["cpu"]
@@ -100,7 +102,7 @@ def test_gradients_are_sent_from_one_buffer_on_a_card_and_from_two_by_gloo() -> 
 
 def test_pieces_of_a_chunked_loss_are_those_of_a_card() -> None:
     whole, pieces = (
-        budget.passing(FOOTPRINT, "fp32", SETTINGS.changed(chunked_loss=chunked))["logits"] for chunked in (False, True)
+        budget.passing(FOOTPRINT, SETTINGS.changed(chunked_loss=chunked))["logits"] for chunked in (False, True)
     )
     assert pieces == pytest.approx(whole * 1024 / (4 * 512))
 
@@ -111,7 +113,10 @@ def test_pieces_on_a_card_have_their_share_of_the_heads_gradient_beside_them() -
         SHAPES.vocab_size * SHAPES.hidden_size,
     )
     whole: Any = {"logits": 1, "gradients": 0}
-    pieces = {device: memory.in_pieces(whole, SHAPES, settings, device, 1, 0)["logits"] for device in ("cuda", "cpu")}
+    pieces = {
+        device: memory.in_pieces(whole, SHAPES, settings.changed(device=device), 1, 0)["logits"]
+        for device in ("cuda", "cpu")
+    }
     assert pieces["cuda"] == pieces["cpu"] + 2 * head
 
 

@@ -40,8 +40,7 @@ from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import chunked_loss, sharding
 from fulltune.models.base import Base
 from fulltune.models.shapes import Shapes, shapes_of
-from fulltune.plan import memory
-from fulltune.plan.budget import Needs
+from fulltune.plan import budget, memory
 from fulltune.recipe.methods import FullMethod
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import TaskName
@@ -121,11 +120,10 @@ def planned(cell: Cell, sizes: dict[str, Any]) -> MemoryNeed:
         activation_checkpointing=cell.recomputed,
         chunked_loss=cell.in_pieces and cell.task != "text-classification",
         num_processes=cell.ranks,
+        device="cuda",
     )
     shapes, footprint = Shapes.model_validate(sizes["shapes"]), Footprint.model_validate(sizes["footprint"])
-    need = Needs(shapes, footprint, cell.weights_dtype, "cuda").of(
-        settings, Sharing(3, False, False, engine="fsdp2") if cell.shared else None
-    )
+    need = budget.need(shapes, footprint, settings, Sharing(3, False, False, engine="fsdp2") if cell.shared else None)
     kinds = {**need.kinds, "buffers": need.kinds["buffers"] - memory.CUDA_CONTEXT_BYTES}
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values())})
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from fulltune.records.base import Record
+from fulltune.records.plan import MemoryKind
 
 BYTES = {"fp32": 4, "bf16": 2}
 """Of a weight."""
 FOOTPRINT, SHAPES = "footprint.json", "shapes.json"
 """In a run's `plan`: the model's memory as traced for this machine's plan, and its sizes."""
-Kind = Literal["gradients", "activations", "logits", "buffers"]
-KINDS: tuple[Kind, ...] = ("gradients", "activations", "logits", "buffers")
+KINDS: tuple[MemoryKind, ...] = ("gradients", "activations", "logits", "buffers")
 Coefficients = tuple[float, float, float, float, float, float]
 
 
@@ -27,10 +25,10 @@ class Moment(Record):
 
     place: str
     """Where in the step: `backward head`, `forward 0:last` (last layer of the first stack) ..."""
-    coefficients: dict[Kind, Coefficients]
+    coefficients: dict[MemoryKind, Coefficients]
     """Bytes of each kind per 1, row, token, row x length^2, length and length^2."""
 
-    def bytes(self, rows: int, length: int) -> dict[Kind, int]:
+    def bytes(self, rows: int, length: int) -> dict[MemoryKind, int]:
         """Bytes by kind, of so many sequences (rows x choices) of this length."""
         factors = terms(rows, length)
         return {
@@ -53,6 +51,8 @@ class Variant(Record):
 class Footprint(Record):
     """A model's memory and work as functions of the micro batch."""
 
+    weights_dtype: str = "fp32"
+    """Of the weights that were traced."""
     largest_tensor: int
     """Values of the largest trained parameter: optimizers that work tensor by tensor need scratch of its size."""
     sequences_per_row: int

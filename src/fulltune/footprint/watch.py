@@ -135,6 +135,7 @@ def has_tokens(case: Case) -> bool:
 def of_tensors(case: Case, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     """What a footprint says of the trained tensors, from their shapes."""
     return {
+        "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
         "sequences_per_row": case.target.num_choices or 1,
         "tensors": dict(Counter(map(math.prod, shapes))),

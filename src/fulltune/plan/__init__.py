@@ -1,6 +1,7 @@
 """The plan stage: every number of a trial, each with its reason. Pure: no torch, no weights."""
 
-from fulltune.plan.changed import as_begun, budget_of, is_placed_as, need_of, on_disk, placed_anew
+from fulltune.plan.budget import available
+from fulltune.plan.changed import as_begun, is_placed_as, need_of, on_disk, placed_anew
 from fulltune.plan.defaults import learning_rate_of
 from fulltune.plan.fit import fit
 from fulltune.plan.gpus import here
@@ -10,7 +11,7 @@ from fulltune.plan.workload import Workload
 __all__ = [
     "Workload",
     "as_begun",
-    "budget_of",
+    "available",
     "device_and_precision",
     "fit",
     "here",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import BYTES, Footprint, Moment
@@ -20,27 +19,9 @@ LIBRARIES_BYTES = 700 * 2**20
 """What a training process on the CPU holds before the model is loaded: Python, torch and transformers."""
 
 
-@dataclass(frozen=True)
-class MemoryBudget:
-    """Memory that one process may take, and the arithmetic of what settings need of it."""
-
-    available_bytes: int
-    """Free on the device for this process, with its share of the libraries taken off."""
-    where: str
-    """In words, such as `12 GiB of GPU memory`."""
-    need: Callable[[MemorySettings], MemoryNeed]
-
-    def for_rows(self, rows: int) -> MemoryBudget:
-        """The same where there are only so many rows: a larger batch is never full."""
-
-        def need(settings: MemorySettings) -> MemoryNeed:
-            return self.need(settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, rows))))
-
-        return replace(self, need=need)
-
-
-def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, device: str) -> MemoryBudget:
-    """The budget on this machine, for the recipe's own placement.
+def available(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
+    """Bytes that one process may take on its device, its share of the libraries taken off; and the same in words, such
+    as `12 GiB of GPU memory`.
 
     Raises:
         RecipeError: When `train.memory_limit` leaves nothing beside the libraries.
@@ -50,11 +31,11 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
     if device == "cuda":
         used = machine.gpus[:processes]
         least = min(used, key=lambda gpu: gpu.available_bytes)
-        available, where = least.available_bytes, "of GPU memory"
-        if least.available_bytes < max(gpu.available_bytes for gpu in used):
+        free, where = least.available_bytes, "of GPU memory"
+        if free < max(gpu.available_bytes for gpu in used):
             where += f" (GPU {used.index(least)}, {least.name}, has the least of {len(used)})"
     else:
-        available = machine.memory_available_bytes // processes - libraries
+        free = machine.memory_available_bytes // processes - libraries
         where = "of memory" if processes == 1 else f"of memory for each of {processes} processes"
         where += " of a machine" if recipe.train.num_machines > 1 else ""
     if limit is not None:
@@ -64,11 +45,9 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
                 f"train.memory_limit: {limit}, but Python and its libraries alone take about "
                 f"{format_bytes(libraries)}; set more"
             )
-        if limited < available:
-            available, where = limited, f"of train.memory_limit ({limit})"
-    available, needs = max(0, available), Needs(shapes, footprint, recipe.model.weights_dtype, device)
-    shared = sharing.of(recipe)
-    return MemoryBudget(available, f"{format_bytes(available)} {where}", lambda settings: needs.of(settings, shared))
+        if limited < free:
+            free, where = limited, f"of train.memory_limit ({limit})"
+    return max(0, free), f"{format_bytes(max(0, free))} {where}"
 
 
 def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
@@ -91,77 +70,64 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a process needs on its device, whatever its settings and wherever its state lies."""
+def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing | None) -> MemoryNeed:
+    """What one process needs on its device; `shared` None: each holds everything."""
+    if shared is not None and shared.engine == "fsdp2":
+        return fsdp2.need(shapes, footprint, settings)
+    if shared is not None:
+        of_engine = _on_gpus if settings.device == "cuda" else _on_cpu
+        return of_engine(shapes, footprint, settings, shared)
+    traced = (footprint.weights_dtype, footprint.traced(settings.precision))
+    if (settings.weights_dtype, settings.precision) == traced:
+        return memory.need(shapes, footprint, settings)
+    return _of_another_type(shapes, footprint, settings)
 
-    shapes: Shapes
-    footprint: Footprint
-    weights_dtype: str
-    """Type of the weights that were traced."""
-    device: str
 
-    def of(self, settings: MemorySettings, shared: sharing.Sharing | None) -> MemoryNeed:
-        """The need of settings; `shared` None: each process holds everything."""
-        if shared is not None and shared.engine == "fsdp2":
-            return fsdp2.need(self.shapes, self.footprint, settings, self.device)
-        if shared is not None:
-            on_gpus = self.device == "cuda"
-            return self._on_gpus(settings, shared) if on_gpus else self._on_cpu(settings, shared)
-        precision = self.footprint.traced(settings.precision)
-        if settings.weights_dtype == self.weights_dtype and settings.precision == precision:
-            return memory.need(self.shapes, self.footprint, settings, self.device)
-        return self._of_another_type(settings, precision)
+def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
+    """The weights there are bf16, so that nothing holds a copy of them."""
+    parameters, processes = shapes.num_parameters, settings.num_processes
+    held = shared.parts_at("device", engine_state(parameters, shapes.num_trained), processes)
+    buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
+    if shared.stage == 3:  # what is whole for a moment: at least a layer, or the vocabulary
+        vocabulary = shapes.vocab_size * shapes.hidden_size
+        layer = (parameters - vocabulary) // max(1, shapes.num_layers)
+        buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
+    kinds = {**held, **passing(footprint, settings), "buffers": buffers}
+    scoring = _highest(
+        footprint.evaluation[footprint.traced(settings.precision)], footprint, settings.eval_batch_size, settings
+    )
+    evaluation = held["weights"] + held["optimizer"] + buffers + sum(scoring.values())
+    host = host_bytes(shared, parameters, processes, shapes.num_trained) // processes
+    return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
-    def _on_gpus(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
-        """The weights there are bf16, so that nothing holds a copy of them."""
-        shapes, footprint, processes = self.shapes, self.footprint, settings.num_processes
-        precision, parameters = footprint.traced(settings.precision), shapes.num_parameters
-        held = shared.parts_at("device", engine_state(parameters, shapes.num_trained), processes)
-        buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
-        if shared.stage == 3:  # what is whole for a moment: at least a layer, or the vocabulary
-            vocabulary = shapes.vocab_size * shapes.hidden_size
-            layer = (parameters - vocabulary) // max(1, shapes.num_layers)
-            buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
-        kinds = {**held, **passing(footprint, precision, settings), "buffers": buffers}
-        scoring = _highest(footprint.evaluation[precision], footprint, settings.eval_batch_size, settings)
-        evaluation = held["weights"] + held["optimizer"] + buffers + sum(scoring.values())
-        host = host_bytes(shared, parameters, processes, shapes.num_trained) // processes
-        return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
-    def _on_cpu(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
-        """What is offloaded stays in the same memory; gradients are whole in ZeRO's buckets."""
-        precision = self.footprint.traced(settings.precision)
-        alone = settings.changed(precision=precision, num_processes=1)
-        whole = memory.need(self.shapes, self.footprint, alone, self.device)
-        state = memory.state_of(self.shapes.num_parameters, settings)
-        kinds = whole.kinds | shared.parts(state, settings.num_processes)
-        spared = whole.phases["step"] - sum(kinds.values())
-        phases = {phase: max(0, size - spared) for phase, size in whole.phases.items()}
-        return MemoryNeed(kinds=kinds, phases=phases)
+def _on_cpu(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
+    """What is offloaded stays in the same memory; gradients are whole in ZeRO's buckets."""
+    alone = settings.changed(precision=footprint.traced(settings.precision), num_processes=1)
+    whole = memory.need(shapes, footprint, alone)
+    kinds = whole.kinds | shared.parts(memory.state_of(shapes.num_parameters, settings), settings.num_processes)
+    spared = whole.phases["step"] - sum(kinds.values())
+    return MemoryNeed(kinds=kinds, phases={phase: max(0, size - spared) for phase, size in whole.phases.items()})
 
-    def _of_another_type(self, settings: MemorySettings, precision: str) -> MemoryNeed:
-        """A cautious sum for weights or computations of another type than the traced one."""
-        shapes, footprint = self.shapes, self.footprint
-        state = memory.state_of(shapes.num_parameters, settings)
-        kinds: dict[MemoryKind, int] = {
-            "weights": state["weights"],
-            "gradients": state["gradients"],
-            "optimizer": state["optimizer"],
-            **passing(footprint, precision, settings),
-        }
-        # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
-        cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
-        buckets = state["gradients"] if settings.num_processes > 1 else 0
-        held = memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * kinds["activations"])
-        held += round(memory.STATE_SHARE * (state["weights"] + state["optimizer"]))
-        beyond = memory.CUDA_CONTEXT_BYTES if self.device == "cuda" else held
-        kinds["buffers"] = beyond + buckets + (2 * shapes.num_parameters if cast else 0)
-        # Loading and going on from a checkpoint follow from the state alone.
-        like = memory.need(shapes, footprint, settings.changed(precision=precision), self.device)
-        phases: dict[Phase, int] = {"step": sum(kinds.values())}
-        phases |= {phase: like.phases[phase] for phase in ("loading", "saving", "resuming")}
-        return MemoryNeed(kinds=kinds, phases=phases)
+
+def _of_another_type(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
+    """A cautious sum for weights or computations of another type than the traced one."""
+    state = memory.state_of(shapes.num_parameters, settings)
+    kinds = state | passing(footprint, settings)
+    # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
+    cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
+    kinds["buffers"] = memory.CUDA_CONTEXT_BYTES
+    if settings.device == "cpu":
+        kinds["buffers"] = memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * kinds["activations"])
+        kinds["buffers"] += round(memory.STATE_SHARE * (state["weights"] + state["optimizer"]))
+    kinds["buffers"] += state["gradients"] if settings.num_processes > 1 else 0
+    kinds["buffers"] += 2 * shapes.num_parameters if cast else 0
+    # Loading and going on from a checkpoint follow from the state alone.
+    like = memory.need(shapes, footprint, settings.changed(precision=footprint.traced(settings.precision)))
+    phases: dict[Phase, int] = {"step": sum(kinds.values())}
+    return MemoryNeed(
+        kinds=kinds, phases=phases | {phase: like.phases[phase] for phase in ("loading", "saving", "resuming")}
+    )
 
 
 # ---- what ZeRO shares out ----------------------------------------------------------------------------------------
@@ -188,10 +154,10 @@ def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, n
     return round(HOST_BUFFERS * num_devices * each)
 
 
-def passing(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:
+def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
     """Activations and logits of a micro batch at their highest, in a traced precision."""
-    moments = footprint.variant(precision, settings.activation_checkpointing).first
-    return _highest(moments, footprint, settings.micro_batch_size, settings)
+    variant = footprint.variant(footprint.traced(settings.precision), settings.activation_checkpointing)
+    return _highest(variant.first, footprint, settings.micro_batch_size, settings)
 
 
 def _highest(

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
 from fulltune.plan import budget, memory, ways_out
-from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryNeed, Plan
-from fulltune.system.hardware import Machine
+from fulltune.system import sharing
 
 if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
@@ -83,18 +82,10 @@ def placed_anew(plan: Plan, anew: Plan) -> Plan:
     return plan.model_copy(update={**placing, "settings": tuple(settings.values())})
 
 
-def budget_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine) -> MemoryBudget:
-    """The memory budget of a plan whose precision may be another than the recipe's."""
-    recipe = with_placement(recipe, changed.placement)
-    block = recipe.train.model_copy(update={"precision": changed.precision})
-    same = recipe.model_copy(update={"train": block})
-    traced = model.footprint(same, changed.device, changed.precision)
-    return budget.of(same, model.shapes, traced, machine, changed.device)
-
-
-def need_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine) -> MemoryNeed:
-    """The memory that a changed plan needs."""
-    return budget_of(changed, recipe, model, machine).need(changed)
+def need_of(changed: Plan, recipe: Recipe, model: PlannedModel) -> MemoryNeed:
+    """The memory that a changed plan needs, whose precision may be another than the recipe's."""
+    traced = model.footprint(recipe, changed.device, changed.precision)
+    return budget.need(model.shapes, traced, changed, sharing.of(with_placement(recipe, changed.placement)))
 
 
 def on_disk(recipe: Recipe, plan: Plan, free_bytes: int, place: str) -> Plan:

@@ -49,7 +49,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
     try:
-        chosen, on_disk = _fitting(basis, summary, own_loss, reasons)
+        chosen, on_disk = _fitting(basis, own_loss, reasons)
     except DoesNotFitError as error:
         first, *ways = error.problems
         chose = f" ({PLACEMENT}: {why})" if why and train.num_processes > 1 else ""
@@ -59,7 +59,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     logging_steps = resolve.logging_steps(recipe, steps, reasons)
     generic = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
-    resolve.caveats(basis.needs.footprint, reasons, bool(train.torch_compile))
+    resolve.caveats(basis.footprint, reasons, bool(train.torch_compile))
     used = chosen.settings
     each_pass, each_step = time.traffic(shapes, used, basis.shared)
     plan = Plan(
@@ -78,7 +78,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         lr_scheduler_type=train.lr_scheduler_type,
         global_batch_size=basis.global_batch_size,
         placement=placement,
-        loader_workers=resolve.loader_workers(recipe, fleet.machine, basis.needs.device, reasons),
+        loader_workers=resolve.loader_workers(recipe, fleet.machine, used.device, reasons),
         group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,
@@ -89,7 +89,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         num_parameters=shapes.num_parameters,
         state=memory.state_of(shapes.num_parameters, used),
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
-        available_bytes=basis.budget.available_bytes,
+        available_bytes=basis.available_bytes,
         memory=chosen.memory,
         sent_each_pass=each_pass,
         sent_each_step=each_step,
@@ -99,15 +99,12 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     return with_time(plan, basis, summary, started_seconds)
 
 
-def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
+def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
     """The fastest settings that fit into memory, if what they need fits on the disk as well."""
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
     budget.refuse_offload(recipe, shapes, fleet.machine)
-    limits = basis.budget.for_rows(summary.rows_per_epoch)
-    chosen = choose.choose(
-        recipe, basis.start, basis.rows_per_process, limits, lambda settings: basis.speed(settings, basis.shared)
-    )
-    choose.note(recipe, chosen, basis.rows_per_process, limits, own_loss, reasons)
+    chosen = choose.choose(basis)
+    choose.note(basis, chosen, own_loss, reasons)
     used = chosen.settings
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     problems = sharing.disagreements(recipe, *batches, used.num_processes, used.precision)
@@ -143,12 +140,8 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
         them."""
         own = with_placement(recipe, placement)
         basis = basis_of(replace(workload, recipe=own), fleet, own_loss=own_loss)
-        limits = basis.budget.for_rows(workload.summary.rows_per_epoch)
-        exact, other = (
-            choose.smallest(own, basis.start, basis.rows_per_process, limits, same_numbers=same).memory.peak
-            for same in (True, False)
-        )
-        return limits.available_bytes, exact, other
+        exact, other = (choose.smallest(basis, same_numbers=same).memory.peak for same in (True, False))
+        return basis.available_bytes, exact, other
 
     free, ddp, ddp_with_others = peaks("ddp")
     if ddp <= free:
@@ -201,7 +194,7 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
     evaluations = time.occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
     saves = time.occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
     one = plan.disk.one_checkpoint if plan.disk else plan.state["weights"] + plan.state["optimizer"]
-    step, tokens = time.together(basis.seconds(plan, basis.shared)), plan.global_batch_size * work.tokens_per_row
+    step, tokens = time.together(basis.seconds(plan)), plan.global_batch_size * work.tokens_per_row
     training = plan.total_steps * step
     need = TimeNeed(
         train_seconds=training,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fulltune.footprint.records import BYTES, Footprint, Kind
+from fulltune.footprint.records import BYTES, Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.models.sharding import Units
 from fulltune.plan import memory
@@ -42,7 +42,7 @@ def units_of(shapes: Shapes) -> Units:
 class _Held:
     """What one process holds at a moment, besides its parts of weights and moments."""
 
-    passing: dict[Kind, int]
+    passing: dict[MemoryKind, int]
     """As in one process; its gradients are left out."""
     reduced: float
     """Share of the gradients of which this process has its part."""
@@ -54,16 +54,16 @@ class _Held:
     """Bytes of each buffer that is sent or received."""
 
 
-def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> MemoryNeed:
+def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
     """What one of `num_processes` processes needs on its device, beyond what the libraries themselves take."""
-    on_cpu = device == "cpu"
+    on_cpu = settings.device == "cpu"
     settings = settings.changed(precision=footprint.traced(settings.precision))
     state = memory.state_of(shapes.num_parameters, settings)
     parts = [-(-size // settings.num_processes) for size in (state["weights"], state["optimizer"], state["gradients"])]
     value = BYTES[settings.weights_dtype]
     units = Units(**{kind: value * count for kind, count in units_of(shapes).model_dump().items()})  # in bytes
     largest = value * footprint.largest_tensor
-    moments = _moments(shapes, footprint, settings, units, device)
+    moments = _moments(shapes, footprint, settings, units)
     kinds = max((_kinds(one, *parts) for one in moments), key=lambda one: sum(one.values()))
     kept, heap = parts[0] + parts[1], 0.0
     around = round(memory.STATE_SHARE * kept) if on_cpu else 0
@@ -77,12 +77,11 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
         heap, held = memory.resident(split, largest)
         beyond += max(0, kept + round(held) - sum(kinds.values()))
     kinds["buffers"] += beyond
-    scoring = memory.scoring(shapes, footprint, settings, device)
+    scoring = memory.scoring(shapes, footprint, settings)
     # Copies in 16 bits are of the unit that is whole.
     scoring["buffers"] = min(scoring["buffers"], max(units.block, units.kept, units.root) // 2)
     # A model without a gradient keeps its last units whole until they are freed.
-    passing = (2 + on_cpu) * max(units.block, units.apart)
-    whole = units.root + units.kept + passing
+    whole = units.root + units.kept + (2 + on_cpu) * max(units.block, units.apart)
     file = max(min(kept, FILE_BYTES), kept // MOST_FILES)
     # A tensor of the finished model is put together: whole, with gloo also as received, and its part as sent.
     together = (1 + on_cpu) * largest + largest // settings.num_processes
@@ -104,15 +103,15 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
 # ---- the moments of a step ---------------------------------------------------------------------------------------
 
 
-def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units, device: str) -> list[_Held]:
+def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Held]:
     """What is held at each traced moment that may be the highest, and when gradients are sent between them."""
-    variant = footprint.variant(settings.precision, settings.activation_checkpointing)
     rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # parts that earlier micro batches left
-    copies, length = SENT[device], settings.longest_tokens
+    copies, length = SENT[settings.device], settings.longest_tokens
+    everything, again = value * shapes.num_parameters, settings.activation_checkpointing
     traced = [
-        (one.place, memory.in_pieces(one.bytes(rows, length), shapes, settings, device, rows * length, 0))
-        for one in variant.first
+        (one.place, memory.in_pieces(one.bytes(rows, length), shapes, settings, rows * length, 0))
+        for one in footprint.variant(settings.precision, again).first
     ]
     # What the head leaves in the root: that of a vocabulary, where there are logits.
     head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0)
@@ -123,16 +122,15 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     # A loss in pieces adds the head's gradient up in fp32, in the forward pass; in the backward pass it is that of the
     # head, or a copy of it in the weights' type is.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
-    again = settings.activation_checkpointing
     own, gone = _of_a_block(traced, units, shapes.num_layers, units.kept + left, again)
     found: list[_Held] = []
     for place, passing in traced:
         # Autocast keeps no copies beside those that autograd saves.
-        if settings.activation_checkpointing and not place.endswith("below"):
+        if again and not place.endswith("below"):
             saved = units.kept + left if place in AT_HEAD else units.block
             passing = passing | {"buffers": min(passing["buffers"], saved // 2)}
         now = own(passing)
-        reduced = max(before, min(1.0, max(0, passing["gradients"] - left - now) / (value * shapes.num_parameters)))
+        reduced = max(before, min(1.0, max(0, passing["gradients"] - left - now) / everything))
         without, no_logits = passing | {"gradients": 0}, passing | {"gradients": 0, "logits": 0}
         # A block's gradients are all there when its activations and copies are gone.
         ended = no_logits | {name: max(0, no_logits[name] - size) for name, size in gone(place).items()}
@@ -140,16 +138,16 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
         if place.startswith("forward"):
             found.append(_Held(no_logits if summed else without, before, *_forward(units, place)))
         elif place.endswith("below"):
-            whole, sent = (units.root, units.apart), 1 - (units.root + units.apart) / (value * shapes.num_parameters)
-            found.append(_Held(without, max(before, sent), whole, (*whole, tied), (units.block,)))
+            whole, share = (units.root, units.apart), 1 - (units.root + units.apart) / everything
+            found.append(_Held(without, max(before, share), whole, (*whole, tied), (units.block,)))
         elif place == "backward head":
             made: tuple[int, ...] = (passing["gradients"],)
             if summed:
                 made = (units.kept + left, summed if value < 4 else 0)
-            elif device == "cpu":  # as measured (`bench/memory_per_rank.py`): both at once
+            elif settings.device == "cpu":  # as measured (`bench/memory_per_rank.py`): both at once
                 made = (max(passing["gradients"], units.kept),)
             # The next unit is put together when the head's own backward pass begins, after that of the loss.
-            following = (units.block,) if any(made) else ()
+            following = (units.block,) * any(made)
             found.append(_Held(no_logits if summed else without, before, (units.root, units.kept), made, following))
         else:
             flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)
@@ -161,11 +159,11 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             first = (left, units.block // TENSORS_OF_BLOCK)
             flat = (units.kept or units.block, units.block)
             found += _block((no_logits, ended), before, units, first, copies, flat)
-            flat_kept = (units.kept,) * copies
-            found.append(_Held(no_logits, before, (units.root,), (units.kept,), (*flat_kept, units.block)))
-    nothing: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
+            sent = (*(units.kept,) * copies, units.block)
+            found.append(_Held(no_logits, before, (units.root,), (units.kept,), sent))
+    nothing: dict[MemoryKind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
     # The first block ends with nearly all gradients reduced, and the embeddings are put together already.
-    lowest = max(before, 1 - (units.root + units.apart + units.block) / (value * shapes.num_parameters))
+    lowest = max(before, 1 - (units.root + units.apart + units.block) / everything)
     flat = (units.block, max(units.block, units.apart))
     found += _block((nothing, nothing), lowest, units, (left, units.block), copies, flat)
     # Embeddings, which have no input with a gradient, are reduced at the very end: the root first, then unit by unit.
@@ -189,8 +187,8 @@ def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _of_a_block(
-    traced: Sequence[tuple[str, dict[Kind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
-) -> tuple[Callable[[dict[Kind, int]], int], Callable[[str], dict[Kind, int]]]:
+    traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
+) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
     """How many of a block's gradients are there at a moment in its backward pass, and what is gone at its end.
 
     Args:
@@ -210,19 +208,19 @@ def _of_a_block(
     share = (waiting or most) // blocks
     passes = max(0, most - waiting) if waiting else 0  # what is recomputed, and what comes and goes
 
-    def own(passing: dict[Kind, int]) -> int:
+    def own(passing: dict[MemoryKind, int]) -> int:
         # Only where all blocks are alike, what is there tells how far the last one is.
         alike = units.block and of_blocks % units.block == 0
         return (passing["gradients"] - head) % units.block if alike else units.block
 
-    def gone(place: str) -> dict[Kind, int]:
+    def gone(place: str) -> dict[MemoryKind, int]:
         return {"activations": share + (0 if place in AT_HEAD else passes), "buffers": units.block // 2}
 
     return own, gone
 
 
 def _block(
-    held: tuple[dict[Kind, int], dict[Kind, int]],
+    held: tuple[dict[MemoryKind, int], dict[MemoryKind, int]],
     reduced: float,
     units: Units,
     gradients: tuple[int, int],
@@ -263,14 +261,9 @@ def _small_and_large(
     held: _Held, part: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
 ) -> tuple[float, int, int]:
     """Bytes in small blocks, with the gaps between them, and in large ones: see `memory.resident`."""
-    tokens = memory.train_sequences(footprint, settings) * settings.longest_tokens
-    if settings.chunked_loss:
-        tokens = min(tokens, memory.CHUNK_TOKENS["cpu"])
-    logits = held.passing["logits"]
-    logits_are_large = 4 * tokens * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES
-    pieces = [(one, one) for one in held.flat]
-    pieces.append((round(held.reduced * part), units.block // settings.num_processes))
-    most = BYTES[settings.weights_dtype] * footprint.largest_tensor
+    logits, most = held.passing["logits"], BYTES[settings.weights_dtype] * footprint.largest_tensor
+    logits_are_large = 4 * memory.tokens_of_loss(footprint, settings) * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES
+    pieces = [(round(held.reduced * part), units.block // settings.num_processes), *((one, one) for one in held.flat)]
     for one in (*held.tensors, *held.gradients):
         pieces.append((one, one // TENSORS_OF_BLOCK if one == units.block else min(one, most)))
     large = sum(size for size, block in pieces if block >= memory.SMALL_OF_PARTS_BYTES)

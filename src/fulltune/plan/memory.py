@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fulltune.footprint.records import BYTES, Footprint, Kind
+from fulltune.footprint.records import BYTES, Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
@@ -27,21 +27,20 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 """Tokens whose logits a chunked loss holds at a time: see `fulltune.models.chunked_loss`."""
 
 
-def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> MemoryNeed:
+def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
     """What one process needs on its device, beyond what the libraries themselves take; the footprint holds the
     precision and checkpointing of the settings."""
-    state = state_of(shapes.num_parameters, settings)
-    moments = _moments(shapes, footprint, settings, state, device)
+    state, on_cpu = state_of(shapes.num_parameters, settings), settings.device == "cpu"
+    moments = _moments(shapes, footprint, settings, state)
     kinds = max(moments, key=lambda one: sum(one.values())).copy()
-    beyond, heap = _beyond_tensors(moments, shapes, footprint, settings, device)
-    on_cpu = device == "cpu"
+    beyond, heap = _beyond_tensors(moments, shapes, footprint, settings)
     kept = state["weights"] + state["optimizer"]
     around = round(STATE_SHARE * kept) if on_cpu else 0
     kinds["buffers"] += beyond + around
     if settings.num_processes > 1:  # DistributedDataParallel sends gradients from buckets of its own
         kinds["buffers"] += state["gradients"]
-    passing = scoring(shapes, footprint, settings, device)
-    base = CUDA_CONTEXT_BYTES if device == "cuda" else FIRST_CALLS_BYTES
+    passing = scoring(shapes, footprint, settings)
+    base = FIRST_CALLS_BYTES if on_cpu else CUDA_CONTEXT_BYTES
     # Weights of another type than the file's are made beside it; for a GPU both are in the host's memory.
     read = 4 * shapes.num_parameters if settings.weights_dtype == "bf16" and on_cpu else 0
     phases: dict[Phase, int] = {
@@ -59,12 +58,11 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     return MemoryNeed(kinds=kinds, phases=phases)
 
 
-def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> dict[Kind, int]:
+def scoring(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
     """What a forward pass of an eval batch holds at its highest."""
-    rows = settings.eval_batch_size * footprint.sequences_per_row
+    rows, length = settings.eval_batch_size * footprint.sequences_per_row, settings.longest_tokens
     moments = footprint.evaluation[settings.precision]
-    length = settings.longest_tokens
-    held = [in_pieces(one.bytes(rows, length), shapes, settings, device, rows * length, None) for one in moments]
+    held = [in_pieces(one.bytes(rows, length), shapes, settings, rows * length, None) for one in moments]
     return max(held, key=lambda one: sum(one.values()))
 
 
@@ -73,34 +71,31 @@ def train_sequences(footprint: Footprint, settings: MemorySettings) -> int:
     return settings.micro_batch_size * footprint.sequences_per_row
 
 
+def tokens_of_loss(footprint: Footprint, settings: MemorySettings) -> int:
+    """Tokens of a micro batch whose logits exist at a time."""
+    tokens = train_sequences(footprint, settings) * settings.longest_tokens
+    return min(tokens, CHUNK_TOKENS[settings.device]) if settings.chunked_loss else tokens
+
+
 def _beyond_tensors(
-    moments: Sequence[Mapping[MemoryKind, int]],
-    shapes: Shapes,
-    footprint: Footprint,
-    settings: MemorySettings,
-    device: str,
+    moments: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, settings: MemorySettings
 ) -> tuple[int, int]:
     """What the process holds at its peak beyond the tensors of the highest moment, and what its heap keeps after that.
 
     On a CPU small blocks leave their room on the heap when they are freed, and the large ones of another moment come on
     top: the peak is the highest sum of small blocks and the highest sum of large ones, whenever they were.
     """
-    if device == "cuda":
+    if settings.device == "cuda":
         return CUDA_CONTEXT_BYTES, 0
-    tokens = train_sequences(footprint, settings) * settings.longest_tokens
-    if settings.chunked_loss:
-        tokens = min(tokens, CHUNK_TOKENS[device])
-    logits_are_large = 4 * tokens * shapes.vocab_size >= SMALL_BYTES
-    size = BYTES[settings.weights_dtype]
-    trained = num_trained(shapes.num_parameters, settings)
+    logits_are_large = 4 * tokens_of_loss(footprint, settings) * shapes.vocab_size >= SMALL_BYTES
+    size, trained = BYTES[settings.weights_dtype], num_trained(shapes.num_parameters, settings)
     sizes = footprint.tensors or {footprint.largest_tensor: 1}
     large = sum(values * count for values, count in sizes.items() if values * size >= SMALL_BYTES)
     small_share = 1 - large / max(1, trained)
     parts = []
     for kinds in moments:
         logits = kinds["logits"] if logits_are_large else 0
-        gradients = kinds["gradients"]
-        gradients -= round(small_share * min(gradients, size * trained))
+        gradients = kinds["gradients"] - round(small_share * min(kinds["gradients"], size * trained))
         small = sum(kinds.values()) - kinds["weights"] - kinds["optimizer"] - logits - gradients
         parts.append(((1 + HELD_SHARE) * small, logits, gradients))
     heap, held = resident(parts, footprint.largest_tensor * size)
@@ -126,48 +121,29 @@ def resident(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tup
 
 
 def _moments(
-    shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: dict[MemoryKind, int], device: str
+    shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: dict[MemoryKind, int]
 ) -> list[dict[MemoryKind, int]]:
     """Bytes by kind at each moment of a step that may be the highest."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
-    rows = train_sequences(footprint, settings)
-    held: dict[MemoryKind, int] = {"weights": state["weights"], "optimizer": state["optimizer"]}
-    found: list[dict[MemoryKind, int]] = []
+    rows, length = train_sequences(footprint, settings), settings.longest_tokens
+    found = []
     for moments, already in ((variant.first, 0), (variant.later, state["gradients"])):
-        if already and settings.gradient_accumulation_steps == 1 and not settings.generic_first:
-            continue
-        for moment in moments:
-            kinds = moment.bytes(rows, settings.longest_tokens)
-            kinds = in_pieces(kinds, shapes, settings, device, rows * settings.longest_tokens, already)
-            found.append(_together(held, kinds))
-    buffers = scratch(footprint, settings)
-    update: dict[Kind, int] = {"gradients": state["gradients"], "activations": 0, "logits": 0, "buffers": buffers}
-    found.append(_together(held, update))
-    return found
-
-
-def _together(held: Mapping[MemoryKind, int], passing: Mapping[Kind, int]) -> dict[MemoryKind, int]:
-    found: dict[MemoryKind, int] = dict(held)
-    for kind, size in passing.items():
-        found[kind] = size
-    return found
+        if not already or settings.gradient_accumulation_steps > 1 or settings.generic_first:
+            found += [
+                state | in_pieces(one.bytes(rows, length), shapes, settings, rows * length, already) for one in moments
+            ]
+    return [*found, state | {"activations": 0, "logits": 0, "buffers": scratch(footprint, settings)}]  # the update
 
 
 def in_pieces(
-    kinds: dict[Kind, int],
-    shapes: Shapes,
-    settings: MemorySettings,
-    device: str,
-    tokens: int,
-    gradients_before: int | None,
-) -> dict[Kind, int]:
+    kinds: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, gradients_before: int | None
+) -> dict[MemoryKind, int]:
     """With a chunked loss: the logits of a piece with what is made of them, and the head's whole gradient.
 
     Args:
         kinds: With whole logits.
         shapes: The model's sizes.
         settings: The settings.
-        device: `cpu` or `cuda`.
         tokens: That have logits.
         gradients_before: Bytes of those that are there already; None: a forward pass alone, which makes none.
     """
@@ -178,10 +154,10 @@ def in_pieces(
     has_gradient = gradients_before is not None and settings.num_trained is None  # else the head is frozen
     logits, gradients = 0, kinds["gradients"]
     if kinds["logits"]:
-        logits = min(tokens, CHUNK_TOKENS[device]) * shapes.vocab_size * (4 + halves)
+        logits = min(tokens, CHUNK_TOKENS[settings.device]) * shapes.vocab_size * (4 + halves)
         if settings.weights_dtype == "fp32":  # the head in the type of the computations, beside autocast's copy
             logits += halves * head
-        if has_gradient and device == "cuda":  # a piece's share of its gradient; on a CPU in small blocks
+        if has_gradient and settings.device == "cuda":  # a piece's share of its gradient; on a CPU in small blocks
             logits += halves * head
         gradients = max(gradients, (gradients_before or 0) + 4 * head * has_gradient)
     # A tied embedding's gradient is added to the head's in place; that of whole logits is not.

@@ -4,10 +4,10 @@ docs/scale.md."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fulltune.plan import budget, choose
-from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import plain_optim
 from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, given, with_settings
 from fulltune.plan.workload import Basis, takes_pieces
@@ -72,7 +72,7 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
 
 def _best(basis: Basis, layout: _Layout) -> Placement:
     """The fastest micro batch and checkpointing that fit; when none does, the smallest."""
-    recipe, rows, (settings, shared) = basis.recipe, basis.rows_per_process, layout
+    recipe, (settings, shared) = basis.recipe, layout
     narrow = settings["model.weights_dtype"] == "bf16"
     in_pieces = shared is None or shared.engine == "fsdp2"
     plain = with_settings(recipe, {name: _DEFAULTS[name] for name in WHERE})
@@ -83,26 +83,19 @@ def _best(basis: Basis, layout: _Layout) -> Placement:
         bf16_rounding=(recipe.train.bf16_rounding or "stochastic") if narrow else None,
         chunked_loss=in_pieces and takes_pieces(plain, basis.start.plain_logits),
     )
-    limits = MemoryBudget(basis.budget.available_bytes, "", lambda one: basis.needs.of(one, shared))
-    option = choose.fastest(recipe, start, rows, limits, lambda one: basis.speed(one, shared))
-    option = option or choose.smallest(recipe, start, rows, limits, same_numbers=True)
-    return row(basis, shared, option.settings, option.memory, _changes(basis, layout))
+    placed = replace(basis, start=start, shared=shared)
+    option = choose.fastest(placed) or choose.smallest(placed, same_numbers=True)
+    return row(placed, option.settings, option.memory, _changes(basis, layout))
 
 
-def row(
-    basis: Basis,
-    shared: Sharing | None,
-    settings: MemorySettings,
-    memory: MemoryNeed,
-    changes: dict[str, Any],
-) -> Placement:
+def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> Placement:
     """A row of the table, for settings and the memory that they need."""
-    kinds, parameters = dict(memory.kinds), basis.shapes.num_parameters
+    kinds, shared = dict(memory.kinds), basis.shared
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
-    on_hosts = budget.host_bytes(shared, parameters, settings.num_processes) if shared else 0
+    on_hosts = budget.host_bytes(shared, basis.shapes.num_parameters, settings.num_processes) if shared else 0
     host = -(-on_hosts // settings.num_machines)
-    seconds = basis.seconds(settings, shared)
+    seconds = basis.seconds(settings)
     return Placement(
         name=name_of(shared, settings),
         kinds=kinds,
@@ -111,7 +104,7 @@ def row(
         micro_batch_size=settings.micro_batch_size,
         activation_checkpointing=settings.activation_checkpointing,
         short=_short(basis, memory.peak, host),
-        tokens_per_second=basis.speed(settings, shared),
+        tokens_per_second=basis.speed(settings),
         bound_by=max(seconds, key=lambda name: seconds[name]) if seconds else "",
         settings=changes,
     )
@@ -144,7 +137,7 @@ def _changes(basis: Basis, layout: _Layout) -> dict[str, Any]:
 
 def _short(basis: Basis, on_device: int, host: int) -> str:
     """What is too little, and by how much; empty when everything fits."""
-    missing = {"device": on_device - basis.budget.available_bytes}
+    missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes
     return ", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0)

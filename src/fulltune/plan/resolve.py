@@ -225,15 +225,15 @@ class Steps:
         return time.occasions(self.total, self.between_evaluations, self.between_saves)
 
 
-def steps(recipe: Recipe, rows: int, global_batch: int, reasons: Reasons, mixed_rows: int = 0) -> Steps:
+def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reasons) -> Steps:
     """How long the training is, and when it evaluates and saves; the usual number of epochs depends on the task's own
     rows alone, each epoch has the mixed ones besides."""
-    train, per_epoch = recipe.train, math.ceil((rows + mixed_rows) / global_batch)
+    train, per_epoch = recipe.train, math.ceil(summary.rows_per_epoch / global_batch)
     if train.max_steps is not None:
         reasons.add("train.max_steps", train.max_steps)
         epochs, total = train.max_steps / per_epoch, train.max_steps
     else:
-        usual, why = defaults.num_train_epochs(recipe.task, rows)
+        usual, why = defaults.num_train_epochs(recipe.task, summary.splits["train"].rows)
         epochs = float(reasons.add("train.num_train_epochs", train.num_train_epochs, usual, why))
         total = math.ceil(epochs * per_epoch)
     between = min(total, train.eval_steps or per_epoch)

@@ -63,20 +63,21 @@ def survey(
     seen = _seen(workload, basis, table, full_fits, lora_fits)
     if isinstance(found, DoesNotFitError):
         problem, ways = _ways_out(workload, basis, table, found.problems[0], lora)
-        notes = (problem, *resolve.notes(basis.needs.footprint))
+        notes = (problem, *resolve.notes(basis.footprint))
         return seen.model_copy(update={"ways_out": ways, "notes": notes}), None
     plan, settings = found
     if plan.time is None:  # it was changed when memory ran out
         plan = with_time(plan, basis, workload.summary)
     if plan.memory is not None:
-        chosen = placements.row(basis, _shared(workload.recipe, found), plan, plan.memory, settings)
+        placed = replace(basis, shared=_shared(workload.recipe, found))
+        chosen = placements.row(placed, plan, plan.memory, settings)
         names = [one.name for one in table]
         at = names.index(chosen.name) if chosen.name in names else 0
         rows = (*table[:at], chosen, *table[at + (chosen.name in names) :])
         seen = seen.model_copy(update={"placement": chosen.name, "placements": rows})
     update: dict[str, Any] = {
         "fits": True,
-        "device_free_bytes": plan.available_bytes or basis.budget.available_bytes,
+        "device_free_bytes": plan.available_bytes or basis.available_bytes,
         "settings": {name: given(workload.recipe, name) for name in workload.spread} | settings,
     }
     if price and plan.time:
@@ -115,8 +116,8 @@ def _seen(
         placements=table,
         disk_free_bytes=fleet.disk_bytes,
         host_free_bytes=fleet.machine.memory_available_bytes,
-        device_free_bytes=basis.budget.available_bytes,
-        advice=advise(splits["train"].rows, shapes, full_fits, lora_fits, basis.budget.available_bytes),
+        device_free_bytes=basis.available_bytes,
+        advice=advise(splits["train"].rows, shapes, full_fits, lora_fits, basis.available_bytes),
     )
 
 
@@ -204,11 +205,9 @@ def _ways_out(
     found = _planned(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"
     if isinstance(found, DoesNotFitError) or fleet.disk_bytes is None:
-        least = choose.smallest(basis.recipe, basis.start, basis.rows_per_process, basis.budget)
+        least = choose.smallest(basis)
         now = least.memory.peak
-        available, need = basis.budget.available_bytes, basis.budget.need
-        ways = [*_larger(workload, fleet, now)]
-        ways += ways_out.of_memory(basis.recipe, least.settings, available, need, table)
+        ways = [*_larger(workload, fleet, now), *ways_out.of_memory(basis, least.settings, table)]
         ways = [_tried(workload, fleet, way) for way in ways[: ways_out.MOST]]
     else:
         plan, settings = found

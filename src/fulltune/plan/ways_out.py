@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from fulltune.errors import DoesNotFitError
+from fulltune.footprint.records import BYTES
 from fulltune.plan import budget
 from fulltune.plan.levers import LEVERS, Lever
 from fulltune.plan.settings import PLACEMENT, WHERE, in_yaml
+from fulltune.plan.workload import Basis
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryNeed, MemorySettings, Placement, WayOut
+from fulltune.records.plan import MemorySettings, Placement, WayOut
 from fulltune.text import format_bytes, listed
 
 MOST = 3
@@ -19,28 +21,20 @@ LEAST_SHARE = 0.1
 """Of what is short: what frees less, and is not enough, helps nobody."""
 
 
-def of_memory(
-    recipe: Recipe,
-    smallest: MemorySettings,
-    budget_bytes: int,
-    need: Callable[[MemorySettings], MemoryNeed],
-    placements: Sequence[Placement] = (),
-) -> tuple[WayOut, ...]:
+def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[Placement] = ()) -> tuple[WayOut, ...]:
     """The nearest ways to bring a training process under its budget, at most three: first those that are enough, by
     harm, then those that free most.
 
     Args:
-        recipe: As given.
+        basis: The recipe, the arithmetic, and what one process may take.
         smallest: The smallest settings that the recipe allows, which do not fit.
-        budget_bytes: What one process may take.
-        need: The arithmetic.
         placements: Other ways to place things; those that fit are ways out as well.
     """
-    now = need(smallest).peak
+    recipe, now = basis.recipe, basis.need(smallest).peak
     found, mild = [], 0
     for lever, changed, settings in _possible(recipe, smallest):
-        peak = need(changed).peak
-        found.append(way(settings, now - peak, peak <= budget_bytes, lever.costs))
+        peak = basis.need(changed).peak
+        found.append(way(settings, now - peak, peak <= basis.available_bytes, lever.costs))
         mild += lever.same_result
     others = [one for one in placements if one.fits and one.settings.keys() & WHERE]
     if others:
@@ -51,13 +45,12 @@ def of_memory(
         own = next((one for one in others if one.settings.get(PLACEMENT) == "fsdp2" and one is not fastest), None)
         if own is not None:
             found.insert(mild, _as_way_out(own, now))
-    least = LEAST_SHARE * (now - budget_bytes)
+    least = LEAST_SHARE * (now - basis.available_bytes)
     found = [way for way in found if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
     enough = [way for way in found if way.enough]
-    if not enough:
-        enough = _together(recipe, smallest, budget_bytes, need)
+    enough = enough or _together(basis, smallest)
     if len(enough) < MOST and not recipe.train.engine_by:  # its weights may lie anywhere
-        enough.append(_smaller_model(now, budget_bytes, smallest, need))
+        enough.append(_smaller_model(basis, smallest))
     rest = sorted((way for way in found if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MOST])
 
@@ -92,31 +85,29 @@ def _possible(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, Memo
             yield lever, now.changed(**changes), lever.settings(recipe, changes)
 
 
-def _together(
-    recipe: Recipe, now: MemorySettings, budget_bytes: int, need: Callable[[MemorySettings], MemoryNeed]
-) -> list[WayOut]:
+def _together(basis: Basis, now: MemorySettings) -> list[WayOut]:
     """Several changes at once, as few as are enough; none when all of them are not."""
-    needed = need(now).peak
+    needed = basis.need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}
-    while found := next(_possible(recipe, now), None):
+    while found := next(_possible(basis.recipe, now), None):
         lever, now, settings = found
         named |= settings
         costs += [lever.costs] if lever.costs not in costs else []
-        peak = need(now).peak
-        if peak <= budget_bytes:
+        peak = basis.need(now).peak
+        if peak <= basis.available_bytes:
             return [way(named, needed - peak, True, "; ".join(costs))]
     return []
 
 
-def _smaller_model(
-    now: int, budget_bytes: int, settings: MemorySettings, need: Callable[[MemorySettings], MemoryNeed]
-) -> WayOut:
+def _smaller_model(basis: Basis, settings: MemorySettings) -> WayOut:
     """Everything in proportion to the parameters: rough, but a size to look for."""
-    weights = need(settings).kinds["weights"]
-    parameters = weights / (4 if settings.weights_dtype == "fp32" else 2) * budget_bytes / now
+    need = basis.need(settings)
+    parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
-    return way({}, now - budget_bytes, True, "another model", f"a model of at most about {size} parameters")
+    return way(
+        {}, need.peak - basis.available_bytes, True, "another model", f"a model of at most about {size} parameters"
+    )
 
 
 def in_lines(ways: Sequence[WayOut]) -> list[str]:

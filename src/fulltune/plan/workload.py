@@ -11,13 +11,12 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import budget, defaults, resolve, time
-from fulltune.plan.budget import MemoryBudget, Needs
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.levers import whole_logits
 from fulltune.plan.settings import Reasons, given, with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import MemorySettings
+from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.system import sharing
 from fulltune.text import counted
 
@@ -41,7 +40,10 @@ class Basis:
 
     recipe: Recipe
     shapes: Shapes
+    footprint: Footprint
     fleet: Fleet
+    train_rows: int
+    """Of an epoch."""
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
@@ -49,9 +51,12 @@ class Basis:
     group_by_length: bool
     start: MemorySettings
     """What is settled, with no lever taken: a micro batch of one row, nothing recomputed."""
-    needs: Needs
-    budget: MemoryBudget
-    """For the recipe's own placement."""
+    shared: sharing.Sharing | None
+    """What processes share out; None: each holds everything."""
+    available_bytes: int
+    """What one process may take on its device."""
+    where: str
+    """The same in words, such as `12 GiB of GPU memory`."""
     work: time.Work
 
     @property
@@ -59,18 +64,18 @@ class Basis:
         """Share of the global batch."""
         return max(1, self.global_batch_size // self.start.num_processes)
 
-    @property
-    def shared(self) -> sharing.Sharing | None:
-        """What the recipe itself shares out."""
-        return sharing.of(self.recipe)
+    def need(self, settings: MemorySettings) -> MemoryNeed:
+        """The memory of one process; a micro batch is never larger than the rows that there are."""
+        full = settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, self.train_rows)))
+        return budget.need(self.shapes, self.footprint, full, self.shared)
 
-    def seconds(self, settings: MemorySettings, shared: sharing.Sharing | None) -> dict[str, float]:
+    def seconds(self, settings: MemorySettings) -> dict[str, float]:
         """Of each part of an optimizer step; empty where the speed of the hardware is not known."""
-        return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, shared)
+        return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.shared)
 
-    def speed(self, settings: MemorySettings, shared: sharing.Sharing | None) -> float | None:
+    def speed(self, settings: MemorySettings) -> float | None:
         """Tokens a second over all devices; None where it is not known."""
-        seconds = self.seconds(settings, shared)
+        seconds = self.seconds(settings)
         return self.global_batch_size * self.work.tokens_per_row / time.together(seconds) if seconds else None
 
 
@@ -91,8 +96,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
     resolve.refuse_kernels(recipe, fleet.machine, device, precision)
     optim, rounding = resolve.optimizer(recipe, reasons)
     global_batch = resolve.global_batch(recipe, summary, reasons)
-    mixed_rows = summary.rows_per_epoch - summary.splits["train"].rows
-    steps = resolve.steps(recipe, summary.splits["train"].rows, global_batch, reasons, mixed_rows)
+    steps = resolve.steps(recipe, summary, global_batch, reasons)
     grouped, why = defaults.group_by_length(summary.length_explained)
     grouped = reasons.add("train.group_by_length", train.group_by_length, grouped, why)
     footprint = workload.footprint(recipe.model.weights_dtype)
@@ -121,17 +125,21 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         # scikit-learn works in the host's memory.
         probe_bytes=time.probe_cost(summary, shapes.hidden_size)[1] if (head_init, device) == ("probe", "cpu") else 0,
     )
+    available_bytes, where = budget.available(recipe, fleet.machine, device)
     return Basis(
         recipe=recipe,
         shapes=shapes,
+        footprint=footprint,
         fleet=fleet,
+        train_rows=summary.rows_per_epoch,
         global_batch_size=global_batch,
         steps=steps,
         head_init=head_init,
         group_by_length=grouped,
         start=start,
-        needs=Needs(shapes, footprint, recipe.model.weights_dtype, device),
-        budget=budget.of(recipe, shapes, footprint, fleet.machine, device),
+        shared=sharing.of(recipe),
+        available_bytes=available_bytes,
+        where=where,
         work=time.work_of(
             summary,
             footprint,

@@ -77,7 +77,7 @@ def test_oldest_of_the_cards_that_are_used_decides_and_the_one_with_the_least_me
     assert "could do more" not in precision(machine(A100, H100), num_processes=2)[1]
     fleet = gpus.here(mixed, 10 * GIB)
     assert fleet.name == "this machine: 1x NVIDIA A100, 1x Tesla T4, 8 cores, 64 GiB"
-    one, two = (basis_of(sizes.bert(train={"num_processes": number}), fleet).budget for number in (1, 2))
+    one, two = (basis_of(sizes.bert(train={"num_processes": number}), fleet) for number in (1, 2))
     assert one.where == "79 GiB of GPU memory"
     assert two.where == "14 GiB of GPU memory (GPU 1, Tesla T4, has the least of 2)"
 

@@ -17,6 +17,7 @@ from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Checkpoints
 from tests import plans
+from tests.unit.plan import sizes
 
 
 def sealing(folder: Path, limit: int, journal: Journal, on_seal: Callable[[], None]) -> Checkpoints:
@@ -83,7 +84,7 @@ def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
 
     for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
         recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})
-        assert resolve.steps(recipe, rows, 8, Reasons()).num_saves == expected
+        assert resolve.steps(recipe, sizes.summary(recipe.task, rows, 8), 8, Reasons()).num_saves == expected
 
 
 @pytest.mark.parametrize(("placement", "expected"), [("ddp", 6.1), ("fsdp2", 12.0)])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 
 from fulltune.plan import choose, levers, ways_out
-from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.levers import LEVERS, SETTING_OF, Lever
 from fulltune.records.plan import MemoryNeed, MemorySettings, Phase, Plan
 from fulltune.train.parent import measure
@@ -58,11 +58,12 @@ def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPa
     changes = lever.apply(RECIPE, SETTINGS)[-1]
 
     need = needs_less_with(changes)
-    found = choose.smallest(RECIPE, SETTINGS, 8, MemoryBudget(0, "", need))
+    basis: Any = SimpleNamespace(recipe=RECIPE, start=SETTINGS, rows_per_process=8, need=need, available_bytes=999)
+    found = choose.smallest(basis)
     # Every micro batch is tried, and the eval batch follows.
     assert (found.memory.peak == 999) == (lever.searched or not lever.kept)
 
-    ways = [way.costs for way in ways_out.of_memory(RECIPE, SETTINGS, 999, need)]
+    ways = [way.costs for way in ways_out.of_memory(basis, SETTINGS)]
     assert (lever.costs in ways) == lever.way_out
 
     rows = [row.name for row in measure.levers(RECIPE, PLAN)]

@@ -101,10 +101,8 @@ def test_processes_of_a_machine_take_its_gpus_and_its_cores() -> None:
 
 
 def test_memory_and_cores_are_shared_by_the_processes_of_one_machine() -> None:
-    task = sizes.bert()
     one, two = (
-        budget.of(_recipe(processes, count), task.shapes, task.footprint("fp32"), machine(), "cpu").available_bytes
-        for processes, count in ((4, 1), (8, 2))
+        budget.available(_recipe(processes, count), machine(), "cpu")[0] for processes, count in ((4, 1), (8, 2))
     )
     assert one == two == 60 * GB // 4 - budget.LIBRARIES_BYTES
     images = {"model": "m", "task": "image-classification", "data": {"train": "t"}}

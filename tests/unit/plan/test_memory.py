@@ -55,11 +55,12 @@ FOOTPRINT = Footprint(
     attention_flops_per_pair=100.0,
 )
 SETTINGS = MemorySettings(micro_batch_size=4, longest_tokens=100, eval_batch_size=8)
+ON_GPU = SETTINGS.changed(device="cuda")
 
 
 def tensors(settings: MemorySettings) -> dict[str, int]:
     """What is alive, without what a process holds beyond it."""
-    found = need(SHAPES, FOOTPRINT, settings, "cuda").kinds
+    found = need(SHAPES, FOOTPRINT, settings.changed(device="cuda")).kinds
     return {**found, "buffers": found["buffers"] - memory.CUDA_CONTEXT_BYTES}
 
 
@@ -110,13 +111,13 @@ def test_generic_text_that_is_trained_along_leaves_its_gradients_as_accumulation
 
 
 def test_a_chunked_loss_holds_a_piece_and_the_heads_gradient() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(chunked_loss=True), "cpu").kinds
+    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(chunked_loss=True)).kinds
     # 256 tokens x 2,000 words x 4 bytes; 2,000 x 100 x 4 bytes.
     assert (found["logits"], found["gradients"]) == (2_048_000, 800_000)
 
 
 def test_several_processes_have_buckets() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(num_processes=2), "cuda").kinds
+    found = need(SHAPES, FOOTPRINT, ON_GPU.changed(num_processes=2)).kinds
     assert found["buffers"] == memory.CUDA_CONTEXT_BYTES + 4_000_000
 
 
@@ -126,7 +127,7 @@ def test_without_a_scratch_a_step_of_adafactor_is_smaller() -> None:
 
 
 def test_phases() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS, "cuda")
+    found = need(SHAPES, FOOTPRINT, ON_GPU)
     base = memory.CUDA_CONTEXT_BYTES
     assert found.phases == {
         "loading": 4_000_000 + base,
@@ -142,7 +143,7 @@ def test_phases() -> None:
 def test_a_linear_probe_lies_beside_weights_alone() -> None:
     passing, base = 80_000 + 12_800_000, memory.CUDA_CONTEXT_BYTES
     for probe_bytes, kept in ((7_000_000, 12_000_000), (9_000_000, 13_000_000)):
-        found = need(SHAPES, FOOTPRINT, SETTINGS.changed(probe_bytes=probe_bytes), "cuda")
+        found = need(SHAPES, FOOTPRINT, ON_GPU.changed(probe_bytes=probe_bytes))
         assert found.phases["evaluation"] == kept + passing + base
 
 
@@ -151,13 +152,13 @@ AROUND = round(memory.STATE_SHARE * 12_000_000)
 
 
 def test_on_a_cpu_what_the_heap_kept_is_there_when_saving() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS, "cpu").phases
+    found = need(SHAPES, FOOTPRINT, SETTINGS).phases
     # 13.6 MB of small blocks; one tensor of 200,000 values is compared with what it was.
     assert found["saving"] == 12_000_000 + memory.FIRST_CALLS_BYTES + AROUND + 13_600_000 + 800_000
 
 
 def test_on_a_cpu_freed_blocks_stay() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS, "cpu")
+    found = need(SHAPES, FOOTPRINT, SETTINGS)
     # 4.0 MB of activations and 9.6 MB of logits, all in small blocks.
     assert found.kinds["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.HELD_SHARE * 13_600_000)
     assert found.phases["step"] == sum(found.kinds.values())
@@ -165,15 +166,15 @@ def test_on_a_cpu_freed_blocks_stay() -> None:
 
 def test_on_a_cpu_large_logits_come_on_top_of_what_small_blocks_left() -> None:
     # 6,400 tokens: 51 MB of logits are a large block, 64 MB of activations are taken to be small ones.
-    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(micro_batch_size=64), "cpu").kinds
+    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(micro_batch_size=64)).kinds
     assert found["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.HELD_SHARE * 64_000_000)
 
 
 def test_bf16_weights_are_made_beside_the_file() -> None:
-    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(weights_dtype="bf16"), "cpu")
+    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(weights_dtype="bf16"))
     assert found.phases["loading"] == 2_000_000 + 4_000_000 + memory.FIRST_CALLS_BYTES
     # For a GPU both lie in the host's memory.
-    found = need(SHAPES, FOOTPRINT, SETTINGS.changed(weights_dtype="bf16"), "cuda")
+    found = need(SHAPES, FOOTPRINT, ON_GPU.changed(weights_dtype="bf16"))
     assert found.phases["loading"] == 2_000_000 + memory.CUDA_CONTEXT_BYTES
 
 

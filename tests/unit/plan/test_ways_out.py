@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,8 +35,10 @@ def need(settings: MemorySettings) -> MemoryNeed:
 
 
 def ways(budget_gib: float, settings: MemorySettings = SETTINGS, **train: Any) -> list[tuple[str, float, bool]]:
-    recipe = plans.recipe("causal-lm", train=train)
-    found = ways_out.of_memory(recipe, settings, round(budget_gib * GIB), need)
+    basis: Any = SimpleNamespace(
+        recipe=plans.recipe("causal-lm", train=train), need=need, available_bytes=round(budget_gib * GIB)
+    )
+    found = ways_out.of_memory(basis, settings)
     return [(way.change, way.frees_bytes / GIB, way.enough) for way in found]
 
 
@@ -106,13 +109,9 @@ def test_nothing_that_frees_nothing_is_named() -> None:
 
 
 def test_other_placements_that_fit_are_ways_out() -> None:
-    fleet = gpus.parse("1x RTX 4090, 256GB host")
-    task = sizes.llama()
-    basis = basis_of(task, fleet)
-    smallest = {"gradient_accumulation_steps": 64, "activation_checkpointing": True, "optim": "adamw_8bit"}
-    limits, table = basis.budget, placements.table(basis)
-    least: Any = basis.start.changed(**smallest)
-    found = ways_out.of_memory(task.recipe, least, limits.available_bytes, limits.need, table)
+    basis = basis_of(sizes.llama(), gpus.parse("1x RTX 4090, 256GB host"))
+    smallest = basis.start.changed(gradient_accumulation_steps=64, activation_checkpointing=True, optim="adamw_8bit")
+    found = ways_out.of_memory(basis, smallest, placements.table(basis))
     assert found[0].enough
     assert "on host" in found[0].change
     assert found[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
@@ -172,7 +171,6 @@ def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     "train", [{"placement": "zero2"}, {"extra": {"deepspeed": {"zero_optimization": {"stage": 2}}}}]
 )
 def test_deepspeed_is_offered_nothing_that_it_cannot_have(train: dict[str, Any]) -> None:
-    recipe = plans.recipe("causal-lm", train=train)
-    found = ways_out.of_memory(recipe, SETTINGS, 10 * GIB, need)
+    found = ways(10, **train)
     assert found
-    assert not any("adamw_8bit" in way.change or "bf16" in way.change or "a model" in way.change for way in found)
+    assert not any(word in change for change, _, _ in found for word in ("adamw_8bit", "bf16", "a model"))
