@@ -112,7 +112,6 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "generic_text": "docstrings of the Python standard library",
         "num_trials": 39,
         "seconds": 2712.0,
-        "full_run_seconds": 271.3,
         "cores": 2,
         "device": "cpu",
         "data_fingerprint": "9f86d081884c7d659a2feaa0c55ad015",

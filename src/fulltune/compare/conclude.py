@@ -120,7 +120,6 @@ def comparison_of(
     """The record that the report is made from."""
     context, summary = ran.context, ran.context.summary
     rows = rows_of(ran, decision, baselines)
-    full = ran.results[context.full.arm]
     environment = run_folder.environment(context.machine)
     found = Comparison(
         name=context.folder.name,
@@ -141,7 +140,6 @@ def comparison_of(
         generic_text=context.texts[1],
         num_trials=len(context.kept_results()),
         seconds=round(context.clock.spent_seconds, 1),
-        full_run_seconds=round(middle(one.train_seconds for one in full), 1),
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
         device=context.setup(context.full.arm).plan.device,

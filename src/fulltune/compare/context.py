@@ -161,9 +161,6 @@ class Context:
         """Where the search for an arm's rate is kept."""
         return self.folder / FOLDER / "searches" / f"{arm}.json"
 
-    def _method(self, arm: str) -> Any:
-        return next(one for one in self.arms if one.arm == arm)
-
     def kept_results(self) -> list[TrialResult]:
         """Of all trials so far, those of earlier commands as well."""
         return [TrialResult.load(path) for path in sorted(self.result_path("").parent.glob("*.json"))]
@@ -188,7 +185,7 @@ class Context:
     def setup(self, arm: str) -> ArmSetup:
         """Sizes, memory and plan of an arm; traced once."""
         if arm not in self._setups:
-            method = self._method(arm)
+            method = next(one for one in self.arms if one.arm == arm)
             recipe = self._recipe_of(method)
             model = PlannedModel.of(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))

@@ -312,8 +312,6 @@ class Comparison(Record):
     num_trials: int
     seconds: float
     """Of everything, over all commands that worked on it."""
-    full_run_seconds: float
-    """Training of one whole full fine-tuning run: the median over seeds."""
     cores: int
     time_was_up: bool = False
     """Because of its budget there are fewer seeds or methods than the recipe allows."""

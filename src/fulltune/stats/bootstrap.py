@@ -97,13 +97,6 @@ def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predic
 # ---- draws ---------------------------------------------------------------------------------------------------
 
 
-def percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The interval that leaves out as many of the draws, float64 [samples], below it as above it; NaN is left out."""
-    tail = (1 - confidence) / 2
-    low, high = (float(np.nanquantile(draws, share)) for share in (tail, 1 - tail))
-    return low, high
-
-
 def _times(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
     """How often each cluster was drawn, int64 [size, clusters]."""
     chosen = random.integers(0, num_clusters, (size, num_clusters), np.int32)
@@ -139,10 +132,11 @@ class Resampled:
     def estimate(self, confidence: float, bounds: tuple[float, float] | None = None) -> Estimate:
         """The value with its percentile interval at this level, for example 0.95; where all rows are the same, as far
         towards the metric's bounds as so many rows leave possible."""
-        low, high = percentiles(self.draws, confidence)
+        tail = (1 - confidence) / 2
+        low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
         if bounds is not None and bounds[0] <= low == high == self.value <= bounds[1]:
             # No resample has a mistake, or a right answer, that no row has (Clopper and Pearson 1934).
-            share = ((1 - confidence) / 2) ** (1 / max(1, self.num_clusters))
+            share = tail ** (1 / max(1, self.num_clusters))
             low, high = (bound + share * (self.value - bound) for bound in bounds)
         return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
 

@@ -103,15 +103,6 @@ class Uncertain:
     """Of each arm."""
     seeds_known: bool = True
 
-    @property
-    def seed_variance(self) -> float:
-        """What only more seeds make smaller."""
-        return seed_variance(self.seeds)
-
-    @property
-    def variance(self) -> float:
-        return self.row_variance + self.seed_variance
-
     def below(self, value: float) -> float:
         """Chance that the true number is below `value`."""
         return float(ndtr((value - self.centres) / self.spreads).mean())
@@ -192,11 +183,6 @@ def paired(one: Resampled, other: Resampled, span: float | None, confidence: flo
 def variance_of_mean(arms: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
     """Variance between seeds of the arms' means, or the part of it that comes from the rows."""
     return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in arms)
-
-
-def seed_variance(arms: Sequence[SeedSpread]) -> float:
-    """Variance of a difference of the arms' means that only more seeds make smaller."""
-    return max(0.0, variance_of_mean(arms) - variance_of_mean(arms, by_rows=True))
 
 
 def degrees_of_mean(arms: Sequence[SeedSpread]) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import chdtri, chndtrix, ndtr
 
-from fulltune.stats.intervals import SeedSpread, Uncertain, degrees_of_mean, seed_variance, variance_of_mean
+from fulltune.stats.intervals import SeedSpread, Uncertain, degrees_of_mean, variance_of_mean
 
 POWER = 0.8
 MOST_ROWS_FACTOR = 100
@@ -64,11 +64,8 @@ class Precision:
 
     @property
     def seed_variance(self) -> float:
-        return seed_variance(self.seeds)
-
-    @property
-    def standard_error(self) -> float:
-        return math.sqrt(self.row_variance + self.seed_variance)
+        """What only more seeds make smaller."""
+        return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
 
     def half_width(self, alpha: float, seen: float = 1.0) -> float:
         """Half the two-sided interval that `Uncertain` would have, were the rows' part normal and the variance between
@@ -96,7 +93,7 @@ class Precision:
     def detectable(self, margin: float, alpha: float) -> float:
         """Smallest true difference that is called with a chance of 80 %, of which the luck of few seeds is a part."""
         bounds = np.array([max(margin, self.half_width(alpha, seen)) for seen in self.luck(same_seeds=False)])
-        error = self.standard_error
+        error = math.sqrt(self.row_variance + self.seed_variance)
         if not error:
             return float(np.quantile(bounds, POWER))
         most = float(bounds.max()) + 5 * error

@@ -301,9 +301,10 @@ def how(comparison: Comparison) -> Section:
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     expected, openings = comparison.expectation, comparison.openings
-    cores, one = counted(comparison.cores, "core"), comparison.full_run_seconds
+    cores, full = counted(comparison.cores, "core"), _full_of(comparison)
     took = f"{format_seconds(comparison.seconds)} in all"
-    if one > 0:
+    if full is not None and full.train_seconds > 0:
+        one = full.train_seconds
         took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)})"
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
