@@ -239,28 +239,6 @@ def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
         whole_runs.search(line, line.trained_arms[1], budget.expect(line).search_share)
 
 
-@pytest.mark.parametrize(("lower_metric", "rate"), [(0.91, 1e-3), (0.89, 1e-2)])  # neither clearly better
-def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
-    lower_metric: float, rate: float, tmp_path: Path
-) -> None:
-    one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Context(one, pipeline.prepare(one), "test")
-    searches = {"lora": Search(arm="lora", tried={1e-3: 0.5, 1e-2: 0.8}, share=0.12, chosen=1e-2, on_edge=True)}
-    asked: list[str] = []
-
-    def final(_: Any, trial: Trial) -> TrialResult:
-        asked.append(trial.name)
-        return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else lower_metric)[2]
-
-    with mock.patch.object(whole_runs, "run_trial", final):
-        ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
-        assert asked == ["lora-seed42"]
-        ran.check_rate("lora")
-    results = ran.results["lora"]
-    assert asked == ["lora-seed42", "lora-rate0.001-seed42"]
-    assert (results[0].trial.learning_rate, searches["lora"].chosen) == (rate, rate)
-
-
 def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
     line = comparing.Context(one, pipeline.prepare(one), "test")

@@ -16,6 +16,7 @@ from fulltune.compare.seeds import SeedRuns, search_all
 from fulltune.errors import RecipeError
 from fulltune.files import lines_of
 from fulltune.pipeline import Run
+from fulltune.plan.settings import with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation
@@ -24,6 +25,8 @@ from fulltune.system import run_folder
 from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server
 
+NEAR_DUPLICATES = 0.8
+"""Rows whose texts share so much of their 5-grams (Jaccard) stay on one side of a comparison's split."""
 Compared = tuple[Comparison, tuple[Path, ...]]
 """A comparison, and the pages that show it."""
 
@@ -64,8 +67,7 @@ def recipe_for(recipe: Recipe) -> Recipe:
         )
     if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":
         return recipe
-    block = recipe.data.model_copy(update={"near_duplicates": recipe.compare.near_duplicates})
-    return recipe.model_copy(update={"data": block})
+    return with_settings(recipe, {"data.near_duplicates": NEAR_DUPLICATES})
 
 
 def _budget_seconds(job: Run, budget: str | None) -> float | None:

@@ -153,6 +153,3 @@ class CompareBlock(Block):
     """Most time that all commands on the comparison may take together, such as `30m` or `2h`. It says beforehand what
     fits; with more time later (`--budget`) an undecided comparison goes on. Of a run with `learning_rate: search` the
     most time of the search, the run at the best rate included."""
-    near_duplicates: float = Field(default=0.8, gt=0, le=1)
-    """Rows whose texts share so much of their 5-grams (Jaccard) stay on one side of the split. 1: only equal
-    ones."""
