@@ -89,7 +89,7 @@ def test_init_writes_a_recipe_that_loads(
     assert result.code == 0, result.err
     recipe = load_recipe(tmp_path / "new" / "recipe.yaml")
     assert recipe.task == task
-    assert recipe.train_files() == (str(path),)
+    assert recipe.data.task_files == (str(path),)
     assert {role: getattr(recipe.data, role) for role in columns} == columns
 
 

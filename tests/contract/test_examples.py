@@ -60,7 +60,7 @@ def test_recipe_of_an_example_says_how_to_run_it(path: Path) -> None:
 
 
 def test_examples_with_rows_in_the_project_are_all_tested() -> None:
-    files = {path.stem: load_recipe(path).train_files() for path in ONE_PROCESS}
+    files = {path.stem: load_recipe(path).data.task_files for path in ONE_PROCESS}
     assert all(files.values())
     assert {name for name, given in files.items() if all(Path(file).exists() for file in given)} == set(OWN_ROWS)
 

@@ -28,7 +28,7 @@ def problems(path: Path, *overrides: str) -> list[str]:
 def test_paths_relative_start_at_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     recipe = load_recipe(written(tmp_path, SMALL.replace("some/model", "model")))
-    assert recipe.train_files() == (str(tmp_path / "a.jsonl"),)
+    assert recipe.data.task_files == (str(tmp_path / "a.jsonl"),)
     assert recipe.model.name == str(tmp_path / "model")
     assert recipe.output == str(tmp_path / "runs")
 
@@ -41,7 +41,7 @@ def test_model_that_is_no_path_stays(tmp_path: Path, name: str) -> None:
 def test_environment_variable_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHERE", "/elsewhere")
     recipe = load_recipe(written(tmp_path, SMALL.replace("a.jsonl", "${WHERE}/a.jsonl")))
-    assert recipe.train_files() == ("/elsewhere/a.jsonl",)
+    assert recipe.data.task_files == ("/elsewhere/a.jsonl",)
 
 
 def test_number_with_exponent_is_a_number(tmp_path: Path) -> None:

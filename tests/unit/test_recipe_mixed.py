@@ -27,7 +27,7 @@ def problems(path: Path, *overrides: str) -> list[str]:
 
 def test_file_with_a_weight_stands_beside_those_of_the_task(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, "[a.jsonl, {path: b.jsonl, weight: 0.05}, {path: c.jsonl}]"))
-    assert recipe.train_files() == (str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl"))
+    assert recipe.data.task_files == (str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl"))
     assert recipe.data.mixed_files == (MixedFile(path=str(tmp_path / "b.jsonl"), weight=0.05),)
 
 

@@ -59,7 +59,7 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
     """The files of each source that the recipe names, train first. Raises `DataError` for every path without files, and
     what is wrong in the files of the other sources and of `data.contamination`."""
     block = recipe.data
-    paths: dict[SourceName, Sequence[str]] = {"train": recipe.train_files()}
+    paths: dict[SourceName, Sequence[str]] = {"train": recipe.data.task_files}
     paths |= {name: (path,) for name, path in (("eval", block.eval), ("test", block.test)) if path}
     paths |= {name: (one.path,) for name, one in mixed_names(recipe).items()}
     files: dict[SourceName, DataFiles] = {}

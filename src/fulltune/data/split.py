@@ -224,7 +224,7 @@ def largest_group(numbers: np.ndarray) -> int:
 
 def _sections(recipe: Recipe) -> str:
     """A text file with blank lines gives far fewer rows than it has paragraphs."""
-    if recipe.data.text_rows != "auto" or not any(file.lower().endswith(".txt") for file in recipe.train_files()):
+    if recipe.data.text_rows != "auto" or not any(file.lower().endswith(".txt") for file in recipe.data.task_files):
         return ""
     return (
         f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row a "

@@ -131,10 +131,6 @@ class Recipe(Block):
         """A step begins with generic text."""
         return self.preserve.budget is not None and self.preserve.replay is not None
 
-    def train_files(self) -> tuple[str, ...]:
-        """The files of the task's own rows."""
-        return self.data.task_files
-
 
 def with_placement(recipe: Recipe, placement: Any) -> Recipe:
     """The recipe with the placement that its plan has chosen; a user's own file of an engine stays in charge."""
@@ -190,33 +186,27 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             problems.append(f"{setting}: {shown} is not UTF-8, expected a path that is; rename the file or folder")
         return path
 
-    update: dict[str, Any] = {
-        "train": tuple(
-            absolute(one, "data.train")
-            if isinstance(one, str)
-            else one.model_copy(update={"path": absolute(one.path, "data.train")})
-            for one in recipe.data.entries
-        )
-    }
-    blocks: dict[str, dict[str, Any]] = {"data": update, "preserve": {}}
-    for block, names in _PATHS.items():
-        given = {name: getattr(getattr(recipe, block), name) for name in names}
-        blocks[block] |= {
+    paths: dict[str, dict[str, Any]] = {
+        block: {
             name: absolute(path, f"{block}.{name}")
-            for name, path in given.items()
-            if path is not None and (block, path) != ("preserve", AUTO)
+            for name in names
+            if (path := getattr(getattr(recipe, block), name)) is not None and (block, path) != ("preserve", AUTO)
         }
-    train = recipe.train
-    if isinstance(file := train.engine_settings, str):
-        train = train.with_engine_settings(absolute(file, ENGINE_SETTINGS))
+        for block, names in _PATHS.items()
+    }
+    paths["data"]["train"] = tuple(
+        absolute(one, "data.train")
+        if isinstance(one, str)
+        else one.model_copy(update={"path": absolute(one.path, "data.train")})
+        for one in recipe.data.entries
+    )
     name = recipe.model.name
-    local = os.path.exists(base / _expanded(name))  # noqa: PTH110  # as `_expanded`
-    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or local
-    model = recipe.model
-    if looks_like_path and not name.startswith("package:"):
-        model = model.model_copy(update={"name": absolute(name, "model.name")})
-    output = absolute(recipe.output, "output")
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or os.path.exists(base / _expanded(name)):  # noqa: PTH110  # as `_expanded`
+        paths["model"] = {"name": absolute(name, "model.name")}
+    changed: dict[str, Any] = {block: getattr(recipe, block).model_copy(update=new) for block, new in paths.items()}
+    if isinstance(file := recipe.train.engine_settings, str):
+        changed["train"] = recipe.train.with_engine_settings(absolute(file, ENGINE_SETTINGS))
+    changed["output"] = absolute(recipe.output, "output")
     if problems:
         raise RecipeError(problems)
-    changed = {block: getattr(recipe, block).model_copy(update=paths) for block, paths in blocks.items()}
-    return recipe.model_copy(update={**changed, "model": model, "train": train, "output": output})
+    return recipe.model_copy(update=changed)
