@@ -21,7 +21,7 @@ from fulltune.cli.show import plan as display_plan
 from fulltune.footprint.trace import PlannedModel
 from fulltune.recipe.file import load_recipe
 from fulltune.records.plan import Plan, Survey
-from fulltune.report.format import terminal
+from fulltune.report.format import pages
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs
@@ -64,7 +64,7 @@ def shown(result: Result, width: int = 80) -> str:
     found = json.loads(result.out)
     survey = Survey.model_validate(found.pop("survey"))
     screen = Console(file=StringIO(), width=width)
-    terminal.show(screen, display_plan.sections(survey, Plan.model_validate(found) if found else None))
+    pages.show(screen, display_plan.sections(survey, Plan.model_validate(found) if found else None))
     return screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 

@@ -10,17 +10,17 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fulltune.cli.show.run import expectation
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
-from fulltune.report.format import terminal
+from fulltune.report.comparison.numbers import Writer
+from fulltune.report.format import pages
 from fulltune.report.format.blocks import Block, Headline, Section
 from tests import comparisons
 
 
 def printed(parts: Iterable[Headline | Section | Block]) -> str:
     console = Console(width=80, file=io.StringIO())
-    terminal.show(console, parts)
+    pages.show(console, parts)
     return console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
@@ -28,9 +28,9 @@ def shown(comparison: Comparison) -> str:
     return printed(content.in_short(comparison))
 
 
-def expected(comparison: Comparison, metric: str, margin: float | None = 0.01, **changes: object) -> str:
+def expected(comparison: Comparison, metric: str, **changes: object) -> str:
     design = comparison.expectation.model_copy(update=changes)
-    return " ".join(printed([expectation(design, metric, margin)]).split())
+    return " ".join(printed([content.expectation(design, Writer(metric, 0.01))]).split())
 
 
 def test_verdict_classification_is_said_first_with_the_field_below() -> None:

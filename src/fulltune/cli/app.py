@@ -91,7 +91,7 @@ def run(
 ) -> None:
     """Do all stages: data, plan, train, evaluate, report. The same command continues an unfinished run."""
     from fulltune import report
-    from fulltune.report.format import terminal
+    from fulltune.report.format import pages
     from fulltune.report.format.blocks import Headline
     from fulltune.report.run.about_data import row_words
 
@@ -106,7 +106,7 @@ def run(
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
     parts = report.in_short(folder)
-    terminal.show(out, parts)
+    pages.show(out, parts)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
     if not any(isinstance(part, Headline) and part.kind == "worse" for part in parts):
         asked = row_words(reached.summary).question
@@ -157,7 +157,7 @@ def plan(
     from fulltune.cli import plan as cli_plan
     from fulltune.cli.show import plan as display_plan
     from fulltune.records.training import Measurements
-    from fulltune.report.format import terminal
+    from fulltune.report.format import pages
 
     if measure:
         cli_plan.check_measure(hardware, rows, tokens)
@@ -177,9 +177,9 @@ def plan(
     if as_json:
         stages.print_json(cli_plan.as_json(survey, planned, measured))
     else:
-        terminal.show(out, display_plan.sections(survey, planned))
+        pages.show(out, display_plan.sections(survey, planned))
         if measured is not None:
-            terminal.show(out, [display_plan.measured(measured)])
+            pages.show(out, [display_plan.measured(measured)])
     if planned is None:
         raise cli_plan.refusal(survey, shown=not as_json)
 
@@ -222,14 +222,14 @@ def evaluate(
 ) -> None:
     """Score the baselines and the trained model on the test rows."""
     from fulltune import report
-    from fulltune.report.format import terminal
+    from fulltune.report.format import pages
 
     recipe, folder = stages.open_run(target, set_, run_folder, fresh, "evaluate")
     reached = stages.reach(recipe, folder, "evaluate", details=True)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    terminal.show(out, report.in_short(folder))
+    pages.show(out, report.in_short(folder))
 
 
 @app.command()
@@ -281,7 +281,7 @@ def doctor(
 ) -> None:
     """Say what went wrong in a training, from its log: of any Trainer."""
     from fulltune.doctor import diagnose, in_words, read_log
-    from fulltune.report.format import terminal
+    from fulltune.report.format import pages
     from fulltune.report.format.blocks import Facts
 
     log = read_log(place)
@@ -291,7 +291,7 @@ def doctor(
         return
     out.print(escape(in_words(log)), soft_wrap=True)
     rows = ((name, f"{evidence}{f' → {advice}' if advice else ''}") for name, evidence, advice in found)
-    terminal.show(out, [Facts(tuple(rows))])
+    pages.show(out, [Facts(tuple(rows))])
 
 
 @app.command()
@@ -384,7 +384,7 @@ def selfcheck(
     # What libraries print must not run into the page: some greet on stdout when it is imported.
     with err.status("starting") as status, redirect_stdout(sys.stderr):
         from fulltune import selfcheck as checking
-        from fulltune.report.format import terminal
+        from fulltune.report.format import pages
         from fulltune.report.format.pages import section_in_markdown
         from fulltune.report.format.words import write_harmless
         from fulltune.system.run_folder import writing
@@ -397,7 +397,7 @@ def selfcheck(
     if as_json:
         stages.print_json(page.model_dump(mode="json"))
     else:
-        terminal.show(out, [shown])
+        pages.show(out, [shown])
         share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
         out.print(escape(share), soft_wrap=True)
     if failed := [f"selfcheck: {one.device}: {one.ran}: {one.result}" for one in page.findings if one.status == "fail"]:

@@ -85,7 +85,7 @@ def audited(target: Path, overrides: list[str] | None, folder: Path | None, fres
 
 def show(target: Path, folder: Path, as_json: bool) -> None:
     """What the model will see, and what looks wrong."""
-    from fulltune.report.format import terminal
+    from fulltune.report.format import pages
     from fulltune.report.run.about_data import audit_in_short, rows_in_short
 
     summary, audit = DataSummary.of_run(folder), Audit.load(folder / "data" / AUDIT)
@@ -98,7 +98,7 @@ def show(target: Path, folder: Path, as_json: bool) -> None:
         }
         stages.print_json(summary.model_dump(mode="json") | more)
         return
-    terminal.show(out, [*rows_in_short(summary), *audit_in_short(audit, proofs)])
+    pages.show(out, [*rows_in_short(summary), *audit_in_short(audit, proofs)])
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
         out.print(f"review:  fulltune data {escape(str(target))} --review", soft_wrap=True)

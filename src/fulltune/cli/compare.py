@@ -19,7 +19,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.report.comparison import content
 from fulltune.report.comparison.many_tasks import many_tasks, on_one_base
-from fulltune.report.format import terminal
+from fulltune.report.format import pages
 from fulltune.report.format.blocks import Block, Headline, Section
 from fulltune.system import run_folder
 from fulltune.text import parse_seconds
@@ -80,7 +80,7 @@ def _compare_many(
 
 
 def _show(parts: Iterable[Headline | Section | Block], files: Sequence[Path]) -> None:
-    terminal.show(out, parts)
+    pages.show(out, parts)
     for path in files:
         out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
 

@@ -10,7 +10,7 @@ from fulltune.records.scores import Scores
 from fulltune.report.comparison import content as about_comparison
 from fulltune.report.comparison.many_tasks import write_tasks
 from fulltune.report.format.blocks import Block, Headline, Section
-from fulltune.report.format.pages import markdown, page
+from fulltune.report.format.pages import write_pages
 from fulltune.report.format.plots import cost_picture
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run import content
@@ -33,12 +33,7 @@ RECORD, PROOF = "compare/comparison.json", "proof.json"
 
 def write(folder: Path) -> Path:
     """Write `report.md` and `report.html` into a run folder, however the run ended; the path of `report.html`."""
-    folder = Path(folder)
-    report = build(read_run(folder))
-    write_harmless(folder / "report.md", markdown(report), private=True)
-    target = folder / "report.html"
-    write_harmless(target, page(report), private=True)
-    return target
+    return write_pages(Path(folder) / "report", build(read_run(folder)))
 
 
 def in_short(folder: Path) -> list[Headline | Section | Block]:
@@ -51,15 +46,14 @@ def write_comparison(folder: Path) -> tuple[Path, ...]:
     source = _comparison_in(Path(folder))
     comparison = Comparison.load(source)
     target = Path(folder) if Path(folder).is_dir() else source.parent
-    card, html, picture, proof = (target / name for name in ("card.md", "card.html", "card.png", PROOF))
+    card, picture, proof = (target / name for name in ("card.md", "card.png", PROOF))
     if found := about_comparison.plots(comparison):
         subtitle = f"{comparison.name}: {comparison.decision.headline}"
         cost_picture(about_comparison.label(comparison.decision), subtitle, found, comparison.decision, picture)
     else:
         picture.unlink(missing_ok=True)  # one of an earlier comparison would contradict the report
     report = about_comparison.build(comparison, picture.name)
-    write_harmless(card, markdown(report))
-    write_harmless(html, page(report, "comparison.html.j2"))
+    html = write_pages(card, report, "comparison.html.j2", private=False)
     comparison.save(proof)
     return (card, html, *[picture] * bool(found), proof)
 

@@ -15,7 +15,7 @@ from fulltune.plan.settings import Reasons
 from fulltune.plan.survey import survey
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemorySettings, Plan, Survey
-from fulltune.report.format import terminal
+from fulltune.report.format import pages
 from fulltune.system.hardware import Gpu, Machine
 from fulltune.system.sharing import Sharing
 from tests.unit.plan import sizes
@@ -185,7 +185,7 @@ def test_four_machines_are_planned_with_their_settings() -> None:
 
 def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     found, plan = planned("4x 8x A100-80GB")
-    terminal.show(Console(width=80), sections(found, plan))
+    pages.show(Console(width=80), sections(found, plan))
     lines = capsys.readouterr().out.splitlines()
     said = " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= 80

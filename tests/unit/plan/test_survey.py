@@ -15,7 +15,7 @@ from fulltune.plan import gpus, time, ways_out, workload
 from fulltune.plan.settings import with_settings
 from fulltune.plan.survey import advise, ranked, survey
 from fulltune.records.plan import Plan, Survey
-from fulltune.report.format import terminal
+from fulltune.report.format import pages
 from tests.unit.plan import sizes
 
 ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
@@ -338,7 +338,7 @@ def test_busy_machine_is_said_before_its_times(capsys: pytest.CaptureFixture[str
     fleet = gpus.parse("cpu, 2 cores, 64GB host")
     busy = fleet.model_copy(update={"machine": fleet.machine.model_copy(update={"load_average": 9.0})})
     found, plan = survey(sizes.bert(), busy)
-    terminal.show(Console(width=80), sections(found, plan))
+    pages.show(Console(width=80), sections(found, plan))
     said = " ".join(capsys.readouterr().out.split())
     assert said.index("busy this machine is busy (load 9 on 2 cores)") < said.index("takes ")
     assert "(arithmetic: from a busy machine, see above)" in said

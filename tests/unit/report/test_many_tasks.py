@@ -12,7 +12,7 @@ from fulltune import report
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import ManyTasks
 from fulltune.report.comparison.many_tasks import many_tasks, on_one_base
-from fulltune.report.format import terminal
+from fulltune.report.format import pages
 from tests import comparisons
 
 
@@ -77,7 +77,7 @@ def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
     assert said in text
     assert "full is better by [points], mean over the tasks" in text
     console = Console(width=80, record=True, file=(tmp_path / "out.txt").open("w", encoding="utf-8"))
-    terminal.show(console, [on_one_base(together())])
+    pages.show(console, [on_one_base(together())])
     shown = console.export_text()
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert said in " ".join(shown.split())

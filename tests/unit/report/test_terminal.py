@@ -17,7 +17,7 @@ from fulltune.cli.show import run as display
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.events import DataPrepared
 from fulltune.records.scores import Estimate
-from fulltune.report.format import terminal
+from fulltune.report.format import pages
 from fulltune.report.format.blocks import (
     Block,
     Bullets,
@@ -33,7 +33,7 @@ from fulltune.report.format.blocks import (
 
 def printed(*parts: Headline | Section | Block) -> list[str]:
     console = Console(width=80, file=io.StringIO())
-    terminal.show(console, parts)
+    pages.show(console, parts)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]  # a StringIO
 
 

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from fulltune.records.comparison import Expectation
 from fulltune.records.data import DataSummary
 from fulltune.records.events import (
     Certified,
@@ -28,13 +27,13 @@ from fulltune.records.events import (
 )
 from fulltune.records.held import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
+from fulltune.report.comparison.content import expectation
 from fulltune.report.comparison.numbers import Writer
-from fulltune.report.format import terminal, words
-from fulltune.report.format.blocks import Facts, Section
+from fulltune.report.format import pages
 from fulltune.report.run.about_data import mixed_words, rows_in_short
 from fulltune.report.run.about_training import check_table
 from fulltune.report.run.held import verdict
-from fulltune.text import counted, first_few, format_bytes, format_metric, format_seconds, is_share
+from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 _MOST_ROWS = 8
 """Of a skipped step."""
@@ -88,7 +87,7 @@ class Display:
                 self.metric = plan.metric
                 self._plan(plan)
             case ChecksDone(checks=checks):
-                terminal.show(self.console, [check_table(checks)])
+                pages.show(self.console, [check_table(checks)])
             case Forecast():
                 self._forecast(event)
             case Said(text=text, level="progress"):
@@ -98,7 +97,7 @@ class Display:
             case Said(text=text):
                 self.print(f"[yellow]{escape(text)}[/yellow]")
             case Designed(expectation=expected, metric=metric, margin=margin):
-                terminal.show(self.console, [expectation(expected, metric, margin)])
+                pages.show(self.console, [expectation(expected, Writer(metric, margin))])
             case Certified(held=held):
                 self.print(escape(verdict(held)))
             case StepSkipped(step=step, reason=reason, rows=rows):
@@ -159,7 +158,7 @@ class Display:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
             self.print(f"[dim]rows as before: {rows}[/dim]")
         elif self.details:
-            terminal.show(self.console, rows_in_short(summary))
+            pages.show(self.console, rows_in_short(summary))
 
     def _plan(self, plan: Plan) -> None:
         if self.details:
@@ -185,45 +184,3 @@ class Display:
             each = format_seconds(max(1, round(sum(scoring))))
             said = f"scoring a model on the test rows then takes about {each}, without generated answers"
             self.print(f"[dim]{said}[/dim]")
-
-
-def expectation(expected: Expectation, metric: str, margin: float | None = None) -> Section:
-    """What is compared, about how long it takes, what it can find, and what its budget left out."""
-    search, whose = "", "of each method"
-    if expected.num_search_trials:
-        search = f"{expected.num_search_trials} short ones to find the rates, more where the best is at an edge; then "
-    if expected.sequential and expected.num_seeds > 1:
-        whose = "of each method at most; clear answers need fewer"
-        if expected.budget_seconds is not None:
-            whose = f"of full and of the best of the others{', one of the rest' * (len(expected.arms) > 2)}"
-    takes = f"about {format_seconds(expected.seconds)}"
-    if expected.budget_seconds is not None:
-        given = format_seconds(expected.budget_seconds)
-        takes += f" of the {given} given; the rest is a reserve for errors of the forecast"
-    rows = [
-        ("methods", ", ".join(expected.arms)),
-        ("trials", f"{search}{counted(expected.num_seeds, 'seed')} {whose}"),
-        ("takes", takes),
-        ("can find", _can_find(expected, metric, margin)),
-        *(("note" if expected.budget_seconds is None else "budget", note) for note in expected.notes),
-    ]
-    if margin is not None and expected.detectable is not None and expected.detectable[0] > margin:
-        asked = Writer(metric, margin).amount(margin)
-        more = f"{asked}, less than it can find: it may end UNDECIDED; more test rows or seeds would help"
-        rows.append(("margin", more))
-    return Section("comparison", "comparison", (Facts(tuple(rows)),))
-
-
-def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
-    name = words.metric_name(metric)
-    if expected.num_seeds < 2:
-        return "nothing: one seed tells nothing about the spread between seeds"
-    if expected.detectable is None:
-        return f"not known before seeds have been run{'' if is_share(metric) else f': {name} is no share of rows'}"
-    write = Writer(metric, margin or 0.01)
-    alike, apart = expected.detectable
-    if write.in_points and alike >= 1:
-        return "nothing: with so few test rows and seeds any difference may be chance, however large"
-    found = f"differences of {write.amount(alike)} of {name} or more if seeds differ by half a point"
-    found += f", of {write.amount(apart)} if they differ by two"
-    return f"{found} (power 80 %)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fulltune.records.comparison import ArmRow, Comparison, Decision, Difference, Search
+from fulltune.records.comparison import ArmRow, Comparison, Decision, Difference, Expectation, Search
 from fulltune.report.comparison.numbers import NOTHING, Writer, fine_share, ratio, short, short_count
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -309,7 +309,8 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
     opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
-    write = Writer.of(comparison.decision)
+    write, seeds = Writer.of(comparison.decision), counted(expected.num_seeds, "seed")
+    could_find = f"expected before the start, with {seeds}: {can_find(expected, write)}"
     spread = [f"{arm} by {write.amount(one)}" for arm, one in comparison.decision.seed_sds.items()]
     found = [
         (
@@ -319,7 +320,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ),
         ("test rows used for a verdict", opened if openings else "not noted"),
         ("took", f"{took}; {comparison.device}, {cores}"),
-        ("could find", _could_find(comparison)),
+        ("could find", could_find if expected.detectable else ""),
         ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
         ("moved", f"{comparison.moved_unit} against the untouched model, on {comparison.generic_text}"),
@@ -327,14 +328,40 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
-def _could_find(comparison: Comparison) -> str:
-    """What was expected before the start."""
-    expected, write = comparison.expectation, Writer.of(comparison.decision)
+def expectation(expected: Expectation, write: Writer) -> Section:
+    """What is compared, about how long it takes, what it can find, and what its budget left out."""
+    search, whose = "", "of each method"
+    if expected.num_search_trials:
+        search = f"{expected.num_search_trials} short ones to find the rates, more where the best is at an edge; then "
+    if expected.sequential and expected.num_seeds > 1:
+        whose = "of each method at most; clear answers need fewer"
+        if expected.budget_seconds is not None:
+            whose = f"of full and of the best of the others{', one of the rest' * (len(expected.arms) > 2)}"
+    takes = f"about {format_seconds(expected.seconds)}"
+    if expected.budget_seconds is not None:
+        given = format_seconds(expected.budget_seconds)
+        takes += f" of the {given} given; the rest is a reserve for errors of the forecast"
+    rows = [
+        ("methods", ", ".join(expected.arms)),
+        ("trials", f"{search}{counted(expected.num_seeds, 'seed')} {whose}"),
+        ("takes", takes),
+        ("can find", can_find(expected, write)),
+        *(("note" if expected.budget_seconds is None else "budget", note) for note in expected.notes),
+    ]
+    if expected.detectable is not None and expected.detectable[0] > write.margin:
+        more = "less than it can find: it may end UNDECIDED; more test rows or seeds would help"
+        rows.append(("margin", f"{write.amount(write.margin)}, {more}"))
+    return Section("comparison", "comparison", (Facts(tuple(rows)),))
+
+
+def can_find(expected: Expectation, write: Writer) -> str:
+    """The smallest differences that are usually found, by what is known before the start."""
+    if expected.num_seeds < 2:
+        return "nothing: one seed tells nothing about the spread between seeds"
     if expected.detectable is None:
-        return ""
+        return f"not known before seeds have been run{'' if write.in_points else f': {write.name} is no share of rows'}"
     alike, apart = map(write.found_from, expected.detectable)
-    seeds = counted(expected.num_seeds, "seed")
-    return f"expected before the start, with {seeds}: {alike}, where seeds differ by half a point, {apart} where by two"
+    return f"{alike}, where seeds differ by half a point, {apart} where by two"
 
 
 def _searches(comparison: Comparison) -> Table:

@@ -1,4 +1,4 @@
-"""What a report is made of: described once, printed by `html`, `markdown` and `terminal`."""
+"""What a report is made of: described once, printed by `pages`."""
 
 from __future__ import annotations
 

@@ -29,8 +29,7 @@ from fulltune.report.format.blocks import (
     Table,
     foreign,
 )
-from fulltune.report.format.pages import markdown, page
-from fulltune.report.format.words import write_harmless
+from fulltune.report.format.pages import write_pages
 from fulltune.report.run.read import RunView, read_run
 from fulltune.stats.curves import error_of_share
 from fulltune.text import counted, format_metric, format_number, format_percent, format_share, is_share, listed
@@ -222,7 +221,7 @@ def _beginning(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
 
 # ---- the page of an audit ------------------------------------------------------------------------------------------
 
-PAGE = "data.html"
+
 _CELL = 160
 _FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
 """So few, or so small a share of the rows, have been suspected among rows without any wrong label."""
@@ -247,13 +246,9 @@ def write_data_page(folder: Path) -> Path:
             note="Nothing was changed: each is a suspicion, with what could be done about it.",
         )
     sections = [*audit_in_short(audit, proofs_of(folder, audit)), *(_check(audit, check) for check in audit.checks)]
-    of_rows = data(view)
-    sections += [*([of_rows] if of_rows else []), _next(view, audit)]
-    subtitle = f"The data · {view.task}"
-    report = Report(view.name, subtitle, headline, key_figures=tuple(figures), sections=tuple(sections))
-    write_harmless(folder / "data.md", markdown(report), private=True)
-    write_harmless(folder / PAGE, page(report), private=True)
-    return folder / PAGE
+    sections += [*filter(None, [data(view)]), _next(view, audit)]
+    report = Report(view.name, f"The data · {view.task}", headline, tuple(figures), tuple(sections))
+    return write_pages(folder / "data", report)
 
 
 def audit_in_short(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
