@@ -12,7 +12,7 @@ import numpy as np
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.methods import virtual_tokens_of
 from fulltune.methods.head import output_layer_of
-from fulltune.models import sharding
+from fulltune.models import evaluating, sharding
 from fulltune.tasks import LENGTH, Predictions, Target, Task, seq2seq, task_named
 from fulltune.tasks.padding import IGNORED, mask, padded
 
@@ -81,13 +81,8 @@ def run_rows(
 
     lengths = lengths_of(rows)
     order = longest_first(lengths)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            parts = [kept(positions) for positions in watched(order, batching.batch_size, lengths, batching.watch)]
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        parts = [kept(positions) for positions in watched(order, batching.batch_size, lengths, batching.watch)]
     place = np.argsort(order)
     return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
 
@@ -315,17 +310,13 @@ class GenericText:
 
         order = longest_first(np.array([len(ids) for ids in self.ids]))
         found: dict[int, np.ndarray] = {}
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model), torch.no_grad():
             for positions in batches(order, self.batch):
                 between()
-                with torch.no_grad(), autocast(model, self.precision):
+                with autocast(model, self.precision):
                     states = self.states(model, positions)
                 directions = F.normalize(states.double(), dim=-1).cpu().numpy()
                 found.update(zip(positions, directions, strict=True))
-        finally:
-            model.train(was_training)
         return np.stack([found[position] for position in range(len(self.ids))])
 
     def states(self, model: Any, positions: Sequence[int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fulltune.models import evaluating
 from fulltune.tasks import Task, padding
 
 if TYPE_CHECKING:
@@ -119,23 +120,17 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     batch = _shortened(batch)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
-    was_training = model.training
-    model.eval()
-    try:
-        with as_its_attention_can(model, model.device.type):
-            with torch.no_grad():
-                whole = model(**inputs).logits[wanted(labels) != padding.IGNORED].float()
-                with selective.only(labels):
-                    picked = model(**inputs).logits.float()
-            if picked.shape != whole.shape:
-                return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
-            difference = float((picked - whole).abs().max()) if len(whole) else 0.0
-            # What another order of sums changes is some ten roundings; another place gives other logits altogether.
-            if not difference <= _few_roundings(model) * float(whole.abs().max()):
-                return None, f"off: its logits differ by {difference:.2g}"
-            obstacle = _obstacle_to_pieces(selective, inputs, labels)
-    finally:
-        model.train(was_training)
+    with evaluating(model), as_its_attention_can(model, model.device.type), torch.no_grad():
+        whole = model(**inputs).logits[wanted(labels) != padding.IGNORED].float()
+        with selective.only(labels):
+            picked = model(**inputs).logits.float()
+        if picked.shape != whole.shape:
+            return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
+        difference = float((picked - whole).abs().max()) if len(whole) else 0.0
+        # What another order of sums changes is some ten roundings; another place gives other logits altogether.
+        if not difference <= _few_roundings(model) * float(whole.abs().max()):
+            return None, f"off: its logits differ by {difference:.2g}"
+        obstacle = _obstacle_to_pieces(selective, inputs, labels)
     same = f"the same up to {difference:.2g}" if difference else "exactly the same"
     found = f"yes; tried on real rows: {same} as with all logits"
     about_pieces = f"off: {obstacle}" if obstacle else "yes; tried on real rows: the model gives its head's logits"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from fulltune.models import evaluating
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -56,10 +58,8 @@ def leak(model: PreTrainedModel, name: str) -> str | None:
     positions = torch.stack([torch.cat((torch.arange(at), torch.arange(_TOKENS - at))) for at in _BREAKS])
     positions = positions.to(model.device)
     difference, largest = 0.0, 0.0
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             together = _logits(model, ids, positions)
             for row, at in enumerate(_BREAKS):
                 alone = _logits(model, ids[row : row + 1, at:], positions[row : row + 1, at:])
@@ -67,8 +67,6 @@ def leak(model: PreTrainedModel, name: str) -> str | None:
                 largest = max(largest, float(alone.abs().max()))
     except (ValueError, TypeError, RuntimeError) as error:
         return f"a '{name}' model cannot be tried with position ids ({' '.join(str(error).split())})"
-    finally:
-        model.train(was_training)
     if difference > max(1e-4, _ROUNDINGS * torch.finfo(model.dtype).eps) * max(1.0, largest):
         return f"a '{name}' model does not keep texts in one row apart (its logits differ by {difference:.2g})"
     return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
+from fulltune.models import evaluating
 from fulltune.models.sharding import runs_together
 from fulltune.probe.layers import HeadLayers, see
 from fulltune.probe.linear import Items, NoProbe
@@ -97,9 +98,7 @@ class Extractor:
         import torch
 
         model, lengths = self.model, lengths_of(rows)
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             for positions in watched(longest_first(lengths), batch_size, lengths, self.watch):
                 chosen = [rows[i] for i in positions]
                 batch, labels = self._collated(chosen)
@@ -109,8 +108,6 @@ class Extractor:
                     if apart and self.separators and "mean" in found:
                         found["apart"] = self._apart(chosen)
                 yield found
-        finally:
-            model.train(was_training)
 
     def _apart(self, chosen: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """How the texts of pairs differ, each read alone; no pass is larger than the pairs'."""

@@ -18,6 +18,7 @@ from fulltune.forgetting.budget import LANGUAGE, STATES, next_weight
 from fulltune.forgetting.generic_text import enough, generic_texts, measured, parts, says_little
 from fulltune.inference.run import BATCH, MOST_TOKENS, STATES_BATCH, GenericText, autocast, batches
 from fulltune.methods import virtual_tokens_of
+from fulltune.models import evaluating
 from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.model import BUNDLED
@@ -151,17 +152,15 @@ class Replay(TrainingPart):
             self.before = list(self.text.read(model, between=between))
             return
         found: list[Any] = []
-        was_training = model.training
-        model.eval()
-        for positions in batches(range(len(self.text.ids)), self.rows_per_pass):
-            between()
-            with torch.no_grad(), autocast(model, self.text.precision):
-                logs = F.log_softmax(self._logits(positions).float(), dim=-1)
-            top, ids = logs.topk(min(LIKELIEST, logs.shape[-1]), dim=-1)
-            sizes = [len(self.text.ids[position]) - 1 for position in positions]
-            kept = (top.half().cpu(), ids.int().cpu())
-            found += zip(*([part.numpy() for part in one.split(sizes)] for one in kept), strict=True)
-        model.train(was_training)
+        with evaluating(model), torch.no_grad():
+            for positions in batches(range(len(self.text.ids)), self.rows_per_pass):
+                between()
+                with autocast(model, self.text.precision):
+                    logs = F.log_softmax(self._logits(positions).float(), dim=-1)
+                top, ids = logs.topk(min(LIKELIEST, logs.shape[-1]), dim=-1)
+                sizes = [len(self.text.ids[position]) - 1 for position in positions]
+                kept = (top.half().cpu(), ids.int().cpu())
+                found += zip(*([part.numpy() for part in one.split(sizes)] for one in kept), strict=True)
         self.before = found
 
     def add_gradient(self) -> None:
@@ -174,20 +173,16 @@ class Replay(TrainingPart):
         tokens = sum(len(self.text.ids[position]) - 1 for position in chosen)
         share = arguments.world_size / (tokens if self.text.writes else len(chosen))
         scaler = getattr(trainer.accelerator, "scaler", None)
-        was_training = model.training
-        model.eval()
         passes = [(list(positions), 1.0) for positions in batches(mine, self.rows_per_pass)]
         if trainer.is_shared:
             most = -(-len(chosen[:: arguments.world_size]) // self.rows_per_pass)
             passes += [(chosen[:1], 0.0)] * (most - len(passes))
-        try:
+        with evaluating(model):
             for positions, counts in passes:
                 with autocast(model, self.text.precision):
                     summed = self._distance(positions)
                 loss = counts * self.weight * share * summed
                 (loss if scaler is None else scaler.scale(loss)).backward()
-        finally:
-            model.train(was_training)
 
     def state(self) -> dict[str, Any]:
         return {"replay_weight": self.weight}

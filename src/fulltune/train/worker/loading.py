@@ -19,7 +19,7 @@ from fulltune import methods, probe
 from fulltune.inference.run import autocast, by_length, logits_of, model_batch
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of, output_layer_of, rescale, rescaled
-from fulltune.models import dropout, sharding
+from fulltune.models import dropout, evaluating, sharding
 from fulltune.models.base import Base, opened
 from fulltune.models.kernels import compile_blocks, put_kernels
 from fulltune.models.load import Head, draw, draw_again, load
@@ -157,13 +157,10 @@ def _ends_with(model: Any, layer: torch.nn.Linear, batch: dict[str, torch.Tensor
     seen = list[torch.Tensor]()
     hook = layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), autocast(model, precision):
+        with evaluating(model), torch.no_grad(), autocast(model, precision):
             logits = model(**inputs).logits
     finally:
-        model.train(was_training)
         hook.remove()
     return len(seen) == 1 and bool(torch.isin(logits.float(), seen[0].float()).all())
 
