@@ -22,10 +22,10 @@ def parse_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip())
     if found is None:
-        raise ValueError(f"'{text}': expected a size such as 6GiB, 512MiB or 24GB")
+        raise ValueError(f"expected a size such as 6GiB, 512MiB or 24GB, found '{text}'")
     amount = float(found[1])
     if not amount:
-        raise ValueError(f"{text.strip()}: expected more than nothing, such as 6GiB")
+        raise ValueError(f"expected more than nothing, such as 6GiB, found '{text}'")
     return int(amount * (1024 if found[3] else 1000) ** _POWERS[found[2]])
 
 
@@ -52,10 +52,10 @@ def parse_seconds(text: str) -> float:
     """
     found = _TIME.fullmatch(text.strip())
     if found is None or not any(found.groups()):
-        raise ValueError(f"'{text}': expected a time such as 30m, 2h or 90s")
+        raise ValueError(f"expected a time such as 30m, 2h or 90s, found '{text}'")
     seconds = sum(float(part or 0) * size for part, size in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
     if not seconds:
-        raise ValueError(f"{text.strip()}: expected more than nothing, such as 30m")
+        raise ValueError(f"expected more than nothing, such as 30m, found '{text}'")
     return seconds
 
 

@@ -60,7 +60,7 @@ def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
 
 def test_budget_that_is_no_time_is_refused(tmp_path: Path) -> None:
     said = fulltune("compare", recipe(tmp_path, ["full", "lora"]), "--budget", "soon")
-    assert (said.code, "--budget: 'soon': expected a time such as 30m, 2h or 90s" in said.err) == (2, True)
+    assert (said.code, "--budget: expected a time such as 30m, 2h or 90s, found 'soon'" in said.err) == (2, True)
 
 
 # ---- lint ------------------------------------------------------------------------------------------------------

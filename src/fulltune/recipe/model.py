@@ -3,7 +3,7 @@ and `compare`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -14,19 +14,18 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What a run or a method may be called: it becomes the name of a folder."""
 
 
-def _with_unit(value: Any) -> Any:
-    """A time as `text.parse_seconds` reads it; other types are left to pydantic."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise ValueError(f"expected a time with its unit, such as {value}s")
-    if isinstance(value, str):
-        try:
-            parse_seconds(value)
-        except ValueError:
-            raise ValueError(f"expected a time such as 30m, 2h or 90s, found '{value}'") from None
-    return value
+def read_by(parse: Callable[[str], float]) -> BeforeValidator:
+    """Refuse what a function of `fulltune.text` cannot read; the value stays as it is written."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (str, int, float)):  # other types are left to pydantic
+            parse(str(value))
+        return value
+
+    return BeforeValidator(check)
 
 
-Duration = Annotated[str, BeforeValidator(_with_unit)]
+Duration = Annotated[str, read_by(parse_seconds)]
 """Such as `30m`, `2h` or `90s`."""
 
 
@@ -76,16 +75,7 @@ BUNDLED = "docstrings of Python's standard library"
 """Generic text that every installation has."""
 
 
-def _a_share(value: Any) -> Any:
-    """A share as `text.parse_share` reads it; other types are left to pydantic."""
-    if isinstance(value, bool):
-        raise ValueError(f"expected a share such as 1% or 0.01, found {value}")
-    if isinstance(value, (str, int, float)):
-        parse_share(value)
-    return value
-
-
-Share = Annotated[str | float, BeforeValidator(_a_share)]
+Share = Annotated[str | float, read_by(parse_share)]
 """Such as `1%` or `0.01`."""
 
 

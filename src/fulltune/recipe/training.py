@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fulltune.recipe.model import Block, Duration, refuse
+from fulltune.recipe.model import Block, Duration, read_by, refuse
 from fulltune.text import parse_bytes
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -106,7 +106,7 @@ class TrainBlock(Block):
     use_liger_kernel: bool = False
     """Liger's Triton kernels for norms, feed-forward parts and rotary positions (`pip install 'fulltune[liger]'`):
     fewer activations and launches. The loss stays fulltune's own. Needs a GPU; never run on one here."""
-    memory_limit: str | None = None
+    memory_limit: Annotated[str, read_by(parse_bytes)] | None = None
     """Most memory that each training process may take, such as `6GiB`: of the GPU, or without one of the host, where
     Python and its libraries are part of it (about 0.7 GiB). The plan keeps to it and the process is held to it: what
     goes beyond is treated as memory that ran out. Without a GPU that needs Linux; mapped files do not count."""
@@ -219,16 +219,8 @@ class TrainBlock(Block):
                 self.use_liger_kernel and self.torch_compile
             ),
         }
-        refuse(pairs | _wrong_placement(self) | _wrong_weights(self.class_weights) | _wrong_limit(self.memory_limit))
+        refuse(pairs | _wrong_placement(self) | _wrong_weights(self.class_weights))
         return self
-
-
-def _wrong_limit(given: str | None) -> dict[str, bool]:
-    try:
-        parse_bytes("1GiB" if given is None else given)
-    except ValueError as error:
-        return {f"memory_limit: {error}": True}
-    return {}
 
 
 def _wrong_placement(train: TrainBlock) -> dict[str, Any]:
