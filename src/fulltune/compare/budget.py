@@ -202,7 +202,7 @@ def _settled(context: Context) -> Expectation:
     """The design for this budget, less what is there."""
     block, splits = context.recipe.compare, context.summary.splits
     steps = context.setup(context.full.arm).plan.total_steps
-    context.clock.write("preparation")
+    context.note_time("preparation")
     if context.budget_seconds is not None and not context.kept_results():
         # Arithmetic alone errs too much; most often the search begins with the same trial.
         full, share = context.full, rates.share_of_steps(0.0, steps)
@@ -210,7 +210,7 @@ def _settled(context: Context) -> Expectation:
         context.say(f"measuring the speed here before the budget is planned: {share:.0%} of a run of {full.arm}")
         run_trial(context, trial)
     costs, end = costs_of(context)
-    context.clock.write("design")  # also of a command whose budget is refused
+    context.note_time("design")  # also of a command whose budget is refused
     most = num_seeds(block.seeds, splits["train"].rows)
     whole = Expectation(
         arms=tuple(costs),
@@ -220,7 +220,7 @@ def _settled(context: Context) -> Expectation:
         budget_seconds=context.budget_seconds,
         sequential=block.sequential,
     )
-    found = fitting(costs, whole, end, context.clock.spent_seconds)
+    found = fitting(costs, whole, end, context.seconds_spent)
     if not is_share(context.measure.name):
         return found
     return detectable(found, costs, block.margin, context.alpha, splits["test"].rows)

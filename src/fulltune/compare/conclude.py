@@ -42,7 +42,7 @@ def judge(ran: SeedRuns) -> Comparison:
     context = ran.context
     context.say("opening the test rows")
     alpha, later = left(ran.looks, context.alpha, time_was_up=ran.lacks_time)
-    with context.clock.during("verdict"):
+    with context.timed("verdict"):
         trials = [one.trial.name for runs in ran.results.values() for one in runs]
         openings = open_test_rows(context, trials, alpha, later)
         baselines = untouched(context)
@@ -139,7 +139,7 @@ def comparison_of(
         moved_unit="nats per token" if summary.form.reads_any_text else "1 - cosine",
         generic_text=context.texts[1],
         num_trials=len(context.kept_results()),
-        seconds=round(context.clock.spent_seconds, 1),
+        seconds=round(context.seconds_spent, 1),
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
         device=context.setup(context.full.arm).plan.device,

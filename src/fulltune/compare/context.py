@@ -54,32 +54,6 @@ class ArmSetup:
 
 
 @dataclass
-class Clock:
-    """Seconds that all commands spent on trials, part by part, in a file; a killed command's last part is missing."""
-
-    path: Path
-    began: float
-    """Start of the time that is not yet written down."""
-
-    @contextlib.contextmanager
-    def during(self, what: str) -> Iterator[None]:
-        """Write down how long something took, with what came before it; of what is interrupted as well."""
-        try:
-            yield
-        finally:
-            self.write(what)
-
-    def write(self, what: str) -> None:
-        """Write down the seconds since this was last done, so that none is counted twice."""
-        seconds, self.began = time.monotonic() - self.began, time.monotonic()
-        append_line(self.path, {"what": what, "seconds": round(seconds, 3)})
-
-    @property
-    def spent_seconds(self) -> float:
-        return sum(entry["seconds"] for entry in lines_of(self.path))
-
-
-@dataclass
 class Context:
     """A comparison on its way."""
 
@@ -90,7 +64,7 @@ class Context:
     start: Starter = in_new_process
     """How a trial's process is started."""
     began: float = field(default_factory=time.monotonic)
-    """When the command began."""
+    """When the command began, or what took time was last noted."""
     passed: set[str] = field(default_factory=set)
     """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
     alpha_left: float | None = None
@@ -165,14 +139,27 @@ class Context:
         """Of all trials so far, those of earlier commands as well."""
         return [TrialResult.load(path) for path in sorted(self.result_path("").parent.glob("*.json"))]
 
-    @cached_property
-    def clock(self) -> Clock:
-        """Of all commands that worked on this."""
-        return Clock(self.folder / CLOCK, self.began)
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Note how long something took, with what came before it; of what is interrupted as well."""
+        try:
+            yield
+        finally:
+            self.note_time(what)
+
+    def note_time(self, what: str) -> None:
+        """Note the seconds since this was last done, so that none is counted twice."""
+        seconds, self.began = time.monotonic() - self.began, time.monotonic()
+        append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3)})
+
+    @property
+    def seconds_spent(self) -> float:
+        """Of all commands that worked on this; a killed command's last part is missing."""
+        return sum(entry["seconds"] for entry in lines_of(self.folder / CLOCK))
 
     @property
     def seconds_left(self) -> float:
-        return math.inf if self.budget_seconds is None else self.budget_seconds - self.clock.spent_seconds
+        return math.inf if self.budget_seconds is None else self.budget_seconds - self.seconds_spent
 
     @property
     def alpha(self) -> float:

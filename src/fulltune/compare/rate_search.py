@@ -100,7 +100,7 @@ def _search(job: Run, summary: DataSummary) -> Searched:
         rate=found,
         metric_name=context.measure.name,
         eval_rows=context.scale.eval_rows,
-        seconds=round(context.clock.spent_seconds, 1),
+        seconds=round(context.seconds_spent, 1),
         run_seconds=round(kept.train_seconds, 1),
     )
 

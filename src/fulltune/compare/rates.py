@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from fulltune.records.comparison import Search, Trial
 from fulltune.stats.curves import error_of_share
 
-Key = TypeVar("Key", float, str)
-"""A rate, or the name of a trial."""
 STEP = math.sqrt(10)
 """Between two rates of a grid."""
 MOST_EXTENSIONS = 2
@@ -87,13 +84,13 @@ def final_trial(arm: str, rate: float, seed: int, *, check: bool = False) -> Tri
     return Trial(name=name, arm=arm, learning_rate=rate, seed=seed)
 
 
-def best_of(tried: Mapping[Key, float], scale: Scale) -> list[Key]:
-    """The rates (or trials) with the best metric, the lowest first."""
+def best_of(tried: Mapping[float, float], scale: Scale) -> list[float]:
+    """The rates with the best metric, the lowest first."""
     best = max(scale.oriented(metric) for metric in tried.values())
     return sorted(rate for rate in tried if scale.oriented(tried[rate]) == best)
 
 
-def choice(tried: Mapping[Key, float], scale: Scale, usual: Key | None) -> Key:
+def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> float:
     """The usual rate, unless the best one is ahead by more than a standard error; where it was not tried the best."""
     best, *_ = best_of(tried, scale)
     if usual is None or usual not in tried:

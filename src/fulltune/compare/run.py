@@ -55,7 +55,7 @@ def run(job: Run, command: str, budget: str | None = None) -> Compared:
                 context.say("the test rows were opened: nothing more is trained")
                 context.budget_seconds = 0.0
             found = judge(SeedRuns(context, search_all(context, expectation), expectation).run())
-            with context.clock.during("report"):
+            with context.timed("report"):
                 return found, report.write_comparison(job.folder)
 
 

@@ -58,7 +58,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     made = context.trial_plan(trial, recipe)
     run_folder.save_plan_alone(context.folder, recipe, made)
     planned = Plan.load(context.folder / made.file)
-    with context.clock.during(trial.name):
+    with context.timed(trial.name):
         listener, dry_run = without_tables(context.job.listener), trial.arm not in context.passed
         # A rate that is too high for a method is what a comparison wants to know.
         planned_trial = retry.PlannedTrial(recipe, made, context.folder, Hooks(), listener)
@@ -91,7 +91,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
 def keep_rows(context: Context, trial: Trial, made: Plan, outcome: Outcome) -> float:
     """Run a trained model over its rows and keep what it gives; returns the seconds that a row takes."""
     model_folder = context.folder / str(outcome.model_folder)
-    with context.clock.during(f"{trial.name}: rows"):
+    with context.timed(f"{trial.name}: rows"):
         scoring = evaluate.scoring_of(
             context.trial_recipe(trial), made, context.summary, context.folder, context.job.base
         )
