@@ -16,6 +16,7 @@ from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.evaluate.scoring import Scoring, UserMetrics
 from fulltune.forgetting.generic_text import check_texts
 from fulltune.models.base import Base, check_weights
+from fulltune.models.shapes import check_model
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary
@@ -27,7 +28,7 @@ from fulltune.system import hardware, run_folder
 from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import Reached
 from fulltune.tasks import Task, task_named
-from fulltune.tasks.settings import check_model, check_settings_for
+from fulltune.tasks.labels import check_settings_for
 from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_extra
 from fulltune.train.parent.machines import MachineGroup

@@ -13,9 +13,9 @@ from huggingface_hub import constants
 from fulltune.errors import SetupError
 from fulltune.methods.folder import share
 from fulltune.models import base
+from fulltune.models.shapes import check_model
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.model import ModelBlock
-from fulltune.tasks.settings import check_model
 from tests import tiny
 
 

@@ -174,8 +174,7 @@ def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
 def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
     """What the data stage would refuse."""
     from fulltune import methods
-    from fulltune.models.shapes import position_limit
-    from fulltune.tasks.settings import check_model
+    from fulltune.models.shapes import check_model, position_limit
     from fulltune.train.loop.arguments import check_extra
 
     check_extra(recipe, runs_here=runs_here)

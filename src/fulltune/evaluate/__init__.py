@@ -32,7 +32,7 @@ from fulltune.stats.intervals import paired
 from fulltune.system.memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named
 from fulltune.tasks.classes import label_words, predict_labels
-from fulltune.tasks.settings import class_weights
+from fulltune.tasks.labels import class_weights
 
 UNTOUCHED = "before-training"
 """Where the scores of the model before training lie."""

@@ -1,7 +1,7 @@
 """One module per task, with the functions of `Task`; what is known without torch stands in `fulltune.recipe.tasks`.
 
 What several tasks share: `classes` (labels, numbers and choices), `written` (models that write),
-`padding` (rows as tensors), `columns` (which column plays which role), `settings` (does a model fit).
+`padding` (rows as tensors), `columns` (which column plays which role), `labels` (what a label column holds).
 """
 
 from __future__ import annotations

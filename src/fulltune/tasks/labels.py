@@ -1,4 +1,5 @@
-"""What a label column holds: class names, several names, or numbers; found out from the train rows."""
+"""What a label column holds: class names, several names, or numbers; found out from the train rows. And what each class
+counts in the loss."""
 
 from __future__ import annotations
 
@@ -12,8 +13,11 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from fulltune.errors import DataError
+from fulltune.errors import DataError, RecipeError
 from fulltune.recipe.data import DataBlock
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.rules import conflicts
+from fulltune.records.data import DataSummary
 from fulltune.tasks import PLACE, Row, Target
 from fulltune.tasks.columns import literal
 from fulltune.text import counted
@@ -269,3 +273,43 @@ def label_name(value: Any) -> str:
     name = str(value).strip()
     # Whole numbers that a table kept as floats, because some cell was empty: `1.0` and `1` are the same class.
     return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0", name) else name
+
+
+# ---- settings that depend on the labels -------------------------------------------------------------------------
+
+
+def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
+    """Refuse what makes no sense for these labels."""
+    if problems := conflicts(recipe, summary.form):
+        raise RecipeError(problems)
+    class_weights(recipe, summary)
+
+
+def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
+    """`train.class_weights` in the order of the labels; `balanced` makes each class count the same in total. Raises
+    `RecipeError` when they do not match the labels."""
+    given, labels, name = recipe.train.class_weights, summary.labels, "train.class_weights"
+    if given is None:
+        return None
+    if not labels:
+        raise RecipeError(f"{name}: the data have no classes ({summary.form.words}); remove it")
+    if isinstance(given, str):
+        if summary.form.tags_words:
+            raise RecipeError(
+                f"{name}: 'balanced' counts the rows of a class, and tags belong to words; give each tag its weight: "
+                f"{', '.join(labels[:3])} ..."
+            )
+        counts = summary.splits["train"].label_counts
+        # A class without a train row (all of them were dropped) cannot count at all.
+        return [sum(counts.values()) / (len(labels) * counts[label]) if label in counts else 0.0 for label in labels]
+    if isinstance(given, dict):
+        by_label = {str(label): weight for label, weight in given.items()}
+        missing = [label for label in labels if label not in by_label]
+        unknown = [label for label in by_label if label not in labels]
+        if missing or unknown:
+            wrong = f"no weight for {', '.join(missing[:5])}" if missing else f"no such label: {unknown[0]}"
+            raise RecipeError(f"{name}: {wrong}; the labels are {', '.join(labels[:5])}{' ...' if labels[5:] else ''}")
+        return [float(by_label[label]) for label in labels]
+    if len(given) != len(labels):
+        raise RecipeError(f"{name}: {len(given)} weights for {len(labels)} labels; give one for each")
+    return [float(weight) for weight in given]

@@ -9,12 +9,13 @@ import pytest
 from transformers import AutoConfig
 
 from fulltune.errors import RecipeError
+from fulltune.models.shapes import unfit
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import problems_of
 from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.tasks.settings import check_settings_for, class_weights, unfit
+from fulltune.tasks.labels import check_settings_for, class_weights
 
 
 def recipe(task: str, train: dict[str, Any] | None = None, **data: Any) -> Recipe:

@@ -15,7 +15,7 @@ from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import Measure, gain, measure_of
 from fulltune.stats.curves import diverged, ended_high, ended_worse, made_worse
 from fulltune.tasks import Predictions, Target
-from fulltune.tasks.settings import class_weights
+from fulltune.tasks.labels import class_weights
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart

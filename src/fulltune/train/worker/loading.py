@@ -28,7 +28,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
 from fulltune.tasks import Target, Task, task_named
-from fulltune.tasks.settings import class_weights
+from fulltune.tasks.labels import class_weights
 from fulltune.train import checkpoints
 from fulltune.train.journal import PROBING
 from fulltune.train.loop.arguments import training_arguments
