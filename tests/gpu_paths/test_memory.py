@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,14 +130,14 @@ def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
 ) -> None:
     lines = list[tuple[str, str]]()
     monkeypatch.setattr(attempt, "train", lambda *given: {})
-    monkeypatch.setattr(worker, "_listen_for_signals", lambda stop: None)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for name in memory.ALLOCATOR_NAMES[1:]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(DataSummary, "of_run", lambda folder: None)
     request: Any = SimpleNamespace(plan=SimpleNamespace(memory_limit_bytes=None, device=device), run_folder="run")
     journal: Any = SimpleNamespace(path=None, write=lambda *line: lines.append(line))
-    worker._train(request, None, journal, None, None)  # type: ignore[arg-type]  # not reached
+    with contextlib.ExitStack() as until_the_end:
+        worker._train(request, None, journal, None, None, until_the_end)  # type: ignore[arg-type]  # not reached
     assert lines == ([("allocator", "PYTORCH_ALLOC_CONF=expandable_segments:True")] if device == "cuda" else [])
 
 

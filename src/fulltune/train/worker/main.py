@@ -6,12 +6,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +40,15 @@ _MEANINGS: dict[type[BaseException], OutcomeStatus] = {
 
 def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:
     """Run an attempt and turn whatever happens into an outcome, which is also written to `outcome.json`."""
-    with _signals_put_back():
+    with contextlib.ExitStack() as until_the_end:  # in the user's own process Ctrl-C must work again after training
         started = time.monotonic()
         rank = int(os.environ.get("RANK", "0"))
         path = request.folder / "journal.jsonl" if rank == 0 else None
         journal = Journal(path)
         observed = Observed()
         try:
-            ended = {"status": "done", "reason": "", **_train(request, hooks, journal, listener, observed)}
+            trained = _train(request, hooks, journal, listener, observed, until_the_end)
+            ended = {"status": "done", "reason": "", **trained}
         except BaseException as error:
             status, reason = meaning_of(error, request.folder)
             if status in ("error", "out_of_memory"):
@@ -76,7 +75,12 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
 
 
 def _train(
-    request: Request, hooks: Hooks, journal: Journal, listener: Listener | None, observed: Observed
+    request: Request,
+    hooks: Hooks,
+    journal: Journal,
+    listener: Listener | None,
+    observed: Observed,
+    until_the_end: contextlib.ExitStack,
 ) -> dict[str, Any]:
     # Imported here: an error while torch and transformers load becomes an outcome as well.
     from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
@@ -84,7 +88,11 @@ def _train(
     from fulltune.train.worker import attempt
 
     stop = StopWhenAsked()
-    _listen_for_signals(stop)
+
+    def ask(*_: object) -> None:
+        stop.asked = True
+
+    until_the_end.enter_context(signals.answered(ask))
     limit, device = request.plan.memory_limit_bytes, request.plan.device
     if device == "cuda":
         journal.write("allocator", memory.allocator_in_words(os.environ))
@@ -108,28 +116,6 @@ def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
         if isinstance(error, kind):
             return status, text or "interrupted before the first checkpoint"
     return "error", f"{name}: {text[:500]}"
-
-
-def _listen_for_signals(stop: Any) -> None:
-    """The first signal asks for a stop after this step."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-
-    def ask(*_: object) -> None:
-        stop.asked = True
-
-    signals.answer(ask)
-
-
-@contextlib.contextmanager
-def _signals_put_back() -> Iterator[None]:
-    """In the user's own process Ctrl-C must work again after training."""
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in signals.STOPPING}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signals.put_back(before)
 
 
 def _end_with_parent(parent_pid: int) -> None:
