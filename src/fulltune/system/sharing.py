@@ -102,11 +102,6 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def arguments(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """Arguments of `transformers.TrainingArguments` for the engine; none without one."""
-    return {"deepspeed": completed(recipe, plan)} if recipe.train.engine_by else {}
-
-
 def missing_package(recipe: Recipe) -> list[str]:
     """That the engine's package is not installed; empty where it is, or is not needed."""
     if not recipe.train.engine_by or importlib.util.find_spec(PACKAGE) is not None:
@@ -118,14 +113,9 @@ def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """The settings with the plan's numbers; what transformers takes from the model's sizes stays "auto", where a file
     says so."""
     sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
-    # Checked again: a file can have changed since the plan was made.
-    if problems := disagreements(recipe, *sizes):
+    found, problems = _filled(recipe, *sizes)
+    if problems:  # a file can have changed since the plan was made
         raise RecipeError(problems)
-    found = settings(recipe)
-    for name, (value, _) in _planned(recipe, *sizes).items():
-        block, field = _place(found, name)
-        if block.get(field) == AUTO:
-            block[field] = value
     if recipe.train.placement in STAGES:
         # DeepSpeed would take a bucket of its default size, 2 GB in fp32, for the smallest model.
         found["zero_optimization"]["reduce_bucket_size"] = min(plan.num_parameters, BUCKET_VALUES)
@@ -138,21 +128,15 @@ def disagreements(
     """Each setting that is neither "auto" nor what the plan says; none where nothing runs in an engine."""
     if not recipe.train.engine_by:
         return []
-    found, lines = settings(recipe), []
-    for name, (value, source) in _planned(recipe, micro_batch_size, accumulation, num_processes, precision).items():
-        block, field = _place(found, name)
-        given = block.get(field, AUTO)
-        if given != AUTO and given != value:
-            against = f"{name} is {json.dumps(given)}, but {source} gives {json.dumps(value)}"
-            lines.append(f'{recipe.train.engine_by}: {against}; write "auto"')
-    return lines
+    return _filled(recipe, micro_batch_size, accumulation, num_processes, precision)[1]
 
 
-def _planned(
+def _filled(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
-) -> dict[str, tuple[Any, str]]:
-    """What the plan says of settings, by their dotted names, and where it has that from."""
-    return {
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings with the plan's numbers in place of "auto", and each that says otherwise."""
+    found, problems = settings(recipe), []
+    planned: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, "train.global_batch_size / (micro batch x processes)"),
         "train_batch_size": (micro_batch_size * accumulation * num_processes, "train.global_batch_size"),
@@ -161,12 +145,16 @@ def _planned(
         "fp16.enabled": (precision == "fp16", "train.precision"),
         "torch_autocast.enabled": (False, "train.precision"),
     }
-
-
-def _place(found: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The block that holds a setting, and the setting's name there; an empty block where there is none."""
-    block, _, field = name.rpartition(".")
-    return (found.get(block, {}), field) if block else (found, field)
+    for name, (value, source) in planned.items():
+        at, _, field = name.rpartition(".")
+        block = found.get(at, {}) if at else found
+        given = block.get(field, AUTO)
+        if field in block and given == AUTO:
+            block[field] = value
+        elif given not in (AUTO, value):
+            against = f"{name} is {json.dumps(given)}, but {source} gives {json.dumps(value)}"
+            problems.append(f'{recipe.train.engine_by}: {against}; write "auto"')
+    return found, problems
 
 
 def _read(given: Any) -> dict[str, Any]:
@@ -189,13 +177,9 @@ def _read(given: Any) -> dict[str, Any]:
 
 def _of_placement(recipe: Recipe) -> dict[str, Any]:
     """The settings that `train.placement` and `train.offload` stand for."""
-    block: dict[str, Any] = {"stage": STAGES[recipe.train.placement]}
-    offload, place = recipe.train.offload, {"device": "cpu"}
-    if offload != "none":
-        block["offload_optimizer"] = place
-    if offload == "all":
-        block["offload_param"] = place
-    return {"zero_optimization": block}
+    offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[recipe.train.offload]
+    devices = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
+    return {"zero_optimization": {"stage": STAGES[recipe.train.placement], **devices}}
 
 
 def _device_of(block: Mapping[str, Any], what: str) -> Any:
