@@ -17,7 +17,6 @@ from fulltune.train.worker import attempt
 from fulltune.train.worker import main as worker
 from tests.gpu_paths.cards import GIB, Cards
 
-MIB = 2**20
 books = pytest.mark.stand_in(
     "cards by a patched torch.cuda, with an allocator's books",
     card="fragmentation, the size of CUDA's own context",
@@ -88,19 +87,6 @@ def test_limit_is_a_share_of_the_current_card_until_its_end(an_a100_and_a_t4: Ca
 def test_limit_on_a_cpu_leaves_the_cards_alone(two_h100s: Cards) -> None:
     with held_to(64 * GIB, "cpu", print):
         assert two_h100s[0].share == 1.0
-
-
-@books
-def test_peak_of_an_attempt_is_the_allocators(two_h100s: Cards) -> None:
-    two_h100s[0].take(7 * GIB)
-    two_h100s[0].free(7 * GIB)
-
-    assert worker._peak_memory_bytes() == 7 * GIB
-
-
-@pytest.mark.stand_in("no card", card="-")
-def test_peak_of_an_attempt_without_a_card_is_the_process() -> None:
-    assert worker._peak_memory_bytes() > MIB
 
 
 @books

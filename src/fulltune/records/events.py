@@ -131,8 +131,6 @@ class UpdatesMeasured(Event):
     """Share of these values whose stored value changed."""
     update_to_weight: float
     """Size of a tensor's update to its own, the median over tensors."""
-    largest_update_to_weight: float
-    largest: str
 
 
 class Evaluated(Event):

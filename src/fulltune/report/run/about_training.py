@@ -169,9 +169,9 @@ def _facts(view: RunView, outcome: Outcome) -> list[Block]:
         tensors = f"{moved.num_tensors_moved:,} of {moved.num_tensors_with_gradient:,}"
         facts.append(("parameter tensors that moved", tensors))
     if updates:
-        sizes = f"{updates.update_to_weight:.1e} (median of the tensors; largest {updates.largest_update_to_weight:.1e}"
         facts.append((f"values that changed in step {updates.step:,}, of a sample", format_share(updates.changed)))
-        facts.append(("size of that update to the weights", f"{sizes}, {updates.largest})"))
+        sizes = f"{updates.update_to_weight:.1e} (median of the tensors)"
+        facts.append(("size of that update to the weights", sizes))
     blocks: list[Block] = [Facts(tuple(facts))] if facts else []
     if moved and moved.unmoved_tensors:
         names = ", ".join(moved.unmoved_tensors)

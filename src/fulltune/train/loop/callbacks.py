@@ -222,19 +222,16 @@ class UpdateMeter(TrainerCallback):
 def compared(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
     """What a step did to sampled values."""
     numbers = [
-        torch.stack([(now != then).sum(), then.float().norm(), (now.float() - then.float()).norm()])
-        for now, then in ((after[name], values) for name, values in before.items())
+        torch.stack([(after[name] != then).sum(), then.float().norm(), (after[name].float() - then.float()).norm()])
+        for name, then in before.items()
     ]
     found = torch.stack(numbers).tolist()  # the host waits for the device once
     changed = sum(count for count, *_ in found)
-    sizes = {name: update / weight for name, (_, weight, update) in zip(before, found, strict=True) if weight}
-    largest = max(sizes, key=lambda name: sizes[name], default="")
+    sizes = [update / weight for _, weight, update in found if weight]
     return UpdatesMeasured(
         step=step,
         changed=changed / max(1, sum(values.numel() for values in before.values())),
-        update_to_weight=statistics.median(sizes.values()) if sizes else 0.0,
-        largest_update_to_weight=sizes.get(largest, 0.0),
-        largest=largest,
+        update_to_weight=statistics.median(sizes) if sizes else 0.0,
     )
 
 

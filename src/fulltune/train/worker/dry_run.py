@@ -134,11 +134,9 @@ def same_buffers(model: Any) -> Iterator[None]:
 
 def check_of(batch: dict[str, Any], loss: float, began: float, passed: bool = True) -> Check:
     """The dry run's line in the table of checks before step 1."""
-    ids = batch.get("input_ids")
-    first = next(tensor for name, tensor in batch.items() if name != "labels")
     # Without tokens it is an image: its channels, height and width.
-    sides = first.shape[1:] if ids is None else ids.shape[1:]
-    size = " x ".join(str(side) for side in sides) + (" values" if ids is None else " tokens")
+    first = batch.get("input_ids", batch.get("pixel_values"))
+    size = " x ".join(map(str, first.shape[1:])) + (" tokens" if "input_ids" in batch else " values")
     return Check(
         name="dry-run step",
         result=f"{len(first)} rows of {size}, loss {loss:.4g}, {time.monotonic() - began:.2f} s",

@@ -62,7 +62,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         finally:
             request.initial_weights(rank).unlink(missing_ok=True)
             request.trained_weights(rank).unlink(missing_ok=True)
-        measured = {"peak_memory_bytes": _peak_memory_bytes(), **observed.for_outcome()}
+        measured = {"peak_memory_bytes": life_peak_bytes(), **observed.for_outcome()}
         seconds = round(time.monotonic() - started, 3)
         outcome = Outcome(trial=request.plan.trial, attempt=request.attempt, train_seconds=seconds, **ended, **measured)
         journal.write(outcome.status, outcome.reason)
@@ -132,13 +132,6 @@ def _end_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _peak_memory_bytes() -> int:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_reserved())
-    return life_peak_bytes()
 
 
 def main(file: str, parent: str | None = None) -> int:
