@@ -100,7 +100,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
     ("blocks", "expected"),
     [
         ({"method": "loar"}, [f"method.kind: expected {KINDS}, found 'loar'; did you mean 'lora'?"]),
-        ({"method": "base"}, [f"method.kind: expected {KINDS}, found 'base'"]),
+        ({"method": {"kind": "base"}}, [f"method.kind: expected {KINDS}, found 'base'"]),
         ({"method": {"rank": 8}}, ["method.rank: unknown setting; it belongs to kind: lora"]),
         (
             {"method": {"kind": "lora", "rnak": 8, "dropout": 1}},
@@ -111,7 +111,10 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         ),
         (
             {"methods": ["full", {"kind": "lroa", "rank": 0}]},
-            [f"methods.1.kind: expected {KINDS}, 'base', found 'lroa'; did you mean 'lora'?"],
+            [
+                f"methods.1.kind: expected {KINDS}, 'base', found 'lroa'; did you mean 'lora'?",
+                "methods.1.rank: expected greater than or equal to 1, found 0",
+            ],
         ),
         (
             {"method": {"kind": "prompt", "rank": 8}},

@@ -10,6 +10,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_args
 
@@ -137,16 +139,16 @@ def _left_out(item: Any, values: dict[str, Any]) -> Iterable[str]:
     """Take out of a recipe the setting, or those that a rule names, that one of pydantic's errors is about; their
     names."""
     block, at = values, _in_file(item)
+    if item["type"] == "union_tag_invalid":
+        method, near = reduce(getitem, at, values), near_names(item["ctx"]["tag"], _named(item["ctx"]["expected_tags"]))
+        if near and isinstance(method, dict):  # the kind that was meant has the other settings of its block checked
+            method["kind"] = near[0]
+            yield "kind"
+            return
     if len(at) > 1 and isinstance(values.get(at[0]), dict):
         block, at = values[at[0]], at[1:]
     inner, names = block.get(at[0]) if at else block, at[:1]
-    if item["type"] == "union_tag_invalid" and isinstance(inner, dict):
-        # The kind that was meant has the other settings of its block checked.
-        if near := near_names(item["ctx"]["tag"], _KINDS):
-            inner["kind"] = near[0]
-            yield "kind"
-            return
-    elif item["type"] == "value_error" and isinstance(inner, dict):
+    if item["type"] == "value_error" and isinstance(inner, dict):
         named = tuple(name for name in inner if re.search(rf"\b{re.escape(str(name))}\b", item["msg"]))
         block, names = (inner, named) if named else (block, names)
     for name in names:
@@ -225,8 +227,13 @@ def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
     return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/recipe.md lists those that are known"
 
 
+def _named(expected: str) -> list[str]:
+    """The names in a list of pydantic's, such as `'auto', 'cpu' or 'cuda'`."""
+    return re.findall(r"'([^']+)'", expected)
+
+
 def _expected(expected: str, given: Any) -> str:
-    hint = did_you_mean(str(given), re.findall(r"'([^']+)'", expected))
+    hint = did_you_mean(str(given), _named(expected))
     return f"expected {expected}, found {given!r}" + (f"; {hint}" if hint else "")
 
 
