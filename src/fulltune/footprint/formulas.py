@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import BYTES, KINDS, Footprint, Moment, Variant, terms
-from fulltune.footprint.watch import Case, Story, depths_of, has_tokens, layer_kinds, of_tensors, run
+from fulltune.footprint.watch import Case, Whole, depths_of, has_tokens, layer_kinds, of_tensors, run
 
 _log = logging.getLogger(__name__)
 
@@ -41,21 +41,6 @@ def points_of(case: Case) -> list[tuple[int, int]]:
     return list(itertools.product(ROWS, _LENGTHS))
 
 
-Timeline = dict[tuple[str, int], np.ndarray]
-"""Place and number of the allocation there, to bytes alive after it by kind, float64 [4]."""
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What was traced, for the whole model: arrays [points, moments, kinds] and [points]."""
-
-    keys: tuple[tuple[str, int], ...]
-    alive: np.ndarray
-    flops: np.ndarray
-    shapes: tuple[tuple[int, ...], ...]
-    trained: tuple[tuple[int, ...], ...]
-
-
 def whole_of(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Whole:
     """From copies with few layers where they tell it, else the model as it is."""
     try:
@@ -64,14 +49,14 @@ def whole_of(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Whole
         # A config may refuse another number of layers, and a class may want one of its lists to be as long.
         _log.debug("no copies with fewer layers of %s", type(case.config).__name__, exc_info=True)
         found = None
-    return found or _joined(run(case, depths_of(case), points, **way))
+    return found or run(case, depths_of(case), points, **way)
 
 
 def _from_cuts(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Whole | None:
     """Trace a copy of two layers and copies with one more, and add the difference for every further layer; None where
     layers differ without the config saying so."""
     start, growths = _copies(case)
-    base = _joined(run(case, start[0], points, kinds=start[1], **way))
+    base = run(case, start[0], points, kinds=start[1], **way)
     # Those that tell the terms apart, and one more that proves them.
     chosen = list(range(len(points) if len(points) <= len(ROWS) else len(_LENGTHS) + 2))
     matrix, wanted = (
@@ -79,7 +64,7 @@ def _from_cuts(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Who
     )
     found = base
     for depths, kinds, further in growths:
-        more = _joined(run(case, depths, [points[at] for at in chosen], kinds=kinds, **way))
+        more = run(case, depths, [points[at] for at in chosen], kinds=kinds, **way)
         if more.keys != base.keys:
             return None
         alive = (more.alive - base.alive[chosen]).reshape(len(chosen), -1)
@@ -87,12 +72,12 @@ def _from_cuts(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Who
         if not np.allclose(matrix @ layer[:, :-1], alive, atol=64):
             return None
         added = wanted @ layer
-        found = Whole(
-            base.keys,
-            found.alive + further * added[:, :-1].reshape(found.alive.shape),
-            found.flops + further * added[:, -1],
-            found.shapes + _added(base.shapes, more.shapes) * further,
-            found.trained + _added(base.trained, more.trained) * further,
+        found = replace(
+            found,
+            alive=found.alive + further * added[:, :-1].reshape(found.alive.shape),
+            flops=found.flops + further * added[:, -1],
+            shapes=found.shapes + _added(base.shapes, more.shapes) * further,
+            trained=found.trained + _added(base.trained, more.trained) * further,
         )
     return found if sum(math.prod(shape) for shape in found.shapes) == case.num_parameters else None
 
@@ -131,27 +116,6 @@ def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
 def _added(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     """Shapes of the tensors that a further layer brings."""
     return tuple((Counter(more) - Counter(few)).elements())
-
-
-def _joined(stories: Sequence[Story]) -> Whole:
-    """Stories of one copy at several points, of which each has the same moments."""
-    timelines = [_timeline(story) for story in stories]
-    keys = tuple(timelines[0])
-    if any(tuple(timeline) != keys for timeline in timelines):
-        raise ValueError("what it does depends on the number of rows or tokens")
-    alive = np.array([[timeline[key] for key in keys] for timeline in timelines])
-    return Whole(keys, alive, np.array([story.flops for story in stories]), stories[0].shapes, stories[0].trained)
-
-
-def _timeline(story: Story) -> Timeline:
-    """What is alive after each allocation; of layers between the first and the last nothing is kept."""
-    alive, counts, made = np.zeros(len(KINDS)), Counter[str](), {}
-    for place, block, size in story.changes:
-        alive[KINDS.index(story.kinds.get(block, "activations"))] += size
-        if size > 0 and not place.endswith(":middle"):
-            made[place, counts[place]] = alive.copy()
-            counts[place] += 1
-    return made
 
 
 _MANY = (1, 2, 4, 8, 16, 32, 64, 256, 1024)

@@ -8,7 +8,8 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fulltune.footprint.records import KINDS
 from fulltune.inference.run import autocast, logits_of
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models.load import torch_dtype
@@ -145,18 +147,18 @@ def of_tensors(case: Case, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
 # ---- what happens while it runs ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Story:
-    """What happened while a model ran."""
+@dataclass(frozen=True)
+class Whole:
+    """What was traced of a model at several points: arrays [points, moments, kinds] and [points]."""
 
-    changes: list[tuple[str, int, int]] = field(default_factory=list)
-    """Where, which block of memory, and its bytes: negative where it went."""
-    kinds: dict[int, str] = field(default_factory=dict)
-    """Block to its kind; the others are activations."""
-    flops: float = 0.0
-    shapes: tuple[tuple[int, ...], ...] = ()
+    keys: tuple[tuple[str, int], ...]
+    """Of each moment the place, and the number of the allocation there."""
+    alive: np.ndarray
+    """Bytes after it."""
+    flops: np.ndarray
+    shapes: tuple[tuple[int, ...], ...]
     """Of the model's parameters."""
-    trained: tuple[tuple[int, ...], ...] = ()
+    trained: tuple[tuple[int, ...], ...]
     """Of those that are trained."""
 
 
@@ -166,32 +168,39 @@ class Watch(TorchDispatchMode):
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self._count = 0
-        self._open = False
 
     def __exit__(self, *failure: Any) -> None:
         self._open = False  # what dies from now on is the model itself
         super().__exit__(*failure)
 
     def begin(self, parameters: list[torch.Tensor], num_trained: int) -> None:
-        """Begin a story."""
-        self.num_trained = num_trained
-        self.place = ""
-        self._blocks: dict[int, tuple[int, int, Any]] = {}
+        """Forget what was seen before; the parameters are there already."""
+        self.num_trained, self.place, self.flops = num_trained, "", 0.0
+        self._changes: list[tuple[str, int, int]] = []  # where, which block, its bytes: negative where it went
+        self._kinds: dict[int, str] = {}  # of a block; the others are activations
+        self._blocks: dict[int, tuple[int, Any]] = {}
         self._parameters = {tuple(parameter.shape) for parameter in parameters}
-        trained = tuple(tuple(parameter.shape) for parameter in parameters if parameter.requires_grad)
-        self._trained = set(trained)
-        self.story = Story(shapes=tuple(tuple(parameter.shape) for parameter in parameters), trained=trained)
-        self._open = True
+        self._trained = {tuple(parameter.shape) for parameter in parameters if parameter.requires_grad}
+        self._count, self._open = 0, True
         for parameter in parameters:
             self._add(parameter, None)
-        self.story.changes.clear()
+        self._changes.clear()
+
+    def timeline(self) -> dict[tuple[str, int], np.ndarray]:
+        """What is alive after each allocation, by kind; of layers between the first and the last nothing is kept."""
+        alive, counts, made = np.zeros(len(KINDS)), Counter[str](), {}
+        for place, block, size in self._changes:
+            alive[KINDS.index(self._kinds.get(block, "activations"))] += size
+            if size > 0 and not place.endswith(":middle"):
+                made[place, counts[place]] = alive.copy()
+                counts[place] += 1
+        return made
 
     def call_gradients(self, parameters: list[torch.Tensor]) -> None:
         """Name the blocks that the parameters' gradients lie in."""
         for parameter in parameters:
             if parameter.grad is not None:
-                self.story.kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"
+                self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"
 
     def _add(self, tensor: torch.Tensor, func: Any) -> None:
         storage = tensor.untyped_storage()
@@ -202,20 +211,19 @@ class Watch(TorchDispatchMode):
         block, size = self._count, storage.nbytes()
 
         def gone(_: Any) -> None:
-            if not self._open:
-                return
-            del self._blocks[key]
-            self.story.changes.append((self.place, block, -size))
+            if self._open:
+                del self._blocks[key]
+                self._changes.append((self.place, block, -size))
 
-        self._blocks[key] = (block, size, weakref.ref(storage, gone))
-        self.story.changes.append((self.place, block, size))
+        self._blocks[key] = (block, weakref.ref(storage, gone))
+        self._changes.append((self.place, block, size))
         if func is _aten._to_copy.default and tuple(tensor.shape) in self._parameters:
-            self.story.kinds[block] = "buffers"
+            self._kinds[block] = "buffers"
         elif tensor.dim() > 1 and tuple(tensor.shape) in self._trained:
             if self.place.startswith("backward"):  # before it is summed, or given the weights' type
-                self.story.kinds[block] = "gradients"
+                self._kinds[block] = "gradients"
         elif tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size:
-            self.story.kinds[block] = "logits"
+            self._kinds[block] = "logits"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # two of three calls, which make nothing
@@ -229,18 +237,14 @@ class Watch(TorchDispatchMode):
             out = torch.tensor(1.0)  # whether to leave out a layer (LayerDrop): the only draw whose value is asked for
         else:
             out = func(*args, **kwargs)
-        self._count_flops(func, args, kwargs, out)
+        if func is _aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.flops += 4.0 * args[0].numel() * args[1].shape[-2]  # of query and key
+        elif (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf, func)
         return out
-
-    def _count_flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        if func is _aten._scaled_dot_product_flash_attention_for_cpu.default:
-            query, key = args[0], args[1]
-            self.story.flops += 4.0 * query.numel() * key.shape[-2]
-        elif (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.story.flops += formula(*args, **kwargs, out_val=out)
 
 
 def _numbered(indices: Any, count: int) -> Any:
@@ -254,47 +258,32 @@ def _numbered(indices: Any, count: int) -> Any:
     return found
 
 
-def watch_layers(model: Any, watch: Watch, stacks: list[Any]) -> None:
+def watch_layers(watch: Watch, stacks: list[Any]) -> None:
     """Have the watch's place follow the layers: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
 
-    def named(stack: int, layer: int) -> str:
-        last = len(stacks[stack]) - 1
-        return f"{stack}:" + ("first" if layer == 0 else "last" if layer == last else "middle")
+    def pass_by(hidden: Any, forward: str, backward: str) -> None:
+        if watch.place.startswith("backward"):
+            return  # recomputed
 
-    def enter(name: str, stack: int, layer: int) -> Callable[..., None]:
-        def hook(_: Any, args: Any, kwargs: Any) -> None:
-            if watch.place.startswith("backward"):
-                return  # recomputed
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if layer == 0 and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
-                hidden.register_hook(_at(watch, f"backward {stack}:below"))
-            watch.place = f"forward {name}"
+        def back(_: Any) -> None:
+            watch.place = backward
 
-        return hook
+        if backward and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            hidden.register_hook(back)
+        watch.place = forward
 
-    def leave(name: str) -> Callable[..., None]:
-        def hook(_: Any, __: Any, out: Any) -> None:
-            if watch.place.startswith("backward"):
-                return
-            hidden = out if isinstance(out, torch.Tensor) else out[0]
-            if hidden.requires_grad:
-                hidden.register_hook(_at(watch, f"backward {name}"))
-            watch.place = f"forward after {name}"
+    def enter(name: str, _: Any, args: Any, kwargs: Any) -> None:
+        below = f"backward {name.replace('first', 'below')}" if name.endswith("first") else ""
+        pass_by(args[0] if args else kwargs.get("hidden_states"), f"forward {name}", below)
 
-        return hook
+    def leave(name: str, _: Any, __: Any, out: Any) -> None:
+        pass_by(out if isinstance(out, torch.Tensor) else out[0], f"forward after {name}", f"backward {name}")
 
     for stack, layers in enumerate(stacks):
         for layer, module in enumerate(layers):
-            name = named(stack, layer)
-            module.register_forward_pre_hook(enter(name, stack, layer), with_kwargs=True)
-            module.register_forward_hook(leave(name))
-
-
-def _at(watch: Watch, place: str) -> Callable[[Any], None]:
-    def hook(_: Any) -> None:
-        watch.place = place
-
-    return hook
+            name = f"{stack}:" + ("first" if layer == 0 else "last" if layer == len(layers) - 1 else "middle")
+            module.register_forward_pre_hook(partial(enter, name), with_kwargs=True)
+            module.register_forward_hook(partial(leave, name))
 
 
 def stacks_of(model: Any, depths: set[int]) -> list[Any]:
@@ -318,13 +307,12 @@ def run(
     recomputed: bool,
     training: bool,
     kinds: Sequence[str] = (),
-) -> list[Story]:
+) -> Whole:
     """Micro batches of so many rows and tokens each, forward and in training backward, by a copy with these layers."""
     config = cut(case, depths, kinds)
     batches = [batch_of(case, *point) for point in points]
     counts = [case.task.count_items(batch["labels"]) for batch in batches]
-    vocab_size = getattr(config.get_text_config(), "vocab_size", 0) or 0
-    stories = []
+    timelines, flops = [], []
     with torch.device("meta"):  # outside of the mode: numbers that a class computes for itself have values here
         model = build(case, config)
     with FakeTensorMode() as mode:
@@ -332,16 +320,25 @@ def run(
         if recomputed:
             model.activation_checkpointing_enable()
         model.train(training)
-        watch = Watch(vocab_size)
-        watch_layers(model, watch, stacks_of(model, set(depths.values())))
+        watch = Watch(getattr(config.get_text_config(), "vocab_size", 0) or 0)
+        watch_layers(watch, stacks_of(model, set(depths.values())))
         for batch, count in zip(batches, counts, strict=True):
             unvalued = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
             watch.begin(list(model.parameters()), count)
             with watch, torch.set_grad_enabled(training):
-                _micro_batch(case, model, dict(unvalued), watch, training)
+                _micro_batch(case, model, unvalued, watch, training)
             model.zero_grad(set_to_none=True)
-            stories.append(watch.story)
-    return stories
+            timelines.append(watch.timeline())
+            flops.append(watch.flops)
+        trained, frozen = (
+            tuple(tuple(one.shape) for one in model.parameters() if one.requires_grad is wanted)
+            for wanted in (True, False)
+        )
+    keys = tuple(timelines[0])
+    if any(tuple(timeline) != keys for timeline in timelines):
+        raise ValueError("what it does depends on the number of rows or tokens")
+    alive = np.array([[timeline[key] for key in keys] for timeline in timelines])
+    return Whole(keys, alive, np.array(flops), trained + frozen, trained)
 
 
 def onto_cpu(model: Any) -> None:
