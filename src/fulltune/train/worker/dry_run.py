@@ -135,7 +135,7 @@ def same_buffers(model: Any) -> Iterator[None]:
 def check_of(batch: dict[str, Any], loss: float, began: float, passed: bool = True) -> Check:
     """The dry run's line in the table of checks before step 1."""
     # Without tokens it is an image: its channels, height and width.
-    first = batch.get("input_ids", batch.get("pixel_values"))
+    first: Any = batch.get("input_ids", batch.get("pixel_values"))
     size = " x ".join(map(str, first.shape[1:])) + (" tokens" if "input_ids" in batch else " values")
     return Check(
         name="dry-run step",
