@@ -7,11 +7,10 @@ there; the test rows are never looked at.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -107,20 +106,31 @@ def ids(folder: Path) -> Iterator[str]:
 
 def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> Proofs:
     """Train with and without each step (those of `checks`, or all), compare on eval rows, write the proofs."""
-    of_data = job.folder / "data"
-    steps = _worth_a_training(of_data, summary, checks)
-    left_out = [str(one) for one in cleaning_steps(load_issues(of_data)) if one not in steps]
+    of_data, folder, number = job.folder / "data", job.folder / FOLDER, 0
+    possible = cleaning_steps(load_issues(of_data))
+    steps = _worth_a_training(possible, summary, checks)
     job.phase("training with and without each cleaning step")
-    arms: list[list[Predictions]] = [[] for _ in range(1 + len(steps))]
-    runs = itertools.product(enumerate((None, *steps)), range(seeds))
-    for number, ((arm, step), seed) in enumerate(runs, start=1):
-        which = f"training {number} of {len(arms) * seeds}"
-        job.listener(Said(text=f"{which}: {step or 'rows as they are'}, seed {seed}"))
-        arms[arm].append(_rows_of_run(job, summary, step, seed))
-    shutil.rmtree(job.folder / FOLDER / ".fulltune-cache", ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    before = load_patch(Path(job.recipe.data.patch)) if job.recipe.data.patch else {}
+    arms, patches = list[list[Predictions]](), list[str]()
+    for step in (None, *steps):
+        # With other rows, such as after a patch, all is trained anew.
+        stem = folder / f"{step.name if step else 'as-they-are'}-{summary.fingerprint[:8]}"
+        changes: dict[str, Any] = {}
+        if step is not None:
+            changes["data.patch"] = f"{stem}.patch.jsonl"
+            save_patch(Path(f"{stem}.patch.jsonl"), (before | {one.key: one for one in step.decisions}).values())
+            patches.append(f"{FOLDER}/{stem.name}.patch.jsonl")
+        arms.append([])
+        for seed in range(seeds):
+            number += 1
+            which = f"training {number} of {(1 + len(steps)) * seeds}"
+            job.listener(Said(text=f"{which}: {step or 'rows as they are'}, seed {seed}"))
+            recipe = with_settings(job.recipe, {**changes, "train.seed": job.recipe.train.seed + seed})
+            arms[-1].append(_rows_of_run(replace(job, recipe=recipe, folder=folder / f"{stem.name}-{seed}")))
+    shutil.rmtree(folder / ".fulltune-cache", ignore_errors=True)
     metric = job.recipe.evaluate.metric or summary.form.metrics[0]
     measure = measure_of(job.recipe.task, Target.of(summary), metric)
-    patches = [str(_patch(job, summary, step).relative_to(job.folder)) for step in steps]
     proofs, rows = _compared(measure, steps, patches, arms)
     found = Proofs(
         fingerprint=summary.fingerprint,
@@ -130,7 +140,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
         metric=metric,
         greater_is_better=measure.greater_is_better,
         by="trainings",
-        left_out=() if checks else tuple(left_out),
+        left_out=() if checks else tuple(str(one) for one in possible if one not in steps),
     )
     found.save(of_data / TRAINED_PROOFS)
     return found
@@ -153,9 +163,9 @@ def refuse_trainings(recipe: Recipe, summary: DataSummary) -> None:
         )
 
 
-def _worth_a_training(folder: Path, summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
+def _worth_a_training(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
     """The steps of some checks, or of all those with rows enough; raises a `RecipeError` when there is none."""
-    steps = [step for step in cleaning_steps(load_issues(folder)) if _leaves_enough(step, summary)]
+    steps = [step for step in steps if _leaves_enough(step, summary)]
     if checks:
         known = {step.check for step in steps}
         if unknown := [check for check in checks if check not in known]:
@@ -182,25 +192,21 @@ def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
     return has_all and len(step.issues) <= MOST_SHARE * summary.splits["train"].rows
 
 
-def _rows_of_run(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int) -> Predictions:
-    """What a whole run with one cleaning step, or without, gives for its eval rows; only that is kept of it."""
-    stem = _stem(job, summary, step.name if step else "as-they-are")
-    run = stem.with_name(f"{stem.name}-{seed}")
-    place = run.with_name(f"{run.name}.npz")
-    if not place.exists():
-        recipe = _recipe(job, summary, step, seed)
-        run_folder.find_or_make(recipe, "", run.name, run, fresh=False)
-        listener = without_tables(job.listener)
-        reached = pipeline.run(replace(job, recipe=recipe, folder=run, listener=listener, began=None), "train")
+def _rows_of_run(job: Run) -> Predictions:
+    """What a whole run in its folder gives for its eval rows; only that is kept of it."""
+    run, kept = job.folder, Path(f"{job.folder}.npz")
+    if not kept.exists():
+        run_folder.find_or_make(job.recipe, "", run.name, run, fresh=False)
+        reached = pipeline.run(replace(job, listener=without_tables(job.listener), began=None), "train")
         assert reached.plan is not None, "asked for"
         assert reached.outcome is not None, "asked for"
         assert reached.outcome.model_folder is not None, "a run that ended well has a model"
-        scoring = evaluate.scoring_of(recipe, reached.plan, reached.summary, run, job.base)
-        kept = outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
+        scoring = evaluate.scoring_of(job.recipe, reached.plan, reached.summary, run, job.base)
+        found = outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",))[0]["eval"]
         rows = run / "data" / "eval"
-        save_outputs(place, {**kept, _IDS: np.array(list(ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
+        save_outputs(kept, {**found, _IDS: np.array(list(ids(rows))), _CLUSTERS: np.load(rows / CLUSTERS)})
     shutil.rmtree(run, ignore_errors=True)
-    return load_outputs(place)
+    return load_outputs(kept)
 
 
 def _chosen(kept: Predictions, names: np.ndarray) -> Predictions:
@@ -208,28 +214,6 @@ def _chosen(kept: Predictions, names: np.ndarray) -> Predictions:
     order = np.argsort(kept[_IDS])
     chosen = order[np.searchsorted(kept[_IDS][order], names)]
     return {name: array[chosen] for name, array in kept.items()}
-
-
-def _stem(job: Run, summary: DataSummary, name: str) -> Path:
-    """Of files about these rows: with others, such as after a patch, all is trained anew."""
-    return job.folder / FOLDER / f"{name}-{summary.fingerprint[:8]}"
-
-
-def _patch(job: Run, summary: DataSummary, step: CleaningStep) -> Path:
-    return _stem(job, summary, step.name).with_suffix(".patch.jsonl")
-
-
-def _recipe(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int) -> Recipe:
-    """The same recipe with a patch and a seed of its own."""
-    recipe = job.recipe
-    changes: dict[str, Any] = {"train.seed": recipe.train.seed + seed}
-    if step is not None:
-        before = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
-        patch = _patch(job, summary, step)
-        patch.parent.mkdir(exist_ok=True)
-        save_patch(patch, (before | {one.key: one for one in step.decisions}).values())
-        changes["data.patch"] = str(patch)
-    return with_settings(recipe, changes)
 
 
 def _compared(
@@ -263,8 +247,9 @@ def _compared(
 
 # ---- by linear classifiers on the untouched model ------------------------------------------------------------------
 
-Changed = Callable[[CleaningStep], tuple[np.ndarray, np.ndarray]]
-"""From a step to whether each row is kept, bool [rows], and the label that it has then."""
+
+Change = tuple[CleaningStep, np.ndarray, np.ndarray]
+"""With each train row whether it is kept, bool [rows], and the label that it has then."""
 
 
 def refuse_prove(summary: DataSummary) -> None:
@@ -291,20 +276,17 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> Proofs:
         _, strength, _ = best(train, held_out, fits, wrong)
         names = list(ids(folder / "train"))
         place = {names[position]: at for at, position in enumerate(positions)}
-        numbers = {name: number for number, name in enumerate(summary.labels)}
-
-        def as_changed(step: CleaningStep) -> tuple[np.ndarray, np.ndarray]:
-            """Rows that classifiers have, and labels, but not other texts."""
+        changes, left_out = list[Change](), list[str]()
+        for step in cleaning_steps(load_issues(folder)):
+            # Classifiers have rows and labels, but not other texts.
             kept, labels = np.ones(len(train.labels), bool), train.labels.copy()
             for one in (one for one in step.issues if one.row in place):
                 if step.action == "drop":
                     kept[place[one.row]] = False
                 elif one.remedy.column == summary.columns.get("label"):
-                    labels[place[one.row]] = numbers[one.remedy.value]
-            return kept, labels
-
-        left_out = list[str]()
-        proofs = list(_fitted(train, held_out, cleaning_steps(load_issues(folder)), as_changed, strength, left_out))
+                    labels[place[one.row]] = summary.labels.index(one.remedy.value)
+            changes.append((step, kept, labels))
+        proofs = list(_fitted(train, held_out, changes, strength, left_out))
     except NoProbe as no:
         raise SetupError(f"--prove: nothing can be compared: {no}") from None
     found = Proofs(
@@ -321,8 +303,7 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> Proofs:
 def _fitted(
     train: Items,
     held_out: Items,
-    steps: Sequence[CleaningStep],
-    changed: Changed,
+    changes: Sequence[Change],
     strength: float,
     left_out: list[str],
 ) -> Iterator[Proof]:
@@ -332,9 +313,8 @@ def _fitted(
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]
     before = np.mean([fitted(train.part(part)) for part in parts], axis=0)
     samples = drawn.integers(0, len(before), (_RESAMPLES, len(before)))
-    tails = ALPHA / max(1, len(steps)) / 2
-    for step in steps:
-        kept, labels = changed(step)
+    tails = ALPHA / max(1, len(changes)) / 2
+    for step, kept, labels in changes:
         if kept.all() and (labels == train.labels).all():
             continue
         items = replace(train, labels=labels)

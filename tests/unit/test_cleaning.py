@@ -141,11 +141,9 @@ def test_no_row_that_differs_is_no_proof_that_none_would() -> None:
         features = np.column_stack([10.0 * labels - 5, drawn.normal(size=count)]).astype(np.float32)
         return Items("single_label", features, labels, np.arange(count), 2)
 
-    def without_the_first(step: CleaningStep) -> tuple[np.ndarray, np.ndarray]:
-        return np.arange(200) > 0, np.arange(200) % 2
-
     [step] = cleaning_steps([issue("markup", "1")])
-    [proof] = _fitted(rows(200), rows(86), [step], without_the_first, MIDDLE, [])
+    without_the_first = (step, np.arange(200) > 0, np.arange(200) % 2)
+    [proof] = _fitted(rows(200), rows(86), [without_the_first], MIDDLE, [])
     assert proof.difference == 0
     assert -3.7 / 86 < proof.low < -2.5 / 86
     assert 2.5 / 86 < proof.high < 3.7 / 86

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fulltune.cli import audit
-from fulltune.cli.audit import accepted, decided_before, go_through, queue, to_decide
+from fulltune.cli.audit import accepted, go_through, queue, to_decide
 from fulltune.data.patch import load_patch
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
@@ -46,7 +46,9 @@ def pressing(keys: str) -> Callable[[], str]:
 
 def asked(keys: str, patch: Path) -> tuple[dict[str, RowDecision], str]:
     out = StringIO()
-    found = go_through(Console(file=out, width=80), ISSUES, patch, decided_before(patch), pressing(keys))
+    found = go_through(
+        Console(file=out, width=80), ISSUES, patch, load_patch(patch) if patch.exists() else {}, pressing(keys)
+    )
     return {row: one for (_, row), one in found.items()}, out.getvalue()
 
 
@@ -96,7 +98,7 @@ def test_other_keys_and_changes_that_are_not_proposed_do_nothing(tmp_path: Path)
 
 def test_rows_that_are_written_down_to_be_decided_are_asked_about_again(tmp_path: Path) -> None:
     asked("dq", patch := tmp_path / "p.jsonl")
-    before = decided_before(patch)
+    before = load_patch(patch)
     found = {them[0].key: to_decide(them) for them in queue(ISSUES, before)}
     assert [one.remedy.action for one in found.values()] == ["undecided", "undecided"]  # what was decided stays
     assert all(one.proposed and one.text and one.reason for one in found.values())
@@ -106,7 +108,7 @@ def test_rows_that_are_written_down_to_be_decided_are_asked_about_again(tmp_path
 def test_what_is_proposed_for_a_check_can_be_taken_at_once(tmp_path: Path) -> None:
     patch = tmp_path / "p.jsonl"
     asked("kq", patch)  # the surest is kept by hand
-    decided, said = accepted(ISSUES, ["label error"], decided_before(patch))
+    decided, said = accepted(ISSUES, ["label error"], load_patch(patch))
     assert {row: one.remedy.action for (_, row), one in decided.items()} == {"c": "keep", "b": "replace"}
     assert said == ["label error: 1 row, as proposed"]
 

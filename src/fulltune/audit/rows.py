@@ -16,7 +16,7 @@ import numpy as np
 from fulltune.audit.languages import OTHER_LANGUAGE, Heard, elsewhere, listen
 from fulltune.audit.texts import PARTS, cells, checks_of, flaws, masked_text, whole_texts
 from fulltune.audit.texts.content import alike
-from fulltune.audit.texts.flaw import Flaw, listed
+from fulltune.audit.texts.flaw import Flaw
 from fulltune.data.groups import draw, grams, jaccard, joined, signatures
 from fulltune.data.patch import Decisions, Patched, load_patch, numbered
 from fulltune.data.sources import find_files, read_rows
@@ -27,6 +27,7 @@ from fulltune.records.data import SplitName
 from fulltune.records.events import Listener, RowsRead
 from fulltune.tasks import PLACE, Row, Target, Task, chat
 from fulltune.tasks.columns import as_text, normalised
+from fulltune.text import first_few
 
 CHAT_FAULT, CLASS_NAMES = "chat fault", "class names"
 SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
@@ -183,7 +184,7 @@ def named(rows: AuditedRows, decided: Decisions) -> Iterator[tuple[SplitName, Ro
 
 def _chat_issues(rows: AuditedRows, split: SplitName, row: Row) -> list[RowIssue]:
     found = chat_faults(chat.clean(row[rows.target.columns["messages"]]))
-    return [rows.issue(CHAT_FAULT, split, row, masked_text(listed(found)), score=float(len(found)))] if found else []
+    return [rows.issue(CHAT_FAULT, split, row, masked_text(first_few(found)), score=float(len(found)))] if found else []
 
 
 def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:

@@ -119,7 +119,7 @@ def decide(target: Path, folder: Path, patch: Path | None, review: bool, accept:
     file = patch or Path(applied or beside)
     if not file.parent.is_dir():
         raise RecipeError(f"--patch: {file.parent}: there is no such folder")
-    before = decided_before(file)
+    before = load_patch(file, "--patch") if file.exists() else {}
     if accept:
         decided, notes = accepted(issues, accept, before)
     elif sys.stdin.isatty() and sys.stdout.isatty():
@@ -158,11 +158,6 @@ def _refuse_checks(audit: Audit, accept: Sequence[str]) -> None:
 
 
 # ---- the review ---------------------------------------------------------------------------------------------------
-
-
-def decided_before(patch: Path) -> Decisions:
-    """What a file holds already; raises a `DataError` when it is there and is no patch."""
-    return load_patch(patch, "--patch") if patch.exists() else {}
 
 
 def save(patch: Path, decided: Decisions) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal
@@ -11,7 +10,7 @@ import numpy as np
 
 from fulltune.audit.texts import masked_text
 from fulltune.audit.texts.content import alike_in_words
-from fulltune.audit.texts.flaw import masked
+from fulltune.audit.texts.flaw import RE, masked
 from fulltune.data.contamination import KnownTexts
 from fulltune.data.encode import NEW_LABEL, Dropped, Encoded, Loss
 from fulltune.data.groups import problems_of, time_in_words
@@ -34,15 +33,11 @@ _FEW_OF_A_CLASS = 5
 """One right answer more or less then moves its recall by 20 points or more."""
 
 
-_NEVER_NAMES = re.compile(r"\[(?:SECRET|CARD|IBAN|SSN)\]")
-"""What masks a password, a key or a number of somebody's: no class is called so for a reason."""
-
-
 def refuse_secret_names(target: Target, where: str) -> None:
     """Refuse passwords, keys and numbers of cards, accounts or people as names of labels and columns, which nothing can
     hide from who reads the finished model."""
     names = [("column", name) for name in target.columns.values()] + [("label", name) for name in target.labels]
-    secret = [f"{kind} {masked(name)}" for kind, name in names if _NEVER_NAMES.search(masked_text(name))]
+    secret = [f"{kind} {masked(name)}" for kind, name in names if RE["never_a_name"].search(masked_text(name))]
     if secret:
         raise DataError(
             f"{where}: names of labels and columns stand in reports and in the model's config.json, and there are "
@@ -126,8 +121,15 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
         remarks.append(f"only {counted(dev.num_rows, 'eval row')}: hardly enough to tell which weights are better")
     remarks += _shared(splits, "groups", shared_by(target.columns), " (equal, or nearly so)" if near else "")
     of_classes = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
-    if "label" in target.columns and (told := alike_in_words(of_classes)):
+    if "label" not in target.columns:
+        return remarks
+    if told := alike_in_words(of_classes):
         remarks.append(told)
+    if lost := [f"'{name}'" for name in target.labels if name not in of_classes]:
+        remarks.append(
+            f"classes of which no row can be used, so that nothing trains their outputs: {first_few(lost)}; repair or "
+            "remove their rows (data/dropped.jsonl)"
+        )
     return remarks
 
 
@@ -135,15 +137,11 @@ def _shared(
     splits: Mapping[SplitName, Split], of: Literal["groups", "values"], what: str, nearly: str = ""
 ) -> list[str]:
     """Notes on held-out rows whose groups, or values of `data.group`, are also those of another split's."""
-    flatters = ": their scores flatter the model"
-    overlaps: tuple[tuple[SplitName, SplitName, str], ...] = (
-        ("eval", "train", flatters),
-        ("test", "train", flatters),
-        ("test", "eval", ", which chooses the checkpoint"),
-    )
+    overlaps: tuple[tuple[SplitName, SplitName], ...] = (("eval", "train"), ("test", "train"), ("test", "eval"))
     return [
-        f"{_part(count, splits[name], name)} have a {what} that also stands in {other}{nearly}{why}"
-        for name, other, why in overlaps
+        f"{count:,} of {splits[name].num_rows:,} {name} rows have a {what} that also stands in {other}{nearly}"
+        f"{': their scores flatter the model' if other == 'train' else ', which chooses the checkpoint'}"
+        for name, other in overlaps
         if (count := num_shared(splits[name], splits[other], of))
     ]
 
@@ -153,10 +151,6 @@ def note_on_flaws(sources: Iterable[Encoded]) -> list[str]:
     found = sum((source.tally.of("flaw") for source in sources), Counter[str]())
     shown = ", ".join(f"{check} in {counted(count, 'row')}" for check, count in found.most_common())
     return [f"texts that look wrong: {shown}; the audit of 'fulltune data' lists them"] * bool(found)
-
-
-def _part(count: int, split: Split, name: SplitName) -> str:
-    return f"{count:,} of {split.num_rows:,} {name} rows"
 
 
 def num_shared(split: Split, other: Split, of: Literal["groups", "values"] = "groups") -> int:

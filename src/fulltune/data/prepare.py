@@ -157,9 +157,8 @@ def _make(
     target, counts = describe(block, task, sources)
     if block.patch:
         refuse_foreign(block.patch, [one.patched for one in sources.values() if one.patched], not block.max_rows)
-    has_forms = task.FACTS.has_forms
     targets = {
-        name: own_form(block, task, source) if has_forms and is_mixed(name) else target
+        name: own_form(block, task, source) if is_mixed(name) and task.FACTS.has_forms else target
         for name, source in sources.items()
     }
     limit, reason = longest_row(recipe, task, target, stage.limits, stage.tokenizer)

@@ -53,15 +53,11 @@ class Split:
 
     def label_counts(self, times: np.ndarray | None = None) -> Counter[str]:
         """How often each label occurs, each row of the source counted so many times: once if it is in the split."""
-        return _label_counts(self.source, self.rows if times is None else times)
-
-
-def _label_counts(whole: Encoded, times: np.ndarray) -> Counter[str]:
-    """How often each label occurs, each row counted so many times."""
-    counts = Counter[str]()
-    for names, count in zip(whole.label_sets, np.bincount(whole.labels, times, len(whole.label_sets)), strict=True):
-        counts.update(dict.fromkeys(names, int(count)) if count else {})
-    return counts
+        sets, counts = self.source.label_sets, Counter[str]()
+        numbers = np.bincount(self.source.labels, self.rows if times is None else times, len(sets))
+        for names, count in zip(sets, numbers, strict=True):
+            counts.update(dict.fromkeys(names, int(count)) if count else {})
+        return counts
 
 
 def assign(recipe: Recipe, encoded: Mapping[str, Encoded]) -> dict[SplitName, Split]:
@@ -149,8 +145,8 @@ def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
 def _strata(whole: Encoded, by_side: bool) -> np.ndarray:
     """Each row's class, -1 without one: int64 [rows]. Of several labels, and of all that are on one side, the rarest:
     what is hardest to share out; of equally rare ones the first of the alphabet."""
-    names, counts = whole.names, _label_counts(whole, np.ones(whole.num_rows))
-    places = {name: place for place, name in enumerate(names)}
+    counts = Split(whole, np.ones(whole.num_rows, bool), is_file=True).label_counts()
+    places = {name: place for place, name in enumerate(whole.names)}
     of_set = [places[min(of, key=lambda name: (counts[name], name))] if of else -1 for of in whole.label_sets]
     strata = np.array(of_set, np.int64)[whole.labels]
     return rarest_of_side(strata, whole.sides) if by_side else strata
@@ -167,7 +163,10 @@ def rarest_of_side(strata: np.ndarray, sides: np.ndarray) -> np.ndarray:
 
 def split_by_time(times: np.ndarray, sides: np.ndarray, wanted: Mapping[SplitName, int]) -> dict[SplitName, np.ndarray]:
     """The rows of each split, bool [rows], the newest of `wanted` first; no time and no group is on two sides."""
-    oldest = _oldest_of_group(times, sides)
+    numbers, group = np.unique(sides, return_inverse=True)
+    starts = np.full(len(numbers), np.inf)
+    np.minimum.at(starts, group, times)
+    oldest = starts[group]  # row of the group that each row is in
     chosen: dict[SplitName, np.ndarray] = {}
     before = np.ones(len(times), bool)
     for name, count in wanted.items():
@@ -175,14 +174,6 @@ def split_by_time(times: np.ndarray, sides: np.ndarray, wanted: Mapping[SplitNam
         chosen[name] = before & (oldest >= start)
         before &= times < start
     return {**chosen, "train": before}
-
-
-def _oldest_of_group(times: np.ndarray, sides: np.ndarray) -> np.ndarray:
-    """The time of the oldest row in each row's group: float64 [rows]."""
-    numbers, group = np.unique(sides, return_inverse=True)
-    oldest = np.full(len(numbers), np.inf)
-    np.minimum.at(oldest, group, times)
-    return oldest[group]
 
 
 def _boundary(oldest: np.ndarray, wanted: int) -> float:

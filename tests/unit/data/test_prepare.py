@@ -54,6 +54,12 @@ def test_class_with_hardly_any_test_row_is_noted(
     assert all("fewer than 5 of the 60 test rows" in note and note.endswith("1 of 2: 'rare' (1)") for note in said)
 
 
+def test_class_of_which_no_row_can_be_used_is_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = [*tiny.topic_rows(60), {"text": " ", "label": "lost"}]
+    notes = prepare(tmp_path, rows, encoder_tokenizer, "text-classification").notes
+    assert any("no row can be used, so that nothing trains their outputs: 'lost'; repair" in note for note in notes)
+
+
 def test_rows_of_files_that_stand_in_another_split_are_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
     test, dev = (tiny.write_csv(tmp_path / f"{name}.csv", tiny.topic_rows(50)[40:]) for name in ("test", "dev"))
     notes = prepare(tmp_path, tiny.topic_rows(40), encoder_tokenizer, test=str(test), eval=str(dev)).notes

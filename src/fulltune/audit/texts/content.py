@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from functools import cache
 from html.entities import html5
 
-from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, compiled, listed, quoted
+from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, compiled, quoted
 from fulltune.errors import SetupError
-from fulltune.text import counted, format_percent
+from fulltune.text import counted, first_few, format_percent
 
 
 def empty(text: str) -> Flaw | None:
@@ -113,7 +113,7 @@ def broken_encoding(text: str) -> Flaw | None:
         found.append(f"read in a wrong encoding: {before} should be {after}")
     if lost := fixed.count(_LOST):
         found.append(f"{counted(lost, 'replacement character')} (U+FFFD) where letters were lost")
-    return Flaw("broken encoding", listed(found), fixed if fixed != text else None) if found else None
+    return Flaw("broken encoding", first_few(found), fixed if fixed != text else None) if found else None
 
 
 def control_characters(text: str) -> Flaw | None:
@@ -129,7 +129,7 @@ def control_characters(text: str) -> Flaw | None:
         counts["character in two halves (surrogates)"] = num_pairs
     if not counts:
         return None
-    reason = listed([f"{count:,} × {name}" for name, count in counts.items()])
+    reason = first_few([f"{count:,} × {name}" for name, count in counts.items()])
     return Flaw("control characters", reason, _without(whole, set(places)))
 
 
@@ -184,7 +184,7 @@ def markup(text: str) -> Flaw | None:
         return Flaw("markup", f"markup only: {quoted(text)}")
     counts = Counter([*(f"<{name}>" for name in tags), *entities])
     found = [f"{name} × {count:,}" if count > 1 else name for name, count in counts.most_common()]
-    return Flaw("markup", f"HTML left over: {listed(found)}", _plain(text))
+    return Flaw("markup", f"HTML left over: {first_few(found)}", _plain(text))
 
 
 def _tags(text: str) -> list[str]:
@@ -239,7 +239,7 @@ def placeholder(text: str) -> Flaw | None:
     found = list(dict.fromkeys(match[0] for match in _PLACEHOLDER.finditer(bare)))
     if not found or _is_code(bare):
         return None
-    return Flaw("placeholder", f"not filled in: {listed([quoted(one) for one in found])}")
+    return Flaw("placeholder", f"not filled in: {first_few([quoted(one) for one in found])}")
 
 
 def chat_tokens(text: str) -> Flaw | None:
@@ -255,7 +255,9 @@ def chat_tokens(text: str) -> Flaw | None:
     starts, ends = RE["sentence_start"].match(text), RE["sentence_end"].search(text)
     if (starts and "</s>" not in text[: -len("</s>")].rstrip()) or (ends and "<s>" not in text[1:]):
         found += ["<s>"] if starts else ["</s>"]
-    return Flaw("chat tokens", f"{listed([quoted(one) for one in found])}: a template adds its own") if found else None
+    return (
+        Flaw("chat tokens", f"{first_few([quoted(one) for one in found])}: a template adds its own") if found else None
+    )
 
 
 _PHRASES = [(signs.split("|"), compiled(pattern)) for signs, pattern in PATTERNS["refusal"]]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MOST_NAMED = 3
+from fulltune.text import first_few
+
 PATTERNS: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("checks.toml").read_text(encoding="utf-8"))
 """What checks look for, as data."""
 ABOUT: Mapping[str, str] = PATTERNS["about"]
@@ -50,18 +51,12 @@ def redacted(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -
             pieces += [text[place:start], instead]
             named.append(f"{what} {masked(text[start:end])} at character {start + 1:,}")
             place = end
-    return Flaw(check, listed(named), "".join(pieces) + text[place:]) if named else None
+    return Flaw(check, first_few(named), "".join(pieces) + text[place:]) if named else None
 
 
 def masked(value: str) -> str:
     """The beginning of what must not be quoted: four characters, or of short ones fewer: `'AKIA…'`, `'jo…'`."""
     return f"'{value[: min(4, len(value) // 6)]}…'"
-
-
-def listed(names: list[str]) -> str:
-    """The first three, and how many more there are."""
-    shown, more = ", ".join(names[:_MOST_NAMED]), len(names) - _MOST_NAMED
-    return f"{shown} and {more:,} more" if more > 0 else shown
 
 
 def quoted(text: str, most_characters: int = 40) -> str:
