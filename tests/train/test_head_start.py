@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -76,20 +75,6 @@ def started(folder: Path) -> dict[str, str]:
 
 def probe_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "run" / "probe").iterdir())}
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[list[int]]:
-    """How often a probe is fitted: the number of rows of each."""
-    calls: list[int] = []
-    original = probe.fit
-
-    def fit(extractor: Any, rows: Any, eval_rows: Any, with_head: bool) -> Any:
-        calls.append(len(rows))
-        return original(extractor, rows, eval_rows, with_head)
-
-    with mock.patch.object(probe, "fit", fit):
-        yield calls
 
 
 # ---- what it is good for ---------------------------------------------------------------------------------------
@@ -169,13 +154,6 @@ def test_same_files_whichever_seed_fits_first(tiny_encoder: Path, tmp_path: Path
         found = probe_files(tmp_path / str(seed))
         files.append([found[name] for name in ("head.safetensors", "start.safetensors", "frozen.safetensors")])
     assert files[0] == files[1]
-
-
-# ---- again, and with little memory -----------------------------------------------------------------------------
-
-
-def no_memory() -> None:
-    raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
 
 # ---- where there is none ---------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from fulltune.footprint.records import FOOTPRINT, SHAPES
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
 from fulltune.recipe.methods import TAKEN
-from fulltune.text import parse_seconds
 
 SMALL: dict[str, Any] = {"model": "some/model", "task": "causal-lm", "data": {"train": "a.jsonl"}}
 
@@ -157,13 +156,6 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
             ],
         ),
         (
-            {"methods": ["full", "lora"], "method": "lora"},
-            [
-                "method and methods are both given: 'fulltune compare' reads 'methods', the other commands 'method'; "
-                "remove one"
-            ],
-        ),
-        (
             {"methods": ["full", {"kind": "lora", "name": "../up"}], "name": "a run"},
             [
                 "methods.1.name: expected letters, digits, '.', '_' and '-', with a letter or a digit first, found "
@@ -191,19 +183,6 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
 )
 def test_problems_are_named_all_at_once(blocks: dict[str, Any], expected: list[str]) -> None:
     assert problems(**blocks) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("30m", 1800), ("2h", 7200), ("90s", 90), ("1h30m", 5400), ("1.5 h", 5400), ("10 min", 600)]
-)
-def test_times_are_read(text: str, seconds: float) -> None:
-    assert parse_seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "30", "m", "0m", "half an hour"])
-def test_what_is_no_time_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        parse_seconds(text)
 
 
 @pytest.mark.parametrize("name", ["footprint", "Shapes", "measured", "survey"])

@@ -84,14 +84,12 @@ def trained(model: Any) -> dict[str, Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def compared(recipe: Recipe) -> tuple[Arm, ...]:
-    """All methods that a recipe names."""
-    return recipe.methods or (recipe.method,)
-
-
 def virtual_tokens(recipe: Recipe) -> int:
     """Tokens that the methods put before each text, at most: rows are that much shorter, for all methods alike."""
-    return max((one.num_virtual_tokens for one in compared(recipe) if isinstance(one, PromptMethod)), default=0)
+    return max(
+        (one.num_virtual_tokens for one in recipe.methods or (recipe.method,) if isinstance(one, PromptMethod)),
+        default=0,
+    )
 
 
 def virtual_tokens_of(model: Any) -> int:
@@ -102,7 +100,7 @@ def virtual_tokens_of(model: Any) -> int:
 
 def check(recipe: Recipe, config: PretrainedConfig) -> None:
     """Refuse methods that cannot do the task with this kind of model, before anything is read."""
-    found = [line for one in compared(recipe) for line in problems(recipe, config, one)]
+    found = [line for one in recipe.methods or (recipe.method,) for line in problems(recipe, config, one)]
     if found:
         raise RecipeError(found)
 

@@ -82,10 +82,9 @@ class Extractor:
         tells them from its mean."""
         labels, rows = of["labels"], of["rows"]
         if self.kind in ("choice", "span"):
-            _, row, counts = np.unique(rows, return_inverse=True, return_counts=True)
-            means = np.zeros((len(counts), features.shape[1]), np.float32)
-            np.add.at(means, row, features)
-            features = features - (means / counts[:, None])[row]
+            _, begins, counts = np.unique(rows, return_index=True, return_counts=True)
+            means = np.add.reduceat(features, begins) / counts[:, None].astype(np.float32)
+            features = features - np.repeat(means, counts, axis=0)
         return Items(self.kind, features, labels, rows, self.num_outputs, self.class_weights)
 
     def passes(self, rows: Any, layers: HeadLayers | None, batch_size: int, apart: bool = True) -> Iterator[Features]:
