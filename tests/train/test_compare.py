@@ -28,7 +28,7 @@ from tests.train.small_comparisons import METHODS, job
 
 def compare(job: pipeline.Run, budget: str | None = None) -> Comparison:
     with in_this_process():
-        return comparing.run(job, "fulltune compare recipe.yaml", budget)[0]
+        return comparing.run_comparison(job, "fulltune compare recipe.yaml", budget)[0]
 
 
 def no_time_for_the_last(line: comparing.Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:

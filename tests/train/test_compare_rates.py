@@ -212,8 +212,8 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
             time_for(),
             pytest.raises(KeyboardInterrupt),
         ):
-            comparing.run(one, "test", budget="9h")
-        found = comparing.run(one, "test")[0]
+            comparing.run_comparison(one, "test", budget="9h")
+        found = comparing.run_comparison(one, "test")[0]
     assert [len(row.seeds) for row in found.rows if row.kind != "base"] == [1, 1]
     assert len({opening.trials for opening in found.openings}) == 1
 

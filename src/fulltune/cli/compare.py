@@ -146,11 +146,11 @@ def _share_of(budget: str | None, count: int) -> str | None:
 def _run(recipe: Recipe, found: Path, budget: str | None, began: float) -> Compared:
     """Compare in a run folder; `began` before the recipe was read, so that reading the libraries counts, too."""
     with displayed(details=False) as display:
-        from fulltune.compare.run import run
+        from fulltune.compare.run import run_comparison
         from fulltune.pipeline import Run
 
         job = Run(recipe, found, listener=display, began=began)
-        return run(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
+        return run_comparison(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
 
 
 def _open(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:

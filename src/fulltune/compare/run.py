@@ -31,7 +31,7 @@ Compared = tuple[Comparison, tuple[Path, ...]]
 """A comparison, and the pages that show it."""
 
 
-def run(job: Run, command: str, budget: str | None = None) -> Compared:
+def run_comparison(job: Run, command: str, budget: str | None = None) -> Compared:
     """Compare the recipe's methods, or go on with it; `budget`: most time over all commands, such as `30m`."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
