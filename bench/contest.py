@@ -58,11 +58,12 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return plain
 
 
-def batches_of(rows: Sequence[Row], size: int) -> list[list[int]]:
+def batches_of(rows: Sequence[Row], size: int, epochs: int = 1) -> list[list[int]]:
     """The batches that fulltune makes, for the bare loop: neither has less padding."""
     from fulltune.train.loop.sampler import GlobalBatchSampler
 
-    return GlobalBatchSampler([len(row["input_ids"]) for row in rows], size, size, 42, True).global_batches()
+    sampler = GlobalBatchSampler([len(row["input_ids"]) for row in rows], size, size, 42, True)
+    return list(sampler.steps(0, epochs * sampler.steps_per_epoch))
 
 
 def timed(train: Callable[[], None], rows: Sequence[Row]) -> Timed:
