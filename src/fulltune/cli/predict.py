@@ -31,7 +31,7 @@ from fulltune.inference.store import readable
 from fulltune.methods import folder as folders
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target
-from fulltune.tasks.columns import BadCell
+from fulltune.tasks.columns import BadCell, shown
 from fulltune.text import counted
 
 STDIN = "-"
@@ -113,7 +113,8 @@ def _table(file: Path, notes: Row) -> Asked:
         columns |= dict.fromkeys(row)
     if problems:
         raise DataError(problems)
-    predict.check_columns(columns, notes, str(file))
+    if missing := [column for column in predict.columns_read(notes) if column not in columns]:
+        raise DataError(f"{file}: no column '{missing[0]}', which the model reads (columns here: {shown(columns)})")
     images_in = source.files[0].parent if source.image_folder is None else None
     return Asked(str(file), source.rows, tuple(columns), total, file, images_in)
 
@@ -134,7 +135,8 @@ def _names_without_header(source: DataFiles, notes: Row) -> tuple[str, ...] | No
         return None  # the reader says what is wrong with the file
     if set(predict.columns_read(notes)) <= set(first):
         return None
-    asked = tuple(name for name in names if name not in predict.columns_not_read(notes))
+    learned = [column for role, column in notes["columns"].items() if role in predict.NOT_READ]
+    asked = tuple(name for name in names if name not in learned)
     return asked if len(first) == len(asked) else names
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fulltune.evaluate.scoring import Scored, Scoring
 from fulltune.inference.run import Batching, generate
 from fulltune.records.scores import Answer
+from fulltune.system.memory import with_smaller_batches
 from fulltune.tasks import written
 
 
@@ -46,14 +47,16 @@ def _generated(scoring: Scoring, model: Any, tokenizer: Any, drawn: Mapping[int,
         prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
     else:
         prompts = [scoring.task.generation_ids(row, scoring.target, tokenizer) for row in drawn.values()]
-    return scoring.in_batches(
+    return with_smaller_batches(
+        "evaluation",
+        scoring.plan.eval_batch_size,
         lambda batch_size: generate(
             model,
             tokenizer,
             prompts,
             scoring.recipe.evaluate.max_new_tokens,
             Batching(batch_size, scoring.plan.precision, watch=scoring.watch("generating answers")),
-        )
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +32,6 @@ from fulltune.system.memory import with_smaller_batches
 from fulltune.tasks import Predictions, Target, Task
 from fulltune.tasks.padding import ragged
 
-T = TypeVar("T")
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
 """Rows that the model got most wrong, for the report."""
@@ -71,10 +70,6 @@ class Scoring:
         """The test rows in the user's own columns, and `place`."""
         return list(texts(self.data / "test"))
 
-    def clusters(self, positions: Sequence[int] | None) -> np.ndarray:
-        """The cluster of each test row, or of those at `positions`."""
-        return _at(positions, np.load(self.data / "test" / CLUSTERS))
-
     def estimates(
         self,
         kept: Mapping[str, np.ndarray],
@@ -83,7 +78,8 @@ class Scoring:
     ) -> dict[str, Resampled]:
         """The task's metrics (or others) on all test rows, or those at `positions`, and on resamples of their clusters;
         the same without the rows that stand in train."""
-        clusters, seen = self.clusters(positions), _at(positions, np.load(self.data / "test" / IN_TRAIN))
+        chosen = slice(None) if positions is None else np.asarray(positions, np.int64)
+        clusters, seen = (np.load(self.data / "test" / name)[chosen] for name in (CLUSTERS, IN_TRAIN))
 
         def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
             return resample(
@@ -153,7 +149,10 @@ class Scoring:
         """What the task keeps of the logits of each row of a split."""
         rows, pad_token_id = opened(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
-        return self.in_batches(
+        # With a smaller batch when memory runs out the scores are the same.
+        return with_smaller_batches(
+            "evaluation",
+            self.plan.eval_batch_size,
             lambda batch_size: run_rows(
                 model,
                 rows,
@@ -161,12 +160,8 @@ class Scoring:
                 self.target,
                 pad_token_id,
                 Batching(batch_size, self.plan.precision, head, self.watch(f"scoring {split} rows")),
-            )
+            ),
         )
-
-    def in_batches(self, run: Callable[[int], T]) -> T:
-        """Call `run` with the plan's batch size, with a smaller one when memory runs out: the scores are the same."""
-        return with_smaller_batches("evaluation", self.plan.eval_batch_size, run)
 
     def selective_head(self, model: Any, pad_token_id: int, rows: Any) -> SelectiveHead | None:
         """Leaves out the logits of prompts, when the shortest row shows that the others stay the same."""
@@ -192,11 +187,6 @@ class Scoring:
             finished = Base.of(block, self.recipe.task)
             model, processor = load(finished, {}, head_is_new=False), finished.processor
         return model.to(self.plan.device), processor
-
-
-def _at(positions: Sequence[int] | None, of_rows: np.ndarray) -> np.ndarray:
-    """What is known of the rows at these positions; None: of all."""
-    return of_rows if positions is None else of_rows[np.asarray(positions, np.int64)]
 
 
 def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:

@@ -87,10 +87,7 @@ def _accepted(scoring: Scoring, questions: Mapping[str, Mapping[str, Any]]) -> l
 
 def _first_windows(texts: Sequence[Mapping[str, Any]]) -> list[int]:
     """Position of each question's first window: all windows of a question are in the same cluster."""
-    first: dict[str, int] = {}
-    for position, row in enumerate(texts):
-        first.setdefault(row[PLACE], position)
-    return list(first.values())
+    return sorted(np.unique([row[PLACE] for row in texts], return_index=True)[1].tolist())
 
 
 def nearest_sentence(question: str, context: str) -> str:

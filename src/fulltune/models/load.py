@@ -272,9 +272,6 @@ def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
     """The same by this seed; the random state is left as it is."""
     import torch
 
-    state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         draw(model, head)
-    finally:
-        torch.set_rng_state(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,9 @@ from fulltune.methods import folder as folders
 from fulltune.models.base import Base, opened
 from fulltune.models.load import load as load_model
 from fulltune.recipe.model import ModelBlock
-from fulltune.recipe.tasks import FACTS
 from fulltune.system.run_folder import comparison_of
 from fulltune.tasks import Refused, Row, Target, Task, task_named, token_classification
-from fulltune.tasks.columns import shown, unreadable, windows
+from fulltune.tasks.columns import unreadable, windows
 
 _log = logging.getLogger(__name__)
 
@@ -57,11 +56,6 @@ class Predictor:
     def target(self) -> Target:
         """What the model learned."""
         return Target.from_notes(self.notes)
-
-    @property
-    def writes(self) -> bool:
-        """Whether answers are generated, token by token."""
-        return FACTS[self.notes["task"]].writes
 
     def predict(self, rows: Sequence[Mapping[str, Any]], max_new_tokens: int = 128) -> list[dict[str, Any]]:
         """Answer rows in the columns that the model was trained on.
@@ -104,13 +98,14 @@ class Predictor:
         self, rows: Iterable[Mapping[str, Any]], max_new_tokens: int = 128, watch: Watch = lambda done, total: None
     ) -> Iterator[Answered]:
         """Answer rows in their order, a window of them in memory; one that cannot be answered says why."""
+        writes = self.task.FACTS.writes
         # Models that write take long for each row: their first answers shall not wait for two thousand others.
-        for window in windows(rows, _WINDOW_PROMPTS) if self.writes else windows(rows):
+        for window in windows(rows, _WINDOW_PROMPTS) if writes else windows(rows):
             asked = [self.task.as_question(row, self.target) for row in window]
             found = [Answered(None, self._refused(row)) for row in asked]
             usable = [number for number, row in enumerate(found) if row.refused is None]
             rest = [asked[number] for number in usable]
-            answers = self._write(rest, max_new_tokens, watch) if self.writes else self._read(rest, watch)
+            answers = self._write(rest, max_new_tokens, watch) if writes else self._read(rest, watch)
             for number, answered in zip(usable, answers, strict=True):
                 found[number] = answered
             yield from found
@@ -225,22 +220,10 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     return {columns[role]: forms.get(role, text)}
 
 
-def check_columns(columns: Collection[str], notes: Mapping[str, Any], where: str) -> None:
-    """Refuse a file that lacks a column which the model reads."""
-    missing = [column for column in columns_read(notes) if column not in columns]
-    if missing:
-        raise DataError(f"{where}: no column '{missing[0]}', which the model reads (columns here: {shown(columns)})")
-
-
-_NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")
+NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")
 """Roles of columns that only training reads."""
 
 
 def columns_read(notes: Mapping[str, Any]) -> list[str]:
     """Columns that each row must have to be answered."""
-    return [column for role, column in notes["columns"].items() if role not in _NOT_READ]
-
-
-def columns_not_read(notes: Mapping[str, Any]) -> list[str]:
-    """Columns with what the model learned to give."""
-    return [column for role, column in notes["columns"].items() if role in _NOT_READ]
+    return [column for role, column in notes["columns"].items() if role not in NOT_READ]

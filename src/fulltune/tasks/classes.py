@@ -67,10 +67,6 @@ def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole != 0)
 
 
-def per_token(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / np.maximum(sums[..., 1], 1.0)
-
-
 def f1(sums: np.ndarray) -> np.ndarray:
     """Of right, found and expected ones."""
     return share(2 * sums[..., 0], sums[..., 1] + sums[..., 2])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.tasks import Count, Predictions, Target, Value
-from fulltune.tasks.classes import ROWS, arrays, over_all, per_token, ratio
+from fulltune.tasks.classes import ROWS, arrays, over_all, ratio
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED
 
@@ -132,9 +132,9 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
 def sums(target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
     """All metrics but BLEU, which is no function of sums over rows that one would keep."""
     return {
-        "loss": (arrays("nll", "tokens"), per_token),
-        "perplexity": (arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(per_token(sums), 700.0))),
-        "token_accuracy": (arrays("right", "tokens"), per_token),
+        "loss": (arrays("nll", "tokens"), ratio),
+        "perplexity": (arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),
+        "token_accuracy": (arrays("right", "tokens"), ratio),
         **{name: (arrays(name, ROWS), ratio) for name in ("exact_match", "rougeL", "chrf")},
     }
 
