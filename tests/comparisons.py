@@ -18,7 +18,7 @@ from fulltune.records.comparison import (
     Search,
 )
 from fulltune.records.scores import Estimate, Scores
-from fulltune.report.comparison.numbers import Writer
+from fulltune.report.format.words import Writer
 
 HOSTILE = (
     "\"</script><img src=x onerror=alert(1)>\" & 'l' | `x` $\\frac{1$ [red]😀 \x1b[31m\u202e שלום\nsecond **line**"

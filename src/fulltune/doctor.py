@@ -71,8 +71,7 @@ def read_log(place: Path) -> Log:
         return _of_run(place)
     below = [path for path in place.glob(f"*/{STATE}") if path.parent.name.rpartition("-")[2].isdigit()]
     states = [*place.glob(STATE), *sorted(below, key=lambda path: number_in(path.parent), reverse=True)]
-    if place.is_file() and place.suffix == ".json":
-        states = [place]
+    states = [place] if place.is_file() and place.suffix == ".json" else states
     for number, path in enumerate(states, start=1):  # the latest first: one that was cut off is passed over
         try:
             return _of_state(path)
@@ -89,15 +88,14 @@ def read_log(place: Path) -> Log:
 
 def _of_run(folder: Path) -> Log:
     view = read_run(folder)
-    plan, outcome, history = view.plan, view.outcome, view.history
-    if plan is None or not history.has_points:
+    plan, history = view.plan, view.history
+    if plan is None or not (history.train or history.evaluation):
         raise SetupError(
             f"{folder}: this run has no logged step yet; train it, or see with 'fulltune report {folder}' why it ended"
         )
-    norms = history.train.get("grad_norm", ())
-    curves = curves_of(view, plan)
+    curves, norms = curves_of(view, plan), history.train.get("grad_norm", ())
     steps = max((step for step, _ in curves.train_loss), default=0)
-    return Log(folder, curves, steps, norms, plan.learning_rate, plan, outcome, history.skipped)
+    return Log(folder, curves, steps, norms, plan.learning_rate, plan, view.outcome, history.skipped)
 
 
 def _of_state(path: Path) -> Log:
@@ -119,10 +117,9 @@ def _of_state(path: Path) -> Log:
 def _number(value: Any) -> float:
     """A logged value; what is no number, such as null, is what became of one that was not finite."""
     try:
-        found = float(value)
+        return float(value) if abs(float(value)) < 1e100 else math.nan
     except (TypeError, ValueError):
         return math.nan
-    return found if abs(found) < 1e100 else math.nan
 
 
 def _of_events(folder: Path, files: list[Path]) -> Log:
@@ -151,8 +148,7 @@ def _log(where: Path, series: Mapping[str, Mapping[int, float]], kept: int | Non
         names = ", ".join(sorted(points)[:6]) or "nothing"
         raise SetupError(f"{where}: no train loss is in it, a series 'loss'; found {names}")
     known = [name for name in points if name.startswith("eval_") and any(part in name for part in _GREATER_IS_BETTER)]
-    name = next(iter(known), "eval_loss")
-    steps = max(step for values in points.values() for step, _ in values)
+    name, steps = next(iter(known), "eval_loss"), max(step for values in points.values() for step, _ in values)
     epochs = [value for _, value in points.get("epoch", ()) if math.isfinite(value)]
     curves = Curves(
         train_loss=points["loss"],
@@ -181,14 +177,13 @@ def diagnose(log: Log) -> tuple[Finding, ...]:
     """What the log tells, the gravest first; one finding that all is well where nothing is found."""
     # What a guard has said of a run of fulltune goes first: it saw more than the curves. A loss that ran away is all.
     told = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
-    found = [*_ended(log), *([] if told else [*_height(log)] or [*_shape(log)]), *_steps(log)]
-    if found:
-        return tuple(found)
+    found = (*_ended(log), *([] if told else [*_height(log)] or [*_shape(log)]), *_steps(log))
     readings, evaluations = len(log.curves.train_loss), len(log.curves.eval_loss)
-    if readings < LEAST_READINGS:
-        return (("too little to tell", f"{counted(readings, 'reading')} of the train loss", ""),)
     unseen = "" if evaluations >= LEAST_EVALUATIONS else "; with so few evaluations over-fitting cannot be seen"
-    return (("sound", f"the curves show nothing that went wrong{unseen}", ""),)
+    sound = ("sound", f"the curves show nothing that went wrong{unseen}", "")
+    if readings < LEAST_READINGS:
+        sound = ("too little to tell", f"{counted(readings, 'reading')} of the train loss", "")
+    return found or (sound,)
 
 
 def _ended(log: Log) -> Iterator[Finding]:
@@ -198,8 +193,7 @@ def _ended(log: Log) -> Iterator[Finding]:
     if log.outcome is None:
         said = f"{log.steps:,} of {log.plan.total_steps:,} steps, and no outcome: it is still running, or was killed"
         yield "unfinished", said, "if it was killed, the same command continues it"
-    elif log.outcome.status != "done":
-        name = words.status(log.outcome.status)
+    elif (name := words.status(log.outcome.status)) != "done":
         lower = f"a lower rate: {_rate(log, rate_factor(log.plan.rollbacks) / 10)}"
         advice = {"diverged": lower, "interrupted": "the same command continues it"}.get(name, "")
         yield name, without_cause(log.outcome.reason), advice

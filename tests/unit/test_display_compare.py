@@ -12,9 +12,9 @@ from rich.console import Console
 
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
-from fulltune.report.comparison.numbers import Writer
 from fulltune.report.format import pages
 from fulltune.report.format.blocks import Block, Headline, Section
+from fulltune.report.format.words import Writer
 from tests import comparisons
 
 

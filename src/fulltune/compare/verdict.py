@@ -10,7 +10,7 @@ import numpy as np
 from fulltune.recipe.methods import RIVALS, VARIANT, ArmKind
 from fulltune.records.comparison import Decision, Difference, VerdictKind
 from fulltune.records.scores import Estimate
-from fulltune.report.comparison.numbers import Writer
+from fulltune.report.format.words import Writer
 from fulltune.stats.bootstrap import Drawn, Measure
 from fulltune.stats.intervals import Uncertain, difference, holm, mean_of_arm, seed_spreads
 from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Precision, needed

@@ -10,8 +10,8 @@ import pytest
 from fulltune import report
 from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
-from fulltune.report.comparison import numbers
-from fulltune.report.comparison.numbers import Writer
+from fulltune.report.format import words
+from fulltune.report.format.words import Writer
 from tests import comparisons
 from tests.unit.report.test_write import Page
 
@@ -171,7 +171,7 @@ def test_html_is_well_formed_loads_nothing_and_escapes(tmp_path: Path, made: typ
     [(0.674, "0.67×"), (1.0, "1×"), (0.0065, "0.0065×"), (9.996, "10.0×"), (123.4, "123×"), (0, "0×")],
 )
 def test_ratio_keeps_what_matters(value: float, text: str) -> None:
-    assert numbers.ratio(value) == text
+    assert words.ratio(value) == text
 
 
 def test_writer_has_no_minus_zero_and_no_needless_digits() -> None:

@@ -8,11 +8,11 @@ from fulltune.plan.choose import DOING
 from fulltune.plan.settings import FROM_RECIPE, in_yaml
 from fulltune.plan.time import NETWORK
 from fulltune.plan.ways_out import as_flags
-from fulltune.records.plan import MemoryKind, Placement, Plan, Setting, Survey, TimeNeed
-from fulltune.records.training import Measured, Measurements
-from fulltune.report.comparison.numbers import short_count
+from fulltune.records.plan import MemoryKind, Plan, Setting, Survey, TimeNeed
+from fulltune.records.training import Measurements
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Row, Section, Table
+from fulltune.report.format.words import short_count
 from fulltune.text import counted, format_bytes, format_seconds
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -89,9 +89,8 @@ def _found(survey: Survey) -> list[tuple[str, str]]:
 def _memory(survey: Survey, plan: Plan) -> list[Block]:
     need, disk = plan.memory, plan.disk
     kinds = need.kinds if need else {}
-    sizes = [gib(kinds.get(kind, 0)) for kind in KINDS]
-    each = "device" if plan.device == "cuda" else "memory"
-    row = (each, *sizes, gib(sum(kinds.values())), gib(survey.device_free_bytes))
+    sizes = [gib(size) for size in (*(kinds.get(kind, 0) for kind in KINDS), sum(kinds.values()))]
+    row = ("device" if plan.device == "cuda" else "memory", *sizes, gib(survey.device_free_bytes))
     header = ("GiB", *KINDS, "sum", "of")
     blocks: list[Block] = [Table("", header, (row,), frozenset(range(1, len(header))))]
     blocks += [Paragraph(words.at_the_peak(kinds))] if kinds else []
@@ -113,19 +112,14 @@ def _placements(survey: Survey) -> Table:
     rows: list[Row] = []
     for one in survey.placements:
         chosen = one.name == survey.placement
-        speed = short_count(one.tokens_per_second) if one.tokens_per_second else "?"
-        micro = f"{one.micro_batch_size}{'*' if one.activation_checkpointing else ''}"
-        sizes = (gib(one.device_bytes), gib(one.host_bytes))
-        runs = (micro, speed) if one.fits else ("", "")
-        rows.append((f"{'▸ ' * chosen}{one.name}", *sizes, *runs, _verdict(one, chosen)))
+        last = ("", "", one.short.replace(" GiB", ""))
+        if one.fits:
+            speed = short_count(one.tokens_per_second) if one.tokens_per_second else "?"
+            micro = f"{one.micro_batch_size}{'*' * one.activation_checkpointing}"
+            last = (micro, speed, "chosen" if chosen else "fits")
+        rows.append((f"{'▸ ' * chosen}{one.name}", gib(one.device_bytes), gib(one.host_bytes), *last))
     header = ("placement", "device", "host", "batch", "tokens/s", "")
     return Table("", header, tuple(rows), frozenset(range(1, len(header) - 1)))
-
-
-def _verdict(one: Placement, chosen: bool) -> str:
-    if not one.fits:
-        return one.short.replace(" GiB", "")
-    return "chosen" if chosen else "fits"
 
 
 def _legend(survey: Survey) -> str:
@@ -155,22 +149,17 @@ def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
 
 def _settings(settings: Sequence[Setting]) -> list[Block]:
     """Those that were chosen with their reasons; the recipe's own and the defaults in a line."""
-    rows, long = [], []
-    for one in settings:
-        value = in_yaml(one.value)
-        if one.reason in ("default", FROM_RECIPE):
-            continue
-        if len(value) <= WIDEST_VALUE:
-            rows.append((one.name, value, one.reason))
-        else:
-            long.append(Paragraph(f"{one.name}: {value} ({one.reason})"))
+    reasoned = [one for one in settings if one.reason not in ("default", FROM_RECIPE)]
+    rows = [(one.name, in_yaml(one.value), one.reason) for one in reasoned]
+    long = [Paragraph(f"{name}: {value} ({why})") for name, value, why in rows if len(value) > WIDEST_VALUE]
+    short = tuple(row for row in rows if len(row[1]) <= WIDEST_VALUE)
     blocks = ("method", "train", "evaluate")
     named = [one for one in settings if one.reason == FROM_RECIPE and one.name.partition(".")[0] in blocks]
     given = [f"{one.name.split('.')[-1]} {in_yaml(one.value)}" for one in named if one.name != "method.kind"]
     defaults = counted(sum(one.chosen and one.reason == "default" for one in settings), "default")
     start = f"from the recipe: {', '.join(given)};" if given else "and"
     return [
-        Table("", ("chosen", "value", "why"), tuple(rows)),
+        Table("", ("chosen", "value", "why"), short),
         *long,
         Paragraph(f"{start} {defaults} (--json lists all)"),
     ]
@@ -181,12 +170,12 @@ def _ways_out(survey: Survey) -> list[Block]:
         (f"{number} {way.change}", gib(way.frees_bytes), "yes" if way.enough else "no", way.costs)
         for number, way in enumerate(survey.ways_out, 1)
     )
-    blocks: list[Block] = [Table("", ("change", "frees GiB", "enough", "costs"), rows, frozenset({1}))]
-    flags = {number: given for number, way in enumerate(survey.ways_out, 1) if (given := as_flags(way))}
-    if flags:
-        said = "to see the plan of one, add to the command (a --for takes the place of yours):"
-        blocks.append(Paragraph(said))
-    return [*blocks, *(Code(f"{number}  {given}", "sh") for number, given in flags.items())]
+    table = Table("", ("change", "frees GiB", "enough", "costs"), rows, frozenset({1}))
+    flags = [
+        Code(f"{number}  {given}", "sh") for number, way in enumerate(survey.ways_out, 1) if (given := as_flags(way))
+    ]
+    said = Paragraph("to see the plan of one, add to the command (a --for takes the place of yours):")
+    return [table, *[said] * bool(flags), *flags]
 
 
 def _what_next(survey: Survey, plan: Plan | None) -> list[Block]:
@@ -214,7 +203,8 @@ def measured(found: Measurements) -> Table:
             f"{'▸ ' * row.taken}{row.name}{f': {row.problem}' if row.problem else ''}",
             format_bytes(row.peak_memory_bytes) if row.peak_memory_bytes else "–",
             f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "–",
-            _loss(row, first),
+            # Of another micro batch it is the loss of other rows.
+            "–" if row.loss is None or first is None or row.kind == "micro batch" else _loss(row.loss, first),
         )
         for row in found.rows
     )
@@ -222,8 +212,5 @@ def measured(found: Measurements) -> Table:
     return Table(caption, ("settings", "peak memory", "tokens/s", "loss"), rows, frozenset({1, 2, 3}))
 
 
-def _loss(row: Measured, first: float | None) -> str:
-    """Of another micro batch it is the loss of other rows."""
-    if row.loss is None or first is None or row.kind == "micro batch":
-        return "–"
-    return f"{row.loss:.4f}" if row.loss == first else f"{row.loss - first:+.1e}"
+def _loss(loss: float, first: float) -> str:
+    return f"{loss:.4f}" if loss == first else f"{loss - first:+.1e}"

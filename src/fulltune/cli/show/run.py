@@ -28,8 +28,8 @@ from fulltune.records.events import (
 from fulltune.records.held import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
 from fulltune.report.comparison.content import expectation
-from fulltune.report.comparison.numbers import Writer
 from fulltune.report.format import pages
+from fulltune.report.format.words import Writer
 from fulltune.report.run.about_data import mixed_words, rows_in_short
 from fulltune.report.run.about_training import check_table
 from fulltune.report.run.held import verdict

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fulltune.records.comparison import ArmRow, Comparison, Decision, Difference, Expectation, Search
-from fulltune.report.comparison.numbers import NOTHING, Writer, fine_share, ratio, short, short_count
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -24,6 +23,7 @@ from fulltune.report.format.blocks import (
     unless_empty,
 )
 from fulltune.report.format.plots import Mark, cost_plot
+from fulltune.report.format.words import NOTHING, Writer, fine_share, ratio, short, short_count
 from fulltune.text import counted, format_bytes, format_number, format_seconds, listed
 
 _POINTER = "▸ "

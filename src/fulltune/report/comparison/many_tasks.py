@@ -10,10 +10,10 @@ from pathlib import Path
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import Comparison, ManyTasks, Way
 from fulltune.records.scores import Estimate
-from fulltune.report.comparison.numbers import NOTHING, Writer, ratio
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Paragraph, Row, Section, Table, foreign
 from fulltune.report.format.pages import section_in_markdown
+from fulltune.report.format.words import NOTHING, Writer, ratio
 from fulltune.text import counted, format_bytes, format_seconds, is_share
 
 RECORD, PAGE = "tasks.json", "tasks.md"

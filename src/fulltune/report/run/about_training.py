@@ -61,17 +61,17 @@ def curves(view: RunView) -> Section | None:
             if name in chosen
         ),
     ]
-    figures = [learning_curve(*drawn, history.restarts, history.skipped) for drawn in series]
-    if not figures:
+    if not series:
         return None
-    blocks: list[Block] = [Figures(tuple(figures))]
+    blocks: list[Block] = []
     if (found := fit_of(view)).evidence:
         helps = f" What helps: {found.helps}." * bool(found.helps)
-        blocks.insert(0, Paragraph(f"{found.sentence} {found.details}{helps}"))
+        blocks.append(Paragraph(f"{found.sentence} {found.details}{helps}"))
+    blocks.append(Figures(tuple(learning_curve(*drawn, history.restarts, history.skipped) for drawn in series)))
     if history.restarts:
         at = listed([f"{step:,}" for step in dict.fromkeys(history.restarts)])
-        said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: one began, at step {at}."
-        blocks.append(Paragraph(said))
+        said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: one began"
+        blocks.append(Paragraph(f"{said}, at step {at}."))
     if history.skipped:
         at = first_few([f"{step:,}" for step in history.skipped], _OPEN)
         said = f"The update of {counted(len(history.skipped), 'step')} was left out (ticks at the top; see the journal)"
@@ -151,8 +151,9 @@ def _attempts(view: RunView) -> Table:
     return Table("Attempts; each is a fresh process", header, tuple(rows), numeric=frozenset(range(2, 6)))
 
 
-def _facts(view: RunView, outcome: Outcome) -> list[Block]:
-    facts, plan, updates = [], view.plan, view.history.updates
+def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
+    """What of the model was trained, from which step its weights are, and how much of it moved."""
+    facts, moved = [], outcome.moved
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
     if outcome.best_step is not None:
@@ -160,21 +161,24 @@ def _facts(view: RunView, outcome: Outcome) -> list[Block]:
         if plan and outcome.best_metric is not None:
             value = format_metric(plan.metric, outcome.best_metric)
             best += f", {words.metric_name(plan.metric)} {value} on the eval rows"
-        why = f"; {outcome.kept_because}" if outcome.kept_because else ""
-        facts.append(("weights kept from", f"{best}{why}"))
-    moved = outcome.moved
+        facts.append(("weights kept from", f"{best}; {outcome.kept_because}" if outcome.kept_because else best))
     if moved:
         values = f"{moved.num_values_moved:,} of {moved.num_values_with_gradient:,} that received a gradient"
         facts.append(("parameter values that moved", f"{format_share(moved.share)} ({values})"))
         tensors = f"{moved.num_tensors_moved:,} of {moved.num_tensors_with_gradient:,}"
         facts.append(("parameter tensors that moved", tensors))
-    if updates:
+    return facts
+
+
+def _facts(view: RunView, outcome: Outcome) -> list[Block]:
+    facts = changed(view.plan, outcome)
+    if updates := view.history.updates:
         facts.append((f"values that changed in step {updates.step:,}, of a sample", format_share(updates.changed)))
         sizes = f"{updates.update_to_weight:.1e} (median of the tensors)"
         facts.append(("size of that update to the weights", sizes))
     blocks: list[Block] = [Facts(tuple(facts))] if facts else []
-    if moved and moved.unmoved_tensors:
-        names = ", ".join(moved.unmoved_tensors)
+    if outcome.moved and outcome.moved.unmoved_tensors:
+        names = ", ".join(outcome.moved.unmoved_tensors)
         blocks.append(Paragraph(f"Received a gradient and did not change (at most 20 are named): {names}"))
     if outcome.checks:
         blocks.append(check_table(outcome.checks))
@@ -228,8 +232,6 @@ def environment(view: RunView) -> Section | None:
 
 
 def _machines(found: Environment) -> tuple[Table, ...]:
-    if not found.machines:
-        return ()
     rows = tuple(
         (
             str(one.rank),
@@ -242,7 +244,7 @@ def _machines(found: Environment) -> tuple[Table, ...]:
         for one in found.machines
     )
     header = ("machine", "host", "ranks", "devices", "cores", "memory")
-    return (Table("Machines of the last attempt", header, rows, numeric=frozenset({4, 5})),)
+    return (Table("Machines of the last attempt", header, rows, numeric=frozenset({4, 5})),) if rows else ()
 
 
 _HEADER = ("what", "planned", "after the dry-run step", "actual", "error of the plan", "error of the dry run")
@@ -258,17 +260,12 @@ def resources(view: RunView) -> Section | None:
 
 
 def _kinds(plan: Plan) -> list[Block]:
-    need = plan.memory
+    need, sent = plan.memory, words.sent(plan)
     if need is None:
         return []
-    row: Row = (*(format_bytes(size) for size in need.kinds.values()), format_bytes(need.phases["step"]))
-    table = Table(
-        f"Planned memory at the peak of a step, micro batch of {plan.micro_batch_size}",
-        (*need.kinds, "together"),
-        (row,),
-        numeric=frozenset(range(len(row))),
-    )
-    sent = words.sent(plan)
+    row: Row = tuple(format_bytes(size) for size in (*need.kinds.values(), need.phases["step"]))
+    caption = f"Planned memory at the peak of a step, micro batch of {plan.micro_batch_size}"
+    table = Table(caption, (*need.kinds, "together"), (row,), frozenset(range(len(row))))
     sent = f" {sent[0].upper()}{sent[1:]}: by arithmetic, not measured." if sent else ""
     return [table, Paragraph(f"{words.at_the_peak(need.kinds)}.{sent}")]
 
@@ -278,17 +275,15 @@ def _comparison(view: RunView, plan: Plan) -> list[Block]:
     outcome = view.outcome
     if outcome is None:
         return []
-    attempt = view.attempts[-1]
+    attempt, rows = view.attempts[-1], list[Row]()
     phases = {event.name: event.seconds for event in attempt.events if isinstance(event, PhaseBegan)}
     time = None if any(entry.event == "resume" for entry in attempt.journal) else plan.time
-    rows: list[Row] = []
     if plan.memory or outcome.memory_growth_bytes:
         planned = plan.memory.peak if plan.memory else 0
         actual = max((outcome.memory_growth_bytes, *outcome.growth_of_processes))
         rows.append(_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
     if outcome.forecast or time:
-        planned_seconds = time.total_seconds if time else 0.0
-        forecast = outcome.forecast.total_seconds if outcome.forecast else 0.0
+        planned_seconds, forecast = (one.total_seconds if one else 0.0 for one in (time, outcome.forecast))
         # From the first step to the last; 0 when it did not get there.
         trained = phases.get("saving the model", 0.0) - phases["training"] if "training" in phases else 0.0
         rows.append(_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))

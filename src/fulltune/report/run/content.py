@@ -28,7 +28,6 @@ from fulltune.report.format.blocks import (
     Row,
     Section,
     Table,
-    unless_empty,
 )
 from fulltune.report.format.pages import escaped, section_in_markdown
 from fulltune.report.format.plots import LEARNING_RATE, series_plot
@@ -96,18 +95,16 @@ def in_short(view: RunView) -> list[Headline | Section | Block]:
 
 def _key_figures(view: RunView) -> list[tuple[str, str]]:
     figures = []
-    outcomes = [attempt.outcome for attempt in view.attempts if attempt.outcome]
-    if outcomes:
-        last = outcomes[-1]
+    if outcomes := [attempt.outcome for attempt in view.attempts if attempt.outcome]:
         figures += [
-            ("training", words.status(last.status)),
+            ("training", words.status(outcomes[-1].status)),
             ("steps", f"{view.attempts[-1].steps:,}"),
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
         if view.held is not None and view.held.chosen.is_start:
             figures.append(("weights kept", "the untouched model's"))
-        elif last.moved:
-            figures.append(("values moved", format_share(last.moved.share)))
+        elif moved := outcomes[-1].moved:
+            figures.append(("values moved", format_share(moved.share)))
     if view.summary and "train" in view.summary.splits:
         figures.append(("train rows", f"{view.summary.splits['train'].rows:,}"))
     if view.plan:
@@ -271,8 +268,8 @@ def _data(summary: DataSummary | None) -> Section | None:
     blocks: list[Block] = [splits(summary.model_copy(update={"sources": places}))]
     blocks += [Paragraph(f"Mixed in: {_place(line)}.") for line in mixed_words(summary)]
     if not has_images(summary):
-        longest = f"{row_words(summary).longest.capitalize()}: {counted(summary.max_length, 'token')}."
-        blocks.append(Paragraph(longest))
+        longest = row_words(summary).longest.capitalize()
+        blocks.append(Paragraph(f"{longest}: {counted(summary.max_length, 'token')}."))
     if summary.labels:
         labels = words.clipped(", ".join(words.named(label) for label in summary.labels), 2000)
         blocks.append(Paragraph(f"{counted(len(summary.labels), 'label')}: {labels}"))
@@ -293,10 +290,9 @@ def _metrics(view: RunView, scores: Scores | None) -> Section:
 def _training(view: RunView, plan: Plan | None) -> Section | None:
     if plan is None:
         return None
-    head_rate = plan.head_learning_rate
-    facts = [
+    head_rate, outcome = plan.head_learning_rate, view.outcome
+    facts = (
         ("method", plan.method),
-        ("trained parameters", f"{plan.num_trainable_parameters:,} of {plan.num_parameters:,}"),
         ("learning rate", format_number(plan.learning_rate)),
         *([] if head_rate is None else [("learning rate of the head", format_number(head_rate))]),
         ("layerwise learning rate decay", format_number(plan.layerwise_lr_decay)),
@@ -306,15 +302,9 @@ def _training(view: RunView, plan: Plan | None) -> Section | None:
         ("global batch size", f"{plan.global_batch_size:,}"),
         ("precision", f"{plan.precision}, weights kept in {plan.weights_dtype}"),
         ("seed", str(plan.seed)),
-    ]
-    if outcome := view.outcome:
-        facts.append(("steps done", f"{outcome.steps:,}"))
-        if outcome.best_step is not None:
-            why = f"; {outcome.kept_because}" if outcome.kept_because else ""
-            facts.append(("weights kept from step", f"{outcome.best_step:,}{why}"))
-        if outcome.moved:
-            facts.append(("parameter values that moved", format_share(outcome.moved.share)))
-    return unless_empty("Training", [Facts(tuple(facts))])
+        *([("steps done", f"{outcome.steps:,}"), *about_training.changed(plan, outcome)] if outcome else []),
+    )
+    return Section("training", "Training", (Facts(facts),))
 
 
 def _versions(view: RunView) -> Section | None:
@@ -322,7 +312,8 @@ def _versions(view: RunView) -> Section | None:
     if found is None:
         return None
     packages = [(name, found.packages[name]) for name in _PACKAGES if name in found.packages]
-    return unless_empty("Versions", [Facts((("fulltune", found.fulltune), ("Python", found.python), *packages))])
+    facts = Facts((("fulltune", found.fulltune), ("Python", found.python), *packages))
+    return Section("versions", "Versions", (facts,))
 
 
 ONLY_OURS = ("head", "adapter")

@@ -50,10 +50,6 @@ class History:
     updates: UpdatesMeasured | None = None
     """The last measurement."""
 
-    @property
-    def has_points(self) -> bool:
-        return bool(self.train or self.evaluation)
-
 
 def after_start(points: Sequence[Point]) -> tuple[Point, ...]:
     """Without the evaluation before step 1."""
@@ -214,7 +210,6 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     task = (summary and summary.task) or settings.get("task") or _from_recipe(recipe_text, "task")
-    held = files.records(HeldRun, folder.glob(HELD_FILES))
     view = RunView(
         folder=folder,
         model=str(settings.get("model.name") or _from_recipe(recipe_text, "model") or "unknown model"),
@@ -228,7 +223,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         attempts=tuple(one for one in attempts if one.trial == trial),
         scores=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.kind), row.name))),
         searched=files.record(Searched, folder / "search.json"),
-        held=next((one for one in held if one.trial == trial), None),
+        held=next((one for one in files.records(HeldRun, folder.glob(HELD_FILES)) if one.trial == trial), None),
         accesses=files.accesses(),
     )
     cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]
@@ -244,7 +239,11 @@ def _what_is_missing(view: RunView) -> Iterator[tuple[str, str]]:
         (view.summary, "the data summary", "the run ended before the data were prepared."),
         (view.plan, "the plan with its settings", "the run ended before it was planned."),
         (view.attempts, "learning curves and training facts", "there is no attempt in the run's folder."),
-        (not view.attempts or view.history.has_points, "the learning curves", "no optimizer step was logged."),
+        (
+            not view.attempts or view.history.train or view.history.evaluation,
+            "the learning curves",
+            "no optimizer step was logged.",
+        ),
         (
             not view.attempts or outcome,
             f"the outcome of {view.attempts[-1].name if view.attempts else ''}",

@@ -29,12 +29,7 @@ _LABELS = {
 }
 """Kind of verdict to what stands above it. `contested`: better by its loss alone. `unpaired`: there is no
 difference on the same rows. `alone`: scored, with nothing to compare to. `none`: the trained model was not scored."""
-_UNPAIRED = (
-    "Their difference on the same rows was not measured; runs of older versions lack it. To have it, delete the run's "
-    "folder 'scores', then give the run's folder to 'fulltune run'."
-)
 _LONE = "The test rows are {}: more of them, on other texts, are needed to tell a difference from chance."
-_OTHER_ROWS = "They were not scored on the same rows, so their difference is not known."
 
 
 def strongest_untrained(scores: Sequence[Scores], metric: str, greater_is_better: bool) -> Scores | None:
@@ -56,8 +51,8 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     mine = row.metrics.get(name)
     if mine is None or not _finite(mine):
         return _headline("none", f"{row.name} has no finite {words.metric_name(name)} on the test rows.")
-    direction = "" if row.greater_is_better else " (smaller is better)"
-    measured = f"{words.metric_name(name)} {words.estimate(name, mine)}{direction}"
+    measured = f"{words.metric_name(name)} {words.estimate(name, mine)}"
+    measured += "" if row.greater_is_better else " (smaller is better)"
     claim = f"{row.name} has {measured} on {counted(row.rows, 'test row')}"
     bar = strongest_untrained(scores, name, row.greater_is_better)
     if bar is None:
@@ -67,18 +62,17 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     claim = f"{claim}, against {words.estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _finite(ahead):
-        said = _LONE.format(mine.lone) if mine.lone else _UNPAIRED if bar.rows == row.rows else _OTHER_ROWS
+        said = _LONE.format(mine.lone) if mine.lone else "Their difference on the same rows is not known."
         return _headline("unpaired", f"{claim}. {said}")
-    kind = "better" if (ahead.value > 0) == row.greater_is_better else "worse"
+    said = f"{claim}. On the same rows, its {words.metric_name(name)} differs by "
+    said += difference(name, ahead, row.confidence)
     if ahead.low <= 0 <= ahead.high:
-        kind = "unresolved"
-    compared = f"its {words.metric_name(name)} differs by {difference(name, ahead, row.confidence)}"
-    answers = _answers_no_better(row, scores) if kind == "better" else ""
-    ending = "; these rows do not tell which is better" if kind == "unresolved" else ""
-    if kind == "worse":
-        ending = ", and training made it worse" if bar.kind == "untouched" else ", and the baseline needs no training"
-    sentence = f"{claim}. On the same rows, {compared}{ending}.{answers}"
-    return _headline("contested" if answers else kind, sentence)
+        return _headline("unresolved", f"{said}; these rows do not tell which is better.")
+    if (ahead.value > 0) != row.greater_is_better:
+        why = "training made it worse" if bar.kind == "untouched" else "the baseline needs no training"
+        return _headline("worse", f"{said}, and {why}.")
+    answers = _answers_no_better(row, scores)
+    return _headline("contested" if answers else "better", f"{said}.{answers}")
 
 
 def _headline(kind: str, sentence: str) -> Headline:
@@ -164,9 +158,9 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     train = summary.splits.get("train") if summary else None
     label, is_usual = _only_label(row.confusion) if row.confusion else ("", False)
     entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
-    blind = f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'" if label else ""
-    if entities and not any(entities):
-        blind = blind or "Not one entity of the test rows is found"
+    blind = "Not one entity of the test rows is found" if entities and not any(entities) else ""
+    if label:
+        blind = f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'"
     bar = strongest_untrained(view.scores, row.main_metric, row.greater_is_better)
     return RunFacts(
         verdict=headline.kind,
