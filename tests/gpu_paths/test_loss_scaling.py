@@ -13,9 +13,10 @@ from transformers import BertForSequenceClassification
 
 import fulltune
 from fulltune.inference.run import GenericText
+from fulltune.records.plan import GenericTexts
 from fulltune.train.forgetting.generic import Replay
 from fulltune.train.loop.step_guard import StepMemory
-from tests import tiny
+from tests import plans, tiny
 
 SCALE = 2.0**10
 scaled = pytest.mark.stand_in(
@@ -116,7 +117,9 @@ def test_replayed_texts_count_as_much_as_the_rows_whose_loss_is_scaled(monkeypat
             is_shared=False,
         )
         model.zero_grad()
-        Replay(trainer, GenericText(((1, 2),) * 4, 0, False, "bf16"), 4, 4, seed=0).add_gradient()
+        inputs: Any = SimpleNamespace(plan=plans.plan(generic=GenericTexts(rows=4)))
+        monitor: Any = SimpleNamespace(trainer=trainer)
+        Replay(inputs, monitor, GenericText(((1, 2),) * 4, 0, False, "bf16"), 4, 0.01).add_gradient()
         assert model.weight.grad is not None
         return float(model.weight.grad)
 

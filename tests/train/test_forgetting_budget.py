@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,10 +21,11 @@ from fulltune.inference.run import GenericText
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
 from fulltune.records.held import Drift, HeldRun, Point
+from fulltune.records.plan import GenericTexts
 from fulltune.report.run.held import held_back
 from fulltune.train.forgetting import within_budget
 from fulltune.train.forgetting.generic import Replay, divergence
-from tests import tiny
+from tests import plans, tiny
 from tests.preserved import preserved_record
 from tests.train import runs
 from tests.train.test_resume import ask_to_stop, assert_same
@@ -142,15 +144,19 @@ def test_probe_that_is_too_short_for_a_certificate_says_how_much_it_takes(tmp_pa
 
 
 def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
-    trainer: Any = None
-    replay = Replay(trainer, GenericText(tuple([n] for n in range(10)), 0, True, "fp32"), 4, 4, seed=3)
+    def replay_of(count: int, rows: int) -> Replay:
+        inputs: Any = SimpleNamespace(plan=plans.plan(seed=3, generic=GenericTexts(rows=rows)))
+        monitor: Any = SimpleNamespace(trainer=None)
+        return Replay(inputs, monitor, GenericText(tuple([n] for n in range(count)), 0, True, "fp32"), rows, 0.01)
+
+    replay = replay_of(10, 4)
     drawn = [replay.rows_of(step) for step in range(1, 11)]
     flat = [place for rows in drawn for place in rows]
     for start in range(0, 40, 10):
         assert sorted(flat[start : start + 10]) == list(range(10))
     assert flat[:10] != flat[10:20]
     assert replay.rows_of(7) == drawn[6]
-    many = Replay(trainer, GenericText(([1], [2], [3]), 0, True, "fp32"), 8, 8, seed=3)
+    many = replay_of(3, 8)
     assert sorted(many.rows_of(1) + many.rows_of(2) + many.rows_of(3)) == sorted([0, 1, 2] * 8)
 
 

@@ -126,23 +126,25 @@ class DriftMonitor(TrainingPart):
 
 
 class Replay(TrainingPart):
-    """Adds the gradient of some generic texts to each step's: a distillation of the model from its untouched self,
-    weighted to keep the budget for forgetting."""
+    """Adds the gradient of some generic texts to each step's, a distillation of the model from its untouched self.
+    Every so many steps the drift is measured, and their weight set so that the budget for forgetting is kept."""
 
-    def __init__(self, trainer: FullTrainer, text: GenericText, rows: int, rows_per_pass: int, seed: int) -> None:
-        self.trainer, self.text, self.seed = trainer, text, seed
-        self.rows, self.rows_per_pass = rows, rows_per_pass
-        """Texts a step, over all processes, and at once."""
-        self.weight = 1.0
+    def __init__(
+        self, inputs: AttemptInputs, monitor: DriftMonitor, text: GenericText, rows_per_pass: int, budget: float
+    ) -> None:
+        self.inputs, self.monitor, self.trainer = inputs, monitor, monitor.trainer
+        self.text, self.rows_per_pass = text, rows_per_pass
+        self.bounds, self.limit = LANGUAGE if text.writes else STATES, limit_of(budget, text.writes)
+        self.weight = self.bounds[0] / self.limit
         self.before: Sequence[Any] = ()
         """What the untouched model made of each text: of a language model log probabilities and ids, float16 and int32
         [tokens, `LIKELIEST`], of others the mean hidden state, float64 [hidden]."""
 
     def rows_of(self, step: int) -> list[int]:
         """The texts of an optimizer step, from 1: each once, in a drawn order, before any comes again."""
-        count = len(self.text.ids)
-        places = range((step - 1) * self.rows, step * self.rows)
-        orders = {cycle: _order(count, self.seed, cycle) for cycle in {place // count for place in places}}
+        plan, count = self.inputs.plan, len(self.text.ids)
+        places = range((step - 1) * plan.generic.rows, step * plan.generic.rows)
+        orders = {cycle: _order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
         return [orders[place // count][place % count] for place in places]
 
     def remember(self) -> None:
@@ -184,6 +186,14 @@ class Replay(TrainingPart):
                 loss = counts * self.weight * share * summed
                 (loss if scaler is None else scaler.scale(loss)).backward()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        plan, step = self.inputs.plan, state.global_step
+        if step % plan.generic.steer_steps or step >= plan.total_steps or (drift := self.monitor.read()) is None:
+            return
+        rate = cast("Any", self.trainer.lr_scheduler).get_last_lr()[0] / plan.learning_rate
+        self.weight = next_weight(self.weight, drift, self.limit, rate, self.bounds)
+        self.inputs.recorder.write(Steered(step=step, moved=drift.drift, error=drift.error, weight=self.weight))
+
     def state(self) -> dict[str, Any]:
         return {"replay_weight": self.weight}
 
@@ -212,25 +222,7 @@ class Replay(TrainingPart):
         return logits[causal_lm.wanted(labels) != IGNORED] if logits.dim() == 3 else logits
 
 
-class Steering(TrainingPart):
-    """Measures the drift every so many steps, and raises or lowers the weight of what is replayed by what it finds."""
-
-    def __init__(self, inputs: AttemptInputs, monitor: DriftMonitor, replay: Replay, every: int, budget: float) -> None:
-        self.inputs, self.monitor, self.replay, self.every = inputs, monitor, replay, every
-        self.bounds = LANGUAGE if replay.text.writes else STATES
-        self.limit = limit_of(budget, replay.text.writes)
-        replay.weight = self.bounds[0] / self.limit
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        plan, step, schedule = self.inputs.plan, state.global_step, self.replay.trainer.lr_scheduler
-        if step % self.every or step >= plan.total_steps or (found := self.monitor.read()) is None:
-            return
-        rate = cast("Any", schedule).get_last_lr()[0] / plan.learning_rate
-        self.replay.weight = next_weight(self.replay.weight, found, self.limit, rate, self.bounds)
-        self.inputs.recorder.write(Steered(step=step, moved=found.drift, error=found.error, weight=self.replay.weight))
-
-
-def replay_parts(inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor) -> list[TrainingPart]:
+def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
     """What trains generic text along, where the plan does; the model is still the untouched one."""
     plan, rows, budget = inputs.plan, inputs.plan.generic.rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:
@@ -241,14 +233,13 @@ def replay_parts(inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMoni
     # where activations are recomputed, which happens in training mode alone.
     at_once = plan.micro_batch_size * inputs.summary.max_length // monitor.most_tokens
     if text.writes:
-        at_once = min(at_once, _MOST_LOGITS // (monitor.most_tokens * trainer.model.config.vocab_size))
+        at_once = min(at_once, _MOST_LOGITS // (monitor.most_tokens * monitor.trainer.model.config.vocab_size))
     at_once = 1 if plan.activation_checkpointing else max(1, min(rows, at_once))
-    replay = Replay(trainer, text, rows, at_once, plan.seed)
-    steering = Steering(inputs, monitor, replay, plan.generic.steer_steps, budget)
+    replay = Replay(inputs, monitor, text, at_once, budget)
     inputs.recorder.phase("reading generic text with the untouched model")
     with inputs.journal.during("evaluation"):
         replay.remember()
-    return [replay, steering]
+    return [replay]
 
 
 def divergence(wanted: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ def _parts(training: Training) -> list[TrainerCallback]:
         *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
         training.curve,
         training.monitor,
-        *replay_parts(inputs, trainer, training.monitor),
+        *replay_parts(inputs, training.monitor),
         training.checkpoints,
         inputs.stop,
     ]
