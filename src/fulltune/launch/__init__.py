@@ -125,7 +125,7 @@ def text_of(job: LaunchedJob, launcher: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    jinja.filters |= {"shell": _shell, "yaml": _yaml, "yaml_block": _yaml_block, "kubernetes": _kubernetes}
+    jinja.filters |= {"shell": shlex.join, "yaml": _yaml, "yaml_block": _yaml_block, "kubernetes": _kubernetes}
     gpu = job.hardware.gpu_model if job.hardware else None
     return jinja.get_template(LAUNCHERS[launcher][0]).render(
         job=job,
@@ -138,11 +138,6 @@ def text_of(job: LaunchedJob, launcher: str) -> str:
         accelerators=f"{_SKY_NAMES.get(gpu.name, gpu.name.replace(' ', '')) if gpu else 'EDIT'}:{job.gpus}",
         gives_output=any(one.partition("=")[0].strip() == "output" for one in job.overrides),
     )
-
-
-def _shell(value: str | Sequence[str]) -> str:
-    """A word, or words, as a shell reads them again."""
-    return shlex.quote(value) if isinstance(value, str) else shlex.join(value)
 
 
 def _yaml(value: str) -> str:

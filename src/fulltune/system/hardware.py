@@ -139,23 +139,22 @@ def _least(gpus: Sequence[Gpu]) -> Gpu:
 
 def _differences(machines: Sequence[Machine]) -> str:
     """What a plan for the least of them should say; empty: they are alike."""
-    found = []
-    names = sorted({gpu.name for one in machines for gpu in one.gpus})
-    if len(set(map(len, (one.gpus for one in machines)))) > 1:
-        counts = [len(one.gpus) for one in machines]
-        found.append(f"{min(counts)} to {max(counts)} GPUs")
-    if len({tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}) > 1 and len(names) > 1:
-        found.append(listed(names))
-    cores = [one.num_cores for one in machines]
-    if min(cores) < max(cores):
-        found.append(f"{min(cores)} to {max(cores)} cores")
-    for what, sizes in (
-        ("memory", [one.memory_bytes for one in machines]),
-        ("free memory", [one.memory_available_bytes for one in machines]),
-    ):
-        if min(sizes) < ALIKE * max(sizes):
-            found.append(f"{min(sizes) / 2**30:,.1f} to {max(sizes) / 2**30:,.1f} GiB of {what}")
-    return ", ".join(found)
+    kinds = {tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}
+    names = sorted({name for kind in kinds for name in kind})
+    spans = (
+        _span([len(one.gpus) for one in machines], "GPUs"),
+        listed(names) if len(kinds) > 1 and len(names) > 1 else "",
+        _span([one.num_cores for one in machines], "cores"),
+        _span([one.memory_bytes / 2**30 for one in machines], "GiB of memory", digits=1, alike=ALIKE),
+        _span([one.memory_available_bytes / 2**30 for one in machines], "GiB of free memory", digits=1, alike=ALIKE),
+    )
+    return ", ".join(filter(None, spans))
+
+
+def _span(values: Sequence[float], words: str, digits: int = 0, alike: float = 1.0) -> str:
+    """`16 to 64 cores`; empty where the least is that close to the most."""
+    least, most = min(values), max(values)
+    return f"{least:,.{digits}f} to {most:,.{digits}f} {words}" if least < alike * most else ""
 
 
 @cache

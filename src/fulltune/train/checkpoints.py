@@ -63,11 +63,8 @@ def guard_state(checkpoint: Path) -> dict[str, Any]:
 
 def newest_healthy(folder: Path, before: int) -> Path | None:
     """The newest whole checkpoint of an earlier step, saved when none of the steps just before it was skipped."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
-        is_clean = number_in(checkpoint) < before and flaw(checkpoint) is None
-        if is_clean and not guard_state(checkpoint).get("skipped"):
-            return checkpoint
-    return None
+    earlier = (one for one in folder.glob("checkpoint-*") if number_in(one) < before and flaw(one) is None)
+    return max((one for one in earlier if not guard_state(one).get("skipped")), key=number_in, default=None)
 
 
 def last_saved(folder: Path) -> int:

@@ -17,19 +17,22 @@ from fulltune.records.data import DataSummary
 
 def _described(value: Any) -> str:
     """A value as text that is the same in another process; a function by its code, defaults and closure."""
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_described(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, (tuple, list)):
-        return "(" + ",".join(map(_described, value)) + ")"
-    if isinstance(value, (set, frozenset)):
-        return "{" + ",".join(sorted(map(_described, value))) + "}"
-    if isinstance(value, functools.partial):
-        return f"partial{_described((value.func, value.args, value.keywords))}"
-    if isinstance(value, types.CodeType):
-        return f"{value.co_name}:{value.co_code.hex()}:{value.co_names}:{_described(value.co_consts)}"
-    if isinstance(value, types.FunctionType):
-        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
-        return f"{value.__qualname__}{_described((value.__code__, value.__defaults__, value.__kwdefaults__, cells))}"
+    match value:
+        case Mapping():
+            return "{" + ",".join(f"{key}:{_described(inner)}" for key, inner in value.items()) + "}"
+        case tuple() | list():
+            return "(" + ",".join(map(_described, value)) + ")"
+        case set() | frozenset():
+            return "{" + ",".join(sorted(map(_described, value))) + "}"
+        case functools.partial():
+            return f"partial{_described((value.func, value.args, value.keywords))}"
+        case types.CodeType():
+            return f"{value.co_name}:{value.co_code.hex()}:{value.co_names}:{_described(value.co_consts)}"
+        case types.FunctionType():
+            cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+            return (
+                f"{value.__qualname__}{_described((value.__code__, value.__defaults__, value.__kwdefaults__, cells))}"
+            )
     text = repr(value)
     # A default representation holds an address, which is another one each time: the type has to do.
     return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in text else text

@@ -314,20 +314,3 @@ def test_manifests_are_read_by_their_own_packages(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         for reader in ("runtime", "train_job", "sky_task"):
             assert f"read by {reader}\n" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("launcher", "ending", "before", "after"),
-    [
-        ("kubernetes", "trainjob.yaml", "numNodes", "num_Nodes"),
-        ("skypilot", "sky.yaml", "job_recovery", "job_recoveries"),
-    ],
-)
-def test_parsers_notice_a_field_that_there_is_not(
-    tmp_path: Path, launcher: str, ending: str, before: str, after: str
-) -> None:
-    place = Place(tmp_path)
-    assert place.launch(launcher).code == 0
-    path = place.edit(ending, *((BUCKET,) if launcher == "skypilot" else ()))
-    assert parsed(path).returncode == 0
-    assert parsed(place.edit(ending, (before, after))).returncode != 0

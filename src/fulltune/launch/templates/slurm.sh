@@ -30,10 +30,10 @@
 max_requeues=100
 
 # edit: the recipe's folder as the nodes see it
-cd {{ folder | shell }} || exit 2
+cd {{ [folder] | shell }} || exit 2
 
 # edit: what loads fulltune's environment: module load cuda, source /venv/bin/activate
-export PATH="$PATH":{{ programs | shell }}
+export PATH="$PATH":{{ [programs] | shell }}
 
 # edit: the command; add --wait-for-machines 30m where the nodes do not start at once
 command=({{ job.words | shell }})

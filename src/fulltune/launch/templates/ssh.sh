@@ -18,11 +18,11 @@ rendezvous=EDIT-HOST-0:{{ port }}
 # edit: how to log in; add -i KEY, -l USER, -p PORT
 ssh=(ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=30 -o ServerAliveCountMax=4)
 # edit: the recipe's folder as the machines see it, ~/... in each one's home
-folder={{ folder | shell }}
-recipe={{ ('./' ~ job.file.name) | shell }}
+folder={{ [folder] | shell }}
+recipe={{ ['./' ~ job.file.name] | shell }}
 # edit: what loads fulltune's environment on each machine: module load cuda, source /venv/bin/activate
 read -r -d '' setup <<'SETUP'
-export PATH="$PATH":{{ programs | shell }}
+export PATH="$PATH":{{ [programs] | shell }}
 SETUP
 # edit: the command; add --wait-for-machines 30m where the machines do not start at once
 command=({{ job.words | shell }})
