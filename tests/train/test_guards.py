@@ -312,6 +312,9 @@ def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path,
     assert "no parameter moved" in result.err
     assert "Traceback" not in result.err
     assert (tmp_path / "run" / "report.html").exists()
+    assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "stopped_by_guard"
+    assert not (tmp_path / "run" / "models").exists()
+    assert not list((tmp_path / "run").rglob("initial.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,6 @@ def test_share_covers_each_row_once_in_batches_of_one_process(rows: int, size: i
         assert all(list(batch) in whole for batch in batches(positions[:count], size))
 
 
-@pytest.mark.parametrize("rows", [1, 9])
-def test_process_without_a_batch_of_its_own_repeats_the_shortest_row(rows: int) -> None:
-    positions, count = distributed.share(range(rows), rows, 1, 2)
-    assert (list(positions), count) == ([rows - 1], 0)
-
-
 def test_workers_find_programs_that_come_with_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/only/here")
     plan = SimpleNamespace(device="cpu", placement="zero3", num_processes=1)

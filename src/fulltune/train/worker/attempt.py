@@ -100,15 +100,15 @@ def _begin(training: Training) -> None:
 
 
 def _trained(training: Training) -> dict[str, Any]:
-    """Train after the checks, keep the best weights, save."""
+    """Keep the weights before step 1 on disk and train; then judge the curve, count what moved, put the best weights
+    into the model, and save it."""
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, observed = inputs.request, inputs.recorder, inputs.journal, inputs.observed
-    plan = inputs.plan
-    initial = None
+    plan, together, initial = inputs.plan, inputs.sharing is not None, None
     journal.at("saving")
-    if inputs.is_main or inputs.sharing is not None:
+    if inputs.is_main or together:
         before = request.initial_weights(trainer.args.process_index)
-        initial = weights.InitialWeights(trainer.model, before, inputs.sharing is not None)
+        initial = weights.InitialWeights(trainer.model, before, together)
     state, optimizer = _fit(training)
     journal.at_rest()
     if plan.num_processes > 1 and observed.meter is not None:
@@ -173,10 +173,7 @@ def _fit(training: Training) -> tuple[Any, Any]:
     if request.checkpoint is not None:
         checkpoint = Path(request.checkpoint)
         kept = checkpoints.guard_state(checkpoint)
-        if training.loaded.base_weights is not None and kept["base_weights"] not in (
-            None,
-            training.loaded.base_weights,
-        ):
+        if len({kept["base_weights"], training.loaded.base_weights} - {None}) > 1:
             raise SetupError(
                 f"model: {inputs.recipe.model.name}: its weights are not those that this run began with; put them "
                 "back, or start a new run (--fresh)"
