@@ -63,8 +63,9 @@ def guard_state(checkpoint: Path) -> dict[str, Any]:
 
 def newest_healthy(folder: Path, before: int) -> Path | None:
     """The newest whole checkpoint of an earlier step, saved when none of the steps just before it was skipped."""
-    earlier = (one for one in folder.glob("checkpoint-*") if number_in(one) < before and flaw(one) is None)
-    return max((one for one in earlier if not guard_state(one).get("skipped")), key=number_in, default=None)
+    newest = sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True)
+    whole = (one for one in newest if number_in(one) < before and flaw(one) is None)
+    return next((one for one in whole if not guard_state(one).get("skipped")), None)
 
 
 def last_saved(folder: Path) -> int:

@@ -30,9 +30,8 @@ def _described(value: Any) -> str:
             return f"{value.co_name}:{value.co_code.hex()}:{value.co_names}:{_described(value.co_consts)}"
         case types.FunctionType():
             cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
-            return (
-                f"{value.__qualname__}{_described((value.__code__, value.__defaults__, value.__kwdefaults__, cells))}"
-            )
+            parts = (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
+            return f"{value.__qualname__}{_described(parts)}"
     text = repr(value)
     # A default representation holds an address, which is another one each time: the type has to do.
     return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in text else text
