@@ -72,4 +72,4 @@ def group_by_length(length_explained: float) -> tuple[bool, str]:
     share = f"the target explains {length_explained:.0%} of the variance of the length"
     if length_explained >= MOST_LENGTH_EXPLAINED:
         return False, f"{share}: batches by length would be one-sided"
-    return True, f"less padding; {share}"
+    return True, f"less padding; {share}" if length_explained else "less padding"

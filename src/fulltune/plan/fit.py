@@ -59,7 +59,7 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     logging_steps = resolve.logging_steps(recipe, steps, reasons)
     generic = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
-    resolve.caveats(basis.footprint, reasons, bool(train.torch_compile))
+    reasons.settings += resolve.caveats(basis.footprint, bool(train.torch_compile))
     used = chosen.settings
     each_pass, each_step = time.traffic(shapes, used, basis.shared)
     plan = Plan(
@@ -107,8 +107,7 @@ def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Opt
     choose.note(basis, chosen, own_loss, reasons)
     used = chosen.settings
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
-    problems = sharing.disagreements(recipe, *batches, used.num_processes, used.precision)
-    if problems:
+    if problems := sharing.disagreements(recipe, *batches, used.num_processes, used.precision):
         raise RecipeError(problems)
     if fleet.disk_bytes is not None:
         ways_out.refuse_full_disk(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
@@ -129,7 +128,6 @@ def placed(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Re
         RecipeError: When settings contradict each other or the machine.
     """
     recipe = workload.recipe
-    resolve.refuse_fsdp2_beside_gpus(recipe, fleet.machine)
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe, ""
     if recipe.train.num_processes == 1:
@@ -229,8 +227,11 @@ def _around(
         """Seconds of a forward pass of so many tokens in rows of full length."""
         return tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / flops
 
-    spent = START_SECONDS if started_seconds is None else started_seconds
-    yield STARTING, spent + LOADS * plan.state["weights"] / DISK_BYTES_PER_SECOND
+    yield (
+        STARTING,
+        (START_SECONDS if started_seconds is None else started_seconds)
+        + LOADS * plan.state["weights"] / DISK_BYTES_PER_SECOND,
+    )
     probed_rows, _, probing = time.probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":
         yield PROBE, forward(probed_rows) + probing

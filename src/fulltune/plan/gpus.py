@@ -52,21 +52,25 @@ class GpuModel:
         return int(self.memory_gib * GIB * (15 / 16 if "ecc" in self.flags else 1))
 
     @property
+    def card(self) -> Gpu:
+        """One of them, all of whose memory is free but for what the driver takes."""
+        size = self.memory_bytes
+        return Gpu(name=self.name, memory_bytes=size, capability=self.capability, free_bytes=size - DEVICE_RESERVE)
+
+    @property
     def host_memory_gb_per_second(self) -> float:
         """Usual bandwidth of the host's memory: two channels of DDR5, or a server's eight and more."""
         return 60.0 if "desktop" in self.flags else 200.0
 
 
-def _models() -> tuple[GpuModel, ...]:
-    rows = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["gpus"]
-    models = []
-    for row in rows:
-        cells: list[Any] = [tuple(cell) if isinstance(cell, list) else cell for cell in row]
-        models.append(GpuModel(*cells))
-    return tuple(models)
+def _cell(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
-GPUS = _models()
+GPUS = tuple(
+    GpuModel(*map(_cell, row))
+    for row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["gpus"]
+)
 
 
 @dataclass(frozen=True)
@@ -158,10 +162,10 @@ def find(name: str) -> GpuModel:
     if len(models) == 1:
         return models[0]
     if models:
-        sizes = " or ".join(model.name for model in reversed(models))
+        sizes = listed([model.name for model in reversed(models)], "or")
         raise RecipeError(f"--for: '{name}' comes in several sizes; write {sizes}")
-    keys = near_names(_key(name), _BY_KEY, most=6, cutoff=0.5)
-    near = list(dict.fromkeys(_BY_KEY[key].name for key in keys))[:3]
+    near = [_BY_KEY[key].name for key in near_names(_key(name), _BY_KEY, most=6, cutoff=0.5)]
+    near = list(dict.fromkeys(near))[:3]
     hint = f"did you mean {listed(near, 'or')}?" if near else f"known are {', '.join(one.name for one in GPUS)}, or cpu"
     raise RecipeError(f"--for: unknown GPU '{name}'; {hint}")
 
@@ -229,11 +233,6 @@ def fleet_of(asked: NamedHardware) -> Fleet:
         assumed.append(f"{CPU_FLOPS_PER_CORE / GB:.0f} GFLOP/s a core in fp32, no fast bf16")
     if several and not asked.network:
         assumed.append(f"{NETWORK_ASSUMED} (--for takes '400Gb network')")
-    cards: tuple[Gpu, ...] = ()
-    if gpu is not None:
-        size = gpu.memory_bytes
-        card = Gpu(name=gpu.name, memory_bytes=size, capability=gpu.capability, free_bytes=size - DEVICE_RESERVE)
-        cards = (card,) * count
     machine = Machine(
         cpu="not here",
         num_cores=cores,
@@ -241,7 +240,7 @@ def fleet_of(asked: NamedHardware) -> Fleet:
         # The system and other programs take the rest.
         memory_available_bytes=host - max(2 * GB, host // 20) if host > 4 * GB else host // 2,
         cpu_bf16_speedup=1.0,
-        gpus=cards,
+        gpus=(gpu.card,) * count if gpu else (),
         cpu_flops=0.0 if gpu else float(cores * CPU_FLOPS_PER_CORE),
     )
     name = f"{count}x {gpu.name}" if gpu else f"CPU with {cores} cores"
@@ -266,8 +265,7 @@ def here(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at:
     """This machine (of several that are known the least of each: `hardware.weakest`), and as many like it as there are;
     `disk_at` is the run folder, or where it would lie."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
-    kinds = Counter(gpu.name for gpu in machine.gpus)
-    gpus = "".join(f"{count}x {name}, " for name, count in kinds.items())
+    gpus = "".join(f"{count}x {name}, " for name, count in Counter(gpu.name for gpu in machine.gpus).items())
     named = f"{num_machines} machines like this one, each" if num_machines > 1 else "this machine:"
     return Fleet(
         name=f"{named} {gpus}{machine.num_cores} cores, {machine.memory_bytes / GIB:,.0f} GiB",

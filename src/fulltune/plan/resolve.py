@@ -39,6 +39,11 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     wanted = recipe.train.device
     if wanted == "cuda" and not machine.gpus:
         raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
+    if wanted == "cpu" and machine.gpus and recipe.train.placement == "fsdp2":  # transformers would take those
+        raise RecipeError(
+            "train.placement: fsdp2 takes the GPUs of a machine that has some, but train.device is cpu; set device: "
+            "cuda, or placement: ddp"
+        )
     found = "cuda" if machine.gpus else "cpu"
     count, machines = len(machine.gpus), recipe.train.num_machines
     reason = f"{counted(count, 'GPU')} found" if count else "no GPU found"
@@ -55,28 +60,14 @@ def _refuse_too_many(recipe: Recipe, machine: Machine, device: str) -> None:
     room, what = (len(machine.gpus), "GPU(s)") if device == "cuda" else (machine.num_cores, "CPU core(s)")
     if train.processes_per_machine <= room or (device == "cpu" and train.oversubscribe):
         return
-    asked, here = f"train.num_processes: {train.num_processes}", "this machine"
-    if train.num_machines > 1:
-        here = "each machine"
-        asked += f", which are {train.processes_per_machine} on each of {train.num_machines} machines"
+    several = train.num_machines > 1
+    each = f", which are {train.processes_per_machine} on each of {train.num_machines} machines" if several else ""
     unlike = f"; the machines are not alike: {machine.differs}" if machine.differs else ""
     forced = ", or train.oversubscribe: true to try it all the same" if device == "cpu" else ""
-    most = room * train.num_machines
-    raise RecipeError(f"{asked}, but {here} lets us use {room} {what}{unlike}; set at most {most}{forced}")
-
-
-def refuse_fsdp2_beside_gpus(recipe: Recipe, machine: Machine) -> None:
-    """Refuse FSDP2 on the processor of a machine that has GPUs: transformers would take those.
-
-    Raises:
-        RecipeError: Naming both settings.
-    """
-    train = recipe.train
-    if train.placement == "fsdp2" and train.device == "cpu" and machine.gpus:
-        raise RecipeError(
-            "train.placement: fsdp2 takes the GPUs of a machine that has some, but train.device is cpu; set device: "
-            "cuda, or placement: ddp"
-        )
+    raise RecipeError(
+        f"train.num_processes: {train.num_processes}{each}, but {'each' if several else 'this'} machine lets us use "
+        f"{room} {what}{unlike}; set at most {room * train.num_machines}{forced}"
+    )
 
 
 def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:
@@ -160,12 +151,11 @@ def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
     train, dtype = recipe.train, recipe.model.weights_dtype
     rounding, why = None, "AdamW in fp32, one kernel"
     if dtype != "fp32":
-        vanish = "bf16 weights: rounded to nearest, updates vanish"
-        rounding = reasons.add("train.bf16_rounding", train.bf16_rounding, "stochastic", vanish)
+        why = "bf16 weights: rounded to nearest, updates vanish"
+        rounding = reasons.add("train.bf16_rounding", train.bf16_rounding, "stochastic", why)
         why = "the weights are bf16"
-    chosen = plain_optim(dtype, rounding)
-    known = memory.known(train.optim or chosen)
-    doubt = "" if known else "; the size of its state is not known here: planned as AdamW's"
+    chosen, doubt = plain_optim(dtype, rounding), "; the size of its state is not known here: planned as AdamW's"
+    doubt = "" if memory.known(train.optim or chosen) else doubt
     return str(reasons.add("train.optim", train.optim, chosen, why, doubt)), rounding
 
 
@@ -203,11 +193,9 @@ def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
     while usual > 4 and summary.rows_per_epoch < 8 * usual:
         usual //= 2
     chosen = math.ceil(usual / per_pass) * per_pass
-    return int(
-        reasons.add(
-            "train.global_batch_size", train.global_batch_size, chosen, f"usual for {recipe.task} with this many rows"
-        )
-    )
+    why = f"usual for {recipe.task} with this many rows"
+    why = why if chosen == usual else f"{usual} is {why}; a multiple of {counted(per_pass, 'row')} of all processes"
+    return int(reasons.add("train.global_batch_size", train.global_batch_size, chosen, why))
 
 
 @dataclass(frozen=True)
@@ -266,14 +254,14 @@ def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Any:
     given, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
         return None
-    if shapes.head_is_kept:
-        if given is not None:
-            raise RecipeError(
-                f"{name}: {given}, but the checkpoint brings a head for these labels, which goes on; leave {name} out"
-            )
-        return None
-    why = "a new head that starts at random drags the body away (Kumar et al. 2022)"
-    return reasons.add(name, given, "probe", why)
+    if not shapes.head_is_kept:
+        why = "a new head that starts at random drags the body away (Kumar et al. 2022)"
+        return reasons.add(name, given, "probe", why)
+    if given is not None:
+        raise RecipeError(
+            f"{name}: {given}, but the checkpoint brings a head for these labels, which goes on; leave {name} out"
+        )
+    return None
 
 
 def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -> int:
@@ -290,26 +278,25 @@ def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -
     return int(ratio * total_steps)
 
 
-def caveats(footprint: Footprint, reasons: Reasons, compiled: bool = False) -> None:
+def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
     """What the plan's memory rests on, where it is no trace of the model at the data's sizes."""
-    if footprint.rough:
-        why = f"this model cannot be traced ({footprint.rough}): by a rule of thumb; the dry-run step will tell"
-        reasons.add("memory", None, "rough", why)
-    if footprint.assumed:
-        reasons.add("memory.inputs", None, "assumed", footprint.assumed)
-    if compiled:
-        why = (
-            "the plan's memory and time are those of blocks that are not compiled, and the compiler itself takes host "
-            "memory; the dry run measures what there is"
-        )
-        reasons.add("memory.torch_compile", None, "not counted", why)
-
-
-def notes(footprint: Footprint) -> tuple[str, ...]:
-    """The same in lines, for what has no plan."""
-    reasons = Reasons()
-    caveats(footprint, reasons)
-    return tuple(f"{one.name}: {one.value}: {one.reason}" for one in reasons.settings)
+    rough = (
+        f"this model cannot be traced ({footprint.rough}): by a rule of thumb; the dry-run step will tell"
+        if footprint.rough
+        else ""
+    )
+    uncounted = (
+        "the plan's memory and time are those of blocks that are not compiled, and the compiler itself takes host "
+        "memory; the dry run measures what there is"
+        if compiled
+        else ""
+    )
+    rows = (
+        ("memory", "rough", rough),
+        ("memory.inputs", "assumed", footprint.assumed),
+        ("memory.torch_compile", "not counted", uncounted),
+    )
+    return [Setting(name=name, value=value, reason=why, chosen=True) for name, value, why in rows if why]
 
 
 _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")

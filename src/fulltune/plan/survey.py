@@ -25,8 +25,8 @@ MUCH_FASTER = 1.25
 one that fits without it; below it stands in the table."""
 FEW_ROWS, MANY_ROWS = 10_000, 100_000
 SMALL_ENCODER, LARGE = 500_000_000, 10**10
-MORE = (2, 4, 8)
-"""GPUs of a machine, and machines, that are proposed where fewer are too small."""
+MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
+"""GPUs of a machine, and machines, and GB of a host, that are proposed where fewer are too small."""
 Other = Callable[[str], Workload | None]
 """From a method's kind to the same workload by it, with its usual settings; None where it cannot be."""
 Planned = tuple[Plan, dict[str, Any]]
@@ -56,24 +56,23 @@ def survey(
     table = placements.table(basis)
     found = _planned(workload, fleet, table) if planned is None else (planned, {})
     fits = not isinstance(found, DoesNotFitError)
-    full_fits = fits if kind == "full" else _of_another_method(other("full"), fleet) is not None
+    full_fits = fits if kind == "full" else _anywhere(other("full"), fleet, by_asking=True) is not None
     by_lora = other("lora") if kind != "lora" and not full_fits else None
-    lora = _of_another_method(by_lora, fleet)
+    lora = _anywhere(by_lora, fleet, by_asking=True)
     lora_fits = fits if kind == "lora" else None if by_lora is None else lora is not None
     seen = _seen(workload, basis, table, full_fits, lora_fits)
     if isinstance(found, DoesNotFitError):
         problem, ways = _ways_out(workload, basis, table, found.problems[0], lora)
-        notes = (problem, *resolve.notes(basis.footprint))
-        return seen.model_copy(update={"ways_out": ways, "notes": notes}), None
+        notes = (f"{one.name}: {one.value}: {one.reason}" for one in resolve.caveats(basis.footprint))
+        return seen.model_copy(update={"ways_out": ways, "notes": (problem, *notes)}), None
     plan, settings = found
     if plan.time is None:  # it was changed when memory ran out
         plan = with_time(plan, basis, workload.summary)
     if plan.memory is not None:
         placed = replace(basis, shared=_shared(workload.recipe, found))
         chosen = placements.row(placed, plan, plan.memory, settings)
-        names = [one.name for one in table]
-        at = names.index(chosen.name) if chosen.name in names else 0
-        rows = (*table[:at], chosen, *table[at + (chosen.name in names) :])
+        rows = tuple(chosen if one.name == chosen.name else one for one in table)
+        rows = rows if chosen in rows else (chosen, *rows)
         seen = seen.model_copy(update={"placement": chosen.name, "placements": rows})
     update: dict[str, Any] = {
         "fits": True,
@@ -81,9 +80,8 @@ def survey(
         "settings": {name: given(workload.recipe, name) for name in workload.spread} | settings,
     }
     if price and plan.time:
-        rate, currency = price
         hours = seen.num_devices * plan.time.whole_seconds / 3600
-        update |= {"price": rate * hours, "currency": currency}
+        update |= {"price": price[0] * hours, "currency": price[1]}
     return seen.model_copy(update=update), plan
 
 
@@ -147,8 +145,8 @@ def _planned(workload: Workload, fleet: Fleet, table: Sequence[Placement]) -> Pl
 def ranked(table: Sequence[Placement]) -> list[Placement]:
     """Those that fit and need nothing that only a person can say: first the ones that compute as AdamW in fp32 does,
     then the faster ones."""
-    automatic = (one for one in table if one.fits)
-    return sorted(automatic, key=lambda one: (_computes_otherwise(one), -(one.tokens_per_second or 0.0)))
+    fitting = (one for one in table if one.fits)
+    return sorted(fitting, key=lambda one: (_computes_otherwise(one), -(one.tokens_per_second or 0.0)))
 
 
 def _computes_otherwise(one: Placement) -> bool:
@@ -185,13 +183,15 @@ def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
     return plan.model_copy(update={"settings": tuple(settings)})
 
 
-def _of_another_method(workload: Workload | None, fleet: Fleet) -> Planned | None:
-    """The plan of another method, with whatever placement fits; None when none does."""
+def _anywhere(workload: Workload | None, fleet: Fleet, by_asking: bool = False) -> Planned | None:
+    """The plan with the recipe's placement or one that is taken without asking, or with any; None when none fits."""
     if workload is None:
         return None
     table = placements.table(basis_of(workload, fleet))
     found = _planned(workload, fleet, table)
-    return _otherwise(workload, fleet, table) if isinstance(found, DoesNotFitError) else found
+    if not isinstance(found, DoesNotFitError):
+        return found
+    return _otherwise(workload, fleet, table) if by_asking else None
 
 
 # ---- ways out ----------------------------------------------------------------------------------------------------
@@ -235,9 +235,9 @@ def _larger(workload: Workload, fleet: Fleet, now_bytes: int) -> Iterator[WayOut
     devices = [replace(asked, count=count) for count in MORE if alone and count > asked.count]
     whole = replace(asked, count=max(MORE[-1], asked.count)) if alone else asked
     devices += [replace(whole, machines=count) for count in MORE if count > asked.machines]
-    hosts = [size * gpus.GB for size in (64, 128, 192, 256, 384, 512, 768, 1024, 2048)]
-    larger_hosts = [replace(asked, host_bytes=size) for size in hosts if size > fleet.machine.memory_bytes]
-    for larger, costs in ((devices, "more devices"), (larger_hosts, "more memory of the host")):
+    sizes = [size * gpus.GB for size in HOSTS if size * gpus.GB > fleet.machine.memory_bytes]
+    hosts = [replace(asked, host_bytes=size) for size in sizes]
+    for larger, costs in ((devices, "more devices"), (hosts, "more memory of the host")):
         for one in larger:
             if found := _on(workload, gpus.fleet_of(one)):
                 plan = found[0]
@@ -256,17 +256,14 @@ def _on(workload: Workload, fleet: Fleet) -> Planned | None:
     rows = (train.micro_batch_size or 1) * train.num_processes
     if train.num_processes % fleet.num_machines or (train.global_batch_size or rows) % rows:
         return None
-    other = replace(workload, recipe=recipe)
-    found = _planned(other, fleet, placements.table(basis_of(other, fleet)))
-    return None if isinstance(found, DoesNotFitError) else found
+    return _anywhere(replace(workload, recipe=recipe), fleet)
 
 
 def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
     """The way out as the plan finds it when it is followed: memory is not all that can be short."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
-    other = replace(workload, recipe=with_settings(workload.recipe, way.settings))
-    if not isinstance(_planned(other, fleet, placements.table(basis_of(other, fleet))), DoesNotFitError):
+    if _anywhere(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:
         return way
     return way.model_copy(update={"enough": False, "costs": f"{way.costs}; other things are short as well"})
 

@@ -61,12 +61,10 @@ def settle(
 
 def _watched(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons) -> int:
     """As many as cost `SHARE` of the training, where that is not too few to tell anything; 0: nothing is watched."""
-    name = "preserve.drift"
-    if not recipe.preserve.drift:
-        reasons.add(name, False)
-        return 0
-    if why := _unwatched(recipe):
-        reasons.add(name, None, False, why)
+    name, against = "preserve.drift", "images have no generic text" if FACTS[recipe.task].reads != "text" else ""
+    against = "nothing but the head moves" if recipe.method.kind == "head" and not against else against
+    if not recipe.preserve.drift or against:
+        reasons.add(name, None if recipe.preserve.drift else False, False, against)
         return 0
     train = summary.splits["train"]
     passes = 3 * steps.total * global_batch_size * train.tokens / max(1, train.rows)  # forward, and twice backward
@@ -81,11 +79,3 @@ def _watched(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps
     given = FROM_RECIPE + ": " if "drift" in recipe.preserve.model_fields_set else ""
     reasons.settings.append(Setting(name=name, value=True, reason=given + why, chosen=not given))
     return count
-
-
-def _unwatched(recipe: Recipe) -> str:
-    if FACTS[recipe.task].reads != "text":
-        return "images have no generic text"
-    if recipe.method.kind == "head":
-        return "nothing but the head moves"
-    return ""

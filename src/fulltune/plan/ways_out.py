@@ -116,9 +116,10 @@ def in_lines(ways: Sequence[WayOut]) -> list[str]:
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)
         flags = f"; {as_flags(way)}" if named else ""
-        start = "enough" if way.enough else "helps"
         costs = f" ({way.costs})" if way.costs != "nothing" else ""
-        lines.append(f"{start}: {way.change}: frees {format_bytes(way.frees_bytes)}{costs}{flags}")
+        lines.append(
+            f"{'enough' if way.enough else 'helps'}: {way.change}: frees {format_bytes(way.frees_bytes)}{costs}{flags}"
+        )
     return lines
 
 
@@ -154,19 +155,17 @@ def of_disk(
     """The nearest ways to bring the run onto its disk."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
-    found: list[tuple[dict[str, Any], int, str]] = []
+    found: list[WayOut] = []
     # One that is kept, the best one, and the one being written; a short run writes no more anyway.
     fewer = max(0, needed.num_checkpoints - 3) * needed.one_checkpoint
     if fewer and recipe.train.save_total_limit > 1:
-        found.append(({"train.save_total_limit": 1}, fewer, "fewer checkpoints to go back to"))
+        costs = "fewer checkpoints to go back to"
+        found.append(way({"train.save_total_limit": 1}, fewer, fewer >= missing, costs, where="disk"))
     # Inside an engine our optimizers cannot run, so nothing is freed.
     smaller = needed.total - budget.disk_need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
     if smaller > 0 and not recipe.train.engine_by:
-        found.append(({"train.optim": "adamw_8bit"}, smaller, "moments of 8 bits"))
-    found.append(({}, missing, "nothing"))
+        costs = "moments of 8 bits"
+        found.append(way({"train.optim": "adamw_8bit"}, smaller, smaller >= missing, costs, where="disk"))
     by_hand = f"free {format_bytes(missing)} on the disk of {place or recipe.output}, or choose another place"
-    listed_ways = [
-        way(named, freed, freed >= missing, costs, change="" if named else by_hand, where="disk")
-        for named, freed, costs in found
-    ]
-    return tuple(sorted(listed_ways, key=lambda one: not one.enough))[:MOST]
+    found.append(way({}, missing, True, "nothing", by_hand, "disk"))
+    return tuple(sorted(found, key=lambda one: not one.enough))[:MOST]

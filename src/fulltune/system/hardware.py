@@ -132,9 +132,8 @@ def weakest(machines: Sequence[Machine]) -> Machine:
 def _least(gpus: Sequence[Gpu]) -> Gpu:
     """Of those of one number: the oldest one's name, the least memory."""
     oldest = min(gpus, key=lambda gpu: (gpu.capability, gpu.memory_bytes))
-    free = [gpu.available_bytes for gpu in gpus if gpu.free_bytes is not None]
-    least = min(gpu.memory_bytes for gpu in gpus)
-    return oldest.model_copy(update={"memory_bytes": least, "free_bytes": min(free, default=None)})
+    free = min((gpu.available_bytes for gpu in gpus if gpu.free_bytes is not None), default=None)
+    return oldest.model_copy(update={"memory_bytes": min(gpu.memory_bytes for gpu in gpus), "free_bytes": free})
 
 
 def _differences(machines: Sequence[Machine]) -> str:
@@ -173,8 +172,7 @@ def cpu_rates() -> tuple[float, float, float]:
     """Operations a second of matrix products in fp32, bytes a second of a copy in memory (reading and writing), and the
     load that slowed both; measured once."""
     # The load is of the whole computer, of which a container or a CPU set may have a part.
-    share = num_cores() / (os.cpu_count() or 1)
-    load = os.getloadavg()[0] * share if hasattr(os, "getloadavg") else 0.0
+    load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)
 
 
