@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from fulltune.recipe.model import NAME, Block, refuse
+from fulltune.recipe.model import NAME, Block, read_by, refuse
 
 TAKEN = ("footprint", "measured", "shapes", "survey")
 """What a method must not be called: its plan would lie where the run folder's `plan` has another file."""
@@ -16,16 +16,13 @@ SEARCH: Literal["search"] = "search"
 """A learning rate that is to be found."""
 
 
-def _rate_or_search(given: Any) -> Any:
-    """One message for both kinds of values: those of a union's branches come one by one."""
-    if given == SEARCH:
-        return given
+def _parse_rate(text: str) -> float:
     try:
-        rate = float(given)
-    except (TypeError, ValueError):
+        rate = float(text)
+    except ValueError:
         rate = 0.0
-    if isinstance(given, bool) or not 0 < rate < 1:
-        raise ValueError(f"expected a number above 0 and below 1, or {SEARCH}; found {given!r}")
+    if text != SEARCH and not 0 < rate < 1:
+        raise ValueError(f"expected a number above 0 and below 1, or {SEARCH}; found {text}")
     return rate
 
 
@@ -59,7 +56,7 @@ class _Named(Block):
 class _Trained(_Named):
     """What every method that trains has."""
 
-    learning_rate: Annotated[float | Literal["search"], BeforeValidator(_rate_or_search)] | None = None
+    learning_rate: Annotated[float | Literal["search"], read_by(_parse_rate)] | None = None
     """Peak learning rate, above 0 and below 1. Left out, chosen by method, model family and size. search: found by
     short trials and whole runs on the eval rows, in two to three and a half times the time of a run, or more where
     it has fewer than 150 steps."""

@@ -18,7 +18,7 @@ def read_by(parse: Callable[[str], float]) -> BeforeValidator:
     """Refuse what a function of `fulltune.text` cannot read; the value stays as it is written."""
 
     def check(value: Any) -> Any:
-        if isinstance(value, (str, int, float)):  # other types are left to pydantic
+        if value is not None:
             parse(str(value))
         return value
 
