@@ -12,7 +12,6 @@ import numpy as np
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.inference import store
-from fulltune.stats.bootstrap import Resampled
 from fulltune.tasks import token_classification
 from fulltune.tasks.padding import ragged
 from fulltune.tasks.token_classification import TAGS
@@ -41,34 +40,25 @@ def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
         )
     sentences = [_words(scoring, row) for row in scoring.texts]
     kept["tokens"] = ragged(sentences)
-    metrics = _estimates(scoring, kept)
-    if scoring.user_metrics is not None:
-        metrics |= scoring.user_estimates(_names(scoring, kept["predicted"]), _names(scoring, kept["gold"]))
+    # Only sums per row are drawn again, so that many draws are fast.
+    metrics = scoring.estimates({name: array for name, array in kept.items() if array.dtype != object})
+    predicted, gold = (
+        [[target.labels[label] for label in row] for row in kept[name]] for name in ("predicted", "gold")
+    )
+    metrics |= scoring.user_estimates(predicted, gold)
     worst = token_classification.worst(kept, [" ".join(sentence) for sentence in sentences], target, WORST)
     return scoring.scores(scoring.plan.trial, "trained", len(sentences), metrics=metrics, worst=tuple(worst))
-
-
-def _names(scoring: Scoring, rows: np.ndarray) -> list[list[str]]:
-    """Tags by name, as a user's metric expects them."""
-    return [[scoring.target.labels[label] for label in row] for row in rows]
 
 
 def _words(scoring: Scoring, row: Mapping[str, Any]) -> list[str]:
     return token_classification.words_and_tags(row, scoring.target.columns)[0]
 
 
-def _estimates(scoring: Scoring, kept: Mapping[str, np.ndarray]) -> dict[str, Resampled]:
-    """Metrics with intervals; only sums per row are drawn again, so that many draws are fast."""
-    return scoring.estimates(
-        {name: kept[name] for name in ("entities", "words", "right", "nll", "seen") if name in kept}
-    )
-
-
 def _tagged(scoring: Scoring, name: str, predicted: Sequence[np.ndarray]) -> Scored:
     """Scores of a baseline that gives tags without probabilities."""
     gold = [np.asarray(row) for row in scoring.rows("test")[TAGS]]
     kept = token_classification.counts(gold, predicted, scoring.target)
-    return scoring.scores(name, "baseline", len(gold), metrics=_estimates(scoring, kept))
+    return scoring.scores(name, "baseline", len(gold), metrics=scoring.estimates(kept))
 
 
 def _nothing(scoring: Scoring) -> list[np.ndarray]:

@@ -23,14 +23,13 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from fulltune.errors import SetupError
+from fulltune.models.pixels import ImageReader, ImageRows, num_patches
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system.run_folder import IDENTITY
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from fulltune.models.pixels import ImageReader
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -113,8 +112,6 @@ class Base:
 
     def _image_reader(self) -> ImageReader:
         """Load the model's image processor."""
-        from fulltune.models.pixels import ImageReader, num_patches
-
         if importlib.util.find_spec("PIL") is None:
             raise SetupError("task: image-classification needs the package 'pillow'; pip install 'fulltune[images]'")
         from transformers import AutoImageProcessor
@@ -170,8 +167,6 @@ class Base:
 
 def opened(rows: Any, processor: Any) -> Any:
     """Prepared rows as the task's `collate` takes them: images are decoded when a row is asked for."""
-    from fulltune.models.pixels import ImageReader, ImageRows
-
     return ImageRows(rows, processor) if isinstance(processor, ImageReader) else rows
 
 
@@ -215,7 +210,12 @@ def locate(block: ModelBlock) -> Path | None:
     if not path.exists():
         raise SetupError(f"model: {name}: no such file or folder")
     if (path / IDENTITY).exists():
-        path = _trained_in(path, name)
+        trained = sorted(config.parent for config in path.glob("models/*/config.json"))
+        if not trained:
+            raise SetupError(f"model: {name}: is a run without a finished model; end it with 'fulltune run {path}'")
+        if len(trained) > 1:
+            raise SetupError(f"model: {name}: is a run with several models; write one: {', '.join(map(str, trained))}")
+        path = trained[0]
     if path.is_file():
         if path.suffix != ".gguf":
             raise SetupError(f"model: {name}: expected a model folder or a .gguf file, found a file '{path.suffix}'")
@@ -246,16 +246,6 @@ def _offline_without_network() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are started
         constants.HF_HUB_OFFLINE = True
         _log.warning("%s cannot be reached: only models in the local cache are found", host)
-
-
-def _trained_in(run: Path, name: str) -> Path:
-    """The trained model of a run folder."""
-    found = sorted(config.parent for config in run.glob("models/*/config.json"))
-    if not found:
-        raise SetupError(f"model: {name}: is a run without a finished model; end it with 'fulltune run {run}'")
-    if len(found) > 1:
-        raise SetupError(f"model: {name}: is a run with several models; write one: {', '.join(map(str, found))}")
-    return found[0]
 
 
 def _package_path(name: str) -> Path:

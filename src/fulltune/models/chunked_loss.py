@@ -37,9 +37,8 @@ class Pieces:
 
     def loss(self, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Cross entropy at token ids `targets[tokens]`, summed: float32 scalar."""
-        wants = torch.is_grad_enabled()
-        summed: torch.Tensor = _Loss.apply(self.hidden, self.weight, self.bias, targets, label_smoothing, wants)
-        return summed
+        given = (self.hidden, self.weight, self.bias, targets, label_smoothing)
+        return _Loss.apply(*given, torch.is_grad_enabled())
 
     @torch.no_grad()
     def scores(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
