@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from array import array
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -13,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from fulltune.audit.texts import whole_texts
-from fulltune.audit.texts.flaw import PATTERNS, RE
-from fulltune.errors import SetupError
+from fulltune.audit.texts.flaw import PATTERNS, RE, is_installed
 from fulltune.tasks import Row
 
-OTHER_LANGUAGE = "other language"
+OTHER_LANGUAGE, PACKAGE = "other language", "py3langid"
 SURE = 0.95
 """Probability from which a text is said to be in another language."""
 LEAST_BYTES = 20
@@ -36,16 +34,8 @@ LEAST_ROWS = 20
 
 
 @cache
-def knows_languages() -> bool:
-    """Whether py3langid is installed."""
-    return importlib.util.find_spec("py3langid") is not None
-
-
-@cache
 def _identifier() -> Any:
     """Loaded once a process, when the first text is looked at."""
-    if not knows_languages():
-        raise SetupError("telling languages needs the package 'py3langid'; pip install 'fulltune[languages]'")
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
@@ -137,7 +127,7 @@ class Heard:
 
 def listen(heard: dict[str, Heard], row: Row, columns: Mapping[str, str]) -> None:
     """Take in the languages of a row's texts, by column; without the extra there is nothing to take in."""
-    if not knows_languages():
+    if not is_installed(PACKAGE):
         return
     for column, text in whole_texts(row, columns).items():
         heard.setdefault(column, Heard()).add(text)
@@ -145,7 +135,7 @@ def listen(heard: dict[str, Heard], row: Row, columns: Mapping[str, str]) -> Non
 
 def not_told(heard: Mapping[str, Heard]) -> str | None:
     """Why rows of some columns cannot stand out, by column; None: those of all can."""
-    if not knows_languages():
+    if not is_installed(PACKAGE):
         return "needs the extra 'languages'"
     why = {column: one.why_not() for column, one in heard.items()}
     return "; ".join(f"column '{column}': {said}" for column, said in why.items() if said) or None

@@ -146,8 +146,9 @@ def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
             for part, of in checks.items():
                 for column, text in cells(row, rows.target.columns, part):
                     seen.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(text, of)]
-            if "messages" in rows.target.columns:
-                seen.issues += _chat_issues(rows, split, row)
+            if (turns := rows.target.columns.get("messages")) and (found := chat_faults(chat.clean(row[turns]))):
+                reason = masked_text(first_few(found))
+                seen.issues.append(rows.issue(CHAT_FAULT, split, row, reason, score=float(len(found))))
             listen(seen.heard, row, rows.target.columns)
             if len(keys) == _AT_ONCE:
                 done = len(seen.keys)
@@ -180,11 +181,6 @@ def named(rows: AuditedRows, decided: Decisions) -> Iterator[tuple[SplitName, Ro
         while (one := decided.get((key[0], numbered(key[1], times[key])))) and one.remedy.action == "drop":
             times[key] += 1
         yield split, row, numbered(key[1], times[key])
-
-
-def _chat_issues(rows: AuditedRows, split: SplitName, row: Row) -> list[RowIssue]:
-    found = chat_faults(chat.clean(row[rows.target.columns["messages"]]))
-    return [rows.issue(CHAT_FAULT, split, row, masked_text(first_few(found)), score=float(len(found)))] if found else []
 
 
 def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.audit.languages import OTHER_LANGUAGE, knows_languages, not_told
+from fulltune.audit.languages import OTHER_LANGUAGE, PACKAGE, not_told
 from fulltune.audit.rows import (
     CHAT_FAULT,
     CLASS_NAMES,
@@ -30,6 +30,7 @@ from fulltune.audit.rows import (
     with_numbers,
 )
 from fulltune.audit.texts import checks_of, missing
+from fulltune.audit.texts.flaw import is_installed
 from fulltune.audit.untouched import DOUBTFUL, LABEL, NEIGHBOURS, OUT_OF_MEMORY, Reader, judge, outliers
 from fulltune.data.patch import load_patch
 from fulltune.errors import SetupError
@@ -98,8 +99,10 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         not_run[LABEL] = str(no)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
-    found_now = [*with_numbers(rows, issues, decided), *_high_losses(folder, summary)]
-    issues = [one for one in found_now if one.key not in decided or decided[one.key].is_open]
+    issues = with_numbers(rows, issues, decided)
+    if _of_same_rows(folder, summary) is not None and (folder / ISSUES).exists():
+        issues += [one for one in load_issues(folder) if one.check == HIGH_LOSS]  # by losses, which are not read again
+    issues = [one for one in issues if one.key not in decided or decided[one.key].is_open]
     save_issues(folder, issues)
     done = Audit(
         fingerprint=summary.fingerprint,
@@ -139,7 +142,7 @@ def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | Non
 
 def version() -> str:
     """Of the checks, with the extras that are not installed and bring further ones."""
-    return f"{VERSION}{', no audit' * bool(missing())}{', no languages' * (not knows_languages())}"
+    return f"{VERSION}{', no audit' * bool(missing())}{', no languages' * (not is_installed(PACKAGE))}"
 
 
 def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
@@ -148,12 +151,6 @@ def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
     except (OSError, SetupError):
         return None
     return found if found.fingerprint == summary.fingerprint else None
-
-
-def _high_losses(folder: Path, summary: DataSummary) -> list[RowIssue]:
-    """What the trained model's losses have listed of the same rows: another audit does not know it."""
-    is_known = _of_same_rows(folder, summary) is not None and (folder / ISSUES).exists()
-    return [one for one in load_issues(folder) if one.check == HIGH_LOSS] if is_known else []
 
 
 def by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:

@@ -102,15 +102,12 @@ def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
     count = len(signed)
     if count < 2:
         return np.arange(count)
-    pairs = np.concatenate([_near_pairs(signed, places, threshold) for places in _bands(threshold)], axis=1)
+    # Few places in a band find more distant rows, many cost less: at least 99 % of pairs at the threshold.
+    width = next((size for size in (16, 8, 4, 2) if 1 - (1 - threshold**size) ** (NUM_HASHES // size) >= 0.99), 1)
+    bands = [slice(start, start + width) for start in range(0, NUM_HASHES, width)]
+    pairs = np.concatenate([_near_pairs(signed, places, threshold) for places in bands], axis=1)
     _, first, inverse = np.unique(_components(pairs, count), return_index=True, return_inverse=True)
     return first[inverse].astype(np.int64)
-
-
-def _bands(threshold: float) -> list[slice]:
-    """Few places in a band find more distant rows, many cost less: at least 99 % of pairs at the threshold."""
-    width = next((size for size in (16, 8, 4, 2) if 1 - (1 - threshold**size) ** (NUM_HASHES // size) >= 0.99), 1)
-    return [slice(start, start + width) for start in range(0, NUM_HASHES, width)]
 
 
 def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarray:

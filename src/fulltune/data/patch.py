@@ -49,7 +49,8 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str],
         try:
             one = RowDecision.model_validate(json.loads(line))
         except ValueError as error:
-            said = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
+            first: Any = error.errors()[0] if isinstance(error, ValidationError) else None
+            said = f" ({'.'.join(map(str, first['loc']))}: found {first['input']!r:.60})" if first else ""
             problems.append(f'{where}: is no decision{said}; expected {{"row": "...", "remedy": {{"action": "drop"}}}}')
             continue
         is_cell = one.remedy.value is not None and not isinstance(one.remedy.value, dict)
@@ -59,12 +60,6 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str],
     if problems:
         raise DataError([*problems[:_SHOWN], f"{setting}: {path}: {counted(len(problems), 'such line')}; {expected}"])
     return found
-
-
-def first_problem(error: ValidationError) -> str:
-    """`remedy.action: found 'Keep'`."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: found {first['input']!r:.60}"
 
 
 def save_patch(path: Path, decisions: Iterable[RowDecision]) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from fulltune.audit import languages
 from fulltune.audit.languages import OTHER_LANGUAGE, SURE, Heard, elsewhere, listen, not_told, spoken
-from fulltune.errors import SetupError
 from fulltune.report.run.about_data import _languages
 from tests.unit.audit.test_stage import CLEAN, audited, prepared
 from tests.unit.audit.test_texts import TEXTS
@@ -95,13 +94,6 @@ def test_close_language_is_found_in_a_longer_text() -> None:
     assert stands_out(FOUND["pt"], "es") == "pt"
 
 
-def test_missing_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(languages, "knows_languages", lambda: False)
-    languages._identifier.cache_clear()
-    with pytest.raises(SetupError, match=r"pip install 'fulltune\[languages\]'"):
-        spoken("A text that is long enough to be looked at.")
-
-
 # ---- columns ------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +106,7 @@ def by_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if code == "-" else (code, confidence)
 
     monkeypatch.setattr(languages, "spoken", first_look)
-    monkeypatch.setattr(languages, "knows_languages", lambda: True)
+    monkeypatch.setattr(languages, "is_installed", lambda package: True)
 
 
 @pytest.mark.usefixtures("by_first_word")
@@ -153,7 +145,7 @@ def test_shares_of_languages_are_said_with_what_is_in_none() -> None:
 
 
 def test_without_the_extra_nothing_is_looked_at_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(languages, "knows_languages", lambda: False)
+    monkeypatch.setattr(languages, "is_installed", lambda package: False)
     found, _ = audited(tmp_path, prepared(tmp_path, CLEAN))
     assert found.not_run[OTHER_LANGUAGE] == "needs the extra 'languages'"
     assert OTHER_LANGUAGE not in found.clean

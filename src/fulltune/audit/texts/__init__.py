@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from fulltune.audit.texts import content, private
-from fulltune.audit.texts.flaw import RE, Flaw
+from fulltune.audit.texts.flaw import RE, Flaw, is_installed
 
 _CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
     "broken encoding": content.broken_encoding,
@@ -35,8 +35,8 @@ _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup
 
 def missing() -> list[str]:
     """Checks that need the extra `audit` where it is not installed: leave them out of `checks`, and say so."""
-    known = {"broken encoding": content.knows_encodings(), "phone number": private.knows_phone_numbers()}
-    return [check for check, is_known in known.items() if not is_known]
+    packages = {"broken encoding": "ftfy", "phone number": "phonenumbers"}
+    return [check for check, package in packages.items() if not is_installed(package)]
 
 
 def masked_text(text: str) -> str:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from functools import cache
 from html.entities import html5
 
 from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, compiled, quoted
-from fulltune.errors import SetupError
 from fulltune.text import counted, first_few, format_percent
 
 
@@ -90,18 +87,10 @@ _OTHER_REPAIRS = (
 _LOST = "\ufffd"
 
 
-@cache
-def knows_encodings() -> bool:
-    """Whether ftfy is installed."""
-    return importlib.util.find_spec("ftfy") is not None
-
-
 def broken_encoding(text: str) -> Flaw | None:
     """Mojibake that ftfy can undo, C1 characters (Windows-1252 read as Latin-1), and replacement characters."""
     if text.isascii():
         return None
-    if not knows_encodings():
-        raise SetupError("looking for broken encodings needs the package 'ftfy'; pip install 'fulltune[audit]'")
     from ftfy import fix_text
 
     fixed = fix_text(text, None, **dict.fromkeys(_OTHER_REPAIRS))

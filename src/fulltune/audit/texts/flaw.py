@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,12 @@ PATTERNS: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("checks.tom
 """What checks look for, as data."""
 ABOUT: Mapping[str, str] = PATTERNS["about"]
 """Each check, and what it finds; the one whose rows cost most comes first."""
+
+
+@cache
+def is_installed(package: str) -> bool:
+    """Whether a package that a check needs is installed: asked before each text."""
+    return importlib.util.find_spec(package) is not None
 
 
 @dataclass(frozen=True)
