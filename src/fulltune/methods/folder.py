@@ -172,29 +172,20 @@ def _refuse_others(expected: set[str], found: set[str], where: Path) -> None:
         raise SetupError(f"{where}: does not hold what was trained: {wrong[0]} ({len(wrong)} such tensors)")
 
 
-def merged(folder: Path, processor: Any) -> Any:
-    """The model with what was trained put into its own weights: one that needs neither fulltune nor PEFT."""
-    applied = load(folder, processor)
-    kind = applied.method.kind
-    if kind == "head":
-        return applied.model
-    if applied.outer is None:
-        raise SetupError(f"{folder}: a method of kind {kind} adds to what the model computes and cannot be merged")
-    try:
-        return applied.outer.merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError) as error:  # what PEFT's kinds say that cannot merge
-        raise SetupError(f"{folder}: PEFT cannot merge it: {' '.join(str(error).split())[:200]}") from error
-
-
 def merge(folder: Path, output: Path) -> None:
-    """Write the merged model as a plain Hugging Face folder with its tokenizer and notes."""
+    """Write the model with what was trained put into its own weights, which needs neither fulltune nor PEFT, as a plain
+    Hugging Face folder with its tokenizer and notes."""
     if output.exists() and any(output.iterdir()):
         raise SetupError(f"{output}: is not empty; name a new folder")
-    notes = notes_of(folder)
-    processor = processor_of(folder)
-    model = merged(folder, processor)
+    if not can_be_merged(folder):
+        raise SetupError(f"{folder}: adds to what the model computes, or is a whole model; it cannot be merged")
+    notes, processor = notes_of(folder), processor_of(folder)
+    applied = load(folder, processor)
+    try:
+        model = applied.model if applied.outer is None else applied.outer.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:  # what PEFT's kinds say that cannot merge
+        raise SetupError(f"{folder}: PEFT cannot merge it: {' '.join(str(error).split())[:200]}") from error
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    plain = {name: value for name, value in notes.items() if name not in ("method", "base_model")}
-    files.write_json(output / NOTES, plain)
+    files.write_json(output / NOTES, {name: notes[name] for name in notes if name not in ("method", "base_model")})
     share(output)
