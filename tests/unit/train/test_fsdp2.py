@@ -153,7 +153,7 @@ def test_other_models_tensors_are_refused(tmp_path: Path) -> None:
 def test_put_together_model_has_tied_tensors_once(kind: str, tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made(kind)
-        found = fsdp2.put_together(share_out(model) if kind == "gpt2" else model)
+        found = fsdp2.whole_state(share_out(model) if kind == "gpt2" else model)
     expected = made(kind).state_dict()
     assert_equal(found, dict(expected))
     assert len({one.data_ptr() for one in found.values()}) == len({one.data_ptr() for one in expected.values()})

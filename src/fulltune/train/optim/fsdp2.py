@@ -119,7 +119,7 @@ def is_first() -> bool:
     return torch.distributed.get_rank() == 0
 
 
-def put_together(model: Any, whole: Callable[[Any], torch.Tensor] = sharding.whole) -> dict[str, torch.Tensor]:
+def whole_state(model: Any, whole: Callable[[Any], torch.Tensor] = sharding.whole) -> dict[str, torch.Tensor]:
     """The whole tensors of a sharded model on the first process's host, tied ones once; nothing in the others."""
     sharding.free(model)
     found: dict[str, torch.Tensor] = {}

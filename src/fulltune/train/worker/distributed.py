@@ -42,7 +42,7 @@ def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) 
     return positions, count
 
 
-def put_together(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> dict[str, np.ndarray]:
+def gathered(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> dict[str, np.ndarray]:
     """What all processes reduced their rows to, by name, in the order of the rows: name to values[rows, ...]; the same
     in every process. Of one process's values, only those of the first `positions` count."""
     parts = every((list(positions), {name: values[: len(positions)] for name, values in mine.items()}))

@@ -51,7 +51,7 @@ class CurveGuard(TrainingPart):
         else:
             size, rank = self.inputs.plan.eval_batch_size, arguments.process_index
             positions, count = distributed.share(by_length(rows), size, rank, arguments.world_size)
-            self._predictions = distributed.put_together(self.reduced(Share(rows, positions)), positions[:count])
+            self._predictions = distributed.gathered(self.reduced(Share(rows, positions)), positions[:count])
         return self.inputs.task.metrics(self._predictions, self.target)
 
     def metric_of(self, rows: Any) -> float:

@@ -148,7 +148,7 @@ def save_model(
     if recipe.method.kind == "full":
         _save_whole(applied.model, part, is_first)
     else:
-        _put_together(applied.model)
+        _hold_whole(applied.model)
         if is_first:
             save(applied, part, recipe.task, applied.model.name_or_path)
     if not is_first:
@@ -173,7 +173,7 @@ def save_model(
     part.rename(folder)
 
 
-def _put_together(model: Any) -> None:
+def _hold_whole(model: Any) -> None:
     """Have each process hold the trained parameters whole, few as they are; the model is not trained any more."""
     sharding.free(model)
     for module in model.modules():
@@ -190,7 +190,7 @@ def _save_whole(model: Any, folder: Path, is_first: bool) -> None:
     is_shared = in_engine or sharding.is_shared(model)
     # `save_pretrained` knows the names that tensors have in files, where those are others.
     in_one = is_shared and getattr(model, "_weight_conversions", None)
-    state = fsdp2.put_together(model, zero.whole if in_engine else sharding.whole) if in_one else {}
+    state = fsdp2.whole_state(model, zero.whole if in_engine else sharding.whole) if in_one else {}
     # With it `save_pretrained` would ask the other processes for their parts, one by one.
     vars(model.config).pop("distributed_config", None)
     if is_first:
