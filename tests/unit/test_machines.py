@@ -71,7 +71,7 @@ def test_rendezvous_is_read_as_torchrun_reads_it(given: str, host: str, port: in
             2,
             "a:0",
             "soon",
-            ["--machine-rank: found 2", "--rendezvous: found 'a:0'", "--wait-for-machines: 'soon'"],
+            ["--machine-rank: found 2", "--rendezvous: found 'a:0'", "--wait-for-machines: expected a time"],
         ),
         (0, None, "1m", ["--rendezvous: it is missing"]),
         (0, "a b", "1m", ["found 'a b'"]),
@@ -99,7 +99,7 @@ def test_machines_must_have_versions_settings_and_files_in_common(tmp_path: Path
     recipe = plans.recipe(data={"train": str(rows)})
     first = member(recipe, 0)
     assert differences(first, [member(recipe, 1), member(recipe, 2)]) == []
-    other = member(recipe, 1, versions={**first.versions, "torch": "0.1"})
+    other = member(recipe, 1, facts={**first.facts, "versions": {**first.facts["versions"], "torch": "0.1"}})
     changed = member(recipe.model_copy(update={"seed_of": 1, "output": "/elsewhere"}), 2)
     rows.write_text("text,label\na,c\n")
     lines = differences(first, [other, changed, member(recipe, 3)])
@@ -200,8 +200,8 @@ def test_machines_find_each_other_and_are_told_how_it_ended(place: Place, tmp_pa
 
 @pytest.mark.usefixtures("quick")
 def test_machines_that_differ_are_refused_and_told_so(place: Place, answering: dict[str, Any], tmp_path: Path) -> None:
-    answering["versions"] = {}
     recipe = several(tmp_path)
+    answering["facts"] = {**member(recipe, 1).facts, "versions": {}}
     with (
         pytest.raises(SetupError, match=r"machine 1 \(host1\) has other versions: Python none"),
         led(place, recipe),

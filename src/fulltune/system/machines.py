@@ -146,10 +146,8 @@ class Member(Record):
     host: str
     address: str
     """Under which the others reach it."""
-    versions: dict[str, str]
-    settings: dict[str, str]
-    files: dict[str, str]
-    """Of the recipe's files, by path: their sizes and a hash."""
+    facts: dict[str, dict[str, str]]
+    """What all machines must have in common, by kind and name."""
     machine: Machine
     exit_code: int | None = None
     """Of its command; None: it goes on."""
@@ -178,9 +176,12 @@ def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> M
         instance=uuid.uuid4().hex,
         host=socket.gethostname(),
         address=own_address(place.host, place.port),
-        versions=_versions(recipe),
-        settings={name: json.dumps(one, ensure_ascii=False) for name, one in settings.items()},
-        files={path: _content(Path(path)) for path in named_paths(recipe)},
+        facts={
+            "versions": _versions(recipe),
+            "settings": {name: json.dumps(one, ensure_ascii=False) for name, one in settings.items()},
+            "files": {path: _content(Path(path)) for path in named_paths(recipe)},
+            "devices": {} if recipe.train.device == "cpu" else {"GPUs": "some" if machine.gpus else "none"},
+        },
         machine=machine,
     )
 
@@ -209,34 +210,27 @@ def _content(path: Path) -> str:
     return f"{format_bytes(total)}, {found.hexdigest()}"
 
 
+_COMPARED = (
+    ("versions", "has other versions", " ", "install the same ones on all machines"),
+    ("settings", "reads another recipe", " is ", "give all machines the same recipe and the same --set"),
+    ("files", "sees other files", ": ", "give all machines the same files, in a folder that they share"),
+    ("devices", "has other devices", ": ", "see what nvidia-smi says there, or set train.device: cpu"),
+)
+
+
 def differences(first: Member, others: Sequence[Member]) -> list[str]:
     """What the machines must have in common and do not, a line for each machine and kind: a pure function."""
     lines = []
     for other in others:
-        versions = [
-            f"{name} {other.versions.get(name, 'none')} (machine 0: {mine})"
-            for name, mine in first.versions.items()
-            if other.versions.get(name) != mine
-        ]
-        settings = [
-            f"{name} is {other.settings.get(name, 'not set')} (machine 0: {first.settings.get(name, 'not set')})"
-            for name in sorted({*first.settings, *other.settings})
-            if other.settings.get(name) != first.settings.get(name)
-        ]
-        files = [
-            f"{path}: {other.files.get(path, 'missing')} (machine 0: {mine})"
-            for path, mine in first.files.items()
-            if other.files.get(path) != mine and not settings
-        ]
-        mine, its = len(first.machine.gpus), len(other.machine.gpus)
-        gpus = [f"{its} (machine 0: {mine})"] if bool(mine) != bool(its) else []
-        for what, found, remedy in (
-            ("has other versions", versions, "install the same ones on all machines"),
-            ("reads another recipe", settings, "give all machines the same recipe and the same --set"),
-            ("sees other files", files, "give all machines the same files, in a folder that they share"),
-            ("has another number of GPUs", gpus, "see what nvidia-smi says there, or set train.device: cpu"),
-        ):
-            if found and not (found is gpus and '"cpu"' in first.settings.get("train.device", "")):
+        for kind, what, joint, remedy in _COMPARED:
+            mine, its = first.facts[kind], other.facts[kind]
+            found = [
+                f"{name}{joint}{its.get(name, 'none')} (machine 0: {mine.get(name, 'none')})"
+                for name in sorted({*mine, *its})
+                if its.get(name) != mine.get(name)
+            ]
+            is_of_recipe = kind == "files" and other.facts["settings"] != first.facts["settings"]
+            if found and not is_of_recipe:
                 lines.append(f"{other.label} {what}: {first_few(found)}; {remedy}")
     return lines
 
