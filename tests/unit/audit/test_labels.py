@@ -44,12 +44,6 @@ def test_clean_rows_are_left_alone(spread: float) -> None:
     assert suspects.mean() < 0.01
 
 
-def test_the_same_rows_are_judged_alike() -> None:
-    rows, _ = items(300, 0.1, 0.5)
-    for one, other in zip(suspected(rows)[1:], suspected(rows)[1:], strict=True):
-        assert (one == other).all()
-
-
 @pytest.mark.parametrize(
     ("count", "labels", "said"),
     [

@@ -120,11 +120,3 @@ def test_what_cannot_be_told_is_said() -> None:
     assert MOST_FAR * len(train) < 60
     with pytest.raises(NoProbe, match="several kinds"):
         read(train=train)
-
-
-def test_the_nearest_others_are_found() -> None:
-    states, others = usual(20), np.concatenate([usual(20), usual(45, 1)])
-    cosines = states @ others.T
-    cosines[np.arange(20), np.arange(20)] = -2
-    expected = 1 - np.sort(cosines, axis=1)[:, -5:].mean(axis=1)
-    np.testing.assert_allclose(nearest(states, others, 5), expected, atol=1e-6)

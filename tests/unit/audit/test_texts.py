@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.audit import texts as audit
-from fulltune.audit.texts import _CHECKS, masked_cells, private
+from fulltune.audit.texts import _CHECKS, masked_cells
 from fulltune.audit.texts.flaw import redacted
 
 KEY = "qX7" + "vR2mLp9Zt4Wb8Ks1Yd6Hn3Jc5Gf0Aeu"
@@ -164,21 +164,6 @@ def test_missing_package_is_told_and_never_silent(monkeypatch: pytest.MonkeyPatc
     assert audit.missing() == ["broken encoding", "phone number"]
     assert not {*audit.missing()} & {*audit.checks_of({"text": "text"})["read"]}
     assert audit.masked_text("write to jo@gmail.com, dé") == "write to [EMAIL], dé"
-
-
-@pytest.mark.parametrize(
-    ("iban", "right"),
-    [("DE89370400440532013000", True), ("DE89370400440532013001", False), ("GB82WEST12345698765432", True)],
-)
-def test_check_digits_of_accounts(iban: str, right: bool) -> None:
-    assert private.passes_mod_97(iban) is right
-
-
-@pytest.mark.parametrize(
-    ("digits", "right"), [("79927398713", True), ("79927398710", False), ("4539148803436467", True)]
-)
-def test_check_digit_of_cards(digits: str, right: bool) -> None:
-    assert private.passes_luhn(digits) is right
 
 
 @pytest.mark.parametrize(

@@ -178,14 +178,6 @@ def test_other_file_system_gets_a_copy(runs: Runs, monkeypatch: pytest.MonkeyPat
         assert len({path.read_bytes() for path in folders}) == 1
 
 
-def test_run_keeps_its_files_when_the_cache_is_emptied(runs: Runs) -> None:
-    first = runs.prepare("one")
-    for kept in runs.cached():
-        shutil.rmtree(kept)
-    assert runs.prepare("one") == first
-    assert runs.num_encoded == 1
-
-
 def test_only_the_five_used_last_are_kept(runs: Runs) -> None:
     found = [runs.prepare(f"run {seed}", settings={"split_seed": seed}).fingerprint for seed in range(5)]
     for age, name in enumerate(reversed(found), start=1):

@@ -49,18 +49,6 @@ def others(count: int, start: str = "w") -> str:
         (others(30), False),
         ("", False),
     ],
-    ids=[
-        "equal",
-        "but for case",
-        "inside",
-        "2 of 3 runs",
-        "1 of 3 runs",
-        "its first 8",
-        "its first 7",
-        "7 words",
-        "other",
-        "empty",
-    ],
 )
 def test_text_that_shares_a_run_of_8_words(tmp_path: Path, text: str, is_held: bool) -> None:
     assert known(tmp_path, TEN, others(3, "x")).hold(normalised(text), is_asked=True) == is_held

@@ -137,14 +137,6 @@ def test_killed_worker_is_a_setup_error(job: Job, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("in_processes")
-def test_error_in_a_worker_is_the_same_error_here(job: Job, tmp_path: Path) -> None:
-    chat = Target("chat", {"messages": "messages"})
-    job = dataclasses.replace(job, task="causal-lm", target=chat, tokenizer=tiny.decoder_tokenizer(None))
-    with pytest.raises(SetupError, match="the tokenizer has no chat template"):
-        run(job, placed(tiny.chat_rows(30)), tmp_path)
-
-
-@pytest.mark.usefixtures("in_processes")
 def test_source_is_read_only_a_little_ahead(job: Job, tmp_path: Path) -> None:
     num_read = 0
 

@@ -43,20 +43,6 @@ def test_signatures_estimate_the_share_of_common_grams() -> None:
     assert np.std(errors) < 0.06
 
 
-@pytest.mark.parametrize(
-    ("one", "two", "share"),
-    [
-        ("abcdef", "abcdef", 1),
-        ("abcdef", "abcdeg", 1 / 3),
-        ("abcdefabcde", "abcdef", 2 / 6),
-        ("ab", "ac", 0),
-        ("", "", 1),
-    ],
-)
-def test_jaccard_counts_different_grams(one: str, two: str, share: float) -> None:
-    assert near.jaccard(near.grams(one), near.grams(two)) == pytest.approx(share)
-
-
 def test_signatures_do_not_depend_on_neighbours_or_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [" ".join(sentence(random.Random(number), number % 30)) for number in range(50)] + [
         "",
@@ -138,14 +124,6 @@ def test_prepare_near_duplicates_stay_on_one_side_and_share_a_cluster(tmp_path: 
     assert not set(families["eval"]) & set(families["test"])
 
 
-def test_prepare_equal_texts_alone_share_a_cluster_by_default(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    rows = [{**row, "text": text} for row in variants(40) for text in (row["text"], row["text"].upper())]
-    prepare(tmp_path, rows, encoder_tokenizer)
-    words = [row["text"].lower() for row in texts(tmp_path / "data" / "test")]
-    numbers = np.load(tmp_path / "data" / "test" / CLUSTERS).tolist()
-    assert len(set(zip(numbers, words, strict=True))) == len(set(words)) == len(set(numbers))
-
-
 def test_prepare_near_duplicates_across_files_are_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = variants(60)
     test = tiny.write_jsonl(tmp_path / "test.jsonl", [row for row in rows if row["text"].endswith("now")][:30])
@@ -182,9 +160,3 @@ def test_prepare_says_which_test_rows_stand_in_train(tmp_path: Path, encoder_tok
         assert not stands[: len(other)].any()
         assert {row["text"] for row in exact} <= words, "or the draw of eval rows has changed: take other ones"
         assert stands[len(other) :].tolist() == [True] * expected + [False] * (15 - expected)
-
-
-def test_prepare_no_test_row_that_was_split_off_stands_in_train(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    prepare(tmp_path, variants(60) * 2, encoder_tokenizer)
-    assert len(stands := np.load(tmp_path / "data" / "test" / IN_TRAIN))
-    assert not stands.any()
