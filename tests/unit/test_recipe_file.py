@@ -44,12 +44,6 @@ def test_environment_variable_is_filled_in(tmp_path: Path, monkeypatch: pytest.M
     assert recipe.data.task_files == ("/elsewhere/a.jsonl",)
 
 
-def test_number_with_exponent_is_a_number(tmp_path: Path) -> None:
-    assert load_recipe(
-        written(tmp_path, SMALL + "method: {kind: full, learning_rate: 1e-5}\n")
-    ).method.learning_rate == (1e-5)
-
-
 @pytest.mark.parametrize(
     ("override", "block", "name", "value"),
     [

@@ -74,7 +74,6 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
             "4  methods.1.train.bf16_rounding: 'kahan' has no effect",
         ),
         ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: is for an arm of a comparison"),
-        ("methods: [full, lora]\nmethod: lora", "5  method and methods are both given"),
     ],
 )
 def test_problem_of_methods_names_the_line(text: str, place: str, tmp_path: Path) -> None:
@@ -114,10 +113,6 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
                 f"methods.1.kind: expected {KINDS}, 'base', found 'lroa'; did you mean 'lora'?",
                 "methods.1.rank: expected greater than or equal to 1, found 0",
             ],
-        ),
-        (
-            {"method": {"kind": "prompt", "rank": 8}},
-            ["method.rank: unknown setting; it belongs to kind: lora"],
         ),
         ({"rank": 8}, ["rank: unknown setting; did you mean 'method.rank'?"]),
         (
@@ -166,13 +161,6 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         (
             {"methods": ["full", {"kind": "lora", "learning_rates": []}]},
             ["methods.1.learning_rates: is empty; expected: Grid of a rate search"],
-        ),
-        (
-            {"methods": ["full", "bse", {"kind": "adapter", "reduction_faktor": 4}]},
-            [
-                f"methods.1.kind: expected {KINDS}, 'base', found 'bse'; did you mean 'base'?",
-                "methods.2.reduction_faktor: unknown setting; did you mean 'reduction_factor'?",
-            ],
         ),
         (
             {"compare": {"budget": "30 parsecs"}},
