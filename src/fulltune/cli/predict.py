@@ -220,10 +220,8 @@ def _answer(
             without += 1
             first += [f"{place}: {reason}"] * (without <= _LISTED)
         put(place, row, answered.answer, reason)
-    for line in first:
+    for line in [*first, *[f"... and {without - _LISTED:,} more"] * (without > _LISTED)]:
         _warn(line)
-    if without > _LISTED:
-        _warn(f"... and {without - _LISTED:,} more")
     if rows and without == rows:
         raise DataError(f"{what.where}: no row can be answered ({counted(rows, 'row')})")
     if without:
@@ -320,11 +318,9 @@ def _separated(stream: Any, delimiter: str, names: Sequence[str]) -> Callable[[R
 
 def _cell(value: Any) -> Any:
     """A value as a cell of text: lists and objects as JSON, as the readers take them."""
-    if value is None or isinstance(value, (str, int, float)):
-        return value
     if isinstance(value, (list, tuple, dict)):
         return json.dumps(value, ensure_ascii=False, default=readable)
-    return readable(value)
+    return value if value is None or isinstance(value, (str, int, float)) else readable(value)
 
 
 @contextlib.contextmanager
@@ -342,12 +338,9 @@ def _parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterat
 
         def write(row: Row, answer: Row) -> None:
             cells = {name: _cell(answer[name]) if kind == "json" else answer[name] for name, (_, kind) in new.items()}
-            for name in own:
-                value = row.get(name)
-                if name in types:  # what could not be read is empty
-                    cells[name] = None if isinstance(value, BadCell) else value
-                else:
-                    cells[name] = None if value is None else str(_cell(value))
+            for name, value in ((name, row.get(name)) for name in own):
+                unread = value is None or (name in types and isinstance(value, BadCell))
+                cells[name] = None if unread else value if name in types else str(_cell(value))
             waiting.append(cells)
             if len(waiting) == _ROWS_AT_ONCE:
                 flush()
@@ -359,11 +352,10 @@ def _parquet(part: Path, own: Sequence[str], new: Columns, types: Row) -> Iterat
 
 def no_merge(run: Path, found: Path) -> str:
     """Why a model cannot be merged, and which ones of its run can."""
-    why = "is a whole model already"
+    why, models = "is a whole model already", predict.models_of(run)
     if folders.is_partial(found):
         kind = folders.notes_of(found)["method"]["kind"]
         why = f"a method of kind {kind} adds to what the model computes and cannot be merged"
-    models = predict.models_of(run)
     can = [name for name, path in models.items() if folders.can_be_merged(path)]
     if can:
         return f"{found}: {why}; what can be merged here, with --method: {', '.join(can)}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from fulltune.records.data import DataSummary
 from fulltune.records.events import (
@@ -43,32 +42,27 @@ class Display:
     """Shows a run's events on a console, with a live line in a terminal; `details`: with tables of data and plan."""
 
     def __init__(self, console: Console, details: bool = True) -> None:
-        self.console = console
-        self.details = details
-        self.progress: Progress | None = None
-        self.task: TaskID | None = None
-        self.metric = ""
-        self.last_metric = ""
-        self.last_line = 0.0
+        self.console, self.details = console, details
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[facts]}"),
+            console=console,
+            transient=True,
+        )
+        self.task = self.progress.add_task("starting", total=None, facts="")
+        self.metric, self.last_metric, self.last_line = "", "", 0.0
         self.rows_of, self.rows_began = "", 0.0
         self.summary: DataSummary | None = None
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
-            self.progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
-                TextColumn("{task.fields[facts]}"),
-                console=self.console,
-                transient=True,
-            )
             self.progress.start()
-            self.task = self.progress.add_task("starting", total=None, facts="")
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
+        if self.progress.live.is_started:  # the end of one that never was prints an empty line
             self.progress.stop()
 
     def __call__(self, event: Event) -> None:
@@ -91,33 +85,28 @@ class Display:
             case Forecast():
                 self._forecast(event)
             case Said(text=text, level="progress"):
-                self.print(escape(text))
+                self.console.print(escape(text))
             case Said(text=text, level="next attempt"):
-                self.print(f"[yellow]next attempt:[/yellow] {escape(text)}")
+                self.console.print(f"[yellow]next attempt:[/yellow] {escape(text)}")
             case Said(text=text):
-                self.print(f"[yellow]{escape(text)}[/yellow]")
+                self.console.print(f"[yellow]{escape(text)}[/yellow]")
             case Designed(expectation=expected, metric=metric, margin=margin):
                 pages.show(self.console, [expectation(expected, Writer(metric, margin))])
             case Certified(held=held):
-                self.print(escape(verdict(held)))
+                self.console.print(escape(verdict(held)))
             case StepSkipped(step=step, reason=reason, rows=rows):
                 named = first_few([f"{row + 1:,}" for row in rows], _MOST_ROWS)
-                self.print(f"[yellow]step {step}: skipped:[/yellow] {escape(reason)}; train rows {named}")
-
-    def print(self, what: Any) -> None:
-        self.console.print(what)
+                self.console.print(f"[yellow]step {step}: skipped:[/yellow] {escape(reason)}; train rows {named}")
 
     def _phase(self, name: str) -> None:
         self.last_line = time.monotonic()
         if not self._live(name, None, None, ""):
-            self.print(f"[dim]{name}[/dim]")
+            self.console.print(f"[dim]{name}[/dim]")
 
     def _live(self, name: str, done: float | None, total: float | None, facts: str) -> bool:
         """Show it in the live line; False: there is none."""
-        if self.progress is None or self.task is None:
-            return False
         self.progress.update(self.task, description=name, completed=done, total=total, facts=facts)
-        return True
+        return self.progress.live.is_started
 
     def _rows(self, event: RowsRead) -> None:
         now = time.monotonic()
@@ -129,7 +118,7 @@ class Display:
             facts += f", {format_seconds(round((now - self.rows_began) * (1 - share) / share))} left"
         if not self._live(event.name, share, None if share is None else 1.0, facts) and now - self.last_line > 5:
             self.last_line = now
-            self.print(f"[dim]{event.name}: {facts}[/dim]")
+            self.console.print(f"[dim]{event.name}: {facts}[/dim]")
 
     def _step(self, event: StepLogged) -> None:
         # Images have no tokens.
@@ -140,7 +129,7 @@ class Display:
             now - self.last_line > 5 or step in (1, total)
         ):
             self.last_line = now
-            self.print(f"step {step}/{total}  {facts}")
+            self.console.print(f"step {step}/{total}  {facts}")
 
     def _eval(self, event: Evaluated) -> None:
         metrics = event.metrics
@@ -149,38 +138,38 @@ class Display:
         values = "  ".join(f"{name} {format_metric(name, metrics[name])}" for name in shown if name in metrics)
         if self.metric in metrics:
             self.last_metric = f"  eval {self.metric} {format_metric(self.metric, metrics[self.metric])}"
-        self.print(f"step {event.step:>5}  epoch {event.epoch:.2f}  eval {values}")
+        self.console.print(f"step {event.step:>5}  epoch {event.epoch:.2f}  eval {values}")
 
     def _data(self, summary: DataSummary, is_known: bool) -> None:
         """All of it when it is new; of a run that goes on, the numbers of rows."""
         self.summary = summary
         if self.details and is_known:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
-            self.print(f"[dim]rows as before: {rows}[/dim]")
+            self.console.print(f"[dim]rows as before: {rows}[/dim]")
         elif self.details:
             pages.show(self.console, rows_in_short(summary))
 
     def _plan(self, plan: Plan) -> None:
         if self.details:
             trained = f"{plan.num_trainable_parameters:,} trained" if plan.num_frozen_parameters else "all trained"
-            self.print(
+            self.console.print(
                 f"{plan.trial}: {plan.num_parameters:,} parameters, {trained}; {plan.total_steps} steps of "
                 f"{plan.global_batch_size} rows ({plan.micro_batch_size} x {plan.gradient_accumulation_steps} x "
                 f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
                 f"state {format_bytes(sum(plan.state.values()))}"
             )
             if plan.busy:
-                self.print(f"[yellow]{escape(plan.busy)}[/yellow]")
+                self.console.print(f"[yellow]{escape(plan.busy)}[/yellow]")
             for line in mixed_words(self.summary, plan.num_train_epochs) if self.summary else ():
-                self.print(f"mixed in: {escape(line)}")
+                self.console.print(f"mixed in: {escape(line)}")
 
     def _forecast(self, event: Forecast) -> None:
         memory = f", about {format_bytes(event.peak_memory_bytes)} of memory" if event.peak_memory_bytes else ""
-        self.print(
+        self.console.print(
             f"training, with its evaluations and checkpoints, will take about "
             f"{format_seconds(round(event.time.total_seconds))}{memory} (from the dry run)"
         )
         if scoring := event.time.around.values():
             each = format_seconds(max(1, round(sum(scoring))))
             said = f"scoring a model on the test rows then takes about {each}, without generated answers"
-            self.print(f"[dim]{said}[/dim]")
+            self.console.print(f"[dim]{said}[/dim]")

@@ -10,6 +10,7 @@ from pathlib import Path
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import Comparison, ManyTasks, Way
 from fulltune.records.scores import Estimate
+from fulltune.report.comparison.content import label
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Paragraph, Row, Section, Table, foreign
 from fulltune.report.format.pages import section_in_markdown
@@ -75,32 +76,23 @@ def write_tasks(folder: Path, found: ManyTasks) -> tuple[Path, ...]:
 
 def on_one_base(found: ManyTasks) -> Section:
     """What the tasks come to together: sentences, and a table of methods, of tasks and of scores."""
-    write, scores, tasks = Writer("accuracy", _MARGIN), list[Row](), list[Row]()
-    behind = [
-        write.interval(way.behind.value, way.behind.low, way.behind.high) if way.behind else NOTHING
-        for way in found.ways
-    ]
-    ways = tuple(
-        (
-            foreign(way.arm),
-            format_bytes(way.stored_bytes),
-            format_bytes(way.bytes_per_task),
-            format_seconds(way.train_seconds),
-            "reference" if way.kind == "full" else apart,
-        )
-        for way, apart in zip(found.ways, behind, strict=True)
-    )
+    write, ways, scores, tasks = Writer("accuracy", _MARGIN), list[Row](), list[Row](), list[Row]()
+    for way in found.ways:
+        apart = "reference" if way.kind == "full" else NOTHING
+        if way.behind:
+            apart = write.interval(way.behind.value, way.behind.low, way.behind.high)
+        costs = (format_bytes(way.stored_bytes), format_bytes(way.bytes_per_task), format_seconds(way.train_seconds))
+        ways.append((foreign(way.arm), *costs, apart))
     for task, decision in found.tasks.items():
         name, metric = foreign(task), Writer(decision.metric, _MARGIN)
-        take = f": {decision.recommended}" if decision.verdict in ("PEFT", "VARIANT", "EQUIVALENT") else ""
-        tasks.append((name, foreign(f"{decision.verdict}{take}"), metric.name))
+        tasks.append((name, foreign(label(decision)), metric.name))
         scores.append((name, *(metric.estimate(way.scores[task]) for way in found.ways)))
     cost = ("method", "stored", "one more task", "training", "full is better by [points], mean over the tasks")
     arms = ("task", *(way.arm for way in found.ways))
     blocks: tuple[Block, ...] = (
         Paragraph(words.file_name(found.model)),
         *map(Paragraph, _summary(found)),
-        Table("Methods, for all tasks together", cost, ways, frozenset(range(1, len(cost)))),
+        Table("Methods, for all tasks together", cost, tuple(ways), frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
         Table("Scores on each task's test rows", arms, tuple(scores), frozenset(range(1, len(arms)))),
     )

@@ -68,8 +68,9 @@ def score_table(view: RunView) -> Table:
     """Every row with every metric, the main one first."""
     leading = view.trained or view.scores[-1]
     main = leading.main_metric
-    names = dict.fromkeys(name for row in (leading, *view.scores) for name in row.metrics)
-    metrics = sorted(names, key=lambda name: name != main)
+    metrics = sorted(
+        dict.fromkeys(name for row in (leading, *view.scores) for name in row.metrics), key=lambda name: name != main
+    )
     header = ("model", *(words.metric_name(name) for name in metrics), "test rows", "kind")
     rows = tuple(
         (
@@ -111,9 +112,8 @@ def scored_again(accesses: Sequence[Access]) -> str:
     runs = {(one.run, one.model): one.trial for one in accesses}
     if len(runs) < 2:
         return ""
-    compared = list(runs.values()).count(COMPARISON)
+    compared, since = list(runs.values()).count(COMPARISON), min(one.time for one in accesses)[:10]
     among = f" ({counted(compared, 'comparison')} among them)" if compared else ""
-    since = min(one.time for one in accesses)[:10]
     return (
         f"These test rows have been scored {len(runs)} times here{among}, the first on {since}: the best of them by "
         "its test score would be flattered. Choose by the eval score."
@@ -165,12 +165,12 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
         waiting[answer.text].append(answer)
     exchanges = []
     for answer in after or before:
-        said = [("expected", answer.expected)]
+        said = {"expected": answer.expected}
         if waiting[answer.text]:
-            said.append(("before training", waiting[answer.text].popleft().predicted))
+            said["before training"] = waiting[answer.text].popleft().predicted
         if after:
-            said.append(("after training", answer.predicted))
-        shown = tuple((who, words.clipped(words.named(what), _ANSWER_LIMIT)) for who, what in said)
+            said["after training"] = answer.predicted
+        shown = tuple((who, words.clipped(words.named(what), _ANSWER_LIMIT)) for who, what in said.items())
         exchanges.append((words.clipped(answer.text, _ANSWER_LIMIT), shown))
     return tuple(exchanges)
 
@@ -220,13 +220,14 @@ def _confusion_table(confusion: Confusion) -> Table | Paragraph:
     )
     if not pairs:
         return Paragraph(f"No test row of the {len(labels)} labels was given another label.")
-    confused: list[Row] = []
-    for negative, true, guess in pairs[:_CONFUSED_PAIRS]:
-        share = -negative / totals[true]
-        confused.append((labels[true], labels[guess], f"{-negative:,}", Cell(format_percent(share), bar=share)))
+    shown = [(true, guess, -negative, -negative / totals[true]) for negative, true, guess in pairs[:_CONFUSED_PAIRS]]
+    confused = tuple(
+        (labels[true], labels[guess], f"{number:,}", Cell(format_percent(share), bar=share))
+        for true, guess, number, share in shown
+    )
     caption = f"The {len(confused)} most confused of {counted(len(pairs), 'confused pair')} ({len(labels)} labels)"
     header = ("true label", "predicted label", "test rows", "share of the true label's rows")
-    return Table(caption, header, tuple(confused), frozenset({2}))
+    return Table(caption, header, confused, frozenset({2}))
 
 
 def mistakes(view: RunView) -> Section | None:
@@ -261,12 +262,13 @@ def calibration_of(row: Scores) -> list[Block]:
     found = row.calibration
     if found is None:
         return []
-    error = ("expected calibration error", format_number(found.expected_calibration_error))
-    facts = [("temperature", "1, not fitted"), error]
-    if not found.note:
-        scaled = format_number(found.expected_calibration_error_scaled)
-        facts = [("temperature, fitted on the eval rows", format_number(found.temperature)), error]
-        facts.append(("after dividing the logits by the temperature", scaled))
+    fitted = {
+        "temperature, fitted on the eval rows": found.temperature,
+        "expected calibration error": found.expected_calibration_error,
+        "after dividing the logits by the temperature": found.expected_calibration_error_scaled,
+    }
+    facts = [(name, format_number(value)) for name, value in fitted.items()]
+    facts = [("temperature", "1, not fitted"), facts[1]] if found.note else facts
     return [Facts(tuple(facts)), Paragraph(calibration_in_words(found))]
 
 
