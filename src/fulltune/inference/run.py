@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +13,8 @@ from fulltune.inference.selective_head import SelectiveHead
 from fulltune.methods import virtual_tokens_of
 from fulltune.methods.head import output_layer_of
 from fulltune.models import evaluating, sharding
-from fulltune.tasks import LENGTH, Predictions, Target, Task, seq2seq, task_named
+from fulltune.tasks import LENGTH, Predictions, Target, Task, Tensor, Tokenizer, seq2seq, task_named
 from fulltune.tasks.padding import IGNORED, mask, padded
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 MOST_TOKENS = 64
 """Where a text is cut."""
@@ -44,7 +39,7 @@ class Batching:
 
 
 def run_rows(
-    model: PreTrainedModel,
+    model: Any,
     rows: Sequence[Mapping[str, Any]],
     task: Task,
     target: Target,
@@ -83,9 +78,7 @@ def run_rows(
     return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
 
 
-def model_batch(
-    model: PreTrainedModel, task: Task, features: Sequence[Mapping[str, Any]], pad_token_id: int
-) -> dict[str, torch.Tensor]:
+def model_batch(model: Any, task: Task, features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """A collated batch with everything that the model reads, tensors [rows, length]: an encoder-decoder also reads the
     labels before."""
     batch = task.collate(features, pad_token_id)
@@ -94,7 +87,7 @@ def model_batch(
     return batch
 
 
-def logits_of(outputs: Any) -> torch.Tensor:
+def logits_of(outputs: Any) -> Tensor:
     """A model's `logits`: [rows, labels], [rows, length, vocabulary or tags] or, picked by a selective head, [tokens,
     vocabulary]; for a span its start and end logits side by side, [rows, length, 2]."""
     import torch
@@ -104,7 +97,7 @@ def logits_of(outputs: Any) -> torch.Tensor:
     return outputs.logits
 
 
-def mean_hidden(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def mean_hidden(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over real tokens, or over all places of an image, whose model gives [batch, hidden, height, width] or
     [batch, patches, hidden]: float32 [batch, hidden]."""
     if mask is not None:
@@ -113,8 +106,8 @@ def mean_hidden(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batching: Batching,
@@ -147,7 +140,7 @@ def generate(
         else:
             ids, attention = padded([row[::-1] for row in chosen], tokenizer.pad_token_id).flip(1), mask(chosen).flip(1)
         with torch.no_grad(), autocast(model, batching.precision):
-            made: torch.Tensor = model.generate(  # type: ignore[operator]  # a method of a mixin
+            made: Tensor = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=attention.to(model.device),
                 max_new_tokens=min(max_new_tokens, most) if most else max_new_tokens,
@@ -189,7 +182,7 @@ def whole_numbers(model: Any, target: Target) -> Iterator[None]:
         hook.remove()
 
 
-def _in_float32(layer: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+def _in_float32(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     """In place of what a linear layer has given for inputs[..., features]."""
     import torch
 
@@ -211,8 +204,7 @@ class Share(Sequence[Mapping[str, Any]]):
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, str):
-            columns: Any = self.rows
-            return columns[i][self.positions]
+            return self.rows[i][self.positions]  # type: ignore[call-overload]  # columns have names
         return self.rows[self.positions[i]]
 
 
@@ -229,9 +221,8 @@ def longest_first(lengths: np.ndarray) -> list[int]:
 def lengths_of(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Tokens of each row [rows]."""
     # Prepared rows have their lengths in one column: reading them one by one would also decode all images.
-    columns: Any = rows
     if not isinstance(rows, (list, tuple)):
-        return np.asarray(columns[LENGTH])
+        return np.asarray(rows[LENGTH])  # type: ignore[call-overload]  # columns have names
     return np.asarray([row[LENGTH] if LENGTH in row else len(row["input_ids"]) for row in rows])
 
 
@@ -315,7 +306,7 @@ class GenericText:
                 found.update(zip(positions, directions, strict=True))
         return np.stack([found[position] for position in range(len(self.ids))])
 
-    def states(self, model: Any, positions: Sequence[int]) -> torch.Tensor:
+    def states(self, model: Any, positions: Sequence[int]) -> Tensor:
         """Mean hidden state of each of these texts: float32 [texts, hidden]."""
         chosen = [self.ids[position] for position in positions]
         ids, shown = padded(chosen, self.pad_token_id).to(model.device), mask(chosen).to(model.device)

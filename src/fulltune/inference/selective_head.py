@@ -11,13 +11,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fulltune.models import evaluating
-from fulltune.tasks import Task, padding
-
-if TYPE_CHECKING:
-    import torch
+from fulltune.tasks import Task, Tensor, padding
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class SelectiveHead:
 
     head: Any
     """The module that turns hidden states into logits."""
-    wanted: Callable[[torch.Tensor], torch.Tensor]
+    wanted: Callable[[Tensor], Tensor]
     """From labels [batch, length] to the token that each logit should give, [batch, length]; -100: none is used."""
     model: Any = None
     """Whose head it is."""
@@ -36,13 +33,11 @@ class SelectiveHead:
     """What was found about that."""
 
     @contextlib.contextmanager
-    def only(
-        self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, in_pieces: bool = False
-    ) -> Iterator[None]:
+    def only(self, labels: Tensor, trained: Tensor | None = None, *, in_pieces: bool = False) -> Iterator[None]:
         """Inside, the model's logits are those that `labels[batch, length]` need (at `trained`, if that is known), row
         after row; in pieces, they are `chunked_loss.Pieces`."""
         at = padding.trained_places(self.wanted(labels)) if trained is None else trained
-        kept: list[torch.Tensor] = []
+        kept: list[Tensor] = []
 
         def pick(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
             # Anything else than hidden states of these rows is left alone: logits keep their three axes, and tasks
@@ -66,7 +61,7 @@ class SelectiveHead:
             yield
 
 
-def _as_computed(hidden: torch.Tensor) -> torch.Tensor:
+def _as_computed(hidden: Tensor) -> Tensor:
     """`hidden[tokens, hidden]` in the type that autocast would give the head's product: where the loss is computed it
     is no longer known."""
     import torch
@@ -75,7 +70,7 @@ def _as_computed(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
-def _pieces(model: Any, head: Any, hidden: torch.Tensor, nothing: torch.Tensor) -> Any:
+def _pieces(model: Any, head: Any, hidden: Tensor, nothing: Tensor) -> Any:
     """Logits of `hidden[tokens, hidden]` in pieces; `nothing[0, vocabulary]` are the head's of no token."""
     from fulltune.models.chunked_loss import Pieces
 
@@ -95,19 +90,19 @@ BEFORE, TRIED = 4, 16
 more memory than a step with a loss in pieces."""
 
 
-def _shortened(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _shortened(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A few tokens of each row, trained ones among them."""
     first = (batch["labels"] != padding.IGNORED).int().argmax(dim=1)
     start, length = max(0, int(first.min()) - BEFORE), batch["labels"].shape[1]
 
-    def piece(tensor: torch.Tensor) -> torch.Tensor:
+    def piece(tensor: Tensor) -> Tensor:
         begin = start if tensor.shape[1] == length else 0  # an encoder's tokens have a length of their own
         return tensor[:, begin : begin + TRIED]
 
     return {name: piece(tensor) for name, tensor in batch.items()}
 
 
-def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple[SelectiveHead | None, str]:
+def verified(model: Any, task: Task, batch: Mapping[str, Tensor]) -> tuple[SelectiveHead | None, str]:
     """The selective head of a model, when it gives the same logits for a few tokens of each row of a real, collated
     batch on the model's device, tensors [rows, length] with `labels`; and what was found."""
     import torch
@@ -155,7 +150,7 @@ def _few_roundings(model: Any) -> float:
     return float(torch.finfo(computed).eps) ** 0.5
 
 
-def _obstacle_to_pieces(selective: SelectiveHead, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> str:
+def _obstacle_to_pieces(selective: SelectiveHead, inputs: Mapping[str, Tensor], labels: Tensor) -> str:
     """Why the loss cannot be computed in pieces, or empty: the head is no plain product, or the model changes logits
     after it, found by giving it some far from zero, where a soft cap shows."""
     import torch
@@ -163,9 +158,9 @@ def _obstacle_to_pieces(selective: SelectiveHead, inputs: Mapping[str, torch.Ten
     head = selective.head
     if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
         return f"the model's head is a {type(head).__name__}, not a linear layer"
-    given: list[torch.Tensor] = []
+    given: list[Tensor] = []
 
-    def spread(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+    def spread(_: Any, __: Any, logits: Tensor) -> Tensor:
         given.append(torch.linspace(-100, 100, logits.numel()).to(logits).view(logits.shape))
         return given[-1]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,8 @@ class Rows(Sequence[dict[str, Any]]):
                 return np.concatenate([array.to_numpy() for array in arrays])
             return [value for array in arrays for value in array.to_pylist()]
         if isinstance(key, slice):
-            return [self[i] for i in range(*key.indices(len(self)))]
-        position = int(key) + (len(self) if key < 0 else 0)
-        if not 0 <= position < len(self):
-            raise IndexError(key)
+            return [self[i] for i in range(len(self))[key]]
+        position = range(len(self))[key]  # also from the end
         part = bisect_right(self._starts, position) - 1
         inner = position - self._starts[part]
         batch, lists = self._batches[part], self._lists[part]
@@ -162,11 +160,8 @@ def row_id(row: Mapping[str, Any]) -> str:
 
 def rows_id(folder: Path) -> str:
     """The identity of a split: a hash of which rows it has, whatever their order, number and tokens."""
-    found, last = set(), None
-    for row in texts(folder):
-        if row is not last:  # the windows of a long row share it
-            found.add(row_id(row))
-        last = row
+    # The windows of a long row share it.
+    found = {row_id(next(same)) for _, same in groupby(texts(folder), key=id)}
     return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:16]
 
 

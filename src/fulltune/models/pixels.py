@@ -123,7 +123,7 @@ class ImageRows(Sequence[dict[str, Any]]):
         if isinstance(key, str):
             return [row[key] for row in self.rows] if isinstance(self.rows, list) else self.rows[key]
         if isinstance(key, slice):
-            return [self[i] for i in range(*key.indices(len(self)))]
+            return [self[i] for i in range(len(self))[key]]
         row = dict(self.rows[key])
         return {PIXELS: self.reader.pixels(row.pop(PATH), row.pop(CONTENT)), **row}
 

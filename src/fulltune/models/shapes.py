@@ -57,14 +57,13 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
         model = reading(base.block, "model", lambda: base.model_class.from_config(config))
     text = config.get_text_config()
     counts = [parameter.numel() for parameter in model.parameters()]
-    held = trained = None
+    held = trained = units = None
     if apply is not None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             apply(model)
         held = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    units = None
-    if apply is None:
+    else:
         with contextlib.suppress(SetupError):  # it cannot be sharded
             units = sharding.units_of(model)
     head = expected_head(base.config, type(model).__name__, config_changes)

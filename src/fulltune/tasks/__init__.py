@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    Tensor = torch.Tensor
+    Tokenizer = PreTrainedTokenizerBase
+else:  # neither framework is imported for the sake of its types
+    Tensor = Tokenizer = Any
+
 LENGTH = "length"
 """Feature with a row's number of tokens, for grouping; `collate` leaves it out."""
 PLACE = "fulltune:place"
@@ -139,18 +144,16 @@ class Task(Protocol):
     def row_labels(self, row: Row, target: Target) -> list[str]:
         """The row's class names, sorted; splits keep their shares. Empty for tasks without classes."""
 
-    def encode(
-        self, rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> Encoded:
+    def encode(self, rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
         """Tokenise rows; a row can give several examples (a conversation whose template rewrites earlier turns)."""
 
-    def preview(self, features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+    def preview(self, features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
         """The row as the model sees it, decoded from its tokens."""
 
-    def config_changes(self, target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def config_changes(self, target: Target, tokenizer: Tokenizer) -> dict[str, Any]:
         """Values to set on the model's config."""
 
-    def collate(self, features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    def collate(self, features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
         """Pad a batch on the right: int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`.
 
         Each feature is a number, a text, or a one-dimensional array or list. Features that the model does not read
@@ -159,12 +162,12 @@ class Task(Protocol):
 
     def loss(
         self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
+        logits: Tensor,
+        labels: Tensor,
         target: Target,
         smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Loss of each item, with smoothed labels and weighed classes, summed: a scalar. The caller divides by the
         number of items.
 
@@ -173,12 +176,10 @@ class Task(Protocol):
         write it may be what `wanted` gives for the trained tokens alone, `labels[trained]`, with as many logits.
         """
 
-    def count_items(self, labels: torch.Tensor) -> int:
+    def count_items(self, labels: Tensor) -> int:
         """Number of items in that sum: rows, or trained tokens."""
 
-    def reduce(
-        self, logits: torch.Tensor, labels: torch.Tensor, target: Target
-    ) -> Mapping[str, torch.Tensor | np.ndarray]:
+    def reduce(self, logits: Tensor, labels: Tensor, target: Target) -> Mapping[str, Tensor | np.ndarray]:
         """What evaluation keeps of a batch: a few values per row (tensors or arrays whose first axis is the row), never
         the logits of every token."""
 
@@ -213,7 +214,7 @@ class Task(Protocol):
 
     # ---- only of tasks whose model writes its answers ----
 
-    def wanted(self, labels: torch.Tensor) -> torch.Tensor:
+    def wanted(self, labels: Tensor) -> Tensor:
         """The token that each logit should give, -100 where nothing is trained, for `labels[batch, tokens]`:
         int64 [batch, tokens]."""
 
@@ -224,7 +225,7 @@ class Task(Protocol):
         """What it should answer."""
 
     def generation_ids(
-        self, row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+        self, row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None
     ) -> list[int]:
         """The tokens after which the model shall answer, or go on; a source is cut at `max_length`."""
 

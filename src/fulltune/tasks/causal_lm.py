@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,16 +14,12 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import Encoded, Example, Refused, Row, Target, chat, classes, written
+from fulltune.tasks import Encoded, Example, Refused, Row, Target, Tensor, Tokenizer, chat, classes, written
 from fulltune.tasks.columns import as_text, is_blank, named, normalised, not_text, parsed, required, without_text
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import usual as usual_name
 from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, collated, padded, token_ids
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["causal-lm"]
 BLOCK_LENGTH = 1024
@@ -168,7 +164,7 @@ def _question(row: Row, target: Target) -> list[dict[str, Any]]:
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """Tokenise; `labels` repeat the ids where something is trained and hold -100 elsewhere."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
@@ -192,7 +188,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
     return encoded
 
 
-def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[Example]]:
+def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> list[list[Example]]:
     """All tokens are trained, the end token too; a long text becomes several examples, none of it is lost."""
     end = tokenizer.eos_token_id
     encoded = []
@@ -213,7 +209,7 @@ def _tools(row: Row, target: Target) -> Any:
     return (parsed(row.get(target.columns["tools"])) or None) if "tools" in target.columns else None
 
 
-def _encode_pair(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase) -> chat.Masked:
+def _encode_pair(row: Row, target: Target, tokenizer: Tokenizer) -> chat.Masked:
     """Prompt and completion tokenised apart, exactly as they are when the model answers; the end token is trained."""
     asked = prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     said = tokenizer(as_text(row.get(target.columns["completion"])), add_special_tokens=False, verbose=False)
@@ -223,7 +219,7 @@ def _encode_pair(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase) -
     return asked + answer, [False] * len(asked) + [True] * len(answer)
 
 
-def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """The prompt's tokens, with the opening special tokens of the tokenizer and without closing ones."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     while ids and ids[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}:
@@ -231,7 +227,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def with_trained_template(tokenizer: PreTrainedTokenizerBase, target: Target) -> PreTrainedTokenizerBase:
+def with_trained_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
     """The tokenizer to save with a finished model: of one that answers prompts a copy with a template that asks so."""
     if "completion" not in target.columns:  # trained on raw text a chat model is one still
         return tokenizer
@@ -240,7 +236,7 @@ def with_trained_template(tokenizer: PreTrainedTokenizerBase, target: Target) ->
     return tokenizer
 
 
-def _template_as_trained(target: Target, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _template_as_trained(target: Target, tokenizer: Tokenizer) -> str | None:
     """A chat template that asks as the model was trained, for what reads messages (pipelines, servers).
 
     Prompts were trained as they stand, without the template that the tokenizer came with, which would ask in a form
@@ -261,9 +257,7 @@ def _template_as_trained(target: Target, tokenizer: PreTrainedTokenizerBase) -> 
 _PROBES = ("What is 6 x 7?", "Two lines\nof a prompt:", "name[Zizzi], food[French]")
 
 
-def generation_ids(
-    row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> list[int]:
+def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None) -> list[int]:
     """The tokens after which the model shall answer, or go on; however many they are: `generate` cuts at the left."""
     if "messages" not in target.columns:
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
@@ -286,7 +280,7 @@ def end_token(features: Mapping[str, Any]) -> int | None:
     return next((label for label in reversed(features["labels"]) if label != IGNORED), None)
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
     """Runs of trained and untrained tokens, decoded."""
     segments: list[Segment] = []
     ids, labels = features["input_ids"], features["labels"]
@@ -302,7 +296,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
-def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """`input_ids[batch, tokens]` and `labels[batch, tokens]`, with a mask or, for packed texts, `position_ids`."""
     batch = collated(features, pad_token_id, ("position_ids",), label_per_token=True)
     if "position_ids" not in features[0]:
@@ -314,7 +308,7 @@ def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
     return {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": padded(positions, 0)}
 
 
-def wanted(labels: torch.Tensor) -> torch.Tensor:
+def wanted(labels: Tensor) -> Tensor:
     """The token after each one of `labels[batch, tokens]`, -100 after the last: int64 [batch, tokens]."""
     import torch.nn.functional as F
 

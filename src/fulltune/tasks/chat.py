@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fulltune.errors import DataError, SetupError
+from fulltune.tasks import Tokenizer
 from fulltune.tasks.columns import parsed
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
 
@@ -79,9 +77,7 @@ def is_trained(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None, most: int = _ALL
-) -> list[Masked]:
+def encode(tokenizer: Tokenizer, messages: Sequence[Message], tools: Any = None, most: int = _ALL) -> list[Masked]:
     """Tokens and mask of a conversation, or of each of its turns where a template rewrites earlier ones; turns that lie
     beyond `most` tokens may be left untrained."""
     has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
@@ -103,7 +99,7 @@ def encode(
     return [_mask(tokenizer, text, [(start, len(text))]) for start, text in spans]
 
 
-def _span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, tools: Any) -> tuple[int, str]:
+def _span(tokenizer: Tokenizer, messages: Sequence[Message], turn: int, tools: Any) -> tuple[int, str]:
     """The text up to the end of an assistant turn, and where that turn starts in it."""
     after = render(tokenizer, messages[: turn + 1], tools)
     if turn == 0:
@@ -117,7 +113,7 @@ def _span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn:
     return len(before), after
 
 
-def _first_opening(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def _first_opening(tokenizer: Tokenizer, text: str) -> int:
     """Where the words of an assistant that speaks first begin: templates cannot render the nothing before them."""
     question = [{"role": "user", "content": "?"}]
     asked = render(tokenizer, question, None)
@@ -125,12 +121,12 @@ def _first_opening(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return text.find(opening) + len(opening) if opening and opening in text else 0
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, **options: Any) -> str:
+def render(tokenizer: Tokenizer, messages: Sequence[Message], tools: Any, **options: Any) -> str:
     """A conversation as text."""
     return str(_applied(tokenizer, messages, tools, tokenize=False, **options))
 
 
-def _applied(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
+def _applied(tokenizer: Tokenizer, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
     """Apply the template."""
     import jinja2
 
@@ -144,7 +140,7 @@ def _applied(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], to
         raise DataError(" ".join(str(error).split())[:200]) from None
 
 
-def _mask(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> Masked:
+def _mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> Masked:
     """Tokenise a rendered conversation; a token is trained when it starts inside a span and before its last line end.
 
     The template writes the special tokens itself, so none are added. What follows the end token of a turn (a line
@@ -158,7 +154,7 @@ def _mask(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[i
     return ids, [begin < stop and is_said[begin] for begin, stop in places]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokens, and where each begins and ends."""
     got = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(got["input_ids"]), got["offset_mapping"]

@@ -8,17 +8,13 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fulltune.records.data import DataSummary
 from fulltune.records.scores import Answer
-from fulltune.tasks import Count, Encoded, Predictions, Row, Target, Value
-
-if TYPE_CHECKING:
-    import torch
-
+from fulltune.tasks import Count, Encoded, Predictions, Row, Target, Tensor, Value
 
 ROWS = ""
 """In place of an array's name: 1 for each row."""
@@ -133,23 +129,23 @@ def label_words(value: Any, target: Target) -> str:
 
 
 def loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
+    logits: Tensor,
+    labels: Tensor,
     target: Target,
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """`row_losses`, summed: a scalar."""
     return row_losses(logits, labels, target, smoothing, class_weights).sum()
 
 
 def row_losses(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
+    logits: Tensor,
+    labels: Tensor,
     target: Target,
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
 
     The error of a number is in units of the train rows' standard deviation, where that is known, whatever the logits'
@@ -171,12 +167,12 @@ def row_losses(
     return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
 
 
-def count_items(labels: torch.Tensor) -> int:
+def count_items(labels: Tensor) -> int:
     """Rows of `labels[batch, ...]`."""
     return labels.shape[0]
 
 
-def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
+def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
     """Keep `logits[batch, classes]` as float32, of numbers in the user's units, `labels` and the plain `loss[batch]`:
     small whatever the length."""
     kept = logits.float()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +17,10 @@ from fulltune.models.pixels import CONTENT, PATH, PIXELS, content_hash, decode, 
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, PLACE, Encoded, Example, Refused, Row, Target, classes, labels
+from fulltune.tasks import LENGTH, PLACE, Encoded, Example, Refused, Row, Target, Tensor, classes, labels
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import is_empty
 from fulltune.tasks.padding import stacked_labels
-
-if TYPE_CHECKING:
-    import torch
 
 FACTS = recipe_tasks.FACTS["image-classification"]
 find_columns = partial(columns_of_roles, ("image", "label"))
@@ -98,7 +95,7 @@ def _last_parts(path: str) -> str:
     return "/".join(PurePath(path).parts[-2:])
 
 
-def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """`pixel_values[batch, channels, height, width]` and `labels[batch]`; `ImageRows` has decoded the images."""
     import torch
 

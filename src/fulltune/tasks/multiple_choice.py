@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,15 +13,11 @@ from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, Encoded, Example, Predictions, Refused, Row, Target, classes
+from fulltune.tasks import LENGTH, Encoded, Example, Predictions, Refused, Row, Target, Tensor, Tokenizer, classes
 from fulltune.tasks.columns import CHOICE_NAMES, as_text, missing_column, named, normalised
 from fulltune.tasks.labels import is_empty, label_name, parsed_list
 from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import stacked_labels, tokenised
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["multiple-choice"]
 CHOICE_LENGTHS = "choice_lengths"
@@ -91,7 +87,7 @@ def as_question(row: Row, target: Target) -> Row:
     return row
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """Tokenise the question with each choice; the longer of the two is cut first."""
     choices = [choice_texts(row, target) for row in rows]
     questions = [question_text(row, target) for row in rows]
@@ -112,7 +108,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
     return encoded
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
     """The question with each choice, as the model reads them, and the place of the right one."""
     ends = np.cumsum(features[CHOICE_LENGTHS])[:-1]
     parts = [tokenizer.decode(ids.tolist()) for ids in np.split(np.asarray(features["input_ids"]), ends)]
@@ -126,7 +122,7 @@ def as_shown(row: Row, target: Target) -> str:
     return " ".join(part for part in (question_text(row, target), *choices) if part)
 
 
-def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """`input_ids[batch, choices, tokens]`, `attention_mask[batch, choices, tokens]` ... and `labels[batch]`."""
     import torch
 

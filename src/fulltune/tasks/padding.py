@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fulltune.tasks import LENGTH
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
+from fulltune.tasks import LENGTH, Tensor, Tokenizer
 
 IGNORED = -100
 """Label of a token of which nothing is trained; PyTorch's losses have the same number for it."""
@@ -26,7 +22,7 @@ def collated(
     left_out: Collection[str] = (),
     *,
     label_per_token: bool = False,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """A batch: `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `labels`, and the other lists of
     numbers."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
@@ -38,7 +34,7 @@ def collated(
     return batch if label_per_token else batch | {"labels": stacked_labels(features)}
 
 
-def stacked_labels(features: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+def stacked_labels(features: Sequence[Mapping[str, Any]]) -> Tensor:
     """Each row's class or numbers: int64 or float32 `labels[batch]`, or `labels[batch, n]`."""
     import torch
 
@@ -46,7 +42,7 @@ def stacked_labels(features: Sequence[Mapping[str, Any]]) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
 
 
-def padded(values: Sequence[Any], fill: int) -> torch.Tensor:
+def padded(values: Sequence[Any], fill: int) -> Tensor:
     """Rows, filled up to the longest one: int64 [rows, tokens]."""
     import torch
 
@@ -64,12 +60,12 @@ def ragged(values: Sequence[Any]) -> np.ndarray:
     return array
 
 
-def trained_places(wanted: torch.Tensor) -> torch.Tensor:
+def trained_places(wanted: Tensor) -> Tensor:
     """`TRAINED` of `wanted[batch, tokens]`, -100 where nothing is trained."""
     return (wanted.flatten() != IGNORED).nonzero()[:, 0]
 
 
-def mask(values: Sequence[Any]) -> torch.Tensor:
+def mask(values: Sequence[Any]) -> Tensor:
     """1 where a row has a token, 0 where it is padded: int64 [rows, tokens]."""
     import torch
 
@@ -82,7 +78,7 @@ _CHARACTERS_PER_TOKEN = 20
 PART_CHARACTERS = 1_000_000
 
 
-def beginning(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+def beginning(text: str, tokenizer: Tokenizer, max_length: int) -> str:
     """What of a text can be read in `max_length` tokens and more; the text itself, if it is not much longer.
 
     Words are tokenised apart from each other, so that those before a space stay what they are. A text whose beginning
@@ -97,7 +93,7 @@ def beginning(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
 
 
 def tokenised(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[Any]], max_length: int, **options: Any
+    tokenizer: Tokenizer, texts: Sequence[Sequence[Any]], max_length: int, **options: Any
 ) -> tuple[Any, list[str], list[bool]]:
     """Texts (or pairs of one from each list) as tokens, cut at `max_length` from the longer of a pair first; the names
     of what the model reads of them, but for the attention mask; and which were cut."""
@@ -109,7 +105,7 @@ def tokenised(
     return tokens, [name for name in tokenizer.model_input_names if name in tokens], is_cut
 
 
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a whole text, with special ones; of one with millions of characters part by part.
 
     Only where this tokenizer gives the same tokens to two words apart as it does together; else at once. In a word of a
@@ -141,12 +137,12 @@ def _parts(text: str, seam: str) -> list[str] | None:
     return [*parts, text[start:]]
 
 
-def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _plain(text: str, tokenizer: Tokenizer) -> list[int]:
     wanted = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     return list(tokenizer(text, **wanted)["input_ids"])
 
 
-def _seam(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _seam(tokenizer: Tokenizer) -> str | None:
     """What is left out where a text is cut before a space: nothing, or the space; None: neither gives the same."""
     together = _plain("of the rain", tokenizer)
     for seam in ("", " "):
@@ -155,7 +151,7 @@ def _seam(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _specials(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens before a text, and behind it."""
     whole, plain = list(tokenizer("of", verbose=False)["input_ids"]), _plain("of", tokenizer)
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from fulltune.tasks import (
     Refused,
     Row,
     Target,
+    Tensor,
+    Tokenizer,
     Value,
     classes,
 )
@@ -35,10 +37,6 @@ from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import is_empty
 from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import collated
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["question-answering"]
 find_columns = partial(columns_of_roles, ("context", "question", "answers"))
@@ -186,7 +184,7 @@ def _listed(value: Any) -> list[Any]:
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """Tokenise question and context together; one example per window. Raises `SetupError` when the tokenizer cannot say
     where its tokens stand in the text.
 
@@ -201,7 +199,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
     return [_windows(row, target, tokenizer, max_length) for row in rows]
 
 
-def _windows(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+def _windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) -> list[Example]:
     """The windows of a question and its context."""
     question = question_of(row, target)
     asked = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
@@ -257,7 +255,7 @@ def _example(
     return Example({**features, "labels": labels, STARTS: starts.tolist(), ENDS: ends.tolist()}, trained_tokens=1)
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
     """The window, and its answer decoded from its tokens."""
     ids = list(features["input_ids"])
     start, end = features["labels"][START], features["labels"][END]
@@ -269,7 +267,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
-def log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def log_chances(logits: Tensor, labels: Tensor) -> Tensor:
     """Log probability of each token to be the answer's first or last one, [batch, tokens, 2]; padding has none."""
     import torch
 
@@ -278,12 +276,12 @@ def log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
+    logits: Tensor,
+    labels: Tensor,
     target: Target,
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Mean of the cross entropies of first and last token, summed over windows: see `log_chances`."""
     chances = log_chances(logits, labels)
     plain = -_at_answer(chances, labels).mean(dim=-1)
@@ -293,7 +291,7 @@ def loss(
     return ((1 - smoothing) * plain + smoothing * everywhere).sum()
 
 
-def _at_answer(chances: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _at_answer(chances: Tensor, labels: Tensor) -> Tensor:
     """Log probability of the true first and last token, [batch, 2]."""
     return chances.gather(1, labels[:, None, [START, END]])[:, 0]
 
@@ -301,7 +299,7 @@ def _at_answer(chances: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # ---- evaluation ------------------------------------------------------------------------------------------------
 
 
-def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
+def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
     """Keep the most probable answer of each window, from `logits[batch, tokens, 2]` and `labels[batch, 5]`."""
     import torch
     import torch.nn.functional as F

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import LENGTH, Encoded, Example, Refused, Row, Target, classes, written
+from fulltune.tasks import LENGTH, Encoded, Example, Refused, Row, Target, Tensor, Tokenizer, classes, written
 from fulltune.tasks.columns import as_text, normalised, without_text
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import IGNORED, collated
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["seq2seq"]
 find_columns = partial(columns_of_roles, ("source", "target"))
@@ -63,7 +59,7 @@ def answer_text(row: Row, target: Target) -> str:
     return as_text(row.get(target.columns["target"])).strip()
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """Tokenise; source and target are each cut at `max_length`. A cut source keeps its end token, as when the model
     answers; a cut target loses it, so that the model does not learn to stop in the middle."""
     # Without a limit: only so can truncation be counted.
@@ -85,7 +81,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
     return encoded
 
 
-def _cut(ids: Sequence[int], max_length: int | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _cut(ids: Sequence[int], max_length: int | None, tokenizer: Tokenizer) -> list[int]:
     """At most so many tokens; an end token stays the last one."""
     if max_length is None or len(ids) <= max_length:
         return list(ids)
@@ -93,21 +89,19 @@ def _cut(ids: Sequence[int], max_length: int | None, tokenizer: PreTrainedTokeni
     return [*ids[: max_length - 1], ids[-1]] if keeps_end else list(ids[:max_length])
 
 
-def generation_ids(
-    row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> list[int]:
+def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None) -> list[int]:
     """The source's tokens, as in training."""
     ids = tokenizer(target.joint + prompt_text(row, target), truncation=False, verbose=False)["input_ids"]
     return _cut(ids, max_length, tokenizer)
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
     """The source, and the target that is trained."""
     read, written = (str(tokenizer.decode(features[name])) for name in ("input_ids", "labels"))
     return Preview(segments=(Segment(text=f"{read}\n", trained=False), Segment(text=written, trained=True)))
 
 
-def decoder_input_ids(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+def decoder_input_ids(model: Any, labels: Tensor) -> Tensor:
     """What the decoder reads, [batch, tokens]: the label before each of `labels[batch, tokens]`, first the start token.
 
     Models make this themselves only when they are given the labels, which fulltune's own loss keeps.
@@ -122,7 +116,7 @@ def decoder_input_ids(model: PreTrainedModel, labels: torch.Tensor) -> torch.Ten
     return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id or 0)
 
 
-def wanted(labels: torch.Tensor) -> torch.Tensor:
+def wanted(labels: Tensor) -> Tensor:
     """`labels[batch, target]`: each logit should give the token in its own place."""
     return labels
 

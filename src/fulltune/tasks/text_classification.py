@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, labels
+from fulltune.tasks import Encoded, Example, Refused, Row, Target, Tokenizer, classes, labels
 from fulltune.tasks.columns import USUAL_PAIRS, as_text, named, normalised, not_text, required, without_text
 from fulltune.tasks.padding import beginning, collated, tokenised
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["text-classification"]
 find_target, row_labels = labels.find_target, labels.row_labels
@@ -96,7 +93,7 @@ def _texts(row: Row, target: Target) -> list[str]:
     return [as_text(row.get(target.columns[role])) for role in ("text", "text_pair") if role in target.columns]
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """Tokenise texts (or pairs) and turn the label into an id, a 0/1 vector [labels] or a float."""
     texts = [[beginning(text, tokenizer, max_length) for text in _texts(row, target)] for row in rows]
     tokens, names, is_cut = tokenised(tokenizer, [*map(list, zip(*texts, strict=True))], max_length)
@@ -118,7 +115,7 @@ def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | floa
     return ids[names[0]] if target.form.one_label else [float(name in names) for name in ids]
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
     """The text and its label."""
     text = str(tokenizer.decode(features["input_ids"]))
     return Preview.labelled(text, classes.label_words(features["labels"], target))

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from fulltune.tasks import (
     Refused,
     Row,
     Target,
+    Tensor,
+    Tokenizer,
     Value,
     classes,
 )
@@ -32,10 +34,6 @@ from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import is_blank, normalised
 from fulltune.tasks.labels import parsed_list
 from fulltune.tasks.padding import IGNORED, beginning, collated, ragged, tokenised
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["token-classification"]
 find_columns = partial(columns_of_roles, ("tokens", "tags"))
@@ -189,7 +187,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
     return sorted(types(word_list(row.get(target.columns["tags"])) or []))
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """Tokenise word by word; the first sub-word of a word carries its label, every other token -100. Raises
     `SetupError` when the tokenizer cannot say which word a token belongs to."""
     if not tokenizer.is_fast:
@@ -216,7 +214,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
     return encoded
 
 
-def as_in_text(sentences: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+def as_in_text(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[list[str]]:
     """The words as this tokenizer meets them in running text.
 
     Byte-level vocabularies (RoBERTa, GPT-2) hold a word together with the space before it. Given word by word it would
@@ -232,7 +230,7 @@ def as_in_text(sentences: Sequence[list[str]], tokenizer: PreTrainedTokenizerBas
     return [words[:1] + [f" {word}" if word else word for word in words[1:]] for words in sentences]
 
 
-def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+def preview(features: Mapping[str, Any], target: Target, tokenizer: Tokenizer) -> Preview:
     """The tokens, and the sentence with its entities in brackets, each word decoded from its tokens."""
     ids, word_ids = np.asarray(features["input_ids"]), np.asarray(features[WORD_IDS])
     seen = seen_words(features)
@@ -247,23 +245,23 @@ def seen_words(features: Mapping[str, Any]) -> np.ndarray:
 
 
 def loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
+    logits: Tensor,
+    labels: Tensor,
     target: Target,
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Cross entropy of the labelled words, summed, of `logits[batch, tokens, labels]` and `labels[batch, tokens]`."""
     # PyTorch's loss of a label of -100 is 0: picking the others would have the host wait for the device.
     return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, smoothing, class_weights).sum()
 
 
-def count_items(labels: torch.Tensor) -> int:
+def count_items(labels: Tensor) -> int:
     """Labelled words of `labels[batch, tokens]`."""
     return int((labels != IGNORED).sum())
 
 
-def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, np.ndarray]:
+def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarray]:
     """What is kept of `logits[batch, tokens, labels]` and `labels[batch, tokens]`: for each row what `counts` gives,
     summed `nll`, words `seen`; for each word the `predicted` label and its `probability` (arrays of arrays)."""
     chosen = labels != IGNORED
@@ -273,7 +271,7 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
     seen = chosen.sum(dim=1).cpu().numpy()
     ends = np.cumsum(seen)[:-1]
 
-    def by_row(values: torch.Tensor) -> np.ndarray:
+    def by_row(values: Tensor) -> np.ndarray:
         return ragged(np.split(values.cpu().numpy(), ends))
 
     predicted = by_row(best.indices)

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fulltune.tasks import Count, Predictions, Target, Value
+from fulltune.tasks import Count, Predictions, Target, Tensor, Value
 from fulltune.tasks.classes import ROWS, arrays, over_all, ratio
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED
 
-if TYPE_CHECKING:
-    import torch
-
-
-Wanted = Callable[["torch.Tensor"], "torch.Tensor"]
+Wanted = Callable[[Tensor], Tensor]
 """From `labels[batch, tokens]` to the token that each logit should give, -100 where nothing is trained."""
 
 
 def loss(
     wanted: Wanted,
     logits: Any,
-    labels: torch.Tensor,
+    labels: Tensor,
     target: Target,
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Cross entropy of the trained tokens, summed: a scalar. Other places are left out before the float32 copy.
 
     `logits[batch, tokens, vocabulary]` and `labels[batch, tokens]`; or of the trained tokens only what they should
@@ -43,12 +39,12 @@ def loss(
     return chunked_loss.summed_loss(logits, labels, smoothing)
 
 
-def count_items(wanted: Wanted, labels: torch.Tensor) -> int:
+def count_items(wanted: Wanted, labels: Tensor) -> int:
     """Trained tokens of `labels[batch, tokens]`."""
     return int((wanted(labels) != IGNORED).sum())
 
 
-def reduce(wanted: Wanted, logits: Any, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
+def reduce(wanted: Wanted, logits: Any, labels: Tensor, target: Target) -> dict[str, Tensor]:
     """Three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens: float64 [batch];
     of `logits[batch, tokens, vocabulary]`, or of those of trained tokens only."""
     import torch
@@ -67,7 +63,7 @@ def reduce(wanted: Wanted, logits: Any, labels: torch.Tensor, target: Target) ->
     }
 
 
-def _picked(logits: Any, places: torch.Tensor) -> Any:
+def _picked(logits: Any, places: Tensor) -> Any:
     """`logits[trained, vocabulary]` of the chosen places, which a selective head has picked already."""
     return logits[places] if getattr(logits, "ndim", 2) == 3 else logits
 
