@@ -1,5 +1,5 @@
-"""What is written, given to real programs: OpenSSH's server on loopback, a Slurm of two nodes, the parsers of Kubeflow
-and SkyPilot. Each is skipped where it is not installed; `.ci/run` and `make test-long` install them."""
+"""What is written, given to real programs: OpenSSH's server on loopback, the parsers of Kubeflow and SkyPilot. Each is
+skipped where it is not installed; `.ci/run` and `make test-long` install them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from tests.unit.launch.test_scripts import SETTINGS, SETUP, until
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[3]
 PATHS = os.environ.get("PYTHONPATH", "")
 """Where this process has fulltune from, if it is not installed."""
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -143,136 +141,6 @@ def test_ssh_trains_a_model_on_two_machines_is_told_to_save_and_goes_on(
     [run] = place.work.glob("runs/recipe-*")
     assert (run / "report.md").exists()
     assert len(json.loads((run / "environment.json").read_text())["machines"]) == 2
-
-
-# ---- Slurm -----------------------------------------------------------------------------------------------------
-
-CONFIG = """\
-ClusterName=one
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
-SlurmUser=root
-SlurmdUser=root
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-ReturnToService=2
-SchedulerParameters=sched_interval=2,requeue_delay=1,bf_interval=2
-KillWait=5
-AccountingStorageType=accounting_storage/none
-JobAcctGatherType=jobacct_gather/none
-NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Munge, a controller and two nodes, all here; what SLURM_CONF has to be."""
-    if os.geteuid() != 0:
-        pytest.skip("Slurm's daemons are started as root")
-    programs = {name: program(name) for name in ("munged", "slurmctld", "slurmd")}
-    # Sockets have short names.
-    folder = Path(subprocess.run(["mktemp", "-d", "/tmp/slurm.XXXX"], capture_output=True, text=True).stdout.strip())
-    folder.chmod(0o755)
-    (folder / "state").mkdir()
-    (folder / "key").write_bytes(os.urandom(1024))
-    (folder / "key").chmod(0o400)
-    config = folder / "slurm.conf"
-    ports = [free_port() for _ in range(3)]
-    config.write_text(CONFIG.format(folder=folder, host=socket.gethostname().split(".")[0], ports=ports))
-    named = {"socket": "munge.sock", "key-file": "key", "pid-file": "munge.pid", "log-file": "log", "seed-file": "seed"}
-    commands = [
-        [programs["munged"], "--foreground", "--force", *(f"--{name}={folder}/{file}" for name, file in named.items())],
-        [programs["slurmctld"], "-D", "-f", config],
-        *([programs["slurmd"], "-D", "-N", node, "-f", config] for node in ("n0", "n1")),
-    ]
-    children = []
-    try:
-        with (folder / "daemons.log").open("w") as log:
-            for command in commands:
-                children.append(subprocess.Popen(command, stdout=log, stderr=log))
-                time.sleep(1)
-        asked = ["sinfo", "--noheader", "--format=%T"]
-        environment = {**os.environ, "SLURM_CONF": str(config)}
-        until(lambda: subprocess.run(asked, env=environment, capture_output=True, text=True).stdout == "idle\n")
-        yield str(config)
-    finally:
-        for child in reversed(children):
-            child.terminate()
-            child.wait()
-        shutil.rmtree(folder)
-
-
-def job_state(place: Place, number: str) -> dict[str, str]:
-    said = place.shell("scontrol", "show", "job", number, "--oneliner", more=CLUSTER).stdout
-    return {name: value for name, _, value in (word.partition("=") for word in said.split())}
-
-
-CLUSTER: dict[str, str] = {}
-"""The variable that says where the cluster is; set by `submitted`."""
-
-
-def submitted(place: Place, config: str, *more: tuple[str, str]) -> str:
-    """The number of a job with this script."""
-    CLUSTER["SLURM_CONF"] = config
-    said = place.launch("slurm", *SETTINGS)
-    assert said.code == 0, said.err
-    script = place.edit("slurm.sh", ("--cpus-per-task=4", "--cpus-per-task=1"), *more)
-    done = place.shell("sbatch", "--parsable", script, more=CLUSTER)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_slurm_queues_an_interrupted_job_again_until_it_is_done(tmp_path: Path, cluster: str) -> None:
-    place = Place(tmp_path, f"{NASTY}.yaml", "it's $(touch HURT) %j #x")
-    for rank in (0, 1):
-        place.codes(rank, 75, 0)
-    number = submitted(place, cluster)
-    state = job_state(place, number)
-    until(lambda: job_state(place, number)["JobState"] == "COMPLETED", 180)
-    assert job_state(place, number)["Restarts"] == "1"
-    assert sorted(place.events()) == ["end 0 0", "end 0 75", "end 1 0", "end 1 75", *["start 0"] * 2, *["start 1"] * 2]
-    port = 10000 + int(number) % 20000
-    for rank in (0, 1):
-        more = ["--machine-rank", str(rank), "--rendezvous", f"n0:{port}"]
-        assert place.called(rank) == [str(place.work), "run", f"./{place.recipe.name}", *SETTINGS, *more]
-    assert state["JobName"]
-    log = place.notes / f"{state['JobName']}-{number}.log"
-    assert "interrupted and saved; queued again" in log.read_text(encoding="utf-8")
-    assert not list(tmp_path.rglob("HURT"))
-
-
-def test_slurm_cancelled_job_is_told_to_save_and_stays_cancelled(tmp_path: Path, cluster: str) -> None:
-    place = Place(tmp_path)
-    place.hold(0, 1)
-    number = submitted(place, cluster)
-    until(lambda: {"start 0", "start 1"} <= set(place.events()), 60)
-    place.shell("scancel", number, more=CLUSTER)
-    until(lambda: job_state(place, number)["JobState"] == "CANCELLED", 120)
-    time.sleep(3)
-    assert job_state(place, number)["JobState"] == "CANCELLED"
-    assert job_state(place, number)["Restarts"] == "0"
-    assert {"TERM 0", "TERM 1"} <= set(place.events())
-
-
-def test_slurm_run_is_told_to_save_before_the_time_limit(tmp_path: Path, cluster: str) -> None:
-    """Slurm looks at limits every half minute: with a limit of one, TERM comes within it."""
-    place = Place(tmp_path)
-    place.hold(0, 1)
-    number = submitted(place, cluster, ("##SBATCH --time=12:00:00", "#SBATCH --time=1"), ("TERM@120", "TERM@50"))
-    until(lambda: job_state(place, number).get("Restarts") == "1", 180)
-    place.shell("scancel", number, more=CLUSTER)
-    assert {"TERM 0", "TERM 1"} <= set(place.events())
 
 
 # ---- Kubernetes and SkyPilot -----------------------------------------------------------------------------------
