@@ -18,7 +18,6 @@ from tests.gpu_paths.cards import Cards
 pytestmark = pytest.mark.stand_in(
     "two H100s by a patched torch.cuda, a generator each", card="that dropout's kernels draw from these generators"
 )
-SECOND = torch.device("cuda", 1)
 
 
 def states(cards: Cards) -> list[list[int]]:

@@ -79,13 +79,12 @@ def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path
 @contextlib.contextmanager
 def whole_runs_given(trained: Callable[[comparing.Context, Trial], Any]) -> Iterator[None]:
     """Whole runs give what this says, and are kept as those that were trained."""
-    rows = mock.Mock(outputs=lambda *given: (mock.MagicMock(), 0.1))
     with (
         mock.patch.object(trials, "trained", trained),
         mock.patch.object(trials, "keep"),
         mock.patch.object(trials.evaluate, "scoring_of"),
         mock.patch.object(trials.evaluate, "keep_temperature"),
-        mock.patch.object(trials, "outputs", rows),
+        mock.patch.object(trials, "outputs", return_value=(mock.MagicMock(), 0.1)),
     ):
         yield
 

@@ -34,7 +34,7 @@ from tests import plans
         ("stable_adamw", "torch-optimi"),
     ],
 )
-def testpackage_of_each_kind_of_optimizer(optim: str, install: str) -> None:
+def test_package_of_each_kind_of_optimizer(optim: str, install: str) -> None:
     assert package_of(optim)[1] == install
 
 
