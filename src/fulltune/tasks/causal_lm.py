@@ -183,7 +183,13 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
                 encoded.append([Example({"input_ids": [], "labels": []}, 0, refused=refused)])
                 continue
         else:
-            masked = [_encode_pair(row, target, tokenizer)]
+            # Tokenised apart, exactly as they are when the model answers; the end token is trained.
+            asked = prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
+            said = tokenizer(as_text(row.get(target.columns["completion"])), add_special_tokens=False, verbose=False)
+            answer = list(said["input_ids"])
+            if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
+                answer.append(tokenizer.eos_token_id)
+            masked = [(asked + answer, [False] * len(asked) + [True] * len(answer))]
         encoded.append([_example(ids, trained, max_length) for ids, trained in masked])
     return encoded
 
@@ -207,16 +213,6 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> li
 def _tools(row: Row, target: Target) -> Any:
     """The row's tool definitions; an empty list is none."""
     return (parsed(row.get(target.columns["tools"])) or None) if "tools" in target.columns else None
-
-
-def _encode_pair(row: Row, target: Target, tokenizer: Tokenizer) -> chat.Masked:
-    """Prompt and completion tokenised apart, exactly as they are when the model answers; the end token is trained."""
-    asked = prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
-    said = tokenizer(as_text(row.get(target.columns["completion"])), add_special_tokens=False, verbose=False)
-    answer = list(said["input_ids"])
-    if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
-        answer.append(tokenizer.eos_token_id)
-    return asked + answer, [False] * len(asked) + [True] * len(answer)
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:

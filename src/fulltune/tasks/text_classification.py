@@ -41,19 +41,13 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
                 return {"text": by_lower[text], "text_pair": by_lower[pair], "label": label}
     wanted = data.text
     if wanted is None and named("text", None, rest, where) is None:
-        wanted = _longest_text_column(rest, sample)
+        sizes = {name: sum(len(row[name]) for row in sample if isinstance(row.get(name), str)) for name in rest}
+        longest = max(rest, key=sizes.__getitem__, default="")
+        wanted = longest if sizes.get(longest, 0) >= 10 * max(1, len(sample)) else None
     found = {"text": required("text", wanted, rest, where), "label": label}
     if data.text_pair is not None:
         found["text_pair"] = required("text_pair", data.text_pair, rest, where)
     return found
-
-
-def _longest_text_column(columns: Sequence[str], sample: Sequence[Row]) -> str | None:
-    def length(column: str) -> int:
-        return sum(len(row[column]) for row in sample if isinstance(row.get(column), str))
-
-    best = max(columns, key=length, default=None)
-    return best if best is not None and length(best) >= 10 * max(1, len(sample)) else None
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
