@@ -173,7 +173,7 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
     assert fulltune("plan", recipe, "--run-folder", tmp_path / "run").code == 0
     result = fulltune("plan", tmp_path / "run", "--for", "2x L4")
     assert result.code == 0, result.err
-    assert "2x L4, 96 GB host" in result.out
+    assert "2x L4, 96GB host" in result.out
     survey = Survey.load(tmp_path / "run" / "plan" / "survey.json")
     assert (survey.command, survey.comparison) == ("", ""), "its recipe lies elsewhere"
 

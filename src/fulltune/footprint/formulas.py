@@ -36,9 +36,7 @@ that runs out, and an interruption."""
 
 def points_of(case: Case) -> list[tuple[int, int]]:
     """Rows and lengths to trace; an image has one length: 1, so that a row counts as a token."""
-    if not has_tokens(case):
-        return list(itertools.product(ROWS, (1,)))
-    return list(itertools.product(ROWS, _LENGTHS))
+    return list(itertools.product(ROWS, _LENGTHS if has_tokens(case) else (1,)))
 
 
 def whole_of(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Whole:

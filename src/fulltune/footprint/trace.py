@@ -15,7 +15,7 @@ import transformers
 
 from fulltune import methods
 from fulltune.footprint.formulas import FAILURES, traced
-from fulltune.footprint.records import BYTES, FOOTPRINT, SHAPES, Coefficients, Footprint, Moment, Variant
+from fulltune.footprint.records import BYTES, FOOTPRINT, SHAPES, Footprint, Moment, Variant
 from fulltune.footprint.watch import Case, has_tokens, layered, of_tensors
 from fulltune.models import dropout
 from fulltune.models.base import Base
@@ -46,12 +46,11 @@ def rough(case: Case, why: str) -> Footprint:
     layers, hidden, vocab = _sizes(case)
     tokens = 1
     if case.pixels is not None:
-        patches = num_patches(layered(case, case.config))
-        tokens = max(patches, math.ceil(math.prod(case.pixels[1:]) / PIXELS_OF_A_TOKEN))
+        area = math.prod(case.pixels[1:])
+        tokens = max(num_patches(layered(case, case.config)), math.ceil(area / PIXELS_OF_A_TOKEN))
     layer = hidden * tokens * (VALUES + VALUES_PER_STATE * (getattr(layered(case, case.config), "state_size", 0) or 0))
     weight = BYTES[case.weights_dtype]
-    has_logits = case.task.FACTS.writes
-    logits = LOGITS_BYTES * vocab if has_logits else 0
+    logits = LOGITS_BYTES * vocab if case.task.FACTS.writes else 0
     size = 4 if (case.precision, case.weights_dtype) == ("fp32", "fp32") else 2
     copies = 2 * case.num_parameters if size == 2 and weight == 4 else 0
     variants = []
@@ -80,15 +79,13 @@ def rough(case: Case, why: str) -> Footprint:
 
 def _moment(case: Case, place: str, gradients: int, activations: int, logits: int, buffers: int) -> Moment:
     """Activations and logits are those of a token, or of an image."""
-
-    def fixed(size: int) -> Coefficients:
-        return (float(size), 0.0, 0.0, 0.0, 0.0, 0.0)
-
-    def each(size: int) -> Coefficients:
-        return (0.0, 0.0, float(size), 0.0, 0.0, 0.0) if has_tokens(case) else (0.0, float(size), 0.0, 0.0, 0.0, 0.0)
-
-    held = {"gradients": fixed(gradients), "activations": each(activations), "logits": each(logits)}
-    return Moment.model_validate({"place": place, "coefficients": {**held, "buffers": fixed(buffers)}})
+    each = 2 if has_tokens(case) else 1  # of `records.terms`
+    held = {"gradients": (0, gradients), "activations": (each, activations), "logits": (each, logits)}
+    coefficients = {
+        kind: [float(size * (term == own)) for term in range(6)]
+        for kind, (own, size) in {**held, "buffers": (0, buffers)}.items()
+    }
+    return Moment.model_validate({"place": place, "coefficients": coefficients})
 
 
 def _shapes(case: Case) -> list[tuple[int, ...]]:

@@ -149,9 +149,8 @@ def engine_state(num_parameters: int, num_trained: int | None = None) -> dict[Me
 
 def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trained: int | None = None) -> int:
     """Bytes that all processes together take of the host's memory for what is offloaded."""
-    held = engine_state(num_parameters, num_trained)
-    each = sum(shared.parts_at("host", held, num_devices).values())
-    return round(HOST_BUFFERS * num_devices * each)
+    each = shared.parts_at("host", engine_state(num_parameters, num_trained), num_devices)
+    return round(HOST_BUFFERS * num_devices * sum(each.values()))
 
 
 def passing(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
@@ -165,10 +164,10 @@ def _highest(
 ) -> dict[MemoryKind, int]:
     rows = batch_size * footprint.sequences_per_row
     part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * settings.longest_tokens)) if settings.chunked_loss else 1.0
-    held: list[dict[MemoryKind, int]] = []
-    for moment in moments:
-        found = moment.bytes(rows, settings.longest_tokens)
-        held.append({"activations": found.get("activations", 0), "logits": round(part * found.get("logits", 0))})
+    found = [moment.bytes(rows, settings.longest_tokens) for moment in moments]
+    held: list[dict[MemoryKind, int]] = [
+        {"activations": one.get("activations", 0), "logits": round(part * one.get("logits", 0))} for one in found
+    ]
     return max(held, key=lambda one: sum(one.values()))
 
 

@@ -39,8 +39,8 @@ def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
     """Whether a run can go on by this plan: the recipe asks for no other placement or offload, nor for other numbers
     of processes or machines."""
     train = recipe.train
-    now = (train.num_processes, train.num_machines, train.offload)
-    return (plan.num_processes, plan.num_machines, plan.offload) == now and train.placed_as in ("auto", plan.placement)
+    same = all(getattr(plan, name) == getattr(train, name) for name in ("num_processes", "num_machines", "offload"))
+    return same and train.placed_as in ("auto", plan.placement)
 
 
 def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
@@ -95,7 +95,5 @@ def on_disk(recipe: Recipe, plan: Plan, free_bytes: int, place: str) -> Plan:
         DoesNotFitError: When the disk is too small for them.
     """
     recipe = with_placement(recipe, plan.placement)
-    found = budget.disk_need(recipe, plan.num_parameters, plan)
-    ways_out.refuse_full_disk(recipe, plan.num_parameters, plan, free_bytes, place)
-    state = memory.state_of(plan.num_parameters, plan)
-    return plan.model_copy(update={"disk": found, "state": state})
+    found = ways_out.refuse_full_disk(recipe, plan.num_parameters, plan, free_bytes, place)
+    return plan.model_copy(update={"disk": found, "state": memory.state_of(plan.num_parameters, plan)})

@@ -148,9 +148,9 @@ def note(basis: Basis, chosen: Option, own_loss: bool, reasons: Reasons) -> None
         if not settings.chunked_loss:
             why = whole_logits(recipe, settings.plain_logits, own_loss=own_loss)
         reasons.add("train.chunked_loss", train.chunked_loss, settings.chunked_loss, why)
-    optim = next(one for one in reasons.settings if one.name == "train.optim").value
-    if settings.optim != optim:
-        reasons.replace("train.optim", settings.optim, f"the state of {optim} does not fit into {basis.where}")
+    if settings.optim != basis.start.optim:
+        why = f"the state of {basis.start.optim} does not fit into {basis.where}"
+        reasons.replace("train.optim", settings.optim, why)
     why = "twice the micro batch" if settings.eval_batch_size == 2 * settings.micro_batch_size else "what fits"
     reasons.add("evaluate.batch_size", recipe.evaluate.batch_size, settings.eval_batch_size, why)
 

@@ -18,17 +18,21 @@ LORA_TIMES, MOST_LORA = 10.0, 8e-4
 what a head from a probe gives it, and in many steps it learned nothing (docs/quality.md)."""
 
 
+RATES = {
+    "decoders": ((50, 2e-4), (1_000, 5e-5), (5_000, 2e-5), (15_000, 1e-5), (float("inf"), 5e-6)),
+    "encoders": ((50, 2e-4), (200, 5e-5), (500, 2e-5), (float("inf"), 1e-5)),
+}
+"""Millions of parameters at most, and the peak rate."""
+
+
 def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
     """Peak rate for AdamW with all parameters trained: the larger the model, the lower."""
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
-    table: tuple[tuple[float, float], ...]
-    if is_decoder:
-        table = ((50, 2e-4), (1_000, 5e-5), (5_000, 2e-5), (15_000, 1e-5), (float("inf"), 5e-6))
-    else:
-        table = ((50, 2e-4), (200, 5e-5), (500, 2e-5), (float("inf"), 1e-5))
-    rate = next(rate for most, rate in table if millions <= most)
-    return rate, f"a usual rate for {'decoders' if is_decoder else 'encoders'} of this size ({size})"
+    kind = "decoders" if is_decoder else "encoders"
+    return next(
+        rate for most, rate in RATES[kind] if millions <= most
+    ), f"a usual rate for {kind} of this size ({size})"
 
 
 def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> Chosen:

@@ -109,9 +109,7 @@ def _fitting(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Opt
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     if problems := sharing.disagreements(recipe, *batches, used.num_processes, used.precision):
         raise RecipeError(problems)
-    if fleet.disk_bytes is not None:
-        ways_out.refuse_full_disk(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
-    return chosen, budget.disk_need(recipe, shapes.num_parameters, used)
+    return chosen, ways_out.refuse_full_disk(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
 
 
 # ---- where weights, gradients and optimizer state lie ------------------------------------------------------------
@@ -190,14 +188,13 @@ def with_time(plan: Plan, basis: Basis, summary: DataSummary, started_seconds: f
         return plan
     devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
     evaluations = time.occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
-    saves = time.occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
     one = plan.disk.one_checkpoint if plan.disk else plan.state["weights"] + plan.state["optimizer"]
     step, tokens = time.together(basis.seconds(plan)), plan.global_batch_size * work.tokens_per_row
     training = plan.total_steps * step
     need = TimeNeed(
         train_seconds=training,
         eval_seconds=evaluations * work.forward_flops(_rows(summary, "eval")) / (flops * devices),
-        save_seconds=saves * one / DISK_BYTES_PER_SECOND,
+        save_seconds=(plan.num_saves or 0) * one / DISK_BYTES_PER_SECOND,
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,
         source="arithmetic",

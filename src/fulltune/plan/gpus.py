@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class Fleet(Record):
     """Hardware to plan for: this machine's, or some that is not here; several machines are alike."""
 
     name: str
-    """For people: `8x A100-80GB, 1024 GB host`."""
+    """For people, and where it is not here as `--for` takes it: `8x A100-80GB, 1024GB host`."""
     machine: Machine
     """One of them."""
     num_machines: int = 1
@@ -222,8 +222,7 @@ def parse(text: str) -> Fleet:
 def fleet_of(asked: NamedHardware) -> Fleet:
     """Hardware that is not here, with usual values for what was not said."""
     gpu, count, host, cores = asked.gpu, asked.count, asked.host_bytes, asked.cores or 8 * asked.count
-    several, assumed = asked.machines > 1, list[str]()
-    each_has = " in each machine" if several else ""
+    each_has, assumed = " in each machine" if asked.machines > 1 else "", list[str]()
     if host is None:
         host = (gpu.usual_host_gb * count if gpu else 32) * GB
         usual = f" ({gpu.usual_host_gb} GB a GPU is usual)" if gpu else ""
@@ -231,7 +230,7 @@ def fleet_of(asked: NamedHardware) -> Fleet:
     if gpu is None:
         assumed += [] if asked.cores else [f"{cores} cores{each_has}"]
         assumed.append(f"{CPU_FLOPS_PER_CORE / GB:.0f} GFLOP/s a core in fp32, no fast bf16")
-    if several and not asked.network:
+    if asked.machines > 1 and not asked.network:
         assumed.append(f"{NETWORK_ASSUMED} (--for takes '400Gb network')")
     machine = Machine(
         cpu="not here",
@@ -243,13 +242,8 @@ def fleet_of(asked: NamedHardware) -> Fleet:
         gpus=(gpu.card,) * count if gpu else (),
         cpu_flops=0.0 if gpu else float(cores * CPU_FLOPS_PER_CORE),
     )
-    name = f"{count}x {gpu.name}" if gpu else f"CPU with {cores} cores"
-    name = f"{asked.machines} machines, each {name}" if several else name
-    name += f", {host / GB:,.0f} GB host"
-    name += f", {asked.network:,.6g} Gb/s network" if asked.network else ""
-    name += f", {asked.disk_bytes / GB:,.0f} GB disk{' that all see' if several else ''}" if asked.disk_bytes else ""
     return Fleet(
-        name=name,
+        name=str(replace(asked, host_bytes=host, cores=asked.cores if gpu else cores)),
         machine=machine,
         num_machines=asked.machines,
         network_gb_per_second=asked.network / 8 if asked.network else USUAL_NETWORK,

@@ -52,8 +52,6 @@ class Lever:
     """In place of `changes` where they depend on what is: the mildest first."""
     unless: Callable[[Recipe, MemorySettings], str] = lambda recipe, now: ""
     """What stands against it, beyond what holds for all levers; empty: nothing."""
-    in_engine: str = ""
-    """Why it cannot be had in an engine (ZeRO); empty: it can."""
     done: str = ""
     """What is said when it was taken: `now` is the plan before, and fields of the changes have their new values."""
     same_result: bool = True
@@ -77,16 +75,17 @@ class Lever:
     def settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
         """What the recipe has to say for them: its own settings, and others that the recipe gives otherwise."""
         named = {SETTING_OF[name]: value for name, value in changes.items() if "." in SETTING_OF[name]}
-        own = (self.setting, self.also)
-        return {name: value for name, value in named.items() if name in own or given(recipe, name) not in (None, value)}
+        return {
+            name: value
+            for name, value in named.items()
+            if name in (self.setting, self.also) or given(recipe, name) not in (None, value)
+        }
 
     def obstacle(self, recipe: Recipe, now: MemorySettings) -> str:
         """Why it cannot be had, whatever the recipe's own value of its setting; empty when it can."""
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
             return "already on"
-        if self.in_engine and recipe.train.engine_by:
-            return self.in_engine
         if problem := self.unless(recipe, now):
             return problem
         return "" if self.apply(recipe, now) else "it is the smallest already"
@@ -141,6 +140,8 @@ def _half_precision(recipe: Recipe, now: MemorySettings) -> list[Changes]:
 
 
 def _no_narrow_weights(recipe: Recipe, now: MemorySettings) -> str:
+    if recipe.train.engine_by:
+        return "ZeRO keeps weights in fp32"
     return "" if now.fast_bf16 else "this GPU has no fast bf16"
 
 
@@ -220,7 +221,7 @@ LEVERS = (
         setting="train.optim",
         costs="moments of 8 bits",
         changes={"optim": "adamw_8bit"},
-        in_engine="ZeRO shares out the optimizer",
+        unless=lambda recipe, _: "ZeRO shares out the optimizer" if recipe.train.engine_by else "",
         done="AdamW's states in 8 bits (train.optim: adamw_8bit), which changes the result a little",
         same_result=False,
         searched=True,
@@ -234,7 +235,6 @@ LEVERS = (
         costs="weights of 16 bits, rounded at random",
         changes=_NARROW,
         unless=_no_narrow_weights,
-        in_engine="ZeRO keeps weights in fp32",
         same_result=False,
         way_out=True,
     ),
@@ -245,7 +245,6 @@ LEVERS = (
         costs="weights of 16 bits, moments of 8",
         changes=_NARROW | {"optim": "adamw_8bit"},
         unless=_no_narrow_weights,
-        in_engine="ZeRO keeps weights in fp32",
         same_result=False,
         way_out=True,
     ),

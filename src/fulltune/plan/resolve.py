@@ -9,7 +9,7 @@ from typing import Any
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import defaults, memory, time
+from fulltune.plan import defaults, memory
 from fulltune.plan.levers import plain_optim
 from fulltune.plan.settings import FROM_RECIPE, Reasons
 from fulltune.recipe.fields import Recipe
@@ -44,12 +44,11 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
             "train.placement: fsdp2 takes the GPUs of a machine that has some, but train.device is cpu; set device: "
             "cuda, or placement: ddp"
         )
-    found = "cuda" if machine.gpus else "cpu"
     count, machines = len(machine.gpus), recipe.train.num_machines
     reason = f"{counted(count, 'GPU')} found" if count else "no GPU found"
     reason += f" on {'each' if count else 'any'} of {machines} machines" if machines > 1 else ""
     reason += f"; they are not alike ({machine.differs}): planned for the least" if machine.differs else ""
-    device = str(reasons.add("train.device", None if wanted == "auto" else wanted, found, reason))
+    device = str(reasons.add("train.device", None if wanted == "auto" else wanted, "cuda" if count else "cpu", reason))
     _refuse_too_many(recipe, machine, device)
     return device
 
@@ -206,11 +205,6 @@ class Steps:
     total: int
     between_evaluations: int
     between_saves: int
-
-    @property
-    def num_saves(self) -> int:
-        """Checkpoints that are written: at each evaluation, every so many steps, and at the end."""
-        return time.occasions(self.total, self.between_evaluations, self.between_saves)
 
 
 def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reasons) -> Steps:

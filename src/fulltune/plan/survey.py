@@ -171,8 +171,7 @@ def _otherwise(workload: Workload, fleet: Fleet, table: Sequence[Placement], why
 
 
 def _fitted(workload: Workload, recipe: Recipe, fleet: Fleet) -> Plan:
-    plan = fit(replace(workload, recipe=recipe), fleet)
-    return _explained(plan, set(workload.spread), "from --for")
+    return _explained(fit(replace(workload, recipe=recipe), fleet), set(workload.spread), "from --for")
 
 
 def _explained(plan: Plan, names: set[str], reason: str) -> Plan:

@@ -41,8 +41,7 @@ def settle(
     texts = parts(block)
     shared = f"{len(texts.choosing):,} texts for selection, {len(texts.sealed):,} sealed"
     shared += f", {len(texts.replayed):,} for replay" if texts.replayed else ""
-    given = Setting(name="preserve.budget", value=block.budget, reason=f"{FROM_RECIPE}: {shared}", chosen=False)
-    reasons.settings.append(given)
+    reasons.add("preserve.budget", block.budget, doubt=f": {shared}")
     if rows:
         often = f"every {every} steps" if every > 1 else "at each step"
         why = f"{rows} generic texts replayed in each step, {share} of its tokens; weight set {often}"

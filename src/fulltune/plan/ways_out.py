@@ -13,7 +13,7 @@ from fulltune.plan.levers import LEVERS, Lever
 from fulltune.plan.settings import PLACEMENT, WHERE, in_yaml
 from fulltune.plan.workload import Basis
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemorySettings, Placement, WayOut
+from fulltune.records.plan import DiskNeed, MemorySettings, Placement, WayOut
 from fulltune.text import format_bytes, listed
 
 MOST = 3
@@ -135,18 +135,25 @@ def as_flags(way: WayOut) -> str:
 
 
 def refuse_full_disk(
-    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, place: str
-) -> None:
-    """Before step 1, not when the third checkpoint is half written. `place` is what was measured, a folder; empty: the
-    recipe's output.
+    recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int | None, place: str
+) -> DiskNeed:
+    """What is needed: before step 1, not when the third checkpoint is half written.
+
+    Args:
+        recipe: As given.
+        num_parameters: Of the model.
+        settings: Of the plan.
+        free_bytes: None: not known.
+        place: What was measured, a folder; empty: the recipe's output.
 
     Raises:
         DoesNotFitError: Naming both sizes.
     """
     needed = budget.disk_need(recipe, num_parameters, settings)
-    if needed.total > free_bytes:
+    if free_bytes is not None and needed.total > free_bytes:
         lines = in_lines(of_disk(recipe, num_parameters, settings, free_bytes, place))
         raise DoesNotFitError([budget.short_by(recipe, needed, free_bytes, place), *lines])
+    return needed
 
 
 def of_disk(

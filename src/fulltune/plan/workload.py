@@ -121,7 +121,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         num_machines=train.num_machines,
         num_held=shapes.num_held,
         num_trained=shapes.num_trained,
-        num_saves=steps.num_saves,
+        num_saves=time.occasions(steps.total, steps.between_evaluations, steps.between_saves),
         # scikit-learn works in the host's memory.
         probe_bytes=time.probe_cost(summary, shapes.hidden_size)[1] if (head_init, device) == ("probe", "cpu") else 0,
     )
@@ -170,7 +170,7 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
         return recipe, ()
     train, devices = recipe.train, fleet.num_devices
     if train.device == ("cuda" if fleet.gpu_model is None else "cpu"):
-        names = "no GPU" if fleet.gpu_model is None else "a GPU"
+        names = "a GPU" if fleet.gpu_model else "no GPU"
         raise RecipeError(f"train.device: '{train.device}' but --for names {names}; add --set train.device=auto")
     _refuse_other_machines(recipe, fleet)
     more = {NUM_MACHINES: fleet.num_machines} if fleet.num_machines > 1 else {}
@@ -190,9 +190,9 @@ def _refuse_other_machines(recipe: Recipe, fleet: Fleet) -> None:
     """Refuse a recipe whose machines are not those of the hardware that is named."""
     asked, named = given(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
     if asked not in (None, fleet.num_machines):
-        words = replace(fleet.asked, machines=asked)
         raise RecipeError(
-            f'{NUM_MACHINES}: {asked}, but --for names {named}; write --for "{words}", or add '
+            f"{NUM_MACHINES}: {asked}, but --for names {named}; write "
+            f'--for "{replace(fleet.asked, machines=asked)}", or add '
             f"--set {NUM_MACHINES}={fleet.num_machines} --set {NUM_PROCESSES}={fleet.num_devices}"
         )
     if fleet.num_machines > 1 and (recipe.methods or recipe.is_searched):

@@ -84,7 +84,8 @@ def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
 
     for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
         recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})
-        assert resolve.steps(recipe, sizes.summary(recipe.task, rows, 8), 8, Reasons()).num_saves == expected
+        found = resolve.steps(recipe, sizes.summary(recipe.task, rows, 8), 8, Reasons())
+        assert time.occasions(found.total, found.between_evaluations, found.between_saves) == expected
 
 
 @pytest.mark.parametrize(("placement", "expected"), [("ddp", 6.1), ("fsdp2", 12.0)])
