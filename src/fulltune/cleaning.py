@@ -104,7 +104,7 @@ def ids(folder: Path) -> Iterator[str]:
 # ---- by whole runs -------------------------------------------------------------------------------------------------
 
 
-def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> Proofs:
+def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> None:
     """Train with and without each step (those of `checks`, or all), compare on eval rows, write the proofs."""
     of_data, folder, number = job.folder / "data", job.folder / FOLDER, 0
     possible = cleaning_steps(load_issues(of_data))
@@ -132,7 +132,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     metric = job.recipe.evaluate.metric or summary.form.metrics[0]
     measure = measure_of(job.recipe.task, Target.of(summary), metric)
     proofs, rows = _compared(measure, steps, patches, arms)
-    found = Proofs(
+    Proofs(
         fingerprint=summary.fingerprint,
         eval_rows=rows,
         times=seeds,
@@ -141,25 +141,29 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
         greater_is_better=measure.greater_is_better,
         by="trainings",
         left_out=() if checks else tuple(str(one) for one in possible if one not in steps),
-    )
-    found.save(of_data / TRAINED_PROOFS)
-    return found
+    ).save(of_data / TRAINED_PROOFS)
 
 
-def refuse_trainings(recipe: Recipe, summary: DataSummary) -> None:
-    """Raises a `RecipeError` for runs that cannot be made with one recipe or compared on the same rows."""
-    if recipe.is_searched or recipe.methods:
+def refuse_proofs(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
+    """Raises a `RecipeError` for proofs that these rows cannot give, or runs of this recipe."""
+    if by_classifiers and not summary.form.one_label:
+        raise RecipeError(
+            "--prove: these rows have no single label each, and only by such can cleaning be compared in seconds; "
+            "compare it by trainings instead: --trainings 3"
+        )
+    if by_trainings and (recipe.is_searched or recipe.methods):
         several = "search" if recipe.is_searched else "methods"
         raise RecipeError(f"--trainings: compares runs of one method and its settings; give a recipe without {several}")
-    if summary.packed and not recipe.data.eval:
+    if by_trainings and summary.packed and not recipe.data.eval:
         raise RecipeError(
             "--trainings: these texts share rows, so that those held out differ as soon as a text is left out; give "
             "eval texts in a file of their own (data.eval)"
         )
-    if summary.splits["eval"].rows < LEAST_EVAL_ROWS:
+    if (by_classifiers or by_trainings) and (count := summary.splits["eval"].rows) < LEAST_EVAL_ROWS:
         raise RecipeError(
-            f"--trainings: {summary.splits['eval'].rows} eval rows tell nothing, expected {LEAST_EVAL_ROWS} at least "
-            "(data.eval, data.eval_fraction)"
+            f"{'--prove' if by_classifiers else '--trainings'}: {count} eval rows tell nothing, expected "
+            f"{LEAST_EVAL_ROWS} at least; give more, in a file (data.eval) or as a larger part of the train rows "
+            "(data.eval_fraction)"
         )
 
 
@@ -252,21 +256,7 @@ Change = tuple[CleaningStep, np.ndarray, np.ndarray]
 """With each train row whether it is kept, bool [rows], and the label that it has then."""
 
 
-def refuse_prove(summary: DataSummary) -> None:
-    """Raises a `SetupError` for rows without a single label each, or too few eval rows."""
-    if not summary.form.one_label:
-        raise SetupError(
-            "--prove: these rows have no single label each, and only by such can cleaning be compared in seconds; "
-            "compare it by trainings instead: --trainings 3"
-        )
-    if (count := summary.splits["eval"].rows) < LEAST_EVAL_ROWS:
-        raise SetupError(
-            f"--prove: {count} eval rows tell nothing, expected {LEAST_EVAL_ROWS} at least; give more, in a file "
-            "(data.eval) or as a larger part of the train rows (data.eval_fraction)"
-        )
-
-
-def prove_by_classifiers(job: Run, summary: DataSummary) -> Proofs:
+def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
     """Fit with and without each cleaning step, compare on the unchanged eval rows, and write `proofs.json`."""
     job.phase("fitting classifiers with and without each cleaning step")
     reader, folder = reader_of(job, summary), job.folder / "data"
@@ -289,15 +279,13 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> Proofs:
         proofs = list(_fitted(train, held_out, changes, strength, left_out))
     except NoProbe as no:
         raise SetupError(f"--prove: nothing can be compared: {no}") from None
-    found = Proofs(
+    Proofs(
         fingerprint=summary.fingerprint,
         eval_rows=len(held_out.labels),
         times=TIMES,
         proofs=tuple(proofs),
         left_out=tuple(left_out),
-    )
-    found.save(folder / PROOFS)
-    return found
+    ).save(folder / PROOFS)
 
 
 def _fitted(

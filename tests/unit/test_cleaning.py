@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.cleaning import CleaningStep, _compared, _fitted, _leaves_enough, cleaning_steps, refuse_prove
-from fulltune.errors import SetupError
+from fulltune.cleaning import CleaningStep, _compared, _fitted, _leaves_enough, cleaning_steps, refuse_proofs
+from fulltune.errors import RecipeError
 from fulltune.probe.linear import MIDDLE, Items
+from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.report.run.about_data import about_labels
@@ -126,11 +127,12 @@ def test_a_row_with_two_faults_of_a_kind_is_one_row() -> None:
 
 
 def test_too_few_eval_rows_are_refused() -> None:
+    recipe = Recipe.model_validate({"model": "m", "task": "text-classification", "data": {"train": "a.csv"}})
     summary = DataSummary.model_construct(
         problem_type="single_label", splits={"eval": SplitSummary.model_construct(rows=43)}
     )
-    with pytest.raises(SetupError, match="--prove: 43 eval rows tell nothing, expected 50"):
-        refuse_prove(summary)
+    with pytest.raises(RecipeError, match="--prove: 43 eval rows tell nothing, expected 50"):
+        refuse_proofs(recipe, summary, True, False)
 
 
 def test_no_row_that_differs_is_no_proof_that_none_would() -> None:

@@ -7,7 +7,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from fulltune.cli import stages
 from fulltune.cli.stages import err, out
 from fulltune.data.patch import Decisions, load_patch, save_patch
 from fulltune.errors import RecipeError, SetupError
+from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, proofs_of
 from fulltune.records.data import DataSummary
 from fulltune.report.run.about_data import could_do
@@ -29,58 +29,53 @@ Issues = Sequence[RowIssue]
 """All that was found in a row."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be done beside reading the texts."""
+def refuse_options(target: Path, losses: bool, trainings: int, checks: Sequence[str]) -> None:
+    """Raises a `RecipeError` for options that cannot be, before anything is made."""
+    from fulltune.system import hardware, run_folder
 
-    labels: bool
-    """The untouched model judges labels, and finds outliers."""
-    losses: bool
-    """The trained model's loss of each row."""
-    prove: bool
-    """Classifiers with and without each cleaning step."""
-    trainings: int
-    """Seeds of each step's trainings; 0: none."""
-    checks: Sequence[str]
-    """Whose steps are trained; empty: all that found enough rows."""
-
-    def __post_init__(self) -> None:
-        if self.trainings < 0 or self.trainings == 1:
-            raise RecipeError(f"--trainings: found {self.trainings}, expected 2 or more seeds of each step")
-        if self.checks and not self.trainings:
-            raise RecipeError("--check: names whose steps to train, expected --trainings as well")
+    if trainings < 0 or trainings == 1:
+        raise RecipeError(f"--trainings: found {trainings}, expected 2 or more seeds of each step")
+    if checks and not trainings:
+        raise RecipeError("--check: names whose steps to train, expected --trainings as well")
+    if losses and not target.is_dir():
+        raise RecipeError(f"--losses: a trained model reads the rows; give a run folder in place of {target}")
+    if losses:
+        run_folder.trained_plan(run_folder.recipe_of(target), target, hardware.here())
 
 
-def audited(target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, wanted: Wanted) -> Path:
-    """The folder with the data stage, and what is wrong with its rows; with a page about both."""
-    from fulltune.cleaning import prove_by_classifiers, prove_by_training, refuse_prove, refuse_trainings
+def audit(
+    opened: tuple[Recipe, Path], labels: bool, losses: bool, prove: bool, trainings: int, checks: Sequence[str]
+) -> None:
+    """The data stage, and what is wrong with its rows; with a page about both.
+
+    Args:
+        opened: The recipe and its run folder.
+        labels: The untouched model judges labels, and finds outliers.
+        losses: The trained model's loss of each row.
+        prove: Classifiers with and without each cleaning step.
+        trainings: Seeds of each step's trainings; 0: none.
+        checks: Whose steps are trained; empty: all that found enough rows.
+    """
+    from fulltune.cleaning import prove_by_classifiers, prove_by_training, refuse_proofs
     from fulltune.cli.show.run import Display
     from fulltune.pipeline import Run, audit_rows, list_losses
     from fulltune.report import write_data_page
-    from fulltune.system import hardware, run_folder
+    from fulltune.system import run_folder
 
-    if wanted.losses:  # refused before anything is made
-        if not target.is_dir():
-            raise RecipeError(f"--losses: a trained model reads the rows; give a run folder in place of {target}")
-        run_folder.trained_plan(run_folder.recipe_of(target), target, hardware.here())
-    recipe, found = stages.open_run(target, overrides, folder, fresh, "data")
-    summary = stages.reach(recipe, found, "data", details=False).summary
-    if wanted.prove:
-        refuse_prove(summary)
-    if wanted.trainings:
-        refuse_trainings(recipe, summary)
-    with run_folder.writing(found), run_folder.locked(found):
+    recipe, folder = opened
+    summary = stages.reach(recipe, folder, "data", details=False).summary
+    refuse_proofs(recipe, summary, prove, trainings > 0)
+    with run_folder.writing(folder), run_folder.locked(folder):
         with Display(err, details=False) as display:
-            job = Run(recipe, found, listener=display)
-            audit_rows(job, summary, wanted.labels)
-            if wanted.losses:
+            job = Run(recipe, folder, listener=display)
+            audit_rows(job, summary, labels)
+            if losses:
                 list_losses(job, summary)
-            if wanted.prove:
+            if prove:
                 prove_by_classifiers(job, summary)
-            if wanted.trainings:
-                prove_by_training(job, summary, wanted.trainings, wanted.checks)
-        write_data_page(found)
-    return found
+            if trainings:
+                prove_by_training(job, summary, trainings, checks)
+        write_data_page(folder)
 
 
 def show(target: Path, folder: Path, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from fulltune.compare.context import Context
 from fulltune.compare.rates import share_of_steps
 from fulltune.compare.seeds import MOST_WHOLE_RUNS_ALONE, SeedRuns, search_all
 from fulltune.compare.trials import clear
-from fulltune.data.cache import link
+from fulltune.data.prepare import link
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.pipeline import Run, Until
 from fulltune.plan.settings import with_settings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ NUM_WORDS = 8
 MOST_TEXTS = 100
 """A run that stands in more of the texts is a template's, such as a benchmark's instruction, and says nothing."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
+_word = lru_cache(maxsize=50_000)(partial(draw, 0))
 _NOT_COMPARED = ("label", "tags", "tools", "context")
 """Roles of columns that hold no text of the row's own; many questions are asked about a passage."""
 _ANSWERS = ("completion", "target", "answers", "choice", "messages")
@@ -63,11 +64,6 @@ class KnownTexts:
             return False
         texts, shared = np.unique(np.concatenate(hits), return_counts=True)
         return bool((2 * shared >= np.minimum(self.num_runs[texts], len(runs))).any())
-
-
-@lru_cache(maxsize=50_000)
-def _word(word: str) -> int:
-    return draw(0, word)
 
 
 def _runs(words: list[str]) -> np.ndarray:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fulltune.audit.texts import masked_text
-from fulltune.data import cache
 from fulltune.data.check import (
     STANDS_EARLIER,
     late_rows,
@@ -77,6 +79,10 @@ SUMMARY = "summary.json"
 FORMAT = 9
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
+KEPT = 5
+"""Prepared data sets that stay; a run that was linked to an older one keeps its files."""
+_ABANDONED_SECONDS = 24 * 3600
+_ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,9 @@ def prepare(stage: Stage) -> DataSummary:
     # Rows of images are only their paths, which another run may have elsewhere.
     cached = stage.cache_folder / fingerprint if is_known and stage.cache_folder and not is_image else None
     if cached is not None:
-        with cache.locked(cached.parent):
+        with locked(cached.parent):
             if (earlier := _earlier(cached, fingerprint, stage.listener)) is not None:
-                cache.link(cached, folder)
+                link(cached, folder)
                 return earlier
     whole = cached or folder
     part = whole.with_name(f"{whole.name}.part-{os.getpid()}")
@@ -138,12 +144,12 @@ def prepare(stage: Stage) -> DataSummary:
             summary = _make(replace(stage, folder=part), sources, known, fingerprint)
         seal(part)
         if cached is None:
-            cache.put(part, folder)
+            put(part, folder)
         else:
-            with cache.locked(cached.parent):
-                cache.put(part, cached)
-                cache.link(cached, folder)
-                cache.prune(cached.parent)
+            with locked(cached.parent):
+                put(part, cached)
+                link(cached, folder)
+                prune(cached.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return summary
@@ -319,3 +325,51 @@ def _fingerprint(stage: Stage, files: Mapping[SourceName, DataFiles], forbidden:
         *(limits.positions, stage.tokenizer.model_max_length, limits.identity, limits.virtual),
     )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- prepared rows kept for other runs: a folder per content, linked into each run that uses it ---------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the cache: two runs never put, link or prune at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def put(part: Path, folder: Path) -> None:
+    """Move a finished folder to its place; an older one there is replaced."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.rename(folder)
+
+
+def link(cached: Path, folder: Path) -> None:
+    """Give a run the cached files: as hard links, which need no space, or as copies on another file system."""
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(cached, part, copy_function=_link_or_copy)
+        put(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    os.utime(cached)  # used now: the last one to be pruned
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def prune(folder: Path) -> None:
+    """Delete all but the last used data sets, and what killed runs left half done; nothing else that lies there."""
+    entries = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)]
+    parts = [path for path in entries if ".part-" in path.name]
+    whole = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)
+    abandoned = [path for path in parts if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS]
+    for path in [*whole[KEPT:], *abandoned]:
+        shutil.rmtree(path)
