@@ -59,7 +59,7 @@ class Reader:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(probe.SEED)  # what the head lacks is drawn, and not read
             changes = task.config_changes(target, self.base.processor)
-            model: Any = load(self.base, changes, head_is_new=task.FACTS.head_is_new, block=self.recipe.model)
+            model: Any = load(replace(self.base, block=self.recipe.model), changes, head_is_new=task.FACTS.head_is_new)
         return probe.Extractor(
             model.to(device),
             self.recipe.task,

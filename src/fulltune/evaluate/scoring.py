@@ -177,7 +177,7 @@ class Scoring:
         if model_folder is None:
             processor = self.base.processor
             changes = self.task.config_changes(self.target, processor)
-            model: Any = load(self.base, changes, head_is_new=head_is_new, block=block)
+            model: Any = load(replace(self.base, block=block), changes, head_is_new=head_is_new)
         elif folder.is_partial(model_folder):
             processor = folder.processor_of(model_folder)
             model = folder.load(model_folder, processor, replace(self.base, block=block)).model

@@ -51,7 +51,6 @@ def load(
     config_changes: Mapping[str, Any],
     *,
     head_is_new: bool,
-    block: ModelBlock | None = None,
     before_weights: Callable[[], None] = lambda: None,
     on_head: Callable[[Head], None] = lambda head: None,
     shared_by: int = 1,
@@ -59,10 +58,9 @@ def load(
     """Load the weights, in `weights_dtype`, into a model with the task's head, in evaluation mode.
 
     Args:
-        base: The pretrained model.
+        base: The pretrained model; its block has the dropout, weights' type and attention to load with.
         config_changes: Values set on the config, for example `id2label`.
         head_is_new: A head that the checkpoint lacks, or that has other labels, is drawn at random.
-        block: Has the dropout, weights' type and attention to load with; default: the base's own.
         before_weights: Called when the libraries are loaded: what memory is taken later is the model's.
         on_head: Called with what became of the head, where it may be new.
         shared_by: Processes that shard the weights; all of them call this.
@@ -70,7 +68,7 @@ def load(
     Raises:
         SetupError: When the weights cannot be read or leave other parameters than the head's uninitialised.
     """
-    block = block or base.block
+    block = base.block
     check_weights(base)
     config = base.configured(config_changes, block.dropout)
     keywords = source_of(block, base.path) | {"dtype": torch_dtype(block.weights_dtype), "config": config}
