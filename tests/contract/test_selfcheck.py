@@ -15,7 +15,7 @@ import torch
 
 from fulltune import selfcheck
 from fulltune.cli import app as cli
-from fulltune.selfcheck import NotHere, Outcome, environment, without_names
+from fulltune.selfcheck import NotHere, Outcome, without_names
 from tests.contract.command import fulltune
 
 CPU = "cpu"
@@ -157,8 +157,3 @@ def test_device_without_the_means_is_not_here() -> None:
     for check in (selfcheck.flash_attention_2, selfcheck.planned_bytes):
         with pytest.raises(NotHere, match="needs a GPU"):
             check(CPU)
-
-
-def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert ", 1 thread, " in environment()["cpu"]

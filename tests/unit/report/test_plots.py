@@ -109,10 +109,6 @@ def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool
     return Mark(name, value, value - 0.008, value + 0.008, f"{100 * value:.1f}%", full, taken, cost)
 
 
-def names(drawing: str) -> list[ElementTree.Element]:
-    return [text for text in texts(drawing) if "var(--ink)" in str(text.get("style"))]
-
-
 @pytest.mark.parametrize("number", [1, 2])
 def test_cost_picture_is_a_png_of_all_plots(tmp_path: Path, number: int) -> None:
     dots = [dot("full", 1, 0.92, full=True), dot("שלום 😀 \ud800", 0.5, 0.9)]

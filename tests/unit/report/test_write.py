@@ -57,7 +57,7 @@ def both(folder: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("run", ["classification", "causal_lm", "stopped"])
-def test_html_any_run_is_well_formed_and_loads_nothing(run: str, request: pytest.FixtureRequest) -> None:
+def test_html_any_run_is_well_formed_and_accessible_and_loads_nothing(run: str, request: pytest.FixtureRequest) -> None:
     _, html = both(request.getfixturevalue(run))
     page = Page(html)
     assert page.open == []
@@ -69,6 +69,13 @@ def test_html_any_run_is_well_formed_and_loads_nothing(run: str, request: pytest
     assert all(str(link["href"]).startswith("#") for link in page.with_tag("a"))
     assert "@import" not in html
     assert "url(" not in html
+    assert page.with_tag("html")[0]["lang"] == "en"
+    assert all(cell.get("scope") in ("row", "col") for cell in page.with_tag("th"))
+    assert all(drawing.get("role") == "img" for drawing in page.with_tag("svg"))
+    assert html.count("<svg") == html.count("<desc>") > 0
+    anchors = [section["id"] for section in page.with_tag("section")]
+    assert len(set(anchors)) == len(anchors)
+    assert {str(link["href"])[1:] for link in page.with_tag("a")} == set(anchors)
 
 
 def test_html_hostile_text_everywhere_is_escaped(classification: Path, kit: SimpleNamespace) -> None:
@@ -110,19 +117,6 @@ def test_html_lone_surrogate_in_a_jsonl_file_is_written(classification: Path) ->
     (classification / "data" / "dropped.jsonl").write_text('{"reason": "a\\ud800b"}\n', encoding="utf-8")
     _, html = both(classification)
     assert "a⟨U+D800⟩b" in html
-
-
-@pytest.mark.parametrize("run", ["classification", "causal_lm", "stopped"])
-def test_html_any_run_is_accessible(run: str, request: pytest.FixtureRequest) -> None:
-    _, html = both(request.getfixturevalue(run))
-    page = Page(html)
-    assert page.with_tag("html")[0]["lang"] == "en"
-    assert all(cell.get("scope") in ("row", "col") for cell in page.with_tag("th"))
-    assert all(drawing.get("role") == "img" for drawing in page.with_tag("svg"))
-    assert html.count("<svg") == html.count("<desc>") > 0
-    anchors = [section["id"] for section in page.with_tag("section")]
-    assert len(set(anchors)) == len(anchors)
-    assert {str(link["href"])[1:] for link in page.with_tag("a")} == set(anchors)
 
 
 def test_reports_classification_run_has_every_part(classification: Path) -> None:
@@ -211,12 +205,6 @@ def test_reports_worse_model_is_not_to_be_tried_first(classification: Path, kit:
         assert "Worse than without training" in text
         ending = text.rpartition("What to do next")[2]
         assert ending.index("--set ") < ending.index("how to use this model anyway") < ending.index("predict")
-
-
-def test_reports_only_a_recipe_are_still_written(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: org/x\ntask: causal-lm\n", encoding="utf-8")
-    for text in both(tmp_path):
-        assert "no trial was planned or started" in text
 
 
 def test_write_twice_gives_the_same_bytes(classification: Path) -> None:
