@@ -29,18 +29,12 @@ def test_names_are_those_of_one_gpu_each() -> None:
     ("driver", "name"),
     [
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
-        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("Tesla T4", "T4"),
-        ("Tesla V100-SXM2-16GB", "V100-16GB"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
-        ("NVIDIA L40S", "L40S"),
         ("AMD Instinct MI300X", "MI300X"),
         ("NVIDIA A100-PCIE-40GB", "A100-PCIe-40GB"),
-        ("NVIDIA A100 80GB PCIe", "A100-PCIe-80GB"),
-        ("Tesla V100-PCIE-16GB", "V100-PCIe-16GB"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
-        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 16GB"),
         ("NVIDIA GeForce RTX 5060 Ti", "RTX 5060 Ti 16GB"),
     ],
 )

@@ -72,20 +72,10 @@ def test_price_is_read(text: str, rate: float, currency: str) -> None:
     assert time.parse_price(text) == (rate, currency)
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("cheap", "--price: 'cheap' is no price; write what one device costs in an hour, such as 2.5"),
-        ("", "--price: '' is no price; write what one device costs in an hour, such as 2.5"),
-        ("1,5", "--price: '1,5' is no price; write what one device costs in an hour, such as 2.5"),
-        ("nan", "--price: 'nan' is no price; write what one device costs in an hour, such as 2.5"),
-        ("-2", "--price: '-2' is no price; write what one device costs in an hour, such as 2.5"),
-    ],
-)
-def test_price_that_is_none_is_refused(text: str, problem: str) -> None:
-    with pytest.raises(RecipeError) as raised:
+@pytest.mark.parametrize("text", ["cheap", "", "1,5", "nan", "-2"])
+def test_price_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match=f"--price: '{text}' is no price; write what one device costs in an hour"):
         time.parse_price(text)
-    assert raised.value.problems == (problem,)
 
 
 # ---- bytes that a process sends in a step, by hand -----------------------------------------------------------------
