@@ -94,9 +94,10 @@ class AuditedRows:
         return "\0".join([key, *(normalised(as_text(row.get(column))) for column in columns)])
 
     def issue(
-        self, check: str, split: SplitName, row: Row, reason: str, remedy: Remedy | None = None, score: float = 0.0
+        self, check: str, of: tuple[SplitName, Row], reason: str, remedy: Remedy | None = None, score: float = 0.0
     ) -> RowIssue:
-        """A row as it is listed; without a remedy it would be dropped. `row` is numbered later where rows are equal."""
+        """A row `of` a split as it is listed; without a remedy it would be dropped. Equal rows are numbered later."""
+        split, row = of
         return RowIssue(
             check=check,
             split=split,
@@ -148,7 +149,7 @@ def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
                     seen.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(text, of)]
             if (turns := rows.target.columns.get("messages")) and (found := chat_faults(chat.clean(row[turns]))):
                 reason = masked_text(first_few(found))
-                seen.issues.append(rows.issue(CHAT_FAULT, split, row, reason, score=float(len(found))))
+                seen.issues.append(rows.issue(CHAT_FAULT, (split, row), reason, score=float(len(found))))
             listen(seen.heard, row, rows.target.columns)
             if len(keys) == _AT_ONCE:
                 done = len(seen.keys)
@@ -187,7 +188,7 @@ def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Fl
     # A turn of a conversation is no cell that could be replaced.
     repairable = flaw.fixed is not None and isinstance(row[column], str)
     remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
-    return rows.issue(flaw.check, split, row, f"column '{column}': {flaw.reason}", remedy)
+    return rows.issue(flaw.check, (split, row), f"column '{column}': {flaw.reason}", remedy)
 
 
 def in_classes_alike(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
@@ -204,7 +205,7 @@ def in_classes_alike(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
             value = new if rows.target.form.several_labels else new[0]
             remedy = Remedy(action="replace", column=column, value=value)
             reason = f"class {found[0]!a} is perhaps {instead[found[0]]!a}"
-            issues.append(rows.issue(CLASS_NAMES, split, row, reason, remedy))
+            issues.append(rows.issue(CLASS_NAMES, (split, row), reason, remedy))
     return issues
 
 
@@ -216,7 +217,7 @@ def in_other_languages(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
         for column, text in whole_texts(row, rows.target.columns).items():
             if position in suspects.get(column, ()) and (found := elsewhere(text, own[column])) is not None:
                 reason = f"column '{column}': {found[0]}, where nearly all rows are {', '.join(own[column])}"
-                issues.append(rows.issue(OTHER_LANGUAGE, split, row, reason, score=found[1]))
+                issues.append(rows.issue(OTHER_LANGUAGE, (split, row), reason, score=found[1]))
     return issues
 
 
@@ -260,7 +261,7 @@ def repeated(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
         if not wanted[position]:
             continue
         others = [held_out[one] for one in alike.get(position, ())]
-        tell = partial(rows.issue, split="train", row=row)
+        tell = partial(rows.issue, of=("train", row))
         if again[position]:
             issues.append(tell(DUPLICATE, reason="stands in train already, its label or answer included"))
         if leaks[position]:

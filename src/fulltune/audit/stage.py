@@ -192,7 +192,7 @@ def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows, not_run: dict[s
                 f"the {NEIGHBOURS} nearest train rows have a mean cosine of {1 - distance:.2f} with it; of three train "
                 f"rows in four at least {1 - usual:.2f}"
             )
-            issues.append(rows.issue(OUTLIER, split, row, reason, score=round(distance, 4)))
+            issues.append(rows.issue(OUTLIER, (split, row), reason, score=round(distance, 4)))
     if left_out:
         not_run[OUTLIER] = f"{counted(left_out, 'row')} that were not drawn to be read"
     return issues
@@ -208,7 +208,7 @@ def _mislabelled(rows: AuditedRows, found: Mapping[int, tuple[str, int, float]])
         # Of a folder per class the label is no column: such an image can only be left out.
         remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=other)
         reason = f"'{other}' is likelier, by {-100 * margin:.0f} points of probability"
-        issues.append(rows.issue(check, "train", row, reason, remedy, -margin))
+        issues.append(rows.issue(check, ("train", row), reason, remedy, -margin))
     return issues
 
 
@@ -237,7 +237,7 @@ def list_losses(
             if is_high and (earlier is None or earlier.is_open):
                 reason = f"loss {loss:.3g}; of half of the {split} rows at most {usual[split]:.3g}"
                 reason += f"; the model says '{answer}'" if answer is not None else ""
-                issue = rows.issue(HIGH_LOSS, split, row, reason, score=loss)
+                issue = rows.issue(HIGH_LOSS, (split, row), reason, score=loss)
                 issues.append(issue.model_copy(update={"row": name}))
     save_issues(folder, issues)
     audit = Audit.load(folder / AUDIT).model_copy(update=by_check(issues))

@@ -141,17 +141,18 @@ def read_texts(names: Mapping[str, str], files: Iterable[Path]) -> KnownTexts:
 
 def cell_texts(cell: Any) -> Iterator[str]:
     """All texts in a cell, those in its lists and objects too; a list of single words is one text."""
+    parts = cell.values() if isinstance(cell, Mapping) else cell if isinstance(cell, (list, tuple)) else ()
     if isinstance(cell, str):
         yield cell
-    elif isinstance(cell, Mapping):
-        for inner in cell.values():
-            yield from cell_texts(inner)
-    elif isinstance(cell, (list, tuple)):
-        if len(cell) > 1 and all(isinstance(inner, str) and len(inner.split()) == 1 for inner in cell):
-            yield " ".join(cell)
-            return
-        for inner in cell:
-            yield from cell_texts(inner)
+    elif not isinstance(cell, Mapping) and len(parts) > 1 and all(map(_is_word, parts)):
+        yield " ".join(parts)
+    else:
+        for part in parts:
+            yield from cell_texts(part)
+
+
+def _is_word(part: Any) -> bool:
+    return isinstance(part, str) and len(part.split()) == 1
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------

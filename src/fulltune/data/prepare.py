@@ -78,7 +78,6 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 FORMAT = 9
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
-_PROGRESS_SECONDS = 0.2
 KEPT = 5
 """Prepared data sets that stay; a run that was linked to an older one keeps its files."""
 _ABANDONED_SECONDS = 24 * 3600
@@ -229,7 +228,7 @@ def _encode(
 ) -> dict[SourceName, Encoded]:
     """Tokenise each source, and write down what is dropped. Only what is trained on may hold no known text."""
     encoded: dict[SourceName, Encoded] = {}
-    total, told, folder = sum(counts.values()), 0.0, stage.folder
+    total, folder = sum(counts.values()), stage.folder
     folder.mkdir(parents=True)
     make_private(folder / DROPPED)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
@@ -238,12 +237,8 @@ def _encode(
             file.write(as_line(item))
 
         def progress(done_here: int) -> None:
-            nonlocal told
             done = done_here + sum(whole.num_read for whole in encoded.values())
-            now = time.monotonic()
-            if now - told > _PROGRESS_SECONDS or done == total:
-                told = now
-                stage.listener(RowsRead(name="tokenising", done=done, total=total))
+            stage.listener(RowsRead(name="tokenising", done=done, total=total))
 
         for name, source in sources.items():
             is_train = name == "train"

@@ -12,7 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,7 @@ def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[st
             except ValueError as error:
                 yield line, f"not valid JSON: {_json_problem(error)}; {expected}"
                 continue
-            if isinstance(row, dict):
-                yield line, _sound(row) if may_be_faulty(text) else row
-            else:
-                yield line, f"found {type(row).__name__}, {expected}"
+            yield line, _row(row, may_be_faulty(text), expected)
 
 
 def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -140,10 +137,7 @@ def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str
         raise DataError(f"{file}: found {type(value).__name__}, {expected}")
     is_doubtful = may_be_faulty(text)
     for number, row in enumerate(_questions(value), start=1):
-        if isinstance(row, dict):
-            yield number, _sound(row) if is_doubtful else row
-        else:
-            yield number, f"found {type(row).__name__} in the list, {expected}"
+        yield number, _row(row, is_doubtful, expected)
 
 
 def _questions(articles: list[Any]) -> list[Any]:
@@ -177,8 +171,13 @@ def _json_problem(error: ValueError) -> str:
     return f"{getattr(error, 'msg', error)}{place}"
 
 
-def _sound(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose cells that cannot be used are marked as such, and whose names can be written."""
+def _row(row: Any, is_doubtful: bool, expected: str) -> dict[str, Any] | str:
+    """A row whose cells that cannot be used are marked as such, and whose names can be written; of another value what
+    is wrong with it."""
+    if not isinstance(row, dict):
+        return f"found {type(row).__name__}, {expected}"
+    if not is_doubtful:
+        return row
     return {
         _writable(name): BadCell(reason, _writable(value) if isinstance(value, str) else "") if reason else value
         for name, value, reason in ((name, value, fault(value)) for name, value in row.items())
@@ -250,7 +249,7 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str
     sentence: dict[str, Any] = {"tokens": [], "tags": []}
     separator, expected, first = _SPACES, 0, 0
     with file.open(encoding=encoding) as stream:
-        for line, text in enumerate(stream, start=1):
+        for line, text in enumerate(chain(stream, [""]), start=1):  # a blank line ends the last sentence
             content = text.rstrip("\r\n")
             if not content.strip(" \t") or content.startswith("-DOCSTART-"):
                 if sentence["tokens"]:
@@ -269,8 +268,6 @@ def sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str
                 first = line
             sentence["tokens"].append(columns[0])
             sentence["tags"].append(columns[-1])
-    if sentence["tokens"]:
-        yield first, sentence
 
 
 def _problem(columns: list[str], expected: int) -> str | None:
