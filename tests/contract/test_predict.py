@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from scipy.special import softmax
 
 from fulltune import predict
 from fulltune.cli import predict as cli_predict
@@ -351,16 +349,6 @@ def test_json_is_the_same_for_texts_stdin_and_files_but_for_the_place(classifier
     assert set(first["probabilities"]) == {"no", "yes", "who knows"}
     assert sum(first["probabilities"].values()) == pytest.approx(1)
     assert first["probability"] == max(first["probabilities"].values()) == first["probabilities"][first["label"]]
-
-
-def test_probabilities_are_those_of_the_logits_over_the_temperature(classifier: Path) -> None:
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
-    [answer] = predict.load(classifier).predict([{"text": "the sun"}])
-    with torch.no_grad():
-        logits = model(**tokenizer("the sun", return_tensors="pt")).logits[0].numpy()
-    np.testing.assert_allclose(list(answer["probabilities"].values()), softmax(logits / TEMPERATURE), atol=1e-5)
-    assert "logits" not in answer
 
 
 def test_row_that_cannot_be_answered_is_an_error_from_python(classifier: Path) -> None:

@@ -133,21 +133,6 @@ def test_pixels_are_those_of_the_models_processor(tmp_path: Path, reader: ImageR
     assert rows[0]["length"] == reader.num_patches == 4
 
 
-@pytest.mark.parametrize(
-    ("row", "check"),
-    [
-        ({"image": "", "label": "cat"}, "no image"),
-        ({"image": {"bytes": None, "path": None}, "label": "cat"}, "no image"),
-        ({"image": 7, "label": "cat"}, "no image"),
-        ({"image": "a.png", "label": ""}, "no label"),
-    ],
-)
-def test_row_without_image_or_label_is_left_out(row: dict[str, Any], check: str) -> None:
-    refused = image_classification.refuse(row, TARGET)
-    assert refused is not None
-    assert refused.check == check
-
-
 def test_same_file_under_two_names_is_a_duplicate(tmp_path: Path) -> None:
     one, two = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
     other = picture(tmp_path / "c.png", (1, 2, 3))
@@ -156,10 +141,9 @@ def test_same_file_under_two_names_is_a_duplicate(tmp_path: Path) -> None:
     assert keys[2] != keys[0]
 
 
-def test_columns_and_classes_are_found() -> None:
+def test_classes_are_found_in_the_order_of_their_numbers() -> None:
     data = DataBlock(train="rows.csv")
-    columns = image_classification.find_columns(("file_name", "label"), [], data, "rows.csv")
-    assert columns == {"image": "file_name", "label": "label"}
+    columns = {"image": "file_name", "label": "label"}
     rows = [{"file_name": "a", "label": label} for label in ("10", "9", "9.5")]
     assert image_classification.find_target(iter(rows), columns, data, "rows.csv").labels == ("9", "9.5", "10")
 

@@ -24,41 +24,11 @@ def encoded(kind: str = "t5", target: Target = TARGET, max_length: int = 99, row
     return [row[0] for row in seq2seq.encode(rows, target, tiny.writer_tokenizer(kind), max_length)]
 
 
-@pytest.mark.parametrize(
-    ("columns", "found"),
-    [
-        (["document", "summary"], ("document", "summary")),
-        (["id", "highlights", "article"], ("article", "highlights")),
-        (["input", "output"], ("input", "output")),
-        (["text", "target"], ("text", "target")),
-    ],
-)
-def test_columns_with_usual_names_are_found(columns: list[str], found: tuple[str, str]) -> None:
-    roles = seq2seq.find_columns(columns, [], DataBlock(train="x"), "f")
-    assert roles == {"source": found[0], "target": found[1]}
-
-
 def test_columns_named_by_language_are_not_guessed() -> None:
     with pytest.raises(DataError, match=r"no column found for data\.source"):
         seq2seq.find_columns(["en", "de"], [], DataBlock(train="x"), "f")
     roles = seq2seq.find_columns(["en", "de"], [], DataBlock(train="x", source="en", target="de"), "f")
     assert roles == {"source": "en", "target": "de"}
-
-
-@pytest.mark.parametrize(
-    ("row", "check"),
-    [
-        ({"s": "a", "t": " "}, "no target"),
-        ({"s": "a"}, "no target"),
-        ({"s": None, "t": "b"}, "no source"),
-        ({"s": "a", "t": ["b"]}, "no target"),
-    ],
-)
-def test_row_without_source_or_target_is_refused(row: dict[str, Any], check: str) -> None:
-    refused = seq2seq.refuse(row, TARGET)
-    assert refused is not None
-    assert refused.check == check
-    assert seq2seq.refuse(ROWS[0], TARGET) is None
 
 
 @pytest.mark.parametrize(("kind", "read"), [("t5", "sum: rain</s>"), ("bart", "<s>sum: rain</s>")])
