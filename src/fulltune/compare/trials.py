@@ -56,7 +56,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     """Train one trial through the train stage, under its guards; raises Diverged."""
     recipe = context.trial_recipe(trial)
     made = context.trial_plan(trial, recipe)
-    run_folder.save_plan_alone(context.folder, recipe, made)
+    run_folder.save_plan(context.folder, recipe, made)
     planned = Plan.load(context.folder / made.file)
     with context.timed(trial.name):
         listener, dry_run = without_tables(context.job.listener), trial.arm not in context.passed

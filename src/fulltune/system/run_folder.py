@@ -101,14 +101,7 @@ def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
 
 
 def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
-    """Write a plan, and its settings with their reasons alone; the plan last: with it the others are there as well."""
-    resolved = [setting.model_dump(mode="json") for setting in plan.settings]
-    write_json(folder / "resolved.json", resolved)
-    save_plan_alone(folder, recipe, plan)
-
-
-def save_plan_alone(folder: Path, recipe: Recipe, plan: Plan) -> None:
-    """Write a plan, and the settings of an engine that it comes to, where the recipe trains in one."""
+    """Write a plan last, after the settings of an engine that it comes to, where the recipe trains in one."""
     settings = (folder / plan.file).with_suffix(sharing.SETTINGS_FILE)
     if recipe.train.engine_by:
         write_json(settings, sharing.completed(recipe, plan))
