@@ -98,10 +98,6 @@ def test_certificate_passes_where_the_upper_bound_is_within(drift: float, error:
     assert (found.passed, found.sealed.upper) == (passed, pytest.approx(drift + 1.645 * error))
 
 
-def record(chosen: Point, points: list[Point], sealed: Drift | None, limit: float = 0.02) -> HeldRun:
-    return preserved_record(points, chosen, limit=limit, sealed=sealed)
-
-
 # ---- texts -----------------------------------------------------------------------------------------------------
 
 

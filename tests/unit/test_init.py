@@ -122,11 +122,6 @@ def test_first_line_that_is_a_row_is_recognised(
         assert found == columns
 
 
-def _recipe(data: Path, **block: object) -> Recipe:
-    values = {"model": "m", "task": "text-classification", "data": {"train": str(data), **block}}
-    return Recipe.model_validate(values)
-
-
 def test_columns_given_are_refused_for_files_that_have_names(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.jsonl", '{"text": "a"}\n')
     with pytest.raises(DataError, match=r"rows.jsonl: data.columns names the columns of csv and tsv files"):
