@@ -75,7 +75,7 @@ class Run:
         """The model as it is trained on these rows."""
         from fulltune.footprint.trace import PlannedModel  # imports torch
 
-        return PlannedModel.of(self.recipe, self.base, summary)
+        return PlannedModel(self.recipe, self.base, summary)
 
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
         """The memory of a plan that is changed after it was made; the model is looked at when that is asked."""

@@ -135,7 +135,7 @@ def _survey(
     def of_a_model(changed: Recipe) -> workload.Workload:
         if by_config:
             _check_config(changed, base(), summary, fleet.here)
-        model = PlannedModel.of(changed, base(), summary)
+        model = PlannedModel(changed, base(), summary)
 
         def traced(weights_dtype: str) -> records.Footprint:
             same = with_settings(changed, {"model.weights_dtype": weights_dtype})

@@ -174,7 +174,7 @@ class Context:
         if arm not in self._setups:
             method = next(one for one in self.arms if one.arm == arm)
             recipe = self._recipe_of(method)
-            model = PlannedModel.of(recipe, self.job.base, self.summary)
+            model = PlannedModel(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
             self._setups[arm] = ArmSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
         return self._setups[arm]

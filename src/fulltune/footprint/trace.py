@@ -25,7 +25,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Method
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.data import DataSummary
-from fulltune.tasks import Target, Task, task_named
+from fulltune.tasks import Target, task_named
 
 VALUES, VALUES_RECOMPUTED = 2 * 34, 2
 """Kept per token, layer and hidden unit (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1), and as much again for
@@ -110,26 +110,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A pretrained model with the head of a task and a method."""
+    """A pretrained model with the head of a task and a method, as a recipe trains it on prepared rows."""
 
     recipe: Recipe
     base: Base
-    target: Target
-    packed: bool
-
-    @classmethod
-    def of(cls, recipe: Recipe, base: Base, summary: DataSummary) -> PlannedModel:
-        """The model that a recipe trains on these rows."""
-        return cls(recipe, base, Target.of(summary), summary.packed)
-
-    @property
-    def task(self) -> Task:
-        return task_named(self.recipe.task)
+    summary: DataSummary
 
     @cached_property
     def changes(self) -> dict[str, Any]:
         """Of the model's config, by the task; none where a model is planned by its config alone."""
-        return dict(self.task.config_changes(self.target, self.base.processor)) if self.base.has_processor else {}
+        if not self.base.has_processor:
+            return {}
+        return dict(task_named(self.recipe.task).config_changes(Target.of(self.summary), self.base.processor))
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -145,8 +137,8 @@ class PlannedModel:
         found = trace(
             Case(
                 self.base.configured(self.changes, recipe.model.dropout),
-                self.task,
-                self.target,
+                task_named(self.recipe.task),
+                Target.of(self.summary),
                 preparing(recipe, on_cpu=device == "cpu"),
                 self.shapes.num_held or self.shapes.num_parameters,
                 all_trained=self.shapes.num_trained is None,
@@ -156,11 +148,11 @@ class PlannedModel:
                 weights_dtype=recipe.model.weights_dtype,
                 # In the place of flash attention: the same tensors, and it needs no GPU and no package.
                 attn_implementation="sdpa" if (attention or "").startswith("flash") else attention,
-                packed=self.packed,
+                packed=self.summary.packed,
                 pixels=pixels,
             )
         )
-        return found.model_copy(update={"assumed": assumed}) if assumed else found
+        return found.model_copy(update={"assumed": assumed})
 
     def save(self, footprint: Footprint, folder: Path) -> None:
         """Keep sizes and memory beside a run's plan."""

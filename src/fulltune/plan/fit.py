@@ -56,7 +56,8 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         raise DoesNotFitError([first + chose, *ways]) from None
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
-    logging_steps = resolve.logging_steps(recipe, steps, reasons)
+    often = "every step of a short run" if steps.total < 400 else "about 200 log lines"
+    logging_steps = reasons.add("train.logging_steps", train.logging_steps, max(1, steps.total // 200), often)
     generic = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
     reasons.settings += resolve.caveats(basis.footprint, bool(train.torch_compile))
@@ -220,22 +221,16 @@ def _around(
         """Seconds of so many rows in batches of the evaluation."""
         return max(work.forward_flops(rows) / flops, -(-rows // plan.eval_batch_size) * pass_seconds)
 
-    def longest(tokens: float) -> float:
-        """Seconds of a forward pass of so many tokens in rows of full length."""
-        return tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / flops
-
-    yield (
-        STARTING,
-        (START_SECONDS if started_seconds is None else started_seconds)
-        + LOADS * plan.state["weights"] / DISK_BYTES_PER_SECOND,
-    )
+    spent = START_SECONDS if started_seconds is None else started_seconds
+    yield STARTING, spent + LOADS * plan.state["weights"] / DISK_BYTES_PER_SECOND
     probed_rows, _, probing = time.probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":
         yield PROBE, forward(probed_rows) + probing
     # Passes of the longest micro batch, and some more as far as they are a small part of the training.
-    tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * work.longest
+    tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * plan.longest_tokens
     passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
-    yield DRY_RUN, CHECKS_SECONDS + passes * longest(tokens) + time.further_seconds(training)
+    computing = passes * work.flops_of(tokens, plan.longest_tokens) / flops
+    yield DRY_RUN, CHECKS_SECONDS + computing + time.further_seconds(training)
     if not (test := _rows(summary, "test")):
         return
     # A classifier's temperature is fitted on the eval rows.
@@ -245,7 +240,8 @@ def _around(
     passes = -(-asked // plan.eval_batch_size) * recipe.evaluate.max_new_tokens
     rate = 1e9 * (gpu.memory_gb_per_second if gpu else basis.fleet.host_memory_gb_per_second)
     reading = passes * BYTES[plan.weights_dtype] * plan.num_parameters / rate
-    answers = max(longest(asked * recipe.evaluate.max_new_tokens), reading) + passes * pass_seconds
+    writing = work.flops_of(asked * recipe.evaluate.max_new_tokens, plan.longest_tokens) / flops
+    answers = max(writing, reading) + passes * pass_seconds
     if recipe.evaluate.baselines:
         untouched = test  # through the model as it was, for a classifier on embeddings
         if not FACTS[summary.task].writes:
@@ -253,6 +249,5 @@ def _around(
             untouched += probed_rows if plan.head_init != "probe" else 0
             untouched += scored if plan.head_init is not None else 0  # with the probe as its head
         # What reads no row with a model writes no answers either.
-        passing = forward(untouched) + answers if untouched else 0.0
-        yield BASELINES, BASELINE_LINES * SCORING_SECONDS + passing
+        yield BASELINES, BASELINE_LINES * SCORING_SECONDS + (forward(untouched) + answers if untouched else 0.0)
     yield TRAINED, SCORING_SECONDS + forward(scored) + answers

@@ -171,9 +171,7 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
     while last:
         found.append(_Held(nothing, 1.0, tuple(last[1:]), tuple(last), (last.pop(0),) * copies))
     part = -(-footprint.largest_tensor // settings.num_processes)
-    update = memory.scratch(footprint.model_copy(update={"largest_tensor": part}), settings)
-    found.append(_Held(nothing | {"buffers": update}, 1.0))
-    return found
+    return [*found, _Held(nothing | {"buffers": memory.scratch(part, settings)}, 1.0)]  # the update
 
 
 def _forward(units: Units, place: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -132,7 +132,10 @@ def _moments(
             found += [
                 state | in_pieces(one.bytes(rows, length), shapes, settings, rows * length, already) for one in moments
             ]
-    return [*found, state | {"activations": 0, "logits": 0, "buffers": scratch(footprint, settings)}]  # the update
+    return [
+        *found,
+        state | {"activations": 0, "logits": 0, "buffers": scratch(footprint.largest_tensor, settings)},
+    ]  # the update
 
 
 def in_pieces(
@@ -165,9 +168,8 @@ def in_pieces(
     return {**kinds, "logits": logits, "gradients": min(gradients, most)}
 
 
-def scratch(footprint: Footprint, settings: MemorySettings) -> int:
-    """What the optimizer holds while it updates the largest tensor."""
-    values = footprint.largest_tensor
+def scratch(values: int, settings: MemorySettings) -> int:
+    """What the optimizer holds while it updates a tensor of so many values."""
     match settings.optim:
         case "adamw_torch_fused" | "sgd":
             return 0

@@ -222,12 +222,6 @@ def steps(recipe: Recipe, summary: DataSummary, global_batch: int, reasons: Reas
     return Steps(epochs, total, between, train.save_steps or between)
 
 
-def logging_steps(recipe: Recipe, steps: Steps, reasons: Reasons) -> int:
-    chosen = max(1, steps.total // 200)
-    why = "about 200 log lines" if chosen > 1 else "every step of a short run"
-    return int(reasons.add("train.logging_steps", recipe.train.logging_steps, chosen, why))
-
-
 def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
     """The learning rate; that of the task's head is noted, where there is one beside other trained values."""
     method = recipe.method

@@ -46,20 +46,19 @@ classes took 8.5 s after the import (docs/log.md)."""
 class Work:
     """What a row costs, on average over the train rows."""
 
+    footprint: Footprint
     tokens_per_row: float
     """Padding included; an image is one."""
-    longest: int
-    """Tokens of the longest row."""
-    flops_per_token: float
-    """Forward pass, in matrices of weights."""
-    attention_flops_per_pair: float
     backward: float = 2.0
     """Of a backward pass, in forward passes."""
 
     def forward_flops(self, rows: float) -> float:
         """Of so many rows in one forward pass."""
-        tokens = rows * self.tokens_per_row
-        return tokens * (self.flops_per_token + self.attention_flops_per_pair * self.tokens_per_row)
+        return self.flops_of(rows * self.tokens_per_row, self.tokens_per_row)
+
+    def flops_of(self, tokens: float, length: float) -> float:
+        """Of so many tokens in rows of this length in one forward pass."""
+        return tokens * (self.footprint.flops_per_token + self.footprint.attention_flops_per_pair * length)
 
     def step_flops(self, rows: float, recomputed: bool) -> float:
         """Of so many rows forward and backward."""
@@ -78,19 +77,14 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
     """The work per row of prepared data; `grouped`: rows of similar length share a batch; `virtual`: tokens that a
     prompt puts before each text; `backward`: see `backward_of`."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
-        return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0, backward)
+        return Work(footprint, 1.0, backward)
     longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
     splits = [summary.splits["train"], *(source.counts for source in summary.mixed)]
     # Without grouping, a batch is about as long as a long row of it.
     p95 = max(split.length_percentiles.get("p95", longest) for split in splits)
     tokens = mean if summary.packed else mean * PADDING_GROUPED if grouped else max(mean, p95)
-    return Work(
-        tokens_per_row=max(1.0, min(tokens, longest * max(1, footprint.sequences_per_row))) + virtual,
-        longest=longest,
-        flops_per_token=footprint.flops_per_token,
-        attention_flops_per_pair=footprint.attention_flops_per_pair,
-        backward=backward,
-    )
+    tokens = max(1.0, min(tokens, longest * max(1, footprint.sequences_per_row)))
+    return Work(footprint, tokens + virtual, backward)
 
 
 def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None:

@@ -17,13 +17,15 @@ from tests.unit.plan.sizes import LLAMA
 
 
 def test_step_of_a_decoder_is_six_operations_a_parameter_and_token_eight_when_recomputed() -> None:
-    work = time.Work(tokens_per_row=512, longest=512, flops_per_token=2 * 7e9, attention_flops_per_pair=0)
+    update = {"flops_per_token": 2 * 7e9, "attention_flops_per_pair": 0.0}
+    work = time.Work(sizes.footprint(LLAMA).model_copy(update=update), tokens_per_row=512)
     assert work.step_flops(4, recomputed=False) == pytest.approx(6 * 7e9 * 4 * 512)
     assert work.step_flops(4, recomputed=True) == pytest.approx(8 * 7e9 * 4 * 512)
 
 
 def test_attention_grows_with_the_square_of_the_length() -> None:
-    short, twice = (time.Work(length, length, 0.0, 4.0).forward_flops(1) for length in (100, 200))
+    attention = sizes.footprint(LLAMA).model_copy(update={"flops_per_token": 0.0})
+    short, twice = (time.Work(attention, length).forward_flops(1) for length in (100, 200))
     assert twice == 4 * short
 
 
