@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,8 @@ class AuditedRows:
         if self.packed is not None and split == "train":
             yield from self._of_files(self.packed)
             return
-        before: dict[str, Any] | None = None
-        for row in texts(self.folder / split):
-            if row is not before:
-                yield row
-            before = row
+        for _, examples in groupby(texts(self.folder / split), key=itemgetter(PLACE)):
+            yield next(examples)
 
     def all(self) -> Iterator[tuple[SplitName, dict[str, Any]]]:
         """Each row once, of one split after the other."""

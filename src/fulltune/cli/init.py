@@ -143,14 +143,6 @@ def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Pat
     return {split: files[0] for split, files in splits.items()}
 
 
-def _usable(files: SplitFiles, inferred: Inferred, encoding: str) -> SplitFiles:
-    """The files without held-out ones that lack a column, as official test rows often come without labels."""
-    train, held_out, unused = files
-    problems = {split: _other_columns(file, inferred, encoding) for split, file in held_out.items()}
-    usable = {split: file for split, file in held_out.items() if problems[split] is None}
-    return train, usable, (*unused, *filter(None, problems.values()))
-
-
 def _other_columns(file: Path, inferred: Inferred, encoding: str) -> str | None:
     if inferred.columns:
         names = names_without_header(locate([str(file)]).files[0], encoding)
@@ -282,10 +274,13 @@ def write_recipe(
     """Write the recipe for a data file, or a folder of them; without a model for a small one that suits the task."""
     if recipe.exists() and not force:
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
-    files = split_files(path)
-    inferred = infer(*files[0], hints=hints)
+    paths, found, unused = split_files(path)
+    inferred = infer(*paths, hints=hints)
     target, encoding = inferred.target, hints[1].get("encoding", "utf-8")
-    files = paths, held_out, not_used = _usable(files, inferred, codec_of(encoding))
+    # Official test rows often come without labels: a held-out file that lacks a column is not used.
+    problems = {split: _other_columns(file, inferred, codec_of(encoding)) for split, file in found.items()}
+    held_out = {split: file for split, file in found.items() if problems[split] is None}
+    not_used = (*unused, *filter(None, problems.values()))
     chosen = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
     where = "" if chosen.startswith("package:") else ", from the Hub"
     train = [_yaml(str(file.resolve())) for file in paths]
@@ -316,7 +311,7 @@ def write_recipe(
     )
     with writing(recipe):
         write_text(recipe, text)
-    return inferred, files
+    return inferred, (paths, held_out, not_used)
 
 
 def lines(found: Inferred, files: SplitFiles) -> list[str]:

@@ -61,15 +61,10 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
     low, high = (grams & np.uint64(0xFFFFFFFF)).astype(np.uint32), (grams >> np.uint64(32)).astype(np.uint32)
     high |= np.uint32(1)
     smallest = np.empty((NUM_HASHES, len(texts)), np.uint32)
-    hashes, shifted = np.empty_like(low), np.empty_like(low)
     for row in smallest:
         # Double hashing: as good as 128 functions of their own (Kirsch and Mitzenmacher 2006), once mixed.
-        np.right_shift(low, 15, out=shifted)
-        np.bitwise_xor(low, shifted, out=hashes)
-        hashes *= np.uint32(0x2C1B3C6D)
-        np.right_shift(hashes, 12, out=shifted)
-        hashes ^= shifted
-        np.minimum.reduceat(hashes, starts, out=row)
+        hashes = (low ^ (low >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
+        np.minimum.reduceat(hashes ^ (hashes >> np.uint32(12)), starts, out=row)
         low += high
     # The smallest hash itself is not uniform: of long texts all would begin with zeros.
     smallest *= np.uint32(0x297A2D39)
