@@ -25,7 +25,6 @@ from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.recipe.tasks import FACTS, stands_in_train
 from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening, TrialResult
 from fulltune.records.scores import Estimate, Scores
-from fulltune.report.format import words
 from fulltune.stats.bootstrap import SAMPLES, draw, resample
 from fulltune.stats.calibration import calibrate
 from fulltune.system import run_folder
@@ -76,7 +75,8 @@ def without_leaks(
     if not seen.any():
         return []
     stands = stands_in_train(context.summary.columns, context.recipe.data.near_duplicates < 1)
-    said = f"{words.without_rows(int(seen.sum()), stands)}: "
+    leaks = f"{seen.sum():,} test rows" if seen.sum() > 1 else "test row"
+    said = f"without the {leaks} whose {stands}: "
     if len(np.unique(clusters[~seen])) < FEWEST_UNSEEN:
         return [f"{said}nothing is known, hardly any are left"]
     unseen = [

@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jinja2
 from rich.cells import cell_len
@@ -35,12 +35,13 @@ from fulltune.report.format.blocks import (
 from fulltune.report.format.words import clipped, one_line, write_harmless
 from fulltune.text import listed
 
-_LOADING = "loading.py.j2"
+LOADING = "loading.py.j2"
+"""Python that loads a model: nothing in it is HTML."""
 # Text from data, models and recipes goes through autoescape; only the SVG of `plots`, which escapes its own
 # texts, is marked safe in the template.
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=lambda name: name != _LOADING,
+    autoescape=lambda name: name != LOADING,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -49,7 +50,7 @@ _TEMPLATES = jinja2.Environment(
 
 def page(report: Report, template: str = "report.html.j2") -> str:
     """Print the whole report as HTML."""
-    return _TEMPLATES.get_template(template).render(report=report)
+    return TEMPLATES.get_template(template).render(report=report)
 
 
 def write_pages(path: Path, report: Report, template: str = "report.html.j2", private: bool = True) -> Path:
@@ -58,11 +59,6 @@ def write_pages(path: Path, report: Report, template: str = "report.html.j2", pr
     target = path.with_suffix(".html")
     write_harmless(target, page(report, template), private)
     return target
-
-
-def loading_code(**facts: Any) -> str:
-    """Print Python that loads a model."""
-    return _TEMPLATES.get_template(_LOADING).render(**facts)
 
 
 _BAR_LENGTH = 20

@@ -13,7 +13,6 @@ from typing import Any
 
 from fulltune.files import write_text
 from fulltune.records.comparison import Decision, Difference
-from fulltune.records.held import HeldRun
 from fulltune.records.plan import MemoryKind, Plan
 from fulltune.records.scores import Estimate
 from fulltune.text import format_bytes, format_metric, format_number, format_percent, is_share
@@ -113,25 +112,9 @@ def file_name(place: str) -> str:
     return path.name if is_local and not place.startswith("package:") else place
 
 
-def without_rows(count: int, stands: str) -> str:
-    """`without the 12 test rows whose text also stands in train`."""
-    return f"without the {f'{count:,} test rows' if count > 1 else 'test row'} whose {stands}"
-
-
 def named(text: str) -> str:
     """A label or an answer; an empty one is said to be empty."""
     return text if text.strip() else "(empty)"
-
-
-INFEASIBLE = "infeasible"
-"""The untouched model was kept."""
-
-
-def certificate(found: HeldRun) -> str:
-    """What became of the budget, in a word."""
-    if found.sealed is None or not found.is_feasible:
-        return INFEASIBLE
-    return "PASS" if found.passed else "FAIL"
 
 
 def way(share: float) -> str:

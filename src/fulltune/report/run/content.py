@@ -14,7 +14,7 @@ from fulltune.records.comparison import Searched
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
-from fulltune.report.format import pages, words
+from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
     Bullets,
@@ -29,7 +29,7 @@ from fulltune.report.format.blocks import (
     Section,
     Table,
 )
-from fulltune.report.format.pages import escaped, section_in_markdown
+from fulltune.report.format.pages import LOADING, TEMPLATES, escaped, section_in_markdown
 from fulltune.report.format.plots import LEARNING_RATE, series_plot
 from fulltune.report.run import about_data, about_scores, about_training, held
 from fulltune.report.run.about_data import has_images, mixed_words, row_words, splits
@@ -328,15 +328,11 @@ HOW_TO_LOAD = {
 """Kind of method to how its model is loaded; `peft` stands for LoRA and prompts too."""
 
 
-def method_kind(plan: Plan | None) -> str:
-    """The kind of method of a plan; its name may be another."""
-    found = (setting.value for setting in plan.settings if setting.name == "method.kind") if plan else ()
-    return str(next(iter(found), "full"))
-
-
 def how_to_load(folder: str, view: RunView) -> tuple[Block, ...]:
     """How a run's model is asked and loaded, in words, and in Python where not only fulltune can load it."""
-    kind = method_kind(view.plan)
+    # A method's name may be another than its kind.
+    kinds = (str(one.value) for one in (view.plan.settings if view.plan else ()) if one.name == "method.kind")
+    kind = next(kinds, "full")
     ask = view.summary.form.how_to_ask if view.summary else ""
     blocks: list[Block] = [Paragraph(one) for one in (ask, HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])) if one]
     if kind not in ONLY_OURS:
@@ -350,7 +346,7 @@ def loading_code(folder: str, task: str, summary: DataSummary | None, base: str 
     facts = FACTS.get(task, FACTS["text-classification"])
     package, _, inner = base.removeprefix("package:").partition("/") if base.startswith("package:") else ("", "", "")
     pretrained = json.dumps(words.file_name(base), ensure_ascii=False) if base else ""
-    return pages.loading_code(
+    return TEMPLATES.get_template(LOADING).render(
         task=task,
         auto_class=facts.auto_class,
         processor="AutoImageProcessor" if facts.reads == "image" else "AutoTokenizer",

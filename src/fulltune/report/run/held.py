@@ -37,10 +37,10 @@ def section(view: RunView) -> Section | None:
     figures = [learning_curve(title, points, "drift", kept)]
     source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
     texts = f"{plan.generic.watched} generic texts" if plan.generic.budget is None else "some of the selection texts"
-    moved = in_words(points, dict(errors), kept, writes)
-    moved = f"While training: {moved} Measured on {texts} (preserve.probe: {source})."
+    said = in_words(points, dict(errors), kept, writes)
+    moved = Paragraph(f"While training: {said} Measured on {texts} (preserve.probe: {source}).")
     if found is None:
-        return Section("forgetting", "Forgetting", (Paragraph(moved), Figures(tuple(figures))))
+        return Section("forgetting", "Forgetting", (moved, Figures(tuple(figures))))
     title = f"{words.metric_name(found.metric)} by drift on generic text"
     tried = [(point.measured.drift, point.metric) for point in found.points]
     series = {"tried": tried, "kept": [(found.chosen.measured.drift, found.chosen.metric)]}
@@ -49,7 +49,7 @@ def section(view: RunView) -> Section | None:
     evidence, helps = held_back(found)
     held = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
     folded = Folded("all points between the untouched and the trained model", (_points(found),))
-    blocks = (Paragraph(f"{verdict(found)}{held}"), Paragraph(moved), Figures(tuple(figures)), folded)
+    blocks = (Paragraph(f"{verdict(found)}{held}"), moved, Figures(tuple(figures)), folded)
     return Section("forgetting", "Forgetting", blocks)
 
 
@@ -73,32 +73,29 @@ def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | N
 
 
 def _size(value: float, error: float, writes: bool) -> str:
-    number = f"{format_number(value)} ± {format_number(error)}"
-    if writes:
-        return f"{number} nats a token; ±: standard error"
-    return f"{number} (1 - cosine: 0 is as before, 1 has nothing in common with it; ±: standard error)"
+    unit = "nats a token" if writes else "(1 - cosine: 0 is as before, 1 has nothing in common with it"
+    return f"{format_number(value)} ± {format_number(error)} {unit}; ±: standard error{')' * (not writes)}"
 
 
 def verdict(found: HeldRun) -> str:
     """Whether the budget was kept, by the texts that were sealed, and what that cost."""
     budget = format_percent(found.budget) if found.budget >= 0.001 else f"{100 * found.budget:.2g}%"
-    sealed, trained, label = found.sealed, found.end, words.certificate(found)
-    lead, name = f"Forgetting, budget {budget}: {label}", words.metric_name(found.metric)
-    if sealed is None or label == words.INFEASIBLE:
+    sealed, trained, name = found.sealed, found.end, words.metric_name(found.metric)
+    lead = f"Forgetting, budget {budget}: "
+    if sealed is None or not found.is_feasible:
         start, end = (format_metric(found.metric, point.metric) for point in (found.start, trained))
         drift = words.as_share(trained.measured.drift, found.writes)
         why = f"the trained model has {drift}, and no point within the budget is better than the untouched model"
         if is_within(trained.measured, found.limit):
             why = f"the trained model is within it ({drift}); training made the eval rows no better"
         on = f"({name} {end} trained, {start} untouched, on eval rows)"
-        return f"{lead}: {why} {on}. The untouched model is what is kept."
+        return f"{lead}infeasible: {why} {on}. The untouched model is what is kept."
+    lead += "PASS" if found.passed else "FAIL"
+    by, upper = (words.as_share(one, False) for one in (sealed.drift, sealed.upper))
+    what = f"generic text changed by {by} (1 - cosine; with 95% certainty at most {upper})"
     if found.writes:
-        most = "least" if sealed.upper < 0 else "most"
-        what = f"a token of generic text got {_likelier(sealed.drift)} (with 95% certainty at {most} "
-        what += f"{_likelier(sealed.upper)})"
-    else:
-        by, upper = (words.as_share(one, False) for one in (sealed.drift, sealed.upper))
-        what = f"generic text changed by {by} (1 - cosine; with 95% certainty at most {upper})"
+        most = f"{'least' if sealed.upper < 0 else 'most'} {_likelier(sealed.upper)}"
+        what = f"a token of generic text got {_likelier(sealed.drift)} (with 95% certainty at {most})"
     if len(found.opened) > 1:
         lead += f" (sealed texts read {len(found.opened)} times, because the model was trained anew)"
     gain, whole = found.gain_of(found.chosen), found.gain_of(trained)
