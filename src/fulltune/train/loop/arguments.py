@@ -146,7 +146,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
         # What is forked needs not be pickled, and touches no GPU.
         extra.setdefault("dataloader_multiprocessing_context", "fork")
-    extra |= {"deepspeed": sharing.completed(recipe, plan)} if recipe.train.engine_by else {}
+    extra |= {sharing.PACKAGE: sharing.completed(recipe, plan)} if recipe.train.engine_by else {}
     try:
         made = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
