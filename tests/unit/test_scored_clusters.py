@@ -16,7 +16,7 @@ from fulltune.evaluate import classifiers, spans
 from fulltune.evaluate.scoring import Scoring
 from fulltune.inference.store import CLUSTERS, IN_TRAIN, record_batch, words, write_rows
 from fulltune.records.scores import Answer, Scores
-from fulltune.stats.bootstrap import Resampled, resample
+from fulltune.stats.bootstrap import resample
 from fulltune.stats.intervals import paired
 from fulltune.tasks import PLACE, Target, task_named, written
 
@@ -129,14 +129,6 @@ def test_user_metric_is_asked_without_them_too(tmp_path: Path) -> None:
     assert found.value == 0.5
     assert found.unseen is not None
     assert found.unseen.value == 0.0
-
-
-def test_draws_are_saved_without_those_of_unseen_rows(tmp_path: Path) -> None:
-    other = Resampled(0.4, np.array([0.3]), 20, 7)
-    Resampled(0.5, np.array([0.4]), 30, 9, num_seen=10, unseen=other).save(tmp_path / "new.npz")
-    found = Resampled.load(tmp_path / "new.npz")
-    assert (found.value, found.draws.tolist(), found.num_rows, found.num_clusters) == (0.5, [0.4], 30, 9)
-    assert found.unseen is None
 
 
 def test_texts_of_mistakes_and_answers_are_kept_without_what_is_private() -> None:

@@ -58,13 +58,9 @@ def test_smoothing_of_a_number_is_refused_when_it_is_known() -> None:
     assert problems_of(known) == ["train.label_smoothing_factor: has no effect for regression; remove it"]
     unknown = recipe("text-classification", smooth)
     assert problems_of(unknown) == []
-    found: dict[str, Any] = {
-        **{"task": "text-classification", "columns": {}, "max_length": 8, "max_length_reason": ""},
-        **{"splits": {}, "sources": {}, "fingerprint": ""},
-    }
-    check_settings_for(unknown, DataSummary(problem_type="single_label", **found))
+    check_settings_for(unknown, summary({}))
     with pytest.raises(RecipeError, match="has no effect for regression"):
-        check_settings_for(unknown, DataSummary(problem_type="regression", **found))
+        check_settings_for(unknown, summary({}, problem_type="regression"))
 
 
 # ---- class weights ---------------------------------------------------------------------------------------------
@@ -102,7 +98,7 @@ def summary(counts: dict[str, int], **changes: Any) -> DataSummary:
         truncated_rows=0,
         dropped_rows=0,
         length_percentiles={},
-        label_counts=counts,
+        label_counts={label: count for label, count in counts.items() if count},
     )
     values: dict[str, Any] = {
         "task": "text-classification",
@@ -119,46 +115,36 @@ def summary(counts: dict[str, int], **changes: Any) -> DataSummary:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "counts", "expected"),
     [
-        (None, None),
-        ("balanced", [2.0, 2 / 3]),
-        ({"b": 3, "a": 1}, [1.0, 3.0]),
-        ([0.0, 2], [0.0, 2.0]),
+        (None, {"a": 10, "b": 30}, None),
+        ("balanced", {"a": 10, "b": 30}, [2.0, 2 / 3]),
+        ("balanced", {"a": 10, "b": 30, "c": 0}, [40 / 30, 40 / 90, 0.0]),
+        ({"b": 3, "a": 1}, {"a": 10, "b": 30}, [1.0, 3.0]),
+        ([0.0, 2], {"a": 10, "b": 30}, [0.0, 2.0]),
+        ({0: 1, 1: 5}, {"0": 10, "1": 1}, [1.0, 5.0]),
     ],
 )
-def test_class_weights_come_in_the_order_of_the_labels(given: Any, expected: list[float] | None) -> None:
-    assert class_weights(weighted(given), summary({"a": 10, "b": 30})) == expected
-
-
-def test_labels_that_yaml_reads_as_numbers_get_their_weights() -> None:
-    assert class_weights(weighted({0: 1, 1: 5}), summary({"0": 10, "1": 1})) == [1.0, 5.0]
-
-
-def test_balanced_class_weights_leave_out_a_class_without_train_rows() -> None:
-    counts = summary({"a": 10, "b": 30}, labels=("a", "b", "c"))
-
-    assert class_weights(weighted("balanced"), counts) == pytest.approx([40 / 30, 40 / 90, 0.0])
+def test_class_weights_come_in_the_order_of_the_labels(
+    given: Any, counts: dict[str, int], expected: list[float] | None
+) -> None:
+    """A class that lost all its train rows weighs nothing; YAML reads some labels as numbers."""
+    assert class_weights(weighted(given), summary(counts)) == (expected and pytest.approx(expected))
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "labels", "message"),
     [
-        ({"a": 1}, "no weight for b"),
-        ({"a": 1, "b": 1, "c": 1}, "no such label: c"),
-        ([1, 2, 3], "3 weights for 2 labels"),
+        ({"a": 1}, "ab", "no weight for b"),
+        ({"a": 1, "b": 1, "c": 1}, "ab", "no such label: c"),
+        ([1, 2, 3], "ab", "3 weights for 2 labels"),
+        ([1.0], "", "no classes"),
     ],
 )
-def test_wrong_class_weights_are_refused(given: Any, message: str) -> None:
+def test_wrong_class_weights_are_refused(given: Any, labels: str, message: str) -> None:
+    kind = "single_label" if labels else "regression"
     with pytest.raises(RecipeError, match=message):
-        check_settings_for(weighted(given), summary({"a": 1, "b": 1}))
-
-
-def test_class_weights_without_classes_are_refused() -> None:
-    numbers = summary({}, problem_type="regression", labels=())
-
-    with pytest.raises(RecipeError, match="no classes"):
-        check_settings_for(weighted([1.0]), numbers)
+        check_settings_for(weighted(given), summary(dict.fromkeys(labels, 1), problem_type=kind))
 
 
 @pytest.mark.parametrize(
