@@ -27,7 +27,6 @@ from fulltune.records.training import Outcome
 from fulltune.system import hardware, run_folder
 from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import Reached
-from fulltune.tasks import Task, task_named
 from fulltune.tasks.labels import check_settings_for
 from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_extra
@@ -56,10 +55,6 @@ class Run:
 
     group: MachineGroup | None = None
     """As the first of several machines: all of them; None: there is only one."""
-
-    @property
-    def task(self) -> Task:
-        return task_named(self.recipe.task)
 
     @property
     def plan_path(self) -> Path:
@@ -142,20 +137,18 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     before = path.stat().st_mtime_ns if path.exists() else None
     job.hooks.check(job.recipe)
     try:
+        base = job.base
         if runs_here:
-            check_weights(job.base)
-        config = job.base.config
+            check_weights(base)
     except SetupError as error:
         raise SetupError([*error.problems, *data.wrong_files(job.recipe, job.hooks.preprocess)]) from None
-    check_extra(job.recipe, runs_here=runs_here)
-    check_model(job.recipe, job.base)
-    methods.check(job.recipe, config)
+    check_recipe(job.recipe, base, runs_here)
     check_texts(job.recipe.preserve)
     stage = data.Stage(
         job.recipe,
         job.folder / "data",
-        job.base.processor,
-        data.Limits.of(job.base, job.recipe),
+        base.processor,
+        data.Limits.of(base, job.recipe),
         job.hooks.preprocess,
         planned_for=Plan.load(job.plan_path).data_fingerprint if job.plan_path.exists() else None,
         cache_folder=job.folder.parent / ".fulltune-cache",
@@ -166,6 +159,13 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     job.hooks.check_data(summary)
     job.listener(DataPrepared(summary=summary, is_known=before == path.stat().st_mtime_ns))
     return summary
+
+
+def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
+    """Refuse what the libraries, the model or the method forbid, before any row is read."""
+    check_extra(recipe, runs_here=runs_here)
+    check_model(recipe, base)
+    methods.check(recipe, base.config)
 
 
 def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:

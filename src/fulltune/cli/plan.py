@@ -159,13 +159,11 @@ def _survey(
 
 def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
     """The recipe with that method's usual settings; None where the model or the recipe's other settings forbid it."""
-    from fulltune import methods
-    from fulltune.train.loop.arguments import check_extra
+    from fulltune.pipeline import check_recipe
 
     try:
         changed = Recipe.model_validate({**recipe.model_dump(exclude_unset=True, exclude={"methods"}), "method": kind})
-        check_extra(changed, runs_here=False)
-        methods.check(changed, base.config)
+        check_recipe(changed, base, runs_here=False)
     except (ValueError, RecipeError):  # a recipe's own checks, and those against the model
         return None
     return changed
@@ -173,13 +171,10 @@ def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
 
 def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
     """What the data stage would refuse."""
-    from fulltune import methods
-    from fulltune.models.shapes import check_model, position_limit
-    from fulltune.train.loop.arguments import check_extra
+    from fulltune.models.shapes import position_limit
+    from fulltune.pipeline import check_recipe
 
-    check_extra(recipe, runs_here=runs_here)
-    check_model(recipe, base)
-    methods.check(recipe, base.config)
+    check_recipe(recipe, base, runs_here)
     limit = position_limit(base.config)
     if limit is not None and FACTS[recipe.task].reads == "text" and summary.max_length > limit:
         raise RecipeError(

@@ -28,7 +28,7 @@ from fulltune.recipe.training import PER_TENSOR
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.system import run_folder as folders
-from fulltune.tasks import Target
+from fulltune.tasks import Target, task_named
 from fulltune.train.optim import zero
 from fulltune.train.worker import loading, weights
 from fulltune.train.worker.checks import stop_generation_at, trained_ends
@@ -204,7 +204,7 @@ def prepare(
 
 def _loaded(job: Run, plan: Plan, summary: DataSummary) -> tuple[Any, ...]:
     """What `FineTuningModule` takes: the model as training starts with it, and its rows."""
-    recipe, task, data = job.recipe, job.task, job.folder / "data"
+    recipe, task, data = job.recipe, task_named(job.recipe.task), job.folder / "data"
     transformers.set_seed(plan.seed)
     target = Target.of(summary)
     model, tokenizer, new = loading.untouched(recipe, task, target)
