@@ -171,7 +171,7 @@ def describe(
     try:
         target = task.find_target(usable(), roles, block, train.where)
     except DataError:
-        if faults.total() < counts["train"]:
+        if not faults or faults.total() < counts["train"]:
             raise
         problem = f"{train.where}: no row can be used: {next(iter(faults))}; name another column or file"
         raise DataError(problem) from None
