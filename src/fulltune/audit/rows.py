@@ -200,8 +200,8 @@ def in_classes_alike(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
         labels = rows.task.row_labels(row, rows.target)
         if column in row and (found := [one for one in labels if one in instead]):
             new = list(dict.fromkeys(instead.get(one, one) for one in labels))
-            value = new if rows.target.form.several_labels else new[0]
-            remedy = Remedy(action="replace", column=column, value=value)
+            is_list = rows.target.form.several_labels
+            remedy = Remedy(action="replace", column=column, value=new if is_list else new[0])
             reason = f"class {found[0]!a} is perhaps {instead[found[0]]!a}"
             issues.append(rows.issue(CLASS_NAMES, (split, row), reason, remedy))
     return issues
@@ -276,8 +276,7 @@ def repeated(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
             shown = ", ".join(f"'{name}' {'once' if count == 1 else f'{count:,} times'}" for name, count in times)
             remedy, best = None, _most(counts)
             if best is not None and column is not None:
-                value = list(names[best]) if is_list else names[best][0]
-                remedy = Remedy(action="replace", column=column, value=value)
+                remedy = Remedy(action="replace", column=column, value=[*names[best]] if is_list else names[best][0])
             score = float(counts.total() - counts[int(labels[position])])
             issues.append(
                 tell(CONFLICT, reason=f"the same text has several labels: {shown}", remedy=remedy, score=score)

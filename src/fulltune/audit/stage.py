@@ -181,8 +181,7 @@ def load_issues(folder: Path) -> list[RowIssue]:
 
 
 def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows, not_run: dict[str, str]) -> list[RowIssue]:
-    keys = np.array(seen.keys[: seen.counts["train"]], np.uint64)
-    far, usual, left_out = outliers(reader, keys, seen.counts)
+    far, usual, left_out = outliers(reader, np.array(seen.keys[: seen.counts["train"]], np.uint64), seen.counts)
     issues: list[RowIssue] = []
     for split, distances in far.items():
         for position, row in enumerate(rows.of(split) if distances else ()):
@@ -237,8 +236,7 @@ def list_losses(
             if is_high and (earlier is None or earlier.is_open):
                 reason = f"loss {loss:.3g}; of half of the {split} rows at most {usual[split]:.3g}"
                 reason += f"; the model says '{answer}'" if answer is not None else ""
-                issue = rows.issue(HIGH_LOSS, (split, row), reason, score=loss)
-                issues.append(issue.model_copy(update={"row": name}))
+                issues.append(rows.issue(HIGH_LOSS, (split, row), reason, score=loss).model_copy(update={"row": name}))
     save_issues(folder, issues)
     audit = Audit.load(folder / AUDIT).model_copy(update=by_check(issues))
     audit.save(folder / AUDIT)

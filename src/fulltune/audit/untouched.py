@@ -193,15 +193,14 @@ def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np
         given = labels.copy()
         up_to = np.cumsum(others[chosen], axis=1)
         given[chosen] = (up_to <= drawn.random((count, 1)) * up_to[:, -1:]).sum(axis=1)
-        changed = replace(items, labels=given)
-        found.append(margins_of(_in_two_rounds(changed), given)[0][chosen])
+        found.append(margins_of(_in_two_rounds(replace(items, labels=given)), given)[0][chosen])
     return np.concatenate(found)
 
 
 def _in_two_rounds(items: Items) -> np.ndarray:
     """Probabilities of the classes, for each row from classifiers that did not see it: float64 [rows, classes]."""
-    first = out_of_fold(items, np.ones(len(items.labels), bool), 0)
-    other = _confidently_other(first, items.labels.astype(np.int64))
+    every = np.ones(len(items.labels), bool)
+    other = _confidently_other(out_of_fold(items, every, 0), items.labels.astype(np.int64))
     if other.mean() > MOST_OTHER:
         raise NoProbe(NOT_TOLD_APART)
     return out_of_fold(items, ~other, 1)
@@ -303,5 +302,4 @@ def nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> 
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)
     squares = search.kneighbors(states)[0]  # of vectors of length 1 twice 1 - cosine
-    is_same = squares[:, :1] < _SAME
-    return np.where(is_same, squares[:, 1:], squares[:, :-1]).mean(axis=1) / 2
+    return np.where(squares[:, :1] < _SAME, squares[:, 1:], squares[:, :-1]).mean(axis=1) / 2

@@ -177,8 +177,7 @@ STANDS_EARLIER = "stands in an earlier split"
 
 def late_rows(splits: Mapping[SplitName, Split]) -> np.ndarray:
     """The rows of the train file that are in no split, because their group begins in an earlier one: bool [rows]."""
-    source = splits["train"].source
-    return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is source])
+    return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is splits["train"].source])
 
 
 def listed_late(block: DataBlock, train: Encoded, late: np.ndarray) -> Iterator[Dropped]:

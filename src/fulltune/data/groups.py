@@ -68,8 +68,7 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
         low += high
     # The smallest hash itself is not uniform: of long texts all would begin with zeros.
     smallest *= np.uint32(0x297A2D39)
-    signed = ((smallest ^ (smallest >> np.uint32(15))) >> np.uint32(8)).astype(np.uint16)
-    return np.ascontiguousarray(signed.T)
+    return np.ascontiguousarray(((smallest ^ (smallest >> np.uint32(15))) >> np.uint32(8)).astype(np.uint16).T)
 
 
 def jaccard(mine: set[str], theirs: set[str]) -> float:
@@ -169,8 +168,8 @@ def joined_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
         return groups
     numbers, of_value = np.unique(values, return_inverse=True)
     names, of_group = np.unique(groups, return_inverse=True)
-    size = len(numbers) + len(names)
-    labels = _components(np.stack([of_value, len(numbers) + of_group]), size)[: len(numbers)]
+    pairs = np.stack([of_value, len(numbers) + of_group])
+    labels = _components(pairs, len(numbers) + len(names))[: len(numbers)]
     # Values are sorted by their number, so that the first one of a component is its smallest.
     _, first, component, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     # Drawn anew from it: the smallest of several numbers would put large components first.
@@ -190,8 +189,7 @@ def sample(labels: Sequence[Sequence[str]], most: int, seed: int) -> list[int]:
     of_each = min(3, most // max(1, len({label for of_row in labels for label in of_row})))
     counts, wanted, others = Counter[str](), list[int](), list[int]()
     for position in np.argsort(drawn, kind="stable").tolist():
-        is_wanted = any(counts[label] < of_each for label in labels[position])
-        (wanted if is_wanted else others).append(position)
+        (wanted if any(counts[label] < of_each for label in labels[position]) else others).append(position)
         counts.update(labels[position])
     return sorted([*wanted, *others][:most])
 

@@ -95,8 +95,7 @@ def wrong_files(recipe: Recipe, preprocess: Preprocess | None) -> Sequence[str]:
     too. Empty: nothing that is seen at once."""
     try:
         train = find_files(recipe)["train"]
-        source = SourceRows(train.where, train.rows)
-        columns, rows = _head(source)
+        columns, rows = _head(SourceRows(train.where, train.rows))
         if preprocess is None:
             task_named(recipe.task).find_columns(_for_roles(recipe.data, columns), rows, recipe.data, train.where)
     except DataError as error:

@@ -44,8 +44,7 @@ _LOOKED_AT = 200
 
 def as_line(item: Dropped) -> str:
     """A dropped row as it is listed."""
-    plain = json.loads(json.dumps(asdict(item), default=readable))
-    return json.dumps(masked_cells(plain), ensure_ascii=False) + "\n"
+    return json.dumps(masked_cells(json.loads(json.dumps(asdict(item), default=readable))), ensure_ascii=False) + "\n"
 
 
 def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:

@@ -322,8 +322,7 @@ def delimiter_of(file: Path, encoding: str = UTF_8) -> str:
     except csv.Error:
         return usual  # the reader says what is wrong with the file
     by_commas, by_semicolons = counts
-    most = Counter(by_semicolons).most_common(1)[0][0]
-    return ";" if by_commas[0] == 1 < by_semicolons[0] == most else usual
+    return ";" if by_commas[0] == 1 < by_semicolons[0] == Counter(by_semicolons).most_common(1)[0][0] else usual
 
 
 def names_without_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] | None:
