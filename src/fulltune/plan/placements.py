@@ -13,6 +13,7 @@ from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, given, with_settin
 from fulltune.plan.workload import Basis, takes_pieces
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemoryNeed, MemorySettings, Placement
+from fulltune.system import sharing
 from fulltune.system.sharing import Sharing
 from fulltune.text import format_bytes
 
@@ -25,67 +26,54 @@ _DEFAULTS = {
 }
 
 
-_Layout = tuple[dict[str, Any], Sharing | None]
-"""A way to place things: its settings, what is shared out (None: each device holds everything)."""
-
-
 def table(basis: Basis) -> tuple[Placement, ...]:
     """Every way that makes sense on this hardware, with what it needs and how fast it should be."""
-    return tuple(_best(basis, layout) for layout in _layouts(basis))
+    return tuple(_best(basis, settings) for settings in _layouts(basis))
 
 
-def _layouts(basis: Basis) -> Iterator[_Layout]:
+def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
+    """The settings of each way to place things."""
     train = basis.recipe.train
     many = train.num_processes > 1
     plain = _DEFAULTS | {"train.optim": "adamw_torch_fused"}
     if train.placement == ("ddp" if many else "single"):  # the same by its name
         plain[PLACEMENT] = train.placement
     small = {"train.optim": "adamw_8bit"}
-    yield plain, None
-    yield plain | small, None
+    yield plain
+    yield plain | small
     if basis.start.precision != "fp16" and basis.start.fast_bf16:
         narrow = {name: value for name, value in plain.items() if name != "train.bf16_rounding"}
         narrow |= {"model.weights_dtype": "bf16", "train.optim": plain_optim("bf16", train.bf16_rounding)}
         narrow |= {"train.precision": "bf16"} if train.precision == "fp32" else {}
-        yield narrow, None
-        yield narrow | small, None
+        yield narrow
+        yield narrow | small
     if basis.start.num_trained is not None:  # sharing out is planned for full fine-tuning only
         return
     # What no placement may be taken with is refused by the recipe's own rules.
     if many and basis.shapes.units is not None and not train.use_liger_kernel:
-        parts, shared = plain | {PLACEMENT: "fsdp2"}, Sharing(3, False, False, engine="fsdp2")
-        yield parts, shared
-        yield parts | small, shared
+        yield plain | {PLACEMENT: "fsdp2"}
+        yield plain | {PLACEMENT: "fsdp2"} | small
     if not basis.fleet.machine.gpus or train.use_liger_kernel or train.torch_compile:
         return
     whole = {"train.chunked_loss": None} if train.chunked_loss else {}  # ZeRO needs whole logits
-
-    def zero(stage: int, offload: str = "none") -> dict[str, Any]:
-        return plain | whole | {PLACEMENT: f"zero{stage}", OFFLOAD: offload}
-
-    if many:
-        yield zero(2), Sharing(2, False, False)
-        yield zero(3), Sharing(3, False, False)
-    yield zero(2, "optimizer"), Sharing(2, True, False)
-    yield zero(3, "all"), Sharing(3, True, True)
+    on_devices = (("zero2", "none"), ("zero3", "none")) if many else ()
+    for placement, offload in (*on_devices, ("zero2", "optimizer"), ("zero3", "all")):
+        yield plain | whole | {PLACEMENT: placement, OFFLOAD: offload}
 
 
-def _best(basis: Basis, layout: _Layout) -> Placement:
+def _best(basis: Basis, settings: dict[str, Any]) -> Placement:
     """The fastest micro batch and checkpointing that fit; when none does, the smallest."""
-    recipe, (settings, shared) = basis.recipe, layout
-    narrow = settings["model.weights_dtype"] == "bf16"
-    in_pieces = shared is None or shared.engine == "fsdp2"
-    plain = with_settings(recipe, {name: _DEFAULTS[name] for name in WHERE})
+    recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],
         precision="bf16" if narrow else basis.start.precision,
         optim=settings["train.optim"],
         bf16_rounding=(recipe.train.bf16_rounding or "stochastic") if narrow else None,
-        chunked_loss=in_pieces and takes_pieces(plain, basis.start.plain_logits),
+        chunked_loss=takes_pieces(recipe, basis.start.plain_logits),
     )
-    placed = replace(basis, start=start, shared=shared)
+    placed = replace(basis, start=start, shared=sharing.of(recipe))
     option = choose.fastest(placed) or choose.smallest(placed, same_numbers=True)
-    return row(placed, option.settings, option.memory, _changes(basis, layout))
+    return row(placed, option.settings, option.memory, _changes(basis, settings, placed.shared))
 
 
 def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> Placement:
@@ -125,9 +113,9 @@ def name_of(shared: Sharing | None, settings: MemorySettings) -> str:
     return f"ZeRO-{shared.stage}" + (where if optimizer != "device" else "")
 
 
-def _changes(basis: Basis, layout: _Layout) -> dict[str, Any]:
+def _changes(basis: Basis, settings: dict[str, Any], shared: Sharing | None) -> dict[str, Any]:
     """What the recipe has otherwise."""
-    recipe, (settings, shared) = basis.recipe, layout
+    recipe = basis.recipe
     known = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
     known |= {name: value for name in settings if (value := given(recipe, name)) is not None}
     if shared is not None and shared == basis.shared:  # be it by a file of the user's

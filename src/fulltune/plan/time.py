@@ -156,8 +156,7 @@ def _optimizer_seconds(trained: int, fleet: Fleet, settings: MemorySettings, sha
 
 def together(seconds: Mapping[str, float]) -> float:
     """Of a whole step: the longest of the parts that overlap, and those that follow."""
-    overlapped = max(seconds[name] for name in ("computing", "host link", "other devices", NETWORK))
-    return overlapped + seconds["optimizer"]
+    return max(seconds[name] for name in seconds if name != "optimizer") + seconds["optimizer"]
 
 
 def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> tuple[int, int]:

@@ -38,13 +38,11 @@ def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[Place
         mild += lever.same_result
     others = [one for one in placements if one.fits and one.settings.keys() & WHERE]
     if others:
-        # After what leaves the result as it is, before what changes its numbers.
+        # After what leaves the result as it is, before what changes its numbers; of several the fastest, and first what
+        # needs no other library and computes in the same types.
         fastest = max(others, key=lambda one: one.tokens_per_second or 0.0)
-        found.insert(mild, _as_way_out(fastest, now))
-        # What needs no other library, and computes in the same types.
-        own = next((one for one in others if one.settings.get(PLACEMENT) == "fsdp2" and one is not fastest), None)
-        if own is not None:
-            found.insert(mild, _as_way_out(own, now))
+        own = [one for one in others if one.settings.get(PLACEMENT) == "fsdp2" and one is not fastest][:1]
+        found[mild:mild] = [_as_way_out(one, now) for one in (*own, fastest)]
     least = LEAST_SHARE * (now - basis.available_bytes)
     found = [way for way in found if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
     enough = [way for way in found if way.enough]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fulltune.footprint.records import Footprint, Moment, Variant
@@ -36,33 +37,57 @@ BERT = Shapes(
 )
 
 
+def moment(
+    place: str,
+    *,
+    gradients: float = 0,
+    activations: float = 0,
+    pair: float = 0,
+    logits: float = 0,
+    buffers: float = 0,
+) -> Moment:
+    """A constant number of bytes of gradients and buffers, of logits and activations for each token, of these also for
+    each pair of tokens."""
+    return Moment(
+        place=place,
+        coefficients={
+            "gradients": (gradients, 0, 0, 0, 0, 0),
+            "activations": (0, 0, activations, pair, 0, 0),
+            "logits": (0, 0, logits, 0, 0, 0),
+            "buffers": (buffers, 0, 0, 0, 0, 0),
+        },
+    )
+
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def variants(kept: Moment, recomputed: Moment, precisions: Sequence[str] = PRECISIONS) -> tuple[Variant, ...]:
+    """Both ways to compute in each precision, of one moment each."""
+    return tuple(
+        Variant(precision=precision, activation_checkpointing=again, first=(one,), later=(one,))
+        for precision in precisions
+        for again, one in ((False, kept), (True, recomputed))
+    )
+
+
 def footprint(shapes: Shapes) -> Footprint:
     """Two bytes for each of 34 values a token, layer and hidden unit; 2 values when they are recomputed."""
-
-    def moment(place: str, values: int, gradients: float, copy: float = 0.0) -> Moment:
-        token = 2.0 * values * shapes.hidden_size * shapes.num_layers
-        logits = 10.0 * shapes.vocab_size if shapes.is_decoder else 0.0
-        coefficients: Any = {
-            "gradients": (gradients, 0.0, 0.0, 0.0, 0.0, 0.0),
-            "activations": (0.0, 0.0, token, 0.0, 0.0, 0.0),
-            "logits": (0.0, 0.0, logits, 0.0, 0.0, 0.0),
-            "buffers": (copy, 0.0, 0.0, 0.0, 0.0, 0.0),
-        }
-        return Moment(place=place, coefficients=coefficients)
-
-    def variant(precision: str, recomputed: bool) -> Variant:
-        end = moment("end of backward", 2 if recomputed else 34, 4.0 * shapes.num_parameters)
-        return Variant(precision=precision, activation_checkpointing=recomputed, first=(end,), later=(end,))
-
-    precisions = ("fp32", "bf16", "fp16")
+    value, all_gradients = 2.0 * shapes.hidden_size * shapes.num_layers, 4.0 * shapes.num_parameters
+    logits = 10.0 * shapes.vocab_size if shapes.is_decoder else 0.0
+    kept, recomputed = (
+        moment("end of backward", gradients=all_gradients, activations=values * value, logits=logits)
+        for values in (34, 2)
+    )
+    # Autocast keeps a copy of the weights in 16 bits.
+    copies = {precision: 0.0 if precision == "fp32" else 2.0 * shapes.num_parameters for precision in PRECISIONS}
     return Footprint(
         largest_tensor=shapes.vocab_size * shapes.hidden_size,
         sequences_per_row=1,
-        variants=tuple(variant(precision, again) for precision in precisions for again in (False, True)),
-        # Autocast keeps a copy of the weights in 16 bits.
+        variants=variants(kept, recomputed),
         evaluation={
-            precision: (moment("layer", 1, 0.0, 0.0 if precision == "fp32" else 2.0 * shapes.num_parameters),)
-            for precision in precisions
+            precision: (moment("layer", activations=value, logits=logits, buffers=copy),)
+            for precision, copy in copies.items()
         },
         flops_per_token=2.0 * (shapes.num_parameters - shapes.vocab_size * shapes.hidden_size),
         attention_flops_per_pair=4.0 * shapes.num_layers * shapes.hidden_size,

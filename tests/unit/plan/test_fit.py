@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.footprint.records import Footprint, Moment, Variant
+from fulltune.footprint.records import Footprint
 from fulltune.plan import defaults, fit, gpus
 from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.plan.levers import whole_logits
@@ -25,33 +25,14 @@ CARD = Gpu(name="g", memory_bytes=80 * GB, capability=(8, 0))
 ZERO3 = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
 
 
-def moment(place: str, activations: float, logits: float = 0.0) -> Moment:
-    """So many bytes of each token."""
-    nothing = (0.0,) * 6
-    per_token = (0.0, 0.0, activations, 0.0, 0.0, 0.0)
-    coefficients: Any = dict.fromkeys(("gradients", "buffers"), nothing)
-    return Moment(
-        place=place,
-        coefficients={**coefficients, "activations": per_token, "logits": (0.0, 0.0, logits, 0.0, 0.0, 0.0)},
-    )
-
-
-def footprint(kept: float = 2**23, recomputed: float = 2**19) -> Footprint:
+def footprint() -> Footprint:
     """A model whose rows of 64 tokens have 512 MiB of activations, or 32 MiB when these are recomputed."""
-    ways = [(precision, again) for precision in ("fp32", "bf16", "fp16") for again in (False, True)]
+    kept, recomputed = (sizes.moment("end of forward", activations=size) for size in (2**23, 2**19))
     return Footprint(
         largest_tensor=1,
         sequences_per_row=1,
-        variants=tuple(
-            Variant(
-                precision=precision,
-                activation_checkpointing=again,
-                first=(moment("end of forward", recomputed if again else kept),),
-                later=(moment("end of forward", recomputed if again else kept),),
-            )
-            for precision, again in ways
-        ),
-        evaluation={precision: (moment("layer", recomputed),) for precision in ("fp32", "bf16", "fp16")},
+        variants=sizes.variants(kept, recomputed),
+        evaluation=dict.fromkeys(sizes.PRECISIONS, (recomputed,)),
         flops_per_token=2.0 * sizes.BERT.num_parameters,
         attention_flops_per_pair=1.0,
     )

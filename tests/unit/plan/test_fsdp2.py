@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from fulltune.footprint.records import Footprint, Moment, Variant
+from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.models.sharding import Units
 from fulltune.plan import fsdp2, memory
 from fulltune.records.plan import MemorySettings
+from tests.unit.plan import sizes
 
 M = 10**6
 ROOT, BLOCK, NUM_BLOCKS = 100 * M, 50 * M, 10
@@ -32,30 +33,14 @@ SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=100, num_processes=
 
 
 def footprint(
-    activations: float,
-    place: str = "backward 0:last",
-    gradients: float = 0.0,
-    logits: float = 0.0,
-    buffers: float = 0.0,
+    activations: float, place: str = "backward 0:last", gradients: float = 0.0, logits: float = 0.0
 ) -> Footprint:
     """So many bytes of activations and logits a token, at that one moment."""
-    moment = Moment(
-        place=place,
-        coefficients={
-            "gradients": (gradients, 0, 0, 0, 0, 0),
-            "activations": (0, 0, activations, 0, 0, 0),
-            "logits": (0, 0, logits, 0, 0, 0),
-            "buffers": (buffers, 0, 0, 0, 0, 0),
-        },
-    )
-    variants = [
-        Variant(precision="fp32", activation_checkpointing=again, first=(moment,), later=(moment,))
-        for again in (False, True)
-    ]
+    moment = sizes.moment(place, gradients=gradients, activations=activations, logits=logits)
     return Footprint(
         largest_tensor=90 * M,
         sequences_per_row=1,
-        variants=tuple(variants),
+        variants=sizes.variants(moment, moment, ("fp32",)),
         evaluation={"fp32": (moment,)},
         flops_per_token=1.0,
         attention_flops_per_pair=0.0,

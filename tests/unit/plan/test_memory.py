@@ -9,6 +9,7 @@ from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
 from fulltune.plan.memory import need, state_bytes
 from fulltune.records.plan import MemorySettings
+from tests.unit.plan.sizes import moment
 
 ZERO = (0.0,) * 6
 SHAPES = Shapes(
@@ -23,19 +24,6 @@ SHAPES = Shapes(
 )
 
 
-def moment(place: str, *, gradients: float = 0, token: float = 0, pair: float = 0, logits: float = 0) -> Moment:
-    """A constant number of gradient bytes, activations per token and per pair of tokens, logits per token."""
-    return Moment(
-        place=place,
-        coefficients={
-            "gradients": (gradients, 0, 0, 0, 0, 0),
-            "activations": (0, 0, token, pair, 0, 0),
-            "logits": (0, 0, logits, 0, 0, 0),
-            "buffers": ZERO,
-        },
-    )
-
-
 FOOTPRINT = Footprint(
     largest_tensor=200_000,
     sequences_per_row=1,
@@ -44,13 +32,13 @@ FOOTPRINT = Footprint(
             precision="fp32",
             activation_checkpointing=False,
             first=(
-                moment("backward head", token=10_000, logits=24_000),
+                moment("backward head", activations=10_000, logits=24_000),
                 moment("backward 0:below", gradients=4_000_000),
             ),
-            later=(moment("backward head", gradients=4_000_000, token=10_000, logits=24_000),),
+            later=(moment("backward head", gradients=4_000_000, activations=10_000, logits=24_000),),
         ),
     ),
-    evaluation={"fp32": (moment("forward loss", token=100, logits=16_000),)},
+    evaluation={"fp32": (moment("forward loss", activations=100, logits=16_000),)},
     flops_per_token=2e6,
     attention_flops_per_pair=100.0,
 )

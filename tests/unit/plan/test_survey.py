@@ -70,8 +70,7 @@ def test_time_and_price_follow_from_the_row() -> None:
     assert plan.time.tokens_per_second == pytest.approx(chosen.tokens_per_second)
     assert plan.time.tokens == pytest.approx(plan.total_steps * 64 * 512, rel=1e-6)
     assert plan.time.train_seconds == pytest.approx(plan.time.tokens / plan.time.tokens_per_second)
-    assert found.price == pytest.approx(2.0 * 8 * plan.time.whole_seconds / 3600)
-    assert found.currency == "USD"
+    assert (found.price, found.currency) == (pytest.approx(2.0 * 8 * plan.time.whole_seconds / 3600), "USD")
 
 
 def test_nothing_fits_and_the_ways_out_say_what_would() -> None:
