@@ -54,14 +54,6 @@ def test_text_that_shares_a_run_of_8_words(tmp_path: Path, text: str, is_held: b
     assert known(tmp_path, TEN, others(3, "x")).hold(normalised(text), is_asked=True) == is_held
 
 
-def test_runs_of_several_texts_are_not_added_up(tmp_path: Path) -> None:
-    runs = ["a b c d e f g h", "i j k l m n o p"]
-    texts = known(tmp_path, *(f"{run} {others(40, 'wx'[number])}" for number, run in enumerate(runs)))
-    assert not texts.hold(f"{' '.join(runs)} {others(14, 'v')}", is_asked=True)
-    texts = known(tmp_path, f"{runs[0]} {runs[1]}")
-    assert texts.hold(f"{runs[1]} {others(2, 'v')} {runs[0]} {runs[1]}", is_asked=True)
-
-
 def test_template_of_many_texts_says_nothing(tmp_path: Path) -> None:
     template = "choose the right one of the answers that stand here below :"
     few = known(tmp_path, *(f"{template} {others(3, f'x{number}')}" for number in range(MOST_TEXTS)))
