@@ -32,7 +32,7 @@ from fulltune.report.format.blocks import (
 from fulltune.report.format.pages import write_pages
 from fulltune.report.run.read import RunView, read_run
 from fulltune.stats.curves import error_of_share
-from fulltune.text import counted, format_metric, format_number, format_percent, format_share, is_share, listed
+from fulltune.text import counted, format_number, format_percent, format_share, listed
 
 
 def row_words(summary: DataSummary | None) -> Form:
@@ -226,6 +226,8 @@ _CELL = 160
 _FEW_SUSPECTS, _FEW_OF_ROWS = 30, 0.02
 """So few, or so small a share of the rows, have been suspected among rows without any wrong label."""
 _MOST_LANGUAGES = 6
+_MARGIN = 0.01
+"""How exactly differences are written: in hundredths of a point."""
 
 
 def write_data_page(folder: Path) -> Path:
@@ -258,15 +260,15 @@ def audit_in_short(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
 
 def _found(audit: Audit) -> Section:
     total = max(1, sum(audit.rows.values()))
-    rows: list[Row] = []
-    for check, count in audit.checks.items():
-        first = audit.examples_of(check)[0]
-        example = foreign(f"{first.place}: {first.reason}", _CELL)
-        rows.append((check, f"{count:,}", format_share(count / total), example))
     blocks: list[Block] = []
-    if rows:
+    if audit.checks:
+        rows = tuple(
+            (check, f"{count:,}", format_share(count / total), foreign(f"{first.place}: {first.reason}", _CELL))
+            for check, count in audit.checks.items()
+            for first in audit.examples_of(check)[:1]
+        )
         header = ("check", "rows", "of all", "for example")
-        blocks.append(Table("Rows that each check found", header, tuple(rows), frozenset({1, 2})))
+        blocks.append(Table("Rows that each check found", header, rows, frozenset({1, 2})))
     if audit.clean:
         blocks.append(Paragraph(f"Looked for, and not found: {', '.join(audit.clean)}."))
     if audit.labels is not None:
@@ -325,26 +327,23 @@ def _proved(proofs: Proofs) -> list[Block]:
     """What came of each cleaning step, and how that was found."""
     if not proofs.proofs:
         return [Paragraph(f"No step could be compared by {proofs.by}.")]
-    metric, name = proofs.metric, words.metric_name(proofs.metric)
-    scale, decimals = (100, 1) if is_share(metric) else (1, 3)
-    rows: list[Row] = []
+    write, rows = words.Writer(proofs.metric, _MARGIN), list[Row]()
     for one in proofs.proofs:
-        values = (round(scale * value, decimals) + 0.0 for value in (one.difference, one.low, one.high))
-        value, low, high = (f"{value:+.{decimals}f}" for value in values)
-        done, then = {"drop": "left out", "replace": "changed"}[one.action], one.before + one.difference
-        figures = (f"{one.rows:,}", format_metric(metric, then), f"{value} [{low}, {high}]")
-        rows.append((one.check, done, *figures, proofs.verdict(one)))
+        done, then = {"drop": "left out", "replace": "changed"}[one.action], write.value(one.before + one.difference)
+        difference = write.interval(one.difference, one.low, one.high)
+        rows.append((one.check, done, f"{one.rows:,}", then, difference, proofs.verdict(one)))
     if proofs.by == "classifiers":
         over, how = "eval rows", f"Linear classifiers on the untouched model were fitted {proofs.times} times"
     else:
         over, how = "eval rows and seeds", f"The model was trained with {counted(proofs.times, 'seed')}"
     tried = f" Not tried, for too few rows or too many: {'; '.join(proofs.left_out)}." if proofs.left_out else ""
-    header = ("check", "its rows", "rows", name, f"difference{' in points' if is_share(metric) else ''}", "verdict")
-    caption = f"By {proofs.by}: {name} with each step alone; intervals over {over} that together hold in 95 %"
+    difference = f"difference{' in points' if write.in_points else ''}"
+    header = ("check", "its rows", "rows", write.name, difference, "verdict")
+    caption = f"By {proofs.by}: {write.name} with each step alone; intervals over {over} that together hold in 95 %"
     return [
         Paragraph(
             f"{how} with each step, and without, and compared on the same {counted(proofs.eval_rows, 'eval row')}. "
-            f"Without any cleaning: {name} {format_metric(metric, proofs.proofs[0].before)}.{tried}"
+            f"Without any cleaning: {write.name} {write.value(proofs.proofs[0].before)}.{tried}"
         ),
         Table(caption, header, tuple(rows), frozenset({2, 3, 4})),
         Paragraph(
@@ -367,14 +366,13 @@ def _advice(proofs: Proofs) -> str:
 def _check(audit: Audit, check: str) -> Section:
     count, examples = audit.checks[check], audit.examples_of(check)
     has_labels = any(one.label for one in examples)
-    rows: list[Row] = []
-    for one in examples:
-        label = (one.label or "-",) if has_labels else ()
-        cells = (one.place, one.text, *label, one.reason, could_do(one.remedy))
-        rows.append(tuple(foreign(cell, _CELL) for cell in cells))
+    cells = (
+        (one.place, one.text, *[one.label or "-"] * has_labels, one.reason, could_do(one.remedy)) for one in examples
+    )
+    rows = tuple(tuple(foreign(text, _CELL) for text in row) for row in cells)
     first = f"The {len(rows)} surest" if any(one.score for one in examples) else f"The first {len(rows)}"
     caption = f"{first} of {count:,}; data/issues.jsonl has all" if len(rows) < count else "All of them"
-    table = Table(caption, ("row", "text", *["label"] * has_labels, "why", "could be"), tuple(rows))
+    table = Table(caption, ("row", "text", *["label"] * has_labels, "why", "could be"), rows)
     title = f"{check[0].upper()}{check[1:]}: {counted(count, 'row')}"
     return Section(check.replace(" ", "-"), title, (Paragraph(ABOUT[check]), table))
 

@@ -183,8 +183,7 @@ def confusion(view: RunView) -> Section | None:
 
 def label_table(confusion: Confusion) -> Table:
     """Precision, recall and F1 of each label; of many the ones with the lowest F1."""
-    predicted = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
-    rows = []
+    predicted, rows = [sum(counts) for counts in zip(*confusion.counts, strict=True)], []
     for place, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
         right, given, expected = counts[place], predicted[place], sum(counts)
         if given + expected:
