@@ -100,6 +100,8 @@ def test_planned_bytes_are_held_against_the_allocators(two_h100s: Cards, monkeyp
     assert passed
     assert "(+0.0%), 3.07 GiB with activations; bound" in text
     assert two_h100s.waits == 2, "what is still being computed is not yet allocated"
+    with pytest.raises(NotHere, match="needs a GPU"):
+        checks.planned_bytes(CPU)
 
 
 @pytest.mark.stand_in("the comparison itself replaced", card="flash and cuDNN kernels")
