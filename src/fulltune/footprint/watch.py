@@ -76,7 +76,7 @@ def build(case: Case, config: Any) -> Any:
     return model
 
 
-_PAIRS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
+_DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"), ("num_hidden_layers",))
 
 
 def layered(case: Case, config: Any) -> Any:
@@ -89,11 +89,9 @@ def layered(case: Case, config: Any) -> Any:
 def depths_of(case: Case) -> dict[str, int]:
     """Attribute of the config to its number of layers; empty where it names none."""
     config = layered(case, case.config)
-    if config.is_encoder_decoder:
-        pair = next((pair for pair in _PAIRS if all(hasattr(config, name) for name in pair)), ())
-        return {name: int(getattr(config, name)) for name in pair}
-    depth = getattr(config, "num_hidden_layers", None)
-    return {"num_hidden_layers": depth} if isinstance(depth, int) else {}
+    known = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
+    names = next((one for one in known if all(isinstance(getattr(config, name, None), int) for name in one)), ())
+    return {name: getattr(config, name) for name in names}
 
 
 def layer_kinds(case: Case) -> tuple[str, ...]:
@@ -249,13 +247,15 @@ class Watch(TorchDispatchMode):
 
 def _numbered(indices: Any, count: int) -> Any:
     """Masks as lists of places, as indexing makes of them."""
-    found: list[Any] = []
-    for index in indices:
-        if index is not None and index.dtype is torch.bool:
-            found += [index.new_empty((count,), dtype=torch.int64) for _ in range(index.dim())]
-        else:
-            found.append(index)
-    return found
+    return [
+        place
+        for index in indices
+        for place in (
+            [index.new_empty((count,), dtype=torch.int64) for _ in range(index.dim())]
+            if index is not None and index.dtype is torch.bool
+            else [index]
+        )
+    ]
 
 
 def watch_layers(watch: Watch, stacks: list[Any]) -> None:
