@@ -361,7 +361,7 @@ def can_find(expected: Expectation, write: Writer) -> str:
     if expected.detectable is None:
         return f"not known before seeds have been run{'' if write.in_points else f': {write.name} is no share of rows'}"
     alike, apart = map(write.found_from, expected.detectable)
-    return f"{alike}, where seeds differ by half a point, {apart} where by two"
+    return f"{alike}, where seeds differ by half a point, {apart} where by two (power 80 %)"
 
 
 def _searches(comparison: Comparison) -> Table:
