@@ -145,7 +145,7 @@ class FineTuningModule:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and scaler.get_scale() >= 1
         finite_only = not self.learning.recipe.train.skip_suspect_steps
-        judged = step_guard.judge(self.seen, step, loss, norm, rows=rows, scaled=scaled, own=finite_only)
+        judged = step_guard.judge(self.seen, step, loss, norm, rows=rows, scaled=scaled, finite_only=finite_only)
         self.seen = judged.seen
         if judged.action == "stop" or (judged.action == "skip" and self.sharded_by):
             raise Spiked(f"step {step}, before the update: {judged.reason}", judged.since or step)

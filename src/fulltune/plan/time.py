@@ -200,7 +200,7 @@ def probe_cost(summary: DataSummary, width: int) -> tuple[int, int, float]:
     kept = round(width * probe.PAIRS) if passes == 2 else width
     rows = min(train.rows, probe.rows_within(form.name, per_row, kept))
     items = round(rows * per_row)
-    outputs = {"choice": 1, "regression": 1, "span": 2}.get(form.name, len(summary.labels))
+    outputs = form.num_outputs or len(summary.labels)
     held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0
     rows += min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
     num_bytes = round(PROBE_PARTS * 4 * (2 if form.tags_words else 3) * kept * items)

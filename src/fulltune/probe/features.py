@@ -64,7 +64,7 @@ class Extractor:
     @property
     def num_outputs(self) -> int:
         """Logits of an item."""
-        return {"choice": 1, "regression": 1, "span": 2}.get(self.kind, len(self.target.labels))
+        return self.target.form.num_outputs or len(self.target.labels)
 
     def features(self, rows: Any, layers: HeadLayers | None) -> Features:
         """Of all these rows, in smaller batches when memory runs out."""

@@ -67,6 +67,8 @@ class Form:
     """What always answering the most frequent target of the train rows is called."""
     answer: tuple[tuple[str, str], ...] = (("answer", "string"),)
     """The columns that an answer becomes in a file, and their types."""
+    num_outputs: int | None = None
+    """Logits of an item; None: one for each label."""
     is_number: bool = False
     """The target is a number; the head learns it in units of the train rows' spread."""
     is_calibrated: bool = False

@@ -119,8 +119,8 @@ class Guarded:
                 if self.is_deepspeed_enabled or parameter.grad is not None
             )
         step = self.state.global_step + 1
-        judged, loss, known = self._judge(losses, norm)
-        norm = known if known is not None and math.isfinite(known) else None
+        judged, loss, grad_norm = self._judge(losses, norm)
+        norm = grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None
         self.batches = []
         self.seen = judged.seen
         if judged.action == "stop" or (judged.action == "skip" and self._updates_in_backward):
@@ -155,26 +155,27 @@ class Guarded:
         return (self.accelerator.reduce(found, reduction="sum") if several else found).tolist()
 
     def _judge(self, losses: torch.Tensor | float, norm: Any) -> tuple[Judged, float, float | None]:
-        """What becomes of a step before its update, its loss and its norm, over all processes."""
+        """Decide, over all processes, whether a step is applied; also returns its loss and gradient norm."""
         in_engine = bool(self.is_deepspeed_enabled)
         if hasattr(norm, "full_tensor"):  # sharded by FSDP2
             norm = norm.full_tensor()
         rows = sum(rows_in(batch) for batch in self.batches)
         values = [losses, rows] if norm is None else [losses, rows, norm]
         # A norm is the same in each process.
-        loss, rows, known = ([one / self.accelerator.num_processes for one in self._summed(*values)] + [None])[:3]
-        finite = known is None or math.isfinite(known)
+        loss, rows, *norms = [one / self.accelerator.num_processes for one in self._summed(*values)]
+        grad_norm = norms[0] if norms else None
+        finite = grad_norm is None or math.isfinite(grad_norm)
         scaler = None if finite else getattr(self.accelerator, "scaler", None)
         # Reading the scale is another wait for the device.
         scaled = self.args.fp16 if in_engine else scaler is not None and scaler.get_scale() >= 1
-        if in_engine and known is not None and known < 0:  # its sign for a norm that is not finite
-            known = math.nan
+        if in_engine and grad_norm is not None and grad_norm < 0:  # its sign for a norm that is not finite
+            grad_norm = math.nan
         # DeepSpeed has updated already: a suspect step is too late to be skipped.
-        own, step = not self.skips or in_engine, self.state.global_step + 1
-        judged = step_guard.judge(self.seen, step, loss, known, rows=rows, scaled=scaled, own=own)
+        finite_only, step = not self.skips or in_engine, self.state.global_step + 1
+        judged = step_guard.judge(self.seen, step, loss, grad_norm, rows=rows, scaled=scaled, finite_only=finite_only)
         if not judged.is_finite and self.accelerator.num_processes == 1 and not in_engine:
             judged = replace(judged, reason=f"{judged.reason}; {explain(self.model, self.batches)}")
-        return judged, loss, known
+        return judged, loss, grad_norm
 
 
 def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:

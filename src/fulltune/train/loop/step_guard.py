@@ -82,10 +82,10 @@ def judge(
     *,
     rows: float = 0.0,
     scaled: bool = False,
-    own: bool = False,
+    finite_only: bool = False,
 ) -> Judged:
     """Judge a step before its update by what was seen before; with a `scaled` fp16 loss the scaler itself skips a norm
-    that is not finite, and of a user's `own` loss only what is not finite is judged."""
+    that is not finite, and with `finite_only` any finite step passes: the loss may rise for good reasons."""
     seen = replace(seen, most_rows=max(seen.most_rows, rows))
     if scaled and math.isfinite(loss) and norm is not None and not math.isfinite(norm):
         return Judged("go on", seen)
@@ -93,7 +93,7 @@ def judge(
         causes = "rows without a trained token, values out of range or a type with too small a range"
         return replace(_skipped(seen, step, f"the {what}", causes, MOST_IN_A_ROW), is_finite=False)
     recently = tuple(one for one in seen.skipped if step - STAYS < one < step)
-    if own:
+    if finite_only:
         return Judged("go on", replace(seen, skipped=recently))
     if reason := _suspect(seen, loss, norm, rows):
         return _skipped(seen, step, reason, "corrupted rows")

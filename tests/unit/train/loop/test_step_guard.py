@@ -150,7 +150,7 @@ def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float],
         among: list[tuple[float, float | None]] = [(loss, 2.0) for loss in losses]
         among[3:3] = [(9.0, 200.0)] * 2
         assert several(after(200), among)[-1].since == 201, "skipped steps are between them"
-    assert several(after(200), [(loss, 2.0) for loss in losses], own=True)[-1].action == "go on"
+    assert several(after(200), [(loss, 2.0) for loss in losses], finite_only=True)[-1].action == "go on"
 
 
 def test_skipped_steps_of_another_training_are_forgotten() -> None:
