@@ -71,7 +71,7 @@ def test_step_is_skipped_when_it_is_not_finite_or_loss_and_norm_are_both_far_abo
     loss: float, norm: float | None, scaled: bool, action: str, own: bool
 ) -> None:
     seen = after(200)
-    judged = judge(seen, 201, loss, norm, scaled=scaled, own=own)
+    judged = judge(seen, 201, loss, norm, scaled=scaled, finite_only=own)
     is_finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
     assert judged.action == ("go on" if own and is_finite else action)
     assert bool(judged.reason) == (judged.action == "skip")
@@ -182,5 +182,5 @@ def test_what_is_remembered_is_bounded_and_comes_back_as_it_was_saved() -> None:
     assert (len(seen.losses), len(seen.log_norms)) == (WINDOW + STAYS, WINDOW)
     assert StepMemory.from_json(json.loads(json.dumps(asdict(seen)))) == seen
     for own in (False, True):
-        later = several(seen, [(1.0, 2.0)] * STAYS, first=1002, own=own)[-1].seen
+        later = several(seen, [(1.0, 2.0)] * STAYS, first=1002, finite_only=own)[-1].seen
         assert later.skipped == (), "clean for long enough"
