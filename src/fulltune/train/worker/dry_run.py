@@ -167,16 +167,27 @@ def works(shapes: np.ndarray, quadratic: float) -> np.ndarray:
     return rows * length * (1 + quadratic * length)
 
 
-def speed(longest: tuple[float, float], typical: tuple[float, float] | None) -> tuple[float, float]:
-    """Seconds of each pass, and of each unit of work: a line through two passes, each work and seconds, or through the
-    origin where it would fall or start below 0."""
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a pass as a function of its work."""
+
+    fixed: float
+    per_work: float
+
+    def seconds(self, passes: float, work: float) -> float:
+        """Of so many passes, with this work together."""
+        return self.fixed * passes + self.per_work * work
+
+
+def speed(longest: tuple[float, float], typical: tuple[float, float] | None) -> Speed:
+    """A line through two passes, each work and seconds, or through the origin where it would fall or start below 0."""
     work, seconds = longest if typical is None else typical
-    through_origin = 0.0, seconds / work
+    through_origin = Speed(0.0, seconds / work)
     if typical is None or longest[0] <= typical[0]:
         return through_origin
     slope = (longest[1] - seconds) / (longest[0] - work)
     fixed = seconds - slope * work
-    return (fixed, slope) if slope > 0 and fixed >= 0 else through_origin
+    return Speed(fixed, slope) if slope > 0 and fixed >= 0 else through_origin
 
 
 @dataclass(frozen=True)
@@ -255,7 +266,7 @@ def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, flo
     texts = steps * plan.generic.rows / plan.num_processes
     all_work = float(work.sum()) * scale + texts * _generic_work(quadratic)
     once *= 1 if plan.torch_compile else len(np.unique(shapes, axis=0))
-    train = line[0] * (len(parts) * scale + texts) + line[1] * all_work + each * steps + once
+    train = line.seconds(len(parts) * scale + texts, all_work) + each * steps + once
     tokens = plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + texts * GENERIC_TOKENS)
     evaluation, evaluations = _evaluation(passes, line, quadratic, budget)
     save = _save_seconds(passes) if inputs.is_main and not inputs.request.probe else 0.0
@@ -280,8 +291,8 @@ def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, flo
 
 def _train_speed(
     passes: Passes, parts: Sequence[Positions], work: np.ndarray, longest: tuple[float, float, float], budget: float
-) -> tuple[tuple[float, float], float]:
-    """The `speed` by the longest pass (its work, its seconds cold and warm) and a typical one; and what is paid
+) -> tuple[Speed, float]:
+    """The speed by the longest pass (its work, its seconds cold and warm) and a typical one; and what is paid
     once for compiling, or for each shape, because kernels are made for it."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
@@ -298,14 +309,14 @@ def _train_speed(
     return speed((long, seconds), (float(work[at]), warm)), once
 
 
-def _evaluation(passes: Passes, train: tuple[float, float], quadratic: float, budget: float) -> tuple[float, int]:
+def _evaluation(passes: Passes, train: Speed, quadratic: float, budget: float) -> tuple[float, int]:
     """Seconds of an evaluation, by its longest batch beside a training pass of the same work, and how many come."""
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
     parts = list(batches(longest_first(lengths), plan.eval_batch_size))
     passes.optimizer.zero_grad()
     seconds = passes.score(parts[0])
-    both = train[0] + train[1] * float(works(_shapes(lengths, parts[:1]), quadratic)[0])
+    both = train.seconds(1, float(works(_shapes(lengths, parts[:1]), quadratic)[0]))
     if min(seconds, both) <= budget or seconds > both:  # the first one is cold
         seconds = passes.score(parts[0])
     evaluations = occasions(plan.total_steps, plan.eval_steps, after=first_step)
@@ -316,7 +327,7 @@ def _evaluation(passes: Passes, train: tuple[float, float], quadratic: float, bu
     read = texts / max(1.0, more)  # of all that is read an evaluation's share
     mine = parts[:: plan.num_processes]  # several processes take the eval batches in turn
     work = float(works(_shapes(lengths, mine), quadratic).sum()) + read * _generic_work(quadratic)
-    return min(1.0, seconds / both) * (train[0] * (len(mine) + read) + train[1] * work), round(more)
+    return min(1.0, seconds / both) * train.seconds(len(mine) + read, work), round(more)
 
 
 def _generic_work(quadratic: float) -> float:
@@ -341,7 +352,7 @@ def _quadratic(model: Any) -> float:
 
 
 def _save_seconds(passes: Passes) -> float:
-    """Seconds of one checkpoint with its checksums, by a sample of its tensors beside its small files."""
+    """Seconds of one checkpoint with its checksums, by its small files and a sample of its tensors."""
     trainer, trial = passes.trainer, passes.inputs.request.checkpoints / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]
@@ -350,8 +361,12 @@ def _save_seconds(passes: Passes) -> float:
     try:
         began = time.perf_counter()
         cast("Any", trainer.processing_class).save_pretrained(trial)
-        save_file({"sample": sample}, trial / "sample.safetensors")
         files.seal(trial)
-        return (time.perf_counter() - began) * max(1.0, whole / sample.nbytes)
+        small = time.perf_counter() - began
+        (trial / "sample").mkdir()  # of its own, so that the small files are not read once more
+        save_file({"sample": sample}, trial / "sample" / "sample.safetensors")
+        files.seal(trial / "sample")
+        seconds = time.perf_counter() - began - small
     finally:
         shutil.rmtree(trial, ignore_errors=True)
+    return small + seconds * max(1.0, whole / sample.nbytes)

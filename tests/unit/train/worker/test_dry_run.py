@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,13 +14,8 @@ import torch
 from fulltune.plan.time import occasions
 from fulltune.records.plan import TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.worker.dry_run import (
-    Passes,
-    same_buffers,
-    speed,
-    timed_forecast,
-    works,
-)
+from fulltune.train.worker import dry_run
+from fulltune.train.worker.dry_run import Passes, Speed, same_buffers, speed, timed_forecast, works
 from tests import plans
 
 
@@ -37,7 +33,9 @@ from tests import plans
 def test_speed_is_a_line_through_both_passes_or_through_the_origin(
     longest: tuple[float, float], typical: tuple[float, float] | None, expected: tuple[float, float]
 ) -> None:
-    assert speed(longest, typical) == pytest.approx(expected)
+    found = speed(longest, typical)
+    assert (found.fixed, found.per_work) == pytest.approx(expected)
+    assert Speed(1.0, 0.1).seconds(3, 50) == 8.0
 
 
 def test_work_grows_with_the_square_of_the_length_by_what_attention_adds() -> None:
@@ -153,6 +151,43 @@ def test_what_each_shape_costs_the_first_time_is_counted_at_most_once_more() -> 
     assert found.train_seconds == pytest.approx(40 * (TRAIN + 0.1) + 40 * 0.3, rel=0.02)
     cold = foreseen(Machine({0: 9.0}, {}))
     assert cold.train_seconds == pytest.approx(40 * (2 * TRAIN + 0.1), rel=0.02)
+
+
+def test_small_files_of_a_checkpoint_are_counted_once_and_its_tensors_by_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted clock: 5 s for the tokenizer, 1 s for each file that is sealed, 2 s for the sample of a tenth."""
+    now = 0.0
+
+    def passing(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def save_pretrained(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{}")
+        passing(5.0)
+
+    def save_file(tensors: Any, file: Path) -> None:
+        file.touch()
+        passing(2.0)
+
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(dry_run, "save_file", save_file)
+    monkeypatch.setattr(dry_run.files, "seal", lambda folder: passing(float(len(list(folder.rglob("*.*"))))))
+    monkeypatch.setattr(dry_run, "SAMPLE_BYTES", 4000)
+    weights = torch.nn.Parameter(torch.zeros(2500))
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(parameters=lambda: [weights]),
+        trained_only=False,
+        processing_class=SimpleNamespace(save_pretrained=save_pretrained),
+    )
+    optimizer = SimpleNamespace(state={0: {"exp_avg": torch.zeros(7500), "step": 1}})
+    inputs = SimpleNamespace(request=SimpleNamespace(checkpoints=tmp_path))
+    passes: Any = SimpleNamespace(trainer=trainer, optimizer=optimizer, inputs=inputs)
+
+    assert dry_run._save_seconds(passes) == (5 + 1) + (2 + 1) * 10
+    assert not list(tmp_path.iterdir())
 
 
 # ---- no trace is left ---------------------------------------------------------------------------------------------
