@@ -100,6 +100,14 @@ def test_notes_of_a_model_that_are_damaged_are_named(content: str, said: str, cl
     assert result.code == 2
 
 
+def test_model_of_an_earlier_version_lacks_some_notes(classifier: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "model")
+    notes = json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))
+    del notes["num_choices"], notes["stride"]
+    (folder / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
+    assert fulltune("predict", folder, "a text").code == 0
+
+
 # ---- files -----------------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ class Variant(Record):
 class Footprint(Record):
     """A model's memory and work as functions of the micro batch."""
 
-    weights_dtype: str = "fp32"
+    weights_dtype: str
     """Of the weights that were traced."""
     largest_tensor: int
     """Values of the largest trained parameter: optimizers that work tensor by tensor need scratch of its size."""

@@ -83,8 +83,9 @@ class Target:
 
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> Target:
-        """What `as_notes` gave."""
-        return cls(**{name: notes[name] for name in (*_IN_SUMMARY, "stride")} | {"labels": tuple(notes["labels"])})
+        """What `as_notes` gave; folders of earlier versions lack some of it."""
+        more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
+        return cls(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
 
 @dataclass(frozen=True)

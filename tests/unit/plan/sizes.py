@@ -82,6 +82,7 @@ def footprint(shapes: Shapes) -> Footprint:
     # Autocast keeps a copy of the weights in 16 bits.
     copies = {precision: 0.0 if precision == "fp32" else 2.0 * shapes.num_parameters for precision in PRECISIONS}
     return Footprint(
+        weights_dtype="fp32",
         largest_tensor=shapes.vocab_size * shapes.hidden_size,
         sequences_per_row=1,
         variants=variants(kept, recomputed),

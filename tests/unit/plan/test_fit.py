@@ -29,6 +29,7 @@ def footprint() -> Footprint:
     """A model whose rows of 64 tokens have 512 MiB of activations, or 32 MiB when these are recomputed."""
     kept, recomputed = (sizes.moment("end of forward", activations=size) for size in (2**23, 2**19))
     return Footprint(
+        weights_dtype="fp32",
         largest_tensor=1,
         sequences_per_row=1,
         variants=sizes.variants(kept, recomputed),

@@ -38,6 +38,7 @@ def footprint(
     """So many bytes of activations and logits a token, at that one moment."""
     moment = sizes.moment(place, gradients=gradients, activations=activations, logits=logits)
     return Footprint(
+        weights_dtype="fp32",
         largest_tensor=90 * M,
         sequences_per_row=1,
         variants=sizes.variants(moment, moment, ("fp32",)),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from fulltune.errors import SetupError
 from fulltune.footprint.records import Footprint, Moment, Variant
 from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
@@ -25,6 +28,7 @@ SHAPES = Shapes(
 
 
 FOOTPRINT = Footprint(
+    weights_dtype="fp32",
     largest_tensor=200_000,
     sequences_per_row=1,
     variants=(
@@ -44,6 +48,12 @@ FOOTPRINT = Footprint(
 )
 SETTINGS = MemorySettings(micro_batch_size=4, longest_tokens=100, eval_batch_size=8)
 ON_GPU = SETTINGS.changed(device="cuda")
+
+
+def test_footprint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "footprint.json").write_text(FOOTPRINT.model_dump_json(exclude={"weights_dtype"}))
+    with pytest.raises(SetupError, match="written by another version of fulltune; delete it and run the command again"):
+        Footprint.load(tmp_path / "footprint.json")
 
 
 def tensors(settings: MemorySettings) -> dict[str, int]:
