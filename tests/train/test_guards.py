@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fulltune import files, pipeline
-from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
+from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, RecipeError
 from fulltune.records.events import Event, Said, StepLogged
 from fulltune.records.training import Moved, Outcome
 from fulltune.stats.curves import GuardDecision, diverged, ended_high, stopped_improving
@@ -335,6 +335,13 @@ def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path,
 )
 def test_classify_tells_what_an_exception_means(error: BaseException, status: str, tmp_path: Path) -> None:
     assert worker.meaning_of(error, tmp_path)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(KeyboardInterrupt(), "interrupted before the first checkpoint"), (FulltuneError([]), "")]
+)
+def test_only_an_interruption_is_described_as_one(error: BaseException, reason: str, tmp_path: Path) -> None:
+    assert worker.meaning_of(error, tmp_path)[1] == reason
 
 
 @pytest.mark.parametrize(("free", "status"), [(4096, "disk_full"), (2**30, "error")])

@@ -44,6 +44,15 @@ def test_every_event_has_a_kind_of_its_own() -> None:
     assert len(set(kinds)) == len(kinds)
 
 
+def test_one_of_many_runs_says_where_it_goes_on_and_what_is_wrong_without_its_tables() -> None:
+    heard: list[events.Event] = []
+    levels = ("progress", "resumed", "next attempt", "warning")
+    listen = events.without_tables(heard.append)
+    for event in (*LINES[:5], *(events.Said(text="…", level=level) for level in levels)):
+        listen(event)
+    assert [event.level if isinstance(event, events.Said) else event.kind for event in heard] == ["train", *levels[1:]]
+
+
 @pytest.mark.parametrize("line", [{}, {"kind": "later"}, {"kind": "train", "loss": 1.0}, {"kind": "eval", "step": 1}])
 def test_line_of_another_shape_is_no_event(line: dict[str, object]) -> None:
     assert events.event_of(line) is None

@@ -174,9 +174,9 @@ class Said(Event):
 
     kind = "said"
     text: str
-    level: Literal["progress", "next attempt", "warning"] = "progress"
-    """How a comparison, a search or a resumed run goes on; why an attempt failed, where another one with other settings
-    may not; or what is wrong while training goes on."""
+    level: Literal["progress", "resumed", "next attempt", "warning"] = "progress"
+    """How a comparison or a search goes on; where a resumed run goes on; why an attempt failed, where another one with
+    other settings may not; or what is wrong while training goes on."""
 
 
 class JournalEntry(Record):

@@ -84,7 +84,7 @@ class Display:
                 pages.show(self.console, [check_table(checks)])
             case Forecast():
                 self._forecast(event)
-            case Said(text=text, level="progress"):
+            case Said(text=text, level="progress" | "resumed"):
                 self.console.print(escape(text))
             case Said(text=text, level="next attempt"):
                 self.console.print(f"[yellow]next attempt:[/yellow] {escape(text)}")

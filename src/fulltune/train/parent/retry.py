@@ -123,7 +123,8 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
             listener(Said(text=line, level="warning"))
         if sound is not None:
             request = request.model_copy(update={"checkpoint": str(sound)})
-            listener(Said(text=f"continuing from the checkpoint of step {request.first_step}"))
+            text = f"continuing from the checkpoint of step {request.first_step}"
+            listener(Said(text=text, level="resumed"))
         if saved > request.first_step and not passed_over:
             on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
             listener(Said(text=f"no checkpoint of step {saved:,} is left: going on {on}", level="warning"))
@@ -157,23 +158,27 @@ def outcomes(folder: Path, trial: str) -> list[Outcome]:
 
 def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> FulltuneError:
     """The error that carries a failed outcome's exit code."""
-    log = f"; log: {request.folder / 'log.txt'}"
-    if outcome.status == "out_of_memory":
-        return DoesNotFitError(no_way_out(request.recipe, request.plan, outcome, tried))
-    attempts = [outcome.reason, *(f"tried: {reason}" for reason in tried)]
-    full = "free some space, then run the same command again"
-    kinds: dict[str, tuple[type[FulltuneError], str | list[str]]] = {
-        "interrupted": (InterruptedRun, f"{outcome.reason}; the same command continues it"),
-        "lost": (InterruptedRun, f"{outcome.reason}; the same command on all machines continues it"),
-        "disk_full": (DoesNotFitError, f"{request.run_folder}: the disk is full: {outcome.reason}; {full}"),
-        "killed": (GuardStop, killed_too_often(outcome) + log),
-        "crashed": (GuardStop, [outcome.reason + log, *outcome.log_tail]),
-        "hung": (GuardStop, [outcome.reason + log, *outcome.log_tail]),
-        "diverged": (Diverged, attempts),
-        "spiked": (Diverged, attempts),
-        "stopped_by_guard": (GuardStop, outcome.reason),
-        "does_not_fit": (DoesNotFitError, outcome.reason),
-        "refused": (SetupError, outcome.reason),
-    }
-    kind, problems = kinds.get(outcome.status, (FulltuneError, outcome.reason + log))
-    return kind(problems)
+    reason, log = outcome.reason, f"log: {request.folder / 'log.txt'}"
+    match outcome.status:
+        case "interrupted":
+            return InterruptedRun(f"{reason}; the same command continues it")
+        case "lost":
+            return InterruptedRun(f"{reason}; the same command on all machines continues it")
+        case "out_of_memory":
+            return DoesNotFitError(no_way_out(request.recipe, request.plan, outcome, tried))
+        case "disk_full":
+            remedy = "free some space, then run the same command again"
+            return DoesNotFitError(f"{request.run_folder}: the disk is full: {reason}; {remedy}")
+        case "does_not_fit":
+            return DoesNotFitError(reason)
+        case "killed":
+            return GuardStop(f"{killed_too_often(outcome)}; {log}")
+        case "crashed" | "hung":
+            return GuardStop([f"{reason}; {log}", *outcome.log_tail])
+        case "stopped_by_guard":
+            return GuardStop(reason)
+        case "diverged" | "spiked":
+            return Diverged([reason, *(f"tried: {one}" for one in tried)])
+        case "refused":
+            return SetupError(reason)
+    return FulltuneError(f"{reason}; {log}")
