@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,16 @@ def test_machines_must_have_versions_settings_and_files_in_common(tmp_path: Path
     assert lines[1].startswith('machine 2 (host2) reads another recipe: output is "/elsewhere" (machine 0: "runs")')
     assert lines[2].startswith(f"machine 3 (host3) sees other files: {rows}: 15 bytes, ")
     assert len(lines) == 3
+
+
+def test_version_of_a_package_is_the_one_that_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, name, version in (("first", "TORCH", "1.0"), ("second", "torch", "2.0")):
+        place = tmp_path / folder / f"{name}-{version}.dist-info"
+        place.mkdir(parents=True)
+        (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
+    versions = machines._versions(plans.recipe())
+    assert (versions["torch"], versions["transformers"]) == ("1.0", metadata.version("transformers"))
 
 
 def test_of_a_large_file_both_ends_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +283,20 @@ def test_the_others_are_told_of_a_stop_outside_of_an_attempt(rank: int, place: P
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [75]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_signal_that_the_caller_leaves_to_the_system_is_not_taken(
+    handler: signal.Handlers, place: Place, tmp_path: Path
+) -> None:
+    recipe = several(tmp_path)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with machines.telling(place.file_of(recipe, 0), leader(recipe)):
+            assert signal.getsignal(signal.SIGTERM) == handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.usefixtures("quick")

@@ -11,6 +11,7 @@ import logging
 import math
 import platform
 import re
+import signal
 import socket
 import threading
 import time
@@ -187,9 +188,13 @@ def member(recipe: Recipe, place: Place, machine: Machine, token: str = "") -> M
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:
-    names = ("fulltune", *PACKAGES, "peft", *((sharing.PACKAGE,) if recipe.train.engine_by else ()))
-    installed = {one.name: one.version for one in metadata.distributions()}
-    return {"Python": platform.python_version()} | {name: installed.get(name, "none") for name in names}
+    versions = {"Python": platform.python_version()}
+    for name in ("fulltune", *PACKAGES, "peft", *((sharing.PACKAGE,) if recipe.train.engine_by else ())):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "none"
+    return versions
 
 
 def _content(path: Path) -> str:
@@ -334,7 +339,9 @@ def telling(path: Path, record: Member, others_know: Callable[[], bool] = lambda
             before[number](number, frame)
 
         try:
-            with signals.answered(tell_and_end, signals.ENDING) as before:
+            # From Python a signal may be ignored, or end the process at once: that stays the caller's own way.
+            handled = [number for number in signals.ENDING if callable(signal.getsignal(number))]
+            with signals.answered(tell_and_end, handled) as before:
                 yield sign
         except KeyboardInterrupt:
             ended = interrupted
