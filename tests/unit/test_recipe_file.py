@@ -151,6 +151,14 @@ def test_problems_of_all_kinds_come_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_data_in_place_of_a_recipe_is_told_from_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"a\.csv: no such file"):
+        load_recipe(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_bytes(b"\xff")
+    with pytest.raises(RecipeError, match=r"a\.csv: is data, expected a recipe; write one with 'fulltune init"):
+        load_recipe(tmp_path / "a.csv")
+
+
 def test_required_settings_missing_are_named(tmp_path: Path) -> None:
     found = problems(written(tmp_path, "name: x\n"))
     assert [problem.split(": ")[0] for problem in found] == [
@@ -186,6 +194,11 @@ def test_fingerprint_ignores_what_does_not_shape_the_result() -> None:
         ("train.tf32=true", "train.tf32: unknown setting; write train.extra.tf32"),
         ("train.gradient_acumulation_steps=2", "train.gradient_acumulation_steps: unknown setting; write train.global"),
         ("load_in_4bit=true", "load_in_4bit: unknown setting; not yet: quantized weights are not trained"),
+        ("search.budget=2h", "search: unknown setting; write method.learning_rate: search, and compare.budget for its"),
+        (
+            "compare.near_duplicates=0.8",
+            "compare.near_duplicates: unknown setting; did you mean 'data.near",
+        ),
         ("train.zzz=1", "train.zzz: unknown setting; docs/recipe.md lists those that are known"),
         ("train.extra.push_to_hub=true", "train.extra.push_to_hub: cannot be set here; not yet: after training use"),
         (

@@ -173,6 +173,31 @@ def test_problems_are_named_all_at_once(blocks: dict[str, Any], expected: list[s
     assert problems(**blocks) == expected
 
 
+LROA, ADAPTR = "'lroa'; did you mean 'lora'?", "'adaptr'; did you mean 'adapter'?"
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        ("[lroa, adaptr]", {"0.kind": LROA, "1.kind": ADAPTR}),
+        ("[full, lroa, {kind: adaptr}]", {"1.kind": LROA, "2.kind": ADAPTR}),
+        ("[lroa, {kind: adaptr}]", {"0.kind": LROA, "1.kind": ADAPTR}),
+        ("[{kind: lora, rank: x}, {kind: adaptr}]", {"0.rank": "'x'", "1.kind": ADAPTR}),
+        ("[{kind: zzzzzz}, {kind: qqqqq}]", {"0.kind": "'zzzzzz'", "1.kind": "'qqqqq'"}),
+        ("[3, {kind: adaptr}]", {"0": "3", "1.kind": ADAPTR}),
+    ],
+)
+def test_two_wrong_methods_are_both_named(methods: str, expected: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: some/model\ntask: causal-lm\ndata: {{train: a}}\nmethods: {methods}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    for name, ending in expected.items():
+        begin = f"{path}:4  methods.{name}: expected"
+        (problem,) = (one for one in caught.value.problems if one.startswith(begin))
+        assert problem.endswith(f", found {ending}")
+
+
 @pytest.mark.parametrize("name", ["footprint", "Shapes", "measured", "survey"])
 def test_method_named_like_a_file_beside_its_plan_is_refused(name: str) -> None:
     said = f"name: '{name}' is the name of another file of the run folder; take another name"

@@ -47,10 +47,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> recipe = load_recipe("banking77.yaml", ["train.num_train_epochs=1"])  # doctest: +SKIP
     """
     path = Path(path)
-    if path.suffix.lower() in _DATA:
-        raise RecipeError(f"{path}: is data, expected a recipe; write one with 'fulltune init {path}'")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            if path.suffix.lower() in _DATA:
+                raise RecipeError(f"{path}: is data, expected a recipe; write one with 'fulltune init {path}'")
+            text = file.read()
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file; write one with 'fulltune init DATA'") from None
     except OSError as error:
@@ -112,8 +113,11 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
         except ValidationError as error:
             said = [text for item in error.errors() for text in _describe(item, values)]
             problems += [text for text in _not_about(said, lost) if text not in problems]
-            gone = [(name, item["type"]) for item in error.errors() for name in _left_out(item, left)]
-            if not gone:  # something is missing
+            others = [item for item in error.errors() if not _takes_near_kind(item, left)]
+            gone = [(name, item["type"]) for item in others for name in _left_out(item, left)]
+            if len(others) < error.error_count():
+                lost.add("kind")
+            elif not gone:  # something is missing
                 break
             lost |= {name for name, why in gone if why != "extra_forbidden"}
     if recipe is not None:
@@ -135,16 +139,22 @@ def _not_about(problems: Iterable[str], lost: set[str]) -> list[str]:
     return [one for one in problems if not lost & {*re.findall(r"\w+\b(?!\.\w)", one)}]
 
 
+def _takes_near_kind(item: Any, values: dict[str, Any]) -> bool:
+    """Write the kind that was meant in place of a misspelt one, so that the other settings of its block are checked."""
+    if item["type"] != "union_tag_invalid":
+        return False
+    near = near_names(item["ctx"]["tag"], _named(item["ctx"]["expected_tags"]))
+    if near:
+        *blocks, last = _in_file(item)
+        place = reduce(getitem, blocks, values)
+        place[last] = {**place[last], "kind": near[0]} if isinstance(place[last], dict) else near[0]
+    return bool(near)
+
+
 def _left_out(item: Any, values: dict[str, Any]) -> Iterable[str]:
     """Take out of a recipe the setting, or those that a rule names, that one of pydantic's errors is about; their
     names."""
     block, at = values, _in_file(item)
-    if item["type"] == "union_tag_invalid":
-        method, near = reduce(getitem, at, values), near_names(item["ctx"]["tag"], _named(item["ctx"]["expected_tags"]))
-        if near and isinstance(method, dict):  # the kind that was meant has the other settings of its block checked
-            method["kind"] = near[0]
-            yield "kind"
-            return
     if len(at) > 1 and isinstance(values.get(at[0]), dict):
         block, at = values[at[0]], at[1:]
     inner, names = block.get(at[0]) if at else block, at[:1]
