@@ -40,8 +40,10 @@ def clean(messages: Any) -> list[dict[str, Any]]:
         if "from" in kept and "value" in kept:
             role = str(kept["from"])
             kept = {"role": _SHAREGPT_ROLES.get(role, role), "content": kept["value"]}
-        if not isinstance(kept.get("role"), str):
-            raise DataError(f"a message has the 'role' {kept.get('role')!r}, expected a word")
+        if "role" not in kept:
+            raise DataError("a message has no 'role'")
+        if not isinstance(kept["role"], str):
+            raise DataError(f"a message has the role {kept['role']!r}, expected a word")
         if kept.get("weight", 1) not in (0, 1):
             raise DataError(f"a message of '{kept['role']}' has weight {kept['weight']!r}, expected 0 or 1")
         if "content" not in kept and "tool_calls" not in kept:

@@ -108,6 +108,12 @@ def test_deep_json_is_refused_with_its_line(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"{path}:1: not valid JSON: its lists or objects are nested too deep")
 
 
+def test_place_in_a_json_list_is_told_from_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n\n3]')
+    assert refusal(path).startswith(f"{path}:2: found int in the list, expected a list of objects")
+
+
 # ---- tables of other programs ----------------------------------------------------------------------------------
 
 

@@ -88,7 +88,9 @@ def test_verdict_without_a_paired_difference_claims_none(kit: SimpleNamespace) -
     rows = [kit.scores("majority class", "baseline", 0.3), kit.scores("full-seed42", "trained", 0.9)]
     verdict = judge(rows)
     assert verdict.kind == "unpaired"
-    assert "on the same rows is not known" in verdict.sentence
+    assert "To have it, delete the run's folder 'scores', then give the run's folder" in verdict.sentence
+    others = judge([rows[0].model_copy(update={"rows": rows[0].rows + 1}), rows[1]])
+    assert "were not scored on the same rows, so their difference is not known" in others.sentence
 
 
 def test_bar_is_the_best_untrained_row_in_the_metric_s_direction(kit: SimpleNamespace) -> None:

@@ -92,12 +92,12 @@ def test_generation_prompt_ends_where_training_begins() -> None:
     [
         ("hello", "expected a list of messages {role, content}, found 'hello'"),
         ([1], "expected a list of messages {role, content}, found '[1]'"),
-        ([{"role": 1, "content": "x"}], "a message has the 'role' 1, expected a word"),
+        ([{"role": 1, "content": "x"}], "a message has the role 1, expected a word"),
         (
             [{"role": "user", "content": "x", "weight": 0.5}],
             "a message of 'user' has weight 0.5, expected 0 or 1",
         ),
-        ([{"content": "x"}], "a message has the 'role' None, expected a word"),
+        ([{"content": "x"}], "a message has no 'role'"),
         ([{"role": "user"}], "a message of 'user' has neither 'content' nor 'tool_calls'"),
         ([{"role": "user", "content": {"a": 1}}], "a message of 'user' holds an object, not text"),
         ([{"role": "assistant", "tool_calls": "f()"}], "'tool_calls' of 'assistant' must be a list of objects"),

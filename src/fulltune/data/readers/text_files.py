@@ -113,7 +113,7 @@ def json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[st
             except ValueError as error:
                 yield line, f"not valid JSON: {_json_problem(error)}; {expected}"
                 continue
-            yield line, _row(row, may_be_faulty(text), expected)
+            yield line, _row(row, may_be_faulty(text), f"found {type(row).__name__}, {expected}")
 
 
 def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -137,7 +137,7 @@ def json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str
         raise DataError(f"{file}: found {type(value).__name__}, {expected}")
     is_doubtful = may_be_faulty(text)
     for number, row in enumerate(_questions(value), start=1):
-        yield number, _row(row, is_doubtful, expected)
+        yield number, _row(row, is_doubtful, f"found {type(row).__name__} in the list, {expected}")
 
 
 def _questions(articles: list[Any]) -> list[Any]:
@@ -171,11 +171,11 @@ def _json_problem(error: ValueError) -> str:
     return f"{getattr(error, 'msg', error)}{place}"
 
 
-def _row(row: Any, is_doubtful: bool, expected: str) -> dict[str, Any] | str:
-    """A row whose cells that cannot be used are marked as such, and whose names can be written; of another value what
-    is wrong with it."""
+def _row(row: Any, is_doubtful: bool, refusal: str) -> dict[str, Any] | str:
+    """A row whose cells that cannot be used are marked as such, and whose names can be written; the refusal of another
+    value."""
     if not isinstance(row, dict):
-        return f"found {type(row).__name__}, {expected}"
+        return refusal
     if not is_doubtful:
         return row
     return {

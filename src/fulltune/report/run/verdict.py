@@ -29,6 +29,11 @@ _LABELS = {
 }
 """Kind of verdict to what stands above it. `contested`: better by its loss alone. `unpaired`: there is no
 difference on the same rows. `alone`: scored, with nothing to compare to. `none`: the trained model was not scored."""
+_UNPAIRED = (
+    "Their difference on the same rows was not measured. To have it, delete the run's folder 'scores', then give the "
+    "run's folder to 'fulltune run'."
+)
+_OTHER_ROWS = "They were not scored on the same rows, so their difference is not known."
 _LONE = "The test rows are {}: more of them, on other texts, are needed to tell a difference from chance."
 
 
@@ -62,7 +67,7 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     claim = f"{claim}, against {words.estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _finite(ahead):
-        said = _LONE.format(mine.lone) if mine.lone else "Their difference on the same rows is not known."
+        said = _LONE.format(mine.lone) if mine.lone else _UNPAIRED if bar.rows == row.rows else _OTHER_ROWS
         return _headline("unpaired", f"{claim}. {said}")
     said = f"{claim}. On the same rows, its {words.metric_name(name)} differs by "
     said += difference(name, ahead, row.confidence)
