@@ -22,7 +22,16 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.training import LostPart, Outcome
 from fulltune.system import machines
 from fulltune.system.hardware import Machine
-from fulltune.system.machines import HeardFrom, Member, Place, SignOfLife, differences, place_of
+from fulltune.system.machines import (
+    EndedPart,
+    HeardFrom,
+    Member,
+    Place,
+    SharedAttempt,
+    SignOfLife,
+    differences,
+    place_of,
+)
 from fulltune.train.parent import child, spawn
 from fulltune.train.parent import machines as group_of
 from fulltune.train.parent.machines import MachineGroup, leading
@@ -329,13 +338,13 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
                 while one.look() is None or one.told is None or one.told.token != "t":
                     time.sleep(0.01)
                 own = one.told.instance if instances == "mine" else instances
-                sign.tell(attempt=f"a{number}", request=path, instances=(own,))
+                sign.tell(attempt=SharedAttempt(name=f"a{number}", request=path, instances=(own,)))
                 time.sleep(0.3)
-            while one.look() is None or one.told is None or one.told.lost is None:
+            while one.look() is None or one.told is None or one.told.last_part is None:
                 time.sleep(0.01)
             failed = LostPart(rank=1, host=one.told.host, reason="torchrun ended with code 3", kind="failed")
-            assert (one.told.attempt, one.told.lost) == ("a1", failed)
-            sign.tell(attempt="", exit_code=0)
+            assert one.told.last_part == EndedPart(attempt="a1", lost=failed)
+            sign.tell(attempt=None, exit_code=0)
 
         thread = threading.Thread(target=lead)
         thread.start()
@@ -356,7 +365,7 @@ def request_of(folder: Path, recipe: Recipe) -> Request:
     return found
 
 
-FAILED = LostPart(rank=1, host="host1", kind="failed", reason="torchrun ended with code 1")
+FAILED = EndedPart(attempt="a", lost=LostPart(rank=1, host="host1", kind="failed", reason="torchrun ended with code 1"))
 
 
 class Ran:
@@ -375,9 +384,9 @@ class Ran:
 @pytest.mark.parametrize(
     ("code", "changes", "ends_with", "expected"),
     [
-        (1, {"attempt": "a", "lost": FAILED}, 1, ("failed",)),
-        (0, {"attempt": "a"}, 0, ()),
-        (None, {"attempt": "a", "lost": FAILED}, 1, ("failed",)),
+        (1, {"last_part": FAILED}, 1, ("failed",)),
+        (0, {"last_part": EndedPart(attempt="a", lost=None)}, 0, ()),
+        (None, {"last_part": FAILED}, 1, ("failed",)),
         (None, {"exit_code": 75}, 1, ("interrupted",)),
         (None, {"exit_code": 2}, 1, ("machine",)),
         (None, {"instance": "another"}, 1, ("machine",)),
@@ -401,8 +410,7 @@ def test_what_became_of_another_machine(
         told = member(recipe, 1, token=group.members[0].token, instance="i")
         sign = SignOfLife(place.file_of(recipe, 1), told)
         group.begin(silent)
-        group._sign.tell(attempt="a")
-        attempt = group_of._OnAllMachines(ran, group._sign, {group._others[1]: "i"})
+        attempt = group_of._OnAllMachines(ran, group._sign, "a", {group._others[1]: "i"})
         if gives_none:
             sign.end()
         else:
@@ -416,8 +424,7 @@ def test_what_became_of_another_machine(
 def test_an_attempt_goes_on_until_the_others_have_ended(place: Place, tmp_path: Path) -> None:
     recipe = several(tmp_path)
     with led(place, recipe) as group:
-        group._sign.tell(attempt="a")
-        attempt = group_of._OnAllMachines(Ran(0), group._sign, {group._others[1]: group.members[1].instance})
+        attempt = group_of._OnAllMachines(Ran(0), group._sign, "a", {group._others[1]: group.members[1].instance})
         assert attempt.poll() is None, "the first process may be there, saving the model"
 
 

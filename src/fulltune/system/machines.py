@@ -135,8 +135,27 @@ def own_address(host: str, port: int) -> str:
 # ---- what they write -------------------------------------------------------------------------------------------
 
 
+class SharedAttempt(Record):
+    """An attempt that machine 0 has all machines take part in."""
+
+    name: str
+    request: str
+    """Path of its file."""
+    instances: tuple[str, ...]
+    """The other machines' commands in it: one that came later waits for the next attempt."""
+
+
+class EndedPart(Record):
+    """How another machine's part of an attempt ended."""
+
+    attempt: str
+    """Its name."""
+    lost: LostPart | None
+    """None: without a failure."""
+
+
 class Member(Record):
-    """What a machine says of itself, and machine 0 of what all are to do."""
+    """What a machine says of itself."""
 
     rank: int
     token: str
@@ -154,14 +173,16 @@ class Member(Record):
     """Of its command; None: it goes on."""
     problems: tuple[str, ...] = ()
     """Why it ended."""
-    attempt: str = ""
-    """Machine 0: the attempt that all take part in; empty: none. Another machine: the last one that has ended there."""
-    request: str = ""
-    """Machine 0: path of the attempt's file."""
-    instances: tuple[str, ...] = ()
-    """Machine 0: the others' commands in the attempt: one that came later waits for the next attempt."""
-    lost: LostPart | None = None
-    """Another machine: how its part of the attempt failed."""
+    attempt: SharedAttempt | None = None
+    """That is going on; only machine 0 says it."""
+    last_part: EndedPart | None = None
+    """Its part of the last attempt that it took part in; only the other machines say it."""
+
+    def is_awaited(self, attempt: SharedAttempt | None) -> bool:
+        """Whether an attempt counts on this machine's command, whose part of it has not ended."""
+        if attempt is None or self.instance not in attempt.instances:
+            return False
+        return self.last_part is None or self.last_part.attempt != attempt.name
 
     @property
     def label(self) -> str:

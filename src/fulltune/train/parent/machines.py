@@ -18,7 +18,16 @@ from fulltune.records.run import MachineUsed
 from fulltune.records.training import LostPart, Outcome
 from fulltune.system import hardware, machines
 from fulltune.system.hardware import Machine
-from fulltune.system.machines import GO_ON, POLL_SECONDS, HeardFrom, Member, Place, SignOfLife
+from fulltune.system.machines import (
+    GO_ON,
+    POLL_SECONDS,
+    EndedPart,
+    HeardFrom,
+    Member,
+    Place,
+    SharedAttempt,
+    SignOfLife,
+)
 from fulltune.system.memory import kernel_kills
 from fulltune.system.run_folder import change_environment
 from fulltune.text import format_seconds, listed
@@ -103,7 +112,8 @@ class MachineGroup:
             address = machines.own_address(others[0].address, place.port)
         child = spawn.in_new_process(request, log, meeting(place, begun, address))
         path = str((request.folder / "request.json").resolve())
-        self._sign.tell(attempt=begun, request=path, instances=tuple(one.instance for one in others))
+        attempt = SharedAttempt(name=begun, request=path, instances=tuple(one.instance for one in others))
+        self._sign.tell(attempt=attempt)
         each = request.recipe.train.processes_per_machine
         used = tuple(
             MachineUsed(
@@ -118,7 +128,7 @@ class MachineGroup:
             for one in self.members
         )
         change_environment(Path(request.run_folder), machines=used)
-        return _OnAllMachines(child, self._sign, {self._others[one.rank]: one.instance for one in others})
+        return _OnAllMachines(child, self._sign, begun, {self._others[one.rank]: one.instance for one in others})
 
     def _is_here(self, heard: HeardFrom) -> bool:
         """It has answered this command."""
@@ -172,8 +182,8 @@ def _refuse_taken(place: Place) -> None:
 class _OnAllMachines:
     """A started attempt: it ends here soon after it has ended elsewhere, and tells what became of the other parts."""
 
-    def __init__(self, child: Any, sign: SignOfLife, others: Mapping[HeardFrom, str]) -> None:
-        self._child, self._sign, self._attempt = child, sign, sign.record.attempt
+    def __init__(self, child: Any, sign: SignOfLife, attempt: str, others: Mapping[HeardFrom, str]) -> None:
+        self._child, self._sign, self._attempt = child, sign, attempt
         self._running = dict(others)
         self._over_at = 0.0
         self._was_ended = False
@@ -196,8 +206,8 @@ class _OnAllMachines:
                 spawn.end(self._child)
                 self._was_ended = True
             return None
-        if code and self._sign.record.attempt:
-            self._sign.tell(attempt="")  # it is to end on all machines
+        if code and self._sign.record.attempt is not None:
+            self._sign.tell(attempt=None)  # it is to end on all machines
         if self._running:
             return None
         return 1 if self._was_ended else code
@@ -215,8 +225,8 @@ def _part_of(heard: HeardFrom, attempt: str, instance: str) -> tuple[bool, LostP
     lost = partial(LostPart, rank=told.rank, host=told.host)
     if told.instance != instance:
         return True, lost(reason="was started anew")
-    if told.attempt == attempt:
-        return True, told.lost
+    if told.last_part is not None and told.last_part.attempt == attempt:
+        return True, told.last_part.lost
     if told.exit_code is not None:
         kind: Any = "interrupted" if told.exit_code == InterruptedRun.exit_code else "machine"
         return True, lost(kind=kind, reason=f"ended with code {told.exit_code}")
@@ -241,7 +251,8 @@ def follow(place: Place, recipe: Recipe, phase: Callable[[str], None]) -> None:
         leader = HeardFrom(place.file_of(recipe, 0))
         phase(f"waiting for machine 0 ({place.rendezvous})")
         while (told := _next(leader, place, sign, phase)).exit_code is None:
-            _take_part(told, leader, place, sign, phase)
+            assert told.attempt is not None  # it was waited for
+            _take_part(told.attempt, leader, place, sign, phase)
         if told.exit_code:
             raise ended_as(told)
         phase("machine 0 has finished")
@@ -257,7 +268,7 @@ def _next(leader: HeardFrom, place: Place, sign: SignOfLife, phase: Callable[[st
             if told.token != own.token:
                 sign.tell(token=told.token)
                 phase(f"found machine 0 ({told.host}); waiting for an attempt")
-            if told.exit_code is not None or (told.attempt not in ("", own.attempt) and own.instance in told.instances):
+            if told.exit_code is not None or own.is_awaited(told.attempt):
                 return told
         elif time.monotonic() > until:
             raise _not_heard_of(leader, place, sign)
@@ -275,9 +286,11 @@ def _not_heard_of(leader: HeardFrom, place: Place, sign: SignOfLife) -> Fulltune
     )
 
 
-def _take_part(told: Member, leader: HeardFrom, place: Place, sign: SignOfLife, phase: Callable[[str], None]) -> None:
+def _take_part(
+    attempt: SharedAttempt, leader: HeardFrom, place: Place, sign: SignOfLife, phase: Callable[[str], None]
+) -> None:
     """This machine's part of an attempt, which ends soon after the attempt has ended elsewhere."""
-    path, until = Path(told.request), time.monotonic() + machines.GONE_SECONDS
+    path, until = Path(attempt.request), time.monotonic() + machines.GONE_SECONDS
     while not path.exists():
         if time.monotonic() > until:
             raise SetupError(
@@ -289,11 +302,11 @@ def _take_part(told: Member, leader: HeardFrom, place: Place, sign: SignOfLife, 
     phase(f"taking part in attempt {request.attempt} of {request.plan.trial} (log: {path.parent})")
     kills, over_at = kernel_kills(), 0.0
     log = path.with_name(f"log-machine{place.rank}.txt")
-    child = spawn.in_new_process(request, log, meeting(place, told.attempt, sign.record.address))
+    child = spawn.in_new_process(request, log, meeting(place, attempt.name, sign.record.address))
     with forwarding_signals(child) as asked:
         while (code := child.poll()) is None:
             now = leader.look()
-            is_same = now is not None and now.exit_code is None and now.attempt == told.attempt
+            is_same = now is not None and now.exit_code is None and now.attempt == attempt
             is_gone = leader.silent_seconds > machines.GONE_SECONDS
             if not is_same or is_gone or (path.parent / "outcome.json").exists():
                 over_at = over_at or time.monotonic()
@@ -308,7 +321,7 @@ def _take_part(told: Member, leader: HeardFrom, place: Place, sign: SignOfLife, 
         part = lost(kind="out_of_memory", reason="the kernel killed a process")
     elif code:
         part = lost(kind="killed" if code < 0 else "failed", reason=f"torchrun ended with code {code}")
-    sign.tell(attempt=told.attempt, lost=part)
+    sign.tell(last_part=EndedPart(attempt=attempt.name, lost=part))
     if asked:
         raise InterruptedRun(f"interrupted; {GO_ON}")
     phase("waiting for machine 0")
