@@ -102,7 +102,7 @@ class Fleet(Record):
     """Hardware to plan for: this machine's, or some that is not here; several machines are alike."""
 
     name: str
-    """For people, and where it is not here as `--for` takes it: `8x A100-80GB, 1024GB host`."""
+    """For people: `8x A100-80GB, 1024GB host`, or `4 machines, each 8x A100-80GB, 1024GB host`."""
     machine: Machine
     """One of them."""
     num_machines: int = 1
@@ -242,8 +242,13 @@ def fleet_of(asked: NamedHardware) -> Fleet:
         gpus=(gpu.card,) * count if gpu else (),
         cpu_flops=0.0 if gpu else float(cores * CPU_FLOPS_PER_CORE),
     )
+    known = replace(asked, host_bytes=host, cores=asked.cores if gpu else cores)
+    name = str(known)
+    if asked.machines > 1:
+        name = f"{asked.machines} machines, each {replace(known, machines=1, disk_bytes=None)}"
+        name += f"; {asked.disk_bytes / GB:.6g}GB disk that all see" if asked.disk_bytes else ""
     return Fleet(
-        name=str(replace(asked, host_bytes=host, cores=asked.cores if gpu else cores)),
+        name=name,
         machine=machine,
         num_machines=asked.machines,
         network_gb_per_second=asked.network / 8 if asked.network else USUAL_NETWORK,

@@ -72,6 +72,8 @@ def test_network_in_words(words: str, gigabytes: float) -> None:
     assert fleet.network_gb_per_second == pytest.approx(gigabytes)
     assert any("100 Gb/s from each machine" in one for one in fleet.assumed) == (not words)
     assert gpus.parse(str(fleet.asked)) == fleet
+    assert fleet.name.startswith("4 machines, each 8x A100-80GB, 1024GB host")
+    assert gpus.parse(f"4x 8x A100-80GB, 2TB disk{words}").name == f"{fleet.name}; 2000GB disk that all see"
 
 
 # ---- what one machine has ---------------------------------------------------------------------------------------
@@ -189,12 +191,12 @@ def test_machines_are_shown_in_80_columns(capsys: pytest.CaptureFixture[str]) ->
     lines = capsys.readouterr().out.splitlines()
     said = " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= 80
-    assert "4x 8x A100-80GB, 1024GB host" in said
+    assert "4 machines, each 8x A100-80GB, 1024GB host" in said
     assert "100 Gb/s from each machine to the others (--for takes '400Gb network')" in said
     assert "of each host's memory" in said
     assert "a step waits for the network between machines" in said
     assert "each of 32 processes sends 24.3 GiB a step, and so does each of 4 machines to the others (zero2)" in said
-    assert said.startswith("plan fits yes: full on 4x 8x A100-80GB, 1024GB host, ZeRO-2, 26.9 of 79.5")
+    assert said.startswith("plan fits yes: full on 4 machines, each 8x A100-80GB, 1024GB host, ZeRO-2, 26.9 of 79.5")
 
 
 def test_too_few_devices_have_more_machines_as_a_way_out_that_fits() -> None:
