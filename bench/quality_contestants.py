@@ -338,7 +338,9 @@ def _means(point: Point, model: Any, tokenizer: Any, rows: Any) -> np.ndarray:
     extractor = Extractor(
         model, scoring.recipe.task, scoring.target, tokenizer.pad_token_id, SCORED_TOGETHER, point.precision
     )
-    return extractor.features(rows, layers=None)["mean"]
+    found = extractor.features(rows, layers=None).mean
+    assert found is not None, "rows have a mean"
+    return found
 
 
 def twin_embeddings(point: Point, split: str) -> np.ndarray:

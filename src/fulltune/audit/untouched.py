@@ -89,10 +89,10 @@ class Reader:
             if not is_out_of_memory(error):
                 raise
             raise NoProbe(OUT_OF_MEMORY) from error
-        if "mean" not in found:
+        if found.mean is None:
             raise NoProbe("this model gives fewer states than there are tokens")
         positions = np.array(chosen.positions if isinstance(chosen, Share) else range(len(rows)))
-        return self.extractor.items(found["mean"], found), positions
+        return self.extractor.items(found.mean, found), positions
 
 
 # ---- labels that are probably wrong --------------------------------------------------------------------------------

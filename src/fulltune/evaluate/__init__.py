@@ -23,7 +23,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.plan import Plan
-from fulltune.records.probe import Probe
+from fulltune.records.probe import FrozenRival, Probe
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, measure_of
@@ -80,9 +80,9 @@ def _by_the_untouched_model(scoring: Scoring, scorer: ModuleType) -> dict[str, C
     # The run folder's; fitted here where no training needed it.
     found = probe.fitted(scoring.data.parent, lambda: _extractor(scoring), rows, eval_rows, with_head)
     made: dict[str, Callable[[], Scored]] = {}
-    if found.frozen is not None:
-        made["baseline-frozen"] = lambda: _frozen(scoring, scorer, found)
-    if found.has_head:
+    if (rival := found.frozen) is not None:
+        made["baseline-frozen"] = lambda: _frozen(scoring, scorer, found, rival)
+    if found.head is not None:
         made["baseline-probe"] = lambda: _as_head(scoring, scorer)
     return made
 
@@ -106,15 +106,15 @@ def _extractor(scoring: Scoring) -> probe.Extractor:
     )
 
 
-def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe) -> Scored:
+def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe, rival: FrozenRival) -> Scored:
     extractor, folder = _extractor(scoring), scoring.data.parent
-    if found.has_head:
+    if found.head is not None:
         probe.put_head(extractor.model, folder)  # embeddings as they were: layers that the checkpoint lacks give some
     rows = opened(scoring.rows("test"), scoring.base.processor)
     of = f" of {found.train_rows:,} train rows" if found.train_rows < found.of_rows else ""
-    read = ", each text read alone" if found.pooling == "apart" else ""
-    answers = probe.predicted(extractor, rows, str(found.pooling), probe.rival_of(folder))
-    return scorer.frozen(scoring, f"{found.frozen} (frozen embeddings{of}{read})", answers)
+    read = ", each text read alone" if rival.pooling == "apart" else ""
+    name = f"{rival.kind} (frozen embeddings{of}{read})"
+    return scorer.frozen(scoring, name, probe.predicted(extractor, rows, rival, probe.rival_of(folder)))
 
 
 def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:

@@ -29,6 +29,9 @@ from fulltune.records.probe import (
     MOST_HELD_OUT,
     MOST_SOLVER_BYTES,
     PAIRS,
+    FrozenRival,
+    HeadStart,
+    Pooling,
     Probe,
     solver_bytes,
 )
@@ -70,35 +73,40 @@ def fitted(
     """
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
-    record = place / RECORD
     if together:
         import torch.distributed as others
 
-        is_first, missing = others.get_rank() == 0, [not record.exists()]
+        is_first, missing = others.get_rank() == 0, [not (place / RECORD).exists()]
         others.broadcast_object_list(missing)  # the first one may be done before another has looked
         if missing[0]:
             _fit(place if is_first else None, extract, rows, eval_rows, with_head)
         others.barrier()
-        return Probe.load(record)
+        return Probe.load(place / RECORD)
     with (place / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not record.exists():
+        if not (place / RECORD).exists():
             _fit(place, extract, rows, eval_rows, with_head)
-    return Probe.load(record)
+    return Probe.load(place / RECORD)
 
 
 def _fit(place: Path | None, extract: Callable[[], Extractor], rows: Any, eval_rows: Any, with_head: bool) -> None:
     """Fit it and write it there; None: another process writes it."""
-    from safetensors.numpy import save_file
-
     started = time.monotonic()
-    probe, *values = fit(extract(), rows, eval_rows, with_head)
+    probe, head, start, rival = fit(extract(), rows, eval_rows, with_head)
     if place is None:
         return
-    for name, arrays in zip((HEAD, START, FROZEN), values, strict=True):
-        with replacing(place / name) as part:
-            save_file({key: np.ascontiguousarray(one) for key, one in arrays.items()}, part)
-    probe.model_copy(update={"seconds": round(time.monotonic() - started, 3)}).save(place / RECORD)
+    _save(place / HEAD, head)
+    _save(place / START, start)
+    _save(place / FROZEN, {"weight": rival.weight, "bias": rival.bias} if rival else {})
+    seconds = round(time.monotonic() - started, 3)
+    probe.model_copy(update={"seconds": seconds}).save(place / RECORD)
+
+
+def _save(path: Path, arrays: Values) -> None:
+    from safetensors.numpy import save_file
+
+    with replacing(path) as part:
+        save_file({name: np.ascontiguousarray(one) for name, one in arrays.items()}, part)
 
 
 def put_head(model: Any, folder: Path, *, eased: bool = False) -> None:
@@ -134,45 +142,53 @@ Values = dict[str, np.ndarray]
 
 def fit(
     extractor: Extractor, rows: Any, eval_rows: Any, with_head: bool = True
-) -> tuple[Probe, Values, Values, Values]:
+) -> tuple[Probe, Values, Values, Linear | None]:
     """Fit the probe: see `fitted`.
 
     Returns:
         What was found; the values of the whole head, its layers as the best classifier; those of its last layer, as
-        training starts with it (empty: the same); the rival's.
+        training starts with it (empty: the same); the rival.
     """
     layers, why_not = None, ""
     try:
         layers = head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     except NoProbe as no:
         why_not = str(no)
+    if layers is None and extractor.kind == "span":  # a token has no mean
+        return Probe(head=None, frozen=None, why_not=why_not), {}, {}, None
     width = round(_width(extractor.model, layers) * (PAIRS if extractor.separators else 1))
     chosen = sampled(rows, extractor.kind, extractor.target.num_choices, width)
+    held = sampled(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
     by_eval = len(eval_rows) >= LEAST_HELD_OUT
-    held_out, head, start, rival = None, Values(), Values(), Values()
-    found: dict[str, Any] = {}
     try:
         try:
             train = extractor.features(chosen, layers)
         except NoProbe as no:
-            if layers is None:
+            if layers is None or extractor.kind == "span":
                 raise
             layers, why_not = None, str(no)  # means may still be seen
             train = extractor.features(chosen, layers)
-        if by_eval:
-            held = sampled(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
-            held_out = extractor.features(held, layers)
+        held_out = extractor.features(held, layers) if by_eval else None
         with _no_probe_without_memory(extractor.model):
-            if "mean" in train:  # otherwise items have no embedding
-                found, rival = best_rival(extractor, train, held_out)
-            if layers is not None and with_head:
-                of_head, head, start = _head(extractor, layers, train, held_out)
-                found = {**found, **of_head, "has_head": True}
+            rival = best_rival(extractor, train, held_out)
     except NoProbe as no:
-        why_not = str(no)
-    held_name = "eval rows" if by_eval else "cross-validation"
-    counts = {"train_rows": len(chosen), "of_rows": len(rows), "held_out": held_name}
-    return Probe.model_validate({**found, **counts, "why_not": why_not}), head, start, rival
+        return Probe(head=None, frozen=None, why_not=str(no)), {}, {}, None
+    head, values, start = None, Values(), Values()
+    if layers is not None and with_head:
+        try:
+            with _no_probe_without_memory(extractor.model):
+                head, values, start = _head(extractor, layers, train, held_out)
+        except NoProbe as no:
+            why_not = str(no)
+    found = Probe(
+        head=head,
+        frozen=rival[0] if rival else None,
+        why_not=why_not,
+        train_rows=len(chosen),
+        of_rows=len(rows),
+        held_out="eval rows" if by_eval else "cross-validation",
+    )
+    return found, values, start, rival[1] if rival else None
 
 
 def _width(model: Any, layers: HeadLayers | None) -> int:
@@ -196,19 +212,23 @@ def _no_probe_without_memory(model: Any) -> Iterator[None]:
 
 def _head(
     extractor: Extractor, layers: HeadLayers, train: Features, held_out: Features | None
-) -> tuple[dict[str, Any], Values, Values]:
-    """What the record says of the best classifier as the head's layers, their values, and those of the last one at the
-    start."""
+) -> tuple[HeadStart, Values, Values]:
+    """The best classifier as the head's layers, their values, and those of the last one at the start."""
     parameters = dict(extractor.model.named_parameters())
     last_layer, dense_layer = layers
     has_bias, dense_has_bias = (f"{layer}.bias" in parameters for layer in layers)
     options: dict[str | None, Linear | None] = {"kept" if dense_layer else None: None}
-    after = after_dense(extractor.model, str(dense_layer), train["dense"], train["last"]) if "dense" in train else None
-    if after is not None:
-        options.update(dense_options(train["dense"], train.get("mean"), dense_has_bias, after[0]))
+    after = None
+    if train.dense is not None and train.last is not None:
+        after = after_dense(extractor.model, str(dense_layer), train.dense, train.last)
+    if train.dense is not None and after is not None:
+        options.update(dense_options(train.dense, train.mean, dense_has_bias, after[0]))
 
     def read(of: Features, dense: Linear | None) -> Items:
-        return extractor.items(of["last"] if dense is None or after is None else after[1](dense(of["dense"])), of)
+        assert of.last is not None, "it was looked at"
+        if dense is None or of.dense is None or after is None:
+            return extractor.items(of.last, of)
+        return extractor.items(after[1](dense(of.dense)), of)
 
     spaces = {
         name: (read(train, dense), None if held_out is None else read(held_out, dense))
@@ -226,7 +246,7 @@ def _head(
     tensors |= _tensors(last_layer, last, has_bias)
     if (dense := options[name]) is not None:
         tensors |= _tensors(str(dense_layer), dense, dense_has_bias)
-    return {"dense": name, "strength": strength, "loss": least}, tensors, start
+    return HeadStart.model_validate({"dense": name, "strength": strength, "loss": least}), tensors, start
 
 
 def _tensors(layer: str, values: Linear, has_bias: bool) -> Values:
@@ -236,8 +256,10 @@ def _tensors(layer: str, values: Linear, has_bias: bool) -> Values:
 # ---- the rival ---------------------------------------------------------------------------------------------------
 
 
-def best_rival(extractor: Extractor, train: Features, held_out: Features | None) -> tuple[dict[str, Any], Values]:
-    """What the record says of the best simple classifier on pooled embeddings, and its values."""
+def best_rival(extractor: Extractor, train: Features, held_out: Features | None) -> tuple[FrozenRival, Linear] | None:
+    """The best simple classifier on pooled embeddings; None where items have none."""
+    if train.mean is None:
+        return None
     usual = "ridge regression" if extractor.kind == "regression" else "logistic regression"
 
     def candidates(items: Items, strengths: Sequence[float] = STRENGTHS) -> Iterator[tuple[tuple[str, float], Linear]]:
@@ -255,30 +277,36 @@ def best_rival(extractor: Extractor, train: Features, held_out: Features | None)
         if name != "apart"  # twice as wide as the others
         or solver_bytes(extractor.kind, len(features), extractor.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
     }
-    pooling, least, (kind, _), found = best_space(spaces, candidates, wrong)
-    return {"pooling": pooling, "frozen": kind, "frozen_loss": least}, {"weight": found.weight, "bias": found.bias}
+    pooling, least, (kind, _), classifier = best_space(spaces, candidates, wrong)
+    return FrozenRival.model_validate({"pooling": pooling, "kind": kind, "loss": least}), classifier
 
 
-def _pooled(features: Features) -> dict[str, np.ndarray]:
+def _pooled(features: Features) -> dict[Pooling, np.ndarray]:
     """Embeddings of length 1, [items, hidden] each, and how those of a pair's texts differ."""
-    found = {"mean": features["mean"]}
-    if (position := features.get("dense", features.get("last"))) is not None:
+    found: dict[Pooling, np.ndarray] = {} if features.mean is None else {"mean": features.mean}
+    position = features.last if features.dense is None else features.dense
+    if position is not None:
         found["head"] = position / np.maximum(np.linalg.norm(position, axis=1, keepdims=True), 1e-12)
-    return found | {"apart": features["apart"]} if "apart" in features else found
+    if features.apart is not None:
+        found["apart"] = features.apart
+    return found
 
 
-def predicted(extractor: Extractor, rows: Any, pooling: str, found: Linear) -> list[tuple[int, np.ndarray]]:
+def predicted(extractor: Extractor, rows: Any, rival: FrozenRival, found: Linear) -> list[tuple[int, np.ndarray]]:
     """What the rival gives: for each row its number, and the outputs of its items, [items, outputs]."""
-    layers = None if pooling != "head" else head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
+    layers = (
+        None if rival.pooling != "head" else head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
+    )
 
     def run(size: int) -> list[tuple[int, np.ndarray]]:
         answers: list[tuple[int, np.ndarray]] = []
-        for part in extractor.passes(rows, layers, size, apart=pooling == "apart"):
-            if not len(part["rows"]):  # no word of these rows has a token
+        for part in extractor.passes(rows, layers, size, apart=rival.pooling == "apart"):
+            if not len(part.rows):  # no word of these rows has a token
                 continue
-            begins = np.sort(np.unique(part["rows"], return_index=True)[1])
-            outputs = np.split(found(_pooled(part)[pooling]), begins[1:])
-            answers += zip(part["rows"][begins].tolist(), outputs, strict=True)
+            numbers, begins = np.unique(part.rows, return_index=True)
+            order = np.argsort(begins)
+            outputs = np.split(found(_pooled(part)[rival.pooling]), np.sort(begins)[1:])
+            answers += zip(numbers[order].tolist(), outputs, strict=True)
         return answers
 
     return extractor.within_memory(run)

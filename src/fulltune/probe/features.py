@@ -6,7 +6,7 @@ One pass over the rows, of pairs three, batch by batch; in memory stays what sci
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
 from fulltune.models import evaluating
 from fulltune.models.sharding import runs_together
-from fulltune.probe.layers import HeadLayers, see
+from fulltune.probe.layers import HeadLayers, Seen, see
 from fulltune.probe.linear import Items, NoProbe
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import MOST_ROWS, OTHER_TOKENS, items_per_row, rows_within
@@ -29,12 +29,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-Features = dict[str, np.ndarray]
-"""Of items, in the order of their rows, by names. `labels`: class or number [items]; 0 or 1 for each label [items,
-labels], of a choice whether it is right, of a token whether the answer begins and ends there. `rows`: the row of each
-item [items]. Float32 [items, hidden], each where it is there: `last` and `dense`, what these layers of the head read;
-`mean`, of the last hidden states over tokens, scaled to length 1; `apart`, `compared` of a pair's texts, each read
-alone, [items, 2 hidden + 1]."""
+@dataclass(frozen=True)
+class Features:
+    """Of items, in the order of their rows; float32 [items, hidden] each."""
+
+    last: np.ndarray | None
+    """What the head's last layer reads; None: it was not looked at."""
+    dense: np.ndarray | None
+    """What its dense layer reads; None: it has none."""
+    mean: np.ndarray | None
+    """Mean of the last hidden states over tokens, scaled to length 1; None: an item is a token itself, or the body has
+    fewer states than there are tokens."""
+    labels: np.ndarray
+    """Class or number [items]; 0 or 1 for each label [items, labels]; of a choice whether it is right [items]; of a
+    token whether the answer begins and ends there [items, 2]."""
+    rows: np.ndarray
+    """The row of each item [items]."""
+    apart: np.ndarray | None = None
+    """`compared` of a pair's texts, each read alone, [items, 2 hidden + 1]; None: items are no pairs, or their
+    texts are not told apart."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +91,8 @@ class Extractor:
         return with_smaller_batches("linear probe", self.batch_size, run)
 
     def items(self, features: np.ndarray, of: Features) -> Items:
-        """What a classifier is fitted on. Choices and tokens compete with those of their row alone, so they are what
-        tells them from its mean."""
-        labels, rows = of["labels"], of["rows"]
-        if self.kind in ("choice", "span"):
-            _, begins, counts = np.unique(rows, return_index=True, return_counts=True)
-            means = np.add.reduceat(features, begins) / counts[:, None].astype(np.float32)
-            features = features - np.repeat(means, counts, axis=0)
-        return Items(self.kind, features, labels, rows, self.num_outputs, self.class_weights)
+        """What a classifier is fitted on."""
+        return Items(self.kind, features, of.labels, of.rows, self.num_outputs, self.class_weights)
 
     def passes(self, rows: Any, layers: HeadLayers | None, batch_size: int, apart: bool = True) -> Iterator[Features]:
         """The features of each batch, longest rows first; without `layers` the means alone, with `apart` also those of
@@ -104,8 +111,8 @@ class Extractor:
                 with torch.no_grad(), autocast(model, self.precision):
                     seen = see(model, layers, batch)
                     found = _of_items(seen, batch, labels, chosen, self.kind, np.asarray(positions))
-                    if apart and self.separators and "mean" in found:
-                        found["apart"] = self._apart(chosen)
+                    if apart and self.separators and found.mean is not None:
+                        found = replace(found, apart=self._apart(chosen))
                 yield found
 
     def _apart(self, chosen: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -113,8 +120,8 @@ class Extractor:
         texts, means = each_alone(chosen, self.separators), list[Any]()
         for part in (texts[: len(chosen)], texts[len(chosen) :]):
             batch, _ = self._collated(part)
-            means.append(_mean(see(self.model, None, batch)["hidden"], batch))
-        return _finite(compared(*means))
+            means.append(_mean(see(self.model, None, batch)[0], batch))
+        return _finite(compared(*means).cpu().numpy())
 
     def _collated(self, rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What the model reads, and the labels, which stay on the host."""
@@ -136,13 +143,17 @@ def sampled(rows: Any, kind: ProblemType, num_choices: int, width: int, most: in
 def joined(parts: Iterable[Features]) -> Features:
     """The features of several batches, in the order of their rows."""
     several = list(parts)
-    order = np.argsort(np.concatenate([part["rows"] for part in several]), kind="stable")
-    names = [name for name in several[0] if all(name in part for part in several)]
-    return {name: np.concatenate([part[name] for part in several])[order] for name in names}
+    order = np.argsort(np.concatenate([part.rows for part in several]), kind="stable")
+
+    def whole(name: str) -> Any:
+        found = [getattr(part, name) for part in several]
+        return None if any(one is None for one in found) else np.concatenate(found)[order]
+
+    return Features(*(whole(field.name) for field in fields(Features)))
 
 
 def _of_items(
-    seen: Mapping[str, torch.Tensor],
+    seen: Seen,
     batch: Mapping[str, torch.Tensor],
     labels: torch.Tensor,
     chosen: Sequence[Mapping[str, Any]],
@@ -152,35 +163,46 @@ def _of_items(
     """What `see` has seen, item by item."""
     import torch
 
-    hidden = seen["hidden"]
+    hidden, last, dense = seen
     picked: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     match kind:
         case "tags":
             picked = labels != IGNORED
             mean, found = _words(hidden, chosen), labels[picked].numpy()
+            counts = picked.sum(dim=1).numpy()
         case "choice":
             mean = _mean(hidden, {name: one.flatten(0, 1) for name, one in batch.items()})
-            found = np.eye(len(hidden) // len(labels), dtype=np.int64)[labels.numpy()].reshape(-1, 1)
+            counts = np.full(len(positions), len(hidden) // len(positions))
+            found = np.zeros((len(positions), counts[0]), np.int64)
+            found[np.arange(len(positions)), labels.numpy()] = 1
+            found = found.ravel()
         case "span":
             places, found = _tokens(labels.numpy(), positions)
             picked = torch.zeros(hidden.shape[:2], dtype=torch.bool)
             picked[places] = True
+            counts = picked.sum(dim=1).numpy()
         case _:
             mean, found = _mean(hidden, batch), labels.numpy()
-    tensors = {name: one.reshape(-1, one.shape[-1]) for name, one in seen.items() if name != "hidden"}
-    if picked is None:
-        rows = np.repeat(positions, len(found) // len(positions))
-    else:
-        rows = positions[picked.nonzero()[:, 0].numpy()]
-        tensors = {name: one[picked.flatten().to(one.device)] for name, one in tensors.items()}
-    if mean is not None:
-        tensors["mean"] = mean
-    return {**{name: _finite(one) for name, one in tensors.items()}, "labels": found, "rows": rows}
+            counts = np.ones(len(positions), np.int64)
+
+    def items(values: torch.Tensor | None) -> np.ndarray | None:
+        if values is None:
+            return None
+        flat = values.reshape(-1, values.shape[-1])
+        flat = flat if picked is None else flat[picked.flatten().to(flat.device)]
+        return _finite(flat.cpu().numpy())
+
+    return Features(
+        items(last),
+        items(dense),
+        None if mean is None else _finite(mean.cpu().numpy()),
+        found,
+        np.repeat(positions, counts),
+    )
 
 
-def _finite(tensor: torch.Tensor) -> np.ndarray:
-    values: np.ndarray = tensor.cpu().numpy()
+def _finite(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         raise NoProbe("features of the untouched model are not finite")
     return values

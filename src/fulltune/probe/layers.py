@@ -76,9 +76,13 @@ def body_of(model: Any) -> Any:
     return body
 
 
-def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Run a batch without labels, and keep float32 [..., hidden] each: `hidden`, the body's last states; with `layers`
-    also `last`, what the last layer reads for each vector of logits, and `dense`, what that layer reads there.
+Seen = tuple["torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"]
+"""Float32 [..., hidden]: the body's last hidden states; what the last layer reads for each vector of logits, None where
+it was not looked at; and what the dense layer reads in the same places."""
+
+
+def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> Seen:
+    """Run a batch without labels, and keep the hidden states and what the head's layers read.
 
     Raises:
         NoProbe: When the logits are not those of the last layer, or the body is not to be seen.
@@ -107,17 +111,18 @@ def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
         raise NoProbe(f"{type(model).__name__} does not run its body once")
     [hidden] = read["body"]
     if layers is None:
-        return {"hidden": hidden}
-    logits, last, dense = logits_of(outputs).float(), read["last"], read.get("dense", [])
-    seen = {"given": given[0], "last": last[0]} if len(given) == 1 else {}
-    if seen and len(dense) == 1 and dense[0].shape[:-1] == last[0].shape[:-1]:
-        seen["dense"] = dense[0]
-    if seen and given[0].numel() != logits.numel():
-        seen = {name: _last_token(model, batch, one) for name, one in seen.items()}
-    shown = seen.pop("given", logits[:0]).flatten()
-    if shown.shape != logits.flatten().shape or not torch.allclose(shown, logits.flatten(), 0, 0, equal_nan=True):
+        return hidden, None, None
+    logits = logits_of(outputs).float()
+    pick = _last_token if len(given) == 1 and given[0].numel() != logits.numel() else None
+    shown = [one if pick is None else pick(model, batch, one) for one in given]
+    is_all = len(shown) == 1 and shown[0].numel() == logits.numel()
+    if not is_all or not torch.allclose(shown[0].flatten(), logits.flatten(), rtol=0, atol=0, equal_nan=True):
         raise NoProbe(f"the logits of {type(model).__name__} are not just those of its last layer")
-    return {"hidden": hidden, **seen}
+    [last], dense = read["last"], read.get("dense", [])
+    along = dense[0] if len(dense) == 1 and dense[0].shape[:-1] == last.shape[:-1] else None
+    if pick is not None:
+        last, along = pick(model, batch, last), None if along is None else pick(model, batch, along)
+    return hidden, last, along
 
 
 def _last_token(model: Any, batch: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:

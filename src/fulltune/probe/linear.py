@@ -59,14 +59,9 @@ class Items:
     features: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
-    """The row of each item."""
+    """The row of each item: choices and tokens of a row exclude each other."""
     num_outputs: int
     class_weights: Sequence[float] | None = None
-
-    @property
-    def has_several(self) -> bool:
-        """An item has any number of labels, [items, labels], each judged by itself."""
-        return self.labels.ndim == 2
 
     def part(self, chosen: np.ndarray) -> Items:
         """Some of the items, bool [items]."""
@@ -90,17 +85,11 @@ def fits(items: Items, has_bias: bool = True, strengths: Sequence[float] = STREN
     count, width = items.features.shape
     if solver_bytes(items.kind, count, items.num_outputs, width) > MOST_SOLVER_BYTES:
         raise NoProbe(f"{items.num_outputs:,} classes of {width:,} features are too many to fit")
-    shift, scale = standard(items.features, has_bias)
-    features = ((items.features - shift) * scale).astype(np.float32)
-    if items.kind == "regression":
-        path = _ridge(features, items.labels, has_bias, strengths)
-    elif items.has_several:
-        path = _each_label(items, features, has_bias, strengths)
-    else:
-        path = _logistic(features, items.labels, items.num_outputs, strengths, items.class_weights, has_bias)
+    shift, scale = standard(items.features, has_bias and items.kind not in ("choice", "span"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the solver stopped early: held-out rows judge what it found
-        for strength, found in path:
+        features = ((items.features - shift) * scale).astype(np.float32)
+        for strength, found in _fitted(items, features, has_bias, strengths):
             weight = found.weight * scale
             yield strength, Linear(weight.astype(np.float32), (found.bias - weight @ shift).astype(np.float32))
 
@@ -112,6 +101,20 @@ def standard(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarra
     variance = ((features - centre) ** 2).mean(axis=0)
     size = np.median((features.astype(np.float64) ** 2).mean(axis=0))  # not the mean: few may be far larger
     return centre, 1.0 / np.sqrt(np.maximum(variance, max(LEAST_SPREAD**2 * size, 1e-30)))
+
+
+def _fitted(
+    items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
+) -> Iterator[tuple[float, Linear]]:
+    match items.kind:
+        case "regression":
+            yield from _ridge(features, items.labels, has_bias, strengths)
+        case "multi_label":
+            yield from _each_label(items, features, has_bias, strengths)
+        case "choice" | "span":
+            yield from _within_rows(items, features, strengths)
+        case _:
+            yield from _logistic(features, items.labels, items.num_outputs, strengths, items.class_weights, has_bias)
 
 
 def _logistic(
@@ -192,6 +195,28 @@ def _ridge(
         model = Ridge(alpha=len(features) * RIDGE / strength, fit_intercept=has_bias)
         model.fit(features, numbers - middle)
         yield strength, Linear(model.coef_[None], np.broadcast_to(model.intercept_ + middle, 1))
+
+
+def _within_rows(items: Items, features: np.ndarray, strengths: Sequence[float]) -> Iterator[tuple[float, Linear]]:
+    """The right item of each row against each other one: a logistic regression on their differences, without a bias,
+    which all items of a row would share."""
+    outputs = [_differences(features, right, items.rows) for right in items.labels.reshape(len(features), -1).T]
+    paths = []
+    for differences in outputs:
+        if not len(differences):
+            raise NoProbe("no train row has a right and a wrong choice")
+        signs = np.where(np.arange(len(differences)) % 2, 1, -1)
+        paths.append(list(_logistic(differences * signs[:, None], (signs > 0).astype(np.int64), 2, strengths)))
+    for several in zip(*paths, strict=True):
+        weight = np.concatenate([2 * found.weight[1:] for _, found in several])
+        yield several[0][0], Linear(weight, np.zeros(len(weight)))
+
+
+def _differences(features: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Features of a row's right item less those of each wrong one: [wrong items, hidden]."""
+    of_row = dict(zip(rows[right == 1].tolist(), np.flatnonzero(right == 1).tolist(), strict=True))
+    wrong = np.array([i for i in np.flatnonzero(right == 0) if int(rows[i]) in of_row], np.int64)
+    return features[[of_row[int(rows[i])] for i in wrong]] - features[wrong]
 
 
 def centroids(items: Items) -> Linear:
@@ -278,18 +303,40 @@ def loss(items: Items, found: Linear) -> float:
     variance."""
     weights = None if items.class_weights is None else np.asarray(items.class_weights)
     outputs = found(items.features).astype(np.float64)
-    if items.kind == "regression":
-        return float(((outputs[:, 0] - items.labels) ** 2).mean() / max(items.labels.var(), 1e-30))
-    if items.has_several:
-        losses = np.logaddexp(0, np.where(items.labels > 0.5, -outputs, outputs))
-        return float((losses if weights is None else losses * np.where(items.labels > 0.5, weights, 1.0)).mean())
+    match items.kind:
+        case "regression":
+            return float(((outputs[:, 0] - items.labels) ** 2).mean() / max(items.labels.var(), 1e-30))
+        case "multi_label":
+            losses = np.logaddexp(0, np.where(items.labels > 0.5, -outputs, outputs))
+            return float((losses if weights is None else losses * np.where(items.labels > 0.5, weights, 1.0)).mean())
+        case "choice" | "span":
+            right = items.labels.reshape(len(outputs), -1) == 1
+            return float(
+                np.mean([_row_losses(outputs[:, i], right[:, i], items.rows).mean() for i in range(outputs.shape[1])])
+            )
     chances = softmax(outputs, axis=1)[np.arange(len(outputs)), items.labels]
     losses = -np.log(np.maximum(chances, _LEAST_CHANCE))
     return float(losses.mean() if weights is None else (losses * weights[items.labels]).mean())
 
 
 def wrong(items: Items, found: Linear) -> float:
-    """Share of items whose best output is not the right one; where an item has no single class, the loss."""
-    if items.kind == "regression" or items.has_several:
+    """Share of items (of choices: of rows) whose best output is not the right one; where items have no class, the
+    loss."""
+    if items.kind in ("regression", "multi_label"):
         return loss(items, found)
-    return float((found(items.features).argmax(axis=1) != items.labels).mean())
+    outputs = found(items.features)
+    if items.kind == "choice":
+        order = np.lexsort((outputs[:, 0], items.rows))
+        last = np.append(items.rows[order][1:] != items.rows[order][:-1], True)
+        return float((items.labels[order][last] != 1).mean())
+    return float((outputs.argmax(axis=1) != items.labels).mean())
+
+
+def _row_losses(outputs: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Cross entropy of each right item among those of its row."""
+    _, row = np.unique(rows, return_inverse=True)
+    highest = np.full(row.max() + 1, -np.inf)
+    np.maximum.at(highest, row, outputs)
+    sums = np.bincount(row, np.exp(outputs - highest[row]))
+    losses: np.ndarray = (highest + np.log(sums))[row[right]] - outputs[right]
+    return losses

@@ -6,6 +6,7 @@ from typing import Literal
 
 from fulltune.records.base import Record
 
+Pooling = Literal["head", "mean", "apart"]
 MOST_ROWS = 20_000
 """Train rows that are looked at; more change a linear classifier little."""
 MOST_FEATURE_BYTES = 2**28
@@ -37,27 +38,35 @@ def solver_bytes(kind: str, num_items: int, num_outputs: int, width: int) -> int
     return 8 * num_outputs * (25 * width + logits)
 
 
-class Probe(Record):
-    """What was fitted on the untouched model: where a new head starts, and the best simple classifier on pooled
-    embeddings."""
+class HeadStart(Record):
+    """What a new head starts from."""
 
-    has_head: bool = False
-    """A new head can start from it; else `why_not`."""
-    why_not: str = ""
-    dense: Literal["kept", "scaled", "mean"] | None = None
+    dense: Literal["kept", "scaled", "mean"] | None
     """What became of the dense layer before the last one. `kept`: as it was loaded, or drawn; `scaled`: the identity,
     each feature scaled; `mean`: it gives, as far as it can, the mean over all tokens. None: there is none."""
-    strength: float | None = None
+    strength: float
     """Of those in `fulltune.probe.linear.STRENGTHS`; the larger, the less regularised."""
-    loss: float | None = None
-    """Of the head on held-out rows: cross entropy in nats, of numbers the share of the variance that is left."""
-    frozen: Literal["logistic regression", "ridge regression", "nearest centroid"] | None = None
-    """The classifier on embeddings; None: none could be fitted."""
-    frozen_loss: float | None = None
-    """Its loss on held-out rows: the share that it gets wrong; of several labels, choices and numbers as `loss`."""
-    pooling: Literal["head", "mean", "apart"] | None = None
-    """What it reads. `mean`: over all tokens (of a word, of a choice); `head`: what the model's class reads, such as
-    its first token; `apart`: what `fulltune.probe.features.compared` makes of a pair's texts, each read alone."""
+    loss: float
+    """On held-out rows: cross entropy in nats, of numbers the share of the variance that is left."""
+
+
+class FrozenRival(Record):
+    """The best simple classifier on pooled embeddings of the untouched model."""
+
+    pooling: Pooling
+    """`mean`: over all tokens (of a word, of a choice); `head`: what the model's class reads, such as its first
+    token; `apart`: what `fulltune.probe.features.compared` makes of a pair's texts, each read alone."""
+    kind: Literal["logistic regression", "ridge regression", "nearest centroid"]
+    loss: float
+    """On held-out rows: the share that it gets wrong; of numbers the share of the variance that is left."""
+
+
+class Probe(Record):
+    """What was fitted on the untouched model."""
+
+    head: HeadStart | None
+    frozen: FrozenRival | None
+    why_not: str = ""
     train_rows: int = 0
     """Rows behind it; `of_rows` are there."""
     of_rows: int = 0
@@ -68,8 +77,9 @@ class Probe(Record):
     @property
     def in_words(self) -> str:
         """What becomes of the head, for a check line."""
-        if not self.has_head:
+        if self.head is None:
             return f"drawn at random: {self.why_not}"
         dense = {"kept": "", "scaled": ", pooler scaled", "mean": ", pooler set to the mean of all tokens", None: ""}
-        rows = f"{self.train_rows:,} of {self.of_rows:,}" if self.train_rows < self.of_rows else f"{self.of_rows:,}"
-        return f"starts from a linear probe of the untouched model ({rows} train rows{dense[self.dense]})"
+        few = f"{self.train_rows:,} of " if self.train_rows < self.of_rows else ""
+        rows = f"{few}{self.of_rows:,} train rows"
+        return f"starts from a linear probe of the untouched model ({rows}{dense[self.head.dense]})"

@@ -44,7 +44,10 @@ def test_one_that_broke_off_is_fitted_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fitted(tmp_path, broken, rows, rows)
     model = model_of("Bert", "text-classification")
-    assert fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows).has_head
+    assert (
+        fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows).head
+        is not None
+    )
 
 
 def test_the_same_rows_give_the_same_bytes_and_draw_no_random_number(tmp_path: Path) -> None:
@@ -92,8 +95,8 @@ def test_layers_that_the_checkpoint_lacks_are_the_same_wherever_the_start_is_tak
     )
     rows, task = rows_of("single_label", 40), "text-classification"
     probe = fitted(tmp_path, lambda: extractor_of(first, "text-classification", "single_label"), rows, rows[:9])
-    assert probe.has_head
-    assert probe.dense is None
+    assert probe.head is not None
+    assert probe.head.dense is None
     for model in (first, other):
         put_head(model, tmp_path)
     one, another = (logits_alone(extractor_of(model, task, "single_label"), rows[:5]) for model in (first, other))
@@ -110,12 +113,13 @@ def test_rival_answers_each_row_by_its_number(task: TaskName, kind: ProblemType,
     rows = rows_of(kind, 40)
     probe = fitted(tmp_path, lambda: extractor_of(model, task, kind), rows, rows[:9])
     rival = rival_of(tmp_path)
+    assert probe.frozen is not None
     if kind == "tags":
         rows[5]["labels"] = [-100] * len(rows[5]["labels"])
         rows[5]["word_ids"] = [-1] * len(rows[5]["word_ids"])
     found = {}
     for batch_size in (7, 1):
-        answers = predicted(extractor_of(model, task, kind, batch_size=batch_size), rows, str(probe.pooling), rival)
+        answers = predicted(extractor_of(model, task, kind, batch_size=batch_size), rows, probe.frozen, rival)
         found[batch_size] = dict(answers)
         assert len(answers) == len(found[batch_size]) == (39 if kind == "tags" else 40)
     for number, outputs in found[7].items():

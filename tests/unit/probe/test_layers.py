@@ -13,9 +13,8 @@ from transformers import BertForSequenceClassification, FunnelConfig, FunnelForS
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fulltune.probe import fitted, put_head
-from fulltune.probe.features import Features
 from fulltune.probe.layers import after_dense, head_layers, see
-from fulltune.probe.linear import Items, Linear, NoProbe, best, fits, loss
+from fulltune.probe.linear import Items, Linear, NoProbe, loss
 from fulltune.recipe.tasks import ProblemType, TaskName
 from tests.unit.probe.models import PAD, extractor_of, image_rows, logits_alone, model_of, rows_of
 
@@ -66,39 +65,38 @@ def test_what_the_head_reads_gives_the_models_own_logits(
 
     def compare() -> np.ndarray:
         features = extractor.features(eval_rows, layers)
+        assert features.last is not None
         parameters = dict(model.named_parameters())
         bias = parameters.get(f"{last}.bias", torch.zeros(outputs))
         linear = Linear(parameters[f"{last}.weight"].detach().numpy(), bias.detach().numpy())
-        found, alone = linear(features["last"]), logits_alone(extractor, eval_rows[:ALONE])
+        found, alone = linear(features.last), logits_alone(extractor, eval_rows[:ALONE])
         if kind == "span":  # only some of the tokens are looked at
             for row, logits in enumerate(alone):
                 start, end, *_ = eval_rows[row]["labels"]
-                here, labels = (values[features["rows"] == row] for values in (found, features["labels"]))
+                here, labels = found[features.rows == row], features.labels[features.rows == row]
                 for column, token in enumerate((start, end)):
                     [value] = here[labels[:, column] == 1, column]
                     assert value == pytest.approx(logits[token, column], abs=1e-4)
             return found
-        np.testing.assert_allclose(found[features["rows"] < ALONE], np.concatenate(alone), atol=1e-4)
-        if "dense" in features:
-            kept = model.get_submodule(dense)(torch.from_numpy(features["dense"])).detach().numpy()
-            found_after = after_dense(model, str(dense), features["dense"], features["last"])
+        np.testing.assert_allclose(found[features.rows < ALONE], np.concatenate(alone), atol=1e-4)
+        if features.dense is not None:
+            kept = model.get_submodule(dense)(torch.from_numpy(features.dense)).detach().numpy()
+            found_after = after_dense(model, str(dense), features.dense, features.last)
             assert found_after is not None
-            np.testing.assert_allclose(found_after[1](kept), features["last"], atol=1e-5)
+            np.testing.assert_allclose(found_after[1](kept), features.last, atol=1e-5)
         return found
 
     compare()
     probe = fitted(tmp_path, lambda: extractor, rows_for(task, kind, 60), eval_rows)
-    assert probe.has_head, probe.why_not
+    assert probe.head is not None, probe.why_not
     assert probe.why_not == ""
-    assert (probe.dense is None) == (dense is None)
+    assert (probe.head.dense is None) == (dense is None)
     assert probe.held_out == "eval rows"
     put_head(model, tmp_path)
     logits = compare()
     features = extractor.features(eval_rows, layers)
-    if kind in ("choice", "span"):  # what is compared within a row has no loss of its own
-        return
-    given = Items(kind, logits, features["labels"], features["rows"], outputs)
-    assert loss(given, Linear(np.eye(outputs), np.zeros(outputs))) == pytest.approx(probe.loss, abs=2e-3)
+    given = Items(kind, logits, features.labels, features.rows, outputs)
+    assert loss(given, Linear(np.eye(outputs), np.zeros(outputs))) == pytest.approx(probe.head.loss, abs=2e-3)
 
 
 @pytest.mark.parametrize(("name", "task", "kind", "last", "dense"), CASES)
@@ -109,44 +107,30 @@ def test_the_mean_over_tokens_is_seen_without_the_head(
     model = model_of(name, task, outputs)
     extractor, rows = extractor_of(model, task, kind), rows_for(task, kind, 20)
     one, other = extractor.features(rows, None), extractor.features(rows, head_layers(model, task, outputs))
-    assert set(one) == {"labels", "rows"} | ({"mean"} if kind != "span" else set())
+    assert one.last is None
+    assert one.dense is None
     if kind == "span":
+        assert one.mean is None
         return
-    np.testing.assert_allclose(one["mean"], other["mean"], atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(one["mean"], axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(one["rows"], other["rows"])
+    assert one.mean is not None
+    assert other.mean is not None
+    np.testing.assert_allclose(one.mean, other.mean, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(one.mean, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(one.rows, other.rows)
     alone = extractor_of(model, task, kind, batch_size=1).features(rows, None)
-    np.testing.assert_allclose(one["mean"], alone["mean"], atol=1e-4)
+    assert alone.mean is not None
+    np.testing.assert_allclose(one.mean, alone.mean, atol=1e-4)
 
 
 def test_items_stand_in_the_order_of_their_rows_with_their_labels() -> None:
     model = model_of("Bert", "token-classification")
     rows = rows_of("tags", 30)
     features = extractor_of(model, "token-classification", "tags").features(rows, None)
-    np.testing.assert_array_equal(features["labels"], np.concatenate([row["tags"] for row in rows]))
-    np.testing.assert_array_equal(features["rows"], np.repeat(np.arange(30), [len(row["tags"]) for row in rows]))
+    np.testing.assert_array_equal(features.labels, np.concatenate([row["tags"] for row in rows]))
+    np.testing.assert_array_equal(features.rows, np.repeat(np.arange(30), [len(row["tags"]) for row in rows]))
     chosen = rows_of("choice", 30)
     features = extractor_of(model_of("Bert", "multiple-choice"), "multiple-choice", "choice").features(chosen, None)
-    np.testing.assert_array_equal(features["labels"].reshape(30, 4).argmax(axis=1), [row["labels"] for row in chosen])
-
-
-def _within_rows(kind: ProblemType, count: int, seed: int) -> tuple[Features, np.ndarray]:
-    """Nine items a row, one or two of them right by a planted direction; what a row's items share says nothing."""
-    random, outputs = np.random.default_rng(seed), 1 if kind == "choice" else 2
-    features = random.normal(size=(count, 9, 16)) + 20 * random.normal(size=(count, 1, 16))
-    scores = features @ np.random.default_rng(7).normal(size=(16, outputs))
-    labels = (scores == scores.max(axis=1, keepdims=True)).astype(np.int64).reshape(-1, outputs)
-    items = {"labels": labels, "rows": np.repeat(np.arange(count), 9), "mean": features.reshape(-1, 16)}
-    return {name: one.astype(np.float32) if name == "mean" else one for name, one in items.items()}, labels
-
-
-@pytest.mark.parametrize(("kind", "task"), [("choice", "multiple-choice"), ("span", "question-answering")])
-def test_choices_and_tokens_are_told_from_the_others_of_their_row(kind: ProblemType, task: TaskName) -> None:
-    extractor = extractor_of(None, task, kind)
-    (train, _), (others, right) = (_within_rows(kind, 300, seed) for seed in (1, 2))
-    *_, found = best(extractor.items(train["mean"], train), extractor.items(others["mean"], others), fits, loss)
-    outputs = found(others["mean"]).reshape(300, 9, -1)
-    assert (outputs.argmax(axis=1) == right.reshape(300, 9, -1).argmax(axis=1)).mean() > 0.9
+    np.testing.assert_array_equal(features.labels.reshape(30, 4).argmax(axis=1), [row["labels"] for row in chosen])
 
 
 class Scaled(nn.Module):
@@ -198,9 +182,10 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
     ):
         see(model, layers, batch)
     probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
-    assert not probe.has_head
+    assert probe.head is None
     assert "not just those of its last layer" in probe.why_not
-    assert probe.pooling == "mean"
+    assert probe.frozen is not None
+    assert probe.frozen.pooling == "mean"
     before = {name: one.clone() for name, one in model.state_dict().items()}
     put_head(model, tmp_path)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
@@ -217,8 +202,18 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
         head_layers(model, "text-classification", 3)
     rows = rows_of("single_label", 20)
     probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
-    assert (probe.has_head, probe.frozen) == (False, None)
+    assert (probe.head, probe.frozen) == (None, None)
     assert "does not tell its body from its head" in probe.why_not
+
+
+def test_tokens_of_an_answer_are_not_read_where_no_layer_can_be_fitted(tmp_path: Path) -> None:
+    model, rows = model_of("Bert", "question-answering"), rows_of("span", 20)
+    model.qa_outputs = nn.Identity()
+    seen = list[Any]()
+    model.bert.register_forward_pre_hook(lambda module, args: seen.append(args))
+    probe = fitted(tmp_path, lambda: extractor_of(model, "question-answering", "span"), rows, rows)
+    assert (probe.head, probe.frozen, seen) == (None, None, [])
+    assert "does not end in a linear layer" in probe.why_not
 
 
 class Unread(BertForSequenceClassification):
@@ -254,12 +249,13 @@ def test_pooler_that_the_last_layer_does_not_read_alone_is_kept(kind: Any, tmp_p
     extractor = extractor_of(model, "text-classification", "single_label")
     eval_rows = rows_of("single_label", 200, seed=1)
     probe = fitted(tmp_path, lambda: extractor, rows_of("single_label", 60), eval_rows)
-    assert probe.has_head
-    assert probe.dense == "kept"
+    assert probe.head is not None
+    assert probe.head.dense == "kept"
     put_head(model, tmp_path)
     features = extractor.features(eval_rows, head_layers(model, "text-classification", 3))
+    assert features.last is not None
     classifier = Linear(model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy())
-    assert loss(extractor.items(features["last"], features), classifier) == pytest.approx(probe.loss, abs=2e-3)
+    assert loss(extractor.items(features.last, features), classifier) == pytest.approx(probe.head.loss, abs=2e-3)
     assert torch.equal(model.bert.pooler.dense.weight, plain.bert.pooler.dense.weight)
 
 
@@ -270,7 +266,7 @@ def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
     rows = rows_of("single_label", 40)
     rows[7]["input_ids"][0] = 17
     probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
-    assert (probe.has_head, probe.frozen) == (False, None)
+    assert (probe.head, probe.frozen) == (None, None)
     assert probe.why_not == "features of the untouched model are not finite"
     assert probe.in_words == "drawn at random: features of the untouched model are not finite"
 
@@ -281,5 +277,5 @@ def test_body_with_fewer_states_than_tokens_has_no_mean_and_still_a_probe(tmp_pa
     model = FunnelForSequenceClassification(config).eval()
     rows = rows_of("single_label", 40)
     probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
-    assert probe.has_head
+    assert probe.head is not None
     assert probe.frozen is None

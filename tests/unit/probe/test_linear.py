@@ -97,6 +97,40 @@ def test_numbers_are_found_at_their_own_scale(has_bias: bool) -> None:
     assert np.corrcoef(found(others.features)[:, 0], others.labels)[0, 1] > 0.99
 
 
+def choices(count: int, seed: int, choices_of_row: int = 4) -> Items:
+    """The right choice is the highest by a planted direction; a row's choices share what says nothing."""
+    features = drawn(count * choices_of_row, HIDDEN, seed=seed).reshape(count, choices_of_row, HIDDEN)
+    features += 20 * np.random.default_rng(seed).normal(size=(count, 1, HIDDEN))
+    scores = features @ planted(1).weight[0]
+    right = np.eye(choices_of_row, dtype=np.int64)[scores.argmax(axis=1)]
+    rows = np.repeat(np.arange(count), choices_of_row)
+    return items("choice", features.reshape(-1, HIDDEN), right.ravel(), 1, rows=rows)
+
+
+def test_the_right_choice_is_found_among_those_of_its_row() -> None:
+    train, others = choices(300, 1), choices(200, 2)
+    least, _, found = best(train, others, fits, loss)
+    assert wrong(others, found) < 0.1
+    assert least < np.log(4) / 2
+    assert found.weight.shape == (1, HIDDEN)
+    assert found.bias.tolist() == [0]
+
+
+def test_begin_and_end_of_a_span_are_found() -> None:
+    def spans(seed: int) -> Items:
+        count, tokens = 300, 9
+        features = drawn(count * tokens, HIDDEN, seed=seed)
+        scores = (features @ planted(2).weight.T).reshape(count, tokens, 2)
+        labels = (scores == scores.max(axis=1, keepdims=True)).astype(np.int64)
+        return items("span", features, labels.reshape(-1, 2), 2, rows=np.repeat(np.arange(count), tokens))
+
+    train, others = spans(1), spans(2)
+    least, _, found = best(train, others, fits, loss)
+    assert least < np.log(9) / 3
+    outputs = found(others.features).reshape(-1, 9, 2)
+    assert (outputs.argmax(axis=1) == others.labels.reshape(-1, 9, 2).argmax(axis=1)).mean() > 0.85
+
+
 def test_class_weights_move_the_border_towards_the_others() -> None:
     """Overlapping classes, one of them rare: with its weight it is found more often."""
     random = np.random.default_rng(0)
@@ -131,6 +165,7 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
             items("multi_label", drawn(9, HIDDEN), np.tile([0, 1], (9, 1)), 2),
             "each label is the same in all train rows",
         ),
+        (items("choice", drawn(4, HIDDEN), np.zeros(4, np.int64), 1), "no train row has a right and a wrong choice"),
         (
             items("single_label", drawn(20_000, HIDDEN), np.arange(20_000) % 5_000, 5_000),
             "5,000 classes of 16 features are too many to fit",
@@ -214,6 +249,9 @@ def test_noise_asks_for_the_strongest_hold_and_a_clear_signal_for_a_weaker_one()
     [
         ("single_label", [[2.0, 0.0], [0.0, 0.0]], [0, 1], [0, 1], (np.log1p(np.exp(-2)) + np.log(2)) / 2, 0.5),
         ("multi_label", [[0.0, 3.0]], [[1.0, 0.0]], [0], (np.log(2) + np.log1p(np.exp(3))) / 2, None),
+        ("choice", [[1.0, 0.0], [0.0, 0.0]], [1, 0], [5, 5], np.log1p(np.exp(-1)), 0.0),
+        ("choice", [[1.0, 0.0], [0.0, 0.0]], [0, 1], [5, 5], np.log1p(np.exp(1)), 1.0),
+        ("span", [[1.0, 0.0], [0.0, 0.0]], [[1, 0], [0, 1]], [5, 5], (np.log1p(np.exp(-1)) + np.log(2)) / 2, None),
         ("regression", [[1.0, 0.0], [3.0, 0.0]], [1.0, 5.0], [0, 1], 0.5, 0.5),
     ],
 )
@@ -226,7 +264,7 @@ def test_losses_by_hand(
     expected_wrong: float | None,
 ) -> None:
     """The outputs are the features themselves."""
-    outputs = 1 if kind == "regression" else 2
+    outputs = 1 if kind in ("choice", "regression") else 2
     given = items(kind, np.array(features), labels, outputs, rows=np.array(rows))
     found = Linear(np.eye(2)[:outputs], np.zeros(outputs))
     assert loss(given, found) == pytest.approx(expected_loss)

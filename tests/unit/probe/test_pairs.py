@@ -82,14 +82,14 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
     def extractor(around: frozenset[int]) -> Extractor:
         return Extractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
 
-    together = fitted(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:])
-    apart = fitted(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:])
-    assert together.frozen_loss is not None
-    assert apart.frozen_loss is not None
+    together = fitted(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).frozen
+    apart = fitted(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]).frozen
+    assert together is not None
+    assert apart is not None
     assert together.pooling != "apart"
     assert apart.pooling == "apart"
-    assert apart.frozen_loss < 0.1 < together.frozen_loss
-    answers = dict(predicted(extractor(frozenset({CLS, SEP})), rows[300:], "apart", rival_of(tmp_path / "apart")))
+    assert apart.loss < 0.1 < together.loss
+    answers = dict(predicted(extractor(frozenset({CLS, SEP})), rows[300:], apart, rival_of(tmp_path / "apart")))
     assert len(answers) == 100
     right = [answers[number][0].argmax() == row["labels"] for number, row in enumerate(rows[300:])]
     assert np.mean(right) > 0.9
@@ -99,5 +99,5 @@ def test_no_pass_has_more_rows_than_a_batch() -> None:
     model, seen = model_of("Bert", "text-classification", 2), list[int]()
     model.bert.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     extractor = Extractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=frozenset({CLS, SEP}))
-    assert "apart" in extractor.features(_pairs(40), None)
+    assert extractor.features(_pairs(40), None).apart is not None
     assert max(seen) == 16

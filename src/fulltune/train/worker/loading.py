@@ -229,7 +229,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
             batch = model_batch(model, task, [rows[i] for i in by_length(rows)[-2:]], tokenizer.pad_token_id)
             two = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
         learned = head is not None and head.order is not None
-        probed = head_start is not None and head_start.has_head
+        probed = head_start is not None and head_start.head is not None
         scaled, about_scale = scaled_head(
             model, summary.scale, two, plan.precision, gives_numbers=probed or learned, own_loss=inputs.has_own_loss
         )
@@ -315,7 +315,7 @@ def _start_head(inputs: AttemptInputs, learning: Learning, head: Head, tokenizer
         found = start_from_probe(learning, head, tokenizer, Path(inputs.request.run_folder), device)
     if inputs.observed.meter is not None:
         inputs.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
-    if not found.has_head:
+    if found.head is None:
         inputs.recorder.warn(f"no linear probe ({found.why_not}): the head starts at random")
     return found
 
@@ -344,7 +344,7 @@ def start_from_probe(learning: Learning, head: Head, tokenizer: Any, folder: Pat
         found = probe.fitted(folder, extractor, train_rows, eval_rows, together=together)
     if not together:
         model.to("cpu")  # where the method draws its values, whoever has fitted the probe
-    if not found.has_head:
+    if found.head is None:
         draw_again(model, head, plan.seed)
     else:
         probe.put_head(model, folder, eased=recipe.method.kind != "head")
