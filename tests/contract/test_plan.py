@@ -92,6 +92,17 @@ def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     assert "but there are 15.5 GiB of GPU memory" in result.problems[0]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("several", ["methods=[full, lora]", "method.learning_rate=search"])
+def test_lora_is_a_way_out_beside_a_budget_and_can_be_followed(several: str) -> None:
+    asked = ("--for", "1x RTX 4090, 64GB host", "--set", several, "--set", "compare.budget=2h")
+    found = seven_b(*asked)
+    assert found.code == 3
+    lines = found.out.replace(" \\\n ", "").splitlines()
+    (flags,) = (line for line in lines if "--set method=lora" in line)
+    assert seven_b(*asked, *shlex.split(flags)[1:]).code == 0
+
+
 SCALE = EXAMPLES.parent / "docs" / "scale.md"
 ROWS_OF_SCALE = [
     [cell.strip() for cell in line.strip("|").split("|")]

@@ -162,7 +162,8 @@ def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
     from fulltune.pipeline import check_recipe
 
     try:
-        changed = Recipe.model_validate({**recipe.model_dump(exclude_unset=True, exclude={"methods"}), "method": kind})
+        of_several: Any = {"methods": True, "compare": {"budget"}}
+        changed = Recipe.model_validate({**recipe.model_dump(exclude_unset=True, exclude=of_several), "method": kind})
         check_recipe(changed, base, runs_here=False)
     except (ValueError, RecipeError):  # a recipe's own checks, and those against the model
         return None

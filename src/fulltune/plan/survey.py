@@ -220,8 +220,12 @@ def _ways_out(
         need_of_lora = plan.disk.total if where == "disk" and plan.disk else plan.memory.peak if plan.memory else 0
         share = plan.num_trainable_parameters / (plan.num_trainable_parameters + plan.num_frozen_parameters)
         costs = f"another method, which trains {100 * share:.2g} % of the parameters"
-        frees = max(0, now - need_of_lora)
-        ways.append(ways_out.way({"method": "lora", **settings}, frees, True, costs, "method: lora", where))
+        frees, changed = max(0, now - need_of_lora), {"method": "lora", **settings}
+        if workload.recipe.methods:
+            changed["methods"] = []
+        if workload.recipe.compare.budget is not None:  # refused where nothing is compared or searched
+            changed["compare.budget"] = None
+        ways.append(ways_out.way(changed, frees, True, costs, "method: lora", where))
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 

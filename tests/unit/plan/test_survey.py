@@ -204,6 +204,14 @@ def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -
         assert not any("--set method=lora" in one.rule for one in found.advice)  # the command would be refused
 
 
+def test_method_as_a_way_out_leaves_no_comparison_behind() -> None:
+    compared = sizes.llama(methods=["full", "lora"], compare={"budget": "2h"})
+    found, _ = _survey(compared, "1x RTX 4090, 64GB host", _by("lora", SMALL))
+    (way,) = (one for one in found.ways_out if one.change == "method: lora")
+    assert way.settings.items() >= {"method": "lora", "methods": [], "compare.budget": None}.items()
+    assert "--set 'methods=[]' --set compare.budget=null" in ways_out.as_flags(way)
+
+
 def test_disk_too_small_has_ways_out_of_its_own() -> None:
     found, plan = planned("1x MI325X, 40GB disk")
     assert plan is None
