@@ -20,7 +20,7 @@ from fulltune.report.run.read import after_start, before_start, read_run
 from fulltune.stats.curves import (
     EATEN,
     LEAST_EVALUATIONS,
-    LEAST_READINGS,
+    LEAST_FOR_SHAPE,
     Curves,
     Point,
     diverged,
@@ -181,7 +181,7 @@ def diagnose(log: Log) -> tuple[Finding, ...]:
     readings, evaluations = len(log.curves.train_loss), len(log.curves.eval_loss)
     unseen = "" if evaluations >= LEAST_EVALUATIONS else "; with so few evaluations over-fitting cannot be seen"
     sound = ("sound", f"the curves show nothing that went wrong{unseen}", "")
-    if readings < LEAST_READINGS:
+    if readings < LEAST_FOR_SHAPE:
         sound = ("too little to tell", f"{counted(readings, 'reading')} of the train loss", "")
     return found or (sound,)
 
@@ -202,7 +202,7 @@ def _ended(log: Log) -> Iterator[Finding]:
 def _height(log: Log) -> Iterator[Finding]:
     """A loss that is not finite, or that left the place where it began."""
     lower = f"a lower rate: {_rate(log, 1 / 10)}"
-    last = log.grad_norm[-LEAST_READINGS:]
+    last = log.grad_norm[-LEAST_FOR_SHAPE:]
     # Norms that are not finite now and then are fp16's scaler at work, which leaves such updates out.
     norms = log.grad_norm if sum(not math.isfinite(value) for _, value in last) * 2 > len(last) else ()
     series = {"train loss": log.curves.train_loss, "gradient norm": norms, "eval loss": log.curves.eval_loss}

@@ -25,7 +25,7 @@ from fulltune.tasks import text_classification
 from fulltune.train import checkpoints, journal
 from fulltune.train.request import number_in
 from fulltune.train.worker import main as worker
-from fulltune.train.worker.evaluation import CurveGuard
+from fulltune.train.worker.evaluation import Evaluator
 from tests import tiny
 from tests.cases import others_long
 from tests.train import runs
@@ -237,14 +237,14 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
 
 def ask_in_evaluation(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the evaluation after a step be in its midst when the run is asked to stop."""
-    plain = CurveGuard.reduced
+    plain = Evaluator.reduced
 
-    def asked(scorer: CurveGuard, rows: Any) -> Any:
+    def asked(scorer: Evaluator, rows: Any) -> Any:
         if scorer.trainer.is_in_train and scorer.trainer.state.global_step == step:
             ask_to_stop()
         return plain(scorer, rows)
 
-    monkeypatch.setattr(CurveGuard, "reduced", asked)
+    monkeypatch.setattr(Evaluator, "reduced", asked)
 
 
 @pytest.mark.parametrize("step", others_long((0, 5), 5))

@@ -28,6 +28,8 @@ class GuardDecision:
 
 
 GO_ON = GuardDecision("go on")
+BEYOND_CHANCE = 2.0
+"""Standard errors above which a difference is taken to be more than chance."""
 
 
 def error_of_share(share: float, count: int) -> float:
@@ -36,14 +38,16 @@ def error_of_share(share: float, count: int) -> float:
     return math.sqrt(max(0.0, more * (1 - more)) / (count + 2))
 
 
-WINDOW = 10
+LOSS_WINDOW = 10
 """Logged losses that are taken together: single ones jump."""
-_FELL = 0.75
+_FELL_WELL = 0.75
+"""The mean of the lowest window over that of the first one, below which the loss had fallen well."""
 _SURE = 4.0
 """Standard errors of a window's mean."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
 _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
-_LEAST_READINGS = 4
+_LEAST_AT_END = 4
+"""Logged losses below which the end of a run is not judged."""
 
 
 def diverged(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
@@ -53,44 +57,45 @@ def diverged(losses: Sequence[float], learning_rate: float, untrained: float | N
 
 
 def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop when the loss had fallen well, more than batches differ by chance, and the median of its last `2 * WINDOW`
-    readings is back where it began, and where guessing is."""
-    first, now = statistics.fmean(losses[:WINDOW] or [0.0]), statistics.median(losses[-2 * WINDOW :] or [0.0])
-    if len(losses) < 4 * WINDOW or first <= 0 or now < max(first, untrained or 0.0):
+    """Stop when the loss had fallen well, more than batches differ by chance, and the median of its last
+    `2 * LOSS_WINDOW` readings is back where it began, and where guessing is."""
+    first, now = statistics.fmean(losses[:LOSS_WINDOW] or [0.0]), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
+    if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained or 0.0):
         return GO_ON
-    windows = (losses[place : place + WINDOW] for place in range(len(losses) - WINDOW + 1))
+    windows = (losses[place : place + LOSS_WINDOW] for place in range(len(losses) - LOSS_WINDOW + 1))
     place, low = min(enumerate(windows), key=lambda window: statistics.fmean(window[1]))
-    lowest, error = statistics.fmean(low), math.hypot(*map(statistics.stdev, (losses[:WINDOW], low))) / WINDOW**0.5
-    if lowest > _FELL * first or first - lowest < _SURE * error:
+    lowest = statistics.fmean(low)
+    error = math.hypot(*map(statistics.stdev, (losses[:LOSS_WINDOW], low))) / LOSS_WINDOW**0.5
+    if lowest > _FELL_WELL * first or first - lowest < _SURE * error:
         return GO_ON
     return GuardDecision(
         "stop",
-        f"the loss diverged: it fell from {first:.3g} to {lowest:.3g}, but the median of the last {2 * WINDOW} values "
-        f"is {now:.3g}. {_cause(learning_rate, 'third')}",
-        place + WINDOW,
+        f"the loss diverged: it fell from {first:.3g} to {lowest:.3g}, but the median of the last {2 * LOSS_WINDOW} "
+        f"values is {now:.3g}. {_cause(learning_rate, 'third')}",
+        place + LOSS_WINDOW,
     )
 
 
 def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Stop when of the last `2 * WINDOW` losses the median is above three times the beginning and at least 1 above it,
-    and not one is below one and a half times the beginning."""
-    begin, last = _beginning(losses, untrained), losses[-2 * WINDOW :]
-    if len(losses) <= 2 * WINDOW or not _is_far(begin, last):
+    """Stop when of the last `2 * LOSS_WINDOW` losses the median is above three times the beginning and at least 1 above
+    it, and not one is below one and a half times the beginning."""
+    begin, last = _beginning(losses, untrained), losses[-2 * LOSS_WINDOW :]
+    if len(losses) <= 2 * LOSS_WINDOW or not _is_far(begin, last):
         return GO_ON
-    return GuardDecision("stop", _far(begin, last, learning_rate), len(losses) - 2 * WINDOW)
+    return GuardDecision("stop", _far(begin, last, learning_rate), len(losses) - 2 * LOSS_WINDOW)
 
 
 def ended_high(
     losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained: float | None = None
 ) -> GuardDecision:
-    """Judge a finished run by the later half of its losses, at most `2 * WINDOW`: stop when they are surely far above
-    the beginning, warn when they are a little."""
-    if len(losses) < _LEAST_READINGS:
+    """Judge a finished run by the later half of its losses, at most `2 * LOSS_WINDOW`: stop when they are surely far
+    above the beginning, warn when they are a little."""
+    if len(losses) < _LEAST_AT_END:
         return GO_ON
-    begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, len(losses) // 2) :]
+    begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
     was_better = any(loss < begin for loss in eval_losses)
     if _is_far(begin, last):
-        is_sure = len(losses) >= 2 * WINDOW or (bool(eval_losses) and min(eval_losses) > _NONE_NEAR * begin)
+        is_sure = len(losses) >= 2 * LOSS_WINDOW or (bool(eval_losses) and min(eval_losses) > _NONE_NEAR * begin)
         return GuardDecision("stop" if is_sure and not was_better else "warn", _far(begin, last, learning_rate))
     now = statistics.median(last)
     times = _ABOVE if eval_losses else _ABOVE_UNEVALUATED
@@ -112,8 +117,8 @@ def made_worse(
 ) -> GuardDecision:
     """Stop a run when `behind` evaluations in a row were worse than the one before step 1 and the train loss has not
     fallen; over-fitting, whose loss falls, is for early stopping."""
-    begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * WINDOW :] or [0.0])
-    if behind < MOST_BEHIND or len(losses) < 2 * WINDOW or now < begin:
+    begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
+    if behind < MOST_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
     return GuardDecision(
         "stop",
@@ -127,9 +132,9 @@ def ended_worse(
 ) -> GuardDecision:
     """Judge a finished run whose kept evaluation is worse than the one before step 1 by more than two standard errors:
     stop where the train loss has not fallen either, else warn."""
-    begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, max(1, len(losses) // 2)) :]
+    begin, last = _beginning(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, said = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
-    if len(losses) < _LEAST_READINGS or now < begin:
+    if len(losses) < _LEAST_AT_END or now < begin:
         return GuardDecision("warn", f"{said}. A lower learning rate (here {learning_rate:g}), or fewer epochs")
     fallen = f"the train loss has not fallen ({begin:.3g} at the beginning, {now:.3g} at the end)"
     return GuardDecision("stop", f"{said}, and {fallen}. {_cause(learning_rate)}")
@@ -179,10 +184,8 @@ Kind = Literal["over-fitted", "over-confident", "under-fitted", "got worse", "so
 LEAST_EVALUATIONS = 3
 ROSE = 1.1
 """The last eval loss over the least one: smaller rises come and go with the order of the rows."""
-FELL = 0.97
+HARDLY_FELL = 0.97
 """The last train loss over an earlier one, from which on hardly anything was learned."""
-ERRORS = 2.0
-"""Standard errors by which a share has to fall before it is said to have fallen."""
 CEILING = 0.995
 """A share from which on next to nothing is left to gain."""
 ASSUMED_ROWS = 1000
@@ -201,8 +204,8 @@ _FLAT = 0.03
 """Share of its beginning by which a loss has to fall to have learned something."""
 EATEN = 0.5
 """Share of the values with a gradient that have to change: else rounding loses updates."""
-LEAST_READINGS = 8
-"""Of a train loss, below which nothing is said of its shape."""
+LEAST_FOR_SHAPE = 8
+"""Logged train losses below which nothing is said of the curve's shape."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ class Curves:
         if not is_share(self.metric_name):
             return (ROSE - 1 if self.is_loss else CHANGED) * abs(values[0])
         rows = self.eval_rows or ASSUMED_ROWS
-        return ERRORS * math.hypot(*(error_of_share(value, rows) for value in values))
+        return BEYOND_CHANCE * math.hypot(*(error_of_share(value, rows) for value in values))
 
 
 @dataclass(frozen=True)
@@ -305,7 +308,7 @@ def fit(curves: Curves) -> Fit:
     what = said if fell else f"the eval loss was least at {_place(curves, turn)}, {format_number(least)}, and rose"
     details = f"{gap}{_kept(curves, at)}"
     half = list(trained.values())[(len(trained) - 1) // 2]
-    if trained[end] >= FELL * max(trained[turn], half):
+    if trained[end] >= HARDLY_FELL * max(trained[turn], half):
         return Fit("got worse", f"{what}, and the train loss did not fall meanwhile, either", at, details, _LOWER)
     what = f"{what}, while the train loss still fell"
     if fell or not said:
@@ -326,7 +329,7 @@ def _without_a_turn(curves: Curves, evaluations: Sequence[Point], trained: dict[
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
     is_least = last <= min(value for _, value in evaluations) and half > 0
     if is_least and trained[end] > NO_GAP * last and not curves.is_at_ceiling:
-        if trained[end] > FELL * next(iter(trained.values())):
+        if trained[end] > HARDLY_FELL * next(iter(trained.values())):
             why = "the train loss hardly fell, and the eval loss was least at the end"
             return Fit("under-fitted", why, None, gap, _MORE)
         if last < STILL_BETTER * half:
@@ -381,7 +384,7 @@ def _since_best(curves: Curves) -> tuple[str, bool]:
 def stayed_flat(losses: Sequence[float]) -> bool:
     """The median of the last quarter of the losses lies where that of the first one does."""
     size = len(losses) // 4
-    if len(losses) < LEAST_READINGS:
+    if len(losses) < LEAST_FOR_SHAPE:
         return False
     began, ended = statistics.median(losses[:size]), statistics.median(losses[-size:])
     return 0 < (1 - _FLAT) * began < ended < (1 + _FLAT) * began

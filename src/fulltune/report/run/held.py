@@ -19,11 +19,8 @@ from fulltune.report.format.blocks import (
 )
 from fulltune.report.format.plots import learning_curve, series_plot
 from fulltune.report.run.read import RunView
-from fulltune.stats.curves import Point
+from fulltune.stats.curves import BEYOND_CHANCE, Point
 from fulltune.text import counted, format_metric, format_number, format_percent
-
-ERRORS = 2.0
-"""Standard errors below which a drift is none."""
 
 
 def section(view: RunView) -> Section | None:
@@ -60,7 +57,7 @@ def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | N
         return "No drift on generic text is known: none of its values was finite."
     step, value = next((point for point in known if point[0] == kept), known[-1])
     error = errors.get(step, 0.0)
-    if abs(value) <= ERRORS * error:
+    if abs(value) <= BEYOND_CHANCE * error:
         return f"Generic text has not moved as far as can be told ({_size(value, error, writes)}) at step {step:,}."
     if value < 0:
         return f"Generic text got more likely by step {step:,}: {_size(value, error, writes)}."

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fulltune.errors import Spiked
 from fulltune.inference.selective_head import as_its_attention_can
 from fulltune.models import sharding
-from fulltune.stats.curves import WINDOW
+from fulltune.stats.curves import LOSS_WINDOW
 from fulltune.tasks.padding import IGNORED, TRAINED
 from fulltune.train.loop import step_guard
 from fulltune.train.loop.step_guard import Judged, StepMemory
@@ -54,7 +54,7 @@ class Guarded:
     first_loss: float | None = None
     """Of the first step here, before its update."""
     last_losses: tuple[float, ...] = ()
-    """Of the last `2 * WINDOW` steps."""
+    """Of the last `2 * LOSS_WINDOW` steps."""
     seen: StepMemory = StepMemory()
     """What the guard remembers."""
     skips: bool = True
@@ -69,7 +69,7 @@ class Guarded:
     _has_trained: bool = False
 
     def train(self, *positional: Any, **keywords: Any) -> Any:
-        """The Trainer's; a second training, be it of other rows, is not judged by what the first one was like."""
+        """Train as the Trainer does; the guard's history is reset when `train()` is called again."""
         if self._has_trained:
             self.seen, self.first_loss, self.last_losses, self.usual_loss = StepMemory(), None, (), 0.0
         self._has_trained = True
@@ -132,7 +132,7 @@ class Guarded:
         else:
             self.usual_loss = loss
             self.first_loss = loss if self.first_loss is None else self.first_loss
-            self.last_losses = (*self.last_losses, loss)[-2 * WINDOW :]
+            self.last_losses = (*self.last_losses, loss)[-2 * LOSS_WINDOW :]
             self.largest_grad_norm = (
                 self.largest_grad_norm if norm is None else max(self.largest_grad_norm or 0.0, norm)
             )

@@ -14,8 +14,8 @@ from fulltune.records.training import Moved
 from fulltune.stats.curves import GO_ON, GuardDecision
 from fulltune.text import format_seconds, parse_seconds
 
-WINDOW = 64
-"""Clean steps that a step is compared with: while the loss falls fast, twice as many are half as sharp."""
+BASELINE_WINDOW = 64
+"""The last clean steps, which a step is compared with. Twice as many detect half as well while the loss falls fast."""
 LEAST = 32
 """Clean steps below which nothing is suspect but what is not finite."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
@@ -26,9 +26,10 @@ LEAST_LOSS_SPREAD = 0.05
 """Of the loss, as a share of the median loss of the first clean steps: a model that has learned its rows by heart has
 losses near 0, and a hard row is no spike."""
 STAYS, STAY_SCORE = 20, 5.0
-"""So many steps whose median loss lies so far above the clean ones before them, and none of them below their median."""
+"""Stop if the median of the last `STAYS` losses is this many standard deviations above the baseline and none is below
+it."""
 LEAST_RISE = 0.1
-"""The same as a share of the median loss of the first clean steps."""
+"""And at least this far above it, as a share of the median loss of the first clean steps."""
 MOST_IN_A_ROW = 3
 """Steps that are not finite, one after the other."""
 MOST_SKIPPED = 5
@@ -103,8 +104,8 @@ def judge(
     # The steps that are judged below, too, have to be remembered.
     now = replace(
         seen,
-        losses=losses[-WINDOW - STAYS :],
-        log_norms=(*seen.log_norms, *log_norm)[-WINDOW:],
+        losses=losses[-BASELINE_WINDOW - STAYS :],
+        log_norms=(*seen.log_norms, *log_norm)[-BASELINE_WINDOW:],
         first=first,
         skipped=recently,
     )
@@ -138,7 +139,7 @@ def _suspect(seen: StepMemory, loss: float, norm: float | None, rows: float) -> 
     """Why a step is suspect; empty: it is not. The loss and the norm of fewer rows may be farther off."""
     if norm is None or norm <= 0 or not seen.first or len(seen.log_norms) < LEAST:
         return ""
-    norms, losses = seen.log_norms, seen.losses[-WINDOW:]
+    norms, losses = seen.log_norms, seen.losses[-BASELINE_WINDOW:]
     usual, spread = _usual(norms, LEAST_NORM_SPREAD)
     usual_loss, loss_spread = _usual(losses, LEAST_LOSS_SPREAD * abs(seen.first))
     wider = math.sqrt(seen.most_rows / rows) if rows else 1.0
@@ -155,7 +156,7 @@ def _stayed_high(seen: StepMemory) -> str:
     before, last = seen.losses[:-STAYS], seen.losses[-STAYS:]
     if not seen.first or len(before) < LEAST:
         return ""
-    losses = before[-WINDOW:]
+    losses = before[-BASELINE_WINDOW:]
     usual, now = statistics.median(losses), statistics.median(last)
     # From one step to the next: a loss that falls fast is spread widely around its median, without any noise.
     noise = MAD * statistics.median(abs(one - other) for one, other in pairwise(losses)) / math.sqrt(2)

@@ -24,7 +24,7 @@ from fulltune.train.worker import distributed, loading, weights
 from fulltune.train.worker.best import keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.worker.dry_run import dry_run
-from fulltune.train.worker.evaluation import CurveGuard
+from fulltune.train.worker.evaluation import Evaluator
 from fulltune.train.worker.loading import Loaded
 
 
@@ -35,11 +35,11 @@ class Training:
     inputs: AttemptInputs
     loaded: Loaded
     trainer: FullTrainer
-    curve: CurveGuard
+    evaluator: Evaluator
     monitor: DriftMonitor
     checkpoints: Checkpoints
     checks: list[Check]
-    """Of before step 1, so far."""
+    """Pre-training checks completed so far."""
 
 
 def train(inputs: AttemptInputs) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
         inputs=inputs,
         loaded=loaded,
         trainer=trainer,
-        curve=CurveGuard(inputs, trainer, loaded.learning.target, head_is_new),
+        evaluator=Evaluator(inputs, trainer, loaded.learning.target, head_is_new),
         monitor=DriftMonitor(inputs, trainer),
         checkpoints=Checkpoints(inputs.request, inputs.journal, inputs.observed),
         checks=[],
@@ -75,7 +75,7 @@ def _parts(training: Training) -> list[TrainerCallback]:
     return [
         Progress(trainer, inputs.recorder, inputs.journal, inputs.observed, lambda: _begin(training)),
         *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
-        training.curve,
+        training.evaluator,
         training.monitor,
         *replay_parts(inputs, training.monitor),
         training.checkpoints,
@@ -113,7 +113,7 @@ def _trained(training: Training) -> dict[str, Any]:
     journal.at_rest()
     if plan.num_processes > 1 and observed.meter is not None:
         observed.growth_of_processes = tuple(distributed.every(observed.growth_bytes()))
-    training.curve.judge_end(state)
+    training.evaluator.judge_end(state)
     journal.at("saving")
     if initial is None:  # the first process saves and reports
         return {}
@@ -123,7 +123,7 @@ def _trained(training: Training) -> dict[str, Any]:
         raise GuardStop(decision.reason)
     kept = keep_best(inputs, trainer, state)
     # Unless the weights are shared out, the first process is alone by now: it scores all rows.
-    held = keep_within(inputs, trainer, training.monitor, training.curve.metric_of)
+    held = keep_within(inputs, trainer, training.monitor, training.evaluator.metric_of)
     recorder.phase("saving the model")
     if loaded.scaled is not None:
         loaded.scaled.fold(trainer.model)
@@ -157,7 +157,7 @@ def _check(training: Training) -> None:
     if passed and inputs.in_engine:
         return  # the dry run follows when its engine exists
     if passed and inputs.request.dry_run:
-        checks += dry_run(inputs, training.trainer, training.curve.reduced)
+        checks += dry_run(inputs, training.trainer, training.evaluator.reduced)
         observed.dry_run_growth_bytes = observed.growth_bytes()
         if (need := observed.forecast) is not None:
             if warning := too_short(inputs.recipe.train.notice, need.stop_seconds):
@@ -188,7 +188,7 @@ def _fit(training: Training) -> tuple[Any, Any]:
         if inputs.is_main:
             checkpoints.drop_after(request.checkpoints, request.first_step)
         inputs.journal.write("resume", f"from {checkpoint.name}")
-    trainer.usual_loss = next(reversed(trainer.seen.losses), training.curve.untrained_loss or 0.0)
+    trainer.usual_loss = next(reversed(trainer.seen.losses), training.evaluator.untrained_loss or 0.0)
     _stop_before_training(inputs)
     trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
     if inputs.stop.asked:

@@ -7,12 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 from fulltune import files
-from fulltune.stats.curves import error_of_share
+from fulltune.stats.curves import BEYOND_CHANCE, error_of_share
 from fulltune.text import counted
 from fulltune.train.loop.inputs import AttemptInputs
 
-ERRORS = 2.0
-"""Standard errors that the best metric must be ahead by."""
 FALLING = ("linear", "cosine", "polynomial")
 """Schedules that end near 0."""
 
@@ -52,7 +50,7 @@ def _last(inputs: AttemptInputs, state: Any) -> dict[str, Any] | None:
     name = f"eval_{plan.metric}"
     step, last = next((one["step"], one[name]) for one in reversed(state.log_history) if name in one)
     whole = step == state.global_step >= plan.total_steps
-    errors = ERRORS * error_of_share(state.best_metric, rows)
+    errors = BEYOND_CHANCE * error_of_share(state.best_metric, rows)
     if not whole or plan.lr_scheduler_type not in FALLING or last < state.best_metric - errors:
         return None
     why = (

@@ -13,7 +13,7 @@ from fulltune.errors import Diverged, Spiked
 from fulltune.inference.run import Batching, Share, by_length, run_rows
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import Measure, gain, measure_of
-from fulltune.stats.curves import diverged, ended_high, ended_worse, made_worse
+from fulltune.stats.curves import BEYOND_CHANCE, diverged, ended_high, ended_worse, made_worse
 from fulltune.tasks import Predictions, Target
 from fulltune.tasks.labels import class_weights
 from fulltune.train.loop.callbacks import logged
@@ -21,15 +21,13 @@ from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 from fulltune.train.worker import distributed
 
-ERRORS = 2.0
-"""Standard errors that an evaluation must be worse by."""
 MOST_NUMBERS = 8
 """Of a row that are kept in each checkpoint."""
 LEAST_ROWS = 30
 """Eval rows below which a standard error says little."""
 
 
-class CurveGuard(TrainingPart):
+class Evaluator(TrainingPart):
     """Scores the eval rows, and judges them and the train losses; a loss of the user's own may rise for good reasons
     and is not judged."""
 
@@ -40,7 +38,7 @@ class CurveGuard(TrainingPart):
         self.behind, self.behind_by = 0, ""
         """Evaluations in a row in which the model was worse than before step 1, and by how much in the last one."""
         self.level = False
-        """In some evaluation it was not."""
+        """Whether some evaluation was not worse than the one before step 1, so that good weights can be kept."""
         self._predictions: Predictions = {}
 
     def scores(self) -> Mapping[str, float]:
@@ -116,12 +114,12 @@ class CurveGuard(TrainingPart):
     def _compare(self, measure: Measure, start: np.ndarray, now: np.ndarray, state: Any) -> None:
         """Count evaluations in a row that are worse than before step 1, after the warm-up, and stop by `made_worse`."""
         better, error = gain(measure, start, now)
-        is_worse = not math.isfinite(better) or better < -ERRORS * error
+        is_worse = not math.isfinite(better) or better < -BEYOND_CHANCE * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps
         self.behind = self.behind + 1 if is_worse and not is_early else 0
         way = "lower" if measure.greater_is_better else "higher"
         self.behind_by = f"{measure.name} is {abs(better):.3g} {way} (standard error {error:.2g})"
-        # A loss in the place of the run's metric does not say at the end that what is kept is worse.
+        # Where the loss is compared in place of the run's metric, it does not condemn the kept weights at the end.
         self.level = self.level or not is_worse or measure.name != self.inputs.plan.metric
         losses, rate = logged(state, "loss"), self.inputs.highest_rate
         decision = made_worse(self.behind, self.behind_by, losses, rate, self.untrained_loss)
@@ -135,11 +133,11 @@ class CurveGuard(TrainingPart):
             return
         losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
         decision = ended_high(losses, eval_losses, rate, self.untrained_loss)
-        # One that had to go back, and ended above where it began all the same, did not come through.
+        # After a rollback a loss that ends above its beginning is a failure, not a warning.
         if decision.action == "stop" or (decision.action == "warn" and inputs.plan.rollbacks):
             raise Diverged(decision.reason)
         keeps_good = self.level and inputs.recipe.train.load_best_model_at_end
-        # Within a budget the untouched model is kept then.
+        # With a budget for forgetting, the untouched model is kept instead.
         if self.behind and not keeps_good and inputs.plan.generic.budget is None:
             decision = ended_worse(self.behind_by, losses, rate, self.untrained_loss)
             if decision.action == "stop":

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from fulltune.train.loop.step_guard import (
+    BASELINE_WINDOW,
     LEAST,
     MOST_SKIPPED,
     STAYS,
-    WINDOW,
     Judged,
     StepMemory,
     judge,
@@ -165,21 +165,23 @@ def test_skipped_steps_of_another_training_are_forgotten() -> None:
 def test_loss_that_falls_fast_hides_no_rise(rise: float, stops: bool) -> None:
     """From 4 to 2 in 84 steps, with noise of 0.1: around their median these spread by half."""
     drawn = random.Random(0)
-    falling = [(4 - step / 42 + drawn.gauss(0, 0.1), 2.0) for step in range(WINDOW + STAYS)]
+    falling = [(4 - step / 42 + drawn.gauss(0, 0.1), 2.0) for step in range(BASELINE_WINDOW + STAYS)]
     after_it = [(2.0 + rise + drawn.gauss(0, 0.1), 2.0) for _ in range(STAYS)]
     assert (several(StepMemory(), [*falling, *after_it])[-1].action == "stop") == stops
 
 
 def test_what_a_model_has_learned_by_heart_is_no_reason_to_skip_a_hard_row() -> None:
     """The loss began at 1 and is 0.001 by now; a loss of 0.2 is 200 times the usual one."""
-    seen = StepMemory((*after(LEAST).losses, *[0.001] * WINDOW)[-WINDOW:], (-3.0,) * WINDOW, first=1.0)
+    seen = StepMemory(
+        (*after(LEAST).losses, *[0.001] * BASELINE_WINDOW)[-BASELINE_WINDOW:], (-3.0,) * BASELINE_WINDOW, first=1.0
+    )
     assert judge(seen, 300, 0.2, 2.0).action == "go on"
     assert judge(seen, 300, 4.0, 2.0).action == "skip"
 
 
 def test_what_is_remembered_is_bounded_and_comes_back_as_it_was_saved() -> None:
     seen = judge(after(1000), 1001, NAN, 1.0).seen
-    assert (len(seen.losses), len(seen.log_norms)) == (WINDOW + STAYS, WINDOW)
+    assert (len(seen.losses), len(seen.log_norms)) == (BASELINE_WINDOW + STAYS, BASELINE_WINDOW)
     assert StepMemory.from_json(json.loads(json.dumps(asdict(seen)))) == seen
     for own in (False, True):
         later = several(seen, [(1.0, 2.0)] * STAYS, first=1002, finite_only=own)[-1].seen
