@@ -43,7 +43,7 @@ class Split:
 
     @property
     def values(self) -> np.ndarray:
-        """Whose each of its rows is: uint64 [its rows]; without any where no column says so."""
+        """Hash of the `data.group` column of each of its rows: uint64 [its rows]; empty where no such column is set."""
         return self.source.values[self.rows] if len(self.source.values) else self.source.values
 
     @property
@@ -62,7 +62,7 @@ class Split:
 
 def assign(recipe: Recipe, encoded: Mapping[str, Encoded]) -> dict[SplitName, Split]:
     """The rows of each split: all of its own file, or some split off train. Raises `DataError` for a split of fewer
-    than 2 rows, or rows that nearly all hang together."""
+    than 2 rows, or when nearly all rows belong to one group."""
     block, train = recipe.data, encoded["train"]
     splits = {
         name: Split(encoded[name], np.ones(encoded[name].num_rows, bool), True) for name in HELD_OUT if name in encoded
@@ -187,8 +187,8 @@ def _boundary(oldest: np.ndarray, wanted: int) -> float:
 
 
 def _refuse_small(recipe: Recipe, splits: Mapping[SplitName, Split], asked: int) -> None:
-    """Raises a `DataError` for splits that cannot be measured, or learned from: too small, or made of the few rows that
-    do not hang together with most others."""
+    """Raises a `DataError` when a split has fewer than 2 rows, or one group is so large that the rows outside of it are
+    too few to hold out."""
     block, train = recipe.data, splits["train"].source
     small = [f"{name} has {splits[name].num_rows}" for name in SPLITS if splits[name].num_rows < 2]
     largest = largest_group(train.sides)

@@ -28,13 +28,13 @@ half says the same in nine of ten cases."""
 
 
 LANGUAGE, STATES = (0.1, 1.0), (0.005, 0.03)
-"""Weights of generic text while training, times the budget's limit: at the start, which is the least, and at most,
-where hardly less was lost and less learned. A language model is weighed by a divergence in nats a token, others by 1 -
-cosine; the larger the budget, the less weight: what it is worth stays the same. Measured: docs/log.md."""
+"""Smallest weight of the generic-text loss, which is also the first, and largest weight, each to be divided by the
+budget's limit: of a language model, whose loss is a divergence in nats a token, and of others, whose loss is 1 - cosine
+of hidden states. Above the largest ones the task was learned less and hardly less was forgotten (docs/log.md)."""
 PASSING = 1.0
-"""So many times the limit more of drift are let pass at the highest learning rate: they are gone when it has fallen."""
+"""Drift allowed above the limit at the peak learning rate, as a multiple of the limit; it falls to 0 with the rate."""
 MOST_FACTOR = 1.5
-"""By which the weight changes at once."""
+"""Largest factor by which one measurement changes the weight."""
 
 
 def next_weight(weight: float, measured: Drift, limit: float, rate: float, bounds: tuple[float, float]) -> float:

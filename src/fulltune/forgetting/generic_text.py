@@ -109,7 +109,7 @@ def enough(texts: Sequence[str], tokens: int) -> int:
 
 
 def check_texts(block: PreserveBlock) -> None:
-    """Refuse files that cannot do before hours of training, not after."""
+    """Reject unusable probe files before training."""
     if block.budget is not None:
         parts(block)
     elif block.probe is not None:

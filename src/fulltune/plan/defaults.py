@@ -12,10 +12,11 @@ from fulltune.recipe.tasks import FACTS
 
 Chosen = tuple[float, str]
 ADAPTER_TIMES = 20.0
-"""1e-3 where full takes 5e-5 (Houlsby et al. 2019: up to 3e-3); MiniLM-L6, 2e-4, was best at 1e-2 (docs/log.md)."""
+"""An adapter's best learning rate as a multiple of full fine-tuning's: 1e-3 where full takes 5e-5 (Houlsby et al. 2019:
+up to 3e-3); MiniLM-L6, 2e-4, was best at 1e-2 (docs/log.md)."""
 LORA_TIMES, MOST_LORA = 10.0, 8e-4
-"""Its best rate over full fine-tuning's, on average (Schulman et al. 2025), and the highest: at 2e-3 MiniLM-L6 loses
-what a head from a probe gives it, and in many steps it learned nothing (docs/quality.md)."""
+"""LoRA's best learning rate as a multiple of full fine-tuning's, on average (Schulman et al. 2025), and its cap: at
+2e-3 MiniLM-L6 loses what a head from a probe gives it, and in many steps it learned nothing (docs/quality.md)."""
 
 
 RATES = {

@@ -51,7 +51,7 @@ class Lever:
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
     """In place of `changes` where they depend on what is: the mildest first."""
     unless: Callable[[Recipe, MemorySettings], str] = lambda recipe, now: ""
-    """What stands against it, beyond what holds for all levers; empty: nothing."""
+    """Reason the lever is unavailable, beyond those that hold for all levers; empty: it is available."""
     done: str = ""
     """What is said when it was taken: `now` is the plan before, and fields of the changes have their new values."""
     same_result: bool = True

@@ -202,9 +202,11 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def allocator_variables(variables: Mapping[str, str], system: str, release: str) -> dict[str, str]:
-    """Variables with which torch's memory on a GPU grows in place: rows of many lengths leave gaps in fixed blocks.
+    """Environment variables that let torch's GPU memory segments grow, which avoids fragmentation by rows of many
+    lengths.
 
-    None where the user has set one, on Windows, where torch has them not, and on WSL (pytorch issue 192330).
+    Empty where the user has set one of them, on Windows, where torch does not support it, and on WSL (pytorch issue
+    192330).
     """
     if system != "Linux" or "microsoft" in release.lower() or any(name in variables for name in ALLOCATOR_NAMES):
         return {}

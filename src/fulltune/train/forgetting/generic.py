@@ -1,5 +1,4 @@
-"""Generic text while training: how far the model has moved away on it, and some of it trained along so that it moves
-less."""
+"""Measure drift on generic text and replay some of it to limit forgetting."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ class DriftMonitor(TrainingPart):
         if watched:
             found = parts(preserve) if held else None
             texts = found.choosing if found else generic_texts(preserve.probe, watched)[0]
-            # What steers must tell more than what only watches: of short texts there are more, at the same cost.
+            # To steer by the drift it must be measured more precisely: of short texts more are read, at the same cost.
             count = max(watched, enough(texts, watched * GENERIC_TOKENS)) if found else len(texts)
             self.text = self.text_of(texts[:count])
             everything = [*found.choosing, *found.sealed, *found.replayed] if found else texts

@@ -115,7 +115,7 @@ def _chosen(
     start = read(0.0, choosing)
 
     def at(share: float) -> Point:
-        # Others than the first are here only where all have a part.
+        # With sharded weights all processes run this, and must stop together; else only the first does.
         if stop.agreed(trainer.args) if trainer.is_shared else stop.asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
         line.put(share)
@@ -130,7 +130,7 @@ def _chosen(
         if not chosen.is_start:
             opened = (*opened, datetime.now().astimezone().isoformat(timespec="seconds"))
             moved = measured(read(0.0, sealed), read(chosen.share, sealed))
-    said = "infeasible; what is sealed stayed sealed"
+    said = "infeasible; the sealed texts were not opened"
     if moved is not None:
         said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if moved.upper <= limit else 'FAIL'}"
     inputs.journal.write("budget for forgetting", said)

@@ -121,8 +121,8 @@ def logged(state: Any, name: str) -> list[float]:
 
 @dataclass(eq=False)
 class Checkpoints(TrainerCallback):
-    """Saves whenever it evaluates, so that the best weights exist, and seals each checkpoint before old ones
-    are deleted; stops when the metric no longer improves."""
+    """Saving and early stopping: saves at each evaluation, so that the best weights exist, seals each checkpoint before
+    old ones are deleted, and stops training when the metric no longer improves."""
 
     request: Request
     journal: Journal

@@ -71,7 +71,7 @@ class AttemptInputs:
 
     @property
     def in_engine(self) -> bool:
-        """Only an engine can run the model, and it exists when training begins."""
+        """Whether training uses DeepSpeed, whose engine exists only once training starts."""
         return self.sharing is not None and self.sharing.engine == "zero"
 
     def warn(self, text: str) -> None:

@@ -36,8 +36,8 @@ ITEMS = "num_items"
 
 
 def _out_of_the_group(worker: int) -> None:
-    """Take a loader's process out of the group that a stop is asked of: rows are needed until the step is saved."""
-    if hasattr(os, "setpgrp"):  # not on Windows
+    """Move the DataLoader worker to its own process group so that stop signals do not reach it."""
+    if hasattr(os, "setpgrp"):  # not on Windows; rows are needed until the last step is saved
         os.setpgrp()
 
 
@@ -130,7 +130,7 @@ class FullTrainer(Guarded, Trainer):
 
     @property
     def passing(self) -> Any:
-        """What rows go through: weights that are shared out are put together by its engine."""
+        """The module that forward passes use: DeepSpeed's engine where there is one, else the model."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
     def add_parts(self, parts: Sequence[TrainerCallback]) -> None:
@@ -161,15 +161,14 @@ class FullTrainer(Guarded, Trainer):
         self._recorder.write(StepSkipped(step=step, reason=judged.reason, rows=tuple(rows)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Theirs; lower where the run went back more than once, or began anew."""
+        """The Trainer's scheduler, scaled down after rollbacks."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
         if (lower := rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
 
     def lower_rates(self) -> None:
-        """Before the first step, give the optimizer the lower rate where the run went back: a checkpoint has that of
-        before."""
+        """Reset the learning rates restored from the checkpoint to the reduced rate."""
         if rate_factor(self._plan.rollbacks) == 1:
             return
         schedule: Any = self.lr_scheduler

@@ -142,7 +142,7 @@ def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) 
 def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
     """The attempt after one that spiked; None: going back does not help, or was done often enough."""
     since = outcome.trouble_since
-    # Where it spiked at once nothing was ever well.
+    # Since step 1: no healthy checkpoint exists, and starting over would spike again.
     if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= most:
         return None
     rollbacks = (*plan.rollbacks, healthy_step)
