@@ -213,9 +213,8 @@ def test_resume_from_the_checkpoint_before_a_torn_one_gives_the_unbroken_weights
 
     go(tmp_path, tiny_encoder, listener=events.append)
 
-    said = [event.text for event in events if isinstance(event, Said)]
-    assert "continuing from the checkpoint of step 8" in said
-    assert any("checkpoint-10" in text for text in said)
+    assert Said(text="continuing from the checkpoint of step 8", level="resumed") in events
+    assert any("checkpoint-10" in event.text for event in events if isinstance(event, Said))
     assert_same(runs.final_weights(tmp_path), unbroken)
 
 
