@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,24 @@ def test_folder_with_prepared_rows_or_other_files_stays(tmp_path: Path) -> None:
     with pytest.raises(SetupError), not_left_when_refused(other):
         raise SetupError("no")
     assert [file.name for file in other.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({"extra": {"tf32": True}}, {}, "train.extra.tf32"),
+        ({}, {"extra": {"tf32": True}}, "train.extra.tf32"),
+        ({"lr_scheduler_kwargs": {"a": {}}}, {"lr_scheduler_kwargs": {"a": None}}, "train.lr_scheduler_kwargs.a"),
+        ({"lr_scheduler_kwargs": {"a": None}}, {"lr_scheduler_kwargs": {}}, "train.lr_scheduler_kwargs.a"),
+    ],
+)
+def test_setting_that_another_recipe_lacks_is_named(
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], named: str
+) -> None:
+    small = {"model": "m", "task": "causal-lm", "data": {"train": "a"}}
+    find_or_make(Recipe.model_validate({**small, "train": before}), "", "x", tmp_path / "run", fresh=False)
+    with pytest.raises(SetupError, match=rf"belongs to a run with other settings \({named}\); name another"):
+        find_or_make(Recipe.model_validate({**small, "train": now}), "", "x", tmp_path / "run", fresh=False)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"fingerprint": "12", "rec', b"\xff\xfe", b"[1]"])

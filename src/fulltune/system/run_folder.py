@@ -212,7 +212,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings by their dotted names."""
+    """Settings by their dotted names; a dict without any has none."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
@@ -221,8 +221,8 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 def _differing(folder: Path, recipe: Recipe) -> str:
     """In which settings a folder's recipe is another one, in brackets; empty: in none of them."""
-    before = flat(recipe_of(folder).shaping())
-    found = [name for name, value in flat(recipe.shaping()).items() if before.get(name) != value]
+    before, now = flat(recipe_of(folder).shaping()), flat(recipe.shaping())
+    found = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
     return f" ({first_few(found)})" if found else ""
 
 
