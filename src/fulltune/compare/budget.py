@@ -56,7 +56,7 @@ class Cost:
     start: float = 0.0
     """Of each trial's process: loading and saving."""
     scoring: float = 0.0
-    """Eval, test and generic rows, after each whole run."""
+    """Eval, test and generic rows, after each whole run of a comparison."""
     done: int = 0
     """Whole runs at the rate that it has now."""
     searched: bool = False
@@ -239,27 +239,30 @@ def usual(context: Context, method: Any) -> float:
 
 
 def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
-    """Of each trained arm, full first, and seconds of the end: as planned, corrected by what trials took."""
+    """Of each trained arm, full first, and seconds of the end, none where nothing is scored: as planned, corrected by
+    what trials took."""
     steps, rest = pace(context)
     results, costs, splits = context.kept_results(), dict[str, Cost](), context.summary.splits
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())
-    end = rest * VERDICT_SECONDS
+    end = 0.0
     for method in context.trained_arms:
         arm, made, slower = method.arm, context.setup(method.arm).plan, steps.get(method.arm, steps.get("", 1.0))
         path = context.search_path(arm)
         search = Search.load(path) if path.exists() else None
-        row_seconds = 0.0
+        row_seconds = scoring = 0.0
         if made.time is not None and made.total_steps:
             row_seconds = made.time.train_seconds / (made.total_steps * made.global_batch_size) / _PASSES_PER_STEP
-        if method is context.full:  # baselines embed the train rows, too, some more than once
+        if context.scores_runs:
+            scoring = rest * SCORING_SECONDS + slower * scored * row_seconds
+        if context.scores_runs and method is context.full:  # baselines embed the train rows, too, some more than once
             baselines = made.time.around.get(BASELINES, 0.0) if made.time else 0.0
-            end += slower * max(baselines, rows * row_seconds)
+            end = rest * VERDICT_SECONDS + slower * max(baselines, rows * row_seconds)
         costs[arm] = Cost(
             run=slower * made.time.total_seconds if made.time else 0.0,
             num_rates=len(grid(context, method)),
             decides=method is context.full or context.recipe.compared_kind(method) in RIVALS,
             start=rest * START_SECONDS,
-            scoring=rest * SCORING_SECONDS + slower * scored * row_seconds,
+            scoring=scoring,
             done=0 if search is None else _runs_at_its_rates(search, [one.trial for one in results]),
             searched=search is not None and not search.time_was_up,
         )
@@ -289,7 +292,7 @@ def pace(context: Context) -> tuple[dict[str, float], float]:
             steps[name] += share * slower * need.total_seconds
             planned[name] += share * need.total_seconds
         rest += max(0.0, took[one.trial.name] - share * slower * need.total_seconds)
-        planned_rest += START_SECONDS + (0.0 if one.trial.searches else SCORING_SECONDS)
+        planned_rest += START_SECONDS + (SCORING_SECONDS if context.scores_runs and not one.trial.searches else 0.0)
     if not steps:
         return {}, 1.0
     return {name: steps[name] / planned[name] for name in steps if planned[name] > 0}, rest / planned_rest

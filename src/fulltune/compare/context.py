@@ -118,6 +118,11 @@ class Context:
         return self.recipe.methods or (self.recipe.method,)
 
     @property
+    def scores_runs(self) -> bool:
+        """Whole runs are scored for a verdict; of a searched run the stage that follows scores the one that is kept."""
+        return bool(self.recipe.methods)
+
+    @property
     def full(self) -> Any:
         """What the others are compared with: full fine-tuning, or the only method that there is."""
         return next((one for one in self.arms if one.kind == "full"), self.arms[0])

@@ -110,7 +110,7 @@ def _expected(context: Context) -> Expectation:
     arm, given = context.full.arm, context.budget_seconds
     share = share_of_steps(context.recipe.compare.search_share, context.setup(arm).plan.total_steps)
     cost = budget.costs_of(context)[0][arm]
-    short, whole = cost.start + share * cost.run, cost.start + cost.run + cost.scoring
+    short, whole = cost.start + share * cost.run, cost.start + cost.run
     least, seconds = 2 * short + whole, cost.num_rates * short + 2 * whole
     if given is not None and given < least and not context.kept_results():
         raise RecipeError(

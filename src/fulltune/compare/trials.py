@@ -40,7 +40,7 @@ def run_trial(context: Context, trial: Trial) -> TrialResult:
             made, outcome, result = trained(context, trial)
             if trial.searches:
                 shutil.rmtree(context.folder / str(outcome.model_folder), ignore_errors=True)
-            elif context.recipe.methods:  # a searched run is scored by the stage that follows
+            elif context.scores_runs:
                 result = result.model_copy(update={"seconds_per_row": keep_rows(context, trial, made, outcome)})
         except Diverged as stop:
             seconds, problems = time.monotonic() - began, tuple(stop.problems)

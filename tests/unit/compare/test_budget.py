@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from fulltune.compare import budget
 from fulltune.compare.budget import Cost, detectable, fitting, seconds
+from fulltune.compare.context import Context
 from fulltune.compare.sequential import TIME_UP_SHARE, spent
 from fulltune.errors import RecipeError
+from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Expectation
+from fulltune.records.plan import TimeNeed
 from fulltune.stats.precision import planned_detectable
 from fulltune.text import parse_seconds, typed_seconds
 
@@ -147,6 +152,26 @@ def test_going_on_reckons_with_another_rate_where_a_search_is_made_again() -> No
     at_usual = {arm: replace(cost, done=2) for arm, cost in COSTS.items()}
     assert seconds(at_usual, whole(COSTS, 2)) == seconds(COSTS, whole(COSTS, 2))
     assert seconds(at_usual, whole(COSTS, 2, search_share=0.0)) == 0
+
+
+def test_search_alone_pays_for_no_scoring_and_no_verdict(tmp_path: Path) -> None:
+    time = TimeNeed(
+        train_seconds=60.0, eval_seconds=6.0, save_seconds=4.0, tokens=1, tokens_per_second=1.0, source="arithmetic"
+    )
+    made = mock.Mock(time=time, total_steps=10, global_batch_size=10, learning_rate=1e-4)
+    job = mock.Mock(folder=tmp_path)
+    line = Context(job, mock.Mock(splits={name: mock.Mock(rows=100) for name in ("train", "eval", "test")}), "")
+    found = {}
+    for methods in (("full", "lora"), ()):
+        job.recipe = Recipe.model_validate(
+            {"model": "m", "task": "causal-lm", "data": {"train": "a"}, "methods": list(methods)}
+        )
+        with mock.patch.object(Context, "setup", return_value=mock.Mock(plan=made)):
+            costs, end = budget.costs_of(line)
+        found[methods] = costs["full"].scoring, end
+        assert (costs["full"].run, costs["full"].start) == (70.0, budget.START_SECONDS)
+    assert min(found["full", "lora"]) > budget.SCORING_SECONDS
+    assert found[()] == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
