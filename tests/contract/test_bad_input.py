@@ -712,8 +712,11 @@ def test_interrupt_while_reading_data_is_resumable(case: Case, monkeypatch: pyte
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data_stage, "prepare", interrupted)
-    refused(case.data(CSV), INTERRUPTED, "interrupted; the same command continues it")
+    with monkeypatch.context() as patch:
+        patch.setattr(data_stage, "prepare", interrupted)
+        refused(case.data(CSV), INTERRUPTED, "interrupted; the same command continues it")
+    monkeypatch.setattr("fulltune.audit.stage.audit", interrupted)
+    refused(case.data(CSV), INTERRUPTED, "auditing the rows", "interrupted; the same command continues it")
 
 
 def test_sigterm_before_the_training_ends_a_command_wherever_it_is(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import fulltune
-from fulltune.report.run import content
+from fulltune.report.run import model_card
 from fulltune.system import run_folder
 
 SOURCE = Path(fulltune.__file__).parent
@@ -63,4 +63,4 @@ def test_every_imported_package_is_declared() -> None:
 def test_packages_whose_versions_are_noted_come_with_the_core() -> None:
     core = declared(of_extras=False)
     brought = core.union(*(names_of(text for text in requires(name) or () if "extra ==" not in text) for name in core))
-    assert {*run_folder.PACKAGES, *content._PACKAGES} <= brought
+    assert {*run_folder.PACKAGES, *model_card._PACKAGES} <= brought

@@ -11,7 +11,7 @@ from fulltune.probe.linear import MIDDLE, Items
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import LabelErrors, Proof, Proofs, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.report.run.about_data import about_labels
+from fulltune.report.run.data_page import about_labels
 from fulltune.stats.bootstrap import Measure
 from fulltune.tasks import Predictions
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune.models import shapes
+from fulltune.models import packing
 from tests import tiny
 
 
@@ -15,21 +15,21 @@ from tests import tiny
 def test_model_that_reads_position_ids_keeps_texts_apart(kind: str, decoder_tokenizer: Any) -> None:
     config = tiny.config(kind, decoder_tokenizer)
     state = torch.get_rng_state()
-    assert shapes.obstacle(config) is None
+    assert packing.obstacle(config) is None
     assert torch.equal(torch.get_rng_state(), state)
     assert config.to_dict() == tiny.config(kind, decoder_tokenizer).to_dict()  # the copy is another one
 
 
 @pytest.mark.parametrize("kind", ["opt", "bloom"])
 def test_model_that_does_not_is_named_with_the_reason(kind: str, decoder_tokenizer: Any) -> None:
-    reason = shapes.obstacle(tiny.config(kind, decoder_tokenizer))
+    reason = packing.obstacle(tiny.config(kind, decoder_tokenizer))
     assert reason is not None
     assert f"'{kind}' model" in reason
     assert "\n" not in reason
 
 
 def test_model_that_cannot_be_made_is_an_obstacle(decoder_tokenizer: Any) -> None:
-    reason = shapes.obstacle(tiny.config("llama", decoder_tokenizer), "no_such_attention")
+    reason = packing.obstacle(tiny.config("llama", decoder_tokenizer), "no_such_attention")
     assert reason is not None
     assert reason.startswith("a one-layer copy of the 'llama' model cannot be made (")
 
@@ -38,5 +38,5 @@ def test_leak_leaves_the_model_as_it_was(decoder_tokenizer: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(tiny.config("llama", decoder_tokenizer)).train()
-    assert shapes.leak(model, "llama") is None
+    assert packing.leak(model, "llama") is None
     assert model.training

@@ -132,13 +132,14 @@ def data(
     """Read, check, split and tokenise; audit the rows; show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
-    cli_audit.refuse_options(target, losses, trainings, check or [])
-    opened = stages.open_run(target, set_, run_folder, fresh, "data")
-    cli_audit.audit(opened, labels, losses, prove, trainings, check or [])
+    wanted = cli_audit.Wanted(labels=labels, losses=losses, prove=prove, trainings=trainings, checks=check or [])
+    wanted.refuse(target)
+    recipe, folder = stages.open_run(target, set_, run_folder, fresh, "data")
+    cli_audit.audit(recipe, folder, wanted)
     if review or accept or patch:
-        cli_audit.decide(target, opened[1], patch, review, accept or [], as_json)
+        cli_audit.decide(target, folder, patch, review, accept or [], as_json)
     else:
-        cli_audit.show(target, opened[1], as_json)
+        cli_audit.show(target, folder, as_json)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -15,13 +16,13 @@ from rich.markup import escape
 from fulltune.audit.stage import load_issues
 from fulltune.audit.texts.flaw import ABOUT
 from fulltune.cli import stages
-from fulltune.cli.stages import err, out
+from fulltune.cli.stages import out
 from fulltune.data.patch import Decisions, load_patch, save_patch
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, proofs_of
 from fulltune.records.data import DataSummary
-from fulltune.report.run.about_data import could_do
+from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, did_you_mean, listed
 
 KEYS = "[k]eep it  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
@@ -29,59 +30,62 @@ Issues = Sequence[RowIssue]
 """All that was found in a row."""
 
 
-def refuse_options(target: Path, losses: bool, trainings: int, checks: Sequence[str]) -> None:
-    """Raises a `RecipeError` for options that cannot be, before anything is made."""
-    from fulltune.system import hardware, run_folder
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be done beside reading the texts."""
 
-    if trainings < 0 or trainings == 1:
-        raise RecipeError(f"--trainings: found {trainings}, expected 2 or more seeds of each step")
-    if checks and not trainings:
-        raise RecipeError("--check: names whose steps to train, expected --trainings as well")
-    if losses and not target.is_dir():
-        raise RecipeError(f"--losses: a trained model reads the rows; give a run folder in place of {target}")
-    if losses:
-        run_folder.trained_plan(run_folder.recipe_of(target), target, hardware.here())
+    labels: bool
+    """The untouched model judges labels, and finds outliers."""
+    losses: bool
+    """The trained model's loss of each row."""
+    prove: bool
+    """Classifiers with and without each cleaning step."""
+    trainings: int
+    """Seeds of each step's trainings; 0: none."""
+    checks: Sequence[str]
+    """Whose steps are trained; empty: all that found enough rows."""
+
+    def refuse(self, target: Path) -> None:
+        """Raises a `RecipeError` for what cannot be done with a recipe or run folder, before anything is made."""
+        from fulltune.system import hardware, run_folder
+
+        if self.trainings < 0 or self.trainings == 1:
+            raise RecipeError(f"--trainings: found {self.trainings}, expected 2 or more seeds of each step")
+        if self.checks and not self.trainings:
+            raise RecipeError("--check: names whose steps to train, expected --trainings as well")
+        if self.losses and not target.is_dir():
+            raise RecipeError(f"--losses: a trained model reads the rows; give a run folder in place of {target}")
+        if self.losses:
+            run_folder.trained_plan(run_folder.recipe_of(target), target, hardware.here())
 
 
-def audit(
-    opened: tuple[Recipe, Path], labels: bool, losses: bool, prove: bool, trainings: int, checks: Sequence[str]
-) -> None:
-    """The data stage, and what is wrong with its rows; with a page about both.
-
-    Args:
-        opened: The recipe and its run folder.
-        labels: The untouched model judges labels, and finds outliers.
-        losses: The trained model's loss of each row.
-        prove: Classifiers with and without each cleaning step.
-        trainings: Seeds of each step's trainings; 0: none.
-        checks: Whose steps are trained; empty: all that found enough rows.
-    """
+def audit(recipe: Recipe, folder: Path, wanted: Wanted) -> None:
+    """The data stage of a run folder, and what is wrong with its rows; with a page about both."""
     from fulltune.cleaning import prove_by_classifiers, prove_by_training, refuse_proofs
-    from fulltune.cli.show.run import Display
     from fulltune.pipeline import Run, audit_rows, list_losses
     from fulltune.report import write_data_page
     from fulltune.system import run_folder
 
-    recipe, folder = opened
     summary = stages.reach(recipe, folder, "data", details=False).summary
-    refuse_proofs(recipe, summary, prove, trainings > 0)
+    refuse_proofs(recipe, summary, wanted.prove, wanted.trainings > 0)
     with run_folder.writing(folder), run_folder.locked(folder):
-        with Display(err, details=False) as display:
+        with stages.displayed(details=False) as display:
             job = Run(recipe, folder, listener=display)
-            audit_rows(job, summary, labels)
-            if losses:
+            audit_rows(job, summary, wanted.labels)
+            if wanted.losses:
                 list_losses(job, summary)
-            if prove:
+            if wanted.prove:
                 prove_by_classifiers(job, summary)
-            if trainings:
-                prove_by_training(job, summary, trainings, checks)
+            if wanted.trainings:
+                prove_by_training(job, summary, wanted.trainings, wanted.checks)
         write_data_page(folder)
 
 
 def show(target: Path, folder: Path, as_json: bool) -> None:
     """What the model will see, and what looks wrong."""
     from fulltune.report.format import pages
-    from fulltune.report.run.about_data import audit_in_short, rows_in_short
+    from fulltune.report.run.about_data import rows_in_short
+    from fulltune.report.run.data_page import audit_in_short
 
     summary, audit = DataSummary.of_run(folder), Audit.load(folder / "data" / AUDIT)
     proofs = proofs_of(folder, audit)

@@ -13,7 +13,7 @@ from fulltune import methods
 from fulltune.errors import RecipeError
 from fulltune.inference.store import WORDS, record_batch
 from fulltune.models.base import Base
-from fulltune.models.shapes import obstacle as packing_obstacle
+from fulltune.models.packing import obstacle as packing_obstacle
 from fulltune.models.shapes import position_limit
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS

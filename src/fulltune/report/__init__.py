@@ -14,8 +14,9 @@ from fulltune.report.format.pages import write_pages
 from fulltune.report.format.plots import cost_picture
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run import content
-from fulltune.report.run.about_data import write_data_page
-from fulltune.report.run.content import build, merged_card, model_card
+from fulltune.report.run.content import build
+from fulltune.report.run.data_page import write_data_page
+from fulltune.report.run.model_card import merged_card, model_card
 from fulltune.report.run.read import read_run
 
 __all__ = [
@@ -49,7 +50,7 @@ def write_comparison(folder: Path) -> tuple[Path, ...]:
     card, picture, proof = (target / name for name in ("card.md", "card.png", PROOF))
     if found := about_comparison.plots(comparison):
         subtitle = f"{comparison.name}: {comparison.decision.headline}"
-        cost_picture(about_comparison.label(comparison.decision), subtitle, found, comparison.decision, picture)
+        cost_picture(about_comparison.label(comparison.decision), subtitle, found, picture)
     else:
         picture.unlink(missing_ok=True)  # one of an earlier comparison would contradict the report
     report = about_comparison.build(comparison, picture.name)

@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.audit import languages
 from fulltune.audit.languages import OTHER_LANGUAGE, SURE, Heard, elsewhere, listen, not_told, spoken
-from fulltune.report.run.about_data import _languages
+from fulltune.report.run.data_page import _languages
 from tests.unit.audit.test_stage import CLEAN, audited, prepared
 from tests.unit.audit.test_texts import TEXTS
 

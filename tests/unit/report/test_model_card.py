@@ -12,7 +12,7 @@ import yaml
 from fulltune import report
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan, Setting
-from fulltune.report.run.content import merged_card
+from fulltune.report.run.model_card import merged_card
 
 
 def written(folder: Path) -> tuple[dict[str, Any], str]:

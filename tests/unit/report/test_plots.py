@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fulltune.report.format import plots
-from fulltune.report.format.plots import Mark, cost_picture
+from fulltune.report.format.plots import CostPlot, Mark, Series, cost_picture
 from tests import comparisons
 
 
@@ -23,7 +23,7 @@ DECISION = comparisons.comparison().decision
 
 
 def cost_plot(*dots: Mark, cost: str = "training time") -> str:
-    return plots.cost_plot(cost, dots, DECISION).svg
+    return plots.cost_plot(CostPlot(cost, dots, DECISION)).svg
 
 
 def interval_plot(*marks: Mark, title: str = "accuracy") -> str:
@@ -111,10 +111,18 @@ def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_cost_picture_is_a_png_of_all_plots(tmp_path: Path, number: int) -> None:
-    dots = [dot("full", 1, 0.92, full=True), dot("שלום 😀 \ud800", 0.5, 0.9)]
-    drawn = {f"cost {place}": dots for place in range(number)}
-    cost_picture("a $\\frac{1$ title", "of what " * 99, drawn, DECISION, tmp_path / "card.png")
+    dots = (dot("full", 1, 0.92, full=True), dot("שלום 😀 \ud800", 0.5, 0.9))
+    drawn = [CostPlot(f"cost {place}", dots, DECISION) for place in range(number)]
+    cost_picture("a $\\frac{1$ title", "of what " * 99, drawn, tmp_path / "card.png")
     head = (tmp_path / "card.png").read_bytes()[:24]
     assert head.startswith(b"\x89PNG")
     assert int.from_bytes(head[16:20], "big") == pytest.approx(number * 400 * 160 / 72, abs=2)
     assert [path.name for path in tmp_path.iterdir()] == ["card.png"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_series_has_a_look_each(count: int) -> None:
+    series = [Series(f"kind {place}", ((1.0, 0.5), (2.0, math.nan)), filled=place == 1) for place in range(count)]
+    drawn = plots.series_plot("by rate", series, "accuracy", plots.LEARNING_RATE, 1.0, "dashed: chosen").svg
+    named = {text.text for text in texts(drawn)}
+    assert {one.name for one in series} <= named

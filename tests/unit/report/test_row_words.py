@@ -14,7 +14,7 @@ from fulltune import report
 from fulltune.records.data import DataSummary, Preview, Segment
 from fulltune.records.scores import Answer
 from fulltune.report.run.about_data import row_words
-from fulltune.report.run.content import loading_code
+from fulltune.report.run.model_card import loading_code
 
 
 def rewritten(folder: Path, labels: tuple[str, ...] = (), counts: Any = None, **changes: Any) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from fulltune.report.format.blocks import (
     foreign,
     unless_empty,
 )
-from fulltune.report.format.plots import Mark, cost_plot
+from fulltune.report.format.plots import CostPlot, Mark, cost_plot
 from fulltune.report.format.words import NOTHING, Writer, fine_share, ratio, short, short_count
 from fulltune.text import counted, format_bytes, format_number, format_seconds, listed
 
@@ -224,12 +224,13 @@ def _full_of(comparison: Comparison) -> ArmRow | None:
     return next((row for row in comparison.rows if row.kind == "full"), None)
 
 
-def plots(comparison: Comparison) -> dict[str, list[Mark]]:
-    """Quality against time, and against operations where they are known, each by the name of the cost."""
-    full, write = _full_of(comparison), Writer.of(comparison.decision)
-    costs = {"training time": "train_seconds", "operations (FLOP)": "train_flops"}
-    return {
-        cost: [
+def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
+    """Quality against time, and against operations where they are known."""
+    full, write, drawn = _full_of(comparison), Writer.of(comparison.decision), list[CostPlot]()
+    for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
+        if (whole := getattr(full, field, 0.0)) <= 0:
+            continue
+        marks = tuple(
             Mark(
                 *(row.arm, row.metric.value, row.metric.low, row.metric.high, write.value(row.metric.value)),
                 is_full=row.kind == "full",
@@ -238,10 +239,9 @@ def plots(comparison: Comparison) -> dict[str, list[Mark]]:
             )
             for row in comparison.rows
             if row.kind == "base" or getattr(row, field) > 0
-        ]
-        for cost, field in costs.items()
-        if (whole := getattr(full, field, 0.0)) > 0
-    }
+        )
+        drawn.append(CostPlot(cost, marks, comparison.decision))
+    return tuple(drawn)
 
 
 def _plot(comparison: Comparison, picture: str) -> Section | None:
@@ -249,7 +249,7 @@ def _plot(comparison: Comparison, picture: str) -> Section | None:
         "Filled: the recommended method; square: full fine-tuning; the band around it: the margin. "
         f"Whiskers: {_level(comparison)} intervals."
     )
-    drawn = tuple(cost_plot(cost, marks, comparison.decision) for cost, marks in plots(comparison).items())
+    drawn = tuple(map(cost_plot, plots(comparison)))
     blocks = (Figures(drawn, file=picture), Paragraph(legend))
     return Section("plot", "Quality against cost", blocks) if drawn else None
 

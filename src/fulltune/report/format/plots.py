@@ -8,7 +8,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -64,6 +64,25 @@ class Mark:
     @property
     def is_finite(self) -> bool:
         return all(map(math.isfinite, (self.cost, self.value, self.low, self.high)))
+
+
+@dataclass(frozen=True)
+class CostPlot:
+    """Quality against one cost; a band shows full fine-tuning with the margin around it."""
+
+    cost: str
+    marks: tuple[Mark, ...]
+    decision: Decision
+    """Names the metric and the margin."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one kind."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    filled: bool = False
 
 
 @contextmanager
@@ -215,20 +234,20 @@ def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None)
 
 
 def series_plot(
-    title: str, series: Mapping[str, Sequence[tuple[float, float]]], metric: str, across: str, marked: float, said: str
+    title: str, series: Sequence[Series], metric: str, across: str, marked: float, said: str
 ) -> blocks.Figure:
-    """Draw a metric over something else, of which one value is marked by a line: points by their kind, the last one
-    filled."""
-    looks = ((QUIET, PAGE, "o"), (BLUE, BLUE, "^"))
+    """Draw a metric over something else, of which one value is marked by a line."""
+    markers = itertools.cycle("o^Dv")
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
-        for (name, points), (colour, inside, marker) in zip(series.items(), looks, strict=True):
-            if places := [place for place in points if all(map(math.isfinite, place))]:
-                look: dict[str, Any] = {"color": colour, "markerfacecolor": inside, "marker": marker, "linewidth": 0}
-                axes.plot(*zip(*places, strict=True), label=name, **look)
+        for one in series:
+            colour, marker = BLUE if one.filled else QUIET, next(markers)
+            if places := [place for place in one.points if all(map(math.isfinite, place))]:
+                look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if one.filled else PAGE}
+                axes.plot(*zip(*places, strict=True), marker=marker, linewidth=0, label=one.name, **look)
         axes.axvline(marked, **_LIMIT)
         axes.set_xlabel(across)
         if across == LEARNING_RATE:
-            rates = sorted({rate for points in series.values() for rate, _ in points})
+            rates = sorted({rate for one in series for rate, _ in one.points})
             axes.set_xscale("log")
             axes.set_xticks(rates, [f"{rate:.1g}" for rate in rates])
             axes.set_xticks([], minor=True)
@@ -251,48 +270,46 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str, legend: str) -
         return _drawn(figure, title, legend)
 
 
-def cost_plot(cost: str, marks: Sequence[Mark], decision: Decision) -> blocks.Figure:
-    """Draw quality against a cost; × is relative to full fine-tuning, and a band shows that with the margin around."""
+def cost_plot(plot: CostPlot) -> blocks.Figure:
+    """Draw quality against cost; × is relative to full fine-tuning."""
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
-        _draw_costs(axes, cost, marks, decision)
+        _draw_costs(axes, plot)
         _legend(figure, axes)
-        said = "; ".join(f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in marks if mark.is_finite)
-        return _drawn(figure, f"Quality against {cost}", f"{said}.")
+        said = "; ".join(f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in plot.marks if mark.is_finite)
+        return _drawn(figure, f"Quality against {plot.cost}", f"{said}.")
 
 
-def cost_picture(
-    title: str, subtitle: str, plots: Mapping[str, Sequence[Mark]], decision: Decision, path: Path
-) -> None:
+def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Path) -> None:
     """Write the same plots side by side into one PNG, under the verdict and of what it is."""
     with _new_figure(COST_HEIGHT + 2 * LINE_HEIGHT, len(plots)) as (figure, found):
         figure.set(frameon=True, facecolor=PAGE)
         width = len(plots) * WIDTH // 8
         lines = [textwrap.shorten(words.one_line(text), width, placeholder=" …") for text in (title, subtitle)]
         figure.suptitle("\n".join(lines), x=0.02, ha="left", color=INK, size=FONT_SIZE)
-        for axes, (cost, marks) in zip(found, plots.items(), strict=True):
-            _draw_costs(axes, cost, marks, decision)
+        for axes, plot in zip(found, plots, strict=True):
+            _draw_costs(axes, plot)
         _legend(figure, found[0])
         with replacing(path) as part:
             figure.savefig(part, format="png", dpi=_PICTURE_DPI)
 
 
-def _draw_costs(axes: Axes, cost: str, marks: Sequence[Mark], decision: Decision) -> None:
+def _draw_costs(axes: Axes, plot: CostPlot) -> None:
     """Costs to the right, quality upwards."""
     from matplotlib.ticker import MaxNLocator
 
-    marks, markers = [mark for mark in marks if mark.is_finite], itertools.cycle("o^DvP<X>*")
+    marks, markers = [mark for mark in plot.marks if mark.is_finite], itertools.cycle("o^DvP<X>*")
     if not marks:
         _say_nothing_finite(axes)
         return
     for mark in marks:
         _draw_mark(axes, mark, (mark.cost, mark.value), "y", "s" if mark.is_full else next(markers))
         if mark.is_full:
-            band = mark.value - decision.margin, mark.value + decision.margin
+            band = mark.value - plot.decision.margin, mark.value + plot.decision.margin
             axes.axhspan(*band, color=BAND, linewidth=0, zorder=0)
-    _style_axes(axes, decision.metric, "y")
+    _style_axes(axes, plot.decision.metric, "y")
     axes.set_xlim(-0.06, 1.12 * max(1.0, *(mark.cost for mark in marks)))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
     axes.xaxis.set_major_formatter("{x:g}×")
-    axes.set_xlabel(f"{cost}, relative to full")
-    name = words.metric_name(decision.metric) + ("" if decision.greater_is_better else " (smaller is better)")
-    axes.set_title(words.one_line(name))
+    axes.set_xlabel(f"{plot.cost}, relative to full")
+    better = "" if plot.decision.greater_is_better else " (smaller is better)"
+    axes.set_title(words.one_line(words.metric_name(plot.decision.metric) + better))

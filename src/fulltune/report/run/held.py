@@ -17,7 +17,7 @@ from fulltune.report.format.blocks import (
     Section,
     Table,
 )
-from fulltune.report.format.plots import learning_curve, series_plot
+from fulltune.report.format.plots import Series, learning_curve, series_plot
 from fulltune.report.run.read import RunView
 from fulltune.stats.curves import BEYOND_CHANCE, Point
 from fulltune.text import counted, format_metric, format_number, format_percent
@@ -39,10 +39,10 @@ def section(view: RunView) -> Section | None:
     if found is None:
         return Section("forgetting", "Forgetting", (moved, Figures(tuple(figures))))
     title = f"{words.metric_name(found.metric)} by drift on generic text"
-    tried = [(point.measured.drift, point.metric) for point in found.points]
-    series = {"tried": tried, "kept": [(found.chosen.measured.drift, found.chosen.metric)]}
+    tried = Series("tried", tuple((point.measured.drift, point.metric) for point in found.points))
+    kept_at = Series("kept", ((found.chosen.measured.drift, found.chosen.metric),), filled=True)
     across = "drift on generic text; dashed: the budget"
-    figures.append(series_plot(title, series, found.metric, across, found.limit, "see the points below."))
+    figures.append(series_plot(title, (tried, kept_at), found.metric, across, found.limit, "see the points below."))
     evidence, helps = held_back(found)
     held = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
     folded = Folded("all points between the untouched and the trained model", (_points(found),))

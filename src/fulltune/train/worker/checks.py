@@ -16,7 +16,7 @@ from fulltune.inference import selective_head
 from fulltune.inference.run import by_length
 from fulltune.inference.store import Rows
 from fulltune.models.dropout import STEPS, SixteenBitDropout, threshold
-from fulltune.models.shapes import leak
+from fulltune.models.packing import leak
 from fulltune.records.events import ChecksDone
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check

@@ -1,0 +1,76 @@
+"""Whether a model keeps texts that share a row apart (OPT and BLOOM do not), tried on a one-layer copy."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from fulltune.models import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_ROUNDINGS = 4
+"""Units in the last place by which the largest logit may differ: another order of sums, not another text."""
+_BREAKS = (12, 8)
+"""Where the second text begins in each of two rows of a batch."""
+_TOKENS = 24
+_VOCABULARY = 1000
+
+
+def obstacle(config: PretrainedConfig, attn_implementation: str | None = None) -> str | None:
+    """Why texts in one row would see each other, or None."""
+    import torch
+    import transformers
+
+    if attn_implementation is not None and attn_implementation.startswith("flash"):
+        # transformers 5.24 gives flash attention the ends of the texts only in a batch of one row.
+        return f"{attn_implementation} tells texts apart only in batches of one row; sdpa does in all"
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if hasattr(text, name):
+            setattr(text, name, 1)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    text.vocab_size = min(text.vocab_size, _VOCABULARY)
+    for part in (small, text):
+        part.pad_token_id = None
+    if hasattr(small, "quantization_config"):
+        del small.quantization_config
+    keywords = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32, **keywords)
+        except (ValueError, TypeError, RuntimeError, IndexError, ImportError) as error:
+            why = " ".join(str(error).split())
+            return f"a one-layer copy of the '{config.model_type}' model cannot be made ({why})"
+    return leak(model, config.model_type)
+
+
+def leak(model: PreTrainedModel, name: str) -> str | None:
+    """Whether the second of two texts in one row sees the first one: what is wrong, or None."""
+    import torch
+
+    vocabulary = min(model.config.get_text_config().vocab_size, _VOCABULARY)
+    ids = torch.arange(3, 3 + 2 * _TOKENS, device=model.device).remainder(vocabulary).view(2, _TOKENS)
+    positions = torch.stack([torch.cat((torch.arange(at), torch.arange(_TOKENS - at))) for at in _BREAKS])
+    positions = positions.to(model.device)
+    difference, largest = 0.0, 0.0
+    try:
+        with evaluating(model), torch.no_grad():
+            together = _logits(model, ids, positions)
+            for row, at in enumerate(_BREAKS):
+                alone = _logits(model, ids[row : row + 1, at:], positions[row : row + 1, at:])
+                difference = max(difference, float((together[row, at:] - alone[0]).abs().max()))
+                largest = max(largest, float(alone.abs().max()))
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"a '{name}' model cannot be tried with position ids ({' '.join(str(error).split())})"
+    if difference > max(1e-4, _ROUNDINGS * torch.finfo(model.dtype).eps) * max(1.0, largest):
+        return f"a '{name}' model does not keep texts in one row apart (its logits differ by {difference:.2g})"
+    return None
+
+
+def _logits(model: Any, ids: Any, positions: Any) -> Any:
+    return model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
