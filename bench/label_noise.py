@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 from evidence import MINILM, data, write_csv
 
-from fulltune.audit.untouched import DOUBT, suspected
+from fulltune.audit.untouched import DOUBT, Suspected, suspected
 from fulltune.probe.linear import Items
-from fulltune.records.audit import LabelErrors
 
 ROWS = 2000
 CELLS = ((0.0, "uniform"), (0.1, "uniform"), (0.1, "near"), (0.2, "uniform"), (0.2, "near"))
@@ -51,7 +50,7 @@ class Noisy:
     def wrong(self) -> np.ndarray:
         return self.right != self.given
 
-    def judged(self) -> tuple[LabelErrors, np.ndarray, np.ndarray, np.ndarray]:
+    def judged(self) -> Suspected:
         return suspected(Items("single_label", self.features, self.given, np.arange(len(self.given)), len(self.names)))
 
 
@@ -98,12 +97,12 @@ def find(folder: Path, seeds: list[int]) -> None:
     print("|---|---:|---:|---|---|---|")
     for (rate, kind), seed in itertools.product(CELLS, seeds):
         them = noisy(folder, rate, kind, seed)
-        about, *_, suspects = them.judged()
-        right = int((suspects & them.wrong).sum())
-        count, errors = int(suspects.sum()), int(them.wrong.sum())
+        found = them.judged()
+        right = int((found.suspects & them.wrong).sum())
+        count, errors = int(found.suspects.sum()), int(them.wrong.sum())
         print(
-            f"| {rate:.0%} {kind} | {seed} | {count} | {about.precision:.2f}, {right / max(1, count):.2f} "
-            f"| {about.recall:.2f}, {right / max(1, errors):.2f} | {about.wrong:.0f}, {errors} |",
+            f"| {rate:.0%} {kind} | {seed} | {count} | {found.about.precision:.2f}, {right / max(1, count):.2f} "
+            f"| {found.about.recall:.2f}, {right / max(1, errors):.2f} | {found.about.wrong:.0f}, {errors} |",
             flush=True,
         )
 
@@ -128,11 +127,11 @@ def train(folder: Path, seeds: list[int], cells: list[tuple[float, str]]) -> Non
 def _trained(folder: Path, them: Noisy, treatment: str, name: str, seed: int) -> dict[str, Any]:
     labels, kept = (them.right if treatment == "clean" else them.given).copy(), np.ones(ROWS, bool)
     if treatment in ("dropped", "relabelled", "both"):
-        _, margins, other, suspects = them.judged()
+        found = them.judged()
         sure = {"dropped": -np.inf, "relabelled": np.inf, "both": DOUBT}[treatment]
-        changed = suspects & (margins < sure)
-        labels[changed] = other[changed]
-        kept = ~suspects | changed
+        changed = found.suspects & (found.margins < sure)
+        labels[changed] = found.other[changed]
+        kept = ~found.suspects | changed
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
     rows = [{"text": row["text"], "category": them.names[label]} for row, label in zip(them.rows, labels, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, pairwise
@@ -116,6 +116,8 @@ class SeenRows:
 
     issues: list[RowIssue] = field(default_factory=list)
     counts: dict[SplitName, int] = field(default_factory=dict)
+    ids: array[int] = field(default_factory=lambda: array("Q"))
+    """`row_id` of each row, as a number."""
     keys: array[int] = field(default_factory=lambda: array("Q"))
     """A hash of what each row asks: its text, prompt or passage. All splits, one after the other."""
     wholes: array[int] = field(default_factory=lambda: array("q"))
@@ -139,6 +141,7 @@ def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
             key = rows.task.group_key(row, rows.target)
             keys.append(key if rows.has_texts else "")
             names = tuple(rows.task.row_labels(row, rows.target))
+            seen.ids.append(int(row_id(row), 16))
             seen.keys.append(draw(0, key))
             seen.wholes.append(hash(rows.whole(row, key)))
             seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
@@ -161,20 +164,25 @@ def look(rows: AuditedRows, total: int, listener: Listener) -> SeenRows:
     return seen
 
 
-def with_numbers(rows: AuditedRows, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
+def with_numbers(rows: AuditedRows, seen: SeenRows, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
     """The issues, with which one of several equal rows of a source each is about, those counted that a patch drops."""
-    listed, names = {(one.split, one.place) for one in issues}, dict[tuple[SplitName, str], str]()
-    for split, row, name in named(rows, decided) if issues else ():
-        if (place := (split, str(row[PLACE]))) in listed:
-            names[place] = name
-    return [one.model_copy(update={"row": names[one.split, one.place]}) for one in issues]
+    values, counts = np.unique(np.array(seen.ids, np.uint64), return_counts=True)
+    several = {f"{one:016x}" for one in values[counts > 1].tolist()} | {row.partition("-")[0] for _, row in decided}
+    # The rows are read once more only where that can change a name.
+    found = named(rows, decided, several) if any(one.row in several for one in issues) else ()
+    names = {(split, str(row[PLACE])): name for split, row, name in found}
+    return [one.model_copy(update={"row": names.get((one.split, one.place), one.row)}) for one in issues]
 
 
-def named(rows: AuditedRows, decided: Decisions) -> Iterator[tuple[SplitName, Row, str]]:
-    """Each row with its identity: of several equal rows of a source the second has `-2`."""
+def named(
+    rows: AuditedRows, decided: Decisions, among: Collection[str] | None = None
+) -> Iterator[tuple[SplitName, Row, str]]:
+    """Each row (those with some hashes) with its identity: of several equal rows of a source the second has `-2`."""
     times = Counter[tuple[str, str]]()
     for split, row in rows.all():
         key = rows.source_of(split), row_id(row)
+        if among is not None and key[1] not in among:
+            continue
         times[key] += 1
         # Those that a patch has dropped are counted.
         while (one := decided.get((key[0], numbered(key[1], times[key])))) and one.remedy.action == "drop":

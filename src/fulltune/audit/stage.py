@@ -31,7 +31,7 @@ from fulltune.audit.rows import (
 )
 from fulltune.audit.texts import checks_of, missing
 from fulltune.audit.texts.flaw import is_installed
-from fulltune.audit.untouched import DOUBTFUL, LABEL, NEIGHBOURS, OUT_OF_MEMORY, Reader, judge, outliers
+from fulltune.audit.untouched import NEIGHBOURS, OUT_OF_MEMORY, Reader, Suspected, judge, outliers
 from fulltune.data.patch import load_patch
 from fulltune.errors import SetupError
 from fulltune.files import replacing
@@ -51,7 +51,7 @@ from fulltune.records.data import DataSummary, SplitName
 from fulltune.tasks import PLACE, Target, task_named
 from fulltune.text import counted
 
-OUTLIER = "outlier"
+LABEL, DOUBTFUL, OUTLIER = "label error", "doubtful label", "outlier"
 NOT_ASKED = "left out by --no-labels"
 VERSION = 4
 """Of the checks: raised when they find other rows, so that an audit by earlier ones is made anew."""
@@ -92,14 +92,15 @@ def audit(reader: Reader, reads_rows: bool) -> Audit:
         not_run[OUTLIER] = str(no)
     try:
         if LABEL in asked:
-            labels, judged = judge(reader)
-            issues += _mislabelled(rows, judged)
+            positions, judged = judge(reader)
+            issues += _mislabelled(rows, positions, judged)
+            labels = judged.about
             made |= {LABEL, DOUBTFUL}
     except NoProbe as no:
         not_run[LABEL] = str(no)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
-    issues = with_numbers(rows, issues, decided)
+    issues = with_numbers(rows, seen, issues, decided)
     if _of_same_rows(folder, summary) is not None and (folder / ISSUES).exists():
         issues += [one for one in load_issues(folder) if one.check == HIGH_LOSS]  # by losses, which are not read again
     issues = [one for one in issues if one.key not in decided or decided[one.key].is_open]
@@ -197,13 +198,15 @@ def _outlying(rows: AuditedRows, reader: Reader, seen: SeenRows, not_run: dict[s
     return issues
 
 
-def _mislabelled(rows: AuditedRows, found: Mapping[int, tuple[str, int, float]]) -> list[RowIssue]:
+def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: Suspected) -> list[RowIssue]:
     issues, column = list[RowIssue](), rows.target.columns.get("label")
+    listed = {int(positions[at]): at for at in np.flatnonzero(found.suspects | found.doubtful)}
     for position, row in enumerate(rows.of("train")):
-        if position not in found:
+        if position not in listed:
             continue
-        check, at, margin = found[position]
-        other = rows.target.labels[at]
+        at = listed[position]
+        other, margin = rows.target.labels[int(found.other[at])], float(found.margins[at])
+        check = LABEL if found.suspects[at] else DOUBTFUL
         # Of a folder per class the label is no column: such an image can only be left out.
         remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=other)
         reason = f"'{other}' is likelier, by {-100 * margin:.0f} points of probability"

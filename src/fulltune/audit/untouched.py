@@ -46,8 +46,8 @@ class Reader:
     folder: Path
     """The run's `data` folder."""
     listener: Listener
-    _read: dict[SplitName, tuple[Items, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
-    """What was read already: several checks look at it."""
+    _read: dict[SplitName, tuple[Items, np.ndarray] | NoProbe] = field(default_factory=dict, repr=False, compare=False)
+    """What was read already, or why it cannot be: several checks look at it."""
 
     @cached_property
     def extractor(self) -> probe.Extractor:
@@ -75,8 +75,14 @@ class Reader:
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         """Mean hidden states, labels and positions of a split's rows, or of some drawn at random; raises NoProbe."""
         if split not in self._read:
-            self._read[split] = self._items(split)
-        return self._read[split]
+            try:
+                self._read[split] = self._items(split)
+            except NoProbe as no:
+                self._read[split] = no
+        found = self._read[split]
+        if isinstance(found, NoProbe):
+            raise found
+        return found
 
     def _items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         try:
@@ -111,23 +117,29 @@ DOUBT = -0.5
 NOT_TOLD_APART = "the untouched model's features do not tell the classes apart"
 
 
-LABEL, DOUBTFUL = "label error", "doubtful label"
+@dataclass(frozen=True)
+class Suspected:
+    """What is known of each row's label, and how good that is."""
+
+    margins: np.ndarray
+    """float64 [rows]; at most 1, and the lower, the less likely the label."""
+    other: np.ndarray
+    """The likeliest other class [rows]."""
+    suspects: np.ndarray
+    """bool [rows]."""
+    doubtful: np.ndarray
+    """Further rows with another label that is clearly likelier: bool [rows]."""
+    about: LabelErrors
 
 
-def judge(reader: Reader) -> tuple[LabelErrors, dict[int, tuple[str, int, float]]]:
-    """How labels were judged, and of each suspicious train row, by its position, the check, the likelier class and the
-    margin; raises `NoProbe`."""
+def judge(reader: Reader) -> tuple[np.ndarray, Suspected]:
+    """Positions of the train rows that were judged, and what is known of their labels; raises `NoProbe`."""
     items, positions = reader.items("train")
-    about, margins, other, suspects = suspected(items)
-    listed = np.flatnonzero(suspects | (margins < DOUBT))
-    return about, {
-        int(positions[at]): (LABEL if suspects[at] else DOUBTFUL, int(other[at]), float(margins[at])) for at in listed
-    }
+    return positions, suspected(items)
 
 
-def suspected(items: Items) -> tuple[LabelErrors, np.ndarray, np.ndarray, np.ndarray]:
-    """How good the judgement is, each row's margin, likeliest other class, and whether its label is probably wrong;
-    raises `NoProbe` when there are too few rows, or nothing can be fitted."""
+def suspected(items: Items) -> Suspected:
+    """Judge the label of each row; raises `NoProbe` when there are too few rows, or nothing can be fitted."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < LEAST_ROWS or np.count_nonzero(counts >= LEAST_OF_A_CLASS) < 2:
@@ -143,17 +155,18 @@ def suspected(items: Items) -> tuple[LabelErrors, np.ndarray, np.ndarray, np.nda
         raise NoProbe(NOT_TOLD_APART)
     cut, recall, precision, wrong = calibrated(margins, planted)
     suspects = margins < cut
+    doubtful = (margins < DOUBT) & ~suspects
     about = LabelErrors(
         judged_rows=len(margins),
         agree=float((margins > 0).mean()),
         suspects=int(suspects.sum()),
-        doubtful=int(((margins < DOUBT) & ~suspects).sum()),
+        doubtful=int(doubtful.sum()),
         planted=len(planted),
         recall=recall,
         precision=precision,
         wrong=wrong,
     )
-    return about, margins, other, suspects
+    return Suspected(margins, other, suspects, doubtful, about)
 
 
 def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:

@@ -81,6 +81,7 @@ FORMAT = 9
 KEPT = 5
 """Prepared data sets that stay; a run that was linked to an older one keeps its files."""
 _ABANDONED_SECONDS = 24 * 3600
+_PROGRESS_SECONDS = 0.2
 _ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
 
 
@@ -228,7 +229,7 @@ def _encode(
 ) -> dict[SourceName, Encoded]:
     """Tokenise each source, and write down what is dropped. Only what is trained on may hold no known text."""
     encoded: dict[SourceName, Encoded] = {}
-    total, folder = sum(counts.values()), stage.folder
+    total, told, folder = sum(counts.values()), 0.0, stage.folder
     folder.mkdir(parents=True)
     make_private(folder / DROPPED)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
@@ -237,8 +238,11 @@ def _encode(
             file.write(as_line(item))
 
         def progress(done_here: int) -> None:
+            nonlocal told
             done = done_here + sum(whole.num_read for whole in encoded.values())
-            stage.listener(RowsRead(name="tokenising", done=done, total=total))
+            if time.monotonic() - told > _PROGRESS_SECONDS or done == total:
+                told = time.monotonic()
+                stage.listener(RowsRead(name="tokenising", done=done, total=total))
 
         for name, source in sources.items():
             is_train = name == "train"

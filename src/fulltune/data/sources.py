@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -145,35 +146,52 @@ def _labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
 def describe(
     block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows]
 ) -> tuple[Target, dict[SourceName, int]]:
-    """Read everything, and the train rows twice: find their columns, problem type and labels, count the rows. Raises
-    `DataError` for every broken file; else when columns are missing or nothing can be learned."""
+    """Read everything once, and the train rows again where columns appear late or something is wrong: find their
+    columns, problem type and labels, count the rows. Raises `DataError` for every broken file; else when columns are
+    missing or nothing can be learned."""
     problems: list[str] = []
     counts, columns = dict.fromkeys(sources, 0), {name: dict[str, None]() for name in sources}
-    for name, source in sources.items():
-        for _, row in source.rows(problems):
+    train, faults, read = sources["train"], Counter[str](), set[SourceName]()
+    first_names, first_rows = _head(train)
+
+    def rows_of(name: SourceName) -> Iterator[PlacedRow]:
+        counts[name] = 0
+        for place, row in sources[name].rows(problems):
             counts[name] += 1
             columns[name].update(dict.fromkeys(row))
-    if problems:
-        raise DataError(list(dict.fromkeys(problems)))
-    train, names, faults = sources["train"], tuple(columns["train"]), Counter[str]()
-    _, first_rows = _head(train)
-    roles = task.find_columns(_for_roles(block, names), first_rows, block, train.where)
-    _refuse_second_text(block, roles, names, first_rows, train.where)
+            yield place, row
+        read.add(name)
 
-    def usable() -> Iterator[dict[str, Any]]:
-        for place, row in train.rows(None):
+    def usable(roles: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        faults.clear()
+        for place, row in rows_of("train"):
             if fault := unreadable(row, roles):  # is listed when the rows are tokenised
                 faults[fault] += 1
             else:
                 yield {**row, PLACE: place}
 
-    try:
-        target = task.find_target(usable(), roles, block, train.where)
-    except DataError:
-        if not faults or faults.total() < counts["train"]:
-            raise
-        problem = f"{train.where}: no row can be used: {next(iter(faults))}; name another column or file"
-        raise DataError(problem) from None
+    def learned(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
+        roles = task.find_columns(_for_roles(block, names), first_rows, block, train.where)
+        _refuse_second_text(block, roles, names, first_rows, train.where)
+        try:
+            return roles, task.find_target(usable(roles), roles, block, train.where)
+        except DataError:
+            if not faults or faults.total() < counts["train"]:
+                raise
+            problem = f"{train.where}: no row can be used: {next(iter(faults))}; name another column or file"
+            raise DataError(problem) from None
+
+    found = None
+    with suppress(DataError):  # what is wrong is said once all files are known to be whole, with all their columns
+        found = learned(first_names)
+    for name in sources:
+        for _ in rows_of(name) if name not in read else ():
+            pass
+    if problems:
+        raise DataError(list(dict.fromkeys(problems)))
+    if found is None or len(columns["train"]) > len(first_names):
+        found = learned(tuple(columns["train"]))
+    roles, target = found
     missing = []
     for name, there in columns.items():
         needed = {} if is_mixed(name) and task.FACTS.has_forms else dict(roles)

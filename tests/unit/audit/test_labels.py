@@ -26,22 +26,22 @@ def items(count: int, rate: float, spread: float, seed: int = 0) -> tuple[Items,
 @pytest.mark.parametrize(("rate", "spread"), [(0.1, 0.5), (0.2, 0.5), (0.1, 0.8)])
 def test_most_wrong_labels_are_found_and_most_suspects_are_wrong(rate: float, spread: float) -> None:
     rows, wrong = items(800, rate, spread)
-    about, margins, other, suspects = suspected(rows)
-    assert wrong[suspects].mean() >= 0.6
-    assert suspects[wrong].mean() >= 0.6
-    assert about.wrong == pytest.approx(wrong.sum(), rel=0.35)
-    assert about.precision == pytest.approx(wrong[suspects].mean(), abs=0.3)
-    assert about.doubtful == ((margins < DOUBT) & ~suspects).sum()
+    found = suspected(rows)
+    assert wrong[found.suspects].mean() >= 0.6
+    assert found.suspects[wrong].mean() >= 0.6
+    assert found.about.wrong == pytest.approx(wrong.sum(), rel=0.35)
+    assert found.about.precision == pytest.approx(wrong[found.suspects].mean(), abs=0.3)
+    assert not (found.suspects & found.doubtful).any()
+    assert (found.margins[found.doubtful] < DOUBT).all()
     # The likeliest other class is the right one.
-    both = suspects & wrong
-    assert (other[both] != rows.labels[both]).all()
+    both = found.suspects & wrong
+    assert (found.other[both] != rows.labels[both]).all()
 
 
 @pytest.mark.parametrize("spread", [0.3, 0.8, 1.2])
 def test_clean_rows_are_left_alone(spread: float) -> None:
     rows, _ = items(800, 0.0, spread)
-    *_, suspects = suspected(rows)
-    assert suspects.mean() < 0.01
+    assert suspected(rows).suspects.mean() < 0.01
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fulltune import data
 from fulltune.audit import stage
 from fulltune.audit.stage import load_issues
-from fulltune.audit.untouched import Reader
+from fulltune.audit.untouched import Reader, Suspected
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import row_id, texts
@@ -152,9 +153,11 @@ def test_outliers_that_cannot_be_told_or_were_not_asked_for_are_said(tmp_path: P
 
 def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
     summary = prepared(tmp_path, CLEAN)
+    margins = np.ones(summary.splits["train"].rows)
+    margins[[2, 7, 9]] = -0.9, -0.99, -0.6
     about = LabelErrors.model_construct(suspects=2, doubtful=1, planted=20)
-    judged = {2: ("label error", 0, -0.9), 7: ("label error", 0, -0.99), 9: ("doubtful label", 0, -0.6)}
-    found, issues = audited(tmp_path, summary, lambda: (about, judged))
+    judged = Suspected(margins, np.zeros(len(margins), int), margins < -0.8, np.isin(margins, -0.6), about)
+    found, issues = audited(tmp_path, summary, lambda: (np.arange(len(margins)), judged))
     rows = list(texts(tmp_path / "data" / "train"))
     assert [one.row for one in issues["label error"]] == [row_id(rows[7]), row_id(rows[2])]
     assert [one.row for one in issues["doubtful label"]] == [row_id(rows[9])]
@@ -380,3 +383,25 @@ def test_reason_of_a_dropped_row_quotes_no_part_of_a_secret(tmp_path: Path) -> N
     assert "half of a list" in dropped["reason"]
     assert "[SECRET]" in dropped["row"]["label"]
     assert key[:12] not in json.dumps(dropped)
+
+
+def test_rows_are_not_read_again_where_none_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = prepared(tmp_path, [*CLEAN, {"text": "left <br> over", "label": CLEAN[0]["label"]}])
+    monkeypatch.setattr("fulltune.audit.rows.named", lambda *given: pytest.fail("reads the rows again"))
+    _, issues = audited(tmp_path, summary)
+    assert [one.row.count("-") for one in issues["markup"]] == [0]
+
+
+def test_rows_that_cannot_be_read_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = list[str]()
+
+    def fail(reader: Reader, split: str) -> Any:
+        tried.append(split)
+        cannot("no states")
+
+    monkeypatch.setattr(Reader, "_items", fail)
+    reader = Reader(*[None] * 5)  # type: ignore[arg-type]  # reads nothing
+    for _ in range(2):
+        with pytest.raises(NoProbe, match="no states"):
+            reader.items("train")
+    assert tried == ["train"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import tomllib
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from fulltune.audit import texts as audit
 from fulltune.audit.texts import _CHECKS, masked_cells
-from fulltune.audit.texts.flaw import redacted
+from fulltune.audit.texts.flaw import PATTERNS, RE, redacted
 
 KEY = "qX7" + "vR2mLp9Zt4Wb8Ks1Yd6Hn3Jc5Gf0Aeu"
 """Random letters and digits; tokens are put together here, so that no scanner takes this file for a leak."""
@@ -213,3 +214,14 @@ def test_what_is_private_is_masked_whatever_hides_in_it(text: str, unseen: str) 
 def test_what_only_looks_hidden_is_kept() -> None:
     text = "a heart \u2764\ufe0f <!-- and a note --> stays"
     assert audit.masked_text(text) == text
+
+
+def test_each_key_of_the_table_is_read_and_each_that_is_read_is_there() -> None:
+    source = Path(audit.__file__).parents[2]
+    code = "\n".join(
+        file.read_text(encoding="utf-8") for file in [*source.rglob("audit/**/*.py"), source / "data/check.py"]
+    )
+    for name, table in (("RE", RE), ("PATTERNS", PATTERNS)):
+        assert set(re.findall(rf'\b{name}\["(\w+)"\]', code)) <= set(table)
+        assert [key for key in table if f'"{key}"' not in code] == []
+    assert [word for word in PATTERNS["words"] if not any(f"<{word}>" in str(one) for one in PATTERNS.values())] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,3 +219,32 @@ def test_secret_as_a_name_of_a_label_or_a_column_is_refused(
     ) as refused:
         prepare(tmp_path, rows, encoder_tokenizer, "text-classification", text=column, label="label")
     assert not any(name in str(refused.value) for name in ("QWERTY7", "6467", "mQ2"))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_train_rows_are_read_again_only_where_a_column_appears_late(late: bool) -> None:
+    rows = [{"text": f"text {at}", "label": "ab"[at % 2]} for at in range(1500)]
+    rows[-1] |= {"note": "only here"} if late else {}
+    read = list[int]()
+
+    def each(problems: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        for at, row in enumerate(rows):
+            read.append(at)
+            yield str(at), row
+
+    recipe = Recipe.model_validate({"model": "m", "task": "text-classification", "data": {"train": "x.csv"}})
+    found, counts = describe(recipe.data, task_named(recipe.task), {"train": SourceRows("x.csv", each)})
+    assert (found.labels, counts) == (("a", "b"), {"train": 1500})
+    assert read.count(1499) == 1 + late
+
+
+def test_rows_that_are_tokenised_are_not_told_chunk_by_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = list[Any]()
+    monkeypatch.setattr("fulltune.data.encode.ROWS_PER_CHUNK", 5)
+    # `fulltune.data.prepare` is the function; the module of that name is only in sys.modules.
+    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "_PROGRESS_SECONDS", float("inf"))
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.topic_rows(40))
+    recipe = Recipe.model_validate({"model": "m", "task": "text-classification", "data": {"train": str(path)}})
+    limits = data.Limits(tiny.POSITIONS)
+    data.prepare(data.Stage(recipe, tmp_path / "data", tiny.encoder_tokenizer(), limits, listener=events.append))
+    assert [(one.done, one.total) for one in events if one.name == "tokenising"] == [(40, 40)]
