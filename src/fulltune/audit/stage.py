@@ -143,7 +143,9 @@ def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | Non
 
 def version() -> str:
     """Of the checks, with the extras that are not installed and bring further ones."""
-    return f"{VERSION}{', no audit' * bool(missing())}{', no languages' * (not is_installed(PACKAGE))}"
+    audit = ", no audit" if missing() else ""
+    languages = "" if is_installed(PACKAGE) else ", no languages"
+    return f"{VERSION}{audit}{languages}"
 
 
 def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:

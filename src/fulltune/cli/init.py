@@ -285,7 +285,7 @@ def write_recipe(
     where = "" if chosen.startswith("package:") else ", from the Hub"
     train = [_yaml(str(file.resolve())) for file in paths]
     names = ", ".join(map(_yaml, inferred.columns or ()))
-    some = f": {', '.join(target.labels[:5])}{' ...' * (len(target.labels) > 5)}" if target.labels else ""
+    some = f": {', '.join(target.labels[:5])}{' ...' if len(target.labels) > 5 else ''}" if target.labels else ""
     data = [
         f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
         *(f"# not used: {reason}" for reason in not_used),
@@ -298,7 +298,7 @@ def write_recipe(
         *([f"encoding: {_yaml(encoding)}"] if codec_of(encoding) != UTF_8 else []),
         *([f"columns: [{names}]   # of a file without a header line"] if names else []),
         *(f"{role}: {_yaml(column)}" for role, column in target.columns.items()),
-        *[f"# columns not used: {inferred.unused}"] * bool(inferred.unused),
+        *([f"# columns not used: {inferred.unused}"] if inferred.unused else []),
         f"# found: {counted(inferred.num_rows, 'row')}, {_in_words(target)}{' '.join(some.split())}",
     ]
     text = TEMPLATE.format(
@@ -317,17 +317,19 @@ def write_recipe(
 def lines(found: Inferred, files: SplitFiles) -> list[str]:
     """What was found, for the terminal."""
     _, held_out, not_used = files
-    said = [
-        f"{found.where}: no header line, for its first line looks like a row",
-        f"columns: {', '.join(found.columns or ())}; other names: --columns NAME,NAME",
-        "if it is a header: name a column of it, such as --column label=NAME",
-    ] * found.is_guess
+    said: list[str] = []
+    if found.is_guess:
+        said += [
+            f"{found.where}: no header line, for its first line looks like a row",
+            f"columns: {', '.join(found.columns or ())}; other names: --columns NAME,NAME",
+            "if it is a header: name a column of it, such as --column label=NAME",
+        ]
     said.append(f"train: {found.where}: {counted(found.num_rows, 'row')}, {found.task} ({_in_words(found.target)})")
     for split in ("eval", "test"):
         file = held_out.get(split)
         said.append(f"{split}:  {file.name if file else 'rows are split off train'}")
     said += [f"not used: {reason}" for reason in not_used]
-    said += [f"columns not used: {found.unused}"] * bool(found.unused)
+    said += [f"columns not used: {found.unused}"] if found.unused else []
     said += [f"note: {note}" for note in found.notes]
     return said
 

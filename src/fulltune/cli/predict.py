@@ -218,9 +218,12 @@ def _answer(
         if refused := answered.refused:
             reason = refused.check if what.table is None else refused.reason  # a line has no column
             without += 1
-            first += [f"{place}: {reason}"] * (without <= _LISTED)
+            if without <= _LISTED:
+                first.append(f"{place}: {reason}")
         put(place, row, answered.answer, reason)
-    for line in [*first, *[f"... and {without - _LISTED:,} more"] * (without > _LISTED)]:
+    if without > _LISTED:
+        first.append(f"... and {without - _LISTED:,} more")
+    for line in first:
         _warn(line)
     if rows and without == rows:
         raise DataError(f"{what.where}: no row can be answered ({counted(rows, 'row')})")

@@ -150,7 +150,7 @@ def note_on_flaws(sources: Iterable[Encoded]) -> list[str]:
     """What the cheap checks found in the rows' texts."""
     found = sum((source.tally.of("flaw") for source in sources), Counter[str]())
     shown = ", ".join(f"{check} in {counted(count, 'row')}" for check, count in found.most_common())
-    return [f"texts that look wrong: {shown}; the audit of 'fulltune data' lists them"] * bool(found)
+    return [f"texts that look wrong: {shown}; the audit of 'fulltune data' lists them"] if found else []
 
 
 def num_shared(split: Split, other: Split, of: Literal["groups", "values"] = "groups") -> int:

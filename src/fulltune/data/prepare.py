@@ -183,7 +183,8 @@ def _make(
     remarks += [*chain(*(one.notes for one in sources.values())), *notes_on_sides(recipe, splits)]
     remarks += notes(splits, target, block.near_duplicates < 1)
     unused = unused_columns(block, target.columns, sources["train"])
-    remarks += [f"columns not used: {shown(unused)}"] * bool(unused) + note_on_flaws(encoded.values())
+    remarks += [f"columns not used: {shown(unused)}"] if unused else []
+    remarks += note_on_flaws(encoded.values())
     remarks += patched_in_words(block.patch, (source.patched for source in sources.values()))
 
     late = late_rows(splits)

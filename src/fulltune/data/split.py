@@ -200,17 +200,18 @@ def _refuse_small(recipe: Recipe, splits: Mapping[SplitName, Split], asked: int)
     of_labels = f" of {counted(len(train.names), 'label')}" if train.names else ""
     groups = counted(len(np.unique(train.sides)), "group")
     # A text file with blank lines gives far fewer rows than it has paragraphs.
-    is_text = recipe.data.text_rows == "auto" and any(file.lower().endswith(".txt") for file in recipe.data.task_files)
-    sections = (
-        f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row a "
-        "paragraph set data.text_rows: paragraph"
-    )
+    sections = ""
+    if recipe.data.text_rows == "auto" and any(file.lower().endswith(".txt") for file in recipe.data.task_files):
+        sections = (
+            f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row a "
+            "paragraph set data.text_rows: paragraph"
+        )
     each = f", at least {sum(not one.is_file for one in splits.values()) + 1} different ones of each label"
     raise DataError(
         f"{train.where}: {counted(train.num_read, 'row')}{of_labels} in {groups} that stay together by "
         f"{' and '.join(by)}, the largest of {largest:,}: too few for three splits of at least 2 rows "
         f"({', '.join(small) or f'{asked:,} are to be held out'}); give more rows{each if train.names else ''}, larger "
-        f"data.eval_fraction and data.test_fraction, or files for eval and test{sections * is_text}"
+        f"data.eval_fraction and data.test_fraction, or files for eval and test{sections}"
     )
 
 

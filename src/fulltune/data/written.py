@@ -119,7 +119,9 @@ def write_splits(
         if name == "test":
             groups = whole.groups[whole.row_of][split.examples]
             np.save(folder / name / IN_TRAIN, np.isin(groups, splits["train"].groups))
-        dropped = whole.num_dropped + late * (name == "train") if split.is_file else 0
+        dropped = whole.num_dropped if split.is_file else 0
+        if split.is_file and name == "train":
+            dropped += late
         summaries[name] = summarise(split, Rows(folder / name)["length"], dropped)
     return summaries
 

@@ -31,9 +31,8 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
     kind = "decoders" if is_decoder else "encoders"
-    return next(
-        rate for most, rate in RATES[kind] if millions <= most
-    ), f"a usual rate for {kind} of this size ({size})"
+    rate = next(rate for most, rate in RATES[kind] if millions <= most)
+    return rate, f"a usual rate for {kind} of this size ({size})"
 
 
 def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> Chosen:

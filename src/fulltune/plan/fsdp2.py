@@ -147,7 +147,7 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             elif settings.device == "cpu":  # as measured (`bench/memory_per_rank.py`): both at once
                 made = (max(passing["gradients"], units.kept),)
             # The next unit is put together when the head's own backward pass begins, after that of the loss.
-            following = (units.block,) * any(made)
+            following = (units.block,) if any(made) else ()
             found.append(_Held(no_logits if summed else without, before, (units.root, units.kept), made, following))
         else:
             flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)

@@ -90,7 +90,8 @@ class NamedHardware:
 
     def __str__(self) -> str:
         """What `--for` has to say for it."""
-        words = [f"{self.machines}x " * (self.machines > 1) + (f"{self.count}x {self.gpu.name}" if self.gpu else "cpu")]
+        machines = f"{self.machines}x " if self.machines > 1 else ""
+        words = [machines + (f"{self.count}x {self.gpu.name}" if self.gpu else "cpu")]
         words += [f"{self.cores} cores"] if self.cores else []
         words += [f"{self.host_bytes / GB:.6g}GB host"] if self.host_bytes else []
         words += [f"{self.disk_bytes / GB:.6g}GB disk"] if self.disk_bytes else []

@@ -186,14 +186,12 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             problems.append(f"{setting}: {shown} is not UTF-8, expected a path that is; rename the file or folder")
         return path
 
-    paths: dict[str, dict[str, Any]] = {
-        block: {
-            name: absolute(path, f"{block}.{name}")
-            for name in names
-            if (path := getattr(getattr(recipe, block), name)) is not None and (block, path) != ("preserve", AUTO)
-        }
-        for block, names in _PATHS.items()
-    }
+    paths: dict[str, dict[str, Any]] = {"data": {}, "preserve": {}}
+    for block, names in _PATHS.items():
+        for name in names:
+            path = getattr(getattr(recipe, block), name)
+            if path is not None and (block, path) != ("preserve", AUTO):
+                paths[block][name] = absolute(path, f"{block}.{name}")
     paths["data"]["train"] = tuple(
         absolute(one, "data.train")
         if isinstance(one, str)
@@ -201,10 +199,12 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         for one in recipe.data.entries
     )
     name = recipe.model.name
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or os.path.exists(base / _expanded(name)):  # noqa: PTH110  # as `_expanded`
+    is_here = os.path.exists(base / _expanded(name))  # noqa: PTH110  # as `_expanded`
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or is_here:
         paths["model"] = {"name": absolute(name, "model.name")}
     changed: dict[str, Any] = {block: getattr(recipe, block).model_copy(update=new) for block, new in paths.items()}
-    if isinstance(file := recipe.train.engine_settings, str):
+    file = recipe.train.engine_settings
+    if isinstance(file, str):
         changed["train"] = recipe.train.with_engine_settings(absolute(file, ENGINE_SETTINGS))
     changed["output"] = absolute(recipe.output, "output")
     if problems:

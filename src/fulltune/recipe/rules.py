@@ -164,10 +164,10 @@ def _wrong_setting(error: Any, own: Mapping[str, Any]) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(TrainBlock.model_fields))
-        return f".{name}: unknown setting{'; ' * bool(hint)}{hint}"
+        return f".{name}: unknown setting{f'; {hint}' if hint else ''}"
     said = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected").split(", unable")[0]
     given = f"; found {own[name]!r}" if name in own and "found" not in said else ""
-    return f"{'.' * bool(name)}{name}: {said}{given}"
+    return f"{f'.{name}' if name else ''}: {said}{given}"
 
 
 def _unknown_fields(recipe: Recipe) -> list[str]:
@@ -180,7 +180,7 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
             problems.append(f"{place}: is a setting of its own; write it as train.{name}")
         elif name not in known:
             hint = answer(name) or did_you_mean(name, known)
-            problems.append(f"{place}: transformers.TrainingArguments has no such field{'; ' * bool(hint)}{hint}")
+            problems.append(f"{place}: transformers.TrainingArguments has no such field{f'; {hint}' if hint else ''}")
         elif name == "accelerator_config" and isinstance(value, dict):
             fields = _fields("trainer_pt_utils.py", "AcceleratorConfig")
             problems += [

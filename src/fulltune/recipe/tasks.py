@@ -20,7 +20,7 @@ def _known(name: str) -> str:
     """The name of a task, if it has facts."""
     if name not in FACTS:
         hint = did_you_mean(name, list(FACTS))
-        raise ValueError(f"expected one of {', '.join(FACTS)}, found '{name}'{'; ' * bool(hint)}{hint}")
+        raise ValueError(f"expected one of {', '.join(FACTS)}, found '{name}'{f'; {hint}' if hint else ''}")
     return name
 
 

@@ -56,7 +56,7 @@ def write_comparison(folder: Path) -> tuple[Path, ...]:
     report = about_comparison.build(comparison, picture.name)
     html = write_pages(card, report, "comparison.html.j2", private=False)
     comparison.save(proof)
-    return (card, html, *[picture] * bool(found), proof)
+    return (card, html, picture, proof) if found else (card, html, proof)
 
 
 def _comparison_in(folder: Path) -> Path:

@@ -175,7 +175,7 @@ def _ways_out(survey: Survey) -> list[Block]:
         Code(f"{number}  {given}", "sh") for number, way in enumerate(survey.ways_out, 1) if (given := as_flags(way))
     ]
     said = Paragraph("to see the plan of one, add to the command (a --for takes the place of yours):")
-    return [table, *[said] * bool(flags), *flags]
+    return [table, said, *flags] if flags else [table]
 
 
 def _what_next(survey: Survey, plan: Plan | None) -> list[Block]:

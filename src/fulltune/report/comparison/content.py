@@ -144,10 +144,11 @@ def _why(comparison: Comparison) -> Section | None:
 
 def _methods(comparison: Comparison) -> tuple[Block, ...]:
     fewer = [row.arm for row in comparison.rows if row.waited and row.arm != comparison.decision.recommended]
-    said = Bullets(
-        (f"fewer seeds of {', '.join(fewer)}: they waited for an answer about full and the best of the rest",)
-    )
-    return (_quality(comparison), _cost(comparison), *[said] * bool(fewer))
+    tables = (_quality(comparison), _cost(comparison))
+    if not fewer:
+        return tables
+    why = f"fewer seeds of {', '.join(fewer)}: they waited for an answer about full and the best of the rest"
+    return (*tables, Bullets((why,)))
 
 
 def _name(row: ArmRow, comparison: Comparison) -> Cell:
@@ -336,7 +337,8 @@ def expectation(expected: Expectation, write: Writer) -> Section:
     if expected.sequential and expected.num_seeds > 1:
         whose = "of each method at most; clear answers need fewer"
         if expected.budget_seconds is not None:
-            whose = f"of full and of the best of the others{', one of the rest' * (len(expected.arms) > 2)}"
+            rest = ", one of the rest" if len(expected.arms) > 2 else ""
+            whose = f"of full and of the best of the others{rest}"
     takes = f"about {format_seconds(expected.seconds)}"
     if expected.budget_seconds is not None:
         given = format_seconds(expected.budget_seconds)

@@ -203,7 +203,8 @@ def _lines(part: Headline | Block, width: int) -> Iterator[RenderableType]:
         case Facts():
             yield _grid(part.rows)
         case Table():
-            yield from [Text(one_line(part.caption), style="dim")] * bool(part.caption)
+            if part.caption:
+                yield Text(one_line(part.caption), style="dim")
             yield from _tables(part, width)
         case Code():
             is_long = part.language == "sh" and len(part.text) > width

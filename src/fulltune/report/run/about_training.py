@@ -65,7 +65,7 @@ def curves(view: RunView) -> Section | None:
         return None
     blocks: list[Block] = []
     if (found := fit_of(view)).evidence:
-        helps = f" What helps: {found.helps}." * bool(found.helps)
+        helps = f" What helps: {found.helps}." if found.helps else ""
         blocks.append(Paragraph(f"{found.sentence} {found.details}{helps}"))
     blocks.append(Figures(tuple(learning_curve(*drawn, history.restarts, history.skipped) for drawn in series)))
     if history.restarts:
@@ -126,8 +126,10 @@ def training(view: RunView) -> Section | None:
     # In full: advice stands at their end, and a cell is cut.
     told = dict.fromkeys(f"{_EVENTS[one.event]} {name}: {one.detail}" for name, one in journal if one.event in _EVENTS)
     if told:
-        more = f"{counted(len(told) - _OPEN, 'more event')}: see the journal"
-        blocks.append(Bullets((*[*told][:_OPEN], *[more] * (len(told) > _OPEN))))
+        events = list(told)
+        if len(events) > _OPEN:
+            events[_OPEN:] = [f"{counted(len(events) - _OPEN, 'more event')}: see the journal"]
+        blocks.append(Bullets(tuple(events)))
     if view.outcome:
         blocks += _facts(view, view.outcome)
     rows = tuple((name, one.time, one.event, Cell(one.detail, foreign=True)) for name, one in journal)
@@ -228,7 +230,9 @@ def environment(view: RunView) -> Section | None:
     )
     packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(found.packages.items())))
     folded = Folded("package versions", (packages,))
-    return Section("environment", "Environment", (Facts(facts), *_machines(found), *[folded] * bool(found.packages)))
+    return Section(
+        "environment", "Environment", (Facts(facts), *_machines(found), *([folded] if found.packages else []))
+    )
 
 
 def _machines(found: Environment) -> tuple[Table, ...]:

@@ -123,7 +123,7 @@ def _use(view: RunView, headline: Headline) -> tuple[Block, ...]:
         blocks = (
             Paragraph("Try the model, from the folder that contains this run folder:"),
             Code(f"fulltune predict {shlex.quote(view.name)} {asked}", "sh"),
-            *[columns] * ("--file" in asked),
+            *([columns] if "--file" in asked else []),
             *how_to_load(f"{view.name}/{folder}", view),
         )
     return (Folded("how to use this model anyway", blocks),) if headline.kind == "worse" else blocks
@@ -170,7 +170,7 @@ def _rates(found: Searched) -> list[Block]:
             format_number(rate),
             metric(short.get(rate)),
             metric(whole.get(rate)),
-            ", ".join([*["usual"] * (rate == search.usual), *["chosen"] * (rate == search.chosen)]),
+            ", ".join(word for word, one in (("usual", search.usual), ("chosen", search.chosen)) if one == rate),
         )
         for rate in sorted({*short, *whole})
     )

@@ -173,12 +173,13 @@ def _check(audit: Audit, check: str) -> Section:
     count, examples = audit.checks[check], audit.examples_of(check)
     has_labels = any(one.label for one in examples)
     cells = (
-        (one.place, one.text, *[one.label or "-"] * has_labels, one.reason, could_do(one.remedy)) for one in examples
+        (one.place, one.text, *([one.label or "-"] if has_labels else []), one.reason, could_do(one.remedy))
+        for one in examples
     )
     rows = tuple(tuple(foreign(text, _CELL) for text in row) for row in cells)
     first = f"The {len(rows)} surest" if any(one.score for one in examples) else f"The first {len(rows)}"
     caption = f"{first} of {count:,}; data/issues.jsonl has all" if len(rows) < count else "All of them"
-    table = Table(caption, ("row", "text", *["label"] * has_labels, "why", "could be"), rows)
+    table = Table(caption, ("row", "text", *(["label"] if has_labels else []), "why", "could be"), rows)
     title = f"{check[0].upper()}{check[1:]}: {counted(count, 'row')}"
     return Section(check.replace(" ", "-"), title, (Paragraph(ABOUT[check]), table))
 

@@ -70,8 +70,10 @@ def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | N
 
 
 def _size(value: float, error: float, writes: bool) -> str:
-    unit = "nats a token" if writes else "(1 - cosine: 0 is as before, 1 has nothing in common with it"
-    return f"{format_number(value)} ± {format_number(error)} {unit}; ±: standard error{')' * (not writes)}"
+    size = f"{format_number(value)} ± {format_number(error)}"
+    if writes:
+        return f"{size} nats a token; ±: standard error"
+    return f"{size} (1 - cosine: 0 is as before, 1 has nothing in common with it; ±: standard error)"
 
 
 def verdict(found: HeldRun) -> str:

@@ -202,7 +202,9 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
     evidence, helps = run.held_back
     if evidence:  # the curves are of a model that was not kept
         return (f"{_capital(evidence)}. {_capital(helps)}.",)
-    narrower = ["More test rows narrow the interval: four times as many halve it"] * (run.verdict == "unresolved")
+    narrower = (
+        ["More test rows narrow the interval: four times as many halve it"] if run.verdict == "unresolved" else []
+    )
     if run.curves.is_at_ceiling and not run.blind:
         value = format_metric(run.curves.metric_name, run.curves.metric[-1][1])
         unless = ", unless harder or more test rows show a difference" if narrower else ""
@@ -248,7 +250,7 @@ def _other_settings(run: RunFacts) -> Iterator[str]:
     elif longer := _reasons_to_go_on(run):
         times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, run.plan.total_steps))))
         length = f"{_capital(listed(longer))}. Train for longer: {_length(run, times)}"
-    found = [rate] * (bool(rate) and not run.rate_searched) + [length] * bool(length)
+    found = [one for one in ("" if run.rate_searched else rate, length) if one]
     if run.blind and not weights_may_help:
         rates = f"Try a lower rate, {_rate(run, 1 / 3)}, or a higher one, {_rate(run, 3)}"
         found[:1] = [f"{run.blind}. {found[0] if found else rates if not run.rate_searched else 'Use more rows'}"]

@@ -153,7 +153,7 @@ class MachineGroup:
 
 
 def _named(ranks: Sequence[int]) -> str:
-    return f"machine{'s' * (len(ranks) > 1)} {listed([str(rank) for rank in ranks])}"
+    return f"{'machines' if len(ranks) > 1 else 'machine'} {listed([str(rank) for rank in ranks])}"
 
 
 def ended_as(told: Member) -> FulltuneError:
