@@ -35,7 +35,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Pat
     rows = noisy_rows(600, 50)
     rows[200] = {**rows[200], "text": "write to jane.miller@mail-of-jane.net <b>now</b>"}
     data = tiny.write_csv(folder / "rows.csv", rows)
-    tiny.write_recipe(folder / "recipe.yaml", tiny_encoder, data, data={"eval_fraction": 0.2})
+    tiny.write_recipe(folder / "recipe.yaml", tiny_encoder, data, data={"eval_fraction": 0.2}, train={"max_steps": 50})
     result = fulltune("data", str(folder / "recipe.yaml"), "--run-folder", str(folder / "run"), "--prove")
     assert result.code == 0, result.err
     (folder / "out.txt").write_text(result.out, encoding="utf-8")
