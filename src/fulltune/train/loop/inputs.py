@@ -71,7 +71,7 @@ class AttemptInputs:
 
     @property
     def in_engine(self) -> bool:
-        """Whether training uses DeepSpeed, whose engine exists only once training starts."""
+        """Whether ZeRO's engine trains, which exists only once training starts."""
         return self.sharing is not None and self.sharing.engine == "zero"
 
     def warn(self, text: str) -> None:

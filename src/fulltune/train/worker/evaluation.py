@@ -137,7 +137,7 @@ class Evaluator(TrainingPart):
         if decision.action == "stop" or (decision.action == "warn" and inputs.plan.rollbacks):
             raise Diverged(decision.reason)
         keeps_good = self.level and inputs.recipe.train.load_best_model_at_end
-        # With a budget for forgetting, the untouched model is kept instead.
+        # A budget on generic text keeps the untouched model instead.
         if self.behind and not keeps_good and inputs.plan.generic.budget is None:
             decision = ended_worse(self.behind_by, losses, rate, self.untrained_loss)
             if decision.action == "stop":
