@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import gc
 import logging
@@ -37,12 +36,6 @@ def limit_bytes() -> int | None:
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
     limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
     return min(limits, default=None)
-
-
-def return_freed() -> None:
-    """Give pieces of freed memory, which glibc keeps and longer batches do not fit into, back to the system."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 class Meter:

@@ -18,7 +18,6 @@ from transformers.trainer import SCHEDULER_NAME
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
 from fulltune.records.events import StepSkipped
-from fulltune.system import memory
 from fulltune.tasks.padding import TRAINED, trained_places
 from fulltune.text import first_few
 from fulltune.train import checkpoints
@@ -88,8 +87,6 @@ class FullTrainer(Guarded, Trainer):
     """Gives only the logits that the loss uses; None gives all."""
     parts: Sequence[TrainingPart] = ()
     """In the order in which they act."""
-    _largest_batch = _last_batch = 0
-    """Bytes of batches on a CPU."""
 
     def __init__(
         self,
@@ -195,11 +192,6 @@ class FullTrainer(Guarded, Trainer):
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
-        if self.args.device.type == "cpu":
-            size = sum(tensor.nbytes for tensor in inputs.values() if isinstance(tensor, torch.Tensor))
-            if size >= self._largest_batch > self._last_batch:
-                memory.return_freed()
-            self._last_batch, self._largest_batch = size, max(size, self._largest_batch)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
