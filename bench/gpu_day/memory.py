@@ -135,8 +135,10 @@ def ladder(here: Here, folder: Path, rows: Rows) -> None:
     }
     kept = {plan["global_batch_size"] for plan in plans} == {32}
     good = last.status == "done" and kept
-    if here.cards:  # on a busy CPU the plan is made anew before training, and the kernel's limit is on data alone
-        good = good and first.status == "out_of_memory" and last.peak_memory_bytes <= limit
+    if here.cards or sizes[0] == 32:  # on a busy CPU the plan is made anew before training, with fewer rows at once
+        good = good and first.status == "out_of_memory"
+    if here.cards:  # a CPU's kernel limits data, and what a process holds of libraries' files is on top
+        good = good and last.peak_memory_bytes <= limit
     said = f"at first: {first.status} in {first.phase}; at last: {last.status}"
     if here.cards:
         rows.add("bert 110 M, 32 rows of 500 tokens", figures, good, said)
