@@ -1,4 +1,4 @@
-"""Write docs/recipe.md from the fields of the recipe: `make docs`; a test compares the committed page with it."""
+"""Write docs/reference/recipe.md from the fields of the recipe: `make docs`; a test compares the committed page with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fulltune.recipe.rules import pinned
 from fulltune.recipe.tasks import FACTS, FORMS
 from fulltune.tasks.columns import CHOICE_NAMES, USUAL_NAMES, USUAL_PAIRS
 
-PAGE = Path(__file__).parent / "recipe.md"
+PAGE = Path(__file__).parent / "reference" / "recipe.md"
 WIDTH = 118
 
 HEAD = """\

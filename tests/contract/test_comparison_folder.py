@@ -86,7 +86,7 @@ def test_report_writes_the_card_again(unfinished: Path) -> None:
     assert all((folder / name).exists() for name in written)
     assert Comparison.load(folder / "proof.json").decision.recommended == "lora"
     assert not (folder / "report.md").exists()
-    # What docs/run-folder.md says may be deleted.
+    # What docs/reference/run-folder.md says may be deleted.
     shutil.rmtree(folder / "compare")
     (folder / "card.md").unlink()
     assert fulltune("report", folder).code == 0

@@ -81,7 +81,7 @@ def test_evidence_page_has_the_table_of_its_record() -> None:
 
 
 def test_recipe_page_equals_the_generated_one(generate: ModuleType) -> None:
-    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "docs/recipe.md is stale: run `make docs`"
+    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "docs/reference/recipe.md is stale: run `make docs`"
 
 
 def test_recipe_page_names_and_explains_every_setting(generate: ModuleType) -> None:

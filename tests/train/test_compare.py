@@ -180,7 +180,7 @@ def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Com
 
 def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Comparison]) -> None:
     folder, _ = finished
-    text = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "run-folder.md").read_text(encoding="utf-8")
     section = text.partition("## The folder of a comparison")[2].partition("\n## ")[0]
     there = [path for path in folder.iterdir() if path.name not in (".lock", "recipe.yaml", "recipe.json")]
     there += [*(folder / "compare").iterdir(), *(folder / "predictions").iterdir()]
