@@ -1,4 +1,4 @@
-"""Write docs/reference/recipe.md from the fields of the recipe: `make docs`; a test compares the committed page with it."""
+"""Write docs/reference/recipe.md from the fields of the recipe: `make docs`; a test compares it with the page."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     python examples/lightning_deepspeed.py examples/zero3-offload.yaml train.num_processes=1
 
 The recipe's `train.placement: zero3` and `train.offload: all` are for the plan, which counts the memory; the strategy
-does it. Needs a GPU: Lightning 2.6.6 refuses DeepSpeed without one. More in docs/lightning.md.
+does it. Needs a GPU: Lightning 2.6.6 refuses DeepSpeed without one. More in docs/guides/training.md.
 """
 
 from __future__ import annotations

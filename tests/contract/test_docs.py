@@ -81,7 +81,7 @@ def test_evidence_page_has_the_table_of_its_record() -> None:
 
 
 def test_recipe_page_equals_the_generated_one(generate: ModuleType) -> None:
-    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "docs/reference/recipe.md is stale: run `make docs`"
+    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run `make docs`"
 
 
 def test_recipe_page_names_and_explains_every_setting(generate: ModuleType) -> None:
@@ -102,6 +102,24 @@ def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings in links, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M), re.M
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_to_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    inside = [(page.parent / file if file else page, anchor) for file, anchor in links if "://" not in file]
+    missing = [
+        f"{file.name}#{anchor}" for file, anchor in inside if file.suffix == ".md" and anchor not in anchors(file)
+    ]
+    assert is_history(page) or not missing
 
 
 @each_page
@@ -172,8 +190,8 @@ def test_python_examples_use_names_that_exist(page: Path) -> None:
             assert hasattr(fulltune, name) or importlib.util.find_spec(f"fulltune.{name}") is not None
 
 
-def test_readme_lists_every_exit_code() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_exit_code_is_listed() -> None:
+    text = (ROOT / "docs" / "reference" / "run-folder.md").read_text(encoding="utf-8")
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert kinds
     for kind in kinds:

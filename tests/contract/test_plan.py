@@ -103,7 +103,7 @@ def test_lora_is_a_way_out_beside_a_budget_and_can_be_followed(several: str) -> 
     assert seven_b(*asked, *shlex.split(flags)[1:]).code == 0
 
 
-SCALE = EXAMPLES.parent / "docs" / "scale.md"
+SCALE = EXAMPLES.parent / "docs" / "guides" / "scale.md"
 ROWS_OF_SCALE = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in SCALE.read_text(encoding="utf-8").splitlines()
