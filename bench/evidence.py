@@ -221,8 +221,8 @@ def points(parent: Path) -> Iterator[dict[str, Any]]:
 
 
 def _point(name: str, size: int, proof: dict[str, Any]) -> dict[str, Any]:
-    (found,) = (one for one in proof["decision"]["differences"] if one["arm"] == "lora")
-    rows = {row["arm"]: row for row in proof["rows"]}
+    (found,) = (one for one in proof["decision"]["differences"] if one["method"] == "lora")
+    rows = {row["method"]: row for row in proof["rows"]}
     full, lora = rows["full"], rows["lora"]
     return {
         "set": name,
@@ -247,7 +247,7 @@ def _of_quality(name: str, size: int, one: Set) -> Iterator[dict[str, Any]]:
     """The point of `bench/quality.py`, both methods with the head start and at the best of four rates."""
     import quality_table as tables
 
-    from fulltune.compare.verdict import ArmItems, Terms, decide
+    from fulltune.compare.verdict import MethodOutputs, Terms, decide
     from fulltune.stats.bootstrap import draw, measure_of
     from fulltune.tasks import Target
 
@@ -264,7 +264,7 @@ def _of_quality(name: str, size: int, one: Set) -> Iterator[dict[str, Any]]:
         rows = len(full.outcomes[0])
         right = [[np.eye(2)[values.astype(int)] for values in each.outcomes] for each in (full, lora)]
         kept = [[{"labels": np.ones(rows, int), "logits": one} for one in each] for each in right]
-    arms = [ArmItems("full", "full", kept[0], 1.0), ArmItems("lora", "lora", kept[1], 0.1)]
+    arms = [MethodOutputs("full", "full", kept[0], 1.0), MethodOutputs("lora", "lora", kept[1], 0.1)]
     decision = decide(arms, draw(measure, [arm.trials for arm in arms], None), Terms(measure, one.margin))
     (found,), scores = decision.differences, decision.scores
     yield {

@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 
 from fulltune.compare.sequential import WAITING_SHARE, look
-from fulltune.compare.verdict import ArmItems, Terms, decide
-from fulltune.recipe.methods import ArmKind
+from fulltune.compare.verdict import MethodOutputs, Terms, decide
+from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision, Difference
 from fulltune.stats import bootstrap
 from fulltune.stats.bootstrap import Measure, measure_of
@@ -116,14 +116,14 @@ def recorded(folder: Path) -> tuple[Source, int, int]:
     return source, pools[0][1].shape[1], fewest
 
 
-def items(arms: Sequence[np.ndarray]) -> list[ArmItems]:
+def items(arms: Sequence[np.ndarray]) -> list[MethodOutputs]:
     names = ["full", *(f"rival{number}" for number in range(1, len(arms)))]
-    kinds: list[ArmKind] = ["full", *(["lora"] * (len(arms) - 1))]
+    kinds: list[MethodKind] = ["full", *(["lora"] * (len(arms) - 1))]
     made = []
     for name, kind, right, cost in zip(names, kinds, arms, [2.0, *([1.0] * (len(arms) - 1))], strict=True):
         kept = [{"labels": np.ones(len(row), np.int64), "logits": _logits(row)} for row in right]
         share = WAITING_SHARE if len(right) < len(arms[0]) else 1.0
-        made.append(ArmItems(name, kind, kept, cost, alpha_share=share))
+        made.append(MethodOutputs(name, kind, kept, cost, alpha_share=share))
     return made
 
 

@@ -72,7 +72,9 @@ def main() -> None:
         for share in sorted(given.shares):
             for rate in given.rates or RATES[arm]:
                 name = f"{arm}-{rate:g}-{share:g}-{given.seed}"
-                trial = Trial(name=name, arm=arm, learning_rate=rate, seed=given.seed, share=share, searches=share < 1)
+                trial = Trial(
+                    name=name, method=arm, learning_rate=rate, seed=given.seed, share=share, searches=share < 1
+                )
                 _, _, result = trained(line, trial)
                 shown = {"arm": arm, "rate": rate, "share": share, "metric": result.metric}
                 print(json.dumps(shown | {"seconds": result.train_seconds}), flush=True)

@@ -81,7 +81,7 @@ def train_draw(folder: Path, rows: int, draw: int, seeds: int) -> None:
         line = Context(job, pipeline.prepare(job), "bench/same_method.py", start=start)
         for seed in missing:
             # As in a rate search, scored once, at its end.
-            trial = Trial(name=f"full-seed{seed}", arm="full", learning_rate=RATE, seed=seed, searches=True)
+            trial = Trial(name=f"full-seed{seed}", method="full", learning_rate=RATE, seed=seed, searches=True)
             made, outcome, _ = trained(line, trial)
             keep_rows(line, trial, made, outcome)
             right = {}

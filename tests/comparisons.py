@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fulltune.records.comparison import (
-    ArmRow,
     Comparison,
     Decision,
     Difference,
     Expectation,
     Finding,
     Look,
+    MethodRow,
     Opening,
     Search,
 )
@@ -27,8 +27,8 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One arm in a line; ratios are to full."""
+class Method:
+    """One method in a line; ratios are to full."""
 
     name: str
     kind: str
@@ -45,29 +45,29 @@ class Arm:
 
 
 CLASSIFICATION = (
-    Arm("base", "base", 0.013, 0.004, 0, seeds=0),
-    Arm("head", "head", 0.8114, 0.012, 177_485, 3.2e-3, time=0.41, memory=0.3, saved=0.008, drift=0.0),
-    Arm("full", "full", 0.9249, 0.0085, 22_743_245, 2e-4, drift=0.0712),
-    Arm("lora", "lora", 0.9215, 0.0088, 973_133, 2e-3, time=0.86, memory=0.62, saved=0.043, drift=0.0489),
-    Arm("adapter", "adapter", 0.9227, 0.0086, 403_661, 2e-3, time=0.83, memory=0.57, saved=0.018, drift=0.0521),
-    Arm("prompt", "prompt", 0.7802, 0.03, 7_680, 3e-2, 2, 0.95, 0.71, 0.0004, 0.0102, True),
+    Method("base", "base", 0.013, 0.004, 0, seeds=0),
+    Method("head", "head", 0.8114, 0.012, 177_485, 3.2e-3, time=0.41, memory=0.3, saved=0.008, drift=0.0),
+    Method("full", "full", 0.9249, 0.0085, 22_743_245, 2e-4, drift=0.0712),
+    Method("lora", "lora", 0.9215, 0.0088, 973_133, 2e-3, time=0.86, memory=0.62, saved=0.043, drift=0.0489),
+    Method("adapter", "adapter", 0.9227, 0.0086, 403_661, 2e-3, time=0.83, memory=0.57, saved=0.018, drift=0.0521),
+    Method("prompt", "prompt", 0.7802, 0.03, 7_680, 3e-2, 2, 0.95, 0.71, 0.0004, 0.0102, True),
 )
 LANGUAGE = (
-    Arm("base", "base", 2.8713, 0.031, 0, seeds=0),
-    Arm("full", "full", 1.9034, 0.022, 134_515_008, 5e-5, drift=0.2214),
-    Arm("lora", "lora", 1.9462, 0.0225, 4_884_480, 5e-4, time=0.91, memory=0.55, saved=0.036, drift=0.0817),
-    Arm("lora-r64", "lora", 1.9158, 0.022, 19_537_920, 5e-4, time=0.99, memory=0.6, saved=0.145, drift=0.1102),
+    Method("base", "base", 2.8713, 0.031, 0, seeds=0),
+    Method("full", "full", 1.9034, 0.022, 134_515_008, 5e-5, drift=0.2214),
+    Method("lora", "lora", 1.9462, 0.0225, 4_884_480, 5e-4, time=0.91, memory=0.55, saved=0.036, drift=0.0817),
+    Method("lora-r64", "lora", 1.9158, 0.022, 19_537_920, 5e-4, time=0.99, memory=0.6, saved=0.145, drift=0.1102),
 )
 
 
-def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparison:
-    """A comparison of these arms; keywords replace fields of the record, `decision` those of its decision."""
+def comparison(methods: Sequence[Method] = CLASSIFICATION, **changes: Any) -> Comparison:
+    """A comparison of these methods; keywords replace fields of the record, `decision` those of its decision."""
     loss = changes.pop("metric", "accuracy") == "loss"
     metric, sign = ("loss", -1) if loss else ("accuracy", 1)
-    full = next(arm for arm in arms if arm.kind == "full")
-    base = next((arm for arm in arms if arm.kind == "base"), None)
-    rows = tuple(_row(arm, full, base, sign) for arm in arms)
-    differences = tuple(_difference(arm, full, sign) for arm in arms if arm.kind not in ("full", "base"))
+    full = next(method for method in methods if method.kind == "full")
+    base = next((method for method in methods if method.kind == "base"), None)
+    rows = tuple(_row(method, full, base, sign) for method in methods)
+    differences = tuple(_difference(method, full, sign) for method in methods if method.kind not in ("full", "base"))
     differences = tuple(one for one in differences if one.decides) + tuple(
         one for one in differences if not one.decides
     )
@@ -82,13 +82,13 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         num_rows=3080,
         num_clusters=3074,
         num_draws=10_000,
-        scores={row.arm: row.metric for row in rows},
-        values={arm.name: (arm.metric,) * arm.seeds for arm in arms},
-        seed_sds={arm.name: 0.002 for arm in arms},
+        scores={row.method: row.metric for row in rows},
+        values={method.name: (method.metric,) * method.seeds for method in methods},
+        seed_sds={method.name: 0.002 for method in methods},
         differences=differences,
         headline="Take lora: as good as full within the margin, and it trains fewer weights.",
         because=tuple(
-            f"full minus {one.arm}: {Writer(metric, 0.01).adjusted(one)}" for one in differences if one.decides
+            f"full minus {one.method}: {Writer(metric, 0.01).adjusted(one)}" for one in differences if one.decides
         ),
     ).model_copy(update=changes.pop("decision", {}))  # fmt: skip
     values: dict[str, Any] = {
@@ -102,7 +102,7 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "rows": rows,
         "baselines": (_baseline(metric, not loss, 2.871, "before training"),) if loss
         else (_baseline(metric, True, 0.013), _baseline(metric, True, 0.62, "nearest centroid")),
-        "expectation": Expectation(arms=tuple(arm.name for arm in arms if arm.kind != "base"),
+        "expectation": Expectation(methods=tuple(method.name for method in methods if method.kind != "base"),
                                    num_seeds=5, most_seeds=5, num_search_trials=25, seconds=4000.0,
                                    detectable=None if loss else (0.0097, 0.021)),
         "looks": (_look(1, False), _look(2, False), _look(3, True)),
@@ -148,9 +148,9 @@ def undecided(**changes: Any) -> Comparison:
 
 def hostile() -> Comparison:
     """Text in every place where text can come from outside."""
-    arms = tuple(replace(arm, name=HOSTILE) if arm.name == "lora" else arm for arm in CLASSIFICATION)
+    methods = tuple(replace(method, name=HOSTILE) if method.name == "lora" else method for method in CLASSIFICATION)
     return comparison(
-        arms,
+        methods,
         decision={"recommended": HOSTILE, "verdict": "PEFT", "headline": HOSTILE, "because": (HOSTILE,),
                   "notes": (HOSTILE,)},
         name=HOSTILE,
@@ -182,39 +182,41 @@ def openings(count: int) -> tuple[Opening, ...]:
     return tuple(_opening(seeds=number + 1) for number in range(count))
 
 
-def _row(arm: Arm, full: Arm, base: Arm | None, sign: int) -> ArmRow:
-    trained = arm.kind != "base"
+def _row(method: Method, full: Method, base: Method | None, sign: int) -> MethodRow:
+    trained = method.kind != "base"
     whole = 271.3 if sign > 0 else 1933.0
-    return ArmRow(
-        arm=arm.name,
-        kind=arm.kind,
+    return MethodRow(
+        method=method.name,
+        kind=method.kind,
         num_parameters=full.trained,
-        num_trainable=arm.trained,
-        search=_search(arm, arm.rate) if arm.rate else None,
-        seeds=tuple(range(42, 42 + arm.seeds)),
-        metric=Estimate(value=arm.metric, low=arm.metric - arm.half, high=arm.metric + arm.half),
-        gain_share=None if base is None else (arm.metric - base.metric) / (full.metric - base.metric),
-        train_seconds=whole * arm.time if trained else 0.0,
-        tokens_per_second=2133.0 / arm.time if trained else 0.0,
-        train_flops=3.1e13 * (0.68 if arm.kind not in ("full", "head") else arm.time) if trained else 0.0,
-        peak_memory_bytes=round(1480 * MIB * (0.5 + arm.memory / 2)) if trained else 0,
-        memory_growth_bytes=round(912 * MIB * arm.memory) if trained else 0,
-        saved_bytes=round(90.9e6 * arm.saved) if trained else 0,
-        moved=None if arm.drift is None else Estimate(value=arm.drift, low=arm.drift * 0.9, high=arm.drift * 1.1),
+        num_trainable=method.trained,
+        search=_search(method, method.rate) if method.rate else None,
+        seeds=tuple(range(42, 42 + method.seeds)),
+        metric=Estimate(value=method.metric, low=method.metric - method.half, high=method.metric + method.half),
+        gain_share=None if base is None else (method.metric - base.metric) / (full.metric - base.metric),
+        train_seconds=whole * method.time if trained else 0.0,
+        tokens_per_second=2133.0 / method.time if trained else 0.0,
+        train_flops=3.1e13 * (0.68 if method.kind not in ("full", "head") else method.time) if trained else 0.0,
+        peak_memory_bytes=round(1480 * MIB * (0.5 + method.memory / 2)) if trained else 0,
+        memory_growth_bytes=round(912 * MIB * method.memory) if trained else 0,
+        saved_bytes=round(90.9e6 * method.saved) if trained else 0,
+        moved=None
+        if method.drift is None
+        else Estimate(value=method.drift, low=method.drift * 0.9, high=method.drift * 1.1),
         seconds_per_row=0.00124 if trained else None,
-        waited=arm.waited,
+        waited=method.waited,
     )
 
 
-def _difference(arm: Arm, full: Arm, sign: int) -> Difference:
-    apart = sign * (full.metric - arm.metric)
+def _difference(method: Method, full: Method, sign: int) -> Difference:
+    apart = sign * (full.metric - method.metric)
     return Difference.model_validate(
         {
-            "arm": arm.name,
-            "kind": arm.kind,
-            "decides": arm.kind not in ("base", "head"),
+            "method": method.name,
+            "kind": method.kind,
+            "decides": method.kind not in ("base", "head"),
             "cheaper": True,
-            "num_seeds": arm.seeds,
+            "num_seeds": method.seeds,
             "estimate": apart,
             "low": apart - 0.005,
             "high": apart + 0.005,
@@ -225,19 +227,19 @@ def _difference(arm: Arm, full: Arm, sign: int) -> Difference:
             "equivalent": abs(apart) < 0.004,
             "not_worse": apart < 0.004,
             "full_better": apart > 0.01,
-            "arm_better": False,
+            "other_better": False,
             "seeds_known": True,
             "detectable": 0.0102,
         }
     )
 
 
-def _search(arm: Arm, rate: float) -> Search:
-    tried = {rate * step: arm.metric * 0.8 for step in (0.32, 1, 3.2)}
-    whole = {rate * step: arm.metric * 0.9 for step in (1, 3.2)}
-    on_edge = arm.name == "head"
+def _search(method: Method, rate: float) -> Search:
+    tried = {rate * step: method.metric * 0.8 for step in (0.32, 1, 3.2)}
+    whole = {rate * step: method.metric * 0.9 for step in (1, 3.2)}
+    on_edge = method.name == "head"
     why = "best of 3 rates on the eval rows after 6% of the steps" + (", at the edge of those tried" if on_edge else "")
-    return Search(arm=arm.name, tried=tried, share=0.06, whole=whole, chosen=rate, reason=why, on_edge=on_edge)
+    return Search(method=method.name, tried=tried, share=0.06, whole=whole, chosen=rate, reason=why, on_edge=on_edge)
 
 
 def _look(seeds: int, enough: bool) -> Look:

@@ -112,7 +112,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     job.phase("training with and without each cleaning step")
     folder.mkdir(exist_ok=True)
     before = load_patch(Path(job.recipe.data.patch)) if job.recipe.data.patch else {}
-    arms, patches = list[list[Predictions]](), list[str]()
+    outputs, patches = list[list[Predictions]](), list[str]()
     for step in (None, *steps):
         # With other rows, such as after a patch, all is trained anew.
         stem = folder / f"{step.name if step else 'as-they-are'}-{summary.fingerprint[:8]}"
@@ -121,17 +121,17 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
             changes["data.patch"] = f"{stem}.patch.jsonl"
             save_patch(Path(f"{stem}.patch.jsonl"), (before | {one.key: one for one in step.decisions}).values())
             patches.append(f"{FOLDER}/{stem.name}.patch.jsonl")
-        arms.append([])
+        outputs.append([])
         for seed in range(seeds):
             number += 1
             which = f"training {number} of {(1 + len(steps)) * seeds}"
             job.listener(Said(text=f"{which}: {step or 'rows as they are'}, seed {seed}"))
             recipe = with_settings(job.recipe, {**changes, "train.seed": job.recipe.train.seed + seed})
-            arms[-1].append(_rows_of_run(replace(job, recipe=recipe, folder=folder / f"{stem.name}-{seed}")))
+            outputs[-1].append(_rows_of_run(replace(job, recipe=recipe, folder=folder / f"{stem.name}-{seed}")))
     shutil.rmtree(folder / ".fulltune-cache", ignore_errors=True)
     metric = job.recipe.evaluate.metric or summary.form.metrics[0]
     measure = measure_of(job.recipe.task, Target.of(summary), metric)
-    proofs, rows = _compared(measure, steps, patches, arms)
+    proofs, rows = _compared(measure, steps, patches, outputs)
     Proofs(
         fingerprint=summary.fingerprint,
         eval_rows=rows,
@@ -221,15 +221,15 @@ def _chosen(kept: Predictions, names: np.ndarray) -> Predictions:
 
 
 def _compared(
-    measure: Measure, steps: Sequence[CleaningStep], patches: Sequence[str], arms: Sequence[Sequence[Predictions]]
+    measure: Measure, steps: Sequence[CleaningStep], patches: Sequence[str], outputs: Sequence[Sequence[Predictions]]
 ) -> tuple[list[Proof], int]:
-    """Each step's arm against the first one, on the rows that all have; and how many these are."""
-    common = reduce(np.intersect1d, [one[_IDS] for arm in arms for one in arm])
+    """Each step against the first one, on the rows that all have; and how many these are."""
+    common = reduce(np.intersect1d, [one[_IDS] for trials in outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
-    same = [[_chosen(one, common) for one in arm] for arm in arms]
+    same = [[_chosen(one, common) for one in trials] for trials in outputs]
     drawn = draw(measure, same, same[0][0][_CLUSTERS])
-    spreads = seed_spreads(drawn, [False] * len(arms))
+    spreads = seed_spreads(drawn, [False] * len(outputs))
     proofs = []
     for number, (step, patch) in enumerate(zip(steps, patches, strict=True), start=1):
         found = difference(drawn, number, 0, spreads, 1.0, measure.span)

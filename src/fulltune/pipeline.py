@@ -59,7 +59,7 @@ class Run:
     @property
     def plan_path(self) -> Path:
         """Where the plan of the recipe's method lies."""
-        return self.folder / "plan" / f"{self.recipe.method.arm}.json"
+        return self.folder / "plan" / f"{self.recipe.method.label}.json"
 
     @cached_property
     def base(self) -> Base:
@@ -277,6 +277,6 @@ def write_report(job: Run) -> Path:
     if job.began is not None:
         run_folder.note_command(job.folder, job.began)
     path = report.write(job.folder)
-    if (model_folder := job.folder / "models" / job.recipe.method.arm).exists():
+    if (model_folder := job.folder / "models" / job.recipe.method.label).exists():
         report.write_model_card(job.folder, model_folder)
     return path

@@ -66,7 +66,7 @@ def finished(ended: tuple[Path, Comparison]) -> tuple[Path, Comparison]:
 def test_comparison_whose_time_was_up_says_so_and_blames_no_method(ended: tuple[Path, Comparison]) -> None:
     _, found = ended
     assert (found.decision.verdict, found.time_was_up, found.can_go_on) == ("UNDECIDED", True, True)
-    assert {row.arm: len(row.seeds) for row in found.rows} == {"base": 0, "full": 2, "lora": 1}
+    assert {row.method: len(row.seeds) for row in found.rows} == {"base": 0, "full": 2, "lora": 1}
     few = {one.where: one for one in found.findings if one.rule == "no-time-for-seeds"}
     assert {one.level for one in few.values()} == {"worth knowing"}
     assert few["lora"].what == "1 seed: the budget ends before the next one"
@@ -109,11 +109,11 @@ def test_finished_comparison_is_not_done_again(finished: tuple[Path, Comparison]
 def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple[Path, Comparison]) -> None:
     folder, found = finished
     for row in found.rows[1:]:
-        model = folder / "models" / row.arm
+        model = folder / "models" / row.method
         assert json.loads((model / "fulltune.json").read_text(encoding="utf-8"))["temperature"] > 0
         text = (model / "README.md").read_text(encoding="utf-8")
         assert text.startswith("---\nlibrary_name: transformers")
-        shown = {f" {100 * value:.1f}% [" for value in found.decision.values[row.arm]}
+        shown = {f" {100 * value:.1f}% [" for value in found.decision.values[row.method]}
         assert any(one in text for one in shown), text
     assert fulltune("merge", folder, "--method", "lora", "-o", folder.parent / "merged").code == 0
     text = (folder.parent / "merged" / "README.md").read_text(encoding="utf-8")
@@ -121,9 +121,9 @@ def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple
     assert "PeftModel" not in text
 
 
-def test_record_has_each_arm_with_what_it_cost(finished: tuple[Path, Comparison]) -> None:
+def test_record_has_each_method_with_what_it_cost(finished: tuple[Path, Comparison]) -> None:
     folder, found = finished
-    rows = {row.arm: row for row in found.rows}
+    rows = {row.method: row for row in found.rows}
     assert list(rows) == ["base", "full", "lora"]
     assert rows["full"].seeds == rows["lora"].seeds == (42, 43)
     assert rows["full"].num_trainable == rows["full"].num_parameters

@@ -43,7 +43,7 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
         return result_of(trial, value)
 
     with mock.patch.object(trials, "trained", trained):
-        found = whole_runs.search(line, line.trained_arms[1], budget.expect(line).search_share)
+        found = whole_runs.search(line, line.trained_methods[1], budget.expect(line).search_share)
     return asked, found
 
 
@@ -90,14 +90,14 @@ def whole_runs_given(trained: Callable[[comparing.Context, Trial], Any]) -> Iter
 
 
 def with_first(line: comparing.Context, searches: dict[str, Search], trial: Trial) -> SeedRuns:
-    """Whole runs of which an arm has had its first one."""
+    """Whole runs of which a method has had its first one."""
     ran = SeedRuns(line, searches, mock.Mock())
-    ran.results = {trial.arm: [whole_runs.run_trial(line, trial)]}
+    ran.results = {trial.method: [whole_runs.run_trial(line, trial)]}
     return ran
 
 
 def made_up(line: comparing.Context, chosen: float = 1e-2) -> dict[str, Search]:
-    return {"lora": Search(arm="lora", tried={1e-3: 0.9, 1e-2: 0.9}, share=0.15, chosen=chosen)}
+    return {"lora": Search(method="lora", tried={1e-3: 0.9, 1e-2: 0.9}, share=0.15, chosen=chosen)}
 
 
 @pytest.mark.parametrize("diverges", [42, 43])
@@ -105,7 +105,7 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
     one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
     line = comparing.Context(one, pipeline.prepare(one), "test")
     expectation = budget.expect(line)
-    searches = {"full": Search(arm="full", chosen=3e-3)} | made_up(line)
+    searches = {"full": Search(method="full", chosen=3e-3)} | made_up(line)
     asked: list[tuple[str, float]] = []
 
     def trained(_: Any, trial: Trial) -> Any:
@@ -133,7 +133,7 @@ def time_for(*names: str) -> Any:
 def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
     line = comparing.Context(one, pipeline.prepare(one), "test")
-    arms = ("full", "lora")
+    methods = ("full", "lora")
     tried = {1e-3: 0.9, 1e-2: 0.5}
     expectation = budget.expect(line)
     begun: list[str] = []
@@ -143,12 +143,12 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
         return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
 
     for _ in range(2):  # the second time as when it goes on later
-        searches = {arm: Search(arm=arm, tried=tried, share=0.15, chosen=1e-3) for arm in arms}
+        searches = {method: Search(method=method, tried=tried, share=0.15, chosen=1e-3) for method in methods}
         with whole_runs_given(trained), time_for("full-rate0.01-seed42"):
             ran = SeedRuns(line, searches, expectation).run()
         assert begun == ["full-seed42", "lora-seed42", "full-rate0.01-seed42"]
         assert ran.time_was_up
-        assert {arm: [run.trial.learning_rate for run in found] for arm, found in ran.results.items()} == {
+        assert {method: [run.trial.learning_rate for run in found] for method, found in ran.results.items()} == {
             "full": [1e-2],
             "lora": [1e-3],
         }
@@ -160,7 +160,7 @@ def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are
     expectation = budget.expect(line)
     with time_for():
         found = whole_runs.search_all(line, expectation)
-    assert {arm: (search.tried, search.time_was_up) for arm, search in found.items()} == {
+    assert {method: (search.tried, search.time_was_up) for method, search in found.items()} == {
         "full": ({}, True),
         "lora": ({}, True),
     }
@@ -171,7 +171,7 @@ def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are
         lambda _, one: mock.Mock(metric=0.9 if one.learning_rate == found["full"].chosen else 0.5),
     ):
         later = whole_runs.search_all(line, expectation)
-    assert {arm: (len(search.tried), search.time_was_up) for arm, search in later.items()} == dict.fromkeys(
+    assert {method: (len(search.tried), search.time_was_up) for method, search in later.items()} == dict.fromkeys(
         ("full", "lora", "adapter"), (3, False)
     )
 
@@ -179,11 +179,14 @@ def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are
 def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
     line = comparing.Context(one, pipeline.prepare(one), "test")
-    results = {arm: [result_of(Trial(name=arm, arm=arm, learning_rate=1, seed=1), 0.9)[2]] for arm in ("full", "lora")}
+    results = {
+        method: [result_of(Trial(name=method, method=method, learning_rate=1, seed=1), 0.9)[2]]
+        for method in ("full", "lora")
+    }
     results["full"] *= 3  # the time was up before lora had as many
     with mock.patch.object(whole_runs, "load_outputs"):
         shares = [
-            [one.alpha_share for one in whole_runs.arm_items(line, results, "eval", waited)]
+            [one.alpha_share for one in whole_runs.method_outputs(line, results, "eval", waited)]
             for waited in ((), ("lora",))
         ]
     assert shares == [[1.0, 1.0], [1.0, whole_runs.WAITING_SHARE]]
@@ -220,7 +223,7 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
     line = comparing.Context(one, pipeline.prepare(one), "test")
-    searches = {arm: Search(arm=arm, chosen=1e-2) for arm in ("full", "lora")}
+    searches = {method: Search(method=method, chosen=1e-2) for method in ("full", "lora")}
     with (
         mock.patch.object(trials, "trained", mock.Mock(side_effect=Diverged("the loss diverged"))),
         pytest.raises(Diverged, match="the loss diverged"),
@@ -235,7 +238,7 @@ def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
         mock.patch.object(trials, "trained", mock.Mock(side_effect=GuardStop("the process crashed"))),
         pytest.raises(GuardStop, match="the process crashed"),
     ):
-        whole_runs.search(line, line.trained_arms[1], budget.expect(line).search_share)
+        whole_runs.search(line, line.trained_methods[1], budget.expect(line).search_share)
 
 
 def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tmp_path: Path) -> None:
@@ -254,8 +257,8 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
     found = []
     with whole_runs_given(trained):
         for _ in range(2):  # the second time as when it goes on later
-            searches = {"lora": Search(arm="lora", tried=tried, share=0.12, chosen=1e-4)}
-            ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-4, seed=42))
+            searches = {"lora": Search(method="lora", tried=tried, share=0.12, chosen=1e-4)}
+            ran = with_first(line, searches, Trial(name="lora-seed42", method="lora", learning_rate=1e-4, seed=42))
             ran.check_rate("lora")
             found += ran.results["lora"]
     assert begun == ["lora-seed42", "lora-rate0.0003-seed42", "lora-rate0.001-seed42", "lora-rate0.0032-seed42"]

@@ -67,7 +67,7 @@ def test_runs_are_compared_on_the_rows_that_all_have_held_out_in_whatever_order(
     drawn, names = np.random.default_rng(0), np.array([f"{number:04}" for number in range(1200)])
     hard = drawn.random(1200)  # of each row; a run answers what is easier than its level
 
-    def arm(level: float, kept: slice) -> list[Predictions]:
+    def method(level: float, kept: slice) -> list[Predictions]:
         found = []
         for seed in range(3):
             order = np.random.default_rng(seed).permutation(np.arange(1200)[kept])
@@ -76,8 +76,8 @@ def test_runs_are_compared_on_the_rows_that_all_have_held_out_in_whatever_order(
         return found
 
     steps = [CleaningStep("a", "drop", ()), CleaningStep("b", "drop", ())]
-    arms = [arm(0.7, slice(0, 1100)), arm(0.8, slice(100, 1200)), arm(0.7, slice(0, 1200))]
-    (better, same), rows = _compared(_accuracy(), steps, ["a", "b"], arms)
+    methods = [method(0.7, slice(0, 1100)), method(0.8, slice(100, 1200)), method(0.7, slice(0, 1200))]
+    (better, same), rows = _compared(_accuracy(), steps, ["a", "b"], methods)
     assert rows == 1000
     expected = float((hard[100:1100] < 0.8).mean() - (hard[100:1100] < 0.7).mean())
     assert better.difference == pytest.approx(expected, abs=0.02)

@@ -74,14 +74,14 @@ def test_first_order_error_of_f1_is_that_of_a_bootstrap(tables: ModuleType) -> N
 def test_standard_error_covers_rows_and_seeds(tables: ModuleType) -> None:
     draw = np.random.default_rng(2)
 
-    def arm(easy: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    def method(easy: np.ndarray, shift: np.ndarray) -> np.ndarray:
         return (draw.random((4, 600)) < np.clip(easy + shift[:, None], 0, 1)).astype(np.uint8)
 
     found, errors = [], []
     for _ in range(120):
         easy = draw.uniform(0.2, 0.8, 600)
-        better = arm(easy + draw.normal(0.05, 0.1, 600), draw.normal(0, 0.03, 4))
-        one, other = entry(tables, better, (1, 2, 3, 4)), entry(tables, arm(easy, np.zeros(4)), (1, 2, 3, 4))
+        better = method(easy + draw.normal(0.05, 0.1, 600), draw.normal(0, 0.03, 4))
+        one, other = entry(tables, better, (1, 2, 3, 4)), entry(tables, method(easy, np.zeros(4)), (1, 2, 3, 4))
         gap = tables.difference(one, other)
         found.append(gap.value)
         errors.append(gap.error)

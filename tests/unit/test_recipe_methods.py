@@ -30,11 +30,11 @@ def problems(**blocks: Any) -> list[str]:
 @pytest.mark.parametrize("kind", ["full", "head", "lora", "adapter", "prompt"])
 def test_method_as_a_text_is_its_kind(kind: str) -> None:
     assert made(method=kind) == made(method={"kind": kind})
-    assert made(method=kind).method.arm == kind
+    assert made(method=kind).method.label == kind
 
 
 @pytest.mark.parametrize(
-    ("method", "arm"),
+    ("method", "label"),
     [
         ({"kind": "lora", "rank": 64}, "lora-r64"),
         ({"kind": "lora", "rank": 64, "alpha": 32, "rslora": True}, "lora-r64-a32-rs"),
@@ -47,20 +47,20 @@ def test_method_as_a_text_is_its_kind(kind: str) -> None:
         ({"kind": "full", "layerwise_lr_decay": 0.9}, "full"),
     ],
 )
-def test_arm_is_named_by_what_differs(method: dict[str, Any], arm: str) -> None:
-    assert made(method=method).method.arm == arm
+def test_method_is_named_by_what_differs(method: dict[str, Any], label: str) -> None:
+    assert made(method=method).method.label == label
 
 
 def test_methods_mixed_forms_are_read_and_written_back() -> None:
     recipe = made(methods=["base", "full", {"kind": "lora", "rank": 8}, "prompt"])
-    assert [one.arm for one in recipe.methods] == ["base", "full", "lora-r8", "prompt"]
+    assert [one.label for one in recipe.methods] == ["base", "full", "lora-r8", "prompt"]
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("methods: [full, {name: b, kind: full, train: {seed: 3}}]", "4  methods.1.train.seed: all arms"),
+        ("methods: [full, {name: b, kind: full, train: {seed: 3}}]", "4  methods.1.train.seed: all methods"),
         (
             "methods: [full, {name: b, kind: full, train: {weight_decoy: 3}}]",
             "4  methods.1.train.weight_decoy: unknown",
@@ -73,7 +73,7 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
             "methods: [full, {name: b, kind: full, train: {bf16_rounding: kahan}}]",
             "4  methods.1.train.bf16_rounding: 'kahan' has no effect",
         ),
-        ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: is for an arm of a comparison"),
+        ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: is for a method of a comparison"),
     ],
 )
 def test_problem_of_methods_names_the_line(text: str, place: str, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_method_on_the_command_line_beside_methods_is_refused(tmp_path: Path) ->
     path.write_text("model: some/model\ntask: causal-lm\ndata: {train: a}\nmethods: [full, lora]\n")
     with pytest.raises(RecipeError, match="method and methods are both given"):
         load_recipe(path, ["method.rank=8"])
-    assert load_recipe(path, ["methods=[]", "method=lora"]).method.arm == "lora"
+    assert load_recipe(path, ["methods=[]", "method=lora"]).method.label == "lora"
 
 
 KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"

@@ -105,7 +105,7 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
     without_rates = {"learning_rate", "learning_rates"}
     methods = [
         {
-            one.arm: (one.kind, one.model_dump_json(exclude=without_rates))
+            one.label: (one.kind, one.model_dump_json(exclude=without_rates))
             for one in recipe.methods
             if one.kind != "base"
         }

@@ -45,7 +45,7 @@ _PASSES_PER_STEP = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """What trials of an arm take, in seconds, and which of them are there."""
+    """What trials of a method take, in seconds, and which of them are there."""
 
     run: float
     """The steps of one whole run."""
@@ -73,16 +73,16 @@ def num_seeds(given: int | None, train_rows: int) -> int:
 
 def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
     """What is still to be done of a design takes so long: all seeds, or where the rest waits those of full (listed
-    first) and of the dearest other arm, because it is not known which one will lead."""
-    full, *rivals = (arm for arm in design.arms if costs[arm].decides)
-    leader = max(rivals, key=lambda arm: costs[arm].run, default=full)
-    going_on = (full, leader) if design.sequential and design.num_seeds > 1 else design.arms
+    first) and of the dearest other method, because it is not known which one will lead."""
+    full, *rivals = (method for method in design.methods if costs[method].decides)
+    leader = max(rivals, key=lambda method: costs[method].run, default=full)
+    going_on = (full, leader) if design.sequential and design.num_seeds > 1 else design.methods
     total = 0.0
-    for arm in design.arms:
-        cost = costs[arm]
+    for method in design.methods:
+        cost = costs[method]
         searches = bool(design.search_share) and cost.num_rates > 1
         short = cost.num_rates if searches and not cost.searched else 0
-        whole = design.num_seeds + searches if arm in going_on else 1
+        whole = design.num_seeds + searches if method in going_on else 1
         had = 0 if short else cost.done  # a search may choose another rate, for which all are made again
         total += short * (cost.start + design.search_share * cost.run)
         total += max(0, whole - had) * (cost.start + cost.run + cost.scoring)
@@ -92,15 +92,15 @@ def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
 def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
     """In the order of preference, the whole one first: seeds beyond three go first, then rivals, the third seed, the
     rate search."""
-    everyone, deciding = whole.arms, tuple(arm for arm in whole.arms if costs[arm].decides)
+    everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
     good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
-    for arms, count in [
+    for methods, count in [
         *((everyone, count) for count in range(whole.num_seeds, good, -1)),
-        *((arms, count) for count in range(good, fewest - 1, -1) for arms in smaller),
+        *((methods, count) for count in range(good, fewest - 1, -1) for methods in smaller),
     ]:
-        yield whole.model_copy(update={"arms": arms, "num_seeds": count})
-    yield whole.model_copy(update={"arms": deciding[:2], "num_seeds": fewest, "search_share": 0.0})
+        yield whole.model_copy(update={"methods": methods, "num_seeds": count})
+    yield whole.model_copy(update={"methods": deciding[:2], "num_seeds": fewest, "search_share": 0.0})
 
 
 def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spent: float = 0.0) -> Expectation:
@@ -111,7 +111,9 @@ def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spe
     chosen = next((one for one in ordered if end + seconds(costs, one) <= most), None)
     if chosen is None:
         raise RecipeError(_too_short(ordered[-1], end + seconds(costs, ordered[-1]), spent))
-    num_rates = [costs[arm].num_rates for arm in chosen.arms if chosen.search_share and costs[arm].num_rates > 1]
+    num_rates = [
+        costs[method].num_rates for method in chosen.methods if chosen.search_share and costs[method].num_rates > 1
+    ]
     return chosen.model_copy(
         update={
             "num_search_trials": sum(num_rates),
@@ -129,8 +131,8 @@ def detectable(
         return expected
     limited = expected.num_seeds < expected.most_seeds
     level = alpha if limited or not expected.sequential else spent(expected.most_seeds, expected.most_seeds, alpha)
-    level *= TIME_UP_SHARE if limited or len(expected.arms) < len(costs) else 1
-    level /= max(1, sum(costs[arm].decides for arm in expected.arms) - 1)
+    level *= TIME_UP_SHARE if limited or len(expected.methods) < len(costs) else 1
+    level /= max(1, sum(costs[method].decides for method in expected.methods) - 1)
     alike, apart = (
         planned_detectable(test_rows, expected.num_seeds, seed_sd, margin, level)
         for seed_sd in (SEEDS_ALIKE, SEEDS_APART)
@@ -145,9 +147,9 @@ def _notes(costs: Mapping[str, Cost], chosen: Expectation) -> Iterator[str]:
             f"{chosen.num_seeds} seeds are planned instead of up to {chosen.most_seeds}; where time is left, more are "
             "run"
         )
-    if not chosen.search_share and any(costs[arm].num_rates > 1 for arm in chosen.arms):
+    if not chosen.search_share and any(costs[method].num_rates > 1 for method in chosen.methods):
         yield "no rate search: each method is trained at its usual rate, which the report will mark as unfair"
-    if left_out := [arm for arm in costs if arm not in chosen.arms]:
+    if left_out := [method for method in costs if method not in chosen.methods]:
         yield f"not trained: {', '.join(left_out)}"
 
 
@@ -157,8 +159,8 @@ def _too_short(least: Expectation, need: float, spent: float) -> str:
     before = f", {typed_seconds(spent)} of which are spent," if spent > 1 else ""
     return (
         f"--budget {typed_seconds(least.budget_seconds or 0.0)}{before} is too short for a verdict: {each} each of "
-        f"{' and '.join(least.arms)}, without a rate search, are forecast to take {typed_seconds(need)}; give --budget "
-        f"{enough} or more, or make runs shorter (train.num_train_epochs, fewer rows)"
+        f"{' and '.join(least.methods)}, without a rate search, are forecast to take {typed_seconds(need)}; give "
+        f"--budget {enough} or more, or make runs shorter (train.num_train_epochs, fewer rows)"
     )
 
 
@@ -201,19 +203,19 @@ def expect(context: Context) -> Expectation:
 def _settled(context: Context) -> Expectation:
     """The design for this budget, less what is there."""
     block, splits = context.recipe.compare, context.summary.splits
-    steps = context.setup(context.full.arm).plan.total_steps
+    steps = context.setup(context.full.label).plan.total_steps
     context.note_time("preparation")
     if context.budget_seconds is not None and not context.kept_results():
         # Arithmetic alone errs too much; most often the search begins with the same trial.
         full, share = context.full, rates.share_of_steps(0.0, steps)
-        trial = rates.search_trial(full.arm, usual(context, full), share, context.recipe.train.seed)
-        context.say(f"measuring the speed here before the budget is planned: {share:.0%} of a run of {full.arm}")
+        trial = rates.search_trial(full.label, usual(context, full), share, context.recipe.train.seed)
+        context.say(f"measuring the speed here before the budget is planned: {share:.0%} of a run of {full.label}")
         run_trial(context, trial)
     costs, end = costs_of(context)
     context.note_time("design")  # also of a command whose budget is refused
     most = num_seeds(block.seeds, splits["train"].rows)
     whole = Expectation(
-        arms=tuple(costs),
+        methods=tuple(costs),
         num_seeds=most,
         most_seeds=most,
         search_share=rates.share_of_steps(block.search_share, steps),
@@ -228,26 +230,30 @@ def _settled(context: Context) -> Expectation:
 
 def grid(context: Context, method: Any) -> tuple[float, ...]:
     """The rates that a method's search begins with."""
-    planned = context.setup(method.arm).plan.learning_rate
+    planned = context.setup(method.label).plan.learning_rate
     return rates.grid(planned, method.learning_rates, method.fixed_learning_rate)
 
 
 def usual(context: Context, method: Any) -> float:
     """The rate of that grid to keep where trials do not tell, and to take where there is no time for them."""
-    planned = context.setup(method.arm).plan.learning_rate
+    planned = context.setup(method.label).plan.learning_rate
     return rates.nearest(grid(context, method), rates.rounded(planned))
 
 
 def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
-    """Of each trained arm, full first, and seconds of the end, none where nothing is scored: as planned, corrected by
-    what trials took."""
+    """Return the costs of the trained methods, full first, and the seconds after the last trial (0 without scores).
+    Planned times are corrected by those of finished trials."""
     steps, rest = pace(context)
     results, costs, splits = context.kept_results(), dict[str, Cost](), context.summary.splits
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())
     end = 0.0
-    for method in context.trained_arms:
-        arm, made, slower = method.arm, context.setup(method.arm).plan, steps.get(method.arm, steps.get("", 1.0))
-        path = context.search_path(arm)
+    for method in context.trained_methods:
+        label, made, slower = (
+            method.label,
+            context.setup(method.label).plan,
+            steps.get(method.label, steps.get("", 1.0)),
+        )
+        path = context.search_path(label)
         search = Search.load(path) if path.exists() else None
         row_seconds = scoring = 0.0
         if made.time is not None and made.total_steps:
@@ -257,7 +263,7 @@ def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
         if context.scores_runs and method is context.full:  # baselines embed the train rows, too, some more than once
             baselines = made.time.around.get(BASELINES, 0.0) if made.time else 0.0
             end = rest * VERDICT_SECONDS + slower * max(baselines, rows * row_seconds)
-        costs[arm] = Cost(
+        costs[label] = Cost(
             run=slower * made.time.total_seconds if made.time else 0.0,
             num_rates=len(grid(context, method)),
             decides=method is context.full or context.recipe.compared_kind(method) in RIVALS,
@@ -271,12 +277,12 @@ def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
 
 def _runs_at_its_rates(search: Search, trials: Sequence[Trial]) -> int:
     """Whole runs that are not made again."""
-    of_arm = [one for one in trials if one.arm == search.arm and not one.searches]
-    return sum(one.learning_rate in (search.chosen, *search.whole) for one in of_arm)
+    whole_runs = [one for one in trials if one.method == search.method and not one.searches]
+    return sum(one.learning_rate in (search.chosen, *search.whole) for one in whole_runs)
 
 
 def pace(context: Context) -> tuple[dict[str, float], float]:
-    """How many times as long as planned the steps of each arm take (of one without trials as those of all others, by
+    """How many times as long as planned the steps of each method take (of one without trials as those of all others, by
     the empty name), and what comes with them, such as starting and loading, as finished trials tell."""
     took: defaultdict[str, float] = defaultdict(float)
     for entry in lines_of(context.folder / CLOCK):
@@ -284,11 +290,11 @@ def pace(context: Context) -> tuple[dict[str, float], float]:
     steps, planned = defaultdict[str, float](float), defaultdict[str, float](float)
     rest, planned_rest = 0.0, _FIRST_SECONDS
     for one in context.kept_results():
-        arm, share, need = one.trial.arm, one.trial.share, context.setup(one.trial.arm).plan.time
+        method, share, need = one.trial.method, one.trial.share, context.setup(one.trial.method).plan.time
         if one.trial.name not in took or not one.tokens_per_second or need is None or not need.train_seconds:
             continue
         slower = need.tokens / one.tokens_per_second / need.train_seconds
-        for name in (arm, ""):
+        for name in (method, ""):
             steps[name] += share * slower * need.total_seconds
             planned[name] += share * need.total_seconds
         rest += max(0.0, took[one.trial.name] - share * slower * need.total_seconds)
@@ -304,16 +310,16 @@ def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bo
     if not asked:
         return True
     costs, end = costs_of(context)
-    return sum(costs[one.arm].of(one) for one in asked) + keep + end <= (1 - RESERVE) * context.seconds_left
+    return sum(costs[one.method].of(one) for one in asked) + keep + end <= (1 - RESERVE) * context.seconds_left
 
 
 def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:
     """Seconds, as forecast, until full and the dearest rival have so many seeds, of which `counts` are there."""
-    costs = {arm: cost for arm, cost in costs_of(context)[0].items() if cost.decides and arm in counts}
+    costs = {method: cost for method, cost in costs_of(context)[0].items() if cost.decides and method in counts}
 
-    def rest(arm: str) -> float:
-        return max(0, seeds - counts[arm]) * (costs[arm].start + costs[arm].run + costs[arm].scoring)
+    def rest(method: str) -> float:
+        return max(0, seeds - counts[method]) * (costs[method].start + costs[method].run + costs[method].scoring)
 
     full, *rivals = costs
-    leading = max((counts[arm] for arm in rivals), default=0)
-    return rest(full) + max((rest(arm) for arm in rivals if counts[arm] == leading), default=0.0)
+    leading = max((counts[method] for method in rivals), default=0)
+    return rest(full) + max((rest(method) for method in rivals if counts[method] == leading), default=0.0)

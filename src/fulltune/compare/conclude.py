@@ -14,16 +14,16 @@ import numpy as np
 from fulltune import evaluate, report
 from fulltune.compare.context import BASE, GENERIC, OPEN, OPENINGS, RECORD, SEALED, Context, settings_of
 from fulltune.compare.lint import lint_comparison, rows_in_train
-from fulltune.compare.seeds import SeedRuns, arm_items
+from fulltune.compare.seeds import SeedRuns, method_outputs
 from fulltune.compare.sequential import left
 from fulltune.compare.trials import best_seed, keep
-from fulltune.compare.verdict import ArmItems, Terms, decide
+from fulltune.compare.verdict import MethodOutputs, Terms, decide
 from fulltune.evaluate.scoring import FEWEST_UNSEEN, load_outputs, note_access, outputs
 from fulltune.files import append_line, lines_of
 from fulltune.forgetting.generic_text import drift
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.recipe.tasks import FACTS, stands_in_train
-from fulltune.records.comparison import ArmRow, Comparison, Decision, Opening, TrialResult
+from fulltune.records.comparison import Comparison, Decision, MethodRow, Opening, TrialResult
 from fulltune.records.scores import Estimate, Scores
 from fulltune.stats.bootstrap import SAMPLES, draw, resample
 from fulltune.stats.calibration import calibrate
@@ -45,10 +45,10 @@ def judge(ran: SeedRuns) -> Comparison:
         trials = [one.trial.name for runs in ran.results.values() for one in runs]
         openings = open_test_rows(context, trials, alpha, later)
         baselines = untouched(context)
-        compared = arm_items(context, ran.results, SEALED, ran.waiting)
+        compared = method_outputs(context, ran.results, SEALED, ran.waiting)
         if (context.folder / SEALED / f"{BASE}.npz").exists():
             kept = load_outputs(context.folder / SEALED / f"{BASE}.npz")
-            compared.append(ArmItems(name=BASE, kind="base", trials=[kept], cost=0.0))
+            compared.append(MethodOutputs(name=BASE, kind="base", trials=[kept], cost=0.0))
         clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
         decision = _decided(context, compared, clusters, alpha)
         leaks = without_leaks(context, compared, clusters, decision)
@@ -60,15 +60,15 @@ def judge(ran: SeedRuns) -> Comparison:
     return found
 
 
-def _decided(context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, alpha: float) -> Decision:
+def _decided(context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, alpha: float) -> Decision:
     recipe = context.recipe
     terms = Terms(context.measure, recipe.compare.margin, recipe.evaluate.confidence, alpha)
-    drawn = draw(context.measure, [arm.trials for arm in compared], clusters, SAMPLES)
+    drawn = draw(context.measure, [method.trials for method in compared], clusters, SAMPLES)
     return decide(compared, drawn, terms)
 
 
 def without_leaks(
-    context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, decision: Decision
+    context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
     """What the verdict would be without the test rows that stand in train; empty: none stands there."""
     seen = np.load(context.folder / "data" / "test" / IN_TRAIN)
@@ -80,11 +80,11 @@ def without_leaks(
     if len(np.unique(clusters[~seen])) < FEWEST_UNSEEN:
         return [f"{said}nothing is known, hardly any are left"]
     unseen = [
-        replace(arm, trials=[{name: values[~seen] for name, values in kept.items()} for kept in arm.trials])
-        for arm in compared
+        replace(method, trials=[{name: values[~seen] for name, values in kept.items()} for kept in method.trials])
+        for method in compared
     ]
     found = _decided(context, unseen, clusters[~seen], decision.alpha)
-    scores = ", ".join(f"{arm} {format_metric(found.metric, one.value)}" for arm, one in found.scores.items())
+    scores = ", ".join(f"{method} {format_metric(found.metric, one.value)}" for method, one in found.scores.items())
     same = found.verdict == decision.verdict
     return [f"{said}{scores}, and {'still' if same else f'not {decision.verdict} but'} {found.verdict}"]
 
@@ -142,7 +142,7 @@ def comparison_of(
         seconds=round(context.seconds_spent, 1),
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
-        device=context.setup(context.full.arm).plan.device,
+        device=context.setup(context.full.label).plan.device,
         data_fingerprint=summary.fingerprint,
         command=context.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
@@ -151,26 +151,26 @@ def comparison_of(
     return found.model_copy(update={"findings": lint_comparison(ran, found)})
 
 
-def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[ArmRow, ...]:
-    """A row for each arm, the untouched model (or the first of the baselines) first."""
+def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
+    """A row for each method, the untouched model (or the first of the baselines) first."""
     context, scores = ran.context, decision.scores
-    num_parameters = context.setup(context.full.arm).plan.num_parameters
+    num_parameters = context.setup(context.full.label).plan.num_parameters
     base = scores.get(BASE) or (baselines[0].metrics.get(context.measure.name) if baselines else None)
     rows = []
     if base is not None and any(one.kind == "base" for one in context.recipe.methods):
-        rows.append(ArmRow(arm=BASE, kind="base", num_parameters=num_parameters, metric=base, gain_share=0.0))
-    gain = 0.0 if base is None else scores[context.full.arm].value - base.value
-    for arm, found in ran.results.items():
-        score, search, setup = scores[arm], ran.searches[arm], context.setup(arm)
+        rows.append(MethodRow(method=BASE, kind="base", num_parameters=num_parameters, metric=base, gain_share=0.0))
+    gain = 0.0 if base is None else scores[context.full.label].value - base.value
+    for method, found in ran.results.items():
+        score, search, setup = scores[method], ran.searches[method], context.setup(method)
         share = None if base is None or context.measure.sign * gain <= 0 else (score.value - base.value) / gain
         rows.append(
-            ArmRow(
-                arm=arm,
-                kind=context.recipe.compared_kind(setup.arm),
-                settings=settings_of(setup.arm),
+            MethodRow(
+                method=method,
+                kind=context.recipe.compared_kind(setup.method),
+                settings=settings_of(setup.method),
                 search=search,
                 seeds=tuple(one.trial.seed for one in found),
-                waited=arm in ran.waiting,
+                waited=method in ran.waiting,
                 weights_dtype=setup.plan.weights_dtype,
                 bf16_rounding=setup.plan.bf16_rounding,
                 num_parameters=num_parameters,
@@ -192,7 +192,7 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
 
 
 def _moved(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
-    """Mean drift of an arm's models on generic text, with a bootstrap interval over the texts."""
+    """Mean drift of a method's models on generic text, with a bootstrap interval over the texts."""
     folder = context.folder / GENERIC
     if not (folder / f"{BASE}.npz").exists():
         return None
@@ -213,10 +213,10 @@ def _notes(context: Context) -> list[str]:
 def write_model_cards(ran: SeedRuns) -> None:
     """A README.md beside each method's weights, with the kept seed's score on the test rows."""
     context, scoring = ran.context, ran.context.scoring
-    for arm, found in ran.results.items():
-        folder = context.folder / "models" / arm
+    for method, found in ran.results.items():
+        folder = context.folder / "models" / method
         if not folder.is_dir():
-            context.say(f"{arm}: its model is no longer in models/{arm}, so it gets no model card")
+            context.say(f"{method}: its model is no longer in models/{method}, so it gets no model card")
             continue
         name = best_seed(context, found).trial.name
         chosen, test = (load_outputs(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))

@@ -1,4 +1,4 @@
-"""What the parts of a comparison share: recipe, rows, time, and of each method (an *arm*) sizes, plans and files."""
+"""What the parts of a comparison share: recipe, rows, time, and of each method sizes, plans and files."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class ArmSetup:
-    """What all trials of an arm share."""
+class MethodSetup:
+    """What all trials of a method share."""
 
-    arm: Any
+    method: Any
     shapes: Shapes
     traced: Footprint
     plan: Plan
-    """Of a whole run at the arm's usual rate."""
+    """Of a whole run at the method's usual rate."""
 
 
 @dataclass
@@ -66,10 +66,10 @@ class Context:
     began: float = field(default_factory=time.monotonic)
     """When the command began, or what took time was last noted."""
     passed: set[str] = field(default_factory=set)
-    """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
+    """Methods of which a trial has passed the dry run: their other trials have the same shapes."""
     alpha_left: float | None = None
     """By the verdict that was made before more time was given; None: there was none."""
-    _setups: dict[str, ArmSetup] = field(default_factory=dict)
+    _setups: dict[str, MethodSetup] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -90,13 +90,13 @@ class Context:
 
     @cached_property
     def most_tokens(self) -> int:
-        """Of a generic text, for all arms alike."""
-        limit = self.setup(self.full.arm).shapes.position_limit or MOST_TOKENS
+        """Of a generic text, for all methods alike."""
+        limit = self.setup(self.full.label).shapes.position_limit or MOST_TOKENS
         return min(MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
 
     @cached_property
     def measure(self) -> bootstrap.Measure:
-        return bootstrap.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.arm).plan.metric)
+        return bootstrap.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.label).plan.metric)
 
     @cached_property
     def scale(self) -> Scale:
@@ -108,12 +108,12 @@ class Context:
 
     @cached_property
     def scoring(self) -> Scoring:
-        """The test rows and how they are scored, for all arms alike."""
-        made = self.setup(self.full.arm).plan
+        """The test rows and how they are scored, for all methods alike."""
+        made = self.setup(self.full.label).plan
         return evaluate.scoring_of(self.recipe, made, self.summary, self.folder, self.job.base)
 
     @property
-    def arms(self) -> tuple[Any, ...]:
+    def methods(self) -> tuple[Any, ...]:
         """The recipe's methods; of a run whose rate is searched its only one."""
         return self.recipe.methods or (self.recipe.method,)
 
@@ -125,20 +125,20 @@ class Context:
     @property
     def full(self) -> Any:
         """What the others are compared with: full fine-tuning, or the only method that there is."""
-        return next((one for one in self.arms if one.kind == "full"), self.arms[0])
+        return next((one for one in self.methods if one.kind == "full"), self.methods[0])
 
     @property
-    def trained_arms(self) -> list[Any]:
+    def trained_methods(self) -> list[Any]:
         """Full first: the others are compared with it."""
-        return [self.full, *(one for one in self.arms if one is not self.full and one.kind != "base")]
+        return [self.full, *(one for one in self.methods if one is not self.full and one.kind != "base")]
 
     def result_path(self, name: str) -> Path:
         """Where the result of the trial of this name is kept."""
         return self.folder / FOLDER / "trials" / f"{name}.json"
 
-    def search_path(self, arm: str) -> Path:
-        """Where the search for an arm's rate is kept."""
-        return self.folder / FOLDER / "searches" / f"{arm}.json"
+    def search_path(self, method: str) -> Path:
+        """Where the search for a method's rate is kept."""
+        return self.folder / FOLDER / "searches" / f"{method}.json"
 
     def kept_results(self) -> list[TrialResult]:
         """Of all trials so far, those of earlier commands as well."""
@@ -174,15 +174,15 @@ class Context:
     def say(self, text: str) -> None:
         self.job.listener(Said(text=text))
 
-    def setup(self, arm: str) -> ArmSetup:
-        """Sizes, memory and plan of an arm; traced once."""
-        if arm not in self._setups:
-            method = next(one for one in self.arms if one.arm == arm)
+    def setup(self, label: str) -> MethodSetup:
+        """Sizes, memory and plan of a method; traced once."""
+        if label not in self._setups:
+            method = next(one for one in self.methods if one.label == label)
             recipe = self._recipe_of(method)
             model = PlannedModel(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
-            self._setups[arm] = ArmSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
-        return self._setups[arm]
+            self._setups[label] = MethodSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
+        return self._setups[label]
 
     def _recipe_of(self, method: Any) -> Recipe:
         # It is measured once, on the finished models.
@@ -193,9 +193,9 @@ class Context:
         return plan.fit(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
-        """One run of one arm: the recipe with its rate, its seed and, in a search, fewer steps."""
-        setup = self.setup(trial.arm)
-        method = setup.arm.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
+        """The recipe of one trial: the recipe with its rate, its seed and, in a search, fewer steps."""
+        setup = self.setup(trial.method)
+        method = setup.method.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
         changes: dict[str, Any] = {"train.seed": trial.seed}
         steps = max(2, round(trial.share * setup.plan.total_steps))
         if trial.share < 1:
@@ -210,7 +210,7 @@ class Context:
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         """The plan of a trial."""
-        setup = self.setup(trial.arm)
+        setup = self.setup(trial.method)
         made = self._fit(recipe, setup.shapes, setup.traced)
         return made.model_copy(update={"trial": trial.name, "model_name": trial.name})
 

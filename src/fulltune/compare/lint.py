@@ -14,7 +14,7 @@ from fulltune.models.base import Base, is_quantised
 from fulltune.models.shapes import shapes_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import VARIANT
-from fulltune.records.comparison import ArmRow, Comparison, Finding, Search
+from fulltune.records.comparison import Comparison, Finding, MethodRow, Search
 from fulltune.records.data import DataSummary
 from fulltune.records.run import COMPARISON, Access
 from fulltune.text import counted
@@ -24,7 +24,7 @@ FEWEST_RATES = 3
 MOST_TEST_IN_EVAL = 0.1
 """Share of test rows that may stand in eval as well."""
 _MOST_TOKENS_APART = 0.02
-"""Arms may differ by so much of their tokens: a prompt's virtual tokens are taken off the rows' length."""
+"""Methods may differ by so much of their tokens: a prompt's virtual tokens are taken off the rows' length."""
 _ATTENTION = {
     *("q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv", "qkv_proj", "in_proj"),
     *("query", "key", "value", "query_key_value", "c_attn", "wq", "wk", "wv", "wo", "to_q", "to_k", "to_v"),
@@ -68,8 +68,8 @@ def lint_comparison(ran: SeedRuns, found: Comparison) -> tuple[Finding, ...]:
     trained = [row for row in found.rows if row.kind != "base"]
     said = [
         *_of_rates(trained, full_wins=found.decision.verdict == "FULL"),
-        *_of_arms(trained, time_was_up=ran.time_was_up),
-        *_between_arms(trained),
+        *_of_methods(trained, time_was_up=ran.time_was_up),
+        *_between_methods(trained),
         *_of_rows(ran, trained),
         *_of_test_rows(ran.context.folder, rows_in_train(ran.context.summary), found.verdicts_on_test_rows),
         *_of_weights(ran.context.job.base),
@@ -92,17 +92,17 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
         grid = rates.grid(usual, method.learning_rates, method.fixed_learning_rate)
         tried, chosen = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
         trained.append(
-            ArmRow(
-                arm=method.arm,
+            MethodRow(
+                method=method.label,
                 kind=recipe.compared_kind(method),
                 settings=settings_of(method),
-                search=Search(arm=method.arm, tried=tried, chosen=chosen),
+                search=Search(method=method.label, tried=tried, chosen=chosen),
                 seeds=tuple(range(recipe.train.seed, recipe.train.seed + seeds)),
                 weights_dtype=recipe.model.weights_dtype,
                 bf16_rounding=recipe.train.bf16_rounding or "stochastic",
             )
         )
-    return _findings([*_of_rates(trained), *_of_arms(trained), *_between_arms(trained), *_of_weights(base)])
+    return _findings([*_of_rates(trained), *_of_methods(trained), *_between_methods(trained), *_of_weights(base)])
 
 
 def _findings(said: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
@@ -119,18 +119,18 @@ def _findings(said: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
     )
 
 
-def _named(rows: Iterable[ArmRow]) -> str:
-    return ", ".join(row.arm for row in rows)
+def _named(rows: Iterable[MethodRow]) -> str:
+    return ", ".join(row.method for row in rows)
 
 
-def _tried(row: ArmRow) -> list[float]:
+def _tried(row: MethodRow) -> list[float]:
     """Rates that were searched, with those beyond the grid that a whole run led to."""
     search = row.search
     return sorted({*search.tried, *search.whole}) if search is not None and search.tried else []
 
 
-def _of_rates(trained: Sequence[ArmRow], *, full_wins: bool = False) -> Found:
-    """Of each arm: was its rate searched, and might a better one lie beyond those tried?"""
+def _of_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> Found:
+    """Of each method: was its rate searched, and might a better one lie beyond those tried?"""
     weak = "what looks like a weak method may be a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried(row), default=0.0) for row in full), default=0.0)
@@ -139,15 +139,15 @@ def _of_rates(trained: Sequence[ArmRow], *, full_wins: bool = False) -> Found:
         assert search is not None, "it is trained"
         if len(tried) < 2 and search.time_was_up:
             late = "the budget leaves no time to search its learning rate, so it is trained at the usual one"
-            yield "no-time-for-rates", row.arm, f"{late}: {weak}"
+            yield "no-time-for-rates", row.method, f"{late}: {weak}"
         elif len(tried) < 2:
-            yield "rate-not-searched", row.arm, f"its learning rate was not searched: {weak}"
+            yield "rate-not-searched", row.method, f"its learning rate was not searched: {weak}"
         elif len(tried) < FEWEST_RATES:
-            yield "few-rates", row.arm, f"only {len(tried)} learning rates were tried"
+            yield "few-rates", row.method, f"only {len(tried)} learning rates were tried"
         if search.on_edge and len(tried) > 1:
             edge = "highest" if search.chosen > tried[0] else "lowest"
             best = f"the best rate, {search.chosen:g}, is the {edge} that was tried"
-            yield "edge-of-grid", row.arm, f"{best}: a better one may lie beyond"
+            yield "edge-of-grid", row.method, f"{best}: a better one may lie beyond"
         if row.kind in ("full", "head", VARIANT) or not tried:
             continue
         if full_wins and not search.whole and any(one.search and one.search.whole for one in full):
@@ -155,27 +155,27 @@ def _of_rates(trained: Sequence[ArmRow], *, full_wins: bool = False) -> Found:
                 f"its rate, {search.chosen:g}, was chosen by short trials alone, that of full fine-tuning by whole "
                 "runs: it may lose because of its rate"
             )
-            yield "unequal-search", row.arm, what
+            yield "unequal-search", row.method, what
         # Where one was chosen inside them, it is known that higher ones are no better.
         if max(tried) <= highest * (1 + 1e-6) and (search.on_edge or math.isnan(search.chosen)):
             what = (
                 f"its rates end at {max(tried):g}, not above those of full fine-tuning; such methods need about ten "
                 "times higher ones"
             )
-            yield "low-peft-rates", row.arm, what
+            yield "low-peft-rates", row.method, what
 
 
-def _of_arms(trained: Sequence[ArmRow], *, time_was_up: bool = False) -> Found:
-    """Of each arm: its seeds, its weights, what it changes."""
+def _of_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> Found:
+    """Of each method: its seeds, its weights, what it changes."""
     for row in trained:
         count = len(set(row.seeds))
         seeds = counted(count, "seed")
         if count < FEWEST_SEEDS and not row.waited and time_was_up:
-            yield "no-time-for-seeds", row.arm, f"{seeds}: the budget ends before the next one"
+            yield "no-time-for-seeds", row.method, f"{seeds}: the budget ends before the next one"
         elif count == 1 and not row.waited:
-            yield "one-seed", row.arm, "one seed: another one may reverse the result"
+            yield "one-seed", row.method, "one seed: another one may reverse the result"
         elif count < FEWEST_SEEDS and not row.waited:
-            yield "few-seeds", row.arm, f"only {seeds}"
+            yield "few-seeds", row.method, f"only {seeds}"
         # Of our own block, or of a PEFT config.
         config = row.settings.get("config")
         of_peft = config.get("target_modules") if isinstance(config, dict) else None
@@ -183,10 +183,10 @@ def _of_arms(trained: Sequence[ArmRow], *, time_was_up: bool = False) -> Found:
         names = [] if isinstance(targets, str) else [str(name) for name in targets]
         if names and all(map(_is_attention, names)):
             what = f"it changes attention alone ({', '.join(names)}), which is known to lose to all linear layers"
-            yield "attention-only-lora", row.arm, what
+            yield "attention-only-lora", row.method, what
         if row.kind == "full" and row.weights_dtype != "fp32" and row.bf16_rounding in (None, "nearest"):
             rounded = "rounded to the nearest: at usual rates most updates are lost"
-            yield "bf16-full", row.arm, f"its weights are kept in {row.weights_dtype} and {rounded}"
+            yield "bf16-full", row.method, f"its weights are kept in {row.weights_dtype} and {rounded}"
 
 
 def _is_attention(name: str) -> bool:
@@ -194,8 +194,8 @@ def _is_attention(name: str) -> bool:
     return name.split(".")[-1] in _ATTENTION or any("attn" in part or "attention" in part for part in name.split("."))
 
 
-def _between_arms(trained: Sequence[ArmRow]) -> Found:
-    """What arms do not have in common, or should not have; what a variant has otherwise is what is asked about."""
+def _between_methods(trained: Sequence[MethodRow]) -> Found:
+    """What methods do not have in common, or should not have; what a variant has otherwise is what is asked about."""
     if (
         len(trained) > 1
         and len({row.learning_rate for row in trained}) == 1
@@ -210,7 +210,7 @@ def _between_arms(trained: Sequence[ArmRow]) -> Found:
     known = sorted((row for row in alike if row.train_tokens), key=lambda row: (row.train_tokens, row.kind == "full"))
     if known and known[0].train_tokens < (1 - _MOST_TOKENS_APART) * known[-1].train_tokens:
         least, most = known[0], known[-1]
-        what = f"{most.arm} sees {most.train_tokens:,} tokens in training, {least.arm} {least.train_tokens:,}"
+        what = f"{most.method} sees {most.train_tokens:,} tokens in training, {least.method} {least.train_tokens:,}"
         yield "unequal-tokens", _named((most, least)), what
     random = [row for row in alike if row.settings.get("head_init") == "random"]
     if random and len(random) < len(alike):
@@ -218,7 +218,7 @@ def _between_arms(trained: Sequence[ArmRow]) -> Found:
         yield "unequal-heads", "methods", what
 
 
-def _of_rows(ran: SeedRuns, trained: Sequence[ArmRow]) -> Found:
+def _of_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> Found:
     """The rows that choose."""
     scale, summary = ran.context.scale, ran.context.summary
     told = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0

@@ -88,8 +88,8 @@ def _search(job: Run, summary: DataSummary) -> Searched:
         context = Context(replace(job, folder=folder), summary, "", seconds, start)
         expectation = _expected(context)
         ran = SeedRuns(context, search_all(context, expectation), expectation)
-        kept = ran.best_rate(context.full.arm)
-    found = ran.searches[kept.trial.arm]
+        kept = ran.best_rate(context.full.label)
+    found = ran.searches[kept.trial.method]
     if not found.whole:  # there was time for one
         found = found.model_copy(update={"whole": {found.chosen: kept.metric}})
     for one in context.kept_results():
@@ -107,9 +107,9 @@ def _search(job: Run, summary: DataSummary) -> Searched:
 
 def _expected(context: Context) -> Expectation:
     """What the search will cost, said before it starts; refuses a budget below two short trials and a whole run."""
-    arm, given = context.full.arm, context.budget_seconds
-    share = share_of_steps(context.recipe.compare.search_share, context.setup(arm).plan.total_steps)
-    cost = budget.costs_of(context)[0][arm]
+    method, given = context.full.label, context.budget_seconds
+    share = share_of_steps(context.recipe.compare.search_share, context.setup(method).plan.total_steps)
+    cost = budget.costs_of(context)[0][method]
     short, whole = cost.start + share * cost.run, cost.start + cost.run
     least, seconds = 2 * short + whole, cost.num_rates * short + 2 * whole
     if given is not None and given < least and not context.kept_results():
@@ -123,7 +123,7 @@ def _expected(context: Context) -> Expectation:
         f"{format_seconds(round(seconds))}" + (f" (budget: {typed_seconds(given)})" if given else "")
     )
     return Expectation(
-        arms=(arm,),
+        methods=(method,),
         num_seeds=1,
         most_seeds=1,
         num_search_trials=cost.num_rates,
@@ -138,28 +138,28 @@ def _at_its_rate(recipe: Recipe, found: Searched) -> Recipe:
     method = {
         "method.learning_rate": found.rate.chosen,
         "method.learning_rates": None,
-        "method.name": recipe.method.arm,
+        "method.name": recipe.method.label,
     }
     return with_settings(recipe, {**method, "compare.budget": None})
 
 
 def move_into_run(job: Run, found: Searched) -> None:
     """Move the run that a search chose into the run folder, the plan last, so that a killed move goes on."""
-    run, trial, arm = job.folder, job.folder / FOLDER, job.recipe.method.arm
+    run, trial, method = job.folder, job.folder / FOLDER, job.recipe.method.label
     (run / "attempts").mkdir(exist_ok=True)
     for attempt in sorted((trial / "attempts").glob(f"{found.trial}-*")):
         attempt.rename(run / "attempts" / attempt.name)
     for path in (run / "attempts").glob(f"{found.trial}-*/outcome.json"):
         outcome = Outcome.load(path)
-        if outcome.model_folder not in (None, f"models/{arm}"):
-            outcome.model_copy(update={"model_folder": f"models/{arm}"}).save(path)
-    for source, target in ((trial / "models" / arm, run / "models" / arm), (trial / "probe", run / "probe")):
+        if outcome.model_folder not in (None, f"models/{method}"):
+            outcome.model_copy(update={"model_folder": f"models/{method}"}).save(path)
+    for source, target in ((trial / "models" / method, run / "models" / method), (trial / "probe", run / "probe")):
         if source.exists():
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
     planned, made = Plan.load(job.plan_path), Plan.load(trial / "plan" / f"{found.trial}.json")
-    changes = {"model_name": "", "method": arm, "settings": tuple(_settings(made, planned, found))}
+    changes = {"model_name": "", "method": method, "settings": tuple(_settings(made, planned, found))}
     if (adopted := made.model_copy(update=changes)) != planned:
         run_folder.save_plan(run, _at_its_rate(job.recipe, found), adopted)
 

@@ -1,4 +1,4 @@
-"""The search for an arm's learning rate: successive halving on eval rows (docs/compare.md), as pure functions.
+"""The search for a method's learning rate: successive halving on eval rows (docs/compare.md), as pure functions.
 
 `tried` and `whole` map rates to metrics on the same eval rows, of short trials and of whole runs; `may_extend` is false
 for a grid that the user gave.
@@ -72,16 +72,16 @@ def share_of_steps(search_share: float, total_steps: int) -> float:
     return min(1.0, max(search_share, LEAST_STEPS / max(1, total_steps)))
 
 
-def search_trial(arm: str, rate: float, share: float, seed: int) -> Trial:
+def search_trial(method: str, rate: float, share: float, seed: int) -> Trial:
     """A short trial of a search."""
-    name = f"{arm}-rate{rate:g}-{share:.1%}".replace("%", "pct")
-    return Trial(name=name, arm=arm, learning_rate=rate, seed=seed, share=share, searches=True)
+    name = f"{method}-rate{rate:g}-{share:.1%}".replace("%", "pct")
+    return Trial(name=name, method=method, learning_rate=rate, seed=seed, share=share, searches=True)
 
 
-def final_trial(arm: str, rate: float, seed: int, *, check: bool = False) -> Trial:
+def final_trial(method: str, rate: float, seed: int, *, check: bool = False) -> Trial:
     """A whole run; with `check` one with another rate than the search chose."""
-    name = f"{arm}-rate{rate:g}-seed{seed}" if check else f"{arm}-seed{seed}"
-    return Trial(name=name, arm=arm, learning_rate=rate, seed=seed)
+    name = f"{method}-rate{rate:g}-seed{seed}" if check else f"{method}-seed{seed}"
+    return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 
 
 def best_of(tried: Mapping[float, float], scale: Scale) -> list[float]:
@@ -122,13 +122,15 @@ def beyond(tried: Mapping[float, float], scale: Scale) -> float | None:
     return None
 
 
-def finished(arm: str, tried: Mapping[float, float], share: float, scale: Scale, usual: float) -> Search:
+def finished(method: str, tried: Mapping[float, float], share: float, scale: Scale, usual: float) -> Search:
     """The result of the short trials: the best rate, where it is clearly better than the usual one."""
     chosen = choice(tried, scale, usual)
     on_edge = chosen in (min(tried), max(tried)) and scale.ahead(chosen, tried) > 1
     how = _why(tried, chosen, scale, f"short runs of {share:.0%} of the steps")
     how += ", at the edge of those tried" * on_edge
-    return Search(arm=arm, tried=dict(tried), share=share, chosen=chosen, reason=how, on_edge=on_edge, usual=usual)
+    return Search(
+        method=method, tried=dict(tried), share=share, chosen=chosen, reason=how, on_edge=on_edge, usual=usual
+    )
 
 
 def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, most: int) -> float | None:

@@ -48,7 +48,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
                 summary = pipeline.prepare(job)
             alpha_left = openings[-1].left if openings else None
             context = Context(job, summary, command, seconds, start, began, alpha_left=alpha_left)
-            if busy := context.setup(context.full.arm).plan.busy:
+            if busy := context.setup(context.full.label).plan.busy:
                 context.say(busy)
             expectation = expect(context)
             if len(lines_of(job.folder / OPENINGS)) > len(openings):

@@ -1,5 +1,4 @@
-"""The trials of a comparison: each arm's rate on the eval rows, then whole runs, seed by seed, until these say that the
-answer is clear."""
+"""The trials of a comparison: a rate search for each method, then whole runs seed by seed until the answer is clear."""
 
 from __future__ import annotations
 
@@ -15,44 +14,44 @@ from fulltune.compare import budget, rates
 from fulltune.compare.context import OPEN, Context
 from fulltune.compare.sequential import SAMPLES, WAITING_SHARE, look
 from fulltune.compare.trials import clear, is_done, keep_best_model, run_trial
-from fulltune.compare.verdict import ArmItems, Terms
+from fulltune.compare.verdict import MethodOutputs, Terms
 from fulltune.errors import Diverged
 from fulltune.evaluate.scoring import load_outputs
 from fulltune.inference.store import CLUSTERS
-from fulltune.recipe.methods import RIVALS, ArmKind
+from fulltune.recipe.methods import RIVALS, MethodKind
 from fulltune.records.comparison import Expectation, Look, Search, Trial, TrialResult
 from fulltune.stats.bootstrap import draw
 from fulltune.text import counted
 
 Results = dict[str, list[TrialResult]]
-"""The whole runs of each arm, seed by seed."""
+"""The whole runs of each method, seed by seed."""
 
 
 MOST_WHOLE_RUNS = 4
 MOST_WHOLE_RUNS_ALONE = 3
-"""At different rates, of an arm of a comparison and of a run whose rate is searched."""
+"""At different rates, of a method of a comparison and of a run whose rate is searched."""
 
 
 def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """The rate of each arm that is trained; without time to search, full and the first rival take the usual one."""
-    planned = [one for one in context.trained_arms if one.arm in expectation.arms]
-    pair = [one.arm for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
+    """The rate of each method that is trained; without time to search, full and the first rival take the usual one."""
+    planned = [one for one in context.trained_methods if one.label in expectation.methods]
+    pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     keep = budget.to_come(
-        context, dict.fromkeys((one.arm for one in planned), 0), min(budget.LEAST_SEEDS, expectation.num_seeds)
+        context, dict.fromkeys((one.label for one in planned), 0), min(budget.LEAST_SEEDS, expectation.num_seeds)
     )
     searches: dict[str, Search] = {}
     for method in planned:
         found = search(context, method, expectation.search_share, keep)
-        if found.tried or not found.time_was_up or method.arm in pair:
-            searches[method.arm] = found
+        if found.tried or not found.time_was_up or method.label in pair:
+            searches[method.label] = found
         else:
-            context.say(f"{method.arm}: there is no time for it")
+            context.say(f"{method.label}: there is no time for it")
     return searches
 
 
 def search(context: Context, method: Any, share: float, keep: float = 0.0) -> Search:
-    """An arm's rate, found on eval rows in short trials beside the `keep` seconds that seeds need; done once."""
-    path = context.search_path(method.arm)
+    """A method's rate, found on eval rows in short trials beside the `keep` seconds that seeds need; done once."""
+    path = context.search_path(method.label)
     if path.exists() and not (known := Search.load(path)).time_was_up:
         return known
     found = _searched(context, method, share, keep)
@@ -61,33 +60,33 @@ def search(context: Context, method: Any, share: float, keep: float = 0.0) -> Se
 
 
 def _searched(context: Context, method: Any, search_share: float, keep: float) -> Search:
-    arm, grid, seed = method.arm, budget.grid(context, method), context.recipe.train.seed
+    label, grid, seed = method.label, budget.grid(context, method), context.recipe.train.seed
     if len(grid) == 1:
-        return Search(arm=arm, chosen=grid[0], reason="from the recipe: the only rate, not searched")
+        return Search(method=label, chosen=grid[0], reason="from the recipe: the only rate, not searched")
     usual = budget.usual(context, method)
-    share = rates.share_of_steps(search_share, context.setup(arm).plan.total_steps)
+    share = rates.share_of_steps(search_share, context.setup(label).plan.total_steps)
     tried: dict[float, float] = {}
     asked = list(grid)
     while asked:
-        trials = [rates.search_trial(arm, rate, share, seed) for rate in asked]
+        trials = [rates.search_trial(label, rate, share, seed) for rate in asked]
         if not search_share or not budget.has_time(context, trials, keep):
-            context.say(f"{arm}: no time to try the rate {' or '.join(f'{rate:g}' for rate in asked)}")
+            context.say(f"{label}: no time to try the rate {' or '.join(f'{rate:g}' for rate in asked)}")
             break
         for trial in trials:
-            context.say(f"{arm}: trying the rate {trial.learning_rate:g} for {share:.1%} of the steps")
+            context.say(f"{label}: trying the rate {trial.learning_rate:g} for {share:.1%} of the steps")
             tried[trial.learning_rate] = run_trial(context, trial).metric
         extends = method.learning_rates is None and len(tried) < len(grid) + rates.MOST_EXTENSIONS
         further = rates.beyond(tried, context.scale) if extends else None
         asked = [] if further is None else [further]
     if not tried:
-        return Search(arm=arm, chosen=usual, reason="the usual rate: no time for a search", time_was_up=True)
-    found = rates.finished(arm, tried, share, context.scale, usual)
+        return Search(method=label, chosen=usual, reason="the usual rate: no time for a search", time_was_up=True)
+    found = rates.finished(label, tried, share, context.scale, usual)
     return found.model_copy(update={"time_was_up": bool(asked)})
 
 
 @dataclass
 class SeedRuns:
-    """Whole runs of a comparison's arms; `searches` follows the rates, and loses an arm for which there is no time."""
+    """Whole runs of a comparison's methods. `searches` follows the rates, and loses a method without time for a run."""
 
     context: Context
     searches: dict[str, Search]
@@ -100,7 +99,7 @@ class SeedRuns:
     @property
     def left_out(self) -> tuple[str, ...]:
         """Methods that were not trained."""
-        return tuple(one.arm for one in self.context.trained_arms if one.arm not in self.results)
+        return tuple(one.label for one in self.context.trained_methods if one.label not in self.results)
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -114,7 +113,7 @@ class SeedRuns:
 
     def run(self) -> SeedRuns:
         """Run seeds until the eval rows say that the answer is clear, or the time is up."""
-        self.results = {arm: [] for arm in self.searches}
+        self.results = {method: [] for method in self.searches}
         at_once = not self.context.recipe.compare.sequential
         asked = dict.fromkeys(self.searches, self.expectation.most_seeds if at_once else 1)
         while asked:
@@ -129,33 +128,35 @@ class SeedRuns:
                 asked = self._before_full()
         return self
 
-    def best_rate(self, arm: str) -> TrialResult:
-        """One seed of one arm, at the best rate that whole runs show; its model is kept as `models/<arm>`."""
-        self.results[arm] = []
-        while (result := run_trial(self.context, self._next_trial(arm))).problems:
+    def best_rate(self, method: str) -> TrialResult:
+        """One seed of one method, at the best rate that whole runs show; its model is kept as `models/<method>`."""
+        self.results[method] = []
+        while (result := run_trial(self.context, self._next_trial(method))).problems:
             self._after_divergence(result)
-        self.results[arm].append(result)
-        self.check_rate(arm)
-        return self.results[arm][0]
+        self.results[method].append(result)
+        self.check_rate(method)
+        return self.results[method][0]
 
     def _train(self, asked: Mapping[str, int]) -> bool:
-        """Whole runs until each arm has the seeds asked for; False when the time is up first."""
-        while lacking := {arm: len(found) for arm, found in self.results.items() if len(found) < asked.get(arm, 0)}:
-            arms = [arm for arm, count in lacking.items() if count == min(lacking.values())]
-            arm = arms[0]
-            found, most = self.results[arm], self.expectation.most_seeds
+        """Whole runs until each method has the seeds asked for; False when the time is up first."""
+        while lacking := {
+            method: len(found) for method, found in self.results.items() if len(found) < asked.get(method, 0)
+        }:
+            methods = [method for method, count in lacking.items() if count == min(lacking.values())]
+            method = methods[0]
+            found, most = self.results[method], self.expectation.most_seeds
             if not found and (late := self._no_time()):
                 self.context.say(f"{late}: there is no time for it")
                 del self.results[late], self.searches[late]
                 continue
             if len(found) == 1:  # they go on: now their rates matter
-                for each in arms:
+                for each in methods:
                     self.check_rate(each, self._keep())
-            trials = [self._next_trial(each) for each in arms]
+            trials = [self._next_trial(each) for each in methods]
             begins = bool(found) and not is_done(self.context, trials[0])
             if begins and not budget.has_time(self.context, trials):
                 return False
-            self.context.say(f"{arm}: seed {len(found) + 1} of at most {most}")
+            self.context.say(f"{method}: seed {len(found) + 1} of at most {most}")
             result = run_trial(self.context, trials[0])
             if result.problems:
                 # A rate at which one seed diverges is too high for the method: all its seeds get a lower one.
@@ -164,32 +165,34 @@ class SeedRuns:
             found.append(result)
             keep_best_model(self.context, found)
             if most == 1:
-                self.check_rate(arm, self._keep())
+                self.check_rate(method, self._keep())
         return True
 
-    def _next_trial(self, arm: str) -> Trial:
-        seed = self.context.recipe.train.seed + len(self.results[arm])
-        return rates.final_trial(arm, self.searches[arm].chosen, seed)
+    def _next_trial(self, method: str) -> Trial:
+        seed = self.context.recipe.train.seed + len(self.results[method])
+        return rates.final_trial(method, self.searches[method].chosen, seed)
 
     def _keep(self, seeds: int | None = None) -> float:
         """Seconds of what matters more than other rates or methods: so many seeds, else those that were planned."""
-        counts = {arm: len(found) for arm, found in self.results.items()}
+        counts = {method: len(found) for method, found in self.results.items()}
         return budget.to_come(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _no_time(self) -> str | None:
         """A method without a run for which there is no time beside two seeds of full and of the first rival."""
         context = self.context
-        pair = (context.full.arm, next(arm for arm in self.results if self._kind(arm) in RIVALS))
+        pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._keep(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
-        others = (arm for arm, found in self.results.items() if not found and arm not in pair)
-        return next((arm for arm in others if not budget.has_time(context, [self._next_trial(arm)], keep)), None)
+        others = (method for method, found in self.results.items() if not found and method not in pair)
+        return next(
+            (method for method in others if not budget.has_time(context, [self._next_trial(method)], keep)), None
+        )
 
     def _look(self) -> dict[str, int]:
         """Look at the eval rows: how many seeds which methods are to have before the next look; none: it is enough."""
         context, again = self.context, self._again(self.looks)
-        full = self.results[context.full.arm]
-        behind = [arm for arm, found in self.results.items() if len(found) < len(full)]
-        compared = arm_items(context, self.results, OPEN, behind)
+        full = self.results[context.full.label]
+        behind = [method for method, found in self.results.items() if len(found) < len(full)]
+        compared = method_outputs(context, self.results, OPEN, behind)
         clusters = np.load(context.folder / "data" / "eval" / CLUSTERS)
         drawn = draw(context.measure, [one.trials for one in compared], clusters, SAMPLES)
         terms = Terms(context.measure, context.recipe.compare.margin, alpha=context.alpha)
@@ -200,47 +203,47 @@ class SeedRuns:
         return seen.asked
 
     def _again(self, looks: Sequence[Look]) -> bool:
-        return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.arm])
+        return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _before_full(self) -> dict[str, int]:
         """Before full is said to win: choose all rivals' rates as full's was, and name one that is now to catch up."""
         context, scale = self.context, self.context.scale
         kinds = ("full", *RIVALS)
-        decisive = {arm: found for arm, found in self.results.items() if self._kind(arm) in kinds}
-        full = decisive[context.full.arm]
+        decisive = {method: found for method, found in self.results.items() if self._kind(method) in kinds}
+        full = decisive[context.full.label]
         means = {
-            arm: statistics.mean(scale.oriented(one.metric) for one in found)
-            for arm, found in decisive.items()
+            method: statistics.mean(scale.oriented(one.metric) for one in found)
+            for method, found in decisive.items()
             if len(found) == len(full)
         }
-        mine, leader = means.pop(context.full.arm), max(means.values())
+        mine, leader = means.pop(context.full.label), max(means.values())
         if mine - leader < context.recipe.compare.margin:
             return {}
-        changed = [arm for arm, found in decisive.items() if len(found) == 1 and self.check_rate(arm)]
-        better = [arm for arm in changed if scale.oriented(self.results[arm][0].metric) > leader]
+        changed = [method for method, found in decisive.items() if len(found) == 1 and self.check_rate(method)]
+        better = [method for method in changed if scale.oriented(self.results[method][0].metric) > leader]
         return {} if self._again(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
     def _after_divergence(self, result: TrialResult) -> None:
-        """Choose a lower rate for all seeds of an arm after one diverged; Diverged where nothing lower is left."""
-        context, trial, search = self.context, result.trial, self.searches[result.trial.arm]
+        """Choose a lower rate for all seeds of a method after one diverged; Diverged where nothing lower is left."""
+        context, trial, search = self.context, result.trial, self.searches[result.trial.method]
         lower = rates.after_divergence(search)
         if lower is None:
             raise Diverged(result.problems)
         reason = f"{search.chosen:g} diverged in a whole run (seed {trial.seed})"
-        context.say(f"{trial.arm}: {reason}; taking {lower:g}")
+        context.say(f"{trial.method}: {reason}; taking {lower:g}")
         clear(context, trial)
         # The lower rate may have had its run, but its model was deleted when a higher one was better.
-        shutil.rmtree(context.folder / "models" / trial.arm, ignore_errors=True)
-        again = rates.final_trial(trial.arm, lower, context.recipe.train.seed)
+        shutil.rmtree(context.folder / "models" / trial.method, ignore_errors=True)
+        again = rates.final_trial(trial.method, lower, context.recipe.train.seed)
         context.result_path(again.name).unlink(missing_ok=True)
-        self.searches[trial.arm] = rates.replaced(search, lower, reason)
-        self.searches[trial.arm].save(context.search_path(trial.arm))
-        self.results[trial.arm].clear()
+        self.searches[trial.method] = rates.replaced(search, lower, reason)
+        self.searches[trial.method].save(context.search_path(trial.method))
+        self.results[trial.method].clear()
 
-    def check_rate(self, arm: str, keep: float = 0.0) -> bool:
-        """Take the best of whole runs at other rates for an arm, leaving `keep` seconds; whether it is another rate."""
-        context, search, first = self.context, self.searches[arm], self.results[arm][0]
-        may_extend = context.setup(arm).arm.learning_rates is None
+    def check_rate(self, method: str, keep: float = 0.0) -> bool:
+        """Try whole runs at other rates while `keep` seconds remain, and take the best; true if the rate changed."""
+        context, search, first = self.context, self.searches[method], self.results[method][0]
+        may_extend = context.setup(method).method.learning_rates is None
         most = MOST_WHOLE_RUNS if context.recipe.methods else MOST_WHOLE_RUNS_ALONE
         runs = {search.chosen: first}
         while search.share < first.trial.share:  # else the short trials were whole runs
@@ -248,37 +251,39 @@ class SeedRuns:
             rate = rates.next_whole(search, whole, context.scale, may_extend, most)
             if rate is None:
                 break
-            check = rates.final_trial(arm, rate, first.trial.seed, check=True)
+            check = rates.final_trial(method, rate, first.trial.seed, check=True)
             if not budget.has_time(context, [check], keep):
-                context.say(f"{arm}: no time to try {rate:g} in a whole run as well")
+                context.say(f"{method}: no time to try {rate:g} in a whole run as well")
                 break
-            context.say(f"{arm}: a whole run with {rate:g} as well, because short trials do not show the better rate")
+            context.say(
+                f"{method}: a whole run with {rate:g} as well, because short trials do not show the better rate"
+            )
             runs[rate] = run_trial(context, check)
         if len(runs) > 1:
             metrics = {rate: one.metric for rate, one in runs.items()}
             found = rates.after_whole(search, metrics, context.scale)
-            self.results[arm][0] = runs.pop(found.chosen)
-            self.searches[arm] = found
+            self.results[method][0] = runs.pop(found.chosen)
+            self.searches[method] = found
             for dropped in runs.values():
                 shutil.rmtree(context.folder / "models" / dropped.trial.name, ignore_errors=True)
-            context.say(f"{arm}: taking {found.chosen:g}")
-        keep_best_model(context, self.results[arm])
-        return self.results[arm][0] is not first
+            context.say(f"{method}: taking {found.chosen:g}")
+        keep_best_model(context, self.results[method])
+        return self.results[method][0] is not first
 
-    def _kind(self, arm: str) -> ArmKind:
-        return self.context.recipe.compared_kind(self.context.setup(arm).arm)
+    def _kind(self, method: str) -> MethodKind:
+        return self.context.recipe.compared_kind(self.context.setup(method).method)
 
 
-def arm_items(context: Context, results: Results, place: str, waited: Collection[str]) -> list[ArmItems]:
-    """What the trials of all arms gave for the rows of a split; those that waited are tested at a part of alpha."""
-    folder, setups = context.folder / place, {arm: context.setup(arm) for arm in results}
+def method_outputs(context: Context, results: Results, place: str, waited: Collection[str]) -> list[MethodOutputs]:
+    """What the trials of all methods gave for the rows of a split; those that waited are tested at a part of alpha."""
+    folder, setups = context.folder / place, {method: context.setup(method) for method in results}
     return [
-        ArmItems(
-            name=arm,
-            kind=context.recipe.compared_kind(setups[arm].arm),
+        MethodOutputs(
+            name=method,
+            kind=context.recipe.compared_kind(setups[method].method),
             trials=[load_outputs(folder / f"{one.trial.name}.npz") for one in trials],
-            cost=float(setups[arm].plan.num_trainable_parameters),
-            alpha_share=WAITING_SHARE if arm in waited else 1.0,
+            cost=float(setups[method].plan.num_trainable_parameters),
+            alpha_share=WAITING_SHARE if method in waited else 1.0,
         )
-        for arm, trials in results.items()
+        for method, trials in results.items()
     ]

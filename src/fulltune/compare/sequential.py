@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from fulltune.compare.verdict import ArmItems, Terms
+from fulltune.compare.verdict import MethodOutputs, Terms
 from fulltune.records.comparison import Look
 from fulltune.stats.bootstrap import Drawn
 from fulltune.stats.intervals import Uncertain, difference, seed_spreads
@@ -27,8 +27,8 @@ _LIKELY = 0.5
 """Chance that full is clearly better than the leader at which, after the last seeds, the others catch up."""
 _CLEAR = "clear: the test rows would very likely say the same"
 _HOPELESS = 0.2
-"""Chance of a clear answer with all seeds below which more seeds are a waste. (Of equal arms it is about a tenth, that
-of the development rows and of the test rows both being unlucky.)"""
+"""Below this chance of a clear answer with all seeds, more seeds are a waste. (Equal methods have about a tenth: the
+chance that the eval rows and the test rows are both unlucky.)"""
 WAITING_SHARE = 0.25
 """Part of a look's alpha at which methods that have fewer seeds are tested. The rest is kept for a second look, after
 they have caught up; full fine-tuning and the leader have the same seeds in both, and so the same test."""
@@ -97,14 +97,14 @@ class Outlook:
 
 
 def look(
-    arms: Sequence[ArmItems], drawn: Drawn, terms: Terms, max_seeds: int, test_rows: int, *, again: bool = False
+    methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms, max_seeds: int, test_rows: int, *, again: bool = False
 ) -> Look:
-    """Decide about each arm after another seed, by its metrics on resamples of the eval rows; `again`: a second look
+    """Decide about each method after another seed, by its metrics on resamples of the eval rows; `again`: a second look
     with as many seeds of full."""
-    (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
-    counts, measure = [len(arm.trials) for arm in arms], terms.measure
-    now, spreads = counts[full], seed_spreads(drawn, [arm.kind == "base" for arm in arms])
-    rivals = [place for place, arm in enumerate(arms) if arm.decides]
+    (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
+    counts, measure = [len(method.trials) for method in methods], terms.measure
+    now, spreads = counts[full], seed_spreads(drawn, [method.kind == "base" for method in methods])
+    rivals = [place for place, method in enumerate(methods) if method.decides]
     level, last = spent(now, max_seeds, terms.alpha, again=again), spent(max_seeds, max_seeds, terms.alpha)
     outlooks = []
     for place in rivals:
@@ -118,15 +118,17 @@ def look(
             stopped = _chances(gap, terms.margin, share * level, then, (now, counts[place]))
             planned = _chances(gap, terms.margin, share * last, then, with_all)
         score = measure.sign * float(drawn.point[place].mean())
-        outlooks.append(Outlook(arms[place].name, score, arms[place].cost, as_many, stopped, sum(planned)))
-    asked, reason = _asked(arms[full].name, outlooks, now, max_seeds, again=again)
+        outlooks.append(Outlook(methods[place].name, score, methods[place].cost, as_many, stopped, sum(planned)))
+    asked, reason = _asked(methods[full].name, outlooks, now, max_seeds, again=again)
     return Look(
         num_seeds=now,
         max_seeds=max_seeds,
         spent=level,
         reason=reason,
         asked=asked,
-        waiting=tuple(arm.name for arm, count in zip(arms, counts, strict=True) if asked.get(arm.name, count) < now),
+        waiting=tuple(
+            method.name for method, count in zip(methods, counts, strict=True) if asked.get(method.name, count) < now
+        ),
     )
 
 

@@ -59,19 +59,19 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     run_folder.save_plan(context.folder, recipe, made)
     planned = Plan.load(context.folder / made.file)
     with context.timed(trial.name):
-        listener, dry_run = without_tables(context.job.listener), trial.arm not in context.passed
+        listener, dry_run = without_tables(context.job.listener), trial.method not in context.passed
         # A rate that is too high for a method is what a comparison wants to know.
         planned_trial = retry.PlannedTrial(recipe, made, context.folder, Hooks(), listener)
         outcome = retry.train(planned_trial, context.start, dry_run, most_rollbacks=0)
     made = Plan.load(context.folder / made.file)  # changed when memory ran out
     if made == planned:
-        context.passed.add(trial.arm)
-    setup, summary = context.setup(trial.arm), context.summary
+        context.passed.add(trial.method)
+    setup, summary = context.setup(trial.method), context.summary
     # Rows and tokens of all steps, padding left out: each takes a global batch of rows of the mean length.
     rows = outcome.steps * min(setup.plan.global_batch_size, summary.rows_per_epoch)
     tokens = round(rows * summary.tokens_per_epoch / max(1, summary.rows_per_epoch))
     # A prompt's virtual tokens stand before each text, and cost as much as others.
-    virtual = rows * setup.arm.num_virtual_tokens if setup.arm.kind == "prompt" else 0
+    virtual = rows * setup.method.num_virtual_tokens if setup.method.kind == "prompt" else 0
     saved = (context.folder / str(outcome.model_folder)).glob("*.safetensors")
     result = TrialResult(
         trial=trial,
@@ -117,16 +117,16 @@ def clear(context: Context, trial: Trial) -> None:
 
 
 def best_seed(context: Context, results: Sequence[TrialResult]) -> TrialResult:
-    """Of an arm's seeds the one with the best eval metric, whose model is kept."""
+    """Of a method's seeds the one with the best eval metric, whose model is kept."""
     return max(results, key=lambda one: (context.measure.sign * one.metric, -one.trial.seed))
 
 
 def keep_best_model(context: Context, results: Sequence[TrialResult]) -> None:
-    """Of an arm's seeds the model with the best eval metric becomes `models/<arm>`; the others are deleted."""
+    """Of a method's seeds the model with the best eval metric becomes `models/<method>`; the others are deleted."""
     best = best_seed(context, results).trial
     models = context.folder / "models"
     if (models / best.name).exists():
-        shutil.rmtree(models / best.arm, ignore_errors=True)
-        (models / best.name).rename(models / best.arm)
+        shutil.rmtree(models / best.method, ignore_errors=True)
+        (models / best.name).rename(models / best.method)
     for one in results:
         shutil.rmtree(models / one.trial.name, ignore_errors=True)

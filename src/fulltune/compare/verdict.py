@@ -1,4 +1,4 @@
-"""FULL, PEFT, VARIANT, EQUIVALENT or UNDECIDED: a pure function of what the arms' trials kept of the same rows."""
+"""FULL, PEFT, VARIANT, EQUIVALENT or UNDECIDED: a pure function of what the methods' trials kept of the same rows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fulltune.recipe.methods import RIVALS, VARIANT, ArmKind
+from fulltune.recipe.methods import RIVALS, VARIANT, MethodKind
 from fulltune.records.comparison import Decision, Difference, VerdictKind
 from fulltune.records.scores import Estimate
 from fulltune.report.format.words import Writer
 from fulltune.stats.bootstrap import Drawn, Measure
-from fulltune.stats.intervals import Uncertain, difference, holm, mean_of_arm, seed_spreads
+from fulltune.stats.intervals import Uncertain, difference, holm, mean_of_method, seed_spreads
 from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Precision, needed
 from fulltune.tasks import Predictions
 from fulltune.text import listed
@@ -22,17 +22,17 @@ _FEW_SEEDS = 3
 
 
 @dataclass(frozen=True)
-class ArmItems:
-    """What the trials of one arm kept of the rows that all arms are scored on."""
+class MethodOutputs:
+    """What the trials of one method kept of the rows that all methods are scored on."""
 
     name: str
-    kind: ArmKind
+    kind: MethodKind
     trials: Sequence[Predictions]
-    """What `reduce` kept, seed by seed in the order of the seeds; arms may have unequal numbers of them."""
+    """What `reduce` kept, seed by seed in the order of the seeds; methods may have unequal numbers of them."""
     cost: float
-    """To tell cheaper arms from dearer ones, of all arms the same: here the parameters that are trained."""
+    """To tell cheaper methods from dearer ones, of all methods the same: here the parameters that are trained."""
     alpha_share: float = 1.0
-    """Part of alpha at which this arm is tested; below 1 where it waited and has another chance."""
+    """Part of alpha at which this method is tested; below 1 where it waited and has another chance."""
 
     @property
     def decides(self) -> bool:
@@ -51,25 +51,25 @@ class Terms:
     """Chance of a wrong answer."""
 
 
-def decide(arms: Sequence[ArmItems], drawn: Drawn, terms: Terms) -> Decision:
-    """Compare full fine-tuning with every other arm; `drawn` has their metrics on the same resamples."""
+def decide(methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms) -> Decision:
+    """Compare full fine-tuning with every other method; `drawn` has their metrics on the same resamples."""
     measure = terms.measure
-    (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
-    spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
+    (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
+    spreads = seed_spreads(drawn, [method.kind == "base" for method in methods])
     differences = []
-    for decides in (True, False):  # arms that share the chance of a wrong answer
-        group = [place for place, arm in enumerate(arms) if place != full and arm.decides == decides]
+    for decides in (True, False):  # methods that share the chance of a wrong answer
+        group = [place for place, method in enumerate(methods) if place != full and method.decides == decides]
         found = [difference(drawn, full, place, spreads, measure.sign, measure.span) for place in group]
         tests = holm([one.p_value() for one in found], terms.alpha)
         equivalence = holm([one.equivalence_p(terms.margin) for one in found], terms.alpha)
         for place, one, *tested in zip(group, found, tests, equivalence, strict=True):
-            differences.append(_difference(arms[full], arms[place], one, tested, drawn.num_rows, terms))
-    verdict, recommended = _verdict(differences, arms[full].name, arms)
+            differences.append(_difference(methods[full], methods[place], one, tested, drawn.num_rows, terms))
+    verdict, recommended = _verdict(differences, methods[full].name, methods)
     scores = {}
-    for place, arm in enumerate(arms):
-        mean = mean_of_arm(drawn, place, spreads, measure.span)
+    for place, method in enumerate(methods):
+        mean = mean_of_method(drawn, place, spreads, measure.span)
         low, high = _within(mean.interval(1 - terms.confidence), measure.bounds)
-        scores[arm.name] = Estimate(value=mean.estimate, low=low, high=high)
+        scores[method.name] = Estimate(value=mean.estimate, low=low, high=high)
     return Decision(
         verdict=verdict,
         recommended=recommended,
@@ -82,14 +82,14 @@ def decide(arms: Sequence[ArmItems], drawn: Drawn, terms: Terms) -> Decision:
         num_clusters=drawn.num_clusters,
         num_draws=drawn.num_draws,
         scores=scores,
-        values={arm.name: tuple(point.tolist()) for arm, point in zip(arms, drawn.point, strict=True)},
+        values={method.name: tuple(point.tolist()) for method, point in zip(methods, drawn.point, strict=True)},
         seed_sds={
-            arm.name: float(np.sqrt(spread.beyond_rows))
-            for arm, spread in zip(arms, spreads, strict=True)
-            if spread is not None and len(arm.trials) > 1
+            method.name: float(np.sqrt(spread.beyond_rows))
+            for method, spread in zip(methods, spreads, strict=True)
+            if spread is not None and len(method.trials) > 1
         },
         differences=tuple(differences),
-        headline=_headline(verdict, recommended, arms[full].name, differences),
+        headline=_headline(verdict, recommended, methods[full].name, differences),
         because=tuple(_because(one, Writer(measure.name, terms.margin)) for one in differences if one.decides),
         would_decide=tuple(_would_decide(differences)) if verdict == "UNDECIDED" else (),
         notes=tuple(_notes(differences, verdict, recommended)),
@@ -97,28 +97,28 @@ def decide(arms: Sequence[ArmItems], drawn: Drawn, terms: Terms) -> Decision:
 
 
 def _difference(
-    full: ArmItems,
-    arm: ArmItems,
+    full: MethodOutputs,
+    method: MethodOutputs,
     found: Uncertain,
     tested: Sequence[tuple[float, float]],
     num_rows: int,
     terms: Terms,
 ) -> Difference:
     """`tested`: adjusted p-value and level of the test of a difference, and of that of equivalence."""
-    margin, alpha, span = terms.margin, terms.alpha * arm.alpha_share, terms.measure.span
+    margin, alpha, span = terms.margin, terms.alpha * method.alpha_share, terms.measure.span
     bounds = None if span is None else (-span, span)
-    (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * arm.alpha_share) for p, of_test in tested)
+    (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in tested)
     low, high = _within(found.interval(1 - terms.confidence), bounds)
     adjusted_low, adjusted_high = _within(found.interval(level), bounds)
     known = found.seeds_known
     certain = known and adjusted_p <= alpha
     rows, seeds = needed(found, num_rows, margin, level, equal_level) if known else (None, None)
     return Difference(
-        arm=arm.name,
-        kind=arm.kind,
-        decides=arm.decides,
-        cheaper=arm.cost < full.cost,
-        num_seeds=len(arm.trials),
+        method=method.name,
+        kind=method.kind,
+        decides=method.decides,
+        cheaper=method.cost < full.cost,
+        num_seeds=len(method.trials),
         estimate=found.estimate,
         low=low,
         high=high,
@@ -129,7 +129,7 @@ def _difference(
         equivalent=known and equivalence_p <= alpha,
         not_worse=known and 1 - found.below(margin) <= level / 2,
         full_better=certain and found.estimate >= margin and adjusted_low > 0,
-        arm_better=certain and found.estimate <= -margin and adjusted_high < 0,
+        other_better=certain and found.estimate <= -margin and adjusted_high < 0,
         seeds_known=known,
         detectable=Precision.of(found).detectable(margin, level),
         rows_needed=rows,
@@ -142,20 +142,20 @@ def _within(interval: tuple[float, float], bounds: tuple[float, float] | None) -
     return interval if bounds is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
 
 
-def _verdict(differences: Sequence[Difference], full: str, arms: Sequence[ArmItems]) -> tuple[VerdictKind, str]:
-    """The verdict and the arm to take."""
-    cost = {arm.name: arm.cost for arm in arms}
+def _verdict(differences: Sequence[Difference], full: str, methods: Sequence[MethodOutputs]) -> tuple[VerdictKind, str]:
+    """The verdict and the method to take."""
+    cost = {method.name: method.cost for method in methods}
     rivals = [one for one in differences if one.decides]
-    if better := [one for one in rivals if one.arm_better]:
+    if better := [one for one in rivals if one.other_better]:
         best = min(better, key=lambda one: one.estimate)
-        return "VARIANT" if best.kind == VARIANT else "PEFT", best.arm
+        return "VARIANT" if best.kind == VARIANT else "PEFT", best.method
     if rivals and all(one.full_better and not one.equivalent for one in rivals):
         return "FULL", full
     if equal := [one for one in rivals if one.equivalent and one.cheaper]:
-        return "EQUIVALENT", min(equal, key=lambda one: cost[one.arm]).arm
+        return "EQUIVALENT", min(equal, key=lambda one: cost[one.method]).method
     if rivals and all(one.full_better or one.equivalent for one in rivals):
         return "EQUIVALENT", full  # only variants are equal, which cost as much: the plain one is simpler
-    good = [one.arm for one in rivals if one.not_worse and one.cheaper]
+    good = [one.method for one in rivals if one.not_worse and one.cheaper]
     return "UNDECIDED", min(good, key=cost.__getitem__) if good else ""
 
 
@@ -168,7 +168,7 @@ def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Se
         case "PEFT" | "VARIANT":
             return f"Take {recommended}: it is better than {full} by the margin."
         case "EQUIVALENT" if recommended == full:
-            equal = listed([one.arm for one in differences if one.equivalent])
+            equal = listed([one.method for one in differences if one.equivalent])
             return f"Take {full}: {equal} {'are' if ' and ' in equal else 'is'} as good within the margin, and no more."
         case "EQUIVALENT":
             return f"Take {recommended}: as good as {full} within the margin, and it trains fewer weights."
@@ -183,16 +183,16 @@ def _because(one: Difference, write: Writer) -> str:
         answer = "one seed, so the spread between seeds is not known"
     elif one.full_better:
         answer = "full is better"
-    elif one.arm_better:
-        answer = f"{one.arm} is better"
+    elif one.other_better:
+        answer = f"{one.method} is better"
     elif one.equivalent:
         answer = "equal within the margin"
     elif one.not_worse:
-        answer = f"{one.arm} is not worse by the margin"
+        answer = f"{one.method} is not worse by the margin"
     else:
         answer = "not decided"
     points = " points" if write.in_points else ""
-    return f"full minus {one.arm}: {write.adjusted(one)}{points} of {write.name}: {answer}"
+    return f"full minus {one.method}: {write.adjusted(one)}{points} of {write.name}: {answer}"
 
 
 def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
@@ -204,24 +204,24 @@ def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
         if rows or seeds:
             what = f"would be decided by {' or '.join(rows + seeds)}, if the true difference equals the estimate"
         elif one.num_seeds < _FEW_SEEDS:
-            what = f"train three or more seeds of full and of {one.arm}; fewer do not tell how much seeds differ"
+            what = f"train three or more seeds of full and of {one.method}; fewer do not tell how much seeds differ"
         else:
             what = (
                 f"if the true difference equals the estimate, neither {MOST_ROWS_FACTOR} times the test rows nor "
                 f"{MOST_SEEDS} seeds per method would decide alone; it takes more of both, or a larger compare.margin: "
                 "the smallest difference that matters to you"
             )
-        yield f"{one.arm}: {what}"
+        yield f"{one.method}: {what}"
 
 
 def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended: str) -> Iterator[str]:
     deciding = [one for one in differences if one.decides]
     for one in differences:
-        if not one.decides and (one.arm_better or one.equivalent or one.estimate <= 0):
+        if not one.decides and (one.other_better or one.equivalent or one.estimate <= 0):
             how = "is not worse than full" if one.not_worse else "scores no less than full"
-            yield f"{one.arm}, which decides nothing, {how}: is there anything to learn here?"
-    if fewer := [one.arm for one in deciding if one.num_seeds == 1 and one.seeds_known]:
+            yield f"{one.method}, which decides nothing, {how}: is there anything to learn here?"
+    if fewer := [one.method for one in deciding if one.num_seeds == 1 and one.seeds_known]:
         yield f"{', '.join(fewer)}: one seed; the spread between seeds is taken from the other methods"
-    better = [one.arm for one in deciding if one.arm_better and one.arm != recommended]
+    better = [one.method for one in deciding if one.other_better and one.method != recommended]
     if verdict in ("PEFT", "VARIANT") and better:
         yield f"also better than full: {', '.join(better)}"

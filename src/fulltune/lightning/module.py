@@ -183,7 +183,7 @@ class FineTuningModule:
             optim=OptimizerNames("adamw_torch" if unfused else plan.optim),
             optim_args=None,
         )
-        heads = () if plan.head_learning_rate is None else names_of(self.model, recipe.task, recipe.method.arm)
+        heads = () if plan.head_learning_rate is None else names_of(self.model, recipe.task, recipe.method.label)
         kind, groups, options = planned_optimizer(self.model, plan, arguments, heads)
         config = getattr(self.trainer.strategy, "config", None) or {}
         if kind is torch.optim.AdamW and config.get("zero_optimization", {}).get("offload_optimizer"):

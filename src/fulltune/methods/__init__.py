@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.methods import PROMPT_MODULE, Arm, Method, PromptMethod
+from fulltune.recipe.methods import PROMPT_MODULE, ComparedMethod, Method, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system import sharing
 
@@ -42,7 +42,7 @@ def apply(model: Any, method: Method, task: TaskName) -> Applied:
         for parameter in computed(model).values():
             parameter.requires_grad_(False)
         return Applied(model, method)
-    heads = head.names_of(model, task, method.arm)
+    heads = head.names_of(model, task, method.label)
     model.requires_grad_(False)
     outer = None
     match method.kind:
@@ -105,7 +105,7 @@ def check(recipe: Recipe, config: PretrainedConfig) -> None:
         raise RecipeError(found)
 
 
-def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]:
+def problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -> list[str]:
     """Why a method cannot do the recipe's task, as far as the model's config tells; empty when it can."""
     from fulltune.models.shapes import position_limit
 
@@ -129,4 +129,4 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
         if shared is not None and shared.engine == "zero" and shared.stage == 3:
             by = recipe.train.engine_by
             found.append(f"PEFT may read weights, which {by} shares out; take lora, or train.placement: zero2")
-    return [f"method {method.arm}: {line}" for line in found]
+    return [f"method {method.label}: {line}" for line in found]

@@ -61,7 +61,7 @@ def put_adapters(model: Any, method: AdapterMethod, heads: tuple[str, ...]) -> N
     found = [(name, module) for name, module in model.named_modules() if _is_projection(name, module, heads)]
     if not found:
         raise RecipeError(
-            f"method {method.arm}: the projections of {type(model).__name__}'s layers are not known; take lora or full"
+            f"method {method.label}: the projections of {type(model).__name__}'s layers are unknown; take lora or full"
         )
     for _, module in found:
         weight = module.weight
@@ -158,7 +158,7 @@ def put_peft(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads:
         if is_out_of_memory(error):  # a RuntimeError as well, and no fault of the recipe
             raise
         text = " ".join(str(error).split())[:300]
-        raise RecipeError(f"method {method.arm}: PEFT cannot do it with {type(model).__name__}: {text}") from error
+        raise RecipeError(f"method {method.label}: PEFT cannot do it with {type(model).__name__}: {text}") from error
 
 
 _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
@@ -238,7 +238,7 @@ def put_prompt(model: Any, method: PromptMethod, task: TaskName) -> None:
     embeddings = _embeddings(body)
     if embeddings is None or body is model:
         lacks = "no embeddings of tokens" if embeddings is None else "no body of its own"
-        raise RecipeError(f"method {method.arm}: {type(model).__name__} has {lacks}; take lora or adapter")
+        raise RecipeError(f"method {method.label}: {type(model).__name__} has {lacks}; take lora or adapter")
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     # RoBERTa counts positions by what is not padding.
     prompt = Prompt(_first(embeddings, method), filler=1 if pad == 0 else 0)

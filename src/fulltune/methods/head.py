@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:
+def names_of(model: Any, task: TaskName, method: str) -> tuple[str, ...]:
     """Paths of the modules above the body, in order, the pooler (which many checkpoints lack) among them; empty for
     tasks that use the pretrained head."""
     if not FACTS[task].head_is_new:
         return ()
     if _body_of(model) is None:
         raise RecipeError(
-            f"method {arm}: {type(model).__name__} does not tell its body from its head; take full, without "
+            f"method {method}: {type(model).__name__} does not tell its body from its head; take full, without "
             "head_learning_rate"
         )
     return _above_body(model)

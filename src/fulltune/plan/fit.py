@@ -66,9 +66,9 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
     plan = Plan(
         **dict(used) | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
         generic=generic,
-        trial=f"{recipe.method.arm}-seed{train.seed}",
+        trial=f"{recipe.method.label}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
-        method=recipe.method.arm,
+        method=recipe.method.label,
         learning_rate=rate,
         head_learning_rate=recipe.method.head_learning_rate,
         head_init=basis.head_init,

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.data import DataBlock
-from fulltune.recipe.methods import RIVALS, VARIANT, Arm, ArmKind, FullMethod, Method
+from fulltune.recipe.methods import RIVALS, VARIANT, ComparedMethod, FullMethod, Method, MethodKind
 from fulltune.recipe.model import (
     AUTO,
     NAME,
@@ -40,7 +40,7 @@ class Recipe(Block):
     data: DataBlock
     method: Method = FullMethod(kind="full")
     """How the parameters are trained; a plain `lora` is short for `{kind: lora}`, and without `kind` it is full."""
-    methods: tuple[Arm, ...] = ()
+    methods: tuple[ComparedMethod, ...] = ()
     """What `fulltune compare` compares, in place of `method`: each as there, or its kind alone."""
     train: TrainBlock = TrainBlock()
     preserve: PreserveBlock = PreserveBlock()
@@ -72,7 +72,7 @@ class Recipe(Block):
     def _methods_must_make_a_comparison(self) -> Recipe:
         if not self.methods:
             return self
-        kinds, names = [self.compared_kind(one) for one in self.methods], [one.arm for one in self.methods]
+        kinds, names = [self.compared_kind(one) for one in self.methods], [one.label for one in self.methods]
         pairs = {
             "methods: a comparison has 'full', because the others are compared with it; add it": "full" not in kinds,
             "methods: names nothing to compare full fine-tuning with ('base' and 'head' are only shown for "
@@ -102,10 +102,10 @@ class Recipe(Block):
         settings["compare"]["budget"] = None  # more time goes on with the same one
         return settings
 
-    def compared_kind(self, method: Any) -> ArmKind:
+    def compared_kind(self, method: Any) -> MethodKind:
         """What a comparison takes a method for: its kind; of several `full` all but the first are variants."""
         first = next((one for one in self.methods if one.kind == "full"), method)
-        kind: ArmKind = method.kind
+        kind: MethodKind = method.kind
         return VARIANT if kind == "full" and method != first else kind
 
     def with_method(self, method: Any) -> Recipe:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from fulltune.errors import RecipeError
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe.fields import Recipe, resolve_paths
-from fulltune.recipe.methods import Arm
+from fulltune.recipe.methods import ComparedMethod
 from fulltune.recipe.model import NAME, Block
 from fulltune.text import did_you_mean, near_names
 
@@ -257,7 +257,9 @@ def _inside(annotation: Any) -> list[type[Block]]:
     return [block for inner in get_args(annotation) for block in _inside(inner)]
 
 
-_KINDS: dict[Any, type[Block]] = {get_args(one.model_fields["kind"].annotation)[0]: one for one in _inside(Arm)}
+_KINDS: dict[Any, type[Block]] = {
+    get_args(one.model_fields["kind"].annotation)[0]: one for one in _inside(ComparedMethod)
+}
 
 
 def _in_file(item: Any) -> tuple[Any, ...]:

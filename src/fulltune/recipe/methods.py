@@ -48,7 +48,7 @@ class _Named(Block):
         return ()
 
     @property
-    def arm(self) -> str:
+    def label(self) -> str:
         """The name of the method: of its folder, its trials and its row in tables."""
         return self.name or "-".join((str(getattr(self, "kind", "")), *self.differences()))
 
@@ -107,7 +107,7 @@ class FullMethod(_Trained):
     rows whose head starts at random; from a linear probe 0.8 and 0.9 gained nothing (docs/quality.md). 1: the same rate
     everywhere."""
     train: dict[str, Any] = Field(default_factory=dict)
-    """In a comparison, what this arm has otherwise than the recipe's block `train`, such as
+    """In a comparison, settings that differ from the recipe's block `train`, such as
     `{label_smoothing_factor: 0.1}`: does it help here? The first `full` is what the others are compared with."""
 
 
@@ -211,14 +211,14 @@ Method = Annotated[
     FullMethod | HeadMethod | LoraMethod | AdapterMethod | PromptMethod | PeftMethod, Field(discriminator="kind")
 ]
 """How the parameters of a run are trained."""
-Arm = Annotated[
+ComparedMethod = Annotated[
     FullMethod | HeadMethod | LoraMethod | AdapterMethod | PromptMethod | PeftMethod | BaseMethod,
     Field(discriminator="kind"),
 ]
 """What a comparison compares."""
-ArmKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prompt", "peft"]
+MethodKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prompt", "peft"]
 """What a comparison takes a method for. `variant`: full fine-tuning with other settings than its first `full` has."""
-VARIANT: ArmKind = "variant"
+VARIANT: MethodKind = "variant"
 RIVALS = ("lora", "adapter", "prompt", "peft", VARIANT)
 """Kinds that full fine-tuning is compared with. `base` and `head` decide nothing: nobody doubts that training more than
 a head helps, but how much is worth seeing."""

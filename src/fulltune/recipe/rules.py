@@ -18,7 +18,7 @@ from typing import Any, Union
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.methods import Arm
+from fulltune.recipe.methods import ComparedMethod
 from fulltune.recipe.model import PreserveBlock
 from fulltune.recipe.tasks import FACTS, FORMS, READ_BY, Form
 from fulltune.recipe.training import OWN_OPTIMIZERS, TrainBlock
@@ -31,7 +31,7 @@ NO_PACKAGES = ("all", "none", "flyte")
 def problems_of(recipe: Recipe) -> list[str]:
     """Settings that are impossible by themselves, for the task or together, each with its name first. One that is
     written out with its default value is let through."""
-    return [*_of_one_run(recipe), *_wrong_search(recipe), *_wrong_arms(recipe)]
+    return [*_of_one_run(recipe), *_wrong_search(recipe), *_wrong_methods(recipe)]
 
 
 def _of_one_run(recipe: Recipe) -> list[str]:
@@ -80,7 +80,7 @@ def _is_meant(value: Any, values: bool | str | list[str]) -> bool:
     return any(fnmatchcase(str(value), one) for one in values)
 
 
-def _value(recipe: Recipe, method: Arm, form: Form | None, name: str) -> Any:
+def _value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str) -> Any:
     """What the table's dotted name stands for in a recipe."""
     block, *fields = name.split(".")
     value: Any = getattr(recipe, block, None)
@@ -96,7 +96,7 @@ def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
     return f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {kind}; expected one of {', '.join(possible)}"
 
 
-def methods_of(recipe: Recipe) -> list[tuple[str, Arm]]:
+def methods_of(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
     """Each method, and where it stands."""
     if not recipe.methods:
         return [("method", recipe.method)]
@@ -134,33 +134,33 @@ SHARED = (
     "memory_limit",
     "report_to",
 )
-"""Of the block `train`: what the arms of a comparison have in common."""
+"""Of the block `train`: what the methods of a comparison have in common."""
 
 
-def _wrong_arms(recipe: Recipe) -> Iterable[str]:
-    """What an arm of a comparison cannot have otherwise than the block `train`."""
+def _wrong_methods(recipe: Recipe) -> Iterable[str]:
+    """What a method of a comparison cannot have otherwise than the block `train`."""
     for place, method in methods_of(recipe):
         own = getattr(method, "train", {})
         if not own:
             continue
         if not recipe.methods:
-            yield f"{place}.train: is for an arm of a comparison; write these settings into the block train"
+            yield f"{place}.train: is for a method of a comparison; write these settings into the block train"
             continue
         shared = [name for name in own if name in SHARED]
         for name in shared:
-            yield f"{place}.train.{name}: all arms of a comparison have the same; write it into the block train"
+            yield f"{place}.train.{name}: all methods of a comparison have the same; write it into the block train"
         try:
-            arm = recipe.with_method(method)
+            variant = recipe.with_method(method)
         except ValidationError as error:
             yield from (f"{place}.train{_wrong_setting(one, own)}" for one in error.errors())
             continue
         if not shared:
             before = _of_one_run(recipe)
-            yield from (f"{place}.{problem}" for problem in _of_one_run(arm) if problem not in before)
+            yield from (f"{place}.{problem}" for problem in _of_one_run(variant) if problem not in before)
 
 
 def _wrong_setting(error: Any, own: Mapping[str, Any]) -> str:
-    """What is wrong with a setting of an arm, after its name."""
+    """What is wrong with a setting of a method, after its name."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(TrainBlock.model_fields))

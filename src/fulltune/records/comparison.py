@@ -1,6 +1,6 @@
 """What a comparison of methods and a search for a rate write to disk: trials, rates, differences, the verdict.
 
-Differences are *oriented*: full fine-tuning minus the other arm in units of the metric, with the sign turned where
+Differences are *oriented*: full fine-tuning minus the other method in units of the metric, with the sign turned where
 smaller is better, so that a positive number means that full fine-tuning is better.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fulltune.recipe.methods import ArmKind
+from fulltune.recipe.methods import MethodKind
 from fulltune.records.base import Record
 from fulltune.records.scores import Estimate, Scores
 
@@ -19,11 +19,11 @@ from fulltune.records.scores import Estimate, Scores
 
 
 class Trial(Record):
-    """One arm with a learning rate and a seed."""
+    """One method with a learning rate and a seed."""
 
     name: str
     """For example `lora-seed2`, in the rate search `lora-rate0.002-6.0pct`."""
-    arm: str
+    method: str
     learning_rate: float
     seed: int
     share: float = 1.0
@@ -57,9 +57,9 @@ class TrialResult(Record):
 
 
 class Search(Record):
-    """How an arm's learning rate was found: rates with their metrics on the eval rows, NaN where a trial diverged."""
+    """How a method's learning rate was found: rates with their metrics on the eval rows, NaN where a trial diverged."""
 
-    arm: str
+    method: str
     tried: dict[float, float] = Field(default_factory=dict)
     """Short trials; empty: there was no search."""
     share: float = 0.0
@@ -97,7 +97,7 @@ class Searched(Record):
 class Expectation(Record):
     """What a design costs and what it can decide; said before it starts."""
 
-    arms: tuple[str, ...]
+    methods: tuple[str, ...]
     num_seeds: int
     """Of full and the best of the others, at most; with a budget those that fit into it."""
     most_seeds: int
@@ -123,7 +123,7 @@ class Finding(Record):
     rule: str
     level: Literal["unfair", "worth knowing"]
     where: str
-    """The arm, or the part of the design."""
+    """The method, or the part of the design."""
     what: str
     to_do: str
 
@@ -137,9 +137,9 @@ class Look(Record):
     """Part of alpha that this look may spend: at it the sealed rows are tested, when it is the one that ends it."""
     reason: str
     asked: dict[str, int] = Field(default_factory=dict)
-    """How many seeds which arms are to have before the next look; empty: it is enough."""
+    """How many seeds which methods are to have before the next look; empty: it is enough."""
     waiting: tuple[str, ...] = ()
-    """Arms that have fewer seeds, because the verdict does not hinge on them for now."""
+    """Methods that have fewer seeds, because the verdict does not hinge on them for now."""
 
 
 class Opening(Record):
@@ -162,31 +162,31 @@ class Opening(Record):
 
 
 class Difference(Record):
-    """Full fine-tuning minus one arm; positive: full is better."""
+    """Full fine-tuning minus one method; positive: full is better."""
 
-    arm: str
-    kind: ArmKind
+    method: str
+    kind: MethodKind
     decides: bool
-    """False for arms that are shown for orientation (`base`, `head`)."""
+    """False for methods that are shown for orientation (`base`, `head`)."""
     cheaper: bool
     num_seeds: int
-    """Of the arm."""
+    """Of the method."""
     estimate: float
     low: float
     high: float
     """Interval at `Decision.confidence`, of this difference alone."""
     adjusted_low: float
     adjusted_high: float
-    """Interval that together with those of the other arms holds with the confidence asked (Holm, spent alpha)."""
+    """Interval that together with those of the other methods holds with the confidence asked (Holm, spent alpha)."""
     adjusted_p: float
     adjusted_equivalence_p: float
     """Of the larger of the two one-sided tests against plus and minus the margin."""
     equivalent: bool
     """Inside plus or minus the margin."""
     not_worse: bool
-    """The arm loses less than the margin; it may be better."""
+    """The method loses less than the margin; it may be better."""
     full_better: bool
-    arm_better: bool
+    other_better: bool
     """Each by at least the margin, and certain."""
     seeds_known: bool
     """False: one seed everywhere, so that the spread between seeds is not known and nothing can be decided."""
@@ -195,12 +195,12 @@ class Difference(Record):
     rows_needed: int | None = None
     """Test rows that would decide, were the difference what it seems; None: rows alone would not."""
     seeds_needed: int | None = None
-    """Seeds of both arms that would decide; None: seeds alone would not."""
+    """Seeds of both methods that would decide; None: seeds alone would not."""
 
     @property
     def is_open(self) -> bool:
         """It decides, and nothing is decided about it."""
-        return self.decides and not (self.full_better or self.arm_better or self.equivalent)
+        return self.decides and not (self.full_better or self.other_better or self.equivalent)
 
 
 VerdictKind = Literal["FULL", "PEFT", "VARIANT", "EQUIVALENT", "UNDECIDED"]
@@ -212,8 +212,7 @@ class Decision(Record):
 
     verdict: VerdictKind
     recommended: str
-    """Name of the arm to take: of the verdict; where it is UNDECIDED the cheapest that loses less than the margin, or
-    empty."""
+    """Name of the method to take. If UNDECIDED, the cheapest that loses less than the margin, or an empty string."""
     metric: str
     greater_is_better: bool
     margin: float
@@ -224,33 +223,33 @@ class Decision(Record):
     num_clusters: int
     num_draws: int
     scores: dict[str, Estimate]
-    """Of each arm, with an interval of the mean over seeds and rows."""
+    """Of each method, with an interval of the mean over seeds and rows."""
     values: dict[str, tuple[float, ...]]
-    """Of each arm, one for each seed."""
+    """Of each method, one for each seed."""
     seed_sds: dict[str, float]
-    """Between an arm's seeds, without what comes from the rows being few; not known from one seed."""
+    """Between a method's seeds, without what comes from the rows being few; not known from one seed."""
     differences: tuple[Difference, ...]
     headline: str
     """The verdict in one sentence without numbers."""
     because: tuple[str, ...]
-    """One sentence for each arm that decided."""
+    """One sentence for each method that decided."""
     would_decide: tuple[str, ...] = ()
     """What would settle an UNDECIDED: more rows, more seeds, or neither."""
     notes: tuple[str, ...] = ()
 
-    def difference(self, arm: str) -> Difference:
-        return next(difference for difference in self.differences if difference.arm == arm)
+    def difference(self, method: str) -> Difference:
+        return next(difference for difference in self.differences if difference.method == method)
 
 
 UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
 
 
-class ArmRow(Record):
-    """One arm: how it is trained, what it costs (the median over its runs, of memory the most) and reaches; what has a
-    default is not known of one that is not trained."""
+class MethodRow(Record):
+    """One method's settings, costs (medians over its runs, memory as the maximum) and scores. An untrained method keeps
+    the defaults."""
 
-    arm: str
-    kind: ArmKind
+    method: str
+    kind: MethodKind
     settings: dict[str, Any] = Field(default_factory=dict)
     """The method's own, such as `target_modules` and `rank`."""
     search: Search | None = None
@@ -299,7 +298,7 @@ class Comparison(Record):
     eval_rows: int
     test_rows: int
     decision: Decision
-    rows: tuple[ArmRow, ...]
+    rows: tuple[MethodRow, ...]
     baselines: tuple[Scores, ...]
     expectation: Expectation
     looks: tuple[Look, ...]
@@ -339,8 +338,8 @@ class Comparison(Record):
 class Way(Record):
     """One method for all tasks: a whole model for each, or one base with what the method trained for each."""
 
-    arm: str
-    kind: ArmKind
+    method: str
+    kind: MethodKind
     stored_bytes: int
     """Weights of all tasks together, on disk and, with all of them loaded, in memory; with parts the base once."""
     bytes_per_task: int

@@ -185,17 +185,17 @@ def gain(measure: Measure, before: np.ndarray, now: np.ndarray) -> tuple[float, 
     return float(measure.sign * difference), float(np.std(draws))
 
 
-# ---- arms of several trials ------------------------------------------------------------------------------------
+# ---- methods of several trials ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The metric of each arm's trials on all rows and on resamples of them."""
+    """The metric of each method's trials on all rows and on resamples of them."""
 
     point: tuple[np.ndarray, ...]
-    """For each arm [seeds]."""
+    """For each method [seeds]."""
     draws: tuple[np.ndarray, ...]
-    """For each arm [draws, seeds]; a draw is the same rows for all trials."""
+    """For each method [draws, seeds]; a draw is the same rows for all trials."""
     num_clusters: int
     num_rows: int
 
@@ -206,13 +206,13 @@ class Drawn:
 
 def draw(
     measure: Measure,
-    arms: Sequence[Sequence[Predictions]],
+    methods: Sequence[Sequence[Predictions]],
     clusters: np.ndarray | None,
     samples: int = SAMPLES,
 ) -> Drawn:
-    """The metric of each arm's trials on the same resamples of clusters (default: of rows), which are the same in every
-    call; of metrics that are costly fewer than `samples`."""
-    trials = [kept for arm in arms for kept in arm]
+    """The metric of each method's trials on the same resamples of clusters (default: of rows), which are the same in
+    every call; of metrics that are costly fewer than `samples`."""
+    trials = [kept for method in methods for kept in method]
     rows = {len(next(iter(kept.values()))) for kept in trials}
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):
         raise ValueError(f"trials of {sorted(rows)} rows cannot be compared row by row")
@@ -229,7 +229,7 @@ def draw(
             np.array([one.value for one in anew]),
             np.nan_to_num(np.stack([one.draws for one in anew], axis=1)),
         )
-    ends = np.cumsum([len(arm) for arm in arms])[:-1]
+    ends = np.cumsum([len(method) for method in methods])[:-1]
     return Drawn(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
 
 

@@ -1,8 +1,8 @@
-"""How sure a difference of two arms is, over rows and seeds: pure functions of numbers; docs/statistics.md says why.
+"""How sure a difference of two methods is, over rows and seeds: pure functions of numbers; docs/statistics.md says why.
 
 A draw is the difference on resampled rows plus a normal number whose spread is drawn from what k seeds tell about the
 spread between seeds (chi squared, with the degrees of freedom of Welch and Satterthwaite): Student's t where seeds are
-all that matters, the usual bootstrap where they do not. Seeds of two arms count as independent.
+all that matters, the usual bootstrap where they do not. Seeds of two methods count as independent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LEAST_CLUSTERS = 2
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """What is known of one arm's spread between seeds."""
+    """What is known of one method's spread between seeds."""
 
     num_seeds: int
     variance: float
@@ -40,11 +40,11 @@ class SeedSpread:
     degrees: float
     """Of freedom; inf: the variance is assumed, or there is none."""
     borrowed: bool = False
-    """Taken from another arm, because this one has a single seed."""
+    """Taken from another method, because this one has a single seed."""
 
     @property
     def is_none(self) -> bool:
-        """The arm is not trained: no number of seeds changes anything."""
+        """The method is not trained: no number of seeds changes anything."""
         return self.variance == 0 and math.isinf(self.degrees)
 
     @property
@@ -53,11 +53,11 @@ class SeedSpread:
 
 
 NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
-"""Of an arm that is not trained."""
+"""Of a method that is not trained."""
 
 
 def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]:
-    """The spread of each arm, none of a fixed one (not trained); an arm with one seed borrows the largest of the
+    """The spread of each method, none of a fixed one (not trained); a method with one seed borrows the largest of the
     others, and without any it is None."""
     found = [
         NO_SPREAD if is_fixed else _spread(point, draws, drawn.num_clusters)
@@ -71,7 +71,7 @@ def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]
 
 
 def _spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread | None:
-    """Of an arm with `point[seeds]` and `draws[draws, seeds]`; None: one seed tells nothing."""
+    """Of a method with `point[seeds]` and `draws[draws, seeds]`; None: one seed tells nothing."""
     seeds = len(point)
     if seeds == 1:
         return None
@@ -100,7 +100,7 @@ class Uncertain:
     row_variance: float
     """Its part that comes from the rows, noise of single seeds included."""
     seeds: tuple[SeedSpread, ...]
-    """Of each arm."""
+    """Of each method."""
     seeds_known: bool = True
 
     def below(self, value: float) -> float:
@@ -126,26 +126,26 @@ class Uncertain:
         return max(self.below(-margin), 1 - self.below(margin))
 
 
-def mean_of_arm(drawn: Drawn, arm: int, spreads: Sequence[SeedSpread | None], span: float | None) -> Uncertain:
-    """An arm's metric, the mean of its seeds."""
-    centres = drawn.draws[arm].mean(axis=1)
-    return _uncertain(float(drawn.point[arm].mean()), centres, [spreads[arm]], drawn.num_clusters, span)
+def mean_of_method(drawn: Drawn, method: int, spreads: Sequence[SeedSpread | None], span: float | None) -> Uncertain:
+    """A method's metric, the mean of its seeds."""
+    centres = drawn.draws[method].mean(axis=1)
+    return _uncertain(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 
 
 def difference(
     drawn: Drawn, one: int, other: int, spreads: Sequence[SeedSpread | None], sign: float, span: float | None
 ) -> Uncertain:
-    """One arm minus another, each the mean of its seeds; `sign` is -1 where smaller is better, and `span` the most that
-    the metric can differ by."""
+    """One method minus another, each the mean of its seeds; `sign` is -1 where smaller is better, and `span` the most
+    that the metric can differ by."""
     centres = sign * (drawn.draws[one].mean(axis=1) - drawn.draws[other].mean(axis=1))
     estimate = sign * float(drawn.point[one].mean() - drawn.point[other].mean())
     return _uncertain(estimate, centres, [spreads[one], spreads[other]], drawn.num_clusters, span)
 
 
 def _uncertain(
-    estimate: float, centres: np.ndarray, arms: Sequence[SeedSpread | None], num_clusters: int, span: float | None
+    estimate: float, centres: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> Uncertain:
-    known = tuple(spread for spread in arms if spread is not None)
+    known = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # Few clusters tell little about the spread of clusters, too.
     stretch = np.sqrt(_unbiased(num_clusters) / _chi_squared(chance, max(1, num_clusters - 1), len(centres)))
@@ -160,7 +160,7 @@ def _uncertain(
         spreads=np.sqrt(beyond + surprise) + 1e-12 * (1 + abs(estimate)),
         row_variance=float(centres.var()) + surprise,
         seeds=known,
-        seeds_known=len(known) == len(arms),
+        seeds_known=len(known) == len(spreads),
     )
 
 
@@ -180,18 +180,18 @@ def paired(one: Resampled, other: Resampled, span: float | None, confidence: flo
     return Estimate(value=found.estimate, low=max(low, -most), high=min(high, most))
 
 
-def variance_of_mean(arms: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
-    """Variance between seeds of the arms' means, or the part of it that comes from the rows."""
-    return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in arms)
+def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
+    """Variance between seeds of the methods' means, or the part of it that comes from the rows."""
+    return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in spreads)
 
 
-def degrees_of_mean(arms: Sequence[SeedSpread]) -> float:
+def degrees_of_mean(spreads: Sequence[SeedSpread]) -> float:
     """Degrees of freedom of that variance (Welch and Satterthwaite); a borrowed one is not better known by being used
     twice."""
-    if any(spread.borrowed for spread in arms):
-        return min(spread.degrees for spread in arms)
+    if any(spread.borrowed for spread in spreads):
+        return min(spread.degrees for spread in spreads)
     # Below what the rows alone make, a variance that was found says nothing but that the seeds' part is small.
-    parts = [(max(one.variance, one.by_rows) / one.num_seeds, one.degrees) for one in arms]
+    parts = [(max(one.variance, one.by_rows) / one.num_seeds, one.degrees) for one in spreads]
     whole = sum(variance for variance, _ in parts)
     scatter = sum(variance**2 / degrees for variance, degrees in parts)
     return whole**2 / scatter if scatter > 0 else math.inf

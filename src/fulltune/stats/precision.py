@@ -26,7 +26,7 @@ class Precision:
     """How sure a comparison is, in a few numbers: what is left of `Uncertain` when rows or seeds are changed."""
 
     shared: float
-    """Variance from the rows that all seeds of an arm share."""
+    """Variance from the rows that all seeds of a method share."""
     seeds: tuple[SeedSpread, ...]
 
     @classmethod
@@ -43,7 +43,7 @@ class Precision:
         return Precision(self.shared / factor, tuple(changed(one) for one in self.seeds))
 
     def with_seeds(self, counts: Sequence[int]) -> Precision:
-        """With so many seeds of each arm; one that has a single seed goes by the other's spread."""
+        """With so many seeds of each method; one that has a single seed goes by the other's spread."""
         most = max(counts)
 
         def changed(one: SeedSpread, count: int) -> SeedSpread:
@@ -126,7 +126,7 @@ def _quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float
 
 
 def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
-    """The difference of two arms that is called with a chance of 80 %, before anything was trained."""
+    """The difference of two methods that is called with a chance of 80 %, before anything was trained."""
     # All of the rows on which runs disagree are taken for noise of single runs; it averages out over seeds.
     by_rows = _DISCORDANCE / num_rows / 2
     one = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
@@ -136,8 +136,8 @@ def planned_detectable(num_rows: int, num_seeds: int, seed_sd: float, margin: fl
 def needed(
     uncertain: Uncertain, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """How many test rows, or how many seeds of both arms, would decide if the true difference equals the estimate: more
-    than there are, or None."""
+    """How many test rows, or seeds of both methods, would decide if the true difference equals the estimate: more than
+    there are, or None."""
     now, size = Precision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: Precision) -> bool:

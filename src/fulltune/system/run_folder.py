@@ -67,7 +67,7 @@ class Reached:
 
 def finished(recipe: Recipe, folder: Path) -> Reached | None:
     """What a finished run left, from its files alone; None: something is left to do."""
-    plan_path, summary_path = folder / "plan" / f"{recipe.method.arm}.json", folder / "data" / "summary.json"
+    plan_path, summary_path = folder / "plan" / f"{recipe.method.label}.json", folder / "data" / "summary.json"
     if not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
         return None
     plan = Plan.load(plan_path)
@@ -94,7 +94,7 @@ def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
     """The plan of a run whose model is there."""
     if recipe.methods:
         raise SetupError(f"{folder}: is the folder of a comparison; expected one of a run, with one trained model")
-    path = folder / "plan" / f"{recipe.method.arm}.json"
+    path = folder / "plan" / f"{recipe.method.label}.json"
     if not path.exists() or lost_weights(folder / Plan.load(path).model_folder) is not None:
         raise SetupError(f"{folder}: has no trained model; train it first: fulltune run {folder}")
     return plan_to_continue(path, machine)

@@ -39,7 +39,7 @@ MANY = (60, *range(400, 4000, 60))
 
 def whole(costs: dict[str, Cost], seeds: int, **changes: Any) -> Expectation:
     given = {"num_seeds": seeds, "most_seeds": seeds, "search_share": 0.1, **changes}
-    return Expectation(arms=tuple(costs), **given)
+    return Expectation(methods=tuple(costs), **given)
 
 
 def found(
@@ -96,15 +96,15 @@ def test_budget_more_of_it_never_gives_fewer_seeds_or_methods_and_the_forecast_k
     for given, one in known:
         assert one.seconds <= (1 - budget.RESERVE) * given
         assert 2 <= one.num_seeds <= 5
-        assert {"full", "lora"} <= set(one.arms) <= set(costs)
+        assert {"full", "lora"} <= set(one.methods) <= set(costs)
     assert all(before.num_seeds <= after.num_seeds for (_, before), (_, after) in pairwise(known))
 
 
 def test_budget_gives_up_breadth_before_the_third_and_the_search_after_it() -> None:
     known = [one for given in MANY if (one := fitted(given)) is not None]
-    assert {one.num_seeds for one in known if len(one.arms) < len(FIELD)} == {2, 3}
+    assert {one.num_seeds for one in known if len(one.methods) < len(FIELD)} == {2, 3}
     assert {one.num_seeds for one in known if not one.search_share} == {2}
-    assert all(one.arms == ("full", "lora") for one in known if not one.search_share)
+    assert all(one.methods == ("full", "lora") for one in known if not one.search_share)
     # Five is nothing that a recipe says.
     assert {one.notes[0] for one in known if one.num_seeds == 2} == {
         "2 seeds are planned instead of up to 5; where time is left, more are run"
@@ -117,7 +117,7 @@ def test_budget_that_is_too_short_is_refused_with_one_that_is_enough() -> None:
     (said,) = caught.value.problems
     assert said.startswith("--budget 2m is too short for a verdict: 2 runs each of full and lora")
     enough = parse_seconds(said.partition("give --budget ")[2].split()[0])
-    slower = {arm: replace(cost, run=1.1 * cost.run) for arm, cost in COSTS.items()}  # next time
+    slower = {method: replace(cost, run=1.1 * cost.run) for method, cost in COSTS.items()}  # next time
     assert all(found(costs, budget=enough).num_seeds == 2 for costs in (COSTS, slower))
 
 
@@ -131,15 +131,17 @@ def test_detectable_of_a_budget_that_will_end_is_that_of_the_part_of_alpha_it_ma
     assert one.num_seeds == 3
     assert one.detectable is not None
     assert one.detectable[0] == planned_detectable(300, 3, 0.005, 0.01, TIME_UP_SHARE * 0.05)
-    some = next(one for given in MANY if (one := fitted(given, seeds=3)) and len(one.arms) < 4 and one.num_seeds == 3)
-    rivals = len([arm for arm in some.arms if FIELD[arm].decides]) - 1
+    some = next(
+        one for given in MANY if (one := fitted(given, seeds=3)) and len(one.methods) < 4 and one.num_seeds == 3
+    )
+    rivals = len([method for method in some.methods if FIELD[method].decides]) - 1
     level = TIME_UP_SHARE * spent(3, 3, 0.05) / rivals
     assert some.detectable is not None
     assert some.detectable[0] == planned_detectable(300, 3, 0.005, 0.01, level)
 
 
 def test_going_on_counts_what_is_there_and_what_was_spent() -> None:
-    done = {arm: replace(COSTS[arm], done=runs, searched=True) for arm, runs in (("full", 3), ("lora", 2))}
+    done = {method: replace(COSTS[method], done=runs, searched=True) for method, runs in (("full", 3), ("lora", 2))}
     going_on = found(done, budget=3000, spent=600)
     assert going_on.seconds == pytest.approx(600 + 110 + 2 * 90)  # one run of full and two of lora, checks among them
     assert going_on.num_seeds == found(COSTS, budget=3000).num_seeds
@@ -149,7 +151,7 @@ def test_going_on_counts_what_is_there_and_what_was_spent() -> None:
 
 def test_going_on_reckons_with_another_rate_where_a_search_is_made_again() -> None:
     """Two runs of each at the usual rate: they count only in a design that searches no rates."""
-    at_usual = {arm: replace(cost, done=2) for arm, cost in COSTS.items()}
+    at_usual = {method: replace(cost, done=2) for method, cost in COSTS.items()}
     assert seconds(at_usual, whole(COSTS, 2)) == seconds(COSTS, whole(COSTS, 2))
     assert seconds(at_usual, whole(COSTS, 2, search_share=0.0)) == 0
 

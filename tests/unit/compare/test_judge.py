@@ -19,11 +19,11 @@ from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.records.comparison import Search, Trial, TrialResult
 from fulltune.stats import bootstrap
 from tests import comparisons
-from tests.unit.compare.arms import ACCURACY, arm, looks_of
+from tests.unit.compare.methods import ACCURACY, looks_of, method
 
 
 def trial(name: str, rate: float, **more: Any) -> Trial:
-    return Trial(name=name, arm=name.partition("-")[0], learning_rate=rate, seed=42, **more)
+    return Trial(name=name, method=name.partition("-")[0], learning_rate=rate, seed=42, **more)
 
 
 def result(one: Trial) -> TrialResult:
@@ -38,8 +38,8 @@ def line(tmp_path: Path) -> Any:
     return mock.MagicMock(
         folder=tmp_path,
         alpha=0.05,
-        full=SimpleNamespace(arm="full"),
-        trained_arms=[SimpleNamespace(arm=arm) for arm in ("full", "lora", "adapter")],
+        full=SimpleNamespace(label="full"),
+        trained_methods=[SimpleNamespace(label=method) for method in ("full", "lora", "adapter")],
         said=said,
         say=said.append,
         command="fulltune compare",
@@ -51,7 +51,7 @@ def given() -> Iterator[dict[str, Any]]:
     """What is asked of the verdict's parts."""
     made = {
         "untouched": mock.Mock(return_value=()),
-        "arm_items": mock.Mock(return_value=[]),
+        "method_outputs": mock.Mock(return_value=[]),
         "decide": mock.Mock(return_value=comparisons.undecided().decision),
         "draw": mock.Mock(),
         "without_leaks": mock.Mock(return_value=[]),
@@ -66,7 +66,7 @@ def ran(line: Any, looks: Any = (), searches: Any = None) -> SeedRuns:
     return SeedRuns(line, searches or {}, mock.Mock(), results=RESULTS, looks=list(looks))
 
 
-RESULTS = {arm: [result(trial(f"{arm}-seed42", 1e-3))] for arm in ("full", "lora")}
+RESULTS = {method: [result(trial(f"{method}-seed42", 1e-3))] for method in ("full", "lora")}
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def test_verdict_without_test_rows_that_stand_in_train(
     rows = np.arange(400)
     half = rows % 2 == 1
     of: list[tuple[Any, np.ndarray]] = [("full", (rows < 200) | half), ("lora", (rows >= 200) & half)]
-    arms = [arm(name, name, np.stack([right] * 3)) for name, right in of]
+    methods = [method(name, name, np.stack([right] * 3)) for name, right in of]
     given["decide"].side_effect, given["draw"].side_effect = verdict.decide, bootstrap.draw
     line.measure, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
     line.recipe.data.near_duplicates = 1.0
     line.summary.columns = {"text": "t"}
-    decision = conclude._decided(line, arms, rows, 0.05)
+    decision = conclude._decided(line, methods, rows, 0.05)
     np.save(line.folder / "data" / "test" / IN_TRAIN, rows < leaked)
-    assert without_leaks(line, arms, rows, decision) == expected
+    assert without_leaks(line, methods, rows, decision) == expected
 
 
 def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any
     (opening,) = given["comparison_of"].call_args.args[-1]
     assert given["decide"].call_args.args[-1].alpha == opening.alpha > 0
     assert opening.left == pytest.approx(opening.alpha)
-    line.trained_arms.pop()
+    line.trained_methods.pop()
     conclude.judge(ran(line, looks_of(3, ends=True)))
     assert given["decide"].call_args.args[-1].alpha == looks_of(3)[-1].spent
 
@@ -111,7 +111,7 @@ def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: A
     found = conclude.judge(ran(line))  # there is no models/full, no models/lora
     assert type(found).load(line.folder / RECORD) == found
     assert line.said[1:] == [
-        f"{arm}: its model is no longer in models/{arm}, so it gets no model card" for arm in RESULTS
+        f"{method}: its model is no longer in models/{method}, so it gets no model card" for method in RESULTS
     ]
     with mock.patch.object(conclude, "write_model_cards", side_effect=OSError("the disk is full")):
         (line.folder / RECORD).unlink()
@@ -124,8 +124,8 @@ def test_rate_that_was_not_searched_for_lack_of_time_leaves_a_part_of_alpha_too(
     line: Any, given: dict[str, Any]
 ) -> None:
     """The card says that a larger budget would search it, so there must be something left to test with."""
-    line.trained_arms.pop()
-    unsearched = Search(arm="lora", chosen=1e-3, time_was_up=True)
+    line.trained_methods.pop()
+    unsearched = Search(method="lora", chosen=1e-3, time_was_up=True)
     conclude.judge(ran(line, looks_of(3, ends=True), {"lora": unsearched}))
     (opening,) = given["comparison_of"].call_args.args[-1]
     assert opening.left == pytest.approx(opening.alpha)

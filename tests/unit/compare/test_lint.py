@@ -13,13 +13,13 @@ import pytest
 
 from fulltune.compare import lint
 from fulltune.compare.rates import Scale
-from fulltune.records.comparison import ArmRow, Finding, Search
+from fulltune.records.comparison import Finding, MethodRow, Search
 from fulltune.records.scores import Estimate
 from tests import comparisons
 
 
 def searched(*tried: float, chosen: float, **more: Any) -> Search:
-    return Search(arm="", tried=dict.fromkeys(tried, 0.9), chosen=chosen, **more)
+    return Search(method="", tried=dict.fromkeys(tried, 0.9), chosen=chosen, **more)
 
 
 HIGH: dict[str, Any] = {"tried": (1e-4, 3e-4, 1e-3), "chosen": 3e-4}
@@ -31,7 +31,7 @@ def found_by(tried: tuple[float, ...] = (), **more: Any) -> dict[str, Any]:
 
 
 CLEAN_FULL: dict[str, Any] = {
-    "arm": "full",
+    "method": "full",
     "kind": "full",
     **found_by(**LOW),
     "seeds": (1, 2, 3),
@@ -41,7 +41,7 @@ CLEAN_FULL: dict[str, Any] = {
 CLEAN_LORA: dict[str, Any] = {
     **CLEAN_FULL,
     **found_by(**HIGH),
-    "arm": "lora",
+    "method": "lora",
     "kind": "lora",
     "settings": {"rank": 16, "target_modules": "all-linear"},
 }
@@ -51,15 +51,17 @@ WHOLE = {"whole": {1e-5: 0.9, 3e-5: 0.9}}
 def rules(full: dict[str, Any] | None = None, lora: dict[str, Any] | None = None, **more: Any) -> tuple[Finding, ...]:
     """What is found in a clean comparison with these changes."""
     head, *rows = (
-        {**CLEAN_FULL, "arm": "head", "kind": "head"},
+        {**CLEAN_FULL, "method": "head", "kind": "head"},
         {**CLEAN_FULL, **(full or {})},
         CLEAN_LORA | (lora or {}),
     )
-    return rules_of([ArmRow(arm="base", kind="base"), ArmRow(**head), *(ArmRow(**row) for row in rows)], **more)
+    return rules_of(
+        [MethodRow(method="base", kind="base"), MethodRow(**head), *(MethodRow(**row) for row in rows)], **more
+    )
 
 
 def rules_of(
-    rows: Sequence[ArmRow],
+    rows: Sequence[MethodRow],
     verdict: str = "EQUIVALENT",
     openings: int = 1,
     eval_rows: int = 10**6,
@@ -170,12 +172,12 @@ def test_lint_targets_beside_attention_are_fine() -> None:
 
 
 def test_lint_flags_hugging_faces_peft_benchmark() -> None:
-    """Full arm of its `method_comparison`: bf16 weights without a master copy, one rate, one seed; LoRA on q and v."""
+    """Full method of its `method_comparison`: bf16 weights without a master copy, one rate, one seed; LoRA on q, v."""
     lora = {"rank": 32, "target_modules": ["q_proj", "v_proj"]}
     found = rules_of(
         [
-            ArmRow(arm="full", kind="full", **found_by(chosen=1e-5), seeds=(0,), weights_dtype="bf16"),
-            ArmRow(arm="lora", kind="lora", **found_by(chosen=1e-4), seeds=(0,), settings=lora),
+            MethodRow(method="full", kind="full", **found_by(chosen=1e-5), seeds=(0,), weights_dtype="bf16"),
+            MethodRow(method="lora", kind="lora", **found_by(chosen=1e-4), seeds=(0,), settings=lora),
         ]
     )
     assert {(finding.rule, finding.where) for finding in found} == {

@@ -117,14 +117,14 @@ def test_finished_takes_the_best_rate() -> None:
 
 
 def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given() -> None:
-    found = Search(arm="lora", tried=tried(r1e_3=0.9, r1e_2=0.9), chosen=1e-2)
+    found = Search(method="lora", tried=tried(r1e_3=0.9, r1e_2=0.9), chosen=1e-2)
     taken = []
     while (lower := rates.after_divergence(found)) is not None:
         found = rates.replaced(found, lower, "it diverged")
         taken.append(lower)
     assert taken == [1e-3, 3.2e-4, 1e-4]
     assert found.on_edge
-    assert rates.after_divergence(Search(arm="lora", chosen=1e-2)) is None
+    assert rates.after_divergence(Search(method="lora", chosen=1e-2)) is None
 
 
 FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
@@ -149,7 +149,7 @@ FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
 def test_next_whole_is_first_the_usual_rate_else_the_second_best(short: dict[str, float], second: float | None) -> None:
     found = finished(tried(**short), SHARE)
     assert rates.next_whole(found, {found.chosen: 0.9}, SHARE, True, 4) == second
-    assert rates.next_whole(Search(arm="full", chosen=1e-3), {1e-3: 0.9}, SHARE, True, 4) is None
+    assert rates.next_whole(Search(method="full", chosen=1e-3), {1e-3: 0.9}, SHARE, True, 4) is None
 
 
 def test_next_whole_none_where_one_that_whole_runs_chose_came_apart() -> None:

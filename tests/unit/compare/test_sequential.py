@@ -9,7 +9,7 @@ from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, left, look
 from fulltune.compare.verdict import Terms
 from fulltune.records.comparison import Look
 from fulltune.stats.bootstrap import draw
-from tests.unit.compare.arms import ACCURACY, arm, drawn_right, looks_of
+from tests.unit.compare.methods import ACCURACY, drawn_right, looks_of, method
 
 MOST = range(2, 11)
 
@@ -25,12 +25,12 @@ def looked(
     """`full`, `lora` and `prompt` after so many seeds each."""
     right = drawn_right(np.random.default_rng(1), rows, accuracies, spread, max(seeds))
     kinds = (("full", "full"), ("lora", "lora"), ("prompt", "prompt"))
-    arms = [
-        arm(name, kind, one[:count])  # type: ignore[arg-type]  # of this type
+    methods = [
+        method(name, kind, one[:count])  # type: ignore[arg-type]  # of this type
         for (name, kind), one, count in zip(kinds, right, seeds, strict=False)
     ]
-    drawn = draw(ACCURACY, [one.trials for one in arms], None, 1000)
-    return look(arms, drawn, Terms(ACCURACY, 0.01), most, rows, again=again)
+    drawn = draw(ACCURACY, [one.trials for one in methods], None, 1000)
+    return look(methods, drawn, Terms(ACCURACY, 0.01), most, rows, again=again)
 
 
 @pytest.mark.parametrize("most", [2, 3, 5])
@@ -115,12 +115,12 @@ def test_look_unclear_goes_on_until_all_seeds() -> None:
 
 
 def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
-    # Row noise that both arms' seeds share: what differs is which rows they can do.
+    # Row noise that both methods' seeds share: what differs is which rows they can do.
     chance = np.random.default_rng(0)
     full, lora = (np.repeat(chance.permutation(np.arange(150) < 127)[None], 3, axis=0) for _ in range(2))
-    arms = [arm("full", "full", full), arm("lora", "lora", lora)]
-    drawn = draw(ACCURACY, [one.trials for one in arms], None, 2000)
-    found = look(arms, drawn, Terms(ACCURACY, 0.01), 5, 150)
+    methods = [method("full", "full", full), method("lora", "lora", lora)]
+    drawn = draw(ACCURACY, [one.trials for one in methods], None, 2000)
+    found = look(methods, drawn, Terms(ACCURACY, 0.01), 5, 150)
     assert not found.asked
     assert "more seeds would hardly decide" in found.reason
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fulltune.compare.verdict import ArmItems
-from fulltune.recipe.methods import ArmKind
+from fulltune.compare.verdict import MethodOutputs
+from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision
 from fulltune.stats.bootstrap import measure_of
 from fulltune.tasks import Target
-from tests.unit.compare.arms import arm, decided, drawn_right
+from tests.unit.compare.methods import decided, drawn_right, method
 
 ROWS = 4000
-KINDS: dict[str, tuple[ArmKind, float]] = {
+KINDS: dict[str, tuple[MethodKind, float]] = {
     "full": ("full", 100),
     "lora": ("lora", 10),
     "adapter": ("adapter", 5),
@@ -28,8 +28,8 @@ KINDS: dict[str, tuple[ArmKind, float]] = {
 
 def decision(accuracies: dict[str, float], rows: int = ROWS, seeds: int = 3, margin: float = 0.01) -> Decision:
     right = drawn_right(np.random.default_rng(0), rows, list(accuracies.values()), 0.001, seeds)
-    arms = [arm(name, KINDS[name][0], one, KINDS[name][1]) for name, one in zip(accuracies, right, strict=True)]
-    return decided(arms, margin=margin)
+    methods = [method(name, KINDS[name][0], one, KINDS[name][1]) for name, one in zip(accuracies, right, strict=True)]
+    return decided(methods, margin=margin)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def decision(accuracies: dict[str, float], rows: int = ROWS, seeds: int = 3, mar
         ({"full": 0.89, "lora": 0.93, "adapter": 0.96, "prompt": 0.7}, "PEFT", "adapter"),
         ({"full": 0.95, "lora": 0.9505}, "EQUIVALENT", "lora"),
         ({"full": 0.95, "lora": 0.9505, "adapter": 0.9503, "prompt": 0.7}, "EQUIVALENT", "adapter"),
-        # One arm is beaten, the other is not: full is not worth it.
+        # One method is beaten, the other is not: full is not worth it.
         ({"full": 0.95, "lora": 0.85, "adapter": 0.9505}, "EQUIVALENT", "adapter"),
         # PEFT goes before EQUIVALENT.
         ({"full": 0.91, "lora": 0.95, "adapter": 0.9105}, "PEFT", "lora"),
@@ -83,16 +83,20 @@ def test_verdict_one_seed_is_never_decided() -> None:
     assert "train three or more seeds of full and of lora" in found.would_decide[0]
 
 
-def test_verdict_arm_that_may_be_better_is_recommended_though_undecided() -> None:
+def test_verdict_method_that_may_be_better_is_recommended_though_undecided() -> None:
     found = decision({"full": 0.93, "lora": 0.94}, rows=2500)
     assert (found.verdict, found.recommended) == ("UNDECIDED", "lora")
     assert found.differences[0].not_worse
 
 
-def test_verdict_arm_with_one_seed_borrows_the_spread_and_is_noted() -> None:
+def test_verdict_method_with_one_seed_borrows_the_spread_and_is_noted() -> None:
     right = drawn_right(np.random.default_rng(0), ROWS, [0.93, 0.80, 0.89], 0.001)
-    arms = [arm("full", "full", right[0], 9.0), arm("prompt", "prompt", right[1][:1]), arm("lora", "lora", right[2])]
-    found = decided(arms)
+    methods = [
+        method("full", "full", right[0], 9.0),
+        method("prompt", "prompt", right[1][:1]),
+        method("lora", "lora", right[2]),
+    ]
+    found = decided(methods)
     assert found.verdict == "FULL"
     assert any(note.startswith("prompt: one seed") for note in found.notes)
     assert found.difference("prompt").num_seeds == 1
@@ -107,12 +111,12 @@ def test_verdict_of_a_loss_is_oriented() -> None:
     def trials(level: float) -> list[dict[str, np.ndarray]]:
         return [{"nll": count * (level + ease + chance.normal(0, 0.05, 500)), "tokens": count} for _ in range(3)]
 
-    arms = [
-        ArmItems("base", "base", trials(3.0)[:1], 0.0),
-        ArmItems("full", "full", trials(1.0), 9.0),
-        ArmItems("lora", "lora", trials(1.2), 1.0),
+    methods = [
+        MethodOutputs("base", "base", trials(3.0)[:1], 0.0),
+        MethodOutputs("full", "full", trials(1.0), 9.0),
+        MethodOutputs("lora", "lora", trials(1.2), 1.0),
     ]
-    found = decided(arms, loss, margin=0.02)
+    found = decided(methods, loss, margin=0.02)
     assert found.verdict == "FULL"
     assert found.difference("lora").estimate == pytest.approx(0.2, abs=0.02)
     assert found.difference("base").estimate == pytest.approx(2.0, abs=0.02)
@@ -128,8 +132,8 @@ def test_verdict_is_the_same_from_its_json() -> None:
 
 def test_verdict_at_spent_alpha_is_stricter() -> None:
     right = drawn_right(np.random.default_rng(0), 1000, [0.93, 0.90], 0.001)
-    arms = [arm("full", "full", right[0], 9.0), arm("lora", "lora", right[1])]
-    usual, strict = (decided(arms, alpha=alpha) for alpha in (0.05, 0.002))
+    methods = [method("full", "full", right[0], 9.0), method("lora", "lora", right[1])]
+    usual, strict = (decided(methods, alpha=alpha) for alpha in (0.05, 0.002))
     assert strict.differences[0].adjusted_low < usual.differences[0].adjusted_low
     assert strict.differences[0].low == usual.differences[0].low
 
@@ -137,7 +141,7 @@ def test_verdict_at_spent_alpha_is_stricter() -> None:
 def test_intervals_of_shares_stay_within_what_shares_can_be() -> None:
     """Two seeds that differ much allow anything; nothing is right more than always."""
     right = drawn_right(np.random.default_rng(3), 60, [0.9, 0.6], 0.2, 2)
-    found = decided([arm("full", "full", right[0], 2), arm("lora", "lora", right[1], 1)])
+    found = decided([method("full", "full", right[0], 2), method("lora", "lora", right[1], 1)])
     for score in found.scores.values():
         assert 0 <= score.low <= score.value <= score.high <= 1
     (apart,) = found.differences
@@ -145,9 +149,9 @@ def test_intervals_of_shares_stay_within_what_shares_can_be() -> None:
     assert found.scores["full"].high == 1
 
 
-def test_arm_that_waited_is_tested_at_its_part_of_alpha() -> None:
+def test_method_that_waited_is_tested_at_its_part_of_alpha() -> None:
     right = drawn_right(np.random.default_rng(0), ROWS, [0.93, 0.90], 0.004, 3)
-    full, lora = arm("full", "full", right[0], 2), arm("lora", "lora", right[1], 1)
+    full, lora = method("full", "full", right[0], 2), method("lora", "lora", right[1], 1)
     whole, part = decided([full, lora]), decided([full, replace(lora, alpha_share=0.25)])
     quarter = decided([full, lora], alpha=0.0125)
     assert part.differences[0].adjusted_low < whole.differences[0].adjusted_low

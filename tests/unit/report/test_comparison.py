@@ -23,9 +23,9 @@ def cards(folder: Path, comparison: Comparison) -> tuple[str, str]:
     return (folder / "card.md").read_text(encoding="utf-8"), (folder / "card.html").read_text(encoding="utf-8")
 
 
-def cells(markdown: str, arm: str) -> list[list[str]]:
-    """The arm's lines of all tables."""
-    lines = [line for line in markdown.splitlines() if re.match(rf"\| (▸ )?{arm} ", line)]
+def cells(markdown: str, method: str) -> list[list[str]]:
+    """The method's lines of all tables."""
+    lines = [line for line in markdown.splitlines() if re.match(rf"\| (▸ )?{method} ", line)]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
@@ -53,7 +53,7 @@ def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path)
 # ---- the field -------------------------------------------------------------------------------------------------
 
 
-def test_table_each_arm_has_quality_and_cost(tmp_path: Path) -> None:
+def test_table_each_method_has_quality_and_cost(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
     quality, cost, _ = cells(markdown, "lora")
     assert quality == [
@@ -68,7 +68,7 @@ def test_table_each_arm_has_quality_and_cost(tmp_path: Path) -> None:
     assert cells(markdown, "full")[0][3:5] == ["reference", "100%"]
 
 
-def test_table_arm_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -> None:
+def test_table_method_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert cells(markdown, "prompt")[0][-1] == "2"
     assert "- fewer seeds of prompt: they waited for an answer about full and the best of the rest" in markdown

@@ -13,7 +13,7 @@ from fulltune.stats import bootstrap, intervals
 from fulltune.stats.bootstrap import Drawn, draw, measure_of
 from fulltune.stats.intervals import difference, holm, seed_spreads
 from fulltune.tasks import Target
-from tests.unit.compare.arms import ACCURACY, drawn_right, kept, normal_drawn
+from tests.unit.compare.methods import ACCURACY, drawn_right, kept, normal_drawn
 
 LOSS = measure_of("multiple-choice", Target("choice", {}), "loss")
 
@@ -99,7 +99,7 @@ def test_difference_where_only_seeds_matter_is_welchs_t_test() -> None:
     chance = np.random.default_rng(3)
     one, two = chance.normal(0.9, 0.01, 5), chance.normal(0.88, 0.004, 5)
     # Rows that are all alike: nothing comes from them.
-    trials = [[losses(np.full(50, value)) for value in arm] for arm in (one, two)]
+    trials = [[losses(np.full(50, value)) for value in method] for method in (one, two)]
     drawn = draw(LOSS, trials, None, 10_000)
     found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
     expected = stats.ttest_ind(one, two, equal_var=False)
@@ -124,11 +124,11 @@ def test_seed_spread_of_single_seed_is_borrowed_or_unknown() -> None:
     chance = np.random.default_rng(0)
     one, two = drawn_right(chance, 500, [0.9, 0.9], spread=0.02)
     drawn = draw(ACCURACY, [[kept(row) for row in one], [kept(two[0])]], None, 500)
-    full, arm = seed_spreads(drawn, [False, False])
+    full, method = seed_spreads(drawn, [False, False])
     assert full is not None
-    assert arm is not None
-    assert arm.borrowed
-    assert (arm.variance, arm.degrees) == (full.variance, 2)
+    assert method is not None
+    assert method.borrowed
+    assert (method.variance, method.degrees) == (full.variance, 2)
     single = draw(ACCURACY, [[kept(one[0])], [kept(two[0])]], None, 500)
     assert seed_spreads(single, [False, False]) == [None, None]
     assert not difference(single, 0, 1, [None, None], 1.0, 1.0).seeds_known
@@ -145,7 +145,7 @@ def test_difference_of_equal_predictions_is_not_certain_on_few_rows() -> None:
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize(("between", "shared"), [(0, 0), (1, 0), (1, 1), (10, 0), (10, 1)])
-def test_interval_of_equal_arms_leaves_out_zero_in_at_most_five_percent(
+def test_interval_of_equal_methods_leaves_out_zero_in_at_most_five_percent(
     seeds: int, between: float, shared: float
 ) -> None:
     wrong, count = 0, 500

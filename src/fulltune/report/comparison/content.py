@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fulltune.records.comparison import ArmRow, Comparison, Decision, Difference, Expectation, Search
+from fulltune.records.comparison import Comparison, Decision, Difference, Expectation, MethodRow, Search
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -93,7 +93,7 @@ def _near_without_training(comparison: Comparison) -> str:
     sign = 1 if comparison.decision.greater_is_better else -1
     best = max(known, key=lambda one: sign * one.metrics[comparison.decision.metric].value)
     top = max(trained, key=lambda row: sign * row.metric.value)
-    row = next((one for one in trained if one.arm == comparison.decision.recommended), top)
+    row = next((one for one in trained if one.method == comparison.decision.recommended), top)
     value, write = best.metrics[comparison.decision.metric].value, Writer.of(comparison.decision)
     if sign * value >= sign * top.metric.value:
         return f"No method here does better than {best.name}, which trains nothing and has {write.value(value)}."
@@ -101,7 +101,7 @@ def _near_without_training(comparison: Comparison) -> str:
         return ""
     return (
         f"{best.name}, which trains nothing, has {write.value(value)} on the same test rows, within the interval of "
-        f"{row.arm}, {write.estimate(row.metric)}."
+        f"{row.method}, {write.estimate(row.metric)}."
     )
 
 
@@ -143,7 +143,7 @@ def _why(comparison: Comparison) -> Section | None:
 
 
 def _methods(comparison: Comparison) -> tuple[Block, ...]:
-    fewer = [row.arm for row in comparison.rows if row.waited and row.arm != comparison.decision.recommended]
+    fewer = [row.method for row in comparison.rows if row.waited and row.method != comparison.decision.recommended]
     tables = (_quality(comparison), _cost(comparison))
     if not fewer:
         return tables
@@ -151,14 +151,14 @@ def _methods(comparison: Comparison) -> tuple[Block, ...]:
     return (*tables, Bullets((why,)))
 
 
-def _name(row: ArmRow, comparison: Comparison) -> Cell:
+def _name(row: MethodRow, comparison: Comparison) -> Cell:
     """The method's name, pointed at when it is the recommended one."""
-    return foreign(f"{_POINTER}{row.arm}" if row.arm == comparison.decision.recommended else row.arm)
+    return foreign(f"{_POINTER}{row.method}" if row.method == comparison.decision.recommended else row.method)
 
 
 def _quality(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
-    behind = {one.arm: write.adjusted(one) for one in comparison.decision.differences}
+    behind = {one.method: write.adjusted(one) for one in comparison.decision.differences}
     rows = []
     for row in comparison.rows:
         updated = short_count(row.num_trainable)
@@ -169,7 +169,7 @@ def _quality(comparison: Comparison) -> Table:
                 _name(row, comparison),
                 updated,
                 write.estimate(row.metric),
-                "reference" if row.kind == "full" else behind.get(row.arm, NOTHING),
+                "reference" if row.kind == "full" else behind.get(row.method, NOTHING),
                 NOTHING if row.gain_share is None else fine_share(row.gain_share),
                 NOTHING if row.moved is None else format_number(row.moved.value),
                 NOTHING if row.search is None else chosen_rate(row.search),
@@ -193,7 +193,7 @@ def _quality(comparison: Comparison) -> Table:
 def _cost(comparison: Comparison) -> Table:
     full = _full_of(comparison)
 
-    def cell(row: ArmRow, field: str, write: Callable[[float], str]) -> str:
+    def cell(row: MethodRow, field: str, write: Callable[[float], str]) -> str:
         value, whole = float(getattr(row, field)), float(getattr(full, field, 0))
         if value <= 0:
             return NOTHING
@@ -221,7 +221,7 @@ def _cost(comparison: Comparison) -> Table:
     return Table(caption, header, rows, frozenset(range(1, len(header))))
 
 
-def _full_of(comparison: Comparison) -> ArmRow | None:
+def _full_of(comparison: Comparison) -> MethodRow | None:
     return next((row for row in comparison.rows if row.kind == "full"), None)
 
 
@@ -233,9 +233,9 @@ def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
             continue
         marks = tuple(
             Mark(
-                *(row.arm, row.metric.value, row.metric.low, row.metric.high, write.value(row.metric.value)),
+                *(row.method, row.metric.value, row.metric.low, row.metric.high, write.value(row.metric.value)),
                 is_full=row.kind == "full",
-                filled=row.arm == comparison.decision.recommended,
+                filled=row.method == comparison.decision.recommended,
                 cost=getattr(row, field) / whole,
             )
             for row in comparison.rows
@@ -272,7 +272,7 @@ def marks(comparison: Comparison) -> list[str]:
     if any(one.detectable > decision.margin for one in still_open):
         said.append(
             "Note: differences that so many test rows and seeds find in 8 of 10 cases: "
-            f"{listed([f'{write.found_from(one.detectable)} ({one.arm})' for one in still_open])}; the margin is "
+            f"{listed([f'{write.found_from(one.detectable)} ({one.method})' for one in still_open])}; the margin is "
             f"{write.amount(decision.margin)}."
         )
     return said
@@ -312,7 +312,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
     write, seeds = Writer.of(comparison.decision), counted(expected.num_seeds, "seed")
     could_find = f"expected before the start, with {seeds}: {can_find(expected, write)}"
-    spread = [f"{arm} by {write.amount(one)}" for arm, one in comparison.decision.seed_sds.items()]
+    spread = [f"{method} by {write.amount(one)}" for method, one in comparison.decision.seed_sds.items()]
     found = [
         (
             "rows",
@@ -337,14 +337,14 @@ def expectation(expected: Expectation, write: Writer) -> Section:
     if expected.sequential and expected.num_seeds > 1:
         whose = "of each method at most; clear answers need fewer"
         if expected.budget_seconds is not None:
-            rest = ", one of the rest" if len(expected.arms) > 2 else ""
+            rest = ", one of the rest" if len(expected.methods) > 2 else ""
             whose = f"of full and of the best of the others{rest}"
     takes = f"about {format_seconds(expected.seconds)}"
     if expected.budget_seconds is not None:
         given = format_seconds(expected.budget_seconds)
         takes += f" of the {given} given; the rest is a reserve for errors of the forecast"
     rows = [
-        ("methods", ", ".join(expected.arms)),
+        ("methods", ", ".join(expected.methods)),
         ("trials", f"{search}{counted(expected.num_seeds, 'seed')} {whose}"),
         ("takes", takes),
         ("can find", can_find(expected, write)),
@@ -370,7 +370,7 @@ def _searches(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
     rows = tuple(
         (
-            foreign(one.arm),
+            foreign(one.method),
             _tried(one.tried, write) or NOTHING,
             _tried(one.whole, write) or NOTHING,
             chosen_rate(one),

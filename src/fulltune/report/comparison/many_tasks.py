@@ -24,41 +24,43 @@ _MARGIN = 0.01
 
 def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
     """Put finished comparisons of one pretrained model together, each by the name of its task."""
-    rows = {task: {row.arm: row for row in one.rows} for task, one in comparisons.items()}
+    rows = {task: {row.method: row for row in one.rows} for task, one in comparisons.items()}
     first = next(iter(comparisons.values()))
-    full = next(row.arm for row in first.rows if row.kind == "full")
-    arms = [
-        row.arm for row in first.rows if row.kind not in ("base", "full") and all(row.arm in r for r in rows.values())
+    full = next(row.method for row in first.rows if row.kind == "full")
+    methods = [
+        row.method
+        for row in first.rows
+        if row.kind not in ("base", "full") and all(row.method in r for r in rows.values())
     ]
-    if not arms:
+    if not methods:
         raise RecipeError("--budget: too short to train one method beside full for every task; give more time")
     # A full model's file is the base with a small head.
     base = min(one[full].saved_bytes for one in rows.values())
 
-    def way(arm: str) -> Way:
-        found = {task: one[arm] for task, one in rows.items()}
+    def way(method: str) -> Way:
+        found = {task: one[method] for task, one in rows.items()}
         stored, kind = sum(row.saved_bytes for row in found.values()), found[next(iter(found))].kind
         return Way(
-            arm=arm,
+            method=method,
             kind=kind,
             stored_bytes=stored + (0 if kind in ("full", "variant") else base),  # a variant is a whole model, too
             bytes_per_task=round(stored / len(found)),
             train_seconds=round(sum(row.train_seconds for row in found.values()), 1),
             scores={task: row.metric for task, row in found.items()},
-            behind=None if arm == full else _behind(arm, list(comparisons.values())),
+            behind=None if method == full else _behind(method, list(comparisons.values())),
         )
 
     return ManyTasks(
         model=first.model,
         base_bytes=base,
         tasks={task: one.decision for task, one in comparisons.items()},
-        ways=tuple(map(way, (full, *arms))),
+        ways=tuple(map(way, (full, *methods))),
     )
 
 
-def _behind(arm: str, comparisons: Sequence[Comparison]) -> Estimate | None:
+def _behind(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
     """Mean over the tasks, where all metrics are shares; the squares of their independent half intervals add up."""
-    found = [one.decision.difference(arm) for one in comparisons]
+    found = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(one.seeds_known for one in found):
         return None
     mean = statistics.mean(one.estimate for one in found)
@@ -82,19 +84,19 @@ def on_one_base(found: ManyTasks) -> Section:
         if way.behind:
             apart = write.interval(way.behind.value, way.behind.low, way.behind.high)
         costs = (format_bytes(way.stored_bytes), format_bytes(way.bytes_per_task), format_seconds(way.train_seconds))
-        ways.append((foreign(way.arm), *costs, apart))
+        ways.append((foreign(way.method), *costs, apart))
     for task, decision in found.tasks.items():
         name, metric = foreign(task), Writer(decision.metric, _MARGIN)
         tasks.append((name, foreign(label(decision)), metric.name))
         scores.append((name, *(metric.estimate(way.scores[task]) for way in found.ways)))
     cost = ("method", "stored", "one more task", "training", "full is better by [points], mean over the tasks")
-    arms = ("task", *(way.arm for way in found.ways))
+    methods = ("task", *(way.method for way in found.ways))
     blocks: tuple[Block, ...] = (
         Paragraph(words.file_name(found.model)),
         *map(Paragraph, _summary(found)),
         Table("Methods, for all tasks together", cost, tuple(ways), frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
-        Table("Scores on each task's test rows", arms, tuple(scores), frozenset(range(1, len(arms)))),
+        Table("Scores on each task's test rows", methods, tuple(scores), frozenset(range(1, len(methods)))),
     )
     return Section("tasks", f"{counted(len(found.tasks), 'task')} on one base", blocks)
 
@@ -111,7 +113,7 @@ def _summary(found: ManyTasks) -> list[str]:
     ]
     if smallest is not None:
         said[0] += (
-            f" One base ({format_bytes(found.base_bytes)}) with {smallest.arm} for each: "
+            f" One base ({format_bytes(found.base_bytes)}) with {smallest.method} for each: "
             f"{format_bytes(smallest.stored_bytes)}, {ratio(smallest.stored_bytes / full.stored_bytes)}; each "
             f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
         )

@@ -62,7 +62,7 @@ def untouched(
 
 def with_method(model: Any, recipe: Recipe) -> methods.Applied:
     """The model with what the method adds and freezes."""
-    copied = names_of(model, recipe.task, recipe.method.arm) if recipe.method.kind in ("lora", "peft") else ()
+    copied = names_of(model, recipe.task, recipe.method.label) if recipe.method.kind in ("lora", "peft") else ()
     with sharding.whole_while_copied(model, copied):
         applied = methods.apply(model, recipe.method, recipe.task)
     zero.give_one_type(model)
@@ -265,7 +265,7 @@ def make_trainer(inputs: AttemptInputs, loaded: Loaded) -> FullTrainer:
         compute_loss_func=inputs.hooks.compute_loss or learning.loss,
         lengths=loaded.rows["length"],
         mixed=mixed_ranges(inputs.summary),
-        head_modules=() if plan.head_learning_rate is None else names_of(model, recipe.task, recipe.method.arm),
+        head_modules=() if plan.head_learning_rate is None else names_of(model, recipe.task, recipe.method.label),
         base_weights=loaded.base_weights,
     )
     trainer.remove_callback(transformers.PrinterCallback)

@@ -1,4 +1,4 @@
-"""Arms with planted rows, and looks at them, for the tests of statistics and verdicts."""
+"""Methods with planted rows, and looks at them, for the tests of statistics and verdicts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fulltune.compare.sequential import spent
-from fulltune.compare.verdict import ArmItems, Terms, decide
-from fulltune.recipe.methods import ArmKind
+from fulltune.compare.verdict import MethodOutputs, Terms, decide
+from fulltune.recipe.methods import MethodKind
 from fulltune.records.comparison import Decision, Look
 from fulltune.stats.bootstrap import Drawn, Measure, draw, measure_of
 from fulltune.tasks import Predictions, Target
@@ -23,23 +23,23 @@ def kept(right: np.ndarray) -> Predictions:
     return {"labels": np.ones(len(right), np.int64), "logits": np.stack([~right, right], axis=1).astype(float)}
 
 
-def arm(name: str, kind: ArmKind, right: np.ndarray, cost: float = 1.0) -> ArmItems:
+def method(name: str, kind: MethodKind, right: np.ndarray, cost: float = 1.0) -> MethodOutputs:
     """From bool [seeds, rows]."""
-    return ArmItems(name, kind, [kept(row) for row in right], cost)
+    return MethodOutputs(name, kind, [kept(row) for row in right], cost)
 
 
 def decided(
-    arms: Sequence[ArmItems], measure: Measure = ACCURACY, margin: float = 0.01, alpha: float = 0.05
+    methods: Sequence[MethodOutputs], measure: Measure = ACCURACY, margin: float = 0.01, alpha: float = 0.05
 ) -> Decision:
     """The verdict on a thousand resamples."""
-    drawn = draw(measure, [one.trials for one in arms], None, 1000)
-    return decide(arms, drawn, Terms(measure, margin, alpha=alpha))
+    drawn = draw(measure, [one.trials for one in methods], None, 1000)
+    return decide(methods, drawn, Terms(measure, margin, alpha=alpha))
 
 
 def drawn_right(
     chance: np.random.Generator, rows: int, accuracies: Sequence[float], spread: float = 0.0, seeds: int = 3
 ) -> list[np.ndarray]:
-    """For each accuracy an arm's right rows, [seeds, rows]; half of the rows are easy, and all arms find them right."""
+    """For each accuracy a method's right rows, [seeds, rows]; half the rows are easy: all methods have them right."""
     easy = chance.random(rows) < 0.5
     made = []
     for accuracy in accuracies:
@@ -49,7 +49,7 @@ def drawn_right(
 
 
 def normal_drawn(chance: np.random.Generator, seeds: int, between: float, shared: float, noise: float) -> Drawn:
-    """Two equal arms: variance between seeds, of rows for the difference, and of rows for each run."""
+    """Two equal methods: variance between seeds, of rows for the difference, and of rows for each run."""
     count = 4000
     point, drawn = [], []
     for sign in (1, -1):
