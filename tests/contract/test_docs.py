@@ -128,7 +128,7 @@ def test_settings_in_backquotes_exist(page: Path) -> None:
         return
     names = re.findall(rf"`({'|'.join(FIELDS)})\.([a-z_]+)[`:=]", page.read_text(encoding="utf-8"))
     # `train.csv` and the like are files.
-    files = {"csv", "jsonl", "json", "yaml", "py", "safetensors", "html"}
+    files = {"csv", "jsonl", "json", "yaml", "py", "safetensors", "html", "md"}
     unknown = [f"{block}.{name}" for block, name in names if name not in {*FIELDS[block], *files}]
     assert not unknown
 
