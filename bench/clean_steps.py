@@ -151,10 +151,10 @@ def count(file: Path) -> None:
     totals = [0, 0, 0, 0]
     for line in file.read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
-        memory, skipped, back, said = step_guard.StepMemory(), 0, 0, ""
+        memory, skipped, back, said = step_guard.StepHistory(), 0, 0, ""
         for number, (loss, norm) in enumerate(run["steps"], start=1):
             judged = step_guard.judge(memory, number, loss, norm)
-            memory = step_guard.StepMemory() if judged.action == "stop" else judged.seen
+            memory = step_guard.StepHistory() if judged.action == "stop" else judged.history
             skipped, back = skipped + (judged.action == "skip"), back + (judged.action == "stop")
             said = said or judged.reason
         known = "" if run["kind"] in TUNING else "not looked at before"

@@ -44,7 +44,7 @@ def held(trainer: FullTrainer, meter: UpdateMeter | None) -> int:
     """Bytes that are kept for the guard: micro batches, what it remembers, and sampled weights."""
     tensors = [one for batch in trainer.batches for one in batch.values()]
     tensors += list(meter._before.values()) if meter else []
-    states = [asdict(trainer.seen), *(dict(part.state()) for part in trainer.parts)]
+    states = [asdict(trainer.guard_history), *(dict(part.state()) for part in trainer.parts)]
     remembered = sum(sys.getsizeof(pickle.dumps(state)) for state in states)
     return remembered + sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
 

@@ -124,8 +124,8 @@ def unguarded() -> Iterator[None]:
     from fulltune.train.loop import callbacks, step_guard
     from fulltune.train.worker import attempt
 
-    def never(seen: step_guard.StepMemory, *_: Any, **__: Any) -> step_guard.Judged:
-        return step_guard.Judged("go on", seen)
+    def never(history: step_guard.StepHistory, *_: Any, **__: Any) -> step_guard.StepVerdict:
+        return step_guard.StepVerdict("go on", history)
 
     places = (callbacks, "diverged"), (attempt, "ended_high"), (attempt, "nothing_learned")
     with contextlib.ExitStack() as off:

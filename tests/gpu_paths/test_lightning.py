@@ -64,11 +64,11 @@ def test_lightnings_step_that_overflows_is_left_to_the_scaler(tmp_path: Path) ->
     job.module.plan = job.module.plan.model_copy(update={"precision": "fp16"})
     trainer.fit(job.module, datamodule=job.data)
 
-    assert job.module.seen.skipped == ()
+    assert job.module.guard_history.skipped == ()
     assert scaler.get_scale() == SCALE / 2
     assert torch.equal(seen.weights[0], seen.weights[1])
     assert not torch.equal(seen.weights[1], seen.weights[2])
-    assert max(job.module.seen.losses) < 5
+    assert max(job.module.guard_history.losses) < 5
 
 
 @pytest.mark.stand_in("records of machines and models", card="whether the bytes are right")

@@ -15,7 +15,7 @@ import fulltune
 from fulltune.inference.run import GenericText
 from fulltune.records.plan import GenericTexts
 from fulltune.train.forgetting.generic import Replay
-from fulltune.train.loop.step_guard import StepMemory
+from fulltune.train.loop.step_guard import StepHistory
 from tests import plans, tiny
 
 SCALE = 2.0**10
@@ -70,7 +70,7 @@ def test_step_that_overflows_is_left_to_the_scaler(tmp_path: Path) -> None:
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     first, second, third = weights_by_step(trainer)
     assert trainer.calls == 3
-    assert trainer.seen.skipped == ()
+    assert trainer.guard_history.skipped == ()
     assert scaler.get_scale() == SCALE / 2
     assert torch.equal(first, second)
     assert not torch.equal(second, third)
@@ -81,7 +81,7 @@ def test_same_step_without_a_scaler_is_skipped(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     first, second, _ = weights_by_step(trainer)
     assert trainer.calls == 3
-    assert trainer.seen.skipped == (2,)
+    assert trainer.guard_history.skipped == (2,)
     assert torch.equal(first, second)
 
 
@@ -92,7 +92,7 @@ def test_norm_that_deepspeed_could_not_take_is_let_pass_in_fp16_alone(fp16: bool
     trainer.args = SimpleNamespace(device="cpu", fp16=fp16)
     trainer.accelerator = SimpleNamespace(num_processes=1)
     trainer.state, trainer.is_deepspeed_enabled = transformers.TrainerState(global_step=7), True
-    trainer.seen = StepMemory(skipped=(5, 6, 7))
+    trainer.guard_history = StepHistory(skipped=(5, 6, 7))
     judged, _, _ = trainer._judge(torch.tensor(1.0), torch.tensor(-1.0))
     assert judged.action == action
 

@@ -176,7 +176,7 @@ def test_pytorch_lightning_trains_as_lightning_does(tmp_path: Path) -> None:
         trainer = package.Trainer(**job.trainer_arguments(), **quiet, callbacks=[steps])
         trainer.fit(job.module, datamodule=job.data)
         losses.append([*steps.losses, float(trainer.callback_metrics[job.monitor()["monitor"]])])
-        assert job.module.seen.most_rows == 8
+        assert job.module.guard_history.most_rows == 8
     assert len(losses[0]) == 3
     assert losses[0] == losses[1]
 
@@ -248,7 +248,7 @@ def test_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(tmp_path: Pa
         trainer, job = fitted(tmp_path, Planted(lambda step, _: step == 4, _nan), weights)
     moved = [not torch.equal(one, other) for one, other in zip(weights.after, weights.after[1:], strict=False)]
     assert moved == [True, True, False, True, True, True, True]  # the fourth step moved nothing
-    assert job.module.seen.skipped == (4,)
+    assert job.module.guard_history.skipped == (4,)
     assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr() == [0.0, 0.0]  # the schedule went on as planned
 
     weights = Weights()
@@ -273,7 +273,7 @@ def test_training_goes_on_inside_an_epoch_from_lightnings_checkpoint(tmp_path: P
     rest.losses = [0.0] * 7
     checkpoint = tmp_path / "checkpoints" / "step=7.ckpt"
     trainer, job = fitted(tmp_path, rest, fit={"ckpt_path": str(checkpoint)})
-    assert len(job.module.seen.losses) == 20
+    assert len(job.module.guard_history.losses) == 20
     assert trainer.global_step == 20
     assert rest.losses[7:] == pytest.approx(whole.losses[7:], abs=1e-5)
 
@@ -291,7 +291,7 @@ def test_two_processes_are_one_run_and_skip_together(tmp_path: Path) -> None:
 
     class Written(Steps):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            found = {"losses": self.losses, "skipped": pl_module.seen.skipped}
+            found = {"losses": self.losses, "skipped": pl_module.guard_history.skipped}
             torch.save(found, tmp_path / f"of-{trainer.global_rank}")
 
     def train(*callbacks: Callback) -> list[dict[str, Any]]:
@@ -331,7 +331,7 @@ def test_behind_that_refusal_the_curve_is_the_same(tmp_path: Path, given: str) -
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "deepspeed.pt")
     assert found["losses"] == pytest.approx(steps.losses, abs=1e-5)
-    largest = math.exp(max(job.module.seen.log_norms))
+    largest = math.exp(max(job.module.guard_history.log_norms))
     assert max(found["norms"]) == pytest.approx(largest, rel=1e-3)  # no divisor is missed
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "deepspeed").state_dict()
     for name, values in job.module.model.state_dict().items():

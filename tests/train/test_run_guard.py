@@ -338,7 +338,7 @@ trainer = Mine(model=model, args=arguments, train_dataset=rows)
 trainer.train()
 sizes = [float(one.detach().double().sum()) for one in model.parameters()]
 with open(f"{sys.argv[1]}/rank{arguments.process_index}.json", "w") as file:
-    json.dump({"skipped": trainer.seen.skipped, "sizes": sizes}, file)
+    json.dump({"skipped": trainer.guard_history.skipped, "sizes": sizes}, file)
 """
 
 

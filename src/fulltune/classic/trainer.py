@@ -24,7 +24,7 @@ from fulltune.records.training import Moved
 from fulltune.stats.curves import diverged, ended_high
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
-from fulltune.train.loop.step_guard import Judged, nothing_learned
+from fulltune.train.loop.step_guard import StepVerdict, nothing_learned
 from fulltune.train.worker.dry_run import same_randomness
 from fulltune.train.worker.weights import InitialWeights, own_file
 
@@ -107,8 +107,8 @@ class Trainer(Guarded, transformers.Trainer):
                 self._initial = None
         return result
 
-    def on_skip(self, step: int, judged: Judged) -> None:
-        notice(f"the update of step {step} is left out: {judged.reason}")
+    def on_skip(self, step: int, verdict: StepVerdict) -> None:
+        notice(f"the update of step {step} is left out: {verdict.reason}")
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if num_items_in_batch is not None and not self._loss_scaling_known:

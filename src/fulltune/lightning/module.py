@@ -60,7 +60,7 @@ class FineTuningModule:
         """Gives only the logits that the loss uses; None: gives all."""
         self.sharded_by = ""
         """The strategy that sharded weights and gradients, so that this process does not have all of them."""
-        self.seen = step_guard.StepMemory()
+        self.guard_history = step_guard.StepHistory()
         self._items: torch.Tensor | float = 1.0
         """In the loss of the step at hand, over all processes."""
         self._loss: torch.Tensor | float = 0.0
@@ -145,20 +145,22 @@ class FineTuningModule:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and scaler.get_scale() >= 1
         finite_only = not self.learning.recipe.train.skip_suspect_steps
-        judged = step_guard.judge(self.seen, step, loss, norm, rows=rows, scaled=scaled, finite_only=finite_only)
-        self.seen = judged.seen
-        if judged.action == "stop" or (judged.action == "skip" and self.sharded_by):
-            raise Spiked(f"step {step}, before the update: {judged.reason}", judged.since or step)
-        if judged.action == "skip":
+        verdict = step_guard.judge(
+            self.guard_history, step, loss, norm, rows=rows, scaled=scaled, finite_only=finite_only
+        )
+        self.guard_history = verdict.history
+        if verdict.action == "stop" or (verdict.action == "skip" and self.sharded_by):
+            raise Spiked(f"step {step}, before the update: {verdict.reason}", verdict.since or step)
+        if verdict.action == "skip":
             if trainer.is_global_zero:
-                warnings.warn(f"step {step} is skipped: {judged.reason}", stacklevel=2)
+                warnings.warn(f"step {step} is skipped: {verdict.reason}", stacklevel=2)
             optimizer.zero_grad(set_to_none=True)  # an optimizer leaves out what has no gradient, and its moments stay
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["fulltune"] = asdict(self.seen)
+        checkpoint["fulltune"] = asdict(self.guard_history)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.seen = step_guard.StepMemory.from_json(checkpoint["fulltune"])
+        self.guard_history = step_guard.StepHistory.from_json(checkpoint["fulltune"])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the task's metrics of all eval rows, which all processes share: the same in each."""

@@ -37,7 +37,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def weights_seen(model: Any) -> str:
+def weights_digest(model: Any) -> str:
     """Tells a loaded model's pretrained weights from others, by some values of each: not those of a new head."""
     digest = hashlib.sha256()
     for name, values in model.base_model.named_parameters():

@@ -91,7 +91,7 @@ class DriftMonitor(TrainingPart):
             return None
         try:
             with self.inputs.journal.during("evaluation"):
-                now = self.text.read(trainer.passing, trainer.head, trainer.alive)
+                now = self.text.read(trainer.forward_model, trainer.head, trainer.alive)
         except Exception as error:
             if is_out_of_memory(error) or not is_start or plan.generic.budget is not None:
                 raise

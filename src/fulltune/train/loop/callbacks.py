@@ -204,7 +204,7 @@ class UpdateMeter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         before, self._before = self._before, {}
-        if not before or state.global_step in self.trainer.seen.skipped or not state.is_world_process_zero:
+        if not before or state.global_step in self.trainer.guard_history.skipped or not state.is_world_process_zero:
             return
         measured = compared(state.global_step, before, _sampled(model))
         self.recorder.write(measured)

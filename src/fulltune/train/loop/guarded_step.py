@@ -1,4 +1,4 @@
-"""One training step: transformers' own (`Trainer._run_epoch`, 5.24), with a guard just before the update."""
+"""The step guard inside transformers' training step (`Trainer._run_epoch`, 5.24), just before the update."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+from transformers.trainer_utils import TrainOutput
 
 from fulltune.errors import Spiked
 from fulltune.inference.selective_head import as_its_attention_can
@@ -17,30 +20,30 @@ from fulltune.models import sharding
 from fulltune.stats.curves import LOSS_WINDOW
 from fulltune.tasks.padding import IGNORED, TRAINED
 from fulltune.train.loop import step_guard
-from fulltune.train.loop.step_guard import Judged, StepMemory
+from fulltune.train.loop.step_guard import StepHistory, StepVerdict
 
 _log = logging.getLogger(__name__)
 
 
 def rows_in(batch: Mapping[str, Any]) -> int:
-    """Of a batch: the length of its first tensor."""
-    return next((len(one) for one in batch.values() if isinstance(one, torch.Tensor) and one.dim()), 0)
+    """Return the number of rows of a batch, the length of its first tensor."""
+    return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 0)
 
 
 class Guarded:
-    """Mixin for a `Trainer`: sees each loss and gradient norm, and skips or stops before a bad update.
+    """Mixin for a `Trainer` that skips a bad update, or stops training before it.
 
-    A callback sees the norm only after clipping, and has no veto. A step is skipped by freeing its gradients, so that
-    moments stay as well. DeepSpeed updates inside its backward pass: there each loss is judged before it, and nothing
-    is skipped.
+    A callback could not do this: it sees the norm only after clipping and has no veto. Skipping frees the gradients, so
+    the optimizer's moments stay as well. DeepSpeed updates inside its backward pass: there each loss is judged before
+    that pass, and no step is skipped.
 
-    With a Trainer of one's own it stands first; where trouble stays it raises `Diverged`, and what to resume from is
-    the script's decision:
+    Put it before your own Trainer. It raises `Diverged` when skipping does not help; your script decides what to
+    resume from:
 
         class Mine(fulltune.Guarded, SFTTrainer): ...
     """
 
-    # What the `Trainer` beside this mixin has.
+    # Attributes of the `Trainer` beside this mixin.
     accelerator: Any
     args: Any
     model: Any
@@ -52,31 +55,34 @@ class Guarded:
     tensors_with_gradient: frozenset[str] = frozenset()
     largest_grad_norm: float | None = None
     first_loss: float | None = None
-    """Of the first step here, before its update."""
+    """Loss of the first step of this training, before its update."""
     last_losses: tuple[float, ...] = ()
-    """Of the last `2 * LOSS_WINDOW` steps."""
-    seen: StepMemory = StepMemory()
-    """What the guard remembers."""
+    """Losses of the last `2 * LOSS_WINDOW` steps."""
+    guard_history: StepHistory = StepHistory()
+    """The step guard's history of earlier steps."""
     skips: bool = True
-    """Leave out the updates of suspect steps; False: only of those that are not finite."""
+    """True skips suspect steps; False skips only non-finite ones."""
     batches: Sequence[dict[str, Any]] = ()
-    """The micro batches of this step so far."""
+    """Micro batches of the current step so far."""
     _losses: torch.Tensor | float = 0.0
-    """Sum of this step's micro batches so far."""
+    """Sum of the losses of `batches`."""
     usual_loss: float = 0.0
-    """What is logged in the place of a loss that is not finite: that of the last clean step."""
+    """Loss of the last clean step, which is logged instead of a non-finite loss."""
 
     _has_trained: bool = False
 
-    def train(self, *positional: Any, **keywords: Any) -> Any:
-        """Train as the Trainer does; the guard's history is reset when `train()` is called again."""
+    def train(self, *positional: object, **keywords: object) -> TrainOutput:
+        """Train as the Trainer does; a second call starts with an empty guard history."""
         if self._has_trained:
-            self.seen, self.first_loss, self.last_losses, self.usual_loss = StepMemory(), None, (), 0.0
+            self.guard_history, self.last_losses = StepHistory(), ()
+            self.first_loss, self.usual_loss = None, 0.0
         self._has_trained = True
         return super().train(*positional, **keywords)  # type: ignore[misc]  # the Trainer's
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one micro batch (`input_ids[rows, tokens]`); returns its loss, a number."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward on one micro batch (`input_ids[rows, tokens]`) and return its scalar loss."""
         if "attention_mask" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
         elif "input_ids" in inputs:  # packed texts fill their rows
@@ -86,26 +92,27 @@ class Guarded:
         self.batches = [*self.batches, inputs]
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
-        except BaseException:  # a step that is left in its middle and begun anew, as `auto_find_batch_size` does
+        except BaseException:  # an aborted step may be restarted, as `auto_find_batch_size` does
             self.batches, self._losses = [], 0.0
             raise
         self._losses = self._losses + loss.detach().float()
-        # The Trainer adds the losses up for its log, where one that is not a number would hide the others.
+        # The Trainer sums the losses for its log, where one NaN would hide the others.
         return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
-    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
-        """The Trainer's loss of one micro batch, a number; judged here where the backward pass updates."""
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
+        """Return the Trainer's loss of one micro batch; it is judged here if the backward pass updates."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
             (total,) = self._summed(loss.detach().float())
             if not math.isfinite(total):
                 step = self.state.global_step + 1
-                said = f"the loss is {total} at step {step}, before the update: the weights are still good"
-                raise Spiked(f"{said}. Usual cause: a learning rate that is too high", step)
+                reason = f"the loss is {total} at step {step}, before the update: the weights are still good"
+                raise Spiked(f"{reason}. Usual cause: a learning rate that is too high", step)
         return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called after clipping, with the norm before clipping (pinned by a contract test), before the update."""
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
+        """Judge the step. The Trainer calls this between clipping and update, with the norm before clipping (a contract
+        test checks that)."""
         losses, self._losses = self._losses, 0.0
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
@@ -113,22 +120,22 @@ class Guarded:
         if self.is_deepspeed_enabled or not self.tensors_with_gradient:
             self.tensors_with_gradient = frozenset(
                 name
-                # Not of `model`, which DDP wraps: its names would begin with `module.`.
+                # `model` may be wrapped by DDP, where names begin with `module.`.
                 for name, parameter in self.model.named_parameters()
-                # DeepSpeed has taken the gradients; the optimizer's second moments say which were there.
+                # DeepSpeed has removed the gradients; the optimizer's second moments tell which existed.
                 if self.is_deepspeed_enabled or parameter.grad is not None
             )
         step = self.state.global_step + 1
-        judged, loss, grad_norm = self._judge(losses, norm)
-        norm = grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None
+        verdict, loss, mean_norm = self._judge(losses, norm)
+        norm = mean_norm if mean_norm is not None and math.isfinite(mean_norm) else None
         self.batches = []
-        self.seen = judged.seen
-        if judged.action == "stop" or (judged.action == "skip" and self._updates_in_backward):
+        self.guard_history = verdict.history
+        if verdict.action == "stop" or (verdict.action == "skip" and self._updates_in_backward):
             when = "" if self._updates_in_backward else ", before the update"
-            raise Spiked(f"step {step}{when}: {judged.reason}", judged.since or step)
-        if judged.action == "skip":
+            raise Spiked(f"step {step}{when}: {verdict.reason}", verdict.since or step)
+        if verdict.action == "skip":
             model.zero_grad(set_to_none=True)
-            self.on_skip(step, judged)
+            self.on_skip(step, verdict)
         else:
             self.usual_loss = loss
             self.first_loss = loss if self.first_loss is None else self.first_loss
@@ -138,92 +145,99 @@ class Guarded:
             )
         return norm
 
-    def on_skip(self, step: int, judged: Judged) -> None:
-        """Say that a step is skipped."""
-        _log.warning("step %d is skipped: %s", step, judged.reason)
+    def on_skip(self, step: int, verdict: StepVerdict) -> None:
+        """Log that a step is skipped."""
+        _log.warning("step %d is skipped: %s", step, verdict.reason)
 
     @property
     def _updates_in_backward(self) -> bool:
-        # LOMO and the layerwise ones do so by themselves.
-        its_own = any(word in str(self.args.optim).upper() for word in ("LOMO", "LAYERWISE"))
-        return its_own or bool(self.is_deepspeed_enabled)
+        is_layerwise = any(word in str(self.args.optim).upper() for word in ("LOMO", "LAYERWISE"))
+        return is_layerwise or bool(self.is_deepspeed_enabled)
 
-    def _summed(self, *values: Any) -> list[float]:
-        """Over all processes; the host waits for the device once."""
-        several = self.accelerator.num_processes > 1
-        found = torch.stack([torch.as_tensor(one, device=self.args.device).float() for one in values])
-        return (self.accelerator.reduce(found, reduction="sum") if several else found).tolist()
+    def _summed(self, *values: torch.Tensor | float) -> list[float]:
+        """Sum each value over all processes; the host waits for the device once."""
+        totals = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in values])
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        return totals.tolist()
 
-    def _judge(self, losses: torch.Tensor | float, norm: Any) -> tuple[Judged, float, float | None]:
-        """Decide, over all processes, whether a step is applied; also returns its loss and gradient norm."""
+    def _judge(
+        self, losses: torch.Tensor | float, norm: torch.Tensor | float | None
+    ) -> tuple[StepVerdict, float, float | None]:
+        """Return the verdict of all processes on the current step, its mean loss and its gradient norm."""
         in_engine = bool(self.is_deepspeed_enabled)
-        if hasattr(norm, "full_tensor"):  # sharded by FSDP2
-            norm = norm.full_tensor()
+        if isinstance(norm, torch.Tensor):  # sharded by FSDP2
+            norm = sharding.whole(norm)
         rows = sum(rows_in(batch) for batch in self.batches)
         values = [losses, rows] if norm is None else [losses, rows, norm]
         # A norm is the same in each process.
-        loss, rows, *norms = [one / self.accelerator.num_processes for one in self._summed(*values)]
+        loss, rows, *norms = [total / self.accelerator.num_processes for total in self._summed(*values)]
         grad_norm = norms[0] if norms else None
         finite = grad_norm is None or math.isfinite(grad_norm)
         scaler = None if finite else getattr(self.accelerator, "scaler", None)
-        # Reading the scale is another wait for the device.
+        # Read only if needed: the host waits for the device.
         scaled = self.args.fp16 if in_engine else scaler is not None and scaler.get_scale() >= 1
-        if in_engine and grad_norm is not None and grad_norm < 0:  # its sign for a norm that is not finite
+        if in_engine and grad_norm is not None and grad_norm < 0:  # DeepSpeed's mark of a non-finite norm
             grad_norm = math.nan
-        # DeepSpeed has updated already: a suspect step is too late to be skipped.
+        # DeepSpeed has updated already: too late to skip a suspect step.
         finite_only, step = not self.skips or in_engine, self.state.global_step + 1
-        judged = step_guard.judge(self.seen, step, loss, grad_norm, rows=rows, scaled=scaled, finite_only=finite_only)
-        if not judged.is_finite and self.accelerator.num_processes == 1 and not in_engine:
-            judged = replace(judged, reason=f"{judged.reason}; {explain(self.model, self.batches)}")
-        return judged, loss, grad_norm
+        verdict = step_guard.judge(
+            self.guard_history, step, loss, grad_norm, rows=rows, scaled=scaled, finite_only=finite_only
+        )
+        if not verdict.is_finite and self.accelerator.num_processes == 1 and not in_engine:
+            verdict = replace(verdict, reason=f"{verdict.reason}; {explain(self.model, self.batches)}")
+        return verdict, loss, grad_norm
 
 
 def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
-    """Whether all gradients that there are, or this process's parts, are finite; `aminmax` copies no gradient."""
+    """Return whether all present gradients, or this rank's shards of them, are finite; no gradient is copied."""
     gradients = [sharding.local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    return all(bool(torch.stack(one.aminmax()).isfinite().all()) for one in gradients if one.numel())
+    return all(bool(torch.stack(gradient.aminmax()).isfinite().all()) for gradient in gradients if gradient.numel())
 
 
-def explain(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
-    """Say in words what the first thing is that is not finite in a step's micro batches; gradients are left alone."""
+def explain(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the first non-finite value in a step's micro batches; gradients stay as they are."""
     try:
-        return _why(model, batches)
+        return _cause(model, batches)
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out
         return f"where it came from could not be found ({type(error).__name__}: {str(error)[:80]})"
 
 
-def _why(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
-    labels = [batch.get("labels") for batch in batches]
-    if all(isinstance(one, torch.Tensor) and not one.is_floating_point() and (one == IGNORED).all() for one in labels):
+def _cause(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
+    if all(_is_all_masked(batch.get("labels")) for batch in batches):
         return "all its labels are masked, so that there is nothing to learn from"
-    ruined = next((name for name, one in model.named_parameters() if not bool(one.isfinite().all())), None)
-    if ruined is not None:
-        return f"the weights of {ruined} are not finite"
-    kinds = sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters()})
-    computed = "in fp32" if kinds == ["float32"] else f"computed in {', '.join(kinds)}"
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"the weights of {name} are not finite"
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    computed = "in fp32" if dtypes == ["float32"] else f"computed in {', '.join(dtypes)}"
     for batch in batches:
-        if found := _first_not_finite(model, batch):
-            return f"with finite weights, {found} is the first module whose output is not finite {computed}"
+        if module := _first_non_finite_module(model, batch):
+            return f"with finite weights, {module} is the first module whose output is not finite {computed}"
     return f"each module's output is finite {computed}: it is the loss, the gradients, or a type with too small a range"
 
 
-def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:
-    """The first module, in the order of the computation, whose output is not finite; empty: none is."""
-    found: list[str] = []
+def _is_all_masked(labels: object) -> bool:
+    return isinstance(labels, torch.Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())
 
-    def look(name: str, module: Any) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            # Masks hold infinities on purpose, but no module gives a mask alone.
-            tensors = [one for one in tree_leaves(output) if isinstance(one, torch.Tensor) and one.is_floating_point()]
-            if not found and any(not bool(one.isfinite().all()) for one in tensors):
-                found.append(f"{name or 'the model'} ({type(module).__name__})")
+
+def _first_non_finite_module(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
+    """Name the first module, in the order of computation, whose output is non-finite; None if all are finite."""
+    names: list[str] = []
+
+    def watch(name: str, module: nn.Module) -> RemovableHandle:
+        def hook(_: nn.Module, __: object, output: object) -> None:
+            # Masks contain infinities on purpose, but no module outputs only a mask.
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+            if not names and any(leaf.is_floating_point() and not bool(leaf.isfinite().all()) for leaf in tensors):
+                names.append(f"{name or 'the model'} ({type(module).__name__})")
 
         return module.register_forward_hook(hook)
 
     device = next(model.parameters()).device
-    tensors = {name: one for name, one in batch.items() if isinstance(one, torch.Tensor)}
-    inputs = {name: one.to(device) for name, one in tensors.items() if name not in ("labels", TRAINED)}
-    hooks = [look(name, module) for name, module in model.named_modules()]
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    inputs = {name: tensor.to(device) for name, tensor in tensors.items() if name not in ("labels", TRAINED)}
+    hooks = [watch(name, module) for name, module in model.named_modules()]
     model.eval()  # without dropout, so that no random number is drawn
     try:
         with torch.no_grad(), as_its_attention_can(model, device.type):
@@ -232,4 +246,4 @@ def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:
         model.train()
         for hook in hooks:
             hook.remove()
-    return found[0] if found else ""
+    return names[0] if names else None

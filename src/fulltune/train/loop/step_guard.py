@@ -1,5 +1,4 @@
-"""The guard of a single step, as pure functions of losses and gradient norms: skip, stop or go on (docs/guards.md); and
-guards of a whole run that judge no curve."""
+"""The step guard as pure functions of losses and gradient norms (docs/concepts/guards.md), and two guards of a run."""
 
 from __future__ import annotations
 
@@ -15,68 +14,67 @@ from fulltune.stats.curves import GO_ON, GuardDecision
 from fulltune.text import format_seconds, parse_seconds
 
 BASELINE_WINDOW = 64
-"""The last clean steps, which a step is compared with. Twice as many detect half as well while the loss falls fast."""
-LEAST = 32
-"""Clean steps below which nothing is suspect but what is not finite."""
+"""Clean steps that a step is compared with. Twice as many detect half as well while the loss falls fast."""
+MIN_CLEAN_STEPS = 32
+"""Below this many clean steps only non-finite values are suspect."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
-"""Robust standard deviations above the median."""
-LEAST_NORM_SPREAD = 0.15
-"""Of the norm's logarithm, so that three of them are 1.6 times the median."""
-LEAST_LOSS_SPREAD = 0.05
-"""Of the loss, as a share of the median loss of the first clean steps: a model that has learned its rows by heart has
-losses near 0, and a hard row is no spike."""
-STAYS, STAY_SCORE = 20, 5.0
-"""Stop if the median of the last `STAYS` losses is this many standard deviations above the baseline and none is below
-it."""
-LEAST_RISE = 0.1
-"""And at least this far above it, as a share of the median loss of the first clean steps."""
-MOST_IN_A_ROW = 3
-"""Steps that are not finite, one after the other."""
-MOST_SKIPPED = 5
-"""Skipped steps among the last `STAYS`."""
+"""Robust standard deviations above the median from which a norm and a loss are outliers."""
+MIN_NORM_SPREAD = 0.15
+"""Smallest standard deviation assumed for the logarithm of the norm: three of them are 1.6 times the median."""
+MIN_LOSS_SPREAD = 0.05
+"""Smallest standard deviation assumed for the loss, as a share of its start: near 0, where a model has memorised its
+rows, a hard row is no spike."""
+RECENT_STEPS, STAY_SCORE = 20, 5.0
+"""Stop if the median of the last `RECENT_STEPS` losses is `STAY_SCORE` standard deviations above the baseline, and none
+of them is below it."""
+MIN_RISE = 0.1
+"""The rise that such a stop needs as well, as a share of the loss at the start."""
+MAX_NON_FINITE = 3
+"""Consecutive non-finite steps that stop a run."""
+MAX_SKIPPED = 5
+"""Skipped steps among the last `RECENT_STEPS` that stop a run."""
 MAD = 1.4826
-"""Makes a median absolute deviation a standard deviation, of normal values."""
+"""Factor from the median absolute deviation to the standard deviation of normal values."""
 
 
 @dataclass(frozen=True)
-class StepMemory:
-    """What the guard remembers of the steps so far; it lies in each checkpoint."""
+class StepHistory:
+    """What the step guard knows of earlier steps; each checkpoint contains it."""
 
     losses: tuple[float, ...] = ()
-    """Of the last clean steps, oldest first."""
+    """Losses of the last clean steps, oldest first."""
     log_norms: tuple[float, ...] = ()
-    """Natural logarithms of their gradient norms; none where there is no norm."""
+    """Natural logarithms of the gradient norms of the last clean steps; a step without a norm adds none."""
     first: float | None = None
-    """Median loss of the first `LEAST` clean steps, once there are so many. At 0 no later loss is judged: nothing
-    says how far from 0 is far."""
+    """Median loss of the first `MIN_CLEAN_STEPS` clean steps. If it is 0, no later loss is judged."""
     skipped: tuple[int, ...] = ()
-    """The last steps that were skipped."""
+    """Recently skipped steps."""
     most_rows: float = 0.0
-    """Of a step so far, per process."""
+    """Largest number of rows in a step so far, per process."""
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> StepMemory:
-        """The same as it was saved, among other values."""
-        known: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        known |= {name: tuple(one) for name, one in known.items() if isinstance(one, list)}
-        return cls(**known)
+    def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
+        """Read a history from the JSON values of a checkpoint; other names are ignored."""
+        saved: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+        return cls(**saved)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What becomes of a step, why, and what is remembered."""
+class StepVerdict:
+    """What the guard decides about a step, and the history that includes it."""
 
     action: Literal["go on", "skip", "stop"]
-    seen: StepMemory
+    history: StepHistory
     reason: str = ""
     since: int | None = None
-    """Of a stop: the step from which on the weights are not trusted."""
+    """For a stop, the first step after which the weights are not trusted."""
     is_finite: bool = True
-    """Loss and norm are."""
+    """True if loss and norm are finite."""
 
 
 def judge(
-    seen: StepMemory,
+    history: StepHistory,
     step: int,
     loss: float,
     norm: float | None,
@@ -84,98 +82,104 @@ def judge(
     rows: float = 0.0,
     scaled: bool = False,
     finite_only: bool = False,
-) -> Judged:
-    """Judge a step before its update by what was seen before; with a `scaled` fp16 loss the scaler itself skips a norm
-    that is not finite, and with `finite_only` any finite step passes: the loss may rise for good reasons."""
-    seen = replace(seen, most_rows=max(seen.most_rows, rows))
+) -> StepVerdict:
+    """Judge a step before its update by comparing it with earlier steps.
+
+    With a `scaled` fp16 loss a non-finite norm passes, because the scaler skips that step. With `finite_only` every
+    finite step passes."""
+    history = replace(history, most_rows=max(history.most_rows, rows))
     if scaled and math.isfinite(loss) and norm is not None and not math.isfinite(norm):
-        return Judged("go on", seen)
-    if what := _not_finite(loss, norm):
+        return StepVerdict("go on", history)
+    if non_finite := _non_finite_value(loss, norm):
         causes = "rows without a trained token, values out of range or a type with too small a range"
-        return replace(_skipped(seen, step, f"the {what}", causes, MOST_IN_A_ROW), is_finite=False)
-    recently = tuple(one for one in seen.skipped if step - STAYS < one < step)
+        return replace(_skipped(history, step, f"the {non_finite}", causes, MAX_NON_FINITE), is_finite=False)
+    recently = tuple(skip for skip in history.skipped if step - RECENT_STEPS < skip < step)
     if finite_only:
-        return Judged("go on", replace(seen, skipped=recently))
-    if reason := _suspect(seen, loss, norm, rows):
-        return _skipped(seen, step, reason, "corrupted rows")
+        return StepVerdict("go on", replace(history, skipped=recently))
+    if reason := _outlier(history, loss, norm, rows):
+        return _skipped(history, step, reason, "corrupted rows")
     log_norm = (math.log(norm),) if norm is not None and norm > 0 else ()
-    losses = (*seen.losses, loss)
-    first = statistics.median(losses) if seen.first is None and len(losses) == LEAST else seen.first
-    # The steps that are judged below, too, have to be remembered.
-    now = replace(
-        seen,
-        losses=losses[-BASELINE_WINDOW - STAYS :],
-        log_norms=(*seen.log_norms, *log_norm)[-BASELINE_WINDOW:],
+    losses = (*history.losses, loss)
+    first = statistics.median(losses) if history.first is None and len(losses) == MIN_CLEAN_STEPS else history.first
+    # Beside the baseline the history needs the recent steps that are compared with it below.
+    extended = replace(
+        history,
+        losses=losses[-BASELINE_WINDOW - RECENT_STEPS :],
+        log_norms=(*history.log_norms, *log_norm)[-BASELINE_WINDOW:],
         first=first,
         skipped=recently,
     )
-    if reason := _stayed_high(now):
-        return Judged("stop", now, reason, step - STAYS - len(recently) + 1)
-    return Judged("go on", now)
+    if reason := _stayed_high(extended):
+        return StepVerdict("stop", extended, reason, step - RECENT_STEPS - len(recently) + 1)
+    return StepVerdict("go on", extended)
 
 
-def _not_finite(loss: float, norm: float | None) -> str:
+def _non_finite_value(loss: float, norm: float | None) -> str | None:
     if not math.isfinite(loss):
         return f"loss is {loss}"
-    return f"gradient norm is {norm}" if norm is not None and not math.isfinite(norm) else ""
+    return f"gradient norm is {norm}" if norm is not None and not math.isfinite(norm) else None
 
 
-def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: int = STAYS) -> Judged:
-    """Skip the step; stop where `in_a_row` consecutive ones, or too many of the last, were skipped already."""
-    skipped = (*(one for one in seen.skipped if step - STAYS < one < step), step)
-    now = replace(seen, skipped=skipped)
-    row = sum(one > step - in_a_row for one in skipped)
-    if len(skipped) < MOST_SKIPPED and row < in_a_row:
-        return Judged("skip", now, reason)
-    if row == in_a_row:
-        which = f"the {row - 1} steps before it were skipped as well; the weights are still good"
+def _skipped(
+    history: StepHistory, step: int, reason: str, causes: str, max_in_a_row: int = RECENT_STEPS
+) -> StepVerdict:
+    """Skip the step, or stop if it is the last of `max_in_a_row` or too many recent steps were skipped."""
+    skipped = (*(skip for skip in history.skipped if step - RECENT_STEPS < skip < step), step)
+    extended = replace(history, skipped=skipped)
+    in_a_row = sum(skip > step - max_in_a_row for skip in skipped)
+    if len(skipped) < MAX_SKIPPED and in_a_row < max_in_a_row:
+        return StepVerdict("skip", extended, reason)
+    if in_a_row == max_in_a_row:
+        others = f"the {in_a_row - 1} steps before it were skipped as well; the weights are still good"
     else:
-        which = f"{len(skipped) - 1} of the {STAYS} steps before it were skipped as well"
-    said = f"{reason}, and {which}. Usual causes: a learning rate that is too high, {causes}"
-    return Judged("stop", now, said, skipped[0])
+        others = f"{len(skipped) - 1} of the {RECENT_STEPS} steps before it were skipped as well"
+    reason = f"{reason}, and {others}. Usual causes: a learning rate that is too high, {causes}"
+    return StepVerdict("stop", extended, reason, skipped[0])
 
 
-def _suspect(seen: StepMemory, loss: float, norm: float | None, rows: float) -> str:
-    """Why a step is suspect; empty: it is not. The loss and the norm of fewer rows may be farther off."""
-    if norm is None or norm <= 0 or not seen.first or len(seen.log_norms) < LEAST:
-        return ""
-    norms, losses = seen.log_norms, seen.losses[-BASELINE_WINDOW:]
-    usual, spread = _usual(norms, LEAST_NORM_SPREAD)
-    usual_loss, loss_spread = _usual(losses, LEAST_LOSS_SPREAD * abs(seen.first))
-    wider = math.sqrt(seen.most_rows / rows) if rows else 1.0
-    longer = math.log(wider)
-    norm_off, loss_off = (math.log(norm) - usual - longer) / spread / wider, (loss - usual_loss) / loss_spread / wider
-    if norm_off <= NORM_SCORE or loss_off <= LOSS_SCORE:
-        return ""
-    times = math.exp(math.log(norm) - usual)
-    return f"gradient norm {times:.3g} times the median, loss {loss:.3g} where {usual_loss:.3g} is usual"
+def _outlier(history: StepHistory, loss: float, norm: float | None, rows: float) -> str | None:
+    """Describe a step whose loss and norm are both outliers, with wider limits for fewer rows; None for others."""
+    if norm is None or norm <= 0 or not history.first or len(history.log_norms) < MIN_CLEAN_STEPS:
+        return None
+    median, spread = _median_and_spread(history.log_norms, MIN_NORM_SPREAD)
+    losses = history.losses[-BASELINE_WINDOW:]
+    median_loss, loss_spread = _median_and_spread(losses, MIN_LOSS_SPREAD * abs(history.first))
+    wider = math.sqrt(history.most_rows / rows) if rows else 1.0
+    norm_score = (math.log(norm) - median - math.log(wider)) / spread / wider
+    loss_score = (loss - median_loss) / loss_spread / wider
+    if norm_score <= NORM_SCORE or loss_score <= LOSS_SCORE:
+        return None
+    ratio = math.exp(math.log(norm) - median)
+    return f"gradient norm {ratio:.3g} times the median, loss {loss:.3g} where {median_loss:.3g} is usual"
 
 
-def _stayed_high(seen: StepMemory) -> str:
-    """That the loss rose and stayed above what it was; empty: it did not."""
-    before, last = seen.losses[:-STAYS], seen.losses[-STAYS:]
-    if not seen.first or len(before) < LEAST:
-        return ""
-    losses = before[-BASELINE_WINDOW:]
-    usual, now = statistics.median(losses), statistics.median(last)
-    # From one step to the next: a loss that falls fast is spread widely around its median, without any noise.
-    noise = MAD * statistics.median(abs(one - other) for one, other in pairwise(losses)) / math.sqrt(2)
-    if min(last) <= usual or now - usual <= max(STAY_SCORE * noise, LEAST_RISE * abs(seen.first)):
-        return ""
-    return f"the loss rose and stays: {usual:.3g} was usual, and the median of the last {STAYS} steps is {now:.3g}"
+def _stayed_high(history: StepHistory) -> str | None:
+    """Describe a loss that rose above its baseline and stayed there; None otherwise."""
+    before, recent = history.losses[:-RECENT_STEPS], history.losses[-RECENT_STEPS:]
+    if not history.first or len(before) < MIN_CLEAN_STEPS:
+        return None
+    baseline = before[-BASELINE_WINDOW:]
+    usual, now = statistics.median(baseline), statistics.median(recent)
+    # Noise from step to step: a loss that falls fast varies widely around its median, without any noise.
+    noise = MAD * statistics.median(abs(a - b) for a, b in pairwise(baseline)) / math.sqrt(2)
+    if min(recent) <= usual or now - usual <= max(STAY_SCORE * noise, MIN_RISE * abs(history.first)):
+        return None
+    return (
+        f"the loss rose and stays: {usual:.3g} was usual, and the median of the last {RECENT_STEPS} steps is {now:.3g}"
+    )
 
 
-def _usual(values: Sequence[float], least: float) -> tuple[float, float]:
-    """Median and robust standard deviation, at least `least`."""
-    middle = statistics.median(values)
-    return middle, max(least, MAD * statistics.median(abs(one - middle) for one in values))
+def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[float, float]:
+    """Return the median and the robust standard deviation, at least `min_spread`."""
+    median = statistics.median(values)
+    return median, max(min_spread, MAD * statistics.median(abs(value - median) for value in values))
 
 
-# ---- guards of a whole run that judge no curve --------------------------------------------------------------------
+# ---- guards of a run ---------------------------------------------------------------------------------------------
 
 
 def nothing_learned(moved: Moved, reached: bool, largest_grad_norm: float | None) -> GuardDecision:
-    """Stop when no parameter changed: no gradient reached one, each gradient was 0, or the rate was too small."""
+    """Stop a run in which no parameter changed: no gradient, all gradients 0, or too small a learning rate."""
     if moved.num_values_moved > 0:
         return GO_ON
     if not reached:
@@ -190,23 +194,23 @@ def nothing_learned(moved: Moved, reached: bool, largest_grad_norm: float | None
     return GuardDecision("stop", reason)
 
 
-def too_short(notice: str | None, stop_seconds: float) -> str:
-    """That a run which is told to stop cannot save in time; empty: it can, or nobody has said how long it has."""
+def short_notice_warning(notice: str | None, stop_seconds: float) -> str | None:
+    """Warn if `train.notice` is shorter than a step, an evaluation and a checkpoint; None otherwise."""
     if notice is None or stop_seconds <= parse_seconds(notice):
-        return ""
+        return None
     return (
         f"train.notice: {notice} is less than a step, an evaluation and a checkpoint take (about "
-        f"{format_seconds(stop_seconds)}): a run that is told to stop may lose the steps since its last checkpoint; a "
-        "smaller train.save_steps makes them few"
+        f"{format_seconds(stop_seconds)}): a run that is asked to stop may lose the steps since its last checkpoint; "
+        "set a smaller train.save_steps to lose fewer"
     )
 
 
-RATE_SHARE = 0.5
-"""Of the rate that is kept each time that a run goes back, but for the first time."""
+ROLLBACK_RATE_FACTOR = 0.5
+"""Factor of the learning rate at each rollback but the first."""
 
 
 def rate_factor(rollbacks: Sequence[int]) -> float:
-    """What the planned rate is multiplied by after rollbacks to these steps: a half for each but a first one to a
-    checkpoint, because most causes pass (docs/guards.md)."""
-    passed = bool(rollbacks) and rollbacks[0] > 0
-    return float(RATE_SHARE ** (len(rollbacks) - passed))
+    """Return the factor of the planned learning rate after rollbacks to these steps: `ROLLBACK_RATE_FACTOR` for each,
+    but 1 for a first rollback to a checkpoint, because most causes pass (docs/concepts/guards.md)."""
+    is_first_free = bool(rollbacks) and rollbacks[0] > 0
+    return float(ROLLBACK_RATE_FACTOR ** (len(rollbacks) - is_first_free))

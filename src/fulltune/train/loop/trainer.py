@@ -1,4 +1,4 @@
-"""transformers' `Trainer` as a run uses it: our order of the rows, evaluation, checkpoints and optimizers."""
+"""The `Trainer` of a run, with fulltune's row order, evaluation, checkpoints and optimizers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import AutocastKwargs, broadcast_object_list
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
@@ -24,18 +26,17 @@ from fulltune.train import checkpoints
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
-from fulltune.train.loop.step_guard import Judged, StepMemory, rate_factor
+from fulltune.train.loop.step_guard import StepHistory, StepVerdict, rate_factor
 from fulltune.train.optim import fsdp2, optimizers, zero
 from fulltune.train.optim.groups import planned_optimizer
 
-_MOST_NAMED = 32
-"""Rows of a skipped step."""
+_MAX_NAMED_ROWS = 32
 ITEMS = "num_items"
-"""Of a batch, the number of items in its loss."""
+"""Key of a batch for the number of items in its loss."""
 
 
-def _out_of_the_group(worker: int) -> None:
-    """Move the DataLoader worker to its own process group so that stop signals do not reach it."""
+def _leave_process_group(worker: int) -> None:
+    """Move a DataLoader worker to its own process group, so that stop signals do not reach it."""
     if hasattr(os, "setpgrp"):  # not on Windows; rows are needed until the last step is saved
         os.setpgrp()
 
@@ -46,47 +47,46 @@ def collated(
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
-    """A batch on the host, with what would have to be read from the device later: the number of `ITEMS` in its loss,
-    and for a selective head which places are `TRAINED`."""
+    """Collate rows on the host and add values that would be slow to read from the device later: the number of `ITEMS`
+    in the loss, and for a selective head the `TRAINED` positions."""
     batch = collate(rows)
-    known: dict[str, Any] = {ITEMS: count_items(batch["labels"])}
+    batch = batch | {ITEMS: count_items(batch["labels"])}
     if head is not None:
-        known[TRAINED] = trained_places(head.wanted(batch["labels"]))
-    return batch | known
+        batch[TRAINED] = trained_places(head.wanted(batch["labels"]))
+    return batch
 
 
 class TrainingPart(TrainerCallback):
-    """A part of training: acts at transformers' events, and where these are not enough. All parts are listed
-    in `train/worker/attempt.py: _parts`."""
+    """A callback with four more hooks. `train/worker/attempt.py: _parts` lists all parts of a training."""
 
     def add_gradient(self) -> None:
-        """Before the first micro batch of a step."""
+        """Add gradients before the first micro batch of a step."""
 
     def scores(self) -> Mapping[str, float]:
-        """What it measures at an evaluation, by name, without a prefix."""
+        """Return the metrics of an evaluation, without the `eval_` prefix."""
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """What it keeps in a checkpoint, in one record with the others: plain values and arrays, by its own names."""
+        """Return plain values and arrays for the checkpoint; names are unique over all parts."""
         return {}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Take back what all parts kept in the checkpoint that a run resumes from."""
+        """Restore from the checkpoint's state, which contains that of all parts."""
 
 
 class FullTrainer(Guarded, Trainer):
     """The `transformers.Trainer` of a run.
 
     Args:
-        mixed: Which of the train rows are mixed into the task's.
-        head_modules: Names of the modules that learn at a rate of their own.
-        base_weights: Tells the pretrained weights from others; None: a process has only a part of them.
+        mixed: The mixed-in sources among the train rows.
+        head_modules: Names of the modules with a learning rate of their own.
+        base_digest: Digest of the pretrained weights, or None if they are sharded.
     """
 
     head: SelectiveHead | None = None
-    """Gives only the logits that the loss uses; None gives all."""
+    """Computes only the logits that the loss uses; None computes all."""
     parts: Sequence[TrainingPart] = ()
-    """In the order in which they act."""
+    """Parts of the training, in the order in which they act."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class FullTrainer(Guarded, Trainer):
         lengths: Sequence[int],
         mixed: tuple[Mixed, ...] = (),
         head_modules: Sequence[str] = (),
-        base_weights: str | None = None,
+        base_digest: str | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
@@ -111,54 +111,59 @@ class FullTrainer(Guarded, Trainer):
             mixed,
         )
         if self.is_shared:
-            # Its cache would hold a copy in 16 bits of each weight until the forward pass ends, and the unit is put
-            # together anew for its backward pass in any case.
+            # The cache would keep a 16-bit copy of each weight until the forward pass ends, and each unit is gathered
+            # again for its backward pass anyway.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.skips = inputs.recipe.train.skip_suspect_steps and not inputs.has_own_loss
         self._journal, self._recorder = inputs.journal, inputs.recorder
-        self._base_weights, self._head_modules = base_weights, head_modules
+        self._base_digest, self._head_modules = base_digest, head_modules
         self.count_items = inputs.task.count_items
         self.trained_only = inputs.recipe.method.kind != "full"
 
     @property
     def is_shared(self) -> bool:
-        """FSDP2 shares out the model."""
+        """True if FSDP2 shards the model."""
         return sharding.is_shared(self.model)
 
     @property
-    def passing(self) -> Any:
-        """The module that forward passes use: DeepSpeed's engine where there is one, else the model."""
+    def forward_model(self) -> nn.Module:
+        """The module for forward passes: DeepSpeed's engine if there is one, else the model."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
+    @property
+    def _optimizer(self) -> Any:
+        """The optimizer as training wraps it."""
+        return self.optimizer
+
     def add_parts(self, parts: Sequence[TrainerCallback]) -> None:
-        """Have these act, in this order."""
+        """Add callbacks and parts, which act in this order."""
         self.parts = [*self.parts, *(part for part in parts if isinstance(part, TrainingPart))]
         for part in parts:
             self.add_callback(part)
 
     def resume_parts(self, state: Mapping[str, Any]) -> None:
-        """Give the guard and all parts what they kept in a checkpoint."""
-        self.seen = StepMemory.from_json(state)
+        """Restore the step guard and all parts from a checkpoint's state."""
+        self.guard_history = StepHistory.from_json(state)
         for part in self.parts:
             part.resume(state)
 
-    def alive(self, *_: Any) -> None:
-        """Give a sign of life; the dry run scores rows, too, and is not watched."""
+    def alive(self, *_: object) -> None:
+        """Write a heartbeat while training; the dry run, which scores rows as well, has none."""
         if self.is_in_train:
             self._journal.alive(self.state.global_step)
 
     def agreed(self, value: Any) -> Any:
-        """What the first process has, where all take part in what follows."""
+        """Return rank 0's value if all ranks work together, else this process's own."""
         return broadcast_object_list([value])[0] if self.is_shared or self.is_deepspeed_enabled else value
 
-    def on_skip(self, step: int, judged: Judged) -> None:
+    def on_skip(self, step: int, verdict: StepVerdict) -> None:
         rows = sorted(next(self.sampler.steps(step - 1, step)))
-        named = first_few([f"{row + 1:,}" for row in rows], _MOST_NAMED)
-        self._journal.write("skipped", f"step {step}: {judged.reason}; train rows {named}")
-        self._recorder.write(StepSkipped(step=step, reason=judged.reason, rows=tuple(rows)))
+        named = first_few([f"{row + 1:,}" for row in rows], _MAX_NAMED_ROWS)
+        self._journal.write("skipped", f"step {step}: {verdict.reason}; train rows {named}")
+        self._recorder.write(StepSkipped(step=step, reason=verdict.reason, rows=tuple(rows)))
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's scheduler, scaled down after rollbacks."""
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Create the Trainer's schedule, scaled down after rollbacks."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
         if (lower := rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
@@ -170,7 +175,7 @@ class FullTrainer(Guarded, Trainer):
             return
         schedule: Any = self.lr_scheduler
         schedule = getattr(schedule, "scheduler", schedule)  # accelerate's wrapper
-        groups = cast("Any", self.optimizer).param_groups
+        groups = self._optimizer.param_groups
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in groups]  # what is logged
@@ -178,23 +183,24 @@ class FullTrainer(Guarded, Trainer):
     def selecting(
         self, labels: torch.Tensor, trained: torch.Tensor | None = None, *, whole: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model gives only the logits that the loss uses, when it can: chunked by the plan, or `whole`."""
+        """Make the model compute only the logits that the loss uses, if it can: chunked if planned, unless `whole`."""
         if self.head is None:
             return contextlib.nullcontext()
         in_pieces = self.head.in_pieces and self._plan.chunked_loss and not whole
         return self.head.only(labels, trained, in_pieces=in_pieces)
 
     def collated(self, rows: list[Any]) -> dict[str, Any]:
-        """See the function of this name."""
         return collated(rows, self.data_collator, self.count_items, self.head)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
         inputs = dict(inputs)
         labels, trained = inputs["labels"], inputs.pop(TRAINED, None)
         if self.head is not None and trained is not None:
@@ -203,17 +209,17 @@ class FullTrainer(Guarded, Trainer):
             return super().compute_loss(model, inputs, *rest, **keywords)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # A figure for logs that we do not show; theirs walks through all modules at each micro batch.
+        # We do not log it, and the Trainer walks through all modules at each micro batch.
         return 0
 
-    def _clip_grad_norm(self, model: Any) -> Any:
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
         if self.args.device.type != "cpu" or self.is_deepspeed_enabled or self.is_shared:
             return super()._clip_grad_norm(model)
-        # The same numbers as theirs, which multiplies all gradients by 1 when there is nothing to clip.
+        # Same numbers as the Trainer, which multiplies all gradients by 1 if there is nothing to clip.
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if norm + 1e-6 > self.args.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -227,19 +233,18 @@ class FullTrainer(Guarded, Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
-            worker_init_fn=_out_of_the_group,
+            worker_init_fn=_leave_process_group,
         )
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        # Theirs counts every label that is not -100: each of a row's labels for multi_label, no number -100.0 for
-        # regression.
-        # Filled there: a number that is copied has the host wait until the device has come so far.
+        # The Trainer counts every label that is not -100: each label of a row for multi_label, and no number -100.0 for
+        # regression. Filled on the device: copying would make the host wait.
         count = torch.full((), sum(batch.pop(ITEMS) for batch in batch_samples), dtype=torch.int64, device=device)
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Put a checkpoint's weights into the model, wherever they lie."""
+        """Load a checkpoint's weights into the model, under any placement."""
         if self.is_deepspeed_enabled:
             zero.load_weights(self.model_wrapped, checkpoint)
         elif fsdp2.is_in(checkpoint):
@@ -247,15 +252,15 @@ class FullTrainer(Guarded, Trainer):
         else:
             checkpoints.load_weights(self.model, checkpoint, self.trained_only)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (self.is_shared or fsdp2.is_in(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # Theirs refuses what was shared out (transformers 5.24).
-        optimizer: Any = self.optimizer
+        # The Trainer refuses sharded state (transformers 5.24).
+        optimizer = self._optimizer
         fsdp2.load_optimizer(self.model, optimizer.optimizer, Path(checkpoint))
         schedule: Any = self.lr_scheduler
         schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
@@ -264,29 +269,30 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        # Theirs keeps whole gradients until a step's last micro batch: as much memory as whole weights.
+        # The Trainer keeps unsharded gradients until a step's last micro batch: as much memory as unsharded weights.
         yield
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._journal.during("saving"):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            if self.is_shared:  # what the Trainer leaves out of a checkpoint then
-                optimizer, schedule = cast("Any", self.optimizer), cast("Any", self.lr_scheduler)
-                fsdp2.save(self.model, fsdp2.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
+            if self.is_shared:  # the Trainer does not save these then
+                schedule: Any = self.lr_scheduler
+                state = fsdp2.state_of(self.model, self._optimizer.optimizer)
+                fsdp2.save(self.model, state, folder, self.trained_only)
                 if self.args.should_save:
                     torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
             if self.args.should_save:
-                state = asdict(self.seen) | {"base_weights": self._base_weights}
+                guard = asdict(self.guard_history) | {"base_weights": self._base_digest}
                 for part in self.parts:
-                    state |= part.state()
-                checkpoints.save_guard_state(folder, state)
+                    guard |= part.state()
+                checkpoints.save_guard_state(folder, guard)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_shared or self.is_deepspeed_enabled:  # theirs would put the whole model together in one process
-            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # each process writes its part beside it
+        if self.is_shared or self.is_deepspeed_enabled:  # the Trainer would gather the whole model in one process
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # each rank writes its shard beside it
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -298,19 +304,19 @@ class FullTrainer(Guarded, Trainer):
             checkpoints.save_trained(self.model, folder)
             cast("Any", self.processing_class).save_pretrained(folder)
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score the eval rows, drawing no random number that training would miss; the best step is chosen by it."""
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        """Score the eval rows without changing the random state; these metrics decide the best step."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             metrics = {f"eval_{name}": value for part in self.parts for name, value in part.scores().items()}
         if self.args.world_size > 1:
-            # The last digits can differ between processes, and with them the decision to stop early: rank 0 decides.
+            # Last digits can differ between ranks, and with them early stopping: rank 0 decides.
             metrics = broadcast_object_list([metrics])[0]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Theirs, unless the plan has an optimizer of ours or more rates than one."""
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the planned optimizer: the Trainer's, except for fulltune's optimizers and several learning rates."""
         plan, model = self._plan, self.model if model is None else model
         own = optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed) is not None
         if self.optimizer is None and (own or plan.layerwise_lr_decay != 1.0 or plan.head_learning_rate is not None):
@@ -320,7 +326,7 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
-        """The run's optimizer for one step that changes no weight: rate and decay are 0. Not in an engine."""
+        """Yield the run's optimizer with rate and decay 0, so that a step changes no weight; not for DeepSpeed."""
         sharding.free(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self.create_optimizer()

@@ -18,7 +18,7 @@ from fulltune.train.forgetting.within_budget import keep_within
 from fulltune.train.journal import CHECKS, SCORING
 from fulltune.train.loop.callbacks import Checkpoints, Progress, UpdateMeter
 from fulltune.train.loop.inputs import AttemptInputs
-from fulltune.train.loop.step_guard import nothing_learned, too_short
+from fulltune.train.loop.step_guard import nothing_learned, short_notice_warning
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import distributed, loading, weights
 from fulltune.train.worker.best import keep_best
@@ -160,7 +160,7 @@ def _check(training: Training) -> None:
         checks += dry_run(inputs, training.trainer, training.evaluator.reduced)
         observed.dry_run_growth_bytes = observed.growth_bytes()
         if (need := observed.forecast) is not None:
-            if warning := too_short(inputs.recipe.train.notice, need.stop_seconds):
+            if warning := short_notice_warning(inputs.recipe.train.notice, need.stop_seconds):
                 inputs.recorder.warn(warning)
             inputs.recorder.write(Forecast(time=need, peak_memory_bytes=observed.dry_run_growth_bytes))
     refuse_failed(checks, inputs.recorder)
@@ -173,7 +173,7 @@ def _fit(training: Training) -> tuple[Any, Any]:
     if request.checkpoint is not None:
         checkpoint = Path(request.checkpoint)
         kept = checkpoints.guard_state(checkpoint)
-        if len({kept["base_weights"], training.loaded.base_weights} - {None}) > 1:
+        if len({kept["base_weights"], training.loaded.base_digest} - {None}) > 1:
             raise SetupError(
                 f"model: {inputs.recipe.model.name}: its weights are not those that this run began with; put them "
                 "back, or start a new run (--fresh)"
@@ -188,7 +188,7 @@ def _fit(training: Training) -> tuple[Any, Any]:
         if inputs.is_main:
             checkpoints.drop_after(request.checkpoints, request.first_step)
         inputs.journal.write("resume", f"from {checkpoint.name}")
-    trainer.usual_loss = next(reversed(trainer.seen.losses), training.evaluator.untrained_loss or 0.0)
+    trainer.usual_loss = next(reversed(trainer.guard_history.losses), training.evaluator.untrained_loss or 0.0)
     _stop_before_training(inputs)
     trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
     if inputs.stop.asked:

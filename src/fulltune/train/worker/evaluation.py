@@ -62,7 +62,7 @@ class Evaluator(TrainingPart):
         plan = self.inputs.plan
         with self.inputs.journal.during("evaluation"):
             return run_rows(
-                trainer.passing,
+                trainer.forward_model,
                 rows,
                 self.inputs.task,
                 self.target,

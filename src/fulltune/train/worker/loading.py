@@ -187,8 +187,8 @@ class Loaded:
     """The last layer of a head that learns numbers in other units than the user's."""
     about_scale: str
     """Those units in words, or why they are the user's; empty: no numbers are learned."""
-    base_weights: str | None
-    """Tells the pretrained weights from others; None: a process has only a part of them."""
+    base_digest: str | None
+    """Digest of the pretrained weights, or None if they are sharded by ZeRO."""
 
 
 def load_for_training(inputs: AttemptInputs) -> Loaded:
@@ -212,7 +212,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
         if head is not None and head.order is None:
             draw(model, head)
     in_parts = sharding.runs_together(model) and not sharding.is_shared(model)  # by ZeRO, and not told from others
-    base_weights = None if in_parts else checkpoints.weights_seen(model)
+    base_digest = None if in_parts else checkpoints.weights_digest(model)
     head_start, learning = None, Learning(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.order is None:
         head_start = _start_head(inputs, learning, head, tokenizer, arguments.device)
@@ -246,7 +246,7 @@ def load_for_training(inputs: AttemptInputs) -> Loaded:
         head_start=head_start,
         scaled=scaled,
         about_scale=about_scale,
-        base_weights=base_weights,
+        base_digest=base_digest,
     )
 
 
@@ -266,7 +266,7 @@ def make_trainer(inputs: AttemptInputs, loaded: Loaded) -> FullTrainer:
         lengths=loaded.rows["length"],
         mixed=mixed_ranges(inputs.summary),
         head_modules=() if plan.head_learning_rate is None else names_of(model, recipe.task, recipe.method.label),
-        base_weights=loaded.base_weights,
+        base_digest=loaded.base_digest,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for callback in trainer.callback_handler.callbacks:

@@ -12,38 +12,38 @@ import pytest
 
 from fulltune.train.loop.step_guard import (
     BASELINE_WINDOW,
-    LEAST,
-    MOST_SKIPPED,
-    STAYS,
-    Judged,
-    StepMemory,
+    MAX_SKIPPED,
+    MIN_CLEAN_STEPS,
+    RECENT_STEPS,
+    StepHistory,
+    StepVerdict,
     judge,
 )
 
 INF, NAN = math.inf, math.nan
 
 
-def after(steps: int, loss: float = 1.0, norm: float | None = 2.0) -> StepMemory:
+def after(steps: int, loss: float = 1.0, norm: float | None = 2.0) -> StepHistory:
     """What is remembered after so many clean steps, whose losses and norms differ by a tenth or so."""
-    draw, seen = random.Random(0), StepMemory()
+    draw, history = random.Random(0), StepHistory()
     for step in range(1, steps + 1):
         values = loss * draw.gauss(1, 0.1), None if norm is None else norm * math.exp(draw.gauss(0, 0.2))
-        judged = judge(seen, step, *values)
-        assert judged.action == "go on"
-        seen = judged.seen
-    return seen
+        verdict = judge(history, step, *values)
+        assert verdict.action == "go on"
+        history = verdict.history
+    return history
 
 
 def several(
-    seen: StepMemory, steps: list[tuple[float, float | None]], first: int = 201, **options: Any
-) -> list[Judged]:
+    history: StepHistory, steps: list[tuple[float, float | None]], first: int = 201, **options: Any
+) -> list[StepVerdict]:
     """These steps one after the other, until one stops."""
-    found: list[Judged] = []
+    verdicts: list[StepVerdict] = []
     for number, (loss, norm) in enumerate(steps, start=first):
-        found.append(judge(found[-1].seen if found else seen, number, loss, norm, **options))
-        if found[-1].action == "stop":
+        verdicts.append(judge(verdicts[-1].history if verdicts else history, number, loss, norm, **options))
+        if verdicts[-1].action == "stop":
             break
-    return found
+    return verdicts
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,16 @@ def several(
 def test_step_is_skipped_when_it_is_not_finite_or_loss_and_norm_are_both_far_above_the_usual(
     loss: float, norm: float | None, scaled: bool, action: str, own: bool
 ) -> None:
-    seen = after(200)
-    judged = judge(seen, 201, loss, norm, scaled=scaled, finite_only=own)
+    history = after(200)
+    verdict = judge(history, 201, loss, norm, scaled=scaled, finite_only=own)
     is_finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
-    assert judged.action == ("go on" if own and is_finite else action)
-    assert bool(judged.reason) == (judged.action == "skip")
-    if judged.action == "skip":
-        assert (judged.seen.losses, judged.seen.log_norms) == (seen.losses, seen.log_norms), "it was not clean"
-        assert judged.seen.skipped == (201,)
+    assert verdict.action == ("go on" if own and is_finite else action)
+    assert bool(verdict.reason) == (verdict.action == "skip")
+    if verdict.action == "skip":
+        assert (verdict.history.losses, verdict.history.log_norms) == (history.losses, history.log_norms), (
+            "it was not clean"
+        )
+        assert verdict.history.skipped == (201,)
 
 
 @pytest.mark.parametrize(
@@ -90,43 +92,43 @@ def test_step_is_skipped_when_it_is_not_finite_or_loss_and_norm_are_both_far_abo
     ],
 )
 def test_step_with_few_rows_may_be_farther_off(loss: float, norm: float, rows: int, action: str) -> None:
-    seen = judge(after(199), 200, 1.0, 2.0, rows=16).seen
+    history = judge(after(199), 200, 1.0, 2.0, rows=16).history
     # A run that goes on in between judges alike.
-    again = StepMemory.from_json(json.loads(json.dumps(asdict(seen))))
+    again = StepHistory.from_json(json.loads(json.dumps(asdict(history))))
     assert judge(again, 201, loss, norm, rows=rows).action == action
 
 
 def test_nothing_is_suspect_where_the_loss_was_0_from_the_beginning() -> None:
-    clean = several(StepMemory(), [(0.0, 1e-6 * (1 + step % 3)) for step in range(LEAST)], first=1)
-    judged = several(clean[-1].seen, [(1e-4, 1.0)] * (2 * STAYS), first=LEAST + 1)
-    assert {one.action for one in clean + judged} == {"go on"}
+    clean = several(StepHistory(), [(0.0, 1e-6 * (1 + step % 3)) for step in range(MIN_CLEAN_STEPS)], first=1)
+    verdict = several(clean[-1].history, [(1e-4, 1.0)] * (2 * RECENT_STEPS), first=MIN_CLEAN_STEPS + 1)
+    assert {one.action for one in clean + verdict} == {"go on"}
 
 
 def test_nothing_is_suspect_before_there_is_something_to_compare_with() -> None:
-    assert judge(after(LEAST - 1), 40, 9.0, 200.0).action == "go on"
-    assert judge(after(LEAST), 40, 9.0, 200.0).action == "skip"
-    assert judge(StepMemory(), 1, NAN, 1.0).action == "skip"
+    assert judge(after(MIN_CLEAN_STEPS - 1), 40, 9.0, 200.0).action == "go on"
+    assert judge(after(MIN_CLEAN_STEPS), 40, 9.0, 200.0).action == "skip"
+    assert judge(StepHistory(), 1, NAN, 1.0).action == "skip"
 
 
 def test_three_steps_in_a_row_that_are_not_finite_stop() -> None:
-    found = several(after(200), [(NAN, 1.0)] * 5)
-    assert [one.action for one in found] == ["skip", "skip", "stop"]
-    assert found[-1].since == 201
-    assert found[-1].reason == (
+    verdicts = several(after(200), [(NAN, 1.0)] * 5)
+    assert [one.action for one in verdicts] == ["skip", "skip", "stop"]
+    assert verdicts[-1].since == 201
+    assert verdicts[-1].reason == (
         "the loss is nan, and the 2 steps before it were skipped as well; the weights are still good. Usual causes: a "
         "learning rate that is too high, rows without a trained token, values out of range or a type with too small a "
         "range"
     )
-    found = several(after(200), [(NAN, 1.0), (NAN, 1.0), (1.0, 2.0)] * 6)
-    assert [one.action for one in found] == ["skip", "skip", "go on"] * 2 + ["stop"], "the fifth of twenty"
+    verdicts = several(after(200), [(NAN, 1.0), (NAN, 1.0), (1.0, 2.0)] * 6)
+    assert [one.action for one in verdicts] == ["skip", "skip", "go on"] * 2 + ["stop"], "the fifth of twenty"
 
 
 def test_too_many_suspect_steps_stop() -> None:
-    found = several(after(200), [(9.0, 200.0), (1.0, 2.0)] * 10)
-    assert "4 of the 20 steps before it" in found[-1].reason
-    assert sum(one.action == "skip" for one in found) == MOST_SKIPPED - 1
-    assert found[-1].action == "stop"
-    assert found[-1].since == 201
+    verdicts = several(after(200), [(9.0, 200.0), (1.0, 2.0)] * 10)
+    assert "4 of the 20 steps before it" in verdicts[-1].reason
+    assert sum(one.action == "skip" for one in verdicts) == MAX_SKIPPED - 1
+    assert verdicts[-1].action == "stop"
+    assert verdicts[-1].since == 201
     seldom: list[tuple[float, float | None]] = [(9.0, 200.0), *[(1.0, 2.0)] * 6]
     assert {one.action for one in several(after(200), seldom * 10)} == {"skip", "go on"}
 
@@ -134,19 +136,19 @@ def test_too_many_suspect_steps_stop() -> None:
 @pytest.mark.parametrize(
     ("losses", "stops"),
     [
-        ([3.0] * STAYS, True),
-        ([3.0] * (STAYS - 1) + [0.9], False),  # one is as before
-        ([1.2] * STAYS, False),  # a little
-        ([0.2] * STAYS, False),
-        ([3.0] * (STAYS - 1), False),
+        ([3.0] * RECENT_STEPS, True),
+        ([3.0] * (RECENT_STEPS - 1) + [0.9], False),  # one is as before
+        ([1.2] * RECENT_STEPS, False),  # a little
+        ([0.2] * RECENT_STEPS, False),
+        ([3.0] * (RECENT_STEPS - 1), False),
     ],
 )
 def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float], stops: bool) -> None:
-    found = several(after(200), [(loss, 2.0) for loss in losses])
-    assert (found[-1].action == "stop") == stops
+    verdicts = several(after(200), [(loss, 2.0) for loss in losses])
+    assert (verdicts[-1].action == "stop") == stops
     if stops:
-        assert found[-1].since == 201
-        assert found[-1].reason.startswith("the loss rose and stays: ")
+        assert verdicts[-1].since == 201
+        assert verdicts[-1].reason.startswith("the loss rose and stays: ")
         among: list[tuple[float, float | None]] = [(loss, 2.0) for loss in losses]
         among[3:3] = [(9.0, 200.0)] * 2
         assert several(after(200), among)[-1].since == 201, "skipped steps are between them"
@@ -155,34 +157,36 @@ def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float],
 
 def test_skipped_steps_of_another_training_are_forgotten() -> None:
     """A Trainer that trains again, or from an earlier checkpoint."""
-    seen = StepMemory(skipped=(50, 51, 52))
+    history = StepHistory(skipped=(50, 51, 52))
     for step in (1, 41, 50):
-        assert judge(seen, step, 1.0, 2.0).seen.skipped == ()
-        assert judge(seen, step, NAN, 2.0).seen.skipped == (step,)
+        assert judge(history, step, 1.0, 2.0).history.skipped == ()
+        assert judge(history, step, NAN, 2.0).history.skipped == (step,)
 
 
 @pytest.mark.parametrize(("rise", "stops"), [(0.0, False), (2.0, True)])
 def test_loss_that_falls_fast_hides_no_rise(rise: float, stops: bool) -> None:
     """From 4 to 2 in 84 steps, with noise of 0.1: around their median these spread by half."""
     drawn = random.Random(0)
-    falling = [(4 - step / 42 + drawn.gauss(0, 0.1), 2.0) for step in range(BASELINE_WINDOW + STAYS)]
-    after_it = [(2.0 + rise + drawn.gauss(0, 0.1), 2.0) for _ in range(STAYS)]
-    assert (several(StepMemory(), [*falling, *after_it])[-1].action == "stop") == stops
+    falling = [(4 - step / 42 + drawn.gauss(0, 0.1), 2.0) for step in range(BASELINE_WINDOW + RECENT_STEPS)]
+    after_it = [(2.0 + rise + drawn.gauss(0, 0.1), 2.0) for _ in range(RECENT_STEPS)]
+    assert (several(StepHistory(), [*falling, *after_it])[-1].action == "stop") == stops
 
 
 def test_what_a_model_has_learned_by_heart_is_no_reason_to_skip_a_hard_row() -> None:
     """The loss began at 1 and is 0.001 by now; a loss of 0.2 is 200 times the usual one."""
-    seen = StepMemory(
-        (*after(LEAST).losses, *[0.001] * BASELINE_WINDOW)[-BASELINE_WINDOW:], (-3.0,) * BASELINE_WINDOW, first=1.0
+    history = StepHistory(
+        (*after(MIN_CLEAN_STEPS).losses, *[0.001] * BASELINE_WINDOW)[-BASELINE_WINDOW:],
+        (-3.0,) * BASELINE_WINDOW,
+        first=1.0,
     )
-    assert judge(seen, 300, 0.2, 2.0).action == "go on"
-    assert judge(seen, 300, 4.0, 2.0).action == "skip"
+    assert judge(history, 300, 0.2, 2.0).action == "go on"
+    assert judge(history, 300, 4.0, 2.0).action == "skip"
 
 
 def test_what_is_remembered_is_bounded_and_comes_back_as_it_was_saved() -> None:
-    seen = judge(after(1000), 1001, NAN, 1.0).seen
-    assert (len(seen.losses), len(seen.log_norms)) == (BASELINE_WINDOW + STAYS, BASELINE_WINDOW)
-    assert StepMemory.from_json(json.loads(json.dumps(asdict(seen)))) == seen
+    history = judge(after(1000), 1001, NAN, 1.0).history
+    assert (len(history.losses), len(history.log_norms)) == (BASELINE_WINDOW + RECENT_STEPS, BASELINE_WINDOW)
+    assert StepHistory.from_json(json.loads(json.dumps(asdict(history)))) == history
     for own in (False, True):
-        later = several(seen, [(1.0, 2.0)] * STAYS, first=1002, finite_only=own)[-1].seen
+        later = several(history, [(1.0, 2.0)] * RECENT_STEPS, first=1002, finite_only=own)[-1].history
         assert later.skipped == (), "clean for long enough"

@@ -88,9 +88,9 @@ def test_process_with_loaders_that_stay_ends() -> None:
     """It asks them to end with a signal, which is one that a stop of the group sends, too."""
     code = (
         "import sys; from torch.utils.data import DataLoader;"
-        "from fulltune.train.loop.trainer import _out_of_the_group;"
+        "from fulltune.train.loop.trainer import _leave_process_group;"
         "loader = DataLoader(range(4), num_workers=1, persistent_workers=True, multiprocessing_context='fork',"
-        "worker_init_fn=_out_of_the_group); print(len(list(loader))); sys.kept = iter(loader)"
+        "worker_init_fn=_leave_process_group); print(len(list(loader))); sys.kept = iter(loader)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
