@@ -24,8 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for the tests' tiny models
 
-import functions
-from evidence import MINILM, banking77, data, wnut17
+from public_data import MINILM, answer_lengths, banking77, shakespeare, wnut17
 from tests import tiny
 
 from fulltune.train.loop import step_guard
@@ -40,11 +39,6 @@ ANSWERS = "task: {task}\ndata: {{train: train.csv, {columns}, max_length: 128, t
 PROMPTS = ANSWERS.format(task="causal-lm", columns="prompt: text, completion: category")
 WRITTEN = ANSWERS.format(task="seq2seq", columns="source: text, target: category")
 RAW = "task: causal-lm\ndata: {train: input.txt, text_rows: section, max_length: 128}\n"
-
-
-def shakespeare(folder: Path, rows: int) -> None:
-    text = (data() / "shakespeare" / "input.txt").read_text(encoding="utf-8")
-    (folder / "input.txt").write_text(text[: 200 * rows], encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ KINDS = {
     "classes-minilm-lora": Kind("minilm", CLASSES, banking77, 2000, (8e-4,), 315, "lora"),
     "tags-distilbert": Kind("distilbert", TAGS, wnut17, 1000, TINY_RATES),
     "tags-minilm": Kind("minilm", TAGS, wnut17, 1000, (2e-4,), 320),
-    "numbers-bert": Kind("bert", NUMBERS, lambda folder, _: functions.write("lengths", folder), 0, TINY_RATES),
+    "numbers-bert": Kind("bert", NUMBERS, answer_lengths, 1500, TINY_RATES),
     "prompts-llama": Kind("llama", PROMPTS, banking77, 1000, TINY_RATES, batch=16),
     "prompts-qwen2-few": Kind("qwen2", PROMPTS, banking77, 100, (3e-3,), batch=8),
     "raw-gpt2": Kind("gpt2", RAW, shakespeare, 1500, TINY_RATES, batch=8),
@@ -89,8 +83,8 @@ def prepared(folder: Path, name: str, kind: Kind | None = None) -> Path:
     if not (place / "recipe.yaml").exists():
         place.mkdir(parents=True, exist_ok=True)
         kind.write(place, kind.rows)
-        model = MINILM if kind.model == "minilm" else f"model: {tiny.save_model(place / 'model', kind.model)}\n"
-        (place / "recipe.yaml").write_text(model + kind.recipe, encoding="utf-8")
+        model = MINILM if kind.model == "minilm" else tiny.save_model(place / "model", kind.model)
+        (place / "recipe.yaml").write_text(f"model: {model}\n{kind.recipe}", encoding="utf-8")
     return place
 
 

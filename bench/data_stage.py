@@ -2,8 +2,8 @@
 
     python bench/data_stage.py FILE.csv [--repeats 5]
 
-FILE has columns `text` and `label` (bench/corpus.py makes one). Each contestant starts in a process of its own with
-nothing cached and goes from the csv file to tokenised train, eval and test rows on disk:
+FILE has columns `text` and `label` (`public_data.joined_sentences` makes one). Each contestant starts in a process of
+its own with nothing cached and goes from the csv file to tokenised train, eval and test rows on disk:
 
 - fulltune: `fulltune data`, which also checks every row, keeps duplicates on one side and counts labels and tokens;
 - datasets: `load_dataset("csv")`, `class_encode_column`, `train_test_split` twice, `map(batched=True)` on all cores.

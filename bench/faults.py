@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -37,8 +37,8 @@ import numpy as np
 import psutil
 import strikes
 from clean_steps import KINDS, prepared
-from evidence import banking77
 from planted import Planted
+from public_data import banking77
 
 from fulltune.records.plan import Plan
 from fulltune.stats.bootstrap import Resampled
@@ -79,18 +79,8 @@ WANTED = {
 }
 
 
-def few_scored(folder: Path, rows: int) -> None:
-    """Banking77 with every third of its eval and test rows."""
-    banking77(folder, rows)
-    for name in ("eval.csv", "test.csv"):
-        with (folder / name).open(encoding="utf-8", newline="") as file:
-            head, *scored = csv.reader(file)
-        with (folder / name).open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([head, *scored[::3]])
-
-
 USED = {name: replace(KINDS[name], batch=wanted.batch, rows=1000) for name, wanted in WANTED.items()}
-USED["classes-minilm"] = replace(USED["classes-minilm"], write=few_scored)
+USED["classes-minilm"] = replace(USED["classes-minilm"], write=functools.partial(banking77, scored_share=1 / 3))
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import audit_texts
+import public_data
 from declined_answers import REFUSALS
-from evidence import MINILM
 from private_defects import PRIVATE
 from row_defects import EDITS, OF_CONVERSATIONS, conversation, jaccard
 from text_defects import OF_TEXTS
@@ -52,7 +51,7 @@ class Counted:
 
 def clean_texts(data: Path, check: str) -> list[str]:
     """Texts of all sets; of refusals the answers alone, since only these are looked at."""
-    texts = audit_texts.texts_of(data)
+    texts = public_data.all_texts()
     groups = [texts["gsm8k answers"]] if check == "refusal" else list(texts.values())
     # As many of each set, however large it is.
     return [text for group in groups for text in random.Random(0).sample(group, 1000) if len(text.split()) >= 5]
@@ -70,7 +69,7 @@ def of_texts(data: Path, each: int) -> Iterable[Counted]:
 
 
 def of_conversations(data: Path, each: int) -> Iterable[Counted]:
-    texts = audit_texts.texts_of(data)
+    texts = public_data.all_texts()
     for number, (kind, (calls, plant)) in enumerate(OF_CONVERSATIONS.items()):
         draw = random.Random(number)
         sound = [conversation(draw, texts["banking77"], texts["gsm8k answers"], calls) for _ in range(each)]
@@ -145,7 +144,7 @@ def _issues(train: list[list[str]], test: list[tuple[str, str]]) -> dict[int, se
             with (folder / f"{part}.jsonl").open("w", encoding="utf-8") as out:
                 out.writelines(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
         files = "train: train.jsonl, eval: eval.jsonl, test: test.jsonl"
-        recipe = f"{MINILM}task: text-classification\ndata: {{{files}}}\n"
+        recipe = f"model: {public_data.MINILM}\ntask: text-classification\ndata: {{{files}}}\n"
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         command = [sys.executable, "-m", "fulltune.cli.app", "data", str(folder / "recipe.yaml"), "--no-labels"]
         done = subprocess.run([*command, "--run-folder", str(folder / "run")], capture_output=True, text=True)

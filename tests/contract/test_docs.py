@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 from pathlib import Path
@@ -66,18 +65,6 @@ def script(path: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
     return script("docs/generate.py")
-
-
-def test_evidence_page_has_the_table_of_its_record() -> None:
-    evidence, page = script("bench/evidence.py"), (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    record = json.loads((ROOT / "docs" / "evidence.json").read_text(encoding="utf-8"))
-    assert page == evidence.with_table(page, record), "docs/evidence.md: run `python bench/evidence.py plot FOLDER`"
-    said, times = " ".join(page.split()), [one["time"] for one in record]
-    encoder, decoder = ([one["memory"] for one in record if (one["set"] == "gsm8k") is its] for its in (False, True))
-    measured = [one for one in encoder if one is not None]
-    assert f"this CPU {min(times):.2f} to {max(times):.2f} of the time" in said
-    assert f"and {min(measured):.2f} to {max(measured):.2f} of the memory" in said
-    assert f"language model's memory {min(decoder):.2f} to {max(decoder):.2f}." in said
 
 
 def test_recipe_page_equals_the_generated_one(generate: ModuleType) -> None:

@@ -2,7 +2,7 @@
 
 `python -m tests.invariant.fake_ranks '[{"kind": "llama", ...}, ...]'` runs cells in a process of its own: its group is
 torch's `fake` one, which sends nothing, the model is shared out by the code that a run has (`models.sharding`,
-transformers), and torch's own trackers count each block of memory. Tests and `bench/fake_ranks.py` use it.
+transformers), and torch's own trackers count each block of memory.
 
 Two steps as a run makes them on a GPU: loss (whole or in pieces), backward pass, clipping, fused AdamW. What is left
 out is that of a GPU alone: its context, its allocator's gaps, what NCCL and the kernels keep.

@@ -1,4 +1,4 @@
-"""The plan of a process of N against torch's tracker on a group that does not exist; `bench/fake_ranks.py` has more."""
+"""The plan of a process of N against torch's tracker on a group that does not exist."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _moments(shapes: Shapes, footprint: Footprint, settings: MemorySettings, uni
             made: tuple[int, ...] = (passing["gradients"],)
             if summed:
                 made = (units.kept + left, summed if value < 4 else 0)
-            elif settings.device == "cpu":  # as measured (`bench/memory_per_rank.py`): both at once
+            elif settings.device == "cpu":  # as measured: both at once
                 made = (max(passing["gradients"], units.kept),)
             # The next unit is put together when the head's own backward pass begins, after that of the loss.
             following = (units.block,) if any(made) else ()

@@ -162,7 +162,7 @@ def loader_workers(recipe: Recipe, machine: Machine, device: str, reasons: Reaso
     """Processes that read rows ahead for each training process, where the recipe does not say how many.
 
     Collating texts takes 5 % of a step at most, decoding a batch of images five times as long as a ViT-base's step on
-    an A100 (`bench/collation.py`). On a CPU the training needs the cores itself.
+    an A100 (measured). On a CPU the training needs the cores itself.
     """
     name = "dataloader_num_workers"
     if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:

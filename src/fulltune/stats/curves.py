@@ -1,6 +1,6 @@
 """What curves of losses and metrics say: a training that diverges, got worse, over- or under-fits (docs/guards.md).
 
-All thresholds of these stand here; `bench/planted_fits.py` checks those of finished runs.
+All thresholds of these stand here.
 """
 
 from __future__ import annotations
