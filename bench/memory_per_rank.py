@@ -125,7 +125,7 @@ def measure(cell: Cell, placement: str, processes: int, folder: Path) -> dict[st
     outcome = json.loads(next(run.glob("attempts/*/outcome.json")).read_text(encoding="utf-8"))
     sizes = {name: json.loads((run / "plan" / f"{name}.json").read_text("utf-8")) for name in ("shapes", "footprint")}
     shutil.rmtree(folder)
-    growths = outcome["growth_of_processes"] or [outcome["memory_growth_bytes"]]
+    growths = outcome["memory_growth_per_process"] or [outcome["memory_growth_bytes"]]
     return {"growths": growths, "dry_run": outcome["dry_run_growth_bytes"], **sizes}
 
 

@@ -141,9 +141,9 @@ def curves(options: argparse.Namespace) -> int:
 
 
 def moved(curve: Curve) -> str:
-    found = curve.outcome.moved
+    found = curve.outcome.parameter_changes
     assert found is not None
-    return f"{found.num_values_moved:,} of {found.num_values_with_gradient:,}"
+    return f"{found.num_values_changed:,} of {found.num_values_with_gradient:,}"
 
 
 def fall(curve: Curve) -> str:

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fulltune.records.held import HeldRun, Point
+from fulltune.records.forgetting import BudgetResult, InterpolationPoint
 
 
-def preserved_record(points: Sequence[Point], chosen: Point, **changes: Any) -> HeldRun:
+def preserved_record(points: Sequence[InterpolationPoint], choice: InterpolationPoint, **changes: Any) -> BudgetResult:
     """A classifier's, with a budget of 2 % and without a certificate, unless `changes` say otherwise."""
     given: dict[str, Any] = {
         "trial": "full-seed1",
         "budget": 0.02,
         "limit": 0.02,
-        "writes": False,
-        "text": "generic.txt",
+        "is_language_model": False,
+        "text_source": "generic.txt",
         "metric": "accuracy",
         "greater_is_better": True,
         "sealed": None,
-        "trained": "0" * 16,
-        "opened": () if changes.get("sealed") is None else ("2026-01-01T00:00:00+00:00",),
+        "weights_digest": "0" * 16,
+        "opening_times": () if changes.get("sealed") is None else ("2026-01-01T00:00:00+00:00",),
     }
-    return HeldRun(points=tuple(points), chosen=chosen, **(given | changes))
+    return BudgetResult(points=tuple(points), choice=choice, **(given | changes))

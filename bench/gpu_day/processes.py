@@ -74,7 +74,7 @@ def _trained(here: Here, cell: Cell, placement: str, processes: int, folder: Pat
     outcome = json.loads(next(run.glob("attempts/*/outcome.json")).read_text(encoding="utf-8"))
     plan = json.loads((run / "plan" / "full.json").read_text(encoding="utf-8"))
     planned = max(plan["memory"]["phases"].values())
-    highest = max(outcome["growth_of_processes"] or [outcome["memory_growth_bytes"]])
+    highest = max(outcome["memory_growth_per_process"] or [outcome["memory_growth_bytes"]])
     outside = CUDA_CONTEXT_BYTES if here.cards else 0  # what a process reports is its allocator's
     lines = (run / "attempts" / next(run.glob("attempts/*")).name / "metrics.jsonl").read_text(encoding="utf-8")
     steps = [line for line in map(json.loads, lines.splitlines()) if line["kind"] == "train"]

@@ -32,7 +32,7 @@ from fulltune.probe.linear import Items, NoProbe, best, fits, wrong
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import HIGH_LOSS, PROOFS, TRAINED_PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Said, without_tables
+from fulltune.records.events import Message, without_tables
 from fulltune.stats.bootstrap import Measure, draw, measure_of
 from fulltune.stats.intervals import SURPRISES, difference, seed_spreads
 from fulltune.system import run_folder
@@ -125,7 +125,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
         for seed in range(seeds):
             number += 1
             which = f"training {number} of {(1 + len(steps)) * seeds}"
-            job.listener(Said(text=f"{which}: {step or 'rows as they are'}, seed {seed}"))
+            job.listener(Message(text=f"{which}: {step or 'rows as they are'}, seed {seed}"))
             recipe = with_settings(job.recipe, {**changes, "train.seed": job.recipe.train.seed + seed})
             outputs[-1].append(_rows_of_run(replace(job, recipe=recipe, folder=folder / f"{stem.name}-{seed}")))
     shutil.rmtree(folder / ".fulltune-cache", ignore_errors=True)
@@ -135,12 +135,12 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     Proofs(
         fingerprint=summary.fingerprint,
         eval_rows=rows,
-        times=seeds,
+        repetitions=seeds,
         proofs=tuple(proofs),
         metric=metric,
         greater_is_better=measure.greater_is_better,
-        by="trainings",
-        left_out=() if checks else tuple(str(one) for one in possible if one not in steps),
+        source="trainings",
+        untried=() if checks else tuple(str(one) for one in possible if one not in steps),
     ).save(of_data / TRAINED_PROOFS)
 
 
@@ -282,9 +282,9 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
     Proofs(
         fingerprint=summary.fingerprint,
         eval_rows=len(held_out.labels),
-        times=TIMES,
+        repetitions=TIMES,
         proofs=tuple(proofs),
-        left_out=tuple(left_out),
+        untried=tuple(left_out),
     ).save(folder / PROOFS)
 
 

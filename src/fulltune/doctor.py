@@ -238,7 +238,7 @@ def _steps(log: Log) -> Iterator[Finding]:
     if log.skipped or rollbacks:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
         yield "bad steps", evidence, "the journal in the report names the rows: look at them"
-    moved = log.outcome.moved if log.outcome else None
+    moved = log.outcome.parameter_changes if log.outcome else None
     if moved is not None and moved.share < EATEN:
         evidence = f"only {format_share(moved.share)} of the values that received a gradient moved"
         advice = "fp32 weights, --set model.weights_dtype=fp32, or --set train.bf16_rounding=stochastic"

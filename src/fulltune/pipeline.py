@@ -157,7 +157,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     summary = data.prepare(stage)
     check_settings_for(job.recipe, summary)
     job.hooks.check_data(summary)
-    job.listener(DataPrepared(summary=summary, is_known=before == path.stat().st_mtime_ns))
+    job.listener(DataPrepared(summary=summary, is_reused=before == path.stat().st_mtime_ns))
     return summary
 
 

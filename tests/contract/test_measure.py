@@ -67,7 +67,7 @@ def test_measured_levers_are_shown_and_the_plan_carries_the_reason(recipe: Path,
     # Another optimizer does not change the loss before the first update.
     assert rows[1].loss == rows[2].loss
     plan = Plan.load(tmp_path / "run" / "plan" / "full.json")
-    (taken,) = (row for row in rows if row.taken)
+    (taken,) = (row for row in rows if row.is_best)
     assert {name: getattr(plan, name) for name in taken.changes} == taken.changes
     reasons = {setting.name: setting.reason for setting in plan.settings}
     assert reasons["train.precision"].startswith("measured: the fastest of ")
@@ -89,7 +89,7 @@ def test_run_that_follows_trains_with_what_was_measured(recipe: Path, tmp_path: 
         result = fulltune("train", recipe, "--run-folder", tmp_path / "run")
 
     assert result.code == 0, result.err
-    assert [row["name"] for row in planned["measured"]["rows"] if row["taken"]] == ["micro batch 4"]
+    assert [row["name"] for row in planned["measured"]["rows"] if row["is_best"]] == ["micro batch 4"]
     request = json.loads((tmp_path / "run" / "attempts" / "full-seed42-01" / "request.json").read_text("utf-8"))
     chosen = ("micro_batch_size", "gradient_accumulation_steps")
     assert [request["plan"][name] for name in chosen] == [4, 2]

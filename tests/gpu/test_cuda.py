@@ -30,8 +30,11 @@ def test_run_on_cuda_learns_and_its_model_answers_on_the_cpu(precision: str, kin
     )
 
     assert reached.outcome is not None
-    assert reached.outcome.moved is not None
-    assert reached.outcome.moved.num_tensors_moved == reached.outcome.moved.num_tensors_with_gradient
+    assert reached.outcome.parameter_changes is not None
+    assert (
+        reached.outcome.parameter_changes.num_tensors_changed
+        == reached.outcome.parameter_changes.num_tensors_with_gradient
+    )
     assert reached.outcome.peak_memory_bytes > 0
     assert reached.scores[-1].metrics["accuracy"].value > 0.9
     answers = predict.load(reached.folder).predict([{"text": "the soup in the town number 1"}])

@@ -117,7 +117,7 @@ def test_replayed_texts_count_as_much_as_the_rows_whose_loss_is_scaled(monkeypat
             is_shared=False,
         )
         model.zero_grad()
-        inputs: Any = SimpleNamespace(plan=plans.plan(generic=GenericTexts(rows=4)))
+        inputs: Any = SimpleNamespace(plan=plans.plan(generic=GenericTexts(replay_rows=4)))
         monitor: Any = SimpleNamespace(trainer=trainer)
         Replay(inputs, monitor, GenericText(((1, 2),) * 4, 0, False, "bf16"), 4, 0.01).add_gradient()
         assert model.weight.grad is not None

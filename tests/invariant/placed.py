@@ -23,7 +23,7 @@ import transformers
 
 from fulltune import pipeline
 from fulltune.errors import InterruptedRun
-from fulltune.records.events import Event, Listener, Said
+from fulltune.records.events import Event, Listener, Message
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from fulltune.train.parent import spawn
@@ -252,7 +252,7 @@ def continued_from(folder: Path, family: Family, place: Place, **changes: Any) -
     steps: list[int] = []
 
     def listen(event: Event) -> None:
-        if isinstance(event, Said) and event.text.startswith("continuing from"):
+        if isinstance(event, Message) and event.text.startswith("continuing from"):
             steps.append(int(event.text.rpartition(" ")[2]))
 
     train(folder, family, place, listener=listen, **changes)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fulltune.records.held import HeldRun
+from fulltune.records.forgetting import BudgetResult
 from fulltune.system.hardware import num_cores
 from tests.invariant import placed
 from tests.invariant.placed import FAMILIES, MODELS, Curve, Place
@@ -59,7 +59,7 @@ def assert_near(reference: Curve, found: Curve, after: int = 0) -> None:
 
 def test_shared_out_run_is_that_of_one_process(one: Curve, shared: Curve, folder: Path) -> None:
     assert_near(one, shared)
-    assert shared.outcome.moved == one.outcome.moved
+    assert shared.outcome.parameter_changes == one.outcome.parameter_changes
     assert shared.outcome.best_step == one.outcome.best_step
     assert list((folder / "shared" / "run" / "checkpoints").glob("*/*")) == []
     left = {path.name for path in (folder / "shared" / "run").glob("attempts/*/*")}
@@ -84,7 +84,7 @@ def test_stopped_and_continued_it_is_the_same_bit_by_bit(shared: Curve, folder: 
     found = placed.read(folder / "stopped")
     assert found.steps == list(range(1, 17))
     assert placed.differences(shared, found).none
-    assert found.outcome.moved == shared.outcome.moved
+    assert found.outcome.parameter_changes == shared.outcome.parameter_changes
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "encoder"])
@@ -93,7 +93,7 @@ def test_other_families_are_those_of_one_process(name: str, tmp_path: Path) -> N
     placed.train(tmp_path / "shared", FAMILIES[name], SHARED, **FEW)
     found = placed.read(tmp_path / "shared")
     assert_near(expected, found)
-    assert found.outcome.moved == expected.outcome.moved
+    assert found.outcome.parameter_changes == expected.outcome.parameter_changes
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -148,12 +148,12 @@ def test_budget_for_forgetting_chooses_the_same_point(tmp_path: Path) -> None:
     placed.train(tmp_path / "shared", family, SHARED, **FEW)
     assert_near(expected, placed.read(tmp_path / "shared"))
     one, shared = (
-        HeldRun.load(next((tmp_path / where / "run" / "preserve").glob("*.json"))) for where in ("one", "shared")
+        BudgetResult.load(next((tmp_path / where / "run" / "preserve").glob("*.json"))) for where in ("one", "shared")
     )
-    assert shared.chosen.share == one.chosen.share
+    assert shared.choice.share == one.choice.share
     assert len(shared.points) == len(one.points)
     for found, wanted in zip(shared.points, one.points, strict=True):
-        assert found.measured.drift == pytest.approx(wanted.measured.drift, abs=1e-5)
+        assert found.drift.mean == pytest.approx(wanted.drift.mean, abs=1e-5)
         assert found.metric == pytest.approx(wanted.metric, abs=1e-4)
     assert list((tmp_path / "shared" / "run").glob("attempts/*/*.safetensors")) == []
 

@@ -110,10 +110,10 @@ def test_offloaded_run_that_is_stopped_and_continued_gives_the_curve_of_one_proc
         Outcome.load(sorted(where.glob("run/attempts/*"))[-1] / "outcome.json") for where in (tmp_path / "one", folder)
     )
     assert two.best_step == one.best_step
-    assert two.moved is not None
-    assert one.moved is not None
-    assert two.moved.num_tensors_moved == one.moved.num_tensors_moved
-    assert two.moved.share == pytest.approx(one.moved.share, abs=0.01)
+    assert two.parameter_changes is not None
+    assert one.parameter_changes is not None
+    assert two.parameter_changes.num_tensors_changed == one.parameter_changes.num_tensors_changed
+    assert two.parameter_changes.share == pytest.approx(one.parameter_changes.share, abs=0.01)
     assert {check.name: check.passed for check in two.checks}["dry-run step"]
     # Whole tensors under the model's own names, each once, in a folder that needs no DeepSpeed.
     expected, found = runs.final_weights(tmp_path / "one"), runs.final_weights(folder)

@@ -106,7 +106,7 @@ def test_one_of_several_processes_that_was_killed_is_told_from_an_error(start: S
 def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
     beat: str, saved: tuple[int, ...], told: str, start: Start
 ) -> None:
-    up = """printf '{"kind": "cut\\n{"kind": "said", "text": "up"}\\n' > $here/metrics.jsonl"""
+    up = """printf '{"kind": "cut\\n{"kind": "message", "text": "up"}\\n' > $here/metrics.jsonl"""
     request = start(f"trap '' TERM\n{beat}\n{up}\nsleep 600")
     for step in (*saved, 6):
         checkpoint = request.checkpoints / f"checkpoint-{step}"

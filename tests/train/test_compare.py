@@ -18,7 +18,7 @@ from fulltune.compare import run as comparing
 from fulltune.errors import InterruptedRun, RecipeError
 from fulltune.files import append_line
 from fulltune.records.comparison import Comparison, Trial
-from fulltune.records.events import Event, Said
+from fulltune.records.events import Event, Message
 from fulltune.records.run import ACCESSES, Access
 from fulltune.report.run.about_scores import scored_again
 from tests.contract.command import fulltune
@@ -43,7 +43,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     seen: list[str] = []
 
     def interrupt(event: Event) -> None:
-        if isinstance(event, Said):
+        if isinstance(event, Message):
             seen.append(event.text)
             if event.text.startswith("lora: seed 2"):
                 raise InterruptedRun("interrupted by the test")

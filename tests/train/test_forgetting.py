@@ -64,7 +64,7 @@ def test_drift_of_a_language_model_is_the_rise_of_its_loss(tiny_decoder: Path, t
     last = reached.outcome.steps
     finished = tmp_path / "run" / str(reached.outcome.model_folder)
     assert reached.outcome.best_step == last
-    texts, _ = generic_texts(None, reached.plan.generic.watched)
+    texts, _ = generic_texts(None, reached.plan.generic.texts_per_evaluation)
     assert len(texts) == 8
     before, after = (losses(folder, texts) for folder in (tiny_decoder, finished))
     assert measured(tmp_path)[last] == pytest.approx(float((after - before).mean()), rel=1e-3)
@@ -105,7 +105,7 @@ def test_nothing_is_measured_where_it_is_turned_off_or_cannot_be(tiny_encoder: P
     head = runs.run(tmp_path / "head", tiny_encoder, ROWS, train=TRAIN, method={"kind": "head"})
     for reached in (off, head):
         assert reached.plan is not None
-        assert reached.plan.generic.watched == 0
+        assert reached.plan.generic.texts_per_evaluation == 0
         assert measured(reached.folder.parent) == {}
     reasons = {one.name: one.reason for one in (head.plan.settings if head.plan else ())}
     assert reasons["preserve.drift"] == "nothing but the head moves"

@@ -20,7 +20,7 @@ from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import GenericText
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
-from fulltune.records.held import Drift, HeldRun, Point
+from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 from fulltune.records.plan import GenericTexts
 from fulltune.report.run.held import held_back
 from fulltune.train.forgetting import within_budget
@@ -43,16 +43,16 @@ TRAIN: dict[str, Any] = {
 BLOCKS: dict[str, Any] = {"train": TRAIN, "method": {"learning_rate": 3e-3}, "evaluate": {"metric": "loss"}}
 
 
-def preserved(folder: Path) -> HeldRun:
+def preserved(folder: Path) -> BudgetResult:
     (file,) = (folder / "run" / "preserve").glob("*.json")
-    return HeldRun.load(file)
+    return BudgetResult.load(file)
 
 
 # ---- pure parts ------------------------------------------------------------------------------------------------
 
 
 def at(drift: float, error: float = 0.0) -> Drift:
-    return Drift(drift=drift, error=error, texts=100)
+    return Drift(mean=drift, error=error, texts=100)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_weight_rises_where_the_budget_is_spent(drift: float, error: float, rate
     assert found == pytest.approx(20 * expected, rel=1e-6)
 
 
-def point(share: float, drift: float, metric: float, error: float = 0.0) -> Point:
-    return Point(share=share, measured=at(drift, error), metric=metric)
+def point(share: float, drift: float, metric: float, error: float = 0.0) -> InterpolationPoint:
+    return InterpolationPoint(share=share, drift=at(drift, error), metric=metric)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,9 @@ def point(share: float, drift: float, metric: float, error: float = 0.0) -> Poin
         ([point(0, 0, 0.5), point(0.5, 0.019, 0.7, error=0.001)], True, 0.0),  # the sealed half may say no
     ],
 )
-def test_best_point_within_the_budget_is_chosen(points: list[Point], better: bool, expected: float) -> None:
+def test_best_point_within_the_budget_is_chosen(
+    points: list[InterpolationPoint], better: bool, expected: float
+) -> None:
     assert budget.best(points, 0.02, better).share == expected
 
 
@@ -141,7 +143,7 @@ def test_probe_that_is_too_short_for_a_certificate_says_how_much_it_takes(tmp_pa
 
 def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
     def replay_of(count: int, rows: int) -> Replay:
-        inputs: Any = SimpleNamespace(plan=plans.plan(seed=3, generic=GenericTexts(rows=rows)))
+        inputs: Any = SimpleNamespace(plan=plans.plan(seed=3, generic=GenericTexts(replay_rows=rows)))
         monitor: Any = SimpleNamespace(trainer=None)
         return Replay(inputs, monitor, GenericText(tuple([n] for n in range(count)), 0, True, "fp32"), rows, 0.01)
 
@@ -204,7 +206,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
     report = (held / "run" / "report.md").read_text(encoding="utf-8")
     assert "Forgetting, budget 0.3%: PASS" in report
     assert re.search(r"from the recipe: \d+ texts for selection, \d+ sealed, [\d,]+ for replay", report)
-    assert [event["held"]["trial"] for event in runs.events(held, "certified")] == [found.trial]
+    assert [event["result"]["trial"] for event in runs.events(held, "certified")] == [found.trial]
 
 
 def test_sealed_texts_are_opened_once(held: Path, tiny_encoder: Path) -> None:
@@ -227,7 +229,7 @@ def test_weights_of_generic_text_and_replayed_rows_go_on_where_a_run_was_stopped
     assert steered[0] == steered[1]
     assert len(steered[0]) > 5
     assert len({weight for _, weight in steered[0]}) > 3
-    assert preserved(tmp_path).chosen == preserved(held).chosen
+    assert preserved(tmp_path).choice == preserved(held).choice
     assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
 
 
@@ -243,8 +245,8 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
     ):
         runs.run(tmp_path / "held", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
     found = preserved(tmp_path / "held")
-    assert found.writes
-    assert "(guessing: " in found.says_little  # a model of random weights
+    assert found.is_language_model
+    assert "(guessing: " in (found.weak_texts_reason or "")  # a model of random weights
     assert found.sealed is not None
     assert found.sealed.texts >= 200
     with mock.patch("fulltune.train.worker.attempt.keep_within", return_value=None):
@@ -267,8 +269,8 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
         runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve=preserve, **BLOCKS)
     found = preserved(tmp_path)
     assert not found.is_feasible
-    assert (found.sealed, found.opened) == (None, ())
-    assert found.chosen.share == 0
+    assert (found.sealed, found.opening_times) == (None, ())
+    assert found.choice.share == 0
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "infeasible" in report
     assert "the untouched model's" in report

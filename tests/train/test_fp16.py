@@ -18,7 +18,7 @@ from transformers import Trainer
 from fulltune import pipeline
 from fulltune.errors import Diverged
 from fulltune.plan import resolve
-from fulltune.records.events import Event, Said, StepLogged, StepSkipped
+from fulltune.records.events import Event, Message, StepLogged, StepSkipped
 from fulltune.train.loop.trainer import FullTrainer
 from tests import tiny
 from tests.train import faults, runs
@@ -73,7 +73,7 @@ def test_losses_and_norms_are_those_of_fp32(request: pytest.FixtureRequest, tmp_
 
 def test_update_that_the_scaler_leaves_out_is_no_fault(scalers: list[Any], tmp_path: Path) -> None:
     seen = run(tmp_path, faults.infinite_gradient, [4, 7])
-    assert not [event for event in seen if isinstance(event, (StepSkipped, Said))]
+    assert not [event for event in seen if isinstance(event, (StepSkipped, Message))]
     assert [number for number, (_, norm) in enumerate(logged(seen), start=1) if norm is None] == [4, 7]
     assert scalers[0].get_scale() == SCALE / 4
 

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fulltune import files, pipeline
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, RecipeError
-from fulltune.records.events import Event, Said, StepLogged
-from fulltune.records.training import Moved, Outcome
+from fulltune.records.events import Event, Message, StepLogged
+from fulltune.records.training import Outcome, ParameterChanges
 from fulltune.stats.curves import GuardDecision, diverged, ended_high, stopped_improving
 from fulltune.system import hardware, run_folder
 from fulltune.train.loop.sampler import GlobalBatchSampler
@@ -161,11 +161,11 @@ def test_ended_high_needs_a_loss_that_nothing_was_better_than(
 def test_nothing_learned_stops_when_nothing_moved(
     tensors: int, values_moved: int, reached: bool, largest: float | None, said: str
 ) -> None:
-    moved = Moved(
+    moved = ParameterChanges(
         num_tensors_with_gradient=tensors,
-        num_tensors_moved=min(tensors, values_moved),
+        num_tensors_changed=min(tensors, values_moved),
         num_values_with_gradient=tensors * 10,
-        num_values_moved=values_moved,
+        num_values_changed=values_moved,
     )
 
     decision = nothing_learned(moved, reached, largest)
@@ -280,7 +280,7 @@ def test_loss_that_ended_high_is_said_or_stops_the_run(
     monkeypatch.setattr(evaluation, "ended_high", high)
     said: list[str] = []
     train = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
-    options = {"listener": lambda event: said.append(event.text) if isinstance(event, Said) else None}
+    options = {"listener": lambda event: said.append(event.text) if isinstance(event, Message) else None}
     with contextlib.nullcontext() if action == "warn" else pytest.raises(Diverged, match=r"ended high at 0\.001"):
         runs.run(tmp_path, tiny_encoder, ROWS, train=train, options=options)
     (found,) = seen

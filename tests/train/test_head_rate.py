@@ -109,5 +109,5 @@ def test_plan_says_the_heads_rate_and_why(
     assert plan is not None
     assert plan.head_learning_rate == given
     noted = next(one for one in plan.settings if one.name == "method.head_learning_rate")
-    assert (noted.value, noted.chosen) == (value, given is None)
+    assert (noted.value, noted.is_automatic) == (value, given is None)
     assert noted.reason.startswith(reason)

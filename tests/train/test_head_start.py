@@ -152,7 +152,7 @@ def test_same_files_whichever_seed_fits_first(tiny_encoder: Path, tmp_path: Path
             runs.run(tmp_path / str(seed), bare, ROWS, train={**STANDING, "seed": seed})
         head = Probe.load(tmp_path / str(seed) / "run" / "probe" / "probe.json").head
         assert head is not None
-        assert head.dense == "kept"
+        assert head.dense == "loaded"
         found = probe_files(tmp_path / str(seed))
         files.append([found[name] for name in ("head.safetensors", "start.safetensors", "frozen.safetensors")])
     assert files[0] == files[1]

@@ -201,11 +201,11 @@ def test_last_weights_are_kept_where_eval_rows_cannot_tell_them_from_the_best(
     assert reached.summary.splits["eval"].rows == 8
     if kept == "best":
         assert (outcome.best_step, outcome.best_metric) == (outcome.steps // 2, values[1])
-        assert outcome.kept_because == ""
+        assert outcome.weights_reason is None
     else:
         assert (outcome.best_step, outcome.best_metric) == (outcome.steps, values[-1])
         said = f"the best {metric} was {values[1]:.1%} at step {outcome.steps // 2}, above by less than two standard "
-        assert outcome.kept_because.startswith(said + "errors of a share of 8 eval rows (")
+        assert outcome.weights_reason.startswith(said + "errors of a share of 8 eval rows (")
 
 
 def test_early_stopping_follows_the_task_metric_and_keeps_the_best(

@@ -118,8 +118,8 @@ def test_method_after_four_steps_moved_equals_requires_grad(done: Any, name: str
     now = dict(found.model.named_parameters())
     moved = {key for key, one in now.items() if not torch.equal(one.detach(), found.before[key])}
     assert moved == set(methods.trained(found.model))
-    counted = found.reached.outcome.moved
-    assert counted.num_tensors_moved == counted.num_tensors_with_gradient == len(moved)
+    counted = found.reached.outcome.parameter_changes
+    assert counted.num_tensors_changed == counted.num_tensors_with_gradient == len(moved)
     original = load_file(found.folder / "model" / "model.safetensors")
     # Of a module that is trained whole PEFT keeps another copy, as it was before the first step: with the head's start.
     frozen = {

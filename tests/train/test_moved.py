@@ -43,11 +43,17 @@ def test_full_after_three_steps_moved_equals_requires_grad(kind: str, tmp_path: 
     rows = (parameters[embedding].detach() != before[embedding]).any(dim=1)
     assert 0 < int(rows.sum()) < len(rows)
     assert outcome is not None
-    assert outcome.moved is not None
-    assert outcome.moved.num_tensors_moved == outcome.moved.num_tensors_with_gradient == len(parameters)
-    assert outcome.moved.num_values_with_gradient < sum(parameter.numel() for parameter in parameters.values())
-    assert outcome.moved.share > 0.99
-    assert outcome.moved.unmoved_tensors == ()
+    assert outcome.parameter_changes is not None
+    assert (
+        outcome.parameter_changes.num_tensors_changed
+        == outcome.parameter_changes.num_tensors_with_gradient
+        == len(parameters)
+    )
+    assert outcome.parameter_changes.num_values_with_gradient < sum(
+        parameter.numel() for parameter in parameters.values()
+    )
+    assert outcome.parameter_changes.share > 0.99
+    assert outcome.parameter_changes.unchanged_tensors == ()
 
 
 def test_bf16_weights_at_a_small_rate_most_values_stay_and_are_listed(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -61,7 +67,7 @@ def test_bf16_weights_at_a_small_rate_most_values_stay_and_are_listed(tiny_encod
     ).outcome
 
     assert outcome is not None
-    assert outcome.moved is not None
-    assert 0 < outcome.moved.share < 0.3
-    assert outcome.moved.unmoved_tensors
-    assert any("LayerNorm.weight" in name for name in outcome.moved.unmoved_tensors)
+    assert outcome.parameter_changes is not None
+    assert 0 < outcome.parameter_changes.share < 0.3
+    assert outcome.parameter_changes.unchanged_tensors
+    assert any("LayerNorm.weight" in name for name in outcome.parameter_changes.unchanged_tensors)

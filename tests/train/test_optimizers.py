@@ -259,10 +259,14 @@ def test_moved_equals_requires_grad_with_each_optimizer(
     num_tensors, optimizer, with_gradient = seen
     assert type(optimizer.optimizer) is kind
     assert outcome is not None
-    assert outcome.moved is not None
-    assert outcome.moved.num_tensors_moved == outcome.moved.num_tensors_with_gradient == num_tensors
+    assert outcome.parameter_changes is not None
+    assert (
+        outcome.parameter_changes.num_tensors_changed
+        == outcome.parameter_changes.num_tensors_with_gradient
+        == num_tensors
+    )
     assert len(with_gradient) == num_tensors
-    assert outcome.moved.unmoved_tensors == ()
+    assert outcome.parameter_changes.unchanged_tensors == ()
     logged = runs.events(tmp_path, "train")
     assert len(logged) == 3
     assert all(line["grad_norm"] is not None for line in logged)

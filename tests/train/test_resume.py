@@ -19,7 +19,7 @@ import torch
 
 from fulltune import files, pipeline
 from fulltune.errors import FulltuneError, InterruptedRun
-from fulltune.records.events import Event, Said
+from fulltune.records.events import Event, Message
 from fulltune.records.training import Outcome
 from fulltune.tasks import text_classification
 from fulltune.train import checkpoints, journal
@@ -213,8 +213,8 @@ def test_resume_from_the_checkpoint_before_a_torn_one_gives_the_unbroken_weights
 
     go(tmp_path, tiny_encoder, listener=events.append)
 
-    assert Said(text="continuing from the checkpoint of step 8", level="resumed") in events
-    assert any("checkpoint-10" in event.text for event in events if isinstance(event, Said))
+    assert Message(text="continuing from the checkpoint of step 8", level="resumed") in events
+    assert any("checkpoint-10" in event.text for event in events if isinstance(event, Message))
     assert_same(runs.final_weights(tmp_path), unbroken)
 
 
@@ -284,8 +284,8 @@ def test_finished_run_without_outcome_is_completed_without_training(tiny_encoder
 
     assert len(runs.events(tmp_path, "train")) == before == STEPS_PER_EPOCH
     assert outcome.steps == STEPS_PER_EPOCH
-    assert outcome.moved is not None
-    assert outcome.moved.num_values_moved > 0
+    assert outcome.parameter_changes is not None
+    assert outcome.parameter_changes.num_values_changed > 0
     assert_same(runs.final_weights(tmp_path), weights)
     assert not (tmp_path / "run" / "checkpoints" / "full-seed42").exists()
 
@@ -321,7 +321,7 @@ def test_best_checkpoint_that_was_damaged_is_not_taken_and_the_run_says_so(
     outcome = go(tmp_path, tiny_encoder, train=train, listener=runs.at_step(9, damage))
 
     assert (outcome.best_step, outcome.best_metric) == (9, 0.1)
-    warnings = [event["text"] for event in runs.events(tmp_path, "said") if event["level"] == "warning"]
+    warnings = [event["text"] for event in runs.events(tmp_path, "message") if event["level"] == "warning"]
     assert len(warnings) == 1
     assert warnings[0].startswith("the best weights (step 3) are lost")
 

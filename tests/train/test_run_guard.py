@@ -20,7 +20,7 @@ from transformers import BertForSequenceClassification
 import fulltune
 from fulltune import pipeline
 from fulltune.errors import Diverged, GuardStop, InterruptedRun
-from fulltune.records.events import Event, Said, StepLogged, StepSkipped
+from fulltune.records.events import Event, Message, StepLogged, StepSkipped
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
@@ -39,7 +39,7 @@ INF, NAN = math.inf, math.nan
 
 
 def test_run_goes_back_so_often_and_from_the_second_time_on_at_half_the_rate() -> None:
-    spiked = outcome("spiked", reason="step 412: the loss is nan", trouble_since=410)
+    spiked = outcome("spiked", reason="step 412: the loss is nan", first_bad_step=410)
     first = roll_back(plan(), 3, spiked, 300)
     assert first is not None
     assert (first.plan.rollbacks, first.resume) == ((300,), True)
@@ -54,7 +54,7 @@ def test_run_goes_back_so_often_and_from_the_second_time_on_at_half_the_rate() -
     assert roll_back(plan(rollbacks=(1, 2, 3)), 3, spiked, 300) is None
     assert roll_back(plan(), 0, spiked, 300) is None
     assert roll_back(plan(), 3, outcome("diverged"), 300) is None
-    assert roll_back(plan(), 3, outcome("spiked", trouble_since=1), 0) is None, "nothing was ever well"
+    assert roll_back(plan(), 3, outcome("spiked", first_bad_step=1), 0) is None, "nothing was ever well"
 
 
 @pytest.mark.parametrize(
@@ -162,12 +162,12 @@ def test_trouble_that_stays_goes_back_to_a_healthy_checkpoint(model: Path, tmp_p
     found = run(tmp_path, model, faults.nan_gradient, range(40, 45), seen.append)
     made = Plan.load(tmp_path / "run" / "plan" / "full.json")
     assert made.rollbacks == (36,), "the epoch's end, before the trouble"
-    [failed] = [event for event in seen if isinstance(event, Said) and event.level == "next attempt"]
+    [failed] = [event for event in seen if isinstance(event, Message) and event.level == "next attempt"]
     assert "back to the checkpoint of step 36" in failed.text
     assert found.outcome is not None
     assert (found.outcome.status, found.outcome.attempt, found.outcome.steps) == ("done", 2, 90)
     first = Outcome.load(tmp_path / "run/attempts/full-seed42-01/outcome.json")
-    assert (first.status, first.trouble_since) == ("spiked", 40)
+    assert (first.status, first.first_bad_step) == ("spiked", 40)
     rates = [(event.step, event.learning_rate) for event in seen if isinstance(event, StepLogged)]
     usual = dict(rates[:40])
     later = dict(rates[rates.index((39, usual[39])) + 1 :])

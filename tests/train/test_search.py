@@ -14,7 +14,7 @@ from fulltune.compare.rate_search import run_recipe
 from fulltune.errors import FulltuneError, RecipeError
 from fulltune.pipeline import Run
 from fulltune.records.comparison import Searched
-from fulltune.records.events import Event, Said, StepLogged
+from fulltune.records.events import Event, Message, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.run import Access
 from fulltune.report.run.read import read_run
@@ -69,8 +69,8 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
     assert [one.trial for one in Access.of_same_rows(searched.folder)] == ["full-seed42"]
     settings = {one.name: one for one in Plan.load(searched.folder / "plan" / "full.json").settings}
     assert settings["method.learning_rate"].reason.startswith("searched: ")
-    before = {one.name for one in Plan.load(tmp_path / "run" / "plan" / "full.json").settings if not one.chosen}
-    given = {one.name for one in settings.values() if not one.chosen}
+    before = {one.name for one in Plan.load(tmp_path / "run" / "plan" / "full.json").settings if not one.is_automatic}
+    given = {one.name for one in settings.values() if not one.is_automatic}
     assert given <= before | {"method.learning_rates"}, "what only makes it a trial is nobody's setting"
 
 
@@ -113,7 +113,7 @@ def test_search_that_is_interrupted_goes_on_with_what_it_has(tmp_path: Path, mod
     seen: list[str] = []
 
     def stop(event: Event) -> None:
-        if isinstance(event, Said) and "whole run" in event.text and "trying" not in event.text and seen:
+        if isinstance(event, Message) and "whole run" in event.text and "trying" not in event.text and seen:
             raise FulltuneError("stopped by a test")
         if isinstance(event, StepLogged):
             seen.append("step")

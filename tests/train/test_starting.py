@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fulltune.errors import GuardStop, InterruptedRun
-from fulltune.records.events import Event, Listener, Said, StepLogged
+from fulltune.records.events import Event, Listener, Message, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train.hooks import Hooks
@@ -72,7 +72,7 @@ def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(tiny_en
         def stop_again(event: Event) -> None:
             if isinstance(event, StepLogged) and "train" not in seen:
                 signal.raise_signal(signal.SIGINT)
-            seen.append(event.text if isinstance(event, Said) else event.kind)
+            seen.append(event.text if isinstance(event, Message) else event.kind)
 
         with pytest.raises(InterruptedRun, match="stopped on request after step"):
             trained(tmp_path / "run", tiny_encoder, start, stop_again, LONG)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fulltune import report
-from fulltune.records.events import Event, Said, UpdatesMeasured
+from fulltune.records.events import Event, Message, UpdatesMeasured
 from fulltune.train.loop.callbacks import compared
 from tests import tiny
 from tests.train import runs
@@ -19,7 +19,7 @@ def test_update_is_compared_value_by_value() -> None:
     after = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([1.0, 0.0]), "c": torch.full((4,), 1.01)}
     found = compared(7, before, after)
     assert found.changed == 6 / 8
-    assert found.update_to_weight == pytest.approx((0.1 + 0.01) / 2), "of a tensor of zeros nothing is told"
+    assert found.update_ratio == pytest.approx((0.1 + 0.01) / 2), "of a tensor of zeros nothing is told"
 
 
 @pytest.mark.parametrize(("rounding", "is_eaten"), [(None, False), ("stochastic", False), ("nearest", True)])
@@ -34,7 +34,7 @@ def test_updates_that_rounding_eats_are_said_once(rounding: str | None, is_eaten
     found = runs.run(tmp_path, model, tiny.topic_rows(80), train=train, options={"listener": seen.append}, **blocks)
     measured = [event for event in seen if isinstance(event, UpdatesMeasured)]
     assert len(measured) > 10
-    warned = [event.text for event in seen if isinstance(event, Said) and "sampled values changed" in event.text]
+    warned = [event.text for event in seen if isinstance(event, Message) and "sampled values changed" in event.text]
     assert len(warned) == is_eaten
     assert all(0 < event.changed <= 1 for event in measured)
     report.write(found.folder)

@@ -11,7 +11,7 @@ from typing import Any
 from fulltune.evaluate import scoring
 from fulltune.files import append_line, lines_of
 from fulltune.inference.store import record_batch, rows_id, words, write_rows
-from fulltune.records.events import Event, Said
+from fulltune.records.events import Event, Message
 from fulltune.records.run import ACCESSES, Access
 from fulltune.records.training import Outcome
 
@@ -70,7 +70,7 @@ def test_log_that_cannot_be_written_is_said_and_ruins_nothing(tmp_path: Path) ->
     said: list[Event] = []
     note(run_folder(tmp_path / "a"), listener=said.append)
     (event,) = said
-    assert isinstance(event, Said)
+    assert isinstance(event, Message)
     assert f"{ACCESSES}: cannot be written (is a directory)" in event.text
 
 

@@ -99,7 +99,13 @@ def test_runs_are_compared_on_the_rows_that_all_have_held_out_in_whatever_order(
 def test_a_verdict_knows_which_way_is_better(metric: str, greater: bool, low: float, high: float, verdict: str) -> None:
     proof = Proof(check="markup", action="drop", rows=1, before=0.5, difference=(low + high) / 2, low=low, high=high)
     proofs = Proofs(
-        fingerprint="f", eval_rows=9, times=3, proofs=(proof,), by="trainings", metric=metric, greater_is_better=greater
+        fingerprint="f",
+        eval_rows=9,
+        repetitions=3,
+        proofs=(proof,),
+        source="trainings",
+        metric=metric,
+        greater_is_better=greater,
     )
     assert proofs.verdict(proof) == verdict
 
@@ -164,13 +170,13 @@ def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
 ) -> None:
     found = LabelErrors(
         judged_rows=rows,
-        agree=0.9,
+        agreement=0.9,
         suspects=suspects,
         doubtful=0,
         planted=50,
         recall=0.9,
         precision=precision,
-        wrong=5.0,
+        estimated_errors=5.0,
     )
     told = about_labels(found, rows)
     assert said in told

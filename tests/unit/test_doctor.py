@@ -12,7 +12,7 @@ import pytest
 
 from fulltune.doctor import Log, diagnose, read_log
 from fulltune.errors import SetupError
-from fulltune.records.training import Moved
+from fulltune.records.training import ParameterChanges
 from fulltune.stats.curves import Curves
 from tests.contract.command import fulltune
 from tests.plans import outcome, plan
@@ -49,8 +49,8 @@ def log(
 
 FALLING = [2.0 * 0.88**number for number in range(32)]
 SLOW = [2.0 - 0.02 * number for number in range(32)]
-HARDLY_MOVED = Moved(
-    num_tensors_with_gradient=2, num_tensors_moved=2, num_values_with_gradient=100, num_values_moved=14
+HARDLY_MOVED = ParameterChanges(
+    num_tensors_with_gradient=2, num_tensors_changed=2, num_values_with_gradient=100, num_values_changed=14
 )
 GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
 
@@ -76,7 +76,7 @@ GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
         (log(FALLING, *GOOD, plan=plan(), outcome=outcome("disk_full")), ["disk full"]),
         (log(FALLING, *GOOD, plan=plan(), outcome=outcome("spiked")), ["diverged"]),
         (log([1.1] + [9.0] * 30, plan=plan(), outcome=outcome("diverged")), ["diverged"]),
-        (log(FALLING, *GOOD, outcome=outcome("done", moved=HARDLY_MOVED)), ["eaten updates"]),
+        (log(FALLING, *GOOD, outcome=outcome("done", parameter_changes=HARDLY_MOVED)), ["eaten updates"]),
     ],
 )
 def test_findings_of_curves(given: Log, names: list[str]) -> None:

@@ -26,7 +26,7 @@ LINES = (
             source="dry-run step",
         )
     ),
-    events.Said(text="…", level="warning"),
+    events.Message(text="…", level="warning"),
 )
 
 
@@ -48,9 +48,12 @@ def test_one_of_many_runs_says_where_it_goes_on_and_what_is_wrong_without_its_ta
     heard: list[events.Event] = []
     levels = ("progress", "resumed", "next attempt", "warning")
     listen = events.without_tables(heard.append)
-    for event in (*LINES[:5], *(events.Said(text="…", level=level) for level in levels)):
+    for event in (*LINES[:5], *(events.Message(text="…", level=level) for level in levels)):
         listen(event)
-    assert [event.level if isinstance(event, events.Said) else event.kind for event in heard] == ["train", *levels[1:]]
+    assert [event.level if isinstance(event, events.Message) else event.kind for event in heard] == [
+        "train",
+        *levels[1:],
+    ]
 
 
 @pytest.mark.parametrize("line", [{}, {"kind": "later"}, {"kind": "train", "loss": 1.0}, {"kind": "eval", "step": 1}])

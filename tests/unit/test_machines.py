@@ -19,7 +19,7 @@ import pytest
 
 from fulltune.errors import FulltuneError, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.training import LostPart, Outcome
+from fulltune.records.training import LostMachine, Outcome
 from fulltune.system import machines
 from fulltune.system.hardware import Machine
 from fulltune.system.machines import (
@@ -342,7 +342,7 @@ def test_others_take_part_only_in_attempts_that_count_on_them(
                 time.sleep(0.3)
             while one.look() is None or one.told is None or one.told.last_part is None:
                 time.sleep(0.01)
-            failed = LostPart(rank=1, host=one.told.host, reason="torchrun ended with code 3", kind="failed")
+            failed = LostMachine(rank=1, host=one.told.host, reason="torchrun ended with code 3", kind="failed")
             assert one.told.last_part == EndedPart(attempt="a1", lost=failed)
             sign.tell(attempt=None, exit_code=0)
 
@@ -365,7 +365,9 @@ def request_of(folder: Path, recipe: Recipe) -> Request:
     return found
 
 
-FAILED = EndedPart(attempt="a", lost=LostPart(rank=1, host="host1", kind="failed", reason="torchrun ended with code 1"))
+FAILED = EndedPart(
+    attempt="a", lost=LostMachine(rank=1, host="host1", kind="failed", reason="torchrun ended with code 1")
+)
 
 
 class Ran:
@@ -482,7 +484,7 @@ def test_what_was_lost_elsewhere_says_more_than_a_closed_connection(
     for rank, said in written.items():
         outcome = Outcome(status=said, reason=CLOSED, trial=request.plan.trial, attempt=1, steps=19)
         outcome.save(request.folder / f"outcome{rank}.json")
-    lost = [] if kind is None else [LostPart(rank=1, host="b", reason="went", kind=kind)]
+    lost = [] if kind is None else [LostMachine(rank=1, host="b", reason="went", kind=kind)]
     found = child._outcome(request, code, asked, lost=lost)
     assert (found.status, found.reason.startswith(words)) == (status, True), found.reason
 

@@ -101,7 +101,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     np.save(tmp_path / "test" / IN_TRAIN, seen)
     kept = {"right": np.where(seen, 1.0, np.arange(120) % 2)}
     scores = run.scores("full-seed42", "trained", 120, run.estimates(kept, metrics=right))[0]
-    found = scores.unseen
+    found = scores.metric_without_leaks
     assert scores.num_leaks == 45
     assert found is not None
     assert (found.rows, found.clusters) == (75, 25)
@@ -110,7 +110,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     whole = bench(tmp_path / "other", [place // 3 for place in range(120)])
     plain = whole.scores("full-seed42", "trained", 120, whole.estimates(kept, metrics=right))[0]
     assert plain.metrics == scores.metrics, "the scores of all rows stay as they are"
-    assert (plain.num_leaks, plain.unseen) == (0, None)
+    assert (plain.num_leaks, plain.metric_without_leaks) == (0, None)
 
 
 @pytest.mark.parametrize("first_unseen", [120, 110, 30], ids=["none", "one text", "nine texts"])
@@ -118,7 +118,7 @@ def test_hardly_any_row_that_train_does_not_have_gives_no_metric(tmp_path: Path,
     run = bench(tmp_path, TENS)
     np.save(tmp_path / "test" / IN_TRAIN, np.arange(120) < first_unseen)
     scores = run.scores("x", "trained", 120, run.estimates({"right": np.ones(120)}, metrics=right))[0]
-    assert (scores.num_leaks, scores.unseen) == (first_unseen, None)
+    assert (scores.num_leaks, scores.metric_without_leaks) == (first_unseen, None)
 
 
 def test_user_metric_is_asked_without_them_too(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_user_metric_is_asked_without_them_too(tmp_path: Path) -> None:
     mine = replace(run, user_metrics=lambda predicted, true: {"same": float((predicted == true).mean())})
     found = mine.user_estimates(np.arange(120) < 60, np.ones(120, bool))["same"]
     assert found.value == 0.5
-    assert found.unseen is not None
-    assert found.unseen.value == 0.0
+    assert found.metric_without_leaks is not None
+    assert found.metric_without_leaks.value == 0.0
 
 
 def test_texts_of_mistakes_and_answers_are_kept_without_what_is_private() -> None:

@@ -158,13 +158,13 @@ def suspected(items: Items) -> Suspected:
     doubtful = (margins < DOUBT) & ~suspects
     about = LabelErrors(
         judged_rows=len(margins),
-        agree=float((margins > 0).mean()),
+        agreement=float((margins > 0).mean()),
         suspects=int(suspects.sum()),
         doubtful=int(doubtful.sum()),
         planted=len(planted),
         recall=recall,
         precision=precision,
-        wrong=wrong,
+        estimated_errors=wrong,
     )
     return Suspected(margins, other, suspects, doubtful, about)
 

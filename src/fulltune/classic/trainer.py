@@ -20,7 +20,7 @@ from fulltune.classic.arguments import notice
 from fulltune.classic.dry_run import copied, dry_run
 from fulltune.classic.padding import complete
 from fulltune.errors import GuardStop
-from fulltune.records.training import Moved
+from fulltune.records.training import ParameterChanges
 from fulltune.stats.curves import diverged, ended_high
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
@@ -50,7 +50,7 @@ class Trainer(Guarded, transformers.Trainer):
 
     dry_run: bool = True
     skips = False
-    moved: Moved | None = None
+    moved: ParameterChanges | None = None
 
     _initial: InitialWeights | None = None
     _first_step: int = 0

@@ -208,7 +208,7 @@ def train(
     if as_json:
         stages.print_json(outcome.model_dump(mode="json"))
         return
-    moved = f", {outcome.moved.share:.1%} of the values moved" if outcome.moved else ""
+    moved = f", {outcome.parameter_changes.share:.1%} of the values moved" if outcome.parameter_changes else ""
     took = format_seconds(round(run_seconds(folder, outcome.trial)))
     out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{moved}")
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)

@@ -26,7 +26,7 @@ from fulltune.plan.settings import with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Said
+from fulltune.records.events import Message
 from fulltune.records.plan import Plan
 from fulltune.stats import bootstrap
 from fulltune.system import hardware
@@ -172,7 +172,7 @@ class Context:
         return 1 - self.recipe.evaluate.confidence if self.alpha_left is None else self.alpha_left
 
     def say(self, text: str) -> None:
-        self.job.listener(Said(text=text))
+        self.job.listener(Message(text=text))
 
     def setup(self, label: str) -> MethodSetup:
         """Sizes, memory and plan of a method; traced once."""

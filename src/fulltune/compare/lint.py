@@ -230,12 +230,12 @@ def _of_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> Found:
             f"about {100 * told:.2g} points; only a rate ahead by more replaces the usual one, so there may be a "
             "better rate for any method",
         )
-    if summary.test_in_eval > MOST_TEST_IN_EVAL:
+    if summary.test_share_in_eval > MOST_TEST_IN_EVAL:
         yield (
             "eval-is-test",
             "rows",
-            f"{summary.test_in_eval:.0%} of the rows that are reported also chose learning rates and checkpoints: the "
-            "method that was tried most often looks best",
+            f"{summary.test_share_in_eval:.0%} of the rows that are reported also chose learning rates and "
+            "checkpoints: the method that was tried most often looks best",
         )
 
 

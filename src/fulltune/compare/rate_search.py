@@ -21,7 +21,7 @@ from fulltune.plan.settings import with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Expectation, Searched
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Said
+from fulltune.records.events import Message
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Outcome
 from fulltune.system import run_folder
@@ -52,7 +52,7 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> Reac
                 f", about {format_seconds(round(MOST_WHOLE_RUNS_ALONE * made.time.whole_seconds))}" if made.time else ""
             )
             said = f"'fulltune run' begins with a search, which the plan leaves out: short trials and {_RUNS}{time}"
-            job.listener(Said(text=said))
+            job.listener(Message(text=said))
         return reached
     record = job.folder / RECORD
     if not record.exists():
@@ -65,7 +65,7 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> Reac
                     "interrupted during the search; what is finished of it is kept, and the same command continues it"
                 ) from None
             found.save(record)
-        job.listener(Said(text=f"search: taking the learning rate {found.rate.chosen:g}: {found.rate.reason}"))
+        job.listener(Message(text=f"search: taking the learning rate {found.rate.chosen:g}: {found.rate.reason}"))
     found = Searched.load(record)
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         move_into_run(job, found)
@@ -172,9 +172,9 @@ def _settings(made: Plan, planned: Plan, found: Searched) -> list[Setting]:
         known = before.get(one.name)
         if one.name == "method.learning_rate":
             reason = f"searched: {found.rate.reason}"
-            settings.append(Setting(name=one.name, value=one.value, reason=reason, chosen=True))
-        elif known is not None and (known.value == one.value or not one.chosen):
+            settings.append(Setting(name=one.name, value=one.value, reason=reason, is_automatic=True))
+        elif known is not None and (known.value == one.value or not one.is_automatic):
             settings.append(known)
-        elif one.chosen:
+        elif one.is_automatic:
             settings.append(one)
     return settings

@@ -20,7 +20,7 @@ from fulltune.plan.settings import with_settings
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation
-from fulltune.records.events import Said
+from fulltune.records.events import Message
 from fulltune.system import run_folder
 from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server
@@ -40,7 +40,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
         known = Comparison.load(record) if record.exists() else None
         if known is not None and (why := why_finished(known, seconds)):
             # Its models and its table belong together: nothing is touched.
-            job.listener(Said(text=why))
+            job.listener(Message(text=why))
             return known, report.write_comparison(job.folder)
         openings = known.openings if known else ()
         with fork_server() as start:

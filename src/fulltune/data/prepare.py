@@ -67,7 +67,7 @@ from fulltune.recipe.data import DataBlock, codec_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.records.events import Listener, RowsRead, Said
+from fulltune.records.events import Listener, Message, RowsRead
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import shown
 from fulltune.text import counted, format_percent
@@ -212,7 +212,7 @@ def _make(
         sources={name: _origin(block, split) for name, split in splits.items()},
         dropped=_dropped(encoded, sources, also_held_out, int(late.sum())),
         notes=tuple(map(masked_text, remarks)),
-        test_in_eval=num_shared(splits["test"], splits["eval"]) / max(1, splits["test"].num_rows),
+        test_share_in_eval=num_shared(splits["test"], splits["eval"]) / max(1, splits["test"].num_rows),
         previews=previews(folder / "train", task, target, stage.tokenizer, range(written["train"].rows), 5),
         mixed=mixed_in,
         fingerprint=fingerprint,
@@ -295,7 +295,7 @@ def _earlier(folder: Path, fingerprint: str, listener: Listener) -> DataSummary 
     if summary.fingerprint != fingerprint:
         return None
     if damage := flaw(folder):
-        listener(Said(text=f"{folder}: {damage}; the rows are prepared anew from the data files", level="warning"))
+        listener(Message(text=f"{folder}: {damage}; the rows are prepared anew from the data files", level="warning"))
         return None
     return summary
 

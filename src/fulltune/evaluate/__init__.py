@@ -111,8 +111,8 @@ def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe, rival: FrozenRiv
     if found.head is not None:
         probe.put_head(extractor.model, folder)  # embeddings as they were: layers that the checkpoint lacks give some
     rows = opened(scoring.rows("test"), scoring.base.processor)
-    of = f" of {found.train_rows:,} train rows" if found.train_rows < found.of_rows else ""
-    read = ", each text read alone" if rival.pooling == "apart" else ""
+    of = f" of {found.train_rows:,} train rows" if found.train_rows < found.available_rows else ""
+    read = ", each text read alone" if rival.pooling == "pair" else ""
     name = f"{rival.kind} (frozen embeddings{of}{read})"
     return scorer.frozen(scoring, name, probe.predicted(extractor, rows, rival, probe.rival_of(folder)))
 

@@ -37,7 +37,9 @@ def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
         )
     count = len(next(iter(kept.values())))
     left_out = missing_metrics(scoring) if drawn else ""
-    return scoring.scores(scoring.plan.trial, "trained", count, metrics=estimates, answers=answers, left_out=left_out)
+    return scoring.scores(
+        scoring.plan.trial, "trained", count, metrics=estimates, answers=answers, missing_metrics=left_out
+    )
 
 
 def _generated(scoring: Scoring, model: Any, tokenizer: Any, drawn: Mapping[int, Mapping[str, Any]]) -> list[str]:

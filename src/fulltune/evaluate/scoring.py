@@ -22,7 +22,7 @@ from fulltune.methods import folder
 from fulltune.models.base import Base, opened
 from fulltune.models.load import load
 from fulltune.recipe.fields import Recipe
-from fulltune.records.events import Listener, RowsRead, Said
+from fulltune.records.events import Listener, Message, RowsRead
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, COMPARISON, Access
 from fulltune.records.scores import Answer, Scores
@@ -140,7 +140,9 @@ class Scoring:
             confidence=confidence,
             num_leaks=main.num_seen if main else 0,
             near_leaks=self.recipe.data.near_duplicates < 1,
-            unseen=main.unseen.estimate(confidence, bounds_of(self.plan.metric)) if main and main.unseen else None,
+            metric_without_leaks=main.unseen.estimate(confidence, bounds_of(self.plan.metric))
+            if main and main.unseen
+            else None,
             **fields,
         )
         return scores, main
@@ -210,7 +212,7 @@ def note_access(folder: Path, listener: Listener, outcome: Outcome | None = None
     except OSError as error:
         reason = str(error.strerror or error).lower()
         text = f"{folder.parent / ACCESSES}: cannot be written ({reason}), so later runs will not count this scoring"
-        listener(Said(text=text, level="warning"))
+        listener(Message(text=text, level="warning"))
 
 
 # ---- what a model gives for each row, kept for comparisons ------------------------------------------------------

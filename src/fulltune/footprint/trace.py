@@ -42,7 +42,7 @@ PIXELS_OF_A_TOKEN = 32 * 32
 def rough(case: Case, why: str) -> Footprint:
     """A footprint by arithmetic; `why` says that the model cannot be traced."""
     shapes = _shapes(case)
-    num_trained = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
+    num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _sizes(case)
     tokens = 1
     if case.pixels is not None:
@@ -62,9 +62,9 @@ def rough(case: Case, why: str) -> Footprint:
                 activation_checkpointing=recomputed,
                 first=(
                     _moment(case, "backward head", 0, size * kept, logits, copies),
-                    _moment(case, "backward 0:below", weight * num_trained, size * layer, 0, copies),
+                    _moment(case, "backward 0:below", weight * num_trainable, size * layer, 0, copies),
                 ),
-                later=(_moment(case, "backward head", weight * num_trained, size * kept, logits, copies),),
+                later=(_moment(case, "backward head", weight * num_trainable, size * kept, logits, copies),),
             )
         )
     return Footprint(
@@ -140,8 +140,8 @@ class PlannedModel:
                 task_named(self.recipe.task),
                 Target.of(self.summary),
                 preparing(recipe, on_cpu=device == "cpu"),
-                self.shapes.num_held or self.shapes.num_parameters,
-                all_trained=self.shapes.num_trained is None,
+                self.shapes.num_all_parameters or self.shapes.num_parameters,
+                all_trained=self.shapes.num_trainable is None,
                 precision=precision,
                 # Both, whatever the recipe says: the other one can be a way out.
                 checkpointing=(False, True) if self.shapes.can_recompute else (False,),

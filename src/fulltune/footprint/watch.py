@@ -171,9 +171,9 @@ class Watch(TorchDispatchMode):
         self._open = False  # what dies from now on is the model itself
         super().__exit__(*failure)
 
-    def begin(self, parameters: list[torch.Tensor], num_trained: int) -> None:
+    def begin(self, parameters: list[torch.Tensor], num_trainable: int) -> None:
         """Forget what was seen before; the parameters are there already."""
-        self.num_trained, self.place, self.flops = num_trained, "", 0.0
+        self.num_trainable, self.place, self.flops = num_trainable, "", 0.0
         self._changes: list[tuple[str, int, int]] = []  # where, which block, its bytes: negative where it went
         self._kinds: dict[int, str] = {}  # of a block; the others are activations
         self._blocks: dict[int, tuple[int, Any]] = {}
@@ -228,9 +228,9 @@ class Watch(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         if func in _INDEXING:
-            args = (args[0], _numbered(args[1], self.num_trained), *args[2:])
+            args = (args[0], _numbered(args[1], self.num_trainable), *args[2:])
         if func is _aten.nonzero.default:
-            out = args[0].new_empty((self.num_trained, args[0].dim()), dtype=torch.int64)
+            out = args[0].new_empty((self.num_trainable, args[0].dim()), dtype=torch.int64)
         elif func is _aten.rand.default and not args[0]:
             out = torch.tensor(1.0)  # whether to leave out a layer (LayerDrop): the only draw whose value is asked for
         else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fulltune.records.held import Drift, HeldRun, Point
+from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 
 LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
 """Texts of a run with a budget: for selection, and as many sealed ones; for replay."""
@@ -60,28 +60,28 @@ def is_within(measured: Drift, limit: float) -> bool:
 MOST_OF_IT = 0.9
 
 
-def limit_for_most(found: HeldRun) -> float | None:
+def limit_for_most(found: BudgetResult) -> float | None:
     """The smallest limit that keeps `MOST_OF_IT` of the trained model's gain; None: it is kept, or there is no gain."""
     most = found.gain_of(found.end)
-    if found.gain_of(found.chosen) >= MOST_OF_IT * most:
+    if found.gain_of(found.choice) >= MOST_OF_IT * most:
         return None
     good = [one for one in found.points if found.gain_of(one) >= MOST_OF_IT * most]
-    return min(least_limit(one.measured) for one in good)
+    return min(least_limit(one.drift) for one in good)
 
 
-def crossing(inside: Point, outside: Point, limit: float) -> float:
+def crossing(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
     """About the share between two points where a straight line between them crosses the limit (false position)."""
-    low, high = (least_limit(point.measured) - limit for point in (inside, outside))
+    low, high = (least_limit(point.drift) - limit for point in (inside, outside))
     part = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + part * (outside.share - inside.share), 3)
 
 
-def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Point:
+def best(points: Sequence[InterpolationPoint], limit: float, greater_is_better: bool) -> InterpolationPoint:
     """The point within the limit (the untouched model always is) with the best metric; among equals the least moved."""
     sign = 1 if greater_is_better else -1
-    possible = [point for point in points if point.is_start or is_within(point.measured, limit)]
+    possible = [point for point in points if point.is_start or is_within(point.drift, limit)]
 
-    def order(point: Point) -> tuple[float, float]:  # one whose metric is not finite is never better
-        return sign * point.metric if math.isfinite(point.metric) else -math.inf, -point.measured.drift
+    def order(point: InterpolationPoint) -> tuple[float, float]:  # one whose metric is not finite is never better
+        return sign * point.metric if math.isfinite(point.metric) else -math.inf, -point.drift.mean
 
     return max(possible, key=order)

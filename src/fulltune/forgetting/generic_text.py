@@ -19,7 +19,7 @@ from fulltune.errors import DataError
 from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
 from fulltune.inference.run import GenericText
 from fulltune.recipe.model import AUTO, BUNDLED, PreserveBlock
-from fulltune.records.held import Drift
+from fulltune.records.forgetting import Drift
 from fulltune.tasks.columns import normalised
 from fulltune.text import counted
 
@@ -179,7 +179,7 @@ def measured(before: np.ndarray, after: np.ndarray) -> Drift:
     """The mean drift of texts with its standard error."""
     moved = drift(before, after)
     error = float(moved.std(ddof=1)) / math.sqrt(len(moved)) if len(moved) > 1 else 0.0
-    return Drift(drift=float(moved.mean()), error=error, texts=len(moved))
+    return Drift(mean=float(moved.mean()), error=error, texts=len(moved))
 
 
 def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:

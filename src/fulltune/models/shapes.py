@@ -33,9 +33,9 @@ class Shapes(Record):
     """Longest sequence the model can take, in tokens; None when it has no fixed limit."""
     can_recompute: bool = True
     """Its class offers activation checkpointing."""
-    num_held: int | None = None
+    num_all_parameters: int | None = None
     """Parameters with what the method adds; None: it adds none and trains all."""
-    num_trained: int | None = None
+    num_trainable: int | None = None
     """Those of them that the method trains; None: all."""
     head_is_kept: bool = False
     """The checkpoint brings a head for this task's labels, as far as its config tells."""
@@ -75,8 +75,8 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
         hidden_size=getattr(text, "hidden_size", 0) or 0,
         vocab_size=getattr(text, "vocab_size", 0) or 0,
         position_limit=position_limit(config),
-        num_held=held,
-        num_trained=trained,
+        num_all_parameters=held,
+        num_trainable=trained,
         can_recompute=bool(model.supports_gradient_checkpointing),
         head_is_kept=head.order is not None,
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),

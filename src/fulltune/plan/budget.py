@@ -60,7 +60,7 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
     if shared is None or not machine.gpus:
         return
     processes, machines = recipe.train.num_processes, recipe.train.num_machines
-    on_host = host_bytes(shared, shapes.num_parameters, processes, num_trained=shapes.num_trained) // machines
+    on_host = host_bytes(shared, shapes.num_parameters, processes, num_trainable=shapes.num_trainable) // machines
     if on_host > machine.memory_available_bytes:
         each = f" on each of {machines} machines" if machines > 1 else ""
         raise DoesNotFitError(
@@ -86,7 +86,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared:
 def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
     """The weights there are bf16, so that nothing holds a copy of them."""
     parameters, processes = shapes.num_parameters, settings.num_processes
-    held = shared.parts_at("device", engine_state(parameters, shapes.num_trained), processes)
+    held = shared.parts_at("device", engine_state(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
     if shared.stage == 3:  # what is whole for a moment: at least a layer, or the vocabulary
         vocabulary = shapes.vocab_size * shapes.hidden_size
@@ -97,7 +97,7 @@ def _on_gpus(shapes: Shapes, footprint: Footprint, settings: MemorySettings, sha
         footprint.evaluation[footprint.traced(settings.precision)], footprint, settings.eval_batch_size, settings
     )
     evaluation = held["weights"] + held["optimizer"] + buffers + sum(scoring.values())
-    host = host_bytes(shared, parameters, processes, shapes.num_trained) // processes
+    host = host_bytes(shared, parameters, processes, shapes.num_trainable) // processes
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
 
@@ -140,16 +140,16 @@ HOST_BUFFERS = 1.22
 """Of what is offloaded, for pinned buffers: 176 GB were measured for 18 bytes of each of 8.03 B parameters."""
 
 
-def engine_state(num_parameters: int, num_trained: int | None = None) -> dict[MemoryKind, int]:
+def engine_state(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
     """Bytes of all of it; None: all parameters are trained."""
     weights, gradients, optimizer = IN_ENGINE
-    trained = num_parameters if num_trained is None else num_trained
+    trained = num_parameters if num_trainable is None else num_trainable
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
 
 
-def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trained: int | None = None) -> int:
+def host_bytes(shared: sharing.Sharing, num_parameters: int, num_devices: int, num_trainable: int | None = None) -> int:
     """Bytes that all processes together take of the host's memory for what is offloaded."""
-    each = shared.parts_at("host", engine_state(num_parameters, num_trained), num_devices)
+    each = shared.parts_at("host", engine_state(num_parameters, num_trainable), num_devices)
     return round(HOST_BUFFERS * num_devices * sum(each.values()))
 
 
@@ -188,10 +188,10 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
     finished model, and the weights before step 1, which are kept until it is saved. All hold what is trained. A
     run that is stopped in between writes one checkpoint more."""
     state = memory.state_of(num_parameters, settings)
-    weights = memory.num_trained(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
+    weights = memory.num_trainable(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
     one = weights + state["optimizer"]
     if recipe.train.placement == "fsdp2":  # moments are in fp32 there, however they are kept
-        one = weights + max(state["optimizer"], MOMENTS_BYTES * memory.num_trained(num_parameters, settings))
+        one = weights + max(state["optimizer"], MOMENTS_BYTES * memory.num_trainable(num_parameters, settings))
     if recipe.train.engine_by:
         one = num_parameters * ENGINE_BYTES
     return DiskNeed(

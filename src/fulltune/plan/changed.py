@@ -29,7 +29,7 @@ _PLACING = (
         "gradient_accumulation_steps",
     ),
     *("eval_batch_size", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state"),
-    *("sent_each_pass", "sent_each_step"),
+    *("sent_bytes_per_micro_batch", "sent_bytes_per_update"),
     *("disk", "time", "loader_workers", "fast_bf16"),
 )
 """What follows from where things lie, and changes no result."""

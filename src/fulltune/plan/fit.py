@@ -92,8 +92,8 @@ def fit(workload: Workload, fleet: Fleet, own_loss: bool = False, started_second
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
         available_bytes=basis.available_bytes,
         memory=chosen.memory,
-        sent_each_pass=each_pass,
-        sent_each_step=each_step,
+        sent_bytes_per_micro_batch=each_pass,
+        sent_bytes_per_update=each_step,
         disk=on_disk,
         settings=tuple(reasons.settings),
     )
@@ -164,7 +164,7 @@ def obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str:
         return f"{train.optim} needs whole tensors"
     if train.use_liger_kernel:
         return "Liger's kernels were never tried with it"
-    if shapes.num_trained is not None:
+    if shapes.num_trainable is not None:
         return "its memory is planned for full fine-tuning alone"
     return "" if shapes.units is not None else "this model has no repeated blocks"
 

@@ -53,7 +53,7 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> Memo
         # A second model reads the checkpoint's weights and is gone when the optimizer's state is read.
         "resuming": state["weights"] + max(state["weights"] + read if on_cpu else 0, state["optimizer"]) + base,
     }
-    if settings.num_trained is not None:  # a checkpoint holds only what is trained
+    if settings.num_trainable is not None:  # a checkpoint holds only what is trained
         phases["resuming"] = state["weights"] + state["gradients"] + state["optimizer"] + base
     return MemoryNeed(kinds=kinds, phases=phases)
 
@@ -88,7 +88,7 @@ def _beyond_tensors(
     if settings.device == "cuda":
         return CUDA_CONTEXT_BYTES, 0
     logits_are_large = 4 * tokens_of_loss(footprint, settings) * shapes.vocab_size >= SMALL_BYTES
-    size, trained = BYTES[settings.weights_dtype], num_trained(shapes.num_parameters, settings)
+    size, trained = BYTES[settings.weights_dtype], num_trainable(shapes.num_parameters, settings)
     sizes = footprint.tensors or {footprint.largest_tensor: 1}
     large = sum(values * count for values, count in sizes.items() if values * size >= SMALL_BYTES)
     small_share = 1 - large / max(1, trained)
@@ -154,7 +154,7 @@ def in_pieces(
         return kinds
     halves = 2 if settings.precision != "fp32" else 0
     head = shapes.vocab_size * shapes.hidden_size
-    has_gradient = gradients_before is not None and settings.num_trained is None  # else the head is frozen
+    has_gradient = gradients_before is not None and settings.num_trainable is None  # else the head is frozen
     logits, gradients = 0, kinds["gradients"]
     if kinds["logits"]:
         logits = min(tokens, CHUNK_TOKENS[settings.device]) * shapes.vocab_size * (4 + halves)
@@ -164,7 +164,7 @@ def in_pieces(
             logits += halves * head
         gradients = max(gradients, (gradients_before or 0) + 4 * head * has_gradient)
     # A tied embedding's gradient is added to the head's in place; that of whole logits is not.
-    most = BYTES[settings.weights_dtype] * num_trained(shapes.num_parameters, settings) + 4 * head * has_gradient
+    most = BYTES[settings.weights_dtype] * num_trainable(shapes.num_parameters, settings) + 4 * head * has_gradient
     return {**kinds, "logits": logits, "gradients": min(gradients, most)}
 
 
@@ -209,9 +209,9 @@ def known(optim: str) -> bool:
     return optim in _MOMENTS or optim in _AS_WEIGHTS
 
 
-def num_trained(num_parameters: int, settings: MemorySettings) -> int:
+def num_trainable(num_parameters: int, settings: MemorySettings) -> int:
     """Of a model with so many parameters, those that are trained."""
-    return num_parameters if settings.num_trained is None else settings.num_trained
+    return num_parameters if settings.num_trainable is None else settings.num_trainable
 
 
 def trained_dtype(settings: MemorySettings) -> str:
@@ -219,13 +219,13 @@ def trained_dtype(settings: MemorySettings) -> str:
 
     A new head is of their type, as are the parts that a PEFT method trains in place; counted as float32 as well.
     """
-    return settings.weights_dtype if settings.num_trained is None else "fp32"
+    return settings.weights_dtype if settings.num_trainable is None else "fp32"
 
 
 def state_of(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, int]:
     """What exists between steps of a model with so many parameters: gradients and optimizer state of trained ones."""
-    held = num_parameters if settings.num_held is None else settings.num_held
-    trained = num_trained(num_parameters, settings)
+    held = num_parameters if settings.num_all_parameters is None else settings.num_all_parameters
+    trained = num_trainable(num_parameters, settings)
     state = state_bytes(trained, trained_dtype(settings), settings.optim, settings.bf16_rounding)
     return state | {"weights": state["weights"] + (held - trained) * BYTES[settings.weights_dtype]}
 

@@ -12,7 +12,7 @@ from fulltune.plan.levers import plain_optim
 from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, given, with_settings
 from fulltune.plan.workload import Basis, takes_pieces
 from fulltune.recipe.training import ENGINE_SETTINGS
-from fulltune.records.plan import MemoryNeed, MemorySettings, Placement
+from fulltune.records.plan import MemoryNeed, MemorySettings, PlacementOption
 from fulltune.system import sharing
 from fulltune.system.sharing import Sharing
 from fulltune.text import format_bytes
@@ -26,7 +26,7 @@ _DEFAULTS = {
 }
 
 
-def table(basis: Basis) -> tuple[Placement, ...]:
+def table(basis: Basis) -> tuple[PlacementOption, ...]:
     """Every way that makes sense on this hardware, with what it needs and how fast it should be."""
     return tuple(_best(basis, settings) for settings in _layouts(basis))
 
@@ -47,7 +47,7 @@ def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
         narrow |= {"train.precision": "bf16"} if train.precision == "fp32" else {}
         yield narrow
         yield narrow | small
-    if basis.start.num_trained is not None:  # sharing out is planned for full fine-tuning only
+    if basis.start.num_trainable is not None:  # sharing out is planned for full fine-tuning only
         return
     # What no placement may be taken with is refused by the recipe's own rules.
     if many and basis.shapes.units is not None and not train.use_liger_kernel:
@@ -61,7 +61,7 @@ def _layouts(basis: Basis) -> Iterator[dict[str, Any]]:
         yield plain | whole | {PLACEMENT: placement, OFFLOAD: offload}
 
 
-def _best(basis: Basis, settings: dict[str, Any]) -> Placement:
+def _best(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
     """The fastest micro batch and checkpointing that fit; when none does, the smallest."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
@@ -76,7 +76,7 @@ def _best(basis: Basis, settings: dict[str, Any]) -> Placement:
     return row(placed, option.settings, option.memory, _changes(basis, settings, placed.shared))
 
 
-def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> Placement:
+def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
     """A row of the table, for settings and the memory that they need."""
     kinds, shared = dict(memory.kinds), basis.shared
     # Evaluation, saving or resuming may have the higher peak.
@@ -84,14 +84,14 @@ def row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dic
     on_hosts = budget.host_bytes(shared, basis.shapes.num_parameters, settings.num_processes) if shared else 0
     host = -(-on_hosts // settings.num_machines)
     seconds = basis.seconds(settings)
-    return Placement(
+    return PlacementOption(
         name=name_of(shared, settings),
         kinds=kinds,
         device_bytes=memory.peak,
         host_bytes=host,
         micro_batch_size=settings.micro_batch_size,
         activation_checkpointing=settings.activation_checkpointing,
-        short=_short(basis, memory.peak, host),
+        shortage=_shortage(basis, memory.peak, host),
         tokens_per_second=basis.speed(settings),
         bound_by=max(seconds, key=lambda name: seconds[name]) if seconds else "",
         settings=changes,
@@ -123,9 +123,9 @@ def _changes(basis: Basis, settings: dict[str, Any], shared: Sharing | None) -> 
     return {name: value for name, value in settings.items() if known.get(name) != value}
 
 
-def _short(basis: Basis, on_device: int, host: int) -> str:
-    """What is too little, and by how much; empty when everything fits."""
+def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
+    """Name what is missing and by how much, if anything is."""
     missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes
-    return ", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0)
+    return ", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0) or None

@@ -284,7 +284,7 @@ def caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
         ("memory.inputs", "assumed", footprint.assumed),
         ("memory.torch_compile", "not counted", uncounted),
     )
-    return [Setting(name=name, value=value, reason=why, chosen=True) for name, value, why in rows if why]
+    return [Setting(name=name, value=value, reason=why, is_automatic=True) for name, value, why in rows if why]
 
 
 _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
@@ -303,5 +303,5 @@ def everything_else(recipe: Recipe, reasons: Reasons) -> None:
                 continue
             given = field in values.model_fields_set
             reasons.settings.append(
-                Setting(name=name, value=value, reason=FROM_RECIPE if given else "default", chosen=not given)
+                Setting(name=name, value=value, reason=FROM_RECIPE if given else "default", is_automatic=not given)
             )

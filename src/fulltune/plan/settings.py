@@ -55,10 +55,10 @@ class Reasons:
     def add(self, name: str, given: Any, chosen: Any = None, reason: str = "", doubt: str = "") -> Any:
         """The recipe's value if it gave one, else the chosen one; `doubt` is said behind the reason of either."""
         value, why = (given, FROM_RECIPE) if given is not None else (chosen, reason)
-        self.settings.append(Setting(name=name, value=value, reason=why + doubt, chosen=given is None))
+        self.settings.append(Setting(name=name, value=value, reason=why + doubt, is_automatic=given is None))
         return value
 
     def replace(self, name: str, value: Any, reason: str) -> None:
         """Another value for a setting that was chosen before."""
         place = next(i for i, setting in enumerate(self.settings) if setting.name == name)
-        self.settings[place] = Setting(name=name, value=value, reason=reason, chosen=True)
+        self.settings[place] = Setting(name=name, value=value, reason=reason, is_automatic=True)

@@ -17,7 +17,7 @@ from fulltune.plan.time import Price
 from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.training import ENGINE_SETTINGS
-from fulltune.records.plan import Advice, Placement, Plan, Survey, WayOut
+from fulltune.records.plan import Advice, PlacementOption, Plan, Survey, WayOut
 from fulltune.system import sharing
 
 MUCH_FASTER = 1.25
@@ -92,14 +92,14 @@ def _shared(recipe: Recipe, planned: Planned) -> sharing.Sharing | None:
 
 
 def _seen(
-    workload: Workload, basis: Basis, table: tuple[Placement, ...], full_fits: bool, lora_fits: bool | None
+    workload: Workload, basis: Basis, table: tuple[PlacementOption, ...], full_fits: bool, lora_fits: bool | None
 ) -> Survey:
     """What is known whether or not there is a plan."""
     summary, shapes, fleet, train = workload.summary, workload.shapes, basis.fleet, workload.recipe.train
     splits = summary.splits
     return Survey(
         hardware=fleet.name,
-        assumed=fleet.assumed,
+        assumptions=fleet.assumed,
         # The processes of a CPU share one device.
         num_devices=train.num_processes if fleet.machine.gpus else train.num_machines,
         num_machines=train.num_machines,
@@ -122,7 +122,7 @@ def _seen(
 # ---- the plan ----------------------------------------------------------------------------------------------------
 
 
-def _planned(workload: Workload, fleet: Fleet, table: Sequence[Placement]) -> Planned | DoesNotFitError:
+def _planned(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption]) -> Planned | DoesNotFitError:
     """The recipe as it is; on hardware that is not here also with the best other placement that fulltune can run.
 
     On this machine the plan is what `fulltune run` would do: other placements are ways out.
@@ -142,19 +142,19 @@ def _planned(workload: Workload, fleet: Fleet, table: Sequence[Placement]) -> Pl
     return _otherwise(workload, fleet, faster, f", much faster than {own.placement}, which fits as well") or (own, {})
 
 
-def ranked(table: Sequence[Placement]) -> list[Placement]:
+def ranked(table: Sequence[PlacementOption]) -> list[PlacementOption]:
     """Those that fit and need nothing that only a person can say: first the ones that compute as AdamW in fp32 does,
     then the faster ones."""
     fitting = (one for one in table if one.fits)
     return sorted(fitting, key=lambda one: (_computes_otherwise(one), -(one.tokens_per_second or 0.0)))
 
 
-def _computes_otherwise(one: Placement) -> bool:
+def _computes_otherwise(one: PlacementOption) -> bool:
     """Whether its numbers are not those of AdamW in fp32."""
     return one.settings.get("model.weights_dtype") == "bf16" or one.settings.get("train.optim") == "adamw_8bit"
 
 
-def _otherwise(workload: Workload, fleet: Fleet, table: Sequence[Placement], why: str = "") -> Planned | None:
+def _otherwise(workload: Workload, fleet: Fleet, table: Sequence[PlacementOption], why: str = "") -> Planned | None:
     """With the best of these placements, and why it is not the recipe's own."""
     for one in ranked(table):
         given_otherwise = (given(workload.recipe, name) not in (None, value) for name, value in one.settings.items())
@@ -197,7 +197,7 @@ def _anywhere(workload: Workload | None, fleet: Fleet, by_asking: bool = False) 
 
 
 def _ways_out(
-    workload: Workload, basis: Basis, table: Sequence[Placement], problem: str, lora: Planned | None
+    workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: Planned | None
 ) -> tuple[str, tuple[WayOut, ...]]:
     """What is short, with the ways out: of the disk, when a larger one would do, else of memory; LoRA where it fits."""
     fleet = basis.fleet

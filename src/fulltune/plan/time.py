@@ -67,9 +67,9 @@ class Work:
 
 def backward_of(method: str, shapes: Shapes) -> float:
     """Of a method's backward pass, in forward passes: 1 for the gradients of what flows, 1 for those of all weights."""
-    if shapes.num_trained is None:
+    if shapes.num_trainable is None:
         return 2.0
-    share = shapes.num_trained / (shapes.num_held or shapes.num_parameters)
+    share = shapes.num_trainable / (shapes.num_all_parameters or shapes.num_parameters)
     return 2 * share if method == "head" else 1 + share
 
 
@@ -122,7 +122,7 @@ def step_seconds(
     rate *= devices if fleet.machine.gpus else settings.num_machines
     computing = work.step_flops(rows, settings.activation_checkpointing) / rate
     launching = LAUNCH_SECONDS * shapes.num_layers * accumulation if fleet.machine.gpus else 0.0
-    trained = shapes.num_parameters if shapes.num_trained is None else shapes.num_trained
+    trained = shapes.num_parameters if shapes.num_trainable is None else shapes.num_trainable
     parts = {
         "computing": max(computing, launching) + LOOP_SECONDS,
         "host link": 0.0,
@@ -163,7 +163,7 @@ def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) ->
     """Bytes that each process sends for each micro batch, and once in an optimizer step, by rings, which pass
     (N - 1) / N of a tensor for each gather and reduction of N processes (docs/scale.md, "Traffic"); `shared` None:
     each holds everything."""
-    processes, trained = settings.num_processes, memory.num_trained(shapes.num_parameters, settings)
+    processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0
     if shared is None:

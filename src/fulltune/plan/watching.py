@@ -32,7 +32,7 @@ def settle(
     watched = _watched(recipe, summary, global_batch_size, steps, reasons)
     block, total_steps = recipe.preserve, steps.total
     if block.limit is None:
-        return GenericTexts(watched=watched)
+        return GenericTexts(texts_per_evaluation=watched)
     train = summary.splits["train"]
     tokens = global_batch_size * train.tokens / max(1, train.rows)
     rows = max(FEWEST_REPLAYED, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
@@ -49,11 +49,11 @@ def settle(
     # Selection texts, at each point, and twice the sealed ones.
     at_end = (NUM_POINTS + 2) * (TOKENS_READ // GENERIC_TOKENS)
     return GenericTexts(
-        watched=watched,
+        texts_per_evaluation=watched,
         budget=block.limit,
-        rows=rows,
+        replay_rows=rows,
         steer_steps=every,
-        read_once=at_end + min(MOST_REPLAYED, total_steps * rows),
+        texts_read_once=at_end + min(MOST_REPLAYED, total_steps * rows),
         scored_rows=NUM_POINTS * min(summary.splits["eval"].rows, MOST_ROWS),
     )
 
@@ -76,5 +76,5 @@ def _watched(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps
     least = " (no fewer tell anything)" if count == FEWEST else ""
     why = f"{count} generic texts{least} at each evaluation, about {format_percent(share)} of the training"
     given = FROM_RECIPE + ": " if "drift" in recipe.preserve.model_fields_set else ""
-    reasons.settings.append(Setting(name=name, value=True, reason=given + why, chosen=not given))
+    reasons.settings.append(Setting(name=name, value=True, reason=given + why, is_automatic=not given))
     return count

@@ -13,7 +13,7 @@ from fulltune.plan.levers import LEVERS, Lever
 from fulltune.plan.settings import PLACEMENT, WHERE, in_yaml
 from fulltune.plan.workload import Basis
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import DiskNeed, MemorySettings, Placement, WayOut
+from fulltune.records.plan import DiskNeed, MemorySettings, PlacementOption, WayOut
 from fulltune.text import format_bytes, listed
 
 MOST = 3
@@ -21,7 +21,7 @@ LEAST_SHARE = 0.1
 """Of what is short: what frees less, and is not enough, helps nobody."""
 
 
-def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[Placement] = ()) -> tuple[WayOut, ...]:
+def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()) -> tuple[WayOut, ...]:
     """The nearest ways to bring a training process under its budget, at most three: first those that are enough, by
     harm, then those that free most.
 
@@ -53,7 +53,7 @@ def of_memory(basis: Basis, smallest: MemorySettings, placements: Sequence[Place
     return tuple([*enough, *rest][:MOST])
 
 
-def _as_way_out(placement: Placement, now: int) -> WayOut:
+def _as_way_out(placement: PlacementOption, now: int) -> WayOut:
     host = f", {format_bytes(placement.host_bytes)} on the host" if placement.host_bytes else ""
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     costs = speed or "other numbers in the last digits"

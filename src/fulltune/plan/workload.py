@@ -119,8 +119,8 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         generic_first=recipe.generic_first,
         num_processes=train.num_processes,
         num_machines=train.num_machines,
-        num_held=shapes.num_held,
-        num_trained=shapes.num_trained,
+        num_all_parameters=shapes.num_all_parameters,
+        num_trainable=shapes.num_trainable,
         num_saves=time.occasions(steps.total, steps.between_evaluations, steps.between_saves),
         # scikit-learn works in the host's memory.
         probe_bytes=time.probe_cost(summary, shapes.hidden_size)[1] if (head_init, device) == ("probe", "cpu") else 0,

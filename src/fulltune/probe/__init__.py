@@ -149,13 +149,13 @@ def fit(
         What was found; the values of the whole head, its layers as the best classifier; those of its last layer, as
         training starts with it (empty: the same); the rival.
     """
-    layers, why_not = None, ""
+    layers, failure = None, None
     try:
         layers = head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     except NoProbe as no:
-        why_not = str(no)
+        failure = str(no)
     if layers is None and extractor.kind == "span":  # a token has no mean
-        return Probe(head=None, frozen=None, why_not=why_not), {}, {}, None
+        return Probe(head=None, frozen=None, failure=failure), {}, {}, None
     width = round(_width(extractor.model, layers) * (PAIRS if extractor.separators else 1))
     chosen = sampled(rows, extractor.kind, extractor.target.num_choices, width)
     held = sampled(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
@@ -166,26 +166,26 @@ def fit(
         except NoProbe as no:
             if layers is None or extractor.kind == "span":
                 raise
-            layers, why_not = None, str(no)  # means may still be seen
+            layers, failure = None, str(no)  # means may still be seen
             train = extractor.features(chosen, layers)
         held_out = extractor.features(held, layers) if by_eval else None
         with _no_probe_without_memory(extractor.model):
             rival = best_rival(extractor, train, held_out)
     except NoProbe as no:
-        return Probe(head=None, frozen=None, why_not=str(no)), {}, {}, None
+        return Probe(head=None, frozen=None, failure=str(no)), {}, {}, None
     head, values, start = None, Values(), Values()
     if layers is not None and with_head:
         try:
             with _no_probe_without_memory(extractor.model):
                 head, values, start = _head(extractor, layers, train, held_out)
         except NoProbe as no:
-            why_not = str(no)
+            failure = str(no)
     found = Probe(
         head=head,
         frozen=rival[0] if rival else None,
-        why_not=why_not,
+        failure=failure,
         train_rows=len(chosen),
-        of_rows=len(rows),
+        available_rows=len(rows),
         held_out="eval rows" if by_eval else "cross-validation",
     )
     return found, values, start, rival[1] if rival else None
@@ -217,7 +217,7 @@ def _head(
     parameters = dict(extractor.model.named_parameters())
     last_layer, dense_layer = layers
     has_bias, dense_has_bias = (f"{layer}.bias" in parameters for layer in layers)
-    options: dict[str | None, Linear | None] = {"kept" if dense_layer else None: None}
+    options: dict[str | None, Linear | None] = {"loaded" if dense_layer else None: None}
     after = None
     if train.dense is not None and train.last is not None:
         after = after_dense(extractor.model, str(dense_layer), train.dense, train.last)
@@ -274,7 +274,7 @@ def best_rival(extractor: Extractor, train: Features, held_out: Features | None)
             None if held is None or held_out is None else extractor.items(held[name], held_out),
         )
         for name, features in _pooled(train).items()
-        if name != "apart"  # twice as wide as the others
+        if name != "pair"  # twice as wide as the others
         or solver_bytes(extractor.kind, len(features), extractor.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
     }
     pooling, least, (kind, _), classifier = best_space(spaces, candidates, wrong)
@@ -288,7 +288,7 @@ def _pooled(features: Features) -> dict[Pooling, np.ndarray]:
     if position is not None:
         found["head"] = position / np.maximum(np.linalg.norm(position, axis=1, keepdims=True), 1e-12)
     if features.apart is not None:
-        found["apart"] = features.apart
+        found["pair"] = features.apart
     return found
 
 
@@ -300,7 +300,7 @@ def predicted(extractor: Extractor, rows: Any, rival: FrozenRival, found: Linear
 
     def run(size: int) -> list[tuple[int, np.ndarray]]:
         answers: list[tuple[int, np.ndarray]] = []
-        for part in extractor.passes(rows, layers, size, apart=rival.pooling == "apart"):
+        for part in extractor.passes(rows, layers, size, apart=rival.pooling == "pair"):
             if not len(part.rows):  # no word of these rows has a token
                 continue
             numbers, begins = np.unique(part.rows, return_index=True)

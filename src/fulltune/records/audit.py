@@ -1,4 +1,4 @@
-"""What an audit of the rows found: each suspicious row with its reason, and what a check found in all."""
+"""Records of an audit: suspicious rows with their reasons, label errors, and what cleaning would change."""
 
 from __future__ import annotations
 
@@ -12,156 +12,153 @@ from fulltune.records.data import SplitName
 
 ISSUES, AUDIT = "issues.jsonl", "audit.json"
 PROOFS, TRAINED_PROOFS = "proofs.json", "trained_proofs.json"
-"""In a run's folder `data`."""
+"""Files in the run folder's `data`."""
 LOSSES = "losses.jsonl"
-"""There, too: of each train and eval row a line with its place, its hash as in a patch, and its mean loss."""
+"""File in `data` with the place, the hash and the mean loss of each train and eval row."""
 HIGH_LOSS = "high loss"
-"""The check whose rows are those of the highest loss; it claims nothing."""
+"""Check that lists the rows of highest loss; it does not claim that they are wrong."""
 
 
 class Remedy(Record):
-    """What would be done with a row, or was decided."""
+    """An action on a row, proposed or decided."""
 
     action: Literal["keep", "drop", "replace", "undecided"]
     column: str | None = None
-    """Where `value` is put, if something is replaced: a text, or a label."""
+    """Column that is replaced by `value`."""
     value: Any = None
 
 
 class RowDecision(Record):
-    """What was decided about a row: a line of a patch file."""
+    """A decision about a row: one line of a patch file."""
 
     row: str
-    """`row_id` of the whole row: the same wherever it stands; of the second equal one with `-2` behind it."""
+    """Hash of the row's content (`row_id`); the second of two equal rows ends in `-2`."""
     remedy: Remedy
     source: str = "train"
-    """Whose file it stands in: a split's, or the train file that the split was taken off."""
+    """Split or file that holds the row."""
     check: str = ""
-    """What found the row."""
+    """Name of the check that flagged the row."""
     place: str = ""
-    """File and line, as in messages: for readers, like what follows."""
+    """File and line, for readers."""
     text: str = ""
-    """How it begins, secrets and personal data masked."""
+    """Beginning of the row, secrets and personal data masked."""
     reason: str = ""
     proposed: Remedy | None = None
 
     @property
     def is_open(self) -> bool:
-        """It was written down to be decided about: until then the row is as it was."""
+        """True while nobody has decided about the row; it is then used as it is."""
         return self.remedy.action == "undecided"
 
     @property
     def key(self) -> tuple[str, str]:
-        """What it is about."""
         return self.source, self.row
 
 
 class RowIssue(RowDecision):
-    """A row that a check found, as `data/issues.jsonl` lists it, with what could be done: never that it is kept.
-
-    Nothing is done with it unless the user says so.
-    """
+    """A row that a check flagged: one line of `data/issues.jsonl`. It is used unchanged unless the user decides
+    otherwise."""
 
     split: SplitName
     label: str | None = None
     score: float = 0.0
-    """The higher, the surer: in this order the rows of a check are reviewed."""
+    """Confidence of the check, higher is surer; rows are reviewed in this order."""
 
     def decided(self, remedy: Remedy) -> RowDecision:
-        """The line of a patch file."""
+        """Return the patch file's line for this row."""
         return RowDecision(row=self.row, remedy=remedy, source=self.source, check=self.check, place=self.place)
 
 
 class LabelErrors(Record):
-    """How labels were judged, by linear classifiers on the untouched model, each row by one that did not see it.
+    """Label quality, judged by cross-validated linear classifiers on frozen features.
 
-    How good that is was measured on the same rows: some were given a wrong label on purpose.
+    Recall and precision are measured on labels of the same rows that were flipped on purpose.
+
     """
 
     judged_rows: int
-    agree: float
-    """Share of the labels that are the likeliest ones."""
+    agreement: float
+    """Share of labels that are also the predicted ones."""
     suspects: int
     doubtful: int
-    """Further rows with another label that is clearly likelier; how often it is right, nothing tells."""
+    """Rows for which another label is clearly likelier, but with unknown precision."""
     planted: int
-    """Rows that were given a wrong label on purpose, in all repetitions."""
+    """Labels flipped on purpose, over all repetitions."""
     recall: float
-    """Share of these that would be suspects."""
+    """Share of flipped labels that are suspects."""
     precision: float
-    """Share of the suspects whose label is wrong, as far as the planted ones tell."""
-    wrong: float
-    """Estimated number of judged rows with a wrong label."""
+    """Estimated share of suspects whose label is wrong."""
+    estimated_errors: float
+    """Estimated number of wrong labels among the judged rows."""
 
 
 class Proof(Record):
-    """What cleaning by one check does to the metric on the same eval rows."""
+    """Effect of one cleaning step on the metric, on the same eval rows."""
 
     check: str
     action: Literal["drop", "replace"]
     rows: int
-    """Train rows that are dropped, or whose label or text is replaced."""
+    """Train rows that the step drops or changes."""
     before: float
-    """The metric without the cleaning, on average."""
+    """Mean metric without the step."""
     difference: float
-    """With it, less that."""
+    """Mean metric with the step minus without it."""
     low: float
     high: float
-    """Interval over the eval rows; of trainings over seeds, too. Those of all steps hold together in 95 % of cases."""
+    """Simultaneous 95 % interval of the difference, over eval rows (and seeds, for trainings)."""
     patch: str = ""
-    """Of trainings: the file in the run folder that cleaned the rows."""
+    """Patch file of this step in the run folder (trainings only)."""
 
 
 class Proofs(Record):
-    """What cleaning would do, check by check: by linear classifiers on the untouched model, or by trainings."""
+    """Effects of all cleaning steps, measured by linear classifiers on frozen features or by trainings."""
 
     fingerprint: str
     eval_rows: int
-    times: int
-    """Seeds of the trainings. Of classifiers how often other train rows were left out, the same with and without the
-    cleaning."""
+    repetitions: int
+    """Seeds of the trainings, or resamples of the train rows for classifiers."""
     proofs: tuple[Proof, ...]
-    left_out: tuple[str, ...] = ()
-    """Steps that were not tried: too few rows, or too many, or all of a label."""
-    by: Literal["classifiers", "trainings"] = "classifiers"
+    untried: tuple[str, ...] = ()
+    """Steps that were not tried because they affect too few or too many rows."""
+    source: Literal["classifiers", "trainings"] = "classifiers"
     metric: str = "accuracy"
     greater_is_better: bool = True
 
-    def verdict(self, one: Proof) -> Literal["helps", "hurts", "no difference found"]:
-        """What its interval says."""
-        if one.low <= 0 <= one.high:
+    def verdict(self, proof: Proof) -> Literal["helps", "hurts", "no difference found"]:
+        """Read the verdict from the proof's interval."""
+        if proof.low <= 0 <= proof.high:
             return "no difference found"
-        return "helps" if (one.low > 0) == self.greater_is_better else "hurts"
+        return "helps" if (proof.low > 0) == self.greater_is_better else "hurts"
 
 
 class Audit(Record):
-    """What was found in all rows."""
+    """Summary of an audit."""
 
     fingerprint: str
-    """Of the prepared rows."""
+    """Fingerprint of the prepared rows."""
     version: str = ""
-    """Of the checks, with the extras that were not installed."""
+    """Version of the checks, with the extras that were missing."""
     rows: dict[SplitName, int]
-    """Split to rows that were looked at."""
+    """Audited rows of each split."""
     checks: dict[str, int]
-    """Those that found something, the one that found most first, with the number of rows."""
+    """Rows that each check flagged, most first."""
     examples: tuple[RowIssue, ...] = ()
-    """Of each the surest ones."""
+    """Most confident rows of each check."""
     clean: tuple[str, ...] = ()
-    """Those that found nothing."""
+    """Checks that flagged nothing."""
     labels: LabelErrors | None = None
     languages: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """Column to the code of a language to the rows in it, the most frequent first; short texts and code are in none."""
+    """Rows by column and language code, most frequent first; short texts and code are not counted."""
     not_run: dict[str, str] = Field(default_factory=dict)
-    """Check to why it was not run, for example the extra that is missing."""
+    """Reason for each check that did not run, such as a missing extra."""
     seconds: float = 0.0
 
     def examples_of(self, check: str) -> list[RowIssue]:
-        """The surest rows that a check found."""
         return [one for one in self.examples if one.check == check]
 
 
 def proofs_of(folder: Path, audit: Audit) -> list[Proofs]:
-    """What cleaning the rows of a run would do, by classifiers and by trainings: what was asked of these rows."""
+    """Load the proofs in a run folder that belong to this audit's rows."""
     paths = (folder / "data" / name for name in (PROOFS, TRAINED_PROOFS))
-    return [found for path in paths if path.exists() and (found := Proofs.load(path)).fingerprint == audit.fingerprint]
+    loaded = [Proofs.load(path) for path in paths if path.exists()]
+    return [proofs for proofs in loaded if proofs.fingerprint == audit.fingerprint]

@@ -1,4 +1,4 @@
-"""A frozen record that writes itself to disk, one JSON file each, and reads itself back."""
+"""Records: frozen values with a fixed schema, each saved as one JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHORT.maxother = _SHORT.maxstring = 60
 
 
 class Record(BaseModel):
-    """A frozen record that knows how to write itself to disk and read itself back."""
+    """A frozen value that is saved as JSON and read back; unknown fields are refused."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -26,31 +26,27 @@ class Record(BaseModel):
     )
 
     def save(self, path: Path) -> None:
-        """Write the record as JSON for its owner alone; a reader sees the old file or the new one, never a part."""
+        """Write JSON that only its owner may read, replacing the file atomically."""
         write_text(path, self.model_dump_json(indent=2) + "\n", private=True)
 
     def __repr__(self) -> str:
-        """One line: what is not as usual, and of long values the beginning; `model_dump()` gives everything."""
+        """Show the fields that differ from their defaults, long values shortened."""
         fields = type(self).model_fields
-        usual = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
-        said = [f"{name}={_SHORT.repr(value)}" for name, value in self if value != usual[name]]
-        return f"{type(self).__name__}({', '.join(said)})"
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+        changes = [f"{name}={_SHORT.repr(value)}" for name, value in self if value != defaults[name]]
+        return f"{type(self).__name__}({', '.join(changes)})"
 
     __str__ = __repr__
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a record that `save` wrote.
-
-        Raises:
-            SetupError: When the file is damaged, of another version of fulltune, or another user's.
-        """
+        """Read a saved record; `SetupError` when the file is damaged, another version's, or another user's."""
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except PermissionError:
             raise SetupError(
-                f"{path}: may not be read (permission denied): its owner alone may read it; run the command as that "
-                "user, or have it made readable (chmod)"
+                f"{path}: permission denied, only its owner may read it; run the command as that user, or make the "
+                "file readable (chmod)"
             ) from None
         except ValueError:
             raise SetupError(

@@ -1,7 +1,8 @@
-"""What happens while a run works: a record for each kind of event, which its listener gets.
+"""Events of a run, one record for each kind, as listeners receive them.
 
-Those of an attempt at training are the lines of its `metrics.jsonl` as well: the event's kind, its fields, and the
-seconds since its process began. A new event is a class here, and a case in `cli.show.run.Display` if it is to be seen.
+An attempt writes its events to `metrics.jsonl`. A new event needs a class here and, to be displayed, a case in
+`cli.show.run.Display`.
+
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from pydantic import ConfigDict, ValidationError
 from fulltune.records.base import Record
 from fulltune.records.comparison import Expectation
 from fulltune.records.data import DataSummary
-from fulltune.records.held import HeldRun
+from fulltune.records.forgetting import BudgetResult
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Check
 
 
 class Event(Record):
-    """Something that happened."""
+    """Base of all events."""
 
     model_config = ConfigDict(extra="ignore")  # a line of another version may have more fields
     kind: ClassVar[str] = ""
-    """What it is called in `metrics.jsonl`."""
+    """Name of the event in `metrics.jsonl`."""
 
     seconds: float = 0.0
-    """In `metrics.jsonl`: since the attempt's process began."""
+    """Seconds since the attempt's process began."""
 
     def line(self) -> dict[str, Any]:
-        """As a line of `metrics.jsonl`."""
+        """Return the event as a line of `metrics.jsonl`."""
         return {"kind": self.kind, **self.model_dump(exclude={"seconds"}), "seconds": self.seconds}
 
 
@@ -38,31 +39,31 @@ Listener = Callable[[Event], None]
 
 
 def event_of(line: Mapping[str, Any]) -> Event | None:
-    """The event of a line of `metrics.jsonl`; None for one of another version, or without what it needs."""
-    found = next((event for event in Event.__subclasses__() if event.kind == line.get("kind")), None)
+    """Parse a line of `metrics.jsonl`; None if its kind or fields are unknown to this version."""
+    kind = next((event for event in Event.__subclasses__() if event.kind == line.get("kind")), None)
     try:
-        return None if found is None else found.model_validate(line)
+        return None if kind is None else kind.model_validate(line)
     except ValidationError:
         return None
 
 
 class PhaseBegan(Event):
-    """A part of the run began."""
+    """A phase of the run began."""
 
     kind = "phase"
     name: str
 
 
 class RowsRead(Event):
-    """So many rows are tokenised, audited, or read by a model outside of training."""
+    """Progress while rows are tokenised, audited, or read by a model outside of training."""
 
     kind = "rows"
     name: str
-    """What is done with them."""
+    """What is done with the rows."""
     done: int
     total: int | None
     share: float | None = None
-    """Of the work: long rows take longer; None: as of the rows."""
+    """Share of the work done, as long rows take longer; None to use `done / total`."""
 
 
 class DataPrepared(Event):
@@ -70,8 +71,8 @@ class DataPrepared(Event):
 
     kind = "data"
     summary: DataSummary
-    is_known: bool = False
-    """They were already there when the command began."""
+    is_reused: bool = False
+    """True if the rows were prepared by an earlier command."""
 
 
 class Planned(Event):
@@ -82,19 +83,19 @@ class Planned(Event):
 
 
 class ChecksDone(Event):
-    """What was checked before step 1."""
+    """The checks before step 1 are done."""
 
     kind = "checks"
     checks: tuple[Check, ...]
 
 
 class Forecast(Event):
-    """How long the training will take, measured by a dry run of two steps."""
+    """Time and memory of the training, measured by a dry run of two steps."""
 
     kind = "forecast"
     time: TimeNeed
     peak_memory_bytes: int = 0
-    """Beyond what was held before the model was loaded."""
+    """Peak beyond what was in use before the model was loaded."""
 
 
 class StepLogged(Event):
@@ -108,29 +109,29 @@ class StepLogged(Event):
     grad_norm: float | None = None
     learning_rate: float | None = None
     tokens_per_second: float = 0.0
-    """0: images have none."""
+    """Training speed; 0 for images."""
     seconds_left: float = 0.0
 
 
 class StepSkipped(Event):
-    """A step whose update was left out."""
+    """A step whose update was skipped."""
 
     kind = "skipped"
     step: int
     reason: str
     rows: tuple[int, ...] = ()
-    """Its rows' places in the prepared train rows, from 0; mixed rows are counted on behind them."""
+    """Indices into the prepared train rows, from 0; mixed-in rows follow the task's."""
 
 
 class UpdatesMeasured(Event):
-    """What a step did to some values of each trained tensor."""
+    """Effect of one step on a sample of values of each trained tensor."""
 
     kind = "updates"
     step: int
-    changed: float
-    """Share of these values whose stored value changed."""
-    update_to_weight: float
-    """Size of a tensor's update to its own, the median over tensors."""
+    changed_share: float
+    """Share of the sampled values that changed."""
+    update_ratio: float
+    """Norm of the update over norm of the weights, median over tensors."""
 
 
 class Evaluated(Event):
@@ -143,25 +144,25 @@ class Evaluated(Event):
 
 
 class Steered(Event):
-    """The weight of the generic text that is trained along was set, by how far it had moved."""
+    """The weight of the replayed text was set by the measured drift."""
 
     kind = "steered"
     step: int
-    moved: float
+    drift: float
     error: float
     weight: float
-    """From the next step on."""
+    """Weight from the next step on."""
 
 
 class Certified(Event):
-    """A point within the budget was chosen, and the sealed texts were opened."""
+    """A point within the budget was chosen and measured on the sealed texts."""
 
     kind = "certified"
-    held: HeldRun
+    result: BudgetResult
 
 
 class Designed(Event):
-    """What a comparison will cost and what it can decide."""
+    """Cost and power of a comparison before it starts."""
 
     kind = "expectation"
     expectation: Expectation
@@ -169,31 +170,31 @@ class Designed(Event):
     margin: float
 
 
-class Said(Event):
+class Message(Event):
     """A sentence for the user."""
 
-    kind = "said"
+    kind = "message"
     text: str
     level: Literal["progress", "resumed", "next attempt", "warning"] = "progress"
-    """How a comparison or a search goes on; where a resumed run goes on; why an attempt failed, where another one with
-    other settings may not; or what is wrong while training goes on."""
+    """`progress` of a comparison or search; `resumed`, where a run continues; `next attempt`, why the last one failed;
+    or a `warning`."""
 
 
 class JournalEntry(Record):
-    """A line of an attempt's `journal.jsonl`: something that happens rarely, for people."""
+    """A rare event for human readers: one line of an attempt's `journal.jsonl`."""
 
     model_config = ConfigDict(extra="ignore")
     time: str = "-"
-    """ISO 8601, in UTC."""
+    """Time in UTC, ISO 8601."""
     event: str = "-"
     detail: str = ""
 
 
 def without_tables(listener: Listener) -> Listener:
-    """Of one of many runs only what moves: the tables of all would hide what comes of them."""
+    """Wrap a listener so that, of one of many runs, it hears only steps and warnings."""
 
     def listen(event: Event) -> None:
-        if isinstance(event, StepLogged) or (isinstance(event, Said) and event.level != "progress"):
+        if isinstance(event, StepLogged) or (isinstance(event, Message) and event.level != "progress"):
             listener(event)
 
     return listen

@@ -1,6 +1,7 @@
-"""The plan of a trial: every number with its reason, and what it needs of memory, disk and time.
+"""The plan of a trial: every number with its reason, and its memory, disk space and time.
 
 Sizes are in bytes, times in seconds.
+
 """
 
 from __future__ import annotations
@@ -13,31 +14,31 @@ from fulltune.records.base import Record
 
 
 class Setting(Record):
-    """One value that the run used, and why it has this value."""
+    """One setting of the run, and the reason for its value."""
 
     name: str
     """Dotted name as in the recipe, for example `train.global_batch_size`."""
     value: Any
     reason: str
-    """Why: `from the recipe`, or the rule that chose it."""
-    chosen: bool
-    """True when fulltune filled it in, False when the recipe gave it."""
+    """`from the recipe`, or the rule that set the value."""
+    is_automatic: bool
+    """True if fulltune set the value, False if the recipe did."""
 
 
 MemoryKind = Literal["weights", "gradients", "optimizer", "activations", "logits", "buffers"]
 Phase = Literal["loading", "step", "evaluation", "saving", "resuming"]
-"""Parts of an attempt that each have a peak of memory of their own."""
+"""Parts of an attempt, each with its own memory peak."""
 
 
 class MemoryNeed(Record):
-    """Bytes that one training process needs on its device, beyond what the libraries themselves take."""
+    """Device memory of one training process, without the libraries' own."""
 
     kinds: dict[MemoryKind, int]
-    """What is alive at the peak of a step."""
+    """Bytes alive at the peak of a step."""
     phases: dict[Phase, int]
-    """Peak of each part of an attempt; `step` is the sum of `kinds`."""
+    """Peak of each phase; `step` is the sum of `kinds`."""
     host: int = 0
-    """Offloaded to the memory of the host, by one process."""
+    """Bytes that one process offloads to host memory."""
 
     @property
     def peak(self) -> int:
@@ -53,13 +54,13 @@ class MemoryNeed(Record):
 
 
 class DiskNeed(Record):
-    """Bytes of a run on disk at its fullest."""
+    """Disk space of a run at its fullest."""
 
     one_checkpoint: int
     num_checkpoints: int
-    """Kept ones, the best one, and the one that is being written."""
+    """Checkpoints on disk at a time, the one being written included."""
     model: int
-    """The finished model, and the weights before step 1 while training goes on."""
+    """Finished model, and the initial weights while training runs."""
 
     @property
     def total(self) -> int:
@@ -71,96 +72,94 @@ BASELINES, TRAINED = "scoring the baselines", "scoring the trained model"
 
 
 class TimeNeed(Record):
-    """How long a run takes: by arithmetic before it starts, by measurement after its dry-run step."""
+    """Duration of a run: computed before it starts, measured after its dry-run step."""
 
     train_seconds: float
     eval_seconds: float
     save_seconds: float
     tokens: int
-    """Of all steps, padding included."""
+    """Tokens of all steps, padding included."""
     tokens_per_second: float
-    """While training, over all processes."""
+    """Training speed over all processes."""
     source: str
     """`arithmetic`, or `dry-run step`."""
     stop_seconds: float = 0.0
-    """From a signal to a saved checkpoint, at most: a step, an evaluation and a checkpoint; 0: not measured."""
+    """Longest time from a stop signal to a saved checkpoint; 0 if not measured."""
     around: dict[str, float] = Field(default_factory=dict)
-    """What the command does before and after, in order: `STARTING`, `PROBE`, `DRY_RUN`, `BASELINES`, `TRAINED`."""
+    """Time before and after training, in order: `STARTING`, `PROBE`, `DRY_RUN`, `BASELINES`, `TRAINED`."""
 
     @property
     def total_seconds(self) -> float:
-        """The training, from its first step to its last, with evaluations and checkpoints."""
+        """Training time, evaluations and checkpoints included."""
         return self.train_seconds + self.eval_seconds + self.save_seconds
 
     @property
     def whole_seconds(self) -> float:
-        """The same with what is around it, as far as it is known."""
+        """Training time plus all known time around it."""
         return self.total_seconds + sum(self.around.values())
 
 
 class GenericTexts(Record):
-    """Texts that have nothing to do with the task, by which a run sees what the model could do before; 0: none."""
+    """Generic texts that the run reads to measure and limit forgetting; 0 where none are read."""
 
-    watched: int = 0
-    """At each evaluation."""
+    texts_per_evaluation: int = 0
+    """Texts read at each evaluation."""
     budget: float | None = None
-    """How far they may move, as a share; None: as far as they do."""
-    rows: int = 0
-    """Trained along in each step."""
+    """Most drift accepted, as a share; None for no limit."""
+    replay_rows: int = 0
+    """Texts replayed in each step."""
     steer_steps: int = 0
-    """Steps between two measurements that set their weight."""
-    read_once: int = 0
-    """Before step 1, and to choose what is kept after the last one."""
+    """Steps between two measurements that set the replay weight."""
+    texts_read_once: int = 0
+    """Texts read before step 1, and after the last step to choose the weights."""
     scored_rows: int = 0
-    """Eval rows that are scored for that choice."""
+    """Eval rows scored to choose the weights."""
 
 
 class MemorySettings(Record):
-    """What a plan can change about its memory."""
+    """Settings of a plan that change its memory."""
 
     micro_batch_size: int
     longest_tokens: int
-    """Tokens of the longest row; with several choices of the longest choice."""
+    """Tokens of the longest row, or of its longest choice."""
     gradient_accumulation_steps: int = 1
     eval_batch_size: int = 1
     num_processes: int = 1
-    """Over all machines."""
+    """Processes over all machines."""
     num_machines: int = 1
-    """That the processes are spread over, as many on each."""
+    """Machines, each with the same number of processes."""
     device: str = "cpu"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     fast_bf16: bool = True
-    """False: the GPU only emulates bf16."""
+    """False if the GPU only emulates bf16."""
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
     optim: str = "adamw_torch_fused"
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     activation_checkpointing: bool = False
     can_recompute: bool = True
-    """The model offers activation checkpointing."""
+    """The model supports activation checkpointing."""
     plain_logits: bool = True
-    """Nothing scales or caps the model's logits after its head, as far as its config says, and no loss of the user's
-    needs them whole: the loss may be chunked."""
+    """True if the loss may be chunked: nothing scales or caps the logits after the head, and no user loss needs all of
+    them."""
     torch_compile: bool = False
-    """The model's repeated blocks run compiled."""
     chunked_loss: bool = False
     generic_first: bool = False
-    """Generic text is trained on before a step's rows: its gradients lie there when they come."""
+    """Generic text is trained on before a step's rows, so its gradients are already allocated."""
     num_saves: int | None = None
-    """Checkpoints that the run writes; for the disk. None: many."""
+    """Checkpoints that the run writes; None for many."""
     probe_bytes: int = 0
-    """Of a linear probe of the untouched model, beside its weights; 0: none is fitted."""
-    num_held: int | None = None
-    """Parameters with what the method adds; None: it adds none."""
-    num_trained: int | None = None
-    """Parameters that are trained; None: all."""
+    """Memory of a linear probe beside the model's weights; 0 if none is fitted."""
+    num_all_parameters: int | None = None
+    """Parameters with those that the method adds; None if it adds none."""
+    num_trainable: int | None = None
+    """Parameters that are trained; None for all."""
 
     def changed(self, **values: Any) -> Self:
-        """The same settings with other values for some."""
+        """Copy the settings with some values replaced."""
         return self.model_copy(update=values)
 
     @property
     def processes_per_machine(self) -> int:
-        """Each has as many."""
         return self.num_processes // self.num_machines
 
 
@@ -168,18 +167,18 @@ class Plan(MemorySettings):
     """All numbers of one trial, each with its reason in `settings`."""
 
     trial: str
-    """For example `full-seed42`."""
+    """Name of the trial, for example `full-seed42`."""
     data_fingerprint: str = ""
-    """The rows that this plan was made for."""
+    """Fingerprint of the rows that the plan is for."""
     method: str
     model_name: str = ""
-    """Of a trial among others: its model's folder in `models`; empty for a run's only trial, named by its method."""
+    """Folder in `models` of one of several trials; a run's only trial uses its method's name."""
     seed: int
     learning_rate: float
     head_learning_rate: float | None = None
-    """Of the task's head with its pooler; None: the same as everything else's."""
+    """Rate of the task's head and pooler; None for `learning_rate`."""
     head_init: Literal["probe", "random"] | None = None
-    """Where the task's head starts; None: it is not new."""
+    """Start of a new head; None if the head is pretrained."""
     layerwise_lr_decay: float
     num_train_epochs: float
     total_steps: int
@@ -187,93 +186,98 @@ class Plan(MemorySettings):
     lr_scheduler_type: str
     global_batch_size: int
     placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
-    """Where weights, gradients and optimizer state lie; deepspeed: as the user's own file says."""
+    """Layout of weights, gradients and optimizer state; `deepspeed` means the user's own file."""
     offload: str = "none"
-    """What of them lies in the host's memory: `train.offload`."""
+    """What is kept in host memory (`train.offload`)."""
     group_by_length: bool = True
     loader_workers: int = 0
-    """Processes that read rows ahead; 0: none, or as `train.extra` says."""
+    """Processes that read rows ahead; 0 for none, or as `train.extra` says."""
     eval_steps: int
-    """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
+    """Optimizer steps between evaluations, each with a checkpoint; 0 to evaluate only at the end."""
     eval_on_start: bool = True
-    """Another evaluation before step 1."""
+    """Also evaluate before step 1."""
     generic: GenericTexts = GenericTexts()
     save_steps: int
     logging_steps: int
     metric: str
     greater_is_better: bool
     num_parameters: int
-    """Of the pretrained model with the task's head."""
+    """Parameters of the pretrained model with the task's head."""
     state: dict[MemoryKind, int]
-    """Bytes of `weights`, `gradients` and `optimizer` between two steps, whatever the batch."""
+    """Bytes of `weights`, `gradients` and `optimizer` between two steps."""
     rollbacks: tuple[int, ...] = ()
-    """Steps of the checkpoints that the run went back to, oldest first; 0: it began anew. From each on the rows
-    come in another order, and from each but a first one to a checkpoint the learning rate is half of what it was."""
+    """Steps of the checkpoints returned to, oldest first; 0 is the start.
+
+    Each changes the order of the rows; each after the first return to a checkpoint halves the learning rate.
+
+    """
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None
-    """What one process could take when the plan was made; None: not known."""
+    """Memory available to one process when the plan was made, if known."""
     memory: MemoryNeed | None = None
-    sent_each_pass: int = 0
-    """Bytes that each process sends to the others for each micro batch; as many go over a machine's network."""
-    sent_each_step: int = 0
-    """The same once in an optimizer step, whatever the number of micro batches."""
+    sent_bytes_per_micro_batch: int = 0
+    """Bytes that each process sends for each micro batch; a machine's network carries the same amount."""
+    sent_bytes_per_update: int = 0
+    """Bytes that each process sends once per optimizer step, besides those of its micro batches."""
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
     busy: str = ""
-    """That others worked on this machine when its speeds were measured, in words; empty: nearly none did."""
+    """Warning that other programs slowed this machine while its speed was measured."""
     settings: tuple[Setting, ...]
 
     @property
     def num_trainable_parameters(self) -> int:
-        return self.num_parameters if self.num_trained is None else self.num_trained
+        return self.num_parameters if self.num_trainable is None else self.num_trainable
 
     @property
     def num_frozen_parameters(self) -> int:
-        """Those that stay as they are, with what the method adds for them; 0: full fine-tuning."""
-        return 0 if self.num_trained is None else (self.num_held or self.num_parameters) - self.num_trained
+        """Frozen parameters, with those that the method adds; 0 for full fine-tuning."""
+        return (
+            0 if self.num_trainable is None else (self.num_all_parameters or self.num_parameters) - self.num_trainable
+        )
 
     @property
     def sent_bytes(self) -> int:
-        """By each process to the others in an optimizer step."""
-        return self.gradient_accumulation_steps * self.sent_each_pass + self.sent_each_step
+        """Bytes that each process sends in one optimizer step."""
+        return self.gradient_accumulation_steps * self.sent_bytes_per_micro_batch + self.sent_bytes_per_update
 
     @property
     def model_folder(self) -> str:
-        """Where the finished model lies, relative to the run folder."""
+        """Folder of the finished model, relative to the run folder."""
         return f"models/{self.model_name or self.method}"
 
     @property
     def file(self) -> str:
-        """Where the plan itself lies, relative to the run folder."""
+        """File of this plan, relative to the run folder."""
         return f"plan/{self.trial if self.model_name else self.method}.json"
 
 
 # ---- what `fulltune plan` shows besides ---------------------------------------------------------------------------
 
 
-class Placement(Record):
-    """One way to place weights, gradients and optimizer state on devices, host and disk."""
+class PlacementOption(Record):
+    """One layout of weights, gradients and optimizer state over devices, host and disk."""
 
     name: str
     kinds: dict[MemoryKind, int]
-    """Bytes on each device, at the micro batch below."""
+    """Bytes on each device at `micro_batch_size`."""
     device_bytes: int
     host_bytes: int
-    """Of a machine's processes together."""
+    """Host memory of all processes of one machine."""
     micro_batch_size: int
     activation_checkpointing: bool
-    short: str
-    """What is too little, and by how much; empty when it fits."""
+    shortage: str | None
+    """What is missing and how much, if the layout does not fit."""
     tokens_per_second: float | None
-    """Over all devices; None: the speed of this hardware is not known."""
+    """Speed over all devices; None if this hardware's speed is unknown."""
     bound_by: str
-    """The longest part of a step."""
+    """Longest part of a step."""
     settings: dict[str, Any]
-    """What to change in the recipe for it."""
+    """Recipe settings that select this layout."""
 
     @property
     def fits(self) -> bool:
-        return not self.short
+        return self.shortage is None
 
 
 class WayOut(Record):
@@ -284,17 +288,17 @@ class WayOut(Record):
     frees_bytes: int
     where: Literal["device", "disk"]
     enough: bool
-    """With it alone the run fits."""
+    """True if this change alone makes the run fit."""
     costs: str
-    """What is lost by it."""
+    """Drawback of the change."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """What to change in the recipe for it, by dotted names."""
+    """Recipe settings of the change, by dotted names."""
     hardware: str = ""
-    """What to give to `--for`."""
+    """Value for `--for`, if other hardware is the change."""
 
 
 class Advice(Record):
-    """What the field's experience says about a method here."""
+    """What published experience says about a method for this task."""
 
     method: Literal["full fine-tuning", "LoRA", "adapters", "prompt tuning"]
     verdict: Literal["take", "try", "leave"]
@@ -305,41 +309,41 @@ class Survey(Record):
     """What `fulltune plan` shows besides the plan itself."""
 
     hardware: str
-    assumed: tuple[str, ...] = ()
-    """What was not said about the hardware and is a usual value."""
+    assumptions: tuple[str, ...] = ()
+    """Usual values assumed for hardware that was not described."""
     num_devices: int
-    """Over all machines."""
+    """Devices over all machines."""
     num_machines: int = 1
     num_parameters: int
     model_type: str
     train_rows: int
-    """Of an epoch."""
+    """Train rows of an epoch."""
     eval_rows: int
     length_percentiles: dict[str, int]
     """Tokens per train row: keys `p50`, `p95`, `max`."""
     max_length: int
     fits: bool
-    """Some placement that fulltune can run fits."""
+    """True if a layout that fulltune can run fits."""
     full_fits: bool = True
-    """Of full fine-tuning, whatever the recipe's method is."""
+    """The same for full fine-tuning, whatever the recipe's method."""
     placement: str = ""
-    """Name of the one that the plan is for."""
+    """Name of the plan's layout."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """What the plan has and the recipe has not, by dotted names."""
-    placements: tuple[Placement, ...]
+    """Settings that the plan changes in the recipe, by dotted names."""
+    placements: tuple[PlacementOption, ...]
     disk_free_bytes: int | None = None
     host_free_bytes: int
-    """Of one machine."""
+    """Free host memory of one machine."""
     device_free_bytes: int
-    """What one process may take."""
+    """Device memory available to one process."""
     price: float | None = None
-    """Of the whole run."""
+    """Price of the whole run."""
     currency: str = ""
     ways_out: tuple[WayOut, ...] = ()
     advice: tuple[Advice, ...] = ()
     command: str = ""
-    """Runs what was planned; empty for a run folder, whose recipe lies elsewhere."""
+    """Command that runs the plan, unless a run folder was planned."""
     comparison: str = ""
-    """What settles the advice by measurement; empty where something has to be changed in the recipe first."""
+    """Command of a comparison that would settle the advice, if it fits as it is."""
     notes: tuple[str, ...] = ()
-    """What is short, when nothing fits."""
+    """What is missing when nothing fits."""

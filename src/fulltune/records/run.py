@@ -1,4 +1,4 @@
-"""Where, with what and how long a run was made."""
+"""Environment of a run, and the log of test rows scored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fulltune.files import lines_of
 from fulltune.records.base import Record
 
 ACCESSES = "test-rows-scored.jsonl"
-"""Beside the run folders, and outliving each of them: a line for each time that test rows were scored."""
+"""File beside the run folders with a line for each time that test rows were scored; it outlives the runs."""
 COMPARISON = "comparison"
 
 
@@ -25,14 +25,14 @@ class MachineUsed(Record):
     memory_bytes: int
     devices: tuple[str, ...]
     ranks: tuple[int, ...] = ()
-    """Of the training processes that ran there in the last attempt."""
+    """Ranks of its training processes in the last attempt."""
 
 
 class Environment(Record):
-    """Where and with what a run was made."""
+    """Machine, packages and duration of a run."""
 
     started: str
-    """ISO 8601 with time zone."""
+    """Start time, ISO 8601 with time zone."""
     fulltune: str
     python: str
     platform: str
@@ -43,35 +43,34 @@ class Environment(Record):
     devices: tuple[str, ...]
     commit: str | None = None
     machines: tuple[MachineUsed, ...] = ()
-    """Of several that train a model all."""
+    """Machines of a run over several."""
     seconds: float | None = None
-    """Of a whole `fulltune run`, from its start to its report."""
+    """Duration of a whole `fulltune run`, report included."""
 
 
 class Access(Record):
-    """Test rows were scored: by a trained model, or all at once by the verdict of a comparison."""
+    """One scoring of test rows, by a trained model or by the verdict of a comparison."""
 
     time: str
-    """ISO 8601 with time zone."""
+    """Time, ISO 8601 with time zone."""
     run: str
     trial: str
-    """Method and seed of the model; or `comparison`."""
+    """Name of the model's trial, or `comparison`."""
     model: str
-    """Hash of how its training ended, the same when it is scored again; empty: of a comparison."""
+    """Hash of the training's outcome, so that scoring a model again counts once; empty for a comparison."""
     rows: str
-    """Hash of the test rows, whatever their order."""
+    """Hash of the test rows, independent of their order."""
 
     @classmethod
     def of_same_rows(cls, folder: Path) -> tuple[Self, ...]:
-        """Every time that a run folder's test rows were scored, by it or by others beside it; empty: not by it.
-
-        Lines that cannot be read, or are of another version, are passed over.
-        """
-        folder, found = folder.resolve(), []
+        """List every scoring of a run's test rows, by this run or its neighbours; empty if this run scored none."""
+        folder, accesses = folder.resolve(), []
         for line in lines_of(folder.parent / ACCESSES):
             try:
-                found.append(cls.model_validate(line))
+                accesses.append(cls.model_validate(line))
             except ValidationError:
                 continue
-        mine = [one.rows for one in found if one.run == folder.name][-1:]  # of a folder that was made anew its last
-        return tuple(one for one in found if one.rows in mine)
+        own_rows = [access.rows for access in accesses if access.run == folder.name][
+            -1:
+        ]  # a new run may reuse the name
+        return tuple(access for access in accesses if access.rows in own_rows)

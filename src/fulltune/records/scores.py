@@ -1,4 +1,4 @@
-"""Models and baselines on the test rows: metrics with their intervals, answers, what was confused."""
+"""Test scores of models and baselines: metrics with intervals, answers, confusions."""
 
 from __future__ import annotations
 
@@ -16,40 +16,39 @@ class Estimate(Record):
     low: float
     high: float
     rows: int | None = None
-    """Test rows that it is of: fewer than all where answers were generated for some. None: not written down (records of
-    earlier versions), or no metric of rows."""
+    """Test rows scored, fewer than all for generated answers; None if unknown or if the metric is not about rows."""
     clusters: int | None = None
-    """Groups of dependent rows (the same text, prompt or passage, or nearly so) that the interval rests on; None: as
+    """Groups of dependent rows (same or similar text, prompt or passage) that the interval resamples; None for
     `rows`."""
 
     @property
-    def lone(self) -> str:
-        """Why it has no interval: it is of one row, or of rows that all depend on each other; empty: it has one."""
+    def no_interval_reason(self) -> str | None:
+        """Why there is no interval; None if there is one."""
         if self.rows == 1:
             return "one row"
-        return "one group of rows" if self.clusters == 1 else ""
+        return "one group of rows" if self.clusters == 1 else None
 
 
 class Calibration(Record):
-    """How far the probabilities can be believed; the temperature is fitted on the eval rows."""
+    """Agreement of probabilities with accuracy; the temperature is fitted on the eval rows."""
 
     temperature: float
     expected_calibration_error: float
     expected_calibration_error_scaled: float
-    """After dividing the logits by the temperature."""
+    """The error after the logits are divided by the temperature."""
     note: str = ""
-    """Why the temperature was not fitted and is 1; empty: it was."""
+    """Why the temperature was not fitted and is 1, if so."""
 
 
 class Confusion(Record):
-    """Counts of test rows: true label (row) by predicted label (column)."""
+    """Counts of test rows by true label (row) and predicted label (column)."""
 
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
 
 
 class Answer(Record):
-    """One test row and what a model said to it."""
+    """A test row with a model's answer."""
 
     text: str
     expected: str
@@ -58,7 +57,7 @@ class Answer(Record):
 
 
 class Scores(Record):
-    """One model, or one baseline, on the test rows."""
+    """Scores of one model or baseline on the test rows."""
 
     name: str
     """`majority class`, `nearest centroid (frozen)`, `before training`, or the trial's name."""
@@ -69,20 +68,19 @@ class Scores(Record):
     greater_is_better: bool
     confidence: float
     differences: dict[str, Estimate] = Field(default_factory=dict)
-    """Of a trained model: its main metric minus that of the row with this name, on the same test rows, with the
-    interval of the difference itself."""
+    """Main metric of a trained model minus that of each named row, with the interval of the paired difference."""
     num_leaks: int = 0
-    """Of the main metric's test rows: those that share their text, prompt or passage with train rows."""
+    """Test rows that share their text, prompt or passage with train rows."""
     near_leaks: bool = False
-    """Nearly equal ones count as shared."""
-    unseen: Estimate | None = None
-    """The main metric without them; None: there are none, or hardly any row is left."""
+    """True if near duplicates count as leaks too."""
+    metric_without_leaks: Estimate | None = None
+    """Main metric without the leaks; None if there are none, or too few rows remain."""
     seconds: float = 0.0
     calibration: Calibration | None = None
     confusion: Confusion | None = None
     worst: tuple[Answer, ...] = ()
-    """The rows with the highest loss among the wrong ones, highest first."""
+    """Wrong rows, highest loss first."""
     answers: tuple[Answer, ...] = ()
-    """For text generation: test rows, drawn at random among those with different prompts, and what was generated."""
-    left_out: str = ""
-    """Metrics that could not be computed here, and what they need."""
+    """Generated answers to test rows with different prompts, drawn at random."""
+    missing_metrics: str = ""
+    """Metrics that could not be computed, and the packages that they need."""

@@ -1,4 +1,5 @@
-"""How an attempt at training went, and what `fulltune plan --measure` tried. Bytes and seconds."""
+"""Outcome of an attempt at training, and measurements of `fulltune plan --measure`. Sizes are in bytes, times in
+seconds."""
 
 from __future__ import annotations
 
@@ -26,38 +27,38 @@ OutcomeStatus = Literal[
 
 
 class Check(Record):
-    """One line of the table that is printed before step 1."""
+    """One check before step 1."""
 
     name: str
     result: str
     passed: bool
 
 
-class Moved(Record):
-    """Which parameters training changed, counted against the weights before step 1."""
+class ParameterChanges(Record):
+    """Parameters that training changed, compared with the weights before step 1."""
 
     num_tensors_with_gradient: int
-    num_tensors_moved: int
+    num_tensors_changed: int
     num_values_with_gradient: int
-    num_values_moved: int
-    unmoved_tensors: tuple[str, ...] = ()
-    """Names of tensors that received a gradient and did not change (at most 20)."""
+    num_values_changed: int
+    unchanged_tensors: tuple[str, ...] = ()
+    """Names of at most 20 tensors that received a gradient and did not change."""
 
     @property
     def share(self) -> float:
-        """Share of the values that received a gradient and changed, 0 to 1."""
-        return self.num_values_moved / max(1, self.num_values_with_gradient)
+        """Share of the values with a gradient that changed, 0 to 1."""
+        return self.num_values_changed / max(1, self.num_values_with_gradient)
 
 
-class LostPart(Record):
-    """A machine's part of an attempt that could not say itself how it ended."""
+class LostMachine(Record):
+    """A machine of a run over several machines that failed before it could report how its attempt ended."""
 
     rank: int
-    """Of the machine."""
+    """Rank of the machine."""
     host: str
     reason: str
     kind: Literal["machine", "killed", "out_of_memory", "failed", "interrupted"] = "machine"
-    """What was lost: the machine, or its processes; or that its command was told to stop."""
+    """`machine` if it disappeared; otherwise how its processes ended, or `interrupted` if it was told to stop."""
 
 
 class Outcome(Record):
@@ -69,63 +70,63 @@ class Outcome(Record):
     attempt: int
     steps: int = 0
     best_step: int | None = None
-    """Whose weights are kept."""
+    """Step of the kept weights."""
     best_metric: float | None = None
-    """Theirs, on the eval rows."""
-    kept_because: str = ""
-    """Why they are not those of the best evaluation."""
+    """Eval metric of the kept weights."""
+    weights_reason: str | None = None
+    """Why the kept weights are not those of the best evaluation."""
     tokens_by_source: tuple[int, ...] = ()
-    """Tokens of the rows of all steps: the task's, then of each mixed source; empty where nothing is mixed in."""
-    moved: Moved | None = None
+    """Tokens trained on from the task's rows, then from each mixed-in source; empty without mixed-in rows."""
+    parameter_changes: ParameterChanges | None = None
     checks: tuple[Check, ...] = ()
     train_seconds: float = 0.0
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
-    """Most that the training process held: of the host, with a GPU reserved on it."""
+    """Peak memory of the training process: on a CPU all of it, on a GPU what was reserved there."""
     memory_growth_bytes: int = 0
-    """The same beyond what it held before the model was loaded: what `Plan.memory` predicts."""
-    growth_of_processes: tuple[int, ...] = ()
-    """The same of each process, of the others up to the end of the training; empty: there is one, or it ended early."""
+    """Peak above what was in use before the model was loaded; `Plan.memory` predicts it."""
+    memory_growth_per_process: tuple[int, ...] = ()
+    """Memory growth of each of several processes."""
     phase: Phase | None = None
-    trouble_since: int | None = None
-    """Of one that spiked: the step from which on the weights are not trusted."""
+    first_bad_step: int | None = None
+    """First step whose weights are not trusted, after a spike of the loss."""
     forecast: TimeNeed | None = None
-    """Made after the dry-run step."""
+    """Duration predicted after the dry-run step."""
     dry_run_growth_bytes: int = 0
-    """Peak up to the end of the dry-run step, beyond what was held before the model was loaded."""
+    """Memory growth up to the end of the dry-run step."""
     dry_run_loss: float | None = None
-    """Of the longest micro batch, before any update."""
+    """Loss of the longest micro batch before any update."""
     disk_bytes: int = 0
-    """Most that checkpoints and weights took on the disk."""
+    """Peak disk space of checkpoints and weights."""
     model_folder: str | None = None
-    """Relative to the run folder."""
+    """Folder of the finished model, relative to the run folder."""
     log_tail: tuple[str, ...] = ()
 
 
-class Measured(Record):
-    """One setting, tried for a step in a process of its own (`fulltune plan --measure`)."""
+class MeasuredSetting(Record):
+    """One setting, measured for a step in a process of its own (`fulltune plan --measure`)."""
 
     name: str
     kind: Literal["lever", "micro batch", "compile"]
-    """Levers add up from row to row; the others each change one thing of the best so far."""
+    """Levers add up from row to row; each other row changes one thing of the best row before."""
     changes: dict[str, Any]
-    """Fields of the plan that differ from it."""
+    """Changed fields of the plan."""
     peak_memory_bytes: int = 0
-    """Most that the process held beyond what it held before the model was loaded."""
+    """Peak above what was in use before the model was loaded."""
     tokens_per_second: float = 0.0
-    """Tokens of the rows, without padding, over all processes."""
+    """Speed over all processes, padding not counted."""
     train_seconds: float = 0.0
-    """Of all steps of the run at this speed, without evaluation and checkpoints."""
+    """Duration of all steps at this speed, without evaluations and checkpoints."""
     loss: float | None = None
-    """Of the longest micro batch before any update, with the run's seed."""
-    problem: str = ""
-    """Why it cannot be had here; empty when it ran and fits."""
-    taken: bool = False
+    """Loss of the longest micro batch before any update."""
+    problem: str | None = None
+    """Why the setting cannot be used here, if it cannot."""
+    is_best: bool = False
 
 
 class Measurements(Record):
-    """What `fulltune plan --measure` tried, in this order."""
+    """Settings that `fulltune plan --measure` tried, in order."""
 
     available_bytes: int
-    """What each process may take."""
-    rows: tuple[Measured, ...]
+    """Memory available to each process."""
+    rows: tuple[MeasuredSetting, ...]

@@ -25,7 +25,7 @@ from typing import Any
 from fulltune.errors import FulltuneError, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe, named_paths
 from fulltune.records.base import Record
-from fulltune.records.training import LostPart
+from fulltune.records.training import LostMachine
 from fulltune.system import sharing, signals
 from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import PACKAGES, flat
@@ -150,7 +150,7 @@ class EndedPart(Record):
 
     attempt: str
     """Its name."""
-    lost: LostPart | None
+    lost: LostMachine | None
     """None: without a failure."""
 
 

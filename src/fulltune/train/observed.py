@@ -28,7 +28,7 @@ class Observed:
     dry_run_growth_bytes: int = 0
     dry_run_loss: float | None = None
     disk_bytes: int = 0
-    growth_of_processes: tuple[int, ...] = ()
+    memory_growth_per_process: tuple[int, ...] = ()
     """Of each process at the end of the training."""
 
     def measure(self, device: str, writes: bool) -> None:
@@ -53,8 +53,8 @@ class Observed:
         if self.meter is not None:
             fields["peak_memory_bytes"] = self.meter.peak_bytes()
             growth = fields["memory_growth_bytes"] = self.meter.growth_bytes()
-            if self.growth_of_processes:  # the first process saves the model after that
-                fields["growth_of_processes"] = (growth, *self.growth_of_processes[1:])
+            if self.memory_growth_per_process:  # the first process saves the model after that
+                fields["memory_growth_per_process"] = (growth, *self.memory_growth_per_process[1:])
         return fields
 
 

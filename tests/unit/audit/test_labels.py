@@ -29,7 +29,7 @@ def test_most_wrong_labels_are_found_and_most_suspects_are_wrong(rate: float, sp
     found = suspected(rows)
     assert wrong[found.suspects].mean() >= 0.6
     assert found.suspects[wrong].mean() >= 0.6
-    assert found.about.wrong == pytest.approx(wrong.sum(), rel=0.35)
+    assert found.about.estimated_errors == pytest.approx(wrong.sum(), rel=0.35)
     assert found.about.precision == pytest.approx(wrong[found.suspects].mean(), abs=0.3)
     assert not (found.suspects & found.doubtful).any()
     assert (found.margins[found.doubtful] < DOUBT).all()

@@ -72,7 +72,9 @@ def rules_of(
     found = comparisons.comparison(rows=tuple(rows), decision=decision, openings=opened)
     line = mock.MagicMock(folder=Path("none"), scale=Scale(True, eval_rows, True))
     line.recipe.compare.margin = 0.01
-    line.summary = SimpleNamespace(**{"test_in_eval": more.pop("test_in_eval", 0.0), "notes": more.pop("notes", ())})
+    line.summary = SimpleNamespace(
+        **{"test_share_in_eval": more.pop("test_share_in_eval", 0.0), "notes": more.pop("notes", ())}
+    )
     ran: Any = SimpleNamespace(**{"context": line, "time_was_up": False, "left_out": (), **more})
     with mock.patch.object(lint, "is_quantised", return_value=is_quantised):
         return lint.lint_comparison(ran, found)
@@ -125,7 +127,7 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
         ("unequal-search", "lora", "unfair", {"full": found_by(**LOW, **WHOLE), "verdict": "FULL"}),
         ("one-seed", "full", "unfair", {"full": {"seeds": (1,)}}),
         ("few-seeds", "lora", "worth knowing", {"lora": {"seeds": (1, 2)}}),
-        ("eval-is-test", "rows", "unfair", {"test_in_eval": 0.3}),
+        ("eval-is-test", "rows", "unfair", {"test_share_in_eval": 0.3}),
         ("few-eval-rows", "eval rows", "worth knowing", {"eval_rows": 28}),
         (
             "test-in-train",

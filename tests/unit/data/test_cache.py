@@ -17,7 +17,7 @@ from fulltune.data import written
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Event, Said
+from fulltune.records.events import Event, Message
 from tests import tiny
 
 ROWS = tiny.topic_rows(40)
@@ -154,7 +154,7 @@ def test_rows_that_were_damaged_are_named_and_made_anew(
     damage(rows if kept else runs.cached()[0] / "train" / "rows.arrow")
     said: list[Event] = []
     assert runs.prepare("one" if kept else "two", listener=said.append, planned_for=first.fingerprint) == first
-    damaged = [event.text for event in said if isinstance(event, Said)]
+    damaged = [event.text for event in said if isinstance(event, Message)]
     of_cache = is_linked and (damage is not Path.unlink or not kept)
     assert runs.num_encoded == (2 if of_cache else 1)
     assert len(damaged) == kept + of_cache

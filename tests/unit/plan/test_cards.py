@@ -112,7 +112,7 @@ def test_images_are_decoded_beside_the_gpu(task: str, device: str, train: dict[s
         Reasons(),
     )
     assert resolve.loader_workers(recipe, machine(A100), device, reasons) == workers
-    assert all(setting.chosen and setting.value == workers for setting in reasons.settings)
+    assert all(setting.is_automatic and setting.value == workers for setting in reasons.settings)
 
 
 @pytest.mark.parametrize(

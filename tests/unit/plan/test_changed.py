@@ -36,7 +36,7 @@ def test_plan_is_kept_where_the_recipe_asks_for_no_other_place(
 
 
 def _setting(name: str, value: Any, reason: str) -> Setting:
-    return Setting(name=name, value=value, reason=reason, chosen=True)
+    return Setting(name=name, value=value, reason=reason, is_automatic=True)
 
 
 def test_only_the_place_is_planned_anew() -> None:

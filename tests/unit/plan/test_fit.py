@@ -168,7 +168,7 @@ def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_res
     processes = 1 if placement == "single" else 2
     plan = planned(train={"placement": placement, "num_processes": processes, "precision": precision})
     assert plan.head_init == "probe"
-    assert plan.generic.watched == planned().generic.watched > 0
+    assert plan.generic.texts_per_evaluation == planned().generic.texts_per_evaluation > 0
     reason = {setting.name: setting.reason for setting in plan.settings}["train.precision"]
     rounds = "ZeRO rounds the weights of all passes to bf16, so the result is not that of other placements"
     assert (rounds in reason) == (placement.startswith("zero") and precision == "bf16")
@@ -236,8 +236,8 @@ def test_every_value_has_a_reason_and_each_setting_stands_once() -> None:
     assert all(setting.reason for setting in settings)
     by_name = {setting.name: setting for setting in settings}
     assert by_name["train.seed"].reason == "from the recipe"
-    assert not by_name["train.seed"].chosen
-    assert by_name["method.learning_rate"].chosen
+    assert not by_name["train.seed"].is_automatic
+    assert by_name["method.learning_rate"].is_automatic
 
 
 def test_memory_of_compiled_blocks_is_not_counted_and_the_plan_says_so() -> None:

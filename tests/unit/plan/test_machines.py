@@ -181,7 +181,7 @@ def test_four_machines_are_planned_with_their_settings() -> None:
     placed = {"train.num_processes": 32, "train.num_machines": 4, "train.placement": "zero2"}
     assert found.settings == placed
     assert (found.num_devices, found.num_machines) == (32, 4)
-    reasons = {one.name: one.reason for one in plan.settings if one.chosen}
+    reasons = {one.name: one.reason for one in plan.settings if one.is_automatic}
     assert reasons["train.num_processes"] == reasons["train.num_machines"] == "from --for"
 
 

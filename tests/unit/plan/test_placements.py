@@ -10,7 +10,7 @@ import pytest
 from fulltune.plan import gpus, placements
 from fulltune.plan.settings import in_yaml
 from fulltune.plan.workload import Workload, basis_of
-from fulltune.records.plan import Placement
+from fulltune.records.plan import PlacementOption
 from tests.unit.plan import sizes
 
 P = sizes.LLAMA.num_parameters
@@ -19,7 +19,7 @@ ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 GIB = 2**30
 
 
-def table(hardware: str, task: Workload | None = None, **train: Any) -> dict[str, Placement]:
+def table(hardware: str, task: Workload | None = None, **train: Any) -> dict[str, PlacementOption]:
     fleet = gpus.parse(hardware)
     train = {"global_batch_size": 64, **train, "num_processes": fleet.num_devices}
     task = task or sizes.llama(train=train)
@@ -27,7 +27,7 @@ def table(hardware: str, task: Workload | None = None, **train: Any) -> dict[str
     return {one.name: one for one in found}
 
 
-def state(one: Placement) -> int:
+def state(one: PlacementOption) -> int:
     return one.kinds["weights"] + one.kinds["gradients"] + one.kinds["optimizer"]
 
 
@@ -76,8 +76,8 @@ def test_bytes_on_host_a_parameter(name: str, host: float) -> None:
 
 def test_what_is_short_is_said_with_its_size() -> None:
     rows = table("1x RTX 4090, 64GB host")
-    assert rows["one device, AdamW fp32"].short.startswith("device +")
-    assert rows["ZeRO-3, all on host"].short.startswith("host +")
+    assert str(rows["one device, AdamW fp32"].shortage).startswith("device +")
+    assert str(rows["ZeRO-3, all on host"].shortage).startswith("host +")
 
 
 def test_cpu_has_nothing_to_offload_to() -> None:
@@ -93,7 +93,7 @@ def test_cpu_has_nothing_to_offload_to() -> None:
 def test_methods_that_train_little_have_only_placements_that_they_can_have(hardware: str) -> None:
     trained, added = 20_000_000, 20_000_000
     task = sizes.llama()
-    shapes = task.shapes.model_copy(update={"num_held": P + added, "num_trained": trained})
+    shapes = task.shapes.model_copy(update={"num_all_parameters": P + added, "num_trainable": trained})
     rows = table(hardware, replace(task, shapes=shapes))
 
     # DeepSpeed and FSDP are there for full fine-tuning alone.
@@ -138,7 +138,7 @@ def test_how_says_what_to_change_in_the_recipe(
     assert _how(table("2x H100", sizes.llama(train=train, model={"name": "m", **model}))[name]) == how
 
 
-def _how(one: Placement) -> str:
+def _how(one: PlacementOption) -> str:
     return ", ".join(f"{name}: {in_yaml(value)}" for name, value in one.settings.items()) or "as the recipe is"
 
 

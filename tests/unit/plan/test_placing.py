@@ -37,7 +37,7 @@ def test_placement_of_a_7b_model(hardware: str, train: dict[str, Any], placement
     setting = next(one for one in plan.settings if one.name == "train.placement")
     assert setting.value == placement
     assert setting.reason.startswith(reason)
-    assert setting.chosen == (reason != "from the recipe")
+    assert setting.is_automatic == (reason != "from the recipe")
     assert (plan.sent_bytes == 0) == (plan.num_processes == 1)
     if placement == "fsdp2":
         assert plan.optim == train.get("optim", "adamw_torch_fused")
@@ -55,7 +55,7 @@ def test_where_neither_fits_both_needs_are_named() -> None:
 def test_a_model_without_blocks_or_of_a_method_that_trains_little_is_not_shared_out() -> None:
     task, machine = sizes.llama(), gpus.parse("2x A100-80GB").machine
     assert "blocks" in obstacle(task.recipe, task.shapes.model_copy(update={"units": None}), machine)
-    assert "full" in obstacle(task.recipe, task.shapes.model_copy(update={"num_trained": 1}), machine)
+    assert "full" in obstacle(task.recipe, task.shapes.model_copy(update={"num_trainable": 1}), machine)
 
 
 @pytest.mark.parametrize(

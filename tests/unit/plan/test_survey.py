@@ -174,7 +174,9 @@ def test_scoring_takes_what_the_hardware_takes_for_the_scored_rows() -> None:
     assert fewer["scoring the trained model"] < cpu["scoring the trained model"] / 5
 
 
-SMALL = sizes.LLAMA.model_copy(update={"num_parameters": 10**9, "num_trained": 10**6, "num_held": 10**9 + 10**6})
+SMALL = sizes.LLAMA.model_copy(
+    update={"num_parameters": 10**9, "num_trainable": 10**6, "num_all_parameters": 10**9 + 10**6}
+)
 
 
 def _by(kind: str, shapes: Any = sizes.LLAMA) -> workload.Workload | None:

@@ -92,7 +92,7 @@ SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8,
     [
         (None, {}, 0, 2 * 4 * P),
         (None, {"weights_dtype": "bf16"}, 0, 2 * 2 * P),
-        (None, {"num_trained": 10**6, "num_held": P}, 0, 2 * 4 * 10**6),
+        (None, {"num_trainable": 10**6, "num_all_parameters": P}, 0, 2 * 4 * 10**6),
         # The head is put together once, everything else twice.
         (FSDP2, {}, 4 * (3 * P - UNITS.kept), 0),
         (Sharing(2, False, False), {}, 2 * P, 2 * P),
@@ -100,7 +100,7 @@ SETTINGS = MemorySettings(micro_batch_size=1, longest_tokens=8, num_processes=8,
         (Sharing(3, True, True), {}, 3 * 2 * P, 0),
         (Sharing(3, False, False), {"precision": "fp32"}, 3 * 4 * P, 0),
         # What stays as it was has no gradients.
-        (Sharing(3, False, False), {"num_trained": 10**6, "num_held": P}, 2 * 2 * P + 2 * 10**6, 0),
+        (Sharing(3, False, False), {"num_trainable": 10**6, "num_all_parameters": P}, 2 * 2 * P + 2 * 10**6, 0),
         (Sharing(1, False, False), {}, 0, 2 * 2 * P),
     ],
 )

@@ -88,8 +88,8 @@ def test_what_the_head_reads_gives_the_models_own_logits(
 
     compare()
     probe = fitted(tmp_path, lambda: extractor, rows_for(task, kind, 60), eval_rows)
-    assert probe.head is not None, probe.why_not
-    assert probe.why_not == ""
+    assert probe.head is not None, probe.failure
+    assert probe.failure is None
     assert (probe.head.dense is None) == (dense is None)
     assert probe.held_out == "eval rows"
     put_head(model, tmp_path)
@@ -183,7 +183,7 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
         see(model, layers, batch)
     probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert probe.head is None
-    assert "not just those of its last layer" in probe.why_not
+    assert "not just those of its last layer" in str(probe.failure)
     assert probe.frozen is not None
     assert probe.frozen.pooling == "mean"
     before = {name: one.clone() for name, one in model.state_dict().items()}
@@ -203,7 +203,7 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
     rows = rows_of("single_label", 20)
     probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.frozen) == (None, None)
-    assert "does not tell its body from its head" in probe.why_not
+    assert "does not tell its body from its head" in str(probe.failure)
 
 
 def test_tokens_of_an_answer_are_not_read_where_no_layer_can_be_fitted(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_tokens_of_an_answer_are_not_read_where_no_layer_can_be_fitted(tmp_path:
     model.bert.register_forward_pre_hook(lambda module, args: seen.append(args))
     probe = fitted(tmp_path, lambda: extractor_of(model, "question-answering", "span"), rows, rows)
     assert (probe.head, probe.frozen, seen) == (None, None, [])
-    assert "does not end in a linear layer" in probe.why_not
+    assert "does not end in a linear layer" in str(probe.failure)
 
 
 class Unread(BertForSequenceClassification):
@@ -250,7 +250,7 @@ def test_pooler_that_the_last_layer_does_not_read_alone_is_kept(kind: Any, tmp_p
     eval_rows = rows_of("single_label", 200, seed=1)
     probe = fitted(tmp_path, lambda: extractor, rows_of("single_label", 60), eval_rows)
     assert probe.head is not None
-    assert probe.head.dense == "kept"
+    assert probe.head.dense == "loaded"
     put_head(model, tmp_path)
     features = extractor.features(eval_rows, head_layers(model, "text-classification", 3))
     assert features.last is not None
@@ -267,7 +267,7 @@ def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
     rows[7]["input_ids"][0] = 17
     probe = fitted(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.frozen) == (None, None)
-    assert probe.why_not == "features of the untouched model are not finite"
+    assert probe.failure == "features of the untouched model are not finite"
     assert probe.in_words == "drawn at random: features of the untouched model are not finite"
 
 

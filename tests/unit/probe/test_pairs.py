@@ -86,8 +86,8 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
     apart = fitted(tmp_path / "apart", lambda: extractor(frozenset({CLS, SEP})), rows[:300], rows[300:]).frozen
     assert together is not None
     assert apart is not None
-    assert together.pooling != "apart"
-    assert apart.pooling == "apart"
+    assert together.pooling != "pair"
+    assert apart.pooling == "pair"
     assert apart.loss < 0.1 < together.loss
     answers = dict(predicted(extractor(frozenset({CLS, SEP})), rows[300:], apart, rival_of(tmp_path / "apart")))
     assert len(answers) == 100

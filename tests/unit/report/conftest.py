@@ -15,7 +15,7 @@ from fulltune.records.data import DataSummary, Preview, Segment, SplitSummary
 from fulltune.records.plan import MemoryNeed, Plan, Setting
 from fulltune.records.run import Environment
 from fulltune.records.scores import Answer, Calibration, Confusion, Estimate, Scores
-from fulltune.records.training import Check, Measurements, Moved, Outcome
+from fulltune.records.training import Check, Measurements, Outcome, ParameterChanges
 from tests import plans
 
 HOSTILE = "He wrote \"</script><img src=x onerror=alert(1)>\" & 'left' | `x` 😀 \x1b[31m\u202e שלום\nsecond line"
@@ -60,9 +60,9 @@ def plan(trial: str = "full-seed42", task: str = "text-classification", **change
         "train.extra": {"max_grad_norm": 1.0},
     }
     settings = [
-        Setting(name=name, value=value, reason="from the recipe", chosen=False) for name, value in given.items()
+        Setting(name=name, value=value, reason="from the recipe", is_automatic=False) for name, value in given.items()
     ]
-    settings += [Setting(name=n, value=v, reason=reason, chosen=True) for n, (v, reason) in chosen.items()]
+    settings += [Setting(name=n, value=v, reason=reason, is_automatic=True) for n, (v, reason) in chosen.items()]
     kinds: Any = {"weights": 90_852_864, "gradients": 0, "optimizer": 181_705_728, "activations": 10**8, "logits": 0}
     made = {
         "learning_rate": 2e-4, "num_train_epochs": 3.0, "total_steps": 300, "warmup_steps": 30,
@@ -87,12 +87,12 @@ def outcome(trial: str = "full-seed42", attempt: int = 1, **changes: Any) -> Out
         train_seconds=121.4,
         tokens_per_second=5123.4,
         peak_memory_bytes=1_288_490_188,
-        moved=Moved(
+        parameter_changes=ParameterChanges(
             num_tensors_with_gradient=101,
-            num_tensors_moved=100,
+            num_tensors_changed=100,
             num_values_with_gradient=22_713_216,
-            num_values_moved=22_713_000,
-            unmoved_tensors=("embeddings.position_embeddings.weight",),
+            num_values_changed=22_713_000,
+            unchanged_tensors=("embeddings.position_embeddings.weight",),
         ),
         checks=(
             Check(name="loss at step 0 is near chance", result="1.61 against ln(5) = 1.61", passed=True),
@@ -233,7 +233,7 @@ def causal_lm(tmp_path: Path) -> Path:
         sources={"train": "qa.jsonl", "eval": "split off qa.jsonl", "test": "split off qa.jsonl"},
         previews=(Preview(segments=segments),) * 5, fingerprint="00ff",
     ).save(folder / "data" / "summary.json")  # fmt: skip
-    named = Setting(name="model.name", value="org/small-lm", reason="from the recipe", chosen=False)
+    named = Setting(name="model.name", value="org/small-lm", reason="from the recipe", is_automatic=False)
     plan(task="causal-lm", metric="loss", greater_is_better=False, settings=(named,)).save(
         folder / "plan" / "full.json"
     )
@@ -272,7 +272,7 @@ def stopped(tmp_path: Path) -> Path:
     attempt = folder / "attempts" / "full-seed42-01"
     reason = "the loss was not finite at step 40, 3 times in a row"
     stopped = outcome(
-        status="stopped_by_guard", reason=reason, steps=39, best_step=None, best_metric=None, moved=None,
+        status="stopped_by_guard", reason=reason, steps=39, best_step=None, best_metric=None, parameter_changes=None,
         model_folder=None, log_tail=("step 40: loss nan", "guard: not finite"),
     )  # fmt: skip
     stopped.save(attempt / "outcome.json")

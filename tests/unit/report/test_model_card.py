@@ -84,7 +84,7 @@ def test_card_of_a_language_model_says_how_to_ask(
 )
 def test_base_model_is_named_only_for_hub_ids(causal_lm: Path, name: str, expected: str | None) -> None:
     plan = Plan.load(causal_lm / "plan" / "full.json")
-    setting = Setting(name="model.name", value=name, reason="from the recipe", chosen=False)
+    setting = Setting(name="model.name", value=name, reason="from the recipe", is_automatic=False)
     plan.model_copy(update={"settings": (setting,)}).save(causal_lm / "plan" / "full.json")
     front, body = written(causal_lm)
     assert front.get("base_model") == expected

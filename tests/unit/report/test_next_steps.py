@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.records.held import Drift, HeldRun, Point
+from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 from fulltune.records.plan import Setting
 from fulltune.records.scores import Confusion, Estimate
 from fulltune.report.run.content import conclude
@@ -37,21 +37,23 @@ OF_METHOD = ("method.kind", "full")
 
 def but(*given: tuple[str, Any], steps: int = 400, **changes: Any) -> RunFacts:
     """A run of two epochs that was worse, with these settings of the recipe and other facts, of it or its curves."""
-    settings = tuple(Setting(name=name, value=value, reason="", chosen=False) for name, value in (OF_METHOD, *given))
+    settings = tuple(
+        Setting(name=name, value=value, reason="", is_automatic=False) for name, value in (OF_METHOD, *given)
+    )
     planned = plan(
         learning_rate=3e-4, num_train_epochs=2.0, total_steps=changes.pop("planned", steps), settings=settings
     )
-    outcome = ended("done", steps=steps, kept_because=changes.pop("kept_because", ""))
+    outcome = ended("done", steps=steps, weights_reason=changes.pop("weights_reason", ""))
     of_curves = {name: changes.pop(name) for name in Curves.__dataclass_fields__ if name in changes}
     curves = Curves(**{"train_loss": FLAT, "metric": STILL, **of_curves})
     return RunFacts(**{"verdict": "worse", "train_rows": 3000, **changes}, plan=planned, outcome=outcome, curves=curves)
 
 
-def kept(chosen: float, *drifts: float) -> HeldRun:
+def kept(chosen: float, *drifts: float) -> BudgetResult:
     """Of points at a third, two thirds and the whole way, whose accuracy rises alike."""
     shares = (0.0, 1 / 3, 2 / 3, 1.0)
     points = [
-        Point(share=share, measured=Drift(drift=drift, error=0.001, texts=200), metric=0.2 + 0.6 * share)
+        InterpolationPoint(share=share, drift=Drift(mean=drift, error=0.001, texts=200), metric=0.2 + 0.6 * share)
         for share, drift in zip(shares, (0.0, *drifts), strict=True)
     ]
     chosen_one = next(one for one in points if one.share == chosen)
@@ -68,7 +70,9 @@ def kept(chosen: float, *drifts: float) -> HeldRun:
         (kept(0.0, 0.0001, 0.0002, 0.0003), "keeps the untouched model", "--set preserve.budget=0.4%"),
     ],
 )
-def test_budget_that_holds_a_model_back_says_what_would_not(found: HeldRun | None, evidence: str, helps: str) -> None:
+def test_budget_that_holds_a_model_back_says_what_would_not(
+    found: BudgetResult | None, evidence: str, helps: str
+) -> None:
     said = held_back(found)
     assert (evidence in said[0], helps in said[1]) == (True, True)
     assert (said == ("", "")) == (evidence == "")
@@ -97,7 +101,7 @@ MAX_STEPS, MAX_ROWS = ("train.max_steps", 400), ("data.max_rows", 200)
         (but(train_loss=GROWING), ["The loss diverged", LOWER], [LONGER]),
         (but(train_loss=GROWING, metric=RISING), [LOWER], [LONGER]),
         (but(train_loss=FALLING, metric=((200, 0.5), (400, 0.4))), ["show no reason"], [LONGER]),
-        (but(train_loss=FALLING, metric=((200, 0.5), (400, 0.4)), kept_because="as good"), [LONGER], [LOWER]),
+        (but(train_loss=FALLING, metric=((200, 0.5), (400, 0.4)), weights_reason="as good"), [LONGER], [LOWER]),
         (but(train_loss=GROWING, rate_searched=True), ["Try more train"], [LOWER]),
         (but(fit=Fit("over-fitted", "", 100)), ["from step 100 on", "num_train_epochs=0.5"], [LONGER, LOWER]),
         (but(MAX_STEPS, fit=Fit("over-fitted", "", 100)), ["train.max_steps=100"], ["num_train_epochs"]),
@@ -156,7 +160,7 @@ def test_weights_are_proposed_where_all_rows_get_the_label_that_most_have(
     plan = classification / "plan" / "full.json"
     if given is not None:
         values = json.loads(plan.read_text(encoding="utf-8"))
-        values["settings"].append({"name": "train.class_weights", "value": given, "reason": "", "chosen": False})
+        values["settings"].append({"name": "train.class_weights", "value": given, "reason": "", "is_automatic": False})
         plan.write_text(json.dumps(values), encoding="utf-8")
     worse = {"nearest centroid (frozen)": Estimate(value=-0.2, low=-0.3, high=-0.1)}
     confusion = Confusion(labels=("a", "b", "c")[: len(counts)], counts=counts)

@@ -74,8 +74,8 @@ def test_plan_dry_run_and_actual_stand_side_by_side_with_their_errors(tmp_path: 
 
 
 def test_memory_of_several_processes_is_that_of_the_largest_and_what_they_send_is_said(tmp_path: Path) -> None:
-    made = planned(num_processes=2, placement="fsdp2", sent_each_pass=3 * GIB)
-    found = section(tmp_path, made, growth_of_processes=(520 * MIB, 600 * MIB))
+    made = planned(num_processes=2, placement="fsdp2", sent_bytes_per_micro_batch=3 * GIB)
+    found = section(tmp_path, made, memory_growth_per_process=(520 * MIB, 600 * MIB))
     assert found is not None
     texts = [block.text for block in found.blocks if isinstance(block, Paragraph)]
     assert any("Each of 2 processes sends 6 GiB a step (fsdp2, 3 GiB of it" in text for text in texts)

@@ -21,7 +21,7 @@ from fulltune.report.run.read import read_run
 def of(kit: SimpleNamespace, left_out: int, rows: int, unseen: Estimate | None) -> list[Scores]:
     whole = Estimate(value=0.934, low=0.92, high=0.945, rows=rows)
     more: Any = {"rows": rows, "metrics": {"accuracy": whole}}
-    more |= {"num_leaks": left_out, "near_leaks": rows == 41, "unseen": unseen}
+    more |= {"num_leaks": left_out, "near_leaks": rows == 41, "metric_without_leaks": unseen}
     return [kit.scores("majority class", "baseline", 0.1), kit.scores("full-seed42", "trained", 0.934, **more)]
 
 

@@ -20,7 +20,7 @@ from tests import plans
 )
 def test_what_processes_send_is_a_line(each_pass: int, passes: int, machines: int, said: str) -> None:
     many = {"num_processes": 2, "num_machines": machines, "gradient_accumulation_steps": passes}
-    made = plans.plan(**many, placement="fsdp2", sent_each_pass=each_pass, sent_each_step=2**30)
+    made = plans.plan(**many, placement="fsdp2", sent_bytes_per_micro_batch=each_pass, sent_bytes_per_update=2**30)
     assert words.sent(made) == said
     assert words.sent(plans.plan()) == ""
 

@@ -80,7 +80,7 @@ def test_html_any_run_is_well_formed_and_accessible_and_loads_nothing(run: str, 
 
 def test_html_hostile_text_everywhere_is_escaped(classification: Path, kit: SimpleNamespace) -> None:
     plan = Plan.load(classification / "plan" / "full.json")
-    setting = Setting(name=kit.hostile, value={kit.hostile: [kit.hostile]}, reason=kit.hostile, chosen=True)
+    setting = Setting(name=kit.hostile, value={kit.hostile: [kit.hostile]}, reason=kit.hostile, is_automatic=True)
     plan.model_copy(update={"settings": (setting,)}).save(classification / "plan" / "full.json")
     (classification / "recipe.yaml").write_text(kit.hostile, encoding="utf-8")
     attempt = classification / "attempts" / "full-seed42-01"

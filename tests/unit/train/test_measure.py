@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fulltune.records.plan import Setting, TimeNeed
-from fulltune.records.training import Measured
+from fulltune.records.training import MeasuredSetting
 from fulltune.train.parent import measure
 from fulltune.train.parent.measure import measured
 from fulltune.train.parent.next_attempt import noted
@@ -16,8 +16,8 @@ from tests.plans import outcome, plan, recipe
 GIB = 2**30
 
 
-def row(name: str, seconds: float, problem: str = "", **changes: Any) -> Measured:
-    return Measured(name=name, kind="lever", changes=changes, train_seconds=seconds, problem=problem)
+def row(name: str, seconds: float, problem: str | None = None, **changes: Any) -> MeasuredSetting:
+    return MeasuredSetting(name=name, kind="lever", changes=changes, train_seconds=seconds, problem=problem)
 
 
 # ---- what is tried ---------------------------------------------------------------------------------------------
@@ -88,12 +88,12 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
 @pytest.mark.parametrize(
     ("seconds", "lacking", "problem"),
     [
-        (3600.0, "", ""),
+        (3600.0, "", None),
         (3600.0, "C++ compiler", "not tried: there is no C++ compiler here"),
         (59.0, "", "not tried: the run takes 59 s, and compiling costs a minute or two"),
     ],
 )
-def test_compiling_is_tried_where_it_can_pay(seconds: float, lacking: str, problem: str) -> None:
+def test_compiling_is_tried_where_it_can_pay(seconds: float, lacking: str, problem: str | None) -> None:
     (found,) = measure.compilations(recipe(), row("best", seconds, precision="bf16", chunked_loss=True), lacking)
 
     assert found.problem == problem
@@ -126,10 +126,10 @@ def test_fastest_that_fits_is_taken_the_earliest_of_equals(
 
 def test_settings_carry_the_measured_values_and_the_reason() -> None:
     settings = (
-        Setting(name="train.precision", value="fp32", reason="x", chosen=True),
-        Setting(name="train.micro_batch_size", value=32, reason="x", chosen=True),
-        Setting(name="gradient accumulation", value=1, reason="global batch / micro batch", chosen=True),
-        Setting(name="train.seed", value=42, reason="from the recipe", chosen=False),
+        Setting(name="train.precision", value="fp32", reason="x", is_automatic=True),
+        Setting(name="train.micro_batch_size", value=32, reason="x", is_automatic=True),
+        Setting(name="gradient accumulation", value=1, reason="global batch / micro batch", is_automatic=True),
+        Setting(name="train.seed", value=42, reason="from the recipe", is_automatic=False),
     )
     changes = {
         "precision": "bf16",
@@ -160,7 +160,7 @@ TIME = TimeNeed(
 @pytest.mark.parametrize(
     ("status", "changes", "problem", "tokens_per_second"),
     [
-        ("done", {"forecast": TIME, "dry_run_growth_bytes": GIB, "dry_run_loss": 2.5}, "", 200.0),
+        ("done", {"forecast": TIME, "dry_run_growth_bytes": GIB, "dry_run_loss": 2.5}, None, 200.0),
         ("done", {"forecast": TIME, "dry_run_growth_bytes": 3 * GIB}, "does not fit into 2 GiB", 200.0),
         ("out_of_memory", {"reason": "can't allocate\n  8 bytes"}, "memory ran out: can't allocate 8 bytes", 0.0),
         ("refused", {"reason": "model: has no eager attention"}, "model: has no eager attention", 0.0),
@@ -168,7 +168,7 @@ TIME = TimeNeed(
     ],
 )
 def test_outcome_of_a_probe_becomes_a_row(
-    status: Any, changes: dict[str, Any], problem: str, tokens_per_second: float
+    status: Any, changes: dict[str, Any], problem: str | None, tokens_per_second: float
 ) -> None:
     found = measured(row("a", 0.0), outcome(status, **changes), 4000.0, 2 * GIB)
 

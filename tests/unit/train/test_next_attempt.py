@@ -224,8 +224,8 @@ def test_reason_says_what_was_short_and_what_changes() -> None:
 
 def test_settings_keep_what_was_planned_with_its_reason() -> None:
     settings = (
-        Setting(name="train.seed", value=42, reason="default", chosen=True),
-        Setting(name="train.micro_batch_size", value=8, reason="from the recipe", chosen=False),
+        Setting(name="train.seed", value=42, reason="default", is_automatic=True),
+        Setting(name="train.micro_batch_size", value=8, reason="from the recipe", is_automatic=False),
     )
 
     changes = walk(recipe(), plan(settings=settings))
@@ -236,7 +236,7 @@ def test_settings_keep_what_was_planned_with_its_reason() -> None:
         name="train.micro_batch_size",
         value=2,
         reason="planned 8 (from the recipe); memory ran out in a training step of attempt 2",
-        chosen=True,
+        is_automatic=True,
     )
     assert found["gradient accumulation"].value == 4
     assert found["evaluate.batch_size"].value == 4

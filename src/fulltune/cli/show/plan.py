@@ -83,7 +83,7 @@ def _found(survey: Survey) -> list[tuple[str, str]]:
         ("hardware", survey.hardware),
         ("free", free),
     ]
-    return [*rows, ("assumed", "; ".join(survey.assumed))] if survey.assumed else rows
+    return [*rows, ("assumed", "; ".join(survey.assumptions))] if survey.assumptions else rows
 
 
 def _memory(survey: Survey, plan: Plan) -> list[Block]:
@@ -112,7 +112,7 @@ def _placements(survey: Survey) -> Table:
     rows: list[Row] = []
     for one in survey.placements:
         chosen = one.name == survey.placement
-        last = ("", "", one.short.replace(" GiB", ""))
+        last = ("", "", (one.shortage or "").replace(" GiB", ""))
         if one.fits:
             speed = short_count(one.tokens_per_second) if one.tokens_per_second else "?"
             micro = f"{one.micro_batch_size}{'*' * one.activation_checkpointing}"
@@ -156,7 +156,7 @@ def _settings(settings: Sequence[Setting]) -> list[Block]:
     blocks = ("method", "train", "evaluate")
     named = [one for one in settings if one.reason == FROM_RECIPE and one.name.partition(".")[0] in blocks]
     given = [f"{one.name.split('.')[-1]} {in_yaml(one.value)}" for one in named if one.name != "method.kind"]
-    defaults = counted(sum(one.chosen and one.reason == "default" for one in settings), "default")
+    defaults = counted(sum(one.is_automatic and one.reason == "default" for one in settings), "default")
     start = f"from the recipe: {', '.join(given)};" if given else "and"
     return [
         Table("", ("chosen", "value", "why"), short),
@@ -200,7 +200,7 @@ def measured(found: Measurements) -> Table:
     first = next((row.loss for row in found.rows if row.loss is not None), None)
     rows = tuple(
         (
-            f"{'▸ ' * row.taken}{row.name}{f': {row.problem}' if row.problem else ''}",
+            f"{'▸ ' * row.is_best}{row.name}{f': {row.problem}' if row.problem else ''}",
             format_bytes(row.peak_memory_bytes) if row.peak_memory_bytes else "–",
             f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "–",
             # Of another micro batch it is the loss of other rows.

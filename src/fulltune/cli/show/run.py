@@ -17,14 +17,14 @@ from fulltune.records.events import (
     Evaluated,
     Event,
     Forecast,
+    Message,
     PhaseBegan,
     Planned,
     RowsRead,
-    Said,
     StepLogged,
     StepSkipped,
 )
-from fulltune.records.held import OF_GENERIC_TEXT
+from fulltune.records.forgetting import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
 from fulltune.report.comparison.content import expectation
 from fulltune.report.format import pages
@@ -76,7 +76,7 @@ class Display:
             case Evaluated():
                 self._eval(event)
             case DataPrepared():
-                self._data(event.summary, event.is_known)
+                self._data(event.summary, event.is_reused)
             case Planned(plan=plan):
                 self.metric = plan.metric
                 self._plan(plan)
@@ -84,16 +84,16 @@ class Display:
                 pages.show(self.console, [check_table(checks)])
             case Forecast():
                 self._forecast(event)
-            case Said(text=text, level="progress" | "resumed"):
+            case Message(text=text, level="progress" | "resumed"):
                 self.console.print(escape(text))
-            case Said(text=text, level="next attempt"):
+            case Message(text=text, level="next attempt"):
                 self.console.print(f"[yellow]next attempt:[/yellow] {escape(text)}")
-            case Said(text=text):
+            case Message(text=text):
                 self.console.print(f"[yellow]{escape(text)}[/yellow]")
             case Designed(expectation=expected, metric=metric, margin=margin):
                 pages.show(self.console, [expectation(expected, Writer(metric, margin))])
-            case Certified(held=held):
-                self.console.print(escape(verdict(held)))
+            case Certified(result=result):
+                self.console.print(escape(verdict(result)))
             case StepSkipped(step=step, reason=reason, rows=rows):
                 named = first_few([f"{row + 1:,}" for row in rows], _MOST_ROWS)
                 self.console.print(f"[yellow]step {step}: skipped:[/yellow] {escape(reason)}; train rows {named}")

@@ -35,8 +35,8 @@ def metric_name(name: str) -> str:
 
 def interval(name: str, estimate: Estimate) -> str:
     """`[90.4%, 93.6%]`; of a single row, or group of rows, there is none."""
-    if estimate.lone:
-        return f"[{estimate.lone}]"
+    if estimate.no_interval_reason:
+        return f"[{estimate.no_interval_reason}]"
     return f"[{format_metric(name, estimate.low)}, {format_metric(name, estimate.high)}]"
 
 
@@ -50,8 +50,8 @@ def sent(plan: Plan) -> str:
     if not plan.sent_bytes:
         return ""
     each, passes = "", plan.gradient_accumulation_steps
-    if passes > 1 and plan.sent_each_pass:
-        each = f", {format_bytes(plan.sent_each_pass)} of it for each of {passes} micro batches"
+    if passes > 1 and plan.sent_bytes_per_micro_batch:
+        each = f", {format_bytes(plan.sent_bytes_per_micro_batch)} of it for each of {passes} micro batches"
     several = f", and so does each of {plan.num_machines} machines to the others" if plan.num_machines > 1 else ""
     sends = f"{plan.num_processes} processes sends {format_bytes(plan.sent_bytes)} a step{several}"
     return f"each of {sends} ({plan.placement}{each})"

@@ -89,7 +89,9 @@ def about_table(view: RunView) -> list[Paragraph]:
     """What has to be known to read the scores: leaks, groups of rows, generated answers, what was left out."""
     said = [without_leaks(view.scores, view.summary), _groups(view.scores)]
     said += [about_answers(row) for row in view.scores if row.answers and len(row.answers) < row.rows][-1:]
-    said += [f"{reason[:1].upper()}{reason[1:]}." for reason in {row.left_out: 0 for row in view.scores} if reason]
+    said += [
+        f"{reason[:1].upper()}{reason[1:]}." for reason in {row.missing_metrics: 0 for row in view.scores} if reason
+    ]
     return [Paragraph(sentence) for sentence in said if sentence]
 
 
@@ -101,9 +103,9 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
         return ""
     stands = stands_in_train(summary.columns if summary else (), row.near_leaks)
     leaks = f"Of {whole.rows or row.rows:,} test rows {row.num_leaks:,} leak: their {stands}"
-    if row.unseen is None:
+    if row.metric_without_leaks is None:
         return f"{leaks}. The others are too few to tell how good the model is on unseen rows."
-    name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, row.unseen)
+    name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, row.metric_without_leaks)
     return f"{leaks}. Without them: {name} {value} ({format_metric(row.main_metric, whole.value)} with them)."
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fulltune.records.events import PhaseBegan
-from fulltune.records.held import OF_GENERIC_TEXT
+from fulltune.records.forgetting import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
 from fulltune.records.run import Environment
 from fulltune.records.training import Check, Outcome
@@ -51,7 +51,7 @@ def curves(view: RunView) -> Section | None:
     """What was measured while training, one plot per series."""
     history, plan = view.history, view.plan
     # What was scaled back is of no step.
-    kept = view.outcome.best_step if view.outcome and not (view.held and view.held.why) else None
+    kept = view.outcome.best_step if view.outcome and not (view.held and view.held.weights_reason) else None
     chosen = (plan.metric, "loss") if plan else tuple(history.evaluation)
     series: list[tuple[str, tuple[Point, ...], str, int | None]] = [
         *((_TRAIN_TITLES[name], points, name, None) for name, points in history.train.items()),
@@ -155,7 +155,7 @@ def _attempts(view: RunView) -> Table:
 
 def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
     """What of the model was trained, from which step its weights are, and how much of it moved."""
-    facts, moved = [], outcome.moved
+    facts, moved = [], outcome.parameter_changes
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
     if outcome.best_step is not None:
@@ -163,11 +163,11 @@ def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
         if plan and outcome.best_metric is not None:
             value = format_metric(plan.metric, outcome.best_metric)
             best += f", {words.metric_name(plan.metric)} {value} on the eval rows"
-        facts.append(("weights kept from", f"{best}; {outcome.kept_because}" if outcome.kept_because else best))
+        facts.append(("weights kept from", f"{best}; {outcome.weights_reason}" if outcome.weights_reason else best))
     if moved:
-        values = f"{moved.num_values_moved:,} of {moved.num_values_with_gradient:,} that received a gradient"
+        values = f"{moved.num_values_changed:,} of {moved.num_values_with_gradient:,} that received a gradient"
         facts.append(("parameter values that moved", f"{format_share(moved.share)} ({values})"))
-        tensors = f"{moved.num_tensors_moved:,} of {moved.num_tensors_with_gradient:,}"
+        tensors = f"{moved.num_tensors_changed:,} of {moved.num_tensors_with_gradient:,}"
         facts.append(("parameter tensors that moved", tensors))
     return facts
 
@@ -175,12 +175,14 @@ def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
 def _facts(view: RunView, outcome: Outcome) -> list[Block]:
     facts = changed(view.plan, outcome)
     if updates := view.history.updates:
-        facts.append((f"values that changed in step {updates.step:,}, of a sample", format_share(updates.changed)))
-        sizes = f"{updates.update_to_weight:.1e} (median of the tensors)"
+        facts.append(
+            (f"values that changed in step {updates.step:,}, of a sample", format_share(updates.changed_share))
+        )
+        sizes = f"{updates.update_ratio:.1e} (median of the tensors)"
         facts.append(("size of that update to the weights", sizes))
     blocks: list[Block] = [Facts(tuple(facts))] if facts else []
-    if outcome.moved and outcome.moved.unmoved_tensors:
-        names = ", ".join(outcome.moved.unmoved_tensors)
+    if outcome.parameter_changes and outcome.parameter_changes.unchanged_tensors:
+        names = ", ".join(outcome.parameter_changes.unchanged_tensors)
         blocks.append(Paragraph(f"Received a gradient and did not change (at most 20 are named): {names}"))
     if outcome.checks:
         blocks.append(check_table(outcome.checks))
@@ -203,7 +205,7 @@ def settings(view: RunView) -> Section | None:
             (
                 one.name,
                 Cell(words.setting_value(one.value), foreign=True),
-                "fulltune" if one.chosen else "recipe",
+                "fulltune" if one.is_automatic else "recipe",
                 one.reason,
             )
             for one in view.plan.settings
@@ -284,7 +286,7 @@ def _comparison(view: RunView, plan: Plan) -> list[Block]:
     time = None if any(entry.event == "resume" for entry in attempt.journal) else plan.time
     if plan.memory or outcome.memory_growth_bytes:
         planned = plan.memory.peak if plan.memory else 0
-        actual = max((outcome.memory_growth_bytes, *outcome.growth_of_processes))
+        actual = max((outcome.memory_growth_bytes, *outcome.memory_growth_per_process))
         rows.append(_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
     if outcome.forecast or time:
         planned_seconds, forecast = (one.total_seconds if one else 0.0 for one in (time, outcome.forecast))

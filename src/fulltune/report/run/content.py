@@ -93,9 +93,9 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
             ("steps", f"{view.attempts[-1].steps:,}"),
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
-        if view.held is not None and view.held.chosen.is_start:
+        if view.held is not None and view.held.choice.is_start:
             figures.append(("weights kept", "the untouched model's"))
-        elif moved := outcomes[-1].moved:
+        elif moved := outcomes[-1].parameter_changes:
             figures.append(("values moved", format_share(moved.share)))
     if view.summary and "train" in view.summary.splits:
         figures.append(("train rows", f"{view.summary.splits['train'].rows:,}"))

@@ -100,8 +100,8 @@ def about_labels(found: LabelErrors, of_rows: int) -> str:
     some = "" if found.judged_rows == of_rows else f" of {of_rows:,}, drawn at random"
     told = (
         f"Labels of {found.judged_rows:,} train rows{some} were judged by linear classifiers on the untouched model, "
-        f"each row by one that did not see it; they agree with {format_percent(found.agree)} of them. How good that is "
-        f"was measured: {counted(found.planted, 'row')} were given a wrong label on purpose."
+        f"each row by one that did not see it; they agree with {format_percent(found.agreement)} of them. How good "
+        f"that is was measured: {counted(found.planted, 'row')} were given a wrong label on purpose."
     )
     doubt = (
         f" {counted(found.doubtful, 'further row' if found.suspects else 'row')} have another label that is clearly "
@@ -120,7 +120,7 @@ def about_labels(found: LabelErrors, of_rows: int) -> str:
     least, most = (max(0.0, min(1.0, found.precision + one)) * found.suspects for one in (-error, error))
     return (
         f"{told} about {found.precision:.0%} are wrong, by the same measure (between {least:,.0f} and {most:,.0f}), "
-        f"and in all about {round(min(found.wrong, found.suspects / found.recall)):,} labels.{doubt}"
+        f"and in all about {round(min(found.estimated_errors, found.suspects / found.recall)):,} labels.{doubt}"
     )
 
 
@@ -132,20 +132,20 @@ def _cleaning(all_proofs: Sequence[Proofs]) -> Section | None:
 def _proved(proofs: Proofs) -> list[Block]:
     """What came of each cleaning step, and how that was found."""
     if not proofs.proofs:
-        return [Paragraph(f"No step could be compared by {proofs.by}.")]
+        return [Paragraph(f"No step could be compared by {proofs.source}.")]
     write, rows = words.Writer(proofs.metric, _MARGIN), list[Row]()
     for one in proofs.proofs:
         done, then = {"drop": "left out", "replace": "changed"}[one.action], write.value(one.before + one.difference)
         difference = write.interval(one.difference, one.low, one.high)
         rows.append((one.check, done, f"{one.rows:,}", then, difference, proofs.verdict(one)))
-    if proofs.by == "classifiers":
-        over, how = "eval rows", f"Linear classifiers on the untouched model were fitted {proofs.times} times"
+    if proofs.source == "classifiers":
+        over, how = "eval rows", f"Linear classifiers on the untouched model were fitted {proofs.repetitions} times"
     else:
-        over, how = "eval rows and seeds", f"The model was trained with {counted(proofs.times, 'seed')}"
-    tried = f" Not tried, for too few rows or too many: {'; '.join(proofs.left_out)}." if proofs.left_out else ""
+        over, how = "eval rows and seeds", f"The model was trained with {counted(proofs.repetitions, 'seed')}"
+    tried = f" Not tried, for too few rows or too many: {'; '.join(proofs.untried)}." if proofs.untried else ""
     difference = f"difference{' in points' if write.in_points else ''}"
     header = ("check", "its rows", "rows", write.name, difference, "verdict")
-    caption = f"By {proofs.by}: {write.name} with each step alone; intervals over {over} that together hold in 95 %"
+    caption = f"By {proofs.source}: {write.name} with each step alone; intervals over {over} that together hold in 95 %"
     return [
         Paragraph(
             f"{how} with each step, and without, and compared on the same {counted(proofs.eval_rows, 'eval row')}. "
@@ -163,7 +163,7 @@ def _advice(proofs: Proofs) -> str:
     helping = [one for one in proofs.proofs if proofs.verdict(one) == "helps"]
     if not helping:
         return "No step helps as far as can be told: leave the rows as they are, or read some of them first."
-    if proofs.by == "trainings":
+    if proofs.source == "trainings":
         return f"What helped can be named as data.patch: {listed([one.patch for one in helping])}."
     checks = listed(list(dict.fromkeys(one.check for one in helping)))
     return f"Worth a few trainings (--trainings 3): {checks}. What helps classifiers need not help a trained model."

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fulltune.forgetting.budget import MOST_OF_IT, is_within, limit_for_most
 from fulltune.recipe.model import BUNDLED
-from fulltune.records.held import HeldRun
+from fulltune.records.forgetting import BudgetResult
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Figures,
@@ -33,14 +33,18 @@ def section(view: RunView) -> Section | None:
     title = "rise of the loss on generic text" if writes else "change of the hidden states on generic text"
     figures = [learning_curve(title, points, "drift", kept)]
     source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
-    texts = f"{plan.generic.watched} generic texts" if plan.generic.budget is None else "some of the selection texts"
+    texts = (
+        f"{plan.generic.texts_per_evaluation} generic texts"
+        if plan.generic.budget is None
+        else "some of the selection texts"
+    )
     said = in_words(points, dict(errors), kept, writes)
     moved = Paragraph(f"While training: {said} Measured on {texts} (preserve.probe: {source}).")
     if found is None:
         return Section("forgetting", "Forgetting", (moved, Figures(tuple(figures))))
     title = f"{words.metric_name(found.metric)} by drift on generic text"
-    tried = Series("tried", tuple((point.measured.drift, point.metric) for point in found.points))
-    kept_at = Series("kept", ((found.chosen.measured.drift, found.chosen.metric),), filled=True)
+    tried = Series("tried", tuple((point.drift.mean, point.metric) for point in found.points))
+    kept_at = Series("kept", ((found.choice.drift.mean, found.choice.metric),), filled=True)
     across = "drift on generic text; dashed: the budget"
     figures.append(series_plot(title, (tried, kept_at), found.metric, across, found.limit, "see the points below."))
     evidence, helps = held_back(found)
@@ -76,33 +80,33 @@ def _size(value: float, error: float, writes: bool) -> str:
     return f"{size} (1 - cosine: 0 is as before, 1 has nothing in common with it; ±: standard error)"
 
 
-def verdict(found: HeldRun) -> str:
+def verdict(found: BudgetResult) -> str:
     """Whether the budget was kept, by the texts that were sealed, and what that cost."""
     budget = format_percent(found.budget) if found.budget >= 0.001 else f"{100 * found.budget:.2g}%"
     sealed, trained, name = found.sealed, found.end, words.metric_name(found.metric)
     lead = f"Forgetting, budget {budget}: "
     if sealed is None or not found.is_feasible:
         start, end = (format_metric(found.metric, point.metric) for point in (found.start, trained))
-        drift = words.as_share(trained.measured.drift, found.writes)
+        drift = words.as_share(trained.drift.mean, found.is_language_model)
         why = f"the trained model has {drift}, and no point within the budget is better than the untouched model"
-        if is_within(trained.measured, found.limit):
+        if is_within(trained.drift, found.limit):
             why = f"the trained model is within it ({drift}); training made the eval rows no better"
         on = f"({name} {end} trained, {start} untouched, on eval rows)"
         return f"{lead}infeasible: {why} {on}. The untouched model is what is kept."
     lead += "PASS" if found.passed else "FAIL"
-    by, upper = (words.as_share(one, False) for one in (sealed.drift, sealed.upper))
+    by, upper = (words.as_share(one, False) for one in (sealed.mean, sealed.upper))
     what = f"generic text changed by {by} (1 - cosine; with 95% certainty at most {upper})"
-    if found.writes:
+    if found.is_language_model:
         most = f"{'least' if sealed.upper < 0 else 'most'} {_likelier(sealed.upper)}"
-        what = f"a token of generic text got {_likelier(sealed.drift)} (with 95% certainty at {most})"
-    if len(found.opened) > 1:
-        lead += f" (sealed texts read {len(found.opened)} times, because the model was trained anew)"
-    gain, whole = found.gain_of(found.chosen), found.gain_of(trained)
+        what = f"a token of generic text got {_likelier(sealed.mean)} (with 95% certainty at {most})"
+    if len(found.opening_times) > 1:
+        lead += f" (sealed texts read {len(found.opening_times)} times, because the model was trained anew)"
+    gain, whole = found.gain_of(found.choice), found.gain_of(trained)
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
-    more = f" But {found.says_little}." if found.says_little else ""
+    more = f" But {found.weak_texts_reason}." if found.weak_texts_reason else ""
     return (
         f"{lead}: {what}, on {counted(sealed.texts, 'text')} that nothing had read before. "
-        f"Kept: {words.way(found.chosen.share)}, {name} {format_metric(found.metric, found.chosen.metric)} on eval "
+        f"Kept: {words.way(found.choice.share)}, {name} {format_metric(found.metric, found.choice.metric)} on eval "
         f"rows{share}.{more}"
     )
 
@@ -112,19 +116,19 @@ def _likelier(rise: float) -> str:
     return f"{words.as_share(abs(math.expm1(-rise)), False)} {'more' if rise < 0 else 'less'} likely"
 
 
-def held_back(found: HeldRun | None) -> tuple[str, str]:
+def held_back(found: BudgetResult | None) -> tuple[str, str]:
     """What a budget for forgetting has kept a model from, and what helps; empty where most of the learned was kept."""
     if found is None:
         return "", ""
     if (limit := limit_for_most(found)) is not None:
-        share = _rounded_up(105 * (-math.expm1(-limit) if found.writes else limit))
-        kept = "the untouched model" if found.chosen.is_start else words.way(found.chosen.share)
+        share = _rounded_up(105 * (-math.expm1(-limit) if found.is_language_model else limit))
+        kept = "the untouched model" if found.choice.is_start else words.way(found.choice.share)
         return (
             f"the budget for forgetting (preserve.budget) keeps {kept}",
             f"{MOST_OF_IT:.0%} of what was learned takes a budget of about {share}: --set "
             f"preserve.budget={share}; or more texts in the probe, where their error is large beside the budget",
         )
-    if found.chosen.is_start:
+    if found.choice.is_start:
         evidence = "training made the eval rows no better, within the budget (preserve.budget) or without one"
         return evidence, "train without a budget first, and give it to a run that learns"
     return "", ""
@@ -136,17 +140,17 @@ def _rounded_up(percent: float) -> str:
     return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 
 
-def _points(found: HeldRun) -> Table:
+def _points(found: BudgetResult) -> Table:
     rows: tuple[Row, ...] = tuple(
         (
             words.way(point.share),
             # Equal models differ by rounding.
-            " ± ".join(format_number(round(one, 9) + 0.0) for one in (point.measured.drift, point.measured.error)),
+            " ± ".join(format_number(round(one, 9) + 0.0) for one in (point.drift.mean, point.drift.error)),
             format_metric(found.metric, point.metric),
         )
         for point in found.points
     )
     header = ("point", "drift", words.metric_name(found.metric))
-    unit = "nats a token" if found.writes else "1 - cosine"
-    title = f"Points that were tried; drift in {unit} on {counted(found.start.measured.texts, 'text')}, ±: error"
+    unit = "nats a token" if found.is_language_model else "1 - cosine"
+    title = f"Points that were tried; drift in {unit} on {counted(found.start.drift.texts, 'text')}, ±: error"
     return Table(title, header, rows, frozenset(range(1, len(header))))

@@ -17,7 +17,7 @@ from fulltune.records.base import Record
 from fulltune.records.comparison import Searched
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, StepSkipped, UpdatesMeasured, event_of
-from fulltune.records.held import HELD_FILES, HeldRun
+from fulltune.records.forgetting import BUDGET_FILES, BudgetResult
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, Access, Environment
 from fulltune.records.scores import Scores
@@ -146,7 +146,7 @@ class RunView:
     """Parts of the report that cannot be shown, and why."""
     searched: Searched | None = None
     """How its learning rate was searched."""
-    held: HeldRun | None = None
+    held: BudgetResult | None = None
     """How it was held to a budget."""
     accesses: tuple[Access, ...] = ()
     """Every time that its test rows were scored, also by other runs beside it."""
@@ -223,7 +223,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         attempts=tuple(one for one in attempts if one.trial == trial),
         scores=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.kind), row.name))),
         searched=files.record(Searched, folder / "search.json"),
-        held=next((one for one in files.records(HeldRun, folder.glob(HELD_FILES)) if one.trial == trial), None),
+        held=next((one for one in files.records(BudgetResult, folder.glob(BUDGET_FILES)) if one.trial == trial), None),
         accesses=files.accesses(),
     )
     cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]

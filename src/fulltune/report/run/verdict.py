@@ -67,7 +67,13 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     claim = f"{claim}, against {words.estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _finite(ahead):
-        said = _LONE.format(mine.lone) if mine.lone else _UNPAIRED if bar.rows == row.rows else _OTHER_ROWS
+        said = (
+            _LONE.format(mine.no_interval_reason)
+            if mine.no_interval_reason
+            else _UNPAIRED
+            if bar.rows == row.rows
+            else _OTHER_ROWS
+        )
         return _headline("unpaired", f"{claim}. {said}")
     said = f"{claim}. On the same rows, its {words.metric_name(name)} differs by "
     said += difference(name, ahead, row.confidence)
@@ -151,7 +157,7 @@ class RunFacts:
     @property
     def given(self) -> dict[str, object]:
         """The settings of the recipe."""
-        return {setting.name: setting.value for setting in self.plan.settings if not setting.chosen}
+        return {setting.name: setting.value for setting in self.plan.settings if not setting.is_automatic}
 
 
 def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
@@ -260,7 +266,7 @@ def _other_settings(run: RunFacts) -> Iterator[str]:
 def _reasons_to_go_on(run: RunFacts) -> list[str]:
     """What speaks for a longer run; nothing where it stopped early or was better before its end."""
     curves, steps = run.curves, run.outcome.steps
-    was_better = curves.metric and curves.best[1] != curves.metric[-1][1] and not run.outcome.kept_because
+    was_better = curves.metric and curves.best[1] != curves.metric[-1][1] and not run.outcome.weights_reason
     if steps < run.plan.total_steps or was_better:
         return []
     reasons = []

@@ -22,7 +22,7 @@ from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.model import BUNDLED
 from fulltune.records.events import Steered
-from fulltune.records.held import Drift, limit_of
+from fulltune.records.forgetting import Drift, limit_of
 from fulltune.system.memory import is_out_of_memory
 from fulltune.tasks import causal_lm
 from fulltune.tasks.padding import IGNORED, padded
@@ -48,7 +48,7 @@ class DriftMonitor(TrainingPart):
         self.start: np.ndarray | None = None
         """What the untouched model made of the texts: see `GenericText.read`."""
         plan, preserve = inputs.plan, inputs.recipe.preserve
-        watched, held = plan.generic.watched, plan.generic.budget is not None
+        watched, held = plan.generic.texts_per_evaluation, plan.generic.budget is not None
         if watched:
             found = parts(preserve) if held else None
             texts = found.choosing if found else generic_texts(preserve.probe, watched)[0]
@@ -80,7 +80,7 @@ class DriftMonitor(TrainingPart):
     def scores(self) -> dict[str, float]:
         """`drift`, the mean over the texts, and `drift_error`, its standard error; nothing where it is not known."""
         found = self.read()
-        return {} if found is None else {"drift": found.drift, "drift_error": found.error}
+        return {} if found is None else {"drift": found.mean, "drift_error": found.error}
 
     def read(self) -> Drift | None:
         """How far the texts have moved; None where it is not known."""
@@ -142,7 +142,7 @@ class Replay(TrainingPart):
     def rows_of(self, step: int) -> list[int]:
         """The texts of an optimizer step, from 1: each once, in a drawn order, before any comes again."""
         plan, count = self.inputs.plan, len(self.text.ids)
-        places = range((step - 1) * plan.generic.rows, step * plan.generic.rows)
+        places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
         orders = {cycle: _order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
         return [orders[place // count][place % count] for place in places]
 
@@ -191,7 +191,7 @@ class Replay(TrainingPart):
             return
         rate = cast("Any", self.trainer.lr_scheduler).get_last_lr()[0] / plan.learning_rate
         self.weight = next_weight(self.weight, drift, self.limit, rate, self.bounds)
-        self.inputs.recorder.write(Steered(step=step, moved=drift.drift, error=drift.error, weight=self.weight))
+        self.inputs.recorder.write(Steered(step=step, drift=drift.mean, error=drift.error, weight=self.weight))
 
     def state(self) -> dict[str, Any]:
         return {"replay_weight": self.weight}
@@ -223,7 +223,7 @@ class Replay(TrainingPart):
 
 def replay_parts(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
     """What trains generic text along, where the plan does; the model is still the untouched one."""
-    plan, rows, budget = inputs.plan, inputs.plan.generic.rows, inputs.plan.generic.budget
+    plan, rows, budget = inputs.plan, inputs.plan.generic.replay_rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:
         return []
     with inputs.journal.during("evaluation"):  # memory as for an evaluation, and the same way out

@@ -30,7 +30,7 @@ from fulltune.forgetting.generic_text import measured, parts
 from fulltune.inference.run import GenericText, Share
 from fulltune.models import sharding
 from fulltune.records.events import Certified
-from fulltune.records.held import HeldRun, Point, limit_of
+from fulltune.records.forgetting import BudgetResult, InterpolationPoint, limit_of
 from fulltune.train.forgetting.generic import DriftMonitor
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
@@ -64,7 +64,7 @@ class Line:
 
 def keep_within(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Any], float]
-) -> HeldRun | None:
+) -> BudgetResult | None:
     """Move the trained model back as far as its budget asks for; an earlier certificate of these weights is kept with
     its choice. `score` gives the metric of some eval rows. None: the recipe gives no budget."""
     plan, request = inputs.plan, inputs.request
@@ -76,17 +76,17 @@ def keep_within(
     try:
         line = Line(trainer.model, before, after)
         # What the first process finds there holds for all of them.
-        earlier, digest = trainer.agreed((HeldRun.load(record) if record.exists() else None, line.digest))
+        earlier, digest = trainer.agreed((BudgetResult.load(record) if record.exists() else None, line.digest))
         found = earlier
-        if earlier is None or earlier.trained != digest:
+        if earlier is None or earlier.weights_digest != digest:
             inputs.recorder.phase(PHASE)
-            found = _chosen(inputs, line, monitor, score, earlier.opened if earlier else ())
+            found = _chosen(inputs, line, monitor, score, earlier.opening_times if earlier else ())
             if inputs.is_main:
                 record.parent.mkdir(exist_ok=True)
                 found.save(record)
-            inputs.recorder.write(Certified(held=found))
+            inputs.recorder.write(Certified(result=found))
         assert found is not None
-        line.put(found.chosen.share)
+        line.put(found.choice.share)
         return found
     finally:
         after.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def _chosen(
     monitor: DriftMonitor,
     score: Callable[[Any], float],
     opened: tuple[str, ...],
-) -> HeldRun:
+) -> BudgetResult:
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
@@ -114,13 +114,13 @@ def _chosen(
 
     start = read(0.0, choosing)
 
-    def at(share: float) -> Point:
+    def at(share: float) -> InterpolationPoint:
         # With sharded weights all processes run this, and must stop together; else only the first does.
         if stop.agreed(trainer.args) if trainer.is_shared else stop.asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
         line.put(share)
         drift = measured(start, start if share == 0 else read(share, choosing))
-        return Point(share=share, measured=drift, metric=score(rows))
+        return InterpolationPoint(share=share, drift=drift, metric=score(rows))
 
     with inputs.journal.during("evaluation"):
         points = [at(share) for share in (0.0, *SHARES)]
@@ -134,20 +134,20 @@ def _chosen(
     if moved is not None:
         said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if moved.upper <= limit else 'FAIL'}"
     inputs.journal.write("budget for forgetting", said)
-    return HeldRun(
+    return BudgetResult(
         trial=plan.trial,
         budget=budget,
         limit=limit,
-        writes=writes,
-        text=texts.source,
+        is_language_model=writes,
+        text_source=texts.source,
         metric=plan.metric,
         greater_is_better=plan.greater_is_better,
         points=tuple(sorted(points, key=lambda point: point.share, reverse=True)),
-        chosen=chosen,
+        choice=chosen,
         sealed=moved,
-        trained=line.digest,
-        says_little=monitor.says_little(choosing, start),
-        opened=opened,
+        weights_digest=line.digest,
+        weak_texts_reason=monitor.says_little(choosing, start) or None,
+        opening_times=opened,
     )
 
 
@@ -160,12 +160,14 @@ def _eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Any:
     return Share(rows, sorted(random.Random(inputs.recipe.data.split_seed).sample(range(count), MOST_ROWS)))
 
 
-def _between(points: list[Point], limit: float, at: Callable[[float], Point]) -> list[Point]:
+def _between(
+    points: list[InterpolationPoint], limit: float, at: Callable[[float], InterpolationPoint]
+) -> list[InterpolationPoint]:
     """More points, between the largest that is within the limit and the next one."""
-    found: list[Point] = []
+    found: list[InterpolationPoint] = []
     for _ in range(REFINEMENTS):
         tried = sorted([*points, *found], key=lambda point: point.share)
-        first = next((at for at, one in enumerate(tried) if at and not is_within(one.measured, limit)), None)
+        first = next((at for at, one in enumerate(tried) if at and not is_within(one.drift, limit)), None)
         if first is None:
             break
         share = crossing(tried[first - 1], tried[first], limit)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from fulltune import files
 from fulltune.models import sharding
-from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, Said, StepLogged, UpdatesMeasured
+from fulltune.records.events import Evaluated, Event, Listener, Message, PhaseBegan, StepLogged, UpdatesMeasured
 from fulltune.records.plan import Plan
 from fulltune.stats.curves import EATEN, stopped_improving
 from fulltune.train import checkpoints
@@ -54,7 +54,7 @@ class Recorder:
         self.write(PhaseBegan(name=name))
 
     def warn(self, text: str) -> None:
-        self.write(Said(text=text, level="warning"))
+        self.write(Message(text=text, level="warning"))
 
 
 @dataclass(eq=False)
@@ -208,13 +208,13 @@ class UpdateMeter(TrainerCallback):
             return
         measured = compared(state.global_step, before, _sampled(model))
         self.recorder.write(measured)
-        self._eaten = self._eaten + 1 if measured.changed < EATEN else 0
+        self._eaten = self._eaten + 1 if measured.changed_share < EATEN else 0
         # Rounded at random, or with what was lost kept, most values stay in each step, and nothing is eaten.
         if self._eaten == SURE and self.plan.bf16_rounding not in ("stochastic", "kahan"):
             kinds = sorted({str(one.dtype).removeprefix("torch.") for one in before.values()})
             self.recorder.warn(
-                f"only {measured.changed:.0%} of the sampled values changed in step {state.global_step:,}: the updates "
-                f"are too small for {', '.join(kinds)} weights. What helps: model.weights_dtype: fp32, "
+                f"only {measured.changed_share:.0%} of the sampled values changed in step {state.global_step:,}: the "
+                f"updates are too small for {', '.join(kinds)} weights. What helps: model.weights_dtype: fp32, "
                 "train.bf16_rounding: stochastic, or a higher rate"
             )
 
@@ -230,8 +230,8 @@ def compared(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.
     sizes = [update / weight for _, weight, update in found if weight]
     return UpdatesMeasured(
         step=step,
-        changed=changed / max(1, sum(values.numel() for values in before.values())),
-        update_to_weight=statistics.median(sizes) if sizes else 0.0,
+        changed_share=changed / max(1, sum(values.numel() for values in before.values())),
+        update_ratio=statistics.median(sizes) if sizes else 0.0,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-from fulltune.records.training import Moved
+from fulltune.records.training import ParameterChanges
 from fulltune.stats.curves import GO_ON, GuardDecision
 from fulltune.text import format_seconds, parse_seconds
 
@@ -178,9 +178,9 @@ def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[floa
 # ---- guards of a run ---------------------------------------------------------------------------------------------
 
 
-def nothing_learned(moved: Moved, reached: bool, largest_grad_norm: float | None) -> GuardDecision:
+def nothing_learned(moved: ParameterChanges, reached: bool, largest_grad_norm: float | None) -> GuardDecision:
     """Stop a run in which no parameter changed: no gradient, all gradients 0, or too small a learning rate."""
-    if moved.num_values_moved > 0:
+    if moved.num_values_changed > 0:
         return GO_ON
     if not reached:
         reason = "no parameter received a gradient: does the loss depend on the model?"

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from fulltune.files import entry_of
-from fulltune.records.events import Listener, Said, event_of
-from fulltune.records.training import LostPart, Outcome, OutcomeStatus
+from fulltune.records.events import Listener, Message, event_of
+from fulltune.records.training import LostMachine, Outcome, OutcomeStatus
 from fulltune.system import signals
 from fulltune.system.memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.text import parse_seconds
@@ -37,7 +37,7 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
         reason = f"the training process gave no sign of life for {limit} after step {step:,}{where}, and was ended"
         outcome = _without_words(request, "hung", reason).model_copy(update={"steps": step, "train_seconds": seconds})
     else:
-        lost: Sequence[LostPart] = getattr(child, "lost", ())  # of several machines
+        lost: Sequence[LostMachine] = getattr(child, "lost", ())  # of several machines
         outcome = _outcome(request, code, bool(asked), by_kernel, lost)
     outcome.save(request.folder / "outcome.json")
     return outcome
@@ -72,7 +72,7 @@ def _outcome(
     code: int,
     asked: bool = False,
     killed_by_kernel: bool = False,
-    lost: Sequence[LostPart] = (),
+    lost: Sequence[LostMachine] = (),
 ) -> Outcome:
     """What the worker wrote, or what its exit code and its last words say."""
     written = _written(request)
@@ -118,7 +118,7 @@ _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
 """What explains the others comes first."""
 
 
-def _of_lost(part: LostPart) -> tuple[OutcomeStatus, str]:
+def _of_lost(part: LostMachine) -> tuple[OutcomeStatus, str]:
     """What it means that a machine's part ended without a word."""
     name = f"machine {part.rank} ({part.host})"
     meanings: dict[str, tuple[OutcomeStatus, str]] = {
@@ -163,7 +163,7 @@ def _follow(request: Request, child: spawn.Child, listener: Listener, asked: Seq
             if steps_of(request.folder) or request.plan.num_processes > 1:  # several agree at the end of a step
                 when = "after the step at hand, which it saves"
             third = "a second signal changes nothing, a third ends it at once, without saving"
-            listener(Said(text=f"asked to stop: the training ends {when}; {third}", level="warning"))
+            listener(Message(text=f"asked to stop: the training ends {when}; {third}", level="warning"))
         ended = child.poll() is not None
         if path.exists():
             with path.open("rb") as file:

@@ -15,7 +15,7 @@ from typing import Any
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.run import MachineUsed
-from fulltune.records.training import LostPart, Outcome
+from fulltune.records.training import LostMachine, Outcome
 from fulltune.system import hardware, machines
 from fulltune.system.hardware import Machine
 from fulltune.system.machines import (
@@ -188,7 +188,7 @@ class _OnAllMachines:
         self._over_at = 0.0
         self._was_ended = False
         self.pid, self.args = child.pid, child.args
-        self.lost: list[LostPart] = []
+        self.lost: list[LostMachine] = []
 
     def poll(self) -> int | None:
         """The exit code, once the attempt is over on all machines: the others end their processes, or are lost."""
@@ -218,11 +218,11 @@ class _OnAllMachines:
         return code
 
 
-def _part_of(heard: HeardFrom, attempt: str, instance: str) -> tuple[bool, LostPart | None]:
+def _part_of(heard: HeardFrom, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
     """Whether a machine's part of an attempt is over, and what was lost with it."""
     told = heard.look()
     assert told is not None  # it has answered
-    lost = partial(LostPart, rank=told.rank, host=told.host)
+    lost = partial(LostMachine, rank=told.rank, host=told.host)
     if told.instance != instance:
         return True, lost(reason="was started anew")
     if told.last_part is not None and told.last_part.attempt == attempt:
@@ -313,7 +313,7 @@ def _take_part(
             if over_at and time.monotonic() - over_at > GRACE_SECONDS:
                 spawn.end(child)
             time.sleep(POLL_SECONDS)
-    lost = partial(LostPart, rank=place.rank, host=sign.record.host)
+    lost = partial(LostMachine, rank=place.rank, host=sign.record.host)
     part = None
     if asked:
         part = lost(kind="interrupted", reason="was told to stop")

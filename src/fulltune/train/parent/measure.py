@@ -14,7 +14,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import PhaseBegan
 from fulltune.records.plan import Plan
-from fulltune.records.training import Measured, Measurements, Outcome
+from fulltune.records.training import MeasuredSetting, Measurements, Outcome
 from fulltune.text import format_bytes
 from fulltune.train.parent import child
 from fulltune.train.parent.next_attempt import noted
@@ -32,7 +32,7 @@ _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 # ---- what is tried, and what is taken: pure functions ------------------------------------------------------------
 
 
-def levers(recipe: Recipe, plan: Plan) -> list[Measured]:
+def levers(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
     """One lever more in each row, as far as the recipe leaves them open; those without an effect are left out."""
     measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
@@ -42,15 +42,15 @@ def levers(recipe: Recipe, plan: Plan) -> list[Measured]:
         if not lever.refusal(recipe, plan.model_copy(update=off)):
             now |= off
     name = f"{now.get('precision', plan.precision)}, as it is"
-    rows = [Measured(name=name, kind="lever", changes=dict(now))]
+    rows = [MeasuredSetting(name=name, kind="lever", changes=dict(now))]
     for lever, changes in measured:
         if not lever.refusal(recipe, plan.model_copy(update=now)):
             now |= changes
-            rows.append(Measured(name=f"+ {lever.measured.format(**changes)}", kind="lever", changes=dict(now)))
+            rows.append(MeasuredSetting(name=f"+ {lever.measured.format(**changes)}", kind="lever", changes=dict(now)))
     return rows
 
 
-def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Measured]:
+def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[MeasuredSetting]:
     """The two next smaller and the two next larger divisors of a process's share of the global batch."""
     if recipe.train.micro_batch_size is not None:
         return []
@@ -59,7 +59,7 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Measured]:
     smaller = [size for size in sizes if size < plan.micro_batch_size][-2:]
     larger = [size for size in sizes if size > plan.micro_batch_size][:2]
     return [
-        Measured(
+        MeasuredSetting(
             name=f"micro batch {size}",
             kind="micro batch",
             changes={
@@ -73,21 +73,21 @@ def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Measured]:
     ]
 
 
-def compilations(recipe: Recipe, best: Measured, lacking: str) -> list[Measured]:
+def compilations(recipe: Recipe, best: MeasuredSetting, lacking: str) -> list[MeasuredSetting]:
     """torch.compile, where the recipe leaves it open and it can pay; `lacking` says what is missing here."""
     train = recipe.train
     if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
         return []
-    problem = ""
+    problem = None
     if lacking:
         problem = f"not tried: there is no {lacking} here"
     elif best.train_seconds < LEAST_SECONDS_TO_COMPILE:
         problem = f"not tried: the run takes {best.train_seconds:,.0f} s, and compiling costs a minute or two"
     changes = {**best.changes, "torch_compile": True}
-    return [Measured(name="torch.compile", kind="compile", changes=changes, problem=problem)]
+    return [MeasuredSetting(name="torch.compile", kind="compile", changes=changes, problem=problem)]
 
 
-def fastest(rows: Sequence[Measured]) -> Measured | None:
+def fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
     """The first row that is as fast as the fastest one; None when none ran and fits."""
     fitting = [row for row in rows if not row.problem]
     least = min((row.train_seconds for row in fitting), default=0.0)
@@ -106,9 +106,9 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
         raise SetupError(f"{folder}: has begun to train with these settings; measure in a new run (--fresh)")
     if recipe.train.engine_by:
         raise SetupError("plan --measure: ZeRO shares out the model, which is not measured; leave out --measure")
-    rows: list[Measured] = []
+    rows: list[MeasuredSetting] = []
 
-    def tried(candidates: Sequence[Measured]) -> list[Measured]:
+    def tried(candidates: Sequence[MeasuredSetting]) -> list[MeasuredSetting]:
         found = [_probe(trial, one, tokens, available_bytes) for one in candidates]
         rows.extend(found)
         return found
@@ -125,7 +125,7 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
     if best is None:
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in rows])
     best = fastest([best, *tried(compilations(recipe, best, lacking(plan.device)))]) or best
-    marked = tuple(row.model_copy(update={"taken": row is best}) for row in rows)
+    marked = tuple(row.model_copy(update={"is_best": row is best}) for row in rows)
     Measurements(available_bytes=available_bytes, rows=marked).save(folder / "plan" / "measured.json")
     ran = sum(not row.problem for row in rows)
     peak = f"{format_bytes(best.peak_memory_bytes)} of {format_bytes(available_bytes)}"
@@ -139,7 +139,7 @@ def measure(trial: PlannedTrial, summary: DataSummary, available_bytes: int) -> 
     return changed.model_copy(update={"memory": trial.need(changed), "time": time})
 
 
-def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: int) -> Measured:
+def measured(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
     """The row with what a probe's outcome says."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
@@ -153,12 +153,12 @@ def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: in
             "train_seconds": forecast.train_seconds,
             "tokens_per_second": round(tokens / forecast.train_seconds, 1),
             "loss": outcome.dry_run_loss,
-            "problem": "" if peak <= available_bytes else f"does not fit into {format_bytes(available_bytes)}",
+            "problem": None if peak <= available_bytes else f"does not fit into {format_bytes(available_bytes)}",
         }
     )
 
 
-def _probe(trial: PlannedTrial, row: Measured, tokens: float, available_bytes: int) -> Measured:
+def _probe(trial: PlannedTrial, row: MeasuredSetting, tokens: float, available_bytes: int) -> MeasuredSetting:
     """Try settings in a process of its own, unless they have a problem already."""
     if row.problem:
         return row

@@ -110,10 +110,10 @@ def noted(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tup
     present = {setting.name: setting for setting in plan.settings}
     for field, value in changes.items():
         name, before = SETTING_OF[field], getattr(plan, field)
-        old = present.get(name) or Setting(name=name, value=before, reason="default", chosen=True)
+        old = present.get(name) or Setting(name=name, value=before, reason="default", is_automatic=True)
         if name in present or value != before:
-            chosen = old.chosen or value != old.value
-            present[name] = Setting(name=name, value=value, reason=reason(old), chosen=chosen)
+            is_automatic = old.is_automatic or value != old.value
+            present[name] = Setting(name=name, value=value, reason=reason(old), is_automatic=is_automatic)
     return tuple(present.values())
 
 
@@ -141,7 +141,7 @@ def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) 
 
 def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
     """The attempt after one that spiked; None: going back does not help, or was done often enough."""
-    since = outcome.trouble_since
+    since = outcome.first_bad_step
     # Since step 1: no healthy checkpoint exists, and starting over would spike again.
     if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= most:
         return None

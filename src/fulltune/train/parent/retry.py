@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.events import Listener, PhaseBegan, Said
+from fulltune.records.events import Listener, Message, PhaseBegan
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system import sharing
@@ -92,7 +92,7 @@ def train(
         Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
         if following.plan != request.plan:
             save_plan(folder, recipe, following.plan)
-        listener(Said(text=following.reason, level="next attempt"))
+        listener(Message(text=following.reason, level="next attempt"))
         tried.append(following.reason)
         if hooks.needs_this_process:
             gc.collect()  # the trainer of the attempt before, with its model
@@ -102,7 +102,7 @@ def train(
 def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAttempt | None:
     """The next attempt after one that spiked, with nothing left of what came after the checkpoint it goes back to."""
     most = request.recipe.train.max_rollbacks if most is None else most
-    healthy = checkpoints.newest_healthy(request.checkpoints, outcome.trouble_since or 0)
+    healthy = checkpoints.newest_healthy(request.checkpoints, outcome.first_bad_step or 0)
     step = 0 if healthy is None else number_in(healthy)
     following = roll_back(request.plan, most, outcome, step)
     if following is not None:
@@ -120,14 +120,14 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
     request.folder.mkdir(parents=True)
     if resume:
         for line in passed_over:
-            listener(Said(text=line, level="warning"))
+            listener(Message(text=line, level="warning"))
         if sound is not None:
             request = request.model_copy(update={"checkpoint": str(sound)})
             text = f"continuing from the checkpoint of step {request.first_step}"
-            listener(Said(text=text, level="resumed"))
+            listener(Message(text=text, level="resumed"))
         if saved > request.first_step and not passed_over:
             on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
-            listener(Said(text=f"no checkpoint of step {saved:,} is left: going on {on}", level="warning"))
+            listener(Message(text=f"no checkpoint of step {saved:,} is left: going on {on}", level="warning"))
     if request.checkpoint is None:
         checkpoints.drop_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")

@@ -112,7 +112,7 @@ def _trained(training: Training) -> dict[str, Any]:
     state, optimizer = _fit(training)
     journal.at_rest()
     if plan.num_processes > 1 and observed.meter is not None:
-        observed.growth_of_processes = tuple(distributed.every(observed.growth_bytes()))
+        observed.memory_growth_per_process = tuple(distributed.every(observed.growth_bytes()))
     training.evaluator.judge_end(state)
     journal.at("saving")
     if initial is None:  # the first process saves and reports
@@ -138,9 +138,9 @@ def _trained(training: Training) -> dict[str, Any]:
         "reason": "early stopping" if state.global_step < plan.total_steps else "all steps done",
         "steps": state.global_step,
         **kept,
-        **({} if held is None else {"best_metric": held.chosen.metric, "kept_because": held.why}),
+        **({} if held is None else {"best_metric": held.choice.metric, "weights_reason": held.weights_reason}),
         "tokens_by_source": trainer.sampler.tokens_by_source(state.global_step) if inputs.summary.mixed else (),
-        "moved": moved,
+        "parameter_changes": moved,
         "checks": tuple(training.checks),
         "model_folder": str(request.model_folder.relative_to(request.run_folder)),
     }

@@ -57,4 +57,4 @@ def _last(inputs: AttemptInputs, state: Any) -> dict[str, Any] | None:
         f"the best {plan.metric} was {state.best_metric:.1%} at step {state.best_global_step:,}, above by less than "
         f"two standard errors of a share of {counted(rows, 'eval row')} ({100 * errors:.1f} points)"
     )
-    return {"best_step": step, "best_metric": last, "kept_because": why if last < state.best_metric else ""}
+    return {"best_step": step, "best_metric": last, "weights_reason": why if last < state.best_metric else None}

@@ -263,7 +263,7 @@ def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, flo
     budget = further_seconds(seconds[1] / long * float(work.sum()) * scale + each * steps)
     line, once = _train_speed(passes, parts, work, (float(long), *seconds), budget)
     # Texts that are trained along, by each process.
-    texts = steps * plan.generic.rows / plan.num_processes
+    texts = steps * plan.generic.replay_rows / plan.num_processes
     all_work = float(work.sum()) * scale + texts * _generic_work(quadratic)
     once *= 1 if plan.torch_compile else len(np.unique(shapes, axis=0))
     train = line.seconds(len(parts) * scale + texts, all_work) + each * steps + once
@@ -323,7 +323,7 @@ def _evaluation(passes: Passes, train: Speed, quadratic: float, budget: float) -
     evaluations += plan.eval_on_start and first_step == 0
     more = evaluations + plan.generic.scored_rows / max(1, len(lengths))
     steered = plan.total_steps // plan.generic.steer_steps if plan.generic.steer_steps else 0
-    texts = plan.generic.watched * (evaluations + steered) + plan.generic.read_once
+    texts = plan.generic.texts_per_evaluation * (evaluations + steered) + plan.generic.texts_read_once
     read = texts / max(1.0, more)  # of all that is read an evaluation's share
     mine = parts[:: plan.num_processes]  # several processes take the eval batches in turn
     work = float(works(_shapes(lengths, mine), quadratic).sum()) + read * _generic_work(quadratic)

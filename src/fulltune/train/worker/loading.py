@@ -316,7 +316,7 @@ def _start_head(inputs: AttemptInputs, learning: Learning, head: Head, tokenizer
     if inputs.observed.meter is not None:
         inputs.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
     if found.head is None:
-        inputs.recorder.warn(f"no linear probe ({found.why_not}): the head starts at random")
+        inputs.recorder.warn(f"no linear probe ({found.failure}): the head starts at random")
     return found
 
 

@@ -58,7 +58,13 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
                 checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
             since = error.since if isinstance(error, Spiked) else None
             steps = steps_of(request.folder)
-            ended = {"status": status, "reason": reason, "phase": journal.phase, "trouble_since": since, "steps": steps}
+            ended = {
+                "status": status,
+                "reason": reason,
+                "phase": journal.phase,
+                "first_bad_step": since,
+                "steps": steps,
+            }
         finally:
             request.initial_weights(rank).unlink(missing_ok=True)
             request.trained_weights(rank).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from fulltune.methods.folder import save, share
 from fulltune.models import sharding
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.records.training import Moved
+from fulltune.records.training import ParameterChanges
 from fulltune.tasks import Target, causal_lm
 from fulltune.train.optim import fsdp2, zero
 from fulltune.train.optim.optimizers import AdamW
@@ -60,7 +60,7 @@ class InitialWeights:
                 tensors[name] = values.contiguous()
         save_file(tensors, path)
 
-    def moved(self, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Moved:
+    def moved(self, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
         """Count the values that received a gradient (a positive second moment, so that rows of unused tokens are left
         out) and those that moved; over all processes together."""
         sharding.free(model)
@@ -84,12 +84,12 @@ class InitialWeights:
         if self._together:
             counts = distributed.summed(counts)
         unmoved = [name for name, (_, moved) in counts.items() if not moved]
-        return Moved(
+        return ParameterChanges(
             num_tensors_with_gradient=len(counts),
-            num_tensors_moved=len(counts) - len(unmoved),
+            num_tensors_changed=len(counts) - len(unmoved),
             num_values_with_gradient=sum(received for received, _ in counts.values()),
-            num_values_moved=sum(moved for _, moved in counts.values()),
-            unmoved_tensors=tuple(unmoved[:20]),
+            num_values_changed=sum(moved for _, moved in counts.values()),
+            unchanged_tensors=tuple(unmoved[:20]),
         )
 
     def _counts(self, number: int, parameter: Any) -> bool:

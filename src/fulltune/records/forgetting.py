@@ -1,0 +1,112 @@
+"""Drift on generic text, and how a run kept its budget for it.
+
+Drift is in nats per token for language models, otherwise 1 - cosine of hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fulltune.records.base import Record
+
+OF_GENERIC_TEXT = ("drift", "drift_error")
+"""Names of the drift and its standard error among an evaluation's metrics."""
+ONE_SIDED = 1.645
+"""One-sided 95 % quantile of the normal distribution."""
+BUDGET_FILES = "preserve/*.json"
+"""Glob, in the run folder, of the `BudgetResult` of each trial."""
+
+
+def limit_of(budget: float, is_language_model: bool) -> float:
+    """Convert a budget, a share between 0 and 1, into units of drift."""
+    return -math.log1p(-budget) if is_language_model else budget
+
+
+class Drift(Record):
+    """Mean drift over some generic texts."""
+
+    mean: float
+    error: float
+    """Standard error of the mean."""
+    texts: int
+    """Number of texts."""
+
+    @property
+    def upper(self) -> float:
+        """Upper bound of the true drift with 95 % confidence."""
+        return self.mean + ONE_SIDED * self.error
+
+
+class InterpolationPoint(Record):
+    """A model between the pretrained and the trained weights."""
+
+    share: float
+    """Position between the pretrained (0) and the trained model (1)."""
+    drift: Drift
+    """Drift on the selection texts."""
+    metric: float
+    """Metric on the eval rows."""
+
+    @property
+    def is_start(self) -> bool:
+        return self.share == 0
+
+
+class BudgetResult(Record):
+    """How a trial kept its budget for forgetting."""
+
+    trial: str
+    budget: float
+    """Most drift accepted, as a share between 0 and 1."""
+    limit: float
+    """The budget in units of drift."""
+    is_language_model: bool
+    """Drift is in nats per token."""
+    text_source: str
+    metric: str
+    greater_is_better: bool
+    points: tuple[InterpolationPoint, ...]
+    choice: InterpolationPoint
+    """The point whose weights are kept."""
+    sealed: Drift | None
+    """Drift of the kept weights on the sealed texts; None if the pretrained model was kept."""
+    weights_digest: str
+    """Digest of the trained weights."""
+    weak_texts_reason: str | None = None
+    """Why the texts measure the pretrained model's abilities poorly, if they do."""
+    opening_times: tuple[str, ...]
+    """Times at which the sealed texts were opened, ISO 8601; each new training opens them again."""
+
+    @property
+    def start(self) -> InterpolationPoint:
+        """The pretrained model."""
+        return next(point for point in self.points if point.is_start)
+
+    @property
+    def end(self) -> InterpolationPoint:
+        """The trained model."""
+        return next(point for point in self.points if point.share == 1)
+
+    @property
+    def passed(self) -> bool:
+        """The upper bound of the drift on the sealed texts is within the limit."""
+        return self.sealed is not None and self.sealed.upper <= self.limit
+
+    @property
+    def weights_reason(self) -> str | None:
+        """Why the kept weights are not the trained ones; None if they are."""
+        if self.choice.share == 1:
+            return None
+        if not self.is_feasible:
+            return "the untouched model: no better point is within the budget for forgetting (preserve.budget)"
+        return f"scaled back to {self.choice.share:.0%} of the way, within the budget for forgetting (preserve.budget)"
+
+    @property
+    def is_feasible(self) -> bool:
+        """True if other weights than the pretrained ones are kept."""
+        return not self.choice.is_start
+
+    def gain_of(self, point: InterpolationPoint) -> float:
+        """Improvement of the metric over the pretrained model; 0 if it is not finite."""
+        better = (point.metric - self.start.metric) * (1 if self.greater_is_better else -1)
+        return better if math.isfinite(better) else 0.0
