@@ -2,7 +2,7 @@
 #   CPU:   docker build --tag fulltune .
 #   CUDA:  docker build --tag fulltune:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 
-# Debian 12 has Python 3.11, with which the figures of docs/log.md were measured.
+# Debian 12 has Python 3.11, with which the figures of docs/evidence.md were measured.
 ARG BASE=docker.io/library/debian:bookworm-slim
 FROM ${BASE}
 
