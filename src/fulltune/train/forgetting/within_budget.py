@@ -116,7 +116,7 @@ def _chosen(
 
     def at(share: float) -> InterpolationPoint:
         # With sharded weights all processes run this, and must stop together; else only the first does.
-        if stop.agreed(trainer.args) if trainer.is_shared else stop.asked:
+        if stop.any_asked(trainer.args) if trainer.is_shared else stop.is_asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
         line.put(share)
         drift = measured(start, start if share == 0 else read(share, choosing))

@@ -1,4 +1,4 @@
-"""The one place where our settings become `transformers.TrainingArguments`."""
+"""Maps settings to `transformers.TrainingArguments`, in this place only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import FulltuneError, RecipeError, SetupError
 from fulltune.recipe import rules as recipe_rules
@@ -16,10 +16,14 @@ from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import Plan
 from fulltune.system import sharing
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 
 def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
-    """Refuse what cannot be trained, before any row is read: by the recipe alone, by an engine's settings, and, if it
-    runs here, by missing packages."""
+    """Refuse a recipe that cannot be trained, before any row is read.
+
+    Checks the recipe, DeepSpeed's settings and, with `runs_here`, the installed packages."""
     problems = recipe_rules.problems_of(recipe)
     if recipe.train.engine_by:
         try:
@@ -34,7 +38,7 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
 
 
 def _missing_packages(recipe: Recipe) -> list[str]:
-    """Packages that the settings need and that are not installed, each with the command that installs it."""
+    """Return a message for each missing package, with the command that installs it."""
     problems = []
     if recipe.train.report_to:
         from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -59,7 +63,7 @@ def _missing_packages(recipe: Recipe) -> list[str]:
 
 
 def package_of(optim: str) -> tuple[str, str]:
-    """The module that one of transformers' optimizers needs, and what to install; empty for torch's and our own."""
+    """Return the module and the package that an optimizer needs; empty strings for torch's and fulltune's own."""
     if optim in OWN_OPTIMIZERS:
         return "", ""
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):
@@ -84,13 +88,13 @@ _KERNELS = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
-"""Attention to the modules of which it needs one; by the second, transformers takes the kernel from the Hub."""
+"""Modules of which an attention implementation needs one; with `kernels`, transformers loads it from the Hub."""
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
-"""Trackers whose package has another name."""
+"""Packages of trackers, if named differently."""
 
 
-def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
-    """Map recipe and plan; everything that is not named here keeps transformers' default."""
+def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> TrainingArguments:
+    """Map recipe and plan to transformers' arguments; other arguments keep their defaults."""
     from transformers import TrainingArguments
 
     train = recipe.train
@@ -105,7 +109,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
         "lr_scheduler_type": plan.lr_scheduler_type,
         "lr_scheduler_kwargs": train.lr_scheduler_kwargs or None,
         "warmup_steps": plan.warmup_steps,
-        # Our own are made by the trainer; from transformers' AdamW it takes the rate, the betas and epsilon.
+        # The trainer creates fulltune's optimizers; they use the rate, betas and epsilon of transformers' AdamW.
         "optim": "adamw_torch" if plan.optim in OWN_OPTIMIZERS else plan.optim,
         "weight_decay": train.weight_decay,
         "adam_beta1": train.adam_beta1,
@@ -125,7 +129,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
         "eval_steps": plan.eval_steps,
         "save_strategy": "steps",
         "save_steps": plan.save_steps,
-        # Ours keeps the best one and only counts checkpoints that are whole: see checkpoints.py.
+        # `checkpoints.keep_few` counts only whole checkpoints and keeps the best one.
         "save_total_limit": None,
         "metric_for_best_model": plan.metric,
         "greater_is_better": plan.greater_is_better,
@@ -135,34 +139,34 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     }
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
-    # The Trainer cannot save an optimizer whose state FSDP2 shares out: `FullTrainer` does.
+    # The Trainer cannot save optimizer state that FSDP2 shards: `FullTrainer` does.
     values["save_only_model"] = plan.placement == "fsdp2"
     extra = as_arguments(train.extra)
-    # Copied to the GPU while the next rows are collated: pinned memory alone would not do that.
+    # Rows are copied to the GPU while the next ones are collated; pinned memory alone does not do that.
     if isinstance(config := extra.get("accelerator_config") or {}, dict):  # else a file of the user's
         extra["accelerator_config"] = {"non_blocking": plan.device == "cuda", **config}
     if plan.loader_workers:
         extra["dataloader_num_workers"] = plan.loader_workers
     if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
-        # What is forked needs not be pickled, and touches no GPU.
+        # Forked workers need no pickling and touch no GPU.
         extra.setdefault("dataloader_multiprocessing_context", "fork")
     extra |= {sharing.PACKAGE: sharing.completed(recipe, plan)} if recipe.train.engine_by else {}
     try:
-        made = TrainingArguments(**values, **extra)
+        arguments = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise _refused(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
-    if made.n_gpu > 1:
-        # The Trainer would split each micro batch over all GPUs it sees (DataParallel) and scale the loss.
-        made._n_gpu = 1
-    return made
+        raise _refusal(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
+    if arguments.n_gpu > 1:
+        # The Trainer would split each micro batch over all visible GPUs (DataParallel) and scale the loss.
+        arguments._n_gpu = 1
+    return arguments
 
 
-def _refused(said: str, when_running: bool, plan: Plan) -> FulltuneError:
-    """Why there are no arguments; the processes are connected where they are made."""
-    if not when_running or re.search("gloo|nccl|connect|socket", said, re.IGNORECASE) is None:
-        return RecipeError(f"train: transformers refuses these settings: {said}")
+def _refusal(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
+    """Turn transformers' message into an error; creating the arguments also connects the processes."""
+    if not is_runtime_error or re.search("gloo|nccl|connect|socket", message, re.IGNORECASE) is None:
+        return RecipeError(f"train: transformers refuses these settings: {message}")
     return SetupError(
-        f"train.num_processes: {plan.num_processes} processes cannot reach each other: {said}; of several machines "
-        "name the network interface that leads to the others in GLOO_SOCKET_IFNAME (on GPUs in NCCL_SOCKET_IFNAME, "
-        "too), and open their ports to each other"
+        f"train.num_processes: {plan.num_processes} processes cannot reach each other: {message}; on several machines, "
+        "name the network interface that leads to the others in GLOO_SOCKET_IFNAME (on GPUs also in "
+        "NCCL_SOCKET_IFNAME), and open the machines' ports to each other"
     )

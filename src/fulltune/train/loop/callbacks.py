@@ -1,17 +1,18 @@
-"""Small hooks on the Trainer's public events: write progress, seal checkpoints, stop, measure updates."""
+"""Trainer callbacks that record progress, seal checkpoints, stop on request and measure updates."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fulltune import files
 from fulltune.models import sharding
@@ -20,15 +21,17 @@ from fulltune.records.plan import Plan
 from fulltune.stats.curves import EATEN, stopped_improving
 from fulltune.train import checkpoints
 from fulltune.train.journal import TRAINING, Journal
+from fulltune.train.loop.guarded_step import Guarded
+from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.observed import Observed
 from fulltune.train.request import Request
 
 MEASUREMENTS = 20
-"""Of a run."""
-VALUES = 256
-"""Of each tensor, evenly spaced."""
-SURE = 3
-"""Measurements below it, one after the other, before that is said."""
+"""Measured steps per run."""
+SAMPLED_VALUES = 256
+"""Evenly spaced values sampled from each tensor."""
+LOW_IN_A_ROW = 3
+"""Consecutive measurements below `EATEN` that give a warning."""
 
 
 @dataclass(eq=False)
@@ -36,9 +39,9 @@ class Recorder:
     """Appends one JSON line per event to `metrics.jsonl`."""
 
     path: Path | None
-    """The file; None writes nothing, as all processes but the first must."""
+    """The file to append to; None on all ranks but 0."""
     listener: Listener | None = None
-    """Called with each event as well, for a display in this process."""
+    """Called with each event, for a display in this process."""
     started: float = field(default_factory=time.monotonic)
 
     def write(self, event: Event) -> None:
@@ -59,25 +62,33 @@ class Recorder:
 
 @dataclass(eq=False)
 class Progress(TrainerCallback):
-    """Records steps and evaluations, gives a sign of life at each micro batch, evaluation and checkpoint, and tells the
-    sampler which epoch begins."""
+    """Records steps and evaluations, writes heartbeats and sets the sampler's epoch."""
 
-    trainer: Any
-    """The `FullTrainer`, which counts tokens and has the sampler."""
+    trainer: Guarded
+    sampler: GlobalBatchSampler
     recorder: Recorder
     journal: Journal
     observed: Observed
     begin: Callable[[], None]
-    """Called once, when everything is ready for step 1."""
+    """Called once, before the first step."""
     first: tuple[float, int, float] | None = None
-    """Time, step and tokens when training began."""
+    """Time, step and token count at the start of training."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self.begin()
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: object,
+    ) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs or self.first is None:
             return
         began, first_step, first_tokens = self.first
@@ -97,49 +108,50 @@ class Progress(TrainerCallback):
             )
         )
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # transformers 5.24 does not reach it in an epoch that several processes resume.
-        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        # transformers 5.24 does not set it when several processes resume inside an epoch.
+        self.sampler.set_epoch(int(state.epoch or 0))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.journal.alive(state.global_step)
 
     on_substep_end = on_step_end = on_save = on_step_begin
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         self.journal.alive(state.global_step)
         if not state.is_world_process_zero:
             return
-        values = {name.removeprefix("eval_"): value for name, value in given["metrics"].items()}
+        values = {name.removeprefix("eval_"): value for name, value in event["metrics"].items()}
         self.recorder.write(Evaluated(step=state.global_step, epoch=round(state.epoch or 0.0, 4), metrics=values))
 
 
-def logged(state: Any, name: str) -> list[float]:
-    """All values of one name in a Trainer's history, oldest first, without the evaluation before step 1."""
+def logged(state: TrainerState, name: str) -> list[float]:
+    """Return all logged values of one name, oldest first, without those before step 1."""
     return [entry[name] for entry in state.log_history if name in entry and entry["step"]]
 
 
 @dataclass(eq=False)
 class Checkpoints(TrainerCallback):
-    """Saving and early stopping: saves at each evaluation, so that the best weights exist, seals each checkpoint before
-    old ones are deleted, and stops training when the metric no longer improves."""
+    """Saves at each evaluation, seals each checkpoint before it deletes old ones, and stops training early."""
 
     request: Request
     journal: Journal
     observed: Observed
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if control.should_evaluate:
             control.should_save = True
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.is_over(state):
             metric, patience = self.request.plan.metric, self.request.recipe.train.early_stopping_patience
             self.journal.write("early stop", f"no better {metric} in {patience} evaluations")
             control.should_training_stop = True
 
-    def is_over(self, state: Any) -> bool:
-        """From the history, not from a counter, which resuming would begin anew."""
+    def is_over(self, state: TrainerState) -> bool:
+        """Decide on early stopping from the logged history; a counter would restart on resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and stopped_improving(
             logged(state, f"eval_{plan.metric}"),
@@ -148,10 +160,10 @@ class Checkpoints(TrainerCallback):
             train.early_stopping_threshold,
         )
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         with self.journal.during("saving"):
             if args.world_size > 1:
-                torch.distributed.barrier()  # each process writes its own random state
+                torch.distributed.barrier()  # each rank writes its own random state
             if not state.is_world_process_zero:
                 return
             folder = self.request.checkpoints
@@ -161,23 +173,23 @@ class Checkpoints(TrainerCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """After a signal: finish the step or the evaluation, save, stop; all processes after the same step."""
+    """Saves and stops training after a signal; all ranks stop after the same step."""
 
-    asked = False
+    is_asked = False
 
-    def agreed(self, args: Any) -> bool:
-        """Whether any process was asked; all of them must call it. A signal that comes meanwhile is not lost."""
+    def any_asked(self, args: TrainingArguments) -> bool:
+        """Return whether any rank was asked to stop; all ranks must call this."""
         if args.world_size == 1:
-            return self.asked
-        asked = torch.tensor(float(self.asked), device=args.device)
-        torch.distributed.all_reduce(asked)
-        agreed = bool(asked)
-        self.asked = self.asked or agreed
-        return agreed
+            return self.is_asked
+        count = torch.tensor(float(self.is_asked), device=args.device)
+        torch.distributed.all_reduce(count)
+        any_asked = bool(count)
+        self.is_asked = self.is_asked or any_asked  # a signal may have come meanwhile
+        return any_asked
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # The evaluation before step 1 has no step to save.
-        if state.global_step and self.agreed(args):
+        if state.global_step and self.any_asked(args):
             control.should_save = True
             control.should_training_stop = True
 
@@ -186,48 +198,47 @@ class StopWhenAsked(TrainerCallback):
 
 @dataclass(eq=False)
 class UpdateMeter(TrainerCallback):
-    """Measures steps that have a rate, and says once when rounding eats the updates."""
+    """Measures some updates, and warns once if rounding removes them."""
 
-    trainer: Any
-    """The `FullTrainer`, whose guard skips updates."""
+    trainer: Guarded
     plan: Plan
     recorder: Recorder
     _before: dict[str, torch.Tensor] = field(default_factory=dict)
     _eaten: int = 0
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         step, total = state.global_step + 1, self.plan.total_steps
-        # Not before the rate has risen from 0.
+        # Only after the learning rate has risen from 0.
         is_measured = step % max(1, total // MEASUREMENTS) == 0 and step >= min(self.plan.warmup_steps + 2, total // 2)
         if is_measured and not self._before:
-            self._before = _sampled(model)
+            self._before = _sample(self.trainer.model)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         before, self._before = self._before, {}
         if not before or state.global_step in self.trainer.guard_history.skipped or not state.is_world_process_zero:
             return
-        measured = compared(state.global_step, before, _sampled(model))
+        measured = compare_updates(state.global_step, before, _sample(self.trainer.model))
         self.recorder.write(measured)
         self._eaten = self._eaten + 1 if measured.changed_share < EATEN else 0
-        # Rounded at random, or with what was lost kept, most values stay in each step, and nothing is eaten.
-        if self._eaten == SURE and self.plan.bf16_rounding not in ("stochastic", "kahan"):
-            kinds = sorted({str(one.dtype).removeprefix("torch.") for one in before.values()})
+        # With stochastic or Kahan rounding most values stay the same in a step, and nothing is lost.
+        if self._eaten == LOW_IN_A_ROW and self.plan.bf16_rounding not in ("stochastic", "kahan"):
+            dtypes = sorted({str(values.dtype).removeprefix("torch.") for values in before.values()})
             self.recorder.warn(
                 f"only {measured.changed_share:.0%} of the sampled values changed in step {state.global_step:,}: the "
-                f"updates are too small for {', '.join(kinds)} weights. What helps: model.weights_dtype: fp32, "
+                f"updates are too small for {', '.join(dtypes)} weights. What helps: model.weights_dtype: fp32, "
                 "train.bf16_rounding: stochastic, or a higher rate"
             )
 
 
-def compared(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
-    """What a step did to sampled values."""
+def compare_updates(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
+    """Measure how a step changed sampled values."""
     numbers = [
-        torch.stack([(after[name] != then).sum(), then.float().norm(), (after[name].float() - then.float()).norm()])
-        for name, then in before.items()
+        torch.stack([(after[name] != old).sum(), old.float().norm(), (after[name].float() - old.float()).norm()])
+        for name, old in before.items()
     ]
-    found = torch.stack(numbers).tolist()  # the host waits for the device once
-    changed = sum(count for count, *_ in found)
-    sizes = [update / weight for _, weight, update in found if weight]
+    counts_and_norms = torch.stack(numbers).tolist()  # the host waits for the device once
+    changed = sum(count for count, *_ in counts_and_norms)
+    sizes = [update / weight for _, weight, update in counts_and_norms if weight]
     return UpdatesMeasured(
         step=step,
         changed_share=changed / max(1, sum(values.numel() for values in before.values())),
@@ -235,15 +246,15 @@ def compared(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.
     )
 
 
-def _sampled(model: Any) -> dict[str, torch.Tensor]:
-    """Values of each trained tensor but the token embeddings, of which a step reaches only the rows it has read."""
+def _sample(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy some values of each trained tensor, or of this rank's shard. Token embeddings are excluded: a step updates
+    only the rows of tokens that it read."""
     sharding.free(model)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    left_out = {id(one) for one in embeddings.parameters()} if embeddings is not None else set()
-    found = {}
-    for name, one in model.named_parameters():
-        # Of weights that are shared out this process's part.
-        flat = sharding.local(one.detach()).flatten()
-        if one.requires_grad and id(one) not in left_out and flat.numel():
-            found[name] = flat[:: max(1, flat.numel() // VALUES)][:VALUES].clone()
-    return found
+    excluded = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()
+    samples = {}
+    for name, parameter in model.named_parameters():
+        flat = sharding.local(parameter.detach()).flatten()
+        if parameter.requires_grad and id(parameter) not in excluded and flat.numel():
+            samples[name] = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES].clone()
+    return samples

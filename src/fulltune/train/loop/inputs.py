@@ -1,4 +1,4 @@
-"""What an attempt is given; nothing of it changes while it goes on."""
+"""The inputs of an attempt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fulltune.train.request import Request
 
 @dataclass(frozen=True)
 class AttemptInputs:
-    """One attempt's request and data, and those who listen."""
+    """The request of an attempt, its data and its listeners; constant while it runs."""
 
     request: Request
     hooks: Hooks
@@ -45,36 +45,35 @@ class AttemptInputs:
 
     @property
     def data(self) -> Path:
-        """The folder of the prepared rows."""
+        """Folder of the prepared rows."""
         return Path(self.request.run_folder) / "data"
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first process, which writes."""
+        """True for rank 0, which writes files."""
         return self.journal.path is not None
 
     @property
     def has_own_loss(self) -> bool:
-        """The user gave the loss, which may rise for good reasons."""
+        """True if the user supplies the loss, which may rise for good reasons."""
         return self.hooks.compute_loss is not None
 
     @property
     def highest_rate(self) -> float:
-        """Peak of body or head, whichever learns faster; lower where the run went back."""
+        """Highest learning rate of body and head, after rollbacks."""
         highest = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
         return highest * rate_factor(self.plan.rollbacks)
 
     @cached_property
     def sharing(self) -> sharing.Sharing | None:
-        """What the processes share out; None: each holds everything."""
+        """What is sharded over the ranks; None if every rank holds all."""
         return sharing.of(self.recipe)
 
     @property
     def in_engine(self) -> bool:
-        """Whether ZeRO's engine trains, which exists only once training starts."""
+        """True if DeepSpeed's engine trains; it exists only once training starts."""
         return self.sharing is not None and self.sharing.engine == "zero"
 
     def warn(self, text: str) -> None:
-        """To the journal, and to whoever listens."""
         self.journal.write("warning", text)
         self.recorder.warn(text)

@@ -25,7 +25,7 @@ from fulltune.text import first_few
 from fulltune.train import checkpoints
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.inputs import AttemptInputs
-from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
+from fulltune.train.loop.sampler import GlobalBatchSampler, MixedSource
 from fulltune.train.loop.step_guard import StepHistory, StepVerdict, rate_factor
 from fulltune.train.optim import fsdp2, optimizers, zero
 from fulltune.train.optim.groups import planned_optimizer
@@ -93,7 +93,7 @@ class FullTrainer(Guarded, Trainer):
         inputs: AttemptInputs,
         *,
         lengths: Sequence[int],
-        mixed: tuple[Mixed, ...] = (),
+        mixed: tuple[MixedSource, ...] = (),
         head_modules: Sequence[str] = (),
         base_digest: str | None = None,
         **keywords: Any,

@@ -73,7 +73,7 @@ def _parts(training: Training) -> list[TrainerCallback]:
     """All parts of the training, in the order in which they act; the model is still the untouched one."""
     inputs, trainer = training.inputs, training.trainer
     return [
-        Progress(trainer, inputs.recorder, inputs.journal, inputs.observed, lambda: _begin(training)),
+        Progress(trainer, trainer.sampler, inputs.recorder, inputs.journal, inputs.observed, lambda: _begin(training)),
         *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
         training.evaluator,
         training.monitor,
@@ -191,14 +191,14 @@ def _fit(training: Training) -> tuple[Any, Any]:
     trainer.usual_loss = next(reversed(trainer.guard_history.losses), training.evaluator.untrained_loss or 0.0)
     _stop_before_training(inputs)
     trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
-    if inputs.stop.asked:
+    if inputs.stop.is_asked:
         raise InterruptedRun(f"stopped on request after step {trainer.state.global_step:,}, which is saved")
     return trainer.state, trainer.optimizer
 
 
 def _stop_before_training(inputs: AttemptInputs) -> None:
     """Stop where it was asked for while the model was loaded or checked; several processes agree only after a step."""
-    if inputs.stop.asked and inputs.plan.num_processes == 1:
+    if inputs.stop.is_asked and inputs.plan.num_processes == 1:
         step = inputs.request.first_step
         raise InterruptedRun(
             f"stopped on request {f'after step {step:,}, which is saved' if step else 'before step 1'}"

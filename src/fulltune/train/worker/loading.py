@@ -33,7 +33,7 @@ from fulltune.train import checkpoints
 from fulltune.train.journal import PROBING
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.inputs import AttemptInputs
-from fulltune.train.loop.sampler import Mixed
+from fulltune.train.loop.sampler import MixedSource
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim import zero
 
@@ -299,11 +299,11 @@ def rows_with_mixed(data: Path, summary: DataSummary, tokenizer: Any) -> Any:
     return opened(Rows(*(data / folder for folder in folders)), tokenizer)
 
 
-def mixed_ranges(summary: DataSummary) -> tuple[Mixed, ...]:
+def mixed_ranges(summary: DataSummary) -> tuple[MixedSource, ...]:
     """Where the rows of each mixed source lie among those that are trained on."""
     ends = accumulate((source.counts.rows for source in summary.mixed), initial=summary.splits["train"].rows)
     return tuple(
-        Mixed(range(start, end), source.rows_per_epoch)
+        MixedSource(range(start, end), source.rows_per_epoch)
         for source, (start, end) in zip(summary.mixed, pairwise(ends), strict=True)
     )
 

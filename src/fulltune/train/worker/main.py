@@ -96,7 +96,7 @@ def _train(
     stop = StopWhenAsked()
 
     def ask(*_: object) -> None:
-        stop.asked = True
+        stop.is_asked = True
 
     until_the_end.enter_context(signals.answered(ask))
     limit, device = request.plan.memory_limit_bytes, request.plan.device

@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 
 from fulltune.recipe.data import rows_per_epoch
-from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
+from fulltune.train.loop.sampler import GlobalBatchSampler, MixedSource
 
 TASK_ROWS = 500
 
@@ -27,7 +27,7 @@ def sampler(
     """Of task rows, and of sources of these sizes and weights behind them."""
     mixed, start = [], task_rows
     for size, number in zip(sizes, rows_per_epoch(task_rows, weights), strict=True):
-        mixed.append(Mixed(range(start, start + size), number))
+        mixed.append(MixedSource(range(start, start + size), number))
         start += size
     lengths = [(number * 7919) % 60 + 1 for number in range(start)]
     return GlobalBatchSampler(lengths, 8, micro, 42, grouped, processes, rollbacks, tuple(mixed))
@@ -64,7 +64,7 @@ def test_order_without_mixed_rows_is_that_of_earlier_versions(
 
 def test_rows_that_are_drawn_stay_the_same() -> None:
     """A run that goes on with a later version draws what it would have drawn."""
-    drawn = [Mixed(range(20, 27), 5).drawn(42, epoch) for epoch in range(3)]
+    drawn = [MixedSource(range(20, 27), 5).drawn(42, epoch) for epoch in range(3)]
     assert drawn == [[26, 23, 20, 21, 22], [25, 24, 26, 24, 23], [25, 20, 21, 22, 20]]
 
 
