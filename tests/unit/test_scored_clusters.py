@@ -127,8 +127,8 @@ def test_user_metric_is_asked_without_them_too(tmp_path: Path) -> None:
     mine = replace(run, user_metrics=lambda predicted, true: {"same": float((predicted == true).mean())})
     found = mine.user_estimates(np.arange(120) < 60, np.ones(120, bool))["same"]
     assert found.value == 0.5
-    assert found.metric_without_leaks is not None
-    assert found.metric_without_leaks.value == 0.0
+    assert found.unseen is not None
+    assert found.unseen.value == 0.0
 
 
 def test_texts_of_mistakes_and_answers_are_kept_without_what_is_private() -> None:
