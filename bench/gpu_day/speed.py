@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import contest
+from bench import training_speed
 from bench.gpu_day.cell import save_random
 from bench.gpu_day.checks import fresh
 from bench.gpu_day.day import ROOT, Rows
@@ -105,7 +105,7 @@ def _prepared(here: Here, cell: Cell, steps: int, folder: Path) -> Path:
             else:
                 row = {"text": f"{number} {text}", "label": ("one", "two")[number % 2]}
             file.write(json.dumps(row) + "\n")
-    return contest.prepared(recipe, folder / "run")
+    return training_speed.prepared(recipe, folder / "run")
 
 
 def _contestant(name: str, run: Path, precision: str) -> float:
@@ -121,24 +121,10 @@ def _contestant(name: str, run: Path, precision: str) -> float:
 # ---- in a contestant's process -------------------------------------------------------------------------------------
 
 
-def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(name: str, fill: int) -> Any:
-        return torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])
-
-    mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
-    by_token = isinstance(rows[0]["labels"], list)
-    labels = padded("labels", -100) if by_token else torch.tensor([row["labels"] for row in rows])
-    return {"input_ids": padded("input_ids", 0), "attention_mask": torch.tensor(mask), "labels": labels}
-
-
-def _trained(name: str, run: Path, precision: str) -> contest.Timed:
-    rows = contest.rows_of(run)
+def _trained(name: str, run: Path, precision: str) -> training_speed.Timed:
+    rows = training_speed.rows_of(run)
     if name == OURS:
-        return contest.train_with_fulltune(run.parent / "recipe.yaml", run, rows)
+        return training_speed.train_with_fulltune(run.parent / "recipe.yaml", run, rows)
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -149,9 +135,9 @@ def _trained(name: str, run: Path, precision: str) -> contest.Timed:
     settings = json.loads((run.parent / "recipe.yaml").read_text(encoding="utf-8"))["train"]
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     with torch.autocast(device, types.get(precision, torch.bfloat16), enabled=precision in types):
+        batch = training_speed.collate(rows[: settings["micro_batch_size"]])
         for _ in range(2):  # nobody pays for the first call of a kernel
-            batch = {key: value.to(device) for key, value in _collate(rows[: settings["micro_batch_size"]]).items()}
-            model(**batch).loss.backward()
+            model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss.backward()
     model.zero_grad()
     arguments = {
         "output_dir": str(run / name),
@@ -167,7 +153,7 @@ def _trained(name: str, run: Path, precision: str) -> contest.Timed:
     if name == "trainer-tuned":
         arguments |= {"train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"}
     trainer = _trl(model, run, rows, arguments) if name == "trl" else _trainer(model, rows, arguments)
-    return contest.train_with(trainer, rows)
+    return training_speed.train_with(trainer, rows)
 
 
 def _trainer(model: Any, rows: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
@@ -179,7 +165,7 @@ def _trainer(model: Any, rows: list[dict[str, Any]], arguments: dict[str, Any]) 
         model=model,
         args=TrainingArguments(**arguments),
         train_dataset=Dataset.from_dict(columns),
-        data_collator=_collate,
+        data_collator=training_speed.collate,
     )
 
 
