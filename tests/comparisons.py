@@ -126,7 +126,7 @@ def language(**changes: Any) -> Comparison:
     decision = {
         "verdict": "FULL",
         "recommended": "full",
-        "headline": "Updating every parameter is worth it here: full is better than every other method by the margin.",
+        "headline": "Updating every parameter is worth it here: full beats every other method by the margin.",
     }
     found = {"model": "HuggingFaceTB/SmolLM2-135M", "task": "causal-lm", "name": "chat"}
     return comparison(LANGUAGE, metric="loss", **({"decision": decision} | found | changes))
@@ -136,7 +136,7 @@ def undecided(**changes: Any) -> Comparison:
     decision = {
         "verdict": "UNDECIDED",
         "recommended": "",
-        "headline": "These rows and seeds do not tell the methods apart.",
+        "headline": "These rows and seeds cannot distinguish the methods.",
         "would_decide": (
             "lora: would be decided by 9,240 test rows or 12 seeds per method, if the true difference equals the "
             "estimate",

@@ -45,7 +45,7 @@ def test_recipe_without_methods_is_named(command: list[str], tmp_path: Path) -> 
     said = fulltune(*command, path)
     assert said.code == 2
     assert said.problems == [
-        f"{path}: methods: names nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
+        f"{path}: methods: nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
     ]
 
 

@@ -134,8 +134,8 @@ def test_recipe_again_goes_on_in_the_folder_whose_time_was_up_but_not_in_one_wit
     [
         ("FULL", True, "9h", "finished: the verdict is FULL; more time adds nothing"),
         ("UNDECIDED", False, "9h", "finished: the verdict is UNDECIDED; more time adds nothing"),
-        ("UNDECIDED", True, "6m", "its 6m are used up; to go on, give more time in all, such as --budget 12m"),
-        ("UNDECIDED", True, None, "its 6m are used up; to go on, give more time in all, such as --budget 12m"),
+        ("UNDECIDED", True, "6m", "the budget of 6m is used up; to continue, raise the total, such as --budget 12m"),
+        ("UNDECIDED", True, None, "the budget of 6m is used up; to continue, raise the total, such as --budget 12m"),
     ],
 )
 def test_budget_that_changes_nothing_is_not_ignored_in_silence(

@@ -65,12 +65,12 @@ def finished(ended: tuple[Path, Comparison]) -> tuple[Path, Comparison]:
 
 def test_comparison_whose_time_was_up_says_so_and_blames_no_method(ended: tuple[Path, Comparison]) -> None:
     _, found = ended
-    assert (found.decision.verdict, found.time_was_up, found.can_go_on) == ("UNDECIDED", True, True)
+    assert (found.decision.verdict, found.time_was_up, found.can_resume) == ("UNDECIDED", True, True)
     assert {row.method: len(row.seeds) for row in found.rows} == {"base": 0, "full": 2, "lora": 1}
     few = {one.where: one for one in found.findings if one.rule == "no-time-for-seeds"}
     assert {one.level for one in few.values()} == {"worth knowing"}
-    assert few["lora"].what == "1 seed: the budget ends before the next one"
-    assert few["full"].what.startswith("2 seeds: the budget ends before the next one")
+    assert few["lora"].what == "1 seed: the budget is too short for another"
+    assert few["full"].what.startswith("2 seeds: the budget is too short for another")
 
 
 def test_more_time_goes_on_from_the_trials_and_all_verdicts_together_keep_alpha(
@@ -194,7 +194,7 @@ def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Compariso
 @pytest.mark.parametrize(
     ("methods", "problem"),
     [
-        ([], "methods: names nothing to compare"),
+        ([], "methods: nothing to compare"),
         (["base", "full"], "methods: names nothing to compare full fine-tuning with"),
         (["base", "full", "head"], "methods: names nothing to compare full fine-tuning with"),
         (["base", "lora"], "methods: a comparison has 'full', because"),

@@ -1,4 +1,4 @@
-"""How many seeds and which rates fit into a time: what trials are forecast to take, corrected by what they took."""
+"""Choose a comparison's seeds and rate searches for a time budget, from forecasts corrected by finished trials."""
 
 from __future__ import annotations
 
@@ -23,57 +23,61 @@ from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
 FEW_TRAIN_ROWS = 10_000
-"""Below it five seeds: with few rows the seeds differ more (Bouthillier et al. 2021; Mosbach et al. 2020)."""
+"""Below this number of train rows a comparison plans five seeds instead of three: with few rows, seeds differ more
+(Bouthillier et al. 2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
-"""With one nothing is known of the spread between seeds, and there is no interval."""
+"""One seed gives no spread between seeds, and so no interval."""
 GOOD_SEEDS = 3
-"""Two say little about their spread, so a budget gives up breadth before the third one."""
+"""Two seeds say little about their spread, so a tight budget gives up methods before the third seed."""
 RESERVE = 0.2
-"""Part of the time left that is not planned for: forecasts err."""
+"""Share of the remaining time that is left unplanned, because forecasts err."""
 FORECAST_AGAIN = 1.15
-"""A budget that is named leaves room for a next forecast that is longer: a machine is not always as quick."""
+"""Factor on a suggested budget: the next forecast may be longer, because a machine's speed varies."""
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
-"""Standard deviations between seeds for which it is said what can be found: which one it is, only seeds tell."""
+"""Standard deviations between seeds for which the detectable difference is forecast."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
-"""Beside steps and rows, of small models on a slow CPU: a trial's process, loading a model and its generic texts,
-resampling. What trials take corrects them from the first one on."""
+"""Seconds beside steps and rows, for small models on a slow CPU: starting a trial's process and loading its model;
+scoring; resampling for the verdict. Finished trials correct them."""
 _FIRST_SECONDS = 13.0
-"""Of the first trial: libraries are read, and its steps are checked."""
+"""Extra seconds of the first trial, which imports libraries and checks its first steps."""
 _PASSES_PER_STEP = 3
-"""Forward passes that a step takes as long as."""
+"""Forward passes that take as long as one training step."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What trials of a method take, in seconds, and which of them are there."""
+    """Forecast seconds of one method's trials, and how many are finished."""
 
     run: float
-    """The steps of one whole run."""
+    """Seconds of the steps of one whole run."""
     num_rates: int = 1
-    """In its grid; 1: no search."""
+    """Rates in the grid; 1 means no search."""
     decides: bool = True
-    """False: it is shown for orientation, and gets one run."""
+    """False for methods shown for orientation only, which get one run."""
     start: float = 0.0
-    """Of each trial's process: loading and saving."""
+    """Seconds to start and end one trial's process: loading and saving."""
     scoring: float = 0.0
-    """Eval, test and generic rows, after each whole run of a comparison."""
+    """Seconds to score the eval, test and generic rows after a whole run of a comparison."""
     done: int = 0
-    """Whole runs at the rate that it has now."""
+    """Finished whole runs at the current rate."""
     searched: bool = False
-    """Its rate is settled: others are searched, where there is time for it."""
+    """True once the rate search has ended."""
 
     def of(self, trial: Trial) -> float:
         return self.start + trial.share * self.run + (0.0 if trial.searches else self.scoring)
 
 
-def num_seeds(given: int | None, train_rows: int) -> int:
-    """How many seeds at most; clear answers need fewer."""
-    return given if given is not None else 5 if train_rows < FEW_TRAIN_ROWS else 3
+def num_seeds(wanted: int | None, train_rows: int) -> int:
+    """Return the largest number of seeds; a clear answer needs fewer."""
+    return wanted if wanted is not None else 5 if train_rows < FEW_TRAIN_ROWS else 3
 
 
 def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
-    """What is still to be done of a design takes so long: all seeds, or where the rest waits those of full (listed
-    first) and of the dearest other method, because it is not known which one will lead."""
+    """Return the forecast seconds of a design's unfinished trials.
+
+    A sequential design counts all seeds only for full (listed first) and the most expensive other method: which one
+    will lead is unknown.
+    """
     full, *rivals = (method for method in design.methods if costs[method].decides)
     leader = max(rivals, key=lambda method: costs[method].run, default=full)
     going_on = (full, leader) if design.sequential and design.num_seeds > 1 else design.methods
@@ -90,8 +94,8 @@ def seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
 
 
 def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
-    """In the order of preference, the whole one first: seeds beyond three go first, then rivals, the third seed, the
-    rate search."""
+    """Yield designs in order of preference: the whole one, then fewer seeds (down to three), fewer rivals, two seeds,
+    no rate search."""
     everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
     good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
@@ -104,21 +108,21 @@ def designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectati
 
 
 def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spent: float = 0.0) -> Expectation:
-    """The first design, full first, that fits into the budget of the whole one, less a reserve, with `end` seconds of
-    baselines, resampling and report, and what was `spent` by commands before."""
+    """Return the first design that fits into the budget less a reserve.
+
+    `end` is the seconds of baselines, resampling and report, `spent` those of earlier commands.
+    """
     ordered = list(designs(costs, whole))
     most = math.inf if whole.budget_seconds is None else (1 - RESERVE) * (whole.budget_seconds - spent)
-    chosen = next((one for one in ordered if end + seconds(costs, one) <= most), None)
-    if chosen is None:
+    design = next((each for each in ordered if end + seconds(costs, each) <= most), None)
+    if design is None:
         raise RecipeError(_too_short(ordered[-1], end + seconds(costs, ordered[-1]), spent))
-    num_rates = [
-        costs[method].num_rates for method in chosen.methods if chosen.search_share and costs[method].num_rates > 1
-    ]
-    return chosen.model_copy(
+    num_rates = [costs[name].num_rates for name in design.methods if design.search_share and costs[name].num_rates > 1]
+    return design.model_copy(
         update={
             "num_search_trials": sum(num_rates),
-            "seconds": round(spent + end + seconds(costs, chosen), 1),
-            "notes": tuple(_notes(costs, chosen)),
+            "seconds": round(spent + end + seconds(costs, design), 1),
+            "notes": tuple(_notes(costs, design)),
         }
     )
 
@@ -126,7 +130,7 @@ def fitting(costs: Mapping[str, Cost], whole: Expectation, end: float = 0.0, spe
 def detectable(
     expected: Expectation, costs: Mapping[str, Cost], margin: float, alpha: float, test_rows: int
 ) -> Expectation:
-    """The same with the differences that it can find."""
+    """Return the design with the differences that it can detect."""
     if expected.num_seeds < GOOD_SEEDS:
         return expected
     limited = expected.num_seeds < expected.most_seeds
@@ -140,23 +144,19 @@ def detectable(
     return expected.model_copy(update={"detectable": (alike, apart)})
 
 
-def _notes(costs: Mapping[str, Cost], chosen: Expectation) -> Iterator[str]:
-    """What the budget took."""
-    if chosen.num_seeds < chosen.most_seeds:
-        yield (
-            f"{chosen.num_seeds} seeds are planned instead of up to {chosen.most_seeds}; where time is left, more are "
-            "run"
-        )
-    if not chosen.search_share and any(costs[method].num_rates > 1 for method in chosen.methods):
-        yield "no rate search: each method is trained at its usual rate, which the report will mark as unfair"
-    if left_out := [method for method in costs if method not in chosen.methods]:
+def _notes(costs: Mapping[str, Cost], design: Expectation) -> Iterator[str]:
+    if design.num_seeds < design.most_seeds:
+        yield f"{design.num_seeds} seeds are planned instead of up to {design.most_seeds}; more run if time remains"
+    if not design.search_share and any(costs[method].num_rates > 1 for method in design.methods):
+        yield "no rate search: each method trains at its default learning rate, which the report marks as unfair"
+    if left_out := [method for method in costs if method not in design.methods]:
         yield f"not trained: {', '.join(left_out)}"
 
 
 def _too_short(least: Expectation, need: float, spent: float) -> str:
     enough = typed_seconds(round_up(spent + FORECAST_AGAIN * need / (1 - RESERVE)))
     each = "one run" if least.num_seeds == 1 else f"{least.num_seeds} runs"
-    before = f", {typed_seconds(spent)} of which are spent," if spent > 1 else ""
+    before = f" ({typed_seconds(spent)} of it already spent)" if spent > 1 else ""
     return (
         f"--budget {typed_seconds(least.budget_seconds or 0.0)}{before} is too short for a verdict: {each} each of "
         f"{' and '.join(least.methods)}, without a rate search, are forecast to take {typed_seconds(need)}; give "
@@ -165,54 +165,53 @@ def _too_short(least: Expectation, need: float, spent: float) -> str:
 
 
 def round_up(time: float) -> float:
-    """To a time that one would type: 10 s, half minutes from two minutes on, 5 minutes from an hour on."""
+    """Round up to a time that people type: 10 s, half minutes from two minutes on, 5 minutes from an hour on."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
 
 
-def why_finished(known: Comparison, budget_seconds: float | None) -> str | None:
-    """Why a comparison that has a verdict does not go on with this budget (None: no limit); None: it does."""
-    had = known.expectation.budget_seconds or 0.0
-    if not known.time_was_up or known.decision.verdict != "UNDECIDED":
-        why = f"finished: the verdict is {known.decision.verdict}; more time adds nothing"
-    elif not known.can_go_on:
-        why = "finished: no part of the chance of a wrong answer is left for another verdict on the same test rows"
-    elif budget_seconds is not None and budget_seconds <= had:
-        more = typed_seconds(round_up(2 * had))
-        why = f"its {typed_seconds(had)} are used up; to go on, give more time in all, such as --budget {more}"
+def why_finished(comparison: Comparison, budget_seconds: float | None) -> str | None:
+    """Return why a comparison with a verdict cannot resume with this budget (None: no limit), or None if it can."""
+    before = comparison.expectation.budget_seconds or 0.0
+    if not comparison.time_was_up or comparison.decision.verdict != "UNDECIDED":
+        why = f"finished: the verdict is {comparison.decision.verdict}; more time adds nothing"
+    elif not comparison.can_resume:
+        why = "finished: the permitted error rate is used up, so these test rows allow no further verdict"
+    elif budget_seconds is not None and budget_seconds <= before:
+        more = typed_seconds(round_up(2 * before))
+        why = f"the budget of {typed_seconds(before)} is used up; to continue, raise the total, such as --budget {more}"
     else:
         return None
-    return f"{why}; --fresh begins another comparison"
+    return f"{why}; --fresh starts a new comparison"
 
 
-# ---- of a comparison on its way --------------------------------------------------------------------------------
+# ---- a running comparison --------------------------------------------------------------------------------------
 
 
 def expect(context: Context) -> Expectation:
-    """The design and what it costs; settled once for a budget, so that going on later changes nothing."""
+    """Return the design with its forecast, stored once per budget so that resuming does not change it."""
     path = context.folder / EXPECTATION
-    found = Expectation.load(path) if path.exists() else None
-    if found is None or found.budget_seconds != context.budget_seconds:
-        found = _settled(context)
-        found.save(path)
+    design = Expectation.load(path) if path.exists() else None
+    if design is None or design.budget_seconds != context.budget_seconds:
+        design = _settled(context)
+        design.save(path)
     margin = context.recipe.compare.margin
-    context.job.listener(Designed(expectation=found, metric=context.measure.name, margin=margin))
-    return found
+    context.job.listener(Designed(expectation=design, metric=context.measure.name, margin=margin))
+    return design
 
 
 def _settled(context: Context) -> Expectation:
-    """The design for this budget, less what is there."""
     block, splits = context.recipe.compare, context.summary.splits
     steps = context.setup(context.full.label).plan.total_steps
     context.note_time("preparation")
     if context.budget_seconds is not None and not context.kept_results():
-        # Arithmetic alone errs too much; most often the search begins with the same trial.
+        # Arithmetic alone errs too much; the search usually begins with this trial anyway.
         full, share = context.full, rates.share_of_steps(0.0, steps)
         trial = rates.search_trial(full.label, usual(context, full), share, context.recipe.train.seed)
-        context.say(f"measuring the speed here before the budget is planned: {share:.0%} of a run of {full.label}")
+        context.say(f"measuring speed before planning the budget: {share:.0%} of a run of {full.label}")
         run_trial(context, trial)
     costs, end = costs_of(context)
-    context.note_time("design")  # also of a command whose budget is refused
+    context.note_time("design")  # noted even if the budget is refused below
     most = num_seeds(block.seeds, splits["train"].rows)
     whole = Expectation(
         methods=tuple(costs),
@@ -222,20 +221,21 @@ def _settled(context: Context) -> Expectation:
         budget_seconds=context.budget_seconds,
         sequential=block.sequential,
     )
-    found = fitting(costs, whole, end, context.seconds_spent)
+    design = fitting(costs, whole, end, context.seconds_spent)
     if not is_share(context.measure.name):
-        return found
-    return detectable(found, costs, block.margin, context.alpha, splits["test"].rows)
+        return design
+    return detectable(design, costs, block.margin, context.alpha, splits["test"].rows)
 
 
 def grid(context: Context, method: Any) -> tuple[float, ...]:
-    """The rates that a method's search begins with."""
+    """Return the rates that a method's search begins with."""
     planned = context.setup(method.label).plan.learning_rate
     return rates.grid(planned, method.learning_rates, method.fixed_learning_rate)
 
 
 def usual(context: Context, method: Any) -> float:
-    """The rate of that grid to keep where trials do not tell, and to take where there is no time for them."""
+    """Return the rate of the grid nearest to the planned one: the default if the trials are inconclusive or time is
+    short."""
     planned = context.setup(method.label).plan.learning_rate
     return rates.nearest(grid(context, method), rates.rounded(planned))
 
@@ -248,23 +248,21 @@ def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())
     end = 0.0
     for method in context.trained_methods:
-        label, made, slower = (
-            method.label,
-            context.setup(method.label).plan,
-            steps.get(method.label, steps.get("", 1.0)),
-        )
+        label, planned = method.label, context.setup(method.label).plan
+        slower = steps.get(label, steps.get("", 1.0))
         path = context.search_path(label)
         search = Search.load(path) if path.exists() else None
         row_seconds = scoring = 0.0
-        if made.time is not None and made.total_steps:
-            row_seconds = made.time.train_seconds / (made.total_steps * made.global_batch_size) / _PASSES_PER_STEP
+        if planned.time is not None and planned.total_steps:
+            rows_seen = planned.total_steps * planned.global_batch_size
+            row_seconds = planned.time.train_seconds / rows_seen / _PASSES_PER_STEP
         if context.scores_runs:
             scoring = rest * SCORING_SECONDS + slower * scored * row_seconds
-        if context.scores_runs and method is context.full:  # baselines embed the train rows, too, some more than once
-            baselines = made.time.around.get(BASELINES, 0.0) if made.time else 0.0
+        if context.scores_runs and method is context.full:  # baselines embed the train rows as well, some repeatedly
+            baselines = planned.time.around.get(BASELINES, 0.0) if planned.time else 0.0
             end = rest * VERDICT_SECONDS + slower * max(baselines, rows * row_seconds)
         costs[label] = Cost(
-            run=slower * made.time.total_seconds if made.time else 0.0,
+            run=slower * planned.time.total_seconds if planned.time else 0.0,
             num_rates=len(grid(context, method)),
             decides=method is context.full or context.recipe.compared_kind(method) in RIVALS,
             start=rest * START_SECONDS,
@@ -276,45 +274,47 @@ def costs_of(context: Context) -> tuple[dict[str, Cost], float]:
 
 
 def _runs_at_its_rates(search: Search, trials: Sequence[Trial]) -> int:
-    """Whole runs that are not made again."""
     whole_runs = [one for one in trials if one.method == search.method and not one.searches]
     return sum(one.learning_rate in (search.chosen, *search.whole) for one in whole_runs)
 
 
 def pace(context: Context) -> tuple[dict[str, float], float]:
-    """How many times as long as planned the steps of each method take (of one without trials as those of all others, by
-    the empty name), and what comes with them, such as starting and loading, as finished trials tell."""
+    """Return how many times longer than planned steps take, by method, and likewise everything beside steps.
+
+    The empty name stands for methods without trials and holds the mean of all others.
+    """
     took: defaultdict[str, float] = defaultdict(float)
     for entry in lines_of(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
     steps, planned = defaultdict[str, float](float), defaultdict[str, float](float)
     rest, planned_rest = 0.0, _FIRST_SECONDS
-    for one in context.kept_results():
-        method, share, need = one.trial.method, one.trial.share, context.setup(one.trial.method).plan.time
-        if one.trial.name not in took or not one.tokens_per_second or need is None or not need.train_seconds:
+    for result in context.kept_results():
+        method, share, need = result.trial.method, result.trial.share, context.setup(result.trial.method).plan.time
+        if result.trial.name not in took or not result.tokens_per_second or need is None or not need.train_seconds:
             continue
-        slower = need.tokens / one.tokens_per_second / need.train_seconds
+        slower = need.tokens / result.tokens_per_second / need.train_seconds
         for name in (method, ""):
             steps[name] += share * slower * need.total_seconds
             planned[name] += share * need.total_seconds
-        rest += max(0.0, took[one.trial.name] - share * slower * need.total_seconds)
-        planned_rest += START_SECONDS + (SCORING_SECONDS if context.scores_runs and not one.trial.searches else 0.0)
+        rest += max(0.0, took[result.trial.name] - share * slower * need.total_seconds)
+        planned_rest += START_SECONDS + (SCORING_SECONDS if context.scores_runs and not result.trial.searches else 0.0)
     if not steps:
         return {}, 1.0
     return {name: steps[name] / planned[name] for name in steps if planned[name] > 0}, rest / planned_rest
 
 
 def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:
-    """Whether trials that are not there yet, `keep` seconds, and the verdict fit into the time left less a reserve."""
-    asked = [] if context.budget_seconds is None else [one for one in trials if not is_done(context, one)]
-    if not asked:
+    """Return whether unfinished trials, `keep` seconds and the verdict fit into the remaining time less a reserve."""
+    unfinished = [] if context.budget_seconds is None else [one for one in trials if not is_done(context, one)]
+    if not unfinished:
         return True
     costs, end = costs_of(context)
-    return sum(costs[one.method].of(one) for one in asked) + keep + end <= (1 - RESERVE) * context.seconds_left
+    return sum(costs[one.method].of(one) for one in unfinished) + keep + end <= (1 - RESERVE) * context.seconds_left
 
 
 def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Seconds, as forecast, until full and the dearest rival have so many seeds, of which `counts` are there."""
+    """Return the forecast seconds until full and the most expensive leading rival have `seeds` runs; `counts` are
+    finished."""
     costs = {method: cost for method, cost in costs_of(context)[0].items() if cost.decides and method in counts}
 
     def rest(method: str) -> float:

@@ -1,4 +1,4 @@
-"""The test rows are opened, once: the verdict, and the record that the comparison's report is made from."""
+"""Open the test rows once, decide the verdict and write the comparison's record."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from fulltune.system import run_folder
 from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
-"""Resamples of generic texts."""
 middle = statistics.median
-"""Of what runs cost: the first one of a command finds files and libraries cold, and is no cost of the method."""
+"""Costs of runs are medians: the first run of a command loads cold files and libraries, which is no cost of the
+method."""
 
 
 def judge(ran: SeedRuns) -> Comparison:
-    """Open the test rows, once, and say what they say."""
+    """Open the test rows, once, and return the comparison with its verdict."""
     context = ran.context
     context.say("opening the test rows")
     alpha, later = left(ran.looks, context.alpha, time_was_up=ran.lacks_time)
@@ -47,17 +47,17 @@ def judge(ran: SeedRuns) -> Comparison:
         baselines = untouched(context)
         compared = method_outputs(context, ran.results, SEALED, ran.waiting)
         if (context.folder / SEALED / f"{BASE}.npz").exists():
-            kept = load_outputs(context.folder / SEALED / f"{BASE}.npz")
-            compared.append(MethodOutputs(name=BASE, kind="base", trials=[kept], cost=0.0))
+            base = load_outputs(context.folder / SEALED / f"{BASE}.npz")
+            compared.append(MethodOutputs(name=BASE, kind="base", trials=[base], cost=0.0))
         clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
         decision = _decided(context, compared, clusters, alpha)
         leaks = without_leaks(context, compared, clusters, decision)
     note_access(context.folder, context.job.listener)
-    found = comparison_of(ran, decision, baselines, openings)
-    found = found.model_copy(update={"notes": (*found.notes, *leaks)})
-    found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong
+    comparison = comparison_of(ran, decision, baselines, openings)
+    comparison = comparison.model_copy(update={"notes": (*comparison.notes, *leaks)})
+    comparison.save(context.folder / RECORD)  # saved first: the test rows are open, and what follows may fail
     write_model_cards(ran)
-    return found
+    return comparison
 
 
 def _decided(context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, alpha: float) -> Decision:
@@ -70,27 +70,27 @@ def _decided(context: Context, compared: Sequence[MethodOutputs], clusters: np.n
 def without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
-    """What the verdict would be without the test rows that stand in train; empty: none stands there."""
-    seen = np.load(context.folder / "data" / "test" / IN_TRAIN)
-    if not seen.any():
+    """Return notes with the verdict on the test rows that do not occur in train; empty without such leaks."""
+    leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
+    if not leaked.any():
         return []
     stands = stands_in_train(context.summary.columns, context.recipe.data.near_duplicates < 1)
-    leaks = f"{seen.sum():,} test rows" if seen.sum() > 1 else "test row"
-    said = f"without the {leaks} whose {stands}: "
-    if len(np.unique(clusters[~seen])) < FEWEST_UNSEEN:
-        return [f"{said}nothing is known, hardly any are left"]
+    rows = f"{leaked.sum():,} test rows" if leaked.sum() > 1 else "test row"
+    prefix = f"without the {rows} whose {stands}: "
+    if len(np.unique(clusters[~leaked])) < FEWEST_UNSEEN:
+        return [f"{prefix}too few remain for a verdict"]
     unseen = [
-        replace(method, trials=[{name: values[~seen] for name, values in kept.items()} for kept in method.trials])
+        replace(method, trials=[{name: values[~leaked] for name, values in run.items()} for run in method.trials])
         for method in compared
     ]
-    found = _decided(context, unseen, clusters[~seen], decision.alpha)
-    scores = ", ".join(f"{method} {format_metric(found.metric, one.value)}" for method, one in found.scores.items())
-    same = found.verdict == decision.verdict
-    return [f"{said}{scores}, and {'still' if same else f'not {decision.verdict} but'} {found.verdict}"]
+    clean = _decided(context, unseen, clusters[~leaked], decision.alpha)
+    scores = ", ".join(f"{method} {format_metric(clean.metric, one.value)}" for method, one in clean.scores.items())
+    same = clean.verdict == decision.verdict
+    return [f"{prefix}{scores}, and {'still' if same else f'not {decision.verdict} but'} {clean.verdict}"]
 
 
 def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later: float) -> tuple[Opening, ...]:
-    """Note who looks at the sealed rows; the noted openings, this one included."""
+    """Record this opening of the sealed test rows and return all openings so far."""
     opening = Opening(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
@@ -104,24 +104,25 @@ def open_test_rows(context: Context, trials: Sequence[str], alpha: float, later:
 
 
 def untouched(context: Context) -> tuple[Scores, ...]:
-    """What costs no training: the untouched language model or the most frequent answer first, then other baselines."""
+    """Return the scores that need no training: the untouched language model or the most frequent answer first, then the
+    other baselines."""
     folder, writes = context.folder, FACTS[context.recipe.task].writes
     of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
-        kept, _ = outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
-        keep(context, BASE, kept)
+        predictions, _ = outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
+        keep(context, BASE, predictions)
     return tuple(evaluate.baselines(context.scoring))
 
 
 def comparison_of(
     ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
 ) -> Comparison:
-    """The record that the report is made from."""
+    """Return the record from which the report is made."""
     context, summary = ran.context, ran.context.summary
     rows = rows_of(ran, decision, baselines)
     environment = run_folder.environment(context.machine)
-    found = Comparison(
+    comparison = Comparison(
         name=context.folder.name,
         model=context.recipe.model.name,
         task=context.recipe.task,
@@ -148,11 +149,11 @@ def comparison_of(
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
         notes=tuple(_notes(context)),
     )
-    return found.model_copy(update={"findings": lint_comparison(ran, found)})
+    return comparison.model_copy(update={"findings": lint_comparison(ran, comparison)})
 
 
 def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
-    """A row for each method, the untouched model (or the first of the baselines) first."""
+    """Return a row for each method, the untouched model (or the first baseline) first."""
     context, scores = ran.context, decision.scores
     num_parameters = context.setup(context.full.label).plan.num_parameters
     base = scores.get(BASE) or (baselines[0].metrics.get(context.measure.name) if baselines else None)
@@ -160,7 +161,7 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
     if base is not None and any(one.kind == "base" for one in context.recipe.methods):
         rows.append(MethodRow(method=BASE, kind="base", num_parameters=num_parameters, metric=base, gain_share=0.0))
     gain = 0.0 if base is None else scores[context.full.label].value - base.value
-    for method, found in ran.results.items():
+    for method, runs in ran.results.items():
         score, search, setup = scores[method], ran.searches[method], context.setup(method)
         share = None if base is None or context.measure.sign * gain <= 0 else (score.value - base.value) / gain
         rows.append(
@@ -169,30 +170,30 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
                 kind=context.recipe.compared_kind(setup.method),
                 settings=settings_of(setup.method),
                 search=search,
-                seeds=tuple(one.trial.seed for one in found),
+                seeds=tuple(one.trial.seed for one in runs),
                 waited=method in ran.waiting,
                 weights_dtype=setup.plan.weights_dtype,
                 bf16_rounding=setup.plan.bf16_rounding,
                 num_parameters=num_parameters,
-                num_trainable=found[0].num_trainable,
+                num_trainable=runs[0].num_trainable,
                 metric=score,
                 gain_share=share,
-                train_tokens=found[0].tokens,
-                train_seconds=round(middle(one.train_seconds for one in found), 2),
-                tokens_per_second=round(middle(one.tokens_per_second for one in found), 1),
-                train_flops=middle(one.train_flops for one in found),
-                peak_memory_bytes=max(one.peak_memory_bytes for one in found),
-                memory_growth_bytes=max(one.memory_growth_bytes for one in found),
-                saved_bytes=found[0].saved_bytes,
-                moved=_moved(context, found),
-                seconds_per_row=middle(one.seconds_per_row or 0.0 for one in found),
+                train_tokens=runs[0].tokens,
+                train_seconds=round(middle(one.train_seconds for one in runs), 2),
+                tokens_per_second=round(middle(one.tokens_per_second for one in runs), 1),
+                train_flops=middle(one.train_flops for one in runs),
+                peak_memory_bytes=max(one.peak_memory_bytes for one in runs),
+                memory_growth_bytes=max(one.memory_growth_bytes for one in runs),
+                saved_bytes=runs[0].saved_bytes,
+                moved=_moved(context, runs),
+                seconds_per_row=middle(one.seconds_per_row or 0.0 for one in runs),
             )
         )
     return tuple(rows)
 
 
 def _moved(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
-    """Mean drift of a method's models on generic text, with a bootstrap interval over the texts."""
+    """Return the mean drift of a method's models on generic text, with a bootstrap interval over the texts."""
     folder = context.folder / GENERIC
     if not (folder / f"{BASE}.npz").exists():
         return None
@@ -203,27 +204,27 @@ def _moved(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
 
 
 def _notes(context: Context) -> list[str]:
-    """What the data stage found that a reader of the verdict should know."""
+    """Return the data notes that matter to a reader of the verdict."""
     dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in context.summary.dropped.items()]
-    said = rows_in_train(context.summary)  # the lint says it
-    found = [note for note in context.summary.notes if "also stand" in note or "repeat" in note]
-    return dropped + [note for note in found if note != said]
+    linted = rows_in_train(context.summary)
+    notes = [note for note in context.summary.notes if "also stand" in note or "repeat" in note]
+    return dropped + [note for note in notes if note != linted]
 
 
 def write_model_cards(ran: SeedRuns) -> None:
-    """A README.md beside each method's weights, with the kept seed's score on the test rows."""
+    """Write a README.md beside each method's weights, with the test score of the saved seed."""
     context, scoring = ran.context, ran.context.scoring
-    for method, found in ran.results.items():
+    for method, runs in ran.results.items():
         folder = context.folder / "models" / method
         if not folder.is_dir():
-            context.say(f"{method}: its model is no longer in models/{method}, so it gets no model card")
+            context.say(f"{method}: no model card, because models/{method} no longer exists")
             continue
-        name = best_seed(context, found).trial.name
-        chosen, test = (load_outputs(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))
+        name = best_seed(context, runs).trial.name
+        eval_outputs, test = (load_outputs(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))
         metrics = scoring.estimates(test, metrics=context.measure.alone)
         calibration = None
         if context.summary.form.is_calibrated:
-            calibration = calibrate(chosen["logits"], chosen["labels"], test["logits"], test["labels"])
+            calibration = calibrate(eval_outputs["logits"], eval_outputs["labels"], test["logits"], test["labels"])
         num_rows = metrics[context.measure.name].num_rows
         scores, _ = scoring.scores(name, "trained", num_rows, metrics, calibration=calibration)
         report.write_model_card(context.folder, folder, scores)

@@ -1,4 +1,4 @@
-"""What the parts of a comparison share: recipe, rows, time, and of each method sizes, plans and files."""
+"""The state that the parts of a comparison share: recipe, rows, time, and each method's sizes, plan and files."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class MethodSetup:
-    """What all trials of a method share."""
+    """A method's sizes, trace and plan, shared by all its trials."""
 
     method: Any
     shapes: Shapes
     traced: Footprint
     plan: Plan
-    """Of a whole run at the method's usual rate."""
+    """Plan of a whole run at the method's default rate."""
 
 
 @dataclass
 class Context:
-    """A comparison on its way."""
+    """A running comparison or rate search."""
 
     job: Run
     summary: DataSummary
     command: str
     budget_seconds: float | None = None
     start: Starter = in_new_process
-    """How a trial's process is started."""
+    """Starts a trial's process."""
     began: float = field(default_factory=time.monotonic)
-    """When the command began, or what took time was last noted."""
+    """Start of the time that is not yet recorded in the clock."""
     passed: set[str] = field(default_factory=set)
-    """Methods of which a trial has passed the dry run: their other trials have the same shapes."""
+    """Methods with a trial that passed the dry run. Their other trials have the same shapes and skip it."""
     alpha_left: float | None = None
-    """By the verdict that was made before more time was given; None: there was none."""
+    """Alpha left by the verdict before more time was given; None without one."""
     _setups: dict[str, MethodSetup] = field(default_factory=dict)
 
     @property
@@ -85,12 +85,12 @@ class Context:
 
     @cached_property
     def texts(self) -> tuple[list[str], str]:
-        """Generic ones on which the finished models are compared, and where they come from."""
+        """Return the generic texts on which finished models are compared, and their source."""
         return generic_texts(self.recipe.preserve.probe)
 
     @cached_property
     def most_tokens(self) -> int:
-        """Of a generic text, for all methods alike."""
+        """Return the most tokens of a generic text, the same for all methods."""
         limit = self.setup(self.full.label).shapes.position_limit or MOST_TOKENS
         return min(MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
 
@@ -100,7 +100,7 @@ class Context:
 
     @cached_property
     def scale(self) -> Scale:
-        """How the eval rows measure a trial; of windows of long passages each question counts as one row."""
+        """Return how the eval rows measure a trial. Windows of one question count as one row."""
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
             num_rows = len({row[PLACE] for row in texts(self.folder / "data" / "eval")})
@@ -108,58 +108,56 @@ class Context:
 
     @cached_property
     def scoring(self) -> Scoring:
-        """The test rows and how they are scored, for all methods alike."""
-        made = self.setup(self.full.label).plan
-        return evaluate.scoring_of(self.recipe, made, self.summary, self.folder, self.job.base)
+        """Return the scoring of the rows, the same for all methods."""
+        reference = self.setup(self.full.label).plan
+        return evaluate.scoring_of(self.recipe, reference, self.summary, self.folder, self.job.base)
 
     @property
     def methods(self) -> tuple[Any, ...]:
-        """The recipe's methods; of a run whose rate is searched its only one."""
+        """Return the recipe's methods, or the only method of a rate search."""
         return self.recipe.methods or (self.recipe.method,)
 
     @property
     def scores_runs(self) -> bool:
-        """Whole runs are scored for a verdict; of a searched run the stage that follows scores the one that is kept."""
+        """True if whole runs are scored for a verdict. After a rate search the evaluate stage scores the chosen run."""
         return bool(self.recipe.methods)
 
     @property
     def full(self) -> Any:
-        """What the others are compared with: full fine-tuning, or the only method that there is."""
+        """Return the reference method: the first full fine-tuning, else the only method."""
         return next((one for one in self.methods if one.kind == "full"), self.methods[0])
 
     @property
     def trained_methods(self) -> list[Any]:
-        """Full first: the others are compared with it."""
+        """Return the methods that train, the reference first."""
         return [self.full, *(one for one in self.methods if one is not self.full and one.kind != "base")]
 
     def result_path(self, name: str) -> Path:
-        """Where the result of the trial of this name is kept."""
         return self.folder / FOLDER / "trials" / f"{name}.json"
 
     def search_path(self, method: str) -> Path:
-        """Where the search for a method's rate is kept."""
         return self.folder / FOLDER / "searches" / f"{method}.json"
 
     def kept_results(self) -> list[TrialResult]:
-        """Of all trials so far, those of earlier commands as well."""
+        """Return the results of all trials so far, from all commands."""
         return [TrialResult.load(path) for path in sorted(self.result_path("").parent.glob("*.json"))]
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Note how long something took, with what came before it; of what is interrupted as well."""
+        """Record the time of the block in the clock, even if it is interrupted."""
         try:
             yield
         finally:
             self.note_time(what)
 
     def note_time(self, what: str) -> None:
-        """Note the seconds since this was last done, so that none is counted twice."""
+        """Record the seconds since the last record, so that none is counted twice."""
         seconds, self.began = time.monotonic() - self.began, time.monotonic()
         append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3)})
 
     @property
     def seconds_spent(self) -> float:
-        """Of all commands that worked on this; a killed command's last part is missing."""
+        """Seconds of all commands on this folder. The last part of a killed command is missing."""
         return sum(entry["seconds"] for entry in lines_of(self.folder / CLOCK))
 
     @property
@@ -168,14 +166,14 @@ class Context:
 
     @property
     def alpha(self) -> float:
-        """Chance of a wrong verdict that is left."""
+        """Chance of a wrong verdict that may still be spent."""
         return 1 - self.recipe.evaluate.confidence if self.alpha_left is None else self.alpha_left
 
     def say(self, text: str) -> None:
         self.job.listener(Message(text=text))
 
     def setup(self, label: str) -> MethodSetup:
-        """Sizes, memory and plan of a method; traced once."""
+        """Return sizes, footprint and plan of a method, traced once."""
         if label not in self._setups:
             method = next(one for one in self.methods if one.label == label)
             recipe = self._recipe_of(method)
@@ -185,7 +183,7 @@ class Context:
         return self._setups[label]
 
     def _recipe_of(self, method: Any) -> Recipe:
-        # It is measured once, on the finished models.
+        # Drift is measured once, on the finished models.
         return with_settings(self.recipe.with_method(method), {"preserve.drift": False})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
@@ -193,15 +191,15 @@ class Context:
         return plan.fit(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
-        """The recipe of one trial: the recipe with its rate, its seed and, in a search, fewer steps."""
+        """Return the recipe of one trial, with its rate, its seed and, in a search, fewer steps."""
         setup = self.setup(trial.method)
         method = setup.method.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
         changes: dict[str, Any] = {"train.seed": trial.seed}
         steps = max(2, round(trial.share * setup.plan.total_steps))
         if trial.share < 1:
             changes |= {"train.max_steps": steps, "train.num_train_epochs": None}
-            if (given := self.recipe.with_method(method).train.warmup_steps) is not None:
-                ratio = given / max(1, setup.plan.total_steps)
+            if (warmup := self.recipe.with_method(method).train.warmup_steps) is not None:
+                ratio = warmup / max(1, setup.plan.total_steps)
                 changes |= {"train.warmup_steps": None, "train.warmup_ratio": ratio}
         if trial.searches:
             changes |= {"train.early_stopping_patience": None, "train.save_steps": None}
@@ -209,12 +207,11 @@ class Context:
         return with_settings(self._recipe_of(method), changes)
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
-        """The plan of a trial."""
         setup = self.setup(trial.method)
-        made = self._fit(recipe, setup.shapes, setup.traced)
-        return made.model_copy(update={"trial": trial.name, "model_name": trial.name})
+        planned = self._fit(recipe, setup.shapes, setup.traced)
+        return planned.model_copy(update={"trial": trial.name, "model_name": trial.name})
 
 
 def settings_of(method: Any) -> dict[str, Any]:
-    """A method's own settings."""
+    """Return a method's settings without kind, name and learning rates."""
     return dict(method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"}))

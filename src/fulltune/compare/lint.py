@@ -1,4 +1,4 @@
-"""What makes a comparison of methods unfair: a table of rules, asked of a recipe alone and of a comparison."""
+"""Rules for a fair comparison of methods, checked on a recipe alone and on a finished comparison."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from fulltune.text import counted
 FEWEST_SEEDS = 3
 FEWEST_RATES = 3
 MOST_TEST_IN_EVAL = 0.1
-"""Share of test rows that may stand in eval as well."""
+"""Largest share of test rows that may also be in eval."""
 _MOST_TOKENS_APART = 0.02
-"""Methods may differ by so much of their tokens: a prompt's virtual tokens are taken off the rows' length."""
+"""Tolerated relative difference in training tokens: a prompt's virtual tokens shorten the rows."""
 _ATTENTION = {
     *("q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv", "qkv_proj", "in_proj"),
     *("query", "key", "value", "query_key_value", "c_attn", "wq", "wk", "wv", "wo", "to_q", "to_k", "to_v"),
     *("q_lin", "k_lin", "v_lin", "out_lin"),
 }
-"""Names of attention's matrices, as transformers' models have them."""
-_MORE_TIME = "give a larger --budget, with which an undecided comparison goes on"
+"""Names of attention matrices in transformers' models."""
+_MORE_TIME = "give a larger --budget; an undecided comparison then continues"
 _UNFAIR = {
     "rate-not-searched": "leave `learning_rate` unset, or give `learning_rates` with three or more",
     "no-time-for-rates": _MORE_TIME,
     "edge-of-grid": "add rates beyond it to its `learning_rates`, or give more time",
-    "unequal-search": "give more time, or give both the rates to try as `learning_rates` with `search_share: 1`",
+    "unequal-search": "give more time, or list both methods' rates as `learning_rates` with `search_share: 1`",
     "low-peft-rates": "add rates up to ten times those of full fine-tuning",
     "one-rate-for-all": "search the rate of each method: leave `learning_rate` unset",
     "one-seed": f"train at least {FEWEST_SEEDS} seeds",
@@ -44,43 +44,43 @@ _UNFAIR = {
     "bf16-full": "keep weights in fp32, or set `train.bf16_rounding: stochastic`",
     "unequal-tokens": "train all methods for the same epochs, on rows of the same length",
     "unequal-heads": "give all methods the same `head_init`",
-    "eval-is-test": "give rows for `data.eval` that `data.test` does not have",
-    "quantised-source": "take the model's original weights",
+    "eval-is-test": "choose rows for `data.eval` that are not in `data.test`",
+    "quantised-source": "use the model's original weights",
 }
-"""What makes a comparison unfair, and what to do."""
+"""Rules that make a comparison unfair, each with its remedy."""
 _WORTH_KNOWING = {
     "few-rates": "give `learning_rates` with three or more",
     "few-seeds": f"train at least {FEWEST_SEEDS} seeds",
     "no-time-for-seeds": _MORE_TIME,
     "left-out": _MORE_TIME,
-    "few-eval-rows": "give more rows for choosing: `data.eval`, or a larger `data.eval_fraction`",
-    "test-in-train": "take these rows out of train or out of test",
-    "test-opened-again": "nothing, as long as the recipe was not changed because of the earlier report",
-    "test-opened-by-others": "take fresh test rows where the recipe was changed because of what was seen",
+    "few-eval-rows": "give more eval rows: `data.eval`, or a larger `data.eval_fraction`",
+    "test-in-train": "remove these rows from train or from test",
+    "test-opened-again": "nothing, unless the recipe was changed because of the earlier report",
+    "test-opened-by-others": "use fresh test rows if the recipe was changed because of earlier results",
 }
-"""What a reader must know, and what to do."""
-Found = Iterator[tuple[str, str, str]]
-"""Of each finding its rule, where it is and what it is."""
+"""Rules that a reader should know about, each with its remedy."""
+RuleHits = Iterator[tuple[str, str, str]]
+"""Rule, place and description of each finding."""
 
 
-def lint_comparison(ran: SeedRuns, found: Comparison) -> tuple[Finding, ...]:
-    """What makes a comparison unfair whose test rows were opened, or must be known to its reader."""
-    trained = [row for row in found.rows if row.kind != "base"]
-    said = [
-        *_of_rates(trained, full_wins=found.decision.verdict == "FULL"),
+def lint_comparison(ran: SeedRuns, comparison: Comparison) -> tuple[Finding, ...]:
+    """Return the findings about a comparison whose test rows were opened."""
+    trained = [row for row in comparison.rows if row.kind != "base"]
+    findings = [
+        *_of_rates(trained, full_wins=comparison.decision.verdict == "FULL"),
         *_of_methods(trained, time_was_up=ran.time_was_up),
         *_between_methods(trained),
         *_of_rows(ran, trained),
-        *_of_test_rows(ran.context.folder, rows_in_train(ran.context.summary), found.verdicts_on_test_rows),
+        *_of_test_rows(ran.context.folder, rows_in_train(ran.context.summary), comparison.verdicts_on_test_rows),
         *_of_weights(ran.context.job.base),
     ]
     if ran.left_out:
-        said.append(("left-out", ", ".join(ran.left_out), "not trained: the budget leaves no time for it"))
-    return _findings(said)
+        findings.append(("left-out", ", ".join(ran.left_out), "not trained: the budget is too short"))
+    return _findings(findings)
 
 
 def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
-    """What would make a recipe's comparison unfair, as far as its rows and a budget play no part."""
+    """Return the findings about a recipe's comparison that need neither rows nor a budget."""
     base = Base.of(recipe.model, recipe.task)
     shapes = shapes_of(base, {})
     seeds = recipe.compare.seeds or budget.num_seeds(None, budget.FEW_TRAIN_ROWS)
@@ -90,13 +90,13 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
             continue
         usual, _ = plan.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
         grid = rates.grid(usual, method.learning_rates, method.fixed_learning_rate)
-        tried, chosen = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
+        tried, rate = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
         trained.append(
             MethodRow(
                 method=method.label,
                 kind=recipe.compared_kind(method),
                 settings=settings_of(method),
-                search=Search(method=method.label, tried=tried, chosen=chosen),
+                search=Search(method=method.label, tried=tried, chosen=rate),
                 seeds=tuple(range(recipe.train.seed, recipe.train.seed + seeds)),
                 weights_dtype=recipe.model.weights_dtype,
                 bf16_rounding=recipe.train.bf16_rounding or "stochastic",
@@ -105,8 +105,8 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
     return _findings([*_of_rates(trained), *_of_methods(trained), *_between_methods(trained), *_of_weights(base)])
 
 
-def _findings(said: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
-    """What makes the comparison unfair first."""
+def _findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
+    """Return the findings, unfair ones first."""
     return tuple(
         Finding(
             rule=rule,
@@ -115,7 +115,7 @@ def _findings(said: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
             what=what,
             to_do=(_UNFAIR | _WORTH_KNOWING)[rule],
         )
-        for rule, where, what in sorted(said, key=lambda one: one[0] not in _UNFAIR)
+        for rule, where, what in sorted(findings, key=lambda one: one[0] not in _UNFAIR)
     )
 
 
@@ -124,21 +124,21 @@ def _named(rows: Iterable[MethodRow]) -> str:
 
 
 def _tried(row: MethodRow) -> list[float]:
-    """Rates that were searched, with those beyond the grid that a whole run led to."""
+    """Return the searched rates, including whole runs beyond the grid."""
     search = row.search
     return sorted({*search.tried, *search.whole}) if search is not None and search.tried else []
 
 
-def _of_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> Found:
-    """Of each method: was its rate searched, and might a better one lie beyond those tried?"""
-    weak = "what looks like a weak method may be a wrong rate"
+def _of_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
+    """Check that each method's rate was searched and does not lie at the edge of its grid."""
+    weak = "a method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried(row), default=0.0) for row in full), default=0.0)
     for row in trained:
         tried, search = _tried(row), row.search
         assert search is not None, "it is trained"
         if len(tried) < 2 and search.time_was_up:
-            late = "the budget leaves no time to search its learning rate, so it is trained at the usual one"
+            late = "the budget is too short to search its learning rate, so it trains at the default one"
             yield "no-time-for-rates", row.method, f"{late}: {weak}"
         elif len(tried) < 2:
             yield "rate-not-searched", row.method, f"its learning rate was not searched: {weak}"
@@ -156,46 +156,46 @@ def _of_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> Found
                 "runs: it may lose because of its rate"
             )
             yield "unequal-search", row.method, what
-        # Where one was chosen inside them, it is known that higher ones are no better.
+        # A rate chosen inside the grid shows that higher ones are no better.
         if max(tried) <= highest * (1 + 1e-6) and (search.on_edge or math.isnan(search.chosen)):
             what = (
-                f"its rates end at {max(tried):g}, not above those of full fine-tuning; such methods need about ten "
-                "times higher ones"
+                f"its rates end at {max(tried):g}, no higher than those of full fine-tuning; such methods need rates "
+                "about ten times higher"
             )
             yield "low-peft-rates", row.method, what
 
 
-def _of_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> Found:
-    """Of each method: its seeds, its weights, what it changes."""
+def _of_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> RuleHits:
+    """Check each method's seeds, weights and target modules."""
     for row in trained:
         count = len(set(row.seeds))
         seeds = counted(count, "seed")
         if count < FEWEST_SEEDS and not row.waited and time_was_up:
-            yield "no-time-for-seeds", row.method, f"{seeds}: the budget ends before the next one"
+            yield "no-time-for-seeds", row.method, f"{seeds}: the budget is too short for another"
         elif count == 1 and not row.waited:
-            yield "one-seed", row.method, "one seed: another one may reverse the result"
+            yield "one-seed", row.method, "one seed: another seed may reverse the result"
         elif count < FEWEST_SEEDS and not row.waited:
             yield "few-seeds", row.method, f"only {seeds}"
-        # Of our own block, or of a PEFT config.
+        # From the recipe's own block, or from a PEFT config.
         config = row.settings.get("config")
         of_peft = config.get("target_modules") if isinstance(config, dict) else None
         targets = (row.settings.get("target_modules") or of_peft or []) if row.kind in ("lora", "peft") else []
         names = [] if isinstance(targets, str) else [str(name) for name in targets]
         if names and all(map(_is_attention, names)):
-            what = f"it changes attention alone ({', '.join(names)}), which is known to lose to all linear layers"
+            what = f"it changes attention only ({', '.join(names)}), which is known to do worse than all linear layers"
             yield "attention-only-lora", row.method, what
         if row.kind == "full" and row.weights_dtype != "fp32" and row.bf16_rounding in (None, "nearest"):
-            rounded = "rounded to the nearest: at usual rates most updates are lost"
-            yield "bf16-full", row.method, f"its weights are kept in {row.weights_dtype} and {rounded}"
+            rounded = "rounded to nearest: at usual learning rates most updates are lost"
+            yield "bf16-full", row.method, f"its weights are stored in {row.weights_dtype} and {rounded}"
 
 
 def _is_attention(name: str) -> bool:
-    """`q_proj`, `self_attn.q_proj`, `attention.self.query` or `attention.output.dense`."""
+    """Recognise `q_proj`, `self_attn.q_proj`, `attention.self.query` or `attention.output.dense`."""
     return name.split(".")[-1] in _ATTENTION or any("attn" in part or "attention" in part for part in name.split("."))
 
 
-def _between_methods(trained: Sequence[MethodRow]) -> Found:
-    """What methods do not have in common, or should not have; what a variant has otherwise is what is asked about."""
+def _between_methods(trained: Sequence[MethodRow]) -> RuleHits:
+    """Check what methods must have in common. Variants are exempt: their differences are the question."""
     if (
         len(trained) > 1
         and len({row.learning_rate for row in trained}) == 1
@@ -207,56 +207,56 @@ def _between_methods(trained: Sequence[MethodRow]) -> Found:
         )
         yield "one-rate-for-all", _named(trained), what
     alike = [row for row in trained if row.kind != VARIANT]
-    known = sorted((row for row in alike if row.train_tokens), key=lambda row: (row.train_tokens, row.kind == "full"))
-    if known and known[0].train_tokens < (1 - _MOST_TOKENS_APART) * known[-1].train_tokens:
-        least, most = known[0], known[-1]
+    sized = sorted((row for row in alike if row.train_tokens), key=lambda row: (row.train_tokens, row.kind == "full"))
+    if sized and sized[0].train_tokens < (1 - _MOST_TOKENS_APART) * sized[-1].train_tokens:
+        least, most = sized[0], sized[-1]
         what = f"{most.method} sees {most.train_tokens:,} tokens in training, {least.method} {least.train_tokens:,}"
         yield "unequal-tokens", _named((most, least)), what
     random = [row for row in alike if row.settings.get("head_init") == "random"]
     if random and len(random) < len(alike):
-        what = f"the head of {_named(random)} starts at random, that of the others from a linear probe"
+        what = f"the head of {_named(random)} starts at random; the others start from a linear probe"
         yield "unequal-heads", "methods", what
 
 
-def _of_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> Found:
-    """The rows that choose."""
+def _of_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
+    """Check the eval rows, which choose rates and checkpoints."""
     scale, summary = ran.context.scale, ran.context.summary
-    told = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0
-    if told > ran.context.recipe.compare.margin and any(len(_tried(row)) > 1 for row in trained):
+    resolution = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0
+    if resolution > ran.context.recipe.compare.margin and any(len(_tried(row)) > 1 for row in trained):
         yield (
             "few-eval-rows",
             "eval rows",
-            f"{scale.eval_rows:,} rows choose the learning rates, too few to tell rates apart that differ by less than "
-            f"about {100 * told:.2g} points; only a rate ahead by more replaces the usual one, so there may be a "
-            "better rate for any method",
+            f"{scale.eval_rows:,} rows choose the learning rates. They cannot distinguish rates that differ by less "
+            f"than about {100 * resolution:.2g} points; only a rate that leads by more replaces the default, so any "
+            "method may have a better rate",
         )
     if summary.test_share_in_eval > MOST_TEST_IN_EVAL:
         yield (
             "eval-is-test",
             "rows",
-            f"{summary.test_share_in_eval:.0%} of the rows that are reported also chose learning rates and "
-            "checkpoints: the method that was tried most often looks best",
+            f"{summary.test_share_in_eval:.0%} of the test rows also chose learning rates and checkpoints, which "
+            "favours the method with the most trials",
         )
 
 
-def _of_test_rows(folder: Path, in_train: str, verdicts: int) -> Found:
-    """The rows that are reported."""
+def _of_test_rows(folder: Path, in_train: str, verdicts: int) -> RuleHits:
+    """Check the test rows, which are reported."""
     if in_train:
-        yield "test-in-train", "test rows", f"{in_train}, most of all that of a method that learns rows by heart"
+        yield "test-in-train", "test rows", f"{in_train}, most of all for a method that memorises rows"
     if verdicts > 1:
         yield (
             "test-opened-again",
             "test rows",
-            f"used for a verdict {verdicts} times, because the time was up before and more was given; each verdict has "
-            "a part of the permitted error only, so that together they keep the certainty",
+            f"used for {verdicts} verdicts, because the time was up and more was given; each verdict may spend only a "
+            "part of the permitted error rate, so that together they keep the stated confidence",
         )
     if names := ", ".join(opened_by_others(folder)):
-        what = f"other comparisons used them for a verdict before ({names}): what that showed may have shaped this one"
+        what = f"earlier comparisons used them for a verdict ({names}), and their results may have shaped this one"
         yield "test-opened-by-others", "test rows", what
 
 
-def _of_weights(base: Base) -> Found:
-    """What the model was read from."""
+def _of_weights(base: Base) -> RuleHits:
+    """Check the source of the pretrained weights."""
     if is_quantised(base.path):
         yield (
             "quantised-source",
@@ -267,11 +267,11 @@ def _of_weights(base: Base) -> Found:
 
 
 def rows_in_train(summary: DataSummary) -> str:
-    """What the data stage says of test rows that stand in train as well; empty: none do."""
+    """Return the data stage's note on test rows that are also in train, or an empty string."""
     return next((one for one in summary.notes if " test rows have " in one and "stands in train" in one), "")
 
 
 def opened_by_others(folder: Path) -> tuple[str, ...]:
-    """Names of other comparisons beside this one whose verdict used the same test rows."""
+    """Return the names of neighbouring comparisons whose verdict used the same test rows."""
     noted = Access.of_same_rows(folder)
     return tuple(sorted({one.run for one in noted if one.trial == COMPARISON} - {folder.resolve().name}))

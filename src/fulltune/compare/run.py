@@ -1,6 +1,7 @@
-"""A comparison on one screen; all is kept in files as it comes, so that the same command resumes it.
+"""Run a comparison from data to report; every part is saved as it finishes, so the same command resumes it.
 
 data → rates (halving, on eval rows) → seeds (looks at eval rows) → test rows, once → verdict → report
+
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server
 
 NEAR_DUPLICATES = 0.8
-"""Rows whose texts share so much of their 5-grams (Jaccard) stay on one side of a comparison's split."""
+"""Rows whose texts share at least this much of their 5-grams (Jaccard) stay on one side of a comparison's split."""
 Compared = tuple[Comparison, tuple[Path, ...]]
-"""A comparison, and the pages that show it."""
+"""A comparison and the paths of its report."""
 
 
 def run_comparison(job: Run, command: str, budget: str | None = None) -> Compared:
-    """Compare the recipe's methods, or go on with it; `budget`: most time over all commands, such as `30m`."""
+    """Compare the recipe's methods, or resume. `budget` is the most time over all commands, such as `30m`."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         seconds = _budget_seconds(job, budget)
-        known = Comparison.load(record) if record.exists() else None
-        if known is not None and (why := why_finished(known, seconds)):
-            # Its models and its table belong together: nothing is touched.
+        finished = Comparison.load(record) if record.exists() else None
+        if finished is not None and (why := why_finished(finished, seconds)):
+            # Its models and its table belong together, so nothing is changed.
             job.listener(Message(text=why))
-            return known, report.write_comparison(job.folder)
-        openings = known.openings if known else ()
+            return finished, report.write_comparison(job.folder)
+        openings = finished.openings if finished else ()
         with fork_server() as start:
             with run_folder.not_left_when_refused(job.folder):
                 summary = pipeline.prepare(job)
@@ -52,26 +53,24 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
                 context.say(busy)
             expectation = expect(context)
             if len(lines_of(job.folder / OPENINGS)) > len(openings):
-                context.say("the test rows were opened: nothing more is trained")
+                context.say("the test rows were opened before: nothing more is trained")
                 context.budget_seconds = 0.0
-            found = judge(SeedRuns(context, search_all(context, expectation), expectation).run())
+            comparison = judge(SeedRuns(context, search_all(context, expectation), expectation).run())
             with context.timed("report"):
-                return found, report.write_comparison(job.folder)
+                return comparison, report.write_comparison(job.folder)
 
 
 def recipe_for(recipe: Recipe) -> Recipe:
-    """The recipe as a comparison uses it, with near-duplicates on one side of the split; refuses one without rivals."""
+    """Return the recipe with near duplicates kept on one side of the split; refuse one without methods."""
     if not recipe.methods:
-        raise RecipeError(
-            "methods: names nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
-        )
+        raise RecipeError("methods: nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'")
     if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":
         return recipe
     return with_settings(recipe, {"data.near_duplicates": NEAR_DUPLICATES})
 
 
 def _budget_seconds(job: Run, budget: str | None) -> float | None:
-    """What was typed, else the most of what the recipe says and of what the comparison was given before."""
+    """Return the typed budget, else the larger of the recipe's and the previous one."""
     text, path = budget or job.recipe.compare.budget, job.folder / EXPECTATION
     seconds = parse_seconds(text) if text else None
     before = Expectation.load(path).budget_seconds if path.exists() and budget is None else None

@@ -24,16 +24,17 @@ from fulltune.stats.bootstrap import draw
 from fulltune.text import counted
 
 Results = dict[str, list[TrialResult]]
-"""The whole runs of each method, seed by seed."""
+"""The whole runs of each method, in the order of their seeds."""
 
 
 MOST_WHOLE_RUNS = 4
 MOST_WHOLE_RUNS_ALONE = 3
-"""At different rates, of a method of a comparison and of a run whose rate is searched."""
+"""Most whole runs at different rates: for a method of a comparison, and for a run whose rate is searched."""
 
 
 def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """The rate of each method that is trained; without time to search, full and the first rival take the usual one."""
+    """Search the rate of each trained method. Without time, full and the first rival take the default rate and others
+    are dropped."""
     planned = [one for one in context.trained_methods if one.label in expectation.methods]
     pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     keep = budget.to_come(
@@ -41,22 +42,22 @@ def search_all(context: Context, expectation: Expectation) -> dict[str, Search]:
     )
     searches: dict[str, Search] = {}
     for method in planned:
-        found = search(context, method, expectation.search_share, keep)
-        if found.tried or not found.time_was_up or method.label in pair:
-            searches[method.label] = found
+        rate_search = search(context, method, expectation.search_share, keep)
+        if rate_search.tried or not rate_search.time_was_up or method.label in pair:
+            searches[method.label] = rate_search
         else:
-            context.say(f"{method.label}: there is no time for it")
+            context.say(f"{method.label}: not enough time")
     return searches
 
 
 def search(context: Context, method: Any, share: float, keep: float = 0.0) -> Search:
-    """A method's rate, found on eval rows in short trials beside the `keep` seconds that seeds need; done once."""
+    """Return a method's rate search, run only once, leaving `keep` seconds for whole runs."""
     path = context.search_path(method.label)
-    if path.exists() and not (known := Search.load(path)).time_was_up:
-        return known
-    found = _searched(context, method, share, keep)
-    found.save(path)
-    return found
+    if path.exists() and not (result := Search.load(path)).time_was_up:
+        return result
+    result = _searched(context, method, share, keep)
+    result.save(path)
+    return result
 
 
 def _searched(context: Context, method: Any, search_share: float, keep: float) -> Search:
@@ -66,22 +67,22 @@ def _searched(context: Context, method: Any, search_share: float, keep: float) -
     usual = budget.usual(context, method)
     share = rates.share_of_steps(search_share, context.setup(label).plan.total_steps)
     tried: dict[float, float] = {}
-    asked = list(grid)
-    while asked:
-        trials = [rates.search_trial(label, rate, share, seed) for rate in asked]
+    next_rates = list(grid)
+    while next_rates:
+        trials = [rates.search_trial(label, rate, share, seed) for rate in next_rates]
         if not search_share or not budget.has_time(context, trials, keep):
-            context.say(f"{label}: no time to try the rate {' or '.join(f'{rate:g}' for rate in asked)}")
+            context.say(f"{label}: no time to try the rate {' or '.join(f'{rate:g}' for rate in next_rates)}")
             break
         for trial in trials:
             context.say(f"{label}: trying the rate {trial.learning_rate:g} for {share:.1%} of the steps")
             tried[trial.learning_rate] = run_trial(context, trial).metric
         extends = method.learning_rates is None and len(tried) < len(grid) + rates.MOST_EXTENSIONS
         further = rates.beyond(tried, context.scale) if extends else None
-        asked = [] if further is None else [further]
+        next_rates = [] if further is None else [further]
     if not tried:
-        return Search(method=label, chosen=usual, reason="the usual rate: no time for a search", time_was_up=True)
-    found = rates.finished(label, tried, share, context.scale, usual)
-    return found.model_copy(update={"time_was_up": bool(asked)})
+        return Search(method=label, chosen=usual, reason="the default rate: no time for a search", time_was_up=True)
+    result = rates.finished(label, tried, share, context.scale, usual)
+    return result.model_copy(update={"time_was_up": bool(next_rates)})
 
 
 @dataclass
@@ -94,42 +95,42 @@ class SeedRuns:
     results: Results = field(default_factory=dict)
     looks: list[Look] = field(default_factory=list)
     time_was_up: bool = False
-    """It ended because of the budget."""
+    """True if the budget ended the runs."""
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Methods that were not trained."""
+        """Names of the methods that were not trained."""
         return tuple(one.label for one in self.context.trained_methods if one.label not in self.results)
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """Methods that have fewer seeds because they waited for an answer about full and the best of the rest."""
+        """Names of the methods with fewer seeds, which wait for an answer about full and the leader."""
         return self.looks[-1].waiting if self.looks else ()
 
     @property
     def lacks_time(self) -> bool:
-        """More time would add seeds, methods or searches of rates."""
+        """True if more time would add seeds, methods or rate searches."""
         return self.time_was_up or bool(self.left_out) or any(one.time_was_up for one in self.searches.values())
 
     def run(self) -> SeedRuns:
-        """Run seeds until the eval rows say that the answer is clear, or the time is up."""
+        """Run seeds until the eval rows give a clear answer or the time is up."""
         self.results = {method: [] for method in self.searches}
         at_once = not self.context.recipe.compare.sequential
-        asked = dict.fromkeys(self.searches, self.expectation.most_seeds if at_once else 1)
-        while asked:
-            if not self._train(asked):
-                self.context.say("the budget is used up: the verdict is made from what there is")
+        wanted = dict.fromkeys(self.searches, self.expectation.most_seeds if at_once else 1)
+        while wanted:
+            if not self._train(wanted):
+                self.context.say("the budget is used up: the verdict uses the finished runs")
                 self.time_was_up = True
                 break
             if at_once:
                 break
-            asked = self._look()
-            if not asked and self.looks[-1].num_seeds > 1:
-                asked = self._before_full()
+            wanted = self._look()
+            if not wanted and self.looks[-1].num_seeds > 1:
+                wanted = self._before_full()
         return self
 
     def best_rate(self, method: str) -> TrialResult:
-        """One seed of one method, at the best rate that whole runs show; its model is kept as `models/<method>`."""
+        """Train one seed of one method at its best rate, and save the model as `models/<method>`."""
         self.results[method] = []
         while (result := run_trial(self.context, self._next_trial(method))).problems:
             self._after_divergence(result)
@@ -137,33 +138,31 @@ class SeedRuns:
         self.check_rate(method)
         return self.results[method][0]
 
-    def _train(self, asked: Mapping[str, int]) -> bool:
-        """Whole runs until each method has the seeds asked for; False when the time is up first."""
-        while lacking := {
-            method: len(found) for method, found in self.results.items() if len(found) < asked.get(method, 0)
-        }:
-            methods = [method for method, count in lacking.items() if count == min(lacking.values())]
+    def _train(self, wanted: Mapping[str, int]) -> bool:
+        """Train whole runs until each method has the wanted number of seeds; return False if the time is up first."""
+        while lacking := {name: len(runs) for name, runs in self.results.items() if len(runs) < wanted.get(name, 0)}:
+            methods = [name for name, count in lacking.items() if count == min(lacking.values())]
             method = methods[0]
-            found, most = self.results[method], self.expectation.most_seeds
-            if not found and (late := self._no_time()):
-                self.context.say(f"{late}: there is no time for it")
+            runs, most = self.results[method], self.expectation.most_seeds
+            if not runs and (late := self._no_time()):
+                self.context.say(f"{late}: not enough time")
                 del self.results[late], self.searches[late]
                 continue
-            if len(found) == 1:  # they go on: now their rates matter
+            if len(runs) == 1:  # a second seed follows, so now the rate matters
                 for each in methods:
                     self.check_rate(each, self._keep())
             trials = [self._next_trial(each) for each in methods]
-            begins = bool(found) and not is_done(self.context, trials[0])
+            begins = bool(runs) and not is_done(self.context, trials[0])
             if begins and not budget.has_time(self.context, trials):
                 return False
-            self.context.say(f"{method}: seed {len(found) + 1} of at most {most}")
+            self.context.say(f"{method}: seed {len(runs) + 1} of at most {most}")
             result = run_trial(self.context, trials[0])
             if result.problems:
                 # A rate at which one seed diverges is too high for the method: all its seeds get a lower one.
                 self._after_divergence(result)
                 continue
-            found.append(result)
-            keep_best_model(self.context, found)
+            runs.append(result)
+            keep_best_model(self.context, runs)
             if most == 1:
                 self.check_rate(method, self._keep())
         return True
@@ -173,58 +172,59 @@ class SeedRuns:
         return rates.final_trial(method, self.searches[method].chosen, seed)
 
     def _keep(self, seeds: int | None = None) -> float:
-        """Seconds of what matters more than other rates or methods: so many seeds, else those that were planned."""
-        counts = {method: len(found) for method, found in self.results.items()}
+        """Return the seconds reserved for the planned number of seeds (or for `seeds`)."""
+        counts = {method: len(runs) for method, runs in self.results.items()}
         return budget.to_come(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _no_time(self) -> str | None:
-        """A method without a run for which there is no time beside two seeds of full and of the first rival."""
+        """Return a method without a run that does not fit beside two seeds of full and of the first rival, if any."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._keep(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
-        others = (method for method, found in self.results.items() if not found and method not in pair)
+        others = (method for method, runs in self.results.items() if not runs and method not in pair)
         return next(
             (method for method in others if not budget.has_time(context, [self._next_trial(method)], keep)), None
         )
 
     def _look(self) -> dict[str, int]:
-        """Look at the eval rows: how many seeds which methods are to have before the next look; none: it is enough."""
+        """Look at the eval rows and return how many seeds each method needs before the next look; empty ends the
+        runs."""
         context, again = self.context, self._again(self.looks)
         full = self.results[context.full.label]
-        behind = [method for method, found in self.results.items() if len(found) < len(full)]
+        behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
         compared = method_outputs(context, self.results, OPEN, behind)
         clusters = np.load(context.folder / "data" / "eval" / CLUSTERS)
         drawn = draw(context.measure, [one.trials for one in compared], clusters, SAMPLES)
         terms = Terms(context.measure, context.recipe.compare.margin, alpha=context.alpha)
         test_rows = context.summary.splits["test"].rows
-        seen = look(compared, drawn, terms, self.expectation.most_seeds, test_rows, again=again)
-        self.looks.append(seen)
-        context.say(f"after {counted(seen.num_seeds, 'seed')}: {seen.reason}")
-        return seen.asked
+        result = look(compared, drawn, terms, self.expectation.most_seeds, test_rows, again=again)
+        self.looks.append(result)
+        context.say(f"after {counted(result.num_seeds, 'seed')}: {result.reason}")
+        return result.asked
 
     def _again(self, looks: Sequence[Look]) -> bool:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _before_full(self) -> dict[str, int]:
-        """Before full is said to win: choose all rivals' rates as full's was, and name one that is now to catch up."""
+        """Before full wins, choose all rivals' rates as full's was; return the seeds of those that must catch up."""
         context, scale = self.context, self.context.scale
         kinds = ("full", *RIVALS)
-        decisive = {method: found for method, found in self.results.items() if self._kind(method) in kinds}
+        decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}
         full = decisive[context.full.label]
         means = {
-            method: statistics.mean(scale.oriented(one.metric) for one in found)
-            for method, found in decisive.items()
-            if len(found) == len(full)
+            method: statistics.mean(scale.oriented(run.metric) for run in runs)
+            for method, runs in decisive.items()
+            if len(runs) == len(full)
         }
         mine, leader = means.pop(context.full.label), max(means.values())
         if mine - leader < context.recipe.compare.margin:
             return {}
-        changed = [method for method, found in decisive.items() if len(found) == 1 and self.check_rate(method)]
+        changed = [method for method, runs in decisive.items() if len(runs) == 1 and self.check_rate(method)]
         better = [method for method in changed if scale.oriented(self.results[method][0].metric) > leader]
         return {} if self._again(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
     def _after_divergence(self, result: TrialResult) -> None:
-        """Choose a lower rate for all seeds of a method after one diverged; Diverged where nothing lower is left."""
+        """Lower the rate for all seeds of a method after one diverged; raise Diverged if no lower rate is left."""
         context, trial, search = self.context, result.trial, self.searches[result.trial.method]
         lower = rates.after_divergence(search)
         if lower is None:
@@ -253,20 +253,18 @@ class SeedRuns:
                 break
             check = rates.final_trial(method, rate, first.trial.seed, check=True)
             if not budget.has_time(context, [check], keep):
-                context.say(f"{method}: no time to try {rate:g} in a whole run as well")
+                context.say(f"{method}: no time to try {rate:g} in a whole run")
                 break
-            context.say(
-                f"{method}: a whole run with {rate:g} as well, because short trials do not show the better rate"
-            )
+            context.say(f"{method}: trying {rate:g} in a whole run, because short trials do not show the better rate")
             runs[rate] = run_trial(context, check)
         if len(runs) > 1:
             metrics = {rate: one.metric for rate, one in runs.items()}
-            found = rates.after_whole(search, metrics, context.scale)
-            self.results[method][0] = runs.pop(found.chosen)
-            self.searches[method] = found
+            improved = rates.after_whole(search, metrics, context.scale)
+            self.results[method][0] = runs.pop(improved.chosen)
+            self.searches[method] = improved
             for dropped in runs.values():
                 shutil.rmtree(context.folder / "models" / dropped.trial.name, ignore_errors=True)
-            context.say(f"{method}: taking {found.chosen:g}")
+            context.say(f"{method}: taking {improved.chosen:g}")
         keep_best_model(context, self.results[method])
         return self.results[method][0] is not first
 
@@ -275,7 +273,7 @@ class SeedRuns:
 
 
 def method_outputs(context: Context, results: Results, place: str, waited: Collection[str]) -> list[MethodOutputs]:
-    """What the trials of all methods gave for the rows of a split; those that waited are tested at a part of alpha."""
+    """Return each method's outputs on a split. Methods that waited are tested at a part of alpha."""
     folder, setups = context.folder / place, {method: context.setup(method) for method in results}
     return [
         MethodOutputs(

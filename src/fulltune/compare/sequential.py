@@ -1,6 +1,8 @@
-"""After each seed: which methods need another one, and is the answer clear? By the development rows.
+"""After each seed, decide on the eval rows whether the answer is clear and which methods need another seed.
 
-Formulas and sources: docs/statistics.md. Full and the best of the others, the *leader*, go on; the rest waits.
+Full and the best other method, the *leader*, get seeds; the rest waits. Formulas and sources:
+docs/concepts/statistics.md.
+
 """
 
 from __future__ import annotations
@@ -20,27 +22,27 @@ from fulltune.stats.precision import Precision
 
 SAMPLES = 2_000
 _LATE = 4.0
-"""Power of the spending function: how much is kept for the last look."""
+"""Power of the alpha spending function: higher values keep more for the last look."""
 _SURE = 0.95
-"""Chance of a clear answer on the sealed rows at which it is stopped."""
+"""Chance of a clear answer on the sealed rows at which training stops."""
 _LIKELY = 0.5
-"""Chance that full is clearly better than the leader at which, after the last seeds, the others catch up."""
-_CLEAR = "clear: the test rows would very likely say the same"
+"""After the last seeds, the other methods catch up if full beats the leader with at least this chance."""
+_CLEAR = "clear: the test rows would very likely agree"
 _HOPELESS = 0.2
 """Below this chance of a clear answer with all seeds, more seeds are a waste. (Equal methods have about a tenth: the
 chance that the eval rows and the test rows are both unlucky.)"""
 WAITING_SHARE = 0.25
-"""Part of a look's alpha at which methods that have fewer seeds are tested. The rest is kept for a second look, after
-they have caught up; full fine-tuning and the leader have the same seeds in both, and so the same test."""
+"""Part of a look's alpha at which methods with fewer seeds are tested. The rest is for a second look after they caught
+up; full and the leader have the same seeds, and so the same test, in both."""
 
 
 TIME_UP_SHARE = 0.5
-"""Part of the unspent alpha at which the sealed rows are tested when the time is up. The rest is kept for the looks and
-the verdict after more time: the sealed rows may be opened again and again, and all together keep alpha (Bonferroni)."""
+"""Part of the unspent alpha that a verdict may spend when the time is up. The rest is for later looks and verdicts on
+the same sealed rows, so that all together keep alpha (Bonferroni)."""
 
 
 def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
-    """The part of alpha that the look after so many seeds may spend; up to `max_seeds` the parts sum to alpha."""
+    """Return the part of alpha that the look after `num_seeds` may spend. Over all looks the parts sum to alpha."""
     if not 1 <= num_seeds <= max_seeds:
         raise ValueError(f"look {num_seeds} of {max_seeds}")
     looks = max(1, max_seeds - 1)  # after one seed nothing is decided
@@ -50,13 +52,13 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
 
 
 def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """What of alpha the test on the sealed rows may spend after these looks, and what remains for all verdicts after
-    it, looks included; 0: there can be none."""
+    """Return the alpha that the sealed test may spend after these looks, and the alpha left for everything later (0:
+    nothing)."""
     of_seeds: dict[int, float] = {}
-    for one in looks:
-        of_seeds.setdefault(one.num_seeds, one.spent)  # a second look after the same seeds takes no more than the first
+    for earlier in looks:
+        of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more
     unspent = alpha - sum(of_seeds.values())
-    unspent = unspent if unspent > 1e-9 * alpha else 0.0  # the parts of all looks are alpha, but for rounding
+    unspent = unspent if unspent > 1e-9 * alpha else 0.0  # the parts of all looks sum to alpha, except for rounding
     if looks and not looks[-1].asked:
         level = looks[-1].spent
         again = len(looks) > 1 and looks[-2].num_seeds == looks[-1].num_seeds
@@ -72,35 +74,35 @@ def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> t
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is expected of one rival."""
+    """Expected result of one rival."""
 
     name: str
     score: float
-    """On the eval rows; higher is better."""
+    """Metric on the eval rows, oriented so that higher is better."""
     cost: float
     as_many: bool
-    """It has as many seeds as full: the leader, and whoever caught up."""
+    """True with as many seeds as full: the leader, and methods that caught up."""
     chances: tuple[float, float, float]
-    """Of each clear answer on the sealed rows, were it stopped now: full better, equal, rival better."""
+    """Chances of a clear answer on the sealed rows if training stopped now: full better, equal, rival better."""
     with_all: float
-    """Chance of a clear answer with all seeds that were planned."""
+    """Chance of a clear answer with all planned seeds."""
 
     @property
     def clear(self) -> float:
-        """Chance of any clear answer, were it stopped now."""
+        """Chance of any clear answer if training stopped now."""
         return sum(self.chances)
 
     @property
     def full_wins(self) -> bool:
-        """The answer is clear, and it is most likely that full is better."""
+        """True if the answer is clear and most likely that full is better."""
         return self.clear >= _SURE and self.chances[0] == max(self.chances)
 
 
 def look(
     methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms, max_seeds: int, test_rows: int, *, again: bool = False
 ) -> Look:
-    """Decide about each method after another seed, by its metrics on resamples of the eval rows; `again`: a second look
-    with as many seeds of full."""
+    """Decide about each method after another seed, from its metrics on resamples of the eval rows. `again` marks a
+    second look with the same seeds of full."""
     (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
     now, spreads = counts[full], seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -111,7 +113,7 @@ def look(
         gap = difference(drawn, full, place, spreads, measure.sign, measure.span)
         as_many = counts[place] == now
         share = (1.0 if as_many else WAITING_SHARE) / len(rivals)
-        stopped = planned = (0.0, 0.0, 0.0)  # one seed each tells nothing about the spread between seeds
+        stopped = planned = (0.0, 0.0, 0.0)  # one seed each gives no spread between seeds
         if now > 1:
             then = Precision.of(gap).with_rows(test_rows / drawn.num_rows)
             with_all = (max_seeds, max_seeds if as_many else counts[place])
@@ -119,15 +121,15 @@ def look(
             planned = _chances(gap, terms.margin, share * last, then, with_all)
         score = measure.sign * float(drawn.point[place].mean())
         outlooks.append(Outlook(methods[place].name, score, methods[place].cost, as_many, stopped, sum(planned)))
-    asked, reason = _asked(methods[full].name, outlooks, now, max_seeds, again=again)
+    wanted, reason = _asked(methods[full].name, outlooks, now, max_seeds, again=again)
     return Look(
         num_seeds=now,
         max_seeds=max_seeds,
         spent=level,
         reason=reason,
-        asked=asked,
+        asked=wanted,
         waiting=tuple(
-            method.name for method, count in zip(methods, counts, strict=True) if asked.get(method.name, count) < now
+            method.name for method, count in zip(methods, counts, strict=True) if wanted.get(method.name, count) < now
         ),
     )
 
@@ -135,13 +137,13 @@ def look(
 def _asked(
     full: str, rivals: Sequence[Outlook], now: int, max_seeds: int, *, again: bool
 ) -> tuple[dict[str, int], str]:
-    """How many seeds which methods are to have before the next look, none when it is enough; and why."""
+    """Return how many seeds each method needs before the next look (empty: enough), and the reason."""
     if now == max_seeds == 1:
-        return {}, "all seeds that were planned"
+        return {}, "all planned seeds are finished"
     if now == 1:
         leader = max(rivals, key=lambda one: (one.score, -one.cost)).name
         best = f"of the methods beside {full} the best is {leader}; " if len(rivals) > 1 else ""
-        return {full: 2, leader: 2}, f"{best}one seed tells nothing about the spread between seeds"
+        return {full: 2, leader: 2}, f"{best}one seed does not show the spread between seeds"
     leading = [one for one in rivals if one.as_many]
     if any(one.clear >= _SURE and not one.full_wins for one in leading):
         return {}, _CLEAR
@@ -150,15 +152,15 @@ def _asked(
     if beaten and not late:
         return {}, _CLEAR
     if beaten and not again:
-        return dict.fromkeys(late, now), f"{full} beats the leader; whether it beats {', '.join(late)} as well is open"
+        return dict.fromkeys(late, now), f"{full} beats the leader; {', '.join(late)} must catch up"
     if now >= max_seeds and not again and late and all(one.chances[0] >= _LIKELY for one in leading):
-        # Nothing else is left to do, and without it the answer could not be FULL.
-        return dict.fromkeys(late, now), f"{full} seems to beat the leader; whether it beats {', '.join(late)} is open"
+        # Nothing else is left to do, and without this the answer could not be FULL.
+        return dict.fromkeys(late, now), f"{full} seems to beat the leader; {', '.join(late)} must catch up"
     if now >= max_seeds:
-        return {}, "all seeds that were planned"
+        return {}, "all planned seeds are finished"
     # Two seeds say too little about their spread to give up because of it.
     if now > 2 and not beaten and all(max(one.with_all, one.clear) < _HOPELESS for one in leading):
-        return {}, "more seeds would hardly decide"
+        return {}, "more seeds are unlikely to decide"
     open_ones = late if beaten else [one.name for one in leading if one.clear < _SURE]
     more = dict.fromkeys([full, *(one.name for one in leading), *(late if beaten else [])], now + 1)
     return more, f"not clear yet: {', '.join(open_ones)}"
@@ -167,22 +169,23 @@ def _asked(
 def _chances(
     gap: Uncertain, margin: float, level: float, then: Precision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
-    """Chances, from what is seen now, that the sealed rows give a clear answer with so many seeds of both."""
+    """Return the chances of each clear answer on the sealed rows with `seeds` of both methods, given the present
+    data."""
     now, then = Precision.of(gap), then.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(now.row_variance + then.row_variance + max(0.0, now.seed_variance - then.seed_variance))
-    found = [
+    chances = [
         _chances_at(gap.estimate, scatter, then.half_width(level, seen), then.half_width(2 * level, seen), margin)
         for seen in then.luck(same_seeds=same_seeds)
     ]
-    full, equal, rival = (float(np.mean(each)) for each in zip(*found, strict=True))
+    full, equal, rival = (float(np.mean(each)) for each in zip(*chances, strict=True))
     return full, equal, rival
 
 
 def _chances_at(
     estimate: float, scatter: float, half: float, half_one_sided: float, margin: float
 ) -> tuple[float, float, float]:
-    """The same with the interval's half width known: full better, equal, rival better."""
+    """Return the chances for a known half width of the interval: full better, equal, rival better."""
     needed, room = max(margin, half), margin - half_one_sided
     normal = NormalDist(estimate, max(scatter, 1e-12))
     equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0

@@ -1,4 +1,4 @@
-"""FULL, PEFT, VARIANT, EQUIVALENT or UNDECIDED: a pure function of what the methods' trials kept of the same rows."""
+"""Decide FULL, PEFT, VARIANT, EQUIVALENT or UNDECIDED, as a pure function of the methods' outputs on the same rows."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from fulltune.tasks import Predictions
 from fulltune.text import listed
 
 _FEW_SEEDS = 3
-"""From fewer the spread between seeds is hardly known."""
+"""With fewer seeds the spread between seeds is hardly known."""
 
 
 @dataclass(frozen=True)
 class MethodOutputs:
-    """What the trials of one method kept of the rows that all methods are scored on."""
+    """One method's outputs on the rows on which all methods are scored."""
 
     name: str
     kind: MethodKind
     trials: Sequence[Predictions]
-    """What `reduce` kept, seed by seed in the order of the seeds; methods may have unequal numbers of them."""
+    """Outputs reduced by the metric, one entry per seed. Methods may differ in their number of seeds."""
     cost: float
-    """To tell cheaper methods from dearer ones, of all methods the same: here the parameters that are trained."""
+    """Cost in any unit that all methods share, here the trained parameters; it tells which methods are cheaper."""
     alpha_share: float = 1.0
-    """Part of alpha at which this method is tested; below 1 where it waited and has another chance."""
+    """Part of alpha at which this method is tested; below 1 if it waited and has another chance."""
 
     @property
     def decides(self) -> bool:
@@ -41,29 +41,29 @@ class MethodOutputs:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a comparison is asked."""
+    """The question of a comparison: metric, margin and permitted error."""
 
     measure: Measure
     margin: float
-    """Differences of the metric that do not matter."""
+    """Largest difference of the metric that does not matter."""
     confidence: float = 0.95
     alpha: float = 0.05
     """Chance of a wrong answer."""
 
 
 def decide(methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms) -> Decision:
-    """Compare full fine-tuning with every other method; `drawn` has their metrics on the same resamples."""
+    """Compare full fine-tuning with every other method. `drawn` holds the metrics of all on the same resamples."""
     measure = terms.measure
     (full,) = (place for place, method in enumerate(methods) if method.kind == "full")
     spreads = seed_spreads(drawn, [method.kind == "base" for method in methods])
     differences = []
     for decides in (True, False):  # methods that share the chance of a wrong answer
         group = [place for place, method in enumerate(methods) if place != full and method.decides == decides]
-        found = [difference(drawn, full, place, spreads, measure.sign, measure.span) for place in group]
-        tests = holm([one.p_value() for one in found], terms.alpha)
-        equivalence = holm([one.equivalence_p(terms.margin) for one in found], terms.alpha)
-        for place, one, *tested in zip(group, found, tests, equivalence, strict=True):
-            differences.append(_difference(methods[full], methods[place], one, tested, drawn.num_rows, terms))
+        gaps = [difference(drawn, full, place, spreads, measure.sign, measure.span) for place in group]
+        tests = holm([gap.p_value() for gap in gaps], terms.alpha)
+        equivalence = holm([gap.equivalence_p(terms.margin) for gap in gaps], terms.alpha)
+        for place, gap, *tested in zip(group, gaps, tests, equivalence, strict=True):
+            differences.append(_difference(methods[full], methods[place], gap, tested, drawn.num_rows, terms))
     verdict, recommended = _verdict(differences, methods[full].name, methods)
     scores = {}
     for place, method in enumerate(methods):
@@ -99,51 +99,52 @@ def decide(methods: Sequence[MethodOutputs], drawn: Drawn, terms: Terms) -> Deci
 def _difference(
     full: MethodOutputs,
     method: MethodOutputs,
-    found: Uncertain,
+    gap: Uncertain,
     tested: Sequence[tuple[float, float]],
     num_rows: int,
     terms: Terms,
 ) -> Difference:
-    """`tested`: adjusted p-value and level of the test of a difference, and of that of equivalence."""
+    """Test one difference. `tested` holds the adjusted p-value and level of the test of a difference and of
+    equivalence."""
     margin, alpha, span = terms.margin, terms.alpha * method.alpha_share, terms.measure.span
     bounds = None if span is None else (-span, span)
     (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in tested)
-    low, high = _within(found.interval(1 - terms.confidence), bounds)
-    adjusted_low, adjusted_high = _within(found.interval(level), bounds)
-    known = found.seeds_known
-    certain = known and adjusted_p <= alpha
-    rows, seeds = needed(found, num_rows, margin, level, equal_level) if known else (None, None)
+    low, high = _within(gap.interval(1 - terms.confidence), bounds)
+    adjusted_low, adjusted_high = _within(gap.interval(level), bounds)
+    is_tested = gap.seeds_known
+    certain = is_tested and adjusted_p <= alpha
+    rows, seeds = needed(gap, num_rows, margin, level, equal_level) if is_tested else (None, None)
     return Difference(
         method=method.name,
         kind=method.kind,
         decides=method.decides,
         cheaper=method.cost < full.cost,
         num_seeds=len(method.trials),
-        estimate=found.estimate,
+        estimate=gap.estimate,
         low=low,
         high=high,
         adjusted_low=adjusted_low,
         adjusted_high=adjusted_high,
         adjusted_p=adjusted_p,
         adjusted_equivalence_p=equivalence_p,
-        equivalent=known and equivalence_p <= alpha,
-        not_worse=known and 1 - found.below(margin) <= level / 2,
-        full_better=certain and found.estimate >= margin and adjusted_low > 0,
-        other_better=certain and found.estimate <= -margin and adjusted_high < 0,
-        seeds_known=known,
-        detectable=Precision.of(found).detectable(margin, level),
+        equivalent=is_tested and equivalence_p <= alpha,
+        not_worse=is_tested and 1 - gap.below(margin) <= level / 2,
+        full_better=certain and gap.estimate >= margin and adjusted_low > 0,
+        other_better=certain and gap.estimate <= -margin and adjusted_high < 0,
+        seeds_known=is_tested,
+        detectable=Precision.of(gap).detectable(margin, level),
         rows_needed=rows,
         seeds_needed=seeds,
     )
 
 
 def _within(interval: tuple[float, float], bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """No share of rows is below 0 or above 1, no difference of shares beyond 1, whatever few seeds allow."""
+    """Clip an interval to the range of the metric, which few seeds may exceed."""
     return interval if bounds is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
 
 
 def _verdict(differences: Sequence[Difference], full: str, methods: Sequence[MethodOutputs]) -> tuple[VerdictKind, str]:
-    """The verdict and the method to take."""
+    """Return the verdict and the method to take."""
     cost = {method.name: method.cost for method in methods}
     rivals = [one for one in differences if one.decides]
     if better := [one for one in rivals if one.other_better]:
@@ -162,64 +163,64 @@ def _verdict(differences: Sequence[Difference], full: str, methods: Sequence[Met
 def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Sequence[Difference]) -> str:
     match verdict:
         case "FULL" if all(one.kind == VARIANT for one in differences if one.decides):
-            return f"Keep {full} as it is: it is better than with any of the other settings by the margin."
+            return f"Keep {full} as it is: it beats every variant with other settings by the margin."
         case "FULL":
-            return f"Updating every parameter is worth it here: {full} is better than every other method by the margin."
+            return f"Updating every parameter is worth it here: {full} beats every other method by the margin."
         case "PEFT" | "VARIANT":
-            return f"Take {recommended}: it is better than {full} by the margin."
+            return f"Take {recommended}: it beats {full} by the margin."
         case "EQUIVALENT" if recommended == full:
             equal = listed([one.method for one in differences if one.equivalent])
-            return f"Take {full}: {equal} {'are' if ' and ' in equal else 'is'} as good within the margin, and no more."
+            return f"Take {full}: {equal} {'are' if ' and ' in equal else 'is'} equally good within the margin."
         case "EQUIVALENT":
             return f"Take {recommended}: as good as {full} within the margin, and it trains fewer weights."
     if recommended:
-        less = "does not lose the margin to"
-        return f"Whether they are equal is open, but {recommended} {less} {full} and trains fewer weights."
-    return "These rows and seeds do not tell the methods apart."
+        loss = f"is not worse than {full} by the margin"
+        return f"Equality is undecided, but {recommended} {loss} and trains fewer weights."
+    return "These rows and seeds cannot distinguish the methods."
 
 
-def _because(one: Difference, write: Writer) -> str:
-    if not one.seeds_known:
+def _because(rival: Difference, write: Writer) -> str:
+    if not rival.seeds_known:
         answer = "one seed, so the spread between seeds is not known"
-    elif one.full_better:
+    elif rival.full_better:
         answer = "full is better"
-    elif one.other_better:
-        answer = f"{one.method} is better"
-    elif one.equivalent:
+    elif rival.other_better:
+        answer = f"{rival.method} is better"
+    elif rival.equivalent:
         answer = "equal within the margin"
-    elif one.not_worse:
-        answer = f"{one.method} is not worse by the margin"
+    elif rival.not_worse:
+        answer = f"{rival.method} is not worse by the margin"
     else:
         answer = "not decided"
     points = " points" if write.in_points else ""
-    return f"full minus {one.method}: {write.adjusted(one)}{points} of {write.name}: {answer}"
+    return f"full minus {rival.method}: {write.adjusted(rival)}{points} of {write.name}: {answer}"
 
 
 def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
-    for one in differences:
-        if not one.is_open:
+    for rival in differences:
+        if not rival.is_open:
             continue
-        rows = [] if one.rows_needed is None else [f"{one.rows_needed:,} test rows"]
-        seeds = [] if one.seeds_needed is None else [f"{one.seeds_needed} seeds per method"]
+        rows = [] if rival.rows_needed is None else [f"{rival.rows_needed:,} test rows"]
+        seeds = [] if rival.seeds_needed is None else [f"{rival.seeds_needed} seeds per method"]
         if rows or seeds:
             what = f"would be decided by {' or '.join(rows + seeds)}, if the true difference equals the estimate"
-        elif one.num_seeds < _FEW_SEEDS:
-            what = f"train three or more seeds of full and of {one.method}; fewer do not tell how much seeds differ"
+        elif rival.num_seeds < _FEW_SEEDS:
+            what = f"train three or more seeds of full and of {rival.method}; fewer do not show how seeds differ"
         else:
             what = (
                 f"if the true difference equals the estimate, neither {MOST_ROWS_FACTOR} times the test rows nor "
-                f"{MOST_SEEDS} seeds per method would decide alone; it takes more of both, or a larger compare.margin: "
-                "the smallest difference that matters to you"
+                f"{MOST_SEEDS} seeds per method would decide alone; use more of both, or a larger compare.margin (the "
+                "smallest difference that matters to you)"
             )
-        yield f"{one.method}: {what}"
+        yield f"{rival.method}: {what}"
 
 
 def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended: str) -> Iterator[str]:
     deciding = [one for one in differences if one.decides]
-    for one in differences:
-        if not one.decides and (one.other_better or one.equivalent or one.estimate <= 0):
-            how = "is not worse than full" if one.not_worse else "scores no less than full"
-            yield f"{one.method}, which decides nothing, {how}: is there anything to learn here?"
+    for shown in differences:
+        if not shown.decides and (shown.other_better or shown.equivalent or shown.estimate <= 0):
+            how = "is not worse than full" if shown.not_worse else "scores no less than full"
+            yield f"{shown.method}, shown for orientation, {how}: is there anything to learn here?"
     if fewer := [one.method for one in deciding if one.num_seeds == 1 and one.seeds_known]:
         yield f"{', '.join(fewer)}: one seed; the spread between seeds is taken from the other methods"
     better = [one.method for one in deciding if one.other_better and one.method != recommended]

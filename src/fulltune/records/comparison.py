@@ -321,7 +321,7 @@ class Comparison(Record):
     notes: tuple[str, ...] = ()
 
     @property
-    def can_go_on(self) -> bool:
+    def can_resume(self) -> bool:
         """More time would add something, and a part of the chance of a wrong answer was kept for the next verdict."""
         kept = bool(self.openings and self.openings[-1].left)
         return self.time_was_up and self.decision.verdict == "UNDECIDED" and kept

@@ -142,7 +142,7 @@ def is_complete(folder: Path) -> bool:
     """True when the report was written with the trained model's scores in it, or that of a comparison, unless its
     time was up."""
     if (folder / CARD).exists():
-        return not _can_go_on(folder)
+        return not _can_resume(folder)
     scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
     report = folder / REPORT
     return bool(scored) and report.exists() and report.stat().st_mtime >= max(scored)
@@ -178,13 +178,13 @@ def lost_weights(model_folder: Path) -> Path | None:
     return None if found.is_file() else found
 
 
-def _can_go_on(folder: Path) -> bool:
+def _can_resume(folder: Path) -> bool:
     """A comparison that ended undecided because its time was up, which more time continues."""
     try:
         found = comparison_of(folder)
     except SetupError:  # of another version: its report stays as it is
         return False
-    return found is not None and found.can_go_on
+    return found is not None and found.can_resume
 
 
 def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:

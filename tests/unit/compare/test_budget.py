@@ -107,7 +107,7 @@ def test_budget_gives_up_breadth_before_the_third_and_the_search_after_it() -> N
     assert all(one.methods == ("full", "lora") for one in known if not one.search_share)
     # Five is nothing that a recipe says.
     assert {one.notes[0] for one in known if one.num_seeds == 2} == {
-        "2 seeds are planned instead of up to 5; where time is left, more are run"
+        "2 seeds are planned instead of up to 5; more run if time remains"
     }
 
 

@@ -76,7 +76,7 @@ RESULTS = {method: [result(trial(f"{method}-seed42", 1e-3))] for method in ("ful
         (1, ["without the test row whose text also stands in train: full 74.9%, lora 25.1%, and still FULL"]),
         (200, ["without the 200 test rows whose text also stands in train: full 50.0%, lora 50.0%, and not FULL but "
                "EQUIVALENT"]),
-        (395, ["without the 395 test rows whose text also stands in train: nothing is known, hardly any are left"]),
+        (395, ["without the 395 test rows whose text also stands in train: too few remain for a verdict"]),
     ],
 )  # fmt: skip
 def test_verdict_without_test_rows_that_stand_in_train(
@@ -110,9 +110,7 @@ def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any
 def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: Any) -> None:
     found = conclude.judge(ran(line))  # there is no models/full, no models/lora
     assert type(found).load(line.folder / RECORD) == found
-    assert line.said[1:] == [
-        f"{method}: its model is no longer in models/{method}, so it gets no model card" for method in RESULTS
-    ]
+    assert line.said[1:] == [f"{method}: no model card, because models/{method} no longer exists" for method in RESULTS]
     with mock.patch.object(conclude, "write_model_cards", side_effect=OSError("the disk is full")):
         (line.folder / RECORD).unlink()
         with pytest.raises(OSError, match="the disk is full"):

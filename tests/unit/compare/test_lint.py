@@ -99,9 +99,9 @@ def test_lint_of_clean_design_is_silent() -> None:
             {"lora": found_by(chosen=3e-4, time_was_up=True)},
             "no-time-for-rates",
             "unfair",
-            "the budget leaves no time to search",
+            "the budget is too short to search",
         ),
-        ({"left_out": ("prompt",)}, "left-out", "worth knowing", "the budget leaves no time for it"),
+        ({"left_out": ("prompt",)}, "left-out", "worth knowing", "the budget is too short"),
     ],
 )
 def test_what_the_budget_caused_is_called_so(planted: dict[str, Any], rule: str, level: str, said: str) -> None:

@@ -23,8 +23,8 @@ def ended(left: float, budget_seconds: float = 360.0) -> Comparison:
     [
         (0.01, 720.0, None),
         (0.01, None, None),
-        (0.01, 360.0, "its 6m are used up; to go on, give more time in all, such as --budget 12m"),
-        (0.0, 720.0, "finished: no part of the chance of a wrong answer is left"),
+        (0.01, 360.0, "the budget of 6m is used up; to continue, raise the total, such as --budget 12m"),
+        (0.0, 720.0, "finished: the permitted error rate is used up"),
     ],
 )
 def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_left(
@@ -37,5 +37,5 @@ def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_
 @pytest.mark.parametrize(("left", "promised"), [(0.01, True), (0.0, False)])
 def test_card_promises_more_time_only_where_it_would_go_on(left: float, promised: bool) -> None:
     made = ended(left)
-    assert made.can_go_on is promised
+    assert made.can_resume is promised
     assert ("larger --budget" in str(content.in_short(made))) is promised

@@ -53,8 +53,7 @@ def test_look_one_seed_full_and_the_leader_go_on_and_the_rest_waits() -> None:
     found = looked([0.93, 0.85, 0.91], [1, 1, 1])
     assert found.asked == {"full": 2, "prompt": 2}
     assert (
-        found.reason
-        == "of the methods beside full the best is prompt; one seed tells nothing about the spread between seeds"
+        found.reason == "of the methods beside full the best is prompt; one seed does not show the spread between seeds"
     )
 
 
@@ -75,7 +74,7 @@ def test_look_equal_leader_ends_it_whatever_the_rest_does() -> None:
 def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
     found = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002, most=3)
     assert (found.asked, found.waiting) == ({"prompt": 3}, ())
-    assert found.reason == "full beats the leader; whether it beats prompt as well is open"
+    assert found.reason == "full beats the leader; prompt must catch up"
     assert found.spent == spent(3, 3, 0.05)
     second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, most=3, again=True)
     assert not second.asked
@@ -85,7 +84,7 @@ def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
 def test_look_after_the_last_seeds_the_others_catch_up_where_full_is_likely_to_be_better() -> None:
     found = looked([0.95, 0.935, 0.938], [3, 3, 1], spread=0.004, most=3)
     assert (found.asked, found.waiting) == ({"prompt": 3}, ())
-    assert found.reason == "full seems to beat the leader; whether it beats prompt is open"
+    assert found.reason == "full seems to beat the leader; prompt must catch up"
     assert looked([0.95, 0.949, 0.938], [3, 3, 1], spread=0.004, most=3).asked == {}
     assert looked([0.95, 0.935, 0.938], [3, 3, 3], spread=0.004, most=3, again=True).asked == {}
 
@@ -111,7 +110,7 @@ def test_look_unclear_goes_on_until_all_seeds() -> None:
     assert looked([0.93, 0.915], [3, 3], spread=0.005).asked
     found = looked([0.93, 0.915], [5, 5], spread=0.005)
     assert not found.asked
-    assert found.reason == "all seeds that were planned"
+    assert found.reason == "all planned seeds are finished"
 
 
 def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
@@ -122,7 +121,7 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
     drawn = draw(ACCURACY, [one.trials for one in methods], None, 2000)
     found = look(methods, drawn, Terms(ACCURACY, 0.01), 5, 150)
     assert not found.asked
-    assert "more seeds would hardly decide" in found.reason
+    assert "more seeds are unlikely to decide" in found.reason
 
 
 def test_left_is_the_part_of_the_look_that_ended_it_else_what_was_not_spent() -> None:

@@ -133,7 +133,7 @@ def _key_figures(comparison: Comparison) -> list[tuple[str, str]]:
 def _why(comparison: Comparison) -> Section | None:
     """What decided, and what would decide what is open."""
     decision, to_do = comparison.decision, list(comparison.decision.would_decide)
-    if comparison.can_go_on:
+    if comparison.can_resume:
         had = comparison.expectation.budget_seconds
         given = f" (it had {format_seconds(had)})" if had else ""
         more = f"give more time{given}: the same command with a larger --budget continues from these trials"
