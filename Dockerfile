@@ -1,4 +1,4 @@
-# A container of fulltune; docs/container.md says how it is used, and which of this was run, and where.
+# A container of fulltune; docs/guides/scale.md, "In a container", says how it is used, and which of this was run, and where.
 #   CPU:   docker build --tag fulltune .
 #   CUDA:  docker build --tag fulltune:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 
