@@ -169,7 +169,7 @@ class FineTuningModule:
         positions, count = distributed.share(order, size, trainer.global_rank, trainer.world_size)
         rows, batching = Share(self.eval_rows, positions), Batching(size, plan.precision, self.head)
         reduced = run_rows(self.model, rows, learning.task, learning.target, learning.pad_token_id, batching)
-        predictions = distributed.gathered(reduced, positions[:count])
+        predictions = distributed.gather_rows(reduced, positions[:count])
         for name, value in learning.task.metrics(predictions, learning.target).items():
             self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 

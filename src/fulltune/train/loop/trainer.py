@@ -20,6 +20,7 @@ from transformers.trainer import SCHEDULER_NAME
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
 from fulltune.records.events import StepSkipped
+from fulltune.tasks import Row
 from fulltune.tasks.padding import TRAINED, trained_places
 from fulltune.text import first_few
 from fulltune.train import checkpoints
@@ -134,6 +135,11 @@ class FullTrainer(Guarded, Trainer):
     def _optimizer(self) -> Any:
         """The optimizer as training wraps it."""
         return self.optimizer
+
+    @property
+    def eval_rows(self) -> Sequence[Row]:
+        """The eval rows, in their order."""
+        return cast("Sequence[Row]", self.eval_dataset)
 
     def add_parts(self, parts: Sequence[TrainerCallback]) -> None:
         """Add callbacks and parts, which act in this order."""

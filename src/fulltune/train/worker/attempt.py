@@ -112,7 +112,7 @@ def _trained(training: Training) -> dict[str, Any]:
     state, optimizer = _fit(training)
     journal.at_rest()
     if plan.num_processes > 1 and observed.meter is not None:
-        observed.memory_growth_per_process = tuple(distributed.every(observed.growth_bytes()))
+        observed.memory_growth_per_process = tuple(distributed.all_gather(observed.growth_bytes()))
     training.evaluator.judge_end(state)
     journal.at("saving")
     if initial is None:  # the first process saves and reports

@@ -231,7 +231,7 @@ class Passes:
 
     def _all(self, finite: bool) -> bool:
         """Whether it is so in all processes that share out the weights: they go on together."""
-        return all(distributed.every(finite)) if self.trainer.is_shared else finite
+        return all(distributed.all_gather(finite)) if self.trainer.is_shared else finite
 
     def score(self, positions: Positions) -> float:
         """These eval rows as an evaluation takes them: the seconds."""
@@ -246,7 +246,7 @@ class Passes:
 
     def _since(self, began: float) -> float:
         seconds = self._now() - began
-        return float(distributed.every(seconds)[0]) if self.trainer.args.world_size > 1 else seconds
+        return float(distributed.all_gather(seconds)[0]) if self.trainer.args.world_size > 1 else seconds
 
 
 def timed_forecast(passes: Passes, longest: Positions, seconds: tuple[float, float], step_seconds: float) -> TimeNeed:

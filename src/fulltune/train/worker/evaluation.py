@@ -1,63 +1,62 @@
-"""The eval rows scored while training, and a run whose curves go wrong ended: its loss diverges, or its evaluations are
-worse, row by row, than the one before step 1."""
+"""Scores the eval rows while training, and ends a run that diverges or gets worse than the model before step 1."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fulltune.errors import Diverged, Spiked
 from fulltune.inference.run import Batching, Share, by_length, run_rows
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import Measure, gain, measure_of
 from fulltune.stats.curves import BEYOND_CHANCE, diverged, ended_high, ended_worse, made_worse
-from fulltune.tasks import Predictions, Target
+from fulltune.tasks import Predictions, Row, Target
 from fulltune.tasks.labels import class_weights
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 from fulltune.train.worker import distributed
 
-MOST_NUMBERS = 8
-"""Of a row that are kept in each checkpoint."""
-LEAST_ROWS = 30
-"""Eval rows below which a standard error says little."""
+MAX_COUNTS = 8
+"""Numbers per eval row that a checkpoint may contain."""
+MIN_ROWS = 30
+"""Fewer eval rows give no useful standard error."""
 
 
 class Evaluator(TrainingPart):
-    """Scores the eval rows, and judges them and the train losses; a loss of the user's own may rise for good reasons
-    and is not judged."""
+    """Scores the eval rows and judges the curves; a loss of the user's own is not judged."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, head_is_new: bool) -> None:
         self.inputs, self.trainer, self.target, self.head_is_new = inputs, trainer, target, head_is_new
-        self.start: np.ndarray | None = None
-        """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
-        self.behind, self.behind_by = 0, ""
-        """Evaluations in a row in which the model was worse than before step 1, and by how much in the last one."""
-        self.level = False
-        """Whether some evaluation was not worse than the one before step 1, so that good weights can be kept."""
+        self.start_counts: np.ndarray | None = None
+        """Contributions of the eval rows to the metric before step 1: float64 [rows, k]."""
+        self.num_worse, self.worse_by = 0, ""
+        """Consecutive evaluations worse than before step 1, and the size of the last difference in words."""
+        self.matched_start = False
+        """True once an evaluation was not worse than before step 1."""
         self._predictions: Predictions = {}
 
     def scores(self) -> Mapping[str, float]:
-        """The metrics of the eval rows, which several processes share: the same in each."""
-        arguments, rows = self.trainer.args, cast("Any", self.trainer.eval_dataset)
+        """Return the metrics of the eval rows, which all ranks score together."""
+        arguments, rows = self.trainer.args, self.trainer.eval_rows
         if arguments.world_size == 1:
             self._predictions = self.reduced(rows)
         else:
             size, rank = self.inputs.plan.eval_batch_size, arguments.process_index
             positions, count = distributed.share(by_length(rows), size, rank, arguments.world_size)
-            self._predictions = distributed.gathered(self.reduced(Share(rows, positions)), positions[:count])
+            self._predictions = distributed.gather_rows(self.reduced(Share(rows, positions)), positions[:count])
         return self.inputs.task.metrics(self._predictions, self.target)
 
-    def metric_of(self, rows: Any) -> float:
-        """What the run chooses by, of these rows in this process."""
+    def metric_of(self, rows: Sequence[Row]) -> float:
+        """Return the run's metric of these rows, scored by this process alone."""
         return float(self.inputs.task.metrics(self.reduced(rows), self.target)[self.inputs.plan.metric])
 
-    def reduced(self, rows: Any) -> Predictions:
-        """These rows through the current weights, in this process: name to values[rows, ...], a few numbers of each."""
+    def reduced(self, rows: Sequence[Row]) -> Predictions:
+        """Run these rows through the model in this process; returns a few numbers per row by name: [rows, ...]."""
         trainer: Any = self.trainer
         plan = self.inputs.plan
         with self.inputs.journal.during("evaluation"):
@@ -71,15 +70,16 @@ class Evaluator(TrainingPart):
             )
 
     def state(self) -> Mapping[str, Any]:
-        return {"start": self.start, "behind": self.behind, "behind_by": self.behind_by, "level": self.level}
+        worse = {"num_worse": self.num_worse, "worse_by": self.worse_by, "matched_start": self.matched_start}
+        return {"start_counts": self.start_counts, **worse}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        self.start = state.get("start")
-        self.behind, self.behind_by, self.level = state["behind"], state["behind_by"], state["level"]
+        self.start_counts, self.matched_start = state.get("start_counts"), state["matched_start"]
+        self.num_worse, self.worse_by = state["num_worse"], state["worse_by"]
 
     @property
     def untrained_loss(self) -> float | None:
-        """The dry run's loss, at least chance's of a new head: one that starts from a probe begins low."""
+        """Loss of the dry run; for a new head at least the chance loss, as one from a linear probe starts below it."""
         inputs = self.inputs
         measured = inputs.observed.dry_run_loss
         if not self.head_is_new:
@@ -87,68 +87,68 @@ class Evaluator(TrainingPart):
         weights = class_weights(inputs.recipe, inputs.summary)
         return max(measured or 0.0, inputs.task.chance_loss(inputs.summary, weights))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Stop a run whose loss has diverged, by the Trainer's history."""
-        if self.inputs.has_own_loss or "loss" not in (logs or {}):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Stop a run whose loss has diverged."""
+        if self.inputs.has_own_loss or "loss" not in event["logs"]:
             return
         decision = diverged(logged(state, "loss"), self.inputs.highest_rate, self.untrained_loss)
         if decision.action == "stop":
-            steps = [entry["step"] for entry in state.log_history if "loss" in entry]
+            steps = [int(entry["step"]) for entry in state.log_history if "loss" in entry]
             raise Spiked(decision.reason, steps[decision.readings - 1] + 1 if decision.readings else 1)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Compare with the evaluation before step 1; all processes have the same rows and decide alike."""
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Compare with the evaluation before step 1; all ranks have the same rows and decide alike."""
         inputs, predictions = self.inputs, self._predictions
         self._predictions = {}
-        if inputs.has_own_loss or inputs.summary.splits["eval"].rows < LEAST_ROWS:
+        if inputs.has_own_loss or inputs.summary.splits["eval"].rows < MIN_ROWS:
             return
-        measure = judged_by(inputs.recipe.task, self.target, inputs.plan.metric, predictions)
+        measure = _row_measure(inputs.recipe.task, self.target, inputs.plan.metric, predictions)
         if measure.counts is None:
             return
         now = measure.counts(predictions)
         if state.global_step == 0:
-            self.start = now
-        elif self.start is not None:
-            self._compare(measure, self.start, now, state)
+            self.start_counts = now
+        elif self.start_counts is not None:
+            self._compare(measure, self.start_counts, now, state)
 
-    def _compare(self, measure: Measure, start: np.ndarray, now: np.ndarray, state: Any) -> None:
-        """Count evaluations in a row that are worse than before step 1, after the warm-up, and stop by `made_worse`."""
+    def _compare(self, measure: Measure, start: np.ndarray, now: np.ndarray, state: TrainerState) -> None:
+        """Count consecutive worse evaluations after the warm-up, and stop by `made_worse`."""
         better, error = gain(measure, start, now)
         is_worse = not math.isfinite(better) or better < -BEYOND_CHANCE * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps
-        self.behind = self.behind + 1 if is_worse and not is_early else 0
-        way = "lower" if measure.greater_is_better else "higher"
-        self.behind_by = f"{measure.name} is {abs(better):.3g} {way} (standard error {error:.2g})"
-        # Where the loss is compared in place of the run's metric, it does not condemn the kept weights at the end.
-        self.level = self.level or not is_worse or measure.name != self.inputs.plan.metric
+        self.num_worse = self.num_worse + 1 if is_worse and not is_early else 0
+        direction = "lower" if measure.greater_is_better else "higher"
+        self.worse_by = f"{measure.name} is {abs(better):.3g} {direction} (standard error {error:.2g})"
+        # A loss compared instead of the run's metric must not condemn the final weights.
+        self.matched_start = self.matched_start or not is_worse or measure.name != self.inputs.plan.metric
         losses, rate = logged(state, "loss"), self.inputs.highest_rate
-        decision = made_worse(self.behind, self.behind_by, losses, rate, self.untrained_loss)
+        decision = made_worse(self.num_worse, self.worse_by, losses, rate, self.untrained_loss)
         if decision.action == "stop":
             raise Diverged(decision.reason)
 
-    def judge_end(self, state: Any) -> None:
-        """Stop or warn when the loss ended high, or what is kept is worse than before step 1."""
+    def judge_end(self, state: TrainerState) -> None:
+        """Stop or warn if the loss ended high, or if the final weights are worse than those before step 1."""
         inputs, rate = self.inputs, self.inputs.highest_rate
         if inputs.has_own_loss:
             return
         losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
         decision = ended_high(losses, eval_losses, rate, self.untrained_loss)
-        # After a rollback a loss that ends above its beginning is a failure, not a warning.
+        # After a rollback a loss that ends above its start is a failure.
         if decision.action == "stop" or (decision.action == "warn" and inputs.plan.rollbacks):
             raise Diverged(decision.reason)
-        keeps_good = self.level and inputs.recipe.train.load_best_model_at_end
-        # A budget on generic text keeps the untouched model instead.
-        if self.behind and not keeps_good and inputs.plan.generic.budget is None:
-            decision = ended_worse(self.behind_by, losses, rate, self.untrained_loss)
+        has_good_weights = self.matched_start and inputs.recipe.train.load_best_model_at_end
+        # With a budget for forgetting, the pretrained weights are kept instead.
+        if self.num_worse and not has_good_weights and inputs.plan.generic.budget is None:
+            decision = ended_worse(self.worse_by, losses, rate, self.untrained_loss)
             if decision.action == "stop":
                 raise Diverged(decision.reason)
         if decision.action == "warn":
             inputs.warn(decision.reason)
 
 
-def judged_by(task: TaskName, target: Target, metric: str, kept: Predictions) -> Measure:
-    """The run's metric; the loss in the place of one that is no function of sums over rows, or of many of them."""
-    found = measure_of(task, target, metric)
-    if found.counts is None or found.counts(kept).shape[1] > MOST_NUMBERS:
+def _row_measure(task: TaskName, target: Target, metric: str, predictions: Predictions) -> Measure:
+    """Return the run's metric if it is a function of at most `MAX_COUNTS` sums over rows, else the loss."""
+    measure = measure_of(task, target, metric)
+    if measure.counts is None or measure.counts(predictions).shape[1] > MAX_COUNTS:
         return measure_of(task, target, "loss")
-    return found
+    return measure

@@ -82,7 +82,7 @@ class InitialWeights:
             if received := int(touched.count_nonzero()):
                 counts[name] = received, int((changed & touched).count_nonzero())
         if self._together:
-            counts = distributed.summed(counts)
+            counts = distributed.sum_counts(counts)
         unmoved = [name for name, (_, moved) in counts.items() if not moved]
         return ParameterChanges(
             num_tensors_with_gradient=len(counts),
