@@ -1,8 +1,8 @@
 """Rows as the untouched model sees them: labels that are probably wrong, and rows that are unlike all others.
 
-Labels are judged by linear classifiers on mean hidden states (docs/data.md: how far to trust them); a label's *margin*
-is its probability, by classifiers that did not see its row, less that of the likeliest other one. A row's distance is
-the mean of 1 - cosine to its nearest train rows (arXiv 2207.03061).
+Linear classifiers on mean hidden states judge the labels (how far to trust them: docs/guides/data.md). A label's
+*margin* is its probability, by classifiers that did not see its row, minus that of the likeliest other label. A row's
+distance is the mean of 1 - cosine to its nearest train rows (arXiv 2207.03061).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Reader:
 # ---- labels that are probably wrong --------------------------------------------------------------------------------
 
 PRECISION = 0.75
-"""Wanted of the suspects; on rows with known errors it was about that (docs/log.md)."""
+"""Wanted of the suspects; on rows with known errors it was about that (2026-11-28)."""
 PLANTED_SHARE, PLANTED, MOST_REPEATED = 0.05, 200, 5
 """Of the rows are given a wrong label at a time, again until there are so many, or so often."""
 SURE = (0.25, 0.5)

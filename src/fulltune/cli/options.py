@@ -86,7 +86,7 @@ MethodName = Annotated[
 ]
 MachineRank = Annotated[
     int | None,
-    typer.Option("--machine-rank", help="Of several machines the number of this one, from 0 (docs/scale.md)."),
+    typer.Option("--machine-rank", help="Of several machines the number of this one, from 0 (docs/guides/scale.md)."),
 ]
 Rendezvous = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""A training step's memory and work as functions of the micro batch, kept on disk; docs/memory.md has one by hand."""
+"""A training step's memory and work as functions of the micro batch; docs/concepts/memory.md computes one."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ half says the same in nine of ten cases."""
 LANGUAGE, STATES = (0.1, 1.0), (0.005, 0.03)
 """Smallest weight of the generic-text loss, which is also the first, and largest weight, each to be divided by the
 budget's limit: of a language model, whose loss is a divergence in nats a token, and of others, whose loss is 1 - cosine
-of hidden states. Above the largest ones the task was learned less and hardly less was forgotten (docs/log.md)."""
+of hidden states. Above the largest ones the task was learned less and hardly less was forgotten (2026-11-27)."""
 PASSING = 1.0
 """Drift allowed above the limit at the peak learning rate, as a multiple of the limit; it falls to 0 with the rate."""
 MOST_FACTOR = 1.5

@@ -1,4 +1,4 @@
-"""A recipe for a PyTorch Lightning `Trainer` of one's own: module and rows (docs/lightning.md)."""
+"""A recipe for a PyTorch Lightning `Trainer` of one's own: module and rows (docs/guides/training.md)."""
 
 from fulltune.lightning.module import FineTuningData, FineTuningModule
 from fulltune.lightning.prepare import FineTuning, prepare

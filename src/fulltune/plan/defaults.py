@@ -2,7 +2,7 @@
 
 Sources: Devlin et al. 2018 (BERT: 2e-5 to 5e-5, batch 16 to 32); Mosbach et al. 2020, arXiv 2006.04884 (small data:
 2e-5, warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: full
-fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on Banking77 (2e-4; see docs/log.md).
+fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on Banking77 (2e-4, 2026-11-24).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from fulltune.recipe.tasks import FACTS
 Chosen = tuple[float, str]
 ADAPTER_TIMES = 20.0
 """An adapter's best learning rate as a multiple of full fine-tuning's: 1e-3 where full takes 5e-5 (Houlsby et al. 2019:
-up to 3e-3); MiniLM-L6, 2e-4, was best at 1e-2 (docs/log.md)."""
+up to 3e-3); MiniLM-L6, whose rate is 2e-4, was best at 1e-2."""
 LORA_TIMES, MOST_LORA = 10.0, 8e-4
 """LoRA's best learning rate as a multiple of full fine-tuning's, on average (Schulman et al. 2025), and its cap: at
-2e-3 MiniLM-L6 loses what a head from a probe gives it, and in many steps it learned nothing (docs/quality.md)."""
+2e-3 MiniLM-L6 loses what a head from a probe gives it, and in long runs learned nothing (docs/concepts/statistics.md).
+"""
 
 
 RATES = {
@@ -70,8 +71,8 @@ MOST_LENGTH_EXPLAINED = 0.25
 def group_by_length(length_explained: float) -> tuple[bool, str]:
     """Batches of rows of similar length, unless they would be batches of rows of the same class.
 
-    Measured on a planted multi-label set whose labels go with the length: F1 0.75 with grouping, 1.0 without (see
-    docs/log.md). Banking77, where the class explains 13 % of the length, loses nothing.
+    Measured on a planted multi-label set whose labels go with the length: F1 0.75 with grouping, 1.0 without
+    (2026-11-24). Banking77, where the class explains 13 % of the length, loses nothing.
     """
     share = f"the target explains {length_explained:.0%} of the variance of the length"
     if length_explained >= MOST_LENGTH_EXPLAINED:

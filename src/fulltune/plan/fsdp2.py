@@ -1,4 +1,4 @@
-"""Bytes of one process when FSDP2 shards weights, gradients and AdamW's moments over N of them: see docs/memory.md."""
+"""Bytes of one process when FSDP2 shards weights, gradients and AdamW's moments over N (docs/concepts/memory.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of a training run, by arithmetic: see docs/memory.md."""
+"""Bytes of a training run, by arithmetic: see docs/concepts/memory.md."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Where weights, gradients and optimizer state may lie on some hardware, and what each way needs and gives: see
-docs/scale.md."""
+docs/guides/scale.md."""
 
 from __future__ import annotations
 

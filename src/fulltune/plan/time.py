@@ -1,4 +1,4 @@
-"""How long a run takes and what it costs, by arithmetic: see docs/memory.md, "Time"."""
+"""How long a run takes and what it costs, by arithmetic: see docs/concepts/memory.md, "Time"."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UPDATE_BYTES, HOST_UPDATE_BYTES = 36, 28
 HOST_SHARE = 0.65
 """Of the host's bandwidth that a CPU optimizer reaches: 39 of 60 GB/s."""
 PADDING_GROUPED = 1.07
-"""Measured with rows of similar length together: 6.6 % (docs/log.md)."""
+"""Measured with rows of similar length together: 6.6 % (2026-11-24)."""
 GENERIC_TOKENS = 48
 """Of a generic text that is read at an evaluation, on average of the bundled ones, cut at 64."""
 PROBE_PARTS = 3.5
@@ -39,7 +39,7 @@ PROBE_PARTS = 3.5
 the dense layer before the last one may become."""
 PROBE_SECONDS, PROBE_PASSES, PROBE_FLOPS = 2.0, 150, 2e10
 """scikit-learn's import; passes over all features in all fits, and operations a second of one core: 9,003 rows of 77
-classes took 8.5 s after the import (docs/log.md)."""
+classes took 8.5 s after the import (2026-11-26)."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def together(seconds: Mapping[str, float]) -> float:
 
 def traffic(shapes: Shapes, settings: MemorySettings, shared: Sharing | None) -> tuple[int, int]:
     """Bytes that each process sends for each micro batch, and once in an optimizer step, by rings, which pass
-    (N - 1) / N of a tensor for each gather and reduction of N processes (docs/scale.md, "Traffic"); `shared` None:
-    each holds everything."""
+    (N - 1) / N of a tensor for each gather and reduction of N processes (docs/guides/scale.md, "Traffic"). Without
+    `shared` each process holds everything."""
     processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0

@@ -46,7 +46,7 @@ AS_GOOD = 0.02
 """Of the loss on held-out rows: the most regularised probe that is as good as the best but for this share is taken."""
 EASED = 8.0
 """The start is fitted at the strength that held-out rows prefer over this: a head that fits the train rows as well as
-it can leaves no gradient to the body (docs/quality.md)."""
+it can leaves no gradient to the body (docs/concepts/statistics.md)."""
 _USUAL_HIDDEN_SIZE = 1_024
 
 

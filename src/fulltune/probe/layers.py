@@ -1,7 +1,7 @@
 """The linear layers of a new head: the last one, which gives the logits, and a dense one before it, such as a pooler.
 
 A pooler reads one position, such as the first token. What that position says of the mean over all tokens is linear to
-a large part, and found without labels: a classifier on it needs fewer rows (docs/quality.md).
+a large part, and found without labels: a classifier on it needs fewer rows (docs/concepts/statistics.md).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ MOST_COMPARED = 4_000
 """Items on which features are compared with others; the classifier on the best of them is fitted on all."""
 MOST_STEPS, TOLERANCE = 300, 3e-4
 """The solver's. A third of this tolerance took twice as long and found nothing better on held-out rows; three times as
-much gave a rival with 5 % more errors (docs/log.md)."""
+much gave a rival with 5 % more errors (2026-11-26)."""
 _MANY_MULTIPLICATIONS = 10**9
 """Of a product of all features with all weights: one thread takes about a second for five."""
 _LEAST_CHANCE = 1e-4

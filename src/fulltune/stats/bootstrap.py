@@ -1,4 +1,4 @@
-"""The bootstrap: metrics on thousands of resamples of clusters of rows, drawn with replacement; docs/statistics.md.
+"""The bootstrap: metrics on thousands of resamples of clusters of rows with replacement (docs/concepts/statistics.md).
 
 `resample` computes any function of the rows anew for each resample, `draw` most metrics from sums over clusters. Their
 streams of random numbers differ, so that stored scores can still be compared with new ones.

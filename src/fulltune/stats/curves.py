@@ -1,4 +1,4 @@
-"""What curves of losses and metrics say: a training that diverges, got worse, over- or under-fits (docs/guards.md).
+"""Judge curves of losses and metrics: does training diverge, get worse, over- or underfit? (docs/concepts/guards.md).
 
 All thresholds of these stand here.
 """

@@ -1,4 +1,4 @@
-"""How sure a difference of two methods is, over rows and seeds: pure functions of numbers; docs/statistics.md says why.
+"""Intervals of the difference of two methods, over rows and seeds, by pure functions (docs/concepts/statistics.md).
 
 A draw is the difference on resampled rows plus a normal number whose spread is drawn from what k seeds tell about the
 spread between seeds (chi squared, with the degrees of freedom of Welch and Satterthwaite): Student's t where seeds are

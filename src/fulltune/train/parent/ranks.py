@@ -1,5 +1,5 @@
 """`python -m fulltune.train.parent.ranks listen|join HOST:PORT ARGUMENTS`: torchrun with a store that listens on one
-address alone and unpickles nothing, unlike its own (docs/scale.md)."""
+address alone and unpickles nothing, unlike its own (docs/guides/scale.md)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
 """How the C library keeps freed memory on a CPU: small pieces join their neighbours at once, so a large block finds
 room where the last one was. Activation checkpointing of a 58 M Llama peaked at 1.63 GB instead of 2.13, as fast; see
-docs/memory.md. Other C libraries do not read it."""
+docs/concepts/memory.md. Other C libraries do not read it."""
 ALLOCATOR_OF_PARTS = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
 """With FSDP2 whole units and what they are sent in come and go between the activations: from 4 MiB on they are given
 back when they are freed. And gloo's threads have no heaps of their own. Of a 39 M Llama the highest of two processes
