@@ -91,6 +91,11 @@ def test_index_leads_to_every_guide() -> None:
     assert {target.partition("#")[0] for _, target in links} >= {f"guides/{page.name}" for page in GUIDES}
 
 
+def test_blocks_of_code_are_found() -> None:
+    assert "```" not in PROSE
+    assert PROSE.count("`") % 2 == 0
+
+
 def test_commands_are_those_of_known_programs() -> None:
     assert {shlex.split(line)[0] for line in LINES} == {*OTHERS, "fulltune"}
 
@@ -104,7 +109,8 @@ def test_parts_of_recipes_are_accepted(text: str) -> None:
 def test_settings_in_the_text_are_accepted(text: str) -> None:
     [(name, value)] = yaml.safe_load(text).items()
     block, _, inner = name.partition(".")
-    accepted({block: {inner: value} if inner else value})
+    named = {"name": "MODEL"} if block == "model" else {}
+    accepted({block: {**named, inner: value} if inner else value})
 
 
 @pytest.mark.parametrize("line", COMMANDS)
