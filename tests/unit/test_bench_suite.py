@@ -62,7 +62,9 @@ def test_finished_parts_are_not_run_again(tmp_path: Path) -> None:
     second = Starts(predict_rows=[SLOW], kill_resume=[SPEED])
     assert suite.release(tmp_path, ["predict_rows", "kill_resume"], [], False, second) == 0
     assert second.started == ["kill_resume"]
-    assert suite.release(tmp_path, ["predict_rows", "kill_resume"], ["predict_rows"], False, second) == 1, "its bar is missed now"
+    assert suite.release(tmp_path, ["predict_rows", "kill_resume"], ["predict_rows"], False, second) == 1, (
+        "its bar is missed now"
+    )
     assert second.started == ["kill_resume", "predict_rows"]
     assert len(results.read(tmp_path / "results.jsonl")) == 2
 

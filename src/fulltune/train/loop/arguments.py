@@ -38,7 +38,6 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
 
 
 def _missing_packages(recipe: Recipe) -> list[str]:
-    """Return a message for each missing package, with the command that installs it."""
     problems = []
     if recipe.train.report_to:
         from transformers.integrations.integration_utils import get_available_reporting_integrations

@@ -26,7 +26,6 @@ _log = logging.getLogger(__name__)
 
 
 def rows_in(batch: Mapping[str, Any]) -> int:
-    """Return the number of rows of a batch, the length of its first tensor."""
     return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 0)
 
 
@@ -146,7 +145,6 @@ class Guarded:
         return norm
 
     def on_skip(self, step: int, verdict: StepVerdict) -> None:
-        """Log that a step is skipped."""
         _log.warning("step %d is skipped: %s", step, verdict.reason)
 
     @property
@@ -155,7 +153,6 @@ class Guarded:
         return is_layerwise or bool(self.is_deepspeed_enabled)
 
     def _summed(self, *values: torch.Tensor | float) -> list[float]:
-        """Sum each value over all processes; the host waits for the device once."""
         totals = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in values])
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
@@ -222,7 +219,6 @@ def _is_all_masked(labels: object) -> bool:
 
 
 def _first_non_finite_module(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
-    """Name the first module, in the order of computation, whose output is non-finite; None if all are finite."""
     names: list[str] = []
 
     def watch(name: str, module: nn.Module) -> RemovableHandle:

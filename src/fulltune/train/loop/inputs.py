@@ -45,7 +45,6 @@ class AttemptInputs:
 
     @property
     def data(self) -> Path:
-        """Folder of the prepared rows."""
         return Path(self.request.run_folder) / "data"
 
     @property

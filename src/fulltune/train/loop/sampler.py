@@ -117,7 +117,6 @@ class GlobalBatchSampler:
             yield from epochs.global_batches()[max(0, first_step - begin) : last_step - begin]
 
     def global_batches(self) -> list[list[int]]:
-        """Return the epoch's global batches; only the last may be smaller."""
         mixed = [row for source in self.mixed for row in source.drawn(self.seed, self.epoch)]
         batches = self._drawn([*range(self._task_rows), *mixed], f"{self.seed}:{self.epoch}")
         for number, step in enumerate(self.rollbacks, start=1):
@@ -136,7 +135,6 @@ class GlobalBatchSampler:
         return tuple(tokens.astype(np.int64).tolist())
 
     def _drawn(self, order: list[int], seed: str) -> list[list[int]]:
-        """Shuffle rows into global batches."""
         draw = random.Random(seed)
         draw.shuffle(order)
         size = self.global_batch_size

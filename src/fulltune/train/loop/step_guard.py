@@ -54,7 +54,6 @@ class StepHistory:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
-        """Read a history from the JSON values of a checkpoint; other names are ignored."""
         saved: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
         return cls(**saved)
@@ -123,7 +122,7 @@ def _non_finite_value(loss: float, norm: float | None) -> str | None:
 def _skipped(
     history: StepHistory, step: int, reason: str, causes: str, max_in_a_row: int = RECENT_STEPS
 ) -> StepVerdict:
-    """Skip the step, or stop if it is the last of `max_in_a_row` or too many recent steps were skipped."""
+    """Skip the step, or stop after `max_in_a_row` skips in a row or `MAX_SKIPPED` recent ones."""
     skipped = (*(skip for skip in history.skipped if step - RECENT_STEPS < skip < step), step)
     extended = replace(history, skipped=skipped)
     in_a_row = sum(skip > step - max_in_a_row for skip in skipped)
@@ -138,7 +137,7 @@ def _skipped(
 
 
 def _outlier(history: StepHistory, loss: float, norm: float | None, rows: float) -> str | None:
-    """Describe a step whose loss and norm are both outliers, with wider limits for fewer rows; None for others."""
+    """Describe a step whose loss and norm are both outliers; fewer rows widen the limits."""
     if norm is None or norm <= 0 or not history.first or len(history.log_norms) < MIN_CLEAN_STEPS:
         return None
     median, spread = _median_and_spread(history.log_norms, MIN_NORM_SPREAD)
@@ -154,7 +153,7 @@ def _outlier(history: StepHistory, loss: float, norm: float | None, rows: float)
 
 
 def _stayed_high(history: StepHistory) -> str | None:
-    """Describe a loss that rose above its baseline and stayed there; None otherwise."""
+    """Describe a loss that rose above its baseline and stayed there."""
     before, recent = history.losses[:-RECENT_STEPS], history.losses[-RECENT_STEPS:]
     if not history.first or len(before) < MIN_CLEAN_STEPS:
         return None
@@ -170,7 +169,6 @@ def _stayed_high(history: StepHistory) -> str | None:
 
 
 def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[float, float]:
-    """Return the median and the robust standard deviation, at least `min_spread`."""
     median = statistics.median(values)
     return median, max(min_spread, MAD * statistics.median(abs(value - median) for value in values))
 

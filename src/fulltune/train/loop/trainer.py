@@ -37,8 +37,7 @@ ITEMS = "num_items"
 
 
 def _leave_process_group(worker: int) -> None:
-    """Move a DataLoader worker to its own process group, so that stop signals do not reach it."""
-    if hasattr(os, "setpgrp"):  # not on Windows; rows are needed until the last step is saved
+    if hasattr(os, "setpgrp"):  # a stop signal must not reach the worker: the last step needs rows; not on Windows
         os.setpgrp()
 
 
@@ -133,22 +132,18 @@ class FullTrainer(Guarded, Trainer):
 
     @property
     def _optimizer(self) -> Any:
-        """The optimizer as training wraps it."""
         return self.optimizer
 
     @property
     def eval_rows(self) -> Sequence[Row]:
-        """The eval rows, in their order."""
         return cast("Sequence[Row]", self.eval_dataset)
 
     def add_parts(self, parts: Sequence[TrainerCallback]) -> None:
-        """Add callbacks and parts, which act in this order."""
         self.parts = [*self.parts, *(part for part in parts if isinstance(part, TrainingPart))]
         for part in parts:
             self.add_callback(part)
 
     def resume_parts(self, state: Mapping[str, Any]) -> None:
-        """Restore the step guard and all parts from a checkpoint's state."""
         self.guard_history = StepHistory.from_json(state)
         for part in self.parts:
             part.resume(state)
@@ -250,7 +245,6 @@ class FullTrainer(Guarded, Trainer):
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Load a checkpoint's weights into the model, under any placement."""
         if self.is_deepspeed_enabled:
             zero.load_weights(self.model_wrapped, checkpoint)
         elif fsdp2.is_in(checkpoint):

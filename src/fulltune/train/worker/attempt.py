@@ -1,11 +1,12 @@
-"""What an attempt does, from the pretrained weights to the saved model; `main` runs it and names its outcome."""
+"""Runs an attempt from the pretrained weights to the saved model; `main` turns the result into an `Outcome`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from transformers import TrainerCallback, TrainerState
 
 from fulltune import methods
@@ -30,7 +31,7 @@ from fulltune.train.worker.loading import Loaded
 
 @dataclass(frozen=True)
 class Training:
-    """What was loaded, ready to be trained."""
+    """The loaded model and rows with their trainer and its parts."""
 
     inputs: AttemptInputs
     loaded: Loaded
@@ -39,11 +40,11 @@ class Training:
     monitor: DriftMonitor
     checkpoints: Checkpoints
     checks: list[Check]
-    """Pre-training checks completed so far."""
+    """Completed checks before step 1."""
 
 
 def train(inputs: AttemptInputs) -> dict[str, Any]:
-    """Load, check, train, keep the best weights, save; returns the outcome's fields, in the first process alone."""
+    """Load, check, train, choose the weights and save; returns fields of `Outcome`, none on ranks but 0."""
     plan = inputs.plan
     loaded = loading.load_for_training(inputs)
     trainer = loading.make_trainer(inputs, loaded)
@@ -58,7 +59,7 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
         checks=[],
     )
     trainer.add_parts(_parts(training))
-    # bf16 weights compute in bf16 without autocast, and then LoRA's layers need their own casts.
+    # bf16 weights compute in bf16 without autocast; LoRA's layers then need their own casts.
     autocast = plan.precision != "fp32" and plan.weights_dtype == "fp32"
     with methods.without_casts(loaded.applied, autocast):
         _check(training)
@@ -70,7 +71,6 @@ def train(inputs: AttemptInputs) -> dict[str, Any]:
 
 
 def _parts(training: Training) -> list[TrainerCallback]:
-    """All parts of the training, in the order in which they act; the model is still the untouched one."""
     inputs, trainer = training.inputs, training.trainer
     return [
         Progress(trainer, trainer.sampler, inputs.recorder, inputs.journal, inputs.observed, lambda: _begin(training)),
@@ -84,7 +84,6 @@ def _parts(training: Training) -> list[TrainerCallback]:
 
 
 def _begin(training: Training) -> None:
-    """When everything is ready for step 1: try the engine, and score the eval rows where the plan says so."""
     inputs, trainer = training.inputs, training.trainer
     trainer.lower_rates()
     if inputs.in_engine:
@@ -96,34 +95,33 @@ def _begin(training: Training) -> None:
         trainer.evaluate()
     elif trainer.state.global_step == 0:
         training.monitor.read()
-    _stop_before_training(inputs)  # asked while the eval rows were scored
+    _stop_before_training(inputs)  # a signal may have come while the eval rows were scored
 
 
 def _trained(training: Training) -> dict[str, Any]:
-    """Keep the weights before step 1 on disk and train; then judge the curve, count what moved, put the best weights
-    into the model, and save it."""
+    """Save the initial weights, train, judge the curves, count changed values, load the best weights and save them."""
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, observed = inputs.request, inputs.recorder, inputs.journal, inputs.observed
-    plan, together, initial = inputs.plan, inputs.sharing is not None, None
+    plan, is_sharded, initial = inputs.plan, inputs.sharing is not None, None
     journal.at("saving")
-    if inputs.is_main or together:
-        before = request.initial_weights(trainer.args.process_index)
-        initial = weights.InitialWeights(trainer.model, before, together)
+    if inputs.is_main or is_sharded:
+        file = request.initial_weights(trainer.args.process_index)
+        initial = weights.InitialWeights(trainer.model, file, is_sharded)
     state, optimizer = _fit(training)
     journal.at_rest()
     if plan.num_processes > 1 and observed.meter is not None:
         observed.memory_growth_per_process = tuple(distributed.all_gather(observed.growth_bytes()))
     training.evaluator.judge_end(state)
     journal.at("saving")
-    if initial is None:  # the first process saves and reports
+    if initial is None:  # rank 0 saves and reports
         return {}
-    moved = initial.moved(trainer.model, optimizer, trainer.tensors_with_gradient)
-    decision = nothing_learned(moved, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
+    changes = initial.moved(trainer.model, optimizer, trainer.tensors_with_gradient)
+    decision = nothing_learned(changes, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
     if decision.action == "stop":
         raise GuardStop(decision.reason)
-    kept = keep_best(inputs, trainer, state)
-    # Unless the weights are shared out, the first process is alone by now: it scores all rows.
-    held = keep_within(inputs, trainer, training.monitor, training.evaluator.metric_of)
+    best = keep_best(inputs, trainer, state)
+    # Unless the weights are sharded, only rank 0 is left: it scores all rows.
+    budget = keep_within(inputs, trainer, training.monitor, training.evaluator.metric_of)
     recorder.phase("saving the model")
     if loaded.scaled is not None:
         loaded.scaled.fold(trainer.model)
@@ -137,17 +135,16 @@ def _trained(training: Training) -> dict[str, Any]:
     return {
         "reason": "early stopping" if state.global_step < plan.total_steps else "all steps done",
         "steps": state.global_step,
-        **kept,
-        **({} if held is None else {"best_metric": held.choice.metric, "weights_reason": held.weights_reason}),
+        **best,
+        **({} if budget is None else {"best_metric": budget.choice.metric, "weights_reason": budget.weights_reason}),
         "tokens_by_source": trainer.sampler.tokens_by_source(state.global_step) if inputs.summary.mixed else (),
-        "parameter_changes": moved,
+        "parameter_changes": changes,
         "checks": tuple(training.checks),
         "model_folder": str(request.model_folder.relative_to(request.run_folder)),
     }
 
 
 def _check(training: Training) -> None:
-    """Run the checks before step 1 and the dry run; refuse when one failed."""
     inputs, observed, checks = training.inputs, training.inputs.observed, training.checks
     _stop_before_training(inputs)
     inputs.recorder.phase(CHECKS)
@@ -155,30 +152,30 @@ def _check(training: Training) -> None:
     checks += before_training(inputs, training.loaded, training.trainer)
     passed = all(check.passed for check in checks)
     if passed and inputs.in_engine:
-        return  # the dry run follows when its engine exists
+        return  # `_begin` runs the dry run, once the engine exists
     if passed and inputs.request.dry_run:
         checks += dry_run(inputs, training.trainer, training.evaluator.reduced)
         observed.dry_run_growth_bytes = observed.growth_bytes()
-        if (need := observed.forecast) is not None:
-            if warning := short_notice_warning(inputs.recipe.train.notice, need.stop_seconds):
+        if (forecast := observed.forecast) is not None:
+            if warning := short_notice_warning(inputs.recipe.train.notice, forecast.stop_seconds):
                 inputs.recorder.warn(warning)
-            inputs.recorder.write(Forecast(time=need, peak_memory_bytes=observed.dry_run_growth_bytes))
+            inputs.recorder.write(Forecast(time=forecast, peak_memory_bytes=observed.dry_run_growth_bytes))
     refuse_failed(checks, inputs.recorder)
 
 
-def _fit(training: Training) -> tuple[Any, Any]:
+def _fit(training: Training) -> tuple[TrainerState, torch.optim.Optimizer]:
     """Train, from the checkpoint if there is one; returns the trainer's state and the optimizer."""
     inputs, trainer, request = training.inputs, training.trainer, training.inputs.request
     inputs.journal.at("step" if request.checkpoint is None else "resuming")
     if request.checkpoint is not None:
         checkpoint = Path(request.checkpoint)
-        kept = checkpoints.guard_state(checkpoint)
-        if len({kept["base_weights"], training.loaded.base_digest} - {None}) > 1:
+        saved = checkpoints.guard_state(checkpoint)
+        if len({saved["base_weights"], training.loaded.base_digest} - {None}) > 1:
             raise SetupError(
                 f"model: {inputs.recipe.model.name}: its weights are not those that this run began with; put them "
                 "back, or start a new run (--fresh)"
             )
-        trainer.resume_parts(kept)
+        trainer.resume_parts(saved)
         state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
         if state.global_step >= inputs.plan.total_steps or training.checkpoints.is_over(state):
             inputs.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
@@ -193,11 +190,11 @@ def _fit(training: Training) -> tuple[Any, Any]:
     trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
     if inputs.stop.is_asked:
         raise InterruptedRun(f"stopped on request after step {trainer.state.global_step:,}, which is saved")
-    return trainer.state, trainer.optimizer
+    return trainer.state, cast("torch.optim.Optimizer", trainer.optimizer)
 
 
 def _stop_before_training(inputs: AttemptInputs) -> None:
-    """Stop where it was asked for while the model was loaded or checked; several processes agree only after a step."""
+    """Stop if a signal came while the model was loaded or checked; several processes agree only after a step."""
     if inputs.stop.is_asked and inputs.plan.num_processes == 1:
         step = inputs.request.first_step
         raise InterruptedRun(

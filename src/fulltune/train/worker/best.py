@@ -38,7 +38,6 @@ def keep_best(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) 
 
 
 def _at_end(inputs: AttemptInputs, state: TrainerState) -> dict[str, Any]:
-    """Return the fields of the last weights, with a metric if the last step was evaluated."""
     name = f"eval_{inputs.plan.metric}"
     scored = [entry[name] for entry in state.log_history if name in entry and entry["step"] == state.global_step]
     return {"best_step": state.global_step, "best_metric": scored[-1] if scored else None}

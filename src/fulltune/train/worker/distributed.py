@@ -23,7 +23,6 @@ def all_gather(value: T) -> list[T]:
 
 
 def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Sum each name's two counts over all ranks."""
     parts = all_gather(dict(counts))
     of_name = {name: [part[name] for part in parts if name in part] for part in parts for name in part}
     return {name: (sum(first for first, _ in pairs), sum(last for _, last in pairs)) for name, pairs in of_name.items()}

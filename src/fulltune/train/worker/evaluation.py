@@ -88,7 +88,6 @@ class Evaluator(TrainingPart):
         return max(measured or 0.0, inputs.task.chance_loss(inputs.summary, weights))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Stop a run whose loss has diverged."""
         if self.inputs.has_own_loss or "loss" not in event["logs"]:
             return
         decision = diverged(logged(state, "loss"), self.inputs.highest_rate, self.untrained_loss)
@@ -112,7 +111,6 @@ class Evaluator(TrainingPart):
             self._compare(measure, self.start_counts, now, state)
 
     def _compare(self, measure: Measure, start: np.ndarray, now: np.ndarray, state: TrainerState) -> None:
-        """Count consecutive worse evaluations after the warm-up, and stop by `made_worse`."""
         better, error = gain(measure, start, now)
         is_worse = not math.isfinite(better) or better < -BEYOND_CHANCE * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps

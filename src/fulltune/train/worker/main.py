@@ -1,5 +1,5 @@
-"""One attempt as `python -m fulltune.train.worker.main request.json`, or in the parent's process when the user gave
-functions: trained, saved, the outcome written."""
+"""Entry point of an attempt: `python -m fulltune.train.worker.main request.json`, or `run` in the parent's process if
+the user supplies the loss."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ _MEANINGS: dict[type[BaseException], OutcomeStatus] = {
     DoesNotFitError: "does_not_fit",
     FulltuneError: "refused",
 }
-"""The first of these that an exception is one of."""
+"""Status by exception class; the first match counts."""
 
 
 def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:
-    """Run an attempt and turn whatever happens into an outcome, which is also written to `outcome.json`."""
-    with contextlib.ExitStack() as until_the_end:  # in the user's own process Ctrl-C must work again after training
+    """Run an attempt and return its outcome, whatever happens; rank 0 also writes it to `outcome.json`."""
+    with contextlib.ExitStack() as cleanup:  # in the user's own process Ctrl-C must work again after training
         started = time.monotonic()
         rank = int(os.environ.get("RANK", "0"))
         path = request.folder / "journal.jsonl" if rank == 0 else None
         journal = Journal(path)
         observed = Observed()
         try:
-            trained = _train(request, hooks, journal, listener, observed, until_the_end)
-            ended = {"status": "done", "reason": "", **trained}
+            fields = _train(request, hooks, journal, listener, observed, cleanup)
+            ended = {"status": "done", "reason": "", **fields}
         except BaseException as error:
             status, reason = meaning_of(error, request.folder)
             if status in ("error", "out_of_memory"):
-                with contextlib.suppress(OSError):  # the log lies on the disk that may be full
+                with contextlib.suppress(OSError):  # the disk of the log may be full
                     traceback.print_exc()
             if status == "disk_full":
                 checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
@@ -75,7 +75,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         if rank == 0:
             outcome.save(request.folder / "outcome.json")
         elif outcome.status != "done":
-            # When one process fails the others only see a closed connection: the parent reads what really happened.
+            # If one rank fails, the others only see a closed connection: the parent reads the cause.
             outcome.save(request.folder / f"outcome-rank{rank}.json")
         return outcome
 
@@ -86,19 +86,19 @@ def _train(
     journal: Journal,
     listener: Listener | None,
     observed: Observed,
-    until_the_end: contextlib.ExitStack,
+    cleanup: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    # Imported here: an error while torch and transformers load becomes an outcome as well.
+    # Imported here, so that an error while torch and transformers load becomes an outcome as well.
     from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
     from fulltune.train.loop.inputs import AttemptInputs
     from fulltune.train.worker import attempt
 
     stop = StopWhenAsked()
 
-    def ask(*_: object) -> None:
+    def ask_to_stop(*_: object) -> None:
         stop.is_asked = True
 
-    until_the_end.enter_context(signals.answered(ask))
+    cleanup.enter_context(signals.answered(ask_to_stop))
     limit, device = request.plan.memory_limit_bytes, request.plan.device
     if device == "cuda":
         journal.write("allocator", memory.allocator_in_words(os.environ))
@@ -109,8 +109,8 @@ def _train(
 
 
 def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
-    """What an exception means for the next attempt; the folder is where it wrote."""
-    if failures := getattr(error, "failures", None):  # torch's `CheckpointException`: of each process, and a traceback
+    """Return the status and the reason for an exception of an attempt that writes into this folder."""
+    if failures := getattr(error, "failures", None):  # torch's `CheckpointException`, with each rank's error
         return meaning_of(next(iter(failures.values()))[0], folder)
     text = " ".join(str(error).split())
     name = type(error).__name__
@@ -125,7 +125,7 @@ def meaning_of(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
 
 
 def _end_with_parent(parent_pid: int) -> None:
-    """A worker whose parent was killed must not go on training unseen; nor one whose torchrun was, beside the next."""
+    """End this worker when its parent or its torchrun is killed, so that it does not train beside the next attempt."""
     started_by = os.getppid()
 
     def watch() -> None:
@@ -141,7 +141,7 @@ def _end_with_parent(parent_pid: int) -> None:
 
 
 def main(file: str, parent: str | None = None) -> int:
-    """Entry of the child process; on another machine than the request's writer it has a parent of its own."""
+    """Run the request in `file`; `parent` is the process to end with, on machines other than the request's."""
     request = Request.load(Path(file))
     parent_pid = request.parent_pid if parent is None else int(parent)
     if parent_pid is not None:

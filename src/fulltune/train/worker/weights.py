@@ -1,4 +1,4 @@
-"""Whole weights before, during and after training; of a model that is shared out all processes call these functions."""
+"""Weights before, during and after training; for a sharded model all ranks must call these functions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fulltune import methods
 from fulltune.files import write_json
@@ -21,23 +22,24 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.training import ParameterChanges
 from fulltune.tasks import Target, causal_lm
+from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim import fsdp2, zero
 from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.worker import distributed
 
 
-def held(parameter: Any) -> torch.Tensor:
-    """A parameter's values on the CPU, with FSDP2 this process's part; of half precision ZeRO's fp32 copy."""
+def on_cpu(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Copy a parameter to the CPU: with FSDP2 this rank's shard, with ZeRO the fp32 master copy."""
     if zero.is_in_engine(parameter) or hasattr(parameter, "ds_id"):
         return zero.whole(parameter).cpu()
     return sharding.local(parameter.detach()).cpu()
 
 
-def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
-    """AdamW's running mean of squared gradients on the CPU, in the shape of `held` and positive where a value has
-    received a gradient; None with optimizers that have none."""
+def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor | None:
+    """Return AdamW's running mean of squared gradients on the CPU, in the shape of `on_cpu`; None for other optimizers.
+    It is positive where a value has received a gradient."""
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer  # accelerate's and an engine's wrappers
+        optimizer = optimizer.optimizer  # wrappers of accelerate and DeepSpeed
     if zero.is_in_engine(parameter):
         if not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return None
@@ -48,21 +50,21 @@ def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
 
 
 class InitialWeights:
-    """The trained weights before step 1, on disk; with `together` each process writes and compares its part."""
+    """The trainable weights before step 1, on disk; if sharded, each rank writes and compares its shard."""
 
-    def __init__(self, model: Any, path: Path, together: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, path: Path, is_sharded: bool = False) -> None:
         sharding.free(model)
-        self.path, self._together = path, together
+        self.path, self._is_sharded = path, is_sharded
         tensors = {}
         for number, (name, parameter) in enumerate(methods.trained(model).items()):
-            values = held(parameter)
+            values = on_cpu(parameter)
             if self._counts(number, parameter) or sharding.is_shared(model):
                 tensors[name] = values.contiguous()
         save_file(tensors, path)
 
-    def moved(self, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
-        """Count the values that received a gradient (a positive second moment, so that rows of unused tokens are left
-        out) and those that moved; over all processes together."""
+    def moved(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
+        """Count over all ranks the values that received a gradient (their second moment is positive, so embeddings of
+        unused tokens are not counted) and those that changed."""
         sharding.free(model)
         inner = optimizer
         while inner is not None:
@@ -73,15 +75,15 @@ class InitialWeights:
             second = second_moment(parameter, optimizer)
             if second is None and name not in with_gradient:
                 continue
-            now = held(parameter)
+            now = on_cpu(parameter)
             if not self._counts(number, parameter):
                 continue
             changed = now != self._before(name).to(now.dtype)
             touched = changed.new_ones(changed.shape) if second is None else second > 0
-            # Not `sum`, which makes eight bytes of each truth value.
+            # `sum` would need eight bytes per value.
             if received := int(touched.count_nonzero()):
                 counts[name] = received, int((changed & touched).count_nonzero())
-        if self._together:
+        if self._is_sharded:
             counts = distributed.sum_counts(counts)
         unmoved = [name for name, (_, moved) in counts.items() if not moved]
         return ParameterChanges(
@@ -92,20 +94,20 @@ class InitialWeights:
             unchanged_tensors=tuple(unmoved[:20]),
         )
 
-    def _counts(self, number: int, parameter: Any) -> bool:
-        """Whether this process counts a parameter: whole ones are counted in turn, so that none keeps them all."""
-        if not self._together or hasattr(parameter, "placements"):
+    def _counts(self, number: int, parameter: torch.nn.Parameter) -> bool:
+        # Replicated parameters are assigned to ranks in turn, so that no rank stores a full copy.
+        if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
 
     def _before(self, name: str) -> torch.Tensor:
-        """A tensor as it was. The file is opened anew for each, or all of it would stay in memory."""
+        # Opened for each tensor, or the whole file would stay in memory.
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
 
 
 def own_file(folder: Path, prefix: str) -> Path:
-    """Where this process may keep its `InitialWeights`; what killed ones left there is removed."""
+    """Return this process's file for `InitialWeights`, and remove files of processes that were killed."""
     for left in folder.glob(f"{prefix}*.safetensors"):
         process = left.stem.removeprefix(prefix)
         if process.isdigit() and not _exists(int(process)):
@@ -123,14 +125,14 @@ def _exists(process: int) -> bool:
     return True
 
 
-def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
-    """Put the weights of a checkpoint after which nothing is left to train into the model; returns its optimizer."""
-    # Which tensors received a gradient was seen by the attempt before; only optimizers without second moments ask.
+def load_finished(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> torch.optim.Optimizer:
+    """Load the checkpoint of the last step into the model and return its optimizer."""
+    # Only optimizers without second moments need this; an earlier attempt saw the gradients.
     trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
     if trainer.is_deepspeed_enabled:
-        # Only its engine holds what is read; transformers has no public way to make one without training.
+        # Only the engine can read it; transformers has no public way to create one without training.
         trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
-        return trainer.optimizer
+        return cast("torch.optim.Optimizer", trainer.optimizer)
     trainer.load_weights(checkpoint)
     optimizer = trainer.create_optimizer()
     fsdp2.load_optimizer(trainer.model, optimizer, checkpoint)
@@ -138,17 +140,22 @@ def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
 
 
 def save_model(
-    applied: methods.Applied, tokenizer: Any, folder: Path, recipe: Recipe, summary: DataSummary, is_first: bool = True
+    applied: methods.Applied,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    recipe: Recipe,
+    summary: DataSummary,
+    is_first: bool = True,
 ) -> None:
-    """Write a plain Hugging Face folder, or of a small method only what it trains, in place of an older one when it is
-    whole; sharded models by all processes."""
+    """Write a Hugging Face model folder, or only the weights of LoRA and the like; a complete folder replaces an older
+    one."""
     part = folder.with_name(folder.name + ".part")
     if is_first:
         shutil.rmtree(part, ignore_errors=True)
     if recipe.method.kind == "full":
-        _save_whole(applied.model, part, is_first)
+        _save_full(applied.model, part, is_first)
     else:
-        _hold_whole(applied.model)
+        _gather_trained(applied.model)
         if is_first:
             save(applied, part, recipe.task, applied.model.name_or_path)
     if not is_first:
@@ -158,9 +165,9 @@ def save_model(
     notes = {
         "task": summary.task,
         **target.as_notes(),
-        # Of tables without a header line; null: they have one.
+        # For tables without a header line.
         "table_columns": recipe.data.columns,
-        # Not that of the longest train row: another text may be longer.
+        # The limit if there is one: other texts may be longer than the longest train row.
         "max_length": summary.limit or summary.max_length,
     }
     if recipe.method.kind != "full":
@@ -173,8 +180,8 @@ def save_model(
     part.rename(folder)
 
 
-def _hold_whole(model: Any) -> None:
-    """Have each process hold the trained parameters whole, few as they are; the model is not trained any more."""
+def _gather_trained(model: PreTrainedModel) -> None:
+    """Gather the few trained parameters on each rank; the model cannot be trained afterwards."""
     sharding.free(model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -184,20 +191,20 @@ def _hold_whole(model: Any) -> None:
                 setattr(module, name, torch.nn.Parameter(sharding.whole(parameter.detach())))
 
 
-def _save_whole(model: Any, folder: Path, is_first: bool) -> None:
-    """As `save_pretrained` does, file by file where the weights are shared out: no process ever holds all of them."""
+def _save_full(model: PreTrainedModel, folder: Path, is_first: bool) -> None:
+    """Save like `save_pretrained`; sharded weights file by file, so that no rank holds all of them."""
     in_engine = zero.holds(model)
     is_shared = in_engine or sharding.is_shared(model)
-    # `save_pretrained` knows the names that tensors have in files, where those are others.
-    in_one = is_shared and getattr(model, "_weight_conversions", None)
-    state = fsdp2.whole_state(model, zero.whole if in_engine else sharding.whole) if in_one else {}
-    # With it `save_pretrained` would ask the other processes for their parts, one by one.
+    # `save_pretrained` converts tensors that have other names in files.
+    at_once = is_shared and getattr(model, "_weight_conversions", None)
+    state = fsdp2.whole_state(model, zero.whole if in_engine else sharding.whole) if at_once else {}
+    # With this entry `save_pretrained` would gather the shards itself.
     vars(model.config).pop("distributed_config", None)
     if is_first:
         model.save_pretrained(folder, state_dict=state if is_shared else None)
-    if is_shared and not in_one:
+    if is_shared and not at_once:
         (zero if in_engine else fsdp2).write_whole(model, folder)
     if is_first and in_engine:
-        # transformers notes the type that the engine computes in.
+        # transformers writes the dtype that the engine computes in.
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", values | {"dtype": "float32"})
