@@ -108,7 +108,7 @@ def comparison(methods: Sequence[Method] = CLASSIFICATION, **changes: Any) -> Co
         "looks": (_look(1, False), _look(2, False), _look(3, True)),
         "findings": (),
         "openings": (_opening(),),
-        "moved_unit": "nats per token" if loss else "1 - cosine",
+        "drift_unit": "nats per token" if loss else "1 - cosine",
         "generic_text": "docstrings of the Python standard library",
         "num_trials": 39,
         "seconds": 2712.0,
@@ -200,7 +200,7 @@ def _row(method: Method, full: Method, base: Method | None, sign: int) -> Method
         peak_memory_bytes=round(1480 * MIB * (0.5 + method.memory / 2)) if trained else 0,
         memory_growth_bytes=round(912 * MIB * method.memory) if trained else 0,
         saved_bytes=round(90.9e6 * method.saved) if trained else 0,
-        moved=None
+        drift=None
         if method.drift is None
         else Estimate(value=method.drift, low=method.drift * 0.9, high=method.drift * 1.1),
         seconds_per_row=0.00124 if trained else None,

@@ -22,7 +22,7 @@ from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
 from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 from fulltune.records.plan import GenericTexts
-from fulltune.report.run.held import held_back
+from fulltune.report.run.about_forgetting import budget_advice
 from fulltune.train.forgetting import within_budget
 from fulltune.train.forgetting.generic import Replay, divergence
 from tests import plans, tiny
@@ -274,7 +274,7 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "infeasible" in report
     assert "the untouched model's" in report
-    evidence, helps = held_back(found)
+    evidence, helps = budget_advice(found)
     assert "keeps the untouched model" in evidence
     assert "--set preserve.budget=" in helps
     assert runs.events(tmp_path, "steered") == []

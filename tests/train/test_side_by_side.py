@@ -49,8 +49,8 @@ def test_several_recipes_end_with_what_parts_side_by_side_cost(tmp_path: Path) -
     assert shown.index("topics") > shown.index(f"card.html    {tmp_path / 'both' / 'intents' / 'card.html'}")
     found = ManyTasks.load(tmp_path / "both" / "tasks.json")
     assert list(found.tasks) == ["intents", "topics"]
-    assert [way.method for way in found.ways] == ["full", "lora"]
-    assert found.ways[1].stored_bytes < found.ways[0].stored_bytes
+    assert [way.method for way in found.methods] == ["full", "lora"]
+    assert found.methods[1].stored_bytes < found.methods[0].stored_bytes
     for task in ("intents", "topics"):
         assert (tmp_path / "both" / task / "card.md").exists()
     # The same command trains nothing again.

@@ -13,19 +13,19 @@ from rich.console import Console
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import content
 from fulltune.report.format import pages
-from fulltune.report.format.blocks import Block, Headline, Section
+from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.report.format.words import Writer
 from tests import comparisons
 
 
-def printed(parts: Iterable[Headline | Section | Block]) -> str:
+def printed(parts: Iterable[Headline | Section | Element]) -> str:
     console = Console(width=80, file=io.StringIO())
     pages.show(console, parts)
     return console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
 def shown(comparison: Comparison) -> str:
-    return printed(content.in_short(comparison))
+    return printed(content.for_terminal(comparison))
 
 
 def expected(comparison: Comparison, metric: str, **changes: object) -> str:

@@ -105,7 +105,7 @@ def run(
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    parts = report.in_short(folder)
+    parts = report.for_terminal(folder)
     pages.show(out, parts)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
     if not any(isinstance(part, Headline) and part.kind == "worse" for part in parts):
@@ -231,7 +231,7 @@ def evaluate(
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    pages.show(out, report.in_short(folder))
+    pages.show(out, report.for_terminal(folder))
 
 
 @app.command()
@@ -388,14 +388,14 @@ def selfcheck(
         from fulltune import selfcheck as checking
         from fulltune.report.format import pages
         from fulltune.report.format.pages import section_in_markdown
-        from fulltune.report.format.words import write_harmless
+        from fulltune.report.format.words import write_sanitized
         from fulltune.system.run_folder import writing
 
         page = checking.run(lambda line: status.update(escape(line)))
     shown = checking.in_blocks(page)
     if output is not None:
         with writing(output):
-            write_harmless(output, section_in_markdown(shown))
+            write_sanitized(output, section_in_markdown(shown))
     if as_json:
         stages.print_json(page.model_dump(mode="json"))
     else:

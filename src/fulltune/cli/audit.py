@@ -84,8 +84,8 @@ def audit(recipe: Recipe, folder: Path, wanted: Wanted) -> None:
 def show(target: Path, folder: Path, as_json: bool) -> None:
     """What the model will see, and what looks wrong."""
     from fulltune.report.format import pages
-    from fulltune.report.run.about_data import rows_in_short
-    from fulltune.report.run.data_page import audit_in_short
+    from fulltune.report.run.about_data import rows_for_terminal
+    from fulltune.report.run.data_page import audit_for_terminal
 
     summary, audit = DataSummary.of_run(folder), Audit.load(folder / "data" / AUDIT)
     proofs = proofs_of(folder, audit)
@@ -97,7 +97,7 @@ def show(target: Path, folder: Path, as_json: bool) -> None:
         }
         stages.print_json(summary.model_dump(mode="json") | more)
         return
-    pages.show(out, [*rows_in_short(summary), *audit_in_short(audit, proofs)])
+    pages.show(out, [*rows_for_terminal(summary), *audit_for_terminal(audit, proofs)])
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
         out.print(f"review:  fulltune data {escape(str(target))} --review", soft_wrap=True)

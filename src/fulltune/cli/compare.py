@@ -20,7 +20,7 @@ from fulltune.recipe.file import load_recipe
 from fulltune.report.comparison import content
 from fulltune.report.comparison.many_tasks import many_tasks, on_one_base
 from fulltune.report.format import pages
-from fulltune.report.format.blocks import Block, Headline, Section
+from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.system import run_folder
 from fulltune.text import parse_seconds
 
@@ -46,7 +46,7 @@ def compare(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
-        _show(content.in_short(found), cards)
+        _show(content.for_terminal(found), cards)
 
 
 def _compare_many(
@@ -69,7 +69,7 @@ def _compare_many(
         found[name], cards = _run(recipe, run, budget, began)
         if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
-            _show(content.in_short(found[name]), cards)
+            _show(content.for_terminal(found[name]), cards)
     together = many_tasks(found)
     with run_folder.writing(parent):
         files = report.write_tasks(parent, together)
@@ -79,7 +79,7 @@ def _compare_many(
         _show([on_one_base(together)], files)
 
 
-def _show(parts: Iterable[Headline | Section | Block], files: Sequence[Path]) -> None:
+def _show(parts: Iterable[Headline | Section | Element], files: Sequence[Path]) -> None:
     pages.show(out, parts)
     for path in files:
         out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)

@@ -137,7 +137,7 @@ def comparison_of(
         looks=tuple(ran.looks),
         findings=(),
         openings=openings,
-        moved_unit="nats per token" if summary.form.reads_any_text else "1 - cosine",
+        drift_unit="nats per token" if summary.form.reads_any_text else "1 - cosine",
         generic_text=context.texts[1],
         num_trials=len(context.kept_results()),
         seconds=round(context.seconds_spent, 1),
@@ -185,14 +185,14 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
                 peak_memory_bytes=max(one.peak_memory_bytes for one in runs),
                 memory_growth_bytes=max(one.memory_growth_bytes for one in runs),
                 saved_bytes=runs[0].saved_bytes,
-                moved=_moved(context, runs),
+                drift=_drift(context, runs),
                 seconds_per_row=middle(one.seconds_per_row or 0.0 for one in runs),
             )
         )
     return tuple(rows)
 
 
-def _moved(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
+def _drift(context: Context, results: Sequence[TrialResult]) -> Estimate | None:
     """Return the mean drift of a method's models on generic text, with a bootstrap interval over the texts."""
     folder = context.folder / GENERIC
     if not (folder / f"{BASE}.npz").exists():

@@ -276,7 +276,7 @@ class MethodRow(Record):
     peak_memory_bytes: int = 0
     memory_growth_bytes: int = 0
     saved_bytes: int = 0
-    moved: Estimate | None = None
+    drift: Estimate | None = None
     """How far generic text, mean over texts and seeds."""
     seconds_per_row: float | None = None
     """To answer a test row, in batches."""
@@ -304,7 +304,7 @@ class Comparison(Record):
     looks: tuple[Look, ...]
     findings: tuple[Finding, ...]
     openings: tuple[Opening, ...]
-    moved_unit: str
+    drift_unit: str
     """`nats per token` or `1 - cosine`."""
     generic_text: str
     """Where the generic texts come from."""
@@ -335,7 +335,7 @@ class Comparison(Record):
 # ---- several tasks on one base ---------------------------------------------------------------------------------
 
 
-class Way(Record):
+class MethodOverTasks(Record):
     """One method for all tasks: a whole model for each, or one base with what the method trained for each."""
 
     method: str
@@ -360,5 +360,5 @@ class ManyTasks(Record):
     base_bytes: int
     tasks: dict[str, Decision]
     """By the name of its recipe, which is that of its comparison's folder, too."""
-    ways: tuple[Way, ...]
+    methods: tuple[MethodOverTasks, ...]
     """Full first; only methods that all tasks compared."""

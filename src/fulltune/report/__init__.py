@@ -9,10 +9,10 @@ from fulltune.records.comparison import Comparison
 from fulltune.records.scores import Scores
 from fulltune.report.comparison import content as about_comparison
 from fulltune.report.comparison.many_tasks import write_tasks
-from fulltune.report.format.blocks import Block, Headline, Section
+from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.report.format.pages import write_pages
 from fulltune.report.format.plots import cost_picture
-from fulltune.report.format.words import write_harmless
+from fulltune.report.format.words import write_sanitized
 from fulltune.report.run import content
 from fulltune.report.run.content import build
 from fulltune.report.run.data_page import write_data_page
@@ -20,7 +20,7 @@ from fulltune.report.run.model_card import merged_card, model_card
 from fulltune.report.run.read import read_run
 
 __all__ = [
-    "in_short",
+    "for_terminal",
     "write",
     "write_comparison",
     "write_data_page",
@@ -37,9 +37,9 @@ def write(folder: Path) -> Path:
     return write_pages(Path(folder) / "report", build(read_run(folder)))
 
 
-def in_short(folder: Path) -> list[Headline | Section | Block]:
+def for_terminal(folder: Path) -> list[Headline | Section | Element]:
     """What of a run's report stands in the terminal at its end."""
-    return content.in_short(read_run(Path(folder)))
+    return content.for_terminal(read_run(Path(folder)))
 
 
 def write_comparison(folder: Path) -> tuple[Path, ...]:
@@ -72,11 +72,11 @@ def _comparison_in(folder: Path) -> Path:
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
     """Write the model card beside the trained weights; `scores`: the trial's, where no file of its own has them."""
-    write_harmless(Path(model_folder) / "README.md", model_card(read_run(folder, scores), Path(model_folder)))
+    write_sanitized(Path(model_folder) / "README.md", model_card(read_run(folder, scores), Path(model_folder)))
 
 
 def write_merged_card(source: Path, model_folder: Path, task: str) -> None:
     """Write `README.md` into the folder of a merged model, from that of the model it was made of."""
     path = Path(source) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_harmless(Path(model_folder) / "README.md", merged_card(text, Path(model_folder).name, task))
+    write_sanitized(Path(model_folder) / "README.md", merged_card(text, Path(model_folder).name, task))

@@ -1,4 +1,4 @@
-"""The proof card: what it says, that foreign text stays text, and that its one JSON makes it again."""
+"""The proof card: what it says, that untrusted text stays text, and that its one JSON makes it again."""
 
 from __future__ import annotations
 

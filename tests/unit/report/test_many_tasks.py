@@ -23,7 +23,7 @@ def together(shares: bool = True) -> ManyTasks:
 
 def test_full_is_stored_once_a_task_and_parts_beside_one_base() -> None:
     found, rows = together(), {row.method: row for row in comparisons.comparison().rows}
-    ways = {way.method: way for way in found.ways}
+    ways = {way.method: way for way in found.methods}
     assert list(ways) == ["full", "head", "lora", "adapter", "prompt"]
     assert found.base_bytes == rows["full"].saved_bytes
     assert ways["full"].stored_bytes == 2 * rows["full"].saved_bytes
@@ -36,18 +36,18 @@ def test_variant_of_full_is_a_whole_model_for_each_task(tmp_path: Path) -> None:
     one = comparisons.comparison()
     rows = [row.model_copy(update={"kind": "variant"} if row.method == "lora" else {}) for row in one.rows]
     found = many_tasks(dict.fromkeys(("a", "b"), one.model_copy(update={"rows": tuple(rows)})))
-    way = next(way for way in found.ways if way.method == "lora")
+    way = next(way for way in found.methods if way.method == "lora")
     assert way.stored_bytes == 2 * way.bytes_per_task
     page, _ = report.write_tasks(tmp_path, found)
     assert "with adapter for each" in page.read_text(encoding="utf-8")
-    alone = found.model_copy(update={"ways": tuple(one for one in found.ways if one.kind in ("full", "variant"))})
+    alone = found.model_copy(update={"methods": tuple(one for one in found.methods if one.kind in ("full", "variant"))})
     page, _ = report.write_tasks(tmp_path, alone)
     assert "One base" not in page.read_text(encoding="utf-8")
 
 
 def test_difference_is_the_mean_with_the_error_of_independent_tasks() -> None:
     one = comparisons.comparison().decision.difference("lora")
-    behind = next(way for way in together().ways if way.method == "lora").behind
+    behind = next(way for way in together().methods if way.method == "lora").behind
     assert behind is not None
     assert behind.value == pytest.approx(one.estimate)
     # Each task's own interval, which is Student's with few seeds, and of all methods together.
@@ -56,7 +56,7 @@ def test_difference_is_the_mean_with_the_error_of_independent_tasks() -> None:
 
 
 def test_metrics_that_are_no_shares_are_not_averaged() -> None:
-    assert all(way.behind is None for way in together(shares=False).ways)
+    assert all(way.behind is None for way in together(shares=False).methods)
 
 
 def test_no_method_in_common_is_refused() -> None:

@@ -13,8 +13,8 @@ import pytest
 from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 from fulltune.records.plan import Setting
 from fulltune.records.scores import Confusion, Estimate
+from fulltune.report.run.about_forgetting import budget_advice
 from fulltune.report.run.content import conclude
-from fulltune.report.run.held import held_back
 from fulltune.report.run.read import read_run
 from fulltune.report.run.verdict import RunFacts, next_steps
 from fulltune.stats.curves import Curves, Fit
@@ -73,11 +73,11 @@ def kept(chosen: float, *drifts: float) -> BudgetResult:
 def test_budget_that_holds_a_model_back_says_what_would_not(
     found: BudgetResult | None, evidence: str, helps: str
 ) -> None:
-    said = held_back(found)
+    said = budget_advice(found)
     assert (evidence in said[0], helps in said[1]) == (True, True)
     assert (said == ("", "")) == (evidence == "")
     if evidence:
-        (step,) = next_steps(but(held_back=said, train_loss=GROWING))
+        (step,) = next_steps(but(budget_advice=said, train_loss=GROWING))
         assert helps in step
         assert "rate" not in step
 

@@ -59,7 +59,7 @@ def test_metric_without_rows_of_train_is_said_in_report_and_terminal(
     report.write(classification)
     text = (classification / "report.md").read_text(encoding="utf-8")
     assert expected in text.replace("\\", "")
-    assert Paragraph(expected) in report.in_short(classification)
+    assert Paragraph(expected) in report.for_terminal(classification)
 
 
 def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", rows: str = "r") -> Access:
@@ -83,7 +83,7 @@ def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> No
     lines = [access(name), access("other", day=1), access("of other rows", rows="s")]
     log = classification.parent / ACCESSES
     log.write_text("".join(json.dumps(one.model_dump()) + "\n" for one in lines), encoding="utf-8")
-    [headline] = [part for part in report.in_short(classification) if isinstance(part, Headline)]
+    [headline] = [part for part in report.for_terminal(classification) if isinstance(part, Headline)]
     assert "scored 2 times here, the first on 2026-11-01" in headline.note
     report.write(classification)
     for page in ("report.md", "report.html"):

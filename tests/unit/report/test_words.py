@@ -1,4 +1,4 @@
-"""Numbers and foreign text in words, as tables."""
+"""Numbers and untrusted text in words, as tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_what_processes_send_is_a_line(each_pass: int, passes: int, machines: in
 
 
 def test_harmless_control_and_direction_marks_are_shown_by_code() -> None:
-    assert words.harmless("a\x1b[31m\x00\u202eb\r\nc\td é 😀👩\u200d🔬 שלום") == (
+    assert words.sanitized("a\x1b[31m\x00\u202eb\r\nc\td é 😀👩\u200d🔬 שלום") == (
         "a⟨U+001B⟩[31m⟨U+0000⟩⟨U+202E⟩b\nc\td é 😀👩\u200d🔬 שלום"
     )
 

@@ -1,4 +1,4 @@
-"""The two reports: what they show, and that foreign text stays text."""
+"""The two reports: what they show, and that untrusted text stays text."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from fulltune.plan.ways_out import as_flags
 from fulltune.records.plan import MemoryKind, Plan, Setting, Survey, TimeNeed
 from fulltune.records.training import Measurements
 from fulltune.report.format import words
-from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Row, Section, Table
+from fulltune.report.format.blocks import Code, Element, Facts, Paragraph, Section, Table, TableRow
 from fulltune.report.format.words import short_count
 from fulltune.text import counted, format_bytes, format_seconds
 
@@ -38,7 +38,7 @@ def sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
     yield _section("next", *_what_next(survey, plan))
 
 
-def _section(title: str, *blocks: Block) -> Section:
+def _section(title: str, *blocks: Element) -> Section:
     return Section(title, title, blocks)
 
 
@@ -86,13 +86,13 @@ def _found(survey: Survey) -> list[tuple[str, str]]:
     return [*rows, ("assumed", "; ".join(survey.assumptions))] if survey.assumptions else rows
 
 
-def _memory(survey: Survey, plan: Plan) -> list[Block]:
+def _memory(survey: Survey, plan: Plan) -> list[Element]:
     need, disk = plan.memory, plan.disk
     kinds = need.kinds if need else {}
     sizes = [gib(size) for size in (*(kinds.get(kind, 0) for kind in KINDS), sum(kinds.values()))]
     row = ("device" if plan.device == "cuda" else "memory", *sizes, gib(survey.device_free_bytes))
     header = ("GiB", *KINDS, "sum", "of")
-    blocks: list[Block] = [Table("", header, (row,), frozenset(range(1, len(header))))]
+    blocks: list[Element] = [Table("", header, (row,), frozenset(range(1, len(header))))]
     blocks += [Paragraph(words.at_the_peak(kinds))] if kinds else []
     if need is not None and need.peak_phase != "step":
         blocks.append(Paragraph(f"more than a step needs: {DOING[need.peak_phase]}, {format_bytes(need.peak)}"))
@@ -109,7 +109,7 @@ def _memory(survey: Survey, plan: Plan) -> list[Block]:
 
 
 def _placements(survey: Survey) -> Table:
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for one in survey.placements:
         chosen = one.name == survey.placement
         last = ("", "", (one.shortage or "").replace(" GiB", ""))
@@ -147,7 +147,7 @@ def _time(survey: Survey, plan: Plan, need: TimeNeed) -> list[tuple[str, str]]:
     ]
 
 
-def _settings(settings: Sequence[Setting]) -> list[Block]:
+def _settings(settings: Sequence[Setting]) -> list[Element]:
     """Those that were chosen with their reasons; the recipe's own and the defaults in a line."""
     reasoned = [one for one in settings if one.reason not in ("default", FROM_RECIPE)]
     rows = [(one.name, in_yaml(one.value), one.reason) for one in reasoned]
@@ -165,7 +165,7 @@ def _settings(settings: Sequence[Setting]) -> list[Block]:
     ]
 
 
-def _ways_out(survey: Survey) -> list[Block]:
+def _ways_out(survey: Survey) -> list[Element]:
     rows = tuple(
         (f"{number} {way.change}", gib(way.frees_bytes), "yes" if way.enough else "no", way.costs)
         for number, way in enumerate(survey.ways_out, 1)
@@ -178,11 +178,11 @@ def _ways_out(survey: Survey) -> list[Block]:
     return [table, said, *flags] if flags else [table]
 
 
-def _what_next(survey: Survey, plan: Plan | None) -> list[Block]:
+def _what_next(survey: Survey, plan: Plan | None) -> list[Element]:
     """The commands that measure what the advice can only guess, and that run the plan."""
     if plan is None:
         return [Paragraph("nothing fits as it is: first take one of the ways out")]
-    blocks: list[Block] = []
+    blocks: list[Element] = []
     if survey.comparison:
         blocks.append(Paragraph("to decide on your own rows: a fair comparison, each method at its best rate"))
         blocks.append(Code(survey.comparison, "sh"))

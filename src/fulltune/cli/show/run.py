@@ -29,9 +29,9 @@ from fulltune.records.plan import Plan
 from fulltune.report.comparison.content import expectation
 from fulltune.report.format import pages
 from fulltune.report.format.words import Writer
-from fulltune.report.run.about_data import mixed_words, rows_in_short
+from fulltune.report.run.about_data import mixed_words, rows_for_terminal
+from fulltune.report.run.about_forgetting import verdict
 from fulltune.report.run.about_training import check_table
-from fulltune.report.run.held import verdict
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 _MOST_ROWS = 8
@@ -147,7 +147,7 @@ class Display:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
             self.console.print(f"[dim]rows as before: {rows}[/dim]")
         elif self.details:
-            pages.show(self.console, rows_in_short(summary))
+            pages.show(self.console, rows_for_terminal(summary))
 
     def _plan(self, plan: Plan) -> None:
         if self.details:

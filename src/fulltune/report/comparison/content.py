@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from fulltune.records.comparison import Comparison, Decision, Difference, Expectation, MethodRow, Search
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
-    Block,
     Bullets,
     Cell,
     Code,
+    Element,
     Facts,
     Figures,
     Folded,
@@ -19,8 +19,8 @@ from fulltune.report.format.blocks import (
     Report,
     Section,
     Table,
-    foreign,
     unless_empty,
+    untrusted,
 )
 from fulltune.report.format.plots import CostPlot, Mark, cost_plot
 from fulltune.report.format.words import NOTHING, Writer, fine_share, ratio, short, short_count
@@ -51,7 +51,7 @@ def build(comparison: Comparison, picture: str = "") -> Report:
     )
 
 
-def in_short(comparison: Comparison) -> list[Headline | Section | Block]:
+def for_terminal(comparison: Comparison) -> list[Headline | Section | Element]:
     """What stands in the terminal."""
     parts = (
         _headline(comparison),
@@ -142,7 +142,7 @@ def _why(comparison: Comparison) -> Section | None:
     return unless_empty("Why", [Bullets(items)] if items else [])
 
 
-def _methods(comparison: Comparison) -> tuple[Block, ...]:
+def _methods(comparison: Comparison) -> tuple[Element, ...]:
     fewer = [row.method for row in comparison.rows if row.waited and row.method != comparison.decision.recommended]
     tables = (_quality(comparison), _cost(comparison))
     if not fewer:
@@ -153,7 +153,7 @@ def _methods(comparison: Comparison) -> tuple[Block, ...]:
 
 def _name(row: MethodRow, comparison: Comparison) -> Cell:
     """The method's name, pointed at when it is the recommended one."""
-    return foreign(f"{_POINTER}{row.method}" if row.method == comparison.decision.recommended else row.method)
+    return untrusted(f"{_POINTER}{row.method}" if row.method == comparison.decision.recommended else row.method)
 
 
 def _quality(comparison: Comparison) -> Table:
@@ -171,7 +171,7 @@ def _quality(comparison: Comparison) -> Table:
                 write.estimate(row.metric),
                 "reference" if row.kind == "full" else behind.get(row.method, NOTHING),
                 NOTHING if row.gain_share is None else fine_share(row.gain_share),
-                NOTHING if row.moved is None else format_number(row.moved.value),
+                NOTHING if row.drift is None else format_number(row.drift.value),
                 NOTHING if row.search is None else chosen_rate(row.search),
                 str(len(row.seeds) or NOTHING),
             )
@@ -182,7 +182,7 @@ def _quality(comparison: Comparison) -> Table:
     caption = (
         f"Quality on the sealed test rows. {recommended}{write.name}: mean over seeds, with its {level} interval over "
         f"{spread}. The difference's interval holds for all deciding methods together; above 0 full is better. "
-        f"Moved: {comparison.moved_unit} on generic text. *: best rate at the edge of those tried"
+        f"Moved: {comparison.drift_unit} on generic text. *: best rate at the edge of those tried"
     )
     better = f"full is better by{' [points]' if write.in_points else ''}"
     metric = f"{write.name} [{level}]"
@@ -255,7 +255,7 @@ def _plot(comparison: Comparison, picture: str) -> Section | None:
     return Section("plot", "Quality against cost", blocks) if drawn else None
 
 
-def _fairness(comparison: Comparison) -> Block:
+def _fairness(comparison: Comparison) -> Element:
     found = marks(comparison)
     return Bullets(tuple(found)) if found else Paragraph("No unfair setting was found.")
 
@@ -283,11 +283,11 @@ def marks(comparison: Comparison) -> list[str]:
 
 def how(comparison: Comparison) -> Section:
     """The section: rows, time, what could be found, rates, baselines, versions."""
-    blocks: list[Block] = [Facts(tuple(facts(comparison))), _searches(comparison)]
+    blocks: list[Element] = [Facts(tuple(facts(comparison))), _searches(comparison)]
     if comparison.baselines:
         write = Writer.of(comparison.decision)
         scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
-        rows = tuple((foreign(one.name), write.estimate(one.metrics[comparison.decision.metric])) for one in scored)
+        rows = tuple((untrusted(one.name), write.estimate(one.metrics[comparison.decision.metric])) for one in scored)
         blocks.append(Table("Without training", ("baseline", write.name), rows, frozenset({1})))
     if comparison.looks:
         looks = tuple(
@@ -324,7 +324,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("could find", could_find if expected.detectable else ""),
         ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
-        ("moved", f"{comparison.moved_unit} against the untouched model, on {comparison.generic_text}"),
+        ("moved", f"{comparison.drift_unit} against the untouched model, on {comparison.generic_text}"),
     ]
     return [(name, value) for name, value in found if value]
 
@@ -370,7 +370,7 @@ def _searches(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
     rows = tuple(
         (
-            foreign(one.method),
+            untrusted(one.method),
             _tried(one.tried, write) or NOTHING,
             _tried(one.whole, write) or NOTHING,
             chosen_rate(one),

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fulltune.errors import RecipeError
-from fulltune.records.comparison import Comparison, ManyTasks, Way
+from fulltune.records.comparison import Comparison, ManyTasks, MethodOverTasks
 from fulltune.records.scores import Estimate
 from fulltune.report.comparison.content import label
 from fulltune.report.format import words
-from fulltune.report.format.blocks import Block, Paragraph, Row, Section, Table, foreign
+from fulltune.report.format.blocks import Element, Paragraph, Section, Table, TableRow, untrusted
 from fulltune.report.format.pages import section_in_markdown
 from fulltune.report.format.words import NOTHING, Writer, ratio
 from fulltune.text import counted, format_bytes, format_seconds, is_share
@@ -37,10 +37,10 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
     # A full model's file is the base with a small head.
     base = min(one[full].saved_bytes for one in rows.values())
 
-    def way(method: str) -> Way:
+    def way(method: str) -> MethodOverTasks:
         found = {task: one[method] for task, one in rows.items()}
         stored, kind = sum(row.saved_bytes for row in found.values()), found[next(iter(found))].kind
-        return Way(
+        return MethodOverTasks(
             method=method,
             kind=kind,
             stored_bytes=stored + (0 if kind in ("full", "variant") else base),  # a variant is a whole model, too
@@ -54,7 +54,7 @@ def many_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
         model=first.model,
         base_bytes=base,
         tasks={task: one.decision for task, one in comparisons.items()},
-        ways=tuple(map(way, (full, *methods))),
+        methods=tuple(map(way, (full, *methods))),
     )
 
 
@@ -72,41 +72,50 @@ def _behind(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
 def write_tasks(folder: Path, found: ManyTasks) -> tuple[Path, ...]:
     """Write `tasks.md` and `tasks.json` into a folder; returns their paths."""
     found.save(folder / RECORD)
-    words.write_harmless(folder / PAGE, section_in_markdown(on_one_base(found)))
+    words.write_sanitized(folder / PAGE, section_in_markdown(on_one_base(found)))
     return folder / PAGE, folder / RECORD
 
 
 def on_one_base(found: ManyTasks) -> Section:
     """What the tasks come to together: sentences, and a table of methods, of tasks and of scores."""
-    write, ways, scores, tasks = Writer("accuracy", _MARGIN), list[Row](), list[Row](), list[Row]()
-    for way in found.ways:
-        apart = "reference" if way.kind == "full" else NOTHING
-        if way.behind:
-            apart = write.interval(way.behind.value, way.behind.low, way.behind.high)
-        costs = (format_bytes(way.stored_bytes), format_bytes(way.bytes_per_task), format_seconds(way.train_seconds))
-        ways.append((foreign(way.method), *costs, apart))
+    write, totals, scores, tasks = (
+        Writer("accuracy", _MARGIN),
+        list[TableRow](),
+        list[TableRow](),
+        list[TableRow](),
+    )
+    for method in found.methods:
+        apart = "reference" if method.kind == "full" else NOTHING
+        if method.behind:
+            apart = write.interval(method.behind.value, method.behind.low, method.behind.high)
+        costs = (
+            format_bytes(method.stored_bytes),
+            format_bytes(method.bytes_per_task),
+            format_seconds(method.train_seconds),
+        )
+        totals.append((untrusted(method.method), *costs, apart))
     for task, decision in found.tasks.items():
-        name, metric = foreign(task), Writer(decision.metric, _MARGIN)
-        tasks.append((name, foreign(label(decision)), metric.name))
-        scores.append((name, *(metric.estimate(way.scores[task]) for way in found.ways)))
+        name, metric = untrusted(task), Writer(decision.metric, _MARGIN)
+        tasks.append((name, untrusted(label(decision)), metric.name))
+        scores.append((name, *(metric.estimate(method.scores[task]) for method in found.methods)))
     cost = ("method", "stored", "one more task", "training", "full is better by [points], mean over the tasks")
-    methods = ("task", *(way.method for way in found.ways))
-    blocks: tuple[Block, ...] = (
+    header = ("task", *(method.method for method in found.methods))
+    blocks: tuple[Element, ...] = (
         Paragraph(words.file_name(found.model)),
         *map(Paragraph, _summary(found)),
-        Table("Methods, for all tasks together", cost, tuple(ways), frozenset(range(1, len(cost)))),
+        Table("Methods, for all tasks together", cost, tuple(totals), frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
-        Table("Scores on each task's test rows", methods, tuple(scores), frozenset(range(1, len(methods)))),
+        Table("Scores on each task's test rows", header, tuple(scores), frozenset(range(1, len(header)))),
     )
     return Section("tasks", f"{counted(len(found.tasks), 'task')} on one base", blocks)
 
 
 def _summary(found: ManyTasks) -> list[str]:
-    full, *others = found.ways
+    full, *others = found.methods
     # A head alone decides nothing; of the rest those that are not known to be worse.
-    on_base = [way for way in others if way.kind != "variant"]
-    fair = [way for way in on_base if way.kind != "head" and (way.behind is None or way.behind.low <= 0)]
-    smallest = min(fair or on_base, key=lambda way: way.stored_bytes, default=None)
+    on_base = [method for method in others if method.kind != "variant"]
+    fair = [method for method in on_base if method.kind != "head" and (method.behind is None or method.behind.low <= 0)]
+    smallest = min(fair or on_base, key=lambda method: method.stored_bytes, default=None)
     said = [
         f"A full model for each of {counted(len(found.tasks), 'task')}: {format_bytes(full.stored_bytes)} of weights, "
         "on disk and, with all loaded, in memory."
@@ -117,6 +126,6 @@ def _summary(found: ManyTasks) -> list[str]:
             f"{format_bytes(smallest.stored_bytes)}, {ratio(smallest.stored_bytes / full.stored_bytes)}; each "
             f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
         )
-    if all(way.behind is None for way in others):
+    if all(method.behind is None for method in others):
         said.append("The tasks' metrics cannot be averaged, or one seed says too little: see each task's report.")
     return said

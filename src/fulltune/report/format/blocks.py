@@ -18,7 +18,7 @@ class Cell:
     """Length of a bar beside the text, 0 to 1."""
     heat: float | None = None
     """Shade behind the text, 0 to 1; the text always carries the number too."""
-    foreign: bool = False
+    untrusted: bool = False
     """Text from data or a model: shown as it is, isolated from the text around it."""
     limit: int | None = None
     """So many characters of it are shown on a page; in Markdown and on a terminal at most 160, without a limit 80."""
@@ -26,10 +26,10 @@ class Cell:
     def shown(self, on_page: bool = False) -> str:
         """The text as far as there is room for it, and how much was left out."""
         most = self.limit if on_page else min(self.limit or 80, 160)
-        return clipped(self.text, most) if self.foreign and most else self.text
+        return clipped(self.text, most) if self.untrusted and most else self.text
 
 
-Row = tuple[Cell | str, ...]
+TableRow = tuple[Cell | str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Table:
     caption: str
     """Empty: the section's title says it."""
     header: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     numeric: frozenset[int] = frozenset()
     """Columns whose text is aligned to the right."""
     matrix: bool = False
@@ -124,10 +124,10 @@ class Folded:
     """A long part that opens on request; Markdown prints it in full."""
 
     title: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[Element, ...]
 
 
-Block = Paragraph | Bullets | Facts | Table | Figures | Code | Previews | Exchanges | Folded
+Element = Paragraph | Bullets | Facts | Table | Figures | Code | Previews | Exchanges | Folded
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Section:
 
     anchor: str
     title: str
-    blocks: tuple[Block, ...] = field(default=())
+    blocks: tuple[Element, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,11 @@ class Report:
     sections: tuple[Section, ...]
 
 
-def unless_empty(title: str, blocks: Sequence[Block]) -> Section | None:
+def unless_empty(title: str, blocks: Sequence[Element]) -> Section | None:
     """A section, or nothing when there is nothing to say in it."""
     return Section(title.lower().replace(" ", "-"), title, tuple(blocks)) if blocks else None
 
 
-def foreign(text: str, limit: int | None = None) -> Cell:
+def untrusted(text: str, limit: int | None = None) -> Cell:
     """A cell of text from data or a model, cut after `limit` characters; an empty text is said to be empty."""
-    return Cell(named(text), foreign=True, limit=limit)
+    return Cell(named(text), untrusted=True, limit=limit)

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from fulltune.records.data import Segment
 from fulltune.report.format.blocks import (
-    Block,
     Bullets,
     Cell,
     Code,
+    Element,
     Exchanges,
     Facts,
     Figures,
@@ -32,7 +32,7 @@ from fulltune.report.format.blocks import (
     Section,
     Table,
 )
-from fulltune.report.format.words import clipped, one_line, write_harmless
+from fulltune.report.format.words import clipped, one_line, write_sanitized
 from fulltune.text import listed
 
 LOADING = "loading.py.j2"
@@ -55,9 +55,9 @@ def page(report: Report, template: str = "report.html.j2") -> str:
 
 def write_pages(path: Path, report: Report, template: str = "report.html.j2", private: bool = True) -> Path:
     """Write the report as Markdown and HTML, beside each other; the path of the latter."""
-    write_harmless(path.with_suffix(".md"), markdown(report), private)
+    write_sanitized(path.with_suffix(".md"), markdown(report), private)
     target = path.with_suffix(".html")
-    write_harmless(target, page(report, template), private)
+    write_sanitized(target, page(report, template), private)
     return target
 
 
@@ -113,7 +113,7 @@ def _fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def _block(block: Block) -> Iterator[str]:
+def _block(block: Element) -> Iterator[str]:
     match block:
         case Paragraph():
             yield from (escaped(block.text), "")
@@ -176,7 +176,7 @@ _STYLES = {
 }
 
 
-def show(console: Console, parts: Iterable[Headline | Section | Block]) -> None:
+def show(console: Console, parts: Iterable[Headline | Section | Element]) -> None:
     """Print them one after the other; a table wider than the terminal continues below with its other columns."""
     for place, part in enumerate(parts):
         if place and isinstance(part, Table) and part.caption:
@@ -190,7 +190,7 @@ def show(console: Console, parts: Iterable[Headline | Section | Block]) -> None:
                 console.print(line, soft_wrap=isinstance(part, Code), highlight=False)
 
 
-def _lines(part: Headline | Block, width: int) -> Iterator[RenderableType]:
+def _lines(part: Headline | Element, width: int) -> Iterator[RenderableType]:
     match part:
         case Headline():
             style = _STYLES.get(part.kind, "bold yellow")

@@ -77,7 +77,7 @@ class CostPlot:
 
 
 @dataclass(frozen=True)
-class Series:
+class PointSeries:
     """Points of one kind."""
 
     name: str
@@ -234,7 +234,7 @@ def _curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None)
 
 
 def series_plot(
-    title: str, series: Sequence[Series], metric: str, across: str, marked: float, said: str
+    title: str, series: Sequence[PointSeries], metric: str, across: str, marked: float, said: str
 ) -> blocks.Figure:
     """Draw a metric over something else, of which one value is marked by a line."""
     markers = itertools.cycle("o^Dv")

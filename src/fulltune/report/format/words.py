@@ -77,19 +77,19 @@ def status(outcome: str) -> str:
     return "diverged" if outcome == "spiked" else outcome.replace("_", " ")
 
 
-def harmless(text: str) -> str:
+def sanitized(text: str) -> str:
     """The same text with control and direction marks shown by their code instead of obeyed."""
     return _UNSAFE.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 
 def one_line(text: str) -> str:
     """The text on one line, without anything that a terminal or a plot would obey."""
-    return " ".join(harmless(text).split())
+    return " ".join(sanitized(text).split())
 
 
-def write_harmless(path: Path, text: str, private: bool = False) -> None:
-    """Write a file whole and `harmless`: every file of a report passes through here, so no text can slip past it."""
-    write_text(path, harmless(text), private)
+def write_sanitized(path: Path, text: str, private: bool = False) -> None:
+    """Write a file whole and `sanitized`: every file of a report passes through here, so no text can slip past it."""
+    write_text(path, sanitized(text), private)
 
 
 def clipped(text: str, limit: int) -> str:

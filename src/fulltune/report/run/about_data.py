@@ -10,17 +10,17 @@ from fulltune.recipe.tasks import FORMS, FROM_FILE, Form
 from fulltune.records.data import DataSummary, Segment, SplitSummary
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
-    Block,
     Bullets,
     Cell,
+    Element,
     Facts,
     Folded,
     Paragraph,
     Previews,
-    Row,
     Section,
     Table,
-    foreign,
+    TableRow,
+    untrusted,
 )
 from fulltune.report.run.read import RunView
 from fulltune.text import counted, format_number, format_percent
@@ -80,18 +80,18 @@ def data(view: RunView) -> Section | None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
     facts.append(("fingerprint of files and settings", summary.fingerprint))
-    blocks: list[Block] = [splits(summary), *_mixed(view, summary), Facts(tuple(facts))]
+    blocks: list[Element] = [splits(summary), *_mixed(view, summary), Facts(tuple(facts))]
     if summary.notes:
         blocks.append(Bullets(tuple(words.clipped(note, _TEXT_LIMIT) for note in summary.notes)))
     blocks += [*_labels(summary), *_dropped(view, summary), *_previews(summary)]
     return Section("data", "Data", tuple(blocks))
 
 
-def rows_in_short(summary: DataSummary) -> list[Block]:
+def rows_for_terminal(summary: DataSummary) -> list[Element]:
     """What stands in the terminal once the rows are prepared."""
     kind = f"{row_words(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
     facts = [("kind of rows", kind), *_longest(summary)]
-    blocks: list[Block] = [splits(summary), Facts(tuple(facts)), *_previews(summary)]
+    blocks: list[Element] = [splits(summary), Facts(tuple(facts)), *_previews(summary)]
     if found := [*(f"mixed in: {line}" for line in mixed_words(summary)), *summary.notes]:
         blocks.append(Bullets(tuple(found)))
     return blocks
@@ -108,13 +108,13 @@ def splits(summary: DataSummary) -> Table:
     lengths = _lengths(summary, next(iter(summary.splits.values())))
     row = row_words(summary).row
     header = ("split", f"{row}s", *lengths, "dropped", "where from")
-    rows: tuple[Row, ...] = tuple(
+    rows: tuple[TableRow, ...] = tuple(
         (
             split,
             f"{found.rows:,}",
             *_lengths(summary, found).values(),
             f"{found.dropped_rows:,}",
-            Cell(source, foreign=True),
+            Cell(source, untrusted=True),
         )
         for split, found, source in [
             *((split, found, summary.sources.get(split, "-")) for split, found in summary.splits.items()),
@@ -127,7 +127,7 @@ def splits(summary: DataSummary) -> Table:
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
 
 
-def _mixed(view: RunView, summary: DataSummary) -> list[Block]:
+def _mixed(view: RunView, summary: DataSummary) -> list[Element]:
     if not summary.mixed:
         return []
     plan, tokens = view.plan, view.outcome.tokens_by_source if view.outcome else ()
@@ -147,7 +147,7 @@ def _lengths(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
     return {name: "-" if value is None else f"{value:,}" for name, value in columns.items()}
 
 
-def _labels(summary: DataSummary) -> list[Block]:
+def _labels(summary: DataSummary) -> list[Element]:
     counts = {split: found.label_counts for split, found in summary.splits.items() if found.label_counts}
     if not counts:
         return []
@@ -158,9 +158,9 @@ def _labels(summary: DataSummary) -> list[Block]:
     order = sorted(seen, key=lambda label: tuple(-found.get(label, 0) for found in counts.values()))
     first, *others = counts.values()
     most = max(1, *first.values())
-    rows: tuple[Row, ...] = tuple(
+    rows: tuple[TableRow, ...] = tuple(
         (
-            foreign(label, _CELL_LIMIT),
+            untrusted(label, _CELL_LIMIT),
             Cell(f"{first.get(label, 0):,}", bar=first.get(label, 0) / most),
             *(f"{found.get(label, 0):,}" for found in others),
         )
@@ -171,23 +171,24 @@ def _labels(summary: DataSummary) -> list[Block]:
     return [table] if len(rows) <= _LABELS_OPEN else [Folded(f"{len(rows)} {noun}s", (table,))]
 
 
-def _dropped(view: RunView, summary: DataSummary) -> list[Block]:
+def _dropped(view: RunView, summary: DataSummary) -> list[Element]:
     if not summary.dropped:
         return [Paragraph("No row was dropped.")]
     reasons = sorted(summary.dropped.items(), key=lambda item: -item[1])
-    by_reason = tuple((foreign(reason), f"{number:,}") for reason, number in reasons)
-    blocks: list[Block] = [Table("Dropped rows, by reason", ("reason", "rows"), by_reason, frozenset({1}))]
+    by_reason = tuple((untrusted(reason), f"{number:,}") for reason, number in reasons)
+    blocks: list[Element] = [Table("Dropped rows, by reason", ("reason", "rows"), by_reason, frozenset({1}))]
     if view.dropped:
         columns = ("split", "row", "check", "reason")
         rows = tuple(
-            tuple(foreign(masked_text(str(row.get(key, "-"))), _CELL_LIMIT) for key in columns) for row in view.dropped
+            tuple(untrusted(masked_text(str(row.get(key, "-"))), _CELL_LIMIT) for key in columns)
+            for row in view.dropped
         )
         title = f"the first {len(rows)} of {counted(sum(summary.dropped.values()), 'dropped row')}"
         blocks.append(Folded(title, (Table("From data/dropped.jsonl, which has all of them", columns, rows),)))
     return blocks
 
 
-def _previews(summary: DataSummary) -> list[Block]:
+def _previews(summary: DataSummary) -> list[Element]:
     shown = [*summary.previews[:_PREVIEWS], *(preview for source in summary.mixed for preview in source.previews)]
     items = tuple((_beginning(preview.segments), preview.label) for preview in shown)
     if not items:

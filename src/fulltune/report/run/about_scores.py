@@ -11,19 +11,19 @@ from fulltune.records.run import COMPARISON, Access
 from fulltune.records.scores import Answer, Calibration, Confusion, Scores
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
-    Block,
     Cell,
+    Element,
     Exchange,
     Exchanges,
     Facts,
     Figures,
     Folded,
     Paragraph,
-    Row,
     Section,
     Table,
-    foreign,
+    TableRow,
     unless_empty,
+    untrusted,
 )
 from fulltune.report.format.plots import Mark, interval_plot
 from fulltune.report.run.about_data import row_words
@@ -152,7 +152,7 @@ def answers(view: RunView) -> Section | None:
     exchanges = _pair_answers(before, after)
     if not exchanges:
         return None
-    blocks: list[Block] = [Exchanges(exchanges[:_ANSWERS_OPEN])]
+    blocks: list[Element] = [Exchanges(exchanges[:_ANSWERS_OPEN])]
     if not after:
         blocks.insert(0, Paragraph("Only the untouched model has answers; there are none after training."))
     elif rest := exchanges[_ANSWERS_OPEN:]:
@@ -192,7 +192,7 @@ def label_table(confusion: Confusion) -> Table:
             f1 = 2 * right / (given + expected)
             precision = format_percent(right / given) if given else "-"
             recall = format_percent(right / expected) if expected else "-"
-            rows.append((f1, (foreign(name, _LABEL_LIMIT), f"{expected:,}", precision, recall, format_percent(f1))))
+            rows.append((f1, (untrusted(name, _LABEL_LIMIT), f"{expected:,}", precision, recall, format_percent(f1))))
     caption = "Each label on the test rows"
     if len(rows) > _LARGEST_HEAT_TABLE:
         rows = sorted(rows, key=lambda row: row[0])[:_LARGEST_HEAT_TABLE]
@@ -203,7 +203,7 @@ def label_table(confusion: Confusion) -> Table:
 
 def _confusion_table(confusion: Confusion) -> Table | Paragraph:
     """All counts as a heat table; with many labels only the pairs that are confused most."""
-    labels = [foreign(label, _LABEL_LIMIT) for label in confusion.labels]
+    labels = [untrusted(label, _LABEL_LIMIT) for label in confusion.labels]
     totals = [max(1, sum(counts)) for counts in confusion.counts]
     if len(labels) <= _LARGEST_HEAT_TABLE:
         rows = tuple(
@@ -236,16 +236,16 @@ def mistakes(view: RunView) -> Section | None:
     worst = view.trained.worst if view.trained else ()
     if not worst:
         return None
-    blocks: list[Block] = [_mistake_table(row_words(view.summary).worst, worst[:_MISTAKES_OPEN])]
+    blocks: list[Element] = [_mistake_table(row_words(view.summary).worst, worst[:_MISTAKES_OPEN])]
     if rest := worst[_MISTAKES_OPEN:]:
         blocks.append(Folded(f"{len(rest)} more", (_mistake_table("The next ones", rest),)))
     return Section("worst-mistakes", "Worst mistakes", tuple(blocks))
 
 
 def _mistake_table(caption: str, wrong: Sequence[Answer]) -> Table:
-    rows: tuple[Row, ...] = tuple(
+    rows: tuple[TableRow, ...] = tuple(
         (
-            *(foreign(text, _MISTAKE_LIMIT) for text in (row.text, row.expected, row.predicted)),
+            *(untrusted(text, _MISTAKE_LIMIT) for text in (row.text, row.expected, row.predicted)),
             "-" if row.loss is None else format_number(row.loss),
         )
         for row in wrong
@@ -258,7 +258,7 @@ def calibration(view: RunView) -> Section | None:
     return unless_empty("Calibration", calibration_of(view.trained) if view.trained else [])
 
 
-def calibration_of(row: Scores) -> list[Block]:
+def calibration_of(row: Scores) -> list[Element]:
     """The fitted temperature, the calibration error before and after, and what they say; empty: not known."""
     found = row.calibration
     if found is None:

@@ -12,17 +12,17 @@ from fulltune.records.run import Environment
 from fulltune.records.training import Check, Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
-    Block,
     Bullets,
     Cell,
     Code,
+    Element,
     Facts,
     Figures,
     Folded,
     Paragraph,
-    Row,
     Section,
     Table,
+    TableRow,
     unless_empty,
 )
 from fulltune.report.format.plots import learning_curve
@@ -51,7 +51,7 @@ def curves(view: RunView) -> Section | None:
     """What was measured while training, one plot per series."""
     history, plan = view.history, view.plan
     # What was scaled back is of no step.
-    kept = view.outcome.best_step if view.outcome and not (view.held and view.held.weights_reason) else None
+    kept = view.outcome.best_step if view.outcome and not (view.budget and view.budget.weights_reason) else None
     chosen = (plan.metric, "loss") if plan else tuple(history.evaluation)
     series: list[tuple[str, tuple[Point, ...], str, int | None]] = [
         *((_TRAIN_TITLES[name], points, name, None) for name, points in history.train.items()),
@@ -63,7 +63,7 @@ def curves(view: RunView) -> Section | None:
     ]
     if not series:
         return None
-    blocks: list[Block] = []
+    blocks: list[Element] = []
     if (found := fit_of(view)).evidence:
         helps = f" What helps: {found.helps}." if found.helps else ""
         blocks.append(Paragraph(f"{found.sentence} {found.details}{helps}"))
@@ -103,7 +103,7 @@ def curves_of(view: RunView, plan: Plan) -> Curves:
     )
 
 
-def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Block]:
+def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Element]:
     """Every metric of the eval rows as numbers: most of them follow the one that is drawn."""
     series = {name: points for name, points in series.items() if name not in OF_GENERIC_TEXT}
     if plan is None or set(series) <= {plan.metric, "loss"}:
@@ -121,7 +121,7 @@ def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> lis
 
 def training(view: RunView) -> Section | None:
     """How every attempt ended, what it cost, what it changed, and what happened on the way."""
-    blocks: list[Block] = [_attempts(view)] if view.attempts else []
+    blocks: list[Element] = [_attempts(view)] if view.attempts else []
     journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
     # In full: advice stands at their end, and a cell is cut.
     told = dict.fromkeys(f"{_EVENTS[one.event]} {name}: {one.detail}" for name, one in journal if one.event in _EVENTS)
@@ -132,7 +132,7 @@ def training(view: RunView) -> Section | None:
         blocks.append(Bullets(tuple(events)))
     if view.outcome:
         blocks += _facts(view, view.outcome)
-    rows = tuple((name, one.time, one.event, Cell(one.detail, foreign=True)) for name, one in journal)
+    rows = tuple((name, one.time, one.event, Cell(one.detail, untrusted=True)) for name, one in journal)
     if rows:
         table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
         blocks.append(table if len(rows) <= _OPEN else Folded(f"journal of {len(rows)} events", (table,)))
@@ -141,7 +141,7 @@ def training(view: RunView) -> Section | None:
 
 def _attempts(view: RunView) -> Table:
     header = ("attempt", "status", "steps", "time of the process", "tokens/s", "peak memory", "why it ended")
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for attempt in view.attempts:
         status, facts = "no outcome", ("-", "-", "-", "its process wrote no outcome.json")
         if outcome := attempt.outcome:
@@ -149,7 +149,7 @@ def _attempts(view: RunView) -> Table:
             speed = format_number(outcome.tokens_per_second) if outcome.tokens_per_second else "-"
             peak = format_bytes(outcome.peak_memory_bytes) if outcome.peak_memory_bytes else "-"
             facts = (format_seconds(outcome.train_seconds), speed, peak, outcome.reason)
-        rows.append((attempt.name, status, f"{attempt.steps:,}", *facts[:3], Cell(facts[3], foreign=True)))
+        rows.append((attempt.name, status, f"{attempt.steps:,}", *facts[:3], Cell(facts[3], untrusted=True)))
     return Table("Attempts; each is a fresh process", header, tuple(rows), numeric=frozenset(range(2, 6)))
 
 
@@ -172,7 +172,7 @@ def changed(plan: Plan | None, outcome: Outcome) -> list[tuple[str, str]]:
     return facts
 
 
-def _facts(view: RunView, outcome: Outcome) -> list[Block]:
+def _facts(view: RunView, outcome: Outcome) -> list[Element]:
     facts = changed(view.plan, outcome)
     if updates := view.history.updates:
         facts.append(
@@ -180,7 +180,7 @@ def _facts(view: RunView, outcome: Outcome) -> list[Block]:
         )
         sizes = f"{updates.update_ratio:.1e} (median of the tensors)"
         facts.append(("size of that update to the weights", sizes))
-    blocks: list[Block] = [Facts(tuple(facts))] if facts else []
+    blocks: list[Element] = [Facts(tuple(facts))] if facts else []
     if outcome.parameter_changes and outcome.parameter_changes.unchanged_tensors:
         names = ", ".join(outcome.parameter_changes.unchanged_tensors)
         blocks.append(Paragraph(f"Received a gradient and did not change (at most 20 are named): {names}"))
@@ -199,12 +199,12 @@ def check_table(checks: Sequence[Check]) -> Table:
 
 def settings(view: RunView) -> Section | None:
     """Every setting with its value, who chose it and why."""
-    blocks: list[Block] = []
+    blocks: list[Element] = []
     if view.plan and view.plan.settings:
         rows = tuple(
             (
                 one.name,
-                Cell(words.setting_value(one.value), foreign=True),
+                Cell(words.setting_value(one.value), untrusted=True),
                 "fulltune" if one.is_automatic else "recipe",
                 one.reason,
             )
@@ -241,9 +241,9 @@ def _machines(found: Environment) -> tuple[Table, ...]:
     rows = tuple(
         (
             str(one.rank),
-            Cell(one.host, foreign=True),
+            Cell(one.host, untrusted=True),
             ranges(one.ranks) or "none",
-            Cell(listed(one.devices) or one.cpu, foreign=True),
+            Cell(listed(one.devices) or one.cpu, untrusted=True),
             str(one.num_cores),
             format_bytes(one.memory_bytes),
         )
@@ -265,23 +265,23 @@ def resources(view: RunView) -> Section | None:
     return unless_empty("Plan and actual", [*_kinds(view.plan), *_comparison(view, view.plan)])
 
 
-def _kinds(plan: Plan) -> list[Block]:
+def _kinds(plan: Plan) -> list[Element]:
     need, sent = plan.memory, words.sent(plan)
     if need is None:
         return []
-    row: Row = tuple(format_bytes(size) for size in (*need.kinds.values(), need.phases["step"]))
+    row: TableRow = tuple(format_bytes(size) for size in (*need.kinds.values(), need.phases["step"]))
     caption = f"Planned memory at the peak of a step, micro batch of {plan.micro_batch_size}"
     table = Table(caption, (*need.kinds, "together"), (row,), frozenset(range(len(row))))
     sent = f" {sent[0].upper()}{sent[1:]}: by arithmetic, not measured." if sent else ""
     return [table, Paragraph(f"{words.at_the_peak(need.kinds)}.{sent}")]
 
 
-def _comparison(view: RunView, plan: Plan) -> list[Block]:
+def _comparison(view: RunView, plan: Plan) -> list[Element]:
     """The last attempt against the plan; a plan is made for a whole run, so a resumed one has no planned time."""
     outcome = view.outcome
     if outcome is None:
         return []
-    attempt, rows = view.attempts[-1], list[Row]()
+    attempt, rows = view.attempts[-1], list[TableRow]()
     phases = {event.name: event.seconds for event in attempt.events if isinstance(event, PhaseBegan)}
     time = None if any(entry.event == "resume" for entry in attempt.journal) else plan.time
     if plan.memory or outcome.memory_growth_bytes:
@@ -301,14 +301,14 @@ def _comparison(view: RunView, plan: Plan) -> list[Block]:
     if not rows:
         return []
     caption = f"Attempt {outcome.attempt}: plan and actual; +10% means that 10% too much was planned"
-    blocks: list[Block] = [Table(caption, _HEADER, tuple(rows), numeric=frozenset(range(1, 6)))]
+    blocks: list[Element] = [Table(caption, _HEADER, tuple(rows), numeric=frozenset(range(1, 6)))]
     if outcome.status != "done" or outcome.steps != plan.total_steps:
         done = f"{outcome.steps:,} of {plan.total_steps:,} steps"
         blocks.append(Paragraph(f"The attempt ended after {done}; planned times are those of all steps."))
     return blocks
 
 
-def _row(what: str, planned: float, tried: float, actual: float, shown: Callable[[Any], str]) -> Row:
+def _row(what: str, planned: float, tried: float, actual: float, shown: Callable[[Any], str]) -> TableRow:
     def error(value: float) -> str:
         return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"
 

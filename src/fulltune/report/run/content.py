@@ -9,20 +9,20 @@ from dataclasses import replace
 from fulltune.records.comparison import Searched
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
-    Block,
     Bullets,
     Code,
+    Element,
     Figures,
     Folded,
     Headline,
     Paragraph,
     Report,
-    Row,
     Section,
     Table,
+    TableRow,
 )
-from fulltune.report.format.plots import LEARNING_RATE, Series, series_plot
-from fulltune.report.run import about_data, about_scores, about_training, held
+from fulltune.report.format.plots import LEARNING_RATE, PointSeries, series_plot
+from fulltune.report.run import about_data, about_forgetting, about_scores, about_training
 from fulltune.report.run.about_data import row_words
 from fulltune.report.run.model_card import how_to_load
 from fulltune.report.run.read import RunView
@@ -41,7 +41,7 @@ def build(view: RunView) -> Report:
         about_scores.results(view),
         search(view),
         about_training.curves(view),
-        held.section(view),
+        about_forgetting.section(view),
         about_scores.answers(view),
         about_scores.confusion(view),
         about_scores.mistakes(view),
@@ -70,10 +70,10 @@ def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     return headline, next_steps(facts) if facts else ()
 
 
-def in_short(view: RunView) -> list[Headline | Section | Block]:
+def for_terminal(view: RunView) -> list[Headline | Section | Element]:
     """What stands in the terminal: scores, answers, the verdict, how the run fits its rows, and what to try next."""
     headline, steps = conclude(view)
-    parts: list[Headline | Section | Block] = []
+    parts: list[Headline | Section | Element] = []
     if view.scores:
         table = about_scores.score_table(view)
         second = next((name for name in _SECOND_METRICS if name in table.header[2:]), "")
@@ -93,7 +93,7 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
             ("steps", f"{view.attempts[-1].steps:,}"),
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
-        if view.held is not None and view.held.choice.is_start:
+        if view.budget is not None and view.budget.choice.is_start:
             figures.append(("weights kept", "the untouched model's"))
         elif moved := outcomes[-1].parameter_changes:
             figures.append(("values moved", format_share(moved.share)))
@@ -110,14 +110,14 @@ def _missing(view: RunView) -> Section | None:
     return Section("missing", "What is missing", (lead, items)) if view.missing else None
 
 
-def _steps(steps: tuple[str, ...]) -> list[Block]:
+def _steps(steps: tuple[str, ...]) -> list[Element]:
     return [Paragraph("Run the same recipe again with one change at a time:"), Bullets(steps)] if steps else []
 
 
-def _use(view: RunView, headline: Headline) -> tuple[Block, ...]:
+def _use(view: RunView, headline: Headline) -> tuple[Element, ...]:
     folder, asked = view.model_folder, row_words(view.summary).question
     if folder is None:
-        blocks: tuple[Block, ...] = (Paragraph(_how_to_go_on(view.outcome.status if view.outcome else None)),)
+        blocks: tuple[Element, ...] = (Paragraph(_how_to_go_on(view.outcome.status if view.outcome else None)),)
     else:
         columns = Paragraph("ROWS.jsonl is any file with the columns that the model reads, see 'Data'.")
         blocks = (
@@ -156,7 +156,7 @@ def search(view: RunView) -> Section | None:
     return Section("search", "Search", (Paragraph(chosen), *_rates(found), Paragraph(cost)))
 
 
-def _rates(found: Searched) -> list[Block]:
+def _rates(found: Searched) -> list[Element]:
     name, search = words.metric_name(found.metric_name), found.rate
     short, whole = search.tried, search.whole
 
@@ -165,7 +165,7 @@ def _rates(found: Searched) -> list[Block]:
             return "-"
         return "diverged" if math.isnan(value) else format_metric(found.metric_name, value)
 
-    rows: tuple[Row, ...] = tuple(
+    rows: tuple[TableRow, ...] = tuple(
         (
             format_number(rate),
             metric(short.get(rate)),
@@ -176,6 +176,9 @@ def _rates(found: Searched) -> list[Block]:
     )
     header = ("learning rate", f"short run ({search.share:.0%} of the steps)", "whole run", "")
     table = Table(f"Learning rates with their {name} on the eval rows", header, rows, frozenset({0, 1, 2}))
-    series = [Series("short runs", tuple(short.items())), Series("whole runs", tuple(whole.items()), filled=True)]
+    series = [
+        PointSeries("short runs", tuple(short.items())),
+        PointSeries("whole runs", tuple(whole.items()), filled=True),
+    ]
     title, said = f"{name} on the eval rows by learning rate", "see the table; dashed: the chosen rate."
     return [Figures((series_plot(title, series, found.metric_name, LEARNING_RATE, search.chosen, said),)), table]

@@ -10,17 +10,17 @@ from fulltune.audit.texts.flaw import ABOUT
 from fulltune.records.audit import AUDIT, Audit, LabelErrors, Proofs, Remedy, proofs_of
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
-    Block,
     Bullets,
     Code,
+    Element,
     Folded,
     Headline,
     Paragraph,
     Report,
-    Row,
     Section,
     Table,
-    foreign,
+    TableRow,
+    untrusted,
 )
 from fulltune.report.format.pages import write_pages
 from fulltune.report.run.about_data import data
@@ -53,23 +53,23 @@ def write_data_page(folder: Path) -> Path:
             f"{counted(len(audit.checks), 'check')} found something in {rows:,} rows: {most}{more}.",
             note="Nothing was changed: each is a suspicion, with what could be done about it.",
         )
-    sections = [*audit_in_short(audit, proofs_of(folder, audit)), *(_check(audit, check) for check in audit.checks)]
+    sections = [*audit_for_terminal(audit, proofs_of(folder, audit)), *(_check(audit, check) for check in audit.checks)]
     sections += [*filter(None, [data(view)]), _next(view, audit)]
     report = Report(view.name, f"The data · {view.task}", headline, tuple(figures), tuple(sections))
     return write_pages(folder / "data", report)
 
 
-def audit_in_short(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
+def audit_for_terminal(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
     """What stands in the terminal once the rows are audited."""
     return [part for part in (_found(audit), _cleaning(proofs)) if part is not None]
 
 
 def _found(audit: Audit) -> Section:
     total = max(1, sum(audit.rows.values()))
-    blocks: list[Block] = []
+    blocks: list[Element] = []
     if audit.checks:
         rows = tuple(
-            (check, f"{count:,}", format_share(count / total), foreign(f"{first.place}: {first.reason}", _CELL))
+            (check, f"{count:,}", format_share(count / total), untrusted(f"{first.place}: {first.reason}", _CELL))
             for check, count in audit.checks.items()
             for first in audit.examples_of(check)[:1]
         )
@@ -129,11 +129,11 @@ def _cleaning(all_proofs: Sequence[Proofs]) -> Section | None:
     return Section("cleaning", "Would cleaning help?", tuple(blocks)) if blocks else None
 
 
-def _proved(proofs: Proofs) -> list[Block]:
+def _proved(proofs: Proofs) -> list[Element]:
     """What came of each cleaning step, and how that was found."""
     if not proofs.proofs:
         return [Paragraph(f"No step could be compared by {proofs.source}.")]
-    write, rows = words.Writer(proofs.metric, _MARGIN), list[Row]()
+    write, rows = words.Writer(proofs.metric, _MARGIN), list[TableRow]()
     for one in proofs.proofs:
         done, then = {"drop": "left out", "replace": "changed"}[one.action], write.value(one.before + one.difference)
         difference = write.interval(one.difference, one.low, one.high)
@@ -176,7 +176,7 @@ def _check(audit: Audit, check: str) -> Section:
         (one.place, one.text, *([one.label or "-"] if has_labels else []), one.reason, could_do(one.remedy))
         for one in examples
     )
-    rows = tuple(tuple(foreign(text, _CELL) for text in row) for row in cells)
+    rows = tuple(tuple(untrusted(text, _CELL) for text in row) for row in cells)
     first = f"The {len(rows)} surest" if any(one.score for one in examples) else f"The first {len(rows)}"
     caption = f"{first} of {count:,}; data/issues.jsonl has all" if len(rows) < count else "All of them"
     table = Table(caption, ("row", "text", *(["label"] if has_labels else []), "why", "could be"), rows)
@@ -194,7 +194,7 @@ def could_do(remedy: Remedy) -> str:
 
 def _next(view: RunView, audit: Audit) -> Section:
     folder = shlex.quote(str(view.folder))
-    blocks: list[Block] = []
+    blocks: list[Element] = []
     if audit.checks:
         blocks = [
             Paragraph("Go through these rows, the surest first, and decide: keep, leave out or change."),

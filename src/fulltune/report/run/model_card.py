@@ -12,7 +12,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.report.format import words
-from fulltune.report.format.blocks import Block, Code, Facts, Paragraph, Section
+from fulltune.report.format.blocks import Code, Element, Facts, Paragraph, Section
 from fulltune.report.format.pages import LOADING, TEMPLATES, escaped, section_in_markdown
 from fulltune.report.run import about_training
 from fulltune.report.run.about_data import has_images, mixed_words, row_words, splits
@@ -95,7 +95,7 @@ def _data(summary: DataSummary | None) -> Section | None:
     if summary is None:
         return None
     places = {split: _place(source) for split, source in summary.sources.items()}
-    blocks: list[Block] = [splits(summary.model_copy(update={"sources": places}))]
+    blocks: list[Element] = [splits(summary.model_copy(update={"sources": places}))]
     blocks += [Paragraph(f"Mixed in: {_place(line)}.") for line in mixed_words(summary)]
     if not has_images(summary):
         longest = row_words(summary).longest.capitalize()
@@ -154,13 +154,13 @@ HOW_TO_LOAD = {
 """Kind of method to how its model is loaded; `peft` stands for LoRA and prompts too."""
 
 
-def how_to_load(folder: str, view: RunView) -> tuple[Block, ...]:
+def how_to_load(folder: str, view: RunView) -> tuple[Element, ...]:
     """How a run's model is asked and loaded, in words, and in Python where not only fulltune can load it."""
     # A method's name may be another than its kind.
     kinds = (str(one.value) for one in (view.plan.settings if view.plan else ()) if one.name == "method.kind")
     kind = next(kinds, "full")
     ask = view.summary.form.how_to_ask if view.summary else ""
-    blocks: list[Block] = [Paragraph(one) for one in (ask, HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])) if one]
+    blocks: list[Element] = [Paragraph(one) for one in (ask, HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])) if one]
     if kind not in ONLY_OURS:
         code = loading_code(folder, view.task, view.summary, "" if kind == "full" else view.model)
         blocks.append(Code(code, "python"))

@@ -27,7 +27,7 @@ from fulltune.stats.curves import Point
 from fulltune.text import first_few
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
-Series = dict[str, tuple[Point, ...]]
+MetricSeries = dict[str, tuple[Point, ...]]
 _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 _MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
 _KINDS = ("baseline", "untouched", "trained")
@@ -39,9 +39,9 @@ _CUT = "cannot be read: a process was stopped while writing it, or the file was 
 class History:
     """What was measured during training, by series name and in order of steps."""
 
-    train: Series = field(default_factory=dict)
+    train: MetricSeries = field(default_factory=dict)
     """`loss`, `learning_rate`, `grad_norm`, where they were logged."""
-    evaluation: Series = field(default_factory=dict)
+    evaluation: MetricSeries = field(default_factory=dict)
     """One series per metric on the eval rows."""
     restarts: tuple[int, ...] = ()
     """First logged step of every attempt after the first."""
@@ -112,7 +112,7 @@ def merge(attempts: Sequence[AttemptFiles]) -> History:
     return History(_series(train), _series(evaluation), tuple(restarts), tuple(sorted(skipped)), updates)
 
 
-def _series(rows: Mapping[int, Mapping[str, Any]]) -> Series:
+def _series(rows: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
     names = dict.fromkeys(name for row in rows.values() for name in row)
     found = {
         name: tuple(
@@ -146,7 +146,7 @@ class RunView:
     """Parts of the report that cannot be shown, and why."""
     searched: Searched | None = None
     """How its learning rate was searched."""
-    held: BudgetResult | None = None
+    budget: BudgetResult | None = None
     """How it was held to a budget."""
     accesses: tuple[Access, ...] = ()
     """Every time that its test rows were scored, also by other runs beside it."""
@@ -223,7 +223,9 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         attempts=tuple(one for one in attempts if one.trial == trial),
         scores=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.kind), row.name))),
         searched=files.record(Searched, folder / "search.json"),
-        held=next((one for one in files.records(BudgetResult, folder.glob(BUDGET_FILES)) if one.trial == trial), None),
+        budget=next(
+            (one for one in files.records(BudgetResult, folder.glob(BUDGET_FILES)) if one.trial == trial), None
+        ),
         accesses=files.accesses(),
     )
     cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]

@@ -12,8 +12,8 @@ from fulltune.records.scores import Confusion, Estimate, Scores
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
+from fulltune.report.run.about_forgetting import budget_advice
 from fulltune.report.run.about_training import curves_of, fit_of
-from fulltune.report.run.held import held_back
 from fulltune.report.run.read import RunView, trained_row
 from fulltune.stats.curves import Curves, Fit, ended_high, still_falling, without_cause
 from fulltune.text import counted, format_metric, format_number, is_share, listed
@@ -151,7 +151,7 @@ class RunFacts:
     """That the model tells nothing apart, in words; empty: it does."""
     gives_the_usual: bool = False
     """It gives the label that by far most rows have."""
-    held_back: tuple[str, str] = ("", "")
+    budget_advice: tuple[str, str] = ("", "")
     """What the budget for generic text has kept the model from, and what helps."""
 
     @property
@@ -185,7 +185,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         bar="the untouched model" if bar is None or bar.kind == "untouched" else bar.name,
         blind=blind,
         gives_the_usual=is_usual,
-        held_back=held_back(view.held),
+        budget_advice=budget_advice(view.budget),
     )
 
 
@@ -205,7 +205,7 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
     """What to change, each alone with what speaks for it and the setting; empty where the model is better as it is."""
     if run.verdict not in ("worse", "unresolved"):
         return ()
-    evidence, helps = run.held_back
+    evidence, helps = run.budget_advice
     if evidence:  # the curves are of a model that was not kept
         return (f"{_capital(evidence)}. {_capital(helps)}.",)
     narrower = (

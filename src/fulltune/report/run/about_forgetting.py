@@ -13,11 +13,11 @@ from fulltune.report.format.blocks import (
     Figures,
     Folded,
     Paragraph,
-    Row,
     Section,
     Table,
+    TableRow,
 )
-from fulltune.report.format.plots import Series, learning_curve, series_plot
+from fulltune.report.format.plots import PointSeries, learning_curve, series_plot
 from fulltune.report.run.read import RunView
 from fulltune.stats.curves import BEYOND_CHANCE, Point
 from fulltune.text import counted, format_metric, format_number, format_percent
@@ -25,7 +25,7 @@ from fulltune.text import counted, format_metric, format_number, format_percent
 
 def section(view: RunView) -> Section | None:
     """How far generic text has moved while training, and how a budget was kept."""
-    plan, found = view.plan, view.held
+    plan, found = view.plan, view.budget
     points, errors = (view.history.evaluation.get(name, ()) for name in ("drift", "drift_error"))
     if not points or plan is None or view.summary is None:
         return None
@@ -43,11 +43,11 @@ def section(view: RunView) -> Section | None:
     if found is None:
         return Section("forgetting", "Forgetting", (moved, Figures(tuple(figures))))
     title = f"{words.metric_name(found.metric)} by drift on generic text"
-    tried = Series("tried", tuple((point.drift.mean, point.metric) for point in found.points))
-    kept_at = Series("kept", ((found.choice.drift.mean, found.choice.metric),), filled=True)
+    tried = PointSeries("tried", tuple((point.drift.mean, point.metric) for point in found.points))
+    kept_at = PointSeries("kept", ((found.choice.drift.mean, found.choice.metric),), filled=True)
     across = "drift on generic text; dashed: the budget"
     figures.append(series_plot(title, (tried, kept_at), found.metric, across, found.limit, "see the points below."))
-    evidence, helps = held_back(found)
+    evidence, helps = budget_advice(found)
     held = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
     folded = Folded("all points between the untouched and the trained model", (_points(found),))
     blocks = (Paragraph(f"{verdict(found)}{held}"), moved, Figures(tuple(figures)), folded)
@@ -116,7 +116,7 @@ def _likelier(rise: float) -> str:
     return f"{words.as_share(abs(math.expm1(-rise)), False)} {'more' if rise < 0 else 'less'} likely"
 
 
-def held_back(found: BudgetResult | None) -> tuple[str, str]:
+def budget_advice(found: BudgetResult | None) -> tuple[str, str]:
     """What a budget for forgetting has kept a model from, and what helps; empty where most of the learned was kept."""
     if found is None:
         return "", ""
@@ -141,7 +141,7 @@ def _rounded_up(percent: float) -> str:
 
 
 def _points(found: BudgetResult) -> Table:
-    rows: tuple[Row, ...] = tuple(
+    rows: tuple[TableRow, ...] = tuple(
         (
             words.way(point.share),
             # Equal models differ by rounding.
