@@ -12,6 +12,7 @@ right on average, two seeds disagree on 10 %), and seeds differ by a normal numb
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def detectable(differences: list[Difference]) -> float:
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
-    records, comparisons = Records(folder / "rates.jsonl"), 60 if quick else 200
+    records, comparisons = Records(folder / "rates.jsonl"), 200
     cells = itertools.product((0.0, 0.005, 0.013, 0.026), (1000, 3000), (2, 3, 5), (1, 3))
     counted: dict[str, list[dict[str, float]]] = {}
     for number, cell in enumerate([(0.013, 1000, 3, 1)] if quick else cells):
@@ -173,7 +174,8 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
         share = float(np.mean([cell["wrong" if is_same else "right"] for cell in cells_of]))
         what = "false verdicts, a method against itself" if is_same else "right verdicts, a planted difference"
         rule = ", sequential rule" * name.endswith("rule")
-        bar = {"at_most": 0.05} if is_same else {"at_least": 0.9}
+        error = math.sqrt(0.05 * 0.95 / (comparisons * len(cells_of)))
+        bar = {"at_most": 0.05 + 2 * error} if is_same else {"at_least": 0.9}
         yield Figure(what + rule, share, "share", **bar)
 
 

@@ -14,6 +14,7 @@ from bench.runs import environment
 
 PARTS = (
     "training_speed",
+    "memory_prediction",
     "data_stage",
     "predict_rows",
     "kill_resume",

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 from bench.gpu_day.day import ROOT
-from bench.memory_per_rank import write_recipe
-from bench.memory_prediction import Cell, _model_parts
+from bench.random_models import Cell, model_parts, write_recipe
 
 from fulltune.plan.memory import CUDA_CONTEXT_BYTES
 
@@ -63,7 +62,7 @@ def save_random(cell: Cell, folder: Path) -> Path:
     """
     import torch
 
-    tokenizer, config, kind = _model_parts(cell)
+    tokenizer, config, kind = model_parts(cell)
     tokenizer.save_pretrained(folder)
     config.architectures = [kind._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)

@@ -14,8 +14,7 @@ from bench.gpu_day.checks import fresh
 from bench.gpu_day.day import Rows
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import GIB, Wanted, obstacle
-from bench.memory_per_rank import write_recipe
-from bench.memory_prediction import TIED, Cell, _cell, _model_parts
+from bench.random_models import TIED, Cell, model_parts, sized, write_recipe
 
 CELL_SECONDS = 75
 """Most that one cell may take; none begins when less is left of the part."""
@@ -36,24 +35,24 @@ BILLION = ("llama", (2048, 20, 32000))
 HALF, TIGHT = {"precision": "bf16"}, {"optim": "adamw_8bit", "checkpointing": True}
 NARROW = {"weights_dtype": "bf16", "precision": "bf16"}
 GRID = (
-    _cell("bert 110 M, fp32", *BERT, (16, 256)),
-    _cell("bert 110 M, bf16", *BERT, (16, 256), **HALF),
-    _cell("bert 110 M, fp16", *BERT, (16, 256), precision="fp16"),
-    _cell("llama 150 M, bf16", *SMALL, (4, 512), config=TIED, heads=9, **HALF),
-    _cell("llama 150 M, bf16, chunked loss", *SMALL, (4, 512), config=TIED, heads=9, chunked=True, **HALF),
-    _cell("llama 150 M, bf16, accumulated, recomputed", *SMALL, (4, 512), config=TIED, heads=9, accumulation=2,
+    sized("bert 110 M, fp32", *BERT, (16, 256)),
+    sized("bert 110 M, bf16", *BERT, (16, 256), **HALF),
+    sized("bert 110 M, fp16", *BERT, (16, 256), precision="fp16"),
+    sized("llama 150 M, bf16", *SMALL, (4, 512), config=TIED, heads=9, **HALF),
+    sized("llama 150 M, bf16, chunked loss", *SMALL, (4, 512), config=TIED, heads=9, chunked=True, **HALF),
+    sized("llama 150 M, bf16, accumulated, recomputed", *SMALL, (4, 512), config=TIED, heads=9, accumulation=2,
           checkpointing=True, **HALF),
-    _cell("llama 400 M, fp32, recomputed", *MIDDLE, (2, 1024), config=TIED, heads=15, checkpointing=True),
-    _cell("llama 400 M, bf16, 8-bit moments", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_8bit", **HALF),
-    _cell("llama 400 M, bf16 weights", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_bf16", **NARROW),
-    _cell("llama 1.1 B, bf16, 8-bit moments, recomputed", *BILLION, (2, 1024), **HALF, **TIGHT),
+    sized("llama 400 M, fp32, recomputed", *MIDDLE, (2, 1024), config=TIED, heads=15, checkpointing=True),
+    sized("llama 400 M, bf16, 8-bit moments", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_8bit", **HALF),
+    sized("llama 400 M, bf16 weights", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_bf16", **NARROW),
+    sized("llama 1.1 B, bf16, 8-bit moments, recomputed", *BILLION, (2, 1024), **HALF, **TIGHT),
 )  # fmt: skip
 TINY = (
-    _cell("tiny bert, fp32", "bert", (64, 2, 2000), (4, 64)),
-    _cell("tiny llama, bf16, 8-bit moments, recomputed", "llama", (64, 2, 2000), (2, 64), **HALF, **TIGHT),
+    sized("tiny bert, fp32", "bert", (64, 2, 2000), (4, 64)),
+    sized("tiny llama, bf16, 8-bit moments, recomputed", "llama", (64, 2, 2000), (2, 64), **HALF, **TIGHT),
 )
 
-SMALLEST = _cell("smallest", "llama", (64, 2, 2000), (2, 64), **HALF)
+SMALLEST = sized("smallest", "llama", (64, 2, 2000), (2, 64), **HALF)
 
 
 def grid(here: Here, folder: Path, rows: Rows) -> None:
@@ -106,7 +105,7 @@ def ladder(here: Here, folder: Path, rows: Rows) -> None:
     from fulltune.train.request import attempt_folders
 
     big = ("bert", (768, 12, 30000)) if here.cards else ("bert", (64, 2, 2000))
-    cell = _cell("ladder", *big, (32, 500), heads=12 if here.cards else 4)
+    cell = sized("ladder", *big, (32, 500), heads=12 if here.cards else 4)
     limit = 4 * GIB if here.cards else GIB
     train = {"device": "cuda" if here.cards else "cpu", "memory_limit": f"{limit // GIB}GiB", "max_steps": 1}
     recipe = write_recipe(cell, "single", 1, folder, micro_batch_size=None, oversubscribe=False, **train)
@@ -175,7 +174,7 @@ WAYS = (
 
 
 def _shape(name: str, size: tuple[int, int, int], **config: Any) -> Cell:
-    return _cell(name, "llama", size, (1, LENGTH), heads=size[0] // 128, checkpointing=True, config=config, **HALF)
+    return sized(name, "llama", size, (1, LENGTH), heads=size[0] // 128, checkpointing=True, config=config, **HALF)
 
 
 SHAPES = (
@@ -228,7 +227,7 @@ def _survey(shape: Cell, folder: Path, hardware: str) -> dict[str, dict[str, Any
     from fulltune.cli import plan
 
     place = folder / f"plan {shape.name}"
-    tokenizer, config, kind = _model_parts(shape)
+    tokenizer, config, kind = model_parts(shape)
     config.architectures = [kind._model_mapping[type(config)].__name__]
     config.save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")

@@ -14,14 +14,13 @@ from bench.gpu_day.checks import fresh
 from bench.gpu_day.day import ROOT, Rows
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import half_precision
-from bench.memory_per_rank import write_recipe
-from bench.memory_prediction import TIED, Cell, _cell
+from bench.random_models import TIED, Cell, sized, write_recipe
 
 from fulltune.plan.memory import CUDA_CONTEXT_BYTES
 
 PLACES = (("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2))
-LARGE = _cell("llama 150 M", "llama", (576, 30, 49152), (4, 512), config=TIED, heads=9)
-TINY = _cell("tiny llama", "llama", (64, 2, 2000), (2, 32))
+LARGE = sized("llama 150 M", "llama", (576, 30, 49152), (4, 512), config=TIED, heads=9)
+TINY = sized("tiny llama", "llama", (64, 2, 2000), (2, 32))
 FIGURES = ("planned_bytes", "highest_bytes", "planned_error", "largest_loss_error", "tokens_per_second")
 BOUND = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 """Of the losses' difference; DeepSpeed also keeps its weights in 16 bits."""

@@ -21,21 +21,24 @@ from bench.gpu_day.checks import fresh
 from bench.gpu_day.day import ROOT, Rows
 from bench.gpu_day.here import Here
 from bench.gpu_day.parts import half_precision
-from bench.memory_per_rank import write_recipe
-from bench.memory_prediction import TIED, Cell, _cell
+from bench.random_models import TIED, Cell, sized, write_recipe
 
 OURS = "fulltune"
 LEAST_REPEATS, MOST_REPEATS = 2, 5
 RACES = {
     "llama 150 M": (
-        _cell("speed-llama", "llama", (576, 30, 49152), (8, 512), config=TIED, heads=9),
+        sized("speed-llama", "llama", (576, 30, 49152), (8, 512), config=TIED, heads=9),
         (OURS, "trainer-tuned", "trl"),
         30,
     ),
-    "bert 110 M": (_cell("speed-bert", "bert", (768, 12, 30000), (32, 128)), (OURS, "trainer", "trainer-tuned"), 40),
+    "bert 110 M": (
+        sized("speed-bert", "bert", (768, 12, 30000), (32, 128)),
+        (OURS, "trainer", "trainer-tuned"),
+        40,
+    ),
 }
 """Model, contestants and steps. tuned: rows of similar length together."""
-TINY = {"tiny llama": (_cell("tiny", "llama", (64, 2, 2000), (4, 48)), (OURS, "trainer-tuned", "trl"), 4)}
+TINY = {"tiny llama": (sized("tiny", "llama", (64, 2, 2000), (4, 48)), (OURS, "trainer-tuned", "trl"), 4)}
 
 
 def compare(here: Here, folder: Path, rows: Rows) -> None:

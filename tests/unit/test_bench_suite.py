@@ -109,7 +109,7 @@ def test_each_part_is_a_module_with_measure() -> None:
     for part in suite.PARTS:
         text = (results.ROOT / "bench" / f"{part}.py").read_text(encoding="utf-8")
         assert "\ndef measure(folder: Path, quick: bool) -> Iterator[Figure]:" in text, part
-        assert "\n    script(measure, __doc__)" in text, part
+        assert "    script(measure, __doc__)" in text, part
 
 
 def test_contestants_take_turns(tmp_path: Path) -> None:

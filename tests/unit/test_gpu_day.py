@@ -262,10 +262,10 @@ def test_page_says_what_was_measured_and_what_was_not() -> None:
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("bert", False)])
 def test_random_weights_are_written_whole_and_without_making_the_model(kind: str, tied: bool, tmp_path: Path) -> None:
     from bench.gpu_day.cell import save_random
-    from bench.memory_prediction import _cell
+    from bench.random_models import sized
     from transformers import AutoModel, AutoModelForCausalLM
 
-    cell = _cell("one", kind, (64, 2, 3000), (2, 16), config={"tie_word_embeddings": tied} if kind == "llama" else {})
+    cell = sized("one", kind, (64, 2, 3000), (2, 16), config={"tie_word_embeddings": tied} if kind == "llama" else {})
     auto = AutoModel if kind == "bert" else AutoModelForCausalLM
 
     model, loaded = auto.from_pretrained(save_random(cell, tmp_path), output_loading_info=True)
