@@ -112,6 +112,7 @@ def test_global_batches_with_mixed_rows_are_the_same_for_any_micro_batch_and_num
     shards = [list(BatchSamplerShard(made, processes, rank)) for rank in range(processes)]
     each = 8 // (micro * processes)
     assert len({len(shard) for shard in shards}) == 1
+    assert all(0 < len(batch) <= micro for shard in shards for batch in shard)  # the last global batch has 2 rows
     found = [
         sorted(row for shard in shards for batch in shard[start : start + each] for row in batch)
         for start in range(0, len(shards[0]), each)
