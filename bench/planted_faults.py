@@ -144,7 +144,7 @@ def tests_near(tree: Path, file: str) -> list[str]:
     found = [path for path in (tree / "tests").rglob("test_*.py") if named.search(path.read_text(encoding="utf-8"))]
     near = tree / "tests" / "unit" / Path(*parts[:-1])
     found += [path for path in near.glob("test_*.py") if path not in found and (not found or path.stem[5:] == name)]
-    order = {"unit": 0, "contract": 1, "train": 2, "invariant": 3, "gpu": 4}
+    order = {"unit": 0, "contract": 1, "train": 2, "invariant": 3, "gpu": 4, "gpu_paths": 4}
     found.sort(key=lambda path: (order[path.relative_to(tree / "tests").parts[0]], path.as_posix()))
     return [path.relative_to(tree).as_posix() for path in found]
 
@@ -157,7 +157,7 @@ def failing(tree: Path, fault: Fault, tests: list[str], seconds: int) -> str:
         "\n".join(fault.after if line == fault.before else line for line in kept.split("\n")), encoding="utf-8"
     )
     environment = os.environ | {"PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    options = ["-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-x", "-q", "--tb=no"]
+    options = ["-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-x", "-q", "--tb=no", "-rfE"]
     if '"long: ' in (tree / "pyproject.toml").read_text(encoding="utf-8"):  # an older suite has no long ones
         options += ["-m", "not long"]
     command = [sys.executable, *options, *tests]
