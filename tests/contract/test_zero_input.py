@@ -69,11 +69,11 @@ def test_deepspeed_that_is_missing_is_named_with_its_extra(
     [
         (
             {"placement": "zero2", "extra": {"deepspeed": ZERO2}},
-            "train.placement and extra.deepspeed both say where things lie; remove one of them",
+            "train.placement and extra.deepspeed both set the layout; remove one of them",
         ),
         (
             {"offload": "optimizer", "extra": {"deepspeed": ZERO2}},
-            "train.offload and extra.deepspeed both say where things lie; remove one of them",
+            "train.offload and extra.deepspeed both set the layout; remove one of them",
         ),
         ({"placement": "zero2", "offload": "all"}, "train.offload: 'all' needs placement: zero3, found zero2"),
         (

@@ -124,8 +124,8 @@ def test_in_deepspeed_and_as_transformers_own_it_is_refused() -> None:
         return problems_of(Recipe.model_validate(values))[0]
 
     refused = problem(torch_compile=True, placement="zero2")
-    assert "torch_compile: not yet with train.placement: zero2; remove one of them" in refused
+    assert "torch_compile: is not supported with train.placement: zero2 yet; remove one of them" in refused
     own = problem(extra={"torch_compile": True})
-    assert "torch_compile: is a setting of its own; write it as train.torch_compile" in own
+    assert "torch_compile: has its own setting; write train.torch_compile" in own
     mode = problem(extra={"torch_compile_mode": "max-autotune"})
     assert "torch_compile_mode: cannot be set here; write train.torch_compile: true" in mode

@@ -169,11 +169,11 @@ def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
         ({"preserve": {"budget": 2}}, "found '2'; for 2% write '2%'"),
         ({"preserve": {"replay": "more.txt"}}, "preserve.replay: has no effect without preserve.budget"),
         ({"preserve": {"budget": "1%", "drift": False}}, "preserve.drift: false, but preserve.budget needs it"),
-        ({"preserve": {"budget": "1%"}, "method": {"kind": "prompt"}}, "'prompt' cannot be scaled back"),
-        ({"preserve": {"budget": "1%"}, "method": {"learning_rate": "search"}}, "preserve.budget: not yet in a search"),
+        ({"preserve": {"budget": "1%"}, "method": {"kind": "prompt"}}, "'prompt' does not support preserve.budget"),
+        ({"preserve": {"budget": "1%"}, "method": {"learning_rate": "search"}}, "preserve.budget: is not supported"),
         (
             {"preserve": {"budget": "1%"}, "methods": ["full", "lora"]},
-            "preserve.budget: not in a comparison, which measures how far each method moves generic text; remove it",
+            "preserve.budget: cannot be set in a comparison, which measures each method's drift itself; remove it",
         ),
     ],
 )

@@ -47,8 +47,10 @@ def test_liger_is_given_everything_but_the_loss(monkeypatch: pytest.MonkeyPatch)
 
 def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     (problem,) = problems_of(recipe(placement="zero2"))
-    assert problem == "train.use_liger_kernel: not yet with train.placement: zero2; remove one of them"
-    with pytest.raises(ValueError, match="use_liger_kernel and torch_compile both fuse the same; give one of them"):
+    assert problem == "train.use_liger_kernel: is not supported with train.placement: zero2 yet; remove one of them"
+    with pytest.raises(
+        ValueError, match="use_liger_kernel and torch_compile fuse the same operations; use only one of them"
+    ):
         recipe(torch_compile=True)
     with pytest.raises(RecipeError, match="use_liger_kernel runs on GPUs alone"):
         resolve.refuse_kernels(recipe(), SimpleNamespace(gpus=()), "cpu", "bf16")  # type: ignore[arg-type]  # has no card

@@ -291,9 +291,9 @@ def test_optimizers_that_round_bf16_weights_to_nearest_are_refused_unless_forced
     found = problems_of(model=model, train={"optim": optim})
 
     assert found == [
-        f"train.optim: '{optim}' rounds bf16 weights (model.weights_dtype) to nearest: updates smaller than half of "
-        "their spacing vanish, at usual learning rates most of them; set optim: adamw_bf16 or adamw_8bit, or "
-        "weights_dtype: fp32, or bf16_rounding: nearest to have it so"
+        f"train.optim: '{optim}' rounds bf16 weights (model.weights_dtype) to nearest, which loses most updates at "
+        "usual learning rates; set optim: adamw_bf16 or adamw_8bit, or weights_dtype: fp32, or bf16_rounding: nearest "
+        "to accept it"
     ]
     assert problems_of(model=model, train={"optim": optim, "bf16_rounding": "kahan"}) == found
     assert problems_of(model=model, train={"optim": optim, "bf16_rounding": "nearest"}) == []
@@ -309,7 +309,7 @@ def test_arguments_that_no_optimizer_reads_are_refused(monkeypatch: pytest.Monke
         "train.extra.optim_args: has no effect, because 'adamw_8bit' takes none; remove it"
     ]
     assert problems_of(train={"extra": extra}) == [
-        "train.extra.optim_args: has no effect, because train.optim is left out; remove it"
+        "train.extra.optim_args: has no effect without train.optim left out; remove it"
     ]
     assert problems_of(train={"optim": "galore_adamw", "extra": extra}) == []
 
@@ -319,6 +319,6 @@ def test_our_optimizers_are_refused_under_deepspeed(optim: str) -> None:
     deepspeed = {"zero_optimization": {"stage": 1}}
 
     assert problems_of(train={"optim": optim, "extra": {"deepspeed": deepspeed}}) == [
-        f"train.optim: '{optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an optimizer's "
+        f"train.optim: '{optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shards the optimizer "
         "state itself; remove optim, or train.extra.deepspeed"
     ]

@@ -81,7 +81,7 @@ def test_folder_with_a_number_for_its_name_is_a_path(tmp_path: Path, folder: str
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("methods.0.rank=4", "methods is a list; give all of it, such as --set 'methods=[...]'"),
+        ("methods.0.rank=4", "methods is a list; set all of it, such as --set 'methods=[...]'"),
         ("train.=1", "expected block.name=value, for example train.num_train_epochs=3"),
     ],
 )
@@ -155,7 +155,7 @@ def test_data_in_place_of_a_recipe_is_told_from_a_file_that_is_missing(tmp_path:
     with pytest.raises(RecipeError, match=r"a\.csv: no such file"):
         load_recipe(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_bytes(b"\xff")
-    with pytest.raises(RecipeError, match=r"a\.csv: is data, expected a recipe; write one with 'fulltune init"):
+    with pytest.raises(RecipeError, match=r"a\.csv: is a data file, expected a recipe; write one with 'fulltune init"):
         load_recipe(tmp_path / "a.csv")
 
 
@@ -193,14 +193,17 @@ def test_fingerprint_ignores_what_does_not_shape_the_result() -> None:
         ("method.rank=8", "method.rank: unknown setting; it belongs to kind: lora"),
         ("train.tf32=true", "train.tf32: unknown setting; write train.extra.tf32"),
         ("train.gradient_acumulation_steps=2", "train.gradient_acumulation_steps: unknown setting; write train.global"),
-        ("load_in_4bit=true", "load_in_4bit: unknown setting; not yet: quantized weights are not trained"),
+        ("load_in_4bit=true", "load_in_4bit: unknown setting; not supported yet: quantized weights are not trained"),
         ("search.budget=2h", "search: unknown setting; write method.learning_rate: search, and compare.budget for its"),
         (
             "compare.near_duplicates=0.8",
             "compare.near_duplicates: unknown setting; did you mean 'data.near",
         ),
-        ("train.zzz=1", "train.zzz: unknown setting; docs/recipe.md lists those that are known"),
-        ("train.extra.push_to_hub=true", "train.extra.push_to_hub: cannot be set here; not yet: after training use"),
+        ("train.zzz=1", "train.zzz: unknown setting; docs/reference/recipe.md lists all settings"),
+        (
+            "train.extra.push_to_hub=true",
+            "train.extra.push_to_hub: cannot be set here; not supported yet: after training use",
+        ),
         (
             "train.extra.epochs=1",
             "train.extra.epochs: transformers.TrainingArguments has no such field; write train.num_train_epochs",

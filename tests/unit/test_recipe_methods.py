@@ -60,7 +60,10 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("methods: [full, {name: b, kind: full, train: {seed: 3}}]", "4  methods.1.train.seed: all methods"),
+        (
+            "methods: [full, {name: b, kind: full, train: {seed: 3}}]",
+            "4  methods.1.train.seed: must be the same for all methods",
+        ),
         (
             "methods: [full, {name: b, kind: full, train: {weight_decoy: 3}}]",
             "4  methods.1.train.weight_decoy: unknown",
@@ -73,7 +76,7 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
             "methods: [full, {name: b, kind: full, train: {bf16_rounding: kahan}}]",
             "4  methods.1.train.bf16_rounding: 'kahan' has no effect",
         ),
-        ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: is for a method of a comparison"),
+        ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: is only for methods of a comparison"),
     ],
 )
 def test_problem_of_methods_names_the_line(text: str, place: str, tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         ({"rank": 8}, ["rank: unknown setting; did you mean 'method.rank'?"]),
         (
             {"method": {"kind": "peft"}},
-            ["method.type: missing; expected: Its name in PEFT, such as `IA3`, `LOHA`, `OFT` or `VERA`"],
+            ["method.type: missing; expected: Name of the method in PEFT, such as `IA3`, `LOHA`, `OFT` or `VERA`"],
         ),
         (
             {"method": {"kind": "lora", "target_modules": []}},
@@ -141,13 +144,13 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         ),
         (
             {"methods": ["base", "lora"]},
-            ["methods: a comparison has 'full', because the others are compared with it; add it"],
+            ["methods: expected a 'full', which the others are compared with; add it"],
         ),
         (
             {"methods": ["base", "full", "head"]},
             [
-                "methods: names nothing to compare full fine-tuning with ('base' and 'head' are only shown for "
-                "orientation); add one of lora, adapter, prompt, peft, or another full with settings of its own"
+                "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for scale); add "
+                "one of lora, adapter, prompt, peft, or another full with other settings"
             ],
         ),
         (
@@ -160,7 +163,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         ),
         (
             {"methods": ["full", {"kind": "lora", "learning_rates": []}]},
-            ["methods.1.learning_rates: is empty; expected: Grid of a rate search"],
+            ["methods.1.learning_rates: is empty; expected: Learning rates to search"],
         ),
         (
             {"compare": {"budget": "30 parsecs"}},
@@ -200,7 +203,7 @@ def test_two_wrong_methods_are_both_named(methods: str, expected: dict[str, str]
 
 @pytest.mark.parametrize("name", ["footprint", "Shapes", "measured", "survey"])
 def test_method_named_like_a_file_beside_its_plan_is_refused(name: str) -> None:
-    said = f"name: '{name}' is the name of another file of the run folder; take another name"
+    said = f"name: '{name}' is reserved for a file of the run folder; choose another name"
     assert problems(method={"kind": "lora", "name": name}) == [f"method.{said}"]
     assert problems(methods=["full", {"kind": "lora", "name": name}]) == [f"methods.1.{said}"]
 

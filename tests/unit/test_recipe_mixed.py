@@ -66,23 +66,23 @@ def test_weight_is_part_of_what_shapes_a_run(tmp_path: Path) -> None:
         (
             "[{path: b, weight: 0.6}, {path: c, weight: 0.4}]",
             [
-                "data.train: all files have a weight, expected one without at least: the task's rows, which eval and "
-                "test are split off; remove its weight",
-                "data.train: the weights come to 1, expected at most 0.999: the rest of each epoch are the task's "
+                "data.train: every file has a weight, expected at least one without: the task's rows, from which eval "
+                "and test are split; remove a weight",
+                "data.train: the weights sum to 1, expected at most 0.999, as the rest of each epoch is the task's "
                 "rows; lower them",
             ],
         ),
-        ("[a, {path: a, weight: 0.1}]", ["data.train: names a twice, and one of them has a weight; keep one of them"]),
+        ("[a, {path: a, weight: 0.1}]", ["data.train: names a twice, once with a weight; keep one"]),
         (
             "[a, {path: b, weight: 0.1}, {path: b, weight: 0.2}]",
-            ["data.train: names b twice, and one of them has a weight; keep one of them"],
+            ["data.train: names b twice, once with a weight; keep one"],
         ),
         (
             "[a, {pth: b, weights: 0.3}]",
             [
                 "data.train.1.path: missing; expected: File or folder, as in `data.train`",
-                "data.train.1.weight: missing; expected: Share of the rows of each epoch that are drawn from this "
-                "file, such as 0.05",
+                "data.train.1.weight: missing; expected: Share of each epoch's rows that come from this file, such "
+                "as 0.05",
                 "data.train.1.pth: unknown setting; did you mean 'path'?",
                 "data.train.1.weights: unknown setting; did you mean 'weight'?",
             ],
@@ -96,7 +96,7 @@ def test_wrong_entries_are_refused_all_at_once(tmp_path: Path, train: str, expec
 
 def test_file_to_score_on_cannot_be_mixed_in(tmp_path: Path) -> None:
     assert problems(written(tmp_path, "[a.jsonl, {path: dev.jsonl, weight: 0.1}]")) == [
-        "recipe.yaml:4  data.eval: is the file of train; rows for scoring must not be trained on"
+        "recipe.yaml:4  data.eval: is also a file of train; rows for scoring must not be trained on"
     ]
 
 

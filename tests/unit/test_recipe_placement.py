@@ -20,25 +20,25 @@ STATE = {"weights": 400, "gradients": 401, "optimizer": 800}
         ({"placement": "single", "num_processes": 2}, ["placement: single, but num_processes is 2; set 1"]),
         (
             {"placement": "ddp"},
-            ["placement: ddp needs several processes, num_processes: 2 or more; with one process take single"],
+            ["placement: ddp needs num_processes: 2 or more; with one process use single"],
         ),
         (
             {"num_machines": 2, "num_processes": 3},
             ["num_processes: 3 is the total over all machines, expected a multiple of"],
         ),
         ({"num_machines": 2}, ["(2), such as 2"]),
-        ({"placement": "fsdp2"}, ["with one process take zero2 or zero3 with an offload"]),
+        ({"placement": "fsdp2"}, ["with one process use zero2 or zero3 with an offload"]),
         ({"offload": "optimizer"}, ["offload: 'optimizer' needs placement: zero2 or zero3, found auto"]),
         ({"placement": "zero2", "offload": "all"}, ["offload: 'all' needs placement: zero3, found zero2"]),
         ({"placement": "fsdp2", "num_processes": 2, "offload": "all"}, ["needs placement: zero3, found fsdp2"]),
         (
             {"placement": "fsdp2", "num_processes": 2, "optim": "adafactor"},
-            ["optim: 'adafactor' needs whole tensors, which placement: fsdp2 shares out; able are adamw_8bit, "],
+            ["optim: 'adafactor' needs whole tensors, but placement: fsdp2 shards them; expected one of adamw_8bit, "],
         ),
-        ({"placement": "zero3", "extra": {"deepspeed": {}}}, ["placement and extra.deepspeed both say where"]),
+        ({"placement": "zero3", "extra": {"deepspeed": {}}}, ["placement and extra.deepspeed both set"]),
         (
             {"placement": "ddp", "offload": "all", "extra": {"deepspeed": {}}},
-            ["placement: ddp needs several", "placement and extra.deepspeed both", "offload and extra.deepspeed both"],
+            ["placement: ddp needs", "placement and extra.deepspeed both", "offload and extra.deepspeed both"],
         ),
     ],
 )

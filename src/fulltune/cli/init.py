@@ -52,7 +52,7 @@ _ROWS_OF_A_LABEL = 10
 """A column whose values come back so often on average looks like a label."""
 
 TEMPLATE = """\
-# Written by `fulltune init {file}`. Every setting: docs/recipe.md. Run it: fulltune run {recipe}
+# Written by `fulltune init {file}`. Every setting: docs/reference/recipe.md. Run it: fulltune run {recipe}
 
 model: {model}
 task: {task}

@@ -1,4 +1,4 @@
-"""The recipe: its blocks with every setting a user can give, meaning, default and bound on each field; its paths."""
+"""The recipe with all its settings, and its paths."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ _OTHERS = tuple(kind for kind in RIVALS if kind != VARIANT)
 
 
 class Recipe(Block):
-    """A whole run: model, task, data, method, training, evaluation, output."""
+    """A run: model, task, data, method, training, evaluation, output."""
 
     model: ModelBlock
-    """The pretrained model; a plain string is short for `{name: ...}`."""
+    """The pretrained model; a plain name is short for `{name: ...}`."""
     task: TaskName
-    """What is learned."""
+    """What the model learns."""
     data: DataBlock
     method: Method = FullMethod(kind="full")
-    """How the parameters are trained; a plain `lora` is short for `{kind: lora}`, and without `kind` it is full."""
+    """How the parameters are trained; `lora` is short for `{kind: lora}`, and the default kind is `full`."""
     methods: tuple[ComparedMethod, ...] = ()
-    """What `fulltune compare` compares, in place of `method`: each as there, or its kind alone."""
+    """Methods for `fulltune compare`, instead of `method`: each a method or its kind."""
     train: TrainBlock = TrainBlock()
     preserve: PreserveBlock = PreserveBlock()
     evaluate: EvaluateBlock = EvaluateBlock()
     compare: CompareBlock = CompareBlock()
     output: str = "runs"
-    """Folder in which each run gets a folder of its own; relative to the recipe's folder."""
+    """Folder for run folders, relative to the recipe's folder."""
     name: str | None = Field(default=None, pattern=NAME)
-    """Beginning of the run folder's name; left out, the recipe file's name."""
+    """Beginning of the run folder's name. Default: the recipe's file name."""
 
     @model_validator(mode="before")
     @classmethod
     def _expand_short_forms(cls, values: Any) -> Any:
-        """`model: NAME` is short for `model: {name: NAME}`, `lora` for `{kind: lora}`; without `kind` it is full."""
+        """Expand `model: NAME`, `method: KIND` and a method without `kind`."""
         if not isinstance(values, dict):
             return values
         expanded = dict(values)
@@ -74,9 +74,9 @@ class Recipe(Block):
             return self
         kinds, names = [self.compared_kind(one) for one in self.methods], [one.label for one in self.methods]
         pairs = {
-            "methods: a comparison has 'full', because the others are compared with it; add it": "full" not in kinds,
-            "methods: names nothing to compare full fine-tuning with ('base' and 'head' are only shown for "
-            f"orientation); add one of {', '.join(_OTHERS)}, or another full with settings of its own": (
+            "methods: expected a 'full', which the others are compared with; add it": "full" not in kinds,
+            "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for scale); "
+            f"add one of {', '.join(_OTHERS)}, or another full with other settings": (
                 "full" in kinds and not set(kinds) & set(RIVALS)
             ),
             **{
@@ -88,11 +88,11 @@ class Recipe(Block):
         return self
 
     def fingerprint(self) -> str:
-        """Hash of all settings that shape a run: two recipes with the same one continue each other's run."""
+        """Hash the settings that shape a run; recipes with equal hashes continue each other's run."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()[:16]
 
     def shaping(self) -> dict[str, Any]:
-        """All settings that shape a run."""
+        """Return all settings that shape a run."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         # Of the machine, not of the result; but several runs are compared in memory and time as well.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
@@ -103,13 +103,13 @@ class Recipe(Block):
         return settings
 
     def compared_kind(self, method: Any) -> MethodKind:
-        """What a comparison takes a method for: its kind; of several `full` all but the first are variants."""
+        """Return the kind of a compared method; each `full` after the first is a variant."""
         first = next((one for one in self.methods if one.kind == "full"), method)
         kind: MethodKind = method.kind
         return VARIANT if kind == "full" and method != first else kind
 
     def with_method(self, method: Any) -> Recipe:
-        """The recipe of a run with one of several methods, and with what that changes of the block `train`."""
+        """Return the recipe of a run with one method, and with its changes of `train`."""
         changes = {"method": method, "methods": (), "train": self.train}
         if own := getattr(method, "train", {}):
             changes["train"] = TrainBlock.model_validate({**self.train.model_dump(exclude_unset=True), **own})
@@ -117,23 +117,23 @@ class Recipe(Block):
 
     @property
     def is_searched(self) -> bool:
-        """Several runs find the learning rate of this one."""
+        """True if several runs find this run's learning rate."""
         return not self.methods and self.method.is_searched
 
     @property
     def kept_out(self) -> dict[str, str]:
-        """The settings that name texts that must not be trained on, and their paths."""
+        """Paths of texts that must not be trained on, by setting."""
         names = {"data.contamination": self.data.contamination, "preserve.probe": self.preserve.probe}
         return {setting: path for setting, path in names.items() if path is not None}
 
     @property
     def generic_first(self) -> bool:
-        """A step begins with generic text."""
+        """True if a step trains on generic text before its rows."""
         return self.preserve.budget is not None and self.preserve.replay is not None
 
 
 def with_placement(recipe: Recipe, placement: Any) -> Recipe:
-    """The recipe with the placement that its plan has chosen; a user's own file of an engine stays in charge."""
+    """Set the placement that the plan chose, unless the recipe or a DeepSpeed file sets it."""
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": placement})})
@@ -142,11 +142,11 @@ def with_placement(recipe: Recipe, placement: Any) -> Recipe:
 # ---- paths -----------------------------------------------------------------------------------------------------
 
 _PATHS = {"data": ("eval", "test", "patch", "chat_template", "contamination"), "preserve": ("probe", "replay")}
-"""Settings of blocks that are one path each."""
+"""Settings that are one path each, by block."""
 
 
 def is_address(path: str) -> bool:
-    """`https://...`, `s3://...`: nothing that a file's path begins with."""
+    """True for `https://...`, `s3://...` and other addresses."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
@@ -157,7 +157,7 @@ def _expanded(path: str) -> str:
 
 
 def named_paths(recipe: Recipe) -> list[str]:
-    """The files and folders that a resolved recipe names, each once; a model of the Hub is none."""
+    """List the files and folders that a resolved recipe names, without models of the Hub."""
     named: list[Any] = [one if isinstance(one, str) else one.path for one in recipe.data.entries]
     named += [getattr(getattr(recipe, block), name) for block, names in _PATHS.items() for name in names]
     named += [recipe.train.engine_settings, recipe.model.name]
@@ -165,25 +165,24 @@ def named_paths(recipe: Recipe) -> list[str]:
 
 
 def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Make the recipe's relative paths absolute; a Hub id or a `package:` name stays as it is. Raises `RecipeError` for
-    each path that no file can have."""
+    """Make relative paths absolute, except Hub ids and `package:` names; `RecipeError` names impossible paths."""
     problems: list[str] = []
 
     def absolute(path: str, setting: str) -> str:
         if path.startswith("package:"):
             return path
         if "\0" in path:
-            problems.append(f"{setting}: {path!r} holds a NUL character, expected a path; write one without it")
+            problems.append(f"{setting}: expected a path without NUL characters, found {path!r}")
         elif is_address(path):
             problems.append(
-                f"{setting}: '{path}' is an address, expected a path; nothing is downloaded here: download it (from "
-                "the Hub: 'hf download NAME --repo-type dataset --local-dir FOLDER'), and give the file's path"
+                f"{setting}: expected a path, found the address '{path}'; download it first (from the Hub: "
+                "'hf download NAME --repo-type dataset --local-dir FOLDER') and write the file's path"
             )
         else:
             whole = os.path.realpath(base / _expanded(path))
             if (shown := whole.encode("utf-8", "backslashreplace").decode()) == whole:
                 return whole
-            problems.append(f"{setting}: {shown} is not UTF-8, expected a path that is; rename the file or folder")
+            problems.append(f"{setting}: expected a path in UTF-8, found {shown}; rename the file or folder")
         return path
 
     paths: dict[str, dict[str, Any]] = {"data": {}, "preserve": {}}

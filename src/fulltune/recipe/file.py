@@ -1,6 +1,7 @@
-"""Read a recipe file: YAML, `${NAME}`, `--set` overrides, and every problem at once with its line.
+"""Read a recipe file: YAML, `${NAME}`, `--set` overrides; report all problems at once with their lines.
 
-No torch, no transformers; a recipe error answers in well under half a second.
+Imports neither torch nor transformers, so that errors appear within half a second.
+
 """
 
 from __future__ import annotations
@@ -27,30 +28,31 @@ from fulltune.text import did_you_mean, near_names
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Lines = Mapping[str, int | str]
-"""Dotted name of a setting, such as `methods.0.rank`, to its line, or to the `--set` that gives it."""
+"""Line, or `--set` override, of each setting by its dotted name, such as `methods.0.rank`."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override, check; return the recipe with absolute paths.
+    """Load and check a recipe file.
 
     Args:
         path: A YAML file.
-        overrides: `block.name=value` strings, as given with `--set`; the value is read as YAML.
+        overrides: `block.name=value` strings, as for `--set`; values are YAML.
 
     Returns:
-        The checked recipe; relative paths start at the recipe's folder.
+        The checked recipe with absolute paths.
 
     Raises:
-        RecipeError: With all problems found, each naming file and line, what was expected and the nearest known name.
+        RecipeError: With all problems, each with file, line and what was expected.
 
     Example:
         >>> recipe = load_recipe("banking77.yaml", ["train.num_train_epochs=1"])  # doctest: +SKIP
+
     """
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
             if path.suffix.lower() in _DATA:
-                raise RecipeError(f"{path}: is data, expected a recipe; write one with 'fulltune init {path}'")
+                raise RecipeError(f"{path}: is a data file, expected a recipe; write one with 'fulltune init {path}'")
             text = file.read()
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file; write one with 'fulltune init DATA'") from None
@@ -95,10 +97,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Recipe:
-    """Turn plain values into a recipe, or raise a `RecipeError` that names every problem.
+    """Turn plain values into a recipe, or raise a `RecipeError` with every problem.
 
-    What is wrong is left out and the rest is checked again, because the rules of a block are asked only where all its
-    settings can be read.
+    Rules of a block only run when all its settings are valid, so wrong ones are removed and the rest is checked
+        again.
+
     """
     problems, lost, left = list[str](), set[str](), copy.deepcopy(values)
     if "method" in values and values.get("methods"):  # a checked recipe always has a `method`
@@ -128,19 +131,19 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
 
 
 def _placed(problem: str, path: Path, lines: Lines) -> str:
-    """A problem that begins with the name of its setting, with file and line of that, or of its block."""
+    """Prefix a problem with the file and line of the setting that it names."""
     named = [name for name in lines if re.match(rf"{re.escape(name)}(?![\w-])", problem)]
     line = lines[max(named, key=len)] if named else ""
     return f"{f'{path}:{line}' if isinstance(line, int) else line or path}  {problem}"
 
 
 def _not_about(problems: Iterable[str], lost: set[str]) -> list[str]:
-    """Those that name none of these settings (a block's name is none): others may follow from what was left out."""
+    """Drop problems that name a removed setting: they may follow from its removal."""
     return [one for one in problems if not lost & {*re.findall(r"\w+\b(?!\.\w)", one)}]
 
 
 def _takes_near_kind(item: Any, values: dict[str, Any]) -> bool:
-    """Write the kind that was meant in place of a misspelt one, so that the other settings of its block are checked."""
+    """Correct a misspelt kind, so that the other settings of its block are checked."""
     if item["type"] != "union_tag_invalid":
         return False
     near = near_names(item["ctx"]["tag"], _named(item["ctx"]["expected_tags"]))
@@ -152,8 +155,7 @@ def _takes_near_kind(item: Any, values: dict[str, Any]) -> bool:
 
 
 def _left_out(item: Any, values: dict[str, Any]) -> Iterable[str]:
-    """Take out of a recipe the setting, or those that a rule names, that one of pydantic's errors is about; their
-    names."""
+    """Remove the settings of a pydantic error from the recipe and yield their names."""
     block, at = values, _in_file(item)
     if len(at) > 1 and isinstance(values.get(at[0]), dict):
         block, at = values[at[0]], at[1:]
@@ -168,7 +170,7 @@ def _left_out(item: Any, values: dict[str, Any]) -> Iterable[str]:
 
 
 def _describe(item: Any, values: dict[str, Any]) -> Iterable[str]:
-    """One of pydantic's errors in words, which begin with the name of the setting."""
+    """Describe a pydantic error, starting with the setting's name."""
     at, given = _in_file(item), item.get("input")
     name = ".".join(map(str, at))
     match item["type"]:
@@ -188,7 +190,7 @@ def _describe(item: Any, values: dict[str, Any]) -> Iterable[str]:
         case "union_tag_not_found":
             yield f"{name}.kind: missing; expected one of {', '.join(_KINDS)}"
         case "invalid_key":
-            yield f"{name}: unknown setting; the names of settings are texts"
+            yield f"{name}: unknown setting; names of settings must be text"
         case "tuple_type":
             # In a union the other branch reports it already.
             if not str(item["loc"][-1]).startswith("tuple["):
@@ -211,13 +213,13 @@ def _describe(item: Any, values: dict[str, Any]) -> Iterable[str]:
 
 _DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio", ".txt")
 _IN_WORDS = {"integer": "whole number", "string": "text"}
-"""What pydantic calls otherwise than docs/recipe.md does."""
+"""Our words for pydantic's types."""
 _FEW = 12
-"""So many names are listed; more would hide what was to be said."""
+"""Most names to list in a message."""
 
 
 def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
-    """What to write in place of an unknown setting."""
+    """Suggest a replacement for an unknown setting."""
     name, block = str(at[-1]), at[:-1]
     if block[:2] != ("data", "train") and (said := recipe_rules.answer(name)) is not None:
         return said
@@ -234,11 +236,11 @@ def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
         return hint
     if near := near_names(name.lower(), recipe_rules.answers(), cutoff=0.85):
         return recipe_rules.answers()[near[0]]
-    return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/recipe.md lists those that are known"
+    return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/reference/recipe.md lists all settings"
 
 
 def _named(expected: str) -> list[str]:
-    """The names in a list of pydantic's, such as `'auto', 'cpu' or 'cuda'`."""
+    """Parse pydantic's lists of names, such as `'auto', 'cpu' or 'cuda'`."""
     return re.findall(r"'([^']+)'", expected)
 
 
@@ -251,7 +253,7 @@ def _expected(expected: str, given: Any) -> str:
 
 
 def _inside(annotation: Any) -> list[type[Block]]:
-    """The blocks that a setting of this type may hold."""
+    """Return the blocks that a setting of this type may contain."""
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return [annotation]
     return [block for inner in get_args(annotation) for block in _inside(inner)]
@@ -263,8 +265,7 @@ _KINDS: dict[Any, type[Block]] = {
 
 
 def _in_file(item: Any) -> tuple[Any, ...]:
-    """An error's place as in the file: pydantic puts the kind of a method after it, and the names of a union's
-    branches."""
+    """Return an error's location in the file, without the kinds and union branches that pydantic inserts."""
     at = item["loc"]
     kind_at = {"method": 1, "methods": 2}.get(at[0] if at else "")
     kept = [part for number, part in enumerate(at) if not (number == kind_at and part in _KINDS)]
@@ -274,7 +275,7 @@ def _in_file(item: Any) -> tuple[Any, ...]:
 
 
 def _fields(at: Sequence[str | int], values: Any = None) -> dict[str, Any]:
-    """Fields known at a place of the recipe, of all methods where `values` does not say which."""
+    """Return the fields at a location: of one method if `values` names its kind, otherwise of all."""
     blocks: list[type[Block]] = [Recipe]
     for part in at:
         if isinstance(part, str):
@@ -297,12 +298,12 @@ def _meaning(at: tuple[str | int, ...], values: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "settings", list: "a list", str: "a text", type(None): "nothing", bool: "true/false"}
+    names = {dict: "settings", list: "a list", str: "text", type(None): "nothing", bool: "true/false"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
 def _lines(node: Any, before: str = "") -> Iterable[tuple[str, int]]:
-    """Dotted name and line of each setting, also of those in lists."""
+    """Yield the dotted name and line of each setting, including those in lists."""
     inner = node.value if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) else []
     for number, one in enumerate(inner):
         key, value = one if isinstance(one, tuple) else (None, one)
@@ -312,7 +313,7 @@ def _lines(node: Any, before: str = "") -> Iterable[tuple[str, int]]:
 
 
 def _substitute(value: Any, name: str, problems: list[str]) -> Any:
-    """Put the environment's values into texts."""
+    """Replace `${NAME}` by environment variables."""
     if isinstance(value, dict):
         return {key: _substitute(inner, f"{name}.{key}", problems) for key, inner in value.items()}
     if isinstance(value, list):
@@ -325,12 +326,11 @@ def _substitute(value: Any, name: str, problems: list[str]) -> Any:
 
 
 _SHORT = {"model": "name", "method": "kind"}
-"""Blocks that a plain text is short for, and the setting that it is."""
+"""Blocks with a short form, and the setting that it sets."""
 
 
 def _override(values: dict[str, Any], override: str) -> str:
-    """Apply one `block.name=value` and return its name; the value is YAML, so `8`, `true` and `[a, b]` have their
-    types. Raises `ValueError` where it cannot be applied."""
+    """Apply one `block.name=value`, with a YAML value, and return its name; `ValueError` if that is impossible."""
     name, separator, text = (part.strip() for part in override.partition("="))
     *blocks, last = name.split(".")
     if not separator or not all((*blocks, last)):
@@ -343,7 +343,7 @@ def _override(values: dict[str, Any], override: str) -> str:
     for block in blocks:
         inner = place.get(block)
         if isinstance(inner, list):
-            raise ValueError(f"{block} is a list; give all of it, such as --set '{block}=[...]'")
+            raise ValueError(f"{block} is a list; set all of it, such as --set '{block}=[...]'")
         if isinstance(inner, str) and block in _SHORT:
             inner = {_SHORT[block]: inner}
         place[block] = dict(inner) if isinstance(inner, dict) else {}

@@ -1,4 +1,4 @@
-"""The kinds of `method`: each a block with the settings of its own."""
+"""The kinds of `method`, each a block with its own settings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from fulltune.recipe.model import NAME, Block, read_by, refuse
 
 TAKEN = ("footprint", "measured", "shapes", "survey")
-"""What a method must not be called: its plan would lie where the run folder's `plan` has another file."""
+"""Names that no method may have, as other files of the run folder's `plan` have them."""
 
 
 SEARCH: Literal["search"] = "search"
-"""A learning rate that is to be found."""
+"""Value of `learning_rate` that starts a search."""
 
 
 def _parse_rate(text: str) -> float:
@@ -31,44 +31,42 @@ PROMPT_MODULE = "prompt_encoder"
 
 
 class _Named(Block):
-    """What every method has."""
+    """Settings of every method."""
 
     name: str | None = Field(default=None, pattern=NAME)
-    """Name of the model's folder and of the method in tables. Left out: the kind and what differs from its usual
-    settings, such as `lora-r64`."""
+    """Name of the model's folder, and of the method in tables. Default: the kind and the settings that are not
+    defaults, such as `lora-r64`."""
 
     @model_validator(mode="after")
     def _name_must_be_free(self) -> Self:
         if self.name is not None and self.name.lower() in TAKEN:  # some file systems do not tell capitals
-            raise ValueError(f"name: '{self.name}' is the name of another file of the run folder; take another name")
+            raise ValueError(f"name: '{self.name}' is reserved for a file of the run folder; choose another name")
         return self
 
     def differences(self) -> tuple[str, ...]:
-        """What tells this method apart from one of the same kind with its usual settings."""
+        """List the settings that are not defaults, as parts of a name."""
         return ()
 
     @property
     def label(self) -> str:
-        """The name of the method: of its folder, its trials and its row in tables."""
+        """Name of the method's folder, of its trials and of its row in tables."""
         return self.name or "-".join((str(getattr(self, "kind", "")), *self.differences()))
 
 
 class _Trained(_Named):
-    """What every method that trains has."""
+    """Settings of every method that trains."""
 
     learning_rate: Annotated[float | Literal["search"], read_by(_parse_rate)] | None = None
-    """Peak learning rate, above 0 and below 1. Left out, chosen by method, model family and size. search: found by
-    short trials and whole runs on the eval rows, in two to three and a half times the time of a run, or more where
-    it has fewer than 150 steps."""
+    """Peak learning rate, between 0 and 1. Default: chosen by method, model family and size. `search`: found by short
+    trials and whole runs on the eval rows, which takes 2 to 3.5 times as long as one run (more below 150 steps)."""
     learning_rates: tuple[float, ...] | None = Field(default=None, min_length=1)
-    """Grid of a rate search. Left out: three rates around the usual one."""
+    """Learning rates to search. Default: three around the usual one."""
     head_learning_rate: float | None = Field(default=None, gt=0, lt=1)
-    """Peak learning rate of the task's head and its pooler; everything else keeps `learning_rate`, also in a rate
-    search. Left out: the same. Not for `head`, which trains nothing else, nor for tasks without a new head."""
+    """Peak learning rate of the task's head and pooler. Default: the same as `learning_rate`. Not for `kind: head`, nor
+    for tasks without a new head."""
     head_init: Literal["probe", "random"] | None = None
-    """Where a new head starts. probe: at the linear classifier that scikit-learn finds on the untouched model; random:
-    at random numbers, which drag the body away in the first steps. Left out: probe. Not for tasks without a new
-    head."""
+    """Start of a new head. `probe` (the default): a linear classifier fitted on the pretrained model's features;
+    `random`: random weights, whose first gradients distort the body. Not for tasks without a new head."""
 
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _Trained:
@@ -77,7 +75,7 @@ class _Trained(_Named):
             "learning_rate and learning_rates are both given; remove one": (
                 self.fixed_learning_rate is not None and rates is not None
             ),
-            "learning_rates: a search needs two or more; write the one as learning_rate": (
+            "learning_rates: a search needs at least two; write a single one as learning_rate": (
                 self.is_searched and rates is not None and len(rates) == 1
             ),
             "learning_rates: expected numbers above 0 and below 1": any(not 0 < rate < 1 for rate in rates or ()),
@@ -88,12 +86,12 @@ class _Trained(_Named):
 
     @property
     def is_searched(self) -> bool:
-        """The rate is to be found by a search."""
+        """True if a search finds the learning rate."""
         return self.learning_rate == SEARCH
 
     @property
     def fixed_learning_rate(self) -> float | None:
-        """The rate that the recipe gives; None: it is chosen, or searched."""
+        """The recipe's learning rate; None if it is chosen or searched."""
         return None if self.learning_rate == SEARCH else self.learning_rate
 
 
@@ -101,39 +99,38 @@ class FullMethod(_Trained):
     """Train every parameter."""
 
     kind: Literal["full"]
-    """full: every parameter is trained."""
+    """Every parameter is trained."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
-    """Each layer below the head learns this much slower than the one above it. 0.8 to 0.95 can help encoders with few
-    rows whose head starts at random; from a linear probe 0.8 and 0.9 gained nothing (docs/quality.md). 1: the same rate
-    everywhere."""
+    """Factor between the learning rates of each layer and the one above it. 0.8 to 0.95 can help encoders with few rows
+    and a random head; with a linear probe it gained nothing. 1: the same rate everywhere."""
     train: dict[str, Any] = Field(default_factory=dict)
-    """In a comparison, settings that differ from the recipe's block `train`, such as
-    `{label_smoothing_factor: 0.1}`: does it help here? The first `full` is what the others are compared with."""
+    """Settings of this method in a comparison that differ from the block `train`, such as `{label_smoothing_factor:
+    0.1}`, to measure their effect. The first `full` is the reference."""
 
 
 class HeadMethod(_Trained):
     """Train the task's head on a frozen body."""
 
     kind: Literal["head"]
-    """head: the task's head is trained, and nothing below it."""
+    """Only the task's head is trained."""
 
 
 class LoraMethod(_Trained):
     """Train low-rank updates of frozen matrices (Hu et al. 2021), and the task's head."""
 
     kind: Literal["lora"]
-    """lora: two thin matrices beside each chosen one."""
+    """Two thin matrices are trained beside each frozen one."""
     rank: int = Field(default=16, ge=1)
     """Rank of the updates."""
     alpha: float | None = Field(default=None, gt=0)
-    """The update is scaled by alpha / rank. Left out: twice the rank."""
+    """Updates are scaled by alpha / rank. Default: twice the rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the thin matrices."""
+    """Dropout on the input of the updates."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), so that high ranks do not learn slower (Kalajdzievski 2023)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Matrices that get an update, by the ends of their names, such as `[q_proj, v_proj]`. all-linear: all but the
-    head; attention alone is known to lose."""
+    """Matrices to update, by the ends of their names, such as `[q_proj, v_proj]`. `all-linear`: all but the head;
+    attention alone is known to be worse."""
 
     def differences(self) -> tuple[str, ...]:
         names = () if self.target_modules == "all-linear" else self.target_modules
@@ -156,11 +153,11 @@ class AdapterMethod(_Trained):
     """Train small bottlenecks inside a frozen body (Houlsby et al. 2019), its layer norms and the task's head."""
 
     kind: Literal["adapter"]
-    """adapter: a bottleneck after attention and one after the feed-forward part of each layer."""
+    """A bottleneck is trained after the attention and the feed-forward part of each layer."""
     reduction_factor: int = Field(default=16, ge=1)
-    """The bottleneck is the hidden size divided by it."""
+    """Hidden size divided by the size of the bottleneck."""
     non_linearity: Literal["relu", "gelu"] = "gelu"
-    """Between its two matrices."""
+    """Activation of the bottleneck."""
 
     def differences(self) -> tuple[str, ...]:
         return (
@@ -173,11 +170,11 @@ class PromptMethod(_Trained):
     """Train virtual tokens before each text (Lester et al. 2021), and the task's head."""
 
     kind: Literal["prompt"]
-    """prompt: vectors in front of the text's own, which are taken off `data.max_length`."""
+    """Vectors before each text are trained; they shorten `data.max_length`."""
     num_virtual_tokens: int = Field(default=20, ge=1)
-    """How many of them."""
+    """Number of virtual tokens."""
     init: Literal["vocabulary", "random"] = "vocabulary"
-    """What they start as: the vectors of tokens drawn from the vocabulary, or random numbers of their size."""
+    """Start of the virtual tokens: the vectors of random tokens of the vocabulary, or random numbers of their size."""
 
     def differences(self) -> tuple[str, ...]:
         return (
@@ -187,24 +184,24 @@ class PromptMethod(_Trained):
 
 
 class PeftMethod(_Trained):
-    """Train whatever another method of PEFT puts into the model's layers, and the task's head."""
+    """Train another method of PEFT that changes layers, and the task's head."""
 
     kind: Literal["peft"]
-    """peft: any method of the library PEFT that changes layers."""
+    """A method of the library PEFT is trained."""
     type: str = Field(min_length=1)
-    """Its name in PEFT, such as `IA3`, `LOHA`, `OFT` or `VERA`."""
+    """Name of the method in PEFT, such as `IA3`, `LOHA`, `OFT` or `VERA`."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of its config in PEFT."""
+    """Fields of the method's config in PEFT."""
 
     def differences(self) -> tuple[str, ...]:
         return (self.type.lower(),)
 
 
 class BaseMethod(_Named):
-    """Train nothing: the model as it is, scored like the others."""
+    """Train nothing: score the pretrained model like the others."""
 
     kind: Literal["base"]
-    """base: untouched; language models are asked as they are, classifiers answer with the most frequent class."""
+    """Language models are used as they are; classifiers answer with the most frequent class."""
 
 
 Method = Annotated[
@@ -215,10 +212,9 @@ ComparedMethod = Annotated[
     FullMethod | HeadMethod | LoraMethod | AdapterMethod | PromptMethod | PeftMethod | BaseMethod,
     Field(discriminator="kind"),
 ]
-"""What a comparison compares."""
+"""A method that a comparison compares."""
 MethodKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prompt", "peft"]
-"""What a comparison takes a method for. `variant`: full fine-tuning with other settings than its first `full` has."""
+"""Kinds of compared methods. `variant` is a `full` after the first, with other settings."""
 VARIANT: MethodKind = "variant"
 RIVALS = ("lora", "adapter", "prompt", "peft", VARIANT)
-"""Kinds that full fine-tuning is compared with. `base` and `head` decide nothing: nobody doubts that training more than
-a head helps, but how much is worth seeing."""
+"""Kinds that full fine-tuning is compared with. `base` and `head` are shown for scale and decide nothing."""

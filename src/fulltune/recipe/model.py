@@ -1,5 +1,4 @@
-"""What all blocks of a recipe have in common, and its smaller blocks: `model`, `preserve`, `evaluate`
-and `compare`."""
+"""The base of all recipe blocks, and the blocks `model`, `preserve`, `evaluate` and `compare`."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from fulltune.text import parse_seconds, parse_share
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""What a run or a method may be called: it becomes the name of a folder."""
+"""Pattern for names of runs and methods, which become names of folders."""
 
 
 def read_by(parse: Callable[[str], float]) -> BeforeValidator:
-    """Refuse what a function of `fulltune.text` cannot read; the value stays as it is written."""
+    """Refuse a value that `parse` cannot read; keep the value as it is written."""
 
     def check(value: Any) -> Any:
         if value is not None:
@@ -26,120 +25,118 @@ def read_by(parse: Callable[[str], float]) -> BeforeValidator:
 
 
 Duration = Annotated[str, read_by(parse_seconds)]
-"""Such as `30m`, `2h` or `90s`."""
+"""A duration such as `30m`, `2h` or `90s`."""
 
 
 class Block(BaseModel):
-    """Base of all blocks: frozen, unknown keys refused, the string under a field is its documentation."""
+    """Base of all blocks: frozen, unknown keys refused. The docstring of a field is its documentation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def refuse(problems: Mapping[str, object]) -> None:
-    """Raise a `ValueError` with every problem that is one, a line each."""
+    """Raise a `ValueError` with the messages whose value is true, one per line."""
     if found := [text for text, is_wrong in problems.items() if is_wrong]:
         raise ValueError("\n".join(found))
 
 
 class ModelBlock(Block):
-    """Which pretrained model, and how its weights are read."""
+    """Which pretrained model to load, and how."""
 
     name: str = Field(min_length=1)
-    """A Hub id, a folder, a run's folder (its trained model), a `.gguf` file, or `package:NAME/PATH` for weights that
-    an installed package carries."""
+    """Hub id, folder, run folder (its trained model), `.gguf` file, or `package:NAME/PATH` for weights in an installed
+    package."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type in which the weights are kept and updated. bf16 halves the memory; `train.bf16_rounding` says how updates
-    that are smaller than bf16's spacing still arrive."""
+    """Type of the stored weights. `bf16` halves their memory; see `train.bf16_rounding`."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Sets every dropout probability in the model's config; left out, the config's own values stay."""
+    """Sets every dropout probability of the model. Default: the model's own values."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
-    """Attention kernel; left out, transformers chooses, mostly sdpa. flash_attention_2 is the package flash-attn and
-    needs a GPU from compute capability 8.0 on (Ampere), flash_attention_3 one of 9.0 (Hopper); both compute in 16 bits
-    alone, with weights in fp32 as well. Neither was ever run here."""
+    """Attention kernel. Default: chosen by transformers, mostly `sdpa`. `flash_attention_2` (package flash-attn) needs
+    a GPU of compute capability 8.0 or newer (Ampere), `flash_attention_3` 9.0 (Hopper). Both always compute in 16 bits;
+    neither was ever run here."""
     trust_remote_code: bool = False
-    """Runs Python files that come with the model. They can do anything your account can do: read them first."""
+    """Run Python files that come with the model. They can do anything that your account can do: read them first."""
     allow_pickled_weights: bool = False
-    """Reads `pytorch_model.bin`. PyTorch's restricted loader is used, yet pickle has a history of holes: prefer
-    safetensors."""
+    """Load `pytorch_model.bin`. PyTorch's restricted loader is used, but pickle has a history of vulnerabilities:
+    prefer safetensors."""
 
     def in_words(self) -> str:
-        """Its name, with every setting that tells it apart from the same model as it usually is."""
+        """Return the name with all settings that are not defaults."""
         more = [f"{name} {value}" for name, value in self.model_dump(exclude={"name"}, exclude_defaults=True).items()]
         return f"{self.name} ({', '.join(more)})" if more else self.name
 
 
 AUTO = "auto"
 BUNDLED = "docstrings of Python's standard library"
-"""Generic text that every installation has."""
+"""Generic text of every installation."""
 
 
 Share = Annotated[str | float, read_by(parse_share)]
-"""Such as `1%` or `0.01`."""
+"""A share such as `1%` or `0.01`."""
 
 
 class PreserveBlock(Block):
-    """What the model could do before training is watched, and with a budget kept: full fine-tuning moves every weight,
-    also those that other abilities rest on."""
+    """Measure, and with a budget limit, what the model forgets: full fine-tuning changes every weight, also those
+    behind other abilities."""
 
     drift: bool = True
-    """At each evaluation, measure how far the model has moved away on generic text: for language models by how much
-    its loss rose, for others how far its hidden states have changed. Costs about 1 % of the training, more of a very
-    short one: at least 8 texts are read."""
+    """Measure the drift on generic text at each evaluation: the rise of the loss (language models), or the change of
+    hidden states (others). Costs about 1 % of training time, more for very short runs, which read at least 8 texts."""
     probe: str | None = None
-    """A text file of what the model could do before: one text a line, or paragraphs. Left out: docstrings of Python's
-    standard library."""
+    """Text file of what the model should still be able to do, one text per line or paragraph. Default: docstrings of
+    Python's standard library."""
     budget: Share | None = None
-    """How far generic text may move at most, such as `1%`: a token of it gets so much less likely (language models),
-    or the mean hidden state turns by so much, 1 - cosine (others). Generic text is replayed with a weight that is
-    raised as the budget is spent; of the points between the untouched and the trained model the best one within the
-    budget is kept, and certified on texts that nothing else has read. For full and lora, in a single run."""
+    """Most drift on generic text, such as `1%`: how much less likely a token may become (language models), or 1 -
+    cosine of the mean hidden states (others). Training then also replays generic text, and keeps the best weights
+    between the pretrained and the trained ones that stay within the budget, confirmed on sealed texts. For `full` and
+    `lora`, in a single run."""
     replay: str | None = AUTO
-    """Where the generic text that is replayed comes from: a text file; `auto`, a part of the probe's texts.
-    `null`: none is replayed."""
+    """Text file to replay under a budget. `auto`: a part of the probe's texts; `null`: replay nothing."""
 
     @property
     def limit(self) -> float | None:
-        """The budget as a share."""
+        """The budget as a share, 0 to 1."""
         return None if self.budget is None else parse_share(self.budget)
 
 
 class EvaluateBlock(Block):
-    """How the result is measured, on rows that were never used for choosing."""
+    """How to measure the result, on rows never used for choosing."""
 
     metric: str | None = None
-    """The metric that chooses the weights to keep and heads the report. Left out: accuracy, f1_micro (multi_label),
-    spearman (regression), f1 (entities, answers in a context) or loss (causal-lm, seq2seq)."""
+    """Metric that chooses the best checkpoint and leads the report. Default: accuracy, f1_micro (multi_label), spearman
+    (regression), f1 (token-classification, question-answering) or loss (causal-lm, seq2seq)."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Rows per forward pass. Left out: twice the micro batch. Halved when memory runs out; the scores stay the same."""
+    """Rows per forward pass. Default: twice the micro batch. If memory runs out it is halved, with the same scores."""
     baselines: bool = True
-    """Also score what costs no training: the majority class and frozen embeddings, or the untouched language model."""
+    """Also score baselines that cost no training: the majority class and a linear probe, or the untouched language
+    model."""
     bootstrap_samples: int = Field(default=1000, ge=100)
-    """Resamples of the test rows behind each interval; rows with the same text, prompt or passage, or nearly so,
-    are drawn together."""
+    """Bootstrap resamples behind each interval. Rows with the same or nearly the same text, prompt or passage are drawn
+    together."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """Level of the intervals."""
+    """Confidence level of the intervals."""
     generate_rows: int = Field(default=100, ge=0)
-    """Test rows for which answers are generated and compared (causal-lm, seq2seq), drawn at random with
-    `data.split_seed` among those with different prompts; 0: none."""
+    """Test rows with different prompts for which answers are generated and compared (causal-lm, seq2seq), drawn with
+    `data.split_seed`. 0: none."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest generated answer, in tokens."""
 
 
 class CompareBlock(Block):
-    """How `fulltune compare` compares methods: on the same rows, each at its best rate, over several seeds."""
+    """How `fulltune compare` compares methods: on the same rows, each at its best learning rate, over several seeds."""
 
     margin: float = Field(default=0.01, gt=0, lt=1)
-    """Differences of the metric below this one do not matter to you."""
+    """Smallest difference of the metric that matters to you. Smaller differences count as equivalent."""
     seeds: int | None = Field(default=None, ge=1)
-    """Seeds of each method at most; fewer where the answer is clear. Left out: 3, below 10,000 train rows 5."""
+    """Most seeds per method. Default: 3, or 5 below 10,000 train rows."""
     sequential: bool = True
-    """After each seed, ask the eval rows which methods need another one. False: all seeds for every method."""
+    """After each seed, decide on the eval rows which methods need another. `false`: all seeds for every method."""
     search_share: float = Field(default=0.06, gt=0, le=1)
-    """Share of a run's steps that each rate gets in the rate search, at least 10 steps; methods that go on to a second
-    seed get whole runs with the best two, and with more while that helps."""
+    """Length of each trial of the rate search as a share of a whole run, at least 10 steps. Methods that continue also
+    get whole runs at their two best rates, or more while that helps."""
     budget: Duration | None = None
-    """Most time that all commands on the comparison may take together, such as `30m` or `2h`. It says beforehand what
-    fits; with more time later (`--budget`) an undecided comparison goes on. Of a run with `learning_rate: search` the
-    most time of the search, the run at the best rate included."""
+    """Most time for all commands on a comparison, such as `30m` or `2h`; the plan says what fits, and a later
+    `--budget` continues an undecided one. For a run with `learning_rate: search`: most time of the search, the final
+    run included."""

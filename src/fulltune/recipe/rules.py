@@ -1,7 +1,8 @@
-"""What a recipe alone shows to be impossible: settings that its task does not read, names that transformers does not
-know, pairs that do not go together.
+"""Rules across settings: those without effect for a task, names unknown to transformers, combinations that exclude each
+other.
 
-No torch, no transformers. Refused together with what does not fit the fields' types, before anything is read.
+Imports neither torch nor transformers; all problems are reported together with those of single fields.
+
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ from fulltune.recipe.training import OWN_OPTIMIZERS, TrainBlock
 from fulltune.text import did_you_mean
 
 NO_PACKAGES = ("all", "none", "flyte")
-"""Words of transformers, and the tracker that it cannot look for."""
+"""Values of `report_to` that need no package, and a tracker whose package transformers cannot find."""
 
 
 def problems_of(recipe: Recipe) -> list[str]:
-    """Settings that are impossible by themselves, for the task or together, each with its name first. One that is
-    written out with its default value is let through."""
+    """List the impossible settings of a recipe, each starting with its name. Settings at their defaults pass."""
     return [*_of_one_run(recipe), *_wrong_search(recipe), *_wrong_methods(recipe)]
 
 
@@ -50,13 +50,13 @@ def _of_one_run(recipe: Recipe) -> list[str]:
 
 
 def form_of(recipe: Recipe) -> Form | None:
-    """What the recipe says that its rows are; None: it shows when they are read."""
+    """Return the form of the rows that the recipe sets; None if only the rows show it."""
     given = recipe.data.problem_type
     return FORMS[given] if given != "auto" and given in FACTS[recipe.task].types else None
 
 
 def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
-    """What of the table of settings that exclude each other holds for a recipe, and for rows of such a form."""
+    """List the recipe's violations of `excluded.toml` for rows of a form."""
     problems = []
     for setting, values, other, other_values, reason in _table("excluded")["excluded"]:
         block, _, field = setting.partition(".")
@@ -72,7 +72,7 @@ def conflicts(recipe: Recipe, form: Form | None) -> list[str]:
 
 
 def _is_meant(value: Any, values: bool | str | list[str]) -> bool:
-    """Whether a setting's value is one that the table means: see there."""
+    """True if a value matches a pattern of `excluded.toml`."""
     if isinstance(values, bool):
         return (value not in (None, False, 0, ())) == values
     if isinstance(values, str):
@@ -81,7 +81,7 @@ def _is_meant(value: Any, values: bool | str | list[str]) -> bool:
 
 
 def _value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str) -> Any:
-    """What the table's dotted name stands for in a recipe."""
+    """Look up a dotted name of the table in the recipe."""
     block, *fields = name.split(".")
     value: Any = getattr(recipe, block, None)
     if fields:
@@ -92,19 +92,19 @@ def _value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str)
 
 
 def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
-    """Why a metric is refused, of a task or of rows of one kind."""
+    """Describe a metric that cannot choose a checkpoint."""
     return f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {kind}; expected one of {', '.join(possible)}"
 
 
 def methods_of(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
-    """Each method, and where it stands."""
+    """Return each method with its place in the recipe."""
     if not recipe.methods:
         return [("method", recipe.method)]
     return [(f"methods.{place}", method) for place, method in enumerate(recipe.methods)]
 
 
 def _wrong_search(recipe: Recipe) -> Iterable[str]:
-    """A search that searches nothing, or what is searched already."""
+    """Yield problems of the learning-rate search."""
     if recipe.methods:
         for place, one in methods_of(recipe):
             if getattr(one, "is_searched", False):
@@ -112,12 +112,12 @@ def _wrong_search(recipe: Recipe) -> Iterable[str]:
         return
     is_searched = recipe.is_searched
     pairs = {
-        "compare.budget: nothing is compared or searched; name 'methods', or add 'learning_rate: search' to the block "
-        "method (--search)": not is_searched and recipe.compare.budget is not None,
-        "method.learning_rates: rates to search among have no effect on a single rate; add 'learning_rate: search', or "
-        "use 'fulltune compare'": not is_searched and recipe.method.learning_rates is not None,
-        "train.load_best_model_at_end: a search goes by the eval metric of the weights that are kept, and false keeps "
-        "the last ones whatever theirs is; remove it": is_searched and not recipe.train.load_best_model_at_end,
+        "compare.budget: has no effect, because nothing is compared or searched; add 'methods', or 'learning_rate: "
+        "search' in the block method (--search)": not is_searched and recipe.compare.budget is not None,
+        "method.learning_rates: has no effect without a search; add 'learning_rate: search', or use 'fulltune "
+        "compare'": not is_searched and recipe.method.learning_rates is not None,
+        "train.load_best_model_at_end: must not be false in a search, which compares the best checkpoints; "
+        "remove it": is_searched and not recipe.train.load_best_model_at_end,
     }
     yield from (text for text, is_wrong in pairs.items() if is_wrong)
 
@@ -134,21 +134,21 @@ SHARED = (
     "memory_limit",
     "report_to",
 )
-"""Of the block `train`: what the methods of a comparison have in common."""
+"""Settings of `train` that all methods of a comparison share."""
 
 
 def _wrong_methods(recipe: Recipe) -> Iterable[str]:
-    """What a method of a comparison cannot have otherwise than the block `train`."""
+    """Yield problems of the methods' own `train` settings."""
     for place, method in methods_of(recipe):
         own = getattr(method, "train", {})
         if not own:
             continue
         if not recipe.methods:
-            yield f"{place}.train: is for a method of a comparison; write these settings into the block train"
+            yield f"{place}.train: is only for methods of a comparison; move these settings to the block train"
             continue
         shared = [name for name in own if name in SHARED]
         for name in shared:
-            yield f"{place}.train.{name}: all methods of a comparison have the same; write it into the block train"
+            yield f"{place}.train.{name}: must be the same for all methods of a comparison; move it to the block train"
         try:
             variant = recipe.with_method(method)
         except ValidationError as error:
@@ -160,7 +160,7 @@ def _wrong_methods(recipe: Recipe) -> Iterable[str]:
 
 
 def _wrong_setting(error: Any, own: Mapping[str, Any]) -> str:
-    """What is wrong with a setting of a method, after its name."""
+    """Describe a wrong `train` setting of a method, after its name."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(TrainBlock.model_fields))
@@ -177,7 +177,7 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
         if name in pinned():
             problems.append(f"{place}: cannot be set here; {pinned()[name]}")
         elif name in own:
-            problems.append(f"{place}: is a setting of its own; write it as train.{name}")
+            problems.append(f"{place}: has its own setting; write train.{name}")
         elif name not in known:
             hint = answer(name) or did_you_mean(name, known)
             problems.append(f"{place}: transformers.TrainingArguments has no such field{f'; {hint}' if hint else ''}")
@@ -196,13 +196,12 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
     return problems
 
 
-_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
 
 
 @cache
 def _reader(annotation: str) -> TypeAdapter[Any]:
-    """Reads a field, numbers also from texts (YAML reads `1e-5` as one); one whose type is not made of plain ones takes
-    everything."""
+    """Return a parser of a field's type that also reads numbers from texts (YAML reads `1e-5` as text)."""
     types = {"bool": bool, "int": int, "float": float, "str": str, "None": None}
     names = annotation.replace(" ", "").split("|")
     union: Any = Union[tuple(types.get(name, Any) for name in names)]  # noqa: UP007  # of types that only the name tells
@@ -214,8 +213,8 @@ def _expected(annotation: str) -> str:
 
 
 def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """`train.extra` as transformers takes it: `1800.0` as a whole number, `2024` as a text, where such is expected;
-    null leaves a field as it is, where it cannot be empty."""
+    """Convert `train.extra` to transformers' types, such as `1800.0` to 1800; null keeps a field's default if it cannot
+    be None."""
     known = training_arguments()
     return {
         name: _reader(known[name]).validate_python(value)
@@ -225,15 +224,15 @@ def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown_names(recipe: Recipe) -> list[str]:
-    """Optimizers and trackers that transformers does not have."""
+    """List optimizers and trackers that transformers does not have."""
     train = recipe.train
     given = {
         ("optim", "optimizer"): [] if train.optim in (None, *OWN_OPTIMIZERS) else [train.optim],
         ("report_to", "tracker"): [name for name in train.report_to if name not in NO_PACKAGES],
     }
     return [
-        f"train.{setting}: transformers knows no {what} '{name}'; "
-        + (did_you_mean(name, known) or f"it knows {', '.join(known)}")
+        f"train.{setting}: transformers has no {what} '{name}'; "
+        + (did_you_mean(name, known) or f"expected one of {', '.join(known)}")
         for (setting, what), names in given.items()
         if names and (known := optimizers() if what == "optimizer" else trackers())
         for name in names
@@ -242,11 +241,11 @@ def _unknown_names(recipe: Recipe) -> list[str]:
 
 
 SCALABLE = ("full", "lora")
-"""Kinds of methods whose change of the model can be scaled."""
+"""Kinds of methods that support `preserve.budget`."""
 
 
 def _out_of_place(recipe: Recipe) -> list[str]:
-    """What neither the table nor one block can say."""
+    """List problems that neither the table nor a block can express."""
     train, block, kind = recipe.train, recipe.preserve, recipe.method.kind
     workers, is_image = train.extra.get("dataloader_num_workers"), FACTS[recipe.task].reads == "image"
     metric, form = recipe.evaluate.metric, form_of(recipe)
@@ -261,21 +260,21 @@ def _out_of_place(recipe: Recipe) -> list[str]:
         f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}": (
             isinstance(workers, int) and workers < 0
         ),
-        f"train.optim: '{train.optim}' rounds bf16 weights (model.weights_dtype) to nearest: updates smaller than "
-        "half of their spacing vanish, at usual learning rates most of them; set optim: adamw_bf16 or adamw_8bit, "
-        "or weights_dtype: fp32, or bf16_rounding: nearest to have it so": (
+        f"train.optim: '{train.optim}' rounds bf16 weights (model.weights_dtype) to nearest, which loses most updates "
+        "at usual learning rates; set optim: adamw_bf16 or adamw_8bit, or weights_dtype: fp32, or bf16_rounding: "
+        "nearest to accept it": (
             recipe.model.weights_dtype == "bf16"
             and train.optim not in (None, *OWN_OPTIMIZERS)
             and train.bf16_rounding != "nearest"
         ),
-        f"preserve: is for tasks with text, and {recipe.task} reads images; remove it": (
+        f"preserve: needs text, but {recipe.task} reads images; remove it": (
             is_image and block != PreserveBlock(drift=block.drift)
         ),
         "preserve.probe: has no effect with preserve.drift: false; remove one of them": (
             not is_image and block.budget is None and block.probe is not None and not block.drift and not recipe.methods
         ),
-        f"method.kind: '{kind}' cannot be scaled back to the untouched model, which preserve.budget does; take full or "
-        "lora, or remove preserve.budget": (
+        f"method.kind: '{kind}' does not support preserve.budget, which interpolates towards the pretrained weights; "
+        "use full or lora, or remove preserve.budget": (
             not is_image and block.budget is not None and not recipe.methods and kind not in SCALABLE
         ),
     }
@@ -298,18 +297,18 @@ def pinned() -> Mapping[str, str]:
 
 @cache
 def answers() -> Mapping[str, str]:
-    """Names of settings in other tools, and what to write here."""
+    """Replacements for other tools' names of settings."""
     by_name = {name: answer for answer, names in _table("elsewhere")["answers"].items() for name in names.split()}
     return {**by_name, **pinned()}
 
 
 def answer(name: object) -> str | None:
-    """What to write in place of another tool's setting, or None where it is not known."""
+    """Return the replacement for another tool's setting, if one is known."""
     return answers().get(str(name).lower().replace("-", "_"))
 
 
 def training_arguments() -> Mapping[str, str]:
-    """Fields of `transformers.TrainingArguments`, and their types as they are written there."""
+    """Fields of `transformers.TrainingArguments` and their types as written there."""
     return _fields("training_args.py", "TrainingArguments")
 
 
@@ -320,13 +319,13 @@ def _fields(file: str, name: str) -> Mapping[str, str]:
 
 
 def optimizers() -> list[str]:
-    """Names of the optimizers of transformers."""
+    """Names of transformers' optimizers."""
     body = _definition("training_args.py", "OptimizerNames").body
     return sorted(ast.literal_eval(line.value) for line in body if isinstance(line, ast.Assign))
 
 
 def trackers() -> list[str]:
-    """Names of the trackers of transformers."""
+    """Names of transformers' trackers."""
     table = _definition("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK").value
     return sorted(ast.literal_eval(key) for key in table.keys)
 
@@ -338,7 +337,7 @@ def _parsed(file: str) -> list[ast.stmt]:
 
 
 def _definition(file: str, name: str) -> Any:
-    """A class, or a table, in one of transformers' files."""
+    """Find a class or table in one of transformers' files."""
     for line in _parsed(file):
         if name == getattr(line, "name", None) or (
             isinstance(line, ast.Assign) and name == ast.unparse(line.targets[0])

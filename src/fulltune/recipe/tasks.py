@@ -1,6 +1,7 @@
-"""What holds for every recipe of a task, known without torch: what it reads and writes, its settings, metrics, classes.
+"""Facts of each task, known without torch: inputs, outputs, settings, metrics and classes.
 
-One place for recipe rules, plan and report, with its table in `tasks.toml`; the task's module has the same as `FACTS`.
+The table is `tasks.toml`; a task's module has its row as `FACTS`.
+
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from fulltune.text import did_you_mean
 
 
 def _known(name: str) -> str:
-    """The name of a task, if it has facts."""
     if name not in FACTS:
         hint = did_you_mean(name, list(FACTS))
         raise ValueError(f"expected one of {', '.join(FACTS)}, found '{name}'{f'; {hint}' if hint else ''}")
@@ -26,7 +26,7 @@ def _known(name: str) -> str:
 
 TaskName = Annotated[str, AfterValidator(_known)]
 ProblemType = str
-"""The name of a form."""
+"""Name of a form."""
 _SHARED = {
     "context": "passage",
     "prompt": "prompt",
@@ -37,69 +37,69 @@ _SHARED = {
     "tokens": "sentence",
     "image": "image",
 }
-"""Role of a column to what rows of one group have in common; without any of them it is the text."""
+"""Content that rows of a group share, by the role of its column; otherwise the text."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What holds for all rows of one problem type; whoever would ask for the type asks for one of these instead."""
+    """Facts of all rows of one problem type. Code asks for a fact, not for the type."""
 
     name: ProblemType
     metrics: tuple[str, ...]
-    """That can choose a checkpoint; the first is the default."""
+    """Metrics that can choose a checkpoint, the default first."""
     kind: str
     """The rows in words, for a report."""
     target: str = "label"
-    """What the model shall give, in a word."""
+    """Word for what the model predicts."""
     label: str = "label"
-    """What is counted of each label: the tags of words mark entities."""
+    """Word for what is counted per label."""
     row: str = "row"
-    """What is counted: a context that is longer than the limit becomes several windows."""
+    """Word for what is counted: a long context becomes several windows."""
     longest: str = "longest row"
-    """What the longest number of tokens belongs to."""
+    """Word for what `max_length` limits."""
     worst: str = "Wrong test rows with the highest loss"
-    """The caption over the worst mistakes."""
+    """Title of the table of worst mistakes."""
     question: str = '"a text"'
-    """What a model can be asked, as it stands behind `fulltune predict RUN`."""
+    """Example question after `fulltune predict RUN`."""
     how_to_ask: str = ""
-    """How a language model is asked, in a sentence."""
+    """How to ask the language model, in a sentence."""
     majority: str = "majority class"
-    """What always answering the most frequent target of the train rows is called."""
+    """Name of the baseline that always predicts the most frequent target."""
     answer: tuple[tuple[str, str], ...] = (("answer", "string"),)
-    """The columns that an answer becomes in a file, and their types."""
+    """Columns of an answer in a file, with their types."""
     num_outputs: int | None = None
-    """Logits of an item; None: one for each label."""
+    """Logits per item; None for one per label."""
     is_number: bool = False
-    """The target is a number; the head learns it in units of the train rows' spread."""
+    """The target is a number, learned in units of the train rows' standard deviation."""
     is_calibrated: bool = False
-    """Each row has one right class or choice, whose probability a temperature can correct."""
+    """Each row has one right class or choice, so a temperature can calibrate its probability."""
     has_classes: bool = False
-    """Rows have labels that a linear probe can judge."""
+    """A linear probe can judge the rows' labels."""
     one_label: bool = False
-    """A row has exactly one of the labels."""
+    """A row has exactly one label."""
     several_labels: bool = False
     """A row has any number of labels."""
     tags_words: bool = False
     """Each word of a row has a label."""
     row_shares: tuple[str, ...] = ()
-    """Metrics that are shares of about as many things as there are rows."""
+    """Metrics that are shares of about as many items as rows."""
     has_windows: bool = False
-    """A long row becomes several examples, whose answers are one."""
+    """A long row becomes several examples with one answer."""
     reads_any_text: bool = False
-    """A language model: its loss on any text can be measured."""
+    """A language model, whose loss on any text can be measured."""
     is_raw_text: bool = False
-    """Texts without a question: short ones may share a row, and none has an answer."""
+    """Texts without prompts and answers; short ones may share a row."""
     writes_answers: bool = False
-    """A question and its answer, of which only the latter is trained."""
+    """Rows have a prompt and an answer, and only the answer is trained."""
 
     @property
     def labels_rows(self) -> bool:
-        """Whole rows have labels, each with a probability."""
+        """Whole rows have labels with probabilities."""
         return self.one_label or self.several_labels
 
     @property
     def words(self) -> str:
-        """The name as it is written in a sentence."""
+        """The name in a sentence."""
         return self.name.replace("_", " ")
 
 
@@ -108,44 +108,44 @@ FORMS: Mapping[ProblemType, Form] = TypeAdapter(dict[ProblemType, Form]).validat
     {name: {"name": name, **given} for name, given in _TABLE["forms"].items()}
 )
 FROM_FILE = FORMS["span"].question
-"""How a model is asked whose rows have several parts."""
+"""How to ask a model whose rows have several parts."""
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """Of one task."""
+    """Facts of one task."""
 
     auto_class: str
-    """The model class, by its name in transformers."""
+    """Name of the model class in transformers."""
     models: str
-    """What a model that has no such class lacks, and which ones to take: behind "a 'bert' model"."""
+    """What a model without that class lacks and which to take, after "a 'bert' model"."""
     hub: str
-    """The task's name on the Hub: a model card's `pipeline_tag`."""
+    """`pipeline_tag` of a model card on the Hub."""
     data: tuple[str, ...]
-    """The settings of `data` that not all tasks read, and that this one reads."""
+    """Settings of `data` that this task reads and some others do not."""
     types: tuple[ProblemType, ...]
-    """What its rows can be; the first one is what a plan without rows takes for granted."""
+    """Problem types of its rows; a plan without rows assumes the first."""
     length_cap: int
     """Upper bound of the default `max_length`, in tokens."""
     scored_by: Literal["classifiers", "tagging", "spans", "language"]
-    """The module of `fulltune.evaluate` that scores its models and baselines."""
+    """Module of `fulltune.evaluate` that scores its models and baselines."""
     other_metrics: tuple[str, ...] = ()
-    """Metrics that choose nothing."""
+    """Metrics that cannot choose a checkpoint."""
     reads: Literal["text", "image"] = "text"
     writes: bool = False
-    """The model writes text, token by token; every other model puts a head on what it has read."""
+    """The model writes text; other models have a head on their features."""
     has_classes: bool = False
-    """Classes can have weights."""
+    """The task has classes, which may have weights."""
     has_forms: bool = False
-    """Rows of several problem types are trained alike, so that files of one run may differ in it."""
+    """Rows of several problem types may be trained together."""
     other_models: tuple[str, ...] = ()
-    """Types of models that have such a class and read or write otherwise, so that they are refused."""
+    """Model types that have the class but read or write differently, and are refused."""
     peft: str | None = None
-    """What PEFT calls the task; None: it has no name, and wraps the model as any other."""
+    """Task type in PEFT, if it has one."""
 
     @property
     def head_is_new(self) -> bool:
-        """The head is missing in a pretrained checkpoint and starts at random."""
+        """The head is missing in a pretrained checkpoint."""
         return not self.writes
 
     @property
@@ -155,7 +155,7 @@ class TaskFacts:
 
     @property
     def choosing(self) -> tuple[str, ...]:
-        """Metrics that can choose a checkpoint, of rows of any type."""
+        """Metrics that can choose a checkpoint, over all problem types."""
         return tuple(dict.fromkeys(name for form in self.types for name in FORMS[form].metrics))
 
 
@@ -164,19 +164,19 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     setting: tuple(task for task, facts in FACTS.items() if setting in facts.data)
     for setting in dict.fromkeys(setting for facts in FACTS.values() for setting in facts.data)
 }
-"""Setting of `data` to the tasks that read it; every task reads all others."""
+"""Tasks that read each setting of `data`; settings not listed are read by all."""
 
 
 def greater_is_better(metric: str) -> bool:
-    """Whether more of a metric is better."""
+    """True if a higher value of the metric is better."""
     return metric not in ("loss", "perplexity", "rmse")
 
 
 def shared_by(columns: Collection[str]) -> str:
-    """What rows of one group have in common, in a word, by the roles of their columns."""
+    """Name what rows of a group share, by the roles of their columns."""
     return next((word for role, word in _SHARED.items() if role in columns), "text")
 
 
 def stands_in_train(columns: Collection[str], near: bool) -> str:
-    """What is the matter with a test row that leaks: `text also stands in train`."""
+    """Describe a leaked test row, such as `text also stands in train`."""
     return f"{shared_by(columns)} also stands in train{' (equal, or nearly so)' if near else ''}"
