@@ -84,6 +84,14 @@ def test_recipe_page_names_and_explains_every_setting(generate: ModuleType) -> N
             assert field.description, f"method.{inner} has no docstring"
 
 
+def test_pages_that_any_file_names_exist() -> None:
+    inside = [path for top in ("src", "tests", "bench", "docs", "examples") for path in (ROOT / top).rglob("*")]
+    files = [path for path in (*ROOT.iterdir(), *inside) if path.suffix in (".py", ".md", ".toml", ".yaml", ".j2", "")]
+    texts = {path: path.read_text(encoding="utf-8") for path in files if path.is_file() and not is_history(path)}
+    named = {(path, page) for path, text in texts.items() for page in re.findall(r"\bdocs/[\w/-]+\.md", text)}
+    assert not [f"{path}: {page}" for path, page in named if not (ROOT / page).exists()]
+
+
 @each_page
 def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
@@ -156,6 +164,7 @@ def test_modules_in_backquotes_exist(page: Path) -> None:
         for path in (ROOT / top).rglob("*.py")
     }
     named = re.findall(r"`([a-z_0-9/]+\.py)\b", text)
+    named += [f"bench/{part}.py" for part in re.findall(r"python -m bench\.([a-z_0-9]+)", text)]
     assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]
 
 
