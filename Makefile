@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart chat-example test test-fast test-plain test-long test-zero gpu-paths gpu-day lint types docs dist clean
+.PHONY: quickstart chat-example test test-fast test-plain test-long test-zero gpu-paths gpu-day release lint types docs dist clean
 
 $(VENV)/quickstart: pyproject.toml constraints-quickstart.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -67,14 +67,9 @@ test-zero: $(VENV)/zero/ready
 gpu-paths: $(VENV)/dev
 	$(BIN)/python -m tests.gpu_paths --broken 10 --seed $(or $(SEED),1)
 
-# Faults planted in whole runs, and kills at random moments: does the guard save them? Hours; FULLTUNE_BENCH_DATA has the rows.
-faults: $(VENV)/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python bench/faults.py run runs/faults
-	HF_HUB_OFFLINE=1 $(BIN)/python bench/faults.py table runs/faults
-	HF_HUB_OFFLINE=1 $(BIN)/python bench/clean_steps.py run runs/clean
-	HF_HUB_OFFLINE=1 $(BIN)/python bench/clean_steps.py count runs/clean
-	HF_HUB_OFFLINE=1 $(BIN)/python bench/kill_resume.py --kills 50
-	HF_HUB_OFFLINE=1 $(BIN)/python bench/kill_resume.py --kills 50 --processes 2
+# What the project claims about itself, measured again: hours, or about 20 minutes with ARGS=--quick. Resumes.
+release: $(VENV)/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m bench release $(ARGS)
 
 # All that needs a GPU, in at most 25 minutes, as a page; without one it runs to its end and measures nothing of a GPU.
 # Goes on where it stopped; PARTS="--again memory speed" runs these anew.

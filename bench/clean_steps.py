@@ -1,30 +1,19 @@
-"""How often does the run guard call a clean step suspect? Whole runs with nothing planted, of many kinds.
+"""Clean steps that the guard would skip, or roll back: whole runs of many kinds with nothing planted.
 
-    FULLTUNE_BENCH_DATA=... python bench/clean_steps.py run FOLDER [--kinds ...] [--seeds 1 2]
-    python bench/clean_steps.py count FOLDER
-
-`run` trains each kind with the guard off, logs each step's loss and gradient norm, and keeps them in
-`FOLDER/steps.jsonl`, so that `count` can ask the guard of today about all of them again: steps that it would skip, and
-how often it would go back. Kinds in `TUNING` were looked at while the thresholds were settled; the others were not.
-Tiny models are random ones of two layers; MiniLM-L6 is real.
+Each kind trains with the guard off and logs each step's loss and gradient norm; today's guard is then asked about all
+of them. Tiny models are random ones of two layers; MiniLM-L6 is real.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for the tests' tiny models
-
-from public_data import MINILM, answer_lengths, banking77, shakespeare, wnut17
+from bench.public_data import MINILM, answer_lengths, banking77, shakespeare, wnut17
+from bench.results import Figure
+from bench.runs import Records, events, fresh, fulltune, run, script
 from tests import tiny
 
 from fulltune.train.loop import step_guard
@@ -43,7 +32,7 @@ RAW = "task: causal-lm\ndata: {train: input.txt, text_rows: section, max_length:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of run."""
+    """A kind of training."""
 
     model: str
     """A tiny model's kind, or `minilm`."""
@@ -74,92 +63,64 @@ KINDS = {
     "written-bart": Kind("bart", WRITTEN, banking77, 1000, (1e-3,), batch=16),
     "prompts-mistral-8": Kind("mistral", PROMPTS, banking77, 2000, (1e-3,), batch=4),
 }
-TUNING = ("classes-bert", "classes-minilm", "prompts-llama", "classes-minilm-few", "tags-distilbert")
+QUICK = {"classes-bert": 250, "prompts-llama": 250}
+"""Steps of each kind."""
 
 
-def prepared(folder: Path, name: str, kind: Kind | None = None) -> Path:
-    """The folder of a kind, by default the one with this name, with its rows, model and recipe."""
-    kind, place = kind or KINDS[name], folder / name
+def prepared(folder: Path, name: str, kind: Kind) -> Path:
+    """The folder of a kind with its rows, model and recipe."""
+    place = folder / name
     if not (place / "recipe.yaml").exists():
-        place.mkdir(parents=True, exist_ok=True)
-        kind.write(place, kind.rows)
+        kind.write(fresh(place), kind.rows)
         model = MINILM if kind.model == "minilm" else tiny.save_model(place / "model", kind.model)
         (place / "recipe.yaml").write_text(f"model: {model}\n{kind.recipe}", encoding="utf-8")
     return place
 
 
-def train(folder: Path, name: str, rate: float, seed: int) -> dict[str, Any]:
-    """One run's steps."""
-    kind, place = KINDS[name], prepared(folder, name)
-    run = place / f"{rate:g}-{seed}"
+def unguarded_steps(folder: Path, name: str, rate: float, seed: int, steps: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of a run without guards."""
+    kind, place = KINDS[name], prepared(folder, name, KINDS[name])
+    run_folder = fresh(place / f"{rate:g}-{seed}")
     settings = {
         "method.kind": kind.method,
         "method.learning_rate": rate,
-        "train.max_steps": kind.steps,
+        "train.device": "cpu",
+        "train.max_steps": steps,
         "train.global_batch_size": kind.batch,
         "train.logging_steps": 1,
         "train.eval_strategy": "steps",
-        "train.eval_steps": kind.steps,
+        "train.eval_steps": steps,
         "train.seed": seed,
         "train.skip_suspect_steps": False,
         "train.max_rollbacks": 0,
     }
-    chosen = [f"--set={key}={value}" for key, value in settings.items()]
-    program = [sys.executable, "-m", "fulltune.cli.app", "train", str(place / "recipe.yaml"), "--run-folder", str(run)]
-    with (place / f"{rate:g}-{seed}.txt").open("w", encoding="utf-8") as log:
-        ended = subprocess.run([*program, *chosen], check=False, stdout=log, stderr=log, env=os.environ)
-    steps = []
-    for path in sorted(run.glob("attempts/*/metrics.jsonl")):
-        lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-        steps += [(line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
-    return {"kind": name, "rate": rate, "seed": seed, "ended": ended.returncode, "steps": steps}
+    words = [f"--set={key}={value}" for key, value in settings.items()]
+    run(fulltune("train", place / "recipe.yaml", "--run-folder", run_folder, *words))
+    return [(event["loss"], event["grad_norm"]) for event in events(run_folder) if event["kind"] == "train"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "count"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    file = given.folder.absolute() / "steps.jsonl"
-    if given.what == "count":
-        count(file)
-        return
-    known = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    done = {(one["kind"], one["rate"], one["seed"]) for one in known}
-    for seed, name in itertools.product(given.seeds, given.kinds):
-        for rate in KINDS[name].rates:
-            if (name, rate, seed) not in done:
-                found = train(file.parent, name, rate, seed)
-                with file.open("a", encoding="utf-8") as out:
-                    out.write(json.dumps(found) + "\n")
-                print(f"{name} {rate:g} seed {seed}: {len(found['steps'])} steps, exit {found['ended']}", flush=True)
+def alarms(steps: list[tuple[float, float]]) -> int:
+    """How often the guard would skip a step or roll back."""
+    history, count = step_guard.StepHistory(), 0
+    for number, (loss, norm) in enumerate(steps, start=1):
+        verdict = step_guard.judge(history, number, loss, norm)
+        history = step_guard.StepHistory() if verdict.action == "stop" else verdict.history
+        count += verdict.action != "go on"
+        if verdict.reason:
+            print(f"    step {number}: {verdict.reason}", flush=True)
+    return count
 
 
-def count(file: Path) -> None:
-    """What the guard of today says of them: steps that it would skip, and times that it would go back."""
-    print("| kind | rate | seed | steps | skipped | back | |")
-    print("|---|---:|---:|---:|---:|---:|---|")
-    totals = [0, 0, 0, 0]
-    for line in file.read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
-        memory, skipped, back, said = step_guard.StepHistory(), 0, 0, ""
-        for number, (loss, norm) in enumerate(run["steps"], start=1):
-            judged = step_guard.judge(memory, number, loss, norm)
-            memory = step_guard.StepHistory() if judged.action == "stop" else judged.history
-            skipped, back = skipped + (judged.action == "skip"), back + (judged.action == "stop")
-            said = said or judged.reason
-        known = "" if run["kind"] in TUNING else "not looked at before"
-        print(
-            f"| {run['kind']} | {run['rate']:g} | {run['seed']} | {len(run['steps'])} | {skipped} | {back} | "
-            f"{said or known} |"
-        )
-        totals = [one + more for one, more in zip(totals, (1, len(run["steps"]), skipped, back), strict=True)]
-    runs, steps, skipped, back = totals
-    print(f"{runs} runs, {steps:,} clean steps: {skipped} skipped, {back} times back")
+def measure(folder: Path, quick: bool) -> Iterator[Figure]:
+    records, total, runs, false = Records(folder / "steps.jsonl"), 0, 0, 0
+    for seed, name in itertools.product((1,) if quick else (1, 2, 3), QUICK if quick else KINDS):
+        length = QUICK[name] if quick else KINDS[name].steps
+        for rate in KINDS[name].rates[: 1 if quick else None]:
+            steps = records.get(f"{name} {rate:g} {seed}", unguarded_steps, folder, name, rate, seed, length)
+            total, runs, false = total + len(steps), runs + 1, false + alarms(steps)
+    yield Figure(f"false alarms of the guard in {runs} clean runs", false, "steps", at_most=0)
+    yield Figure(f"clean steps judged in {runs} clean runs", total, "steps", at_least=400 if quick else 40_000)
 
 
 if __name__ == "__main__":
-    main()
+    script(measure, __doc__)

